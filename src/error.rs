@@ -1,0 +1,107 @@
+//! One error type for the engines and binaries: a kind to match on, the context in words, the source.
+//!
+//! The context names the file, the address, the peer or the field, and says what to do where that
+//! is known. Pure rooms have small typed errors of their own; engines wrap them with
+//! [`Error::wrap`], adding what only they know (which peer, which file).
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::path::Path;
+
+/// What went wrong, for code that must decide what to do next.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// The command line or the set-up is wrong: wrong directory, port in use, no permission.
+    Usage,
+    /// A file or socket operation failed on this host.
+    Io,
+    /// A peer broke the protocol.
+    Protocol,
+    /// A peer went away before the work was done.
+    PeerLost,
+    /// An image file is missing, damaged or of an unknown kind.
+    Image,
+    /// Memory of a process is lost: the source cannot supply it any more.
+    MemoryLost,
+    /// This kernel or this build lacks what was asked for.
+    Unsupported,
+    /// A signal asked to stop.
+    Interrupted,
+}
+
+/// An error with its context. See the module's text.
+#[derive(Debug)]
+pub struct Error {
+    kind: Kind,
+    context: String,
+    source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+/// Results with [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// An error of `kind` that has no deeper cause.
+    pub fn new(kind: Kind, context: impl Into<String>) -> Error {
+        Error {
+            kind,
+            context: context.into(),
+            source: None,
+        }
+    }
+
+    /// An error of `kind` caused by `source`.
+    pub fn wrap(
+        kind: Kind,
+        context: impl Into<String>,
+        source: impl Into<Box<dyn StdError + Send + Sync>>,
+    ) -> Error {
+        Error {
+            kind,
+            context: context.into(),
+            source: Some(source.into()),
+        }
+    }
+
+    /// A failed operation `doing` ("open", "write", ...) on the file `path`.
+    pub fn file(doing: &str, path: &Path, source: impl Into<std::io::Error>) -> Error {
+        Error::wrap(
+            Kind::Io,
+            format!("cannot {doing} {}", path.display()),
+            source.into(),
+        )
+    }
+
+    /// The kind, to match on.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The same error, told from one level further out.
+    #[must_use]
+    pub fn within(mut self, outer: impl fmt::Display) -> Error {
+        self.context = format!("{outer}: {}", self.context);
+        self
+    }
+}
+
+impl fmt::Display for Error {
+    /// The context and every cause behind it, in one line.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.context)?;
+        let mut cause = self.source.as_deref().map(|source| source as &dyn StdError);
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.source
+            .as_deref()
+            .map(|source| source as &(dyn StdError + 'static))
+    }
+}

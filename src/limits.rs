@@ -1,0 +1,20 @@
+//! Every cap on what a peer, a file or a queue may ask for, named.
+//!
+//! A number from outside is compared with one of these before anything is allocated, indexed or
+//! shifted by it.
+
+/// Most pages that one frame of CRIU's protocol may carry: 64 GiB in 4 KiB pages. CRIU itself never
+/// sends more than a pipe holds (4 MiB); the cap leaves room and keeps products far from overflow.
+pub const FRAME_PAGES_MAX: u64 = 1 << 24;
+
+/// Longest protobuf message in an image file, bytes. CRIU's own messages stay below 1 MiB, but for
+/// block size lists of compressed pagemap entries.
+pub const IMAGE_MESSAGE_BYTES_MAX: u32 = 64 << 20;
+
+/// Most directories in a chain of parents.
+pub const PARENT_DEPTH_MAX: usize = 1024;
+
+/// Largest process or shared memory id that a dst_id may name.
+pub const DST_ID_MAX: u64 = u32::MAX as u64;
+
+const _: () = assert!(FRAME_PAGES_MAX.checked_mul(1 << 16).is_some());

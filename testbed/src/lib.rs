@@ -1,0 +1,1 @@
+//! Real CRIUs, real processes and two hosts on one machine.
