@@ -14,6 +14,8 @@
 //! no clock and make no system call. Time and bytes are arguments. The loops in `engine` move the
 //! bytes and ask the pure rooms what to do. `sys` holds the only `unsafe` code.
 
+pub mod criu;
 pub mod error;
+pub mod image;
 pub mod limits;
 pub mod units;

@@ -1,0 +1,359 @@
+//! The frame header of CRIU's page-server protocol in its two layouts.
+//!
+//! ```text
+//!            0       4       8               16              24              32
+//! v1         | cmd   | pages | vaddr         | dst_id        |               CRIU up to 4.1.1
+//! v2         | cmd   | (pad) | pages         | vaddr         | dst_id        |  CRIU from 4.2
+//! ```
+//!
+//! Integers are in the host's byte order, which is little-endian wherever CRIU runs with lazy pages.
+//! The padding of v2 is uninitialised memory of the sender: it is ignored when read and zero when
+//! written. `cmd` is `flags << 16 | op`.
+
+use thiserror::Error;
+
+use crate::limits::DST_ID_MAX;
+use crate::units::{PageCount, Vaddr};
+
+/// Which of the two header layouts a connection speaks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Wire {
+    /// 24 bytes, CRIU up to 4.1.1.
+    V1,
+    /// 32 bytes, CRIU from 4.2.
+    V2,
+}
+
+/// Length of the longer header, bytes.
+pub const HEADER_BYTES_MAX: usize = 32;
+
+/// How many bytes of a connection tell its layout: the length of the shorter header.
+pub const DETECT_BYTES: usize = 24;
+
+/// Linux's highest possible pid plus one (`PID_MAX_LIMIT` of 64-bit kernels).
+const PID_LIMIT: u64 = 1 << 22;
+
+impl Wire {
+    /// Length of a header in bytes.
+    pub const fn header_bytes(self) -> usize {
+        match self {
+            Wire::V1 => DETECT_BYTES,
+            Wire::V2 => HEADER_BYTES_MAX,
+        }
+    }
+
+    /// Tells the layout of a receiving session from the first bytes that the sender said.
+    ///
+    /// A session begins with PARENT, OPEN or OPEN2 with page count and address zero. So the word
+    /// at 16 is v1's dst_id, never zero, or v2's address, zero.
+    pub fn detect_receive(first: &[u8; DETECT_BYTES]) -> Wire {
+        if word64(first, 16) != 0 {
+            Wire::V1
+        } else {
+            Wire::V2
+        }
+    }
+
+    /// Tells the layout of a client that asks for pages from the first bytes of its first GET.
+    ///
+    /// The word at 16 is a pid in v1 and the address of a page in v2; pids end at 2^22 and nothing
+    /// that CRIU restores lazily is mapped below 4 MiB in practice. A session that begins with
+    /// CLOSE has zero there in both layouts, so the answer decides nothing.
+    pub fn detect_serve(first: &[u8; DETECT_BYTES]) -> Wire {
+        if word64(first, 16) < PID_LIMIT {
+            Wire::V1
+        } else {
+            Wire::V2
+        }
+    }
+}
+
+/// What a frame asks for: the low half of `cmd`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u16)]
+pub enum Op {
+    /// Pages follow.
+    Add = 1,
+    /// The pages are in the parent image.
+    Hole = 2,
+    /// Switch to another pagemap.
+    Open = 3,
+    /// Switch to another pagemap; answered by one byte, has_parent.
+    Open2 = 4,
+    /// Asks whether the parent directory has this pagemap; answered by an i32.
+    Parent = 5,
+    /// Pages with flags; with PRESENT their bytes follow. Also the answer to a GET.
+    AddFlags = 6,
+    /// Asks for pages.
+    Get = 7,
+    /// Pages with flags; with PRESENT each follows as a length and an LZ4 block.
+    AddFlagsCompressed = 8,
+    /// All was said; answered by an i32 status.
+    Close = 0x1023,
+    /// All was said, over a socket that is not closed afterwards; answered by an i32 status.
+    ForceClose = 0x1024,
+}
+
+impl Op {
+    fn from_number(number: u16) -> Option<Op> {
+        Some(match number {
+            1 => Op::Add,
+            2 => Op::Hole,
+            3 => Op::Open,
+            4 => Op::Open2,
+            5 => Op::Parent,
+            6 => Op::AddFlags,
+            7 => Op::Get,
+            8 => Op::AddFlagsCompressed,
+            0x1023 => Op::Close,
+            0x1024 => Op::ForceClose,
+            _ => return None,
+        })
+    }
+}
+
+/// Flags of pages, the same on the wire and in pagemap entries.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct PageFlags(u32);
+
+impl PageFlags {
+    /// The pages are in the parent image.
+    pub const PARENT: PageFlags = PageFlags(1);
+    /// The pages may be restored lazily.
+    pub const LAZY: PageFlags = PageFlags(2);
+    /// The pages' bytes are in this image (or follow on the wire).
+    pub const PRESENT: PageFlags = PageFlags(4);
+    /// The payload of a compressed entry begins at a page boundary of the pages file (4.3, images
+    /// only).
+    pub const PAYLOAD_ALIGNED: PageFlags = PageFlags(8);
+
+    /// The flags as CRIU writes them.
+    pub const fn bits(self) -> u32 {
+        self.0
+    }
+
+    /// Flags with the meaning of `bits`, whatever they are.
+    pub const fn from_bits(bits: u32) -> PageFlags {
+        PageFlags(bits)
+    }
+
+    /// Whether all of `other` are set.
+    pub const fn has(self, other: PageFlags) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// Both sets together.
+    #[must_use]
+    pub const fn with(self, other: PageFlags) -> PageFlags {
+        PageFlags(self.0 | other.0)
+    }
+
+    /// This set less `other`.
+    #[must_use]
+    pub const fn without(self, other: PageFlags) -> PageFlags {
+        PageFlags(self.0 & !other.0)
+    }
+}
+
+/// A header as it stands on the wire, in either layout. Nothing in it is checked but the op.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Header {
+    /// What is asked for.
+    pub op: Op,
+    /// The upper half of `cmd`.
+    pub flags: PageFlags,
+    /// How many pages the frame is about.
+    pub pages: PageCount,
+    /// Address of the first page.
+    pub vaddr: Vaddr,
+    /// Whose pages: see [`Target::from_dst_id`]; in a GET a plain pid.
+    pub dst_id: u64,
+}
+
+/// A header that cannot be understood.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
+pub enum HeaderError {
+    /// The low half of `cmd` names no operation.
+    #[error("unknown operation {0:#x}: the peer speaks no page-server protocol that is known here")]
+    UnknownOp(u16),
+}
+
+impl Header {
+    /// Reads a header from `bytes`, which hold at least [`Wire::header_bytes`].
+    pub fn decode(wire: Wire, bytes: &[u8]) -> Result<Header, HeaderError> {
+        let cmd = word32(bytes, 0);
+        let (low, high) = ((cmd & 0xffff) as u16, cmd >> 16);
+        let op = Op::from_number(low).ok_or(HeaderError::UnknownOp(low))?;
+        let (pages, rest) = match wire {
+            Wire::V1 => (u64::from(word32(bytes, 4)), 8),
+            Wire::V2 => (word64(bytes, 8), 16),
+        };
+        Ok(Header {
+            op,
+            flags: PageFlags(high),
+            pages: PageCount(pages),
+            vaddr: Vaddr(word64(bytes, rest)),
+            dst_id: word64(bytes, rest + 8),
+        })
+    }
+
+    /// Writes the header to the front of `out` and returns how many bytes it takes. In v1 the page
+    /// count must fit in 32 bits, which [`crate::limits::FRAME_PAGES_MAX`] sees to.
+    pub fn encode(&self, wire: Wire, out: &mut [u8; HEADER_BYTES_MAX]) -> usize {
+        out.fill(0);
+        let cmd = (self.flags.bits() << 16) | u32::from(self.op as u16);
+        out[0..4].copy_from_slice(&cmd.to_le_bytes());
+        let rest = match wire {
+            Wire::V1 => {
+                let pages = u32::try_from(self.pages.get()).expect("fewer than 2^32 pages a frame");
+                out[4..8].copy_from_slice(&pages.to_le_bytes());
+                8
+            }
+            Wire::V2 => {
+                out[8..16].copy_from_slice(&self.pages.get().to_le_bytes());
+                16
+            }
+        };
+        out[rest..rest + 8].copy_from_slice(&self.vaddr.get().to_le_bytes());
+        out[rest + 8..rest + 16].copy_from_slice(&self.dst_id.to_le_bytes());
+        wire.header_bytes()
+    }
+}
+
+/// Whose memory a pagemap describes.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Target {
+    /// Private memory of the process with this pid in the images.
+    Process(u32),
+    /// The shared memory segment with this id.
+    Shmem(u32),
+}
+
+/// A dst_id that names nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
+#[error("dst_id {0:#x} names neither a process nor a shared memory segment")]
+pub struct TargetError(pub u64);
+
+impl Target {
+    /// Reads `id << 8 | type`: type 1 or a legacy number for a process, 2 or a legacy number for
+    /// shared memory.
+    pub fn from_dst_id(dst_id: u64) -> Result<Target, TargetError> {
+        let id = dst_id >> 8;
+        if id == 0 || id > DST_ID_MAX {
+            return Err(TargetError(dst_id));
+        }
+        let id = u32::try_from(id).map_err(|_| TargetError(dst_id))?;
+        match dst_id & 0xff {
+            1 | 10 | 11 | 16 | 17 => Ok(Target::Process(id)),
+            2 | 27 | 28 | 29 | 32 | 33 | 34 => Ok(Target::Shmem(id)),
+            _ => Err(TargetError(dst_id)),
+        }
+    }
+
+    /// The dst_id that current CRIUs use for the target.
+    pub fn dst_id(self) -> u64 {
+        match self {
+            Target::Process(pid) => (u64::from(pid) << 8) | 1,
+            Target::Shmem(id) => (u64::from(id) << 8) | 2,
+        }
+    }
+
+    /// Name of the target's pagemap file in an image directory.
+    pub fn pagemap_name(self) -> String {
+        match self {
+            Target::Process(pid) => format!("pagemap-{pid}.img"),
+            Target::Shmem(id) => format!("pagemap-shmem-{id}.img"),
+        }
+    }
+}
+
+impl std::fmt::Display for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Target::Process(pid) => write!(f, "pid {pid}"),
+            Target::Shmem(id) => write!(f, "shared memory {id}"),
+        }
+    }
+}
+
+fn word32(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(std::array::from_fn(|i| bytes[at + i]))
+}
+
+fn word64(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn header(op: Op, pages: u64, vaddr: u64, dst_id: u64) -> Header {
+        let flags = PageFlags::default();
+        Header {
+            op,
+            flags,
+            pages: PageCount(pages),
+            vaddr: Vaddr(vaddr),
+            dst_id,
+        }
+    }
+
+    fn first_bytes(header: &Header, wire: Wire) -> [u8; DETECT_BYTES] {
+        let mut out = [0; HEADER_BYTES_MAX];
+        header.encode(wire, &mut out);
+        std::array::from_fn(|i| out[i])
+    }
+
+    #[test]
+    fn first_frames_tell_the_layout() {
+        for wire in [Wire::V1, Wire::V2] {
+            for op in [Op::Parent, Op::Open, Op::Open2] {
+                let open = header(op, 0, 0, Target::Process(1).dst_id());
+                assert_eq!(Wire::detect_receive(&first_bytes(&open, wire)), wire);
+            }
+            let get = header(Op::Get, 16, 0x40_0000, 4_194_303);
+            assert_eq!(Wire::detect_serve(&first_bytes(&get, wire)), wire);
+        }
+    }
+
+    #[test]
+    fn padding_of_v2_is_ignored() {
+        let get = header(Op::Get, 3, 0x7000, 12);
+        let mut out = [0; HEADER_BYTES_MAX];
+        get.encode(Wire::V2, &mut out);
+        out[4..8].copy_from_slice(&[0xde, 0xad, 0xbe, 0xef]);
+        assert_eq!(Header::decode(Wire::V2, &out), Ok(get));
+    }
+
+    #[test]
+    fn dst_ids_of_old_and_new_senders_name_targets() {
+        for kind in [1, 10, 11, 16, 17] {
+            assert_eq!(Target::from_dst_id(77 << 8 | kind), Ok(Target::Process(77)));
+        }
+        for kind in [2, 27, 28, 29, 32, 33, 34] {
+            assert_eq!(Target::from_dst_id(77 << 8 | kind), Ok(Target::Shmem(77)));
+        }
+        for dst_id in [0, 1, 77 << 8, 77 << 8 | 3, 77 << 8 | 255, 1 << 63 | 1] {
+            assert_eq!(Target::from_dst_id(dst_id), Err(TargetError(dst_id)));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn headers_survive_the_wire(
+            op in prop::sample::select(vec![Op::Add, Op::Hole, Op::Open, Op::Open2, Op::Parent,
+                Op::AddFlags, Op::Get, Op::AddFlagsCompressed, Op::Close, Op::ForceClose]),
+            flags in 0..=u32::from(u16::MAX), pages in 0..=u64::from(u32::MAX),
+            vaddr: u64, dst_id: u64, v1: bool,
+        ) {
+            let wire = if v1 { Wire::V1 } else { Wire::V2 };
+            let before = Header { flags: PageFlags(flags), ..header(op, pages, vaddr, dst_id) };
+            let mut out = [0; HEADER_BYTES_MAX];
+            let len = before.encode(wire, &mut out);
+            prop_assert_eq!(Header::decode(wire, &out[..len]), Ok(before));
+        }
+    }
+}

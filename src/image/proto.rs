@@ -1,0 +1,79 @@
+//! The protobuf messages of CRIU's images, with the fields that are in use here.
+//!
+//! Field numbers and types were read from the descriptors of the Python package `pycriu`. Fields
+//! that are left out are skipped when read.
+
+/// First message of a pagemap file.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct PagemapHead {
+    /// Number in the name of the `pages-*.img` that holds the pages.
+    #[prost(uint32, required, tag = "1")]
+    pub pages_id: u32,
+}
+
+/// A run of pages of a pagemap file.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct PagemapEntry {
+    /// Address of the first page.
+    #[prost(uint64, required, tag = "1")]
+    pub vaddr: u64,
+    /// Number of pages as written up to CRIU 4.1.1; 0 from 4.2 on.
+    #[prost(uint32, required, tag = "2")]
+    pub compat_nr_pages: u32,
+    /// The flag PARENT as very old versions wrote it.
+    #[prost(bool, optional, tag = "3")]
+    pub in_parent: Option<bool>,
+    /// See [`crate::criu::header::PageFlags`].
+    #[prost(uint32, optional, tag = "4")]
+    pub flags: Option<u32>,
+    /// Number of pages as written from CRIU 4.2 on.
+    #[prost(uint64, optional, tag = "5")]
+    pub nr_pages: Option<u64>,
+    /// Sizes of the compressed pages (CRIU 4.3).
+    #[prost(message, optional, tag = "6")]
+    pub blocks: Option<CompressedBlocks>,
+}
+
+/// Where the compressed pages of an entry lie in the pages file, one behind the other.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct CompressedBlocks {
+    /// Stored size of each block in bytes: 0 is a zero block, the full size is raw, else LZ4.
+    #[prost(uint32, repeated, tag = "1")]
+    pub block_sizes: Vec<u32>,
+    /// Sum of all sizes in bytes.
+    #[prost(uint64, optional, tag = "2")]
+    pub total_payload_size: Option<u64>,
+    /// Pages in a block (1 in CRIU 4.3).
+    #[prost(uint32, optional, tag = "3")]
+    pub pages_per_block: Option<u32>,
+}
+
+/// The memory of a process: `mm-PID.img`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Mm {
+    /// The mappings, by address.
+    #[prost(message, repeated, tag = "14")]
+    pub vmas: Vec<Vma>,
+}
+
+/// One mapping of a process.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Vma {
+    /// First address.
+    #[prost(uint64, required, tag = "1")]
+    pub start: u64,
+    /// First address behind the mapping.
+    #[prost(uint64, required, tag = "2")]
+    pub end: u64,
+}
+
+/// A task of `pstree.img`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct PstreeEntry {
+    /// The task's pid as the images name it.
+    #[prost(uint32, required, tag = "1")]
+    pub pid: u32,
+    /// Its parent's pid, 0 for the root.
+    #[prost(uint32, required, tag = "2")]
+    pub ppid: u32,
+}
