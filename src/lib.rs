@@ -15,7 +15,9 @@
 //! bytes and ask the pure rooms what to do. `sys` holds the only `unsafe` code.
 
 pub mod criu;
+pub mod daemon;
 pub mod error;
 pub mod image;
 pub mod limits;
+pub mod sys;
 pub mod units;

@@ -17,4 +17,7 @@ pub const PARENT_DEPTH_MAX: usize = 1024;
 /// Largest process or shared memory id that a dst_id may name.
 pub const DST_ID_MAX: u64 = u32::MAX as u64;
 
+/// Most lines that wait for the log's disk before new ones are dropped.
+pub const LOG_LINES_MAX: usize = 8192;
+
 const _: () = assert!(FRAME_PAGES_MAX.checked_mul(1 << 16).is_some());

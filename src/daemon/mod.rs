@@ -1,0 +1,239 @@
+//! Becoming a process like CRIU's daemons: directories, log, background, readiness.
+//!
+//! ```text
+//! command_line::parse -> run                  work directory, log file, exit code; inside it
+//!                        (bind the socket)
+//!                     -> Daemon::listening    fork, pidfile, status byte, log thread
+//!                        (serve)
+//! ```
+//!
+//! Invariants: nobody is told that the process is ready before its socket listens; with `--daemon`
+//! the first process ends with 0 only after the pidfile is there and the background process goes on;
+//! no thread is started before the fork.
+
+pub mod command_line;
+mod criu_options;
+mod log;
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{ArgAction, Args};
+use nix::unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, pipe, setsid};
+
+use crate::error::{Error, Kind, Result};
+use crate::sys::process::{fork_single_threaded, inherited_descriptor};
+use log::{Log, VERBOSITY_DEFAULT};
+
+/// Access to the pidfile is for its owner, as CRIU makes it.
+const PIDFILE_MODE: u32 = 0o600;
+
+/// The options that both daemons share with each other and with CRIU.
+#[derive(Args, Clone, Debug)]
+pub struct CommonArgs {
+    /// Directory of the image files
+    #[arg(short = 'D', long, value_name = "DIR", default_value = ".")]
+    pub images_dir: PathBuf,
+
+    /// Directory of the log, pidfile and other files of the run [default: the images directory]
+    #[arg(short = 'W', long, value_name = "DIR")]
+    pub work_dir: Option<PathBuf>,
+
+    /// Address of the page server (IPv4, IPv6 or a name)
+    #[arg(long, value_name = "ADDR")]
+    pub address: Option<String>,
+
+    /// Port of the page server
+    #[arg(long, value_name = "PORT")]
+    pub port: Option<u16>,
+
+    /// Go to the background once the socket listens
+    #[arg(short = 'd', long, alias = "restore-detached")]
+    pub daemon: bool,
+
+    /// With --daemon: write the background process's pid to FILE (in the work directory)
+    #[arg(long, value_name = "FILE")]
+    pub pidfile: Option<PathBuf>,
+
+    /// Write one zero byte to FD and close it once the socket listens
+    #[arg(long, value_name = "FD")]
+    pub status_fd: Option<RawFd>,
+
+    /// Log to FILE in the work directory, or to standard output if it is "-" [default: standard error]
+    #[arg(short = 'o', long, value_name = "FILE")]
+    pub log_file: Option<PathBuf>,
+
+    /// What to log: 0 nothing, 1 errors, 2 warnings, 3 information and timestamps, 4 debug; each v is
+    /// one more
+    #[arg(short = 'v', long, value_name = "NUM", action = ArgAction::Set, default_value_t = VERBOSITY_DEFAULT)]
+    pub verbosity: u32,
+}
+
+/// A process in its work directory with its log open.
+#[derive(Debug)]
+pub struct Daemon {
+    images_dir: PathBuf,
+    log: Log,
+    background: bool,
+    pidfile: Option<PathBuf>,
+    status: Option<OwnedFd>,
+}
+
+/// Runs `body` as a daemon that was started with `args`, and turns its result into an exit code. An
+/// error goes to the log, and to standard error as well if that is another place.
+pub fn run(
+    args: &CommonArgs,
+    skipped: &[String],
+    body: impl FnOnce(&mut Daemon) -> Result<()>,
+) -> ExitCode {
+    let mut daemon = match Daemon::enter(args, skipped) {
+        Ok(daemon) => daemon,
+        Err(error) => {
+            eprintln!("Error: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match body(&mut daemon) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error}");
+            if args.log_file.is_some() {
+                eprintln!("Error: {error}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+impl Daemon {
+    /// Enters the work directory and opens the log there, as `args` say, and warns of the options
+    /// that were `skipped`.
+    fn enter(args: &CommonArgs, skipped: &[String]) -> Result<Daemon> {
+        let images_dir = existing_dir(&args.images_dir, "images directory (-D)")?;
+        let work_dir = match &args.work_dir {
+            Some(dir) => existing_dir(dir, "work directory (-W)")?,
+            None => images_dir.clone(),
+        };
+        let status = args.status_fd.map(status_descriptor).transpose()?;
+        std::env::set_current_dir(&work_dir)
+            .map_err(|error| Error::file("enter", &work_dir, error))?;
+        let log = Log::start(args.log_file.as_deref(), args.verbosity)?;
+        for option in skipped {
+            tracing::warn!("{option} is an option of CRIU's that means nothing here: ignored");
+        }
+        Ok(Daemon {
+            images_dir,
+            log,
+            background: args.daemon,
+            pidfile: args.pidfile.clone(),
+            status,
+        })
+    }
+
+    /// The images directory as an absolute path, wherever the work directory is.
+    pub fn images_dir(&self) -> &Path {
+        &self.images_dir
+    }
+
+    /// Tells the world that the socket listens. With `--daemon` only the background process returns
+    /// from here; the first one exits with 0 when the other is on its own.
+    ///
+    /// # Errors
+    ///
+    /// The fork, the pidfile or the status descriptor failed. Then no background process is left.
+    pub fn listening(&mut self) -> Result<()> {
+        if self.background {
+            self.go_to_background()?;
+        }
+        self.log.hand_over()?;
+        if let Some(status) = self.status.take() {
+            File::from(status).write_all(&[0]).map_err(|error| {
+                Error::wrap(
+                    Kind::Io,
+                    "cannot write to the descriptor of --status-fd",
+                    error,
+                )
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Forks once and makes a session of its own, as CRIU does, so that the pid of the pidfile is
+    /// also that of the session. The child waits for a word from its parent, who gives it once the
+    /// pidfile is there.
+    fn go_to_background(&self) -> Result<()> {
+        let failed = |what: &'static str| {
+            move |error: std::io::Error| Error::wrap(Kind::Io, format!("cannot {what}"), error)
+        };
+        let null = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/null")
+            .map_err(failed("open /dev/null"))?;
+        let (go_read, go_write) = pipe().map_err(|errno| failed("make a pipe")(errno.into()))?;
+        match fork_single_threaded().map_err(failed("go to the background"))? {
+            ForkResult::Parent { child } => {
+                drop(go_read);
+                if let Some(pidfile) = &self.pidfile {
+                    write_pidfile(pidfile, child)?;
+                }
+                File::from(go_write)
+                    .write_all(b"g")
+                    .map_err(failed("start the background process"))?;
+                std::process::exit(0)
+            }
+            ForkResult::Child => {
+                drop(go_write);
+                let mut word = [0];
+                if std::io::Read::read_exact(&mut File::from(go_read), &mut word).is_err() {
+                    // The parent failed and has said why.
+                    std::process::exit(1)
+                }
+                setsid().map_err(|errno| failed("make a session")(errno.into()))?;
+                let streams = [dup2_stdin(&null), dup2_stdout(&null), dup2_stderr(&null)];
+                for replaced in streams {
+                    replaced.map_err(|errno| failed("leave the terminal")(errno.into()))?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+fn existing_dir(dir: &Path, what: &str) -> Result<PathBuf> {
+    let metadata = std::fs::metadata(dir)
+        .map_err(|error| Error::file(&format!("use the {what}"), dir, error))?;
+    if !metadata.is_dir() {
+        return Err(Error::new(
+            Kind::Usage,
+            format!("the {what} {} is no directory", dir.display()),
+        ));
+    }
+    std::path::absolute(dir).map_err(|error| Error::file(&format!("find the {what}"), dir, error))
+}
+
+fn status_descriptor(number: RawFd) -> Result<OwnedFd> {
+    inherited_descriptor(number).map_err(|error| {
+        Error::wrap(
+            Kind::Usage,
+            format!("--status-fd {number} is no open descriptor"),
+            error,
+        )
+    })
+}
+
+/// Writes `pid` without a newline, as CRIU does.
+fn write_pidfile(path: &Path, pid: Pid) -> Result<()> {
+    File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(PIDFILE_MODE)
+        .open(path)
+        .and_then(|mut file| write!(file, "{pid}"))
+        .map_err(|error| Error::file("write the pidfile", path, error))
+}

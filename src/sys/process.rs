@@ -1,0 +1,60 @@
+//! What a process does to itself: fork, and take over descriptors that it inherited.
+
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::unistd::{ForkResult, fork};
+
+/// Forks while this process has only one thread, so that the child may do anything that the parent
+/// may. Fails if there are several threads.
+pub fn fork_single_threaded() -> io::Result<ForkResult> {
+    let threads = std::fs::read_dir("/proc/self/task")?.count();
+    if threads != 1 {
+        return Err(io::Error::other(format!(
+            "{threads} threads are running; only a process with one can be forked safely"
+        )));
+    }
+    // SAFETY: no other thread exists (just counted, and only this one could start another), so no
+    // lock is held by a thread that the child lacks.
+    unsafe { fork() }.map_err(io::Error::from)
+}
+
+/// Takes over descriptor `number`, which whoever started this process left open for it and named on
+/// the command line. It is closed on exec from now on. Fails if no such descriptor is open.
+pub fn inherited_descriptor(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: the number is only asked about, with fcntl, before it is taken for a descriptor.
+    let open = unsafe { libc::fcntl(number, libc::F_GETFD) };
+    if open < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is open, and no other part of this process owns a descriptor that it was started
+    // with: the standard library never closes 0 to 2, and the rest are only taken over here.
+    let owned = unsafe { OwnedFd::from_raw_fd(number) };
+    fcntl(&owned, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    Ok(owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::IntoRawFd;
+
+    use super::*;
+
+    #[test]
+    fn only_open_descriptors_are_taken_over() {
+        assert!(inherited_descriptor(-1).is_err());
+        assert!(inherited_descriptor(RawFd::MAX).is_err());
+        let (read, _write) = nix::unistd::pipe().unwrap();
+        let taken = inherited_descriptor(read.into_raw_fd()).unwrap();
+        let flags = fcntl(&taken, FcntlArg::F_GETFD).unwrap();
+        assert_eq!(flags, FdFlag::FD_CLOEXEC.bits());
+    }
+
+    #[test]
+    fn several_threads_are_not_forked() {
+        std::thread::scope(|scope| {
+            scope.spawn(|| assert!(fork_single_threaded().is_err()));
+        });
+    }
+}
