@@ -1,5 +1,9 @@
 //! Where pages rest: CRIU's image files, read and written.
 
+mod blocks;
+pub mod chain;
+pub mod dir;
 pub mod file;
 pub mod pagemap;
+pub mod pages;
 pub mod proto;

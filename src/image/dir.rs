@@ -1,0 +1,309 @@
+//! A directory of CRIU images: which processes it holds, their mappings, and its parent.
+
+use std::fs::File;
+use std::io::{self, BufReader};
+use std::path::{Path, PathBuf};
+
+use prost::Message;
+
+use super::file::{FileError, Magic, MessageReader};
+use super::proto::{Mm, PstreeEntry};
+use crate::criu::header::Target;
+use crate::error::{Error, Kind, Result};
+use crate::limits::PARENT_DEPTH_MAX;
+use crate::units::{PageRange, PageSize};
+
+/// Name of the link to the images that a directory's images are a difference to.
+pub const PARENT_LINK: &str = "parent";
+
+/// An image file with its messages, open.
+pub type ImageReader = MessageReader<BufReader<File>>;
+
+/// An image directory. Its path is absolute: it stays right when the working directory changes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ImageDir {
+    path: PathBuf,
+    page: PageSize,
+}
+
+impl ImageDir {
+    /// Opens the directory `path`, whose images were made on a host with pages of `page`. Fails
+    /// with [`Kind::Usage`] if it holds no images.
+    pub fn open(path: &Path, page: PageSize) -> Result<ImageDir> {
+        let dir = ImageDir::open_any(path, page)?;
+        let holds_images = dir.path.join("pstree.img").exists() || !dir.targets()?.is_empty();
+        if !holds_images {
+            return Err(Error::new(
+                Kind::Usage,
+                format!(
+                    "{} is no image directory: it has neither pstree.img nor pagemap-*.img (give \
+                     the directory that holds the dump with -D)",
+                    path.display()
+                ),
+            ));
+        }
+        Ok(dir)
+    }
+
+    fn open_any(path: &Path, page: PageSize) -> Result<ImageDir> {
+        let usage = |error: io::Error| {
+            let context = format!("cannot open the image directory {}", path.display());
+            Error::wrap(Kind::Usage, context, error)
+        };
+        let absolute = path.canonicalize().map_err(usage)?;
+        if !absolute.is_dir() {
+            return Err(usage(io::ErrorKind::NotADirectory.into()));
+        }
+        Ok(ImageDir {
+            path: absolute,
+            page,
+        })
+    }
+
+    /// The directory's absolute path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The page size of the images.
+    pub fn page(&self) -> PageSize {
+        self.page
+    }
+
+    /// Pids of the tasks in `pstree.img`, in its order (the root first). Zombies are among them:
+    /// they have no memory.
+    pub fn processes(&self) -> Result<Vec<u32>> {
+        let path = self.path.join("pstree.img");
+        let tasks: Option<Vec<PstreeEntry>> = self.messages(&path, Magic::Pstree)?;
+        let Some(tasks) = tasks else {
+            return Err(Error::new(
+                Kind::Usage,
+                format!(
+                    "there is no {}: the directory given with -D must be the one that criu dump \
+                     wrote and criu restore reads",
+                    path.display()
+                ),
+            ));
+        };
+        Ok(tasks.iter().map(|task| task.pid).collect())
+    }
+
+    /// The mappings of process `pid` by address, from `mm-PID.img`. Neighbours are not joined.
+    pub fn vmas(&self, pid: u32) -> Result<Vec<PageRange>> {
+        let path = self.path.join(format!("mm-{pid}.img"));
+        let damaged = |problem: String| {
+            Error::new(
+                Kind::Image,
+                format!("{} is damaged: {problem}", path.display()),
+            )
+        };
+        let mm: Option<Vec<Mm>> = self.messages(&path, Magic::Mm)?;
+        let Some(mm) = mm else {
+            let text = format!(
+                "there is no {}: pid {pid} was not dumped here",
+                path.display()
+            );
+            return Err(Error::new(Kind::Image, text));
+        };
+        let mut vmas: Vec<PageRange> = Vec::new();
+        for vma in mm.iter().flat_map(|mm| &mm.vmas) {
+            let (start, end) = (vma.start, vma.end);
+            let aligned = self.page.divides(start) && self.page.divides(end);
+            if !aligned || start >= end {
+                return Err(damaged(format!("{start:#x}-{end:#x} is no mapping")));
+            }
+            if vmas.last().is_some_and(|last| last.end().get() > start) {
+                return Err(damaged(format!(
+                    "the mapping at {start:#x} begins before the one before it ends"
+                )));
+            }
+            vmas.push(PageRange::new(start, end));
+        }
+        Ok(vmas)
+    }
+
+    /// Whose pagemaps the directory has, sorted.
+    pub fn targets(&self) -> Result<Vec<Target>> {
+        let failed = |error| Error::file("list", &self.path, error);
+        let mut targets = Vec::new();
+        for entry in self.path.read_dir().map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name();
+            targets.extend(name.to_str().and_then(target_of_pagemap));
+        }
+        targets.sort_unstable();
+        Ok(targets)
+    }
+
+    /// The pagemap of `target`, at its first message. `None` if the directory has none.
+    pub fn pagemap(&self, target: Target) -> Result<Option<(PathBuf, ImageReader)>> {
+        let path = self.path.join(target.pagemap_name());
+        let reader = open_image(&path, Magic::Pagemap)?;
+        Ok(reader.map(|reader| (path, reader)))
+    }
+
+    /// Path of the pages file with the number `pages_id`.
+    pub fn pages_path(&self, pages_id: u32) -> PathBuf {
+        self.path.join(format!("pages-{pages_id}.img"))
+    }
+
+    /// The directory behind the `parent` link; `None` if there is no link or nothing behind it, as
+    /// for CRIU.
+    pub fn parent(&self) -> Result<Option<ImageDir>> {
+        let link = self.path.join(PARENT_LINK);
+        match link.try_exists() {
+            Ok(true) => ImageDir::open_any(&link, self.page).map(Some),
+            Ok(false) => Ok(None),
+            Err(error) => Err(Error::file("follow", &link, error)),
+        }
+    }
+
+    /// This directory and its parents, nearest first. Fails if they go round in a ring or deeper
+    /// than [`PARENT_DEPTH_MAX`].
+    pub fn lineage(&self) -> Result<Vec<ImageDir>> {
+        let mut lineage = vec![self.clone()];
+        let mut next = self.parent()?;
+        while let Some(dir) = next {
+            let problem = if lineage.iter().any(|seen| seen.path == dir.path) {
+                Some(format!("come back to {}", dir.path.display()))
+            } else if lineage.len() == PARENT_DEPTH_MAX {
+                Some(format!("go deeper than {PARENT_DEPTH_MAX} directories"))
+            } else {
+                None
+            };
+            if let Some(problem) = problem {
+                let text = format!("the parents of {} {problem}", self.path.display());
+                return Err(Error::new(Kind::Image, text));
+            }
+            next = dir.parent()?;
+            lineage.push(dir);
+        }
+        Ok(lineage)
+    }
+
+    /// All messages of an image file, `None` if there is no such file.
+    fn messages<M: Message + Default>(&self, path: &Path, magic: Magic) -> Result<Option<Vec<M>>> {
+        let Some(mut reader) = open_image(path, magic)? else {
+            return Ok(None);
+        };
+        let mut messages = Vec::new();
+        while let Some(message) = reader.read().map_err(|error| unreadable(path, error))? {
+            messages.push(message);
+        }
+        Ok(Some(messages))
+    }
+}
+
+/// The error for an image file that cannot be read.
+pub(super) fn unreadable(path: &Path, error: FileError) -> Error {
+    Error::wrap(
+        Kind::Image,
+        format!("cannot read {}", path.display()),
+        error,
+    )
+}
+
+fn open_image(path: &Path, magic: Magic) -> Result<Option<ImageReader>> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::file("open", path, error)),
+    };
+    let reader = MessageReader::new(BufReader::new(file), magic);
+    reader.map(Some).map_err(|error| unreadable(path, error))
+}
+
+fn target_of_pagemap(name: &str) -> Option<Target> {
+    let id = name.strip_prefix("pagemap-")?.strip_suffix(".img")?;
+    match id.strip_prefix("shmem-") {
+        Some(id) => id.parse().ok().map(Target::Shmem),
+        None => id.parse().ok().map(Target::Process),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::file::MessageWriter;
+    use crate::image::proto::Vma;
+
+    const PAGE: PageSize = PageSize::KIB_4;
+
+    fn write<M: Message>(path: &Path, magic: Magic, messages: &[M]) {
+        let mut writer = MessageWriter::new(File::create(path).unwrap(), magic).unwrap();
+        for message in messages {
+            writer.write(message).unwrap();
+        }
+    }
+
+    fn task(pid: u32, ppid: u32) -> PstreeEntry {
+        PstreeEntry { pid, ppid }
+    }
+
+    #[test]
+    fn a_directory_without_images_is_refused_with_advice() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = ImageDir::open(dir.path(), PAGE).unwrap_err();
+        assert_eq!(error.kind(), Kind::Usage);
+        assert!(error.to_string().contains("-D"), "{error}");
+        let error = ImageDir::open(&dir.path().join("none"), PAGE).unwrap_err();
+        assert_eq!(error.kind(), Kind::Usage);
+    }
+
+    #[test]
+    fn processes_and_mappings_come_from_pstree_and_mm() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("pstree.img");
+        write(&path, Magic::Pstree, &[task(7, 0), task(9, 7)]);
+        let vma = |start, end| Vma { start, end };
+        let mm = |vmas| Mm { vmas };
+        let good = mm(vec![vma(0x1000, 0x3000), vma(0x3000, 0x4000)]);
+        write(&tmp.path().join("mm-7.img"), Magic::Mm, &[good]);
+        let bad = mm(vec![vma(0x1000, 0x3000), vma(0x2000, 0x4000)]);
+        write(&tmp.path().join("mm-9.img"), Magic::Mm, &[bad]);
+
+        let dir = ImageDir::open(tmp.path(), PAGE).unwrap();
+        assert_eq!(dir.processes().unwrap(), [7, 9]);
+        let ranges = [
+            PageRange::new(0x1000, 0x3000),
+            PageRange::new(0x3000, 0x4000),
+        ];
+        assert_eq!(dir.vmas(7).unwrap(), ranges);
+        assert_eq!(dir.vmas(9).unwrap_err().kind(), Kind::Image);
+        assert_eq!(dir.vmas(11).unwrap_err().kind(), Kind::Image);
+    }
+
+    #[test]
+    fn parents_are_followed_and_rings_refused() {
+        let tmp = tempfile::tempdir().unwrap();
+        let paths: Vec<_> = (0..3).map(|i| tmp.path().join(i.to_string())).collect();
+        for path in &paths {
+            std::fs::create_dir(path).unwrap();
+            write(&path.join("pstree.img"), Magic::Pstree, &[task(1, 0)]);
+        }
+        std::os::unix::fs::symlink("../1", paths[0].join(PARENT_LINK)).unwrap();
+        std::os::unix::fs::symlink("../2", paths[1].join(PARENT_LINK)).unwrap();
+        let dir = ImageDir::open(&paths[0], PAGE).unwrap();
+        assert_eq!(dir.lineage().unwrap().len(), 3);
+        std::os::unix::fs::symlink("../gone", paths[2].join(PARENT_LINK)).unwrap();
+        assert_eq!(dir.lineage().unwrap().len(), 3);
+        std::fs::remove_file(paths[2].join(PARENT_LINK)).unwrap();
+        std::os::unix::fs::symlink("../1", paths[2].join(PARENT_LINK)).unwrap();
+        assert_eq!(dir.lineage().unwrap_err().kind(), Kind::Image);
+    }
+
+    #[test]
+    fn pagemaps_are_listed_by_what_they_name() {
+        let tmp = tempfile::tempdir().unwrap();
+        for name in [
+            "pagemap-12.img",
+            "pagemap-shmem-3.img",
+            "pages-1.img",
+            "pagemap-x.img",
+        ] {
+            std::fs::write(tmp.path().join(name), "").unwrap();
+        }
+        let dir = ImageDir::open(tmp.path(), PAGE).unwrap();
+        let targets = [Target::Process(12), Target::Shmem(3)];
+        assert_eq!(dir.targets().unwrap(), targets);
+    }
+}

@@ -1,0 +1,216 @@
+//! Image chains against a model that keeps every page in a map.
+
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+mod common;
+
+use common::{Images, PAGE, Run, naive_memory, page_content, write_target};
+use pageferry::criu::header::{PageFlags, Target, Wire};
+use pageferry::error::Kind;
+use pageferry::image::chain::{Absence, Chain, Missing, Place, Stored};
+use pageferry::image::dir::ImageDir;
+use pageferry::units::{PageRange, Vaddr};
+use proptest::prelude::*;
+
+const TARGET: Target = Target::Process(7);
+
+fn flags() -> impl Strategy<Value = PageFlags> {
+    prop::sample::select(vec![
+        PageFlags::PRESENT,
+        PageFlags::PRESENT.with(PageFlags::LAZY),
+        PageFlags::PARENT,
+        PageFlags::PARENT.with(PageFlags::LAZY),
+        PageFlags::LAZY,
+    ])
+}
+
+prop_compose! {
+    fn level()(
+        runs in prop::collection::vec(
+            (0..3u64, 1..6u64, flags(), prop::collection::vec(0..9u32, 6), any::<bool>()),
+            0..12,
+        )
+    ) -> Vec<Run> {
+        let mut at = 1;
+        runs.into_iter().map(|(gap, pages, flags, mut seeds, compressed)| {
+            let start_page = at + gap;
+            at = start_page + pages;
+            let present = flags.has(PageFlags::PRESENT);
+            seeds.truncate(if present { pages as usize } else { 0 });
+            Run { start_page, pages, flags, seeds, compressed: compressed && present }
+        }).collect()
+    }
+}
+
+fn open(images: &Images, missing: Missing) -> pageferry::error::Result<Chain> {
+    let dir = ImageDir::open(&images.dirs[0], PAGE)?;
+    Chain::open(&dir, TARGET, missing)
+}
+
+fn write_levels(levels: &[Vec<Run>], wire: Wire) -> Images {
+    let images = Images::new(levels.len());
+    for (id, (dir, runs)) in images.dirs.iter().zip(levels).enumerate() {
+        write_target(dir, TARGET, wire, id as u32 + 1, runs);
+    }
+    images
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn a_chain_holds_what_the_naive_model_holds(
+        levels in prop::collection::vec(level(), 1..4), v1: bool,
+    ) {
+        let images = write_levels(&levels, if v1 { Wire::V1 } else { Wire::V2 });
+        let chain = open(&images, Missing::Leave).unwrap();
+        let memory = naive_memory(&levels);
+
+        // Extents: sorted, disjoint, covering just the model's pages.
+        let extents = chain.extents();
+        prop_assert!(extents.windows(2).all(|pair| pair[0].range.end() <= pair[1].range.start()));
+        let pages: u64 = extents.iter().map(|extent| extent.range.pages(PAGE).get()).sum();
+        prop_assert_eq!(pages, memory.len() as u64);
+
+        for page in 0..100 {
+            let found = chain.find(Vaddr(page << PAGE.shift()));
+            prop_assert_eq!(found.is_some(), memory.contains_key(&page));
+            let Some(found) = found else { continue };
+            prop_assert_eq!(found.range.start().get(), page << PAGE.shift());
+            let run = levels[0].iter().find(|run| run.range().contains(found.range.start()));
+            prop_assert_eq!(found.lazy, run.unwrap().flags.has(PageFlags::LAZY));
+
+            // The whole tail of the extent reads as the model says.
+            let tail = found.range.pages(PAGE).get();
+            let seeds: Vec<_> = (page..page + tail).map(|page| memory[&page]).collect();
+            if let Place::Absent { .. } = found.place {
+                prop_assert!(seeds.iter().all(Option::is_none));
+                prop_assert!(chain.stored(found.place).is_none());
+                continue;
+            }
+            let mut content = vec![0xaa; found.range.bytes() as usize];
+            chain.read(found.place, &mut content).unwrap();
+            let expected = seeds.iter().flat_map(|seed| page_content(seed.unwrap()));
+            prop_assert!(content.iter().copied().eq(expected));
+            match chain.stored(found.place).unwrap() {
+                Stored::Zero => prop_assert_eq!(seeds[0], Some(0)),
+                Stored::Lz4 { bytes, .. } => prop_assert!(0 < bytes && bytes < PAGE.as_usize()),
+                Stored::Raw { file, offset } => {
+                    let mapped = chain.file(file).mapped(offset, PAGE.as_usize()).unwrap();
+                    prop_assert_eq!(mapped, &content[..PAGE.as_usize()]);
+                }
+            }
+            chain.advise(found.range);
+        }
+        let somewhere = memory.values().all(Option::is_some);
+        prop_assert_eq!(open(&images, Missing::Refuse).is_ok(), somewhere);
+    }
+}
+
+#[test]
+fn entries_that_go_on_in_the_file_become_one_extent() {
+    let lazy = PageFlags::LAZY;
+    let runs = [
+        Run::present(1, 4, lazy, 1),
+        Run::present(5, 4, lazy, 5),
+        Run::present(10, 1, lazy, 9),
+        Run::present(11, 1, PageFlags::default(), 10),
+    ];
+    let images = write_levels(&[runs.to_vec()], Wire::V2);
+    let chain = open(&images, Missing::Refuse).unwrap();
+    let pages: Vec<_> = chain
+        .extents()
+        .iter()
+        .map(|extent| extent.range.pages(PAGE).get())
+        .collect();
+    assert_eq!(pages, [8, 1, 1]);
+    let far: Vec<_> = chain.extents_from(Vaddr(0x7000)).collect();
+    assert_eq!(far.len(), 3);
+    assert_eq!(far[0].range, PageRange::new(0x7000, 0x9000));
+    assert_eq!(
+        far[0].place,
+        Place::Raw {
+            file: 0,
+            offset: 0x6000
+        }
+    );
+}
+
+#[test]
+fn pages_that_no_file_has_are_named_with_the_reason() {
+    let runs = vec![Run::present(1, 4, PageFlags::LAZY, 1)];
+    let absences = |images: &Images| {
+        let error = open(images, Missing::Refuse).unwrap_err();
+        assert_eq!(error.kind(), Kind::Image);
+        let text = error.to_string();
+        assert!(text.contains("pid 7") && text.contains("0x1000"), "{text}");
+        let dir = images.dirs[0].canonicalize().unwrap();
+        assert!(text.contains(dir.to_str().unwrap()), "{text}");
+        let Place::Absent { why, depth: 0 } =
+            open(images, Missing::Leave).unwrap().extents()[0].place
+        else {
+            panic!("the pages are there");
+        };
+        why
+    };
+    let images = write_levels(std::slice::from_ref(&runs), Wire::V2);
+    let file = images.dirs[0].join("pages-1.img");
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(&file)
+        .unwrap()
+        .set_len(0x3fff)
+        .unwrap();
+    assert_eq!(absences(&images), Absence::CutShort);
+    std::fs::remove_file(&file).unwrap();
+    assert_eq!(absences(&images), Absence::NoPagesFile);
+
+    let hole = vec![Run::absent(1, 4, PageFlags::PARENT)];
+    assert_eq!(
+        absences(&write_levels(std::slice::from_ref(&hole), Wire::V1)),
+        Absence::NotInParent
+    );
+    let elsewhere = [hole, vec![Run::present(9, 4, PageFlags::LAZY, 1)]];
+    assert_eq!(
+        absences(&write_levels(&elsewhere, Wire::V2)),
+        Absence::NotInParent
+    );
+    let lazy = vec![Run::absent(1, 4, PageFlags::LAZY)];
+    assert_eq!(
+        absences(&write_levels(&[lazy], Wire::V2)),
+        Absence::WithSource
+    );
+}
+
+#[test]
+fn a_target_without_a_pagemap_and_damaged_images_are_errors() {
+    let images = write_levels(&[vec![Run::present(1, 2, PageFlags::LAZY, 1)]], Wire::V2);
+    let dir = ImageDir::open(&images.dirs[0], PAGE).unwrap();
+    let error = Chain::open(&dir, Target::Shmem(7), Missing::Leave).unwrap_err();
+    assert!(error.to_string().contains("shared memory 7"), "{error}");
+
+    let twice = [
+        Run::present(5, 2, PageFlags::LAZY, 1),
+        Run::present(1, 2, PageFlags::LAZY, 1),
+    ];
+    write_target(&images.dirs[0], TARGET, Wire::V2, 1, &twice);
+    let error = open(&images, Missing::Leave).unwrap_err();
+    assert!(error.to_string().contains("pagemap-7.img"), "{error}");
+}
+
+#[test]
+fn a_damaged_block_is_an_error_that_names_its_file() {
+    let run = Run {
+        compressed: true,
+        ..Run::present(1, 1, PageFlags::LAZY, 1)
+    };
+    let images = write_levels(&[vec![run]], Wire::V2);
+    let file = images.dirs[0].join("pages-1.img");
+    let mut bytes = std::fs::read(&file).unwrap();
+    bytes.fill(0xff);
+    std::fs::write(&file, bytes).unwrap();
+    let chain = open(&images, Missing::Refuse).unwrap();
+    let mut out = vec![0; PAGE.as_usize()];
+    let error = chain.read(chain.extents()[0].place, &mut out).unwrap_err();
+    assert!(error.to_string().contains("pages-1.img"), "{error}");
+}

@@ -1,0 +1,159 @@
+//! Small writers of image directories, with the content of each page known.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use pageferry::criu::header::{PageFlags, Target, Wire};
+use pageferry::image::file::{Magic, MessageWriter};
+use pageferry::image::pagemap::encode_entry;
+use pageferry::image::proto::{CompressedBlocks, PagemapHead};
+use pageferry::units::{PageRange, PageSize};
+
+pub(crate) const PAGE: PageSize = PageSize::KIB_4;
+
+/// What one page of a test holds: told from its seed; 0 is a zero page, odd seeds compress well.
+pub(crate) fn page_content(seed: u32) -> Vec<u8> {
+    let mut state = seed;
+    let noise = |i: usize| {
+        if seed % 2 == 1 && i >= 64 {
+            return (seed % 251) as u8;
+        }
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        state as u8
+    };
+    (0..PAGE.as_usize()).map(noise).collect()
+}
+
+/// A run of an entry: flags, and for PRESENT the seed of each page.
+#[derive(Clone, Debug)]
+pub(crate) struct Run {
+    pub(crate) start_page: u64,
+    pub(crate) pages: u64,
+    pub(crate) flags: PageFlags,
+    /// Seeds of the pages if the run is PRESENT.
+    pub(crate) seeds: Vec<u32>,
+    pub(crate) compressed: bool,
+}
+
+impl Run {
+    pub(crate) fn range(&self) -> PageRange {
+        let at = |page: u64| page << PAGE.shift();
+        PageRange::new(at(self.start_page), at(self.start_page + self.pages))
+    }
+
+    /// A raw PRESENT run with the seeds `first_seed`, `first_seed + 1`...
+    pub(crate) fn present(start_page: u64, pages: u64, flags: PageFlags, first_seed: u32) -> Run {
+        Run {
+            start_page,
+            pages,
+            flags: flags.with(PageFlags::PRESENT),
+            seeds: (first_seed..).take(pages as usize).collect(),
+            compressed: false,
+        }
+    }
+
+    /// A run without bytes.
+    pub(crate) fn absent(start_page: u64, pages: u64, flags: PageFlags) -> Run {
+        Run {
+            start_page,
+            pages,
+            flags,
+            seeds: Vec::new(),
+            compressed: false,
+        }
+    }
+}
+
+/// Writes the pagemap of `target` and its pages file into `dir`.
+pub(crate) fn write_target(dir: &Path, target: Target, wire: Wire, pages_id: u32, runs: &[Run]) {
+    let map = File::create(dir.join(target.pagemap_name())).unwrap();
+    let mut map = MessageWriter::new(map, Magic::Pagemap).unwrap();
+    map.write(&PagemapHead { pages_id }).unwrap();
+    let mut pages = Vec::new();
+    for run in runs {
+        let (flags, blocks) = write_payload(run, &mut pages);
+        let entry = encode_entry(run.range(), flags, blocks, wire, PAGE);
+        map.write(&entry).unwrap();
+    }
+    let mut file = File::create(dir.join(format!("pages-{pages_id}.img"))).unwrap();
+    file.write_all(&pages).unwrap();
+}
+
+fn write_payload(run: &Run, pages: &mut Vec<u8>) -> (PageFlags, Option<CompressedBlocks>) {
+    if !run.compressed {
+        pages.extend(run.seeds.iter().flat_map(|seed| page_content(*seed)));
+        return (run.flags, None);
+    }
+    let blocks: Vec<Vec<u8>> = run.seeds.iter().map(|seed| stored(*seed)).collect();
+    let mut flags = run.flags;
+    if blocks[0].len() == PAGE.as_usize() {
+        flags = flags.with(PageFlags::PAYLOAD_ALIGNED);
+        pages.resize(pages.len().next_multiple_of(PAGE.as_usize()), 0);
+    }
+    let block_sizes: Vec<u32> = blocks.iter().map(|block| block.len() as u32).collect();
+    let total = block_sizes.iter().map(|size| u64::from(*size)).sum();
+    pages.extend(blocks.into_iter().flatten());
+    let blocks = CompressedBlocks {
+        block_sizes,
+        total_payload_size: Some(total),
+        pages_per_block: Some(1),
+    };
+    (flags, Some(blocks))
+}
+
+/// A page as CRIU 4.3 stores it: nothing for zeros, raw from 7/8 of a page on, else LZ4.
+fn stored(seed: u32) -> Vec<u8> {
+    let page = page_content(seed);
+    let block = lz4_flex::block::compress(&page);
+    match seed {
+        0 => Vec::new(),
+        _ if block.len() >= page.len() / 8 * 7 => page,
+        _ => block,
+    }
+}
+
+/// A chain of directories in a temporary one; the first is the youngest.
+pub(crate) struct Images {
+    _root: tempfile::TempDir,
+    pub(crate) dirs: Vec<PathBuf>,
+}
+
+impl Images {
+    /// `depth` empty directories, each with the next as its parent.
+    pub(crate) fn new(depth: usize) -> Images {
+        let root = tempfile::tempdir().unwrap();
+        let dirs: Vec<_> = (0..depth)
+            .map(|i| root.path().join(i.to_string()))
+            .collect();
+        for (i, dir) in dirs.iter().enumerate() {
+            std::fs::create_dir(dir).unwrap();
+            if i + 1 < depth {
+                std::os::unix::fs::symlink(format!("../{}", i + 1), dir.join("parent")).unwrap();
+            }
+        }
+        Images { _root: root, dirs }
+    }
+}
+
+/// The content of each page of the youngest directory, by page number: the slow way, page by page.
+/// `None` for a page that no directory has.
+pub(crate) fn naive_memory(levels: &[Vec<Run>]) -> BTreeMap<u64, Option<u32>> {
+    let Some((runs, parents)) = levels.split_first() else {
+        return BTreeMap::new();
+    };
+    let parents = naive_memory(parents);
+    let mut memory = BTreeMap::new();
+    for run in runs {
+        for page in run.start_page..run.start_page + run.pages {
+            let own = run.seeds.get((page - run.start_page) as usize).copied();
+            let inherited = parents.get(&page).copied().flatten();
+            let in_parent = run.flags.has(PageFlags::PARENT);
+            memory.insert(page, if in_parent { inherited } else { own });
+        }
+    }
+    memory
+}
