@@ -18,6 +18,7 @@ pub mod criu;
 pub mod daemon;
 pub mod error;
 pub mod image;
+pub mod lazy;
 pub mod limits;
 pub mod sys;
 pub mod units;

@@ -1,0 +1,8 @@
+//! The post-copy brain, pure: which memory of which process is missing, what to fetch next, what to
+//! do with what arrives. No descriptor, no clock, no payload.
+
+pub mod extents;
+pub mod pattern;
+pub mod planner;
+pub mod space;
+pub mod window;

@@ -1,0 +1,194 @@
+//! What a process's faults show about the faults to come, and so how much to bring with each.
+//!
+//! Several threads walk at once, so a few walks are followed, each with where its last fault was and
+//! how often it went on the same way. A fault near the front of a walk continues it, and twice as
+//! much is read ahead as before. Three faults at one distance, too far apart for a walk, are a
+//! stride. Any other fault begins a new walk and brings only itself: its neighbours come with the
+//! background stream, which goes where the last faults were.
+
+/// Walks followed at once in a process: more threads than that fault as if at random.
+const WALKS: usize = 8;
+
+/// Most pages brought with one fault: 256 KiB in 4 KiB pages.
+const AHEAD_PAGES_MAX: u64 = 64;
+
+/// How far beyond what was read ahead a fault still continues a walk, pages: the background stream
+/// may have filled what lies between.
+const SLACK_PAGES: u64 = 64;
+
+/// How many further pages of a stride are brought.
+const STRIDE_PAGES: i64 = 4;
+
+/// What to fetch for a fault, in pages relative to the faulting one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Around {
+    /// The page and those above it, this many in all.
+    Up(u64),
+    /// The page and those below it, this many in all.
+    Down(u64),
+    /// The page, and `count` single pages at multiples of `step` pages from it.
+    Stride {
+        /// Distance in pages, negative for downwards.
+        step: i64,
+        /// How many pages besides the faulting one.
+        count: i64,
+    },
+}
+
+#[derive(Clone, Copy, Default, Debug)]
+struct Walk {
+    last: u64,
+    upwards: bool,
+    /// How many faults in a row went the same way; 0 for a walk of one fault.
+    run: u32,
+    used: u64,
+}
+
+impl Walk {
+    /// How many pages its last fault brought.
+    fn ahead(self) -> u64 {
+        1_u64
+            .checked_shl(2 * self.run)
+            .unwrap_or(u64::MAX)
+            .clamp(1, AHEAD_PAGES_MAX)
+    }
+
+    fn reaches(self, page: u64) -> bool {
+        self.used > 0 && self.last.abs_diff(page) <= self.ahead() + SLACK_PAGES
+    }
+}
+
+/// The walks of one process.
+#[derive(Clone, Default, Debug)]
+pub struct Pattern {
+    walks: [Walk; WALKS],
+    faults: u64,
+    last: u64,
+    stride: i64,
+    strides: u32,
+}
+
+impl Pattern {
+    /// Takes note of a fault on page number `page` and says what to bring.
+    pub fn observe(&mut self, page: u64) -> Around {
+        self.faults += 1;
+        let used = self.faults;
+        self.observe_stride(page);
+        if let Some(walk) = self.walks.iter_mut().find(|walk| walk.reaches(page)) {
+            let upwards = page >= walk.last;
+            let run = if walk.run == 0 || walk.upwards == upwards {
+                walk.run + 1
+            } else {
+                0
+            };
+            *walk = Walk {
+                last: page,
+                upwards,
+                run,
+                used,
+            };
+            return if upwards {
+                Around::Up(walk.ahead())
+            } else {
+                Around::Down(walk.ahead())
+            };
+        }
+        if self.strides >= 2 {
+            return Around::Stride {
+                step: self.stride,
+                count: STRIDE_PAGES,
+            };
+        }
+        if let Some(oldest) = self.walks.iter_mut().min_by_key(|walk| walk.used) {
+            *oldest = Walk {
+                last: page,
+                upwards: true,
+                run: 0,
+                used,
+            };
+        }
+        Around::Up(1)
+    }
+
+    /// Pages that were brought ahead fault no more, so a known stride goes on in multiples.
+    fn observe_stride(&mut self, page: u64) {
+        let step = page.wrapping_sub(self.last).cast_signed();
+        self.last = page;
+        let goes_on = self.stride != 0
+            && step.checked_rem(self.stride) == Some(0)
+            && (1..=STRIDE_PAGES + 1).contains(&(step / self.stride));
+        if goes_on {
+            self.strides += 1;
+        } else {
+            self.stride = step;
+            self.strides = 0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_walk_upwards_reads_further_and_further_ahead() {
+        let mut pattern = Pattern::default();
+        let mut page = 1000;
+        let mut brought = Vec::new();
+        for _ in 0..5 {
+            let Around::Up(pages) = pattern.observe(page) else {
+                panic!("not upwards")
+            };
+            brought.push(pages);
+            page += pages;
+        }
+        assert_eq!(brought, [1, 4, 16, 64, 64]);
+    }
+
+    #[test]
+    fn a_walk_downwards_reads_below() {
+        let mut pattern = Pattern::default();
+        assert_eq!(pattern.observe(1000), Around::Up(1));
+        assert_eq!(pattern.observe(999), Around::Down(4));
+        assert_eq!(pattern.observe(995), Around::Down(16));
+    }
+
+    #[test]
+    fn lone_faults_bring_only_themselves() {
+        let mut pattern = Pattern::default();
+        for page in [
+            10, 9_000, 77_000, 3_000, 500_000, 123_456, 42_000, 8_888, 1_000_000,
+        ] {
+            assert_eq!(pattern.observe(page), Around::Up(1));
+        }
+    }
+
+    #[test]
+    fn a_wide_stride_is_followed_although_its_next_pages_fault_no_more() {
+        let mut pattern = Pattern::default();
+        for page in [10_000, 11_000, 12_000] {
+            assert_eq!(pattern.observe(page), Around::Up(1));
+        }
+        let stride = Around::Stride {
+            step: 1000,
+            count: STRIDE_PAGES,
+        };
+        assert_eq!(pattern.observe(13_000), stride);
+        assert_eq!(pattern.observe(18_000), stride);
+    }
+
+    #[test]
+    fn threads_that_walk_at_once_do_not_disturb_each_other() {
+        let mut pattern = Pattern::default();
+        let mut fronts = [1_000_u64, 100_000, 200_000, 300_000];
+        for round in 0..4 {
+            for front in &mut fronts {
+                let Around::Up(pages) = pattern.observe(*front) else {
+                    panic!("not upwards")
+                };
+                assert_eq!(pages, [1, 4, 16, 64][round]);
+                *front += pages;
+            }
+        }
+    }
+}

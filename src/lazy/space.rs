@@ -1,0 +1,428 @@
+//! One process's missing memory: what a source far away has, what local images have, what is on
+//! the way.
+//!
+//! ```text
+//!   remote --fault or stream--> flight --installed--> (nothing: the page is there)
+//!   local  --------------------------- installed--> (nothing)
+//!   any    --unmapped, removed, exited-----------> (gone)
+//!   flight --short answer, connection lost--> remote
+//! ```
+//!
+//! A page is in at most one of the three maps. The kernel's events (remap, unmap, remove) are
+//! applied to all three, so an answer that comes late finds the page where it is now, or nowhere.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use super::extents::{ExtentMap, ImageIndex, Piece};
+use super::pattern::{Around, Pattern};
+use crate::units::{PageRange, PageSize, Vaddr};
+
+/// Faults whose neighbourhood the stream visits first, at most.
+const RECENT_FAULTS_MAX: usize = 32;
+
+/// The stream fetches present pages again rather than ask twice, up to this gap in bytes.
+const GAP_BYTES_MAX: u64 = 32 << 10;
+
+/// Most bytes of a local image installed for one fault: beyond it other faults wait too long.
+const LOCAL_FAULT_BYTES_MAX: u64 = 64 << 10;
+
+/// Why pages are asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Class {
+    /// A thread waits for the first page.
+    Fault,
+    /// Neighbours of a fault, or the next pages of a stride.
+    Around,
+    /// The background stream.
+    Stream,
+}
+
+/// Pages to ask the source for, by their addresses in the dump.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Wanted {
+    /// Addresses in the dump.
+    pub image: PageRange,
+    /// Why.
+    pub class: Class,
+}
+
+/// What a fault needs at once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FaultAnswer {
+    /// No image has the page: it is zero (or already there).
+    Zero,
+    /// The page is on the way, or will be asked for.
+    Wait,
+    /// Install this piece from a local image; the faulting page comes first.
+    Local(Piece),
+}
+
+/// A thread that has got its page.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Served {
+    /// The page it waited for.
+    pub page: Vaddr,
+    /// When its fault was read, µs.
+    pub since_us: u64,
+}
+
+/// The missing memory of one process.
+#[derive(Debug)]
+pub struct Space {
+    pid: u32,
+    page: PageSize,
+    remote: ExtentMap,
+    local: ExtentMap,
+    flight: ExtentMap<ImageIndex>,
+    /// What the source had at the start, sorted, by address in the dump: no request leaves one.
+    origins: Arc<[PageRange]>,
+    urgent: VecDeque<Wanted>,
+    waiting: BTreeMap<u64, u64>,
+    pattern: Pattern,
+    recent: VecDeque<Vaddr>,
+    remote_cursor: Vaddr,
+    local_cursor: Vaddr,
+}
+
+impl Space {
+    /// The memory of the process that the images call `pid`. `remote` and `local` are the runs that
+    /// the source and the local images have, by address, cut at the borders of mappings.
+    pub fn new(
+        pid: u32,
+        page: PageSize,
+        remote: impl IntoIterator<Item = PageRange>,
+        local: impl IntoIterator<Item = PageRange>,
+    ) -> Space {
+        let origins: Arc<[PageRange]> = remote.into_iter().collect();
+        let in_place = |range: &PageRange| Piece {
+            at: *range,
+            image: range.start(),
+        };
+        let mut space = Space::empty(pid, page, Arc::clone(&origins));
+        origins
+            .iter()
+            .for_each(|range| space.remote.insert(in_place(range)));
+        local
+            .into_iter()
+            .for_each(|range| space.local.insert(in_place(&range)));
+        space
+    }
+
+    fn empty(pid: u32, page: PageSize, origins: Arc<[PageRange]>) -> Space {
+        Space {
+            pid,
+            page,
+            remote: ExtentMap::default(),
+            local: ExtentMap::default(),
+            flight: ExtentMap::default(),
+            origins,
+            urgent: VecDeque::new(),
+            waiting: BTreeMap::new(),
+            pattern: Pattern::default(),
+            recent: VecDeque::new(),
+            remote_cursor: Vaddr(0),
+            local_cursor: Vaddr(0),
+        }
+    }
+
+    /// The memory of a child that was just forked: it lacks all that its parent lacks. What is on
+    /// the way for the parent will be asked for again.
+    #[must_use]
+    pub fn fork(&self) -> Space {
+        let mut child = Space::empty(self.pid, self.page, Arc::clone(&self.origins));
+        child.remote = self.remote.clone();
+        child.local = self.local.clone();
+        self.flight
+            .iter()
+            .for_each(|piece| child.remote.insert(piece));
+        child
+    }
+
+    /// The process's pid in the images; a forked child has its ancestor's.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Whether every page is installed or gone.
+    pub fn is_complete(&self) -> bool {
+        self.remote.is_empty() && self.local.is_empty() && self.flight.is_empty()
+    }
+
+    /// Bytes that are not there yet.
+    pub fn missing_bytes(&self) -> u64 {
+        self.remote.bytes() + self.local.bytes() + self.flight.bytes()
+    }
+
+    /// Bytes that only the source has.
+    pub fn remote_bytes(&self) -> u64 {
+        self.remote.bytes() + self.flight.bytes()
+    }
+
+    /// How many separate runs are kept.
+    pub fn runs(&self) -> usize {
+        self.remote.len() + self.local.len() + self.flight.len()
+    }
+
+    /// A thread touched `addr`.
+    pub fn fault(&mut self, addr: Vaddr, now_us: u64) -> FaultAnswer {
+        let start = Vaddr(self.page.floor(addr.get()));
+        self.waiting.entry(start.get()).or_insert(now_us);
+        if self.flight.find(start).is_some() {
+            return FaultAnswer::Wait;
+        }
+        if let Some(piece) = self.remote.find(start) {
+            let around = self.pattern.observe(start.get() >> self.page.shift());
+            self.ask_around(start, piece, around);
+            self.remember(start);
+            return FaultAnswer::Wait;
+        }
+        if let Some(piece) = self.local.find(start) {
+            let pages = match self.pattern.observe(start.get() >> self.page.shift()) {
+                Around::Up(pages) => pages,
+                Around::Down(_) | Around::Stride { .. } => 1,
+            };
+            self.local_cursor = start;
+            let bytes = (pages * self.page.bytes()).min(LOCAL_FAULT_BYTES_MAX);
+            return FaultAnswer::Local(piece.part(self.run_from(start, bytes, piece)));
+        }
+        FaultAnswer::Zero
+    }
+
+    /// Moves the faulting page and what goes with it from `remote` to `urgent`.
+    fn ask_around(&mut self, start: Vaddr, piece: Piece, around: Around) {
+        let page = self.page.bytes();
+        match around {
+            Around::Up(pages) => {
+                self.ask(self.run_from(start, pages * page, piece), Class::Fault);
+            }
+            Around::Down(pages) => {
+                self.ask(self.run_from(start, page, piece), Class::Fault);
+                let lowest = start.get().saturating_sub((pages - 1) * page);
+                let below = PageRange::new(lowest.max(piece.at.start().get()), start.get());
+                self.ask(below, Class::Around);
+            }
+            Around::Stride { step, count } => {
+                self.ask(self.run_from(start, page, piece), Class::Fault);
+                for multiple in 1..=count {
+                    let distance = step
+                        .saturating_mul(multiple)
+                        .saturating_mul(page.cast_signed());
+                    let Some(next) = start.get().checked_add_signed(distance) else {
+                        break;
+                    };
+                    if let Some(there) = self.remote.find(Vaddr(next)) {
+                        self.ask(self.run_from(Vaddr(next), page, there), Class::Around);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Up to `bytes` from `start` on, within `piece`.
+    fn run_from(&self, start: Vaddr, bytes: u64, piece: Piece) -> PageRange {
+        PageRange::new(
+            start.get(),
+            piece.at.end().get().min(start.get().saturating_add(bytes)),
+        )
+    }
+
+    fn ask(&mut self, range: PageRange, class: Class) {
+        let (flight, urgent) = (&mut self.flight, &mut self.urgent);
+        self.remote.take(range, |piece| {
+            flight.insert(piece);
+            urgent.push_back(Wanted {
+                image: piece.image_range(),
+                class,
+            });
+        });
+    }
+
+    fn remember(&mut self, fault: Vaddr) {
+        if self.recent.len() == RECENT_FAULTS_MAX {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(fault);
+    }
+
+    /// The next pages that a fault asks for and that have not been sent for.
+    pub fn next_urgent(&mut self) -> Option<Wanted> {
+        loop {
+            let wanted = self.urgent.pop_front()?;
+            // Unmapped before it went out: nobody needs it any more.
+            if self.flight.find_image(wanted.image).is_some() {
+                return Some(wanted);
+            }
+        }
+    }
+
+    /// The next pages of the background stream, at most `chunk` bytes: what lies around the latest
+    /// faults first, then ascending.
+    pub fn next_stream(&mut self, chunk: u64) -> Option<Wanted> {
+        let first = self.near_recent(chunk).or_else(|| self.ascending(chunk))?;
+        let range = self.join_over_gaps(first, chunk);
+        let flight = &mut self.flight;
+        self.remote.take(range, |piece| flight.insert(piece));
+        let image = first.image.get();
+        let image = PageRange::new(image, image + range.bytes());
+        Some(Wanted {
+            image,
+            class: Class::Stream,
+        })
+    }
+
+    fn near_recent(&mut self, chunk: u64) -> Option<Piece> {
+        while let Some(fault) = self.recent.back() {
+            let start = fault.get() - fault.get() % chunk;
+            let block = PageRange::new(start, start.saturating_add(chunk));
+            let next = self.remote.next_from(block.start());
+            if let Some(part) =
+                next.and_then(|piece| piece.at.intersect(block).map(|at| piece.part(at)))
+            {
+                return Some(part);
+            }
+            self.recent.pop_back();
+        }
+        None
+    }
+
+    fn ascending(&mut self, chunk: u64) -> Option<Piece> {
+        let next = self
+            .remote
+            .next_from(self.remote_cursor)
+            .or_else(|| self.remote.next_from(Vaddr(0)))?;
+        let part = next.part(self.run_from(next.at.start(), chunk, next));
+        self.remote_cursor = part.at.end();
+        Some(part)
+    }
+
+    /// Lengthens `first` over small gaps of pages that are there already, as long as the source had
+    /// all of it in one run: one request then serves for several.
+    fn join_over_gaps(&self, first: Piece, chunk: u64) -> PageRange {
+        let start = first.at.start().get();
+        let mut end = first.at.end().get();
+        let shift = first.image.get().wrapping_sub(start);
+        let origin = self.origin(first.image);
+        while end - start < chunk {
+            let Some(next) = self.remote.next_from(Vaddr(end)) else {
+                break;
+            };
+            let longest = next.at.start().get() - start + self.page.bytes();
+            let gap = next.at.start().get() - end;
+            let same_run = next.image.get().wrapping_sub(next.at.start().get()) == shift
+                && origin.is_some_and(|origin| origin.contains(next.image));
+            if gap > GAP_BYTES_MAX || longest > chunk || !same_run {
+                break;
+            }
+            end = next.at.end().get().min(start + chunk);
+        }
+        PageRange::new(start, end)
+    }
+
+    fn origin(&self, image: Vaddr) -> Option<PageRange> {
+        let behind = self.origins.partition_point(|range| range.start() <= image);
+        self.origins
+            .get(behind.checked_sub(1)?)
+            .copied()
+            .filter(|range| range.contains(image))
+    }
+
+    /// The next piece to install from local images in the background, at most `chunk` bytes.
+    pub fn next_local(&mut self, chunk: u64) -> Option<Piece> {
+        let next = self
+            .local
+            .next_from(self.local_cursor)
+            .or_else(|| self.local.next_from(Vaddr(0)))?;
+        let part = next.part(self.run_from(next.at.start(), chunk, next));
+        self.local_cursor = part.at.end();
+        Some(part)
+    }
+
+    /// Where the first of the pages `image` that has come is to be installed now.
+    pub fn arrived(&self, image: PageRange) -> Option<Piece> {
+        self.flight.find_image(image)
+    }
+
+    /// The first piece that only the source has and that is not on the way.
+    pub fn first_remote(&self) -> Option<Piece> {
+        self.remote.next_from(Vaddr(0))
+    }
+
+    /// The source will not bring `image` with this answer: ask again. Threads that wait go first.
+    pub fn give_back(&mut self, image: PageRange) {
+        while let Some(piece) = self.flight.find_image(image) {
+            self.return_to_remote(piece.at);
+        }
+    }
+
+    /// Nothing is on the way any more.
+    pub fn give_back_all(&mut self) {
+        self.urgent.clear();
+        self.return_to_remote(PageRange::new(0, u64::MAX));
+    }
+
+    fn return_to_remote(&mut self, at: PageRange) {
+        let remote = &mut self.remote;
+        self.flight.take(at, |piece| remote.insert(piece));
+        let waiting: Vec<u64> = self
+            .waiting
+            .range(at.start().get()..at.end().get())
+            .map(|(page, _)| *page)
+            .collect();
+        for start in waiting {
+            if let Some(piece) = self.remote.find(Vaddr(start)) {
+                self.ask(
+                    self.run_from(Vaddr(start), self.page.bytes(), piece),
+                    Class::Fault,
+                );
+            }
+        }
+    }
+
+    /// The pages at `range` are there, or gone: nobody has to bring them. Returns how many bytes
+    /// of them were missing; `served` sees the threads that waited for one.
+    pub fn settle(&mut self, range: PageRange, mut served: impl FnMut(Served)) -> u64 {
+        let mut bytes = 0;
+        let mut count = |piece: Piece| bytes += piece.at.bytes();
+        self.flight.take(range, &mut count);
+        self.remote.take(range, &mut count);
+        self.local.take(range, &mut count);
+        while let Some((page, since_us)) = self.next_waiting(range) {
+            self.waiting.remove(&page);
+            served(Served {
+                page: Vaddr(page),
+                since_us,
+            });
+        }
+        bytes
+    }
+
+    fn next_waiting(&self, range: PageRange) -> Option<(u64, u64)> {
+        let mut waiting = self.waiting.range(range.start().get()..range.end().get());
+        waiting.next().map(|(page, since_us)| (*page, *since_us))
+    }
+
+    /// The memory at `from` moved to `to`. Threads that waited at the old addresses are returned by
+    /// `served`: they must be woken to find out.
+    pub fn remap(&mut self, from: PageRange, to: Vaddr, mut served: impl FnMut(Served)) {
+        let Some(end) = to.get().checked_add(from.bytes()) else {
+            return;
+        };
+        // What the kernel moves memory onto it has unmapped before.
+        self.settle(PageRange::new(to.get(), end), &mut served);
+        self.remote.shift(from, to);
+        self.local.shift(from, to);
+        self.flight.shift(from, to);
+        self.settle(from, served);
+    }
+
+    /// How many threads wait.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Whether a thread waits for a page of `range`.
+    pub fn is_awaited(&self, range: PageRange) -> bool {
+        self.next_waiting(range).is_some()
+    }
+}

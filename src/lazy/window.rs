@@ -1,0 +1,249 @@
+//! How much may be on the way from the source at once, and how fast the background may go.
+//!
+//! A fault waits behind what was asked for before it, so the window is kept near one
+//! bandwidth-delay product: enough to keep the link full, and no deep queue. Both factors are
+//! measured from the traffic itself: the rate as the best seen of late, the delay as the shortest
+//! time to the first byte of an answer. While the window is the bottleneck each round trip shows a
+//! higher rate, so it grows by itself until the link is full.
+
+use std::collections::VecDeque;
+
+/// Smallest request of the background stream, bytes.
+pub const CHUNK_BYTES_MIN: u64 = 32 << 10;
+
+/// Largest request of the background stream, bytes. Beyond it a fault waits longer for no gain.
+pub const CHUNK_BYTES_MAX: u64 = 128 << 10;
+
+/// Largest window, bytes: 10 Gbit/s at 100 ms round trip.
+const WINDOW_BYTES_MAX: u64 = 128 << 20;
+
+/// A request of the background stream should keep the link busy about this long, µs.
+const CHUNK_TIME_US: u64 = 125;
+
+/// How long a shortest delay stands, µs: a route may become longer.
+const DELAY_MEMORY_US: u64 = 10_000_000;
+
+/// How many rate samples are remembered.
+const RATE_SAMPLES: usize = 32;
+
+/// What was true when a request was sent; handed back with its answer.
+#[derive(Clone, Copy, Debug)]
+pub struct Ticket {
+    sent_us: u64,
+    received_then: u64,
+}
+
+/// Measures one connection to a source and bounds what is on the way over it.
+#[derive(Debug)]
+pub struct Window {
+    in_flight: u64,
+    received: u64,
+    rates: VecDeque<u64>,
+    delay_us: Option<u64>,
+    previous_delay_us: Option<u64>,
+    delay_since_us: u64,
+}
+
+impl Default for Window {
+    fn default() -> Window {
+        Window {
+            in_flight: 0,
+            received: 0,
+            rates: VecDeque::with_capacity(RATE_SAMPLES),
+            delay_us: None,
+            previous_delay_us: None,
+            delay_since_us: 0,
+        }
+    }
+}
+
+impl Window {
+    /// A request for `bytes` goes out at `now_us`.
+    pub fn sent(&mut self, bytes: u64, now_us: u64) -> Ticket {
+        self.in_flight += bytes;
+        Ticket {
+            sent_us: now_us,
+            received_then: self.received,
+        }
+    }
+
+    /// The first byte of the answer to a request has come.
+    pub fn answered(&mut self, ticket: Ticket, now_us: u64) {
+        let delay = now_us.saturating_sub(ticket.sent_us).max(1);
+        if now_us.saturating_sub(self.delay_since_us) > DELAY_MEMORY_US / 2 {
+            self.previous_delay_us = self.delay_us.take();
+            self.delay_since_us = now_us;
+        }
+        self.delay_us = Some(self.delay_us.map_or(delay, |known| known.min(delay)));
+    }
+
+    /// The answer to a request for `asked` bytes is complete, with `got` bytes.
+    pub fn completed(&mut self, ticket: Ticket, asked: u64, got: u64, now_us: u64) {
+        self.in_flight = self.in_flight.saturating_sub(asked);
+        self.received += got;
+        let took = now_us.saturating_sub(ticket.sent_us).max(1);
+        let rate = (self.received - ticket.received_then).saturating_mul(1_000_000) / took;
+        if self.rates.len() == RATE_SAMPLES {
+            self.rates.pop_front();
+        }
+        self.rates.push_back(rate);
+    }
+
+    /// Nothing is on the way any more: the connection is gone.
+    pub fn reset(&mut self) {
+        *self = Window {
+            received: self.received,
+            ..Window::default()
+        };
+    }
+
+    /// Bytes a second that the link was last seen to carry, 0 before the first answer.
+    pub fn rate(&self) -> u64 {
+        self.rates.iter().copied().max().unwrap_or(0)
+    }
+
+    /// What the link holds: rate times shortest delay, bytes.
+    pub fn product(&self) -> u64 {
+        let delay = [self.delay_us, self.previous_delay_us]
+            .into_iter()
+            .flatten()
+            .min()
+            .unwrap_or(0);
+        let product = u128::from(self.rate()) * u128::from(delay) / 1_000_000;
+        u64::try_from(product)
+            .unwrap_or(u64::MAX)
+            .min(WINDOW_BYTES_MAX)
+    }
+
+    /// How large a request of the background stream should be, bytes.
+    pub fn chunk_bytes(&self) -> u64 {
+        let bytes = self.rate().saturating_mul(CHUNK_TIME_US) / 1_000_000;
+        bytes
+            .clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)
+            .next_power_of_two()
+    }
+
+    /// Whether one more request of the background stream may go out.
+    pub fn has_room(&self) -> bool {
+        // One request beyond the product, so that the source never runs dry between two.
+        let limit = self.product() + self.product() / 8 + self.chunk_bytes();
+        self.in_flight < limit.max(2 * self.chunk_bytes())
+    }
+
+    /// Bytes asked for and not yet received.
+    pub fn in_flight(&self) -> u64 {
+        self.in_flight
+    }
+}
+
+/// Holds the background to a rate: a bucket that fills with time.
+#[derive(Debug)]
+pub struct RateLimit {
+    bytes_per_second: u64,
+    /// Bytes that may be asked for now; below zero after a request larger than what was there.
+    allowance: i128,
+    filled_us: u64,
+}
+
+impl RateLimit {
+    /// A limit of `bytes_per_second`, at least 1.
+    pub fn new(bytes_per_second: u64) -> RateLimit {
+        RateLimit {
+            bytes_per_second: bytes_per_second.max(1),
+            allowance: 0,
+            filled_us: 0,
+        }
+    }
+
+    /// Until when to wait before the next request, or `None` if it may go now.
+    pub fn wait_until_us(&mut self, now_us: u64) -> Option<u64> {
+        let rate = i128::from(self.bytes_per_second);
+        let passed = i128::from(now_us.saturating_sub(self.filled_us));
+        let earned = passed * rate / 1_000_000;
+        if earned > 0 {
+            // A tenth of a second's worth at most is saved up.
+            self.allowance = (self.allowance + earned).min(rate / 10 + 1);
+            self.filled_us = now_us;
+        }
+        if self.allowance >= 0 {
+            return None;
+        }
+        let wait = (-self.allowance * 1_000_000 + rate - 1) / rate;
+        Some(now_us.saturating_add(u64::try_from(wait).unwrap_or(u64::MAX).max(1)))
+    }
+
+    /// `bytes` were asked for.
+    pub fn spend(&mut self, bytes: u64) {
+        self.allowance -= i128::from(bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A link of `rate` bytes a second and `delay_us` round trip, kept as full as the window allows
+    /// for `requests` answers; returns the window at the end.
+    fn drive(rate: u64, delay_us: u64, requests: usize) -> Window {
+        let mut window = Window::default();
+        let mut on_the_way = VecDeque::new();
+        let (mut now, mut link_free_at) = (0_u64, 0_u64);
+        for _ in 0..requests {
+            while window.has_room() {
+                let bytes = window.chunk_bytes();
+                let ticket = window.sent(bytes, now);
+                let starts = (now + delay_us).max(link_free_at);
+                link_free_at = starts + bytes * 1_000_000 / rate;
+                on_the_way.push_back((ticket, bytes, starts, link_free_at));
+            }
+            let (ticket, bytes, first, last) = on_the_way.pop_front().unwrap();
+            window.answered(ticket, first.max(now));
+            now = last;
+            window.completed(ticket, bytes, bytes, now);
+        }
+        window
+    }
+
+    #[test]
+    fn grows_to_the_bandwidth_delay_product_and_not_far_beyond() {
+        for (rate, delay_us) in [
+            (125_000_000, 1_000),
+            (1 << 30, 100),
+            (1_250_000_000, 100_000),
+        ] {
+            let window = drive(rate, delay_us, 20_000);
+            let product = rate * delay_us / 1_000_000;
+            assert!(
+                window.rate() > rate * 8 / 10,
+                "{rate} {delay_us}: rate {}",
+                window.rate()
+            );
+            let most = product + product / 2 + 3 * CHUNK_BYTES_MAX;
+            assert!(
+                window.in_flight() <= most,
+                "{rate} {delay_us}: {}",
+                window.in_flight()
+            );
+        }
+    }
+
+    #[test]
+    fn a_rate_limit_holds_on_average() {
+        let mut limit = RateLimit::new(10 << 20);
+        let (mut now, mut sent) = (0, 0_u64);
+        while now < 10_000_000 {
+            match limit.wait_until_us(now) {
+                Some(later) => {
+                    assert!(later > now);
+                    now = later;
+                }
+                None => {
+                    limit.spend(64 << 10);
+                    sent += 64 << 10;
+                }
+            }
+        }
+        let expected = 100 << 20;
+        assert!(sent.abs_diff(expected) < 2 << 20, "{sent}");
+    }
+}
