@@ -1,3 +1,5 @@
 //! What CRIU says on its sockets, as pure code: no descriptors, no clock, no payload.
 
+pub mod fetch;
 pub mod header;
+pub mod lazy_socket;

@@ -1,5 +1,7 @@
 //! The only `unsafe` code: what the kernel offers and no well-kept crate wraps.
 #![allow(unsafe_code)]
 
+pub mod fdpass;
 pub mod mapping;
 pub mod process;
+pub mod uffd;
