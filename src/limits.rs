@@ -17,6 +17,10 @@ pub const PARENT_DEPTH_MAX: usize = 1024;
 /// Largest process or shared memory id that a dst_id may name.
 pub const DST_ID_MAX: u64 = u32::MAX as u64;
 
+/// Most processes and shared memory segments in one session. Each makes files, so a peer may not ask
+/// for any number of them.
+pub const SESSION_TARGETS_MAX: usize = 1 << 16;
+
 /// Most lines that wait for the log's disk before new ones are dropped.
 pub const LOG_LINES_MAX: usize = 8192;
 

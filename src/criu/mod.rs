@@ -1,5 +1,7 @@
 //! What CRIU says on its sockets, as pure code: no descriptors, no clock, no payload.
 
+pub mod deframer;
 pub mod fetch;
 pub mod header;
 pub mod lazy_socket;
+pub mod receive;
