@@ -1,1 +1,18 @@
 //! Real CRIUs, real processes and two hosts on one machine.
+//!
+//! The tests, the demo and the benchmarks of pageferry are judged by unmodified CRIUs. This crate
+//! fetches them, makes processes whose every page is known, dumps and restores them through either
+//! side's transport daemons, and puts networks with a rate and a delay between the two.
+//!
+//! ```text
+//!   criu       finds and fetches real CRIUs            bins, gate   what a test needs, or skips without
+//!   load       the process under test                  process      guards: nothing outlives its owner
+//!   daemons    page-server and lazy-pages, both makes  net, proxy   two hosts, delay, rate, cuts
+//!   migration  dump and restore, with all logs         pipes        fs.pipe-max-size
+//! ```
+//!
+//! Invariants: every process, namespace, mount and sysctl belongs to a guard that undoes it on drop;
+//! processes are killed by pid and only by who started them; waiting has a condition and a deadline.
+
+pub mod load;
+pub mod sys;

@@ -1,0 +1,209 @@
+//! The test process's raw memory, and the other calls that need `unsafe`.
+//!
+//! All memory under test lies in one window of addresses that nothing else in the process uses:
+//! the Rust heap, stacks and statics are elsewhere. Every function here checks that the range it is
+//! given lies in the window, so no call can touch memory that Rust owns. A page of the window that
+//! is not mapped, or not writable, raises a signal that ends the process: for a test process that
+//! is an answer, not undefined behaviour.
+
+#![allow(unsafe_code)]
+
+use std::ffi::c_void;
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::ptr::{self, NonNull};
+
+use nix::errno::Errno;
+use nix::sys::mman::{self, MRemapFlags, MapFlags, MmapAdvise, ProtFlags};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use nix::unistd::{self, ForkResult};
+
+use crate::load::content::POISON_MARK;
+
+/// Where the memory under test lies. Below 2^39, so that it exists on aarch64 kernels with 39-bit
+/// addresses too.
+pub const WINDOW: Range<usize> = 0x20_0000_0000..0x60_0000_0000;
+
+/// Bytes of a word of page content.
+pub const WORD_BYTES: usize = size_of::<u64>();
+
+/// What backs a new mapping.
+#[derive(Clone, Copy, Debug)]
+pub enum Backing<'a> {
+    /// Private anonymous memory.
+    Private,
+    /// Shared anonymous memory.
+    SharedAnon,
+    /// A file, mapped privately.
+    PrivateFile(BorrowedFd<'a>),
+    /// A file or memfd, mapped shared.
+    SharedFile(BorrowedFd<'a>),
+}
+
+fn pointer(address: usize, length: usize) -> NonNull<c_void> {
+    let inside = WINDOW.contains(&address)
+        && address
+            .checked_add(length)
+            .is_some_and(|end| end <= WINDOW.end);
+    assert!(
+        inside,
+        "{address:#x}+{length:#x} lies outside of the memory under test"
+    );
+    NonNull::new(ptr::with_exposed_provenance_mut(address)).expect("the window begins above zero")
+}
+
+/// Maps `length` bytes at `address`, readable and writable, where nothing is mapped yet.
+pub fn map(address: usize, length: usize, backing: Backing<'_>) -> Result<(), Errno> {
+    let at = NonZeroUsize::new(pointer(address, length).as_ptr().addr());
+    let length = NonZeroUsize::new(length).ok_or(Errno::EINVAL)?;
+    let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    let fixed = MapFlags::MAP_FIXED_NOREPLACE;
+    let mapped = match backing {
+        // SAFETY: the range lies in the window, and FIXED_NOREPLACE replaces nothing.
+        Backing::Private => unsafe {
+            mman::mmap_anonymous(at, length, prot, fixed | MapFlags::MAP_PRIVATE)
+        },
+        // SAFETY: as above.
+        Backing::SharedAnon => unsafe {
+            mman::mmap_anonymous(at, length, prot, fixed | MapFlags::MAP_SHARED)
+        },
+        // SAFETY: as above.
+        Backing::PrivateFile(file) => unsafe {
+            mman::mmap(at, length, prot, fixed | MapFlags::MAP_PRIVATE, file, 0)
+        },
+        // SAFETY: as above.
+        Backing::SharedFile(file) => unsafe {
+            mman::mmap(at, length, prot, fixed | MapFlags::MAP_SHARED, file, 0)
+        },
+    };
+    mapped.map(drop)
+}
+
+/// Unmaps a range of the window.
+pub fn unmap(address: usize, length: usize) -> Result<(), Errno> {
+    // SAFETY: the range lies in the window, to which no Rust object belongs.
+    unsafe { mman::munmap(pointer(address, length), length) }
+}
+
+/// Moves `old_length` bytes to `to`, making them `new_length` bytes long.
+pub fn move_to(
+    address: usize,
+    old_length: usize,
+    new_length: usize,
+    to: usize,
+) -> Result<(), Errno> {
+    let target = Some(pointer(to, new_length));
+    let flags = MRemapFlags::MREMAP_MAYMOVE | MRemapFlags::MREMAP_FIXED;
+    let from = pointer(address, old_length);
+    // SAFETY: both ranges lie in the window, to which no Rust object belongs.
+    unsafe { mman::mremap(from, old_length, new_length, flags, target) }.map(drop)
+}
+
+/// Makes a range of the window read-only, or writable again.
+pub fn protect(address: usize, length: usize, writable: bool) -> Result<(), Errno> {
+    let write = if writable {
+        ProtFlags::PROT_WRITE
+    } else {
+        ProtFlags::empty()
+    };
+    // SAFETY: the range lies in the window, to which no Rust object belongs.
+    unsafe {
+        mman::mprotect(
+            pointer(address, length),
+            length,
+            ProtFlags::PROT_READ | write,
+        )
+    }
+}
+
+/// Gives the content of a range of the window back, by `MADV_FREE` or `MADV_DONTNEED`.
+pub fn give_back(address: usize, length: usize, keep_until_needed: bool) -> Result<(), Errno> {
+    let advice = if keep_until_needed {
+        MmapAdvise::MADV_FREE
+    } else {
+        MmapAdvise::MADV_DONTNEED
+    };
+    // SAFETY: the range lies in the window, to which no Rust object belongs.
+    unsafe { mman::madvise(pointer(address, length), length, advice) }
+}
+
+/// Reads one word of the window: the access that faults if the page is missing.
+pub fn read_word(address: usize) -> u64 {
+    let from = pointer(address, WORD_BYTES).cast::<u64>().as_ptr();
+    // SAFETY: the word lies in the window; callers give word-aligned addresses of mapped pages.
+    unsafe { ptr::read_volatile(from) }
+}
+
+/// Copies words out of the window.
+pub fn read_words(address: usize, words: &mut [u64]) {
+    let from = pointer(address, size_of_val(words)).cast::<u64>().as_ptr();
+    // SAFETY: `from` lies in the window, `words` outside of it, and both are that long.
+    unsafe { ptr::copy_nonoverlapping(from, words.as_mut_ptr(), words.len()) }
+}
+
+/// Copies words into the window.
+pub fn write_words(address: usize, words: &[u64]) {
+    let to = pointer(address, size_of_val(words)).cast::<u64>().as_ptr();
+    // SAFETY: `to` lies in the window, `words` outside of it, and both are that long.
+    unsafe { ptr::copy_nonoverlapping(words.as_ptr(), to, words.len()) }
+}
+
+/// Locks what is mapped now and what will be, page by page as it is touched.
+pub fn lock_everything_on_fault() -> Result<(), Errno> {
+    let flags = libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT;
+    // SAFETY: takes no pointer and changes no content.
+    Errno::result(unsafe { libc::mlockall(flags) }).map(drop)
+}
+
+/// Unlocks a range of the window.
+pub fn unlock(address: usize, length: usize) -> Result<(), Errno> {
+    // SAFETY: changes no content.
+    unsafe { mman::munlock(pointer(address, length), length) }
+}
+
+/// Forks.
+pub fn fork() -> Result<ForkResult, Errno> {
+    // SAFETY: the child goes on with ordinary code, which glibc supports after a fork of a process
+    // with threads as well (its allocator is made consistent); other threads hold no lock of ours.
+    unsafe { unistd::fork() }
+}
+
+/// Ends the process without running exit handlers, which belong to the parent of a fork.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: `_exit` has no preconditions.
+    unsafe { libc::_exit(code) }
+}
+
+/// From now on a SIGBUS at a page of the window puts a page marked with [`POISON_MARK`] there, and
+/// the access goes on; a SIGBUS elsewhere ends the process as ever.
+pub fn mark_lost_pages() -> Result<(), Errno> {
+    let handler = SigHandler::SigAction(mark_lost_page);
+    let action = SigAction::new(handler, SaFlags::SA_SIGINFO, SigSet::empty());
+    // SAFETY: the handler makes system calls and writes to the window only.
+    unsafe { sigaction(Signal::SIGBUS, &action) }.map(drop)
+}
+
+extern "C" fn mark_lost_page(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut c_void) {
+    // SAFETY: the kernel hands a SA_SIGINFO handler a valid siginfo.
+    let info = unsafe { &*info };
+    // SAFETY: SIGBUS fills in the address.
+    let address = unsafe { info.si_addr() }.addr();
+    // SAFETY: `sysconf` is a lookup without side effects.
+    let page_bytes = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
+    let page = address & !(page_bytes - 1);
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    let at = ptr::with_exposed_provenance_mut::<c_void>(page);
+    let replaced = WINDOW.contains(&page)
+        // SAFETY: the page lies in the window, to which no Rust object belongs.
+        && unsafe { libc::mmap(at, page_bytes, prot, flags, -1, 0) } == at;
+    if replaced {
+        // SAFETY: the page was just mapped, writable and longer than the mark.
+        unsafe { at.cast::<[u64; 2]>().write(POISON_MARK) };
+    } else {
+        // The access is repeated on return, and the default action ends the process.
+        // SAFETY: SIG_DFL needs no handler.
+        unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
+    }
+}
