@@ -14,5 +14,9 @@
 //! Invariants: every process, namespace, mount and sysctl belongs to a guard that undoes it on drop;
 //! processes are killed by pid and only by who started them; waiting has a condition and a deadline.
 
+pub mod criu;
+pub mod gate;
 pub mod load;
 pub mod sys;
+pub mod wait;
+pub mod workspace;

@@ -1,2 +1,25 @@
 //! The project's own commands.
-fn main() {}
+
+mod criu;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "The project's own commands")]
+struct Args {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Fetches real CRIUs into target/criu and prints version and path of each.
+    Criu(criu::Args),
+}
+
+fn main() -> Result<()> {
+    match Args::parse().task {
+        Task::Criu(args) => criu::run(&args),
+    }
+}

@@ -1,0 +1,50 @@
+//! Waiting for a condition, with a deadline: never for a time. And for a network that fails.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+/// Long enough for anything that works, on a loaded machine of two cores too.
+pub const GENEROUS: Duration = Duration::from_secs(120);
+
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// Downloads are tried so often, with a growing pause between.
+const TRIES: u32 = 4;
+
+/// Asks `ready` until it gives a value, an error, or `limit` has passed.
+pub fn until<T>(
+    what: &str,
+    limit: Duration,
+    mut ready: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    let started = Instant::now();
+    loop {
+        if let Some(value) = ready().with_context(|| format!("while waiting for {what}"))? {
+            return Ok(value);
+        }
+        if started.elapsed() > limit {
+            bail!("{what} did not come within {} s", limit.as_secs());
+        }
+        thread::sleep(PAUSE);
+    }
+}
+
+/// Carries out a step that depends on the network, again if it fails.
+///
+/// # Errors
+/// The last failure.
+pub fn retried<T>(what: &str, mut step: impl FnMut() -> Result<T>) -> Result<T> {
+    let mut attempt = 1;
+    loop {
+        match step() {
+            Err(error) if attempt < TRIES => {
+                eprintln!("{what} failed, try {attempt} of {TRIES}: {error:#}");
+                thread::sleep(Duration::from_secs(2u64.pow(attempt)));
+                attempt += 1;
+            }
+            result => return result,
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! Where this workspace keeps what it builds and fetches.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// Names the directory of the binaries under test; without it they are built and taken from the
+/// profile directory of the running test.
+pub const BIN_DIR_VARIABLE: &str = "PAGEFERRY_BIN_DIR";
+
+/// The root of the workspace.
+pub fn root() -> &'static Path {
+    let testbed = Path::new(env!("CARGO_MANIFEST_DIR"));
+    testbed.parent().unwrap_or(testbed)
+}
+
+/// The directory of everything that is built or fetched.
+pub fn target_dir() -> PathBuf {
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), |dir| root().join(dir))
+}
+
+/// Path of one of the workspace's binaries.
+///
+/// # Errors
+/// It is not there and could not be built.
+pub fn binary(name: &str) -> Result<PathBuf> {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    let dir = match DIR.get() {
+        Some(dir) => dir,
+        None => {
+            let found = match env::var_os(BIN_DIR_VARIABLE) {
+                Some(dir) => PathBuf::from(dir),
+                None => build()?,
+            };
+            DIR.get_or_init(|| found)
+        }
+    };
+    let path = dir.join(name);
+    ensure!(
+        path.is_file(),
+        "{} is missing: cargo build --workspace makes it",
+        path.display()
+    );
+    Ok(path)
+}
+
+/// Brings the workspace's binaries up to date in the profile of the running program, and tells
+/// their directory. A test run by hand would otherwise judge binaries of an older state.
+fn build() -> Result<PathBuf> {
+    let exe = env::current_exe().context("path of the running program")?;
+    let is_profile = |dir: &&Path| {
+        dir.file_name()
+            .is_some_and(|name| name == "debug" || name == "release")
+    };
+    let Some(dir) = exe.ancestors().find(is_profile) else {
+        bail!(
+            "{} is not in a cargo target directory: set {BIN_DIR_VARIABLE}",
+            exe.display()
+        );
+    };
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo
+        .current_dir(root())
+        .args(["build", "--quiet", "--workspace", "--bins"]);
+    if dir.ends_with("release") {
+        cargo.arg("--release");
+    }
+    let status = cargo.status().context("cargo build")?;
+    ensure!(status.success(), "cargo build --workspace --bins: {status}");
+    Ok(dir.to_owned())
+}
