@@ -7,6 +7,14 @@
 /// sends more than a pipe holds (4 MiB); the cap leaves room and keeps products far from overflow.
 pub const FRAME_PAGES_MAX: u64 = 1 << 24;
 
+/// Most pages that one written pagemap entry covers: 256 MiB in 4 KiB pages. CRIU keeps lengths of
+/// entries in `int`s here and there; its own dumps have entries of a few MiB.
+pub const ENTRY_PAGES_MAX: u64 = 1 << 16;
+
+/// Number of the first pages file that a page server writes, as CRIU counts, so that it cannot clash
+/// with the pages files of the dump itself.
+pub const PAGES_ID_FIRST: u32 = 0x1_0001;
+
 /// Longest protobuf message in an image file, bytes. CRIU's own messages stay below 1 MiB, but for
 /// block size lists of compressed pagemap entries.
 pub const IMAGE_MESSAGE_BYTES_MAX: u32 = 64 << 20;

@@ -187,9 +187,10 @@ impl Chain {
         };
         // As for CRIU, a parent without this pagemap ends the chain.
         let mut lineage = dir.lineage()?;
-        let name = target.pagemap_name();
-        let has_pagemap = |dir: &ImageDir| dir.path().join(&name).exists();
-        let levels = lineage.iter().take_while(|dir| has_pagemap(dir)).count();
+        let levels = lineage
+            .iter()
+            .take_while(|dir| dir.has_pagemap(target))
+            .count();
         lineage.truncate(levels.max(1));
         chain.dirs = lineage.iter().map(|dir| dir.path().to_owned()).collect();
         for (depth, dir) in lineage.iter().enumerate().rev() {

@@ -45,7 +45,8 @@ impl ImageDir {
         Ok(dir)
     }
 
-    fn open_any(path: &Path, page: PageSize) -> Result<ImageDir> {
+    /// Opens the directory `path`, whether it holds images already or is to receive them.
+    pub fn open_any(path: &Path, page: PageSize) -> Result<ImageDir> {
         let usage = |error: io::Error| {
             let context = format!("cannot open the image directory {}", path.display());
             Error::wrap(Kind::Usage, context, error)
@@ -139,6 +140,11 @@ impl ImageDir {
         let path = self.path.join(target.pagemap_name());
         let reader = open_image(&path, Magic::Pagemap)?;
         Ok(reader.map(|reader| (path, reader)))
+    }
+
+    /// Whether the directory has a pagemap of `target`.
+    pub fn has_pagemap(&self, target: Target) -> bool {
+        self.path.join(target.pagemap_name()).exists()
     }
 
     /// Path of the pages file with the number `pages_id`.

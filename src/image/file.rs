@@ -131,6 +131,7 @@ impl<R: Read> MessageReader<R> {
 }
 
 /// Writes an image file: the magic words first, then messages.
+#[derive(Debug)]
 pub struct MessageWriter<W> {
     output: W,
     buffer: Vec<u8>,

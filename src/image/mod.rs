@@ -7,3 +7,5 @@ pub mod file;
 pub mod pagemap;
 pub mod pages;
 pub mod proto;
+pub mod store;
+pub mod writer;

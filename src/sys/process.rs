@@ -1,10 +1,20 @@
-//! What a process does to itself: fork, and take over descriptors that it inherited.
+//! What a process does to itself and asks about its system: fork, descriptors that it inherited, the
+//! size of a page.
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::unistd::{ForkResult, fork};
+use nix::unistd::{ForkResult, SysconfVar, fork, sysconf};
+
+use crate::units::PageSize;
+
+/// The size of this system's pages, which CRIU's images and connections silently share.
+pub fn page_size() -> io::Result<PageSize> {
+    let bytes = sysconf(SysconfVar::PAGE_SIZE)?.unwrap_or_default();
+    let size = u64::try_from(bytes).ok().and_then(PageSize::new);
+    size.ok_or_else(|| io::Error::other(format!("pages of {bytes} bytes are of no known size")))
+}
 
 /// Forks while this process has only one thread, so that the child may do anything that the parent
 /// may. Fails if there are several threads.
@@ -40,6 +50,12 @@ mod tests {
     use std::os::fd::IntoRawFd;
 
     use super::*;
+
+    #[test]
+    fn a_page_is_as_large_as_the_kernel_maps() {
+        let page = page_size().unwrap();
+        assert!(page.bytes() >= 4096);
+    }
 
     #[test]
     fn only_open_descriptors_are_taken_over() {
