@@ -5,3 +5,4 @@ pub mod fetch;
 pub mod header;
 pub mod lazy_socket;
 pub mod receive;
+pub mod serve;
