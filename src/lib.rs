@@ -16,9 +16,11 @@
 
 pub mod criu;
 pub mod daemon;
+pub mod engine;
 pub mod error;
 pub mod image;
 pub mod lazy;
 pub mod limits;
+pub mod stream;
 pub mod sys;
 pub mod units;

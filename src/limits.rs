@@ -32,4 +32,21 @@ pub const SESSION_TARGETS_MAX: usize = 1 << 16;
 /// Most lines that wait for the log's disk before new ones are dropped.
 pub const LOG_LINES_MAX: usize = 8192;
 
+/// Bytes of requests read from a client at once.
+pub const REQUEST_BYTES: usize = 16 << 10;
+
+/// Bytes of answers gathered for a client before they are sent. More gains nothing: what is read
+/// from the page cache should still be in the processor's cache when it goes to the socket.
+pub const ANSWER_BYTES: usize = 128 << 10;
+
+/// Most extents in one answer; a request for pages of more gets a short answer.
+pub const ANSWER_EXTENTS_MAX: usize = 1024;
+
+/// Most clients served at once.
+pub const CLIENTS_MAX: usize = 256;
+
+/// The buffers of all clients together stay below this, bytes.
+const CLIENT_BUFFERS_MAX: usize = 40 << 20;
+
+const _: () = assert!(CLIENTS_MAX * (REQUEST_BYTES + ANSWER_BYTES) <= CLIENT_BUFFERS_MAX);
 const _: () = assert!(FRAME_PAGES_MAX.checked_mul(1 << 16).is_some());

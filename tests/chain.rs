@@ -4,7 +4,9 @@
 
 mod common;
 
-use common::{Images, PAGE, Run, naive_memory, page_content, write_target};
+use common::{
+    FIRST_PAGE, Images, PAGE, Run, TARGET, level, naive_memory, page_content, write_target,
+};
 use pageferry::criu::header::{PageFlags, Target, Wire};
 use pageferry::error::Kind;
 use pageferry::image::chain::{Absence, Chain, Missing, Place, Stored};
@@ -12,47 +14,9 @@ use pageferry::image::dir::ImageDir;
 use pageferry::units::{PageRange, Vaddr};
 use proptest::prelude::*;
 
-const TARGET: Target = Target::Process(7);
-
-fn flags() -> impl Strategy<Value = PageFlags> {
-    prop::sample::select(vec![
-        PageFlags::PRESENT,
-        PageFlags::PRESENT.with(PageFlags::LAZY),
-        PageFlags::PARENT,
-        PageFlags::PARENT.with(PageFlags::LAZY),
-        PageFlags::LAZY,
-    ])
-}
-
-prop_compose! {
-    fn level()(
-        runs in prop::collection::vec(
-            (0..3u64, 1..6u64, flags(), prop::collection::vec(0..9u32, 6), any::<bool>()),
-            0..12,
-        )
-    ) -> Vec<Run> {
-        let mut at = 1;
-        runs.into_iter().map(|(gap, pages, flags, mut seeds, compressed)| {
-            let start_page = at + gap;
-            at = start_page + pages;
-            let present = flags.has(PageFlags::PRESENT);
-            seeds.truncate(if present { pages as usize } else { 0 });
-            Run { start_page, pages, flags, seeds, compressed: compressed && present }
-        }).collect()
-    }
-}
-
 fn open(images: &Images, missing: Missing) -> pageferry::error::Result<Chain> {
     let dir = ImageDir::open(&images.dirs[0], PAGE)?;
     Chain::open(&dir, TARGET, missing)
-}
-
-fn write_levels(levels: &[Vec<Run>], wire: Wire) -> Images {
-    let images = Images::new(levels.len());
-    for (id, (dir, runs)) in images.dirs.iter().zip(levels).enumerate() {
-        write_target(dir, TARGET, wire, id as u32 + 1, runs);
-    }
-    images
 }
 
 proptest! {
@@ -62,7 +26,7 @@ proptest! {
     fn a_chain_holds_what_the_naive_model_holds(
         levels in prop::collection::vec(level(), 1..4), v1: bool,
     ) {
-        let images = write_levels(&levels, if v1 { Wire::V1 } else { Wire::V2 });
+        let images = Images::of(&levels, if v1 { Wire::V1 } else { Wire::V2 });
         let chain = open(&images, Missing::Leave).unwrap();
         let memory = naive_memory(&levels);
 
@@ -72,7 +36,7 @@ proptest! {
         let pages: u64 = extents.iter().map(|extent| extent.range.pages(PAGE).get()).sum();
         prop_assert_eq!(pages, memory.len() as u64);
 
-        for page in 0..100 {
+        for page in FIRST_PAGE - 1..FIRST_PAGE + 100 {
             let found = chain.find(Vaddr(page << PAGE.shift()));
             prop_assert_eq!(found.is_some(), memory.contains_key(&page));
             let Some(found) = found else { continue };
@@ -116,7 +80,7 @@ fn entries_that_go_on_in_the_file_become_one_extent() {
         Run::present(10, 1, lazy, 9),
         Run::present(11, 1, PageFlags::default(), 10),
     ];
-    let images = write_levels(&[runs.to_vec()], Wire::V2);
+    let images = Images::of(&[runs.to_vec()], Wire::V2);
     let chain = open(&images, Missing::Refuse).unwrap();
     let pages: Vec<_> = chain
         .extents()
@@ -153,7 +117,7 @@ fn pages_that_no_file_has_are_named_with_the_reason() {
         };
         why
     };
-    let images = write_levels(std::slice::from_ref(&runs), Wire::V2);
+    let images = Images::of(std::slice::from_ref(&runs), Wire::V2);
     let file = images.dirs[0].join("pages-1.img");
     std::fs::OpenOptions::new()
         .write(true)
@@ -167,24 +131,24 @@ fn pages_that_no_file_has_are_named_with_the_reason() {
 
     let hole = vec![Run::absent(1, 4, PageFlags::PARENT)];
     assert_eq!(
-        absences(&write_levels(std::slice::from_ref(&hole), Wire::V1)),
+        absences(&Images::of(std::slice::from_ref(&hole), Wire::V1)),
         Absence::NotInParent
     );
     let elsewhere = [hole, vec![Run::present(9, 4, PageFlags::LAZY, 1)]];
     assert_eq!(
-        absences(&write_levels(&elsewhere, Wire::V2)),
+        absences(&Images::of(&elsewhere, Wire::V2)),
         Absence::NotInParent
     );
     let lazy = vec![Run::absent(1, 4, PageFlags::LAZY)];
     assert_eq!(
-        absences(&write_levels(&[lazy], Wire::V2)),
+        absences(&Images::of(&[lazy], Wire::V2)),
         Absence::WithSource
     );
 }
 
 #[test]
 fn a_target_without_a_pagemap_and_damaged_images_are_errors() {
-    let images = write_levels(&[vec![Run::present(1, 2, PageFlags::LAZY, 1)]], Wire::V2);
+    let images = Images::of(&[vec![Run::present(1, 2, PageFlags::LAZY, 1)]], Wire::V2);
     let dir = ImageDir::open(&images.dirs[0], PAGE).unwrap();
     let error = Chain::open(&dir, Target::Shmem(7), Missing::Leave).unwrap_err();
     assert!(error.to_string().contains("shared memory 7"), "{error}");
@@ -204,7 +168,7 @@ fn a_damaged_block_is_an_error_that_names_its_file() {
         compressed: true,
         ..Run::present(1, 1, PageFlags::LAZY, 1)
     };
-    let images = write_levels(&[vec![run]], Wire::V2);
+    let images = Images::of(&[vec![run]], Wire::V2);
     let file = images.dirs[0].join("pages-1.img");
     let mut bytes = std::fs::read(&file).unwrap();
     bytes.fill(0xff);

@@ -181,7 +181,7 @@ mod tests {
         /// layout is found by itself.
         #[test]
         fn requests_survive_every_split(
-            gets in prop::collection::vec((1..1u64 << 22, 0x400..1u64 << 40, 1..2000u64), 1..30),
+            gets in prop::collection::vec((1..1u32 << 22, 0x400..1u64 << 40, 1..2000u64), 1..30),
             cuts in prop::collection::vec(1..70usize, 1..20), v1: bool,
         ) {
             let wire = if v1 { Wire::V1 } else { Wire::V2 };
@@ -189,9 +189,9 @@ mod tests {
             let mut expected = Vec::new();
             for (pid, page, pages) in gets {
                 let start = page << PAGE.shift();
-                stream.extend(encoded(&header(Op::Get, pages, start, pid), wire));
+                stream.extend(encoded(&header(Op::Get, pages, start, u64::from(pid)), wire));
                 let range = PageRange::new(start, start + (pages << PAGE.shift()));
-                expected.push(Request::Get(Get { pid: pid as u32, range }));
+                expected.push(Request::Get(Get { pid, range }));
             }
             stream.extend(encoded(&header(Op::Close, 0, 0, 0), wire));
             expected.push(Request::Close { wait_for_end: true });
@@ -239,9 +239,17 @@ mod tests {
             let error = refused(Op::Get, 1, 0x1000, dst_id);
             assert_eq!(error, RequestError::Pid(dst_id));
         }
-        for (pages, vaddr) in [(0, 0x1000), (1, 0x1001), (FRAME_PAGES_MAX + 1, 0), (9, !0xfff)] {
+        for (pages, vaddr) in [
+            (0, 0x1000),
+            (1, 0x1001),
+            (FRAME_PAGES_MAX + 1, 0),
+            (9, !0xfff),
+        ] {
             let error = refused(Op::Get, pages, vaddr, 7);
-            assert!(matches!(error, RequestError::Range { pid: 7, .. }), "{error}");
+            assert!(
+                matches!(error, RequestError::Range { pid: 7, .. }),
+                "{error}"
+            );
         }
         for op in [Op::Open2, Op::AddFlags, Op::Parent] {
             assert_eq!(refused(op, 0, 0, 7 << 8 | 1), RequestError::Sender(op));

@@ -10,8 +10,15 @@ use pageferry::image::file::{Magic, MessageWriter};
 use pageferry::image::pagemap::encode_entry;
 use pageferry::image::proto::{CompressedBlocks, PagemapHead};
 use pageferry::units::{PageRange, PageSize};
+use proptest::prelude::*;
 
 pub(crate) const PAGE: PageSize = PageSize::KIB_4;
+
+/// The process whose memory the tests write.
+pub(crate) const TARGET: Target = Target::Process(7);
+
+/// Page number that [`level`] begins at: above all addresses that look like pids.
+pub(crate) const FIRST_PAGE: u64 = 0x1000;
 
 /// What one page of a test holds: told from its seed; 0 is a zero page, odd seeds compress well.
 pub(crate) fn page_content(seed: u32) -> Vec<u8> {
@@ -116,6 +123,35 @@ fn stored(seed: u32) -> Vec<u8> {
     }
 }
 
+fn flags() -> impl Strategy<Value = PageFlags> {
+    prop::sample::select(vec![
+        PageFlags::PRESENT,
+        PageFlags::PRESENT.with(PageFlags::LAZY),
+        PageFlags::PARENT,
+        PageFlags::PARENT.with(PageFlags::LAZY),
+        PageFlags::LAZY,
+    ])
+}
+
+prop_compose! {
+    /// A pagemap of a few runs with everything that a pagemap can say.
+    pub(crate) fn level()(
+        runs in prop::collection::vec(
+            (0..3u64, 1..6u64, flags(), prop::collection::vec(0..9u32, 6), any::<bool>()),
+            0..12,
+        )
+    ) -> Vec<Run> {
+        let mut at = FIRST_PAGE;
+        runs.into_iter().map(|(gap, pages, flags, mut seeds, compressed)| {
+            let start_page = at + gap;
+            at = start_page + pages;
+            let present = flags.has(PageFlags::PRESENT);
+            seeds.truncate(if present { pages as usize } else { 0 });
+            Run { start_page, pages, flags, seeds, compressed: compressed && present }
+        }).collect()
+    }
+}
+
 /// A chain of directories in a temporary one; the first is the youngest.
 pub(crate) struct Images {
     _root: tempfile::TempDir,
@@ -136,6 +172,15 @@ impl Images {
             }
         }
         Images { _root: root, dirs }
+    }
+
+    /// The chain of `levels`, youngest first, of the target that the tests use.
+    pub(crate) fn of(levels: &[Vec<Run>], wire: Wire) -> Images {
+        let images = Images::new(levels.len());
+        for (id, (dir, runs)) in images.dirs.iter().zip(levels).enumerate() {
+            write_target(dir, TARGET, wire, id as u32 + 1, runs);
+        }
+        images
     }
 }
 

@@ -1,0 +1,4 @@
+//! The loops: they move bytes and ask the pure rooms what to do.
+
+pub mod serve;
+pub mod sessions;

@@ -1,0 +1,380 @@
+//! A page server that serves images, over loopback.
+
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use common::{
+    FIRST_PAGE, Images, PAGE, Run, TARGET, level, naive_memory, page_content, write_target,
+};
+use pageferry::criu::header::{HEADER_BYTES_MAX, Header, Op, PageFlags, Target, Wire};
+use pageferry::engine::serve::{ServeContext, serve_client};
+use pageferry::engine::sessions::run_sessions;
+use pageferry::error::{Kind, Result};
+use pageferry::image::dir::ImageDir;
+use pageferry::units::{PageCount, Vaddr};
+use proptest::prelude::*;
+use socket2::{Domain, SockAddr, Socket, Type};
+
+const PID: u64 = 7;
+/// Longer than any of these tests lasts on a busy machine: an answer that never comes fails here.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A server over some images, in threads of this process.
+struct Server {
+    listener: Socket,
+    thread: Option<thread::JoinHandle<Result<()>>>,
+}
+
+impl Server {
+    fn start(dir: &Path, keep: bool) -> Server {
+        let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        let any: std::net::SocketAddr = "127.0.0.1:0".parse().unwrap();
+        listener.bind(&any.into()).unwrap();
+        Server::run(listener, dir, keep)
+    }
+
+    fn start_unix(dir: &Path, path: &Path) -> Server {
+        let listener = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        listener.bind(&SockAddr::unix(path).unwrap()).unwrap();
+        Server::run(listener, dir, false)
+    }
+
+    fn run(listener: Socket, dir: &Path, keep: bool) -> Server {
+        listener.listen(16).unwrap();
+        let context = ServeContext::new(ImageDir::open(dir, PAGE).unwrap(), None);
+        let accepting = listener.try_clone().unwrap();
+        let thread = thread::spawn(move || {
+            run_sessions(&accepting, keep, |stream| {
+                serve_client(stream, &context).map(|_| ())
+            })
+        });
+        Server {
+            listener,
+            thread: Some(thread),
+        }
+    }
+
+    fn connect(&self) -> Client<TcpStream> {
+        let addr = self.listener.local_addr().unwrap().as_socket().unwrap();
+        let stream = TcpStream::connect(addr).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_nodelay(true).unwrap();
+        Client {
+            stream,
+            wire: Wire::V2,
+        }
+    }
+
+    /// What the server ended with.
+    fn outcome(mut self) -> Result<()> {
+        self.thread.take().unwrap().join().unwrap()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.listener.shutdown(Shutdown::Both);
+    }
+}
+
+struct Client<S> {
+    stream: S,
+    wire: Wire,
+}
+
+impl<S: Read + Write> Client<S> {
+    fn send(&mut self, op: Op, pages: u64, page: u64, dst_id: u64) {
+        let header = Header {
+            op,
+            flags: PageFlags::default(),
+            pages: PageCount(pages),
+            vaddr: Vaddr(page << PAGE.shift()),
+            dst_id,
+        };
+        let mut bytes = [0; HEADER_BYTES_MAX];
+        let len = header.encode(self.wire, &mut bytes);
+        self.stream.write_all(&bytes[..len]).unwrap();
+    }
+
+    fn get(&mut self, page: u64, pages: u64) {
+        self.send(Op::Get, pages, page, PID);
+    }
+
+    /// The next answer: first page number and content.
+    fn answer(&mut self) -> (u64, Vec<u8>) {
+        let mut bytes = [0; HEADER_BYTES_MAX];
+        self.stream
+            .read_exact(&mut bytes[..self.wire.header_bytes()])
+            .unwrap();
+        let header = Header::decode(self.wire, &bytes).unwrap();
+        assert_eq!(
+            (header.op, header.flags),
+            (Op::AddFlags, PageFlags::PRESENT)
+        );
+        assert_eq!(header.dst_id, PID);
+        let mut content = vec![0; (header.pages.get() << PAGE.shift()) as usize];
+        self.stream.read_exact(&mut content).unwrap();
+        (header.vaddr.get() >> PAGE.shift(), content)
+    }
+
+    /// Says CLOSE, hears that all is well, and leaves.
+    fn close(mut self) {
+        self.send(Op::Close, 0, 0, 0);
+        let mut status = [1; 4];
+        self.stream.read_exact(&mut status).unwrap();
+        assert_eq!(status, [0; 4]);
+    }
+
+    /// Waits for the connection to be reset and not just ended.
+    fn expect_reset(mut self) {
+        let error = self.stream.read_to_end(&mut Vec::new()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    }
+}
+
+/// What a correct answer to a GET holds.
+fn expected(memory: &BTreeMap<u64, Option<u32>>, page: u64, pages: u64) -> Vec<u8> {
+    let seeds = (page..page + pages).map_while(|page| memory.get(&page).copied().flatten());
+    seeds.flat_map(page_content).collect()
+}
+
+fn one_level(runs: Vec<Run>) -> Images {
+    Images::of(&[runs], Wire::V2)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Pipelined requests of several clients of both kinds are answered in order, with the right
+    /// pages, as many as there are.
+    #[test]
+    fn every_client_gets_its_answers_in_order(
+        levels in prop::collection::vec(level(), 1..4),
+        clients in prop::collection::vec(
+            (any::<bool>(), prop::collection::vec((0..64u64, 1..40u64), 1..40)), 1..4),
+    ) {
+        let images = Images::of(&levels, Wire::V2);
+        let memory = naive_memory(&levels);
+        let server = Server::start(&images.dirs[0], true);
+        thread::scope(|scope| {
+            for (v1, wanted) in &clients {
+                let (server, memory) = (&server, &memory);
+                scope.spawn(move || {
+                    let mut client = server.connect();
+                    client.wire = if *v1 { Wire::V1 } else { Wire::V2 };
+                    let wanted = wanted.iter().map(|(page, pages)| (FIRST_PAGE + page, *pages));
+                    let served = |(page, pages): (u64, u64)| {
+                        let content = expected(memory, page, pages);
+                        (!content.is_empty()).then_some((page, pages, content))
+                    };
+                    let wanted: Vec<_> = wanted.filter_map(served).collect();
+                    for (page, pages, _) in &wanted {
+                        client.get(*page, *pages);
+                    }
+                    for (page, _, content) in wanted {
+                        assert!(client.answer() == (page, content));
+                    }
+                    client.close();
+                });
+            }
+        });
+    }
+}
+
+#[test]
+fn long_runs_come_whole_also_between_short_ones() {
+    // 2 MiB in one run, and one that a hole cuts off.
+    let runs = vec![
+        Run::present(FIRST_PAGE, 512, PageFlags::LAZY, 1),
+        Run::present(FIRST_PAGE + 600, 3, PageFlags::LAZY, 1),
+    ];
+    let memory = naive_memory(std::slice::from_ref(&runs));
+    let images = one_level(runs);
+    let server = Server::start(&images.dirs[0], false);
+    let mut client = server.connect();
+    let wanted = [
+        (0, 512),
+        (5, 1),
+        (100, 300),
+        (511, 9),
+        (600, 1000),
+        (1, 511),
+    ];
+    for (page, pages) in wanted {
+        client.get(FIRST_PAGE + page, pages);
+    }
+    for (page, pages) in wanted.map(|(page, pages)| (FIRST_PAGE + page, pages)) {
+        assert!(client.answer() == (page, expected(&memory, page, pages)));
+    }
+    client.close();
+    server.outcome().unwrap();
+}
+
+#[test]
+fn a_page_that_no_image_has_resets_the_connection_and_is_named() {
+    let lazy = PageFlags::LAZY;
+    let absent = [
+        (FIRST_PAGE + 50, "0x1032000"),
+        (FIRST_PAGE + 5, "stayed with the source"),
+    ];
+    for (page, told) in absent {
+        let runs = vec![
+            Run::present(FIRST_PAGE, 5, lazy, 1),
+            Run::absent(FIRST_PAGE + 5, 5, lazy),
+        ];
+        let images = one_level(runs);
+        let server = Server::start(&images.dirs[0], false);
+        let mut client = server.connect();
+        client.get(FIRST_PAGE + 4, 3);
+        assert_eq!(client.answer().1, page_content(5));
+        client.get(page, 1);
+        client.expect_reset();
+        let error = server.outcome().unwrap_err();
+        assert_eq!(error.kind(), Kind::Image);
+        let text = error.to_string();
+        assert!(text.contains("pid 7") && text.contains(told), "{text}");
+    }
+}
+
+#[test]
+fn a_process_without_images_resets_the_connection() {
+    let images = one_level(vec![Run::present(FIRST_PAGE, 5, PageFlags::LAZY, 1)]);
+    let server = Server::start(&images.dirs[0], false);
+    let mut client = server.connect();
+    client.send(Op::Get, 1, FIRST_PAGE, PID + 1);
+    client.expect_reset();
+    let error = server.outcome().unwrap_err().to_string();
+    assert!(error.contains("pid 8"), "{error}");
+}
+
+#[test]
+fn a_dump_that_wants_to_send_is_told_so() {
+    let images = one_level(vec![Run::present(FIRST_PAGE, 5, PageFlags::LAZY, 1)]);
+    for wire in [Wire::V1, Wire::V2] {
+        let server = Server::start(&images.dirs[0], false);
+        let mut client = server.connect();
+        client.wire = wire;
+        client.send(Op::Open2, 0, 0, Target::Process(7).dst_id());
+        client.expect_reset();
+        let error = server.outcome().unwrap_err();
+        assert_eq!(error.kind(), Kind::Protocol);
+        assert!(error.to_string().contains("--lazy-pages"), "{error}");
+    }
+}
+
+#[test]
+fn a_client_that_vanishes_ends_its_session_alone() {
+    let images = one_level(vec![Run::present(FIRST_PAGE, 5, PageFlags::LAZY, 1)]);
+    let server = Server::start(&images.dirs[0], false);
+    let mut vanishing = server.connect();
+    vanishing.get(FIRST_PAGE, 5);
+    vanishing.answer();
+    let mut staying = server.connect();
+    staying.get(FIRST_PAGE, 1);
+    staying.answer();
+    drop(vanishing);
+    staying.get(FIRST_PAGE + 1, 1);
+    assert_eq!(staying.answer().1, page_content(2));
+    staying.close();
+    let error = server.outcome().unwrap_err();
+    assert_eq!(error.kind(), Kind::PeerLost);
+
+    let server = Server::start(&images.dirs[0], true);
+    drop(server.connect());
+    for _ in 0..2 {
+        let mut client = server.connect();
+        client.get(FIRST_PAGE, 2);
+        assert_eq!(client.answer().1.len(), 2 * PAGE.as_usize());
+        client.close();
+    }
+    server.listener.shutdown(Shutdown::Both).unwrap();
+    server.outcome().unwrap();
+}
+
+#[test]
+fn a_client_that_does_not_read_holds_up_no_other() {
+    let pages = 2048;
+    let images = one_level(vec![Run::present(FIRST_PAGE, pages, PageFlags::LAZY, 1)]);
+    let server = Server::start(&images.dirs[0], true);
+    let mut slow = server.connect();
+    // 64 MiB of answers: more than any socket buffers.
+    for _ in 0..8 {
+        slow.get(FIRST_PAGE, pages);
+    }
+    let mut quick = server.connect();
+    for page in 0..pages {
+        quick.get(FIRST_PAGE + page, 1);
+        assert_eq!(quick.answer().0, FIRST_PAGE + page);
+    }
+    quick.close();
+    for _ in 0..8 {
+        assert_eq!(slow.answer().1.len(), pages as usize * PAGE.as_usize());
+    }
+    slow.close();
+}
+
+#[test]
+fn a_file_cut_under_the_server_ends_the_session_with_an_error() {
+    for pages in [1, 256] {
+        let images = one_level(vec![Run::present(FIRST_PAGE, 512, PageFlags::LAZY, 1)]);
+        let server = Server::start(&images.dirs[0], false);
+        let mut client = server.connect();
+        client.get(FIRST_PAGE, 1);
+        client.answer();
+        let file = images.dirs[0].join("pages-1.img");
+        std::fs::OpenOptions::new()
+            .write(true)
+            .open(file)
+            .unwrap()
+            .set_len(4096)
+            .unwrap();
+        client.get(FIRST_PAGE + 100, pages);
+        client.expect_reset();
+        let error = server.outcome().unwrap_err();
+        assert!(error.to_string().contains("pages-1.img"), "{error}");
+    }
+}
+
+#[test]
+fn images_that_were_replaced_are_read_anew_by_the_next_session() {
+    let runs = |seed| vec![Run::present(FIRST_PAGE, 1, PageFlags::LAZY, seed)];
+    let images = one_level(runs(1));
+    let server = Server::start(&images.dirs[0], true);
+    for seed in [2, 3] {
+        write_target(&images.dirs[0], TARGET, Wire::V2, seed, &runs(seed));
+        let mut client = server.connect();
+        client.get(FIRST_PAGE, 1);
+        assert_eq!(client.answer().1, page_content(seed));
+        client.close();
+    }
+}
+
+#[test]
+fn a_local_socket_serves_as_well() {
+    let images = one_level(vec![Run::present(FIRST_PAGE, 100, PageFlags::LAZY, 1)]);
+    let tmp = tempfile::tempdir().unwrap();
+    let path = tmp.path().join("socket");
+    let server = Server::start_unix(&images.dirs[0], &path);
+    let stream = UnixStream::connect(&path).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut client = Client {
+        stream,
+        wire: Wire::V2,
+    };
+    client.get(FIRST_PAGE, 100);
+    assert_eq!(client.answer().1.len(), 100 * PAGE.as_usize());
+    client.send(Op::ForceClose, 0, 0, 0);
+    let mut status = [1; 4];
+    client.stream.read_exact(&mut status).unwrap();
+    assert_eq!(status, [0; 4]);
+    server.outcome().unwrap();
+}
