@@ -21,6 +21,7 @@ pub mod error;
 pub mod image;
 pub mod lazy;
 pub mod limits;
+pub mod observe;
 pub mod stream;
 pub mod sys;
 pub mod units;

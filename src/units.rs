@@ -175,9 +175,39 @@ impl fmt::Debug for PageRange {
     }
 }
 
+/// Reads a number of bytes as a user writes it: digits, then nothing or a suffix K, M or G (powers
+/// of 1024).
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
+    let (digits, factor) = match text.to_ascii_uppercase().strip_suffix(['K', 'M', 'G']) {
+        None => (text, 1),
+        Some(digits) => {
+            let factor = match text.as_bytes()[digits.len()].to_ascii_uppercase() {
+                b'K' => 1 << 10,
+                b'M' => 1 << 20,
+                _ => 1 << 30,
+            };
+            (&text[..digits.len()], factor)
+        }
+    };
+    let number: Option<u64> = digits.parse().ok().filter(|number| *number > 0);
+    number
+        .and_then(|number| number.checked_mul(factor))
+        .ok_or_else(|| format!("{text:?} is no number of bytes (digits, then perhaps K, M or G)"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bytes_are_read_with_their_suffix() {
+        assert_eq!(parse_bytes("17"), Ok(17));
+        assert_eq!(parse_bytes("100M"), Ok(100 << 20));
+        assert_eq!(parse_bytes("2g"), Ok(2 << 30));
+        for wrong in ["", "M", "-1", "0", "1T", "99999999999G", "1,5M", "µM"] {
+            assert!(parse_bytes(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn checked_range_refuses_what_a_peer_may_not_say() {

@@ -1,2 +1,119 @@
-//! Wiring and exit codes.
-fn main() {}
+//! `lazy-client`, in place of `criu lazy-pages`: wiring and exit codes.
+
+mod args;
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+
+use pageferry::daemon::command_line::{Action, parse};
+use pageferry::daemon::{self, Daemon};
+use pageferry::engine::restore::{Progress, Restore, Summary, block_signals};
+use pageferry::error::{Error, Result};
+use pageferry::observe::progress::{Display, Snapshot};
+use pageferry::observe::trace::TraceReader;
+
+use args::Args;
+
+const ACTIONS: &[Action] = &[Action {
+    word: "lazy-pages",
+    operand_option: None,
+}];
+
+fn main() -> ExitCode {
+    let parsed = match parse::<Args>(ACTIONS, std::env::args_os()) {
+        Ok(parsed) => parsed,
+        Err(error) => return ExitCode::from(error.report()),
+    };
+    if let Some(trace) = &parsed.args.read_trace {
+        return match print_trace(trace) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("Error: {error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    daemon::run(&parsed.args.common, &parsed.skipped, |daemon| {
+        restore(&parsed.args, daemon)
+    })
+}
+
+fn restore(args: &Args, daemon: &mut Daemon) -> Result<()> {
+    // Before any thread is started, so that no other thread is ever interrupted.
+    block_signals()?;
+    let restore = Restore::prepare(args.config(daemon.images_dir().to_owned())?)?;
+    daemon.listening()?;
+    let progress = restore.progress();
+    let display = Display::start(move || snapshot(&progress));
+    let (summary, result) = restore.run();
+    drop(display);
+    log_summary(&summary);
+    if let Some(path) = &args.summary_json {
+        write_summary(path, &summary)?;
+    }
+    result
+}
+
+fn snapshot(progress: &Progress) -> Snapshot {
+    Snapshot {
+        done_pages: progress.settled_pages.load(Ordering::Relaxed),
+        total_pages: progress.total_pages.load(Ordering::Relaxed),
+        bytes: progress.bytes.load(Ordering::Relaxed),
+        note: format!("{} faults", progress.faults.load(Ordering::Relaxed)),
+    }
+}
+
+fn log_summary(summary: &Summary) {
+    let pages = &summary.pages;
+    tracing::info!(
+        "{} pages of {} processes: {} by fault, {} around faults, {} by the stream, {} from local images, {} zero, {} gone, {} poisoned, {} missing",
+        summary.total_pages,
+        summary.processes,
+        pages.fault,
+        pages.around,
+        pages.stream,
+        pages.local,
+        pages.zero,
+        pages.gone,
+        pages.poisoned,
+        summary.missing_pages,
+    );
+    let latency = &summary.fault_latency;
+    tracing::info!(
+        "{} faults: p50 {} µs, p90 {} µs, p99 {} µs, max {} µs; {} bytes received; last page after {} ms",
+        latency.count,
+        latency.p50_us,
+        latency.p90_us,
+        latency.p99_us,
+        latency.max_us,
+        summary.bytes_received,
+        summary.drain_ms,
+    );
+}
+
+fn write_summary(path: &Path, summary: &Summary) -> Result<()> {
+    let failed = |error: std::io::Error| Error::file("write the summary", path, error);
+    let file = File::create(path).map_err(failed)?;
+    serde_json::to_writer_pretty(&file, summary).map_err(|error| failed(error.into()))?;
+    writeln!(&file).map_err(failed)
+}
+
+fn print_trace(path: &Path) -> Result<()> {
+    let trace = TraceReader::open(path)?;
+    let mut out = std::io::stdout().lock();
+    let failed = |error: std::io::Error| Error::file("print", path, error);
+    writeln!(out, "time_us,pid,address,latency_us").map_err(failed)?;
+    for fault in trace {
+        let fault = fault?;
+        writeln!(
+            out,
+            "{},{},{:#x},{}",
+            fault.time_us, fault.pid, fault.address, fault.latency_us
+        )
+        .map_err(failed)?;
+    }
+    Ok(())
+}

@@ -148,6 +148,11 @@ impl Planner {
         self.total_pages
     }
 
+    /// How many processes there have been.
+    pub fn added(&self) -> u64 {
+        u64::from(self.next_id)
+    }
+
     /// Pages that are not there yet.
     pub fn missing_pages(&self) -> u64 {
         self.spaces
@@ -273,6 +278,16 @@ impl Planner {
     /// The next piece to install from local images, of at most `chunk` bytes.
     pub fn next_local(&mut self, chunk: u64) -> Option<(SpaceId, Piece)> {
         self.next_in_turn(Turn::Local, |_, space| space.next_local(chunk))
+    }
+
+    /// The source is gone for good: what only it had stays missing until it is settled.
+    pub fn lose(&mut self) {
+        self.spaces.values_mut().for_each(Space::lose);
+    }
+
+    /// The source is back after all.
+    pub fn recover(&mut self) {
+        self.spaces.values_mut().for_each(Space::recover);
     }
 
     fn next_in_turn<T>(

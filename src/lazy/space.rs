@@ -83,6 +83,8 @@ pub struct Space {
     recent: VecDeque<Vaddr>,
     remote_cursor: Vaddr,
     local_cursor: Vaddr,
+    /// The source is gone for good: nothing is asked for any more.
+    lost: bool,
 }
 
 impl Space {
@@ -123,6 +125,7 @@ impl Space {
             recent: VecDeque::new(),
             remote_cursor: Vaddr(0),
             local_cursor: Vaddr(0),
+            lost: false,
         }
     }
 
@@ -172,6 +175,9 @@ impl Space {
             return FaultAnswer::Wait;
         }
         if let Some(piece) = self.remote.find(start) {
+            if self.lost {
+                return FaultAnswer::Wait;
+            }
             let around = self.pattern.observe(start.get() >> self.page.shift());
             self.ask_around(start, piece, around);
             self.remember(start);
@@ -361,9 +367,28 @@ impl Space {
         self.return_to_remote(PageRange::new(0, u64::MAX));
     }
 
+    /// The source is gone for good: what only it had stays missing until somebody settles it.
+    pub fn lose(&mut self) {
+        self.lost = true;
+        self.give_back_all();
+    }
+
+    /// The source is back: what threads wait for is asked for again.
+    pub fn recover(&mut self) {
+        self.lost = false;
+        self.give_back_all();
+        self.ask_for_waiting(PageRange::new(0, u64::MAX));
+    }
+
     fn return_to_remote(&mut self, at: PageRange) {
         let remote = &mut self.remote;
         self.flight.take(at, |piece| remote.insert(piece));
+        if !self.lost {
+            self.ask_for_waiting(at);
+        }
+    }
+
+    fn ask_for_waiting(&mut self, at: PageRange) {
         let waiting: Vec<u64> = self
             .waiting
             .range(at.start().get()..at.end().get())

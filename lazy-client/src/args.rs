@@ -1,0 +1,125 @@
+//! The command line, spelled as that of `criu lazy-pages` where both have an option.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Parser, ValueEnum};
+use pageferry::criu::header::Wire;
+use pageferry::daemon::CommonArgs;
+use pageferry::engine::restore::{OnLoss, RestoreConfig};
+use pageferry::engine::transport::Peer;
+use pageferry::error::{Error, Kind, Result};
+use pageferry::units::parse_bytes;
+
+/// CRIU's port, when nobody says another: none.
+const PORT_DEFAULT: u16 = 0;
+
+/// Holds the userfaultfd of every restored process, answers its page faults from local images or
+/// from a remote page server, and streams the rest of the memory in behind them.
+#[derive(Parser, Debug)]
+#[command(name = "lazy-client", version)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    pub(crate) common: CommonArgs,
+
+    /// Fetch pages from the page server at --address and --port
+    #[arg(long)]
+    page_server: bool,
+
+    /// Fetch pages from the page server that listens on the AF_UNIX socket PATH
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["address", "port"])]
+    unix: Option<PathBuf>,
+
+    /// Header layout of the page server: v1 up to CRIU 4.1.1, v2 from 4.2; auto asks the images
+    #[arg(long, value_enum, default_value_t = WireArg::Auto)]
+    wire: WireArg,
+
+    /// Serve faults alone; never stream the rest
+    #[arg(long)]
+    on_demand: bool,
+
+    /// Bytes a second for the background, with suffix K, M or G; faults are not limited
+    #[arg(long, value_name = "RATE", value_parser = parse_bytes)]
+    max_bandwidth: Option<u64>,
+
+    /// What becomes of processes whose pages are lost with the source
+    #[arg(long, value_enum, default_value_t = OnLossArg::Poison)]
+    on_loss: OnLossArg,
+
+    /// Seconds to try to reach a lost source again [default: 30 for a page-server of ours, else 0]
+    #[arg(long, value_name = "SECONDS")]
+    reconnect_timeout: Option<u64>,
+
+    /// Write a summary to FILE at the end
+    #[arg(long, value_name = "FILE")]
+    pub(crate) summary_json: Option<PathBuf>,
+
+    /// Record every fault in FILE
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+
+    /// Print the faults recorded in FILE as lines of CSV, and end
+    #[arg(long, value_name = "FILE")]
+    pub(crate) read_trace: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum, Debug)]
+enum WireArg {
+    Auto,
+    V1,
+    V2,
+}
+
+#[derive(Clone, Copy, ValueEnum, Debug)]
+enum OnLossArg {
+    /// Reading a lost page raises SIGBUS
+    Poison,
+    /// Readers wait for an operator: SIGTERM poisons, SIGUSR1 tries again, SIGUSR2 kills
+    Hold,
+    /// The processes are killed
+    Kill,
+}
+
+impl Args {
+    /// What the restore is to do, from the images in `images_dir`.
+    pub(crate) fn config(&self, images_dir: PathBuf) -> Result<RestoreConfig> {
+        Ok(RestoreConfig {
+            images_dir,
+            source: self.source()?,
+            wire: match self.wire {
+                WireArg::Auto => None,
+                WireArg::V1 => Some(Wire::V1),
+                WireArg::V2 => Some(Wire::V2),
+            },
+            on_demand: self.on_demand,
+            max_bandwidth: self.max_bandwidth,
+            on_loss: match self.on_loss {
+                OnLossArg::Poison => OnLoss::Poison,
+                OnLossArg::Hold => OnLoss::Hold,
+                OnLossArg::Kill => OnLoss::Kill,
+            },
+            reconnect_timeout: self.reconnect_timeout.map(Duration::from_secs),
+            trace: self.trace.clone(),
+        })
+    }
+
+    fn source(&self) -> Result<Option<Peer>> {
+        if let Some(path) = &self.unix {
+            return Ok(Some(Peer::Unix(path.clone())));
+        }
+        if !self.page_server {
+            return Ok(None);
+        }
+        let port = self.common.port.unwrap_or(PORT_DEFAULT);
+        if port == PORT_DEFAULT {
+            let text = "--page-server needs the --port that the source listens on (or --unix PATH)";
+            return Err(Error::new(Kind::Usage, text));
+        }
+        let host = self
+            .common
+            .address
+            .clone()
+            .unwrap_or_else(|| "127.0.0.1".into());
+        Ok(Some(Peer::Tcp { host, port }))
+    }
+}

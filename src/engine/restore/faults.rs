@@ -1,0 +1,198 @@
+//! Reading what processes' memory does, and answering at once.
+
+use nix::sys::epoll::{EpollEvent, EpollTimeout};
+
+use super::{EVENTS_MAX, Process, Restore};
+use crate::error::{Error, Kind, Result};
+use crate::lazy::planner::{SpaceId, Way};
+use crate::lazy::space::{FaultAnswer, Served};
+use crate::sys::uffd::{Event, Filled, Uffd};
+use crate::units::{PageRange, Vaddr};
+
+/// Reads of one userfaultfd in one round, so that no process starves another.
+const READS_MAX: usize = 4;
+
+impl Restore {
+    /// Answers every fault that there is, and sends for what they need.
+    pub(super) fn serve_faults(&mut self) -> Result<()> {
+        let mut events = [EpollEvent::empty(); EVENTS_MAX];
+        let count = match self.faults_poll.wait(&mut events, EpollTimeout::ZERO) {
+            Ok(count) => count,
+            Err(nix::errno::Errno::EINTR) => 0,
+            Err(errno) => return Err(Error::wrap(Kind::Io, "cannot wait for faults", errno)),
+        };
+        if count == 0 && self.retries.is_empty() {
+            return Ok(());
+        }
+        for event in &events[..count] {
+            if let Ok(id) = u32::try_from(event.data()) {
+                self.read_events(SpaceId(id))?;
+            }
+        }
+        for _ in 0..self.retries.len() {
+            let Some((id, addr)) = self.retries.pop_front() else {
+                break;
+            };
+            self.answer(id, addr)?;
+        }
+        self.send_urgent()
+    }
+
+    /// Reads what the memory of `id` does. Its events are handled before its faults, although the
+    /// kernel says faults first: a fault at an address that memory has moved to makes sense only
+    /// after the move.
+    pub(super) fn read_events(&mut self, id: SpaceId) -> Result<()> {
+        let mut faults = Vec::new();
+        for _ in 0..READS_MAX {
+            let Some(process) = self.processes.get(&id) else {
+                return Ok(());
+            };
+            let (pid, mut events) = (process.pid, Vec::new());
+            let failed = |error| {
+                Error::wrap(
+                    Kind::Io,
+                    format!("cannot read the userfaultfd of pid {pid}"),
+                    error,
+                )
+            };
+            if process
+                .uffd
+                .read(|event| events.push(event))
+                .map_err(failed)?
+                == 0
+            {
+                break;
+            }
+            for event in events {
+                match event {
+                    Event::Fault(addr) => faults.push(addr),
+                    Event::Fork(uffd) => self.handle_fork(id, uffd)?,
+                    Event::Remap { from, to } => self.handle_remap(id, from, to),
+                    Event::Remove(range) | Event::Unmap(range) => {
+                        self.settle(id, range, Way::Gone, true);
+                    }
+                }
+            }
+        }
+        for addr in faults {
+            self.answer(id, addr)?;
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self, id: SpaceId, addr: Vaddr) -> Result<()> {
+        match self.planner.handle_fault(id, addr, self.clock.now_us()) {
+            FaultAnswer::Wait => Ok(()),
+            FaultAnswer::Zero => self.fill_zero(id, addr),
+            FaultAnswer::Local(piece) => self.install_local(id, piece),
+        }
+    }
+
+    fn fill_zero(&mut self, id: SpaceId, addr: Vaddr) -> Result<()> {
+        let page = self.images.page();
+        let start = page.floor(addr.get());
+        let range = PageRange::new(start, start + page.bytes());
+        let Some(process) = self.processes.get(&id) else {
+            return Ok(());
+        };
+        let failed = |error| {
+            Error::wrap(
+                Kind::Io,
+                format!("cannot fill {range} of pid {} with zeros", process.pid),
+                error,
+            )
+        };
+        match process.uffd.zero(range).map_err(failed)? {
+            Filled::Bytes(_) => self.settle(id, range, Way::Zero, false),
+            // Another thread's fault brought it, or its mapping went: let the reader look again.
+            Filled::Present | Filled::Unmapped => self.settle(id, range, Way::Gone, true),
+            Filled::Changing => self.retries.push_back((id, addr)),
+            Filled::Exited => self.forget(id),
+        }
+        Ok(())
+    }
+
+    fn handle_fork(&mut self, parent: SpaceId, uffd: Uffd) -> Result<()> {
+        let Some(process) = self.processes.get(&parent) else {
+            return Ok(());
+        };
+        let child = Process {
+            pid: process.pid,
+            chain: process.chain.clone(),
+            uffd,
+        };
+        let Some(id) = self.planner.handle_fork(parent) else {
+            return Ok(());
+        };
+        tracing::debug!("pid {} forked", child.pid);
+        self.adopt(id, child)
+    }
+
+    fn handle_remap(&mut self, id: SpaceId, from: PageRange, to: Vaddr) {
+        let mut woken = Vec::new();
+        self.planner
+            .handle_remap(id, from, to, |served| woken.push(served));
+        self.wake(id, &woken);
+    }
+
+    /// The pages of `range` are settled. With `wake`, those who wait for them do not know yet.
+    pub(super) fn settle(&mut self, id: SpaceId, range: PageRange, way: Way, wake: bool) {
+        let now_us = self.clock.now_us();
+        let mut served = Vec::new();
+        self.planner
+            .settle(id, range, way, |thread| served.push(thread));
+        self.observer.filled(now_us);
+        let pid = self.processes.get(&id).map_or(0, |process| process.pid);
+        for thread in &served {
+            self.observer.served(pid, thread, now_us);
+        }
+        if wake {
+            self.wake(id, &served);
+        }
+    }
+
+    fn wake(&self, id: SpaceId, threads: &[Served]) {
+        let Some(process) = self.processes.get(&id) else {
+            return;
+        };
+        for thread in threads {
+            let start = thread.page.get();
+            let range = PageRange::new(start, start + self.images.page().bytes());
+            if let Err(error) = process.uffd.wake(range) {
+                tracing::warn!(
+                    "cannot wake pid {} at {}: {error}",
+                    process.pid,
+                    thread.page
+                );
+            }
+        }
+    }
+
+    /// The process ended: nobody needs its pages.
+    pub(super) fn forget(&mut self, id: SpaceId) {
+        if let Some(process) = self.processes.remove(&id) {
+            tracing::info!("pid {} ended", process.pid);
+            // Closing the descriptor takes it out of the poll.
+        }
+        self.planner.handle_exit(id);
+        self.retries.retain(|(other, _)| *other != id);
+    }
+
+    /// Forgets processes that ended: their end is no event, and only a fill would tell.
+    pub(super) fn look_for_ended(&mut self) {
+        let page = self.images.page().bytes();
+        // Below what any process may map; a living one answers that nothing is mapped there.
+        let nowhere = PageRange::new(NOWHERE, NOWHERE + page);
+        let ended: Vec<SpaceId> = self
+            .processes
+            .iter()
+            .filter(|(_, process)| matches!(process.uffd.is_alive(nowhere), Ok(false)))
+            .map(|(id, _)| *id)
+            .collect();
+        ended.into_iter().for_each(|id| self.forget(id));
+    }
+}
+
+/// An aligned address at the default of vm.mmap_min_addr, where nothing of a restored process is
+/// missing.
+const NOWHERE: u64 = 0x1_0000;

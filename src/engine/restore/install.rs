@@ -1,0 +1,216 @@
+//! Filling pages, in the pieces that the kernel allows and that no waiting fault notices.
+
+use std::io;
+
+use super::Restore;
+use crate::error::{Error, Kind, Result};
+use crate::image::chain::Stored;
+use crate::lazy::extents::Piece;
+use crate::lazy::planner::{SpaceId, Way};
+use crate::sys::uffd::Filled;
+use crate::units::{PageRange, Vaddr};
+
+/// Copied with one call at most, bytes: more gains nothing and delays others.
+pub(super) const COPY_BYTES_MAX: u64 = 64 << 10;
+
+/// How often a fill that an unread event refuses is tried before others get a turn.
+const CHANGING_TRIES: usize = 64;
+
+/// How far ahead local images are read, bytes.
+const READAHEAD_BYTES: u64 = 8 << 20;
+
+/// What became of one fill.
+enum Step {
+    /// Look at what is left.
+    On,
+    /// An event is in the way and not there to read yet.
+    Stuck,
+    /// The process ended.
+    Over,
+}
+
+impl Restore {
+    /// Installs the pages `image` (addresses in the dump) of `id`, which are `bytes`, wherever they
+    /// are missing now.
+    pub(super) fn install(
+        &mut self,
+        id: SpaceId,
+        image: PageRange,
+        bytes: &[u8],
+        way: Way,
+    ) -> Result<()> {
+        let mut limit = COPY_BYTES_MAX;
+        let mut stuck = 0;
+        while let Some(piece) = self.planner.arrived(id, image) {
+            let length = piece.at.bytes().min(limit);
+            let at = PageRange::new(piece.at.start().get(), piece.at.start().get() + length);
+            let from = offset(piece.image.get() - image.start().get());
+            let source = &bytes[from..from + offset(length)];
+            match self.fill(id, at, way, &mut limit, |uffd| {
+                uffd.copy(at.start(), source)
+            })? {
+                Step::On => stuck = 0,
+                Step::Stuck => {
+                    stuck += 1;
+                    if stuck > CHANGING_TRIES {
+                        std::thread::yield_now();
+                    }
+                }
+                Step::Over => return Ok(()),
+            }
+            self.serve_faults()?;
+        }
+        Ok(())
+    }
+
+    /// Fills `at` by `call` and settles what it filled. `limit` is lowered when the range seems to
+    /// cross a mapping's border, and restored by success.
+    fn fill(
+        &mut self,
+        id: SpaceId,
+        at: PageRange,
+        way: Way,
+        limit: &mut u64,
+        call: impl Fn(&crate::sys::uffd::Uffd) -> io::Result<Filled>,
+    ) -> Result<Step> {
+        let page = self.images.page().bytes();
+        let Some(process) = self.processes.get(&id) else {
+            return Ok(Step::Over);
+        };
+        let failed = |error| {
+            Error::wrap(
+                Kind::Io,
+                format!("cannot fill {at} of pid {}", process.pid),
+                error,
+            )
+        };
+        let first_page = PageRange::new(at.start().get(), at.start().get() + page);
+        match call(&process.uffd).map_err(failed)? {
+            Filled::Bytes(filled) => {
+                *limit = COPY_BYTES_MAX;
+                self.settle(
+                    id,
+                    PageRange::new(at.start().get(), at.start().get() + filled),
+                    way,
+                    false,
+                );
+            }
+            Filled::Present => self.settle(id, first_page, way, true),
+            Filled::Unmapped if at.bytes() > page => {
+                *limit = self.images.page().floor(at.bytes() / 2).max(page);
+            }
+            Filled::Unmapped => self.settle(id, first_page, Way::Gone, true),
+            Filled::Changing => {
+                self.read_events(id)?;
+                return Ok(Step::Stuck);
+            }
+            Filled::Exited => {
+                self.forget(id);
+                return Ok(Step::Over);
+            }
+        }
+        Ok(Step::On)
+    }
+
+    /// Installs a piece that a local image has.
+    pub(super) fn install_local(&mut self, id: SpaceId, piece: Piece) -> Result<()> {
+        let Some(chain) = self
+            .processes
+            .get(&id)
+            .and_then(|process| process.chain.clone())
+        else {
+            return Ok(());
+        };
+        let Some(extent) = chain.find(piece.image) else {
+            return Ok(());
+        };
+        let length = piece
+            .at
+            .bytes()
+            .min(extent.range.bytes())
+            .min(COPY_BYTES_MAX);
+        let at = PageRange::new(piece.at.start().get(), piece.at.start().get() + length);
+        let mut limit = length;
+        if let Some(bytes) = chain.mapped(extent.place, offset(length)) {
+            return self.fill_local(id, at, &mut limit, bytes);
+        }
+        if chain.stored(extent.place) == Some(Stored::Zero) {
+            let first = PageRange::new(
+                at.start().get(),
+                at.start().get() + self.images.page().bytes(),
+            );
+            self.fill(id, first, Way::Local, &mut limit, |uffd| uffd.zero(first))?;
+            return Ok(());
+        }
+        let mut scratch = std::mem::take(&mut self.scratch);
+        scratch.resize(offset(length), 0);
+        let read = chain.read(extent.place, &mut scratch);
+        let filled = read.and_then(|()| self.fill_local(id, at, &mut limit, &scratch));
+        self.scratch = scratch;
+        filled
+    }
+
+    /// Copies `bytes` to `at`, once: what a border or an event leaves over stays missing, and is
+    /// tried again by the background or by the fault that waits for it.
+    fn fill_local(
+        &mut self,
+        id: SpaceId,
+        at: PageRange,
+        limit: &mut u64,
+        bytes: &[u8],
+    ) -> Result<()> {
+        loop {
+            let range = PageRange::new(at.start().get(), at.start().get() + at.bytes().min(*limit));
+            let part = &bytes[..offset(range.bytes())];
+            match self.fill(id, range, Way::Local, limit, |uffd| {
+                uffd.copy(range.start(), part)
+            })? {
+                // A border lowered the limit and nothing was filled: once more with less.
+                Step::On if *limit < range.bytes() => {}
+                Step::Stuck => {
+                    let awaited = |space: &crate::lazy::space::Space| space.is_awaited(at);
+                    if self.planner.space(id).is_some_and(awaited) {
+                        self.retries.push_back((id, at.start()));
+                    }
+                    return Ok(());
+                }
+                Step::On | Step::Over => return Ok(()),
+            }
+        }
+    }
+
+    /// Installs the next piece of local images in the background. Says whether there was one.
+    pub(super) fn local_step(&mut self) -> Result<bool> {
+        let Some((id, piece)) = self.planner.next_local(COPY_BYTES_MAX) else {
+            return Ok(false);
+        };
+        self.read_ahead(id, piece.image);
+        if let Some(limit) = &mut self.limit {
+            limit.spend(piece.at.bytes());
+        }
+        self.install_local(id, piece)?;
+        Ok(true)
+    }
+
+    /// Asks for the images' bytes before they are needed, once for each stretch.
+    fn read_ahead(&self, id: SpaceId, image: Vaddr) {
+        let Some(chain) = self
+            .processes
+            .get(&id)
+            .and_then(|process| process.chain.as_ref())
+        else {
+            return;
+        };
+        let into_stretch = image.get() % READAHEAD_BYTES;
+        let begins_extent = chain.find(Vaddr(image.get().saturating_sub(1))).is_none();
+        if into_stretch < COPY_BYTES_MAX || begins_extent {
+            let end = image.get().saturating_add(2 * READAHEAD_BYTES);
+            chain.advise(PageRange::new(image.get(), end));
+        }
+    }
+}
+
+/// A length within a buffer: it was checked against one already.
+fn offset(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("a length within memory")
+}

@@ -1,0 +1,198 @@
+//! `lazy-pages.socket`: one connection from `criu restore --lazy-pages`, a record for each process.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use crate::criu::lazy_socket::{RECORD_BYTES, Record};
+use crate::error::{Error, Result};
+use crate::sys::fdpass;
+use crate::sys::uffd::Uffd;
+
+/// The socket's name in the work directory.
+pub const SOCKET_NAME: &str = "lazy-pages.socket";
+
+/// What the restore says.
+#[derive(Debug)]
+pub(super) enum Word {
+    /// A process is being restored; its memory has this userfaultfd.
+    Process(u32, Uffd),
+    /// A zombie: it has no memory.
+    Zombie(u32),
+    /// Every process is restored.
+    Finished,
+    /// The restore hung up, with or without having finished.
+    End,
+}
+
+/// Where the conversation stands.
+#[derive(Debug)]
+enum State {
+    Listening(UnixListener),
+    Reading {
+        stream: UnixStream,
+        record: [u8; RECORD_BYTES],
+        read: usize,
+    },
+    /// A process's pid was read; the byte that carries its descriptor is next.
+    AwaitingFd {
+        stream: UnixStream,
+        pid: u32,
+    },
+    Ended,
+}
+
+/// The receiving end of `lazy-pages.socket`. The socket file goes when this does.
+#[derive(Debug)]
+pub struct Intake {
+    path: PathBuf,
+    state: State,
+}
+
+impl Drop for Intake {
+    fn drop(&mut self) {
+        // Nobody is there to connect to any more; a missing file is as good.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+impl Intake {
+    /// Listens in the directory `dir`, in place of whoever left a socket there.
+    pub fn listen(dir: &Path) -> Result<Intake> {
+        let path = dir.join(SOCKET_NAME);
+        let failed = |error| Error::file("listen on", &path, error);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        Ok(Intake {
+            state: State::Listening(listener),
+            path,
+        })
+    }
+
+    /// Where the restore must connect to.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether no restore has come yet.
+    pub(super) fn is_listening(&self) -> bool {
+        matches!(self.state, State::Listening(_))
+    }
+
+    /// What to poll for reading, until the end. It changes when the restore connects.
+    pub(super) fn socket(&self) -> Option<BorrowedFd<'_>> {
+        match &self.state {
+            State::Listening(listener) => Some(listener.as_fd()),
+            State::Reading { stream, .. } | State::AwaitingFd { stream, .. } => {
+                Some(stream.as_fd())
+            }
+            State::Ended => None,
+        }
+    }
+
+    /// The next thing the restore says, `None` if it has not said more yet.
+    pub(super) fn next(&mut self) -> Result<Option<Word>> {
+        loop {
+            match self.advance() {
+                Ok(Advance::Again) => {}
+                Ok(Advance::Word(word)) => return Ok(Some(word)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // The restore died in mid-sentence.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                    self.state = State::Ended;
+                    return Ok(Some(Word::End));
+                }
+                Err(error) => return Err(Error::file("read", &self.path, error)),
+            }
+        }
+    }
+
+    fn advance(&mut self) -> io::Result<Advance> {
+        match &mut self.state {
+            State::Listening(listener) => {
+                let (stream, _) = listener.accept()?;
+                stream.set_nonblocking(true)?;
+                self.state = State::Reading {
+                    stream,
+                    record: [0; RECORD_BYTES],
+                    read: 0,
+                };
+                Ok(Advance::Again)
+            }
+            State::Reading {
+                stream,
+                record,
+                read,
+            } => {
+                let bytes = io::Read::read(stream, &mut record[*read..])?;
+                *read += bytes;
+                match bytes {
+                    0 => Ok(self.end()),
+                    _ if *read < RECORD_BYTES => Ok(Advance::Again),
+                    _ => Ok(self.record()),
+                }
+            }
+            State::AwaitingFd { stream, pid } => {
+                let received = fdpass::receive(stream.as_fd(), &mut [0])?;
+                if received.bytes == 0 {
+                    return Ok(self.end());
+                }
+                let pid = *pid;
+                self.read_on();
+                let fd: OwnedFd = received.fd.ok_or_else(|| {
+                    io::Error::other(format!("no userfaultfd came with the record of pid {pid}"))
+                })?;
+                Ok(Advance::Word(Word::Process(pid, Uffd::from(fd))))
+            }
+            State::Ended => Ok(Advance::Word(Word::End)),
+        }
+    }
+
+    fn record(&mut self) -> Advance {
+        let State::Reading { record, .. } = &self.state else {
+            return Advance::Again;
+        };
+        let record = Record::decode(*record);
+        self.read_on();
+        match record {
+            Record::Zombie(pid) => Advance::Word(Word::Zombie(pid)),
+            Record::Finished => Advance::Word(Word::Finished),
+            Record::Process(pid) => {
+                if let State::Reading { stream, .. } =
+                    std::mem::replace(&mut self.state, State::Ended)
+                {
+                    self.state = State::AwaitingFd { stream, pid };
+                }
+                Advance::Again
+            }
+        }
+    }
+
+    fn read_on(&mut self) {
+        if let State::Reading { stream, .. } | State::AwaitingFd { stream, .. } =
+            std::mem::replace(&mut self.state, State::Ended)
+        {
+            self.state = State::Reading {
+                stream,
+                record: [0; RECORD_BYTES],
+                read: 0,
+            };
+        }
+    }
+
+    fn end(&mut self) -> Advance {
+        self.state = State::Ended;
+        Advance::Word(Word::End)
+    }
+}
+
+enum Advance {
+    Again,
+    Word(Word),
+}

@@ -1,0 +1,206 @@
+//! One connection to a source: requests out, pages in, and how full it is.
+//!
+//! The receive buffer is what UFFDIO_COPY reads. It is used from front to back; when what is unread
+//! no longer has room to grow, that rest, less than a page and a header, moves to the front.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use crate::criu::fetch::{FetchError, Fetcher, Step};
+use crate::criu::header::Wire;
+use crate::engine::transport::Transport;
+use crate::lazy::planner::Request;
+use crate::lazy::space::Class;
+use crate::lazy::window::{Ticket, Window};
+use crate::units::{PageRange, PageSize};
+
+/// Received with one call at most, bytes: what takes longer would delay faults.
+const RECEIVE_BYTES_MAX: usize = 64 << 10;
+
+/// The receive buffer, bytes.
+const BUFFER_BYTES: usize = 256 << 10;
+
+/// Requests for faults on the way at most, if the link does not hold more.
+const URGENT_REQUESTS_MIN: u64 = 32;
+
+/// A request and what was true when it was sent.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sent {
+    pub(super) request: Request,
+    ticket: Ticket,
+}
+
+/// What a step through the received bytes found.
+pub(super) type LinkStep = Step<Sent>;
+
+/// A connection.
+#[derive(Debug)]
+pub(super) struct Link {
+    transport: Box<dyn Transport>,
+    fetcher: Fetcher<Sent>,
+    window: Window,
+    page: PageSize,
+    urgent: u64,
+    out: Vec<u8>,
+    received: Received,
+    bytes_received: u64,
+}
+
+/// The receive buffer. It is taken out of the link while its pages are installed, since faults that
+/// come meanwhile use the link to ask.
+#[derive(Debug, Default)]
+pub(super) struct Received {
+    buffer: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
+impl Received {
+    pub(super) fn unread(&self) -> &[u8] {
+        &self.buffer[self.start..self.end]
+    }
+
+    pub(super) fn consume(&mut self, bytes: usize) {
+        self.start += bytes;
+    }
+}
+
+/// How an attempt to receive ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Arrival {
+    Bytes,
+    Nothing,
+    End,
+}
+
+impl Link {
+    pub(super) fn new(transport: Box<dyn Transport>, wire: Wire, page: PageSize) -> Link {
+        Link {
+            transport,
+            fetcher: Fetcher::new(wire, page),
+            window: Window::default(),
+            page,
+            urgent: 0,
+            out: Vec::new(),
+            received: Received {
+                buffer: vec![0; BUFFER_BYTES],
+                start: 0,
+                end: 0,
+            },
+            bytes_received: 0,
+        }
+    }
+
+    pub(super) fn socket(&self) -> BorrowedFd<'_> {
+        self.transport.socket()
+    }
+
+    pub(super) fn window(&self) -> &Window {
+        &self.window
+    }
+
+    pub(super) fn bytes_received(&self) -> u64 {
+        self.bytes_received
+    }
+
+    /// Whether one more request for a fault may go out: a storm of them is held back here, where
+    /// the faults of other processes can still go first.
+    pub(super) fn has_room_for_urgent(&self) -> bool {
+        self.urgent < URGENT_REQUESTS_MIN.max(self.window.product() >> self.page.shift())
+    }
+
+    /// Queues a request; [`Link::flush`] sends it.
+    pub(super) fn ask(&mut self, request: Request, now_us: u64) {
+        let ticket = self.window.sent(request.image.bytes(), now_us);
+        self.urgent += u64::from(request.class != Class::Stream);
+        let sent = Sent { request, ticket };
+        self.fetcher
+            .get(request.pid, request.image, sent, &mut self.out);
+    }
+
+    /// Queues the CLOSE that says that everything has come.
+    pub(super) fn close(&mut self) {
+        self.fetcher.close(&mut self.out);
+    }
+
+    /// Sends what is queued. Says whether something is left that the socket does not take now.
+    pub(super) fn flush(&mut self) -> io::Result<bool> {
+        while !self.out.is_empty() {
+            match self.transport.send(&self.out) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(sent) => drop(self.out.drain(..sent)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(false)
+    }
+
+    /// Receives what is there into the buffer.
+    pub(super) fn receive(&mut self) -> io::Result<Arrival> {
+        let received = &mut self.received;
+        if received.start == received.end {
+            (received.start, received.end) = (0, 0);
+        } else if received.buffer.len() - received.end < RECEIVE_BYTES_MAX {
+            received.buffer.copy_within(received.start..received.end, 0);
+            received.end -= received.start;
+            received.start = 0;
+        }
+        let room = (received.buffer.len() - received.end).min(RECEIVE_BYTES_MAX);
+        let free = &mut received.buffer[received.end..received.end + room];
+        loop {
+            match self.transport.receive(free) {
+                Ok(0) => return Ok(Arrival::End),
+                Ok(bytes) => {
+                    received.end += bytes;
+                    self.bytes_received += bytes as u64;
+                    return Ok(Arrival::Bytes);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Ok(Arrival::Nothing);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Whether more can be received without the socket being readable.
+    pub(super) fn has_buffered(&self) -> bool {
+        self.transport.has_buffered()
+    }
+
+    pub(super) fn take_received(&mut self) -> Received {
+        std::mem::take(&mut self.received)
+    }
+
+    pub(super) fn put_received(&mut self, received: Received) {
+        self.received = received;
+    }
+
+    /// What the unread bytes begin with; keeps the measures of the link.
+    pub(super) fn step(
+        &mut self,
+        received: &Received,
+        now_us: u64,
+    ) -> Result<(usize, LinkStep), FetchError> {
+        let (used, step) = self.fetcher.next(received.unread())?;
+        match &step {
+            Step::Answer { tag } => self.window.answered(tag.ticket, now_us),
+            Step::Complete { tag, asked, rest } => {
+                self.urgent -= u64::from(tag.request.class != Class::Stream);
+                let got = asked.bytes() - rest.map_or(0, PageRange::bytes);
+                self.window
+                    .completed(tag.ticket, asked.bytes(), got, now_us);
+            }
+            Step::Incomplete | Step::Pages { .. } | Step::Closed(_) => {}
+        }
+        Ok((used, step))
+    }
+
+    /// Closes the connection in order: the source may take it for success.
+    pub(super) fn finish(mut self) -> io::Result<()> {
+        self.transport.close_in_order()
+    }
+}

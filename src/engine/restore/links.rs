@@ -1,0 +1,583 @@
+//! The connections to the source: one for the stream, and one for faults where the source takes a
+//! second.
+//!
+//! CRIU's dump takes one connection in its life and answers in order, so there a fault goes over the
+//! stream's connection. Our page-server takes many. Nothing on the wire tells the two apart before
+//! the first word, so a second connection is made and the first fault is asked for over both: once
+//! the second one answers, it is for faults alone.
+
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::time::{Duration, Instant};
+
+use nix::sys::epoll::{EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use super::link::{Arrival, Link, LinkStep};
+use super::{Restore, RestoreConfig, Token, rewatch, watch};
+use crate::criu::fetch::Step;
+use crate::criu::header::Wire;
+use crate::engine::transport::{Peer, PlainTransport, Transport};
+use crate::error::{Error, Kind, Result};
+use crate::lazy::planner::Way;
+use crate::units::PageSize;
+
+/// How long a lost source that is ours is tried again, if the user says nothing.
+pub(super) const RECONNECT_DEFAULT: Duration = Duration::from_secs(30);
+
+/// Between two attempts to reach a lost source.
+const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
+
+/// How long the source may take to answer CLOSE: CRIU kills the source processes first.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The two connections of one session.
+#[derive(Debug)]
+struct Pair {
+    stream: Link,
+    fault: Option<FaultLink>,
+}
+
+#[derive(Debug)]
+struct FaultLink {
+    link: Link,
+    asked: bool,
+    /// It has answered: faults go over it.
+    proven: bool,
+}
+
+/// Which of the two.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Which {
+    Stream,
+    Fault,
+}
+
+impl Which {
+    fn token(self) -> Token {
+        match self {
+            Which::Stream => Token::StreamLink,
+            Which::Fault => Token::FaultLink,
+        }
+    }
+}
+
+/// How sockets are made and what speaks over them.
+#[derive(Clone, Debug)]
+struct Dialer {
+    peer: Peer,
+    wire: Wire,
+    page: PageSize,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct Links {
+    dialer: Option<Dialer>,
+    pair: Option<Pair>,
+    /// The source is one that can be reached again.
+    ours: bool,
+    reconnect_timeout: Option<Duration>,
+    /// Since when the source has been out of reach or silent since it came back.
+    down_since: Option<Instant>,
+    attempt: Option<Receiver<Result<Pair>>>,
+    reconnected: Arc<EventFd>,
+    /// Received over connections that are gone.
+    bytes_received_before: u64,
+}
+
+impl Dialer {
+    fn dial(&self) -> Result<Link> {
+        let socket = self.peer.connect()?;
+        let failed = |error| {
+            Error::wrap(
+                Kind::Io,
+                format!("cannot use the connection to {}", self.peer),
+                error,
+            )
+        };
+        let transport: Box<dyn Transport> = Box::new(PlainTransport::new(socket).map_err(failed)?);
+        Ok(Link::new(transport, self.wire, self.page))
+    }
+
+    fn dial_pair(&self) -> Result<Pair> {
+        let stream = self.dial()?;
+        // A source that takes one connection refuses the second, or never looks at it.
+        let fault = self.dial().ok().map(|link| FaultLink {
+            link,
+            asked: false,
+            proven: false,
+        });
+        Ok(Pair { stream, fault })
+    }
+}
+
+impl Pair {
+    fn link(&mut self, which: Which) -> Option<&mut Link> {
+        match which {
+            Which::Stream => Some(&mut self.stream),
+            Which::Fault => self.fault.as_mut().map(|fault| &mut fault.link),
+        }
+    }
+
+    fn bytes_received(&self) -> u64 {
+        self.stream.bytes_received()
+            + self
+                .fault
+                .as_ref()
+                .map_or(0, |fault| fault.link.bytes_received())
+    }
+}
+
+impl Links {
+    /// Connects to the source, if there is one.
+    pub(super) fn connect(config: &RestoreConfig, wire: Wire, page: PageSize) -> Result<Links> {
+        let dialer = config
+            .source
+            .clone()
+            .map(|peer| Dialer { peer, wire, page });
+        let hint = "is the source there, and does it serve pages (criu dump --lazy-pages, or page-server --lazy-pages)?";
+        let pair = dialer
+            .as_ref()
+            .map(Dialer::dial_pair)
+            .transpose()
+            .map_err(|error| error.within(hint))?;
+        if let Some(dialer) = &dialer {
+            tracing::info!("connected to the source at {} ({wire:?})", dialer.peer);
+        }
+        let reconnected = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
+            .map_err(|errno| Error::wrap(Kind::Io, "cannot make an eventfd", errno))?;
+        Ok(Links {
+            dialer,
+            pair,
+            ours: false,
+            reconnect_timeout: config.reconnect_timeout,
+            down_since: None,
+            attempt: None,
+            reconnected: Arc::new(reconnected),
+            bytes_received_before: 0,
+        })
+    }
+
+    /// Readable when an attempt to reach the source again has ended.
+    pub(super) fn reconnected(&self) -> BorrowedFd<'_> {
+        self.reconnected.as_fd()
+    }
+
+    /// Received from the source so far, all connections together.
+    pub(super) fn bytes_received(&self) -> u64 {
+        self.bytes_received_before + self.pair.as_ref().map_or(0, Pair::bytes_received)
+    }
+
+    pub(super) fn has_buffered(&self) -> bool {
+        self.pair.as_ref().is_some_and(|pair| {
+            pair.stream.has_buffered()
+                || pair
+                    .fault
+                    .as_ref()
+                    .is_some_and(|fault| fault.link.has_buffered())
+        })
+    }
+
+    /// Resets the connections: the source keeps its memory.
+    pub(super) fn reset(&mut self) {
+        self.bytes_received_before = self.bytes_received();
+        self.pair = None;
+        self.attempt = None;
+    }
+
+    fn may_reconnect(&self) -> Option<Duration> {
+        let timeout = self
+            .reconnect_timeout
+            .or(self.ours.then_some(RECONNECT_DEFAULT))?;
+        let used = self
+            .down_since
+            .map_or(Duration::ZERO, |since| since.elapsed());
+        timeout.checked_sub(used).filter(|left| !left.is_zero())
+    }
+
+    /// Tries in the background to reach the source again for `timeout`.
+    pub(super) fn start_reconnecting(&mut self, timeout: Duration) {
+        let Some(dialer) = self.dialer.clone() else {
+            return;
+        };
+        self.down_since.get_or_insert_with(Instant::now);
+        let (sender, receiver) = channel();
+        let wake = Arc::clone(&self.reconnected);
+        let deadline = Instant::now() + timeout;
+        std::thread::spawn(move || {
+            let result = loop {
+                match dialer.dial_pair() {
+                    Err(_) if Instant::now() < deadline => std::thread::sleep(RECONNECT_PAUSE),
+                    result => break result,
+                }
+            };
+            // A receiver that is gone has given up; a full eventfd has been told.
+            let _ = sender.send(result);
+            let _ = wake.write(1);
+        });
+        self.attempt = Some(receiver);
+    }
+}
+
+impl Restore {
+    pub(super) fn watch_links(&mut self) -> Result<()> {
+        let Some(pair) = &self.links.pair else {
+            return Ok(());
+        };
+        watch(
+            &self.poll,
+            &pair.stream.socket(),
+            EpollFlags::EPOLLIN,
+            Token::StreamLink as u64,
+        )?;
+        if let Some(fault) = &pair.fault {
+            watch(
+                &self.poll,
+                &fault.link.socket(),
+                EpollFlags::EPOLLIN,
+                Token::FaultLink as u64,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Sends for what faults need, as long as the link takes it.
+    pub(super) fn send_urgent(&mut self) -> Result<()> {
+        let now_us = self.clock.now_us();
+        let Some(pair) = &mut self.links.pair else {
+            return Ok(());
+        };
+        let mut which = Which::Stream;
+        if pair.fault.as_ref().is_some_and(|fault| fault.proven) {
+            which = Which::Fault;
+        }
+        let mut asked = false;
+        while let Some(link) = pair.link(which).filter(|link| link.has_room_for_urgent()) {
+            let Some(request) = self.planner.next_urgent() else {
+                break;
+            };
+            link.ask(request, now_us);
+            asked = true;
+            if let Some(fault) = pair.fault.as_mut().filter(|fault| !fault.asked) {
+                fault.asked = true;
+                fault.link.ask(request, now_us);
+            }
+        }
+        if asked { self.flush_links() } else { Ok(()) }
+    }
+
+    /// Sends for what faults need, then for the background's next pages.
+    pub(super) fn send_requests(&mut self) -> Result<()> {
+        self.send_urgent()?;
+        if !self.finished || self.config.on_demand {
+            return Ok(());
+        }
+        let now_us = self.clock.now_us();
+        let Some(pair) = &mut self.links.pair else {
+            return Ok(());
+        };
+        let mut asked = false;
+        while pair.stream.window().has_room() {
+            if self
+                .limit
+                .as_mut()
+                .is_some_and(|limit| limit.wait_until_us(now_us).is_some())
+            {
+                break;
+            }
+            let Some(request) = self.planner.next_stream(pair.stream.window().chunk_bytes()) else {
+                break;
+            };
+            if let Some(limit) = &mut self.limit {
+                limit.spend(request.image.bytes());
+            }
+            pair.stream.ask(request, now_us);
+            asked = true;
+        }
+        if asked { self.flush_links() } else { Ok(()) }
+    }
+
+    fn flush_links(&mut self) -> Result<()> {
+        for which in [Which::Fault, Which::Stream] {
+            let Some(link) = self.links.pair.as_mut().and_then(|pair| pair.link(which)) else {
+                continue;
+            };
+            match link.flush() {
+                Ok(left) => {
+                    let flags = if left {
+                        EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT
+                    } else {
+                        EpollFlags::EPOLLIN
+                    };
+                    if left {
+                        rewatch(&self.poll, &link.socket(), flags, which.token() as u64)?;
+                    }
+                }
+                Err(error) => self.link_failed(which, Some(error))?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Receives and installs what the source sent, a step from each connection.
+    pub(super) fn pump_links(&mut self) -> Result<()> {
+        self.pump(Which::Fault)?;
+        self.pump(Which::Stream)
+    }
+
+    fn pump(&mut self, which: Which) -> Result<()> {
+        let Some(link) = self.links.pair.as_mut().and_then(|pair| pair.link(which)) else {
+            return Ok(());
+        };
+        match link.receive() {
+            Ok(Arrival::Bytes) => {}
+            Ok(Arrival::Nothing) => return Ok(()),
+            Ok(Arrival::End) => return self.link_failed(which, None),
+            Err(error) => return self.link_failed(which, Some(error)),
+        }
+        self.links.down_since = None;
+        self.install_received(which)
+    }
+
+    /// Installs what is in the receive buffer of a link. Faults that come meanwhile use the link.
+    fn install_received(&mut self, which: Which) -> Result<()> {
+        let Some(link) = self.links.pair.as_mut().and_then(|pair| pair.link(which)) else {
+            return Ok(());
+        };
+        let mut received = link.take_received();
+        let result = loop {
+            // The connection may fail while its last pages are installed: then they are the last.
+            let Some(link) = self.links.pair.as_mut().and_then(|pair| pair.link(which)) else {
+                return Ok(());
+            };
+            let (used, step) = match link.step(&received, self.clock.now_us()) {
+                Ok(found) => found,
+                Err(error) => break Err(self.bad_source(error)),
+            };
+            let handled = self.handle_step(which, &step, received.unread());
+            received.consume(used);
+            if handled.is_err() || step_is_last(&step) {
+                break handled;
+            }
+        };
+        if let Some(link) = self.links.pair.as_mut().and_then(|pair| pair.link(which)) {
+            link.put_received(received);
+        }
+        result
+    }
+
+    fn handle_step(&mut self, which: Which, step: &LinkStep, unread: &[u8]) -> Result<()> {
+        match step {
+            Step::Incomplete | Step::Closed(_) => Ok(()),
+            Step::Answer { .. } => {
+                if which == Which::Fault {
+                    self.prove_fault_link();
+                }
+                Ok(())
+            }
+            Step::Pages { tag, image, bytes } => {
+                let way = Way::Fetched(tag.request.class);
+                self.install(tag.request.space, *image, &unread[bytes.clone()], way)
+            }
+            Step::Complete { tag, rest, .. } => {
+                if let Some(rest) = rest {
+                    self.planner.give_back(tag.request.space, *rest);
+                }
+                self.send_requests()
+            }
+        }
+    }
+
+    fn prove_fault_link(&mut self) {
+        let Some(fault) = self
+            .links
+            .pair
+            .as_mut()
+            .and_then(|pair| pair.fault.as_mut())
+        else {
+            return;
+        };
+        if !fault.proven {
+            fault.proven = true;
+            self.links.ours = true;
+            tracing::info!("the source takes several connections: faults have one of their own");
+        }
+    }
+
+    fn bad_source(&self, error: impl std::error::Error + Send + Sync + 'static) -> Error {
+        let peer = self
+            .links
+            .dialer
+            .as_ref()
+            .map(|dialer| dialer.peer.to_string())
+            .unwrap_or_default();
+        Error::wrap(
+            Kind::Protocol,
+            format!("the source at {peer} cannot be used"),
+            error,
+        )
+    }
+
+    /// A connection is gone. `cause` is `None` if the source ended it in order.
+    fn link_failed(&mut self, which: Which, cause: Option<std::io::Error>) -> Result<()> {
+        let Some(pair) = &mut self.links.pair else {
+            return Ok(());
+        };
+        if which == Which::Fault && pair.fault.as_ref().is_some_and(|fault| !fault.proven) {
+            tracing::debug!("the source takes one connection: faults share it with the stream");
+            pair.fault = None;
+            return Ok(());
+        }
+        let peer = self
+            .links
+            .dialer
+            .as_ref()
+            .map(|dialer| dialer.peer.to_string())
+            .unwrap_or_default();
+        let never_spoke = self.links.bytes_received() == 0;
+        let error = match cause {
+            Some(cause) => Error::wrap(
+                Kind::PeerLost,
+                format!("the connection to the source at {peer} broke"),
+                cause,
+            ),
+            None if never_spoke => Error::new(
+                Kind::PeerLost,
+                format!(
+                    "the source at {peer} hung up without sending a page: is it a page server that receives (without --lazy-pages)?"
+                ),
+            ),
+            None => Error::new(
+                Kind::PeerLost,
+                format!("the source at {peer} hung up before all pages came"),
+            ),
+        };
+        self.links.reset();
+        match self.links.may_reconnect() {
+            Some(timeout) if self.loss.is_none() => {
+                tracing::warn!(
+                    "{error}; trying to reach it again for {} s",
+                    timeout.as_secs()
+                );
+                self.planner.give_back_all();
+                self.links.start_reconnecting(timeout);
+                Ok(())
+            }
+            _ => Err(error),
+        }
+    }
+
+    /// An attempt to reach the source again has ended.
+    pub(super) fn take_reconnected(&mut self) -> Result<()> {
+        // Not readable again is all that matters.
+        let _ = self.links.reconnected.read();
+        let outcome = match self.links.attempt.as_ref().map(Receiver::try_recv) {
+            Some(Ok(outcome)) => outcome,
+            Some(Err(TryRecvError::Empty)) | None => return Ok(()),
+            Some(Err(TryRecvError::Disconnected)) => Err(Error::new(
+                Kind::PeerLost,
+                "the attempt to reach the source again was lost",
+            )),
+        };
+        self.links.attempt = None;
+        let pair = match outcome {
+            Ok(pair) => pair,
+            Err(error) if self.loss.is_some() => {
+                tracing::error!("the source could not be reached: {error}");
+                return Ok(());
+            }
+            Err(error) => return Err(error.within("the source could not be reached again")),
+        };
+        tracing::info!("the source is back");
+        self.links.pair = Some(pair);
+        self.recover();
+        self.watch_links()
+    }
+
+    /// Tells the source that everything has come, and waits for its word.
+    pub(super) fn close_links(&mut self) -> Result<()> {
+        let Some(mut pair) = self.links.pair.take() else {
+            return Ok(());
+        };
+        self.links.bytes_received_before += pair.bytes_received();
+        let deadline = Instant::now() + CLOSE_TIMEOUT;
+        if let Some(mut fault) = pair.fault.take() {
+            fault.link.close();
+            // One that never answered belongs to nobody; what was asked over it came otherwise.
+            let closed = if fault.proven {
+                await_close(&mut fault.link, deadline)
+            } else {
+                fault.link.flush().map(|_| ())
+            };
+            if closed.and_then(|()| fault.link.finish()).is_err() {
+                tracing::debug!("the connection for faults did not end in order");
+            }
+        }
+        pair.stream.close();
+        let result = await_close(&mut pair.stream, deadline).and_then(|()| pair.stream.finish());
+        result.map_err(|error| {
+            Error::wrap(
+                Kind::PeerLost,
+                "all pages have come, but the source did not confirm the end",
+                error,
+            )
+        })
+    }
+}
+
+fn step_is_last(step: &LinkStep) -> bool {
+    matches!(step, Step::Incomplete | Step::Closed(_))
+}
+
+/// Sends what is queued and reads until the answer to CLOSE.
+fn await_close(link: &mut Link, deadline: Instant) -> std::io::Result<()> {
+    let poll = nix::sys::epoll::Epoll::new(nix::sys::epoll::EpollCreateFlags::EPOLL_CLOEXEC)?;
+    let interest = |flags| nix::sys::epoll::EpollEvent::new(flags, 0);
+    poll.add(link.socket(), interest(EpollFlags::EPOLLIN))?;
+    loop {
+        let left_to_send = link.flush()?;
+        let flags = if left_to_send {
+            EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT
+        } else {
+            EpollFlags::EPOLLIN
+        };
+        poll.modify(link.socket(), &mut interest(flags))?;
+        match link.receive()? {
+            Arrival::End => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            Arrival::Nothing => {
+                if Instant::now() >= deadline {
+                    return Err(std::io::ErrorKind::TimedOut.into());
+                }
+                let mut events = [nix::sys::epoll::EpollEvent::empty(); 1];
+                match poll.wait(&mut events, EpollTimeout::from(100_u8)) {
+                    Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                    Err(errno) => return Err(errno.into()),
+                }
+            }
+            Arrival::Bytes => {
+                let mut received = link.take_received();
+                // Answers to requests of which nothing was missing any more may come first.
+                let status = loop {
+                    let (used, step) = link.step(&received, 0).map_err(std::io::Error::other)?;
+                    received.consume(used);
+                    match step {
+                        Step::Closed(status) => break Some(status),
+                        Step::Incomplete => break None,
+                        _ => {}
+                    }
+                };
+                link.put_received(received);
+                match status {
+                    Some(0) => return Ok(()),
+                    Some(status) => {
+                        let text = format!("the source answers the end with status {status}");
+                        return Err(std::io::Error::other(text));
+                    }
+                    None => {}
+                }
+            }
+        }
+    }
+}

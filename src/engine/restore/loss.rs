@@ -1,0 +1,258 @@
+//! When pages cannot come: no thread may read a zero page in place of a lost one.
+//!
+//! ```text
+//! source lost, SIGTERM, SIGINT -> the connections are reset (CRIU's source lives on)
+//!                              -> what only the source has: poisoned | held | its processes killed
+//!                              -> what local images have is still installed
+//!                              -> exit code 1, and the log says which process lacks how many pages
+//! ```
+//!
+//! Held processes wait for an operator: SIGTERM or SIGINT poisons and ends, SIGUSR1 tries the source
+//! again, SIGUSR2 kills them.
+
+use std::collections::BTreeMap;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::{OnLoss, Restore};
+use crate::error::{Error, Kind, Result};
+use crate::lazy::planner::{SpaceId, Way};
+use crate::sys::uffd::Filled;
+use crate::units::PageRange;
+
+/// Poisoned with one call at most, bytes: the process's memory is locked meanwhile.
+const POISON_BYTES_MAX: u64 = 2 << 20;
+
+/// What is lost, and what becomes of the processes.
+#[derive(Debug)]
+pub(super) struct Loss {
+    cause: Error,
+    policy: OnLoss,
+    /// Lost pages by pid.
+    pages: BTreeMap<u32, u64>,
+}
+
+impl Loss {
+    pub(super) fn waits_for_operator(&self) -> bool {
+        self.policy == OnLoss::Hold
+    }
+
+    pub(super) fn into_error(self) -> Error {
+        let lost: u64 = self.pages.values().sum();
+        if lost == 0 {
+            return self.cause;
+        }
+        let each: Vec<String> = self
+            .pages
+            .iter()
+            .map(|(pid, pages)| format!("pid {pid} lacks {pages} pages"))
+            .collect();
+        let fate = match self.policy {
+            OnLoss::Poison => "reading one raises SIGBUS",
+            OnLoss::Hold => "their readers were held",
+            OnLoss::Kill => "its processes were killed",
+        };
+        Error::wrap(
+            Kind::MemoryLost,
+            format!("memory is lost: {} ({fate})", each.join(", ")),
+            self.cause,
+        )
+    }
+}
+
+impl Restore {
+    /// Gives the source up for good. An error here means that not even that could be done.
+    pub(super) fn lose(&mut self, cause: Error) -> Result<()> {
+        self.links.reset();
+        self.planner.lose();
+        // The restore's own end is all that is left to hear of it.
+        self.intake_done = true;
+        if self.loss.is_none() {
+            let mut pages = BTreeMap::new();
+            for (_, space) in self.planner.spaces() {
+                *pages.entry(space.pid()).or_insert(0) +=
+                    space.remote_bytes() >> self.images.page().shift();
+            }
+            pages.retain(|_, lost| *lost > 0);
+            tracing::error!("{cause}");
+            for (pid, lost) in &pages {
+                tracing::error!("pid {pid} lacks {lost} pages that only the source has");
+            }
+            self.loss = Some(Loss {
+                cause,
+                policy: self.config.on_loss,
+                pages,
+            });
+        } else {
+            tracing::error!("{cause}");
+        }
+        self.apply_policy()
+    }
+
+    fn apply_policy(&mut self) -> Result<()> {
+        match self.loss.as_ref().map(|loss| loss.policy) {
+            None => Ok(()),
+            Some(OnLoss::Poison) => self.poison_lost(),
+            Some(OnLoss::Hold) => {
+                tracing::warn!(
+                    "holding the processes: send SIGTERM to poison their lost pages and end, SIGUSR1 to try the source again, SIGUSR2 to kill them"
+                );
+                Ok(())
+            }
+            Some(OnLoss::Kill) => {
+                self.kill_processes();
+                self.poison_lost()
+            }
+        }
+    }
+
+    /// Poisons all that only the source had. A kernel without UFFDIO_POISON holds instead.
+    pub(super) fn poison_lost(&mut self) -> Result<()> {
+        loop {
+            let mut left = false;
+            let ids: Vec<SpaceId> = self.processes.keys().copied().collect();
+            for id in ids {
+                match self.poison_process(id) {
+                    Ok(()) => {}
+                    Err(error) if error.kind() == Kind::Unsupported => {
+                        return self.hold_instead(&error);
+                    }
+                    Err(error) => return Err(error),
+                }
+                // A fork that was read meanwhile has brought another process.
+                left |= self
+                    .planner
+                    .spaces()
+                    .any(|(_, space)| space.first_remote().is_some());
+            }
+            if !left {
+                return Ok(());
+            }
+        }
+    }
+
+    fn hold_instead(&mut self, why: &Error) -> Result<()> {
+        tracing::error!(
+            "{why}: holding the processes instead; SIGUSR1 tries the source again, SIGUSR2 kills them"
+        );
+        if let Some(loss) = &mut self.loss {
+            loss.policy = OnLoss::Hold;
+        }
+        Ok(())
+    }
+
+    fn poison_process(&mut self, id: SpaceId) -> Result<()> {
+        let page = self.images.page().bytes();
+        let mut limit = POISON_BYTES_MAX;
+        loop {
+            self.read_events(id)?;
+            let Some(piece) = self
+                .planner
+                .space(id)
+                .and_then(crate::lazy::space::Space::first_remote)
+            else {
+                return Ok(());
+            };
+            let Some(process) = self.processes.get(&id) else {
+                return Ok(());
+            };
+            let start = piece.at.start().get();
+            let range = PageRange::new(start, start + piece.at.bytes().min(limit));
+            let first = PageRange::new(start, start + page);
+            let filled = process.uffd.poison(range).map_err(|error| {
+                let kind = match error.kind() {
+                    std::io::ErrorKind::InvalidInput | std::io::ErrorKind::Unsupported => {
+                        Kind::Unsupported
+                    }
+                    _ if error.raw_os_error() == Some(nix::libc::ENOTTY) => Kind::Unsupported,
+                    _ => Kind::Io,
+                };
+                Error::wrap(
+                    kind,
+                    format!(
+                        "cannot poison {range} of pid {} (UFFDIO_POISON needs Linux 6.6)",
+                        process.pid
+                    ),
+                    error,
+                )
+            })?;
+            match filled {
+                Filled::Bytes(bytes) => {
+                    self.settle(
+                        id,
+                        PageRange::new(start, start + bytes),
+                        Way::Poisoned,
+                        false,
+                    );
+                    limit = POISON_BYTES_MAX;
+                }
+                Filled::Present => self.settle(id, first, Way::Gone, true),
+                Filled::Unmapped if range.bytes() > page => {
+                    limit = self.images.page().floor(range.bytes() / 2).max(page);
+                }
+                Filled::Unmapped => self.settle(id, first, Way::Gone, true),
+                Filled::Changing => std::thread::yield_now(),
+                Filled::Exited => self.forget(id),
+            }
+        }
+    }
+
+    pub(super) fn handle_signals(&mut self) -> Result<()> {
+        while let Some(signal) = self.signals.next() {
+            let held = self.loss.as_ref().is_some_and(Loss::waits_for_operator);
+            match signal {
+                Signal::SIGTERM | Signal::SIGINT if held => self.decide(OnLoss::Poison)?,
+                Signal::SIGUSR2 if held => self.decide(OnLoss::Kill)?,
+                Signal::SIGUSR1 if held => self.try_source_again(),
+                Signal::SIGTERM | Signal::SIGINT => {
+                    return Err(Error::new(
+                        Kind::Interrupted,
+                        format!("stopped by {signal}"),
+                    ));
+                }
+                _ => tracing::warn!("{signal} is for processes that are held; none is"),
+            }
+        }
+        Ok(())
+    }
+
+    fn decide(&mut self, policy: OnLoss) -> Result<()> {
+        if let Some(loss) = &mut self.loss {
+            loss.policy = policy;
+        }
+        self.apply_policy()
+    }
+
+    fn try_source_again(&mut self) {
+        tracing::info!("trying to reach the source again");
+        self.links
+            .start_reconnecting(super::links::RECONNECT_DEFAULT);
+    }
+
+    /// The source is back after it was given up, in time for processes that were held.
+    pub(super) fn recover(&mut self) {
+        if self.loss.take().is_some() {
+            tracing::info!("the held processes go on");
+            self.planner.recover();
+        }
+    }
+
+    /// Kills the processes whose pages are lost: those that have a missing part of their memory
+    /// under a userfaultfd where the planner says so.
+    fn kill_processes(&mut self) {
+        let lost: Vec<(u32, PageRange)> = self
+            .planner
+            .spaces()
+            .filter_map(|(_, space)| Some((space.pid(), space.first_remote()?.at)))
+            .collect();
+        for pid in super::victims::find(&lost) {
+            match kill(Pid::from_raw(pid), Signal::SIGKILL) {
+                Ok(()) => tracing::warn!("killed process {pid}: its memory is lost"),
+                Err(errno) => {
+                    tracing::error!("cannot kill process {pid}, whose memory is lost: {errno}");
+                }
+            }
+        }
+    }
+}

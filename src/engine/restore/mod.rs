@@ -1,0 +1,445 @@
+//! Post-copy: answers the page faults of restored processes and streams the rest in behind them.
+//!
+//! ```text
+//! lazy-pages.socket -> intake ----> planner (who lacks what)
+//! userfaultfds ------> faults ----> planner -> links -> source        a fault goes out at once
+//! source ------------> links -----> install -> UFFDIO_COPY            from the receive buffer
+//! local images ------> install ---> UFFDIO_COPY                       from the mapped file
+//! ```
+//!
+//! One thread does all of it, in steps of at most 64 KiB, and looks for faults between any two
+//! steps: a fault then waits for one step at most (about 25 µs), which is less than waking another
+//! thread costs (48-75 µs where measured). Nothing in the loop waits for a disk, a log or a terminal.
+//!
+//! Invariants: a page is filled where the planner says it is *now*, and the kernel's events of its
+//! process are read before a refused fill is tried again; a link is reset unless everything has
+//! come; this process does not end while a page that may still be read is neither filled nor
+//! poisoned.
+
+mod faults;
+mod install;
+pub mod intake;
+mod link;
+mod links;
+mod loss;
+mod process;
+mod report;
+mod signals;
+mod victims;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+use crate::criu::header::Wire;
+use crate::engine::transport::Peer;
+use crate::error::{Error, Kind, Result};
+use crate::image::chain::Chain;
+use crate::image::dir::ImageDir;
+use crate::lazy::planner::{Planner, SpaceId};
+use crate::lazy::window::RateLimit;
+use crate::sys::process::page_size;
+use crate::sys::uffd::Uffd;
+use crate::units::Vaddr;
+use intake::{Intake, Word};
+use links::Links;
+use loss::Loss;
+use report::Observer;
+pub use report::{Progress, Summary};
+use signals::Signals;
+pub use signals::block as block_signals;
+
+/// Most descriptors looked at in one round.
+const EVENTS_MAX: usize = 64;
+
+/// How often the loop looks up when nothing happens: for ended processes, progress and waiting.
+const TICK: Duration = Duration::from_millis(250);
+
+/// How often a restore that does not come is mentioned.
+const WAITING_LINE: Duration = Duration::from_secs(10);
+
+/// What to do about processes whose pages are lost with the source.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum OnLoss {
+    /// Reading a lost page raises SIGBUS.
+    Poison,
+    /// Readers wait until an operator decides.
+    Hold,
+    /// The processes are killed.
+    Kill,
+}
+
+/// What a post-copy restore is to do.
+#[derive(Clone, Debug)]
+pub struct RestoreConfig {
+    /// The image directory, with `pstree.img`, `mm-*.img` and `pagemap-*.img`.
+    pub images_dir: PathBuf,
+    /// Who has the pages that no local image has.
+    pub source: Option<Peer>,
+    /// The source's header layout, if the images are not to tell.
+    pub wire: Option<Wire>,
+    /// Serve faults alone.
+    pub on_demand: bool,
+    /// The background's bytes a second at most.
+    pub max_bandwidth: Option<u64>,
+    /// What happens to the processes when the source is lost.
+    pub on_loss: OnLoss,
+    /// How long to try to reach a lost source again. `None` leaves it to what the source is: one
+    /// that answers on several connections is tried for 30 s, CRIU's dump, which takes one connection in its life, is not.
+    pub reconnect_timeout: Option<Duration>,
+    /// Where each fault is to be recorded.
+    pub trace: Option<PathBuf>,
+}
+
+/// What the loop waits on besides the userfaultfds, as numbers in epoll's data.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u64)]
+enum Token {
+    Faults = 0,
+    Intake = 1,
+    Signals = 2,
+    StreamLink = 3,
+    FaultLink = 4,
+    Reconnected = 5,
+}
+
+impl Token {
+    fn from_data(data: u64) -> Option<Token> {
+        [
+            Token::Faults,
+            Token::Intake,
+            Token::Signals,
+            Token::StreamLink,
+            Token::FaultLink,
+            Token::Reconnected,
+        ]
+        .into_iter()
+        .find(|token| *token as u64 == data)
+    }
+}
+
+/// A restored process, or a child that it forked since.
+#[derive(Debug)]
+struct Process {
+    pid: u32,
+    uffd: Uffd,
+    chain: Option<Arc<Chain>>,
+}
+
+/// A restore that is ready to begin: its socket listens, its images are there, its source answers.
+pub struct Restore {
+    config: RestoreConfig,
+    images: ImageDir,
+    intake: Intake,
+    intake_done: bool,
+    /// The restore said that every process runs.
+    finished: bool,
+    planner: Planner,
+    processes: BTreeMap<SpaceId, Process>,
+    /// Faults that could not be answered because an event was in the way.
+    retries: VecDeque<(SpaceId, Vaddr)>,
+    links: Links,
+    limit: Option<RateLimit>,
+    loss: Option<Loss>,
+    /// The userfaultfds alone, to look for faults between two steps of other work.
+    faults_poll: Epoll,
+    poll: Epoll,
+    signals: Signals,
+    clock: Clock,
+    observer: Observer,
+    scratch: Vec<u8>,
+}
+
+impl fmt::Debug for Restore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Restore")
+            .field("config", &self.config)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Time since the start, µs.
+#[derive(Clone, Copy, Debug)]
+struct Clock(Instant);
+
+impl Clock {
+    fn now_us(self) -> u64 {
+        u64::try_from(self.0.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+}
+
+impl Restore {
+    /// Checks the images, connects to the source and listens for the restore in the current
+    /// directory. [`block_signals`] must have been called before any thread was started.
+    pub fn prepare(config: RestoreConfig) -> Result<Restore> {
+        let page = page_size()
+            .map_err(|error| Error::wrap(Kind::Unsupported, "cannot work here", error))?;
+        let images = ImageDir::open(&config.images_dir, page)?;
+        let processes = images.processes()?;
+        tracing::info!(
+            "images of {} processes in {}",
+            processes.len(),
+            config.images_dir.display()
+        );
+        let wire = match config.wire {
+            Some(wire) => wire,
+            None => process::wire_of(&images)?,
+        };
+        let intake = Intake::listen(std::path::Path::new("."))?;
+        let links = Links::connect(&config, wire, page)?;
+        let observer = Observer::new(config.trace.as_deref(), page)?;
+        let new_poll = || {
+            Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)
+                .map_err(|errno| Error::wrap(Kind::Io, "cannot make an epoll descriptor", errno))
+        };
+        let mut restore = Restore {
+            limit: config.max_bandwidth.map(RateLimit::new),
+            planner: Planner::new(page),
+            config,
+            images,
+            intake,
+            intake_done: false,
+            finished: false,
+            processes: BTreeMap::new(),
+            retries: VecDeque::new(),
+            links,
+            loss: None,
+            faults_poll: new_poll()?,
+            poll: new_poll()?,
+            signals: Signals::new()?,
+            clock: Clock(Instant::now()),
+            observer,
+            scratch: Vec::new(),
+        };
+        restore.watch_all()?;
+        Ok(restore)
+    }
+
+    fn watch_all(&mut self) -> Result<()> {
+        let readable = EpollFlags::EPOLLIN;
+        watch(
+            &self.poll,
+            &self.faults_poll.0,
+            readable,
+            Token::Faults as u64,
+        )?;
+        watch(&self.poll, &self.signals, readable, Token::Signals as u64)?;
+        watch(
+            &self.poll,
+            &self.links.reconnected(),
+            readable,
+            Token::Reconnected as u64,
+        )?;
+        if let Some(socket) = self.intake.socket() {
+            watch(&self.poll, &socket, readable, Token::Intake as u64)?;
+        }
+        self.watch_links()
+    }
+
+    /// Serves until every page of every process is installed or gone. Returns what was done; an
+    /// error says which process lacks how many pages.
+    pub fn run(mut self) -> (Summary, Result<()>) {
+        let result = self.serve();
+        let result = result.and_then(|()| self.close_links());
+        let result = match self.observer.finish_trace() {
+            Err(error) if result.is_ok() => Err(error),
+            _ => result,
+        };
+        (self.summary(), result)
+    }
+
+    /// What shows how far it is, for a display in another thread.
+    pub fn progress(&self) -> Arc<Progress> {
+        self.observer.progress()
+    }
+
+    fn serve(&mut self) -> Result<()> {
+        let mut mentioned = Instant::now();
+        let mut ticked = Instant::now();
+        while !self.is_done() {
+            let step = self.round();
+            if let Err(error) = step {
+                // Whatever went wrong here: the memory that only the source has cannot come.
+                self.lose(error)?;
+            }
+            if ticked.elapsed() >= TICK {
+                ticked = Instant::now();
+                self.tick();
+            }
+            if self.intake.is_listening() && mentioned.elapsed() >= WAITING_LINE {
+                mentioned = Instant::now();
+                let path = std::path::absolute(self.intake.path()).unwrap_or_default();
+                tracing::warn!(
+                    "no restore has come yet: start criu restore --lazy-pages with the work directory (-W, else -D) that makes it connect to {}",
+                    path.display()
+                );
+            }
+        }
+        match self.loss.take() {
+            None => Ok(()),
+            Some(loss) => Err(loss.into_error()),
+        }
+    }
+
+    fn is_done(&self) -> bool {
+        let nothing_to_come = self.intake_done && self.planner.is_complete();
+        match &self.loss {
+            None => nothing_to_come && self.finished,
+            Some(loss) => nothing_to_come && !loss.waits_for_operator(),
+        }
+    }
+
+    /// A step of background work from local images, if there is any to do now.
+    fn background_step(&mut self) -> Result<bool> {
+        if !self.finished && self.loss.is_none() || self.config.on_demand {
+            return Ok(false);
+        }
+        let now_us = self.clock.now_us();
+        if self
+            .limit
+            .as_mut()
+            .is_some_and(|limit| limit.wait_until_us(now_us).is_some())
+        {
+            return Ok(false);
+        }
+        self.local_step()
+    }
+
+    /// One round: waits for something to happen, or does a step of background work.
+    fn round(&mut self) -> Result<()> {
+        let background = self.background_step()?;
+        self.send_requests()?;
+        let timeout = if background || self.links.has_buffered() {
+            EpollTimeout::ZERO
+        } else {
+            self.wait_time()
+        };
+        let mut events = [EpollEvent::empty(); 8];
+        let count = match self.poll.wait(&mut events, timeout) {
+            Ok(count) => count,
+            Err(nix::errno::Errno::EINTR) => 0,
+            Err(errno) => return Err(Error::wrap(Kind::Io, "cannot wait for events", errno)),
+        };
+        self.serve_faults()?;
+        for event in &events[..count] {
+            match Token::from_data(event.data()) {
+                Some(Token::Intake) => self.take_in()?,
+                Some(Token::Signals) => self.handle_signals()?,
+                Some(Token::Reconnected) => self.take_reconnected()?,
+                // The faults were served above, the links are next.
+                Some(Token::Faults | Token::StreamLink | Token::FaultLink) | None => {}
+            }
+        }
+        self.pump_links()
+    }
+
+    fn wait_time(&mut self) -> EpollTimeout {
+        let mut wait = TICK;
+        if !self.retries.is_empty() {
+            wait = Duration::from_millis(1);
+        }
+        if let Some(until) = self
+            .limit
+            .as_mut()
+            .and_then(|limit| limit.wait_until_us(self.clock.now_us()))
+        {
+            let left = until.saturating_sub(self.clock.now_us());
+            wait = wait.min(Duration::from_micros(left));
+        }
+        // Rounded up: a wait of less than a millisecond would become a busy loop.
+        let ms = wait.as_micros().div_ceil(1000);
+        EpollTimeout::from(u16::try_from(ms).unwrap_or(u16::MAX))
+    }
+
+    /// What happens four times a second: progress, and looking for processes that ended.
+    fn tick(&mut self) {
+        self.observer
+            .tick(&self.planner, self.links.bytes_received());
+        let idle = self.config.on_demand || self.loss.is_some();
+        if idle {
+            self.look_for_ended();
+        }
+    }
+
+    /// Everything that the restore has said.
+    fn take_in(&mut self) -> Result<()> {
+        while let Some(word) = self.intake.next()? {
+            // The socket to poll changes when the restore connects; a closed one leaves by itself.
+            match word {
+                Word::Process(pid, uffd) => self.add_process(pid, uffd)?,
+                Word::Zombie(pid) => tracing::info!("pid {pid} is a zombie: it has no memory"),
+                Word::Finished => {
+                    self.finished = true;
+                    self.observer.restored(self.clock.now_us());
+                    tracing::info!(
+                        "the restore is finished, {} pages are missing",
+                        self.planner.missing_pages()
+                    );
+                }
+                Word::End => {
+                    self.intake_done = true;
+                    if !self.finished {
+                        let text =
+                            "the restore failed before it was finished: its own log says why";
+                        return Err(Error::new(Kind::PeerLost, text));
+                    }
+                    return Ok(());
+                }
+            }
+        }
+        if let Some(socket) = self.intake.socket() {
+            rewatch(
+                &self.poll,
+                &socket,
+                EpollFlags::EPOLLIN,
+                Token::Intake as u64,
+            )?;
+        }
+        Ok(())
+    }
+
+    fn add_process(&mut self, pid: u32, uffd: Uffd) -> Result<()> {
+        let opened = process::open(&self.images, pid, self.config.source.is_some())?;
+        let space = opened.space;
+        tracing::info!(
+            "pid {pid}: {} pages missing in {} runs, {} of them with the source",
+            space.missing_bytes() >> self.images.page().shift(),
+            space.runs(),
+            space.remote_bytes() >> self.images.page().shift(),
+        );
+        let id = self.planner.add(space);
+        let chain = opened.chain.map(Arc::new);
+        self.adopt(id, Process { pid, uffd, chain })
+    }
+
+    fn adopt(&mut self, id: SpaceId, process: Process) -> Result<()> {
+        watch(
+            &self.faults_poll,
+            &process.uffd,
+            EpollFlags::EPOLLIN,
+            u64::from(id.0),
+        )?;
+        self.processes.insert(id, process);
+        Ok(())
+    }
+}
+
+fn watch(poll: &Epoll, fd: &impl std::os::fd::AsFd, flags: EpollFlags, data: u64) -> Result<()> {
+    poll.add(fd, EpollEvent::new(flags, data))
+        .map_err(|errno| Error::wrap(Kind::Io, "cannot wait for a descriptor", errno))
+}
+
+/// Watches a descriptor that may be watched already.
+fn rewatch(poll: &Epoll, fd: &BorrowedFd<'_>, flags: EpollFlags, data: u64) -> Result<()> {
+    match watch(poll, fd, flags, data) {
+        Err(_) => poll
+            .modify(fd, &mut EpollEvent::new(flags, data))
+            .map_err(|errno| Error::wrap(Kind::Io, "cannot wait for a descriptor", errno)),
+        added => added,
+    }
+}

@@ -1,0 +1,97 @@
+//! Opening a restored process: which of its memory is missing, and who has it.
+
+use crate::criu::header::{Target, Wire};
+use crate::error::{Error, Kind, Result};
+use crate::image::chain::{Chain, Missing, Place};
+use crate::image::dir::ImageDir;
+use crate::image::proto::{PagemapEntry, PagemapHead};
+use crate::lazy::space::Space;
+use crate::units::PageRange;
+
+/// A process's missing memory, and the images that have some of it.
+#[derive(Debug)]
+pub(super) struct Opened {
+    pub(super) space: Space,
+    /// `None` if no local image has anything that is missing.
+    pub(super) chain: Option<Chain>,
+}
+
+/// Opens the memory of `pid`. CRIU restores by itself what is not LAZY, so only that is missing.
+pub(super) fn open(images: &ImageDir, pid: u32, has_source: bool) -> Result<Opened> {
+    let missing = if has_source {
+        Missing::Leave
+    } else {
+        Missing::Refuse
+    };
+    let chain = Chain::open(images, Target::Process(pid), missing)?;
+    let vmas = images.vmas(pid)?;
+    let (mut remote, mut local) = (Vec::new(), Vec::new());
+    for extent in chain.extents().iter().filter(|extent| extent.lazy) {
+        let kind = match extent.place {
+            Place::Absent { .. } => &mut remote,
+            Place::Raw { .. } | Place::Blocks { .. } => &mut local,
+        };
+        kind.extend(within_mappings(extent.range, &vmas));
+    }
+    let chain = (!local.is_empty()).then_some(chain);
+    let space = Space::new(pid, images.page(), remote, local);
+    Ok(Opened { space, chain })
+}
+
+/// `range` cut at the borders of the mappings, which are sorted: no copy may cross one.
+fn within_mappings(range: PageRange, vmas: &[PageRange]) -> impl Iterator<Item = PageRange> + '_ {
+    let first = vmas.partition_point(|vma| vma.end() <= range.start());
+    let behind = move |vma: &&PageRange| vma.start() < range.end();
+    vmas[first..]
+        .iter()
+        .take_while(behind)
+        .filter_map(move |vma| vma.intersect(range))
+}
+
+/// Which header layout the CRIU that wrote the images speaks: pagemap entries with their page count
+/// in field 5 come from 4.2 or later. Images without any entry say nothing; they need no pages.
+pub(super) fn wire_of(images: &ImageDir) -> Result<Wire> {
+    for pid in images.processes()? {
+        let Some((path, mut reader)) = images.pagemap(Target::Process(pid))? else {
+            continue;
+        };
+        let damaged = |error| {
+            Error::wrap(
+                Kind::Image,
+                format!("cannot read {}", path.display()),
+                error,
+            )
+        };
+        reader.read::<PagemapHead>().map_err(damaged)?;
+        if let Some(entry) = reader.read::<PagemapEntry>().map_err(damaged)? {
+            return Ok(if entry.nr_pages.is_some() {
+                Wire::V2
+            } else {
+                Wire::V1
+            });
+        }
+    }
+    Ok(Wire::V2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_cut_at_the_borders_of_mappings() {
+        let vmas = [(0x1000, 0x3000), (0x3000, 0x4000), (0x6000, 0x9000)]
+            .map(|(start, end)| PageRange::new(start, end));
+        let cut = |start, end| {
+            within_mappings(PageRange::new(start, end), &vmas)
+                .map(|range| (range.start().get(), range.end().get()))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            cut(0x2000, 0x7000),
+            [(0x2000, 0x3000), (0x3000, 0x4000), (0x6000, 0x7000)]
+        );
+        assert_eq!(cut(0x4000, 0x6000), []);
+        assert_eq!(cut(0x7000, 0xf000), [(0x7000, 0x9000)]);
+    }
+}

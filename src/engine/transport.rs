@@ -1,0 +1,132 @@
+//! A byte stream that an event loop can use, whatever it runs over.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use crate::error::{Error, Kind, Result};
+
+/// How long a connection may take to be made.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A non-blocking stream.
+pub trait Transport: Send + fmt::Debug {
+    /// Receives what is there, at most `buffer.len()` bytes; 0 is the end of the stream.
+    fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
+
+    /// Sends what it can of `bytes` and says how much that was.
+    fn send(&mut self, bytes: &[u8]) -> io::Result<usize>;
+
+    /// Whether [`Transport::receive`] has something although the socket may not be readable.
+    fn has_buffered(&self) -> bool;
+
+    /// The socket, to poll.
+    fn socket(&self) -> BorrowedFd<'_>;
+
+    /// From now on closing ends the stream in order instead of resetting it.
+    fn close_in_order(&mut self) -> io::Result<()>;
+}
+
+/// A plain TCP or AF_UNIX socket.
+#[derive(Debug)]
+pub struct PlainTransport(Socket);
+
+impl Transport for PlainTransport {
+    fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        io::Read::read(&mut &self.0, buffer)
+    }
+
+    fn send(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        io::Write::write(&mut &self.0, bytes)
+    }
+
+    fn has_buffered(&self) -> bool {
+        false
+    }
+
+    fn socket(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
+    fn close_in_order(&mut self) -> io::Result<()> {
+        self.0.set_linger(None)
+    }
+}
+
+/// Where a source listens.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Peer {
+    /// A TCP port at an address or name.
+    Tcp {
+        /// IPv4, IPv6 or a name.
+        host: String,
+        /// The port.
+        port: u16,
+    },
+    /// A listening AF_UNIX socket.
+    Unix(PathBuf),
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Peer::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
+            Peer::Tcp { host, port } => write!(f, "{host}:{port}"),
+            Peer::Unix(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+impl Peer {
+    /// Connects, trying each address of a name. The socket resets its connection when it is closed,
+    /// however that comes about, until [`Transport::close_in_order`]: a source that sees an orderly
+    /// end takes it for success and gives up its memory.
+    pub fn connect(&self) -> Result<Socket> {
+        let failed = |error: io::Error| {
+            Error::wrap(Kind::PeerLost, format!("cannot connect to {self}"), error)
+        };
+        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+        for address in self.addresses().map_err(failed)? {
+            match connect_to(&address) {
+                Ok(socket) => return Ok(socket),
+                Err(error) => last = error,
+            }
+        }
+        Err(failed(last))
+    }
+
+    fn addresses(&self) -> io::Result<Vec<SockAddr>> {
+        match self {
+            Peer::Tcp { host, port } => {
+                let found = std::net::ToSocketAddrs::to_socket_addrs(&(host.as_str(), *port))?;
+                Ok(found.map(SockAddr::from).collect())
+            }
+            Peer::Unix(path) => Ok(vec![SockAddr::unix(path)?]),
+        }
+    }
+}
+
+fn connect_to(address: &SockAddr) -> io::Result<Socket> {
+    let socket = Socket::new(address.domain(), Type::STREAM, None)?;
+    socket.set_linger(Some(Duration::ZERO))?;
+    if address.domain() == Domain::UNIX {
+        socket.connect(address)?;
+    } else {
+        socket.connect_timeout(address, CONNECT_TIMEOUT)?;
+        socket.set_tcp_nodelay(true)?;
+        socket.set_keepalive(true)?;
+    }
+    Ok(socket)
+}
+
+impl PlainTransport {
+    /// Takes a connected socket into an event loop.
+    pub fn new(socket: Socket) -> io::Result<PlainTransport> {
+        socket.set_nonblocking(true)?;
+        Ok(PlainTransport(socket))
+    }
+}

@@ -1,0 +1,5 @@
+//! What a run shows of itself: latencies, traces, progress, summaries.
+
+pub mod latency;
+pub mod progress;
+pub mod trace;

@@ -1,0 +1,227 @@
+//! A trace of faults in a file, for people who study access patterns.
+//!
+//! Little-endian, fixed size:
+//!
+//! ```text
+//! 0         8          12         16
+//! | PFTRACE1 | page size | 0       |                          header
+//!
+//! 0         8          12         16            24
+//! | time µs  | pid      | latency µs | address   |            one fault, in the order of service
+//! ```
+//!
+//! The time is when the fault was read, counted from the start of the trace; the latency lasts until
+//! its page was there; the pid is the image's, so a forked child has its ancestor's; the address is
+//! that of the page at the time. A file that ends inside a record was cut short there.
+//!
+//! Records are written by a thread of their own: a slow disk delays no fault.
+
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::thread::JoinHandle;
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::error::{Error, Kind, Result};
+use crate::units::PageSize;
+
+const MAGIC: [u8; 8] = *b"PFTRACE1";
+
+/// Records handed to the writing thread at once.
+const BATCH_RECORDS: usize = 512;
+
+/// Batches that may wait for the writing thread. Beyond that faults are left out of the trace, and
+/// counted.
+const BATCHES_MAX: usize = 256;
+
+/// One fault. See the module's text for the units.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+pub struct FaultRecord {
+    /// When the fault was read, µs from the start of the trace.
+    pub time_us: u64,
+    /// The process's pid in the images.
+    pub pid: u32,
+    /// How long it took until the page was there, µs.
+    pub latency_us: u32,
+    /// The page's address.
+    pub address: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct FileHeader {
+    magic: [u8; 8],
+    page_bytes: u32,
+    reserved: u32,
+}
+
+/// Writes a trace.
+#[derive(Debug)]
+pub struct TraceWriter {
+    path: PathBuf,
+    batch: Vec<FaultRecord>,
+    left_out: u64,
+    sender: Option<SyncSender<Vec<FaultRecord>>>,
+    thread: Option<JoinHandle<std::io::Result<()>>>,
+}
+
+impl TraceWriter {
+    /// Begins a trace in the new file `path`.
+    pub fn create(path: &Path, page: PageSize) -> Result<TraceWriter> {
+        let failed = |error| Error::file("write the trace", path, error);
+        let mut file = BufWriter::new(File::create(path).map_err(failed)?);
+        let page_bytes = u32::try_from(page.bytes()).expect("pages are at most 64 KiB");
+        let header = FileHeader {
+            magic: MAGIC,
+            page_bytes,
+            reserved: 0,
+        };
+        file.write_all(bytemuck::bytes_of(&header))
+            .map_err(failed)?;
+        let (sender, batches) = sync_channel::<Vec<FaultRecord>>(BATCHES_MAX);
+        let thread = std::thread::Builder::new()
+            .name("trace".into())
+            .spawn(move || {
+                for batch in batches {
+                    file.write_all(bytemuck::cast_slice(&batch))?;
+                }
+                file.flush()
+            })
+            .map_err(failed)?;
+        Ok(TraceWriter {
+            path: path.to_owned(),
+            batch: Vec::with_capacity(BATCH_RECORDS),
+            left_out: 0,
+            sender: Some(sender),
+            thread: Some(thread),
+        })
+    }
+
+    /// Adds a fault. Never waits.
+    pub fn record(&mut self, record: FaultRecord) {
+        self.batch.push(record);
+        if self.batch.len() == BATCH_RECORDS {
+            self.hand_over();
+        }
+    }
+
+    fn hand_over(&mut self) {
+        let batch = std::mem::replace(&mut self.batch, Vec::with_capacity(BATCH_RECORDS));
+        let Some(sender) = &self.sender else { return };
+        if let Err(TrySendError::Full(batch) | TrySendError::Disconnected(batch)) =
+            sender.try_send(batch)
+        {
+            self.left_out += batch.len() as u64;
+        }
+    }
+
+    /// Writes what is left and closes the file. Returns how many faults were left out because the
+    /// disk could not keep up.
+    pub fn finish(mut self) -> Result<u64> {
+        if let Some(sender) = self.sender.take() {
+            let rest = std::mem::take(&mut self.batch);
+            // A failed thread says why below.
+            let _ = sender.send(rest);
+        }
+        let thread = self.thread.take().map(JoinHandle::join);
+        match thread {
+            Some(Ok(Err(error))) => Err(Error::file("write the trace", &self.path, error)),
+            _ => Ok(self.left_out),
+        }
+    }
+}
+
+/// Reads a trace, fault after fault.
+#[derive(Debug)]
+pub struct TraceReader {
+    path: PathBuf,
+    file: BufReader<File>,
+    page_bytes: u32,
+}
+
+impl TraceReader {
+    /// Opens the trace in `path`.
+    pub fn open(path: &Path) -> Result<TraceReader> {
+        let failed = |error| Error::file("read the trace", path, error);
+        let mut file = BufReader::new(File::open(path).map_err(failed)?);
+        let mut header = FileHeader::zeroed();
+        file.read_exact(bytemuck::bytes_of_mut(&mut header))
+            .map_err(failed)?;
+        if header.magic != MAGIC {
+            let text = format!("{} is no fault trace of lazy-client", path.display());
+            return Err(Error::new(Kind::Usage, text));
+        }
+        Ok(TraceReader {
+            path: path.to_owned(),
+            file,
+            page_bytes: header.page_bytes,
+        })
+    }
+
+    /// The page size of the machine that was traced, bytes.
+    pub fn page_bytes(&self) -> u32 {
+        self.page_bytes
+    }
+}
+
+impl Iterator for TraceReader {
+    type Item = Result<FaultRecord>;
+
+    fn next(&mut self) -> Option<Result<FaultRecord>> {
+        let mut record = FaultRecord::zeroed();
+        let bytes = bytemuck::bytes_of_mut(&mut record);
+        let mut read = 0;
+        while read < bytes.len() {
+            match self.file.read(&mut bytes[read..]) {
+                Ok(0) if read == 0 => return None,
+                Ok(0) => {
+                    let text = format!(
+                        "{} ends inside a record: it was cut short",
+                        self.path.display()
+                    );
+                    return Some(Err(Error::new(Kind::Io, text)));
+                }
+                Ok(more) => read += more,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Some(Err(Error::file("read the trace", &self.path, error))),
+            }
+        }
+        Some(Ok(record))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trace_comes_back_and_a_cut_one_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("trace");
+        let record = |index: u32| FaultRecord {
+            time_us: u64::from(index) * 10,
+            pid: 7,
+            latency_us: index,
+            address: u64::from(index) << 12,
+        };
+        let mut writer = TraceWriter::create(&path, PageSize::KIB_4).unwrap();
+        (0..2000).for_each(|index| writer.record(record(index)));
+        assert_eq!(writer.finish().unwrap(), 0);
+        let reader = TraceReader::open(&path).unwrap();
+        assert_eq!(reader.page_bytes(), 4096);
+        let read: Vec<_> = reader.map(Result::unwrap).collect();
+        assert_eq!(read, (0..2000).map(record).collect::<Vec<_>>());
+
+        let length = std::fs::metadata(&path).unwrap().len();
+        File::options()
+            .write(true)
+            .open(&path)
+            .unwrap()
+            .set_len(length - 1)
+            .unwrap();
+        assert!(TraceReader::open(&path).unwrap().last().unwrap().is_err());
+    }
+}
