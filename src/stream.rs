@@ -93,8 +93,8 @@ impl Stream {
         Ok(())
     }
 
-    /// Ends the connection so that the peer sees a failure and no end of file: CRIU takes a clean
-    /// end for success, or waits for ever.
+    /// Ends the connection so that the peer sees a failure and no end of file, which CRIU takes for
+    /// success in some roles.
     pub fn reset(self) {
         // A socket that is gone already needs no reset.
         let _ = self.socket.set_linger(Some(Duration::ZERO));
