@@ -18,6 +18,7 @@ pub mod criu;
 pub mod daemon;
 pub mod engine;
 pub mod error;
+pub mod ferry;
 pub mod image;
 pub mod lazy;
 pub mod limits;

@@ -49,4 +49,46 @@ pub const CLIENTS_MAX: usize = 256;
 const CLIENT_BUFFERS_MAX: usize = 40 << 20;
 
 const _: () = assert!(CLIENTS_MAX * (REQUEST_BYTES + ANSWER_BYTES) <= CLIENT_BUFFERS_MAX);
+
+/// Most bytes of pages in one batch of ferry's stream.
+pub const FERRY_BATCH_BYTES_MAX: usize = 256 << 10;
+
+/// Most runs in one batch of ferry's stream. With the 64 pages of a batch no more than 64 runs can
+/// have contents; the rest is room for holes between them.
+pub const FERRY_RUNS_MAX: usize = 512;
+
+/// Longest body of a ferry frame, bytes: the pages of a batch and its tables.
+pub const FERRY_BODY_BYTES_MAX: usize = FERRY_BATCH_BYTES_MAX + (32 << 10);
+
+/// Longest hello, bytes. Version 1 has 72; later ones may append.
+pub const FERRY_HELLO_BYTES_MAX: usize = 1024;
+
+/// Longest text in a FAIL frame, bytes.
+pub const FERRY_TEXT_BYTES_MAX: usize = 1024;
+
+/// Most hashes in one HASHES frame.
+pub const FERRY_HASHES_MAX: usize = 4096;
+
+/// Most connections of one session.
+pub const FERRY_STREAMS_MAX: u16 = 64;
+
+/// Most frames that may be on their way without an acknowledgement.
+pub const FERRY_WINDOW_FRAMES_MAX: u32 = 4096;
+
+/// Most bytes of frames that may be on their way without an acknowledgement.
+pub const FERRY_WINDOW_BYTES_MAX: u64 = 1 << 30;
+
+/// Most sessions that a listening side has at a time.
+pub const FERRY_SESSIONS_MAX: usize = 256;
+
+/// How many failed sessions are remembered, so that whoever comes back to one learns why it failed.
+pub const FERRY_FAILED_SESSIONS_MAX: usize = 64;
+
+/// Most pages that one fault may ask for: the page and its neighbours.
+pub const FERRY_FAULT_PAGES_MAX: u32 = 64;
+
+const _: () =
+    assert!(40 + FERRY_RUNS_MAX * 16 + 64 <= FERRY_BODY_BYTES_MAX - FERRY_BATCH_BYTES_MAX);
+const _: () = assert!(FERRY_RUNS_MAX <= u16::MAX as usize);
+const _: () = assert!(16 + FERRY_HASHES_MAX * (16 + 16) <= FERRY_BODY_BYTES_MAX);
 const _: () = assert!(FRAME_PAGES_MAX.checked_mul(1 << 16).is_some());

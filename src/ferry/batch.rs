@@ -1,0 +1,506 @@
+//! Batches of pages: their layout, and how a taker gets the pages out again.
+//!
+//! ```text
+//! body ── Batch::parse ──> counts, runs, kinds fit the body's length
+//!            │
+//!            ├─ bases() ───> addresses whose hashes (same, delta) and contents (delta) are needed
+//!            ├─ agree() ───> the taker's hashes are those that the pusher meant
+//!            └─ Unpacker ──> packed and delta pages as plain bytes, all contents verified
+//!                 └─ places() ──> per page: zero, same, here in the body, there in the unpacked
+//! ```
+//!
+//! Raw pages are never copied: their place is a range of the body. Invariant: `places` is of use
+//! only after `agree` and `unpack` have said yes, which is what the engines do first.
+
+use std::io;
+use std::ops::Range;
+
+use thiserror::Error;
+
+use crate::criu::header::{PageFlags, Target};
+use crate::limits::{FERRY_BATCH_BYTES_MAX, FERRY_RUNS_MAX, FRAME_PAGES_MAX};
+use crate::units::{PageCount, PageRange, PageSize, Vaddr};
+
+use super::fields::Fields;
+use super::frame::{FrameError, Kind};
+use super::gather::{Run, present_pages};
+use super::hash::{PageHash, PageHasher};
+use super::message::target;
+
+/// How the contents of a page travel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum PageKind {
+    /// All zeros.
+    Zero = 0,
+    /// The taker's base version.
+    Same = 1,
+    /// As it is.
+    Raw = 2,
+    /// In the zstd frame of packed pages.
+    Packed = 3,
+    /// In the zstd frame of delta pages: XORed with the taker's base version.
+    Delta = 4,
+}
+
+impl PageKind {
+    fn from_number(number: u8) -> Option<PageKind> {
+        Some(match number {
+            0 => PageKind::Zero,
+            1 => PageKind::Same,
+            2 => PageKind::Raw,
+            3 => PageKind::Packed,
+            4 => PageKind::Delta,
+            _ => return None,
+        })
+    }
+
+    /// Whether the page is told by the taker's base version.
+    pub const fn needs_base(self) -> bool {
+        matches!(self, PageKind::Same | PageKind::Delta)
+    }
+}
+
+/// A batch that cannot be understood or does not hold what it promises.
+#[derive(Debug, Error)]
+pub enum BatchError {
+    /// The layout is wrong.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// The parts do not add up to the body.
+    #[error("a batch of {body} bytes holds parts of {parts} bytes")]
+    Length {
+        /// Length of the body, bytes.
+        body: usize,
+        /// What its tables promise, bytes.
+        parts: usize,
+    },
+    /// A run has an impossible place or flags.
+    #[error("a batch names {pages} pages at {vaddr} with flags {flags:#x}, which cannot be")]
+    Run {
+        /// Address of the first page.
+        vaddr: Vaddr,
+        /// How many.
+        pages: u32,
+        /// Their flags.
+        flags: u32,
+    },
+    /// The two ends have different base versions.
+    #[error("the two ends disagree about the earlier version of pages around {vaddr} of {target}")]
+    Disagreement {
+        /// Whose pages.
+        target: Target,
+        /// The first page that builds on the earlier version.
+        vaddr: Vaddr,
+    },
+    /// zstd says no.
+    #[error("the {part} pages of a batch cannot be unpacked")]
+    Zstd {
+        /// Which of the two zstd frames.
+        part: &'static str,
+        /// What zstd says.
+        source: io::Error,
+    },
+    /// A zstd frame holds fewer bytes than it should.
+    #[error("the {part} pages of a batch are {bytes} bytes, not {expected}")]
+    Unpacked {
+        /// Which of the two zstd frames.
+        part: &'static str,
+        /// What it holds, bytes.
+        bytes: usize,
+        /// What it should hold, bytes.
+        expected: usize,
+    },
+    /// The unpacked pages are not those that were sent.
+    #[error("pages of {target} around {vaddr} are not what was sent: their checksum differs")]
+    Contents {
+        /// Whose pages.
+        target: Target,
+        /// The first page of the batch.
+        vaddr: Vaddr,
+    },
+}
+
+/// Length of the fixed fields of a batch, bytes.
+pub(super) const FIXED_BYTES: usize = 40;
+/// Length of a run in a batch, bytes.
+pub(super) const RUN_BYTES: usize = 16;
+
+/// A batch in a receive buffer, its layout verified.
+#[derive(Debug)]
+pub struct Batch<'b> {
+    /// Whose pages.
+    pub target: Target,
+    page: PageSize,
+    pub(super) plain_crc: u32,
+    digest: PageHash,
+    runs: Vec<Run>,
+    kinds: Vec<PageKind>,
+    pub(super) body: &'b [u8],
+    pub(super) raw: Range<usize>,
+    pub(super) packed: Range<usize>,
+    pub(super) delta: Range<usize>,
+}
+
+impl<'b> Batch<'b> {
+    /// Reads the tables of `body` and compares all lengths.
+    pub fn parse(body: &'b [u8], page: PageSize) -> Result<Batch<'b>, BatchError> {
+        let kind = Kind::Pages;
+        let wrong = |field, value| FrameError::Field { kind, field, value };
+        let mut fields = Fields::new(kind, body);
+        let target = target(kind, &mut fields)?;
+        let plain_crc = fields.u32()?;
+        let (run_count, kind_count) = (usize::from(fields.u16()?), usize::from(fields.u16()?));
+        let (packed_bytes, delta_bytes) = (usize_of(fields.u32()?), usize_of(fields.u32()?));
+        let digest = PageHash(fields.array()?);
+        if run_count > FERRY_RUNS_MAX {
+            return Err(wrong("runs", run_count as u64).into());
+        }
+        if kind_count > FERRY_BATCH_BYTES_MAX >> page.shift() {
+            return Err(wrong("kinds", kind_count as u64).into());
+        }
+        let runs = parse_runs(&mut fields, run_count, page)?;
+        let kinds = fields.bytes(kind_count)?.iter().map(|number| {
+            let value = u64::from(*number);
+            PageKind::from_number(*number).ok_or(wrong("kind", value))
+        });
+        let kinds = kinds.collect::<Result<Vec<_>, _>>()?;
+        if present_pages(&runs, page).count() != kinds.len() {
+            return Err(wrong("kinds", kind_count as u64).into());
+        }
+        let batch = Batch {
+            target,
+            page,
+            plain_crc,
+            digest,
+            runs,
+            kinds,
+            body,
+            raw: 0..0,
+            packed: 0..0,
+            delta: 0..0,
+        };
+        batch.with_parts(body.len() - fields.rest().len(), packed_bytes, delta_bytes)
+    }
+
+    /// Finds the three parts behind the tables, which end at `start`.
+    fn with_parts(
+        mut self,
+        start: usize,
+        packed: usize,
+        delta: usize,
+    ) -> Result<Batch<'b>, BatchError> {
+        let raw_end = start + self.bytes_of(PageKind::Raw);
+        // Both lengths came as u32, so the sums are far from overflow.
+        let packed_end = raw_end + packed;
+        let end = packed_end + delta;
+        if end != self.body.len() {
+            return Err(BatchError::Length {
+                body: self.body.len(),
+                parts: end,
+            });
+        }
+        self.raw = start..raw_end;
+        self.packed = raw_end..packed_end;
+        self.delta = packed_end..end;
+        Ok(self)
+    }
+
+    /// The runs, in address order.
+    pub fn runs(&self) -> &[Run] {
+        &self.runs
+    }
+
+    /// How many pages with contents the batch has.
+    pub fn present(&self) -> PageCount {
+        PageCount(self.kinds.len() as u64)
+    }
+
+    /// The pages with contents, in address order.
+    pub fn pages(&self) -> impl Iterator<Item = (Vaddr, PageKind)> {
+        present_pages(&self.runs, self.page).zip(self.kinds.iter().copied())
+    }
+
+    /// The pages that build on the taker's base version.
+    pub fn bases(&self) -> impl Iterator<Item = (Vaddr, PageKind)> {
+        self.pages().filter(|(_, kind)| kind.needs_base())
+    }
+
+    /// Compares the taker's hashes of all [`Batch::bases`], in order, with what the pusher meant.
+    pub fn agree(
+        &self,
+        hasher: &PageHasher,
+        hashes: impl IntoIterator<Item = PageHash>,
+    ) -> Result<(), BatchError> {
+        let Some((vaddr, _)) = self.bases().next() else {
+            return Ok(());
+        };
+        if hasher.digest(hashes) == self.digest {
+            Ok(())
+        } else {
+            Err(BatchError::Disagreement {
+                target: self.target,
+                vaddr,
+            })
+        }
+    }
+
+    /// Where the contents of each page are, once [`super::unpack::Unpacker::unpack`] has said yes.
+    pub fn places(&self) -> impl Iterator<Item = (Vaddr, Place)> {
+        let page = self.page.as_usize();
+        let mut raw = self.raw.start;
+        let mut packed = 0;
+        let mut delta = self.bytes_of(PageKind::Packed);
+        self.pages().map(move |(vaddr, kind)| {
+            let next = |at: &mut usize| {
+                *at += page;
+                *at - page..*at
+            };
+            let place = match kind {
+                PageKind::Zero => Place::Zero,
+                PageKind::Same => Place::Same,
+                PageKind::Raw => Place::Body(next(&mut raw)),
+                PageKind::Packed => Place::Unpacked(next(&mut packed)),
+                PageKind::Delta => Place::Unpacked(next(&mut delta)),
+            };
+            (vaddr, place)
+        })
+    }
+
+    /// Plain bytes of all pages of `kind`.
+    pub(super) fn bytes_of(&self, kind: PageKind) -> usize {
+        let count = self.kinds.iter().filter(|other| **other == kind).count();
+        count << self.page.shift()
+    }
+}
+
+fn parse_runs(
+    fields: &mut Fields<'_>,
+    count: usize,
+    page: PageSize,
+) -> Result<Vec<Run>, BatchError> {
+    let mut runs: Vec<Run> = Vec::with_capacity(count);
+    for _ in 0..count {
+        let (vaddr, pages, flags) = (Vaddr(fields.u64()?), fields.u32()?, fields.u32()?);
+        let wrong = BatchError::Run {
+            vaddr,
+            pages,
+            flags,
+        };
+        let range = PageRange::checked(vaddr, PageCount(pages.into()), page);
+        let in_order = |range: &PageRange| {
+            runs.last()
+                .is_none_or(|last| last.range.end() <= range.start())
+        };
+        let Some(range) = range.filter(in_order) else {
+            return Err(wrong);
+        };
+        let run = Run {
+            range,
+            flags: PageFlags::from_bits(flags),
+        };
+        let both = PageFlags::PRESENT.with(PageFlags::PARENT);
+        let contents_cap = FERRY_BATCH_BYTES_MAX as u64;
+        if !(1..=7).contains(&flags)
+            || run.flags.has(both)
+            || (run.has_contents() && run.range.bytes() > contents_cap)
+            || u64::from(pages) > 2 * FRAME_PAGES_MAX
+        {
+            return Err(wrong);
+        }
+        runs.push(run);
+    }
+    Ok(runs)
+}
+
+fn usize_of(length: u32) -> usize {
+    usize::try_from(length).expect("pointers have 32 bits and more")
+}
+
+/// Where the contents of a page are.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// Nowhere: all zeros.
+    Zero,
+    /// In the taker's base version.
+    Same,
+    /// In this range of the batch's body.
+    Body(Range<usize>),
+    /// In this range of what was unpacked.
+    Unpacked(Range<usize>),
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::ferry::encode::{Encoder, PlainBatch, Verdict, Verdicts};
+    use crate::ferry::hash::HashKey;
+    use crate::ferry::pace::Level;
+    use crate::ferry::unpack::Unpacker;
+
+    const PAGE: PageSize = PageSize::KIB_4;
+
+    fn run(first: u64, pages: u64, flags: PageFlags) -> Run {
+        let range = PageRange::new(first * PAGE.bytes(), (first + pages) * PAGE.bytes());
+        Run { range, flags }
+    }
+
+    fn hasher() -> PageHasher {
+        PageHasher::new(HashKey([1; 16]), PAGE)
+    }
+
+    /// Pages 1 to 5: zero, same, random, text, text that differs from the base in one byte; then a
+    /// hole. Returns the body and the base of the delta page.
+    fn body() -> (Vec<u8>, Vec<u8>) {
+        let size = PAGE.as_usize();
+        let mut rng = fastrand::Rng::with_seed(1);
+        let mut plain = vec![0; size];
+        plain.extend(vec![1; size]);
+        plain.extend(std::iter::repeat_with(|| rng.u8(..)).take(size));
+        plain.extend(vec![b'a'; size]);
+        plain.extend(vec![b'b'; size]);
+        let mut base = vec![b'b'; size];
+        base[77] = 0;
+        let mut xor = vec![0; size];
+        xor[77] = b'b';
+        let verdicts = Verdicts {
+            pages: vec![
+                Verdict::Zero,
+                Verdict::Same(hasher().hash(&plain[size..2 * size])),
+                Verdict::Fresh,
+                Verdict::Fresh,
+                Verdict::Delta(hasher().hash(&base)),
+            ],
+            xor,
+        };
+        let batch = PlainBatch {
+            target: Target::Shmem(3),
+            runs: &[
+                run(1, 5, PageFlags::PRESENT),
+                run(9, 1 << 20, PageFlags::PARENT),
+            ],
+            plain: &plain,
+        };
+        let mut out = Vec::new();
+        Encoder::new(PAGE)
+            .and_then(|mut encoder| {
+                encoder.encode(batch, &verdicts, &hasher(), Level::Zstd(3), &mut out)
+            })
+            .expect("zstd works");
+        (out, base)
+    }
+
+    #[test]
+    fn every_kind_of_page_comes_out_where_it_should() {
+        use PageKind::{Delta, Packed, Raw, Same, Zero};
+        let (body, base) = body();
+        let size = PAGE.as_usize();
+        let batch = Batch::parse(&body, PAGE).expect("well-formed");
+        let kinds: Vec<_> = batch.pages().map(|(_, kind)| kind).collect();
+        assert_eq!(kinds, [Zero, Same, Raw, Packed, Delta]);
+        assert_eq!(batch.runs().len(), 2);
+        let hashes = [hasher().hash(&vec![1; size]), hasher().hash(&base)];
+        batch.agree(&hasher(), hashes).expect("the same bases");
+        let mut out = Vec::new();
+        let mut unpacker = Unpacker::default();
+        unpacker.unpack(&batch, &base, &mut out).expect("undamaged");
+        let places: Vec<_> = batch.places().map(|(_, place)| place).collect();
+        assert_eq!(places[0], Place::Zero);
+        assert_eq!(places[1], Place::Same);
+        assert!(matches!(&places[2], Place::Body(range) if range.len() == size));
+        assert_eq!(places[3], Place::Unpacked(0..size));
+        assert_eq!(places[4], Place::Unpacked(size..2 * size));
+        assert_eq!(out, [vec![b'a'; size], vec![b'b'; size]].concat());
+    }
+
+    #[test]
+    fn other_bases_are_a_disagreement() {
+        let (body, mut base) = body();
+        let batch = Batch::parse(&body, PAGE).expect("well-formed");
+        let hashes = [PageHash::default(), hasher().hash(&base)];
+        let error = batch.agree(&hasher(), hashes).expect_err("other hashes");
+        assert!(matches!(
+            error,
+            BatchError::Disagreement {
+                vaddr: Vaddr(0x2000),
+                ..
+            }
+        ));
+        base[5] ^= 1;
+        let error = Unpacker::default()
+            .unpack(&batch, &base, &mut Vec::new())
+            .expect_err("another base");
+        assert!(matches!(error, BatchError::Contents { .. }));
+    }
+
+    #[test]
+    fn a_changed_bit_in_the_contents_is_found_without_the_frame_checksum_too() {
+        let (body, base) = body();
+        let batch = Batch::parse(&body, PAGE).expect("well-formed");
+        let (raw, end) = (batch.raw.start, body.len());
+        for at in raw..end {
+            let mut changed = body.clone();
+            changed[at] ^= 0x10;
+            let batch = Batch::parse(&changed, PAGE).expect("only contents changed");
+            let result = Unpacker::default().unpack(&batch, &base, &mut Vec::new());
+            // A zstd frame has bits that mean nothing; then the contents are what they were.
+            if result.is_ok() {
+                assert!(at >= batch.packed.start, "byte {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_other_length_is_refused() {
+        let (mut body, _) = body();
+        for cut in 0..body.len() {
+            assert!(Batch::parse(&body[..cut], PAGE).is_err(), "cut at {cut}");
+        }
+        body.push(0);
+        assert!(matches!(
+            Batch::parse(&body, PAGE),
+            Err(BatchError::Length { .. })
+        ));
+    }
+
+    #[test]
+    fn impossible_runs_are_refused() {
+        for (at, value) in [
+            (40, 1_u64.to_le_bytes()),                   // not a page's address
+            (40, u64::MAX.to_le_bytes()),                // neither, and overflows
+            (48, (4_u64 << 32).to_le_bytes()),           // no pages
+            (48, (4_u64 << 32 | 1 << 20).to_le_bytes()), // far more than a batch holds
+            (48, 5_u64.to_le_bytes()),                   // no flags
+            (48, (8_u64 << 32 | 5).to_le_bytes()),       // unknown flags
+            (48, (5_u64 << 32 | 5).to_le_bytes()),       // PRESENT and PARENT
+            (56, 0x1000_u64.to_le_bytes()),              // before the run before it
+        ] {
+            let (mut body, _) = body();
+            body[at..at + 8].copy_from_slice(&value);
+            let error = Batch::parse(&body, PAGE).expect_err("impossible");
+            assert!(matches!(error, BatchError::Run { .. }), "{at}: {error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn noise_is_refused_or_has_consistent_tables(
+            noise in prop::collection::vec(any::<u8>(), 0..200),
+            keep in 0_usize..60,
+        ) {
+            let (mut body, base) = body();
+            let keep = keep.min(body.len());
+            body.truncate(keep);
+            body.extend(noise);
+            if let Ok(batch) = Batch::parse(&body, PAGE) {
+                prop_assert_eq!(batch.places().count() as u64, batch.present().get());
+                if batch.bytes_of(PageKind::Delta) == base.len() {
+                    let mut out = Vec::new();
+                    let _ = Unpacker::default().unpack(&batch, &base, &mut out);
+                }
+            }
+        }
+    }
+}

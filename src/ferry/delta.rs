@@ -1,0 +1,294 @@
+//! The pusher's memory of what the taker has: hashes of all pages, contents of some.
+//!
+//! ```text
+//! target ──> chunks of 512 pages ──> per page: hash (16 bytes), known?, seen in this round?
+//!                                              slot of kept contents, if there is one
+//! kept contents ── a clock hand goes round and drops what has not changed for longest
+//! ```
+//!
+//! A round compares each page with what is known of its base version and puts the page itself in
+//! its place: so the memory needs no second copy while the round goes on. The base version stays
+//! what it is until the taker has the whole round. So:
+//!
+//! - [`PageMemory::commit`] when the round is safe at the taker: pages that the round did not
+//!   mention are forgotten, for the taker's new image does not have them;
+//! - [`PageMemory::forget`] when it failed: the memory is ahead of the taker and worth nothing. It
+//!   is rebuilt from the taker's hashes.
+//!
+//! Invariants: a page is compared at most once a round, the second time it counts as fresh; memory
+//! in use never exceeds the budget; hashes push out contents, contents never push out hashes.
+
+mod chunk;
+mod kept;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::criu::header::{PageFlags, Target};
+use crate::units::{PageRange, PageSize};
+
+use super::encode::{Verdict, Verdicts};
+use super::gather::{Run, present_pages};
+use super::hash::{Fingerprint, HASH_BYTES, PageHash};
+use super::message::StateId;
+use chunk::{CHUNK_BYTES, CHUNK_PAGES, Chunk, SLOTS_BYTES, Spot};
+use kept::{KEPT_EXTRA_BYTES, KeptPages};
+
+/// What is remembered, in numbers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Remembered {
+    /// Memory in use, bytes.
+    pub bytes: u64,
+    /// Pages whose contents are kept.
+    pub kept_pages: u64,
+    /// Pages of this round for which there was no room.
+    pub left_out_pages: u64,
+}
+
+/// The memory of what the taker has. See the module's text.
+pub struct PageMemory {
+    page: PageSize,
+    budget_bytes: u64,
+    /// Names the taker's version that is remembered.
+    state: StateId,
+    /// While the memory is being rebuilt from the taker's hashes: whose were asked for.
+    asked: Option<BTreeSet<Target>>,
+    targets: BTreeMap<Target, BTreeMap<u64, Chunk>>,
+    chunk_bytes: u64,
+    kept: KeptPages,
+    left_out_pages: u64,
+}
+
+impl PageMemory {
+    /// An empty memory that uses up to `budget_bytes`.
+    pub fn new(page: PageSize, budget_bytes: u64) -> PageMemory {
+        PageMemory {
+            page,
+            budget_bytes,
+            state: StateId::NONE,
+            asked: None,
+            targets: BTreeMap::new(),
+            chunk_bytes: 0,
+            kept: KeptPages::default(),
+            left_out_pages: 0,
+        }
+    }
+
+    /// What is remembered, in numbers.
+    pub fn remembered(&self) -> Remembered {
+        Remembered {
+            bytes: self.chunk_bytes + self.kept.count() * self.kept_page_bytes(),
+            kept_pages: self.kept.count(),
+            left_out_pages: self.left_out_pages,
+        }
+    }
+
+    /// Forgets everything.
+    pub fn forget(&mut self) {
+        *self = PageMemory::new(self.page, self.budget_bytes);
+    }
+
+    /// The taker's base version of `target` is the one named `state`. Tells whether its hashes
+    /// have to be asked for.
+    pub fn adopt(&mut self, target: Target, state: StateId) -> bool {
+        if state == StateId::NONE {
+            self.forget_target(target);
+            return false;
+        }
+        if state != self.state {
+            self.forget();
+            self.state = state;
+            self.asked = Some(BTreeSet::new());
+        }
+        self.asked
+            .as_mut()
+            .is_some_and(|asked| asked.insert(target))
+    }
+
+    /// The taker has these hashes at `run` of `target`. Pages beyond the budget are left out.
+    pub fn learn(&mut self, target: Target, run: PageRange, hashes: &[[u8; HASH_BYTES]]) {
+        let first = run.start().get() >> self.page.shift();
+        for (number, hash) in (first..).zip(hashes) {
+            let spot = Spot { target, number };
+            if let Some(chunk) = self.chunk(spot) {
+                chunk.set_base(spot.at(), PageHash(*hash));
+            }
+        }
+    }
+
+    /// Judges the PRESENT pages of `runs`, whose contents stand one after another in `plain`, and
+    /// remembers them. `prints` has their fingerprints.
+    pub fn judge(
+        &mut self,
+        target: Target,
+        runs: &[Run],
+        plain: &[u8],
+        prints: &[Fingerprint],
+        verdicts: &mut Verdicts,
+    ) {
+        verdicts.clear();
+        let pages = plain.chunks_exact(self.page.as_usize());
+        let with_prints = present_pages(runs, self.page).zip(pages).zip(prints);
+        for ((vaddr, contents), print) in with_prints {
+            let number = vaddr.get() >> self.page.shift();
+            let spot = Spot { target, number };
+            let verdict = self.judge_page(spot, contents, *print, &mut verdicts.xor);
+            verdicts.pages.push(verdict);
+        }
+        for run in runs {
+            if run.flags.has(PageFlags::PARENT) {
+                self.keep_holes(target, run.range);
+            }
+        }
+    }
+
+    /// The round is safe at the taker under the name `state`: it is the new base version.
+    pub fn commit(&mut self, state: StateId) {
+        let kept = &mut self.kept;
+        for chunks in self.targets.values_mut() {
+            chunks.retain(|_, chunk| chunk.commit(|slot| kept.remove(slot)));
+        }
+        self.targets.retain(|_, chunks| !chunks.is_empty());
+        let chunks = self.targets.values().flat_map(BTreeMap::values);
+        self.chunk_bytes = chunks.map(Chunk::bytes).sum();
+        self.left_out_pages = 0;
+        self.asked = None;
+        self.state = state;
+    }
+
+    fn forget_target(&mut self, target: Target) {
+        let chunks = self.targets.remove(&target).unwrap_or_default();
+        for chunk in chunks.values() {
+            self.chunk_bytes -= chunk.bytes();
+            for slot in chunk.slots() {
+                self.kept.remove(slot);
+            }
+        }
+    }
+
+    fn judge_page(
+        &mut self,
+        spot: Spot,
+        contents: &[u8],
+        print: Fingerprint,
+        xor: &mut Vec<u8>,
+    ) -> Verdict {
+        let otherwise = if print.zero {
+            Verdict::Zero
+        } else {
+            Verdict::Fresh
+        };
+        let Some(hash) = print.hash else {
+            return otherwise;
+        };
+        let Some(chunk) = self.chunk(spot) else {
+            self.left_out_pages += 1;
+            return otherwise;
+        };
+        let (base, slot) = (chunk.base(spot.at()), chunk.slot(spot.at()));
+        chunk.replace(spot.at(), hash);
+        if base == Some(hash) {
+            return Verdict::Same(hash);
+        }
+        let old = slot.map(|slot| self.kept.contents(slot));
+        let verdict = match (base, old) {
+            (Some(base), Some(old)) if !print.zero && put_difference(old, contents, xor) => {
+                Verdict::Delta(base)
+            }
+            _ => otherwise,
+        };
+        match slot {
+            Some(slot) if print.zero => {
+                self.kept.remove(slot);
+                self.set_slot(spot, None);
+            }
+            Some(slot) => self.kept.replace(slot, contents),
+            None if print.zero => {}
+            None => self.keep(spot, contents, base.is_some()),
+        }
+        verdict
+    }
+
+    /// Pages that the source leaves to the parent stay what they are.
+    fn keep_holes(&mut self, target: Target, range: PageRange) {
+        let Some(chunks) = self.targets.get_mut(&target) else {
+            return;
+        };
+        let (first, end) = (
+            range.start().get() >> self.page.shift(),
+            range.end().get() >> self.page.shift(),
+        );
+        let per_chunk = CHUNK_PAGES as u64;
+        // Only chunks that exist: a hole may be far longer than what is remembered of it.
+        for (number, chunk) in chunks.range_mut(first / per_chunk..end.div_ceil(per_chunk)) {
+            for at in 0..CHUNK_PAGES {
+                if (first..end).contains(&(number * per_chunk + at as u64)) {
+                    chunk.keep(at);
+                }
+            }
+        }
+    }
+
+    /// The chunk of `spot`, made if need be and budget allows.
+    fn chunk(&mut self, spot: Spot) -> Option<&mut Chunk> {
+        let chunks = self.targets.get(&spot.target);
+        if !chunks.is_some_and(|chunks| chunks.contains_key(&spot.chunk())) {
+            if !self.make_room(CHUNK_BYTES, true) {
+                return None;
+            }
+            self.chunk_bytes += CHUNK_BYTES;
+        }
+        let chunks = self.targets.entry(spot.target).or_default();
+        Some(chunks.entry(spot.chunk()).or_insert_with(Chunk::new))
+    }
+
+    /// Keeps the contents of the page at `spot` if that is worth the room: a page that has
+    /// `changed` may push out others, one that is new only fills room that is free.
+    fn keep(&mut self, spot: Spot, contents: &[u8], changed: bool) {
+        let bytes = self.kept_page_bytes() + SLOTS_BYTES;
+        let fits = self.remembered().bytes + bytes <= self.budget_bytes;
+        if fits || (changed && self.make_room(bytes, false)) {
+            let slot = self.kept.insert(spot, contents, changed);
+            self.set_slot(spot, Some(slot));
+        }
+    }
+
+    /// Drops kept contents until `bytes` more fit into the budget.
+    fn make_room(&mut self, bytes: u64, at_all_costs: bool) -> bool {
+        while self.remembered().bytes + bytes > self.budget_bytes {
+            let Some(spot) = self.kept.evict(at_all_costs) else {
+                return false;
+            };
+            self.set_slot(spot, None);
+        }
+        true
+    }
+
+    fn kept_page_bytes(&self) -> u64 {
+        self.page.bytes() + KEPT_EXTRA_BYTES
+    }
+
+    /// Says where the contents of a page in an existing chunk are kept.
+    fn set_slot(&mut self, spot: Spot, slot: Option<chunk::Slot>) {
+        let chunks = self.targets.get_mut(&spot.target);
+        if let Some(chunk) = chunks.and_then(|chunks| chunks.get_mut(&spot.chunk())) {
+            let before = chunk.bytes();
+            chunk.set_slot(spot.at(), slot);
+            self.chunk_bytes += chunk.bytes() - before;
+        }
+    }
+}
+
+/// Appends the XOR of both pages to `out` if at most half of their bytes differ.
+fn put_difference(old: &[u8], new: &[u8], out: &mut Vec<u8>) -> bool {
+    let start = out.len();
+    out.extend(old.iter().zip(new).map(|(old, new)| old ^ new));
+    let differ = out[start..].iter().filter(|byte| **byte != 0).count();
+    let keep = differ <= new.len() / 2;
+    if !keep {
+        out.truncate(start);
+    }
+    keep
+}
+
+#[cfg(test)]
+mod tests;

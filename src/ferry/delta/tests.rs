@@ -1,0 +1,254 @@
+//! The memory against a plain map, and its rules one by one.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::ferry::hash::{HashKey, PageHasher};
+
+const PAGE: PageSize = PageSize::KIB_4;
+const TARGET: Target = Target::Process(1);
+
+/// Contents in few variants: 0 is zeros, small numbers differ little, large ones everywhere.
+fn contents(variant: u8) -> Vec<u8> {
+    let mut page = vec![0; PAGE.as_usize()];
+    if variant == 0 {
+        return page;
+    }
+    let fill = if variant < 8 { 0xaa } else { variant };
+    page.fill(fill);
+    page[usize::from(variant) * 16] = variant;
+    page
+}
+
+fn run_at(number: u64) -> Run {
+    let start = number * PAGE.bytes();
+    Run {
+        range: PageRange::new(start, start + PAGE.bytes()),
+        flags: PageFlags::PRESENT,
+    }
+}
+
+fn judge(memory: &mut PageMemory, hasher: &PageHasher, number: u64, page: &[u8]) -> Verdicts {
+    let mut verdicts = Verdicts::default();
+    let print = hasher.fingerprint(page);
+    memory.judge(TARGET, &[run_at(number)], page, &[print], &mut verdicts);
+    verdicts
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Page(u64, u8),
+    Hole(u64, u64),
+    Commit,
+    Fail,
+    Learn(u64, u8),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    // Two neighbouring chunks and one far away.
+    let number = prop_oneof![500_u64..530, 100_000_u64..100_003];
+    let step = prop_oneof![
+        12 => (number.clone(), 0_u8..12).prop_map(|(number, variant)| Step::Page(number, variant)),
+        2 => (number.clone(), 1_u64..20).prop_map(|(number, pages)| Step::Hole(number, pages)),
+        2 => Just(Step::Commit),
+        1 => Just(Step::Fail),
+        1 => (number, 0_u8..12).prop_map(|(number, variant)| Step::Learn(number, variant)),
+    ];
+    prop::collection::vec(step, 0..120)
+}
+
+/// What the taker has: the base version, and the round that is going on.
+#[derive(Default)]
+struct Model {
+    base: BTreeMap<u64, u8>,
+    round: BTreeMap<u64, u8>,
+}
+
+/// Plays `steps` on memory and model. `complete` says that the budget leaves nothing out.
+fn play(steps: Vec<Step>, budget_bytes: u64, complete: bool) {
+    let hasher = PageHasher::new(HashKey([3; 16]), PAGE);
+    let mut memory = PageMemory::new(PAGE, budget_bytes);
+    let mut model = Model::default();
+    for step in steps {
+        match step {
+            Step::Page(number, variant) => {
+                let page = contents(variant);
+                let verdicts = judge(&mut memory, &hasher, number, &page);
+                let first_time = !model.round.contains_key(&number);
+                let base = model.base.get(&number).filter(|_| first_time);
+                match (verdicts.pages[0], base) {
+                    (Verdict::Same(hash), Some(base)) => {
+                        assert_eq!(*base, variant);
+                        assert_eq!(hash, hasher.hash(&page));
+                    }
+                    (Verdict::Delta(hash), Some(base)) => {
+                        let old = contents(*base);
+                        assert_eq!(hash, hasher.hash(&old));
+                        let sum = verdicts.xor.iter().zip(&old).map(|(a, b)| a ^ b);
+                        assert!(sum.eq(page.iter().copied()));
+                        assert_ne!(*base, variant);
+                    }
+                    (Verdict::Zero, base) => {
+                        assert_eq!(variant, 0);
+                        assert!(!complete || base != Some(&0));
+                    }
+                    (Verdict::Fresh, base) => {
+                        assert_ne!(variant, 0);
+                        assert!(!complete || base != Some(&variant));
+                    }
+                    (verdict, None) => panic!("{verdict:?} without a base version"),
+                }
+                model.round.insert(number, variant);
+            }
+            Step::Hole(number, pages) => {
+                // A hole reaches as far as the parent has pages and the round has not been.
+                let end = (number..number + pages).find(|number| {
+                    !model.base.contains_key(number) || model.round.contains_key(number)
+                });
+                let end = end.unwrap_or(number + pages);
+                if end > number {
+                    let range = PageRange::new(number * PAGE.bytes(), end * PAGE.bytes());
+                    let flags = PageFlags::PARENT;
+                    let mut verdicts = Verdicts::default();
+                    memory.judge(TARGET, &[Run { range, flags }], &[], &[], &mut verdicts);
+                    assert!(verdicts.pages.is_empty());
+                    for number in number..end {
+                        model.round.insert(number, model.base[&number]);
+                    }
+                }
+            }
+            Step::Commit => {
+                memory.commit(StateId([1; 16]));
+                model.base = std::mem::take(&mut model.round);
+            }
+            Step::Fail => {
+                memory.forget();
+                model = Model::default();
+            }
+            Step::Learn(number, variant) => {
+                if model.round.is_empty() {
+                    let hash = hasher.hash(&contents(variant));
+                    // Learning follows forgetting: what is known cannot be contradicted.
+                    if let std::collections::btree_map::Entry::Vacant(entry) =
+                        model.base.entry(number)
+                    {
+                        entry.insert(variant);
+                        memory.learn(TARGET, run_at(number).range, &[hash.0]);
+                    }
+                }
+            }
+        }
+        assert!(memory.remembered().bytes <= budget_bytes);
+        check_slots(&memory);
+    }
+}
+
+/// Kept contents and the slots of the chunks point at each other, and the sums are right.
+fn check_slots(memory: &PageMemory) {
+    let (mut pointed, mut bytes) = (0, 0);
+    for (target, chunks) in &memory.targets {
+        for (number, chunk) in chunks {
+            bytes += chunk.bytes();
+            for at in 0..CHUNK_PAGES {
+                if let Some(slot) = chunk.slot(at) {
+                    let spot = memory.kept.spot(slot).expect("a slot in use");
+                    assert_eq!(spot.target, *target);
+                    assert_eq!(spot.number, number * CHUNK_PAGES as u64 + at as u64);
+                    pointed += 1;
+                }
+            }
+        }
+    }
+    assert_eq!(memory.kept.count(), pointed);
+    assert_eq!(memory.chunk_bytes, bytes);
+}
+
+proptest! {
+    #[test]
+    fn verdicts_are_those_of_a_plain_map(steps in steps()) {
+        play(steps, 64 << 20, true);
+    }
+
+    #[test]
+    fn a_small_budget_is_kept_and_leads_to_no_wrong_verdict(
+        steps in steps(),
+        budget in prop::sample::select(vec![
+            0, CHUNK_BYTES, 3 * CHUNK_BYTES, 3 * CHUNK_BYTES + 3 * SLOTS_BYTES + 40_000,
+        ]),
+    ) {
+        play(steps, budget, false);
+    }
+}
+
+#[test]
+fn a_page_that_changed_is_sent_as_its_difference_and_hashes_alone_cannot_tell_it() {
+    let hasher = PageHasher::new(HashKey([3; 16]), PAGE);
+    for (budget, delta) in [(1 << 20, true), (CHUNK_BYTES, false)] {
+        let mut memory = PageMemory::new(PAGE, budget);
+        judge(&mut memory, &hasher, 5, &contents(1));
+        memory.commit(StateId([1; 16]));
+        let verdicts = judge(&mut memory, &hasher, 5, &contents(2));
+        let is_delta = matches!(verdicts.pages[0], Verdict::Delta(_));
+        assert_eq!(is_delta, delta, "budget {budget}");
+    }
+}
+
+#[test]
+fn hashes_are_asked_for_once_per_target_of_an_unknown_version() {
+    let hasher = PageHasher::new(HashKey([3; 16]), PAGE);
+    let (first, second) = (StateId([1; 16]), StateId([2; 16]));
+    let other = Target::Shmem(1);
+    let mut memory = PageMemory::new(PAGE, 1 << 20);
+    // A first round: the taker has nothing.
+    for target in [TARGET, other] {
+        assert!(!memory.adopt(target, StateId::NONE));
+        judge(&mut memory, &hasher, 5, &contents(1));
+    }
+    memory.commit(first);
+    // A second: it has the first.
+    assert!(!memory.adopt(TARGET, first));
+    assert_eq!(
+        judge(&mut memory, &hasher, 5, &contents(1)).pages[0],
+        Verdict::Same(hasher.hash(&contents(1)))
+    );
+    // A third: it has another, and nothing of a third target.
+    for (target, ask) in [(TARGET, true), (other, true), (TARGET, false)] {
+        assert_eq!(memory.adopt(target, second), ask);
+    }
+    assert!(!memory.adopt(Target::Process(3), StateId::NONE));
+    assert_eq!(
+        judge(&mut memory, &hasher, 5, &contents(1)).pages[0],
+        Verdict::Fresh
+    );
+}
+
+#[test]
+fn a_target_that_the_taker_lacks_is_forgotten_alone() {
+    let hasher = PageHasher::new(HashKey([3; 16]), PAGE);
+    let state = StateId([1; 16]);
+    let mut memory = PageMemory::new(PAGE, 1 << 20);
+    judge(&mut memory, &hasher, 5, &contents(1));
+    memory.commit(state);
+    assert!(!memory.adopt(TARGET, StateId::NONE));
+    assert_eq!(memory.remembered(), Remembered::default());
+    assert_eq!(
+        judge(&mut memory, &hasher, 5, &contents(1)).pages[0],
+        Verdict::Fresh
+    );
+    check_slots(&memory);
+}
+
+#[test]
+fn hashes_push_out_contents() {
+    let hasher = PageHasher::new(HashKey([3; 16]), PAGE);
+    let room = CHUNK_BYTES + SLOTS_BYTES + 3 * (PAGE.bytes() + KEPT_EXTRA_BYTES) + SLOTS_BYTES;
+    let mut memory = PageMemory::new(PAGE, room);
+    for number in 0..3 {
+        judge(&mut memory, &hasher, number, &contents(9));
+    }
+    assert_eq!(memory.remembered().kept_pages, 3);
+    judge(&mut memory, &hasher, 1_000_000, &contents(9));
+    assert_eq!(memory.targets[&TARGET].len(), 2);
+    assert!(memory.remembered().kept_pages < 3);
+    assert_eq!(memory.remembered().left_out_pages, 0);
+}

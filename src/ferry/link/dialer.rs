@@ -1,0 +1,157 @@
+//! The connecting side of a session.
+
+use std::time::Duration;
+
+use crate::ferry::hello::{Fail, FailCode, Greeting, Hello};
+use crate::limits::FERRY_STREAMS_MAX;
+
+use super::{Patience, check};
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    Down { retry_at: Duration },
+    Dialing,
+    Greeting,
+    Up { since: Duration },
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Lane {
+    phase: Phase,
+    pause: Duration,
+    attempt: u32,
+}
+
+/// The connecting side of a session.
+#[derive(Clone, Debug)]
+pub struct Dialer {
+    hello: Hello,
+    patience: Patience,
+    lanes: Vec<Lane>,
+    established: bool,
+    troubled_since: Option<Duration>,
+}
+
+impl Dialer {
+    /// Dials `hello.streams` connections that say `hello`, each with its own stream and attempt.
+    pub fn new(hello: Hello, patience: Patience, now: Duration) -> Dialer {
+        let streams = hello.streams.clamp(1, FERRY_STREAMS_MAX);
+        let lane = Lane {
+            phase: Phase::Down { retry_at: now },
+            pause: patience.pause_first,
+            attempt: 0,
+        };
+        Dialer {
+            hello: Hello { streams, ..hello },
+            patience,
+            lanes: vec![lane; usize::from(streams)],
+            established: false,
+            troubled_since: Some(now),
+        }
+    }
+
+    /// The next stream to be dialled now, if there is one.
+    pub fn poll_dial(&mut self, now: Duration) -> Option<u16> {
+        let candidates = if self.established {
+            self.lanes.len()
+        } else {
+            1
+        };
+        let due = self.lanes[..candidates].iter_mut().zip(0..);
+        for (lane, stream) in due {
+            if matches!(lane.phase, Phase::Down { retry_at } if retry_at <= now) {
+                lane.phase = Phase::Dialing;
+                lane.attempt += 1;
+                return Some(stream);
+            }
+        }
+        None
+    }
+
+    /// The connection of `stream` stands; returns what is to be said on it.
+    pub fn handle_connected(&mut self, stream: u16) -> Hello {
+        let opening = !self.established;
+        let lane = self.lane(stream);
+        lane.phase = Phase::Greeting;
+        let attempt = lane.attempt;
+        Hello {
+            stream,
+            attempt,
+            opening,
+            ..self.hello
+        }
+    }
+
+    /// The peer has answered on `stream`: returns its hello, with the features that both have.
+    pub fn handle_welcome(
+        &mut self,
+        stream: u16,
+        greeting: Greeting,
+        now: Duration,
+    ) -> Result<Hello, Fail> {
+        let peer = check(greeting, &self.hello, &[self.hello.role])?;
+        if peer.session != self.hello.session || peer.stream != stream {
+            let text = "the welcome is for another connection";
+            return Err(Fail::new(FailCode::Protocol, text));
+        }
+        self.established = true;
+        self.lane(stream).phase = Phase::Up { since: now };
+        Ok(peer)
+    }
+
+    /// The connection of `stream`, or the try to make one, has failed.
+    pub fn handle_lost(&mut self, stream: u16, now: Duration) {
+        let (steady_after, pause_max) = (self.patience.steady_after(), self.patience.pause_max);
+        let lane = self.lane(stream);
+        let steady = matches!(lane.phase, Phase::Up { since } if now >= since + steady_after);
+        lane.phase = Phase::Down {
+            retry_at: now + lane.pause,
+        };
+        lane.pause = (lane.pause * 2).min(pause_max);
+        if steady {
+            self.handle_progress();
+        }
+        self.troubled_since.get_or_insert(now);
+    }
+
+    /// The peer has acknowledged something, or there is nothing that it could acknowledge.
+    pub fn handle_progress(&mut self) {
+        self.troubled_since = None;
+        for lane in &mut self.lanes {
+            lane.pause = self.patience.pause_first;
+        }
+    }
+
+    /// Whether it has been in vain for too long.
+    pub fn has_given_up(&self, now: Duration) -> bool {
+        let any_up = self
+            .lanes
+            .iter()
+            .any(|lane| matches!(lane.phase, Phase::Up { .. }));
+        !any_up && self.gives_up_at().is_some_and(|at| at <= now)
+    }
+
+    /// When to call again at the latest, if nothing happens until then.
+    pub fn deadline(&self) -> Option<Duration> {
+        let candidates = if self.established {
+            self.lanes.len()
+        } else {
+            1
+        };
+        let retries = self.lanes[..candidates]
+            .iter()
+            .filter_map(|lane| match lane.phase {
+                Phase::Down { retry_at } => Some(retry_at),
+                _ => None,
+            });
+        retries.chain(self.gives_up_at()).min()
+    }
+
+    fn gives_up_at(&self) -> Option<Duration> {
+        Some(self.troubled_since? + self.patience.give_up_after)
+    }
+
+    fn lane(&mut self, stream: u16) -> &mut Lane {
+        &mut self.lanes[usize::from(stream)]
+    }
+}

@@ -1,0 +1,170 @@
+//! The listening side: all sessions of a port.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use crate::ferry::hello::{Fail, FailCode, Greeting, Hello, Role, SessionId};
+use crate::limits::{FERRY_FAILED_SESSIONS_MAX, FERRY_SESSIONS_MAX};
+
+use super::check;
+
+/// Names one connection of a session.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Berth {
+    /// The session.
+    pub session: SessionId,
+    /// Whether it is one of the connections for faults, which are counted by themselves.
+    pub for_faults: bool,
+    /// Which of the session's connections.
+    pub stream: u16,
+}
+
+/// What becomes of a connection.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Admission {
+    /// It begins a session. Say `welcome`.
+    Opened {
+        /// What the connecting side said, with the features that both have.
+        peer: Hello,
+        /// What is to be said on the connection.
+        welcome: Hello,
+    },
+    /// It continues a session, in place of any older connection of the same berth.
+    Joined {
+        /// What the connecting side said, with the features that both have.
+        peer: Hello,
+        /// What is to be said on the connection.
+        welcome: Hello,
+    },
+    /// It is turned away with this.
+    Refused(Fail),
+}
+
+#[derive(Clone, Debug, Default)]
+struct Moored {
+    /// Attempt of the newest connection of each berth, and whether it stands.
+    berths: BTreeMap<Berth, (u32, bool)>,
+    alone_since: Option<Duration>,
+}
+
+/// The listening side: all sessions of a port.
+#[derive(Clone, Debug)]
+pub struct Harbor {
+    own: Hello,
+    roles: Vec<Role>,
+    give_up_after: Duration,
+    sessions: BTreeMap<SessionId, Moored>,
+    failed: VecDeque<(SessionId, Fail)>,
+}
+
+impl Harbor {
+    /// A harbor that plays any of `roles`. The rest of its hello is `own`'s; sessions without a
+    /// connection for `give_up_after` expire.
+    pub fn new(own: Hello, roles: &[Role], give_up_after: Duration) -> Harbor {
+        Harbor {
+            own,
+            roles: roles.to_vec(),
+            give_up_after,
+            sessions: BTreeMap::new(),
+            failed: VecDeque::new(),
+        }
+    }
+
+    /// Decides on a connection that begins with `greeting`. New sessions are accepted only with
+    /// `open_to_new`.
+    pub fn admit(&mut self, greeting: Greeting, open_to_new: bool) -> Admission {
+        let peer = match check(greeting, &self.own, &self.roles) {
+            Ok(peer) => peer,
+            Err(fail) => return Admission::Refused(fail),
+        };
+        if let Some((_, fail)) = self.failed.iter().find(|(id, _)| *id == peer.session) {
+            return Admission::Refused(fail.clone());
+        }
+        let for_faults = peer.role == Role::Asker;
+        let known = self.sessions.contains_key(&peer.session);
+        if !known && (!peer.opening || for_faults) {
+            let text = format!("session {} is not known here (any more)", peer.session);
+            return Admission::Refused(Fail::new(FailCode::UnknownSession, text));
+        }
+        if !known && (!open_to_new || self.sessions.len() >= FERRY_SESSIONS_MAX) {
+            let text = "no further session is accepted here";
+            return Admission::Refused(Fail::new(FailCode::Busy, text));
+        }
+        let moored = self.sessions.entry(peer.session).or_default();
+        let berth = Berth {
+            session: peer.session,
+            for_faults,
+            stream: peer.stream,
+        };
+        let (attempt, up) = moored.berths.entry(berth).or_insert((0, false));
+        if peer.attempt <= *attempt {
+            let text = "a newer connection has taken the place of this one";
+            return Admission::Refused(Fail::new(FailCode::Superseded, text));
+        }
+        (*attempt, *up) = (peer.attempt, true);
+        moored.alone_since = None;
+        let welcome = Hello {
+            role: peer.role.opposite(),
+            session: peer.session,
+            stream: peer.stream,
+            streams: peer.streams,
+            attempt: peer.attempt,
+            opening: false,
+            ..self.own
+        };
+        if known {
+            Admission::Joined { peer, welcome }
+        } else {
+            Admission::Opened { peer, welcome }
+        }
+    }
+
+    /// The connection of `berth` that was dialled as `attempt` is gone.
+    pub fn handle_lost(&mut self, berth: Berth, attempt: u32, now: Duration) {
+        let Some(moored) = self.sessions.get_mut(&berth.session) else {
+            return;
+        };
+        if let Some((newest, up)) = moored.berths.get_mut(&berth)
+            && *newest == attempt
+        {
+            *up = false;
+        }
+        if !moored.berths.values().any(|(_, up)| *up) {
+            moored.alone_since.get_or_insert(now);
+        }
+    }
+
+    /// A session that had no connection for too long, if there is one. It stays until
+    /// [`Harbor::end`].
+    pub fn poll_expired(&self, now: Duration) -> Option<SessionId> {
+        let expired = |moored: &Moored| {
+            let since = moored.alone_since?;
+            (now >= since + self.give_up_after).then_some(())
+        };
+        let found = self
+            .sessions
+            .iter()
+            .find(|(_, moored)| expired(moored).is_some());
+        found.map(|(session, _)| *session)
+    }
+
+    /// When to ask for expired sessions again at the latest.
+    pub fn deadline(&self) -> Option<Duration> {
+        let alone = self
+            .sessions
+            .values()
+            .filter_map(|moored| moored.alone_since);
+        alone.min().map(|since| since + self.give_up_after)
+    }
+
+    /// The session is over. Who comes back to a failed one gets `failure`.
+    pub fn end(&mut self, session: SessionId, failure: Option<Fail>) {
+        self.sessions.remove(&session);
+        if let Some(fail) = failure {
+            if self.failed.len() >= FERRY_FAILED_SESSIONS_MAX {
+                self.failed.pop_front();
+            }
+            self.failed.push_back((session, fail));
+        }
+    }
+}

@@ -1,0 +1,464 @@
+//! The bodies of the frames of a session, but for those that carry pages, as drawn in
+//! docs/ferry.md.
+//!
+//! Reading checks every field that has a meaning of its own; whether it fits the session is for
+//! [`super::sender`] and [`super::receiver`].
+
+use crate::criu::header::{Target, Wire};
+use crate::limits::{FERRY_FAULT_PAGES_MAX, FERRY_HASHES_MAX};
+use crate::units::{PageCount, PageRange, PageSize, Vaddr};
+
+use super::fields::{Fields, PutFields};
+use super::frame::{FrameError, Kind, OpenFrame};
+use super::hash::{HASH_BYTES, PageHash};
+use super::hello::SessionId;
+
+/// Names a version of the memory that a taker holds: the session that wrote it. Zero is none.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct StateId(pub [u8; 16]);
+
+impl StateId {
+    /// No version at all.
+    pub const NONE: StateId = StateId([0; 16]);
+}
+
+impl From<SessionId> for StateId {
+    fn from(session: SessionId) -> StateId {
+        StateId(session.0)
+    }
+}
+
+/// The body of OPEN.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Open {
+    /// Whose pages follow.
+    pub target: Target,
+    /// Which layout, and so which image format, the CRIU at the source uses.
+    pub wire: Wire,
+}
+
+impl Open {
+    /// Appends the body.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        out.put_u64(self.target.dst_id());
+        out.put_u32(match self.wire {
+            Wire::V1 => 1,
+            Wire::V2 => 2,
+        });
+        out.put_u32(0);
+    }
+
+    /// Reads the body.
+    pub fn decode(body: &[u8]) -> Result<Open, FrameError> {
+        let kind = Kind::Open;
+        let mut fields = Fields::new(kind, body);
+        let target = target(kind, &mut fields)?;
+        let wire = match fields.u32()? {
+            1 => Wire::V1,
+            2 => Wire::V2,
+            other => {
+                return Err(FrameError::Field {
+                    kind,
+                    field: "wire",
+                    value: other.into(),
+                });
+            }
+        };
+        let _reserved = fields.u32()?;
+        fields.end()?;
+        Ok(Open { target, wire })
+    }
+}
+
+/// Appends the body of PARENT.
+pub fn encode_parent(target: Target, out: &mut Vec<u8>) {
+    out.put_u64(target.dst_id());
+}
+
+/// Reads the body of PARENT.
+pub fn decode_parent(body: &[u8]) -> Result<Target, FrameError> {
+    let mut fields = Fields::new(Kind::Parent, body);
+    let target = target(Kind::Parent, &mut fields)?;
+    fields.end()?;
+    Ok(target)
+}
+
+/// Appends the body of CLOSE: how many pages all batches of the session had.
+pub fn encode_close(pages: PageCount, out: &mut Vec<u8>) {
+    out.put_u64(pages.get());
+}
+
+/// Reads the body of CLOSE.
+pub fn decode_close(body: &[u8]) -> Result<PageCount, FrameError> {
+    let mut fields = Fields::new(Kind::Close, body);
+    let pages = PageCount(fields.u64()?);
+    fields.end()?;
+    Ok(pages)
+}
+
+/// The body of WANT_HASHES.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct WantHashes {
+    /// Whose hashes.
+    pub target: Target,
+    /// Where to begin.
+    pub from: Vaddr,
+}
+
+impl WantHashes {
+    /// Appends the frame.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let frame = OpenFrame::begin(out);
+        out.put_u64(self.target.dst_id());
+        out.put_u64(self.from.get());
+        frame.finish(out, Kind::WantHashes, 0);
+    }
+
+    /// Reads the body.
+    pub fn decode(body: &[u8]) -> Result<WantHashes, FrameError> {
+        let mut fields = Fields::new(Kind::WantHashes, body);
+        let target = target(Kind::WantHashes, &mut fields)?;
+        let from = Vaddr(fields.u64()?);
+        fields.end()?;
+        Ok(WantHashes { target, from })
+    }
+}
+
+/// The body of ACK.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Ack {
+    /// Every frame up to this number is checked and done.
+    pub safe: u64,
+    /// The last answer.
+    pub answer: Answer,
+    /// The taker has everything that it wants.
+    pub taken: bool,
+}
+
+/// The answer to a question: OPEN, PARENT or CLOSE.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Answer {
+    /// Number of the question, 0 for none.
+    pub to: u64,
+    /// What is answered.
+    pub value: i32,
+    /// OPEN: the version of the memory that the taker has as the base.
+    pub state: StateId,
+}
+
+const ACK_TAKEN: u32 = 1;
+
+impl Ack {
+    /// Appends the frame.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let frame = OpenFrame::begin(out);
+        out.put_u64(self.safe);
+        out.put_u64(self.answer.to);
+        out.extend_from_slice(&self.answer.value.to_le_bytes());
+        out.put_u32(if self.taken { ACK_TAKEN } else { 0 });
+        out.extend_from_slice(&self.answer.state.0);
+        frame.finish(out, Kind::Ack, 0);
+    }
+
+    /// Reads the body.
+    pub fn decode(body: &[u8]) -> Result<Ack, FrameError> {
+        let mut fields = Fields::new(Kind::Ack, body);
+        let (safe, to) = (fields.u64()?, fields.u64()?);
+        let value = fields.i32()?;
+        let taken = fields.u32()? & ACK_TAKEN != 0;
+        let state = StateId(fields.array()?);
+        fields.end()?;
+        Ok(Ack {
+            safe,
+            answer: Answer { to, value, state },
+            taken,
+        })
+    }
+}
+
+/// The body of HASHES, as it lies in the receive buffer.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Hashes<'b> {
+    /// Whose hashes.
+    pub target: Target,
+    /// Whether there are no more.
+    pub last: bool,
+    runs: Vec<PageRange>,
+    hashes: &'b [u8],
+}
+
+const HASHES_LAST: u32 = 1;
+
+impl<'b> Hashes<'b> {
+    /// Appends a frame with the hashes of `runs`, in address order, page by page.
+    pub fn encode(
+        target: Target,
+        page: PageSize,
+        runs: &[PageRange],
+        hashes: &[PageHash],
+        last: bool,
+        out: &mut Vec<u8>,
+    ) {
+        assert!(hashes.len() <= FERRY_HASHES_MAX, "the caller keeps the cap");
+        let frame = OpenFrame::begin(out);
+        out.put_u64(target.dst_id());
+        out.put_u32(if last { HASHES_LAST } else { 0 });
+        out.put_u32(u32::try_from(runs.len()).expect("no more runs than hashes"));
+        for run in runs {
+            out.put_u64(run.start().get());
+            out.put_u32(u32::try_from(run.pages(page).get()).expect("no more than hashes"));
+            out.put_u32(0);
+        }
+        for hash in hashes {
+            out.extend_from_slice(&hash.0);
+        }
+        frame.finish(out, Kind::Hashes, 0);
+    }
+
+    /// Reads the body.
+    pub fn decode(body: &'b [u8], page: PageSize) -> Result<Hashes<'b>, FrameError> {
+        let kind = Kind::Hashes;
+        let wrong = |field, value| FrameError::Field { kind, field, value };
+        let mut fields = Fields::new(kind, body);
+        let target = target(kind, &mut fields)?;
+        let last = fields.u32()? & HASHES_LAST != 0;
+        let count = fields.u32()?;
+        if !usize::try_from(count).is_ok_and(|count| count <= FERRY_HASHES_MAX) {
+            return Err(wrong("runs", count.into()));
+        }
+        let mut runs: Vec<PageRange> = Vec::with_capacity(FERRY_HASHES_MAX.min(body.len() / 16));
+        let mut pages = 0;
+        for _ in 0..count {
+            let (start, length) = (fields.u64()?, fields.u32()?);
+            let _reserved = fields.u32()?;
+            let run = PageRange::checked(Vaddr(start), PageCount(length.into()), page)
+                .filter(|run| runs.last().is_none_or(|before| before.end() <= run.start()))
+                .ok_or(wrong("vaddr", start))?;
+            runs.push(run);
+            pages += u64::from(length);
+        }
+        let hashes = fields.rest();
+        if pages.checked_mul(HASH_BYTES as u64) != Some(hashes.len() as u64) {
+            return Err(wrong("pages", pages));
+        }
+        Ok(Hashes {
+            target,
+            last,
+            runs,
+            hashes,
+        })
+    }
+
+    /// The runs of pages, each with its hashes.
+    pub fn runs(
+        &self,
+        page: PageSize,
+    ) -> impl Iterator<Item = (PageRange, &'b [[u8; HASH_BYTES]])> {
+        let (mut rest, _) = self.hashes.as_chunks::<HASH_BYTES>();
+        self.runs.iter().map(move |run| {
+            let pages = usize::try_from(run.pages(page).get()).expect("decoding compared it");
+            let (front, behind) = rest.split_at(pages);
+            rest = behind;
+            (*run, front)
+        })
+    }
+
+    /// First address that this frame tells of, if it tells anything.
+    pub fn start(&self) -> Option<Vaddr> {
+        self.runs.first().map(|run| run.start())
+    }
+
+    /// First address behind all that this frame tells, if it tells anything.
+    pub fn end(&self) -> Option<Vaddr> {
+        self.runs.last().map(|run| run.end())
+    }
+}
+
+/// The body of FAULT.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Fault {
+    /// Whose page.
+    pub target: Target,
+    /// The page that a thread waits for.
+    pub vaddr: Vaddr,
+    /// The page and the neighbours that are welcome.
+    pub around: PageRange,
+}
+
+impl Fault {
+    /// Appends the frame of question `number`.
+    pub fn encode(&self, number: u64, page: PageSize, out: &mut Vec<u8>) {
+        let frame = OpenFrame::begin(out);
+        out.put_u64(self.target.dst_id());
+        out.put_u64(self.vaddr.get());
+        out.put_u64(self.around.start().get());
+        out.put_u32(u32::try_from(self.around.pages(page).get()).expect("the asker keeps the cap"));
+        out.put_u32(0);
+        frame.finish(out, Kind::Fault, number);
+    }
+
+    /// Reads the body.
+    pub fn decode(body: &[u8], page: PageSize) -> Result<Fault, FrameError> {
+        let kind = Kind::Fault;
+        let wrong = |field, value| FrameError::Field { kind, field, value };
+        let mut fields = Fields::new(kind, body);
+        let target = target(kind, &mut fields)?;
+        let (vaddr, start) = (Vaddr(fields.u64()?), fields.u64()?);
+        let pages = fields.u32()?;
+        let _reserved = fields.u32()?;
+        fields.end()?;
+        if pages > FERRY_FAULT_PAGES_MAX {
+            return Err(wrong("pages", pages.into()));
+        }
+        let around = PageRange::checked(Vaddr(start), PageCount(pages.into()), page)
+            .ok_or(wrong("start", start))?;
+        if !around.contains(vaddr) || !page.divides(vaddr.get()) {
+            return Err(wrong("vaddr", vaddr.get()));
+        }
+        Ok(Fault {
+            target,
+            vaddr,
+            around,
+        })
+    }
+}
+
+/// Appends the frame BYE.
+pub fn encode_bye(out: &mut Vec<u8>) {
+    OpenFrame::begin(out).finish(out, Kind::Bye, 0);
+}
+
+/// Reads a dst_id.
+pub(super) fn target(kind: Kind, fields: &mut Fields<'_>) -> Result<Target, FrameError> {
+    let dst_id = fields.u64()?;
+    Target::from_dst_id(dst_id).map_err(|_| FrameError::Field {
+        kind,
+        field: "dst_id",
+        value: dst_id,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ferry::frame::{Split, split};
+
+    const PAGE: PageSize = PageSize::KIB_4;
+
+    fn body_of(frame: &[u8]) -> &[u8] {
+        match split(frame) {
+            Ok(Split::Frame(found)) => &frame[found.body],
+            other => panic!("no frame: {other:?}"),
+        }
+    }
+
+    /// Every strict prefix of a body is refused, as is one byte too many.
+    fn refuses_other_lengths<T>(body: &[u8], decode: impl Fn(&[u8]) -> Result<T, FrameError>) {
+        for cut in 0..body.len() {
+            assert!(decode(&body[..cut]).is_err(), "cut at {cut}");
+        }
+        assert!(decode(&[body, &[0]].concat()).is_err(), "one byte more");
+    }
+
+    #[test]
+    fn numbered_bodies_come_back_as_they_were() {
+        let open = Open {
+            target: Target::Shmem(7),
+            wire: Wire::V1,
+        };
+        let mut body = Vec::new();
+        open.encode(&mut body);
+        assert_eq!(Open::decode(&body), Ok(open));
+        refuses_other_lengths(&body, Open::decode);
+
+        body.clear();
+        encode_parent(Target::Process(12), &mut body);
+        assert_eq!(decode_parent(&body), Ok(Target::Process(12)));
+        refuses_other_lengths(&body, decode_parent);
+
+        body.clear();
+        encode_close(PageCount(1 << 40), &mut body);
+        assert_eq!(decode_close(&body), Ok(PageCount(1 << 40)));
+        refuses_other_lengths(&body, decode_close);
+    }
+
+    #[test]
+    fn an_acknowledgement_comes_back_as_it_was() {
+        let ack = Ack {
+            safe: 77,
+            answer: Answer {
+                to: 70,
+                value: -2,
+                state: StateId([9; 16]),
+            },
+            taken: true,
+        };
+        let mut frame = Vec::new();
+        ack.encode(&mut frame);
+        assert_eq!(Ack::decode(body_of(&frame)), Ok(ack));
+        refuses_other_lengths(body_of(&frame), Ack::decode);
+    }
+
+    #[test]
+    fn hashes_come_back_with_their_runs() {
+        let runs = [
+            PageRange::new(0x1000, 0x3000),
+            PageRange::new(0x8000, 0x9000),
+        ];
+        let hashes: Vec<_> = (1..=3).map(|n| PageHash([n; 16])).collect();
+        let mut frame = Vec::new();
+        Hashes::encode(Target::Process(4), PAGE, &runs, &hashes, true, &mut frame);
+        let body = body_of(&frame);
+        let read = Hashes::decode(body, PAGE).expect("well-formed");
+        assert_eq!((read.target, read.last), (Target::Process(4), true));
+        assert_eq!(read.end(), Some(Vaddr(0x9000)));
+        let seen: Vec<_> = read.runs(PAGE).collect();
+        assert_eq!(seen[0], (runs[0], &[[1; 16], [2; 16]][..]));
+        assert_eq!(seen[1], (runs[1], &[[3; 16]][..]));
+        refuses_other_lengths(body, |body| Hashes::decode(body, PAGE).map(|_| ()));
+    }
+
+    #[test]
+    fn hashes_out_of_order_are_refused() {
+        let runs = [
+            PageRange::new(0x8000, 0x9000),
+            PageRange::new(0x1000, 0x2000),
+        ];
+        let mut frame = Vec::new();
+        Hashes::encode(
+            Target::Process(4),
+            PAGE,
+            &runs,
+            &[PageHash::default(); 2],
+            true,
+            &mut frame,
+        );
+        assert!(matches!(
+            Hashes::decode(body_of(&frame), PAGE),
+            Err(FrameError::Field {
+                field: "vaddr",
+                value: 0x1000,
+                ..
+            })
+        ));
+    }
+
+    #[test]
+    fn a_fault_must_lie_among_its_neighbours() {
+        let mut fault = Fault {
+            target: Target::Process(4),
+            vaddr: Vaddr(0x5000),
+            around: PageRange::new(0x4000, 0x8000),
+        };
+        let mut frame = Vec::new();
+        fault.encode(9, PAGE, &mut frame);
+        assert_eq!(Fault::decode(body_of(&frame), PAGE), Ok(fault));
+        refuses_other_lengths(body_of(&frame), |body| Fault::decode(body, PAGE));
+        for vaddr in [0x3000, 0x8000, 0x5001] {
+            fault.vaddr = Vaddr(vaddr);
+            frame.clear();
+            fault.encode(9, PAGE, &mut frame);
+            assert!(Fault::decode(body_of(&frame), PAGE).is_err(), "{vaddr:#x}");
+        }
+    }
+}

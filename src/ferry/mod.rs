@@ -1,0 +1,36 @@
+//! Pageferry's own stream between two pageferries: pure.
+//!
+//! CRIU's protocol carries raw memory over one connection, unchecked, and a broken link ends the
+//! migration. Where both ends are ours, pages travel as numbered, compressed, checked and
+//! acknowledged batches, unchanged pages as nothing but a byte, and connections may break.
+//!
+//! ```text
+//!                     delta        encode       sender          link
+//! plain pages ──────> same? ─────> pack ──────> number, keep ─> dial ══╗
+//!                     hash         level <pace  until safe             ║ frames
+//! plain pages <────── batch <───── receiver <── admit <════════════════╝
+//!                     check,       put in order,
+//!                     unpack       acknowledge
+//! ```
+//!
+//! The layout of every byte is drawn in docs/ferry.md.
+//!
+//! Invariants: nothing here owns a descriptor, reads a clock or makes a system call; a page leaves
+//! `batch` only after every checksum and hash that covers it was verified.
+
+pub mod batch;
+pub mod delta;
+pub mod encode;
+mod fields;
+pub mod frame;
+pub mod gather;
+pub mod hash;
+pub mod hello;
+pub mod link;
+pub mod message;
+pub mod pace;
+mod probe;
+pub mod receiver;
+pub mod sender;
+pub mod session;
+pub mod unpack;

@@ -1,0 +1,371 @@
+//! The taker's side of a session: puts frames in order, knows what is safe, says so.
+//!
+//! ```text
+//!                 handle_numbered                      applied
+//! numbered frame ───────────────> next ── the engine ──────────> safe ── poll ──> ACK
+//!        │                          ^     checks and stores
+//!        ├── came before: dropped   │ next_held
+//!        └── too early ──> held ────┘
+//! ```
+//!
+//! It knows numbers and lengths; the engine keeps the bytes of frames that are held.
+//!
+//! Invariants: frames are handed out once each and in order; `safe` never runs ahead of what the
+//! engine has applied; no more is held than the window.
+
+use std::collections::BTreeMap;
+
+use crate::criu::header::Target;
+use crate::units::{PageCount, PageSize};
+
+use super::batch::Batch;
+use super::frame::{FRAME_BYTES_MAX, Kind};
+use super::hello::{Fail, Window};
+use super::message::{Ack, Answer, Open, StateId, WantHashes, decode_close, decode_parent};
+use super::session::{ReadError, SessionError};
+
+/// What to do with a numbered frame that has come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Arrival {
+    /// It came before: drop it.
+    Again,
+    /// It is the next one: apply it.
+    Next,
+    /// Others have to come first: keep its bytes until [`Receiver::next_held`] names it.
+    Held,
+}
+
+/// A numbered frame, read.
+#[derive(Debug)]
+pub enum Message<'b> {
+    /// The next pages belong to this target. A question.
+    Open(Open),
+    /// Does the parent directory have this target? A question.
+    Parent(Target),
+    /// Pages of the open target.
+    Pages(Batch<'b>),
+    /// All was said, so many pages. A question.
+    Close(PageCount),
+}
+
+/// What another frame from the pusher meant.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ReceiverEvent {
+    /// The pusher asks for hashes; they go to the same connection.
+    WantHashes(WantHashes),
+    /// The pusher has failed.
+    Failed(Fail),
+    /// The pusher is through.
+    Bye,
+}
+
+/// Something to be written to a connection.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Reply {
+    /// An acknowledgement.
+    Ack(Ack),
+    /// This side has failed.
+    Fail(Fail),
+}
+
+impl Reply {
+    /// Appends the frame.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        match self {
+            Reply::Ack(ack) => ack.encode(out),
+            Reply::Fail(fail) => fail.encode(out),
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Lane {
+    Down,
+    /// Welcomed, with what was last said on it.
+    Up(Option<Ack>),
+    /// The end was told on it.
+    Told,
+}
+
+/// The taker's side of a session. See the module's text.
+#[derive(Clone, Debug)]
+pub struct Receiver {
+    page: PageSize,
+    window: Window,
+    lanes: Vec<Lane>,
+    /// Frames that came too early, with their lengths in bytes.
+    held: BTreeMap<u64, u64>,
+    held_bytes: u64,
+    handed_out: u64,
+    ack: Ack,
+    failure: Option<Fail>,
+    open: Option<Target>,
+    pages: u64,
+    closed: bool,
+}
+
+impl Receiver {
+    /// A session over up to `streams` connections, holding up to `window`.
+    pub fn new(page: PageSize, streams: u16, window: Window) -> Receiver {
+        Receiver {
+            page,
+            window,
+            lanes: vec![Lane::Down; usize::from(streams)],
+            held: BTreeMap::new(),
+            held_bytes: 0,
+            handed_out: 0,
+            ack: Ack::default(),
+            failure: None,
+            open: None,
+            pages: 0,
+            closed: false,
+        }
+    }
+
+    /// A connection of `stream` was welcomed, in place of any older one.
+    pub fn stream_up(&mut self, stream: u16) {
+        self.lanes[usize::from(stream)] = Lane::Up(None);
+    }
+
+    /// The connection of `stream` is gone.
+    pub fn stream_down(&mut self, stream: u16) {
+        self.lanes[usize::from(stream)] = Lane::Down;
+    }
+
+    /// A numbered frame of `bytes` has come.
+    pub fn handle_numbered(&mut self, number: u64, bytes: u64) -> Result<Arrival, SessionError> {
+        if number <= self.handed_out || self.held.contains_key(&number) {
+            return Ok(Arrival::Again);
+        }
+        if number == self.handed_out + 1 {
+            self.handed_out = number;
+            return Ok(Arrival::Next);
+        }
+        let safe = self.ack.safe;
+        let most = self.window.bytes.max(FRAME_BYTES_MAX as u64);
+        if number > safe + u64::from(self.window.frames) || self.held_bytes + bytes > most {
+            return Err(SessionError::BeyondWindow { number, safe });
+        }
+        self.held.insert(number, bytes);
+        self.held_bytes += bytes;
+        Ok(Arrival::Held)
+    }
+
+    /// The frame to be applied next, if it is held.
+    pub fn next_held(&mut self) -> Option<u64> {
+        let entry = self.held.first_entry()?;
+        if *entry.key() != self.handed_out + 1 {
+            return None;
+        }
+        self.handed_out += 1;
+        self.held_bytes -= entry.remove();
+        Some(self.handed_out)
+    }
+
+    /// Reads the body of a numbered frame whose turn has come.
+    pub fn read<'b>(&mut self, kind: Kind, body: &'b [u8]) -> Result<Message<'b>, ReadError> {
+        if self.closed {
+            return Err(SessionError::Closed(kind).into());
+        }
+        match kind {
+            Kind::Open => {
+                let open = Open::decode(body).map_err(SessionError::from)?;
+                self.open = Some(open.target);
+                Ok(Message::Open(open))
+            }
+            Kind::Parent => {
+                let target = decode_parent(body).map_err(SessionError::from)?;
+                Ok(Message::Parent(target))
+            }
+            Kind::Pages => {
+                let batch = Batch::parse(body, self.page)?;
+                if self.open != Some(batch.target) {
+                    return Err(SessionError::NotOpen(batch.target).into());
+                }
+                self.pages += batch.present().get();
+                Ok(Message::Pages(batch))
+            }
+            Kind::Close => {
+                let said = decode_close(body).map_err(SessionError::from)?;
+                let came = self.pages;
+                if said.get() != came {
+                    let said = said.get();
+                    return Err(SessionError::PageCount { said, came }.into());
+                }
+                self.closed = true;
+                Ok(Message::Close(said))
+            }
+            other => Err(SessionError::Unexpected(other).into()),
+        }
+    }
+
+    /// Frame `number` is checked and done.
+    pub fn applied(&mut self, number: u64) {
+        assert_eq!(number, self.ack.safe + 1, "frames are applied in order");
+        assert!(number <= self.handed_out, "only what was handed out");
+        self.ack.safe = number;
+    }
+
+    /// Answers the question `number`.
+    pub fn answer(&mut self, number: u64, value: i32, state: StateId) {
+        self.ack.answer = Answer {
+            to: number,
+            value,
+            state,
+        };
+    }
+
+    /// This side has everything that it wants.
+    pub fn taken(&mut self) {
+        self.ack.taken = true;
+    }
+
+    /// The last frame that is safe.
+    pub fn safe(&self) -> u64 {
+        self.ack.safe
+    }
+
+    /// The session has failed on this side: says so on every connection, and nothing else.
+    pub fn fail(&mut self, fail: Fail) {
+        self.failure.get_or_insert(fail);
+    }
+
+    /// Whether every living connection was told that the session has failed.
+    pub fn has_told_failure(&self) -> bool {
+        let told = |lane: &Lane| matches!(lane, Lane::Down | Lane::Told);
+        self.failure.is_some() && self.lanes.iter().all(told)
+    }
+
+    /// What is to be written to `stream` next.
+    pub fn poll(&mut self, stream: u16) -> Option<Reply> {
+        let lane = &mut self.lanes[usize::from(stream)];
+        let Lane::Up(said) = lane else {
+            return None;
+        };
+        if let Some(fail) = &self.failure {
+            *lane = Lane::Told;
+            return Some(Reply::Fail(fail.clone()));
+        }
+        (*said != Some(self.ack)).then(|| {
+            *said = Some(self.ack);
+            Reply::Ack(self.ack)
+        })
+    }
+
+    /// A frame from the pusher that is not numbered has come.
+    pub fn handle(&mut self, kind: Kind, body: &[u8]) -> Result<ReceiverEvent, SessionError> {
+        match kind {
+            Kind::WantHashes => Ok(ReceiverEvent::WantHashes(WantHashes::decode(body)?)),
+            Kind::Fail => Ok(ReceiverEvent::Failed(Fail::decode(body)?)),
+            Kind::Bye => Ok(ReceiverEvent::Bye),
+            other => Err(SessionError::Unexpected(other)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::criu::header::Wire;
+    use crate::ferry::message::{encode_close, encode_parent};
+
+    fn receiver(frames: u32) -> Receiver {
+        let bytes = 1 << 20;
+        Receiver::new(PageSize::KIB_4, 2, Window { frames, bytes })
+    }
+
+    fn safe_told(receiver: &mut Receiver, stream: u16) -> Option<u64> {
+        match receiver.poll(stream)? {
+            Reply::Ack(ack) => Some(ack.safe),
+            Reply::Fail(fail) => panic!("{fail}"),
+        }
+    }
+
+    #[test]
+    fn frames_are_handed_out_once_and_in_order() {
+        let mut receiver = receiver(10);
+        for (number, arrival) in [
+            (2, Arrival::Held),
+            (3, Arrival::Held),
+            (2, Arrival::Again),
+            (1, Arrival::Next),
+            (1, Arrival::Again),
+        ] {
+            assert_eq!(receiver.handle_numbered(number, 1), Ok(arrival));
+        }
+        assert_eq!(receiver.next_held(), Some(2));
+        assert_eq!(receiver.handle_numbered(2, 1), Ok(Arrival::Again));
+        assert_eq!(receiver.next_held(), Some(3));
+        assert_eq!(receiver.next_held(), None);
+        assert_eq!(receiver.handle_numbered(4, 1), Ok(Arrival::Next));
+    }
+
+    #[test]
+    fn nothing_is_held_beyond_the_window() {
+        let mut by_frames = receiver(3);
+        assert_eq!(by_frames.handle_numbered(3, 1), Ok(Arrival::Held));
+        let beyond = SessionError::BeyondWindow { number: 4, safe: 0 };
+        assert_eq!(by_frames.handle_numbered(4, 1), Err(beyond));
+
+        let mut by_bytes = receiver(100);
+        assert_eq!(by_bytes.handle_numbered(2, 1 << 20), Ok(Arrival::Held));
+        let beyond = SessionError::BeyondWindow { number: 3, safe: 0 };
+        assert_eq!(by_bytes.handle_numbered(3, 1), Err(beyond));
+    }
+
+    #[test]
+    fn every_connection_hears_what_is_safe_and_only_that() {
+        let mut receiver = receiver(10);
+        receiver.stream_up(0);
+        assert_eq!(safe_told(&mut receiver, 0), Some(0));
+        assert_eq!(safe_told(&mut receiver, 0), None);
+        receiver.handle_numbered(1, 1).expect("within the window");
+        assert_eq!(safe_told(&mut receiver, 0), None, "not applied yet");
+        receiver.applied(1);
+        assert_eq!(safe_told(&mut receiver, 0), Some(1));
+        assert_eq!(safe_told(&mut receiver, 1), None, "no connection");
+        receiver.stream_up(1);
+        assert_eq!(safe_told(&mut receiver, 1), Some(1));
+        receiver.answer(1, 0, StateId::NONE);
+        assert_eq!(safe_told(&mut receiver, 0), Some(1));
+        receiver.stream_up(0);
+        assert_eq!(safe_told(&mut receiver, 0), Some(1), "a new connection");
+    }
+
+    #[test]
+    fn frames_keep_to_the_order_of_a_session() {
+        let mut receiver = receiver(10);
+        let target = Target::Process(1);
+        let mut body = Vec::new();
+        encode_parent(target, &mut body);
+        assert!(receiver.read(Kind::Parent, &body).is_ok());
+        body.clear();
+        encode_close(PageCount(1), &mut body);
+        let error = receiver
+            .read(Kind::Close, &body)
+            .expect_err("a wrong count");
+        let counted = SessionError::PageCount { said: 1, came: 0 };
+        assert!(matches!(error, ReadError::Session(found) if found == counted));
+        body.clear();
+        encode_close(PageCount(0), &mut body);
+        assert!(receiver.read(Kind::Close, &body).is_ok());
+        body.clear();
+        let wire = Wire::V2;
+        Open { target, wire }.encode(&mut body);
+        let error = receiver.read(Kind::Open, &body).expect_err("behind CLOSE");
+        let closed = SessionError::Closed(Kind::Open);
+        assert!(matches!(error, ReadError::Session(found) if found == closed));
+    }
+
+    #[test]
+    fn a_failure_is_told_instead_of_everything_else() {
+        let mut receiver = receiver(10);
+        receiver.stream_up(0);
+        let fail = Fail::new(crate::ferry::hello::FailCode::Taker, "disk full");
+        receiver.fail(fail.clone());
+        assert!(!receiver.has_told_failure());
+        assert_eq!(receiver.poll(0), Some(Reply::Fail(fail)));
+        assert_eq!(receiver.poll(0), None);
+        assert!(receiver.has_told_failure());
+    }
+}

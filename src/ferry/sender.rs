@@ -1,0 +1,499 @@
+//! The pusher's side of a session: what was sent, what is safe, what is sent again.
+//!
+//! ```text
+//!        submit                      poll(stream)                 ACK
+//! frame ────────> waiting ─────────────────────> carried ───────────────────> released
+//!                    ^                              │
+//!                    └───────── stream_down ────────┘
+//! ```
+//!
+//! It knows numbers and lengths; the engine keeps the frames' bytes until they are released.
+//!
+//! Invariants: numbers are handed out without a gap; what is not safe is waiting or carried by
+//! exactly one living connection; nothing numbered goes to a connection before its first ACK; no
+//! more is outstanding than the taker's window; one question is open at most.
+
+use std::collections::VecDeque;
+
+use crate::criu::header::Target;
+use crate::limits::{FERRY_WINDOW_BYTES_MAX, FERRY_WINDOW_FRAMES_MAX};
+use crate::units::{PageSize, Vaddr};
+
+use super::frame::{FRAME_BYTES_MAX, Kind};
+use super::hello::{Fail, Window};
+use super::message::{Ack, Answer, Hashes, WantHashes, encode_bye};
+use super::session::SessionError;
+
+/// Something to be written to a connection.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Transmit {
+    /// The frame that was submitted under this number.
+    Numbered(u64),
+    /// A question for hashes.
+    WantHashes(WantHashes),
+    /// This side has failed.
+    Fail(Fail),
+    /// This side is through.
+    Bye,
+}
+
+impl Transmit {
+    /// Appends the frame, unless it is a numbered one, which the engine keeps. Tells whether it
+    /// did.
+    pub fn encode(&self, out: &mut Vec<u8>) -> bool {
+        match self {
+            Transmit::Numbered(_) => return false,
+            Transmit::WantHashes(question) => question.encode(out),
+            Transmit::Fail(fail) => fail.encode(out),
+            Transmit::Bye => encode_bye(out),
+        }
+        true
+    }
+}
+
+/// What a frame from the taker meant.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum SenderEvent<'b> {
+    /// An acknowledgement.
+    Acked {
+        /// Every frame up to this number may be dropped.
+        safe: u64,
+        /// The answer to the open question, if it came.
+        answer: Option<Answer>,
+        /// The taker has everything that it wants.
+        taken: bool,
+        /// Whether the session has come forward, or has nothing to come forward with.
+        progress: bool,
+    },
+    /// Hashes that were asked for.
+    Hashes(Hashes<'b>),
+    /// The taker has failed.
+    Failed(Fail),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Lane {
+    Down,
+    /// Welcomed; numbered frames wait for its first ACK.
+    Welcomed,
+    Ready,
+    /// The end was told on it.
+    Told,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Outstanding {
+    bytes: u64,
+    carrier: Option<u16>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Inquiry {
+    wanted: WantHashes,
+    carrier: Option<u16>,
+}
+
+/// The pusher's side of a session. See the module's text.
+#[derive(Clone, Debug)]
+pub struct Sender {
+    page: PageSize,
+    window: Window,
+    lanes: Vec<Lane>,
+    /// Frames `safe + 1 ..`, in order.
+    outstanding: VecDeque<Outstanding>,
+    outstanding_bytes: u64,
+    safe: u64,
+    /// No frame below this number waits for a connection.
+    waiting_from: u64,
+    question: Option<u64>,
+    inquiry: Option<Inquiry>,
+    ending: Option<Transmit>,
+}
+
+impl Sender {
+    /// A session over up to `streams` connections with a taker that has this `window`.
+    pub fn new(page: PageSize, streams: u16, window: Window) -> Sender {
+        Sender {
+            page,
+            window: Window {
+                frames: window.frames.clamp(1, FERRY_WINDOW_FRAMES_MAX),
+                bytes: window.bytes.min(FERRY_WINDOW_BYTES_MAX),
+            },
+            lanes: vec![Lane::Down; usize::from(streams)],
+            outstanding: VecDeque::new(),
+            outstanding_bytes: 0,
+            safe: 0,
+            waiting_from: 1,
+            question: None,
+            inquiry: None,
+            ending: None,
+        }
+    }
+
+    /// Whether a frame of `bytes` fits into the window now.
+    pub fn has_room_for(&self, bytes: u64) -> bool {
+        let frames = u64::from(self.window.frames);
+        let empty = self.outstanding.is_empty();
+        let fits = self.outstanding_bytes + bytes <= self.window.bytes;
+        (self.outstanding.len() as u64) < frames && (fits || empty)
+    }
+
+    /// Takes a frame of `bytes` and returns its number. There must be room for it; a question must
+    /// be the only one.
+    pub fn submit(&mut self, kind: Kind, bytes: u64) -> u64 {
+        assert!(self.has_room_for(bytes), "the caller waits for room");
+        assert!(self.ending.is_none(), "nothing follows the end");
+        let number = self.last() + 1;
+        if matches!(kind, Kind::Open | Kind::Parent | Kind::Close) {
+            assert!(self.question.is_none(), "one question at a time");
+            self.question = Some(number);
+        }
+        self.outstanding_bytes += bytes;
+        self.outstanding.push_back(Outstanding {
+            bytes,
+            carrier: None,
+        });
+        number
+    }
+
+    /// Number of the last frame that was submitted.
+    pub fn last(&self) -> u64 {
+        self.safe + self.outstanding.len() as u64
+    }
+
+    /// Whether everything is safe and answered.
+    pub fn is_settled(&self) -> bool {
+        self.outstanding.is_empty() && self.question.is_none()
+    }
+
+    /// Whether a question waits for its answer.
+    pub fn has_question(&self) -> bool {
+        self.question.is_some()
+    }
+
+    /// Asks for the taker's hashes of `target`, all from the start.
+    pub fn ask_hashes(&mut self, target: Target) {
+        let from = Vaddr(0);
+        self.inquiry = Some(Inquiry {
+            wanted: WantHashes { target, from },
+            carrier: None,
+        });
+    }
+
+    /// Below which address all hashes that were asked for are known; `None` once all have come.
+    pub fn hashes_known_below(&self) -> Option<Vaddr> {
+        self.inquiry.map(|inquiry| inquiry.wanted.from)
+    }
+
+    /// The session is over and well: says BYE on every connection, and nothing else.
+    pub fn leave(&mut self) {
+        self.ending.get_or_insert(Transmit::Bye);
+    }
+
+    /// The session has failed on this side: says so on every connection, and nothing else.
+    pub fn fail(&mut self, fail: Fail) {
+        self.ending.get_or_insert(Transmit::Fail(fail));
+    }
+
+    /// Whether every living connection was told that the session is over.
+    pub fn has_told_end(&self) -> bool {
+        let told = |lane: &Lane| matches!(lane, Lane::Down | Lane::Told);
+        self.ending.is_some() && self.lanes.iter().all(told)
+    }
+
+    /// The connection of `stream` was welcomed. It is a new one: what an older one carried has to
+    /// be carried again.
+    pub fn stream_up(&mut self, stream: u16) {
+        self.stream_down(stream);
+        self.lanes[usize::from(stream)] = Lane::Welcomed;
+    }
+
+    /// The connection of `stream` is gone.
+    pub fn stream_down(&mut self, stream: u16) {
+        self.lanes[usize::from(stream)] = Lane::Down;
+        for (frame, number) in self.outstanding.iter_mut().zip(self.safe + 1..) {
+            if frame.carrier == Some(stream) {
+                frame.carrier = None;
+                self.waiting_from = self.waiting_from.min(number);
+            }
+        }
+        if let Some(inquiry) = &mut self.inquiry
+            && inquiry.carrier == Some(stream)
+        {
+            inquiry.carrier = None;
+        }
+    }
+
+    /// What is to be written to `stream` next.
+    pub fn poll(&mut self, stream: u16) -> Option<Transmit> {
+        let lane = &mut self.lanes[usize::from(stream)];
+        if let Some(ending) = &self.ending {
+            let due = matches!(lane, Lane::Welcomed | Lane::Ready);
+            return due.then(|| {
+                *lane = Lane::Told;
+                ending.clone()
+            });
+        }
+        if *lane != Lane::Ready {
+            return None;
+        }
+        if let Some(inquiry) = &mut self.inquiry
+            && inquiry.carrier.is_none()
+        {
+            inquiry.carrier = Some(stream);
+            return Some(Transmit::WantHashes(inquiry.wanted));
+        }
+        let last = self.last();
+        while self.waiting_from <= last {
+            let number = self.waiting_from;
+            self.waiting_from += 1;
+            let at = usize::try_from(number - self.safe - 1).expect("within the window");
+            let frame = &mut self.outstanding[at];
+            if frame.carrier.is_none() {
+                frame.carrier = Some(stream);
+                return Some(Transmit::Numbered(number));
+            }
+        }
+        None
+    }
+
+    /// A frame from the taker came on `stream`.
+    pub fn handle<'b>(
+        &mut self,
+        stream: u16,
+        kind: Kind,
+        body: &'b [u8],
+    ) -> Result<SenderEvent<'b>, SessionError> {
+        match kind {
+            Kind::Ack => self.handle_ack(stream, Ack::decode(body)?),
+            Kind::Hashes => self.handle_hashes(Hashes::decode(body, self.page)?),
+            Kind::Fail => Ok(SenderEvent::Failed(Fail::decode(body)?)),
+            other => Err(SessionError::Unexpected(other)),
+        }
+    }
+
+    fn handle_ack(&mut self, stream: u16, ack: Ack) -> Result<SenderEvent<'static>, SessionError> {
+        let last = self.last();
+        let never_sent = ack.safe.max(ack.answer.to);
+        if never_sent > last {
+            return Err(SessionError::NeverSent {
+                safe: never_sent,
+                last,
+            });
+        }
+        let lane = &mut self.lanes[usize::from(stream)];
+        if *lane == Lane::Welcomed {
+            *lane = Lane::Ready;
+        }
+        let mut progress = false;
+        while self.safe < ack.safe {
+            let released = self
+                .outstanding
+                .pop_front()
+                .expect("compared with the last");
+            self.outstanding_bytes -= released.bytes;
+            self.safe += 1;
+            progress = true;
+        }
+        self.waiting_from = self.waiting_from.max(self.safe + 1);
+        let answer = self.question.is_some() && self.question == Some(ack.answer.to);
+        if answer {
+            self.question = None;
+            progress = true;
+        }
+        Ok(SenderEvent::Acked {
+            safe: self.safe,
+            answer: answer.then_some(ack.answer),
+            taken: ack.taken,
+            progress: progress || self.is_settled(),
+        })
+    }
+
+    fn handle_hashes<'b>(&mut self, hashes: Hashes<'b>) -> Result<SenderEvent<'b>, SessionError> {
+        let unasked = SessionError::UnaskedHashes(hashes.target);
+        let inquiry = self.inquiry.as_mut().ok_or(unasked)?;
+        let wanted = &mut inquiry.wanted;
+        let start = hashes.start().unwrap_or(wanted.from);
+        if wanted.target != hashes.target || start < wanted.from {
+            return Err(unasked);
+        }
+        wanted.from = hashes.end().unwrap_or(wanted.from);
+        if hashes.last {
+            self.inquiry = None;
+        }
+        Ok(SenderEvent::Hashes(hashes))
+    }
+}
+
+const _: () = assert!(FRAME_BYTES_MAX as u64 <= FERRY_WINDOW_BYTES_MAX);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ferry::message::StateId;
+    use crate::units::PageRange;
+
+    fn sender(frames: u32) -> Sender {
+        let bytes = 1000;
+        Sender::new(PageSize::KIB_4, 2, Window { frames, bytes })
+    }
+
+    fn ack(sender: &mut Sender, stream: u16, safe: u64, to: u64) -> SenderEvent<'static> {
+        let answer = Answer {
+            to,
+            value: 1,
+            state: StateId::NONE,
+        };
+        let ack = Ack {
+            safe,
+            answer,
+            taken: false,
+        };
+        sender.handle_ack(stream, ack).expect("a fitting ACK")
+    }
+
+    fn bring_up(sender: &mut Sender, stream: u16) {
+        sender.stream_up(stream);
+        let safe = sender.safe;
+        ack(sender, stream, safe, 0);
+    }
+
+    #[test]
+    fn nothing_is_sent_before_the_first_acknowledgement() {
+        let mut sender = sender(10);
+        assert_eq!(sender.submit(Kind::Pages, 1), 1);
+        assert_eq!(sender.poll(0), None);
+        sender.stream_up(0);
+        assert_eq!(sender.poll(0), None);
+        ack(&mut sender, 0, 0, 0);
+        assert_eq!(sender.poll(0), Some(Transmit::Numbered(1)));
+        assert_eq!(sender.poll(0), None);
+    }
+
+    #[test]
+    fn what_a_lost_connection_carried_goes_to_another_and_nothing_else_does() {
+        let mut sender = sender(10);
+        bring_up(&mut sender, 0);
+        bring_up(&mut sender, 1);
+        for _ in 0..5 {
+            sender.submit(Kind::Pages, 1);
+        }
+        for (stream, number) in [(0, 1), (1, 2), (0, 3), (1, 4)] {
+            assert_eq!(sender.poll(stream), Some(Transmit::Numbered(number)));
+        }
+        ack(&mut sender, 1, 1, 0);
+        sender.stream_down(0);
+        let mut again = Vec::new();
+        while let Some(Transmit::Numbered(number)) = sender.poll(1) {
+            again.push(number);
+        }
+        assert_eq!(again, [3, 5]);
+    }
+
+    #[test]
+    fn the_window_holds_by_frames_and_by_bytes() {
+        let mut by_frames = sender(2);
+        by_frames.submit(Kind::Pages, 1);
+        by_frames.submit(Kind::Pages, 1);
+        assert!(!by_frames.has_room_for(1));
+        by_frames.stream_up(0);
+        ack(&mut by_frames, 0, 1, 0);
+        assert!(by_frames.has_room_for(1));
+
+        let mut by_bytes = sender(100);
+        assert!(by_bytes.has_room_for(5000), "a single frame always fits");
+        by_bytes.submit(Kind::Pages, 999);
+        assert!(by_bytes.has_room_for(1));
+        assert!(!by_bytes.has_room_for(2));
+    }
+
+    #[test]
+    fn an_answer_counts_once_however_often_it_is_repeated() {
+        let mut sender = sender(10);
+        bring_up(&mut sender, 0);
+        let question = sender.submit(Kind::Open, 1);
+        let answered = |event| {
+            matches!(
+                event,
+                SenderEvent::Acked {
+                    answer: Some(_),
+                    ..
+                }
+            )
+        };
+        assert!(!answered(ack(&mut sender, 0, question, 0)));
+        assert!(sender.has_question() && !sender.is_settled());
+        assert!(answered(ack(&mut sender, 0, question, question)));
+        assert!(!answered(ack(&mut sender, 0, question, question)));
+        assert!(sender.is_settled());
+    }
+
+    #[test]
+    fn acknowledgements_of_what_was_never_sent_are_refused() {
+        let mut sender = sender(10);
+        sender.stream_up(0);
+        sender.submit(Kind::Pages, 1);
+        for (safe, to) in [(2, 0), (1, 2)] {
+            let answer = Answer {
+                to,
+                ..Answer::default()
+            };
+            let ack = Ack {
+                safe,
+                answer,
+                taken: false,
+            };
+            let error = sender.handle_ack(0, ack);
+            assert_eq!(error, Err(SessionError::NeverSent { safe: 2, last: 1 }));
+        }
+    }
+
+    #[test]
+    fn a_question_for_hashes_goes_on_where_it_broke_off() {
+        let target = Target::Process(1);
+        let page = PageSize::KIB_4;
+        let mut sender = sender(10);
+        bring_up(&mut sender, 0);
+        sender.ask_hashes(target);
+        let asked = |from| {
+            Some(Transmit::WantHashes(WantHashes {
+                target,
+                from: Vaddr(from),
+            }))
+        };
+        assert_eq!(sender.poll(0), asked(0));
+        let run = PageRange::new(0x1000, 0x3000);
+        let mut frame = Vec::new();
+        let hashes = [Default::default(); 2];
+        Hashes::encode(target, page, &[run], &hashes, false, &mut frame);
+        let body = &frame[crate::ferry::frame::HEADER_BYTES..];
+        assert!(matches!(
+            sender.handle(0, Kind::Hashes, body),
+            Ok(SenderEvent::Hashes(_))
+        ));
+        assert_eq!(sender.hashes_known_below(), Some(Vaddr(0x3000)));
+        assert_eq!(
+            sender.handle(0, Kind::Hashes, body),
+            Err(SessionError::UnaskedHashes(target)),
+            "the same again"
+        );
+        sender.stream_down(0);
+        bring_up(&mut sender, 1);
+        assert_eq!(sender.poll(1), asked(0x3000));
+    }
+
+    #[test]
+    fn the_end_is_told_once_on_every_connection() {
+        let mut sender = sender(10);
+        bring_up(&mut sender, 0);
+        sender.stream_up(1);
+        sender.submit(Kind::Pages, 1);
+        sender.leave();
+        assert!(!sender.has_told_end());
+        for stream in [0, 1] {
+            assert_eq!(sender.poll(stream), Some(Transmit::Bye));
+            assert_eq!(sender.poll(stream), None);
+        }
+        assert!(sender.has_told_end());
+    }
+}
