@@ -29,6 +29,27 @@ pub const DST_ID_MAX: u64 = u32::MAX as u64;
 /// for any number of them.
 pub const SESSION_TARGETS_MAX: usize = 1 << 16;
 
+/// Most ranges of memory in one write (`IOV_MAX` of Linux).
+pub const WRITE_RANGES_MAX: usize = 1024;
+
+/// Size of the pipe that large frames pass through, bytes: the default of `fs.pipe-max-size`.
+pub const PIPE_BYTES: i32 = 1 << 20;
+
+/// Size of one buffer that a session receives into, bytes.
+pub const RECEIVE_BUFFER_BYTES: usize = 512 << 10;
+
+/// Most such buffers of one session: one is filled while the others are written.
+pub const RECEIVE_BUFFERS_MAX: usize = 4;
+
+/// Most sessions that receive at once. Each has a few threads and [`RECEIVE_BUFFERS_MAX`] buffers.
+pub const RECEIVE_SESSIONS_MAX: usize = 16;
+
+/// The buffers of all receiving sessions together stay below this, bytes.
+const RECEIVE_BYTES_MAX: usize = 40 << 20;
+
+const _: () =
+    assert!(RECEIVE_SESSIONS_MAX * RECEIVE_BUFFERS_MAX * RECEIVE_BUFFER_BYTES <= RECEIVE_BYTES_MAX);
+
 /// Most lines that wait for the log's disk before new ones are dropped.
 pub const LOG_LINES_MAX: usize = 8192;
 

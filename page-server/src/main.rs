@@ -1,2 +1,101 @@
-//! Wiring and exit codes.
-fn main() {}
+//! Stands in for `criu page-server`: wiring and exit codes.
+
+mod args;
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use pageferry::daemon::command_line::{self, Action};
+use pageferry::daemon::{self, Daemon};
+use pageferry::engine::driver::Io;
+use pageferry::engine::ingest::{ReceiveContext, receive_client};
+use pageferry::engine::listen::{Place, Source, is_passed_by_systemd};
+use pageferry::engine::sessions::run_sessions;
+use pageferry::error::{Error, Kind, Result};
+use pageferry::image::store::ImageStore;
+use pageferry::stream::Stream;
+use pageferry::sys::process::page_size;
+
+use args::Args;
+
+const ACTIONS: &[Action] = &[Action {
+    word: "page-server",
+    operand_option: None,
+}];
+
+fn main() -> ExitCode {
+    match command_line::parse::<Args>(ACTIONS, std::env::args_os()) {
+        Ok(parsed) => daemon::run(&parsed.args.common, &parsed.skipped, |daemon| {
+            receive(&parsed.args, daemon)
+        }),
+        Err(error) => ExitCode::from(error.report()),
+    }
+}
+
+fn receive(args: &Args, daemon: &mut Daemon) -> Result<()> {
+    let page = page_size().map_err(|error| Error::wrap(Kind::Unsupported, "page size", error))?;
+    let previous = args.prev_images_dir.as_deref();
+    let context = ReceiveContext {
+        store: ImageStore::open(daemon.images_dir(), page, previous, args.sync.into())?,
+        wire: args.wire.forced(),
+        io: Io::Epoll,
+        idle_timeout: args.idle_timeout.map(Duration::from_secs),
+    };
+    let source = listen(args, daemon)?;
+    let session = |stream: Stream| {
+        receive_client(stream, &context).map(|received| tracing::info!("{received}"))
+    };
+    if args.keep {
+        return run_sessions(&source.socket, args.keep, session);
+    }
+    session(only_connection(source)?)
+}
+
+/// The one connection of a server that ends with it. The listener is closed then, so that nobody else
+/// waits for an answer that never comes.
+fn only_connection(source: Source) -> Result<Stream> {
+    if source.connected {
+        return Ok(Stream::plain(source.socket));
+    }
+    let accepted = source.socket.accept();
+    let (socket, _) =
+        accepted.map_err(|error| Error::wrap(Kind::Io, "cannot accept a connection", error))?;
+    Ok(Stream::plain(socket))
+}
+
+/// Listens, says where, and goes to the background if that is asked for.
+fn listen(args: &Args, daemon: &mut Daemon) -> Result<Source> {
+    let source = Source::open(&place(args))?;
+    tracing::info!("listening on {source}");
+    if let (Some(path), Some(port)) = (&args.port_file, source.port()) {
+        write_port(path, port)?;
+    }
+    daemon.listening()?;
+    Ok(source)
+}
+
+fn place(args: &Args) -> Place {
+    if let Some(number) = args.ps_socket {
+        Place::Connected(number)
+    } else if let Some(path) = &args.unix {
+        Place::Unix(path.clone())
+    } else if is_passed_by_systemd() {
+        Place::Passed
+    } else {
+        Place::Tcp {
+            address: args.common.address.clone(),
+            port: args.common.port.unwrap_or(0),
+        }
+    }
+}
+
+/// Writes the port so that whoever waits for the file finds it whole.
+fn write_port(path: &Path, port: u16) -> Result<()> {
+    let mut part = path.as_os_str().to_owned();
+    part.push(".part");
+    let written = std::fs::write(&part, format!("{port}\n"));
+    written
+        .and_then(|()| std::fs::rename(&part, path))
+        .map_err(|error| Error::file("write the port to", path, error))
+}

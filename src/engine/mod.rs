@@ -1,5 +1,11 @@
 //! The loops: they move bytes and ask the pure rooms what to do.
 
+pub mod batch;
+pub mod driver;
+mod epoll;
+pub mod ingest;
+pub mod listen;
+mod pipe;
 pub mod restore;
 pub mod serve;
 pub mod sessions;

@@ -31,11 +31,37 @@ use crate::error::{Error, Kind, Result};
 use crate::limits::{ENTRY_PAGES_MAX, PAGES_ID_FIRST};
 use crate::units::{PageRange, PageSize};
 
+/// A pages file that is being written. An operation in flight keeps it open.
+#[derive(Debug)]
+pub struct PagesPart {
+    file: File,
+    path: PathBuf,
+}
+
+impl PagesPart {
+    /// The file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// The error for a write that failed: names the file, and the usual way out.
+    pub fn write_error(&self, error: impl Into<io::Error>) -> Error {
+        let error = error.into();
+        let doing = match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                "store more pages (make room on the disk and dump again) in"
+            }
+            _ => "write",
+        };
+        Error::file(doing, &self.path, error)
+    }
+}
+
 /// Where the bytes of appended pages go.
 #[derive(Clone, Debug)]
 pub struct Destination {
-    /// The pages file. An operation in flight keeps it open.
-    pub file: Arc<File>,
+    /// The pages file.
+    pub part: Arc<PagesPart>,
     /// Offset of the first page in bytes.
     pub offset: u64,
 }
@@ -228,7 +254,7 @@ struct TargetImages {
     page: PageSize,
     wire: Wire,
     pages_id: u32,
-    pages: Arc<File>,
+    pages: Arc<PagesPart>,
     /// Bytes of the pages file that are spoken for.
     pages_bytes: u64,
     pagemap_path: PathBuf,
@@ -266,7 +292,10 @@ impl TargetImages {
             page: store.dir().page(),
             wire,
             pages_id,
-            pages: Arc::new(pages),
+            pages: Arc::new(PagesPart {
+                file: pages,
+                path: store.part(&pages_name(pages_id)),
+            }),
             pages_bytes: 0,
             pagemap_path,
             pagemap,
@@ -295,7 +324,7 @@ impl TargetImages {
             Error::new(Kind::Protocol, text)
         })?;
         Ok(Some(Destination {
-            file: Arc::clone(&self.pages),
+            part: Arc::clone(&self.pages),
             offset,
         }))
     }
@@ -382,11 +411,8 @@ impl TargetImages {
         buffered
             .into_inner()
             .map_err(|error| failed(error.into_error()))?;
-        let sized = self.pages.set_len(self.pages_bytes);
-        sized.map_err(|error| {
-            let name = pages_name(self.pages_id);
-            Error::wrap(Kind::Io, format!("cannot give {name} its length"), error)
-        })
+        let sized = self.pages.file.set_len(self.pages_bytes);
+        sized.map_err(|error| self.pages.write_error(error))
     }
 }
 

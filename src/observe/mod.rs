@@ -2,4 +2,5 @@
 
 pub mod latency;
 pub mod progress;
+pub mod received;
 pub mod trace;

@@ -26,9 +26,9 @@ fn pages(start: u64, count: u64) -> PageRange {
 fn put(images: &mut SessionImages, range: PageRange, flags: PageFlags, fill: u8) {
     let destination = images.append(range, flags).unwrap();
     assert_eq!(destination.is_some(), flags.has(HERE));
-    if let Some(Destination { file, offset }) = destination {
+    if let Some(Destination { part, offset }) = destination {
         let bytes = vec![fill; usize::try_from(range.bytes()).unwrap()];
-        file.write_all_at(&bytes, offset).unwrap();
+        part.file().write_all_at(&bytes, offset).unwrap();
     }
 }
 

@@ -1,0 +1,94 @@
+//! The command line.
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use clap::{Parser, ValueEnum};
+use pageferry::criu::header;
+use pageferry::daemon::CommonArgs;
+use pageferry::image::store;
+
+/// Receives the memory of a criu dump into image files, or serves it from there to a lazy restore.
+///
+/// Takes the place of `criu page-server`: a criu command line can be handed over as it is.
+#[derive(Parser, Debug)]
+#[command(name = "page-server", version, args_override_self = true)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    pub(crate) common: CommonArgs,
+
+    /// Serve the images to lazy restores instead of receiving
+    #[arg(long)]
+    pub(crate) lazy_pages: bool,
+
+    /// Images that the received ones are a difference to, relative to the images directory: makes the
+    /// `parent` link
+    #[arg(long, value_name = "DIR")]
+    pub(crate) prev_images_dir: Option<PathBuf>,
+
+    /// Use the connected socket FD for one session instead of listening
+    #[arg(long, value_name = "FD", conflicts_with_all = ["unix", "keep"])]
+    pub(crate) ps_socket: Option<RawFd>,
+
+    /// Listen at the AF_UNIX socket PATH (in the work directory)
+    #[arg(long, value_name = "PATH")]
+    pub(crate) unix: Option<PathBuf>,
+
+    /// Write the TCP port to FILE (in the work directory) once it listens
+    #[arg(long, value_name = "FILE")]
+    pub(crate) port_file: Option<PathBuf>,
+
+    /// Stay for further sessions
+    #[arg(long)]
+    pub(crate) keep: bool,
+
+    /// The peer's header layout: v1 is CRIU up to 4.1.1, v2 from 4.2 on
+    #[arg(long, value_enum, default_value_t = Wire::Auto)]
+    pub(crate) wire: Wire,
+
+    /// What is on disk when the dump is told that all is stored: whatever the kernel wrote, the whole
+    /// images, or the images with every write waiting for the disk
+    #[arg(long, value_enum, default_value_t = Sync::None)]
+    pub(crate) sync: Sync,
+
+    /// End a session whose peer says nothing for this many seconds [default: wait for ever]
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) idle_timeout: Option<u64>,
+}
+
+/// Values of `--wire`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(crate) enum Wire {
+    Auto,
+    V1,
+    V2,
+}
+
+impl Wire {
+    /// The layout that is forced, if one is.
+    pub(crate) fn forced(self) -> Option<header::Wire> {
+        match self {
+            Wire::Auto => None,
+            Wire::V1 => Some(header::Wire::V1),
+            Wire::V2 => Some(header::Wire::V2),
+        }
+    }
+}
+
+/// Values of `--sync`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(crate) enum Sync {
+    None,
+    Close,
+    Always,
+}
+
+impl From<Sync> for store::Sync {
+    fn from(sync: Sync) -> store::Sync {
+        match sync {
+            Sync::None => store::Sync::None,
+            Sync::Close => store::Sync::Close,
+            Sync::Always => store::Sync::Always,
+        }
+    }
+}

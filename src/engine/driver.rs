@@ -1,0 +1,139 @@
+//! What moves bytes for a session: one trait, two drivers that behave the same.
+//!
+//! ```text
+//! ingest --submit--> driver --wait--> completion
+//!            |
+//!            +- Receive   socket -> buffer                  one at a time
+//!            +- Write     buffer -> files                   many at a time, meanwhile
+//!            +- Splice    socket -> file, past this process: for the payload of large frames
+//! ```
+//!
+//! An operation owns its buffer and keeps its file open until it completes. The engine never waits
+//! for a write unless all its buffers are on the way, so that receiving and writing overlap.
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use socket2::Socket;
+
+use super::batch::{Batch, Buffer};
+use super::epoll::EpollDriver;
+use crate::error::{Error, Kind, Result};
+use crate::image::writer::PagesPart;
+
+/// What a driver is to do.
+#[derive(Debug)]
+pub enum Operation {
+    /// Receive what there is, at least a byte, into the window of the buffer.
+    Receive {
+        /// Where to.
+        buffer: Buffer,
+        /// Which part of it may be filled.
+        window: Range<usize>,
+    },
+    /// Write a batch.
+    Write(Batch),
+    /// Move bytes from the socket to a file.
+    Splice {
+        /// The file.
+        part: Arc<PagesPart>,
+        /// Offset in the file, bytes.
+        offset: u64,
+        /// How many, all of them.
+        bytes: u64,
+    },
+}
+
+/// What a driver has done.
+#[derive(Debug)]
+pub enum Completion {
+    /// A receive: the buffer, and how many bytes came into its window. 0 is the end of the stream.
+    Received {
+        /// The operation's buffer.
+        buffer: Buffer,
+        /// Bytes received.
+        bytes: usize,
+    },
+    /// A batch is in the files.
+    Written(Batch),
+    /// All bytes of a splice have left the socket. They are in the file only after
+    /// [`Driver::drain`].
+    Spliced,
+}
+
+/// A driver for one session. Errors name the peer or the file, and end the session: whatever is in
+/// flight then is given up when the driver is dropped.
+pub trait Driver: fmt::Debug {
+    /// Begins an operation. At most one that uses the socket may be in flight.
+    fn submit(&mut self, operation: Operation) -> Result<()>;
+
+    /// Waits for an operation to complete.
+    fn wait(&mut self) -> Result<Completion>;
+
+    /// Waits until everything is in the files. Batches that complete meanwhile are dropped.
+    fn drain(&mut self) -> Result<()>;
+}
+
+/// The connection that a driver receives from.
+#[derive(Debug)]
+pub struct Link {
+    /// The socket.
+    pub socket: Socket,
+    /// Who is at the other end, for messages.
+    pub peer: String,
+    /// How long the peer may be silent.
+    pub idle_timeout: Option<Duration>,
+}
+
+impl Link {
+    /// Receives what is there now; fails with `WouldBlock` if nothing is.
+    pub(super) fn receive_now(&self, into: &mut [u8]) -> io::Result<usize> {
+        nix::sys::socket::recv(
+            std::os::fd::AsRawFd::as_raw_fd(&self.socket),
+            into,
+            nix::sys::socket::MsgFlags::MSG_DONTWAIT,
+        )
+        .map_err(io::Error::from)
+    }
+
+    /// The error for a socket that fails.
+    pub(super) fn lost(&self, error: io::Error) -> Error {
+        Error::wrap(Kind::PeerLost, "the connection is lost", error)
+    }
+
+    /// The error for a peer that hangs up inside a frame.
+    pub(super) fn cut(&self) -> Error {
+        Error::new(
+            Kind::PeerLost,
+            "the peer hung up inside the pages of a frame",
+        )
+    }
+
+    /// The error for a peer that says nothing any more.
+    pub(super) fn silent(&self) -> Error {
+        let seconds = self.idle_timeout.unwrap_or_default().as_secs();
+        Error::new(
+            Kind::PeerLost,
+            format!("the peer has said nothing for {seconds} s (--idle-timeout)"),
+        )
+    }
+}
+
+/// Which driver moves the bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Io {
+    /// Plain calls, with epoll to wait.
+    Epoll,
+}
+
+impl Io {
+    /// A driver for a session over `link`.
+    pub fn driver(self, link: Link) -> Result<Box<dyn Driver>> {
+        match self {
+            Io::Epoll => Ok(Box::new(EpollDriver::new(link)?)),
+        }
+    }
+}

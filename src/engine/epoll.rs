@@ -1,0 +1,299 @@
+//! The driver that needs nothing special of the kernel: plain calls, epoll to wait, and a thread of
+//! its own that writes while this one receives.
+//!
+//! ```text
+//! session thread   recv, splice in  --Job-->     writer thread   pwritev, splice out
+//!                  epoll: socket,   <-eventfd--
+//! ```
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::batch::{Batch, Buffer};
+use super::driver::{Completion, Driver, Link, Operation};
+use super::pipe::{Inlet, Outlet, pipe};
+use crate::error::{Error, Kind, Result};
+use crate::image::writer::PagesPart;
+
+/// What the writer thread is to do.
+#[derive(Debug)]
+enum Job {
+    Write(Batch),
+    PutOut {
+        part: Arc<PagesPart>,
+        offset: u64,
+        bytes: u64,
+    },
+}
+
+/// What the session thread does with the socket when it waits.
+#[derive(Debug)]
+enum Pending {
+    Receive {
+        buffer: Buffer,
+        window: Range<usize>,
+    },
+    TakeIn {
+        bytes_left: u64,
+    },
+}
+
+/// The driver. See the module's text.
+#[derive(Debug)]
+pub(super) struct EpollDriver {
+    link: Link,
+    epoll: Epoll,
+    pending: Option<Pending>,
+    writer: Writer,
+}
+
+/// The writer thread, seen from the session's.
+#[derive(Debug)]
+struct Writer {
+    /// `None` when the thread is to end.
+    jobs: Option<Sender<Job>>,
+    /// Jobs as they were done.
+    results: Receiver<Result<Job>>,
+    in_flight: usize,
+    /// `None` when what is in flight is to be given up.
+    inlet: Option<Inlet>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl EpollDriver {
+    pub(super) fn new(link: Link) -> Result<EpollDriver> {
+        let failed = |errno: Errno| Error::wrap(Kind::Io, "cannot set up epoll", errno);
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(failed)?;
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let written = Arc::new(EventFd::from_flags(flags).map_err(failed)?);
+        let readable = EpollEvent::new(EpollFlags::EPOLLIN, 0);
+        epoll.add(&link.socket, readable).map_err(failed)?;
+        // Edges alone: nobody needs to read the counter then.
+        let edge = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, 1);
+        epoll.add(written.as_ref(), edge).map_err(failed)?;
+        Ok(EpollDriver {
+            link,
+            epoll,
+            pending: None,
+            writer: Writer::start(written)?,
+        })
+    }
+
+    /// Sleeps until the socket has something or the writer is done with a job.
+    fn sleep(&self) -> Result<()> {
+        let timeout = match self.link.idle_timeout {
+            None => EpollTimeout::NONE,
+            Some(most) => EpollTimeout::try_from(most).unwrap_or(EpollTimeout::MAX),
+        };
+        let mut events = [EpollEvent::empty(); 2];
+        match self.epoll.wait(&mut events, timeout) {
+            Ok(0) => Err(self.link.silent()),
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(errno) => Err(Error::wrap(Kind::Io, "cannot wait for the socket", errno)),
+        }
+    }
+
+    /// Goes on with what the socket is for. `None`: nothing there yet.
+    fn progress(&mut self) -> Result<Option<Completion>> {
+        match self.pending.take() {
+            None => Ok(None),
+            Some(Pending::Receive { mut buffer, window }) => {
+                let into = &mut buffer[window.clone()];
+                match self.link.receive_now(into) {
+                    Ok(bytes) => Ok(Some(Completion::Received { buffer, bytes })),
+                    Err(error) if is_patience(&error) => {
+                        self.pending = Some(Pending::Receive { buffer, window });
+                        self.sleep()?;
+                        Ok(None)
+                    }
+                    Err(error) => Err(self.link.lost(error)),
+                }
+            }
+            Some(Pending::TakeIn { bytes_left }) => {
+                // The splice below waits for room in the pipe, but for bytes only this does.
+                self.pending = Some(Pending::TakeIn { bytes_left });
+                self.sleep()?;
+                self.take_in(bytes_left)
+            }
+        }
+    }
+
+    fn take_in(&mut self, bytes_left: u64) -> Result<Option<Completion>> {
+        let Some(inlet) = &self.writer.inlet else {
+            return Err(Error::new(Kind::Io, "receiving was given up"));
+        };
+        let taken = match inlet.take_from(&self.link.socket, bytes_left) {
+            Ok(0) => return Err(self.link.cut()),
+            Ok(taken) => taken,
+            Err(Errno::EINTR | Errno::EAGAIN) => 0,
+            // The writer has given up, and says why.
+            Err(Errno::EPIPE) => return self.writer.next_result().map(Job::into_completion),
+            Err(errno) => return Err(self.link.lost(errno.into())),
+        };
+        let bytes_left = bytes_left - taken;
+        if bytes_left == 0 {
+            self.pending = None;
+            return Ok(Some(Completion::Spliced));
+        }
+        self.pending = Some(Pending::TakeIn { bytes_left });
+        Ok(None)
+    }
+}
+
+impl Driver for EpollDriver {
+    fn submit(&mut self, operation: Operation) -> Result<()> {
+        match operation {
+            Operation::Receive { buffer, window } => {
+                self.pending = Some(Pending::Receive { buffer, window });
+                Ok(())
+            }
+            Operation::Write(batch) => self.writer.submit(Job::Write(batch)),
+            Operation::Splice {
+                part,
+                offset,
+                bytes,
+            } => {
+                let bytes_left = bytes;
+                self.pending = Some(Pending::TakeIn { bytes_left });
+                self.writer.submit(Job::PutOut {
+                    part,
+                    offset,
+                    bytes,
+                })
+            }
+        }
+    }
+
+    fn wait(&mut self) -> Result<Completion> {
+        loop {
+            let done = match self.pending {
+                Some(_) => self.writer.result_now()?,
+                None => Some(self.writer.next_result()?),
+            };
+            if let Some(completion) = done.and_then(Job::into_completion) {
+                return Ok(completion);
+            }
+            if let Some(completion) = self.progress()? {
+                return Ok(completion);
+            }
+        }
+    }
+
+    fn drain(&mut self) -> Result<()> {
+        while self.writer.in_flight > 0 {
+            self.writer.next_result()?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether a call only asks to come again later.
+fn is_patience(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{Interrupted, WouldBlock};
+    matches!(error.kind(), Interrupted | WouldBlock)
+}
+
+impl Job {
+    fn into_completion(self) -> Option<Completion> {
+        match self {
+            Job::Write(batch) => Some(Completion::Written(batch)),
+            Job::PutOut { .. } => None,
+        }
+    }
+}
+
+impl Writer {
+    fn start(written: Arc<EventFd>) -> Result<Writer> {
+        let (inlet, outlet) = pipe()?;
+        let (jobs, inbox) = channel();
+        let (outbox, results) = channel();
+        let thread = std::thread::Builder::new()
+            .name("writer".to_owned())
+            .spawn(move || write_all(&inbox, &outbox, &outlet, &written))
+            .map_err(|error| Error::wrap(Kind::Io, "cannot start the writer thread", error))?;
+        Ok(Writer {
+            jobs: Some(jobs),
+            results,
+            in_flight: 0,
+            inlet: Some(inlet),
+            thread: Some(thread),
+        })
+    }
+
+    fn submit(&mut self, job: Job) -> Result<()> {
+        self.in_flight += 1;
+        let sent = self.jobs.as_ref().map(|jobs| jobs.send(job));
+        match sent {
+            Some(Ok(())) => Ok(()),
+            // The thread ends by itself only behind an error.
+            _ => self.next_result().map(|_| ()),
+        }
+    }
+
+    /// The next job that is done, waiting for it.
+    fn next_result(&mut self) -> Result<Job> {
+        let result = self.results.recv().map_err(|_| Writer::gone())?;
+        self.in_flight -= 1;
+        result
+    }
+
+    /// The next job that is done already.
+    fn result_now(&mut self) -> Result<Option<Job>> {
+        use std::sync::mpsc::TryRecvError;
+        match self.results.try_recv() {
+            Ok(result) => {
+                self.in_flight -= 1;
+                result.map(Some)
+            }
+            Err(TryRecvError::Empty) => Ok(None),
+            Err(TryRecvError::Disconnected) => Err(Writer::gone()),
+        }
+    }
+
+    fn gone() -> Error {
+        Error::new(Kind::Io, "the writer thread has ended")
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.jobs = None;
+        self.inlet = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic of the writer has been told by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The writer thread: does jobs in their order until there are no more, or one fails.
+fn write_all(
+    jobs: &Receiver<Job>,
+    results: &Sender<Result<Job>>,
+    outlet: &Outlet,
+    written: &EventFd,
+) {
+    for job in jobs {
+        let done = match &job {
+            Job::Write(batch) => batch.write(),
+            Job::PutOut {
+                part,
+                offset,
+                bytes,
+            } => outlet.put_into(part, *offset, *bytes),
+        };
+        let failed = done.is_err();
+        let told = results.send(done.map(|()| job)).is_ok();
+        // Only wakes a session that waits for its socket; it looks at the results in any case.
+        let _ = written.write(1);
+        if failed || !told {
+            return;
+        }
+    }
+}
