@@ -11,11 +11,14 @@ use pageferry::daemon::{self, Daemon};
 use pageferry::engine::driver::Io;
 use pageferry::engine::ingest::{ReceiveContext, receive_client};
 use pageferry::engine::listen::{Place, Source, is_passed_by_systemd};
+use pageferry::engine::serve::{ServeContext, serve_client};
 use pageferry::engine::sessions::run_sessions;
 use pageferry::error::{Error, Kind, Result};
+use pageferry::image::dir::ImageDir;
 use pageferry::image::store::ImageStore;
 use pageferry::stream::Stream;
 use pageferry::sys::process::page_size;
+use pageferry::units::PageSize;
 
 use args::Args;
 
@@ -27,17 +30,25 @@ const ACTIONS: &[Action] = &[Action {
 fn main() -> ExitCode {
     match command_line::parse::<Args>(ACTIONS, std::env::args_os()) {
         Ok(parsed) => daemon::run(&parsed.args.common, &parsed.skipped, |daemon| {
-            receive(&parsed.args, daemon)
+            if parsed.args.lazy_pages {
+                serve(&parsed.args, daemon)
+            } else {
+                receive(&parsed.args, daemon)
+            }
         }),
         Err(error) => ExitCode::from(error.report()),
     }
 }
 
 fn receive(args: &Args, daemon: &mut Daemon) -> Result<()> {
-    let page = page_size().map_err(|error| Error::wrap(Kind::Unsupported, "page size", error))?;
     let previous = args.prev_images_dir.as_deref();
     let context = ReceiveContext {
-        store: ImageStore::open(daemon.images_dir(), page, previous, args.sync.into())?,
+        store: ImageStore::open(
+            daemon.images_dir(),
+            pages_of_system()?,
+            previous,
+            args.sync.into(),
+        )?,
         wire: args.wire.forced(),
         io: Io::Epoll,
         idle_timeout: args.idle_timeout.map(Duration::from_secs),
@@ -50,6 +61,32 @@ fn receive(args: &Args, daemon: &mut Daemon) -> Result<()> {
         return run_sessions(&source.socket, args.keep, session);
     }
     session(only_connection(source)?)
+}
+
+fn serve(args: &Args, daemon: &mut Daemon) -> Result<()> {
+    let dir = ImageDir::open(daemon.images_dir(), pages_of_system()?)?;
+    let context = ServeContext::new(dir, args.wire.forced());
+    let source = listen(args, daemon)?;
+    let session = |stream: Stream| {
+        serve_client(stream, &context).map(|served| {
+            tracing::info!(
+                "{} pages ({} bytes) in {} answers served to {} in {:.3} s",
+                served.pages,
+                served.bytes,
+                served.requests,
+                served.peer,
+                served.elapsed.as_secs_f64()
+            );
+        })
+    };
+    if source.connected {
+        return session(Stream::plain(source.socket));
+    }
+    run_sessions(&source.socket, args.keep, session)
+}
+
+fn pages_of_system() -> Result<PageSize> {
+    page_size().map_err(|error| Error::wrap(Kind::Unsupported, "cannot tell the page size", error))
 }
 
 /// The one connection of a server that ends with it. The listener is closed then, so that nobody else
