@@ -356,15 +356,22 @@ impl Space {
 
     /// The source will not bring `image` with this answer: ask again. Threads that wait go first.
     pub fn give_back(&mut self, image: PageRange) {
+        let mut returned = Vec::new();
         while let Some(piece) = self.flight.find_image(image) {
-            self.return_to_remote(piece.at);
+            let remote = &mut self.remote;
+            self.flight.take(piece.at, |piece| remote.insert(piece));
+            returned.push(piece.at);
         }
+        returned.into_iter().for_each(|at| self.ask_for_waiting(at));
     }
 
     /// Nothing is on the way any more.
     pub fn give_back_all(&mut self) {
+        let everywhere = PageRange::new(0, u64::MAX);
         self.urgent.clear();
-        self.return_to_remote(PageRange::new(0, u64::MAX));
+        let remote = &mut self.remote;
+        self.flight.take(everywhere, |piece| remote.insert(piece));
+        self.ask_for_waiting(everywhere);
     }
 
     /// The source is gone for good: what only it had stays missing until somebody settles it.
@@ -377,18 +384,12 @@ impl Space {
     pub fn recover(&mut self) {
         self.lost = false;
         self.give_back_all();
-        self.ask_for_waiting(PageRange::new(0, u64::MAX));
-    }
-
-    fn return_to_remote(&mut self, at: PageRange) {
-        let remote = &mut self.remote;
-        self.flight.take(at, |piece| remote.insert(piece));
-        if !self.lost {
-            self.ask_for_waiting(at);
-        }
     }
 
     fn ask_for_waiting(&mut self, at: PageRange) {
+        if self.lost {
+            return;
+        }
         let waiting: Vec<u64> = self
             .waiting
             .range(at.start().get()..at.end().get())

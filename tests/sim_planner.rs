@@ -1,0 +1,341 @@
+//! The post-copy planner against a simulated kernel and source: whatever processes do with their
+//! memory and however the source answers, every page that is still mapped ends with its own content.
+//!
+//! The model keeps each process page by page; the planner keeps runs. A page of the model says what
+//! it must hold in the end; each fill is compared with it at once.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use pageferry::lazy::planner::{Planner, Request, SpaceId, Way};
+use pageferry::lazy::space::{Class, FaultAnswer, Space};
+use pageferry::units::{PageRange, PageSize, Vaddr};
+use proptest::prelude::*;
+
+const PAGE: PageSize = PageSize::KIB_4;
+const PAGES: u64 = 96;
+
+/// Largest request of the simulated background stream.
+const CHUNK: u64 = 8 << 12;
+
+/// One page of a process.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Page {
+    /// Missing; must be filled with this page of the dump.
+    Missing(u64),
+    /// Filled with this page of the dump.
+    Filled(u64),
+    /// Zero, or the process's own new content: nothing may be installed.
+    Own,
+}
+
+type Memory = BTreeMap<u64, Page>;
+
+#[derive(Clone, Debug)]
+enum Operation {
+    Fault {
+        process: usize,
+        page: u64,
+    },
+    Fork {
+        process: usize,
+    },
+    Move {
+        process: usize,
+        from: u64,
+        to: u64,
+        pages: u64,
+    },
+    Remove {
+        process: usize,
+        from: u64,
+        pages: u64,
+    },
+    Unmap {
+        process: usize,
+        from: u64,
+        pages: u64,
+    },
+    Exit {
+        process: usize,
+    },
+    SendStream,
+    /// The source answers the oldest request, with so many pages at most.
+    Answer {
+        pages: u64,
+    },
+    ConnectionLost,
+    LocalStep,
+}
+
+fn operations() -> impl Strategy<Value = Vec<Operation>> {
+    let process = 0..4usize;
+    let one = prop_oneof![
+        8 => (process.clone(), 0..PAGES).prop_map(|(process, page)| Operation::Fault { process, page }),
+        1 => process.clone().prop_map(|process| Operation::Fork { process }),
+        2 => (process.clone(), 0..PAGES, 0..PAGES, 1..24u64)
+            .prop_map(|(process, from, to, pages)| Operation::Move { process, from, to, pages }),
+        2 => (process.clone(), 0..PAGES, 1..12u64)
+            .prop_map(|(process, from, pages)| Operation::Remove { process, from, pages }),
+        2 => (process.clone(), 0..PAGES, 1..12u64)
+            .prop_map(|(process, from, pages)| Operation::Unmap { process, from, pages }),
+        1 => process.prop_map(|process| Operation::Exit { process }),
+        6 => Just(Operation::SendStream),
+        8 => (1..12u64).prop_map(|pages| Operation::Answer { pages }),
+        1 => Just(Operation::ConnectionLost),
+        3 => Just(Operation::LocalStep),
+    ];
+    prop::collection::vec(one, 1..120)
+}
+
+/// The simulated world.
+struct World {
+    planner: Planner,
+    memories: Vec<(SpaceId, Memory)>,
+    on_the_way: VecDeque<Request>,
+    now_us: u64,
+}
+
+fn pages(first: u64, count: u64) -> PageRange {
+    PageRange::new(first << 12, (first + count) << 12)
+}
+
+impl World {
+    /// Two processes whose memory is partly with the source and partly local, with gaps.
+    fn new() -> World {
+        let mut planner = Planner::new(PAGE);
+        let mut memories = Vec::new();
+        for pid in [10, 20] {
+            let remote = [pages(2, 30), pages(32, 10), pages(60, 20)];
+            let local = [pages(45, 10), pages(85, 5)];
+            let mut memory: Memory = (0..PAGES).map(|page| (page, Page::Own)).collect();
+            for range in remote.iter().chain(&local) {
+                let first = range.start().get() >> 12;
+                memory.extend(
+                    (first..first + (range.bytes() >> 12)).map(|page| (page, Page::Missing(page))),
+                );
+            }
+            let id = planner.add(Space::new(pid, PAGE, remote, local));
+            memories.push((id, memory));
+        }
+        World {
+            planner,
+            memories,
+            on_the_way: VecDeque::new(),
+            now_us: 0,
+        }
+    }
+
+    fn pick(&self, process: usize) -> Option<usize> {
+        (!self.memories.is_empty()).then(|| process % self.memories.len())
+    }
+
+    fn apply(&mut self, operation: &Operation) {
+        self.now_us += 10;
+        match *operation {
+            Operation::Fault { process, page } => self.fault(process, page),
+            Operation::Fork { process } => {
+                let Some(index) = self.pick(process) else {
+                    return;
+                };
+                let (id, memory) = self.memories[index].clone();
+                if self.memories.len() < 6 {
+                    let child = self.planner.handle_fork(id).expect("the parent lives");
+                    self.memories.push((child, memory));
+                }
+            }
+            Operation::Move {
+                process,
+                from,
+                to,
+                pages: count,
+            } => self.relocate(process, from, to, count),
+            Operation::Remove {
+                process,
+                from,
+                pages: count,
+            } => {
+                let Some(index) = self.pick(process) else {
+                    return;
+                };
+                let (id, memory) = &mut self.memories[index];
+                for page in from..from + count {
+                    memory.entry(page).and_modify(|page| *page = Page::Own);
+                }
+                self.planner
+                    .settle(*id, pages(from, count), Way::Gone, |_| {});
+            }
+            Operation::Unmap {
+                process,
+                from,
+                pages: count,
+            } => {
+                let Some(index) = self.pick(process) else {
+                    return;
+                };
+                let (id, memory) = &mut self.memories[index];
+                memory.retain(|page, _| !(from..from + count).contains(page));
+                self.planner
+                    .settle(*id, pages(from, count), Way::Gone, |_| {});
+            }
+            Operation::Exit { process } => {
+                let Some(index) = self.pick(process) else {
+                    return;
+                };
+                let (id, _) = self.memories.remove(index);
+                self.planner.handle_exit(id);
+            }
+            Operation::SendStream => {
+                let next = self.planner.next_stream(CHUNK);
+                self.on_the_way.extend(next);
+            }
+            Operation::Answer { pages } => self.answer(pages),
+            Operation::ConnectionLost => {
+                self.on_the_way.clear();
+                self.planner.give_back_all();
+            }
+            Operation::LocalStep => self.local_step(),
+        }
+        while let Some(request) = self.planner.next_urgent() {
+            assert_ne!(request.class, Class::Stream);
+            self.on_the_way.push_back(request);
+        }
+    }
+
+    fn fault(&mut self, process: usize, page: u64) {
+        let Some(index) = self.pick(process) else {
+            return;
+        };
+        let (id, memory) = &self.memories[index];
+        let id = *id;
+        let Some(state) = memory.get(&page).copied() else {
+            return;
+        };
+        match self
+            .planner
+            .handle_fault(id, Vaddr((page << 12) + 123), self.now_us)
+        {
+            FaultAnswer::Zero => {
+                assert!(
+                    !matches!(state, Page::Missing(_)),
+                    "page {page} must not be filled with zeros"
+                );
+                self.planner.settle(id, pages(page, 1), Way::Zero, |_| {});
+            }
+            FaultAnswer::Wait => assert!(
+                matches!(state, Page::Missing(_)),
+                "nobody brings page {page}"
+            ),
+            FaultAnswer::Local(piece) => {
+                assert_eq!(
+                    piece.at.start(),
+                    Vaddr(page << 12),
+                    "the faulting page comes first"
+                );
+                self.fill(id, piece.at, piece.image, Way::Local);
+            }
+        }
+    }
+
+    fn relocate(&mut self, process: usize, from: u64, to: u64, count: u64) {
+        let overlap = from < to + count && to < from + count;
+        let Some(index) = self.pick(process).filter(|_| !overlap) else {
+            return;
+        };
+        let (id, memory) = &mut self.memories[index];
+        memory.retain(|page, _| !(to..to + count).contains(page));
+        let moved: Vec<_> = (from..from + count)
+            .filter_map(|page| memory.remove_entry(&page))
+            .collect();
+        memory.extend(
+            moved
+                .into_iter()
+                .map(|(page, state)| (page - from + to, state)),
+        );
+        self.planner
+            .settle(*id, pages(to, count), Way::Gone, |_| {});
+        self.planner
+            .handle_remap(*id, pages(from, count), Vaddr(to << 12), |_| {});
+    }
+
+    /// The source answers the oldest request with `count` pages at most; the rest is asked again.
+    fn answer(&mut self, count: u64) {
+        let Some(request) = self.on_the_way.pop_front() else {
+            return;
+        };
+        let asked = request.image.bytes() >> 12;
+        let first = request.image.start().get() >> 12;
+        let got = count.min(asked);
+        let image = pages(first, got);
+        while let Some(piece) = self.planner.arrived(request.space, image) {
+            self.fill(
+                request.space,
+                piece.at,
+                piece.image,
+                Way::Fetched(request.class),
+            );
+        }
+        if got < asked {
+            self.planner
+                .give_back(request.space, pages(first + got, asked - got));
+        }
+    }
+
+    fn local_step(&mut self) {
+        if let Some((id, piece)) = self.planner.next_local(CHUNK) {
+            self.fill(id, piece.at, piece.image, Way::Local);
+        }
+    }
+
+    fn fill(&mut self, id: SpaceId, at: PageRange, image: Vaddr, way: Way) {
+        let index = self
+            .memories
+            .iter()
+            .position(|(other, _)| *other == id)
+            .expect("a living process");
+        let memory = &mut self.memories[index].1;
+        for offset in 0..at.bytes() >> 12 {
+            let page = (at.start().get() >> 12) + offset;
+            let content = (image.get() >> 12) + offset;
+            let state = memory.get_mut(&page).expect("a mapped page");
+            assert_eq!(
+                *state,
+                Page::Missing(content),
+                "page {page} is filled with page {content}"
+            );
+            *state = Page::Filled(content);
+        }
+        self.planner.settle(id, at, way, |_| {});
+    }
+
+    /// Lets everything come that is still missing.
+    fn drain(&mut self) {
+        for _ in 0..10_000 {
+            if self.planner.is_complete() {
+                return;
+            }
+            self.apply(&Operation::SendStream);
+            self.apply(&Operation::LocalStep);
+            self.apply(&Operation::Answer { pages: 3 });
+        }
+        panic!("pages are missing that nobody brings: {:?}", self.memories);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    #[test]
+    fn every_page_ends_with_its_own_content(operations in operations()) {
+        let mut world = World::new();
+        for operation in &operations {
+            world.apply(operation);
+        }
+        world.drain();
+        for (id, memory) in &world.memories {
+            for (page, state) in memory {
+                prop_assert!(!matches!(state, Page::Missing(_)), "page {} of {:?} never came", page, id);
+            }
+        }
+        prop_assert_eq!(world.planner.missing_pages(), 0);
+    }
+}
