@@ -17,6 +17,10 @@
 pub mod criu;
 pub mod gate;
 pub mod load;
+pub mod net;
+pub mod pipes;
+pub mod process;
+pub mod proxy;
 pub mod sys;
 pub mod wait;
 pub mod workspace;

@@ -12,7 +12,10 @@ use std::ffi::c_void;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
 use std::ptr::{self, NonNull};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::mman::{self, MRemapFlags, MapFlags, MmapAdvise, ProtFlags};
@@ -206,4 +209,39 @@ extern "C" fn mark_lost_page(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut
         // SAFETY: SIG_DFL needs no handler.
         unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
     }
+}
+
+/// How a child ended, and what it used.
+#[derive(Clone, Copy, Debug)]
+pub struct Ended {
+    /// Its wait status.
+    pub status: ExitStatus,
+    /// User and system time of the process, and of those of its children that it waited for.
+    pub cpu: Duration,
+    /// Most memory that it had resident, bytes.
+    pub peak_rss_bytes: u64,
+}
+
+/// Reaps the child `pid` if it has ended; `None` while it runs.
+///
+/// # Errors
+/// It is not a child of this process, or was reaped before.
+pub fn reap(pid: i32) -> Result<Option<Ended>, Errno> {
+    let mut status = 0;
+    // SAFETY: all-zero is a valid `rusage`: it holds integers only.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: both pointers are valid for the call.
+    let reaped = unsafe { libc::wait4(pid, &raw mut status, libc::WNOHANG, &raw mut usage) };
+    if Errno::result(reaped)? == 0 {
+        return Ok(None);
+    }
+    let time = |value: libc::timeval| {
+        let micros = i128::from(value.tv_sec) * 1_000_000 + i128::from(value.tv_usec);
+        Duration::from_micros(u64::try_from(micros).unwrap_or(0))
+    };
+    Ok(Some(Ended {
+        status: ExitStatus::from_raw(status),
+        cpu: time(usage.ru_utime) + time(usage.ru_stime),
+        peak_rss_bytes: u64::try_from(usage.ru_maxrss).unwrap_or(0) * 1024,
+    }))
 }

@@ -1,0 +1,292 @@
+//! A TCP proxy between the two sides: delay, rate, and accidents.
+//!
+//! ```text
+//!   client <--> [reader] -> queue, each piece with its due time -> [writer] <--> server
+//!                  ^ accident: cut, reset, flipped bit at a byte offset
+//! ```
+//!
+//! Invariants: bytes keep their order; the reader never waits for the link as long as the queue has
+//! room, and the queue holds more than the bandwidth-delay product; a reset of one side reaches the
+//! other as a reset, and a clean end as a clean end, because CRIU takes them differently.
+
+mod pump;
+mod queue;
+
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use pump::Connection;
+
+/// What lies between the two sides.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Link {
+    /// Time for there and back; each way takes half.
+    pub round_trip: Duration,
+    /// Bytes a second, each way; none: as fast as the machine.
+    pub bytes_per_s: Option<u64>,
+}
+
+/// Which way bytes go.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Way {
+    /// From the side that connected.
+    ToServer,
+    /// To the side that connected.
+    ToClient,
+}
+
+/// How a connection comes to harm.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Harm {
+    /// Both sides see a reset.
+    Reset,
+    /// Both sides see a clean end.
+    End,
+    /// One bit of the byte at the offset arrives flipped.
+    FlipBit,
+    /// Nothing more arrives, and nobody is told.
+    Silence,
+}
+
+/// Harm at an offset of one way of every connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Accident {
+    /// Which bytes are counted.
+    pub way: Way,
+    /// Bytes that pass unharmed.
+    pub after_bytes: u64,
+    /// What happens then.
+    pub harm: Harm,
+}
+
+/// A running proxy; its connections are reset on drop.
+#[derive(Debug)]
+pub struct Proxy {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    acceptor: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    upstream: SocketAddr,
+    link: Link,
+    accident: Option<Accident>,
+    to_server: AtomicU64,
+    to_client: AtomicU64,
+    stopping: AtomicBool,
+    connections: Mutex<Vec<Arc<Connection>>>,
+}
+
+impl Shared {
+    fn counter(&self, way: Way) -> &AtomicU64 {
+        match way {
+            Way::ToServer => &self.to_server,
+            Way::ToClient => &self.to_client,
+        }
+    }
+
+    fn connections(&self) -> Vec<Arc<Connection>> {
+        self.connections
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+}
+
+impl Proxy {
+    /// Listens on a free port of loopback, and connects to `upstream` for each connection.
+    ///
+    /// # Errors
+    /// No socket can be bound.
+    pub fn start(upstream: SocketAddr, link: Link, accident: Option<Accident>) -> Result<Proxy> {
+        Self::start_at((Ipv4Addr::LOCALHOST, 0).into(), upstream, link, accident)
+    }
+
+    /// Listens on `address`.
+    ///
+    /// # Errors
+    /// The socket cannot be bound.
+    pub fn start_at(
+        address: SocketAddr,
+        upstream: SocketAddr,
+        link: Link,
+        accident: Option<Accident>,
+    ) -> Result<Proxy> {
+        let listener = TcpListener::bind(address).context("binding the proxy")?;
+        let shared = Arc::new(Shared {
+            upstream,
+            link,
+            accident,
+            to_server: AtomicU64::new(0),
+            to_client: AtomicU64::new(0),
+            stopping: AtomicBool::new(false),
+            connections: Mutex::new(Vec::new()),
+        });
+        let address = listener.local_addr()?;
+        let for_acceptor = Arc::clone(&shared);
+        let acceptor = thread::spawn(move || accept(&listener, &for_acceptor));
+        Ok(Proxy {
+            address,
+            shared,
+            acceptor: Some(acceptor),
+        })
+    }
+
+    /// Where to connect.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Payload bytes that have arrived so far.
+    pub fn carried(&self, way: Way) -> u64 {
+        self.shared.counter(way).load(Ordering::Relaxed)
+    }
+
+    /// Harms all connections that stand now, by a reset or a clean end.
+    pub fn cut(&self, harm: Harm) {
+        for connection in self.shared.connections() {
+            connection.end(harm);
+        }
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.shared.stopping.store(true, Ordering::SeqCst);
+        // Wakes the acceptor, which waits for a connection.
+        let _ = TcpStream::connect(self.address).map(|stream| stream.shutdown(Shutdown::Both));
+        if let Some(acceptor) = self.acceptor.take() {
+            let _ = acceptor.join();
+        }
+    }
+}
+
+fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
+    let mut pumps = Vec::new();
+    for client in listener.incoming() {
+        if shared.stopping.load(Ordering::SeqCst) {
+            break;
+        }
+        let Ok(client) = client else { continue };
+        match TcpStream::connect(shared.upstream) {
+            Ok(server) => pumps.extend(Connection::start(client, server, shared)),
+            Err(error) => {
+                eprintln!("proxy: connecting to {}: {error}", shared.upstream);
+                pump::reset(&client);
+            }
+        }
+    }
+    for connection in shared.connections() {
+        connection.end(Harm::Reset);
+    }
+    for pump in pumps {
+        let _ = pump.join();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{ErrorKind, Read, Write};
+    use std::time::Instant;
+
+    use super::*;
+
+    /// A server that echoes one connection, and a proxy before it.
+    fn echo(link: Link, accident: Option<Accident>) -> (Proxy, JoinHandle<std::io::Result<u64>>) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let proxy = Proxy::start(listener.local_addr().unwrap(), link, accident).unwrap();
+        let server = thread::spawn(move || {
+            let (stream, _) = listener.accept()?;
+            std::io::copy(&mut &stream, &mut &stream)
+        });
+        (proxy, server)
+    }
+
+    #[test]
+    fn carries_bytes_in_order_with_delay() {
+        let link = Link {
+            round_trip: Duration::from_millis(20),
+            bytes_per_s: Some(100 << 20),
+        };
+        let (proxy, server) = echo(link, None);
+        let mut client = TcpStream::connect(proxy.address()).unwrap();
+        let sent: Vec<u8> = (0..1_000_000u32)
+            .map(|n| n.to_le_bytes()[n as usize % 3])
+            .collect();
+        let started = Instant::now();
+        let mut writer = client.try_clone().unwrap();
+        let bytes = sent.clone();
+        let writing = thread::spawn(move || {
+            writer.write_all(&bytes)?;
+            writer.shutdown(Shutdown::Write)
+        });
+        let mut got = Vec::new();
+        client.read_to_end(&mut got).unwrap();
+        // Not a bound on speed: nothing may arrive before the round trip is over.
+        assert!(started.elapsed() >= link.round_trip);
+        assert!(got == sent);
+        writing.join().unwrap().unwrap();
+        assert_eq!(server.join().unwrap().unwrap(), sent.len() as u64);
+        assert_eq!(proxy.carried(Way::ToServer), sent.len() as u64);
+        assert_eq!(proxy.carried(Way::ToClient), sent.len() as u64);
+    }
+
+    #[test]
+    fn resets_both_sides_at_an_offset() {
+        let accident = Accident {
+            way: Way::ToClient,
+            after_bytes: 1000,
+            harm: Harm::Reset,
+        };
+        let (proxy, server) = echo(Link::default(), Some(accident));
+        let mut client = TcpStream::connect(proxy.address()).unwrap();
+        client.write_all(&[1; 5000]).unwrap();
+        let mut got = Vec::new();
+        let error = client.read_to_end(&mut got).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+        assert!(got.len() <= 1000);
+        assert_eq!(
+            server.join().unwrap().unwrap_err().kind(),
+            ErrorKind::ConnectionReset
+        );
+    }
+
+    #[test]
+    fn ends_cleanly_at_an_offset() {
+        let accident = Accident {
+            way: Way::ToClient,
+            after_bytes: 1000,
+            harm: Harm::End,
+        };
+        let (proxy, server) = echo(Link::default(), Some(accident));
+        let mut client = TcpStream::connect(proxy.address()).unwrap();
+        client.write_all(&[1; 5000]).unwrap();
+        let mut got = Vec::new();
+        client.read_to_end(&mut got).unwrap();
+        assert_eq!(got, [1; 1000]);
+        server.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn flips_one_bit() {
+        let accident = Accident {
+            way: Way::ToServer,
+            after_bytes: 4,
+            harm: Harm::FlipBit,
+        };
+        let (proxy, server) = echo(Link::default(), Some(accident));
+        let mut client = TcpStream::connect(proxy.address()).unwrap();
+        client.write_all(&[0; 8]).unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        let mut got = Vec::new();
+        client.read_to_end(&mut got).unwrap();
+        assert_eq!(got, [0, 0, 0, 0, 1, 0, 0, 0]);
+        server.join().unwrap().unwrap();
+    }
+}

@@ -1,0 +1,186 @@
+//! One connection of the proxy: a reader and a writer for each way.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use nix::sys::prctl;
+use socket2::SockRef;
+
+use super::queue::{Piece, Queue};
+use super::{Accident, Harm, Shared, Way};
+
+/// Bytes read at a time: small enough for a rate limit to be smooth.
+const READ_BYTES: usize = 64 << 10;
+/// How often a blocked writer looks whether the connection has ended.
+const WRITE_TIMEOUT: Duration = Duration::from_millis(100);
+
+#[derive(Debug)]
+pub(super) struct Connection {
+    client: TcpStream,
+    server: TcpStream,
+    to_server: Queue,
+    to_client: Queue,
+}
+
+/// Lets the close of the last handle of `stream` be a reset.
+pub(super) fn reset(stream: &TcpStream) {
+    let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
+}
+
+impl Connection {
+    /// Starts the four threads of a connection.
+    pub(super) fn start(
+        client: TcpStream,
+        server: TcpStream,
+        shared: &Arc<Shared>,
+    ) -> Vec<JoinHandle<()>> {
+        for stream in [&client, &server] {
+            let _ = stream.set_nodelay(true);
+            let _ = stream.set_write_timeout(Some(WRITE_TIMEOUT));
+        }
+        let connection = Arc::new(Connection {
+            client,
+            server,
+            to_server: Queue::new(shared.link),
+            to_client: Queue::new(shared.link),
+        });
+        let mut connections = shared
+            .connections
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        connections.push(Arc::clone(&connection));
+        drop(connections);
+        let mut threads = Vec::new();
+        for way in [Way::ToServer, Way::ToClient] {
+            let (reader, from) = (Arc::clone(&connection), Arc::clone(shared));
+            let (writer, to) = (Arc::clone(&connection), Arc::clone(shared));
+            threads.push(thread::spawn(move || {
+                let accident = from.accident.filter(|accident| accident.way == way);
+                reader.read(way, accident);
+                reader.forget_if_over(&from);
+            }));
+            threads.push(thread::spawn(move || {
+                writer.write(way, &to);
+                writer.forget_if_over(&to);
+            }));
+        }
+        threads
+    }
+
+    fn path(&self, way: Way) -> (&TcpStream, &Queue, &TcpStream) {
+        match way {
+            Way::ToServer => (&self.client, &self.to_server, &self.server),
+            Way::ToClient => (&self.server, &self.to_client, &self.client),
+        }
+    }
+
+    /// Drops the list's hold on a connection none of whose other threads runs any more, so that
+    /// its sockets are closed.
+    fn forget_if_over(self: Arc<Self>, shared: &Shared) {
+        let mut connections = shared
+            .connections
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // This thread's and the list's.
+        if Arc::strong_count(&self) <= 2 {
+            connections.retain(|connection| !Arc::ptr_eq(connection, &self));
+        }
+        drop(self);
+    }
+
+    fn read(&self, way: Way, accident: Option<Accident>) {
+        let (mut from, queue, _) = self.path(way);
+        let mut passed = 0u64;
+        let mut buffer = vec![0; READ_BYTES];
+        loop {
+            let got = match from.read(&mut buffer) {
+                Ok(0) => {
+                    queue.push(Piece::End);
+                    return;
+                }
+                Ok(got) => got,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(_) => return self.end(Harm::Reset),
+            };
+            let bytes = &mut buffer[..got];
+            let place = accident.and_then(|accident| {
+                let offset = usize::try_from(accident.after_bytes.checked_sub(passed)?).ok()?;
+                (offset < got).then_some((offset, accident.harm))
+            });
+            passed += got as u64;
+            match place {
+                None => {}
+                Some((offset, Harm::FlipBit)) => bytes[offset] ^= 1,
+                Some((offset, harm)) => {
+                    queue.push(Piece::Bytes(bytes[..offset].to_vec()));
+                    return self.harm(way, harm);
+                }
+            }
+            if !queue.push(Piece::Bytes(bytes.to_vec())) {
+                return;
+            }
+        }
+    }
+
+    fn harm(&self, way: Way, harm: Harm) {
+        match harm {
+            Harm::Reset | Harm::FlipBit => self.end(Harm::Reset),
+            Harm::Silence => {}
+            Harm::End => {
+                // What was on its way still arrives; the other way is heard no more.
+                let (from, queue, _) = self.path(way);
+                queue.push(Piece::End);
+                let _ = from.shutdown(Shutdown::Write);
+            }
+        }
+    }
+
+    fn write(&self, way: Way, shared: &Shared) {
+        // Due times are kept to microseconds instead of the usual 50 µs of slack.
+        let _ = prctl::set_timerslack(1);
+        let (_, queue, mut to) = self.path(way);
+        while let Some(piece) = queue.pop() {
+            let Piece::Bytes(bytes) = piece else {
+                let _ = to.shutdown(Shutdown::Write);
+                return;
+            };
+            let mut rest = &bytes[..];
+            while !rest.is_empty() {
+                match to.write(rest) {
+                    Ok(written) => rest = &rest[written..],
+                    Err(error) if is_passing(error.kind()) && !queue.is_closed() => {}
+                    Err(_) => return self.end(Harm::Reset),
+                }
+            }
+            shared
+                .counter(way)
+                .fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        }
+    }
+
+    /// Ends both ways now: with a reset, or cleanly.
+    pub(super) fn end(&self, harm: Harm) {
+        self.to_server.close();
+        self.to_client.close();
+        for stream in [&self.client, &self.server] {
+            if harm == Harm::End {
+                let _ = stream.shutdown(Shutdown::Both);
+            } else {
+                reset(stream);
+                // Wakes the reader without a word to the peer; the last close is the reset.
+                let _ = stream.shutdown(Shutdown::Read);
+            }
+        }
+    }
+}
+
+fn is_passing(kind: ErrorKind) -> bool {
+    matches!(
+        kind,
+        ErrorKind::Interrupted | ErrorKind::WouldBlock | ErrorKind::TimedOut
+    )
+}
