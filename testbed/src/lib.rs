@@ -14,13 +14,17 @@
 //! Invariants: every process, namespace, mount and sysctl belongs to a guard that undoes it on drop;
 //! processes are killed by pid and only by who started them; waiting has a condition and a deadline.
 
+pub mod bed;
 pub mod criu;
+pub mod daemons;
 pub mod gate;
 pub mod load;
+pub mod migration;
 pub mod net;
 pub mod pipes;
 pub mod process;
 pub mod proxy;
+pub mod suite;
 pub mod sys;
 pub mod wait;
 pub mod workspace;

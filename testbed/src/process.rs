@@ -39,10 +39,22 @@ impl Spawned {
     /// # Errors
     /// It cannot be started.
     pub fn start(name: &str, command: &mut Command, log: Option<PathBuf>) -> Result<Spawned> {
+        Spawned::start_ungrouped(name, command.process_group(0), log)
+    }
+
+    /// Starts a `command` that makes itself the leader of a session, which the leader of a group
+    /// cannot.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start_ungrouped(
+        name: &str,
+        command: &mut Command,
+        log: Option<PathBuf>,
+    ) -> Result<Spawned> {
         // Orphans of the child come to this process, which can then reap them.
         prctl::set_child_subreaper(true)?;
         let child = command
-            .process_group(0)
             .stdin(Stdio::null())
             .spawn()
             .with_context(|| format!("starting {name}: {}", command_line(command)))?;

@@ -22,20 +22,26 @@ pub fn target_dir() -> PathBuf {
     env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), |dir| root().join(dir))
 }
 
+static BINARIES: OnceLock<PathBuf> = OnceLock::new();
+
+/// Lets [`binary`] look in `dir`, if it has not looked elsewhere before.
+pub fn use_binaries(dir: PathBuf) {
+    BINARIES.get_or_init(|| dir);
+}
+
 /// Path of one of the workspace's binaries.
 ///
 /// # Errors
 /// It is not there and could not be built.
 pub fn binary(name: &str) -> Result<PathBuf> {
-    static DIR: OnceLock<PathBuf> = OnceLock::new();
-    let dir = match DIR.get() {
+    let dir = match BINARIES.get() {
         Some(dir) => dir,
         None => {
             let found = match env::var_os(BIN_DIR_VARIABLE) {
                 Some(dir) => PathBuf::from(dir),
                 None => build()?,
             };
-            DIR.get_or_init(|| found)
+            BINARIES.get_or_init(|| found)
         }
     };
     let path = dir.join(name);

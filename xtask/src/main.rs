@@ -1,6 +1,8 @@
 //! The project's own commands.
 
 mod criu;
+mod setup;
+mod test;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -16,10 +18,13 @@ struct Args {
 enum Task {
     /// Fetches real CRIUs into target/criu and prints version and path of each.
     Criu(criu::Args),
+    /// Runs all tests, those with real CRIUs too, with all set-up.
+    Test(test::Args),
 }
 
 fn main() -> Result<()> {
     match Args::parse().task {
         Task::Criu(args) => criu::run(&args),
+        Task::Test(args) => test::run_tests(&args),
     }
 }

@@ -14,7 +14,21 @@
 //! counts as checked was compared with what the process itself last wrote there.
 
 pub mod content;
-
+mod handle;
 pub mod report;
 pub mod spec;
 pub mod steps;
+
+pub use handle::Load;
+
+/// Words of a page of this machine.
+///
+/// # Panics
+/// The system does not tell its page size, which every Linux does.
+pub fn page_words() -> usize {
+    let bytes = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
+        .ok()
+        .flatten();
+    let bytes = bytes.and_then(|bytes| usize::try_from(bytes).ok());
+    bytes.expect("a page size") / crate::sys::WORD_BYTES
+}

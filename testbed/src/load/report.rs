@@ -10,6 +10,9 @@ pub const FAULT_NS: u64 = 2_000;
 /// Wrong pages that are described one by one; the rest is counted.
 pub const WRONG_PAGES_TOLD: usize = 32;
 
+/// Where a load writes why it ends, in its directory: its standard error is /dev/null.
+pub const FAILURE_FILE: &str = "failure.txt";
+
 /// How long visits took, nanoseconds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Latency {

@@ -180,8 +180,8 @@ impl LoadSpec {
 
     /// The digest of everything that process `process` holds before any step rewrote a page:
     /// computed here, by whoever asks, from the description alone.
-    pub fn initial_digest(&self, process: u32, page_words: usize) -> u64 {
-        let mut words = vec![0; page_words];
+    pub fn initial_digest(&self, process: u32) -> u64 {
+        let mut words = vec![0; super::page_words()];
         let mut sum = 0u64;
         for (area, spec) in (0u32..).zip(&self.areas) {
             for index in 0..spec.pages {

@@ -5,8 +5,11 @@ mod memory;
 mod pass;
 mod run;
 
+use std::fs;
+
 use anyhow::{Context, Result};
 use clap::Parser;
+use testbed::load::report::FAILURE_FILE;
 use testbed::load::spec::LoadSpec;
 
 /// Holds memory whose every page is known, and checks it on command.
@@ -20,5 +23,12 @@ struct Args {
 fn main() -> Result<()> {
     let args = Args::parse();
     let spec: LoadSpec = serde_json::from_str(&args.spec).context("--spec")?;
-    run::run(spec)
+    let failure_file = spec.dir.join(FAILURE_FILE);
+    let for_panics = failure_file.clone();
+    std::panic::set_hook(Box::new(move |panic| {
+        let _ = fs::write(&for_panics, panic.to_string());
+    }));
+    run::run(spec).inspect_err(|error| {
+        let _ = fs::write(failure_file, format!("{error:#}"));
+    })
 }

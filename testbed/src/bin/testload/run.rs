@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
-use nix::unistd::{SysconfVar, alarm, getpid, setsid, sysconf};
+use nix::unistd::{alarm, getpid, setsid};
 use testbed::load::content::mix;
+use testbed::load::page_words;
 use testbed::load::report::{Report, StepReport};
 use testbed::load::spec::{LoadSpec, OnLostPage};
 use testbed::load::steps::{Command, Order, Pass, Step};
@@ -38,8 +39,7 @@ struct Process {
 /// Sets everything up, says so in report 0, and serves commands until one of them says exit.
 pub(crate) fn run(spec: LoadSpec) -> Result<()> {
     setsid().context("setsid")?;
-    let page_bytes = sysconf(SysconfVar::PAGE_SIZE)?.context("no page size")?;
-    let mut memory = Memory::new(&spec, usize::try_from(page_bytes)?)?;
+    let mut memory = Memory::new(&spec, page_words() * sys::WORD_BYTES)?;
     let process = grow_tree(&spec)?;
     alarm::set(spec.lifetime_s);
     memory.rewrite_after_fork(process);

@@ -1,0 +1,86 @@
+//! What one test has to itself: a directory, large pipes, and its logs shown if it fails.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use tempfile::TempDir;
+
+use crate::pipes::LargePipes;
+use crate::process::tail;
+
+/// Set to keep the directories of failed tests.
+pub const KEEP_VARIABLE: &str = "PAGEFERRY_KEEP";
+
+/// A test's place. Made first, dropped last.
+#[derive(Debug)]
+pub struct Bed {
+    dir: TempDir,
+    _pipes: LargePipes,
+}
+
+impl Bed {
+    /// A fresh directory, and pipes large enough for `criu dump --lazy-pages`.
+    ///
+    /// # Errors
+    /// Neither root, nor large pipes already.
+    pub fn new() -> Result<Bed> {
+        let pipes = LargePipes::allow()?;
+        let dir = tempfile::Builder::new().prefix("pageferry-").tempdir()?;
+        Ok(Bed { dir, _pipes: pipes })
+    }
+
+    /// A path in the directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    fn show_logs(&self) {
+        let mut logs = Vec::new();
+        collect_logs(self.dir.path(), &mut logs);
+        for log in logs {
+            eprintln!("{}", tail(&log));
+        }
+    }
+}
+
+fn collect_logs(dir: &Path, logs: &mut Vec<PathBuf>) {
+    let Ok(entries) = fs::read_dir(dir) else {
+        return;
+    };
+    for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+        if path.is_dir() && !path.is_symlink() {
+            collect_logs(&path, logs);
+        } else if path.extension().is_some_and(|extension| extension == "log") {
+            logs.push(path);
+        }
+    }
+}
+
+/// Runs a test in a bed of its own; what it returns or panics with is shown with all logs.
+///
+/// # Panics
+/// The test fails.
+pub fn with_bed(test: impl FnOnce(&Bed) -> Result<()>) {
+    let mut bed = Bed::new().unwrap_or_else(|error| panic!("making the test's bed: {error:#}"));
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| test(&bed)));
+    if matches!(result, Ok(Ok(()))) {
+        return;
+    }
+    bed.show_logs();
+    if env::var_os(KEEP_VARIABLE).is_some() {
+        bed.dir.disable_cleanup(true);
+        eprintln!("kept: {}", bed.dir.path().display());
+    }
+    match result {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => panic!("{error:#}"),
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}

@@ -1,0 +1,222 @@
+//! Transport daemons of either make: started alike, judged alike.
+//!
+//! ```text
+//!   PageServer   criu page-server [--lazy-pages]   or   page-server [--lazy-pages]
+//!   LazyDaemon   criu lazy-pages                   or   lazy-client
+//! ```
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::criu::Criu;
+use crate::net::{NetNs, command_in, free_port};
+use crate::process::Spawned;
+use crate::sys::Ended;
+use crate::workspace;
+
+/// Who makes a daemon.
+#[derive(Clone, Copy, Debug)]
+pub enum Make<'a> {
+    /// This workspace.
+    Ours,
+    /// A real CRIU.
+    Criu(&'a Criu),
+}
+
+impl Make<'_> {
+    /// The daemon's program with its action word, which both makes understand.
+    fn command(self, net: Option<&NetNs>, action: &str, ours: &str) -> Result<Command> {
+        let mut command = match self {
+            Make::Ours => command_in(net, workspace::binary(ours)?),
+            Make::Criu(criu) => command_in(net, &criu.path),
+        };
+        command.arg(action);
+        Ok(command)
+    }
+}
+
+/// Where a daemon works, and what else it is told.
+#[derive(Clone, Debug)]
+pub struct Options<'a> {
+    /// The image directory, made if it is missing.
+    pub images: PathBuf,
+    /// The network it runs in.
+    pub net: Option<&'a NetNs>,
+    /// The address to listen on.
+    pub address: IpAddr,
+    /// Further options, as on a command line.
+    pub extra: Vec<String>,
+    /// The log file's name within the image directory.
+    pub log: &'static str,
+}
+
+impl<'a> Options<'a> {
+    /// For `images`, on loopback.
+    pub fn new(images: impl Into<PathBuf>) -> Options<'a> {
+        Options {
+            images: images.into(),
+            net: None,
+            address: Ipv4Addr::LOCALHOST.into(),
+            extra: Vec::new(),
+            log: "daemon.log",
+        }
+    }
+
+    /// With further options.
+    pub fn with(mut self, extra: &[&str]) -> Options<'a> {
+        self.extra.extend(extra.iter().map(ToString::to_string));
+        self
+    }
+
+    /// On the parent images in `dir`.
+    pub fn on_parent(self, dir: &Path) -> Options<'a> {
+        // CRIU makes the `parent` link with the path as it is given: it must hold from the images.
+        self.with(&["--prev-images-dir", &dir.to_string_lossy()])
+    }
+
+    /// Logging to another file of the image directory.
+    pub fn log_to(self, log: &'static str) -> Options<'a> {
+        Options { log, ..self }
+    }
+
+    /// In a network, at an address of it.
+    pub fn at(self, net: &'a NetNs, address: IpAddr) -> Options<'a> {
+        Options {
+            net: Some(net),
+            address,
+            ..self
+        }
+    }
+
+    fn apply(&self, command: &mut Command) -> Result<PathBuf> {
+        fs::create_dir_all(&self.images)
+            .with_context(|| format!("making {}", self.images.display()))?;
+        command
+            .arg("-D")
+            .arg(&self.images)
+            .args(["-o", self.log, "-v4"])
+            .args(&self.extra);
+        Ok(self.images.join(self.log))
+    }
+}
+
+/// A page server that listens.
+#[derive(Debug)]
+pub struct PageServer {
+    process: Spawned,
+    address: SocketAddr,
+}
+
+impl PageServer {
+    /// Starts one that receives a dump into the image directory.
+    ///
+    /// # Errors
+    /// It does not come up; the error shows its log.
+    pub fn receiving(make: Make<'_>, options: &Options<'_>) -> Result<PageServer> {
+        PageServer::start(make, options, &[])
+    }
+
+    /// Starts one that serves the images in the directory.
+    ///
+    /// # Errors
+    /// It does not come up; the error shows its log.
+    pub fn serving(make: Make<'_>, options: &Options<'_>) -> Result<PageServer> {
+        PageServer::start(make, options, &["--lazy-pages"])
+    }
+
+    fn start(make: Make<'_>, options: &Options<'_>, role: &[&str]) -> Result<PageServer> {
+        let mut command = make.command(options.net, "page-server", "page-server")?;
+        command.args(role);
+        let log = options.apply(&mut command)?;
+        command.args(["--address", &options.address.to_string()]);
+        let port_file = options.images.join("page-server.port");
+        // CRIU refuses port 0.
+        let port = match make {
+            Make::Ours => {
+                command.args(["--port", "0", "--port-file"]).arg(&port_file);
+                None
+            }
+            Make::Criu(_) => {
+                let port = free_port()?;
+                command.args(["--port", &port.to_string()]);
+                Some(port)
+            }
+        };
+        let process = Spawned::start_ready("page-server", &mut command, log)?;
+        let port = match port {
+            Some(port) => port,
+            None => fs::read_to_string(&port_file)
+                .with_context(|| port_file.display().to_string())?
+                .trim()
+                .parse()
+                .with_context(|| format!("port in {}", port_file.display()))?,
+        };
+        Ok(PageServer {
+            process,
+            address: SocketAddr::new(options.address, port),
+        })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Its process.
+    pub fn process(&mut self) -> &mut Spawned {
+        &mut self.process
+    }
+
+    /// Waits until it has ended with success.
+    ///
+    /// # Errors
+    /// It fails, or runs on; the error shows its log.
+    pub fn finish(mut self, limit: Duration) -> Result<Ended> {
+        self.process.succeed(limit)
+    }
+}
+
+/// A daemon that fills the memory of restored processes.
+#[derive(Debug)]
+pub struct LazyDaemon {
+    process: Spawned,
+}
+
+impl LazyDaemon {
+    /// Starts one on the images in the directory, with the rest of the memory at `source`.
+    ///
+    /// # Errors
+    /// It does not come up; the error shows its log.
+    pub fn start(
+        make: Make<'_>,
+        options: &Options<'_>,
+        source: Option<SocketAddr>,
+    ) -> Result<LazyDaemon> {
+        let mut command = make.command(options.net, "lazy-pages", "lazy-client")?;
+        let log = options.apply(&mut command)?;
+        if let Some(source) = source {
+            let (address, port) = (source.ip().to_string(), source.port().to_string());
+            command.args(["--page-server", "--address", &address, "--port", &port]);
+        }
+        let process = Spawned::start_ready("lazy-pages daemon", &mut command, log)?;
+        Ok(LazyDaemon { process })
+    }
+
+    /// Its process.
+    pub fn process(&mut self) -> &mut Spawned {
+        &mut self.process
+    }
+
+    /// Waits until it has filled everything and ended with success.
+    ///
+    /// # Errors
+    /// It fails, or runs on; the error shows its log.
+    pub fn finish(mut self, limit: Duration) -> Result<Ended> {
+        self.process.succeed(limit)
+    }
+}

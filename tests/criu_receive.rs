@@ -1,0 +1,53 @@
+//! A real CRIU dumps into a page server, and restores from what it stored.
+
+use anyhow::{Result, ensure};
+use testbed::bed::Bed;
+use testbed::criu::Criu;
+use testbed::daemons::{Options, PageServer};
+use testbed::for_each_criu;
+use testbed::load::Load;
+use testbed::load::spec::LoadSpec;
+use testbed::load::steps::{Order, Pass, Step};
+use testbed::migration::{Dump, Restore};
+use testbed::suite::make;
+use testbed::wait::GENEROUS;
+
+for_each_criu!(one_process_with_mixed_pages, a_tree_with_shared_memory);
+
+/// Dumps `spec` through a page server, restores it, and lets every process check its memory.
+fn dump_and_restore(bed: &Bed, criu: &Criu, spec: LoadSpec) -> Result<()> {
+    let mut load = Load::start(spec, None)?;
+    let before = load.run_everywhere(&[Step::Status])?;
+    let images = bed.path("images");
+    let server = PageServer::receiving(make(criu), &Options::new(&images))?;
+    Dump::new(criu, load.pid(), &images)
+        .to(server.address())
+        .run()?;
+    server.finish(GENEROUS)?;
+    load.wait_until_gone()?;
+
+    let _restored = Restore::new(criu, &images).run()?;
+    let verify = Step::Verify(Pass::full(Order::Random));
+    for (before, after) in before.iter().zip(load.run_everywhere(&[verify])?) {
+        after.expect_right()?;
+        ensure!(
+            after.nonce == before.nonce,
+            "not the process that was dumped"
+        );
+        ensure!(after.counter >= before.counter, "the counter went back");
+        let digest = load.spec().initial_digest(after.process);
+        ensure!(
+            after.steps[0].digest == Some(digest),
+            "the memory is not what was asked for"
+        );
+    }
+    Ok(())
+}
+
+fn one_process_with_mixed_pages(bed: &Bed, criu: &Criu) -> Result<()> {
+    dump_and_restore(bed, criu, LoadSpec::mixed(bed.path("load"), 64))
+}
+
+fn a_tree_with_shared_memory(bed: &Bed, criu: &Criu) -> Result<()> {
+    dump_and_restore(bed, criu, LoadSpec::tree(bed.path("load"), 48, 4))
+}

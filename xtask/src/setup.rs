@@ -1,0 +1,111 @@
+//! What the tests, the demo and the benchmarks need on a machine, brought there.
+
+use std::env;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use nix::unistd::geteuid;
+use testbed::wait::retried;
+use testbed::workspace::{root, target_dir};
+
+/// A program and the Debian package that it comes in.
+pub(crate) struct Needed {
+    program: &'static str,
+    package: &'static str,
+}
+
+/// Two hosts on one machine.
+pub(crate) const NETWORK: &[Needed] = &[
+    Needed {
+        program: "ip",
+        package: "iproute2",
+    },
+    Needed {
+        program: "tc",
+        package: "iproute2",
+    },
+    Needed {
+        program: "unshare",
+        package: "util-linux",
+    },
+    Needed {
+        program: "nsenter",
+        package: "util-linux",
+    },
+];
+
+/// Containers.
+pub(crate) const CONTAINERS: &[Needed] = &[Needed {
+    program: "runc",
+    package: "runc",
+}];
+
+/// Fails unless run by root, whom CRIU and namespaces need.
+pub(crate) fn require_root() -> Result<()> {
+    ensure!(
+        geteuid().is_root(),
+        "run this as root: CRIU and network namespaces need it"
+    );
+    Ok(())
+}
+
+/// Installs the packages of programs that are not there.
+pub(crate) fn install(needed: &[Needed]) -> Result<()> {
+    let mut missing: Vec<&str> = needed
+        .iter()
+        .filter(|needed| find_program(needed.program).is_none())
+        .map(|needed| needed.package)
+        .collect();
+    missing.dedup();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    println!("installing {}", missing.join(", "));
+    let apt = |args: &[&str]| {
+        let mut command = Command::new("apt-get");
+        command
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .args(["-y", "-qq"])
+            .args(args);
+        run(command.stdout(Stdio::null()))
+    };
+    // Lists may be missing or old on a fresh machine.
+    retried("apt-get", || apt(&["update"]))?;
+    let install = [&["install", "--no-install-recommends"], &missing[..]].concat();
+    retried("apt-get", || apt(&install))
+}
+
+fn find_program(name: &str) -> Option<PathBuf> {
+    // Debian's users may lack the directories of the administrator's programs.
+    let path = env::var_os("PATH").unwrap_or_default();
+    let usual = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from);
+    env::split_paths(&path)
+        .chain(usual)
+        .map(|dir| dir.join(name))
+        .find(|path| path.is_file())
+}
+
+/// Runs a command with the output of this one.
+pub(crate) fn run(command: &mut Command) -> Result<()> {
+    let line = testbed::process::command_line(command);
+    let status = command
+        .stdin(Stdio::null())
+        .status()
+        .with_context(|| line.clone())?;
+    ensure!(status.success(), "{line}: {status}");
+    Ok(())
+}
+
+/// A cargo command at the root of the workspace.
+pub(crate) fn cargo() -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(root());
+    cargo
+}
+
+/// Builds all binaries once, and tells their directory.
+pub(crate) fn build() -> Result<PathBuf> {
+    run(cargo().args(["build", "--workspace", "--bins"]))?;
+    Ok(target_dir().join("debug"))
+}
