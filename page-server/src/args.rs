@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Parser, ValueEnum};
 use pageferry::criu::header;
 use pageferry::daemon::CommonArgs;
+use pageferry::engine::driver;
 use pageferry::image::store;
 
 /// Receives the memory of a criu dump into image files, or serves it from there to a lazy restore.
@@ -51,6 +52,10 @@ pub(crate) struct Args {
     #[arg(long, value_enum, default_value_t = Sync::None)]
     pub(crate) sync: Sync,
 
+    /// What moves the bytes [default: io_uring where the kernel has it, else epoll]
+    #[arg(long, value_enum)]
+    pub(crate) io: Option<Io>,
+
     /// End a session whose peer says nothing for this many seconds [default: wait for ever]
     #[arg(long, value_name = "SECONDS")]
     pub(crate) idle_timeout: Option<u64>,
@@ -71,6 +76,22 @@ impl Wire {
             Wire::Auto => None,
             Wire::V1 => Some(header::Wire::V1),
             Wire::V2 => Some(header::Wire::V2),
+        }
+    }
+}
+
+/// Values of `--io`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(crate) enum Io {
+    Uring,
+    Epoll,
+}
+
+impl From<Io> for driver::Io {
+    fn from(io: Io) -> driver::Io {
+        match io {
+            Io::Uring => driver::Io::Uring,
+            Io::Epoll => driver::Io::Epoll,
         }
     }
 }

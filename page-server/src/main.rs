@@ -50,7 +50,7 @@ fn receive(args: &Args, daemon: &mut Daemon) -> Result<()> {
             args.sync.into(),
         )?,
         wire: args.wire.forced(),
-        io: Io::Epoll,
+        io: Io::choose(args.io.map(Into::into))?,
         idle_timeout: args.idle_timeout.map(Duration::from_secs),
     };
     let source = listen(args, daemon)?;

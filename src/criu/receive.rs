@@ -129,28 +129,19 @@ pub enum ReceiveError {
     #[error("more than {SESSION_TARGETS_MAX} processes and shared memory segments in one session")]
     TooManyTargets,
     /// A compressed page is longer than a page.
-    #[error("a compressed page of {bytes} bytes is longer than a page, {where_}")]
+    #[error("a compressed page of {bytes} bytes is longer than a page")]
     BlockTooLong {
-        /// The frame, in words.
-        where_: String,
         /// The claimed length.
         bytes: u32,
     },
     /// The stream ends inside a frame.
-    #[error("the peer hung up inside a frame, {where_}: what it sent is not an image")]
-    CutFrame {
-        /// The frame, in words.
-        where_: String,
-    },
+    #[error("the peer hung up inside a frame: what it sent is no image")]
+    CutFrame,
     /// The stream ends between frames, but without CLOSE.
     #[error(
-        "the peer hung up without CLOSE, {where_}: the dump failed or was killed, and what it sent is \
-         not an image"
+        "the peer hung up without CLOSE: the dump failed or was killed, and what it sent is no image"
     )]
-    NoClose {
-        /// The last frame, in words.
-        where_: String,
-    },
+    NoClose,
 }
 
 /// Names a frame of pages in errors.
@@ -261,13 +252,12 @@ impl ReceiveSession {
 
     /// The peer has hung up: whether it may, here.
     pub fn handle_end(&self) -> Result<(), ReceiveError> {
-        let where_ = self.whereabouts();
         if self.closed {
             Ok(())
         } else if self.deframer.is_between_frames() {
-            Err(ReceiveError::NoClose { where_ })
+            Err(ReceiveError::NoClose)
         } else {
-            Err(ReceiveError::CutFrame { where_ })
+            Err(ReceiveError::CutFrame)
         }
     }
 
@@ -345,8 +335,7 @@ impl ReceiveSession {
 
     fn block_length(&mut self, bytes: u32) -> Result<(), ReceiveError> {
         if u64::from(bytes) > self.page.bytes() {
-            let where_ = self.whereabouts();
-            return Err(ReceiveError::BlockTooLong { where_, bytes });
+            return Err(ReceiveError::BlockTooLong { bytes });
         }
         self.deframer.expect_block_bytes(bytes);
         self.block_bytes = bytes;

@@ -13,40 +13,13 @@ use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::sync::Arc;
 
-use memmap2::MmapMut;
 use nix::errno::Errno;
 use nix::sys::uio::pwritev;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 use crate::image::writer::PagesPart;
 use crate::limits::WRITE_RANGES_MAX;
-
-/// Memory that an operation in flight owns: aligned to pages.
-#[derive(Debug)]
-pub struct Buffer(MmapMut);
-
-impl Buffer {
-    /// A buffer of `bytes` zero bytes.
-    pub fn new(bytes: usize) -> Result<Buffer> {
-        MmapMut::map_anon(bytes)
-            .map(Buffer)
-            .map_err(|error| Error::wrap(Kind::Io, format!("cannot allocate {bytes} bytes"), error))
-    }
-}
-
-impl std::ops::Deref for Buffer {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        &self.0
-    }
-}
-
-impl std::ops::DerefMut for Buffer {
-    fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.0
-    }
-}
+use crate::sys::buffers::Buffer;
 
 /// What is one run in a file.
 #[derive(Debug)]

@@ -19,10 +19,13 @@ use std::time::Duration;
 
 use socket2::Socket;
 
-use super::batch::{Batch, Buffer};
+use super::batch::Batch;
 use super::epoll::EpollDriver;
+use super::uring::UringDriver;
 use crate::error::{Error, Kind, Result};
 use crate::image::writer::PagesPart;
+use crate::sys::buffers::Buffer;
+use crate::sys::ring::Ring;
 
 /// What a driver is to do.
 #[derive(Debug)]
@@ -81,9 +84,7 @@ pub trait Driver: fmt::Debug {
 #[derive(Debug)]
 pub struct Link {
     /// The socket.
-    pub socket: Socket,
-    /// Who is at the other end, for messages.
-    pub peer: String,
+    pub socket: Arc<Socket>,
     /// How long the peer may be silent.
     pub idle_timeout: Option<Duration>,
 }
@@ -92,7 +93,7 @@ impl Link {
     /// Receives what is there now; fails with `WouldBlock` if nothing is.
     pub(super) fn receive_now(&self, into: &mut [u8]) -> io::Result<usize> {
         nix::sys::socket::recv(
-            std::os::fd::AsRawFd::as_raw_fd(&self.socket),
+            std::os::fd::AsRawFd::as_raw_fd(self.socket.as_ref()),
             into,
             nix::sys::socket::MsgFlags::MSG_DONTWAIT,
         )
@@ -125,15 +126,56 @@ impl Link {
 /// Which driver moves the bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Io {
-    /// Plain calls, with epoll to wait.
+    /// io_uring.
+    Uring,
+    /// Plain calls, with epoll to wait: for where io_uring is refused.
     Epoll,
 }
 
 impl Io {
-    /// A driver for a session over `link`.
+    /// The driver that is asked for, or without a wish io_uring where that can be had; says in the
+    /// log which and why.
+    ///
+    /// # Errors
+    ///
+    /// io_uring is asked for and refused: by an old kernel, the sysctl `kernel.io_uring_disabled` or
+    /// the seccomp profile of a container.
+    pub fn choose(wanted: Option<Io>) -> Result<Io> {
+        let refused = match wanted {
+            Some(Io::Epoll) => None,
+            None | Some(Io::Uring) => Ring::new().err(),
+        };
+        match (wanted, refused) {
+            (Some(Io::Uring), Some(error)) => {
+                let text = "--io uring cannot be had here";
+                Err(Error::wrap(Kind::Unsupported, text, error))
+            }
+            (Some(Io::Epoll), _) => {
+                tracing::info!("epoll moves the bytes, as asked for");
+                Ok(Io::Epoll)
+            }
+            (None, Some(error)) => {
+                tracing::info!("epoll moves the bytes: io_uring cannot be had here: {error}");
+                Ok(Io::Epoll)
+            }
+            (_, None) => {
+                tracing::info!("io_uring moves the bytes");
+                Ok(Io::Uring)
+            }
+        }
+    }
+
+    /// A driver for a session over `link`, for the thread that calls this.
     pub fn driver(self, link: Link) -> Result<Box<dyn Driver>> {
         match self {
+            Io::Uring => Ok(Box::new(UringDriver::new(link)?)),
             Io::Epoll => Ok(Box::new(EpollDriver::new(link)?)),
         }
     }
+}
+
+/// Whether a call only asks to be made again.
+pub(super) fn is_patience(error: &io::Error) -> bool {
+    use io::ErrorKind::{Interrupted, WouldBlock};
+    matches!(error.kind(), Interrupted | WouldBlock)
 }

@@ -15,11 +15,12 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::batch::{Batch, Buffer};
-use super::driver::{Completion, Driver, Link, Operation};
+use super::batch::Batch;
+use super::driver::{Completion, Driver, Link, Operation, is_patience};
 use super::pipe::{Inlet, Outlet, pipe};
 use crate::error::{Error, Kind, Result};
 use crate::image::writer::PagesPart;
+use crate::sys::buffers::Buffer;
 
 /// What the writer thread is to do.
 #[derive(Debug)]
@@ -73,7 +74,7 @@ impl EpollDriver {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let written = Arc::new(EventFd::from_flags(flags).map_err(failed)?);
         let readable = EpollEvent::new(EpollFlags::EPOLLIN, 0);
-        epoll.add(&link.socket, readable).map_err(failed)?;
+        epoll.add(link.socket.as_ref(), readable).map_err(failed)?;
         // Edges alone: nobody needs to read the counter then.
         let edge = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, 1);
         epoll.add(written.as_ref(), edge).map_err(failed)?;
@@ -128,7 +129,7 @@ impl EpollDriver {
         let Some(inlet) = &self.writer.inlet else {
             return Err(Error::new(Kind::Io, "receiving was given up"));
         };
-        let taken = match inlet.take_from(&self.link.socket, bytes_left) {
+        let taken = match inlet.take_from(self.link.socket.as_ref(), bytes_left) {
             Ok(0) => return Err(self.link.cut()),
             Ok(taken) => taken,
             Err(Errno::EINTR | Errno::EAGAIN) => 0,
@@ -191,12 +192,6 @@ impl Driver for EpollDriver {
         }
         Ok(())
     }
-}
-
-/// Whether a call only asks to come again later.
-fn is_patience(error: &std::io::Error) -> bool {
-    use std::io::ErrorKind::{Interrupted, WouldBlock};
-    matches!(error.kind(), Interrupted | WouldBlock)
 }
 
 impl Job {

@@ -20,16 +20,15 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::batch::{Batch, Buffer, Plan};
-use super::driver::{Completion, Driver, Io, Link, Operation};
+use super::batch::Plan;
+use super::driver::{Io, Link};
+use super::mover::Mover;
+use super::unpack::Unpacker;
 use crate::criu::header::{PageFlags, Target, Wire};
-use crate::criu::receive::{
-    CLOSE_STORED, ReceiveError, ReceiveSession, Step, has_parent_answer, parent_answer,
-};
+use crate::criu::receive::{CLOSE_STORED, ReceiveSession, Step, has_parent_answer, parent_answer};
 use crate::error::{Error, Kind, Result};
 use crate::image::store::ImageStore;
 use crate::image::writer::{Destination, SessionImages};
-use crate::limits::{RECEIVE_BUFFER_BYTES, RECEIVE_BUFFERS_MAX};
 use crate::observe::received::{PageCounts, Received};
 use crate::stream::Stream;
 use crate::units::{PageRange, PageSize};
@@ -74,32 +73,18 @@ pub fn receive_client(mut stream: Stream, context: &ReceiveContext) -> Result<Re
 struct Ingest {
     session: ReceiveSession,
     images: SessionImages,
-    driver: Box<dyn Driver>,
+    mover: Mover,
+    unpacker: Unpacker,
     page: PageSize,
-    free: Vec<Buffer>,
-    buffers: usize,
     /// Where the next bytes of the current run go.
     cursor: Option<Destination>,
-    /// Pages that were decompressed, on their way to files.
-    unpacked: Option<Unpacked>,
-    /// The bytes of a compressed page that is cut by the end of a buffer.
-    block: Vec<u8>,
     /// Whether the last frame was large enough to be spliced: then the next one is read header
     /// first, so that its payload can be spliced as a whole.
     expects_large: bool,
-    peer: String,
     targets: u64,
     pages: PageCounts,
     wire_bytes: u64,
     start: Instant,
-}
-
-/// A buffer that is filled with decompressed pages.
-#[derive(Debug)]
-struct Unpacked {
-    buffer: Buffer,
-    filled: usize,
-    plan: Plan,
 }
 
 /// How a session ended.
@@ -111,25 +96,21 @@ struct Closed {
 impl Ingest {
     fn begin(stream: &Stream, context: &ReceiveContext) -> Result<Ingest> {
         let socket = stream.socket().try_clone();
+        let socket =
+            socket.map_err(|error| Error::wrap(Kind::Io, "cannot use the socket", error))?;
         let link = Link {
-            socket: socket
-                .map_err(|error| Error::wrap(Kind::Io, "cannot use the socket", error))?,
-            peer: stream.peer().to_owned(),
+            socket: Arc::new(socket),
             idle_timeout: context.idle_timeout,
         };
         let page = context.store.dir().page();
         Ok(Ingest {
             session: ReceiveSession::new(context.wire, page),
             images: context.store.begin(),
-            driver: context.io.driver(link)?,
+            mover: Mover::new(context.io.driver(link)?),
+            unpacker: Unpacker::new(page),
             page,
-            free: Vec::new(),
-            buffers: 0,
             cursor: None,
-            unpacked: None,
-            block: Vec::new(),
             expects_large: false,
-            peer: stream.peer().to_owned(),
             targets: 0,
             pages: PageCounts::default(),
             wire_bytes: 0,
@@ -138,11 +119,16 @@ impl Ingest {
     }
 
     fn run(mut self, stream: &mut Stream) -> Result<Received> {
-        let closed = self.receive_all(stream)?;
-        self.flush_unpacked()?;
-        self.driver.drain()?;
+        let closed = self.receive_all(stream).map_err(|error| {
+            let whereabouts = self.session.whereabouts();
+            error.within(whereabouts)
+        })?;
+        self.unpacker.flush(&mut self.mover)?;
+        self.mover.drain()?;
+        self.images.commit()?;
+        answer(stream, &CLOSE_STORED)?;
         let received = Received {
-            peer: self.peer,
+            peer: stream.peer().to_owned(),
             wire: self.session.wire().unwrap_or(Wire::V2),
             targets: self.targets,
             pages: self.pages,
@@ -150,8 +136,6 @@ impl Ingest {
             wire_bytes: self.wire_bytes,
             elapsed: self.start.elapsed(),
         };
-        self.images.commit()?;
-        answer(stream, &CLOSE_STORED)?;
         if closed.hangs_up {
             wait_for_end(stream);
         }
@@ -161,119 +145,88 @@ impl Ingest {
     /// Receives until CLOSE.
     fn receive_all(&mut self, stream: &mut Stream) -> Result<Closed> {
         loop {
-            let mut buffer = self.free_buffer()?;
+            let mut buffer = self.mover.buffer()?;
             let mut plan = Plan::default();
             let mut filled = 0;
             let mut closed = None;
             while closed.is_none() && buffer.len() - filled >= ROOM_BYTES_MIN {
                 let window = filled..self.window_end(filled, buffer.len());
-                let came;
-                (buffer, came) = self.receive(buffer, window)?;
-                let until = filled + came;
-                closed = self.steps(stream, &buffer, filled..until, &mut plan)?;
-                filled = until;
+                let bytes;
+                (buffer, bytes) = self.mover.receive(buffer, window)?;
+                if bytes == 0 {
+                    return Err(self.ended_early());
+                }
+                self.wire_bytes += bytes as u64;
+                let arrived = filled..filled + bytes;
+                closed = self.take_steps(stream, &buffer, &arrived, &mut plan)?;
+                filled = arrived.end;
                 self.splice_rest()?;
             }
-            if plan.is_empty() {
-                self.free.push(buffer);
-            } else {
-                self.driver
-                    .submit(Operation::Write(Batch { buffer, plan }))?;
-            }
+            self.mover.write(buffer, plan)?;
             if let Some(closed) = closed {
                 return Ok(closed);
             }
         }
     }
 
-    /// Up to where the buffer is to be filled next.
+    /// Up to where a buffer is to be filled next.
     fn window_end(&self, filled: usize, len: usize) -> usize {
         match self.session.header_bytes_missing() {
-            0 => len,
-            missing if self.expects_large => filled + missing,
+            missing if missing > 0 && self.expects_large => filled + missing,
             _ => len,
         }
     }
 
-    fn receive(&mut self, buffer: Buffer, window: Range<usize>) -> Result<(Buffer, usize)> {
-        self.driver.submit(Operation::Receive { buffer, window })?;
-        loop {
-            match self.driver.wait()? {
-                Completion::Received { bytes: 0, .. } => {
-                    let ended = self.session.handle_end();
-                    return Err(ended.err().map_or_else(
-                        || Error::new(Kind::PeerLost, "the peer hung up"),
-                        |error| Error::wrap(Kind::PeerLost, "not everything came", error),
-                    ));
-                }
-                Completion::Received { buffer, bytes } => {
-                    self.wire_bytes += bytes as u64;
-                    return Ok((buffer, bytes));
-                }
-                Completion::Written(batch) => self.free.push(batch.buffer),
-                Completion::Spliced => {}
-            }
+    fn ended_early(&self) -> Error {
+        let context = "not everything came";
+        match self.session.handle_end() {
+            Err(error) => Error::wrap(Kind::PeerLost, context, error),
+            // CLOSE ends the loop before anybody hangs up.
+            Ok(()) => Error::new(Kind::PeerLost, context),
         }
     }
 
-    /// Lets the driver move what is left of a large frame.
-    fn splice_rest(&mut self) -> Result<()> {
-        let bytes = self.session.raw_bytes_left();
-        if bytes < SPLICE_BYTES_MIN {
-            return Ok(());
-        }
-        let Some(Destination { part, offset }) = self.cursor.take() else {
-            return Ok(());
-        };
-        self.expects_large = true;
-        self.driver.submit(Operation::Splice {
-            part,
-            offset,
-            bytes,
-        })?;
-        loop {
-            match self.driver.wait()? {
-                Completion::Written(batch) => self.free.push(batch.buffer),
-                Completion::Spliced => break,
-                Completion::Received { .. } => {}
-            }
-        }
-        self.session.skip_raw(bytes);
-        self.wire_bytes += bytes;
-        Ok(())
-    }
-
-    /// Does what the bytes that came say.
-    fn steps(
+    /// Does what the bytes that arrived in `buffer` say.
+    fn take_steps(
         &mut self,
         stream: &mut Stream,
-        buffer: &Buffer,
-        came: Range<usize>,
+        buffer: &[u8],
+        arrived: &Range<usize>,
         plan: &mut Plan,
     ) -> Result<Option<Closed>> {
-        let mut at = came.start;
-        let input = &buffer[..came.end];
-        while let Some(step) = self.session.next(input, &mut at).map_err(misspoken)? {
+        let mut at = arrived.start;
+        let input = &buffer[..arrived.end];
+        loop {
+            let step = self.session.next(input, &mut at).map_err(|error| {
+                Error::wrap(Kind::Protocol, "what the dump says is wrong", error)
+            })?;
             match step {
-                Step::Open { target, answer } => self.open(stream, target, answer)?,
-                Step::AskParent(target) => {
+                None => return Ok(None),
+                Some(Step::Close { hangs_up }) => return Ok(Some(Closed { hangs_up })),
+                Some(Step::Open { target, answer }) => self.open(stream, target, answer)?,
+                Some(Step::AskParent(target)) => {
                     let has_parent = self.images.has_parent(target)?;
                     answer(stream, &parent_answer(has_parent))?;
                 }
-                Step::Pages { range, flags } => self.run_of_pages(range, flags)?,
-                Step::Raw(range) => {
-                    let bytes = range.len() as u64;
-                    if let Some(Destination { part, offset }) = &mut self.cursor {
-                        plan.push(part, *offset, range);
-                        *offset += bytes;
+                Some(Step::Pages { range, flags }) => self.begin_run(range, flags)?,
+                Some(Step::Raw(range)) => {
+                    if let Some(to) = &mut self.cursor {
+                        let bytes = range.len() as u64;
+                        plan.push(&to.part, to.offset, range);
+                        to.offset += bytes;
                     }
                 }
-                Step::ZeroPage => self.zero_page(),
-                Step::Lz4 { range, ends } => self.lz4(&input[range], ends)?,
-                Step::Close { hangs_up } => return Ok(Some(Closed { hangs_up })),
+                Some(Step::ZeroPage) => self.compressed_page_done(),
+                Some(Step::Lz4 { range, ends }) => {
+                    if let Some(to) = &self.cursor {
+                        let bytes = &input[range];
+                        if self.unpacker.add(bytes, ends, to, &mut self.mover)? {
+                            self.compressed_page_done();
+                        }
+                    }
+                }
             }
         }
-        Ok(None)
     }
 
     fn open(&mut self, stream: &mut Stream, target: Target, answered: bool) -> Result<()> {
@@ -289,124 +242,42 @@ impl Ingest {
         Ok(())
     }
 
-    fn run_of_pages(&mut self, range: PageRange, flags: PageFlags) -> Result<()> {
+    fn begin_run(&mut self, range: PageRange, flags: PageFlags) -> Result<()> {
         self.cursor = self.images.append(range, flags)?;
+        self.expects_large = self.cursor.is_some() && range.bytes() >= SPLICE_BYTES_MIN;
         let pages = range.pages(self.page).get();
-        let counted = if flags.has(PageFlags::PRESENT) {
-            &mut self.pages.received
+        if flags.has(PageFlags::PRESENT) {
+            self.pages.received += pages;
         } else if flags.has(PageFlags::PARENT) {
-            &mut self.pages.in_parent
+            self.pages.in_parent += pages;
         } else {
-            &mut self.pages.with_source
-        };
-        *counted += pages;
-        if range.bytes() < SPLICE_BYTES_MIN {
-            self.expects_large = false;
+            self.pages.with_source += pages;
         }
         Ok(())
     }
 
-    /// A page that is all zeroes takes its room in the file, where nothing is written.
-    fn zero_page(&mut self) {
+    /// A page of a compressed frame has its place; a zero page takes it without a write.
+    fn compressed_page_done(&mut self) {
         self.pages.compressed += 1;
-        if let Some(destination) = &mut self.cursor {
-            destination.offset += self.page.bytes();
+        if let Some(to) = &mut self.cursor {
+            to.offset += self.page.bytes();
         }
     }
 
-    fn lz4(&mut self, bytes: &[u8], ends: bool) -> Result<()> {
-        if !ends || !self.block.is_empty() {
-            self.block.extend_from_slice(bytes);
-            if !ends {
-                return Ok(());
+    /// Moves what is left of a large frame past this process.
+    fn splice_rest(&mut self) -> Result<()> {
+        let bytes = self.session.raw_bytes_left();
+        match &mut self.cursor {
+            Some(to) if bytes >= SPLICE_BYTES_MIN => {
+                self.mover.splice(to.clone(), bytes)?;
+                to.offset += bytes;
+                self.session.skip_raw(bytes);
+                self.wire_bytes += bytes;
             }
-            let block = std::mem::take(&mut self.block);
-            self.unpack(&block)?;
-            self.block = block;
-            self.block.clear();
-            return Ok(());
+            _ => {}
         }
-        self.unpack(bytes)
-    }
-
-    /// Decompresses one page.
-    fn unpack(&mut self, block: &[u8]) -> Result<()> {
-        let Some(Destination { part, offset }) = self.cursor.clone() else {
-            return Ok(());
-        };
-        let page = self.page.as_usize();
-        if self
-            .unpacked
-            .as_ref()
-            .is_some_and(|unpacked| unpacked.filled + page > unpacked.buffer.len())
-        {
-            self.flush_unpacked()?;
-        }
-        if self.unpacked.is_none() {
-            self.unpacked = Some(Unpacked {
-                buffer: self.free_buffer()?,
-                filled: 0,
-                plan: Plan::default(),
-            });
-        }
-        let Some(unpacked) = &mut self.unpacked else {
-            return Ok(());
-        };
-        let range = unpacked.filled..unpacked.filled + page;
-        let unpacked_bytes =
-            lz4_flex::block::decompress_into(block, &mut unpacked.buffer[range.clone()]);
-        let bytes = unpacked_bytes.map_err(|error| {
-            let text = format!(
-                "a compressed page is damaged, {}",
-                self.session.whereabouts()
-            );
-            Error::wrap(Kind::Protocol, text, error)
-        })?;
-        if bytes != page {
-            let text = format!(
-                "a compressed page has {bytes} bytes and not {page}, {}",
-                self.session.whereabouts()
-            );
-            return Err(Error::new(Kind::Protocol, text));
-        }
-        unpacked.plan.push(&part, offset, range);
-        unpacked.filled += page;
-        self.pages.compressed += 1;
-        self.cursor = Some(Destination {
-            part,
-            offset: offset + self.page.bytes(),
-        });
         Ok(())
     }
-
-    fn flush_unpacked(&mut self) -> Result<()> {
-        match self.unpacked.take() {
-            Some(Unpacked { buffer, plan, .. }) => {
-                self.driver.submit(Operation::Write(Batch { buffer, plan }))
-            }
-            None => Ok(()),
-        }
-    }
-
-    /// A buffer to fill, waiting for a write if all are on the way.
-    fn free_buffer(&mut self) -> Result<Buffer> {
-        loop {
-            if let Some(buffer) = self.free.pop() {
-                return Ok(buffer);
-            }
-            if self.buffers < RECEIVE_BUFFERS_MAX {
-                self.buffers += 1;
-                return Buffer::new(RECEIVE_BUFFER_BYTES);
-            }
-            if let Completion::Written(batch) = self.driver.wait()? {
-                self.free.push(batch.buffer);
-            }
-        }
-    }
-}
-
-fn misspoken(error: ReceiveError) -> Error {
-    Error::wrap(Kind::Protocol, "the dump cannot be understood", error)
 }
 
 fn answer(stream: &mut Stream, bytes: &[u8]) -> Result<()> {

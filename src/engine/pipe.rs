@@ -1,6 +1,6 @@
 //! A pipe that bytes pass through on their way from a socket to a file, without being copied here.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
@@ -27,6 +27,18 @@ pub(super) fn pipe() -> Result<(Inlet, Outlet)> {
         tracing::debug!("a pipe stays small, which costs time: {errno}");
     }
     Ok((Inlet(inlet), Outlet(outlet)))
+}
+
+impl AsFd for Inlet {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsFd for Outlet {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
 }
 
 impl Inlet {

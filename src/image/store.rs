@@ -15,6 +15,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -101,7 +102,11 @@ impl ImageStore {
         loop {
             let id = self.next_pages_id.fetch_add(1, Ordering::Relaxed);
             let part = self.part(&pages_name(id));
-            match create_new(&part) {
+            let flags = match self.sync {
+                Sync::Always => libc::O_DSYNC,
+                Sync::None | Sync::Close => 0,
+            };
+            match create_new(&part, flags) {
                 Ok(file) if !self.dir.pages_path(id).exists() => return Ok((id, file)),
                 Ok(_) => remove(&part)?,
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
@@ -117,6 +122,9 @@ impl ImageStore {
     }
 }
 
+/// Access to images is for their owner, as CRIU makes them.
+const IMAGE_MODE: u32 = 0o600;
+
 /// Ends the names of images that are being written.
 const PART_SUFFIX: &str = ".part";
 
@@ -125,14 +133,15 @@ pub(super) fn pages_name(id: u32) -> String {
     format!("pages-{id}.img")
 }
 
-/// Creates a file that must not exist yet, readable for its owner alone, as CRIU's images are.
-pub(super) fn create_new(path: &Path) -> io::Result<File> {
-    use std::os::unix::fs::OpenOptionsExt;
+/// Creates a file that must not exist yet, readable for its owner alone, as CRIU's images are. `flags`
+/// are more flags of `open(2)`.
+pub(super) fn create_new(path: &Path, flags: i32) -> io::Result<File> {
     File::options()
         .read(true)
         .write(true)
         .create_new(true)
-        .mode(0o600)
+        .mode(IMAGE_MODE)
+        .custom_flags(flags)
         .open(path)
 }
 

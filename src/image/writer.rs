@@ -17,6 +17,7 @@
 
 use std::fs::File;
 use std::io::{self, BufWriter};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -36,6 +37,12 @@ use crate::units::{PageRange, PageSize};
 pub struct PagesPart {
     file: File,
     path: PathBuf,
+}
+
+impl AsFd for PagesPart {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
 }
 
 impl PagesPart {
@@ -268,7 +275,7 @@ struct TargetImages {
 impl TargetImages {
     fn create(store: &ImageStore, target: Target, wire: Wire) -> Result<TargetImages> {
         let pagemap_path = store.part(&target.pagemap_name());
-        let file = create_new(&pagemap_path).map_err(|error| {
+        let file = create_new(&pagemap_path, 0).map_err(|error| {
             if error.kind() == io::ErrorKind::AlreadyExists {
                 let path = pagemap_path.display();
                 let text = format!("another session is receiving {target}: {path} is there");

@@ -1,7 +1,9 @@
 //! The only `unsafe` code: what the kernel offers and no well-kept crate wraps.
 #![allow(unsafe_code)]
 
+pub mod buffers;
 pub mod fdpass;
 pub mod mapping;
 pub mod process;
+pub mod ring;
 pub mod uffd;

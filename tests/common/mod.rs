@@ -1,5 +1,7 @@
 //! Small writers of image directories, with the content of each page known.
 
+#![allow(dead_code, reason = "each test file uses a part of it")]
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
@@ -113,7 +115,7 @@ fn write_payload(run: &Run, pages: &mut Vec<u8>) -> (PageFlags, Option<Compresse
 }
 
 /// A page as CRIU 4.3 stores it: nothing for zeros, raw from 7/8 of a page on, else LZ4.
-fn stored(seed: u32) -> Vec<u8> {
+pub(crate) fn stored(seed: u32) -> Vec<u8> {
     let page = page_content(seed);
     let block = lz4_flex::block::compress(&page);
     match seed {

@@ -162,10 +162,7 @@ fn forbidden_frames_are_refused_and_named() {
     let mut session = ReceiveSession::new(None, PAGE);
     let input = [frame.as_slice(), &4097u32.to_le_bytes()].concat();
     let error = feed(&mut session, &input, &mut Told::default()).unwrap_err();
-    assert!(matches!(
-        error,
-        ReceiveError::BlockTooLong { bytes: 4097, .. }
-    ));
+    assert!(matches!(error, ReceiveError::BlockTooLong { bytes: 4097 }));
 }
 
 #[test]
@@ -198,8 +195,8 @@ fn hanging_up_is_allowed_only_after_close() {
         feed(&mut session, &whole[..cut], &mut Told::default()).unwrap();
         match session.handle_end() {
             Ok(()) => assert_eq!(cut, whole.len()),
-            Err(ReceiveError::NoClose { .. }) => assert_eq!(cut % 32, 0),
-            Err(ReceiveError::CutFrame { .. }) => assert_ne!(cut % 32, 0),
+            Err(ReceiveError::NoClose) => assert_eq!(cut % 32, 0),
+            Err(ReceiveError::CutFrame) => assert_ne!(cut % 32, 0),
             Err(other) => panic!("{other}"),
         }
     }

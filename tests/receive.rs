@@ -1,0 +1,325 @@
+//! A page server that receives: whatever a dump says is in the images afterwards, with either driver;
+//! and what is no dump leaves nothing.
+
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+mod common;
+#[path = "common/sender.rs"]
+mod sender;
+
+use std::collections::BTreeMap;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::{FIRST_PAGE, PAGE, Run, level, naive_memory, page_content};
+use pageferry::criu::header::{Header, Op, PageFlags, Target, Wire};
+use pageferry::engine::driver::Io;
+use pageferry::engine::ingest::{ReceiveContext, receive_client};
+use pageferry::error::{Kind, Result};
+use pageferry::image::chain::{Chain, Missing};
+use pageferry::image::dir::ImageDir;
+use pageferry::image::store::{ImageStore, Sync};
+use pageferry::observe::received::Received;
+use pageferry::stream::Stream;
+use proptest::prelude::*;
+use sender::{bare, bytes_of, dump, frame, header, send};
+
+const PID: Target = Target::Process(7);
+const SHMEM: Target = Target::Shmem(9);
+
+fn context(dir: &Path, previous: Option<&str>, io: Io) -> ReceiveContext {
+    ReceiveContext {
+        store: ImageStore::open(dir, PAGE, previous.map(Path::new), Sync::None).unwrap(),
+        wire: None,
+        io,
+        idle_timeout: None,
+    }
+}
+
+/// One session in which `bytes` come in pieces, and the server's answers.
+fn session(context: &ReceiveContext, bytes: &[u8], piece: usize) -> (Result<Received>, Vec<u8>) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let sender = send(theirs, bytes.to_vec(), piece);
+    let received = receive_client(Stream::plain(ours), context);
+    (received, sender.join().unwrap())
+}
+
+/// The drivers that this kernel allows.
+fn drivers() -> Vec<Io> {
+    let uring = testbed::gate::need("io_uring", Io::choose(Some(Io::Uring)));
+    uring.into_iter().chain([Io::Epoll]).collect()
+}
+
+fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    for entry in dir.read_dir().unwrap() {
+        let entry = entry.unwrap();
+        if entry.file_type().unwrap().is_file() {
+            let name = entry.file_name().into_string().unwrap();
+            files.insert(name, std::fs::read(entry.path()).unwrap());
+        }
+    }
+    files
+}
+
+/// Checks that the images in `dir` have the pages of `expected`, by page number and seed.
+fn check_images(dir: &Path, target: Target, expected: &BTreeMap<u64, Option<u32>>) {
+    let chain = Chain::open(&ImageDir::open(dir, PAGE).unwrap(), target, Missing::Leave).unwrap();
+    let mut expected = expected.iter();
+    for extent in chain.extents() {
+        let mut place = extent.place;
+        for page in extent.range.start().get() / 4096..extent.range.end().get() / 4096 {
+            let (number, seed) = expected.next().unwrap();
+            assert_eq!(*number, page);
+            let mut bytes = vec![0; 4096];
+            match seed {
+                Some(seed) => {
+                    chain.read(place, &mut bytes).unwrap();
+                    assert_eq!(bytes, page_content(*seed), "page {page:#x}");
+                }
+                None => assert!(chain.read(place, &mut bytes).is_err()),
+            }
+            place = place.behind(4096, PAGE);
+        }
+    }
+    assert_eq!(expected.next(), None);
+}
+
+/// `runs` with a run that is large enough to be spliced behind them, and another behind that.
+fn with_large_runs(mut runs: Vec<Run>, pages: u64) -> Vec<Run> {
+    for first_seed in [1000, 5000] {
+        let last = runs
+            .last()
+            .map_or(FIRST_PAGE, |run| run.start_page + run.pages);
+        runs.push(Run::present(last, pages, PageFlags::LAZY, first_seed));
+    }
+    runs
+}
+
+/// `runs` without holes that `parent` would not fill.
+fn with_true_holes(runs: Vec<Run>, parent: &BTreeMap<u64, Option<u32>>) -> Vec<Run> {
+    let has = |page: u64| parent.get(&page).copied().flatten().is_some();
+    let is_true = |run: &Run| (run.start_page..run.start_page + run.pages).all(has);
+    let honest = |run: Run| match run.flags.has(PageFlags::PARENT) && !is_true(&run) {
+        true => Run::present(run.start_page, run.pages, PageFlags::LAZY, 77),
+        false => run,
+    };
+    runs.into_iter().map(honest).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// A dump and the next one on top of it, cut into pieces of any size, received by both drivers:
+    /// the images have what was said, and are the same to the last byte.
+    #[test]
+    fn both_drivers_store_what_was_said(
+        first in level(), second in level(), shmem in level(), large in 30..90u64, v1: bool,
+        piece in prop::sample::select(vec![7usize, 1000, 4096, 60_000, 1 << 20]),
+    ) {
+        let wire = if v1 { Wire::V1 } else { Wire::V2 };
+        let first = with_true_holes(with_large_runs(first, large), &BTreeMap::new());
+        let memory = naive_memory(std::slice::from_ref(&first));
+        let second = with_true_holes(second, &memory);
+        let shmem = with_true_holes(shmem, &BTreeMap::new());
+        let mut images = Vec::new();
+        for io in drivers() {
+            let tmp = tempfile::tempdir().unwrap();
+            let (old, new) = (tmp.path().join("old"), tmp.path().join("new"));
+            std::fs::create_dir(&old).unwrap();
+            std::fs::create_dir(&new).unwrap();
+            let bytes = dump(&[(PID, first.clone())], wire);
+            let (received, answers) = session(&context(&old, None, io), &bytes, piece);
+            let received = received.unwrap();
+            prop_assert_eq!(answers, [0, 0, 0, 0, 0]);
+            prop_assert_eq!(received.wire_bytes, bytes.len() as u64);
+            let stored = memory.values().filter(|seed| seed.is_some()).count();
+            prop_assert_eq!(received.pages.received, stored as u64);
+            check_images(&old, PID, &memory);
+
+            let bytes = dump(&[(PID, second.clone()), (SHMEM, shmem.clone())], wire);
+            let (received, answers) = session(&context(&new, Some("../old"), io), &bytes, piece);
+            received.unwrap();
+            prop_assert_eq!(answers, [1, 0, 0, 0, 0, 0]);
+            check_images(&new, PID, &naive_memory(&[second.clone(), first.clone()]));
+            check_images(&new, SHMEM, &naive_memory(std::slice::from_ref(&shmem)));
+            images.push((files(&old), files(&new)));
+        }
+        prop_assert!(images.windows(2).all(|pair| pair[0] == pair[1]));
+    }
+
+    /// A dump that ends anywhere, in order or by a reset, leaves nothing.
+    #[test]
+    fn a_dump_cut_anywhere_leaves_nothing(runs in level(), cut in any::<prop::sample::Index>()) {
+        let runs = with_true_holes(with_large_runs(runs, 40), &BTreeMap::new());
+        let bytes = dump(&[(PID, runs)], Wire::V2);
+        let cut = cut.index(bytes.len());
+        for io in drivers() {
+            let tmp = tempfile::tempdir().unwrap();
+            let (received, _) = session(&context(tmp.path(), None, io), &bytes[..cut], 1 << 20);
+            let error = received.unwrap_err();
+            prop_assert_eq!(error.kind(), Kind::PeerLost);
+            prop_assert_eq!(files(tmp.path()), BTreeMap::new());
+        }
+    }
+
+    /// Neither does garbage, nor a dump with a spoilt byte in a header.
+    #[test]
+    fn garbage_leaves_nothing(garbage in prop::collection::vec(any::<u8>(), 32..4096)) {
+        for io in drivers() {
+            let tmp = tempfile::tempdir().unwrap();
+            let (received, _) = session(&context(tmp.path(), None, io), &garbage, 4096);
+            prop_assert!(received.is_err());
+            prop_assert_eq!(files(tmp.path()), BTreeMap::new());
+        }
+    }
+}
+
+/// What a peer may not say, and words of the error that it earns.
+#[test]
+fn hostile_dumps_are_refused_with_their_place() {
+    let open = bytes_of(&bare(Op::Open2, PID), Wire::V2);
+    let page = FIRST_PAGE * 4096;
+    let with = |frame: Header, payload: &[u8]| {
+        [open.clone(), bytes_of(&frame, Wire::V2), payload.to_vec()].concat()
+    };
+    let pages = |op, flags, count, vaddr| header(op, flags, count, vaddr, PID);
+    let here = PageFlags::PRESENT;
+    let block = |len: u32, bytes: &[u8]| [len.to_le_bytes().to_vec(), bytes.to_vec()].concat();
+    let short = lz4_flex::block::compress(&[1; 4000]);
+    let compressed = pages(Op::AddFlagsCompressed, here, 1, page);
+    let cases: Vec<(Vec<u8>, Vec<&str>)> = vec![
+        (
+            with(pages(Op::AddFlags, here, 1 << 40, page), &[]),
+            vec!["pid 7", "0x1000000"],
+        ),
+        (
+            with(pages(Op::AddFlags, here, u64::MAX, page), &[]),
+            vec!["pid 7", "0x1000000"],
+        ),
+        (
+            with(pages(Op::AddFlags, PageFlags::PARENT, 1, page), &[]),
+            vec!["pid 7", "parent"],
+        ),
+        (with(bare(Op::Get, PID), &[]), vec!["--lazy-pages"]),
+        (
+            with(compressed, &block(4097, &[])),
+            vec!["pid 7 at 0x1000000", "4097"],
+        ),
+        (
+            with(compressed, &block(3, &[0xff; 3])),
+            vec!["pid 7 at 0x1000000", "damaged"],
+        ),
+        (
+            with(compressed, &block(short.len() as u32, &short)),
+            vec!["pid 7 at 0x1000000", "4000 bytes"],
+        ),
+        (
+            with(bare(Op::Open2, PID), &[]),
+            vec!["pid 7", "second time"],
+        ),
+    ];
+    for io in drivers() {
+        for (bytes, words) in &cases {
+            let tmp = tempfile::tempdir().unwrap();
+            // More bytes than the server will read: it must not wait for the end.
+            let bytes = [bytes.clone(), vec![0; 256]].concat();
+            let (received, answers) = session(&context(tmp.path(), None, io), &bytes, 1 << 20);
+            let error = received.unwrap_err().to_string();
+            for word in words {
+                assert!(error.contains(word), "{error} lacks {word}");
+            }
+            assert!(answers.len() <= 1, "CLOSE was not answered");
+            assert_eq!(files(tmp.path()), BTreeMap::new());
+        }
+    }
+}
+
+#[test]
+fn one_page_frames_are_one_entry_and_one_run_in_the_file() {
+    let runs: Vec<Run> = (0..600)
+        .map(|page| Run::present(FIRST_PAGE + u64::from(page), 1, PageFlags::LAZY, page + 1))
+        .collect();
+    for io in drivers() {
+        let tmp = tempfile::tempdir().unwrap();
+        let bytes = dump(&[(PID, runs.clone())], Wire::V2);
+        session(&context(tmp.path(), None, io), &bytes, 1 << 20)
+            .0
+            .unwrap();
+        check_images(tmp.path(), PID, &naive_memory(std::slice::from_ref(&runs)));
+        let dir = ImageDir::open(tmp.path(), PAGE).unwrap();
+        let chain = Chain::open(&dir, PID, Missing::Refuse).unwrap();
+        assert_eq!(chain.extents().len(), 1);
+    }
+}
+
+#[test]
+fn force_close_leaves_the_socket_for_another_session() {
+    for io in drivers() {
+        let tmp = tempfile::tempdir().unwrap();
+        let context = context(tmp.path(), None, io);
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        for target in [PID, SHMEM] {
+            let run = Run::present(FIRST_PAGE, 3, PageFlags::LAZY, 5);
+            let bytes = [
+                bytes_of(&bare(Op::Open2, target), Wire::V2),
+                frame(target, &run, Wire::V2),
+                bytes_of(&bare(Op::ForceClose, target), Wire::V2),
+            ]
+            .concat();
+            std::io::Write::write_all(&mut theirs, &bytes).unwrap();
+            let again = Stream::plain(ours.try_clone().unwrap());
+            receive_client(again, &context).unwrap();
+            let mut answers = [9; 5];
+            std::io::Read::read_exact(&mut theirs, &mut answers).unwrap();
+            assert_eq!(answers, [0; 5]);
+            check_images(tmp.path(), target, &naive_memory(&[vec![run]]));
+        }
+    }
+}
+
+#[test]
+fn a_silent_peer_is_given_up() {
+    for io in drivers() {
+        let tmp = tempfile::tempdir().unwrap();
+        let context = ReceiveContext {
+            idle_timeout: Some(Duration::from_millis(20)),
+            ..context(tmp.path(), None, io)
+        };
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let open = bytes_of(&bare(Op::Open2, PID), Wire::V2);
+        std::io::Write::write_all(&mut &theirs, &open).unwrap();
+        let error = receive_client(Stream::plain(ours), &context).unwrap_err();
+        assert_eq!(error.kind(), Kind::PeerLost);
+        assert!(error.to_string().contains("--idle-timeout"), "{error}");
+        assert_eq!(files(tmp.path()), BTreeMap::new());
+        drop(theirs);
+    }
+}
+
+#[test]
+fn sessions_at_once_share_a_directory() {
+    for io in drivers() {
+        let tmp = tempfile::tempdir().unwrap();
+        let context = Arc::new(context(tmp.path(), None, io));
+        let runs = |pid: u32| vec![Run::present(FIRST_PAGE, 64, PageFlags::LAZY, pid * 100)];
+        std::thread::scope(|scope| {
+            for pid in 1..=6 {
+                let context = Arc::clone(&context);
+                scope.spawn(move || {
+                    let bytes = dump(&[(Target::Process(pid), runs(pid))], Wire::V2);
+                    session(&context, &bytes, 5000).0.unwrap();
+                });
+            }
+        });
+        for pid in 1..=6 {
+            check_images(
+                tmp.path(),
+                Target::Process(pid),
+                &naive_memory(&[runs(pid)]),
+            );
+        }
+    }
+}
