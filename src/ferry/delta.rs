@@ -28,7 +28,7 @@ use crate::units::{PageRange, PageSize};
 
 use super::encode::{Verdict, Verdicts};
 use super::gather::{Run, present_pages};
-use super::hash::{Fingerprint, HASH_BYTES, PageHash};
+use super::hash::{Fingerprint, HASH_BYTES, HashKey, PageHash};
 use super::message::StateId;
 use chunk::{CHUNK_BYTES, CHUNK_PAGES, Chunk, SLOTS_BYTES, Spot};
 use kept::{KEPT_EXTRA_BYTES, KeptPages};
@@ -50,6 +50,8 @@ pub struct PageMemory {
     budget_bytes: u64,
     /// Names the taker's version that is remembered.
     state: StateId,
+    /// Key of all hashes.
+    key: HashKey,
     /// While the memory is being rebuilt from the taker's hashes: whose were asked for.
     asked: Option<BTreeSet<Target>>,
     targets: BTreeMap<Target, BTreeMap<u64, Chunk>>,
@@ -65,6 +67,7 @@ impl PageMemory {
             page,
             budget_bytes,
             state: StateId::NONE,
+            key: HashKey::default(),
             asked: None,
             targets: BTreeMap::new(),
             chunk_bytes: 0,
@@ -82,9 +85,19 @@ impl PageMemory {
         }
     }
 
-    /// Forgets everything.
+    /// Forgets everything but the key.
     pub fn forget(&mut self) {
+        let key = self.key;
         *self = PageMemory::new(self.page, self.budget_bytes);
+        self.key = key;
+    }
+
+    /// From now on the taker's hashes are made with `key`: those of another are worth nothing.
+    pub fn use_key(&mut self, key: HashKey) {
+        if key != self.key {
+            self.forget();
+            self.key = key;
+        }
     }
 
     /// The taker's base version of `target` is the one named `state`. Tells whether its hashes
@@ -104,8 +117,13 @@ impl PageMemory {
             .is_some_and(|asked| asked.insert(target))
     }
 
-    /// The taker has these hashes at `run` of `target`. Pages beyond the budget are left out.
+    /// The taker's base version that was adopted last has these hashes at `run` of `target`. Pages
+    /// beyond the budget are left out, as is what comes when the base version is another already.
     pub fn learn(&mut self, target: Target, run: PageRange, hashes: &[[u8; HASH_BYTES]]) {
+        let asked = self.asked.as_ref();
+        if !asked.is_some_and(|asked| asked.contains(&target)) {
+            return;
+        }
         let first = run.start().get() >> self.page.shift();
         for (number, hash) in (first..).zip(hashes) {
             let spot = Spot { target, number };

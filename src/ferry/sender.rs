@@ -13,7 +13,7 @@
 //! exactly one living connection; nothing numbered goes to a connection before its first ACK; no
 //! more is outstanding than the taker's window; one question is open at most.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use crate::criu::header::Target;
 use crate::limits::{FERRY_WINDOW_BYTES_MAX, FERRY_WINDOW_FRAMES_MAX};
@@ -87,9 +87,10 @@ struct Outstanding {
     carrier: Option<u16>,
 }
 
+/// A question for the hashes of a target, until all of them have come.
 #[derive(Clone, Copy, Debug)]
 struct Inquiry {
-    wanted: WantHashes,
+    from: Vaddr,
     carrier: Option<u16>,
 }
 
@@ -106,7 +107,7 @@ pub struct Sender {
     /// No frame below this number waits for a connection.
     waiting_from: u64,
     question: Option<u64>,
-    inquiry: Option<Inquiry>,
+    inquiries: BTreeMap<Target, Inquiry>,
     ending: Option<Transmit>,
 }
 
@@ -125,7 +126,7 @@ impl Sender {
             safe: 0,
             waiting_from: 1,
             question: None,
-            inquiry: None,
+            inquiries: BTreeMap::new(),
             ending: None,
         }
     }
@@ -173,16 +174,13 @@ impl Sender {
 
     /// Asks for the taker's hashes of `target`, all from the start.
     pub fn ask_hashes(&mut self, target: Target) {
-        let from = Vaddr(0);
-        self.inquiry = Some(Inquiry {
-            wanted: WantHashes { target, from },
-            carrier: None,
-        });
+        let (from, carrier) = (Vaddr(0), None);
+        self.inquiries.insert(target, Inquiry { from, carrier });
     }
 
-    /// Below which address all hashes that were asked for are known; `None` once all have come.
-    pub fn hashes_known_below(&self) -> Option<Vaddr> {
-        self.inquiry.map(|inquiry| inquiry.wanted.from)
+    /// Below which address all hashes of `target` are known, if more were asked for.
+    pub fn hashes_known_below(&self, target: Target) -> Option<Vaddr> {
+        self.inquiries.get(&target).map(|inquiry| inquiry.from)
     }
 
     /// The session is over and well: says BYE on every connection, and nothing else.
@@ -217,10 +215,10 @@ impl Sender {
                 self.waiting_from = self.waiting_from.min(number);
             }
         }
-        if let Some(inquiry) = &mut self.inquiry
-            && inquiry.carrier == Some(stream)
-        {
-            inquiry.carrier = None;
+        for inquiry in self.inquiries.values_mut() {
+            if inquiry.carrier == Some(stream) {
+                inquiry.carrier = None;
+            }
         }
     }
 
@@ -237,11 +235,13 @@ impl Sender {
         if *lane != Lane::Ready {
             return None;
         }
-        if let Some(inquiry) = &mut self.inquiry
-            && inquiry.carrier.is_none()
-        {
+        let mut inquiries = self.inquiries.iter_mut();
+        if let Some((target, inquiry)) = inquiries.find(|(_, inquiry)| inquiry.carrier.is_none()) {
             inquiry.carrier = Some(stream);
-            return Some(Transmit::WantHashes(inquiry.wanted));
+            return Some(Transmit::WantHashes(WantHashes {
+                target: *target,
+                from: inquiry.from,
+            }));
         }
         let last = self.last();
         while self.waiting_from <= last {
@@ -311,15 +311,13 @@ impl Sender {
 
     fn handle_hashes<'b>(&mut self, hashes: Hashes<'b>) -> Result<SenderEvent<'b>, SessionError> {
         let unasked = SessionError::UnaskedHashes(hashes.target);
-        let inquiry = self.inquiry.as_mut().ok_or(unasked)?;
-        let wanted = &mut inquiry.wanted;
-        let start = hashes.start().unwrap_or(wanted.from);
-        if wanted.target != hashes.target || start < wanted.from {
+        let inquiry = self.inquiries.get_mut(&hashes.target).ok_or(unasked)?;
+        if hashes.start().is_some_and(|start| start < inquiry.from) {
             return Err(unasked);
         }
-        wanted.from = hashes.end().unwrap_or(wanted.from);
+        inquiry.from = hashes.end().unwrap_or(inquiry.from);
         if hashes.last {
-            self.inquiry = None;
+            self.inquiries.remove(&hashes.target);
         }
         Ok(SenderEvent::Hashes(hashes))
     }
@@ -328,172 +326,4 @@ impl Sender {
 const _: () = assert!(FRAME_BYTES_MAX as u64 <= FERRY_WINDOW_BYTES_MAX);
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ferry::message::StateId;
-    use crate::units::PageRange;
-
-    fn sender(frames: u32) -> Sender {
-        let bytes = 1000;
-        Sender::new(PageSize::KIB_4, 2, Window { frames, bytes })
-    }
-
-    fn ack(sender: &mut Sender, stream: u16, safe: u64, to: u64) -> SenderEvent<'static> {
-        let answer = Answer {
-            to,
-            value: 1,
-            state: StateId::NONE,
-        };
-        let ack = Ack {
-            safe,
-            answer,
-            taken: false,
-        };
-        sender.handle_ack(stream, ack).expect("a fitting ACK")
-    }
-
-    fn bring_up(sender: &mut Sender, stream: u16) {
-        sender.stream_up(stream);
-        let safe = sender.safe;
-        ack(sender, stream, safe, 0);
-    }
-
-    #[test]
-    fn nothing_is_sent_before_the_first_acknowledgement() {
-        let mut sender = sender(10);
-        assert_eq!(sender.submit(Kind::Pages, 1), 1);
-        assert_eq!(sender.poll(0), None);
-        sender.stream_up(0);
-        assert_eq!(sender.poll(0), None);
-        ack(&mut sender, 0, 0, 0);
-        assert_eq!(sender.poll(0), Some(Transmit::Numbered(1)));
-        assert_eq!(sender.poll(0), None);
-    }
-
-    #[test]
-    fn what_a_lost_connection_carried_goes_to_another_and_nothing_else_does() {
-        let mut sender = sender(10);
-        bring_up(&mut sender, 0);
-        bring_up(&mut sender, 1);
-        for _ in 0..5 {
-            sender.submit(Kind::Pages, 1);
-        }
-        for (stream, number) in [(0, 1), (1, 2), (0, 3), (1, 4)] {
-            assert_eq!(sender.poll(stream), Some(Transmit::Numbered(number)));
-        }
-        ack(&mut sender, 1, 1, 0);
-        sender.stream_down(0);
-        let mut again = Vec::new();
-        while let Some(Transmit::Numbered(number)) = sender.poll(1) {
-            again.push(number);
-        }
-        assert_eq!(again, [3, 5]);
-    }
-
-    #[test]
-    fn the_window_holds_by_frames_and_by_bytes() {
-        let mut by_frames = sender(2);
-        by_frames.submit(Kind::Pages, 1);
-        by_frames.submit(Kind::Pages, 1);
-        assert!(!by_frames.has_room_for(1));
-        by_frames.stream_up(0);
-        ack(&mut by_frames, 0, 1, 0);
-        assert!(by_frames.has_room_for(1));
-
-        let mut by_bytes = sender(100);
-        assert!(by_bytes.has_room_for(5000), "a single frame always fits");
-        by_bytes.submit(Kind::Pages, 999);
-        assert!(by_bytes.has_room_for(1));
-        assert!(!by_bytes.has_room_for(2));
-    }
-
-    #[test]
-    fn an_answer_counts_once_however_often_it_is_repeated() {
-        let mut sender = sender(10);
-        bring_up(&mut sender, 0);
-        let question = sender.submit(Kind::Open, 1);
-        let answered = |event| {
-            matches!(
-                event,
-                SenderEvent::Acked {
-                    answer: Some(_),
-                    ..
-                }
-            )
-        };
-        assert!(!answered(ack(&mut sender, 0, question, 0)));
-        assert!(sender.has_question() && !sender.is_settled());
-        assert!(answered(ack(&mut sender, 0, question, question)));
-        assert!(!answered(ack(&mut sender, 0, question, question)));
-        assert!(sender.is_settled());
-    }
-
-    #[test]
-    fn acknowledgements_of_what_was_never_sent_are_refused() {
-        let mut sender = sender(10);
-        sender.stream_up(0);
-        sender.submit(Kind::Pages, 1);
-        for (safe, to) in [(2, 0), (1, 2)] {
-            let answer = Answer {
-                to,
-                ..Answer::default()
-            };
-            let ack = Ack {
-                safe,
-                answer,
-                taken: false,
-            };
-            let error = sender.handle_ack(0, ack);
-            assert_eq!(error, Err(SessionError::NeverSent { safe: 2, last: 1 }));
-        }
-    }
-
-    #[test]
-    fn a_question_for_hashes_goes_on_where_it_broke_off() {
-        let target = Target::Process(1);
-        let page = PageSize::KIB_4;
-        let mut sender = sender(10);
-        bring_up(&mut sender, 0);
-        sender.ask_hashes(target);
-        let asked = |from| {
-            Some(Transmit::WantHashes(WantHashes {
-                target,
-                from: Vaddr(from),
-            }))
-        };
-        assert_eq!(sender.poll(0), asked(0));
-        let run = PageRange::new(0x1000, 0x3000);
-        let mut frame = Vec::new();
-        let hashes = [Default::default(); 2];
-        Hashes::encode(target, page, &[run], &hashes, false, &mut frame);
-        let body = &frame[crate::ferry::frame::HEADER_BYTES..];
-        assert!(matches!(
-            sender.handle(0, Kind::Hashes, body),
-            Ok(SenderEvent::Hashes(_))
-        ));
-        assert_eq!(sender.hashes_known_below(), Some(Vaddr(0x3000)));
-        assert_eq!(
-            sender.handle(0, Kind::Hashes, body),
-            Err(SessionError::UnaskedHashes(target)),
-            "the same again"
-        );
-        sender.stream_down(0);
-        bring_up(&mut sender, 1);
-        assert_eq!(sender.poll(1), asked(0x3000));
-    }
-
-    #[test]
-    fn the_end_is_told_once_on_every_connection() {
-        let mut sender = sender(10);
-        bring_up(&mut sender, 0);
-        sender.stream_up(1);
-        sender.submit(Kind::Pages, 1);
-        sender.leave();
-        assert!(!sender.has_told_end());
-        for stream in [0, 1] {
-            assert_eq!(sender.poll(stream), Some(Transmit::Bye));
-            assert_eq!(sender.poll(stream), None);
-        }
-        assert!(sender.has_told_end());
-    }
-}
+mod tests;

@@ -80,15 +80,18 @@ impl Chunk {
         (self.known.has(at) && !self.seen.has(at)).then(|| self.hashes[at])
     }
 
-    /// Sets the hash of the base version.
+    /// Sets the hash of the base version, unless this round's has its place.
     pub(super) fn set_base(&mut self, at: usize, hash: PageHash) {
-        self.hashes[at] = hash;
-        self.known.add(at);
+        if !self.seen.has(at) {
+            self.hashes[at] = hash;
+            self.known.add(at);
+        }
     }
 
     /// Puts this round's version of the page in the base version's place.
     pub(super) fn replace(&mut self, at: usize, hash: PageHash) {
-        self.set_base(at, hash);
+        self.hashes[at] = hash;
+        self.known.add(at);
         self.seen.add(at);
     }
 

@@ -62,6 +62,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 struct Model {
     base: BTreeMap<u64, u8>,
     round: BTreeMap<u64, u8>,
+    /// Whether the base version is being told.
+    learning: bool,
 }
 
 /// Plays `steps` on memory and model. `complete` says that the budget leaves nothing out.
@@ -120,21 +122,24 @@ fn play(steps: Vec<Step>, budget_bytes: u64, complete: bool) {
             Step::Commit => {
                 memory.commit(StateId([1; 16]));
                 model.base = std::mem::take(&mut model.round);
+                model.learning = false;
             }
             Step::Fail => {
                 memory.forget();
-                model = Model::default();
+                assert!(memory.adopt(TARGET, StateId([2; 16])));
+                model = Model {
+                    learning: true,
+                    ..Model::default()
+                };
             }
             Step::Learn(number, variant) => {
-                if model.round.is_empty() {
-                    let hash = hasher.hash(&contents(variant));
-                    // Learning follows forgetting: what is known cannot be contradicted.
-                    if let std::collections::btree_map::Entry::Vacant(entry) =
-                        model.base.entry(number)
-                    {
-                        entry.insert(variant);
-                        memory.learn(TARGET, run_at(number).range, &[hash.0]);
-                    }
+                // A base version is told once. What was replaced in this round stays replaced,
+                // and after the round nothing more is learned.
+                let variant = *model.base.get(&number).unwrap_or(&variant);
+                let hash = hasher.hash(&contents(variant));
+                memory.learn(TARGET, run_at(number).range, &[hash.0]);
+                if model.learning && !model.round.contains_key(&number) {
+                    model.base.insert(number, variant);
                 }
             }
         }

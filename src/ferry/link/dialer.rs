@@ -52,11 +52,7 @@ impl Dialer {
 
     /// The next stream to be dialled now, if there is one.
     pub fn poll_dial(&mut self, now: Duration) -> Option<u16> {
-        let candidates = if self.established {
-            self.lanes.len()
-        } else {
-            1
-        };
+        let candidates = self.candidates();
         let due = self.lanes[..candidates].iter_mut().zip(0..);
         for (lane, stream) in due {
             if matches!(lane.phase, Phase::Down { retry_at } if retry_at <= now) {
@@ -124,21 +120,12 @@ impl Dialer {
 
     /// Whether it has been in vain for too long.
     pub fn has_given_up(&self, now: Duration) -> bool {
-        let any_up = self
-            .lanes
-            .iter()
-            .any(|lane| matches!(lane.phase, Phase::Up { .. }));
-        !any_up && self.gives_up_at().is_some_and(|at| at <= now)
+        self.gives_up_at().is_some_and(|at| at <= now)
     }
 
     /// When to call again at the latest, if nothing happens until then.
     pub fn deadline(&self) -> Option<Duration> {
-        let candidates = if self.established {
-            self.lanes.len()
-        } else {
-            1
-        };
-        let retries = self.lanes[..candidates]
+        let retries = self.lanes[..self.candidates()]
             .iter()
             .filter_map(|lane| match lane.phase {
                 Phase::Down { retry_at } => Some(retry_at),
@@ -147,8 +134,22 @@ impl Dialer {
         retries.chain(self.gives_up_at()).min()
     }
 
+    /// A living connection is never given up.
     fn gives_up_at(&self) -> Option<Duration> {
+        let up = |lane: &Lane| matches!(lane.phase, Phase::Up { .. });
+        if self.lanes.iter().any(up) {
+            return None;
+        }
         Some(self.troubled_since? + self.patience.give_up_after)
+    }
+
+    /// How many streams may be dialled.
+    fn candidates(&self) -> usize {
+        if self.established {
+            self.lanes.len()
+        } else {
+            1
+        }
     }
 
     fn lane(&mut self, stream: u16) -> &mut Lane {
