@@ -1,0 +1,161 @@
+//! Seeded simulation of ferry: a pusher, a taker, and a network that delays, reorders, cuts and
+//! damages; either end may crash or give up at any step.
+//!
+//! Rule: the taker publishes exactly the memory of the round, or nothing; and the pusher reports
+//! success only for what is published. A failure names its seed; replay it with
+//! `FERRY_SIM_SEED=n cargo test --test sim_ferry`. `FERRY_SIM_SEEDS=n` runs more of them.
+
+mod hosts;
+mod memory;
+mod net;
+mod parts;
+mod pusher;
+mod stats;
+mod taker;
+mod world;
+
+use fastrand::Rng;
+
+use net::Weather;
+use stats::Stats;
+use world::{Trouble, World};
+
+/// Names the seed of a run that panics.
+struct Seed(u64);
+
+impl Drop for Seed {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("replay with FERRY_SIM_SEED={}", self.0);
+        }
+    }
+}
+
+fn weather(rng: &mut Rng) -> Weather {
+    let one_of = |rng: &mut Rng, choices: [u32; 4]| choices[rng.usize(0..4)];
+    Weather {
+        cut_one_in: one_of(rng, [0, 15, 60, 300]),
+        outage_one_in: one_of(rng, [0, 0, 100, 400]),
+        flip_one_in: one_of(rng, [0, 0, 40, 300]),
+        delay_millis: rng.u64(1..80),
+        outage_millis: [500, 3000, 20_000][rng.usize(0..3)],
+    }
+}
+
+fn trouble(rng: &mut Rng) -> Trouble {
+    // Most rounds take a few hundred steps; late troubles hit the end of long ones.
+    let latest = [10, 100, 1000][rng.usize(0..3)];
+    let at = rng.u64(0..latest);
+    match rng.u8(0..12) {
+        0 => Trouble::PusherCrashes(at),
+        1 => Trouble::TakerCrashes(at),
+        2 => Trouble::DumpEnds(at),
+        3 => Trouble::DiskFull(at),
+        _ => Trouble::None,
+    }
+}
+
+fn from_environment(name: &str) -> Option<u64> {
+    let value = std::env::var(name).ok()?;
+    Some(value.parse().expect("a number"))
+}
+
+#[test]
+fn whatever_happens_the_image_is_exact_or_the_failure_is_reported() {
+    let (first, count) = match from_environment("FERRY_SIM_SEED") {
+        Some(seed) => (seed, 1),
+        None => (0, from_environment("FERRY_SIM_SEEDS").unwrap_or(300)),
+    };
+    let mut total = Stats::default();
+    for seed in first..first + count {
+        let _named = Seed(seed);
+        let mut rng = Rng::with_seed(seed);
+        let weather = weather(&mut rng);
+        let mut world = World::new(rng.fork(), weather);
+        for _ in 0..4 {
+            memory::run_on(&mut rng, &mut world.source);
+            world.round(trouble(&mut rng));
+            eprintln!("round {:?}", world.stats);
+        }
+        total.add(&world.stats);
+    }
+    println!("{total:?}");
+    if count >= 300 {
+        // Nothing that this test is about may be missing from it.
+        let Stats {
+            rounds,
+            successes,
+            failures,
+            unheard,
+            crashes,
+            cuts,
+            flips,
+            same_pages,
+            delta_pages,
+            learned_hashes,
+            held_frames,
+            repeated_frames,
+            resumed_rounds,
+            sent_frames,
+        } = total;
+        assert!(rounds == successes + failures && sent_frames > rounds);
+        for (what, count) in [
+            ("success", successes),
+            ("failure", failures),
+            (
+                "a published round of which the pusher did not hear",
+                unheard,
+            ),
+            ("crash", crashes),
+            ("cut", cuts),
+            ("flipped bit", flips),
+            ("same page", same_pages),
+            ("delta page", delta_pages),
+            ("learned hash", learned_hashes),
+            ("frame before its turn", held_frames),
+            ("frame that came twice", repeated_frames),
+            ("success after a cut", resumed_rounds),
+        ] {
+            assert!(count > 0, "the simulation never met with a {what}");
+        }
+    }
+}
+
+#[test]
+fn without_trouble_every_round_succeeds() {
+    for seed in 0..60 {
+        let _named = Seed(seed);
+        let mut rng = Rng::with_seed(seed);
+        let calm = Weather {
+            delay_millis: 20,
+            ..Weather::default()
+        };
+        let mut world = World::new(rng.fork(), calm);
+        for _ in 0..3 {
+            memory::run_on(&mut rng, &mut world.source);
+            world.round(Trouble::None);
+        }
+        assert_eq!(world.stats.successes, 3);
+    }
+}
+
+#[test]
+fn a_short_outage_in_every_phase_is_survived() {
+    for seed in 0..120 {
+        let _named = Seed(seed);
+        let mut rng = Rng::with_seed(1000 + seed);
+        let gusty = Weather {
+            cut_one_in: 200,
+            outage_one_in: 500,
+            outage_millis: 1500,
+            delay_millis: 10,
+            ..Weather::default()
+        };
+        let mut world = World::new(rng.fork(), gusty);
+        for _ in 0..2 {
+            memory::run_on(&mut rng, &mut world.source);
+            world.round(Trouble::None);
+        }
+        assert_eq!(world.stats.successes, 2);
+    }
+}

@@ -1,0 +1,41 @@
+//! What a run has met with, so that a test can tell whether it tested anything.
+
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct Stats {
+    pub(crate) rounds: u64,
+    pub(crate) successes: u64,
+    pub(crate) failures: u64,
+    /// The taker has published the round, but the pusher did not hear of it.
+    pub(crate) unheard: u64,
+    pub(crate) crashes: u64,
+    pub(crate) cuts: u64,
+    pub(crate) flips: u64,
+    pub(crate) sent_frames: u64,
+    pub(crate) same_pages: u64,
+    pub(crate) delta_pages: u64,
+    pub(crate) learned_hashes: u64,
+    /// Frames that came before their turn, and that came twice.
+    pub(crate) held_frames: u64,
+    pub(crate) repeated_frames: u64,
+    /// Rounds that were cut somewhere and succeeded.
+    pub(crate) resumed_rounds: u64,
+}
+
+impl Stats {
+    pub(crate) fn add(&mut self, other: &Stats) {
+        self.rounds += other.rounds;
+        self.successes += other.successes;
+        self.failures += other.failures;
+        self.unheard += other.unheard;
+        self.crashes += other.crashes;
+        self.cuts += other.cuts;
+        self.flips += other.flips;
+        self.sent_frames += other.sent_frames;
+        self.same_pages += other.same_pages;
+        self.delta_pages += other.delta_pages;
+        self.learned_hashes += other.learned_hashes;
+        self.held_frames += other.held_frames;
+        self.repeated_frames += other.repeated_frames;
+        self.resumed_rounds += other.resumed_rounds;
+    }
+}
