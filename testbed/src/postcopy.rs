@@ -1,0 +1,239 @@
+//! A whole post-copy: the restored processes run while their memory is still on its way.
+//!
+//! ```text
+//!   criu dump --lazy-pages  or  a page server on a finished dump  or  nothing: local images
+//!       ^ proxy, if a link is given
+//!   lazy-pages daemon  <-- userfaultfds --  criu restore --lazy-pages
+//! ```
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::bed::Bed;
+use crate::criu::Criu;
+use crate::daemons::{LazyDaemon, Make, Options, PageServer};
+use crate::images;
+use crate::load::Load;
+use crate::load::report::Report;
+use crate::load::spec::LoadSpec;
+use crate::load::steps::Step;
+use crate::migration::{Dump, Restore, Restored};
+use crate::net::free_port;
+use crate::process::Spawned;
+use crate::proxy::{Accident, Link, Proxy, Way};
+use crate::wait::GENEROUS;
+
+/// Who has the memory that is still missing.
+#[derive(Clone, Copy, Debug)]
+pub enum Source<'a> {
+    /// The dump itself: `criu dump --lazy-pages`.
+    Dump,
+    /// A page server that serves a finished dump.
+    PageServer(Make<'a>),
+    /// Nobody else: the images are where the restore is.
+    Local,
+}
+
+/// What is moved, and how.
+#[derive(Clone, Debug)]
+pub struct Plan<'a> {
+    /// The CRIU that dumps.
+    pub dumps: &'a Criu,
+    /// The CRIU that restores.
+    pub restores: &'a Criu,
+    /// Where memory comes from after the restore.
+    pub source: Source<'a>,
+    /// Who makes the lazy-pages daemon.
+    pub client: Make<'a>,
+    /// Further options of the lazy-pages daemon.
+    pub client_options: Vec<String>,
+    /// What lies between the source and the daemon (none: loopback without a proxy).
+    pub link: Option<(Link, Option<Accident>)>,
+}
+
+impl<'a> Plan<'a> {
+    /// One CRIU on both sides, and a direct connection.
+    pub fn new(criu: &'a Criu, source: Source<'a>, client: Make<'a>) -> Plan<'a> {
+        Plan {
+            dumps: criu,
+            restores: criu,
+            source,
+            client,
+            client_options: Vec::new(),
+            link: None,
+        }
+    }
+
+    /// Over a link.
+    pub fn over(self, link: Link) -> Plan<'a> {
+        Plan {
+            link: Some((link, None)),
+            ..self
+        }
+    }
+
+    /// Over a link with an accident on it.
+    pub fn with_accident(self, link: Link, accident: Accident) -> Plan<'a> {
+        Plan {
+            link: Some((link, Some(accident))),
+            ..self
+        }
+    }
+}
+
+/// A link slow enough for a test to find pages missing: 64 MiB take two seconds.
+pub fn slow_link() -> Link {
+    Link {
+        round_trip: Duration::from_millis(1),
+        bytes_per_s: Some(32 << 20),
+    }
+}
+
+/// A source that serves memory.
+#[derive(Debug)]
+enum Running {
+    Dump(Spawned),
+    PageServer(PageServer),
+    Nobody,
+}
+
+/// A post-copy under way. Parts are dropped in this order.
+#[derive(Debug)]
+pub struct PostCopy {
+    /// The restored processes.
+    pub restored: Restored,
+    /// The lazy-pages daemon.
+    pub daemon: LazyDaemon,
+    /// The link, if there is one between.
+    pub proxy: Option<Proxy>,
+    source: Running,
+    /// Steers the processes.
+    pub load: Load,
+    before: Vec<Report>,
+    sent: Vec<(u32, u64)>,
+}
+
+impl PostCopy {
+    /// Dumps a new load and restores it, up to the moment when it runs again. Its processes carry
+    /// out `steps` as soon as they do.
+    ///
+    /// # Errors
+    /// A step of the migration fails; the error shows the logs.
+    pub fn start(bed: &Bed, plan: &Plan<'_>, spec: LoadSpec, steps: &[Step]) -> Result<PostCopy> {
+        let mut load = Load::start(spec, None)?;
+        let before = load.run_everywhere(&[Step::Status])?;
+        let dumped = bed.path("dumped");
+        let (source, images, address) = start_source(bed, plan, &mut load, dumped)?;
+        let proxy = match (address, plan.link) {
+            (Some(address), Some((link, accident))) => Some(Proxy::start(address, link, accident)?),
+            _ => None,
+        };
+        let address = proxy.as_ref().map(Proxy::address).or(address);
+        let mut options = Options::new(&images).log_to("lazy.log");
+        options.extra.clone_from(&plan.client_options);
+        let mut daemon = LazyDaemon::start(plan.client, &options, address)?;
+        // The source is frozen or gone: only the restored processes can take the command.
+        let sent = (0..load.spec().processes)
+            .filter(|_| !steps.is_empty())
+            .map(|process| Ok((process, load.send(process, steps)?)))
+            .collect::<Result<_>>()?;
+        let restored = Restore::new(plan.restores, &images).lazily().run();
+        let restored = restored.with_context(|| daemon.process().log_tail())?;
+        Ok(PostCopy {
+            restored,
+            daemon,
+            proxy,
+            source,
+            load,
+            before,
+            sent,
+        })
+    }
+
+    /// Waits for the reports of the steps given at the start, and checks that the processes are
+    /// the ones that were dumped, and all their pages right.
+    ///
+    /// # Errors
+    /// They are not; or a report does not come.
+    pub fn reports(&mut self) -> Result<Vec<Report>> {
+        let mut reports = Vec::new();
+        for &(process, seq) in &self.sent {
+            let report = self.load.receive(process, seq, GENEROUS);
+            let report = report.with_context(|| self.daemon.process().log_tail())?;
+            let before = &self.before[process as usize];
+            ensure!(
+                report.nonce == before.nonce,
+                "not the process that was dumped"
+            );
+            ensure!(report.pid == before.pid, "its pid has changed");
+            ensure!(report.counter >= before.counter, "its counter went back");
+            report.expect_right()?;
+            reports.push(report);
+        }
+        Ok(reports)
+    }
+
+    /// Payload bytes that came over the link so far.
+    pub fn received(&self) -> u64 {
+        self.proxy
+            .as_ref()
+            .map_or(0, |proxy| proxy.carried(Way::ToClient))
+    }
+
+    /// The source's process, if there is a source.
+    pub fn source(&mut self) -> Option<&mut Spawned> {
+        match &mut self.source {
+            Running::Dump(dump) => Some(dump),
+            Running::PageServer(server) => Some(server.process()),
+            Running::Nobody => None,
+        }
+    }
+
+    /// Waits for a success of everyone: the daemon has filled all memory, the source has let the
+    /// dumped processes go.
+    ///
+    /// # Errors
+    /// The daemon or the source fails or runs on.
+    pub fn finish(&mut self) -> Result<()> {
+        self.daemon.process().succeed(GENEROUS)?;
+        if let Some(source) = self.source() {
+            source.succeed(GENEROUS)?;
+        }
+        self.load.wait_until_gone()
+    }
+}
+
+/// Dumps the load: who serves its memory, the images to restore from, and where the rest is.
+fn start_source(
+    bed: &Bed,
+    plan: &Plan<'_>,
+    load: &mut Load,
+    dumped: PathBuf,
+) -> Result<(Running, PathBuf, Option<SocketAddr>)> {
+    let dump = Dump::new(plan.dumps, load.pid(), &dumped);
+    match plan.source {
+        Source::Dump => {
+            let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
+            let dump = dump.serve_lazily(address)?;
+            Ok((Running::Dump(dump), dumped, Some(address)))
+        }
+        Source::PageServer(make) => {
+            dump.run()?;
+            load.wait_until_gone()?;
+            let here = bed.path("restored");
+            let missing = images::copy_without_lazy_pages(&dumped, &here)?;
+            ensure!(missing > 0, "a test without missing pages");
+            let server = PageServer::serving(make, &Options::new(&dumped).log_to("serve.log"))?;
+            let address = server.address();
+            Ok((Running::PageServer(server), here, Some(address)))
+        }
+        Source::Local => {
+            dump.run()?;
+            load.wait_until_gone()?;
+            Ok((Running::Nobody, dumped, None))
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! Post-copy: real processes use their memory in every way while it is still missing.
+
+use anyhow::{Result, ensure};
+use testbed::bed::Bed;
+use testbed::criu::Criu;
+use testbed::daemons::Make;
+use testbed::for_each_criu;
+use testbed::load::spec::LoadSpec;
+use testbed::load::steps::{Advice, Order, Part, Pass, Step};
+use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
+use testbed::suite::make;
+use testbed::wait::GENEROUS;
+
+for_each_criu!(
+    reads_at_random_from_the_dump,
+    reshapes_memory_from_the_dump,
+    forks_in_a_tree_from_the_dump,
+    exits_while_pages_are_missing,
+    reads_at_random_from_our_page_server,
+    reads_at_random_from_criu_page_server,
+    reshapes_memory_from_our_page_server,
+    reshapes_memory_from_criu_page_server,
+);
+
+const MIB: u32 = 64;
+
+/// A pass by several threads at random, each visiting its share; then all of them everything.
+fn reading() -> Vec<Step> {
+    let random = Pass::full(Order::Random).threads(4);
+    vec![Step::Verify(random), Step::Verify(random.overlapping())]
+}
+
+/// Everything that a process can do to its address space, and a look at all of it at the end.
+/// Parts lie in the areas of [`LoadSpec::mixed`] with 64 MiB: 8192, 2048, 2048, 2048, 2048 pages.
+fn reshaping() -> Vec<Step> {
+    let random = Pass::full(Order::Random);
+    vec![
+        Step::Fork {
+            depth: 2,
+            pass: random,
+        },
+        Step::Move(Part::new(0, 1000, 2000)),
+        Step::Drop {
+            part: Part::new(1, 100, 900),
+            advice: Advice::DontNeed,
+        },
+        Step::Drop {
+            part: Part::new(4, 0, 700),
+            advice: Advice::Free,
+        },
+        Step::Unmap {
+            part: Part::new(0, 5000, 1000),
+            map_again: false,
+        },
+        Step::Unmap {
+            part: Part::new(4, 1000, 500),
+            map_again: true,
+        },
+        Step::Grow {
+            area: 1,
+            pages: 300,
+        },
+        Step::Protect(Part::new(0, 7000, 500)),
+        Step::Write {
+            every: 5,
+            order: Order::Random,
+        },
+        Step::Fork {
+            depth: 1,
+            pass: random,
+        },
+        Step::Verify(random.threads(4).overlapping()),
+        Step::Verify(Pass::full(Order::Descending)),
+    ]
+}
+
+/// Moves a mixed process over a slow link and lets it carry out `steps` on arrival.
+fn migrate(bed: &Bed, criu: &Criu, source: Source<'_>, steps: &[Step]) -> Result<()> {
+    let plan = Plan::new(criu, source, make(criu)).over(slow_link());
+    let mut moved = PostCopy::start(bed, &plan, LoadSpec::mixed(bed.path("load"), MIB), steps)?;
+    let reports = moved.reports()?;
+    let faults: u64 = reports[0].every_step().map(|step| step.faults.count).sum();
+    ensure!(
+        faults > 0,
+        "the process found no page missing: nothing was tested"
+    );
+    moved.finish()?;
+    // Once everything has come, everything is still right.
+    let last = moved
+        .load
+        .run(0, &[Step::Verify(Pass::full(Order::Ascending))])?;
+    last.expect_right()
+}
+
+fn reads_at_random_from_the_dump(bed: &Bed, criu: &Criu) -> Result<()> {
+    migrate(bed, criu, Source::Dump, &reading())
+}
+
+fn reshapes_memory_from_the_dump(bed: &Bed, criu: &Criu) -> Result<()> {
+    migrate(bed, criu, Source::Dump, &reshaping())
+}
+
+fn reads_at_random_from_our_page_server(bed: &Bed, criu: &Criu) -> Result<()> {
+    migrate(bed, criu, Source::PageServer(Make::Ours), &reading())
+}
+
+fn reads_at_random_from_criu_page_server(bed: &Bed, criu: &Criu) -> Result<()> {
+    migrate(bed, criu, Source::PageServer(Make::Criu(criu)), &reading())
+}
+
+fn reshapes_memory_from_our_page_server(bed: &Bed, criu: &Criu) -> Result<()> {
+    migrate(bed, criu, Source::PageServer(Make::Ours), &reshaping())
+}
+
+fn reshapes_memory_from_criu_page_server(bed: &Bed, criu: &Criu) -> Result<()> {
+    migrate(
+        bed,
+        criu,
+        Source::PageServer(Make::Criu(criu)),
+        &reshaping(),
+    )
+}
+
+fn forks_in_a_tree_from_the_dump(bed: &Bed, criu: &Criu) -> Result<()> {
+    let plan = Plan::new(criu, Source::Dump, make(criu)).over(slow_link());
+    let fork = Step::Fork {
+        depth: 2,
+        pass: Pass::full(Order::Random).threads(2),
+    };
+    let verify = Step::Verify(Pass::full(Order::Strided(7)));
+    let spec = LoadSpec::tree(bed.path("load"), MIB / 2, 4);
+    let mut moved = PostCopy::start(bed, &plan, spec, &[fork, verify])?;
+    for report in moved.reports()? {
+        let digest = moved.load.spec().initial_digest(report.process);
+        let last = report.steps.last().and_then(|step| step.digest);
+        ensure!(
+            last == Some(digest),
+            "process {}: not the memory dumped",
+            report.process
+        );
+        let counting = report.thread_counters.iter().all(|&counter| counter > 0);
+        ensure!(
+            counting,
+            "a thread of process {} has lost its count",
+            report.process
+        );
+    }
+    moved.finish()
+}
+
+fn exits_while_pages_are_missing(bed: &Bed, criu: &Criu) -> Result<()> {
+    let plan = Plan::new(criu, Source::Dump, make(criu)).over(slow_link());
+    let spec = LoadSpec::mixed(bed.path("load"), MIB);
+    let mut moved = PostCopy::start(bed, &plan, spec, &[Step::Exit { code: 7 }])?;
+    let pid = u32::try_from(moved.load.pid().as_raw())?;
+    let ended = moved.restored.wait_for_end(pid, GENEROUS)?;
+    ensure!(ended == "exited 7", "the restored process {ended}");
+    moved.finish()
+}
