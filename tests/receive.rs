@@ -9,7 +9,7 @@ mod sender;
 
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,10 +17,11 @@ use common::{FIRST_PAGE, PAGE, Run, level, naive_memory, page_content};
 use pageferry::criu::header::{Header, Op, PageFlags, Target, Wire};
 use pageferry::engine::driver::Io;
 use pageferry::engine::ingest::{ReceiveContext, receive_client};
+use pageferry::engine::stores::{StoreOptions, Stores};
 use pageferry::error::{Kind, Result};
 use pageferry::image::chain::{Chain, Missing};
 use pageferry::image::dir::ImageDir;
-use pageferry::image::store::{ImageStore, Sync};
+use pageferry::image::store::Sync;
 use pageferry::observe::received::Received;
 use pageferry::stream::Stream;
 use proptest::prelude::*;
@@ -29,9 +30,18 @@ use sender::{bare, bytes_of, dump, frame, header, send};
 const PID: Target = Target::Process(7);
 const SHMEM: Target = Target::Shmem(9);
 
+fn options(dir: &Path, previous: Option<&str>) -> StoreOptions {
+    StoreOptions {
+        dir: dir.to_owned(),
+        page: PAGE,
+        previous: previous.map(PathBuf::from),
+        sync: Sync::None,
+    }
+}
+
 fn context(dir: &Path, previous: Option<&str>, io: Io) -> ReceiveContext {
     ReceiveContext {
-        store: ImageStore::open(dir, PAGE, previous.map(Path::new), Sync::None).unwrap(),
+        stores: Stores::open(options(dir, previous), None).unwrap(),
         wire: None,
         io,
         idle_timeout: None,
@@ -322,4 +332,30 @@ fn sessions_at_once_share_a_directory() {
             );
         }
     }
+}
+
+#[test]
+fn sessions_may_have_a_directory_each() {
+    let tmp = tempfile::tempdir().unwrap();
+    let context = ReceiveContext {
+        stores: Stores::open(
+            options(tmp.path(), None),
+            Some("{peer}-{seq}".parse().unwrap()),
+        )
+        .unwrap(),
+        ..context(tmp.path(), None, Io::Epoll)
+    };
+    let run = Run::present(FIRST_PAGE, 3, PageFlags::LAZY, 5);
+    let bytes = dump(&[(PID, vec![run.clone()])], Wire::V1);
+    session(&context, &bytes, 4096).0.unwrap();
+    session(&context, &bytes[..100], 4096).0.unwrap_err();
+    session(&context, &bytes, 4096).0.unwrap();
+    for name in ["local-1", "local-3"] {
+        check_images(
+            &tmp.path().join(name),
+            PID,
+            &naive_memory(&[vec![run.clone()]]),
+        );
+    }
+    assert!(!tmp.path().join("local-2").exists());
 }

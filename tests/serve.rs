@@ -17,9 +17,11 @@ use common::{
 };
 use pageferry::criu::header::{HEADER_BYTES_MAX, Header, Op, PageFlags, Target, Wire};
 use pageferry::engine::serve::{ServeContext, serve_client};
-use pageferry::engine::sessions::run_sessions;
+use pageferry::engine::sessions::{Rules, Stay, run_sessions};
+use pageferry::engine::stop::Stop;
 use pageferry::error::{Kind, Result};
 use pageferry::image::dir::ImageDir;
+use pageferry::limits::CLIENTS_MAX;
 use pageferry::units::{PageCount, Vaddr};
 use proptest::prelude::*;
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -53,7 +55,12 @@ impl Server {
         let context = ServeContext::new(ImageDir::open(dir, PAGE).unwrap(), None);
         let accepting = listener.try_clone().unwrap();
         let thread = thread::spawn(move || {
-            run_sessions(&accepting, keep, |stream| {
+            let rules = Rules {
+                stay: if keep { Stay::Keep } else { Stay::Together },
+                most: CLIENTS_MAX,
+                allowed: Vec::new(),
+            };
+            run_sessions(&accepting, &rules, &Stop::default(), |stream| {
                 serve_client(stream, &context).map(|_| ())
             })
         });

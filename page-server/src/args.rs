@@ -1,13 +1,17 @@
 //! The command line.
 
+use std::net::IpAddr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
+use ipnet::IpNet;
 use pageferry::criu::header;
 use pageferry::daemon::CommonArgs;
 use pageferry::engine::driver;
+use pageferry::engine::stores::Template;
 use pageferry::image::store;
+use pageferry::limits::RECEIVE_SESSIONS_MAX;
 
 /// Receives the memory of a criu dump into image files, or serves it from there to a lazy restore.
 ///
@@ -56,9 +60,37 @@ pub(crate) struct Args {
     #[arg(long, value_enum)]
     pub(crate) io: Option<Io>,
 
+    /// Let in peers of this network alone, e.g. 10.0.0.0/8; may be given several times
+    #[arg(long, value_name = "CIDR", value_parser = network)]
+    pub(crate) allow: Vec<IpNet>,
+
+    /// Most sessions at once, with --keep
+    #[arg(long, value_name = "COUNT", default_value_t = RECEIVE_SESSIONS_MAX, value_parser = max_sessions)]
+    pub(crate) max_sessions: usize,
+
+    /// Give each session a directory of its own below the images directory; {peer} stands for the
+    /// peer's address, {seq} for the number of the session
+    #[arg(long, value_name = "TEMPLATE", conflicts_with = "lazy_pages")]
+    pub(crate) images_dir_template: Option<Template>,
+
     /// End a session whose peer says nothing for this many seconds [default: wait for ever]
     #[arg(long, value_name = "SECONDS")]
     pub(crate) idle_timeout: Option<u64>,
+}
+
+/// A network, or a single address.
+fn network(text: &str) -> Result<IpNet, String> {
+    let address = text.parse::<IpAddr>().map(IpNet::from);
+    address
+        .or_else(|_| text.parse::<IpNet>())
+        .map_err(|error| error.to_string())
+}
+
+fn max_sessions(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(count @ 1..=RECEIVE_SESSIONS_MAX) => Ok(count),
+        _ => Err(format!("must be a number from 1 to {RECEIVE_SESSIONS_MAX}")),
+    }
 }
 
 /// Values of `--wire`.

@@ -12,10 +12,12 @@ use pageferry::engine::driver::Io;
 use pageferry::engine::ingest::{ReceiveContext, receive_client};
 use pageferry::engine::listen::{Place, Source, is_passed_by_systemd};
 use pageferry::engine::serve::{ServeContext, serve_client};
-use pageferry::engine::sessions::run_sessions;
+use pageferry::engine::sessions::{Rules, Stay, run_sessions};
+use pageferry::engine::stop::{Stop, block_stop_signals};
+use pageferry::engine::stores::{StoreOptions, Stores};
 use pageferry::error::{Error, Kind, Result};
 use pageferry::image::dir::ImageDir;
-use pageferry::image::store::ImageStore;
+use pageferry::limits::CLIENTS_MAX;
 use pageferry::stream::Stream;
 use pageferry::sys::process::page_size;
 use pageferry::units::PageSize;
@@ -30,6 +32,8 @@ const ACTIONS: &[Action] = &[Action {
 fn main() -> ExitCode {
     match command_line::parse::<Args>(ACTIONS, std::env::args_os()) {
         Ok(parsed) => daemon::run(&parsed.args.common, &parsed.skipped, |daemon| {
+            // Before any thread is started, so that none is ended by a signal.
+            block_stop_signals()?;
             if parsed.args.lazy_pages {
                 serve(&parsed.args, daemon)
             } else {
@@ -41,33 +45,43 @@ fn main() -> ExitCode {
 }
 
 fn receive(args: &Args, daemon: &mut Daemon) -> Result<()> {
-    let previous = args.prev_images_dir.as_deref();
+    let options = StoreOptions {
+        dir: daemon.images_dir().to_owned(),
+        page: pages_of_system()?,
+        previous: args.prev_images_dir.clone(),
+        sync: args.sync.into(),
+    };
     let context = ReceiveContext {
-        store: ImageStore::open(
-            daemon.images_dir(),
-            pages_of_system()?,
-            previous,
-            args.sync.into(),
-        )?,
+        stores: Stores::open(options, args.images_dir_template.clone())?,
         wire: args.wire.forced(),
         io: Io::choose(args.io.map(Into::into))?,
         idle_timeout: args.idle_timeout.map(Duration::from_secs),
     };
     let source = listen(args, daemon)?;
-    let session = |stream: Stream| {
-        receive_client(stream, &context).map(|received| tracing::info!("{received}"))
+    let rules = Rules {
+        stay: if args.keep { Stay::Keep } else { Stay::One },
+        most: args.max_sessions,
+        allowed: args.allow.clone(),
     };
-    if args.keep {
-        return run_sessions(&source.socket, args.keep, session);
-    }
-    session(only_connection(source)?)
+    run(source, &rules, |stream| {
+        receive_client(stream, &context).map(|received| tracing::info!("{received}"))
+    })
 }
 
 fn serve(args: &Args, daemon: &mut Daemon) -> Result<()> {
     let dir = ImageDir::open(daemon.images_dir(), pages_of_system()?)?;
     let context = ServeContext::new(dir, args.wire.forced());
     let source = listen(args, daemon)?;
-    let session = |stream: Stream| {
+    let rules = Rules {
+        stay: if args.keep {
+            Stay::Keep
+        } else {
+            Stay::Together
+        },
+        most: CLIENTS_MAX,
+        allowed: args.allow.clone(),
+    };
+    run(source, &rules, |stream| {
         serve_client(stream, &context).map(|served| {
             tracing::info!(
                 "{} pages ({} bytes) in {} answers served to {} in {:.3} s",
@@ -78,27 +92,22 @@ fn serve(args: &Args, daemon: &mut Daemon) -> Result<()> {
                 served.elapsed.as_secs_f64()
             );
         })
-    };
+    })
+}
+
+/// Runs the sessions that come from `source`.
+fn run(source: Source, rules: &Rules, session: impl Fn(Stream) -> Result<()> + Sync) -> Result<()> {
+    let stop = Stop::on_signals()?;
     if source.connected {
-        return session(Stream::plain(source.socket));
+        let stream = Stream::plain(source.socket);
+        let _watched = stop.watch(&stream.socket())?;
+        return session(stream);
     }
-    run_sessions(&source.socket, args.keep, session)
+    run_sessions(&source.socket, rules, &stop, session)
 }
 
 fn pages_of_system() -> Result<PageSize> {
     page_size().map_err(|error| Error::wrap(Kind::Unsupported, "cannot tell the page size", error))
-}
-
-/// The one connection of a server that ends with it. The listener is closed then, so that nobody else
-/// waits for an answer that never comes.
-fn only_connection(source: Source) -> Result<Stream> {
-    if source.connected {
-        return Ok(Stream::plain(source.socket));
-    }
-    let accepted = source.socket.accept();
-    let (socket, _) =
-        accepted.map_err(|error| Error::wrap(Kind::Io, "cannot accept a connection", error))?;
-    Ok(Stream::plain(socket))
 }
 
 /// Listens, says where, and goes to the background if that is asked for.

@@ -23,11 +23,11 @@ use std::time::{Duration, Instant};
 use super::batch::Plan;
 use super::driver::{Io, Link};
 use super::mover::Mover;
+use super::stores::{SessionStore, Stores};
 use super::unpack::Unpacker;
 use crate::criu::header::{PageFlags, Target, Wire};
 use crate::criu::receive::{CLOSE_STORED, ReceiveSession, Step, has_parent_answer, parent_answer};
 use crate::error::{Error, Kind, Result};
-use crate::image::store::ImageStore;
 use crate::image::writer::{Destination, SessionImages};
 use crate::observe::received::{PageCounts, Received};
 use crate::stream::Stream;
@@ -46,8 +46,8 @@ const HANG_UP: Duration = Duration::from_secs(30);
 /// What all receiving sessions of a page server share.
 #[derive(Debug)]
 pub struct ReceiveContext {
-    /// The directory that images go to.
-    pub store: Arc<ImageStore>,
+    /// Where images go to.
+    pub stores: Stores,
     /// The header layout to expect, if it is not to be found out.
     pub wire: Option<Wire>,
     /// What moves the bytes.
@@ -59,13 +59,30 @@ pub struct ReceiveContext {
 /// Receives one dump, from its first byte to the end of the connection. On failure the connection is
 /// reset, nothing is left of the images, and the error names the peer and the place.
 pub fn receive_client(mut stream: Stream, context: &ReceiveContext) -> Result<Received> {
-    match Ingest::begin(&stream, context).and_then(|ingest| ingest.run(&mut stream)) {
-        Ok(received) => Ok(received),
-        Err(error) => {
-            let error = error.within(format!("session with {}", stream.peer()));
-            stream.reset();
-            Err(error)
-        }
+    let received = context
+        .stores
+        .for_session(&host(&stream))
+        .and_then(|store| {
+            let ingest = Ingest::begin(&stream, context, &store);
+            let received = ingest.and_then(|ingest| ingest.run(&mut stream));
+            if received.is_err() {
+                store.discard();
+            }
+            received
+        });
+    received.map_err(|error| {
+        let error = error.within(format!("session with {}", stream.peer()));
+        stream.reset();
+        error
+    })
+}
+
+/// The peer's address without its port.
+fn host(stream: &Stream) -> String {
+    let address = stream.socket().peer_addr().ok();
+    match address.and_then(|address| address.as_socket()) {
+        Some(address) => address.ip().to_canonical().to_string(),
+        None => "local".to_owned(),
     }
 }
 
@@ -94,7 +111,7 @@ struct Closed {
 }
 
 impl Ingest {
-    fn begin(stream: &Stream, context: &ReceiveContext) -> Result<Ingest> {
+    fn begin(stream: &Stream, context: &ReceiveContext, store: &SessionStore) -> Result<Ingest> {
         let socket = stream.socket().try_clone();
         let socket =
             socket.map_err(|error| Error::wrap(Kind::Io, "cannot use the socket", error))?;
@@ -102,10 +119,10 @@ impl Ingest {
             socket: Arc::new(socket),
             idle_timeout: context.idle_timeout,
         };
-        let page = context.store.dir().page();
+        let page = store.store.dir().page();
         Ok(Ingest {
             session: ReceiveSession::new(context.wire, page),
-            images: context.store.begin(),
+            images: store.store.begin(),
             mover: Mover::new(context.io.driver(link)?),
             unpacker: Unpacker::new(page),
             page,
@@ -119,12 +136,12 @@ impl Ingest {
     }
 
     fn run(mut self, stream: &mut Stream) -> Result<Received> {
-        let closed = self.receive_all(stream).map_err(|error| {
-            let whereabouts = self.session.whereabouts();
-            error.within(whereabouts)
-        })?;
-        self.unpacker.flush(&mut self.mover)?;
-        self.mover.drain()?;
+        let stored = self.receive_all(stream).and_then(|closed| {
+            self.unpacker.flush(&mut self.mover)?;
+            self.mover.drain()?;
+            Ok(closed)
+        });
+        let closed = stored.map_err(|error| error.within(self.session.whereabouts()))?;
         self.images.commit()?;
         answer(stream, &CLOSE_STORED)?;
         let received = Received {

@@ -10,6 +10,8 @@ mod pipe;
 pub mod restore;
 pub mod serve;
 pub mod sessions;
+pub mod stop;
+pub mod stores;
 pub mod transport;
 mod unpack;
 mod uring;

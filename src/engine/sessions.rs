@@ -5,71 +5,122 @@ use std::net::Shutdown;
 use std::sync::mpsc::{Sender, channel};
 use std::thread;
 
-use socket2::Socket;
-use tracing::{error, info};
+use ipnet::IpNet;
+use socket2::{SockAddr, Socket};
+use tracing::{error, info, warn};
 
+use super::stop::Stop;
 use crate::error::{Error, Kind, Result};
-use crate::limits::CLIENTS_MAX;
 use crate::stream::Stream;
+
+/// How long a server stays.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stay {
+    /// For one connection; it stops listening when that has come.
+    One,
+    /// Until the last of the sessions that run at once with the first is over.
+    Together,
+    /// Until it is stopped.
+    Keep,
+}
+
+/// Whom a server lets in, and for how long.
+#[derive(Clone, Debug)]
+pub struct Rules {
+    /// How long it stays.
+    pub stay: Stay,
+    /// Most sessions at once.
+    pub most: usize,
+    /// Networks whose peers may connect; none means all. Peers without an address are on this host
+    /// and may always.
+    pub allowed: Vec<IpNet>,
+}
+
+impl Rules {
+    fn allow(&self, address: &SockAddr) -> bool {
+        let Some(address) = address.as_socket() else {
+            return true;
+        };
+        // A socket that listens for both shows IPv4 peers as mapped ones.
+        let address = address.ip().to_canonical();
+        self.allowed.is_empty() || self.allowed.iter().any(|net| net.contains(&address))
+    }
+}
 
 /// What happens while sessions run.
 enum Event {
-    Accepted(Stream),
-    AcceptFailed(std::io::Error),
-    Ended(Result<()>),
+    Accepted(Socket),
+    /// No more connections come.
+    AcceptEnded(Result<()>),
+    SessionEnded(Result<()>),
 }
 
-/// Runs `session` for each connection to `listener`, at most [`CLIENTS_MAX`] at once. Failed
-/// sessions are told in the log. With `keep` it goes on until `listener` is shut down; otherwise it
-/// ends with the last of the sessions that run at once with the first, and fails if one of them
-/// did.
+/// Runs `session` for each connection to `listener` that `rules` let in.
+///
+/// # Errors
+///
+/// A session failed (the first error that is; the others, and all with [`Stay::Keep`], are only told
+/// in the log), connections cannot be accepted, or `stop` was pulled before all was done.
 pub fn run_sessions(
     listener: &Socket,
-    keep: bool,
+    rules: &Rules,
+    stop: &Stop,
     session: impl Fn(Stream) -> Result<()> + Sync,
 ) -> Result<()> {
     let (events, inbox) = channel();
+    let _listening = stop.watch(&listener.into())?;
     thread::scope(|scope| {
         let accepted = events.clone();
-        scope.spawn(move || accept_all(listener, &accepted));
+        scope.spawn(move || accept_all(listener, rules, &accepted));
         let mut running = 0;
+        let mut accepting = true;
         let mut outcome = Ok(());
         for event in &inbox {
             match event {
-                Event::Accepted(stream) if running < CLIENTS_MAX => {
+                Event::Accepted(socket) if running < rules.most => {
                     running += 1;
+                    let stream = Stream::plain(socket);
                     info!("{} connected", stream.peer());
                     let (events, session) = (events.clone(), &session);
                     scope.spawn(move || {
+                        let watched = stop.watch(&stream.socket());
+                        let result = watched.and_then(|_watched| session(stream));
                         // The inbox outlives every session.
-                        let _ = events.send(Event::Ended(session(stream)));
+                        let _ = events.send(Event::SessionEnded(result));
                     });
                 }
-                Event::Accepted(stream) => {
-                    error!(
-                        "refused {}: {CLIENTS_MAX} clients are served already",
-                        stream.peer()
+                Event::Accepted(socket) => {
+                    let stream = Stream::plain(socket);
+                    warn!(
+                        "refused {}: {} sessions run already",
+                        stream.peer(),
+                        rules.most
                     );
                     stream.reset();
                 }
-                Event::Ended(result) => {
+                Event::SessionEnded(result) => {
                     running -= 1;
-                    if let Err(failure) = &result {
-                        error!("{failure}");
-                    }
-                    if !keep {
-                        outcome = outcome.and(result);
+                    match result {
+                        Err(failure) if rules.stay == Stay::Keep || outcome.is_err() => {
+                            error!("{failure}");
+                        }
+                        result => outcome = outcome.and(result),
                     }
                 }
-                Event::AcceptFailed(failure) => {
-                    if keep && failure.kind() == ErrorKind::InvalidInput {
-                        break;
-                    }
-                    outcome = Err(Error::wrap(Kind::Io, "cannot accept connections", failure));
-                    break;
+                Event::AcceptEnded(result) => {
+                    accepting = false;
+                    let interrupted = stop.is_pulled() && (running > 0 || rules.stay != Stay::Keep);
+                    outcome = outcome.and(result).and_then(|()| match interrupted {
+                        true => Err(Error::new(Kind::Interrupted, "stopped by a signal")),
+                        false => Ok(()),
+                    });
                 }
             }
-            if running == 0 && !keep {
+            let waits = match rules.stay {
+                Stay::Keep => accepting,
+                Stay::One | Stay::Together => false,
+            };
+            if running == 0 && !waits {
                 break;
             }
         }
@@ -79,17 +130,35 @@ pub fn run_sessions(
     })
 }
 
-/// Accepts until the listener is shut down.
-fn accept_all(listener: &Socket, events: &Sender<Event>) {
+/// Accepts until the listener is shut down, or one connection if no more may come.
+fn accept_all(listener: &Socket, rules: &Rules, events: &Sender<Event>) {
     loop {
         let event = match listener.accept() {
-            Ok((socket, _)) => Event::Accepted(Stream::plain(socket)),
+            Ok((socket, address)) if rules.allow(&address) => {
+                if rules.stay == Stay::One {
+                    // Nobody else shall wait for an answer that never comes.
+                    let _ = listener.shutdown(Shutdown::Both);
+                }
+                Event::Accepted(socket)
+            }
+            Ok((socket, _)) => {
+                let stream = Stream::plain(socket);
+                warn!("refused {}: --allow does not name it", stream.peer());
+                stream.reset();
+                continue;
+            }
             // The peer was gone before we came to it.
             Err(error) if error.kind() == ErrorKind::ConnectionAborted => continue,
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-            Err(error) => Event::AcceptFailed(error),
+            // Shut down.
+            Err(error) if error.kind() == ErrorKind::InvalidInput => Event::AcceptEnded(Ok(())),
+            Err(error) => Event::AcceptEnded(Err(Error::wrap(
+                Kind::Io,
+                "cannot accept connections",
+                error,
+            ))),
         };
-        let last = matches!(event, Event::AcceptFailed(_));
+        let last = rules.stay == Stay::One || matches!(event, Event::AcceptEnded(_));
         if events.send(event).is_err() || last {
             return;
         }

@@ -1,11 +1,12 @@
 //! What a process does to itself and asks about its system: fork, descriptors that it inherited, the
 //! size of a page.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::unistd::{ForkResult, SysconfVar, fork, sysconf};
+use nix::unistd::{ForkResult, SysconfVar, dup2_stderr, dup2_stdin, dup2_stdout, fork, sysconf};
 
 use crate::units::PageSize;
 
@@ -31,15 +32,39 @@ pub fn fork_single_threaded() -> io::Result<ForkResult> {
 }
 
 /// Takes over descriptor `number`, which whoever started this process left open for it and named on
-/// the command line. It is closed on exec from now on. Fails if no such descriptor is open.
+/// the command line. It is closed on exec from now on. A standard stream is taken over as a copy, and
+/// leads to /dev/null from then on: its number must never come to mean some file that is opened later.
+///
+/// # Errors
+///
+/// No such descriptor is open.
 pub fn inherited_descriptor(number: RawFd) -> io::Result<OwnedFd> {
+    match number {
+        0 => replaced(io::stdin().as_fd(), dup2_stdin),
+        1 => replaced(io::stdout().as_fd(), dup2_stdout),
+        2 => replaced(io::stderr().as_fd(), dup2_stderr),
+        _ => open_descriptor(number),
+    }
+}
+
+/// A copy of `stream`, in whose place `replace` then puts /dev/null.
+fn replaced(
+    stream: BorrowedFd<'_>,
+    replace: impl FnOnce(File) -> nix::Result<()>,
+) -> io::Result<OwnedFd> {
+    let copy = stream.try_clone_to_owned()?;
+    replace(File::options().read(true).write(true).open("/dev/null")?)?;
+    Ok(copy)
+}
+
+fn open_descriptor(number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: the number is only asked about, with fcntl, before it is taken for a descriptor.
     let open = unsafe { libc::fcntl(number, libc::F_GETFD) };
     if open < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: it is open, and no other part of this process owns a descriptor that it was started
-    // with: the standard library never closes 0 to 2, and the rest are only taken over here.
+    // with: they are only taken over here, each once.
     let owned = unsafe { OwnedFd::from_raw_fd(number) };
     fcntl(&owned, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
     Ok(owned)

@@ -1,0 +1,140 @@
+//! Ends a server in order when SIGTERM or SIGINT asks for it: no new sessions, and those that run
+//! fail as if their peers had gone, which cleans up behind them.
+
+use std::collections::HashMap;
+use std::net::Shutdown;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::sys::signal::{SigSet, Signal};
+use socket2::{SockRef, Socket};
+
+use crate::error::{Error, Kind, Result};
+
+/// A server's brake. Copies act on the same server.
+#[derive(Clone, Debug, Default)]
+pub struct Stop(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    pulled: AtomicBool,
+    sockets: Mutex<Sockets>,
+}
+
+#[derive(Debug, Default)]
+struct Sockets {
+    open: HashMap<u64, Socket>,
+    next: u64,
+}
+
+/// A socket that is shut down when the brake is pulled, until this is dropped.
+#[derive(Debug)]
+pub struct Watched {
+    stop: Stop,
+    number: u64,
+}
+
+/// Keeps SIGTERM and SIGINT from ending this thread and those that it starts. To be called before
+/// any other thread is started.
+pub fn block_stop_signals() -> Result<()> {
+    let blocked = stop_signals().thread_block();
+    blocked.map_err(|errno| Error::wrap(Kind::Io, "cannot block signals", errno))
+}
+
+fn stop_signals() -> SigSet {
+    [Signal::SIGTERM, Signal::SIGINT].into_iter().collect()
+}
+
+impl Stop {
+    /// A brake that the signals pull, which [`block_stop_signals`] has blocked.
+    pub fn on_signals() -> Result<Stop> {
+        let stop = Stop::default();
+        let pulled = stop.clone();
+        std::thread::Builder::new()
+            .name("signals".to_owned())
+            .spawn(move || {
+                // Waiting for a set of valid signals cannot fail.
+                if let Ok(signal) = stop_signals().wait() {
+                    tracing::warn!("{signal}: ending all sessions");
+                    pulled.pull();
+                }
+            })
+            .map_err(|error| Error::wrap(Kind::Io, "cannot start a thread", error))?;
+        Ok(stop)
+    }
+
+    /// Ends everything that is watched, now and later.
+    pub fn pull(&self) {
+        self.0.pulled.store(true, Ordering::SeqCst);
+        for socket in self.sockets().open.values() {
+            end(&socket.into());
+        }
+    }
+
+    /// Whether the brake was pulled.
+    pub fn is_pulled(&self) -> bool {
+        self.0.pulled.load(Ordering::SeqCst)
+    }
+
+    /// Shuts `socket` down when the brake is pulled, at once if it was.
+    pub fn watch(&self, socket: &SockRef<'_>) -> Result<Watched> {
+        let copy = socket
+            .try_clone()
+            .map_err(|error| Error::wrap(Kind::Io, "cannot duplicate a socket", error))?;
+        let mut sockets = self.sockets();
+        let number = sockets.next;
+        sockets.next += 1;
+        sockets.open.insert(number, copy);
+        drop(sockets);
+        // Asked behind the insertion: a pull from before it is seen here, a later one there.
+        if self.is_pulled() {
+            end(socket);
+        }
+        let stop = self.clone();
+        Ok(Watched { stop, number })
+    }
+
+    fn sockets(&self) -> MutexGuard<'_, Sockets> {
+        // Poisoned or not, the map is whole: it is changed by single insertions and removals.
+        self.0
+            .sockets
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.stop.sockets().open.remove(&self.number);
+    }
+}
+
+fn end(socket: &SockRef<'_>) {
+    // A socket that its peer has closed needs no end.
+    let _ = socket.shutdown(Shutdown::Both);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn watched_sockets_end_others_do_not() {
+        let stop = Stop::default();
+        let (watched, mut peer) = UnixStream::pair().unwrap();
+        let (forgotten, mut other) = UnixStream::pair().unwrap();
+        let _guard = stop.watch(&(&watched).into()).unwrap();
+        drop(stop.watch(&(&forgotten).into()).unwrap());
+        stop.pull();
+        assert_eq!(peer.read(&mut [0]).unwrap(), 0);
+        let (late, mut late_peer) = UnixStream::pair().unwrap();
+        let _late = stop.watch(&(&late).into()).unwrap();
+        assert_eq!(late_peer.read(&mut [0]).unwrap(), 0);
+        other.set_nonblocking(true).unwrap();
+        let error = other.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+    }
+}

@@ -1,0 +1,235 @@
+//! Which directory a session's images go to: one for all, or one each.
+
+use std::fmt;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use thiserror::Error;
+
+use crate::error::{Error, Kind, Result};
+use crate::image::store::{ImageStore, Sync};
+use crate::units::PageSize;
+
+/// A relative path with places for what tells sessions apart: `{peer}` (the peer's address without
+/// its port) and `{seq}` (1, 2, 3...).
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Template(String);
+
+/// A template that cannot be used.
+#[derive(Clone, PartialEq, Eq, Debug, Error)]
+pub enum TemplateError {
+    /// A place of another name.
+    #[error("{0:?} has a place that is neither {{peer}} nor {{seq}}")]
+    Place(String),
+    /// It leads out of the images directory.
+    #[error("{0:?} is no path inside the images directory")]
+    Outside(String),
+}
+
+impl FromStr for Template {
+    type Err = TemplateError;
+
+    fn from_str(text: &str) -> std::result::Result<Template, TemplateError> {
+        let plain = text.replace("{peer}", "x").replace("{seq}", "x");
+        if plain.contains(['{', '}']) {
+            return Err(TemplateError::Place(text.to_owned()));
+        }
+        let normal = |component| matches!(component, Component::Normal(_));
+        if plain.is_empty() || !Path::new(&plain).components().all(normal) {
+            return Err(TemplateError::Outside(text.to_owned()));
+        }
+        Ok(Template(text.to_owned()))
+    }
+}
+
+impl fmt::Display for Template {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl Template {
+    fn fill(&self, peer: &str, seq: u64) -> String {
+        // A peer's name must stay one component, whatever it is.
+        let peer = peer.replace('/', "_");
+        self.0
+            .replace("{peer}", &peer)
+            .replace("{seq}", &seq.to_string())
+    }
+
+    fn tells_numbers(&self) -> bool {
+        self.0.contains("{seq}")
+    }
+}
+
+/// How image directories are opened.
+#[derive(Clone, Debug)]
+pub struct StoreOptions {
+    /// The images directory.
+    pub dir: PathBuf,
+    /// Size of the pages to receive.
+    pub page: PageSize,
+    /// Where the `parent` link of each directory leads, relative to that directory.
+    pub previous: Option<PathBuf>,
+    /// What is on disk when a session is answered.
+    pub sync: Sync,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub enum Stores {
+    /// All sessions share one directory.
+    Shared(Arc<ImageStore>),
+    /// Each session has a directory of its own, below that of the options.
+    Each {
+        /// How directories are opened.
+        options: StoreOptions,
+        /// Their names.
+        template: Template,
+        /// The number of the next session.
+        next: AtomicU64,
+    },
+}
+
+/// A session's directory.
+#[derive(Debug)]
+pub struct SessionStore {
+    /// The directory.
+    pub store: Arc<ImageStore>,
+    /// Its path if it was made for the session alone.
+    made: Option<PathBuf>,
+}
+
+impl Stores {
+    /// One directory for all sessions, or with a template one each.
+    pub fn open(options: StoreOptions, template: Option<Template>) -> Result<Stores> {
+        match template {
+            None => options.open(&options.dir).map(Stores::Shared),
+            Some(template) => Ok(Stores::Each {
+                options,
+                template,
+                next: AtomicU64::new(1),
+            }),
+        }
+    }
+
+    /// The directory for a session with a peer at `peer`, an address without port.
+    pub fn for_session(&self, peer: &str) -> Result<SessionStore> {
+        match self {
+            Stores::Shared(store) => Ok(SessionStore {
+                store: Arc::clone(store),
+                made: None,
+            }),
+            Stores::Each {
+                options,
+                template,
+                next,
+            } => {
+                let path = make_dir(options, template, next, peer)?;
+                Ok(SessionStore {
+                    store: options.open(&path)?,
+                    made: Some(path),
+                })
+            }
+        }
+    }
+}
+
+impl StoreOptions {
+    fn open(&self, dir: &Path) -> Result<Arc<ImageStore>> {
+        ImageStore::open(dir, self.page, self.previous.as_deref(), self.sync)
+    }
+}
+
+impl SessionStore {
+    /// Removes a directory that was made for a session that failed, if nothing is in it.
+    pub fn discard(self) {
+        if let Some(path) = self.made
+            && let Err(error) = std::fs::remove_dir(&path)
+        {
+            tracing::debug!("{} stays: {error}", path.display());
+        }
+    }
+}
+
+/// Makes a directory that no session had before.
+fn make_dir(
+    options: &StoreOptions,
+    template: &Template,
+    next: &AtomicU64,
+    peer: &str,
+) -> Result<PathBuf> {
+    loop {
+        let seq = next.fetch_add(1, Ordering::Relaxed);
+        let path = options.dir.join(template.fill(peer, seq));
+        let failed = |error| Error::file("make the directory", &path, error);
+        if let Some(above) = path.parent() {
+            std::fs::create_dir_all(above).map_err(failed)?;
+        }
+        match std::fs::create_dir(&path) {
+            Ok(()) => return Ok(path),
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(failed(error));
+            }
+            Err(_) if template.tells_numbers() => {}
+            Err(error) => {
+                let text = format!(
+                    "{} is an earlier session's (add {{seq}} to --images-dir-template)",
+                    path.display()
+                );
+                return Err(Error::wrap(Kind::Usage, text, error));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stores(dir: &Path, template: &str) -> Stores {
+        let options = StoreOptions {
+            dir: dir.to_owned(),
+            page: PageSize::KIB_4,
+            previous: None,
+            sync: Sync::None,
+        };
+        Stores::open(options, Some(template.parse().unwrap())).unwrap()
+    }
+
+    #[test]
+    fn templates_stay_inside_the_directory() {
+        for bad in ["", "/x", "../{seq}", "a/../b", "{pid}", "{seq", "./x"] {
+            assert!(bad.parse::<Template>().is_err(), "{bad}");
+        }
+        for good in ["{seq}", "{peer}/{seq}", "from-{peer}"] {
+            assert_eq!(good.parse::<Template>().unwrap().to_string(), good);
+        }
+    }
+
+    #[test]
+    fn each_session_gets_a_directory_that_none_had() {
+        let tmp = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(tmp.path().join("::1/2")).unwrap();
+        let stores = stores(tmp.path(), "{peer}/{seq}");
+        let paths: Vec<PathBuf> = ["::1", "::1", "a/b"]
+            .map(|peer| stores.for_session(peer).unwrap().made.unwrap())
+            .into();
+        let expected = ["::1/1", "::1/3", "a_b/4"].map(|name| tmp.path().join(name));
+        assert_eq!(paths, expected);
+    }
+
+    #[test]
+    fn a_failed_session_takes_its_directory_along_and_names_are_not_shared() {
+        let tmp = tempfile::tempdir().unwrap();
+        let stores = stores(tmp.path(), "{peer}");
+        stores.for_session("::1").unwrap().discard();
+        assert!(!tmp.path().join("::1").exists());
+        stores.for_session("::1").unwrap();
+        let error = stores.for_session("::1").unwrap_err();
+        assert!(error.to_string().contains("{seq}"), "{error}");
+    }
+}
