@@ -5,8 +5,9 @@ use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::Make;
 use testbed::for_each_criu;
+use testbed::load::scenarios::{reading, reshaping};
 use testbed::load::spec::LoadSpec;
-use testbed::load::steps::{Advice, Order, Part, Pass, Step};
+use testbed::load::steps::{Order, Pass, Step};
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::suite::make;
 use testbed::wait::GENEROUS;
@@ -23,56 +24,6 @@ for_each_criu!(
 );
 
 const MIB: u32 = 64;
-
-/// A pass by several threads at random, each visiting its share; then all of them everything.
-fn reading() -> Vec<Step> {
-    let random = Pass::full(Order::Random).threads(4);
-    vec![Step::Verify(random), Step::Verify(random.overlapping())]
-}
-
-/// Everything that a process can do to its address space, and a look at all of it at the end.
-/// Parts lie in the areas of [`LoadSpec::mixed`] with 64 MiB: 8192, 2048, 2048, 2048, 2048 pages.
-fn reshaping() -> Vec<Step> {
-    let random = Pass::full(Order::Random);
-    vec![
-        Step::Fork {
-            depth: 2,
-            pass: random,
-        },
-        Step::Move(Part::new(0, 1000, 2000)),
-        Step::Drop {
-            part: Part::new(1, 100, 900),
-            advice: Advice::DontNeed,
-        },
-        Step::Drop {
-            part: Part::new(4, 0, 700),
-            advice: Advice::Free,
-        },
-        Step::Unmap {
-            part: Part::new(0, 5000, 1000),
-            map_again: false,
-        },
-        Step::Unmap {
-            part: Part::new(4, 1000, 500),
-            map_again: true,
-        },
-        Step::Grow {
-            area: 1,
-            pages: 300,
-        },
-        Step::Protect(Part::new(0, 7000, 500)),
-        Step::Write {
-            every: 5,
-            order: Order::Random,
-        },
-        Step::Fork {
-            depth: 1,
-            pass: random,
-        },
-        Step::Verify(random.threads(4).overlapping()),
-        Step::Verify(Pass::full(Order::Descending)),
-    ]
-}
 
 /// Moves a mixed process over a slow link and lets it carry out `steps` on arrival.
 fn migrate(bed: &Bed, criu: &Criu, source: Source<'_>, steps: &[Step]) -> Result<()> {

@@ -100,6 +100,15 @@ enum Running {
     Nobody,
 }
 
+/// A load that has been dumped.
+struct Dumped {
+    load: Load,
+    before: Vec<Report>,
+    source: Running,
+    images: PathBuf,
+    address: Option<SocketAddr>,
+}
+
 /// A post-copy under way. Parts are dropped in this order.
 #[derive(Debug)]
 pub struct PostCopy {
@@ -127,6 +136,54 @@ impl PostCopy {
         let before = load.run_everywhere(&[Step::Status])?;
         let dumped = bed.path("dumped");
         let (source, images, address) = start_source(bed, plan, &mut load, dumped)?;
+        PostCopy::restore(
+            plan,
+            Dumped {
+                load,
+                before,
+                source,
+                images,
+                address,
+            },
+            steps,
+        )
+    }
+
+    /// Restores a load that was dumped into `images` and is gone, from there or from a `server`.
+    ///
+    /// # Errors
+    /// A step of the migration fails; the error shows the logs.
+    pub fn from_images(
+        plan: &Plan<'_>,
+        load: Load,
+        before: Vec<Report>,
+        images: PathBuf,
+        server: Option<PageServer>,
+        steps: &[Step],
+    ) -> Result<PostCopy> {
+        let address = server.as_ref().map(PageServer::address);
+        let source = server.map_or(Running::Nobody, Running::PageServer);
+        PostCopy::restore(
+            plan,
+            Dumped {
+                load,
+                before,
+                source,
+                images,
+                address,
+            },
+            steps,
+        )
+    }
+
+    fn restore(plan: &Plan<'_>, dumped: Dumped, steps: &[Step]) -> Result<PostCopy> {
+        let Dumped {
+            load,
+            before,
+            source,
+            images,
+            address,
+        } = dumped;
         let proxy = match (address, plan.link) {
             (Some(address), Some((link, accident))) => Some(Proxy::start(address, link, accident)?),
             _ => None,

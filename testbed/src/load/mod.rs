@@ -16,6 +16,7 @@
 pub mod content;
 mod handle;
 pub mod report;
+pub mod scenarios;
 pub mod spec;
 pub mod steps;
 

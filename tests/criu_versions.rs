@@ -1,0 +1,97 @@
+//! CRIUs of different versions on the two sides, and CRIU's own daemons against ours.
+
+use anyhow::{Result, ensure};
+use testbed::bed::{Bed, with_bed};
+use testbed::criu::{Criu, Suite};
+use testbed::daemons::{Make, Options, PageServer};
+use testbed::load::Load;
+use testbed::load::scenarios::reading;
+use testbed::load::spec::LoadSpec;
+use testbed::load::steps::{Order, Pass, Step};
+use testbed::migration::{Dump, Restore};
+use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
+use testbed::wait::GENEROUS;
+use testbed::{for_each_criu, gate};
+
+for_each_criu!(
+    criu_reads_from_our_page_server,
+    our_page_server_serves_one_restore_after_another
+);
+
+/// Memory dumped by the oldest CRIU into our page server is restored by a newer one.
+fn dump_with_oldest_restore_with(newer: Suite) {
+    let Some(oldest) = gate::criu(Suite::Trixie) else {
+        return;
+    };
+    let Some(newer) = gate::criu(newer) else {
+        return;
+    };
+    with_bed(|bed| {
+        let mut load = Load::start(LoadSpec::tree(bed.path("load"), 48, 3), None)?;
+        let images = bed.path("images");
+        let server = PageServer::receiving(Make::Ours, &Options::new(&images))?;
+        Dump::new(&oldest, load.pid(), &images)
+            .to(server.address())
+            .run()?;
+        server.finish(GENEROUS)?;
+        load.wait_until_gone()?;
+        let _restored = Restore::new(&newer, &images).run()?;
+        for report in load.run_everywhere(&[Step::Verify(Pass::full(Order::Random))])? {
+            report.expect_right()?;
+            let digest = Some(load.spec().initial_digest(report.process));
+            ensure!(
+                report.steps[0].digest == digest,
+                "not the memory that was dumped"
+            );
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn trixie_into_our_page_server_is_restored_by_sid() {
+    dump_with_oldest_restore_with(Suite::Sid);
+}
+
+#[test]
+fn trixie_into_our_page_server_is_restored_by_experimental() {
+    dump_with_oldest_restore_with(Suite::Experimental);
+}
+
+/// CRIU's lazy-pages daemon, v1 and v2, fetches from our page server.
+fn criu_reads_from_our_page_server(bed: &Bed, criu: &Criu) -> Result<()> {
+    let source = Source::PageServer(Make::Ours);
+    let plan = Plan::new(criu, source, Make::Criu(criu)).over(slow_link());
+    let spec = LoadSpec::mixed(bed.path("load"), 32);
+    let mut moved = PostCopy::start(bed, &plan, spec, &reading())?;
+    moved.reports()?;
+    moved.finish()
+}
+
+/// With `--keep` one set of images serves many restores.
+fn our_page_server_serves_one_restore_after_another(bed: &Bed, criu: &Criu) -> Result<()> {
+    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), 32), None)?;
+    let dumped = bed.path("dumped");
+    Dump::new(criu, load.pid(), &dumped).run()?;
+    load.wait_until_gone()?;
+    let options = Options::new(&dumped).with(&["--keep"]).log_to("serve.log");
+    let mut server = PageServer::serving(Make::Ours, &options)?;
+    for (round, client) in [Make::Ours, Make::Criu(criu), Make::Ours]
+        .into_iter()
+        .enumerate()
+    {
+        let here = bed.path(&format!("restore-{round}"));
+        testbed::images::copy_without_lazy_pages(&dumped, &here)?;
+        let options = Options::new(&here).log_to("lazy.log");
+        let daemon = testbed::daemons::LazyDaemon::start(client, &options, Some(server.address()))?;
+        let _restored = Restore::new(criu, &here).lazily().run()?;
+        load.run(0, &[Step::Verify(Pass::full(Order::Random))])?
+            .expect_right()?;
+        daemon.finish(GENEROUS)?;
+        ensure!(
+            server.process().ended()?.is_none(),
+            "the server has left after round {round}"
+        );
+    }
+    Ok(())
+}
