@@ -1,15 +1,20 @@
 //! A real CRIU dumps into a page server, and restores from what it stored.
 
+use std::fs;
+use std::path::Path;
+
 use anyhow::{Result, ensure};
 use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::{Options, PageServer};
 use testbed::for_each_criu;
-use testbed::load::Load;
 use testbed::load::spec::LoadSpec;
 use testbed::load::steps::{Order, Pass, Step};
+use testbed::load::{Load, page_words};
 use testbed::migration::{Dump, Restore};
+use testbed::stats;
 use testbed::suite::make;
+use testbed::sys::WORD_BYTES;
 use testbed::wait::GENEROUS;
 
 for_each_criu!(one_process_with_mixed_pages, a_tree_with_shared_memory);
@@ -25,6 +30,14 @@ fn dump_and_restore(bed: &Bed, criu: &Criu, spec: LoadSpec) -> Result<()> {
         .run()?;
     server.finish(GENEROUS)?;
     load.wait_until_gone()?;
+    let stored = bytes_of_pages_files(&images)?;
+    let stats = stats::of_dump(&images)?;
+    let written = stats.pages_written + stats.shared_pages_written.unwrap_or(0);
+    let page_bytes = (page_words() * WORD_BYTES) as u64;
+    ensure!(
+        stored == written * page_bytes,
+        "{stored} bytes stored of {written} pages"
+    );
 
     let _restored = Restore::new(criu, &images).run()?;
     let verify = Step::Verify(Pass::full(Order::Random));
@@ -42,6 +55,17 @@ fn dump_and_restore(bed: &Bed, criu: &Criu, spec: LoadSpec) -> Result<()> {
         );
     }
     Ok(())
+}
+
+fn bytes_of_pages_files(images: &Path) -> Result<u64> {
+    let mut bytes = 0;
+    for entry in fs::read_dir(images)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with("pages-") {
+            bytes += entry.metadata()?.len();
+        }
+    }
+    Ok(bytes)
 }
 
 fn one_process_with_mixed_pages(bed: &Bed, criu: &Criu) -> Result<()> {

@@ -26,6 +26,7 @@ pub mod pipes;
 pub mod postcopy;
 pub mod process;
 pub mod proxy;
+pub mod stats;
 pub mod suite;
 pub mod sys;
 pub mod wait;

@@ -249,6 +249,15 @@ impl Restored {
         descendants(self.namespace.pid())
     }
 
+    /// Process 1 of the namespace.
+    ///
+    /// # Errors
+    /// The namespace is gone.
+    pub fn init(&self) -> Result<Pid> {
+        let init = self.pids().first().copied();
+        init.context("the namespace of the restored processes is gone")
+    }
+
     /// The log of the restore.
     pub fn log(&self) -> &Path {
         &self.log
@@ -257,8 +266,8 @@ impl Restored {
     /// Kills all restored processes.
     pub fn kill(&mut self) {
         // The death of its process 1 ends a PID namespace, and then `unshare` ends by itself.
-        if let Some(init) = self.pids().first() {
-            kill_and_reap(&[*init]);
+        if let Ok(init) = self.init() {
+            kill_and_reap(&[init]);
         }
     }
 }

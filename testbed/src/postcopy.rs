@@ -199,6 +199,10 @@ impl PostCopy {
             .collect::<Result<_>>()?;
         let restored = Restore::new(plan.restores, &images).lazily().run();
         let restored = restored.with_context(|| daemon.process().log_tail())?;
+        if let Ok(init) = restored.init() {
+            // Unless they have ended already.
+            load.steer(init)?;
+        }
         Ok(PostCopy {
             restored,
             daemon,

@@ -1,6 +1,6 @@
 //! The harness's end of a load.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fs;
 use std::io::ErrorKind;
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 
 use super::report::{FAILURE_FILE, Report};
 use super::spec::LoadSpec;
-use super::steps::{Command, Step};
+use super::steps::{Command, Step, command_file};
 use crate::net::{NetNs, command_in};
 use crate::process::{Spawned, descendants, kill_and_reap};
 use crate::wait::{self, GENEROUS};
@@ -21,7 +21,8 @@ use crate::workspace;
 
 /// A running load: steered before the dump, and after the restore, by the same files.
 ///
-/// While both the dumped and the restored process run, either may take a command: end one first.
+/// While both the dumped and the restored process run, either may take a command, unless
+/// [`Load::steer`] says who is meant.
 #[derive(Debug)]
 pub struct Load {
     spec: LoadSpec,
@@ -29,6 +30,7 @@ pub struct Load {
     source: Spawned,
     tree: Vec<Pid>,
     seq: Cell<u64>,
+    steered: RefCell<Option<PathBuf>>,
 }
 
 impl Load {
@@ -59,6 +61,7 @@ impl Load {
             source,
             tree: Vec::new(),
             seq: Cell::new(0),
+            steered: RefCell::default(),
         };
         for process in 0..load.spec.processes {
             wait::until("a load full of memory", GENEROUS, || {
@@ -88,6 +91,17 @@ impl Load {
         &mut self.source
     }
 
+    /// From now on commands go to the processes in the PID namespace of `pid`, and no others.
+    ///
+    /// # Errors
+    /// There is no such process.
+    pub fn steer(&self, pid: Pid) -> Result<()> {
+        let namespace = fs::read_link(format!("/proc/{pid}/ns/pid"))
+            .with_context(|| format!("the PID namespace of {pid}"))?;
+        *self.steered.borrow_mut() = Some(namespace);
+        Ok(())
+    }
+
     /// Lets `process` carry out `steps`, and waits for its report.
     ///
     /// # Errors
@@ -108,7 +122,8 @@ impl Load {
             seq,
             steps: steps.to_vec(),
         };
-        let path = self.root.join(format!("command-{process}.json"));
+        let file = command_file(process, self.steered.borrow().as_deref());
+        let path = self.root.join(file);
         let unfinished = path.with_extension("new");
         fs::write(&unfinished, serde_json::to_vec(&command)?)?;
         fs::rename(unfinished, path)?;
@@ -162,6 +177,7 @@ impl Load {
         if let Some(ended) = self.source.ended()? {
             bail!("the source must run on: {}", ended.status);
         }
+        self.steer(self.source.pid())?;
         let before = self.run(0, &[Step::Status])?;
         wait::until("a higher counter", GENEROUS, || {
             Ok((self.run(0, &[Step::Status])?.counter > before.counter).then_some(()))

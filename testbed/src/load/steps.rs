@@ -1,5 +1,7 @@
 //! What a load can be told to do.
 
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 
 /// The order in which a pass visits pages.
@@ -159,6 +161,16 @@ pub enum Step {
         /// With this code.
         code: i32,
     },
+}
+
+/// Name of the file for commands to `process` in a PID namespace (as `/proc/PID/ns/pid` names it),
+/// or to whoever runs if none is given. The dumped and the restored process may both run, and are
+/// told apart by their namespaces alone.
+pub fn command_file(process: u32, namespace: Option<&Path>) -> String {
+    match namespace {
+        None => format!("command-{process}.json"),
+        Some(namespace) => format!("command-{process}-{}.json", namespace.display()),
+    }
 }
 
 /// What the harness writes into a command file.

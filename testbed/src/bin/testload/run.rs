@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::ErrorKind;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
@@ -12,7 +13,7 @@ use testbed::load::content::mix;
 use testbed::load::page_words;
 use testbed::load::report::{Report, StepReport};
 use testbed::load::spec::{LoadSpec, OnLostPage};
-use testbed::load::steps::{Command, Order, Pass, Step};
+use testbed::load::steps::{Command, Order, Pass, Step, command_file};
 use testbed::sys;
 
 use crate::fork::{fork_and_verify, grow_tree, leave_zombies, write_json};
@@ -92,25 +93,33 @@ fn start_threads(count: u32) -> Vec<Arc<AtomicU64>> {
     (0..count).map(start).collect()
 }
 
+/// Reads a command and removes its file; `None` if there is no such file.
+fn take(path: &Path) -> Result<Option<Command>> {
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error).context("command"),
+    };
+    fs::remove_file(path)?;
+    Ok(Some(serde_json::from_slice(&bytes).context("command")?))
+}
+
 impl Process {
     fn serve(&mut self) -> Result<()> {
-        let path = self.spec.dir.join(format!("command-{}.json", self.process));
         loop {
             std::thread::sleep(TURN);
             self.counter += 1;
             self.dirty_a_share();
-            let command: Command = match fs::read(&path) {
-                Ok(bytes) => serde_json::from_slice(&bytes).context("command")?,
-                Err(error) if error.kind() == ErrorKind::NotFound => continue,
-                Err(error) => return Err(error).context("command"),
-            };
-            fs::remove_file(&path)?;
-            let steps = command
-                .steps
-                .iter()
-                .map(|step| self.carry_out(*step))
-                .collect();
-            self.report(command.seq, steps)?;
+            // Looked up anew each time: a restored process is in another namespace than it was.
+            let namespace = fs::read_link("/proc/self/ns/pid")?;
+            for namespace in [None, Some(namespace.as_path())] {
+                let file = command_file(self.process, namespace);
+                if let Some(command) = take(&self.spec.dir.join(file))? {
+                    let carry_out = |step: &Step| self.carry_out(*step);
+                    let steps = command.steps.iter().map(carry_out).collect();
+                    self.report(command.seq, steps)?;
+                }
+            }
         }
     }
 
