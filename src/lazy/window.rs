@@ -20,6 +20,12 @@ const WINDOW_BYTES_MAX: u64 = 128 << 20;
 /// A request of the background stream should keep the link busy about this long, µs.
 const CHUNK_TIME_US: u64 = 125;
 
+/// The same while faults share the link, µs: each waits for what is left of one request.
+const CHUNK_TIME_FAULTING_US: u64 = 50;
+
+/// Faults share the link if the last one was asked for this recently, µs.
+const FAULT_MEMORY_US: u64 = 2_000;
+
 /// How long a shortest delay stands, µs: a route may become longer.
 const DELAY_MEMORY_US: u64 = 10_000_000;
 
@@ -42,6 +48,7 @@ pub struct Window {
     delay_us: Option<u64>,
     previous_delay_us: Option<u64>,
     delay_since_us: u64,
+    last_fault_us: Option<u64>,
 }
 
 impl Default for Window {
@@ -53,6 +60,7 @@ impl Default for Window {
             delay_us: None,
             previous_delay_us: None,
             delay_since_us: 0,
+            last_fault_us: None,
         }
     }
 }
@@ -65,6 +73,16 @@ impl Window {
             sent_us: now_us,
             received_then: self.received,
         }
+    }
+
+    /// A fault is asked for over this link.
+    pub fn faulted(&mut self, now_us: u64) {
+        self.last_fault_us = Some(now_us);
+    }
+
+    fn is_faulting(&self, now_us: u64) -> bool {
+        self.last_fault_us
+            .is_some_and(|last| now_us.saturating_sub(last) < FAULT_MEMORY_US)
     }
 
     /// The first byte of the answer to a request has come.
@@ -116,18 +134,29 @@ impl Window {
     }
 
     /// How large a request of the background stream should be, bytes.
-    pub fn chunk_bytes(&self) -> u64 {
-        let bytes = self.rate().saturating_mul(CHUNK_TIME_US) / 1_000_000;
+    pub fn chunk_bytes(&self, now_us: u64) -> u64 {
+        let time = if self.is_faulting(now_us) {
+            CHUNK_TIME_FAULTING_US
+        } else {
+            CHUNK_TIME_US
+        };
+        let bytes = self.rate().saturating_mul(time) / 1_000_000;
         bytes
             .clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)
             .next_power_of_two()
     }
 
     /// Whether one more request of the background stream may go out.
-    pub fn has_room(&self) -> bool {
-        // One request beyond the product, so that the source never runs dry between two.
-        let limit = self.product() + self.product() / 8 + self.chunk_bytes();
-        self.in_flight < limit.max(2 * self.chunk_bytes())
+    pub fn has_room(&self, now_us: u64) -> bool {
+        let product = self.product() + self.product() / 8;
+        let limit = if self.is_faulting(now_us) {
+            // The source may run dry for a moment between two requests, but no fault waits for two.
+            product.max(1)
+        } else {
+            let chunk = self.chunk_bytes(now_us);
+            (product + chunk).max(2 * chunk)
+        };
+        self.in_flight < limit
     }
 
     /// Bytes asked for and not yet received.
@@ -189,8 +218,8 @@ mod tests {
         let mut on_the_way = VecDeque::new();
         let (mut now, mut link_free_at) = (0_u64, 0_u64);
         for _ in 0..requests {
-            while window.has_room() {
-                let bytes = window.chunk_bytes();
+            while window.has_room(now) {
+                let bytes = window.chunk_bytes(now);
                 let ticket = window.sent(bytes, now);
                 let starts = (now + delay_us).max(link_free_at);
                 link_free_at = starts + bytes * 1_000_000 / rate;

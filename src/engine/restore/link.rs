@@ -112,7 +112,10 @@ impl Link {
     /// Queues a request; [`Link::flush`] sends it.
     pub(super) fn ask(&mut self, request: Request, now_us: u64) {
         let ticket = self.window.sent(request.image.bytes(), now_us);
-        self.urgent += u64::from(request.class != Class::Stream);
+        if request.class != Class::Stream {
+            self.urgent += 1;
+            self.window.faulted(now_us);
+        }
         let sent = Sent { request, ticket };
         self.fetcher
             .get(request.pid, request.image, sent, &mut self.out);

@@ -279,7 +279,7 @@ impl Restore {
             return Ok(());
         };
         let mut asked = false;
-        while pair.stream.window().has_room() {
+        while pair.stream.window().has_room(now_us) {
             if self
                 .limit
                 .as_mut()
@@ -287,7 +287,10 @@ impl Restore {
             {
                 break;
             }
-            let Some(request) = self.planner.next_stream(pair.stream.window().chunk_bytes()) else {
+            let Some(request) = self
+                .planner
+                .next_stream(pair.stream.window().chunk_bytes(now_us))
+            else {
                 break;
             };
             if let Some(limit) = &mut self.limit {
