@@ -92,7 +92,12 @@ impl fmt::Display for Error {
         let mut cause = self.source.as_deref().map(|source| source as &dyn StdError);
         while let Some(error) = cause {
             write!(f, ": {error}")?;
-            cause = error.source();
+            // One of ours has told its own causes.
+            cause = if error.is::<Error>() {
+                None
+            } else {
+                error.source()
+            };
         }
         Ok(())
     }
@@ -103,5 +108,21 @@ impl StdError for Error {
         self.source
             .as_deref()
             .map(|source| source as &(dyn StdError + 'static))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_cause_is_told_once() {
+        let io = std::io::Error::other("disk on fire");
+        let inner = Error::wrap(Kind::Io, "cannot write x", io);
+        let outer = Error::wrap(Kind::MemoryLost, "all is lost", inner);
+        assert_eq!(
+            outer.to_string(),
+            "all is lost: cannot write x: disk on fire"
+        );
     }
 }
