@@ -23,6 +23,7 @@ pub mod load;
 pub mod migration;
 pub mod net;
 pub mod pipes;
+pub mod pki;
 pub mod postcopy;
 pub mod process;
 pub mod proxy;
