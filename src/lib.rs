@@ -25,4 +25,5 @@ pub mod limits;
 pub mod observe;
 pub mod stream;
 pub mod sys;
+pub mod tls;
 pub mod units;

@@ -60,16 +60,25 @@ pub const REQUEST_BYTES: usize = 16 << 10;
 /// from the page cache should still be in the processor's cache when it goes to the socket.
 pub const ANSWER_BYTES: usize = 128 << 10;
 
+/// Bytes of ciphertext received from a TLS peer at once.
+pub const TLS_BUFFER_BYTES: usize = 64 << 10;
+
 /// Most extents in one answer; a request for pages of more gets a short answer.
 pub const ANSWER_EXTENTS_MAX: usize = 1024;
 
 /// Most clients served at once.
-pub const CLIENTS_MAX: usize = 256;
+pub const CLIENTS_MAX: usize = 128;
+
+/// Ciphertext that waits to be sent to a TLS peer, bytes.
+pub const TLS_OUTGOING_BYTES: usize = 128 << 10;
 
 /// The buffers of all clients together stay below this, bytes.
-const CLIENT_BUFFERS_MAX: usize = 40 << 20;
+const CLIENT_BUFFERS_MAX: usize = 48 << 20;
 
-const _: () = assert!(CLIENTS_MAX * (REQUEST_BYTES + ANSWER_BYTES) <= CLIENT_BUFFERS_MAX);
+const _: () = assert!(
+    CLIENTS_MAX * (REQUEST_BYTES + ANSWER_BYTES + TLS_BUFFER_BYTES + TLS_OUTGOING_BYTES)
+        <= CLIENT_BUFFERS_MAX
+);
 
 /// Most bytes of pages in one batch of ferry's stream.
 pub const FERRY_BATCH_BYTES_MAX: usize = 256 << 10;

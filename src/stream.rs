@@ -1,7 +1,8 @@
 //! A connection to a peer, whatever carries it: the engines read, write and reset it in one way.
 //!
 //! Keep-alive probes are on for TCP, so that a peer whose host is gone is noticed, and the Nagle
-//! algorithm is off: a small frame is always somebody's waiting.
+//! algorithm is off: a small frame is always somebody's waiting. Whether TLS is in between is seen
+//! here alone.
 
 use std::fmt;
 use std::fs::File;
@@ -14,13 +15,21 @@ use nix::errno::Errno;
 use nix::sys::sendfile::sendfile64;
 use socket2::{SockRef, Socket, TcpKeepalive};
 
+use crate::error::Result;
+use crate::tls::{Tls, TlsStream};
+
 /// How long a TCP peer may be silent before it is probed, and how long between the probes.
 const KEEPALIVE: Duration = Duration::from_secs(20);
 
 /// An open connection.
 pub struct Stream {
-    socket: Socket,
+    carrier: Carrier,
     peer: String,
+}
+
+enum Carrier {
+    Plain(Socket),
+    Secure(Box<TlsStream>),
 }
 
 impl fmt::Debug for Stream {
@@ -46,7 +55,8 @@ impl Stream {
             }
             None => "a local socket".to_owned(),
         };
-        Stream { socket, peer }
+        let carrier = Carrier::Plain(socket);
+        Stream { carrier, peer }
     }
 
     /// Who is at the other end, for messages.
@@ -54,16 +64,41 @@ impl Stream {
         &self.peer
     }
 
+    /// The same connection secured by `tls`, if that is given, as its server: waits for the client's
+    /// handshake.
+    pub fn secure(self, tls: Option<&Tls>) -> Result<Stream> {
+        let Stream { carrier, peer } = self;
+        let carrier = match (carrier, tls) {
+            (Carrier::Plain(socket), Some(tls)) => {
+                Carrier::Secure(Box::new(tls.accept(socket, &peer)?))
+            }
+            (carrier, _) => carrier,
+        };
+        Ok(Stream { carrier, peer })
+    }
+
+    /// Whether what is written goes over the socket as it is, so that the kernel alone can move
+    /// bytes between it and a file.
+    pub fn is_plain(&self) -> bool {
+        matches!(self.carrier, Carrier::Plain(_))
+    }
+
     /// The socket, for its options and for engines that move bytes past this type.
     pub fn socket(&self) -> SockRef<'_> {
-        SockRef::from(&self.socket)
+        match &self.carrier {
+            Carrier::Plain(socket) => SockRef::from(socket),
+            Carrier::Secure(stream) => stream.socket(),
+        }
     }
 
     /// Writes all of `bytes`, which more bytes follow soon: the kernel may hold back what does not
     /// fill a packet.
     pub fn write_more(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        let Carrier::Plain(socket) = &self.carrier else {
+            return self.write_all(bytes);
+        };
         while !bytes.is_empty() {
-            match self.socket.send_with_flags(bytes, MSG_MORE | MSG_NOSIGNAL) {
+            match socket.send_with_flags(bytes, MSG_MORE | MSG_NOSIGNAL) {
                 Ok(sent) => bytes = &bytes[sent..],
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
@@ -72,8 +107,9 @@ impl Stream {
         Ok(())
     }
 
-    /// Sends `len` bytes of `file` from `offset` on, without a copy where the connection allows.
-    /// Fails with [`io::ErrorKind::UnexpectedEof`] if the file ends before.
+    /// Sends `len` bytes of `file` from `offset` on over a plain connection, without a copy. Fails with
+    /// [`io::ErrorKind::UnexpectedEof`] if the file ends before, and with
+    /// [`io::ErrorKind::Unsupported`] over another connection.
     pub fn send_file(&mut self, file: &File, offset: u64, len: u64) -> io::Result<()> {
         let ends = (
             i64::try_from(offset),
@@ -82,9 +118,12 @@ impl Stream {
         let (Ok(mut at), Some(Ok(end))) = ends else {
             return Err(io::ErrorKind::UnexpectedEof.into());
         };
+        let Carrier::Plain(socket) = &self.carrier else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
         while at < end {
             let left = usize::try_from(end - at).unwrap_or(usize::MAX);
-            match sendfile64(&self.socket, file, Some(&mut at), left) {
+            match sendfile64(socket, file, Some(&mut at), left) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => return Err(errno.into()),
@@ -97,22 +136,41 @@ impl Stream {
     /// success in some roles.
     pub fn reset(self) {
         // A socket that is gone already needs no reset.
-        let _ = self.socket.set_linger(Some(Duration::ZERO));
+        let _ = self.socket().set_linger(Some(Duration::ZERO));
+    }
+
+    /// Tells the peer that nothing more will come, where the connection has words for that.
+    pub fn end(&mut self) -> io::Result<()> {
+        match &mut self.carrier {
+            Carrier::Plain(_) => Ok(()),
+            Carrier::Secure(stream) => stream.close(),
+        }
     }
 }
 
 impl Read for Stream {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        self.socket.read(out)
+        match &mut self.carrier {
+            Carrier::Plain(socket) => socket.read(out),
+            Carrier::Secure(stream) => stream.read(out),
+        }
     }
 }
 
+/// Over a secure connection each write begins a record of its own, and [`Write::flush`] sends what was
+/// written.
 impl Write for Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.socket.send_with_flags(bytes, MSG_NOSIGNAL)
+        match &mut self.carrier {
+            Carrier::Plain(socket) => socket.send_with_flags(bytes, MSG_NOSIGNAL),
+            Carrier::Secure(stream) => stream.write(bytes),
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+        match &mut self.carrier {
+            Carrier::Plain(_) => Ok(()),
+            Carrier::Secure(stream) => stream.flush(),
+        }
     }
 }

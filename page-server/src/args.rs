@@ -12,6 +12,7 @@ use pageferry::engine::driver;
 use pageferry::engine::stores::Template;
 use pageferry::image::store;
 use pageferry::limits::RECEIVE_SESSIONS_MAX;
+use pageferry::tls::TlsArgs;
 
 /// Receives the memory of a criu dump into image files, or serves it from there to a lazy restore.
 ///
@@ -21,6 +22,9 @@ use pageferry::limits::RECEIVE_SESSIONS_MAX;
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) common: CommonArgs,
+
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
 
     /// Serve the images to lazy restores instead of receiving
     #[arg(long)]

@@ -20,6 +20,7 @@ use pageferry::image::dir::ImageDir;
 use pageferry::limits::CLIENTS_MAX;
 use pageferry::stream::Stream;
 use pageferry::sys::process::page_size;
+use pageferry::tls::Tls;
 use pageferry::units::PageSize;
 
 use args::Args;
@@ -57,6 +58,7 @@ fn receive(args: &Args, daemon: &mut Daemon) -> Result<()> {
         io: Io::choose(args.io.map(Into::into))?,
         idle_timeout: args.idle_timeout.map(Duration::from_secs),
     };
+    let tls = Tls::load(&args.tls)?;
     let source = listen(args, daemon)?;
     let rules = Rules {
         stay: if args.keep { Stay::Keep } else { Stay::One },
@@ -64,6 +66,7 @@ fn receive(args: &Args, daemon: &mut Daemon) -> Result<()> {
         allowed: args.allow.clone(),
     };
     run(source, &rules, |stream| {
+        let stream = stream.secure(tls.as_ref())?;
         receive_client(stream, &context).map(|received| tracing::info!("{received}"))
     })
 }
@@ -71,6 +74,7 @@ fn receive(args: &Args, daemon: &mut Daemon) -> Result<()> {
 fn serve(args: &Args, daemon: &mut Daemon) -> Result<()> {
     let dir = ImageDir::open(daemon.images_dir(), pages_of_system()?)?;
     let context = ServeContext::new(dir, args.wire.forced());
+    let tls = Tls::load(&args.tls)?;
     let source = listen(args, daemon)?;
     let rules = Rules {
         stay: if args.keep {
@@ -82,6 +86,7 @@ fn serve(args: &Args, daemon: &mut Daemon) -> Result<()> {
         allowed: args.allow.clone(),
     };
     run(source, &rules, |stream| {
+        let stream = stream.secure(tls.as_ref())?;
         serve_client(stream, &context).map(|served| {
             tracing::info!(
                 "{} pages ({} bytes) in {} answers served to {} in {:.3} s",

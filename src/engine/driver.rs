@@ -115,12 +115,17 @@ impl Link {
 
     /// The error for a peer that says nothing any more.
     pub(super) fn silent(&self) -> Error {
-        let seconds = self.idle_timeout.unwrap_or_default().as_secs();
-        Error::new(
-            Kind::PeerLost,
-            format!("the peer has said nothing for {seconds} s (--idle-timeout)"),
-        )
+        silent(self.idle_timeout)
     }
+}
+
+/// The error for a peer that says nothing for `idle_timeout`.
+pub(super) fn silent(idle_timeout: Option<Duration>) -> Error {
+    let seconds = idle_timeout.unwrap_or_default().as_secs();
+    Error::new(
+        Kind::PeerLost,
+        format!("the peer has said nothing for {seconds} s (--idle-timeout)"),
+    )
 }
 
 /// Which driver moves the bytes.

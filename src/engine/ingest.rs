@@ -15,13 +15,13 @@
 //! Invariants: CLOSE is answered only when every byte is in its file and every image has its name; on
 //! any failure the images are gone and the connection is reset, so that the dump fails too.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::batch::Plan;
-use super::driver::{Io, Link};
+use super::driver::{Io, Link, silent};
 use super::mover::Mover;
 use super::stores::{SessionStore, Stores};
 use super::unpack::Unpacker;
@@ -31,6 +31,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::writer::{Destination, SessionImages};
 use crate::observe::received::{PageCounts, Received};
 use crate::stream::Stream;
+use crate::sys::buffers::Buffer;
 use crate::units::{PageRange, PageSize};
 
 /// A buffer is written when less room than this is left in it: a receive for less would cost more
@@ -98,6 +99,7 @@ struct Ingest {
     /// Whether the last frame was large enough to be spliced: then the next one is read header
     /// first, so that its payload can be spliced as a whole.
     expects_large: bool,
+    idle_timeout: Option<Duration>,
     targets: u64,
     pages: PageCounts,
     wire_bytes: u64,
@@ -119,15 +121,24 @@ impl Ingest {
             socket: Arc::new(socket),
             idle_timeout: context.idle_timeout,
         };
+        // Secured bytes are decrypted here while another thread writes.
+        let io = if stream.is_plain() {
+            context.io
+        } else {
+            let timeout = stream.socket().set_read_timeout(context.idle_timeout);
+            timeout.map_err(|error| Error::wrap(Kind::Io, "cannot set --idle-timeout", error))?;
+            Io::Epoll
+        };
         let page = store.store.dir().page();
         Ok(Ingest {
             session: ReceiveSession::new(context.wire, page),
             images: store.store.begin(),
-            mover: Mover::new(context.io.driver(link)?),
+            mover: Mover::new(io.driver(link)?),
             unpacker: Unpacker::new(page),
             page,
             cursor: None,
             expects_large: false,
+            idle_timeout: context.idle_timeout,
             targets: 0,
             pages: PageCounts::default(),
             wire_bytes: 0,
@@ -169,7 +180,7 @@ impl Ingest {
             while closed.is_none() && buffer.len() - filled >= ROOM_BYTES_MIN {
                 let window = filled..self.window_end(filled, buffer.len());
                 let bytes;
-                (buffer, bytes) = self.mover.receive(buffer, window)?;
+                (buffer, bytes) = self.receive(stream, buffer, window)?;
                 if bytes == 0 {
                     return Err(self.ended_early());
                 }
@@ -177,11 +188,36 @@ impl Ingest {
                 let arrived = filled..filled + bytes;
                 closed = self.take_steps(stream, &buffer, &arrived, &mut plan)?;
                 filled = arrived.end;
-                self.splice_rest()?;
+                if stream.is_plain() {
+                    self.splice_rest()?;
+                }
             }
             self.mover.write(buffer, plan)?;
             if let Some(closed) = closed {
                 return Ok(closed);
+            }
+        }
+    }
+
+    fn receive(
+        &mut self,
+        stream: &mut Stream,
+        mut buffer: Buffer,
+        window: Range<usize>,
+    ) -> Result<(Buffer, usize)> {
+        if stream.is_plain() {
+            return self.mover.receive(buffer, window);
+        }
+        loop {
+            match stream.read(&mut buffer[window.clone()]) {
+                Ok(bytes) => return Ok((buffer, bytes)),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    return Err(silent(self.idle_timeout));
+                }
+                Err(error) => {
+                    return Err(Error::wrap(Kind::PeerLost, "the connection is lost", error));
+                }
             }
         }
     }
@@ -298,7 +334,7 @@ impl Ingest {
 }
 
 fn answer(stream: &mut Stream, bytes: &[u8]) -> Result<()> {
-    let sent = stream.write_all(bytes);
+    let sent = stream.write_all(bytes).and_then(|()| stream.flush());
     sent.map_err(|error| Error::wrap(Kind::PeerLost, "cannot answer", error))
 }
 
@@ -310,4 +346,6 @@ fn wait_for_end(stream: &mut Stream) {
     while matches!(stream.read(&mut rest), Ok(1..)) {
         tracing::warn!("{} goes on after CLOSE", stream.peer());
     }
+    // It may be gone by now.
+    let _ = stream.end();
 }

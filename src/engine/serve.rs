@@ -183,7 +183,7 @@ impl Session<'_> {
         let wire = self.requests.wire().unwrap_or(Wire::V2);
         let mut header = [0; HEADER_BYTES_MAX];
         let len = get.answer(wire, pages, &mut header);
-        self.push(&header[..len])?;
+        self.push_header(&header[..len])?;
         let runs = std::mem::take(&mut self.runs);
         for run in &runs {
             self.push_run(&chain, run)?;
@@ -233,9 +233,19 @@ impl Session<'_> {
         Ok(PageCount(pages))
     }
 
+    /// Over TLS a header has a record of its own: see [`crate::tls`].
+    fn push_header(&mut self, header: &[u8]) -> Result<()> {
+        if self.stream.is_plain() {
+            return self.push(header);
+        }
+        self.write_answers()?;
+        self.push(header)?;
+        self.write_answers()
+    }
+
     fn push(&mut self, bytes: &[u8]) -> Result<()> {
         if self.answers.room() < bytes.len() {
-            self.send_answers()?;
+            self.write_answers()?;
         }
         self.answers.next(bytes.len()).copy_from_slice(bytes);
         Ok(())
@@ -244,7 +254,7 @@ impl Session<'_> {
     fn push_run(&mut self, chain: &Chain, run: &Resolved) -> Result<()> {
         let bytes = run.range.bytes();
         match run.place {
-            Place::Raw { file, offset } if bytes >= SEND_FILE_BYTES_MIN => {
+            Place::Raw { file, offset } if self.can_send_file(bytes) => {
                 let waiting = self.answers.take();
                 let stream = &mut self.stream;
                 stream.write_more(waiting).map_err(lost)?;
@@ -260,12 +270,16 @@ impl Session<'_> {
         }
     }
 
+    fn can_send_file(&self, bytes: u64) -> bool {
+        bytes >= SEND_FILE_BYTES_MIN && self.stream.is_plain()
+    }
+
     /// Copies `bytes` from `place` on into the answer buffer, sending it whenever it is full.
     fn copy_run(&mut self, chain: &Chain, mut place: Place, mut bytes: u64) -> Result<()> {
         while bytes > 0 {
             let room = self.page.floor(self.answers.room() as u64);
             if room == 0 {
-                self.send_answers()?;
+                self.write_answers()?;
                 continue;
             }
             let piece = bytes.min(room);
@@ -277,8 +291,13 @@ impl Session<'_> {
         Ok(())
     }
 
-    fn send_answers(&mut self) -> Result<()> {
+    fn write_answers(&mut self) -> Result<()> {
         self.stream.write_all(self.answers.take()).map_err(lost)
+    }
+
+    fn send_answers(&mut self) -> Result<()> {
+        self.write_answers()?;
+        self.stream.flush().map_err(lost)
     }
 
     fn close(&mut self, wait_for_end: bool) -> Result<()> {
@@ -290,6 +309,8 @@ impl Session<'_> {
             let mut rest = [0; HEADER_BYTES_MAX];
             while matches!(self.receive(&mut rest), Ok(1..)) {}
         }
+        // It may be gone by now.
+        let _ = self.stream.end();
         Ok(())
     }
 

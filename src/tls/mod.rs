@@ -1,0 +1,175 @@
+//! TLS as CRIU has it: X.509 certificates on both sides, from the first byte of a connection.
+//!
+//! ```text
+//! files --> Tls --> accept, connect --> TlsStream: a handshake, then read and write
+//!                          |
+//!                   verify: chain, dates, revocation, name      session: rustls
+//! ```
+//!
+//! Both sides show a certificate and check the other's. A client also checks that the server's
+//! certificate is for the address it connects to, unless told not to (`--tls-no-cn-verify`). Trust
+//! comes from the CA file alone: unlike CRIU, the authorities that the system trusts for the web
+//! are never asked, for any of their customers could then read and write memory.
+//!
+//! A refused certificate is an error on both sides: here with whose it was and what is wrong, there
+//! by a TLS alert, which is sent before the connection ends.
+
+mod files;
+mod session;
+mod stream;
+#[cfg(test)]
+mod tests;
+mod verify;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+use rustls::client::{Resumption, UnbufferedClientConnection};
+use rustls::crypto::CryptoProvider;
+use rustls::crypto::ring::default_provider;
+use rustls::pki_types::ServerName;
+use rustls::server::{NoServerSessionStorage, UnbufferedServerConnection};
+use rustls::sign::SingleCertAndKey;
+use rustls::{ClientConfig, ServerConfig};
+use socket2::Socket;
+
+use crate::error::{Error, Kind, Result};
+use session::TlsSession;
+pub use stream::TlsStream;
+use verify::{PeerVerifier, Trust};
+
+/// CRIU's TLS options, with its spelling and defaults.
+#[derive(Args, Clone, Debug, Default)]
+pub struct TlsArgs {
+    /// Secure the connection by TLS, with certificates on both sides
+    #[arg(long)]
+    pub tls: bool,
+
+    /// Trust peers whose certificates these authorities issued [default: /etc/pki/CA/cacert.pem]
+    #[arg(long, value_name = "FILE")]
+    pub tls_cacert: Option<PathBuf>,
+
+    /// List of revoked certificates [default: /etc/pki/CA/cacrl.pem, if it is there]
+    #[arg(long, value_name = "FILE")]
+    pub tls_cacrl: Option<PathBuf>,
+
+    /// This host's certificate [default: /etc/pki/criu/cert.pem]
+    #[arg(long, value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+
+    /// Its private key [default: /etc/pki/criu/private/key.pem]
+    #[arg(long, value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
+
+    /// As a client, accept a server whose certificate is for another name than --address
+    #[arg(long)]
+    pub tls_no_cn_verify: bool,
+}
+
+/// Who this host is and whom it trusts; makes connections secure.
+#[derive(Clone, Debug)]
+pub struct Tls {
+    provider: Arc<CryptoProvider>,
+    trust: Arc<Trust>,
+    identity: Arc<SingleCertAndKey>,
+    /// This host's certificate in words.
+    own: Arc<str>,
+    verify_name: bool,
+}
+
+impl Tls {
+    /// What `args` say: `None` without `--tls`. Fails with [`Kind::Usage`] and the file's name if a
+    /// file is missing or holds something else, or if certificate and key do not belong together.
+    pub fn load(args: &TlsArgs) -> Result<Option<Tls>> {
+        if !args.tls {
+            return Ok(None);
+        }
+        let provider = Arc::new(default_provider());
+        let identity = files::identity(args, &provider)?;
+        let trust = Arc::new(Trust {
+            anchors: files::anchors(args)?,
+            revocations: files::revocations(args)?,
+        });
+        Ok(Some(Tls {
+            provider,
+            trust,
+            own: identity.description.into(),
+            identity: Arc::new(SingleCertAndKey::from(identity.key)),
+            verify_name: !args.tls_no_cn_verify,
+        }))
+    }
+
+    /// Secures an accepted connection: waits for the client's handshake and checks its certificate.
+    /// `peer` names it in errors.
+    pub fn accept(&self, socket: Socket, peer: &str) -> Result<TlsStream> {
+        let (session, verifier) = self.server_session()?;
+        self.shake_hands(socket, session, verifier, peer)
+    }
+
+    /// Secures a connection to the server `host`, the address or name that it was connected by.
+    pub fn connect(&self, socket: Socket, host: &str) -> Result<TlsStream> {
+        let name = ServerName::try_from(host.to_owned()).map_err(|error| {
+            let text = format!("{host:?} is no name that a certificate can be for");
+            Error::wrap(Kind::Usage, text, error)
+        })?;
+        let (session, verifier) = self.client_session(name)?;
+        self.shake_hands(socket, session, verifier, host)
+    }
+
+    fn server_session(&self) -> Result<(TlsSession, Arc<PeerVerifier>)> {
+        let verifier = Arc::new(self.verifier(None));
+        let config = ServerConfig::builder_with_provider(Arc::clone(&self.provider))
+            .with_safe_default_protocol_versions()
+            .map_err(unusable)?
+            .with_client_cert_verifier(Arc::clone(&verifier) as Arc<_>);
+        let mut config = config.with_cert_resolver(Arc::clone(&self.identity) as Arc<_>);
+        // A ticket is a record that no reader expects, and no session is ever resumed.
+        config.send_tls13_tickets = 0;
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        let server = UnbufferedServerConnection::new(Arc::new(config)).map_err(unusable)?;
+        Ok((TlsSession::from(server), verifier))
+    }
+
+    fn client_session(&self, name: ServerName<'static>) -> Result<(TlsSession, Arc<PeerVerifier>)> {
+        let checked = self.verify_name.then(|| name.clone());
+        let verifier = Arc::new(self.verifier(checked));
+        let config = ClientConfig::builder_with_provider(Arc::clone(&self.provider))
+            .with_safe_default_protocol_versions()
+            .map_err(unusable)?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::clone(&verifier) as Arc<_>);
+        let mut config = config.with_client_cert_resolver(Arc::clone(&self.identity) as Arc<_>);
+        config.resumption = Resumption::disabled();
+        let client = UnbufferedClientConnection::new(Arc::new(config), name).map_err(unusable)?;
+        Ok((TlsSession::from(client), verifier))
+    }
+
+    fn verifier(&self, name: Option<ServerName<'static>>) -> PeerVerifier {
+        let algorithms = self.provider.signature_verification_algorithms;
+        PeerVerifier::new(Arc::clone(&self.trust), algorithms, name)
+    }
+
+    fn shake_hands(
+        &self,
+        socket: Socket,
+        session: TlsSession,
+        verifier: Arc<PeerVerifier>,
+        peer: &str,
+    ) -> Result<TlsStream> {
+        let own = Arc::clone(&self.own);
+        let mut stream = TlsStream::new(socket, session, verifier, own);
+        stream.handshake().map_err(|error| {
+            Error::wrap(
+                Kind::PeerLost,
+                format!("no TLS connection with {peer}"),
+                error,
+            )
+        })?;
+        Ok(stream)
+    }
+}
+
+fn unusable(error: rustls::Error) -> Error {
+    Error::wrap(Kind::Usage, "TLS cannot be set up", error)
+}

@@ -1,0 +1,410 @@
+//! One TLS session: ciphertext in and out on one side, plaintext on the other. No descriptor here.
+//!
+//! ```text
+//! socket --> incoming --(rustls)--> plain --> caller
+//! socket <-- outgoing <--(rustls)----------- caller
+//! ```
+//!
+//! Each [`TlsSession::write`] begins a new record. That matters to CRIU: its lazy-pages daemon reads
+//! just the bytes that it waits for and goes back to epoll, which does not know of what is left of a
+//! decrypted record. So a header never shares a record with what follows it.
+
+use std::fmt;
+
+use rustls::client::UnbufferedClientConnection;
+use rustls::server::UnbufferedServerConnection;
+use rustls::unbuffered::{
+    ConnectionState, EncodeError, EncryptError, InsufficientSizeError, UnbufferedStatus,
+};
+
+use crate::limits::TLS_BUFFER_BYTES;
+
+/// Most plaintext in a record: a multiple of both header lengths of CRIU's protocol, so that no
+/// request is ever cut by the end of a record. (RFC 8446 allows 16384.)
+pub(super) const RECORD_BYTES: usize = 170 * 96;
+
+/// What a record adds to its plaintext at most: header, explicit nonce, content type, tag.
+const RECORD_OVERHEAD_BYTES: usize = 64;
+
+/// The longest record that a peer may send, with its header: TLS 1.2 lets it grow by 2048 bytes.
+const WIRE_RECORD_BYTES_MAX: usize = 5 + (16 << 10) + 2048;
+
+const _: () = assert!(TLS_BUFFER_BYTES / 2 >= WIRE_RECORD_BYTES_MAX);
+
+/// What a read came to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Plain {
+    /// So many bytes of plaintext, at least one.
+    Bytes(usize),
+    /// Nothing before more ciphertext comes.
+    NeedsInput,
+    /// The peer has said that nothing more will come.
+    Ended,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct TlsSession {
+    connection: Connection,
+    incoming: Incoming,
+    /// Ciphertext for the peer; `sent` of it is gone already.
+    outgoing: Vec<u8>,
+    sent: usize,
+    plain: PlainBuffer,
+    established: bool,
+    ended: bool,
+    failed: bool,
+}
+
+enum Connection {
+    Client(Box<UnbufferedClientConnection>),
+    Server(Box<UnbufferedServerConnection>),
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Connection::Client(_) => "Client",
+            Connection::Server(_) => "Server",
+        })
+    }
+}
+
+/// Ciphertext from the peer that was not looked at yet.
+#[derive(Debug)]
+struct Incoming {
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
+}
+
+/// Plaintext that no read has taken yet.
+#[derive(Default, Debug)]
+struct PlainBuffer {
+    bytes: Vec<u8>,
+    taken: usize,
+}
+
+/// What is to be encrypted.
+#[derive(Clone, Copy, Debug)]
+enum Say<'a> {
+    Nothing,
+    Data(&'a [u8]),
+    /// That nothing more will come.
+    Goodbye,
+}
+
+/// Why rustls stopped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Stop {
+    /// Something was done; go on.
+    Progress,
+    /// The handshake needs input.
+    Handshaking,
+    /// Established, and all input is used up. Whatever was to be encrypted is in `outgoing`.
+    Idle,
+    /// Both sides said that nothing more will come.
+    Closed,
+}
+
+impl From<UnbufferedClientConnection> for TlsSession {
+    fn from(connection: UnbufferedClientConnection) -> TlsSession {
+        TlsSession::new(Connection::Client(Box::new(connection)))
+    }
+}
+
+impl From<UnbufferedServerConnection> for TlsSession {
+    fn from(connection: UnbufferedServerConnection) -> TlsSession {
+        TlsSession::new(Connection::Server(Box::new(connection)))
+    }
+}
+
+impl TlsSession {
+    fn new(connection: Connection) -> TlsSession {
+        TlsSession {
+            connection,
+            incoming: Incoming {
+                buffer: vec![0; TLS_BUFFER_BYTES].into(),
+                start: 0,
+                end: 0,
+            },
+            outgoing: Vec::new(),
+            sent: 0,
+            plain: PlainBuffer::default(),
+            established: false,
+            ended: false,
+            failed: false,
+        }
+    }
+
+    /// Room for ciphertext from the socket; never empty while a read says that it needs input.
+    pub(super) fn room(&mut self) -> &mut [u8] {
+        self.incoming.room()
+    }
+
+    /// `bytes` of the room have been filled.
+    pub(super) fn filled(&mut self, bytes: usize) {
+        self.incoming.end += bytes;
+    }
+
+    /// Ciphertext for the socket.
+    pub(super) fn outgoing(&self) -> &[u8] {
+        &self.outgoing[self.sent..]
+    }
+
+    /// `bytes` of the outgoing ciphertext are sent.
+    pub(super) fn sent(&mut self, bytes: usize) {
+        self.sent += bytes;
+        if self.sent == self.outgoing.len() {
+            self.outgoing.clear();
+            self.sent = 0;
+        }
+    }
+
+    /// Whether a read would find plaintext without more input, or may find some.
+    pub(super) fn has_buffered(&self) -> bool {
+        !self.plain.is_empty() || self.incoming.has_record()
+    }
+
+    /// Goes on with the handshake as far as the input allows. True when it is over.
+    pub(super) fn handshake(&mut self) -> Result<bool, rustls::Error> {
+        while !self.established {
+            match self.step(Say::Nothing)? {
+                Stop::Progress => {}
+                Stop::Handshaking => return Ok(false),
+                Stop::Idle => self.established = true,
+                Stop::Closed => return Err(rustls::Error::HandshakeNotComplete),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Fills `out` as far as plaintext has come.
+    pub(super) fn read(&mut self, out: &mut [u8]) -> Result<Plain, rustls::Error> {
+        let mut filled = self.plain.take(out);
+        while filled < out.len() && !self.ended {
+            match self.step(Say::Nothing)? {
+                Stop::Progress => filled += self.plain.take(&mut out[filled..]),
+                Stop::Handshaking | Stop::Idle => break,
+                Stop::Closed => self.ended = true,
+            }
+        }
+        Ok(match filled {
+            0 if self.ended => Plain::Ended,
+            0 => Plain::NeedsInput,
+            bytes => Plain::Bytes(bytes),
+        })
+    }
+
+    /// Encrypts `bytes` into records of their own, to be sent.
+    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<(), rustls::Error> {
+        for record in bytes.chunks(RECORD_BYTES) {
+            loop {
+                match self.step(Say::Data(record))? {
+                    Stop::Idle => break,
+                    Stop::Progress => {}
+                    Stop::Handshaking | Stop::Closed => {
+                        return Err(rustls::Error::HandshakeNotComplete);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the peer that nothing more will come.
+    pub(super) fn close(&mut self) -> Result<(), rustls::Error> {
+        while self.established && self.step(Say::Goodbye)? == Stop::Progress {}
+        Ok(())
+    }
+
+    /// After an error: puts the alert that tells the peer of it into the outgoing ciphertext.
+    pub(super) fn queue_alert(&mut self) {
+        // What waits to be encoded comes before any more input is looked at, and nothing but the
+        // alert waits: everything else was taken before the input that failed.
+        let _ = self.advance(Say::Nothing);
+    }
+
+    /// Lets rustls do one thing: read a record, say something of its own, or encrypt what `say` says.
+    /// After an error it is not let near the input again.
+    fn step(&mut self, say: Say<'_>) -> Result<Stop, rustls::Error> {
+        if self.failed {
+            let text = "the TLS session has failed before";
+            return Err(rustls::Error::General(text.to_owned()));
+        }
+        let stop = self.advance(say);
+        self.failed = stop.is_err();
+        stop
+    }
+
+    fn advance(&mut self, say: Say<'_>) -> Result<Stop, rustls::Error> {
+        let TlsSession {
+            connection,
+            incoming,
+            outgoing,
+            plain,
+            ended,
+            ..
+        } = self;
+        let mut hands = Hands {
+            outgoing,
+            plain,
+            ended,
+        };
+        let input = &mut incoming.buffer[incoming.start..incoming.end];
+        let (used, stop) = match connection {
+            Connection::Client(client) => hands.handle(client.process_tls_records(input), say),
+            Connection::Server(server) => hands.handle(server.process_tls_records(input), say),
+        };
+        incoming.start += used;
+        stop
+    }
+}
+
+/// Where what rustls gives goes.
+struct Hands<'a> {
+    outgoing: &'a mut Vec<u8>,
+    plain: &'a mut PlainBuffer,
+    ended: &'a mut bool,
+}
+
+impl Hands<'_> {
+    /// Does what rustls asks for; says how much input it has used up.
+    fn handle<Data>(
+        &mut self,
+        status: UnbufferedStatus<'_, '_, Data>,
+        say: Say<'_>,
+    ) -> (usize, Result<Stop, rustls::Error>) {
+        let mut used = status.discard;
+        let state = match status.state {
+            Ok(state) => state,
+            Err(error) => return (used, Err(error)),
+        };
+        let stop = match state {
+            ConnectionState::ReadTraffic(mut traffic) => loop {
+                match traffic.next_record() {
+                    Some(Ok(record)) => {
+                        self.plain.bytes.extend_from_slice(record.payload);
+                        used += record.discard;
+                    }
+                    Some(Err(error)) => break Err(error),
+                    None => break Ok(Stop::Progress),
+                }
+            },
+            ConnectionState::EncodeTlsData(mut message) => self.append(0, |out| {
+                message.encode(out).map_err(|error| match error {
+                    EncodeError::InsufficientSize(size) => Refused::TooSmall(size),
+                    EncodeError::AlreadyEncoded => Refused::Never,
+                })
+            }),
+            ConnectionState::TransmitTlsData(message) => {
+                // It is in `outgoing`, in its order.
+                message.done();
+                Ok(Stop::Progress)
+            }
+            ConnectionState::WriteTraffic(mut traffic) => {
+                let written = match say {
+                    Say::Nothing => Ok(Stop::Idle),
+                    Say::Data(data) => self.append(data.len(), |out| {
+                        traffic.encrypt(data, out).map_err(Refused::from)
+                    }),
+                    Say::Goodbye => self.append(0, |out| {
+                        traffic.queue_close_notify(out).map_err(Refused::from)
+                    }),
+                };
+                written.map(|_| Stop::Idle)
+            }
+            ConnectionState::PeerClosed => {
+                *self.ended = true;
+                Ok(Stop::Progress)
+            }
+            ConnectionState::Closed => Ok(Stop::Closed),
+            ConnectionState::BlockedHandshake => Ok(Stop::Handshaking),
+            // Early data is switched off; other states do not exist in this version.
+            _ => Err(rustls::Error::General("an unknown TLS state".to_owned())),
+        };
+        (used, stop)
+    }
+
+    /// Appends to `outgoing` what `fill` writes: about `bytes` bytes.
+    fn append(
+        &mut self,
+        bytes: usize,
+        mut fill: impl FnMut(&mut [u8]) -> Result<usize, Refused>,
+    ) -> Result<Stop, rustls::Error> {
+        let start = self.outgoing.len();
+        let mut room = bytes + RECORD_OVERHEAD_BYTES;
+        loop {
+            self.outgoing.resize(start + room, 0);
+            match fill(&mut self.outgoing[start..]) {
+                Ok(bytes) => {
+                    self.outgoing.truncate(start + bytes);
+                    return Ok(Stop::Progress);
+                }
+                Err(Refused::TooSmall(size)) if size.required_size > room => {
+                    room = size.required_size;
+                }
+                Err(_) => {
+                    self.outgoing.truncate(start);
+                    return Err(rustls::Error::EncryptError);
+                }
+            }
+        }
+    }
+}
+
+/// Why rustls wrote nothing.
+enum Refused {
+    TooSmall(InsufficientSizeError),
+    Never,
+}
+
+impl From<EncryptError> for Refused {
+    fn from(error: EncryptError) -> Refused {
+        match error {
+            EncryptError::InsufficientSize(size) => Refused::TooSmall(size),
+            EncryptError::EncryptExhausted => Refused::Never,
+        }
+    }
+}
+
+impl Incoming {
+    fn room(&mut self) -> &mut [u8] {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        } else if self.start > self.buffer.len() / 2 {
+            self.buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        &mut self.buffer[self.end..]
+    }
+
+    /// Whether a whole record has come. Its length is in bytes 3 and 4.
+    fn has_record(&self) -> bool {
+        match self.buffer[self.start..self.end] {
+            [_, _, _, high, low, ref body @ ..] => {
+                body.len() >= usize::from(u16::from_be_bytes([high, low]))
+            }
+            _ => false,
+        }
+    }
+}
+
+impl PlainBuffer {
+    fn is_empty(&self) -> bool {
+        self.taken == self.bytes.len()
+    }
+
+    /// Moves what fits into `out`.
+    fn take(&mut self, out: &mut [u8]) -> usize {
+        let left = &self.bytes[self.taken..];
+        let bytes = left.len().min(out.len());
+        out[..bytes].copy_from_slice(&left[..bytes]);
+        self.taken += bytes;
+        if self.is_empty() {
+            self.bytes.clear();
+            self.taken = 0;
+        }
+        bytes
+    }
+}
