@@ -176,14 +176,23 @@ pub enum HeaderError {
     /// The low half of `cmd` names no operation.
     #[error("unknown operation {0:#x}: the peer speaks no page-server protocol that is known here")]
     UnknownOp(u16),
+    /// The bytes are the beginning of a TLS handshake.
+    #[error("the peer speaks TLS: both sides must be started with --tls, or neither")]
+    Tls,
 }
+
+/// What the first two bytes of a TLS handshake (record type 22, version 3.x) are as an operation.
+const TLS_HANDSHAKE: u16 = 0x0316;
 
 impl Header {
     /// Reads a header from `bytes`, which hold at least [`Wire::header_bytes`].
     pub fn decode(wire: Wire, bytes: &[u8]) -> Result<Header, HeaderError> {
         let cmd = word32(bytes, 0);
         let (low, high) = ((cmd & 0xffff) as u16, cmd >> 16);
-        let op = Op::from_number(low).ok_or(HeaderError::UnknownOp(low))?;
+        let op = Op::from_number(low).ok_or(match low {
+            TLS_HANDSHAKE => HeaderError::Tls,
+            _ => HeaderError::UnknownOp(low),
+        })?;
         let (pages, rest) = match wire {
             Wire::V1 => (u64::from(word32(bytes, 4)), 8),
             Wire::V2 => (word64(bytes, 8), 16),
@@ -317,6 +326,16 @@ mod tests {
             let get = header(Op::Get, 16, 0x40_0000, 4_194_303);
             assert_eq!(Wire::detect_serve(&first_bytes(&get, wire)), wire);
         }
+    }
+
+    #[test]
+    fn a_tls_handshake_is_told_from_an_unknown_operation() {
+        let mut bytes = [0; HEADER_BYTES_MAX];
+        bytes[..6].copy_from_slice(&[0x16, 3, 1, 2, 0, 1]);
+        assert_eq!(Header::decode(Wire::V1, &bytes), Err(HeaderError::Tls));
+        bytes[0] = 0x17;
+        let error = Err(HeaderError::UnknownOp(0x0317));
+        assert_eq!(Header::decode(Wire::V1, &bytes), error);
     }
 
     #[test]
