@@ -1,0 +1,246 @@
+//! Who survives when the source is lost, and what a post-copy says of itself.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::Signal;
+use pageferry::observe::trace::TraceReader;
+use testbed::bed::Bed;
+use testbed::criu::{Criu, Suite};
+use testbed::daemons::{Make, Options, PageServer};
+use testbed::images;
+use testbed::load::Load;
+use testbed::load::spec::{LoadSpec, OnLostPage};
+use testbed::load::steps::{Order, Pass, Step};
+use testbed::migration::Dump;
+use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
+use testbed::proxy::Harm;
+use testbed::suite::with_criu;
+use testbed::wait::{self, GENEROUS};
+
+const MIB: u32 = 64;
+/// About half of a post-copy of [`MIB`], bytes.
+const HALF_WAY: u64 = 24 << 20;
+
+const VERIFY: [Step; 1] = [Step::Verify(Pass {
+    order: Order::Random,
+    threads: 1,
+    overlap: false,
+    check: testbed::load::steps::Check::Full,
+})];
+
+fn spec(bed: &Bed) -> LoadSpec {
+    LoadSpec {
+        on_lost_page: OnLostPage::Count,
+        pin_own_memory: true,
+        ..LoadSpec::mixed(bed.path("load"), MIB)
+    }
+}
+
+fn plan<'a>(criu: &'a Criu, source: Source<'a>, options: &[&str]) -> Plan<'a> {
+    Plan {
+        client_options: options.iter().map(ToString::to_string).collect(),
+        ..Plan::new(criu, source, Make::Ours)
+    }
+}
+
+fn wait_until_half_way(moving: &mut PostCopy) -> Result<()> {
+    wait::until("half of the memory", GENEROUS, || {
+        if moving.daemon.process().ended()?.is_some() {
+            bail!("lazy-client is over{}", moving.daemon.process().log_tail());
+        }
+        Ok((moving.received() > HALF_WAY).then_some(()))
+    })
+}
+
+fn wait_for_line(moving: &mut PostCopy, words: &str) -> Result<()> {
+    let log = moving.daemon.process().log().context("a log")?.to_owned();
+    wait::until(words, GENEROUS, || {
+        let said = fs::read_to_string(&log)?.contains(words);
+        if !said && moving.daemon.process().ended()?.is_some() {
+            bail!("lazy-client is over{}", moving.daemon.process().log_tail());
+        }
+        Ok(said.then_some(()))
+    })
+}
+
+fn kill_source(moving: &mut PostCopy) -> Result<()> {
+    let Some(source) = moving.source() else {
+        bail!("a source")
+    };
+    source.kill().map(drop)
+}
+
+#[test]
+fn lost_processes_are_killed_if_so_told() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let plan = plan(criu, Source::Dump, &["--on-loss", "kill"]).over(slow_link());
+        let mut moving = PostCopy::start(bed, &plan, spec(bed), &[])?;
+        wait_until_half_way(&mut moving)?;
+        let pid = u32::try_from(moving.load.pid().as_raw())?;
+        kill_source(&mut moving)?;
+        moving.daemon.process().fail(GENEROUS)?;
+        let end = moving.restored.wait_for_end(pid, GENEROUS)?;
+        ensure!(end == "killed SIGKILL", "the restored process {end}");
+        Ok(())
+    });
+}
+
+#[test]
+fn held_processes_wait_until_they_are_poisoned() {
+    with_criu(Suite::Experimental, |bed, criu| {
+        let plan = plan(criu, Source::Dump, &["--on-loss", "hold"]).over(slow_link());
+        let mut moving = PostCopy::start(bed, &plan, spec(bed), &[])?;
+        wait_until_half_way(&mut moving)?;
+        kill_source(&mut moving)?;
+        wait_for_line(&mut moving, "holding the processes")?;
+        let seq = moving.load.send(0, &VERIFY)?;
+        ensure!(
+            moving.daemon.process().ended()?.is_none(),
+            "nobody holds the processes"
+        );
+        ensure!(
+            moving.load.report(0, seq)?.is_none(),
+            "lost pages were read"
+        );
+        moving.daemon.process().signal(Signal::SIGTERM)?;
+        moving.daemon.process().fail(GENEROUS)?;
+        let report = moving.load.receive(0, seq, GENEROUS)?;
+        ensure!(
+            report.poisoned() > 0,
+            "no page was lost: nothing was tested"
+        );
+        ensure!(
+            report.wrong() == 0,
+            "{} pages wrong, {} zero",
+            report.wrong(),
+            report.wrong_zero()
+        );
+        Ok(())
+    });
+}
+
+/// Dumps a load and serves it by a page server of ours that stays for several sessions.
+fn served<'a>(bed: &Bed, criu: &'a Criu, options: &[&str]) -> Result<(PostCopy, Plan<'a>)> {
+    let mut load = Load::start(spec(bed), None)?;
+    let before = load.run_everywhere(&[Step::Status])?;
+    let (dumped, here) = (bed.path("dumped"), bed.path("restored"));
+    Dump::new(criu, load.pid(), &dumped).run()?;
+    load.wait_until_gone()?;
+    images::copy_without_lazy_pages(&dumped, &here)?;
+    let serving = Options::new(&dumped).log_to("serve.log").with(&["--keep"]);
+    let server = PageServer::serving(Make::Ours, &serving)?;
+    let plan = plan(criu, Source::PageServer(Make::Ours), options).over(slow_link());
+    let moving = PostCopy::from_images(&plan, load, before, here, Some(server), &VERIFY)?;
+    Ok((moving, plan))
+}
+
+#[test]
+fn a_source_that_comes_back_is_used_again() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let (mut moving, _) = served(bed, criu, &["--reconnect-timeout", "60"])?;
+        wait_until_half_way(&mut moving)?;
+        moving.proxy.as_ref().context("a link")?.cut(Harm::Reset);
+        moving.daemon.process().succeed(GENEROUS)?;
+        moving.reports()?;
+        let log = fs::read_to_string(moving.daemon.process().log().context("a log")?)?;
+        ensure!(
+            log.contains("the source is back"),
+            "the cut was not noticed: nothing was tested"
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn held_processes_go_on_when_the_operator_tries_again() {
+    with_criu(Suite::Trixie, |bed, criu| {
+        let (mut moving, _) = served(
+            bed,
+            criu,
+            &["--on-loss", "hold", "--reconnect-timeout", "0"],
+        )?;
+        wait_until_half_way(&mut moving)?;
+        moving.proxy.as_ref().context("a link")?.cut(Harm::Reset);
+        wait_for_line(&mut moving, "holding the processes")?;
+        moving.daemon.process().signal(Signal::SIGUSR1)?;
+        moving.daemon.process().succeed(GENEROUS)?;
+        moving.reports().map(drop)
+    });
+}
+
+fn summary(path: &Path) -> Result<serde_json::Value> {
+    Ok(serde_json::from_str(&fs::read_to_string(path)?)?)
+}
+
+#[test]
+fn on_demand_brings_what_is_touched_and_streams_nothing() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let path = bed.path("summary.json");
+        let options = ["--on-demand", "--summary-json", &path.to_string_lossy()];
+        let plan = plan(criu, Source::PageServer(Make::Ours), &options);
+        let mut moving = PostCopy::start(bed, &plan, spec(bed), &VERIFY)?;
+        moving.reports()?;
+        moving.finish()?;
+        let summary = summary(&path)?;
+        ensure!(
+            summary["pages"]["stream"] == 0,
+            "pages were streamed: {summary}"
+        );
+        ensure!(
+            summary["pages"]["fault"].as_u64() > Some(0),
+            "no faults: {summary}"
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn summary_and_trace_tell_every_page_and_every_fault() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let (path, trace) = (bed.path("summary.json"), bed.path("faults.trace"));
+        let options = [
+            "--summary-json",
+            &path.to_string_lossy(),
+            "--trace",
+            &trace.to_string_lossy(),
+        ];
+        let plan = plan(criu, Source::Dump, &options).over(slow_link());
+        let mut moving = PostCopy::start(bed, &plan, spec(bed), &VERIFY)?;
+        moving.reports()?;
+        moving.finish()?;
+        let summary = summary(&path)?;
+        let number = |value: &serde_json::Value| value.as_u64().context("a number");
+        let mut settled = 0;
+        for way in ["fault", "around", "stream", "local", "gone", "poisoned"] {
+            settled += number(&summary["pages"][way])?;
+        }
+        ensure!(
+            settled == number(&summary["total_pages"])?,
+            "pages do not add up: {summary}"
+        );
+        ensure!(
+            number(&summary["missing_pages"])? == 0,
+            "pages are missing: {summary}"
+        );
+        let faults = TraceReader::open(&trace)?.collect::<Result<Vec<_>, _>>()?;
+        ensure!(!faults.is_empty(), "no faults: nothing was tested");
+        let told = number(&summary["fault_latency"]["count"])?;
+        ensure!(
+            faults.len() as u64 == told,
+            "{} faults traced, {told} counted",
+            faults.len()
+        );
+        let longest = Duration::from_micros(number(&summary["total_ms"])? * 1000 + 1000);
+        for fault in &faults {
+            ensure!(fault.address % 4096 == 0, "no page: {fault:?}");
+            ensure!(
+                Duration::from_micros(fault.time_us) <= longest,
+                "after the end: {fault:?}"
+            );
+        }
+        Ok(())
+    });
+}
