@@ -7,19 +7,21 @@ mod common;
 mod sender;
 
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
 use common::{FIRST_PAGE, Images, PAGE, Run, TARGET, naive_memory, page_content};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pageferry::criu::header::{HEADER_BYTES_MAX, Header, Op, PageFlags, Wire};
 use pageferry::criu::serve::CLOSE_STATUS;
 use pageferry::engine::driver::Io;
 use pageferry::engine::ingest::{ReceiveContext, receive_client};
 use pageferry::engine::serve::{ServeContext, serve_client};
 use pageferry::engine::stores::{StoreOptions, Stores};
+use pageferry::engine::transport::{SecureTransport, Transport};
 use pageferry::error::Result;
 use pageferry::image::chain::{Chain, Missing};
 use pageferry::image::dir::ImageDir;
@@ -203,4 +205,67 @@ fn a_dump_that_stops_leaves_no_image() {
         assert_eq!(error.contains("--idle-timeout"), !hangs_up, "{error}");
         assert!(ImageDir::open(images.path(), PAGE).is_err());
     }
+}
+
+/// Waits until the transport can be read or written.
+fn wait(transport: &SecureTransport, events: PollFlags) {
+    let mut socket = [PollFd::new(transport.socket(), events)];
+    assert_eq!(poll(&mut socket, PollTimeout::from(60_000_u16)).unwrap(), 1);
+}
+
+#[test]
+fn an_event_loop_uses_a_secured_connection_from_before_its_handshake() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::new(dir.path(), "ca").unwrap();
+    let tls = tls(&authority.issue(&Host::LOOPBACK).unwrap());
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let stream = tls.begin(socket.into(), "127.0.0.1").unwrap();
+    let mut client = SecureTransport::new(stream).unwrap();
+    // More than sockets hold, so that each side must wait for the other.
+    let sent: Vec<u8> = (0..=250).cycle().take(12 << 20).collect();
+    let early = client.send(&sent[..100]).unwrap();
+    assert_eq!(early, 100);
+    let got = thread::scope(|scope| {
+        scope.spawn(|| {
+            let (accepted, _) = listener.accept().unwrap();
+            let mut server = Stream::plain(accepted).secure(Some(&tls)).unwrap();
+            for bytes in [early, sent.len() - early] {
+                let mut all = vec![0; bytes];
+                server.read_exact(&mut all).unwrap();
+                server.write_all(&all).unwrap();
+                server.flush().unwrap();
+            }
+            server.end().unwrap();
+        });
+        let (mut rest, mut got) = (&sent[early..], Vec::<u8>::new());
+        let mut buffer = vec![0; 100_000];
+        loop {
+            while !rest.is_empty() && !got.is_empty() {
+                match client.send(rest) {
+                    Ok(bytes) => rest = &rest[bytes..],
+                    Err(error) => {
+                        assert_eq!(error.kind(), ErrorKind::WouldBlock);
+                        break;
+                    }
+                }
+            }
+            match client.receive(&mut buffer) {
+                Ok(0) => return got,
+                Ok(bytes) => got.extend_from_slice(&buffer[..bytes]),
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::WouldBlock);
+                    assert!(!client.has_buffered());
+                    let write = PollFlags::POLLOUT;
+                    let write = if rest.is_empty() {
+                        PollFlags::empty()
+                    } else {
+                        write
+                    };
+                    wait(&client, PollFlags::POLLIN | write);
+                }
+            }
+        }
+    });
+    assert!(got == sent);
 }

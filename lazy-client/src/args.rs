@@ -9,6 +9,7 @@ use pageferry::daemon::CommonArgs;
 use pageferry::engine::restore::{OnLoss, RestoreConfig};
 use pageferry::engine::transport::Peer;
 use pageferry::error::{Error, Kind, Result};
+use pageferry::tls::{Tls, TlsArgs};
 use pageferry::units::parse_bytes;
 
 /// CRIU's port, when nobody says another: none.
@@ -21,6 +22,9 @@ const PORT_DEFAULT: u16 = 0;
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) common: CommonArgs,
+
+    #[command(flatten)]
+    tls: TlsArgs,
 
     /// Fetch pages from the page server at --address and --port
     #[arg(long)]
@@ -86,6 +90,7 @@ impl Args {
         Ok(RestoreConfig {
             images_dir,
             source: self.source()?,
+            tls: Tls::load(&self.tls)?,
             wire: match self.wire {
                 WireArg::Auto => None,
                 WireArg::V1 => Some(Wire::V1),

@@ -1,7 +1,7 @@
 //! A byte stream that an event loop can use, whatever it runs over.
 
 use std::fmt;
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,6 +9,7 @@ use std::time::Duration;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::error::{Error, Kind, Result};
+use crate::tls::TlsStream;
 
 /// How long a connection may take to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -57,6 +58,81 @@ impl Transport for PlainTransport {
     }
 }
 
+/// A connection secured by TLS.
+#[derive(Debug)]
+pub struct SecureTransport {
+    stream: TlsStream,
+    /// Of the next bytes to send so many are encrypted already, and wait for the socket.
+    encrypted: usize,
+    /// What is to be sent when the handshake is over.
+    early: Vec<u8>,
+}
+
+impl SecureTransport {
+    /// Takes a connection into an event loop, before or after its handshake.
+    pub fn new(stream: TlsStream) -> io::Result<SecureTransport> {
+        stream.set_nonblocking(true)?;
+        Ok(SecureTransport {
+            stream,
+            encrypted: 0,
+            early: Vec::new(),
+        })
+    }
+
+    fn send_early(&mut self) -> io::Result<()> {
+        if !self.early.is_empty() && self.stream.is_established() {
+            self.stream.write_all(&std::mem::take(&mut self.early))?;
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Sends as much of the ciphertext as the socket takes. True when none is left.
+    fn flush(&mut self) -> io::Result<bool> {
+        match self.stream.flush() {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Transport for SecureTransport {
+    fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let received = self.stream.read(buffer);
+        self.send_early()?;
+        received
+    }
+
+    /// Whoever was told [`io::ErrorKind::WouldBlock`] comes again with the same bytes in front.
+    fn send(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if !self.stream.is_established() {
+            self.early.extend_from_slice(bytes);
+            return Ok(bytes.len());
+        }
+        if self.encrypted == 0 {
+            self.encrypted = self.stream.write(bytes)?;
+        }
+        if !self.flush()? {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        Ok(std::mem::take(&mut self.encrypted))
+    }
+
+    fn has_buffered(&self) -> bool {
+        self.stream.has_buffered()
+    }
+
+    fn socket(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+
+    fn close_in_order(&mut self) -> io::Result<()> {
+        self.stream.socket().set_linger(None)?;
+        self.stream.close()
+    }
+}
+
 /// Where a source listens.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Peer {
@@ -82,6 +158,14 @@ impl fmt::Display for Peer {
 }
 
 impl Peer {
+    /// The name that the source's certificate must be for.
+    pub fn host(&self) -> &str {
+        match self {
+            Peer::Tcp { host, .. } => host,
+            Peer::Unix(_) => "localhost",
+        }
+    }
+
     /// Connects, trying each address of a name. The socket resets its connection when it is closed,
     /// however that comes about, until [`Transport::close_in_order`]: a source that sees an orderly
     /// end takes it for success and gives up its memory.

@@ -104,17 +104,29 @@ impl Tls {
     /// `peer` names it in errors.
     pub fn accept(&self, socket: Socket, peer: &str) -> Result<TlsStream> {
         let (session, verifier) = self.server_session()?;
-        self.shake_hands(socket, session, verifier, peer)
+        let mut stream = TlsStream::new(socket, session, verifier, Arc::clone(&self.own));
+        shake_hands(&mut stream, peer)?;
+        Ok(stream)
     }
 
     /// Secures a connection to the server `host`, the address or name that it was connected by.
     pub fn connect(&self, socket: Socket, host: &str) -> Result<TlsStream> {
+        let mut stream = self.begin(socket, host)?;
+        shake_hands(&mut stream, host)?;
+        Ok(stream)
+    }
+
+    /// The same without waiting: reading from the stream goes on with the handshake, and fails if it
+    /// fails.
+    pub fn begin(&self, socket: Socket, host: &str) -> Result<TlsStream> {
         let name = ServerName::try_from(host.to_owned()).map_err(|error| {
             let text = format!("{host:?} is no name that a certificate can be for");
             Error::wrap(Kind::Usage, text, error)
         })?;
         let (session, verifier) = self.client_session(name)?;
-        self.shake_hands(socket, session, verifier, host)
+        let mut stream = TlsStream::new(socket, session, verifier, Arc::clone(&self.own));
+        stream.begin().map_err(|error| no_connection(host, error))?;
+        Ok(stream)
     }
 
     fn server_session(&self) -> Result<(TlsSession, Arc<PeerVerifier>)> {
@@ -149,25 +161,20 @@ impl Tls {
         let algorithms = self.provider.signature_verification_algorithms;
         PeerVerifier::new(Arc::clone(&self.trust), algorithms, name)
     }
+}
 
-    fn shake_hands(
-        &self,
-        socket: Socket,
-        session: TlsSession,
-        verifier: Arc<PeerVerifier>,
-        peer: &str,
-    ) -> Result<TlsStream> {
-        let own = Arc::clone(&self.own);
-        let mut stream = TlsStream::new(socket, session, verifier, own);
-        stream.handshake().map_err(|error| {
-            Error::wrap(
-                Kind::PeerLost,
-                format!("no TLS connection with {peer}"),
-                error,
-            )
-        })?;
-        Ok(stream)
-    }
+fn shake_hands(stream: &mut TlsStream, peer: &str) -> Result<()> {
+    stream
+        .handshake()
+        .map_err(|error| no_connection(peer, error))
+}
+
+fn no_connection(peer: &str, error: std::io::Error) -> Error {
+    Error::wrap(
+        Kind::PeerLost,
+        format!("no TLS connection with {peer}"),
+        error,
+    )
 }
 
 fn unusable(error: rustls::Error) -> Error {

@@ -166,13 +166,17 @@ impl TlsSession {
         !self.plain.is_empty() || self.incoming.has_record()
     }
 
+    /// Whether the handshake is over.
+    pub(super) fn is_established(&self) -> bool {
+        self.established
+    }
+
     /// Goes on with the handshake as far as the input allows. True when it is over.
     pub(super) fn handshake(&mut self) -> Result<bool, rustls::Error> {
         while !self.established {
             match self.step(Say::Nothing)? {
-                Stop::Progress => {}
+                Stop::Progress | Stop::Idle => {}
                 Stop::Handshaking => return Ok(false),
-                Stop::Idle => self.established = true,
                 Stop::Closed => return Err(rustls::Error::HandshakeNotComplete),
             }
         }
@@ -234,6 +238,7 @@ impl TlsSession {
         }
         let stop = self.advance(say);
         self.failed = stop.is_err();
+        self.established |= matches!(stop, Ok(Stop::Idle));
         stop
     }
 

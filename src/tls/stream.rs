@@ -2,6 +2,7 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -55,6 +56,11 @@ impl TlsStream {
         self.session.has_buffered()
     }
 
+    /// Whether the handshake is over. Until then nothing can be written.
+    pub fn is_established(&self) -> bool {
+        self.session.is_established()
+    }
+
     /// Makes reads and writes fail with [`ErrorKind::WouldBlock`] instead of waiting, or wait again.
     pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
         self.socket.set_nonblocking(nonblocking)
@@ -65,6 +71,13 @@ impl TlsStream {
         let queued = self.session.close();
         queued.map_err(|error| self.failed(&error))?;
         self.flush()
+    }
+
+    /// Says the first word of the handshake.
+    pub(super) fn begin(&mut self) -> io::Result<()> {
+        let begun = self.session.handshake();
+        begun.map_err(|error| self.failed(&error))?;
+        self.send()
     }
 
     /// Waits until both sides have shown who they are. On failure the peer is told why.
@@ -168,6 +181,12 @@ impl TlsStream {
     }
 }
 
+impl AsFd for TlsStream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
 impl Read for TlsStream {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         loop {
@@ -177,8 +196,12 @@ impl Read for TlsStream {
                 Plain::Ended => return Ok(0),
                 Plain::NeedsInput => {}
             }
-            // What rustls has to say of its own, a key update for example.
-            self.send()?;
+            // What rustls has to say of its own, a key update for example. If the peer takes nothing
+            // now because it waits for us to read, so be it.
+            match self.send() {
+                Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(error),
+                _ => {}
+            }
             // An end without notice is an end: CRIU's protocol says itself when all was said.
             if self.receive()? == 0 {
                 return Ok(0);

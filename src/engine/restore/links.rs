@@ -14,13 +14,16 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
+use socket2::Socket;
+
 use super::link::{Arrival, Link, LinkStep};
 use super::{Restore, RestoreConfig, Token, rewatch, watch};
 use crate::criu::fetch::Step;
 use crate::criu::header::Wire;
-use crate::engine::transport::{Peer, PlainTransport, Transport};
+use crate::engine::transport::{Peer, PlainTransport, SecureTransport, Transport};
 use crate::error::{Error, Kind, Result};
 use crate::lazy::planner::Way;
+use crate::tls::{Tls, TlsStream};
 use crate::units::PageSize;
 
 /// How long a lost source that is ours is tried again, if the user says nothing.
@@ -67,6 +70,7 @@ impl Which {
 #[derive(Clone, Debug)]
 struct Dialer {
     peer: Peer,
+    tls: Option<Tls>,
     wire: Wire,
     page: PageSize,
 }
@@ -88,7 +92,8 @@ pub(super) struct Links {
 }
 
 impl Dialer {
-    fn dial(&self) -> Result<Link> {
+    /// `secure` makes a secured connection of the socket.
+    fn dial(&self, secure: impl FnOnce(&Tls, Socket, &str) -> Result<TlsStream>) -> Result<Link> {
         let socket = self.peer.connect()?;
         let failed = |error| {
             Error::wrap(
@@ -97,14 +102,21 @@ impl Dialer {
                 error,
             )
         };
-        let transport: Box<dyn Transport> = Box::new(PlainTransport::new(socket).map_err(failed)?);
+        let transport: Box<dyn Transport> = match &self.tls {
+            None => Box::new(PlainTransport::new(socket).map_err(failed)?),
+            Some(tls) => {
+                let stream = secure(tls, socket, self.peer.host())?;
+                Box::new(SecureTransport::new(stream).map_err(failed)?)
+            }
+        };
         Ok(Link::new(transport, self.wire, self.page))
     }
 
     fn dial_pair(&self) -> Result<Pair> {
-        let stream = self.dial()?;
-        // A source that takes one connection refuses the second, or never looks at it.
-        let fault = self.dial().ok().map(|link| FaultLink {
+        let stream = self.dial(Tls::connect)?;
+        // A source that takes one connection refuses the second, or never looks at it: its handshake
+        // is not waited for.
+        let fault = self.dial(Tls::begin).ok().map(|link| FaultLink {
             link,
             asked: false,
             proven: false,
@@ -133,10 +145,12 @@ impl Pair {
 impl Links {
     /// Connects to the source, if there is one.
     pub(super) fn connect(config: &RestoreConfig, wire: Wire, page: PageSize) -> Result<Links> {
-        let dialer = config
-            .source
-            .clone()
-            .map(|peer| Dialer { peer, wire, page });
+        let dialer = config.source.clone().map(|peer| Dialer {
+            peer,
+            tls: config.tls.clone(),
+            wire,
+            page,
+        });
         let hint = "is the source there, and does it serve pages (criu dump --lazy-pages, or page-server --lazy-pages)?";
         let pair = dialer
             .as_ref()

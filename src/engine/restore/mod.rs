@@ -45,6 +45,7 @@ use crate::lazy::planner::{Planner, SpaceId};
 use crate::lazy::window::RateLimit;
 use crate::sys::process::page_size;
 use crate::sys::uffd::Uffd;
+use crate::tls::Tls;
 use crate::units::Vaddr;
 use intake::{Intake, Word};
 use links::Links;
@@ -81,6 +82,8 @@ pub struct RestoreConfig {
     pub images_dir: PathBuf,
     /// Who has the pages that no local image has.
     pub source: Option<Peer>,
+    /// What secures the connections to it.
+    pub tls: Option<Tls>,
     /// The source's header layout, if the images are not to tell.
     pub wire: Option<Wire>,
     /// Serve faults alone.
