@@ -27,6 +27,7 @@ pub mod pki;
 pub mod postcopy;
 pub mod process;
 pub mod proxy;
+pub mod runc;
 pub mod stats;
 pub mod suite;
 pub mod sys;

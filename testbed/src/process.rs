@@ -72,7 +72,23 @@ impl Spawned {
     /// # Errors
     /// It cannot be started, or ends before it listens; the error shows its log.
     pub fn start_ready(name: &str, command: &mut Command, log: PathBuf) -> Result<Spawned> {
-        command.args(["--status-fd", "1"]).stdout(Stdio::piped());
+        Spawned::start_ready_before(name, command, log, &[])
+    }
+
+    /// The same with operands that must come behind all options.
+    ///
+    /// # Errors
+    /// It cannot be started, or ends before it listens; the error shows its log.
+    pub fn start_ready_before(
+        name: &str,
+        command: &mut Command,
+        log: PathBuf,
+        operands: &[&str],
+    ) -> Result<Spawned> {
+        command
+            .args(["--status-fd", "1"])
+            .args(operands)
+            .stdout(Stdio::piped());
         let mut daemon = Spawned::start(name, command, Some(log))?;
         let Some(mut status) = daemon.child.stdout.take() else {
             bail!("{name} has no standard output");

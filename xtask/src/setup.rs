@@ -35,11 +35,17 @@ pub(crate) const NETWORK: &[Needed] = &[
     },
 ];
 
-/// Containers.
-pub(crate) const CONTAINERS: &[Needed] = &[Needed {
-    program: "runc",
-    package: "runc",
-}];
+/// Containers; CRIU locks their network by iptables while it dumps them.
+pub(crate) const CONTAINERS: &[Needed] = &[
+    Needed {
+        program: "runc",
+        package: "runc",
+    },
+    Needed {
+        program: "iptables-restore",
+        package: "iptables",
+    },
+];
 
 /// Fails unless run by root, whom CRIU and namespaces need.
 pub(crate) fn require_root() -> Result<()> {

@@ -14,6 +14,7 @@
 //! counts as checked was compared with what the process itself last wrote there.
 
 pub mod content;
+pub mod control;
 mod handle;
 pub mod report;
 pub mod scenarios;

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
-use nix::unistd::{alarm, getpid, setsid};
+use nix::unistd::{alarm, getpid, getsid, setsid};
 use testbed::load::content::mix;
 use testbed::load::page_words;
 use testbed::load::report::{Report, StepReport};
@@ -39,7 +39,10 @@ struct Process {
 
 /// Sets everything up, says so in report 0, and serves commands until one of them says exit.
 pub(crate) fn run(spec: LoadSpec) -> Result<()> {
-    setsid().context("setsid")?;
+    // Process 1 of a container leads its session from the start.
+    if getsid(None)? != getpid() {
+        setsid().context("setsid")?;
+    }
     let mut memory = Memory::new(&spec, page_words() * sys::WORD_BYTES)?;
     let process = grow_tree(&spec)?;
     alarm::set(spec.lifetime_s);

@@ -1,0 +1,85 @@
+//! runc checkpoints containers through our daemons, and restores them.
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use anyhow::{Result, ensure};
+use testbed::bed::Bed;
+use testbed::criu::Criu;
+use testbed::daemons::{LazyDaemon, Options, PageServer};
+use testbed::load::report::Report;
+use testbed::load::scenarios::reading;
+use testbed::load::spec::LoadSpec;
+use testbed::load::steps::Step;
+use testbed::net::free_port;
+use testbed::postcopy::slow_link;
+use testbed::proxy::Proxy;
+use testbed::runc::{self, LOAD_DIR, Runc};
+use testbed::suite::make;
+use testbed::wait::GENEROUS;
+use testbed::{for_each_criu, gate};
+
+for_each_criu!(checkpoint_to_a_page_server, checkpoint_with_lazy_pages);
+
+const MIB: u32 = 48;
+
+fn spec() -> LoadSpec {
+    LoadSpec::tree(LOAD_DIR, MIB, 3)
+}
+
+fn expect_same(before: &[Report], after: &[Report]) -> Result<()> {
+    for (before, after) in before.iter().zip(after) {
+        after.expect_right()?;
+        ensure!(
+            after.nonce == before.nonce,
+            "not the process that was checkpointed"
+        );
+        ensure!(after.counter >= before.counter, "its counter went back");
+    }
+    Ok(())
+}
+
+fn checkpoint_to_a_page_server(bed: &Bed, criu: &Criu) -> Result<()> {
+    let Some(()) = gate::need("runc", runc::find()) else {
+        return Ok(());
+    };
+    let mut runc = Runc::new(bed, criu, spec())?;
+    runc.start("ferry-before")?;
+    let before = runc.run_everywhere(&[Step::Status])?;
+    let images = bed.path("images");
+    let server = PageServer::receiving(make(criu), &Options::new(&images))?;
+    runc.checkpoint_to("ferry-before", &images, server.address())?;
+    server.finish(GENEROUS)?;
+    runc.expect_gone("ferry-before")?;
+    runc.restore("ferry-after", &images, false)?;
+    expect_same(&before, &runc.run_everywhere(&reading())?)
+}
+
+fn checkpoint_with_lazy_pages(bed: &Bed, criu: &Criu) -> Result<()> {
+    let Some(()) = gate::need("runc", runc::find()) else {
+        return Ok(());
+    };
+    let mut runc = Runc::new(bed, criu, spec())?;
+    runc.start("ferry-before")?;
+    let before = runc.run_everywhere(&[Step::Status])?;
+    let images = bed.path("images");
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
+    let mut source = runc.checkpoint_lazily("ferry-before", &images, address)?;
+    let proxy = Proxy::start(address, slow_link(), None)?;
+    let options = Options::new(&images).log_to("lazy.log");
+    let daemon = LazyDaemon::start(make(criu), &options, Some(proxy.address()))?;
+    runc.restore("ferry-after", &images, true)?;
+    let after = runc.run_everywhere(&reading())?;
+    expect_same(&before, &after)?;
+    let faults: u64 = after
+        .iter()
+        .flat_map(Report::every_step)
+        .map(|step| step.faults.count)
+        .sum();
+    ensure!(
+        faults > 0,
+        "the container found no page missing: nothing was tested"
+    );
+    daemon.finish(GENEROUS)?;
+    source.succeed(GENEROUS)?;
+    runc.expect_gone("ferry-before")
+}
