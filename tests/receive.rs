@@ -17,6 +17,7 @@ use common::{FIRST_PAGE, PAGE, Run, level, naive_memory, page_content};
 use pageferry::criu::header::{Header, Op, PageFlags, Target, Wire};
 use pageferry::engine::driver::Io;
 use pageferry::engine::ingest::{ReceiveContext, receive_client};
+use pageferry::engine::keep::KeepOptions;
 use pageferry::engine::stores::{StoreOptions, Stores};
 use pageferry::error::{Kind, Result};
 use pageferry::image::chain::{Chain, Missing};
@@ -44,6 +45,8 @@ fn context(dir: &Path, previous: Option<&str>, io: Io) -> ReceiveContext {
         stores: Stores::open(options(dir, previous), None).unwrap(),
         wire: None,
         io,
+        keep: KeepOptions::default(),
+        auto_dedup: false,
         idle_timeout: None,
     }
 }
@@ -158,6 +161,48 @@ proptest! {
             images.push((files(&old), files(&new)));
         }
         prop_assert!(images.windows(2).all(|pair| pair[0] == pair[1]));
+    }
+
+    /// Whatever is done with pages that are zero, known or compressible: the memory is the same.
+    #[test]
+    fn sifted_pages_read_back_as_sent(
+        first in level(), second in level(), dedup_content: bool, compress: bool,
+        piece in prop::sample::select(vec![1000usize, 60_000, 1 << 20]),
+    ) {
+        let first = with_true_holes(with_large_runs(first, 150), &BTreeMap::new());
+        let before = naive_memory(std::slice::from_ref(&first));
+        // Many pages of the second dump are just what they were.
+        let second = with_true_holes(with_large_runs(second, 100), &before);
+        let after = naive_memory(&[second.clone(), first.clone()]);
+        let tmp = tempfile::tempdir().unwrap();
+        let (old, new) = (tmp.path().join("old"), tmp.path().join("new"));
+        std::fs::create_dir(&old).unwrap();
+        std::fs::create_dir(&new).unwrap();
+        let keep = KeepOptions { dedup_content, compress };
+        let receive = |dir: &Path, previous, runs: &[Run]| {
+            let context = ReceiveContext { keep, ..context(dir, previous, Io::Epoll) };
+            let bytes = dump(&[(PID, runs.to_vec())], Wire::V2);
+            session(&context, &bytes, piece).0.unwrap()
+        };
+        receive(&old, None, &first);
+        check_images(&old, PID, &before);
+        let received = receive(&new, Some("../old"), &second);
+        check_images(&new, PID, &after);
+
+        let sent = |seed: &u32| second.iter().flat_map(|run| &run.seeds).filter(|sent| *sent == seed).count() as u64;
+        if dedup_content || compress {
+            prop_assert_eq!(received.kept.zero, sent(&0));
+        }
+        let in_second = |page: u64| second.iter().find_map(|run| {
+            let at = page.checked_sub(run.start_page)?;
+            run.seeds.get(at as usize).copied()
+        });
+        let known = before.iter().filter(|(page, seed)| {
+            let now = in_second(**page);
+            now.is_some() && now == **seed && now != Some(0)
+        });
+        let known = if dedup_content { known.count() as u64 } else { 0 };
+        prop_assert_eq!(received.kept.same_as_parent, known);
     }
 
     /// A dump that ends anywhere, in order or by a reset, leaves nothing.
@@ -358,4 +403,57 @@ fn sessions_may_have_a_directory_each() {
         );
     }
     assert!(!tmp.path().join("local-2").exists());
+}
+
+#[test]
+fn old_senders_cannot_be_given_compressed_images() {
+    let tmp = tempfile::tempdir().unwrap();
+    let context = ReceiveContext {
+        keep: KeepOptions {
+            compress: true,
+            ..KeepOptions::default()
+        },
+        ..context(tmp.path(), None, Io::Epoll)
+    };
+    let bytes = dump(
+        &[(PID, vec![Run::present(FIRST_PAGE, 3, PageFlags::LAZY, 5)])],
+        Wire::V1,
+    );
+    let error = session(&context, &bytes, 4096).0.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unsupported);
+    assert!(error.to_string().contains("--compress"), "{error}");
+}
+
+#[test]
+fn parents_lose_what_is_new_but_only_after_close() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (old, new) = (tmp.path().join("old"), tmp.path().join("new"));
+    std::fs::create_dir(&old).unwrap();
+    std::fs::create_dir(&new).unwrap();
+    let whole = vec![Run::present(FIRST_PAGE, 100, PageFlags::LAZY, 7)];
+    let bytes = dump(&[(PID, whole.clone())], Wire::V2);
+    session(&context(&old, None, Io::Epoll), &bytes, 1 << 20)
+        .0
+        .unwrap();
+    let before = files(&old);
+
+    let context = ReceiveContext {
+        auto_dedup: true,
+        ..context(&new, Some("../old"), Io::Epoll)
+    };
+    let next = vec![
+        Run::absent(FIRST_PAGE, 10, PageFlags::PARENT),
+        Run::present(FIRST_PAGE + 10, 60, PageFlags::LAZY, 1007),
+        Run::absent(FIRST_PAGE + 70, 30, PageFlags::PARENT),
+    ];
+    let bytes = dump(&[(PID, next.clone())], Wire::V2);
+    let cut = bytes.len() - 1;
+    session(&context, &bytes[..cut], 1 << 20).0.unwrap_err();
+    assert_eq!(files(&old), before);
+    session(&context, &bytes, 1 << 20).0.unwrap();
+    let pages = |files: &BTreeMap<String, Vec<u8>>| files["pages-65537.img"].clone();
+    let mut punched = pages(&before);
+    punched[10 * 4096..70 * 4096].fill(0);
+    assert_eq!(pages(&files(&old)), punched);
+    check_images(&new, PID, &naive_memory(&[next, whole]));
 }

@@ -55,6 +55,19 @@ pub(crate) struct Args {
     #[arg(long, value_enum, default_value_t = Wire::Auto)]
     pub(crate) wire: Wire,
 
+    /// Take the pages received out of the parents' files, once all is stored
+    #[arg(long, conflicts_with = "lazy_pages")]
+    pub(crate) auto_dedup: bool,
+
+    /// Store pages that equal the parent's as holes to it, and zero pages without their bytes; the dump
+    /// need not be an incremental one, and is told of no parent
+    #[arg(long, conflicts_with = "lazy_pages")]
+    pub(crate) dedup_content: bool,
+
+    /// Store pages compressed, for a CRIU from 4.3 on that is built with LZ4
+    #[arg(long, conflicts_with = "lazy_pages")]
+    pub(crate) compress: bool,
+
     /// What is on disk when the dump is told that all is stored: whatever the kernel wrote, the whole
     /// images, or the images with every write waiting for the disk
     #[arg(long, value_enum, default_value_t = Sync::None)]

@@ -10,6 +10,7 @@ use pageferry::daemon::command_line::{self, Action};
 use pageferry::daemon::{self, Daemon};
 use pageferry::engine::driver::Io;
 use pageferry::engine::ingest::{ReceiveContext, receive_client};
+use pageferry::engine::keep::KeepOptions;
 use pageferry::engine::listen::{Place, Source, is_passed_by_systemd};
 use pageferry::engine::serve::{ServeContext, serve_client};
 use pageferry::engine::sessions::{Rules, Stay, run_sessions};
@@ -56,6 +57,11 @@ fn receive(args: &Args, daemon: &mut Daemon) -> Result<()> {
         stores: Stores::open(options, args.images_dir_template.clone())?,
         wire: args.wire.forced(),
         io: Io::choose(args.io.map(Into::into))?,
+        keep: KeepOptions {
+            dedup_content: args.dedup_content,
+            compress: args.compress,
+        },
+        auto_dedup: args.auto_dedup,
         idle_timeout: args.idle_timeout.map(Duration::from_secs),
     };
     let tls = Tls::load(&args.tls)?;

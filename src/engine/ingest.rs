@@ -22,13 +22,13 @@ use std::time::{Duration, Instant};
 
 use super::batch::Plan;
 use super::driver::{Io, Link, silent};
+use super::keep::{Desk, Keep, KeepOptions};
 use super::mover::Mover;
 use super::stores::{SessionStore, Stores};
-use super::unpack::Unpacker;
 use crate::criu::header::{PageFlags, Target, Wire};
 use crate::criu::receive::{CLOSE_STORED, ReceiveSession, Step, has_parent_answer, parent_answer};
 use crate::error::{Error, Kind, Result};
-use crate::image::writer::{Destination, SessionImages};
+use crate::image::writer::{CommittedImages, SessionImages};
 use crate::observe::received::{PageCounts, Received};
 use crate::stream::Stream;
 use crate::sys::buffers::Buffer;
@@ -53,6 +53,10 @@ pub struct ReceiveContext {
     pub wire: Option<Wire>,
     /// What moves the bytes.
     pub io: Io,
+    /// What becomes of received pages.
+    pub keep: KeepOptions,
+    /// Whether received pages are taken out of the parents' files when all is stored.
+    pub auto_dedup: bool,
     /// How long a peer may be silent.
     pub idle_timeout: Option<Duration>,
 }
@@ -92,10 +96,8 @@ struct Ingest {
     session: ReceiveSession,
     images: SessionImages,
     mover: Mover,
-    unpacker: Unpacker,
+    keep: Box<dyn Keep>,
     page: PageSize,
-    /// Where the next bytes of the current run go.
-    cursor: Option<Destination>,
     /// Whether the last frame was large enough to be spliced: then the next one is read header
     /// first, so that its payload can be spliced as a whole.
     expects_large: bool,
@@ -103,6 +105,8 @@ struct Ingest {
     targets: u64,
     pages: PageCounts,
     wire_bytes: u64,
+    hides_parent: bool,
+    auto_dedup: bool,
     start: Instant,
 }
 
@@ -134,36 +138,41 @@ impl Ingest {
             session: ReceiveSession::new(context.wire, page),
             images: store.store.begin(),
             mover: Mover::new(io.driver(link)?),
-            unpacker: Unpacker::new(page),
+            keep: context.keep.keep(page),
             page,
-            cursor: None,
             expects_large: false,
             idle_timeout: context.idle_timeout,
             targets: 0,
             pages: PageCounts::default(),
             wire_bytes: 0,
+            hides_parent: context.keep.dedup_content,
+            auto_dedup: context.auto_dedup,
             start: Instant::now(),
         })
     }
 
     fn run(mut self, stream: &mut Stream) -> Result<Received> {
         let stored = self.receive_all(stream).and_then(|closed| {
-            self.unpacker.flush(&mut self.mover)?;
+            self.keep.end_target(&mut self.images, &mut self.mover)?;
             self.mover.drain()?;
             Ok(closed)
         });
         let closed = stored.map_err(|error| error.within(self.session.whereabouts()))?;
-        self.images.commit()?;
+        let images = self.images.commit()?;
         answer(stream, &CLOSE_STORED)?;
         let received = Received {
             peer: stream.peer().to_owned(),
             wire: self.session.wire().unwrap_or(Wire::V2),
             targets: self.targets,
             pages: self.pages,
+            kept: self.keep.kept(),
             page: self.page,
             wire_bytes: self.wire_bytes,
             elapsed: self.start.elapsed(),
         };
+        if self.auto_dedup {
+            punch_out_of_parents(&images);
+        }
         if closed.hangs_up {
             wait_for_end(stream);
         }
@@ -248,35 +257,37 @@ impl Ingest {
         plan: &mut Plan,
     ) -> Result<Option<Closed>> {
         let mut at = arrived.start;
-        let input = &buffer[..arrived.end];
+        let buffer = &buffer[..arrived.end];
         loop {
-            let step = self.session.next(input, &mut at).map_err(|error| {
+            let step = self.session.next(buffer, &mut at).map_err(|error| {
                 Error::wrap(Kind::Protocol, "what the dump says is wrong", error)
             })?;
+            let desk = &mut Desk {
+                images: &mut self.images,
+                mover: &mut self.mover,
+                plan,
+                buffer,
+            };
             match step {
                 None => return Ok(None),
                 Some(Step::Close { hangs_up }) => return Ok(Some(Closed { hangs_up })),
                 Some(Step::Open { target, answer }) => self.open(stream, target, answer)?,
                 Some(Step::AskParent(target)) => {
-                    let has_parent = self.images.has_parent(target)?;
+                    let has_parent = self.has_parent(target)?;
                     answer(stream, &parent_answer(has_parent))?;
                 }
-                Some(Step::Pages { range, flags }) => self.begin_run(range, flags)?,
-                Some(Step::Raw(range)) => {
-                    if let Some(to) = &mut self.cursor {
-                        let bytes = range.len() as u64;
-                        plan.push(&to.part, to.offset, range);
-                        to.offset += bytes;
-                    }
+                Some(Step::Pages { range, flags }) => {
+                    self.keep.begin_run(desk, range, flags)?;
+                    self.count(range, flags);
                 }
-                Some(Step::ZeroPage) => self.compressed_page_done(),
+                Some(Step::Raw(range)) => self.keep.raw(desk, range)?,
+                Some(Step::ZeroPage) => {
+                    self.keep.zero_page(desk)?;
+                    self.pages.compressed += 1;
+                }
                 Some(Step::Lz4 { range, ends }) => {
-                    if let Some(to) = &self.cursor {
-                        let bytes = &input[range];
-                        if self.unpacker.add(bytes, ends, to, &mut self.mover)? {
-                            self.compressed_page_done();
-                        }
-                    }
+                    self.keep.lz4(desk, range, ends)?;
+                    self.pages.compressed += u64::from(ends);
                 }
             }
         }
@@ -285,9 +296,10 @@ impl Ingest {
     fn open(&mut self, stream: &mut Stream, target: Target, answered: bool) -> Result<()> {
         // Known since the frame's header was read.
         let wire = self.session.wire().unwrap_or(Wire::V2);
+        self.keep.end_target(&mut self.images, &mut self.mover)?;
         self.images.open(target, wire)?;
         self.targets += 1;
-        let has_parent = self.images.has_parent(target)?;
+        let has_parent = self.has_parent(target)?;
         tracing::debug!("receiving {target}, has_parent={has_parent}");
         if answered {
             answer(stream, &has_parent_answer(has_parent))?;
@@ -295,9 +307,15 @@ impl Ingest {
         Ok(())
     }
 
-    fn begin_run(&mut self, range: PageRange, flags: PageFlags) -> Result<()> {
-        self.cursor = self.images.append(range, flags)?;
-        self.expects_large = self.cursor.is_some() && range.bytes() >= SPLICE_BYTES_MIN;
+    /// What the dump is told. A dump that is not an incremental one fails when it hears of a parent;
+    /// where contents are compared none needs to be, and so none is told.
+    fn has_parent(&self, target: Target) -> Result<bool> {
+        Ok(!self.hides_parent && self.images.has_parent(target)?)
+    }
+
+    fn count(&mut self, range: PageRange, flags: PageFlags) {
+        let large = range.bytes() >= SPLICE_BYTES_MIN;
+        self.expects_large = large && self.keep.rest().is_some();
         let pages = range.pages(self.page).get();
         if flags.has(PageFlags::PRESENT) {
             self.pages.received += pages;
@@ -306,30 +324,30 @@ impl Ingest {
         } else {
             self.pages.with_source += pages;
         }
-        Ok(())
-    }
-
-    /// A page of a compressed frame has its place; a zero page takes it without a write.
-    fn compressed_page_done(&mut self) {
-        self.pages.compressed += 1;
-        if let Some(to) = &mut self.cursor {
-            to.offset += self.page.bytes();
-        }
     }
 
     /// Moves what is left of a large frame past this process.
     fn splice_rest(&mut self) -> Result<()> {
         let bytes = self.session.raw_bytes_left();
-        match &mut self.cursor {
+        match self.keep.rest() {
             Some(to) if bytes >= SPLICE_BYTES_MIN => {
                 self.mover.splice(to.clone(), bytes)?;
-                to.offset += bytes;
+                self.keep.moved(bytes);
                 self.session.skip_raw(bytes);
                 self.wire_bytes += bytes;
             }
             _ => {}
         }
         Ok(())
+    }
+}
+
+/// Frees the room of the parents' copies. The images are whole and answered for: a failure costs room
+/// and nothing else.
+fn punch_out_of_parents(images: &CommittedImages) {
+    match images.punch_out_of_parents() {
+        Ok(bytes) => tracing::info!("{bytes} bytes taken out of the parents' files"),
+        Err(error) => tracing::warn!("--auto-dedup: the parents keep their copies: {error}"),
     }
 }
 

@@ -306,6 +306,6 @@ mod tests {
         assert_eq!(behind(&ranges, 1), [3..4, 10..13, 20..21]);
         assert_eq!(behind(&ranges, 2), [10..13, 20..21]);
         assert_eq!(behind(&ranges, 4), [12..13, 20..21]);
-        assert_eq!(behind(&ranges, 6), []);
+        assert!(behind(&ranges, 6).is_empty());
     }
 }

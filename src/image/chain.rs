@@ -20,10 +20,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::blocks::BlockList;
-use super::dir::{ImageDir, unreadable};
-use super::pagemap::{Extent, PagemapDecoder, Payload};
+use super::dir::ImageDir;
+use super::extents::Extents;
+use super::pagemap::{Extent, Payload};
 use super::pages::PagesFile;
-use super::proto::{PagemapEntry, PagemapHead};
 use crate::criu::header::{PageFlags, Target};
 use crate::error::{Error, Kind, Result};
 use crate::units::{PageRange, PageSize, Vaddr};
@@ -335,15 +335,12 @@ impl Chain {
 impl Chain {
     /// Lays the pagemap of `dir` over what its parents resolved to.
     fn lay_over(&mut self, dir: &ImageDir, depth: usize) -> Result<()> {
-        let Some((path, mut reader)) = dir.pagemap(self.target)? else {
+        let Some(mut extents) = Extents::open(dir, self.target)? else {
             let dir = dir.path().display();
             let text = format!("{dir} has no pagemap of {}", self.target);
             return Err(Error::new(Kind::Image, text));
         };
-        let damaged = |error| unreadable(&path, error);
-        let head: Option<PagemapHead> = reader.read().map_err(damaged)?;
-        let pages_id = head.map_or(0, |head| head.pages_id);
-        let file = match PagesFile::open(&dir.pages_path(pages_id))? {
+        let file = match PagesFile::open(&dir.pages_path(extents.pages_id()))? {
             Some(file) => {
                 self.files.push(file);
                 self.files.len().checked_sub(1)
@@ -355,11 +352,7 @@ impl Chain {
             file: file.map(|file| u32::try_from(file).expect("one file a level")),
             parent: std::mem::take(&mut self.extents).into_iter().peekable(),
         };
-        let mut decoder = PagemapDecoder::new(self.page);
-        while let Some(entry) = reader.read::<PagemapEntry>().map_err(damaged)? {
-            let extent = decoder.decode(&entry).map_err(|error| {
-                Error::wrap(Kind::Image, format!("{} is damaged", path.display()), error)
-            })?;
+        while let Some(extent) = extents.next()? {
             self.lay_extent(&mut level, &extent);
         }
         Ok(())

@@ -3,9 +3,11 @@
 mod blocks;
 pub mod chain;
 pub mod dir;
+mod extents;
 pub mod file;
 pub mod pagemap;
 pub mod pages;
+mod parents;
 pub mod proto;
 pub mod store;
 pub mod writer;

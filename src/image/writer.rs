@@ -21,16 +21,17 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::chain::{Chain, Missing, Place};
 use super::dir::ImageDir;
+use super::extents::Extents;
 use super::file::{Magic, MessageWriter};
 use super::pagemap::encode_entry;
-use super::proto::PagemapHead;
+use super::parents::{Parent, punch_out_of_parents};
+use super::proto::{CompressedBlocks, PagemapHead};
 use super::store::{ImageStore, Sync, create_new, pages_name, remove};
 use crate::criu::header::{PageFlags, Target, Wire};
 use crate::error::{Error, Kind, Result};
 use crate::limits::{ENTRY_PAGES_MAX, PAGES_ID_FIRST};
-use crate::units::{PageRange, PageSize};
+use crate::units::{PageRange, PageSize, Vaddr};
 
 /// A pages file that is being written. An operation in flight keeps it open.
 #[derive(Debug)]
@@ -83,6 +84,25 @@ pub struct SessionImages {
     committed: bool,
 }
 
+/// The images of a session that are whole now.
+#[derive(Debug)]
+pub struct CommittedImages {
+    store: Arc<ImageStore>,
+    targets: Vec<Target>,
+}
+
+impl CommittedImages {
+    /// Takes the pages of the session out of the parents' files, as CRIU's `--auto-dedup`. Returns how
+    /// many bytes that freed.
+    pub fn punch_out_of_parents(&self) -> Result<u64> {
+        let mut punched = 0;
+        for target in &self.targets {
+            punched += punch_out_of_parents(self.store.dir(), *target)?;
+        }
+        Ok(punched)
+    }
+}
+
 /// A target's two parts, complete.
 #[derive(Debug)]
 struct Finished {
@@ -117,6 +137,14 @@ impl SessionImages {
         Ok(())
     }
 
+    fn current(&mut self, at: Vaddr) -> Result<(&mut TargetImages, &ImageDir)> {
+        let current = self.current.as_mut().ok_or_else(|| {
+            let text = format!("pages at {at} belong to no process");
+            Error::new(Kind::Protocol, text)
+        })?;
+        Ok((current, self.store.dir()))
+    }
+
     /// Appends the pages of `range`. With PRESENT returns where their bytes go. Pages with PARENT are
     /// looked for in the parent.
     ///
@@ -125,14 +153,38 @@ impl SessionImages {
     /// The parent lacks a page, or a file cannot be read or written. Nothing was opened:
     /// [`Kind::Protocol`].
     pub fn append(&mut self, range: PageRange, flags: PageFlags) -> Result<Option<Destination>> {
-        let current = self.current.as_mut().ok_or_else(|| {
-            let text = format!("pages at {} belong to no process", range.start());
-            Error::new(Kind::Protocol, text)
-        })?;
+        let (current, dir) = self.current(range.start())?;
         if flags.has(PageFlags::PARENT) {
-            current.find_in_parent(self.store.dir(), range)?;
+            current.find_in_parent(dir, range)?;
         }
         current.append(range, flags)
+    }
+
+    /// Appends the pages of `range` as CRIU 4.3 compresses them: `sizes` says how many bytes each is
+    /// stored in, 0 for a zero page, a page's size for a raw one. Returns where these bytes go, one
+    /// page behind the other.
+    ///
+    /// # Errors
+    ///
+    /// As for [`SessionImages::append`]; [`Kind::Unsupported`] if the sender is a CRIU that could not
+    /// read such images.
+    pub fn append_blocks(
+        &mut self,
+        range: PageRange,
+        flags: PageFlags,
+        sizes: Vec<u32>,
+    ) -> Result<Destination> {
+        let (current, _) = self.current(range.start())?;
+        current.append_blocks(range, flags, sizes)
+    }
+
+    /// Whether the page at `vaddr` has just these `bytes` in the parent directory.
+    pub fn equals_parent(&mut self, vaddr: Vaddr, bytes: &[u8]) -> Result<bool> {
+        let (current, dir) = self.current(vaddr)?;
+        match current.parent(dir)? {
+            Some(parent) => parent.equals(vaddr, bytes),
+            None => Ok(false),
+        }
     }
 
     /// Gives every image its name. All bytes must have been written.
@@ -140,7 +192,7 @@ impl SessionImages {
     /// # Errors
     ///
     /// Something cannot be synced or renamed. Then none of the session's images is left.
-    pub fn commit(mut self) -> Result<()> {
+    pub fn commit(mut self) -> Result<CommittedImages> {
         self.finish_current()?;
         if self.store.sync() != Sync::None {
             self.sync_parts()?;
@@ -161,7 +213,10 @@ impl SessionImages {
         if self.store.sync() != Sync::None {
             self.store.sync_names()?;
         }
-        Ok(())
+        Ok(CommittedImages {
+            store: Arc::clone(&self.store),
+            targets: self.finished.iter().map(|done| done.target).collect(),
+        })
     }
 
     fn finish_current(&mut self) -> Result<()> {
@@ -249,9 +304,8 @@ impl Drop for SessionImages {
 
 /// The number of the pages file that a page server wrote for `target`, if its pagemap can be read.
 fn pages_id_of(dir: &ImageDir, target: Target) -> Option<u32> {
-    let (_, mut reader) = dir.pagemap(target).ok()??;
-    let head: PagemapHead = reader.read().ok()??;
-    (head.pages_id >= PAGES_ID_FIRST).then_some(head.pages_id)
+    let pages_id = Extents::open(dir, target).ok()??.pages_id();
+    (pages_id >= PAGES_ID_FIRST).then_some(pages_id)
 }
 
 /// The two parts of one target.
@@ -268,8 +322,8 @@ struct TargetImages {
     pagemap: MessageWriter<BufWriter<File>>,
     /// The last run, which the next one may go on.
     run: Option<(PageRange, PageFlags)>,
-    /// The target in the parent, opened when the first hole comes.
-    parent: Option<Chain>,
+    /// The target in the parent, once that was looked for.
+    parent: Option<Option<Parent>>,
 }
 
 impl TargetImages {
@@ -325,15 +379,59 @@ impl TargetImages {
         if !flags.has(PageFlags::PRESENT) {
             return Ok(None);
         }
+        self.take(range.bytes()).map(Some)
+    }
+
+    fn append_blocks(
+        &mut self,
+        range: PageRange,
+        flags: PageFlags,
+        sizes: Vec<u32>,
+    ) -> Result<Destination> {
+        if self.wire == Wire::V1 {
+            let text = "--compress: CRIU up to 4.1.1, which sends this, cannot read such images";
+            return Err(Error::new(Kind::Unsupported, text));
+        }
+        self.end_run()?;
+        let raw = |size: &u32| u64::from(*size) == self.page.bytes();
+        let mut flags = flags;
+        if sizes.first().is_some_and(raw) {
+            flags = flags.with(PageFlags::PAYLOAD_ALIGNED);
+            self.pages_bytes = self.pages_bytes.next_multiple_of(self.page.bytes());
+        }
+        let bytes = sizes.iter().map(|size| u64::from(*size)).sum::<u64>();
+        let blocks = (!sizes.iter().all(raw)).then_some(CompressedBlocks {
+            block_sizes: sizes,
+            total_payload_size: Some(bytes),
+            pages_per_block: Some(1),
+        });
+        self.write_entry(range, flags, blocks)?;
+        self.take(bytes)
+    }
+
+    /// Takes the next `bytes` bytes of the pages file.
+    fn take(&mut self, bytes: u64) -> Result<Destination> {
         let offset = self.pages_bytes;
-        self.pages_bytes = offset.checked_add(range.bytes()).ok_or_else(|| {
+        self.pages_bytes = offset.checked_add(bytes).ok_or_else(|| {
             let text = format!("{}: more pages than a file can hold", self.target);
             Error::new(Kind::Protocol, text)
         })?;
-        Ok(Some(Destination {
+        Ok(Destination {
             part: Arc::clone(&self.pages),
             offset,
-        }))
+        })
+    }
+
+    fn write_entry(
+        &mut self,
+        range: PageRange,
+        flags: PageFlags,
+        blocks: Option<CompressedBlocks>,
+    ) -> Result<()> {
+        let entry = encode_entry(range, flags, blocks, self.wire, self.page);
+        self.pagemap
+            .write(&entry)
+            .map_err(|error| Error::file("write", &self.pagemap_path, error))
     }
 
     fn goes_on(
@@ -357,57 +455,34 @@ impl TargetImages {
         while start < run.end().get() {
             let end = run.end().get().min(start.saturating_add(most));
             let range = PageRange::new(start, end);
-            let entry = encode_entry(range, flags, None, self.wire, self.page);
-            self.pagemap
-                .write(&entry)
-                .map_err(|error| Error::file("write", &self.pagemap_path, error))?;
+            self.write_entry(range, flags, None)?;
             start = end;
         }
         Ok(())
     }
 
+    /// The target in the parent, opened when it is first asked for.
+    fn parent(&mut self, dir: &ImageDir) -> Result<Option<&mut Parent>> {
+        if self.parent.is_none() {
+            self.parent = Some(Parent::open(dir, self.target)?);
+        }
+        Ok(self.parent.as_mut().and_then(Option::as_mut))
+    }
+
     fn find_in_parent(&mut self, dir: &ImageDir, range: PageRange) -> Result<()> {
-        let parent = match &mut self.parent {
-            Some(parent) => parent,
-            empty @ None => {
-                let parent = dir.parent()?.filter(|dir| dir.has_pagemap(self.target));
-                let parent = parent.ok_or_else(|| {
-                    let text = format!(
-                        "the dump says that pages of {} at {} are in the parent, but {} has no \
-                         parent with its pagemap (give --prev-images-dir)",
-                        self.target,
-                        range.start(),
-                        dir.path().display()
-                    );
-                    Error::new(Kind::Image, text)
-                })?;
-                empty.insert(Chain::open(&parent, self.target, Missing::Leave)?)
-            }
-        };
-        let mut at = range.start();
-        for extent in parent.extents_from(range.start()) {
-            if extent.range.start() > at || at >= range.end() {
-                break;
-            }
-            if matches!(extent.place, Place::Absent { .. }) {
-                return Err(parent
-                    .absence(&extent)
-                    .within("the dump counts on pages of its parent"));
-            }
-            at = extent.range.end();
+        let target = self.target;
+        match self.parent(dir)? {
+            Some(parent) => parent.must_have(range),
+            None => Err(Error::new(
+                Kind::Image,
+                format!(
+                    "the dump says that pages of {target} at {} are in the parent, but {} has no \
+                     parent with its pagemap (give --prev-images-dir)",
+                    range.start(),
+                    dir.path().display()
+                ),
+            )),
         }
-        if at >= range.end() {
-            return Ok(());
-        }
-        Err(Error::new(
-            Kind::Image,
-            format!(
-                "the dump says that the page of {} at {at} is in the parent, but the parent of {} \
-                 lacks it",
-                self.target,
-                dir.path().display()
-            ),
-        ))
     }
 
     /// Writes what is left. The pages file gets its whole length, wherever writes still are.

@@ -19,6 +19,17 @@ pub struct PageCounts {
     pub with_source: u64,
 }
 
+/// How received pages were stored.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct KeptPages {
+    /// Pages that are in the parent with the same bytes.
+    pub same_as_parent: u64,
+    /// Zero pages that take no room.
+    pub zero: u64,
+    /// Bytes in the pages files.
+    pub stored_bytes: u64,
+}
+
 /// A session that is over.
 #[derive(Clone, Debug)]
 pub struct Received {
@@ -30,6 +41,8 @@ pub struct Received {
     pub targets: u64,
     /// Pages by kind.
     pub pages: PageCounts,
+    /// How they were stored.
+    pub kept: KeptPages,
     /// Size of a page.
     pub page: PageSize,
     /// Bytes that came over the wire.
@@ -39,28 +52,33 @@ pub struct Received {
 }
 
 impl Received {
-    /// Bytes of pages stored.
-    pub fn stored_bytes(&self) -> u64 {
+    /// Bytes of the pages received.
+    pub fn received_bytes(&self) -> u64 {
         self.pages.received << self.page.shift()
     }
 }
 
 impl fmt::Display for Received {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let pages = &self.pages;
-        let mib = self.stored_bytes() as f64 / f64::from(1 << 20);
+        let (pages, kept) = (&self.pages, &self.kept);
+        let mib = self.received_bytes() as f64 / f64::from(1 << 20);
         let seconds = self.elapsed.as_secs_f64();
         write!(
             f,
             "{} pages ({mib:.1} MiB) of {} processes and segments received from {} in {seconds:.3} s, \
-             {:.1} MiB/s; {} in the parent, {} left with the source, {} came compressed",
+             {:.1} MiB/s: {} stored in {} bytes, {} same as parent, {} zero; {} came compressed; {} \
+             said to be in the parent, {} left with the source",
             pages.received,
             self.targets,
             self.peer,
             mib / seconds.max(1e-6),
+            pages.received - kept.same_as_parent - kept.zero,
+            kept.stored_bytes,
+            kept.same_as_parent,
+            kept.zero,
+            pages.compressed,
             pages.in_parent,
             pages.with_source,
-            pages.compressed,
         )
     }
 }

@@ -7,6 +7,7 @@ use std::path::Path;
 use proptest::prelude::*;
 
 use super::*;
+use crate::image::chain::{Chain, Missing};
 use crate::image::proto::PagemapEntry;
 use crate::units::Vaddr;
 

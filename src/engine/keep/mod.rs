@@ -1,0 +1,83 @@
+//! What becomes of received pages: the two ways to keep them.
+//!
+//! ```text
+//! AsReceived   every page at its place in the file; whole runs move at once    (the default)
+//! Sifted       page by page: zero? same as in the parent? compressed?          (--dedup-content, --compress)
+//! ```
+
+mod as_received;
+mod sifted;
+mod spill;
+
+use std::fmt;
+use std::ops::Range;
+
+use self::as_received::AsReceived;
+use self::sifted::Sifted;
+use super::batch::Plan;
+use super::mover::Mover;
+use crate::criu::header::PageFlags;
+use crate::error::Result;
+use crate::image::writer::{Destination, SessionImages};
+use crate::observe::received::KeptPages;
+use crate::units::{PageRange, PageSize};
+
+/// What to do with received pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct KeepOptions {
+    /// Store pages that equal the parent's as holes, and zero pages without their bytes.
+    pub dedup_content: bool,
+    /// Store pages as CRIU 4.3 compresses them.
+    pub compress: bool,
+}
+
+/// What a way to keep pages works with while it looks at a receive buffer.
+pub(super) struct Desk<'a> {
+    /// Where entries go and places come from.
+    pub(super) images: &'a mut SessionImages,
+    /// Where filled buffers go and empty ones come from.
+    pub(super) mover: &'a mut Mover,
+    /// What is to be written of the receive buffer.
+    pub(super) plan: &'a mut Plan,
+    /// The receive buffer, as far as it is filled.
+    pub(super) buffer: &'a [u8],
+}
+
+/// A way to keep pages. The bytes of a run come in order, cut anywhere.
+pub(super) trait Keep: fmt::Debug {
+    /// A run of pages begins.
+    fn begin_run(&mut self, desk: &mut Desk<'_>, range: PageRange, flags: PageFlags) -> Result<()>;
+
+    /// Raw bytes of the run are in this range of the receive buffer.
+    fn raw(&mut self, desk: &mut Desk<'_>, range: Range<usize>) -> Result<()>;
+
+    /// Bytes of the LZ4 block of the run's next page are in this range.
+    fn lz4(&mut self, desk: &mut Desk<'_>, range: Range<usize>, ends: bool) -> Result<()>;
+
+    /// The run's next page is zero.
+    fn zero_page(&mut self, desk: &mut Desk<'_>) -> Result<()>;
+
+    /// Where the rest of the run's raw bytes go if nobody needs to look at them; `None` if somebody
+    /// does, or no bytes belong to the run.
+    fn rest(&self) -> Option<&Destination>;
+
+    /// `bytes` bytes of the rest were moved there.
+    fn moved(&mut self, bytes: u64);
+
+    /// The target's last page has come: what is held back is written.
+    fn end_target(&mut self, images: &mut SessionImages, mover: &mut Mover) -> Result<()>;
+
+    /// What was done so far.
+    fn kept(&self) -> KeptPages;
+}
+
+impl KeepOptions {
+    /// The way to keep pages that is asked for.
+    pub(super) fn keep(self, page: PageSize) -> Box<dyn Keep> {
+        if self == KeepOptions::default() {
+            Box::new(AsReceived::new(page))
+        } else {
+            Box::new(Sifted::new(self, page))
+        }
+    }
+}

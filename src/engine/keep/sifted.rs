@@ -1,0 +1,259 @@
+//! Each page is looked at before it is stored.
+//!
+//! ```text
+//! page --> all zero? ------------> entry, no bytes                     (dedup, compress)
+//!      --> equals the parent's? -> entry with PARENT, no bytes         (dedup)
+//!      --> compress it? ---------> block of an entry with blocks       (compress)
+//!      --> store it as it is
+//! ```
+
+use std::ops::Range;
+
+use super::spill::{Blocks, Spill, unpack};
+use super::{Desk, Keep, KeepOptions};
+use crate::criu::header::PageFlags;
+use crate::engine::batch::Plan;
+use crate::engine::mover::Mover;
+use crate::error::Result;
+use crate::image::writer::{Destination, SessionImages};
+use crate::limits::RECEIVE_BUFFER_BYTES;
+use crate::observe::received::KeptPages;
+use crate::sys::buffers::Buffer;
+use crate::units::{PageRange, PageSize, Vaddr};
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct Sifted {
+    options: KeepOptions,
+    page: PageSize,
+    /// Address of the run's next page.
+    next: Vaddr,
+    flags: PageFlags,
+    /// A page that a buffer's end has cut, or that was decompressed; never more than a page.
+    carried: Vec<u8>,
+    blocks: Blocks,
+    spill: Spill,
+    pack: Option<Pack>,
+    kept: KeptPages,
+}
+
+/// Where the bytes of a whole page are.
+#[derive(Clone, Debug)]
+enum Content {
+    /// In this range of the receive buffer.
+    Received(Range<usize>),
+    /// In [`Sifted::carried`].
+    Carried,
+    /// Nowhere: they are zero.
+    Zero,
+}
+
+/// An entry of compressed pages that is being filled.
+#[derive(Debug)]
+struct Pack {
+    first: Vaddr,
+    flags: PageFlags,
+    /// Stored size of each page in bytes.
+    sizes: Vec<u32>,
+    buffer: Buffer,
+    filled: usize,
+}
+
+impl Sifted {
+    pub(super) fn new(options: KeepOptions, page: PageSize) -> Sifted {
+        Sifted {
+            options,
+            page,
+            next: Vaddr(0),
+            flags: PageFlags::default(),
+            carried: Vec::with_capacity(page.as_usize()),
+            blocks: Blocks::default(),
+            spill: Spill::default(),
+            pack: None,
+            kept: KeptPages::default(),
+        }
+    }
+
+    /// Stores the run's next page.
+    fn page(&mut self, desk: &mut Desk<'_>, content: &Content) -> Result<()> {
+        let start = self.next.get();
+        let range = PageRange::new(start, start + self.page.bytes());
+        self.next = range.end();
+        let zero = match content {
+            Content::Received(range) => is_zero(&desk.buffer[range.clone()]),
+            Content::Carried => is_zero(&self.carried),
+            Content::Zero => true,
+        };
+        let content = if zero { &Content::Zero } else { content };
+        if !zero && self.options.dedup_content {
+            let bytes = match content {
+                Content::Received(range) => &desk.buffer[range.clone()],
+                _ => &self.carried,
+            };
+            if desk.images.equals_parent(range.start(), bytes)? {
+                self.end_pack(desk.images, desk.mover)?;
+                let in_parent = self.flags.without(PageFlags::PRESENT);
+                desk.images
+                    .append(range, in_parent.with(PageFlags::PARENT))?;
+                self.kept.same_as_parent += 1;
+                return Ok(());
+            }
+        }
+        self.kept.zero += u64::from(zero);
+        if self.options.compress {
+            self.pack(desk, range.start(), content)
+        } else {
+            self.store(desk, range, content)
+        }
+    }
+
+    fn store(&mut self, desk: &mut Desk<'_>, range: PageRange, content: &Content) -> Result<()> {
+        let Some(to) = desk.images.append(range, self.flags)? else {
+            return Ok(());
+        };
+        match content {
+            Content::Zero => return Ok(()),
+            Content::Received(range) => desk.plan.push(&to.part, to.offset, range.clone()),
+            Content::Carried => {
+                let bytes = self.carried.len();
+                let room = self.spill.room(desk.mover, bytes)?;
+                room.copy_from_slice(&self.carried);
+                self.spill.place(bytes, &to);
+            }
+        }
+        self.kept.stored_bytes += range.bytes();
+        Ok(())
+    }
+
+    fn pack(&mut self, desk: &mut Desk<'_>, vaddr: Vaddr, content: &Content) -> Result<()> {
+        let goes_on = |pack: &Pack| {
+            let end = pack.first.get() + self.page.bytes() * pack.sizes.len() as u64;
+            let has_room = pack.filled + self.page.as_usize() <= pack.buffer.len();
+            end == vaddr.get() && pack.flags == self.flags && has_room && !pack.is_full(self.page)
+        };
+        if !self.pack.as_ref().is_some_and(goes_on) {
+            self.end_pack(desk.images, desk.mover)?;
+        }
+        let pack = match &mut self.pack {
+            Some(pack) => pack,
+            empty @ None => empty.insert(Pack {
+                first: vaddr,
+                flags: self.flags,
+                sizes: Vec::new(),
+                buffer: desk.mover.buffer()?,
+                filled: 0,
+            }),
+        };
+        match content {
+            Content::Zero => pack.sizes.push(0),
+            Content::Received(range) => pack.add(&desk.buffer[range.clone()]),
+            Content::Carried => pack.add(&self.carried),
+        }
+        Ok(())
+    }
+
+    fn end_pack(&mut self, images: &mut SessionImages, mover: &mut Mover) -> Result<()> {
+        let Some(pack) = self.pack.take() else {
+            return Ok(());
+        };
+        let start = pack.first.get();
+        let end = start + self.page.bytes() * pack.sizes.len() as u64;
+        let range = PageRange::new(start, end);
+        let to = images.append_blocks(range, pack.flags, pack.sizes)?;
+        let mut plan = Plan::default();
+        if pack.filled > 0 {
+            plan.push(&to.part, to.offset, 0..pack.filled);
+        }
+        self.kept.stored_bytes += pack.filled as u64;
+        mover.write(pack.buffer, plan)
+    }
+}
+
+impl Pack {
+    /// Whether the entry has as many pages as it may: what fits in a buffer if none is compressible.
+    fn is_full(&self, page: PageSize) -> bool {
+        self.sizes.len() >= RECEIVE_BUFFER_BYTES / page.as_usize()
+    }
+
+    /// Adds a page: compressed, or raw where that gains less than an eighth, as CRIU does.
+    fn add(&mut self, bytes: &[u8]) {
+        let block = lz4_flex::block::compress(bytes);
+        let stored = if block.len() >= bytes.len() / 8 * 7 {
+            bytes
+        } else {
+            &block
+        };
+        self.buffer[self.filled..self.filled + stored.len()].copy_from_slice(stored);
+        self.filled += stored.len();
+        let size = u32::try_from(stored.len()).expect("no more than a page");
+        self.sizes.push(size);
+    }
+}
+
+impl Keep for Sifted {
+    fn begin_run(&mut self, desk: &mut Desk<'_>, range: PageRange, flags: PageFlags) -> Result<()> {
+        self.next = range.start();
+        self.flags = flags;
+        if !flags.has(PageFlags::PRESENT) {
+            self.end_pack(desk.images, desk.mover)?;
+            desk.images.append(range, flags)?;
+        }
+        Ok(())
+    }
+
+    fn raw(&mut self, desk: &mut Desk<'_>, range: Range<usize>) -> Result<()> {
+        let page = self.page.as_usize();
+        let mut at = range.start;
+        while at < range.end {
+            let left = range.end - at;
+            if self.carried.is_empty() && left >= page {
+                self.page(desk, &Content::Received(at..at + page))?;
+                at += page;
+                continue;
+            }
+            let taken = left.min(page - self.carried.len());
+            self.carried.extend_from_slice(&desk.buffer[at..at + taken]);
+            at += taken;
+            if self.carried.len() == page {
+                self.page(desk, &Content::Carried)?;
+                self.carried.clear();
+            }
+        }
+        Ok(())
+    }
+
+    fn lz4(&mut self, desk: &mut Desk<'_>, range: Range<usize>, ends: bool) -> Result<()> {
+        if let Some(block) = self.blocks.add(&desk.buffer[range], ends) {
+            self.carried.resize(self.page.as_usize(), 0);
+            unpack(block, &mut self.carried)?;
+            self.page(desk, &Content::Carried)?;
+            self.carried.clear();
+        }
+        Ok(())
+    }
+
+    fn zero_page(&mut self, desk: &mut Desk<'_>) -> Result<()> {
+        self.page(desk, &Content::Zero)
+    }
+
+    fn rest(&self) -> Option<&Destination> {
+        None
+    }
+
+    fn moved(&mut self, _bytes: u64) {}
+
+    fn end_target(&mut self, images: &mut SessionImages, mover: &mut Mover) -> Result<()> {
+        self.end_pack(images, mover)?;
+        self.spill.flush(mover)
+    }
+
+    fn kept(&self) -> KeptPages {
+        self.kept
+    }
+}
+
+/// Whether all bytes of a page are zero.
+fn is_zero(bytes: &[u8]) -> bool {
+    let (front, words, back) = bytemuck::pod_align_to::<u8, u128>(bytes);
+    words.iter().all(|word| *word == 0) && front.iter().chain(back).all(|byte| *byte == 0)
+}
