@@ -41,14 +41,7 @@ fn options(dir: &Path, previous: Option<&str>) -> StoreOptions {
 }
 
 fn context(dir: &Path, previous: Option<&str>, io: Io) -> ReceiveContext {
-    ReceiveContext {
-        stores: Stores::open(options(dir, previous), None).unwrap(),
-        wire: None,
-        io,
-        keep: KeepOptions::default(),
-        auto_dedup: false,
-        idle_timeout: None,
-    }
+    ReceiveContext::new(Stores::open(options(dir, previous), None).unwrap(), io)
 }
 
 /// One session in which `bytes` come in pieces, and the server's answers.

@@ -130,10 +130,8 @@ fn receive(dir: &Path, stream: Stream, idle_timeout: Option<Duration>) -> Result
         sync: Sync::None,
     };
     let context = ReceiveContext {
-        stores: Stores::open(options, None)?,
-        wire: None,
-        io: Io::Epoll,
         idle_timeout,
+        ..ReceiveContext::new(Stores::open(options, None)?, Io::Epoll)
     };
     receive_client(stream, &context).map(|_| ())
 }

@@ -61,6 +61,21 @@ pub struct ReceiveContext {
     pub idle_timeout: Option<Duration>,
 }
 
+impl ReceiveContext {
+    /// Sessions that find out what their peers speak, wait for them as long as it takes, and keep all
+    /// pages as received.
+    pub fn new(stores: Stores, io: Io) -> ReceiveContext {
+        ReceiveContext {
+            stores,
+            wire: None,
+            io,
+            keep: KeepOptions::default(),
+            auto_dedup: false,
+            idle_timeout: None,
+        }
+    }
+}
+
 /// Receives one dump, from its first byte to the end of the connection. On failure the connection is
 /// reset, nothing is left of the images, and the error names the peer and the place.
 pub fn receive_client(mut stream: Stream, context: &ReceiveContext) -> Result<Received> {
@@ -98,6 +113,8 @@ struct Ingest {
     mover: Mover,
     keep: Box<dyn Keep>,
     page: PageSize,
+    /// Whether bytes can go past this process: not if they must be decrypted here.
+    splices: bool,
     /// Whether the last frame was large enough to be spliced: then the next one is read header
     /// first, so that its payload can be spliced as a whole.
     expects_large: bool,
@@ -140,6 +157,7 @@ impl Ingest {
             mover: Mover::new(io.driver(link)?),
             keep: context.keep.keep(page),
             page,
+            splices: stream.is_plain(),
             expects_large: false,
             idle_timeout: context.idle_timeout,
             targets: 0,
@@ -197,9 +215,7 @@ impl Ingest {
                 let arrived = filled..filled + bytes;
                 closed = self.take_steps(stream, &buffer, &arrived, &mut plan)?;
                 filled = arrived.end;
-                if stream.is_plain() {
-                    self.splice_rest()?;
-                }
+                self.splice_rest()?;
             }
             self.mover.write(buffer, plan)?;
             if let Some(closed) = closed {
@@ -315,7 +331,7 @@ impl Ingest {
 
     fn count(&mut self, range: PageRange, flags: PageFlags) {
         let large = range.bytes() >= SPLICE_BYTES_MIN;
-        self.expects_large = large && self.keep.rest().is_some();
+        self.expects_large = large && self.splices && self.keep.rest().is_some();
         let pages = range.pages(self.page).get();
         if flags.has(PageFlags::PRESENT) {
             self.pages.received += pages;
@@ -330,7 +346,7 @@ impl Ingest {
     fn splice_rest(&mut self) -> Result<()> {
         let bytes = self.session.raw_bytes_left();
         match self.keep.rest() {
-            Some(to) if bytes >= SPLICE_BYTES_MIN => {
+            Some(to) if self.splices && bytes >= SPLICE_BYTES_MIN => {
                 self.mover.splice(to.clone(), bytes)?;
                 self.keep.moved(bytes);
                 self.session.skip_raw(bytes);
