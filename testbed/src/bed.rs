@@ -4,7 +4,7 @@ use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use tempfile::TempDir;
 
 use crate::pipes::LargePipes;
@@ -26,8 +26,19 @@ impl Bed {
     /// # Errors
     /// Neither root, nor large pipes already.
     pub fn new() -> Result<Bed> {
+        Bed::new_in(&env::temp_dir())
+    }
+
+    /// The same with the directory made in `parent`: a file system chosen for its speed.
+    ///
+    /// # Errors
+    /// As [`Bed::new`]; or `parent` cannot be written.
+    pub fn new_in(parent: &Path) -> Result<Bed> {
         let pipes = LargePipes::allow()?;
-        let dir = tempfile::Builder::new().prefix("pageferry-").tempdir()?;
+        let dir = tempfile::Builder::new()
+            .prefix("pageferry-")
+            .tempdir_in(parent);
+        let dir = dir.with_context(|| format!("a directory in {}", parent.display()))?;
         Ok(Bed { dir, _pipes: pipes })
     }
 

@@ -50,6 +50,8 @@ pub struct Plan<'a> {
     pub client: Make<'a>,
     /// Further options of the lazy-pages daemon.
     pub client_options: Vec<String>,
+    /// Further options of the source.
+    pub source_options: Vec<String>,
     /// What lies between the source and the daemon (none: loopback without a proxy).
     pub link: Option<(Link, Option<Accident>)>,
 }
@@ -63,6 +65,7 @@ impl<'a> Plan<'a> {
             source,
             client,
             client_options: Vec::new(),
+            source_options: Vec::new(),
             link: None,
         }
     }
@@ -237,6 +240,19 @@ impl PostCopy {
         Ok(reports)
     }
 
+    /// Whether the reports of the steps given at the start are all there.
+    ///
+    /// # Errors
+    /// One cannot be read.
+    pub fn reported(&self) -> Result<bool> {
+        for &(process, seq) in &self.sent {
+            if self.load.report(process, seq)?.is_none() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Payload bytes that came over the link so far.
     pub fn received(&self) -> u64 {
         self.proxy
@@ -275,10 +291,11 @@ fn start_source(
     dumped: PathBuf,
 ) -> Result<(Running, PathBuf, Option<SocketAddr>)> {
     let dump = Dump::new(plan.dumps, load.pid(), &dumped);
+    let source_options: Vec<&str> = plan.source_options.iter().map(String::as_str).collect();
     match plan.source {
         Source::Dump => {
             let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
-            let dump = dump.serve_lazily(address)?;
+            let dump = dump.with(&source_options).serve_lazily(address)?;
             Ok((Running::Dump(dump), dumped, Some(address)))
         }
         Source::PageServer(make) => {
@@ -287,7 +304,8 @@ fn start_source(
             let here = bed.path("restored");
             let missing = images::copy_without_lazy_pages(&dumped, &here)?;
             ensure!(missing > 0, "a test without missing pages");
-            let server = PageServer::serving(make, &Options::new(&dumped).log_to("serve.log"))?;
+            let options = Options::new(&dumped).with(&source_options);
+            let server = PageServer::serving(make, &options.log_to("serve.log"))?;
             let address = server.address();
             Ok((Running::PageServer(server), here, Some(address)))
         }

@@ -1,5 +1,6 @@
 //! The project's own commands.
 
+mod bench;
 mod criu;
 mod setup;
 mod test;
@@ -16,6 +17,8 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Measures pageferry and CRIU against each other.
+    Bench(bench::Args),
     /// Fetches real CRIUs into target/criu and prints version and path of each.
     Criu(criu::Args),
     /// Runs all tests, those with real CRIUs too, with all set-up.
@@ -24,6 +27,7 @@ enum Task {
 
 fn main() -> Result<()> {
     match Args::parse().task {
+        Task::Bench(args) => bench::run(&args),
         Task::Criu(args) => criu::run(&args),
         Task::Test(args) => test::run_tests(&args),
     }

@@ -1,0 +1,134 @@
+//! `cargo xtask bench`: pageferry and CRIU, measured in turn on the same machine.
+//!
+//! ```text
+//!   post_copy   what is measured and judged      stats   medians and ratios of samples and bounds
+//!   bars        promises, kept or not            table   text
+//! ```
+//!
+//! Invariants: contenders take turns, so that a machine that gets slower meets all of them; the
+//! first round warms up and is thrown away; a ratio compares runs of the same round.
+
+mod bars;
+mod post_copy;
+mod stats;
+mod table;
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread::available_parallelism;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use testbed::criu::Criu;
+use testbed::workspace::{self, BIN_DIR_VARIABLE, target_dir};
+
+use crate::setup::{self, cargo};
+
+/// Where tmpfs is on every Linux with POSIX shared memory.
+const TMPFS: &str = "/dev/shm";
+
+/// Which benchmark.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(clap::Subcommand)]
+enum Bench {
+    /// Restored processes that run while their memory is on its way: lazy-client and CRIU's
+    /// lazy-pages.
+    PostCopy(post_copy::Args),
+}
+
+/// Builds what is measured, measures and judges it.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    setup::require_root()?;
+    workspace::use_binaries(release_binaries()?);
+    match &args.bench {
+        Bench::PostCopy(args) => post_copy::run(args),
+    }
+}
+
+/// The directory of optimised binaries: one that the environment names, or built here.
+fn release_binaries() -> Result<PathBuf> {
+    if let Some(dir) = env::var_os(BIN_DIR_VARIABLE) {
+        return Ok(dir.into());
+    }
+    let packages = ["page-server", "lazy-client", "testbed"];
+    let packages = packages.iter().flat_map(|package| ["-p", package]);
+    setup::run(
+        cargo()
+            .args(["build", "--release", "--bins"])
+            .args(packages),
+    )?;
+    Ok(target_dir().join("release"))
+}
+
+/// What a result depends on besides the programs.
+#[derive(Clone, Debug, Serialize)]
+struct Machine {
+    kernel: String,
+    cpus: usize,
+    criu: String,
+    pageferry: &'static str,
+}
+
+impl Machine {
+    fn here(criu: &Criu) -> Result<Machine> {
+        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").context("kernel release")?;
+        Ok(Machine {
+            kernel: kernel.trim().to_owned(),
+            cpus: available_parallelism()?.get(),
+            criu: criu.version.clone(),
+            pageferry: env!("CARGO_PKG_VERSION"),
+        })
+    }
+
+    fn describe(&self) -> String {
+        let Machine {
+            kernel,
+            cpus,
+            criu,
+            pageferry,
+        } = self;
+        format!("pageferry {pageferry}, CRIU {criu}, Linux {kernel}, {cpus} CPUs")
+    }
+}
+
+/// Lets all contenders run `rounds` times in turn, after a round that is thrown away. Tells the
+/// runs of each round, in the order of the contenders.
+fn alternate<C, R>(
+    contenders: &[C],
+    rounds: u32,
+    mut run: impl FnMut(&C) -> Result<R>,
+) -> Result<Vec<Vec<R>>> {
+    let mut round = || contenders.iter().map(&mut run).collect::<Result<Vec<R>>>();
+    round().context("warming up")?;
+    (0..rounds).map(|_| round()).collect()
+}
+
+/// Writes `results` so that the file is whole or absent.
+fn write_json(path: &Path, results: &impl Serialize) -> Result<()> {
+    let unfinished = path.with_extension("unfinished");
+    fs::write(&unfinished, serde_json::to_vec_pretty(results)?)
+        .with_context(|| unfinished.display().to_string())?;
+    fs::rename(&unfinished, path).with_context(|| path.display().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contenders_take_turns() {
+        let mut turns = String::new();
+        let rounds = alternate(&['a', 'b'], 2, |&name| {
+            turns.push(name);
+            Ok(turns.len())
+        });
+        assert_eq!(rounds.unwrap(), [[3, 4], [5, 6]]);
+        assert_eq!(turns, "ababab");
+    }
+}

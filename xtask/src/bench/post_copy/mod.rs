@@ -1,0 +1,160 @@
+//! `cargo xtask bench post-copy`: restored processes that touch memory which is not there yet.
+//!
+//! ```text
+//!   case = size x order x link      contenders of a case, in turn
+//!     |                               pageferry    lazy-client        <- criu dump --lazy-pages
+//!     v                               CRIU         criu lazy-pages    <- criu dump --lazy-pages
+//!   rounds of runs                    own source   lazy-client        <- page-server --lazy-pages
+//!     |  medians, ratios round by round
+//!     v
+//!   table, JSON, bars (promises)
+//! ```
+
+mod case;
+mod measure;
+mod promises;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Result;
+use serde::Serialize;
+use testbed::criu;
+
+use super::bars::{self, Bar};
+use super::stats::{Sample, median, median_ratio};
+use super::table::{Table, cell};
+use super::{Machine, alternate, write_json};
+use case::{Access, Case, Contender, LinkKind, SourceKind};
+use measure::{Bench, Metric, Run};
+
+/// What to measure; everything, unless told otherwise.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Memory to move, MiB.
+    #[arg(long, value_name = "MIB", value_delimiter = ',', default_values_t = [256, 1024, 4096],
+          value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    size: Vec<u32>,
+    /// How it is accessed.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Access::ALL)]
+    order: Vec<Access>,
+    /// What lies between source and daemon.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = LinkKind::ALL)]
+    link: Vec<LinkKind>,
+    /// Who has the memory.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = SourceKind::ALL)]
+    source: Vec<SourceKind>,
+    /// Rounds of which the medians are taken, after one that warms up.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+    /// A run that takes more seconds after the restore is ended, and counts as that long.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60,
+          value_parser = clap::value_parser!(u64).range(1..=3600))]
+    limit: u64,
+    /// The CRIU to use: a version (4.2.1) or a Debian suite (trixie, sid, experimental).
+    #[arg(long, default_value = "sid")]
+    criu: String,
+    /// Write everything measured to FILE.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// All rounds of one case.
+#[derive(Clone, Debug, Serialize)]
+struct CaseResult {
+    case: Case,
+    contenders: Vec<Contender>,
+    /// Runs of each round, in the order of the contenders.
+    rounds: Vec<Vec<Run>>,
+}
+
+impl CaseResult {
+    /// What a contender's runs have of a metric, round by round; nothing if it did not run.
+    fn samples(&self, who: Contender, metric: Metric) -> Vec<Option<Sample>> {
+        let Some(index) = self.contenders.iter().position(|&other| other == who) else {
+            return Vec::new();
+        };
+        let of_round = |round: &Vec<Run>| metric.of(round.get(index)?);
+        self.rounds.iter().map(of_round).collect()
+    }
+
+    fn median(&self, who: Contender, metric: Metric) -> Option<Sample> {
+        median(self.samples(who, metric).into_iter().flatten())
+    }
+
+    /// The median of a contender's ratios to CRIU.
+    fn ratio(&self, who: Contender, metric: Metric) -> Option<Sample> {
+        let criu = self.samples(Contender::Criu, metric);
+        median_ratio(self.samples(who, metric).into_iter().zip(criu))
+    }
+
+    fn print(&self) {
+        let headings = std::iter::once("").chain(Metric::ALL.map(Metric::heading));
+        let mut table = Table::new(headings);
+        for &who in &self.contenders {
+            table.row(who.name(), Metric::ALL.map(|m| cell(self.median(who, m))));
+        }
+        if self.contenders.contains(&Contender::Criu) {
+            for &who in self
+                .contenders
+                .iter()
+                .filter(|&&who| who != Contender::Criu)
+            {
+                let name = format!("{} / CRIU", who.name());
+                table.row(&name, Metric::ALL.map(|m| cell(self.ratio(who, m))));
+            }
+        }
+        println!("\n{}\n{table}", self.case.describe());
+    }
+}
+
+/// What goes into the file.
+#[derive(Serialize)]
+struct Results<'a> {
+    machine: &'a Machine,
+    limit_s: u64,
+    cases: &'a [CaseResult],
+    bars: &'a [Bar],
+}
+
+/// Measures all cases asked for, prints each as it is done, and the bars at the end.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let criu = criu::of_version(&args.criu)?;
+    let machine = Machine::here(&criu)?;
+    println!("{}", machine.describe());
+    println!(
+        "medians of {}; s, µs and MiB; a run is ended after {} s; ratios are taken round by round",
+        args.runs, args.limit
+    );
+    let bench = Bench {
+        criu: &criu,
+        limit: Duration::from_secs(args.limit),
+    };
+    let contenders = Contender::all_of(&args.source);
+    let mut results: Vec<CaseResult> = Vec::new();
+    let mut bars = Vec::new();
+    for case in Case::all_of(&args.size, &args.order, &args.link) {
+        let result = CaseResult {
+            case,
+            contenders: contenders.clone(),
+            rounds: alternate(&contenders, args.runs, |&who| bench.run(case, who))?,
+        };
+        result.print();
+        results.push(result);
+        bars = promises::judge(&results);
+        // After each case: a long run that is interrupted leaves what it has.
+        if let Some(path) = &args.json {
+            write_json(
+                path,
+                &Results {
+                    machine: &machine,
+                    limit_s: args.limit,
+                    cases: &results,
+                    bars: &bars,
+                },
+            )?;
+        }
+    }
+    println!("\n{}", bars::table(&bars));
+    Ok(())
+}
