@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use pageferry::lazy::planner::{Planner, Request, SpaceId, Way};
-use pageferry::lazy::space::{Class, FaultAnswer, Space};
+use pageferry::lazy::space::{Class, FaultAnswer, Reach, Space};
 use pageferry::units::{PageRange, PageSize, Vaddr};
 use proptest::prelude::*;
 
@@ -207,12 +207,17 @@ impl World {
         };
         let (id, memory) = &self.memories[index];
         let id = *id;
+        // Every size in turn, from a single page on.
+        let reach = Reach {
+            alone_bytes: 1 << (12 + self.now_us / 10 % 4),
+            walk_bytes: CHUNK,
+        };
         let Some(state) = memory.get(&page).copied() else {
             return;
         };
         match self
             .planner
-            .handle_fault(id, Vaddr((page << 12) + 123), self.now_us)
+            .handle_fault(id, Vaddr((page << 12) + 123), reach, self.now_us)
         {
             FaultAnswer::Zero => {
                 assert!(

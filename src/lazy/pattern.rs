@@ -3,8 +3,7 @@
 //! Several threads walk at once, so a few walks are followed, each with where its last fault was and
 //! how often it went on the same way. A fault near the front of a walk continues it, and twice as
 //! much is read ahead as before. Three faults at one distance, too far apart for a walk, are a
-//! stride. Any other fault begins a new walk and brings only itself: its neighbours come with the
-//! background stream, which goes where the last faults were.
+//! stride. Any other fault begins a new walk, and stands alone for now.
 
 /// Walks followed at once in a process: more threads than that fault as if at random.
 const WALKS: usize = 8;
@@ -22,6 +21,8 @@ const STRIDE_PAGES: i64 = 4;
 /// What to fetch for a fault, in pages relative to the faulting one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Around {
+    /// Nothing is known of what comes next.
+    Alone,
     /// The page and those above it, this many in all.
     Up(u64),
     /// The page and those below it, this many in all.
@@ -107,7 +108,7 @@ impl Pattern {
                 used,
             };
         }
-        Around::Up(1)
+        Around::Alone
     }
 
     /// Pages that were brought ahead fault no more, so a known stride goes on in multiples.
@@ -130,15 +131,22 @@ impl Pattern {
 mod tests {
     use super::*;
 
+    /// How many pages a fault brings that is alone or on a walk upwards.
+    fn upwards(pattern: &mut Pattern, page: u64) -> u64 {
+        match pattern.observe(page) {
+            Around::Alone => 1,
+            Around::Up(pages) => pages,
+            other => panic!("not upwards: {other:?}"),
+        }
+    }
+
     #[test]
     fn a_walk_upwards_reads_further_and_further_ahead() {
         let mut pattern = Pattern::default();
         let mut page = 1000;
         let mut brought = Vec::new();
         for _ in 0..5 {
-            let Around::Up(pages) = pattern.observe(page) else {
-                panic!("not upwards")
-            };
+            let pages = upwards(&mut pattern, page);
             brought.push(pages);
             page += pages;
         }
@@ -148,7 +156,7 @@ mod tests {
     #[test]
     fn a_walk_downwards_reads_below() {
         let mut pattern = Pattern::default();
-        assert_eq!(pattern.observe(1000), Around::Up(1));
+        assert_eq!(pattern.observe(1000), Around::Alone);
         assert_eq!(pattern.observe(999), Around::Down(4));
         assert_eq!(pattern.observe(995), Around::Down(16));
     }
@@ -159,7 +167,7 @@ mod tests {
         for page in [
             10, 9_000, 77_000, 3_000, 500_000, 123_456, 42_000, 8_888, 1_000_000,
         ] {
-            assert_eq!(pattern.observe(page), Around::Up(1));
+            assert_eq!(pattern.observe(page), Around::Alone);
         }
     }
 
@@ -167,7 +175,7 @@ mod tests {
     fn a_wide_stride_is_followed_although_its_next_pages_fault_no_more() {
         let mut pattern = Pattern::default();
         for page in [10_000, 11_000, 12_000] {
-            assert_eq!(pattern.observe(page), Around::Up(1));
+            assert_eq!(pattern.observe(page), Around::Alone);
         }
         let stride = Around::Stride {
             step: 1000,
@@ -183,9 +191,7 @@ mod tests {
         let mut fronts = [1_000_u64, 100_000, 200_000, 300_000];
         for round in 0..4 {
             for front in &mut fronts {
-                let Around::Up(pages) = pattern.observe(*front) else {
-                    panic!("not upwards")
-                };
+                let pages = upwards(&mut pattern, *front);
                 assert_eq!(pages, [1, 4, 16, 64][round]);
                 *front += pages;
             }

@@ -14,7 +14,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::extents::Piece;
-use super::space::{Class, FaultAnswer, Served, Space};
+use super::space::{Class, FaultAnswer, Reach, Served, Space};
 use crate::units::{PageRange, PageSize, Vaddr};
 
 /// Names one userfaultfd: a restored process or a child that it forked since.
@@ -162,10 +162,16 @@ impl Planner {
     }
 
     /// A thread of `id` touched `addr`.
-    pub fn handle_fault(&mut self, id: SpaceId, addr: Vaddr, now_us: u64) -> FaultAnswer {
+    pub fn handle_fault(
+        &mut self,
+        id: SpaceId,
+        addr: Vaddr,
+        reach: Reach,
+        now_us: u64,
+    ) -> FaultAnswer {
         self.spaces
             .get_mut(&id)
-            .map_or(FaultAnswer::Zero, |space| space.fault(addr, now_us))
+            .map_or(FaultAnswer::Zero, |space| space.fault(addr, reach, now_us))
     }
 
     /// `parent` forked.

@@ -27,6 +27,15 @@ const GAP_BYTES_MAX: u64 = 32 << 10;
 /// Most bytes of a local image installed for one fault: beyond it other faults wait too long.
 const LOCAL_FAULT_BYTES_MAX: u64 = 64 << 10;
 
+/// How much a fault may bring.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Reach {
+    /// For a fault that stands alone: the aligned block of so many bytes around it (at least a page).
+    pub alone_bytes: u64,
+    /// For a fault on a walk: so many bytes at most.
+    pub walk_bytes: u64,
+}
+
 /// Why pages are asked for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Class {
@@ -168,7 +177,7 @@ impl Space {
     }
 
     /// A thread touched `addr`.
-    pub fn fault(&mut self, addr: Vaddr, now_us: u64) -> FaultAnswer {
+    pub fn fault(&mut self, addr: Vaddr, reach: Reach, now_us: u64) -> FaultAnswer {
         let start = Vaddr(self.page.floor(addr.get()));
         self.waiting.entry(start.get()).or_insert(now_us);
         if self.flight.find(start).is_some() {
@@ -179,14 +188,14 @@ impl Space {
                 return FaultAnswer::Wait;
             }
             let around = self.pattern.observe(start.get() >> self.page.shift());
-            self.ask_around(start, piece, around);
+            self.ask_around(start, piece, around, reach);
             self.remember(start);
             return FaultAnswer::Wait;
         }
         if let Some(piece) = self.local.find(start) {
             let pages = match self.pattern.observe(start.get() >> self.page.shift()) {
                 Around::Up(pages) => pages,
-                Around::Down(_) | Around::Stride { .. } => 1,
+                Around::Alone | Around::Down(_) | Around::Stride { .. } => 1,
             };
             self.local_cursor = start;
             let bytes = (pages * self.page.bytes()).min(LOCAL_FAULT_BYTES_MAX);
@@ -196,15 +205,25 @@ impl Space {
     }
 
     /// Moves the faulting page and what goes with it from `remote` to `urgent`.
-    fn ask_around(&mut self, start: Vaddr, piece: Piece, around: Around) {
+    fn ask_around(&mut self, start: Vaddr, piece: Piece, around: Around, reach: Reach) {
         let page = self.page.bytes();
         match around {
+            Around::Alone => {
+                let first = start.get() - start.get() % reach.alone_bytes.max(page);
+                let block =
+                    PageRange::new(first, first.saturating_add(reach.alone_bytes.max(page)));
+                if let Some(range) = piece.at.intersect(block) {
+                    self.ask(range, Class::Fault);
+                }
+            }
             Around::Up(pages) => {
-                self.ask(self.run_from(start, pages * page, piece), Class::Fault);
+                let bytes = (pages * page).min(reach.walk_bytes).max(page);
+                self.ask(self.run_from(start, bytes, piece), Class::Fault);
             }
             Around::Down(pages) => {
                 self.ask(self.run_from(start, page, piece), Class::Fault);
-                let lowest = start.get().saturating_sub((pages - 1) * page);
+                let bytes = (pages * page).min(reach.walk_bytes).max(page) - page;
+                let lowest = start.get().saturating_sub(bytes);
                 let below = PageRange::new(lowest.max(piece.at.start().get()), start.get());
                 self.ask(below, Class::Around);
             }
@@ -447,8 +466,8 @@ impl Space {
         self.waiting.len()
     }
 
-    /// Whether a thread waits for a page of `range`.
-    pub fn is_awaited(&self, range: PageRange) -> bool {
-        self.next_waiting(range).is_some()
+    /// The first page of `range` that a thread waits for.
+    pub fn first_awaited(&self, range: PageRange) -> Option<Vaddr> {
+        self.next_waiting(range).map(|(page, _)| Vaddr(page))
     }
 }

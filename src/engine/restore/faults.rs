@@ -81,7 +81,9 @@ impl Restore {
     }
 
     fn answer(&mut self, id: SpaceId, addr: Vaddr) -> Result<()> {
-        match self.planner.handle_fault(id, addr, self.clock.now_us()) {
+        let now_us = self.clock.now_us();
+        let reach = self.reach(now_us);
+        match self.planner.handle_fault(id, addr, reach, now_us) {
             FaultAnswer::Wait => Ok(()),
             FaultAnswer::Zero => self.fill_zero(id, addr),
             FaultAnswer::Local(piece) => self.install_local(id, piece),

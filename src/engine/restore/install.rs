@@ -13,6 +13,10 @@ use crate::units::{PageRange, Vaddr};
 /// Copied with one call at most, bytes: more gains nothing and delays others.
 pub(super) const COPY_BYTES_MAX: u64 = 64 << 10;
 
+/// Copied with one call at most when a thread waits for the first page, bytes: about 6 µs, and a
+/// reader in order finds the next pages there.
+const AWAITED_BYTES: u64 = 32 << 10;
+
 /// How often a fill that an unread event refuses is tried before others get a turn.
 const CHANGING_TRIES: usize = 64;
 
@@ -42,10 +46,10 @@ impl Restore {
         let mut limit = COPY_BYTES_MAX;
         let mut stuck = 0;
         while let Some(piece) = self.planner.arrived(id, image) {
-            let length = piece.at.bytes().min(limit);
-            let at = PageRange::new(piece.at.start().get(), piece.at.start().get() + length);
+            let piece = self.awaited_first(id, piece, limit);
+            let at = piece.at;
             let from = offset(piece.image.get() - image.start().get());
-            let source = &bytes[from..from + offset(length)];
+            let source = &bytes[from..from + offset(at.bytes())];
             match self.fill(id, at, way, &mut limit, |uffd| {
                 uffd.copy(at.start(), source)
             })? {
@@ -61,6 +65,19 @@ impl Restore {
             self.serve_faults()?;
         }
         Ok(())
+    }
+
+    /// The part of `piece` to copy next: what begins with a page that a thread waits for, so that
+    /// it runs while the rest is copied, else as much as one call may copy.
+    fn awaited_first(&self, id: SpaceId, piece: Piece, limit: u64) -> Piece {
+        let space = self.planner.space(id);
+        let awaited = space.and_then(|space| space.first_awaited(piece.at));
+        let (start, longest) = match awaited {
+            Some(page) => (page.get(), limit.min(AWAITED_BYTES)),
+            None => (piece.at.start().get(), limit),
+        };
+        let end = piece.at.end().get().min(start + longest);
+        piece.part(PageRange::new(start, end))
     }
 
     /// Fills `at` by `call` and settles what it filled. `limit` is lowered when the range seems to
@@ -168,9 +185,9 @@ impl Restore {
                 // A border lowered the limit and nothing was filled: once more with less.
                 Step::On if *limit < range.bytes() => {}
                 Step::Stuck => {
-                    let awaited = |space: &crate::lazy::space::Space| space.is_awaited(at);
-                    if self.planner.space(id).is_some_and(awaited) {
-                        self.retries.push_back((id, at.start()));
+                    let space = self.planner.space(id);
+                    if let Some(page) = space.and_then(|space| space.first_awaited(at)) {
+                        self.retries.push_back((id, page));
                     }
                     return Ok(());
                 }

@@ -23,6 +23,7 @@ use crate::criu::header::Wire;
 use crate::engine::transport::{Peer, PlainTransport, SecureTransport, Transport};
 use crate::error::{Error, Kind, Result};
 use crate::lazy::planner::Way;
+use crate::lazy::space::Reach;
 use crate::tls::{Tls, TlsStream};
 use crate::units::PageSize;
 
@@ -31,6 +32,9 @@ pub(super) const RECONNECT_DEFAULT: Duration = Duration::from_secs(30);
 
 /// Between two attempts to reach a lost source.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
+
+/// Brought at most for one fault on a connection for faults alone, bytes.
+const WALK_BYTES_MAX: u64 = 256 << 10;
 
 /// How long the source may take to answer CLOSE: CRIU kills the source processes first.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -131,6 +135,11 @@ impl Pair {
             Which::Stream => Some(&mut self.stream),
             Which::Fault => self.fault.as_mut().map(|fault| &mut fault.link),
         }
+    }
+
+    /// Whether faults have a connection of their own.
+    fn has_fault_link(&self) -> bool {
+        self.fault.as_ref().is_some_and(|fault| fault.proven)
     }
 
     fn bytes_received(&self) -> u64 {
@@ -257,6 +266,27 @@ impl Restore {
         Ok(())
     }
 
+    /// How much a fault may bring now. Where faults share the connection with the stream, each
+    /// request costs the source the same whatever its size, so a fault brings a block, and the stream
+    /// stands back; on a connection of their own nothing but the page itself is in a fault's way.
+    pub(super) fn reach(&self, now_us: u64) -> Reach {
+        let page = self.images.page().bytes();
+        let on_its_own = Reach {
+            alone_bytes: page,
+            walk_bytes: WALK_BYTES_MAX,
+        };
+        match &self.links.pair {
+            Some(pair) if !self.config.on_demand && !pair.has_fault_link() => {
+                let block = pair.stream.window().chunk_bytes(now_us);
+                Reach {
+                    alone_bytes: block,
+                    walk_bytes: block,
+                }
+            }
+            _ => on_its_own,
+        }
+    }
+
     /// Sends for what faults need, as long as the link takes it.
     pub(super) fn send_urgent(&mut self) -> Result<()> {
         let now_us = self.clock.now_us();
@@ -264,7 +294,7 @@ impl Restore {
             return Ok(());
         };
         let mut which = Which::Stream;
-        if pair.fault.as_ref().is_some_and(|fault| fault.proven) {
+        if pair.has_fault_link() {
             which = Which::Fault;
         }
         let mut asked = false;
