@@ -9,22 +9,19 @@
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
-use nix::sys::epoll::{EpollFlags, EpollTimeout};
+use nix::sys::epoll::EpollFlags;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use socket2::Socket;
-
-use super::link::{Arrival, Link, LinkStep};
+use super::dialer::{Dialer, Pair, Which};
+use super::link::{Arrival, LinkStep};
 use super::{Restore, RestoreConfig, Token, rewatch, watch};
 use crate::criu::fetch::Step;
 use crate::criu::header::Wire;
-use crate::engine::transport::{Peer, PlainTransport, SecureTransport, Transport};
 use crate::error::{Error, Kind, Result};
 use crate::lazy::planner::Way;
 use crate::lazy::space::Reach;
-use crate::tls::{Tls, TlsStream};
 use crate::units::PageSize;
 
 /// How long a lost source that is ours is tried again, if the user says nothing.
@@ -36,54 +33,11 @@ const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
 /// Brought at most for one fault on a connection for faults alone, bytes.
 const WALK_BYTES_MAX: u64 = 256 << 10;
 
-/// How long the source may take to answer CLOSE: CRIU kills the source processes first.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// The two connections of one session.
-#[derive(Debug)]
-struct Pair {
-    stream: Link,
-    fault: Option<FaultLink>,
-}
-
-#[derive(Debug)]
-struct FaultLink {
-    link: Link,
-    asked: bool,
-    /// It has answered: faults go over it.
-    proven: bool,
-}
-
-/// Which of the two.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Which {
-    Stream,
-    Fault,
-}
-
-impl Which {
-    fn token(self) -> Token {
-        match self {
-            Which::Stream => Token::StreamLink,
-            Which::Fault => Token::FaultLink,
-        }
-    }
-}
-
-/// How sockets are made and what speaks over them.
-#[derive(Clone, Debug)]
-struct Dialer {
-    peer: Peer,
-    tls: Option<Tls>,
-    wire: Wire,
-    page: PageSize,
-}
-
 /// See the module's text.
 #[derive(Debug)]
 pub(super) struct Links {
     dialer: Option<Dialer>,
-    pair: Option<Pair>,
+    pub(super) pair: Option<Pair>,
     /// The source is one that can be reached again.
     ours: bool,
     reconnect_timeout: Option<Duration>,
@@ -92,63 +46,7 @@ pub(super) struct Links {
     attempt: Option<Receiver<Result<Pair>>>,
     reconnected: Arc<EventFd>,
     /// Received over connections that are gone.
-    bytes_received_before: u64,
-}
-
-impl Dialer {
-    /// `secure` makes a secured connection of the socket.
-    fn dial(&self, secure: impl FnOnce(&Tls, Socket, &str) -> Result<TlsStream>) -> Result<Link> {
-        let socket = self.peer.connect()?;
-        let failed = |error| {
-            Error::wrap(
-                Kind::Io,
-                format!("cannot use the connection to {}", self.peer),
-                error,
-            )
-        };
-        let transport: Box<dyn Transport> = match &self.tls {
-            None => Box::new(PlainTransport::new(socket).map_err(failed)?),
-            Some(tls) => {
-                let stream = secure(tls, socket, self.peer.host())?;
-                Box::new(SecureTransport::new(stream).map_err(failed)?)
-            }
-        };
-        Ok(Link::new(transport, self.wire, self.page))
-    }
-
-    fn dial_pair(&self) -> Result<Pair> {
-        let stream = self.dial(Tls::connect)?;
-        // A source that takes one connection refuses the second, or never looks at it: its handshake
-        // is not waited for.
-        let fault = self.dial(Tls::begin).ok().map(|link| FaultLink {
-            link,
-            asked: false,
-            proven: false,
-        });
-        Ok(Pair { stream, fault })
-    }
-}
-
-impl Pair {
-    fn link(&mut self, which: Which) -> Option<&mut Link> {
-        match which {
-            Which::Stream => Some(&mut self.stream),
-            Which::Fault => self.fault.as_mut().map(|fault| &mut fault.link),
-        }
-    }
-
-    /// Whether faults have a connection of their own.
-    fn has_fault_link(&self) -> bool {
-        self.fault.as_ref().is_some_and(|fault| fault.proven)
-    }
-
-    fn bytes_received(&self) -> u64 {
-        self.stream.bytes_received()
-            + self
-                .fault
-                .as_ref()
-                .map_or(0, |fault| fault.link.bytes_received())
-    }
+    pub(super) bytes_received_before: u64,
 }
 
 impl Links {
@@ -542,89 +440,8 @@ impl Restore {
         self.recover();
         self.watch_links()
     }
-
-    /// Tells the source that everything has come, and waits for its word.
-    pub(super) fn close_links(&mut self) -> Result<()> {
-        let Some(mut pair) = self.links.pair.take() else {
-            return Ok(());
-        };
-        self.links.bytes_received_before += pair.bytes_received();
-        let deadline = Instant::now() + CLOSE_TIMEOUT;
-        if let Some(mut fault) = pair.fault.take() {
-            fault.link.close();
-            // One that never answered belongs to nobody; what was asked over it came otherwise.
-            let closed = if fault.proven {
-                await_close(&mut fault.link, deadline)
-            } else {
-                fault.link.flush().map(|_| ())
-            };
-            if closed.and_then(|()| fault.link.finish()).is_err() {
-                tracing::debug!("the connection for faults did not end in order");
-            }
-        }
-        pair.stream.close();
-        let result = await_close(&mut pair.stream, deadline).and_then(|()| pair.stream.finish());
-        result.map_err(|error| {
-            Error::wrap(
-                Kind::PeerLost,
-                "all pages have come, but the source did not confirm the end",
-                error,
-            )
-        })
-    }
 }
 
 fn step_is_last(step: &LinkStep) -> bool {
     matches!(step, Step::Incomplete | Step::Closed(_))
-}
-
-/// Sends what is queued and reads until the answer to CLOSE.
-fn await_close(link: &mut Link, deadline: Instant) -> std::io::Result<()> {
-    let poll = nix::sys::epoll::Epoll::new(nix::sys::epoll::EpollCreateFlags::EPOLL_CLOEXEC)?;
-    let interest = |flags| nix::sys::epoll::EpollEvent::new(flags, 0);
-    poll.add(link.socket(), interest(EpollFlags::EPOLLIN))?;
-    loop {
-        let left_to_send = link.flush()?;
-        let flags = if left_to_send {
-            EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT
-        } else {
-            EpollFlags::EPOLLIN
-        };
-        poll.modify(link.socket(), &mut interest(flags))?;
-        match link.receive()? {
-            Arrival::End => return Err(std::io::ErrorKind::UnexpectedEof.into()),
-            Arrival::Nothing => {
-                if Instant::now() >= deadline {
-                    return Err(std::io::ErrorKind::TimedOut.into());
-                }
-                let mut events = [nix::sys::epoll::EpollEvent::empty(); 1];
-                match poll.wait(&mut events, EpollTimeout::from(100_u8)) {
-                    Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-                    Err(errno) => return Err(errno.into()),
-                }
-            }
-            Arrival::Bytes => {
-                let mut received = link.take_received();
-                // Answers to requests of which nothing was missing any more may come first.
-                let status = loop {
-                    let (used, step) = link.step(&received, 0).map_err(std::io::Error::other)?;
-                    received.consume(used);
-                    match step {
-                        Step::Closed(status) => break Some(status),
-                        Step::Incomplete => break None,
-                        _ => {}
-                    }
-                };
-                link.put_received(received);
-                match status {
-                    Some(0) => return Ok(()),
-                    Some(status) => {
-                        let text = format!("the source answers the end with status {status}");
-                        return Err(std::io::Error::other(text));
-                    }
-                    None => {}
-                }
-            }
-        }
-    }
 }

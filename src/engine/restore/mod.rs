@@ -16,6 +16,8 @@
 //! come; this process does not end while a page that may still be read is neither filled nor
 //! poisoned.
 
+mod closing;
+mod dialer;
 mod faults;
 mod install;
 pub mod intake;
