@@ -52,7 +52,8 @@ impl Bed {
         self.dir.path()
     }
 
-    fn show_logs(&self) {
+    /// Shows the end of every log in the directory.
+    pub fn show_logs(&self) {
         let mut logs = Vec::new();
         collect_logs(self.dir.path(), &mut logs);
         for log in logs {

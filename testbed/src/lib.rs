@@ -5,10 +5,12 @@
 //! side's transport daemons, and puts networks with a rate and a delay between the two.
 //!
 //! ```text
-//!   criu       finds and fetches real CRIUs            bins, gate   what a test needs, or skips without
-//!   load       the process under test                  process      guards: nothing outlives its owner
-//!   daemons    page-server and lazy-pages, both makes  net, proxy   two hosts, delay, rate, cuts
-//!   migration  dump and restore, with all logs         pipes        fs.pipe-max-size
+//!   criu       finds and fetches real CRIUs         workspace, gate  what a test needs, or skips without
+//!   load       the process under test               process, wait    guards, deadlines, Ctrl-C
+//!   daemons    page-server, lazy-pages, both makes  net, proxy       two hosts; delay, rate, cuts
+//!   migration  dump and restore, with all logs      pipes            fs.pipe-max-size
+//!   postcopy   all of it in one                     bed, suite       a test's place, a test per CRIU
+//!   runc       the same in containers               images, stats    CRIU's files
 //! ```
 //!
 //! Invariants: every process, namespace, mount and sysctl belongs to a guard that undoes it on drop;
@@ -31,5 +33,6 @@ pub mod runc;
 pub mod stats;
 pub mod suite;
 pub mod sys;
+pub mod transfer;
 pub mod wait;
 pub mod workspace;

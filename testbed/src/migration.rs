@@ -1,6 +1,6 @@
 //! The steps of a migration, carried out by a real CRIU: dump and restore.
 
-use std::fs;
+use std::fs::{self, File};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -181,7 +181,9 @@ impl<'a> Restore<'a> {
             .arg(&self.images)
             .args(["-o", "restore.log", "-v4"])
             .args(&self.extra);
-        command.stdout(Stdio::null());
+        // What `unshare` and CRIU say before they have a log.
+        let console = File::create(self.images.join("restore-console.log"))?;
+        command.stdout(Stdio::null()).stderr(console);
         let namespace = Spawned::start("criu restore", &mut command, Some(log.clone()))?;
         Ok(Restored {
             namespace,
@@ -275,6 +277,6 @@ impl Restored {
 impl Drop for Restored {
     fn drop(&mut self) {
         self.kill();
-        let _ = self.namespace.wait(GENEROUS);
+        let _ = self.namespace.wait_undisturbed();
     }
 }

@@ -1,11 +1,14 @@
 //! Two hosts on one machine: network namespaces joined by a veth pair.
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use nix::sched::{CloneFlags, setns};
 
 use crate::process::run;
 
@@ -46,6 +49,24 @@ impl NetNs {
             .arg("--")
             .arg(program);
         command
+    }
+
+    /// Lets `work` run in the namespace, in a thread of its own.
+    ///
+    /// # Errors
+    /// Those of `work`, and when the namespace cannot be entered.
+    pub fn enter<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let path = format!("/run/netns/{}", self.name);
+        thread::scope(|scope| {
+            let inside = scope.spawn(|| {
+                let namespace = File::open(&path).with_context(|| path.clone())?;
+                setns(&namespace, CloneFlags::CLONE_NEWNET).context("entering a namespace")?;
+                work()
+            });
+            inside
+                .join()
+                .unwrap_or_else(|_| bail!("the work in {} panicked", self.name))
+        })
     }
 
     fn ip(&self, args: &[&str]) -> Result<()> {

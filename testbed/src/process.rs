@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -22,6 +22,9 @@ use crate::wait::{self, GENEROUS};
 
 /// Lines of a log that an error shows.
 const TAIL_LINES: usize = 25;
+
+/// How long one look for the byte of readiness takes at most, ms.
+const READY_POLL_MS: u8 = 100;
 
 /// A child process: killed and reaped on drop, with its log shown by errors.
 #[derive(Debug)]
@@ -93,8 +96,11 @@ impl Spawned {
         let Some(mut status) = daemon.child.stdout.take() else {
             bail!("{name} has no standard output");
         };
-        let limit = PollTimeout::try_from(GENEROUS)?;
-        poll(&mut [PollFd::new(status.as_fd(), PollFlags::POLLIN)], limit)?;
+        wait::until(&format!("{name} to listen"), GENEROUS, || {
+            let mut readable = [PollFd::new(status.as_fd(), PollFlags::POLLIN)];
+            Ok((poll(&mut readable, READY_POLL_MS)? != 0).then_some(()))
+        })
+        .with_context(|| daemon.log_tail())?;
         let mut byte = [0xff];
         match status.read(&mut byte) {
             Ok(1) => Ok(daemon),
@@ -153,6 +159,15 @@ impl Spawned {
         ended.with_context(|| self.log_tail())
     }
 
+    /// The same for cleaning up, which goes on after an interruption of the program.
+    ///
+    /// # Errors
+    /// It runs on beyond a generous time.
+    pub fn wait_undisturbed(&mut self) -> Result<Ended> {
+        let what = format!("the end of {}", self.name);
+        wait::undisturbed(&what, GENEROUS, || self.ended())
+    }
+
     /// Waits until it ends, successfully.
     ///
     /// # Errors
@@ -203,7 +218,7 @@ impl Spawned {
     /// It cannot be waited for.
     pub fn kill(&mut self) -> Result<Ended> {
         self.signal(Signal::SIGKILL)?;
-        self.wait(GENEROUS)
+        self.wait_undisturbed()
     }
 }
 
@@ -279,7 +294,7 @@ pub fn kill_and_reap(pids: &[Pid]) {
         let _ = kill(pid, Signal::SIGKILL);
     }
     for pid in pids {
-        let reaped = wait::until("a killed process", GENEROUS, || {
+        let reaped = wait::undisturbed("a killed process", GENEROUS, || {
             match sys::reap(pid.as_raw()) {
                 Ok(None) => Ok(None),
                 Ok(Some(_)) | Err(Errno::ECHILD) => Ok(Some(())),

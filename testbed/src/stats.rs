@@ -9,21 +9,12 @@ use prost::Message;
 /// Words before the message: service magic, stats magic, length.
 const HEAD_BYTES: usize = 12;
 
-/// CRIU's counts and times of one dump (`DumpStatsEntry` in its stats.proto).
+/// CRIU's counts of one dump (`DumpStatsEntry` in its stats.proto).
 #[derive(Clone, PartialEq, Message)]
 pub struct DumpStats {
-    /// Time until all tasks stood still, µs.
-    #[prost(uint32, required, tag = "1")]
-    pub freezing_us: u32,
-    /// Time that they stood still, µs.
-    #[prost(uint32, required, tag = "2")]
-    pub frozen_us: u32,
     /// Pages of private memory written, to files or to a page server.
     #[prost(uint64, required, tag = "7")]
     pub pages_written: u64,
-    /// Pages left behind for a lazy restore.
-    #[prost(uint64, optional, tag = "9")]
-    pub pages_lazy: Option<u64>,
     /// Pages of shared memory written.
     #[prost(uint64, optional, tag = "14")]
     pub shared_pages_written: Option<u64>,

@@ -1,9 +1,10 @@
 //! Waiting for a condition, with a deadline: never for a time. And for a network that fails.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 /// Long enough for anything that works, on a loaded machine of two cores too.
 pub const GENEROUS: Duration = Duration::from_secs(120);
@@ -13,8 +14,39 @@ const PAUSE: Duration = Duration::from_millis(5);
 /// Downloads are tried so often, with a growing pause between.
 const TRIES: u32 = 4;
 
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Lets every [`until`] of this program fail from now on, so that it unwinds and its guards clean
+/// up: for a Ctrl-C.
+pub fn interrupt() {
+    INTERRUPTED.store(true, Ordering::SeqCst);
+}
+
+/// Whether [`interrupt`] was called.
+pub fn is_interrupted() -> bool {
+    INTERRUPTED.load(Ordering::SeqCst)
+}
+
 /// Asks `ready` until it gives a value, an error, or `limit` has passed.
+///
+/// # Errors
+/// That of `ready`; the time is over; or the program was interrupted.
 pub fn until<T>(
+    what: &str,
+    limit: Duration,
+    mut ready: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    undisturbed(what, limit, || {
+        ensure!(!is_interrupted(), "interrupted");
+        ready()
+    })
+}
+
+/// The same for cleaning up, which goes on after an interruption.
+///
+/// # Errors
+/// That of `ready`, or the time is over.
+pub fn undisturbed<T>(
     what: &str,
     limit: Duration,
     mut ready: impl FnMut() -> Result<Option<T>>,
@@ -39,7 +71,7 @@ pub fn retried<T>(what: &str, mut step: impl FnMut() -> Result<T>) -> Result<T> 
     let mut attempt = 1;
     loop {
         match step() {
-            Err(error) if attempt < TRIES => {
+            Err(error) if attempt < TRIES && !is_interrupted() => {
                 eprintln!("{what} failed, try {attempt} of {TRIES}: {error:#}");
                 thread::sleep(Duration::from_secs(2u64.pow(attempt)));
                 attempt += 1;

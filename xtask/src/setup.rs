@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use nix::unistd::geteuid;
 use testbed::wait::retried;
-use testbed::workspace::{root, target_dir};
+use testbed::workspace::{BIN_DIR_VARIABLE, root, target_dir};
 
 /// A program and the Debian package that it comes in.
 pub(crate) struct Needed {
@@ -110,8 +110,21 @@ pub(crate) fn cargo() -> Command {
     cargo
 }
 
-/// Builds all binaries once, and tells their directory.
-pub(crate) fn build() -> Result<PathBuf> {
+/// Builds all binaries once, quickly and with all assertions, and tells their directory.
+pub(crate) fn debug_binaries() -> Result<PathBuf> {
     run(cargo().args(["build", "--workspace", "--bins"]))?;
     Ok(target_dir().join("debug"))
+}
+
+/// The directory of binaries as users run them: one that the environment names, or built here.
+pub(crate) fn release_binaries() -> Result<PathBuf> {
+    if let Some(dir) = env::var_os(BIN_DIR_VARIABLE) {
+        return Ok(dir.into());
+    }
+    let packages = ["page-server", "lazy-client", "testbed"];
+    let packages = packages.iter().flat_map(|package| ["-p", package]);
+    run(cargo()
+        .args(["build", "--release", "--bins"])
+        .args(packages))?;
+    Ok(target_dir().join("release"))
 }

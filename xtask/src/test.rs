@@ -33,7 +33,7 @@ pub(crate) fn run_tests(args: &Args) -> Result<()> {
         );
     }
     let nextest = nextest()?;
-    let binaries = setup::build()?;
+    let binaries = setup::debug_binaries()?;
     // Once for all tests; each of them would raise it and put it back by itself.
     let _pipes = LargePipes::allow()?;
     run(cargo().args(["test", "--workspace", "--doc", "--quiet"]))?;

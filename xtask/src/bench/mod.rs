@@ -13,17 +13,16 @@ mod post_copy;
 mod stats;
 mod table;
 
-use std::env;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread::available_parallelism;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
 use testbed::criu::Criu;
-use testbed::workspace::{self, BIN_DIR_VARIABLE, target_dir};
+use testbed::workspace::use_binaries;
 
-use crate::setup::{self, cargo};
+use crate::setup;
 
 /// Where tmpfs is on every Linux with POSIX shared memory.
 const TMPFS: &str = "/dev/shm";
@@ -45,25 +44,10 @@ enum Bench {
 /// Builds what is measured, measures and judges it.
 pub(crate) fn run(args: &Args) -> Result<()> {
     setup::require_root()?;
-    workspace::use_binaries(release_binaries()?);
+    use_binaries(setup::release_binaries()?);
     match &args.bench {
         Bench::PostCopy(args) => post_copy::run(args),
     }
-}
-
-/// The directory of optimised binaries: one that the environment names, or built here.
-fn release_binaries() -> Result<PathBuf> {
-    if let Some(dir) = env::var_os(BIN_DIR_VARIABLE) {
-        return Ok(dir.into());
-    }
-    let packages = ["page-server", "lazy-client", "testbed"];
-    let packages = packages.iter().flat_map(|package| ["-p", package]);
-    setup::run(
-        cargo()
-            .args(["build", "--release", "--bins"])
-            .args(packages),
-    )?;
-    Ok(target_dir().join("release"))
 }
 
 /// What a result depends on besides the programs.
