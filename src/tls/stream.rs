@@ -29,6 +29,8 @@ pub struct TlsStream {
     verifier: Arc<PeerVerifier>,
     /// This host's certificate in words.
     own: Arc<str>,
+    /// Whether the peer has said anything after its handshake.
+    heard: bool,
 }
 
 impl TlsStream {
@@ -43,6 +45,7 @@ impl TlsStream {
             session,
             verifier,
             own,
+            heard: false,
         }
     }
 
@@ -111,6 +114,23 @@ impl TlsStream {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// The end of what the peer says. GnuTLS leaves it to CRIU to check certificates after the
+    /// handshake, and CRIU hangs up on those that it refuses.
+    fn end(&self) -> io::Result<usize> {
+        if self.heard {
+            return Ok(0);
+        }
+        if !self.is_established() {
+            return Err(not_tls(ErrorKind::UnexpectedEof));
+        }
+        let text = format!(
+            "the peer hung up right after the TLS handshake: see its log, it may refuse our \
+             certificate, {}",
+            self.own
+        );
+        Err(io::Error::new(ErrorKind::ConnectionAborted, text))
     }
 
     /// Receives ciphertext.
@@ -192,8 +212,11 @@ impl Read for TlsStream {
         loop {
             let read = self.session.read(out);
             match read.map_err(|error| self.failed(&error))? {
-                Plain::Bytes(bytes) => return Ok(bytes),
-                Plain::Ended => return Ok(0),
+                Plain::Bytes(bytes) => {
+                    self.heard = true;
+                    return Ok(bytes);
+                }
+                Plain::Ended => return self.end(),
                 Plain::NeedsInput => {}
             }
             // What rustls has to say of its own, a key update for example. If the peer takes nothing
@@ -204,7 +227,7 @@ impl Read for TlsStream {
             }
             // An end without notice is an end: CRIU's protocol says itself when all was said.
             if self.receive()? == 0 {
-                return Ok(0);
+                return self.end();
             }
         }
     }

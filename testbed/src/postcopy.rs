@@ -70,6 +70,13 @@ impl<'a> Plan<'a> {
         }
     }
 
+    /// With further options on both sides.
+    pub fn with(mut self, extra: &[String]) -> Plan<'a> {
+        self.client_options.extend_from_slice(extra);
+        self.source_options.extend_from_slice(extra);
+        self
+    }
+
     /// Over a link.
     pub fn over(self, link: Link) -> Plan<'a> {
         Plan {
