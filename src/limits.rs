@@ -50,6 +50,9 @@ const RECEIVE_BYTES_MAX: usize = 40 << 20;
 const _: () =
     assert!(RECEIVE_SESSIONS_MAX * RECEIVE_BUFFERS_MAX * RECEIVE_BUFFER_BYTES <= RECEIVE_BYTES_MAX);
 
+/// Longest message of a remote procedure call, bytes. Requests for page servers take a few hundred.
+pub const RPC_MESSAGE_BYTES_MAX: usize = 64 << 10;
+
 /// Most lines that wait for the log's disk before new ones are dropped.
 pub const LOG_LINES_MAX: usize = 8192;
 

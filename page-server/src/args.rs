@@ -90,6 +90,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TEMPLATE", conflicts_with = "lazy_pages")]
     pub(crate) images_dir_template: Option<Template>,
 
+    /// Take one request of CRIU's remote procedure calls from the socket FD: the word `swrk FD`
+    #[arg(long, value_name = "FD", hide = true)]
+    pub(crate) swrk: Option<RawFd>,
+
     /// End a session whose peer says nothing for this many seconds [default: wait for ever]
     #[arg(long, value_name = "SECONDS")]
     pub(crate) idle_timeout: Option<u64>,

@@ -1,12 +1,14 @@
 //! Stands in for `criu page-server`: wiring and exit codes.
 
 mod args;
+mod rpc;
 
+use std::env::args_os;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use pageferry::daemon::command_line::{self, Action};
+use pageferry::daemon::command_line::{self, Action, Parsed};
 use pageferry::daemon::{self, Daemon};
 use pageferry::engine::driver::Io;
 use pageferry::engine::ingest::{ReceiveContext, receive_client};
@@ -25,30 +27,65 @@ use pageferry::tls::Tls;
 use pageferry::units::PageSize;
 
 use args::Args;
+use rpc::Rpc;
 
-const ACTIONS: &[Action] = &[Action {
-    word: "page-server",
-    operand_option: None,
-}];
+const ACTIONS: &[Action] = &[
+    Action {
+        word: "page-server",
+        operand_option: None,
+    },
+    Action {
+        word: "swrk",
+        operand_option: Some("swrk"),
+    },
+];
 
 fn main() -> ExitCode {
-    match command_line::parse::<Args>(ACTIONS, std::env::args_os()) {
-        Ok(parsed) => daemon::run(&parsed.args.common, &parsed.skipped, |daemon| {
-            // Before any thread is started, so that none is ended by a signal.
-            block_stop_signals()?;
-            if parsed.args.lazy_pages {
-                serve(&parsed.args, daemon)
-            } else {
-                receive(&parsed.args, daemon)
-            }
-        }),
-        Err(error) => ExitCode::from(error.report()),
+    let Parsed { mut args, skipped } = match command_line::parse::<Args>(ACTIONS, args_os()) {
+        Ok(parsed) => parsed,
+        Err(error) => return ExitCode::from(error.report()),
+    };
+    let rpc = args.swrk.map(|number| Rpc::accept(number, &mut args));
+    let mut rpc = match rpc.transpose() {
+        Ok(rpc) => rpc,
+        Err(error) => {
+            eprintln!("Error: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let code = daemon::run(&args.common, &skipped, |daemon| {
+        // Before any thread is started, so that none is ended by a signal.
+        block_stop_signals()?;
+        let mut start = Start {
+            args: &args,
+            daemon,
+            rpc: rpc.as_mut(),
+        };
+        let ended = if args.lazy_pages {
+            serve(&mut start)
+        } else {
+            receive(&mut start)
+        };
+        ended.inspect_err(|error| start.refuse(&error.to_string()))
+    });
+    if let Some(rpc) = &mut rpc {
+        rpc.refuse("the page server did not start: its standard error says why");
     }
+    code
 }
 
-fn receive(args: &Args, daemon: &mut Daemon) -> Result<()> {
+/// What a server starts with.
+struct Start<'a> {
+    args: &'a Args,
+    daemon: &'a mut Daemon,
+    /// Who asked for it, if not the command line alone.
+    rpc: Option<&'a mut Rpc>,
+}
+
+fn receive(start: &mut Start<'_>) -> Result<()> {
+    let args = start.args;
     let options = StoreOptions {
-        dir: daemon.images_dir().to_owned(),
+        dir: start.daemon.images_dir().to_owned(),
         page: pages_of_system()?,
         previous: args.prev_images_dir.clone(),
         sync: args.sync.into(),
@@ -65,7 +102,7 @@ fn receive(args: &Args, daemon: &mut Daemon) -> Result<()> {
         idle_timeout: args.idle_timeout.map(Duration::from_secs),
     };
     let tls = Tls::load(&args.tls)?;
-    let source = listen(args, daemon)?;
+    let source = start.listen()?;
     let rules = Rules {
         stay: if args.keep { Stay::Keep } else { Stay::One },
         most: args.max_sessions,
@@ -77,11 +114,12 @@ fn receive(args: &Args, daemon: &mut Daemon) -> Result<()> {
     })
 }
 
-fn serve(args: &Args, daemon: &mut Daemon) -> Result<()> {
-    let dir = ImageDir::open(daemon.images_dir(), pages_of_system()?)?;
+fn serve(start: &mut Start<'_>) -> Result<()> {
+    let args = start.args;
+    let dir = ImageDir::open(start.daemon.images_dir(), pages_of_system()?)?;
     let context = ServeContext::new(dir, args.wire.forced());
     let tls = Tls::load(&args.tls)?;
-    let source = listen(args, daemon)?;
+    let source = start.listen()?;
     let rules = Rules {
         stay: if args.keep {
             Stay::Keep
@@ -121,15 +159,26 @@ fn pages_of_system() -> Result<PageSize> {
     page_size().map_err(|error| Error::wrap(Kind::Unsupported, "cannot tell the page size", error))
 }
 
-/// Listens, says where, and goes to the background if that is asked for.
-fn listen(args: &Args, daemon: &mut Daemon) -> Result<Source> {
-    let source = Source::open(&place(args))?;
-    tracing::info!("listening on {source}");
-    if let (Some(path), Some(port)) = (&args.port_file, source.port()) {
-        write_port(path, port)?;
+impl Start<'_> {
+    /// Listens, says where, and goes to the background if that is asked for.
+    fn listen(&mut self) -> Result<Source> {
+        let source = Source::open(&place(self.args))?;
+        tracing::info!("listening on {source}");
+        if let (Some(path), Some(port)) = (&self.args.port_file, source.port()) {
+            write_port(path, port)?;
+        }
+        match &mut self.rpc {
+            Some(rpc) => rpc.listening(self.daemon, source.port().unwrap_or(0))?,
+            None => self.daemon.listening()?,
+        }
+        Ok(source)
     }
-    daemon.listening()?;
-    Ok(source)
+
+    fn refuse(&mut self, why: &str) {
+        if let Some(rpc) = &mut self.rpc {
+            rpc.refuse(why);
+        }
+    }
 }
 
 fn place(args: &Args) -> Place {

@@ -5,4 +5,5 @@ pub mod fetch;
 pub mod header;
 pub mod lazy_socket;
 pub mod receive;
+pub mod rpc;
 pub mod serve;

@@ -16,7 +16,7 @@ mod criu_options;
 mod log;
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -146,62 +146,86 @@ impl Daemon {
     ///
     /// The fork, the pidfile or the status descriptor failed. Then no background process is left.
     pub fn listening(&mut self) -> Result<()> {
-        if self.background {
-            self.go_to_background()?;
+        if self.background
+            && let Some(child) = fork_to_background()?
+        {
+            if let Some(pidfile) = &self.pidfile {
+                write_pidfile(pidfile, child.pid())?;
+            }
+            child.let_go()?;
+            std::process::exit(0)
         }
+        self.ready()
+    }
+
+    /// Tells the world that the socket listens, from the process that will serve it: starts the log's
+    /// thread and writes the status byte.
+    pub fn ready(&mut self) -> Result<()> {
         self.log.hand_over()?;
         if let Some(status) = self.status.take() {
             File::from(status).write_all(&[0]).map_err(|error| {
-                Error::wrap(
-                    Kind::Io,
-                    "cannot write to the descriptor of --status-fd",
-                    error,
-                )
+                let text = "cannot write to the descriptor of --status-fd";
+                Error::wrap(Kind::Io, text, error)
             })?;
         }
         Ok(())
     }
+}
 
-    /// Forks once and makes a session of its own, as CRIU does, so that the pid of the pidfile is
-    /// also that of the session. The child waits for a word from its parent, who gives it once the
-    /// pidfile is there.
-    fn go_to_background(&self) -> Result<()> {
-        let failed = |what: &'static str| {
-            move |error: std::io::Error| Error::wrap(Kind::Io, format!("cannot {what}"), error)
-        };
-        let null = File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/null")
-            .map_err(failed("open /dev/null"))?;
-        let (go_read, go_write) = pipe().map_err(|errno| failed("make a pipe")(errno.into()))?;
-        match fork_single_threaded().map_err(failed("go to the background"))? {
-            ForkResult::Parent { child } => {
-                drop(go_read);
-                if let Some(pidfile) = &self.pidfile {
-                    write_pidfile(pidfile, child)?;
-                }
-                File::from(go_write)
-                    .write_all(b"g")
-                    .map_err(failed("start the background process"))?;
-                std::process::exit(0)
+/// A forked process that waits for a word. Without one, when this is dropped, it ends with 1.
+#[derive(Debug)]
+pub struct WaitingChild {
+    pid: Pid,
+    word: OwnedFd,
+}
+
+impl WaitingChild {
+    /// Its pid.
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// Lets it go on.
+    pub fn let_go(self) -> Result<()> {
+        let given = File::from(self.word).write_all(b"g");
+        given.map_err(|error| Error::wrap(Kind::Io, "cannot let the forked process go on", error))
+    }
+}
+
+/// Forks. In the parent returns the child, which waits until [`WaitingChild::let_go`]; `None` in the
+/// child.
+pub fn fork_waiting() -> Result<Option<WaitingChild>> {
+    let (go_read, word) = pipe().map_err(|errno| failed("make a pipe", errno))?;
+    match fork_single_threaded().map_err(|error| failed("fork", error))? {
+        ForkResult::Parent { child } => Ok(Some(WaitingChild { pid: child, word })),
+        ForkResult::Child => {
+            drop(word);
+            if File::from(go_read).read_exact(&mut [0]).is_err() {
+                // The parent failed and has said why.
+                std::process::exit(1)
             }
-            ForkResult::Child => {
-                drop(go_write);
-                let mut word = [0];
-                if std::io::Read::read_exact(&mut File::from(go_read), &mut word).is_err() {
-                    // The parent failed and has said why.
-                    std::process::exit(1)
-                }
-                setsid().map_err(|errno| failed("make a session")(errno.into()))?;
-                let streams = [dup2_stdin(&null), dup2_stdout(&null), dup2_stderr(&null)];
-                for replaced in streams {
-                    replaced.map_err(|errno| failed("leave the terminal")(errno.into()))?;
-                }
-                Ok(())
-            }
+            Ok(None)
         }
     }
+}
+
+/// The same; the child makes a session of its own, as CRIU's does, so that the pid of the pidfile is
+/// also that of the session, and leaves the terminal.
+pub fn fork_to_background() -> Result<Option<WaitingChild>> {
+    let null = File::options().read(true).write(true).open("/dev/null");
+    let null = null.map_err(|error| failed("open /dev/null", error))?;
+    if let Some(child) = fork_waiting()? {
+        return Ok(Some(child));
+    }
+    setsid().map_err(|errno| failed("make a session", errno))?;
+    for replaced in [dup2_stdin(&null), dup2_stdout(&null), dup2_stderr(&null)] {
+        replaced.map_err(|errno| failed("leave the terminal", errno))?;
+    }
+    Ok(None)
+}
+
+fn failed(what: &str, error: impl Into<std::io::Error>) -> Error {
+    Error::wrap(Kind::Io, format!("cannot {what}"), error.into())
 }
 
 fn existing_dir(dir: &Path, what: &str) -> Result<PathBuf> {
