@@ -313,3 +313,76 @@ impl Planner {
         None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: PageSize = PageSize::KIB_4;
+    const SINGLE: Reach = Reach {
+        alone_bytes: 4096,
+        walk_bytes: 4096,
+    };
+
+    /// A planner with processes of 8 GiB each, all of it with the source.
+    fn planner(processes: u32) -> (Planner, Vec<SpaceId>) {
+        let mut planner = Planner::new(PAGE);
+        let everything = [PageRange::new(1 << 32, 3 << 32)];
+        let ids = (0..processes)
+            .map(|pid| planner.add(Space::new(pid + 1, PAGE, everything, [])))
+            .collect();
+        (planner, ids)
+    }
+
+    #[test]
+    fn a_storm_of_faults_does_not_starve_another_process() {
+        let (mut planner, ids) = planner(2);
+        for fault in 0..1000 {
+            planner.handle_fault(ids[0], Vaddr((1 << 32) + fault * 0x10_0000), SINGLE, 0);
+        }
+        planner.handle_fault(ids[1], Vaddr(2 << 32), SINGLE, 0);
+        let first_two = [planner.next_urgent(), planner.next_urgent()];
+        assert!(
+            first_two
+                .iter()
+                .flatten()
+                .any(|request| request.space == ids[1])
+        );
+    }
+
+    #[test]
+    fn the_stream_goes_round_between_processes() {
+        let (mut planner, ids) = planner(3);
+        let order: Vec<_> = (0..6)
+            .filter_map(|_| planner.next_stream(1 << 16))
+            .map(|request| request.space)
+            .collect();
+        assert_eq!(order, [ids[0], ids[1], ids[2], ids[0], ids[1], ids[2]]);
+    }
+
+    #[test]
+    fn many_threads_on_one_page_ask_once() {
+        let (mut planner, ids) = planner(1);
+        for _ in 0..100 {
+            let answer = planner.handle_fault(ids[0], Vaddr(5 << 30), SINGLE, 0);
+            assert_eq!(answer, FaultAnswer::Wait);
+        }
+        assert!(planner.next_urgent().is_some());
+        assert_eq!(planner.next_urgent(), None);
+    }
+
+    #[test]
+    fn ranges_of_more_than_two_gibibytes_are_streamed_whole() {
+        let (mut planner, ids) = planner(1);
+        let mut bytes = 0;
+        while let Some(request) = planner.next_stream(1 << 20) {
+            bytes += request.image.bytes();
+            while let Some(piece) = planner.arrived(ids[0], request.image) {
+                planner.settle(ids[0], piece.at, Way::Fetched(request.class), |_| {});
+            }
+        }
+        assert_eq!(bytes, 8 << 30);
+        assert!(planner.is_complete());
+        assert_eq!(planner.counts().stream, 8 << 18);
+    }
+}

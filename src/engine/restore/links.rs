@@ -382,22 +382,16 @@ impl Restore {
             .map(|dialer| dialer.peer.to_string())
             .unwrap_or_default();
         let never_spoke = self.links.bytes_received() == 0;
+        let what = if never_spoke {
+            format!(
+                "the source at {peer} hung up without sending a page: is it a page server that receives (without --lazy-pages)?"
+            )
+        } else {
+            format!("the source at {peer} hung up before all pages came")
+        };
         let error = match cause {
-            Some(cause) => Error::wrap(
-                Kind::PeerLost,
-                format!("the connection to the source at {peer} broke"),
-                cause,
-            ),
-            None if never_spoke => Error::new(
-                Kind::PeerLost,
-                format!(
-                    "the source at {peer} hung up without sending a page: is it a page server that receives (without --lazy-pages)?"
-                ),
-            ),
-            None => Error::new(
-                Kind::PeerLost,
-                format!("the source at {peer} hung up before all pages came"),
-            ),
+            Some(cause) => Error::wrap(Kind::PeerLost, what, cause),
+            None => Error::new(Kind::PeerLost, what),
         };
         self.links.reset();
         match self.links.may_reconnect() {
