@@ -9,7 +9,7 @@
 use std::collections::VecDeque;
 
 /// Smallest request of the background stream, bytes.
-pub const CHUNK_BYTES_MIN: u64 = 32 << 10;
+pub const CHUNK_BYTES_MIN: u64 = 16 << 10;
 
 /// Largest request of the background stream, bytes. Beyond it a fault waits longer for no gain.
 pub const CHUNK_BYTES_MAX: u64 = 128 << 10;
@@ -25,6 +25,9 @@ const CHUNK_TIME_FAULTING_US: u64 = 50;
 
 /// Faults share the link if the last one was asked for this recently, µs.
 const FAULT_MEMORY_US: u64 = 2_000;
+
+/// A source that answers sooner than this, µs, is on this host or beside it.
+const NEAR_DELAY_US: u64 = 300;
 
 /// How long a shortest delay stands, µs: a route may become longer.
 const DELAY_MEMORY_US: u64 = 10_000_000;
@@ -120,13 +123,16 @@ impl Window {
         self.rates.iter().copied().max().unwrap_or(0)
     }
 
-    /// What the link holds: rate times shortest delay, bytes.
-    pub fn product(&self) -> u64 {
-        let delay = [self.delay_us, self.previous_delay_us]
+    fn delay(&self) -> Option<u64> {
+        [self.delay_us, self.previous_delay_us]
             .into_iter()
             .flatten()
             .min()
-            .unwrap_or(0);
+    }
+
+    /// What the link holds: rate times shortest delay, bytes.
+    pub fn product(&self) -> u64 {
+        let delay = self.delay().unwrap_or(0);
         let product = u128::from(self.rate()) * u128::from(delay) / 1_000_000;
         u64::try_from(product)
             .unwrap_or(u64::MAX)
@@ -148,15 +154,19 @@ impl Window {
 
     /// Whether one more request of the background stream may go out.
     pub fn has_room(&self, now_us: u64) -> bool {
-        let product = self.product() + self.product() / 8;
-        let limit = if self.is_faulting(now_us) {
-            // The source may run dry for a moment between two requests, but no fault waits for two.
-            product.max(1)
-        } else {
-            let chunk = self.chunk_bytes(now_us);
-            (product + chunk).max(2 * chunk)
-        };
-        self.in_flight < limit
+        let (product, chunk) = (self.product(), self.chunk_bytes(now_us));
+        let near = self.delay().is_none_or(|delay| delay < NEAR_DELAY_US);
+        match (near, self.is_faulting(now_us)) {
+            // What a fault waits for is the source's own work: it may run dry for a moment between
+            // two requests, but no fault waits for two.
+            (true, true) => self.in_flight < product.max(1),
+            // Enough that the source always has the next request at hand.
+            (true, false) => self.in_flight + chunk <= (product + chunk).max(3 * chunk),
+            // What a fault waits for is the queue on the way: one request beyond the product finds
+            // out whether the link carries more.
+            (false, true) => self.in_flight < product + product / 16 + chunk,
+            (false, false) => self.in_flight < product + product / 4 + chunk,
+        }
     }
 
     /// Bytes asked for and not yet received.
@@ -213,11 +223,14 @@ mod tests {
 
     /// A link of `rate` bytes a second and `delay_us` round trip, kept as full as the window allows
     /// for `requests` answers; returns the window at the end.
-    fn drive(rate: u64, delay_us: u64, requests: usize) -> Window {
+    fn drive(rate: u64, delay_us: u64, faulting: bool, requests: usize) -> Window {
         let mut window = Window::default();
         let mut on_the_way = VecDeque::new();
         let (mut now, mut link_free_at) = (0_u64, 0_u64);
         for _ in 0..requests {
+            if faulting {
+                window.faulted(now);
+            }
             while window.has_room(now) {
                 let bytes = window.chunk_bytes(now);
                 let ticket = window.sent(bytes, now);
@@ -240,7 +253,7 @@ mod tests {
             (1 << 30, 100),
             (1_250_000_000, 100_000),
         ] {
-            let window = drive(rate, delay_us, 20_000);
+            let window = drive(rate, delay_us, false, 20_000);
             let product = rate * delay_us / 1_000_000;
             assert!(
                 window.rate() > rate * 8 / 10,
@@ -254,6 +267,19 @@ mod tests {
                 window.in_flight()
             );
         }
+    }
+
+    #[test]
+    fn a_long_link_stays_full_while_faults_are_about_and_its_queue_short() {
+        let (rate, delay_us) = (125_000_000, 1_000);
+        let window = drive(rate, delay_us, true, 20_000);
+        let product = rate * delay_us / 1_000_000;
+        assert!(window.rate() > rate * 9 / 10, "rate {}", window.rate());
+        assert!(
+            window.in_flight() <= product + product / 8 + 2 * CHUNK_BYTES_MIN,
+            "{}",
+            window.in_flight()
+        );
     }
 
     #[test]
