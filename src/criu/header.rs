@@ -45,9 +45,12 @@ impl Wire {
     /// Tells the layout of a receiving session from the first bytes that the sender said.
     ///
     /// A session begins with PARENT, OPEN or OPEN2 with page count and address zero. So the word
-    /// at 16 is v1's dst_id, never zero, or v2's address, zero.
+    /// at 16 is v1's dst_id, never zero, or v2's address, zero. A client that asks for pages is in the
+    /// wrong place, but is to be told so with the right pid and address.
     pub fn detect_receive(first: &[u8; DETECT_BYTES]) -> Wire {
-        if word64(first, 16) != 0 {
+        if word32(first, 0) & 0xffff == u32::from(Op::Get as u16) {
+            Wire::detect_serve(first)
+        } else if word64(first, 16) != 0 {
             Wire::V1
         } else {
             Wire::V2
@@ -325,6 +328,7 @@ mod tests {
             }
             let get = header(Op::Get, 16, 0x40_0000, 4_194_303);
             assert_eq!(Wire::detect_serve(&first_bytes(&get, wire)), wire);
+            assert_eq!(Wire::detect_receive(&first_bytes(&get, wire)), wire);
         }
     }
 
