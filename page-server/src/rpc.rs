@@ -15,7 +15,7 @@ use nix::sys::socket::{MsgFlags, getsockopt, recv, send, sockopt};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use pageferry::criu::rpc::{Options, Request, Response, ServerInfo, kind};
-use pageferry::daemon::{Daemon, WaitingChild, fork_to_background, fork_waiting};
+use pageferry::daemon::{Daemon, Forked, WaitingChild, fork_waiting};
 use pageferry::error::{Error, Kind, Result};
 use pageferry::limits::RPC_MESSAGE_BYTES_MAX;
 use pageferry::sys::process::inherited_descriptor;
@@ -78,11 +78,11 @@ impl Rpc {
 
     /// The server listens: forks it and answers with its `port` and pid. Returns in the server alone.
     pub(crate) fn listening(&mut self, daemon: &mut Daemon, port: u16) -> Result<()> {
-        let forked = match self.child {
-            true => fork_waiting()?,
-            false => fork_to_background()?,
+        let kind = match self.child {
+            true => Forked::Child,
+            false => Forked::Background,
         };
-        match forked {
+        match fork_waiting(kind)? {
             None => {
                 self.answered = true;
                 daemon.ready()

@@ -19,11 +19,12 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{ArgAction, Args};
-use nix::unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, pipe, setsid};
+use nix::unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, setsid};
 
 use crate::error::{Error, Kind, Result};
 use crate::sys::process::{fork_single_threaded, inherited_descriptor};
@@ -147,7 +148,7 @@ impl Daemon {
     /// The fork, the pidfile or the status descriptor failed. Then no background process is left.
     pub fn listening(&mut self) -> Result<()> {
         if self.background
-            && let Some(child) = fork_to_background()?
+            && let Some(child) = fork_waiting(Forked::Background)?
         {
             if let Some(pidfile) = &self.pidfile {
                 write_pidfile(pidfile, child.pid())?;
@@ -176,7 +177,7 @@ impl Daemon {
 #[derive(Debug)]
 pub struct WaitingChild {
     pid: Pid,
-    word: OwnedFd,
+    words: UnixStream,
 }
 
 impl WaitingChild {
@@ -186,22 +187,42 @@ impl WaitingChild {
     }
 
     /// Lets it go on.
-    pub fn let_go(self) -> Result<()> {
-        let given = File::from(self.word).write_all(b"g");
-        given.map_err(|error| Error::wrap(Kind::Io, "cannot let the forked process go on", error))
+    pub fn let_go(mut self) -> Result<()> {
+        let given = self.words.write_all(b"g");
+        given.map_err(|error| failed("let the forked process go on", error))
     }
 }
 
-/// Forks. In the parent returns the child, which waits until [`WaitingChild::let_go`]; `None` in the
-/// child.
-pub fn fork_waiting() -> Result<Option<WaitingChild>> {
-    let (go_read, word) = pipe().map_err(|errno| failed("make a pipe", errno))?;
+/// What a forked process is to be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Forked {
+    /// A child like any other.
+    Child,
+    /// In the background: with a session of its own, as CRIU's, so that the pid of the pidfile is
+    /// also that of the session, and without the terminal.
+    Background,
+}
+
+/// Forks. The parent gets the child, which is what it is to be already, and waits until
+/// [`WaitingChild::let_go`]; the child gets `None`.
+pub fn fork_waiting(kind: Forked) -> Result<Option<WaitingChild>> {
+    let pair = UnixStream::pair().map_err(|error| failed("make a socket pair", error))?;
+    let (mut ours, mut theirs) = pair;
     match fork_single_threaded().map_err(|error| failed("fork", error))? {
-        ForkResult::Parent { child } => Ok(Some(WaitingChild { pid: child, word })),
+        ForkResult::Parent { child } => {
+            drop(theirs);
+            let ready = ours.read_exact(&mut [0]);
+            ready.map_err(|error| failed("start the forked process", error))?;
+            Ok(Some(WaitingChild {
+                pid: child,
+                words: ours,
+            }))
+        }
         ForkResult::Child => {
-            drop(word);
-            if File::from(go_read).read_exact(&mut [0]).is_err() {
-                // The parent failed and has said why.
+            drop(ours);
+            let ready = become_forked(kind, &mut theirs);
+            if ready.is_err() || theirs.read_exact(&mut [0]).is_err() {
+                // The parent knows, or has failed and said why.
                 std::process::exit(1)
             }
             Ok(None)
@@ -209,19 +230,15 @@ pub fn fork_waiting() -> Result<Option<WaitingChild>> {
     }
 }
 
-/// The same; the child makes a session of its own, as CRIU's does, so that the pid of the pidfile is
-/// also that of the session, and leaves the terminal.
-pub fn fork_to_background() -> Result<Option<WaitingChild>> {
-    let null = File::options().read(true).write(true).open("/dev/null");
-    let null = null.map_err(|error| failed("open /dev/null", error))?;
-    if let Some(child) = fork_waiting()? {
-        return Ok(Some(child));
+fn become_forked(kind: Forked, parent: &mut UnixStream) -> std::io::Result<()> {
+    if kind == Forked::Background {
+        setsid()?;
+        let null = File::options().read(true).write(true).open("/dev/null")?;
+        dup2_stdin(&null)?;
+        dup2_stdout(&null)?;
+        dup2_stderr(&null)?;
     }
-    setsid().map_err(|errno| failed("make a session", errno))?;
-    for replaced in [dup2_stdin(&null), dup2_stdout(&null), dup2_stderr(&null)] {
-        replaced.map_err(|errno| failed("leave the terminal", errno))?;
-    }
-    Ok(None)
+    parent.write_all(b"r")
 }
 
 fn failed(what: &str, error: impl Into<std::io::Error>) -> Error {
