@@ -53,6 +53,9 @@ const _: () =
 /// Longest message of a remote procedure call, bytes. Requests for page servers take a few hundred.
 pub const RPC_MESSAGE_BYTES_MAX: usize = 64 << 10;
 
+/// Longest request for metrics, bytes.
+pub const HTTP_REQUEST_BYTES_MAX: usize = 8 << 10;
+
 /// Most lines that wait for the log's disk before new ones are dropped.
 pub const LOG_LINES_MAX: usize = 8192;
 

@@ -48,8 +48,8 @@ fn context(dir: &Path, previous: Option<&str>, io: Io) -> ReceiveContext {
 fn session(context: &ReceiveContext, bytes: &[u8], piece: usize) -> (Result<Received>, Vec<u8>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let sender = send(theirs, bytes.to_vec(), piece);
-    let received = receive_client(Stream::plain(ours), context);
-    (received, sender.join().unwrap())
+    let (received, result) = receive_client(Stream::plain(ours), context);
+    (result.map(|()| received), sender.join().unwrap())
 }
 
 /// The drivers that this kernel allows.
@@ -319,7 +319,7 @@ fn force_close_leaves_the_socket_for_another_session() {
             .concat();
             std::io::Write::write_all(&mut theirs, &bytes).unwrap();
             let again = Stream::plain(ours.try_clone().unwrap());
-            receive_client(again, &context).unwrap();
+            receive_client(again, &context).1.unwrap();
             let mut answers = [9; 5];
             std::io::Read::read_exact(&mut theirs, &mut answers).unwrap();
             assert_eq!(answers, [0; 5]);
@@ -339,7 +339,7 @@ fn a_silent_peer_is_given_up() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let open = bytes_of(&bare(Op::Open2, PID), Wire::V2);
         std::io::Write::write_all(&mut &theirs, &open).unwrap();
-        let error = receive_client(Stream::plain(ours), &context).unwrap_err();
+        let error = receive_client(Stream::plain(ours), &context).1.unwrap_err();
         assert_eq!(error.kind(), Kind::PeerLost);
         assert!(error.to_string().contains("--idle-timeout"), "{error}");
         assert_eq!(files(tmp.path()), BTreeMap::new());

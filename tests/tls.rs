@@ -133,7 +133,7 @@ fn receive(dir: &Path, stream: Stream, idle_timeout: Option<Duration>) -> Result
         idle_timeout,
         ..ReceiveContext::new(Stores::open(options, None)?, Io::Epoll)
     };
-    receive_client(stream, &context).map(|_| ())
+    receive_client(stream, &context).1
 }
 
 #[test]

@@ -90,6 +90,14 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TEMPLATE", conflicts_with = "lazy_pages")]
     pub(crate) images_dir_template: Option<Template>,
 
+    /// Write a summary of each session to FILE (in the work directory), a line of JSON each
+    #[arg(long, value_name = "FILE")]
+    pub(crate) summary_json: Option<PathBuf>,
+
+    /// Hand out metrics for Prometheus at http://ADDR/metrics; ADDR is HOST:PORT or :PORT
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) metrics: Option<String>,
+
     /// Take one request of CRIU's remote procedure calls from the socket FD: the word `swrk FD`
     #[arg(long, value_name = "FD", hide = true)]
     pub(crate) swrk: Option<RawFd>,

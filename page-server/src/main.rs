@@ -1,6 +1,7 @@
 //! Stands in for `criu page-server`: wiring and exit codes.
 
 mod args;
+mod report;
 mod rpc;
 
 use std::env::args_os;
@@ -27,6 +28,7 @@ use pageferry::tls::Tls;
 use pageferry::units::PageSize;
 
 use args::Args;
+use report::Report;
 use rpc::Rpc;
 
 const ACTIONS: &[Action] = &[
@@ -84,6 +86,7 @@ struct Start<'a> {
 
 fn receive(start: &mut Start<'_>) -> Result<()> {
     let args = start.args;
+    let mut report = Report::open(args)?;
     let options = StoreOptions {
         dir: start.daemon.images_dir().to_owned(),
         page: pages_of_system()?,
@@ -100,6 +103,7 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
         },
         auto_dedup: args.auto_dedup,
         idle_timeout: args.idle_timeout.map(Duration::from_secs),
+        traffic: report.traffic(),
     };
     let tls = Tls::load(&args.tls)?;
     let source = start.listen()?;
@@ -108,16 +112,20 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
         most: args.max_sessions,
         allowed: args.allow.clone(),
     };
+    let _display = report.show()?;
     run(source, &rules, |stream| {
         let stream = stream.secure(tls.as_ref())?;
-        receive_client(stream, &context).map(|received| tracing::info!("{received}"))
+        let (received, result) = receive_client(stream, &context);
+        report.received(&received, result.as_ref().err());
+        result
     })
 }
 
 fn serve(start: &mut Start<'_>) -> Result<()> {
     let args = start.args;
+    let mut report = Report::open(args)?;
     let dir = ImageDir::open(start.daemon.images_dir(), pages_of_system()?)?;
-    let context = ServeContext::new(dir, args.wire.forced());
+    let context = ServeContext::new(dir, args.wire.forced()).counting_in(report.traffic());
     let tls = Tls::load(&args.tls)?;
     let source = start.listen()?;
     let rules = Rules {
@@ -129,18 +137,16 @@ fn serve(start: &mut Start<'_>) -> Result<()> {
         most: CLIENTS_MAX,
         allowed: args.allow.clone(),
     };
+    let _display = report.show()?;
+    let traffic = report.traffic();
     run(source, &rules, |stream| {
-        let stream = stream.secure(tls.as_ref())?;
-        serve_client(stream, &context).map(|served| {
-            tracing::info!(
-                "{} pages ({} bytes) in {} answers served to {} in {:.3} s",
-                served.pages,
-                served.bytes,
-                served.requests,
-                served.peer,
-                served.elapsed.as_secs_f64()
-            );
-        })
+        let peer = stream.peer().to_owned();
+        let running = traffic.begin_session();
+        let served = stream
+            .secure(tls.as_ref())
+            .and_then(|stream| serve_client(stream, &context));
+        report.served(&peer, served.as_ref().ok(), served.as_ref().err());
+        served.map(|_| running.succeed())
     })
 }
 

@@ -470,3 +470,55 @@ fn a_full_disk_is_told_and_leaves_nothing() {
         assert_eq!(place.image_names(), [""; 0]);
     }
 }
+
+#[test]
+fn sessions_are_summed_up_in_json_and_metrics() {
+    let place = Place::new();
+    let options = [
+        "--keep",
+        "--summary-json",
+        "sessions",
+        "--metrics",
+        "127.0.0.1:0",
+    ];
+    let mut server = place.start(&options);
+    send_dump(&mut place.connect());
+    let dump = whole_dump();
+    let mut cut = place.connect();
+    cut.write_all(&dump[..dump.len() / 2]).unwrap();
+    drop(cut);
+    let lines = until("two lines", GENEROUS, || {
+        let text = fs::read_to_string(place.work().join("sessions"))?;
+        let lines: Vec<serde_json::Value> = text
+            .lines()
+            .map(serde_json::from_str)
+            .collect::<Result<_, _>>()?;
+        Ok((lines.len() == 2).then_some(lines))
+    });
+    let lines = lines.unwrap();
+    let (stored, cut): (Vec<_>, Vec<_>) = lines.iter().partition(|line| line["stored"] == true);
+    assert_eq!(stored[0]["pages"]["received"], 100);
+    assert_eq!(stored[0]["kept"]["stored_bytes"], 100 * 4096);
+    assert_eq!(stored[0]["wire_bytes"], dump.len());
+    assert_eq!(stored[0]["wire"], "v2");
+    assert_eq!(cut[0]["targets"], 1);
+    assert!(cut[0]["error"].as_str().unwrap().contains("pid 7"));
+
+    let log = place.log();
+    let (_, address) = log.split_once("http://").unwrap();
+    let (address, _) = address.split_once("/metrics").unwrap();
+    let mut client = TcpStream::connect(address).unwrap();
+    client.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+    let mut metrics = String::new();
+    client.read_to_string(&mut metrics).unwrap();
+    for line in [
+        "pageferry_sessions_total{outcome=\"succeeded\"} 1",
+        "pageferry_sessions_total{outcome=\"failed\"} 1",
+        "pageferry_sessions_running 0",
+        "pageferry_stored_bytes_total",
+    ] {
+        assert!(metrics.contains(line), "{line} is not in {metrics}");
+    }
+    server.signal(Signal::SIGTERM).unwrap();
+    succeed(server);
+}

@@ -18,18 +18,20 @@
 use std::io::{ErrorKind, Read, Write};
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::batch::Plan;
 use super::driver::{Io, Link, silent};
 use super::keep::{Desk, Keep, KeepOptions};
 use super::mover::Mover;
 use super::stores::{SessionStore, Stores};
+use super::tally::Tally;
 use crate::criu::header::{PageFlags, Target, Wire};
 use crate::criu::receive::{CLOSE_STORED, ReceiveSession, Step, has_parent_answer, parent_answer};
 use crate::error::{Error, Kind, Result};
 use crate::image::writer::{CommittedImages, SessionImages};
-use crate::observe::received::{PageCounts, Received};
+use crate::observe::received::Received;
+use crate::observe::traffic::Traffic;
 use crate::stream::Stream;
 use crate::sys::buffers::Buffer;
 use crate::units::{PageRange, PageSize};
@@ -59,6 +61,8 @@ pub struct ReceiveContext {
     pub auto_dedup: bool,
     /// How long a peer may be silent.
     pub idle_timeout: Option<Duration>,
+    /// Counts what the sessions move.
+    pub traffic: Arc<Traffic>,
 }
 
 impl ReceiveContext {
@@ -72,29 +76,38 @@ impl ReceiveContext {
             keep: KeepOptions::default(),
             auto_dedup: false,
             idle_timeout: None,
+            traffic: Arc::default(),
         }
     }
 }
 
-/// Receives one dump, from its first byte to the end of the connection. On failure the connection is
-/// reset, nothing is left of the images, and the error names the peer and the place.
-pub fn receive_client(mut stream: Stream, context: &ReceiveContext) -> Result<Received> {
-    let received = context
-        .stores
-        .for_session(&host(&stream))
-        .and_then(|store| {
-            let ingest = Ingest::begin(&stream, context, &store);
-            let received = ingest.and_then(|ingest| ingest.run(&mut stream));
-            if received.is_err() {
-                store.discard();
-            }
-            received
-        });
-    received.map_err(|error| {
-        let error = error.within(format!("session with {}", stream.peer()));
-        stream.reset();
-        error
-    })
+/// Receives one dump, from its first byte to the end of the connection, and tells what came of it. On
+/// failure the connection is reset, nothing is left of the images, and the error names the peer and
+/// the place.
+pub fn receive_client(mut stream: Stream, context: &ReceiveContext) -> (Received, Result<()>) {
+    let running = context.traffic.begin_session();
+    let mut tally = Tally::start(&context.traffic);
+    let opened = context.stores.for_session(&host(&stream));
+    let result = opened.and_then(|store| {
+        let ingest = Ingest::begin(&stream, context, &store, &mut tally);
+        let ended = ingest.and_then(|ingest| ingest.run(&mut stream));
+        if ended.is_err() {
+            store.discard();
+        }
+        ended
+    });
+    let received = tally.end(stream.peer(), context.stores.page());
+    match result {
+        Ok(()) => {
+            running.succeed();
+            (received, Ok(()))
+        }
+        Err(error) => {
+            let error = error.within(format!("session with {}", stream.peer()));
+            stream.reset();
+            (received, Err(error))
+        }
+    }
 }
 
 /// The peer's address without its port.
@@ -107,7 +120,7 @@ fn host(stream: &Stream) -> String {
 }
 
 #[derive(Debug)]
-struct Ingest {
+struct Ingest<'a, 't> {
     session: ReceiveSession,
     images: SessionImages,
     mover: Mover,
@@ -119,12 +132,9 @@ struct Ingest {
     /// first, so that its payload can be spliced as a whole.
     expects_large: bool,
     idle_timeout: Option<Duration>,
-    targets: u64,
-    pages: PageCounts,
-    wire_bytes: u64,
     hides_parent: bool,
     auto_dedup: bool,
-    start: Instant,
+    tally: &'a mut Tally<'t>,
 }
 
 /// How a session ended.
@@ -133,8 +143,13 @@ struct Closed {
     hangs_up: bool,
 }
 
-impl Ingest {
-    fn begin(stream: &Stream, context: &ReceiveContext, store: &SessionStore) -> Result<Ingest> {
+impl<'a, 't> Ingest<'a, 't> {
+    fn begin(
+        stream: &Stream,
+        context: &ReceiveContext,
+        store: &SessionStore,
+        tally: &'a mut Tally<'t>,
+    ) -> Result<Ingest<'a, 't>> {
         let socket = stream.socket().try_clone();
         let socket =
             socket.map_err(|error| Error::wrap(Kind::Io, "cannot use the socket", error))?;
@@ -160,41 +175,30 @@ impl Ingest {
             splices: stream.is_plain(),
             expects_large: false,
             idle_timeout: context.idle_timeout,
-            targets: 0,
-            pages: PageCounts::default(),
-            wire_bytes: 0,
             hides_parent: context.keep.dedup_content,
             auto_dedup: context.auto_dedup,
-            start: Instant::now(),
+            tally,
         })
     }
 
-    fn run(mut self, stream: &mut Stream) -> Result<Received> {
+    fn run(mut self, stream: &mut Stream) -> Result<()> {
         let stored = self.receive_all(stream).and_then(|closed| {
             self.keep.end_target(&mut self.images, &mut self.mover)?;
             self.mover.drain()?;
             Ok(closed)
         });
+        self.tally.kept(self.keep.kept());
         let closed = stored.map_err(|error| error.within(self.session.whereabouts()))?;
         let images = self.images.commit()?;
         answer(stream, &CLOSE_STORED)?;
-        let received = Received {
-            peer: stream.peer().to_owned(),
-            wire: self.session.wire().unwrap_or(Wire::V2),
-            targets: self.targets,
-            pages: self.pages,
-            kept: self.keep.kept(),
-            page: self.page,
-            wire_bytes: self.wire_bytes,
-            elapsed: self.start.elapsed(),
-        };
+        self.tally.answered();
         if self.auto_dedup {
             punch_out_of_parents(&images);
         }
         if closed.hangs_up {
             wait_for_end(stream);
         }
-        Ok(received)
+        Ok(())
     }
 
     /// Receives until CLOSE.
@@ -211,13 +215,14 @@ impl Ingest {
                 if bytes == 0 {
                     return Err(self.ended_early());
                 }
-                self.wire_bytes += bytes as u64;
+                self.tally.came(bytes as u64);
                 let arrived = filled..filled + bytes;
                 closed = self.take_steps(stream, &buffer, &arrived, &mut plan)?;
                 filled = arrived.end;
                 self.splice_rest()?;
             }
             self.mover.write(buffer, plan)?;
+            self.tally.kept(self.keep.kept());
             if let Some(closed) = closed {
                 return Ok(closed);
             }
@@ -299,11 +304,13 @@ impl Ingest {
                 Some(Step::Raw(range)) => self.keep.raw(desk, range)?,
                 Some(Step::ZeroPage) => {
                     self.keep.zero_page(desk)?;
-                    self.pages.compressed += 1;
+                    self.tally.compressed();
                 }
                 Some(Step::Lz4 { range, ends }) => {
                     self.keep.lz4(desk, range, ends)?;
-                    self.pages.compressed += u64::from(ends);
+                    if ends {
+                        self.tally.compressed();
+                    }
                 }
             }
         }
@@ -314,7 +321,7 @@ impl Ingest {
         let wire = self.session.wire().unwrap_or(Wire::V2);
         self.keep.end_target(&mut self.images, &mut self.mover)?;
         self.images.open(target, wire)?;
-        self.targets += 1;
+        self.tally.opened(wire);
         let has_parent = self.has_parent(target)?;
         tracing::debug!("receiving {target}, has_parent={has_parent}");
         if answered {
@@ -332,14 +339,7 @@ impl Ingest {
     fn count(&mut self, range: PageRange, flags: PageFlags) {
         let large = range.bytes() >= SPLICE_BYTES_MIN;
         self.expects_large = large && self.splices && self.keep.rest().is_some();
-        let pages = range.pages(self.page).get();
-        if flags.has(PageFlags::PRESENT) {
-            self.pages.received += pages;
-        } else if flags.has(PageFlags::PARENT) {
-            self.pages.in_parent += pages;
-        } else {
-            self.pages.with_source += pages;
-        }
+        self.tally.run(range.pages(self.page), flags);
     }
 
     /// Moves what is left of a large frame past this process.
@@ -350,7 +350,7 @@ impl Ingest {
                 self.mover.splice(to.clone(), bytes)?;
                 self.keep.moved(bytes);
                 self.session.skip_raw(bytes);
-                self.wire_bytes += bytes;
+                self.tally.came(bytes);
             }
             _ => {}
         }

@@ -13,5 +13,6 @@ pub mod serve;
 pub mod sessions;
 pub mod stop;
 pub mod stores;
+mod tally;
 pub mod transport;
 mod uring;

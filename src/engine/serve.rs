@@ -22,6 +22,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::chain::{Chain, Missing, Place, Resolved};
 use crate::image::dir::ImageDir;
 use crate::limits::{ANSWER_BYTES, ANSWER_EXTENTS_MAX, REQUEST_BYTES};
+use crate::observe::traffic::Traffic;
 use crate::stream::Stream;
 use crate::units::{PageCount, PageSize};
 
@@ -41,6 +42,7 @@ pub struct ServeContext {
     /// Chains that some client uses now. A new session reads the images anew if no other does: they
     /// may have been replaced meanwhile.
     chains: Mutex<HashMap<u32, Weak<Chain>>>,
+    traffic: Arc<Traffic>,
 }
 
 /// What one session did.
@@ -67,7 +69,14 @@ impl ServeContext {
             dir,
             wire,
             chains: Mutex::default(),
+            traffic: Arc::default(),
         }
+    }
+
+    /// Counts what the sessions send in `traffic` as well.
+    #[must_use]
+    pub fn counting_in(self, traffic: Arc<Traffic>) -> ServeContext {
+        ServeContext { traffic, ..self }
     }
 
     /// The memory of the process that `get` asks for.
@@ -192,7 +201,9 @@ impl Session<'_> {
         self.summary.requests += 1;
         self.summary.short_answers += u64::from(pages < get.range.pages(self.page));
         self.summary.pages += pages.get();
-        self.summary.bytes += pages.get() << self.page.shift();
+        let bytes = pages.get() << self.page.shift();
+        self.summary.bytes += bytes;
+        self.context.traffic.served(1, pages.get(), bytes);
         Ok(())
     }
 

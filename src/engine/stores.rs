@@ -116,6 +116,14 @@ impl Stores {
         }
     }
 
+    /// Size of the pages to receive.
+    pub fn page(&self) -> PageSize {
+        match self {
+            Stores::Shared(store) => store.dir().page(),
+            Stores::Each { options, .. } => options.page,
+        }
+    }
+
     /// The directory for a session with a peer at `peer`, an address without port.
     pub fn for_session(&self, peer: &str) -> Result<SessionStore> {
         match self {

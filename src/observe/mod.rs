@@ -1,6 +1,8 @@
 //! What a run shows of itself: latencies, traces, progress, summaries.
 
 pub mod latency;
+pub mod metrics;
 pub mod progress;
 pub mod received;
 pub mod trace;
+pub mod traffic;

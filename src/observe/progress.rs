@@ -46,15 +46,17 @@ impl Display {
             .name("progress".into())
             .spawn(move || {
                 let bar = on_terminal.then(new_bar);
+                let mut told = Snapshot::default();
                 while stopped.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
                     let now = snapshot();
+                    let moved = (now.done_pages, now.total_pages, now.bytes)
+                        != (told.done_pages, told.total_pages, told.bytes);
                     match &bar {
                         Some(bar) => draw(bar, &now, began.elapsed()),
-                        None if now.total_pages > 0 || now.done_pages > 0 => {
-                            tracing::info!("{}", line(&now, began.elapsed()));
-                        }
+                        None if moved => tracing::info!("{}", line(&now, began.elapsed())),
                         None => {}
                     }
+                    told = now;
                 }
                 if let Some(bar) = bar {
                     bar.finish_and_clear();
@@ -88,8 +90,14 @@ fn new_bar() -> ProgressBar {
 }
 
 fn draw(bar: &ProgressBar, now: &Snapshot, elapsed: Duration) {
-    bar.set_length(now.total_pages.max(now.done_pages));
-    bar.set_position(now.done_pages);
+    if now.total_pages == 0 {
+        // There is no telling how full a bar would be.
+        bar.set_style(ProgressStyle::default_spinner());
+        bar.tick();
+    } else {
+        bar.set_length(now.total_pages.max(now.done_pages));
+        bar.set_position(now.done_pages);
+    }
     bar.set_message(line(now, elapsed));
 }
 

@@ -3,11 +3,14 @@
 use std::fmt;
 use std::time::Duration;
 
+use serde::Serialize;
+
 use crate::criu::header::Wire;
+use crate::error::Error;
 use crate::units::PageSize;
 
 /// Pages of a session, by what was said about them.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
 pub struct PageCounts {
     /// Pages whose bytes were received.
     pub received: u64,
@@ -20,7 +23,7 @@ pub struct PageCounts {
 }
 
 /// How received pages were stored.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
 pub struct KeptPages {
     /// Pages that are in the parent with the same bytes.
     pub same_as_parent: u64,
@@ -30,13 +33,13 @@ pub struct KeptPages {
     pub stored_bytes: u64,
 }
 
-/// A session that is over.
-#[derive(Clone, Debug)]
+/// A session that is over, however it ended.
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Received {
     /// Who sent.
     pub peer: String,
-    /// The sender's header layout.
-    pub wire: Wire,
+    /// The sender's header layout, if it said a word.
+    pub wire: Option<Wire>,
     /// Processes and shared memory segments.
     pub targets: u64,
     /// Pages by kind.
@@ -45,10 +48,12 @@ pub struct Received {
     pub kept: KeptPages,
     /// Size of a page.
     pub page: PageSize,
-    /// Bytes that came over the wire.
+    /// Bytes that came over the wire, below TLS.
     pub wire_bytes: u64,
-    /// From the first byte to the answer to CLOSE.
+    /// From the start of the session to the answer to CLOSE.
     pub elapsed: Duration,
+    /// CPU time of the whole process meanwhile.
+    pub cpu: Duration,
 }
 
 impl Received {
@@ -56,22 +61,72 @@ impl Received {
     pub fn received_bytes(&self) -> u64 {
         self.pages.received << self.page.shift()
     }
+
+    fn bytes_per_second(&self) -> f64 {
+        self.received_bytes() as f64 / self.elapsed.as_secs_f64().max(1e-6)
+    }
+
+    /// The session as one line of JSON, with the `error` that ended it.
+    pub fn json(&self, error: Option<&Error>) -> String {
+        let line = Line {
+            role: "receive",
+            peer: &self.peer,
+            wire: self.wire.map(|wire| match wire {
+                Wire::V1 => "v1",
+                Wire::V2 => "v2",
+            }),
+            stored: error.is_none(),
+            error: error.map(ToString::to_string),
+            seconds: self.elapsed.as_secs_f64(),
+            cpu_seconds: self.cpu.as_secs_f64(),
+            bytes_per_second: self.bytes_per_second(),
+            targets: self.targets,
+            page_bytes: self.page.bytes(),
+            wire_bytes: self.wire_bytes,
+            received_bytes: self.received_bytes(),
+            pages: self.pages,
+            kept: self.kept,
+        };
+        // Numbers and strings alone: they always have a JSON form.
+        serde_json::to_string(&line).unwrap_or_default()
+    }
+}
+
+/// See [`Received::json`].
+#[derive(Serialize)]
+struct Line<'a> {
+    role: &'static str,
+    peer: &'a str,
+    wire: Option<&'static str>,
+    stored: bool,
+    error: Option<String>,
+    seconds: f64,
+    cpu_seconds: f64,
+    bytes_per_second: f64,
+    targets: u64,
+    page_bytes: u64,
+    wire_bytes: u64,
+    received_bytes: u64,
+    pages: PageCounts,
+    kept: KeptPages,
 }
 
 impl fmt::Display for Received {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (pages, kept) = (&self.pages, &self.kept);
-        let mib = self.received_bytes() as f64 / f64::from(1 << 20);
-        let seconds = self.elapsed.as_secs_f64();
+        let mib = f64::from(1 << 20);
         write!(
             f,
-            "{} pages ({mib:.1} MiB) of {} processes and segments received from {} in {seconds:.3} s, \
-             {:.1} MiB/s: {} stored in {} bytes, {} same as parent, {} zero; {} came compressed; {} \
+            "{} pages ({:.1} MiB) of {} processes and segments received from {} in {:.3} s, {:.1} MiB/s, \
+             {:.3} s of CPU: {} stored in {} bytes, {} same as parent, {} zero; {} came compressed; {} \
              said to be in the parent, {} left with the source",
             pages.received,
+            self.received_bytes() as f64 / mib,
             self.targets,
             self.peer,
-            mib / seconds.max(1e-6),
+            self.elapsed.as_secs_f64(),
+            self.bytes_per_second() / mib,
+            self.cpu.as_secs_f64(),
             pages.received - kept.same_as_parent - kept.zero,
             kept.stored_bytes,
             kept.same_as_parent,
@@ -80,5 +135,44 @@ impl fmt::Display for Received {
             pages.in_parent,
             pages.with_source,
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+
+    #[test]
+    fn a_session_is_told_in_words_and_in_json() {
+        let mut received = Received {
+            peer: "10.0.0.1:5".to_owned(),
+            wire: None,
+            targets: 0,
+            pages: PageCounts::default(),
+            kept: KeptPages::default(),
+            page: PageSize::KIB_4,
+            wire_bytes: 0,
+            elapsed: Duration::from_secs(2),
+            cpu: Duration::from_secs(1),
+        };
+        let error = Error::new(Kind::PeerLost, "it said \"bye\"");
+        let parse = |line: String| serde_json::from_str::<serde_json::Value>(&line).unwrap();
+        let failed = parse(received.json(Some(&error)));
+        assert_eq!(failed["stored"], false);
+        assert_eq!(failed["error"], "it said \"bye\"");
+        assert!(failed["wire"].is_null());
+
+        received.wire = Some(Wire::V1);
+        received.pages.received = 512;
+        received.kept.zero = 12;
+        let stored = parse(received.json(None));
+        assert_eq!(
+            (&stored["wire"], &stored["pages"]["received"]),
+            (&"v1".into(), &512.into())
+        );
+        assert_eq!(stored["bytes_per_second"], 1024.0 * 1024.0);
+        assert!(received.to_string().contains("512 pages (2.0 MiB)"));
+        assert!(received.to_string().contains("500 stored"));
     }
 }
