@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{ArgAction, Args};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, setsid};
 
 use crate::error::{Error, Kind, Result};
@@ -123,6 +124,7 @@ impl Daemon {
         std::env::set_current_dir(&work_dir)
             .map_err(|error| Error::file("enter", &work_dir, error))?;
         let log = Log::start(args.log_file.as_deref(), args.verbosity)?;
+        raise_descriptor_limit();
         for option in skipped {
             tracing::warn!("{option} is an option of CRIU's that means nothing here: ignored");
         }
@@ -277,4 +279,14 @@ fn write_pidfile(path: &Path, pid: Pid) -> Result<()> {
         .open(path)
         .and_then(|mut file| write!(file, "{pid}"))
         .map_err(|error| Error::file("write the pidfile", path, error))
+}
+
+/// Allows as many descriptors as may be: each process of a large tree takes some, for its userfaultfd
+/// and its pages files.
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(errno) = raised {
+        tracing::warn!("cannot raise the limit of open files: {errno}");
+    }
 }
