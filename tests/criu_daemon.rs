@@ -1,0 +1,186 @@
+//! Our daemons started the way others start CRIU's: in the background, with a criu command line.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use testbed::bed::Bed;
+use testbed::criu::{self, Criu, Suite};
+use testbed::daemons::{Make, Options, PageServer};
+use testbed::load::Load;
+use testbed::load::scenarios::reading;
+use testbed::load::spec::LoadSpec;
+use testbed::load::steps::{Order, Pass, Step};
+use testbed::migration::{Dump, Restore};
+use testbed::net::free_port;
+use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
+use testbed::proxy::{Accident, Harm, Way};
+use testbed::suite::with_criu;
+use testbed::wait::{self, GENEROUS};
+use testbed::{bed, for_each_criu, gate, process, workspace};
+
+for_each_criu!(page_server_in_the_background, lazy_client_in_the_background);
+
+const MIB: u32 = 32;
+
+/// A daemon that has left its starter: ended on drop.
+struct Background {
+    pid: Pid,
+}
+
+impl Background {
+    /// Starts a daemon that goes to the background by itself, and takes its pid from the file.
+    fn start(command: &mut Command, pidfile: &Path) -> Result<Background> {
+        command.arg("--daemon").arg("--pidfile").arg(pidfile);
+        process::run(command)?;
+        // It is there as soon as the command line returns: scripts read it at once.
+        let text = fs::read_to_string(pidfile).context("pidfile")?;
+        Ok(Background {
+            pid: Pid::from_raw(text.trim().parse()?),
+        })
+    }
+
+    fn wait_for_end(&self) -> Result<()> {
+        wait::until("the end of the daemon", GENEROUS, || {
+            match kill(self.pid, None) {
+                Err(Errno::ESRCH) => Ok(Some(())),
+                // It is a child of whoever reaps orphans, and may be dead without being reaped.
+                _ => Ok(is_zombie(self.pid).then_some(())),
+            }
+        })
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        if !is_zombie(self.pid) {
+            let _ = kill(self.pid, Signal::SIGKILL);
+        }
+    }
+}
+
+fn is_zombie(pid: Pid) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    status
+        .rsplit(')')
+        .next()
+        .is_some_and(|rest| rest.trim_start().starts_with('Z'))
+}
+
+fn log_says(log: &Path, words: &str) -> Result<()> {
+    let text = fs::read_to_string(log).with_context(|| log.display().to_string())?;
+    ensure!(
+        text.contains(words),
+        "{} does not say {words:?}:\n{text}",
+        log.display()
+    );
+    Ok(())
+}
+
+/// A criu command line as it stands: the action word in the middle, options that mean nothing here.
+fn page_server_in_the_background(bed: &Bed, criu: &Criu) -> Result<()> {
+    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
+    let (images, work) = (bed.path("images"), bed.path("work"));
+    fs::create_dir(&images)?;
+    fs::create_dir(&work)?;
+    let port = free_port()?;
+    let mut command = Command::new(workspace::binary("page-server")?);
+    command.args([
+        "--no-default-config",
+        "-v4",
+        "page-server",
+        "-o",
+        "server.log",
+    ]);
+    command.args(["--address", "127.0.0.1", "--port", &port.to_string()]);
+    command.arg("-D").arg(&images).arg("-W").arg(&work);
+    let server = Background::start(&mut command, &bed.path("server.pid"))?;
+    let address = SocketAddr::from(([127, 0, 0, 1], port));
+    Dump::new(criu, load.pid(), &images).to(address).run()?;
+    server.wait_for_end()?;
+    load.wait_until_gone()?;
+    log_says(&work.join("server.log"), "no-default-config")?;
+    let _restored = Restore::new(criu, &images).run()?;
+    load.run(0, &[Step::Verify(Pass::full(Order::Random))])?
+        .expect_right()
+}
+
+fn lazy_client_in_the_background(bed: &Bed, criu: &Criu) -> Result<()> {
+    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
+    let (images, work) = (bed.path("images"), bed.path("work"));
+    fs::create_dir(&work)?;
+    Dump::new(criu, load.pid(), &images).run()?;
+    load.wait_until_gone()?;
+    let mut command = Command::new(workspace::binary("lazy-client")?);
+    command.args(["lazy-pages", "-v4", "-o", "lazy.log"]);
+    command.arg("-D").arg(&images).arg("-W").arg(&work);
+    let client = Background::start(&mut command, &bed.path("client.pid"))?;
+    let restore = Restore::new(criu, &images).lazily();
+    let _restored = restore.with(&["-W", &work.to_string_lossy()]).run()?;
+    load.run(0, &[Step::Verify(Pass::full(Order::Random))])?
+        .expect_right()?;
+    client.wait_for_end()?;
+    log_says(&work.join("lazy.log"), "pages of 1 processes")
+}
+
+/// By default a process that reads a lost page dies of it.
+#[test]
+fn a_lost_page_kills_its_reader() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let accident = Accident {
+            way: Way::ToClient,
+            after_bytes: 8 << 20,
+            harm: Harm::Reset,
+        };
+        let plan = Plan::new(criu, Source::Dump, Make::Ours).with_accident(slow_link(), accident);
+        let spec = LoadSpec {
+            pin_own_memory: true,
+            ..LoadSpec::mixed(bed.path("load"), MIB)
+        };
+        let mut moving = PostCopy::start(bed, &plan, spec, &[])?;
+        moving.daemon.process().fail(GENEROUS)?;
+        moving
+            .load
+            .send(0, &[Step::Verify(Pass::full(Order::Ascending))])?;
+        let pid = u32::try_from(moving.load.pid().as_raw())?;
+        let ended = moving.restored.wait_for_end(pid, GENEROUS)?;
+        ensure!(
+            ended == "killed SIGBUS",
+            "the reader of a lost page {ended}"
+        );
+        Ok(())
+    });
+}
+
+/// The CRIU that the machine itself has, where it has one that works.
+#[test]
+fn the_machines_own_criu() {
+    let Some(()) = gate::root() else { return };
+    let Some(criu) = criu::of_machine() else {
+        eprintln!("skipped: this machine has no CRIU of its own that passes criu check");
+        return;
+    };
+    bed::with_bed(|bed| {
+        let spec = LoadSpec::mixed(bed.path("load"), MIB);
+        let mut load = Load::start(spec, None)?;
+        let images = bed.path("images");
+        let server = PageServer::receiving(Make::Ours, &Options::new(&images))?;
+        Dump::new(&criu, load.pid(), &images)
+            .to(server.address())
+            .leave_running()
+            .run()?;
+        server.finish(GENEROUS)?;
+        load.expect_running()?;
+        drop(load);
+        let plan = Plan::new(&criu, Source::Dump, Make::Ours).over(slow_link());
+        let spec = LoadSpec::mixed(bed.path("load-again"), MIB);
+        let mut moved = PostCopy::start(bed, &plan, spec, &reading())?;
+        moved.reports()?;
+        moved.finish()
+    });
+}
