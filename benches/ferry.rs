@@ -86,13 +86,13 @@ impl Codec {
             }];
             let pages = plain.chunks_exact(PAGE.as_usize());
             let prints: Vec<Fingerprint> = pages.map(|p| self.hasher.fingerprint(p)).collect();
-            self.memory
-                .judge(TARGET, &runs, plain, &prints, &mut self.verdicts);
             let batch = PlainBatch {
                 target: TARGET,
                 runs: &runs,
                 plain,
             };
+            self.memory
+                .judge(batch, &prints, &self.hasher, &mut self.verdicts);
             out.clear();
             self.encoder
                 .encode(batch, &self.verdicts, &self.hasher, level, &mut out)

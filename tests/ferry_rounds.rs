@@ -93,13 +93,13 @@ impl Pusher {
         let pages = plain.chunks_exact(self.page.as_usize());
         let prints: Vec<Fingerprint> = pages.map(|page| self.hasher.fingerprint(page)).collect();
         let mut verdicts = Verdicts::default();
-        self.memory
-            .judge(TARGET, runs, plain, &prints, &mut verdicts);
         let batch = PlainBatch {
             target: TARGET,
             runs,
             plain,
         };
+        self.memory
+            .judge(batch, &prints, &self.hasher, &mut verdicts);
         let frame = OpenFrame::begin(stream);
         let tally = self
             .encoder

@@ -12,8 +12,12 @@
 //!
 //! - [`PageMemory::commit`] when the round is safe at the taker: pages that the round did not
 //!   mention are forgotten, for the taker's new image does not have them;
-//! - [`PageMemory::forget`] when it failed: the memory is ahead of the taker and worth nothing. It
-//!   is rebuilt from the taker's hashes.
+//! - [`PageMemory::forget`] when it failed: the hashes are ahead of the taker and worth nothing.
+//!   They are learned again from the taker.
+//!
+//! Kept contents are never taken on trust: before they serve as the base of a difference their hash
+//! is compared with that of the base version. So they outlive rounds that fail and takers that
+//! restart.
 //!
 //! Invariants: a page is compared at most once a round, the second time it counts as fresh; memory
 //! in use never exceeds the budget; hashes push out contents, contents never push out hashes.
@@ -26,9 +30,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::criu::header::{PageFlags, Target};
 use crate::units::{PageRange, PageSize};
 
-use super::encode::{Verdict, Verdicts};
-use super::gather::{Run, present_pages};
-use super::hash::{Fingerprint, HASH_BYTES, HashKey, PageHash};
+use super::encode::{PlainBatch, Verdict, Verdicts};
+use super::gather::present_pages;
+use super::hash::{Fingerprint, HASH_BYTES, HashKey, PageHash, PageHasher};
 use super::message::StateId;
 use chunk::{CHUNK_BYTES, CHUNK_PAGES, Chunk, SLOTS_BYTES, Spot};
 use kept::{KEPT_EXTRA_BYTES, KeptPages};
@@ -85,11 +89,15 @@ impl PageMemory {
         }
     }
 
-    /// Forgets everything but the key.
+    /// Forgets all hashes: nothing is known of what the taker has.
     pub fn forget(&mut self) {
-        let key = self.key;
-        *self = PageMemory::new(self.page, self.budget_bytes);
-        self.key = key;
+        let targets: Vec<Target> = self.targets.keys().copied().collect();
+        for target in targets {
+            self.forget_target(target);
+        }
+        self.state = StateId::NONE;
+        self.asked = None;
+        self.left_out_pages = 0;
     }
 
     /// From now on the taker's hashes are made with `key`: those of another are worth nothing.
@@ -133,23 +141,27 @@ impl PageMemory {
         }
     }
 
-    /// Judges the PRESENT pages of `runs`, whose contents stand one after another in `plain`, and
-    /// remembers them. `prints` has their fingerprints.
+    /// Judges the PRESENT pages of `batch` and remembers them. `prints` has their fingerprints,
+    /// made with `hasher`.
     pub fn judge(
         &mut self,
-        target: Target,
-        runs: &[Run],
-        plain: &[u8],
+        batch: PlainBatch<'_>,
         prints: &[Fingerprint],
+        hasher: &PageHasher,
         verdicts: &mut Verdicts,
     ) {
+        let PlainBatch {
+            target,
+            runs,
+            plain,
+        } = batch;
         verdicts.clear();
         let pages = plain.chunks_exact(self.page.as_usize());
         let with_prints = present_pages(runs, self.page).zip(pages).zip(prints);
         for ((vaddr, contents), print) in with_prints {
             let number = vaddr.get() >> self.page.shift();
             let spot = Spot { target, number };
-            let verdict = self.judge_page(spot, contents, *print, &mut verdicts.xor);
+            let verdict = self.judge_page(spot, contents, *print, hasher, &mut verdicts.xor);
             verdicts.pages.push(verdict);
         }
         for run in runs {
@@ -173,14 +185,19 @@ impl PageMemory {
         self.state = state;
     }
 
+    /// Forgets the hashes of `target`; kept contents stay.
     fn forget_target(&mut self, target: Target) {
-        let chunks = self.targets.remove(&target).unwrap_or_default();
-        for chunk in chunks.values() {
-            self.chunk_bytes -= chunk.bytes();
-            for slot in chunk.slots() {
-                self.kept.remove(slot);
+        let Some(chunks) = self.targets.get_mut(&target) else {
+            return;
+        };
+        chunks.retain(|_, chunk| {
+            chunk.forget();
+            let keeps = chunk.slots().next().is_some();
+            if !keeps {
+                self.chunk_bytes -= chunk.bytes();
             }
-        }
+            keeps
+        });
     }
 
     fn judge_page(
@@ -188,6 +205,7 @@ impl PageMemory {
         spot: Spot,
         contents: &[u8],
         print: Fingerprint,
+        hasher: &PageHasher,
         xor: &mut Vec<u8>,
     ) -> Verdict {
         let otherwise = if print.zero {
@@ -207,10 +225,14 @@ impl PageMemory {
         if base == Some(hash) {
             return Verdict::Same(hash);
         }
-        let old = slot.map(|slot| self.kept.contents(slot));
-        let verdict = match (base, old) {
-            (Some(base), Some(old)) if !print.zero && put_difference(old, contents, xor) => {
-                Verdict::Delta(base)
+        let verdict = match (base, slot) {
+            (Some(base), Some(slot)) if !print.zero => {
+                let old = self.kept.contents(slot);
+                if hasher.hash(old) == base && put_difference(old, contents, xor) {
+                    Verdict::Delta(base)
+                } else {
+                    otherwise
+                }
             }
             _ => otherwise,
         };

@@ -75,7 +75,6 @@ fn whatever_happens_the_image_is_exact_or_the_failure_is_reported() {
         for _ in 0..4 {
             memory::run_on(&mut rng, &mut world.source);
             world.round(trouble(&mut rng));
-            eprintln!("round {:?}", world.stats);
         }
         total.add(&world.stats);
     }

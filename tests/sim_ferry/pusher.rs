@@ -163,8 +163,7 @@ impl Pusher {
                     let prints: Vec<Fingerprint> =
                         pages.map(|page| hasher.fingerprint(page)).collect();
                     let mut verdicts = Verdicts::default();
-                    self.memory
-                        .judge(*target, runs, plain, &prints, &mut verdicts);
+                    self.memory.judge(batch, &prints, hasher, &mut verdicts);
                     let level = Level::Zstd(1);
                     let tally = self
                         .encoder

@@ -95,6 +95,12 @@ impl Chunk {
         self.seen.add(at);
     }
 
+    /// Nothing is known of any page.
+    pub(super) fn forget(&mut self) {
+        self.known = PageSet::default();
+        self.seen = PageSet::default();
+    }
+
     /// This round's version of the page is the base version.
     pub(super) fn keep(&mut self, at: usize) {
         self.seen.add(at);

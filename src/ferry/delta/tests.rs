@@ -3,7 +3,8 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::ferry::hash::{HashKey, PageHasher};
+use crate::ferry::gather::Run;
+use crate::ferry::hash::HashKey;
 
 const PAGE: PageSize = PageSize::KIB_4;
 const TARGET: Target = Target::Process(1);
@@ -31,7 +32,12 @@ fn run_at(number: u64) -> Run {
 fn judge(memory: &mut PageMemory, hasher: &PageHasher, number: u64, page: &[u8]) -> Verdicts {
     let mut verdicts = Verdicts::default();
     let print = hasher.fingerprint(page);
-    memory.judge(TARGET, &[run_at(number)], page, &[print], &mut verdicts);
+    let batch = PlainBatch {
+        target: TARGET,
+        runs: &[run_at(number)],
+        plain: page,
+    };
+    memory.judge(batch, &[print], hasher, &mut verdicts);
     verdicts
 }
 
@@ -112,7 +118,12 @@ fn play(steps: Vec<Step>, budget_bytes: u64, complete: bool) {
                     let range = PageRange::new(number * PAGE.bytes(), end * PAGE.bytes());
                     let flags = PageFlags::PARENT;
                     let mut verdicts = Verdicts::default();
-                    memory.judge(TARGET, &[Run { range, flags }], &[], &[], &mut verdicts);
+                    let batch = PlainBatch {
+                        target: TARGET,
+                        runs: &[Run { range, flags }],
+                        plain: &[],
+                    };
+                    memory.judge(batch, &[], &hasher, &mut verdicts);
                     assert!(verdicts.pages.is_empty());
                     for number in number..end {
                         model.round.insert(number, model.base[&number]);
@@ -235,7 +246,11 @@ fn a_target_that_the_taker_lacks_is_forgotten_alone() {
     judge(&mut memory, &hasher, 5, &contents(1));
     memory.commit(state);
     assert!(!memory.adopt(TARGET, StateId::NONE));
-    assert_eq!(memory.remembered(), Remembered::default());
+    assert_eq!(
+        memory.remembered().kept_pages,
+        1,
+        "contents are candidates still"
+    );
     assert_eq!(
         judge(&mut memory, &hasher, 5, &contents(1)).pages[0],
         Verdict::Fresh
@@ -256,4 +271,29 @@ fn hashes_push_out_contents() {
     assert_eq!(memory.targets[&TARGET].len(), 2);
     assert!(memory.remembered().kept_pages < 3);
     assert_eq!(memory.remembered().left_out_pages, 0);
+}
+
+#[test]
+fn contents_outlive_a_round_that_failed_and_serve_where_the_taker_has_them() {
+    let hasher = PageHasher::new(HashKey([3; 16]), PAGE);
+    let mut memory = PageMemory::new(PAGE, 1 << 20);
+    for (number, variant) in [(5, 1), (6, 1)] {
+        judge(&mut memory, &hasher, number, &contents(variant));
+    }
+    memory.commit(StateId([1; 16]));
+    // A round that fails has replaced the contents of one page.
+    judge(&mut memory, &hasher, 6, &contents(2));
+    memory.forget();
+    assert!(memory.adopt(TARGET, StateId([7; 16])));
+    for number in [5, 6] {
+        let hash = hasher.hash(&contents(1));
+        memory.learn(TARGET, run_at(number).range, &[hash.0]);
+    }
+    let verdict = |memory: &mut PageMemory, number| {
+        let verdicts = judge(memory, &hasher, number, &contents(3));
+        verdicts.pages[0]
+    };
+    assert!(matches!(verdict(&mut memory, 5), Verdict::Delta(_)));
+    assert_eq!(verdict(&mut memory, 6), Verdict::Fresh);
+    check_slots(&memory);
 }
