@@ -26,6 +26,7 @@ mod chunk;
 mod kept;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use crate::criu::header::{PageFlags, Target};
 use crate::units::{PageRange, PageSize};
@@ -62,6 +63,12 @@ pub struct PageMemory {
     chunk_bytes: u64,
     kept: KeptPages,
     left_out_pages: u64,
+}
+
+impl fmt::Debug for PageMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PageMemory({:?})", self.remembered())
+    }
 }
 
 impl PageMemory {

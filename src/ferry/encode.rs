@@ -65,6 +65,16 @@ impl Verdicts {
         self.pages.clear();
         self.xor.clear();
     }
+
+    /// Sends differences in full, for a taker that does not take them.
+    pub fn spell_out(&mut self) {
+        self.xor.clear();
+        for verdict in &mut self.pages {
+            if let Verdict::Delta(_) = verdict {
+                *verdict = Verdict::Fresh;
+            }
+        }
+    }
 }
 
 /// How many pages of a batch went which way, and what they cost.

@@ -202,9 +202,7 @@ pub fn split(buffer: &[u8]) -> Result<Split, FrameError> {
     let Some(body) = buffer.get(HEADER_BYTES..end) else {
         return Ok(Split::Need(end - buffer.len()));
     };
-    if crc32fast::hash(body) != header.body_crc {
-        return Err(FrameError::BodyDamaged(header.kind));
-    }
+    header.verify(body)?;
     Ok(Split::Frame(Frame {
         kind: header.kind,
         number: header.number,
@@ -218,15 +216,21 @@ fn foreign(buffer: &[u8]) -> FrameError {
     }))
 }
 
-struct Header {
-    kind: Kind,
-    number: u64,
-    body_bytes: usize,
+/// A frame's header by itself, for those who receive the body into a place of its own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Header {
+    /// What the frame says.
+    pub kind: Kind,
+    /// Its number in the session, or the number of a question, or 0.
+    pub number: u64,
+    /// Length of its body, bytes, within the cap of its kind.
+    pub body_bytes: usize,
     body_crc: u32,
 }
 
 impl Header {
-    fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Header, FrameError> {
+    /// Reads and verifies a header.
+    pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Header, FrameError> {
         // The kind is not known before the checksum is verified; errors of reading cannot occur.
         let mut fields = Fields::new(Kind::Hello, bytes);
         if fields.array()? != MAGIC {
@@ -254,6 +258,15 @@ impl Header {
             body_bytes,
             body_crc,
         })
+    }
+
+    /// Verifies the body that belongs to it.
+    pub fn verify(&self, body: &[u8]) -> Result<(), FrameError> {
+        if body.len() == self.body_bytes && crc32fast::hash(body) == self.body_crc {
+            Ok(())
+        } else {
+            Err(FrameError::BodyDamaged(self.kind))
+        }
     }
 }
 

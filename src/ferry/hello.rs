@@ -74,6 +74,12 @@ impl Features {
         Features(self.0 & other.0)
     }
 
+    /// Both sets together.
+    #[must_use]
+    pub const fn with(self, other: Features) -> Features {
+        Features(self.0 | other.0)
+    }
+
     /// Whether all of `other` are in the set.
     pub const fn has(self, other: Features) -> bool {
         self.0 & other.0 == other.0

@@ -242,8 +242,8 @@ mod tests {
         assert_eq!(harbor.deadline(), None);
         harbor.handle_lost(berth, 2, at(5));
         assert_eq!(harbor.deadline(), Some(at(10_005)));
-        assert_eq!(harbor.poll_expired(at(10_004)), None);
-        assert_eq!(harbor.poll_expired(at(10_005)), Some(first.session));
+        assert!(!harbor.has_expired(first.session, at(10_004)));
+        assert!(harbor.has_expired(first.session, at(10_005)));
     }
 
     #[test]

@@ -133,6 +133,9 @@ pub struct Ack {
     pub answer: Answer,
     /// The taker has everything that it wants.
     pub taken: bool,
+    /// How many bytes have arrived on this connection. What was sent and does not arrive shows a
+    /// link that is dead in one direction.
+    pub arrived: u64,
 }
 
 /// The answer to a question: OPEN, PARENT or CLOSE.
@@ -157,6 +160,7 @@ impl Ack {
         out.extend_from_slice(&self.answer.value.to_le_bytes());
         out.put_u32(if self.taken { ACK_TAKEN } else { 0 });
         out.extend_from_slice(&self.answer.state.0);
+        out.put_u64(self.arrived);
         frame.finish(out, Kind::Ack, 0);
     }
 
@@ -167,11 +171,13 @@ impl Ack {
         let value = fields.i32()?;
         let taken = fields.u32()? & ACK_TAKEN != 0;
         let state = StateId(fields.array()?);
+        let arrived = fields.u64()?;
         fields.end()?;
         Ok(Ack {
             safe,
             answer: Answer { to, value, state },
             taken,
+            arrived,
         })
     }
 }
@@ -392,6 +398,7 @@ mod tests {
                 state: StateId([9; 16]),
             },
             taken: true,
+            arrived: 1 << 33,
         };
         let mut frame = Vec::new();
         ack.encode(&mut frame);

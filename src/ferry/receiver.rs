@@ -220,9 +220,13 @@ impl Receiver {
         self.ack.taken = true;
     }
 
-    /// The last frame that is safe.
-    pub fn safe(&self) -> u64 {
-        self.ack.safe
+    /// What was said last, or will be next, on a connection on which `arrived` bytes have arrived:
+    /// may be said again at any time.
+    pub fn ack(&self, arrived: u64) -> Ack {
+        Ack {
+            arrived,
+            ..self.ack
+        }
     }
 
     /// The session has failed on this side: says so on every connection, and nothing else.
@@ -236,8 +240,8 @@ impl Receiver {
         self.failure.is_some() && self.lanes.iter().all(told)
     }
 
-    /// What is to be written to `stream` next.
-    pub fn poll(&mut self, stream: u16) -> Option<Reply> {
+    /// What is to be written to `stream` next, on whose connection `arrived` bytes have arrived.
+    pub fn poll(&mut self, stream: u16, arrived: u64) -> Option<Reply> {
         let lane = &mut self.lanes[usize::from(stream)];
         let Lane::Up(said) = lane else {
             return None;
@@ -246,10 +250,11 @@ impl Receiver {
             *lane = Lane::Told;
             return Some(Reply::Fail(fail.clone()));
         }
-        (*said != Some(self.ack)).then(|| {
-            *said = Some(self.ack);
-            Reply::Ack(self.ack)
-        })
+        if *said == Some(self.ack) {
+            return None;
+        }
+        *said = Some(self.ack);
+        Some(Reply::Ack(self.ack(arrived)))
     }
 
     /// A frame from the pusher that is not numbered has come.
@@ -275,7 +280,7 @@ mod tests {
     }
 
     fn safe_told(receiver: &mut Receiver, stream: u16) -> Option<u64> {
-        match receiver.poll(stream)? {
+        match receiver.poll(stream, 0)? {
             Reply::Ack(ack) => Some(ack.safe),
             Reply::Fail(fail) => panic!("{fail}"),
         }
@@ -364,8 +369,8 @@ mod tests {
         let fail = Fail::new(crate::ferry::hello::FailCode::Taker, "disk full");
         receiver.fail(fail.clone());
         assert!(!receiver.has_told_failure());
-        assert_eq!(receiver.poll(0), Some(Reply::Fail(fail)));
-        assert_eq!(receiver.poll(0), None);
+        assert_eq!(receiver.poll(0, 0), Some(Reply::Fail(fail)));
+        assert_eq!(receiver.poll(0, 0), None);
         assert!(receiver.has_told_failure());
     }
 }

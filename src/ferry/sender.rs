@@ -62,6 +62,8 @@ pub enum SenderEvent<'b> {
         answer: Option<Answer>,
         /// The taker has everything that it wants.
         taken: bool,
+        /// How many bytes have arrived on the connection, says the taker.
+        arrived: u64,
         /// Whether the session has come forward, or has nothing to come forward with.
         progress: bool,
     },
@@ -165,6 +167,11 @@ impl Sender {
     /// Whether everything is safe and answered.
     pub fn is_settled(&self) -> bool {
         self.outstanding.is_empty() && self.question.is_none()
+    }
+
+    /// Whether the taker has something to say: an acknowledgement, an answer, hashes.
+    pub fn awaits_word(&self) -> bool {
+        !self.is_settled() || !self.inquiries.is_empty() || self.lanes.contains(&Lane::Welcomed)
     }
 
     /// Whether a question waits for its answer.
@@ -305,6 +312,7 @@ impl Sender {
             safe: self.safe,
             answer: answer.then_some(ack.answer),
             taken: ack.taken,
+            arrived: ack.arrived,
             progress: progress || self.is_settled(),
         })
     }

@@ -298,7 +298,9 @@ impl<P: Part> ListeningHost<P> {
                 net.write(*conn, Side::Listening, &frame);
             }
         }
-        if let Some(session) = self.harbor.poll_expired(net.now) {
+        if let Some(session) = self.session
+            && self.harbor.has_expired(session, net.now)
+        {
             self.part.lost("nobody came back");
             let fail = Fail::new(FailCode::UnknownSession, "the session was given up");
             self.harbor.end(session, Some(fail));

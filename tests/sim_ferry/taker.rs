@@ -286,7 +286,7 @@ impl Part for Taker {
     }
 
     fn poll(&mut self, stream: u16) -> Option<Vec<u8>> {
-        if let Some(reply) = self.receiver.poll(stream) {
+        if let Some(reply) = self.receiver.poll(stream, 0) {
             let mut frame = Vec::new();
             reply.encode(&mut frame);
             return Some(frame);

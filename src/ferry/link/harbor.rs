@@ -134,18 +134,13 @@ impl Harbor {
         }
     }
 
-    /// A session that had no connection for too long, if there is one. It stays until
-    /// [`Harbor::end`].
-    pub fn poll_expired(&self, now: Duration) -> Option<SessionId> {
-        let expired = |moored: &Moored| {
-            let since = moored.alone_since?;
-            (now >= since + self.give_up_after).then_some(())
-        };
-        let found = self
+    /// Whether `session` has had no connection for too long. It stays until [`Harbor::end`].
+    pub fn has_expired(&self, session: SessionId, now: Duration) -> bool {
+        let since = self
             .sessions
-            .iter()
-            .find(|(_, moored)| expired(moored).is_some());
-        found.map(|(session, _)| *session)
+            .get(&session)
+            .and_then(|moored| moored.alone_since);
+        since.is_some_and(|since| now >= since + self.give_up_after)
     }
 
     /// When to ask for expired sessions again at the latest.
