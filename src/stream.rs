@@ -7,12 +7,13 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use libc::{MSG_MORE, MSG_NOSIGNAL};
 use nix::errno::Errno;
 use nix::sys::sendfile::sendfile64;
+use nix::sys::socket::{MsgFlags, recv};
 use socket2::{SockRef, Socket, TcpKeepalive};
 
 use crate::error::Result;
@@ -27,8 +28,12 @@ pub struct Stream {
     peer: String,
 }
 
-enum Carrier {
+/// What carries a connection.
+#[derive(Debug)]
+pub enum Carrier {
+    /// The socket alone.
     Plain(Socket),
+    /// TLS over a socket.
     Secure(Box<TlsStream>),
 }
 
@@ -64,6 +69,31 @@ impl Stream {
         &self.peer
     }
 
+    /// The peer's address without its port, for messages and names.
+    pub fn host(&self) -> String {
+        let address = self.socket().peer_addr().ok();
+        match address.and_then(|address| address.as_socket()) {
+            Some(address) => address.ip().to_canonical().to_string(),
+            None => "local".to_owned(),
+        }
+    }
+
+    /// Whether the first bytes that the peer sends are `bytes`; waits for as many as it takes to
+    /// tell. They stay to be read.
+    pub fn begins_with<const N: usize>(&mut self, bytes: [u8; N]) -> io::Result<bool> {
+        let mut first = [0; N];
+        let have = match &mut self.carrier {
+            Carrier::Plain(socket) => peek(socket, &mut first)?,
+            Carrier::Secure(stream) => stream.peek(&mut first)?,
+        };
+        Ok(have == N && first == bytes)
+    }
+
+    /// What carries the connection, for whoever reads and writes in another way.
+    pub fn into_carrier(self) -> Carrier {
+        self.carrier
+    }
+
     /// The same connection secured by `tls`, if that is given, as its server: waits for the client's
     /// handshake.
     pub fn secure(self, tls: Option<&Tls>) -> Result<Stream> {
@@ -71,6 +101,18 @@ impl Stream {
         let carrier = match (carrier, tls) {
             (Carrier::Plain(socket), Some(tls)) => {
                 Carrier::Secure(Box::new(tls.accept(socket, &peer)?))
+            }
+            (carrier, _) => carrier,
+        };
+        Ok(Stream { carrier, peer })
+    }
+
+    /// The same connection secured by `tls`, if that is given, as a client of the server `host`.
+    pub fn secure_to(self, tls: Option<&Tls>, host: &str) -> Result<Stream> {
+        let Stream { carrier, peer } = self;
+        let carrier = match (carrier, tls) {
+            (Carrier::Plain(socket), Some(tls)) => {
+                Carrier::Secure(Box::new(tls.connect(socket, host)?))
             }
             (carrier, _) => carrier,
         };
@@ -144,6 +186,18 @@ impl Stream {
         match &mut self.carrier {
             Carrier::Plain(_) => Ok(()),
             Carrier::Secure(stream) => stream.close(),
+        }
+    }
+}
+
+/// Fills `first` with the next bytes that come over `socket`, which stay to be read; fewer at the end.
+fn peek(socket: &Socket, first: &mut [u8]) -> io::Result<usize> {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_WAITALL;
+    loop {
+        match recv(socket.as_raw_fd(), first, flags) {
+            Ok(have) => return Ok(have),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
         }
     }
 }

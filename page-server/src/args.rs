@@ -10,9 +10,11 @@ use pageferry::criu::header;
 use pageferry::daemon::CommonArgs;
 use pageferry::engine::driver;
 use pageferry::engine::stores::Template;
+use pageferry::engine::transport::Peer;
 use pageferry::image::store;
-use pageferry::limits::RECEIVE_SESSIONS_MAX;
+use pageferry::limits::{FERRY_STREAMS_MAX, RECEIVE_SESSIONS_MAX};
 use pageferry::tls::TlsArgs;
+use pageferry::units::parse_bytes;
 
 /// Receives the memory of a criu dump into image files, or serves it from there to a lazy restore.
 ///
@@ -25,6 +27,9 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     pub(crate) tls: TlsArgs,
+
+    #[command(flatten)]
+    pub(crate) ferry: FerryArgs,
 
     /// Serve the images to lazy restores instead of receiving
     #[arg(long)]
@@ -105,6 +110,31 @@ pub(crate) struct Args {
     /// End a session whose peer says nothing for this many seconds [default: wait for ever]
     #[arg(long, value_name = "SECONDS")]
     pub(crate) idle_timeout: Option<u64>,
+}
+
+/// How dumps travel between two of these.
+#[derive(clap::Args, Debug)]
+pub(crate) struct FerryArgs {
+    /// Forward dumps to the page-server at HOST:PORT instead of storing them: compressed, checked,
+    /// only what changed, over connections that may break. --tls secures these connections
+    #[arg(long, value_name = "HOST:PORT", value_parser = Peer::parse,
+        conflicts_with_all = ["lazy_pages", "prev_images_dir", "images_dir_template", "auto_dedup",
+            "dedup_content", "compress"])]
+    pub(crate) forward: Option<Peer>,
+
+    /// How many connections to forward over
+    #[arg(long, value_name = "COUNT", default_value_t = 1, requires = "forward",
+        value_parser = clap::value_parser!(u16).range(1..=i64::from(FERRY_STREAMS_MAX)))]
+    pub(crate) streams: u16,
+
+    /// Memory for what the far end has: 16 bytes for each page, and whole pages while there is room.
+    /// With suffix K, M or G
+    #[arg(long, value_name = "BYTES", default_value = "256M", value_parser = parse_bytes)]
+    pub(crate) delta_cache: u64,
+
+    /// Seconds without progress after which a session between two page-servers is given up
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub(crate) reconnect_timeout: u64,
 }
 
 /// A network, or a single address.

@@ -1,6 +1,7 @@
 //! Stands in for `criu page-server`: wiring and exit codes.
 
 mod args;
+mod entry;
 mod report;
 mod rpc;
 
@@ -12,6 +13,9 @@ use std::time::Duration;
 use pageferry::daemon::command_line::{self, Action, Parsed};
 use pageferry::daemon::{self, Daemon};
 use pageferry::engine::driver::Io;
+use pageferry::engine::ferry::PusherConfig;
+use pageferry::engine::ferry::port::{FerryPort, Handled};
+use pageferry::engine::forward::{ForwardContext, forward_client};
 use pageferry::engine::ingest::{ReceiveContext, receive_client};
 use pageferry::engine::keep::KeepOptions;
 use pageferry::engine::listen::{Place, Source, is_passed_by_systemd};
@@ -19,6 +23,7 @@ use pageferry::engine::serve::{ServeContext, serve_client};
 use pageferry::engine::sessions::{Rules, Stay, run_sessions};
 use pageferry::engine::stop::{Stop, block_stop_signals};
 use pageferry::engine::stores::{StoreOptions, Stores};
+use pageferry::engine::transport::Peer;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::image::dir::ImageDir;
 use pageferry::limits::CLIENTS_MAX;
@@ -28,6 +33,7 @@ use pageferry::tls::Tls;
 use pageferry::units::PageSize;
 
 use args::Args;
+use entry::{Entry, Guest};
 use report::Report;
 use rpc::Rpc;
 
@@ -65,6 +71,8 @@ fn main() -> ExitCode {
         };
         let ended = if args.lazy_pages {
             serve(&mut start)
+        } else if let Some(far_end) = &args.ferry.forward {
+            forward(&mut start, far_end)
         } else {
             receive(&mut start)
         };
@@ -107,18 +115,74 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
     };
     let tls = Tls::load(&args.tls)?;
     let source = start.listen()?;
-    let rules = Rules {
-        stay: if args.keep { Stay::Keep } else { Stay::One },
-        most: args.max_sessions,
-        allowed: args.allow.clone(),
+    let stop = Stop::on_signals()?;
+    let timeout = Duration::from_secs(args.ferry.reconnect_timeout);
+    let port = FerryPort::new(&context, &stop, timeout, !args.keep)?;
+    let entry = Entry::new(&source, args.keep)?;
+    let stay = if args.keep {
+        Stay::Keep
+    } else {
+        // A ferry session has several connections, one after another and at a time.
+        Stay::UntilShutDown
     };
     let _display = report.show()?;
-    run(source, &rules, |stream| {
-        let stream = stream.secure(tls.as_ref())?;
-        let (received, result) = receive_client(stream, &context);
+    run(source, &rules(args, stay), &stop, |stream| {
+        let mut stream = stream.secure(tls.as_ref())?;
+        let (received, result) = match entry.admit(&mut stream, &context, &port)? {
+            None => {
+                stream.reset();
+                return Ok(());
+            }
+            Some(Guest::Dump) => receive_client(stream, &context),
+            Some(Guest::Ferry) => match port.handle(stream, entry.is_open()) {
+                Ok(Handled::Lane) => return Ok(()),
+                Ok(Handled::Session(received, result)) => {
+                    entry.shut();
+                    (*received, result)
+                }
+                Err(error) => {
+                    entry.shut();
+                    return Err(error);
+                }
+            },
+        };
         report.received(&received, result.as_ref().err());
         result
     })
+}
+
+fn forward(start: &mut Start<'_>, far_end: &Peer) -> Result<()> {
+    let args = start.args;
+    let mut report = Report::open(args)?;
+    let tls = Tls::load(&args.tls)?;
+    let source = start.listen()?;
+    let stop = Stop::on_signals()?;
+    let pusher = PusherConfig {
+        peer: far_end.clone(),
+        streams: args.ferry.streams,
+        reconnect_timeout: Duration::from_secs(args.ferry.reconnect_timeout),
+        delta_cache_bytes: args.ferry.delta_cache,
+        tls,
+        stop: stop.clone(),
+        traffic: report.traffic(),
+    };
+    let wire = args.wire.forced();
+    let context = ForwardContext::new(pusher, wire, pages_of_system()?, args.keep);
+    let stay = if args.keep { Stay::Keep } else { Stay::One };
+    let _display = report.show()?;
+    run(source, &rules(args, stay), &stop, |stream| {
+        let (forwarded, result) = forward_client(stream, &context);
+        report.forwarded(&forwarded, result.as_ref().err());
+        result
+    })
+}
+
+fn rules(args: &Args, stay: Stay) -> Rules {
+    Rules {
+        stay,
+        most: args.max_sessions,
+        allowed: args.allow.clone(),
+    }
 }
 
 fn serve(start: &mut Start<'_>) -> Result<()> {
@@ -137,9 +201,10 @@ fn serve(start: &mut Start<'_>) -> Result<()> {
         most: CLIENTS_MAX,
         allowed: args.allow.clone(),
     };
+    let stop = Stop::on_signals()?;
     let _display = report.show()?;
     let traffic = report.traffic();
-    run(source, &rules, |stream| {
+    run(source, &rules, &stop, |stream| {
         let peer = stream.peer().to_owned();
         let running = traffic.begin_session();
         let served = stream
@@ -151,14 +216,18 @@ fn serve(start: &mut Start<'_>) -> Result<()> {
 }
 
 /// Runs the sessions that come from `source`.
-fn run(source: Source, rules: &Rules, session: impl Fn(Stream) -> Result<()> + Sync) -> Result<()> {
-    let stop = Stop::on_signals()?;
+fn run(
+    source: Source,
+    rules: &Rules,
+    stop: &Stop,
+    session: impl Fn(Stream) -> Result<()> + Sync,
+) -> Result<()> {
     if source.connected {
         let stream = Stream::plain(source.socket);
         let _watched = stop.watch(&stream.socket())?;
         return session(stream);
     }
-    run_sessions(&source.socket, rules, &stop, session)
+    run_sessions(&source.socket, rules, stop, session)
 }
 
 fn pages_of_system() -> Result<PageSize> {

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use pageferry::engine::serve::Summary;
 use pageferry::error::{Error, Result};
+use pageferry::observe::ferried::Forwarded;
 use pageferry::observe::metrics::MetricsListener;
 use pageferry::observe::progress::Display;
 use pageferry::observe::received::Received;
@@ -63,6 +64,12 @@ impl Report {
     pub(crate) fn received(&self, received: &Received, error: Option<&Error>) {
         tracing::info!("{received}");
         self.write(received.json(error));
+    }
+
+    /// A forwarding session has ended.
+    pub(crate) fn forwarded(&self, forwarded: &Forwarded, error: Option<&Error>) {
+        tracing::info!("{forwarded}");
+        self.write(forwarded.json(error));
     }
 
     /// A serving session with `peer` has ended.

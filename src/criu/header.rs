@@ -34,6 +34,14 @@ pub const DETECT_BYTES: usize = 24;
 const PID_LIMIT: u64 = 1 << 22;
 
 impl Wire {
+    /// Its name, as `--wire` spells it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Wire::V1 => "v1",
+            Wire::V2 => "v2",
+        }
+    }
+
     /// Length of a header in bytes.
     pub const fn header_bytes(self) -> usize {
         match self {

@@ -110,24 +110,29 @@ impl Batch {
             let mut slices: Vec<IoSlice<'_>> = ranges
                 .map(|range| IoSlice::new(&self.buffer[range.clone()]))
                 .collect();
-            write_all(&mut slices, run).map_err(|error| run.part.write_error(error))?;
+            write_all(&mut slices, &run.part, run.offset)?;
         }
         Ok(())
     }
 }
 
-fn write_all(mut slices: &mut [IoSlice<'_>], run: &Run) -> io::Result<()> {
-    let mut offset = run.offset;
+/// Writes all of `slices`, one behind the other, from `offset` of `part` on. The error names the
+/// file.
+pub(super) fn write_all(
+    mut slices: &mut [IoSlice<'_>],
+    part: &PagesPart,
+    mut offset: u64,
+) -> Result<()> {
     while !slices.is_empty() {
-        let at = i64::try_from(offset).map_err(|_| io::ErrorKind::FileTooLarge)?;
-        match pwritev(run.part.file(), slices, at) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+        let at = i64::try_from(offset).map_err(|_| part.write_error(Errno::EFBIG))?;
+        match pwritev(part.file(), slices, at) {
+            Ok(0) => return Err(part.write_error(io::ErrorKind::WriteZero)),
             Ok(written) => {
                 offset += written as u64;
                 IoSlice::advance_slices(&mut slices, written);
             }
             Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno.into()),
+            Err(errno) => return Err(part.write_error(errno)),
         }
     }
     Ok(())

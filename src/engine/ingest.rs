@@ -87,7 +87,7 @@ impl ReceiveContext {
 pub fn receive_client(mut stream: Stream, context: &ReceiveContext) -> (Received, Result<()>) {
     let running = context.traffic.begin_session();
     let mut tally = Tally::start(&context.traffic);
-    let opened = context.stores.for_session(&host(&stream));
+    let opened = context.stores.for_session(&stream.host());
     let result = opened.and_then(|store| {
         let ingest = Ingest::begin(&stream, context, &store, &mut tally);
         let ended = ingest.and_then(|ingest| ingest.run(&mut stream));
@@ -107,15 +107,6 @@ pub fn receive_client(mut stream: Stream, context: &ReceiveContext) -> (Received
             stream.reset();
             (received, Err(error))
         }
-    }
-}
-
-/// The peer's address without its port.
-fn host(stream: &Stream) -> String {
-    let address = stream.socket().peer_addr().ok();
-    match address.and_then(|address| address.as_socket()) {
-        Some(address) => address.ip().to_canonical().to_string(),
-        None => "local".to_owned(),
     }
 }
 
@@ -213,7 +204,7 @@ impl<'a, 't> Ingest<'a, 't> {
                 let bytes;
                 (buffer, bytes) = self.receive(stream, buffer, window)?;
                 if bytes == 0 {
-                    return Err(self.ended_early());
+                    return Err(ended_early(&self.session));
                 }
                 self.tally.came(bytes as u64);
                 let arrived = filled..filled + bytes;
@@ -257,15 +248,6 @@ impl<'a, 't> Ingest<'a, 't> {
         match self.session.header_bytes_missing() {
             missing if missing > 0 && self.expects_large => filled + missing,
             _ => len,
-        }
-    }
-
-    fn ended_early(&self) -> Error {
-        let context = "not everything came";
-        match self.session.handle_end() {
-            Err(error) => Error::wrap(Kind::PeerLost, context, error),
-            // CLOSE ends the loop before anybody hangs up.
-            Ok(()) => Error::new(Kind::PeerLost, context),
         }
     }
 
@@ -360,20 +342,31 @@ impl<'a, 't> Ingest<'a, 't> {
 
 /// Frees the room of the parents' copies. The images are whole and answered for: a failure costs room
 /// and nothing else.
-fn punch_out_of_parents(images: &CommittedImages) {
+pub(super) fn punch_out_of_parents(images: &CommittedImages) {
     match images.punch_out_of_parents() {
         Ok(bytes) => tracing::info!("{bytes} bytes taken out of the parents' files"),
         Err(error) => tracing::warn!("--auto-dedup: the parents keep their copies: {error}"),
     }
 }
 
-fn answer(stream: &mut Stream, bytes: &[u8]) -> Result<()> {
+/// The error for a dump that hangs up before CLOSE.
+pub(super) fn ended_early(session: &ReceiveSession) -> Error {
+    let context = "not everything came";
+    match session.handle_end() {
+        Err(error) => Error::wrap(Kind::PeerLost, context, error),
+        // CLOSE ends the loop before anybody hangs up.
+        Ok(()) => Error::new(Kind::PeerLost, context),
+    }
+}
+
+/// Answers the dump.
+pub(super) fn answer(stream: &mut Stream, bytes: &[u8]) -> Result<()> {
     let sent = stream.write_all(bytes).and_then(|()| stream.flush());
     sent.map_err(|error| Error::wrap(Kind::PeerLost, "cannot answer", error))
 }
 
 /// Waits for the peer to hang up, as CRIU does: whoever closes first keeps the port busy.
-fn wait_for_end(stream: &mut Stream) {
+pub(super) fn wait_for_end(stream: &mut Stream) {
     // All is stored and said: however the peer hangs up now, the session was a success.
     let _ = stream.socket().set_read_timeout(Some(HANG_UP));
     let mut rest = [0; 64];

@@ -3,6 +3,8 @@
 pub mod batch;
 pub mod driver;
 mod epoll;
+pub mod ferry;
+pub mod forward;
 pub mod ingest;
 pub mod keep;
 pub mod listen;

@@ -18,6 +18,8 @@ use crate::stream::Stream;
 pub enum Stay {
     /// For one connection; it stops listening when that has come.
     One,
+    /// Until its listener is shut down, which a session does, and all sessions are over.
+    UntilShutDown,
     /// Until the last of the sessions that run at once with the first is over.
     Together,
     /// Until it is stopped.
@@ -117,7 +119,7 @@ pub fn run_sessions(
                 }
             }
             let waits = match rules.stay {
-                Stay::Keep => accepting,
+                Stay::Keep | Stay::UntilShutDown => accepting,
                 Stay::One | Stay::Together => false,
             };
             if running == 0 && !waits {

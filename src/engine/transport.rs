@@ -9,6 +9,7 @@ use std::time::Duration;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::error::{Error, Kind, Result};
+use crate::stream::{Carrier, Stream};
 use crate::tls::TlsStream;
 
 /// How long a connection may take to be made.
@@ -30,6 +31,14 @@ pub trait Transport: Send + fmt::Debug {
 
     /// From now on closing ends the stream in order instead of resetting it.
     fn close_in_order(&mut self) -> io::Result<()>;
+}
+
+/// Takes an established connection into an event loop.
+pub fn transport(stream: Stream) -> io::Result<Box<dyn Transport>> {
+    Ok(match stream.into_carrier() {
+        Carrier::Plain(socket) => Box::new(PlainTransport::new(socket)?),
+        Carrier::Secure(stream) => Box::new(SecureTransport::new(*stream)?),
+    })
 }
 
 /// A plain TCP or AF_UNIX socket.
@@ -158,7 +167,25 @@ impl fmt::Display for Peer {
 }
 
 impl Peer {
-    /// The name that the source's certificate must be for.
+    /// The peer that a command line names: `HOST:PORT`, with an IPv6 address in brackets.
+    pub fn parse(text: &str) -> std::result::Result<Peer, String> {
+        let wrong = || format!("{text:?} is not HOST:PORT");
+        let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
+        let bracketed = host
+            .strip_prefix('[')
+            .and_then(|host| host.strip_suffix(']'));
+        let host = match bracketed {
+            Some(address) => address,
+            None if host.is_empty() || host.contains(':') => return Err(wrong()),
+            None => host,
+        };
+        Ok(Peer::Tcp {
+            host: host.to_owned(),
+            port: port.parse().map_err(|_| wrong())?,
+        })
+    }
+
+    /// The name or address that a certificate of the peer must be for.
     pub fn host(&self) -> &str {
         match self {
             Peer::Tcp { host, .. } => host,
@@ -212,5 +239,20 @@ impl PlainTransport {
     pub fn new(socket: Socket) -> io::Result<PlainTransport> {
         socket.set_nonblocking(true)?;
         Ok(PlainTransport(socket))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn peers_are_written_as_they_are_read() {
+        for text in ["host:1", "127.0.0.1:65535", "[::1]:7"] {
+            assert_eq!(Peer::parse(text).unwrap().to_string(), text);
+        }
+        for text in ["host", ":1", "::1:7", "host:", "host:65536", "host:x"] {
+            assert!(Peer::parse(text).is_err(), "{text}");
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Where pages rest: CRIU's image files, read and written.
 
-mod blocks;
+pub mod blocks;
 pub mod chain;
 pub mod dir;
 mod extents;

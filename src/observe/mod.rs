@@ -1,5 +1,6 @@
 //! What a run shows of itself: latencies, traces, progress, summaries.
 
+pub mod ferried;
 pub mod latency;
 pub mod metrics;
 pub mod progress;

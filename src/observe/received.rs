@@ -71,10 +71,7 @@ impl Received {
         let line = Line {
             role: "receive",
             peer: &self.peer,
-            wire: self.wire.map(|wire| match wire {
-                Wire::V1 => "v1",
-                Wire::V2 => "v2",
-            }),
+            wire: self.wire.map(Wire::name),
             stored: error.is_none(),
             error: error.map(ToString::to_string),
             seconds: self.elapsed.as_secs_f64(),

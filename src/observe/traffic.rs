@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use nix::sys::resource::{UsageWho, getrusage};
 
+use super::ferried::ByKind;
 use super::progress::Snapshot;
 
 /// The counters of a page server.
@@ -21,6 +22,9 @@ pub struct Traffic {
     served_requests: AtomicU64,
     served_pages: AtomicU64,
     served_bytes: AtomicU64,
+    forwarded_pages: [AtomicU64; ByKind::COUNT],
+    forwarded_bytes: [AtomicU64; ByKind::COUNT],
+    frame_bytes: AtomicU64,
 }
 
 /// Kinds of pages that a dump speaks of.
@@ -119,13 +123,27 @@ impl Traffic {
         add(&self.served_bytes, bytes);
     }
 
+    /// Pages went to a far end.
+    pub fn forwarded(&self, kinds: &ByKind) {
+        let counters = self.forwarded_pages.iter().zip(&self.forwarded_bytes);
+        for ((pages, bytes), (_, carried)) in counters.zip(kinds.named()) {
+            add(pages, carried.pages);
+            add(bytes, carried.bytes);
+        }
+    }
+
+    /// A frame of `bytes` bytes is on its way to a far end.
+    pub fn forwarded_frame(&self, bytes: u64) {
+        add(&self.frame_bytes, bytes);
+    }
+
     /// How far the server is, for people. Nobody knows how much is still to come.
     pub fn snapshot(&self) -> Snapshot {
         let received = get(&self.received[ReceivedKind::Received as usize]);
         Snapshot {
-            done_pages: received + get(&self.served_pages),
+            done_pages: received + get(&self.served_pages) + sum(&self.forwarded_pages),
             total_pages: 0,
-            bytes: get(&self.wire_bytes) + get(&self.served_bytes),
+            bytes: get(&self.wire_bytes) + get(&self.served_bytes) + get(&self.frame_bytes),
             note: format!("{} sessions", get(&self.running)),
         }
     }
@@ -156,6 +174,7 @@ impl Traffic {
             "kind",
             &kinds,
         );
+        self.prometheus_forwarded(&mut out);
         for (name, help, counter) in [
             (
                 "received_wire_bytes_total",
@@ -182,6 +201,11 @@ impl Traffic {
                 "Bytes of pages sent to lazy restores.",
                 &self.served_bytes,
             ),
+            (
+                "forwarded_frame_bytes_total",
+                "Bytes of frames for far ends.",
+                &self.frame_bytes,
+            ),
         ] {
             sample(&mut out, name, help, "counter", get(counter));
         }
@@ -194,6 +218,27 @@ impl Traffic {
             cpu,
         );
         out
+    }
+}
+
+impl Traffic {
+    fn prometheus_forwarded(&self, out: &mut String) {
+        let names = ByKind::default().named().map(|(name, _)| name);
+        for (name, help, counters) in [
+            (
+                "forwarded_pages_total",
+                "Pages sent to far ends, by the way they went.",
+                &self.forwarded_pages,
+            ),
+            (
+                "forwarded_bytes_total",
+                "Bytes of these pages on the wire.",
+                &self.forwarded_bytes,
+            ),
+        ] {
+            let values: Vec<_> = names.into_iter().zip(counters.iter().map(get)).collect();
+            labelled(out, name, help, "kind", &values);
+        }
     }
 }
 
@@ -211,6 +256,10 @@ pub fn cpu_time() -> Duration {
 
 fn add(counter: &AtomicU64, more: u64) {
     counter.fetch_add(more, Ordering::Relaxed);
+}
+
+fn sum(counters: &[AtomicU64]) -> u64 {
+    counters.iter().map(get).sum()
 }
 
 fn get(counter: &AtomicU64) -> u64 {
@@ -255,6 +304,10 @@ mod tests {
         traffic.received(ReceivedKind::Zero, 2);
         traffic.came(7 * 4096);
         traffic.served(1, 3, 3 * 4096);
+        let mut kinds = ByKind::default();
+        (kinds.delta.pages, kinds.delta.bytes) = (5, 99);
+        traffic.forwarded(&kinds);
+        traffic.forwarded_frame(130);
         let text = traffic.prometheus();
         for line in [
             "# TYPE pageferry_sessions_running gauge",
@@ -266,10 +319,14 @@ mod tests {
             "pageferry_received_pages_total{kind=\"zero\"} 2",
             "pageferry_received_wire_bytes_total 28672",
             "pageferry_served_pages_total 3",
+            "pageferry_forwarded_pages_total{kind=\"delta\"} 5",
+            "pageferry_forwarded_bytes_total{kind=\"delta\"} 99",
+            "pageferry_forwarded_bytes_total{kind=\"raw\"} 0",
+            "pageferry_forwarded_frame_bytes_total 130",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in {text}");
         }
-        assert_eq!(traffic.snapshot().done_pages, 10);
+        assert_eq!(traffic.snapshot().done_pages, 15);
         assert_eq!(traffic.snapshot().note, "1 sessions");
         first.succeed();
         assert_eq!(traffic.snapshot().note, "0 sessions");

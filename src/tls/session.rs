@@ -200,6 +200,13 @@ impl TlsSession {
         })
     }
 
+    /// The next reads find `bytes`, which were read before, again.
+    pub(super) fn unread(&mut self, bytes: &[u8]) {
+        let plain = &mut self.plain;
+        drop(plain.bytes.splice(..plain.taken, bytes.iter().copied()));
+        plain.taken = 0;
+    }
+
     /// Encrypts `bytes` into records of their own, to be sent.
     pub(super) fn write(&mut self, bytes: &[u8]) -> Result<(), rustls::Error> {
         for record in bytes.chunks(RECORD_BYTES) {

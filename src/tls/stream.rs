@@ -54,6 +54,19 @@ impl TlsStream {
         SockRef::from(&self.socket)
     }
 
+    /// Fills `first` with the next bytes that the peer says, which stay to be read; fewer at the end.
+    pub fn peek(&mut self, first: &mut [u8]) -> io::Result<usize> {
+        let mut have = 0;
+        while have < first.len() {
+            match self.read(&mut first[have..])? {
+                0 => break,
+                bytes => have += bytes,
+            }
+        }
+        self.session.unread(&first[..have]);
+        Ok(have)
+    }
+
     /// Whether a read may find something although the socket is not readable.
     pub fn has_buffered(&self) -> bool {
         self.session.has_buffered()

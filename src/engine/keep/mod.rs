@@ -14,6 +14,7 @@ use std::ops::Range;
 
 use self::as_received::AsReceived;
 use self::sifted::Sifted;
+pub(super) use self::spill::unpack as decompress_page;
 use super::batch::Plan;
 use super::mover::Mover;
 use crate::criu::header::PageFlags;

@@ -15,6 +15,7 @@ use crate::criu::header::PageFlags;
 use crate::engine::batch::Plan;
 use crate::engine::mover::Mover;
 use crate::error::Result;
+use crate::image::blocks::compressed_block;
 use crate::image::writer::{Destination, SessionImages};
 use crate::limits::RECEIVE_BUFFER_BYTES;
 use crate::observe::received::KeptPages;
@@ -175,15 +176,10 @@ impl Pack {
         self.sizes.len() >= RECEIVE_BUFFER_BYTES / page.as_usize()
     }
 
-    /// Adds a page: compressed, or raw where that gains less than an eighth, as CRIU does.
+    /// Adds a page.
     fn add(&mut self, bytes: &[u8]) {
-        let block = lz4_flex::block::compress(bytes);
-        let stored = if block.len() >= bytes.len() / 8 * 7 {
-            bytes
-        } else {
-            &block
-        };
-        self.buffer[self.filled..self.filled + stored.len()].copy_from_slice(stored);
+        let stored = compressed_block(bytes);
+        self.buffer[self.filled..self.filled + stored.len()].copy_from_slice(&stored);
         self.filled += stored.len();
         let size = u32::try_from(stored.len()).expect("no more than a page");
         self.sizes.push(size);

@@ -78,7 +78,7 @@ impl Blocks {
 }
 
 /// Decompresses the block of a page into `out`, a page long.
-pub(super) fn unpack(block: &[u8], out: &mut [u8]) -> Result<()> {
+pub(in crate::engine) fn unpack(block: &[u8], out: &mut [u8]) -> Result<()> {
     let page = out.len();
     match lz4_flex::block::decompress_into(block, out) {
         Ok(bytes) if bytes == page => Ok(()),

@@ -1,0 +1,96 @@
+//! Who comes in at a receiving server's door: dumps, or ferry, told apart by their first bytes.
+
+use std::net::Shutdown;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use pageferry::engine::ferry::port::FerryPort;
+use pageferry::engine::ingest::ReceiveContext;
+use pageferry::engine::listen::Source;
+use pageferry::engine::stop::Stop;
+use pageferry::error::{Error, Kind, Result};
+use pageferry::ferry::frame;
+use pageferry::stream::Stream;
+use socket2::Socket;
+
+/// What has come in.
+pub(crate) enum Guest {
+    /// CRIU.
+    Dump,
+    /// Another page-server.
+    Ferry,
+}
+
+/// Who may still come in: with --keep everybody, else the connections of one session.
+pub(crate) struct Entry {
+    keep: bool,
+    /// A dump has come.
+    taken: AtomicBool,
+    /// Ends connections that have not said yet what they are.
+    undecided: Stop,
+    listener: Option<Socket>,
+}
+
+impl Entry {
+    pub(crate) fn new(source: &Source, keep: bool) -> Result<Entry> {
+        let listener = match source.connected {
+            true => None,
+            false => Some(source.socket.try_clone().map_err(|error| {
+                Error::wrap(Kind::Io, "cannot duplicate the listening socket", error)
+            })?),
+        };
+        Ok(Entry {
+            keep,
+            taken: AtomicBool::new(false),
+            undecided: Stop::default(),
+            listener,
+        })
+    }
+
+    /// Tells who has come, by the first bytes; nobody if a session has come before. The door closes
+    /// behind a dump, and stays open behind ferry, which comes in several connections.
+    pub(crate) fn admit(
+        &self,
+        stream: &mut Stream,
+        context: &ReceiveContext,
+        port: &FerryPort<'_>,
+    ) -> Result<Option<Guest>> {
+        let ferry = self.is_ferry(stream, context.idle_timeout);
+        if self.keep || matches!(ferry, Ok(true)) {
+            return ferry.map(|ferry| Some(if ferry { Guest::Ferry } else { Guest::Dump }));
+        }
+        if port.has_opened() || self.taken.swap(true, Ordering::SeqCst) {
+            tracing::warn!(
+                "refused {}: another session came first (give --keep for several)",
+                stream.peer()
+            );
+            return Ok(None);
+        }
+        self.shut();
+        ferry.map(|_| Some(Guest::Dump))
+    }
+
+    fn is_ferry(&self, stream: &mut Stream, patience: Option<Duration>) -> Result<bool> {
+        let _watched = self.undecided.watch(&stream.socket())?;
+        let timeout = stream.socket().set_read_timeout(patience);
+        timeout
+            .and_then(|()| stream.begins_with(frame::MAGIC))
+            .map_err(|error| Error::wrap(Kind::PeerLost, "the first bytes did not come", error))
+    }
+
+    pub(crate) fn is_open(&self) -> bool {
+        self.keep || !self.taken.load(Ordering::SeqCst)
+    }
+
+    /// Without --keep: nobody else comes in.
+    pub(crate) fn shut(&self) {
+        if self.keep {
+            return;
+        }
+        self.undecided.pull();
+        if let Some(listener) = &self.listener {
+            // It may have been shut before.
+            let _ = listener.shutdown(Shutdown::Both);
+        }
+    }
+}

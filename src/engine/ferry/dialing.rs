@@ -1,0 +1,239 @@
+//! The connecting side: dials the streams of a session, again and again, until it is over.
+
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::Scope;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::conn::{Conn, ConnError, Frame};
+use super::lane::{self, LaneEnd, Party, Waker};
+use super::{PusherConfig, lock};
+use crate::engine::stop::Stop;
+use crate::engine::transport::{Peer, transport};
+use crate::error::{Error, Kind, Result};
+use crate::ferry::frame;
+use crate::ferry::hello::{Fail, FailCode, Hello};
+use crate::ferry::link::{Dialer, Patience};
+use crate::stream::Stream;
+use crate::tls::Tls;
+
+/// How long a peer may take for its first frame.
+pub(super) const FIRST_WORD: Duration = Duration::from_secs(10);
+
+/// Rings when something has happened that a thread may be waiting for.
+#[derive(Debug, Default)]
+pub(super) struct Bell {
+    rings: Mutex<u64>,
+    rung: Condvar,
+}
+
+impl Bell {
+    pub(super) fn ring(&self) {
+        *lock(&self.rings) += 1;
+        self.rung.notify_all();
+    }
+
+    /// How often it has rung.
+    pub(super) fn rings(&self) -> u64 {
+        *lock(&self.rings)
+    }
+
+    /// Waits until it has rung more often than `seen`, or for `timeout`.
+    pub(super) fn wait(&self, seen: u64, timeout: Duration) {
+        let rings = lock(&self.rings);
+        // Woken or not, the caller looks again.
+        drop(
+            self.rung
+                .wait_timeout_while(rings, timeout, |rings| *rings <= seen),
+        );
+    }
+}
+
+/// A party that dials.
+pub(super) trait DialingParty: Party {
+    /// Whether the session has ended here, so that the peer may hang up at any time.
+    fn is_ending(&self) -> bool;
+    /// The session cannot go on: the peer said so, or nobody could be reached for too long.
+    fn lost(&self, why: Lost);
+}
+
+/// Why a session cannot go on.
+#[derive(Debug)]
+pub(super) enum Lost {
+    /// The peer has refused or ended it.
+    Refused(Fail),
+    /// There was no progress for too long; what was wrong at last.
+    GivenUp(String),
+    /// A signal asked this process to stop.
+    Stopped,
+}
+
+/// See the module's text.
+pub(super) struct Dialing<'a> {
+    peer: &'a Peer,
+    tls: Option<&'a Tls>,
+    stop: &'a Stop,
+    party: &'a dyn DialingParty,
+    bell: &'a Bell,
+    dialer: Mutex<Dialer>,
+    start: Instant,
+    give_up_after: Duration,
+    last_trouble: Mutex<String>,
+}
+
+/// Between two looks at the dialer at most, should nothing ring.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
+
+impl<'a> Dialing<'a> {
+    /// Dials as `config` and `hello` say, for `party`. `bell` rings when the party's state changes.
+    pub(super) fn new(
+        config: &'a PusherConfig,
+        party: &'a dyn DialingParty,
+        bell: &'a Bell,
+        hello: Hello,
+        patience: Patience,
+    ) -> Dialing<'a> {
+        Dialing {
+            peer: &config.peer,
+            tls: config.tls.as_ref(),
+            stop: &config.stop,
+            party,
+            bell,
+            dialer: Mutex::new(Dialer::new(hello, patience, Duration::ZERO)),
+            start: Instant::now(),
+            give_up_after: patience.give_up_after,
+            last_trouble: Mutex::default(),
+        }
+    }
+
+    /// Keeps the streams up, each in a thread of `scope`, until the session is over.
+    pub(super) fn run<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) {
+        while !self.party.is_over() {
+            let seen = self.bell.rings();
+            let now = self.start.elapsed();
+            if self.stop.is_pulled() {
+                self.party.lost(Lost::Stopped);
+                return;
+            }
+            let mut dialer = lock(&self.dialer);
+            if dialer.has_given_up(now) {
+                drop(dialer);
+                let text = format!(
+                    "no progress with {} for {} s (--reconnect-timeout): {}",
+                    self.peer,
+                    self.give_up_after.as_secs(),
+                    lock(&self.last_trouble)
+                );
+                self.party.lost(Lost::GivenUp(text));
+                return;
+            }
+            while let Some(stream) = dialer.poll_dial(now) {
+                scope.spawn(move || self.lane(stream));
+            }
+            let deadline = dialer.deadline().map(|at| at.saturating_sub(now));
+            drop(dialer);
+            self.bell
+                .wait(seen, deadline.unwrap_or(LOOK_AGAIN).min(LOOK_AGAIN));
+        }
+    }
+
+    /// One connection, from dialling to its end.
+    fn lane(&self, stream: u16) {
+        let trouble = match self.connect(stream) {
+            Ok((conn, peer)) => self.run_lane(conn, stream, &peer),
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(trouble) = trouble
+            && !self.party.is_ending()
+        {
+            tracing::warn!("stream {stream} to {}: {trouble}", self.peer);
+            *lock(&self.last_trouble) = trouble;
+        }
+        lock(&self.dialer).handle_lost(stream, self.start.elapsed());
+        self.bell.ring();
+    }
+
+    /// Runs a welcomed connection; returns what was wrong with it in the end.
+    fn run_lane(&self, conn: Conn, stream: u16, peer: &Hello) -> Option<String> {
+        let waker = match Waker::new() {
+            Ok(waker) => waker,
+            Err(error) => return Some(error.to_string()),
+        };
+        self.party.stream_up(stream, peer, &waker);
+        self.bell.ring();
+        let end = lane::run(conn, stream, self.party, &waker, || {
+            lock(&self.dialer).handle_progress();
+        });
+        self.party.stream_down(stream, &waker);
+        match end {
+            LaneEnd::Over | LaneEnd::Replaced => None,
+            LaneEnd::Lost(error) => Some(error_text(error)),
+            LaneEnd::Silent => Some("the far end has fallen silent".to_owned()),
+        }
+    }
+
+    /// Dials and greets.
+    fn connect(&self, stream: u16) -> Result<(Conn, Hello)> {
+        let failed = |error: ConnError| Error::wrap(Kind::PeerLost, "greeting the far end", error);
+        let socket = Stream::plain(self.peer.connect()?);
+        let secured = socket.secure_to(self.tls, self.peer.host())?;
+        let transport = transport(secured).map_err(|error| failed(ConnError::Socket(error)))?;
+        let mut conn = Conn::new(transport);
+        lane::prepare(&conn);
+        let hello = lock(&self.dialer).handle_connected(stream);
+        let mut words = Vec::new();
+        hello.encode(frame::Kind::Hello, &mut words);
+        conn.queue(Arc::new(words));
+        let answer = first_frame(&mut conn).map_err(failed)?;
+        let broken = |error: frame::FrameError| {
+            Error::wrap(Kind::Protocol, "what the far end says is wrong", error)
+        };
+        match answer.kind {
+            frame::Kind::Fail => {
+                let fail = Fail::decode(&answer.body).map_err(broken)?;
+                let text = fail.text.clone();
+                if fail.code != FailCode::Superseded {
+                    self.party.lost(Lost::Refused(fail));
+                }
+                Err(Error::new(Kind::PeerLost, text))
+            }
+            kind => {
+                let greeting = Hello::decode(kind, &answer.body).map_err(broken)?;
+                let now = self.start.elapsed();
+                let peer = lock(&self.dialer).handle_welcome(stream, greeting, now);
+                let peer = peer.map_err(|fail| {
+                    let text = fail.text.clone();
+                    self.party.lost(Lost::Refused(fail));
+                    Error::new(Kind::Protocol, text)
+                })?;
+                Ok((conn, peer))
+            }
+        }
+    }
+}
+
+fn error_text(error: ConnError) -> String {
+    Error::wrap(Kind::PeerLost, "lost", error).to_string()
+}
+
+/// Sends what is queued and waits for the peer's first frame.
+pub(super) fn first_frame(conn: &mut Conn) -> std::result::Result<Frame, ConnError> {
+    let start = Instant::now();
+    loop {
+        let left_to_send = conn.flush()?;
+        if let Some(frame) = conn.receive()? {
+            return Ok(frame);
+        }
+        let Some(left) = FIRST_WORD.checked_sub(start.elapsed()) else {
+            return Err(ConnError::Socket(std::io::ErrorKind::TimedOut.into()));
+        };
+        let mut events = PollFlags::POLLIN;
+        events.set(PollFlags::POLLOUT, left_to_send);
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(conn.socket(), events)], timeout) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(std::io::Error::from(errno).into()),
+        }
+    }
+}

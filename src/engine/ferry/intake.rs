@@ -1,0 +1,277 @@
+//! What a taker does with the frames whose turn has come: images, page by page as the batch says.
+//!
+//! ```text
+//! raw        ── body ──────────┐
+//! packed     ── unpacked ──────┼─> pwritev at the place that the writer says
+//! delta      ── unpacked ──────┘
+//! zero       ── nothing: the file has a hole there, which reads as zero
+//! same       ── a hole to the parent: the page takes no room at all
+//! ```
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::io::IoSlice;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+use super::base::Base;
+use super::lock;
+use crate::criu::header::{PageFlags, Target};
+use crate::engine::batch::write_all;
+use crate::engine::tally::Tally;
+use crate::error::{Error, Kind, Result};
+use crate::ferry::batch::{Batch, PageKind, Place};
+use crate::ferry::hash::{PageHash, PageHasher};
+use crate::ferry::message::{Open, StateId};
+use crate::ferry::unpack::Unpacker;
+use crate::image::blocks::compressed_block;
+use crate::image::chain::{Chain, Missing};
+use crate::image::store::ImageStore;
+use crate::image::writer::{CommittedImages, Destination, SessionImages};
+use crate::observe::received::KeptPages;
+use crate::units::{PageRange, PageSize};
+
+/// The base versions of the targets of a session that are still of use, shared with those who
+/// answer the pusher's questions for hashes.
+pub(super) type Bases = Mutex<BTreeMap<Target, Arc<Mutex<Base>>>>;
+
+/// Images that a session's frames go to.
+pub(super) struct Intake {
+    images: SessionImages,
+    store: Arc<ImageStore>,
+    page: PageSize,
+    hasher: PageHasher,
+    /// Names the parent directory's version for the pusher.
+    parent_state: StateId,
+    bases: Arc<Bases>,
+    /// The open target's base version.
+    base: Option<Arc<Mutex<Base>>>,
+    unpacker: Unpacker,
+    unpacked: Vec<u8>,
+    old_pages: Vec<u8>,
+    /// Whether pages are stored as CRIU 4.3 compresses them.
+    compresses: bool,
+    kept: KeptPages,
+}
+
+impl Intake {
+    pub(super) fn new(
+        store: &Arc<ImageStore>,
+        hasher: PageHasher,
+        parent_state: StateId,
+        bases: Arc<Bases>,
+        compresses: bool,
+    ) -> Intake {
+        Intake {
+            images: store.begin(),
+            store: Arc::clone(store),
+            page: store.dir().page(),
+            hasher,
+            parent_state,
+            bases,
+            base: None,
+            unpacker: Unpacker::default(),
+            unpacked: Vec::new(),
+            old_pages: Vec::new(),
+            compresses,
+            kept: KeptPages::default(),
+        }
+    }
+
+    /// From now on pages are those of another target. Returns the answer: whether there is a
+    /// parent, and the name of its version.
+    pub(super) fn open(&mut self, open: Open) -> Result<(bool, StateId)> {
+        self.images.open(open.target, open.wire)?;
+        let has_parent = self.images.has_parent(open.target)?;
+        tracing::debug!("receiving {}, has_parent={has_parent}", open.target);
+        self.base = None;
+        if !has_parent {
+            return Ok((false, StateId::NONE));
+        }
+        if let Some(parent) = self.store.dir().parent()? {
+            let chain = Chain::open(&parent, open.target, Missing::Leave)?;
+            let base = Arc::new(Mutex::new(Base::new(chain, self.hasher.clone())));
+            self.base = Some(Arc::clone(&base));
+            let mut bases = lock(&self.bases);
+            // Nobody asks about a target whose pages have all come.
+            bases.clear();
+            bases.insert(open.target, base);
+        }
+        Ok((true, self.parent_state))
+    }
+
+    /// Whether the parent directory has `target`.
+    pub(super) fn has_parent(&self, target: Target) -> Result<bool> {
+        self.images.has_parent(target)
+    }
+
+    /// Checks `batch`, which lies in `body`, and stores its pages.
+    pub(super) fn store(
+        &mut self,
+        batch: &Batch<'_>,
+        body: &[u8],
+        tally: &mut Tally<'_>,
+    ) -> Result<()> {
+        self.check(batch)?;
+        let mut places = batch.places().map(|(_, place)| place).peekable();
+        for run in batch.runs() {
+            if !run.flags.has(PageFlags::PRESENT) {
+                self.images.append(run.range, run.flags)?;
+                tally.run(run.range.pages(self.page), run.flags);
+                continue;
+            }
+            let mut start = run.range.start().get();
+            let end = run.range.end().get();
+            while start < end {
+                let most = (end - start) >> self.page.shift();
+                let same = places.peek() == Some(&Place::Same);
+                let mut part = Vec::new();
+                while (part.len() as u64) < most
+                    && let Some(place) = places.next_if(|next| (*next == Place::Same) == same)
+                {
+                    part.push(place);
+                }
+                let bytes = (part.len() as u64) << self.page.shift();
+                let range = PageRange::new(start, start + bytes);
+                let flags = match same {
+                    true => run
+                        .flags
+                        .without(PageFlags::PRESENT)
+                        .with(PageFlags::PARENT),
+                    false => run.flags,
+                };
+                self.store_part(range, flags, &part, body)?;
+                tally.run(range.pages(self.page), flags);
+                start += bytes;
+            }
+        }
+        tally.kept(self.kept);
+        Ok(())
+    }
+
+    /// Gives every image its name.
+    pub(super) fn commit(self) -> Result<CommittedImages> {
+        self.images.commit()
+    }
+
+    /// Compares the bases, and verifies and unpacks all contents.
+    fn check(&mut self, batch: &Batch<'_>) -> Result<()> {
+        let differ = |error| Error::wrap(Kind::Image, "a batch cannot be used", error);
+        self.old_pages.clear();
+        let mut hashes: Vec<PageHash> = Vec::new();
+        if batch.bases().next().is_some() {
+            let base = self.base.as_ref().ok_or_else(|| {
+                let text = format!(
+                    "the far end builds on a parent of {} that is not here",
+                    batch.target
+                );
+                Error::new(Kind::Protocol, text)
+            })?;
+            let mut base = lock(base);
+            for (vaddr, kind) in batch.bases() {
+                // A page that is not there has no hash: the digest will differ.
+                hashes.push(base.hash_of(vaddr)?.unwrap_or_default());
+                if kind == PageKind::Delta {
+                    let start = self.old_pages.len();
+                    self.old_pages.resize(start + self.page.as_usize(), 0);
+                    base.read(vaddr, &mut self.old_pages[start..])?;
+                }
+            }
+            if let Some((vaddr, _)) = batch.pages().next() {
+                base.passed(vaddr);
+            }
+        }
+        batch.agree(&self.hasher, hashes).map_err(differ)?;
+        self.unpacker
+            .unpack(batch, &self.old_pages, &mut self.unpacked)
+            .map_err(|error| Error::wrap(Kind::Protocol, "a batch is damaged", error))
+    }
+
+    /// Stores adjacent pages that are all holes to the parent, or all not.
+    fn store_part(
+        &mut self,
+        range: PageRange,
+        flags: PageFlags,
+        places: &[Place],
+        body: &[u8],
+    ) -> Result<()> {
+        if self.compresses && flags.has(PageFlags::PRESENT) {
+            return self.store_compressed(range, flags, places, body);
+        }
+        let Some(to) = self.images.append(range, flags)? else {
+            return Ok(());
+        };
+        let mut at = 0;
+        while at < places.len() {
+            let zero = places[at] == Place::Zero;
+            let len = places[at..]
+                .iter()
+                .take_while(|place| (**place == Place::Zero) == zero)
+                .count();
+            let bytes = (len as u64) << self.page.shift();
+            if zero {
+                self.kept.zero += len as u64;
+            } else {
+                let offset = to.offset + ((at as u64) << self.page.shift());
+                self.write(&to, offset, &places[at..at + len], body)?;
+                self.kept.stored_bytes += bytes;
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Stores adjacent pages as one entry of blocks.
+    fn store_compressed(
+        &mut self,
+        range: PageRange,
+        flags: PageFlags,
+        places: &[Place],
+        body: &[u8],
+    ) -> Result<()> {
+        let mut blocks = Vec::new();
+        let mut sizes = Vec::with_capacity(places.len());
+        for place in places {
+            let block = match place {
+                Place::Body(range) => compressed_block(&body[range.clone()]),
+                Place::Unpacked(range) => compressed_block(&self.unpacked[range.clone()]),
+                Place::Zero | Place::Same => Cow::Borrowed(&[][..]),
+            };
+            blocks.extend_from_slice(&block);
+            sizes.push(u32::try_from(block.len()).expect("no more than a page"));
+            self.kept.zero += u64::from(*place == Place::Zero);
+        }
+        let to = self.images.append_blocks(range, flags, sizes)?;
+        self.kept.stored_bytes += blocks.len() as u64;
+        write_all(&mut [IoSlice::new(&blocks)], &to.part, to.offset)
+    }
+
+    /// Writes adjacent pages that have contents.
+    fn write(&self, to: &Destination, offset: u64, places: &[Place], body: &[u8]) -> Result<()> {
+        let mut slices: Vec<IoSlice<'_>> = Vec::new();
+        for (in_body, range) in joined(places) {
+            let source = if in_body { body } else { &self.unpacked };
+            slices.push(IoSlice::new(&source[range]));
+        }
+        write_all(&mut slices, &to.part, offset)
+    }
+}
+
+/// The places of pages, neighbours joined: whether in the body, and where.
+fn joined(places: &[Place]) -> Vec<(bool, Range<usize>)> {
+    let mut joined: Vec<(bool, Range<usize>)> = Vec::new();
+    for place in places {
+        let (in_body, range) = match place {
+            Place::Body(range) => (true, range.clone()),
+            Place::Unpacked(range) => (false, range.clone()),
+            Place::Zero | Place::Same => continue,
+        };
+        match joined.last_mut() {
+            Some((last_in_body, last)) if *last_in_body == in_body && last.end == range.start => {
+                last.end = range.end;
+            }
+            _ => joined.push((in_body, range)),
+        }
+    }
+    joined
+}

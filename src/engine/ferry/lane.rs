@@ -1,0 +1,324 @@
+//! The loop of one connection: hands frames to its party, sends what the party has.
+//!
+//! ```text
+//!          ┌── frames ──> party.handle ──┐
+//! Conn ────┤                             ├── the session's state, shared by all its lanes
+//!          └── frames <── party.poll  <──┘
+//!                            ^ Waker: another lane or thread has changed that state
+//! ```
+//!
+//! A lane that hears nothing although its party waits for something is dead, even if the socket
+//! does not know it: a taker says something at least every [`HEARTBEAT`], so silence for several of
+//! them ends the connection. So does a taker that speaks, but not of what was sent to it: it says
+//! how many bytes have arrived, and that number must grow while it is behind.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use socket2::SockRef;
+
+use super::conn::{Conn, ConnError, Frame};
+use crate::error::{Error, Kind, Result};
+use crate::ferry::hello::Hello;
+
+/// How often a taker says something even if there is nothing new.
+pub(super) const HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// After so long without a word a connection on which a word is due is given up.
+const SILENCE_MAX: Duration = Duration::from_secs(5);
+
+/// How long what was sent may stay unacknowledged by the peer's kernel.
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(10);
+
+/// How long the last words of a session may take to leave.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// Frames are queued up to here, bytes; what is beyond stays free for other lanes.
+const QUEUE_BYTES: usize = 512 << 10;
+
+/// Frames are queued so many at a time before the socket is looked at again: making them may take a
+/// while.
+const FRAMES_A_TURN: usize = 4;
+
+/// Wakes a lane from its sleep.
+#[derive(Debug)]
+pub(super) struct Waker(EventFd);
+
+impl Waker {
+    pub(super) fn new() -> Result<Arc<Waker>> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let event = EventFd::from_flags(flags);
+        let event =
+            event.map_err(|errno| Error::wrap(Kind::Io, "cannot make an eventfd", errno))?;
+        Ok(Arc::new(Waker(event)))
+    }
+
+    /// The lane looks up, now or as soon as it would sleep.
+    pub(super) fn wake(&self) {
+        // Full means that it will wake anyway.
+        let _ = self.0.write(1);
+    }
+
+    fn clear(&self) {
+        let _ = self.0.read();
+    }
+}
+
+impl AsFd for Waker {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Whether `stream` has another waker than `waker` by now: a newer connection's.
+pub(super) fn is_replaced(
+    wakers: &BTreeMap<u16, Arc<Waker>>,
+    stream: u16,
+    waker: &Arc<Waker>,
+) -> bool {
+    let current = wakers.get(&stream);
+    current.is_some_and(|current| !Arc::ptr_eq(current, waker))
+}
+
+/// What sits at one end of a session, shared by all its lanes.
+pub(super) trait Party: Send + Sync {
+    /// The connection of `stream` was welcomed, in place of any older one.
+    fn stream_up(&self, stream: u16, peer: &Hello, waker: &Arc<Waker>);
+    /// The connection that `waker` belongs to is gone.
+    fn stream_down(&self, stream: u16, waker: &Arc<Waker>);
+    /// A frame has come.
+    fn handle(&self, stream: u16, frame: Frame) -> Heard;
+    /// The next frame to be sent on `stream`, on whose connection `arrived` bytes have arrived.
+    fn poll(&self, stream: u16, arrived: u64) -> Option<Arc<Vec<u8>>>;
+    /// Whether the peer owes a word.
+    fn awaits_word(&self) -> bool;
+    /// A word to be said when nothing else was for a [`HEARTBEAT`].
+    fn heartbeat(&self, arrived: u64) -> Option<Arc<Vec<u8>>>;
+    /// `bytes` took `busy` to leave while more was waiting.
+    fn observe_link(&self, bytes: u64, busy: Duration);
+    /// Whether a newer connection has taken the place of the one that `waker` belongs to.
+    fn is_replaced(&self, stream: u16, waker: &Arc<Waker>) -> bool;
+    /// Whether the session is over: a lane then says what is left to say and ends.
+    fn is_over(&self) -> bool;
+}
+
+/// What a frame has told.
+#[derive(Clone, Copy, Default, Debug)]
+pub(super) struct Heard {
+    /// The session has come forward.
+    pub(super) progress: bool,
+    /// So many bytes have arrived at the other end of the connection.
+    pub(super) arrived: Option<u64>,
+}
+
+impl Heard {
+    /// Nothing but whether the session has come forward.
+    pub(super) fn progress(progress: bool) -> Heard {
+        Heard {
+            progress,
+            arrived: None,
+        }
+    }
+}
+
+/// Why a lane has ended.
+#[derive(Debug)]
+pub(super) enum LaneEnd {
+    /// The session is over.
+    Over,
+    /// The connection is gone.
+    Lost(ConnError),
+    /// The peer has said nothing for too long.
+    Silent,
+    /// A newer connection has taken its place.
+    Replaced,
+}
+
+/// Prepares the socket of a connection: a peer that is gone is noticed in seconds.
+pub(super) fn prepare(conn: &Conn) {
+    let socket = conn.socket();
+    let socket = SockRef::from(&socket);
+    // AF_UNIX sockets have no such option, and need none.
+    if let Err(error) = socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX)) {
+        tracing::debug!("no timeout for what the peer does not acknowledge: {error}");
+    }
+}
+
+/// Runs the connection of `stream` until it or the session ends. `progress` is called whenever the
+/// session has come forward.
+pub(super) fn run(
+    mut conn: Conn,
+    stream: u16,
+    party: &dyn Party,
+    waker: &Arc<Waker>,
+    mut progress: impl FnMut(),
+) -> LaneEnd {
+    let mut lane = Lane {
+        party,
+        stream,
+        waker,
+        heard: Instant::now(),
+        arrived: (Instant::now(), 0),
+        said: Instant::now(),
+        blocked: None,
+    };
+    let end = loop {
+        match lane.turn(&mut conn, &mut progress) {
+            Ok(Turn::Again) => {}
+            Ok(Turn::Over) => break LaneEnd::Over,
+            Ok(Turn::Silent) => break LaneEnd::Silent,
+            Ok(Turn::Replaced) => break LaneEnd::Replaced,
+            Err(error) => break LaneEnd::Lost(error),
+        }
+    };
+    if matches!(end, LaneEnd::Over) {
+        say_last_words(&mut conn);
+    }
+    conn.close();
+    end
+}
+
+enum Turn {
+    Again,
+    Over,
+    Silent,
+    Replaced,
+}
+
+struct Lane<'a> {
+    party: &'a dyn Party,
+    stream: u16,
+    waker: &'a Arc<Waker>,
+    heard: Instant,
+    /// How many bytes have arrived at the other end, and when that was news or nothing was missing.
+    arrived: (Instant, u64),
+    said: Instant,
+    /// Since when the socket takes nothing more, and what had left by then.
+    blocked: Option<(Instant, u64)>,
+}
+
+impl Lane<'_> {
+    fn turn(
+        &mut self,
+        conn: &mut Conn,
+        progress: &mut impl FnMut(),
+    ) -> std::result::Result<Turn, ConnError> {
+        self.waker.clear();
+        // Seen before the queue is filled: what is said last is still said.
+        let over = self.party.is_over();
+        if self.party.is_replaced(self.stream, self.waker) {
+            return Ok(Turn::Replaced);
+        }
+        let more = self.fill_queue(conn);
+        let left = self.flush(conn)?;
+        if over && !more {
+            return Ok(Turn::Over);
+        }
+        let readable = conn.has_buffered() || self.sleep(conn, left, more && !left)?;
+        if readable {
+            while let Some(frame) = conn.receive()? {
+                self.heard = Instant::now();
+                let heard = self.party.handle(self.stream, frame);
+                if heard.progress {
+                    progress();
+                }
+                if let Some(arrived) = heard.arrived
+                    && (arrived > self.arrived.1 || arrived == conn.traffic().1)
+                {
+                    self.arrived = (self.heard, arrived);
+                }
+                if conn.queued_bytes() == 0 {
+                    self.fill_queue(conn);
+                    self.flush(conn)?;
+                }
+            }
+        }
+        if !self.party.awaits_word() {
+            self.heard = Instant::now();
+            self.arrived.0 = self.heard;
+        }
+        let deaf = self.arrived.0.elapsed() > SILENCE_MAX;
+        if deaf || self.heard.elapsed() > SILENCE_MAX {
+            return Ok(Turn::Silent);
+        }
+        Ok(Turn::Again)
+    }
+
+    /// Queues what the party has to say. Tells whether it may have more.
+    fn fill_queue(&mut self, conn: &mut Conn) -> bool {
+        for _ in 0..FRAMES_A_TURN {
+            if conn.queued_bytes() >= QUEUE_BYTES {
+                return true;
+            }
+            let Some(frame) = self.party.poll(self.stream, conn.traffic().0) else {
+                if self.said.elapsed() >= HEARTBEAT && conn.queued_bytes() == 0 {
+                    self.said = Instant::now();
+                    self.party
+                        .heartbeat(conn.traffic().0)
+                        .into_iter()
+                        .for_each(|frame| conn.queue(frame));
+                }
+                return false;
+            };
+            conn.queue(frame);
+            self.said = Instant::now();
+        }
+        true
+    }
+
+    /// Sends, and measures the link while it holds something back.
+    fn flush(&mut self, conn: &mut Conn) -> std::result::Result<bool, ConnError> {
+        let left = conn.flush()?;
+        let (_, out) = conn.traffic();
+        if let Some((since, before)) = self.blocked.take() {
+            self.party.observe_link(out - before, since.elapsed());
+        }
+        if left {
+            self.blocked = Some((Instant::now(), out));
+        }
+        Ok(left)
+    }
+
+    /// Waits until something may be done. Tells whether the socket is readable.
+    fn sleep(&self, conn: &Conn, left: bool, hurry: bool) -> std::result::Result<bool, ConnError> {
+        let mut events = PollFlags::POLLIN;
+        events.set(PollFlags::POLLOUT, left);
+        let mut fds = [
+            PollFd::new(conn.socket(), events),
+            PollFd::new(self.waker.as_fd(), PollFlags::POLLIN),
+        ];
+        let timeout = match hurry {
+            true => PollTimeout::ZERO,
+            false => PollTimeout::try_from(HEARTBEAT).unwrap_or(PollTimeout::MAX),
+        };
+        match poll(&mut fds, timeout) {
+            Ok(_) => {}
+            Err(Errno::EINTR) => return Ok(false),
+            Err(errno) => return Err(std::io::Error::from(errno).into()),
+        }
+        // An error or a hang-up is found out by receiving.
+        let quiet = PollFlags::POLLOUT;
+        Ok(fds[0]
+            .revents()
+            .is_some_and(|seen| !(seen - quiet).is_empty()))
+    }
+}
+
+/// Sends what is queued, but not for ever.
+pub(super) fn say_last_words(conn: &mut Conn) {
+    let start = Instant::now();
+    while let Ok(true) = conn.flush() {
+        let Some(left) = LAST_WORDS.checked_sub(start.elapsed()) else {
+            return;
+        };
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        let mut fds = [PollFd::new(conn.socket(), PollFlags::POLLOUT)];
+        // Whatever went wrong, the next try to send says.
+        let _ = poll(&mut fds, timeout);
+    }
+}

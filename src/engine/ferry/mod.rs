@@ -1,0 +1,143 @@
+//! Ferry on real sockets: what drives the pure machines of [`crate::ferry`].
+//!
+//! ```text
+//! pusher (forward)                                    taker (page-server)
+//!
+//! CRIU ─> gather ─> packer threads ─> pushing ─┐    ┌─> taking ─> applier thread ─> images
+//!                    hash, judge,     numbers, │    │   order,     check, unpack,
+//!                    compress         frames   │    │   window     write
+//!                                              │    │
+//!                          dialing ─> lane ════╪════╪══ lane <── port
+//!                          reconnects    N connections           admits
+//! ```
+//!
+//! Each connection has a thread, a [`lane`]; what is common to the connections of a session is a
+//! [`lane::Party`] behind a lock that is held for moments only: bytes are hashed, compressed,
+//! checked and written outside of it.
+
+mod base;
+mod conn;
+mod dialing;
+mod intake;
+mod lane;
+pub(super) mod packer;
+pub mod port;
+pub(super) mod pushing;
+mod taking;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::Scope;
+use std::time::Duration;
+
+use crate::engine::stop::Stop;
+use crate::engine::transport::Peer;
+use crate::error::{Error, Kind, Result};
+use crate::ferry::delta::PageMemory;
+use crate::ferry::hash::HashKey;
+use crate::ferry::hello::{Features, Hello, Role, SessionId, VERSION, Window};
+use crate::ferry::link::Patience;
+use crate::limits::FERRY_WINDOW_FRAMES_MAX;
+use crate::observe::ferried::Sent;
+use crate::observe::traffic::Traffic;
+use crate::tls::Tls;
+use crate::units::PageSize;
+use dialing::Dialing;
+use pushing::Pushing;
+
+/// How much a taker here holds that it cannot apply yet, and so how much is on its way: the product
+/// of 1 Gbit/s and 200 ms.
+const WINDOW: Window = Window {
+    frames: FERRY_WINDOW_FRAMES_MAX,
+    bytes: 24 << 20,
+};
+
+/// First and longest pause before a broken connection is made again.
+const PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(2)];
+
+/// How long the far end may take to hear that the session is over.
+const GOODBYE: Duration = Duration::from_secs(5);
+
+/// Where a pusher goes, and how.
+#[derive(Clone, Debug)]
+pub struct PusherConfig {
+    /// The taker.
+    pub peer: Peer,
+    /// How many connections to it.
+    pub streams: u16,
+    /// After so long without progress the session is given up.
+    pub reconnect_timeout: Duration,
+    /// Memory for hashes and contents of pages that the taker has, bytes.
+    pub delta_cache_bytes: u64,
+    /// Secures the connections.
+    pub tls: Option<Tls>,
+    /// Ends all sessions when it is pulled.
+    pub stop: Stop,
+    /// Counts what the sessions send.
+    pub traffic: Arc<Traffic>,
+}
+
+/// Runs `body` with a session to the taker, which `body` ends with [`Pushing::finish`] or by
+/// failing. Returns its result, what was sent, and the memory for the next session.
+pub(super) fn push<T>(
+    config: &PusherConfig,
+    page: PageSize,
+    memory: PageMemory,
+    body: impl for<'s, 'env> FnOnce(&'s Scope<'s, 'env>, &'s Pushing) -> Result<T>,
+) -> Result<(Result<T>, Sent, PageMemory)> {
+    let session = SessionId(random_bits()?);
+    let pushing = Pushing::new(page, session, memory, Arc::clone(&config.traffic));
+    let hello = Hello {
+        version: VERSION,
+        role: Role::Pusher,
+        page,
+        features: Features::HASHES.with(Features::DELTA),
+        session,
+        stream: 0,
+        streams: config.streams,
+        attempt: 0,
+        opening: true,
+        window: WINDOW,
+        hash_key: HashKey::default(),
+    };
+    let patience = patience(config.reconnect_timeout);
+    let dialing = Dialing::new(config, &pushing, pushing.bell(), hello, patience);
+    let result = std::thread::scope(|scope| {
+        scope.spawn(|| dialing.run(scope));
+        let result = body(scope, &pushing);
+        match &result {
+            Ok(_) => pushing.finish(),
+            Err(error) => pushing.abort(&error.to_string()),
+        }
+        pushing.wait_until_over(GOODBYE);
+        pushing.cut();
+        result
+    });
+    let sent = pushing.sent();
+    drop(dialing);
+    Ok((result, sent, pushing.into_memory()))
+}
+
+/// The patience of an end that gives up after `give_up_after` without progress.
+fn patience(give_up_after: Duration) -> Patience {
+    Patience {
+        pause_first: PAUSES[0],
+        pause_max: PAUSES[1],
+        give_up_after,
+    }
+}
+
+/// The guarded value. A thread that panicked while it held the lock has not left it half-changed:
+/// nothing that may panic is done to it in several steps.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// 128 random bits.
+fn random_bits() -> Result<[u8; 16]> {
+    let mut bits = [0; 16];
+    let drawn = std::fs::File::open("/dev/urandom")
+        .and_then(|mut source| std::io::Read::read_exact(&mut source, &mut bits));
+    drawn
+        .map(|()| bits)
+        .map_err(|error| Error::wrap(Kind::Io, "cannot read /dev/urandom", error))
+}

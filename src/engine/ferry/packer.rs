@@ -1,0 +1,196 @@
+//! Threads that turn gathered batches into frames: hash, judge, compress.
+//!
+//! ```text
+//! gathering thread ── ticket 7, 8, 9 ──> packer threads ── in the order of tickets ──> Pushing
+//!        ^                                     │
+//!        └──────────── empty buffers <─────────┘
+//! ```
+//!
+//! Invariant: no more batches are under way than there are threads and one more, so memory stays
+//! bounded and whoever gathers is held back when the link is slower.
+
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex};
+use std::thread::Scope;
+use std::time::Instant;
+
+use super::lock;
+use super::pushing::{Agreed, Pushing};
+use crate::criu::header::Target;
+use crate::error::{Error, Kind, Result};
+use crate::ferry::encode::{Encoder, PlainBatch, Tally, Verdicts};
+use crate::ferry::frame::OpenFrame;
+use crate::ferry::gather::Run;
+use crate::ferry::hash::Fingerprint;
+use crate::ferry::hello::Features;
+use crate::ferry::pace::Level;
+use crate::limits::FERRY_BATCH_BYTES_MAX;
+use crate::units::PageSize;
+
+/// A gathered batch.
+#[derive(Debug)]
+pub(crate) struct Job {
+    /// Whose pages.
+    pub(crate) target: Target,
+    /// Which pages.
+    pub(crate) runs: Vec<Run>,
+    /// A buffer that begins with the contents of the PRESENT ones.
+    pub(crate) buffer: Vec<u8>,
+    /// How much of the buffer they take, bytes.
+    pub(crate) filled: usize,
+    /// Whether the taker has a base version, or will be asked for one later: hashes are worth
+    /// their price.
+    pub(crate) hashed: bool,
+}
+
+/// The gathering side of the threads. They end when it is dropped.
+pub(crate) struct Packer<'s> {
+    pushing: &'s Pushing,
+    jobs: SyncSender<(u64, Job)>,
+    spare: Receiver<Vec<u8>>,
+    made: usize,
+    buffers_max: usize,
+    issued: u64,
+}
+
+impl<'s> Packer<'s> {
+    /// Starts `threads` threads in `scope`, for a taker with which `agreed` holds.
+    pub(crate) fn start<'env>(
+        scope: &'s Scope<'s, 'env>,
+        pushing: &'s Pushing,
+        agreed: &Agreed,
+        page: PageSize,
+        threads: usize,
+    ) -> Result<Packer<'s>> {
+        pushing.set_encoders(threads);
+        let (jobs, inbox) = sync_channel(1);
+        let (back, spare) = channel();
+        let inbox = Arc::new(Mutex::new(inbox));
+        for _ in 0..threads {
+            let encoder = Encoder::new(page)
+                .map_err(|error| Error::wrap(Kind::Io, "cannot set up zstd", error))?;
+            let mut worker = Worker {
+                pushing,
+                agreed: agreed.clone(),
+                page,
+                encoder,
+                verdicts: Verdicts::default(),
+                prints: Vec::new(),
+            };
+            let (inbox, back) = (Arc::clone(&inbox), back.clone());
+            scope.spawn(move || worker.run(&inbox, &back));
+        }
+        Ok(Packer {
+            pushing,
+            jobs,
+            spare,
+            made: 0,
+            // One each, one on the way, one that is being filled.
+            buffers_max: threads + 2,
+            issued: 0,
+        })
+    }
+
+    /// A buffer of the length of a batch. Waits while all are in use.
+    pub(crate) fn buffer(&mut self) -> Result<Vec<u8>> {
+        if let Ok(buffer) = self.spare.try_recv() {
+            return Ok(buffer);
+        }
+        if self.made < self.buffers_max {
+            self.made += 1;
+            return Ok(vec![0; FERRY_BATCH_BYTES_MAX]);
+        }
+        self.spare.recv().map_err(|_| self.failure())
+    }
+
+    /// Hands a batch over.
+    pub(crate) fn push(&mut self, job: Job) -> Result<()> {
+        let handed_over = self.jobs.send((self.issued, job));
+        handed_over.map_err(|_| self.failure())?;
+        self.issued += 1;
+        Ok(())
+    }
+
+    /// Waits until all batches have been numbered, so that what is asked next comes behind them.
+    pub(crate) fn flush(&self) -> Result<()> {
+        self.pushing.wait_for_ticket(self.issued)
+    }
+
+    /// Why the threads have ended.
+    fn failure(&self) -> Error {
+        let gone = || Error::new(Kind::PeerLost, "the session with the far end is over");
+        self.flush().err().unwrap_or_else(gone)
+    }
+}
+
+struct Worker<'s> {
+    pushing: &'s Pushing,
+    agreed: Agreed,
+    page: PageSize,
+    encoder: Encoder,
+    verdicts: Verdicts,
+    prints: Vec<Fingerprint>,
+}
+
+impl Worker<'_> {
+    fn run(&mut self, inbox: &Mutex<Receiver<(u64, Job)>>, back: &Sender<Vec<u8>>) {
+        loop {
+            let next = lock(inbox).recv();
+            let Ok((ticket, job)) = next else {
+                return;
+            };
+            if let Err(error) = self.pack(ticket, &job) {
+                // Whoever waits for the session hears of it there.
+                self.pushing.abort(&error.to_string());
+                return;
+            }
+            // The gathering side may have ended.
+            let _ = back.send(job.buffer);
+        }
+    }
+
+    fn pack(&mut self, ticket: u64, job: &Job) -> Result<()> {
+        if let Some(last) = job.runs.last() {
+            self.pushing.await_hashes(job.target, last.range.end())?;
+        }
+        let batch = PlainBatch {
+            target: job.target,
+            runs: &job.runs,
+            plain: &job.buffer[..job.filled],
+        };
+        let hasher = Arc::clone(&self.agreed.hasher);
+        let pages = batch.plain.chunks_exact(self.page.as_usize());
+        self.prints.clear();
+        self.prints.extend(pages.map(|page| match job.hashed {
+            true => hasher.fingerprint(page),
+            false => Fingerprint::without_hash(page),
+        }));
+        let mut memory = self.pushing.memory();
+        memory.judge(batch, &self.prints, &hasher, &mut self.verdicts);
+        drop(memory);
+        if !self.agreed.features.has(Features::DELTA) {
+            self.verdicts.spell_out();
+        }
+        let level = self.pushing.pace().level();
+        let mut frame = Vec::with_capacity(batch.plain.len() / 4);
+        let open = OpenFrame::begin(&mut frame);
+        let start = Instant::now();
+        let tally = self
+            .encoder
+            .encode(batch, &self.verdicts, &hasher, level, &mut frame)
+            .map_err(|error| Error::wrap(Kind::Io, "zstd failed", error))?;
+        self.observe(level, &tally, start);
+        self.pushing.submit_batch(ticket, open, frame, &tally)
+    }
+
+    /// Tells the pace what the fresh pages cost.
+    fn observe(&self, level: Level, tally: &Tally, start: Instant) {
+        let raw = tally.raw << self.page.shift();
+        let (plain, packed) = match level {
+            Level::None => (raw, raw),
+            Level::Zstd(_) => (tally.tried_bytes, tally.tried_packed_bytes),
+        };
+        let mut pace = self.pushing.pace();
+        pace.observe_batch(level, plain, packed, start.elapsed());
+    }
+}

@@ -1,0 +1,326 @@
+//! The listening side of takers: admits connections to their sessions.
+//!
+//! ```text
+//! connection ── HELLO ──> Harbor ── opened ──> session: Taking, applier thread, directory
+//!                            └───── joined ──> one more lane of it
+//! ```
+//!
+//! The thread whose connection opened a session owns it: when its own connection ends, it waits for
+//! others, and for the applier, and gives the session up if nobody comes back.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::conn::{Conn, ConnError};
+use super::dialing::{Bell, first_frame};
+use super::intake::{Bases, Intake};
+use super::lane::{self, Waker};
+use super::taking::Taking;
+use super::{WINDOW, lock, random_bits};
+use crate::engine::ingest::{ReceiveContext, punch_out_of_parents};
+use crate::engine::stop::Stop;
+use crate::engine::stores::SessionStore;
+use crate::engine::tally::Tally;
+use crate::engine::transport::transport;
+use crate::error::{Error, Kind, Result};
+use crate::ferry::frame;
+use crate::ferry::hash::{HashKey, PageHasher};
+use crate::ferry::hello::{Fail, FailCode, Features, Hello, Role, SessionId, VERSION};
+use crate::ferry::link::{Admission, Berth, Harbor};
+use crate::ferry::message::StateId;
+use crate::limits::FERRY_STREAMS_MAX;
+use crate::observe::received::Received;
+use crate::stream::Stream;
+use crate::units::PageSize;
+
+/// How often the owner of a session looks for what nobody rings for.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
+
+/// See the module's text.
+pub struct FerryPort<'a> {
+    context: &'a ReceiveContext,
+    stop: &'a Stop,
+    page: PageSize,
+    reconnect_timeout: Duration,
+    only_one: bool,
+    hasher: PageHasher,
+    state: Mutex<State>,
+    bell: Bell,
+    start: Instant,
+}
+
+struct State {
+    harbor: Harbor,
+    opened: u64,
+    sessions: BTreeMap<SessionId, Arc<Taking>>,
+}
+
+/// What came of a connection.
+#[derive(Debug)]
+pub enum Handled {
+    /// It opened a session, which is over: what came, and how it ended.
+    Session(Box<Received>, Result<()>),
+    /// It was one of the connections of a session.
+    Lane,
+}
+
+impl<'a> FerryPort<'a> {
+    /// Takes sessions, or `only_one`, into the stores of `context`. A session without a connection for
+    /// `reconnect_timeout` is given up.
+    pub fn new(
+        context: &'a ReceiveContext,
+        stop: &'a Stop,
+        reconnect_timeout: Duration,
+        only_one: bool,
+    ) -> Result<FerryPort<'a>> {
+        let page = context.stores.page();
+        let hash_key = HashKey(random_bits()?);
+        let own = Hello {
+            version: VERSION,
+            role: Role::Taker,
+            page,
+            features: Features::HASHES.with(Features::DELTA),
+            session: SessionId::default(),
+            stream: 0,
+            streams: FERRY_STREAMS_MAX,
+            attempt: 0,
+            opening: false,
+            window: WINDOW,
+            hash_key,
+        };
+        Ok(FerryPort {
+            context,
+            stop,
+            page,
+            reconnect_timeout,
+            only_one,
+            hasher: PageHasher::new(hash_key, page),
+            state: Mutex::new(State {
+                harbor: Harbor::new(own, &[Role::Taker], reconnect_timeout),
+                opened: 0,
+                sessions: BTreeMap::new(),
+            }),
+            bell: Bell::default(),
+            start: Instant::now(),
+        })
+    }
+
+    /// Whether a session has been opened.
+    pub fn has_opened(&self) -> bool {
+        lock(&self.state).opened > 0
+    }
+
+    /// Runs a connection that has just begun to speak ferry. If it opens a session, returns when
+    /// that is over. New sessions are let in only with `open_to_new`.
+    pub fn handle(&self, stream: Stream, open_to_new: bool) -> Result<Handled> {
+        let peer = stream.peer().to_owned();
+        self.greet(stream, open_to_new)
+            .map_err(|error| error.within(format!("ferry from {peer}")))
+    }
+
+    fn greet(&self, stream: Stream, open_to_new: bool) -> Result<Handled> {
+        let lost = |error| Error::wrap(Kind::PeerLost, "no greeting came", error);
+        let (peer, host) = (stream.peer().to_owned(), stream.host());
+        let transport = transport(stream).map_err(|error| lost(ConnError::Socket(error)))?;
+        let mut conn = Conn::new(transport);
+        lane::prepare(&conn);
+        let hello = first_frame(&mut conn).map_err(lost)?;
+        let greeting = Hello::decode(hello.kind, &hello.body)
+            .map_err(|error| lost(ConnError::Frame(error)))?;
+        let mut state = lock(&self.state);
+        let open_to_new = open_to_new && !(self.only_one && state.opened > 0);
+        match state.harbor.admit(greeting, open_to_new) {
+            Admission::Refused(fail) => {
+                let serves = !state.sessions.is_empty();
+                drop(state);
+                refuse(conn, &fail);
+                if serves || fail.code == FailCode::Superseded {
+                    tracing::warn!("refused a connection from {peer}: {fail}");
+                    return Ok(Handled::Lane);
+                }
+                Err(Error::wrap(Kind::Protocol, "refused", fail))
+            }
+            Admission::Joined { peer, welcome } => {
+                let taking = state.sessions.get(&peer.session).cloned();
+                drop(state);
+                if let Some(taking) = taking {
+                    self.run_lane(conn, &taking, &peer, &welcome)?;
+                }
+                Ok(Handled::Lane)
+            }
+            Admission::Opened {
+                peer: theirs,
+                welcome,
+            } => {
+                let traffic = &self.context.traffic;
+                let running = traffic.begin_session();
+                let mut tally = Tally::start(traffic);
+                let store = self.context.stores.for_session(&host);
+                let ended = match store.and_then(|store| Session::begin(self, store, theirs)) {
+                    Ok(session) => {
+                        state.opened += 1;
+                        let taking = Arc::clone(&session.taking);
+                        state.sessions.insert(theirs.session, taking);
+                        drop(state);
+                        tracing::info!("session {} from {peer}", theirs.session);
+                        self.own(session, conn, &welcome, &mut tally)
+                    }
+                    Err(error) => {
+                        let fail = Fail::new(FailCode::Taker, error.to_string());
+                        state.harbor.end(theirs.session, Some(fail.clone()));
+                        drop(state);
+                        refuse(conn, &fail);
+                        Err(error)
+                    }
+                };
+                if ended.is_ok() {
+                    running.succeed();
+                }
+                let received = tally.end(&peer, self.page);
+                Ok(Handled::Session(Box::new(received), ended))
+            }
+        }
+    }
+
+    /// Runs the first lane of `session`, and then the session to its end.
+    fn own(
+        &self,
+        session: Session,
+        conn: Conn,
+        welcome: &Hello,
+        tally: &mut Tally<'_>,
+    ) -> Result<()> {
+        let Session {
+            taking,
+            intake,
+            store,
+            hello,
+        } = session;
+        let result = thread::scope(|scope| {
+            let applier = scope.spawn(|| {
+                let images = taking.apply_all(intake, tally);
+                if images.is_ok() {
+                    taking.wait_for_goodbye();
+                }
+                self.bell.ring();
+                images
+            });
+            if let Err(error) = self.run_lane(conn, &taking, &hello, welcome) {
+                taking.lost(error.to_string());
+            }
+            loop {
+                let seen = self.bell.rings();
+                if applier.is_finished() {
+                    break;
+                }
+                self.end_if_given_up(hello.session, &taking);
+                self.bell.wait(seen, LOOK_AGAIN);
+            }
+            let joined = applier.join();
+            joined.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        });
+        let mut state = lock(&self.state);
+        state.sessions.remove(&hello.session);
+        let failure = result.as_ref().err().map(|error| {
+            let text = format!("the session has failed: {error}");
+            Fail::new(FailCode::Taker, text)
+        });
+        state.harbor.end(hello.session, failure);
+        drop(state);
+        match result {
+            Ok(images) => {
+                if self.context.auto_dedup {
+                    punch_out_of_parents(&images);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                store.discard();
+                Err(error)
+            }
+        }
+    }
+
+    /// Ends a session to which nobody comes back, or all if this process is to stop.
+    fn end_if_given_up(&self, session: SessionId, taking: &Taking) {
+        if self.stop.is_pulled() {
+            taking.lost("stopped by a signal".to_owned());
+        }
+        let now = self.start.elapsed();
+        if lock(&self.state).harbor.has_expired(session, now) {
+            taking.lost(format!(
+                "the far end did not come back for {} s (--reconnect-timeout)",
+                self.reconnect_timeout.as_secs()
+            ));
+        }
+    }
+
+    fn run_lane(
+        &self,
+        mut conn: Conn,
+        taking: &Taking,
+        peer: &Hello,
+        welcome: &Hello,
+    ) -> Result<()> {
+        let waker = Waker::new()?;
+        let mut words = Vec::new();
+        welcome.encode(frame::Kind::Welcome, &mut words);
+        conn.queue(Arc::new(words));
+        lane::Party::stream_up(taking, peer.stream, peer, &waker);
+        let end = lane::run(conn, peer.stream, taking, &waker, || {});
+        lane::Party::stream_down(taking, peer.stream, &waker);
+        tracing::debug!(
+            "stream {} of session {}: {end:?}",
+            peer.stream,
+            peer.session
+        );
+        let berth = Berth {
+            session: peer.session,
+            for_faults: false,
+            stream: peer.stream,
+        };
+        let now = self.start.elapsed();
+        lock(&self.state)
+            .harbor
+            .handle_lost(berth, peer.attempt, now);
+        self.bell.ring();
+        Ok(())
+    }
+}
+
+/// A session that is about to begin.
+struct Session {
+    taking: Arc<Taking>,
+    intake: Intake,
+    store: SessionStore,
+    hello: Hello,
+}
+
+impl Session {
+    fn begin(port: &FerryPort<'_>, store: SessionStore, hello: Hello) -> Result<Session> {
+        let bases = Arc::new(Bases::default());
+        let streams = hello.streams.clamp(1, FERRY_STREAMS_MAX);
+        let taking = Taking::new(port.page, streams, WINDOW, Arc::clone(&bases));
+        let parent_state = StateId(random_bits()?);
+        let compresses = port.context.keep.compress;
+        let hasher = port.hasher.clone();
+        let intake = Intake::new(&store.store, hasher, parent_state, bases, compresses);
+        Ok(Session {
+            taking: Arc::new(taking),
+            intake,
+            store,
+            hello,
+        })
+    }
+}
+
+/// Says why, and hangs up.
+fn refuse(mut conn: Conn, fail: &Fail) {
+    let mut words = Vec::new();
+    fail.encode(&mut words);
+    conn.queue(Arc::new(words));
+    lane::say_last_words(&mut conn);
+    conn.close();
+}

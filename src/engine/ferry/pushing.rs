@@ -1,0 +1,494 @@
+//! The pusher's state that all its threads share: numbers, frames until they are safe, the memory
+//! of what the taker has.
+//!
+//! Lanes poll frames out of it and hand acknowledgements in; the packers submit batches in the
+//! order of their tickets; the thread that talks to CRIU asks questions and waits for the answers.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::conn::Frame;
+use super::dialing::{Bell, DialingParty, Lost};
+use super::lane::{Heard, Party, Waker, is_replaced};
+use super::lock;
+use crate::criu::header::Target;
+use crate::error::{self, Error, Result};
+use crate::ferry::delta::PageMemory;
+use crate::ferry::encode::Tally;
+use crate::ferry::frame::{Kind, OpenFrame};
+use crate::ferry::hash::PageHasher;
+use crate::ferry::hello::{Fail, FailCode, Features, Hello, SessionId};
+use crate::ferry::message::{Answer, StateId};
+use crate::ferry::pace::Pace;
+use crate::ferry::sender::{Sender, SenderEvent, Transmit};
+use crate::observe::ferried::{ByKind, Sent};
+use crate::observe::traffic::Traffic;
+use crate::units::{PageSize, Vaddr};
+
+/// What both ends have agreed on.
+#[derive(Clone, Debug)]
+pub(crate) struct Agreed {
+    /// Makes the taker's hashes.
+    pub(crate) hasher: Arc<PageHasher>,
+    /// What both can do.
+    pub(crate) features: Features,
+}
+
+#[derive(Debug)]
+enum Ending {
+    /// Everything is safe.
+    Well,
+    /// This side has failed and tells the other.
+    Failed,
+    /// The other side has failed, or cannot be reached.
+    Lost(Error),
+}
+
+/// The part behind the lock.
+struct State {
+    talk: Option<(Sender, Agreed)>,
+    /// Frames that are not safe yet, in the order of their numbers.
+    frames: VecDeque<Arc<Vec<u8>>>,
+    answer: Option<Answer>,
+    /// Whose turn it is to submit a batch.
+    ticket: u64,
+    wakers: BTreeMap<u16, Arc<Waker>>,
+    ending: Option<Ending>,
+    /// Nobody waits for last words any more.
+    cut: bool,
+    sent: Sent,
+    /// The highest number that a lane has taken.
+    carried: u64,
+}
+
+/// See the module's text.
+pub(crate) struct Pushing {
+    page: PageSize,
+    session: SessionId,
+    state: Mutex<State>,
+    changed: Condvar,
+    bell: Bell,
+    memory: Mutex<PageMemory>,
+    pace: Mutex<Pace>,
+    traffic: Arc<Traffic>,
+}
+
+impl Pushing {
+    /// A session that remembers in `memory` and counts in `traffic`.
+    pub(super) fn new(
+        page: PageSize,
+        session: SessionId,
+        memory: PageMemory,
+        traffic: Arc<Traffic>,
+    ) -> Pushing {
+        Pushing {
+            page,
+            session,
+            state: Mutex::new(State {
+                talk: None,
+                frames: VecDeque::new(),
+                answer: None,
+                ticket: 0,
+                wakers: BTreeMap::new(),
+                ending: None,
+                cut: false,
+                sent: Sent::default(),
+                carried: 0,
+            }),
+            changed: Condvar::new(),
+            bell: Bell::default(),
+            memory: Mutex::new(memory),
+            pace: Mutex::new(Pace::new(1)),
+            traffic,
+        }
+    }
+
+    /// Rings when the session has changed.
+    pub(super) fn bell(&self) -> &Bell {
+        &self.bell
+    }
+
+    /// The memory of what the taker has.
+    pub(super) fn memory(&self) -> MutexGuard<'_, PageMemory> {
+        lock(&self.memory)
+    }
+
+    /// So many threads compress.
+    pub(super) fn set_encoders(&self, encoders: usize) {
+        *self.pace() = Pace::new(u32::try_from(encoders).unwrap_or(1));
+    }
+
+    /// Chooses compression levels.
+    pub(super) fn pace(&self) -> MutexGuard<'_, Pace> {
+        lock(&self.pace)
+    }
+
+    /// Takes the memory out, for the next session.
+    pub(crate) fn into_memory(self) -> PageMemory {
+        self.memory
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What was sent so far.
+    pub(crate) fn sent(&self) -> Sent {
+        lock(&self.state).sent
+    }
+
+    /// Waits until the taker has been reached.
+    pub(crate) fn agree(&self) -> Result<Agreed> {
+        self.wait(|state| state.talk.as_ref().map(|(_, agreed)| agreed.clone()))
+    }
+
+    /// Asks the taker a question with this body, and waits for the answer.
+    pub(crate) fn ask(&self, kind: Kind, write: impl FnOnce(&mut Vec<u8>)) -> Result<Answer> {
+        let mut frame = Vec::new();
+        let open = OpenFrame::begin(&mut frame);
+        write(&mut frame);
+        self.submit(kind, open, frame, None)?;
+        self.wait(|state| state.answer.take())
+    }
+
+    /// Submits the batch of `ticket` when all before it have been submitted.
+    pub(super) fn submit_batch(
+        &self,
+        ticket: u64,
+        open: OpenFrame,
+        frame: Vec<u8>,
+        tally: &Tally,
+    ) -> Result<()> {
+        self.submit(Kind::Pages, open, frame, Some(ticket))?;
+        self.traffic.forwarded(&ByKind::of(tally, self.page));
+        lock(&self.state).sent.add(tally);
+        Ok(())
+    }
+
+    /// Waits until the batches of all tickets below `ticket` have been submitted.
+    pub(super) fn wait_for_ticket(&self, ticket: u64) -> Result<()> {
+        self.wait(|state| (state.ticket == ticket).then_some(()))
+    }
+
+    /// The taker's base version of `target` is called `state`. Asks for its hashes if need be.
+    pub(crate) fn adopt(&self, target: Target, state: StateId) {
+        if !self.memory().adopt(target, state) {
+            return;
+        }
+        let mut shared = lock(&self.state);
+        if let Some((sender, _)) = &mut shared.talk {
+            sender.ask_hashes(target);
+        }
+        shared.wake_all();
+    }
+
+    /// Waits until the taker's hashes of `target` are known below `end`.
+    pub(super) fn await_hashes(&self, target: Target, end: Vaddr) -> Result<()> {
+        self.wait(|state| {
+            let (sender, _) = state.talk.as_ref()?;
+            let known = sender.hashes_known_below(target);
+            known.is_none_or(|below| end <= below).then_some(())
+        })
+    }
+
+    /// Everything is safe: says goodbye and remembers the round.
+    pub(crate) fn finish(&self) {
+        self.memory().commit(self.session.into());
+        let mut state = lock(&self.state);
+        if let Some((sender, _)) = &mut state.talk {
+            sender.leave();
+        }
+        self.end(state, Ending::Well);
+    }
+
+    /// This side has failed.
+    pub(crate) fn abort(&self, why: &str) {
+        self.memory().forget();
+        let mut state = lock(&self.state);
+        if let Some((sender, _)) = &mut state.talk {
+            sender.fail(Fail::new(FailCode::Pusher, why));
+        }
+        self.end(state, Ending::Failed);
+    }
+
+    /// Ends all lanes, whether the far end has heard of the end or not.
+    pub(super) fn cut(&self) {
+        let mut state = lock(&self.state);
+        state.cut = true;
+        self.end(state, Ending::Failed);
+    }
+
+    fn end(&self, mut state: MutexGuard<'_, State>, ending: Ending) {
+        state.ending.get_or_insert(ending);
+        state.wake_all();
+        drop(state);
+        self.changed.notify_all();
+        self.bell.ring();
+    }
+
+    fn submit(
+        &self,
+        kind: Kind,
+        open: OpenFrame,
+        mut frame: Vec<u8>,
+        ticket: Option<u64>,
+    ) -> Result<()> {
+        let bytes = frame.len() as u64;
+        let mut state = self.wait_for(|state| {
+            let turn = ticket.is_none_or(|ticket| state.ticket == ticket);
+            let sender = state.talk.as_ref().map(|(sender, _)| sender);
+            turn && sender.is_some_and(|sender| sender.has_room_for(bytes))
+        })?;
+        if let Some((sender, _)) = &mut state.talk {
+            let number = sender.submit(kind, bytes);
+            open.finish(&mut frame, kind, number);
+        }
+        state.frames.push_back(Arc::new(frame));
+        state.ticket += u64::from(ticket.is_some());
+        state.sent.frame_bytes += bytes;
+        self.traffic.forwarded_frame(bytes);
+        state.wake_all();
+        drop(state);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Waits until `found` finds something; fails when the session has ended before.
+    fn wait<T>(&self, mut found: impl FnMut(&mut State) -> Option<T>) -> Result<T> {
+        let mut result = None;
+        drop(self.wait_for(|state| {
+            result = found(state);
+            result.is_some()
+        })?);
+        Ok(result.expect("it was waited for"))
+    }
+
+    fn wait_for(&self, mut ready: impl FnMut(&mut State) -> bool) -> Result<MutexGuard<'_, State>> {
+        let mut state = lock(&self.state);
+        loop {
+            if let Some(ending) = &mut state.ending {
+                return Err(ending.error());
+            }
+            if ready(&mut state) {
+                return Ok(state);
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// A frame with a complaint about the taker ends the session.
+    fn refuse(&self, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) {
+        let error = Error::wrap(error::Kind::Protocol, "the far end breaks the rules", error);
+        let mut state = lock(&self.state);
+        if let Some((sender, _)) = &mut state.talk {
+            sender.fail(Fail::new(FailCode::Protocol, error.to_string()));
+        }
+        self.end(state, Ending::Lost(error));
+    }
+}
+
+impl Ending {
+    /// What to tell a thread that waits for something that will not come.
+    fn error(&mut self) -> Error {
+        let over = "the session with the far end is over";
+        match self {
+            Ending::Well | Ending::Failed => Error::new(error::Kind::PeerLost, over),
+            Ending::Lost(error) => {
+                // The first one to hear of it gets the cause, the others the sentence.
+                let text = error.to_string();
+                std::mem::replace(error, Error::new(error.kind(), text))
+            }
+        }
+    }
+}
+
+impl State {
+    fn wake_all(&self) {
+        self.wakers.values().for_each(|waker| waker.wake());
+    }
+
+    fn is_told(&self) -> bool {
+        let sender = self.talk.as_ref().map(|(sender, _)| sender);
+        sender.is_none_or(Sender::has_told_end)
+    }
+
+    /// Drops the frames that are safe.
+    fn release(&mut self, safe: u64) {
+        let last = self.talk.as_ref().map_or(0, |(sender, _)| sender.last());
+        let outstanding = usize::try_from(last - safe).expect("within the window");
+        let released = self.frames.len().saturating_sub(outstanding);
+        self.frames.drain(..released);
+    }
+}
+
+impl Party for Pushing {
+    fn stream_up(&self, stream: u16, peer: &Hello, waker: &Arc<Waker>) {
+        self.memory().use_key(peer.hash_key);
+        let mut state = lock(&self.state);
+        let (sender, _) = state.talk.get_or_insert_with(|| {
+            let hasher = Arc::new(PageHasher::new(peer.hash_key, self.page));
+            let features = peer.features;
+            let agreed = Agreed { hasher, features };
+            (Sender::new(self.page, peer.streams, peer.window), agreed)
+        });
+        sender.stream_up(stream);
+        state.wakers.insert(stream, Arc::clone(waker));
+        state.wake_all();
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    fn stream_down(&self, stream: u16, waker: &Arc<Waker>) {
+        let mut state = lock(&self.state);
+        let current = state.wakers.get(&stream);
+        if !current.is_some_and(|current| Arc::ptr_eq(current, waker)) {
+            return;
+        }
+        state.wakers.remove(&stream);
+        if let Some((sender, _)) = &mut state.talk {
+            sender.stream_down(stream);
+        }
+        // Other lanes carry what this one did.
+        state.wake_all();
+        drop(state);
+        self.bell.ring();
+    }
+
+    fn handle(&self, stream: u16, frame: Frame) -> Heard {
+        let mut state = lock(&self.state);
+        let Some((sender, _)) = &mut state.talk else {
+            return Heard::default();
+        };
+        match sender.handle(stream, frame.kind, &frame.body) {
+            Ok(SenderEvent::Acked {
+                safe,
+                answer,
+                arrived,
+                progress,
+                ..
+            }) => {
+                if let Some(answer) = answer {
+                    state.answer = Some(answer);
+                }
+                state.release(safe);
+                drop(state);
+                self.changed.notify_all();
+                Heard {
+                    progress,
+                    arrived: Some(arrived),
+                }
+            }
+            Ok(SenderEvent::Hashes(hashes)) => {
+                drop(state);
+                let mut memory = self.memory();
+                let mut learned = 0;
+                for (run, hashes_of_run) in hashes.runs(self.page) {
+                    memory.learn(hashes.target, run, hashes_of_run);
+                    learned += hashes_of_run.len() as u64;
+                }
+                drop(memory);
+                lock(&self.state).sent.hashes_learned += learned;
+                self.changed.notify_all();
+                Heard::progress(true)
+            }
+            Ok(SenderEvent::Failed(fail)) => {
+                drop(state);
+                self.lost(Lost::Refused(fail));
+                Heard::default()
+            }
+            Err(error) => {
+                drop(state);
+                self.refuse(error);
+                Heard::default()
+            }
+        }
+    }
+
+    fn poll(&self, stream: u16, _arrived: u64) -> Option<Arc<Vec<u8>>> {
+        let mut state = lock(&self.state);
+        let (sender, _) = state.talk.as_mut()?;
+        let transmit = sender.poll(stream)?;
+        let last = sender.last();
+        if let Transmit::Numbered(number) = transmit {
+            let from_back = usize::try_from(last - number).expect("within the window");
+            let at = state.frames.len() - 1 - from_back;
+            let frame = Arc::clone(&state.frames[at]);
+            if number <= state.carried {
+                state.sent.repeated_bytes += frame.len() as u64;
+            }
+            state.carried = state.carried.max(number);
+            return Some(frame);
+        }
+        let mut frame = Vec::new();
+        transmit.encode(&mut frame);
+        Some(Arc::new(frame))
+    }
+
+    fn awaits_word(&self) -> bool {
+        let state = lock(&self.state);
+        let sender = state.talk.as_ref().map(|(sender, _)| sender);
+        sender.is_some_and(Sender::awaits_word)
+    }
+
+    fn heartbeat(&self, _arrived: u64) -> Option<Arc<Vec<u8>>> {
+        None
+    }
+
+    fn observe_link(&self, bytes: u64, busy: Duration) {
+        let lanes = lock(&self.state).wakers.len();
+        let lanes = u32::try_from(lanes).unwrap_or(1).max(1);
+        self.pace().observe_link(bytes, busy / lanes);
+    }
+
+    fn is_replaced(&self, stream: u16, waker: &Arc<Waker>) -> bool {
+        is_replaced(&lock(&self.state).wakers, stream, waker)
+    }
+
+    fn is_over(&self) -> bool {
+        let state = lock(&self.state);
+        match &state.ending {
+            None => false,
+            Some(Ending::Lost(_)) => true,
+            Some(Ending::Well | Ending::Failed) => state.cut || state.is_told(),
+        }
+    }
+}
+
+impl DialingParty for Pushing {
+    fn is_ending(&self) -> bool {
+        lock(&self.state).ending.is_some()
+    }
+
+    fn lost(&self, why: Lost) {
+        let error = match why {
+            Lost::Refused(fail) => {
+                let kind = match fail.code {
+                    FailCode::Disagreement => error::Kind::Image,
+                    FailCode::Version | FailCode::Role | FailCode::PageSize => error::Kind::Usage,
+                    _ => error::Kind::PeerLost,
+                };
+                Error::wrap(kind, "the far end has ended the session", fail)
+            }
+            Lost::GivenUp(text) => Error::new(error::Kind::PeerLost, text),
+            Lost::Stopped => Error::new(error::Kind::Interrupted, "stopped by a signal"),
+        };
+        self.memory().forget();
+        self.end(lock(&self.state), Ending::Lost(error));
+    }
+}
+
+impl Pushing {
+    /// Waits until every living connection was told of the end, for `most` at the longest.
+    pub(crate) fn wait_until_over(&self, most: Duration) {
+        let start = Instant::now();
+        while !self.is_over() {
+            let seen = self.bell.rings();
+            let Some(left) = most.checked_sub(start.elapsed()) else {
+                return;
+            };
+            self.bell.wait(seen, left.min(Duration::from_millis(50)));
+        }
+    }
+}

@@ -1,0 +1,373 @@
+//! The taker's state that all its threads share: order, window, acknowledgements.
+//!
+//! ```text
+//! lanes ── frames ──> order ── those whose turn it is ──> applier thread ── images
+//!   ^                                                         │
+//!   └──────────────── safe, answers, failure <────────────────┘
+//! ```
+//!
+//! Lanes only receive and put in order, so that they hear and answer at any time; the applier
+//! checks, unpacks and writes. Hashes of the base version are computed by the lane that was asked.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::conn::Frame;
+use super::intake::{Bases, Intake};
+use super::lane::{Heard, Party, Waker, is_replaced};
+use super::{GOODBYE, lock};
+use crate::engine::tally::Tally;
+use crate::error::{self, Error, Result};
+use crate::ferry::frame::{HEADER_BYTES, Kind};
+use crate::ferry::hello::{Fail, FailCode, Hello, Window};
+use crate::ferry::message::{Hashes, StateId, WantHashes};
+use crate::ferry::receiver::{Arrival, Message, Receiver, ReceiverEvent};
+use crate::image::writer::CommittedImages;
+use crate::units::PageSize;
+
+/// How a session has ended, as seen from the lanes.
+#[derive(Debug)]
+enum Ending {
+    /// The pusher has said goodbye.
+    Bye,
+    /// This side has failed and tells the other.
+    Failed,
+    /// The other side has failed, or did not come back.
+    Lost(String),
+}
+
+/// The part behind the lock.
+struct State {
+    receiver: Receiver,
+    /// Frames that came before their turn.
+    held: BTreeMap<u64, Frame>,
+    /// Frames whose turn has come, for the applier.
+    ready: VecDeque<Frame>,
+    /// Questions for hashes, each on the stream on which it came.
+    questions: BTreeMap<u16, VecDeque<WantHashes>>,
+    wakers: BTreeMap<u16, Arc<Waker>>,
+    ending: Option<Ending>,
+    /// A connection has heard of the failure.
+    told: bool,
+}
+
+/// See the module's text.
+pub(super) struct Taking {
+    page: PageSize,
+    state: Mutex<State>,
+    changed: Condvar,
+    bases: Arc<Bases>,
+}
+
+impl Taking {
+    pub(super) fn new(page: PageSize, streams: u16, window: Window, bases: Arc<Bases>) -> Taking {
+        Taking {
+            page,
+            state: Mutex::new(State {
+                receiver: Receiver::new(page, streams, window),
+                held: BTreeMap::new(),
+                ready: VecDeque::new(),
+                questions: BTreeMap::new(),
+                wakers: BTreeMap::new(),
+                ending: None,
+                told: false,
+            }),
+            changed: Condvar::new(),
+            bases,
+        }
+    }
+
+    /// Applies frames to `intake` as their turn comes, until the images are complete. Fails if
+    /// the session fails before; the pusher has been told then, if it could be reached.
+    pub(super) fn apply_all(
+        &self,
+        mut intake: Intake,
+        tally: &mut Tally<'_>,
+    ) -> Result<CommittedImages> {
+        let outcome = loop {
+            let frame = self.next_frame()?;
+            tally.came((HEADER_BYTES + frame.body.len()) as u64);
+            if frame.kind == Kind::Close {
+                let images = self.close(&frame, intake);
+                tally.answered();
+                break images;
+            }
+            if let Err(error) = self.apply(&frame, &mut intake, tally) {
+                break Err(error);
+            }
+        };
+        outcome.inspect_err(|error| self.fail(error))
+    }
+
+    /// The images are complete: waits until the pusher knows it, or will not come back to ask.
+    pub(super) fn wait_for_goodbye(&self) {
+        let mut state = lock(&self.state);
+        while state.ending.is_none() {
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The session cannot go on.
+    pub(super) fn lost(&self, why: String) {
+        self.end(Ending::Lost(why));
+    }
+
+    fn end(&self, ending: Ending) {
+        let mut state = lock(&self.state);
+        state.ending.get_or_insert(ending);
+        state.wake_all();
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// This side has failed: tells the pusher, and waits a while until it has heard.
+    fn fail(&self, error: &Error) {
+        let code = match error.kind() {
+            error::Kind::Protocol => FailCode::Protocol,
+            error::Kind::Image => FailCode::Disagreement,
+            _ => FailCode::Taker,
+        };
+        let fail = Fail::new(code, error.to_string());
+        lock(&self.state).receiver.fail(fail);
+        self.end(Ending::Failed);
+        let start = Instant::now();
+        let mut state = lock(&self.state);
+        while !state.told
+            && let Some(left) = GOODBYE.checked_sub(start.elapsed())
+        {
+            let waited = self.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn next_frame(&self) -> Result<Frame> {
+        let mut state = lock(&self.state);
+        loop {
+            match &state.ending {
+                None => {}
+                Some(Ending::Lost(why)) => {
+                    return Err(Error::new(error::Kind::PeerLost, why.clone()));
+                }
+                Some(Ending::Bye | Ending::Failed) => {
+                    let text = "the far end has left before everything came";
+                    return Err(Error::new(error::Kind::PeerLost, text));
+                }
+            }
+            if let Some(frame) = state.ready.pop_front() {
+                return Ok(frame);
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn apply(&self, frame: &Frame, intake: &mut Intake, tally: &mut Tally<'_>) -> Result<()> {
+        let answer = match self.read(frame)? {
+            Message::Pages(batch) => {
+                intake.store(&batch, &frame.body, tally)?;
+                None
+            }
+            Message::Open(open) => {
+                let (has_parent, state) = intake.open(open)?;
+                tally.opened(open.wire);
+                Some((i32::from(has_parent), state))
+            }
+            Message::Parent(target) => {
+                let has_parent = intake.has_parent(target)?;
+                Some((i32::from(has_parent), StateId::NONE))
+            }
+            Message::Close(_) => None,
+        };
+        self.applied(frame.number, answer);
+        Ok(())
+    }
+
+    fn close(&self, frame: &Frame, intake: Intake) -> Result<CommittedImages> {
+        self.read(frame)?;
+        let images = intake.commit()?;
+        self.applied(frame.number, Some((0, StateId::NONE)));
+        Ok(images)
+    }
+
+    fn read<'b>(&self, frame: &'b Frame) -> Result<Message<'b>> {
+        let mut state = lock(&self.state);
+        let read = state.receiver.read(frame.kind, &frame.body);
+        read.map_err(|error| {
+            let text = "what the far end says is wrong";
+            Error::wrap(error::Kind::Protocol, text, error)
+        })
+    }
+
+    fn applied(&self, number: u64, answer: Option<(i32, StateId)>) {
+        let mut state = lock(&self.state);
+        state.receiver.applied(number);
+        if let Some((value, base)) = answer {
+            state.receiver.answer(number, value, base);
+        }
+        state.wake_all();
+    }
+
+    /// The next hashes for whoever asked on `stream`.
+    fn hashes(&self, stream: u16) -> Option<Arc<Vec<u8>>> {
+        let wanted = lock(&self.state)
+            .questions
+            .get_mut(&stream)
+            .and_then(VecDeque::pop_front)?;
+        let base = lock(&self.bases).get(&wanted.target).cloned();
+        let step = match base.map(|base| lock(&base).hash_from(wanted.from)) {
+            Some(Ok(step)) => Some(step),
+            Some(Err(error)) => {
+                // Without hashes pages are sent in full.
+                tracing::warn!("hashing the parent's pages of {}: {error}", wanted.target);
+                None
+            }
+            None => None,
+        };
+        let mut frame = Vec::new();
+        match step {
+            Some(step) => {
+                let last = step.next.is_none();
+                let (runs, hashes) = (&step.runs, &step.hashes);
+                Hashes::encode(wanted.target, self.page, runs, hashes, last, &mut frame);
+                if let Some(from) = step.next {
+                    let mut state = lock(&self.state);
+                    let questions = state.questions.entry(stream).or_default();
+                    questions.push_front(WantHashes { from, ..wanted });
+                }
+            }
+            None => Hashes::encode(wanted.target, self.page, &[], &[], true, &mut frame),
+        }
+        Some(Arc::new(frame))
+    }
+}
+
+impl State {
+    fn wake_all(&self) {
+        self.wakers.values().for_each(|waker| waker.wake());
+    }
+
+    fn take_numbered(&mut self, frame: Frame) -> std::result::Result<bool, Fail> {
+        let bytes = frame.body.len() as u64;
+        let arrival = self.receiver.handle_numbered(frame.number, bytes);
+        let arrival = arrival.map_err(|error| Fail::new(FailCode::Protocol, error.to_string()))?;
+        match arrival {
+            Arrival::Again => return Ok(false),
+            Arrival::Held => drop(self.held.insert(frame.number, frame)),
+            Arrival::Next => {
+                self.ready.push_back(frame);
+                while let Some(number) = self.receiver.next_held() {
+                    let held = self.held.remove(&number);
+                    self.ready.push_back(held.expect("held frames are kept"));
+                }
+            }
+        }
+        Ok(true)
+    }
+}
+
+impl Party for Taking {
+    fn stream_up(&self, stream: u16, _peer: &Hello, waker: &Arc<Waker>) {
+        let mut state = lock(&self.state);
+        state.receiver.stream_up(stream);
+        state.questions.remove(&stream);
+        if let Some(older) = state.wakers.insert(stream, Arc::clone(waker)) {
+            older.wake();
+        }
+    }
+
+    fn stream_down(&self, stream: u16, waker: &Arc<Waker>) {
+        let mut state = lock(&self.state);
+        let current = state.wakers.get(&stream);
+        if current.is_some_and(|current| Arc::ptr_eq(current, waker)) {
+            state.wakers.remove(&stream);
+            state.questions.remove(&stream);
+            state.receiver.stream_down(stream);
+        }
+    }
+
+    fn handle(&self, stream: u16, frame: Frame) -> Heard {
+        let mut state = lock(&self.state);
+        if state.ending.is_some() && frame.kind.is_numbered() {
+            return Heard::default();
+        }
+        let came = if frame.kind.is_numbered() {
+            state.take_numbered(frame)
+        } else {
+            match state.receiver.handle(frame.kind, &frame.body) {
+                Ok(ReceiverEvent::WantHashes(wanted)) => {
+                    state.questions.entry(stream).or_default().push_back(wanted);
+                    Ok(true)
+                }
+                Ok(ReceiverEvent::Failed(fail)) => {
+                    drop(state);
+                    self.lost(format!("the far end has failed: {fail}"));
+                    return Heard::progress(true);
+                }
+                Ok(ReceiverEvent::Bye) => {
+                    drop(state);
+                    self.end(Ending::Bye);
+                    return Heard::progress(true);
+                }
+                Err(error) => Err(Fail::new(FailCode::Protocol, error.to_string())),
+            }
+        };
+        match came {
+            Ok(new) => {
+                drop(state);
+                self.changed.notify_all();
+                Heard::progress(new)
+            }
+            Err(fail) => {
+                state.receiver.fail(fail.clone());
+                drop(state);
+                self.lost(format!("what the far end says is wrong: {fail}"));
+                Heard::default()
+            }
+        }
+    }
+
+    fn poll(&self, stream: u16, arrived: u64) -> Option<Arc<Vec<u8>>> {
+        let mut state = lock(&self.state);
+        if let Some(reply) = state.receiver.poll(stream, arrived) {
+            if matches!(reply, crate::ferry::receiver::Reply::Fail(_)) {
+                state.told = true;
+                self.changed.notify_all();
+            }
+            let mut frame = Vec::new();
+            reply.encode(&mut frame);
+            return Some(Arc::new(frame));
+        }
+        drop(state);
+        self.hashes(stream)
+    }
+
+    fn awaits_word(&self) -> bool {
+        // A pusher may be silent for as long as its dump is. What is said to it now and then is
+        // acknowledged by its kernel, so a host that is gone is noticed.
+        false
+    }
+
+    fn heartbeat(&self, arrived: u64) -> Option<Arc<Vec<u8>>> {
+        let mut frame = Vec::new();
+        lock(&self.state).receiver.ack(arrived).encode(&mut frame);
+        Some(Arc::new(frame))
+    }
+
+    fn observe_link(&self, _bytes: u64, _busy: Duration) {}
+
+    fn is_over(&self) -> bool {
+        let state = lock(&self.state);
+        // A failure is what is left to say on each lane.
+        state.ending.is_some()
+    }
+
+    fn is_replaced(&self, stream: u16, waker: &Arc<Waker>) -> bool {
+        is_replaced(&lock(&self.state).wakers, stream, waker)
+    }
+}

@@ -1,0 +1,355 @@
+//! Forwards a dump: CRIU's protocol comes in, ferry goes out, nothing is stored here.
+//!
+//! ```text
+//! CRIU ── frames ──> ReceiveSession ──> gathered batches of 256 KiB ──> packer ──> far end
+//!  ^                      │
+//!  └── CLOSE <────────────┴─ questions <───────────────────────────── answers of the far end
+//! ```
+//!
+//! CLOSE is answered when the far end has everything. Of a parent there CRIU hears nothing: a full dump
+//! fails when it hears of one, and an incremental dump that hears of none is a full one, of which as
+//! little travels. When the far end cannot take more, nothing is read from CRIU,
+//! which waits; when it is lost for good, CRIU's connection is reset, so that the dump fails and
+//! the process goes on.
+
+use std::io::Read;
+use std::sync::Mutex;
+use std::thread::Scope;
+use std::time::Instant;
+
+use super::ferry::packer::{Job, Packer};
+use super::ferry::pushing::Pushing;
+use super::ferry::{PusherConfig, lock, push};
+use super::ingest::{answer, ended_early, wait_for_end};
+use super::keep::decompress_page;
+use crate::criu::header::{PageFlags, Target, Wire};
+use crate::criu::receive::{CLOSE_STORED, ReceiveSession, Step, has_parent_answer, parent_answer};
+use crate::error::{Error, Kind, Result};
+use crate::ferry::delta::PageMemory;
+use crate::ferry::frame;
+use crate::ferry::gather::{Gathered, Run};
+use crate::ferry::hello::Features;
+use crate::ferry::message::{Open, StateId, encode_close};
+use crate::observe::ferried::{Forwarded, Sent};
+use crate::observe::traffic::cpu_time;
+use crate::stream::Stream;
+use crate::units::{PageCount, PageSize};
+
+/// Received from CRIU at once, bytes.
+const RECEIVE_BYTES: usize = 256 << 10;
+
+/// From this many bytes on the rest of a frame is received where it belongs. Below, the calls cost
+/// more than the copy.
+const DIRECT_BYTES_MIN: u64 = 32 << 10;
+
+/// More threads than this are of no use to one connection's memory.
+const ENCODERS_MAX: usize = 4;
+
+/// What all forwarded sessions share.
+#[derive(Debug)]
+pub struct ForwardContext {
+    /// Where the dumps go, and how.
+    pub pusher: PusherConfig,
+    /// The header layout to expect, if it is not to be found out.
+    pub wire: Option<Wire>,
+    /// Size of a page.
+    pub page: PageSize,
+    /// Whether further sessions follow, so that it pays to remember this one's pages.
+    pub remembers: bool,
+    /// What the far end has, between sessions.
+    memory: Mutex<Option<PageMemory>>,
+}
+
+impl ForwardContext {
+    /// Forwards as `pusher` says.
+    pub fn new(
+        pusher: PusherConfig,
+        wire: Option<Wire>,
+        page: PageSize,
+        remembers: bool,
+    ) -> ForwardContext {
+        ForwardContext {
+            pusher,
+            wire,
+            page,
+            remembers,
+            memory: Mutex::new(None),
+        }
+    }
+}
+
+/// Forwards one dump, from its first byte to the end of the connection, and tells what came of it. On
+/// failure the connection is reset and the error names both ends and the place.
+pub fn forward_client(mut stream: Stream, context: &ForwardContext) -> (Forwarded, Result<()>) {
+    let (start, cpu_before) = (Instant::now(), cpu_time());
+    let running = context.pusher.traffic.begin_session();
+    let memory = lock(&context.memory).take();
+    let memory =
+        memory.unwrap_or_else(|| PageMemory::new(context.page, context.pusher.delta_cache_bytes));
+    let mut wire = None;
+    let pushed = push(&context.pusher, context.page, memory, |scope, pushing| {
+        let mut forward = Forward::begin(context, scope, pushing)?;
+        let closed = forward.run(&mut stream);
+        wire = forward.session.wire();
+        let closed = closed.map_err(|error| error.within(forward.session.whereabouts()));
+        closed.map(|hangs_up| (hangs_up, start.elapsed()))
+    });
+    let (outcome, sent) = match pushed {
+        Ok((outcome, sent, memory)) => {
+            *lock(&context.memory) = Some(memory);
+            (outcome, sent)
+        }
+        Err(error) => (Err(error), Sent::default()),
+    };
+    let mut forwarded = Forwarded {
+        peer: stream.peer().to_owned(),
+        far_end: context.pusher.peer.to_string(),
+        wire,
+        sent,
+        page: context.page,
+        elapsed: start.elapsed(),
+        cpu: cpu_time().saturating_sub(cpu_before),
+    };
+    match outcome {
+        Ok((hangs_up, elapsed)) => {
+            running.succeed();
+            forwarded.elapsed = elapsed;
+            if hangs_up {
+                wait_for_end(&mut stream);
+            }
+            (forwarded, Ok(()))
+        }
+        Err(error) => {
+            let error = error.within(format!("session with {}", stream.peer()));
+            stream.reset();
+            (forwarded, Err(error))
+        }
+    }
+}
+
+/// How many threads hash and compress.
+pub(super) fn encoders() -> usize {
+    std::thread::available_parallelism().map_or(1, |found| found.get().min(ENCODERS_MAX))
+}
+
+struct Forward<'s> {
+    pushing: &'s Pushing,
+    packer: Packer<'s>,
+    session: ReceiveSession,
+    page: PageSize,
+    remembers: bool,
+    /// The far end can be asked for hashes.
+    takes_questions: bool,
+    target: Option<Target>,
+    /// Whether the target's pages are worth hashing.
+    hashed: bool,
+    gathered: Gathered,
+    /// The contents of the gathered pages, as far as they have come.
+    buffer: Vec<u8>,
+    filled: usize,
+    /// Pages of the current frame that did not fit into the batch.
+    rest: Option<Run>,
+    /// The bytes of a compressed page that is cut by the end of the input.
+    block: Vec<u8>,
+    pages: u64,
+}
+
+impl<'s> Forward<'s> {
+    /// Waits for the far end, and gets ready for the dump.
+    fn begin(
+        context: &ForwardContext,
+        scope: &'s Scope<'s, '_>,
+        pushing: &'s Pushing,
+    ) -> Result<Forward<'s>> {
+        let agreed = pushing.agree()?;
+        Ok(Forward {
+            pushing,
+            packer: Packer::start(scope, pushing, &agreed, context.page, encoders())?,
+            session: ReceiveSession::new(context.wire, context.page),
+            page: context.page,
+            remembers: context.remembers,
+            takes_questions: agreed.features.has(Features::HASHES),
+            target: None,
+            hashed: false,
+            gathered: Gathered::new(context.page),
+            buffer: Vec::new(),
+            filled: 0,
+            rest: None,
+            block: Vec::new(),
+            pages: 0,
+        })
+    }
+
+    /// Forwards until CLOSE is answered. Tells whether CRIU hangs up next.
+    fn run(&mut self, stream: &mut Stream) -> Result<bool> {
+        let lost = |error| Error::wrap(Kind::PeerLost, "the connection is lost", error);
+        let mut input = vec![0; RECEIVE_BYTES];
+        self.buffer = self.packer.buffer()?;
+        loop {
+            let bytes = if self.session.raw_bytes_left() >= DIRECT_BYTES_MIN {
+                self.receive_direct(stream).map_err(lost)?
+            } else {
+                let bytes = stream.read(&mut input).map_err(lost)?;
+                if let Some(hangs_up) = self.take_steps(stream, &input[..bytes])? {
+                    return Ok(hangs_up);
+                }
+                bytes
+            };
+            if bytes == 0 {
+                return Err(ended_early(&self.session));
+            }
+            self.make_room()?;
+        }
+    }
+
+    /// Receives pages of a large frame into their batch.
+    fn receive_direct(&mut self, stream: &mut Stream) -> std::io::Result<usize> {
+        let left = usize::try_from(self.session.raw_bytes_left()).unwrap_or(usize::MAX);
+        let end = self.filled + self.room().min(left);
+        let bytes = stream.read(&mut self.buffer[self.filled..end])?;
+        self.filled += bytes;
+        self.session.skip_raw(bytes as u64);
+        Ok(bytes)
+    }
+
+    /// Does what `input` says. Tells at CLOSE whether CRIU hangs up next.
+    fn take_steps(&mut self, stream: &mut Stream, input: &[u8]) -> Result<Option<bool>> {
+        let mut at = 0;
+        loop {
+            let step = self.session.next(input, &mut at).map_err(|error| {
+                Error::wrap(Kind::Protocol, "what the dump says is wrong", error)
+            })?;
+            match step {
+                None => return Ok(None),
+                Some(Step::Open { target, answer }) => self.open(stream, target, answer)?,
+                Some(Step::AskParent(_)) => answer(stream, &parent_answer(false))?,
+                Some(Step::Pages { range, flags }) => self.begin_run(Run { range, flags })?,
+                Some(Step::Raw(range)) => self.take_raw(&input[range])?,
+                Some(Step::ZeroPage) => self.take_zero_page()?,
+                Some(Step::Lz4 { range, ends }) => self.take_block(&input[range], ends)?,
+                Some(Step::Close { hangs_up }) => {
+                    self.close()?;
+                    answer(stream, &CLOSE_STORED)?;
+                    return Ok(Some(hangs_up));
+                }
+            }
+        }
+    }
+
+    fn open(&mut self, stream: &mut Stream, target: Target, answered: bool) -> Result<()> {
+        self.flush()?;
+        let wire = self.session.wire().unwrap_or(Wire::V2);
+        let open = Open { target, wire };
+        let write = |out: &mut Vec<u8>| open.encode(out);
+        let reply = self.pushing.ask(frame::Kind::Open, write)?;
+        let state = match self.takes_questions {
+            true => reply.state,
+            false => StateId::NONE,
+        };
+        self.pushing.adopt(target, state);
+        self.target = Some(target);
+        self.hashed = self.remembers || state != StateId::NONE;
+        tracing::debug!("forwarding {target}, has_parent={}", reply.value != 0);
+        if answered {
+            answer(stream, &has_parent_answer(false))?;
+        }
+        Ok(())
+    }
+
+    fn begin_run(&mut self, run: Run) -> Result<()> {
+        if run.flags.has(PageFlags::PRESENT) {
+            self.pages += run.range.pages(self.page).get();
+        }
+        self.rest = self.gathered.push(run);
+        self.make_room()
+    }
+
+    /// Where all gathered pages have come, hands them over and begins the next batch with the rest
+    /// of the frame.
+    fn make_room(&mut self) -> Result<()> {
+        while self.room() == 0
+            && let Some(rest) = self.rest.take()
+        {
+            self.hand_over()?;
+            self.rest = self.gathered.push(rest);
+        }
+        Ok(())
+    }
+
+    /// How many bytes of gathered pages are still to come.
+    fn room(&self) -> usize {
+        let present = usize::try_from(self.gathered.present().get()).expect("a batch is small");
+        (present << self.page.shift()) - self.filled
+    }
+
+    fn take_raw(&mut self, mut bytes: &[u8]) -> Result<()> {
+        while !bytes.is_empty() {
+            let (now, later) = bytes.split_at(bytes.len().min(self.room()));
+            self.buffer[self.filled..self.filled + now.len()].copy_from_slice(now);
+            self.filled += now.len();
+            bytes = later;
+            self.make_room()?;
+        }
+        Ok(())
+    }
+
+    fn take_zero_page(&mut self) -> Result<()> {
+        self.next_page().fill(0);
+        self.make_room()
+    }
+
+    fn take_block(&mut self, bytes: &[u8], ends: bool) -> Result<()> {
+        self.block.extend_from_slice(bytes);
+        if !ends {
+            return Ok(());
+        }
+        let block = std::mem::take(&mut self.block);
+        decompress_page(&block, self.next_page())?;
+        self.block = block;
+        self.block.clear();
+        self.make_room()
+    }
+
+    /// The place of the next page of a compressed frame.
+    fn next_page(&mut self) -> &mut [u8] {
+        let start = self.filled;
+        self.filled += self.page.as_usize();
+        &mut self.buffer[start..self.filled]
+    }
+
+    fn hand_over(&mut self) -> Result<()> {
+        let Some(target) = self.target.filter(|_| !self.gathered.runs().is_empty()) else {
+            return Ok(());
+        };
+        let next = self.packer.buffer()?;
+        let job = Job {
+            target,
+            runs: self.gathered.runs().to_vec(),
+            buffer: std::mem::replace(&mut self.buffer, next),
+            filled: self.filled,
+            hashed: self.hashed,
+        };
+        self.gathered.clear();
+        self.filled = 0;
+        self.packer.push(job)
+    }
+
+    /// Hands over what was gathered and waits until it has its number.
+    fn flush(&mut self) -> Result<()> {
+        self.hand_over()?;
+        self.packer.flush()
+    }
+
+    /// Waits until the far end has everything.
+    fn close(&mut self) -> Result<()> {
+        self.flush()?;
+        let pages = PageCount(self.pages);
+        let write = |out: &mut Vec<u8>| encode_close(pages, out);
+        let reply = self.pushing.ask(frame::Kind::Close, write)?;
+        if reply.value != 0 {
+            let text = format!("the far end answers the end with status {}", reply.value);
+            return Err(Error::new(Kind::PeerLost, text));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,241 @@
+//! What a session over ferry carried.
+
+use std::fmt;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::criu::header::Wire;
+use crate::error::Error;
+use crate::ferry::encode::Tally;
+use crate::units::PageSize;
+
+/// What a pusher has sent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Sent {
+    /// Pages by the way they went, and what they cost.
+    pub pages: Tally,
+    /// Bytes of frames, without what was sent again.
+    pub frame_bytes: u64,
+    /// Bytes of frames that were sent again, after a connection broke.
+    pub repeated_bytes: u64,
+    /// Hashes learned from the taker.
+    pub hashes_learned: u64,
+}
+
+/// Pages that went one way, and the bytes of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct Carried {
+    /// How many pages.
+    pub pages: u64,
+    /// Their bytes on the wire.
+    pub bytes: u64,
+}
+
+/// Pages by the way they went.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct ByKind {
+    /// Named as zero.
+    pub zero: Carried,
+    /// Named as what the taker has.
+    pub same: Carried,
+    /// As differences.
+    pub delta: Carried,
+    /// In zstd frames.
+    pub zstd: Carried,
+    /// As they are.
+    pub raw: Carried,
+}
+
+impl ByKind {
+    /// What `tally` says. The byte that tells the kind of a page is counted with zero and same pages
+    /// alone: they have no other.
+    pub fn of(tally: &Tally, page: PageSize) -> ByKind {
+        let carried = |pages, bytes| Carried { pages, bytes };
+        ByKind {
+            zero: carried(tally.zero, tally.zero),
+            same: carried(tally.same, tally.same),
+            delta: carried(tally.delta, tally.delta_bytes),
+            zstd: carried(tally.packed, tally.packed_bytes),
+            raw: carried(tally.raw, tally.raw << page.shift()),
+        }
+    }
+
+    /// Each kind with its name.
+    pub fn named(&self) -> [(&'static str, Carried); ByKind::COUNT] {
+        [
+            ("zero", self.zero),
+            ("same", self.same),
+            ("delta", self.delta),
+            ("zstd", self.zstd),
+            ("raw", self.raw),
+        ]
+    }
+
+    /// How many kinds there are.
+    pub const COUNT: usize = 5;
+}
+
+impl Sent {
+    /// Adds a batch.
+    pub fn add(&mut self, tally: &Tally) {
+        let sum = &mut self.pages;
+        sum.zero += tally.zero;
+        sum.same += tally.same;
+        sum.raw += tally.raw;
+        sum.packed += tally.packed;
+        sum.delta += tally.delta;
+        sum.packed_bytes += tally.packed_bytes;
+        sum.delta_bytes += tally.delta_bytes;
+        sum.body_bytes += tally.body_bytes;
+        sum.tried_bytes += tally.tried_bytes;
+        sum.tried_packed_bytes += tally.tried_packed_bytes;
+    }
+
+    /// All pages with contents.
+    pub fn page_count(&self) -> u64 {
+        let pages = &self.pages;
+        pages.zero + pages.same + pages.raw + pages.packed + pages.delta
+    }
+}
+
+impl fmt::Display for Sent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let pages = &self.pages;
+        write!(
+            f,
+            "{} pages in {} bytes: {} zero, {} same, {} as differences ({} bytes), {} compressed \
+             ({} bytes), {} as they are; {} bytes sent again, {} hashes learned",
+            self.page_count(),
+            self.frame_bytes,
+            pages.zero,
+            pages.same,
+            pages.delta,
+            pages.delta_bytes,
+            pages.packed,
+            pages.packed_bytes,
+            pages.raw,
+            self.repeated_bytes,
+            self.hashes_learned,
+        )
+    }
+}
+
+/// A dump that was forwarded, however that ended.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Forwarded {
+    /// Who dumped.
+    pub peer: String,
+    /// Where it went.
+    pub far_end: String,
+    /// The dump's header layout, if it said a word.
+    pub wire: Option<Wire>,
+    /// What went over.
+    pub sent: Sent,
+    /// Size of a page.
+    pub page: PageSize,
+    /// From the start of the session to the answer to CLOSE.
+    pub elapsed: Duration,
+    /// CPU time of the whole process meanwhile.
+    pub cpu: Duration,
+}
+
+impl Forwarded {
+    /// Bytes of the pages that the dump gave.
+    pub fn page_bytes(&self) -> u64 {
+        self.sent.page_count() << self.page.shift()
+    }
+
+    /// The session as one line of JSON, with the `error` that ended it.
+    pub fn json(&self, error: Option<&Error>) -> String {
+        let line = Line {
+            role: "forward",
+            peer: &self.peer,
+            far_end: &self.far_end,
+            wire: self.wire.map(Wire::name),
+            forwarded: error.is_none(),
+            error: error.map(ToString::to_string),
+            seconds: self.elapsed.as_secs_f64(),
+            cpu_seconds: self.cpu.as_secs_f64(),
+            page_bytes: self.page.bytes(),
+            received_bytes: self.page_bytes(),
+            frame_bytes: self.sent.frame_bytes,
+            repeated_bytes: self.sent.repeated_bytes,
+            hashes_learned: self.sent.hashes_learned,
+            sent: ByKind::of(&self.sent.pages, self.page),
+        };
+        // Numbers and strings alone: they always have a JSON form.
+        serde_json::to_string(&line).unwrap_or_default()
+    }
+}
+
+/// See [`Forwarded::json`].
+#[derive(Serialize)]
+struct Line<'a> {
+    role: &'static str,
+    peer: &'a str,
+    far_end: &'a str,
+    wire: Option<&'static str>,
+    forwarded: bool,
+    error: Option<String>,
+    seconds: f64,
+    cpu_seconds: f64,
+    page_bytes: u64,
+    received_bytes: u64,
+    frame_bytes: u64,
+    repeated_bytes: u64,
+    hashes_learned: u64,
+    sent: ByKind,
+}
+
+impl fmt::Display for Forwarded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "forwarded {} bytes from {} to {} in {:.3} s, {:.3} s of CPU: {}",
+            self.page_bytes(),
+            self.peer,
+            self.far_end,
+            self.elapsed.as_secs_f64(),
+            self.cpu.as_secs_f64(),
+            self.sent
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+
+    #[test]
+    fn a_forwarded_dump_is_told_in_words_and_in_json() {
+        let mut sent = Sent::default();
+        sent.add(&Tally {
+            zero: 3,
+            raw: 2,
+            packed: 5,
+            packed_bytes: 777,
+            ..Tally::default()
+        });
+        let forwarded = Forwarded {
+            peer: "a local socket".to_owned(),
+            far_end: "host:7".to_owned(),
+            wire: Some(Wire::V2),
+            sent,
+            page: PageSize::KIB_4,
+            elapsed: Duration::from_secs(2),
+            cpu: Duration::from_secs(1),
+        };
+        let error = Error::new(Kind::PeerLost, "gone");
+        let line = forwarded.json(Some(&error));
+        let line = serde_json::from_str::<serde_json::Value>(&line).unwrap();
+        assert_eq!(line["forwarded"], false);
+        assert_eq!(line["error"], "gone");
+        assert_eq!(line["received_bytes"], 10 * 4096);
+        assert_eq!(line["sent"]["zstd"]["bytes"], 777);
+        assert_eq!(line["sent"]["raw"]["bytes"], 2 * 4096);
+        assert_eq!(line["sent"]["zero"]["bytes"], 3);
+        assert!(forwarded.to_string().contains("10 pages"));
+    }
+}
