@@ -13,7 +13,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{FIRST_PAGE, PAGE, Run, level, naive_memory, page_content};
+use common::{
+    FIRST_PAGE, PAGE, Run, check_images, files, level, naive_memory, with_large_runs,
+    with_true_holes,
+};
 use pageferry::criu::header::{Header, Op, PageFlags, Target, Wire};
 use pageferry::engine::driver::Io;
 use pageferry::engine::ingest::{ReceiveContext, receive_client};
@@ -56,63 +59,6 @@ fn session(context: &ReceiveContext, bytes: &[u8], piece: usize) -> (Result<Rece
 fn drivers() -> Vec<Io> {
     let uring = testbed::gate::need("io_uring", Io::choose(Some(Io::Uring)));
     uring.into_iter().chain([Io::Epoll]).collect()
-}
-
-fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
-    let mut files = BTreeMap::new();
-    for entry in dir.read_dir().unwrap() {
-        let entry = entry.unwrap();
-        if entry.file_type().unwrap().is_file() {
-            let name = entry.file_name().into_string().unwrap();
-            files.insert(name, std::fs::read(entry.path()).unwrap());
-        }
-    }
-    files
-}
-
-/// Checks that the images in `dir` have the pages of `expected`, by page number and seed.
-fn check_images(dir: &Path, target: Target, expected: &BTreeMap<u64, Option<u32>>) {
-    let chain = Chain::open(&ImageDir::open(dir, PAGE).unwrap(), target, Missing::Leave).unwrap();
-    let mut expected = expected.iter();
-    for extent in chain.extents() {
-        let mut place = extent.place;
-        for page in extent.range.start().get() / 4096..extent.range.end().get() / 4096 {
-            let (number, seed) = expected.next().unwrap();
-            assert_eq!(*number, page);
-            let mut bytes = vec![0; 4096];
-            match seed {
-                Some(seed) => {
-                    chain.read(place, &mut bytes).unwrap();
-                    assert_eq!(bytes, page_content(*seed), "page {page:#x}");
-                }
-                None => assert!(chain.read(place, &mut bytes).is_err()),
-            }
-            place = place.behind(4096, PAGE);
-        }
-    }
-    assert_eq!(expected.next(), None);
-}
-
-/// `runs` with a run that is large enough to be spliced behind them, and another behind that.
-fn with_large_runs(mut runs: Vec<Run>, pages: u64) -> Vec<Run> {
-    for first_seed in [1000, 5000] {
-        let last = runs
-            .last()
-            .map_or(FIRST_PAGE, |run| run.start_page + run.pages);
-        runs.push(Run::present(last, pages, PageFlags::LAZY, first_seed));
-    }
-    runs
-}
-
-/// `runs` without holes that `parent` would not fill.
-fn with_true_holes(runs: Vec<Run>, parent: &BTreeMap<u64, Option<u32>>) -> Vec<Run> {
-    let has = |page: u64| parent.get(&page).copied().flatten().is_some();
-    let is_true = |run: &Run| (run.start_page..run.start_page + run.pages).all(has);
-    let honest = |run: Run| match run.flags.has(PageFlags::PARENT) && !is_true(&run) {
-        true => Run::present(run.start_page, run.pages, PageFlags::LAZY, 77),
-        false => run,
-    };
-    runs.into_iter().map(honest).collect()
 }
 
 proptest! {

@@ -8,6 +8,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use pageferry::criu::header::{PageFlags, Target, Wire};
+use pageferry::image::chain::{Chain, Missing};
+use pageferry::image::dir::ImageDir;
 use pageferry::image::file::{Magic, MessageWriter};
 use pageferry::image::pagemap::encode_entry;
 use pageferry::image::proto::{CompressedBlocks, PagemapHead};
@@ -203,4 +205,62 @@ pub(crate) fn naive_memory(levels: &[Vec<Run>]) -> BTreeMap<u64, Option<u32>> {
         }
     }
     memory
+}
+
+/// The files in a directory, by name.
+pub(crate) fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    for entry in dir.read_dir().unwrap() {
+        let entry = entry.unwrap();
+        if entry.file_type().unwrap().is_file() {
+            let name = entry.file_name().into_string().unwrap();
+            files.insert(name, std::fs::read(entry.path()).unwrap());
+        }
+    }
+    files
+}
+
+/// Checks that the images in `dir` have the pages of `expected`, by page number and seed.
+pub(crate) fn check_images(dir: &Path, target: Target, expected: &BTreeMap<u64, Option<u32>>) {
+    let chain = Chain::open(&ImageDir::open(dir, PAGE).unwrap(), target, Missing::Leave).unwrap();
+    let mut expected = expected.iter();
+    for extent in chain.extents() {
+        let mut place = extent.place;
+        for page in extent.range.start().get() / 4096..extent.range.end().get() / 4096 {
+            let (number, seed) = expected.next().unwrap();
+            assert_eq!(*number, page);
+            let mut bytes = vec![0; 4096];
+            match seed {
+                Some(seed) => {
+                    chain.read(place, &mut bytes).unwrap();
+                    assert_eq!(bytes, page_content(*seed), "page {page:#x}");
+                }
+                None => assert!(chain.read(place, &mut bytes).is_err()),
+            }
+            place = place.behind(4096, PAGE);
+        }
+    }
+    assert_eq!(expected.next(), None);
+}
+
+/// `runs` with a run that is large enough to be spliced behind them, and another behind that.
+pub(crate) fn with_large_runs(mut runs: Vec<Run>, pages: u64) -> Vec<Run> {
+    for first_seed in [1000, 5000] {
+        let last = runs
+            .last()
+            .map_or(FIRST_PAGE, |run| run.start_page + run.pages);
+        runs.push(Run::present(last, pages, PageFlags::LAZY, first_seed));
+    }
+    runs
+}
+
+/// `runs` without holes that `parent` would not fill.
+pub(crate) fn with_true_holes(runs: Vec<Run>, parent: &BTreeMap<u64, Option<u32>>) -> Vec<Run> {
+    let has = |page: u64| parent.get(&page).copied().flatten().is_some();
+    let is_true = |run: &Run| (run.start_page..run.start_page + run.pages).all(has);
+    let honest = |run: Run| match run.flags.has(PageFlags::PARENT) && !is_true(&run) {
+        true => Run::present(run.start_page, run.pages, PageFlags::LAZY, 77),
+        false => run,
+    };
+    runs.into_iter().map(honest).collect()
 }
