@@ -1,8 +1,5 @@
 //! A real CRIU dumps into a page server, and restores from what it stored.
 
-use std::fs;
-use std::path::Path;
-
 use anyhow::{Result, ensure};
 use testbed::bed::Bed;
 use testbed::criu::Criu;
@@ -12,6 +9,7 @@ use testbed::load::spec::LoadSpec;
 use testbed::load::steps::{Order, Pass, Step};
 use testbed::load::{Load, page_words};
 use testbed::migration::{Dump, Restore};
+use testbed::rounds::pages_file_bytes;
 use testbed::stats;
 use testbed::suite::make;
 use testbed::sys::WORD_BYTES;
@@ -30,7 +28,7 @@ fn dump_and_restore(bed: &Bed, criu: &Criu, spec: LoadSpec) -> Result<()> {
         .run()?;
     server.finish(GENEROUS)?;
     load.wait_until_gone()?;
-    let stored = bytes_of_pages_files(&images)?;
+    let stored = pages_file_bytes(&images)?;
     let stats = stats::of_dump(&images)?;
     let written = stats.pages_written + stats.shared_pages_written.unwrap_or(0);
     let page_bytes = (page_words() * WORD_BYTES) as u64;
@@ -55,17 +53,6 @@ fn dump_and_restore(bed: &Bed, criu: &Criu, spec: LoadSpec) -> Result<()> {
         );
     }
     Ok(())
-}
-
-fn bytes_of_pages_files(images: &Path) -> Result<u64> {
-    let mut bytes = 0;
-    for entry in fs::read_dir(images)? {
-        let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with("pages-") {
-            bytes += entry.metadata()?.len();
-        }
-    }
-    Ok(bytes)
 }
 
 fn one_process_with_mixed_pages(bed: &Bed, criu: &Criu) -> Result<()> {

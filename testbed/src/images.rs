@@ -17,12 +17,16 @@ use pageferry::image::file::{Magic, MessageWriter};
 use pageferry::image::pagemap::encode_entry;
 use pageferry::image::proto::{PagemapEntry, PagemapHead};
 use pageferry::units::{PageCount, PageRange, PageSize, Vaddr};
+use prost::Message;
 
 use crate::load::page_words;
 use crate::sys::WORD_BYTES;
 
 /// The page size of this machine, on which all images here were made.
-fn page_size() -> Result<PageSize> {
+///
+/// # Errors
+/// It is none that pageferry knows.
+pub fn page_size() -> Result<PageSize> {
     PageSize::new((page_words() * WORD_BYTES) as u64).context("this machine's page size")
 }
 
@@ -79,6 +83,40 @@ pub fn move_same_pages_to_parent(images: &Path, parent: &Path) -> Result<u64> {
     fs::rename(&rewritten, images)?;
     symlink(parent, images.join(PARENT_LINK))?;
     Ok(moved)
+}
+
+/// Adds to the inventory in `images` how long the machine was up when the dump was made. CRIU writes
+/// that when it tracks memory, which it refuses to do without soft-dirty, and goes on top of no
+/// parent that lacks it: it could not tell whether a pid was used again.
+///
+/// # Errors
+/// There is no inventory, or it cannot be written.
+pub fn tell_uptime(images: &Path) -> Result<()> {
+    let path = images.join("inventory.img");
+    let mut bytes = fs::read(&path).with_context(|| path.display().to_string())?;
+    let uptime = fs::read_to_string("/proc/uptime")?;
+    // Seconds with two decimals, and more behind a space.
+    let seconds = uptime.split(' ').next().context("/proc/uptime is empty")?;
+    let hundredths: u64 = seconds.replace('.', "").parse()?;
+    let uptime = DumpUptime {
+        microseconds: hundredths * 10_000,
+    };
+    // A field more at the end of the one message; its length stands behind the magic.
+    bytes.extend(uptime.encode_to_vec());
+    let message_bytes = u32::try_from(bytes.len() - INVENTORY_HEAD_BYTES)?;
+    bytes[INVENTORY_HEAD_BYTES - 4..INVENTORY_HEAD_BYTES]
+        .copy_from_slice(&message_bytes.to_le_bytes());
+    fs::write(&path, bytes).with_context(|| path.display().to_string())
+}
+
+/// Words before the message of an inventory: its magic, the message's length.
+const INVENTORY_HEAD_BYTES: usize = 8;
+
+/// A part of an inventory (`InventoryEntry` in CRIU's inventory.proto).
+#[derive(Clone, PartialEq, Message)]
+struct DumpUptime {
+    #[prost(uint64, required, tag = "8")]
+    microseconds: u64,
 }
 
 fn copy_files(from: &Path, to: &Path) -> Result<()> {

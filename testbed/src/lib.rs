@@ -10,7 +10,8 @@
 //!   daemons    page-server, lazy-pages, both makes  net, proxy       two hosts; delay, rate, cuts
 //!   migration  dump and restore, with all logs      pipes            fs.pipe-max-size
 //!   postcopy   all of it in one                     bed, suite       a test's place, a test per CRIU
-//!   runc       the same in containers               images, stats    CRIU's files
+//!   rounds     dumps of one load on top of each other images, stats    CRIU's files
+//!   runc       the same in containers               swrk             CRIU's remote procedure calls
 //! ```
 //!
 //! Invariants: every process, namespace, mount and sysctl belongs to a guard that undoes it on drop;
@@ -29,6 +30,7 @@ pub mod pki;
 pub mod postcopy;
 pub mod process;
 pub mod proxy;
+pub mod rounds;
 pub mod runc;
 pub mod stats;
 pub mod suite;

@@ -12,6 +12,7 @@ use nix::unistd::Pid;
 use crate::criu::Criu;
 use crate::net::{NetNs, command_in};
 use crate::process::{Spawned, descendants, kill_and_reap, tail};
+use crate::proxy::{Link, Proxy, Way};
 use crate::sys::Ended;
 use crate::wait::{self, GENEROUS};
 use crate::workspace;
@@ -94,6 +95,23 @@ impl<'a> Dump<'a> {
     /// It fails; the error shows its log.
     pub fn run(&self) -> Result<Ended> {
         self.start()?.succeed(GENEROUS)
+    }
+
+    /// Begins to dump to the page server at `server` over `link`, and kills CRIU once `bytes` bytes
+    /// have gone there.
+    ///
+    /// # Errors
+    /// CRIU ends before.
+    pub fn kill_half_way(self, server: SocketAddr, link: Link, bytes: u64) -> Result<()> {
+        let proxy = Proxy::start(server, link, None)?;
+        let mut dump = self.to(proxy.address()).start()?;
+        wait::until("half of the dump", GENEROUS, || {
+            if let Some(ended) = dump.ended()? {
+                bail!("the dump is over: {}{}", ended.status, dump.log_tail());
+            }
+            Ok((proxy.carried(Way::ToServer) > bytes).then_some(()))
+        })?;
+        dump.kill().map(drop)
     }
 
     /// Dumps all but the private memory, and waits until the rest is served at `address`.
