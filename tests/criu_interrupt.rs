@@ -60,19 +60,14 @@ fn dump_cut_by_a_clean_end(bed: &Bed, criu: &Criu) -> Result<()> {
 }
 
 fn dumper_killed_half_way(bed: &Bed, criu: &Criu) -> Result<()> {
-    let load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
+    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
     let images = bed.path("images");
     let mut server = PageServer::receiving(Make::Ours, &Options::new(&images))?;
-    let proxy = Proxy::start(server.address(), slow_link(), None)?;
-    let mut dump = Dump::new(criu, load.pid(), bed.path("dump"))
-        .to(proxy.address())
-        .start()?;
-    wait::until("half of the dump", GENEROUS, || {
-        Ok((proxy.carried(Way::ToServer) > HALF_WAY).then_some(()))
-    })?;
-    dump.kill()?;
+    let dump = Dump::new(criu, load.pid(), bed.path("dump"));
+    dump.kill_half_way(server.address(), slow_link(), HALF_WAY)?;
     server.process().fail(GENEROUS)?;
-    expect_no_image(&images)
+    expect_no_image(&images)?;
+    expect_alive_and_right(&mut load)
 }
 
 /// No file in the directory may be taken for an image of memory.
