@@ -10,51 +10,20 @@ mod sender;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::Command;
 
 use common::{FIRST_PAGE, Run};
-use nix::sys::prctl::set_child_subreaper;
 use nix::sys::signal::{Signal, kill};
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use pageferry::criu::header::{PageFlags, Target, Wire};
-use pageferry::criu::rpc::{Options, Request, Response, ServerInfo, kind};
-use prost::Message;
-use testbed::process::Spawned;
-use testbed::wait::{GENEROUS, until};
+use pageferry::criu::rpc::{Options, Request, ServerInfo, kind};
+use testbed::swrk::{Orphan, Swrk, parent_of};
+use testbed::wait::GENEROUS;
 
-/// A started `page-server swrk`, and the client's end.
-struct Swrk {
-    process: Spawned,
-    socket: OwnedFd,
-}
-
-impl Swrk {
-    fn start() -> Swrk {
-        // Servers outlive their starter, and come to this process then.
-        set_child_subreaper(true).unwrap();
-        let kind = SockType::SeqPacket;
-        let (ours, theirs) =
-            socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_page-server"));
-        command.args(["swrk", "1"]).stdout(theirs);
-        let process = Spawned::start("swrk", &mut command, None).unwrap();
-        Swrk {
-            process,
-            socket: ours,
-        }
-    }
-
-    fn ask(&self, request: &Request) -> Response {
-        let message = request.encode_to_vec();
-        send(self.socket.as_raw_fd(), &message, MsgFlags::empty()).unwrap();
-        let mut answer = [0; 4096];
-        let bytes = recv(self.socket.as_raw_fd(), &mut answer, MsgFlags::empty()).unwrap();
-        Response::decode(&answer[..bytes]).unwrap()
-    }
+fn start() -> Swrk {
+    Swrk::start(Command::new(env!("CARGO_BIN_EXE_page-server"))).unwrap()
 }
 
 /// A request for a server that writes to `dir`.
@@ -87,28 +56,12 @@ fn send_dump(server: &ServerInfo) {
     assert_eq!(answers, [0; 5]);
 }
 
-fn parent_of(pid: i32) -> i32 {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let behind_name = stat.rsplit_once(") ").unwrap().1;
-    behind_name.split(' ').nth(1).unwrap().parse().unwrap()
-}
-
-/// Waits for a server that has come to this process.
-fn succeed(pid: i32) {
-    let pid = Pid::from_raw(pid);
-    let ended = until("the server's end", GENEROUS, || {
-        let status = waitpid(pid, Some(WaitPidFlag::WNOHANG))?;
-        Ok((status != WaitStatus::StillAlive).then_some(status))
-    });
-    assert_eq!(ended.unwrap(), WaitStatus::Exited(pid, 0));
-}
-
 #[test]
 fn a_server_in_the_background_is_named_with_port_and_pid() {
     let tmp = tempfile::tempdir().unwrap();
     let dir = fs::File::open(tmp.path()).unwrap();
-    let mut swrk = Swrk::start();
-    let answer = swrk.ask(&request(kind::PAGE_SERVER, &dir));
+    let mut swrk = start();
+    let answer = swrk.ask(&request(kind::PAGE_SERVER, &dir)).unwrap();
     assert!(
         answer.success && answer.kind == kind::PAGE_SERVER,
         "{answer:?}"
@@ -116,7 +69,8 @@ fn a_server_in_the_background_is_named_with_port_and_pid() {
     swrk.process.succeed(GENEROUS).unwrap();
     let server = answer.server.unwrap();
     let pid = server.pid.unwrap();
-    assert_eq!(parent_of(pid), std::process::id() as i32);
+    let orphan = Orphan::new(pid).unwrap();
+    assert_eq!(parent_of(pid).unwrap(), std::process::id() as i32);
     assert_eq!(
         nix::unistd::getsid(Some(Pid::from_raw(pid)))
             .unwrap()
@@ -124,7 +78,7 @@ fn a_server_in_the_background_is_named_with_port_and_pid() {
         pid
     );
     send_dump(&server);
-    succeed(pid);
+    orphan.succeed().unwrap();
     assert!(tmp.path().join("pagemap-7.img").exists());
     let log = fs::read_to_string(tmp.path().join("server.log")).unwrap();
     assert!(log.contains(&format!(":{}", server.port.unwrap())), "{log}");
@@ -135,18 +89,19 @@ fn a_child_server_can_be_waited_for() {
     let tmp = tempfile::tempdir().unwrap();
     let dir = fs::File::open(tmp.path()).unwrap();
     for how in ["a dump", "a signal"] {
-        let mut swrk = Swrk::start();
+        let swrk = start();
         let answer = swrk.ask(&Request {
             keep_open: Some(true),
             ..request(kind::PAGE_SERVER_CHLD, &dir)
         });
+        let answer = answer.unwrap();
         assert!(
             answer.success && answer.kind == kind::PAGE_SERVER,
             "{answer:?}"
         );
         let server = answer.server.unwrap();
         let pid = server.pid.unwrap();
-        assert_eq!(parent_of(pid), swrk.process.pid().as_raw());
+        assert_eq!(parent_of(pid).unwrap(), swrk.process.pid().as_raw());
         if how == "a dump" {
             send_dump(&server);
         } else {
@@ -157,6 +112,7 @@ fn a_child_server_can_be_waited_for() {
             pid: Some(pid.cast_unsigned()),
             ..Request::default()
         });
+        let ended = ended.unwrap();
         assert!(ended.success && ended.kind == kind::WAIT_PID);
         let expected = if how == "a dump" { 0 } else { 9 };
         assert_eq!(ended.status, Some(expected), "after {how}");
@@ -165,9 +121,8 @@ fn a_child_server_can_be_waited_for() {
             pid: Some(1),
             ..Request::default()
         });
-        assert!(!stranger.success);
-        drop(swrk.socket);
-        swrk.process.succeed(GENEROUS).unwrap();
+        assert!(!stranger.unwrap().success);
+        swrk.finish().unwrap();
     }
     assert!(tmp.path().join("pagemap-7.img").exists());
 }
@@ -212,8 +167,8 @@ fn what_cannot_be_done_is_answered() {
         (server(&|server| server.port = Some(port.into())), "in use"),
     ];
     for (request, word) in cases {
-        let mut swrk = Swrk::start();
-        let answer = swrk.ask(&request);
+        let mut swrk = start();
+        let answer = swrk.ask(&request).unwrap();
         let error = answer.error.unwrap_or_default();
         assert!(
             !answer.success && error.contains(word),
@@ -221,8 +176,8 @@ fn what_cannot_be_done_is_answered() {
         );
         swrk.process.fail(GENEROUS).unwrap();
     }
-    let mut swrk = Swrk::start();
-    send(swrk.socket.as_raw_fd(), &[0xff; 100], MsgFlags::empty()).unwrap();
+    let mut swrk = start();
+    swrk.send(&[0xff; 100]).unwrap();
     swrk.process.fail(GENEROUS).unwrap();
     assert!(!Path::new(&tmp.path().join("pagemap-7.img")).exists());
 }

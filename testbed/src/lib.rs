@@ -34,6 +34,7 @@ pub mod rounds;
 pub mod runc;
 pub mod stats;
 pub mod suite;
+pub mod swrk;
 pub mod sys;
 pub mod transfer;
 pub mod wait;

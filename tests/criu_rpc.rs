@@ -1,0 +1,126 @@
+//! A page server that was asked for over CRIU's remote procedure calls, as go-criu and P.Haul do it,
+//! and a real dump into the port that the answer names.
+
+use std::fs::{self, File};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use pageferry::criu::rpc::{Options, Request, ServerInfo, kind};
+use testbed::bed::Bed;
+use testbed::criu::Criu;
+use testbed::daemons::Make;
+use testbed::for_each_criu;
+use testbed::load::Load;
+use testbed::load::spec::LoadSpec;
+use testbed::load::steps::{Order, Pass, Step};
+use testbed::migration::{Dump, Restore};
+use testbed::suite::make;
+use testbed::swrk::{Orphan, Swrk, parent_of};
+use testbed::workspace::binary;
+
+for_each_criu!(
+    a_server_in_the_background_receives_a_dump,
+    a_child_server_receives_a_dump,
+);
+
+const MIB: u32 = 32;
+
+fn start(make: Make<'_>) -> Result<Swrk> {
+    Swrk::start(Command::new(match make {
+        Make::Ours => binary("page-server")?,
+        Make::Criu(criu) => criu.path.clone(),
+    }))
+}
+
+/// Asks for a page server of this kind that stores what comes in `images`; tells where it listens
+/// and its pid.
+fn ask(swrk: &Swrk, kind: i32, images: &Path) -> Result<(SocketAddr, i32)> {
+    fs::create_dir_all(images)?;
+    let dir = File::open(images)?;
+    let address = Ipv4Addr::LOCALHOST;
+    let answer = swrk.ask(&Request {
+        kind,
+        keep_open: Some(kind == kind::PAGE_SERVER_CHLD),
+        options: Some(Options {
+            images_dir_fd: dir.as_raw_fd(),
+            log_level: Some(4),
+            log_file: Some("server.log".to_owned()),
+            server: Some(ServerInfo {
+                address: Some(address.to_string()),
+                port: Some(0),
+                ..ServerInfo::default()
+            }),
+            ..Options::default()
+        }),
+        ..Request::default()
+    })?;
+    ensure!(
+        answer.success && answer.kind == kind::PAGE_SERVER,
+        "{answer:?}"
+    );
+    let server = answer.server.context("the answer names no server")?;
+    let port = server.port.context("the answer names no port")?;
+    let pid = server.pid.context("the answer names no pid")?;
+    Ok((SocketAddr::from((address, u16::try_from(port)?)), pid))
+}
+
+/// Dumps a load to `server`, lets `wait` wait for the server's end, and restores.
+fn dump_and_restore(
+    bed: &Bed,
+    criu: &Criu,
+    images: &Path,
+    server: SocketAddr,
+    wait: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
+    Dump::new(criu, load.pid(), images).to(server).run()?;
+    wait()?;
+    load.wait_until_gone()?;
+    let _restored = Restore::new(criu, images).run()?;
+    let report = load.run(0, &[Step::Verify(Pass::full(Order::Random))])?;
+    report.expect_right()?;
+    let digest = load.spec().initial_digest(0);
+    ensure!(
+        report.steps[0].digest == Some(digest),
+        "another memory came back"
+    );
+    Ok(())
+}
+
+/// CRIU itself answers with pid 0 here.
+fn a_server_in_the_background_receives_a_dump(bed: &Bed, criu: &Criu) -> Result<()> {
+    let images = bed.path("images");
+    let swrk = start(Make::Ours)?;
+    let (address, pid) = ask(&swrk, kind::PAGE_SERVER, &images)?;
+    let server = Orphan::new(pid)?;
+    swrk.finish()?;
+    let parent = parent_of(pid)?;
+    ensure!(
+        parent == std::process::id().cast_signed(),
+        "{pid} is a child of {parent}"
+    );
+    dump_and_restore(bed, criu, &images, address, || server.succeed())
+}
+
+fn a_child_server_receives_a_dump(bed: &Bed, criu: &Criu) -> Result<()> {
+    let images = bed.path("images");
+    let swrk = start(make(criu))?;
+    let (address, pid) = ask(&swrk, kind::PAGE_SERVER_CHLD, &images)?;
+    let parent = parent_of(pid)?;
+    ensure!(
+        parent == swrk.process.pid().as_raw(),
+        "{pid} is a child of {parent}"
+    );
+    dump_and_restore(bed, criu, &images, address, || {
+        let ended = swrk.ask(&Request {
+            kind: kind::WAIT_PID,
+            pid: Some(pid.cast_unsigned()),
+            ..Request::default()
+        })?;
+        ensure!(ended.success && ended.status == Some(0), "{ended:?}");
+        swrk.finish()
+    })
+}
