@@ -69,7 +69,8 @@ pub(crate) struct Args {
     #[arg(long, conflicts_with = "lazy_pages")]
     pub(crate) dedup_content: bool,
 
-    /// Store pages compressed, for a CRIU from 4.3 on that is built with LZ4
+    /// Store pages compressed: only a CRIU from 4.3 on that is built with LZ4 restores from such images
+    /// by itself, and 4.2 hangs in the attempt; any restores lazily what is served from them
     #[arg(long, conflicts_with = "lazy_pages")]
     pub(crate) compress: bool,
 
