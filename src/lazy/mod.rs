@@ -1,7 +1,9 @@
 //! The post-copy brain, pure: which memory of which process is missing, what to fetch next, what to
 //! do with what arrives. No descriptor, no clock, no payload.
 
+pub mod drain;
 pub mod extents;
+pub mod pageset;
 pub mod pattern;
 pub mod planner;
 pub mod space;
