@@ -86,6 +86,14 @@ const _: () = assert!(
         <= CLIENT_BUFFERS_MAX
 );
 
+/// Most pages of a lazy dump that are held for clients: 4 TiB in 4 KiB pages. Each costs two bits of
+/// memory besides its own place.
+pub const HELD_PAGES_MAX: u64 = 1 << 30;
+
+/// Most pages that one request may make wait until they have come from the dump; a longer request gets
+/// a short answer.
+pub const WANTED_PAGES_MAX: u64 = 64;
+
 /// Most bytes of pages in one batch of ferry's stream.
 pub const FERRY_BATCH_BYTES_MAX: usize = 256 << 10;
 

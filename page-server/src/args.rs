@@ -123,6 +123,17 @@ pub(crate) struct FerryArgs {
             "dedup_content", "compress"])]
     pub(crate) forward: Option<Peer>,
 
+    /// Take the memory over that `criu dump --lazy-pages` at HOST:PORT has kept, and serve it to any
+    /// number of lazy clients; -D names the dump's images. --tls secures the clients' connections
+    #[arg(long, value_name = "HOST:PORT", value_parser = Peer::parse,
+        conflicts_with_all = ["forward", "ps_socket", "lazy_pages", "prev_images_dir",
+            "images_dir_template", "auto_dedup", "dedup_content", "compress"])]
+    pub(crate) forward_lazy: Option<Peer>,
+
+    /// Keep what was taken over from a lazy dump in a file in DIR instead of memory
+    #[arg(long, value_name = "DIR", requires = "forward_lazy")]
+    pub(crate) spill: Option<PathBuf>,
+
     /// How many connections to forward over
     #[arg(long, value_name = "COUNT", default_value_t = 1, requires = "forward",
         value_parser = clap::value_parser!(u16).range(1..=i64::from(FERRY_STREAMS_MAX)))]
@@ -133,7 +144,8 @@ pub(crate) struct FerryArgs {
     #[arg(long, value_name = "BYTES", default_value = "256M", value_parser = parse_bytes)]
     pub(crate) delta_cache: u64,
 
-    /// Seconds without progress after which a session between two page-servers is given up
+    /// Seconds without progress after which a session between two page-servers is given up, or without
+    /// the client that was there after which a lazy dump is
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub(crate) reconnect_timeout: u64,
 }

@@ -16,6 +16,7 @@ use pageferry::engine::driver::Io;
 use pageferry::engine::ferry::PusherConfig;
 use pageferry::engine::ferry::port::{FerryPort, Handled};
 use pageferry::engine::forward::{ForwardContext, forward_client};
+use pageferry::engine::forward_lazy::{ForwardLazy, ForwardLazyConfig};
 use pageferry::engine::ingest::{ReceiveContext, receive_client};
 use pageferry::engine::keep::KeepOptions;
 use pageferry::engine::listen::{Place, Source, is_passed_by_systemd};
@@ -73,6 +74,8 @@ fn main() -> ExitCode {
             serve(&mut start)
         } else if let Some(far_end) = &args.ferry.forward {
             forward(&mut start, far_end)
+        } else if let Some(dump) = &args.ferry.forward_lazy {
+            forward_lazy(&mut start, dump)
         } else {
             receive(&mut start)
         };
@@ -175,6 +178,41 @@ fn forward(start: &mut Start<'_>, far_end: &Peer) -> Result<()> {
         report.forwarded(&forwarded, result.as_ref().err());
         result
     })
+}
+
+fn forward_lazy(start: &mut Start<'_>, dump: &Peer) -> Result<()> {
+    let args = start.args;
+    let mut report = Report::open(args)?;
+    let tls = Tls::load(&args.tls)?;
+    let images = ImageDir::open(start.daemon.images_dir(), pages_of_system()?)?;
+    let config = ForwardLazyConfig {
+        dump: dump.clone(),
+        spill: args.ferry.spill.clone(),
+        wire: args.wire.forced(),
+        keep: args.keep,
+        reconnect_timeout: Duration::from_secs(args.ferry.reconnect_timeout),
+        traffic: report.traffic(),
+    };
+    let forward = ForwardLazy::connect(config, &images)?;
+    let source = start.listen()?;
+    let rules = Rules {
+        stay: if args.keep {
+            Stay::Keep
+        } else {
+            Stay::UntilShutDown
+        },
+        most: CLIENTS_MAX,
+        allowed: args.allow.clone(),
+    };
+    let stop = Stop::on_signals()?;
+    let _display = report.show()?;
+    forward.run(
+        &source,
+        &rules,
+        &stop,
+        |stream| stream.secure(tls.as_ref()),
+        |peer, served| report.served(peer, served.as_ref().ok(), served.as_ref().err()),
+    )
 }
 
 fn rules(args: &Args, stay: Stay) -> Rules {

@@ -12,19 +12,21 @@
 //! and one record an extent of each chain in use; no page of an image stays here.
 
 use std::collections::HashMap;
+use std::fmt::Debug;
 use std::io::{ErrorKind, Read, Write};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use crate::criu::header::{HEADER_BYTES_MAX, Wire};
+use super::memory::Memory;
+use crate::criu::header::{HEADER_BYTES_MAX, Target, Wire};
 use crate::criu::serve::{CLOSE_STATUS, Get, Request, Requests};
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::{Chain, Missing, Place, Resolved};
 use crate::image::dir::ImageDir;
-use crate::limits::{ANSWER_BYTES, ANSWER_EXTENTS_MAX, REQUEST_BYTES};
+use crate::limits::{ANSWER_BYTES, REQUEST_BYTES};
 use crate::observe::traffic::Traffic;
 use crate::stream::Stream;
-use crate::units::{PageCount, PageSize};
+use crate::units::PageSize;
 
 /// Runs of at least this many bytes are sent with `sendfile`; shorter ones are cheaper to copy.
 /// Measured on loopback, in GiB/s: 64 KiB 2.2 copied, 2.0 sent; 128 KiB 3.0 and 3.3; 512 KiB 2.9
@@ -37,12 +39,25 @@ const HANG_UP: Duration = Duration::from_secs(30);
 /// What all clients of a page server share.
 #[derive(Debug)]
 pub struct ServeContext {
-    dir: ImageDir,
+    memories: Box<dyn Memories>,
+    page: PageSize,
     wire: Option<Wire>,
+    traffic: Arc<Traffic>,
+}
+
+/// Where the memory of processes is.
+pub(super) trait Memories: Debug + Send + Sync {
+    /// The memory of the process that the images call `pid`.
+    fn memory(&self, pid: u32) -> Result<Arc<dyn Memory>>;
+}
+
+/// The memory of all processes of an image directory.
+#[derive(Debug)]
+struct Images {
+    dir: ImageDir,
     /// Chains that some client uses now. A new session reads the images anew if no other does: they
     /// may have been replaced meanwhile.
     chains: Mutex<HashMap<u32, Weak<Chain>>>,
-    traffic: Arc<Traffic>,
 }
 
 /// What one session did.
@@ -65,10 +80,21 @@ pub struct Summary {
 impl ServeContext {
     /// Serves `dir` to clients that speak `wire`, or whatever each shows to speak.
     pub fn new(dir: ImageDir, wire: Option<Wire>) -> ServeContext {
+        let page = dir.page();
+        let chains = Mutex::default();
+        ServeContext::of(Box::new(Images { dir, chains }), page, wire)
+    }
+
+    /// Serves `memories`, of pages of `page`.
+    pub(super) fn of(
+        memories: Box<dyn Memories>,
+        page: PageSize,
+        wire: Option<Wire>,
+    ) -> ServeContext {
         ServeContext {
-            dir,
+            memories,
+            page,
             wire,
-            chains: Mutex::default(),
             traffic: Arc::default(),
         }
     }
@@ -78,17 +104,19 @@ impl ServeContext {
     pub fn counting_in(self, traffic: Arc<Traffic>) -> ServeContext {
         ServeContext { traffic, ..self }
     }
+}
 
-    /// The memory of the process that `get` asks for.
-    fn chain(&self, get: &Get) -> Result<Arc<Chain>> {
+impl Memories for Images {
+    fn memory(&self, pid: u32) -> Result<Arc<dyn Memory>> {
         // Poisoned or not, the map is whole: it is changed by single insertions.
         let mut chains = self.chains.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(chain) = chains.get(&get.pid).and_then(Weak::upgrade) {
+        if let Some(chain) = chains.get(&pid).and_then(Weak::upgrade) {
             return Ok(chain);
         }
-        let chain = Arc::new(Chain::open(&self.dir, get.target(), Missing::Leave)?);
+        let target = Target::Process(pid);
+        let chain = Arc::new(Chain::open(&self.dir, target, Missing::Leave)?);
         chains.retain(|_, chain| chain.strong_count() > 0);
-        chains.insert(get.pid, Arc::downgrade(&chain));
+        chains.insert(pid, Arc::downgrade(&chain));
         Ok(chain)
     }
 }
@@ -113,7 +141,7 @@ struct Session<'a> {
     stream: Stream,
     page: PageSize,
     requests: Requests,
-    chains: HashMap<u32, Arc<Chain>>,
+    memories: HashMap<u32, Arc<dyn Memory>>,
     answers: Answers,
     /// The runs of the answer under way; kept for its room.
     runs: Vec<Resolved>,
@@ -129,7 +157,7 @@ struct Answers {
 
 impl Session<'_> {
     fn new(stream: Stream, context: &ServeContext) -> Session<'_> {
-        let page = context.dir.page();
+        let page = context.page;
         let summary = Summary {
             peer: stream.peer().to_owned(),
             ..Summary::default()
@@ -139,7 +167,7 @@ impl Session<'_> {
             stream,
             page,
             requests: Requests::new(page, context.wire),
-            chains: HashMap::new(),
+            memories: HashMap::new(),
             answers: Answers {
                 buffer: vec![0; ANSWER_BYTES].into(),
                 filled: 0,
@@ -186,8 +214,9 @@ impl Session<'_> {
     }
 
     fn answer(&mut self, get: &Get) -> Result<()> {
-        let chain = self.chain(get)?;
-        let pages = self.find_runs(&chain, get)?;
+        let memory = self.memory(get.pid)?;
+        self.runs.clear();
+        let pages = memory.find_runs(get.range, &mut self.runs)?;
         // Known since the request was read.
         let wire = self.requests.wire().unwrap_or(Wire::V2);
         let mut header = [0; HEADER_BYTES_MAX];
@@ -195,7 +224,7 @@ impl Session<'_> {
         self.push_header(&header[..len])?;
         let runs = std::mem::take(&mut self.runs);
         for run in &runs {
-            self.push_run(&chain, run)?;
+            self.push_run(&*memory, run)?;
         }
         self.runs = runs;
         self.summary.requests += 1;
@@ -207,41 +236,13 @@ impl Session<'_> {
         Ok(())
     }
 
-    fn chain(&mut self, get: &Get) -> Result<Arc<Chain>> {
-        if let Some(chain) = self.chains.get(&get.pid) {
-            return Ok(Arc::clone(chain));
+    fn memory(&mut self, pid: u32) -> Result<Arc<dyn Memory>> {
+        if let Some(memory) = self.memories.get(&pid) {
+            return Ok(Arc::clone(memory));
         }
-        let chain = self.context.chain(get)?;
-        self.chains.insert(get.pid, Arc::clone(&chain));
-        Ok(chain)
-    }
-
-    /// Puts into `runs` where the wanted pages are, up to the first that no image has, and returns
-    /// how many they are. Fails if that is the very first.
-    fn find_runs(&mut self, chain: &Chain, get: &Get) -> Result<PageCount> {
-        self.runs.clear();
-        let mut at = get.range.start();
-        for extent in chain.extents_from(at).take(ANSWER_EXTENTS_MAX) {
-            let Some(range) = extent.range.intersect(get.range) else {
-                break;
-            };
-            let absent = matches!(extent.place, Place::Absent { .. });
-            if absent && self.runs.is_empty() && range.start() == at {
-                return Err(chain.absence(&Resolved { range, ..extent }));
-            }
-            if absent || range.start() != at {
-                break;
-            }
-            self.runs.push(Resolved { range, ..extent });
-            at = range.end();
-        }
-        if self.runs.is_empty() {
-            let (dir, target) = (self.context.dir.path().display(), get.target());
-            let text = format!("no image in {dir} or its parents has {target}'s page at {at}");
-            return Err(Error::new(Kind::Image, text));
-        }
-        let pages = (at.get() - get.range.start().get()) >> self.page.shift();
-        Ok(PageCount(pages))
+        let memory = self.context.memories.memory(pid)?;
+        self.memories.insert(pid, Arc::clone(&memory));
+        Ok(memory)
     }
 
     /// Over TLS a header has a record of its own: see [`crate::tls`].
@@ -262,22 +263,22 @@ impl Session<'_> {
         Ok(())
     }
 
-    fn push_run(&mut self, chain: &Chain, run: &Resolved) -> Result<()> {
+    fn push_run(&mut self, memory: &dyn Memory, run: &Resolved) -> Result<()> {
         let bytes = run.range.bytes();
         match run.place {
             Place::Raw { file, offset } if self.can_send_file(bytes) => {
                 let waiting = self.answers.take();
                 let stream = &mut self.stream;
                 stream.write_more(waiting).map_err(lost)?;
-                let file = chain.file(file);
+                let (file, path) = memory.file(file);
                 stream
-                    .send_file(file.file(), offset, bytes)
+                    .send_file(file, offset, bytes)
                     .map_err(|error| match error.kind() {
-                        ErrorKind::UnexpectedEof => Error::file("read", file.path(), error),
+                        ErrorKind::UnexpectedEof => Error::file("read", path, error),
                         _ => lost(error),
                     })
             }
-            place => self.copy_run(chain, place, bytes),
+            place => self.copy_run(memory, place, bytes),
         }
     }
 
@@ -286,7 +287,7 @@ impl Session<'_> {
     }
 
     /// Copies `bytes` from `place` on into the answer buffer, sending it whenever it is full.
-    fn copy_run(&mut self, chain: &Chain, mut place: Place, mut bytes: u64) -> Result<()> {
+    fn copy_run(&mut self, memory: &dyn Memory, mut place: Place, mut bytes: u64) -> Result<()> {
         while bytes > 0 {
             let room = self.page.floor(self.answers.room() as u64);
             if room == 0 {
@@ -295,7 +296,7 @@ impl Session<'_> {
             }
             let piece = bytes.min(room);
             let len = usize::try_from(piece).expect("less than the buffer's room");
-            chain.read(place, self.answers.next(len))?;
+            memory.read(place, self.answers.next(len))?;
             place = place.behind(piece, self.page);
             bytes -= piece;
         }

@@ -16,7 +16,7 @@
 //! be one are one; the bytes of every place but `Absent` lay inside its file when that was opened.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::blocks::BlockList;
@@ -207,6 +207,11 @@ impl Chain {
     /// Whose memory this is.
     pub fn target(&self) -> Target {
         self.target
+    }
+
+    /// The image directory that it was opened in, without its parents.
+    pub fn dir(&self) -> &Path {
+        &self.dirs[0]
     }
 
     /// The page size of the images.

@@ -52,6 +52,7 @@ use crate::units::Vaddr;
 use intake::{Intake, Word};
 use links::Links;
 use loss::Loss;
+pub(super) use process::wire_of;
 use report::Observer;
 pub use report::{Progress, Summary};
 use signals::Signals;

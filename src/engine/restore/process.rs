@@ -50,7 +50,7 @@ fn within_mappings(range: PageRange, vmas: &[PageRange]) -> impl Iterator<Item =
 
 /// Which header layout the CRIU that wrote the images speaks: pagemap entries with their page count
 /// in field 5 come from 4.2 or later. Images without any entry say nothing; they need no pages.
-pub(super) fn wire_of(images: &ImageDir) -> Result<Wire> {
+pub(in crate::engine) fn wire_of(images: &ImageDir) -> Result<Wire> {
     for pid in images.processes()? {
         let Some((path, mut reader)) = images.pagemap(Target::Process(pid))? else {
             continue;

@@ -1,0 +1,161 @@
+//! The one connection to `criu dump --lazy-pages`: takes its memory over, and tells it in the end
+//! whether it may go.
+//!
+//! The dump answers in order, so no more is asked for than keeps it busy: what a client waits for is
+//! asked for next, and comes behind what is on its way. Whatever ends this process resets the
+//! connection, unless CLOSE was answered: then the dump fails, and its processes go on.
+
+use std::io::{Read, Write};
+use std::time::Duration;
+
+use super::held::Held;
+use crate::criu::fetch::{Fetcher, Step};
+use crate::criu::header::{HEADER_BYTES_MAX, Wire};
+use crate::engine::stop::{Stop, Watched};
+use crate::engine::transport::Peer;
+use crate::error::{Error, Kind, Result};
+use crate::stream::Stream;
+
+/// Requests that are on their way at most.
+const REQUESTS_MAX: usize = 3;
+
+/// The receive buffer, bytes: large pieces, and the beginning of an answer behind them.
+const BUFFER_BYTES: usize = (256 << 10) + HEADER_BYTES_MAX;
+
+/// How long the dump may take to answer CLOSE: it kills its processes first.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct Drain {
+    dump: Peer,
+    stream: Stream,
+    /// Requests are named by whose pages they are for.
+    fetcher: Fetcher<u32>,
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
+}
+
+impl Drain {
+    /// Connects to the dump at `dump`.
+    pub(super) fn connect(dump: &Peer) -> Result<Stream> {
+        let socket = dump.connect().map_err(|error| {
+            error.within("is criu dump --lazy-pages there, and does it listen already?")
+        })?;
+        Ok(Stream::plain(socket))
+    }
+
+    /// Speaks `wire` over `stream`, the connection to `dump`.
+    pub(super) fn new(dump: &Peer, stream: Stream, wire: Wire, held: &Held) -> Drain {
+        Drain {
+            dump: dump.clone(),
+            stream,
+            fetcher: Fetcher::new(wire, held.page()),
+            buffer: vec![0; BUFFER_BYTES].into(),
+            start: 0,
+            end: 0,
+        }
+    }
+
+    /// Ends the connection when `stop` is pulled.
+    pub(super) fn watch(&self, stop: &Stop) -> Result<Watched> {
+        stop.watch(&self.stream.socket())
+    }
+
+    /// Takes all pages over into `held`, or stops when `enough` says so.
+    pub(super) fn run(&mut self, held: &Held, enough: impl Fn() -> bool) -> Result<()> {
+        loop {
+            self.ask(held, &enough)?;
+            if self.fetcher.outstanding() == 0 {
+                return Ok(());
+            }
+            self.receive()?;
+            while self.step(held)? {}
+        }
+    }
+
+    fn ask(&mut self, held: &Held, enough: &impl Fn() -> bool) -> Result<()> {
+        let mut words = Vec::new();
+        while self.fetcher.outstanding() < REQUESTS_MAX && !enough() {
+            let Some((pid, range)) = held.next_request() else {
+                break;
+            };
+            self.fetcher.get(pid, range, pid, &mut words);
+        }
+        self.send(&words)
+    }
+
+    fn send(&mut self, words: &[u8]) -> Result<()> {
+        let sent = self.stream.write_all(words);
+        sent.map_err(|error| self.lost(error))
+    }
+
+    fn receive(&mut self) -> Result<()> {
+        self.buffer.copy_within(self.start..self.end, 0);
+        (self.start, self.end) = (0, self.end - self.start);
+        match self.stream.read(&mut self.buffer[self.end..]) {
+            Ok(0) => Err(self.lost(std::io::ErrorKind::UnexpectedEof.into())),
+            Ok(bytes) => {
+                self.end += bytes;
+                Ok(())
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => Ok(()),
+            Err(error) => Err(self.lost(error)),
+        }
+    }
+
+    /// Takes what has come. Says whether there may be more.
+    fn step(&mut self, held: &Held) -> Result<bool> {
+        let unread = &self.buffer[self.start..self.end];
+        let (used, step) = self.fetcher.next(unread).map_err(|error| {
+            let text = format!("what the dump at {} says is wrong", self.dump);
+            Error::wrap(Kind::Protocol, text, error)
+        })?;
+        let mut again = true;
+        match step {
+            Step::Incomplete | Step::Closed(_) => again = false,
+            Step::Answer { .. } => {}
+            Step::Pages { tag, image, bytes } => held.store(tag, image, &unread[bytes])?,
+            Step::Complete { tag, rest, .. } => {
+                if let Some(rest) = rest {
+                    held.give_back(tag, rest);
+                }
+                again = self.start + used < self.end;
+            }
+        }
+        self.start += used;
+        Ok(again)
+    }
+
+    /// Tells the dump that its processes may go, and waits until they have.
+    pub(super) fn close(mut self) -> Result<()> {
+        let mut words = Vec::new();
+        self.fetcher.close(&mut words);
+        self.send(&words)?;
+        // Only what the kernel refuses makes a wait endless; the dump's end is noticed all the same.
+        let _ = self.stream.socket().set_read_timeout(Some(CLOSE_TIMEOUT));
+        loop {
+            let unread = &self.buffer[self.start..self.end];
+            let step = self.fetcher.next(unread).map_err(|error| {
+                let text = format!("the dump at {} did not confirm the end", self.dump);
+                Error::wrap(Kind::Protocol, text, error)
+            })?;
+            match step {
+                (_, Step::Closed(0)) => break,
+                (_, Step::Closed(status)) => {
+                    let text = format!("the dump answers the end with status {status}");
+                    return Err(Error::new(Kind::PeerLost, text));
+                }
+                _ => self.receive()?,
+            }
+        }
+        let closed = self.stream.socket().set_linger(None);
+        closed.map_err(|error| self.lost(error))
+    }
+
+    fn lost(&self, error: std::io::Error) -> Error {
+        let text = format!("the dump at {} is lost", self.dump);
+        Error::wrap(Kind::PeerLost, text, error)
+    }
+}

@@ -1,0 +1,148 @@
+//! Who is being served, and what that means for the dump.
+//!
+//! A client that says that it has everything ends the dump. Without `--keep`, a dump to whose clients
+//! nobody comes back is given up: its connection is reset, and its processes go on.
+
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use crate::engine::ferry::lock;
+
+/// How often somebody who waits looks for what nobody rings for.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct Guests {
+    state: Mutex<State>,
+    changed: Condvar,
+    give_up_after: Option<Duration>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    here: usize,
+    /// A client has everything.
+    confirmed: bool,
+    /// Since when nobody is here who was.
+    alone_since: Option<Instant>,
+}
+
+/// What is to be done about the dump.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Verdict {
+    /// A client has everything.
+    Confirmed,
+    /// Nobody came back for too long.
+    GivenUp,
+    /// Asked to stop.
+    Stopped,
+}
+
+/// A client that is being served, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Guest<'a>(&'a Guests);
+
+impl Guests {
+    /// Clients that are given up when none is here for so long, if that is given.
+    pub(super) fn new(give_up_after: Option<Duration>) -> Guests {
+        Guests {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            give_up_after,
+        }
+    }
+
+    /// A client comes.
+    pub(super) fn enter(&self) -> Guest<'_> {
+        let mut state = lock(&self.state);
+        state.here += 1;
+        state.alone_since = None;
+        Guest(self)
+    }
+
+    /// Whether a client has everything.
+    pub(super) fn confirmed(&self) -> bool {
+        lock(&self.state).confirmed
+    }
+
+    /// Waits for a verdict. `stopped` says whether it is to stop.
+    pub(super) fn wait_for_verdict(&self, stopped: impl Fn() -> bool) -> Verdict {
+        self.wait(|state| {
+            let alone = state.alone_since.map(|since| since.elapsed());
+            if state.confirmed {
+                Some(Verdict::Confirmed)
+            } else if stopped() {
+                Some(Verdict::Stopped)
+            } else if alone
+                .is_some_and(|alone| self.give_up_after.is_some_and(|most| alone >= most))
+            {
+                Some(Verdict::GivenUp)
+            } else {
+                None
+            }
+        })
+    }
+
+    /// Waits until it is `stopped` or, unless it `stays` for others, nobody is here.
+    pub(super) fn wait_until_gone(&self, stopped: impl Fn() -> bool, stays: bool) {
+        self.wait(|state| (stopped() || (!stays && state.here == 0)).then_some(()));
+    }
+
+    fn wait<T>(&self, mut found: impl FnMut(&State) -> Option<T>) -> T {
+        let mut state = lock(&self.state);
+        loop {
+            if let Some(found) = found(&state) {
+                return found;
+            }
+            state = self.look_again(state);
+        }
+    }
+
+    fn look_again<'a>(&'a self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        match self.changed.wait_timeout(state, LOOK_AGAIN) {
+            Ok((state, _)) => state,
+            Err(poisoned) => poisoned.into_inner().0,
+        }
+    }
+}
+
+impl Guest<'_> {
+    /// This client has everything.
+    pub(super) fn confirm(&self) {
+        lock(&self.0.state).confirmed = true;
+        self.0.changed.notify_all();
+    }
+}
+
+impl Drop for Guest<'_> {
+    fn drop(&mut self) {
+        let mut state = lock(&self.0.state);
+        state.here -= 1;
+        if state.here == 0 {
+            state.alone_since = Some(Instant::now());
+        }
+        drop(state);
+        self.0.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_dump_is_given_up_only_when_nobody_comes_back() {
+        let guests = Guests::new(Some(Duration::ZERO));
+        let first = guests.enter();
+        assert_eq!(guests.wait_for_verdict(|| true), Verdict::Stopped);
+        drop(first);
+        assert_eq!(guests.wait_for_verdict(|| false), Verdict::GivenUp);
+        let second = guests.enter();
+        second.confirm();
+        assert_eq!(guests.wait_for_verdict(|| true), Verdict::Confirmed);
+        drop(second);
+        guests.wait_until_gone(|| false, false);
+        assert!(guests.confirmed());
+    }
+}

@@ -1,0 +1,214 @@
+//! The memory of a dump that is held here: drained page by page, and given out as it comes.
+//!
+//! ```text
+//! drain ── next_request ──> plan <── want ── who serves clients
+//!   └───── store ──> backing ──────────────> find: places of pages that are there
+//! ```
+//!
+//! Page number n of the plan lies at n pages into the backing. A page is read only after it was marked
+//! as held, and is written once.
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+
+use super::backing::Backing;
+use crate::criu::header::Target;
+use crate::engine::ferry::lock;
+use crate::engine::memory::Memory;
+use crate::error::{Error, Kind, Result};
+use crate::image::chain::{Absence, Chain, Missing, Place, Resolved};
+use crate::image::dir::ImageDir;
+use crate::lazy::drain::DrainPlan;
+use crate::limits::{HELD_PAGES_MAX, WANTED_PAGES_MAX};
+use crate::units::{PageCount, PageRange, PageSize};
+
+/// Asked of the dump with one request at most, bytes. A fault waits behind those that are on their
+/// way, so they are short.
+const REQUEST_BYTES: u64 = 256 << 10;
+
+/// Requests for as many pages and fewer come from faults, larger ones from a client's stream.
+const FAULT_PAGES_MAX: u64 = 16;
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct Held {
+    page: PageSize,
+    backing: Backing,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    plan: DrainPlan,
+    /// Nothing more comes from the dump, and why.
+    failure: Option<String>,
+}
+
+impl Held {
+    /// Room for all pages that stayed with the dump whose images `dir` has; in a file in `spill`, if that
+    /// is given.
+    pub(super) fn new(dir: &ImageDir, spill: Option<&Path>) -> Result<Held> {
+        let page = dir.page();
+        let mut pids = dir.processes()?;
+        pids.sort_unstable();
+        let mut runs = Vec::new();
+        for pid in pids {
+            let target = Target::Process(pid);
+            if dir.has_pagemap(target) {
+                let chain = Chain::open(dir, target, Missing::Leave)?;
+                runs.extend(lazy_runs(&chain).map(|range| (pid, range)));
+            }
+        }
+        let plan = DrainPlan::new(page, runs);
+        let pages = plan.pages();
+        let bytes = pages
+            .checked_bytes(page)
+            .filter(|_| pages.get() <= HELD_PAGES_MAX);
+        let bytes = bytes.ok_or_else(|| {
+            let text = format!("{pages} lazy pages are more than any dump has");
+            Error::new(Kind::Image, text)
+        })?;
+        Ok(Held {
+            page,
+            backing: Backing::new(bytes, spill)?,
+            state: Mutex::new(State {
+                plan,
+                failure: None,
+            }),
+            changed: Condvar::new(),
+        })
+    }
+
+    /// Size of a page.
+    pub(super) fn page(&self) -> PageSize {
+        self.page
+    }
+
+    /// How many pages have come, and how many there are.
+    pub(super) fn progress(&self) -> (PageCount, PageCount) {
+        let state = lock(&self.state);
+        (state.plan.held(), state.plan.pages())
+    }
+
+    /// The next pages to ask the dump for.
+    pub(super) fn next_request(&self) -> Option<(u32, PageRange)> {
+        let most = PageCount(REQUEST_BYTES >> self.page.shift());
+        lock(&self.state).plan.next_request(most)
+    }
+
+    /// The pages `range` of `pid`, which were asked for, are `bytes`.
+    pub(super) fn store(&self, pid: u32, range: PageRange, bytes: &[u8]) -> Result<()> {
+        let numbers = lock(&self.state).plan.locate(pid, range);
+        let numbers =
+            numbers.filter(|numbers| numbers.end - numbers.start == range.pages(self.page).get());
+        let numbers = numbers.expect("only what the plan has is asked for");
+        self.backing
+            .write(bytes, numbers.start << self.page.shift())?;
+        lock(&self.state).plan.arrived(pid, range);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// The pages `range` of `pid` did not come with their answer.
+    pub(super) fn give_back(&self, pid: u32, range: PageRange) {
+        lock(&self.state).plan.give_back(pid, range);
+    }
+
+    /// Nothing more comes from the dump.
+    pub(super) fn fail(&self, why: &str) {
+        lock(&self.state)
+            .failure
+            .get_or_insert_with(|| why.to_owned());
+        self.changed.notify_all();
+    }
+
+    /// All pages have come.
+    pub(super) fn complete(&self) -> Result<()> {
+        self.backing.seal()
+    }
+
+    /// Waits until the first pages of `range` of `pid` are there, as many as one may wait for, and says
+    /// which numbers are. Fails if the dump does not have the first one, or is lost.
+    pub(super) fn wait_for(&self, pid: u32, range: PageRange) -> Result<Range<u64>> {
+        let mut state = lock(&self.state);
+        let Some(numbers) = state.plan.locate(pid, range) else {
+            let text = format!(
+                "the dump has not kept the page at {} of pid {pid} for a lazy restore",
+                range.start()
+            );
+            return Err(Error::new(Kind::Image, text));
+        };
+        let pages = (numbers.end - numbers.start).min(WANTED_PAGES_MAX);
+        let awaited = numbers.start..numbers.start + pages;
+        if state.plan.held_part(awaited.clone()) != awaited {
+            state.plan.want(awaited.clone(), pages <= FAULT_PAGES_MAX);
+        }
+        loop {
+            if state.plan.held_part(awaited.clone()) == awaited {
+                return Ok(state.plan.held_part(numbers));
+            }
+            if let Some(why) = &state.failure {
+                return Err(Error::new(Kind::PeerLost, why.clone()));
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// The pages that only the dump has.
+fn lazy_runs(chain: &Chain) -> impl Iterator<Item = PageRange> + '_ {
+    chain.extents().iter().filter_map(|extent| {
+        let with_source = matches!(
+            extent.place,
+            Place::Absent {
+                why: Absence::WithSource,
+                ..
+            }
+        );
+        (extent.lazy && with_source).then_some(extent.range)
+    })
+}
+
+/// The memory of one process that is held.
+#[derive(Debug)]
+pub(super) struct HeldProcess {
+    pub(super) held: Arc<Held>,
+    pub(super) pid: u32,
+}
+
+impl Memory for HeldProcess {
+    fn find_runs(&self, wanted: PageRange, runs: &mut Vec<Resolved>) -> Result<PageCount> {
+        let numbers = self.held.wait_for(self.pid, wanted)?;
+        let shift = self.held.page.shift();
+        let pages = numbers.end - numbers.start;
+        let start = wanted.start().get();
+        runs.push(Resolved {
+            range: PageRange::new(start, start + (pages << shift)),
+            lazy: true,
+            place: Place::Raw {
+                file: 0,
+                offset: numbers.start << shift,
+            },
+        });
+        Ok(PageCount(pages))
+    }
+
+    fn read(&self, place: Place, out: &mut [u8]) -> Result<()> {
+        match place {
+            Place::Raw { offset, .. } => self.held.backing.read(out, offset),
+            Place::Blocks { .. } | Place::Absent { .. } => {
+                unreachable!("held pages are there, as they are")
+            }
+        }
+    }
+
+    fn file(&self, _: u32) -> (&File, &Path) {
+        (self.held.backing.file(), self.held.backing.name())
+    }
+}

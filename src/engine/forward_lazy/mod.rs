@@ -1,0 +1,221 @@
+//! Stands between `criu dump --lazy-pages` and those who restore from it.
+//!
+//! ```text
+//! criu dump ── drain, all of it at once ──> held (memfd or spill file) ──> lazy clients, as they ask
+//!     ^                                                                       │
+//!     └────────── CLOSE, when the first of them has everything <──────────────┘
+//! ```
+//!
+//! The dump takes one connection in its life, and loses its processes' memory with it. From here many
+//! clients are served, at a time or one after another, over connections that may break: pages that
+//! have come from what is held, others by asking the dump for them first.
+//!
+//! Invariants: the dump hears CLOSE only when a client has said that it has everything, and is reset
+//! otherwise, whatever happens here, so that its processes go on; a page is never made up.
+
+mod backing;
+mod drain;
+mod guests;
+mod held;
+
+use std::net::Shutdown;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use socket2::Socket;
+
+use crate::criu::header::Wire;
+use crate::engine::listen::Source;
+use crate::engine::memory::Memory;
+use crate::engine::restore::wire_of;
+use crate::engine::serve::{Memories, ServeContext, Summary, serve_client};
+use crate::engine::sessions::{Rules, run_sessions};
+use crate::engine::stop::Stop;
+use crate::engine::transport::Peer;
+use crate::error::{Error, Kind, Result};
+use crate::image::dir::ImageDir;
+use crate::observe::traffic::Traffic;
+use crate::stream::Stream;
+use drain::Drain;
+use guests::{Guests, Verdict};
+use held::{Held, HeldProcess};
+
+/// What is to be forwarded, and how.
+#[derive(Clone, Debug)]
+pub struct ForwardLazyConfig {
+    /// Where the dump listens.
+    pub dump: Peer,
+    /// The directory in which memory is kept, if not in a memfd.
+    pub spill: Option<PathBuf>,
+    /// The header layout of the dump and the clients, if it is not to be found out.
+    pub wire: Option<Wire>,
+    /// Whether it stays for further clients when one has everything.
+    pub keep: bool,
+    /// After so long without a client that was there before the dump is given up, unless it is to
+    /// stay.
+    pub reconnect_timeout: Duration,
+    /// Counts what is served.
+    pub traffic: Arc<Traffic>,
+}
+
+/// A dump that is being forwarded. See the module's text.
+#[derive(Debug)]
+pub struct ForwardLazy {
+    config: ForwardLazyConfig,
+    drain: Drain,
+    clients: Clients,
+}
+
+/// What the clients share.
+#[derive(Debug)]
+struct Clients {
+    held: Arc<Held>,
+    context: ServeContext,
+    guests: Guests,
+}
+
+impl Memories for Arc<Held> {
+    fn memory(&self, pid: u32) -> Result<Arc<dyn Memory>> {
+        let held = Arc::clone(self);
+        Ok(Arc::new(HeldProcess { held, pid }))
+    }
+}
+
+impl ForwardLazy {
+    /// Connects to the dump that wrote `images`, and makes room for its memory.
+    pub fn connect(config: ForwardLazyConfig, images: &ImageDir) -> Result<ForwardLazy> {
+        let stream = Drain::connect(&config.dump)?;
+        let wire = match config.wire {
+            Some(wire) => wire,
+            None => wire_of(images)?,
+        };
+        let held = Arc::new(Held::new(images, config.spill.as_deref())?);
+        let (_, pages) = held.progress();
+        tracing::info!(
+            "{pages} pages stayed with the dump at {} ({wire:?})",
+            config.dump
+        );
+        let drain = Drain::new(&config.dump, stream, wire, &held);
+        let context = ServeContext::of(Box::new(Arc::clone(&held)), held.page(), config.wire);
+        let context = context.counting_in(Arc::clone(&config.traffic));
+        let patience = (!config.keep).then_some(config.reconnect_timeout);
+        Ok(ForwardLazy {
+            clients: Clients {
+                held,
+                context,
+                guests: Guests::new(patience),
+            },
+            drain,
+            config,
+        })
+    }
+
+    /// Drains the dump, and serves the clients that come to `source`, each after `secure`. Every client
+    /// that leaves is told to `report`. Fails if the dump was not closed in the end: its processes go
+    /// on then.
+    pub fn run(
+        self,
+        source: &Source,
+        rules: &Rules,
+        stop: &Stop,
+        secure: impl Fn(Stream) -> Result<Stream> + Sync,
+        report: impl Fn(&str, &Result<Summary>) + Sync,
+    ) -> Result<()> {
+        let ForwardLazy {
+            config,
+            drain,
+            clients,
+        } = self;
+        let (clients, config) = (&clients, &config);
+        let (dumped, served) = std::thread::scope(|scope| {
+            let keeper = scope.spawn(move || {
+                let ended = clients.keep_dump(drain, config, stop);
+                if ended.is_err() {
+                    // Nobody can be served any more.
+                    stop.pull();
+                }
+                shut(&source.socket);
+                ended
+            });
+            let served = run_sessions(&source.socket, rules, stop, |stream| {
+                clients.serve(stream, &secure, &report);
+                Ok(())
+            });
+            let ended = keeper.join();
+            let ended = ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            (ended, served)
+        });
+        // What became of the dump says more than that sessions were ended because of it.
+        dumped.and(served)
+    }
+}
+
+impl Clients {
+    /// Serves one client. That it fails is no failure here: it may come again.
+    fn serve(
+        &self,
+        stream: Stream,
+        secure: impl Fn(Stream) -> Result<Stream>,
+        report: impl Fn(&str, &Result<Summary>),
+    ) {
+        let peer = stream.peer().to_owned();
+        let guest = self.guests.enter();
+        let served = secure(stream).and_then(|stream| serve_client(stream, &self.context));
+        report(&peer, &served);
+        match served {
+            Ok(_) => guest.confirm(),
+            Err(error) => tracing::warn!("{error}"),
+        }
+    }
+
+    /// The dump's life from here on: drained, and closed when a client has everything.
+    fn keep_dump(&self, mut drain: Drain, config: &ForwardLazyConfig, stop: &Stop) -> Result<()> {
+        let start = Instant::now();
+        let watched = drain.watch(stop)?;
+        let stays = config.keep;
+        let drained = drain.run(&self.held, || self.guests.confirmed() && !stays);
+        let drained = drained.and_then(|()| match self.held.progress() {
+            (held, pages) if held == pages => {
+                let seconds = start.elapsed().as_secs_f64();
+                tracing::info!("the dump's {pages} pages are here after {seconds:.3} s");
+                self.held.complete()
+            }
+            (held, pages) => {
+                tracing::info!("{held} of the dump's {pages} pages were needed");
+                Ok(())
+            }
+        });
+        drained.inspect_err(|error| self.held.fail(&error.to_string()))?;
+        drop(watched);
+        let stopped = || stop.is_pulled();
+        match self.guests.wait_for_verdict(stopped) {
+            Verdict::Confirmed => {}
+            Verdict::Stopped => {
+                let text = "stopped before a client had everything: the dump is told so, its \
+                            processes go on";
+                return Err(Error::new(Kind::Interrupted, text));
+            }
+            Verdict::GivenUp => {
+                let text = format!(
+                    "no client came back for {} s (--reconnect-timeout): the dump is told so, its \
+                     processes go on",
+                    config.reconnect_timeout.as_secs()
+                );
+                return Err(Error::new(Kind::PeerLost, text));
+            }
+        }
+        drain.close().map_err(|error| {
+            error.within("a client has everything, but the dump's processes may run on as well")
+        })?;
+        tracing::info!("a client has everything: the dump is closed");
+        self.guests.wait_until_gone(stopped, stays);
+        Ok(())
+    }
+}
+
+/// Ends the wait for further clients.
+fn shut(listener: &Socket) {
+    // It may have been shut before.
+    let _ = listener.shutdown(Shutdown::Both);
+}
