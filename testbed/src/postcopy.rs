@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   criu dump --lazy-pages  or  a page server on a finished dump  or  nothing: local images
+//!       ^ our forwarder, if it is to take the dump's memory over
 //!       ^ proxy, if a link is given
 //!   lazy-pages daemon  <-- userfaultfds --  criu restore --lazy-pages
 //! ```
@@ -31,6 +32,8 @@ use crate::wait::GENEROUS;
 pub enum Source<'a> {
     /// The dump itself: `criu dump --lazy-pages`.
     Dump,
+    /// The dump itself, whose memory our `page-server --forward-lazy` takes over.
+    Forwarder,
     /// A page server that serves a finished dump.
     PageServer(Make<'a>),
     /// Nobody else: the images are where the restore is.
@@ -50,7 +53,7 @@ pub struct Plan<'a> {
     pub client: Make<'a>,
     /// Further options of the lazy-pages daemon.
     pub client_options: Vec<String>,
-    /// Further options of the source.
+    /// Further options of the source; of the forwarder, where there is one.
     pub source_options: Vec<String>,
     /// What lies between the source and the daemon (none: loopback without a proxy).
     pub link: Option<(Link, Option<Accident>)>,
@@ -107,6 +110,8 @@ pub fn slow_link() -> Link {
 enum Running {
     Dump(Spawned),
     PageServer(PageServer),
+    /// A dump and its forwarder.
+    Forwarded(Spawned, Box<PageServer>),
     Nobody,
 }
 
@@ -133,6 +138,8 @@ pub struct PostCopy {
     pub load: Load,
     before: Vec<Report>,
     sent: Vec<(u32, u64)>,
+    images: PathBuf,
+    address: Option<SocketAddr>,
 }
 
 impl PostCopy {
@@ -192,8 +199,9 @@ impl PostCopy {
             before,
             source,
             images,
-            address,
+            address: direct,
         } = dumped;
+        let address = direct;
         let proxy = match (address, plan.link) {
             (Some(address), Some((link, accident))) => Some(Proxy::start(address, link, accident)?),
             _ => None,
@@ -221,7 +229,38 @@ impl PostCopy {
             load,
             before,
             sent,
+            images,
+            address: direct,
         })
+    }
+
+    /// Restores the same dump once more, from a source that has stayed, in place of what was restored
+    /// before.
+    ///
+    /// # Errors
+    /// A step of the migration fails; the error shows the logs.
+    pub fn again(mut self, plan: &Plan<'_>, steps: &[Step]) -> Result<PostCopy> {
+        self.restored.kill();
+        self.load.steer_anybody();
+        let PostCopy {
+            source,
+            load,
+            before,
+            images,
+            address,
+            ..
+        } = self;
+        PostCopy::restore(
+            plan,
+            Dumped {
+                load,
+                before,
+                source,
+                images,
+                address,
+            },
+            steps,
+        )
     }
 
     /// Waits for the reports of the steps given at the start, and checks that the processes are
@@ -270,9 +309,17 @@ impl PostCopy {
     /// The source's process, if there is a source.
     pub fn source(&mut self) -> Option<&mut Spawned> {
         match &mut self.source {
-            Running::Dump(dump) => Some(dump),
+            Running::Dump(dump) | Running::Forwarded(dump, _) => Some(dump),
             Running::PageServer(server) => Some(server.process()),
             Running::Nobody => None,
+        }
+    }
+
+    /// The forwarder's process, if there is a forwarder.
+    pub fn forwarder(&mut self) -> Option<&mut Spawned> {
+        match &mut self.source {
+            Running::Forwarded(_, forwarder) => Some(forwarder.process()),
+            _ => None,
         }
     }
 
@@ -285,6 +332,9 @@ impl PostCopy {
         self.daemon.process().succeed(GENEROUS)?;
         if let Some(source) = self.source() {
             source.succeed(GENEROUS)?;
+        }
+        if let Some(forwarder) = self.forwarder() {
+            forwarder.succeed(GENEROUS)?;
         }
         self.load.wait_until_gone()
     }
@@ -304,6 +354,17 @@ fn start_source(
             let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
             let dump = dump.with(&source_options).serve_lazily(address)?;
             Ok((Running::Dump(dump), dumped, Some(address)))
+        }
+        Source::Forwarder => {
+            let kept = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
+            let dump = dump.serve_lazily(kept)?;
+            let kept = kept.to_string();
+            let options = Options::new(&dumped).with(&["--forward-lazy", &kept]);
+            let options = options.with(&source_options).log_to("forward.log");
+            let forwarder = PageServer::receiving(Make::Ours, &options)?;
+            let address = forwarder.address();
+            let running = Running::Forwarded(dump, Box::new(forwarder));
+            Ok((running, dumped, Some(address)))
         }
         Source::PageServer(make) => {
             dump.run()?;

@@ -70,6 +70,11 @@ impl Control {
         Ok(())
     }
 
+    /// From now on commands are for whoever looks for one first, as before [`Control::steer`].
+    pub fn steer_anybody(&self) {
+        *self.steered.borrow_mut() = None;
+    }
+
     /// Lets `process` carry out `steps`, and waits for its report.
     ///
     /// # Errors
