@@ -3,6 +3,7 @@
 //! ```text
 //!   PageServer   criu page-server [--lazy-pages]   or   page-server [--lazy-pages]
 //!   LazyDaemon   criu lazy-pages                   or   lazy-client
+//!   Sink         stores whatever comes: what a page server costs without its protocol
 //! ```
 
 use std::fs;
@@ -150,11 +151,7 @@ impl PageServer {
         let process = Spawned::start_ready("page-server", &mut command, log)?;
         let port = match port {
             Some(port) => port,
-            None => fs::read_to_string(&port_file)
-                .with_context(|| port_file.display().to_string())?
-                .trim()
-                .parse()
-                .with_context(|| format!("port in {}", port_file.display()))?,
+            None => read_port(&port_file)?,
         };
         Ok(PageServer {
             process,
@@ -178,6 +175,46 @@ impl PageServer {
     /// It fails, or runs on; the error shows its log.
     pub fn finish(mut self, limit: Duration) -> Result<Ended> {
         self.process.succeed(limit)
+    }
+}
+
+fn read_port(path: &Path) -> Result<u16> {
+    let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let port = text.trim().parse();
+    port.with_context(|| format!("port in {}", path.display()))
+}
+
+/// A process that writes what one connection brings into a file, and then ends.
+#[derive(Debug)]
+pub struct Sink {
+    process: Spawned,
+    address: SocketAddr,
+}
+
+impl Sink {
+    /// Starts one on loopback.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub fn start(file: &Path) -> Result<Sink> {
+        let port_file = file.with_extension("port");
+        let mut command = Command::new(workspace::binary("sink")?);
+        command.arg(file).arg("--port-file").arg(&port_file);
+        // It has no log: what goes wrong is on standard error.
+        let log = file.with_extension("log");
+        let process = Spawned::start_ready("the bare sink", &mut command, log)?;
+        let address = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), read_port(&port_file)?);
+        Ok(Sink { process, address })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Its process.
+    pub fn process(&mut self) -> &mut Spawned {
+        &mut self.process
     }
 }
 

@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
+use nix::time::{ClockId, clock_getcpuclockid};
 use nix::unistd::Pid;
 use std::os::fd::AsFd;
 
@@ -120,6 +121,31 @@ impl Spawned {
     /// Its pid.
     pub fn pid(&self) -> Pid {
         Pid::from_raw(self.child.id().cast_signed())
+    }
+
+    /// User and system time that it has used so far.
+    ///
+    /// # Errors
+    /// It has been reaped.
+    pub fn cpu(&self) -> Result<Duration> {
+        let clock = clock_getcpuclockid(self.pid());
+        let used = clock.and_then(ClockId::now);
+        used.map(Duration::from)
+            .with_context(|| format!("CPU time of {}", self.name))
+    }
+
+    /// Most memory that it had resident so far, bytes. Unlike [`Ended::peak_rss_bytes`] this leaves out
+    /// what its parent had when it was started, which the kernel counts for the child.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn peak_rss_bytes(&self) -> Result<u64> {
+        let path = format!("/proc/{}/status", self.pid());
+        let status = fs::read_to_string(&path).with_context(|| path.clone())?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = line.and_then(|value| value.trim().strip_suffix(" kB"));
+        let kib = kib.with_context(|| format!("no VmHWM in {path}"))?;
+        Ok(kib.trim().parse::<u64>()? << 10)
     }
 
     /// What it is called in errors.

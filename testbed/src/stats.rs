@@ -12,6 +12,9 @@ const HEAD_BYTES: usize = 12;
 /// CRIU's counts of one dump (`DumpStatsEntry` in its stats.proto).
 #[derive(Clone, PartialEq, Message)]
 pub struct DumpStats {
+    /// How long the processes stood still, µs.
+    #[prost(uint32, required, tag = "2")]
+    pub frozen_time: u32,
     /// Pages of private memory written, to files or to a page server.
     #[prost(uint64, required, tag = "7")]
     pub pages_written: u64,

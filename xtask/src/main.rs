@@ -26,7 +26,7 @@ struct Args {
 #[derive(Subcommand)]
 enum Task {
     /// Measures pageferry and CRIU against each other.
-    Bench(bench::Args),
+    Bench(Box<bench::Args>),
     /// Fetches real CRIUs into target/criu and prints version and path of each.
     Criu(criu::Args),
     /// Moves a working process from one host to another, and shows that it is the same.

@@ -1,15 +1,18 @@
 //! `cargo xtask bench`: pageferry and CRIU, measured in turn on the same machine.
 //!
 //! ```text
-//!   post_copy   what is measured and judged      stats   medians and ratios of samples and bounds
-//!   bars        promises, kept or not            table   text
+//!   post_copy, page_server   what is measured and judged
+//!   rounds   runs of all contenders, compared      stats   medians and ratios of samples and bounds
+//!   bars     promises, kept or not                 table   text
 //! ```
 //!
 //! Invariants: contenders take turns, so that a machine that gets slower meets all of them; the
 //! first round warms up and is thrown away; a ratio compares runs of the same round.
 
 mod bars;
+mod page_server;
 mod post_copy;
+mod rounds;
 mod stats;
 mod table;
 
@@ -36,6 +39,8 @@ pub(crate) struct Args {
 
 #[derive(clap::Subcommand)]
 enum Bench {
+    /// Page servers that receive a dump or serve it: page-server, CRIU's, and a bare sink.
+    PageServer(page_server::Args),
     /// Restored processes that run while their memory is on its way: lazy-client and CRIU's
     /// lazy-pages.
     PostCopy(post_copy::Args),
@@ -46,6 +51,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     setup::require_root()?;
     use_binaries(setup::release_binaries()?);
     match &args.bench {
+        Bench::PageServer(args) => page_server::run(args),
         Bench::PostCopy(args) => post_copy::run(args),
     }
 }

@@ -12,6 +12,8 @@ use testbed::load::steps::{Order, Pass, Step};
 use testbed::proxy::Link;
 use testbed::sys::WORD_BYTES;
 
+use super::super::rounds::Contend;
+
 /// Bytes a second of [`LinkKind::Gigabit`].
 const GIGABIT_BYTES_PER_S: u32 = 125_000_000;
 const GIGABIT_ROUND_TRIP: Duration = Duration::from_millis(1);
@@ -144,8 +146,10 @@ impl Contender {
         }
         all
     }
+}
 
-    pub(super) fn name(self) -> &'static str {
+impl Contend for Contender {
+    fn name(self) -> &'static str {
         match self {
             Contender::Pageferry => "pageferry",
             Contender::Criu => "CRIU",

@@ -16,6 +16,7 @@ use testbed::postcopy::{Plan, PostCopy, Source};
 use testbed::wait::{self, GENEROUS};
 
 use super::super::TMPFS;
+use super::super::rounds::{Contend, Measure};
 use super::super::stats::{Bound, Sample};
 use super::case::{Case, Contender};
 
@@ -59,8 +60,10 @@ impl Metric {
         Metric::Cpu,
         Metric::Peak,
     ];
+}
 
-    pub(super) fn heading(self) -> &'static str {
+impl Measure<Run> for Metric {
+    fn heading(self) -> &'static str {
         match self {
             Metric::Drain => "drained s",
             Metric::Pass => "pass s",
@@ -74,7 +77,7 @@ impl Metric {
         }
     }
 
-    pub(super) fn of(self, run: &Run) -> Option<Sample> {
+    fn of(self, run: &Run) -> Option<Sample> {
         let of_faults = |value: fn(&Faults) -> f64| run.faults.as_ref().map(value);
         let exact = match self {
             Metric::Drain => return Some(run.drain_s),

@@ -22,9 +22,8 @@ use serde::Serialize;
 use testbed::criu;
 
 use super::bars::{self, Bar};
-use super::stats::{Sample, median, median_ratio};
-use super::table::{Table, cell};
-use super::{Machine, alternate, write_json};
+use super::rounds::Rounds;
+use super::{Machine, write_json};
 use case::{Access, Case, Contender, LinkKind, SourceKind};
 use measure::{Bench, Metric, Run};
 
@@ -59,54 +58,13 @@ pub(crate) struct Args {
     json: Option<PathBuf>,
 }
 
-/// All rounds of one case.
-#[derive(Clone, Debug, Serialize)]
-struct CaseResult {
-    case: Case,
-    contenders: Vec<Contender>,
-    /// Runs of each round, in the order of the contenders.
-    rounds: Vec<Vec<Run>>,
-}
+type CaseResult = Rounds<Case, Contender, Run>;
 
-impl CaseResult {
-    /// What a contender's runs have of a metric, round by round; nothing if it did not run.
-    fn samples(&self, who: Contender, metric: Metric) -> Vec<Option<Sample>> {
-        let Some(index) = self.contenders.iter().position(|&other| other == who) else {
-            return Vec::new();
-        };
-        let of_round = |round: &Vec<Run>| metric.of(round.get(index)?);
-        self.rounds.iter().map(of_round).collect()
-    }
-
-    fn median(&self, who: Contender, metric: Metric) -> Option<Sample> {
-        median(self.samples(who, metric).into_iter().flatten())
-    }
-
-    /// The median of a contender's ratios to CRIU.
-    fn ratio(&self, who: Contender, metric: Metric) -> Option<Sample> {
-        let criu = self.samples(Contender::Criu, metric);
-        median_ratio(self.samples(who, metric).into_iter().zip(criu))
-    }
-
-    fn print(&self) {
-        let headings = std::iter::once("").chain(Metric::ALL.map(Metric::heading));
-        let mut table = Table::new(headings);
-        for &who in &self.contenders {
-            table.row(who.name(), Metric::ALL.map(|m| cell(self.median(who, m))));
-        }
-        if self.contenders.contains(&Contender::Criu) {
-            for &who in self
-                .contenders
-                .iter()
-                .filter(|&&who| who != Contender::Criu)
-            {
-                let name = format!("{} / CRIU", who.name());
-                table.row(&name, Metric::ALL.map(|m| cell(self.ratio(who, m))));
-            }
-        }
-        println!("\n{}\n{table}", self.case.describe());
-    }
-}
+/// Everybody against CRIU.
+const PAIRS: [(Contender, Contender); 2] = [
+    (Contender::Pageferry, Contender::Criu),
+    (Contender::PageferryOwnSource, Contender::Criu),
+];
 
 /// What goes into the file.
 #[derive(Serialize)]
@@ -134,12 +92,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut results: Vec<CaseResult> = Vec::new();
     let mut bars = Vec::new();
     for case in Case::all_of(&args.size, &args.order, &args.link) {
-        let result = CaseResult {
-            case,
-            contenders: contenders.clone(),
-            rounds: alternate(&contenders, args.runs, |&who| bench.run(case, who))?,
-        };
-        result.print();
+        let run = |case: &Case, who| bench.run(*case, who);
+        let result = Rounds::take(case, contenders.clone(), args.runs, run)?;
+        let table = result.table(&Metric::ALL, &PAIRS);
+        println!("\n{}\n{table}", case.describe());
         results.push(result);
         bars = promises::judge(&results);
         // After each case: a long run that is interrupted leaves what it has.

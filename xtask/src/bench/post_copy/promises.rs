@@ -4,6 +4,7 @@
 //! same round; one about pageferry itself compares medians.
 
 use super::super::bars::Bar;
+use super::super::rounds::Contend;
 use super::super::stats::Sample;
 use super::CaseResult;
 use super::case::{Access, Case, Contender, LinkKind};
@@ -58,7 +59,8 @@ impl<'a> Measured<'a> {
     }
 
     fn to_criu(self, mib: u32, access: Access, who: Contender, metric: Metric) -> Option<Sample> {
-        self.on_loopback(mib, access)?.ratio(who, metric)
+        self.on_loopback(mib, access)?
+            .ratio(who, Contender::Criu, metric)
     }
 }
 

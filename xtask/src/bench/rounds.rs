@@ -1,0 +1,91 @@
+//! All rounds of one case: what each contender's runs took, and what that says of one against another.
+
+use anyhow::Result;
+use serde::Serialize;
+
+use super::alternate;
+use super::stats::{Sample, median, median_ratio};
+use super::table::{Table, cell};
+
+/// Somebody who competes.
+pub(crate) trait Contend: Copy + PartialEq {
+    /// What tables call it.
+    fn name(self) -> &'static str;
+}
+
+/// Something that is read off a run.
+pub(crate) trait Measure<R>: Copy {
+    /// The heading of its column, with the unit.
+    fn heading(self) -> &'static str;
+
+    /// Its value, if the run has one.
+    fn of(self, run: &R) -> Option<Sample>;
+}
+
+/// See the module's text.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Rounds<C, W, R> {
+    pub(crate) case: C,
+    pub(crate) contenders: Vec<W>,
+    /// Runs of each round, in the order of the contenders.
+    rounds: Vec<Vec<R>>,
+}
+
+impl<C, W: Contend, R> Rounds<C, W, R> {
+    /// Lets the contenders run in turn.
+    pub(crate) fn take(
+        case: C,
+        contenders: Vec<W>,
+        rounds: u32,
+        mut run: impl FnMut(&C, W) -> Result<R>,
+    ) -> Result<Rounds<C, W, R>> {
+        let rounds = alternate(&contenders, rounds, |&who| run(&case, who))?;
+        Ok(Rounds {
+            case,
+            contenders,
+            rounds,
+        })
+    }
+
+    /// What a contender's runs have of a metric, round by round; nothing if it did not run.
+    pub(crate) fn samples(&self, who: W, metric: impl Measure<R>) -> Vec<Option<Sample>> {
+        let Some(index) = self.contenders.iter().position(|&other| other == who) else {
+            return Vec::new();
+        };
+        let of_round = |round: &Vec<R>| metric.of(round.get(index)?);
+        self.rounds.iter().map(of_round).collect()
+    }
+
+    /// The median of what a contender's runs have of a metric.
+    pub(crate) fn median(&self, who: W, metric: impl Measure<R>) -> Option<Sample> {
+        median(self.samples(who, metric).into_iter().flatten())
+    }
+
+    /// The median of a contender's ratios to another in the same round.
+    pub(crate) fn ratio(&self, who: W, to: W, metric: impl Measure<R>) -> Option<Sample> {
+        let other = self.samples(to, metric);
+        median_ratio(self.samples(who, metric).into_iter().zip(other))
+    }
+
+    /// The medians of all contenders, and the ratios of each of `pairs` that competed.
+    pub(crate) fn table<M: Measure<R>>(&self, metrics: &[M], pairs: &[(W, W)]) -> Table {
+        let headings = std::iter::once("").chain(metrics.iter().map(|metric| metric.heading()));
+        let mut table = Table::new(headings);
+        for &who in &self.contenders {
+            let medians = metrics.iter().map(|&metric| cell(self.median(who, metric)));
+            table.row(who.name(), medians);
+        }
+        let competed = |who: &W| self.contenders.contains(who);
+        for &(who, to) in pairs
+            .iter()
+            .filter(|(who, to)| competed(who) && competed(to))
+        {
+            let name = format!("{} / {}", who.name(), to.name());
+            let ratios = metrics
+                .iter()
+                .map(|&metric| cell(self.ratio(who, to, metric)));
+            table.row(&name, ratios);
+        }
+        table
+    }
+}
