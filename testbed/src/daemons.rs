@@ -54,6 +54,8 @@ pub struct Options<'a> {
     pub extra: Vec<String>,
     /// The log file's name within the image directory.
     pub log: &'static str,
+    /// The port to listen on; a free one if none is given.
+    pub port: Option<u16>,
 }
 
 impl<'a> Options<'a> {
@@ -65,6 +67,7 @@ impl<'a> Options<'a> {
             address: Ipv4Addr::LOCALHOST.into(),
             extra: Vec::new(),
             log: "daemon.log",
+            port: None,
         }
     }
 
@@ -83,6 +86,14 @@ impl<'a> Options<'a> {
     /// Logging to another file of the image directory.
     pub fn log_to(self, log: &'static str) -> Options<'a> {
         Options { log, ..self }
+    }
+
+    /// Listening on `port`.
+    pub fn at_port(self, port: u16) -> Options<'a> {
+        Options {
+            port: Some(port),
+            ..self
+        }
     }
 
     /// In a network, at an address of it.
@@ -138,16 +149,16 @@ impl PageServer {
         let port_file = options.images.join("page-server.port");
         // CRIU refuses port 0.
         let port = match make {
+            _ if options.port.is_some() => options.port,
             Make::Ours => {
                 command.args(["--port", "0", "--port-file"]).arg(&port_file);
                 None
             }
-            Make::Criu(_) => {
-                let port = free_port()?;
-                command.args(["--port", &port.to_string()]);
-                Some(port)
-            }
+            Make::Criu(_) => Some(free_port()?),
         };
+        if let Some(port) = port {
+            command.args(["--port", &port.to_string()]);
+        }
         let process = Spawned::start_ready("page-server", &mut command, log)?;
         let port = match port {
             Some(port) => port,

@@ -12,6 +12,7 @@
 //!   postcopy   all of it in one                     bed, suite       a test's place, a test per CRIU
 //!   rounds     dumps of one load on top of each other images, stats    CRIU's files
 //!   runc       the same in containers               swrk             CRIU's remote procedure calls
+//!   debian     programs of other Debian suites
 //! ```
 //!
 //! Invariants: every process, namespace, mount and sysctl belongs to a guard that undoes it on drop;
@@ -20,6 +21,7 @@
 pub mod bed;
 pub mod criu;
 pub mod daemons;
+pub mod debian;
 pub mod gate;
 pub mod images;
 pub mod load;

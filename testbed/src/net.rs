@@ -168,6 +168,20 @@ impl TwoHosts {
     }
 }
 
+impl TwoHosts {
+    /// Bytes that the source has sent to the destination so far, with all headers.
+    ///
+    /// # Errors
+    /// The interface cannot be asked.
+    pub fn bytes_to_destination(&self) -> Result<u64> {
+        let show = ["-json", "-stats", "link", "show", "dev", "ferry0"];
+        let shown = run(self.source.net.command("ip").args(show))?;
+        let links: serde_json::Value = serde_json::from_slice(&shown.stdout)?;
+        let bytes = links[0]["stats64"]["tx"]["bytes"].as_u64();
+        bytes.context("ip tells no bytes")
+    }
+}
+
 /// Limits what a namespace sends, with a queue of 20 ms.
 fn limit(namespace: &NetNs, bits_per_s: u64) -> Result<()> {
     // A bucket of 4 ms lets the rate be reached with coarse timers.

@@ -35,6 +35,12 @@ pub(crate) const NETWORK: &[Needed] = &[
     },
 ];
 
+/// Processes with a heap of objects.
+pub(crate) const PYTHON: &[Needed] = &[Needed {
+    program: "python3",
+    package: "python3",
+}];
+
 /// Containers; CRIU locks their network by iptables while it dumps them.
 pub(crate) const CONTAINERS: &[Needed] = &[
     Needed {

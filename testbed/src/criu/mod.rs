@@ -10,7 +10,7 @@
 //! itself, so that a copied target directory works.
 
 mod fetch;
-mod sources;
+pub(crate) mod sources;
 
 use std::env;
 use std::path::{Path, PathBuf};

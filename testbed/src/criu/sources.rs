@@ -25,15 +25,15 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// Where Debian's packages come from on this machine.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Archive {
+pub(crate) struct Archive {
     /// The mirror.
-    pub(super) uri: String,
+    pub(crate) uri: String,
     /// The keys that sign it.
-    pub(super) keyring: PathBuf,
+    pub(crate) keyring: PathBuf,
 }
 
 /// Finds the main archive among the machine's sources.
-pub(super) fn of_machine() -> Result<Archive> {
+pub(crate) fn of_machine() -> Result<Archive> {
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
     if let Ok(entries) = fs::read_dir("/etc/apt/sources.list.d") {
         files.extend(entries.filter_map(|entry| Some(entry.ok()?.path())));

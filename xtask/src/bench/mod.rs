@@ -1,7 +1,7 @@
 //! `cargo xtask bench`: pageferry and CRIU, measured in turn on the same machine.
 //!
 //! ```text
-//!   post_copy, page_server   what is measured and judged
+//!   post_copy, page_server, stream   what is measured and judged
 //!   rounds   runs of all contenders, compared      stats   medians and ratios of samples and bounds
 //!   bars     promises, kept or not                 table   text
 //! ```
@@ -14,6 +14,7 @@ mod page_server;
 mod post_copy;
 mod rounds;
 mod stats;
+mod stream;
 mod table;
 
 use std::fs;
@@ -44,6 +45,8 @@ enum Bench {
     /// Restored processes that run while their memory is on its way: lazy-client and CRIU's
     /// lazy-pages.
     PostCopy(post_copy::Args),
+    /// Processes dumped to another host, round after round: ferry, page-server and CRIU's page-server.
+    Stream(stream::Args),
 }
 
 /// Builds what is measured, measures and judges it.
@@ -53,6 +56,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     match &args.bench {
         Bench::PageServer(args) => page_server::run(args),
         Bench::PostCopy(args) => post_copy::run(args),
+        Bench::Stream(args) => stream::run(args),
     }
 }
 

@@ -1,0 +1,175 @@
+//! Programs of Debian suites other than the machine's own, unpacked beside the system.
+//!
+//! apt runs with private lists, state and cache, so nothing of the machine changes.
+
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::criu::{Suite, sources};
+use crate::wait::retried;
+use crate::workspace::target_dir;
+
+/// Starts an unpacked program with the unpacked loader and libraries, wherever they stand.
+const WRAPPER: &str = r#"#!/bin/sh
+here=$(dirname "$(readlink -f "$0")")/root/usr
+for loader in "$here"/lib64/ld-linux-x86-64.so.2 "$here"/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 \
+    "$here"/lib/ld-linux-aarch64.so.1 "$here"/lib/aarch64-linux-gnu/ld-linux-aarch64.so.1; do
+    [ -e "$loader" ] && break
+done
+for libraries in "$here"/lib/x86_64-linux-gnu "$here"/lib/aarch64-linux-gnu; do
+    [ -d "$libraries" ] && break
+done
+exec "$loader" --library-path "$libraries" "$here"/PROGRAM "$@"
+"#;
+
+/// Holds off other processes that fetch into the same directory.
+pub(crate) fn lock(dir: &Path) -> Result<Flock<File>> {
+    fs::create_dir_all(dir)?;
+    let path = dir.join("lock");
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)?;
+    Flock::lock(file, FlockArg::LockExclusive)
+        .map_err(|(_, errno)| errno)
+        .with_context(|| format!("locking {}", path.display()))
+}
+
+/// Writes a script that starts `program`, relative to `/usr` of the packages unpacked in `root` beside
+/// it.
+pub(crate) fn write_wrapper(script: &Path, program: &str) -> Result<()> {
+    fs::write(script, WRAPPER.replace("PROGRAM", program))?;
+    Ok(fs::set_permissions(
+        script,
+        fs::Permissions::from_mode(0o755),
+    )?)
+}
+
+/// What starts `program` (relative to `/usr`) of a package of `suite`, fetched unless it is here.
+///
+/// # Errors
+/// No Debian archive, no network, or no such package.
+pub fn program(suite: Suite, package: &str, program: &str) -> Result<PathBuf> {
+    let dir = target_dir().join("debian");
+    let _lock = lock(&dir)?;
+    let home = dir.join(format!("{package}-{}", suite.name()));
+    let name = Path::new(program).file_name();
+    let script = home.join(name.context("a program has a name")?);
+    if !home.exists() {
+        let work = dir.join(format!("fetching-{package}"));
+        if work.exists() {
+            fs::remove_dir_all(&work)?;
+        }
+        let apt = PrivateApt::new(&work.join("apt"), suite)?;
+        apt.download(package)
+            .with_context(|| format!("fetching {package} from {}", suite.name()))?;
+        let unpacked = work.join("whole");
+        apt.unpack(&unpacked.join("root"))?;
+        fs::rename(&unpacked, &home)?;
+        fs::remove_dir_all(&work)?;
+    }
+    write_wrapper(&script, program)?;
+    Ok(script)
+}
+
+/// An apt with lists, state and cache of its own.
+pub(crate) struct PrivateApt {
+    dir: PathBuf,
+    suite: Suite,
+}
+
+impl PrivateApt {
+    /// One that works in `dir`, with the packages of `suite`.
+    pub(crate) fn new(dir: &Path, suite: Suite) -> Result<PrivateApt> {
+        for part in ["lists/partial", "cache/archives/partial"] {
+            fs::create_dir_all(dir.join(part))?;
+        }
+        fs::write(dir.join("status"), "")?;
+        let archive = sources::of_machine()?;
+        let line = |suite: &str| {
+            format!(
+                "deb [signed-by={}] {} {suite} main\n",
+                archive.keyring.display(),
+                archive.uri
+            )
+        };
+        let mut list = line(suite.name());
+        if suite == Suite::Experimental {
+            // experimental is not complete: what it lacks comes from sid.
+            list.push_str(&line(Suite::Sid.name()));
+        }
+        fs::write(dir.join("sources.list"), list)?;
+        Ok(PrivateApt {
+            dir: dir.to_owned(),
+            suite,
+        })
+    }
+
+    /// Downloads a package and all that it needs.
+    pub(crate) fn download(&self, package: &str) -> Result<()> {
+        self.run(&["update", "-qq"])?;
+        let release: &[&str] = match self.suite {
+            Suite::Experimental => &["-t", "experimental"],
+            Suite::Trixie | Suite::Sid => &[],
+        };
+        let install = ["-y", "-qq", "--download-only", "install", package];
+        self.run(&[release, &install].concat())
+    }
+
+    fn run(&self, args: &[&str]) -> Result<()> {
+        let option = |name: &str, file: &str| format!("-o{name}={}", self.dir.join(file).display());
+        let options = [
+            option("Dir::Etc::SourceList", "sources.list"),
+            option("Dir::State::Lists", "lists"),
+            option("Dir::State::status", "status"),
+            option("Dir::Cache", "cache"),
+            "-oDir::Etc::SourceParts=/dev/null".to_owned(),
+            "-oAPT::Install-Recommends=false".to_owned(),
+            // The unprivileged download user cannot reach a target directory below /root.
+            "-oAPT::Sandbox::User=root".to_owned(),
+        ];
+        retried("apt-get", || {
+            let output = Command::new("apt-get")
+                .env("DEBIAN_FRONTEND", "noninteractive")
+                .args(&options)
+                .args(args)
+                .stdin(Stdio::null())
+                .output()
+                .context("running apt-get: only Debian machines can fetch CRIU packages")?;
+            let said = String::from_utf8_lossy(&output.stderr);
+            ensure!(
+                output.status.success(),
+                "apt-get {}: {}\n{said}",
+                args.join(" "),
+                output.status
+            );
+            Ok(())
+        })
+    }
+
+    /// Unpacks everything downloaded into `root`.
+    pub(crate) fn unpack(&self, root: &Path) -> Result<()> {
+        fs::create_dir_all(root)?;
+        for entry in fs::read_dir(self.dir.join("cache/archives"))? {
+            let package = entry?.path();
+            if package
+                .extension()
+                .is_some_and(|extension| extension == "deb")
+            {
+                let status = Command::new("dpkg")
+                    .arg("-x")
+                    .arg(&package)
+                    .arg(root)
+                    .status()?;
+                ensure!(status.success(), "dpkg -x {}: {status}", package.display());
+            }
+        }
+        Ok(())
+    }
+}
