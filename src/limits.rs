@@ -122,6 +122,9 @@ pub const FERRY_WINDOW_FRAMES_MAX: u32 = 4096;
 /// Most bytes of frames that may be on their way without an acknowledgement.
 pub const FERRY_WINDOW_BYTES_MAX: u64 = 1 << 30;
 
+/// Most questions for hashes that may wait for their answers on a connection.
+pub const FERRY_QUESTIONS_MAX: usize = 64;
+
 /// Most sessions that a listening side has at a time.
 pub const FERRY_SESSIONS_MAX: usize = 256;
 

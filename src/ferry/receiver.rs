@@ -13,7 +13,7 @@
 //! Invariants: frames are handed out once each and in order; `safe` never runs ahead of what the
 //! engine has applied; no more is held than the window.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use crate::criu::header::Target;
 use crate::units::{PageCount, PageSize};
@@ -97,6 +97,9 @@ pub struct Receiver {
     held: BTreeMap<u64, u64>,
     held_bytes: u64,
     handed_out: u64,
+    /// Frames that were handed out and are not safe yet, with their lengths in bytes.
+    unsafe_yet: VecDeque<u64>,
+    unsafe_bytes: u64,
     ack: Ack,
     failure: Option<Fail>,
     open: Option<Target>,
@@ -114,6 +117,8 @@ impl Receiver {
             held: BTreeMap::new(),
             held_bytes: 0,
             handed_out: 0,
+            unsafe_yet: VecDeque::new(),
+            unsafe_bytes: 0,
             ack: Ack::default(),
             failure: None,
             open: None,
@@ -137,14 +142,15 @@ impl Receiver {
         if number <= self.handed_out || self.held.contains_key(&number) {
             return Ok(Arrival::Again);
         }
-        if number == self.handed_out + 1 {
-            self.handed_out = number;
-            return Ok(Arrival::Next);
-        }
         let safe = self.ack.safe;
         let most = self.window.bytes.max(FRAME_BYTES_MAX as u64);
-        if number > safe + u64::from(self.window.frames) || self.held_bytes + bytes > most {
+        let here = self.held_bytes + self.unsafe_bytes;
+        if number - safe > u64::from(self.window.frames) || here + bytes > most {
             return Err(SessionError::BeyondWindow { number, safe });
+        }
+        if number == self.handed_out + 1 {
+            self.hand_out(number, bytes);
+            return Ok(Arrival::Next);
         }
         self.held.insert(number, bytes);
         self.held_bytes += bytes;
@@ -157,9 +163,10 @@ impl Receiver {
         if *entry.key() != self.handed_out + 1 {
             return None;
         }
-        self.handed_out += 1;
-        self.held_bytes -= entry.remove();
-        Some(self.handed_out)
+        let (number, bytes) = entry.remove_entry();
+        self.held_bytes -= bytes;
+        self.hand_out(number, bytes);
+        Some(number)
     }
 
     /// Reads the body of a numbered frame whose turn has come.
@@ -199,10 +206,17 @@ impl Receiver {
         }
     }
 
+    fn hand_out(&mut self, number: u64, bytes: u64) {
+        self.handed_out = number;
+        self.unsafe_yet.push_back(bytes);
+        self.unsafe_bytes += bytes;
+    }
+
     /// Frame `number` is checked and done.
     pub fn applied(&mut self, number: u64) {
         assert_eq!(number, self.ack.safe + 1, "frames are applied in order");
-        assert!(number <= self.handed_out, "only what was handed out");
+        let bytes = self.unsafe_yet.pop_front();
+        self.unsafe_bytes -= bytes.expect("only what was handed out");
         self.ack.safe = number;
     }
 
@@ -316,6 +330,20 @@ mod tests {
         assert_eq!(by_bytes.handle_numbered(2, 1 << 20), Ok(Arrival::Held));
         let beyond = SessionError::BeyondWindow { number: 3, safe: 0 };
         assert_eq!(by_bytes.handle_numbered(3, 1), Err(beyond));
+
+        // Nor is more handed out than can be applied.
+        let mut slow = receiver(3);
+        for number in 1..=3 {
+            assert_eq!(slow.handle_numbered(number, 1), Ok(Arrival::Next));
+        }
+        let beyond = SessionError::BeyondWindow { number: 4, safe: 0 };
+        assert_eq!(slow.handle_numbered(4, 1), Err(beyond));
+        slow.applied(1);
+        assert_eq!(
+            slow.handle_numbered(4, 1 << 20),
+            Err(SessionError::BeyondWindow { number: 4, safe: 1 })
+        );
+        assert_eq!(slow.handle_numbered(4, 1), Ok(Arrival::Next));
     }
 
     #[test]

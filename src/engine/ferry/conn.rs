@@ -10,8 +10,11 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+
+use socket2::SockRef;
 
 use crate::engine::transport::Transport;
 use crate::ferry::frame::{FrameError, HEADER_BYTES, Header, Kind};
@@ -145,7 +148,11 @@ impl Conn {
 
     /// Ends the connection so that what was sent still arrives.
     pub(super) fn close(mut self) {
-        if let Err(error) = self.transport.close_in_order() {
+        let in_order = self.transport.close_in_order();
+        // Others may hold the socket, to stop it: the peer shall see the end now.
+        let socket = self.transport.socket();
+        let ended = in_order.and_then(|()| SockRef::from(&socket).shutdown(Shutdown::Write));
+        if let Err(error) = ended {
             tracing::debug!("a connection could not be closed in order: {error}");
         }
     }

@@ -126,7 +126,17 @@ impl<'a> FerryPort<'a> {
         let transport = transport(stream).map_err(|error| lost(ConnError::Socket(error)))?;
         let mut conn = Conn::new(transport);
         lane::prepare(&conn);
-        let hello = first_frame(&mut conn).map_err(lost)?;
+        let hello = match first_frame(&mut conn) {
+            Ok(hello) => hello,
+            // Damaged on the way: who sent it will come again.
+            Err(ConnError::Frame(error)) if !error.is_damage() => {
+                return Err(lost(ConnError::Frame(error)));
+            }
+            Err(error) => {
+                tracing::warn!("a connection from {peer}: no greeting came: {error}");
+                return Ok(Handled::Lane);
+            }
+        };
         let greeting = Hello::decode(hello.kind, &hello.body)
             .map_err(|error| lost(ConnError::Frame(error)))?;
         let mut state = lock(&self.state);

@@ -24,6 +24,7 @@ use crate::ferry::hello::{Fail, FailCode, Hello, Window};
 use crate::ferry::message::{Hashes, StateId, WantHashes};
 use crate::ferry::receiver::{Arrival, Message, Receiver, ReceiverEvent};
 use crate::image::writer::CommittedImages;
+use crate::limits::FERRY_QUESTIONS_MAX;
 use crate::units::PageSize;
 
 /// How a session has ended, as seen from the lanes.
@@ -248,6 +249,20 @@ impl Taking {
 }
 
 impl State {
+    fn take_question(
+        &mut self,
+        stream: u16,
+        wanted: WantHashes,
+    ) -> std::result::Result<bool, Fail> {
+        let questions = self.questions.entry(stream).or_default();
+        if questions.len() >= FERRY_QUESTIONS_MAX {
+            let text = format!("{} questions for hashes at once", questions.len() + 1);
+            return Err(Fail::new(FailCode::Protocol, text));
+        }
+        questions.push_back(wanted);
+        Ok(true)
+    }
+
     fn wake_all(&self) {
         self.wakers.values().for_each(|waker| waker.wake());
     }
@@ -300,10 +315,7 @@ impl Party for Taking {
             state.take_numbered(frame)
         } else {
             match state.receiver.handle(frame.kind, &frame.body) {
-                Ok(ReceiverEvent::WantHashes(wanted)) => {
-                    state.questions.entry(stream).or_default().push_back(wanted);
-                    Ok(true)
-                }
+                Ok(ReceiverEvent::WantHashes(wanted)) => state.take_question(stream, wanted),
                 Ok(ReceiverEvent::Failed(fail)) => {
                     drop(state);
                     self.lost(format!("the far end has failed: {fail}"));

@@ -86,7 +86,8 @@ impl Dialer {
         now: Duration,
     ) -> Result<Hello, Fail> {
         let peer = check(greeting, &self.hello, &[self.hello.role])?;
-        if peer.session != self.hello.session || peer.stream != stream {
+        let (session, streams) = (self.hello.session, self.hello.streams);
+        if (peer.session, peer.stream, peer.streams) != (session, stream, streams) {
             let text = "the welcome is for another connection";
             return Err(Fail::new(FailCode::Protocol, text));
         }

@@ -42,6 +42,8 @@ pub enum Admission {
 
 #[derive(Clone, Debug, Default)]
 struct Moored {
+    /// How many connections its first one said that there are at most.
+    streams: u16,
     /// Attempt of the newest connection of each berth, and whether it stands.
     berths: BTreeMap<Berth, (u32, bool)>,
     alone_since: Option<Duration>,
@@ -90,7 +92,15 @@ impl Harbor {
             let text = "no further session is accepted here";
             return Admission::Refused(Fail::new(FailCode::Busy, text));
         }
-        let moored = self.sessions.entry(peer.session).or_default();
+        let moored = self.sessions.entry(peer.session).or_insert_with(|| Moored {
+            streams: peer.streams,
+            ..Moored::default()
+        });
+        if !for_faults && peer.streams != moored.streams {
+            let (said, first) = (peer.streams, moored.streams);
+            let text = format!("a connection of {said} to a session with {first} connections");
+            return Admission::Refused(Fail::new(FailCode::Protocol, text));
+        }
         let berth = Berth {
             session: peer.session,
             for_faults,
