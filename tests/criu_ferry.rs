@@ -1,10 +1,12 @@
 //! A real CRIU dumps through ferry: its memory goes from one page-server to another, and is
-//! restored from there.
+//! restored from there; or the dump fails and the source lives on, and never anything else.
 
-use std::net::SocketAddr;
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::{Make, Options, PageServer};
@@ -13,15 +15,43 @@ use testbed::load::Load;
 use testbed::load::spec::LoadSpec;
 use testbed::load::steps::{Order, Pass, Step};
 use testbed::migration::{Dump, Restore};
-use testbed::wait::GENEROUS;
+use testbed::net::free_port;
+use testbed::pki::{Authority, Host};
+use testbed::proxy::{Accident, Harm, Link, Proxy, Way};
+use testbed::wait::{self, GENEROUS};
 
-for_each_criu!(one_process_with_mixed_pages, a_tree_with_shared_memory);
+for_each_criu!(
+    one_process_with_mixed_pages,
+    a_tree_with_shared_memory,
+    over_tls,
+    full_dumps_make_incremental_images,
+    broken_links_are_resumed,
+    links_that_never_work_fail_the_dump,
+    a_far_end_that_is_gone_fails_the_dump,
+);
+
+/// Every so-manieth page changes between two rounds.
+const CHANGED_EVERY: u32 = 50;
 
 /// A forwarder to `far_end`, logging in `dir`.
 fn forwarder(dir: PathBuf, far_end: SocketAddr, extra: &[&str]) -> Result<PageServer> {
     let far_end = far_end.to_string();
     let options = Options::new(dir).with(&["--forward", &far_end]).with(extra);
     PageServer::receiving(Make::Ours, &options)
+}
+
+/// The summary of the `nth` session that `file` tells of.
+fn summary(file: &Path, nth: usize) -> Result<Value> {
+    let line = wait::until("a summary", GENEROUS, || {
+        let text = fs::read_to_string(file)?;
+        Ok(text.lines().nth(nth).map(ToOwned::to_owned))
+    })?;
+    serde_json::from_str(&line).with_context(|| line.clone())
+}
+
+fn number(summary: &Value, path: &str) -> Result<u64> {
+    let value = summary.pointer(path).and_then(Value::as_u64);
+    value.with_context(|| format!("no {path} in {summary}"))
 }
 
 /// Restores `images` and lets every process check its memory against what `load` was.
@@ -64,4 +94,206 @@ fn a_tree_with_shared_memory(bed: &Bed, criu: &Criu) -> Result<()> {
         LoadSpec::tree(bed.path("load"), 48, 4),
         &["--streams", "3"],
     )
+}
+
+fn over_tls(bed: &Bed, criu: &Criu) -> Result<()> {
+    let dir = bed.path("pki");
+    fs::create_dir_all(&dir)?;
+    let tls = Authority::new(&dir, "ca")?
+        .issue(&Host::LOOPBACK)?
+        .options();
+    let tls: Vec<&str> = tls.iter().map(String::as_str).collect();
+    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), 32), None)?;
+    let images = bed.path("images");
+    let options = Options::new(&images).log_to("far.log").with(&tls);
+    let far_end = PageServer::receiving(Make::Ours, &options)?;
+    let extra = [&tls[..], &["--streams", "2"]].concat();
+    let near_end = forwarder(bed.path("near"), far_end.address(), &extra)?;
+    Dump::new(criu, load.pid(), &images)
+        .to(near_end.address())
+        .run()?;
+    near_end.finish(GENEROUS)?;
+    far_end.finish(GENEROUS)?;
+    restore_and_check(criu, &images, &mut load)
+}
+
+/// Four rounds, the last of which ends the process; before the third the forwarder is started anew.
+fn full_dumps_make_incremental_images(bed: &Bed, criu: &Criu) -> Result<()> {
+    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), 64), None)?;
+    let verify = Step::Verify(Pass::full(Order::Ascending));
+    let far_address = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), free_port()?);
+    let images = |round: u32| bed.path(&format!("round-{round}"));
+    let (mut first_bytes, mut digest) = (0, None);
+    for (from, to, name) in [(1, 2, "near"), (3, 4, "near-again")] {
+        let told = bed.path(&format!("{name}.json"));
+        let extra = ["--keep", "--summary-json", &told.to_string_lossy()];
+        let mut near_end = forwarder(bed.path(name), far_address, &extra)?;
+        for round in from..=to {
+            let options = Options::new(images(round)).log_to("far.log");
+            let mut options = options.at_port(far_address.port());
+            if round > 1 {
+                options = options.on_parent(Path::new(&format!("../round-{}", round - 1)));
+                let write = Step::Write {
+                    every: CHANGED_EVERY,
+                    order: Order::Random,
+                };
+                load.run(0, &[write])?;
+            }
+            let far_end = PageServer::receiving(Make::Ours, &options)?;
+            let mut dump = Dump::new(criu, load.pid(), images(round)).to(near_end.address());
+            if round < 4 {
+                dump = dump.leave_running();
+            } else {
+                let before = load.run(0, &[verify])?;
+                before.expect_right()?;
+                digest = before.steps[0].digest;
+            }
+            dump.run()?;
+            far_end.finish(GENEROUS)?;
+            let sent = summary(&told, usize::try_from(round - from)?)?;
+            ensure!(sent["forwarded"] == true, "{sent}");
+            let frames = number(&sent, "/frame_bytes")?;
+            let pages = number(&sent, "/received_bytes")? / number(&sent, "/page_bytes")?;
+            let same = number(&sent, "/sent/same/pages")?;
+            if round == 1 {
+                first_bytes = frames;
+                for kind in ["zero", "zstd", "raw"] {
+                    let sent_so = number(&sent, &format!("/sent/{kind}/pages"))?;
+                    ensure!(sent_so > 0, "no {kind} pages: {sent}");
+                }
+                ensure!(same == 0, "{sent}");
+            } else {
+                ensure!(same > pages / 10 * 9, "{same} of {pages} the same: {sent}");
+                ensure!(frames < first_bytes / 10, "{frames} of {first_bytes}");
+                // Another far end, with another key: what it has is asked for, whoever asks.
+                let learned = number(&sent, "/hashes_learned")?;
+                ensure!(learned > pages / 10 * 9, "{learned} hashes: {sent}");
+            }
+        }
+        near_end.process().kill()?;
+    }
+    load.wait_until_gone()?;
+    let _restored = Restore::new(criu, images(4)).run()?;
+    let verify = Step::Verify(Pass::full(Order::Random));
+    let after = load.run(0, &[verify])?;
+    after.expect_right()?;
+    ensure!(
+        digest.is_some() && after.steps[0].digest == digest,
+        "another memory came back"
+    );
+    Ok(())
+}
+
+/// Both ends with a proxy between them, and a process to dump.
+struct Between {
+    load: Load,
+    images: PathBuf,
+    far_end: PageServer,
+    proxy: Proxy,
+    near_end: PageServer,
+}
+
+impl Between {
+    fn start(
+        bed: &Bed,
+        name: &str,
+        accident: Option<Accident>,
+        link: Link,
+        extra: &[&str],
+    ) -> Result<Between> {
+        let dir = bed.path(name);
+        let images = dir.join("images");
+        let patience = ["--reconnect-timeout", "3"];
+        let options = Options::new(&images).log_to("far.log").with(&patience);
+        let far_end = PageServer::receiving(Make::Ours, &options)?;
+        let proxy = Proxy::start(far_end.address(), link, accident)?;
+        let extra = [&patience[..], extra].concat();
+        Ok(Between {
+            load: Load::start(LoadSpec::mixed(dir.join("load"), 48), None)?,
+            near_end: forwarder(dir.join("near"), proxy.address(), &extra)?,
+            images,
+            far_end,
+            proxy,
+        })
+    }
+
+    fn dump<'c>(&self, criu: &'c Criu) -> Dump<'c> {
+        Dump::new(criu, self.load.pid(), &self.images).to(self.near_end.address())
+    }
+
+    /// Whatever the far end still waits for does not come: the dump must have failed, and the source
+    /// must live. No image may have its name.
+    fn expect_untouched(mut self) -> Result<()> {
+        self.load.expect_running()?;
+        self.near_end.process().fail(GENEROUS)?;
+        if self.far_end.process().ended()?.is_none() {
+            self.far_end.process().kill()?;
+        }
+        for entry in fs::read_dir(&self.images)? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            let is_image = name.starts_with("pagemap-") || name.starts_with("pages-");
+            let in_pieces = name.starts_with("pages-1.") || !name.ends_with(".img");
+            ensure!(!is_image || in_pieces, "{name} is there");
+        }
+        Ok(())
+    }
+}
+
+fn broken_links_are_resumed(bed: &Bed, criu: &Criu) -> Result<()> {
+    for (number, (way, after_bytes, harm, streams)) in [
+        (Way::ToServer, 3_000_000, Harm::Reset, "1"),
+        (Way::ToServer, 2_345_678, Harm::FlipBit, "1"),
+        (Way::ToServer, 4_000_001, Harm::End, "3"),
+        (Way::ToClient, 1_500, Harm::FlipBit, "2"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let accident = Accident {
+            way,
+            after_bytes,
+            harm,
+        };
+        let name = format!("accident-{number}");
+        let extra = ["--streams", streams];
+        let link = Link::default();
+        let mut between = Between::start(bed, &name, Some(accident), link, &extra)?;
+        between.dump(criu).run().with_context(|| name.clone())?;
+        between.near_end.finish(GENEROUS)?;
+        between.far_end.finish(GENEROUS)?;
+        restore_and_check(criu, &between.images, &mut between.load).context(name)?;
+    }
+    Ok(())
+}
+
+fn links_that_never_work_fail_the_dump(bed: &Bed, criu: &Criu) -> Result<()> {
+    for (name, after_bytes, harm) in [
+        ("no-greeting", 50, Harm::FlipBit),
+        ("no-batch", 60_000, Harm::FlipBit),
+    ] {
+        let accident = Accident {
+            way: Way::ToServer,
+            after_bytes,
+            harm,
+        };
+        let between = Between::start(bed, name, Some(accident), Link::default(), &[])?;
+        between.dump(criu).start()?.fail(GENEROUS)?;
+        between.expect_untouched().context(name)?;
+    }
+    Ok(())
+}
+
+fn a_far_end_that_is_gone_fails_the_dump(bed: &Bed, criu: &Criu) -> Result<()> {
+    let link = Link {
+        bytes_per_s: Some(20 << 20),
+        ..Link::default()
+    };
+    let mut between = Between::start(bed, "gone", None, link, &[])?;
+    let mut dump = between.dump(criu).start()?;
+    wait::until("a part of the dump", GENEROUS, || {
+        Ok((between.proxy.carried(Way::ToServer) > 2 << 20).then_some(()))
+    })?;
+    between.far_end.process().kill()?;
+    dump.fail(GENEROUS)?;
+    between.expect_untouched()
 }

@@ -77,6 +77,8 @@ struct Shared {
     upstream: SocketAddr,
     link: Link,
     accident: Option<Accident>,
+    /// How many more connections come to harm.
+    harms_left: AtomicU64,
     to_server: AtomicU64,
     to_client: AtomicU64,
     stopping: AtomicBool,
@@ -89,6 +91,14 @@ impl Shared {
             Way::ToServer => &self.to_server,
             Way::ToClient => &self.to_client,
         }
+    }
+
+    /// The accident of the next connection, if it comes to harm.
+    fn next_accident(&self) -> Option<Accident> {
+        let one_less = |left: u64| left.checked_sub(1);
+        let (set, fetch) = (Ordering::Relaxed, Ordering::Relaxed);
+        let harmed = self.harms_left.fetch_update(set, fetch, one_less).is_ok();
+        self.accident.filter(|_| harmed)
     }
 
     fn connections(&self) -> Vec<Arc<Connection>> {
@@ -108,6 +118,20 @@ impl Proxy {
         Self::start_at((Ipv4Addr::LOCALHOST, 0).into(), upstream, link, accident)
     }
 
+    /// The same with harm to the first `connections` connections alone.
+    ///
+    /// # Errors
+    /// No socket can be bound.
+    pub fn start_with_harm(
+        upstream: SocketAddr,
+        link: Link,
+        accident: Accident,
+        connections: u64,
+    ) -> Result<Proxy> {
+        let address = (Ipv4Addr::LOCALHOST, 0).into();
+        Self::run(address, upstream, link, Some(accident), connections)
+    }
+
     /// Listens on `address`.
     ///
     /// # Errors
@@ -118,11 +142,22 @@ impl Proxy {
         link: Link,
         accident: Option<Accident>,
     ) -> Result<Proxy> {
+        Self::run(address, upstream, link, accident, u64::MAX)
+    }
+
+    fn run(
+        address: SocketAddr,
+        upstream: SocketAddr,
+        link: Link,
+        accident: Option<Accident>,
+        harms: u64,
+    ) -> Result<Proxy> {
         let listener = TcpListener::bind(address).context("binding the proxy")?;
         let shared = Arc::new(Shared {
             upstream,
             link,
             accident,
+            harms_left: AtomicU64::new(harms),
             to_server: AtomicU64::new(0),
             to_client: AtomicU64::new(0),
             stopping: AtomicBool::new(false),

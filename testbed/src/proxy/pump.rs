@@ -54,13 +54,13 @@ impl Connection {
             .unwrap_or_else(PoisonError::into_inner);
         connections.push(Arc::clone(&connection));
         drop(connections);
+        let accident = shared.next_accident();
         let mut threads = Vec::new();
         for way in [Way::ToServer, Way::ToClient] {
             let (reader, from) = (Arc::clone(&connection), Arc::clone(shared));
             let (writer, to) = (Arc::clone(&connection), Arc::clone(shared));
             threads.push(thread::spawn(move || {
-                let accident = from.accident.filter(|accident| accident.way == way);
-                reader.read(way, accident);
+                reader.read(way, accident.filter(|accident| accident.way == way));
                 reader.forget_if_over(&from);
             }));
             threads.push(thread::spawn(move || {

@@ -1,0 +1,173 @@
+//! Both ends of ferry in one process, with a page server that takes one session.
+
+#![allow(dead_code, reason = "each test file uses a part of it")]
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use pageferry::criu::header::PageFlags;
+use pageferry::engine::driver::Io;
+use pageferry::engine::ferry::PusherConfig;
+use pageferry::engine::ferry::port::{FerryPort, Handled};
+use pageferry::engine::forward::{ForwardContext, forward_client};
+use pageferry::engine::ingest::ReceiveContext;
+use pageferry::engine::sessions::{Rules, Stay, run_sessions};
+use pageferry::engine::stop::Stop;
+use pageferry::engine::stores::{StoreOptions, Stores};
+use pageferry::engine::transport::Peer;
+use pageferry::error::{Error, Kind, Result};
+use pageferry::ferry::frame;
+use pageferry::image::store::Sync;
+use pageferry::observe::ferried::Forwarded;
+use pageferry::observe::received::Received;
+use pageferry::stream::Stream;
+use pageferry::tls::Tls;
+use socket2::Socket;
+
+use crate::common::{FIRST_PAGE, PAGE, Run, naive_memory};
+use crate::sender::send;
+
+/// Patience of both ends in tests of what cannot be repaired.
+pub(crate) const SHORT: Duration = Duration::from_secs(2);
+/// Patience of both ends in all others.
+pub(crate) const LONG: Duration = Duration::from_secs(60);
+
+/// A page server that takes one session.
+pub(crate) struct FarEnd {
+    pub(crate) address: SocketAddr,
+    pub(crate) stop: Stop,
+    thread: JoinHandle<Result<Received>>,
+}
+
+pub(crate) fn far_end(dir: &Path, previous: Option<&str>, patience: Duration) -> FarEnd {
+    far_end_at((Ipv4Addr::LOCALHOST, 0).into(), dir, previous, patience)
+}
+
+pub(crate) fn far_end_at(
+    address: SocketAddr,
+    dir: &Path,
+    previous: Option<&str>,
+    patience: Duration,
+) -> FarEnd {
+    start(address, dir, previous, patience, None)
+}
+
+pub(crate) fn far_end_over_tls(dir: &Path, tls: Option<Tls>) -> FarEnd {
+    start((Ipv4Addr::LOCALHOST, 0).into(), dir, None, LONG, tls)
+}
+
+fn start(
+    address: SocketAddr,
+    dir: &Path,
+    previous: Option<&str>,
+    patience: Duration,
+    tls: Option<Tls>,
+) -> FarEnd {
+    std::fs::create_dir_all(dir).unwrap();
+    let options = StoreOptions {
+        dir: dir.to_owned(),
+        page: PAGE,
+        previous: previous.map(PathBuf::from),
+        sync: Sync::None,
+    };
+    let context = ReceiveContext::new(Stores::open(options, None).unwrap(), Io::Epoll);
+    let listener = TcpListener::bind(address).unwrap();
+    let address = listener.local_addr().unwrap();
+    let stop = Stop::default();
+    let stopped = stop.clone();
+    let thread = std::thread::spawn(move || {
+        let listener = Socket::from(listener);
+        let port = FerryPort::new(&context, &stop, patience, true)?;
+        let rules = Rules {
+            stay: Stay::UntilShutDown,
+            most: 100,
+            allowed: Vec::new(),
+        };
+        let session = std::sync::Mutex::new(None);
+        let ran = run_sessions(&listener, &rules, &stop, |stream| {
+            let Ok(mut stream) = stream.secure(tls.as_ref()) else {
+                return Ok(());
+            };
+            if !stream.begins_with(frame::MAGIC).unwrap_or(false) {
+                // It broke before it said anything.
+                return Ok(());
+            }
+            let handled = port.handle(stream, true);
+            if !matches!(handled, Ok(Handled::Lane)) {
+                // Gone already if the session is not the first.
+                let _ = listener.shutdown(Shutdown::Both);
+            }
+            match handled? {
+                Handled::Lane => Ok(()),
+                Handled::Session(received, ended) => {
+                    *session.lock().unwrap() = Some(*received);
+                    ended
+                }
+            }
+        });
+        ran?;
+        let received = session.into_inner().unwrap();
+        received.ok_or_else(|| Error::new(Kind::PeerLost, "no session came"))
+    });
+    FarEnd {
+        address,
+        stop: stopped,
+        thread,
+    }
+}
+
+impl FarEnd {
+    pub(crate) fn finish(self) -> Result<Received> {
+        self.thread.join().unwrap()
+    }
+}
+
+pub(crate) fn context(
+    far_end: SocketAddr,
+    streams: u16,
+    cache: u64,
+    patience: Duration,
+) -> ForwardContext {
+    let pusher = PusherConfig {
+        peer: Peer::parse(&far_end.to_string()).unwrap(),
+        streams,
+        reconnect_timeout: patience,
+        delta_cache_bytes: cache,
+        tls: None,
+        stop: Stop::default(),
+        traffic: Arc::default(),
+    };
+    ForwardContext::new(pusher, None, PAGE, false)
+}
+
+/// Sends `bytes` as a dump through `context`; returns the answers as well.
+pub(crate) fn forward(
+    context: &ForwardContext,
+    bytes: &[u8],
+    piece: usize,
+) -> (Result<Forwarded>, Vec<u8>) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let dump = send(theirs, bytes.to_vec(), piece);
+    let (forwarded, ended) = forward_client(Stream::plain(ours), context);
+    (ended.map(|()| forwarded), dump.join().unwrap())
+}
+
+/// Pages enough for several batches, of all kinds.
+pub(crate) fn many_pages(first_seed: u32) -> Vec<Run> {
+    let lazy = PageFlags::LAZY;
+    vec![
+        Run::present(FIRST_PAGE, 40, lazy, first_seed),
+        Run::present(FIRST_PAGE + 50, 200, PageFlags::default(), first_seed + 40),
+        Run::absent(FIRST_PAGE + 300, 1000, lazy),
+        Run::present(FIRST_PAGE + 2000, 300, lazy, first_seed + 300),
+    ]
+}
+
+pub(crate) fn expected(levels: &[Vec<Run>]) -> BTreeMap<u64, Option<u32>> {
+    naive_memory(levels)
+}
