@@ -44,8 +44,6 @@ pub enum Kind {
     Fail = 3,
     /// Numbered: the next pages belong to this target.
     Open = 16,
-    /// Numbered: does the taker's parent directory have this target?
-    Parent = 17,
     /// Numbered: a batch of pages.
     Pages = 18,
     /// Numbered: all was said.
@@ -71,7 +69,6 @@ impl Kind {
             2 => Kind::Welcome,
             3 => Kind::Fail,
             16 => Kind::Open,
-            17 => Kind::Parent,
             18 => Kind::Pages,
             19 => Kind::Close,
             20 => Kind::WantHashes,
@@ -86,7 +83,7 @@ impl Kind {
 
     /// Whether frames of this kind are numbered, kept until acknowledged, and put in order.
     pub const fn is_numbered(self) -> bool {
-        matches!(self, Kind::Open | Kind::Parent | Kind::Pages | Kind::Close)
+        matches!(self, Kind::Open | Kind::Pages | Kind::Close)
     }
 
     /// Longest body that a frame of this kind may have, bytes.
@@ -95,7 +92,7 @@ impl Kind {
             Kind::Hello | Kind::Welcome => FERRY_HELLO_BYTES_MAX,
             Kind::Fail => 4 + FERRY_TEXT_BYTES_MAX,
             Kind::Pages | Kind::FaultPages | Kind::Hashes => FERRY_BODY_BYTES_MAX,
-            Kind::Open | Kind::Parent | Kind::Close | Kind::WantHashes => 64,
+            Kind::Open | Kind::Close | Kind::WantHashes => 64,
             Kind::Ack | Kind::Fault => 64,
             Kind::Bye => 0,
         }

@@ -70,19 +70,6 @@ impl Open {
     }
 }
 
-/// Appends the body of PARENT.
-pub fn encode_parent(target: Target, out: &mut Vec<u8>) {
-    out.put_u64(target.dst_id());
-}
-
-/// Reads the body of PARENT.
-pub fn decode_parent(body: &[u8]) -> Result<Target, FrameError> {
-    let mut fields = Fields::new(Kind::Parent, body);
-    let target = target(Kind::Parent, &mut fields)?;
-    fields.end()?;
-    Ok(target)
-}
-
 /// Appends the body of CLOSE: how many pages all batches of the session had.
 pub fn encode_close(pages: PageCount, out: &mut Vec<u8>) {
     out.put_u64(pages.get());
@@ -376,11 +363,6 @@ mod tests {
         open.encode(&mut body);
         assert_eq!(Open::decode(&body), Ok(open));
         refuses_other_lengths(&body, Open::decode);
-
-        body.clear();
-        encode_parent(Target::Process(12), &mut body);
-        assert_eq!(decode_parent(&body), Ok(Target::Process(12)));
-        refuses_other_lengths(&body, decode_parent);
 
         body.clear();
         encode_close(PageCount(1 << 40), &mut body);

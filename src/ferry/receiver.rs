@@ -21,7 +21,7 @@ use crate::units::{PageCount, PageSize};
 use super::batch::Batch;
 use super::frame::{FRAME_BYTES_MAX, Kind};
 use super::hello::{Fail, Window};
-use super::message::{Ack, Answer, Open, StateId, WantHashes, decode_close, decode_parent};
+use super::message::{Ack, Answer, Open, StateId, WantHashes, decode_close};
 use super::session::{ReadError, SessionError};
 
 /// What to do with a numbered frame that has come.
@@ -40,8 +40,6 @@ pub enum Arrival {
 pub enum Message<'b> {
     /// The next pages belong to this target. A question.
     Open(Open),
-    /// Does the parent directory have this target? A question.
-    Parent(Target),
     /// Pages of the open target.
     Pages(Batch<'b>),
     /// All was said, so many pages. A question.
@@ -180,10 +178,6 @@ impl Receiver {
                 self.open = Some(open.target);
                 Ok(Message::Open(open))
             }
-            Kind::Parent => {
-                let target = decode_parent(body).map_err(SessionError::from)?;
-                Ok(Message::Parent(target))
-            }
             Kind::Pages => {
                 let batch = Batch::parse(body, self.page)?;
                 if self.open != Some(batch.target) {
@@ -286,7 +280,7 @@ impl Receiver {
 mod tests {
     use super::*;
     use crate::criu::header::Wire;
-    use crate::ferry::message::{encode_close, encode_parent};
+    use crate::ferry::message::encode_close;
 
     fn receiver(frames: u32) -> Receiver {
         let bytes = 1 << 20;
@@ -368,11 +362,7 @@ mod tests {
     #[test]
     fn frames_keep_to_the_order_of_a_session() {
         let mut receiver = receiver(10);
-        let target = Target::Process(1);
         let mut body = Vec::new();
-        encode_parent(target, &mut body);
-        assert!(receiver.read(Kind::Parent, &body).is_ok());
-        body.clear();
         encode_close(PageCount(1), &mut body);
         let error = receiver
             .read(Kind::Close, &body)
@@ -384,6 +374,7 @@ mod tests {
         assert!(receiver.read(Kind::Close, &body).is_ok());
         body.clear();
         let wire = Wire::V2;
+        let target = Target::Process(1);
         Open { target, wire }.encode(&mut body);
         let error = receiver.read(Kind::Open, &body).expect_err("behind CLOSE");
         let closed = SessionError::Closed(Kind::Open);

@@ -147,7 +147,7 @@ impl Sender {
         assert!(self.has_room_for(bytes), "the caller waits for room");
         assert!(self.ending.is_none(), "nothing follows the end");
         let number = self.last() + 1;
-        if matches!(kind, Kind::Open | Kind::Parent | Kind::Close) {
+        if matches!(kind, Kind::Open | Kind::Close) {
             assert!(self.question.is_none(), "one question at a time");
             self.question = Some(number);
         }

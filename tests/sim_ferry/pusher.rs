@@ -10,7 +10,7 @@ use pageferry::ferry::frame::{Kind, OpenFrame};
 use pageferry::ferry::gather::{Gathered, Run};
 use pageferry::ferry::hash::{Fingerprint, PageHasher};
 use pageferry::ferry::hello::{Fail, FailCode, Hello, SessionId};
-use pageferry::ferry::message::{Answer, Open, StateId, encode_close, encode_parent};
+use pageferry::ferry::message::{Answer, Open, StateId, encode_close};
 use pageferry::ferry::pace::Level;
 use pageferry::ferry::sender::{Sender, SenderEvent, Transmit};
 use pageferry::units::{PageCount, PageRange};
@@ -20,7 +20,6 @@ use crate::parts::{Part, Standing};
 use crate::stats::Stats;
 
 enum Step {
-    Parent(Target),
     Open(Target),
     Batch(Target, Vec<Run>, Vec<u8>),
     Close(u64),
@@ -48,9 +47,6 @@ fn script(rng: &mut Rng, memory: &Memory, parent: Option<&Memory>) -> VecDeque<S
     let mut sent = 0;
     for (target, pages) in memory {
         let in_parent = parent.and_then(|parent| parent.get(target));
-        if rng.bool() {
-            steps.push_back(Step::Parent(*target));
-        }
         steps.push_back(Step::Open(*target));
         sent += batches(rng, *target, pages, in_parent, &mut steps);
     }
@@ -143,10 +139,6 @@ impl Pusher {
             let mut frame = Vec::new();
             let open = OpenFrame::begin(&mut frame);
             let kind = match step {
-                Step::Parent(target) => {
-                    encode_parent(*target, &mut frame);
-                    Kind::Parent
-                }
                 Step::Open(target) => {
                     self.asked = Some(*target);
                     let (target, wire) = (*target, Wire::V2);

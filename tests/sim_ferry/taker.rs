@@ -124,11 +124,6 @@ impl Taker {
                 let has_parent = i32::from(state != StateId::NONE);
                 self.receiver.answer(number, has_parent, state);
             }
-            Ok(Message::Parent(target)) => {
-                let state = self.parent_state(target);
-                let has_parent = i32::from(state != StateId::NONE);
-                self.receiver.answer(number, has_parent, StateId::NONE);
-            }
             Ok(Message::Pages(batch)) => {
                 if let Err(error) = self.store_pages(&batch, body) {
                     self.fail(FailCode::Disagreement, &error.to_string());

@@ -100,11 +100,6 @@ impl Intake {
         Ok((true, self.parent_state))
     }
 
-    /// Whether the parent directory has `target`.
-    pub(super) fn has_parent(&self, target: Target) -> Result<bool> {
-        self.images.has_parent(target)
-    }
-
     /// Checks `batch`, which lies in `body`, and stores its pages.
     pub(super) fn store(
         &mut self,

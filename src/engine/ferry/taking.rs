@@ -179,10 +179,6 @@ impl Taking {
                 tally.opened(open.wire);
                 Some((i32::from(has_parent), state))
             }
-            Message::Parent(target) => {
-                let has_parent = intake.has_parent(target)?;
-                Some((i32::from(has_parent), StateId::NONE))
-            }
             Message::Close(_) => None,
         };
         self.applied(frame.number, answer);
