@@ -16,6 +16,7 @@ const PAGES: u64 = 96;
 
 /// Largest request of the simulated background stream.
 const CHUNK: u64 = 8 << 12;
+const GAP: u64 = 2 << 12;
 
 /// One page of a process.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -185,7 +186,7 @@ impl World {
                 self.planner.handle_exit(id);
             }
             Operation::SendStream => {
-                let next = self.planner.next_stream(CHUNK);
+                let next = self.planner.next_stream(CHUNK, GAP);
                 self.on_the_way.extend(next);
             }
             Operation::Answer { pages } => self.answer(pages),

@@ -111,6 +111,13 @@ impl Pattern {
         Around::Alone
     }
 
+    /// Whether a walk upwards is about to come to `page`.
+    pub fn walks_up_to(&self, page: u64) -> bool {
+        self.walks
+            .iter()
+            .any(|walk| walk.upwards && walk.run > 1 && page >= walk.last && walk.reaches(page))
+    }
+
     /// Pages that were brought ahead fault no more, so a known stride goes on in multiples.
     fn observe_stride(&mut self, page: u64) {
         let step = page.wrapping_sub(self.last).cast_signed();
@@ -138,6 +145,17 @@ mod tests {
             Around::Up(pages) => pages,
             other => panic!("not upwards: {other:?}"),
         }
+    }
+
+    #[test]
+    fn a_walk_upwards_is_known_by_its_third_fault_and_left_behind() {
+        let mut pattern = Pattern::default();
+        for (page, walks) in [(100, false), (101, false), (102, true), (110, true)] {
+            pattern.observe(page);
+            assert_eq!(pattern.walks_up_to(page + 1), walks, "{page}");
+        }
+        assert!(!pattern.walks_up_to(50), "behind it");
+        assert!(!pattern.walks_up_to(10_000), "far ahead of it");
     }
 
     #[test]

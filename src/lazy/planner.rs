@@ -223,7 +223,7 @@ impl Planner {
         match way {
             Way::Fetched(Class::Stream) => self.counts.stream += pages,
             Way::Fetched(Class::Around) => self.counts.around += pages,
-            Way::Fetched(Class::Fault) => {
+            Way::Fetched(Class::Fault | Class::Walk) => {
                 let awaited = pages.min(waited);
                 self.counts.fault += awaited;
                 self.counts.around += pages - awaited;
@@ -268,9 +268,9 @@ impl Planner {
     }
 
     /// The next request of the background stream, of at most `chunk` bytes.
-    pub fn next_stream(&mut self, chunk: u64) -> Option<Request> {
+    pub fn next_stream(&mut self, chunk: u64, gap: u64) -> Option<Request> {
         self.next_in_turn(Turn::Stream, |_, space| {
-            let wanted = space.next_stream(chunk)?;
+            let wanted = space.next_stream(chunk, gap)?;
             Some((space.pid(), wanted))
         })
         .map(|(space, (pid, wanted))| Request {
@@ -354,7 +354,7 @@ mod tests {
     fn the_stream_goes_round_between_processes() {
         let (mut planner, ids) = planner(3);
         let order: Vec<_> = (0..6)
-            .filter_map(|_| planner.next_stream(1 << 16))
+            .filter_map(|_| planner.next_stream(1 << 16, 32 << 10))
             .map(|request| request.space)
             .collect();
         assert_eq!(order, [ids[0], ids[1], ids[2], ids[0], ids[1], ids[2]]);
@@ -375,7 +375,7 @@ mod tests {
     fn ranges_of_more_than_two_gibibytes_are_streamed_whole() {
         let (mut planner, ids) = planner(1);
         let mut bytes = 0;
-        while let Some(request) = planner.next_stream(1 << 20) {
+        while let Some(request) = planner.next_stream(1 << 20, 32 << 10) {
             bytes += request.image.bytes();
             while let Some(piece) = planner.arrived(ids[0], request.image) {
                 planner.settle(ids[0], piece.at, Way::Fetched(request.class), |_| {});

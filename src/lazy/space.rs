@@ -21,9 +21,6 @@ use crate::units::{PageRange, PageSize, Vaddr};
 /// Faults whose neighbourhood the stream visits first, at most.
 const RECENT_FAULTS_MAX: usize = 32;
 
-/// The stream fetches present pages again rather than ask twice, up to this gap in bytes.
-const GAP_BYTES_MAX: u64 = 32 << 10;
-
 /// Most bytes of a local image installed for one fault: beyond it other faults wait too long.
 const LOCAL_FAULT_BYTES_MAX: u64 = 64 << 10;
 
@@ -36,11 +33,30 @@ pub struct Reach {
     pub walk_bytes: u64,
 }
 
+/// A fault that brings so many pages ahead is one of a walk that has been seen for a while.
+const WALK_PAGES: u64 = 16;
+
+/// The faults after which memory touched at random should be there, about.
+const FAULTS_WANTED: u64 = 8 << 10;
+
+/// Smallest and largest block for a fault that stands alone, bytes: what CRIU's dump serves in about
+/// the time of a single page, and beyond which a fault waits longer than the memory is there sooner.
+const BLOCK_BYTES: std::ops::RangeInclusive<u64> = 32 << 10..=128 << 10;
+
+/// The block to bring for a fault that stands alone, when `missed_bytes` were missing at the start:
+/// the more memory, the more a fault brings, so that the number of faults does not grow with it.
+pub fn block_bytes(missed_bytes: u64) -> u64 {
+    let wanted = (missed_bytes / FAULTS_WANTED).clamp(*BLOCK_BYTES.start(), *BLOCK_BYTES.end());
+    1 << wanted.ilog2()
+}
+
 /// Why pages are asked for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Class {
     /// A thread waits for the first page.
     Fault,
+    /// A thread that walks upwards waits for the first page, and will come to the others.
+    Walk,
     /// Neighbours of a fault, or the next pages of a stride.
     Around,
     /// The background stream.
@@ -179,8 +195,13 @@ impl Space {
     /// A thread touched `addr`.
     pub fn fault(&mut self, addr: Vaddr, reach: Reach, now_us: u64) -> FaultAnswer {
         let start = Vaddr(self.page.floor(addr.get()));
+        let is_new = !self.waiting.contains_key(&start.get());
         self.waiting.entry(start.get()).or_insert(now_us);
         if self.flight.find(start).is_some() {
+            if is_new {
+                // What it shows is of use; what it would bring is asked for when it is missed.
+                self.pattern.observe(start.get() >> self.page.shift());
+            }
             return FaultAnswer::Wait;
         }
         if let Some(piece) = self.remote.find(start) {
@@ -204,6 +225,11 @@ impl Space {
         FaultAnswer::Zero
     }
 
+    /// Whether the thread that waits for `page` walks upwards, and so needs the next pages next.
+    pub fn is_walked_up(&self, page: Vaddr) -> bool {
+        self.pattern.walks_up_to(page.get() >> self.page.shift())
+    }
+
     /// Moves the faulting page and what goes with it from `remote` to `urgent`.
     fn ask_around(&mut self, start: Vaddr, piece: Piece, around: Around, reach: Reach) {
         let page = self.page.bytes();
@@ -218,7 +244,12 @@ impl Space {
             }
             Around::Up(pages) => {
                 let bytes = (pages * page).min(reach.walk_bytes).max(page);
-                self.ask(self.run_from(start, bytes, piece), Class::Fault);
+                let class = if pages < WALK_PAGES {
+                    Class::Fault
+                } else {
+                    Class::Walk
+                };
+                self.ask(self.run_from(start, bytes, piece), class);
             }
             Around::Down(pages) => {
                 self.ask(self.run_from(start, page, piece), Class::Fault);
@@ -282,10 +313,11 @@ impl Space {
     }
 
     /// The next pages of the background stream, at most `chunk` bytes: what lies around the latest
-    /// faults first, then ascending.
-    pub fn next_stream(&mut self, chunk: u64) -> Option<Wanted> {
+    /// faults first, then ascending. Pages that are there already are fetched again rather than
+    /// asked around, up to `gap` bytes of them in a row.
+    pub fn next_stream(&mut self, chunk: u64, gap: u64) -> Option<Wanted> {
         let first = self.near_recent(chunk).or_else(|| self.ascending(chunk))?;
-        let range = self.join_over_gaps(first, chunk);
+        let range = self.join_over_gaps(first, chunk, gap);
         let flight = &mut self.flight;
         self.remote.take(range, |piece| flight.insert(piece));
         let image = first.image.get();
@@ -323,7 +355,7 @@ impl Space {
 
     /// Lengthens `first` over small gaps of pages that are there already, as long as the source had
     /// all of it in one run: one request then serves for several.
-    fn join_over_gaps(&self, first: Piece, chunk: u64) -> PageRange {
+    fn join_over_gaps(&self, first: Piece, chunk: u64, gap: u64) -> PageRange {
         let start = first.at.start().get();
         let mut end = first.at.end().get();
         let shift = first.image.get().wrapping_sub(start);
@@ -333,10 +365,10 @@ impl Space {
                 break;
             };
             let longest = next.at.start().get() - start + self.page.bytes();
-            let gap = next.at.start().get() - end;
+            let distance = next.at.start().get() - end;
             let same_run = next.image.get().wrapping_sub(next.at.start().get()) == shift
                 && origin.is_some_and(|origin| origin.contains(next.image));
-            if gap > GAP_BYTES_MAX || longest > chunk || !same_run {
+            if distance > gap || longest > chunk || !same_run {
                 break;
             }
             end = next.at.end().get().min(start + chunk);

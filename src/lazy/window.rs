@@ -2,11 +2,13 @@
 //!
 //! A fault waits behind what was asked for before it, so the window is kept near one
 //! bandwidth-delay product: enough to keep the link full, and no deep queue. Both factors are
-//! measured from the traffic itself: the rate as the best seen of late, the delay as the shortest
-//! time to the first byte of an answer. While the window is the bottleneck each round trip shows a
+//! measured from the traffic itself: the rate as the median of late, the delay as the shortest time
+//! to the first byte of an answer. While the window is the bottleneck each round trip shows a
 //! higher rate, so it grows by itself until the link is full.
 
 use std::collections::VecDeque;
+
+use super::anticipation::Anticipation;
 
 /// Smallest request of the background stream, bytes.
 pub const CHUNK_BYTES_MIN: u64 = 16 << 10;
@@ -22,6 +24,9 @@ const CHUNK_TIME_US: u64 = 125;
 
 /// The same while faults share the link, µs: each waits for what is left of one request.
 const CHUNK_TIME_FAULTING_US: u64 = 50;
+
+/// What a request costs the source whatever its size, µs: measured with CRIU's dump.
+const REQUEST_TIME_US: u64 = 20;
 
 /// Faults share the link if the last one was asked for this recently, µs.
 const FAULT_MEMORY_US: u64 = 2_000;
@@ -48,10 +53,14 @@ pub struct Window {
     in_flight: u64,
     received: u64,
     rates: VecDeque<u64>,
+    /// Bytes a second that the link carries most of the time: when bytes come in bursts, the best
+    /// sample says more than it can.
+    steady_rate: u64,
     delay_us: Option<u64>,
     previous_delay_us: Option<u64>,
     delay_since_us: u64,
     last_fault_us: Option<u64>,
+    anticipation: Anticipation,
 }
 
 impl Default for Window {
@@ -60,10 +69,12 @@ impl Default for Window {
             in_flight: 0,
             received: 0,
             rates: VecDeque::with_capacity(RATE_SAMPLES),
+            steady_rate: 0,
             delay_us: None,
             previous_delay_us: None,
             delay_since_us: 0,
             last_fault_us: None,
+            anticipation: Anticipation::default(),
         }
     }
 }
@@ -81,6 +92,25 @@ impl Window {
     /// A fault is asked for over this link.
     pub fn faulted(&mut self, now_us: u64) {
         self.last_fault_us = Some(now_us);
+        self.anticipation.faulted(now_us);
+    }
+
+    /// A fault of a walk is asked for over this link. The stream runs ahead of a walk, so nearby,
+    /// where queues are short, it does more good than harm; on a long link the queue is what counts.
+    pub fn walked(&mut self, now_us: u64) {
+        if !self.is_near() {
+            self.last_fault_us = Some(now_us);
+        }
+    }
+
+    /// The answer to a fault has come over this link.
+    pub fn fault_answered(&mut self, now_us: u64) {
+        self.anticipation.answered(now_us);
+    }
+
+    /// A request of the background stream goes out.
+    pub fn streamed(&mut self, now_us: u64) {
+        self.anticipation.streamed(now_us);
     }
 
     fn is_faulting(&self, now_us: u64) -> bool {
@@ -108,6 +138,9 @@ impl Window {
             self.rates.pop_front();
         }
         self.rates.push_back(rate);
+        let mut sorted = Vec::from_iter(self.rates.iter().copied());
+        sorted.sort_unstable();
+        self.steady_rate = sorted[sorted.len() / 2];
     }
 
     /// Nothing is on the way any more: the connection is gone.
@@ -133,7 +166,7 @@ impl Window {
     /// What the link holds: rate times shortest delay, bytes.
     pub fn product(&self) -> u64 {
         let delay = self.delay().unwrap_or(0);
-        let product = u128::from(self.rate()) * u128::from(delay) / 1_000_000;
+        let product = u128::from(self.steady_rate) * u128::from(delay) / 1_000_000;
         u64::try_from(product)
             .unwrap_or(u64::MAX)
             .min(WINDOW_BYTES_MAX)
@@ -152,11 +185,37 @@ impl Window {
             .next_power_of_two()
     }
 
+    /// Bytes that are better fetched once more than asked around: what the link carries while the
+    /// source looks at one more request.
+    pub fn gap_bytes(&self) -> u64 {
+        self.rate().saturating_mul(REQUEST_TIME_US) / 1_000_000
+    }
+
+    fn is_near(&self) -> bool {
+        self.delay().is_none_or(|delay| delay < NEAR_DELAY_US)
+    }
+
+    /// Until when the background stream holds back for a fault that is likely to come, µs.
+    pub fn holds_until_us(&self, now_us: u64) -> Option<u64> {
+        if self.is_near() {
+            self.anticipation.holds_until_us(now_us)
+        } else {
+            None
+        }
+    }
+
+    /// Whether the answer to a fault is due from a source nearby, or the next fault after one.
+    pub fn is_fault_due(&self, now_us: u64) -> bool {
+        self.is_near() && self.anticipation.is_fault_due(now_us)
+    }
+
     /// Whether one more request of the background stream may go out.
     pub fn has_room(&self, now_us: u64) -> bool {
+        if self.holds_until_us(now_us).is_some() {
+            return false;
+        }
         let (product, chunk) = (self.product(), self.chunk_bytes(now_us));
-        let near = self.delay().is_none_or(|delay| delay < NEAR_DELAY_US);
-        match (near, self.is_faulting(now_us)) {
+        match (self.is_near(), self.is_faulting(now_us)) {
             // What a fault waits for is the source's own work: it may run dry for a moment between
             // two requests, but no fault waits for two.
             (true, true) => self.in_flight < product.max(1),

@@ -13,10 +13,6 @@ use crate::units::{PageRange, Vaddr};
 /// Copied with one call at most, bytes: more gains nothing and delays others.
 pub(super) const COPY_BYTES_MAX: u64 = 64 << 10;
 
-/// Copied with one call at most when a thread waits for the first page, bytes: about 6 µs, and a
-/// reader in order finds the next pages there.
-const AWAITED_BYTES: u64 = 32 << 10;
-
 /// How often a fill that an unread event refuses is tried before others get a turn.
 const CHANGING_TRIES: usize = 64;
 
@@ -67,13 +63,16 @@ impl Restore {
         Ok(())
     }
 
-    /// The part of `piece` to copy next: what begins with a page that a thread waits for, so that
-    /// it runs while the rest is copied, else as much as one call may copy.
+    /// The part of `piece` to copy next: a page that a thread waits for, so that it runs while the
+    /// rest is copied, else as much as one call may copy. A thread that walks up gets that much
+    /// too: it would wait again for what a shorter call leaves out.
     fn awaited_first(&self, id: SpaceId, piece: Piece, limit: u64) -> Piece {
         let space = self.planner.space(id);
         let awaited = space.and_then(|space| space.first_awaited(piece.at));
+        let is_walked = |page| space.is_some_and(|space| space.is_walked_up(page));
         let (start, longest) = match awaited {
-            Some(page) => (page.get(), limit.min(AWAITED_BYTES)),
+            Some(page) if is_walked(page) => (page.get(), limit),
+            Some(page) => (page.get(), self.images.page().bytes()),
             None => (piece.at.start().get(), limit),
         };
         let end = piece.at.end().get().min(start + longest);

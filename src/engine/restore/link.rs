@@ -112,9 +112,12 @@ impl Link {
     /// Queues a request; [`Link::flush`] sends it.
     pub(super) fn ask(&mut self, request: Request, now_us: u64) {
         let ticket = self.window.sent(request.image.bytes(), now_us);
-        if request.class != Class::Stream {
-            self.urgent += 1;
-            self.window.faulted(now_us);
+        self.urgent += u64::from(request.class != Class::Stream);
+        match request.class {
+            Class::Stream => self.window.streamed(now_us),
+            Class::Fault => self.window.faulted(now_us),
+            Class::Walk => self.window.walked(now_us),
+            Class::Around => {}
         }
         let sent = Sent { request, ticket };
         self.fetcher
@@ -193,6 +196,9 @@ impl Link {
             Step::Answer { tag } => self.window.answered(tag.ticket, now_us),
             Step::Complete { tag, asked, rest } => {
                 self.urgent -= u64::from(tag.request.class != Class::Stream);
+                if tag.request.class == Class::Fault {
+                    self.window.fault_answered(now_us);
+                }
                 let got = asked.bytes() - rest.map_or(0, PageRange::bytes);
                 self.window
                     .completed(tag.ticket, asked.bytes(), got, now_us);

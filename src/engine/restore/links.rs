@@ -21,7 +21,7 @@ use crate::criu::fetch::Step;
 use crate::criu::header::Wire;
 use crate::error::{Error, Kind, Result};
 use crate::lazy::planner::Way;
-use crate::lazy::space::Reach;
+use crate::lazy::space::{Reach, block_bytes};
 use crate::units::PageSize;
 
 /// How long a lost source that is ours is tried again, if the user says nothing.
@@ -101,6 +101,22 @@ impl Links {
         })
     }
 
+    /// Until when the background stream holds back for a fault that is likely to come, µs.
+    pub(super) fn holds_until_us(&self, now_us: u64) -> Option<u64> {
+        self.pair.as_ref()?.stream.window().holds_until_us(now_us)
+    }
+
+    /// Whether the answer to a fault is due, or the next fault after one.
+    pub(super) fn is_fault_due(&self, now_us: u64) -> bool {
+        self.pair.as_ref().is_some_and(|pair| {
+            let faults = pair
+                .fault
+                .as_ref()
+                .map_or(&pair.stream, |fault| &fault.link);
+            faults.window().is_fault_due(now_us)
+        })
+    }
+
     /// Resets the connections: the source keeps its memory.
     pub(super) fn reset(&mut self) {
         self.bytes_received_before = self.bytes_received();
@@ -165,8 +181,9 @@ impl Restore {
     }
 
     /// How much a fault may bring now. Where faults share the connection with the stream, each
-    /// request costs the source the same whatever its size, so a fault brings a block, and the stream
-    /// stands back; on a connection of their own nothing but the page itself is in a fault's way.
+    /// request costs the source about the same whatever its size, so a fault brings a block: on a
+    /// slow link a small one, else the larger the more memory there is, which bounds the number of
+    /// faults. On a connection of their own nothing but the page itself is in a fault's way.
     pub(super) fn reach(&self, now_us: u64) -> Reach {
         let page = self.images.page().bytes();
         let on_its_own = Reach {
@@ -175,10 +192,11 @@ impl Restore {
         };
         match &self.links.pair {
             Some(pair) if !self.config.on_demand && !pair.has_fault_link() => {
-                let block = pair.stream.window().chunk_bytes(now_us);
+                let missed = self.planner.total_pages() << self.images.page().shift();
+                let chunk = pair.stream.window().chunk_bytes(now_us);
                 Reach {
-                    alone_bytes: block,
-                    walk_bytes: block,
+                    alone_bytes: block_bytes(missed).min(chunk),
+                    walk_bytes: chunk,
                 }
             }
             _ => on_its_own,
@@ -229,9 +247,10 @@ impl Restore {
             {
                 break;
             }
+            let window = pair.stream.window();
             let Some(request) = self
                 .planner
-                .next_stream(pair.stream.window().chunk_bytes(now_us))
+                .next_stream(window.chunk_bytes(now_us), window.gap_bytes())
             else {
                 break;
             };
