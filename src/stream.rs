@@ -16,7 +16,7 @@ use nix::sys::sendfile::sendfile64;
 use nix::sys::socket::{MsgFlags, recv};
 use socket2::{SockRef, Socket, TcpKeepalive};
 
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::tls::{Tls, TlsStream};
 
 /// How long a TCP peer may be silent before it is probed, and how long between the probes.
@@ -200,6 +200,15 @@ fn peek(socket: &Socket, first: &mut [u8]) -> io::Result<usize> {
             Err(errno) => return Err(errno.into()),
         }
     }
+}
+
+/// The error for a peer that says nothing for `patience`, which the user has set.
+pub fn silent(patience: Option<Duration>) -> Error {
+    let seconds = patience.unwrap_or_default().as_secs();
+    Error::new(
+        Kind::PeerLost,
+        format!("the peer has said nothing for {seconds} s (--idle-timeout)"),
+    )
 }
 
 impl Read for Stream {

@@ -6,7 +6,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
@@ -30,6 +30,16 @@ const PID: u64 = 7;
 /// Longer than any of these tests lasts on a busy machine: an answer that never comes fails here.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Short, so that the tests that wait for it do not take long.
+const PATIENCE_OF_SERVER: Duration = Duration::from_millis(50);
+
+fn loopback() -> Socket {
+    let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
+    listener.bind(&any.into()).unwrap();
+    listener
+}
+
 /// A server over some images, in threads of this process.
 struct Server {
     listener: Socket,
@@ -38,21 +48,24 @@ struct Server {
 
 impl Server {
     fn start(dir: &Path, keep: bool) -> Server {
-        let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-        let any: std::net::SocketAddr = "127.0.0.1:0".parse().unwrap();
-        listener.bind(&any.into()).unwrap();
-        Server::run(listener, dir, keep)
+        Server::run(loopback(), dir, keep, None)
+    }
+
+    /// A server that waits for silent clients no longer than [`PATIENCE_OF_SERVER`].
+    fn start_impatient(dir: &Path, keep: bool) -> Server {
+        Server::run(loopback(), dir, keep, Some(PATIENCE_OF_SERVER))
     }
 
     fn start_unix(dir: &Path, path: &Path) -> Server {
         let listener = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
         listener.bind(&SockAddr::unix(path).unwrap()).unwrap();
-        Server::run(listener, dir, false)
+        Server::run(listener, dir, false, None)
     }
 
-    fn run(listener: Socket, dir: &Path, keep: bool) -> Server {
+    fn run(listener: Socket, dir: &Path, keep: bool, idle_timeout: Option<Duration>) -> Server {
         listener.listen(16).unwrap();
         let context = ServeContext::new(ImageDir::open(dir, PAGE).unwrap(), None);
+        let context = context.ending_idle(idle_timeout);
         let accepting = listener.try_clone().unwrap();
         let thread = thread::spawn(move || {
             let rules = Rules {
@@ -71,8 +84,18 @@ impl Server {
     }
 
     fn connect(&self) -> Client<TcpStream> {
-        let addr = self.listener.local_addr().unwrap().as_socket().unwrap();
-        let stream = TcpStream::connect(addr).unwrap();
+        self.connect_from("127.0.0.1")
+    }
+
+    /// Connects from a host, which on loopback is any address of 127.0.0.0/8.
+    fn connect_from(&self, host: &str) -> Client<TcpStream> {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        let own = SocketAddr::new(host.parse().unwrap(), 0);
+        socket.bind(&own.into()).unwrap();
+        socket
+            .connect(&self.listener.local_addr().unwrap())
+            .unwrap();
+        let stream = TcpStream::from(socket);
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_nodelay(true).unwrap();
         Client {
@@ -99,7 +122,7 @@ struct Client<S> {
 }
 
 impl<S: Read + Write> Client<S> {
-    fn send(&mut self, op: Op, pages: u64, page: u64, dst_id: u64) {
+    fn request(&self, op: Op, pages: u64, page: u64, dst_id: u64) -> Vec<u8> {
         let header = Header {
             op,
             flags: PageFlags::default(),
@@ -109,7 +132,12 @@ impl<S: Read + Write> Client<S> {
         };
         let mut bytes = [0; HEADER_BYTES_MAX];
         let len = header.encode(self.wire, &mut bytes);
-        self.stream.write_all(&bytes[..len]).unwrap();
+        bytes[..len].to_vec()
+    }
+
+    fn send(&mut self, op: Op, pages: u64, page: u64, dst_id: u64) {
+        let request = self.request(op, pages, page, dst_id);
+        self.stream.write_all(&request).unwrap();
     }
 
     fn get(&mut self, page: u64, pages: u64) {
@@ -135,7 +163,12 @@ impl<S: Read + Write> Client<S> {
 
     /// Says CLOSE, hears that all is well, and leaves.
     fn close(mut self) {
-        self.send(Op::Close, 0, 0, 0);
+        self.say(Op::Close);
+    }
+
+    /// Says that all is over, and hears that all is well.
+    fn say(&mut self, close: Op) {
+        self.send(close, 0, 0, 0);
         let mut status = [1; 4];
         self.stream.read_exact(&mut status).unwrap();
         assert_eq!(status, [0; 4]);
@@ -330,6 +363,69 @@ fn a_client_that_does_not_read_holds_up_no_other() {
 }
 
 #[test]
+fn a_client_that_never_asks_is_ended() {
+    let images = one_level(vec![Run::present(FIRST_PAGE, 5, PageFlags::LAZY, 1)]);
+    let server = Server::start_impatient(&images.dirs[0], false);
+    server.connect().expect_reset();
+    let error = server.outcome().unwrap_err().to_string();
+    assert!(error.contains("--idle-timeout"), "{error}");
+}
+
+#[test]
+fn a_client_that_stops_within_a_request_is_ended() {
+    let images = one_level(vec![Run::present(FIRST_PAGE, 5, PageFlags::LAZY, 1)]);
+    let server = Server::start_impatient(&images.dirs[0], false);
+    let mut client = server.connect();
+    client.get(FIRST_PAGE, 1);
+    client.answer();
+    client.stream.write_all(&[7, 0, 0]).unwrap();
+    client.expect_reset();
+    let error = server.outcome().unwrap_err().to_string();
+    assert!(error.contains("--idle-timeout"), "{error}");
+}
+
+#[test]
+fn a_client_that_takes_no_answers_is_ended() {
+    let pages = 2048;
+    // Sent from the file, and copied.
+    for pages_at_once in [pages, 16] {
+        let images = one_level(vec![Run::present(FIRST_PAGE, pages, PageFlags::LAZY, 1)]);
+        let server = Server::start_impatient(&images.dirs[0], false);
+        let mut client = server.connect();
+        // 64 MiB of answers, which is more than any socket buffers, to requests that one does.
+        let asked = (0..8 * pages).step_by(pages_at_once as usize);
+        let request = |page| client.request(Op::Get, pages_at_once, FIRST_PAGE + page % pages, PID);
+        let requests: Vec<u8> = asked.flat_map(request).collect();
+        client.stream.write_all(&requests).unwrap();
+        let error = server.outcome().unwrap_err().to_string();
+        assert!(error.contains("no answers"), "{error}");
+    }
+}
+
+#[test]
+fn a_restore_may_be_idle() {
+    let images = one_level(vec![Run::present(FIRST_PAGE, 5, PageFlags::LAZY, 1)]);
+    let server = Server::start_impatient(&images.dirs[0], true);
+    let mut client = server.connect();
+    client.get(FIRST_PAGE, 1);
+    client.answer();
+    // Its host's connection for faults, which has not been needed yet.
+    let mut for_faults = server.connect();
+    for _ in 0..3 {
+        // Ended once the server's patience is over: those two have been silent for longer.
+        server.connect_from("127.0.0.2").expect_reset();
+    }
+    for client in [&mut for_faults, &mut client] {
+        client.get(FIRST_PAGE + 1, 1);
+        assert!(client.answer().1 == page_content(2));
+    }
+    client.close();
+    // Nobody of that host asks any more.
+    for_faults.close();
+    server.connect().expect_reset();
+}
+
+#[test]
 fn a_file_cut_under_the_server_ends_the_session_with_an_error() {
     for pages in [1, 256] {
         let images = one_level(vec![Run::present(FIRST_PAGE, 512, PageFlags::LAZY, 1)]);
@@ -356,12 +452,15 @@ fn images_that_were_replaced_are_read_anew_by_the_next_session() {
     let runs = |seed| vec![Run::present(FIRST_PAGE, 1, PageFlags::LAZY, seed)];
     let images = one_level(runs(1));
     let server = Server::start(&images.dirs[0], true);
+    let mut over = Vec::new();
     for seed in [2, 3] {
         write_target(&images.dirs[0], TARGET, Wire::V2, seed, &runs(seed));
         let mut client = server.connect();
         client.get(FIRST_PAGE, 1);
-        assert_eq!(client.answer().1, page_content(seed));
-        client.close();
+        assert!(client.answer().1 == page_content(seed), "images {seed}");
+        client.say(Op::Close);
+        // A client may take its time to hang up.
+        over.push(client);
     }
 }
 
@@ -379,9 +478,6 @@ fn a_local_socket_serves_as_well() {
     };
     client.get(FIRST_PAGE, 100);
     assert_eq!(client.answer().1.len(), 100 * PAGE.as_usize());
-    client.send(Op::ForceClose, 0, 0, 0);
-    let mut status = [1; 4];
-    client.stream.read_exact(&mut status).unwrap();
-    assert_eq!(status, [0; 4]);
+    client.say(Op::ForceClose);
     server.outcome().unwrap();
 }

@@ -108,7 +108,9 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FD", hide = true)]
     pub(crate) swrk: Option<RawFd>,
 
-    /// End a session whose peer says nothing for this many seconds [default: wait for ever]
+    /// End a session whose peer says nothing for this many seconds [default: wait for ever]; with
+    /// --lazy-pages only before its host has asked for a page, within a request, and if it takes no
+    /// answers, for a restore may be idle
     #[arg(long, value_name = "SECONDS")]
     pub(crate) idle_timeout: Option<u64>,
 }

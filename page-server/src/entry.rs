@@ -1,5 +1,6 @@
 //! Who comes in at a receiving server's door: dumps, or ferry, told apart by their first bytes.
 
+use std::io::ErrorKind;
 use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -10,7 +11,7 @@ use pageferry::engine::listen::Source;
 use pageferry::engine::stop::Stop;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::ferry::frame;
-use pageferry::stream::Stream;
+use pageferry::stream::{Stream, silent};
 use socket2::Socket;
 
 /// What has come in.
@@ -75,7 +76,11 @@ impl Entry {
         let timeout = stream.socket().set_read_timeout(patience);
         timeout
             .and_then(|()| stream.begins_with(frame::MAGIC))
-            .map_err(|error| Error::wrap(Kind::PeerLost, "the first bytes did not come", error))
+            .map_err(|error| match error.kind() {
+                ErrorKind::WouldBlock => silent(patience),
+                _ => Error::wrap(Kind::PeerLost, "the first bytes did not come", error),
+            })
+            .map_err(|error| error.within(format!("session with {}", stream.peer())))
     }
 
     pub(crate) fn is_open(&self) -> bool {

@@ -98,9 +98,10 @@ struct Start<'a> {
 fn receive(start: &mut Start<'_>) -> Result<()> {
     let args = start.args;
     let mut report = Report::open(args)?;
+    let page = pages_of_system()?;
     let options = StoreOptions {
         dir: start.daemon.images_dir().to_owned(),
-        page: pages_of_system()?,
+        page,
         previous: args.prev_images_dir.clone(),
         sync: args.sync.into(),
     };
@@ -130,8 +131,13 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
     };
     let _display = report.show()?;
     run(source, &rules(args, stay), &stop, |stream| {
-        let mut stream = stream.secure(tls.as_ref())?;
-        let (received, result) = match entry.admit(&mut stream, &context, &port)? {
+        let peer = stream.peer().to_owned();
+        let secured = stream.secure(tls.as_ref());
+        let admitted =
+            secured.and_then(|mut stream| Ok((entry.admit(&mut stream, &context, &port)?, stream)));
+        let (guest, stream) =
+            admitted.inspect_err(|error| report.turned_away(&peer, page, error))?;
+        let (received, result) = match guest {
             None => {
                 stream.reset();
                 return Ok(());
@@ -227,7 +233,10 @@ fn serve(start: &mut Start<'_>) -> Result<()> {
     let args = start.args;
     let mut report = Report::open(args)?;
     let dir = ImageDir::open(start.daemon.images_dir(), pages_of_system()?)?;
-    let context = ServeContext::new(dir, args.wire.forced()).counting_in(report.traffic());
+    let idle_timeout = args.idle_timeout.map(Duration::from_secs);
+    let context = ServeContext::new(dir, args.wire.forced())
+        .counting_in(report.traffic())
+        .ending_idle(idle_timeout);
     let tls = Tls::load(&args.tls)?;
     let source = start.listen()?;
     let rules = Rules {

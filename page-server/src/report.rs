@@ -13,6 +13,7 @@ use pageferry::observe::metrics::MetricsListener;
 use pageferry::observe::progress::Display;
 use pageferry::observe::received::Received;
 use pageferry::observe::traffic::Traffic;
+use pageferry::units::PageSize;
 use serde::Serialize;
 
 use crate::args::Args;
@@ -64,6 +65,13 @@ impl Report {
     pub(crate) fn received(&self, received: &Received, error: Option<&Error>) {
         tracing::info!("{received}");
         self.write(received.json(error));
+    }
+
+    /// A peer did not come so far as to have a session: its handshake failed, or its first bytes did not
+    /// come.
+    pub(crate) fn turned_away(&self, peer: &str, page: PageSize, error: &Error) {
+        drop(self.traffic.begin_session());
+        self.write(Received::nothing(peer, page).json(Some(error)));
     }
 
     /// A forwarding session has ended.

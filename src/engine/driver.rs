@@ -24,6 +24,7 @@ use super::epoll::EpollDriver;
 use super::uring::UringDriver;
 use crate::error::{Error, Kind, Result};
 use crate::image::writer::PagesPart;
+use crate::stream::silent;
 use crate::sys::buffers::Buffer;
 use crate::sys::ring::Ring;
 
@@ -117,15 +118,6 @@ impl Link {
     pub(super) fn silent(&self) -> Error {
         silent(self.idle_timeout)
     }
-}
-
-/// The error for a peer that says nothing for `idle_timeout`.
-pub(super) fn silent(idle_timeout: Option<Duration>) -> Error {
-    let seconds = idle_timeout.unwrap_or_default().as_secs();
-    Error::new(
-        Kind::PeerLost,
-        format!("the peer has said nothing for {seconds} s (--idle-timeout)"),
-    )
 }
 
 /// Which driver moves the bytes.

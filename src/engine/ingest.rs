@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::batch::Plan;
-use super::driver::{Io, Link, silent};
+use super::driver::{Io, Link};
 use super::keep::{Desk, Keep, KeepOptions};
 use super::mover::Mover;
 use super::stores::{SessionStore, Stores};
@@ -32,7 +32,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::writer::{CommittedImages, SessionImages};
 use crate::observe::received::Received;
 use crate::observe::traffic::Traffic;
-use crate::stream::Stream;
+use crate::stream::{Stream, silent};
 use crate::sys::buffers::Buffer;
 use crate::units::{PageRange, PageSize};
 

@@ -1,5 +1,6 @@
 //! The loops: they move bytes and ask the pure rooms what to do.
 
+mod asking;
 pub mod batch;
 pub mod driver;
 mod epoll;

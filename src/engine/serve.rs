@@ -10,6 +10,11 @@
 //! copy, is what one-page requests cost. Long runs go from the page cache to the socket without
 //! passing through this process. Memory is the two buffers of [`limits`](crate::limits) a client
 //! and one record an extent of each chain in use; no page of an image stays here.
+//!
+//! A restore may be idle for as long as it likes: a client that has asked for a page, or whose host
+//! has in another connection (pageferry's client makes two and may need but one), is not
+//! waited for with a clock. All others are, if the user says so: who never asks, who stops within a
+//! request, who takes no answers. That a host is gone is found out by probes.
 
 use std::collections::HashMap;
 use std::fmt::Debug;
@@ -17,6 +22,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use super::asking::{Asking, AskingHosts};
 use super::memory::Memory;
 use crate::criu::header::{HEADER_BYTES_MAX, Target, Wire};
 use crate::criu::serve::{CLOSE_STATUS, Get, Request, Requests};
@@ -25,7 +31,7 @@ use crate::image::chain::{Chain, Missing, Place, Resolved};
 use crate::image::dir::ImageDir;
 use crate::limits::{ANSWER_BYTES, REQUEST_BYTES};
 use crate::observe::traffic::Traffic;
-use crate::stream::Stream;
+use crate::stream::{Stream, silent};
 use crate::units::PageSize;
 
 /// Runs of at least this many bytes are sent with `sendfile`; shorter ones are cheaper to copy.
@@ -43,6 +49,8 @@ pub struct ServeContext {
     page: PageSize,
     wire: Option<Wire>,
     traffic: Arc<Traffic>,
+    idle_timeout: Option<Duration>,
+    asking: AskingHosts,
 }
 
 /// Where the memory of processes is.
@@ -96,6 +104,17 @@ impl ServeContext {
             page,
             wire,
             traffic: Arc::default(),
+            idle_timeout: None,
+            asking: AskingHosts::default(),
+        }
+    }
+
+    /// Ends sessions whose client is silent for so long where it may not be: see the module's text.
+    #[must_use]
+    pub fn ending_idle(self, idle_timeout: Option<Duration>) -> ServeContext {
+        ServeContext {
+            idle_timeout,
+            ..self
         }
     }
 
@@ -147,6 +166,7 @@ struct Session<'a> {
     runs: Vec<Resolved>,
     summary: Summary,
     start: Instant,
+    asking: Option<Asking<'a>>,
 }
 
 /// Answers that wait to be sent together.
@@ -175,6 +195,7 @@ impl Session<'_> {
             runs: Vec::new(),
             summary,
             start: Instant::now(),
+            asking: None,
         }
     }
 
@@ -187,10 +208,13 @@ impl Session<'_> {
 
     /// Answers requests until CLOSE.
     fn run(&mut self) -> Result<()> {
+        if let Some(patience) = self.context.idle_timeout {
+            self.lose_patience_after(patience)?;
+        }
         let mut input = [0; REQUEST_BYTES];
         let mut arrived = 0;
         loop {
-            match self.receive(&mut input[arrived..])? {
+            match self.receive(&mut input[arrived..], arrived > 0)? {
                 0 => return Err(self.left_without_close()),
                 bytes => arrived += bytes,
             }
@@ -213,7 +237,19 @@ impl Session<'_> {
         request.map_err(|error| Error::wrap(Kind::Protocol, "bad request", error))
     }
 
+    fn lose_patience_after(&self, patience: Duration) -> Result<()> {
+        let socket = self.stream.socket();
+        // Local sockets have no host that could be gone.
+        let _ = socket.set_tcp_user_timeout(Some(patience));
+        let set = socket.set_read_timeout(Some(patience));
+        set.and_then(|()| socket.set_write_timeout(Some(patience)))
+            .map_err(|error| Error::wrap(Kind::Io, "cannot set --idle-timeout", error))
+    }
+
     fn answer(&mut self, get: &Get) -> Result<()> {
+        if self.asking.is_none() {
+            self.asking = Some(self.context.asking.begin(self.stream.host()));
+        }
         let memory = self.memory(get.pid)?;
         self.runs.clear();
         let pages = memory.find_runs(get.range, &mut self.runs)?;
@@ -269,13 +305,13 @@ impl Session<'_> {
             Place::Raw { file, offset } if self.can_send_file(bytes) => {
                 let waiting = self.answers.take();
                 let stream = &mut self.stream;
-                stream.write_more(waiting).map_err(lost)?;
+                stream.write_more(waiting).map_err(not_taken)?;
                 let (file, path) = memory.file(file);
                 stream
                     .send_file(file, offset, bytes)
                     .map_err(|error| match error.kind() {
                         ErrorKind::UnexpectedEof => Error::file("read", path, error),
-                        _ => lost(error),
+                        _ => not_taken(error),
                     })
             }
             place => self.copy_run(memory, place, bytes),
@@ -304,35 +340,50 @@ impl Session<'_> {
     }
 
     fn write_answers(&mut self) -> Result<()> {
-        self.stream.write_all(self.answers.take()).map_err(lost)
+        self.stream
+            .write_all(self.answers.take())
+            .map_err(not_taken)
     }
 
     fn send_answers(&mut self) -> Result<()> {
         self.write_answers()?;
-        self.stream.flush().map_err(lost)
+        self.stream.flush().map_err(not_taken)
     }
 
     fn close(&mut self, wait_for_end: bool) -> Result<()> {
+        // Who comes after the answer finds the images as they are then, however long this client takes
+        // to hang up.
+        self.memories.clear();
         self.push(&CLOSE_STATUS)?;
         self.send_answers()?;
         if wait_for_end {
             // All was said: however the client hangs up now, the session was a success.
             let _ = self.stream.socket().set_read_timeout(Some(HANG_UP));
             let mut rest = [0; HEADER_BYTES_MAX];
-            while matches!(self.receive(&mut rest), Ok(1..)) {}
+            while matches!(self.stream.read(&mut rest), Ok(1..)) {}
         }
         // It may be gone by now.
         let _ = self.stream.end();
         Ok(())
     }
 
-    fn receive(&mut self, out: &mut [u8]) -> Result<usize> {
+    /// Reads what comes next; `begun` says that it is the rest of a request.
+    fn receive(&mut self, out: &mut [u8], begun: bool) -> Result<usize> {
         loop {
             match self.stream.read(out) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    if begun || !self.may_be_idle() {
+                        return Err(silent(self.context.idle_timeout));
+                    }
+                }
                 result => return result.map_err(lost),
             }
         }
+    }
+
+    fn may_be_idle(&self) -> bool {
+        self.asking.is_some() || self.context.asking.contains(&self.stream.host())
     }
 
     fn left_without_close(&self) -> Error {
@@ -364,6 +415,17 @@ impl Answers {
     /// All that was filled; the buffer is empty afterwards.
     fn take(&mut self) -> &[u8] {
         &self.buffer[..std::mem::take(&mut self.filled)]
+    }
+}
+
+/// Answers could not be sent.
+fn not_taken(error: std::io::Error) -> Error {
+    match error.kind() {
+        ErrorKind::WouldBlock => {
+            let text = "the peer has taken no answers for as long as --idle-timeout says";
+            Error::new(Kind::PeerLost, text)
+        }
+        _ => lost(error),
     }
 }
 

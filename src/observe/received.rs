@@ -57,6 +57,21 @@ pub struct Received {
 }
 
 impl Received {
+    /// A session with `peer` that brought nothing.
+    pub fn nothing(peer: &str, page: PageSize) -> Received {
+        Received {
+            peer: peer.to_owned(),
+            wire: None,
+            targets: 0,
+            pages: PageCounts::default(),
+            kept: KeptPages::default(),
+            page,
+            wire_bytes: 0,
+            elapsed: Duration::ZERO,
+            cpu: Duration::ZERO,
+        }
+    }
+
     /// Bytes of the pages received.
     pub fn received_bytes(&self) -> u64 {
         self.pages.received << self.page.shift()
@@ -143,15 +158,8 @@ mod tests {
     #[test]
     fn a_session_is_told_in_words_and_in_json() {
         let mut received = Received {
-            peer: "10.0.0.1:5".to_owned(),
-            wire: None,
-            targets: 0,
-            pages: PageCounts::default(),
-            kept: KeptPages::default(),
-            page: PageSize::KIB_4,
-            wire_bytes: 0,
             elapsed: Duration::from_secs(2),
-            cpu: Duration::from_secs(1),
+            ..Received::nothing("10.0.0.1:5", PageSize::KIB_4)
         };
         let error = Error::new(Kind::PeerLost, "it said \"bye\"");
         let parse = |line: String| serde_json::from_str::<serde_json::Value>(&line).unwrap();
