@@ -113,7 +113,8 @@ impl Window {
         self.anticipation.streamed(now_us);
     }
 
-    fn is_faulting(&self, now_us: u64) -> bool {
+    /// Whether lone faults share the link, or did a moment ago.
+    pub fn is_faulting(&self, now_us: u64) -> bool {
         self.last_fault_us
             .is_some_and(|last| now_us.saturating_sub(last) < FAULT_MEMORY_US)
     }
@@ -191,7 +192,8 @@ impl Window {
         self.rate().saturating_mul(REQUEST_TIME_US) / 1_000_000
     }
 
-    fn is_near(&self) -> bool {
+    /// Whether the source is on this host or beside it.
+    pub fn is_near(&self) -> bool {
         self.delay().is_none_or(|delay| delay < NEAR_DELAY_US)
     }
 

@@ -6,6 +6,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use super::Restore;
+use super::install::{STEP_BYTES_MAX, offset};
 use super::link::{Arrival, Link};
 use crate::criu::fetch::Step;
 use crate::error::{Error, Kind, Result};
@@ -58,7 +59,7 @@ fn await_close(link: &mut Link, deadline: Instant) -> std::io::Result<()> {
             EpollFlags::EPOLLIN
         };
         poll.modify(link.socket(), &mut interest(flags))?;
-        match link.receive()? {
+        match link.receive(offset(STEP_BYTES_MAX))? {
             Arrival::End => return Err(std::io::ErrorKind::UnexpectedEof.into()),
             Arrival::Nothing => {
                 if Instant::now() >= deadline {

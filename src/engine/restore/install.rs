@@ -10,8 +10,12 @@ use crate::lazy::planner::{SpaceId, Way};
 use crate::sys::uffd::Filled;
 use crate::units::{PageRange, Vaddr};
 
-/// Copied with one call at most, bytes: more gains nothing and delays others.
-pub(super) const COPY_BYTES_MAX: u64 = 64 << 10;
+/// Received or copied with one call at most while lone faults are about, bytes: about 25 µs that one
+/// of them may wait.
+const STEP_BYTES: u64 = 64 << 10;
+
+/// The same while there are none: a reader in order has more before it waits again.
+pub(super) const STEP_BYTES_MAX: u64 = 128 << 10;
 
 /// How often a fill that an unread event refuses is tried before others get a turn.
 const CHANGING_TRIES: usize = 64;
@@ -39,7 +43,7 @@ impl Restore {
         bytes: &[u8],
         way: Way,
     ) -> Result<()> {
-        let mut limit = COPY_BYTES_MAX;
+        let mut limit = self.step_bytes();
         let mut stuck = 0;
         while let Some(piece) = self.planner.arrived(id, image) {
             let piece = self.awaited_first(id, piece, limit);
@@ -61,6 +65,15 @@ impl Restore {
             self.serve_faults()?;
         }
         Ok(())
+    }
+
+    /// How much to receive or to copy with one call now, bytes.
+    pub(super) fn step_bytes(&self) -> u64 {
+        if self.links.is_faulting(self.clock.now_us()) {
+            STEP_BYTES
+        } else {
+            STEP_BYTES_MAX
+        }
     }
 
     /// The part of `piece` to copy next: a page that a thread waits for, so that it runs while the
@@ -103,7 +116,7 @@ impl Restore {
         let first_page = PageRange::new(at.start().get(), at.start().get() + page);
         match call(&process.uffd).map_err(failed)? {
             Filled::Bytes(filled) => {
-                *limit = COPY_BYTES_MAX;
+                *limit = STEP_BYTES.max(*limit);
                 self.settle(
                     id,
                     PageRange::new(at.start().get(), at.start().get() + filled),
@@ -140,11 +153,7 @@ impl Restore {
         let Some(extent) = chain.find(piece.image) else {
             return Ok(());
         };
-        let length = piece
-            .at
-            .bytes()
-            .min(extent.range.bytes())
-            .min(COPY_BYTES_MAX);
+        let length = piece.at.bytes().min(extent.range.bytes()).min(STEP_BYTES);
         let at = PageRange::new(piece.at.start().get(), piece.at.start().get() + length);
         let mut limit = length;
         if let Some(bytes) = chain.mapped(extent.place, offset(length)) {
@@ -197,7 +206,7 @@ impl Restore {
 
     /// Installs the next piece of local images in the background. Says whether there was one.
     pub(super) fn local_step(&mut self) -> Result<bool> {
-        let Some((id, piece)) = self.planner.next_local(COPY_BYTES_MAX) else {
+        let Some((id, piece)) = self.planner.next_local(STEP_BYTES) else {
             return Ok(false);
         };
         self.read_ahead(id, piece.image);
@@ -219,7 +228,7 @@ impl Restore {
         };
         let into_stretch = image.get() % READAHEAD_BYTES;
         let begins_extent = chain.find(Vaddr(image.get().saturating_sub(1))).is_none();
-        if into_stretch < COPY_BYTES_MAX || begins_extent {
+        if into_stretch < STEP_BYTES || begins_extent {
             let end = image.get().saturating_add(2 * READAHEAD_BYTES);
             chain.advise(PageRange::new(image.get(), end));
         }
@@ -227,6 +236,6 @@ impl Restore {
 }
 
 /// A length within a buffer: it was checked against one already.
-fn offset(bytes: u64) -> usize {
+pub(super) fn offset(bytes: u64) -> usize {
     usize::try_from(bytes).expect("a length within memory")
 }

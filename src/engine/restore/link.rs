@@ -14,11 +14,8 @@ use crate::lazy::space::Class;
 use crate::lazy::window::{Ticket, Window};
 use crate::units::{PageRange, PageSize};
 
-/// Received with one call at most, bytes: what takes longer would delay faults.
-const RECEIVE_BYTES_MAX: usize = 64 << 10;
-
 /// The receive buffer, bytes.
-const BUFFER_BYTES: usize = 256 << 10;
+const BUFFER_BYTES: usize = 512 << 10;
 
 /// Requests for faults on the way at most, if the link does not hold more.
 const URGENT_REQUESTS_MIN: u64 = 32;
@@ -143,17 +140,17 @@ impl Link {
         Ok(false)
     }
 
-    /// Receives what is there into the buffer.
-    pub(super) fn receive(&mut self) -> io::Result<Arrival> {
+    /// Receives what is there into the buffer, at most `most` bytes: far less than the buffer has.
+    pub(super) fn receive(&mut self, most: usize) -> io::Result<Arrival> {
         let received = &mut self.received;
         if received.start == received.end {
             (received.start, received.end) = (0, 0);
-        } else if received.buffer.len() - received.end < RECEIVE_BYTES_MAX {
+        } else if received.buffer.len() - received.end < most {
             received.buffer.copy_within(received.start..received.end, 0);
             received.end -= received.start;
             received.start = 0;
         }
-        let room = (received.buffer.len() - received.end).min(RECEIVE_BYTES_MAX);
+        let room = (received.buffer.len() - received.end).min(most);
         let free = &mut received.buffer[received.end..received.end + room];
         loop {
             match self.transport.receive(free) {

@@ -15,6 +15,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use super::dialer::{Dialer, Pair, Which};
+use super::install::offset;
 use super::link::{Arrival, LinkStep};
 use super::{Restore, RestoreConfig, Token, rewatch, watch};
 use crate::criu::fetch::Step;
@@ -117,6 +118,15 @@ impl Links {
         })
     }
 
+    /// Whether lone faults are about.
+    pub(super) fn is_faulting(&self, now_us: u64) -> bool {
+        self.pair.as_ref().is_some_and(|pair| {
+            let fault = pair.fault.as_ref().map(|fault| &fault.link);
+            let mut links = std::iter::once(&pair.stream).chain(fault);
+            links.any(|link| link.window().is_faulting(now_us))
+        })
+    }
+
     /// Resets the connections: the source keeps its memory.
     pub(super) fn reset(&mut self) {
         self.bytes_received_before = self.bytes_received();
@@ -193,9 +203,15 @@ impl Restore {
         match &self.links.pair {
             Some(pair) if !self.config.on_demand && !pair.has_fault_link() => {
                 let missed = self.planner.total_pages() << self.images.page().shift();
-                let chunk = pair.stream.window().chunk_bytes(now_us);
+                let window = pair.stream.window();
+                let chunk = window.chunk_bytes(now_us);
+                let block = block_bytes(missed);
                 Reach {
-                    alone_bytes: block_bytes(missed).min(chunk),
+                    alone_bytes: if window.is_near() {
+                        block
+                    } else {
+                        block.min(chunk)
+                    },
                     walk_bytes: chunk,
                 }
             }
@@ -292,10 +308,11 @@ impl Restore {
     }
 
     fn pump(&mut self, which: Which) -> Result<()> {
+        let most = offset(self.step_bytes());
         let Some(link) = self.links.pair.as_mut().and_then(|pair| pair.link(which)) else {
             return Ok(());
         };
-        match link.receive() {
+        match link.receive(most) {
             Ok(Arrival::Bytes) => {}
             Ok(Arrival::Nothing) => return Ok(()),
             Ok(Arrival::End) => return self.link_failed(which, None),
