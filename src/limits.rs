@@ -32,11 +32,9 @@ pub const SESSION_TARGETS_MAX: usize = 1 << 16;
 /// Most ranges of memory in one write (`IOV_MAX` of Linux).
 pub const WRITE_RANGES_MAX: usize = 1024;
 
-/// Size of the pipe that large frames pass through, bytes: the default of `fs.pipe-max-size`.
-pub const PIPE_BYTES: i32 = 1 << 20;
-
-/// Size of one buffer that a session receives into, bytes.
-pub const RECEIVE_BUFFER_BYTES: usize = 512 << 10;
+/// Size of one buffer that a session receives into, bytes. What is received is written while it is in
+/// the processor's cache.
+pub const RECEIVE_BUFFER_BYTES: usize = 256 << 10;
 
 /// Most such buffers of one session: one is filled while the others are written.
 pub const RECEIVE_BUFFERS_MAX: usize = 4;

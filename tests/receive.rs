@@ -18,7 +18,7 @@ use common::{
     with_true_holes,
 };
 use pageferry::criu::header::{Header, Op, PageFlags, Target, Wire};
-use pageferry::engine::driver::Io;
+use pageferry::engine::driver::{Io, Writes};
 use pageferry::engine::ingest::{ReceiveContext, receive_client};
 use pageferry::engine::keep::KeepOptions;
 use pageferry::engine::stores::{StoreOptions, Stores};
@@ -43,8 +43,17 @@ fn options(dir: &Path, previous: Option<&str>) -> StoreOptions {
     }
 }
 
-fn context(dir: &Path, previous: Option<&str>, io: Io) -> ReceiveContext {
-    ReceiveContext::new(Stores::open(options(dir, previous), None).unwrap(), io)
+/// A driver, and when files are written.
+type Way = (Io, Writes);
+
+const EPOLL: Way = (Io::Epoll, Writes::Beside);
+
+fn context(dir: &Path, previous: Option<&str>, (io, writes): Way) -> ReceiveContext {
+    let stores = Stores::open(options(dir, previous), None).unwrap();
+    ReceiveContext {
+        writes,
+        ..ReceiveContext::new(stores, io)
+    }
 }
 
 /// One session in which `bytes` come in pieces, and the server's answers.
@@ -55,19 +64,22 @@ fn session(context: &ReceiveContext, bytes: &[u8], piece: usize) -> (Result<Rece
     (result.map(|()| received), sender.join().unwrap())
 }
 
-/// The drivers that this kernel allows.
-fn drivers() -> Vec<Io> {
+/// All ways that this kernel allows.
+fn ways() -> Vec<Way> {
     let uring = testbed::gate::need("io_uring", Io::choose(Some(Io::Uring)));
-    uring.into_iter().chain([Io::Epoll]).collect()
+    let drivers = uring.into_iter().chain([Io::Epoll]);
+    drivers
+        .flat_map(|io| [Writes::Beside, Writes::Between].map(|writes| (io, writes)))
+        .collect()
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// A dump and the next one on top of it, cut into pieces of any size, received by both drivers:
+    /// A dump and the next one on top of it, cut into pieces of any size, received in all ways:
     /// the images have what was said, and are the same to the last byte.
     #[test]
-    fn both_drivers_store_what_was_said(
+    fn all_ways_store_what_was_said(
         first in level(), second in level(), shmem in level(), large in 30..90u64, v1: bool,
         piece in prop::sample::select(vec![7usize, 1000, 4096, 60_000, 1 << 20]),
     ) {
@@ -77,13 +89,13 @@ proptest! {
         let second = with_true_holes(second, &memory);
         let shmem = with_true_holes(shmem, &BTreeMap::new());
         let mut images = Vec::new();
-        for io in drivers() {
+        for way in ways() {
             let tmp = tempfile::tempdir().unwrap();
             let (old, new) = (tmp.path().join("old"), tmp.path().join("new"));
             std::fs::create_dir(&old).unwrap();
             std::fs::create_dir(&new).unwrap();
             let bytes = dump(&[(PID, first.clone())], wire);
-            let (received, answers) = session(&context(&old, None, io), &bytes, piece);
+            let (received, answers) = session(&context(&old, None, way), &bytes, piece);
             let received = received.unwrap();
             prop_assert_eq!(answers, [0, 0, 0, 0, 0]);
             prop_assert_eq!(received.wire_bytes, bytes.len() as u64);
@@ -92,7 +104,7 @@ proptest! {
             check_images(&old, PID, &memory);
 
             let bytes = dump(&[(PID, second.clone()), (SHMEM, shmem.clone())], wire);
-            let (received, answers) = session(&context(&new, Some("../old"), io), &bytes, piece);
+            let (received, answers) = session(&context(&new, Some("../old"), way), &bytes, piece);
             received.unwrap();
             prop_assert_eq!(answers, [1, 0, 0, 0, 0, 0]);
             check_images(&new, PID, &naive_memory(&[second.clone(), first.clone()]));
@@ -119,7 +131,7 @@ proptest! {
         std::fs::create_dir(&new).unwrap();
         let keep = KeepOptions { dedup_content, compress };
         let receive = |dir: &Path, previous, runs: &[Run]| {
-            let context = ReceiveContext { keep, ..context(dir, previous, Io::Epoll) };
+            let context = ReceiveContext { keep, ..context(dir, previous, EPOLL) };
             let bytes = dump(&[(PID, runs.to_vec())], Wire::V2);
             session(&context, &bytes, piece).0.unwrap()
         };
@@ -150,9 +162,9 @@ proptest! {
         let runs = with_true_holes(with_large_runs(runs, 40), &BTreeMap::new());
         let bytes = dump(&[(PID, runs)], Wire::V2);
         let cut = cut.index(bytes.len());
-        for io in drivers() {
+        for way in ways() {
             let tmp = tempfile::tempdir().unwrap();
-            let (received, _) = session(&context(tmp.path(), None, io), &bytes[..cut], 1 << 20);
+            let (received, _) = session(&context(tmp.path(), None, way), &bytes[..cut], 1 << 20);
             let error = received.unwrap_err();
             prop_assert_eq!(error.kind(), Kind::PeerLost);
             prop_assert_eq!(files(tmp.path()), BTreeMap::new());
@@ -162,9 +174,9 @@ proptest! {
     /// Neither does garbage, nor a dump with a spoilt byte in a header.
     #[test]
     fn garbage_leaves_nothing(garbage in prop::collection::vec(any::<u8>(), 32..4096)) {
-        for io in drivers() {
+        for way in ways() {
             let tmp = tempfile::tempdir().unwrap();
-            let (received, _) = session(&context(tmp.path(), None, io), &garbage, 4096);
+            let (received, _) = session(&context(tmp.path(), None, way), &garbage, 4096);
             prop_assert!(received.is_err());
             prop_assert_eq!(files(tmp.path()), BTreeMap::new());
         }
@@ -215,12 +227,12 @@ fn hostile_dumps_are_refused_with_their_place() {
             vec!["pid 7", "second time"],
         ),
     ];
-    for io in drivers() {
+    for way in ways() {
         for (bytes, words) in &cases {
             let tmp = tempfile::tempdir().unwrap();
             // More bytes than the server will read: it must not wait for the end.
             let bytes = [bytes.clone(), vec![0; 256]].concat();
-            let (received, answers) = session(&context(tmp.path(), None, io), &bytes, 1 << 20);
+            let (received, answers) = session(&context(tmp.path(), None, way), &bytes, 1 << 20);
             let error = received.unwrap_err().to_string();
             for word in words {
                 assert!(error.contains(word), "{error} lacks {word}");
@@ -236,10 +248,10 @@ fn one_page_frames_are_one_entry_and_one_run_in_the_file() {
     let runs: Vec<Run> = (0..600)
         .map(|page| Run::present(FIRST_PAGE + u64::from(page), 1, PageFlags::LAZY, page + 1))
         .collect();
-    for io in drivers() {
+    for way in ways() {
         let tmp = tempfile::tempdir().unwrap();
         let bytes = dump(&[(PID, runs.clone())], Wire::V2);
-        session(&context(tmp.path(), None, io), &bytes, 1 << 20)
+        session(&context(tmp.path(), None, way), &bytes, 1 << 20)
             .0
             .unwrap();
         check_images(tmp.path(), PID, &naive_memory(std::slice::from_ref(&runs)));
@@ -251,9 +263,9 @@ fn one_page_frames_are_one_entry_and_one_run_in_the_file() {
 
 #[test]
 fn force_close_leaves_the_socket_for_another_session() {
-    for io in drivers() {
+    for way in ways() {
         let tmp = tempfile::tempdir().unwrap();
-        let context = context(tmp.path(), None, io);
+        let context = context(tmp.path(), None, way);
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         for target in [PID, SHMEM] {
             let run = Run::present(FIRST_PAGE, 3, PageFlags::LAZY, 5);
@@ -276,11 +288,11 @@ fn force_close_leaves_the_socket_for_another_session() {
 
 #[test]
 fn a_silent_peer_is_given_up() {
-    for io in drivers() {
+    for way in ways() {
         let tmp = tempfile::tempdir().unwrap();
         let context = ReceiveContext {
             idle_timeout: Some(Duration::from_millis(20)),
-            ..context(tmp.path(), None, io)
+            ..context(tmp.path(), None, way)
         };
         let (ours, theirs) = UnixStream::pair().unwrap();
         let open = bytes_of(&bare(Op::Open2, PID), Wire::V2);
@@ -295,9 +307,9 @@ fn a_silent_peer_is_given_up() {
 
 #[test]
 fn sessions_at_once_share_a_directory() {
-    for io in drivers() {
+    for way in ways() {
         let tmp = tempfile::tempdir().unwrap();
-        let context = Arc::new(context(tmp.path(), None, io));
+        let context = Arc::new(context(tmp.path(), None, way));
         let runs = |pid: u32| vec![Run::present(FIRST_PAGE, 64, PageFlags::LAZY, pid * 100)];
         std::thread::scope(|scope| {
             for pid in 1..=6 {
@@ -327,7 +339,7 @@ fn sessions_may_have_a_directory_each() {
             Some("{peer}-{seq}".parse().unwrap()),
         )
         .unwrap(),
-        ..context(tmp.path(), None, Io::Epoll)
+        ..context(tmp.path(), None, EPOLL)
     };
     let run = Run::present(FIRST_PAGE, 3, PageFlags::LAZY, 5);
     let bytes = dump(&[(PID, vec![run.clone()])], Wire::V1);
@@ -352,7 +364,7 @@ fn old_senders_cannot_be_given_compressed_images() {
             compress: true,
             ..KeepOptions::default()
         },
-        ..context(tmp.path(), None, Io::Epoll)
+        ..context(tmp.path(), None, EPOLL)
     };
     let bytes = dump(
         &[(PID, vec![Run::present(FIRST_PAGE, 3, PageFlags::LAZY, 5)])],
@@ -371,14 +383,14 @@ fn parents_lose_what_is_new_but_only_after_close() {
     std::fs::create_dir(&new).unwrap();
     let whole = vec![Run::present(FIRST_PAGE, 100, PageFlags::LAZY, 7)];
     let bytes = dump(&[(PID, whole.clone())], Wire::V2);
-    session(&context(&old, None, Io::Epoll), &bytes, 1 << 20)
+    session(&context(&old, None, EPOLL), &bytes, 1 << 20)
         .0
         .unwrap();
     let before = files(&old);
 
     let context = ReceiveContext {
         auto_dedup: true,
-        ..context(&new, Some("../old"), Io::Epoll)
+        ..context(&new, Some("../old"), EPOLL)
     };
     let next = vec![
         Run::absent(FIRST_PAGE, 10, PageFlags::PARENT),

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use pageferry::daemon::command_line::{self, Action, Parsed};
 use pageferry::daemon::{self, Daemon};
-use pageferry::engine::driver::Io;
+use pageferry::engine::driver::{Io, Writes};
 use pageferry::engine::ferry::PusherConfig;
 use pageferry::engine::ferry::port::{FerryPort, Handled};
 use pageferry::engine::forward::{ForwardContext, forward_client};
@@ -109,6 +109,7 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
         stores: Stores::open(options, args.images_dir_template.clone())?,
         wire: args.wire.forced(),
         io: Io::choose(args.io.map(Into::into))?,
+        writes: Writes::of_machine(),
         keep: KeepOptions {
             dedup_content: args.dedup_content,
             compress: args.compress,

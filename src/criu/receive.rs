@@ -211,11 +211,6 @@ impl ReceiveSession {
         self.deframer.skip_raw(bytes);
     }
 
-    /// How many bytes complete the header that comes next; 0 while a payload is being read.
-    pub fn header_bytes_missing(&self) -> usize {
-        self.deframer.header_bytes_missing()
-    }
-
     /// Where the session is, in words, for errors and logs.
     pub fn whereabouts(&self) -> String {
         match self.target {

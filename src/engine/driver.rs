@@ -5,7 +5,6 @@
 //!            |
 //!            +- Receive   socket -> buffer                  one at a time
 //!            +- Write     buffer -> files                   many at a time, meanwhile
-//!            +- Splice    socket -> file, past this process: for the payload of large frames
 //! ```
 //!
 //! An operation owns its buffer and keeps its file open until it completes. The engine never waits
@@ -15,6 +14,7 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::thread::available_parallelism;
 use std::time::Duration;
 
 use socket2::Socket;
@@ -23,7 +23,6 @@ use super::batch::Batch;
 use super::epoll::EpollDriver;
 use super::uring::UringDriver;
 use crate::error::{Error, Kind, Result};
-use crate::image::writer::PagesPart;
 use crate::stream::silent;
 use crate::sys::buffers::Buffer;
 use crate::sys::ring::Ring;
@@ -40,15 +39,6 @@ pub enum Operation {
     },
     /// Write a batch.
     Write(Batch),
-    /// Move bytes from the socket to a file.
-    Splice {
-        /// The file.
-        part: Arc<PagesPart>,
-        /// Offset in the file, bytes.
-        offset: u64,
-        /// How many, all of them.
-        bytes: u64,
-    },
 }
 
 /// What a driver has done.
@@ -63,9 +53,6 @@ pub enum Completion {
     },
     /// A batch is in the files.
     Written(Batch),
-    /// All bytes of a splice have left the socket. They are in the file only after
-    /// [`Driver::drain`].
-    Spliced,
 }
 
 /// A driver for one session. Errors name the peer or the file, and end the session: whatever is in
@@ -104,14 +91,6 @@ impl Link {
     /// The error for a socket that fails.
     pub(super) fn lost(&self, error: io::Error) -> Error {
         Error::wrap(Kind::PeerLost, "the connection is lost", error)
-    }
-
-    /// The error for a peer that hangs up inside a frame.
-    pub(super) fn cut(&self) -> Error {
-        Error::new(
-            Kind::PeerLost,
-            "the peer hung up inside the pages of a frame",
-        )
     }
 
     /// The error for a peer that says nothing any more.
@@ -167,6 +146,28 @@ impl Io {
         match self {
             Io::Uring => Ok(Box::new(UringDriver::new(link)?)),
             Io::Epoll => Ok(Box::new(EpollDriver::new(link)?)),
+        }
+    }
+}
+
+/// CPUs that are busy while a session receives: the network's and the session's own.
+const BUSY_CPUS: usize = 2;
+
+/// When files are written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Writes {
+    /// While bytes are received.
+    Beside,
+    /// Before more bytes are received.
+    Between,
+}
+
+impl Writes {
+    /// What is better on this machine.
+    pub fn of_machine() -> Writes {
+        match available_parallelism() {
+            Ok(cpus) if cpus.get() <= BUSY_CPUS => Writes::Between,
+            _ => Writes::Beside,
         }
     }
 }

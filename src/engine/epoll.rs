@@ -2,7 +2,7 @@
 //! its own that writes while this one receives.
 //!
 //! ```text
-//! session thread   recv, splice in  --Job-->     writer thread   pwritev, splice out
+//! session thread   recv             --batch-->   writer thread   pwritev
 //!                  epoll: socket,   <-eventfd--
 //! ```
 
@@ -17,32 +17,14 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::batch::Batch;
 use super::driver::{Completion, Driver, Link, Operation, is_patience};
-use super::pipe::{Inlet, Outlet, pipe};
 use crate::error::{Error, Kind, Result};
-use crate::image::writer::PagesPart;
 use crate::sys::buffers::Buffer;
-
-/// What the writer thread is to do.
-#[derive(Debug)]
-enum Job {
-    Write(Batch),
-    PutOut {
-        part: Arc<PagesPart>,
-        offset: u64,
-        bytes: u64,
-    },
-}
 
 /// What the session thread does with the socket when it waits.
 #[derive(Debug)]
-enum Pending {
-    Receive {
-        buffer: Buffer,
-        window: Range<usize>,
-    },
-    TakeIn {
-        bytes_left: u64,
-    },
+struct Pending {
+    buffer: Buffer,
+    window: Range<usize>,
 }
 
 /// The driver. See the module's text.
@@ -58,12 +40,10 @@ pub(super) struct EpollDriver {
 #[derive(Debug)]
 struct Writer {
     /// `None` when the thread is to end.
-    jobs: Option<Sender<Job>>,
-    /// Jobs as they were done.
-    results: Receiver<Result<Job>>,
+    batches: Option<Sender<Batch>>,
+    /// Batches as they were written.
+    results: Receiver<Result<Batch>>,
     in_flight: usize,
-    /// `None` when what is in flight is to be given up.
-    inlet: Option<Inlet>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -86,7 +66,7 @@ impl EpollDriver {
         })
     }
 
-    /// Sleeps until the socket has something or the writer is done with a job.
+    /// Sleeps until the socket has something or the writer is done with a batch.
     fn sleep(&self) -> Result<()> {
         let timeout = match self.link.idle_timeout {
             None => EpollTimeout::NONE,
@@ -104,46 +84,19 @@ impl EpollDriver {
     fn progress(&mut self) -> Result<Option<Completion>> {
         match self.pending.take() {
             None => Ok(None),
-            Some(Pending::Receive { mut buffer, window }) => {
+            Some(Pending { mut buffer, window }) => {
                 let into = &mut buffer[window.clone()];
                 match self.link.receive_now(into) {
                     Ok(bytes) => Ok(Some(Completion::Received { buffer, bytes })),
                     Err(error) if is_patience(&error) => {
-                        self.pending = Some(Pending::Receive { buffer, window });
+                        self.pending = Some(Pending { buffer, window });
                         self.sleep()?;
                         Ok(None)
                     }
                     Err(error) => Err(self.link.lost(error)),
                 }
             }
-            Some(Pending::TakeIn { bytes_left }) => {
-                // The splice below waits for room in the pipe, but for bytes only this does.
-                self.pending = Some(Pending::TakeIn { bytes_left });
-                self.sleep()?;
-                self.take_in(bytes_left)
-            }
         }
-    }
-
-    fn take_in(&mut self, bytes_left: u64) -> Result<Option<Completion>> {
-        let Some(inlet) = &self.writer.inlet else {
-            return Err(Error::new(Kind::Io, "receiving was given up"));
-        };
-        let taken = match inlet.take_from(self.link.socket.as_ref(), bytes_left) {
-            Ok(0) => return Err(self.link.cut()),
-            Ok(taken) => taken,
-            Err(Errno::EINTR | Errno::EAGAIN) => 0,
-            // The writer has given up, and says why.
-            Err(Errno::EPIPE) => return self.writer.next_result().map(Job::into_completion),
-            Err(errno) => return Err(self.link.lost(errno.into())),
-        };
-        let bytes_left = bytes_left - taken;
-        if bytes_left == 0 {
-            self.pending = None;
-            return Ok(Some(Completion::Spliced));
-        }
-        self.pending = Some(Pending::TakeIn { bytes_left });
-        Ok(None)
     }
 }
 
@@ -151,23 +104,10 @@ impl Driver for EpollDriver {
     fn submit(&mut self, operation: Operation) -> Result<()> {
         match operation {
             Operation::Receive { buffer, window } => {
-                self.pending = Some(Pending::Receive { buffer, window });
+                self.pending = Some(Pending { buffer, window });
                 Ok(())
             }
-            Operation::Write(batch) => self.writer.submit(Job::Write(batch)),
-            Operation::Splice {
-                part,
-                offset,
-                bytes,
-            } => {
-                let bytes_left = bytes;
-                self.pending = Some(Pending::TakeIn { bytes_left });
-                self.writer.submit(Job::PutOut {
-                    part,
-                    offset,
-                    bytes,
-                })
-            }
+            Operation::Write(batch) => self.writer.submit(batch),
         }
     }
 
@@ -177,8 +117,8 @@ impl Driver for EpollDriver {
                 Some(_) => self.writer.result_now()?,
                 None => Some(self.writer.next_result()?),
             };
-            if let Some(completion) = done.and_then(Job::into_completion) {
-                return Ok(completion);
+            if let Some(batch) = done {
+                return Ok(Completion::Written(batch));
             }
             if let Some(completion) = self.progress()? {
                 return Ok(completion);
@@ -194,36 +134,25 @@ impl Driver for EpollDriver {
     }
 }
 
-impl Job {
-    fn into_completion(self) -> Option<Completion> {
-        match self {
-            Job::Write(batch) => Some(Completion::Written(batch)),
-            Job::PutOut { .. } => None,
-        }
-    }
-}
-
 impl Writer {
     fn start(written: Arc<EventFd>) -> Result<Writer> {
-        let (inlet, outlet) = pipe()?;
-        let (jobs, inbox) = channel();
+        let (batches, inbox) = channel();
         let (outbox, results) = channel();
         let thread = std::thread::Builder::new()
             .name("writer".to_owned())
-            .spawn(move || write_all(&inbox, &outbox, &outlet, &written))
+            .spawn(move || write_all(&inbox, &outbox, &written))
             .map_err(|error| Error::wrap(Kind::Io, "cannot start the writer thread", error))?;
         Ok(Writer {
-            jobs: Some(jobs),
+            batches: Some(batches),
             results,
             in_flight: 0,
-            inlet: Some(inlet),
             thread: Some(thread),
         })
     }
 
-    fn submit(&mut self, job: Job) -> Result<()> {
+    fn submit(&mut self, batch: Batch) -> Result<()> {
         self.in_flight += 1;
-        let sent = self.jobs.as_ref().map(|jobs| jobs.send(job));
+        let sent = self.batches.as_ref().map(|batches| batches.send(batch));
         match sent {
             Some(Ok(())) => Ok(()),
             // The thread ends by itself only behind an error.
@@ -231,15 +160,15 @@ impl Writer {
         }
     }
 
-    /// The next job that is done, waiting for it.
-    fn next_result(&mut self) -> Result<Job> {
+    /// The next batch that is written, waiting for it.
+    fn next_result(&mut self) -> Result<Batch> {
         let result = self.results.recv().map_err(|_| Writer::gone())?;
         self.in_flight -= 1;
         result
     }
 
-    /// The next job that is done already.
-    fn result_now(&mut self) -> Result<Option<Job>> {
+    /// The next batch that is written already.
+    fn result_now(&mut self) -> Result<Option<Batch>> {
         use std::sync::mpsc::TryRecvError;
         match self.results.try_recv() {
             Ok(result) => {
@@ -258,8 +187,7 @@ impl Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        self.jobs = None;
-        self.inlet = None;
+        self.batches = None;
         if let Some(thread) = self.thread.take() {
             // A panic of the writer has been told by the panic hook.
             let _ = thread.join();
@@ -267,24 +195,12 @@ impl Drop for Writer {
     }
 }
 
-/// The writer thread: does jobs in their order until there are no more, or one fails.
-fn write_all(
-    jobs: &Receiver<Job>,
-    results: &Sender<Result<Job>>,
-    outlet: &Outlet,
-    written: &EventFd,
-) {
-    for job in jobs {
-        let done = match &job {
-            Job::Write(batch) => batch.write(),
-            Job::PutOut {
-                part,
-                offset,
-                bytes,
-            } => outlet.put_into(part, *offset, *bytes),
-        };
+/// The writer thread: writes batches in their order until there are no more, or one fails.
+fn write_all(batches: &Receiver<Batch>, results: &Sender<Result<Batch>>, written: &EventFd) {
+    for batch in batches {
+        let done = batch.write();
         let failed = done.is_err();
-        let told = results.send(done.map(|()| job)).is_ok();
+        let told = results.send(done.map(|()| batch)).is_ok();
         // Only wakes a session that waits for its socket; it looks at the results in any case.
         let _ = written.write(1);
         if failed || !told {

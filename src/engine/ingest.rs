@@ -4,9 +4,8 @@
 //!            +--------------- free buffers <---------------+
 //!            v                                             |
 //! socket --> buffer --> criu::receive: ranges --> plan --> driver: pwritev --> pages-*.img
-//!   |                         |                                                    ^
-//!   |                         +--> image::writer: entries                          |
-//!   +--- rest of a large frame: spliced, its bytes never come here ----------------+
+//!                             |
+//!                             +--> image::writer: entries
 //! ```
 //!
 //! A buffer is filled from the socket until it is full, its headers are read in place, and it goes to
@@ -21,12 +20,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::batch::Plan;
-use super::driver::{Io, Link};
+use super::driver::{Io, Link, Writes};
 use super::keep::{Desk, Keep, KeepOptions};
 use super::mover::Mover;
 use super::stores::{SessionStore, Stores};
 use super::tally::Tally;
-use crate::criu::header::{PageFlags, Target, Wire};
+use crate::criu::header::{Target, Wire};
 use crate::criu::receive::{CLOSE_STORED, ReceiveSession, Step, has_parent_answer, parent_answer};
 use crate::error::{Error, Kind, Result};
 use crate::image::writer::{CommittedImages, SessionImages};
@@ -34,14 +33,11 @@ use crate::observe::received::Received;
 use crate::observe::traffic::Traffic;
 use crate::stream::{Stream, silent};
 use crate::sys::buffers::Buffer;
-use crate::units::{PageRange, PageSize};
+use crate::units::PageSize;
 
 /// A buffer is written when less room than this is left in it: a receive for less would cost more
 /// than it brings.
 const ROOM_BYTES_MIN: usize = 64 << 10;
-
-/// From this many bytes on the rest of a frame is spliced. Below, the calls cost more than the copy.
-const SPLICE_BYTES_MIN: u64 = 128 << 10;
 
 /// How long a dump that was told that all is stored may take to hang up.
 const HANG_UP: Duration = Duration::from_secs(30);
@@ -55,6 +51,8 @@ pub struct ReceiveContext {
     pub wire: Option<Wire>,
     /// What moves the bytes.
     pub io: Io,
+    /// When plain connections' bytes are written.
+    pub writes: Writes,
     /// What becomes of received pages.
     pub keep: KeepOptions,
     /// Whether received pages are taken out of the parents' files when all is stored.
@@ -73,6 +71,7 @@ impl ReceiveContext {
             stores,
             wire: None,
             io,
+            writes: Writes::of_machine(),
             keep: KeepOptions::default(),
             auto_dedup: false,
             idle_timeout: None,
@@ -117,11 +116,6 @@ struct Ingest<'a, 't> {
     mover: Mover,
     keep: Box<dyn Keep>,
     page: PageSize,
-    /// Whether bytes can go past this process: not if they must be decrypted here.
-    splices: bool,
-    /// Whether the last frame was large enough to be spliced: then the next one is read header
-    /// first, so that its payload can be spliced as a whole.
-    expects_large: bool,
     idle_timeout: Option<Duration>,
     hides_parent: bool,
     auto_dedup: bool,
@@ -149,22 +143,20 @@ impl<'a, 't> Ingest<'a, 't> {
             idle_timeout: context.idle_timeout,
         };
         // Secured bytes are decrypted here while another thread writes.
-        let io = if stream.is_plain() {
-            context.io
+        let (io, writes) = if stream.is_plain() {
+            (context.io, context.writes)
         } else {
             let timeout = stream.socket().set_read_timeout(context.idle_timeout);
             timeout.map_err(|error| Error::wrap(Kind::Io, "cannot set --idle-timeout", error))?;
-            Io::Epoll
+            (Io::Epoll, Writes::Beside)
         };
         let page = store.store.dir().page();
         Ok(Ingest {
             session: ReceiveSession::new(context.wire, page),
             images: store.store.begin(),
-            mover: Mover::new(io.driver(link)?),
+            mover: Mover::new(io.driver(link)?, writes),
             keep: context.keep.keep(page),
             page,
-            splices: stream.is_plain(),
-            expects_large: false,
             idle_timeout: context.idle_timeout,
             hides_parent: context.keep.dedup_content,
             auto_dedup: context.auto_dedup,
@@ -200,7 +192,7 @@ impl<'a, 't> Ingest<'a, 't> {
             let mut filled = 0;
             let mut closed = None;
             while closed.is_none() && buffer.len() - filled >= ROOM_BYTES_MIN {
-                let window = filled..self.window_end(filled, buffer.len());
+                let window = filled..buffer.len();
                 let bytes;
                 (buffer, bytes) = self.receive(stream, buffer, window)?;
                 if bytes == 0 {
@@ -210,7 +202,6 @@ impl<'a, 't> Ingest<'a, 't> {
                 let arrived = filled..filled + bytes;
                 closed = self.take_steps(stream, &buffer, &arrived, &mut plan)?;
                 filled = arrived.end;
-                self.splice_rest()?;
             }
             self.mover.write(buffer, plan)?;
             self.tally.kept(self.keep.kept());
@@ -240,14 +231,6 @@ impl<'a, 't> Ingest<'a, 't> {
                     return Err(Error::wrap(Kind::PeerLost, "the connection is lost", error));
                 }
             }
-        }
-    }
-
-    /// Up to where a buffer is to be filled next.
-    fn window_end(&self, filled: usize, len: usize) -> usize {
-        match self.session.header_bytes_missing() {
-            missing if missing > 0 && self.expects_large => filled + missing,
-            _ => len,
         }
     }
 
@@ -281,7 +264,7 @@ impl<'a, 't> Ingest<'a, 't> {
                 }
                 Some(Step::Pages { range, flags }) => {
                     self.keep.begin_run(desk, range, flags)?;
-                    self.count(range, flags);
+                    self.tally.run(range.pages(self.page), flags);
                 }
                 Some(Step::Raw(range)) => self.keep.raw(desk, range)?,
                 Some(Step::ZeroPage) => {
@@ -316,27 +299,6 @@ impl<'a, 't> Ingest<'a, 't> {
     /// where contents are compared none needs to be, and so none is told.
     fn has_parent(&self, target: Target) -> Result<bool> {
         Ok(!self.hides_parent && self.images.has_parent(target)?)
-    }
-
-    fn count(&mut self, range: PageRange, flags: PageFlags) {
-        let large = range.bytes() >= SPLICE_BYTES_MIN;
-        self.expects_large = large && self.splices && self.keep.rest().is_some();
-        self.tally.run(range.pages(self.page), flags);
-    }
-
-    /// Moves what is left of a large frame past this process.
-    fn splice_rest(&mut self) -> Result<()> {
-        let bytes = self.session.raw_bytes_left();
-        match self.keep.rest() {
-            Some(to) if self.splices && bytes >= SPLICE_BYTES_MIN => {
-                self.mover.splice(to.clone(), bytes)?;
-                self.keep.moved(bytes);
-                self.session.skip_raw(bytes);
-                self.tally.came(bytes);
-            }
-            _ => {}
-        }
-        Ok(())
     }
 }
 

@@ -12,7 +12,6 @@ pub mod keep;
 pub mod listen;
 mod memory;
 mod mover;
-mod pipe;
 pub mod restore;
 pub mod serve;
 pub mod sessions;

@@ -1,11 +1,14 @@
 //! A session's driver with its few buffers: what the engine asks to move bytes.
+//!
+//! Where a CPU may be free the driver writes while the next buffer is filled. Where there is none,
+//! what goes to another thread only costs the way there: then a buffer is written before the next
+//! one is filled, and its bytes are still in this CPU's cache.
 
 use std::ops::Range;
 
 use super::batch::{Batch, Plan};
-use super::driver::{Completion, Driver, Operation};
+use super::driver::{Completion, Driver, Operation, Writes};
 use crate::error::{Error, Kind, Result};
-use crate::image::writer::Destination;
 use crate::limits::{RECEIVE_BUFFER_BYTES, RECEIVE_BUFFERS_MAX};
 use crate::sys::buffers::Buffer;
 
@@ -13,14 +16,16 @@ use crate::sys::buffers::Buffer;
 #[derive(Debug)]
 pub(super) struct Mover {
     driver: Box<dyn Driver>,
+    writes: Writes,
     free: Vec<Buffer>,
     made: usize,
 }
 
 impl Mover {
-    pub(super) fn new(driver: Box<dyn Driver>) -> Mover {
+    pub(super) fn new(driver: Box<dyn Driver>, writes: Writes) -> Mover {
         Mover {
             driver,
+            writes,
             free: Vec::new(),
             made: 0,
         }
@@ -57,29 +62,19 @@ impl Mover {
         }
     }
 
-    /// Moves `bytes` bytes from the socket to `to`; they have left the socket when this returns.
-    pub(super) fn splice(&mut self, to: Destination, bytes: u64) -> Result<()> {
-        let Destination { part, offset } = to;
-        self.driver.submit(Operation::Splice {
-            part,
-            offset,
-            bytes,
-        })?;
-        loop {
-            match self.driver.wait()? {
-                Completion::Spliced => return Ok(()),
-                other => self.keep(other),
-            }
-        }
-    }
-
     /// Writes `buffer` where `plan` says, some time before [`Mover::drain`] returns.
     pub(super) fn write(&mut self, buffer: Buffer, plan: Plan) -> Result<()> {
         if plan.is_empty() {
             self.free.push(buffer);
             return Ok(());
         }
-        self.driver.submit(Operation::Write(Batch { buffer, plan }))
+        let batch = Batch { buffer, plan };
+        if self.writes == Writes::Between {
+            batch.write()?;
+            self.free.push(batch.buffer);
+            return Ok(());
+        }
+        self.driver.submit(Operation::Write(batch))
     }
 
     /// Waits until all bytes are in their files.
@@ -91,7 +86,6 @@ impl Mover {
         match completion {
             Completion::Written(batch) => self.free.push(batch.buffer),
             Completion::Received { buffer, .. } => self.free.push(buffer),
-            Completion::Spliced => {}
         }
     }
 }

@@ -1,37 +1,31 @@
-//! The driver over io_uring: one system call submits a receive and the writes beside it, and the
+//! The driver over io_uring: a receive waits in the ring together with the writes beside it, and the
 //! kernel's own threads write while this one receives.
 //!
 //! ```text
-//! session thread   Recv, Splice in   --+
-//!                                      +--> ring --> kernel: Writev, Splice out, in threads of its own
+//! session thread   recv: what is there now
+//!                  Recv: else        --+
+//!                  Writev            --+--> ring --> kernel: Writev, in threads of its own
 //!                  completions       <-+
 //! ```
 //!
-//! At most one splice is in flight at either end of the pipe: two at one end would share its bytes.
+//! What has come already is taken by a plain call: through the ring each receive costs more.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::batch::{Batch, Plan};
 use super::driver::{Completion, Driver, Link, Operation, is_patience};
-use super::pipe::{Inlet, Outlet, pipe};
 use crate::error::{Error, Kind, Result};
-use crate::image::writer::PagesPart;
 use crate::sys::buffers::Buffer;
 use crate::sys::ring::{Descriptor, Done, Ring, Token};
-
-/// Most bytes of one splice: what the kernel counts in 32 bits, less than which no pipe holds.
-const SPLICE_BYTES_MAX: u64 = 1 << 30;
 
 /// What an operation of the ring is for.
 #[derive(Debug)]
 enum Purpose {
     Receive,
     Write(Writing),
-    TakeIn,
-    PutOut,
 }
 
 /// A batch that is being written, run by run.
@@ -44,24 +38,13 @@ struct Writing {
     written: u64,
 }
 
-/// What a splice still has to put into its file.
-#[derive(Debug)]
-struct Put {
-    part: Arc<PagesPart>,
-    offset: u64,
-    bytes_left: u64,
-}
-
 /// The driver. See the module's text.
 #[derive(Debug)]
 pub(super) struct UringDriver {
     link: Link,
     purposes: HashMap<Token, Purpose>,
-    /// Bytes that the splice under way has still to take from the socket.
-    take_left: u64,
-    /// Bytes on their way through the pipe, or about to be; the first is being put into its file.
-    puts: VecDeque<Put>,
-    pipe: Option<Pipe>,
+    /// What was received without the ring, for the next wait.
+    received: Option<Completion>,
     ring: Ring,
 }
 
@@ -71,16 +54,14 @@ impl UringDriver {
         Ok(UringDriver {
             link,
             purposes: HashMap::new(),
-            take_left: 0,
-            puts: VecDeque::new(),
-            pipe: None,
+            received: None,
             ring: ring.map_err(|error| Error::wrap(Kind::Unsupported, "no io_uring", error))?,
         })
     }
 
     /// Waits for one operation of the ring and goes on with what it is part of.
     fn step(&mut self) -> Result<Option<Completion>> {
-        let from_socket = |purpose: &Purpose| matches!(purpose, Purpose::Receive | Purpose::TakeIn);
+        let from_socket = |purpose: &Purpose| matches!(purpose, Purpose::Receive);
         let listens = self.purposes.values().any(from_socket);
         let timeout = self.link.idle_timeout.filter(|_| listens);
         let done = self.ring.wait(timeout).map_err(ring_failed)?;
@@ -98,10 +79,24 @@ impl UringDriver {
                 Err(error) => Err(self.link.lost(error)),
             },
             (Some(Purpose::Write(writing)), Some(buffer)) => self.wrote(writing, buffer, result),
-            (Some(Purpose::TakeIn), _) => self.took(result),
-            (Some(Purpose::PutOut), _) => self.put(result).map(|()| None),
             _ => Ok(None),
         }
+    }
+
+    fn receive(&mut self, mut buffer: Buffer, window: Range<usize>) -> Result<()> {
+        match self.link.receive_now(&mut buffer[window.clone()]) {
+            Ok(bytes) => {
+                self.received = Some(Completion::Received { buffer, bytes });
+                return Ok(());
+            }
+            Err(error) if is_patience(&error) => {}
+            Err(error) => return Err(self.link.lost(error)),
+        }
+        let socket = Arc::clone(&self.link.socket) as Descriptor;
+        let token = self.ring.receive(&socket, buffer, window);
+        self.purposes
+            .insert(token.map_err(ring_failed)?, Purpose::Receive);
+        Ok(())
     }
 
     /// Begins to write what is left of a batch's current run.
@@ -140,87 +135,12 @@ impl UringDriver {
         self.write(writing, buffer)?;
         Ok(None)
     }
-
-    fn pipe(&mut self) -> Result<&Pipe> {
-        match &mut self.pipe {
-            Some(pipe) => Ok(pipe),
-            empty @ None => {
-                let (inlet, outlet) = pipe()?;
-                let (inlet, outlet) = (Arc::new(inlet), Arc::new(outlet));
-                Ok(empty.insert(Pipe { inlet, outlet }))
-            }
-        }
-    }
-
-    fn take(&mut self) -> Result<()> {
-        let inlet = Arc::clone(&self.pipe()?.inlet) as Descriptor;
-        let socket = Arc::clone(&self.link.socket) as Descriptor;
-        let bytes = at_most(self.take_left);
-        let token = self.ring.splice(&socket, &inlet, None, bytes);
-        self.purposes
-            .insert(token.map_err(ring_failed)?, Purpose::TakeIn);
-        Ok(())
-    }
-
-    fn took(&mut self, result: io::Result<u32>) -> Result<Option<Completion>> {
-        match result {
-            Ok(0) => return Err(self.link.cut()),
-            Ok(bytes) => self.take_left = self.take_left.saturating_sub(u64::from(bytes)),
-            Err(error) if is_patience(&error) => {}
-            Err(error) => return Err(self.link.lost(error)),
-        }
-        if self.take_left == 0 {
-            return Ok(Some(Completion::Spliced));
-        }
-        self.take()?;
-        Ok(None)
-    }
-
-    /// Begins to put the next bytes into their file, if there are any.
-    fn put_next(&mut self) -> Result<()> {
-        let Some(put) = self.puts.front() else {
-            return Ok(());
-        };
-        let file = Arc::clone(&put.part) as Descriptor;
-        let offset = i64::try_from(put.offset)
-            .map_err(|_| put.part.write_error(io::ErrorKind::FileTooLarge))?;
-        let bytes = at_most(put.bytes_left);
-        let outlet = Arc::clone(&self.pipe()?.outlet) as Descriptor;
-        let token = self.ring.splice(&outlet, &file, Some(offset), bytes);
-        self.purposes
-            .insert(token.map_err(ring_failed)?, Purpose::PutOut);
-        Ok(())
-    }
-
-    fn put(&mut self, result: io::Result<u32>) -> Result<()> {
-        let Some(put) = self.puts.front_mut() else {
-            return Ok(());
-        };
-        match result {
-            Ok(bytes) => {
-                put.offset += u64::from(bytes);
-                put.bytes_left = put.bytes_left.saturating_sub(u64::from(bytes));
-            }
-            Err(error) if is_patience(&error) => {}
-            Err(error) => return Err(put.part.write_error(error)),
-        }
-        if put.bytes_left == 0 {
-            self.puts.pop_front();
-        }
-        self.put_next()
-    }
 }
 
 impl Driver for UringDriver {
     fn submit(&mut self, operation: Operation) -> Result<()> {
         match operation {
-            Operation::Receive { buffer, window } => {
-                let socket = Arc::clone(&self.link.socket) as Descriptor;
-                let token = self.ring.receive(&socket, buffer, window);
-                self.purposes
-                    .insert(token.map_err(ring_failed)?, Purpose::Receive);
-                Ok(())
-            }
+            Operation::Receive { buffer, window } => self.receive(buffer, window),
             Operation::Write(Batch { buffer, plan }) => {
                 let writing = Writing {
                     plan,
@@ -229,28 +149,13 @@ impl Driver for UringDriver {
                 };
                 self.write(writing, buffer)
             }
-            Operation::Splice {
-                part,
-                offset,
-                bytes,
-            } => {
-                self.take_left = bytes;
-                self.take()?;
-                self.puts.push_back(Put {
-                    part,
-                    offset,
-                    bytes_left: bytes,
-                });
-                // Whoever is in front of it begins it otherwise.
-                if self.puts.len() == 1 {
-                    self.put_next()?;
-                }
-                Ok(())
-            }
         }
     }
 
     fn wait(&mut self) -> Result<Completion> {
+        if let Some(received) = self.received.take() {
+            return Ok(received);
+        }
         loop {
             if let Some(completion) = self.step()? {
                 return Ok(completion);
@@ -266,13 +171,6 @@ impl Driver for UringDriver {
     }
 }
 
-/// The two ends of the pipe that large frames pass through.
-#[derive(Debug)]
-struct Pipe {
-    inlet: Arc<Inlet>,
-    outlet: Arc<Outlet>,
-}
-
 /// What is left of `ranges` behind their first `bytes` bytes.
 fn behind(ranges: &[Range<usize>], bytes: u64) -> Vec<Range<usize>> {
     let mut skip = usize::try_from(bytes).unwrap_or(usize::MAX);
@@ -285,10 +183,6 @@ fn behind(ranges: &[Range<usize>], bytes: u64) -> Vec<Range<usize>> {
         }
     }
     left
-}
-
-fn at_most(bytes: u64) -> u32 {
-    u32::try_from(bytes.min(SPLICE_BYTES_MAX)).unwrap_or(u32::MAX)
 }
 
 fn ring_failed(error: io::Error) -> Error {

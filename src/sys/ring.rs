@@ -48,7 +48,7 @@ struct Ticket {
     buffer: Option<Buffer>,
     /// The kernel reads these when the operation begins, which may be late.
     _slices: Vec<libc::iovec>,
-    _descriptors: [Option<Descriptor>; 2],
+    _descriptor: Descriptor,
 }
 
 /// A ring. See the module's text.
@@ -77,7 +77,6 @@ impl Ring {
         let needed = [
             opcode::Recv::CODE,
             opcode::Writev::CODE,
-            opcode::Splice::CODE,
             opcode::AsyncCancel::CODE,
         ];
         if !needed.iter().all(|code| probe.is_supported(*code))
@@ -105,7 +104,7 @@ impl Ring {
         let ticket = Ticket {
             buffer: Some(buffer),
             _slices: Vec::new(),
-            _descriptors: [Some(Arc::clone(socket)), None],
+            _descriptor: Arc::clone(socket),
         };
         self.push(entry, ticket)
     }
@@ -137,29 +136,12 @@ impl Ring {
         let ticket = Ticket {
             buffer: Some(buffer),
             _slices: slices,
-            _descriptors: [Some(Arc::clone(file)), None],
+            _descriptor: Arc::clone(file),
         };
-        self.push(entry, ticket)
-    }
-
-    /// Begins to move up to `bytes` bytes between descriptors, one of them a pipe, to `offset` of
-    /// `to` if that is a file.
-    pub fn splice(
-        &mut self,
-        from: &Descriptor,
-        to: &Descriptor,
-        offset: Option<i64>,
-        bytes: u32,
-    ) -> io::Result<Token> {
-        const NO_OFFSET: i64 = -1;
-        let offset = offset.unwrap_or(NO_OFFSET);
-        let entry = opcode::Splice::new(fd(from), NO_OFFSET, fd(to), offset, bytes).build();
-        let ticket = Ticket {
-            buffer: None,
-            _slices: Vec::new(),
-            _descriptors: [Some(Arc::clone(from)), Some(Arc::clone(to))],
-        };
-        self.push(entry, ticket)
+        let token = self.push(entry, ticket)?;
+        // Now, not when this thread waits next: until then it may do without the ring.
+        self.ring.submit()?;
+        Ok(token)
     }
 
     /// Waits for an operation to end; `None` when `timeout` is over before.

@@ -243,7 +243,7 @@ pub(crate) fn check_images(dir: &Path, target: Target, expected: &BTreeMap<u64, 
     assert_eq!(expected.next(), None);
 }
 
-/// `runs` with a run that is large enough to be spliced behind them, and another behind that.
+/// `runs` with a run behind them that may be larger than a buffer, and another behind that.
 pub(crate) fn with_large_runs(mut runs: Vec<Run>, pages: u64) -> Vec<Run> {
     for first_seed in [1000, 5000] {
         let last = runs

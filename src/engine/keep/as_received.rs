@@ -32,6 +32,13 @@ impl AsReceived {
             kept: KeptPages::default(),
         }
     }
+
+    /// The run's next `bytes` bytes have their place.
+    fn moved(&mut self, bytes: u64) {
+        if let Some(to) = &mut self.cursor {
+            to.offset += bytes;
+        }
+    }
 }
 
 impl Keep for AsReceived {
@@ -69,16 +76,6 @@ impl Keep for AsReceived {
     fn zero_page(&mut self, _desk: &mut Desk<'_>) -> Result<()> {
         self.moved(self.page.bytes());
         Ok(())
-    }
-
-    fn rest(&self) -> Option<&Destination> {
-        self.cursor.as_ref()
-    }
-
-    fn moved(&mut self, bytes: u64) {
-        if let Some(to) = &mut self.cursor {
-            to.offset += bytes;
-        }
     }
 
     fn end_target(&mut self, _images: &mut SessionImages, mover: &mut Mover) -> Result<()> {

@@ -19,7 +19,7 @@ use super::batch::Plan;
 use super::mover::Mover;
 use crate::criu::header::PageFlags;
 use crate::error::Result;
-use crate::image::writer::{Destination, SessionImages};
+use crate::image::writer::SessionImages;
 use crate::observe::received::KeptPages;
 use crate::units::{PageRange, PageSize};
 
@@ -57,13 +57,6 @@ pub(super) trait Keep: fmt::Debug {
 
     /// The run's next page is zero.
     fn zero_page(&mut self, desk: &mut Desk<'_>) -> Result<()>;
-
-    /// Where the rest of the run's raw bytes go if nobody needs to look at them; `None` if somebody
-    /// does, or no bytes belong to the run.
-    fn rest(&self) -> Option<&Destination>;
-
-    /// `bytes` bytes of the rest were moved there.
-    fn moved(&mut self, bytes: u64);
 
     /// The target's last page has come: what is held back is written.
     fn end_target(&mut self, images: &mut SessionImages, mover: &mut Mover) -> Result<()>;

@@ -16,7 +16,7 @@ use crate::engine::batch::Plan;
 use crate::engine::mover::Mover;
 use crate::error::Result;
 use crate::image::blocks::compressed_block;
-use crate::image::writer::{Destination, SessionImages};
+use crate::image::writer::SessionImages;
 use crate::limits::RECEIVE_BUFFER_BYTES;
 use crate::observe::received::KeptPages;
 use crate::sys::buffers::Buffer;
@@ -231,12 +231,6 @@ impl Keep for Sifted {
     fn zero_page(&mut self, desk: &mut Desk<'_>) -> Result<()> {
         self.page(desk, &Content::Zero)
     }
-
-    fn rest(&self) -> Option<&Destination> {
-        None
-    }
-
-    fn moved(&mut self, _bytes: u64) {}
 
     fn end_target(&mut self, images: &mut SessionImages, mover: &mut Mover) -> Result<()> {
         self.end_pack(images, mover)?;
