@@ -18,6 +18,20 @@ const SLACK_PAGES: u64 = 64;
 /// How many further pages of a stride are brought.
 const STRIDE_PAGES: i64 = 4;
 
+/// The faults after which memory touched at random should be there, about.
+const FAULTS_WANTED: u64 = 8 << 10;
+
+/// Smallest and largest block for a fault that stands alone, bytes: what CRIU's dump serves in about
+/// the time of a single page, and beyond which a fault waits longer than the memory is there sooner.
+const BLOCK_BYTES: std::ops::RangeInclusive<u64> = 32 << 10..=128 << 10;
+
+/// The block to bring for a fault that stands alone, when `missed_bytes` were missing at the start:
+/// the more memory, the more a fault brings, so that the number of faults does not grow with it.
+pub fn block_bytes(missed_bytes: u64) -> u64 {
+    let wanted = (missed_bytes / FAULTS_WANTED).clamp(*BLOCK_BYTES.start(), *BLOCK_BYTES.end());
+    1 << wanted.ilog2()
+}
+
 /// What to fetch for a fault, in pages relative to the faulting one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Around {
@@ -144,6 +158,17 @@ mod tests {
             Around::Alone => 1,
             Around::Up(pages) => pages,
             other => panic!("not upwards: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_block_grows_with_the_memory_between_its_bounds() {
+        for (missed_mib, block_kib) in [(1, 32), (256, 32), (300, 32), (512, 64), (4096, 128)] {
+            assert_eq!(
+                block_bytes(missed_mib << 20),
+                block_kib << 10,
+                "{missed_mib} MiB"
+            );
         }
     }
 

@@ -36,20 +36,6 @@ pub struct Reach {
 /// A fault that brings so many pages ahead is one of a walk that has been seen for a while.
 const WALK_PAGES: u64 = 16;
 
-/// The faults after which memory touched at random should be there, about.
-const FAULTS_WANTED: u64 = 8 << 10;
-
-/// Smallest and largest block for a fault that stands alone, bytes: what CRIU's dump serves in about
-/// the time of a single page, and beyond which a fault waits longer than the memory is there sooner.
-const BLOCK_BYTES: std::ops::RangeInclusive<u64> = 32 << 10..=128 << 10;
-
-/// The block to bring for a fault that stands alone, when `missed_bytes` were missing at the start:
-/// the more memory, the more a fault brings, so that the number of faults does not grow with it.
-pub fn block_bytes(missed_bytes: u64) -> u64 {
-    let wanted = (missed_bytes / FAULTS_WANTED).clamp(*BLOCK_BYTES.start(), *BLOCK_BYTES.end());
-    1 << wanted.ilog2()
-}
-
 /// Why pages are asked for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Class {

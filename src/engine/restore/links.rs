@@ -21,8 +21,9 @@ use super::{Restore, RestoreConfig, Token, rewatch, watch};
 use crate::criu::fetch::Step;
 use crate::criu::header::Wire;
 use crate::error::{Error, Kind, Result};
+use crate::lazy::pattern::block_bytes;
 use crate::lazy::planner::Way;
-use crate::lazy::space::{Reach, block_bytes};
+use crate::lazy::space::Reach;
 use crate::units::PageSize;
 
 /// How long a lost source that is ours is tried again, if the user says nothing.
