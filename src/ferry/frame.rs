@@ -285,6 +285,28 @@ impl OpenFrame {
 
     /// Writes the header of the frame, whose body is all that stands behind it in `out`.
     pub fn finish(self, out: &mut [u8], kind: Kind, number: u64) {
+        self.seal(out).finish(out, kind, number);
+    }
+
+    /// The body, which is all that stands behind the header in `out`, is complete.
+    pub fn seal(self, out: &[u8]) -> SealedFrame {
+        SealedFrame {
+            start: self.start,
+            body_crc: crc32fast::hash(&out[self.start + HEADER_BYTES..]),
+        }
+    }
+}
+
+/// A frame whose body is complete and summed up: what is left to do takes no time.
+#[derive(Debug)]
+pub struct SealedFrame {
+    start: usize,
+    body_crc: u32,
+}
+
+impl SealedFrame {
+    /// Writes the header of the frame in the same `out`.
+    pub fn finish(self, out: &mut [u8], kind: Kind, number: u64) {
         let (header, body) = out[self.start..].split_at_mut(HEADER_BYTES);
         assert!(body.len() <= kind.body_bytes_max(), "bodies keep their cap");
         let length = u32::try_from(body.len()).expect("bodies keep their cap");
@@ -294,7 +316,7 @@ impl OpenFrame {
         fields.put_u16(0);
         fields.put_u64(number);
         fields.put_u32(length);
-        fields.put_u32(crc32fast::hash(body));
+        fields.put_u32(self.body_crc);
         fields.put_u32(crc32fast::hash(&fields));
         header.copy_from_slice(&fields);
     }

@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use socket2::SockRef;
 
+use super::spares::Spares;
 use crate::engine::transport::Transport;
 use crate::ferry::frame::{FrameError, HEADER_BYTES, Header, Kind};
 
@@ -51,6 +52,8 @@ pub(super) enum ConnError {
 #[derive(Debug)]
 pub(super) struct Conn {
     transport: Box<dyn Transport>,
+    /// Where room for large bodies comes from.
+    spares: Arc<Spares>,
     staging: Vec<u8>,
     start: usize,
     end: usize,
@@ -65,9 +68,10 @@ pub(super) struct Conn {
 }
 
 impl Conn {
-    pub(super) fn new(transport: Box<dyn Transport>) -> Conn {
+    pub(super) fn new(transport: Box<dyn Transport>, spares: Arc<Spares>) -> Conn {
         Conn {
             transport,
+            spares,
             staging: vec![0; STAGING_BYTES],
             start: 0,
             end: 0,
@@ -203,7 +207,11 @@ impl Conn {
         };
         let header = Header::decode(header)?;
         let have = behind.len().min(header.body_bytes);
-        let mut body = vec![0; header.body_bytes];
+        let mut body = match header.body_bytes {
+            0..STAGING_BYTES => Vec::new(),
+            _ => self.spares.take(),
+        };
+        body.resize(header.body_bytes, 0);
         body[..have].copy_from_slice(&behind[..have]);
         self.start += HEADER_BYTES + have;
         self.partial = Some((header, body, have));
@@ -227,7 +235,7 @@ mod tests {
     fn pair() -> (UnixStream, Conn) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let transport = PlainTransport::new(Socket::from(theirs)).unwrap();
-        (ours, Conn::new(Box::new(transport)))
+        (ours, Conn::new(Box::new(transport), Arc::default()))
     }
 
     fn receive(conn: &mut Conn) -> Result<Frame, ConnError> {
@@ -280,7 +288,7 @@ mod tests {
         let (_, mut to) = pair();
         let (reader, writer) = UnixStream::pair().unwrap();
         let transport = PlainTransport::new(Socket::from(writer)).unwrap();
-        let mut conn = Conn::new(Box::new(transport));
+        let mut conn = Conn::new(Box::new(transport), Arc::default());
         std::mem::swap(&mut conn, &mut to);
         drop(conn);
         let frame = Arc::new(vec![7; 200_000]);

@@ -179,7 +179,8 @@ impl<'a> Dialing<'a> {
         let socket = Stream::plain(self.peer.connect()?);
         let secured = socket.secure_to(self.tls, self.peer.host())?;
         let transport = transport(secured).map_err(|error| failed(ConnError::Socket(error)))?;
-        let mut conn = Conn::new(transport);
+        // What the far end says is short.
+        let mut conn = Conn::new(transport, Arc::default());
         lane::prepare(&conn);
         let hello = lock(&self.dialer).handle_connected(stream);
         let mut words = Vec::new();

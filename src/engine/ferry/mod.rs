@@ -23,6 +23,7 @@ mod lane;
 pub(super) mod packer;
 pub mod port;
 pub(super) mod pushing;
+mod spares;
 mod taking;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -76,6 +76,7 @@ impl<'s> Packer<'s> {
                 encoder,
                 verdicts: Verdicts::default(),
                 prints: Vec::new(),
+                frame_bytes: 0,
             };
             let (inbox, back) = (Arc::clone(&inbox), back.clone());
             scope.spawn(move || worker.run(&inbox, &back));
@@ -130,6 +131,8 @@ struct Worker<'s> {
     encoder: Encoder,
     verdicts: Verdicts,
     prints: Vec<Fingerprint>,
+    /// Length of the last frame: the next one is likely to be as long.
+    frame_bytes: usize,
 }
 
 impl Worker<'_> {
@@ -172,13 +175,15 @@ impl Worker<'_> {
             self.verdicts.spell_out();
         }
         let level = self.pushing.pace().level();
-        let mut frame = Vec::with_capacity(batch.plain.len() / 4);
+        let mut frame = self.pushing.frame_buffer();
+        frame.reserve(self.frame_bytes);
         let open = OpenFrame::begin(&mut frame);
         let start = Instant::now();
         let tally = self
             .encoder
             .encode(batch, &self.verdicts, &hasher, level, &mut frame)
             .map_err(|error| Error::wrap(Kind::Io, "zstd failed", error))?;
+        self.frame_bytes = frame.len();
         self.observe(level, &tally, start);
         self.pushing.submit_batch(ticket, open, frame, &tally)
     }

@@ -17,6 +17,7 @@ use super::conn::{Conn, ConnError};
 use super::dialing::{Bell, first_frame};
 use super::intake::{Bases, Intake};
 use super::lane::{self, Waker};
+use super::spares::Spares;
 use super::taking::Taking;
 use super::{WINDOW, lock, random_bits};
 use crate::engine::ingest::{ReceiveContext, punch_out_of_parents};
@@ -46,6 +47,7 @@ pub struct FerryPort<'a> {
     reconnect_timeout: Duration,
     only_one: bool,
     hasher: PageHasher,
+    spares: Arc<Spares>,
     state: Mutex<State>,
     bell: Bell,
     start: Instant,
@@ -97,6 +99,7 @@ impl<'a> FerryPort<'a> {
             reconnect_timeout,
             only_one,
             hasher: PageHasher::new(hash_key, page),
+            spares: Arc::default(),
             state: Mutex::new(State {
                 harbor: Harbor::new(own, &[Role::Taker], reconnect_timeout),
                 opened: 0,
@@ -124,7 +127,7 @@ impl<'a> FerryPort<'a> {
         let lost = |error| Error::wrap(Kind::PeerLost, "no greeting came", error);
         let (peer, host) = (stream.peer().to_owned(), stream.host());
         let transport = transport(stream).map_err(|error| lost(ConnError::Socket(error)))?;
-        let mut conn = Conn::new(transport);
+        let mut conn = Conn::new(transport, Arc::clone(&self.spares));
         lane::prepare(&conn);
         let hello = match first_frame(&mut conn) {
             Ok(hello) => hello,
@@ -312,7 +315,8 @@ impl Session {
     fn begin(port: &FerryPort<'_>, store: SessionStore, hello: Hello) -> Result<Session> {
         let bases = Arc::new(Bases::default());
         let streams = hello.streams.clamp(1, FERRY_STREAMS_MAX);
-        let taking = Taking::new(port.page, streams, WINDOW, Arc::clone(&bases));
+        let (spares, known) = (Arc::clone(&port.spares), Arc::clone(&bases));
+        let taking = Taking::new(port.page, streams, WINDOW, known, spares);
         let parent_state = StateId(random_bits()?);
         let compresses = port.context.keep.compress;
         let hasher = port.hasher.clone();

@@ -12,11 +12,12 @@ use super::conn::Frame;
 use super::dialing::{Bell, DialingParty, Lost};
 use super::lane::{Heard, Party, Waker, is_replaced};
 use super::lock;
+use super::spares::Spares;
 use crate::criu::header::Target;
 use crate::error::{self, Error, Result};
 use crate::ferry::delta::PageMemory;
 use crate::ferry::encode::Tally;
-use crate::ferry::frame::{Kind, OpenFrame};
+use crate::ferry::frame::{Kind, OpenFrame, SealedFrame};
 use crate::ferry::hash::PageHasher;
 use crate::ferry::hello::{Fail, FailCode, Features, Hello, SessionId};
 use crate::ferry::message::{Answer, StateId};
@@ -72,6 +73,8 @@ pub(crate) struct Pushing {
     memory: Mutex<PageMemory>,
     pace: Mutex<Pace>,
     traffic: Arc<Traffic>,
+    /// Buffers of frames that are safe.
+    spares: Spares,
 }
 
 impl Pushing {
@@ -101,6 +104,7 @@ impl Pushing {
             memory: Mutex::new(memory),
             pace: Mutex::new(Pace::new(1)),
             traffic,
+            spares: Spares::default(),
         }
     }
 
@@ -117,6 +121,13 @@ impl Pushing {
     /// So many threads compress.
     pub(super) fn set_encoders(&self, encoders: usize) {
         *self.pace() = Pace::new(u32::try_from(encoders).unwrap_or(1));
+    }
+
+    /// An empty buffer for a frame.
+    pub(super) fn frame_buffer(&self) -> Vec<u8> {
+        let mut buffer = self.spares.take();
+        buffer.clear();
+        buffer
     }
 
     /// Chooses compression levels.
@@ -146,7 +157,8 @@ impl Pushing {
         let mut frame = Vec::new();
         let open = OpenFrame::begin(&mut frame);
         write(&mut frame);
-        self.submit(kind, open, frame, None)?;
+        let sealed = open.seal(&frame);
+        self.submit(kind, sealed, frame, None)?;
         self.wait(|state| state.answer.take())
     }
 
@@ -158,7 +170,8 @@ impl Pushing {
         frame: Vec<u8>,
         tally: &Tally,
     ) -> Result<()> {
-        self.submit(Kind::Pages, open, frame, Some(ticket))?;
+        let sealed = open.seal(&frame);
+        self.submit(Kind::Pages, sealed, frame, Some(ticket))?;
         self.traffic.forwarded(&ByKind::of(tally, self.page));
         lock(&self.state).sent.add(tally);
         Ok(())
@@ -228,7 +241,7 @@ impl Pushing {
     fn submit(
         &self,
         kind: Kind,
-        open: OpenFrame,
+        sealed: SealedFrame,
         mut frame: Vec<u8>,
         ticket: Option<u64>,
     ) -> Result<()> {
@@ -240,7 +253,7 @@ impl Pushing {
         })?;
         if let Some((sender, _)) = &mut state.talk {
             let number = sender.submit(kind, bytes);
-            open.finish(&mut frame, kind, number);
+            sealed.finish(&mut frame, kind, number);
         }
         state.frames.push_back(Arc::new(frame));
         state.ticket += u64::from(ticket.is_some());
@@ -314,12 +327,12 @@ impl State {
         sender.is_none_or(Sender::has_told_end)
     }
 
-    /// Drops the frames that are safe.
-    fn release(&mut self, safe: u64) {
+    /// Takes out the frames that are safe.
+    fn release(&mut self, safe: u64) -> Vec<Arc<Vec<u8>>> {
         let last = self.talk.as_ref().map_or(0, |(sender, _)| sender.last());
         let outstanding = usize::try_from(last - safe).expect("within the window");
         let released = self.frames.len().saturating_sub(outstanding);
-        self.frames.drain(..released);
+        self.frames.drain(..released).collect()
     }
 }
 
@@ -372,8 +385,14 @@ impl Party for Pushing {
                 if let Some(answer) = answer {
                     state.answer = Some(answer);
                 }
-                state.release(safe);
+                let released = state.release(safe);
                 drop(state);
+                for frame in released {
+                    // Some connection may still hold it.
+                    if let Ok(frame) = Arc::try_unwrap(frame) {
+                        self.spares.give(frame);
+                    }
+                }
                 self.changed.notify_all();
                 Heard {
                     progress,

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use super::conn::Frame;
 use super::intake::{Bases, Intake};
 use super::lane::{Heard, Party, Waker, is_replaced};
+use super::spares::Spares;
 use super::{GOODBYE, lock};
 use crate::engine::tally::Tally;
 use crate::error::{self, Error, Result};
@@ -26,6 +27,9 @@ use crate::ferry::receiver::{Arrival, Message, Receiver, ReceiverEvent};
 use crate::image::writer::CommittedImages;
 use crate::limits::FERRY_QUESTIONS_MAX;
 use crate::units::PageSize;
+
+/// Most frames that are applied before the pusher hears of it: far fewer than fit into the window.
+const ACKNOWLEDGED_TOGETHER: u64 = 8;
 
 /// How a session has ended, as seen from the lanes.
 #[derive(Debug)]
@@ -59,10 +63,18 @@ pub(super) struct Taking {
     state: Mutex<State>,
     changed: Condvar,
     bases: Arc<Bases>,
+    /// Where bodies go when they are applied.
+    spares: Arc<Spares>,
 }
 
 impl Taking {
-    pub(super) fn new(page: PageSize, streams: u16, window: Window, bases: Arc<Bases>) -> Taking {
+    pub(super) fn new(
+        page: PageSize,
+        streams: u16,
+        window: Window,
+        bases: Arc<Bases>,
+        spares: Arc<Spares>,
+    ) -> Taking {
         Taking {
             page,
             state: Mutex::new(State {
@@ -76,6 +88,7 @@ impl Taking {
             }),
             changed: Condvar::new(),
             bases,
+            spares,
         }
     }
 
@@ -97,6 +110,7 @@ impl Taking {
             if let Err(error) = self.apply(&frame, &mut intake, tally) {
                 break Err(error);
             }
+            self.spares.give(frame.body);
         };
         outcome.inspect_err(|error| self.fail(error))
     }
@@ -204,10 +218,16 @@ impl Taking {
     fn applied(&self, number: u64, answer: Option<(i32, StateId)>) {
         let mut state = lock(&self.state);
         state.receiver.applied(number);
+        // While more is to be applied at once, the lanes are left to their receiving.
+        let due = answer.is_some()
+            || state.ready.is_empty()
+            || number.is_multiple_of(ACKNOWLEDGED_TOGETHER);
         if let Some((value, base)) = answer {
             state.receiver.answer(number, value, base);
         }
-        state.wake_all();
+        if due {
+            state.wake_all();
+        }
     }
 
     /// The next hashes for whoever asked on `stream`.

@@ -1,0 +1,51 @@
+//! Buffers that frames were in, kept for the next ones: fresh memory costs a fault and a zeroed page
+//! for each 4 KiB, and a frame of a batch is large enough for the allocator to give it back at once.
+
+use std::sync::Mutex;
+
+use super::lock;
+
+/// Most buffers kept: 8 MiB of full batches.
+const KEPT_MAX: usize = 32;
+
+/// Smaller ones are not worth keeping, bytes.
+const BYTES_MIN: usize = 32 << 10;
+
+/// See the module's text.
+#[derive(Debug, Default)]
+pub(super) struct Spares(Mutex<Vec<Vec<u8>>>);
+
+impl Spares {
+    /// A buffer with anything in it, or an empty one.
+    pub(super) fn take(&self) -> Vec<u8> {
+        lock(&self.0).pop().unwrap_or_default()
+    }
+
+    /// A buffer that is not needed any more.
+    pub(super) fn give(&self, buffer: Vec<u8>) {
+        if buffer.capacity() >= BYTES_MIN {
+            let mut kept = lock(&self.0);
+            if kept.len() < KEPT_MAX {
+                kept.push(buffer);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_buffers_are_kept_up_to_a_number() {
+        let spares = Spares::default();
+        assert_eq!(spares.take().capacity(), 0);
+        spares.give(vec![1; BYTES_MIN - 1]);
+        assert_eq!(spares.take().capacity(), 0);
+        for _ in 0..=KEPT_MAX {
+            spares.give(vec![1; BYTES_MIN]);
+        }
+        let kept = std::iter::from_fn(|| Some(spares.take()).filter(|buffer| !buffer.is_empty()));
+        assert_eq!(kept.count(), KEPT_MAX);
+    }
+}
