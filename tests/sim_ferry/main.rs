@@ -1,6 +1,9 @@
 //! Seeded simulation of ferry: a pusher, a taker, and a network that delays, reorders, cuts and
 //! damages; either end may crash or give up at any step.
 //!
+//! Between rounds somebody may write to the taker's images. That alone may make the ends disagree about
+//! what a difference is to: else the pusher has remembered what it should have forgotten.
+//!
 //! Rule: the taker publishes exactly the memory of the round, or nothing; and the pusher reports
 //! success only for what is published. A failure names its seed; replay it with
 //! `FERRY_SIM_SEED=n cargo test --test sim_ferry`. `FERRY_SIM_SEEDS=n` runs more of them.
@@ -74,6 +77,9 @@ fn whatever_happens_the_image_is_exact_or_the_failure_is_reported() {
         let mut world = World::new(rng.fork(), weather);
         for _ in 0..4 {
             memory::run_on(&mut rng, &mut world.source);
+            if rng.u8(0..12) == 0 {
+                world.tamper();
+            }
             world.round(trouble(&mut rng));
         }
         total.add(&world.stats);
@@ -94,6 +100,7 @@ fn whatever_happens_the_image_is_exact_or_the_failure_is_reported() {
             learned_hashes,
             held_frames,
             repeated_frames,
+            disagreements,
             resumed_rounds,
             sent_frames,
         } = total;
@@ -113,6 +120,7 @@ fn whatever_happens_the_image_is_exact_or_the_failure_is_reported() {
             ("learned hash", learned_hashes),
             ("frame before its turn", held_frames),
             ("frame that came twice", repeated_frames),
+            ("base that is not what was meant", disagreements),
             ("success after a cut", resumed_rounds),
         ] {
             assert!(count > 0, "the simulation never met with a {what}");

@@ -17,6 +17,8 @@ pub(crate) struct Stats {
     /// Frames that came before their turn, and that came twice.
     pub(crate) held_frames: u64,
     pub(crate) repeated_frames: u64,
+    /// Batches that the taker refused, for it has other bases than the pusher meant.
+    pub(crate) disagreements: u64,
     /// Rounds that were cut somewhere and succeeded.
     pub(crate) resumed_rounds: u64,
 }
@@ -36,6 +38,7 @@ impl Stats {
         self.learned_hashes += other.learned_hashes;
         self.held_frames += other.held_frames;
         self.repeated_frames += other.repeated_frames;
+        self.disagreements += other.disagreements;
         self.resumed_rounds += other.resumed_rounds;
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use fastrand::Rng;
 use pageferry::criu::header::{PageFlags, Target};
 use pageferry::ferry::batch::{Batch, BatchError, PageKind, Place};
 use pageferry::ferry::frame::Kind;
@@ -36,6 +37,20 @@ impl Store {
             Entry::Data(page) => Some(page.clone()),
             Entry::InParent => self.page(image.checked_sub(1)?, target, number),
         }
+    }
+
+    /// Somebody writes to some pages of the last image, which keeps its name. Tells whether there is
+    /// one.
+    pub(crate) fn tamper(&mut self, rng: &mut Rng) -> bool {
+        let Some(image) = self.images.last_mut() else {
+            return false;
+        };
+        for entry in image.values_mut().flat_map(BTreeMap::values_mut) {
+            if rng.u8(0..4) == 0 {
+                *entry = Entry::Data(vec![rng.u8(..); PAGE.as_usize()].into());
+            }
+        }
+        true
     }
 
     /// What a restore of `image` would give. Panics if a hole has no page below it.
@@ -126,6 +141,7 @@ impl Taker {
             }
             Ok(Message::Pages(batch)) => {
                 if let Err(error) = self.store_pages(&batch, body) {
+                    self.stats.disagreements += 1;
                     self.fail(FailCode::Disagreement, &error.to_string());
                     return;
                 }

@@ -49,6 +49,8 @@ pub(crate) struct World {
     /// What the taker's process knows besides its images.
     states: BTreeMap<usize, StateId>,
     hash_key: HashKey,
+    /// The last image is not what either end thinks.
+    tampered: bool,
     pub(crate) stats: Stats,
 }
 
@@ -69,6 +71,7 @@ impl World {
             store: Store::default(),
             states: BTreeMap::new(),
             hash_key: HashKey(rng.u128(..).to_le_bytes()),
+            tampered: false,
             stats: Stats::default(),
             rng,
         }
@@ -117,9 +120,15 @@ impl World {
         self.memory.forget();
     }
 
+    /// Somebody writes to the taker's last image between two rounds, and neither end is told.
+    pub(crate) fn tamper(&mut self) {
+        self.tampered = self.store.tamper(&mut self.rng);
+    }
+
     /// Carries one round and checks the rule.
     pub(crate) fn round(&mut self, trouble: Trouble) {
         let images = self.store.images.len();
+        let disagreements = self.stats.disagreements;
         let net = Net::new(self.rng.fork(), self.weather);
         let session = SessionId(self.rng.u128(1..).to_le_bytes());
         let (succeeded, cuts) = if self.taker_dials {
@@ -128,6 +137,12 @@ impl World {
             self.round_pusher_dials(net, session, trouble)
         };
         self.stats.rounds += 1;
+        // After any round the pusher knows what the taker has, or knows that it does not.
+        let tampered = std::mem::take(&mut self.tampered);
+        assert!(
+            tampered || self.stats.disagreements == disagreements,
+            "the ends disagree about an image that nobody wrote to"
+        );
         let published = self.store.images.len() - images;
         assert!(published <= 1, "one session, one image");
         if published == 1 {
