@@ -40,6 +40,9 @@ pub struct AreaSpec {
     pub content: Content,
     /// Every so-manieth page is never touched (0: none), and reads as zero.
     pub untouched_every: u32,
+    /// The mapping is so many times as long, with the pages scattered evenly and never a touch
+    /// between them: large, and cheap. For private areas that are neither moved nor cut.
+    pub scattered_over: u32,
 }
 
 impl AreaSpec {
@@ -50,6 +53,15 @@ impl AreaSpec {
             pages,
             content,
             untouched_every: 0,
+            scattered_over: 1,
+        }
+    }
+
+    /// The same pages in a mapping that is `times` as long.
+    pub fn scattered_over(self, times: u32) -> AreaSpec {
+        AreaSpec {
+            scattered_over: times,
+            ..self
         }
     }
 

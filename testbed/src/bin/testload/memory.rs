@@ -69,7 +69,8 @@ impl Memory {
     }
 
     fn add_area(&mut self, area: u32, spec: &AreaSpec, load: &LoadSpec) -> Result<()> {
-        let length = spec.pages as usize * self.page_bytes;
+        let stride = spec.scattered_over as usize * self.page_bytes;
+        let length = spec.pages as usize * stride;
         let start = self.reserve(length);
         match spec.mapping {
             Mapping::Private | Mapping::ReadOnly => sys::map(start, length, Backing::Private)?,
@@ -93,7 +94,7 @@ impl Memory {
         }
         let cells = (0..spec.pages)
             .map(|index| Cell {
-                address: start + index as usize * self.page_bytes,
+                address: start + index as usize * stride,
                 expect: Expect::Zero,
             })
             .collect();
@@ -292,7 +293,8 @@ impl Memory {
         sys::lock_everything_on_fault().context("mlockall")?;
         for area in &self.areas {
             if let Some(first) = area.cells.first() {
-                let length = area.cells.len() * self.page_bytes;
+                let stride = area.spec.scattered_over as usize * self.page_bytes;
+                let length = area.cells.len() * stride;
                 sys::unlock(first.address, length).context("munlock")?;
             }
         }
