@@ -34,6 +34,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PATH", conflicts_with_all = ["address", "port"])]
     unix: Option<PathBuf>,
 
+    /// The page server is a page-server --forward-lazy: it pushes, compressed and checked, over links
+    /// that may break
+    #[arg(long, conflicts_with_all = ["on_demand", "max_bandwidth"])]
+    ferry: bool,
+
     /// Header layout of the page server: v1 up to CRIU 4.1.1, v2 from 4.2; auto asks the images
     #[arg(long, value_enum, default_value_t = WireArg::Auto)]
     wire: WireArg,
@@ -91,6 +96,7 @@ impl Args {
             images_dir,
             source: self.source()?,
             tls: Tls::load(&self.tls)?,
+            ferry: self.ferry,
             wire: match self.wire {
                 WireArg::Auto => None,
                 WireArg::V1 => Some(Wire::V1),

@@ -16,7 +16,7 @@ use pageferry::engine::driver::{Io, Writes};
 use pageferry::engine::ferry::PusherConfig;
 use pageferry::engine::ferry::port::{FerryPort, Handled};
 use pageferry::engine::forward::{ForwardContext, forward_client};
-use pageferry::engine::forward_lazy::{ForwardLazy, ForwardLazyConfig};
+use pageferry::engine::forward_lazy::{ForwardLazy, ForwardLazyConfig, Left};
 use pageferry::engine::ingest::{ReceiveContext, receive_client};
 use pageferry::engine::keep::KeepOptions;
 use pageferry::engine::listen::{Place, Source, is_passed_by_systemd};
@@ -218,7 +218,12 @@ fn forward_lazy(start: &mut Start<'_>, dump: &Peer) -> Result<()> {
         &rules,
         &stop,
         |stream| stream.secure(tls.as_ref()),
-        |peer, served| report.served(peer, served.as_ref().ok(), served.as_ref().err()),
+        |left| match left {
+            Left::Asked(peer, served) => {
+                report.served(peer, served.as_ref().ok(), served.as_ref().err());
+            }
+            Left::Pushed(forwarded, ended) => report.forwarded(forwarded, ended.as_ref().err()),
+        },
     )
 }
 

@@ -241,6 +241,13 @@ impl Planner {
         self.spaces.get(&id)?.arrived(image)
     }
 
+    /// The source sends the pages `image` to `id` without having been asked.
+    pub fn pushed(&mut self, id: SpaceId, image: PageRange) {
+        if let Some(space) = self.spaces.get_mut(&id) {
+            space.pushed(image);
+        }
+    }
+
     /// An answer ended before `image`, the rest of its request.
     pub fn give_back(&mut self, id: SpaceId, image: PageRange) {
         if let Some(space) = self.spaces.get_mut(&id) {

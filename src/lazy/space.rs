@@ -83,7 +83,7 @@ pub struct Served {
 pub struct Space {
     pid: u32,
     page: PageSize,
-    remote: ExtentMap,
+    remote: ExtentMap<ImageIndex>,
     local: ExtentMap,
     flight: ExtentMap<ImageIndex>,
     /// What the source had at the start, sorted, by address in the dump: no request leaves one.
@@ -379,6 +379,14 @@ impl Space {
         let part = next.part(self.run_from(next.at.start(), chunk, next));
         self.local_cursor = part.at.end();
         Some(part)
+    }
+
+    /// The source sends the pages `image` unasked: what is missing of them is on the way.
+    pub fn pushed(&mut self, image: PageRange) {
+        while let Some(piece) = self.remote.find_image(image) {
+            let flight = &mut self.flight;
+            self.remote.take(piece.at, |piece| flight.insert(piece));
+        }
     }
 
     /// Where the first of the pages `image` that has come is to be installed now.

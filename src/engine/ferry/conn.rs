@@ -36,7 +36,7 @@ pub(super) struct Frame {
 
 /// Why nothing more comes.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ConnError {
+pub(in crate::engine) enum ConnError {
     /// The peer has ended the connection.
     #[error("the peer hung up")]
     End,

@@ -15,11 +15,14 @@
 //! [`lane::Party`] behind a lock that is held for moments only: bytes are hashed, compressed,
 //! checked and written outside of it.
 
+mod answering;
 mod base;
 mod conn;
 mod dialing;
+pub(super) mod fetching;
 mod intake;
 mod lane;
+pub(super) mod offering;
 pub(super) mod packer;
 pub mod port;
 pub(super) mod pushing;

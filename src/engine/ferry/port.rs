@@ -331,7 +331,7 @@ impl Session {
 }
 
 /// Says why, and hangs up.
-fn refuse(mut conn: Conn, fail: &Fail) {
+pub(super) fn refuse(mut conn: Conn, fail: &Fail) {
     let mut words = Vec::new();
     fail.encode(&mut words);
     conn.queue(Arc::new(words));

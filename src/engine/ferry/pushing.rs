@@ -52,6 +52,8 @@ struct State {
     /// Frames that are not safe yet, in the order of their numbers.
     frames: VecDeque<Arc<Vec<u8>>>,
     answer: Option<Answer>,
+    /// The taker has everything that it wants.
+    taken: bool,
     /// Whose turn it is to submit a batch.
     ticket: u64,
     wakers: BTreeMap<u16, Arc<Waker>>,
@@ -92,6 +94,7 @@ impl Pushing {
                 talk: None,
                 frames: VecDeque::new(),
                 answer: None,
+                taken: false,
                 ticket: 0,
                 wakers: BTreeMap::new(),
                 ending: None,
@@ -175,6 +178,16 @@ impl Pushing {
         self.traffic.forwarded(&ByKind::of(tally, self.page));
         lock(&self.state).sent.add(tally);
         Ok(())
+    }
+
+    /// Whether the taker has said that it has everything that it wants.
+    pub(super) fn is_taken(&self) -> bool {
+        lock(&self.state).taken
+    }
+
+    /// Waits until the taker has everything that it wants.
+    pub(super) fn wait_until_taken(&self) -> Result<()> {
+        self.wait(|state| state.taken.then_some(()))
     }
 
     /// Waits until the batches of all tickets below `ticket` have been submitted.
@@ -378,10 +391,11 @@ impl Party for Pushing {
             Ok(SenderEvent::Acked {
                 safe,
                 answer,
+                taken,
                 arrived,
                 progress,
-                ..
             }) => {
+                state.taken |= taken;
                 if let Some(answer) = answer {
                     state.answer = Some(answer);
                 }

@@ -12,6 +12,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use super::backing::Backing;
 use crate::criu::header::Target;
@@ -22,7 +23,7 @@ use crate::image::chain::{Absence, Chain, Missing, Place, Resolved};
 use crate::image::dir::ImageDir;
 use crate::lazy::drain::DrainPlan;
 use crate::limits::{HELD_PAGES_MAX, WANTED_PAGES_MAX};
-use crate::units::{PageCount, PageRange, PageSize};
+use crate::units::{PageCount, PageRange, PageSize, Vaddr};
 
 /// Asked of the dump with one request at most, bytes. A fault waits behind those that are on their
 /// way, so they are short.
@@ -33,7 +34,7 @@ const FAULT_PAGES_MAX: u64 = 16;
 
 /// See the module's text.
 #[derive(Debug)]
-pub(super) struct Held {
+pub(in crate::engine) struct Held {
     page: PageSize,
     backing: Backing,
     state: Mutex<State>,
@@ -83,12 +84,12 @@ impl Held {
     }
 
     /// Size of a page.
-    pub(super) fn page(&self) -> PageSize {
+    pub(in crate::engine) fn page(&self) -> PageSize {
         self.page
     }
 
     /// How many pages have come, and how many there are.
-    pub(super) fn progress(&self) -> (PageCount, PageCount) {
+    pub(in crate::engine) fn progress(&self) -> (PageCount, PageCount) {
         let state = lock(&self.state);
         (state.plan.held(), state.plan.pages())
     }
@@ -132,7 +133,7 @@ impl Held {
 
     /// Waits until the first pages of `range` of `pid` are there, as many as one may wait for, and says
     /// which numbers are. Fails if the dump does not have the first one, or is lost.
-    pub(super) fn wait_for(&self, pid: u32, range: PageRange) -> Result<Range<u64>> {
+    pub(in crate::engine) fn wait_for(&self, pid: u32, range: PageRange) -> Result<Range<u64>> {
         let mut state = lock(&self.state);
         let Some(numbers) = state.plan.locate(pid, range) else {
             let text = format!(
@@ -158,6 +159,39 @@ impl Held {
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Whether the dump has the page at `at` of `pid`.
+    pub(in crate::engine) fn has(&self, pid: u32, at: Vaddr) -> bool {
+        let page = PageRange::new(at.get(), at.get() + self.page.bytes());
+        lock(&self.state).plan.locate(pid, page).is_some()
+    }
+
+    /// The part of `numbers` from its start on that is there.
+    pub(in crate::engine) fn held_part(&self, numbers: Range<u64>) -> Range<u64> {
+        lock(&self.state).plan.held_part(numbers)
+    }
+
+    /// Whose page `number` is, and the addresses of the pages from there to `end`, as far as they are of
+    /// the same run.
+    pub(in crate::engine) fn addresses(&self, number: u64, end: u64) -> (u32, PageRange) {
+        lock(&self.state).plan.addresses(number, end)
+    }
+
+    /// Waits for a while, or until more pages have come.
+    pub(in crate::engine) fn wait_for_more(&self, most: Duration) -> Result<()> {
+        let state = lock(&self.state);
+        if let Some(why) = &state.failure {
+            return Err(Error::new(Kind::PeerLost, why.clone()));
+        }
+        // Woken or not, the caller looks again.
+        drop(self.changed.wait_timeout(state, most));
+        Ok(())
+    }
+
+    /// Reads the pages `numbers`, which are there.
+    pub(in crate::engine) fn read(&self, numbers: Range<u64>, out: &mut [u8]) -> Result<()> {
+        self.backing.read(out, numbers.start << self.page.shift())
     }
 }
 

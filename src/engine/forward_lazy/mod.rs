@@ -16,7 +16,7 @@
 mod backing;
 mod drain;
 mod guests;
-mod held;
+pub(super) mod held;
 
 use std::net::Shutdown;
 use std::path::PathBuf;
@@ -26,6 +26,7 @@ use std::time::{Duration, Instant};
 use socket2::Socket;
 
 use crate::criu::header::Wire;
+use crate::engine::ferry::offering::{OfferPort, Offered};
 use crate::engine::listen::Source;
 use crate::engine::memory::Memory;
 use crate::engine::restore::wire_of;
@@ -34,8 +35,10 @@ use crate::engine::sessions::{Rules, run_sessions};
 use crate::engine::stop::Stop;
 use crate::engine::transport::Peer;
 use crate::error::{Error, Kind, Result};
+use crate::ferry::frame;
 use crate::image::dir::ImageDir;
-use crate::observe::traffic::Traffic;
+use crate::observe::ferried::Forwarded;
+use crate::observe::traffic::{Traffic, cpu_time};
 use crate::stream::Stream;
 use drain::Drain;
 use guests::{Guests, Verdict};
@@ -72,7 +75,19 @@ pub struct ForwardLazy {
 struct Clients {
     held: Arc<Held>,
     context: ServeContext,
+    port: OfferPort,
+    dump: String,
+    wire: Wire,
     guests: Guests,
+}
+
+/// What became of a client.
+#[derive(Debug)]
+pub enum Left<'a> {
+    /// It asked in CRIU's protocol.
+    Asked(&'a str, &'a Result<Summary>),
+    /// Everything was pushed to it over ferry.
+    Pushed(&'a Forwarded, &'a Result<()>),
 }
 
 impl Memories for Arc<Held> {
@@ -100,10 +115,19 @@ impl ForwardLazy {
         let context = ServeContext::of(Box::new(Arc::clone(&held)), held.page(), config.wire);
         let context = context.counting_in(Arc::clone(&config.traffic));
         let patience = (!config.keep).then_some(config.reconnect_timeout);
+        let port = OfferPort::new(
+            Arc::clone(&held),
+            wire,
+            config.reconnect_timeout,
+            Arc::clone(&config.traffic),
+        );
         Ok(ForwardLazy {
             clients: Clients {
                 held,
                 context,
+                port,
+                dump: config.dump.to_string(),
+                wire,
                 guests: Guests::new(patience),
             },
             drain,
@@ -120,7 +144,7 @@ impl ForwardLazy {
         rules: &Rules,
         stop: &Stop,
         secure: impl Fn(Stream) -> Result<Stream> + Sync,
-        report: impl Fn(&str, &Result<Summary>) + Sync,
+        report: impl Fn(&Left<'_>) + Sync,
     ) -> Result<()> {
         let ForwardLazy {
             config,
@@ -139,7 +163,7 @@ impl ForwardLazy {
                 ended
             });
             let served = run_sessions(&source.socket, rules, stop, |stream| {
-                clients.serve(stream, &secure, &report);
+                clients.serve(stream, stop, &secure, &report);
                 Ok(())
             });
             let ended = keeper.join();
@@ -156,16 +180,60 @@ impl Clients {
     fn serve(
         &self,
         stream: Stream,
+        stop: &Stop,
         secure: impl Fn(Stream) -> Result<Stream>,
-        report: impl Fn(&str, &Result<Summary>),
+        report: impl Fn(&Left<'_>),
     ) {
         let peer = stream.peer().to_owned();
         let guest = self.guests.enter();
-        let served = secure(stream).and_then(|stream| serve_client(stream, &self.context));
-        report(&peer, &served);
-        match served {
-            Ok(_) => guest.confirm(),
+        let ferry = secure(stream).and_then(|mut stream| {
+            let ferry = stream.begins_with(frame::MAGIC).map_err(|error| {
+                let text = format!("client {peer}: the first bytes did not come");
+                Error::wrap(Kind::PeerLost, text, error)
+            })?;
+            Ok((stream, ferry))
+        });
+        let has_everything = match ferry {
+            Err(error) => Err(error),
+            Ok((stream, true)) => self.push(&peer, stream, stop, report),
+            Ok((stream, false)) => {
+                let served = serve_client(stream, &self.context);
+                report(&Left::Asked(&peer, &served));
+                served.map(|_| true)
+            }
+        };
+        match has_everything {
+            Ok(true) => guest.confirm(),
+            Ok(false) => {}
             Err(error) => tracing::warn!("{error}"),
+        }
+    }
+
+    /// Pushes everything to the client `peer`, or lends its session one more connection. Says whether it
+    /// has everything now.
+    fn push(
+        &self,
+        peer: &str,
+        stream: Stream,
+        stop: &Stop,
+        report: impl Fn(&Left<'_>),
+    ) -> Result<bool> {
+        let (start, cpu_before) = (Instant::now(), cpu_time());
+        match self.port.handle(stream, stop)? {
+            Offered::Lane => Ok(false),
+            Offered::Session(sent, ended) => {
+                let forwarded = Forwarded {
+                    peer: self.dump.clone(),
+                    far_end: peer.to_owned(),
+                    wire: Some(self.wire),
+                    sent: *sent,
+                    page: self.held.page(),
+                    elapsed: start.elapsed(),
+                    cpu: cpu_time().saturating_sub(cpu_before),
+                };
+                report(&Left::Pushed(&forwarded, &ended));
+                ended.map(|()| true)
+            }
         }
     }
 

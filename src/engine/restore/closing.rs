@@ -17,6 +17,9 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(60);
 impl Restore {
     /// Tells the source that everything has come, and waits for its word.
     pub(super) fn close_links(&mut self) -> Result<()> {
+        if self.links.ferry.is_some() {
+            return self.close_ferry();
+        }
         let Some(mut pair) = self.links.pair.take() else {
             return Ok(());
         };

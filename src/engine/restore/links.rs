@@ -15,11 +15,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use super::dialer::{Dialer, Pair, Which};
+use super::ferry::{self, Ferry};
 use super::install::offset;
 use super::link::{Arrival, LinkStep};
 use super::{Restore, RestoreConfig, Token, rewatch, watch};
 use crate::criu::fetch::Step;
 use crate::criu::header::Wire;
+use crate::engine::ferry::fetching::{FerryDialer, FerryPair};
 use crate::error::{Error, Kind, Result};
 use crate::lazy::pattern::block_bytes;
 use crate::lazy::planner::Way;
@@ -30,7 +32,7 @@ use crate::units::PageSize;
 pub(super) const RECONNECT_DEFAULT: Duration = Duration::from_secs(30);
 
 /// Between two attempts to reach a lost source.
-const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
+pub(super) const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
 
 /// Brought at most for one fault on a connection for faults alone, bytes.
 const WALK_BYTES_MAX: u64 = 256 << 10;
@@ -40,15 +42,23 @@ const WALK_BYTES_MAX: u64 = 256 << 10;
 pub(super) struct Links {
     dialer: Option<Dialer>,
     pub(super) pair: Option<Pair>,
+    /// In place of the pair: the session with a source that speaks ferry.
+    pub(super) ferry: Option<Ferry>,
     /// The source is one that can be reached again.
     ours: bool,
     reconnect_timeout: Option<Duration>,
     /// Since when the source has been out of reach or silent since it came back.
-    down_since: Option<Instant>,
-    attempt: Option<Receiver<Result<Pair>>>,
+    pub(super) down_since: Option<Instant>,
+    attempt: Option<Receiver<Result<Dialed>>>,
     reconnected: Arc<EventFd>,
     /// Received over connections that are gone.
     pub(super) bytes_received_before: u64,
+}
+
+/// New connections to a source.
+enum Dialed {
+    Criu(Box<Pair>),
+    Ferry(Box<FerryPair>),
 }
 
 impl Links {
@@ -61,12 +71,13 @@ impl Links {
             page,
         });
         let hint = "is the source there, and does it serve pages (criu dump --lazy-pages, or page-server --lazy-pages)?";
-        let pair = dialer
-            .as_ref()
-            .map(Dialer::dial_pair)
-            .transpose()
-            .map_err(|error| error.within(hint))?;
-        if let Some(dialer) = &dialer {
+        let (mut pair, mut session) = (None, None);
+        if let Some(Dialer { peer, tls, .. }) = dialer.as_ref().filter(|_| config.ferry) {
+            let dialer = FerryDialer::new(peer.clone(), tls.clone(), page)?;
+            session = Some(Ferry::connect(dialer, page)?);
+            tracing::info!("connected to the source at {peer} (ferry)");
+        } else if let Some(dialer) = &dialer {
+            pair = Some(dialer.dial_pair().map_err(|error| error.within(hint))?);
             tracing::info!("connected to the source at {} ({wire:?})", dialer.peer);
         }
         let reconnected = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
@@ -74,7 +85,8 @@ impl Links {
         Ok(Links {
             dialer,
             pair,
-            ours: false,
+            ours: session.is_some(),
+            ferry: session,
             reconnect_timeout: config.reconnect_timeout,
             down_since: None,
             attempt: None,
@@ -90,17 +102,24 @@ impl Links {
 
     /// Received from the source so far, all connections together.
     pub(super) fn bytes_received(&self) -> u64 {
-        self.bytes_received_before + self.pair.as_ref().map_or(0, Pair::bytes_received)
+        let ferried = self
+            .ferry
+            .as_ref()
+            .map_or(0, |ferry| ferry.fetching.bytes_received());
+        let now = self.pair.as_ref().map_or(ferried, Pair::bytes_received);
+        self.bytes_received_before + now
     }
 
     pub(super) fn has_buffered(&self) -> bool {
-        self.pair.as_ref().is_some_and(|pair| {
-            pair.stream.has_buffered()
-                || pair
-                    .fault
-                    .as_ref()
-                    .is_some_and(|fault| fault.link.has_buffered())
-        })
+        let ferry = self.ferry.as_ref();
+        ferry.is_some_and(|ferry| ferry.fetching.has_buffered())
+            || self.pair.as_ref().is_some_and(|pair| {
+                pair.stream.has_buffered()
+                    || pair
+                        .fault
+                        .as_ref()
+                        .is_some_and(|fault| fault.link.has_buffered())
+            })
     }
 
     /// Until when the background stream holds back for a fault that is likely to come, µs.
@@ -130,8 +149,11 @@ impl Links {
 
     /// Resets the connections: the source keeps its memory.
     pub(super) fn reset(&mut self) {
-        self.bytes_received_before = self.bytes_received();
-        self.pair = None;
+        let pair = self.pair.take();
+        self.bytes_received_before += pair.as_ref().map_or(0, Pair::bytes_received);
+        if let Some(ferry) = &mut self.ferry {
+            ferry.fetching.detach();
+        }
         self.attempt = None;
     }
 
@@ -154,10 +176,18 @@ impl Links {
         let (sender, receiver) = channel();
         let wake = Arc::clone(&self.reconnected);
         let deadline = Instant::now() + timeout;
+        let ferry = self.ferry.as_ref().map(|ferry| ferry.dialer.clone());
         std::thread::spawn(move || {
+            let dial = || match &ferry {
+                Some(ferry) => ferry.dial().map(Box::new).map(Dialed::Ferry),
+                None => dialer.dial_pair().map(Box::new).map(Dialed::Criu),
+            };
             let result = loop {
-                match dialer.dial_pair() {
-                    Err(_) if Instant::now() < deadline => std::thread::sleep(RECONNECT_PAUSE),
+                match dial() {
+                    // What a source of another kind says will not change.
+                    Err(error) if error.kind() != Kind::Protocol && Instant::now() < deadline => {
+                        std::thread::sleep(RECONNECT_PAUSE);
+                    }
                     result => break result,
                 }
             };
@@ -171,6 +201,7 @@ impl Links {
 
 impl Restore {
     pub(super) fn watch_links(&mut self) -> Result<()> {
+        self.watch_ferry()?;
         let Some(pair) = &self.links.pair else {
             return Ok(());
         };
@@ -201,6 +232,9 @@ impl Restore {
             alone_bytes: page,
             walk_bytes: WALK_BYTES_MAX,
         };
+        if self.links.ferry.is_some() {
+            return ferry::reach(self.images.page());
+        }
         match &self.links.pair {
             Some(pair) if !self.config.on_demand && !pair.has_fault_link() => {
                 let missed = self.planner.total_pages() << self.images.page().shift();
@@ -222,6 +256,9 @@ impl Restore {
 
     /// Sends for what faults need, as long as the link takes it.
     pub(super) fn send_urgent(&mut self) -> Result<()> {
+        if self.links.ferry.is_some() {
+            return self.ask_ferry_for_faults();
+        }
         let now_us = self.clock.now_us();
         let Some(pair) = &mut self.links.pair else {
             return Ok(());
@@ -247,6 +284,9 @@ impl Restore {
 
     /// Sends for what faults need, then for the background's next pages.
     pub(super) fn send_requests(&mut self) -> Result<()> {
+        if self.links.ferry.is_some() {
+            return self.ask_ferry_for_all();
+        }
         self.send_urgent()?;
         if !self.finished || self.config.on_demand {
             return Ok(());
@@ -304,6 +344,9 @@ impl Restore {
 
     /// Receives and installs what the source sent, a step from each connection.
     pub(super) fn pump_links(&mut self) -> Result<()> {
+        if self.links.ferry.is_some() {
+            return self.pump_ferry();
+        }
         self.pump(Which::Fault)?;
         self.pump(Which::Stream)
     }
@@ -430,6 +473,11 @@ impl Restore {
             Some(cause) => Error::wrap(Kind::PeerLost, what, cause),
             None => Error::new(Kind::PeerLost, what),
         };
+        self.source_lost(error)
+    }
+
+    /// All connections to the source are given up, and made again if it may come back.
+    pub(super) fn source_lost(&mut self, error: Error) -> Result<()> {
         self.links.reset();
         match self.links.may_reconnect() {
             Some(timeout) if self.loss.is_none() => {
@@ -458,8 +506,8 @@ impl Restore {
             )),
         };
         self.links.attempt = None;
-        let pair = match outcome {
-            Ok(pair) => pair,
+        let dialed = match outcome {
+            Ok(dialed) => dialed,
             Err(error) if self.loss.is_some() => {
                 tracing::error!("the source could not be reached: {error}");
                 return Ok(());
@@ -467,7 +515,11 @@ impl Restore {
             Err(error) => return Err(error.within("the source could not be reached again")),
         };
         tracing::info!("the source is back");
-        self.links.pair = Some(pair);
+        match (dialed, &mut self.links.ferry) {
+            (Dialed::Ferry(pair), Some(ferry)) => ferry.fetching.attach(*pair),
+            (Dialed::Ferry(_), None) => {}
+            (Dialed::Criu(pair), _) => self.links.pair = Some(*pair),
+        }
         self.recover();
         self.watch_links()
     }

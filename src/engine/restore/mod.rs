@@ -19,6 +19,7 @@
 mod closing;
 mod dialer;
 mod faults;
+mod ferry;
 mod install;
 pub mod intake;
 mod link;
@@ -97,6 +98,8 @@ pub struct RestoreConfig {
     pub source: Option<Peer>,
     /// What secures the connections to it.
     pub tls: Option<Tls>,
+    /// The source is a page-server that forwards a lazy dump: it is spoken to over ferry.
+    pub ferry: bool,
     /// The source's header layout, if the images are not to tell.
     pub wire: Option<Wire>,
     /// Serve faults alone.

@@ -1,0 +1,171 @@
+//! The connection for faults, at the end that has the pages: answers each question in its turn, as
+//! soon as the pages are there.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::conn::{Conn, ConnError};
+use super::dialing::DialingParty;
+use super::offering::Offering;
+use crate::criu::header::{PageFlags, Target};
+use crate::error::{Error, Kind, Result};
+use crate::ferry::encode::{Encoder, PlainBatch, Verdict, Verdicts};
+use crate::ferry::frame::{self, OpenFrame};
+use crate::ferry::gather::Run;
+use crate::ferry::hash::{HashKey, PageHasher, is_zero};
+use crate::ferry::message::Fault;
+use crate::ferry::pace::Level;
+use crate::limits::FERRY_BATCH_BYTES_MAX;
+use crate::units::PageRange;
+
+/// Between two looks at whether the session is over, ms.
+const LOOK_AGAIN_MS: u16 = 250;
+
+/// Answers are compressed at zstd's first level: a thread waits for them.
+const LEVEL: Level = Level::Zstd(1);
+
+impl Offering {
+    /// Answers questions until the connection or the session ends.
+    pub(super) fn answer_all(&self, conn: Conn) -> Result<()> {
+        let page = self.held.page();
+        let encoder = Encoder::new(page)
+            .map_err(|error| Error::wrap(Kind::Io, "cannot set up zstd", error))?;
+        let mut answering = Answering {
+            offering: self,
+            conn,
+            encoder,
+            verdicts: Verdicts::default(),
+            // Nothing is told by a base version here: no hash is ever made.
+            hasher: PageHasher::new(HashKey::default(), page),
+            plain: Vec::new(),
+        };
+        let ended = answering.run();
+        answering.conn.close();
+        match ended {
+            Err(Trouble::Lost(error)) => {
+                tracing::debug!("a connection for faults: {error}");
+                Ok(())
+            }
+            Err(Trouble::Failed(error)) => Err(error),
+            Ok(()) => Ok(()),
+        }
+    }
+}
+
+struct Answering<'a> {
+    offering: &'a Offering,
+    conn: Conn,
+    encoder: Encoder,
+    verdicts: Verdicts,
+    hasher: PageHasher,
+    plain: Vec<u8>,
+}
+
+/// Why no more questions are answered.
+enum Trouble {
+    /// The connection is gone; there may be another.
+    Lost(ConnError),
+    /// This side cannot go on.
+    Failed(Error),
+}
+
+impl From<ConnError> for Trouble {
+    fn from(error: ConnError) -> Trouble {
+        Trouble::Lost(error)
+    }
+}
+
+impl Answering<'_> {
+    fn run(&mut self) -> std::result::Result<(), Trouble> {
+        while !self.offering.pushing.is_ending() {
+            let left = self.conn.flush()?;
+            match self.conn.receive()? {
+                Some(found) if found.kind == frame::Kind::Fault => {
+                    let fault = Fault::decode(&found.body, self.offering.held.page());
+                    let fault = fault.map_err(ConnError::Frame)?;
+                    self.answer(found.number, &fault).map_err(Trouble::Failed)?;
+                }
+                Some(found) => {
+                    let text = format!("a {:?} frame came where faults belong", found.kind);
+                    return Err(Trouble::Failed(Error::new(Kind::Protocol, text)));
+                }
+                None => self.sleep(left)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn sleep(&self, left: bool) -> std::result::Result<(), Trouble> {
+        let mut events = PollFlags::POLLIN;
+        events.set(PollFlags::POLLOUT, left);
+        let mut fds = [PollFd::new(self.conn.socket(), events)];
+        match poll(&mut fds, PollTimeout::from(LOOK_AGAIN_MS)) {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(errno) => Err(ConnError::Socket(errno.into()).into()),
+        }
+    }
+
+    /// Queues the answer to question `number`.
+    fn answer(&mut self, number: u64, fault: &Fault) -> Result<()> {
+        let offering = self.offering;
+        let (numbers, range) = match fault.target {
+            Target::Process(pid) => self.find(pid, fault)?,
+            Target::Shmem(_) => (0..0, PageRange::new(0, 0)),
+        };
+        let page = offering.held.page();
+        let bytes = usize::try_from(range.bytes()).expect("an answer is small");
+        self.plain.resize(bytes, 0);
+        offering.held.read(numbers.clone(), &mut self.plain)?;
+        self.verdicts.clear();
+        let pages = self.plain.chunks_exact(page.as_usize());
+        self.verdicts
+            .pages
+            .extend(pages.map(|page| match is_zero(page) {
+                true => Verdict::Zero,
+                false => Verdict::Fresh,
+            }));
+        let flags = PageFlags::PRESENT.with(PageFlags::LAZY);
+        let run = [Run { range, flags }];
+        let batch = PlainBatch {
+            target: fault.target,
+            runs: if range.is_empty() { &[] } else { &run },
+            plain: &self.plain,
+        };
+        let mut words = Vec::new();
+        let open = OpenFrame::begin(&mut words);
+        self.encoder
+            .encode(batch, &self.verdicts, &self.hasher, LEVEL, &mut words)
+            .map_err(|error| Error::wrap(Kind::Io, "zstd failed", error))?;
+        open.finish(&mut words, frame::Kind::FaultPages, number);
+        self.conn.queue(Arc::new(words));
+        offering
+            .traffic
+            .served(1, range.pages(page).get(), range.bytes());
+        offering.give(numbers);
+        Ok(())
+    }
+
+    /// Waits for the page that is waited for, and finds it with those of its neighbours that lie in one
+    /// run with it. Nothing is found of a page that the dump does not have.
+    fn find(&self, pid: u32, fault: &Fault) -> Result<(Range<u64>, PageRange)> {
+        let held = &self.offering.held;
+        let shift = held.page().shift();
+        let most = (FERRY_BATCH_BYTES_MAX >> shift) as u64;
+        for start in [fault.around.start(), fault.vaddr] {
+            let wanted = PageRange::new(start.get(), fault.around.end().get());
+            if !held.has(pid, start) {
+                continue;
+            }
+            let numbers = held.wait_for(pid, wanted)?;
+            let end = numbers.end.min(numbers.start + most);
+            let range = PageRange::new(start.get(), start.get() + ((end - numbers.start) << shift));
+            if range.contains(fault.vaddr) {
+                return Ok((numbers.start..end, range));
+            }
+        }
+        Ok((0..0, PageRange::new(0, 0)))
+    }
+}

@@ -1,0 +1,403 @@
+//! The listening side of pushers: memory that is held here is offered to takers that connect.
+//!
+//! ```text
+//! held ── in the order of its pages ──> packer ──> Pushing ──> lanes of the taker's streams
+//!   └──── what a thread waits for ───────────────────────────> its connection for faults (answering)
+//! ```
+//!
+//! The thread whose connection opened a session owns it: when that connection ends it waits for
+//! others, and gives the session up if nobody comes back. A session has succeeded when the taker says
+//! that it has everything.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+use std::thread::{self, Scope};
+use std::time::{Duration, Instant};
+
+use super::conn::{Conn, ConnError};
+use super::dialing::{Bell, DialingParty, Lost, first_frame};
+use super::lane::{self, Waker};
+use super::packer::{Job, Packer};
+use super::port::refuse;
+use super::pushing::Pushing;
+use super::{GOODBYE, WINDOW, lock};
+use crate::criu::header::{PageFlags, Target, Wire};
+use crate::engine::forward_lazy::held::Held;
+use crate::engine::stop::Stop;
+use crate::engine::transport::transport;
+use crate::error::{Error, Kind, Result};
+use crate::ferry::delta::PageMemory;
+use crate::ferry::frame;
+use crate::ferry::gather::{Gathered, Run};
+use crate::ferry::hash::HashKey;
+use crate::ferry::hello::{Features, Hello, Role, SessionId, VERSION};
+use crate::ferry::link::{Admission, Berth, Harbor};
+use crate::ferry::message::{Open, encode_close};
+use crate::lazy::pageset::PageSet;
+use crate::limits::{FERRY_RUNS_MAX, FERRY_STREAMS_MAX};
+use crate::observe::ferried::Sent;
+use crate::observe::traffic::Traffic;
+use crate::stream::Stream;
+use crate::units::PageCount;
+
+/// Pages in a batch of the push, bytes. The taker looks for faults between any two batches, so they are
+/// smaller than those of a dump.
+const PUSH_BYTES: u64 = 64 << 10;
+
+/// How often somebody who waits looks for what nobody rings for.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
+
+/// See the module's text.
+pub(in crate::engine) struct OfferPort {
+    held: Arc<Held>,
+    wire: Wire,
+    reconnect_timeout: Duration,
+    traffic: Arc<Traffic>,
+    state: Mutex<State>,
+    bell: Bell,
+    start: Instant,
+}
+
+struct State {
+    harbor: Harbor,
+    sessions: BTreeMap<SessionId, Arc<Offering>>,
+}
+
+/// A taker's session.
+pub(super) struct Offering {
+    pub(super) held: Arc<Held>,
+    pub(super) pushing: Pushing,
+    pub(super) traffic: Arc<Traffic>,
+    /// Pages that need not be pushed: they were, or were answers to faults.
+    given: Mutex<PageSet>,
+}
+
+/// What came of a connection.
+pub(in crate::engine) enum Offered {
+    /// It opened a session, which is over: what was sent, and how it ended.
+    Session(Box<Sent>, Result<()>),
+    /// It was one of the connections of a session.
+    Lane,
+}
+
+impl std::fmt::Debug for OfferPort {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "OfferPort({:?})", self.held)
+    }
+}
+
+impl OfferPort {
+    /// Offers `held`, which a CRIU that speaks `wire` has dumped. A session without a connection for
+    /// `reconnect_timeout` is given up.
+    pub(in crate::engine) fn new(
+        held: Arc<Held>,
+        wire: Wire,
+        reconnect_timeout: Duration,
+        traffic: Arc<Traffic>,
+    ) -> OfferPort {
+        let own = Hello {
+            version: VERSION,
+            role: Role::Pusher,
+            page: held.page(),
+            features: Features::FAULTS,
+            session: SessionId::default(),
+            stream: 0,
+            streams: FERRY_STREAMS_MAX,
+            attempt: 0,
+            opening: false,
+            window: WINDOW,
+            hash_key: HashKey::default(),
+        };
+        let roles = [Role::Pusher, Role::Answerer];
+        OfferPort {
+            held,
+            wire,
+            reconnect_timeout,
+            traffic,
+            state: Mutex::new(State {
+                harbor: Harbor::new(own, &roles, reconnect_timeout),
+                sessions: BTreeMap::new(),
+            }),
+            bell: Bell::default(),
+            start: Instant::now(),
+        }
+    }
+
+    /// Runs a connection that has just begun to speak ferry. If it opens a session, returns when that is
+    /// over.
+    pub(in crate::engine) fn handle(&self, stream: Stream, stop: &Stop) -> Result<Offered> {
+        let peer = stream.peer().to_owned();
+        self.greet(stream, stop)
+            .map_err(|error| error.within(format!("ferry to {peer}")))
+    }
+
+    fn greet(&self, stream: Stream, stop: &Stop) -> Result<Offered> {
+        let lost = |error| Error::wrap(Kind::PeerLost, "no greeting came", error);
+        let transport = transport(stream).map_err(|error| lost(ConnError::Socket(error)))?;
+        let mut conn = Conn::new(transport, Arc::default());
+        lane::prepare(&conn);
+        let hello = first_frame(&mut conn).map_err(lost)?;
+        let greeting = Hello::decode(hello.kind, &hello.body)
+            .map_err(|error| lost(ConnError::Frame(error)))?;
+        let mut state = lock(&self.state);
+        match state.harbor.admit(greeting, true) {
+            Admission::Refused(fail) => {
+                drop(state);
+                refuse(conn, &fail);
+                Err(Error::wrap(Kind::Protocol, "refused", fail))
+            }
+            Admission::Joined { peer, welcome } => {
+                let offering = state.sessions.get(&peer.session).cloned();
+                drop(state);
+                if let Some(offering) = offering {
+                    self.join(conn, &offering, &peer, &welcome)?;
+                }
+                Ok(Offered::Lane)
+            }
+            Admission::Opened { peer, welcome } => {
+                let offering = Arc::new(Offering::new(self, peer.session));
+                state.sessions.insert(peer.session, Arc::clone(&offering));
+                drop(state);
+                tracing::info!("session {} is offered the dump's memory", peer.session);
+                let running = self.traffic.begin_session();
+                let ended = self.own(conn, &offering, &peer, &welcome, stop);
+                if ended.is_ok() {
+                    running.succeed();
+                }
+                Ok(Offered::Session(Box::new(offering.pushing.sent()), ended))
+            }
+        }
+    }
+
+    /// Runs the first connection of a session, and then the session to its end.
+    fn own(
+        &self,
+        conn: Conn,
+        offering: &Offering,
+        peer: &Hello,
+        welcome: &Hello,
+        stop: &Stop,
+    ) -> Result<()> {
+        let pushing = &offering.pushing;
+        let result = thread::scope(|scope| {
+            let feeder = scope.spawn(|| {
+                let fed = thread::scope(|scope| offering.feed(scope, self.wire));
+                match &fed {
+                    Ok(()) => pushing.finish(),
+                    Err(error) => pushing.abort(&error.to_string()),
+                }
+                self.bell.ring();
+                fed
+            });
+            if let Err(error) = self.join(conn, offering, peer, welcome) {
+                pushing.lost(Lost::GivenUp(error.to_string()));
+            }
+            while !feeder.is_finished() {
+                let seen = self.bell.rings();
+                self.end_if_given_up(peer.session, pushing, stop);
+                self.bell.wait(seen, LOOK_AGAIN);
+            }
+            pushing.wait_until_over(GOODBYE);
+            pushing.cut();
+            let fed = feeder.join();
+            fed.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        });
+        let mut state = lock(&self.state);
+        state.sessions.remove(&peer.session);
+        state.harbor.end(peer.session, None);
+        result
+    }
+
+    fn end_if_given_up(&self, session: SessionId, pushing: &Pushing, stop: &Stop) {
+        if stop.is_pulled() {
+            pushing.lost(Lost::Stopped);
+        }
+        let now = self.start.elapsed();
+        if lock(&self.state).harbor.has_expired(session, now) {
+            pushing.lost(Lost::GivenUp(format!(
+                "the lazy client did not come back for {} s (--reconnect-timeout)",
+                self.reconnect_timeout.as_secs()
+            )));
+        }
+    }
+
+    /// Runs one connection of a session.
+    fn join(
+        &self,
+        mut conn: Conn,
+        offering: &Offering,
+        peer: &Hello,
+        welcome: &Hello,
+    ) -> Result<()> {
+        let mut words = Vec::new();
+        welcome.encode(frame::Kind::Welcome, &mut words);
+        conn.queue(Arc::new(words));
+        let for_faults = peer.role == Role::Asker;
+        let ended = if for_faults {
+            offering.answer_all(conn)
+        } else {
+            run_lane(conn, &offering.pushing, peer)
+        };
+        let berth = Berth {
+            session: peer.session,
+            for_faults,
+            stream: peer.stream,
+        };
+        let now = self.start.elapsed();
+        let mut state = lock(&self.state);
+        state.harbor.handle_lost(berth, peer.attempt, now);
+        drop(state);
+        self.bell.ring();
+        ended
+    }
+}
+
+fn run_lane(conn: Conn, pushing: &Pushing, peer: &Hello) -> Result<()> {
+    let waker = Waker::new()?;
+    lane::Party::stream_up(pushing, peer.stream, peer, &waker);
+    let end = lane::run(conn, peer.stream, pushing, &waker, || {});
+    lane::Party::stream_down(pushing, peer.stream, &waker);
+    tracing::debug!(
+        "stream {} of session {}: {end:?}",
+        peer.stream,
+        peer.session
+    );
+    Ok(())
+}
+
+impl Offering {
+    fn new(port: &OfferPort, session: SessionId) -> Offering {
+        let (_, pages) = port.held.progress();
+        // No earlier round is known of a taker that has not been here.
+        let memory = PageMemory::new(port.held.page(), 0);
+        let traffic = Arc::clone(&port.traffic);
+        Offering {
+            held: Arc::clone(&port.held),
+            pushing: Pushing::new(port.held.page(), session, memory, Arc::clone(&traffic)),
+            traffic,
+            given: Mutex::new(PageSet::new(pages.get())),
+        }
+    }
+
+    /// The pages `numbers` need not be pushed (any more).
+    pub(super) fn give(&self, numbers: Range<u64>) {
+        lock(&self.given).insert(numbers);
+    }
+
+    /// Pushes everything, and waits until the taker has it.
+    fn feed<'s>(&'s self, scope: &'s Scope<'s, '_>, wire: Wire) -> Result<()> {
+        let agreed = self.pushing.agree()?;
+        let page = self.held.page();
+        let encoders = crate::engine::forward::encoders();
+        let packer = Packer::start(scope, &self.pushing, &agreed, page, encoders)?;
+        let mut feed = Feed {
+            offering: self,
+            packer,
+            wire,
+            open: None,
+            at: 0,
+            pages: 0,
+        };
+        while !self.pushing.is_taken() && feed.step()? {}
+        feed.packer.flush()?;
+        if !self.pushing.is_taken() {
+            let pages = PageCount(feed.pages);
+            let write = |out: &mut Vec<u8>| encode_close(pages, out);
+            self.pushing.ask(frame::Kind::Close, write)?;
+        }
+        self.pushing.wait_until_taken()
+    }
+}
+
+/// The push of a session.
+struct Feed<'s> {
+    offering: &'s Offering,
+    packer: Packer<'s>,
+    wire: Wire,
+    /// Whose pages are being pushed.
+    open: Option<u32>,
+    /// Number of the next page.
+    at: u64,
+    pages: u64,
+}
+
+impl Feed<'_> {
+    /// Pushes a batch as soon as its pages are there. Says whether there may be more.
+    fn step(&mut self) -> Result<bool> {
+        let held = &self.offering.held;
+        let (_, all) = held.progress();
+        self.at = lock(&self.offering.given).next(self.at, false);
+        if self.at == all.get() {
+            return Ok(false);
+        }
+        if held.held_part(self.at..self.at + 1).is_empty() {
+            if self.offering.pushing.is_ending() {
+                return Err(Error::new(Kind::PeerLost, "the lazy client has left"));
+            }
+            held.wait_for_more(LOOK_AGAIN)?;
+            return Ok(true);
+        }
+        let (pid, _) = held.addresses(self.at, self.at + 1);
+        self.open(pid)?;
+        self.push_batch(pid)?;
+        Ok(true)
+    }
+
+    fn open(&mut self, pid: u32) -> Result<()> {
+        if self.open == Some(pid) {
+            return Ok(());
+        }
+        self.packer.flush()?;
+        let open = Open {
+            target: Target::Process(pid),
+            wire: self.wire,
+        };
+        let write = |out: &mut Vec<u8>| open.encode(out);
+        self.offering.pushing.ask(frame::Kind::Open, write)?;
+        self.open = Some(pid);
+        Ok(())
+    }
+
+    /// Hands over a batch of the next pages of `pid` that are there.
+    fn push_batch(&mut self, pid: u32) -> Result<()> {
+        let (held, page) = (&self.offering.held, self.offering.held.page());
+        let mut gathered = Gathered::new(page);
+        let mut buffer = self.packer.buffer()?;
+        let mut filled = 0;
+        let most = PUSH_BYTES >> page.shift();
+        while gathered.present().get() < most && gathered.runs().len() < FERRY_RUNS_MAX {
+            let mut given = lock(&self.offering.given);
+            let start = given.next(self.at, false);
+            let end = given
+                .next(start, true)
+                .min(start + most - gathered.present().get());
+            let there = held.held_part(start..end);
+            if there.is_empty() {
+                break;
+            }
+            let (whose, range) = held.addresses(there.start, there.end);
+            if whose != pid {
+                break;
+            }
+            let numbers = there.start..there.start + range.pages(page).get();
+            given.insert(numbers.clone());
+            drop(given);
+            let flags = PageFlags::PRESENT.with(PageFlags::LAZY);
+            let rest = gathered.push(Run { range, flags });
+            assert!(rest.is_none(), "it was asked for no more than fits");
+            let bytes = usize::try_from(range.bytes()).expect("a batch is small");
+            held.read(numbers.clone(), &mut buffer[filled..filled + bytes])?;
+            filled += bytes;
+            self.at = numbers.end;
+        }
+        self.pages += gathered.present().get();
+        self.packer.push(Job {
+            target: Target::Process(pid),
+            runs: gathered.runs().to_vec(),
+            buffer,
+            filled,
+            hashed: false,
+        })
+    }
+}

@@ -1,0 +1,310 @@
+//! A source that pushes: a `page-server --forward-lazy`, over ferry.
+//!
+//! ```text
+//! pushed ──> what of it is missing counts as on the way ──> install ──> settle (ACK)
+//! faults ──> questions of up to 64 pages on their own connection ──> install
+//! pushed all of it ──> what is still missing is asked for as faults are
+//! ```
+//!
+//! A batch is 64 KiB: as large a step as any other here, after which faults are looked for.
+
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::EpollFlags;
+
+use super::{Restore, Token, rewatch, watch};
+use crate::engine::ferry::fetching::{Delivery, Event, FerryDialer, Fetching, Trouble};
+use crate::error::{Error, Kind, Result};
+use crate::lazy::planner::{Request, SpaceId, Way};
+use crate::lazy::space::{Class, Reach};
+use crate::limits::FERRY_BATCH_BYTES_MAX;
+use crate::units::{PageRange, PageSize};
+
+/// What a fault that stands alone brings: its neighbours cost next to nothing on the way.
+const ALONE_BYTES: u64 = 16 << 10;
+
+/// Questions that are open at most.
+const QUESTIONS_MAX: usize = 64;
+
+/// Questions for what the push has left out that are open at most: faults come first.
+const LEFT_OUT_QUESTIONS_MAX: usize = 4;
+
+/// How long the source may take to confirm the end.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Between two looks while the end is awaited, ms.
+const LOOK_AGAIN_MS: u16 = 100;
+
+/// The session with a source that pushes.
+#[derive(Debug)]
+pub(super) struct Ferry {
+    pub(super) dialer: FerryDialer,
+    pub(super) fetching: Fetching<Request>,
+    /// Which of the two sockets is polled for room.
+    awaits_room: [bool; 2],
+}
+
+impl Ferry {
+    /// Opens a session and connects.
+    pub(super) fn connect(dialer: FerryDialer, page: PageSize) -> Result<Ferry> {
+        let mut fetching = Fetching::new(page);
+        fetching.attach(dialer.dial()?);
+        Ok(Ferry {
+            dialer,
+            fetching,
+            awaits_room: [false; 2],
+        })
+    }
+}
+
+/// How much a fault may bring.
+pub(super) fn reach(page: PageSize) -> Reach {
+    Reach {
+        alone_bytes: ALONE_BYTES.max(page.bytes()),
+        walk_bytes: FERRY_BATCH_BYTES_MAX as u64,
+    }
+}
+
+impl Restore {
+    fn fetching(&mut self) -> Option<&mut Fetching<Request>> {
+        self.links.ferry.as_mut().map(|ferry| &mut ferry.fetching)
+    }
+
+    pub(super) fn watch_ferry(&mut self) -> Result<()> {
+        if let Some(ferry) = &mut self.links.ferry {
+            ferry.awaits_room = [false; 2];
+        }
+        let sockets = self
+            .links
+            .ferry
+            .as_ref()
+            .and_then(|ferry| ferry.fetching.sockets());
+        let tokens = [Token::StreamLink, Token::FaultLink];
+        for (socket, token) in sockets.into_iter().flatten().zip(tokens) {
+            watch(&self.poll, &socket, EpollFlags::EPOLLIN, token as u64)?;
+        }
+        Ok(())
+    }
+
+    /// Asks for what faults need.
+    pub(super) fn ask_ferry_for_faults(&mut self) -> Result<()> {
+        self.ask_ferry(QUESTIONS_MAX, crate::lazy::planner::Planner::next_urgent)
+    }
+
+    /// Asks for what faults need, then for what the push has left out.
+    pub(super) fn ask_ferry_for_all(&mut self) -> Result<()> {
+        self.ask_ferry_for_faults()?;
+        if !self.fetching().is_some_and(|fetching| fetching.is_closed()) {
+            return Ok(());
+        }
+        let most = FERRY_BATCH_BYTES_MAX as u64;
+        // Pages that are there already are not fetched again: few are left out, far from each other.
+        self.ask_ferry(LEFT_OUT_QUESTIONS_MAX, |planner| {
+            planner.next_stream(most, 0)
+        })
+    }
+
+    fn ask_ferry(
+        &mut self,
+        most: usize,
+        mut next: impl FnMut(&mut crate::lazy::planner::Planner) -> Option<Request>,
+    ) -> Result<()> {
+        let Some(ferry) = &mut self.links.ferry else {
+            return Ok(());
+        };
+        let fetching = &mut ferry.fetching;
+        let mut asked = false;
+        while fetching.is_attached()
+            && fetching.questions() < most
+            && let Some(request) = next(&mut self.planner)
+        {
+            fetching.ask(request.pid, request.image, request);
+            asked = true;
+        }
+        if asked { self.flush_ferry() } else { Ok(()) }
+    }
+
+    fn flush_ferry(&mut self) -> Result<()> {
+        let Some(fetching) = self.fetching() else {
+            return Ok(());
+        };
+        match fetching.flush() {
+            Ok(left) => self.watch_for_room(left),
+            Err(error) => self.source_lost(Error::wrap(
+                Kind::PeerLost,
+                "the connection to the source is lost",
+                error,
+            )),
+        }
+    }
+
+    /// Wakes when the sockets that have something `left` take it, and only then.
+    fn watch_for_room(&mut self, left: [bool; 2]) -> Result<()> {
+        let Some(ferry) = &mut self.links.ferry else {
+            return Ok(());
+        };
+        let before = std::mem::replace(&mut ferry.awaits_room, left);
+        let tokens = [Token::StreamLink, Token::FaultLink];
+        let sockets = ferry.fetching.sockets().into_iter().flatten().zip(tokens);
+        for ((socket, token), (before, left)) in sockets.zip(before.into_iter().zip(left)) {
+            if before != left {
+                let mut flags = EpollFlags::EPOLLIN;
+                flags.set(EpollFlags::EPOLLOUT, left);
+                rewatch(&self.poll, &socket, flags, token as u64)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes and installs the next thing that the source sent.
+    pub(super) fn pump_ferry(&mut self) -> Result<()> {
+        let finished = self.finished;
+        let Some(fetching) = self.fetching() else {
+            return Ok(());
+        };
+        if finished {
+            fetching.may_install();
+        }
+        match fetching.next() {
+            Ok(None) => {}
+            Ok(Some(event)) => {
+                self.links.down_since = None;
+                self.take_event(event)?;
+            }
+            Err(Trouble::Lost(error)) => {
+                let text = "the source hung up before all pages came";
+                return self.source_lost(Error::wrap(Kind::PeerLost, text, error));
+            }
+            Err(Trouble::Over(error)) => return Err(error),
+        }
+        self.flush_ferry()
+    }
+
+    fn take_event(&mut self, event: Event<Request>) -> Result<()> {
+        match event {
+            Event::Other | Event::Bye => Ok(()),
+            Event::Pushed(delivery) => {
+                self.install_pushed(&delivery)?;
+                if let Some(fetching) = self.fetching() {
+                    fetching.settle(delivery.plain);
+                }
+                Ok(())
+            }
+            Event::Answer(request, delivery) => self.install_answer(&request, &delivery),
+        }
+    }
+
+    /// Installs pages wherever they are missing: in the process, and in children that it forked.
+    fn install_pushed(&mut self, delivery: &Delivery) -> Result<()> {
+        let owners: Vec<SpaceId> = self
+            .planner
+            .spaces()
+            .filter(|(_, space)| space.pid() == delivery.pid)
+            .map(|(id, _)| id)
+            .collect();
+        for id in owners {
+            for (range, bytes) in &delivery.runs {
+                self.planner.pushed(id, *range);
+                let way = Way::Fetched(Class::Stream);
+                self.install(id, *range, &delivery.plain[bytes.clone()], way)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn install_answer(&mut self, request: &Request, delivery: &Delivery) -> Result<()> {
+        let first = request.image.start();
+        let came = delivery
+            .runs
+            .first()
+            .filter(|(range, _)| range.contains(first));
+        let Some((range, _)) = came.filter(|_| delivery.pid == request.pid) else {
+            let text = format!(
+                "the source has no page at {first} of pid {}: its images and ours are not of one dump",
+                request.pid
+            );
+            return Err(Error::new(Kind::Protocol, text));
+        };
+        let end = range.end().get().min(request.image.end().get());
+        for (range, bytes) in &delivery.runs {
+            let way = Way::Fetched(request.class);
+            self.install(request.space, *range, &delivery.plain[bytes.clone()], way)?;
+        }
+        if end < request.image.end().get() {
+            let rest = PageRange::new(end, request.image.end().get());
+            self.planner.give_back(request.space, rest);
+        }
+        self.send_requests()
+    }
+
+    /// Says that everything is here, and waits until the source has heard.
+    pub(super) fn close_ferry(&mut self) -> Result<()> {
+        let deadline = Instant::now() + CLOSE_TIMEOUT;
+        let result = loop {
+            match self.await_bye(deadline) {
+                Err(Trouble::Lost(error)) if Instant::now() < deadline => {
+                    tracing::warn!("the source hung up at the end: {error}; saying it once more");
+                    let Some(ferry) = &mut self.links.ferry else {
+                        break Ok(());
+                    };
+                    ferry.fetching.detach();
+                    match ferry.dialer.dial() {
+                        Ok(pair) => ferry.fetching.attach(pair),
+                        Err(error) if error.kind() == Kind::Protocol => break Err(error),
+                        Err(_) => std::thread::sleep(super::links::RECONNECT_PAUSE),
+                    }
+                }
+                Err(Trouble::Lost(error)) => {
+                    break Err(Error::wrap(Kind::PeerLost, "it hung up", error));
+                }
+                Err(Trouble::Over(error)) => break Err(error),
+                Ok(()) => break Ok(()),
+            }
+        };
+        self.links.reset();
+        result.map_err(|error| {
+            error.within("all pages have come, but the source did not confirm the end")
+        })
+    }
+
+    fn await_bye(&mut self, deadline: Instant) -> std::result::Result<(), Trouble> {
+        let Some(fetching) = self.fetching() else {
+            return Ok(());
+        };
+        fetching.may_install();
+        fetching.taken();
+        loop {
+            let left = fetching.flush()?;
+            match fetching.next()? {
+                Some(Event::Bye) => return Ok(()),
+                // What is still pushed is not wanted any more.
+                Some(Event::Pushed(delivery)) => fetching.settle(delivery.plain),
+                Some(Event::Answer(..) | Event::Other) => {}
+                None if Instant::now() >= deadline => {
+                    let text = "it does not answer";
+                    return Err(Trouble::Over(Error::new(Kind::PeerLost, text)));
+                }
+                None => {
+                    let events = |left| match left {
+                        true => PollFlags::POLLIN | PollFlags::POLLOUT,
+                        false => PollFlags::POLLIN,
+                    };
+                    let sockets = fetching.sockets().into_iter().flatten().zip(left);
+                    let mut fds: Vec<PollFd<'_>> = sockets
+                        .map(|(socket, left)| PollFd::new(socket, events(left)))
+                        .collect();
+                    match poll(&mut fds, PollTimeout::from(LOOK_AGAIN_MS)) {
+                        Ok(_) | Err(Errno::EINTR) => {}
+                        Err(errno) => {
+                            let error = std::io::Error::from(errno);
+                            let text = "cannot wait for the source";
+                            return Err(Trouble::Over(Error::wrap(Kind::Io, text, error)));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
