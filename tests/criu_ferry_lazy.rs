@@ -2,24 +2,30 @@
 //! lazy clients from there, and ends the dump only when one of them has everything.
 
 use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
-use testbed::daemons::Make;
+use testbed::daemons::{LazyDaemon, Make, Options};
 use testbed::for_each_criu;
+use testbed::load::Load;
 use testbed::load::scenarios::{reading, reshaping};
 use testbed::load::spec::{LoadSpec, OnLostPage};
 use testbed::load::steps::{Order, Pass, Step};
+use testbed::migration::Dump;
+use testbed::net::free_port;
+use testbed::pki::{Authority, Host};
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
-use testbed::proxy::Harm;
+use testbed::proxy::{Accident, Harm, Way};
 use testbed::suite::with_criu;
 use testbed::wait::{self, GENEROUS};
 
 for_each_criu!(
     reads_at_random_from_the_forwarder,
     criu_reads_at_random_from_the_forwarder,
+    reads_at_random_over_ferry,
 );
 
 const MIB: u32 = 64;
@@ -64,6 +70,31 @@ fn criu_reads_at_random_from_the_forwarder(bed: &Bed, criu: &Criu) -> Result<()>
     migrate(bed, &plan(criu, Make::Criu(criu), &[]), spec, &reading())
 }
 
+/// A plan whose lazy-client speaks ferry.
+fn over_ferry<'a>(criu: &'a Criu, options: &[&str], client_options: &[&str]) -> Plan<'a> {
+    let client_options = client_options.iter().map(ToString::to_string);
+    Plan {
+        client_options: ["--ferry".to_owned()]
+            .into_iter()
+            .chain(client_options)
+            .collect(),
+        ..plan(criu, Make::Ours, options)
+    }
+}
+
+fn reads_at_random_over_ferry(bed: &Bed, criu: &Criu) -> Result<()> {
+    let spec = LoadSpec::mixed(bed.path("load"), MIB);
+    migrate(bed, &over_ferry(criu, &[], &[]), spec, &reading())
+}
+
+#[test]
+fn memory_is_reshaped_while_it_is_pushed() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let spec = LoadSpec::mixed(bed.path("load"), MIB);
+        migrate(bed, &over_ferry(criu, &[], &[]), spec, &reshaping())
+    });
+}
+
 #[test]
 fn memory_that_is_spilled_is_reshaped() {
     with_criu(Suite::Sid, |bed, criu| {
@@ -104,41 +135,119 @@ fn wait_until_half_way(moving: &mut PostCopy) -> Result<()> {
     })
 }
 
+fn expect_reconnected(moving: &mut PostCopy) -> Result<()> {
+    let log = fs::read_to_string(moving.daemon.process().log().context("a log")?)?;
+    ensure!(
+        log.contains("the source is back"),
+        "the connection did not break: nothing was tested"
+    );
+    Ok(())
+}
+
+fn cut_half_way(bed: &Bed, plan: &Plan<'_>) -> Result<()> {
+    let mut moving = PostCopy::start(bed, plan, careful(bed), &verify())?;
+    wait_until_half_way(&mut moving)?;
+    moving.proxy.as_ref().context("a link")?.cut(Harm::Reset);
+    moving.reports()?;
+    moving.finish()?;
+    expect_reconnected(&mut moving)
+}
+
 #[test]
 fn a_cut_link_is_made_again_while_the_processes_wait() {
     with_criu(Suite::Sid, |bed, criu| {
-        let plan = plan(criu, Make::Ours, &[]);
+        cut_half_way(bed, &plan(criu, Make::Ours, &[]))
+    });
+}
+
+#[test]
+fn a_cut_ferry_goes_on_where_it_was() {
+    with_criu(Suite::Sid, |bed, criu| {
+        cut_half_way(bed, &over_ferry(criu, &[], &[]))
+    });
+}
+
+#[test]
+fn a_flipped_bit_is_found_and_its_pages_come_again() {
+    with_criu(Suite::Trixie, |bed, criu| {
+        // Further than what is left to come behind the first of them.
+        let accident = Accident {
+            way: Way::ToClient,
+            after_bytes: HALF_WAY + (4 << 20),
+            harm: Harm::FlipBit,
+        };
+        let plan = over_ferry(criu, &[], &[]).with_accident(slow_link(), accident);
         let mut moving = PostCopy::start(bed, &plan, careful(bed), &verify())?;
-        wait_until_half_way(&mut moving)?;
-        moving.proxy.as_ref().context("a link")?.cut(Harm::Reset);
         moving.reports()?;
         moving.finish()?;
-        let log = fs::read_to_string(moving.daemon.process().log().context("a log")?)?;
-        ensure!(
-            log.contains("the source is back"),
-            "the cut was not noticed: nothing was tested"
-        );
-        Ok(())
+        expect_reconnected(&mut moving)
     });
+}
+
+fn restore_many_times(bed: &Bed, plan: &Plan<'_>) -> Result<()> {
+    let mut moved = PostCopy::start(bed, plan, careful(bed), &verify())?;
+    for _ in 0..2 {
+        moved.reports()?;
+        moved.daemon.process().succeed(GENEROUS)?;
+        moved.source().context("the dump")?.succeed(GENEROUS)?;
+        moved = moved.again(plan, &verify())?;
+    }
+    moved.reports()?;
+    moved.daemon.process().succeed(GENEROUS)?;
+    let forwarder = moved.forwarder().context("the forwarder")?;
+    forwarder.signal(Signal::SIGTERM)?;
+    forwarder.succeed(GENEROUS)?;
+    Ok(())
 }
 
 #[test]
 fn one_dump_is_restored_many_times() {
     with_criu(Suite::Experimental, |bed, criu| {
-        let plan = plan(criu, Make::Ours, &["--keep"]);
-        let mut moved = PostCopy::start(bed, &plan, careful(bed), &verify())?;
-        for _ in 0..2 {
-            moved.reports()?;
-            moved.daemon.process().succeed(GENEROUS)?;
-            moved.source().context("the dump")?.succeed(GENEROUS)?;
-            moved = moved.again(&plan, &verify())?;
-        }
-        moved.reports()?;
-        moved.daemon.process().succeed(GENEROUS)?;
-        let forwarder = moved.forwarder().context("the forwarder")?;
-        forwarder.signal(Signal::SIGTERM)?;
-        forwarder.succeed(GENEROUS)?;
-        Ok(())
+        restore_many_times(bed, &plan(criu, Make::Ours, &["--keep"]))
+    });
+}
+
+#[test]
+fn one_dump_is_ferried_many_times() {
+    with_criu(Suite::Sid, |bed, criu| {
+        restore_many_times(bed, &over_ferry(criu, &["--keep"], &[]))
+    });
+}
+
+#[test]
+fn ferry_is_secured_by_tls() {
+    with_criu(Suite::Experimental, |bed, criu| {
+        let pki = bed.path("pki");
+        fs::create_dir_all(&pki)?;
+        let tls = Authority::new(&pki, "ca")?
+            .issue(&Host::LOOPBACK)?
+            .options();
+        let plan = over_ferry(criu, &[], &[]).with(&tls);
+        migrate(
+            bed,
+            &plan,
+            LoadSpec::mixed(bed.path("load"), MIB),
+            &reading(),
+        )
+    });
+}
+
+#[test]
+fn a_dump_that_is_asked_for_ferry_goes_on_and_the_client_says_why() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let mut load = Load::start(careful(bed), None)?;
+        let images = bed.path("dumped");
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
+        let mut dump = Dump::new(criu, load.pid(), &images).serve_lazily(address)?;
+        let options = Options::new(&images).with(&["--ferry"]).log_to("lazy.log");
+        let Err(error) = LazyDaemon::start(Make::Ours, &options, Some(address)) else {
+            bail!("a dump does not speak ferry");
+        };
+        let told = format!("{error:#}");
+        ensure!(told.contains("does not speak ferry"), "{told}");
+        dump.fail(GENEROUS)?;
+        load.expect_running()?;
+        load.run(0, &verify())?.expect_right()
     });
 }
 
@@ -150,36 +259,57 @@ fn expect_source_alive(moving: &mut PostCopy) -> Result<()> {
     moving.load.run(0, &verify())?.expect_right()
 }
 
+fn kill_forwarder_half_way(bed: &Bed, plan: &Plan<'_>) -> Result<()> {
+    let mut moving = PostCopy::start(bed, plan, careful(bed), &[])?;
+    wait_until_half_way(&mut moving)?;
+    moving.forwarder().context("the forwarder")?.kill()?;
+    moving.daemon.process().fail(GENEROUS)?;
+    let report = moving.load.run(0, &verify())?;
+    ensure!(
+        report.poisoned() > 0,
+        "no page was lost: nothing was tested"
+    );
+    ensure!(report.wrong() == 0, "{} pages are wrong", report.wrong());
+    expect_source_alive(&mut moving)
+}
+
 #[test]
 fn a_forwarder_that_dies_costs_pages_but_fakes_none() {
     with_criu(Suite::Trixie, |bed, criu| {
         let mut plan = plan(criu, Make::Ours, &[]);
         plan.client_options = ["--reconnect-timeout", "0"].map(str::to_owned).into();
-        let mut moving = PostCopy::start(bed, &plan, careful(bed), &[])?;
-        wait_until_half_way(&mut moving)?;
-        moving.forwarder().context("the forwarder")?.kill()?;
-        moving.daemon.process().fail(GENEROUS)?;
-        let report = moving.load.run(0, &verify())?;
-        ensure!(
-            report.poisoned() > 0,
-            "no page was lost: nothing was tested"
-        );
-        ensure!(report.wrong() == 0, "{} pages are wrong", report.wrong());
-        expect_source_alive(&mut moving)
+        kill_forwarder_half_way(bed, &plan)
+    });
+}
+
+#[test]
+fn a_forwarder_that_dies_under_ferry_fakes_no_page() {
+    with_criu(Suite::Sid, |bed, criu| {
+        kill_forwarder_half_way(bed, &over_ferry(criu, &[], &["--reconnect-timeout", "1"]))
     });
 }
 
 #[test]
 fn the_source_goes_on_when_no_client_comes_back() {
     with_criu(Suite::Sid, |bed, criu| {
-        let plan = plan(criu, Make::Ours, &["--reconnect-timeout", "1"]);
-        let mut moving = PostCopy::start(bed, &plan, careful(bed), &[])?;
-        wait_until_half_way(&mut moving)?;
-        moving.daemon.process().kill()?;
-        moving
-            .forwarder()
-            .context("the forwarder")?
-            .fail(GENEROUS)?;
-        expect_source_alive(&mut moving)
+        for_client_that_dies(bed, &plan(criu, Make::Ours, &["--reconnect-timeout", "1"]))
     });
+}
+
+#[test]
+fn the_source_goes_on_when_no_ferried_client_comes_back() {
+    with_criu(Suite::Sid, |bed, criu| {
+        for_client_that_dies(bed, &over_ferry(criu, &["--reconnect-timeout", "1"], &[]))
+    });
+}
+
+fn for_client_that_dies(bed: &Bed, plan: &Plan<'_>) -> Result<()> {
+    let mut moving = PostCopy::start(bed, plan, careful(bed), &[])?;
+    wait_until_half_way(&mut moving)?;
+    moving.daemon.process().kill()?;
+    moving
+        .forwarder()
+        .context("the forwarder")?
+        .fail(GENEROUS)?;
+    expect_source_alive(&mut moving)
 }
