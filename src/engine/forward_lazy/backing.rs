@@ -97,7 +97,8 @@ impl Backing {
     /// Nothing is written any more: memory is sealed against it.
     pub(super) fn seal(&self) -> Result<()> {
         match self.in_memory {
-            true => self.add_seals(SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SEAL),
+            // Not F_SEAL_WRITE: the kernel refuses that while pages are on their way to clients.
+            true => self.add_seals(SealFlag::from_bits_retain(libc::F_SEAL_FUTURE_WRITE)),
             false => Ok(()),
         }
     }
