@@ -11,8 +11,8 @@
 //!                          reconnects    N connections           admits
 //! ```
 //!
-//! Each connection has a thread, a [`lane`]; what is common to the connections of a session is a
-//! [`lane::Party`] behind a lock that is held for moments only: bytes are hashed, compressed,
+//! Each connection has a thread, a `lane`; what is common to the connections of a session is a
+//! `lane::Party` behind a lock that is held for moments only: bytes are hashed, compressed,
 //! checked and written outside of it.
 
 mod answering;
