@@ -71,6 +71,17 @@ impl Entry {
         ferry.map(|_| Some(Guest::Dump))
     }
 
+    /// What becomes of the server when a peer could not even say what it is, for `error`: without
+    /// --keep it was the one to come, unless a session has begun, which it does not concern.
+    pub(crate) fn turn_away(&self, error: Error, port: &FerryPort<'_>) -> Result<()> {
+        if !self.keep && (port.has_opened() || self.taken.swap(true, Ordering::SeqCst)) {
+            tracing::warn!("{error}");
+            return Ok(());
+        }
+        self.shut();
+        Err(error)
+    }
+
     fn is_ferry(&self, stream: &mut Stream, patience: Option<Duration>) -> Result<bool> {
         let _watched = self.undecided.watch(&stream.socket())?;
         let timeout = stream.socket().set_read_timeout(patience);

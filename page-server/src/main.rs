@@ -133,11 +133,16 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
     let _display = report.show()?;
     run(source, &rules(args, stay), &stop, |stream| {
         let peer = stream.peer().to_owned();
-        let secured = stream.secure(tls.as_ref());
-        let admitted =
-            secured.and_then(|mut stream| Ok((entry.admit(&mut stream, &context, &port)?, stream)));
-        let (guest, stream) =
-            admitted.inspect_err(|error| report.turned_away(&peer, page, error))?;
+        let mut stream = match stream.secure(tls.as_ref()) {
+            Ok(stream) => stream,
+            Err(error) => {
+                report.turned_away(&peer, page, &error);
+                return entry.turn_away(error, &port);
+            }
+        };
+        let guest = entry
+            .admit(&mut stream, &context, &port)
+            .inspect_err(|error| report.turned_away(&peer, page, error))?;
         let (received, result) = match guest {
             None => {
                 stream.reset();
