@@ -6,7 +6,7 @@ use testbed::criu::Criu;
 use testbed::daemons::{Options, PageServer};
 use testbed::for_each_criu;
 use testbed::load::spec::LoadSpec;
-use testbed::load::steps::{Order, Pass, Step};
+use testbed::load::steps::Step;
 use testbed::load::{Load, page_words};
 use testbed::migration::{Dump, Restore};
 use testbed::rounds::pages_file_bytes;
@@ -38,19 +38,12 @@ fn dump_and_restore(bed: &Bed, criu: &Criu, spec: LoadSpec) -> Result<()> {
     );
 
     let _restored = Restore::new(criu, &images).run()?;
-    let verify = Step::Verify(Pass::full(Order::Random));
-    for (before, after) in before.iter().zip(load.run_everywhere(&[verify])?) {
-        after.expect_right()?;
+    for (before, after) in before.iter().zip(load.expect_first_memory()?) {
         ensure!(
             after.nonce == before.nonce,
             "not the process that was dumped"
         );
         ensure!(after.counter >= before.counter, "the counter went back");
-        let digest = load.spec().initial_digest(after.process);
-        ensure!(
-            after.steps[0].digest == Some(digest),
-            "the memory is not what was asked for"
-        );
     }
     Ok(())
 }

@@ -15,7 +15,6 @@ use testbed::daemons::Make;
 use testbed::for_each_criu;
 use testbed::load::Load;
 use testbed::load::spec::LoadSpec;
-use testbed::load::steps::{Order, Pass, Step};
 use testbed::migration::{Dump, Restore};
 use testbed::suite::make;
 use testbed::swrk::{Orphan, Swrk, parent_of};
@@ -80,14 +79,7 @@ fn dump_and_restore(
     wait()?;
     load.wait_until_gone()?;
     let _restored = Restore::new(criu, images).run()?;
-    let report = load.run(0, &[Step::Verify(Pass::full(Order::Random))])?;
-    report.expect_right()?;
-    let digest = load.spec().initial_digest(0);
-    ensure!(
-        report.steps[0].digest == Some(digest),
-        "another memory came back"
-    );
-    Ok(())
+    load.expect_first_memory().map(drop)
 }
 
 /// CRIU itself answers with pid 0 here.

@@ -36,15 +36,7 @@ fn dump_with_oldest_restore_with(newer: Suite) {
         server.finish(GENEROUS)?;
         load.wait_until_gone()?;
         let _restored = Restore::new(&newer, &images).run()?;
-        for report in load.run_everywhere(&[Step::Verify(Pass::full(Order::Random))])? {
-            report.expect_right()?;
-            let digest = Some(load.spec().initial_digest(report.process));
-            ensure!(
-                report.steps[0].digest == digest,
-                "not the memory that was dumped"
-            );
-        }
-        Ok(())
+        load.expect_first_memory().map(drop)
     });
 }
 

@@ -15,13 +15,15 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use common::{FIRST_PAGE, PAGE, Run, check_images, files, level, with_large_runs, with_true_holes};
+use common::{
+    FIRST_PAGE, PAGE, Run, check_images, files, level, tls_args, with_large_runs, with_true_holes,
+};
 use ends::{LONG, context, expected, far_end, far_end_at, far_end_over_tls, forward, many_pages};
 use pageferry::criu::header::{PageFlags, Target, Wire};
 use pageferry::engine::forward::{ForwardContext, forward_client};
 use pageferry::error::Kind;
 use pageferry::stream::Stream;
-use pageferry::tls::{Tls, TlsArgs};
+use pageferry::tls::Tls;
 use proptest::prelude::*;
 use sender::dump;
 use testbed::pki::{Authority, Host};
@@ -202,14 +204,7 @@ fn ferry_goes_over_tls() {
         .unwrap()
         .issue(&Host::LOOPBACK)
         .unwrap();
-    let args = TlsArgs {
-        tls: true,
-        tls_cacert: Some(credentials.cacert.clone()),
-        tls_cert: Some(credentials.cert.clone()),
-        tls_key: Some(credentials.key.clone()),
-        ..TlsArgs::default()
-    };
-    let tls = Tls::load(&args).unwrap();
+    let tls = Tls::load(&tls_args(&credentials)).unwrap();
     let dir = tmp.path().join("images");
     let far = far_end_over_tls(&dir, tls.clone());
     let mut context = context(far.address, 3, 1 << 20, LONG);
@@ -229,16 +224,9 @@ fn an_end_without_tls_is_not_talked_to() {
         .unwrap()
         .issue(&Host::LOOPBACK)
         .unwrap();
-    let args = TlsArgs {
-        tls: true,
-        tls_cacert: Some(credentials.cacert.clone()),
-        tls_cert: Some(credentials.cert.clone()),
-        tls_key: Some(credentials.key.clone()),
-        ..TlsArgs::default()
-    };
     let far = far_end(&dir, None, LONG);
     let mut context = context(far.address, 1, 0, Duration::from_secs(1));
-    context.pusher.tls = Tls::load(&args).unwrap();
+    context.pusher.tls = Tls::load(&tls_args(&credentials)).unwrap();
     let (forwarded, answers) = forward(&context, &dump(&[(PID, many_pages(1))], Wire::V2), 1 << 20);
     forwarded.unwrap_err();
     assert!(answers.is_empty());

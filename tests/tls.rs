@@ -13,7 +13,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use common::{FIRST_PAGE, Images, PAGE, Run, TARGET, naive_memory, page_content};
+use common::{FIRST_PAGE, Images, PAGE, Run, TARGET, naive_memory, page_content, tls_args};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pageferry::criu::header::{HEADER_BYTES_MAX, Header, Op, PageFlags, Wire};
 use pageferry::criu::serve::CLOSE_STATUS;
@@ -27,20 +27,13 @@ use pageferry::image::chain::{Chain, Missing};
 use pageferry::image::dir::ImageDir;
 use pageferry::image::store::Sync;
 use pageferry::stream::Stream;
-use pageferry::tls::{Tls, TlsArgs, TlsStream};
+use pageferry::tls::{Tls, TlsStream};
 use pageferry::units::{PageCount, Vaddr};
 use sender::{bytes_of, dump};
 use testbed::pki::{Authority, Credentials, Host};
 
 fn tls(credentials: &Credentials) -> Tls {
-    let args = TlsArgs {
-        tls: true,
-        tls_cacert: Some(credentials.cacert.clone()),
-        tls_cert: Some(credentials.cert.clone()),
-        tls_key: Some(credentials.key.clone()),
-        ..TlsArgs::default()
-    };
-    Tls::load(&args).unwrap().unwrap()
+    Tls::load(&tls_args(credentials)).unwrap().unwrap()
 }
 
 /// Runs `server` and `client` at the two ends of a TLS connection.

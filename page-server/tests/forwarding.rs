@@ -7,26 +7,14 @@ mod common;
 mod place;
 #[path = "../../tests/common/sender.rs"]
 mod sender;
+mod watch;
 
-use std::fs;
 use std::io::{Read, Write};
-use std::net::TcpStream;
 
 use nix::sys::signal::Signal;
 use place::{Place, fail, send_dump, succeed, whole_dump};
 use serde_json::Value;
-use testbed::wait::{GENEROUS, until};
-
-/// The lines of the summary in `place`, as soon as there are `count`.
-fn summaries(place: &Place, count: usize) -> Vec<Value> {
-    until("summaries", GENEROUS, || {
-        let text = fs::read_to_string(place.work().join("sessions"))?;
-        let lines = text.lines().map(serde_json::from_str);
-        let lines: Vec<Value> = lines.collect::<Result<_, _>>()?;
-        Ok((lines.len() == count).then_some(lines))
-    })
-    .unwrap()
-}
+use watch::{expect_metrics, summaries};
 
 /// Forwarding `options` to the server of `far`.
 fn forwarding(far: &Place, options: &[&str]) -> Vec<String> {
@@ -61,12 +49,15 @@ fn kept_servers_forward_and_sum_up_session_by_session() {
     let options = [&keep[..], &["--metrics", "127.0.0.1:0"]].concat();
     let mut near_server = near.start(&strs(&forwarding(&far, &options)));
     send_dump(&mut near.connect());
-    summaries(&near, 1);
+    summaries(&near.sessions(), 1);
     let mut cut = near.connect();
     let dump = whole_dump();
     cut.write_all(&dump[..dump.len() / 2]).unwrap();
     drop(cut);
-    let (sent, received) = (summaries(&near, 2), summaries(&far, 2));
+    let (sent, received) = (
+        summaries(&near.sessions(), 2),
+        summaries(&far.sessions(), 2),
+    );
     assert_eq!(sent[0]["forwarded"], true);
     assert_eq!(sent[0]["received_bytes"], 100 * 4096);
     let kinds = ["zero", "same", "delta", "zstd", "raw"];
@@ -84,21 +75,13 @@ fn kept_servers_forward_and_sum_up_session_by_session() {
     // The failed session's directory is gone with it.
     assert_eq!(far.image_names(), ["1"]);
 
-    let log = near.log();
-    let (_, address) = log.split_once("http://").unwrap();
-    let (address, _) = address.split_once("/metrics").unwrap();
-    let mut client = TcpStream::connect(address).unwrap();
-    client.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
-    let mut metrics = String::new();
-    client.read_to_string(&mut metrics).unwrap();
-    for line in [
+    let lines = [
         "pageferry_sessions_total{outcome=\"succeeded\"} 1",
         "pageferry_sessions_total{outcome=\"failed\"} 1",
         "pageferry_forwarded_pages_total{kind=\"raw\"}",
         "pageferry_forwarded_frame_bytes_total",
-    ] {
-        assert!(metrics.contains(line), "{line} is not in {metrics}");
-    }
+    ];
+    expect_metrics(&near.log(), &lines);
     for server in [&mut near_server, &mut far_server] {
         server.signal(Signal::SIGTERM).unwrap();
     }
@@ -116,7 +99,7 @@ fn received_pages_are_stored_as_the_far_end_is_told() {
     succeed(near_server);
     succeed(far_server);
     far.check_images();
-    let stored = summaries(&far, 1)[0]["kept"]["stored_bytes"]
+    let stored = summaries(&far.sessions(), 1)[0]["kept"]["stored_bytes"]
         .as_u64()
         .unwrap();
     assert!(stored > 0 && stored < 90 * 4096, "{stored} bytes");

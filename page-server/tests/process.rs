@@ -7,10 +7,10 @@ mod common;
 mod place;
 #[path = "../../tests/common/sender.rs"]
 mod sender;
+mod watch;
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -26,6 +26,7 @@ use place::{PID, Place, fail, open_frame, run, send_dump, succeed, whole_dump};
 use sender::{bare, bytes_of, frame};
 use testbed::process::Spawned;
 use testbed::wait::{GENEROUS, until};
+use watch::{expect_metrics, summaries};
 
 #[test]
 fn one_session_then_it_ends_by_itself() {
@@ -374,15 +375,7 @@ fn sessions_are_summed_up_in_json_and_metrics() {
     let mut cut = place.connect();
     cut.write_all(&dump[..dump.len() / 2]).unwrap();
     drop(cut);
-    let lines = until("two lines", GENEROUS, || {
-        let text = fs::read_to_string(place.work().join("sessions"))?;
-        let lines: Vec<serde_json::Value> = text
-            .lines()
-            .map(serde_json::from_str)
-            .collect::<Result<_, _>>()?;
-        Ok((lines.len() == 2).then_some(lines))
-    });
-    let lines = lines.unwrap();
+    let lines = summaries(&place.sessions(), 2);
     let (stored, cut): (Vec<_>, Vec<_>) = lines.iter().partition(|line| line["stored"] == true);
     assert_eq!(stored[0]["pages"]["received"], 100);
     assert_eq!(stored[0]["kept"]["stored_bytes"], 100 * 4096);
@@ -391,21 +384,13 @@ fn sessions_are_summed_up_in_json_and_metrics() {
     assert_eq!(cut[0]["targets"], 1);
     assert!(cut[0]["error"].as_str().unwrap().contains("pid 7"));
 
-    let log = place.log();
-    let (_, address) = log.split_once("http://").unwrap();
-    let (address, _) = address.split_once("/metrics").unwrap();
-    let mut client = TcpStream::connect(address).unwrap();
-    client.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
-    let mut metrics = String::new();
-    client.read_to_string(&mut metrics).unwrap();
-    for line in [
+    let lines = [
         "pageferry_sessions_total{outcome=\"succeeded\"} 1",
         "pageferry_sessions_total{outcome=\"failed\"} 1",
         "pageferry_sessions_running 0",
         "pageferry_stored_bytes_total",
-    ] {
-        assert!(metrics.contains(line), "{line} is not in {metrics}");
-    }
+    ];
+    expect_metrics(&place.log(), &lines);
     server.signal(Signal::SIGTERM).unwrap();
     succeed(server);
 }

@@ -5,6 +5,7 @@
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
+mod watch;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -15,10 +16,10 @@ use std::process::{Command, Stdio};
 use common::{FIRST_PAGE, Run, TARGET, write_target};
 use nix::sys::signal::Signal;
 use pageferry::criu::header::{PageFlags, Wire};
-use serde_json::Value;
 use testbed::pki::{Authority, Host};
 use testbed::process::Spawned;
 use testbed::wait::{GENEROUS, until};
+use watch::{expect_metrics, summaries};
 
 /// Starts a server of `dir` that secures its connections.
 fn start(dir: &Path, role: &[&str]) -> Spawned {
@@ -35,16 +36,6 @@ fn start(dir: &Path, role: &[&str]) -> Spawned {
         .args(role)
         .stdin(Stdio::null());
     Spawned::start("page-server", &mut command, Some(dir.join("log"))).unwrap()
-}
-
-fn metrics(log: &str) -> String {
-    let (_, address) = log.split_once("http://").unwrap();
-    let (address, _) = address.split_once("/metrics").unwrap();
-    let mut client = TcpStream::connect(address).unwrap();
-    client.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
-    let mut metrics = String::new();
-    client.read_to_string(&mut metrics).unwrap();
-    metrics
 }
 
 fn expect_told(role: &[&str]) {
@@ -67,14 +58,8 @@ fn expect_told(role: &[&str]) {
         client.shutdown(Shutdown::Write).unwrap();
         // However it is ended.
         let _ = client.read_to_end(&mut Vec::new());
-        let line = until("a line of the summary", GENEROUS, || {
-            let sessions = read("sessions")?;
-            Ok(sessions
-                .split_inclusive('\n')
-                .nth(number)
-                .map(str::to_owned))
-        });
-        let line: Value = serde_json::from_str(&line.unwrap()).unwrap();
+        let lines = summaries(&dir.path().join("sessions"), number + 1);
+        let line = &lines[number];
         assert_eq!(line["peer"], peer);
         let error = line["error"].as_str().unwrap();
         assert!(error.contains(reason) && error.contains(&peer), "{error}");
@@ -84,8 +69,7 @@ fn expect_told(role: &[&str]) {
         .unwrap();
     }
     let failed = "pageferry_sessions_total{outcome=\"failed\"} 2";
-    let metrics = metrics(&read("log").unwrap());
-    assert!(metrics.contains(failed), "{metrics}");
+    expect_metrics(&read("log").unwrap(), &[failed]);
     server.signal(Signal::SIGTERM).unwrap();
     server.succeed(GENEROUS).unwrap();
 }

@@ -115,12 +115,12 @@ enum Running {
     Nobody,
 }
 
-/// A load that has been dumped.
+/// What a dump left to restore from.
+#[derive(Debug)]
 struct Dumped {
-    load: Load,
-    before: Vec<Report>,
     source: Running,
     images: PathBuf,
+    /// Of the source, if there is one to ask.
     address: Option<SocketAddr>,
 }
 
@@ -133,13 +133,11 @@ pub struct PostCopy {
     pub daemon: LazyDaemon,
     /// The link, if there is one between.
     pub proxy: Option<Proxy>,
-    source: Running,
+    dumped: Dumped,
     /// Steers the processes.
     pub load: Load,
     before: Vec<Report>,
     sent: Vec<(u32, u64)>,
-    images: PathBuf,
-    address: Option<SocketAddr>,
 }
 
 impl PostCopy {
@@ -151,19 +149,8 @@ impl PostCopy {
     pub fn start(bed: &Bed, plan: &Plan<'_>, spec: LoadSpec, steps: &[Step]) -> Result<PostCopy> {
         let mut load = Load::start(spec, None)?;
         let before = load.run_everywhere(&[Step::Status])?;
-        let dumped = bed.path("dumped");
-        let (source, images, address) = start_source(bed, plan, &mut load, dumped)?;
-        PostCopy::restore(
-            plan,
-            Dumped {
-                load,
-                before,
-                source,
-                images,
-                address,
-            },
-            steps,
-        )
+        let dumped = dump(bed, plan, &mut load)?;
+        PostCopy::restore(plan, load, before, dumped, steps)
     }
 
     /// Restores a load that was dumped into `images` and is gone, from there or from a `server`.
@@ -179,35 +166,29 @@ impl PostCopy {
         steps: &[Step],
     ) -> Result<PostCopy> {
         let address = server.as_ref().map(PageServer::address);
-        let source = server.map_or(Running::Nobody, Running::PageServer);
-        PostCopy::restore(
-            plan,
-            Dumped {
-                load,
-                before,
-                source,
-                images,
-                address,
-            },
-            steps,
-        )
+        let dumped = Dumped {
+            source: server.map_or(Running::Nobody, Running::PageServer),
+            images,
+            address,
+        };
+        PostCopy::restore(plan, load, before, dumped, steps)
     }
 
-    fn restore(plan: &Plan<'_>, dumped: Dumped, steps: &[Step]) -> Result<PostCopy> {
-        let Dumped {
-            load,
-            before,
-            source,
-            images,
-            address: direct,
-        } = dumped;
-        let address = direct;
+    fn restore(
+        plan: &Plan<'_>,
+        load: Load,
+        before: Vec<Report>,
+        dumped: Dumped,
+        steps: &[Step],
+    ) -> Result<PostCopy> {
+        let address = dumped.address;
+        let images = &dumped.images;
         let proxy = match (address, plan.link) {
             (Some(address), Some((link, accident))) => Some(Proxy::start(address, link, accident)?),
             _ => None,
         };
         let address = proxy.as_ref().map(Proxy::address).or(address);
-        let mut options = Options::new(&images).log_to("lazy.log");
+        let mut options = Options::new(images).log_to("lazy.log");
         options.extra.clone_from(&plan.client_options);
         let mut daemon = LazyDaemon::start(plan.client, &options, address)?;
         // The source is frozen or gone: only the restored processes can take the command.
@@ -215,7 +196,7 @@ impl PostCopy {
             .filter(|_| !steps.is_empty())
             .map(|process| Ok((process, load.send(process, steps)?)))
             .collect::<Result<_>>()?;
-        let restored = Restore::new(plan.restores, &images).lazily().run();
+        let restored = Restore::new(plan.restores, images).lazily().run();
         let restored = restored.with_context(|| daemon.process().log_tail())?;
         if let Ok(init) = restored.init() {
             // Unless they have ended already.
@@ -225,12 +206,10 @@ impl PostCopy {
             restored,
             daemon,
             proxy,
-            source,
+            dumped,
             load,
             before,
             sent,
-            images,
-            address: direct,
         })
     }
 
@@ -242,25 +221,7 @@ impl PostCopy {
     pub fn again(mut self, plan: &Plan<'_>, steps: &[Step]) -> Result<PostCopy> {
         self.restored.kill();
         self.load.steer_anybody();
-        let PostCopy {
-            source,
-            load,
-            before,
-            images,
-            address,
-            ..
-        } = self;
-        PostCopy::restore(
-            plan,
-            Dumped {
-                load,
-                before,
-                source,
-                images,
-                address,
-            },
-            steps,
-        )
+        PostCopy::restore(plan, self.load, self.before, self.dumped, steps)
     }
 
     /// Waits for the reports of the steps given at the start, and checks that the processes are
@@ -308,7 +269,7 @@ impl PostCopy {
 
     /// The source's process, if there is a source.
     pub fn source(&mut self) -> Option<&mut Spawned> {
-        match &mut self.source {
+        match &mut self.dumped.source {
             Running::Dump(dump) | Running::Forwarded(dump, _) => Some(dump),
             Running::PageServer(server) => Some(server.process()),
             Running::Nobody => None,
@@ -317,7 +278,7 @@ impl PostCopy {
 
     /// The forwarder's process, if there is a forwarder.
     pub fn forwarder(&mut self) -> Option<&mut Spawned> {
-        match &mut self.source {
+        match &mut self.dumped.source {
             Running::Forwarded(_, forwarder) => Some(forwarder.process()),
             _ => None,
         }
@@ -340,47 +301,48 @@ impl PostCopy {
     }
 }
 
-/// Dumps the load: who serves its memory, the images to restore from, and where the rest is.
-fn start_source(
-    bed: &Bed,
-    plan: &Plan<'_>,
-    load: &mut Load,
-    dumped: PathBuf,
-) -> Result<(Running, PathBuf, Option<SocketAddr>)> {
-    let dump = Dump::new(plan.dumps, load.pid(), &dumped);
+/// Dumps the load as the plan says.
+fn dump(bed: &Bed, plan: &Plan<'_>, load: &mut Load) -> Result<Dumped> {
+    let images = bed.path("dumped");
+    let dump = Dump::new(plan.dumps, load.pid(), &images);
     let source_options: Vec<&str> = plan.source_options.iter().map(String::as_str).collect();
-    match plan.source {
+    let (source, images, address) = match plan.source {
         Source::Dump => {
             let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
             let dump = dump.with(&source_options).serve_lazily(address)?;
-            Ok((Running::Dump(dump), dumped, Some(address)))
+            (Running::Dump(dump), images, Some(address))
         }
         Source::Forwarder => {
             let kept = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
             let dump = dump.serve_lazily(kept)?;
             let kept = kept.to_string();
-            let options = Options::new(&dumped).with(&["--forward-lazy", &kept]);
+            let options = Options::new(&images).with(&["--forward-lazy", &kept]);
             let options = options.with(&source_options).log_to("forward.log");
             let forwarder = PageServer::receiving(Make::Ours, &options)?;
             let address = forwarder.address();
             let running = Running::Forwarded(dump, Box::new(forwarder));
-            Ok((running, dumped, Some(address)))
+            (running, images, Some(address))
         }
         Source::PageServer(make) => {
             dump.run()?;
             load.wait_until_gone()?;
             let here = bed.path("restored");
-            let missing = images::copy_without_lazy_pages(&dumped, &here)?;
+            let missing = images::copy_without_lazy_pages(&images, &here)?;
             ensure!(missing > 0, "a test without missing pages");
-            let options = Options::new(&dumped).with(&source_options);
+            let options = Options::new(&images).with(&source_options);
             let server = PageServer::serving(make, &options.log_to("serve.log"))?;
             let address = server.address();
-            Ok((Running::PageServer(server), here, Some(address)))
+            (Running::PageServer(server), here, Some(address))
         }
         Source::Local => {
             dump.run()?;
             load.wait_until_gone()?;
-            Ok((Running::Nobody, dumped, None))
+            (Running::Nobody, images, None)
         }
-    }
+    };
+    Ok(Dumped {
+        source,
+        images,
+        address,
+    })
 }

@@ -13,8 +13,10 @@ use pageferry::image::dir::ImageDir;
 use pageferry::image::file::{Magic, MessageWriter};
 use pageferry::image::pagemap::encode_entry;
 use pageferry::image::proto::{CompressedBlocks, PagemapHead};
+use pageferry::tls::TlsArgs;
 use pageferry::units::{PageRange, PageSize};
 use proptest::prelude::*;
+use testbed::pki::Credentials;
 
 pub(crate) const PAGE: PageSize = PageSize::KIB_4;
 
@@ -263,4 +265,15 @@ pub(crate) fn with_true_holes(runs: Vec<Run>, parent: &BTreeMap<u64, Option<u32>
         false => run,
     };
     runs.into_iter().map(honest).collect()
+}
+
+/// The options of a side that shows `credentials`.
+pub(crate) fn tls_args(credentials: &Credentials) -> TlsArgs {
+    TlsArgs {
+        tls: true,
+        tls_cacert: Some(credentials.cacert.clone()),
+        tls_cert: Some(credentials.cert.clone()),
+        tls_key: Some(credentials.key.clone()),
+        ..TlsArgs::default()
+    }
 }

@@ -80,6 +80,11 @@ impl Place {
         fs::read_to_string(self.work().join("log")).unwrap_or_default()
     }
 
+    /// Where `--summary-json sessions` writes.
+    pub(crate) fn sessions(&self) -> PathBuf {
+        self.work().join("sessions")
+    }
+
     pub(crate) fn wait_for(&self, name: &str) -> String {
         let path = self.work().join(name);
         until(name, GENEROUS, || Ok(fs::read_to_string(&path).ok())).unwrap()

@@ -4,12 +4,13 @@ use std::fs;
 use std::ops::Deref;
 use std::process::Stdio;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use nix::unistd::Pid;
 
 use super::control::Control;
+use super::report::Report;
 use super::spec::LoadSpec;
-use super::steps::Step;
+use super::steps::{Order, Pass, Step};
 use crate::net::{NetNs, command_in};
 use crate::process::{Spawned, descendants, kill_and_reap};
 use crate::wait::{self, GENEROUS};
@@ -69,6 +70,25 @@ impl Load {
     /// The first process lives on.
     pub fn wait_until_gone(&mut self) -> Result<()> {
         self.source.wait(GENEROUS).map(drop)
+    }
+
+    /// Lets every process read all its memory at random, and fails unless each page is the one that
+    /// it began with. Returns what the processes said.
+    ///
+    /// # Errors
+    /// A page is another one; or a report does not come.
+    pub fn expect_first_memory(&self) -> Result<Vec<Report>> {
+        let reports = self.run_everywhere(&[Step::Verify(Pass::full(Order::Random))])?;
+        for report in &reports {
+            report.expect_right()?;
+            let digest = self.spec().initial_digest(report.process);
+            ensure!(
+                report.steps[0].digest == Some(digest),
+                "process {} has another memory than it began with",
+                report.process
+            );
+        }
+        Ok(reports)
     }
 
     /// Fails if the dumped process does not run, and count.
