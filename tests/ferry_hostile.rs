@@ -159,7 +159,7 @@ proptest! {
         let _ = Hello::decode(kind, &body);
         let _ = Fail::decode(&body);
         let _ = Open::decode(&body);
-        let _ = WantHashes::decode(&body);
+        let _ = WantHashes::decode(&body, PAGE);
         let _ = Ack::decode(&body);
         let _ = Fault::decode(&body, PAGE);
         if let Ok(hashes) = Hashes::decode(&body, PAGE) {

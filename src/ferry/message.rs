@@ -102,11 +102,19 @@ impl WantHashes {
     }
 
     /// Reads the body.
-    pub fn decode(body: &[u8]) -> Result<WantHashes, FrameError> {
-        let mut fields = Fields::new(Kind::WantHashes, body);
-        let target = target(Kind::WantHashes, &mut fields)?;
+    pub fn decode(body: &[u8], page: PageSize) -> Result<WantHashes, FrameError> {
+        let kind = Kind::WantHashes;
+        let mut fields = Fields::new(kind, body);
+        let target = target(kind, &mut fields)?;
         let from = Vaddr(fields.u64()?);
         fields.end()?;
+        if !page.divides(from.get()) {
+            return Err(FrameError::Field {
+                kind,
+                field: "address",
+                value: from.get(),
+            });
+        }
         Ok(WantHashes { target, from })
     }
 }

@@ -11,12 +11,14 @@
 //! It knows numbers and lengths; the engine keeps the bytes of frames that are held.
 //!
 //! Invariants: frames are handed out once each and in order; `safe` never runs ahead of what the
-//! engine has applied; no more is held than the window.
+//! engine has applied; no more is held than the window; a target is opened once, and its pages come in
+//! the order of their addresses and never twice, across batches too.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::criu::header::Target;
-use crate::units::{PageCount, PageSize};
+use crate::limits::SESSION_TARGETS_MAX;
+use crate::units::{PageCount, PageSize, Vaddr};
 
 use super::batch::Batch;
 use super::frame::{FRAME_BYTES_MAX, Kind};
@@ -100,7 +102,10 @@ pub struct Receiver {
     unsafe_bytes: u64,
     ack: Ack,
     failure: Option<Fail>,
+    opened: BTreeSet<Target>,
     open: Option<Target>,
+    /// First address that the open target's next batch may name.
+    next_vaddr: Vaddr,
     pages: u64,
     closed: bool,
 }
@@ -119,7 +124,9 @@ impl Receiver {
             unsafe_bytes: 0,
             ack: Ack::default(),
             failure: None,
+            opened: BTreeSet::new(),
             open: None,
+            next_vaddr: Vaddr(0),
             pages: 0,
             closed: false,
         }
@@ -175,7 +182,7 @@ impl Receiver {
         match kind {
             Kind::Open => {
                 let open = Open::decode(body).map_err(SessionError::from)?;
-                self.open = Some(open.target);
+                self.open(open.target)?;
                 Ok(Message::Open(open))
             }
             Kind::Pages => {
@@ -183,6 +190,7 @@ impl Receiver {
                 if self.open != Some(batch.target) {
                     return Err(SessionError::NotOpen(batch.target).into());
                 }
+                self.keep_order(&batch)?;
                 self.pages += batch.present().get();
                 Ok(Message::Pages(batch))
             }
@@ -198,6 +206,35 @@ impl Receiver {
             }
             other => Err(SessionError::Unexpected(other).into()),
         }
+    }
+
+    fn open(&mut self, target: Target) -> Result<(), SessionError> {
+        if self.opened.len() == SESSION_TARGETS_MAX {
+            return Err(SessionError::TooManyTargets);
+        }
+        if !self.opened.insert(target) {
+            return Err(SessionError::Reopened(target));
+        }
+        self.open = Some(target);
+        self.next_vaddr = Vaddr(0);
+        Ok(())
+    }
+
+    /// Within a batch parsing has seen to the order.
+    fn keep_order(&mut self, batch: &Batch<'_>) -> Result<(), SessionError> {
+        let [Some(first), Some(last)] = [batch.runs().first(), batch.runs().last()] else {
+            return Ok(());
+        };
+        let (vaddr, previous_end) = (first.range.start(), self.next_vaddr);
+        if vaddr < previous_end {
+            return Err(SessionError::Order {
+                target: batch.target,
+                vaddr,
+                previous_end,
+            });
+        }
+        self.next_vaddr = last.range.end();
+        Ok(())
     }
 
     fn hand_out(&mut self, number: u64, bytes: u64) {
@@ -268,7 +305,10 @@ impl Receiver {
     /// A frame from the pusher that is not numbered has come.
     pub fn handle(&mut self, kind: Kind, body: &[u8]) -> Result<ReceiverEvent, SessionError> {
         match kind {
-            Kind::WantHashes => Ok(ReceiverEvent::WantHashes(WantHashes::decode(body)?)),
+            Kind::WantHashes => {
+                let wanted = WantHashes::decode(body, self.page)?;
+                Ok(ReceiverEvent::WantHashes(wanted))
+            }
             Kind::Fail => Ok(ReceiverEvent::Failed(Fail::decode(body)?)),
             Kind::Bye => Ok(ReceiverEvent::Bye),
             other => Err(SessionError::Unexpected(other)),
@@ -279,8 +319,14 @@ impl Receiver {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::criu::header::Wire;
+    use crate::criu::header::{PageFlags, Wire};
+    use crate::ferry::encode::{Encoder, PlainBatch, Verdicts};
+    use crate::ferry::frame::{FrameError, HEADER_BYTES};
+    use crate::ferry::gather::Run;
+    use crate::ferry::hash::{HashKey, PageHasher};
     use crate::ferry::message::encode_close;
+    use crate::ferry::pace::Level;
+    use crate::units::PageRange;
 
     fn receiver(frames: u32) -> Receiver {
         let bytes = 1 << 20;
@@ -379,6 +425,91 @@ mod tests {
         let error = receiver.read(Kind::Open, &body).expect_err("behind CLOSE");
         let closed = SessionError::Closed(Kind::Open);
         assert!(matches!(error, ReadError::Session(found) if found == closed));
+    }
+
+    fn open(receiver: &mut Receiver, target: Target) -> Result<(), ReadError> {
+        let mut body = Vec::new();
+        let wire = Wire::V2;
+        Open { target, wire }.encode(&mut body);
+        receiver.read(Kind::Open, &body).map(drop)
+    }
+
+    /// Reads a batch that names `pages` without contents from `vaddr` on.
+    fn pages(receiver: &mut Receiver, target: Target, vaddr: u64) -> Result<(), ReadError> {
+        let range = PageRange::new(vaddr, vaddr + 2 * 4096);
+        let run = Run {
+            range,
+            flags: PageFlags::LAZY,
+        };
+        let batch = PlainBatch {
+            target,
+            runs: &[run],
+            plain: &[],
+        };
+        let hasher = PageHasher::new(HashKey::default(), PageSize::KIB_4);
+        let mut encoder = Encoder::new(PageSize::KIB_4).expect("zstd works");
+        let mut body = Vec::new();
+        let verdicts = Verdicts::default();
+        encoder
+            .encode(batch, &verdicts, &hasher, Level::None, &mut body)
+            .expect("nothing to compress");
+        receiver.read(Kind::Pages, &body).map(drop)
+    }
+
+    #[test]
+    fn pages_come_in_the_order_of_their_addresses() {
+        let mut receiver = receiver(10);
+        let (one, two) = (Target::Process(1), Target::Process(2));
+        open(&mut receiver, one).expect("the first target");
+        pages(&mut receiver, one, 0x4000).expect("the first pages");
+        pages(&mut receiver, one, 0x6000).expect("the next ones");
+        for vaddr in [0x1000, 0x6000, 0x7000] {
+            let error = pages(&mut receiver, one, vaddr).expect_err("pages that came before");
+            let order = SessionError::Order {
+                target: one,
+                vaddr: Vaddr(vaddr),
+                previous_end: Vaddr(0x8000),
+            };
+            assert!(matches!(error, ReadError::Session(found) if found == order));
+        }
+        open(&mut receiver, two).expect("another target");
+        pages(&mut receiver, two, 0x1000).expect("its own addresses");
+    }
+
+    #[test]
+    fn a_target_is_opened_once_and_not_too_many_are() {
+        let mut receiver = receiver(10);
+        for pid in 1..=u32::try_from(SESSION_TARGETS_MAX).expect("a small number") {
+            open(&mut receiver, Target::Process(pid)).expect("few enough");
+        }
+        let again = open(&mut receiver, Target::Shmem(1)).expect_err("one too many");
+        assert!(matches!(
+            again,
+            ReadError::Session(SessionError::TooManyTargets)
+        ));
+        let mut receiver = self::receiver(10);
+        open(&mut receiver, Target::Shmem(1)).expect("the first");
+        let again = open(&mut receiver, Target::Shmem(1)).expect_err("the same");
+        let reopened = SessionError::Reopened(Target::Shmem(1));
+        assert!(matches!(again, ReadError::Session(found) if found == reopened));
+    }
+
+    #[test]
+    fn hashes_are_asked_for_from_a_page_on() {
+        let mut receiver = receiver(10);
+        let mut frame = Vec::new();
+        let wanted = WantHashes {
+            target: Target::Process(1),
+            from: Vaddr(0x1800),
+        };
+        wanted.encode(&mut frame);
+        let asked = receiver.handle(Kind::WantHashes, &frame[HEADER_BYTES..]);
+        let field = FrameError::Field {
+            kind: Kind::WantHashes,
+            field: "address",
+            value: 0x1800,
+        };
+        assert_eq!(asked, Err(SessionError::Frame(field)));
     }
 
     #[test]

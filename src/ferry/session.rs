@@ -3,6 +3,8 @@
 use thiserror::Error;
 
 use crate::criu::header::Target;
+use crate::limits::SESSION_TARGETS_MAX;
+use crate::units::Vaddr;
 
 use super::batch::BatchError;
 use super::frame::{FrameError, Kind};
@@ -38,6 +40,25 @@ pub enum SessionError {
     /// Pages of a target that is not open.
     #[error("pages of {0} came, but that is not open")]
     NotOpen(Target),
+    /// A target is opened a second time: its images would be written twice.
+    #[error("{0} is opened a second time in one session")]
+    Reopened(Target),
+    /// More targets than any process tree has.
+    #[error("more than {SESSION_TARGETS_MAX} processes and shared memory segments in one session")]
+    TooManyTargets,
+    /// A batch begins before the end of the one before it.
+    #[error(
+        "a batch of {target} begins at {vaddr}, but pages up to {previous_end} have come: pages must \
+         come in the order of their addresses"
+    )]
+    Order {
+        /// Whose pages.
+        target: Target,
+        /// Where the batch begins.
+        vaddr: Vaddr,
+        /// Where the one before it ends.
+        previous_end: Vaddr,
+    },
     /// A frame behind CLOSE.
     #[error("a {0:?} frame came behind CLOSE")]
     Closed(Kind),
