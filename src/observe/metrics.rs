@@ -2,13 +2,17 @@
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Kind, Result};
 use crate::limits::HTTP_REQUEST_BYTES_MAX;
 
-/// How long a client may take to ask, and to take its answer.
+/// How long a client may take to ask, and to take its answer: others wait for it.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long to wait when no client can be accepted: what is missing, mostly descriptors, is not there
+/// sooner for being asked for again at once.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Where metrics are handed out, before that begins.
 #[derive(Debug)]
@@ -41,8 +45,11 @@ impl MetricsListener {
         let thread = std::thread::Builder::new().name("metrics".to_owned());
         let started = thread.spawn(move || {
             for client in self.0.incoming() {
-                // Clients come and go as they like; the next one asks anew.
-                let _ = client.and_then(|client| answer(client, &render));
+                match client {
+                    // Clients come and go as they like; the next one asks anew.
+                    Ok(client) => drop(answer(client, &render, PATIENCE)),
+                    Err(_) => std::thread::sleep(PAUSE),
+                }
             }
         });
         let failed = |error| Error::wrap(Kind::Io, "cannot start the thread of --metrics", error);
@@ -50,9 +57,11 @@ impl MetricsListener {
     }
 }
 
-fn answer(mut client: TcpStream, render: &impl Fn() -> String) -> io::Result<()> {
-    client.set_read_timeout(Some(PATIENCE))?;
-    client.set_write_timeout(Some(PATIENCE))?;
+fn answer(client: TcpStream, render: &impl Fn() -> String, patience: Duration) -> io::Result<()> {
+    let mut client = Hurried {
+        client,
+        deadline: Instant::now() + patience,
+    };
     let (status, body) = match request_line(&mut client)?.as_str() {
         "GET /metrics" => ("200 OK", render()),
         _ => ("404 Not Found", "metrics are at /metrics\n".to_owned()),
@@ -63,6 +72,40 @@ fn answer(mut client: TcpStream, render: &impl Fn() -> String) -> io::Result<()>
          Content-Length: {length}\r\nConnection: close\r\n\r\n"
     );
     client.write_all((head + &body).as_bytes())
+}
+
+/// A client whose time is limited however it divides it up.
+struct Hurried {
+    client: TcpStream,
+    deadline: Instant,
+}
+
+impl Hurried {
+    fn left(&self) -> io::Result<Duration> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        match left.is_zero() {
+            true => Err(io::ErrorKind::TimedOut.into()),
+            false => Ok(left),
+        }
+    }
+}
+
+impl Read for Hurried {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        self.client.set_read_timeout(Some(self.left()?))?;
+        self.client.read(out)
+    }
+}
+
+impl Write for Hurried {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.client.set_write_timeout(Some(self.left()?))?;
+        self.client.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.client.flush()
+    }
 }
 
 /// Reads a whole request and returns its method and path.
@@ -111,5 +154,30 @@ mod tests {
         }
         assert_eq!(ask(address, &[b'x'; HTTP_REQUEST_BYTES_MAX + 1]), "");
         assert!(MetricsListener::bind("nowhere").is_err());
+    }
+
+    #[test]
+    fn a_client_that_takes_its_time_is_not_waited_for() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        // All of a request but its end.
+        client.write_all(b"GET /metrics HTTP/1.1\r\n").unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        let error = answer(accepted, &String::new, Duration::from_millis(20)).unwrap_err();
+        let late = [io::ErrorKind::TimedOut, io::ErrorKind::WouldBlock];
+        assert!(late.contains(&error.kind()), "{error}");
+
+        // However much is there: the time counts, and not whether something comes within it.
+        client.write_all(b"Host: x\r\n\r\n").unwrap();
+        let mut hurried = Hurried {
+            client,
+            deadline: Instant::now(),
+        };
+        for error in [
+            hurried.read(&mut [0; 8]).unwrap_err(),
+            hurried.write(b"x").unwrap_err(),
+        ] {
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        }
     }
 }
