@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
-use clap::Parser;
+use clap::{ArgAction, Parser};
 use thiserror::Error;
 
 use super::criu_options::{LONG, SHORT, Value};
@@ -118,6 +118,7 @@ pub fn parse<A: Parser>(
     let mut words = argv.into_iter();
     let mut reader = Reader {
         own: own_options(&command),
+        gathered: gathered_options(&command),
         actions,
         tidy: vec![words.next().unwrap_or_default()],
         skipped: BTreeSet::new(),
@@ -152,8 +153,18 @@ fn own_options(command: &clap::Command) -> Vec<(String, Value)> {
     own
 }
 
+/// Names of the program's options whose values add up when they are given several times.
+fn gathered_options(command: &clap::Command) -> BTreeSet<String> {
+    command
+        .get_arguments()
+        .filter(|argument| matches!(argument.get_action(), ArgAction::Append))
+        .filter_map(|argument| argument.get_long().map(str::to_owned))
+        .collect()
+}
+
 struct Reader<'a> {
     own: Vec<(String, Value)>,
+    gathered: BTreeSet<String>,
     actions: &'a [Action],
     tidy: Vec<OsString>,
     skipped: BTreeSet<String>,
@@ -330,10 +341,13 @@ impl Reader<'_> {
             word.push("=");
             word.push(argument);
         }
-        // A repeated switch means what it means once; of repeated values the last one counts.
-        let head = format!("--{name}=");
-        self.tidy
-            .retain(|before| *before != word && !before.as_bytes().starts_with(head.as_bytes()));
+        if !self.gathered.contains(name) {
+            // A repeated switch means what it means once; of repeated values the last one counts.
+            let head = format!("--{name}=");
+            self.tidy.retain(|before| {
+                *before != word && !before.as_bytes().starts_with(head.as_bytes())
+            });
+        }
         self.tidy.push(word);
     }
 
@@ -368,6 +382,8 @@ mod tests {
         keep: bool,
         #[arg(long)]
         swrk: Option<i32>,
+        #[arg(long)]
+        allow: Vec<String>,
     }
 
     const ACTIONS: &[Action] = &[
@@ -428,8 +444,9 @@ mod tests {
         );
         assert!(read("--restore-detached").unwrap().args.common.daemon);
         assert!(!read("-d --no-daemon").unwrap().args.common.daemon);
-        let last = read("-D a -D b -d -d").unwrap().args.common;
-        assert_eq!(last.images_dir, PathBuf::from("b"));
+        let last = read("-D a --allow x -D b --allow y -d -d").unwrap().args;
+        assert_eq!(last.common.images_dir, PathBuf::from("b"));
+        assert_eq!(last.allow, ["x", "y"]);
     }
 
     #[test]
