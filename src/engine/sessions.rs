@@ -4,14 +4,19 @@ use std::io::ErrorKind;
 use std::net::Shutdown;
 use std::sync::mpsc::{Sender, channel};
 use std::thread;
+use std::time::Duration;
 
 use ipnet::IpNet;
+use nix::errno::Errno;
 use socket2::{SockAddr, Socket};
 use tracing::{error, info, warn};
 
 use super::stop::Stop;
 use crate::error::{Error, Kind, Result};
 use crate::stream::Stream;
+
+/// How long to wait until what a connection lacks to be accepted may be there again.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// How long a server stays.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -154,6 +159,11 @@ fn accept_all(listener: &Socket, rules: &Rules, events: &Sender<Event>) {
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
             // Shut down.
             Err(error) if error.kind() == ErrorKind::InvalidInput => Event::AcceptEnded(Ok(())),
+            Err(error) if is_passing(&error) => {
+                warn!("a connection cannot be accepted now: {error}");
+                thread::sleep(PAUSE);
+                continue;
+            }
             Err(error) => Event::AcceptEnded(Err(Error::wrap(
                 Kind::Io,
                 "cannot accept connections",
@@ -165,4 +175,11 @@ fn accept_all(listener: &Socket, rules: &Rules, events: &Sender<Event>) {
             return;
         }
     }
+}
+
+/// Whether the next attempt to accept may succeed: descriptors or memory are short.
+fn is_passing(error: &std::io::Error) -> bool {
+    let short = [Errno::EMFILE, Errno::ENFILE, Errno::ENOBUFS, Errno::ENOMEM];
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    errno.is_some_and(|errno| short.contains(&errno))
 }
