@@ -40,7 +40,9 @@ impl File {
     }
 
     fn unusable(&self, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
-        let path = self.path.display();
+        // The whole path: a relative one is looked for in the work directory, as for CRIU.
+        let path = std::path::absolute(&self.path).unwrap_or_else(|_| self.path.clone());
+        let path = path.display();
         Error::wrap(
             Kind::Usage,
             format!("cannot use {path} ({})", self.option),

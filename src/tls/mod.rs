@@ -67,6 +67,18 @@ pub struct TlsArgs {
     pub tls_no_cn_verify: bool,
 }
 
+impl TlsArgs {
+    fn names_a_file(&self) -> bool {
+        let files = [
+            &self.tls_cacert,
+            &self.tls_cacrl,
+            &self.tls_cert,
+            &self.tls_key,
+        ];
+        files.iter().any(|file| file.is_some())
+    }
+}
+
 /// Who this host is and whom it trusts; makes connections secure.
 #[derive(Clone, Debug)]
 pub struct Tls {
@@ -83,6 +95,11 @@ impl Tls {
     /// file is missing or holds something else, or if certificate and key do not belong together.
     pub fn load(args: &TlsArgs) -> Result<Option<Tls>> {
         if !args.tls {
+            if args.names_a_file() {
+                tracing::warn!(
+                    "connections are not secured: certificates are given, but --tls is not"
+                );
+            }
             return Ok(None);
         }
         let provider = Arc::new(default_provider());
