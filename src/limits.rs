@@ -51,6 +51,10 @@ const _: () =
 /// Longest message of a remote procedure call, bytes. Requests for page servers take a few hundred.
 pub const RPC_MESSAGE_BYTES_MAX: usize = 64 << 10;
 
+/// Longest time that may be given as a timeout, seconds: a year. Moments this far away can still be
+/// told, and nobody waits longer.
+pub const TIMEOUT_S_MAX: u64 = 366 * 24 * 60 * 60;
+
 /// Longest request for metrics, bytes.
 pub const HTTP_REQUEST_BYTES_MAX: usize = 8 << 10;
 

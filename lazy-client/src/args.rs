@@ -3,12 +3,14 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::RangedU64ValueParser;
 use clap::{Parser, ValueEnum};
 use pageferry::criu::header::Wire;
 use pageferry::daemon::CommonArgs;
 use pageferry::engine::restore::{OnLoss, RestoreConfig};
 use pageferry::engine::transport::Peer;
 use pageferry::error::{Error, Kind, Result};
+use pageferry::limits::TIMEOUT_S_MAX;
 use pageferry::tls::{Tls, TlsArgs};
 use pageferry::units::parse_bytes;
 
@@ -30,13 +32,13 @@ pub(crate) struct Args {
     #[arg(long)]
     page_server: bool,
 
-    /// Fetch pages from the page server that listens on the AF_UNIX socket PATH
+    /// Fetch pages from the page server that listens on the AF_UNIX socket PATH (in the work directory)
     #[arg(long, value_name = "PATH", conflicts_with_all = ["address", "port"])]
     unix: Option<PathBuf>,
 
     /// The page server is a page-server --forward-lazy: it pushes, compressed and checked, over links
     /// that may break
-    #[arg(long, conflicts_with_all = ["on_demand", "max_bandwidth"])]
+    #[arg(long, conflicts_with_all = ["on_demand", "max_bandwidth", "wire"])]
     ferry: bool,
 
     /// Header layout of the page server: v1 up to CRIU 4.1.1, v2 from 4.2; auto asks the images
@@ -56,14 +58,15 @@ pub(crate) struct Args {
     on_loss: OnLossArg,
 
     /// Seconds to try to reach a lost source again [default: 30 for a page-server of ours, else 0]
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS",
+        value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     reconnect_timeout: Option<u64>,
 
-    /// Write a summary to FILE at the end
+    /// Write a summary to FILE (in the work directory) at the end
     #[arg(long, value_name = "FILE")]
     pub(crate) summary_json: Option<PathBuf>,
 
-    /// Record every fault in FILE
+    /// Record every fault in FILE (in the work directory)
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
 
@@ -118,7 +121,18 @@ impl Args {
         if let Some(path) = &self.unix {
             return Ok(Some(Peer::Unix(path.clone())));
         }
+        if !self.page_server && self.ferry {
+            let text = "--ferry needs to know where the pages come from: give --page-server with \
+                        --address and --port, or --unix PATH";
+            return Err(Error::new(Kind::Usage, text));
+        }
         if !self.page_server {
+            if self.common.address.is_some() || self.common.port.is_some() {
+                tracing::warn!(
+                    "all pages come from local images: without --page-server --address and --port are \
+                     not used"
+                );
+            }
             return Ok(None);
         }
         let port = self.common.port.unwrap_or(PORT_DEFAULT);
@@ -132,5 +146,44 @@ impl Args {
             .clone()
             .unwrap_or_else(|| "127.0.0.1".into());
         Ok(Some(Peer::Tcp { host, port }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(words: &[&str]) -> Result<Option<Peer>> {
+        let words = ["lazy-client"].iter().chain(words);
+        Args::try_parse_from(words).expect("known options").source()
+    }
+
+    #[test]
+    fn the_source_is_what_the_options_name() {
+        let tcp = |host: &str| Peer::Tcp {
+            host: host.to_owned(),
+            port: 7,
+        };
+        let words = ["--page-server", "--address", "far", "--port", "7"];
+        assert_eq!(source(&words).unwrap(), Some(tcp("far")));
+        assert_eq!(
+            source(&["--page-server", "--port", "7"]).unwrap(),
+            Some(tcp("127.0.0.1"))
+        );
+        let unix = Peer::Unix("socket".into());
+        assert_eq!(source(&["--unix", "socket"]).unwrap(), Some(unix));
+        assert_eq!(source(&["--port", "7"]).unwrap(), None);
+    }
+
+    #[test]
+    fn a_source_that_is_missing_is_asked_for() {
+        for (words, option) in [
+            (&["--page-server"][..], "--port"),
+            (&["--ferry", "--port", "7"], "--page-server"),
+        ] {
+            let error = source(words).unwrap_err();
+            assert_eq!(error.kind(), Kind::Usage);
+            assert!(error.to_string().contains(option), "{error}");
+        }
     }
 }

@@ -4,7 +4,7 @@ mod args;
 
 use std::fs::File;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
@@ -45,14 +45,16 @@ fn restore(args: &Args, daemon: &mut Daemon) -> Result<()> {
     // Before any thread is started, so that no other thread is ever interrupted.
     block_signals()?;
     let restore = Restore::prepare(args.config(daemon.images_dir().to_owned())?)?;
+    let report = args.summary_json.as_deref().map(Report::create);
+    let report = report.transpose()?;
     daemon.listening()?;
     let progress = restore.progress();
     let display = Display::start(move || snapshot(&progress));
     let (summary, result) = restore.run();
     drop(display);
     log_summary(&summary);
-    if let Some(path) = &args.summary_json {
-        write_summary(path, &summary)?;
+    if let Some(report) = report {
+        report.write(&summary)?;
     }
     result
 }
@@ -94,11 +96,27 @@ fn log_summary(summary: &Summary) {
     );
 }
 
-fn write_summary(path: &Path, summary: &Summary) -> Result<()> {
-    let failed = |error: std::io::Error| Error::file("write the summary", path, error);
-    let file = File::create(path).map_err(failed)?;
-    serde_json::to_writer_pretty(&file, summary).map_err(|error| failed(error.into()))?;
-    writeln!(&file).map_err(failed)
+/// The file of `--summary-json`, opened before the restore: that it cannot be written is to be known
+/// before, not when all is done.
+struct Report {
+    path: PathBuf,
+    file: File,
+}
+
+impl Report {
+    fn create(path: &Path) -> Result<Report> {
+        let file = File::create(path).map_err(|error| Error::file("create", path, error))?;
+        Ok(Report {
+            path: path.to_owned(),
+            file,
+        })
+    }
+
+    fn write(&self, summary: &Summary) -> Result<()> {
+        let failed = |error: std::io::Error| Error::file("write the summary to", &self.path, error);
+        serde_json::to_writer_pretty(&self.file, summary).map_err(|error| failed(error.into()))?;
+        writeln!(&self.file).map_err(failed)
+    }
 }
 
 fn print_trace(path: &Path) -> Result<()> {

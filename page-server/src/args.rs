@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+use clap::builder::RangedU64ValueParser;
 use clap::{Parser, ValueEnum};
 use ipnet::IpNet;
 use pageferry::criu::header;
@@ -12,7 +13,7 @@ use pageferry::engine::driver;
 use pageferry::engine::stores::Template;
 use pageferry::engine::transport::Peer;
 use pageferry::image::store;
-use pageferry::limits::{FERRY_STREAMS_MAX, RECEIVE_SESSIONS_MAX};
+use pageferry::limits::{FERRY_STREAMS_MAX, RECEIVE_SESSIONS_MAX, TIMEOUT_S_MAX};
 use pageferry::tls::TlsArgs;
 use pageferry::units::parse_bytes;
 
@@ -76,10 +77,11 @@ pub(crate) struct Args {
 
     /// What is on disk when the dump is told that all is stored: whatever the kernel wrote, the whole
     /// images, or the images with every write waiting for the disk
-    #[arg(long, value_enum, default_value_t = Sync::None)]
+    #[arg(long, value_enum, default_value_t = Sync::None,
+        conflicts_with_all = ["lazy_pages", "forward", "forward_lazy"])]
     pub(crate) sync: Sync,
 
-    /// What moves the bytes [default: io_uring where the kernel has it, else epoll]
+    /// What moves the bytes of dumps into images [default: io_uring where the kernel has it, else epoll]
     #[arg(long, value_enum)]
     pub(crate) io: Option<Io>,
 
@@ -87,8 +89,9 @@ pub(crate) struct Args {
     #[arg(long, value_name = "CIDR", value_parser = network)]
     pub(crate) allow: Vec<IpNet>,
 
-    /// Most sessions at once, with --keep
-    #[arg(long, value_name = "COUNT", default_value_t = RECEIVE_SESSIONS_MAX, value_parser = max_sessions)]
+    /// Most dumps at once, with --keep
+    #[arg(long, value_name = "COUNT", default_value_t = RECEIVE_SESSIONS_MAX, value_parser = max_sessions,
+        requires = "keep", conflicts_with_all = ["lazy_pages", "forward_lazy"])]
     pub(crate) max_sessions: usize,
 
     /// Give each session a directory of its own below the images directory; {peer} stands for the
@@ -111,7 +114,7 @@ pub(crate) struct Args {
     /// End a session whose peer says nothing for this many seconds [default: wait for ever]; with
     /// --lazy-pages only before its host has asked for a page, within a request, and if it takes no
     /// answers, for a restore may be idle
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds())]
     pub(crate) idle_timeout: Option<u64>,
 }
 
@@ -143,12 +146,13 @@ pub(crate) struct FerryArgs {
 
     /// Memory for what the far end has: 16 bytes for each page, and whole pages while there is room.
     /// With suffix K, M or G
-    #[arg(long, value_name = "BYTES", default_value = "256M", value_parser = parse_bytes)]
+    #[arg(long, value_name = "BYTES", default_value = "256M", value_parser = parse_bytes,
+        requires = "forward")]
     pub(crate) delta_cache: u64,
 
     /// Seconds without progress after which a session between two page-servers is given up, or without
     /// the client that was there after which a lazy dump is
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = seconds())]
     pub(crate) reconnect_timeout: u64,
 }
 
@@ -158,6 +162,11 @@ fn network(text: &str) -> Result<IpNet, String> {
     address
         .or_else(|_| text.parse::<IpNet>())
         .map_err(|error| error.to_string())
+}
+
+/// A time that something can be waited for: not none at all, which would end everything at once.
+fn seconds() -> RangedU64ValueParser {
+    RangedU64ValueParser::new().range(1..=TIMEOUT_S_MAX)
 }
 
 fn max_sessions(text: &str) -> Result<usize, String> {

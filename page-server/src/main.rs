@@ -318,6 +318,11 @@ fn place(args: &Args) -> Place {
     if let Some(number) = args.ps_socket {
         Place::Connected(number)
     } else if let Some(path) = &args.unix {
+        if args.common.port.is_some() || args.common.address.is_some() {
+            tracing::warn!(
+                "--unix is where this server listens: --address and --port are not used"
+            );
+        }
         Place::Unix(path.clone())
     } else if is_passed_by_systemd() {
         Place::Passed

@@ -132,7 +132,15 @@ fn command_lines_are_read_as_criu_reads_them() {
     for (options, word) in [
         (&["--bogus"][..], "--bogus"),
         (&["lazy-pages"], "lazy-pages"),
-        (&["--max-sessions", "0"], "max-sessions"),
+        (&["--keep", "--max-sessions", "0"], "max-sessions"),
+        (&["--max-sessions", "2"], "--keep"),
+        (&["--idle-timeout", "0"], "idle-timeout"),
+        (
+            &["--reconnect-timeout", "18446744073709551615"],
+            "reconnect-timeout",
+        ),
+        (&["--delta-cache", "1M"], "--forward"),
+        (&["--lazy-pages", "--sync", "close"], "--sync"),
         (&["--allow", "everybody"], "allow"),
         (&["--images-dir-template", "../x"], "images-dir-template"),
         (&["--ps-socket", "99"], "--ps-socket"),
@@ -256,9 +264,9 @@ fn kept_servers_take_sessions_from_whom_they_may() {
         "--images-dir-template",
         "{peer}/{seq}",
         "--allow",
-        "10.0.0.0/8",
-        "--allow",
         "127.0.0.1",
+        "--allow",
+        "10.0.0.0/8",
         "--max-sessions",
         "1",
     ]);
