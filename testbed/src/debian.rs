@@ -56,21 +56,34 @@ pub(crate) fn write_wrapper(script: &Path, program: &str) -> Result<()> {
 /// # Errors
 /// No Debian archive, no network, or no such package.
 pub fn program(suite: Suite, package: &str, program: &str) -> Result<PathBuf> {
+    let name = format!("{package}-{}", suite.name());
+    wrapped(&name, program, |work, root| {
+        let apt = PrivateApt::new(&work.join("apt"), suite)?;
+        apt.download(&[package])
+            .with_context(|| format!("fetching {package} from {}", suite.name()))?;
+        apt.unpack(root)
+    })
+}
+
+/// What starts `program` (relative to `/usr`) of the packages that are here as `name`. Unless they are,
+/// `fetch` unpacks them: it is given a directory to work in, and one for what it unpacks.
+pub(crate) fn wrapped(
+    name: &str,
+    program: &str,
+    fetch: impl FnOnce(&Path, &Path) -> Result<()>,
+) -> Result<PathBuf> {
     let dir = target_dir().join("debian");
     let _lock = lock(&dir)?;
-    let home = dir.join(format!("{package}-{}", suite.name()));
-    let name = Path::new(program).file_name();
-    let script = home.join(name.context("a program has a name")?);
+    let home = dir.join(name);
+    let script = Path::new(program).file_name();
+    let script = home.join(script.context("a program has a name")?);
     if !home.exists() {
-        let work = dir.join(format!("fetching-{package}"));
+        let work = dir.join(format!("fetching-{name}"));
         if work.exists() {
             fs::remove_dir_all(&work)?;
         }
-        let apt = PrivateApt::new(&work.join("apt"), suite)?;
-        apt.download(package)
-            .with_context(|| format!("fetching {package} from {}", suite.name()))?;
         let unpacked = work.join("whole");
-        apt.unpack(&unpacked.join("root"))?;
+        fetch(&work, &unpacked.join("root"))?;
         fs::rename(&unpacked, &home)?;
         fs::remove_dir_all(&work)?;
     }
@@ -111,15 +124,29 @@ impl PrivateApt {
         })
     }
 
-    /// Downloads a package and all that it needs.
-    pub(crate) fn download(&self, package: &str) -> Result<()> {
+    /// Downloads packages and all that they need.
+    pub(crate) fn download(&self, packages: &[&str]) -> Result<()> {
         self.run(&["update", "-qq"])?;
-        let release: &[&str] = match self.suite {
+        let install = ["-y", "-qq", "--download-only", "install"];
+        self.run(&[self.release(), &install, packages].concat())
+    }
+
+    /// Downloads a package without what it needs.
+    pub(crate) fn download_alone(&self, package: &str) -> Result<()> {
+        self.run(&["update", "-qq"])?;
+        self.run(&[self.release(), &["-qq", "download", package]].concat())
+    }
+
+    /// What makes apt prefer the suite's packages.
+    fn release(&self) -> &'static [&'static str] {
+        match self.suite {
             Suite::Experimental => &["-t", "experimental"],
             Suite::Trixie | Suite::Sid => &[],
-        };
-        let install = ["-y", "-qq", "--download-only", "install", package];
-        self.run(&[release, &install].concat())
+        }
+    }
+
+    fn archives(&self) -> PathBuf {
+        self.dir.join("cache/archives")
     }
 
     fn run(&self, args: &[&str]) -> Result<()> {
@@ -139,6 +166,8 @@ impl PrivateApt {
                 .env("DEBIAN_FRONTEND", "noninteractive")
                 .args(&options)
                 .args(args)
+                // Where packages that come alone are put.
+                .current_dir(self.archives())
                 .stdin(Stdio::null())
                 .output()
                 .context("running apt-get: only Debian machines can fetch CRIU packages")?;
@@ -156,7 +185,7 @@ impl PrivateApt {
     /// Unpacks everything downloaded into `root`.
     pub(crate) fn unpack(&self, root: &Path) -> Result<()> {
         fs::create_dir_all(root)?;
-        for entry in fs::read_dir(self.dir.join("cache/archives"))? {
+        for entry in fs::read_dir(self.archives())? {
             let package = entry?.path();
             if package
                 .extension()

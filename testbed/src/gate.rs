@@ -7,7 +7,7 @@ use std::fmt::Display;
 use anyhow::Result;
 use nix::unistd::geteuid;
 
-use crate::criu::{self, Criu, Suite};
+use crate::criu::{self, Crit, Criu, Suite};
 
 /// `found`, or `None` after saying why the test is skipped.
 ///
@@ -41,5 +41,13 @@ pub fn criu(suite: Suite) -> Option<Criu> {
     need(
         "a real CRIU",
         criu::of_suite(suite).map_err(|error| format!("{error:#}")),
+    )
+}
+
+/// CRIU's image tool, fetched if it is not here yet.
+pub fn crit() -> Option<Crit> {
+    need(
+        "crit of CRIU 4.3",
+        Crit::fetched().map_err(|error| format!("{error:#}")),
     )
 }

@@ -3,7 +3,7 @@
 use std::process::{Command, Stdio};
 
 use anyhow::Result;
-use testbed::criu::{self, Suite};
+use testbed::criu::{self, Crit, Suite};
 use testbed::pipes::LargePipes;
 use testbed::wait::retried;
 use testbed::workspace::{BIN_DIR_VARIABLE, target_dir};
@@ -32,6 +32,7 @@ pub(crate) fn run_tests(args: &Args) -> Result<()> {
             criu.path.display()
         );
     }
+    Crit::fetched()?;
     let nextest = nextest()?;
     let binaries = setup::debug_binaries()?;
     // Once for all tests; each of them would raise it and put it back by itself.

@@ -74,7 +74,7 @@ fn fetch(suite: Suite) -> Result<Criu> {
         fs::remove_dir_all(&work)?;
     }
     let apt = PrivateApt::new(&work.join("apt"), suite)?;
-    apt.download("criu")?;
+    apt.download(&["criu"])?;
     let unpacked = work.join("whole");
     apt.unpack(&unpacked.join("root"))?;
     let script = unpacked.join("criu");

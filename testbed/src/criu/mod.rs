@@ -9,6 +9,7 @@
 //! Invariants: a VERSION directory is whole or absent; the wrapper finds its files relative to
 //! itself, so that a copied target directory works.
 
+mod crit;
 mod fetch;
 pub(crate) mod sources;
 
@@ -18,6 +19,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
+pub use crit::Crit;
 pub use fetch::{of_suite, of_version};
 
 /// A suite of Debian's that has a CRIU of its own.
