@@ -5,7 +5,7 @@
 mod common;
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
@@ -26,6 +26,7 @@ use pageferry::image::file::{Magic, MessageWriter};
 use pageferry::image::proto::PstreeEntry;
 use pageferry::limits::CLIENTS_MAX;
 use pageferry::units::{PageCount, Vaddr};
+use socket2::{Domain, Socket, Type};
 
 const PID: u32 = 7;
 /// Longer than any of these tests lasts on a busy machine: an answer that never comes fails here.
@@ -69,6 +70,16 @@ fn forwarder(
     port: u16,
     reconnect_timeout: Duration,
 ) -> (SocketAddr, thread::JoinHandle<Result<()>>) {
+    forwarder_with(dir, port, reconnect_timeout, None)
+}
+
+/// The same with an `idle_timeout`.
+fn forwarder_with(
+    dir: &Path,
+    port: u16,
+    reconnect_timeout: Duration,
+    idle_timeout: Option<Duration>,
+) -> (SocketAddr, thread::JoinHandle<Result<()>>) {
     write_pstree(dir);
     let lazy = Run::absent(FIRST_PAGE, PAGES, PageFlags::LAZY);
     write_target(dir, TARGET, Wire::V2, 1, &[lazy]);
@@ -81,6 +92,7 @@ fn forwarder(
         wire: Some(Wire::V2),
         keep: false,
         reconnect_timeout,
+        idle_timeout,
         traffic: Arc::default(),
     };
     let images = ImageDir::open(dir, PAGE).unwrap();
@@ -101,6 +113,17 @@ fn forwarder(
 struct Client(TcpStream);
 
 impl Client {
+    /// From another address of this host.
+    fn connect_from(host: &str, address: SocketAddr) -> Client {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        let own = SocketAddr::new(host.parse().unwrap(), 0);
+        socket.bind(&own.into()).unwrap();
+        socket.connect(&address.into()).unwrap();
+        let stream = TcpStream::from(socket);
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Client(stream)
+    }
+
     fn connect(address: SocketAddr) -> Client {
         let stream = TcpStream::connect(address).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -139,6 +162,11 @@ impl Client {
         came
     }
 
+    fn expect_reset(mut self) {
+        let error = self.0.read_to_end(&mut Vec::new()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    }
+
     fn close(mut self) {
         self.send(Op::Close, 0, 0);
         let mut status = [1; 4];
@@ -171,6 +199,35 @@ fn many_clients_read_a_dump_while_it_is_drained() {
         }
     });
     clients.into_iter().for_each(Client::close);
+    forwarder.join().unwrap().unwrap();
+    dump.join().unwrap().unwrap();
+}
+
+#[test]
+fn clients_that_never_ask_are_ended_but_a_restore_may_be_idle() {
+    let (images, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (port, dump) = dump(images.path());
+    let impatient = Some(Duration::from_millis(200));
+    let (address, forwarder) = forwarder_with(here.path(), port, PATIENCE, impatient);
+    // Nobody has asked for a page yet. The second stops within its first request.
+    Client::connect(address).expect_reset();
+    let mut client = Client::connect(address);
+    client.0.write_all(&[7, 0, 0, 0, 0, 0]).unwrap();
+    client.expect_reset();
+
+    let mut client = Client::connect(address);
+    client.fetch(FIRST_PAGE, 1);
+    // The connection for faults of the same host need not be used as long as the other is.
+    let mut for_faults = Client::connect(address);
+    for _ in 0..3 {
+        // Ended once the forwarder's patience is over: those two have been silent for longer.
+        Client::connect_from("127.0.0.2", address).expect_reset();
+    }
+    for client in [&mut for_faults, &mut client] {
+        client.fetch(FIRST_PAGE + 1, 1);
+    }
+    client.close();
+    drop(for_faults);
     forwarder.join().unwrap().unwrap();
     dump.join().unwrap().unwrap();
 }

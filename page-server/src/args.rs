@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::builder::RangedU64ValueParser;
 use clap::{Parser, ValueEnum};
@@ -112,10 +113,17 @@ pub(crate) struct Args {
     pub(crate) swrk: Option<RawFd>,
 
     /// End a session whose peer says nothing for this many seconds [default: wait for ever]; with
-    /// --lazy-pages only before its host has asked for a page, within a request, and if it takes no
+    /// --lazy-pages or --forward-lazy only before its host has asked for a page, within a request, and if it takes no
     /// answers, for a restore may be idle
     #[arg(long, value_name = "SECONDS", value_parser = seconds())]
     pub(crate) idle_timeout: Option<u64>,
+}
+
+impl Args {
+    /// How long a peer may be silent where it may not be.
+    pub(crate) fn idle_timeout(&self) -> Option<Duration> {
+        self.idle_timeout.map(Duration::from_secs)
+    }
 }
 
 /// How dumps travel between two of these.

@@ -115,7 +115,7 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
             compress: args.compress,
         },
         auto_dedup: args.auto_dedup,
-        idle_timeout: args.idle_timeout.map(Duration::from_secs),
+        idle_timeout: args.idle_timeout(),
         traffic: report.traffic(),
     };
     let tls = Tls::load(&args.tls)?;
@@ -203,6 +203,7 @@ fn forward_lazy(start: &mut Start<'_>, dump: &Peer) -> Result<()> {
         wire: args.wire.forced(),
         keep: args.keep,
         reconnect_timeout: Duration::from_secs(args.ferry.reconnect_timeout),
+        idle_timeout: args.idle_timeout(),
         traffic: report.traffic(),
     };
     let forward = ForwardLazy::connect(config, &images)?;
@@ -244,10 +245,9 @@ fn serve(start: &mut Start<'_>) -> Result<()> {
     let args = start.args;
     let mut report = Report::open(args)?;
     let dir = ImageDir::open(start.daemon.images_dir(), pages_of_system()?)?;
-    let idle_timeout = args.idle_timeout.map(Duration::from_secs);
     let context = ServeContext::new(dir, args.wire.forced())
         .counting_in(report.traffic())
-        .ending_idle(idle_timeout);
+        .ending_idle(args.idle_timeout());
     let tls = Tls::load(&args.tls)?;
     let source = start.listen()?;
     let rules = Rules {

@@ -118,6 +118,32 @@ impl ServeContext {
         }
     }
 
+    /// Whether the first bytes that a client sends are `bytes`, which stay to be read. It may be silent
+    /// for as long as a client of these sessions may be; afterwards reads wait for ever.
+    pub(super) fn begins_with<const N: usize>(
+        &self,
+        stream: &mut Stream,
+        bytes: [u8; N],
+    ) -> Result<bool> {
+        let patience = self.idle_timeout;
+        let lost = |error| Error::wrap(Kind::PeerLost, "the first bytes did not come", error);
+        let set = |stream: &Stream, patience| stream.socket().set_read_timeout(patience);
+        set(stream, patience).map_err(lost)?;
+        loop {
+            match stream.begins_with(bytes) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    if !self.asking.contains(&stream.host()) {
+                        return Err(silent(patience));
+                    }
+                }
+                result => {
+                    set(stream, None).map_err(lost)?;
+                    return result.map_err(lost);
+                }
+            }
+        }
+    }
+
     /// Counts what the sessions send in `traffic` as well.
     #[must_use]
     pub fn counting_in(self, traffic: Arc<Traffic>) -> ServeContext {

@@ -58,9 +58,14 @@ impl TlsStream {
     pub fn peek(&mut self, first: &mut [u8]) -> io::Result<usize> {
         let mut have = 0;
         while have < first.len() {
-            match self.read(&mut first[have..])? {
-                0 => break,
-                bytes => have += bytes,
+            match self.read(&mut first[have..]) {
+                Ok(0) => break,
+                Ok(bytes) => have += bytes,
+                Err(error) => {
+                    // It may be that nothing more has come yet.
+                    self.session.unread(&first[..have]);
+                    return Err(error);
+                }
             }
         }
         self.session.unread(&first[..have]);

@@ -58,6 +58,9 @@ pub struct ForwardLazyConfig {
     /// After so long without a client that was there before the dump is given up, unless it is to
     /// stay.
     pub reconnect_timeout: Duration,
+    /// Ends the sessions of clients that are silent for so long where they may not be, as those of a
+    /// page server.
+    pub idle_timeout: Option<Duration>,
     /// Counts what is served.
     pub traffic: Arc<Traffic>,
 }
@@ -113,7 +116,9 @@ impl ForwardLazy {
         );
         let drain = Drain::new(&config.dump, stream, wire, &held);
         let context = ServeContext::of(Box::new(Arc::clone(&held)), held.page(), config.wire);
-        let context = context.counting_in(Arc::clone(&config.traffic));
+        let context = context
+            .counting_in(Arc::clone(&config.traffic))
+            .ending_idle(config.idle_timeout);
         let patience = (!config.keep).then_some(config.reconnect_timeout);
         let port = OfferPort::new(
             Arc::clone(&held),
@@ -187,11 +192,13 @@ impl Clients {
         let peer = stream.peer().to_owned();
         let guest = self.guests.enter();
         let ferry = secure(stream).and_then(|mut stream| {
-            let ferry = stream.begins_with(frame::MAGIC).map_err(|error| {
-                let text = format!("client {peer}: the first bytes did not come");
-                Error::wrap(Kind::PeerLost, text, error)
-            })?;
-            Ok((stream, ferry))
+            match self.context.begins_with(&mut stream, frame::MAGIC) {
+                Ok(ferry) => Ok((stream, ferry)),
+                Err(error) => {
+                    stream.reset();
+                    Err(error.within(format!("client {peer}")))
+                }
+            }
         });
         let has_everything = match ferry {
             Err(error) => Err(error),
