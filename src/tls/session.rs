@@ -47,9 +47,7 @@ pub(super) enum Plain {
 pub(super) struct TlsSession {
     connection: Connection,
     incoming: Incoming,
-    /// Ciphertext for the peer; `sent` of it is gone already.
-    outgoing: Vec<u8>,
-    sent: usize,
+    outgoing: Outgoing,
     plain: PlainBuffer,
     established: bool,
     ended: bool,
@@ -78,6 +76,15 @@ struct Incoming {
     end: usize,
 }
 
+/// Ciphertext for the peer that is not sent yet. The buffer only grows: bytes that rustls is about to
+/// write need not be cleared for each record.
+#[derive(Default, Debug)]
+struct Outgoing {
+    buffer: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
 /// Plaintext that no read has taken yet.
 #[derive(Default, Debug)]
 struct PlainBuffer {
@@ -97,8 +104,8 @@ enum Say<'a> {
 /// Why rustls stopped.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Stop {
-    /// Something was done; go on.
-    Progress,
+    /// Something was done, and so many bytes of plaintext came; go on.
+    Progress(usize),
     /// The handshake needs input.
     Handshaking,
     /// Established, and all input is used up. Whatever was to be encrypted is in `outgoing`.
@@ -128,8 +135,7 @@ impl TlsSession {
                 start: 0,
                 end: 0,
             },
-            outgoing: Vec::new(),
-            sent: 0,
+            outgoing: Outgoing::default(),
             plain: PlainBuffer::default(),
             established: false,
             ended: false,
@@ -149,16 +155,12 @@ impl TlsSession {
 
     /// Ciphertext for the socket.
     pub(super) fn outgoing(&self) -> &[u8] {
-        &self.outgoing[self.sent..]
+        self.outgoing.bytes()
     }
 
     /// `bytes` of the outgoing ciphertext are sent.
     pub(super) fn sent(&mut self, bytes: usize) {
-        self.sent += bytes;
-        if self.sent == self.outgoing.len() {
-            self.outgoing.clear();
-            self.sent = 0;
-        }
+        self.outgoing.sent(bytes);
     }
 
     /// Whether a read would find plaintext without more input, or may find some.
@@ -174,8 +176,8 @@ impl TlsSession {
     /// Goes on with the handshake as far as the input allows. True when it is over.
     pub(super) fn handshake(&mut self) -> Result<bool, rustls::Error> {
         while !self.established {
-            match self.step(Say::Nothing)? {
-                Stop::Progress | Stop::Idle => {}
+            match self.step(Say::Nothing, &mut [])? {
+                Stop::Progress(_) | Stop::Idle => {}
                 Stop::Handshaking => return Ok(false),
                 Stop::Closed => return Err(rustls::Error::HandshakeNotComplete),
             }
@@ -187,8 +189,8 @@ impl TlsSession {
     pub(super) fn read(&mut self, out: &mut [u8]) -> Result<Plain, rustls::Error> {
         let mut filled = self.plain.take(out);
         while filled < out.len() && !self.ended {
-            match self.step(Say::Nothing)? {
-                Stop::Progress => filled += self.plain.take(&mut out[filled..]),
+            match self.step(Say::Nothing, &mut out[filled..])? {
+                Stop::Progress(bytes) => filled += bytes,
                 Stop::Handshaking | Stop::Idle => break,
                 Stop::Closed => self.ended = true,
             }
@@ -211,9 +213,9 @@ impl TlsSession {
     pub(super) fn write(&mut self, bytes: &[u8]) -> Result<(), rustls::Error> {
         for record in bytes.chunks(RECORD_BYTES) {
             loop {
-                match self.step(Say::Data(record))? {
+                match self.step(Say::Data(record), &mut [])? {
                     Stop::Idle => break,
-                    Stop::Progress => {}
+                    Stop::Progress(_) => {}
                     Stop::Handshaking | Stop::Closed => {
                         return Err(rustls::Error::HandshakeNotComplete);
                     }
@@ -225,7 +227,7 @@ impl TlsSession {
 
     /// Tells the peer that nothing more will come.
     pub(super) fn close(&mut self) -> Result<(), rustls::Error> {
-        while self.established && self.step(Say::Goodbye)? == Stop::Progress {}
+        while self.established && matches!(self.step(Say::Goodbye, &mut [])?, Stop::Progress(_)) {}
         Ok(())
     }
 
@@ -233,23 +235,23 @@ impl TlsSession {
     pub(super) fn queue_alert(&mut self) {
         // What waits to be encoded comes before any more input is looked at, and nothing but the
         // alert waits: everything else was taken before the input that failed.
-        let _ = self.advance(Say::Nothing);
+        let _ = self.advance(Say::Nothing, &mut []);
     }
 
-    /// Lets rustls do one thing: read a record, say something of its own, or encrypt what `say` says.
-    /// After an error it is not let near the input again.
-    fn step(&mut self, say: Say<'_>) -> Result<Stop, rustls::Error> {
+    /// Lets rustls do one thing: read records into `out`, say something of its own, or encrypt what
+    /// `say` says. After an error it is not let near the input again.
+    fn step(&mut self, say: Say<'_>, out: &mut [u8]) -> Result<Stop, rustls::Error> {
         if self.failed {
             let text = "the TLS session has failed before";
             return Err(rustls::Error::General(text.to_owned()));
         }
-        let stop = self.advance(say);
+        let stop = self.advance(say, out);
         self.failed = stop.is_err();
         self.established |= matches!(stop, Ok(Stop::Idle));
         stop
     }
 
-    fn advance(&mut self, say: Say<'_>) -> Result<Stop, rustls::Error> {
+    fn advance(&mut self, say: Say<'_>, out: &mut [u8]) -> Result<Stop, rustls::Error> {
         let TlsSession {
             connection,
             incoming,
@@ -262,6 +264,7 @@ impl TlsSession {
             outgoing,
             plain,
             ended,
+            out,
         };
         let input = &mut incoming.buffer[incoming.start..incoming.end];
         let (used, stop) = match connection {
@@ -275,9 +278,12 @@ impl TlsSession {
 
 /// Where what rustls gives goes.
 struct Hands<'a> {
-    outgoing: &'a mut Vec<u8>,
+    outgoing: &'a mut Outgoing,
+    /// For plaintext that does not fit into `out`.
     plain: &'a mut PlainBuffer,
     ended: &'a mut bool,
+    /// Room of the reader.
+    out: &'a mut [u8],
 }
 
 impl Hands<'_> {
@@ -293,16 +299,19 @@ impl Hands<'_> {
             Err(error) => return (used, Err(error)),
         };
         let stop = match state {
-            ConnectionState::ReadTraffic(mut traffic) => loop {
-                match traffic.next_record() {
-                    Some(Ok(record)) => {
-                        self.plain.bytes.extend_from_slice(record.payload);
-                        used += record.discard;
+            ConnectionState::ReadTraffic(mut traffic) => {
+                let mut filled = 0;
+                loop {
+                    match traffic.next_record() {
+                        Some(Ok(record)) => {
+                            filled += self.plain.pass(record.payload, &mut self.out[filled..]);
+                            used += record.discard;
+                        }
+                        Some(Err(error)) => break Err(error),
+                        None => break Ok(Stop::Progress(filled)),
                     }
-                    Some(Err(error)) => break Err(error),
-                    None => break Ok(Stop::Progress),
                 }
-            },
+            }
             ConnectionState::EncodeTlsData(mut message) => self.append(0, |out| {
                 message.encode(out).map_err(|error| match error {
                     EncodeError::InsufficientSize(size) => Refused::TooSmall(size),
@@ -312,7 +321,7 @@ impl Hands<'_> {
             ConnectionState::TransmitTlsData(message) => {
                 // It is in `outgoing`, in its order.
                 message.done();
-                Ok(Stop::Progress)
+                Ok(Stop::Progress(0))
             }
             ConnectionState::WriteTraffic(mut traffic) => {
                 let written = match say {
@@ -328,7 +337,7 @@ impl Hands<'_> {
             }
             ConnectionState::PeerClosed => {
                 *self.ended = true;
-                Ok(Stop::Progress)
+                Ok(Stop::Progress(0))
             }
             ConnectionState::Closed => Ok(Stop::Closed),
             ConnectionState::BlockedHandshake => Ok(Stop::Handshaking),
@@ -344,22 +353,17 @@ impl Hands<'_> {
         bytes: usize,
         mut fill: impl FnMut(&mut [u8]) -> Result<usize, Refused>,
     ) -> Result<Stop, rustls::Error> {
-        let start = self.outgoing.len();
         let mut room = bytes + RECORD_OVERHEAD_BYTES;
         loop {
-            self.outgoing.resize(start + room, 0);
-            match fill(&mut self.outgoing[start..]) {
+            match fill(self.outgoing.room(room)) {
                 Ok(bytes) => {
-                    self.outgoing.truncate(start + bytes);
-                    return Ok(Stop::Progress);
+                    self.outgoing.end += bytes;
+                    return Ok(Stop::Progress(0));
                 }
                 Err(Refused::TooSmall(size)) if size.required_size > room => {
                     room = size.required_size;
                 }
-                Err(_) => {
-                    self.outgoing.truncate(start);
-                    return Err(rustls::Error::EncryptError);
-                }
+                Err(_) => return Err(rustls::Error::EncryptError),
             }
         }
     }
@@ -402,7 +406,41 @@ impl Incoming {
     }
 }
 
+impl Outgoing {
+    fn bytes(&self) -> &[u8] {
+        &self.buffer[self.start..self.end]
+    }
+
+    /// Room for `bytes` more bytes.
+    fn room(&mut self, bytes: usize) -> &mut [u8] {
+        let end = self.end + bytes;
+        if self.buffer.len() < end {
+            self.buffer.resize(end, 0);
+        }
+        &mut self.buffer[self.end..end]
+    }
+
+    fn sent(&mut self, bytes: usize) {
+        self.start += bytes;
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        }
+    }
+}
+
 impl PlainBuffer {
+    /// Moves `bytes`, which come after all that is here, to `out` as far as they may pass and fit,
+    /// and keeps the rest. Returns how many went to `out`.
+    fn pass(&mut self, bytes: &[u8], out: &mut [u8]) -> usize {
+        let passing = match self.is_empty() {
+            true => bytes.len().min(out.len()),
+            false => 0,
+        };
+        out[..passing].copy_from_slice(&bytes[..passing]);
+        self.bytes.extend_from_slice(&bytes[passing..]);
+        passing
+    }
+
     fn is_empty(&self) -> bool {
         self.taken == self.bytes.len()
     }

@@ -300,6 +300,18 @@ fn sessions(tls: &Tls) -> (TlsSession, TlsSession) {
 }
 
 #[test]
+fn quick_suites_come_first_within_each_version() {
+    let suites = quick_provider().cipher_suites;
+    let older = suites.iter().position(|suite| suite.tls13().is_none());
+    let older = older.unwrap();
+    assert_eq!(suites[0].suite(), CipherSuite::TLS13_AES_128_GCM_SHA256);
+    assert!(suites[older..].iter().all(|suite| suite.tls13().is_none()));
+    let name = format!("{:?}", suites[older].suite());
+    assert!(name.ends_with("AES_128_GCM_SHA256"), "{name}");
+    assert_eq!(suites.len(), default_provider().cipher_suites.len());
+}
+
+#[test]
 fn each_write_begins_a_record() {
     let dir = tempfile::tempdir().unwrap();
     let authority = Authority::new(dir.path(), "ca").unwrap();
