@@ -6,7 +6,6 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
 use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::{Make, Options, PageServer};
@@ -18,6 +17,7 @@ use testbed::migration::{Dump, Restore};
 use testbed::net::free_port;
 use testbed::pki::{Authority, Host};
 use testbed::proxy::{Accident, Harm, Link, Proxy, Way};
+use testbed::summary::{number, of_session};
 use testbed::wait::{self, GENEROUS};
 
 for_each_criu!(
@@ -38,20 +38,6 @@ fn forwarder(dir: PathBuf, far_end: SocketAddr, extra: &[&str]) -> Result<PageSe
     let far_end = far_end.to_string();
     let options = Options::new(dir).with(&["--forward", &far_end]).with(extra);
     PageServer::receiving(Make::Ours, &options)
-}
-
-/// The summary of the `nth` session that `file` tells of.
-fn summary(file: &Path, nth: usize) -> Result<Value> {
-    let line = wait::until("a summary", GENEROUS, || {
-        let text = fs::read_to_string(file)?;
-        Ok(text.lines().nth(nth).map(ToOwned::to_owned))
-    })?;
-    serde_json::from_str(&line).with_context(|| line.clone())
-}
-
-fn number(summary: &Value, path: &str) -> Result<u64> {
-    let value = summary.pointer(path).and_then(Value::as_u64);
-    value.with_context(|| format!("no {path} in {summary}"))
 }
 
 /// Restores `images` and lets every process check its memory against what `load` was.
@@ -142,7 +128,7 @@ fn full_dumps_make_incremental_images(bed: &Bed, criu: &Criu) -> Result<()> {
             }
             dump.run()?;
             far_end.finish(GENEROUS)?;
-            let sent = summary(&told, usize::try_from(round - from)?)?;
+            let sent = of_session(&told, usize::try_from(round - from)?)?;
             ensure!(sent["forwarded"] == true, "{sent}");
             let frames = number(&sent, "/frame_bytes")?;
             let pages = number(&sent, "/received_bytes")? / number(&sent, "/page_bytes")?;

@@ -1,7 +1,6 @@
 //! Who survives when the source is lost, and what a post-copy says of itself.
 
 use std::fs;
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -18,6 +17,7 @@ use testbed::migration::Dump;
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::proxy::Harm;
 use testbed::suite::with_criu;
+use testbed::summary;
 use testbed::wait::{self, GENEROUS};
 
 const MIB: u32 = 64;
@@ -171,10 +171,6 @@ fn held_processes_go_on_when_the_operator_tries_again() {
     });
 }
 
-fn summary(path: &Path) -> Result<serde_json::Value> {
-    Ok(serde_json::from_str(&fs::read_to_string(path)?)?)
-}
-
 #[test]
 fn on_demand_brings_what_is_touched_and_streams_nothing() {
     with_criu(Suite::Sid, |bed, criu| {
@@ -184,7 +180,7 @@ fn on_demand_brings_what_is_touched_and_streams_nothing() {
         let mut moving = PostCopy::start(bed, &plan, spec(bed), &VERIFY)?;
         moving.reports()?;
         moving.finish()?;
-        let summary = summary(&path)?;
+        let summary = summary::whole(&path)?;
         ensure!(
             summary["pages"]["stream"] == 0,
             "pages were streamed: {summary}"
@@ -211,7 +207,7 @@ fn summary_and_trace_tell_every_page_and_every_fault() {
         let mut moving = PostCopy::start(bed, &plan, spec(bed), &VERIFY)?;
         moving.reports()?;
         moving.finish()?;
-        let summary = summary(&path)?;
+        let summary = summary::whole(&path)?;
         let number = |value: &serde_json::Value| value.as_u64().context("a number");
         let mut settled = 0;
         for way in ["fault", "around", "stream", "local", "gone", "poisoned"] {

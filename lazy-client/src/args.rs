@@ -41,6 +41,11 @@ pub(crate) struct Args {
     #[arg(long, conflicts_with_all = ["on_demand", "max_bandwidth", "wire"])]
     ferry: bool,
 
+    /// With --ferry: images of an earlier round of the same processes (relative to the images
+    /// directory); what has not changed since is taken from there [default: the images' parent]
+    #[arg(long, value_name = "DIR", requires = "ferry")]
+    prev_images_dir: Option<PathBuf>,
+
     /// Header layout of the page server: v1 up to CRIU 4.1.1, v2 from 4.2; auto asks the images
     #[arg(long, value_enum, default_value_t = WireArg::Auto)]
     wire: WireArg,
@@ -100,6 +105,7 @@ impl Args {
             source: self.source()?,
             tls: Tls::load(&self.tls)?,
             ferry: self.ferry,
+            prev_images_dir: self.prev_images_dir.clone(),
             wire: match self.wire {
                 WireArg::Auto => None,
                 WireArg::V1 => Some(Wire::V1),

@@ -29,7 +29,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use crate::criu::header::{PageFlags, Target};
-use crate::units::{PageRange, PageSize};
+use crate::units::{PageRange, PageSize, Vaddr};
 
 use super::encode::{PlainBatch, Verdict, Verdicts};
 use super::gather::present_pages;
@@ -61,6 +61,7 @@ pub struct PageMemory {
     asked: Option<BTreeSet<Target>>,
     targets: BTreeMap<Target, BTreeMap<u64, Chunk>>,
     chunk_bytes: u64,
+    keeps_contents: bool,
     kept: KeptPages,
     left_out_pages: u64,
 }
@@ -82,8 +83,37 @@ impl PageMemory {
             asked: None,
             targets: BTreeMap::new(),
             chunk_bytes: 0,
+            keeps_contents: true,
             kept: KeptPages::default(),
             left_out_pages: 0,
+        }
+    }
+
+    /// An empty memory that has room for the hashes of `runs` and keeps no contents: for a taker that
+    /// has one round only.
+    pub fn for_hashes_of(
+        page: PageSize,
+        runs: impl IntoIterator<Item = (Target, PageRange)>,
+    ) -> PageMemory {
+        let chunks = |range: PageRange| {
+            let chunk_bytes = (CHUNK_PAGES as u64) << page.shift();
+            range.start().get() / chunk_bytes..range.end().get().div_ceil(chunk_bytes)
+        };
+        let mut count = 0;
+        let mut before = None;
+        for (target, range) in runs {
+            let mut touched = chunks(range);
+            if let Some((last_target, end)) = before
+                && last_target == target
+            {
+                touched.start = touched.start.max(end);
+            }
+            count += touched.end.saturating_sub(touched.start);
+            before = Some((target, touched.end.max(touched.start)));
+        }
+        PageMemory {
+            keeps_contents: false,
+            ..PageMemory::new(page, count * CHUNK_BYTES)
         }
     }
 
@@ -146,6 +176,15 @@ impl PageMemory {
                 chunk.set_base(spot.at(), PageHash(*hash));
             }
         }
+    }
+
+    /// The hash of the taker's base version of the page at `vaddr`, if it is known and nothing newer
+    /// was sent.
+    pub fn base_of(&self, target: Target, vaddr: Vaddr) -> Option<PageHash> {
+        let number = vaddr.get() >> self.page.shift();
+        let spot = Spot { target, number };
+        let chunk = self.targets.get(&target)?.get(&spot.chunk())?;
+        chunk.base(spot.at())
     }
 
     /// Judges the PRESENT pages of `batch` and remembers them. `prints` has their fingerprints,
@@ -291,6 +330,9 @@ impl PageMemory {
     /// Keeps the contents of the page at `spot` if that is worth the room: a page that has
     /// `changed` may push out others, one that is new only fills room that is free.
     fn keep(&mut self, spot: Spot, contents: &[u8], changed: bool) {
+        if !self.keeps_contents {
+            return;
+        }
         let bytes = self.kept_page_bytes() + SLOTS_BYTES;
         let fits = self.remembered().bytes + bytes <= self.budget_bytes;
         if fits || (changed && self.make_room(bytes, false)) {

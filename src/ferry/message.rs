@@ -284,7 +284,12 @@ pub struct Fault {
     pub vaddr: Vaddr,
     /// The page and the neighbours that are welcome.
     pub around: PageRange,
+    /// Their contents are wanted even where the asker has told the hash of what it has: that has
+    /// changed since.
+    pub in_full: bool,
 }
+
+const FAULT_IN_FULL: u32 = 1;
 
 impl Fault {
     /// Appends the frame of question `number`.
@@ -294,7 +299,7 @@ impl Fault {
         out.put_u64(self.vaddr.get());
         out.put_u64(self.around.start().get());
         out.put_u32(u32::try_from(self.around.pages(page).get()).expect("the asker keeps the cap"));
-        out.put_u32(0);
+        out.put_u32(if self.in_full { FAULT_IN_FULL } else { 0 });
         frame.finish(out, Kind::Fault, number);
     }
 
@@ -306,7 +311,7 @@ impl Fault {
         let target = target(kind, &mut fields)?;
         let (vaddr, start) = (Vaddr(fields.u64()?), fields.u64()?);
         let pages = fields.u32()?;
-        let _reserved = fields.u32()?;
+        let in_full = fields.u32()? & FAULT_IN_FULL != 0;
         fields.end()?;
         if pages > FERRY_FAULT_PAGES_MAX {
             return Err(wrong("pages", pages.into()));
@@ -320,6 +325,7 @@ impl Fault {
             target,
             vaddr,
             around,
+            in_full,
         })
     }
 }
@@ -446,6 +452,7 @@ mod tests {
             target: Target::Process(4),
             vaddr: Vaddr(0x5000),
             around: PageRange::new(0x4000, 0x8000),
+            in_full: true,
         };
         let mut frame = Vec::new();
         fault.encode(9, PAGE, &mut frame);

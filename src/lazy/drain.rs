@@ -60,6 +60,11 @@ impl DrainPlan {
         }
     }
 
+    /// All runs, by pid and address.
+    pub fn runs(&self) -> impl Iterator<Item = (u32, PageRange)> + '_ {
+        self.runs.iter().map(|run| (run.pid, run.range))
+    }
+
     /// How many pages there are.
     pub fn pages(&self) -> PageCount {
         PageCount(self.runs.last().map_or(0, |run| self.end_of(run)))

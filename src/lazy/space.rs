@@ -158,6 +158,11 @@ impl Space {
         self.pid
     }
 
+    /// What only the source had at the start, sorted, by address in the dump.
+    pub fn origins(&self) -> &[PageRange] {
+        &self.origins
+    }
+
     /// Whether every page is installed or gone.
     pub fn is_complete(&self) -> bool {
         self.remote.is_empty() && self.local.is_empty() && self.flight.is_empty()

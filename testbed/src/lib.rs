@@ -36,6 +36,7 @@ pub mod rounds;
 pub mod runc;
 pub mod stats;
 pub mod suite;
+pub mod summary;
 pub mod swrk;
 pub mod sys;
 pub mod transfer;

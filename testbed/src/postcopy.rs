@@ -8,6 +8,7 @@
 //! ```
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -55,6 +56,8 @@ pub struct Plan<'a> {
     pub client_options: Vec<String>,
     /// Further options of the source; of the forwarder, where there is one.
     pub source_options: Vec<String>,
+    /// What the restored images are to have as their parent, if anything.
+    pub parent_of_restored: Option<PathBuf>,
     /// What lies between the source and the daemon (none: loopback without a proxy).
     pub link: Option<(Link, Option<Accident>)>,
 }
@@ -69,6 +72,7 @@ impl<'a> Plan<'a> {
             client,
             client_options: Vec::new(),
             source_options: Vec::new(),
+            parent_of_restored: None,
             link: None,
         }
     }
@@ -147,7 +151,14 @@ impl PostCopy {
     /// # Errors
     /// A step of the migration fails; the error shows the logs.
     pub fn start(bed: &Bed, plan: &Plan<'_>, spec: LoadSpec, steps: &[Step]) -> Result<PostCopy> {
-        let mut load = Load::start(spec, None)?;
+        PostCopy::of(bed, plan, Load::start(spec, None)?, steps)
+    }
+
+    /// The same with a load that runs already.
+    ///
+    /// # Errors
+    /// A step of the migration fails; the error shows the logs.
+    pub fn of(bed: &Bed, plan: &Plan<'_>, mut load: Load, steps: &[Step]) -> Result<PostCopy> {
         let before = load.run_everywhere(&[Step::Status])?;
         let dumped = dump(bed, plan, &mut load)?;
         PostCopy::restore(plan, load, before, dumped, steps)
@@ -183,6 +194,9 @@ impl PostCopy {
     ) -> Result<PostCopy> {
         let address = dumped.address;
         let images = &dumped.images;
+        if let Some(parent) = &plan.parent_of_restored {
+            symlink(parent, images.join("parent"))?;
+        }
         let proxy = match (address, plan.link) {
             (Some(address), Some((link, accident))) => Some(Proxy::start(address, link, accident)?),
             _ => None,
@@ -262,9 +276,12 @@ impl PostCopy {
 
     /// Payload bytes that came over the link so far.
     pub fn received(&self) -> u64 {
-        self.proxy
-            .as_ref()
-            .map_or(0, |proxy| proxy.carried(Way::ToClient))
+        self.carried(Way::ToClient)
+    }
+
+    /// Payload bytes that went over the link in one way so far.
+    pub fn carried(&self, way: Way) -> u64 {
+        self.proxy.as_ref().map_or(0, |proxy| proxy.carried(way))
     }
 
     /// The source's process, if there is a source.

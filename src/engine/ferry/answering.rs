@@ -19,7 +19,7 @@ use crate::ferry::hash::{HashKey, PageHasher, is_zero};
 use crate::ferry::message::Fault;
 use crate::ferry::pace::Level;
 use crate::limits::FERRY_BATCH_BYTES_MAX;
-use crate::units::PageRange;
+use crate::units::{PageRange, Vaddr};
 
 /// Between two looks at whether the session is over, ms.
 const LOOK_AGAIN_MS: u16 = 250;
@@ -29,7 +29,7 @@ const LEVEL: Level = Level::Zstd(1);
 
 impl Offering {
     /// Answers questions until the connection or the session ends.
-    pub(super) fn answer_all(&self, conn: Conn) -> Result<()> {
+    pub(super) fn answer_all(&self, conn: Conn, hash_key: HashKey) -> Result<()> {
         let page = self.held.page();
         let encoder = Encoder::new(page)
             .map_err(|error| Error::wrap(Kind::Io, "cannot set up zstd", error))?;
@@ -38,8 +38,8 @@ impl Offering {
             conn,
             encoder,
             verdicts: Verdicts::default(),
-            // Nothing is told by a base version here: no hash is ever made.
-            hasher: PageHasher::new(HashKey::default(), page),
+            // Its hellos name the same key as those of the stream.
+            hasher: PageHasher::new(hash_key, page),
             plain: Vec::new(),
         };
         let ended = answering.run();
@@ -119,14 +119,7 @@ impl Answering<'_> {
         let bytes = usize::try_from(range.bytes()).expect("an answer is small");
         self.plain.resize(bytes, 0);
         offering.held.read(numbers.clone(), &mut self.plain)?;
-        self.verdicts.clear();
-        let pages = self.plain.chunks_exact(page.as_usize());
-        self.verdicts
-            .pages
-            .extend(pages.map(|page| match is_zero(page) {
-                true => Verdict::Zero,
-                false => Verdict::Fresh,
-            }));
+        self.judge(fault, range);
         let flags = PageFlags::PRESENT.with(PageFlags::LAZY);
         let run = [Run { range, flags }];
         let batch = PlainBatch {
@@ -146,6 +139,27 @@ impl Answering<'_> {
             .served(1, range.pages(page).get(), range.bytes());
         offering.give(numbers);
         Ok(())
+    }
+
+    /// Decides how the pages `range`, which are the plain bytes, are told.
+    fn judge(&mut self, fault: &Fault, range: PageRange) {
+        let page = self.offering.held.page();
+        let memory = self.offering.pushing.memory();
+        let base_of = |vaddr| match fault.in_full {
+            true => None,
+            false => memory.base_of(fault.target, vaddr),
+        };
+        let addresses = (range.start().get()..).step_by(page.as_usize()).map(Vaddr);
+        let pages = self.plain.chunks_exact(page.as_usize()).zip(addresses);
+        self.verdicts.clear();
+        for (contents, vaddr) in pages {
+            let base = base_of(vaddr);
+            self.verdicts.pages.push(match base {
+                _ if is_zero(contents) => Verdict::Zero,
+                Some(base) if self.hasher.hash(contents) == base => Verdict::Same(base),
+                _ => Verdict::Fresh,
+            });
+        }
     }
 
     /// Waits for the page that is waited for, and finds it with those of its neighbours that lie in one

@@ -1,21 +1,16 @@
-//! The taker's base version of a target: its parent image, hashed page by page.
+//! The taker's base version of a target: images of an earlier round, hashed page by page.
 //!
 //! The pusher asks for the hashes in the order of the addresses, and its batches come in the same
-//! order behind them. So each page of the parent is read and hashed once, its hash is kept until a
-//! batch has passed it, and 16 bytes for each page between question and batch are all that is kept.
+//! order behind them. So where nobody else writes to the images each page is read and hashed once, its
+//! hash is kept until a batch has passed it, and 16 bytes for each page between question and batch are
+//! all that is kept.
 
 use std::collections::BTreeMap;
 
 use crate::error::Result;
 use crate::ferry::hash::{PageHash, PageHasher};
 use crate::image::chain::{Chain, Place};
-use crate::limits::FERRY_HASHES_MAX;
 use crate::units::{PageRange, PageSize, Vaddr};
-
-/// Pages hashed at once: a piece of work of a few milliseconds.
-const STEP_PAGES: u64 = 1024;
-
-const _: () = assert!(STEP_PAGES <= FERRY_HASHES_MAX as u64);
 
 /// Hashes of neighbouring pages.
 #[derive(Debug)]
@@ -25,7 +20,7 @@ struct Hashed {
 }
 
 /// Hashes of a part of the base version.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct HashStep {
     /// Which pages, in the order of their addresses.
     pub(super) runs: Vec<PageRange>,
@@ -35,60 +30,112 @@ pub(super) struct HashStep {
     pub(super) next: Option<Vaddr>,
 }
 
+impl HashStep {
+    /// Goes on with `next`, whose pages lie behind.
+    pub(super) fn append(&mut self, next: HashStep) {
+        next.runs.into_iter().for_each(|run| self.add_run(run));
+        self.hashes.extend(next.hashes);
+        self.next = next.next;
+    }
+
+    fn add_run(&mut self, run: PageRange) {
+        match self.runs.last_mut() {
+            Some(last) if last.end() == run.start() => {
+                *last = PageRange::new(last.start().get(), run.end().get());
+            }
+            _ => self.runs.push(run),
+        }
+    }
+}
+
 /// See the module's text.
 #[derive(Debug)]
 pub(super) struct Base {
     chain: Chain,
     hasher: PageHasher,
     page: PageSize,
+    /// The pages of which the pusher is told, by address.
+    told: Vec<PageRange>,
     /// By address of the first page.
     known: BTreeMap<u64, Hashed>,
     buffer: Vec<u8>,
 }
 
 impl Base {
+    /// A base version all pages of which are of use.
     pub(super) fn new(chain: Chain, hasher: PageHasher) -> Base {
+        let everywhere = PageRange::new(0, chain.page().floor(u64::MAX));
+        Base::within(chain, hasher, vec![everywhere])
+    }
+
+    /// A base version of which only the pages `told`, which are sorted, are of use.
+    pub(super) fn within(chain: Chain, hasher: PageHasher, told: Vec<PageRange>) -> Base {
         let page = chain.page();
         Base {
             chain,
             hasher,
             page,
+            told,
             known: BTreeMap::new(),
             buffer: Vec::new(),
         }
     }
 
-    /// Hashes the next pages from `from` on, and keeps the hashes.
-    pub(super) fn hash_from(&mut self, from: Vaddr) -> Result<HashStep> {
+    /// Reads and hashes up to `most` of the next pages from `from` on.
+    pub(super) fn hash_from(&mut self, from: Vaddr, most: u64) -> Result<HashStep> {
+        let (pieces, next) = self.next_pieces(from, most);
         let mut step = HashStep {
             runs: Vec::new(),
             hashes: Vec::new(),
-            next: None,
+            next,
         };
-        let found: Vec<_> = self.chain.extents_from(from).take(STEP_RUNS).collect();
-        let more_extents = found.len() == STEP_RUNS;
-        let mut room = STEP_PAGES;
-        let mut end = from;
-        for extent in found {
-            let pages = extent.range.pages(self.page).get().min(room);
-            if pages == 0 {
-                step.next = Some(end);
-                return Ok(step);
-            }
-            let start = extent.range.start().get();
-            let range = PageRange::new(start, start + (pages << self.page.shift()));
-            end = range.end();
-            if !matches!(extent.place, Place::Absent { .. }) {
-                self.hash_range(range, extent.place, &mut step)?;
-                room -= pages;
-            } else {
-                end = extent.range.end();
-            }
-        }
-        if more_extents || room == 0 {
-            step.next = Some(end);
+        for (range, place) in pieces {
+            self.hash_range(range, place, &mut step)?;
         }
         Ok(step)
+    }
+
+    /// Up to `most` of the next pages from `from` on: where they are, and where to go on.
+    fn next_pieces(&self, from: Vaddr, most: u64) -> (Vec<(PageRange, Place)>, Option<Vaddr>) {
+        let mut pieces = Vec::new();
+        let mut room = most;
+        let first = self.told.partition_point(|told| told.end() <= from);
+        for told in &self.told[first..] {
+            for extent in self.chain.extents_from(told.start().max(from)) {
+                let Some(range) = extent.range.intersect(*told) else {
+                    break;
+                };
+                if matches!(extent.place, Place::Absent { .. }) {
+                    continue;
+                }
+                let start = range.start().get();
+                let pages = range.pages(self.page).get().min(room);
+                if pages > 0 {
+                    let end = start + (pages << self.page.shift());
+                    pieces.push((PageRange::new(start, end), extent.place));
+                    room -= pages;
+                }
+                if pages < range.pages(self.page).get() {
+                    return (pieces, Some(Vaddr(start + (pages << self.page.shift()))));
+                }
+            }
+        }
+        (pieces, None)
+    }
+
+    /// Keeps the hashes of `step` until batches have passed its pages.
+    pub(super) fn remember(&mut self, step: &HashStep) {
+        let mut rest = &step.hashes[..];
+        for run in &step.runs {
+            let pages = usize::try_from(run.pages(self.page).get()).expect("a step is small");
+            let (hashes, behind) = rest.split_at(pages);
+            rest = behind;
+            let hashed = Hashed {
+                range: *run,
+                hashes: hashes.to_vec(),
+            };
+            self.known.insert(run.start().get(), hashed);
+        }
     }
 
     /// The hash of the base version's page at `vaddr`, if it has one.
@@ -103,13 +150,33 @@ impl Base {
 
     /// Reads the base version's page at `vaddr`. Says whether there is one.
     pub(super) fn read(&self, vaddr: Vaddr, page: &mut [u8]) -> Result<bool> {
-        match self.chain.find(vaddr) {
-            Some(extent) if !matches!(extent.place, Place::Absent { .. }) => {
-                self.chain.read(extent.place, page)?;
-                Ok(true)
+        let range = PageRange::new(vaddr.get(), vaddr.get() + self.page.bytes());
+        self.read_all(range, page)
+    }
+
+    /// Reads the base version's pages `range`. Says whether all of them are there.
+    pub(super) fn read_all(&self, range: PageRange, out: &mut [u8]) -> Result<bool> {
+        let mut rest = out;
+        let mut at = range.start();
+        for extent in self.chain.extents_from(range.start()) {
+            let there = !matches!(extent.place, Place::Absent { .. });
+            let Some(part) = extent.range.intersect(range) else {
+                break;
+            };
+            if !there || part.start() != at {
+                return Ok(false);
             }
-            _ => Ok(false),
+            let bytes = usize::try_from(part.bytes()).expect("no more than the buffer");
+            let (front, behind) = rest.split_at_mut(bytes);
+            self.chain.read(extent.place, front)?;
+            (rest, at) = (behind, part.end());
         }
+        Ok(at == range.end())
+    }
+
+    /// Asks the kernel to bring the pages of `range` into the page cache.
+    pub(super) fn advise(&self, range: PageRange) {
+        self.chain.advise(range);
     }
 
     /// Forgets hashes below `vaddr`: batches have passed it.
@@ -136,22 +203,8 @@ impl Base {
         self.buffer.resize(bytes.max(self.buffer.len()), 0);
         self.chain.read(place, &mut self.buffer[..bytes])?;
         let pages = self.buffer[..bytes].chunks_exact(self.page.as_usize());
-        let hashes: Vec<PageHash> = pages
-            .map(|page| self.hasher.fingerprint(page))
-            .filter_map(|print| print.hash)
-            .collect();
-        step.hashes.extend_from_slice(&hashes);
-        match step.runs.last_mut() {
-            Some(last) if last.end() == range.start() => {
-                *last = PageRange::new(last.start().get(), range.end().get());
-            }
-            _ => step.runs.push(range),
-        }
-        let start = range.start().get();
-        self.known.insert(start, Hashed { range, hashes });
+        step.hashes.extend(pages.map(|page| self.hasher.hash(page)));
+        step.add_run(range);
         Ok(())
     }
 }
-
-/// Extents looked at in one step.
-const STEP_RUNS: usize = 1024;

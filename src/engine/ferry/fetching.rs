@@ -3,6 +3,8 @@
 //! ```text
 //! stream ── OPEN, PAGES, CLOSE ──> next ──> Event: pages as plain bytes, checked
 //!        <── ACK ──────────────── settle     when the caller has installed them
+//!        ── WANT_HASHES ─────────> next
+//!        <── HASHES ───────────── tell_hashes  of what an earlier round has left here
 //! fault  <── FAULT ─────────────── ask
 //!        ── FAULT_PAGES ─────────> next
 //! ```
@@ -10,138 +12,34 @@
 //! The session outlives its connections: with new ones the far end goes on behind what was settled,
 //! and the caller asks its open questions again.
 
+mod dialer;
+mod earlier;
+
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use super::conn::{Conn, ConnError, Frame};
-use super::dialing::first_frame;
-use super::lane::{self, HEARTBEAT};
-use super::{WINDOW, random_bits};
+use super::WINDOW;
+use super::conn::{ConnError, Frame};
+use super::lane::HEARTBEAT;
 use crate::criu::header::Target;
-use crate::engine::transport::{Peer, transport};
-use crate::error::{Error, Kind, Result};
-use crate::ferry::batch::{Batch, Place};
+use crate::error::{Error, Kind};
+use crate::ferry::batch::{Batch, PageKind, Place};
 use crate::ferry::frame;
-use crate::ferry::hash::HashKey;
-use crate::ferry::hello::{Fail, FailCode, Features, Greeting, Hello, Role, SessionId, VERSION};
-use crate::ferry::message::{Fault, StateId};
+use crate::ferry::hello::Fail;
+use crate::ferry::message::{Fault, StateId, WantHashes};
 use crate::ferry::receiver::{Arrival, Message, Receiver};
 use crate::ferry::unpack::Unpacker;
+use crate::image::chain::Chain;
 use crate::limits::FERRY_FAULT_PAGES_MAX;
-use crate::stream::Stream;
-use crate::tls::Tls;
-use crate::units::{PageRange, PageSize};
+use crate::units::{PageRange, PageSize, Vaddr};
+pub(in crate::engine) use dialer::{FerryDialer, FerryPair};
+use earlier::Earlier;
 
 /// After so long without an answer a connection is dead, whatever its sockets say.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Makes the connections of a session, from any thread.
-#[derive(Clone, Debug)]
-pub(in crate::engine) struct FerryDialer {
-    peer: Peer,
-    tls: Option<Tls>,
-    page: PageSize,
-    session: SessionId,
-    attempts: Arc<AtomicU32>,
-    opened: Arc<AtomicBool>,
-}
-
-/// The two connections of a session, welcomed.
-#[derive(Debug)]
-pub(in crate::engine) struct FerryPair {
-    stream: Conn,
-    fault: Conn,
-}
-
-impl FerryDialer {
-    /// For a new session with the forwarder at `peer`.
-    pub(in crate::engine) fn new(
-        peer: Peer,
-        tls: Option<Tls>,
-        page: PageSize,
-    ) -> Result<FerryDialer> {
-        Ok(FerryDialer {
-            peer,
-            tls,
-            page,
-            session: SessionId(random_bits()?),
-            attempts: Arc::default(),
-            opened: Arc::default(),
-        })
-    }
-
-    /// Connects. An error of [`Kind::Protocol`] will not be another one the next time.
-    pub(in crate::engine) fn dial(&self) -> Result<FerryPair> {
-        let attempt = self.attempts.fetch_add(1, Ordering::SeqCst) + 1;
-        let stream = self.connect(Role::Taker, attempt)?;
-        self.opened.store(true, Ordering::SeqCst);
-        let fault = self.connect(Role::Asker, attempt)?;
-        Ok(FerryPair { stream, fault })
-    }
-
-    fn connect(&self, role: Role, attempt: u32) -> Result<Conn> {
-        let silent = |error: ConnError| {
-            let text = format!(
-                "{} does not speak ferry: is it a page-server with --forward-lazy? (--ferry is for that \
-                 alone)",
-                self.peer
-            );
-            Error::wrap(Kind::PeerLost, text, error)
-        };
-        let socket = Stream::plain(self.peer.connect()?);
-        let secured = socket.secure_to(self.tls.as_ref(), self.peer.host())?;
-        let transport = transport(secured).map_err(|error| silent(ConnError::Socket(error)))?;
-        let mut conn = Conn::new(transport, Arc::default());
-        lane::prepare(&conn);
-        let mut words = Vec::new();
-        self.hello(role, attempt)
-            .encode(frame::Kind::Hello, &mut words);
-        conn.queue(Arc::new(words));
-        let answer = first_frame(&mut conn).map_err(silent)?;
-        let refused = |fail: Fail| {
-            let kind = match fail.code {
-                FailCode::Superseded | FailCode::Busy => Kind::PeerLost,
-                _ => Kind::Protocol,
-            };
-            Error::wrap(kind, format!("{} refuses", self.peer), fail)
-        };
-        let broken = |error| silent(ConnError::Frame(error));
-        match answer.kind {
-            frame::Kind::Fail => Err(refused(Fail::decode(&answer.body).map_err(broken)?)),
-            kind => match Hello::decode(kind, &answer.body).map_err(broken)? {
-                Greeting::Hello(hello) if hello.role == role.opposite() => Ok(conn),
-                Greeting::Hello(hello) => {
-                    let text = format!("it is a {:?}", hello.role);
-                    Err(refused(Fail::new(FailCode::Role, text)))
-                }
-                Greeting::OtherVersion(version) => {
-                    let text = format!("it speaks version {version} of ferry, not {VERSION}");
-                    Err(refused(Fail::new(FailCode::Version, text)))
-                }
-            },
-        }
-    }
-
-    fn hello(&self, role: Role, attempt: u32) -> Hello {
-        Hello {
-            version: VERSION,
-            role,
-            page: self.page,
-            features: Features::FAULTS,
-            session: self.session,
-            stream: 0,
-            streams: 1,
-            attempt,
-            opening: role == Role::Taker && !self.opened.load(Ordering::SeqCst),
-            window: WINDOW,
-            hash_key: HashKey::default(),
-        }
-    }
-}
 
 /// What has come.
 #[derive(Debug)]
@@ -161,10 +59,33 @@ pub(in crate::engine) enum Event<T> {
 pub(in crate::engine) struct Delivery {
     /// Whose they are in the dump.
     pub(in crate::engine) pid: u32,
-    /// Their addresses in the dump, and where their bytes are in `plain`.
-    pub(in crate::engine) runs: Vec<(PageRange, Range<usize>)>,
+    /// What is there of them, by address.
+    pub(in crate::engine) parts: Vec<Part>,
+    /// Pages that an earlier round's images were to have and do not, at their addresses in the dump.
+    pub(in crate::engine) lacking: Vec<PageRange>,
     /// The bytes.
     pub(in crate::engine) plain: Vec<u8>,
+}
+
+/// Neighbouring pages that came the same way.
+#[derive(Debug)]
+pub(in crate::engine) struct Part {
+    /// Their addresses in the dump.
+    pub(in crate::engine) image: PageRange,
+    /// Where their bytes are in [`Delivery::plain`].
+    pub(in crate::engine) bytes: Range<usize>,
+    /// They were read from an earlier round's images, and are what the far end has.
+    pub(in crate::engine) local: bool,
+}
+
+impl Delivery {
+    /// Whether the far end has spoken of the page at `vaddr`.
+    pub(in crate::engine) fn tells_of(&self, vaddr: Vaddr) -> bool {
+        let there = self.parts.iter().map(|part| &part.image);
+        there
+            .chain(&self.lacking)
+            .any(|range| range.contains(vaddr))
+    }
 }
 
 /// Why nothing more comes.
@@ -182,19 +103,27 @@ impl From<ConnError> for Trouble {
     }
 }
 
+/// An open question.
+struct Question<T> {
+    number: u64,
+    tag: T,
+    pages: u64,
+    asked: Instant,
+}
+
 /// A session. `T` is what the caller knows a question by.
 pub(in crate::engine) struct Fetching<T> {
     page: PageSize,
     receiver: Receiver,
     pair: Option<FerryPair>,
-    /// Open questions: number, tag, and when they were asked.
-    questions: VecDeque<(u64, T, Instant)>,
+    questions: VecDeque<Question<T>>,
     asked: u64,
     unpacker: Unpacker,
     unpacked: Vec<u8>,
     spare: Vec<u8>,
-    /// An OPEN that is answered when pages may be installed.
-    open: Option<u64>,
+    earlier: Earlier,
+    /// An OPEN, its number and of what, that is answered when pages may be installed.
+    open: Option<(u64, Target)>,
     may_install: bool,
     /// Number of the pushed pages that the caller is installing.
     unsettled: Option<u64>,
@@ -215,8 +144,7 @@ impl<T> std::fmt::Debug for Fetching<T> {
 }
 
 impl<T> Fetching<T> {
-    /// A session without connections.
-    pub(in crate::engine) fn new(page: PageSize) -> Fetching<T> {
+    fn new(page: PageSize, earlier: Earlier) -> Fetching<T> {
         Fetching {
             page,
             receiver: Receiver::new(page, 1, WINDOW),
@@ -226,6 +154,7 @@ impl<T> Fetching<T> {
             unpacker: Unpacker::default(),
             unpacked: Vec::new(),
             spare: Vec::new(),
+            earlier,
             open: None,
             may_install: false,
             unsettled: None,
@@ -233,6 +162,12 @@ impl<T> Fetching<T> {
             said: Instant::now(),
             received_before: 0,
         }
+    }
+
+    /// What an earlier round has left of the pages `missing` of `pid`, sorted, is in `chain`: the far
+    /// end shall send only the others.
+    pub(in crate::engine) fn build_on(&mut self, pid: u32, chain: Chain, missing: Vec<PageRange>) {
+        self.earlier.add(pid, chain, missing);
     }
 
     /// Goes on over `pair`.
@@ -247,6 +182,7 @@ impl<T> Fetching<T> {
         self.received_before = self.bytes_received();
         self.pair = None;
         self.questions.clear();
+        self.earlier.forget_questions();
         self.receiver.stream_down(0);
     }
 
@@ -270,16 +206,39 @@ impl<T> Fetching<T> {
         self.received_before + now
     }
 
-    /// Whether something may have come although no socket is readable.
-    pub(in crate::engine) fn has_buffered(&self) -> bool {
+    /// Whether there is something to do although no socket is readable.
+    pub(in crate::engine) fn has_work(&self) -> bool {
+        let to_tell = self.may_tell_hashes();
         self.pair
             .as_ref()
-            .is_some_and(|pair| pair.stream.has_buffered() || pair.fault.has_buffered())
+            .is_some_and(|pair| to_tell || pair.stream.has_buffered() || pair.fault.has_buffered())
+    }
+
+    /// Hashes are wanted, and the stream takes what they are sent in.
+    fn may_tell_hashes(&self) -> bool {
+        let pair = self.pair.as_ref();
+        self.earlier.is_asked() && pair.is_some_and(|pair| pair.stream.queued_bytes() == 0)
+    }
+
+    /// Hashes the next few pages of what the far end asks for, which takes no longer than to install
+    /// them would.
+    pub(in crate::engine) fn tell_hashes(&mut self) {
+        if self.may_tell_hashes()
+            && let Some(words) = self.earlier.next_hashes()
+            && let Some(pair) = &mut self.pair
+        {
+            pair.stream.queue(Arc::new(words));
+        }
     }
 
     /// How many questions are open.
     pub(in crate::engine) fn questions(&self) -> usize {
         self.questions.len()
+    }
+
+    /// How many pages were asked for that have not come.
+    pub(in crate::engine) fn asked_pages(&self) -> u64 {
+        self.questions.iter().map(|question| question.pages).sum()
     }
 
     /// Whether the far end has pushed all that it would.
@@ -290,8 +249,8 @@ impl<T> Fetching<T> {
     /// From now on pages may be installed, so they may be pushed.
     pub(in crate::engine) fn may_install(&mut self) {
         self.may_install = true;
-        if let Some(number) = self.open.take() {
-            self.answer(number);
+        if let Some((number, target)) = self.open.take() {
+            self.answer_open(number, target);
         }
     }
 
@@ -307,12 +266,18 @@ impl<T> Fetching<T> {
             target: Target::Process(pid),
             vaddr: image.start(),
             around: PageRange::new(start, start + (most << self.page.shift())),
+            in_full: self.earlier.is_distrusted(),
         };
         self.asked += 1;
         let mut words = Vec::new();
         fault.encode(self.asked, self.page, &mut words);
         pair.fault.queue(Arc::new(words));
-        self.questions.push_back((self.asked, tag, Instant::now()));
+        self.questions.push_back(Question {
+            number: self.asked,
+            tag,
+            pages: most,
+            asked: Instant::now(),
+        });
     }
 
     /// Sends what is queued, and a heartbeat when it is time. Says for each socket whether something is
@@ -337,6 +302,8 @@ impl<T> Fetching<T> {
     /// Says that everything is here.
     pub(in crate::engine) fn taken(&mut self) {
         self.receiver.taken();
+        // Whoever still asks learns that there is nothing to build on.
+        self.earlier.drop_images();
         self.say();
     }
 
@@ -352,7 +319,7 @@ impl<T> Fetching<T> {
             return self.take_pushed(&frame).map(Some);
         }
         let oldest = self.questions.front();
-        if oldest.is_some_and(|(.., asked)| asked.elapsed() > ANSWER_TIMEOUT) {
+        if oldest.is_some_and(|question| question.asked.elapsed() > ANSWER_TIMEOUT) {
             return Err(ConnError::Socket(std::io::ErrorKind::TimedOut.into()).into());
         }
         Ok(None)
@@ -369,7 +336,8 @@ impl<T> Fetching<T> {
             }
         }
         let front = self.questions.pop_front();
-        let Some((_, tag, _)) = front.filter(|(number, ..)| *number == frame.number) else {
+        let answered = front.filter(|question| question.number == frame.number);
+        let Some(Question { tag, .. }) = answered else {
             return Err(wrong("an answer came that nobody asked for"));
         };
         let batch = Batch::parse(&frame.body, self.page).map_err(wrong)?;
@@ -381,6 +349,11 @@ impl<T> Fetching<T> {
             return match frame.kind {
                 frame::Kind::Bye => Ok(Event::Bye),
                 frame::Kind::Fail => Err(failed(frame)),
+                frame::Kind::WantHashes => {
+                    let wanted = WantHashes::decode(&frame.body, self.page).map_err(wrong)?;
+                    self.earlier.ask(wanted).map_err(wrong)?;
+                    Ok(Event::Other)
+                }
                 other => Err(wrong(format!("a {other:?} frame has no place here"))),
             };
         }
@@ -394,13 +367,16 @@ impl<T> Fetching<T> {
         let mut pushed = None;
         match self.receiver.read(frame.kind, &frame.body).map_err(wrong)? {
             Message::Pages(batch) => pushed = Some(batch),
-            Message::Open(_) if !self.may_install => {
+            Message::Open(open) if !self.may_install => {
                 // Before the processes are restored there is nowhere to put their pages.
-                self.open = Some(frame.number);
+                self.open = Some((frame.number, open.target));
+                return Ok(Event::Other);
+            }
+            Message::Open(open) => {
+                self.answer_open(frame.number, open.target);
                 return Ok(Event::Other);
             }
             Message::Close(_) => self.closed = true,
-            Message::Open(_) => {}
         }
         match pushed {
             Some(batch) => {
@@ -409,7 +385,7 @@ impl<T> Fetching<T> {
                 Ok(Event::Pushed(delivery))
             }
             None => {
-                self.answer(frame.number);
+                self.answer(frame.number, 0, StateId::NONE);
                 Ok(Event::Other)
             }
         }
@@ -424,10 +400,16 @@ impl<T> Fetching<T> {
         }
     }
 
-    /// Answers the question `number`: there is no parent, no version to build on, nothing wrong.
-    fn answer(&mut self, number: u64) {
+    /// Answers the OPEN `number` of `target`: whether there is a version to build on, and its name.
+    fn answer_open(&mut self, number: u64, target: Target) {
+        let state = self.earlier.version_of(target);
+        let has_one = i32::from(state != StateId::NONE);
+        self.answer(number, has_one, state);
+    }
+
+    fn answer(&mut self, number: u64, value: i32, state: StateId) {
         self.receiver.applied(number);
-        self.receiver.answer(number, 0, StateId::NONE);
+        self.receiver.answer(number, value, state);
         self.say();
     }
 
@@ -450,8 +432,10 @@ impl<T> Fetching<T> {
         batch: &Batch<'_>,
         body: &[u8],
     ) -> std::result::Result<Delivery, Trouble> {
-        if batch.bases().next().is_some() {
-            return Err(wrong("pages are told by an earlier round that is not here"));
+        if batch.bases().any(|(_, kind)| kind == PageKind::Delta) {
+            return Err(wrong(
+                "pages come as differences, which nobody offered to take",
+            ));
         }
         let Target::Process(pid) = batch.target else {
             return Err(wrong("pages of shared memory are never lazy"));
@@ -461,24 +445,43 @@ impl<T> Fetching<T> {
             .map_err(wrong)?;
         let mut plain = std::mem::take(&mut self.spare);
         plain.clear();
-        let mut runs: Vec<(PageRange, Range<usize>)> = Vec::new();
+        let mut parts: Vec<Part> = Vec::new();
         for (vaddr, place) in batch.places() {
             let start = plain.len();
+            let local = place == Place::Same;
             match place {
                 Place::Body(range) => plain.extend_from_slice(&body[range]),
                 Place::Unpacked(range) => plain.extend_from_slice(&self.unpacked[range]),
                 Place::Zero | Place::Same => plain.resize(start + self.page.as_usize(), 0),
             }
             let end = vaddr.get() + self.page.bytes();
-            match runs.last_mut() {
-                Some((range, bytes)) if range.end() == vaddr => {
-                    *range = PageRange::new(range.start().get(), end);
-                    bytes.end = plain.len();
+            match parts.last_mut() {
+                Some(part) if part.image.end() == vaddr && part.local == local => {
+                    part.image = PageRange::new(part.image.start().get(), end);
+                    part.bytes.end = plain.len();
                 }
-                _ => runs.push((PageRange::new(vaddr.get(), end), start..plain.len())),
+                _ => parts.push(Part {
+                    image: PageRange::new(vaddr.get(), end),
+                    bytes: start..plain.len(),
+                    local,
+                }),
             }
         }
-        Ok(Delivery { pid, runs, plain })
+        let mut lacking = Vec::new();
+        if !self.earlier.fill(pid, batch, &parts, &mut plain) {
+            parts.retain(|part| {
+                if part.local {
+                    lacking.push(part.image);
+                }
+                !part.local
+            });
+        }
+        Ok(Delivery {
+            pid,
+            parts,
+            lacking,
+            plain,
+        })
     }
 }
 

@@ -33,7 +33,7 @@ use crate::ferry::gather::{Gathered, Run};
 use crate::ferry::hash::HashKey;
 use crate::ferry::hello::{Features, Hello, Role, SessionId, VERSION};
 use crate::ferry::link::{Admission, Berth, Harbor};
-use crate::ferry::message::{Open, encode_close};
+use crate::ferry::message::{Open, StateId, encode_close};
 use crate::lazy::pageset::PageSet;
 use crate::limits::{FERRY_RUNS_MAX, FERRY_STREAMS_MAX};
 use crate::observe::ferried::Sent;
@@ -100,7 +100,7 @@ impl OfferPort {
             version: VERSION,
             role: Role::Pusher,
             page: held.page(),
-            features: Features::FAULTS,
+            features: Features::FAULTS.with(Features::HASHES),
             session: SessionId::default(),
             stream: 0,
             streams: FERRY_STREAMS_MAX,
@@ -235,7 +235,7 @@ impl OfferPort {
         conn.queue(Arc::new(words));
         let for_faults = peer.role == Role::Asker;
         let ended = if for_faults {
-            offering.answer_all(conn)
+            offering.answer_all(conn, peer.hash_key)
         } else {
             run_lane(conn, &offering.pushing, peer)
         };
@@ -269,8 +269,8 @@ fn run_lane(conn: Conn, pushing: &Pushing, peer: &Hello) -> Result<()> {
 impl Offering {
     fn new(port: &OfferPort, session: SessionId) -> Offering {
         let (_, pages) = port.held.progress();
-        // No earlier round is known of a taker that has not been here.
-        let memory = PageMemory::new(port.held.page(), 0);
+        // A taker may have an earlier round; what is pushed to it now it gets once.
+        let memory = PageMemory::for_hashes_of(port.held.page(), port.held.runs());
         let traffic = Arc::clone(&port.traffic);
         Offering {
             held: Arc::clone(&port.held),
@@ -295,7 +295,9 @@ impl Offering {
             offering: self,
             packer,
             wire,
+            takes_questions: agreed.features.has(Features::HASHES),
             open: None,
+            hashed: false,
             at: 0,
             pages: 0,
         };
@@ -317,6 +319,10 @@ struct Feed<'s> {
     wire: Wire,
     /// Whose pages are being pushed.
     open: Option<u32>,
+    /// The taker can be asked for hashes.
+    takes_questions: bool,
+    /// It has an earlier version of what is being pushed.
+    hashed: bool,
     /// Number of the next page.
     at: u64,
     pages: u64,
@@ -354,7 +360,12 @@ impl Feed<'_> {
             wire: self.wire,
         };
         let write = |out: &mut Vec<u8>| open.encode(out);
-        self.offering.pushing.ask(frame::Kind::Open, write)?;
+        let pushing = &self.offering.pushing;
+        let answer = pushing.ask(frame::Kind::Open, write)?;
+        self.hashed = self.takes_questions && answer.state != StateId::NONE;
+        if self.hashed {
+            pushing.adopt(open.target, answer.state);
+        }
         self.open = Some(pid);
         Ok(())
     }
@@ -397,7 +408,7 @@ impl Feed<'_> {
             runs: gathered.runs().to_vec(),
             buffer,
             filled,
-            hashed: false,
+            hashed: self.hashed,
         })
     }
 }

@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::base::Base;
 use super::conn::Frame;
 use super::intake::{Bases, Intake};
 use super::lane::{Heard, Party, Waker, is_replaced};
@@ -25,11 +26,16 @@ use crate::ferry::hello::{Fail, FailCode, Hello, Window};
 use crate::ferry::message::{Hashes, StateId, WantHashes};
 use crate::ferry::receiver::{Arrival, Message, Receiver, ReceiverEvent};
 use crate::image::writer::CommittedImages;
-use crate::limits::FERRY_QUESTIONS_MAX;
+use crate::limits::{FERRY_HASHES_MAX, FERRY_QUESTIONS_MAX};
 use crate::units::PageSize;
 
 /// Most frames that are applied before the pusher hears of it: far fewer than fit into the window.
 const ACKNOWLEDGED_TOGETHER: u64 = 8;
+
+/// Pages hashed at once: a piece of work of a few milliseconds.
+const HASHED_AT_ONCE: u64 = 1024;
+
+const _: () = assert!(HASHED_AT_ONCE <= FERRY_HASHES_MAX as u64);
 
 /// How a session has ended, as seen from the lanes.
 #[derive(Debug)]
@@ -237,7 +243,13 @@ impl Taking {
             .get_mut(&stream)
             .and_then(VecDeque::pop_front)?;
         let base = lock(&self.bases).get(&wanted.target).cloned();
-        let step = match base.map(|base| lock(&base).hash_from(wanted.from)) {
+        let hash = |base: Arc<Mutex<Base>>| {
+            let mut base = lock(&base);
+            let step = base.hash_from(wanted.from, HASHED_AT_ONCE)?;
+            base.remember(&step);
+            Ok::<_, Error>(step)
+        };
+        let step = match base.map(hash) {
             Some(Ok(step)) => Some(step),
             Some(Err(error)) => {
                 // Without hashes pages are sent in full.

@@ -88,6 +88,14 @@ impl Held {
         self.page
     }
 
+    /// All pages, by whose they are.
+    pub(in crate::engine) fn runs(&self) -> Vec<(Target, PageRange)> {
+        let state = lock(&self.state);
+        let runs = state.plan.runs();
+        runs.map(|(pid, range)| (Target::Process(pid), range))
+            .collect()
+    }
+
     /// How many pages have come, and how many there are.
     pub(in crate::engine) fn progress(&self) -> (PageCount, PageCount) {
         let state = lock(&self.state);

@@ -15,9 +15,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::EpollFlags;
 
 use super::{Restore, Token, rewatch, watch};
-use crate::engine::ferry::fetching::{Delivery, Event, FerryDialer, Fetching, Trouble};
+use crate::criu::header::Target;
+use crate::engine::ferry::fetching::{Delivery, Event, FerryDialer, Fetching, Part, Trouble};
 use crate::error::{Error, Kind, Result};
-use crate::lazy::planner::{Request, SpaceId, Way};
+use crate::image::chain::{Chain, Missing};
+use crate::lazy::planner::{Planner, Request, SpaceId, Way};
 use crate::lazy::space::{Class, Reach};
 use crate::limits::FERRY_BATCH_BYTES_MAX;
 use crate::units::{PageRange, PageSize};
@@ -28,8 +30,8 @@ const ALONE_BYTES: u64 = 16 << 10;
 /// Questions that are open at most.
 const QUESTIONS_MAX: usize = 64;
 
-/// Questions for what the push has left out that are open at most: faults come first.
-const LEFT_OUT_QUESTIONS_MAX: usize = 4;
+/// What the push has left out is asked for up to here, bytes: faults come first.
+const LEFT_OUT_BYTES_MAX: u64 = 256 << 10;
 
 /// How long the source may take to confirm the end.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -48,8 +50,8 @@ pub(super) struct Ferry {
 
 impl Ferry {
     /// Opens a session and connects.
-    pub(super) fn connect(dialer: FerryDialer, page: PageSize) -> Result<Ferry> {
-        let mut fetching = Fetching::new(page);
+    pub(super) fn connect(dialer: FerryDialer) -> Result<Ferry> {
+        let mut fetching = dialer.session();
         fetching.attach(dialer.dial()?);
         Ok(Ferry {
             dialer,
@@ -67,9 +69,33 @@ pub(super) fn reach(page: PageSize) -> Reach {
     }
 }
 
+/// How the pages of `part` came, of which some were asked for as `class`.
+fn way_of(part: &Part, class: Class) -> Way {
+    match part.local {
+        true => Way::Local,
+        false => Way::Fetched(class),
+    }
+}
+
 impl Restore {
     fn fetching(&mut self) -> Option<&mut Fetching<Request>> {
         self.links.ferry.as_mut().map(|ferry| &mut ferry.fetching)
+    }
+
+    /// The pages `missing` of `pid` that are with the source may be in images of an earlier round too.
+    pub(super) fn build_on_earlier(&mut self, pid: u32, missing: &[PageRange]) -> Result<()> {
+        let (Some(earlier), Some(ferry)) = (&self.earlier_images, &mut self.links.ferry) else {
+            return Ok(());
+        };
+        let target = Target::Process(pid);
+        if !earlier.has_pagemap(target) {
+            let dir = earlier.path().display();
+            tracing::warn!("the earlier round in {dir} has nothing of pid {pid}");
+            return Ok(());
+        }
+        let chain = Chain::open(earlier, target, Missing::Leave)?;
+        ferry.fetching.build_on(pid, chain, missing.to_vec());
+        Ok(())
     }
 
     pub(super) fn watch_ferry(&mut self) -> Result<()> {
@@ -90,7 +116,7 @@ impl Restore {
 
     /// Asks for what faults need.
     pub(super) fn ask_ferry_for_faults(&mut self) -> Result<()> {
-        self.ask_ferry(QUESTIONS_MAX, crate::lazy::planner::Planner::next_urgent)
+        self.ask_ferry(u64::MAX, Planner::next_urgent)
     }
 
     /// Asks for what faults need, then for what the push has left out.
@@ -101,15 +127,14 @@ impl Restore {
         }
         let most = FERRY_BATCH_BYTES_MAX as u64;
         // Pages that are there already are not fetched again: few are left out, far from each other.
-        self.ask_ferry(LEFT_OUT_QUESTIONS_MAX, |planner| {
-            planner.next_stream(most, 0)
-        })
+        let pages = LEFT_OUT_BYTES_MAX >> self.images.page().shift();
+        self.ask_ferry(pages, |planner| planner.next_stream(most, 0))
     }
 
     fn ask_ferry(
         &mut self,
-        most: usize,
-        mut next: impl FnMut(&mut crate::lazy::planner::Planner) -> Option<Request>,
+        most_pages: u64,
+        mut next: impl FnMut(&mut Planner) -> Option<Request>,
     ) -> Result<()> {
         let Some(ferry) = &mut self.links.ferry else {
             return Ok(());
@@ -117,7 +142,8 @@ impl Restore {
         let fetching = &mut ferry.fetching;
         let mut asked = false;
         while fetching.is_attached()
-            && fetching.questions() < most
+            && fetching.questions() < QUESTIONS_MAX
+            && fetching.asked_pages() < most_pages
             && let Some(request) = next(&mut self.planner)
         {
             fetching.ask(request.pid, request.image, request);
@@ -179,6 +205,9 @@ impl Restore {
             }
             Err(Trouble::Over(error)) => return Err(error),
         }
+        if let Some(fetching) = self.fetching() {
+            fetching.tell_hashes();
+        }
         self.flush_ferry()
     }
 
@@ -205,10 +234,10 @@ impl Restore {
             .map(|(id, _)| id)
             .collect();
         for id in owners {
-            for (range, bytes) in &delivery.runs {
-                self.planner.pushed(id, *range);
-                let way = Way::Fetched(Class::Stream);
-                self.install(id, *range, &delivery.plain[bytes.clone()], way)?;
+            for part in &delivery.parts {
+                self.planner.pushed(id, part.image);
+                let way = way_of(part, Class::Stream);
+                self.install(id, part.image, &delivery.plain[part.bytes.clone()], way)?;
             }
         }
         Ok(())
@@ -216,26 +245,20 @@ impl Restore {
 
     fn install_answer(&mut self, request: &Request, delivery: &Delivery) -> Result<()> {
         let first = request.image.start();
-        let came = delivery
-            .runs
-            .first()
-            .filter(|(range, _)| range.contains(first));
-        let Some((range, _)) = came.filter(|_| delivery.pid == request.pid) else {
+        if delivery.pid != request.pid || !delivery.tells_of(first) {
             let text = format!(
                 "the source has no page at {first} of pid {}: its images and ours are not of one dump",
                 request.pid
             );
             return Err(Error::new(Kind::Protocol, text));
-        };
-        let end = range.end().get().min(request.image.end().get());
-        for (range, bytes) in &delivery.runs {
-            let way = Way::Fetched(request.class);
-            self.install(request.space, *range, &delivery.plain[bytes.clone()], way)?;
         }
-        if end < request.image.end().get() {
-            let rest = PageRange::new(end, request.image.end().get());
-            self.planner.give_back(request.space, rest);
+        for part in &delivery.parts {
+            let way = way_of(part, request.class);
+            let bytes = &delivery.plain[part.bytes.clone()];
+            self.install(request.space, part.image, bytes, way)?;
         }
+        // What the answer has left out is asked for once more.
+        self.planner.give_back(request.space, request.image);
         self.send_requests()
     }
 
@@ -276,6 +299,7 @@ impl Restore {
         fetching.may_install();
         fetching.taken();
         loop {
+            fetching.tell_hashes();
             let left = fetching.flush()?;
             match fetching.next()? {
                 Some(Event::Bye) => return Ok(()),

@@ -74,7 +74,7 @@ impl Links {
         let (mut pair, mut session) = (None, None);
         if let Some(Dialer { peer, tls, .. }) = dialer.as_ref().filter(|_| config.ferry) {
             let dialer = FerryDialer::new(peer.clone(), tls.clone(), page)?;
-            session = Some(Ferry::connect(dialer, page)?);
+            session = Some(Ferry::connect(dialer)?);
             tracing::info!("connected to the source at {peer} (ferry)");
         } else if let Some(dialer) = &dialer {
             pair = Some(dialer.dial_pair().map_err(|error| error.within(hint))?);
@@ -112,7 +112,7 @@ impl Links {
 
     pub(super) fn has_buffered(&self) -> bool {
         let ferry = self.ferry.as_ref();
-        ferry.is_some_and(|ferry| ferry.fetching.has_buffered())
+        ferry.is_some_and(|ferry| ferry.fetching.has_work())
             || self.pair.as_ref().is_some_and(|pair| {
                 pair.stream.has_buffered()
                     || pair

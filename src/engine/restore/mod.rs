@@ -100,6 +100,9 @@ pub struct RestoreConfig {
     pub tls: Option<Tls>,
     /// The source is a page-server that forwards a lazy dump: it is spoken to over ferry.
     pub ferry: bool,
+    /// The directory of an earlier round's images, whose pages need not travel over ferry: absolute, or
+    /// relative to the image directory. `None` leaves it to that one's parent link.
+    pub prev_images_dir: Option<PathBuf>,
     /// The source's header layout, if the images are not to tell.
     pub wire: Option<Wire>,
     /// Serve faults alone.
@@ -154,6 +157,8 @@ struct Process {
 pub struct Restore {
     config: RestoreConfig,
     images: ImageDir,
+    /// Images of an earlier round, where they can be of use.
+    earlier_images: Option<ImageDir>,
     intake: Intake,
     intake_done: bool,
     /// The restore said that every process runs.
@@ -209,6 +214,10 @@ impl Restore {
             Some(wire) => wire,
             None => process::wire_of(&images)?,
         };
+        let earlier_images = match config.ferry {
+            true => process::earlier_round(&images, config.prev_images_dir.as_deref())?,
+            false => None,
+        };
         let intake = Intake::listen(std::path::Path::new("."))?;
         let links = Links::connect(&config, wire, page)?;
         let observer = Observer::new(config.trace.as_deref(), page)?;
@@ -221,6 +230,7 @@ impl Restore {
             planner: Planner::new(page),
             config,
             images,
+            earlier_images,
             intake,
             intake_done: false,
             finished: false,
@@ -459,6 +469,7 @@ impl Restore {
             space.runs(),
             space.remote_bytes() >> self.images.page().shift(),
         );
+        self.build_on_earlier(pid, space.origins())?;
         let id = self.planner.add(space);
         let chain = opened.chain.map(Arc::new);
         self.adopt(id, Process { pid, uffd, chain })

@@ -1,5 +1,7 @@
 //! Opening a restored process: which of its memory is missing, and who has it.
 
+use std::path::Path;
+
 use crate::criu::header::{Target, Wire};
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::{Chain, Missing, Place};
@@ -36,6 +38,26 @@ pub(super) fn open(images: &ImageDir, pid: u32, has_source: bool) -> Result<Open
     let chain = (!local.is_empty()).then_some(chain);
     let space = Space::new(pid, images.page(), remote, local);
     Ok(Opened { space, chain })
+}
+
+/// The directory of the round before `images`: `named`, which may be relative to theirs, or else what
+/// their parent link leads to.
+pub(super) fn earlier_round(images: &ImageDir, named: Option<&Path>) -> Result<Option<ImageDir>> {
+    let earlier = match named {
+        Some(named) => {
+            let dir = ImageDir::open(&images.path().join(named), images.page())
+                .map_err(|error| error.within("--prev-images-dir"))?;
+            Some(dir)
+        }
+        None => images.parent()?,
+    };
+    if let Some(earlier) = &earlier {
+        tracing::info!(
+            "building on the earlier round in {}",
+            earlier.path().display()
+        );
+    }
+    Ok(earlier)
 }
 
 /// `range` cut at the borders of the mappings, which are sorted: no copy may cross one.

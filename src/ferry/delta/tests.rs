@@ -297,3 +297,48 @@ fn contents_outlive_a_round_that_failed_and_serve_where_the_taker_has_them() {
     assert_eq!(verdict(&mut memory, 6), Verdict::Fresh);
     check_slots(&memory);
 }
+
+#[test]
+fn a_memory_for_hashes_has_room_for_all_of_them_and_keeps_no_contents() {
+    let hasher = PageHasher::new(HashKey([3; 16]), PAGE);
+    let at = |number: u64| number * PAGE.bytes();
+    // Two runs in one chunk, one over a border, one of somebody else at the same place.
+    let other = Target::Process(2);
+    let runs = [
+        (TARGET, PageRange::new(at(3), at(5))),
+        (TARGET, PageRange::new(at(500), at(530))),
+        (other, PageRange::new(at(500), at(530))),
+    ];
+    let mut memory = PageMemory::for_hashes_of(PAGE, runs);
+    assert!(memory.adopt(TARGET, StateId([7; 16])) && memory.adopt(other, StateId([7; 16])));
+    let old = hasher.hash(&contents(9));
+    for (target, run) in runs {
+        let pages = usize::try_from(run.pages(PAGE).get()).expect("few");
+        memory.learn(target, run, &vec![old.0; pages]);
+        for vaddr in present_pages(
+            &[Run {
+                range: run,
+                flags: PageFlags::PRESENT,
+            }],
+            PAGE,
+        ) {
+            assert_eq!(
+                memory.base_of(target, vaddr),
+                Some(old),
+                "{vaddr} of {target}"
+            );
+        }
+    }
+    assert_eq!(memory.base_of(TARGET, Vaddr(at(1000))), None);
+    assert_eq!(
+        judge(&mut memory, &hasher, 510, &contents(9)).pages,
+        [Verdict::Same(old)]
+    );
+    assert_eq!(
+        judge(&mut memory, &hasher, 511, &contents(10)).pages,
+        [Verdict::Fresh]
+    );
+    assert_eq!(memory.base_of(TARGET, Vaddr(at(511))), None, "sent already");
+    let remembered = memory.remembered();
+    assert_eq!((remembered.kept_pages, remembered.left_out_pages), (0, 0));
+}

@@ -1,0 +1,315 @@
+//! Pre-copy, then post-copy, with real CRIUs: an earlier round of the processes is there already, and
+//! of the lazy dump only what has changed since travels.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use testbed::bed::Bed;
+use testbed::criu::{Criu, Suite};
+use testbed::daemons::{Make, Options, PageServer};
+use testbed::for_each_criu;
+use testbed::images::page_size;
+use testbed::load::Load;
+use testbed::load::scenarios::reading;
+use testbed::load::spec::{LoadSpec, OnLostPage};
+use testbed::load::steps::{Order, Pass, Step};
+use testbed::migration::Dump;
+use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
+use testbed::proxy::{Accident, Harm, Link, Way};
+use testbed::rounds::pages_files;
+use testbed::suite::with_criu;
+use testbed::summary::{number, of_session, whole};
+use testbed::wait::{self, GENEROUS};
+
+for_each_criu!(only_what_has_changed_travels, reads_at_random_meanwhile,);
+
+const MIB: u32 = 64;
+/// Every so-manieth page changes behind the earlier round.
+const CHANGED_EVERY: u32 = 50;
+
+fn spec(bed: &Bed) -> LoadSpec {
+    LoadSpec {
+        on_lost_page: OnLostPage::Count,
+        pin_own_memory: true,
+        ..LoadSpec::mixed(bed.path("load"), MIB)
+    }
+}
+
+fn verify() -> [Step; 1] {
+    [Step::Verify(Pass::full(Order::Random))]
+}
+
+/// A load of which an earlier round was dumped, and which has changed a little since.
+struct Changed<'a> {
+    criu: &'a Criu,
+    load: Load,
+    /// The earlier round's images.
+    earlier: PathBuf,
+    /// What the lazy-client and the forwarder tell.
+    told: [PathBuf; 2],
+}
+
+impl<'a> Changed<'a> {
+    fn start(bed: &Bed, criu: &'a Criu, spec: LoadSpec) -> Result<Changed<'a>> {
+        let processes = spec.processes;
+        let load = Load::start(spec, None)?;
+        let earlier = bed.path("earlier");
+        let server = PageServer::receiving(Make::Ours, &Options::new(&earlier))?;
+        Dump::new(criu, load.pid(), &earlier)
+            .to(server.address())
+            .leave_running()
+            .run()?;
+        server.finish(GENEROUS)?;
+        let (every, order) = (CHANGED_EVERY, Order::Random);
+        for process in 0..processes {
+            load.run(process, &[Step::Write { every, order }])?;
+        }
+        Ok(Changed {
+            criu,
+            load,
+            earlier,
+            told: ["client.json", "forward.json"].map(|name| bed.path(name)),
+        })
+    }
+
+    /// A post-copy through a forwarder to a client that has the earlier round.
+    fn plan(&self) -> Plan<'a> {
+        let earlier = self.earlier.to_string_lossy().into_owned();
+        let mut plan = self.plan_from_nothing();
+        plan.client_options
+            .extend(["--prev-images-dir".to_owned(), earlier]);
+        plan
+    }
+
+    /// The same to a client that has nothing.
+    fn plan_from_nothing(&self) -> Plan<'a> {
+        let tell = |told: &Path| {
+            let told = told.to_string_lossy().into_owned();
+            vec!["--summary-json".to_owned(), told]
+        };
+        let plan = Plan::new(self.criu, Source::Forwarder, Make::Ours).over(slow_link());
+        Plan {
+            client_options: [vec!["--ferry".to_owned()], tell(&self.told[0])].concat(),
+            source_options: tell(&self.told[1]),
+            ..plan
+        }
+    }
+}
+
+/// The memory of every restored process is right.
+fn expect_right(moved: &PostCopy) -> Result<()> {
+    for report in moved.load.run_everywhere(&verify())? {
+        report.expect_right()?;
+    }
+    Ok(())
+}
+
+/// What a client with the earlier round did, which no thread disturbed: `local` pages of `all`.
+#[derive(Clone, Copy)]
+struct Brought {
+    local: u64,
+    all: u64,
+}
+
+impl Brought {
+    fn read(summary: &Path) -> Result<Brought> {
+        let summary = whole(summary)?;
+        ensure!(number(&summary, "/missing_pages")? == 0, "{summary}");
+        Ok(Brought {
+            local: number(&summary, "/pages/local")?,
+            all: number(&summary, "/total_pages")?,
+        })
+    }
+}
+
+fn only_what_has_changed_travels(bed: &Bed, criu: &Criu) -> Result<()> {
+    let changed = Changed::start(bed, criu, spec(bed))?;
+    let (plan, [client, forwarder]) = (changed.plan(), changed.told.clone());
+    let mut moved = PostCopy::of(bed, &plan, changed.load, &[])?;
+    moved.finish()?;
+    expect_right(&moved)?;
+    let Brought { local, all } = Brought::read(&client)?;
+    ensure!(local < all && local > all / 10 * 9, "{local} of {all}");
+    let sent = of_session(&forwarder, 0)?;
+    let same = number(&sent, "/sent/same/pages")?;
+    ensure!(same >= local, "{local} pages were local: {sent}");
+    let learned = number(&sent, "/hashes_learned")?;
+    ensure!(learned > all / 10 * 9, "{learned} hashes for {all} pages");
+    let (came, bytes) = (moved.received(), all * page_size()?.bytes());
+    ensure!(came < bytes / 10, "{came} bytes for {bytes}");
+    let went = moved.carried(Way::ToServer);
+    // 16 bytes a page, and acknowledgements.
+    ensure!((16 * learned..48 * all).contains(&went), "{went} bytes");
+    Ok(())
+}
+
+fn reads_at_random_meanwhile(bed: &Bed, criu: &Criu) -> Result<()> {
+    let changed = Changed::start(bed, criu, LoadSpec::mixed(bed.path("load"), MIB))?;
+    let (plan, [client, _]) = (changed.plan(), changed.told.clone());
+    let mut moved = PostCopy::of(bed, &plan, changed.load, &reading())?;
+    moved.reports()?;
+    moved.finish()?;
+    expect_right(&moved)?;
+    let Brought { local, all } = Brought::read(&client)?;
+    ensure!(local > all / 2, "{local} of {all}");
+    Ok(())
+}
+
+#[test]
+fn a_tree_builds_on_the_parent_of_its_images() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let spec = LoadSpec::tree(bed.path("load"), 48, 3);
+        let changed = Changed::start(bed, criu, spec)?;
+        let (mut plan, [client, _]) = (changed.plan_from_nothing(), changed.told.clone());
+        // The link is made where the images are put for the restore.
+        plan.parent_of_restored = Some(changed.earlier.clone());
+        let mut moved = PostCopy::of(bed, &plan, changed.load, &[])?;
+        moved.finish()?;
+        expect_right(&moved)?;
+        let Brought { local, all } = Brought::read(&client)?;
+        ensure!(local > all / 10 * 8, "{local} of {all}");
+        Ok(())
+    });
+}
+
+#[test]
+fn clients_with_and_without_an_earlier_round_get_the_same() {
+    with_criu(Suite::Experimental, |bed, criu| {
+        let changed = Changed::start(bed, criu, spec(bed))?;
+        let client = changed.told[0].clone();
+        let mut plans = [changed.plan(), changed.plan_from_nothing(), changed.plan()];
+        for plan in &mut plans {
+            plan.source_options.push("--keep".to_owned());
+        }
+        let mut moved = PostCopy::of(bed, &plans[0], changed.load, &[])?;
+        for (n, next) in plans.iter().enumerate().skip(1) {
+            moved.daemon.process().succeed(GENEROUS)?;
+            expect_right(&moved)?;
+            let local = Brought::read(&client)?.local;
+            ensure!((local > 0) == (n == 1), "client {n}: {local} local pages");
+            moved = moved.again(next, &[])?;
+        }
+        moved.daemon.process().succeed(GENEROUS)?;
+        expect_right(&moved)?;
+        ensure!(Brought::read(&client)?.local > 0, "the last client");
+        let forwarder = moved.forwarder().context("the forwarder")?;
+        forwarder.signal(Signal::SIGTERM)?;
+        forwarder.succeed(GENEROUS)?;
+        Ok(())
+    });
+}
+
+/// An accident on the way of the hashes, or of the pages.
+fn with_accident(bed: &Bed, criu: &Criu, way: Way, harm: Harm) -> Result<()> {
+    let changed = Changed::start(bed, criu, spec(bed))?;
+    // A quarter of the hashes; as many bytes of what is answered to them.
+    let after_bytes = 64 << 10;
+    let accident = Accident {
+        way,
+        after_bytes,
+        harm,
+    };
+    let plan = changed.plan().with_accident(slow_link(), accident);
+    let client = changed.told[0].clone();
+    let mut moving = PostCopy::of(bed, &plan, changed.load, &verify())?;
+    moving.reports()?;
+    moving.finish()?;
+    let log = fs::read_to_string(moving.daemon.process().log().context("a log")?)?;
+    ensure!(log.contains("the source is back"), "nothing was harmed");
+    let Brought { local, all } = Brought::read(&client)?;
+    ensure!(local > all / 2, "{local} of {all}");
+    Ok(())
+}
+
+#[test]
+fn a_link_that_is_cut_among_the_hashes_is_made_again() {
+    with_criu(Suite::Sid, |bed, criu| {
+        with_accident(bed, criu, Way::ToServer, Harm::Reset)
+    });
+}
+
+#[test]
+fn a_link_that_ends_among_the_pages_is_made_again() {
+    with_criu(Suite::Trixie, |bed, criu| {
+        with_accident(bed, criu, Way::ToClient, Harm::End)
+    });
+}
+
+#[test]
+fn a_bit_that_flips_among_the_hashes_is_found() {
+    with_criu(Suite::Sid, |bed, criu| {
+        with_accident(bed, criu, Way::ToServer, Harm::FlipBit)
+    });
+}
+
+/// Flips a bit in every `every`th page of the images in `dir`.
+fn damage(dir: &Path, every: u64) -> Result<u64> {
+    let (page, mut damaged) = (page_size()?.bytes(), 0);
+    for path in pages_files(dir)? {
+        let file = File::options().read(true).write(true).open(path)?;
+        let pages = file.metadata()?.len() / page;
+        for offset in (0..pages).step_by(every.try_into()?).map(|n| n * page + 77) {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, offset)?;
+            file.write_all_at(&[byte[0] ^ 4], offset)?;
+            damaged += 1;
+        }
+    }
+    Ok(damaged)
+}
+
+#[test]
+fn pages_that_were_changed_behind_our_back_travel() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let changed = Changed::start(bed, criu, spec(bed))?;
+        let damaged = damage(&changed.earlier, 10)?;
+        let (plan, client) = (changed.plan(), changed.told[0].clone());
+        let mut moved = PostCopy::of(bed, &plan, changed.load, &[])?;
+        moved.finish()?;
+        expect_right(&moved)?;
+        let Brought { local, all } = Brought::read(&client)?;
+        ensure!(local > all / 2, "{local} of {all}");
+        // Some of the damaged pages are not lazy.
+        ensure!(
+            all - local > damaged / 2,
+            "{local} of {all}, {damaged} damaged"
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn pages_that_change_behind_their_hashes_travel() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let spec = LoadSpec {
+            pin_own_memory: true,
+            ..LoadSpec::mixed(bed.path("load"), 16)
+        };
+        let changed = Changed::start(bed, criu, spec)?;
+        // Time enough to damage the images between the hashes and what is answered to them.
+        let link = Link {
+            round_trip: Duration::from_millis(400),
+            bytes_per_s: None,
+        };
+        let plan = changed.plan().over(link);
+        let earlier = changed.earlier.clone();
+        let mut moving = PostCopy::of(bed, &plan, changed.load, &[])?;
+        wait::until("hashes", GENEROUS, || {
+            let told = moving.carried(Way::ToServer) > 12 << 10;
+            Ok(told.then_some(()))
+        })?;
+        damage(&earlier, 2)?;
+        moving.finish()?;
+        expect_right(&moving)?;
+        let log = fs::read_to_string(moving.daemon.process().log().context("a log")?)?;
+        ensure!(
+            log.contains("of the earlier round of"),
+            "every page was what it had been: nothing was tested"
+        );
+        Ok(())
+    });
+}
