@@ -1,14 +1,15 @@
 //! A connection to the server under test.
 
-use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use pageferry::tls::TlsStream;
+use socket2::SockRef;
 use testbed::wait::is_interrupted;
 
+use super::pages::Pages;
 use super::recording::Recording;
 use super::run::PATIENCE;
 
@@ -41,30 +42,32 @@ fn patiently<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
 }
 
 impl Connection {
-    /// Sends a recording. Over a plain connection the kernel sends its pages without a copy, as CRIU
-    /// sends those of a process.
-    pub(super) fn send(&mut self, recording: &Recording) -> Result<()> {
-        let mut file = File::open(&recording.path)?;
-        match self {
-            // `io::copy` is sendfile(2) here, and goes on where it stopped.
-            Connection::Plain(socket) => {
-                patiently(|| io::copy(&mut file, socket))?;
-            }
-            Connection::Secure(_) => {
-                let mut piece = Vec::new();
-                for part in recording.parts() {
-                    let mut left = part.end - part.start;
-                    while left > 0 {
-                        piece.clear();
-                        let most = left.min(PIECE_BYTES);
-                        let read = (&mut file).take(most).read_to_end(&mut piece)?;
-                        ensure!(read as u64 == most, "the recording has become shorter");
+    /// Sends a recording whose pages are loaded, with the calls of CRIU: the socket is corked, each
+    /// header is sent, and the pages behind it are spliced from where they are. Secured pages are read
+    /// and encrypted.
+    pub(super) fn send(&mut self, recording: &Recording, mut pages: Pages) -> Result<()> {
+        if let Connection::Plain(socket) = self {
+            SockRef::from(&*socket).set_tcp_cork(true)?;
+        }
+        let mut piece = Vec::new();
+        for (header, payload) in recording.said() {
+            self.write_all(header)?;
+            let mut left = payload;
+            while left > 0 {
+                left -= match self {
+                    Connection::Plain(socket) => patiently(|| pages.splice(socket, left))?,
+                    Connection::Secure(_) => {
+                        pages.read(left.min(PIECE_BYTES), &mut piece)?;
                         self.write_all(&piece)?;
-                        left -= most;
+                        piece.len() as u64
                     }
-                }
-                self.flush()?;
+                };
             }
+        }
+        match self {
+            // Sends what the cork held back, as CRIU has it sent when it waits for an answer.
+            Connection::Plain(socket) => socket.set_nodelay(true)?,
+            Connection::Secure(_) => self.flush()?,
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! `cargo xtask bench page-server`: page servers that receive a dump, and that serve one.
 //!
 //! ```text
-//!   receive   recording --sendfile, or our TLS--> page-server | CRIU's | bare sink --> tmpfs, disk
+//!   receive   recording --splice, or our TLS--> page-server | CRIU's | bare sink --> tmpfs, disk
 //!   serve     clients   --GETs--> page-server | CRIU's           <-- warm image
 //!   dump      criu dump --------> page-server | CRIU's
 //!     |  medians, ratios round by round
@@ -15,6 +15,7 @@
 mod case;
 mod connection;
 mod dump;
+mod pages;
 mod promises;
 mod receive;
 mod recording;

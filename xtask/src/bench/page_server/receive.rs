@@ -17,6 +17,7 @@ use testbed::load::spec::{AreaSpec, LoadSpec, Mapping};
 use testbed::migration::Dump;
 
 use super::case::{Contender, Feed, Link, Target};
+use super::pages::Pages;
 use super::recording::{Recording, capture, generate};
 use super::run::{Bench, PATIENCE, Run};
 
@@ -88,7 +89,7 @@ impl Bench<'_> {
             // What was written before is not to be written during the run.
             syncfs(&File::open(bed.dir())?)?;
         }
-        self.warm_memory(recording.bytes)?;
+        self.warm_memory(recording.bytes())?;
         if who == Contender::Sink {
             return self.receive_bare(recording, &bed);
         }
@@ -97,9 +98,10 @@ impl Bench<'_> {
         let mut server = PageServer::receiving(self.make(who), &options)?;
         let cpu = server.process().cpu()?;
 
+        let pages = Pages::load(recording, link)?;
         let started = Instant::now();
         let mut connection = self.connect(server.address(), link)?;
-        connection.send(recording)?;
+        connection.send(recording, pages)?;
         let mut answers = vec![0xff; recording.answers.len()];
         let answered = connection.read_exact(&mut answers);
         let wall = started.elapsed();
@@ -119,9 +121,10 @@ impl Bench<'_> {
         let mut sink = Sink::start(&stored)?;
         let cpu = sink.process().cpu()?;
 
+        let pages = Pages::load(recording, Link::Plain)?;
         let started = Instant::now();
         let mut connection = self.connect(sink.address(), Link::Plain)?;
-        connection.send(recording)?;
+        connection.send(recording, pages)?;
         let peak = sink.process().peak_rss_bytes()?;
         connection.end()?;
         let wall = started.elapsed();
@@ -129,7 +132,10 @@ impl Bench<'_> {
         let ended = sink.process().succeed(PATIENCE)?;
         let used = ended.cpu.saturating_sub(cpu);
         let length = stored.metadata()?.len();
-        ensure!(length == recording.bytes, "the sink stored {length} bytes");
+        ensure!(
+            length == recording.bytes(),
+            "the sink stored {length} bytes"
+        );
         let bytes = recording.pages() << self.page.shift();
         Ok(Run::new(wall, bytes, used, peak))
     }

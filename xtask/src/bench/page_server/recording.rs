@@ -1,16 +1,17 @@
-//! What a dump says to a page server, as a file that can be said again.
+//! What a dump says to a page server, kept so that it can be said again.
 //!
 //! ```text
-//!   a generator, or a real dump  -->  Recorder  -->  file: headers and pages as on the wire
+//!   a generator, or a real dump  -->  Recorder  -->  headers: as on the wire
+//!                                                    file: the pages behind them, nothing else
 //!                                                    frames: whose pages are where in the file
 //!                                                    answers: what a good server says to it
 //! ```
 //!
-//! The frames tell what must be in the images of whoever received the file.
+//! Pages lie at page boundaries of the file, as in the memory of a process, so that they can be sent
+//! from where they are. The frames tell what must be in the images of whoever received them.
 
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
-use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -42,22 +43,24 @@ struct Frame {
 /// See the module's text.
 #[derive(Debug)]
 pub(super) struct Recording {
-    pub(super) path: PathBuf,
-    /// Length of the file, bytes.
-    pub(super) bytes: u64,
+    path: PathBuf,
     /// What a server without parents answers when it has stored everything.
     pub(super) answers: Vec<u8>,
     page: PageSize,
+    wire: Wire,
     frames: Vec<Frame>,
-    /// Where headers and runs of pages begin in the file.
-    cuts: Vec<u64>,
+    /// All headers, one behind the other.
+    headers: Vec<u8>,
+    /// Bytes of pages behind each header.
+    payloads: Vec<u64>,
+    /// Length of the file, bytes.
+    page_bytes: u64,
 }
 
 /// Takes down what a dump says, header by header.
 #[derive(Debug)]
 struct Recorder {
     file: BufWriter<File>,
-    wire: Wire,
     target: Option<Target>,
     recording: Recording,
 }
@@ -77,24 +80,24 @@ impl Recorder {
         let file = File::create(path).with_context(|| path.display().to_string())?;
         Ok(Recorder {
             file: BufWriter::with_capacity(PIECE_BYTES, file),
-            wire,
             target: None,
             recording: Recording {
                 path: path.to_owned(),
-                bytes: 0,
                 answers: Vec::new(),
                 page,
+                wire,
                 frames: Vec::new(),
-                cuts: Vec::new(),
+                headers: Vec::new(),
+                payloads: Vec::new(),
+                page_bytes: 0,
             },
         })
     }
 
     fn hear(&mut self, header: &Header) -> Result<Heard<'_>> {
         let mut bytes = [0; HEADER_BYTES_MAX];
-        let length = header.encode(self.wire, &mut bytes);
-        self.recording.cuts.push(self.recording.bytes);
-        self.write(&bytes[..length])?;
+        let length = header.encode(self.recording.wire, &mut bytes);
+        self.recording.headers.extend(&bytes[..length]);
         let mut payload = 0;
         let answered = self.recording.answers.len();
         let answers = &mut self.recording.answers;
@@ -115,14 +118,14 @@ impl Recorder {
                 self.recording.frames.push(Frame {
                     target: self.target.context("pages of no process")?,
                     range,
-                    offset: self.recording.bytes,
+                    offset: self.recording.page_bytes,
                 });
-                self.recording.cuts.push(self.recording.bytes);
                 payload = range.bytes();
             }
             Op::Hole => {}
             Op::Get | Op::AddFlagsCompressed => bail!("a dump that says {:?}", header.op),
         }
+        self.recording.payloads.push(payload);
         Ok(Heard {
             answer: &self.recording.answers[answered..],
             payload,
@@ -131,7 +134,7 @@ impl Recorder {
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.recording.bytes += bytes.len() as u64;
+        self.recording.page_bytes += bytes.len() as u64;
         Ok(self.file.write_all(bytes)?)
     }
 
@@ -207,12 +210,25 @@ pub(super) fn capture(
 }
 
 impl Recording {
-    /// The parts of the file: headers and runs of pages. CRIU reads a header from a single TLS record,
-    /// so none may be cut.
-    pub(super) fn parts(&self) -> impl Iterator<Item = Range<u64>> + '_ {
-        let ends = self.cuts.iter().skip(1).copied().chain([self.bytes]);
-        let parts = self.cuts.iter().zip(ends);
-        parts.map(|(&start, end)| start..end)
+    /// Opens the file of pages.
+    pub(super) fn pages_file(&self) -> Result<File> {
+        File::open(&self.path).with_context(|| self.path.display().to_string())
+    }
+
+    /// What is said: headers, and how many bytes of the file's pages follow each.
+    pub(super) fn said(&self) -> impl Iterator<Item = (&[u8], u64)> {
+        let headers = self.headers.chunks_exact(self.wire.header_bytes());
+        headers.zip(self.payloads.iter().copied())
+    }
+
+    /// Length of all that is said, bytes.
+    pub(super) fn bytes(&self) -> u64 {
+        self.headers.len() as u64 + self.page_bytes
+    }
+
+    /// Length of the file of pages, bytes.
+    pub(super) fn page_bytes(&self) -> u64 {
+        self.page_bytes
     }
 
     /// Pages of all frames.
@@ -224,7 +240,7 @@ impl Recording {
     /// Checks that every page of the recording is in `images`, with its content.
     pub(super) fn check(&self, images: &Path) -> Result<()> {
         let dir = ImageDir::open_any(images, self.page)?;
-        let file = File::open(&self.path)?;
+        let file = self.pages_file()?;
         let mut opened: Option<(Target, Chain)> = None;
         for frame in &self.frames {
             let chain = match &opened {
@@ -290,21 +306,25 @@ mod tests {
         let generated = generate(&dir.path("generated"), 1, 100, PAGE).unwrap();
         assert_eq!((generated.pages(), generated.frames.len()), (256, 3));
         assert_eq!(generated.answers, [0; 5]);
-        let said = std::fs::read(&generated.path).unwrap();
-        assert_eq!(generated.bytes, said.len() as u64);
-        let parts: Vec<u64> = generated
-            .parts()
-            .map(|part| part.end - part.start)
-            .collect();
+        let payloads: Vec<u64> = generated.said().map(|(_, payload)| payload).collect();
         let runs = [100, 100, 56].map(|pages| pages * PAGE.bytes());
-        assert_eq!(parts, [32, 32, runs[0], 32, runs[1], 32, runs[2], 32]);
+        assert_eq!(payloads, [0, runs[0], runs[1], runs[2], 0]);
+        let pages = std::fs::read(&generated.path).unwrap();
+        let (mut said, mut left) = (Vec::new(), pages.as_slice());
+        for (header, payload) in generated.said() {
+            let (payload, behind) = left.split_at(usize::try_from(payload).unwrap());
+            said.extend([header, payload].concat());
+            left = behind;
+        }
+        assert_eq!(generated.bytes(), said.len() as u64);
         let mut connection = Spoken {
-            said: std::io::Cursor::new(said.clone()),
+            said: std::io::Cursor::new(said),
             answered: Vec::new(),
         };
         let path = dir.path("captured");
         let captured = capture(&mut connection, &path, Wire::V2, PAGE).unwrap();
-        assert!(std::fs::read(&captured.path).unwrap() == said);
+        assert!(std::fs::read(&captured.path).unwrap() == pages);
+        assert!(captured.said().eq(generated.said()));
         assert_eq!(connection.answered, generated.answers);
         assert_eq!(captured.frames.len(), generated.frames.len());
         // Nothing was stored anywhere.
