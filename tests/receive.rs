@@ -48,6 +48,8 @@ type Way = (Io, Writes);
 
 const EPOLL: Way = (Io::Epoll, Writes::Beside);
 
+const ALL_WRITES: [Writes; 3] = [Writes::Beside, Writes::LargeBeside, Writes::Between];
+
 fn context(dir: &Path, previous: Option<&str>, (io, writes): Way) -> ReceiveContext {
     let stores = Stores::open(options(dir, previous), None).unwrap();
     ReceiveContext {
@@ -69,7 +71,7 @@ fn ways() -> Vec<Way> {
     let uring = testbed::gate::need("io_uring", Io::choose(Some(Io::Uring)));
     let drivers = uring.into_iter().chain([Io::Epoll]);
     drivers
-        .flat_map(|io| [Writes::Beside, Writes::Between].map(|writes| (io, writes)))
+        .flat_map(|io| ALL_WRITES.map(|writes| (io, writes)))
         .collect()
 }
 

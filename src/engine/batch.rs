@@ -81,6 +81,12 @@ impl Plan {
         &self.runs
     }
 
+    /// How long a range of the buffer is on average, bytes; 0 if there is none.
+    pub fn mean_range_bytes(&self) -> u64 {
+        let bytes: u64 = self.runs.iter().map(|run| run.bytes).sum();
+        bytes.checked_div(self.ranges.len() as u64).unwrap_or(0)
+    }
+
     /// The ranges of the buffer that make up `run`.
     pub fn ranges(&self, run: &Run) -> &[Range<usize>] {
         &self.ranges[run.ranges.clone()]

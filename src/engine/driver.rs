@@ -12,6 +12,7 @@
 
 use std::fmt;
 use std::io;
+use std::num::NonZero;
 use std::ops::Range;
 use std::sync::Arc;
 use std::thread::available_parallelism;
@@ -19,7 +20,7 @@ use std::time::Duration;
 
 use socket2::Socket;
 
-use super::batch::Batch;
+use super::batch::{Batch, Plan};
 use super::epoll::EpollDriver;
 use super::uring::UringDriver;
 use crate::error::{Error, Kind, Result};
@@ -150,14 +151,21 @@ impl Io {
     }
 }
 
-/// CPUs that are busy while a session receives: the network's and the session's own.
+/// CPUs that are busy while a session receives many small frames: the one that their sender, or the
+/// network, needs, and the session's own.
 const BUSY_CPUS: usize = 2;
+
+/// Ranges of fewer bytes than this on average are of small frames. A sender makes two calls for each
+/// frame and so needs a CPU for them; large frames leave it free.
+const LARGE_RANGE_BYTES: u64 = 32 << 10;
 
 /// When files are written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Writes {
     /// While bytes are received.
     Beside,
+    /// Large frames while bytes are received, small ones before more bytes are.
+    LargeBeside,
     /// Before more bytes are received.
     Between,
 }
@@ -165,9 +173,19 @@ pub enum Writes {
 impl Writes {
     /// What is better on this machine.
     pub fn of_machine() -> Writes {
-        match available_parallelism() {
-            Ok(cpus) if cpus.get() <= BUSY_CPUS => Writes::Between,
+        match available_parallelism().map(NonZero::get) {
+            Ok(1) => Writes::Between,
+            Ok(..=BUSY_CPUS) => Writes::LargeBeside,
             _ => Writes::Beside,
+        }
+    }
+
+    /// Whether what `plan` says is written while bytes are received.
+    pub(super) fn are_beside(self, plan: &Plan) -> bool {
+        match self {
+            Writes::Beside => true,
+            Writes::LargeBeside => plan.mean_range_bytes() >= LARGE_RANGE_BYTES,
+            Writes::Between => false,
         }
     }
 }

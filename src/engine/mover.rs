@@ -2,7 +2,8 @@
 //!
 //! Where a CPU may be free the driver writes while the next buffer is filled. Where there is none,
 //! what goes to another thread only costs the way there: then a buffer is written before the next
-//! one is filled, and its bytes are still in this CPU's cache.
+//! one is filled, and its bytes are still in this CPU's cache. Which it is may change from buffer to
+//! buffer ([`Writes::LargeBeside`]): each run has its place in the file, so the order is free.
 
 use std::ops::Range;
 
@@ -68,13 +69,14 @@ impl Mover {
             self.free.push(buffer);
             return Ok(());
         }
+        let beside = self.writes.are_beside(&plan);
         let batch = Batch { buffer, plan };
-        if self.writes == Writes::Between {
-            batch.write()?;
-            self.free.push(batch.buffer);
-            return Ok(());
+        if beside {
+            return self.driver.submit(Operation::Write(batch));
         }
-        self.driver.submit(Operation::Write(batch))
+        batch.write()?;
+        self.free.push(batch.buffer);
+        Ok(())
     }
 
     /// Waits until all bytes are in their files.
