@@ -6,19 +6,21 @@
 //! ```
 //!
 //! Rules of getopt_long that CRIU users rely on: letters may be joined (`-dvv`; a letter with a value
-//! takes the rest of the row), values follow or are attached, long names may be shortened while they are unique, words may stand between options, and
-//! `--no-NAME` turns a switch off. What CRIU knows and this program does not is skipped with a
-//! warning; what neither knows is an error.
+//! takes the rest of the row), values follow or are attached, long names may be shortened while they
+//! are unique, words may stand between options, and `--no-NAME` turns a switch off. What CRIU knows and
+//! this program does not is skipped with a warning; what neither knows is an error.
+
+mod error;
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use clap::{ArgAction, Parser};
-use thiserror::Error;
 
 use super::criu_options::{LONG, SHORT, Value};
 use super::log::VERBOSITY_DEFAULT;
+pub use error::CommandLineError;
 
 /// A word among the options that says what the program is to do.
 #[derive(Clone, Copy, Debug)]
@@ -50,63 +52,6 @@ pub struct Parsed<A> {
     pub args: A,
     /// Options of CRIU's that mean nothing here, for a warning.
     pub skipped: Vec<String>,
-}
-
-/// A command line that cannot be used, or that asks for help.
-#[derive(Debug, Error)]
-pub enum CommandLineError {
-    /// No such option in this program nor in CRIU.
-    #[error("unknown option {0:?}")]
-    Unknown(String),
-    /// A shortened name that several options have in common.
-    #[error("option {given:?} is ambiguous: {candidates}")]
-    Ambiguous {
-        /// What was given.
-        given: String,
-        /// What it may mean.
-        candidates: String,
-    },
-    /// An option whose value is missing.
-    #[error("option {0:?} needs a value")]
-    ValueMissing(String),
-    /// A switch with a value.
-    #[error("option {0:?} takes no value")]
-    ValueTooMuch(String),
-    /// A verbosity that is no number.
-    #[error("verbosity {0:?} is neither a number nor a row of v's")]
-    Verbosity(String),
-    /// A word that is no action of this program.
-    #[error("unexpected word {0:?}")]
-    Word(String),
-    /// An action of another program.
-    #[error("{word:?} is not what this program does: that is for {program}")]
-    OtherProgram {
-        /// The action.
-        word: String,
-        /// Who does it.
-        program: &'static str,
-    },
-    /// What our own parser says, also the text of `--help`.
-    #[error(transparent)]
-    Parser(#[from] clap::Error),
-}
-
-impl CommandLineError {
-    /// Prints the error (or the help that was asked for) and returns the exit code, which is 1 for
-    /// every mistake, as CRIU's is.
-    pub fn report(&self) -> u8 {
-        match self {
-            CommandLineError::Parser(error) => {
-                // With the terminal gone there is nobody left to tell.
-                let _ = error.print();
-                u8::from(error.use_stderr())
-            }
-            other => {
-                eprintln!("Error: {other}\n\nTry --help for more info");
-                1
-            }
-        }
-    }
 }
 
 /// Reads `argv` (the program's name first) for a program with the given `actions`.
@@ -513,21 +458,5 @@ mod tests {
             read("--port many"),
             Err(CommandLineError::Parser(_))
         ));
-    }
-
-    /// What the real CRIUs 4.1.1 to 4.3 answered when each option was given without and with a value.
-    #[test]
-    fn every_option_of_a_real_criu_is_known() {
-        for line in include_str!("criu_options.txt").lines() {
-            let (name, kind) = line.split_once(' ').unwrap();
-            let known = LONG.iter().find(|(long, _)| *long == name);
-            let (_, value) = known.unwrap_or_else(|| panic!("--{name} is unknown"));
-            let expected = match kind {
-                "switch" => Value::Switch,
-                "needed" => Value::Needed,
-                _ => Value::Optional,
-            };
-            assert_eq!(*value, expected, "--{name}");
-        }
     }
 }

@@ -128,3 +128,24 @@ pub(super) const SHORT: &[(char, &str)] = &[
     ('x', "ext-unix-sk"),
     ('M', "ext-mount-map"),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the real CRIUs 4.1.1 to 4.3 answered when each option was given without and with a value.
+    #[test]
+    fn every_option_of_a_real_criu_is_known() {
+        for line in include_str!("criu_options.txt").lines() {
+            let (name, kind) = line.split_once(' ').unwrap();
+            let known = LONG.iter().find(|(long, _)| *long == name);
+            let (_, value) = known.unwrap_or_else(|| panic!("--{name} is unknown"));
+            let expected = match kind {
+                "switch" => Value::Switch,
+                "needed" => Value::Needed,
+                _ => Value::Optional,
+            };
+            assert_eq!(*value, expected, "--{name}");
+        }
+    }
+}

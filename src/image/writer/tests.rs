@@ -8,8 +8,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::image::chain::{Chain, Missing};
-use crate::image::proto::PagemapEntry;
-use crate::units::Vaddr;
+use crate::image::proto::{PagemapEntry, PagemapHead};
+use crate::limits::ENTRY_PAGES_MAX;
+use crate::units::{PageSize, Vaddr};
 
 const PAGE: PageSize = PageSize::KIB_4;
 const PID: Target = Target::Process(7);

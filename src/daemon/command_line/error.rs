@@ -1,0 +1,60 @@
+//! What can be wrong with a command line, and how the user is told.
+
+use thiserror::Error;
+
+/// A command line that cannot be used, or that asks for help.
+#[derive(Debug, Error)]
+pub enum CommandLineError {
+    /// No such option in this program nor in CRIU.
+    #[error("unknown option {0:?}")]
+    Unknown(String),
+    /// A shortened name that several options have in common.
+    #[error("option {given:?} is ambiguous: {candidates}")]
+    Ambiguous {
+        /// What was given.
+        given: String,
+        /// What it may mean.
+        candidates: String,
+    },
+    /// An option whose value is missing.
+    #[error("option {0:?} needs a value")]
+    ValueMissing(String),
+    /// A switch with a value.
+    #[error("option {0:?} takes no value")]
+    ValueTooMuch(String),
+    /// A verbosity that is no number.
+    #[error("verbosity {0:?} is neither a number nor a row of v's")]
+    Verbosity(String),
+    /// A word that is no action of this program.
+    #[error("unexpected word {0:?}")]
+    Word(String),
+    /// An action of another program.
+    #[error("{word:?} is not what this program does: that is for {program}")]
+    OtherProgram {
+        /// The action.
+        word: String,
+        /// Who does it.
+        program: &'static str,
+    },
+    /// What our own parser says, also the text of `--help`.
+    #[error(transparent)]
+    Parser(#[from] clap::Error),
+}
+
+impl CommandLineError {
+    /// Prints the error (or the help that was asked for) and returns the exit code, which is 1 for
+    /// every mistake, as CRIU's is.
+    pub fn report(&self) -> u8 {
+        match self {
+            CommandLineError::Parser(error) => {
+                // With the terminal gone there is nobody left to tell.
+                let _ = error.print();
+                u8::from(error.use_stderr())
+            }
+            other => {
+                eprintln!("Error: {other}\n\nTry --help for more info");
+                1
+            }
+        }
+    }
+}
