@@ -36,8 +36,9 @@ pub const WRITE_RANGES_MAX: usize = 1024;
 /// the processor's cache.
 pub const RECEIVE_BUFFER_BYTES: usize = 256 << 10;
 
-/// Most such buffers of one session: one is filled while the others are written.
-pub const RECEIVE_BUFFERS_MAX: usize = 4;
+/// Most such buffers of one session: one is filled while the others are written. With half as many the two
+/// threads wait for each other three times as often.
+pub const RECEIVE_BUFFERS_MAX: usize = 8;
 
 /// Most sessions that receive at once. Each has a few threads and [`RECEIVE_BUFFERS_MAX`] buffers.
 pub const RECEIVE_SESSIONS_MAX: usize = 16;
