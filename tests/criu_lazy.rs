@@ -5,6 +5,7 @@ use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::Make;
 use testbed::for_each_criu;
+use testbed::load::report::expect_faults;
 use testbed::load::scenarios::{reading, reshaping};
 use testbed::load::spec::LoadSpec;
 use testbed::load::steps::{Order, Pass, Step};
@@ -30,11 +31,7 @@ fn migrate(bed: &Bed, criu: &Criu, source: Source<'_>, steps: &[Step]) -> Result
     let plan = Plan::new(criu, source, make(criu)).over(slow_link());
     let mut moved = PostCopy::start(bed, &plan, LoadSpec::mixed(bed.path("load"), MIB), steps)?;
     let reports = moved.reports()?;
-    let faults: u64 = reports[0].every_step().map(|step| step.faults.count).sum();
-    ensure!(
-        faults > 0,
-        "the process found no page missing: nothing was tested"
-    );
+    expect_faults(&reports)?;
     moved.finish()?;
     // Once everything has come, everything is still right.
     let last = moved

@@ -154,30 +154,16 @@ impl World {
                 process,
                 from,
                 pages: count,
-            } => {
-                let Some(index) = self.pick(process) else {
-                    return;
-                };
-                let (id, memory) = &mut self.memories[index];
-                for page in from..from + count {
-                    memory.entry(page).and_modify(|page| *page = Page::Own);
-                }
-                self.planner
-                    .settle(*id, pages(from, count), Way::Gone, |_| {});
-            }
+            } => self.lose_pages(process, from, count, |memory, page| {
+                memory.entry(page).and_modify(|page| *page = Page::Own);
+            }),
             Operation::Unmap {
                 process,
                 from,
                 pages: count,
-            } => {
-                let Some(index) = self.pick(process) else {
-                    return;
-                };
-                let (id, memory) = &mut self.memories[index];
-                memory.retain(|page, _| !(from..from + count).contains(page));
-                self.planner
-                    .settle(*id, pages(from, count), Way::Gone, |_| {});
-            }
+            } => self.lose_pages(process, from, count, |memory, page| {
+                memory.remove(&page);
+            }),
             Operation::Exit { process } => {
                 let Some(index) = self.pick(process) else {
                     return;
@@ -200,6 +186,23 @@ impl World {
             assert_ne!(request.class, Class::Stream);
             self.on_the_way.push_back(request);
         }
+    }
+
+    /// A process gives pages back, which `lose` does to each of them in the model.
+    fn lose_pages(
+        &mut self,
+        process: usize,
+        from: u64,
+        count: u64,
+        lose: impl Fn(&mut Memory, u64),
+    ) {
+        let Some(index) = self.pick(process) else {
+            return;
+        };
+        let (id, memory) = &mut self.memories[index];
+        (from..from + count).for_each(|page| lose(memory, page));
+        self.planner
+            .settle(*id, pages(from, count), Way::Gone, |_| {});
     }
 
     fn fault(&mut self, process: usize, page: u64) {

@@ -14,7 +14,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::extents::Piece;
-use super::space::{Class, FaultAnswer, Reach, Served, Space};
+use super::space::{Class, FaultAnswer, Reach, Served, Space, Wanted};
 use crate::units::{PageRange, PageSize, Vaddr};
 
 /// Names one userfaultfd: a restored process or a child that it forked since.
@@ -262,35 +262,17 @@ impl Planner {
 
     /// The next request that a thread waits for, or that goes with one.
     pub fn next_urgent(&mut self) -> Option<Request> {
-        self.next_in_turn(Turn::Urgent, |_, space| {
-            let wanted = space.next_urgent()?;
-            Some((space.pid(), wanted))
-        })
-        .map(|(space, (pid, wanted))| Request {
-            space,
-            pid,
-            image: wanted.image,
-            class: wanted.class,
-        })
+        self.next_request(Turn::Urgent, Space::next_urgent)
     }
 
     /// The next request of the background stream, of at most `chunk` bytes.
     pub fn next_stream(&mut self, chunk: u64, gap: u64) -> Option<Request> {
-        self.next_in_turn(Turn::Stream, |_, space| {
-            let wanted = space.next_stream(chunk, gap)?;
-            Some((space.pid(), wanted))
-        })
-        .map(|(space, (pid, wanted))| Request {
-            space,
-            pid,
-            image: wanted.image,
-            class: wanted.class,
-        })
+        self.next_request(Turn::Stream, |space| space.next_stream(chunk, gap))
     }
 
     /// The next piece to install from local images, of at most `chunk` bytes.
     pub fn next_local(&mut self, chunk: u64) -> Option<(SpaceId, Piece)> {
-        self.next_in_turn(Turn::Local, |_, space| space.next_local(chunk))
+        self.next_in_turn(Turn::Local, |space| space.next_local(chunk))
     }
 
     /// The source is gone for good: what only it had stays missing until it is settled.
@@ -303,17 +285,32 @@ impl Planner {
         self.spaces.values_mut().for_each(Space::recover);
     }
 
+    fn next_request(
+        &mut self,
+        turn: Turn,
+        mut next: impl FnMut(&mut Space) -> Option<Wanted>,
+    ) -> Option<Request> {
+        let (space, (pid, wanted)) =
+            self.next_in_turn(turn, |space| Some((space.pid(), next(space)?)))?;
+        Some(Request {
+            space,
+            pid,
+            image: wanted.image,
+            class: wanted.class,
+        })
+    }
+
     fn next_in_turn<T>(
         &mut self,
         turn: Turn,
-        mut next: impl FnMut(SpaceId, &mut Space) -> Option<T>,
+        mut next: impl FnMut(&mut Space) -> Option<T>,
     ) -> Option<(SpaceId, T)> {
         let turns = &mut self.turns[turn as usize];
         for _ in 0..turns.len() {
             let id = turns.pop_front()?;
             turns.push_back(id);
             let space = self.spaces.get_mut(&id)?;
-            if let Some(found) = next(id, space) {
+            if let Some(found) = next(space) {
                 return Some((id, found));
             }
         }

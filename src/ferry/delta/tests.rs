@@ -1,5 +1,7 @@
 //! The memory against a plain map, and its rules one by one.
 
+use std::ops::Range;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -72,6 +74,66 @@ struct Model {
     learning: bool,
 }
 
+impl Model {
+    /// Checks the verdict on page `number`, which holds `variant` now.
+    fn expect(
+        &self,
+        verdicts: &Verdicts,
+        hasher: &PageHasher,
+        number: u64,
+        variant: u8,
+        complete: bool,
+    ) {
+        let first_time = !self.round.contains_key(&number);
+        let base = self.base.get(&number).filter(|_| first_time);
+        let page = contents(variant);
+        match (verdicts.pages[0], base) {
+            (Verdict::Same(hash), Some(base)) => {
+                assert_eq!(*base, variant);
+                assert_eq!(hash, hasher.hash(&page));
+            }
+            (Verdict::Delta(hash), Some(base)) => {
+                let old = contents(*base);
+                assert_eq!(hash, hasher.hash(&old));
+                let sum = verdicts.xor.iter().zip(&old).map(|(a, b)| a ^ b);
+                assert!(sum.eq(page.iter().copied()));
+                assert_ne!(*base, variant);
+            }
+            (Verdict::Zero, base) => {
+                assert_eq!(variant, 0);
+                assert!(!complete || base != Some(&0));
+            }
+            (Verdict::Fresh, base) => {
+                assert_ne!(variant, 0);
+                assert!(!complete || base != Some(&variant));
+            }
+            (verdict, None) => panic!("{verdict:?} without a base version"),
+        }
+    }
+
+    /// How far a hole from `start` on reaches: the parent must have its pages, and the round must not
+    /// have been there.
+    fn end_of_hole(&self, start: u64, end: u64) -> u64 {
+        (start..end)
+            .find(|number| !self.base.contains_key(number) || self.round.contains_key(number))
+            .unwrap_or(end)
+    }
+}
+
+/// The pages `numbers` are said to be in the parent.
+fn judge_hole(memory: &mut PageMemory, hasher: &PageHasher, numbers: Range<u64>) {
+    let range = PageRange::new(numbers.start * PAGE.bytes(), numbers.end * PAGE.bytes());
+    let flags = PageFlags::PARENT;
+    let mut verdicts = Verdicts::default();
+    let batch = PlainBatch {
+        target: TARGET,
+        runs: &[Run { range, flags }],
+        plain: &[],
+    };
+    memory.judge(batch, &[], hasher, &mut verdicts);
+    assert!(verdicts.pages.is_empty());
+}
+
 /// Plays `steps` on memory and model. `complete` says that the budget leaves nothing out.
 fn play(steps: Vec<Step>, budget_bytes: u64, complete: bool) {
     let hasher = PageHasher::new(HashKey([3; 16]), PAGE);
@@ -82,49 +144,13 @@ fn play(steps: Vec<Step>, budget_bytes: u64, complete: bool) {
             Step::Page(number, variant) => {
                 let page = contents(variant);
                 let verdicts = judge(&mut memory, &hasher, number, &page);
-                let first_time = !model.round.contains_key(&number);
-                let base = model.base.get(&number).filter(|_| first_time);
-                match (verdicts.pages[0], base) {
-                    (Verdict::Same(hash), Some(base)) => {
-                        assert_eq!(*base, variant);
-                        assert_eq!(hash, hasher.hash(&page));
-                    }
-                    (Verdict::Delta(hash), Some(base)) => {
-                        let old = contents(*base);
-                        assert_eq!(hash, hasher.hash(&old));
-                        let sum = verdicts.xor.iter().zip(&old).map(|(a, b)| a ^ b);
-                        assert!(sum.eq(page.iter().copied()));
-                        assert_ne!(*base, variant);
-                    }
-                    (Verdict::Zero, base) => {
-                        assert_eq!(variant, 0);
-                        assert!(!complete || base != Some(&0));
-                    }
-                    (Verdict::Fresh, base) => {
-                        assert_ne!(variant, 0);
-                        assert!(!complete || base != Some(&variant));
-                    }
-                    (verdict, None) => panic!("{verdict:?} without a base version"),
-                }
+                model.expect(&verdicts, &hasher, number, variant, complete);
                 model.round.insert(number, variant);
             }
             Step::Hole(number, pages) => {
-                // A hole reaches as far as the parent has pages and the round has not been.
-                let end = (number..number + pages).find(|number| {
-                    !model.base.contains_key(number) || model.round.contains_key(number)
-                });
-                let end = end.unwrap_or(number + pages);
+                let end = model.end_of_hole(number, number + pages);
                 if end > number {
-                    let range = PageRange::new(number * PAGE.bytes(), end * PAGE.bytes());
-                    let flags = PageFlags::PARENT;
-                    let mut verdicts = Verdicts::default();
-                    let batch = PlainBatch {
-                        target: TARGET,
-                        runs: &[Run { range, flags }],
-                        plain: &[],
-                    };
-                    memory.judge(batch, &[], &hasher, &mut verdicts);
-                    assert!(verdicts.pages.is_empty());
+                    judge_hole(&mut memory, &hasher, number..end);
                     for number in number..end {
                         model.round.insert(number, model.base[&number]);
                     }

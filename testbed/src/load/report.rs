@@ -172,3 +172,16 @@ impl Report {
         Ok(())
     }
 }
+
+/// Fails if no process found a page missing: then nothing was tested.
+///
+/// # Errors
+/// There was no fault.
+pub fn expect_faults(reports: &[Report]) -> anyhow::Result<()> {
+    let mut steps = reports.iter().flat_map(Report::every_step);
+    anyhow::ensure!(
+        steps.any(|step| step.faults.count > 0),
+        "no page was found missing: nothing was tested"
+    );
+    Ok(())
+}
