@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use testbed::bed::Bed;
 use testbed::criu::{self, Criu, Suite};
-use testbed::daemons::{Make, Options, PageServer};
+use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
 use testbed::load::Load;
 use testbed::load::scenarios::reading;
 use testbed::load::spec::LoadSpec;
@@ -20,11 +20,15 @@ use testbed::migration::{Dump, Restore};
 use testbed::net::free_port;
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::proxy::{Accident, Harm, Way};
-use testbed::suite::with_criu;
+use testbed::suite::{make, with_criu};
 use testbed::wait::{self, GENEROUS};
 use testbed::{bed, for_each_criu, gate, process, workspace};
 
-for_each_criu!(page_server_in_the_background, lazy_client_in_the_background);
+for_each_criu!(
+    page_server_in_the_background,
+    lazy_client_in_the_background,
+    a_restore_in_the_foreground_holds_nobody_up,
+);
 
 const MIB: u32 = 32;
 
@@ -126,6 +130,22 @@ fn lazy_client_in_the_background(bed: &Bed, criu: &Criu) -> Result<()> {
         .expect_right()?;
     client.wait_for_end()?;
     log_says(&work.join("lazy.log"), "pages of 1 processes")
+}
+
+/// Such a restore keeps its connection to the daemon until the restored processes end.
+fn a_restore_in_the_foreground_holds_nobody_up(bed: &Bed, criu: &Criu) -> Result<()> {
+    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
+    let images = bed.path("images");
+    Dump::new(criu, load.pid(), &images).run()?;
+    load.wait_until_gone()?;
+    let options = Options::new(&images).log_to("lazy.log");
+    let daemon = LazyDaemon::start(make(criu), &options, None)?;
+    let restore = Restore::new(criu, &images).lazily().in_the_foreground();
+    let restored = restore.start()?;
+    load.expect_first_memory()?;
+    daemon.finish(GENEROUS)?;
+    ensure!(restored.how_ended("restore").is_none(), "criu did not stay");
+    load.run(0, &[Step::Status]).map(drop)
 }
 
 /// By default a process that reads a lost page dies of it.

@@ -142,6 +142,7 @@ pub struct Restore<'a> {
     criu: &'a Criu,
     images: PathBuf,
     net: Option<&'a NetNs>,
+    foreground: bool,
     extra: Vec<String>,
 }
 
@@ -152,7 +153,16 @@ impl<'a> Restore<'a> {
             criu,
             images: images.into(),
             net: None,
+            foreground: false,
             extra: Vec::new(),
+        }
+    }
+
+    /// CRIU stays until the restored processes end.
+    pub fn in_the_foreground(self) -> Restore<'a> {
+        Restore {
+            foreground: true,
+            ..self
         }
     }
 
@@ -194,11 +204,13 @@ impl<'a> Restore<'a> {
             .arg("--");
         command
             .arg(&self.criu.path)
-            .args(["restore", "--restore-detached", "-D"]);
-        command
+            .args(["restore", "-D"])
             .arg(&self.images)
             .args(["-o", "restore.log", "-v4"])
             .args(&self.extra);
+        if !self.foreground {
+            command.arg("--restore-detached");
+        }
         // What `unshare` and CRIU say before they have a log.
         let console = File::create(self.images.join("restore-console.log"))?;
         command.stdout(Stdio::null()).stderr(console);

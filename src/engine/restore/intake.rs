@@ -22,7 +22,7 @@ pub(super) enum Word {
     Zombie(u32),
     /// Every process is restored.
     Finished,
-    /// The restore hung up, with or without having finished.
+    /// Nothing more will be said: the restore has finished, or hung up before.
     End,
 }
 
@@ -162,7 +162,12 @@ impl Intake {
         self.read_on();
         match record {
             Record::Zombie(pid) => Advance::Word(Word::Zombie(pid)),
-            Record::Finished => Advance::Word(Word::Finished),
+            Record::Finished => {
+                // Its last word. A restore that is not detached (-d) keeps the connection for as long as
+                // the restored processes live: to wait for its end would be to wait for theirs.
+                self.state = State::Ended;
+                Advance::Word(Word::Finished)
+            }
             Record::Process(pid) => {
                 if let State::Reading { stream, .. } =
                     std::mem::replace(&mut self.state, State::Ended)
@@ -195,4 +200,49 @@ impl Intake {
 enum Advance {
     Again,
     Word(Word),
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn words(intake: &mut Intake) -> Vec<Word> {
+        let mut words = Vec::new();
+        while let Some(word) = intake.next().unwrap() {
+            let ended = matches!(word, Word::End);
+            words.push(word);
+            if ended {
+                break;
+            }
+        }
+        words
+    }
+
+    #[test]
+    fn the_word_that_all_is_restored_is_the_last_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut intake = Intake::listen(dir.path()).unwrap();
+        assert!(words(&mut intake).is_empty());
+        let mut restore = UnixStream::connect(intake.path()).unwrap();
+        restore.write_all(&(-7i32).to_le_bytes()).unwrap();
+        assert!(matches!(words(&mut intake)[..], [Word::Zombie(7)]));
+        restore.write_all(b"FTSR").unwrap();
+        // The restore does not hang up.
+        let last = words(&mut intake);
+        assert!(matches!(last[..], [Word::Finished, Word::End]), "{last:?}");
+        assert!(intake.socket().is_none());
+    }
+
+    #[test]
+    fn a_restore_that_hangs_up_has_ended_without_that_word() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut intake = Intake::listen(dir.path()).unwrap();
+        let mut restore = UnixStream::connect(intake.path()).unwrap();
+        restore.write_all(&(-7i32).to_le_bytes()).unwrap();
+        drop(restore);
+        let all = words(&mut intake);
+        assert!(matches!(all[..], [Word::Zombie(7), Word::End]), "{all:?}");
+    }
 }
