@@ -55,26 +55,32 @@ impl Held {
         let page = dir.page();
         let mut pids = dir.processes()?;
         pids.sort_unstable();
+        pids.dedup();
         let mut runs = Vec::new();
+        let mut pages = 0;
         for pid in pids {
             let target = Target::Process(pid);
-            if dir.has_pagemap(target) {
-                let chain = Chain::open(dir, target, Missing::Leave)?;
-                runs.extend(lazy_runs(&chain).map(|range| (pid, range)));
+            if !dir.has_pagemap(target) {
+                continue;
+            }
+            let chain = Chain::open(dir, target, Missing::Leave)?;
+            for range in lazy_runs(&chain) {
+                // Before the plan is made, which takes memory for each page.
+                pages += range.pages(page).get();
+                if pages > HELD_PAGES_MAX {
+                    let text = format!(
+                        "{} says that {pages} pages and more stayed with the dump, which no dump has",
+                        dir.path().join(target.pagemap_name()).display()
+                    );
+                    return Err(Error::new(Kind::Image, text));
+                }
+                runs.push((pid, range));
             }
         }
         let plan = DrainPlan::new(page, runs);
-        let pages = plan.pages();
-        let bytes = pages
-            .checked_bytes(page)
-            .filter(|_| pages.get() <= HELD_PAGES_MAX);
-        let bytes = bytes.ok_or_else(|| {
-            let text = format!("{pages} lazy pages are more than any dump has");
-            Error::new(Kind::Image, text)
-        })?;
         Ok(Held {
             page,
-            backing: Backing::new(bytes, spill)?,
+            backing: Backing::new(pages << page.shift(), spill)?,
             state: Mutex::new(State {
                 plan,
                 failure: None,
@@ -252,5 +258,43 @@ impl Memory for HeldProcess {
 
     fn file(&self, _: u32) -> (&File, &Path) {
         (self.held.backing.file(), self.held.backing.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::criu::header::{PageFlags, Wire};
+    use crate::image::file::{Magic, MessageWriter};
+    use crate::image::pagemap::encode_entry;
+    use crate::image::proto::{PagemapHead, PstreeEntry};
+
+    const PAGE: PageSize = PageSize::KIB_4;
+
+    /// Images of pid 7, named twice, of which so many pages stayed with the dump.
+    fn images(dir: &Path, pages: u64) -> ImageDir {
+        let create = |name: &str| File::create(dir.join(name)).unwrap();
+        let mut tree = MessageWriter::new(create("pstree.img"), Magic::Pstree).unwrap();
+        for _ in 0..2 {
+            tree.write(&PstreeEntry { pid: 7, ppid: 0 }).unwrap();
+        }
+        let map = create(&Target::Process(7).pagemap_name());
+        let mut map = MessageWriter::new(map, Magic::Pagemap).unwrap();
+        map.write(&PagemapHead { pages_id: 1 }).unwrap();
+        let range = PageRange::new(0x1000, 0x1000 + (pages << PAGE.shift()));
+        let entry = encode_entry(range, PageFlags::LAZY, None, Wire::V2, PAGE);
+        map.write(&entry).unwrap();
+        ImageDir::open(dir, PAGE).unwrap()
+    }
+
+    #[test]
+    fn room_is_made_for_no_more_pages_than_a_dump_can_have() {
+        let tmp = tempfile::tempdir().unwrap();
+        let held = Held::new(&images(tmp.path(), 20), None).unwrap();
+        assert_eq!(held.progress(), (PageCount(0), PageCount(20)));
+        // A bit for each of these pages would take 64 TiB.
+        let error = Held::new(&images(tmp.path(), 1 << 49), None).unwrap_err();
+        assert_eq!(error.kind(), Kind::Image);
+        assert!(error.to_string().contains("pagemap-7.img"), "{error}");
     }
 }
