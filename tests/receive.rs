@@ -289,6 +289,23 @@ fn force_close_leaves_the_socket_for_another_session() {
 }
 
 #[test]
+fn a_peer_that_goes_on_after_close_is_not_listened_to() {
+    let tmp = tempfile::tempdir().unwrap();
+    let context = context(tmp.path(), None, EPOLL);
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let run = Run::present(FIRST_PAGE, 3, PageFlags::LAZY, 5);
+    let bytes = dump(&[(PID, vec![run])], Wire::V2);
+    // Until it is told that nobody listens any more.
+    let sender = std::thread::spawn(move || {
+        std::io::Write::write_all(&mut theirs, &bytes).unwrap();
+        while std::io::Write::write_all(&mut theirs, &[7; 64]).is_ok() {}
+    });
+    receive_client(Stream::plain(ours), &context).1.unwrap();
+    sender.join().unwrap();
+    assert_eq!(files(tmp.path()).len(), 2);
+}
+
+#[test]
 fn a_silent_peer_is_given_up() {
     for way in ways() {
         let tmp = tempfile::tempdir().unwrap();

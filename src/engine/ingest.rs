@@ -39,7 +39,7 @@ use crate::units::PageSize;
 /// than it brings.
 const ROOM_BYTES_MIN: usize = 64 << 10;
 
-/// How long a dump that was told that all is stored may take to hang up.
+/// How long a peer that was told that all is well may take to hang up.
 const HANG_UP: Duration = Duration::from_secs(30);
 
 /// What all receiving sessions of a page server share.
@@ -329,11 +329,11 @@ pub(super) fn answer(stream: &mut Stream, bytes: &[u8]) -> Result<()> {
 
 /// Waits for the peer to hang up, as CRIU does: whoever closes first keeps the port busy.
 pub(super) fn wait_for_end(stream: &mut Stream) {
-    // All is stored and said: however the peer hangs up now, the session was a success.
+    // All was done and said: however the peer hangs up now, the session was a success.
     let _ = stream.socket().set_read_timeout(Some(HANG_UP));
-    let mut rest = [0; 64];
-    while matches!(stream.read(&mut rest), Ok(1..)) {
-        tracing::warn!("{} goes on after CLOSE", stream.peer());
+    if matches!(stream.read(&mut [0; 64]), Ok(1..)) {
+        // What it may still say is not waited for, however much it is.
+        tracing::warn!("{} goes on after CLOSE: hanging up", stream.peer());
     }
     // It may be gone by now.
     let _ = stream.end();

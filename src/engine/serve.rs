@@ -23,6 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use super::asking::{Asking, AskingHosts};
+use super::ingest;
 use super::memory::Memory;
 use crate::criu::header::{HEADER_BYTES_MAX, Target, Wire};
 use crate::criu::serve::{CLOSE_STATUS, Get, Request, Requests};
@@ -38,9 +39,6 @@ use crate::units::PageSize;
 /// Measured on loopback, in GiB/s: 64 KiB 2.2 copied, 2.0 sent; 128 KiB 3.0 and 3.3; 512 KiB 2.9
 /// and 4.9.
 const SEND_FILE_BYTES_MIN: u64 = 128 << 10;
-
-/// How long a client that was told that all is well may take to hang up.
-const HANG_UP: Duration = Duration::from_secs(30);
 
 /// What all clients of a page server share.
 #[derive(Debug)]
@@ -383,13 +381,11 @@ impl Session<'_> {
         self.push(&CLOSE_STATUS)?;
         self.send_answers()?;
         if wait_for_end {
-            // All was said: however the client hangs up now, the session was a success.
-            let _ = self.stream.socket().set_read_timeout(Some(HANG_UP));
-            let mut rest = [0; HEADER_BYTES_MAX];
-            while matches!(self.stream.read(&mut rest), Ok(1..)) {}
+            ingest::wait_for_end(&mut self.stream);
+        } else {
+            // It may be gone by now.
+            let _ = self.stream.end();
         }
-        // It may be gone by now.
-        let _ = self.stream.end();
         Ok(())
     }
 
