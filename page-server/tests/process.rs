@@ -144,6 +144,7 @@ fn command_lines_are_read_as_criu_reads_them() {
         (&["--allow", "everybody"], "allow"),
         (&["--images-dir-template", "../x"], "images-dir-template"),
         (&["--ps-socket", "99"], "--ps-socket"),
+        (&["--status-fd", "1", "--ps-socket", "1"], "two purposes"),
         (&["--prev-images-dir", "nowhere"], "nowhere"),
     ] {
         let output = place.command(options).output().unwrap();

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::{Mutex, PoisonError};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::unistd::{ForkResult, SysconfVar, dup2_stderr, dup2_stdin, dup2_stdout, fork, sysconf};
@@ -31,14 +32,30 @@ pub fn fork_single_threaded() -> io::Result<ForkResult> {
     unsafe { fork() }.map_err(io::Error::from)
 }
 
+/// Descriptors that were taken over: each has one owner.
+static TAKEN: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
+
 /// Takes over descriptor `number`, which whoever started this process left open for it and named on
 /// the command line. It is closed on exec from now on. A standard stream is taken over as a copy, and
 /// leads to /dev/null from then on: its number must never come to mean some file that is opened later.
 ///
 /// # Errors
 ///
-/// No such descriptor is open.
+/// No such descriptor is open, or it has been taken over before.
 pub fn inherited_descriptor(number: RawFd) -> io::Result<OwnedFd> {
+    let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+    if taken.contains(&number) {
+        return Err(io::Error::new(
+            io::ErrorKind::ResourceBusy,
+            "it is named for two purposes",
+        ));
+    }
+    let owned = take_over(number)?;
+    taken.push(number);
+    Ok(owned)
+}
+
+fn take_over(number: RawFd) -> io::Result<OwnedFd> {
     match number {
         0 => replaced(io::stdin().as_fd(), dup2_stdin),
         1 => replaced(io::stdout().as_fd(), dup2_stdout),
@@ -64,7 +81,7 @@ fn open_descriptor(number: RawFd) -> io::Result<OwnedFd> {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: it is open, and no other part of this process owns a descriptor that it was started
-    // with: they are only taken over here, each once.
+    // with: they are only taken over here, each once, as `TAKEN` sees to.
     let owned = unsafe { OwnedFd::from_raw_fd(number) };
     fcntl(&owned, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
     Ok(owned)
