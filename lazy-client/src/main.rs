@@ -3,7 +3,7 @@
 mod args;
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
@@ -121,17 +121,31 @@ impl Report {
 
 fn print_trace(path: &Path) -> Result<()> {
     let trace = TraceReader::open(path)?;
-    let mut out = std::io::stdout().lock();
-    let failed = |error: std::io::Error| Error::file("print", path, error);
-    writeln!(out, "time_us,pid,address,latency_us").map_err(failed)?;
+    let printed = print_faults(trace, BufWriter::new(std::io::stdout().lock()));
+    printed.or_else(|problem| match problem {
+        Problem::Reading(error) => Err(error),
+        // Whoever read it, as `head` does, has seen enough.
+        Problem::Printing(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        Problem::Printing(error) => Err(Error::file("print", path, error)),
+    })
+}
+
+/// Why a trace was not printed to its end.
+enum Problem {
+    Reading(Error),
+    Printing(std::io::Error),
+}
+
+fn print_faults(trace: TraceReader, mut out: impl Write) -> std::result::Result<(), Problem> {
+    writeln!(out, "time_us,pid,address,latency_us").map_err(Problem::Printing)?;
     for fault in trace {
-        let fault = fault?;
+        let fault = fault.map_err(Problem::Reading)?;
         writeln!(
             out,
             "{},{},{:#x},{}",
             fault.time_us, fault.pid, fault.address, fault.latency_us
         )
-        .map_err(failed)?;
+        .map_err(Problem::Printing)?;
     }
-    Ok(())
+    out.flush().map_err(Problem::Printing)
 }

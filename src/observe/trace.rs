@@ -148,8 +148,13 @@ impl TraceReader {
         let failed = |error| Error::file("read the trace", path, error);
         let mut file = BufReader::new(File::open(path).map_err(failed)?);
         let mut header = FileHeader::zeroed();
-        file.read_exact(bytemuck::bytes_of_mut(&mut header))
-            .map_err(failed)?;
+        match file.read_exact(bytemuck::bytes_of_mut(&mut header)) {
+            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+                // Too short for a header, so it has none.
+                header = FileHeader::zeroed();
+            }
+            read => read.map_err(failed)?,
+        }
         if header.magic != MAGIC {
             let text = format!("{} is no fault trace of lazy-client", path.display());
             return Err(Error::new(Kind::Usage, text));
@@ -223,5 +228,10 @@ mod tests {
             .set_len(length - 1)
             .unwrap();
         assert!(TraceReader::open(&path).unwrap().last().unwrap().is_err());
+        for other in ["", "PFTRACE1", "no trace, but long enough for a header"] {
+            std::fs::write(&path, other).unwrap();
+            let error = TraceReader::open(&path).unwrap_err().to_string();
+            assert!(error.contains("is no fault trace"), "{error}");
+        }
     }
 }
