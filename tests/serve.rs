@@ -388,12 +388,12 @@ fn a_client_that_stops_within_a_request_is_ended() {
 fn a_client_that_takes_no_answers_is_ended() {
     let pages = 2048;
     // Sent from the file, and copied.
-    for pages_at_once in [pages, 16] {
+    for pages_at_once in [pages, 7] {
         let images = one_level(vec![Run::present(FIRST_PAGE, pages, PageFlags::LAZY, 1)]);
         let server = Server::start_impatient(&images.dirs[0], false);
         let mut client = server.connect();
-        // 64 MiB of answers, which is more than any socket buffers, to requests that one does.
-        let asked = (0..8 * pages).step_by(pages_at_once as usize);
+        // 32 MiB of answers, which is more than any socket buffers, to requests that one does.
+        let asked = (0..4 * pages).step_by(pages_at_once as usize);
         let request = |page| client.request(Op::Get, pages_at_once, FIRST_PAGE + page % pages, PID);
         let requests: Vec<u8> = asked.flat_map(request).collect();
         client.stream.write_all(&requests).unwrap();
