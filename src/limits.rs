@@ -131,8 +131,9 @@ pub const FERRY_QUESTIONS_MAX: usize = 64;
 /// Most sessions that a listening side has at a time.
 pub const FERRY_SESSIONS_MAX: usize = 256;
 
-/// How many failed sessions are remembered, so that whoever comes back to one learns why it failed.
-pub const FERRY_FAILED_SESSIONS_MAX: usize = 64;
+/// How many failed sessions, and how many that went well, are remembered, so that whoever comes back to one
+/// learns how it ended.
+pub const FERRY_ENDED_SESSIONS_MAX: usize = 64;
 
 /// Most pages that one fault may ask for: the page and its neighbours.
 pub const FERRY_FAULT_PAGES_MAX: u32 = 64;

@@ -300,6 +300,23 @@ fn the_source_goes_on_when_no_ferried_client_comes_back() {
     });
 }
 
+#[test]
+fn the_source_goes_on_at_once_when_a_ferried_client_fails() {
+    with_criu(Suite::Sid, |bed, criu| {
+        // Longer than anybody here waits.
+        let plan = over_ferry(criu, &["--reconnect-timeout", "3600"], &[]);
+        let mut moving = PostCopy::start(bed, &plan, careful(bed), &[])?;
+        wait_until_half_way(&mut moving)?;
+        moving.daemon.process().signal(Signal::SIGTERM)?;
+        moving.daemon.process().fail(GENEROUS)?;
+        let forwarder = moving.forwarder().context("the forwarder")?;
+        forwarder.fail(GENEROUS)?;
+        let told = fs::read_to_string(forwarder.log().context("a log")?)?;
+        ensure!(told.contains("stopped by SIGTERM"), "{told}");
+        expect_source_alive(&mut moving)
+    });
+}
+
 fn for_client_that_dies(bed: &Bed, plan: &Plan<'_>) -> Result<()> {
     let mut moving = PostCopy::start(bed, plan, careful(bed), &[])?;
     wait_until_half_way(&mut moving)?;

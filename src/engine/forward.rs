@@ -19,7 +19,7 @@ use std::time::Instant;
 
 use super::ferry::packer::{Job, Packer};
 use super::ferry::pushing::Pushing;
-use super::ferry::{PusherConfig, lock, push};
+use super::ferry::{Learned, PusherConfig, lock, push};
 use super::ingest::{answer, ended_early, wait_for_end};
 use super::keep::decompress_page;
 use crate::criu::header::{PageFlags, Target, Wire};
@@ -56,8 +56,8 @@ pub struct ForwardContext {
     pub page: PageSize,
     /// Whether further sessions follow, so that it pays to remember this one's pages.
     pub remembers: bool,
-    /// What the far end has, between sessions.
-    memory: Mutex<Option<PageMemory>>,
+    /// What the session before has learned.
+    learned: Mutex<Option<Learned>>,
 }
 
 impl ForwardContext {
@@ -73,7 +73,7 @@ impl ForwardContext {
             wire,
             page,
             remembers,
-            memory: Mutex::new(None),
+            learned: Mutex::new(None),
         }
     }
 }
@@ -83,11 +83,13 @@ impl ForwardContext {
 pub fn forward_client(mut stream: Stream, context: &ForwardContext) -> (Forwarded, Result<()>) {
     let (start, cpu_before) = (Instant::now(), cpu_time());
     let running = context.pusher.traffic.begin_session();
-    let memory = lock(&context.memory).take();
-    let memory =
-        memory.unwrap_or_else(|| PageMemory::new(context.page, context.pusher.delta_cache_bytes));
+    let learned = lock(&context.learned).take();
+    let learned = learned.unwrap_or_else(|| {
+        let budget_bytes = context.pusher.delta_cache_bytes;
+        Learned::new(PageMemory::new(context.page, budget_bytes))
+    });
     let mut wire = None;
-    let pushed = push(&context.pusher, context.page, memory, |scope, pushing| {
+    let pushed = push(&context.pusher, context.page, learned, |scope, pushing| {
         let mut forward = Forward::begin(context, scope, pushing)?;
         let closed = forward.run(&mut stream);
         wire = forward.session.wire();
@@ -95,8 +97,8 @@ pub fn forward_client(mut stream: Stream, context: &ForwardContext) -> (Forwarde
         closed.map(|hangs_up| (hangs_up, start.elapsed()))
     });
     let (outcome, sent) = match pushed {
-        Ok((outcome, sent, memory)) => {
-            *lock(&context.memory) = Some(memory);
+        Ok((outcome, sent, learned)) => {
+            *lock(&context.learned) = Some(learned);
             (outcome, sent)
         }
         Err(error) => (Err(error), Sent::default()),

@@ -86,6 +86,7 @@ mod tests {
     use crate::ferry::hash::HashKey;
     use crate::ferry::hello::Window;
     use crate::ferry::hello::{Features, SessionId, VERSION};
+    use crate::limits::FERRY_ENDED_SESSIONS_MAX;
     use crate::units::PageSize;
 
     const PATIENCE: Patience = Patience {
@@ -302,9 +303,43 @@ mod tests {
             Admission::Opened { .. }
         ));
         let why = Fail::new(FailCode::Taker, "disk full");
-        harbor.end(good.session, Some(why.clone()));
+        harbor.fail(good.session, why.clone());
         let again = Hello { attempt: 2, ..good };
         assert_eq!(harbor.admit(of(again), true), Admission::Refused(why));
+    }
+
+    #[test]
+    fn who_comes_back_to_a_session_that_went_well_is_let_in_while_it_is_remembered() {
+        let mut harbor = Harbor::new(hello(Role::Taker), &[Role::Taker], Duration::ZERO);
+        let session = |number: usize| SessionId((number as u128 + 1).to_be_bytes());
+        let of = |number: usize, attempt, opening| {
+            Greeting::Hello(Hello {
+                session: session(number),
+                attempt,
+                opening,
+                ..hello(Role::Pusher)
+            })
+        };
+        for number in 0..=FERRY_ENDED_SESSIONS_MAX {
+            let opened = harbor.admit(of(number, 1, true), true);
+            assert!(matches!(opened, Admission::Opened { .. }), "{opened:?}");
+            let forgotten = (number == FERRY_ENDED_SESSIONS_MAX).then(|| session(0));
+            assert_eq!(harbor.finish(session(number)), forgotten);
+        }
+        let back = harbor.admit(of(1, 2, false), false);
+        assert!(matches!(back, Admission::Joined { .. }), "{back:?}");
+        let with_others = Greeting::Hello(Hello {
+            session: session(1),
+            streams: 9,
+            ..hello(Role::Pusher)
+        });
+        let refused = harbor.admit(with_others, false);
+        assert!(matches!(refused, Admission::Refused(_)), "{refused:?}");
+        let unknown = harbor.admit(of(0, 2, false), true);
+        assert!(
+            matches!(&unknown, Admission::Refused(fail) if fail.code == FailCode::UnknownSession),
+            "{unknown:?}"
+        );
     }
 
     #[test]

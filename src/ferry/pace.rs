@@ -75,6 +75,11 @@ impl Pace {
         }
     }
 
+    /// From now on `encoders` threads compress at the same time; what was measured stays.
+    pub fn set_encoders(&mut self, encoders: u32) {
+        self.encoders = f64::from(encoders.max(1));
+    }
+
     /// The level for the next batch.
     pub fn level(&mut self) -> Level {
         self.batches = self.batches.wrapping_add(1);

@@ -303,10 +303,10 @@ impl<P: Part> ListeningHost<P> {
         {
             self.part.lost("nobody came back");
             let fail = Fail::new(FailCode::UnknownSession, "the session was given up");
-            self.harbor.end(session, Some(fail));
+            self.harbor.fail(session, fail);
         }
         if let (Some(fail), Some(session)) = (self.part.failure(), self.session) {
-            self.harbor.end(session, Some(fail));
+            self.harbor.fail(session, fail);
         }
     }
 

@@ -9,6 +9,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::conn::{Conn, ConnError};
 use super::dialing::DialingParty;
+use super::lane;
 use super::offering::Offering;
 use crate::criu::header::{PageFlags, Target};
 use crate::error::{Error, Kind, Result};
@@ -43,6 +44,7 @@ impl Offering {
             plain: Vec::new(),
         };
         let ended = answering.run();
+        lane::say_last_words(&mut answering.conn);
         answering.conn.close();
         match ended {
             Err(Trouble::Lost(error)) => {

@@ -12,29 +12,30 @@
 //! The session outlives its connections: with new ones the far end goes on behind what was settled,
 //! and the caller asks its open questions again.
 
+mod delivery;
 mod dialer;
 mod earlier;
 
 use std::collections::VecDeque;
-use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::WINDOW;
 use super::conn::{ConnError, Frame};
-use super::lane::HEARTBEAT;
+use super::lane::{self, HEARTBEAT};
 use crate::criu::header::Target;
 use crate::error::{Error, Kind};
 use crate::ferry::batch::{Batch, PageKind, Place};
 use crate::ferry::frame;
-use crate::ferry::hello::Fail;
+use crate::ferry::hello::{Fail, FailCode};
 use crate::ferry::message::{Fault, StateId, WantHashes};
 use crate::ferry::receiver::{Arrival, Message, Receiver};
 use crate::ferry::unpack::Unpacker;
 use crate::image::chain::Chain;
 use crate::limits::FERRY_FAULT_PAGES_MAX;
-use crate::units::{PageRange, PageSize, Vaddr};
+use crate::units::{PageRange, PageSize};
+pub(in crate::engine) use delivery::{Delivery, Part};
 pub(in crate::engine) use dialer::{FerryDialer, FerryPair};
 use earlier::Earlier;
 
@@ -52,40 +53,6 @@ pub(in crate::engine) enum Event<T> {
     Other,
     /// The far end has heard that everything is here, and is through.
     Bye,
-}
-
-/// Pages of one process.
-#[derive(Debug)]
-pub(in crate::engine) struct Delivery {
-    /// Whose they are in the dump.
-    pub(in crate::engine) pid: u32,
-    /// What is there of them, by address.
-    pub(in crate::engine) parts: Vec<Part>,
-    /// Pages that an earlier round's images were to have and do not, at their addresses in the dump.
-    pub(in crate::engine) lacking: Vec<PageRange>,
-    /// The bytes.
-    pub(in crate::engine) plain: Vec<u8>,
-}
-
-/// Neighbouring pages that came the same way.
-#[derive(Debug)]
-pub(in crate::engine) struct Part {
-    /// Their addresses in the dump.
-    pub(in crate::engine) image: PageRange,
-    /// Where their bytes are in [`Delivery::plain`].
-    pub(in crate::engine) bytes: Range<usize>,
-    /// They were read from an earlier round's images, and are what the far end has.
-    pub(in crate::engine) local: bool,
-}
-
-impl Delivery {
-    /// Whether the far end has spoken of the page at `vaddr`.
-    pub(in crate::engine) fn tells_of(&self, vaddr: Vaddr) -> bool {
-        let there = self.parts.iter().map(|part| &part.image);
-        there
-            .chain(&self.lacking)
-            .any(|range| range.contains(vaddr))
-    }
 }
 
 /// Why nothing more comes.
@@ -305,6 +272,18 @@ impl<T> Fetching<T> {
         // Whoever still asks learns that there is nothing to build on.
         self.earlier.drop_images();
         self.say();
+    }
+
+    /// Says that this side has failed for good, and drops the connections.
+    pub(in crate::engine) fn fail(&mut self, why: &str) {
+        self.receiver.fail(Fail::new(FailCode::Taker, why));
+        self.say();
+        if let Some(mut pair) = self.pair.take() {
+            self.received_before += pair.stream.traffic().0 + pair.fault.traffic().0;
+            lane::say_last_words(&mut pair.stream);
+            pair.stream.close();
+        }
+        self.detach();
     }
 
     /// The next thing that has come, faults first.

@@ -40,6 +40,7 @@ use crate::ferry::delta::PageMemory;
 use crate::ferry::hash::HashKey;
 use crate::ferry::hello::{Features, Hello, Role, SessionId, VERSION, Window};
 use crate::ferry::link::Patience;
+use crate::ferry::pace::Pace;
 use crate::limits::FERRY_WINDOW_FRAMES_MAX;
 use crate::observe::ferried::Sent;
 use crate::observe::traffic::Traffic;
@@ -80,16 +81,35 @@ pub struct PusherConfig {
     pub traffic: Arc<Traffic>,
 }
 
+/// What a pusher learns in a session and takes along into the next one.
+#[derive(Debug)]
+pub(super) struct Learned {
+    /// What the taker has.
+    memory: PageMemory,
+    /// What compressing and carrying costs.
+    pace: Pace,
+}
+
+impl Learned {
+    /// Nothing so far, but for what `memory` says.
+    pub(super) fn new(memory: PageMemory) -> Learned {
+        Learned {
+            memory,
+            pace: Pace::new(1),
+        }
+    }
+}
+
 /// Runs `body` with a session to the taker, which `body` ends with [`Pushing::finish`] or by
-/// failing. Returns its result, what was sent, and the memory for the next session.
+/// failing. Returns its result, what was sent, and what was learned for the next session.
 pub(super) fn push<T>(
     config: &PusherConfig,
     page: PageSize,
-    memory: PageMemory,
+    learned: Learned,
     body: impl for<'s, 'env> FnOnce(&'s Scope<'s, 'env>, &'s Pushing) -> Result<T>,
-) -> Result<(Result<T>, Sent, PageMemory)> {
+) -> Result<(Result<T>, Sent, Learned)> {
     let session = SessionId(random_bits()?);
-    let pushing = Pushing::new(page, session, memory, Arc::clone(&config.traffic));
+    let pushing = Pushing::new(page, session, learned, Arc::clone(&config.traffic));
     let hello = Hello {
         version: VERSION,
         role: Role::Pusher,
@@ -118,7 +138,7 @@ pub(super) fn push<T>(
     });
     let sent = pushing.sent();
     drop(dialing);
-    Ok((result, sent, pushing.into_memory()))
+    Ok((result, sent, pushing.into_learned()))
 }
 
 /// The patience of an end that gives up after `give_up_after` without progress.

@@ -21,7 +21,7 @@ use super::lane::{self, Waker};
 use super::packer::{Job, Packer};
 use super::port::refuse;
 use super::pushing::Pushing;
-use super::{GOODBYE, WINDOW, lock};
+use super::{GOODBYE, Learned, WINDOW, lock};
 use crate::criu::header::{PageFlags, Target, Wire};
 use crate::engine::forward_lazy::held::Held;
 use crate::engine::stop::Stop;
@@ -31,7 +31,7 @@ use crate::ferry::delta::PageMemory;
 use crate::ferry::frame;
 use crate::ferry::gather::{Gathered, Run};
 use crate::ferry::hash::HashKey;
-use crate::ferry::hello::{Features, Hello, Role, SessionId, VERSION};
+use crate::ferry::hello::{Fail, FailCode, Features, Hello, Role, SessionId, VERSION};
 use crate::ferry::link::{Admission, Berth, Harbor};
 use crate::ferry::message::{Open, StateId, encode_close};
 use crate::lazy::pageset::PageSet;
@@ -62,6 +62,8 @@ pub(in crate::engine) struct OfferPort {
 struct State {
     harbor: Harbor,
     sessions: BTreeMap<SessionId, Arc<Offering>>,
+    /// Sessions that went well, as long as the harbor remembers them.
+    finished: BTreeMap<SessionId, Arc<Offering>>,
 }
 
 /// A taker's session.
@@ -118,6 +120,7 @@ impl OfferPort {
             state: Mutex::new(State {
                 harbor: Harbor::new(own, &roles, reconnect_timeout),
                 sessions: BTreeMap::new(),
+                finished: BTreeMap::new(),
             }),
             bell: Bell::default(),
             start: Instant::now(),
@@ -148,7 +151,10 @@ impl OfferPort {
                 Err(Error::wrap(Kind::Protocol, "refused", fail))
             }
             Admission::Joined { peer, welcome } => {
-                let offering = state.sessions.get(&peer.session).cloned();
+                let living = state.sessions.get(&peer.session);
+                let offering = living
+                    .or_else(|| state.finished.get(&peer.session))
+                    .cloned();
                 drop(state);
                 if let Some(offering) = offering {
                     self.join(conn, &offering, &peer, &welcome)?;
@@ -174,7 +180,7 @@ impl OfferPort {
     fn own(
         &self,
         conn: Conn,
-        offering: &Offering,
+        offering: &Arc<Offering>,
         peer: &Hello,
         welcome: &Hello,
         stop: &Stop,
@@ -205,7 +211,21 @@ impl OfferPort {
         });
         let mut state = lock(&self.state);
         state.sessions.remove(&peer.session);
-        state.harbor.end(peer.session, None);
+        match &result {
+            Ok(()) => {
+                let forgotten = state.harbor.finish(peer.session);
+                offering.retire();
+                state.finished.insert(peer.session, Arc::clone(offering));
+                if let Some(oldest) = forgotten {
+                    state.finished.remove(&oldest);
+                }
+            }
+            Err(error) => {
+                let text = format!("the session has failed: {error}");
+                let fail = Fail::new(FailCode::Pusher, text);
+                state.harbor.fail(peer.session, fail);
+            }
+        }
         result
     }
 
@@ -271,13 +291,19 @@ impl Offering {
         let (_, pages) = port.held.progress();
         // A taker may have an earlier round; what is pushed to it now it gets once.
         let memory = PageMemory::for_hashes_of(port.held.page(), port.held.runs());
+        let learned = Learned::new(memory);
         let traffic = Arc::clone(&port.traffic);
         Offering {
             held: Arc::clone(&port.held),
-            pushing: Pushing::new(port.held.page(), session, memory, Arc::clone(&traffic)),
+            pushing: Pushing::new(port.held.page(), session, learned, Arc::clone(&traffic)),
             traffic,
             given: Mutex::new(PageSet::new(pages.get())),
         }
+    }
+
+    /// All is done: what is left is to say so to whoever asks once more.
+    fn retire(&self) {
+        *self.pushing.memory() = PageMemory::new(self.held.page(), 0);
     }
 
     /// The pages `numbers` need not be pushed (any more).

@@ -57,6 +57,8 @@ struct State {
     harbor: Harbor,
     opened: u64,
     sessions: BTreeMap<SessionId, Arc<Taking>>,
+    /// Sessions that went well, as long as the harbor remembers them.
+    finished: BTreeMap<SessionId, Arc<Taking>>,
 }
 
 /// What came of a connection.
@@ -104,6 +106,7 @@ impl<'a> FerryPort<'a> {
                 harbor: Harbor::new(own, &[Role::Taker], reconnect_timeout),
                 opened: 0,
                 sessions: BTreeMap::new(),
+                finished: BTreeMap::new(),
             }),
             bell: Bell::default(),
             start: Instant::now(),
@@ -156,7 +159,10 @@ impl<'a> FerryPort<'a> {
                 Err(Error::wrap(Kind::Protocol, "refused", fail))
             }
             Admission::Joined { peer, welcome } => {
-                let taking = state.sessions.get(&peer.session).cloned();
+                let living = state.sessions.get(&peer.session);
+                let taking = living
+                    .or_else(|| state.finished.get(&peer.session))
+                    .cloned();
                 drop(state);
                 if let Some(taking) = taking {
                     self.run_lane(conn, &taking, &peer, &welcome)?;
@@ -182,7 +188,7 @@ impl<'a> FerryPort<'a> {
                     }
                     Err(error) => {
                         let fail = Fail::new(FailCode::Taker, error.to_string());
-                        state.harbor.end(theirs.session, Some(fail.clone()));
+                        state.harbor.fail(theirs.session, fail.clone());
                         drop(state);
                         refuse(conn, &fail);
                         Err(error)
@@ -236,11 +242,21 @@ impl<'a> FerryPort<'a> {
         });
         let mut state = lock(&self.state);
         state.sessions.remove(&hello.session);
-        let failure = result.as_ref().err().map(|error| {
-            let text = format!("the session has failed: {error}");
-            Fail::new(FailCode::Taker, text)
-        });
-        state.harbor.end(hello.session, failure);
+        match &result {
+            Ok(_) => {
+                let forgotten = state.harbor.finish(hello.session);
+                taking.retire();
+                state.finished.insert(hello.session, taking);
+                if let Some(oldest) = forgotten {
+                    state.finished.remove(&oldest);
+                }
+            }
+            Err(error) => {
+                let text = format!("the session has failed: {error}");
+                let fail = Fail::new(FailCode::Taker, text);
+                state.harbor.fail(hello.session, fail);
+            }
+        }
         drop(state);
         match result {
             Ok(images) => {

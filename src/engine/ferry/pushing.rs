@@ -1,28 +1,29 @@
 //! The pusher's state that all its threads share: numbers, frames until they are safe, the memory
 //! of what the taker has.
 //!
-//! Lanes poll frames out of it and hand acknowledgements in; the packers submit batches in the
+//! Lanes poll frames out of it and hand acknowledgements in (`lanes`); the packers submit batches in the
 //! order of their tickets; the thread that talks to CRIU asks questions and waits for the answers.
+
+mod lanes;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::conn::Frame;
-use super::dialing::{Bell, DialingParty, Lost};
-use super::lane::{Heard, Party, Waker, is_replaced};
-use super::lock;
+use super::dialing::Bell;
+use super::lane::{Party, Waker};
 use super::spares::Spares;
+use super::{Learned, lock};
 use crate::criu::header::Target;
 use crate::error::{self, Error, Result};
 use crate::ferry::delta::PageMemory;
 use crate::ferry::encode::Tally;
 use crate::ferry::frame::{Kind, OpenFrame, SealedFrame};
 use crate::ferry::hash::PageHasher;
-use crate::ferry::hello::{Fail, FailCode, Features, Hello, SessionId};
+use crate::ferry::hello::{Fail, FailCode, Features, SessionId};
 use crate::ferry::message::{Answer, StateId};
 use crate::ferry::pace::Pace;
-use crate::ferry::sender::{Sender, SenderEvent, Transmit};
+use crate::ferry::sender::Sender;
 use crate::observe::ferried::{ByKind, Sent};
 use crate::observe::traffic::Traffic;
 use crate::units::{PageSize, Vaddr};
@@ -80,11 +81,11 @@ pub(crate) struct Pushing {
 }
 
 impl Pushing {
-    /// A session that remembers in `memory` and counts in `traffic`.
+    /// A session that goes on from what was `learned` and counts in `traffic`.
     pub(super) fn new(
         page: PageSize,
         session: SessionId,
-        memory: PageMemory,
+        learned: Learned,
         traffic: Arc<Traffic>,
     ) -> Pushing {
         Pushing {
@@ -104,8 +105,8 @@ impl Pushing {
             }),
             changed: Condvar::new(),
             bell: Bell::default(),
-            memory: Mutex::new(memory),
-            pace: Mutex::new(Pace::new(1)),
+            memory: Mutex::new(learned.memory),
+            pace: Mutex::new(learned.pace),
             traffic,
             spares: Spares::default(),
         }
@@ -123,7 +124,8 @@ impl Pushing {
 
     /// So many threads compress.
     pub(super) fn set_encoders(&self, encoders: usize) {
-        *self.pace() = Pace::new(u32::try_from(encoders).unwrap_or(1));
+        self.pace()
+            .set_encoders(u32::try_from(encoders).unwrap_or(1));
     }
 
     /// An empty buffer for a frame.
@@ -138,11 +140,13 @@ impl Pushing {
         lock(&self.pace)
     }
 
-    /// Takes the memory out, for the next session.
-    pub(crate) fn into_memory(self) -> PageMemory {
-        self.memory
-            .into_inner()
-            .unwrap_or_else(PoisonError::into_inner)
+    /// Takes out what the next session goes on from.
+    pub(super) fn into_learned(self) -> Learned {
+        let (memory, pace) = (self.memory.into_inner(), self.pace.into_inner());
+        Learned {
+            memory: memory.unwrap_or_else(PoisonError::into_inner),
+            pace: pace.unwrap_or_else(PoisonError::into_inner),
+        }
     }
 
     /// What was sent so far.
@@ -346,169 +350,6 @@ impl State {
         let outstanding = usize::try_from(last - safe).expect("within the window");
         let released = self.frames.len().saturating_sub(outstanding);
         self.frames.drain(..released).collect()
-    }
-}
-
-impl Party for Pushing {
-    fn stream_up(&self, stream: u16, peer: &Hello, waker: &Arc<Waker>) {
-        self.memory().use_key(peer.hash_key);
-        let mut state = lock(&self.state);
-        let (sender, _) = state.talk.get_or_insert_with(|| {
-            let hasher = Arc::new(PageHasher::new(peer.hash_key, self.page));
-            let features = peer.features;
-            let agreed = Agreed { hasher, features };
-            (Sender::new(self.page, peer.streams, peer.window), agreed)
-        });
-        sender.stream_up(stream);
-        state.wakers.insert(stream, Arc::clone(waker));
-        state.wake_all();
-        drop(state);
-        self.changed.notify_all();
-    }
-
-    fn stream_down(&self, stream: u16, waker: &Arc<Waker>) {
-        let mut state = lock(&self.state);
-        let current = state.wakers.get(&stream);
-        if !current.is_some_and(|current| Arc::ptr_eq(current, waker)) {
-            return;
-        }
-        state.wakers.remove(&stream);
-        if let Some((sender, _)) = &mut state.talk {
-            sender.stream_down(stream);
-        }
-        // Other lanes carry what this one did.
-        state.wake_all();
-        drop(state);
-        self.bell.ring();
-    }
-
-    fn handle(&self, stream: u16, frame: Frame) -> Heard {
-        let mut state = lock(&self.state);
-        let Some((sender, _)) = &mut state.talk else {
-            return Heard::default();
-        };
-        match sender.handle(stream, frame.kind, &frame.body) {
-            Ok(SenderEvent::Acked {
-                safe,
-                answer,
-                taken,
-                arrived,
-                progress,
-            }) => {
-                state.taken |= taken;
-                if let Some(answer) = answer {
-                    state.answer = Some(answer);
-                }
-                let released = state.release(safe);
-                drop(state);
-                for frame in released {
-                    // Some connection may still hold it.
-                    if let Ok(frame) = Arc::try_unwrap(frame) {
-                        self.spares.give(frame);
-                    }
-                }
-                self.changed.notify_all();
-                Heard {
-                    progress,
-                    arrived: Some(arrived),
-                }
-            }
-            Ok(SenderEvent::Hashes(hashes)) => {
-                drop(state);
-                let mut memory = self.memory();
-                let mut learned = 0;
-                for (run, hashes_of_run) in hashes.runs(self.page) {
-                    memory.learn(hashes.target, run, hashes_of_run);
-                    learned += hashes_of_run.len() as u64;
-                }
-                drop(memory);
-                lock(&self.state).sent.hashes_learned += learned;
-                self.changed.notify_all();
-                Heard::progress(true)
-            }
-            Ok(SenderEvent::Failed(fail)) => {
-                drop(state);
-                self.lost(Lost::Refused(fail));
-                Heard::default()
-            }
-            Err(error) => {
-                drop(state);
-                self.refuse(error);
-                Heard::default()
-            }
-        }
-    }
-
-    fn poll(&self, stream: u16, _arrived: u64) -> Option<Arc<Vec<u8>>> {
-        let mut state = lock(&self.state);
-        let (sender, _) = state.talk.as_mut()?;
-        let transmit = sender.poll(stream)?;
-        let last = sender.last();
-        if let Transmit::Numbered(number) = transmit {
-            let from_back = usize::try_from(last - number).expect("within the window");
-            let at = state.frames.len() - 1 - from_back;
-            let frame = Arc::clone(&state.frames[at]);
-            if number <= state.carried {
-                state.sent.repeated_bytes += frame.len() as u64;
-            }
-            state.carried = state.carried.max(number);
-            return Some(frame);
-        }
-        let mut frame = Vec::new();
-        transmit.encode(&mut frame);
-        Some(Arc::new(frame))
-    }
-
-    fn awaits_word(&self) -> bool {
-        let state = lock(&self.state);
-        let sender = state.talk.as_ref().map(|(sender, _)| sender);
-        sender.is_some_and(Sender::awaits_word)
-    }
-
-    fn heartbeat(&self, _arrived: u64) -> Option<Arc<Vec<u8>>> {
-        None
-    }
-
-    fn observe_link(&self, bytes: u64, busy: Duration) {
-        let lanes = lock(&self.state).wakers.len();
-        let lanes = u32::try_from(lanes).unwrap_or(1).max(1);
-        self.pace().observe_link(bytes, busy / lanes);
-    }
-
-    fn is_replaced(&self, stream: u16, waker: &Arc<Waker>) -> bool {
-        is_replaced(&lock(&self.state).wakers, stream, waker)
-    }
-
-    fn is_over(&self) -> bool {
-        let state = lock(&self.state);
-        match &state.ending {
-            None => false,
-            Some(Ending::Lost(_)) => true,
-            Some(Ending::Well | Ending::Failed) => state.cut || state.is_told(),
-        }
-    }
-}
-
-impl DialingParty for Pushing {
-    fn is_ending(&self) -> bool {
-        lock(&self.state).ending.is_some()
-    }
-
-    fn lost(&self, why: Lost) {
-        let error = match why {
-            Lost::Refused(fail) => {
-                let kind = match fail.code {
-                    FailCode::Disagreement => error::Kind::Image,
-                    FailCode::Version | FailCode::Role | FailCode::PageSize => error::Kind::Usage,
-                    _ => error::Kind::PeerLost,
-                };
-                Error::wrap(kind, "the far end has ended the session", fail)
-            }
-            Lost::GivenUp(text) => Error::new(error::Kind::PeerLost, text),
-            Lost::Stopped => Error::new(error::Kind::Interrupted, "stopped by a signal"),
-        };
-        self.memory().forget();
-        self.end(lock(&self.state), Ending::Lost(error));
     }
 }
 

@@ -132,6 +132,11 @@ impl Taking {
         }
     }
 
+    /// All is done: what is left is to say so to whoever asks once more.
+    pub(super) fn retire(&self) {
+        lock(&self.bases).clear();
+    }
+
     /// The session cannot go on.
     pub(super) fn lost(&self, why: String) {
         self.end(Ending::Lost(why));

@@ -1,7 +1,8 @@
 //! Who is being served, and what that means for the dump.
 //!
 //! A client that says that it has everything ends the dump. Without `--keep`, a dump to whose clients
-//! nobody comes back is given up: its connection is reset, and its processes go on.
+//! nobody comes back, or whose last client has failed, is given up: its connection is reset, and its
+//! processes go on.
 
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -26,6 +27,8 @@ struct State {
     confirmed: bool,
     /// Since when nobody is here who was.
     alone_since: Option<Instant>,
+    /// Nobody is here, and the last one will not come back.
+    failed: bool,
 }
 
 /// What is to be done about the dump.
@@ -35,13 +38,18 @@ pub(super) enum Verdict {
     Confirmed,
     /// Nobody came back for too long.
     GivenUp,
+    /// The last client has failed for good.
+    Failed,
     /// Asked to stop.
     Stopped,
 }
 
 /// A client that is being served, until this is dropped.
 #[derive(Debug)]
-pub(super) struct Guest<'a>(&'a Guests);
+pub(super) struct Guest<'a> {
+    guests: &'a Guests,
+    failed: bool,
+}
 
 impl Guests {
     /// Clients that are given up when none is here for so long, if that is given.
@@ -58,7 +66,11 @@ impl Guests {
         let mut state = lock(&self.state);
         state.here += 1;
         state.alone_since = None;
-        Guest(self)
+        state.failed = false;
+        Guest {
+            guests: self,
+            failed: false,
+        }
     }
 
     /// Whether a client has everything.
@@ -74,6 +86,8 @@ impl Guests {
                 Some(Verdict::Confirmed)
             } else if stopped() {
                 Some(Verdict::Stopped)
+            } else if state.failed && self.give_up_after.is_some() {
+                Some(Verdict::Failed)
             } else if alone
                 .is_some_and(|alone| self.give_up_after.is_some_and(|most| alone >= most))
             {
@@ -110,26 +124,47 @@ impl Guests {
 impl Guest<'_> {
     /// This client has everything.
     pub(super) fn confirm(&self) {
-        lock(&self.0.state).confirmed = true;
-        self.0.changed.notify_all();
+        lock(&self.guests.state).confirmed = true;
+        self.guests.changed.notify_all();
+    }
+
+    /// This client will not come back.
+    pub(super) fn fail(&mut self) {
+        self.failed = true;
     }
 }
 
 impl Drop for Guest<'_> {
     fn drop(&mut self) {
-        let mut state = lock(&self.0.state);
+        let mut state = lock(&self.guests.state);
         state.here -= 1;
         if state.here == 0 {
             state.alone_since = Some(Instant::now());
+            state.failed = self.failed;
         }
         drop(state);
-        self.0.changed.notify_all();
+        self.guests.changed.notify_all();
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_client_that_has_failed_is_not_waited_for_unless_others_are_here() {
+        let guests = Guests::new(Some(Duration::MAX));
+        let (mut first, second) = (guests.enter(), guests.enter());
+        first.fail();
+        drop(first);
+        assert_eq!(guests.wait_for_verdict(|| true), Verdict::Stopped);
+        drop(second);
+        assert_eq!(guests.wait_for_verdict(|| true), Verdict::Stopped);
+        let mut third = guests.enter();
+        third.fail();
+        drop(third);
+        assert_eq!(guests.wait_for_verdict(|| false), Verdict::Failed);
+    }
 
     #[test]
     fn the_dump_is_given_up_only_when_nobody_comes_back() {

@@ -41,7 +41,7 @@ use crate::observe::ferried::Forwarded;
 use crate::observe::traffic::{Traffic, cpu_time};
 use crate::stream::Stream;
 use drain::Drain;
-use guests::{Guests, Verdict};
+use guests::{Guest, Guests, Verdict};
 use held::{Held, HeldProcess};
 
 /// What is to be forwarded, and how.
@@ -190,7 +190,7 @@ impl Clients {
         report: impl Fn(&Left<'_>),
     ) {
         let peer = stream.peer().to_owned();
-        let guest = self.guests.enter();
+        let mut guest = self.guests.enter();
         let ferry = secure(stream).and_then(|mut stream| {
             match self.context.begins_with(&mut stream, frame::MAGIC) {
                 Ok(ferry) => Ok((stream, ferry)),
@@ -202,7 +202,7 @@ impl Clients {
         });
         let has_everything = match ferry {
             Err(error) => Err(error),
-            Ok((stream, true)) => self.push(&peer, stream, stop, report),
+            Ok((stream, true)) => self.push(&peer, stream, stop, report, &mut guest),
             Ok((stream, false)) => {
                 let served = serve_client(stream, &self.context);
                 report(&Left::Asked(&peer, &served));
@@ -224,6 +224,7 @@ impl Clients {
         stream: Stream,
         stop: &Stop,
         report: impl Fn(&Left<'_>),
+        guest: &mut Guest<'_>,
     ) -> Result<bool> {
         let (start, cpu_before) = (Instant::now(), cpu_time());
         match self.port.handle(stream, stop)? {
@@ -239,6 +240,10 @@ impl Clients {
                     cpu: cpu_time().saturating_sub(cpu_before),
                 };
                 report(&Left::Pushed(&forwarded, &ended));
+                if ended.is_err() {
+                    // It has said so, or was waited for long enough.
+                    guest.fail();
+                }
                 ended.map(|()| true)
             }
         }
@@ -270,6 +275,10 @@ impl Clients {
                 let text = "stopped before a client had everything: the dump is told so, its \
                             processes go on";
                 return Err(Error::new(Kind::Interrupted, text));
+            }
+            Verdict::Failed => {
+                let text = "the lazy client has failed: the dump is told so, its processes go on";
+                return Err(Error::new(Kind::PeerLost, text));
             }
             Verdict::GivenUp => {
                 let text = format!(

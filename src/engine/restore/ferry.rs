@@ -262,6 +262,13 @@ impl Restore {
         self.send_requests()
     }
 
+    /// Tells a source that pushes that this restore has failed: it need not wait for us.
+    pub(super) fn fail_ferry(&mut self, why: &Error) {
+        if let Some(fetching) = self.fetching() {
+            fetching.fail(&why.to_string());
+        }
+    }
+
     /// Says that everything is here, and waits until the source has heard.
     pub(super) fn close_ferry(&mut self) -> Result<()> {
         let deadline = Instant::now() + CLOSE_TIMEOUT;

@@ -64,6 +64,10 @@ impl Loss {
 impl Restore {
     /// Gives the source up for good. An error here means that not even that could be done.
     pub(super) fn lose(&mut self, cause: Error) -> Result<()> {
+        // An operator may still have it try again.
+        if self.config.on_loss != OnLoss::Hold {
+            self.fail_ferry(&cause);
+        }
         self.links.reset();
         self.planner.lose();
         // The restore's own end is all that is left to hear of it.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use crate::ferry::hello::{Fail, FailCode, Greeting, Hello, Role, SessionId};
-use crate::limits::{FERRY_FAILED_SESSIONS_MAX, FERRY_SESSIONS_MAX};
+use crate::limits::{FERRY_ENDED_SESSIONS_MAX, FERRY_SESSIONS_MAX};
 
 use super::check;
 
@@ -57,6 +57,8 @@ pub struct Harbor {
     give_up_after: Duration,
     sessions: BTreeMap<SessionId, Moored>,
     failed: VecDeque<(SessionId, Fail)>,
+    /// Sessions that have ended well, and how many connections they had at most.
+    finished: VecDeque<(SessionId, u16)>,
 }
 
 impl Harbor {
@@ -69,6 +71,7 @@ impl Harbor {
             give_up_after,
             sessions: BTreeMap::new(),
             failed: VecDeque::new(),
+            finished: VecDeque::new(),
         }
     }
 
@@ -83,6 +86,16 @@ impl Harbor {
             return Admission::Refused(fail.clone());
         }
         let for_faults = peer.role == Role::Asker;
+        let finished = self.finished.iter().find(|(id, _)| *id == peer.session);
+        if let Some((_, streams)) = finished {
+            return match for_faults || peer.streams == *streams {
+                true => Admission::Joined {
+                    peer,
+                    welcome: self.welcome(&peer),
+                },
+                false => other_streams(peer.streams, *streams),
+            };
+        }
         let known = self.sessions.contains_key(&peer.session);
         if !known && (!peer.opening || for_faults) {
             let text = format!("session {} is not known here (any more)", peer.session);
@@ -97,9 +110,7 @@ impl Harbor {
             ..Moored::default()
         });
         if !for_faults && peer.streams != moored.streams {
-            let (said, first) = (peer.streams, moored.streams);
-            let text = format!("a connection of {said} to a session with {first} connections");
-            return Admission::Refused(Fail::new(FailCode::Protocol, text));
+            return other_streams(peer.streams, moored.streams);
         }
         let berth = Berth {
             session: peer.session,
@@ -113,7 +124,16 @@ impl Harbor {
         }
         (*attempt, *up) = (peer.attempt, true);
         moored.alone_since = None;
-        let welcome = Hello {
+        let welcome = self.welcome(&peer);
+        if known {
+            Admission::Joined { peer, welcome }
+        } else {
+            Admission::Opened { peer, welcome }
+        }
+    }
+
+    fn welcome(&self, peer: &Hello) -> Hello {
+        Hello {
             role: peer.role.opposite(),
             session: peer.session,
             stream: peer.stream,
@@ -121,11 +141,6 @@ impl Harbor {
             attempt: peer.attempt,
             opening: false,
             ..self.own
-        };
-        if known {
-            Admission::Joined { peer, welcome }
-        } else {
-            Admission::Opened { peer, welcome }
         }
     }
 
@@ -144,7 +159,7 @@ impl Harbor {
         }
     }
 
-    /// Whether `session` has had no connection for too long. It stays until [`Harbor::end`].
+    /// Whether `session` has had no connection for too long. It stays until [`Harbor::fail`] or [`Harbor::finish`].
     pub fn has_expired(&self, session: SessionId, now: Duration) -> bool {
         let since = self
             .sessions
@@ -162,14 +177,29 @@ impl Harbor {
         alone.min().map(|since| since + self.give_up_after)
     }
 
-    /// The session is over. Who comes back to a failed one gets `failure`.
-    pub fn end(&mut self, session: SessionId, failure: Option<Fail>) {
+    /// The session is over and has failed. Who comes back to it gets `fail`.
+    pub fn fail(&mut self, session: SessionId, fail: Fail) {
         self.sessions.remove(&session);
-        if let Some(fail) = failure {
-            if self.failed.len() >= FERRY_FAILED_SESSIONS_MAX {
-                self.failed.pop_front();
-            }
-            self.failed.push_back((session, fail));
+        if self.failed.len() >= FERRY_ENDED_SESSIONS_MAX {
+            self.failed.pop_front();
         }
+        self.failed.push_back((session, fail));
     }
+
+    /// The session is over, and all is well. Who comes back to it is let in, to hear that once more: the
+    /// last word may have been lost with its connection. Names the session that is forgotten for this one.
+    pub fn finish(&mut self, session: SessionId) -> Option<SessionId> {
+        let moored = self.sessions.remove(&session)?;
+        self.finished.push_back((session, moored.streams));
+        if self.finished.len() <= FERRY_ENDED_SESSIONS_MAX {
+            return None;
+        }
+        let (forgotten, _) = self.finished.pop_front()?;
+        Some(forgotten)
+    }
+}
+
+fn other_streams(said: u16, first: u16) -> Admission {
+    let text = format!("a connection of {said} to a session with {first} connections");
+    Admission::Refused(Fail::new(FailCode::Protocol, text))
 }

@@ -1,0 +1,180 @@
+//! What lanes and those who dial them see of a pusher.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Agreed, Ending, Pushing};
+use crate::engine::ferry::conn::Frame;
+use crate::engine::ferry::dialing::{DialingParty, Lost};
+use crate::engine::ferry::lane::{Heard, Party, Waker, is_replaced};
+use crate::engine::ferry::lock;
+use crate::error::{self, Error};
+use crate::ferry::hash::PageHasher;
+use crate::ferry::hello::{FailCode, Hello};
+use crate::ferry::sender::{Sender, SenderEvent, Transmit};
+
+impl Party for Pushing {
+    fn stream_up(&self, stream: u16, peer: &Hello, waker: &Arc<Waker>) {
+        self.memory().use_key(peer.hash_key);
+        let mut state = lock(&self.state);
+        let (sender, _) = state.talk.get_or_insert_with(|| {
+            let hasher = Arc::new(PageHasher::new(peer.hash_key, self.page));
+            let features = peer.features;
+            let agreed = Agreed { hasher, features };
+            (Sender::new(self.page, peer.streams, peer.window), agreed)
+        });
+        sender.stream_up(stream);
+        state.wakers.insert(stream, Arc::clone(waker));
+        state.wake_all();
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    fn stream_down(&self, stream: u16, waker: &Arc<Waker>) {
+        let mut state = lock(&self.state);
+        let current = state.wakers.get(&stream);
+        if !current.is_some_and(|current| Arc::ptr_eq(current, waker)) {
+            return;
+        }
+        state.wakers.remove(&stream);
+        if let Some((sender, _)) = &mut state.talk {
+            sender.stream_down(stream);
+        }
+        // Other lanes carry what this one did.
+        state.wake_all();
+        drop(state);
+        self.bell.ring();
+    }
+
+    fn handle(&self, stream: u16, frame: Frame) -> Heard {
+        let mut state = lock(&self.state);
+        let Some((sender, _)) = &mut state.talk else {
+            return Heard::default();
+        };
+        match sender.handle(stream, frame.kind, &frame.body) {
+            Ok(SenderEvent::Acked {
+                safe,
+                answer,
+                taken,
+                arrived,
+                progress,
+            }) => {
+                state.taken |= taken;
+                if let Some(answer) = answer {
+                    state.answer = Some(answer);
+                }
+                let released = state.release(safe);
+                drop(state);
+                for frame in released {
+                    // Some connection may still hold it.
+                    if let Ok(frame) = Arc::try_unwrap(frame) {
+                        self.spares.give(frame);
+                    }
+                }
+                self.changed.notify_all();
+                Heard {
+                    progress,
+                    arrived: Some(arrived),
+                }
+            }
+            Ok(SenderEvent::Hashes(hashes)) => {
+                drop(state);
+                let mut memory = self.memory();
+                let mut learned = 0;
+                for (run, hashes_of_run) in hashes.runs(self.page) {
+                    memory.learn(hashes.target, run, hashes_of_run);
+                    learned += hashes_of_run.len() as u64;
+                }
+                drop(memory);
+                lock(&self.state).sent.hashes_learned += learned;
+                self.changed.notify_all();
+                Heard::progress(true)
+            }
+            Ok(SenderEvent::Failed(fail)) => {
+                drop(state);
+                self.lost(Lost::Refused(fail));
+                Heard::default()
+            }
+            Err(error) => {
+                drop(state);
+                self.refuse(error);
+                Heard::default()
+            }
+        }
+    }
+
+    fn poll(&self, stream: u16, _arrived: u64) -> Option<Arc<Vec<u8>>> {
+        let mut state = lock(&self.state);
+        let (sender, _) = state.talk.as_mut()?;
+        let transmit = sender.poll(stream)?;
+        let last = sender.last();
+        if let Transmit::Numbered(number) = transmit {
+            let from_back = usize::try_from(last - number).expect("within the window");
+            let at = state.frames.len() - 1 - from_back;
+            let frame = Arc::clone(&state.frames[at]);
+            if number <= state.carried {
+                state.sent.repeated_bytes += frame.len() as u64;
+            }
+            state.carried = state.carried.max(number);
+            return Some(frame);
+        }
+        let mut frame = Vec::new();
+        transmit.encode(&mut frame);
+        Some(Arc::new(frame))
+    }
+
+    fn awaits_word(&self) -> bool {
+        let state = lock(&self.state);
+        let sender = state.talk.as_ref().map(|(sender, _)| sender);
+        sender.is_some_and(Sender::awaits_word)
+    }
+
+    fn heartbeat(&self, _arrived: u64) -> Option<Arc<Vec<u8>>> {
+        None
+    }
+
+    fn observe_link(&self, bytes: u64, busy: Duration) {
+        let lanes = lock(&self.state).wakers.len();
+        let lanes = u32::try_from(lanes).unwrap_or(1).max(1);
+        self.pace().observe_link(bytes, busy / lanes);
+    }
+
+    fn is_replaced(&self, stream: u16, waker: &Arc<Waker>) -> bool {
+        is_replaced(&lock(&self.state).wakers, stream, waker)
+    }
+
+    fn is_over(&self) -> bool {
+        let state = lock(&self.state);
+        match &state.ending {
+            None => false,
+            Some(Ending::Lost(_)) => true,
+            Some(Ending::Well | Ending::Failed) => state.cut || state.is_told(),
+        }
+    }
+}
+
+impl DialingParty for Pushing {
+    fn is_ending(&self) -> bool {
+        lock(&self.state).ending.is_some()
+    }
+
+    fn lost(&self, why: Lost) {
+        let error = match why {
+            Lost::Refused(fail) => {
+                let kind = match fail.code {
+                    FailCode::Disagreement => error::Kind::Image,
+                    FailCode::Version | FailCode::Role | FailCode::PageSize => error::Kind::Usage,
+                    _ => error::Kind::PeerLost,
+                };
+                Error::wrap(kind, "the far end has ended the session", fail)
+            }
+            Lost::GivenUp(text) => Error::new(error::Kind::PeerLost, text),
+            Lost::Stopped => Error::new(error::Kind::Interrupted, "stopped by a signal"),
+        };
+        // A connection may be turned away while the others have long come to the end.
+        if !self.is_ending() {
+            self.memory().forget();
+        }
+        self.end(lock(&self.state), Ending::Lost(error));
+    }
+}
