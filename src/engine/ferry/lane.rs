@@ -173,7 +173,12 @@ pub(super) fn run(
             Ok(Turn::Over) => break LaneEnd::Over,
             Ok(Turn::Silent) => break LaneEnd::Silent,
             Ok(Turn::Replaced) => break LaneEnd::Replaced,
-            Err(error) => break LaneEnd::Lost(error),
+            Err(error) => {
+                if matches!(error, ConnError::Socket(_)) {
+                    lane.hear_last_words(&mut conn);
+                }
+                break LaneEnd::Lost(error);
+            }
         }
     };
     if matches!(end, LaneEnd::Over) {
@@ -247,6 +252,14 @@ impl Lane<'_> {
             return Ok(Turn::Silent);
         }
         Ok(Turn::Again)
+    }
+
+    /// Hears what came before the connection broke: a peer that says that the session is over hangs up,
+    /// and whatever is sent to it then fails.
+    fn hear_last_words(&self, conn: &mut Conn) {
+        while let Ok(Some(frame)) = conn.receive() {
+            let _heard = self.party.handle(self.stream, frame);
+        }
     }
 
     /// Queues what the party has to say. Tells whether it may have more.
