@@ -60,6 +60,8 @@ pub struct Plan<'a> {
     pub parent_of_restored: Option<PathBuf>,
     /// What lies between the source and the daemon (none: loopback without a proxy).
     pub link: Option<(Link, Option<Accident>)>,
+    /// How many connections come to harm if there is an accident on the link, the first ones.
+    pub harmed_connections: u64,
 }
 
 impl<'a> Plan<'a> {
@@ -74,6 +76,7 @@ impl<'a> Plan<'a> {
             source_options: Vec::new(),
             parent_of_restored: None,
             link: None,
+            harmed_connections: u64::MAX,
         }
     }
 
@@ -198,7 +201,11 @@ impl PostCopy {
             symlink(parent, images.join("parent"))?;
         }
         let proxy = match (address, plan.link) {
-            (Some(address), Some((link, accident))) => Some(Proxy::start(address, link, accident)?),
+            (Some(address), Some((link, None))) => Some(Proxy::start(address, link, None)?),
+            (Some(address), Some((link, Some(accident)))) => {
+                let harmed = plan.harmed_connections;
+                Some(Proxy::start_with_harm(address, link, accident, harmed)?)
+            }
             _ => None,
         };
         let address = proxy.as_ref().map(Proxy::address).or(address);

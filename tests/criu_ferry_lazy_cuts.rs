@@ -1,0 +1,83 @@
+//! One accident anywhere in a post-copy over ferry: at every border of a batch, inside of it, among the
+//! acknowledgements. Each time all memory is right, and everybody ends well.
+
+use anyhow::{Context, Result};
+use testbed::bed::Bed;
+use testbed::criu::{Criu, Suite};
+use testbed::daemons::Make;
+use testbed::load::content::Content;
+use testbed::load::spec::{AreaSpec, LoadSpec, Mapping};
+use testbed::load::steps::{Order, Pass, Step};
+use testbed::postcopy::{Plan, PostCopy, Source};
+use testbed::proxy::{Accident, Harm, Link, Way};
+use testbed::suite::with_criu;
+
+const BATCHES: u64 = 8;
+const PAGES_OF_BATCH: u64 = 16;
+const HEADER_BYTES: u64 = 28;
+/// WELCOME and OPEN come before the first batch.
+const BEFORE_BYTES: u64 = (HEADER_BYTES + 72) + (HEADER_BYTES + 16);
+/// A batch of one run of pages that cannot be compressed.
+const BATCH_BYTES: u64 = HEADER_BYTES + 40 + 16 + PAGES_OF_BATCH + (PAGES_OF_BATCH << 12);
+const CLOSE_BYTES: u64 = HEADER_BYTES + 8;
+const ACK_BYTES: u64 = HEADER_BYTES + 48;
+
+const HARMS: [Harm; 3] = [Harm::Reset, Harm::End, Harm::FlipBit];
+
+/// Moves a process with an accident to the first connection, the one that its memory is pushed over.
+fn with_accident(bed: &Bed, criu: &Criu, accident: Accident) -> Result<()> {
+    let pages = u32::try_from(BATCHES * PAGES_OF_BATCH)?;
+    let area = AreaSpec::new(Mapping::Private, pages, Content::Random);
+    let spec = LoadSpec {
+        pin_own_memory: true,
+        ..LoadSpec::new(bed.path("load"), vec![area])
+    };
+    let plan = Plan::new(criu, Source::Forwarder, Make::Ours);
+    let plan = Plan {
+        client_options: vec!["--ferry".to_owned()],
+        harmed_connections: 1,
+        ..plan.with_accident(Link::default(), accident)
+    };
+    let mut moved = PostCopy::start(bed, &plan, spec, &[])?;
+    moved.finish()?;
+    for report in moved
+        .load
+        .run_everywhere(&[Step::Verify(Pass::full(Order::Ascending))])?
+    {
+        report.expect_right()?;
+    }
+    Ok(())
+}
+
+/// One post-copy for each of `places`, in bytes, with one harm after the other.
+fn with_accidents(way: Way, places: impl Iterator<Item = u64>) {
+    for (after_bytes, harm) in places.zip(HARMS.into_iter().cycle()) {
+        let accident = Accident {
+            way,
+            after_bytes,
+            harm,
+        };
+        with_criu(Suite::Sid, |bed, criu| {
+            with_accident(bed, criu, accident).with_context(|| format!("{accident:?}"))
+        });
+    }
+}
+
+#[test]
+fn one_accident_anywhere_among_the_batches_is_survived() {
+    let borders = (0..BATCHES).map(|batch| BEFORE_BYTES + batch * BATCH_BYTES);
+    let inside = [0, 9, HEADER_BYTES, BATCH_BYTES / 2, BATCH_BYTES - 1];
+    let end = BEFORE_BYTES + BATCHES * BATCH_BYTES;
+    let close = [end, end + 9, end + CLOSE_BYTES - 1];
+    let places = borders.flat_map(|border| inside.map(|offset| border + offset));
+    with_accidents(Way::ToClient, places.chain(close));
+}
+
+#[test]
+fn one_accident_anywhere_among_the_acknowledgements_is_survived() {
+    // HELLO, then one ACK at the beginning, for OPEN, for each batch, for CLOSE, and the last one.
+    let hello = HEADER_BYTES + 72;
+    let end = hello + (BATCHES + 4) * ACK_BYTES;
+    let places = (hello..end).step_by(61);
+    with_accidents(Way::ToServer, places);
+}
