@@ -283,7 +283,7 @@ impl Restore {
                     match ferry.dialer.dial() {
                         Ok(pair) => ferry.fetching.attach(pair),
                         Err(error) if error.kind() == Kind::Protocol => break Err(error),
-                        Err(_) => std::thread::sleep(super::links::RECONNECT_PAUSE),
+                        Err(_) => std::thread::sleep(super::reconnect::RECONNECT_PAUSE),
                     }
                 }
                 Err(Trouble::Lost(error)) => {

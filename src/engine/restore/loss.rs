@@ -231,7 +231,7 @@ impl Restore {
     fn try_source_again(&mut self) {
         tracing::info!("trying to reach the source again");
         self.links
-            .start_reconnecting(super::links::RECONNECT_DEFAULT);
+            .start_reconnecting(super::reconnect::RECONNECT_DEFAULT);
     }
 
     /// The source is back after it was given up, in time for processes that were held.

@@ -26,6 +26,7 @@ mod link;
 mod links;
 mod loss;
 mod process;
+mod reconnect;
 mod report;
 mod signals;
 mod victims;

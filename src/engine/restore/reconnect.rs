@@ -1,0 +1,179 @@
+//! A lost source, and the attempts to reach it again.
+//!
+//! ```text
+//!   link_failed / source_lost -> reset -> start_reconnecting -> a thread dials until the deadline
+//!                                   |                                   | eventfd
+//!                                   |                                   v
+//!                                   +-- no more attempts: the error   take_reconnected -> watch_links
+//! ```
+//!
+//! Faults wait meanwhile. Time out of reach counts until a byte comes, not until a connection stands:
+//! a source that takes connections and says nothing is as lost as one that takes none.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::time::{Duration, Instant};
+
+use super::Restore;
+use super::dialer::{Pair, Which};
+use super::links::Links;
+use crate::engine::ferry::fetching::FerryPair;
+use crate::error::{Error, Kind, Result};
+
+/// How long a lost source that is ours is tried again, if the user says nothing.
+pub(super) const RECONNECT_DEFAULT: Duration = Duration::from_secs(30);
+
+/// Between two attempts to reach a lost source.
+pub(super) const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
+
+/// New connections to a source.
+#[derive(Debug)]
+pub(super) enum Dialed {
+    Criu(Box<Pair>),
+    Ferry(Box<FerryPair>),
+}
+
+impl Links {
+    fn may_reconnect(&self) -> Option<Duration> {
+        let timeout = self
+            .reconnect_timeout
+            .or(self.ours.then_some(RECONNECT_DEFAULT))?;
+        let used = self
+            .down_since
+            .map_or(Duration::ZERO, |since| since.elapsed());
+        timeout.checked_sub(used).filter(|left| !left.is_zero())
+    }
+
+    /// Tries in the background to reach the source again for `timeout`.
+    pub(super) fn start_reconnecting(&mut self, timeout: Duration) {
+        let Some(dialer) = self.dialer.clone() else {
+            return;
+        };
+        self.down_since.get_or_insert_with(Instant::now);
+        let (sender, receiver) = channel();
+        let wake = Arc::clone(&self.reconnected);
+        let deadline = Instant::now() + timeout;
+        let ferry = self.ferry.as_ref().map(|ferry| ferry.dialer.clone());
+        std::thread::spawn(move || {
+            let dial = || match &ferry {
+                Some(ferry) => ferry.dial().map(Box::new).map(Dialed::Ferry),
+                None => dialer.dial_pair().map(Box::new).map(Dialed::Criu),
+            };
+            let result = loop {
+                match dial() {
+                    // What a source of another kind says will not change.
+                    Err(error) if error.kind() != Kind::Protocol && Instant::now() < deadline => {
+                        std::thread::sleep(RECONNECT_PAUSE);
+                    }
+                    result => break result,
+                }
+            };
+            // A receiver that is gone has given up; a full eventfd has been told.
+            let _ = sender.send(result);
+            let _ = wake.write(1);
+        });
+        self.attempt = Some(receiver);
+    }
+}
+
+impl Restore {
+    pub(super) fn bad_source(
+        &self,
+        error: impl std::error::Error + Send + Sync + 'static,
+    ) -> Error {
+        let peer = self
+            .links
+            .dialer
+            .as_ref()
+            .map(|dialer| dialer.peer.to_string())
+            .unwrap_or_default();
+        Error::wrap(
+            Kind::Protocol,
+            format!("the source at {peer} cannot be used"),
+            error,
+        )
+    }
+
+    /// A connection is gone. `cause` is `None` if the source ended it in order.
+    pub(super) fn link_failed(
+        &mut self,
+        which: Which,
+        cause: Option<std::io::Error>,
+    ) -> Result<()> {
+        let Some(pair) = &mut self.links.pair else {
+            return Ok(());
+        };
+        if which == Which::Fault && pair.fault.as_ref().is_some_and(|fault| !fault.proven) {
+            tracing::debug!("the source takes one connection: faults share it with the stream");
+            pair.fault = None;
+            return Ok(());
+        }
+        let peer = self
+            .links
+            .dialer
+            .as_ref()
+            .map(|dialer| dialer.peer.to_string())
+            .unwrap_or_default();
+        let never_spoke = self.links.bytes_received() == 0;
+        let what = if never_spoke {
+            format!(
+                "the source at {peer} hung up without sending a page: is it a page server that receives (without --lazy-pages)?"
+            )
+        } else {
+            format!("the source at {peer} hung up before all pages came")
+        };
+        let error = match cause {
+            Some(cause) => Error::wrap(Kind::PeerLost, what, cause),
+            None => Error::new(Kind::PeerLost, what),
+        };
+        self.source_lost(error)
+    }
+
+    /// All connections to the source are given up, and made again if it may come back.
+    pub(super) fn source_lost(&mut self, error: Error) -> Result<()> {
+        self.links.reset();
+        match self.links.may_reconnect() {
+            Some(timeout) if self.loss.is_none() => {
+                tracing::warn!(
+                    "{error}; trying to reach it again for {} s",
+                    timeout.as_secs()
+                );
+                self.planner.give_back_all();
+                self.links.start_reconnecting(timeout);
+                Ok(())
+            }
+            _ => Err(error),
+        }
+    }
+
+    /// An attempt to reach the source again has ended.
+    pub(super) fn take_reconnected(&mut self) -> Result<()> {
+        // Not readable again is all that matters.
+        let _ = self.links.reconnected.read();
+        let outcome = match self.links.attempt.as_ref().map(Receiver::try_recv) {
+            Some(Ok(outcome)) => outcome,
+            Some(Err(TryRecvError::Empty)) | None => return Ok(()),
+            Some(Err(TryRecvError::Disconnected)) => Err(Error::new(
+                Kind::PeerLost,
+                "the attempt to reach the source again was lost",
+            )),
+        };
+        self.links.attempt = None;
+        let dialed = match outcome {
+            Ok(dialed) => dialed,
+            Err(error) if self.loss.is_some() => {
+                tracing::error!("the source could not be reached: {error}");
+                return Ok(());
+            }
+            Err(error) => return Err(error.within("the source could not be reached again")),
+        };
+        tracing::info!("the source is back");
+        match (dialed, &mut self.links.ferry) {
+            (Dialed::Ferry(pair), Some(ferry)) => ferry.fetching.attach(*pair),
+            (Dialed::Ferry(_), None) => {}
+            (Dialed::Criu(pair), _) => self.links.pair = Some(*pair),
+        }
+        self.recover();
+        self.watch_links()
+    }
+}
