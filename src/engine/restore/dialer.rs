@@ -97,6 +97,12 @@ impl Pair {
         self.fault.as_ref().is_some_and(|fault| fault.proven)
     }
 
+    /// Whether requests wait for room in a socket.
+    pub(super) fn awaits_room(&self) -> bool {
+        let fault = self.fault.as_ref();
+        self.stream.awaits_room || fault.is_some_and(|fault| fault.link.awaits_room)
+    }
+
     pub(super) fn bytes_received(&self) -> u64 {
         self.stream.bytes_received()
             + self

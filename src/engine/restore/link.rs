@@ -39,6 +39,8 @@ pub(super) struct Link {
     page: PageSize,
     urgent: u64,
     out: Vec<u8>,
+    /// The poll waits for room for the rest of `out`.
+    pub(super) awaits_room: bool,
     received: Received,
     bytes_received: u64,
 }
@@ -79,6 +81,7 @@ impl Link {
             page,
             urgent: 0,
             out: Vec::new(),
+            awaits_room: false,
             received: Received {
                 buffer: vec![0; BUFFER_BYTES],
                 start: 0,

@@ -268,22 +268,20 @@ impl Restore {
         if asked { self.flush_links() } else { Ok(()) }
     }
 
+    /// Sends what was asked for; what does not fit goes when the socket has room.
     fn flush_links(&mut self) -> Result<()> {
         for which in [Which::Fault, Which::Stream] {
             let Some(link) = self.links.pair.as_mut().and_then(|pair| pair.link(which)) else {
                 continue;
             };
             match link.flush() {
-                Ok(left) => {
-                    let flags = if left {
-                        EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT
-                    } else {
-                        EpollFlags::EPOLLIN
-                    };
-                    if left {
-                        rewatch(&self.poll, &link.socket(), flags, which.token() as u64)?;
-                    }
+                Ok(left) if left != link.awaits_room => {
+                    link.awaits_room = left;
+                    let mut flags = EpollFlags::EPOLLIN;
+                    flags.set(EpollFlags::EPOLLOUT, left);
+                    rewatch(&self.poll, &link.socket(), flags, which.token() as u64)?;
                 }
+                Ok(_) => {}
                 Err(error) => self.link_failed(which, Some(error))?,
             }
         }
@@ -294,6 +292,9 @@ impl Restore {
     pub(super) fn pump_links(&mut self) -> Result<()> {
         if self.links.ferry.is_some() {
             return self.pump_ferry();
+        }
+        if self.links.pair.as_ref().is_some_and(Pair::awaits_room) {
+            self.flush_links()?;
         }
         self.pump(Which::Fault)?;
         self.pump(Which::Stream)
