@@ -18,18 +18,21 @@ const SLACK_PAGES: u64 = 64;
 /// How many further pages of a stride are brought.
 const STRIDE_PAGES: i64 = 4;
 
-/// The faults after which memory touched at random should be there, about.
-const FAULTS_WANTED: u64 = 8 << 10;
+/// Missing memory of this many bytes gets blocks of one byte: their size grows with the square of it.
+const BLOCK_UNIT_BYTES: u64 = 2 << 20;
 
 /// Smallest and largest block for a fault that stands alone, bytes: what CRIU's dump serves in about
 /// the time of a single page, and beyond which a fault waits longer than the memory is there sooner.
-const BLOCK_BYTES: std::ops::RangeInclusive<u64> = 32 << 10..=128 << 10;
+const BLOCK_BYTES: std::ops::RangeInclusive<u64> = 32 << 10..=256 << 10;
 
 /// The block to bring for a fault that stands alone, when `missed_bytes` were missing at the start:
-/// the more memory, the more a fault brings, so that the number of faults does not grow with it.
+/// the more memory, the more a fault brings, so that a reader at random comes through little memory
+/// with short waits, and through much of it with few.
 pub fn block_bytes(missed_bytes: u64) -> u64 {
-    let wanted = (missed_bytes / FAULTS_WANTED).clamp(*BLOCK_BYTES.start(), *BLOCK_BYTES.end());
-    1 << wanted.ilog2()
+    let wanted = (missed_bytes / BLOCK_UNIT_BYTES).saturating_pow(2);
+    1 << wanted
+        .clamp(*BLOCK_BYTES.start(), *BLOCK_BYTES.end())
+        .ilog2()
 }
 
 /// What to fetch for a fault, in pages relative to the faulting one.
@@ -163,7 +166,14 @@ mod tests {
 
     #[test]
     fn a_block_grows_with_the_memory_between_its_bounds() {
-        for (missed_mib, block_kib) in [(1, 32), (256, 32), (300, 32), (512, 64), (4096, 128)] {
+        for (missed_mib, block_kib) in [
+            (1, 32),
+            (256, 32),
+            (400, 32),
+            (512, 64),
+            (1024, 256),
+            (4096, 256),
+        ] {
             assert_eq!(
                 block_bytes(missed_mib << 20),
                 block_kib << 10,

@@ -14,13 +14,13 @@ use super::anticipation::Anticipation;
 pub const CHUNK_BYTES_MIN: u64 = 16 << 10;
 
 /// Largest request of the background stream, bytes. Beyond it a fault waits longer for no gain.
-pub const CHUNK_BYTES_MAX: u64 = 128 << 10;
+pub const CHUNK_BYTES_MAX: u64 = 256 << 10;
 
 /// Largest window, bytes: 10 Gbit/s at 100 ms round trip.
 const WINDOW_BYTES_MAX: u64 = 128 << 20;
 
 /// A request of the background stream should keep the link busy about this long, µs.
-const CHUNK_TIME_US: u64 = 125;
+const CHUNK_TIME_US: u64 = 250;
 
 /// The same while faults share the link, µs: each waits for what is left of one request.
 const CHUNK_TIME_FAULTING_US: u64 = 50;
@@ -59,6 +59,8 @@ pub struct Window {
     delay_us: Option<u64>,
     previous_delay_us: Option<u64>,
     delay_since_us: u64,
+    /// The shortest delay ever, µs: whether the source is near does not change.
+    nearest_us: Option<u64>,
     last_fault_us: Option<u64>,
     anticipation: Anticipation,
 }
@@ -73,6 +75,7 @@ impl Default for Window {
             delay_us: None,
             previous_delay_us: None,
             delay_since_us: 0,
+            nearest_us: None,
             last_fault_us: None,
             anticipation: Anticipation::default(),
         }
@@ -127,6 +130,7 @@ impl Window {
             self.delay_since_us = now_us;
         }
         self.delay_us = Some(self.delay_us.map_or(delay, |known| known.min(delay)));
+        self.nearest_us = Some(self.nearest_us.map_or(delay, |known| known.min(delay)));
     }
 
     /// The answer to a request for `asked` bytes is complete, with `got` bytes.
@@ -194,7 +198,7 @@ impl Window {
 
     /// Whether the source is on this host or beside it.
     pub fn is_near(&self) -> bool {
-        self.delay().is_none_or(|delay| delay < NEAR_DELAY_US)
+        self.nearest_us.is_none_or(|delay| delay < NEAR_DELAY_US)
     }
 
     /// Until when the background stream holds back for a fault that is likely to come, µs.

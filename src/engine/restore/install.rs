@@ -15,7 +15,7 @@ use crate::units::{PageRange, Vaddr};
 const STEP_BYTES: u64 = 64 << 10;
 
 /// The same while there are none: a reader in order has more before it waits again.
-pub(super) const STEP_BYTES_MAX: u64 = 128 << 10;
+pub(super) const STEP_BYTES_MAX: u64 = 256 << 10;
 
 /// How often a fill that an unread event refuses is tried before others get a turn.
 const CHANGING_TRIES: usize = 64;

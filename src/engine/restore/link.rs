@@ -15,7 +15,7 @@ use crate::lazy::window::{Ticket, Window};
 use crate::units::{PageRange, PageSize};
 
 /// The receive buffer, bytes.
-const BUFFER_BYTES: usize = 512 << 10;
+const BUFFER_BYTES: usize = 1 << 20;
 
 /// Requests for faults on the way at most, if the link does not hold more.
 const URGENT_REQUESTS_MIN: u64 = 32;
