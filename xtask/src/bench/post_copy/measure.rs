@@ -17,7 +17,8 @@ use testbed::wait::{self, GENEROUS};
 
 use super::super::TMPFS;
 use super::super::rounds::{Contend, Measure};
-use super::super::stats::{Bound, Sample};
+use super::super::stats::Sample;
+use super::arrival::Arrival;
 use super::case::{Case, Contender};
 
 /// Warnings and errors, CRIU's default: the harness logs everything, which would be measured too.
@@ -28,8 +29,10 @@ const MIB: f64 = (1u32 << 20) as f64;
 /// What is read off a run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Metric {
-    /// From the finished restore to the end of the daemon, s.
+    /// From the finished restore to the last page, s.
     Drain,
+    /// From the finished restore to the end of the daemon, s.
+    Over,
     /// The longest pass of a process over its memory, s.
     Pass,
     /// First visits of pages that a pager served.
@@ -49,8 +52,9 @@ pub(super) enum Metric {
 }
 
 impl Metric {
-    pub(super) const ALL: [Metric; 9] = [
+    pub(super) const ALL: [Metric; 10] = [
         Metric::Drain,
+        Metric::Over,
         Metric::Pass,
         Metric::Faults,
         Metric::P50,
@@ -66,6 +70,7 @@ impl Measure<Run> for Metric {
     fn heading(self) -> &'static str {
         match self {
             Metric::Drain => "drained s",
+            Metric::Over => "over s",
             Metric::Pass => "pass s",
             Metric::Faults => "faults",
             Metric::P50 => "p50 µs",
@@ -81,6 +86,7 @@ impl Measure<Run> for Metric {
         let of_faults = |value: fn(&Faults) -> f64| run.faults.as_ref().map(value);
         let exact = match self {
             Metric::Drain => return Some(run.drain_s),
+            Metric::Over => return Some(run.over_s),
             Metric::Pass => return Some(run.pass_s),
             Metric::Cpu => return Some(run.cpu_s),
             Metric::Peak => return Some(run.peak_mib),
@@ -126,6 +132,7 @@ impl Faults {
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Run {
     drain_s: Sample,
+    over_s: Sample,
     pass_s: Sample,
     /// None if the run was ended before its processes could tell.
     faults: Option<Faults>,
@@ -178,15 +185,19 @@ impl Bench<'_> {
 
     fn watch(&self, mut migration: PostCopy, summary: &Path) -> Result<Run> {
         let restored = Instant::now();
-        let (mut drained, mut reported) = (None, false);
+        let (mut over, mut reported) = (None, false);
+        let mut arrival = Arrival::watch(restored);
         // The limit is judged inside: to reach it is an answer, not an error.
         wait::until("the last page", self.limit + GENEROUS, || {
-            if drained.is_none() && migration.daemon.process().ended()?.is_some() {
-                drained = Some(restored.elapsed());
+            if over.is_none() {
+                arrival.look(&migration.restored);
+                if migration.daemon.process().ended()?.is_some() {
+                    over = Some(restored.elapsed());
+                }
             }
             reported = reported || migration.reported()?;
-            let over = (drained.is_some() && reported) || restored.elapsed() >= self.limit;
-            Ok(over.then_some(()))
+            let done = (over.is_some() && reported) || restored.elapsed() >= self.limit;
+            Ok(done.then_some(()))
         })?;
         let limit = Sample::at_least(self.limit.as_secs_f64());
         let (pass_s, faults) = if reported {
@@ -196,19 +207,23 @@ impl Bench<'_> {
             (limit, None)
         };
         let daemon = migration.daemon.process();
-        let (ended, drain_s, bound) = match drained {
+        let exact = |after: Duration| Sample::exact(after.as_secs_f64());
+        let (ended, over_s, drain_s) = match over {
             Some(after) => {
                 let ended = daemon.succeed(GENEROUS)?;
-                (ended, Sample::exact(after.as_secs_f64()), Bound::Exact)
+                let last_page = arrival.last_page().unwrap_or(after);
+                (ended, exact(after), exact(last_page))
             }
-            None => (daemon.kill()?, limit, Bound::AtLeast),
+            None => (daemon.kill()?, limit, limit),
         };
-        if drained.is_some() && reported {
+        let bound = over_s.bound;
+        if over.is_some() && reported {
             migration.finish()?;
         }
         let used = |value| Sample { value, bound };
         Ok(Run {
             drain_s,
+            over_s,
             pass_s,
             faults,
             cpu_s: used(ended.cpu.as_secs_f64()),

@@ -10,6 +10,7 @@
 //!   table, JSON, bars (promises)
 //! ```
 
+mod arrival;
 mod case;
 mod measure;
 mod promises;
