@@ -309,6 +309,22 @@ mod tests {
     }
 
     #[test]
+    fn closes_every_connection_that_is_over() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let proxy = Proxy::start(address, Link::default(), None).unwrap();
+        for _ in 0..500 {
+            let client = TcpStream::connect(proxy.address()).unwrap();
+            let (mut server, _) = listener.accept().unwrap();
+            // Readers and writers of both ways end at the same moment.
+            pump::reset(&client);
+            drop(client);
+            let error = server.read(&mut [0]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+        }
+    }
+
+    #[test]
     fn flips_one_bit() {
         let accident = Accident {
             way: Way::ToServer,

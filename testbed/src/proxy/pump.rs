@@ -2,7 +2,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -18,12 +18,17 @@ const READ_BYTES: usize = 64 << 10;
 /// How often a blocked writer looks whether the connection has ended.
 const WRITE_TIMEOUT: Duration = Duration::from_millis(100);
 
+/// A reader and a writer for each way.
+const THREADS: usize = 4;
+
 #[derive(Debug)]
 pub(super) struct Connection {
     client: TcpStream,
     server: TcpStream,
     to_server: Queue,
     to_client: Queue,
+    /// Threads that have not ended.
+    running: AtomicUsize,
 }
 
 /// Lets the close of the last handle of `stream` be a reset.
@@ -47,6 +52,7 @@ impl Connection {
             server,
             to_server: Queue::new(shared.link),
             to_client: Queue::new(shared.link),
+            running: AtomicUsize::new(THREADS),
         });
         let mut connections = shared
             .connections
@@ -55,7 +61,7 @@ impl Connection {
         connections.push(Arc::clone(&connection));
         drop(connections);
         let accident = shared.next_accident();
-        let mut threads = Vec::new();
+        let mut threads = Vec::with_capacity(THREADS);
         for way in [Way::ToServer, Way::ToClient] {
             let (reader, from) = (Arc::clone(&connection), Arc::clone(shared));
             let (writer, to) = (Arc::clone(&connection), Arc::clone(shared));
@@ -78,18 +84,17 @@ impl Connection {
         }
     }
 
-    /// Drops the list's hold on a connection none of whose other threads runs any more, so that
-    /// its sockets are closed.
-    fn forget_if_over(self: Arc<Self>, shared: &Shared) {
+    /// Drops the list's hold on a connection whose last thread ends, so that its sockets are closed.
+    fn forget_if_over(self: &Arc<Self>, shared: &Shared) {
+        // Counted rather than told by who holds it: two threads that end at once hold it both.
+        if self.running.fetch_sub(1, Ordering::AcqRel) > 1 {
+            return;
+        }
         let mut connections = shared
             .connections
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        // This thread's and the list's.
-        if Arc::strong_count(&self) <= 2 {
-            connections.retain(|connection| !Arc::ptr_eq(connection, &self));
-        }
-        drop(self);
+        connections.retain(|connection| !Arc::ptr_eq(connection, self));
     }
 
     fn read(&self, way: Way, accident: Option<Accident>) {
