@@ -17,8 +17,12 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(60);
 impl Restore {
     /// Tells the source that everything has come, and waits for its word.
     pub(super) fn close_links(&mut self) -> Result<()> {
+        let unconfirmed = "all pages have come, but the source did not confirm the end";
+        let reached = self.links.await_attempt();
+        reached.map_err(|error| error.within(unconfirmed))?;
         if self.links.ferry.is_some() {
-            return self.close_ferry();
+            let result = self.close_ferry();
+            return result.map_err(|error| error.within(unconfirmed));
         }
         let Some(mut pair) = self.links.pair.take() else {
             return Ok(());
@@ -39,13 +43,7 @@ impl Restore {
         }
         pair.stream.close();
         let result = await_close(&mut pair.stream, deadline).and_then(|()| pair.stream.finish());
-        result.map_err(|error| {
-            Error::wrap(
-                Kind::PeerLost,
-                "all pages have come, but the source did not confirm the end",
-                error,
-            )
-        })
+        result.map_err(|error| Error::wrap(Kind::PeerLost, unconfirmed, error))
     }
 }
 

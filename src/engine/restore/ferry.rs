@@ -274,29 +274,38 @@ impl Restore {
         let deadline = Instant::now() + CLOSE_TIMEOUT;
         let result = loop {
             match self.await_bye(deadline) {
-                Err(Trouble::Lost(error)) if Instant::now() < deadline => {
-                    tracing::warn!("the source hung up at the end: {error}; saying it once more");
-                    let Some(ferry) = &mut self.links.ferry else {
-                        break Ok(());
-                    };
-                    ferry.fetching.detach();
-                    match ferry.dialer.dial() {
-                        Ok(pair) => ferry.fetching.attach(pair),
-                        Err(error) if error.kind() == Kind::Protocol => break Err(error),
-                        Err(_) => std::thread::sleep(super::reconnect::RECONNECT_PAUSE),
-                    }
-                }
-                Err(Trouble::Lost(error)) => {
-                    break Err(Error::wrap(Kind::PeerLost, "it hung up", error));
-                }
-                Err(Trouble::Over(error)) => break Err(error),
                 Ok(()) => break Ok(()),
+                Err(Trouble::Over(error)) => break Err(error),
+                Err(Trouble::Lost(error)) => {
+                    tracing::warn!("the source hung up at the end: {error}; saying it once more");
+                }
+            }
+            if let Err(error) = self.redial(deadline) {
+                break Err(error);
             }
         };
         self.links.reset();
-        result.map_err(|error| {
-            error.within("all pages have come, but the source did not confirm the end")
-        })
+        result
+    }
+
+    /// Makes the connections anew, again and again until the deadline.
+    fn redial(&mut self, deadline: Instant) -> Result<()> {
+        let Some(ferry) = &mut self.links.ferry else {
+            return Ok(());
+        };
+        ferry.fetching.detach();
+        loop {
+            match ferry.dialer.dial() {
+                Ok(pair) => {
+                    ferry.fetching.attach(pair);
+                    return Ok(());
+                }
+                Err(error) if error.kind() == Kind::Protocol || Instant::now() >= deadline => {
+                    return Err(error);
+                }
+                Err(_) => std::thread::sleep(super::reconnect::RECONNECT_PAUSE),
+            }
+        }
     }
 
     fn await_bye(&mut self, deadline: Instant) -> std::result::Result<(), Trouble> {

@@ -74,6 +74,27 @@ impl Links {
         });
         self.attempt = Some(receiver);
     }
+
+    /// Waits for an attempt that is under way: a source must hear of the end also when it was lost
+    /// behind the last page.
+    pub(super) fn await_attempt(&mut self) -> Result<()> {
+        let Some(attempt) = self.attempt.take() else {
+            return Ok(());
+        };
+        // The attempt has a deadline of its own.
+        let outcome = attempt.recv().unwrap_or_else(|_| Err(attempt_lost()));
+        self.attach(outcome?);
+        Ok(())
+    }
+
+    fn attach(&mut self, dialed: Dialed) {
+        tracing::info!("the source is back");
+        match (dialed, &mut self.ferry) {
+            (Dialed::Ferry(pair), Some(ferry)) => ferry.fetching.attach(*pair),
+            (Dialed::Ferry(_), None) => {}
+            (Dialed::Criu(pair), _) => self.pair = Some(*pair),
+        }
+    }
 }
 
 impl Restore {
@@ -153,27 +174,23 @@ impl Restore {
         let outcome = match self.links.attempt.as_ref().map(Receiver::try_recv) {
             Some(Ok(outcome)) => outcome,
             Some(Err(TryRecvError::Empty)) | None => return Ok(()),
-            Some(Err(TryRecvError::Disconnected)) => Err(Error::new(
-                Kind::PeerLost,
-                "the attempt to reach the source again was lost",
-            )),
+            Some(Err(TryRecvError::Disconnected)) => Err(attempt_lost()),
         };
         self.links.attempt = None;
-        let dialed = match outcome {
-            Ok(dialed) => dialed,
+        match outcome {
+            Ok(dialed) => self.links.attach(dialed),
             Err(error) if self.loss.is_some() => {
                 tracing::error!("the source could not be reached: {error}");
                 return Ok(());
             }
             Err(error) => return Err(error.within("the source could not be reached again")),
-        };
-        tracing::info!("the source is back");
-        match (dialed, &mut self.links.ferry) {
-            (Dialed::Ferry(pair), Some(ferry)) => ferry.fetching.attach(*pair),
-            (Dialed::Ferry(_), None) => {}
-            (Dialed::Criu(pair), _) => self.links.pair = Some(*pair),
         }
         self.recover();
         self.watch_links()
     }
+}
+
+fn attempt_lost() -> Error {
+    let text = "the attempt to reach the source again was lost";
+    Error::new(Kind::PeerLost, text)
 }
