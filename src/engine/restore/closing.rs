@@ -17,9 +17,12 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(60);
 impl Restore {
     /// Tells the source that everything has come, and waits for its word.
     pub(super) fn close_links(&mut self) -> Result<()> {
-        let unconfirmed = "all pages have come, but the source did not confirm the end";
+        let unconfirmed = format!(
+            "all pages have come, but the source at {} did not confirm the end",
+            self.links.peer()
+        );
         let reached = self.links.await_attempt();
-        reached.map_err(|error| error.within(unconfirmed))?;
+        reached.map_err(|error| error.within(unconfirmed.clone()))?;
         if self.links.ferry.is_some() {
             let result = self.close_ferry();
             return result.map_err(|error| error.within(unconfirmed));

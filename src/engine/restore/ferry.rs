@@ -160,7 +160,10 @@ impl Restore {
             Ok(left) => self.watch_for_room(left),
             Err(error) => self.source_lost(Error::wrap(
                 Kind::PeerLost,
-                "the connection to the source is lost",
+                format!(
+                    "the connection to the source at {} is lost",
+                    self.links.peer()
+                ),
                 error,
             )),
         }
@@ -200,7 +203,8 @@ impl Restore {
                 self.take_event(event)?;
             }
             Err(Trouble::Lost(error)) => {
-                let text = "the source hung up before all pages came";
+                let peer = self.links.peer();
+                let text = format!("the source at {peer} hung up before all pages came");
                 return self.source_lost(Error::wrap(Kind::PeerLost, text, error));
             }
             Err(Trouble::Over(error)) => return Err(error),

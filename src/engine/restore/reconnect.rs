@@ -34,6 +34,14 @@ pub(super) enum Dialed {
 }
 
 impl Links {
+    /// Who the source is, for messages.
+    pub(super) fn peer(&self) -> String {
+        let dialer = self.dialer.as_ref();
+        dialer
+            .map(|dialer| dialer.peer.to_string())
+            .unwrap_or_default()
+    }
+
     fn may_reconnect(&self) -> Option<Duration> {
         let timeout = self
             .reconnect_timeout
@@ -102,12 +110,7 @@ impl Restore {
         &self,
         error: impl std::error::Error + Send + Sync + 'static,
     ) -> Error {
-        let peer = self
-            .links
-            .dialer
-            .as_ref()
-            .map(|dialer| dialer.peer.to_string())
-            .unwrap_or_default();
+        let peer = self.links.peer();
         Error::wrap(
             Kind::Protocol,
             format!("the source at {peer} cannot be used"),
@@ -129,12 +132,7 @@ impl Restore {
             pair.fault = None;
             return Ok(());
         }
-        let peer = self
-            .links
-            .dialer
-            .as_ref()
-            .map(|dialer| dialer.peer.to_string())
-            .unwrap_or_default();
+        let peer = self.links.peer();
         let never_spoke = self.links.bytes_received() == 0;
         let what = if never_spoke {
             format!(
@@ -183,7 +181,12 @@ impl Restore {
                 tracing::error!("the source could not be reached: {error}");
                 return Ok(());
             }
-            Err(error) => return Err(error.within("the source could not be reached again")),
+            Err(error) => {
+                return Err(error.within(format!(
+                    "the source at {} could not be reached again",
+                    self.links.peer()
+                )));
+            }
         }
         self.recover();
         self.watch_links()
