@@ -226,6 +226,11 @@ impl<'b> Batch<'b> {
         self.pages().filter(|(_, kind)| kind.needs_base())
     }
 
+    /// One hash over the hashes of all [`Batch::bases`], in order, as the pusher means them.
+    pub(super) fn base_digest(&self) -> PageHash {
+        self.digest
+    }
+
     /// Compares the taker's hashes of all [`Batch::bases`], in order, with what the pusher meant.
     pub fn agree(
         &self,

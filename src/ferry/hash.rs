@@ -9,7 +9,7 @@ use std::fmt;
 
 use aegis::aegis128l::Aegis128LMac;
 
-use crate::units::PageSize;
+use crate::units::{PageRange, PageSize, Vaddr};
 
 /// Length of a hash, bytes.
 pub const HASH_BYTES: usize = 16;
@@ -114,6 +114,36 @@ pub fn is_zero(page: &[u8]) -> bool {
     match page.split_first() {
         Some((first, rest)) => *first == 0 && page[..rest.len()] == *rest,
         None => true,
+    }
+}
+
+/// Hashes of a part of an earlier version of the memory.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct HashStep {
+    /// Which pages, in the order of their addresses.
+    pub runs: Vec<PageRange>,
+    /// Their hashes, one after another.
+    pub hashes: Vec<PageHash>,
+    /// Where to go on; `None` when these were the last.
+    pub next: Option<Vaddr>,
+}
+
+impl HashStep {
+    /// Goes on with `next`, whose pages lie behind.
+    pub fn append(&mut self, next: HashStep) {
+        next.runs.into_iter().for_each(|run| self.add_run(run));
+        self.hashes.extend(next.hashes);
+        self.next = next.next;
+    }
+
+    /// Goes on with the pages `run`, whose hashes are added by the caller.
+    pub fn add_run(&mut self, run: PageRange) {
+        match self.runs.last_mut() {
+            Some(last) if last.end() == run.start() => {
+                *last = PageRange::new(last.start().get(), run.end().get());
+            }
+            _ => self.runs.push(run),
+        }
     }
 }
 

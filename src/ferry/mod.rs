@@ -13,6 +13,8 @@
 //!                     unpack       acknowledge
 //! ```
 //!
+//! In a post-copy `fetcher` is the end that takes: pushed pages, and questions and their answers.
+//!
 //! The layout of every byte is drawn in docs/ferry.md.
 //!
 //! Invariants: nothing here owns a descriptor, reads a clock or makes a system call; a page leaves
@@ -21,6 +23,7 @@
 pub mod batch;
 pub mod delta;
 pub mod encode;
+pub mod fetcher;
 mod fields;
 pub mod frame;
 pub mod gather;

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 
 use crate::error::Result;
-use crate::ferry::hash::{PageHash, PageHasher};
+use crate::ferry::hash::{HashStep, PageHash, PageHasher};
 use crate::image::chain::{Chain, Place};
 use crate::units::{PageRange, PageSize, Vaddr};
 
@@ -17,35 +17,6 @@ use crate::units::{PageRange, PageSize, Vaddr};
 struct Hashed {
     range: PageRange,
     hashes: Vec<PageHash>,
-}
-
-/// Hashes of a part of the base version.
-#[derive(Debug, Default)]
-pub(super) struct HashStep {
-    /// Which pages, in the order of their addresses.
-    pub(super) runs: Vec<PageRange>,
-    /// Their hashes, one after another.
-    pub(super) hashes: Vec<PageHash>,
-    /// Where to go on; `None` when these were the last.
-    pub(super) next: Option<Vaddr>,
-}
-
-impl HashStep {
-    /// Goes on with `next`, whose pages lie behind.
-    pub(super) fn append(&mut self, next: HashStep) {
-        next.runs.into_iter().for_each(|run| self.add_run(run));
-        self.hashes.extend(next.hashes);
-        self.next = next.next;
-    }
-
-    fn add_run(&mut self, run: PageRange) {
-        match self.runs.last_mut() {
-            Some(last) if last.end() == run.start() => {
-                *last = PageRange::new(last.start().get(), run.end().get());
-            }
-            _ => self.runs.push(run),
-        }
-    }
 }
 
 /// See the module's text.

@@ -1,4 +1,5 @@
-//! A taker that connects, for a loop of its caller's: no thread of its own, nothing waits.
+//! A taker that connects, for a loop of its caller's: no thread of its own, nothing waits. What it says
+//! and what it makes of what comes is decided by [`Fetcher`]; this moves the bytes.
 //!
 //! ```text
 //! stream ── OPEN, PAGES, CLOSE ──> next ──> Event: pages as plain bytes, checked
@@ -8,15 +9,10 @@
 //! fault  <── FAULT ─────────────── ask
 //!        ── FAULT_PAGES ─────────> next
 //! ```
-//!
-//! The session outlives its connections: with new ones the far end goes on behind what was settled,
-//! and the caller asks its open questions again.
 
-mod delivery;
 mod dialer;
 mod earlier;
 
-use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,18 +20,13 @@ use std::time::{Duration, Instant};
 use super::WINDOW;
 use super::conn::{ConnError, Frame};
 use super::lane::{self, HEARTBEAT};
-use crate::criu::header::Target;
 use crate::error::{Error, Kind};
-use crate::ferry::batch::{Batch, PageKind, Place};
-use crate::ferry::frame;
-use crate::ferry::hello::{Fail, FailCode};
-use crate::ferry::message::{Fault, StateId, WantHashes};
-use crate::ferry::receiver::{Arrival, Message, Receiver};
-use crate::ferry::unpack::Unpacker;
+use crate::ferry::fetcher::{self, Draft, FetchError, Fetcher};
+pub(in crate::engine) use crate::ferry::fetcher::{Delivery, Part};
+use crate::ferry::hash::PageHasher;
+use crate::ferry::hello::{Fail, FailCode, SessionId};
 use crate::image::chain::Chain;
-use crate::limits::FERRY_FAULT_PAGES_MAX;
 use crate::units::{PageRange, PageSize};
-pub(in crate::engine) use delivery::{Delivery, Part};
 pub(in crate::engine) use dialer::{FerryDialer, FerryPair};
 use earlier::Earlier;
 
@@ -43,17 +34,7 @@ use earlier::Earlier;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What has come.
-#[derive(Debug)]
-pub(in crate::engine) enum Event<T> {
-    /// Pages that were pushed; they are settled by [`Fetching::settle`].
-    Pushed(Delivery),
-    /// The answer to the question `T`.
-    Answer(T, Delivery),
-    /// Nothing that concerns the caller.
-    Other,
-    /// The far end has heard that everything is here, and is through.
-    Bye,
-}
+pub(in crate::engine) type Event<T> = fetcher::Event<T, Delivery>;
 
 /// Why nothing more comes.
 #[derive(Debug)]
@@ -70,62 +51,35 @@ impl From<ConnError> for Trouble {
     }
 }
 
-/// An open question.
-struct Question<T> {
-    number: u64,
-    tag: T,
-    pages: u64,
-    asked: Instant,
+impl From<FetchError> for Trouble {
+    fn from(error: FetchError) -> Trouble {
+        Trouble::Over(match error {
+            FetchError::Ended(fail) => {
+                Error::wrap(Kind::PeerLost, "the far end has ended the session", fail)
+            }
+            wrong => Error::wrap(Kind::Protocol, "what the far end says is wrong", wrong),
+        })
+    }
 }
 
 /// A session. `T` is what the caller knows a question by.
+#[derive(Debug)]
 pub(in crate::engine) struct Fetching<T> {
-    page: PageSize,
-    receiver: Receiver,
+    fetcher: Fetcher<T>,
     pair: Option<FerryPair>,
-    questions: VecDeque<Question<T>>,
-    asked: u64,
-    unpacker: Unpacker,
-    unpacked: Vec<u8>,
-    spare: Vec<u8>,
     earlier: Earlier,
-    /// An OPEN, its number and of what, that is answered when pages may be installed.
-    open: Option<(u64, Target)>,
-    may_install: bool,
-    /// Number of the pushed pages that the caller is installing.
-    unsettled: Option<u64>,
-    closed: bool,
+    start: Instant,
     said: Instant,
     received_before: u64,
 }
 
-impl<T> std::fmt::Debug for Fetching<T> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "Fetching({:?}, {} questions)",
-            self.receiver,
-            self.questions.len()
-        )
-    }
-}
-
 impl<T> Fetching<T> {
-    fn new(page: PageSize, earlier: Earlier) -> Fetching<T> {
+    fn new(page: PageSize, hasher: PageHasher, session: SessionId) -> Fetching<T> {
         Fetching {
-            page,
-            receiver: Receiver::new(page, 1, WINDOW),
+            fetcher: Fetcher::new(page, WINDOW, hasher.clone(), session.into()),
             pair: None,
-            questions: VecDeque::new(),
-            asked: 0,
-            unpacker: Unpacker::default(),
-            unpacked: Vec::new(),
-            spare: Vec::new(),
-            earlier,
-            open: None,
-            may_install: false,
-            unsettled: None,
-            closed: false,
+            earlier: Earlier::new(page, hasher),
+            start: Instant::now(),
             said: Instant::now(),
             received_before: 0,
         }
@@ -135,11 +89,12 @@ impl<T> Fetching<T> {
     /// end shall send only the others.
     pub(in crate::engine) fn build_on(&mut self, pid: u32, chain: Chain, missing: Vec<PageRange>) {
         self.earlier.add(pid, chain, missing);
+        self.fetcher.build_on(pid);
     }
 
     /// Goes on over `pair`.
     pub(in crate::engine) fn attach(&mut self, pair: FerryPair) {
-        self.receiver.stream_up(0);
+        self.fetcher.attach();
         self.pair = Some(pair);
         self.say();
     }
@@ -148,9 +103,7 @@ impl<T> Fetching<T> {
     pub(in crate::engine) fn detach(&mut self) {
         self.received_before = self.bytes_received();
         self.pair = None;
-        self.questions.clear();
-        self.earlier.forget_questions();
-        self.receiver.stream_down(0);
+        self.fetcher.detach();
     }
 
     /// Whether there are connections.
@@ -183,100 +136,79 @@ impl<T> Fetching<T> {
 
     /// Hashes are wanted, and the stream takes what they are sent in.
     fn may_tell_hashes(&self) -> bool {
+        let wanted = self.fetcher.wanted_hashes().is_some();
         let pair = self.pair.as_ref();
-        self.earlier.is_asked() && pair.is_some_and(|pair| pair.stream.queued_bytes() == 0)
+        wanted && pair.is_some_and(|pair| pair.stream.queued_bytes() == 0)
     }
 
     /// Hashes the next few pages of what the far end asks for, which takes no longer than to install
     /// them would.
     pub(in crate::engine) fn tell_hashes(&mut self) {
         if self.may_tell_hashes()
-            && let Some(words) = self.earlier.next_hashes()
+            && let Some(wanted) = self.fetcher.wanted_hashes()
             && let Some(pair) = &mut self.pair
         {
-            pair.stream.queue(Arc::new(words));
+            let step = self.earlier.hash(wanted, self.fetcher.begins_to_tell());
+            if let Some(words) = self.fetcher.tell_hashes(step) {
+                pair.stream.queue(Arc::new(words));
+            }
         }
     }
 
     /// How many questions are open.
     pub(in crate::engine) fn questions(&self) -> usize {
-        self.questions.len()
+        self.fetcher.questions()
     }
 
     /// How many pages were asked for that have not come.
     pub(in crate::engine) fn asked_pages(&self) -> u64 {
-        self.questions.iter().map(|question| question.pages).sum()
+        self.fetcher.asked_pages()
     }
 
     /// Whether the far end has pushed all that it would.
     pub(in crate::engine) fn is_closed(&self) -> bool {
-        self.closed
+        self.fetcher.is_closed()
     }
 
     /// From now on pages may be installed, so they may be pushed.
     pub(in crate::engine) fn may_install(&mut self) {
-        self.may_install = true;
-        if let Some((number, target)) = self.open.take() {
-            self.answer_open(number, target);
-        }
+        self.fetcher.may_install();
+        self.say();
     }
 
     /// Asks for the pages `image` of `pid`, of which a thread waits for the first.
     pub(in crate::engine) fn ask(&mut self, pid: u32, image: PageRange, tag: T) {
-        let Some(pair) = &mut self.pair else {
-            return;
-        };
-        let pages = image.pages(self.page).get();
-        let most = u64::from(FERRY_FAULT_PAGES_MAX).min(pages);
-        let start = image.start().get();
-        let fault = Fault {
-            target: Target::Process(pid),
-            vaddr: image.start(),
-            around: PageRange::new(start, start + (most << self.page.shift())),
-            in_full: self.earlier.is_distrusted(),
-        };
-        self.asked += 1;
-        let mut words = Vec::new();
-        fault.encode(self.asked, self.page, &mut words);
-        pair.fault.queue(Arc::new(words));
-        self.questions.push_back(Question {
-            number: self.asked,
-            tag,
-            pages: most,
-            asked: Instant::now(),
-        });
+        if let Some(pair) = &mut self.pair {
+            let now = self.start.elapsed();
+            let words = self.fetcher.ask(pid, image, tag, now);
+            pair.fault.queue(Arc::new(words));
+        }
     }
 
     /// Sends what is queued, and a heartbeat when it is time. Says for each socket whether something is
     /// left that it does not take now.
     pub(in crate::engine) fn flush(&mut self) -> std::result::Result<[bool; 2], ConnError> {
-        if self.said.elapsed() >= HEARTBEAT
-            && let Some(pair) = &mut self.pair
-        {
+        let Some(pair) = &mut self.pair else {
+            return Ok([false; 2]);
+        };
+        if self.said.elapsed() >= HEARTBEAT {
             self.said = Instant::now();
-            let mut words = Vec::new();
-            self.receiver
-                .ack(pair.stream.traffic().0)
-                .encode(&mut words);
+            let words = self.fetcher.heartbeat(pair.stream.traffic().0);
             pair.stream.queue(Arc::new(words));
         }
-        match &mut self.pair {
-            Some(pair) => Ok([pair.stream.flush()?, pair.fault.flush()?]),
-            None => Ok([false; 2]),
-        }
+        Ok([pair.stream.flush()?, pair.fault.flush()?])
     }
 
     /// Says that everything is here.
     pub(in crate::engine) fn taken(&mut self) {
-        self.receiver.taken();
-        // Whoever still asks learns that there is nothing to build on.
+        self.fetcher.taken();
         self.earlier.drop_images();
         self.say();
     }
 
     /// Says that this side has failed for good, and drops the connections.
     pub(in crate::engine) fn fail(&mut self, why: &str) {
-        self.receiver.fail(Fail::new(FailCode::Taker, why));
+        self.fetcher.fail(Fail::new(FailCode::Taker, why));
         self.say();
         if let Some(mut pair) = self.pair.take() {
             self.received_before += pair.stream.traffic().0 + pair.fault.traffic().0;
@@ -291,104 +223,50 @@ impl<T> Fetching<T> {
         let Some(pair) = &mut self.pair else {
             return Ok(None);
         };
-        if let Some(frame) = pair.fault.receive()? {
-            return self.take_answer(&frame).map(Some);
+        if let Some(Frame { kind, number, body }) = pair.fault.receive()? {
+            let event = self.fetcher.handle_answer(kind, number, &body)?;
+            return Ok(Some(self.complete(event)));
         }
-        if let Some(frame) = pair.stream.receive()? {
-            return self.take_pushed(&frame).map(Some);
+        if let Some(Frame { kind, number, body }) = pair.stream.receive()? {
+            let event = self.fetcher.handle_pushed(kind, number, &body)?;
+            self.say();
+            return Ok(Some(self.complete(event)));
         }
-        let oldest = self.questions.front();
-        if oldest.is_some_and(|question| question.asked.elapsed() > ANSWER_TIMEOUT) {
+        let now = self.start.elapsed();
+        let oldest = self.fetcher.waits_since();
+        if oldest.is_some_and(|since| now.saturating_sub(since) > ANSWER_TIMEOUT) {
             return Err(ConnError::Socket(std::io::ErrorKind::TimedOut.into()).into());
         }
         Ok(None)
     }
 
-    fn take_answer(&mut self, frame: &Frame) -> std::result::Result<Event<T>, Trouble> {
-        match frame.kind {
-            frame::Kind::FaultPages => {}
-            frame::Kind::Fail => return Err(failed(frame)),
-            other => {
-                return Err(wrong(format!(
-                    "a {other:?} frame came where answers belong"
-                )));
-            }
+    /// Reads what is local of what has come.
+    fn complete(&mut self, event: fetcher::Event<T>) -> Event<T> {
+        match event {
+            fetcher::Event::Pushed(draft) => Event::Pushed(self.complete_draft(draft)),
+            fetcher::Event::Answer(tag, draft) => Event::Answer(tag, self.complete_draft(draft)),
+            fetcher::Event::Other => Event::Other,
+            fetcher::Event::Bye => Event::Bye,
         }
-        let front = self.questions.pop_front();
-        let answered = front.filter(|question| question.number == frame.number);
-        let Some(Question { tag, .. }) = answered else {
-            return Err(wrong("an answer came that nobody asked for"));
-        };
-        let batch = Batch::parse(&frame.body, self.page).map_err(wrong)?;
-        Ok(Event::Answer(tag, self.deliver(&batch, &frame.body)?))
     }
 
-    fn take_pushed(&mut self, frame: &Frame) -> std::result::Result<Event<T>, Trouble> {
-        if !frame.kind.is_numbered() {
-            return match frame.kind {
-                frame::Kind::Bye => Ok(Event::Bye),
-                frame::Kind::Fail => Err(failed(frame)),
-                frame::Kind::WantHashes => {
-                    let wanted = WantHashes::decode(&frame.body, self.page).map_err(wrong)?;
-                    self.earlier.ask(wanted).map_err(wrong)?;
-                    Ok(Event::Other)
-                }
-                other => Err(wrong(format!("a {other:?} frame has no place here"))),
+    fn complete_draft(&mut self, mut draft: Draft) -> Delivery {
+        let read = self.earlier.read(&mut draft);
+        let (delivery, usable) = self.fetcher.complete(draft, matches!(read, Ok(true)));
+        if !usable {
+            let why = match read {
+                Ok(true) => "they are not what they were".to_owned(),
+                Ok(false) => "they are not there any more".to_owned(),
+                Err(error) => error.to_string(),
             };
+            self.earlier.complain(delivery.pid, &why);
         }
-        let bytes = frame.body.len() as u64;
-        match self.receiver.handle_numbered(frame.number, bytes) {
-            Ok(Arrival::Next) => {}
-            Ok(Arrival::Again) => return Ok(Event::Other),
-            Ok(Arrival::Held) => return Err(wrong("pushed frames are out of order")),
-            Err(error) => return Err(wrong(error)),
-        }
-        let mut pushed = None;
-        match self.receiver.read(frame.kind, &frame.body).map_err(wrong)? {
-            Message::Pages(batch) => pushed = Some(batch),
-            Message::Open(open) if !self.may_install => {
-                // Before the processes are restored there is nowhere to put their pages.
-                self.open = Some((frame.number, open.target));
-                return Ok(Event::Other);
-            }
-            Message::Open(open) => {
-                self.answer_open(frame.number, open.target);
-                return Ok(Event::Other);
-            }
-            Message::Close(_) => self.closed = true,
-        }
-        match pushed {
-            Some(batch) => {
-                let delivery = self.deliver(&batch, &frame.body)?;
-                self.unsettled = Some(frame.number);
-                Ok(Event::Pushed(delivery))
-            }
-            None => {
-                self.answer(frame.number, 0, StateId::NONE);
-                Ok(Event::Other)
-            }
-        }
+        delivery
     }
 
     /// The pages of the last [`Event::Pushed`] are installed, or not wanted; `room` takes the next.
     pub(in crate::engine) fn settle(&mut self, room: Vec<u8>) {
-        self.spare = room;
-        if let Some(number) = self.unsettled.take() {
-            self.receiver.applied(number);
-            self.say();
-        }
-    }
-
-    /// Answers the OPEN `number` of `target`: whether there is a version to build on, and its name.
-    fn answer_open(&mut self, number: u64, target: Target) {
-        let state = self.earlier.version_of(target);
-        let has_one = i32::from(state != StateId::NONE);
-        self.answer(number, has_one, state);
-    }
-
-    fn answer(&mut self, number: u64, value: i32, state: StateId) {
-        self.receiver.applied(number);
-        self.receiver.answer(number, value, state);
+        self.fetcher.settle(room);
         self.say();
     }
 
@@ -397,86 +275,9 @@ impl<T> Fetching<T> {
         let Some(pair) = &mut self.pair else {
             return;
         };
-        while let Some(reply) = self.receiver.poll(0, pair.stream.traffic().0) {
+        while let Some(words) = self.fetcher.poll(pair.stream.traffic().0) {
             self.said = Instant::now();
-            let mut words = Vec::new();
-            reply.encode(&mut words);
             pair.stream.queue(Arc::new(words));
         }
     }
-
-    /// Verifies `batch`, which lies in `body`, and lays its pages out one behind the other.
-    fn deliver(
-        &mut self,
-        batch: &Batch<'_>,
-        body: &[u8],
-    ) -> std::result::Result<Delivery, Trouble> {
-        if batch.bases().any(|(_, kind)| kind == PageKind::Delta) {
-            return Err(wrong(
-                "pages come as differences, which nobody offered to take",
-            ));
-        }
-        let Target::Process(pid) = batch.target else {
-            return Err(wrong("pages of shared memory are never lazy"));
-        };
-        self.unpacker
-            .unpack(batch, &[], &mut self.unpacked)
-            .map_err(wrong)?;
-        let mut plain = std::mem::take(&mut self.spare);
-        plain.clear();
-        let mut parts: Vec<Part> = Vec::new();
-        for (vaddr, place) in batch.places() {
-            let start = plain.len();
-            let local = place == Place::Same;
-            match place {
-                Place::Body(range) => plain.extend_from_slice(&body[range]),
-                Place::Unpacked(range) => plain.extend_from_slice(&self.unpacked[range]),
-                Place::Zero | Place::Same => plain.resize(start + self.page.as_usize(), 0),
-            }
-            let end = vaddr.get() + self.page.bytes();
-            match parts.last_mut() {
-                Some(part) if part.image.end() == vaddr && part.local == local => {
-                    part.image = PageRange::new(part.image.start().get(), end);
-                    part.bytes.end = plain.len();
-                }
-                _ => parts.push(Part {
-                    image: PageRange::new(vaddr.get(), end),
-                    bytes: start..plain.len(),
-                    local,
-                }),
-            }
-        }
-        let mut lacking = Vec::new();
-        if !self.earlier.fill(pid, batch, &parts, &mut plain) {
-            parts.retain(|part| {
-                if part.local {
-                    lacking.push(part.image);
-                }
-                !part.local
-            });
-        }
-        Ok(Delivery {
-            pid,
-            parts,
-            lacking,
-            plain,
-        })
-    }
-}
-
-/// The far end has ended the session.
-fn failed(frame: &Frame) -> Trouble {
-    match Fail::decode(&frame.body) {
-        Ok(fail) => Trouble::Over(Error::wrap(
-            Kind::PeerLost,
-            "the far end has ended the session",
-            fail,
-        )),
-        Err(error) => wrong(error),
-    }
-}
-
-fn wrong(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Trouble {
-    let text = "what the far end says is wrong";
-    Trouble::Over(Error::wrap(Kind::Protocol, text, error))
 }

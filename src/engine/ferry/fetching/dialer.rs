@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use super::Fetching;
-use super::earlier::Earlier;
 use crate::engine::ferry::conn::{Conn, ConnError};
 use crate::engine::ferry::dialing::first_frame;
 use crate::engine::ferry::{WINDOW, lane, random_bits};
@@ -57,8 +56,7 @@ impl FerryDialer {
     /// The session, without connections.
     pub(in crate::engine) fn session<T>(&self) -> Fetching<T> {
         let hasher = PageHasher::new(self.hash_key, self.page);
-        let earlier = Earlier::new(self.page, hasher, self.session.into());
-        Fetching::new(self.page, earlier)
+        Fetching::new(self.page, hasher, self.session)
     }
 
     /// Connects. An error of [`Kind::Protocol`] will not be another one the next time.

@@ -1,0 +1,373 @@
+//! The taker of a post-copy: pushed pages in their order, questions and their answers, and what an
+//! earlier round has left here.
+//!
+//! ```text
+//! stream ── OPEN, PAGES, CLOSE ──> handle_pushed ──> Draft ── complete ──> Delivery
+//!        <── ACK ──────────────── poll               │        ^            │ installed by the caller
+//!        ── WANT_HASHES ────────> handle_pushed      │ local pages are     v
+//!        <── HASHES ───────────── tell_hashes        └ read by the caller  settle
+//! faults <── FAULT ────────────── ask
+//!        ── FAULT_PAGES ────────> handle_answer ──> Draft ── complete ──> Delivery
+//! ```
+//!
+//! The session outlives its connections: with new ones the far end goes on behind what was settled, and
+//! the caller asks its open questions again.
+//!
+//! Invariants: a page is in a [`Delivery`] only after every checksum and hash that covers it was
+//! verified; an answer belongs to the oldest open question; no frame is safe before it is settled.
+
+mod delivery;
+mod earlier;
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use super::batch::{Batch, PageKind};
+use super::frame::Kind;
+use super::hash::{HashStep, PageHasher};
+use super::hello::{Fail, Window};
+use super::message::{Fault, StateId, WantHashes};
+use super::receiver::{Arrival, Message, Receiver};
+use super::session::{ReadError, SessionError};
+use super::unpack::Unpacker;
+use crate::criu::header::Target;
+use crate::limits::FERRY_FAULT_PAGES_MAX;
+use crate::units::{PageRange, PageSize};
+pub use delivery::{Delivery, Draft, Part};
+use earlier::Earlier;
+
+/// The one stream of a taker's session.
+const STREAM: u16 = 0;
+
+/// What has come. `D` is what pages come as.
+#[derive(Debug)]
+pub enum Event<T, D = Draft> {
+    /// Pages that were pushed; they are settled by [`Fetcher::settle`].
+    Pushed(D),
+    /// The answer to the question `T`.
+    Answer(T, D),
+    /// Nothing that concerns the caller.
+    Other,
+    /// The far end has heard that everything is here, and is through.
+    Bye,
+}
+
+/// Why the session is over.
+#[derive(Debug, Error)]
+pub enum FetchError {
+    /// The far end has ended it.
+    #[error("the far end has ended the session")]
+    Ended(#[source] Fail),
+    /// The far end breaks the rules.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// A frame that is no answer came where answers belong.
+    #[error("a {0:?} frame came where answers belong")]
+    NoAnswer(Kind),
+    /// An answer to no question, or to another one than the oldest.
+    #[error("an answer came that nobody asked for")]
+    Unasked,
+    /// There is one stream, so frames cannot overtake each other.
+    #[error("pushed frames are out of order")]
+    OutOfOrder,
+    /// Pages come as differences.
+    #[error("pages come as differences, which nobody offered to take")]
+    Differences,
+    /// Pages of a shared memory segment.
+    #[error("pages of shared memory are never lazy")]
+    SharedMemory,
+    /// Hashes are asked for again and again.
+    #[error("too many questions for hashes at a time")]
+    TooManyQuestions,
+}
+
+impl From<SessionError> for FetchError {
+    fn from(error: SessionError) -> FetchError {
+        FetchError::Read(error.into())
+    }
+}
+
+/// An open question.
+struct Question<T> {
+    number: u64,
+    tag: T,
+    pages: u64,
+    asked: Duration,
+}
+
+/// A session. `T` is what the caller knows a question by. See the module's text.
+pub struct Fetcher<T> {
+    page: PageSize,
+    receiver: Receiver,
+    questions: VecDeque<Question<T>>,
+    asked: u64,
+    unpacker: Unpacker,
+    unpacked: Vec<u8>,
+    spare: Vec<u8>,
+    earlier: Earlier,
+    /// An OPEN, its number and of what, that is answered when pages may be installed.
+    open: Option<(u64, Target)>,
+    may_install: bool,
+    /// Number of the pushed pages that the caller is installing.
+    unsettled: Option<u64>,
+    closed: bool,
+}
+
+impl<T> fmt::Debug for Fetcher<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let questions = self.questions.len();
+        write!(f, "Fetcher({:?}, {questions} questions)", self.receiver)
+    }
+}
+
+impl<T> Fetcher<T> {
+    /// A session that takes up to `window` at a time. What is here of an earlier round is to be known as
+    /// `state`, by the hashes of `hasher`.
+    pub fn new(page: PageSize, window: Window, hasher: PageHasher, state: StateId) -> Fetcher<T> {
+        Fetcher {
+            page,
+            receiver: Receiver::new(page, 1, window),
+            questions: VecDeque::new(),
+            asked: 0,
+            unpacker: Unpacker::default(),
+            unpacked: Vec::new(),
+            spare: Vec::new(),
+            earlier: Earlier::new(page, hasher, state),
+            open: None,
+            may_install: false,
+            unsettled: None,
+            closed: false,
+        }
+    }
+
+    /// The caller has pages of `pid` of an earlier round: the far end shall send only the others.
+    pub fn build_on(&mut self, pid: u32) {
+        self.earlier.add(pid);
+    }
+
+    /// New connections stand.
+    pub fn attach(&mut self) {
+        self.receiver.stream_up(STREAM);
+    }
+
+    /// The connections are gone. What was asked is forgotten, and so is what was to be told.
+    pub fn detach(&mut self) {
+        self.questions.clear();
+        self.earlier.forget_questions();
+        self.receiver.stream_down(STREAM);
+    }
+
+    /// How many questions are open.
+    pub fn questions(&self) -> usize {
+        self.questions.len()
+    }
+
+    /// How many pages were asked for that have not come.
+    pub fn asked_pages(&self) -> u64 {
+        self.questions.iter().map(|question| question.pages).sum()
+    }
+
+    /// When the oldest open question was asked.
+    pub fn waits_since(&self) -> Option<Duration> {
+        self.questions.front().map(|question| question.asked)
+    }
+
+    /// Whether the far end has pushed all that it would.
+    pub fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    /// From now on pages may be installed, so they may be pushed.
+    pub fn may_install(&mut self) {
+        self.may_install = true;
+        if let Some((number, target)) = self.open.take() {
+            self.answer_open(number, target);
+        }
+    }
+
+    /// Asks for the pages `image` of `pid`, of which a thread waits for the first, and gives the frame
+    /// for the connection for faults. Of a long range only the front is asked for.
+    pub fn ask(&mut self, pid: u32, image: PageRange, tag: T, now: Duration) -> Vec<u8> {
+        let pages = image.pages(self.page).get();
+        let most = u64::from(FERRY_FAULT_PAGES_MAX).min(pages);
+        let start = image.start().get();
+        let fault = Fault {
+            target: Target::Process(pid),
+            vaddr: image.start(),
+            around: PageRange::new(start, start + (most << self.page.shift())),
+            in_full: self.earlier.is_distrusted(),
+        };
+        self.asked += 1;
+        let mut words = Vec::new();
+        fault.encode(self.asked, self.page, &mut words);
+        self.questions.push_back(Question {
+            number: self.asked,
+            tag,
+            pages: most,
+            asked: now,
+        });
+        words
+    }
+
+    /// Everything that the caller wants is here.
+    pub fn taken(&mut self) {
+        self.receiver.taken();
+        // Whoever still asks learns that there is nothing to build on.
+        self.earlier.drop_images();
+    }
+
+    /// This side has failed for good.
+    pub fn fail(&mut self, fail: Fail) {
+        self.receiver.fail(fail);
+    }
+
+    /// What is to be written to the stream next, on whose connection `arrived` bytes have arrived.
+    pub fn poll(&mut self, arrived: u64) -> Option<Vec<u8>> {
+        let reply = self.receiver.poll(STREAM, arrived)?;
+        let mut words = Vec::new();
+        reply.encode(&mut words);
+        Some(words)
+    }
+
+    /// What was said last on the stream, once more.
+    pub fn heartbeat(&self, arrived: u64) -> Vec<u8> {
+        let mut words = Vec::new();
+        self.receiver.ack(arrived).encode(&mut words);
+        words
+    }
+
+    /// A frame came on the connection for faults.
+    pub fn handle_answer(
+        &mut self,
+        kind: Kind,
+        number: u64,
+        body: &[u8],
+    ) -> Result<Event<T>, FetchError> {
+        match kind {
+            Kind::FaultPages => {}
+            Kind::Fail => return Err(failed(body)),
+            other => return Err(FetchError::NoAnswer(other)),
+        }
+        let front = self.questions.pop_front();
+        let answered = front.filter(|question| question.number == number);
+        let Some(Question { tag, .. }) = answered else {
+            return Err(FetchError::Unasked);
+        };
+        let batch = Batch::parse(body, self.page).map_err(ReadError::from)?;
+        Ok(Event::Answer(tag, self.draft(&batch, body)?))
+    }
+
+    /// A frame came on the stream.
+    pub fn handle_pushed(
+        &mut self,
+        kind: Kind,
+        number: u64,
+        body: &[u8],
+    ) -> Result<Event<T>, FetchError> {
+        if !kind.is_numbered() {
+            return self.handle_word(kind, body);
+        }
+        match self.receiver.handle_numbered(number, body.len() as u64)? {
+            Arrival::Next => {}
+            Arrival::Again => return Ok(Event::Other),
+            Arrival::Held => return Err(FetchError::OutOfOrder),
+        }
+        match self.receiver.read(kind, body)? {
+            Message::Pages(batch) => {
+                let draft = self.draft(&batch, body)?;
+                self.unsettled = Some(number);
+                return Ok(Event::Pushed(draft));
+            }
+            // Before the processes are restored there is nowhere to put their pages.
+            Message::Open(open) if !self.may_install => self.open = Some((number, open.target)),
+            Message::Open(open) => self.answer_open(number, open.target),
+            Message::Close(_) => {
+                self.closed = true;
+                self.answer(number, 0, StateId::NONE);
+            }
+        }
+        Ok(Event::Other)
+    }
+
+    fn handle_word(&mut self, kind: Kind, body: &[u8]) -> Result<Event<T>, FetchError> {
+        match kind {
+            Kind::Bye => Ok(Event::Bye),
+            Kind::Fail => Err(failed(body)),
+            Kind::WantHashes => {
+                let wanted = WantHashes::decode(body, self.page).map_err(SessionError::from)?;
+                self.earlier.ask(wanted)?;
+                Ok(Event::Other)
+            }
+            other => Err(SessionError::Unexpected(other).into()),
+        }
+    }
+
+    /// The pages of the last [`Event::Pushed`] are installed, or not wanted; `room` takes the next.
+    pub fn settle(&mut self, room: Vec<u8>) {
+        self.spare = room;
+        if let Some(number) = self.unsettled.take() {
+            self.receiver.applied(number);
+        }
+    }
+
+    /// Of whose pages the far end waits for hashes, and from where on.
+    pub fn wanted_hashes(&self) -> Option<WantHashes> {
+        self.earlier.wanted()
+    }
+
+    /// Whether a question for hashes has just begun to be answered, or will be.
+    pub fn begins_to_tell(&self) -> bool {
+        self.earlier.begins()
+    }
+
+    /// The next hashes of what is wanted; `step` is empty where there is nothing (any more). Gives a
+    /// frame for the stream when one is full, or the answer complete.
+    pub fn tell_hashes(&mut self, step: HashStep) -> Option<Vec<u8>> {
+        self.earlier.tell(step)
+    }
+
+    /// Turns `draft` into what may be installed. `read` says whether the caller has read all of
+    /// [`Draft::local`]; if not, or if they are not what the far end means, none of them is used, and from
+    /// now on everything is asked for in full. Says with it whether the local pages can be used.
+    pub fn complete(&mut self, draft: Draft, read: bool) -> (Delivery, bool) {
+        self.earlier.complete(draft, read)
+    }
+
+    /// Answers the OPEN `number` of `target`: whether there is a version to build on, and its name.
+    fn answer_open(&mut self, number: u64, target: Target) {
+        let state = self.earlier.version_of(target);
+        let has_one = i32::from(state != StateId::NONE);
+        self.answer(number, has_one, state);
+    }
+
+    fn answer(&mut self, number: u64, value: i32, state: StateId) {
+        self.receiver.applied(number);
+        self.receiver.answer(number, value, state);
+    }
+
+    /// Verifies what `batch`, which lies in `body`, brings, and lays its pages out one behind the other.
+    fn draft(&mut self, batch: &Batch<'_>, body: &[u8]) -> Result<Draft, FetchError> {
+        if batch.bases().any(|(_, kind)| kind == PageKind::Delta) {
+            return Err(FetchError::Differences);
+        }
+        let Target::Process(pid) = batch.target else {
+            return Err(FetchError::SharedMemory);
+        };
+        self.unpacker
+            .unpack(batch, &[], &mut self.unpacked)
+            .map_err(ReadError::from)?;
+        let room = std::mem::take(&mut self.spare);
+        Ok(Draft::of(pid, batch, body, &self.unpacked, self.page, room))
+    }
+}
+
+/// The far end has ended the session.
+fn failed(body: &[u8]) -> FetchError {
+    match Fail::decode(body) {
+        Ok(fail) => FetchError::Ended(fail),
+        Err(error) => SessionError::from(error).into(),
+    }
+}
