@@ -20,6 +20,7 @@
 
 mod dialer;
 mod harbor;
+mod pair;
 
 use std::time::Duration;
 
@@ -27,6 +28,7 @@ use super::hello::{Fail, FailCode, Greeting, Hello, Role, VERSION};
 
 pub use dialer::Dialer;
 pub use harbor::{Admission, Berth, Harbor};
+pub use pair::{PairDialer, Refusal};
 
 /// When to dial again and when to stop.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

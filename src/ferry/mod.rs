@@ -31,6 +31,7 @@ pub mod hash;
 pub mod hello;
 pub mod link;
 pub mod message;
+pub mod offer;
 pub mod pace;
 mod probe;
 pub mod receiver;

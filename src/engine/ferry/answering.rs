@@ -1,7 +1,6 @@
 //! The connection for faults, at the end that has the pages: answers each question in its turn, as
 //! soon as the pages are there.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -11,16 +10,13 @@ use super::conn::{Conn, ConnError};
 use super::dialing::DialingParty;
 use super::lane;
 use super::offering::Offering;
-use crate::criu::header::{PageFlags, Target};
 use crate::error::{Error, Kind, Result};
-use crate::ferry::encode::{Encoder, PlainBatch, Verdict, Verdicts};
+use crate::ferry::encode::{Encoder, PlainBatch, Verdicts};
 use crate::ferry::frame::{self, OpenFrame};
-use crate::ferry::gather::Run;
-use crate::ferry::hash::{HashKey, PageHasher, is_zero};
+use crate::ferry::hash::{HashKey, PageHasher};
 use crate::ferry::message::Fault;
+use crate::ferry::offer;
 use crate::ferry::pace::Level;
-use crate::limits::FERRY_BATCH_BYTES_MAX;
-use crate::units::{PageRange, Vaddr};
 
 /// Between two looks at whether the session is over, ms.
 const LOOK_AGAIN_MS: u16 = 250;
@@ -113,21 +109,20 @@ impl Answering<'_> {
     /// Queues the answer to question `number`.
     fn answer(&mut self, number: u64, fault: &Fault) -> Result<()> {
         let offering = self.offering;
-        let (numbers, range) = match fault.target {
-            Target::Process(pid) => self.find(pid, fault)?,
-            Target::Shmem(_) => (0..0, PageRange::new(0, 0)),
-        };
+        let (numbers, range) = offering.held.find(fault)?;
         let page = offering.held.page();
         let bytes = usize::try_from(range.bytes()).expect("an answer is small");
         self.plain.resize(bytes, 0);
         offering.held.read(numbers.clone(), &mut self.plain)?;
-        self.judge(fault, range);
-        let flags = PageFlags::PRESENT.with(PageFlags::LAZY);
-        let run = [Run { range, flags }];
+        let (plain, verdicts) = (&self.plain, &mut self.verdicts);
+        let memory = offering.pushing.memory();
+        offer::judge_answer(&memory, &self.hasher, page, fault, range, plain, verdicts);
+        drop(memory);
+        let run = offer::answer_run(range);
         let batch = PlainBatch {
             target: fault.target,
-            runs: if range.is_empty() { &[] } else { &run },
-            plain: &self.plain,
+            runs: run.as_slice(),
+            plain,
         };
         let mut words = Vec::new();
         let open = OpenFrame::begin(&mut words);
@@ -141,47 +136,5 @@ impl Answering<'_> {
             .served(1, range.pages(page).get(), range.bytes());
         offering.give(numbers);
         Ok(())
-    }
-
-    /// Decides how the pages `range`, which are the plain bytes, are told.
-    fn judge(&mut self, fault: &Fault, range: PageRange) {
-        let page = self.offering.held.page();
-        let memory = self.offering.pushing.memory();
-        let base_of = |vaddr| match fault.in_full {
-            true => None,
-            false => memory.base_of(fault.target, vaddr),
-        };
-        let addresses = (range.start().get()..).step_by(page.as_usize()).map(Vaddr);
-        let pages = self.plain.chunks_exact(page.as_usize()).zip(addresses);
-        self.verdicts.clear();
-        for (contents, vaddr) in pages {
-            let base = base_of(vaddr);
-            self.verdicts.pages.push(match base {
-                _ if is_zero(contents) => Verdict::Zero,
-                Some(base) if self.hasher.hash(contents) == base => Verdict::Same(base),
-                _ => Verdict::Fresh,
-            });
-        }
-    }
-
-    /// Waits for the page that is waited for, and finds it with those of its neighbours that lie in one
-    /// run with it. Nothing is found of a page that the dump does not have.
-    fn find(&self, pid: u32, fault: &Fault) -> Result<(Range<u64>, PageRange)> {
-        let held = &self.offering.held;
-        let shift = held.page().shift();
-        let most = (FERRY_BATCH_BYTES_MAX >> shift) as u64;
-        for start in [fault.around.start(), fault.vaddr] {
-            let wanted = PageRange::new(start.get(), fault.around.end().get());
-            if !held.has(pid, start) {
-                continue;
-            }
-            let numbers = held.wait_for(pid, wanted)?;
-            let end = numbers.end.min(numbers.start + most);
-            let range = PageRange::new(start.get(), start.get() + ((end - numbers.start) << shift));
-            if range.contains(fault.vaddr) {
-                return Ok((numbers.start..end, range));
-            }
-        }
-        Ok((0..0, PageRange::new(0, 0)))
     }
 }

@@ -22,28 +22,23 @@ use super::packer::{Job, Packer};
 use super::port::refuse;
 use super::pushing::Pushing;
 use super::{GOODBYE, Learned, WINDOW, lock};
-use crate::criu::header::{PageFlags, Target, Wire};
+use crate::criu::header::{Target, Wire};
 use crate::engine::forward_lazy::held::Held;
 use crate::engine::stop::Stop;
 use crate::engine::transport::transport;
 use crate::error::{Error, Kind, Result};
 use crate::ferry::delta::PageMemory;
 use crate::ferry::frame;
-use crate::ferry::gather::{Gathered, Run};
 use crate::ferry::hash::HashKey;
 use crate::ferry::hello::{Fail, FailCode, Features, Hello, Role, SessionId, VERSION};
 use crate::ferry::link::{Admission, Berth, Harbor};
 use crate::ferry::message::{Open, StateId, encode_close};
-use crate::lazy::pageset::PageSet;
-use crate::limits::{FERRY_RUNS_MAX, FERRY_STREAMS_MAX};
+use crate::ferry::offer::{Offer, Step};
+use crate::limits::FERRY_STREAMS_MAX;
 use crate::observe::ferried::Sent;
 use crate::observe::traffic::Traffic;
 use crate::stream::Stream;
 use crate::units::PageCount;
-
-/// Pages in a batch of the push, bytes. The taker looks for faults between any two batches, so they are
-/// smaller than those of a dump.
-const PUSH_BYTES: u64 = 64 << 10;
 
 /// How often somebody who waits looks for what nobody rings for.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
@@ -71,8 +66,8 @@ pub(super) struct Offering {
     pub(super) held: Arc<Held>,
     pub(super) pushing: Pushing,
     pub(super) traffic: Arc<Traffic>,
-    /// Pages that need not be pushed: they were, or were answers to faults.
-    given: Mutex<PageSet>,
+    /// What is pushed next, and what need not be.
+    offer: Mutex<Offer>,
 }
 
 /// What came of a connection.
@@ -297,7 +292,7 @@ impl Offering {
             held: Arc::clone(&port.held),
             pushing: Pushing::new(port.held.page(), session, learned, Arc::clone(&traffic)),
             traffic,
-            given: Mutex::new(PageSet::new(pages.get())),
+            offer: Mutex::new(Offer::new(port.held.page(), pages)),
         }
     }
 
@@ -308,7 +303,7 @@ impl Offering {
 
     /// The pages `numbers` need not be pushed (any more).
     pub(super) fn give(&self, numbers: Range<u64>) {
-        lock(&self.given).insert(numbers);
+        lock(&self.offer).give(numbers);
     }
 
     /// Pushes everything, and waits until the taker has it.
@@ -324,7 +319,6 @@ impl Offering {
             takes_questions: agreed.features.has(Features::HASHES),
             open: None,
             hashed: false,
-            at: 0,
             pages: 0,
         };
         while !self.pushing.is_taken() && feed.step()? {}
@@ -349,8 +343,6 @@ struct Feed<'s> {
     takes_questions: bool,
     /// It has an earlier version of what is being pushed.
     hashed: bool,
-    /// Number of the next page.
-    at: u64,
     pages: u64,
 }
 
@@ -358,21 +350,18 @@ impl Feed<'_> {
     /// Pushes a batch as soon as its pages are there. Says whether there may be more.
     fn step(&mut self) -> Result<bool> {
         let held = &self.offering.held;
-        let (_, all) = held.progress();
-        self.at = lock(&self.offering.given).next(self.at, false);
-        if self.at == all.get() {
-            return Ok(false);
-        }
-        if held.held_part(self.at..self.at + 1).is_empty() {
-            if self.offering.pushing.is_ending() {
+        let next = held.with_plan(|plan| lock(&self.offering.offer).next_step(plan));
+        match next {
+            Step::Done => return Ok(false),
+            Step::Wait if self.offering.pushing.is_ending() => {
                 return Err(Error::new(Kind::PeerLost, "the lazy client has left"));
             }
-            held.wait_for_more(LOOK_AGAIN)?;
-            return Ok(true);
+            Step::Wait => held.wait_for_more(LOOK_AGAIN)?,
+            Step::Push(pid) => {
+                self.open(pid)?;
+                self.push_batch(pid)?;
+            }
         }
-        let (pid, _) = held.addresses(self.at, self.at + 1);
-        self.open(pid)?;
-        self.push_batch(pid)?;
         Ok(true)
     }
 
@@ -398,40 +387,20 @@ impl Feed<'_> {
 
     /// Hands over a batch of the next pages of `pid` that are there.
     fn push_batch(&mut self, pid: u32) -> Result<()> {
-        let (held, page) = (&self.offering.held, self.offering.held.page());
-        let mut gathered = Gathered::new(page);
+        let held = &self.offering.held;
         let mut buffer = self.packer.buffer()?;
+        let batch = held.with_plan(|plan| lock(&self.offering.offer).take_batch(plan, pid));
         let mut filled = 0;
-        let most = PUSH_BYTES >> page.shift();
-        while gathered.present().get() < most && gathered.runs().len() < FERRY_RUNS_MAX {
-            let mut given = lock(&self.offering.given);
-            let start = given.next(self.at, false);
-            let end = given
-                .next(start, true)
-                .min(start + most - gathered.present().get());
-            let there = held.held_part(start..end);
-            if there.is_empty() {
-                break;
-            }
-            let (whose, range) = held.addresses(there.start, there.end);
-            if whose != pid {
-                break;
-            }
-            let numbers = there.start..there.start + range.pages(page).get();
-            given.insert(numbers.clone());
-            drop(given);
-            let flags = PageFlags::PRESENT.with(PageFlags::LAZY);
-            let rest = gathered.push(Run { range, flags });
-            assert!(rest.is_none(), "it was asked for no more than fits");
-            let bytes = usize::try_from(range.bytes()).expect("a batch is small");
-            held.read(numbers.clone(), &mut buffer[filled..filled + bytes])?;
-            filled += bytes;
-            self.at = numbers.end;
+        for numbers in batch.numbers {
+            let bytes = (numbers.end - numbers.start) << held.page().shift();
+            let end = filled + usize::try_from(bytes).expect("a batch is small");
+            held.read(numbers, &mut buffer[filled..end])?;
+            filled = end;
         }
-        self.pages += gathered.present().get();
+        self.pages += batch.pages.get();
         self.packer.push(Job {
             target: Target::Process(pid),
-            runs: gathered.runs().to_vec(),
+            runs: batch.runs,
             buffer,
             filled,
             hashed: self.hashed,

@@ -19,11 +19,13 @@ use crate::criu::header::Target;
 use crate::engine::ferry::lock;
 use crate::engine::memory::Memory;
 use crate::error::{Error, Kind, Result};
+use crate::ferry::message::Fault;
+use crate::ferry::offer::{self, Found};
 use crate::image::chain::{Absence, Chain, Missing, Place, Resolved};
 use crate::image::dir::ImageDir;
 use crate::lazy::drain::DrainPlan;
 use crate::limits::{HELD_PAGES_MAX, WANTED_PAGES_MAX};
-use crate::units::{PageCount, PageRange, PageSize, Vaddr};
+use crate::units::{PageCount, PageRange, PageSize};
 
 /// Asked of the dump with one request at most, bytes. A fault waits behind those that are on their
 /// way, so they are short.
@@ -148,8 +150,7 @@ impl Held {
     /// Waits until the first pages of `range` of `pid` are there, as many as one may wait for, and says
     /// which numbers are. Fails if the dump does not have the first one, or is lost.
     pub(in crate::engine) fn wait_for(&self, pid: u32, range: PageRange) -> Result<Range<u64>> {
-        let mut state = lock(&self.state);
-        let Some(numbers) = state.plan.locate(pid, range) else {
+        let Some(numbers) = self.with_plan(|plan| plan.locate(pid, range)) else {
             let text = format!(
                 "the dump has not kept the page at {} of pid {pid} for a lazy restore",
                 range.start()
@@ -158,15 +159,41 @@ impl Held {
         };
         let pages = (numbers.end - numbers.start).min(WANTED_PAGES_MAX);
         let awaited = numbers.start..numbers.start + pages;
-        if state.plan.held_part(awaited.clone()) != awaited {
-            state.plan.want(awaited.clone(), pages <= FAULT_PAGES_MAX);
-        }
+        self.wait(|plan| match plan.held_part(awaited.clone()) == awaited {
+            true => Ok(plan.held_part(numbers.clone())),
+            false => Err(awaited.clone()),
+        })
+    }
+
+    /// Waits until the page is there that a thread waits for, and says which numbers and addresses are to be
+    /// sent with it: none if the dump does not have it.
+    pub(in crate::engine) fn find(&self, fault: &Fault) -> Result<(Range<u64>, PageRange)> {
+        self.wait(|plan| match offer::find(plan, self.page, fault) {
+            Found::Nothing => Ok((0..0, PageRange::new(0, 0))),
+            Found::Pages(numbers, range) => Ok((numbers, range)),
+            Found::Awaited(numbers) => Err(numbers),
+        })
+    }
+
+    /// Waits until `found` finds something instead of the pages that it still needs.
+    fn wait<T>(
+        &self,
+        mut found: impl FnMut(&DrainPlan) -> std::result::Result<T, Range<u64>>,
+    ) -> Result<T> {
+        let mut state = lock(&self.state);
+        let mut wanted = None;
         loop {
-            if state.plan.held_part(awaited.clone()) == awaited {
-                return Ok(state.plan.held_part(numbers));
-            }
+            let needed = match found(&state.plan) {
+                Ok(found) => return Ok(found),
+                Err(needed) => needed,
+            };
             if let Some(why) = &state.failure {
                 return Err(Error::new(Kind::PeerLost, why.clone()));
+            }
+            if wanted.as_ref() != Some(&needed) {
+                let from_fault = needed.end - needed.start <= FAULT_PAGES_MAX;
+                state.plan.want(needed.clone(), from_fault);
+                wanted = Some(needed);
             }
             state = self
                 .changed
@@ -175,21 +202,9 @@ impl Held {
         }
     }
 
-    /// Whether the dump has the page at `at` of `pid`.
-    pub(in crate::engine) fn has(&self, pid: u32, at: Vaddr) -> bool {
-        let page = PageRange::new(at.get(), at.get() + self.page.bytes());
-        lock(&self.state).plan.locate(pid, page).is_some()
-    }
-
-    /// The part of `numbers` from its start on that is there.
-    pub(in crate::engine) fn held_part(&self, numbers: Range<u64>) -> Range<u64> {
-        lock(&self.state).plan.held_part(numbers)
-    }
-
-    /// Whose page `number` is, and the addresses of the pages from there to `end`, as far as they are of
-    /// the same run.
-    pub(in crate::engine) fn addresses(&self, number: u64, end: u64) -> (u32, PageRange) {
-        lock(&self.state).plan.addresses(number, end)
+    /// Asks the plan something.
+    pub(in crate::engine) fn with_plan<T>(&self, ask: impl FnOnce(&DrainPlan) -> T) -> T {
+        ask(&lock(&self.state).plan)
     }
 
     /// Waits for a while, or until more pages have come.

@@ -1,17 +1,17 @@
 //! Makes the two connections of a fetching session: one for the stream, one for faults.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::Fetching;
 use crate::engine::ferry::conn::{Conn, ConnError};
 use crate::engine::ferry::dialing::first_frame;
-use crate::engine::ferry::{WINDOW, lane, random_bits};
+use crate::engine::ferry::{WINDOW, lane, lock, random_bits};
 use crate::engine::transport::{Peer, transport};
 use crate::error::{Error, Kind, Result};
 use crate::ferry::frame;
 use crate::ferry::hash::{HashKey, PageHasher};
-use crate::ferry::hello::{Fail, FailCode, Features, Greeting, Hello, Role, SessionId, VERSION};
+use crate::ferry::hello::{Features, Hello, Role, SessionId, VERSION};
+use crate::ferry::link::{PairDialer, Refusal};
 use crate::stream::Stream;
 use crate::tls::Tls;
 use crate::units::PageSize;
@@ -24,8 +24,7 @@ pub(in crate::engine) struct FerryDialer {
     page: PageSize,
     session: SessionId,
     hash_key: HashKey,
-    attempts: Arc<AtomicU32>,
-    opened: Arc<AtomicBool>,
+    pairs: Arc<Mutex<PairDialer>>,
 }
 
 /// The two connections of a session, welcomed.
@@ -42,14 +41,27 @@ impl FerryDialer {
         tls: Option<Tls>,
         page: PageSize,
     ) -> Result<FerryDialer> {
+        let (session, hash_key) = (SessionId(random_bits()?), HashKey(random_bits()?));
+        let hello = Hello {
+            version: VERSION,
+            role: Role::Taker,
+            page,
+            features: Features::FAULTS.with(Features::HASHES),
+            session,
+            stream: 0,
+            streams: 1,
+            attempt: 0,
+            opening: true,
+            window: WINDOW,
+            hash_key,
+        };
         Ok(FerryDialer {
             peer,
             tls,
             page,
-            session: SessionId(random_bits()?),
-            hash_key: HashKey(random_bits()?),
-            attempts: Arc::default(),
-            opened: Arc::default(),
+            session,
+            hash_key,
+            pairs: Arc::new(Mutex::new(PairDialer::new(hello))),
         })
     }
 
@@ -61,9 +73,8 @@ impl FerryDialer {
 
     /// Connects. An error of [`Kind::Protocol`] will not be another one the next time.
     pub(in crate::engine) fn dial(&self) -> Result<FerryPair> {
-        let attempt = self.attempts.fetch_add(1, Ordering::SeqCst) + 1;
+        let attempt = lock(&self.pairs).begin();
         let stream = self.connect(Role::Taker, attempt)?;
-        self.opened.store(true, Ordering::SeqCst);
         let fault = self.connect(Role::Asker, attempt)?;
         Ok(FerryPair { stream, fault })
     }
@@ -83,47 +94,21 @@ impl FerryDialer {
         let mut conn = Conn::new(transport, Arc::default());
         lane::prepare(&conn);
         let mut words = Vec::new();
-        self.hello(role, attempt)
-            .encode(frame::Kind::Hello, &mut words);
+        let hello = lock(&self.pairs).hello(role, attempt);
+        hello.encode(frame::Kind::Hello, &mut words);
         conn.queue(Arc::new(words));
         let answer = first_frame(&mut conn).map_err(silent)?;
-        let refused = |fail: Fail| {
-            let kind = match fail.code {
-                FailCode::Superseded | FailCode::Busy => Kind::PeerLost,
-                _ => Kind::Protocol,
-            };
-            Error::wrap(kind, format!("{} refuses", self.peer), fail)
-        };
-        let broken = |error| silent(ConnError::Frame(error));
-        match answer.kind {
-            frame::Kind::Fail => Err(refused(Fail::decode(&answer.body).map_err(broken)?)),
-            kind => match Hello::decode(kind, &answer.body).map_err(broken)? {
-                Greeting::Hello(hello) if hello.role == role.opposite() => Ok(conn),
-                Greeting::Hello(hello) => {
-                    let text = format!("it is a {:?}", hello.role);
-                    Err(refused(Fail::new(FailCode::Role, text)))
-                }
-                Greeting::OtherVersion(version) => {
-                    let text = format!("it speaks version {version} of ferry, not {VERSION}");
-                    Err(refused(Fail::new(FailCode::Version, text)))
-                }
-            },
-        }
-    }
-
-    fn hello(&self, role: Role, attempt: u32) -> Hello {
-        Hello {
-            version: VERSION,
-            role,
-            page: self.page,
-            features: Features::FAULTS.with(Features::HASHES),
-            session: self.session,
-            stream: 0,
-            streams: 1,
-            attempt,
-            opening: role == Role::Taker && !self.opened.load(Ordering::SeqCst),
-            window: WINDOW,
-            hash_key: self.hash_key,
-        }
+        let welcomed = lock(&self.pairs).handle_answer(role, answer.kind, &answer.body);
+        welcomed.map_err(|refusal| match (refusal.is_final(), refusal) {
+            (_, Refusal::Foreign(error)) => silent(ConnError::Frame(error)),
+            (is_final, Refusal::Fail(fail)) => {
+                let kind = match is_final {
+                    true => Kind::Protocol,
+                    false => Kind::PeerLost,
+                };
+                Error::wrap(kind, format!("{} refuses", self.peer), fail)
+            }
+        })?;
+        Ok(conn)
     }
 }

@@ -1,0 +1,90 @@
+//! The connecting side of a post-copy: a stream and a connection for faults, made one after the other.
+
+use crate::ferry::frame::{FrameError, Kind};
+use crate::ferry::hello::{Fail, FailCode, Greeting, Hello, Role, VERSION};
+
+/// The connecting side of a post-copy's session.
+#[derive(Clone, Debug)]
+pub struct PairDialer {
+    hello: Hello,
+    attempt: u32,
+    opened: bool,
+}
+
+/// A connection that was not welcomed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Refusal {
+    /// The far end says no, or is not the one that is looked for.
+    Fail(Fail),
+    /// It does not speak ferry.
+    Foreign(FrameError),
+}
+
+impl Refusal {
+    /// Whether the answer to another attempt would be the same.
+    pub fn is_final(&self) -> bool {
+        match self {
+            Refusal::Fail(fail) => !matches!(fail.code, FailCode::Superseded | FailCode::Busy),
+            Refusal::Foreign(_) => false,
+        }
+    }
+}
+
+impl PairDialer {
+    /// Dials for the session of `hello`, of which each connection has its own role and attempt.
+    pub fn new(hello: Hello) -> PairDialer {
+        let (stream, streams) = (0, 1);
+        PairDialer {
+            hello: Hello {
+                stream,
+                streams,
+                ..hello
+            },
+            attempt: 0,
+            opened: false,
+        }
+    }
+
+    /// Begins to dial: first as [`Role::Taker`], then as [`Role::Asker`]. The pair takes the place of all
+    /// older ones.
+    pub fn begin(&mut self) -> u32 {
+        self.attempt += 1;
+        self.attempt
+    }
+
+    /// What is to be said on the connection of `role` of the pair `attempt`.
+    pub fn hello(&self, role: Role, attempt: u32) -> Hello {
+        Hello {
+            role,
+            attempt,
+            opening: role == Role::Taker && !self.opened,
+            ..self.hello
+        }
+    }
+
+    /// What was answered on the connection of `role`.
+    pub fn handle_answer(&mut self, role: Role, kind: Kind, body: &[u8]) -> Result<(), Refusal> {
+        if kind == Kind::Fail {
+            let fail = Fail::decode(body).map_err(Refusal::Foreign)?;
+            return Err(Refusal::Fail(fail));
+        }
+        let refused = |code, text| Err(Refusal::Fail(Fail::new(code, text)));
+        match Hello::decode(kind, body).map_err(Refusal::Foreign)? {
+            Greeting::OtherVersion(version) => {
+                let text = format!("it speaks version {version} of ferry, not {VERSION}");
+                refused(FailCode::Version, text)
+            }
+            Greeting::Hello(peer) if peer.role != role.opposite() => {
+                refused(FailCode::Role, format!("it is a {:?}", peer.role))
+            }
+            Greeting::Hello(peer) if peer.session != self.hello.session => {
+                let text = "the welcome is for another session".to_owned();
+                refused(FailCode::Protocol, text)
+            }
+            Greeting::Hello(_) => {
+                self.opened = true;
+                Ok(())
+            }
+        }
+    }
+}

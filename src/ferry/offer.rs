@@ -1,0 +1,264 @@
+//! The pusher of a post-copy: which of the held pages are pushed next, and what a fault brings.
+//!
+//! ```text
+//! held pages by number   |####..####..........|
+//! given                  |##..................|   pushed, or sent as answers: each page once
+//!                           ^ next batch: as far as pages have come, of one process, 64 KiB
+//! ```
+//!
+//! Invariants: a page is pushed once at most, and only when it is held; what was an answer is not pushed;
+//! batches are in the order of the numbers, so in that of each process's addresses.
+
+use std::ops::Range;
+
+use super::delta::PageMemory;
+use super::encode::{Verdict, Verdicts};
+use super::gather::{Gathered, Run};
+use super::hash::{PageHasher, is_zero};
+use super::message::Fault;
+use crate::criu::header::{PageFlags, Target};
+use crate::lazy::drain::DrainPlan;
+use crate::lazy::pageset::PageSet;
+use crate::limits::{FERRY_BATCH_BYTES_MAX, FERRY_RUNS_MAX, WANTED_PAGES_MAX};
+use crate::units::{PageCount, PageRange, PageSize, Vaddr};
+
+/// Pages in a batch of the push, bytes. The taker looks for faults between any two batches, so they are
+/// smaller than those of a dump.
+const PUSH_BYTES: u64 = 64 << 10;
+
+/// Flags of all pages that are pushed or answered.
+const FLAGS: PageFlags = PageFlags::PRESENT.with(PageFlags::LAZY);
+
+/// What is to be pushed next.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Step {
+    /// Everything was given.
+    Done,
+    /// The next page has not come from the dump.
+    Wait,
+    /// Pages of this process, by [`Offer::take_batch`].
+    Push(u32),
+}
+
+/// Pages that are pushed together.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PushBatch {
+    /// Which pages, in the order of their addresses.
+    pub runs: Vec<Run>,
+    /// Their numbers.
+    pub numbers: Vec<Range<u64>>,
+    /// How many they are.
+    pub pages: PageCount,
+}
+
+/// What a fault brings.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Found {
+    /// The dump does not have the page.
+    Nothing,
+    /// Pages with these numbers, as soon as all of them have come.
+    Awaited(Range<u64>),
+    /// The pages of these numbers and addresses, the faulting one among them.
+    Pages(Range<u64>, PageRange),
+}
+
+/// What one taker was given and will be given. See the module's text.
+#[derive(Debug)]
+pub struct Offer {
+    page: PageSize,
+    given: PageSet,
+    /// Number of the next page.
+    at: u64,
+}
+
+impl Offer {
+    /// An offer of so many `pages`.
+    pub fn new(page: PageSize, pages: PageCount) -> Offer {
+        Offer {
+            page,
+            given: PageSet::new(pages.get()),
+            at: 0,
+        }
+    }
+
+    /// The pages `numbers` need not be pushed (any more).
+    pub fn give(&mut self, numbers: Range<u64>) {
+        self.given.insert(numbers);
+    }
+
+    /// What is to be pushed next of what `plan` has drained.
+    pub fn next_step(&mut self, plan: &DrainPlan) -> Step {
+        self.at = self.given.next(self.at, false);
+        if self.at == plan.pages().get() {
+            return Step::Done;
+        }
+        if plan.held_part(self.at..self.at + 1).is_empty() {
+            return Step::Wait;
+        }
+        let (pid, _) = plan.addresses(self.at, self.at + 1);
+        Step::Push(pid)
+    }
+
+    /// The next pages of `pid` that have come.
+    pub fn take_batch(&mut self, plan: &DrainPlan, pid: u32) -> PushBatch {
+        let mut gathered = Gathered::new(self.page);
+        let mut batch = Vec::new();
+        let most = PUSH_BYTES >> self.page.shift();
+        while gathered.present().get() < most && gathered.runs().len() < FERRY_RUNS_MAX {
+            let start = self.given.next(self.at, false);
+            let room = most - gathered.present().get();
+            let end = self.given.next(start, true).min(start + room);
+            let there = plan.held_part(start..end);
+            if there.is_empty() {
+                break;
+            }
+            let (whose, range) = plan.addresses(there.start, there.end);
+            if whose != pid {
+                break;
+            }
+            let numbers = there.start..there.start + range.pages(self.page).get();
+            let flags = FLAGS;
+            let rest = gathered.push(Run { range, flags });
+            assert!(rest.is_none(), "it was asked for no more than fits");
+            self.given.insert(numbers.clone());
+            self.at = numbers.end;
+            batch.push(numbers);
+        }
+        PushBatch {
+            runs: gathered.runs().to_vec(),
+            numbers: batch,
+            pages: gathered.present(),
+        }
+    }
+}
+
+/// Finds the page that `fault` names with those of its neighbours that lie in one run with it.
+pub fn find(plan: &DrainPlan, page: PageSize, fault: &Fault) -> Found {
+    let Target::Process(pid) = fault.target else {
+        return Found::Nothing;
+    };
+    let most = WANTED_PAGES_MAX.min((FERRY_BATCH_BYTES_MAX >> page.shift()) as u64);
+    for start in [fault.around.start(), fault.vaddr] {
+        let wanted = PageRange::new(start.get(), fault.around.end().get());
+        let Some(numbers) = plan.locate(pid, wanted) else {
+            continue;
+        };
+        let numbers = numbers.start..numbers.end.min(numbers.start + most);
+        let (_, range) = plan.addresses(numbers.start, numbers.end);
+        if !range.contains(fault.vaddr) {
+            continue;
+        }
+        return match plan.held_part(numbers.clone()) == numbers {
+            true => Found::Pages(numbers, range),
+            false => Found::Awaited(numbers),
+        };
+    }
+    Found::Nothing
+}
+
+/// The run of an answer with the pages `range`, unless there are none.
+pub fn answer_run(range: PageRange) -> Option<Run> {
+    let flags = FLAGS;
+    (!range.is_empty()).then_some(Run { range, flags })
+}
+
+/// Decides how the pages `range`, whose contents are `plain`, are told in the answer to `fault`, to a taker
+/// that has what is in `memory`.
+pub fn judge_answer(
+    memory: &PageMemory,
+    hasher: &PageHasher,
+    page: PageSize,
+    fault: &Fault,
+    range: PageRange,
+    plain: &[u8],
+    verdicts: &mut Verdicts,
+) {
+    let base_of = |vaddr| match fault.in_full {
+        true => None,
+        false => memory.base_of(fault.target, vaddr),
+    };
+    let addresses = (range.start().get()..).step_by(page.as_usize()).map(Vaddr);
+    let pages = plain.chunks_exact(page.as_usize()).zip(addresses);
+    verdicts.clear();
+    for (contents, vaddr) in pages {
+        verdicts.pages.push(match base_of(vaddr) {
+            _ if is_zero(contents) => Verdict::Zero,
+            Some(base) if hasher.hash(contents) == base => Verdict::Same(base),
+            _ => Verdict::Fresh,
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: PageSize = PageSize::KIB_4;
+
+    fn pages(first: u64, count: u64) -> PageRange {
+        PageRange::new(first << 12, (first + count) << 12)
+    }
+
+    fn plan(held: &[(u32, PageRange)]) -> DrainPlan {
+        let runs = [(7, pages(10, 30)), (7, pages(50, 4)), (9, pages(10, 5))];
+        let mut plan = DrainPlan::new(PAGE, runs);
+        while let Some((pid, range)) = plan.next_request(PageCount(1)) {
+            let here = |part: &(u32, PageRange)| {
+                part.0 == pid && part.1.intersect(range).is_some_and(|both| both == range)
+            };
+            if held.iter().any(here) {
+                plan.arrived(pid, range);
+            }
+        }
+        plan
+    }
+
+    fn fault(pid: u32, first: u64, vaddr: u64, count: u64) -> Fault {
+        Fault {
+            target: Target::Process(pid),
+            vaddr: Vaddr(vaddr << 12),
+            around: pages(first, count),
+            in_full: false,
+        }
+    }
+
+    #[test]
+    fn every_page_that_comes_is_pushed_once_and_answers_are_left_out() {
+        let all = plan(&[(7, pages(0, 100)), (9, pages(0, 100))]);
+        let mut offer = Offer::new(PAGE, all.pages());
+        offer.give(3..5);
+        let mut pushed = Vec::new();
+        while let Step::Push(pid) = offer.next_step(&all) {
+            let batch = offer.take_batch(&all, pid);
+            assert!((1..=16).contains(&batch.pages.get()));
+            let ranges = batch.runs.iter().map(|run| run.range.bytes() >> 12);
+            assert_eq!(ranges.sum::<u64>(), batch.pages.get());
+            pushed.extend(batch.numbers.into_iter().flatten());
+        }
+        assert_eq!(offer.next_step(&all), Step::Done);
+        let wanted: Vec<u64> = (0..3).chain(5..39).collect();
+        assert_eq!(pushed, wanted);
+    }
+
+    #[test]
+    fn the_push_waits_for_pages_that_have_not_come() {
+        let some = plan(&[(7, pages(10, 2))]);
+        let mut offer = Offer::new(PAGE, some.pages());
+        assert_eq!(offer.next_step(&some), Step::Push(7));
+        assert_eq!(offer.take_batch(&some, 7).pages, PageCount(2));
+        assert_eq!(offer.next_step(&some), Step::Wait);
+    }
+
+    #[test]
+    fn a_fault_brings_its_page_and_what_lies_in_one_run_with_it() {
+        let some = plan(&[(7, pages(10, 20)), (9, pages(10, 5))]);
+        let found = |pid, first, vaddr, count| find(&some, PAGE, &fault(pid, first, vaddr, count));
+        assert_eq!(found(7, 12, 12, 4), Found::Pages(2..6, pages(12, 4)));
+        assert_eq!(found(7, 28, 29, 4), Found::Awaited(18..22));
+        // The neighbours below are not there, or belong to another run.
+        assert_eq!(found(9, 8, 11, 6), Found::Pages(35..38, pages(11, 3)));
+        assert_eq!(found(7, 39, 50, 12), Found::Awaited(30..31));
+        assert_eq!(found(7, 60, 60, 1), Found::Nothing);
+        assert_eq!(found(8, 10, 10, 1), Found::Nothing);
+    }
+}
