@@ -91,16 +91,26 @@ impl Machine {
     }
 }
 
-/// Lets all contenders run `rounds` times in turn, after a round that is thrown away. Tells the
-/// runs of each round, in the order of the contenders.
+/// Lets all contenders run `rounds` times in turn, after a round that is thrown away. Each round begins
+/// with another one, for what a run leaves behind (dirty pages, memory to be freed) is the next one's
+/// matter. Tells the runs of each round, in the order of the contenders.
 fn alternate<C, R>(
     contenders: &[C],
     rounds: u32,
     mut run: impl FnMut(&C) -> Result<R>,
 ) -> Result<Vec<Vec<R>>> {
-    let mut round = || contenders.iter().map(&mut run).collect::<Result<Vec<R>>>();
-    round().context("warming up")?;
-    (0..rounds).map(|_| round()).collect()
+    let mut round = |first: usize| -> Result<Vec<R>> {
+        let (late, early) = contenders.split_at(first % contenders.len().max(1));
+        let mut runs = early
+            .iter()
+            .chain(late)
+            .map(&mut run)
+            .collect::<Result<Vec<R>>>()?;
+        runs.rotate_right(late.len());
+        Ok(runs)
+    };
+    round(0).context("warming up")?;
+    (0..rounds as usize).map(round).collect()
 }
 
 /// Writes `results` so that the file is whole or absent.
@@ -116,13 +126,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn contenders_take_turns() {
+    fn contenders_take_turns_and_each_round_begins_with_another() {
         let mut turns = String::new();
-        let rounds = alternate(&['a', 'b'], 2, |&name| {
+        let rounds = alternate(&['a', 'b', 'c'], 3, |&name| {
             turns.push(name);
-            Ok(turns.len())
+            Ok((name, turns.len()))
         });
-        assert_eq!(rounds.unwrap(), [[3, 4], [5, 6]]);
-        assert_eq!(turns, "ababab");
+        let expected = [
+            [('a', 4), ('b', 5), ('c', 6)],
+            [('a', 9), ('b', 7), ('c', 8)],
+            [('a', 11), ('b', 12), ('c', 10)],
+        ];
+        assert_eq!(rounds.unwrap(), expected);
+        assert_eq!(turns, "abcabcbcacab");
     }
 }
