@@ -40,6 +40,17 @@ pub const RECEIVE_BUFFER_BYTES: usize = 256 << 10;
 /// threads wait for each other three times as often.
 pub const RECEIVE_BUFFERS_MAX: usize = 8;
 
+/// Size of one pipe through which a session moves large frames, bytes. It is what Linux gives anybody
+/// (`fs.pipe-max-size`).
+pub const RECEIVE_PIPE_BYTES: usize = 1 << 20;
+
+/// A smaller pipe than this, in bytes, is of no use: its calls cost more than a copy.
+pub const RECEIVE_PIPE_BYTES_MIN: usize = 256 << 10;
+
+/// Most such pipes of one session. What is in them is memory of the sender or the network until it is
+/// in its file.
+pub const RECEIVE_PIPES_MAX: usize = 4;
+
 /// Most sessions that receive at once. Each has a few threads and [`RECEIVE_BUFFERS_MAX`] buffers.
 pub const RECEIVE_SESSIONS_MAX: usize = 16;
 

@@ -48,7 +48,7 @@ type Way = (Io, Writes);
 
 const EPOLL: Way = (Io::Epoll, Writes::Beside);
 
-const ALL_WRITES: [Writes; 3] = [Writes::Beside, Writes::LargeBeside, Writes::Between];
+const ALL_WRITES: [Writes; 2] = [Writes::Beside, Writes::Between];
 
 fn context(dir: &Path, previous: Option<&str>, (io, writes): Way) -> ReceiveContext {
     let stores = Stores::open(options(dir, previous), None).unwrap();
@@ -82,7 +82,7 @@ proptest! {
     /// the images have what was said, and are the same to the last byte.
     #[test]
     fn all_ways_store_what_was_said(
-        first in level(), second in level(), shmem in level(), large in 30..90u64, v1: bool,
+        first in level(), second in level(), shmem in level(), large in 30..300u64, v1: bool,
         piece in prop::sample::select(vec![7usize, 1000, 4096, 60_000, 1 << 20]),
     ) {
         let wire = if v1 { Wire::V1 } else { Wire::V2 };
@@ -160,8 +160,10 @@ proptest! {
 
     /// A dump that ends anywhere, in order or by a reset, leaves nothing.
     #[test]
-    fn a_dump_cut_anywhere_leaves_nothing(runs in level(), cut in any::<prop::sample::Index>()) {
-        let runs = with_true_holes(with_large_runs(runs, 40), &BTreeMap::new());
+    fn a_dump_cut_anywhere_leaves_nothing(
+        runs in level(), large in 30..300u64, cut in any::<prop::sample::Index>(),
+    ) {
+        let runs = with_true_holes(with_large_runs(runs, large), &BTreeMap::new());
         let bytes = dump(&[(PID, runs)], Wire::V2);
         let cut = cut.index(bytes.len());
         for way in ways() {
@@ -307,15 +309,21 @@ fn a_peer_that_goes_on_after_close_is_not_listened_to() {
 
 #[test]
 fn a_silent_peer_is_given_up() {
-    for way in ways() {
+    let open = bytes_of(&bare(Op::Open2, PID), Wire::V2);
+    let large = Run::present(FIRST_PAGE, 1024, PageFlags::LAZY, 1);
+    let mut within_pages = dump(&[(PID, vec![large])], Wire::V2);
+    within_pages.truncate(100_000);
+    for (way, said) in ways()
+        .into_iter()
+        .flat_map(|way| [(way, &open), (way, &within_pages)])
+    {
         let tmp = tempfile::tempdir().unwrap();
         let context = ReceiveContext {
             idle_timeout: Some(Duration::from_millis(20)),
             ..context(tmp.path(), None, way)
         };
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let open = bytes_of(&bare(Op::Open2, PID), Wire::V2);
-        std::io::Write::write_all(&mut &theirs, &open).unwrap();
+        std::io::Write::write_all(&mut &theirs, said).unwrap();
         let error = receive_client(Stream::plain(ours), &context).1.unwrap_err();
         assert_eq!(error.kind(), Kind::PeerLost);
         assert!(error.to_string().contains("--idle-timeout"), "{error}");

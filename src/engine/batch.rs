@@ -16,6 +16,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::sys::uio::pwritev;
 
+use super::writer::Cargo;
 use crate::error::Result;
 use crate::image::writer::PagesPart;
 use crate::limits::WRITE_RANGES_MAX;
@@ -81,12 +82,6 @@ impl Plan {
         &self.runs
     }
 
-    /// How long a range of the buffer is on average, bytes; 0 if there is none.
-    pub fn mean_range_bytes(&self) -> u64 {
-        let bytes: u64 = self.runs.iter().map(|run| run.bytes).sum();
-        bytes.checked_div(self.ranges.len() as u64).unwrap_or(0)
-    }
-
     /// The ranges of the buffer that make up `run`.
     pub fn ranges(&self, run: &Run) -> &[Range<usize>] {
         &self.ranges[run.ranges.clone()]
@@ -108,9 +103,8 @@ pub struct Batch {
     pub plan: Plan,
 }
 
-impl Batch {
-    /// Writes everything with plain calls. The error names the file.
-    pub fn write(&self) -> Result<()> {
+impl Cargo for Batch {
+    fn write(&mut self) -> Result<()> {
         for run in self.plan.runs() {
             let ranges = self.plan.ranges(run).iter();
             let mut slices: Vec<IoSlice<'_>> = ranges

@@ -14,13 +14,16 @@ use std::fmt;
 use std::io;
 use std::num::NonZero;
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread::available_parallelism;
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::Socket;
 
-use super::batch::{Batch, Plan};
+use super::batch::Batch;
 use super::epoll::EpollDriver;
 use super::uring::UringDriver;
 use crate::error::{Error, Kind, Result};
@@ -70,7 +73,7 @@ pub trait Driver: fmt::Debug {
 }
 
 /// The connection that a driver receives from.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Link {
     /// The socket.
     pub socket: Arc<Socket>,
@@ -87,6 +90,23 @@ impl Link {
             nix::sys::socket::MsgFlags::MSG_DONTWAIT,
         )
         .map_err(io::Error::from)
+    }
+
+    /// Waits until the socket has something, or its end.
+    pub(super) fn await_readable(&self) -> Result<()> {
+        let timeout = match self.idle_timeout {
+            None => PollTimeout::NONE,
+            Some(most) => PollTimeout::try_from(most).unwrap_or(PollTimeout::MAX),
+        };
+        let mut sockets = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+        loop {
+            match poll(&mut sockets, timeout) {
+                Ok(0) => return Err(self.silent()),
+                Ok(_) => return Ok(()),
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(self.lost(errno.into())),
+            }
+        }
     }
 
     /// The error for a socket that fails.
@@ -151,21 +171,15 @@ impl Io {
     }
 }
 
-/// CPUs that are busy while a session receives many small frames: the one that their sender, or the
-/// network, needs, and the session's own.
+/// CPUs that are busy while a dump is received: the one that its sender, or the network, needs, and the
+/// session's own.
 const BUSY_CPUS: usize = 2;
-
-/// Ranges of fewer bytes than this on average are of small frames. A sender makes two calls for each
-/// frame and so needs a CPU for them; large frames leave it free.
-const LARGE_RANGE_BYTES: u64 = 32 << 10;
 
 /// When files are written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Writes {
     /// While bytes are received.
     Beside,
-    /// Large frames while bytes are received, small ones before more bytes are.
-    LargeBeside,
     /// Before more bytes are received.
     Between,
 }
@@ -174,18 +188,8 @@ impl Writes {
     /// What is better on this machine.
     pub fn of_machine() -> Writes {
         match available_parallelism().map(NonZero::get) {
-            Ok(1) => Writes::Between,
-            Ok(..=BUSY_CPUS) => Writes::LargeBeside,
+            Ok(..=BUSY_CPUS) => Writes::Between,
             _ => Writes::Beside,
-        }
-    }
-
-    /// Whether what `plan` says is written while bytes are received.
-    pub(super) fn are_beside(self, plan: &Plan) -> bool {
-        match self {
-            Writes::Beside => true,
-            Writes::LargeBeside => plan.mean_range_bytes() >= LARGE_RANGE_BYTES,
-            Writes::Between => false,
         }
     }
 }

@@ -4,12 +4,14 @@
 //!            +--------------- free buffers <---------------+
 //!            v                                             |
 //! socket --> buffer --> criu::receive: ranges --> plan --> driver: pwritev --> pages-*.img
-//!                             |
-//!                             +--> image::writer: entries
+//!    |                        |                                                    ^
+//!    |                        +--> image::writer: entries                          |
+//!    +--> pipe: pages of large frames, if nobody has to look at them --------------+
 //! ```
 //!
 //! A buffer is filled from the socket until it is full, its headers are read in place, and it goes to
-//! the driver with the plan of which ranges go where. While it is written the next one is filled.
+//! the driver with the plan of which ranges go where. While it is written the next one is filled. Once the
+//! header of a large frame is read, its pages go past this process (`super::load`).
 //!
 //! Invariants: CLOSE is answered only when every byte is in its file and every image has its name; on
 //! any failure the images are gone and the connection is reset, so that the dump fails too.
@@ -25,7 +27,7 @@ use super::keep::{Desk, Keep, KeepOptions};
 use super::mover::Mover;
 use super::stores::{SessionStore, Stores};
 use super::tally::Tally;
-use crate::criu::header::{Target, Wire};
+use crate::criu::header::{HEADER_BYTES_MAX, Target, Wire};
 use crate::criu::receive::{CLOSE_STORED, ReceiveSession, Step, has_parent_answer, parent_answer};
 use crate::error::{Error, Kind, Result};
 use crate::image::writer::{CommittedImages, SessionImages};
@@ -38,6 +40,10 @@ use crate::units::PageSize;
 /// A buffer is written when less room than this is left in it: a receive for less would cost more
 /// than it brings.
 const ROOM_BYTES_MIN: usize = 64 << 10;
+
+/// Frames of which at least so many bytes are still to come go through a pipe: for fewer the calls cost
+/// more than the copy that they save.
+const PASS_BYTES_MIN: u64 = 512 << 10;
 
 /// How long a peer that was told that all is well may take to hang up.
 const HANG_UP: Duration = Duration::from_secs(30);
@@ -114,6 +120,10 @@ struct Ingest<'a, 't> {
     session: ReceiveSession,
     images: SessionImages,
     mover: Mover,
+    /// The connection, if its bytes can go past this process.
+    bypass: Option<Link>,
+    /// The frame is a large one, or the last one was and the next may be.
+    large: bool,
     keep: Box<dyn Keep>,
     page: PageSize,
     idle_timeout: Option<Duration>,
@@ -154,6 +164,8 @@ impl<'a, 't> Ingest<'a, 't> {
         Ok(Ingest {
             session: ReceiveSession::new(context.wire, page),
             images: store.store.begin(),
+            bypass: stream.is_plain().then(|| link.clone()),
+            large: false,
             mover: Mover::new(io.driver(link)?, writes),
             keep: context.keep.keep(page),
             page,
@@ -187,12 +199,13 @@ impl<'a, 't> Ingest<'a, 't> {
     /// Receives until CLOSE.
     fn receive_all(&mut self, stream: &mut Stream) -> Result<Closed> {
         loop {
+            self.pass_large()?;
             let mut buffer = self.mover.buffer()?;
             let mut plan = Plan::default();
             let mut filled = 0;
             let mut closed = None;
-            while closed.is_none() && buffer.len() - filled >= ROOM_BYTES_MIN {
-                let window = filled..buffer.len();
+            while closed.is_none() && !self.passes() && buffer.len() - filled >= ROOM_BYTES_MIN {
+                let window = filled..self.window_end(filled, buffer.len());
                 let bytes;
                 (buffer, bytes) = self.receive(stream, buffer, window)?;
                 if bytes == 0 {
@@ -209,6 +222,46 @@ impl<'a, 't> Ingest<'a, 't> {
                 return Ok(closed);
             }
         }
+    }
+
+    /// Whether the next bytes go past this process.
+    fn passes(&self) -> bool {
+        let least = if self.large { 1 } else { PASS_BYTES_MIN };
+        self.bypass.is_some()
+            && self.session.raw_bytes_left() >= least
+            && self.keep.place().is_some()
+    }
+
+    /// Where to end a receive into the first `len` bytes of a buffer: behind a header, if large pages may
+    /// follow that are not to be copied.
+    fn window_end(&mut self, filled: usize, len: usize) -> usize {
+        if !std::mem::take(&mut self.large) {
+            return len;
+        }
+        let header = self
+            .session
+            .wire()
+            .map_or(HEADER_BYTES_MAX, Wire::header_bytes);
+        len.min(filled + header)
+    }
+
+    /// Moves large frames' pages from the socket to their file as long as there are any.
+    fn pass_large(&mut self) -> Result<()> {
+        while let (true, Some(link), Some(to)) = (self.passes(), &self.bypass, self.keep.place()) {
+            let left = usize::try_from(self.session.raw_bytes_left()).unwrap_or(usize::MAX);
+            let Some(bytes) = self.mover.pass(link, left, to)? else {
+                self.bypass = None;
+                return Ok(());
+            };
+            if bytes == 0 {
+                return Err(ended_early(&self.session));
+            }
+            self.session.skip_raw(bytes as u64);
+            self.keep.placed(bytes as u64);
+            self.tally.came(bytes as u64);
+            self.large = true;
+        }
+        Ok(())
     }
 
     fn receive(

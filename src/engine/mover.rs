@@ -1,16 +1,20 @@
-//! A session's driver with its few buffers: what the engine asks to move bytes.
+//! A session's driver with its few buffers, and pipes for what nobody looks at: what the engine asks to
+//! move bytes.
 //!
 //! Where a CPU may be free the driver writes while the next buffer is filled. Where there is none,
 //! what goes to another thread only costs the way there: then a buffer is written before the next
-//! one is filled, and its bytes are still in this CPU's cache. Which it is may change from buffer to
-//! buffer ([`Writes::LargeBeside`]): each run has its place in the file, so the order is free.
+//! one is filled, and its bytes are still in this CPU's cache. Pipes are filled and written in the same
+//! way, beside the buffers: each run has its place in the file, so the order is free.
 
 use std::ops::Range;
 
 use super::batch::{Batch, Plan};
-use super::driver::{Completion, Driver, Operation, Writes};
+use super::driver::{Completion, Driver, Link, Operation, Writes};
+use super::load::{Load, Pipe};
+use super::writer::{Cargo, Writer};
 use crate::error::{Error, Kind, Result};
-use crate::limits::{RECEIVE_BUFFER_BYTES, RECEIVE_BUFFERS_MAX};
+use crate::image::writer::Destination;
+use crate::limits::{RECEIVE_BUFFER_BYTES, RECEIVE_BUFFERS_MAX, RECEIVE_PIPES_MAX};
 use crate::sys::buffers::Buffer;
 
 /// See the module's text.
@@ -20,6 +24,16 @@ pub(super) struct Mover {
     writes: Writes,
     free: Vec<Buffer>,
     made: usize,
+    pipes: Pipes,
+}
+
+/// The pipes of a session.
+#[derive(Debug, Default)]
+struct Pipes {
+    free: Vec<Pipe>,
+    made: usize,
+    /// What writes beside, once something is to be written so.
+    writer: Option<Writer<Load>>,
 }
 
 impl Mover {
@@ -29,6 +43,7 @@ impl Mover {
             writes,
             free: Vec::new(),
             made: 0,
+            pipes: Pipes::default(),
         }
     }
 
@@ -69,9 +84,8 @@ impl Mover {
             self.free.push(buffer);
             return Ok(());
         }
-        let beside = self.writes.are_beside(&plan);
-        let batch = Batch { buffer, plan };
-        if beside {
+        let mut batch = Batch { buffer, plan };
+        if self.writes == Writes::Beside {
             return self.driver.submit(Operation::Write(batch));
         }
         batch.write()?;
@@ -79,9 +93,27 @@ impl Mover {
         Ok(())
     }
 
+    /// Moves bytes from the socket to `to`, at most `most`, that nobody looks at, and says how many;
+    /// 0 is the end of the stream. They are in their file some time before [`Mover::drain`] returns.
+    /// `None`: the kernel gives no pipes, and so they are to be received.
+    pub(super) fn pass(
+        &mut self,
+        link: &Link,
+        most: usize,
+        to: Destination,
+    ) -> Result<Option<usize>> {
+        let Some(pipe) = self.pipes.next()? else {
+            return Ok(None);
+        };
+        let bytes = pipe.fill(link, most)?;
+        self.pipes.write(Load::new(pipe, bytes, to), self.writes)?;
+        Ok(Some(bytes))
+    }
+
     /// Waits until all bytes are in their files.
     pub(super) fn drain(&mut self) -> Result<()> {
-        self.driver.drain()
+        self.driver.drain()?;
+        self.pipes.writer.as_mut().map_or(Ok(()), Writer::drain)
     }
 
     fn keep(&mut self, completion: Completion) {
@@ -89,5 +121,43 @@ impl Mover {
             Completion::Written(batch) => self.free.push(batch.buffer),
             Completion::Received { buffer, .. } => self.free.push(buffer),
         }
+    }
+}
+
+impl Pipes {
+    /// A pipe to fill, if any is to be had. Waits for a write if all of them are on the way.
+    fn next(&mut self) -> Result<Option<Pipe>> {
+        if let Some(pipe) = self.free.pop() {
+            return Ok(Some(pipe));
+        }
+        if self.made < RECEIVE_PIPES_MAX {
+            let made = Pipe::new();
+            let made = made.map_err(|error| Error::wrap(Kind::Io, "cannot make a pipe", error))?;
+            self.made += usize::from(made.is_some());
+            if made.is_some() || self.made == 0 {
+                return Ok(made);
+            }
+        }
+        match &mut self.writer {
+            Some(writer) => Ok(Some(writer.next_result()?.into_pipe())),
+            None => Ok(None),
+        }
+    }
+
+    fn write(&mut self, mut load: Load, writes: Writes) -> Result<()> {
+        if writes == Writes::Between {
+            load.write()?;
+            self.free.push(load.into_pipe());
+            return Ok(());
+        }
+        let writer = match &mut self.writer {
+            Some(writer) => writer,
+            None => self.writer.insert(Writer::start(|| {})?),
+        };
+        writer.submit(load)?;
+        while let Some(load) = writer.result_now()? {
+            self.free.push(load.into_pipe());
+        }
+        Ok(())
     }
 }

@@ -59,6 +59,14 @@ impl Keep for AsReceived {
         Ok(())
     }
 
+    fn place(&self) -> Option<Destination> {
+        self.cursor.clone()
+    }
+
+    fn placed(&mut self, bytes: u64) {
+        self.moved(bytes);
+    }
+
     fn lz4(&mut self, desk: &mut Desk<'_>, range: Range<usize>, ends: bool) -> Result<()> {
         let Some(to) = &self.cursor else {
             return Ok(());

@@ -19,7 +19,7 @@ use super::batch::Plan;
 use super::mover::Mover;
 use crate::criu::header::PageFlags;
 use crate::error::Result;
-use crate::image::writer::SessionImages;
+use crate::image::writer::{Destination, SessionImages};
 use crate::observe::received::KeptPages;
 use crate::units::{PageRange, PageSize};
 
@@ -51,6 +51,14 @@ pub(super) trait Keep: fmt::Debug {
 
     /// Raw bytes of the run are in this range of the receive buffer.
     fn raw(&mut self, desk: &mut Desk<'_>, range: Range<usize>) -> Result<()>;
+
+    /// Where the run's next raw bytes go, if they need not be seen.
+    fn place(&self) -> Option<Destination> {
+        None
+    }
+
+    /// So many of the run's raw bytes went to their [`Keep::place`].
+    fn placed(&mut self, _bytes: u64) {}
 
     /// Bytes of the LZ4 block of the run's next page are in this range.
     fn lz4(&mut self, desk: &mut Desk<'_>, range: Range<usize>, ends: bool) -> Result<()>;
