@@ -160,6 +160,30 @@ fn reads_at_random_meanwhile(bed: &Bed, criu: &Criu) -> Result<()> {
 }
 
 #[test]
+fn faults_on_demand_are_answered_from_the_earlier_round() {
+    with_criu(Suite::Sid, |bed, criu| {
+        // A fault each for most of the pages.
+        let small = LoadSpec::mixed(bed.path("load"), 8);
+        let changed = Changed::start(bed, criu, small)?;
+        let (mut plan, [client, forwarder]) = (changed.plan(), changed.told.clone());
+        plan.client_options.push("--on-demand".to_owned());
+        let mut moved = PostCopy::of(bed, &plan, changed.load, &verify())?;
+        moved.reports()?;
+        // There are pages that it never looks at.
+        moved.restored.kill();
+        moved.finish()?;
+        let told = whole(&client)?;
+        ensure!(number(&told, "/pages/stream")? == 0, "{told}");
+        let Brought { local, all } = Brought::read(&client)?;
+        // Faults that come before the hashes are answered in full.
+        ensure!(local > all / 2, "{local} of {all}");
+        let sent = of_session(&forwarder, 0)?;
+        ensure!(number(&sent, "/sent/same/pages")? == 0, "{sent}");
+        Ok(())
+    });
+}
+
+#[test]
 fn a_tree_builds_on_the_parent_of_its_images() {
     with_criu(Suite::Sid, |bed, criu| {
         let spec = LoadSpec::tree(bed.path("load"), 48, 3);

@@ -38,7 +38,7 @@ pub(crate) struct Args {
 
     /// The page server is a page-server --forward-lazy: it pushes, compressed and checked, over links
     /// that may break
-    #[arg(long, conflicts_with_all = ["on_demand", "max_bandwidth", "wire"])]
+    #[arg(long, conflicts_with = "wire")]
     ferry: bool,
 
     /// With --ferry: images of an earlier round of the same processes (relative to the images

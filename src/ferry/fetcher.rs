@@ -5,7 +5,7 @@
 //! stream ── OPEN, PAGES, CLOSE ──> handle_pushed ──> Draft ── complete ──> Delivery
 //!        <── ACK ──────────────── poll               │        ^            │ installed by the caller
 //!        ── WANT_HASHES ────────> handle_pushed      │ local pages are     v
-//!        <── HASHES ───────────── tell_hashes        └ read by the caller  settle
+//!        <── HASHES ───────────── tell_hashes        └ read by the caller  settle ──> Backlog ──> safe
 //! faults <── FAULT ────────────── ask
 //!        ── FAULT_PAGES ────────> handle_answer ──> Draft ── complete ──> Delivery
 //! ```
@@ -16,6 +16,7 @@
 //! Invariants: a page is in a [`Delivery`] only after every checksum and hash that covers it was
 //! verified; an answer belongs to the oldest open question; no frame is safe before it is settled.
 
+mod backlog;
 mod delivery;
 mod earlier;
 
@@ -26,7 +27,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use super::batch::{Batch, PageKind};
-use super::frame::Kind;
+use super::frame::{HEADER_BYTES, Kind};
 use super::hash::{HashStep, PageHasher};
 use super::hello::{Fail, Window};
 use super::message::{Fault, StateId, WantHashes};
@@ -34,8 +35,11 @@ use super::receiver::{Arrival, Message, Receiver};
 use super::session::{ReadError, SessionError};
 use super::unpack::Unpacker;
 use crate::criu::header::Target;
+use crate::lazy::window::RateLimit;
 use crate::limits::FERRY_FAULT_PAGES_MAX;
 use crate::units::{PageRange, PageSize};
+pub use backlog::window_at;
+use backlog::{Applied, Backlog};
 pub use delivery::{Delivery, Draft, Part};
 use earlier::Earlier;
 
@@ -111,8 +115,12 @@ pub struct Fetcher<T> {
     /// An OPEN, its number and of what, that is answered when pages may be installed.
     open: Option<(u64, Target)>,
     may_install: bool,
-    /// Number of the pushed pages that the caller is installing.
-    unsettled: Option<u64>,
+    /// Number of the pushed pages that the caller is installing, and the bytes of their frame.
+    unsettled: Option<(u64, u64)>,
+    /// What is applied and not acknowledged yet.
+    backlog: Backlog,
+    /// Acknowledgements have to be earned.
+    throttled: bool,
     closed: bool,
 }
 
@@ -139,6 +147,8 @@ impl<T> Fetcher<T> {
             open: None,
             may_install: false,
             unsettled: None,
+            backlog: Backlog::default(),
+            throttled: false,
             closed: false,
         }
     }
@@ -148,6 +158,12 @@ impl<T> Fetcher<T> {
         self.earlier.add(pid);
     }
 
+    /// From now on nothing is acknowledged but by [`Fetcher::acknowledge`]: the far end goes no faster. The
+    /// window should be one that [`window_at`] gives.
+    pub fn throttle(&mut self) {
+        self.throttled = true;
+    }
+
     /// New connections stand.
     pub fn attach(&mut self) {
         self.receiver.stream_up(STREAM);
@@ -155,6 +171,8 @@ impl<T> Fetcher<T> {
 
     /// The connections are gone. What was asked is forgotten, and so is what was to be told.
     pub fn detach(&mut self) {
+        // What is applied need not come again.
+        self.acknowledge_all();
         self.questions.clear();
         self.earlier.forget_questions();
         self.receiver.stream_down(STREAM);
@@ -214,6 +232,9 @@ impl<T> Fetcher<T> {
 
     /// Everything that the caller wants is here.
     pub fn taken(&mut self) {
+        // Nothing more is pushed than what is on its way.
+        self.throttled = false;
+        self.acknowledge_all();
         self.receiver.taken();
         // Whoever still asks learns that there is nothing to build on.
         self.earlier.drop_images();
@@ -278,7 +299,7 @@ impl<T> Fetcher<T> {
         match self.receiver.read(kind, body)? {
             Message::Pages(batch) => {
                 let draft = self.draft(&batch, body)?;
-                self.unsettled = Some(number);
+                self.unsettled = Some((number, (HEADER_BYTES + body.len()) as u64));
                 return Ok(Event::Pushed(draft));
             }
             // Before the processes are restored there is nowhere to put their pages.
@@ -308,8 +329,35 @@ impl<T> Fetcher<T> {
     /// The pages of the last [`Event::Pushed`] are installed, or not wanted; `room` takes the next.
     pub fn settle(&mut self, room: Vec<u8>) {
         self.spare = room;
-        if let Some(number) = self.unsettled.take() {
-            self.receiver.applied(number);
+        if let Some((number, bytes)) = self.unsettled.take() {
+            self.apply(Applied::pages(number, bytes));
+        }
+    }
+
+    /// Acknowledges what is settled and answered as far as `limit` has earned it by `now_us` on its clock.
+    pub fn acknowledge(&mut self, limit: &mut RateLimit, now_us: u64) {
+        while let Some(applied) = self.backlog.next(limit, now_us) {
+            self.confirm(&applied);
+        }
+    }
+
+    fn acknowledge_all(&mut self) {
+        while let Some(applied) = self.backlog.next_at_once() {
+            self.confirm(&applied);
+        }
+    }
+
+    fn apply(&mut self, applied: Applied) {
+        match self.throttled {
+            true => self.backlog.push(applied),
+            false => self.confirm(&applied),
+        }
+    }
+
+    fn confirm(&mut self, applied: &Applied) {
+        self.receiver.applied(applied.number);
+        if let Some((value, state)) = applied.answer {
+            self.receiver.answer(applied.number, value, state);
         }
     }
 
@@ -344,8 +392,7 @@ impl<T> Fetcher<T> {
     }
 
     fn answer(&mut self, number: u64, value: i32, state: StateId) {
-        self.receiver.applied(number);
-        self.receiver.answer(number, value, state);
+        self.apply(Applied::question(number, value, state));
     }
 
     /// Verifies what `batch`, which lies in `body`, brings, and lays its pages out one behind the other.

@@ -65,8 +65,10 @@ impl Features {
     pub const DELTA: Features = Features(2);
     /// Faults are answered on connections of their own.
     pub const FAULTS: Features = Features(4);
+    /// A taker that wants nothing but the answers to its faults: nothing is pushed.
+    pub const ON_DEMAND: Features = Features(8);
     /// All that is known here.
-    pub const ALL: Features = Features(7);
+    pub const ALL: Features = Features(15);
 
     /// What both sets have.
     #[must_use]

@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! stream ── OPEN, PAGES, CLOSE ──> next ──> Event: pages as plain bytes, checked
-//!        <── ACK ──────────────── settle     when the caller has installed them
+//!        <── ACK ──────────────── settle     when the caller has installed them, and, with a rate,
+//!                                 acknowledge  when that has earned them
 //!        ── WANT_HASHES ─────────> next
 //!        <── HASHES ───────────── tell_hashes  of what an earlier round has left here
 //! fault  <── FAULT ─────────────── ask
@@ -17,17 +18,17 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::WINDOW;
 use super::conn::{ConnError, Frame};
 use super::lane::{self, HEARTBEAT};
 use crate::error::{Error, Kind};
 use crate::ferry::fetcher::{self, Draft, FetchError, Fetcher};
 pub(in crate::engine) use crate::ferry::fetcher::{Delivery, Part};
 use crate::ferry::hash::PageHasher;
-use crate::ferry::hello::{Fail, FailCode, SessionId};
+use crate::ferry::hello::{Fail, FailCode, SessionId, Window};
 use crate::image::chain::Chain;
+use crate::lazy::window::RateLimit;
 use crate::units::{PageRange, PageSize};
-pub(in crate::engine) use dialer::{FerryDialer, FerryPair};
+pub(in crate::engine) use dialer::{FerryDialer, FerryPair, Pushed};
 use earlier::Earlier;
 
 /// After so long without an answer a connection is dead, whatever its sockets say.
@@ -74,9 +75,9 @@ pub(in crate::engine) struct Fetching<T> {
 }
 
 impl<T> Fetching<T> {
-    fn new(page: PageSize, hasher: PageHasher, session: SessionId) -> Fetching<T> {
+    fn new(page: PageSize, window: Window, hasher: PageHasher, session: SessionId) -> Fetching<T> {
         Fetching {
-            fetcher: Fetcher::new(page, WINDOW, hasher.clone(), session.into()),
+            fetcher: Fetcher::new(page, window, hasher.clone(), session.into()),
             pair: None,
             earlier: Earlier::new(page, hasher),
             start: Instant::now(),
@@ -90,6 +91,11 @@ impl<T> Fetching<T> {
     pub(in crate::engine) fn build_on(&mut self, pid: u32, chain: Chain, missing: Vec<PageRange>) {
         self.earlier.add(pid, chain, missing);
         self.fetcher.build_on(pid);
+    }
+
+    /// From now on the far end goes no faster than the caller acknowledges.
+    pub(in crate::engine) fn throttle(&mut self) {
+        self.fetcher.throttle();
     }
 
     /// Goes on over `pair`.
@@ -128,31 +134,33 @@ impl<T> Fetching<T> {
 
     /// Whether there is something to do although no socket is readable.
     pub(in crate::engine) fn has_work(&self) -> bool {
-        let to_tell = self.may_tell_hashes();
         self.pair
             .as_ref()
-            .is_some_and(|pair| to_tell || pair.stream.has_buffered() || pair.fault.has_buffered())
+            .is_some_and(|pair| pair.stream.has_buffered() || pair.fault.has_buffered())
     }
 
     /// Hashes are wanted, and the stream takes what they are sent in.
-    fn may_tell_hashes(&self) -> bool {
+    pub(in crate::engine) fn may_tell_hashes(&self) -> bool {
         let wanted = self.fetcher.wanted_hashes().is_some();
         let pair = self.pair.as_ref();
         wanted && pair.is_some_and(|pair| pair.stream.queued_bytes() == 0)
     }
 
     /// Hashes the next few pages of what the far end asks for, which takes no longer than to install
-    /// them would.
-    pub(in crate::engine) fn tell_hashes(&mut self) {
+    /// them would. Says how many bytes of them go out now.
+    pub(in crate::engine) fn tell_hashes(&mut self) -> u64 {
         if self.may_tell_hashes()
             && let Some(wanted) = self.fetcher.wanted_hashes()
             && let Some(pair) = &mut self.pair
         {
             let step = self.earlier.hash(wanted, self.fetcher.begins_to_tell());
             if let Some(words) = self.fetcher.tell_hashes(step) {
+                let bytes = words.len() as u64;
                 pair.stream.queue(Arc::new(words));
+                return bytes;
             }
         }
+        0
     }
 
     /// How many questions are open.
@@ -267,6 +275,12 @@ impl<T> Fetching<T> {
     /// The pages of the last [`Event::Pushed`] are installed, or not wanted; `room` takes the next.
     pub(in crate::engine) fn settle(&mut self, room: Vec<u8>) {
         self.fetcher.settle(room);
+        self.say();
+    }
+
+    /// With a throttle: acknowledges what `limit` has earned.
+    pub(in crate::engine) fn acknowledge(&mut self, limit: &mut RateLimit, now_us: u64) {
+        self.fetcher.acknowledge(limit, now_us);
         self.say();
     }
 

@@ -97,7 +97,9 @@ impl OfferPort {
             version: VERSION,
             role: Role::Pusher,
             page: held.page(),
-            features: Features::FAULTS.with(Features::HASHES),
+            features: Features::FAULTS
+                .with(Features::HASHES)
+                .with(Features::ON_DEMAND),
             session: SessionId::default(),
             stream: 0,
             streams: FERRY_STREAMS_MAX,
@@ -306,7 +308,8 @@ impl Offering {
         lock(&self.offer).give(numbers);
     }
 
-    /// Pushes everything, and waits until the taker has it.
+    /// Pushes everything, unless the taker wants nothing but answers, and waits until it has all that it
+    /// wants.
     fn feed<'s>(&'s self, scope: &'s Scope<'s, '_>, wire: Wire) -> Result<()> {
         let agreed = self.pushing.agree()?;
         let page = self.held.page();
@@ -321,6 +324,10 @@ impl Offering {
             hashed: false,
             pages: 0,
         };
+        if agreed.features.has(Features::ON_DEMAND) {
+            feed.open_all()?;
+            return self.pushing.wait_until_taken();
+        }
         while !self.pushing.is_taken() && feed.step()? {}
         feed.packer.flush()?;
         if !self.pushing.is_taken() {
@@ -363,6 +370,13 @@ impl Feed<'_> {
             }
         }
         Ok(true)
+    }
+
+    /// Opens all processes without a page: what an earlier round has of them need not travel with answers
+    /// either.
+    fn open_all(&mut self) -> Result<()> {
+        let pids = self.offering.held.pids();
+        pids.into_iter().try_for_each(|pid| self.open(pid))
     }
 
     fn open(&mut self, pid: u32) -> Result<()> {

@@ -104,6 +104,14 @@ impl Held {
             .collect()
     }
 
+    /// Whose pages there are, in their order.
+    pub(in crate::engine) fn pids(&self) -> Vec<u32> {
+        let state = lock(&self.state);
+        let mut pids = Vec::from_iter(state.plan.runs().map(|(pid, _)| pid));
+        pids.dedup();
+        pids
+    }
+
     /// How many pages have come, and how many there are.
     pub(in crate::engine) fn progress(&self) -> (PageCount, PageCount) {
         let state = lock(&self.state);

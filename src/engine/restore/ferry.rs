@@ -61,10 +61,14 @@ impl Ferry {
     }
 }
 
-/// How much a fault may bring.
-pub(super) fn reach(page: PageSize) -> Reach {
+/// How much a fault may bring: what nobody walks towards is not asked for `on_demand`.
+pub(super) fn reach(page: PageSize, on_demand: bool) -> Reach {
+    let alone_bytes = match on_demand {
+        true => page.bytes(),
+        false => ALONE_BYTES.max(page.bytes()),
+    };
     Reach {
-        alone_bytes: ALONE_BYTES.max(page.bytes()),
+        alone_bytes,
         walk_bytes: FERRY_BATCH_BYTES_MAX as u64,
     }
 }
@@ -116,40 +120,68 @@ impl Restore {
 
     /// Asks for what faults need.
     pub(super) fn ask_ferry_for_faults(&mut self) -> Result<()> {
-        self.ask_ferry(u64::MAX, Planner::next_urgent)
+        self.ask_ferry(u64::MAX, Planner::next_urgent).map(drop)
     }
 
     /// Asks for what faults need, then for what the push has left out.
     pub(super) fn ask_ferry_for_all(&mut self) -> Result<()> {
         self.ask_ferry_for_faults()?;
-        if !self.fetching().is_some_and(|fetching| fetching.is_closed()) {
+        let closed = self.fetching().is_some_and(|fetching| fetching.is_closed());
+        if !closed || self.config.on_demand || self.is_throttled() {
             return Ok(());
         }
         let most = FERRY_BATCH_BYTES_MAX as u64;
         // Pages that are there already are not fetched again: few are left out, far from each other.
         let pages = LEFT_OUT_BYTES_MAX >> self.images.page().shift();
-        self.ask_ferry(pages, |planner| planner.next_stream(most, 0))
+        let asked = self.ask_ferry(pages, |planner| planner.next_stream(most, 0))?;
+        self.spend(asked);
+        Ok(())
     }
 
+    /// Whether the background has to wait for its rate.
+    fn is_throttled(&mut self) -> bool {
+        let now_us = self.clock.now_us();
+        let limit = self.limit.as_mut();
+        limit.is_some_and(|limit| limit.wait_until_us(now_us).is_some())
+    }
+
+    fn spend(&mut self, bytes: u64) {
+        if let Some(limit) = &mut self.limit {
+            limit.spend(bytes);
+        }
+    }
+
+    /// Whether the next hashes may be counted and told now.
+    pub(super) fn owes_hashes(&mut self) -> bool {
+        self.fetching()
+            .is_some_and(|fetching| fetching.may_tell_hashes())
+            && !self.is_throttled()
+    }
+
+    /// Asks for what `next` names, as long as no more than `most_pages` are asked for. Says for how many
+    /// bytes it did.
     fn ask_ferry(
         &mut self,
         most_pages: u64,
         mut next: impl FnMut(&mut Planner) -> Option<Request>,
-    ) -> Result<()> {
+    ) -> Result<u64> {
         let Some(ferry) = &mut self.links.ferry else {
-            return Ok(());
+            return Ok(0);
         };
         let fetching = &mut ferry.fetching;
-        let mut asked = false;
+        let mut asked = 0;
         while fetching.is_attached()
             && fetching.questions() < QUESTIONS_MAX
             && fetching.asked_pages() < most_pages
             && let Some(request) = next(&mut self.planner)
         {
             fetching.ask(request.pid, request.image, request);
-            asked = true;
+            asked += request.image.bytes();
         }
-        if asked { self.flush_ferry() } else { Ok(()) }
+        if asked > 0 {
+            self.flush_ferry()?;
+        }
+        Ok(asked)
     }
 
     fn flush_ferry(&mut self) -> Result<()> {
@@ -209,8 +241,13 @@ impl Restore {
             }
             Err(Trouble::Over(error)) => return Err(error),
         }
-        if let Some(fetching) = self.fetching() {
-            fetching.tell_hashes();
+        if self.owes_hashes() {
+            let told = self.fetching().map_or(0, Fetching::tell_hashes);
+            self.spend(told);
+        }
+        let now_us = self.clock.now_us();
+        if let (Some(ferry), Some(limit)) = (&mut self.links.ferry, &mut self.limit) {
+            ferry.fetching.acknowledge(limit, now_us);
         }
         self.flush_ferry()
     }

@@ -22,7 +22,7 @@ use super::reconnect::Dialed;
 use super::{Restore, RestoreConfig, Token, rewatch, watch};
 use crate::criu::fetch::Step;
 use crate::criu::header::Wire;
-use crate::engine::ferry::fetching::FerryDialer;
+use crate::engine::ferry::fetching::{FerryDialer, Pushed};
 use crate::error::{Error, Kind, Result};
 use crate::lazy::pattern::block_bytes;
 use crate::lazy::planner::Way;
@@ -62,7 +62,12 @@ impl Links {
         let hint = "is the source there, and does it serve pages (criu dump --lazy-pages, or page-server --lazy-pages)?";
         let (mut pair, mut session) = (None, None);
         if let Some(Dialer { peer, tls, .. }) = dialer.as_ref().filter(|_| config.ferry) {
-            let dialer = FerryDialer::new(peer.clone(), tls.clone(), page)?;
+            let pushed = match (config.on_demand, config.max_bandwidth) {
+                (true, _) => Pushed::Nothing,
+                (false, Some(rate)) => Pushed::AtRate(rate),
+                (false, None) => Pushed::All,
+            };
+            let dialer = FerryDialer::new(peer.clone(), tls.clone(), page, pushed)?;
             session = Some(Ferry::connect(dialer)?);
             tracing::info!("connected to the source at {peer} (ferry)");
         } else if let Some(dialer) = &dialer {
@@ -181,7 +186,7 @@ impl Restore {
             walk_bytes: WALK_BYTES_MAX,
         };
         if self.links.ferry.is_some() {
-            return ferry::reach(self.images.page());
+            return ferry::reach(self.images.page(), self.config.on_demand);
         }
         match &self.links.pair {
             Some(pair) if !self.config.on_demand && !pair.has_fault_link() => {

@@ -344,7 +344,7 @@ impl Restore {
     fn round(&mut self) -> Result<()> {
         let background = self.background_step()?;
         self.send_requests()?;
-        if !background && !self.links.has_buffered() {
+        if !background && !self.links.has_buffered() && !self.owes_hashes() {
             self.wait()?;
         }
         let mut events = [EpollEvent::empty(); 8];

@@ -1,7 +1,7 @@
 //! The connecting side of a post-copy: a stream and a connection for faults, made one after the other.
 
 use crate::ferry::frame::{FrameError, Kind};
-use crate::ferry::hello::{Fail, FailCode, Greeting, Hello, Role, VERSION};
+use crate::ferry::hello::{Fail, FailCode, Features, Greeting, Hello, Role, VERSION};
 
 /// The connecting side of a post-copy's session.
 #[derive(Clone, Debug)]
@@ -81,10 +81,71 @@ impl PairDialer {
                 let text = "the welcome is for another session".to_owned();
                 refused(FailCode::Protocol, text)
             }
+            Greeting::Hello(peer)
+                if self.hello.features.has(Features::ON_DEMAND)
+                    && !peer.features.has(Features::ON_DEMAND) =>
+            {
+                let text = "it is an older page-server, which would push everything: --on-demand needs \
+                            one that knows it, or no --ferry";
+                refused(FailCode::Version, text.to_owned())
+            }
             Greeting::Hello(_) => {
                 self.opened = true;
                 Ok(())
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ferry::frame::{Split, split};
+    use crate::ferry::hash::HashKey;
+    use crate::ferry::hello::{SessionId, Window};
+    use crate::units::PageSize;
+
+    const OLDER: Features = Features::FAULTS.with(Features::HASHES);
+
+    fn hello(role: Role, features: Features) -> Hello {
+        Hello {
+            version: VERSION,
+            role,
+            page: PageSize::KIB_4,
+            features,
+            session: SessionId([2; 16]),
+            stream: 0,
+            streams: 1,
+            attempt: 1,
+            opening: false,
+            window: Window {
+                frames: 8,
+                bytes: 1 << 20,
+            },
+            hash_key: HashKey::default(),
+        }
+    }
+
+    /// What a taker with `features` makes of the welcome of a pusher with `theirs`.
+    fn welcomed(features: Features, theirs: Features) -> Result<(), Refusal> {
+        let mut welcome = Vec::new();
+        hello(Role::Pusher, theirs).encode(Kind::Welcome, &mut welcome);
+        let Ok(Split::Frame(frame)) = split(&welcome) else {
+            panic!("a frame");
+        };
+        let mut dialer = PairDialer::new(hello(Role::Taker, features));
+        dialer.begin();
+        dialer.handle_answer(Role::Taker, frame.kind, &welcome[frame.body])
+    }
+
+    #[test]
+    fn a_pusher_that_would_push_is_not_used_on_demand() {
+        let on_demand = OLDER.with(Features::ON_DEMAND);
+        match welcomed(on_demand, OLDER) {
+            Err(refusal @ Refusal::Fail(_)) => assert!(refusal.is_final()),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(welcomed(on_demand, on_demand), Ok(()));
+        assert_eq!(welcomed(OLDER, on_demand), Ok(()));
     }
 }

@@ -8,13 +8,42 @@ use crate::engine::ferry::dialing::first_frame;
 use crate::engine::ferry::{WINDOW, lane, lock, random_bits};
 use crate::engine::transport::{Peer, transport};
 use crate::error::{Error, Kind, Result};
+use crate::ferry::fetcher::window_at;
 use crate::ferry::frame;
 use crate::ferry::hash::{HashKey, PageHasher};
-use crate::ferry::hello::{Features, Hello, Role, SessionId, VERSION};
+use crate::ferry::hello::{Features, Hello, Role, SessionId, VERSION, Window};
 use crate::ferry::link::{PairDialer, Refusal};
 use crate::stream::Stream;
 use crate::tls::Tls;
 use crate::units::PageSize;
+
+/// What a caller wants to be sent besides the answers to its faults.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::engine) enum Pushed {
+    /// Everything.
+    All,
+    /// Everything, so many bytes a second.
+    AtRate(u64),
+    /// Nothing.
+    Nothing,
+}
+
+impl Pushed {
+    fn window(self) -> Window {
+        match self {
+            Pushed::AtRate(bytes_per_second) => window_at(bytes_per_second, WINDOW),
+            Pushed::All | Pushed::Nothing => WINDOW,
+        }
+    }
+
+    fn features(self) -> Features {
+        let features = Features::FAULTS.with(Features::HASHES);
+        match self {
+            Pushed::All | Pushed::AtRate(_) => features,
+            Pushed::Nothing => features.with(Features::ON_DEMAND),
+        }
+    }
+}
 
 /// Makes the connections of a session, from any thread.
 #[derive(Clone, Debug)]
@@ -22,6 +51,7 @@ pub(in crate::engine) struct FerryDialer {
     peer: Peer,
     tls: Option<Tls>,
     page: PageSize,
+    pushed: Pushed,
     session: SessionId,
     hash_key: HashKey,
     pairs: Arc<Mutex<PairDialer>>,
@@ -40,25 +70,27 @@ impl FerryDialer {
         peer: Peer,
         tls: Option<Tls>,
         page: PageSize,
+        pushed: Pushed,
     ) -> Result<FerryDialer> {
         let (session, hash_key) = (SessionId(random_bits()?), HashKey(random_bits()?));
         let hello = Hello {
             version: VERSION,
             role: Role::Taker,
             page,
-            features: Features::FAULTS.with(Features::HASHES),
+            features: pushed.features(),
             session,
             stream: 0,
             streams: 1,
             attempt: 0,
             opening: true,
-            window: WINDOW,
+            window: pushed.window(),
             hash_key,
         };
         Ok(FerryDialer {
             peer,
             tls,
             page,
+            pushed,
             session,
             hash_key,
             pairs: Arc::new(Mutex::new(PairDialer::new(hello))),
@@ -68,7 +100,12 @@ impl FerryDialer {
     /// The session, without connections.
     pub(in crate::engine) fn session<T>(&self) -> Fetching<T> {
         let hasher = PageHasher::new(self.hash_key, self.page);
-        Fetching::new(self.page, hasher, self.session)
+        let window = self.pushed.window();
+        let mut fetching = Fetching::new(self.page, window, hasher, self.session);
+        if let Pushed::AtRate(_) = self.pushed {
+            fetching.throttle();
+        }
+        fetching
     }
 
     /// Connects. An error of [`Kind::Protocol`] will not be another one the next time.

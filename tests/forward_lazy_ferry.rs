@@ -1,0 +1,109 @@
+//! A forwarder between a dump and clients that speak ferry.
+
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+mod common;
+#[path = "common/forwarding.rs"]
+mod forwarding;
+#[path = "common/taker.rs"]
+mod taker;
+
+use common::{FIRST_PAGE, PAGE, page_content};
+use forwarding::{PAGES, PATIENCE, dump, forwarder};
+use pageferry::ferry::batch::{Batch, Place};
+use pageferry::ferry::frame;
+use pageferry::ferry::hello::{Features, Role};
+use pageferry::ferry::message::Ack;
+use pageferry::ferry::unpack::Unpacker;
+use taker::{Came, Connection, OPENED, hello};
+
+const FEATURES: Features = Features::FAULTS.with(Features::HASHES);
+
+/// Compares the pages of a batch; says how many there are.
+fn expect_right(batch: &Came) -> u64 {
+    let parsed = Batch::parse(&batch.body, PAGE).unwrap();
+    let mut unpacked = Vec::new();
+    let unpacker = &mut Unpacker::default();
+    unpacker.unpack(&parsed, &[], &mut unpacked).unwrap();
+    for (vaddr, place) in parsed.places() {
+        let seed = (1 + (vaddr.get() >> PAGE.shift()) - FIRST_PAGE) as u32;
+        let contents = match place {
+            Place::Body(range) => &batch.body[range],
+            Place::Unpacked(range) => &unpacked[range],
+            Place::Zero | Place::Same => panic!("{vaddr}: {place:?}"),
+        };
+        assert!(contents == page_content(seed), "{vaddr} is wrong");
+    }
+    parsed.present().get()
+}
+
+#[test]
+fn a_client_on_demand_gets_its_faults_and_nothing_else() {
+    let (images, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (port, dump) = dump(images.path());
+    let (address, forwarder) = forwarder(here.path(), port, PATIENCE);
+    let features = FEATURES.with(Features::ON_DEMAND);
+    let mut stream = Connection::dial(address, &hello(Role::Taker, features, 1));
+    assert!(stream.welcome.features.has(Features::ON_DEMAND));
+    stream.open();
+    let mut faults = Connection::dial(address, &hello(Role::Asker, features, 1));
+    for (number, first, pages) in [(1, 17, 1), (2, PAGES - 1, 1), (3, 1000, 16)] {
+        faults.ask(number, FIRST_PAGE + first, pages);
+        let answer = faults.next();
+        assert_eq!(
+            (answer.kind, answer.number),
+            (frame::Kind::FaultPages, number)
+        );
+        assert_eq!(expect_right(&answer), pages);
+    }
+    stream.acknowledge(Ack {
+        taken: true,
+        ..OPENED
+    });
+    // Whatever was pushed would come before it.
+    assert_eq!(stream.next().kind, frame::Kind::Bye);
+    forwarder.join().unwrap().unwrap();
+    dump.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_client_that_acknowledges_nothing_gets_a_window_and_its_faults() {
+    let (images, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (port, dump) = dump(images.path());
+    let (address, forwarder) = forwarder(here.path(), port, PATIENCE);
+    let mut greeting = hello(Role::Taker, FEATURES, 1);
+    // A batch and no more, as a client with a low rate says.
+    greeting.window.bytes = 1;
+    let mut stream = Connection::dial(address, &greeting);
+    stream.open();
+    let mut faults = Connection::dial(address, &hello(Role::Asker, FEATURES, 1));
+    for (number, first) in (1..).zip((0..PAGES).step_by(50)) {
+        faults.ask(number, FIRST_PAGE + first, 50);
+        let answer = faults.next();
+        assert_eq!((answer.number, expect_right(&answer)), (number, 50));
+        // Nothing new, but somebody is there.
+        stream.acknowledge(OPENED);
+    }
+    let pushed = stream.next();
+    assert_eq!((pushed.kind, pushed.number), (frame::Kind::Pages, 2));
+    assert!(expect_right(&pushed) <= 16);
+    // What was packed already is still to come, one by one.
+    let mut safe = 2;
+    loop {
+        stream.acknowledge(Ack {
+            safe,
+            taken: true,
+            ..OPENED
+        });
+        let next = stream.next();
+        if next.kind == frame::Kind::Bye {
+            break;
+        }
+        safe += 1;
+        assert_eq!((next.kind, next.number), (frame::Kind::Pages, safe));
+        assert!(expect_right(&next) <= 16);
+    }
+    assert!(safe < 20, "{safe} frames");
+    forwarder.join().unwrap().unwrap();
+    dump.join().unwrap().unwrap();
+}
