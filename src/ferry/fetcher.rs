@@ -122,6 +122,7 @@ pub struct Fetcher<T> {
     /// Acknowledgements have to be earned.
     throttled: bool,
     closed: bool,
+    through: bool,
 }
 
 impl<T> fmt::Debug for Fetcher<T> {
@@ -150,6 +151,7 @@ impl<T> Fetcher<T> {
             backlog: Backlog::default(),
             throttled: false,
             closed: false,
+            through: false,
         }
     }
 
@@ -232,12 +234,19 @@ impl<T> Fetcher<T> {
 
     /// Everything that the caller wants is here.
     pub fn taken(&mut self) {
+        self.through = true;
         // Nothing more is pushed than what is on its way.
         self.throttled = false;
         self.acknowledge_all();
         self.receiver.taken();
         // Whoever still asks learns that there is nothing to build on.
         self.earlier.drop_images();
+    }
+
+    /// Whether everything that the caller wants is here: there will be no more questions, and of what comes
+    /// only the far end's last word is awaited.
+    pub fn is_through(&self) -> bool {
+        self.through
     }
 
     /// This side has failed for good.
@@ -372,9 +381,10 @@ impl<T> Fetcher<T> {
     }
 
     /// The next hashes of what is wanted; `step` is empty where there is nothing (any more). Gives a
-    /// frame for the stream when one is full, or the answer complete.
-    pub fn tell_hashes(&mut self, step: HashStep) -> Option<Vec<u8>> {
-        self.earlier.tell(step)
+    /// frame for the stream when there are so many hashes for it that it is `full`, or the answer is
+    /// complete.
+    pub fn tell_hashes(&mut self, step: HashStep, full: usize) -> Option<Vec<u8>> {
+        self.earlier.tell(step, full)
     }
 
     /// Turns `draft` into what may be installed. `read` says whether the caller has read all of

@@ -3,48 +3,19 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use pageferry::ferry::frame::{Frame, FrameError, Kind, Split, split};
-use pageferry::ferry::hello::{Fail, FailCode, Greeting, Hello, SessionId};
+use pageferry::ferry::frame::{Frame, Kind};
+use pageferry::ferry::hello::{Fail, FailCode, Hello, Role, SessionId};
 use pageferry::ferry::link::{Admission, Berth, Dialer, Harbor, Patience};
 
 use crate::net::{Conn, Net, Side};
-use crate::parts::{Part, Standing};
+use crate::parts::{Lane, Part, Standing};
+use crate::run::{Host, Line, Lives, Stage};
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    Connecting,
-    Greeting,
-    Up,
-}
-
-struct Line {
-    stage: Stage,
-    stream: u16,
-    attempt: u32,
-    received: Vec<u8>,
-}
-
-impl Line {
-    /// The next whole frame, taken out of the buffer.
-    fn next_frame(&mut self) -> Result<Option<(Frame, Vec<u8>)>, FrameError> {
-        match split(&self.received)? {
-            Split::Need(_) => Ok(None),
-            Split::Frame(frame) => {
-                let body = self.received[frame.body.clone()].to_vec();
-                self.received.drain(..frame.end());
-                Ok(Some((frame, body)))
-            }
-        }
-    }
-}
-
-/// Whether the line lives on.
-type Lives = bool;
-
+/// A process that dials the streams of a session.
 pub(crate) struct DialingHost<P: Part> {
-    pub(crate) part: P,
+    part: P,
     dialer: Dialer,
-    lines: BTreeMap<Conn, Line>,
+    lines: BTreeMap<Conn, Line<Lane>>,
 }
 
 impl<P: Part> DialingHost<P> {
@@ -56,83 +27,74 @@ impl<P: Part> DialingHost<P> {
         }
     }
 
-    pub(crate) fn connected(&mut self, net: &mut Net, conn: Conn) {
+    fn welcomed(&mut self, now: Duration, conn: Conn, frame: &Frame, body: &[u8]) -> Lives {
+        let line = self.lines.get_mut(&conn).expect("it lives");
+        if frame.kind == Kind::Fail {
+            let fail = Fail::decode(body).expect("a listening side writes well");
+            if fail.code != FailCode::Superseded {
+                self.part.lost(&fail.text);
+            }
+            return false;
+        }
+        let greeting = Hello::decode(frame.kind, body).expect("a listening side writes well");
+        let welcomed = self.dialer.handle_welcome(line.place.stream, greeting, now);
+        let peer = welcomed.expect("the ends fit");
+        line.stage = Stage::Up;
+        self.part.stream_up(line.place, &peer);
+        true
+    }
+}
+
+impl<P: Part> Host for DialingHost<P> {
+    type Part = P;
+    type Place = Lane;
+    const SIDE: Side = Side::Dialing;
+
+    fn part(&mut self) -> &mut P {
+        &mut self.part
+    }
+
+    fn into_part(self) -> P {
+        self.part
+    }
+
+    fn lines(&mut self) -> &mut BTreeMap<Conn, Line<Lane>> {
+        &mut self.lines
+    }
+
+    fn connected(&mut self, net: &mut Net, conn: Conn) {
         let Some(line) = self.lines.get_mut(&conn) else {
             return;
         };
         line.stage = Stage::Greeting;
-        let hello = self.dialer.handle_connected(line.stream);
+        let hello = self.dialer.handle_connected(line.place.stream);
         let mut frame = Vec::new();
         hello.encode(Kind::Hello, &mut frame);
         net.write(conn, Side::Dialing, &frame);
     }
 
-    pub(crate) fn lost(&mut self, net: &Net, conn: Conn) {
+    fn lost(&mut self, net: &mut Net, conn: Conn) {
         if let Some(line) = self.lines.remove(&conn) {
             if line.stage == Stage::Up {
-                self.part.stream_down(line.stream);
+                self.part.stream_down(line.place);
             }
-            self.dialer.handle_lost(line.stream, net.now);
+            self.dialer.handle_lost(line.place.stream, net.now);
         }
     }
 
-    pub(crate) fn received(&mut self, net: &mut Net, conn: Conn, bytes: &[u8]) {
-        let Some(line) = self.lines.get_mut(&conn) else {
-            return;
-        };
-        line.received.extend_from_slice(bytes);
-        loop {
-            let line = self.lines.get_mut(&conn).expect("it lives");
-            let lives = match line.next_frame() {
-                Ok(None) => return,
-                Ok(Some((frame, body))) => self.frame(net.now, conn, &frame, &body),
-                Err(error) => {
-                    assert!(error.is_damage(), "{error}");
-                    false
-                }
-            };
-            if !lives {
-                net.close(conn, Side::Dialing);
-                self.lost(net, conn);
-                return;
-            }
-        }
-    }
-
-    fn frame(&mut self, now: Duration, conn: Conn, frame: &Frame, body: &[u8]) -> Lives {
-        let line = self.lines.get_mut(&conn).expect("it lives");
+    fn frame(&mut self, net: &mut Net, conn: Conn, frame: &Frame, body: &[u8]) -> Lives {
+        let line = &self.lines[&conn];
         if line.stage == Stage::Greeting {
-            if frame.kind == Kind::Fail {
-                let fail = Fail::decode(body).expect("a listening side writes well");
-                if fail.code != FailCode::Superseded {
-                    self.part.lost(&fail.text);
-                }
-                return false;
-            }
-            let greeting = Hello::decode(frame.kind, body).expect("a listening side writes well");
-            let welcomed = self.dialer.handle_welcome(line.stream, greeting, now);
-            let peer = welcomed.expect("the ends fit");
-            line.stage = Stage::Up;
-            let stream = line.stream;
-            self.part.stream_up(stream, &peer);
-            return true;
+            return self.welcomed(net.now, conn, frame, body);
         }
-        if self.part.frame(line.stream, frame.kind, frame.number, body) {
+        if self.part.frame(line.place, frame.kind, frame.number, body) {
             self.dialer.handle_progress();
         }
         true
     }
 
-    /// Writes what there is to write, dials what there is to dial.
-    pub(crate) fn pump(&mut self, net: &mut Net) {
-        for (conn, line) in &self.lines {
-            while line.stage == Stage::Up
-                && net.can_write(*conn, Side::Dialing)
-                && let Some(frame) = self.part.poll(line.stream)
-            {
-                net.write(*conn, Side::Dialing, &frame);
-            }
-        }
+    fn pump(&mut self, net: &mut Net) {
+        write_all(&mut self.part, &self.lines, net, Side::Dialing);
         if self.dialer.has_given_up(net.now) {
             self.part.lost("no connection for too long");
         }
@@ -140,39 +102,58 @@ impl<P: Part> DialingHost<P> {
             return;
         }
         while let Some(stream) = self.dialer.poll_dial(net.now) {
-            let conn = net.dial();
-            let line = Line {
-                stage: Stage::Connecting,
-                stream,
-                attempt: 0,
-                received: Vec::new(),
-            };
-            self.lines.insert(conn, line);
+            let lane = Lane::stream(stream);
+            let line = Line::new(Stage::Connecting, lane);
+            self.lines.insert(net.dial(), line);
         }
     }
 
-    pub(crate) fn is_over(&self) -> bool {
+    fn is_over(&self) -> bool {
         self.part.standing() != Standing::Going
     }
 
-    pub(crate) fn deadline(&self) -> Option<Duration> {
+    fn deadline(&self) -> Option<Duration> {
         let dials = !self.is_over() && self.part.failure().is_none();
         self.dialer.deadline().filter(|_| dials)
     }
+}
 
-    /// The process ends, its connections with it.
-    pub(crate) fn hang_up(&mut self, net: &mut Net) {
-        for conn in std::mem::take(&mut self.lines).into_keys() {
-            net.close(conn, Side::Dialing);
+/// Writes what `part` has to say to those of `lines` that take it.
+pub(crate) fn write_all<P: Part, T: Copy + Into<Lane>>(
+    part: &mut P,
+    lines: &BTreeMap<Conn, Line<T>>,
+    net: &mut Net,
+    from: Side,
+) {
+    for (conn, line) in lines {
+        while line.stage == Stage::Up
+            && net.can_write(*conn, from)
+            && let Some(frame) = part.poll(line.place.into())
+        {
+            net.write(*conn, from, &frame);
         }
     }
 }
 
+/// A connection that was admitted.
+#[derive(Clone, Copy)]
+pub(crate) struct Moored {
+    lane: Lane,
+    attempt: u32,
+}
+
+impl From<Moored> for Lane {
+    fn from(moored: Moored) -> Lane {
+        moored.lane
+    }
+}
+
+/// A process that listens, and takes part in one session.
 pub(crate) struct ListeningHost<P: Part> {
-    pub(crate) part: P,
-    pub(crate) harbor: Harbor,
+    part: P,
+    harbor: Harbor,
     session: Option<SessionId>,
-    lines: BTreeMap<Conn, Line>,
+    lines: BTreeMap<Conn, Line<Moored>>,
 }
 
 impl<P: Part> ListeningHost<P> {
@@ -185,75 +166,12 @@ impl<P: Part> ListeningHost<P> {
         }
     }
 
-    pub(crate) fn connected(&mut self, net: &mut Net, conn: Conn) {
-        if self.is_over() {
-            net.close(conn, Side::Listening);
-            return;
-        }
-        let line = Line {
-            stage: Stage::Greeting,
-            stream: 0,
-            attempt: 0,
-            received: Vec::new(),
-        };
-        self.lines.insert(conn, line);
-    }
-
-    pub(crate) fn lost(&mut self, net: &Net, conn: Conn) {
-        let Some(line) = self
-            .lines
-            .remove(&conn)
-            .filter(|line| line.stage == Stage::Up)
-        else {
-            return;
-        };
-        let others = self.lines.values();
-        let mut newer = others.filter(|other| other.stage == Stage::Up);
-        if !newer.any(|other| other.stream == line.stream) {
-            self.part.stream_down(line.stream);
-        }
-        let berth = Berth {
-            session: self.session.expect("an admitted line"),
-            for_faults: false,
-            stream: line.stream,
-        };
-        self.harbor.handle_lost(berth, line.attempt, net.now);
-    }
-
-    pub(crate) fn received(&mut self, net: &mut Net, conn: Conn, bytes: &[u8]) {
-        let Some(line) = self.lines.get_mut(&conn) else {
-            return;
-        };
-        line.received.extend_from_slice(bytes);
-        loop {
-            let Some(line) = self.lines.get_mut(&conn) else {
-                return;
-            };
-            let lives = match line.next_frame() {
-                Ok(None) => return,
-                Ok(Some((frame, body))) => self.frame(net, conn, &frame, &body),
-                Err(error) => {
-                    assert!(error.is_damage(), "{error}");
-                    false
-                }
-            };
-            if !lives {
-                net.close(conn, Side::Listening);
-                self.lost(net, conn);
-                return;
-            }
-        }
-    }
-
-    fn frame(&mut self, net: &mut Net, conn: Conn, frame: &Frame, body: &[u8]) -> Lives {
-        let line = self.lines.get_mut(&conn).expect("it lives");
-        if line.stage == Stage::Up {
-            self.part.frame(line.stream, frame.kind, frame.number, body);
-            return true;
-        }
+    /// Decides on a connection that begins with this frame.
+    fn admit(&mut self, net: &mut Net, conn: Conn, frame: &Frame, body: &[u8]) -> Lives {
         let greeting = Hello::decode(frame.kind, body).expect("a dialing side writes well");
+        let open_to_new = self.session.is_none();
         let mut answer = Vec::new();
-        let (peer, welcome) = match self.admit(greeting) {
+        let (peer, welcome) = match self.harbor.admit(greeting, open_to_new) {
             Admission::Opened { peer, welcome } | Admission::Joined { peer, welcome } => {
                 (peer, welcome)
             }
@@ -264,40 +182,90 @@ impl<P: Part> ListeningHost<P> {
             }
         };
         self.session = Some(peer.session);
+        let lane = Lane {
+            for_faults: peer.role == Role::Asker,
+            stream: peer.stream,
+        };
         let replaced = self
             .lines
             .iter()
-            .find(|(_, line)| line.stage == Stage::Up && line.stream == peer.stream);
+            .find(|(_, line)| line.stage == Stage::Up && line.place.lane == lane);
         if let Some(old) = replaced.map(|(old, _)| *old) {
             net.close(old, Side::Listening);
             self.lines.remove(&old);
         }
         let line = self.lines.get_mut(&conn).expect("it lives");
-        (line.stage, line.stream, line.attempt) = (Stage::Up, peer.stream, peer.attempt);
+        line.stage = Stage::Up;
+        line.place = Moored {
+            lane,
+            attempt: peer.attempt,
+        };
         welcome.encode(Kind::Welcome, &mut answer);
         net.write(conn, Side::Listening, &answer);
-        self.part.stream_up(peer.stream, &peer);
+        self.part.stream_up(lane, &peer);
+        true
+    }
+}
+
+impl<P: Part> Host for ListeningHost<P> {
+    type Part = P;
+    type Place = Moored;
+    const SIDE: Side = Side::Listening;
+
+    fn part(&mut self) -> &mut P {
+        &mut self.part
+    }
+
+    fn into_part(self) -> P {
+        self.part
+    }
+
+    fn lines(&mut self) -> &mut BTreeMap<Conn, Line<Moored>> {
+        &mut self.lines
+    }
+
+    fn connected(&mut self, net: &mut Net, conn: Conn) {
+        if self.is_over() {
+            net.close(conn, Side::Listening);
+            return;
+        }
+        let (lane, attempt) = (Lane::stream(0), 0);
+        let line = Line::new(Stage::Greeting, Moored { lane, attempt });
+        self.lines.insert(conn, line);
+    }
+
+    fn lost(&mut self, net: &mut Net, conn: Conn) {
+        let line = self.lines.remove(&conn);
+        let Some(line) = line.filter(|line| line.stage == Stage::Up) else {
+            return;
+        };
+        let Moored { lane, attempt } = line.place;
+        let others = self.lines.values();
+        let mut newer = others.filter(|other| other.stage == Stage::Up);
+        if !newer.any(|other| other.place.lane == lane) {
+            self.part.stream_down(lane);
+        }
+        let berth = Berth {
+            session: self.session.expect("an admitted line"),
+            for_faults: lane.for_faults,
+            stream: lane.stream,
+        };
+        self.harbor.handle_lost(berth, attempt, net.now);
+    }
+
+    fn frame(&mut self, net: &mut Net, conn: Conn, frame: &Frame, body: &[u8]) -> Lives {
+        let line = &self.lines[&conn];
+        if line.stage == Stage::Greeting {
+            return self.admit(net, conn, frame, body);
+        }
+        let lane = line.place.lane;
+        self.part.frame(lane, frame.kind, frame.number, body);
         true
     }
 
-    fn admit(&mut self, greeting: Greeting) -> Admission {
-        let open_to_new = self.session.is_none();
-        self.harbor.admit(greeting, open_to_new)
-    }
-
-    pub(crate) fn has_session(&self) -> bool {
-        self.session.is_some()
-    }
-
-    pub(crate) fn pump(&mut self, net: &mut Net) {
-        for (conn, line) in &self.lines {
-            while line.stage == Stage::Up
-                && net.can_write(*conn, Side::Listening)
-                && let Some(frame) = self.part.poll(line.stream)
-            {
-                net.write(*conn, Side::Listening, &frame);
-            }
-        }
+    fn pump(&mut self, net: &mut Net) {
+        self.part.tick(net.now);
+        write_all(&mut self.part, &self.lines, net, Side::Listening);
         if let Some(session) = self.session
             && self.harbor.has_expired(session, net.now)
         {
@@ -310,18 +278,17 @@ impl<P: Part> ListeningHost<P> {
         }
     }
 
-    pub(crate) fn is_over(&self) -> bool {
+    fn is_over(&self) -> bool {
         self.part.standing() != Standing::Going
     }
 
-    pub(crate) fn deadline(&self) -> Option<Duration> {
-        self.harbor.deadline().filter(|_| !self.is_over())
+    fn deadline(&self) -> Option<Duration> {
+        let deadlines = [self.harbor.deadline(), self.part.next_tick()];
+        let first = deadlines.into_iter().flatten().min();
+        first.filter(|_| !self.is_over())
     }
 
-    /// The process ends, its connections with it.
-    pub(crate) fn hang_up(&mut self, net: &mut Net) {
-        for conn in std::mem::take(&mut self.lines).into_keys() {
-            net.close(conn, Side::Listening);
-        }
+    fn is_unvisited(&self) -> bool {
+        self.session.is_none()
     }
 }

@@ -1,5 +1,5 @@
 //! Seeded simulation of ferry: a pusher, a taker, and a network that delays, reorders, cuts and
-//! damages; either end may crash or give up at any step.
+//! damages; either end may crash or give up at any step. This is pre-copy; post-copy is in `postcopy`.
 //!
 //! Between rounds somebody may write to the taker's images. That alone may make the ends disagree about
 //! what a difference is to: else the pusher has remembered what it should have forgotten.
@@ -12,10 +12,14 @@ mod hosts;
 mod memory;
 mod net;
 mod parts;
+mod postcopy;
 mod pusher;
+mod run;
 mod stats;
 mod taker;
 mod world;
+
+use std::ops::Range;
 
 use fastrand::Rng;
 
@@ -63,14 +67,20 @@ fn from_environment(name: &str) -> Option<u64> {
     Some(value.parse().expect("a number"))
 }
 
+/// The seeds to run: one, as many as are asked for, or so many.
+fn seeds(usual: u64) -> Range<u64> {
+    match from_environment("FERRY_SIM_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..from_environment("FERRY_SIM_SEEDS").unwrap_or(usual),
+    }
+}
+
 #[test]
 fn whatever_happens_the_image_is_exact_or_the_failure_is_reported() {
-    let (first, count) = match from_environment("FERRY_SIM_SEED") {
-        Some(seed) => (seed, 1),
-        None => (0, from_environment("FERRY_SIM_SEEDS").unwrap_or(300)),
-    };
+    let seeds = seeds(300);
+    let all = seeds.end - seeds.start >= 300;
     let mut total = Stats::default();
-    for seed in first..first + count {
+    for seed in seeds {
         let _named = Seed(seed);
         let mut rng = Rng::with_seed(seed);
         let weather = weather(&mut rng);
@@ -85,7 +95,7 @@ fn whatever_happens_the_image_is_exact_or_the_failure_is_reported() {
         total.add(&world.stats);
     }
     println!("{total:?}");
-    if count >= 300 {
+    if all {
         // Nothing that this test is about may be missing from it.
         let Stats {
             rounds,
@@ -130,7 +140,7 @@ fn whatever_happens_the_image_is_exact_or_the_failure_is_reported() {
 
 #[test]
 fn without_trouble_every_round_succeeds() {
-    for seed in 0..60 {
+    for seed in seeds(60) {
         let _named = Seed(seed);
         let mut rng = Rng::with_seed(seed);
         let calm = Weather {
@@ -148,7 +158,7 @@ fn without_trouble_every_round_succeeds() {
 
 #[test]
 fn a_short_outage_in_every_phase_is_survived() {
-    for seed in 0..120 {
+    for seed in seeds(120) {
         let _named = Seed(seed);
         let mut rng = Rng::with_seed(1000 + seed);
         let gusty = Weather {

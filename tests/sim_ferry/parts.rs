@@ -1,4 +1,6 @@
-//! What the two ends have in common, whichever of them dials: a part that pushes or takes.
+//! What the two ends have in common, whichever of them dials: a part that gives or takes.
+
+use std::time::Duration;
 
 use pageferry::ferry::frame::Kind;
 use pageferry::ferry::hello::{Fail, Hello};
@@ -12,17 +14,42 @@ pub(crate) enum Standing {
     Failed(String),
 }
 
+/// One of a session's connections.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Lane {
+    /// It carries faults and their answers, not the stream.
+    pub(crate) for_faults: bool,
+    pub(crate) stream: u16,
+}
+
+impl Lane {
+    pub(crate) fn stream(stream: u16) -> Lane {
+        Lane {
+            for_faults: false,
+            stream,
+        }
+    }
+}
+
 /// One end of a session, on top of its connections.
 pub(crate) trait Part {
-    fn stream_up(&mut self, stream: u16, peer: &Hello);
-    fn stream_down(&mut self, stream: u16);
+    fn stream_up(&mut self, lane: Lane, peer: &Hello);
+    fn stream_down(&mut self, lane: Lane);
     /// A frame came. Tells whether the session has come forward.
-    fn frame(&mut self, stream: u16, kind: Kind, number: u64, body: &[u8]) -> bool;
-    /// The next frame to be written to `stream`.
-    fn poll(&mut self, stream: u16) -> Option<Vec<u8>>;
+    fn frame(&mut self, lane: Lane, kind: Kind, number: u64, body: &[u8]) -> bool;
+    /// The next frame to be written to `lane`.
+    fn poll(&mut self, lane: Lane) -> Option<Vec<u8>>;
     /// The session was given up, or refused.
     fn lost(&mut self, why: &str);
+    /// Something here fails for good, which the far end is told.
+    fn abort(&mut self);
     /// What to say to whoever comes back to the session, if it has failed.
     fn failure(&self) -> Option<Fail>;
     fn standing(&self) -> Standing;
+
+    /// Does what is done without a frame; called again at [`Part::next_tick`] at the latest.
+    fn tick(&mut self, _now: Duration) {}
+    fn next_tick(&self) -> Option<Duration> {
+        None
+    }
 }

@@ -16,7 +16,7 @@ use pageferry::ferry::sender::{Sender, SenderEvent, Transmit};
 use pageferry::units::{PageCount, PageRange};
 
 use crate::memory::{Memory, PAGE, Pages};
-use crate::parts::{Part, Standing};
+use crate::parts::{Lane, Part, Standing};
 use crate::stats::Stats;
 
 enum Step {
@@ -218,7 +218,7 @@ impl Pusher {
 }
 
 impl Part for Pusher {
-    fn stream_up(&mut self, stream: u16, peer: &Hello) {
+    fn stream_up(&mut self, lane: Lane, peer: &Hello) {
         self.memory.use_key(peer.hash_key);
         let (sender, _) = self.talk.get_or_insert_with(|| {
             (
@@ -226,20 +226,20 @@ impl Part for Pusher {
                 PageHasher::new(peer.hash_key, PAGE),
             )
         });
-        sender.stream_up(stream);
+        sender.stream_up(lane.stream);
     }
 
-    fn stream_down(&mut self, stream: u16) {
+    fn stream_down(&mut self, lane: Lane) {
         if let Some((sender, _)) = &mut self.talk {
-            sender.stream_down(stream);
+            sender.stream_down(lane.stream);
         }
     }
 
-    fn frame(&mut self, stream: u16, kind: Kind, _number: u64, body: &[u8]) -> bool {
+    fn frame(&mut self, lane: Lane, kind: Kind, _number: u64, body: &[u8]) -> bool {
         let Some((sender, _)) = &mut self.talk else {
             return false;
         };
-        match sender.handle(stream, kind, body) {
+        match sender.handle(lane.stream, kind, body) {
             Ok(SenderEvent::Acked {
                 safe,
                 answer,
@@ -267,10 +267,10 @@ impl Part for Pusher {
         }
     }
 
-    fn poll(&mut self, stream: u16) -> Option<Vec<u8>> {
+    fn poll(&mut self, lane: Lane) -> Option<Vec<u8>> {
         self.advance();
         let (sender, _) = self.talk.as_mut()?;
-        let transmit = sender.poll(stream)?;
+        let transmit = sender.poll(lane.stream)?;
         if let Transmit::Numbered(number) = transmit {
             self.stats.sent_frames += 1;
             return Some(self.frames[&number].clone());
@@ -285,6 +285,11 @@ impl Part for Pusher {
             self.memory.forget();
             self.standing = Standing::Failed(why.to_owned());
         }
+    }
+
+    /// CRIU's side has gone away in the middle of the round.
+    fn abort(&mut self) {
+        self.fail(FailCode::Pusher, "the dump was ended");
     }
 
     fn failure(&self) -> Option<Fail> {
@@ -306,11 +311,6 @@ impl Part for Pusher {
 }
 
 impl Pusher {
-    /// CRIU's side has gone away in the middle of the round.
-    pub(crate) fn abort(&mut self) {
-        self.fail(FailCode::Pusher, "the dump was ended");
-    }
-
     /// Whether the round is safe at the taker: what CRIU would be told.
     pub(crate) fn has_succeeded(&self) -> bool {
         self.steps.is_empty()

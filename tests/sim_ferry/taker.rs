@@ -14,7 +14,7 @@ use pageferry::ferry::unpack::Unpacker;
 use pageferry::units::{PageRange, Vaddr};
 
 use crate::memory::{Memory, PAGE, Page};
-use crate::parts::{Part, Standing};
+use crate::parts::{Lane, Part, Standing};
 use crate::stats::Stats;
 
 #[derive(Clone, Debug)]
@@ -241,34 +241,27 @@ impl Taker {
         self.receiver.fail(fail.clone());
         self.failure = Some(fail);
     }
-
-    /// The disk is full.
-    pub(crate) fn abort(&mut self) {
-        if !self.published {
-            self.fail(FailCode::Taker, "no space left on device");
-        }
-    }
 }
 
 impl Part for Taker {
-    fn stream_up(&mut self, stream: u16, peer: &Hello) {
+    fn stream_up(&mut self, lane: Lane, peer: &Hello) {
         self.session = Some(peer.session);
-        self.replies.remove(&stream);
-        self.receiver.stream_up(stream);
+        self.replies.remove(&lane.stream);
+        self.receiver.stream_up(lane.stream);
     }
 
-    fn stream_down(&mut self, stream: u16) {
-        self.replies.remove(&stream);
-        self.receiver.stream_down(stream);
+    fn stream_down(&mut self, lane: Lane) {
+        self.replies.remove(&lane.stream);
+        self.receiver.stream_down(lane.stream);
     }
 
-    fn frame(&mut self, stream: u16, kind: Kind, number: u64, body: &[u8]) -> bool {
+    fn frame(&mut self, lane: Lane, kind: Kind, number: u64, body: &[u8]) -> bool {
         if self.failure.is_some() {
             return false;
         }
         if !kind.is_numbered() {
             match self.receiver.handle(kind, body) {
-                Ok(ReceiverEvent::WantHashes(wanted)) => self.answer_hashes(stream, wanted),
+                Ok(ReceiverEvent::WantHashes(wanted)) => self.answer_hashes(lane.stream, wanted),
                 Ok(ReceiverEvent::Failed(fail)) => self.lost(&fail.text),
                 Ok(ReceiverEvent::Bye) => self.standing = Standing::Done,
                 Err(error) => panic!("the pusher broke the protocol: {error}"),
@@ -296,13 +289,13 @@ impl Part for Taker {
         true
     }
 
-    fn poll(&mut self, stream: u16) -> Option<Vec<u8>> {
-        if let Some(reply) = self.receiver.poll(stream, 0) {
+    fn poll(&mut self, lane: Lane) -> Option<Vec<u8>> {
+        if let Some(reply) = self.receiver.poll(lane.stream, 0) {
             let mut frame = Vec::new();
             reply.encode(&mut frame);
             return Some(frame);
         }
-        self.replies.get_mut(&stream)?.pop_front()
+        self.replies.get_mut(&lane.stream)?.pop_front()
     }
 
     fn lost(&mut self, why: &str) {
@@ -312,6 +305,13 @@ impl Part for Taker {
             } else {
                 Standing::Failed(why.to_owned())
             };
+        }
+    }
+
+    /// The disk is full.
+    fn abort(&mut self) {
+        if !self.published {
+            self.fail(FailCode::Taker, "no space left on device");
         }
     }
 

@@ -12,13 +12,14 @@ use pageferry::ferry::message::StateId;
 
 use crate::hosts::{DialingHost, ListeningHost};
 use crate::memory::{self, Memory, PAGE};
-use crate::net::{Event, Net, Side, Weather};
+use crate::net::{Net, Weather};
 use crate::parts::Part;
 use crate::pusher::Pusher;
+use crate::run::{Host, abort, crash, run};
 use crate::stats::Stats;
 use crate::taker::{Store, Taker};
 
-const PATIENCE: Patience = Patience {
+pub(crate) const PATIENCE: Patience = Patience {
     pause_first: Duration::from_millis(20),
     pause_max: Duration::from_millis(500),
     give_up_after: Duration::from_secs(8),
@@ -32,6 +33,46 @@ pub(crate) enum Trouble {
     TakerCrashes(u64),
     DumpEnds(u64),
     DiskFull(u64),
+}
+
+/// What a trouble does when its step has come.
+#[derive(Clone, Copy)]
+enum Blow {
+    PusherCrashes,
+    TakerCrashes,
+    DumpEnds,
+    DiskFull,
+}
+
+impl Trouble {
+    fn at(self, step: u64) -> Option<Blow> {
+        let (at, blow) = match self {
+            Trouble::None => return None,
+            Trouble::PusherCrashes(at) => (at, Blow::PusherCrashes),
+            Trouble::TakerCrashes(at) => (at, Blow::TakerCrashes),
+            Trouble::DumpEnds(at) => (at, Blow::DumpEnds),
+            Trouble::DiskFull(at) => (at, Blow::DiskFull),
+        };
+        (at == step).then_some(blow)
+    }
+}
+
+/// A part of a round that is over.
+struct Ended<P> {
+    part: P,
+    /// Its process did not crash.
+    lives: bool,
+}
+
+impl<P: Part> Ended<P> {
+    fn of<H: Host<Part = P>>(host: Option<H>, crashed: Option<P>) -> Ended<P> {
+        let lives = host.is_some();
+        let part = host.map(Host::into_part).or(crashed);
+        Ended {
+            part: part.expect("it took part"),
+            lives,
+        }
+    }
 }
 
 /// The processes at both ends, as far as they outlive a round.
@@ -172,47 +213,36 @@ impl World {
         trouble: Trouble,
     ) -> (bool, u64) {
         let hello = self.hello(Role::Pusher, session);
-        let pusher = self.pusher(session);
-        let taker = self.taker();
-        let own = self.hello(Role::Taker, SessionId::default());
-        let harbor = |own| Harbor::new(own, &[Role::Taker], PATIENCE.give_up_after);
-        let mut dial = Some(DialingHost::new(pusher, hello, PATIENCE));
-        let mut listen = Some(ListeningHost::new(taker, harbor(own)));
+        let mut dial = Some(DialingHost::new(self.pusher(session), hello, PATIENCE));
+        let mut listen = Some(self.listening_taker());
         let mut crashed = None;
         run(
             &mut net,
             &mut dial,
             &mut listen,
-            |step, net, dial, listen| match trouble {
-                Trouble::PusherCrashes(at) if at == step => {
-                    if let Some(mut host) = dial.take() {
-                        host.hang_up(net);
-                        crashed = Some(host.part);
-                    }
-                }
-                Trouble::TakerCrashes(at) if at == step => {
-                    if let Some(mut host) = listen.take() {
-                        host.hang_up(net);
-                        self.stats.add(&host.part.stats);
-                        self.taker_ended(host.part);
+            |step, net, dial, listen| match trouble.at(step) {
+                Some(Blow::PusherCrashes) => crashed = crash(dial, net),
+                Some(Blow::TakerCrashes) => {
+                    if let Some(taker) = crash(listen, net) {
+                        self.stats.add(&taker.stats);
+                        self.taker_ended(taker);
                         // Another process listens on the same port.
-                        let own = self.hello(Role::Taker, SessionId::default());
-                        *listen = Some(ListeningHost::new(self.taker(), harbor(own)));
+                        *listen = Some(self.listening_taker());
                     }
                 }
-                Trouble::DumpEnds(at) if at == step => {
-                    dial.iter_mut().for_each(|host| host.part.abort());
-                }
-                Trouble::DiskFull(at) if at == step => {
-                    listen.iter_mut().for_each(|host| host.part.abort());
-                }
-                _ => {}
+                Some(Blow::DumpEnds) => abort(dial),
+                Some(Blow::DiskFull) => abort(listen),
+                None => {}
             },
         );
-        let pusher_lives = dial.is_some();
-        let pusher = dial.map(|host| host.part).or(crashed);
-        let taker = listen.map(|host| host.part);
-        self.settle(&net, pusher, pusher_lives, taker, true)
+        let pusher = Ended::of(dial, crashed);
+        self.settle(&net, pusher, Ended::of(listen, None))
+    }
+
+    fn listening_taker(&mut self) -> ListeningHost<Taker> {
+        let own = self.hello(Role::Taker, SessionId::default());
+        let harbor = Harbor::new(own, &[Role::Taker], PATIENCE.give_up_after);
+        ListeningHost::new(self.taker(), harbor)
     }
 
     fn round_taker_dials(
@@ -221,165 +251,46 @@ impl World {
         session: SessionId,
         trouble: Trouble,
     ) -> (bool, u64) {
-        let pusher = self.pusher(session);
-        let hello = self.hello(Role::Taker, session);
-        let taker = self.taker();
         let own = self.hello(Role::Pusher, SessionId::default());
         let harbor = Harbor::new(own, &[Role::Pusher], PATIENCE.give_up_after);
-        let mut dial = Some(DialingHost::new(taker, hello, PATIENCE));
-        let mut listen = Some(ListeningHost::new(pusher, harbor));
+        let mut listen = Some(ListeningHost::new(self.pusher(session), harbor));
+        let hello = self.hello(Role::Taker, session);
+        let mut dial = Some(DialingHost::new(self.taker(), hello, PATIENCE));
         let (mut crashed_pusher, mut crashed_taker) = (None, None);
         run(
             &mut net,
             &mut dial,
             &mut listen,
-            |step, net, dial, listen| match trouble {
-                Trouble::PusherCrashes(at) if at == step => {
-                    if let Some(mut host) = listen.take() {
-                        host.hang_up(net);
-                        crashed_pusher = Some(host.part);
-                    }
-                }
-                Trouble::TakerCrashes(at) if at == step => {
-                    if let Some(mut host) = dial.take() {
-                        host.hang_up(net);
-                        crashed_taker = Some(host.part);
-                    }
-                }
-                Trouble::DumpEnds(at) if at == step => {
-                    listen.iter_mut().for_each(|host| host.part.abort());
-                }
-                Trouble::DiskFull(at) if at == step => {
-                    dial.iter_mut().for_each(|host| host.part.abort());
-                }
-                _ => {}
+            |step, net, dial, listen| match trouble.at(step) {
+                Some(Blow::PusherCrashes) => crashed_pusher = crash(listen, net),
+                Some(Blow::TakerCrashes) => crashed_taker = crash(dial, net),
+                Some(Blow::DumpEnds) => abort(listen),
+                Some(Blow::DiskFull) => abort(dial),
+                None => {}
             },
         );
-        let pusher_lives = listen.is_some();
-        let taker_lives = dial.is_some();
-        let pusher = listen.map(|host| host.part).or(crashed_pusher);
-        let taker = dial.map(|host| host.part).or(crashed_taker);
-        self.settle(&net, pusher, pusher_lives, taker, taker_lives)
+        let pusher = Ended::of(listen, crashed_pusher);
+        self.settle(&net, pusher, Ended::of(dial, crashed_taker))
     }
 
     /// Takes back what outlives the round. Returns whether the dump has succeeded.
-    fn settle(
-        &mut self,
-        net: &Net,
-        pusher: Option<Pusher>,
-        pusher_lives: bool,
-        taker: Option<Taker>,
-        taker_lives: bool,
-    ) -> (bool, u64) {
-        let pusher = pusher.expect("a pusher took part");
-        let taker = taker.expect("a taker took part");
-        let succeeded = pusher.has_succeeded() && pusher_lives;
-        self.stats.crashes += u64::from(!pusher_lives) + u64::from(!taker_lives);
-        self.stats.add(&pusher.stats);
-        self.stats.add(&taker.stats);
+    fn settle(&mut self, net: &Net, pusher: Ended<Pusher>, taker: Ended<Taker>) -> (bool, u64) {
+        let succeeded = pusher.part.has_succeeded() && pusher.lives;
+        self.stats.crashes += u64::from(!pusher.lives) + u64::from(!taker.lives);
+        self.stats.add(&pusher.part.stats);
+        self.stats.add(&taker.part.stats);
         self.stats.cuts += net.cuts;
         self.stats.flips += net.flips;
-        self.memory = pusher.memory;
-        if !pusher_lives {
+        self.memory = pusher.part.memory;
+        if !pusher.lives {
             self.memory.forget();
         }
-        if taker_lives {
-            self.store = taker.store;
-            self.states = taker.states;
+        if taker.lives {
+            self.store = taker.part.store;
+            self.states = taker.part.states;
         } else {
-            self.taker_ended(taker);
+            self.taker_ended(taker.part);
         }
         (succeeded, net.cuts)
-    }
-}
-
-type Dial<D> = Option<DialingHost<D>>;
-type Listen<L> = Option<ListeningHost<L>>;
-
-/// Runs both hosts until each has come to an end. `disturb` is called before every step.
-fn run<D: Part, L: Part>(
-    net: &mut Net,
-    dial: &mut Dial<D>,
-    listen: &mut Listen<L>,
-    mut disturb: impl FnMut(u64, &mut Net, &mut Dial<D>, &mut Listen<L>),
-) {
-    for step in 0.. {
-        assert!(step < 1_000_000, "the session never ends");
-        disturb(step, net, dial, listen);
-        if let Some(host) = dial {
-            host.pump(net);
-            if host.is_over() {
-                host.hang_up(net);
-            }
-        }
-        if let Some(host) = listen {
-            host.pump(net);
-            if host.is_over() {
-                host.hang_up(net);
-            }
-        }
-        let dial_over = dial.as_ref().is_none_or(DialingHost::is_over);
-        let listen_over = listen.as_ref().is_none_or(ListeningHost::is_over);
-        if dial_over && listen_over {
-            return;
-        }
-        let deadlines = [
-            dial.as_ref().and_then(DialingHost::deadline),
-            listen.as_ref().and_then(ListeningHost::deadline),
-        ];
-        let deadline = deadlines.into_iter().flatten().min();
-        match (net.next_at(), deadline) {
-            (Some(event), deadline) if deadline.is_none_or(|at| event <= at) => {
-                if let Some(event) = net.pop() {
-                    dispatch(net, dial, listen, event);
-                }
-            }
-            (_, Some(deadline)) => net.now = net.now.max(deadline),
-            (_, None) => {
-                // A listening side that has never heard of a session waits for one.
-                let waits = listen.as_ref().is_some_and(|host| !host.has_session());
-                assert!(dial_over && waits, "both ends wait for each other");
-                return;
-            }
-        }
-    }
-}
-
-fn dispatch<D: Part, L: Part>(
-    net: &mut Net,
-    dial: &mut Dial<D>,
-    listen: &mut Listen<L>,
-    event: Event,
-) {
-    match event {
-        Event::Connected(conn) => {
-            match listen {
-                Some(host) => host.connected(net, conn),
-                None => net.close(conn, Side::Listening),
-            }
-            if let Some(host) = dial {
-                host.connected(net, conn);
-            }
-        }
-        Event::Refused(conn) | Event::Lost(conn, Side::Dialing) => {
-            if let Some(host) = dial {
-                host.lost(net, conn);
-            }
-        }
-        Event::Lost(conn, Side::Listening) => {
-            if let Some(host) = listen {
-                host.lost(net, conn);
-            }
-        }
-        Event::Bytes(conn, Side::Dialing, bytes) => {
-            if let Some(host) = dial {
-                host.received(net, conn, &bytes);
-            }
-        }
-        Event::Bytes(conn, Side::Listening, bytes) => {
-            if let Some(host) = listen {
-                host.received(net, conn, &bytes);
-            }
-        }
     }
 }

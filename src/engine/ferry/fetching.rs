@@ -34,6 +34,9 @@ use earlier::Earlier;
 /// After so long without an answer a connection is dead, whatever its sockets say.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Hashes that go into a frame.
+const HASHES_A_FRAME: usize = 1024;
+
 /// What has come.
 pub(in crate::engine) type Event<T> = fetcher::Event<T, Delivery>;
 
@@ -69,6 +72,8 @@ pub(in crate::engine) struct Fetching<T> {
     fetcher: Fetcher<T>,
     pair: Option<FerryPair>,
     earlier: Earlier,
+    /// The far end has hung up on the connection for faults, behind the last of them.
+    faults_over: bool,
     start: Instant,
     said: Instant,
     received_before: u64,
@@ -80,6 +85,7 @@ impl<T> Fetching<T> {
             fetcher: Fetcher::new(page, window, hasher.clone(), session.into()),
             pair: None,
             earlier: Earlier::new(page, hasher),
+            faults_over: false,
             start: Instant::now(),
             said: Instant::now(),
             received_before: 0,
@@ -102,6 +108,7 @@ impl<T> Fetching<T> {
     pub(in crate::engine) fn attach(&mut self, pair: FerryPair) {
         self.fetcher.attach();
         self.pair = Some(pair);
+        self.faults_over = false;
         self.say();
     }
 
@@ -120,7 +127,11 @@ impl<T> Fetching<T> {
     /// What to poll: the stream's socket, and the one for faults.
     pub(in crate::engine) fn sockets(&self) -> Option<[BorrowedFd<'_>; 2]> {
         let pair = self.pair.as_ref()?;
-        Some([pair.stream.socket(), pair.fault.socket()])
+        let faults = match self.faults_over {
+            true => &pair.stream,
+            false => &pair.fault,
+        };
+        Some([pair.stream.socket(), faults.socket()])
     }
 
     /// Received over all connections, bytes.
@@ -154,7 +165,7 @@ impl<T> Fetching<T> {
             && let Some(pair) = &mut self.pair
         {
             let step = self.earlier.hash(wanted, self.fetcher.begins_to_tell());
-            if let Some(words) = self.fetcher.tell_hashes(step) {
+            if let Some(words) = self.fetcher.tell_hashes(step, HASHES_A_FRAME) {
                 let bytes = words.len() as u64;
                 pair.stream.queue(Arc::new(words));
                 return bytes;
@@ -204,7 +215,8 @@ impl<T> Fetching<T> {
             let words = self.fetcher.heartbeat(pair.stream.traffic().0);
             pair.stream.queue(Arc::new(words));
         }
-        Ok([pair.stream.flush()?, pair.fault.flush()?])
+        let faults_left = !self.faults_over && pair.fault.flush()?;
+        Ok([pair.stream.flush()?, faults_left])
     }
 
     /// Says that everything is here.
@@ -231,7 +243,15 @@ impl<T> Fetching<T> {
         let Some(pair) = &mut self.pair else {
             return Ok(None);
         };
-        if let Some(Frame { kind, number, body }) = pair.fault.receive()? {
+        let answer = match pair.fault.receive() {
+            Err(_) if self.fetcher.is_through() => {
+                // Who is through hangs up everywhere, and its last word comes on the stream.
+                self.faults_over = true;
+                None
+            }
+            received => received?,
+        };
+        if let Some(Frame { kind, number, body }) = answer {
             let event = self.fetcher.handle_answer(kind, number, &body)?;
             return Ok(Some(self.complete(event)));
         }

@@ -19,12 +19,6 @@ use crate::ferry::message::{Hashes, StateId, WantHashes};
 use crate::limits::{FERRY_HASHES_MAX, FERRY_QUESTIONS_MAX};
 use crate::units::PageSize;
 
-/// Hashes that go into a frame.
-const HASHES_A_FRAME: usize = 1024;
-
-/// Hashes that one step may bring.
-const STEP_HASHES_MAX: usize = FERRY_HASHES_MAX - HASHES_A_FRAME;
-
 /// See the module's text.
 #[derive(Debug)]
 pub(super) struct Earlier {
@@ -102,9 +96,10 @@ impl Earlier {
         self.distrusted
     }
 
-    /// A few more hashes for the first question.
-    pub(super) fn tell(&mut self, step: HashStep) -> Option<Vec<u8>> {
-        assert!(step.hashes.len() <= STEP_HASHES_MAX, "a step is small");
+    /// See [`Fetcher::tell_hashes`](super::Fetcher::tell_hashes).
+    pub(super) fn tell(&mut self, step: HashStep, full: usize) -> Option<Vec<u8>> {
+        let most = full + step.hashes.len();
+        assert!(most <= FERRY_HASHES_MAX, "steps and frames are small");
         let wanted = self.questions.front_mut()?;
         // Images that were given up have no more to tell.
         let known = matches!(wanted.target, Target::Process(pid) if self.pids.contains(&pid));
@@ -116,7 +111,7 @@ impl Earlier {
         let next = self.gathered.next;
         if let Some(from) = next {
             wanted.from = from;
-            if self.gathered.hashes.len() < HASHES_A_FRAME {
+            if self.gathered.hashes.len() < full {
                 return None;
             }
         }

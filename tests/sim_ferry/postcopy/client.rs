@@ -1,0 +1,474 @@
+//! The end that restores: processes that run while their memory comes, and what is here of an earlier
+//! round, to which somebody may write at any time.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use fastrand::Rng;
+use pageferry::criu::header::Target;
+use pageferry::ferry::fetcher::{Delivery, Draft, Event, FetchError, Fetcher, Part as Piece};
+use pageferry::ferry::frame::Kind;
+use pageferry::ferry::hash::{HashKey, HashStep, PageHasher};
+use pageferry::ferry::hello::{Fail, FailCode, Hello, SessionId, Window};
+use pageferry::ferry::message::WantHashes;
+use pageferry::lazy::planner::{Planner, Request, SpaceId, Way};
+use pageferry::lazy::space::{Class, FaultAnswer, Reach, Space};
+use pageferry::units::{PageRange, Vaddr};
+
+use super::Sightings;
+use super::forwarder::runs;
+use crate::memory::{Memory, PAGE};
+use crate::parts::{Lane, Part, Standing};
+
+/// Questions that are open at most.
+const QUESTIONS_MAX: usize = 64;
+
+/// What the push has left out is asked for up to here, pages.
+const LEFT_OUT_MAX: u64 = 64;
+
+const REACH: Reach = Reach {
+    alone_bytes: 16 << 10,
+    walk_bytes: 256 << 10,
+};
+
+/// How long the source may take to confirm the end.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Hashed at a time, pages; and told at a time, hashes.
+const HASH_STEP: usize = 5;
+const HASHES_A_FRAME: usize = 12;
+
+/// How the restore has ended.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum End {
+    /// Everything is here, and the source has let go.
+    Success,
+    /// Everything is here, but the source did not say that it has let go.
+    Unconfirmed,
+    /// The processes have lost memory, or were never restored: they do not run here.
+    Failed(String),
+}
+
+/// A process. Each page is missing, and then which page of the dump belongs there, or it is there.
+type Guest = BTreeMap<u64, Option<u64>>;
+
+pub(super) struct Client {
+    rng: Rng,
+    source: Memory,
+    /// The images of an earlier round.
+    pub(super) local: Memory,
+    hasher: PageHasher,
+    fetcher: Fetcher<Request>,
+    planner: Planner,
+    guests: BTreeMap<SpaceId, Guest>,
+    /// Threads that wait, by their process and page.
+    waiting: BTreeSet<(SpaceId, u64)>,
+    now: Duration,
+    restored_at: Duration,
+    acts_at: Duration,
+    attached: bool,
+    questions: VecDeque<Vec<u8>>,
+    /// When to stop waiting for the source's last word.
+    closes_at: Option<Duration>,
+    said_failure: bool,
+    aborted: bool,
+    end: Option<End>,
+    pub(super) seen: Sightings,
+}
+
+fn number_of(vaddr: Vaddr) -> u64 {
+    vaddr.get() / PAGE.bytes()
+}
+
+fn page_range(number: u64) -> PageRange {
+    PageRange::new(number * PAGE.bytes(), (number + 1) * PAGE.bytes())
+}
+
+fn numbers(range: PageRange) -> std::ops::Range<u64> {
+    number_of(range.start())..number_of(range.end())
+}
+
+impl Client {
+    pub(super) fn new(
+        mut rng: Rng,
+        source: &Memory,
+        local: Memory,
+        session: SessionId,
+        hash_key: HashKey,
+        window: Window,
+    ) -> Client {
+        let hasher = PageHasher::new(hash_key, PAGE);
+        let mut fetcher = Fetcher::new(PAGE, window, hasher.clone(), session.into());
+        let mut planner = Planner::new(PAGE);
+        let mut guests = BTreeMap::new();
+        for (target, pages) in source {
+            let Target::Process(pid) = *target else {
+                panic!("shared memory is never lazy");
+            };
+            let id = planner.add(Space::new(pid, PAGE, runs(pages), []));
+            let guest = pages.keys().map(|number| (*number, Some(*number)));
+            guests.insert(id, guest.collect());
+            if local.contains_key(target) {
+                fetcher.build_on(pid);
+            }
+        }
+        Client {
+            restored_at: Duration::from_millis(rng.u64(0..2000)),
+            rng,
+            source: source.clone(),
+            local,
+            hasher,
+            fetcher,
+            planner,
+            guests,
+            waiting: BTreeSet::new(),
+            now: Duration::ZERO,
+            acts_at: Duration::ZERO,
+            attached: false,
+            questions: VecDeque::new(),
+            closes_at: None,
+            said_failure: false,
+            aborted: false,
+            end: None,
+            seen: Sightings::default(),
+        }
+    }
+
+    /// Whether every page is here, so that the processes do not need the source any more.
+    pub(super) fn is_complete(&self) -> bool {
+        !self.aborted && self.planner.is_complete()
+    }
+
+    /// Whether only the source's last word is awaited.
+    pub(super) fn is_through(&self) -> bool {
+        self.fetcher.is_through()
+    }
+
+    pub(super) fn end(&self) -> Option<&End> {
+        self.end.as_ref()
+    }
+
+    pub(super) fn stream_up_both(&mut self) {
+        self.attached = true;
+        self.fetcher.attach();
+        self.ask();
+    }
+
+    /// Somebody writes to some pages of the earlier round's images, or cuts them.
+    pub(super) fn tamper(&mut self) {
+        for pages in self.local.values_mut() {
+            for page in pages.values_mut() {
+                if self.rng.u8(0..8) == 0 {
+                    let mut changed = page.to_vec();
+                    changed[self.rng.usize(0..PAGE.as_usize())] ^= 1 << self.rng.u8(0..8);
+                    *page = changed.into();
+                }
+            }
+            if self.rng.u8(0..4) == 0 {
+                let start = self.rng.u64(0..3000);
+                pages.retain(|number, _| !(start..start + 200).contains(number));
+            }
+        }
+    }
+
+    /// Asks for what threads wait for, then for what the push has left out.
+    fn ask(&mut self) {
+        if !self.attached || self.closes_at.is_some() || self.aborted {
+            return;
+        }
+        while self.fetcher.questions() < QUESTIONS_MAX
+            && let Some(request) = self.next_request()
+        {
+            let words = self
+                .fetcher
+                .ask(request.pid, request.image, request, self.now);
+            self.questions.push_back(words);
+            self.seen.add("question", 1);
+        }
+        if self.fetcher.questions() > 0 || !self.is_complete() || self.now < self.restored_at {
+            return;
+        }
+        self.fetcher.may_install();
+        self.fetcher.taken();
+        self.closes_at = Some(self.now + CLOSE_TIMEOUT);
+    }
+
+    fn next_request(&mut self) -> Option<Request> {
+        let urgent = self.planner.next_urgent();
+        if urgent.is_some() || !self.fetcher.is_closed() {
+            return urgent;
+        }
+        let few = self.fetcher.asked_pages() < LEFT_OUT_MAX;
+        let left_out = few.then(|| self.planner.next_stream(256 << 10, 0));
+        left_out.flatten()
+    }
+
+    fn handle(&mut self, event: Event<Request>) {
+        match event {
+            Event::Other => {}
+            Event::Bye => {
+                assert!(self.is_complete(), "the source lets go of what is not here");
+                self.end = Some(End::Success);
+            }
+            Event::Pushed(draft) => {
+                let delivery = self.complete(draft);
+                if self.closes_at.is_none() {
+                    self.install_pushed(&delivery);
+                }
+                self.fetcher.settle(delivery.plain);
+            }
+            Event::Answer(request, draft) => {
+                let delivery = self.complete(draft);
+                if self.closes_at.is_none() {
+                    self.install_answer(&request, &delivery);
+                }
+            }
+        }
+    }
+
+    /// Reads what is local of `draft`.
+    fn complete(&mut self, mut draft: Draft) -> Delivery {
+        let pages = self.local.get(&Target::Process(draft.pid()));
+        let mut read = true;
+        for (range, bytes) in draft.local() {
+            let places = bytes.chunks_exact_mut(PAGE.as_usize());
+            for (number, place) in numbers(range).zip(places) {
+                match pages.and_then(|pages| pages.get(&number)) {
+                    Some(page) => place.copy_from_slice(page),
+                    None => read = false,
+                }
+            }
+        }
+        let (delivery, usable) = self.fetcher.complete(draft, read);
+        let what = match usable {
+            true => "delivery as it was meant",
+            false => "delivery with local pages that had changed",
+        };
+        self.seen.add(what, 1);
+        delivery
+    }
+
+    fn install_pushed(&mut self, delivery: &Delivery) {
+        let owners: Vec<SpaceId> = self
+            .planner
+            .spaces()
+            .filter(|(_, space)| space.pid() == delivery.pid)
+            .map(|(id, _)| id)
+            .collect();
+        for id in owners {
+            for part in &delivery.parts {
+                self.planner.pushed(id, part.image);
+                self.install(id, delivery, part, Class::Stream);
+            }
+        }
+    }
+
+    fn install_answer(&mut self, request: &Request, delivery: &Delivery) {
+        assert_eq!(delivery.pid, request.pid, "the answer to another question");
+        let first = request.image.start();
+        assert!(
+            delivery.tells_of(first),
+            "the source has no page at {first}"
+        );
+        for part in &delivery.parts {
+            self.install(request.space, delivery, part, request.class);
+        }
+        // What the answer has left out is asked for once more.
+        self.planner.give_back(request.space, request.image);
+    }
+
+    /// Installs pages, each of which must be what the source has there.
+    fn install(&mut self, id: SpaceId, delivery: &Delivery, part: &Piece, class: Class) {
+        let pages = &self.source[&Target::Process(delivery.pid)];
+        let bytes = &delivery.plain[part.bytes.clone()];
+        let first = number_of(part.image.start());
+        for (number, page) in numbers(part.image).zip(bytes.chunks_exact(PAGE.as_usize())) {
+            assert!(pages[&number][..] == *page, "page {number} is another");
+        }
+        while let Some(piece) = self.planner.arrived(id, part.image) {
+            let guest = self.guests.get_mut(&id).expect("it lives");
+            for (at, number) in numbers(piece.at).zip(number_of(piece.image)..) {
+                assert!(number >= first && number < first + numbers(part.image).count() as u64);
+                let missing = guest.insert(at, None).flatten();
+                assert_eq!(missing, Some(number), "what is missing at {at}");
+            }
+            let way = match part.local {
+                true => Way::Local,
+                false => Way::Fetched(class),
+            };
+            let waiting = &mut self.waiting;
+            self.planner.settle(id, piece.at, way, |served| {
+                waiting.remove(&(id, number_of(served.page)));
+            });
+            let what = match (part.local, class) {
+                (true, _) => "page from the earlier round",
+                (false, Class::Stream) => "page from the stream",
+                (false, _) => "page for a fault",
+            };
+            self.seen.add(what, numbers(piece.at).count() as u64);
+        }
+    }
+
+    /// The next few hashes of the earlier round for the question `wanted`.
+    fn hash(&self, wanted: WantHashes) -> HashStep {
+        let mut step = HashStep::default();
+        let (Some(pages), Some(lazy)) = (
+            self.local.get(&wanted.target),
+            self.source.get(&wanted.target),
+        ) else {
+            return step;
+        };
+        let told = |number: &&u64| lazy.contains_key(number);
+        let rest = pages
+            .range(number_of(wanted.from)..)
+            .map(|(number, _)| number);
+        let mut rest = rest.filter(told).copied().peekable();
+        for number in rest.by_ref().take(HASH_STEP) {
+            step.add_run(page_range(number));
+            step.hashes.push(self.hasher.hash(&pages[&number]));
+        }
+        step.next = rest.peek().map(|number| page_range(*number).start());
+        step
+    }
+
+    /// A thread or a process does something.
+    fn act(&mut self) {
+        let ids: Vec<SpaceId> = self.guests.keys().copied().collect();
+        let Some(id) = self.rng.choice(ids) else {
+            return;
+        };
+        let guest = &self.guests[&id];
+        let pages: Vec<(u64, Option<u64>)> = guest.iter().map(|(at, page)| (*at, *page)).collect();
+        let Some((at, missing)) = self.rng.choice(pages) else {
+            return;
+        };
+        match self.rng.u8(0..60) {
+            0 if self.guests.len() < 5 && self.now >= self.restored_at => {
+                let child = self.planner.handle_fork(id).expect("it lives");
+                self.guests.insert(child, self.guests[&id].clone());
+                self.seen.add("fork", 1);
+            }
+            1 if self.now >= self.restored_at => {
+                let end = at + self.rng.u64(1..20);
+                let range = PageRange::new(at * PAGE.bytes(), end * PAGE.bytes());
+                let guest = self.guests.get_mut(&id).expect("it lives");
+                guest.retain(|number, _| !(at..end).contains(number));
+                let waiting = &mut self.waiting;
+                waiting.retain(|(of, number)| *of != id || !(at..end).contains(number));
+                self.planner.settle(id, range, Way::Gone, |_| {});
+                self.seen.add("unmapped range", 1);
+            }
+            _ if missing.is_some() && self.waiting.len() < 8 => {
+                let now_us = u64::try_from(self.now.as_micros()).expect("a short run");
+                let addr = page_range(at).start();
+                let answer = self.planner.handle_fault(id, addr, REACH, now_us);
+                assert_eq!(answer, FaultAnswer::Wait, "page {at} is a hole");
+                self.waiting.insert((id, at));
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Part for Client {
+    fn stream_up(&mut self, _lane: Lane, _peer: &Hello) {}
+
+    /// Both connections are gone.
+    fn stream_down(&mut self, _lane: Lane) {
+        if std::mem::take(&mut self.attached) {
+            let asked = self.fetcher.asked_pages();
+            self.seen.add("page lost with its connection", asked);
+            self.fetcher.detach();
+            self.planner.give_back_all();
+            self.questions.clear();
+        }
+    }
+
+    fn frame(&mut self, lane: Lane, kind: Kind, number: u64, body: &[u8]) -> bool {
+        if self.end.is_some() || self.aborted {
+            return false;
+        }
+        let event = match lane.for_faults {
+            true => self.fetcher.handle_answer(kind, number, body),
+            false => self.fetcher.handle_pushed(kind, number, body),
+        };
+        match event {
+            Ok(event) => self.handle(event),
+            Err(FetchError::Ended(fail)) => self.lost(&fail.text),
+            Err(error) => panic!("the forwarder broke the protocol: {error}"),
+        }
+        self.ask();
+        true
+    }
+
+    fn poll(&mut self, lane: Lane) -> Option<Vec<u8>> {
+        if lane.for_faults {
+            return self.questions.pop_front();
+        }
+        if let Some(words) = self.fetcher.poll(0) {
+            self.said_failure = self.aborted;
+            return Some(words);
+        }
+        while let Some(wanted) = self.fetcher.wanted_hashes() {
+            let step = self.hash(wanted);
+            let words = self.fetcher.tell_hashes(step, HASHES_A_FRAME);
+            if words.is_some() {
+                return words;
+            }
+        }
+        None
+    }
+
+    fn lost(&mut self, why: &str) {
+        self.end.get_or_insert(match self.closes_at.is_some() {
+            true => End::Unconfirmed,
+            false => End::Failed(why.to_owned()),
+        });
+    }
+
+    /// The restore fails: the processes are killed.
+    fn abort(&mut self) {
+        if self.closes_at.is_none() {
+            self.aborted = true;
+            self.fetcher
+                .fail(Fail::new(FailCode::Taker, "the restore failed"));
+        }
+    }
+
+    fn failure(&self) -> Option<Fail> {
+        None
+    }
+
+    fn standing(&self) -> Standing {
+        match &self.end {
+            _ if self.aborted && (self.said_failure || !self.attached) => {
+                Standing::Failed("the restore failed".to_owned())
+            }
+            None => Standing::Going,
+            Some(End::Success) => Standing::Done,
+            Some(end) => Standing::Failed(format!("{end:?}")),
+        }
+    }
+
+    fn tick(&mut self, now: Duration) {
+        self.now = now;
+        if self.closes_at.is_some_and(|at| at <= now) {
+            self.lost("the source does not answer");
+        }
+        if now >= self.restored_at {
+            self.fetcher.may_install();
+        }
+        if now >= self.acts_at && self.closes_at.is_none() && !self.aborted {
+            self.acts_at = now + Duration::from_millis(self.rng.u64(1..60));
+            self.act();
+        }
+        self.ask();
+    }
+
+    fn next_tick(&self) -> Option<Duration> {
+        match self.closes_at {
+            Some(at) => Some(at),
+            None => Some(self.acts_at),
+        }
+    }
+}

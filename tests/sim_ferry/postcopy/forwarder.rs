@@ -1,0 +1,399 @@
+//! The end that has a dump's memory: drains it, pushes it, answers faults, and lets the dump go when the
+//! other end has everything, or fails.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+use std::time::Duration;
+
+use fastrand::Rng;
+use pageferry::criu::header::{Target, Wire};
+use pageferry::ferry::delta::PageMemory;
+use pageferry::ferry::encode::{Encoder, PlainBatch, Verdicts};
+use pageferry::ferry::frame::{Kind, OpenFrame};
+use pageferry::ferry::hash::{Fingerprint, PageHasher};
+use pageferry::ferry::hello::{Fail, FailCode, Hello};
+use pageferry::ferry::message::{Answer, Fault, Open, StateId, encode_close};
+use pageferry::ferry::offer::{self, Found, Offer, PushBatch, Step};
+use pageferry::ferry::pace::Level;
+use pageferry::ferry::sender::{Sender, SenderEvent, Transmit};
+use pageferry::lazy::drain::DrainPlan;
+use pageferry::units::{PageCount, PageRange};
+
+use super::Sightings;
+use crate::memory::{Memory, PAGE, Page, Pages};
+use crate::parts::{Lane, Part, Standing};
+
+/// What became of the dumped processes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Dump {
+    /// They wait.
+    Frozen,
+    /// Another host has them.
+    Killed,
+    /// They go on where they were.
+    Resumed,
+}
+
+pub(super) struct Forwarder {
+    rng: Rng,
+    /// The pages by their numbers.
+    held: Vec<Page>,
+    plan: DrainPlan,
+    drains_at: Duration,
+    offer: Offer,
+    memory: PageMemory,
+    encoder: Encoder,
+    /// Made when the taker's hello has come.
+    talk: Option<(Sender, PageHasher)>,
+    frames: BTreeMap<u64, Vec<u8>>,
+    /// Whose pages are being pushed, and whether the taker has an earlier version of them.
+    open: Option<u32>,
+    hashed: bool,
+    batch: Option<(u32, PushBatch)>,
+    pushed: u64,
+    closed: bool,
+    faults: VecDeque<(u64, Fault)>,
+    dump: Dump,
+    standing: Standing,
+    failure: Option<Fail>,
+    pub(super) seen: Sightings,
+}
+
+/// Runs of neighbouring pages.
+pub(super) fn runs(pages: &Pages) -> Vec<PageRange> {
+    let mut runs: Vec<PageRange> = Vec::new();
+    for number in pages.keys() {
+        let (start, end) = (number * PAGE.bytes(), (number + 1) * PAGE.bytes());
+        match runs.last_mut() {
+            Some(run) if run.end().get() == start => {
+                *run = PageRange::new(run.start().get(), end);
+            }
+            _ => runs.push(PageRange::new(start, end)),
+        }
+    }
+    runs
+}
+
+fn lazy_runs(source: &Memory) -> Vec<(Target, PageRange)> {
+    let of_target = |(target, pages): (&Target, &Pages)| {
+        let target = *target;
+        runs(pages).into_iter().map(move |range| (target, range))
+    };
+    source.iter().flat_map(of_target).collect()
+}
+
+impl Forwarder {
+    pub(super) fn new(rng: Rng, source: &Memory) -> Forwarder {
+        let lazy = lazy_runs(source);
+        let plan = DrainPlan::new(
+            PAGE,
+            lazy.iter().map(|(target, range)| match target {
+                Target::Process(pid) => (*pid, *range),
+                Target::Shmem(_) => panic!("shared memory is never lazy"),
+            }),
+        );
+        Forwarder {
+            rng,
+            held: source.values().flat_map(Pages::values).cloned().collect(),
+            offer: Offer::new(PAGE, plan.pages()),
+            plan,
+            drains_at: Duration::ZERO,
+            memory: PageMemory::for_hashes_of(PAGE, lazy),
+            encoder: Encoder::new(PAGE).expect("zstd works"),
+            talk: None,
+            frames: BTreeMap::new(),
+            open: None,
+            hashed: false,
+            batch: None,
+            pushed: 0,
+            closed: false,
+            faults: VecDeque::new(),
+            dump: Dump::Frozen,
+            standing: Standing::Going,
+            failure: None,
+            seen: Sightings::default(),
+        }
+    }
+
+    /// What became of the dump; its processes go on when this one crashes before it has let go of them.
+    pub(super) fn dump(&self, crashed: bool) -> Dump {
+        match self.dump {
+            Dump::Frozen if crashed => Dump::Resumed,
+            dump => dump,
+        }
+    }
+
+    /// Whether a client has ever come.
+    pub(super) fn was_visited(&self) -> bool {
+        self.talk.is_some()
+    }
+
+    fn plain(&self, numbers: Range<u64>) -> Vec<u8> {
+        let place = |number| usize::try_from(number).expect("a small dump");
+        assert_eq!(
+            self.plan.held_part(numbers.clone()),
+            numbers,
+            "they have come"
+        );
+        self.held[place(numbers.start)..place(numbers.end)].concat()
+    }
+
+    /// Submits what can be submitted now.
+    fn advance(&mut self) {
+        while self.dump == Dump::Frozen
+            && self.failure.is_none()
+            && !self.closed
+            && let Some((sender, _)) = &self.talk
+            && !sender.has_question()
+            && sender.has_room_for(1 << 19)
+        {
+            if let Some((pid, batch)) = self.batch.take() {
+                let below = sender.hashes_known_below(Target::Process(pid));
+                let end = batch.runs.last().map(|run| run.range.end());
+                if below.is_some_and(|below| end.is_some_and(|end| end > below)) {
+                    self.batch = Some((pid, batch));
+                    return;
+                }
+                self.push(pid, &batch);
+                continue;
+            }
+            match self.offer.next_step(&self.plan) {
+                Step::Done => {
+                    let pages = PageCount(self.pushed);
+                    self.submit(Kind::Close, |out| encode_close(pages, out));
+                    self.closed = true;
+                }
+                Step::Wait => return,
+                Step::Push(pid) if self.open == Some(pid) => {
+                    self.batch = Some((pid, self.offer.take_batch(&self.plan, pid)));
+                }
+                Step::Push(pid) => {
+                    let (target, wire) = (Target::Process(pid), Wire::V2);
+                    self.submit(Kind::Open, |out| Open { target, wire }.encode(out));
+                    self.open = Some(pid);
+                }
+            }
+        }
+    }
+
+    fn submit(&mut self, kind: Kind, write: impl FnOnce(&mut Vec<u8>)) {
+        let Some((sender, _)) = &mut self.talk else {
+            return;
+        };
+        let mut frame = Vec::new();
+        let open = OpenFrame::begin(&mut frame);
+        write(&mut frame);
+        let number = sender.submit(kind, frame.len() as u64);
+        open.finish(&mut frame, kind, number);
+        self.frames.insert(number, frame);
+    }
+
+    fn push(&mut self, pid: u32, batch: &PushBatch) {
+        let numbers = batch.numbers.iter().cloned();
+        let plain: Vec<u8> = numbers.flat_map(|numbers| self.plain(numbers)).collect();
+        let Some((_, hasher)) = &self.talk else {
+            return;
+        };
+        let pages = PlainBatch {
+            target: Target::Process(pid),
+            runs: &batch.runs,
+            plain: &plain,
+        };
+        let print = |page| match self.hashed {
+            true => hasher.fingerprint(page),
+            false => Fingerprint::without_hash(page),
+        };
+        let prints: Vec<Fingerprint> = plain.chunks_exact(PAGE.as_usize()).map(print).collect();
+        let mut verdicts = Verdicts::default();
+        self.memory.judge(pages, &prints, hasher, &mut verdicts);
+        verdicts.spell_out();
+        let mut body = Vec::new();
+        let tally = self
+            .encoder
+            .encode(pages, &verdicts, hasher, Level::Zstd(1), &mut body)
+            .expect("zstd works");
+        self.seen.add("page pushed as the same", tally.same);
+        self.pushed += batch.pages.get();
+        self.submit(Kind::Pages, |out| out.extend(body));
+    }
+
+    fn answered(&mut self, answer: Answer) {
+        let (Some((sender, _)), Some(pid)) = (&mut self.talk, self.open) else {
+            return;
+        };
+        if self.closed {
+            return;
+        }
+        let target = Target::Process(pid);
+        self.hashed = answer.state != StateId::NONE;
+        if self.hashed && self.memory.adopt(target, answer.state) {
+            sender.ask_hashes(target);
+        }
+    }
+
+    /// The answer to the question whose turn it is, if its pages have come.
+    fn next_answer(&mut self) -> Option<Vec<u8>> {
+        let (number, fault) = *self.faults.front()?;
+        let (numbers, range) = match offer::find(&self.plan, PAGE, &fault) {
+            Found::Nothing => (0..0, PageRange::new(0, 0)),
+            Found::Pages(numbers, range) => (numbers, range),
+            Found::Awaited(numbers) => {
+                self.plan.want(numbers, true);
+                self.seen.add("fault before its page was drained", 1);
+                return None;
+            }
+        };
+        self.faults.pop_front();
+        let plain = self.plain(numbers.clone());
+        let (_, hasher) = self.talk.as_ref()?;
+        let mut verdicts = Verdicts::default();
+        let memory = &self.memory;
+        offer::judge_answer(memory, hasher, PAGE, &fault, range, &plain, &mut verdicts);
+        let run = offer::answer_run(range);
+        let batch = PlainBatch {
+            target: fault.target,
+            runs: run.as_slice(),
+            plain: &plain,
+        };
+        let mut frame = Vec::new();
+        let open = OpenFrame::begin(&mut frame);
+        let tally = self
+            .encoder
+            .encode(batch, &verdicts, hasher, Level::Zstd(1), &mut frame)
+            .expect("zstd works");
+        open.finish(&mut frame, Kind::FaultPages, number);
+        self.seen.add("page answered as the same", tally.same);
+        self.offer.give(numbers);
+        Some(frame)
+    }
+}
+
+impl Part for Forwarder {
+    fn stream_up(&mut self, lane: Lane, peer: &Hello) {
+        if lane.for_faults {
+            self.faults.clear();
+            return;
+        }
+        self.memory.use_key(peer.hash_key);
+        let (sender, _) = self.talk.get_or_insert_with(|| {
+            let hasher = PageHasher::new(peer.hash_key, PAGE);
+            (Sender::new(PAGE, peer.streams, peer.window), hasher)
+        });
+        sender.stream_up(lane.stream);
+    }
+
+    fn stream_down(&mut self, lane: Lane) {
+        if lane.for_faults {
+            self.faults.clear();
+        } else if let Some((sender, _)) = &mut self.talk {
+            sender.stream_down(lane.stream);
+        }
+    }
+
+    fn frame(&mut self, lane: Lane, kind: Kind, number: u64, body: &[u8]) -> bool {
+        if lane.for_faults {
+            assert_eq!(kind, Kind::Fault, "faults only");
+            let fault = Fault::decode(body, PAGE).expect("a client writes well");
+            self.faults.push_back((number, fault));
+            return true;
+        }
+        let Some((sender, _)) = &mut self.talk else {
+            return false;
+        };
+        match sender.handle(lane.stream, kind, body) {
+            Ok(SenderEvent::Acked {
+                safe,
+                answer,
+                taken,
+                ..
+            }) => {
+                self.frames.retain(|number, _| *number > safe);
+                if let Some(answer) = answer {
+                    self.answered(answer);
+                }
+                if taken && self.dump == Dump::Frozen && self.failure.is_none() {
+                    self.dump = Dump::Killed;
+                    if let Some((sender, _)) = &mut self.talk {
+                        sender.leave();
+                    }
+                }
+            }
+            Ok(SenderEvent::Hashes(hashes)) => {
+                for (run, hashes_of_run) in hashes.runs(PAGE) {
+                    self.memory.learn(hashes.target, run, hashes_of_run);
+                    let learned = hashes_of_run.len() as u64;
+                    self.seen.add("learned hash", learned);
+                }
+            }
+            Ok(SenderEvent::Failed(fail)) => self.lost(&fail.text),
+            Err(error) => panic!("the client broke the protocol: {error}"),
+        }
+        true
+    }
+
+    fn poll(&mut self, lane: Lane) -> Option<Vec<u8>> {
+        if lane.for_faults {
+            return self.next_answer();
+        }
+        self.advance();
+        let (sender, _) = self.talk.as_mut()?;
+        let transmit = sender.poll(lane.stream)?;
+        if let Transmit::Numbered(number) = transmit {
+            return Some(self.frames[&number].clone());
+        }
+        let mut frame = Vec::new();
+        transmit.encode(&mut frame);
+        Some(frame)
+    }
+
+    fn lost(&mut self, why: &str) {
+        if self.dump == Dump::Frozen {
+            self.dump = Dump::Resumed;
+            self.standing = Standing::Failed(why.to_owned());
+        }
+    }
+
+    /// Somebody stops it: the dump is told to go on.
+    fn abort(&mut self) {
+        if self.dump == Dump::Frozen {
+            self.dump = Dump::Resumed;
+            let fail = Fail::new(FailCode::Pusher, "stopped");
+            if let Some((sender, _)) = &mut self.talk {
+                sender.fail(fail.clone());
+            }
+            self.failure = Some(fail);
+        }
+    }
+
+    fn failure(&self) -> Option<Fail> {
+        self.failure.clone()
+    }
+
+    fn standing(&self) -> Standing {
+        let sender = self.talk.as_ref().map(|(sender, _)| sender);
+        let told = sender.is_none_or(Sender::has_told_end);
+        match (&self.failure, self.dump) {
+            (Some(fail), _) if told => Standing::Failed(fail.text.clone()),
+            (None, Dump::Killed) if told => Standing::Done,
+            _ => self.standing.clone(),
+        }
+    }
+
+    /// The dump hands out more of its memory.
+    fn tick(&mut self, now: Duration) {
+        if now < self.drains_at || self.plan.is_complete() {
+            return;
+        }
+        self.drains_at = now + Duration::from_millis(self.rng.u64(0..20));
+        for _ in 0..self.rng.u32(1..4) {
+            let most = PageCount(self.rng.u64(1..30));
+            if let Some((pid, range)) = self.plan.next_request(most) {
+                self.plan.arrived(pid, range);
+            }
+        }
+    }
+
+    fn next_tick(&self) -> Option<Duration> {
+        (!self.plan.is_complete()).then_some(self.drains_at)
+    }
+}

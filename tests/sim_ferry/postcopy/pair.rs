@@ -1,0 +1,186 @@
+//! The client and its two connections, which live and die together.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use pageferry::ferry::frame::{Frame, Kind};
+use pageferry::ferry::hello::{Hello, Role};
+use pageferry::ferry::link::{PairDialer, Refusal};
+
+use super::client::Client;
+use crate::hosts::write_all;
+use crate::net::{Conn, Net, Side};
+use crate::parts::{Lane, Part, Standing};
+use crate::run::{Host, Line, Lives, Stage};
+
+/// Between two attempts to reach a lost source.
+const PAUSE: Duration = Duration::from_millis(200);
+
+const STREAM: Lane = Lane {
+    for_faults: false,
+    stream: 0,
+};
+const FAULTS: Lane = Lane {
+    for_faults: true,
+    stream: 0,
+};
+
+pub(super) struct PairHost {
+    part: Client,
+    dialer: PairDialer,
+    attempt: u32,
+    lines: BTreeMap<Conn, Line<Lane>>,
+    /// Both connections stand.
+    attached: bool,
+    /// What came on the stream before.
+    early: Vec<(Frame, Vec<u8>)>,
+    retry_at: Duration,
+    down_since: Option<Duration>,
+    give_up_after: Duration,
+}
+
+impl PairHost {
+    pub(super) fn new(part: Client, hello: Hello, give_up_after: Duration) -> PairHost {
+        PairHost {
+            part,
+            dialer: PairDialer::new(hello),
+            attempt: 0,
+            lines: BTreeMap::new(),
+            attached: false,
+            early: Vec::new(),
+            retry_at: Duration::ZERO,
+            down_since: Some(Duration::ZERO),
+            give_up_after,
+        }
+    }
+
+    fn gives_up_at(&self) -> Option<Duration> {
+        Some(self.down_since? + self.give_up_after).filter(|_| !self.attached)
+    }
+
+    fn dial(&mut self, net: &mut Net, lane: Lane) {
+        let line = Line::new(Stage::Connecting, lane);
+        self.lines.insert(net.dial(), line);
+    }
+
+    fn welcomed(&mut self, net: &mut Net, conn: Conn, frame: &Frame, body: &[u8]) -> Lives {
+        let line = self.lines.get_mut(&conn).expect("it lives");
+        let lane = line.place;
+        match self.dialer.handle_answer(role(lane), frame.kind, body) {
+            Ok(()) => line.stage = Stage::Up,
+            Err(refusal) => {
+                if refusal.is_final() {
+                    self.part.lost(&format!("{refusal:?}"));
+                }
+                assert!(matches!(refusal, Refusal::Fail(_)), "{refusal:?}");
+                return false;
+            }
+        }
+        if !lane.for_faults {
+            self.dial(net, FAULTS);
+            return true;
+        }
+        self.attached = true;
+        self.part.stream_up_both();
+        for (frame, body) in std::mem::take(&mut self.early) {
+            self.down_since = None;
+            self.part.frame(STREAM, frame.kind, frame.number, &body);
+        }
+        true
+    }
+}
+
+fn role(lane: Lane) -> Role {
+    match lane.for_faults {
+        true => Role::Asker,
+        false => Role::Taker,
+    }
+}
+
+impl Host for PairHost {
+    type Part = Client;
+    type Place = Lane;
+    const SIDE: Side = Side::Dialing;
+
+    fn part(&mut self) -> &mut Client {
+        &mut self.part
+    }
+
+    fn into_part(self) -> Client {
+        self.part
+    }
+
+    fn lines(&mut self) -> &mut BTreeMap<Conn, Line<Lane>> {
+        &mut self.lines
+    }
+
+    fn connected(&mut self, net: &mut Net, conn: Conn) {
+        let Some(line) = self.lines.get_mut(&conn) else {
+            return;
+        };
+        line.stage = Stage::Greeting;
+        let mut words = Vec::new();
+        let hello = self.dialer.hello(role(line.place), self.attempt);
+        hello.encode(Kind::Hello, &mut words);
+        net.write(conn, Side::Dialing, &words);
+    }
+
+    fn lost(&mut self, net: &mut Net, conn: Conn) {
+        let Some(line) = self.lines.remove(&conn) else {
+            return;
+        };
+        if self.attached && line.place.for_faults && self.part.is_through() {
+            // The last word comes on the stream.
+            return;
+        }
+        self.hang_up(net);
+        self.early.clear();
+        self.retry_at = match self.attached {
+            true => net.now,
+            false => net.now + PAUSE,
+        };
+        self.attached = false;
+        self.part.stream_down(STREAM);
+        self.down_since.get_or_insert(net.now);
+    }
+
+    fn frame(&mut self, net: &mut Net, conn: Conn, frame: &Frame, body: &[u8]) -> Lives {
+        let line = &self.lines[&conn];
+        if line.stage == Stage::Greeting {
+            return self.welcomed(net, conn, frame, body);
+        }
+        if !self.attached {
+            self.early.push((frame.clone(), body.to_vec()));
+            return true;
+        }
+        self.down_since = None;
+        let lane = line.place;
+        self.part.frame(lane, frame.kind, frame.number, body);
+        true
+    }
+
+    fn pump(&mut self, net: &mut Net) {
+        self.part.tick(net.now);
+        if self.attached {
+            write_all(&mut self.part, &self.lines, net, Side::Dialing);
+        }
+        if self.gives_up_at().is_some_and(|at| at <= net.now) {
+            self.part.lost("the source could not be reached again");
+        }
+        if self.lines.is_empty() && !self.is_over() && self.retry_at <= net.now {
+            self.attempt = self.dialer.begin();
+            self.dial(net, STREAM);
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.part.standing() != Standing::Going
+    }
+
+    fn deadline(&self) -> Option<Duration> {
+        let retry = self.lines.is_empty().then_some(self.retry_at);
+        let deadlines = [retry, self.gives_up_at(), self.part.next_tick()];
+        let first = deadlines.into_iter().flatten().min();
+        first.filter(|_| !self.is_over())
+    }
+}
