@@ -20,6 +20,7 @@ const BEFORE_BYTES: u64 = (HEADER_BYTES + 72) + (HEADER_BYTES + 16);
 /// A batch of one run of pages that cannot be compressed.
 const BATCH_BYTES: u64 = HEADER_BYTES + 40 + 16 + PAGES_OF_BATCH + (PAGES_OF_BATCH << 12);
 const CLOSE_BYTES: u64 = HEADER_BYTES + 8;
+const BYE_BYTES: u64 = HEADER_BYTES;
 const ACK_BYTES: u64 = HEADER_BYTES + 48;
 
 const HARMS: [Harm; 3] = [Harm::Reset, Harm::End, Harm::FlipBit];
@@ -74,10 +75,24 @@ fn one_accident_anywhere_among_the_batches_is_survived() {
 }
 
 #[test]
+fn one_accident_to_the_last_word_is_survived() {
+    let bye = BEFORE_BYTES + BATCHES * BATCH_BYTES + CLOSE_BYTES;
+    let inside = [0, 9, BYE_BYTES - 1];
+    // Each of the harms to each place.
+    let places = inside
+        .into_iter()
+        .cycle()
+        .take(HARMS.len() * inside.len() - 1);
+    let shifted = std::iter::once(bye).chain(places.map(|offset| bye + offset));
+    with_accidents(Way::ToClient, shifted);
+}
+
+#[test]
 fn one_accident_anywhere_among_the_acknowledgements_is_survived() {
-    // HELLO, then one ACK at the beginning, for OPEN, for each batch, for CLOSE, and the last one.
+    // HELLO, then one ACK at the beginning, for OPEN, for each batch, for CLOSE, that everything is here, and
+    // that BYE was heard.
     let hello = HEADER_BYTES + 72;
-    let end = hello + (BATCHES + 4) * ACK_BYTES;
+    let end = hello + (BATCHES + 5) * ACK_BYTES;
     let places = (hello..end).step_by(61);
     with_accidents(Way::ToServer, places);
 }

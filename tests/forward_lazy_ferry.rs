@@ -8,6 +8,8 @@ mod forwarding;
 #[path = "common/taker.rs"]
 mod taker;
 
+use std::time::Duration;
+
 use common::{FIRST_PAGE, PAGE, page_content};
 use forwarding::{PAGES, PATIENCE, dump, forwarder};
 use pageferry::ferry::batch::{Batch, Place};
@@ -106,4 +108,54 @@ fn a_client_that_acknowledges_nothing_gets_a_window_and_its_faults() {
     assert!(safe < 20, "{safe} frames");
     forwarder.join().unwrap().unwrap();
     dump.join().unwrap().unwrap();
+}
+
+/// What a client says that has everything.
+const TAKEN: Ack = Ack {
+    taken: true,
+    ..OPENED
+};
+
+#[test]
+fn the_end_is_told_again_until_the_client_has_heard_it() {
+    let (images, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (port, dump) = dump(images.path());
+    let (address, forwarder) = forwarder(here.path(), port, PATIENCE);
+    let features = FEATURES.with(Features::ON_DEMAND).with(Features::FAREWELL);
+    let mut first = Connection::dial(address, &hello(Role::Taker, features, 1));
+    assert!(first.welcome.features.has(Features::FAREWELL));
+    first.open();
+    first.acknowledge(TAKEN);
+    assert_eq!(first.next().kind, frame::Kind::Bye);
+    // The source hears of it whether the client does or not.
+    dump.join().unwrap().unwrap();
+    // Each of them breaks before BYE has come, as far as the forwarder can tell.
+    drop(first);
+    for attempt in 2..5 {
+        let mut again = Connection::dial(address, &hello(Role::Taker, features, attempt));
+        assert_eq!(again.next().kind, frame::Kind::Bye);
+    }
+    let mut last = Connection::dial(address, &hello(Role::Taker, features, 5));
+    assert_eq!(last.next().kind, frame::Kind::Bye);
+    assert!(!forwarder.is_finished());
+    last.acknowledge(Ack {
+        heard_bye: true,
+        ..TAKEN
+    });
+    forwarder.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_client_that_does_not_come_back_for_the_end_is_waited_for_no_longer_than_others() {
+    let (images, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (port, dump) = dump(images.path());
+    let (address, forwarder) = forwarder(here.path(), port, Duration::ZERO);
+    let features = FEATURES.with(Features::ON_DEMAND).with(Features::FAREWELL);
+    let mut client = Connection::dial(address, &hello(Role::Taker, features, 1));
+    client.open();
+    client.acknowledge(TAKEN);
+    assert_eq!(client.next().kind, frame::Kind::Bye);
+    drop(client);
+    dump.join().unwrap().unwrap();
+    forwarder.join().unwrap().unwrap();
 }

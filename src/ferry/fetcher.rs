@@ -324,7 +324,10 @@ impl<T> Fetcher<T> {
 
     fn handle_word(&mut self, kind: Kind, body: &[u8]) -> Result<Event<T>, FetchError> {
         match kind {
-            Kind::Bye => Ok(Event::Bye),
+            Kind::Bye => {
+                self.receiver.heard_bye();
+                Ok(Event::Bye)
+            }
             Kind::Fail => Err(failed(body)),
             Kind::WantHashes => {
                 let wanted = WantHashes::decode(body, self.page).map_err(SessionError::from)?;

@@ -67,8 +67,10 @@ impl Features {
     pub const FAULTS: Features = Features(4);
     /// A taker that wants nothing but the answers to its faults: nothing is pushed.
     pub const ON_DEMAND: Features = Features(8);
+    /// A taker says that it has heard BYE.
+    pub const FAREWELL: Features = Features(16);
     /// All that is known here.
-    pub const ALL: Features = Features(15);
+    pub const ALL: Features = Features(31);
 
     /// What both sets have.
     #[must_use]

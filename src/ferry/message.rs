@@ -128,6 +128,8 @@ pub struct Ack {
     pub answer: Answer,
     /// The taker has everything that it wants.
     pub taken: bool,
+    /// The taker has heard BYE.
+    pub heard_bye: bool,
     /// How many bytes have arrived on this connection. What was sent and does not arrive shows a
     /// link that is dead in one direction.
     pub arrived: u64,
@@ -145,6 +147,7 @@ pub struct Answer {
 }
 
 const ACK_TAKEN: u32 = 1;
+const ACK_HEARD_BYE: u32 = 2;
 
 impl Ack {
     /// Appends the frame.
@@ -153,7 +156,9 @@ impl Ack {
         out.put_u64(self.safe);
         out.put_u64(self.answer.to);
         out.extend_from_slice(&self.answer.value.to_le_bytes());
-        out.put_u32(if self.taken { ACK_TAKEN } else { 0 });
+        let taken = if self.taken { ACK_TAKEN } else { 0 };
+        let heard_bye = if self.heard_bye { ACK_HEARD_BYE } else { 0 };
+        out.put_u32(taken | heard_bye);
         out.extend_from_slice(&self.answer.state.0);
         out.put_u64(self.arrived);
         frame.finish(out, Kind::Ack, 0);
@@ -164,14 +169,15 @@ impl Ack {
         let mut fields = Fields::new(Kind::Ack, body);
         let (safe, to) = (fields.u64()?, fields.u64()?);
         let value = fields.i32()?;
-        let taken = fields.u32()? & ACK_TAKEN != 0;
+        let flags = fields.u32()?;
         let state = StateId(fields.array()?);
         let arrived = fields.u64()?;
         fields.end()?;
         Ok(Ack {
             safe,
             answer: Answer { to, value, state },
-            taken,
+            taken: flags & ACK_TAKEN != 0,
+            heard_bye: flags & ACK_HEARD_BYE != 0,
             arrived,
         })
     }
@@ -394,6 +400,7 @@ mod tests {
                 state: StateId([9; 16]),
             },
             taken: true,
+            heard_bye: false,
             arrived: 1 << 33,
         };
         let mut frame = Vec::new();

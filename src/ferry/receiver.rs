@@ -265,6 +265,11 @@ impl Receiver {
         self.ack.taken = true;
     }
 
+    /// The pusher's BYE has come.
+    pub fn heard_bye(&mut self) {
+        self.ack.heard_bye = true;
+    }
+
     /// What was said last, or will be next, on a connection on which `arrived` bytes have arrived:
     /// may be said again at any time.
     pub fn ack(&self, arrived: u64) -> Ack {

@@ -62,6 +62,8 @@ pub enum SenderEvent<'b> {
         answer: Option<Answer>,
         /// The taker has everything that it wants.
         taken: bool,
+        /// The taker has heard that the session is over.
+        heard_bye: bool,
         /// How many bytes have arrived on the connection, says the taker.
         arrived: u64,
         /// Whether the session has come forward, or has nothing to come forward with.
@@ -312,6 +314,7 @@ impl Sender {
             safe: self.safe,
             answer: answer.then_some(ack.answer),
             taken: ack.taken,
+            heard_bye: ack.heard_bye,
             arrived: ack.arrived,
             progress: progress || self.is_settled(),
         })

@@ -133,5 +133,6 @@ pub(crate) const OPENED: Ack = Ack {
         state: StateId::NONE,
     },
     taken: false,
+    heard_bye: false,
     arrived: 0,
 };

@@ -230,12 +230,23 @@ impl<T> Fetching<T> {
     pub(in crate::engine) fn fail(&mut self, why: &str) {
         self.fetcher.fail(Fail::new(FailCode::Taker, why));
         self.say();
+        self.hang_up();
+    }
+
+    /// The far end has said BYE: says that it was heard, and closes the connections in order.
+    pub(in crate::engine) fn leave(&mut self) {
+        self.say();
+        self.hang_up();
+    }
+
+    /// Says what is queued, and drops the connections.
+    fn hang_up(&mut self) {
         if let Some(mut pair) = self.pair.take() {
             self.received_before += pair.stream.traffic().0 + pair.fault.traffic().0;
             lane::say_last_words(&mut pair.stream);
             pair.stream.close();
         }
-        self.detach();
+        self.fetcher.detach();
     }
 
     /// The next thing that has come, faults first.

@@ -7,7 +7,8 @@
 //!
 //! The thread whose connection opened a session owns it: when that connection ends it waits for
 //! others, and gives the session up if nobody comes back. A session has succeeded when the taker says
-//! that it has everything.
+//! that it has everything and the caller takes note of it: only then is BYE said, and said again to whoever
+//! comes back, until the taker has heard it.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -70,6 +71,12 @@ pub(super) struct Offering {
     offer: Mutex<Offer>,
 }
 
+/// What both ends of a connection have said of themselves.
+struct Greeting {
+    peer: Hello,
+    welcome: Hello,
+}
+
 /// What came of a connection.
 pub(in crate::engine) enum Offered {
     /// It opened a session, which is over: what was sent, and how it ended.
@@ -99,7 +106,8 @@ impl OfferPort {
             page: held.page(),
             features: Features::FAULTS
                 .with(Features::HASHES)
-                .with(Features::ON_DEMAND),
+                .with(Features::ON_DEMAND)
+                .with(Features::FAREWELL),
             session: SessionId::default(),
             stream: 0,
             streams: FERRY_STREAMS_MAX,
@@ -125,14 +133,25 @@ impl OfferPort {
     }
 
     /// Runs a connection that has just begun to speak ferry. If it opens a session, returns when that is
-    /// over.
-    pub(in crate::engine) fn handle(&self, stream: Stream, stop: &Stop) -> Result<Offered> {
+    /// over. `taken` is told when the taker has everything, before it hears of that; if it says no, the
+    /// session has failed.
+    pub(in crate::engine) fn handle(
+        &self,
+        stream: Stream,
+        stop: &Stop,
+        taken: &(dyn Fn() -> Result<()> + Sync),
+    ) -> Result<Offered> {
         let peer = stream.peer().to_owned();
-        self.greet(stream, stop)
+        self.greet(stream, stop, taken)
             .map_err(|error| error.within(format!("ferry to {peer}")))
     }
 
-    fn greet(&self, stream: Stream, stop: &Stop) -> Result<Offered> {
+    fn greet(
+        &self,
+        stream: Stream,
+        stop: &Stop,
+        taken: &(dyn Fn() -> Result<()> + Sync),
+    ) -> Result<Offered> {
         let lost = |error| Error::wrap(Kind::PeerLost, "no greeting came", error);
         let transport = transport(stream).map_err(|error| lost(ConnError::Socket(error)))?;
         let mut conn = Conn::new(transport, Arc::default());
@@ -164,7 +183,8 @@ impl OfferPort {
                 drop(state);
                 tracing::info!("session {} is offered the dump's memory", peer.session);
                 let running = self.traffic.begin_session();
-                let ended = self.own(conn, &offering, &peer, &welcome, stop);
+                let greeting = Greeting { peer, welcome };
+                let ended = self.own(conn, &offering, &greeting, stop, taken);
                 if ended.is_ok() {
                     running.succeed();
                 }
@@ -178,14 +198,15 @@ impl OfferPort {
         &self,
         conn: Conn,
         offering: &Arc<Offering>,
-        peer: &Hello,
-        welcome: &Hello,
+        Greeting { peer, welcome }: &Greeting,
         stop: &Stop,
+        taken: &(dyn Fn() -> Result<()> + Sync),
     ) -> Result<()> {
         let pushing = &offering.pushing;
         let result = thread::scope(|scope| {
             let feeder = scope.spawn(|| {
                 let fed = thread::scope(|scope| offering.feed(scope, self.wire));
+                let fed = fed.and_then(|()| taken());
                 match &fed {
                     Ok(()) => pushing.finish(),
                     Err(error) => pushing.abort(&error.to_string()),
@@ -201,6 +222,7 @@ impl OfferPort {
                 self.end_if_given_up(peer.session, pushing, stop);
                 self.bell.wait(seen, LOOK_AGAIN);
             }
+            self.wait_for_farewell(peer.session, pushing, stop);
             pushing.wait_until_over(GOODBYE);
             pushing.cut();
             let fed = feeder.join();
@@ -224,6 +246,25 @@ impl OfferPort {
             }
         }
         result
+    }
+
+    /// Waits until a taker that promised to say so has heard BYE, which is said again on each new
+    /// connection: one that came back to nobody would not know whether the source goes on.
+    fn wait_for_farewell(&self, session: SessionId, pushing: &Pushing, stop: &Stop) {
+        while pushing.awaits_farewell() {
+            let seen = pushing.bell().rings();
+            let expired = lock(&self.state)
+                .harbor
+                .has_expired(session, self.start.elapsed());
+            if expired || stop.is_pulled() {
+                tracing::warn!(
+                    "the lazy client has everything, but may not have heard that the source knows: it did \
+                     not come back"
+                );
+                return;
+            }
+            pushing.bell().wait(seen, LOOK_AGAIN);
+        }
     }
 
     fn end_if_given_up(&self, session: SessionId, pushing: &Pushing, stop: &Stop) {

@@ -55,6 +55,8 @@ struct State {
     answer: Option<Answer>,
     /// The taker has everything that it wants.
     taken: bool,
+    /// It has heard that the session is over.
+    heard_bye: bool,
     /// Whose turn it is to submit a batch.
     ticket: u64,
     wakers: BTreeMap<u16, Arc<Waker>>,
@@ -96,6 +98,7 @@ impl Pushing {
                 frames: VecDeque::new(),
                 answer: None,
                 taken: false,
+                heard_bye: false,
                 ticket: 0,
                 wakers: BTreeMap::new(),
                 ending: None,
@@ -344,6 +347,13 @@ impl State {
         sender.is_none_or(Sender::has_told_end)
     }
 
+    /// Whether BYE was said, or will be, to a taker that says when it hears it, and has not yet.
+    fn awaits_farewell(&self) -> bool {
+        let promised = |(_, agreed): &(_, Agreed)| agreed.features.has(Features::FAREWELL);
+        let well = matches!(self.ending, Some(Ending::Well));
+        well && !self.heard_bye && self.talk.as_ref().is_some_and(promised)
+    }
+
     /// Takes out the frames that are safe.
     fn release(&mut self, safe: u64) -> Vec<Arc<Vec<u8>>> {
         let last = self.talk.as_ref().map_or(0, |(sender, _)| sender.last());
@@ -354,6 +364,11 @@ impl State {
 }
 
 impl Pushing {
+    /// Whether the taker promised to say that it has heard BYE, and has not.
+    pub(super) fn awaits_farewell(&self) -> bool {
+        lock(&self.state).awaits_farewell()
+    }
+
     /// Waits until every living connection was told of the end, for `most` at the longest.
     pub(crate) fn wait_until_over(&self, most: Duration) {
         let start = Instant::now();

@@ -1,6 +1,7 @@
 //! Who is being served, and what that means for the dump.
 //!
-//! A client that says that it has everything ends the dump. Without `--keep`, a dump to whose clients
+//! A client that says that it has everything ends the dump, unless it has been given up by then: which of the
+//! two it is, is decided once. Without `--keep`, a dump to whose clients
 //! nobody comes back, or whose last client has failed, is given up: its connection is reset, and its
 //! processes go on.
 
@@ -25,6 +26,8 @@ struct State {
     here: usize,
     /// A client has everything.
     confirmed: bool,
+    /// The dump was given up: who has everything comes too late.
+    given_up: bool,
     /// Since when nobody is here who was.
     alone_since: Option<Instant>,
     /// Nobody is here, and the last one will not come back.
@@ -82,20 +85,29 @@ impl Guests {
     pub(super) fn wait_for_verdict(&self, stopped: impl Fn() -> bool) -> Verdict {
         self.wait(|state| {
             let alone = state.alone_since.map(|since| since.elapsed());
-            if state.confirmed {
-                Some(Verdict::Confirmed)
+            let verdict = if state.confirmed {
+                Verdict::Confirmed
             } else if stopped() {
-                Some(Verdict::Stopped)
+                Verdict::Stopped
             } else if state.failed && self.give_up_after.is_some() {
-                Some(Verdict::Failed)
+                Verdict::Failed
             } else if alone
                 .is_some_and(|alone| self.give_up_after.is_some_and(|most| alone >= most))
             {
-                Some(Verdict::GivenUp)
+                Verdict::GivenUp
             } else {
-                None
-            }
+                return None;
+            };
+            state.given_up = verdict != Verdict::Confirmed;
+            Some(verdict)
         })
+    }
+
+    /// The dump is lost. Says whether a client has everything by now.
+    pub(super) fn give_up(&self) -> bool {
+        let mut state = lock(&self.state);
+        state.given_up = true;
+        state.confirmed
     }
 
     /// Waits until it is `stopped` or, unless it `stays` for others, nobody is here.
@@ -103,10 +115,10 @@ impl Guests {
         self.wait(|state| (stopped() || (!stays && state.here == 0)).then_some(()));
     }
 
-    fn wait<T>(&self, mut found: impl FnMut(&State) -> Option<T>) -> T {
+    fn wait<T>(&self, mut found: impl FnMut(&mut State) -> Option<T>) -> T {
         let mut state = lock(&self.state);
         loop {
-            if let Some(found) = found(&state) {
+            if let Some(found) = found(&mut state) {
                 return found;
             }
             state = self.look_again(state);
@@ -122,10 +134,14 @@ impl Guests {
 }
 
 impl Guest<'_> {
-    /// This client has everything.
-    pub(super) fn confirm(&self) {
-        lock(&self.guests.state).confirmed = true;
+    /// This client has everything. Says whether it is in time: if not, the dump's processes go on.
+    pub(super) fn confirm(&self) -> bool {
+        let mut state = lock(&self.guests.state);
+        state.confirmed |= !state.given_up;
+        let in_time = !state.given_up;
+        drop(state);
         self.guests.changed.notify_all();
+        in_time
     }
 
     /// This client will not come back.
@@ -174,10 +190,21 @@ mod tests {
         drop(first);
         assert_eq!(guests.wait_for_verdict(|| false), Verdict::GivenUp);
         let second = guests.enter();
-        second.confirm();
-        assert_eq!(guests.wait_for_verdict(|| true), Verdict::Confirmed);
+        assert!(!second.confirm(), "its dump has been given up");
         drop(second);
         guests.wait_until_gone(|| false, false);
-        assert!(guests.confirmed());
+        assert!(!guests.confirmed());
+    }
+
+    #[test]
+    fn a_client_that_has_everything_ends_the_dump_whatever_comes_then() {
+        let guests = Guests::new(Some(Duration::ZERO));
+        let mut client = guests.enter();
+        assert!(client.confirm());
+        client.fail();
+        drop(client);
+        assert_eq!(guests.wait_for_verdict(|| true), Verdict::Confirmed);
+        let another = guests.enter();
+        assert!(another.confirm(), "with --keep there may be more");
     }
 }

@@ -44,6 +44,9 @@ use drain::Drain;
 use guests::{Guest, Guests, Verdict};
 use held::{Held, HeldProcess};
 
+/// What is wrong when the dump cannot be told of the end.
+const BOTH_MAY_RUN: &str = "a client has everything, but the dump's processes may run on as well";
+
 /// What is to be forwarded, and how.
 #[derive(Clone, Debug)]
 pub struct ForwardLazyConfig {
@@ -200,24 +203,21 @@ impl Clients {
                 }
             }
         });
-        let has_everything = match ferry {
+        let served = match ferry {
             Err(error) => Err(error),
             Ok((stream, true)) => self.push(&peer, stream, stop, report, &mut guest),
             Ok((stream, false)) => {
                 let served = serve_client(stream, &self.context);
                 report(&Left::Asked(&peer, &served));
-                served.map(|_| true)
+                served.and_then(|_| in_time(&guest))
             }
         };
-        match has_everything {
-            Ok(true) => guest.confirm(),
-            Ok(false) => {}
-            Err(error) => tracing::warn!("{error}"),
+        if let Err(error) = served {
+            tracing::warn!("{error}");
         }
     }
 
-    /// Pushes everything to the client `peer`, or lends its session one more connection. Says whether it
-    /// has everything now.
+    /// Pushes everything to the client `peer`, or lends its session one more connection.
     fn push(
         &self,
         peer: &str,
@@ -225,10 +225,10 @@ impl Clients {
         stop: &Stop,
         report: impl Fn(&Left<'_>),
         guest: &mut Guest<'_>,
-    ) -> Result<bool> {
+    ) -> Result<()> {
         let (start, cpu_before) = (Instant::now(), cpu_time());
-        match self.port.handle(stream, stop)? {
-            Offered::Lane => Ok(false),
+        match self.port.handle(stream, stop, &|| in_time(guest))? {
+            Offered::Lane => Ok(()),
             Offered::Session(sent, ended) => {
                 let forwarded = Forwarded {
                     peer: self.dump.clone(),
@@ -244,7 +244,7 @@ impl Clients {
                     // It has said so, or was waited for long enough.
                     guest.fail();
                 }
-                ended.map(|()| true)
+                ended
             }
         }
     }
@@ -266,7 +266,13 @@ impl Clients {
                 Ok(())
             }
         });
-        drained.inspect_err(|error| self.held.fail(&error.to_string()))?;
+        drained.map_err(|error| {
+            self.held.fail(&error.to_string());
+            match self.guests.give_up() {
+                true => error.within(BOTH_MAY_RUN),
+                false => error,
+            }
+        })?;
         drop(watched);
         let stopped = || stop.is_pulled();
         match self.guests.wait_for_verdict(stopped) {
@@ -289,13 +295,22 @@ impl Clients {
                 return Err(Error::new(Kind::PeerLost, text));
             }
         }
-        drain.close().map_err(|error| {
-            error.within("a client has everything, but the dump's processes may run on as well")
-        })?;
+        let closed = drain.close();
+        closed.map_err(|error| error.within(BOTH_MAY_RUN))?;
         tracing::info!("a client has everything: the dump is closed");
         self.guests.wait_until_gone(stopped, stays);
         Ok(())
     }
+}
+
+/// A client has everything: notes it, unless the dump has been given up by now.
+fn in_time(guest: &Guest<'_>) -> Result<()> {
+    if guest.confirm() {
+        return Ok(());
+    }
+    let text = "the lazy client has everything, but the dump has been given up before: its processes go on at \
+                the source, so those that were restored must end";
+    Err(Error::new(Kind::PeerLost, text))
 }
 
 /// Ends the wait for further clients.

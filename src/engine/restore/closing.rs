@@ -18,7 +18,8 @@ impl Restore {
     /// Tells the source that everything has come, and waits for its word.
     pub(super) fn close_links(&mut self) -> Result<()> {
         let unconfirmed = format!(
-            "all pages have come, but the source at {} did not confirm the end",
+            "all pages have come and the restored processes run, but the source at {} did not confirm the end: \
+             if its processes run on as well, one of the two must be ended",
             self.links.peer()
         );
         let reached = self.links.await_attempt();

@@ -312,7 +312,8 @@ impl Restore {
 
     /// Says that everything is here, and waits until the source has heard.
     pub(super) fn close_ferry(&mut self) -> Result<()> {
-        let deadline = Instant::now() + CLOSE_TIMEOUT;
+        let patience = self.links.reconnect_timeout.unwrap_or(CLOSE_TIMEOUT);
+        let deadline = Instant::now() + patience.max(CLOSE_TIMEOUT);
         let result = loop {
             match self.await_bye(deadline) {
                 Ok(()) => break Ok(()),
@@ -359,7 +360,10 @@ impl Restore {
             fetching.tell_hashes();
             let left = fetching.flush()?;
             match fetching.next()? {
-                Some(Event::Bye) => return Ok(()),
+                Some(Event::Bye) => {
+                    fetching.leave();
+                    return Ok(());
+                }
                 // What is still pushed is not wanted any more.
                 Some(Event::Pushed(delivery)) => fetching.settle(delivery.plain),
                 Some(Event::Answer(..) | Event::Other) => {}

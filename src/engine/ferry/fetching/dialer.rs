@@ -37,7 +37,9 @@ impl Pushed {
     }
 
     fn features(self) -> Features {
-        let features = Features::FAULTS.with(Features::HASHES);
+        let features = Features::FAULTS
+            .with(Features::HASHES)
+            .with(Features::FAREWELL);
         match self {
             Pushed::All | Pushed::AtRate(_) => features,
             Pushed::Nothing => features.with(Features::ON_DEMAND),

@@ -56,10 +56,16 @@ impl Party for Pushing {
                 safe,
                 answer,
                 taken,
+                heard_bye,
                 arrived,
                 progress,
             }) => {
                 state.taken |= taken;
+                if heard_bye && !state.heard_bye {
+                    state.heard_bye = true;
+                    state.wake_all();
+                    self.bell.ring();
+                }
                 if let Some(answer) = answer {
                     state.answer = Some(answer);
                 }
@@ -126,7 +132,7 @@ impl Party for Pushing {
     fn awaits_word(&self) -> bool {
         let state = lock(&self.state);
         let sender = state.talk.as_ref().map(|(sender, _)| sender);
-        sender.is_some_and(Sender::awaits_word)
+        sender.is_some_and(Sender::awaits_word) || state.awaits_farewell()
     }
 
     fn heartbeat(&self, _arrived: u64) -> Option<Arc<Vec<u8>>> {
@@ -148,7 +154,9 @@ impl Party for Pushing {
         match &state.ending {
             None => false,
             Some(Ending::Lost(_)) => true,
-            Some(Ending::Well | Ending::Failed) => state.cut || state.is_told(),
+            Some(Ending::Well | Ending::Failed) => {
+                state.cut || (state.is_told() && !state.awaits_farewell())
+            }
         }
     }
 }
