@@ -84,7 +84,7 @@ impl PageMemory {
             targets: BTreeMap::new(),
             chunk_bytes: 0,
             keeps_contents: true,
-            kept: KeptPages::default(),
+            kept: KeptPages::new(page, budget_bytes),
             left_out_pages: 0,
         }
     }

@@ -10,7 +10,7 @@
 //! The probe counts the different bytes in a sample of the page; what it takes for random is tried
 //! with zstd now and then all the same, because repetition over longer distances escapes it. Both
 //! sorts back off by themselves (`Trial`), so memory that cannot be compressed costs a sample per
-//! page and one try in 64 batches.
+//! page and one try in 256 batches.
 
 use std::io;
 

@@ -12,8 +12,8 @@ pub(super) struct Trial {
 impl Trial {
     /// After how many batches something that pays is measured again.
     const RECHECK: u32 = 16;
-    /// Something that does not pay is tried in one of 64 batches at the least.
-    const MISSES_MAX: u32 = 6;
+    /// Something that does not pay is tried in one of 256 batches at the least.
+    const MISSES_MAX: u32 = 8;
 
     /// Something that is believed to pay, or not, and is tried at once.
     pub(super) fn new(pays: bool) -> Trial {
@@ -78,7 +78,7 @@ mod tests {
                 trial.learn(false);
             }
         }
-        assert_eq!(tries, [0, 2, 6, 14, 30, 62, 126, 190, 254]);
+        assert_eq!(tries, [0, 2, 6, 14, 30, 62, 126, 254]);
         trial.learn(true);
         let due = (0..100).position(|_| trial.is_due());
         assert_eq!(due, Some(16));

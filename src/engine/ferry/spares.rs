@@ -5,8 +5,8 @@ use std::sync::Mutex;
 
 use super::lock;
 
-/// Most buffers kept: 8 MiB of full batches.
-const KEPT_MAX: usize = 32;
+/// Most buffers kept: a window of full batches.
+const KEPT_MAX: usize = 96;
 
 /// Smaller ones are not worth keeping, bytes.
 const BYTES_MIN: usize = 32 << 10;

@@ -1,4 +1,10 @@
 //! Contents of pages, kept as long as there is room; a clock hand chooses what goes first.
+//!
+//! They lie in slabs, one behind the other as they come: to allocate each page by itself took more time than to
+//! copy it.
+
+use crate::sys::buffers::Slab;
+use crate::units::PageSize;
 
 use super::chunk::{Slot, Spot};
 
@@ -8,15 +14,23 @@ pub(super) const KEPT_EXTRA_BYTES: u64 = 64;
 /// For how many turns of the clock hand the contents of a page that has just changed are safe.
 const WARM: u8 = 2;
 
+/// Most bytes of a slab.
+const SLAB_BYTES_MAX: u64 = 4 << 20;
+
+/// No more than one of so many parts of the budget is in a slab that has just been begun.
+const SLABS_MIN: u64 = 64;
+
 struct Kept {
     spot: Spot,
     warmth: u8,
-    contents: Box<[u8]>,
 }
 
 /// See the module's text.
-#[derive(Default)]
 pub(super) struct KeptPages {
+    page: usize,
+    /// Pages in a slab.
+    slab_pages: usize,
+    slabs: Vec<Slab>,
     slots: Vec<Option<Kept>>,
     free: Vec<Slot>,
     hand: usize,
@@ -24,6 +38,21 @@ pub(super) struct KeptPages {
 }
 
 impl KeptPages {
+    /// Nothing so far, of what is to take `budget_bytes` at most.
+    pub(super) fn new(page: PageSize, budget_bytes: u64) -> KeptPages {
+        let slab_bytes = SLAB_BYTES_MAX.min(budget_bytes / SLABS_MIN);
+        let slab_pages = (slab_bytes >> page.shift()).max(1);
+        KeptPages {
+            page: page.as_usize(),
+            slab_pages: usize::try_from(slab_pages).expect("a slab is small"),
+            slabs: Vec::new(),
+            slots: Vec::new(),
+            free: Vec::new(),
+            hand: 0,
+            count: 0,
+        }
+    }
+
     /// How many pages are kept.
     pub(super) fn count(&self) -> u64 {
         self.count
@@ -31,36 +60,45 @@ impl KeptPages {
 
     /// The contents in `slot`, which is in use.
     pub(super) fn contents(&self, slot: Slot) -> &[u8] {
-        let kept = self.slots[index(slot)].as_ref();
-        &kept
-            .expect("slots are named as long as they are in use")
-            .contents
+        let at = index(slot);
+        assert!(
+            self.slots[at].is_some(),
+            "slots are named as long as they are in use"
+        );
+        let start = at % self.slab_pages * self.page;
+        &self.slabs[at / self.slab_pages][start..start + self.page]
+    }
+
+    fn put(&mut self, at: usize, contents: &[u8]) {
+        let start = at % self.slab_pages * self.page;
+        let slab = &mut self.slabs[at / self.slab_pages];
+        slab[start..start + self.page].copy_from_slice(contents);
     }
 
     /// Keeps `contents` of the page at `spot`. Pages that `changed` are likely to change again and
     /// stay longer.
     pub(super) fn insert(&mut self, spot: Spot, contents: &[u8], changed: bool) -> Slot {
-        let kept = Some(Kept {
-            spot,
-            warmth: if changed { WARM } else { 0 },
-            contents: contents.into(),
+        let slot = self.free.pop().unwrap_or_else(|| {
+            if self.slots.len() == self.slabs.len() * self.slab_pages {
+                self.slabs.push(Slab::new(self.slab_pages * self.page));
+            }
+            self.slots.push(None);
+            let slot = u32::try_from(self.slots.len() - 1);
+            Slot(slot.expect("2^32 pages are beyond any budget"))
         });
+        let warmth = if changed { WARM } else { 0 };
+        self.slots[index(slot)] = Some(Kept { spot, warmth });
+        self.put(index(slot), contents);
         self.count += 1;
-        if let Some(slot) = self.free.pop() {
-            self.slots[index(slot)] = kept;
-            return slot;
-        }
-        self.slots.push(kept);
-        let slot = u32::try_from(self.slots.len() - 1);
-        Slot(slot.expect("2^32 pages are beyond any budget"))
+        slot
     }
 
     /// Replaces the contents in `slot` by newer ones of the same page.
     pub(super) fn replace(&mut self, slot: Slot, contents: &[u8]) {
         let kept = self.slots[index(slot)].as_mut();
-        let kept = kept.expect("slots are named as long as they are in use");
-        kept.contents.copy_from_slice(contents);
-        kept.warmth = WARM;
+        kept.expect("slots are named as long as they are in use")
+            .warmth = WARM;
+        self.put(index(slot), contents);
     }
 
     /// Drops the contents in `slot`.
@@ -68,6 +106,12 @@ impl KeptPages {
         if self.slots[index(slot)].take().is_some() {
             self.count -= 1;
             self.free.push(slot);
+        }
+        if self.count == 0 {
+            self.slabs.clear();
+            self.slots.clear();
+            self.free.clear();
+            self.hand = 0;
         }
     }
 
