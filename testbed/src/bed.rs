@@ -1,7 +1,8 @@
 //! What one test has to itself: a directory, large pipes, and its logs shown if it fails.
 
 use std::env;
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -60,6 +61,19 @@ impl Bed {
             eprintln!("{}", tail(&log));
         }
     }
+}
+
+/// Lets the machine have `bytes` bytes of memory at hand: what a virtual machine has not used for a
+/// while its host must find first, which takes several times as long as to store a page. `dir` is on
+/// a tmpfs.
+///
+/// # Errors
+/// There is not so much room in `dir`.
+pub fn warm_memory(dir: &Path, bytes: u64) -> Result<()> {
+    let path = dir.join("warm");
+    let mut file = File::create(&path)?;
+    io::copy(&mut io::repeat(0).take(bytes), &mut file)?;
+    Ok(fs::remove_file(path)?)
 }
 
 fn collect_logs(dir: &Path, logs: &mut Vec<PathBuf>) {

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::bed::Bed;
+use crate::bed::{Bed, warm_memory};
 use crate::criu::Criu;
 use crate::daemons::{LazyDaemon, Make, Options, PageServer};
 use crate::images;
@@ -62,6 +62,8 @@ pub struct Plan<'a> {
     pub link: Option<(Link, Option<Accident>)>,
     /// How many connections come to harm if there is an accident on the link, the first ones.
     pub harmed_connections: u64,
+    /// So much memory is used and freed just before the restore, bytes: see [`warm_memory`].
+    pub warmed_bytes: u64,
 }
 
 impl<'a> Plan<'a> {
@@ -77,6 +79,7 @@ impl<'a> Plan<'a> {
             parent_of_restored: None,
             link: None,
             harmed_connections: u64::MAX,
+            warmed_bytes: 0,
         }
     }
 
@@ -217,6 +220,7 @@ impl PostCopy {
             .filter(|_| !steps.is_empty())
             .map(|process| Ok((process, load.send(process, steps)?)))
             .collect::<Result<_>>()?;
+        warm_memory(images, plan.warmed_bytes)?;
         let restored = Restore::new(plan.restores, images).lazily().run();
         let restored = restored.with_context(|| daemon.process().log_tail())?;
         if let Ok(init) = restored.init() {

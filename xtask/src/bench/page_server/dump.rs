@@ -8,7 +8,7 @@ use nix::unistd::syncfs;
 use pageferry::image::chain::{Chain, Missing};
 use pageferry::image::dir::ImageDir;
 use pageferry::units::PageCount;
-use testbed::bed::Bed;
+use testbed::bed::{Bed, warm_memory};
 use testbed::daemons::PageServer;
 use testbed::load::Load;
 use testbed::migration::Dump;
@@ -35,7 +35,7 @@ impl Bench<'_> {
         if target == Target::Disk {
             syncfs(&File::open(bed.dir())?)?;
         }
-        self.warm_memory(memory)?;
+        warm_memory(self.dir(), memory)?;
         let images = bed.path("images");
         let mut server = PageServer::receiving(self.make(who), &self.options(&images, link))?;
         let cpu = server.process().cpu()?;

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use nix::unistd::syncfs;
-use testbed::bed::Bed;
+use testbed::bed::{Bed, warm_memory};
 use testbed::daemons::{PageServer, Sink};
 use testbed::load::Load;
 use testbed::load::content::Content;
@@ -89,7 +89,7 @@ impl Bench<'_> {
             // What was written before is not to be written during the run.
             syncfs(&File::open(bed.dir())?)?;
         }
-        self.warm_memory(recording.bytes())?;
+        warm_memory(self.dir(), recording.bytes())?;
         if who == Contender::Sink {
             return self.receive_bare(recording, &bed);
         }

@@ -1,7 +1,5 @@
 //! What a run took, and what all runs have in common.
 
-use std::fs::File;
-use std::io::{self, Read};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -153,6 +151,11 @@ impl<'a> Bench<'a> {
         self.bed.path(name)
     }
 
+    /// Where it is.
+    pub(super) fn dir(&self) -> &Path {
+        self.bed.dir()
+    }
+
     /// What the CRIU in use speaks.
     pub(super) fn wire(&self) -> Result<Wire> {
         let is_v1 = self.criu.speaks_v1()?;
@@ -180,15 +183,6 @@ impl<'a> Bench<'a> {
             Link::Plain => Vec::new(),
             Link::Tls => self.credentials.options(),
         }
-    }
-
-    /// Lets the machine have `bytes` bytes of memory at hand: what a virtual machine has not used for
-    /// a while its host must find first, which takes several times as long as to store a page.
-    pub(super) fn warm_memory(&self, bytes: u64) -> Result<()> {
-        let path = self.path("warm");
-        let mut file = File::create(&path)?;
-        io::copy(&mut io::repeat(0).take(bytes), &mut file)?;
-        Ok(std::fs::remove_file(path)?)
     }
 
     /// Connects to a server.

@@ -178,8 +178,8 @@ impl Case {
         all
     }
 
-    pub(super) fn bytes(self) -> f64 {
-        f64::from(self.mib) * f64::from(1 << 20)
+    pub(super) fn bytes(self) -> u64 {
+        u64::from(self.mib) << 20
     }
 
     /// Pages of each process. A MiB has at least one page for each of four.

@@ -174,6 +174,7 @@ impl Bench<'_> {
         if let Some(link) = case.link.link() {
             plan = plan.over(link);
         }
+        plan.warmed_bytes = case.bytes();
         plan.source_options = vec![VERBOSITY.to_owned()];
         plan.client_options = vec![VERBOSITY.to_owned()];
         if matches!(client, Make::Ours) {

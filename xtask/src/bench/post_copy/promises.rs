@@ -146,7 +146,7 @@ fn slow_link(result: &CaseResult) -> Vec<Bar> {
         .filter(|&&who| who != Contender::Criu);
     let bars = ours.flat_map(|&who| {
         let what = format!("{}, {}", result.case.describe(), who.name());
-        let least = result.case.link.least_s(result.case.bytes());
+        let least = result.case.link.least_s(result.case.bytes() as f64);
         let drained = result.median(who, Metric::Drain);
         [
             Bar::new(
