@@ -25,6 +25,7 @@ const MIB: u32 = 64;
 const HALF_WAY: u64 = 24 << 20;
 
 const VERIFY: [Step; 1] = [Step::Verify(Pass {
+    limit_ms: None,
     order: Order::Random,
     threads: 1,
     overlap: false,

@@ -83,6 +83,8 @@ pub struct StepReport {
     pub expected_digest: Option<u64>,
     /// Duration of the step, µs.
     pub wall_us: u64,
+    /// Its limit came before its end.
+    pub cut_short: bool,
     /// First visits of each page.
     pub touches: Latency,
     /// Those of them that a pager served, see [`FAULT_NS`].

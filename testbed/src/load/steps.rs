@@ -1,6 +1,7 @@
 //! What a load can be told to do.
 
 use std::path::Path;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -69,6 +70,8 @@ pub struct Pass {
     pub overlap: bool,
     /// How closely.
     pub check: Check,
+    /// Ended after this long, wherever it is then, ms; `None`: when every page was visited.
+    pub limit_ms: Option<u64>,
 }
 
 impl Pass {
@@ -79,6 +82,7 @@ impl Pass {
             threads: 1,
             overlap: false,
             check: Check::Full,
+            limit_ms: None,
         }
     }
 
@@ -93,6 +97,14 @@ impl Pass {
     /// The same by `threads` threads.
     pub fn threads(self, threads: u32) -> Pass {
         Pass { threads, ..self }
+    }
+
+    /// The same, ended after `limit`.
+    pub fn within(self, limit: Duration) -> Pass {
+        Pass {
+            limit_ms: Some(u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)),
+            ..self
+        }
     }
 
     /// The same with every thread visiting every page.

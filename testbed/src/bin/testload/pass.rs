@@ -1,6 +1,6 @@
 //! A pass over all pages: visit, time the first touch, compare.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use hdrhistogram::Histogram;
@@ -117,7 +117,13 @@ fn visit_all(memory: &Memory, order: impl Iterator<Item = Visit>, pass: Pass) ->
         .map(|area| vec![false; area.cells.len()])
         .collect();
     let (mut sum, mut expected_sum) = (0u64, 0u64);
+    let limit = pass.limit_ms.map(Duration::from_millis);
+    let started = Instant::now();
     for (area, index) in order {
+        if limit.is_some_and(|limit| started.elapsed() >= limit) {
+            tally.report.cut_short = true;
+            break;
+        }
         let cell = memory.areas[area as usize].cells[index as usize];
         if cell.expect == Expect::Gone {
             continue;
@@ -197,6 +203,7 @@ impl Tally {
             into.wrong += from.wrong;
             into.wrong_zero += from.wrong_zero;
             into.poisoned += from.poisoned;
+            into.cut_short |= from.cut_short;
             into.wrong_pages.extend(from.wrong_pages);
             into.wrong_pages.truncate(WRONG_PAGES_TOLD);
             let add = |a: Option<u64>, b: Option<u64>| Some(a?.wrapping_add(b?));

@@ -58,14 +58,16 @@ impl Access {
     }
 
     /// What every process does as soon as it is restored.
-    pub(super) fn step(self) -> Step {
+    /// One pass, ended after `limit`.
+    pub(super) fn step(self, limit: Duration) -> Step {
         // Quick: checking every byte would take longer than moving it.
-        Step::Verify(match self {
+        let pass = match self {
             Access::Ascending => Pass::quick(Order::Ascending),
             Access::HotCold => Pass::quick(Order::HotCold),
             Access::FourThreads => Pass::quick(Order::Random).threads(4),
             Access::Random | Access::FourProcesses => Pass::quick(Order::Random),
-        })
+        };
+        Step::Verify(pass.within(limit))
     }
 }
 

@@ -23,6 +23,8 @@ use super::case::{Case, Contender};
 
 /// Warnings and errors, CRIU's default: the harness logs everything, which would be measured too.
 const VERBOSITY: &str = "-v2";
+/// How long a pass that its limit ends may take to say so: it waits for one page at most.
+const LAST_WORD: Duration = Duration::from_secs(10);
 const US_PER_S: f64 = 1e6;
 const MIB: f64 = (1u32 << 20) as f64;
 
@@ -134,7 +136,7 @@ pub(super) struct Run {
     drain_s: Sample,
     over_s: Sample,
     pass_s: Sample,
-    /// None if the run was ended before its processes could tell.
+    /// Up to the limit, if that ended the run; none if its processes did not even tell then.
     faults: Option<Faults>,
     cpu_s: Sample,
     peak_mib: Sample,
@@ -159,7 +161,7 @@ impl Bench<'_> {
         let plan = self.plan(case, who, &summary);
         let lifetime = self.limit + 4 * GENEROUS;
         let load = case.load(&bed.path("load"), u32::try_from(lifetime.as_secs())?);
-        let run = PostCopy::start(&bed, &plan, load, &[case.access.step()])
+        let run = PostCopy::start(&bed, &plan, load, &[case.access.step(self.limit)])
             .and_then(|migration| self.watch(migration, &summary));
         run.with_context(|| format!("{}: {}", who.name(), case.describe()))
     }
@@ -197,13 +199,14 @@ impl Bench<'_> {
                 }
             }
             reported = reported || migration.reported()?;
-            let done = (over.is_some() && reported) || restored.elapsed() >= self.limit;
-            Ok(done.then_some(()))
+            let ended = over.is_some() || restored.elapsed() >= self.limit;
+            let silent = restored.elapsed() >= self.limit + LAST_WORD;
+            Ok((ended && reported || silent).then_some(()))
         })?;
         let limit = Sample::at_least(self.limit.as_secs_f64());
         let (pass_s, faults) = if reported {
             let (pass, faults) = passes(&migration.reports()?)?;
-            (Sample::exact(pass.as_secs_f64()), Some(faults))
+            (pass, Some(faults))
         } else {
             (limit, None)
         };
@@ -239,13 +242,17 @@ impl Bench<'_> {
 }
 
 /// The longest pass, and the faults of all.
-fn passes(reports: &[Report]) -> Result<(Duration, Faults)> {
+fn passes(reports: &[Report]) -> Result<(Sample, Faults)> {
     let steps: Vec<&StepReport> = reports.iter().flat_map(Report::every_step).collect();
     ensure!(
         !steps.is_empty() && steps.iter().all(|step| step.checked > 0),
         "a process that read no page"
     );
     let longest = steps.iter().map(|step| step.wall_us).max();
-    let longest = Duration::from_micros(longest.unwrap_or(0));
-    Ok((longest, Faults::of(&steps)))
+    let longest = Duration::from_micros(longest.unwrap_or(0)).as_secs_f64();
+    let pass = match steps.iter().any(|step| step.cut_short) {
+        true => Sample::at_least(longest),
+        false => Sample::exact(longest),
+    };
+    Ok((pass, Faults::of(&steps)))
 }

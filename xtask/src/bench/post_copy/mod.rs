@@ -47,7 +47,8 @@ pub(crate) struct Args {
     /// Rounds of which the medians are taken, after one that warms up.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
-    /// A run that takes more seconds after the restore is ended, and counts as that long.
+    /// A run that takes more seconds after the restore is ended, and counts as that long; its faults
+    /// are those until then.
     #[arg(long, value_name = "SECONDS", default_value_t = 60,
           value_parser = clap::value_parser!(u64).range(1..=3600))]
     limit: u64,
