@@ -8,4 +8,5 @@ pub mod pageset;
 pub mod pattern;
 pub mod planner;
 pub mod space;
+pub mod stretch;
 pub mod window;

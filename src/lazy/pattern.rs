@@ -5,6 +5,8 @@
 //! much is read ahead as before. Three faults at one distance, too far apart for a walk, are a
 //! stride. Any other fault begins a new walk, and stands alone for now.
 
+use super::stretch::STRETCH_BYTES;
+
 /// Walks followed at once in a process: more threads than that fault as if at random.
 const WALKS: usize = 8;
 
@@ -14,6 +16,10 @@ const AHEAD_PAGES_MAX: u64 = 64;
 /// How far beyond what was read ahead a fault still continues a walk, pages: the background stream
 /// may have filled what lies between.
 const SLACK_PAGES: u64 = 64;
+
+/// The same for a walk that is known for one, pages: it may have slept for a whole stretch, twice its
+/// length in 4 KiB pages.
+const KNOWN_SLACK_PAGES: u64 = 2 * (STRETCH_BYTES >> 12);
 
 /// How many further pages of a stride are brought.
 const STRIDE_PAGES: i64 = 4;
@@ -71,8 +77,18 @@ impl Walk {
             .clamp(1, AHEAD_PAGES_MAX)
     }
 
+    /// Whether a fault upwards of its last would be one of a walk upwards.
+    fn leads_up(self) -> bool {
+        self.upwards && self.run > 1
+    }
+
     fn reaches(self, page: u64) -> bool {
-        self.used > 0 && self.last.abs_diff(page) <= self.ahead() + SLACK_PAGES
+        let slack = if self.leads_up() && page > self.last {
+            KNOWN_SLACK_PAGES
+        } else {
+            SLACK_PAGES
+        };
+        self.used > 0 && self.last.abs_diff(page) <= self.ahead() + slack
     }
 }
 
@@ -132,7 +148,7 @@ impl Pattern {
     pub fn walks_up_to(&self, page: u64) -> bool {
         self.walks
             .iter()
-            .any(|walk| walk.upwards && walk.run > 1 && page >= walk.last && walk.reaches(page))
+            .any(|walk| walk.leads_up() && page >= walk.last && walk.reaches(page))
     }
 
     /// Pages that were brought ahead fault no more, so a known stride goes on in multiples.
@@ -191,6 +207,10 @@ mod tests {
         }
         assert!(!pattern.walks_up_to(50), "behind it");
         assert!(!pattern.walks_up_to(10_000), "far ahead of it");
+        assert!(
+            pattern.walks_up_to(110 + KNOWN_SLACK_PAGES),
+            "after a stretch in one go"
+        );
     }
 
     #[test]

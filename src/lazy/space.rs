@@ -213,6 +213,10 @@ impl Space {
             let bytes = (pages * self.page.bytes()).min(LOCAL_FAULT_BYTES_MAX);
             return FaultAnswer::Local(piece.part(self.run_from(start, bytes, piece)));
         }
+        if self.is_walked_up(start) {
+            // A walk goes on over pages that no image has, and over such as have just come.
+            self.pattern.observe(start.get() >> self.page.shift());
+        }
         FaultAnswer::Zero
     }
 

@@ -34,10 +34,22 @@ pub enum Event {
     Unmap(PageRange),
 }
 
+/// Whether filling pages wakes those who wait for them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Wake {
+    /// It does.
+    Now,
+    /// It does not: [`Uffd::wake`] will.
+    Later,
+}
+
+/// UFFDIO_COPY_MODE_DONTWAKE.
+const COPY_MODE_DONTWAKE: u64 = 1;
+
 /// What became of an attempt to fill pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Filled {
-    /// This many bytes from the start on are filled and their waiters woken.
+    /// This many bytes from the start on are filled, and their waiters woken if that was asked for.
     Bytes(u64),
     /// The first page is there already (EEXIST). Its waiters were not woken.
     Present,
@@ -85,12 +97,15 @@ impl Uffd {
 
     /// Copies `bytes` to the missing pages from `at` on. `bytes` need not be aligned; its length is
     /// a multiple of the page size.
-    pub fn copy(&self, at: Vaddr, bytes: &[u8]) -> io::Result<Filled> {
+    pub fn copy(&self, at: Vaddr, bytes: &[u8], wake: Wake) -> io::Result<Filled> {
         let mut call = Copy {
             dst: at.get(),
             src: bytes.as_ptr() as u64,
             len: bytes.len() as u64,
-            mode: 0,
+            mode: match wake {
+                Wake::Now => 0,
+                Wake::Later => COPY_MODE_DONTWAKE,
+            },
             copied: 0,
         };
         // SAFETY: `call` is a valid uffdio_copy and outlives the call; the kernel reads `len` bytes

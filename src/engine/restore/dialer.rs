@@ -92,6 +92,11 @@ impl Pair {
         }
     }
 
+    /// Both connections, or the one that there is.
+    pub(super) fn links(&self) -> impl Iterator<Item = &Link> {
+        std::iter::once(&self.stream).chain(self.fault.as_ref().map(|fault| &fault.link))
+    }
+
     /// Whether faults have a connection of their own.
     pub(super) fn has_fault_link(&self) -> bool {
         self.fault.as_ref().is_some_and(|fault| fault.proven)
@@ -99,15 +104,10 @@ impl Pair {
 
     /// Whether requests wait for room in a socket.
     pub(super) fn awaits_room(&self) -> bool {
-        let fault = self.fault.as_ref();
-        self.stream.awaits_room || fault.is_some_and(|fault| fault.link.awaits_room)
+        self.links().any(|link| link.awaits_room)
     }
 
     pub(super) fn bytes_received(&self) -> u64 {
-        self.stream.bytes_received()
-            + self
-                .fault
-                .as_ref()
-                .map_or(0, |fault| fault.link.bytes_received())
+        self.links().map(Link::bytes_received).sum()
     }
 }

@@ -2,10 +2,11 @@
 
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
 
+use super::waking::Waiters;
 use super::{EVENTS_MAX, Process, Restore};
 use crate::error::{Error, Kind, Result};
 use crate::lazy::planner::{SpaceId, Way};
-use crate::lazy::space::{FaultAnswer, Served};
+use crate::lazy::space::FaultAnswer;
 use crate::sys::uffd::{Event, Filled, Uffd};
 use crate::units::{PageRange, Vaddr};
 
@@ -64,12 +65,15 @@ impl Restore {
                 break;
             }
             for event in events {
+                if !matches!(event, Event::Fault(_)) {
+                    self.stretch.forget_quiet(id);
+                }
                 match event {
                     Event::Fault(addr) => faults.push(addr),
                     Event::Fork(uffd) => self.handle_fork(id, uffd)?,
                     Event::Remap { from, to } => self.handle_remap(id, from, to),
                     Event::Remove(range) | Event::Unmap(range) => {
-                        self.settle(id, range, Way::Gone, true);
+                        self.settle(id, range, Way::Gone, Waiters::Asleep);
                     }
                 }
             }
@@ -83,8 +87,15 @@ impl Restore {
     fn answer(&mut self, id: SpaceId, addr: Vaddr) -> Result<()> {
         let now_us = self.clock.now_us();
         let reach = self.reach(now_us);
+        let page = self.images.page();
+        let start = page.floor(addr.get());
+        let at = PageRange::new(start, start + page.bytes());
         match self.planner.handle_fault(id, addr, reach, now_us) {
             FaultAnswer::Wait => Ok(()),
+            FaultAnswer::Zero if self.stretch.was_quiet(id, at.start()) => {
+                self.settle(id, at, Way::Gone, Waiters::Walking);
+                Ok(())
+            }
             FaultAnswer::Zero => self.fill_zero(id, addr),
             FaultAnswer::Local(piece) => self.install_local(id, piece),
         }
@@ -105,9 +116,11 @@ impl Restore {
             )
         };
         match process.uffd.zero(range).map_err(failed)? {
-            Filled::Bytes(_) => self.settle(id, range, Way::Zero, false),
+            Filled::Bytes(_) => self.settle(id, range, Way::Zero, Waiters::Woken),
             // Another thread's fault brought it, or its mapping went: let the reader look again.
-            Filled::Present | Filled::Unmapped => self.settle(id, range, Way::Gone, true),
+            Filled::Present | Filled::Unmapped => {
+                self.settle(id, range, Way::Gone, Waiters::Asleep);
+            }
             Filled::Changing => self.retries.push_back((id, addr)),
             Filled::Exited => self.forget(id),
         }
@@ -134,40 +147,7 @@ impl Restore {
         let mut woken = Vec::new();
         self.planner
             .handle_remap(id, from, to, |served| woken.push(served));
-        self.wake(id, &woken);
-    }
-
-    /// The pages of `range` are settled. With `wake`, those who wait for them do not know yet.
-    pub(super) fn settle(&mut self, id: SpaceId, range: PageRange, way: Way, wake: bool) {
-        let now_us = self.clock.now_us();
-        let mut served = Vec::new();
-        self.planner
-            .settle(id, range, way, |thread| served.push(thread));
-        self.observer.filled(now_us);
-        let pid = self.processes.get(&id).map_or(0, |process| process.pid);
-        for thread in &served {
-            self.observer.served(pid, thread, now_us);
-        }
-        if wake {
-            self.wake(id, &served);
-        }
-    }
-
-    fn wake(&self, id: SpaceId, threads: &[Served]) {
-        let Some(process) = self.processes.get(&id) else {
-            return;
-        };
-        for thread in threads {
-            let start = thread.page.get();
-            let range = PageRange::new(start, start + self.images.page().bytes());
-            if let Err(error) = process.uffd.wake(range) {
-                tracing::warn!(
-                    "cannot wake pid {} at {}: {error}",
-                    process.pid,
-                    thread.page
-                );
-            }
-        }
+        woken.into_iter().for_each(|thread| self.wake(id, thread));
     }
 
     /// The process ended: nobody needs its pages.

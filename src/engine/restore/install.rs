@@ -3,11 +3,12 @@
 use std::io;
 
 use super::Restore;
+use super::waking::Waiters;
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::Stored;
 use crate::lazy::extents::Piece;
 use crate::lazy::planner::{SpaceId, Way};
-use crate::sys::uffd::Filled;
+use crate::sys::uffd::{Filled, Wake};
 use crate::units::{PageRange, Vaddr};
 
 /// Received or copied with one call at most while lone faults are about, bytes: about 25 µs that one
@@ -48,10 +49,11 @@ impl Restore {
         while let Some(piece) = self.planner.arrived(id, image) {
             let piece = self.awaited_first(id, piece, limit);
             let at = piece.at;
+            let wake = self.waking(id, at.start());
             let from = offset(piece.image.get() - image.start().get());
             let source = &bytes[from..from + offset(at.bytes())];
-            match self.fill(id, at, way, &mut limit, |uffd| {
-                uffd.copy(at.start(), source)
+            match self.fill(id, at, way, &mut limit, wake, |uffd| {
+                uffd.copy(at.start(), source, wake)
             })? {
                 Step::On => stuck = 0,
                 Step::Stuck => {
@@ -62,6 +64,7 @@ impl Restore {
                 }
                 Step::Over => return Ok(()),
             }
+            self.release_due();
             self.serve_faults()?;
         }
         Ok(())
@@ -92,7 +95,7 @@ impl Restore {
         piece.part(PageRange::new(start, end))
     }
 
-    /// Fills `at` by `call` and settles what it filled. `limit` is lowered when the range seems to
+    /// Fills `at` by `call`, which wakes as `wake` says, and settles what it filled. `limit` is lowered when the range seems to
     /// cross a mapping's border, and restored by success.
     fn fill(
         &mut self,
@@ -100,6 +103,7 @@ impl Restore {
         at: PageRange,
         way: Way,
         limit: &mut u64,
+        wake: Wake,
         call: impl Fn(&crate::sys::uffd::Uffd) -> io::Result<Filled>,
     ) -> Result<Step> {
         let page = self.images.page().bytes();
@@ -117,18 +121,19 @@ impl Restore {
         match call(&process.uffd).map_err(failed)? {
             Filled::Bytes(filled) => {
                 *limit = STEP_BYTES.max(*limit);
-                self.settle(
-                    id,
-                    PageRange::new(at.start().get(), at.start().get() + filled),
-                    way,
-                    false,
-                );
+                let at = PageRange::new(at.start().get(), at.start().get() + filled);
+                self.stretch.filled(id, at, wake == Wake::Later);
+                let waiters = match wake {
+                    Wake::Now => Waiters::Woken,
+                    Wake::Later => Waiters::Walking,
+                };
+                self.settle(id, at, way, waiters);
             }
-            Filled::Present => self.settle(id, first_page, way, true),
+            Filled::Present => self.settle(id, first_page, way, Waiters::Asleep),
             Filled::Unmapped if at.bytes() > page => {
                 *limit = self.images.page().floor(at.bytes() / 2).max(page);
             }
-            Filled::Unmapped => self.settle(id, first_page, Way::Gone, true),
+            Filled::Unmapped => self.settle(id, first_page, Way::Gone, Waiters::Asleep),
             Filled::Changing => {
                 self.read_events(id)?;
                 return Ok(Step::Stuck);
@@ -164,7 +169,9 @@ impl Restore {
                 at.start().get(),
                 at.start().get() + self.images.page().bytes(),
             );
-            self.fill(id, first, Way::Local, &mut limit, |uffd| uffd.zero(first))?;
+            self.fill(id, first, Way::Local, &mut limit, Wake::Now, |uffd| {
+                uffd.zero(first)
+            })?;
             return Ok(());
         }
         let mut scratch = std::mem::take(&mut self.scratch);
@@ -187,8 +194,8 @@ impl Restore {
         loop {
             let range = PageRange::new(at.start().get(), at.start().get() + at.bytes().min(*limit));
             let part = &bytes[..offset(range.bytes())];
-            match self.fill(id, range, Way::Local, limit, |uffd| {
-                uffd.copy(range.start(), part)
+            match self.fill(id, range, Way::Local, limit, Wake::Now, |uffd| {
+                uffd.copy(range.start(), part, Wake::Now)
             })? {
                 // A border lowered the limit and nothing was filled: once more with less.
                 Step::On if *limit < range.bytes() => {}

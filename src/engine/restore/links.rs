@@ -17,7 +17,7 @@ use std::sync::Arc;
 use super::dialer::{Dialer, Pair, Which};
 use super::ferry::{self, Ferry};
 use super::install::offset;
-use super::link::{Arrival, LinkStep};
+use super::link::{Arrival, Link, LinkStep};
 use super::reconnect::Dialed;
 use super::{Restore, RestoreConfig, Token, rewatch, watch};
 use crate::criu::fetch::Step;
@@ -104,16 +104,29 @@ impl Links {
         self.bytes_received_before + now
     }
 
+    /// Whether pages are on the way that were asked for page by page.
+    pub(super) fn has_in_flight(&self) -> bool {
+        let is_full = |link: &Link| link.window().in_flight() > 0;
+        self.pair.as_ref().is_some_and(|pair| {
+            // A second connection that was never answered has its first question open for ever.
+            let fault = pair.fault.as_ref().filter(|fault| fault.proven);
+            is_full(&pair.stream) || fault.is_some_and(|fault| is_full(&fault.link))
+        })
+    }
+
+    /// Whether the source was seen to be on this host or beside it. One that pushes is not asked.
+    pub(super) fn is_near(&self) -> bool {
+        let pair = self.pair.as_ref();
+        pair.is_some_and(|pair| pair.stream.window().is_near())
+    }
+
     pub(super) fn has_buffered(&self) -> bool {
         let ferry = self.ferry.as_ref();
         ferry.is_some_and(|ferry| ferry.fetching.has_work())
-            || self.pair.as_ref().is_some_and(|pair| {
-                pair.stream.has_buffered()
-                    || pair
-                        .fault
-                        .as_ref()
-                        .is_some_and(|fault| fault.link.has_buffered())
-            })
+            || self
+                .pair
+                .as_ref()
+                .is_some_and(|pair| pair.links().any(Link::has_buffered))
     }
 
     /// Until when the background stream holds back for a fault that is likely to come, µs.
@@ -134,11 +147,8 @@ impl Links {
 
     /// Whether lone faults are about.
     pub(super) fn is_faulting(&self, now_us: u64) -> bool {
-        self.pair.as_ref().is_some_and(|pair| {
-            let fault = pair.fault.as_ref().map(|fault| &fault.link);
-            let mut links = std::iter::once(&pair.stream).chain(fault);
-            links.any(|link| link.window().is_faulting(now_us))
-        })
+        let pair = self.pair.as_ref();
+        pair.is_some_and(|pair| pair.links().any(|link| link.window().is_faulting(now_us)))
     }
 
     /// Resets the connections: the source keeps its memory.

@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::waking::Waiters;
 use super::{OnLoss, Restore};
 use crate::error::{Error, Kind, Result};
 use crate::lazy::planner::{SpaceId, Way};
@@ -64,6 +65,7 @@ impl Loss {
 impl Restore {
     /// Gives the source up for good. An error here means that not even that could be done.
     pub(super) fn lose(&mut self, cause: Error) -> Result<()> {
+        self.release_walks();
         // An operator may still have it try again.
         if self.config.on_loss != OnLoss::Hold {
             self.fail_ferry(&cause);
@@ -187,15 +189,15 @@ impl Restore {
                         id,
                         PageRange::new(start, start + bytes),
                         Way::Poisoned,
-                        false,
+                        Waiters::Woken,
                     );
                     limit = POISON_BYTES_MAX;
                 }
-                Filled::Present => self.settle(id, first, Way::Gone, true),
+                Filled::Present => self.settle(id, first, Way::Gone, Waiters::Asleep),
                 Filled::Unmapped if range.bytes() > page => {
                     limit = self.images.page().floor(range.bytes() / 2).max(page);
                 }
-                Filled::Unmapped => self.settle(id, first, Way::Gone, true),
+                Filled::Unmapped => self.settle(id, first, Way::Gone, Waiters::Asleep),
                 Filled::Changing => std::thread::yield_now(),
                 Filled::Exited => self.forget(id),
             }

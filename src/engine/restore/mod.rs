@@ -20,6 +20,7 @@ mod closing;
 mod dialer;
 mod faults;
 mod ferry;
+mod idle;
 mod install;
 pub mod intake;
 mod link;
@@ -30,6 +31,7 @@ mod reconnect;
 mod report;
 mod signals;
 mod victims;
+mod waking;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -39,10 +41,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll, ppoll};
-use nix::sched::sched_yield;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::time::TimeSpec;
 
 use crate::criu::header::Wire;
 use crate::engine::transport::Peer;
@@ -50,6 +49,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::chain::Chain;
 use crate::image::dir::ImageDir;
 use crate::lazy::planner::{Planner, SpaceId};
+use crate::lazy::stretch::Stretch;
 use crate::lazy::window::RateLimit;
 use crate::sys::process::page_size;
 use crate::sys::uffd::Uffd;
@@ -69,12 +69,6 @@ const EVENTS_MAX: usize = 64;
 
 /// How often the loop looks up when nothing happens: for ended processes, progress and waiting.
 const TICK: Duration = Duration::from_millis(250);
-
-/// How long to look for a fault or an answer that is due before sleeping, µs.
-const SPIN_US: u64 = 50;
-
-/// After this long an answer that the kernel refused is tried again, µs.
-const RETRY_US: u64 = 1_000;
 
 /// How often a restore that does not come is mentioned.
 const WAITING_LINE: Duration = Duration::from_secs(10);
@@ -168,6 +162,8 @@ pub struct Restore {
     processes: BTreeMap<SpaceId, Process>,
     /// Faults that could not be answered because an event was in the way.
     retries: VecDeque<(SpaceId, Vaddr)>,
+    /// Walks whose pages are there and that are woken later.
+    stretch: Stretch,
     links: Links,
     limit: Option<RateLimit>,
     loss: Option<Loss>,
@@ -237,6 +233,7 @@ impl Restore {
             finished: false,
             processes: BTreeMap::new(),
             retries: VecDeque::new(),
+            stretch: Stretch::default(),
             links,
             loss: None,
             faults_poll: new_poll()?,
@@ -310,6 +307,7 @@ impl Restore {
                 );
             }
         }
+        self.release_walks();
         match self.loss.take() {
             None => Ok(()),
             Some(loss) => Err(loss.into_error()),
@@ -342,6 +340,7 @@ impl Restore {
 
     /// One round: waits for something to happen, or does a step of background work.
     fn round(&mut self) -> Result<()> {
+        self.release_due();
         let background = self.background_step()?;
         self.send_requests()?;
         if !background && !self.links.has_buffered() && !self.owes_hashes() {
@@ -364,54 +363,6 @@ impl Restore {
             }
         }
         self.pump_links()
-    }
-
-    /// Waits until something happens or it is time for something. With ppoll, since what the
-    /// background waits for is often less than the millisecond that epoll_wait can tell.
-    fn wait(&mut self) -> Result<()> {
-        if self.spin()? {
-            return Ok(());
-        }
-        let timeout = TimeSpec::from_duration(self.wait_time());
-        let mut polled = [PollFd::new(self.poll.0.as_fd(), PollFlags::POLLIN)];
-        match ppoll(&mut polled, Some(timeout), None) {
-            Ok(_) | Err(Errno::EINTR) => Ok(()),
-            Err(errno) => Err(Error::wrap(Kind::Io, "cannot wait for events", errno)),
-        }
-    }
-
-    /// Looks again and again for a short time, as long as a fault or its answer is due: to sleep and
-    /// be woken takes a third of the time of a fault. Others that want the CPU have it. Says whether
-    /// something happened.
-    fn spin(&mut self) -> Result<bool> {
-        let mut now_us = self.clock.now_us();
-        let until_us = now_us + SPIN_US;
-        let mut polled = [PollFd::new(self.poll.0.as_fd(), PollFlags::POLLIN)];
-        while now_us < until_us && self.links.is_fault_due(now_us) {
-            match poll(&mut polled, PollTimeout::ZERO) {
-                Ok(0) | Err(Errno::EINTR) => {}
-                Ok(_) => return Ok(true),
-                Err(errno) => return Err(Error::wrap(Kind::Io, "cannot wait for events", errno)),
-            }
-            sched_yield().map_err(|errno| Error::wrap(Kind::Io, "cannot yield the CPU", errno))?;
-            now_us = self.clock.now_us();
-        }
-        Ok(false)
-    }
-
-    fn wait_time(&mut self) -> Duration {
-        let now_us = self.clock.now_us();
-        let limited = self
-            .limit
-            .as_mut()
-            .and_then(|limit| limit.wait_until_us(now_us));
-        let held = self.links.holds_until_us(now_us);
-        let retry = (!self.retries.is_empty()).then_some(now_us + RETRY_US);
-        [limited, held, retry]
-            .into_iter()
-            .flatten()
-            .map(|until_us| Duration::from_micros(until_us.saturating_sub(now_us)))
-            .fold(TICK, Duration::min)
     }
 
     /// What happens four times a second: progress, and looking for processes that ended.

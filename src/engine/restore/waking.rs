@@ -1,72 +1,98 @@
-//! hack
+//! Waking those whose pages are there: at once, or walks with a whole [`Stretch`] before them.
+//!
+//! Walks are held up nearby alone, where waking them costs more than the pages do. No thread is left
+//! asleep: they are woken when the stretch is there or its time is over, when nothing is on the way,
+//! before anything is given up, and at the end.
+//!
+//! [`Stretch`]: crate::lazy::stretch::Stretch
+
 use super::Restore;
-use crate::lazy::planner::SpaceId;
+use crate::lazy::planner::{SpaceId, Way};
 use crate::lazy::space::Served;
+use crate::sys::uffd::Wake;
+use crate::units::{PageRange, Vaddr};
 
-pub(super) fn env(name: &'static str, default: u64) -> u64 {
-    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
-}
-
-#[derive(Debug)]
-pub(super) struct Held {
-    threads: Vec<(SpaceId, Served)>,
-    bytes: u64,
-    until_us: u64,
-    pub(super) max_bytes: u64,
-    max_us: u64,
-    pub(super) n: [u64; 8],
-    pub(super) quiet: Option<(SpaceId, u64, u64)>,
-    pub(super) wq: u64,
-}
-
-impl Held {
-    pub(super) fn new() -> Held {
-        Held { threads: Vec::new(), bytes: 0, until_us: 0, max_bytes: env("P_WB", 1 << 20), max_us: env("P_WU", 1000), n: [0; 8], quiet: None, wq: env("P_WQ", 1) }
-    }
-    pub(super) fn until_us(&self) -> Option<u64> {
-        (!self.threads.is_empty()).then_some(self.until_us)
-    }
+/// What those know who wait for a page that was filled or is gone.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Waiters {
+    /// The kernel has woken them.
+    Woken,
+    /// Nobody has told them.
+    Asleep,
+    /// Nobody has told them, and those who walk may wait for a stretch.
+    Walking,
 }
 
 impl Restore {
-    pub(super) fn hold(&mut self, id: SpaceId, served: Served, now_us: u64) {
-        if self.held.threads.is_empty() {
-            self.held.until_us = now_us + self.held.max_us;
-            self.held.bytes = 0;
-        }
-        self.held.threads.push((id, served));
-    }
-    pub(super) fn held_filled(&mut self, bytes: u64) {
-        self.held.bytes += bytes;
-        if !self.held.threads.is_empty() && self.held.bytes >= self.held.max_bytes {
-            self.held.n[0] += 1;
-            self.release();
-        }
-    }
-    pub(super) fn release_due(&mut self) {
-        if self.held.threads.is_empty() { return; }
-        if { let d = self.clock.now_us() >= self.held.until_us; if d { self.held.n[1] += 1 } else if self.links.in_flight() == 0 { self.held.n[2] += 1 }; d } || self.links.in_flight() == 0 {
-            self.release();
-        }
-    }
-    pub(super) fn release(&mut self) {
+    /// The pages of `range` are settled; `waiters` is what those who wait for one know of it.
+    pub(super) fn settle(&mut self, id: SpaceId, range: PageRange, way: Way, waiters: Waiters) {
         let now_us = self.clock.now_us();
-        for (id, thread) in std::mem::take(&mut self.held.threads) {
-            let pid = self.processes.get(&id).map_or(0, |process| process.pid);
-            self.observer.served(pid, &thread, now_us);
-            self.wake(id, &[thread]);
+        let mut served = Vec::new();
+        self.planner
+            .settle(id, range, way, |thread| served.push(thread));
+        self.observer.filled(now_us);
+        for thread in served {
+            if waiters == Waiters::Walking && self.is_walked(id, thread.page) {
+                self.stretch.hold(id, thread, now_us);
+                continue;
+            }
+            self.note_served(id, thread, now_us);
+            if waiters != Waiters::Woken {
+                self.wake(id, thread);
+            }
         }
     }
 
-    pub(super) fn held_n(&mut self, later: bool) { self.held.n[if later {3} else {4}] += 1; }
-
-    pub(super) fn quieted(&mut self, id: SpaceId, start: u64, end: u64) {
-        self.held.quiet = match self.held.quiet {
-            Some((other, first, last)) if other == id && last == start => Some((id, first, end)),
-            _ => Some((id, start, end)),
-        };
+    /// Whether filling the page at `start` is to wake those who wait for it and what follows.
+    pub(super) fn waking(&self, id: SpaceId, start: Vaddr) -> Wake {
+        if self.links.is_near() && self.is_walked(id, start) {
+            Wake::Later
+        } else {
+            Wake::Now
+        }
     }
-    pub(super) fn was_quieted(&self, id: SpaceId, page: u64) -> bool {
-        self.held.quiet.is_some_and(|(other, start, end)| other == id && (start..end).contains(&page))
+
+    fn is_walked(&self, id: SpaceId, page: Vaddr) -> bool {
+        let space = self.planner.space(id);
+        space.is_some_and(|space| space.is_walked_up(page))
+    }
+
+    /// Wakes the walks that were held up for long enough.
+    pub(super) fn release_due(&mut self) {
+        let now_us = self.clock.now_us();
+        let nothing_comes = || !self.links.has_in_flight();
+        if self.stretch.is_due(now_us) || self.stretch.until_us().is_some() && nothing_comes() {
+            self.release_walks();
+        }
+    }
+
+    /// Wakes all walks that are held up.
+    pub(super) fn release_walks(&mut self) {
+        let now_us = self.clock.now_us();
+        for (id, thread) in self.stretch.release() {
+            self.note_served(id, thread, now_us);
+            self.wake(id, thread);
+        }
+    }
+
+    fn note_served(&mut self, id: SpaceId, thread: Served, now_us: u64) {
+        let pid = self.processes.get(&id).map_or(0, |process| process.pid);
+        self.observer.served(pid, &thread, now_us);
+    }
+
+    /// Makes a thread look again at its page.
+    pub(super) fn wake(&self, id: SpaceId, thread: Served) {
+        let Some(process) = self.processes.get(&id) else {
+            return;
+        };
+        let start = thread.page.get();
+        let range = PageRange::new(start, start + self.images.page().bytes());
+        if let Err(error) = process.uffd.wake(range) {
+            tracing::warn!(
+                "cannot wake pid {} at {}: {error}",
+                process.pid,
+                thread.page
+            );
+        }
     }
 }
