@@ -1,7 +1,8 @@
 //! One connection to a source: requests out, pages in, and how full it is.
 //!
-//! The receive buffer is what UFFDIO_COPY reads. It is used from front to back; when what is unread
-//! no longer has room to grow, that rest, less than a page and a header, moves to the front.
+//! The receive buffer is what UFFDIO_COPY reads. What is unread between two receives, less than a page
+//! and a header, moves to its front: so few bytes cost nothing, and the same memory is written again
+//! and again, which a processor keeps in its cache.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -14,8 +15,11 @@ use crate::lazy::space::Class;
 use crate::lazy::window::{Ticket, Window};
 use crate::units::{PageRange, PageSize};
 
-/// The receive buffer, bytes.
-const BUFFER_BYTES: usize = 1 << 20;
+/// The receive buffer, bytes: twice the largest step that is received with one call.
+const BUFFER_BYTES: usize = 512 << 10;
+
+/// What moves to the front of the buffer whenever there is room for more, bytes: the start of a page.
+const REST_BYTES_MAX: usize = 8 << 10;
 
 /// Requests for faults on the way at most, if the link does not hold more.
 const URGENT_REQUESTS_MIN: u64 = 32;
@@ -146,9 +150,8 @@ impl Link {
     /// Receives what is there into the buffer, at most `most` bytes: far less than the buffer has.
     pub(super) fn receive(&mut self, most: usize) -> io::Result<Arrival> {
         let received = &mut self.received;
-        if received.start == received.end {
-            (received.start, received.end) = (0, 0);
-        } else if received.buffer.len() - received.end < most {
+        let rest = received.end - received.start;
+        if rest <= REST_BYTES_MAX || received.buffer.len() - received.end < most {
             received.buffer.copy_within(received.start..received.end, 0);
             received.end -= received.start;
             received.start = 0;
