@@ -381,3 +381,24 @@ impl Pushing {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ferry::pace::Level;
+
+    #[test]
+    fn what_was_measured_of_the_link_goes_into_the_next_session() {
+        let page = PageSize::KIB_4;
+        let session = |learned| Pushing::new(page, SessionId([1; 16]), learned, Arc::default());
+        let fresh = || Learned::new(PageMemory::new(page, 0));
+        let first = session(fresh());
+        // 12 MB/s.
+        for _ in 0..100 {
+            first.observe_link(1 << 20, Duration::from_millis(84));
+        }
+        let second = session(first.into_learned());
+        assert!(matches!(second.pace().level(), Level::Zstd(6..)));
+        assert!(!matches!(session(fresh()).pace().level(), Level::Zstd(6..)));
+    }
+}
