@@ -14,9 +14,9 @@ use testbed::daemons::{Make, Options, PageServer};
 use testbed::for_each_criu;
 use testbed::images::page_size;
 use testbed::load::Load;
-use testbed::load::scenarios::reading;
-use testbed::load::spec::{LoadSpec, OnLostPage};
-use testbed::load::steps::{Order, Pass, Step};
+use testbed::load::scenarios::{reading, verifying};
+use testbed::load::spec::LoadSpec;
+use testbed::load::steps::{Order, Step};
 use testbed::migration::Dump;
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::proxy::{Accident, Harm, Link, Way};
@@ -32,15 +32,7 @@ const MIB: u32 = 64;
 const CHANGED_EVERY: u32 = 50;
 
 fn spec(bed: &Bed) -> LoadSpec {
-    LoadSpec {
-        on_lost_page: OnLostPage::Count,
-        pin_own_memory: true,
-        ..LoadSpec::mixed(bed.path("load"), MIB)
-    }
-}
-
-fn verify() -> [Step; 1] {
-    [Step::Verify(Pass::full(Order::Random))]
+    LoadSpec::mixed(bed.path("load"), MIB).careful()
 }
 
 /// A load of which an earlier round was dumped, and which has changed a little since.
@@ -100,14 +92,6 @@ impl<'a> Changed<'a> {
     }
 }
 
-/// The memory of every restored process is right.
-fn expect_right(moved: &PostCopy) -> Result<()> {
-    for report in moved.load.run_everywhere(&verify())? {
-        report.expect_right()?;
-    }
-    Ok(())
-}
-
 /// What a client with the earlier round did, which no thread disturbed: `local` pages of `all`.
 #[derive(Clone, Copy)]
 struct Brought {
@@ -131,7 +115,7 @@ fn only_what_has_changed_travels(bed: &Bed, criu: &Criu) -> Result<()> {
     let (plan, [client, forwarder]) = (changed.plan(), changed.told.clone());
     let mut moved = PostCopy::of(bed, &plan, changed.load, &[])?;
     moved.finish()?;
-    expect_right(&moved)?;
+    moved.expect_all_right()?;
     let Brought { local, all } = Brought::read(&client)?;
     ensure!(local < all && local > all / 10 * 9, "{local} of {all}");
     let sent = of_session(&forwarder, 0)?;
@@ -153,7 +137,7 @@ fn reads_at_random_meanwhile(bed: &Bed, criu: &Criu) -> Result<()> {
     let mut moved = PostCopy::of(bed, &plan, changed.load, &reading())?;
     moved.reports()?;
     moved.finish()?;
-    expect_right(&moved)?;
+    moved.expect_all_right()?;
     let Brought { local, all } = Brought::read(&client)?;
     ensure!(local > all / 2, "{local} of {all}");
     Ok(())
@@ -167,7 +151,7 @@ fn faults_on_demand_are_answered_from_the_earlier_round() {
         let changed = Changed::start(bed, criu, small)?;
         let (mut plan, [client, forwarder]) = (changed.plan(), changed.told.clone());
         plan.client_options.push("--on-demand".to_owned());
-        let mut moved = PostCopy::of(bed, &plan, changed.load, &verify())?;
+        let mut moved = PostCopy::of(bed, &plan, changed.load, &verifying())?;
         moved.reports()?;
         // There are pages that it never looks at.
         moved.restored.kill();
@@ -193,7 +177,7 @@ fn a_tree_builds_on_the_parent_of_its_images() {
         plan.parent_of_restored = Some(changed.earlier.clone());
         let mut moved = PostCopy::of(bed, &plan, changed.load, &[])?;
         moved.finish()?;
-        expect_right(&moved)?;
+        moved.expect_all_right()?;
         let Brought { local, all } = Brought::read(&client)?;
         ensure!(local > all / 10 * 8, "{local} of {all}");
         Ok(())
@@ -212,13 +196,13 @@ fn clients_with_and_without_an_earlier_round_get_the_same() {
         let mut moved = PostCopy::of(bed, &plans[0], changed.load, &[])?;
         for (n, next) in plans.iter().enumerate().skip(1) {
             moved.daemon.process().succeed(GENEROUS)?;
-            expect_right(&moved)?;
+            moved.expect_all_right()?;
             let local = Brought::read(&client)?.local;
             ensure!((local > 0) == (n == 1), "client {n}: {local} local pages");
             moved = moved.again(next, &[])?;
         }
         moved.daemon.process().succeed(GENEROUS)?;
-        expect_right(&moved)?;
+        moved.expect_all_right()?;
         ensure!(Brought::read(&client)?.local > 0, "the last client");
         let forwarder = moved.forwarder().context("the forwarder")?;
         forwarder.signal(Signal::SIGTERM)?;
@@ -239,7 +223,7 @@ fn with_accident(bed: &Bed, criu: &Criu, way: Way, harm: Harm) -> Result<()> {
     };
     let plan = changed.plan().with_accident(slow_link(), accident);
     let client = changed.told[0].clone();
-    let mut moving = PostCopy::of(bed, &plan, changed.load, &verify())?;
+    let mut moving = PostCopy::of(bed, &plan, changed.load, &verifying())?;
     moving.reports()?;
     moving.finish()?;
     let log = fs::read_to_string(moving.daemon.process().log().context("a log")?)?;
@@ -294,7 +278,7 @@ fn pages_that_were_changed_behind_our_back_travel() {
         let (plan, client) = (changed.plan(), changed.told[0].clone());
         let mut moved = PostCopy::of(bed, &plan, changed.load, &[])?;
         moved.finish()?;
-        expect_right(&moved)?;
+        moved.expect_all_right()?;
         let Brought { local, all } = Brought::read(&client)?;
         ensure!(local > all / 2, "{local} of {all}");
         // Some of the damaged pages are not lazy.
@@ -328,7 +312,7 @@ fn pages_that_change_behind_their_hashes_travel() {
         })?;
         damage(&earlier, 2)?;
         moving.finish()?;
-        expect_right(&moving)?;
+        moving.expect_all_right()?;
         let log = fs::read_to_string(moving.daemon.process().log().context("a log")?)?;
         ensure!(
             log.contains("of the earlier round of"),

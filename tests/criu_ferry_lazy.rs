@@ -12,9 +12,9 @@ use testbed::daemons::{LazyDaemon, Make, Options};
 use testbed::for_each_criu;
 use testbed::load::Load;
 use testbed::load::report::expect_faults;
-use testbed::load::scenarios::{reading, reshaping};
-use testbed::load::spec::{LoadSpec, OnLostPage};
-use testbed::load::steps::{Order, Pass, Step};
+use testbed::load::scenarios::{reading, reshaping, verifying};
+use testbed::load::spec::LoadSpec;
+use testbed::load::steps::Step;
 use testbed::migration::Dump;
 use testbed::net::free_port;
 use testbed::pki::{Authority, Host};
@@ -48,13 +48,7 @@ fn migrate(bed: &Bed, plan: &Plan<'_>, spec: LoadSpec, steps: &[Step]) -> Result
     let reports = moved.reports()?;
     expect_faults(&reports)?;
     moved.finish()?;
-    for report in moved
-        .load
-        .run_everywhere(&[Step::Verify(Pass::full(Order::Ascending))])?
-    {
-        report.expect_right()?;
-    }
-    Ok(())
+    moved.expect_all_right()
 }
 
 fn reads_at_random_from_the_forwarder(bed: &Bed, criu: &Criu) -> Result<()> {
@@ -107,17 +101,8 @@ fn memory_that_is_spilled_is_reshaped() {
     });
 }
 
-/// A process that counts lost pages instead of dying of them.
 fn careful(bed: &Bed) -> LoadSpec {
-    LoadSpec {
-        on_lost_page: OnLostPage::Count,
-        pin_own_memory: true,
-        ..LoadSpec::mixed(bed.path("load"), MIB)
-    }
-}
-
-fn verify() -> [Step; 1] {
-    [Step::Verify(Pass::full(Order::Random))]
+    LoadSpec::mixed(bed.path("load"), MIB).careful()
 }
 
 fn wait_until_half_way(moving: &mut PostCopy) -> Result<()> {
@@ -142,7 +127,7 @@ fn expect_reconnected(moving: &mut PostCopy) -> Result<()> {
 }
 
 fn cut_half_way(bed: &Bed, plan: &Plan<'_>) -> Result<()> {
-    let mut moving = PostCopy::start(bed, plan, careful(bed), &verify())?;
+    let mut moving = PostCopy::start(bed, plan, careful(bed), &verifying())?;
     wait_until_half_way(&mut moving)?;
     moving.proxy.as_ref().context("a link")?.cut(Harm::Reset);
     moving.reports()?;
@@ -174,7 +159,7 @@ fn a_flipped_bit_is_found_and_its_pages_come_again() {
             harm: Harm::FlipBit,
         };
         let plan = over_ferry(criu, &[], &[]).with_accident(slow_link(), accident);
-        let mut moving = PostCopy::start(bed, &plan, careful(bed), &verify())?;
+        let mut moving = PostCopy::start(bed, &plan, careful(bed), &verifying())?;
         moving.reports()?;
         moving.finish()?;
         expect_reconnected(&mut moving)
@@ -182,12 +167,12 @@ fn a_flipped_bit_is_found_and_its_pages_come_again() {
 }
 
 fn restore_many_times(bed: &Bed, plan: &Plan<'_>) -> Result<()> {
-    let mut moved = PostCopy::start(bed, plan, careful(bed), &verify())?;
+    let mut moved = PostCopy::start(bed, plan, careful(bed), &verifying())?;
     for _ in 0..2 {
         moved.reports()?;
         moved.daemon.process().succeed(GENEROUS)?;
         moved.source().context("the dump")?.succeed(GENEROUS)?;
-        moved = moved.again(plan, &verify())?;
+        moved = moved.again(plan, &verifying())?;
     }
     moved.reports()?;
     moved.daemon.process().succeed(GENEROUS)?;
@@ -244,7 +229,7 @@ fn a_dump_that_is_asked_for_ferry_goes_on_and_the_client_says_why() {
         ensure!(told.contains("does not speak ferry"), "{told}");
         dump.fail(GENEROUS)?;
         load.expect_running()?;
-        load.run(0, &verify())?.expect_right()
+        load.run(0, &verifying())?.expect_right()
     });
 }
 
@@ -253,7 +238,7 @@ fn expect_source_alive(moving: &mut PostCopy) -> Result<()> {
     moving.source().context("the dump")?.fail(GENEROUS)?;
     moving.restored.kill();
     moving.load.expect_running()?;
-    moving.load.run(0, &verify())?.expect_right()
+    moving.load.run(0, &verifying())?.expect_right()
 }
 
 fn kill_forwarder_half_way(bed: &Bed, plan: &Plan<'_>) -> Result<()> {
@@ -261,7 +246,7 @@ fn kill_forwarder_half_way(bed: &Bed, plan: &Plan<'_>) -> Result<()> {
     wait_until_half_way(&mut moving)?;
     moving.forwarder().context("the forwarder")?.kill()?;
     moving.daemon.process().fail(GENEROUS)?;
-    let report = moving.load.run(0, &verify())?;
+    let report = moving.load.run(0, &verifying())?;
     ensure!(
         report.poisoned() > 0,
         "no page was lost: nothing was tested"

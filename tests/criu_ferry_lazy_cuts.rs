@@ -7,7 +7,6 @@ use testbed::criu::{Criu, Suite};
 use testbed::daemons::Make;
 use testbed::load::content::Content;
 use testbed::load::spec::{AreaSpec, LoadSpec, Mapping};
-use testbed::load::steps::{Order, Pass, Step};
 use testbed::postcopy::{Plan, PostCopy, Source};
 use testbed::proxy::{Accident, Harm, Link, Way};
 use testbed::suite::with_criu;
@@ -41,13 +40,7 @@ fn with_accident(bed: &Bed, criu: &Criu, accident: Accident) -> Result<()> {
     };
     let mut moved = PostCopy::start(bed, &plan, spec, &[])?;
     moved.finish()?;
-    for report in moved
-        .load
-        .run_everywhere(&[Step::Verify(Pass::full(Order::Ascending))])?
-    {
-        report.expect_right()?;
-    }
-    Ok(())
+    moved.expect_all_right()
 }
 
 /// One post-copy for each of `places`, in bytes, with one harm after the other.

@@ -20,6 +20,7 @@ use crate::daemons::{LazyDaemon, Make, Options, PageServer};
 use crate::images;
 use crate::load::Load;
 use crate::load::report::Report;
+use crate::load::scenarios::verifying;
 use crate::load::spec::LoadSpec;
 use crate::load::steps::Step;
 use crate::migration::{Dump, Restore, Restored};
@@ -247,6 +248,17 @@ impl PostCopy {
         self.restored.kill();
         self.load.steer_anybody();
         PostCopy::restore(plan, self.load, self.before, self.dumped, steps)
+    }
+
+    /// Compares all memory of all processes.
+    ///
+    /// # Errors
+    /// Some of it is not what it should be.
+    pub fn expect_all_right(&self) -> Result<()> {
+        for report in self.load.run_everywhere(&verifying())? {
+            report.expect_right()?;
+        }
+        Ok(())
     }
 
     /// Waits for the reports of the steps given at the start, and checks that the processes are

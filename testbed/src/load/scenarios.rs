@@ -2,6 +2,11 @@
 
 use super::steps::{Advice, Order, Part, Pass, Step};
 
+/// One look at everything, at random.
+pub fn verifying() -> [Step; 1] {
+    [Step::Verify(Pass::full(Order::Random))]
+}
+
 /// A pass by four threads at random, each visiting its share; then each of them everything.
 pub fn reading() -> Vec<Step> {
     let random = Pass::full(Order::Random).threads(4);

@@ -146,6 +146,16 @@ impl LoadSpec {
         }
     }
 
+    /// A process that counts lost pages instead of dying of them.
+    #[must_use]
+    pub fn careful(self) -> LoadSpec {
+        LoadSpec {
+            on_lost_page: OnLostPage::Count,
+            pin_own_memory: true,
+            ..self
+        }
+    }
+
     /// `mib` MiB of private memory in several areas: all kinds of content, untouched pages, a
     /// read-only area, and one that is mapped from a file.
     pub fn mixed(dir: impl Into<PathBuf>, mib: u32) -> LoadSpec {
