@@ -168,8 +168,17 @@ impl Memories for Images {
 /// breaks the protocol or goes away before CLOSE, an image that cannot be read) the connection is
 /// reset and the error says why.
 pub fn serve_client(stream: Stream, context: &ServeContext) -> Result<Summary> {
+    serve_until_closed(stream, context, &|| Ok(()))
+}
+
+/// The same; `closing` is done before CLOSE is answered, and in its place if it fails.
+pub(super) fn serve_until_closed(
+    stream: Stream,
+    context: &ServeContext,
+    closing: &dyn Fn() -> Result<()>,
+) -> Result<Summary> {
     let mut session = Session::new(stream, context);
-    match session.run() {
+    match session.run(closing) {
         Ok(()) => Ok(session.summary()),
         Err(error) => {
             let error = error.within(format!("client {}", session.stream.peer()));
@@ -231,7 +240,7 @@ impl Session<'_> {
     }
 
     /// Answers requests until CLOSE.
-    fn run(&mut self) -> Result<()> {
+    fn run(&mut self, closing: &dyn Fn() -> Result<()>) -> Result<()> {
         if let Some(patience) = self.context.idle_timeout {
             self.lose_patience_after(patience)?;
         }
@@ -247,7 +256,10 @@ impl Session<'_> {
                 read += len;
                 match request {
                     Request::Get(get) => self.answer(&get)?,
-                    Request::Close { wait_for_end } => return self.close(wait_for_end),
+                    Request::Close { wait_for_end } => {
+                        closing()?;
+                        return self.close(wait_for_end);
+                    }
                 }
             }
             self.send_answers()?;

@@ -28,6 +28,8 @@ struct State {
     confirmed: bool,
     /// The dump was given up: who has everything comes too late.
     given_up: bool,
+    /// The dump has ended: whether it has heard that a client has everything.
+    dump_heard: Option<bool>,
     /// Since when nobody is here who was.
     alone_since: Option<Instant>,
     /// Nobody is here, and the last one will not come back.
@@ -110,6 +112,13 @@ impl Guests {
         state.confirmed
     }
 
+    /// The dump has ended. `heard`: it was told that a client has everything, and said so. The first
+    /// word counts.
+    pub(super) fn dump_ended(&self, heard: bool) {
+        lock(&self.state).dump_heard.get_or_insert(heard);
+        self.changed.notify_all();
+    }
+
     /// Waits until it is `stopped` or, unless it `stays` for others, nobody is here.
     pub(super) fn wait_until_gone(&self, stopped: impl Fn() -> bool, stays: bool) {
         self.wait(|state| (stopped() || (!stays && state.here == 0)).then_some(()));
@@ -142,6 +151,11 @@ impl Guest<'_> {
         drop(state);
         self.guests.changed.notify_all();
         in_time
+    }
+
+    /// Waits until the dump has ended. Says whether it has heard that a client has everything.
+    pub(super) fn wait_for_dump(&self) -> bool {
+        self.guests.wait(|state| state.dump_heard)
     }
 
     /// This client will not come back.
@@ -206,5 +220,8 @@ mod tests {
         assert_eq!(guests.wait_for_verdict(|| true), Verdict::Confirmed);
         let another = guests.enter();
         assert!(another.confirm(), "with --keep there may be more");
+        guests.dump_ended(true);
+        guests.dump_ended(false);
+        assert!(another.wait_for_dump(), "its end does not change");
     }
 }

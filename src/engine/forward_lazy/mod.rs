@@ -30,7 +30,7 @@ use crate::engine::ferry::offering::{OfferPort, Offered};
 use crate::engine::listen::Source;
 use crate::engine::memory::Memory;
 use crate::engine::restore::wire_of;
-use crate::engine::serve::{Memories, ServeContext, Summary, serve_client};
+use crate::engine::serve::{Memories, ServeContext, Summary, serve_until_closed};
 use crate::engine::sessions::{Rules, run_sessions};
 use crate::engine::stop::Stop;
 use crate::engine::transport::Peer;
@@ -163,6 +163,7 @@ impl ForwardLazy {
         let (dumped, served) = std::thread::scope(|scope| {
             let keeper = scope.spawn(move || {
                 let ended = clients.keep_dump(drain, config, stop);
+                clients.guests.dump_ended(ended.is_ok());
                 if ended.is_err() {
                     // Nobody can be served any more.
                     stop.pull();
@@ -207,9 +208,9 @@ impl Clients {
             Err(error) => Err(error),
             Ok((stream, true)) => self.push(&peer, stream, stop, report, &mut guest),
             Ok((stream, false)) => {
-                let served = serve_client(stream, &self.context);
+                let served = serve_until_closed(stream, &self.context, &|| end_dump(&guest));
                 report(&Left::Asked(&peer, &served));
-                served.and_then(|_| in_time(&guest))
+                served.map(drop)
             }
         };
         if let Err(error) = served {
@@ -227,7 +228,7 @@ impl Clients {
         guest: &mut Guest<'_>,
     ) -> Result<()> {
         let (start, cpu_before) = (Instant::now(), cpu_time());
-        match self.port.handle(stream, stop, &|| in_time(guest))? {
+        match self.port.handle(stream, stop, &|| end_dump(guest))? {
             Offered::Lane => Ok(()),
             Offered::Session(sent, ended) => {
                 let forwarded = Forwarded {
@@ -298,19 +299,25 @@ impl Clients {
         let closed = drain.close();
         closed.map_err(|error| error.within(BOTH_MAY_RUN))?;
         tracing::info!("a client has everything: the dump is closed");
+        self.guests.dump_ended(true);
         self.guests.wait_until_gone(stopped, stays);
         Ok(())
     }
 }
 
-/// A client has everything: notes it, unless the dump has been given up by now.
-fn in_time(guest: &Guest<'_>) -> Result<()> {
-    if guest.confirm() {
+/// A client has everything: notes it, unless the dump has been given up by now, and waits until the dump
+/// has been told and has ended its processes. A client that heard of the end before could outlive this
+/// process while the dump, left alone, lets its processes go on.
+fn end_dump(guest: &Guest<'_>) -> Result<()> {
+    if !guest.confirm() {
+        let text = "the lazy client has everything, but the dump has been given up before: its processes go on \
+                    at the source, so those that were restored must end";
+        return Err(Error::new(Kind::PeerLost, text));
+    }
+    if guest.wait_for_dump() {
         return Ok(());
     }
-    let text = "the lazy client has everything, but the dump has been given up before: its processes go on at \
-                the source, so those that were restored must end";
-    Err(Error::new(Kind::PeerLost, text))
+    Err(Error::new(Kind::PeerLost, BOTH_MAY_RUN))
 }
 
 /// Ends the wait for further clients.

@@ -7,9 +7,9 @@
 //! local images ------> install ---> UFFDIO_COPY                       from the mapped file
 //! ```
 //!
-//! One thread does all of it, in steps of at most 64 KiB, and looks for faults between any two
-//! steps: a fault then waits for one step at most (about 25 µs), which is less than waking another
-//! thread costs (48-75 µs where measured). Nothing in the loop waits for a disk, a log or a terminal.
+//! One thread does all of it, in steps of at most 64 KiB while lone faults are about, and looks for
+//! faults between any two steps: a fault then waits for one step at most (about 25 µs), which is less
+//! than waking another thread costs (48-75 µs where measured). Nothing in the loop waits for a disk, a log or a terminal.
 //!
 //! Invariants: a page is filled where the planner says it is *now*, and the kernel's events of its
 //! process are read before a refused fill is tried again; a link is reset unless everything has
