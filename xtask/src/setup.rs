@@ -41,6 +41,18 @@ pub(crate) const PYTHON: &[Needed] = &[Needed {
     package: "python3",
 }];
 
+/// The same on a virtual machine, and what compiles for it.
+pub(crate) const JDK: &[Needed] = &[
+    Needed {
+        program: "java",
+        package: "default-jdk-headless",
+    },
+    Needed {
+        program: "javac",
+        package: "default-jdk-headless",
+    },
+];
+
 /// Containers; CRIU locks their network by iptables while it dumps them.
 pub(crate) const CONTAINERS: &[Needed] = &[
     Needed {

@@ -12,6 +12,7 @@
 //!
 //! Where the kernel tracks no dirty pages CRIU has no incremental dump: all contenders get full dumps.
 
+mod heap;
 mod promises;
 mod rounds;
 mod subject;
@@ -28,7 +29,7 @@ use super::bars::{self, Bar};
 use super::stats::{Sample, median, median_ratio};
 use super::table::{Table, cell};
 use super::{Machine, write_json};
-use crate::setup::{self, NETWORK, PYTHON};
+use crate::setup::{self, JDK, NETWORK, PYTHON};
 use rounds::Run;
 use subject::Memory;
 
@@ -118,10 +119,11 @@ pub(super) struct Case {
 }
 
 impl Case {
-    fn all_of(args: &Args) -> Vec<Case> {
+    /// All that `args` ask for, of the kinds of `memory` that can be had.
+    fn all_of(args: &Args, memory: &[Memory]) -> Vec<Case> {
         let mut all = Vec::new();
         for &link in &args.link {
-            for &memory in &args.memory {
+            for &memory in memory {
                 let shares = match memory {
                     // The case is about what is new each time.
                     Memory::Random => &[100][..],
@@ -281,12 +283,26 @@ struct Results<'a> {
     bars: &'a [Bar],
 }
 
-/// Measures all cases asked for, prints each as it is done, and the bars at the end.
-pub(crate) fn run(args: &Args) -> Result<()> {
+/// Brings what the cases need to the machine. Gives the kinds of memory that can be had then, and says
+/// why another cannot.
+fn install(args: &Args) -> Result<Vec<Memory>> {
     setup::install(NETWORK)?;
-    if args.memory.contains(&Memory::Python) {
+    let mut memory = args.memory.clone();
+    if memory.contains(&Memory::Python) {
         setup::install(PYTHON)?;
     }
+    if memory.contains(&Memory::Jvm)
+        && let Err(error) = setup::install(JDK)
+    {
+        println!("{} is left out: no JDK: {error:#}", Memory::Jvm.name());
+        memory.retain(|&kind| kind != Memory::Jvm);
+    }
+    Ok(memory)
+}
+
+/// Measures all cases asked for, prints each as it is done, and the bars at the end.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let memory = install(args)?;
     let criu = criu::of_version(&args.criu)?;
     let machine = Machine::here(&criu)?;
     println!("{}", machine.describe());
@@ -297,7 +313,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     );
     let mut results: Vec<CaseResult> = Vec::new();
     let mut bars = Vec::new();
-    for case in Case::all_of(args) {
+    for case in Case::all_of(args, &memory) {
         let result = CaseResult {
             case,
             contenders: case.contenders().to_vec(),

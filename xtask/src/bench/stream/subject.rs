@@ -6,7 +6,6 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
-use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde::Serialize;
 use testbed::criu::Suite;
@@ -20,36 +19,12 @@ use testbed::process::{Spawned, run};
 use testbed::sys::WORD_BYTES;
 use testbed::wait::{self, GENEROUS};
 
+use super::heap::Heap;
+
 /// Bytes of each value that redis-benchmark sets.
 const REDIS_VALUE_BYTES: u32 = 100;
 /// What a key with such a value takes of Redis' memory, roughly.
 const REDIS_KEY_BYTES: u64 = 230;
-/// What an entry of the Python program takes, roughly.
-const PYTHON_ENTRY_BYTES: u64 = 560;
-
-/// A heap of objects as programs have them. Writes its `ready-N` files by renaming: CRIU finds no
-/// file open. After each SIGUSR1 it changes a part of its entries, the n-th `ready` tells that.
-const PYTHON_HEAP: &str = r#"
-import gc, os, random, signal, sys
-count, changed, directory = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-random.seed(5)
-words = "process memory page old then written between another session request answer".split()
-def entry(number):
-    return {"id": number, "name": " ".join(random.choices(words, k=6)) + str(number),
-            "price": random.random(), "stock": random.randrange(1 << 40)}
-heap = [entry(number) for number in range(count)]
-gc.disable()
-rounds = 0
-while True:
-    path = os.path.join(directory, "ready-%d" % rounds)
-    os.close(os.open(path + ".new", os.O_CREAT | os.O_WRONLY))
-    os.rename(path + ".new", path)
-    signal.sigwait({signal.SIGUSR1})
-    for number in random.sample(range(count), int(count * changed)):
-        heap[number] = entry(number)
-    rounds += 1
-"#;
 
 /// Kinds of memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, ValueEnum)]
@@ -63,17 +38,20 @@ pub(super) enum Memory {
     Zero,
     /// A Redis, filled and changed by redis-benchmark.
     Redis,
-    /// A Python process with a large heap.
+    /// A Python process with a heap of maps of strings and numbers.
     Python,
+    /// A JVM, half of whose heap is such maps; left out where no JDK can be installed.
+    Jvm,
 }
 
 impl Memory {
-    pub(super) const ALL: [Memory; 5] = [
+    pub(super) const ALL: [Memory; 6] = [
         Memory::Mixed,
         Memory::Random,
         Memory::Zero,
         Memory::Redis,
         Memory::Python,
+        Memory::Jvm,
     ];
 
     pub(super) fn name(self) -> &'static str {
@@ -83,6 +61,7 @@ impl Memory {
             Memory::Zero => "zero pages",
             Memory::Redis => "Redis",
             Memory::Python => "Python heap",
+            Memory::Jvm => "JVM heap",
         }
     }
 
@@ -91,7 +70,7 @@ impl Memory {
         match self {
             Memory::Mixed | Memory::Random | Memory::Zero => "pages",
             Memory::Redis => "keys",
-            Memory::Python => "entries",
+            Memory::Python | Memory::Jvm => "entries",
         }
     }
 }
@@ -108,12 +87,8 @@ pub(super) enum Subject {
         benchmark: PathBuf,
         socket: PathBuf,
     },
-    /// The program above.
-    Python {
-        program: Spawned,
-        dir: PathBuf,
-        rounds: u32,
-    },
+    /// A Python or a JVM.
+    Heap(Heap),
 }
 
 impl Subject {
@@ -131,7 +106,8 @@ impl Subject {
             Memory::Random => Content::Random,
             Memory::Zero => Content::Zero,
             Memory::Redis => return Subject::redis(mib, percent, dir, net),
-            Memory::Python => return Subject::python(mib, percent, dir, net),
+            Memory::Python => return Heap::python(mib, percent, dir, net).map(Subject::Heap),
+            Memory::Jvm => return Heap::java(mib, percent, dir, net).map(Subject::Heap),
         };
         let page_bytes = u32::try_from(page_words() * WORD_BYTES)?;
         let pages = mib * ((1 << 20) / page_bytes);
@@ -166,30 +142,11 @@ impl Subject {
         })
     }
 
-    fn python(mib: u32, percent: u32, dir: &Path, net: Option<&NetNs>) -> Result<Subject> {
-        let script = dir.join("heap.py");
-        fs::write(&script, PYTHON_HEAP)?;
-        let entries = (u64::from(mib) << 20) / PYTHON_ENTRY_BYTES;
-        let mut command = in_session(net, Path::new("python3"));
-        command
-            .arg(&script)
-            .args([entries.to_string(), format!("0.{percent:02}")])
-            .arg(dir);
-        let program = Spawned::start_ungrouped("python3", &mut command, None)?;
-        let mut subject = Subject::Python {
-            program,
-            dir: dir.to_owned(),
-            rounds: 0,
-        };
-        subject.wait_for_python()?;
-        Ok(subject)
-    }
-
     pub(super) fn pid(&self) -> Pid {
         match self {
             Subject::Load { load, .. } => load.pid(),
             Subject::Redis { server, .. } => server.pid(),
-            Subject::Python { program, .. } => program.pid(),
+            Subject::Heap(heap) => heap.pid(),
         }
     }
 
@@ -210,35 +167,13 @@ impl Subject {
                 socket,
                 ..
             } => fill_redis(benchmark, socket, *changed, *keys),
-            Subject::Python {
-                program, rounds, ..
-            } => {
-                program.signal(Signal::SIGUSR1)?;
-                *rounds += 1;
-                self.wait_for_python()
-            }
+            Subject::Heap(heap) => heap.change(),
         }
-    }
-
-    fn wait_for_python(&mut self) -> Result<()> {
-        let Subject::Python {
-            program,
-            dir,
-            rounds,
-        } = self
-        else {
-            return Ok(());
-        };
-        let ready = dir.join(format!("ready-{rounds}"));
-        wait::until("the Python program", GENEROUS, || {
-            ensure!(program.ended()?.is_none(), "the Python program has ended");
-            Ok(ready.exists().then_some(()))
-        })
     }
 }
 
 /// A command in a session of its own and without open files: as CRIU wants it.
-fn in_session(net: Option<&NetNs>, program: &Path) -> Command {
+pub(super) fn in_session(net: Option<&NetNs>, program: &Path) -> Command {
     let mut command = command_in(net, "setsid");
     command
         .arg(program)
