@@ -7,7 +7,7 @@ mod common;
 mod forwarding;
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
 
@@ -152,4 +152,52 @@ fn a_client_that_does_not_come_back_leaves_the_dump_to_its_processes() {
     assert!(error.to_string().contains("--reconnect-timeout"), "{error}");
     // The dump saw no CLOSE.
     assert_eq!(dump.join().unwrap().unwrap_err().kind(), Kind::PeerLost);
+}
+
+/// Passes all on to the dump at `port` but CLOSE: then it hangs up.
+fn deaf_to_the_end(port: u16) -> (u16, thread::JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let own_port = listener.local_addr().unwrap().port();
+    let relay = thread::spawn(move || {
+        let (mut forwarder, _) = listener.accept().unwrap();
+        let mut dump = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        let (mut answers, mut back) = (dump.try_clone().unwrap(), forwarder.try_clone().unwrap());
+        let answering = thread::spawn(move || std::io::copy(&mut answers, &mut back));
+        let mut request = [0; HEADER_BYTES_MAX];
+        let request = &mut request[..Wire::V2.header_bytes()];
+        loop {
+            forwarder.read_exact(request).unwrap();
+            let op = Header::decode(Wire::V2, request).unwrap().op;
+            if matches!(op, Op::Close | Op::ForceClose) {
+                break;
+            }
+            dump.write_all(request).unwrap();
+        }
+        dump.shutdown(Shutdown::Both).unwrap();
+        forwarder.shutdown(Shutdown::Both).unwrap();
+        drop(answering.join().unwrap());
+    });
+    (own_port, relay)
+}
+
+#[test]
+fn a_client_does_not_hear_of_an_end_that_the_dump_has_not_heard_of() {
+    let (images, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (port, dump) = dump(images.path());
+    let (port, relay) = deaf_to_the_end(port);
+    let (address, forwarder) = forwarder(here.path(), port, PATIENCE);
+    let mut client = Client::connect(address);
+    let mut page = 0;
+    while page < PAGES {
+        page += client.fetch(FIRST_PAGE + page, PAGES - page);
+    }
+    client.send(Op::Close, 0, 0);
+    let mut answer = Vec::new();
+    // The connection ends or is reset, whichever of two threads is first.
+    let _ = client.0.read_to_end(&mut answer);
+    assert!(answer.is_empty(), "{answer:?}");
+    let error = forwarder.join().unwrap().unwrap_err().to_string();
+    assert!(error.contains("may run on as well"), "{error}");
+    relay.join().unwrap();
+    dump.join().unwrap().unwrap_err();
 }
