@@ -236,6 +236,8 @@ impl Bench<'_> {
             cpu_s: used(ended.cpu.as_secs_f64()),
             peak_mib: used(ended.peak_rss_bytes as f64 / MIB),
             summary: match fs::read(summary) {
+                // It is made at the start, and was ended before it was written.
+                Ok(bytes) if bytes.is_empty() => None,
                 Ok(bytes) => Some(serde_json::from_slice(&bytes)?),
                 Err(error) if error.kind() == ErrorKind::NotFound => None,
                 Err(error) => return Err(error).context("lazy-client's summary"),
