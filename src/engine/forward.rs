@@ -33,6 +33,7 @@ use crate::ferry::message::{Open, StateId, encode_close};
 use crate::observe::ferried::{Forwarded, Sent};
 use crate::observe::traffic::cpu_time;
 use crate::stream::Stream;
+use crate::sys::buffers::Slab;
 use crate::units::{PageCount, PageSize};
 
 /// Received from CRIU at once, bytes.
@@ -86,7 +87,8 @@ pub fn forward_client(mut stream: Stream, context: &ForwardContext) -> (Forwarde
     let learned = lock(&context.learned).take();
     let learned = learned.unwrap_or_else(|| {
         let budget_bytes = context.pusher.delta_cache_bytes;
-        Learned::new(PageMemory::new(context.page, budget_bytes))
+        let memory = PageMemory::new(context.page, budget_bytes);
+        Learned::new(memory.with_slabs(|bytes| Box::new(Slab::new(bytes))))
     });
     let mut wire = None;
     let pushed = push(&context.pusher, context.page, learned, |scope, pushing| {

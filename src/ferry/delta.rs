@@ -37,6 +37,7 @@ use super::hash::{Fingerprint, HASH_BYTES, HashKey, PageHash, PageHasher};
 use super::message::StateId;
 use chunk::{CHUNK_BYTES, CHUNK_PAGES, Chunk, SLOTS_BYTES, Spot};
 use kept::{KEPT_EXTRA_BYTES, KeptPages};
+pub use kept::{NewSlab, Slab};
 
 /// What is remembered, in numbers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -87,6 +88,13 @@ impl PageMemory {
             kept: KeptPages::new(page, budget_bytes),
             left_out_pages: 0,
         }
+    }
+
+    /// The same, which keeps contents in what `new_slab` makes.
+    #[must_use]
+    pub fn with_slabs(mut self, new_slab: NewSlab) -> PageMemory {
+        self.kept.set_new_slab(new_slab);
+        self
     }
 
     /// An empty memory that has room for the hashes of `runs` and keeps no contents: for a taker that

@@ -3,7 +3,8 @@
 //! They lie in slabs, one behind the other as they come: to allocate each page by itself took more time than to
 //! copy it.
 
-use crate::sys::buffers::Slab;
+use std::ops::DerefMut;
+
 use crate::units::PageSize;
 
 use super::chunk::{Slot, Spot};
@@ -13,6 +14,12 @@ pub(super) const KEPT_EXTRA_BYTES: u64 = 64;
 
 /// For how many turns of the clock hand the contents of a page that has just changed are safe.
 const WARM: u8 = 2;
+
+/// Memory for many pages that stay for long.
+pub type Slab = Box<dyn DerefMut<Target = [u8]> + Send + Sync>;
+
+/// Makes a slab of so many bytes.
+pub type NewSlab = fn(usize) -> Slab;
 
 /// Most bytes of a slab.
 const SLAB_BYTES_MAX: u64 = 4 << 20;
@@ -30,6 +37,7 @@ pub(super) struct KeptPages {
     page: usize,
     /// Pages in a slab.
     slab_pages: usize,
+    new_slab: NewSlab,
     slabs: Vec<Slab>,
     slots: Vec<Option<Kept>>,
     free: Vec<Slot>,
@@ -45,12 +53,18 @@ impl KeptPages {
         KeptPages {
             page: page.as_usize(),
             slab_pages: usize::try_from(slab_pages).expect("a slab is small"),
+            new_slab: |bytes| Box::new(vec![0; bytes]),
             slabs: Vec::new(),
             slots: Vec::new(),
             free: Vec::new(),
             hand: 0,
             count: 0,
         }
+    }
+
+    /// From now on slabs are made by `new_slab`.
+    pub(super) fn set_new_slab(&mut self, new_slab: NewSlab) {
+        self.new_slab = new_slab;
     }
 
     /// How many pages are kept.
@@ -80,7 +94,8 @@ impl KeptPages {
     pub(super) fn insert(&mut self, spot: Spot, contents: &[u8], changed: bool) -> Slot {
         let slot = self.free.pop().unwrap_or_else(|| {
             if self.slots.len() == self.slabs.len() * self.slab_pages {
-                self.slabs.push(Slab::new(self.slab_pages * self.page));
+                self.slabs
+                    .push((self.new_slab)(self.slab_pages * self.page));
             }
             self.slots.push(None);
             let slot = u32::try_from(self.slots.len() - 1);
