@@ -1,6 +1,7 @@
 //! The post-copy brain, pure: which memory of which process is missing, what to fetch next, what to
 //! do with what arrives. No descriptor, no clock, no payload.
 
+mod answer;
 pub mod anticipation;
 pub mod drain;
 pub mod extents;

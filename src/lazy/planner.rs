@@ -128,6 +128,13 @@ impl Planner {
         self.spaces.get(&id)
     }
 
+    /// The process that the images call `pid`, and the children that it forked since.
+    pub fn ids_of(&self, pid: u32) -> Vec<SpaceId> {
+        let spaces = self.spaces.iter();
+        let own = spaces.filter(|(_, space)| space.pid() == pid);
+        own.map(|(id, _)| *id).collect()
+    }
+
     /// All processes.
     pub fn spaces(&self) -> impl Iterator<Item = (SpaceId, &Space)> {
         self.spaces.iter().map(|(id, space)| (*id, space))

@@ -14,6 +14,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
+pub use super::answer::{Class, FaultAnswer, Reach, Served, Wanted};
 use super::extents::{ExtentMap, ImageIndex, Piece};
 use super::pattern::{Around, Pattern};
 use crate::units::{PageRange, PageSize, Vaddr};
@@ -24,59 +25,8 @@ const RECENT_FAULTS_MAX: usize = 32;
 /// Most bytes of a local image installed for one fault: beyond it other faults wait too long.
 const LOCAL_FAULT_BYTES_MAX: u64 = 64 << 10;
 
-/// How much a fault may bring.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Reach {
-    /// For a fault that stands alone: the aligned block of so many bytes around it (at least a page).
-    pub alone_bytes: u64,
-    /// For a fault on a walk: so many bytes at most.
-    pub walk_bytes: u64,
-}
-
 /// A fault that brings so many pages ahead is one of a walk that has been seen for a while.
 const WALK_PAGES: u64 = 16;
-
-/// Why pages are asked for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Class {
-    /// A thread waits for the first page.
-    Fault,
-    /// A thread that walks upwards waits for the first page, and will come to the others.
-    Walk,
-    /// Neighbours of a fault, or the next pages of a stride.
-    Around,
-    /// The background stream.
-    Stream,
-}
-
-/// Pages to ask the source for, by their addresses in the dump.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Wanted {
-    /// Addresses in the dump.
-    pub image: PageRange,
-    /// Why.
-    pub class: Class,
-}
-
-/// What a fault needs at once.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum FaultAnswer {
-    /// No image has the page: it is zero (or already there).
-    Zero,
-    /// The page is on the way, or will be asked for.
-    Wait,
-    /// Install this piece from a local image; the faulting page comes first.
-    Local(Piece),
-}
-
-/// A thread that has got its page.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Served {
-    /// The page it waited for.
-    pub page: Vaddr,
-    /// When its fault was read, µs.
-    pub since_us: u64,
-}
 
 /// The missing memory of one process.
 #[derive(Debug)]

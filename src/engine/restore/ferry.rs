@@ -19,7 +19,7 @@ use crate::criu::header::Target;
 use crate::engine::ferry::fetching::{Delivery, Event, FerryDialer, Fetching, Part, Trouble};
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::{Chain, Missing};
-use crate::lazy::planner::{Planner, Request, SpaceId, Way};
+use crate::lazy::planner::{Planner, Request, Way};
 use crate::lazy::space::{Class, Reach};
 use crate::limits::FERRY_BATCH_BYTES_MAX;
 use crate::units::{PageRange, PageSize};
@@ -268,13 +268,7 @@ impl Restore {
 
     /// Installs pages wherever they are missing: in the process, and in children that it forked.
     fn install_pushed(&mut self, delivery: &Delivery) -> Result<()> {
-        let owners: Vec<SpaceId> = self
-            .planner
-            .spaces()
-            .filter(|(_, space)| space.pid() == delivery.pid)
-            .map(|(id, _)| id)
-            .collect();
-        for id in owners {
+        for id in self.planner.ids_of(delivery.pid) {
             for part in &delivery.parts {
                 self.planner.pushed(id, part.image);
                 let way = way_of(part, Class::Stream);

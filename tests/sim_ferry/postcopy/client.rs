@@ -249,13 +249,7 @@ impl Client {
     }
 
     fn install_pushed(&mut self, delivery: &Delivery) {
-        let owners: Vec<SpaceId> = self
-            .planner
-            .spaces()
-            .filter(|(_, space)| space.pid() == delivery.pid)
-            .map(|(id, _)| id)
-            .collect();
-        for id in owners {
+        for id in self.planner.ids_of(delivery.pid) {
             for part in &delivery.parts {
                 self.planner.pushed(id, part.image);
                 self.install(id, delivery, part, Class::Stream);
