@@ -2,8 +2,12 @@
 //!
 //! A client that says that it has everything ends the dump, unless it has been given up by then: which of the
 //! two it is, is decided once. Without `--keep`, a dump to whose clients
-//! nobody comes back, or whose last client has failed, is given up: its connection is reset, and its
+//! nobody comes back, or whose only client has failed, is given up: its connection is reset, and its
 //! processes go on.
+//!
+//! A guest is a connection, and a client has several. Only those that say so tell of their client
+//! ([`Guest::may_return`], [`Guest::leave_for_good`]): a connection for faults that ends later than the one by
+//! which its client failed, or a stranger that was turned away, changes nothing about who is waited for.
 
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -30,9 +34,9 @@ struct State {
     given_up: bool,
     /// The dump has ended: whether it has heard that a client has everything.
     dump_heard: Option<bool>,
-    /// Since when nobody is here who was.
-    alone_since: Option<Instant>,
-    /// Nobody is here, and the last one will not come back.
+    /// When the last client left that may come back.
+    left: Option<Instant>,
+    /// A client has left that will not come back.
     failed: bool,
 }
 
@@ -53,7 +57,29 @@ pub(super) enum Verdict {
 #[derive(Debug)]
 pub(super) struct Guest<'a> {
     guests: &'a Guests,
-    failed: bool,
+    leaves: Option<Leaves>,
+}
+
+/// What a client's leaving means.
+#[derive(Clone, Copy, Debug)]
+enum Leaves {
+    ToReturn,
+    ForGood,
+}
+
+impl State {
+    /// The verdict when nobody is here, or is still waited for, after having been here: `most` is how long that is.
+    fn abandoned(&self, most: Duration) -> Option<Verdict> {
+        let awaited = self.left.is_some_and(|left| left.elapsed() < most);
+        if self.here > 0 || awaited {
+            return None;
+        }
+        match (self.failed, self.left) {
+            (true, _) => Some(Verdict::Failed),
+            (false, Some(_)) => Some(Verdict::GivenUp),
+            (false, None) => None,
+        }
+    }
 }
 
 impl Guests {
@@ -66,15 +92,12 @@ impl Guests {
         }
     }
 
-    /// A client comes.
+    /// A connection comes.
     pub(super) fn enter(&self) -> Guest<'_> {
-        let mut state = lock(&self.state);
-        state.here += 1;
-        state.alone_since = None;
-        state.failed = false;
+        lock(&self.state).here += 1;
         Guest {
             guests: self,
-            failed: false,
+            leaves: None,
         }
     }
 
@@ -86,19 +109,12 @@ impl Guests {
     /// Waits for a verdict. `stopped` says whether it is to stop.
     pub(super) fn wait_for_verdict(&self, stopped: impl Fn() -> bool) -> Verdict {
         self.wait(|state| {
-            let alone = state.alone_since.map(|since| since.elapsed());
             let verdict = if state.confirmed {
                 Verdict::Confirmed
             } else if stopped() {
                 Verdict::Stopped
-            } else if state.failed && self.give_up_after.is_some() {
-                Verdict::Failed
-            } else if alone
-                .is_some_and(|alone| self.give_up_after.is_some_and(|most| alone >= most))
-            {
-                Verdict::GivenUp
             } else {
-                return None;
+                state.abandoned(self.give_up_after?)?
             };
             state.given_up = verdict != Verdict::Confirmed;
             Some(verdict)
@@ -158,9 +174,19 @@ impl Guest<'_> {
         self.guests.wait(|state| state.dump_heard)
     }
 
-    /// This client will not come back.
-    pub(super) fn fail(&mut self) {
-        self.failed = true;
+    /// When this connection ends its client has left, but may come back.
+    pub(super) fn may_return(&mut self) {
+        self.leaves = Some(Leaves::ToReturn);
+    }
+
+    /// When this connection ends its client has left, and will not come back.
+    pub(super) fn leave_for_good(&mut self) {
+        self.leaves = Some(Leaves::ForGood);
+    }
+
+    /// When this connection ends, that tells nothing of its client: others do.
+    pub(super) fn is_one_of_many(&mut self) {
+        self.leaves = None;
     }
 }
 
@@ -168,9 +194,10 @@ impl Drop for Guest<'_> {
     fn drop(&mut self) {
         let mut state = lock(&self.guests.state);
         state.here -= 1;
-        if state.here == 0 {
-            state.alone_since = Some(Instant::now());
-            state.failed = self.failed;
+        match self.leaves {
+            Some(Leaves::ToReturn) => state.left = Some(Instant::now()),
+            Some(Leaves::ForGood) => state.failed = true,
+            None => {}
         }
         drop(state);
         self.guests.changed.notify_all();
@@ -181,25 +208,44 @@ impl Drop for Guest<'_> {
 mod tests {
     use super::*;
 
+    fn served(guests: &Guests) -> Guest<'_> {
+        let mut guest = guests.enter();
+        guest.may_return();
+        guest
+    }
+
     #[test]
-    fn a_client_that_has_failed_is_not_waited_for_unless_others_are_here() {
+    fn a_client_that_has_failed_is_not_waited_for() {
         let guests = Guests::new(Some(Duration::MAX));
-        let (mut first, second) = (guests.enter(), guests.enter());
-        first.fail();
+        let (mut first, for_faults) = (guests.enter(), guests.enter());
+        first.leave_for_good();
         drop(first);
         assert_eq!(guests.wait_for_verdict(|| true), Verdict::Stopped);
-        drop(second);
-        assert_eq!(guests.wait_for_verdict(|| true), Verdict::Stopped);
-        let mut third = guests.enter();
-        third.fail();
-        drop(third);
+        // Whichever of its connections ends last.
+        drop(for_faults);
         assert_eq!(guests.wait_for_verdict(|| false), Verdict::Failed);
+    }
+
+    #[test]
+    fn another_client_than_the_one_that_has_failed_may_come_back() {
+        let guests = Guests::new(Some(Duration::MAX));
+        drop(served(&guests));
+        let mut failed = guests.enter();
+        failed.leave_for_good();
+        drop(failed);
+        assert_eq!(guests.wait_for_verdict(|| true), Verdict::Stopped);
     }
 
     #[test]
     fn the_dump_is_given_up_only_when_nobody_comes_back() {
         let guests = Guests::new(Some(Duration::ZERO));
-        let first = guests.enter();
+        drop(guests.enter());
+        assert_eq!(
+            guests.wait_for_verdict(|| true),
+            Verdict::Stopped,
+            "a stranger has gone"
+        );
+        let first = served(&guests);
         assert_eq!(guests.wait_for_verdict(|| true), Verdict::Stopped);
         drop(first);
         assert_eq!(guests.wait_for_verdict(|| false), Verdict::GivenUp);
@@ -215,7 +261,7 @@ mod tests {
         let guests = Guests::new(Some(Duration::ZERO));
         let mut client = guests.enter();
         assert!(client.confirm());
-        client.fail();
+        client.leave_for_good();
         drop(client);
         assert_eq!(guests.wait_for_verdict(|| true), Verdict::Confirmed);
         let another = guests.enter();

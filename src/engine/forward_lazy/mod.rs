@@ -196,6 +196,7 @@ impl Clients {
         let peer = stream.peer().to_owned();
         let mut guest = self.guests.enter();
         let ferry = secure(stream).and_then(|mut stream| {
+            guest.may_return();
             match self.context.begins_with(&mut stream, frame::MAGIC) {
                 Ok(ferry) => Ok((stream, ferry)),
                 Err(error) => {
@@ -228,6 +229,8 @@ impl Clients {
         guest: &mut Guest<'_>,
     ) -> Result<()> {
         let (start, cpu_before) = (Instant::now(), cpu_time());
+        // The session knows who may come back to it.
+        guest.is_one_of_many();
         match self.port.handle(stream, stop, &|| end_dump(guest))? {
             Offered::Lane => Ok(()),
             Offered::Session(sent, ended) => {
@@ -243,7 +246,7 @@ impl Clients {
                 report(&Left::Pushed(&forwarded, &ended));
                 if ended.is_err() {
                     // It has said so, or was waited for long enough.
-                    guest.fail();
+                    guest.leave_for_good();
                 }
                 ended
             }
