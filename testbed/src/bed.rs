@@ -10,6 +10,7 @@ use tempfile::TempDir;
 
 use crate::pipes::LargePipes;
 use crate::process::tail;
+use crate::wait::interrupt_on_signals;
 
 /// Set to keep the directories of failed tests.
 pub const KEEP_VARIABLE: &str = "PAGEFERRY_KEEP";
@@ -94,6 +95,8 @@ fn collect_logs(dir: &Path, logs: &mut Vec<PathBuf>) {
 /// # Panics
 /// The test fails.
 pub fn with_bed(test: impl FnOnce(&Bed) -> Result<()>) {
+    // A test that is ended from outside cleans up as well.
+    interrupt_on_signals().unwrap_or_else(|error| panic!("{error:#}"));
     let mut bed = Bed::new().unwrap_or_else(|error| panic!("making the test's bed: {error:#}"));
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| test(&bed)));
     if matches!(result, Ok(Ok(()))) {

@@ -5,6 +5,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 /// Long enough for anything that works, on a loaded machine of two cores too.
 pub const GENEROUS: Duration = Duration::from_secs(120);
@@ -20,6 +22,21 @@ static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 /// up: for a Ctrl-C.
 pub fn interrupt() {
     INTERRUPTED.store(true, Ordering::SeqCst);
+}
+
+/// Lets Ctrl-C and its like [`interrupt`] this program. By handlers and not by a mask, which the programs that it
+/// starts would inherit: they could not be ended then.
+///
+/// # Errors
+/// The handlers cannot be set.
+pub fn interrupt_on_signals() -> Result<()> {
+    static DONE: AtomicBool = AtomicBool::new(false);
+    if DONE.swap(true, Ordering::SeqCst) {
+        return Ok(());
+    }
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot handle signals")?;
+    thread::spawn(move || signals.forever().for_each(|_| interrupt()));
+    Ok(())
 }
 
 /// Whether [`interrupt`] was called.

@@ -7,10 +7,8 @@ mod setup;
 mod test;
 
 use std::process::ExitCode;
-use std::thread;
 
 use clap::{Parser, Subcommand};
-use nix::sys::signal::{SigSet, Signal};
 use testbed::wait;
 
 /// What shells say of a program that a Ctrl-C ended.
@@ -37,7 +35,8 @@ enum Task {
 
 fn main() -> ExitCode {
     let task = Args::parse().task;
-    let result = unwind_on_signals().and_then(|()| match task {
+    // Whatever waits fails then, so that guards clean up.
+    let result = wait::interrupt_on_signals().and_then(|()| match task {
         Task::Bench(args) => bench::run(&args),
         Task::Criu(args) => criu::run(&args),
         Task::Demo(args) => demo::run(&args),
@@ -54,19 +53,4 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// Turns Ctrl-C and its like into an error of whatever waits, so that guards clean up. Called before
-/// any other thread exists, so that no other thread takes the signals.
-fn unwind_on_signals() -> anyhow::Result<()> {
-    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]
-        .into_iter()
-        .collect();
-    signals.thread_block()?;
-    thread::spawn(move || {
-        while signals.wait().is_ok() {
-            wait::interrupt();
-        }
-    });
-    Ok(())
 }

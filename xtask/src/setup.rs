@@ -1,12 +1,15 @@
 //! What the tests, the demo and the benchmarks need on a machine, brought there.
 
 use std::env;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use nix::unistd::geteuid;
-use testbed::wait::retried;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::{Pid, geteuid};
+use testbed::wait::{self, retried};
 use testbed::workspace::{BIN_DIR_VARIABLE, root, target_dir};
 
 /// A program and the Debian package that it comes in.
@@ -110,13 +113,24 @@ fn find_program(name: &str) -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
-/// Runs a command with the output of this one.
+/// Runs a command with the output of this one. If this one is to end, so is the command.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     let line = testbed::process::command_line(command);
-    let status = command
+    let mut child = command
         .stdin(Stdio::null())
-        .status()
+        // A terminal's Ctrl-C reaches it through this program alone: nextest takes a second signal for haste.
+        .process_group(0)
+        .spawn()
         .with_context(|| line.clone())?;
+    let mut told = false;
+    let status = wait::undisturbed(&line, Duration::MAX, || {
+        let status = child.try_wait()?;
+        if status.is_none() && wait::is_interrupted() && !told {
+            told = true;
+            killpg(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM)?;
+        }
+        Ok(status)
+    })?;
     ensure!(status.success(), "{line}: {status}");
     Ok(())
 }
