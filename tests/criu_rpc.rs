@@ -16,8 +16,9 @@ use testbed::for_each_criu;
 use testbed::load::Load;
 use testbed::load::spec::LoadSpec;
 use testbed::migration::{Dump, Restore};
+use testbed::orphan::Orphan;
 use testbed::suite::make;
-use testbed::swrk::{Orphan, Swrk, parent_of};
+use testbed::swrk::{Swrk, parent_of};
 use testbed::workspace::binary;
 
 for_each_criu!(

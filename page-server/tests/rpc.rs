@@ -19,7 +19,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pageferry::criu::header::{PageFlags, Target, Wire};
 use pageferry::criu::rpc::{Options, Request, ServerInfo, kind};
-use testbed::swrk::{Orphan, Swrk, parent_of};
+use testbed::orphan::Orphan;
+use testbed::swrk::{Swrk, parent_of};
 use testbed::wait::GENEROUS;
 
 fn start() -> Swrk {

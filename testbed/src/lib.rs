@@ -12,7 +12,7 @@
 //!   postcopy   all of it in one                     bed, suite       a test's place, a test per CRIU
 //!   rounds     dumps of one load on top of each other images, stats    CRIU's files
 //!   runc       the same in containers               swrk             CRIU's remote procedure calls
-//!   debian     programs of other Debian suites
+//!   debian     programs of other Debian suites           orphan         processes whose parent has ended
 //! ```
 //!
 //! Invariants: every process, namespace, mount and sysctl belongs to a guard that undoes it on drop;
@@ -27,6 +27,7 @@ pub mod images;
 pub mod load;
 pub mod migration;
 pub mod net;
+pub mod orphan;
 pub mod pipes;
 pub mod pki;
 pub mod postcopy;

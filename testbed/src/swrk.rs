@@ -5,16 +5,14 @@ use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use nix::sys::prctl::set_child_subreaper;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
-use nix::unistd::Pid;
 use pageferry::criu::rpc::{Request, Response};
 use prost::Message;
 
-use crate::process::{Spawned, kill_and_reap};
-use crate::sys;
-use crate::wait::{self, GENEROUS};
+use crate::process::Spawned;
+use crate::wait::GENEROUS;
 
 /// Bytes of an answer: more than any of them has.
 const ANSWER_BYTES: usize = 4096;
@@ -72,42 +70,6 @@ impl Swrk {
     pub fn finish(mut self) -> Result<()> {
         drop(self.socket);
         self.process.succeed(GENEROUS).map(drop)
-    }
-}
-
-/// A page server that was started by [`Swrk`] and has come, or will come, to this process: killed on
-/// drop.
-#[derive(Debug)]
-pub struct Orphan(Option<Pid>);
-
-impl Orphan {
-    /// The server with this pid.
-    ///
-    /// # Errors
-    /// No process can have it: to kill it would kill others.
-    pub fn new(pid: i32) -> Result<Orphan> {
-        ensure!(pid > 1, "{pid} is no pid of a server");
-        Ok(Orphan(Some(Pid::from_raw(pid))))
-    }
-
-    /// Waits until it has ended with success. Its starter must be gone.
-    ///
-    /// # Errors
-    /// It fails, or runs on; or it is not a child of this process.
-    pub fn succeed(mut self) -> Result<()> {
-        let pid = self.0.context("a server is waited for once")?;
-        let ended = wait::until("the server's end", GENEROUS, || {
-            Ok(sys::reap(pid.as_raw())?)
-        })?;
-        self.0 = None;
-        ensure!(ended.status.success(), "the server: {}", ended.status);
-        Ok(())
-    }
-}
-
-impl Drop for Orphan {
-    fn drop(&mut self) {
-        kill_and_reap(self.0.as_slice());
     }
 }
 
