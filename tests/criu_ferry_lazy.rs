@@ -274,14 +274,19 @@ fn a_forwarder_that_dies_under_ferry_fakes_no_page() {
 #[test]
 fn the_source_goes_on_when_no_client_comes_back() {
     with_criu(Suite::Sid, |bed, criu| {
-        for_client_that_dies(bed, &plan(criu, Make::Ours, &["--reconnect-timeout", "1"]))
+        let mut plan = plan(criu, Make::Ours, &["--reconnect-timeout", "1"]);
+        plan.client_options = ["--no-standby".to_owned()].into();
+        for_client_that_dies(bed, &plan)
     });
 }
 
 #[test]
 fn the_source_goes_on_when_no_ferried_client_comes_back() {
     with_criu(Suite::Sid, |bed, criu| {
-        for_client_that_dies(bed, &over_ferry(criu, &["--reconnect-timeout", "1"], &[]))
+        for_client_that_dies(
+            bed,
+            &over_ferry(criu, &["--reconnect-timeout", "1"], &["--no-standby"]),
+        )
     });
 }
 

@@ -67,6 +67,10 @@ pub(crate) struct Args {
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     reconnect_timeout: Option<u64>,
 
+    /// Start no second process to take over if this one is killed
+    #[arg(long)]
+    pub(crate) no_standby: bool,
+
     /// Write a summary to FILE (in the work directory) at the end
     #[arg(long, value_name = "FILE")]
     pub(crate) summary_json: Option<PathBuf>,

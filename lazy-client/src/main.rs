@@ -9,8 +9,9 @@ use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
 use pageferry::daemon::command_line::{Action, parse};
-use pageferry::daemon::{self, Daemon};
-use pageferry::engine::restore::{Progress, Restore, Summary, block_signals};
+use pageferry::daemon::{self, Daemon, Forked, fork_waiting};
+use pageferry::engine::restore::standby::{Ends, Standby, Watch};
+use pageferry::engine::restore::{Progress, Restore, RestoreConfig, Summary, block_signals};
 use pageferry::error::{Error, Result};
 use pageferry::observe::progress::{Display, Snapshot};
 use pageferry::observe::trace::TraceReader;
@@ -44,10 +45,55 @@ fn main() -> ExitCode {
 fn restore(args: &Args, daemon: &mut Daemon) -> Result<()> {
     // Before any thread is started, so that no other thread is ever interrupted.
     block_signals()?;
-    let restore = Restore::prepare(args.config(daemon.images_dir().to_owned())?)?;
-    let report = args.summary_json.as_deref().map(Report::create);
-    let report = report.transpose()?;
+    let config = args.config(daemon.images_dir().to_owned())?;
+    let standby = match args.no_standby {
+        true => None,
+        false => match split() {
+            Ok(Side::Serves(standby)) => Some(standby),
+            Ok(Side::StandsBy(watch)) => return stand_by(args, config, &watch, daemon),
+            Err(error) => {
+                tracing::warn!("{error}: nobody takes over if this process is killed");
+                None
+            }
+        },
+    };
+    let restore = Restore::prepare(config, standby)?;
+    let report = Report::create_if_wanted(args)?;
     daemon.listening()?;
+    finish(restore, report)
+}
+
+/// Which of two processes this is.
+enum Side {
+    Serves(Standby),
+    StandsBy(Watch),
+}
+
+/// Makes two processes of this one.
+fn split() -> Result<Side> {
+    let ends = Ends::new()?;
+    match fork_waiting(Forked::Background)? {
+        Some(child) => {
+            child.let_go()?;
+            Ok(Side::Serves(ends.serve()))
+        }
+        None => Ok(Side::StandsBy(ends.stand_by())),
+    }
+}
+
+/// The second process: nothing to do, unless the first is killed.
+fn stand_by(args: &Args, config: RestoreConfig, watch: &Watch, daemon: &mut Daemon) -> Result<()> {
+    daemon.stand_by();
+    match Restore::stand_by(config, watch)? {
+        None => Ok(()),
+        Some(restore) => {
+            daemon.take_over()?;
+            finish(restore, Report::create_if_wanted(args)?)
+        }
+    }
+}
+
+fn finish(restore: Restore, report: Option<Report>) -> Result<()> {
     let progress = restore.progress();
     let display = Display::start(move || snapshot(&progress));
     let (summary, result) = restore.run();
@@ -104,6 +150,10 @@ struct Report {
 }
 
 impl Report {
+    fn create_if_wanted(args: &Args) -> Result<Option<Report>> {
+        args.summary_json.as_deref().map(Report::create).transpose()
+    }
+
     fn create(path: &Path) -> Result<Report> {
         let file = File::create(path).map_err(|error| Error::file("create", path, error))?;
         Ok(Report {

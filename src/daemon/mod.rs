@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{ArgAction, Args};
+use nix::sys::prctl::set_name;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, setsid};
 
@@ -157,6 +158,22 @@ impl Daemon {
             }
             child.let_go()?;
             std::process::exit(0)
+        }
+        self.ready()
+    }
+
+    /// This is a second process that stands by: the first one tells the world.
+    pub fn stand_by(&mut self) {
+        self.status = None;
+        // Who looks for lazy-client by its name means the first one. Without the name it works as well.
+        let _ = set_name(c"lazy-standby");
+    }
+
+    /// This process takes the first one's place: its pid is in the pidfile from now on, and the log has its
+    /// thread.
+    pub fn take_over(&mut self) -> Result<()> {
+        if let Some(pidfile) = self.pidfile.as_ref().filter(|_| self.background) {
+            write_pidfile(pidfile, Pid::this())?;
         }
         self.ready()
     }

@@ -140,6 +140,14 @@ impl Planner {
         self.spaces.iter().map(|(id, space)| (*id, space))
     }
 
+    /// What only the source had at the start, by the images' pids.
+    pub fn origins(&self) -> BTreeMap<u32, Vec<PageRange>> {
+        let spaces = self.spaces.values();
+        spaces
+            .map(|space| (space.pid(), space.origins().to_vec()))
+            .collect()
+    }
+
     /// Whether every page of every process is installed or gone.
     pub fn is_complete(&self) -> bool {
         self.spaces.values().all(Space::is_complete)

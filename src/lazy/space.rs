@@ -358,6 +358,15 @@ impl Space {
         self.remote.next_from(Vaddr(0))
     }
 
+    /// The first piece that is not there yet, whoever has it.
+    pub fn first_missing(&self) -> Option<Piece> {
+        let first = |next: Option<Piece>| next.into_iter();
+        first(self.remote.next_from(Vaddr(0)))
+            .chain(first(self.local.next_from(Vaddr(0))))
+            .chain(first(self.flight.next_from(Vaddr(0))))
+            .min_by_key(|piece| piece.at.start())
+    }
+
     /// The source will not bring `image` with this answer: ask again. Threads that wait go first.
     pub fn give_back(&mut self, image: PageRange) {
         let mut returned = Vec::new();

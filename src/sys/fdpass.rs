@@ -1,9 +1,9 @@
-//! Receiving a descriptor over an AF_UNIX socket.
+//! Sending and receiving a descriptor over an AF_UNIX socket.
 
-use std::io::{self, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 
 /// What one receive brought.
 #[derive(Debug)]
@@ -36,4 +36,48 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received
         bytes: message.bytes,
         fd: first,
     })
+}
+
+/// Sends `bytes`, which a copy of `fd` rides on, if one is given. A socket whose other end is gone gives an
+/// error and no signal.
+pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    let slices = [IoSlice::new(bytes)];
+    let raw: Vec<_> = fd.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let rights: &[_] = if raw.is_empty() { &[] } else { &rights };
+    let flags = MsgFlags::MSG_NOSIGNAL;
+    let sent = sendmsg::<()>(socket.as_raw_fd(), &slices, rights, flags, None)?;
+    match sent == bytes.len() {
+        true => Ok(()),
+        false => Err(io::ErrorKind::WriteZero.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn a_descriptor_arrives_as_another_one_of_the_same_file() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (read, write) = nix::unistd::pipe().unwrap();
+        send(ours.as_fd(), b"with", Some(write.as_fd())).unwrap();
+        drop(write);
+        let mut word = [0; 4];
+        let received = receive(theirs.as_fd(), &mut word).unwrap();
+        assert_eq!((received.bytes, &word), (4, b"with"));
+        let mut pipe = std::fs::File::from(received.fd.unwrap());
+        pipe.write_all(b"x").unwrap();
+        drop(pipe);
+        assert_eq!(
+            std::io::read_to_string(std::fs::File::from(read)).unwrap(),
+            "x"
+        );
+        drop(theirs);
+        assert!(send(ours.as_fd(), b"nobody", None).is_err());
+    }
 }

@@ -6,4 +6,5 @@ pub mod fdpass;
 pub mod mapping;
 pub mod process;
 pub mod ring;
+pub mod shared;
 pub mod uffd;

@@ -5,11 +5,12 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytemuck::{Pod, Zeroable};
 use nix::errno::Errno;
 
-use crate::units::{PageRange, Vaddr};
+use crate::units::{PageRange, PageSize, Vaddr};
 
 /// Messages read with one call at most.
 pub const MESSAGES_MAX: usize = 16;
@@ -34,6 +35,68 @@ pub enum Event {
     Unmap(PageRange),
 }
 
+/// The same before anything is owned: what a read has left in a [`Room`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Message {
+    /// See [`Event::Fault`].
+    Fault(Vaddr),
+    /// See [`Event::Fork`]. The descriptor's number is of the process that read the message.
+    Fork(i32),
+    /// See [`Event::Remap`].
+    Remap {
+        /// Where the memory was.
+        from: PageRange,
+        /// Where it begins now.
+        to: Vaddr,
+    },
+    /// See [`Event::Remove`].
+    Remove(PageRange),
+    /// See [`Event::Unmap`].
+    Unmap(PageRange),
+}
+
+/// A message's 32 bytes.
+const MESSAGE_WORDS: usize = 4;
+
+/// Where the kernel puts the messages of one read. It may be memory that another process sees as well: what
+/// a read has taken from the kernel is there then, even if the reader is killed before it returns.
+#[derive(Zeroable, Debug)]
+pub struct Room([[AtomicU64; MESSAGE_WORDS]; MESSAGES_MAX]);
+
+impl Room {
+    /// Forgets all messages.
+    pub fn clear(&self) {
+        for message in &self.0 {
+            message[0].store(0, Ordering::SeqCst);
+        }
+    }
+
+    /// Puts in what a read could have left there.
+    #[cfg(test)]
+    pub(crate) fn put(&self, at: usize, message: Message) {
+        let range = |range: PageRange| [range.start().get(), range.end().get(), 0];
+        let (event, [first, second, third]): (u64, _) = match message {
+            Message::Fault(addr) => (0x12, [0, addr.get(), 0]),
+            Message::Fork(number) => (0x13, [u64::from(number.cast_unsigned()), 0, 0]),
+            Message::Remap { from, to } => (0x14, [from.start().get(), to.get(), from.bytes()]),
+            Message::Remove(gone) => (0x15, range(gone)),
+            Message::Unmap(gone) => (0x16, range(gone)),
+        };
+        for (word, value) in self.0[at].iter().zip([event, first, second, third]) {
+            word.store(value, Ordering::SeqCst);
+        }
+    }
+
+    /// The messages that there are, in order.
+    pub fn messages(&self) -> impl Iterator<Item = io::Result<Message>> {
+        let all = self.0.iter().map(|words| {
+            let words = words.each_ref().map(|word| word.load(Ordering::SeqCst));
+            bytemuck::cast::<_, RawMessage>(words)
+        });
+        all.filter(|raw| raw.event != 0).map(RawMessage::message)
+    }
+}
+
 /// Whether filling pages wakes those who wait for them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Wake {
@@ -42,6 +105,9 @@ pub enum Wake {
     /// It does not: [`Uffd::wake`] will.
     Later,
 }
+
+/// Memory of a process lies between 2 to the first and 2 to the last of these.
+const ADDRESS_BITS: std::ops::Range<u32> = 16..57;
 
 /// UFFDIO_COPY_MODE_DONTWAKE.
 const COPY_MODE_DONTWAKE: u64 = 1;
@@ -78,19 +144,30 @@ impl AsFd for Uffd {
 }
 
 impl Uffd {
-    /// Reads up to [`MESSAGES_MAX`] messages, which `seen` gets in order. Returns how many there
-    /// were; 0 if there is nothing to read now.
-    pub fn read(&self, mut seen: impl FnMut(Event)) -> io::Result<usize> {
-        let mut messages = [Message::zeroed(); MESSAGES_MAX];
-        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut messages);
-        let length = match nix::unistd::read(&self.0, bytes) {
-            Ok(length) => length,
+    /// Reads up to [`MESSAGES_MAX`] messages into the empty `room`; `seen` gets them in order. Returns how
+    /// many there were; 0 if there is nothing to read now.
+    pub fn read(&self, room: &Room, mut seen: impl FnMut(Event)) -> io::Result<usize> {
+        let start = room.0.as_ptr().cast_mut().cast();
+        // SAFETY: the kernel writes at most the size of the room to it, and all that looks at it are
+        // atomics, of which any value is valid.
+        let length = unsafe { libc::read(self.0.as_raw_fd(), start, size_of::<Room>()) };
+        match Errno::result(length) {
+            Ok(_) => {}
             Err(Errno::EAGAIN | Errno::EINTR) => return Ok(0),
             Err(errno) => return Err(errno.into()),
-        };
-        let count = length / size_of::<Message>();
-        for message in &messages[..count] {
-            seen(message.event()?);
+        }
+        let mut count = 0;
+        for message in room.messages() {
+            count += 1;
+            seen(match message? {
+                Message::Fault(addr) => Event::Fault(addr),
+                // SAFETY: the kernel has just installed this descriptor for us with the message,
+                // and nobody else knows its number.
+                Message::Fork(number) => Event::Fork(Uffd(unsafe { OwnedFd::from_raw_fd(number) })),
+                Message::Remap { from, to } => Event::Remap { from, to },
+                Message::Remove(range) => Event::Remove(range),
+                Message::Unmap(range) => Event::Unmap(range),
+            });
         }
         Ok(count)
     }
@@ -145,6 +222,29 @@ impl Uffd {
         }
     }
 
+    /// Wakes every thread of the process that waits for a page, wherever that is: they look again, so that
+    /// faults which somebody else has read are told once more.
+    pub fn wake_all(&self, page: PageSize) -> io::Result<()> {
+        for bits in ADDRESS_BITS {
+            let (start, end) = (1 << bits, 1 << (bits + 1));
+            // Where addresses end the kernel refuses the range; on x86-64 they end a page below the power of two.
+            let whole = self.wake(PageRange::new(start, end));
+            let refused = |error: &io::Error| error.kind() == io::ErrorKind::InvalidInput;
+            match whole {
+                Err(error) if refused(&error) => {
+                    let below = self.wake(PageRange::new(start, end - page.bytes()));
+                    if let Err(error) = below
+                        && !refused(&error)
+                    {
+                        return Err(error);
+                    }
+                }
+                woken => woken?,
+            }
+        }
+        Ok(())
+    }
+
     /// Whether the process lives: its end is not an event. `unused` is a page that is not missing.
     pub fn is_alive(&self, unused: PageRange) -> io::Result<bool> {
         Ok(self.zero(unused)? != Filled::Exited)
@@ -166,14 +266,14 @@ fn filled(result: nix::Result<i32>, done: i64) -> io::Result<Filled> {
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct Message {
+struct RawMessage {
     event: u8,
     reserved: [u8; 7],
     arguments: [u64; 3],
 }
 
-impl Message {
-    fn event(&self) -> io::Result<Event> {
+impl RawMessage {
+    fn message(self) -> io::Result<Message> {
         let [first, second, third] = self.arguments;
         let range = |start: u64, end: u64| {
             (start <= end)
@@ -183,19 +283,14 @@ impl Message {
                 })
         };
         match self.event {
-            0x12 => Ok(Event::Fault(Vaddr(second))),
-            0x13 => {
-                let number = (first & 0xffff_ffff) as i32;
-                // SAFETY: the kernel has just installed this descriptor for us with the message,
-                // and nobody else knows its number.
-                Ok(Event::Fork(Uffd(unsafe { OwnedFd::from_raw_fd(number) })))
-            }
-            0x14 => Ok(Event::Remap {
+            0x12 => Ok(Message::Fault(Vaddr(second))),
+            0x13 => Ok(Message::Fork((first & 0xffff_ffff) as i32)),
+            0x14 => Ok(Message::Remap {
                 from: range(first, first.saturating_add(third))?,
                 to: Vaddr(second),
             }),
-            0x15 => Ok(Event::Remove(range(first, second)?)),
-            0x16 => Ok(Event::Unmap(range(first, second)?)),
+            0x15 => Ok(Message::Remove(range(first, second)?)),
+            0x16 => Ok(Message::Unmap(range(first, second)?)),
             other => Err(io::Error::other(format!(
                 "unknown userfaultfd event {other:#x}"
             ))),
@@ -249,7 +344,8 @@ mod calls {
     nix::ioctl_readwrite!(poison, 0xAA, 0x08, RangeCall);
 }
 
-const _: () = assert!(size_of::<Message>() == 32);
+const _: () = assert!(size_of::<RawMessage>() == 8 * MESSAGE_WORDS);
+const _: () = assert!(size_of::<Room>() == size_of::<RawMessage>() * MESSAGES_MAX);
 const _: () = assert!(size_of::<Range>() == 16);
 const _: () = assert!(size_of::<Copy>() == 40);
 const _: () = assert!(size_of::<RangeCall>() == 32);

@@ -16,8 +16,10 @@ use anyhow::{Context, Result};
 
 use crate::criu::Criu;
 use crate::net::{NetNs, command_in, free_port};
+use crate::orphan::Orphan;
 use crate::process::Spawned;
 use crate::sys::Ended;
+use crate::wait::{self, GENEROUS};
 use crate::workspace;
 
 /// Who makes a daemon.
@@ -258,6 +260,23 @@ impl LazyDaemon {
     /// Its process.
     pub fn process(&mut self) -> &mut Spawned {
         &mut self.process
+    }
+
+    /// Kills it, and waits until the process that stood by says that it takes over.
+    ///
+    /// # Errors
+    /// Nobody takes over; the error shows its log.
+    pub fn kill_for_standby(&mut self) -> Result<Orphan> {
+        let log = self.process.log().context("a log")?.to_owned();
+        self.process.kill()?;
+        let pid = wait::until("somebody to take over", GENEROUS, || {
+            let told = fs::read_to_string(&log)?;
+            let pid = told.split_once(", which stood by, takes over");
+            let pid = pid.and_then(|(before, _)| before.rsplit(' ').next());
+            Ok(pid.map(str::to_owned))
+        });
+        let pid = pid.with_context(|| self.process.log_tail())?;
+        Orphan::new(pid.parse()?)
     }
 
     /// Waits until it has filled everything and ended with success.

@@ -2,6 +2,7 @@
 
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
 
+use super::standby::Told;
 use super::waking::Waiters;
 use super::{EVENTS_MAX, Process, Restore};
 use crate::error::{Error, Kind, Result};
@@ -56,23 +57,25 @@ impl Restore {
                     error,
                 )
             };
-            if process
-                .uffd
-                .read(|event| events.push(event))
-                .map_err(failed)?
-                == 0
-            {
+            let room = self.room_for(id);
+            let read = process.uffd.read(room, |event| events.push(event));
+            if read.map_err(failed)? == 0 {
                 break;
             }
             for event in events {
                 if !matches!(event, Event::Fault(_)) {
+                    self.note_event();
                     self.stretch.forget_quiet(id);
                 }
                 match event {
                     Event::Fault(addr) => faults.push(addr),
-                    Event::Fork(uffd) => self.handle_fork(id, uffd)?,
-                    Event::Remap { from, to } => self.handle_remap(id, from, to),
+                    Event::Fork(uffd) => drop(self.handle_fork(id, uffd)?),
+                    Event::Remap { from, to } => {
+                        self.tell(Told::Remap { id, from, to }, None);
+                        self.handle_remap(id, from, to);
+                    }
                     Event::Remove(range) | Event::Unmap(range) => {
+                        self.tell(Told::Gone { id, range }, None);
                         self.settle(id, range, Way::Gone, Waiters::Asleep);
                     }
                 }
@@ -127,9 +130,10 @@ impl Restore {
         Ok(())
     }
 
-    fn handle_fork(&mut self, parent: SpaceId, uffd: Uffd) -> Result<()> {
+    /// Takes care of the child that `parent` forked, unless the parent is not known any more.
+    pub(super) fn handle_fork(&mut self, parent: SpaceId, uffd: Uffd) -> Result<Option<SpaceId>> {
         let Some(process) = self.processes.get(&parent) else {
-            return Ok(());
+            return Ok(None);
         };
         let child = Process {
             pid: process.pid,
@@ -137,13 +141,15 @@ impl Restore {
             uffd,
         };
         let Some(id) = self.planner.handle_fork(parent) else {
-            return Ok(());
+            return Ok(None);
         };
         tracing::debug!("pid {} forked", child.pid);
-        self.adopt(id, child)
+        self.tell(Told::Fork { id, parent }, Some(&child.uffd));
+        self.adopt(id, child)?;
+        Ok(Some(id))
     }
 
-    fn handle_remap(&mut self, id: SpaceId, from: PageRange, to: Vaddr) {
+    pub(super) fn handle_remap(&mut self, id: SpaceId, from: PageRange, to: Vaddr) {
         let mut woken = Vec::new();
         self.planner
             .handle_remap(id, from, to, |served| woken.push(served));
@@ -154,6 +160,7 @@ impl Restore {
     pub(super) fn forget(&mut self, id: SpaceId) {
         if let Some(process) = self.processes.remove(&id) {
             tracing::info!("pid {} ended", process.pid);
+            self.tell(Told::Exited { id }, None);
             // Closing the descriptor takes it out of the poll.
         }
         self.planner.handle_exit(id);

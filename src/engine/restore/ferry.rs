@@ -49,15 +49,18 @@ pub(super) struct Ferry {
 }
 
 impl Ferry {
-    /// Opens a session and connects.
-    pub(super) fn connect(dialer: FerryDialer) -> Result<Ferry> {
-        let mut fetching = dialer.session();
-        fetching.attach(dialer.dial()?);
-        Ok(Ferry {
+    /// A new session, not connected yet.
+    pub(super) fn new(dialer: FerryDialer) -> Ferry {
+        Ferry {
+            fetching: dialer.session(),
             dialer,
-            fetching,
             awaits_room: [false; 2],
-        })
+        }
+    }
+
+    pub(super) fn connect(&mut self) -> Result<()> {
+        self.fetching.attach(self.dialer.dial()?);
+        Ok(())
     }
 }
 

@@ -46,14 +46,17 @@ enum State {
 /// The receiving end of `lazy-pages.socket`. The socket file goes when this does.
 #[derive(Debug)]
 pub struct Intake {
-    path: PathBuf,
+    /// Where the socket's file is, if this is its owner.
+    path: Option<PathBuf>,
     state: State,
 }
 
 impl Drop for Intake {
     fn drop(&mut self) {
-        // Nobody is there to connect to any more; a missing file is as good.
-        let _ = std::fs::remove_file(&self.path);
+        if let Some(path) = &self.path {
+            // Nobody is there to connect to any more; a missing file is as good.
+            let _ = std::fs::remove_file(path);
+        }
     }
 }
 
@@ -70,13 +73,21 @@ impl Intake {
         listener.set_nonblocking(true).map_err(failed)?;
         Ok(Intake {
             state: State::Listening(listener),
-            path,
+            path: Some(path),
         })
+    }
+
+    /// The end of a conversation that another process had.
+    pub(super) fn ended() -> Intake {
+        Intake {
+            path: None,
+            state: State::Ended,
+        }
     }
 
     /// Where the restore must connect to.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.path.as_deref().unwrap_or(Path::new(SOCKET_NAME))
     }
 
     /// Whether no restore has come yet.
@@ -108,7 +119,7 @@ impl Intake {
                     self.state = State::Ended;
                     return Ok(Some(Word::End));
                 }
-                Err(error) => return Err(Error::file("read", &self.path, error)),
+                Err(error) => return Err(Error::file("read", self.path(), error)),
             }
         }
     }

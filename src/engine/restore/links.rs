@@ -51,42 +51,67 @@ pub(super) struct Links {
 }
 
 impl Links {
-    /// Connects to the source, if there is one.
-    pub(super) fn connect(config: &RestoreConfig, wire: Wire, page: PageSize) -> Result<Links> {
+    /// What there is to know of the source, if there is one, without a connection to it.
+    pub(super) fn new(config: &RestoreConfig, wire: Wire, page: PageSize) -> Result<Links> {
         let dialer = config.source.clone().map(|peer| Dialer {
             peer,
             tls: config.tls.clone(),
             wire,
             page,
         });
-        let hint = "is the source there, and does it serve pages (criu dump --lazy-pages, or page-server --lazy-pages)?";
-        let (mut pair, mut session) = (None, None);
-        if let Some(Dialer { peer, tls, .. }) = dialer.as_ref().filter(|_| config.ferry) {
-            let pushed = match (config.on_demand, config.max_bandwidth) {
-                (true, _) => Pushed::Nothing,
-                (false, Some(rate)) => Pushed::AtRate(rate),
-                (false, None) => Pushed::All,
-            };
-            let dialer = FerryDialer::new(peer.clone(), tls.clone(), page, pushed)?;
-            session = Some(Ferry::connect(dialer)?);
-            tracing::info!("connected to the source at {peer} (ferry)");
-        } else if let Some(dialer) = &dialer {
-            pair = Some(dialer.dial_pair().map_err(|error| error.within(hint))?);
-            tracing::info!("connected to the source at {} ({wire:?})", dialer.peer);
-        }
         let reconnected = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
             .map_err(|errno| Error::wrap(Kind::Io, "cannot make an eventfd", errno))?;
         Ok(Links {
             dialer,
-            pair,
-            ours: session.is_some(),
-            ferry: session,
+            pair: None,
+            ours: false,
+            ferry: None,
             reconnect_timeout: config.reconnect_timeout,
             down_since: None,
             attempt: None,
             reconnected: Arc::new(reconnected),
             bytes_received_before: 0,
         })
+    }
+
+    /// Connects to the source, if there is one.
+    pub(super) fn connect(&mut self, config: &RestoreConfig) -> Result<()> {
+        let hint = "is the source there, and does it serve pages (criu dump --lazy-pages, or page-server --lazy-pages)?";
+        self.begin_session(config)?;
+        let Some(dialer) = &self.dialer else {
+            return Ok(());
+        };
+        if let Some(ferry) = &mut self.ferry {
+            ferry.connect()?;
+            tracing::info!("connected to the source at {} (ferry)", dialer.peer);
+        } else {
+            let pair = dialer.dial_pair().map_err(|error| error.within(hint))?;
+            self.pair = Some(pair);
+            tracing::info!(
+                "connected to the source at {} ({:?})",
+                dialer.peer,
+                dialer.wire
+            );
+        }
+        Ok(())
+    }
+
+    /// Begins a session with a source that speaks ferry, without a connection yet.
+    pub(super) fn begin_session(&mut self, config: &RestoreConfig) -> Result<()> {
+        if let Some(Dialer {
+            peer, tls, page, ..
+        }) = self.dialer.as_ref().filter(|_| config.ferry)
+        {
+            let pushed = match (config.on_demand, config.max_bandwidth) {
+                (true, _) => Pushed::Nothing,
+                (false, Some(rate)) => Pushed::AtRate(rate),
+                (false, None) => Pushed::All,
+            };
+            let dialer = FerryDialer::new(peer.clone(), tls.clone(), *page, pushed)?;
+            self.ferry = Some(Ferry::new(dialer));
+            self.ours = true;
+        }
+        Ok(())
     }
 
     /// Readable when an attempt to reach the source again has ended.
@@ -391,6 +416,7 @@ impl Restore {
         if !fault.proven {
             fault.proven = true;
             self.links.ours = true;
+            self.note_ours();
             tracing::info!("the source takes several connections: faults have one of their own");
         }
     }

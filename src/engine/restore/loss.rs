@@ -18,7 +18,9 @@ use nix::unistd::Pid;
 use super::waking::Waiters;
 use super::{OnLoss, Restore};
 use crate::error::{Error, Kind, Result};
+use crate::lazy::extents::Piece;
 use crate::lazy::planner::{SpaceId, Way};
+use crate::lazy::space::Space;
 use crate::sys::uffd::Filled;
 use crate::units::PageRange;
 
@@ -107,7 +109,7 @@ impl Restore {
                 Ok(())
             }
             Some(OnLoss::Kill) => {
-                self.kill_processes();
+                self.kill_processes(Space::first_remote);
                 self.poison_lost()
             }
         }
@@ -244,13 +246,13 @@ impl Restore {
         }
     }
 
-    /// Kills the processes whose pages are lost: those that have a missing part of their memory
-    /// under a userfaultfd where the planner says so.
-    fn kill_processes(&mut self) {
+    /// Kills the processes whose pages are lost: those that have a part of their memory under a
+    /// userfaultfd where `lacks` finds something.
+    pub(super) fn kill_processes(&mut self, lacks: impl Fn(&Space) -> Option<Piece>) {
         let lost: Vec<(u32, PageRange)> = self
             .planner
             .spaces()
-            .filter_map(|(_, space)| Some((space.pid(), space.first_remote()?.at)))
+            .filter_map(|(_, space)| Some((space.pid(), lacks(space)?.at)))
             .collect();
         for pid in super::victims::find(&lost) {
             match kill(Pid::from_raw(pid), Signal::SIGKILL) {

@@ -5,6 +5,7 @@
 //! userfaultfds ------> faults ----> planner -> links -> source        a fault goes out at once
 //! source ------------> links -----> install -> UFFDIO_COPY            from the receive buffer
 //! local images ------> install ---> UFFDIO_COPY                       from the mapped file
+//! all that happens to memory -----> standby                           takes over if this process is killed
 //! ```
 //!
 //! One thread does all of it, in steps of at most 64 KiB while lone faults are about, and looks for
@@ -30,6 +31,7 @@ mod process;
 mod reconnect;
 mod report;
 mod signals;
+pub mod standby;
 mod victims;
 mod waking;
 
@@ -40,6 +42,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytemuck::Zeroable;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
@@ -52,7 +55,7 @@ use crate::lazy::planner::{Planner, SpaceId};
 use crate::lazy::stretch::Stretch;
 use crate::lazy::window::RateLimit;
 use crate::sys::process::page_size;
-use crate::sys::uffd::Uffd;
+use crate::sys::uffd::{Room, Uffd};
 use crate::tls::Tls;
 use crate::units::Vaddr;
 use intake::{Intake, Word};
@@ -63,6 +66,7 @@ use report::Observer;
 pub use report::{Progress, Summary};
 use signals::Signals;
 pub use signals::block as block_signals;
+use standby::{Standby, Told};
 
 /// Most descriptors looked at in one round.
 const EVENTS_MAX: usize = 64;
@@ -173,6 +177,10 @@ pub struct Restore {
     signals: Signals,
     clock: Clock,
     observer: Observer,
+    /// Who takes over if this process is killed.
+    standby: Option<Standby>,
+    /// For the messages of userfaultfds, where nobody stands by.
+    room: Room,
     scratch: Vec<u8>,
 }
 
@@ -196,8 +204,22 @@ impl Clock {
 
 impl Restore {
     /// Checks the images, connects to the source and listens for the restore in the current
-    /// directory. [`block_signals`] must have been called before any thread was started.
-    pub fn prepare(config: RestoreConfig) -> Result<Restore> {
+    /// directory. [`block_signals`] must have been called before any thread was started. `standby` takes over
+    /// if this process is killed.
+    pub fn prepare(config: RestoreConfig, standby: Option<Standby>) -> Result<Restore> {
+        let mut restore = Restore::assemble(config, standby)?;
+        restore.intake = Intake::listen(std::path::Path::new("."))?;
+        restore.links.connect(&restore.config)?;
+        if restore.links.ours {
+            restore.note_ours();
+        }
+        restore.watch_intake()?;
+        restore.watch_links()?;
+        Ok(restore)
+    }
+
+    /// Opens the images; nobody is listened to or connected to yet.
+    fn assemble(config: RestoreConfig, standby: Option<Standby>) -> Result<Restore> {
         let page = page_size()
             .map_err(|error| Error::wrap(Kind::Unsupported, "cannot work here", error))?;
         let images = ImageDir::open(&config.images_dir, page)?;
@@ -215,8 +237,7 @@ impl Restore {
             true => process::earlier_round(&images, config.prev_images_dir.as_deref())?,
             false => None,
         };
-        let intake = Intake::listen(std::path::Path::new("."))?;
-        let links = Links::connect(&config, wire, page)?;
+        let links = Links::new(&config, wire, page)?;
         let observer = Observer::new(config.trace.as_deref(), page)?;
         let new_poll = || {
             Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)
@@ -228,7 +249,7 @@ impl Restore {
             config,
             images,
             earlier_images,
-            intake,
+            intake: Intake::ended(),
             intake_done: false,
             finished: false,
             processes: BTreeMap::new(),
@@ -242,6 +263,8 @@ impl Restore {
             clock: Clock(Instant::now()),
             observer,
             scratch: Vec::new(),
+            standby,
+            room: Room::zeroed(),
         };
         restore.watch_all()?;
         Ok(restore)
@@ -261,11 +284,19 @@ impl Restore {
             &self.links.reconnected(),
             readable,
             Token::Reconnected as u64,
-        )?;
-        if let Some(socket) = self.intake.socket() {
-            watch(&self.poll, &socket, readable, Token::Intake as u64)?;
+        )
+    }
+
+    fn watch_intake(&self) -> Result<()> {
+        match self.intake.socket() {
+            Some(socket) => watch(
+                &self.poll,
+                &socket,
+                EpollFlags::EPOLLIN,
+                Token::Intake as u64,
+            ),
+            None => Ok(()),
         }
-        self.watch_links()
     }
 
     /// Serves until every page of every process is installed or gone. Returns what was done; an
@@ -318,7 +349,8 @@ impl Restore {
         let nothing_to_come = self.intake_done && self.planner.is_complete();
         match &self.loss {
             None => nothing_to_come && self.finished,
-            Some(loss) => nothing_to_come && !loss.waits_for_operator(),
+            // An operator decides about held processes, as long as there are any.
+            Some(_) => nothing_to_come,
         }
     }
 
@@ -380,10 +412,11 @@ impl Restore {
         while let Some(word) = self.intake.next()? {
             // The socket to poll changes when the restore connects; a closed one leaves by itself.
             match word {
-                Word::Process(pid, uffd) => self.add_process(pid, uffd)?,
+                Word::Process(pid, uffd) => drop(self.add_process(pid, uffd)?),
                 Word::Zombie(pid) => tracing::info!("pid {pid} is a zombie: it has no memory"),
                 Word::Finished => {
                     self.finished = true;
+                    self.note_finished();
                     self.observer.restored(self.clock.now_us());
                     tracing::info!(
                         "the restore is finished, {} pages are missing",
@@ -412,7 +445,7 @@ impl Restore {
         Ok(())
     }
 
-    fn add_process(&mut self, pid: u32, uffd: Uffd) -> Result<()> {
+    fn add_process(&mut self, pid: u32, uffd: Uffd) -> Result<SpaceId> {
         let opened = process::open(&self.images, pid, self.config.source.is_some())?;
         let space = opened.space;
         tracing::info!(
@@ -424,7 +457,9 @@ impl Restore {
         self.build_on_earlier(pid, space.origins())?;
         let id = self.planner.add(space);
         let chain = opened.chain.map(Arc::new);
-        self.adopt(id, Process { pid, uffd, chain })
+        self.tell(Told::Process { id, pid }, Some(&uffd));
+        self.adopt(id, Process { pid, uffd, chain })?;
+        Ok(id)
     }
 
     fn adopt(&mut self, id: SpaceId, process: Process) -> Result<()> {

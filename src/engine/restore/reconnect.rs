@@ -151,6 +151,12 @@ impl Restore {
     /// All connections to the source are given up, and made again if it may come back.
     pub(super) fn source_lost(&mut self, error: Error) -> Result<()> {
         self.links.reset();
+        self.reach_again(error)
+    }
+
+    /// Connections to the source, of which there are none because of `error`, are made again if it may
+    /// come back.
+    pub(super) fn reach_again(&mut self, error: Error) -> Result<()> {
         match self.links.may_reconnect() {
             Some(timeout) if self.loss.is_none() => {
                 tracing::warn!(

@@ -1,0 +1,337 @@
+//! A second process that takes over when the first one is killed: its userfaultfds would go with it, and the
+//! restored processes would read zeros.
+//!
+//! ```text
+//! who serves ── each process and its userfaultfd, each event of its memory ──> who stands by
+//!     ├─ ends, whatever its exit code ───────────────────────────────────────> ends as well
+//!     └─ is killed: the socket ends, and nobody was dismissed ───────────────> takes over
+//! ```
+//!
+//! Who takes over knows what was missing at the start and where it is now, not what has come since: that it
+//! finds when the kernel says that a page is there. It reaches the source again as after a broken link,
+//! if that is one that can be reached again, and else treats the processes as [`OnLoss`] says.
+//!
+//! Invariants: who stands by reads nothing from a userfaultfd and has no connection to the source, so that
+//! CRIU's source is reset, and lives on, when the one that serves is killed; a source is told of the end
+//! only if the restore had finished. The kernel hands out an event once: so it is read into memory that both
+//! see (`Board`), and what was read but not told yet is found there. Only the userfaultfd of a child is lost
+//! if that happens to a fork; then nobody can fill the child's memory, and the processes are killed.
+//!
+//! [`OnLoss`]: super::OnLoss
+
+mod takeover;
+mod words;
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytemuck::Zeroable;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, recv, shutdown, socketpair,
+};
+use socket2::SockRef;
+
+use super::Restore;
+use crate::error::{Error, Kind, Result};
+use crate::lazy::planner::SpaceId;
+use crate::sys::fdpass;
+use crate::sys::shared::Shared;
+use crate::sys::uffd::{Message, Room, Uffd};
+use words::Record;
+pub(super) use words::Told;
+
+/// How long who stands by may take to hear a word, or to end: it has nothing else to do.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// What both see at any time.
+#[derive(Zeroable, Debug)]
+struct Board {
+    /// The restore has said that every process runs.
+    finished: AtomicBool,
+    /// The source is one that can be reached again.
+    ours: AtomicBool,
+    /// Who serves has ended in order, or goes on alone.
+    dismissed: AtomicBool,
+    /// Whose userfaultfd was read last.
+    read_of: AtomicU32,
+    /// How many events had been told before that.
+    told_before: AtomicU64,
+    /// What was read.
+    room: Room,
+}
+
+impl Board {
+    /// The events that were read last, but for those that are among the first `told` ever.
+    fn untold(&self, told: u64) -> impl Iterator<Item = io::Result<Message>> {
+        let of_these = told.saturating_sub(self.told_before.load(Ordering::SeqCst));
+        let events = self.room.messages();
+        let events = events.filter(|message| !matches!(message, Ok(Message::Fault(_))));
+        events.skip(usize::try_from(of_these).unwrap_or(usize::MAX))
+    }
+}
+
+/// Both ends of what connects the two processes, before there are two.
+#[derive(Debug)]
+pub struct Ends {
+    serving: OwnedFd,
+    standing_by: OwnedFd,
+    board: Shared<Board>,
+}
+
+/// Who stands by, as seen from the one that serves. Dropping it lets that one end.
+#[derive(Debug)]
+pub struct Standby {
+    socket: OwnedFd,
+    board: Shared<Board>,
+    /// Events so far.
+    events: u64,
+}
+
+/// Who serves, as seen from the one that stands by.
+#[derive(Debug)]
+pub struct Watch {
+    socket: OwnedFd,
+    board: Shared<Board>,
+}
+
+impl Ends {
+    /// To be made before the fork that makes two processes of this one.
+    pub fn new() -> Result<Ends> {
+        let failed = |error| Error::wrap(Kind::Io, "cannot reach a process that stands by", error);
+        let (family, kind) = (AddressFamily::Unix, SockType::SeqPacket);
+        let pair = socketpair(family, kind, None, SockFlag::SOCK_CLOEXEC);
+        let (serving, standing_by) = pair.map_err(|errno| failed(errno.into()))?;
+        let socket = SockRef::from(&serving);
+        let timeouts = socket.set_write_timeout(Some(PATIENCE));
+        timeouts
+            .and_then(|()| socket.set_read_timeout(Some(PATIENCE)))
+            .map_err(failed)?;
+        Ok(Ends {
+            serving,
+            standing_by,
+            board: Shared::new().map_err(failed)?,
+        })
+    }
+
+    /// What the process keeps that serves.
+    pub fn serve(self) -> Standby {
+        Standby {
+            socket: self.serving,
+            board: self.board,
+            events: 0,
+        }
+    }
+
+    /// What the process keeps that stands by.
+    pub fn stand_by(self) -> Watch {
+        Watch {
+            socket: self.standing_by,
+            board: self.board,
+        }
+    }
+}
+
+impl Standby {
+    fn tell(&self, told: Told, uffd: Option<&Uffd>) -> io::Result<()> {
+        let record = told.encode(self.events);
+        let bytes = bytemuck::bytes_of(&record);
+        fdpass::send(self.socket.as_fd(), bytes, uffd.map(AsFd::as_fd))
+    }
+}
+
+impl Drop for Standby {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // As good as killed.
+            return;
+        }
+        self.board.dismissed.store(true, Ordering::SeqCst);
+        // Its copies of the userfaultfds are to be closed before this process ends. If it is gone, or does
+        // not end in time, there is nothing left to do about it.
+        let told = shutdown(
+            std::os::fd::AsRawFd::as_raw_fd(&self.socket),
+            Shutdown::Write,
+        );
+        let _ended = told.and_then(|()| {
+            recv(
+                std::os::fd::AsRawFd::as_raw_fd(&self.socket),
+                &mut [0],
+                MsgFlags::empty(),
+            )
+        });
+    }
+}
+
+impl Watch {
+    /// What the one that serves tells next, or `None` when it has ended.
+    fn next(&self) -> io::Result<Option<(Told, u64, Option<Uffd>)>> {
+        let mut record = Record::zeroed();
+        let bytes = bytemuck::bytes_of_mut(&mut record);
+        let whole = bytes.len();
+        let received = loop {
+            match fdpass::receive(self.socket.as_fd(), bytes) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
+                received => break received?,
+            }
+        };
+        match received.bytes {
+            0 => Ok(None),
+            bytes if bytes == whole => {
+                let uffd = received.fd.map(Uffd::from);
+                Ok(Some((Told::decode(record)?, record.events, uffd)))
+            }
+            bytes => Err(io::Error::other(format!("a word of {bytes} bytes"))),
+        }
+    }
+}
+
+impl Restore {
+    /// Tells who stands by, if somebody does.
+    pub(super) fn tell(&mut self, told: Told, uffd: Option<&Uffd>) {
+        let Some(standby) = &self.standby else {
+            return;
+        };
+        if let Err(error) = standby.tell(told, uffd) {
+            self.standby = None;
+            tracing::warn!(
+                "the process that stands by is lost ({error}): if this one is killed as well, the restored \
+                 processes read zeros"
+            );
+        }
+    }
+
+    /// Where the next messages of process `id` are to be read to.
+    pub(super) fn room_for(&self, id: SpaceId) -> &Room {
+        let Some(standby) = &self.standby else {
+            self.room.clear();
+            return &self.room;
+        };
+        let board = &standby.board;
+        // In this order: messages that were told are never taken for others.
+        board.room.clear();
+        board.told_before.store(standby.events, Ordering::SeqCst);
+        board.read_of.store(id.0, Ordering::SeqCst);
+        &board.room
+    }
+
+    /// The next of the events that were read is handled now.
+    pub(super) fn note_event(&mut self) {
+        if let Some(standby) = &mut self.standby {
+            standby.events += 1;
+        }
+    }
+
+    /// The restore has finished.
+    pub(super) fn note_finished(&self) {
+        if let Some(standby) = &self.standby {
+            standby.board.finished.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// The source can be reached again.
+    pub(super) fn note_ours(&self) {
+        if let Some(standby) = &self.standby {
+            standby.board.ours.store(true, Ordering::SeqCst);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::{PageRange, Vaddr};
+
+    fn both() -> (Standby, Watch) {
+        let ends = Ends::new().unwrap();
+        let board = ends.board;
+        let watch = Watch {
+            socket: ends.standing_by,
+            board,
+        };
+        let standby = Standby {
+            socket: ends.serving,
+            board,
+            events: 0,
+        };
+        (standby, watch)
+    }
+
+    #[test]
+    fn what_is_told_is_heard() {
+        let (mut standby, watch) = both();
+        let (read, _write) = nix::unistd::pipe().unwrap();
+        let uffd = Uffd::from(read);
+        let (id, parent) = (SpaceId(8), SpaceId(7));
+        let range = PageRange::new(0x1000, 0x5000);
+        let to = Vaddr(0x9000);
+        let words = [
+            (Told::Process { id, pid: 12 }, Some(&uffd)),
+            (Told::Fork { id, parent }, Some(&uffd)),
+            (
+                Told::Remap {
+                    id,
+                    from: range,
+                    to,
+                },
+                None,
+            ),
+            (Told::Gone { id, range }, None),
+            (Told::Exited { id }, None),
+        ];
+        for (told, uffd) in words {
+            standby.events += 3;
+            standby.tell(told, uffd).unwrap();
+            let (heard, events, fd) = watch.next().unwrap().unwrap();
+            assert_eq!((heard, fd.is_some()), (told, uffd.is_some()));
+            assert_eq!(events, standby.events);
+        }
+        let ended = std::thread::spawn(move || {
+            let last = watch.next().unwrap();
+            (last.is_none(), watch.board.dismissed.load(Ordering::SeqCst))
+        });
+        drop(standby);
+        assert_eq!(ended.join().unwrap(), (true, true));
+    }
+
+    #[test]
+    fn events_that_were_read_and_not_told_are_found() {
+        let board = Shared::<Board>::new().unwrap();
+        let untold = |told| {
+            let events = board.untold(told).map(io::Result::unwrap);
+            events.collect::<Vec<_>>()
+        };
+        assert_eq!(untold(40), []);
+        board.told_before.store(40, Ordering::SeqCst);
+        let range = PageRange::new(0x1000, 0x5000);
+        board.room.put(0, Message::Fault(Vaddr(0x1000)));
+        board.room.put(1, Message::Unmap(range));
+        board.room.put(2, Message::Fork(3));
+        board.room.put(3, Message::Fault(Vaddr(0x2000)));
+        board.room.put(4, Message::Remove(range));
+        let all = [
+            Message::Unmap(range),
+            Message::Fork(3),
+            Message::Remove(range),
+        ];
+        assert_eq!(untold(40), all);
+        assert_eq!(untold(41), all[1..]);
+        assert_eq!(untold(43), []);
+        board.room.clear();
+        assert_eq!(untold(40), []);
+    }
+
+    #[test]
+    fn who_panics_dismisses_nobody() {
+        let (standby, watch) = both();
+        let panicked = std::thread::spawn(move || {
+            let _standby = standby;
+            panic!("on purpose");
+        });
+        assert!(panicked.join().is_err());
+        assert!(watch.next().unwrap().is_none());
+        assert!(!watch.board.dismissed.load(Ordering::SeqCst));
+    }
+}

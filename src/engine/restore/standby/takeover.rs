@@ -1,0 +1,174 @@
+//! Who stands by: follows the one that serves, and goes on in its place when that is killed.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+
+use tracing::subscriber::{NoSubscriber, with_default};
+
+use super::words::Told;
+use super::{Board, Watch};
+use crate::engine::restore::intake::SOCKET_NAME;
+use crate::engine::restore::waking::Waiters;
+use crate::engine::restore::{Restore, RestoreConfig};
+use crate::error::{Error, Kind, Result};
+use crate::lazy::planner::{SpaceId, Way};
+use crate::lazy::space::Space;
+use crate::sys::uffd::{Message, Uffd};
+
+/// How far one has followed the other.
+#[derive(Debug, Default)]
+struct Followed {
+    /// Its own number of each process that was told of.
+    ids: BTreeMap<SpaceId, SpaceId>,
+    /// Events that were told of.
+    events: u64,
+}
+
+impl Restore {
+    /// Stands by for a process that serves as `config` says. Returns when that has ended: `None` if it did so
+    /// in order, else a restore to [`Restore::run`] in its place. It uses the signals that it was started
+    /// with, and is silent until it takes over.
+    ///
+    /// # Errors
+    ///
+    /// It cannot follow the other process, or nothing was being restored when that was killed.
+    pub fn stand_by(config: RestoreConfig, watch: &Watch) -> Result<Option<Restore>> {
+        // The trace is the other process's.
+        let config = RestoreConfig {
+            trace: None,
+            ..config
+        };
+        let silently = NoSubscriber::default;
+        let Ok(mut restore) = with_default(silently(), || Restore::assemble(config, None)) else {
+            // Nor can the other process begin, and it says so.
+            return Ok(None);
+        };
+        let followed = with_default(silently(), || restore.follow(watch));
+        let followed = followed.map_err(|error| error.within("cannot stand by any longer"))?;
+        if watch.board.dismissed.load(Ordering::SeqCst) {
+            return Ok(None);
+        }
+        restore.take_over(&watch.board, &followed)?;
+        Ok(Some(restore))
+    }
+
+    /// Does with the planner what the other process does with its own, until that ends.
+    fn follow(&mut self, watch: &Watch) -> Result<Followed> {
+        let lost = |error| Error::wrap(Kind::Io, "cannot hear the process that serves", error);
+        let mut followed = Followed::default();
+        while let Some((told, events, uffd)) = watch.next().map_err(lost)? {
+            followed.events = events;
+            self.follow_word(&mut followed.ids, told, uffd)?;
+        }
+        Ok(followed)
+    }
+
+    fn follow_word(
+        &mut self,
+        ids: &mut BTreeMap<SpaceId, SpaceId>,
+        told: Told,
+        uffd: Option<Uffd>,
+    ) -> Result<()> {
+        let own = |id: SpaceId| ids.get(&id).copied();
+        match (told, uffd) {
+            (Told::Process { id, pid }, Some(uffd)) => {
+                ids.insert(id, self.add_process(pid, uffd)?);
+            }
+            (Told::Fork { id, parent }, Some(uffd)) => {
+                if let Some(parent) = own(parent)
+                    && let Some(child) = self.handle_fork(parent, uffd)?
+                {
+                    ids.insert(id, child);
+                }
+            }
+            (Told::Process { .. } | Told::Fork { .. }, None) => {
+                let text = "a process was told of without its userfaultfd";
+                return Err(Error::new(Kind::Io, text));
+            }
+            (Told::Remap { id, from, to }, _) => {
+                if let Some(id) = own(id) {
+                    self.handle_remap(id, from, to);
+                }
+            }
+            (Told::Gone { id, range }, _) => {
+                if let Some(id) = own(id) {
+                    self.settle(id, range, Way::Gone, Waiters::Asleep);
+                }
+            }
+            (Told::Exited { id }, _) => {
+                if let Some(id) = own(id) {
+                    self.forget(id);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Goes on in place of the one that was killed.
+    fn take_over(&mut self, board: &Board, followed: &Followed) -> Result<()> {
+        // It left its socket behind; a missing file is as good.
+        let _ = std::fs::remove_file(SOCKET_NAME);
+        let killed = Error::new(Kind::PeerLost, "the lazy-client that served was killed");
+        if self.processes.is_empty() {
+            return Err(killed.within("nothing was being restored"));
+        }
+        tracing::error!(
+            "{killed}: pid {}, which stood by, takes over; {} pages may be missing",
+            std::process::id(),
+            self.planner.missing_pages()
+        );
+        self.intake_done = true;
+        self.finished = true;
+        self.observer.restored(self.clock.now_us());
+        match self.go_on(board, followed, killed) {
+            Err(error) => self.lose(error),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    fn go_on(&mut self, board: &Board, followed: &Followed, killed: Error) -> Result<()> {
+        for process in self.processes.values() {
+            process.uffd.wake_all(self.images.page()).map_err(|error| {
+                let text = format!("cannot wake the threads of pid {}", process.pid);
+                Error::wrap(Kind::Io, text, error)
+            })?;
+        }
+        if self.hear_untold(board, followed)? {
+            self.kill_processes(Space::first_missing);
+            return Err(killed.within("a child that was just forked can get no memory any more"));
+        }
+        if !board.finished.load(Ordering::SeqCst) {
+            return Err(killed.within("the restore had not finished"));
+        }
+        if self.config.source.is_none() {
+            return Ok(());
+        }
+        self.links.begin_session(&self.config)?;
+        self.links.ours |= board.ours.load(Ordering::SeqCst);
+        for (pid, missing) in self.planner.origins() {
+            self.build_on_earlier(pid, &missing)?;
+        }
+        self.reach_again(killed)
+    }
+
+    /// Handles the events that the other has read and not told. Says whether a child was lost with one.
+    fn hear_untold(&mut self, board: &Board, followed: &Followed) -> Result<bool> {
+        let of = SpaceId(board.read_of.load(Ordering::SeqCst));
+        let Some(id) = followed.ids.get(&of).copied() else {
+            return Ok(false);
+        };
+        let failed = |error| Error::wrap(Kind::Io, "cannot understand an event", error);
+        let mut lost = false;
+        for event in board.untold(followed.events) {
+            match event.map_err(failed)? {
+                Message::Fault(_) => {}
+                Message::Fork(_) => lost = true,
+                Message::Remap { from, to } => self.handle_remap(id, from, to),
+                Message::Remove(range) | Message::Unmap(range) => {
+                    self.settle(id, range, Way::Gone, Waiters::Asleep);
+                }
+            }
+        }
+        Ok(lost)
+    }
+}

@@ -1,0 +1,90 @@
+//! What goes over the socket between who serves and who stands by.
+
+use std::io;
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::lazy::planner::SpaceId;
+use crate::units::{PageRange, Vaddr};
+
+/// What the one that serves tells. Its [`SpaceId`]s are its own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::engine::restore) enum Told {
+    /// The process that the images call `pid` is restored; its userfaultfd comes along.
+    Process { id: SpaceId, pid: u32 },
+    /// `parent` has forked; the child's userfaultfd comes along.
+    Fork { id: SpaceId, parent: SpaceId },
+    /// Memory has moved.
+    Remap {
+        id: SpaceId,
+        from: PageRange,
+        to: Vaddr,
+    },
+    /// Memory was unmapped or given back.
+    Gone { id: SpaceId, range: PageRange },
+    /// The process has ended.
+    Exited { id: SpaceId },
+}
+
+/// [`Told`] as it goes over the socket, between two processes of one program.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct Record {
+    /// How many events have been told with this word.
+    pub(super) events: u64,
+    word: u32,
+    id: u32,
+    /// A pid, or another process's id.
+    other: u32,
+    unused: u32,
+    start: u64,
+    end: u64,
+    to: u64,
+}
+
+const _: () = assert!(size_of::<Record>() == 48);
+
+impl Told {
+    pub(super) fn encode(self, events: u64) -> Record {
+        let (word, id, other, range, to) = match self {
+            Told::Process { id, pid } => (1, id, pid, None, 0),
+            Told::Fork { id, parent } => (2, id, parent.0, None, 0),
+            Told::Remap { id, from, to } => (3, id, 0, Some(from), to.get()),
+            Told::Gone { id, range } => (4, id, 0, Some(range), 0),
+            Told::Exited { id } => (5, id, 0, None, 0),
+        };
+        Record {
+            events,
+            word,
+            id: id.0,
+            other,
+            unused: 0,
+            start: range.map_or(0, |range| range.start().get()),
+            end: range.map_or(0, |range| range.end().get()),
+            to,
+        }
+    }
+
+    pub(super) fn decode(record: Record) -> io::Result<Told> {
+        let id = SpaceId(record.id);
+        let range = || PageRange::new(record.start, record.end.max(record.start));
+        Ok(match record.word {
+            1 => Told::Process {
+                id,
+                pid: record.other,
+            },
+            2 => Told::Fork {
+                id,
+                parent: SpaceId(record.other),
+            },
+            3 => Told::Remap {
+                id,
+                from: range(),
+                to: Vaddr(record.to),
+            },
+            4 => Told::Gone { id, range: range() },
+            5 => Told::Exited { id },
+            word => return Err(io::Error::other(format!("word {word} means nothing"))),
+        })
+    }
+}

@@ -1,0 +1,155 @@
+//! A lazy-client that is killed: who stood by takes over, and no page is wrong.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use testbed::bed::Bed;
+use testbed::criu::{Criu, Suite};
+use testbed::daemons::{Make, Options, PageServer};
+use testbed::images;
+use testbed::load::Load;
+use testbed::load::scenarios::{reshaping, verifying};
+use testbed::load::spec::LoadSpec;
+use testbed::load::steps::Step;
+use testbed::migration::Dump;
+use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
+use testbed::suite::with_criu;
+use testbed::summary;
+use testbed::wait::{self, GENEROUS};
+
+const MIB: u32 = 64;
+/// About half of a post-copy of [`MIB`], bytes.
+const HALF_WAY: u64 = 24 << 20;
+
+fn plan<'a>(criu: &'a Criu, source: Source<'a>, options: &[&str]) -> Plan<'a> {
+    Plan {
+        client_options: options.iter().map(ToString::to_string).collect(),
+        ..Plan::new(criu, source, Make::Ours)
+    }
+}
+
+/// Dumps a load and restores it over a slow link from a page server of ours that stays for several sessions.
+fn served(bed: &Bed, criu: &Criu, options: &[&str], steps: &[Step]) -> Result<PostCopy> {
+    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB).careful(), None)?;
+    let before = load.run_everywhere(&[Step::Status])?;
+    let (dumped, here) = (bed.path("dumped"), bed.path("restored"));
+    Dump::new(criu, load.pid(), &dumped).run()?;
+    load.wait_until_gone()?;
+    images::copy_without_lazy_pages(&dumped, &here)?;
+    let serving = Options::new(&dumped).log_to("serve.log").with(&["--keep"]);
+    let server = PageServer::serving(Make::Ours, &serving)?;
+    let plan = plan(criu, Source::PageServer(Make::Ours), options).over(slow_link());
+    PostCopy::from_images(&plan, load, before, here, Some(server), steps)
+}
+
+fn wait_until_received(moving: &mut PostCopy, bytes: u64) -> Result<()> {
+    wait::until("a part of the memory", GENEROUS, || {
+        if moving.daemon.process().ended()?.is_some() {
+            bail!("lazy-client is over{}", moving.daemon.process().log_tail());
+        }
+        Ok((moving.received() > bytes).then_some(()))
+    })
+}
+
+fn expect_all_came(path: &Path) -> Result<()> {
+    let summary = summary::whole(path)?;
+    for field in ["missing_pages", "trace_left_out"] {
+        ensure!(summary[field] == 0, "{field}: {summary}");
+    }
+    ensure!(summary["pages"]["poisoned"] == 0, "lost pages: {summary}");
+    Ok(())
+}
+
+#[test]
+fn a_source_that_serves_again_is_gone_on_with() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let path = bed.path("summary.json");
+        let options = ["--summary-json", &path.to_string_lossy()];
+        let mut moving = served(bed, criu, &options, &verifying())?;
+        wait_until_received(&mut moving, HALF_WAY)?;
+        let standby = moving.daemon.kill_for_standby()?;
+        moving.reports()?;
+        standby.succeed()?;
+        expect_all_came(&path)?;
+        moving.expect_all_right()
+    });
+}
+
+/// The process forks, moves, unmaps and gives back memory meanwhile: who takes over must know where it is.
+fn killed_while_memory_is_reshaped(suite: Suite, received: u64) {
+    with_criu(suite, |bed, criu| {
+        let mut moving = served(bed, criu, &[], &reshaping())?;
+        wait_until_received(&mut moving, received)?;
+        let standby = moving.daemon.kill_for_standby()?;
+        moving.reports()?;
+        standby.succeed()
+    });
+}
+
+#[test]
+fn memory_is_reshaped_early() {
+    killed_while_memory_is_reshaped(Suite::Trixie, 4 << 20);
+}
+
+#[test]
+fn memory_is_reshaped_half_way() {
+    killed_while_memory_is_reshaped(Suite::Sid, HALF_WAY);
+}
+
+#[test]
+fn memory_is_reshaped_late() {
+    killed_while_memory_is_reshaped(Suite::Experimental, 40 << 20);
+}
+
+#[test]
+fn a_forwarder_pushes_to_who_takes_over() {
+    with_criu(Suite::Sid, |bed, criu| {
+        // The session of the one that was killed is waited for as well.
+        let plan = Plan {
+            source_options: ["--reconnect-timeout", "2"].map(str::to_owned).into(),
+            ..plan(criu, Source::Forwarder, &["--ferry"]).over(slow_link())
+        };
+        let spec = LoadSpec::mixed(bed.path("load"), MIB).careful();
+        let mut moving = PostCopy::start(bed, &plan, spec, &verifying())?;
+        wait_until_received(&mut moving, HALF_WAY)?;
+        let standby = moving.daemon.kill_for_standby()?;
+        moving.reports()?;
+        standby.succeed()?;
+        // The dump has heard that everything is there: it has succeeded, and its processes are gone.
+        moving.source().context("the dump")?.succeed(GENEROUS)?;
+        moving
+            .forwarder()
+            .context("the forwarder")?
+            .succeed(GENEROUS)?;
+        moving.load.wait_until_gone()
+    });
+}
+
+#[test]
+fn local_images_are_gone_on_with() {
+    with_criu(Suite::Sid, |bed, criu| {
+        // So slow that it has brought next to nothing when it is killed.
+        let plan = plan(criu, Source::Local, &["--max-bandwidth", "16K"]);
+        let spec = LoadSpec::mixed(bed.path("load"), MIB).careful();
+        let mut moving = PostCopy::start(bed, &plan, spec, &[])?;
+        let standby = moving.daemon.kill_for_standby()?;
+        moving.expect_all_right()?;
+        standby.succeed()
+    });
+}
+
+#[test]
+fn a_restore_that_ends_in_order_leaves_nobody() {
+    with_criu(Suite::Trixie, |bed, criu| {
+        let mut moving = served(bed, criu, &[], &verifying())?;
+        let standby = testbed::process::descendants(moving.daemon.process().pid());
+        ensure!(standby.len() == 1, "{} processes stand by", standby.len());
+        moving.reports()?;
+        moving.daemon.process().succeed(GENEROUS)?;
+        let log = fs::read_to_string(moving.daemon.process().log().context("a log")?)?;
+        ensure!(!log.contains("takes over"), "{log}");
+        let orphan = testbed::orphan::Orphan::new(standby[0].as_raw())?;
+        orphan.succeed()
+    });
+}
