@@ -7,10 +7,10 @@ use std::time::Duration;
 use fastrand::Rng;
 use pageferry::criu::header::Target;
 use pageferry::ferry::fetcher::{Delivery, Draft, Event, FetchError, Fetcher, Part as Piece};
-use pageferry::ferry::frame::Kind;
+use pageferry::ferry::frame::{HEADER_BYTES, Kind};
 use pageferry::ferry::hash::{HashKey, HashStep, PageHasher};
 use pageferry::ferry::hello::{Fail, FailCode, Hello, SessionId, Window};
-use pageferry::ferry::message::WantHashes;
+use pageferry::ferry::message::{Fault, WantHashes};
 use pageferry::lazy::planner::{Planner, Request, SpaceId, Way};
 use pageferry::lazy::space::{Class, FaultAnswer, Reach, Space};
 use pageferry::units::{PageRange, Vaddr};
@@ -68,6 +68,10 @@ pub(super) struct Client {
     acts_at: Duration,
     attached: bool,
     questions: VecDeque<Vec<u8>>,
+    /// Of each open question, whether it asks for pages in full.
+    open_in_full: VecDeque<bool>,
+    /// Pages of the earlier round have changed behind their hashes.
+    distrusts: bool,
     /// When to stop waiting for the source's last word.
     closes_at: Option<Duration>,
     said_failure: bool,
@@ -126,6 +130,8 @@ impl Client {
             acts_at: Duration::ZERO,
             attached: false,
             questions: VecDeque::new(),
+            open_in_full: VecDeque::new(),
+            distrusts: false,
             closes_at: None,
             said_failure: false,
             aborted: false,
@@ -182,6 +188,12 @@ impl Client {
             let words = self
                 .fetcher
                 .ask(request.pid, request.image, request, self.now);
+            let fault = Fault::decode(&words[HEADER_BYTES..], PAGE).expect("a question");
+            assert_eq!(
+                fault.in_full, self.distrusts,
+                "who asks for what is in full"
+            );
+            self.open_in_full.push_back(fault.in_full);
             self.questions.push_back(words);
             self.seen.add("question", 1);
         }
@@ -217,7 +229,10 @@ impl Client {
                 }
                 self.fetcher.settle(delivery.plain);
             }
-            Event::Answer(request, draft) => {
+            Event::Answer(request, mut draft) => {
+                let in_full = self.open_in_full.pop_front().expect("a question");
+                assert!(!in_full || draft.local().next().is_none(), "not in full");
+                self.seen.add("answer in full", u64::from(in_full));
                 let delivery = self.complete(draft);
                 if self.closes_at.is_none() {
                     self.install_answer(&request, &delivery);
@@ -240,6 +255,7 @@ impl Client {
             }
         }
         let (delivery, usable) = self.fetcher.complete(draft, read);
+        self.distrusts |= !usable;
         let what = match usable {
             true => "delivery as it was meant",
             false => "delivery with local pages that had changed",
@@ -375,6 +391,7 @@ impl Part for Client {
             self.fetcher.detach();
             self.planner.give_back_all();
             self.questions.clear();
+            self.open_in_full.clear();
         }
     }
 

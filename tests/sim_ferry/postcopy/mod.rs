@@ -245,6 +245,7 @@ fn whatever_happens_memory_is_exact_and_at_one_place() {
         "page lost with its connection",
         "learned hash",
         "delivery with local pages that had changed",
+        "answer in full",
     ] {
         assert!(
             total.count(what) > 0,
