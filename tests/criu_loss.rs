@@ -8,12 +8,9 @@ use nix::sys::signal::Signal;
 use pageferry::observe::trace::TraceReader;
 use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
-use testbed::daemons::{Make, Options, PageServer};
-use testbed::images;
-use testbed::load::Load;
+use testbed::daemons::Make;
 use testbed::load::spec::{LoadSpec, OnLostPage};
 use testbed::load::steps::{Order, Pass, Step};
-use testbed::migration::Dump;
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::proxy::Harm;
 use testbed::suite::with_criu;
@@ -123,25 +120,19 @@ fn held_processes_wait_until_they_are_poisoned() {
     });
 }
 
-/// Dumps a load and serves it by a page server of ours that stays for several sessions.
-fn served<'a>(bed: &Bed, criu: &'a Criu, options: &[&str]) -> Result<(PostCopy, Plan<'a>)> {
-    let mut load = Load::start(spec(bed), None)?;
-    let before = load.run_everywhere(&[Step::Status])?;
-    let (dumped, here) = (bed.path("dumped"), bed.path("restored"));
-    Dump::new(criu, load.pid(), &dumped).run()?;
-    load.wait_until_gone()?;
-    images::copy_without_lazy_pages(&dumped, &here)?;
-    let serving = Options::new(&dumped).log_to("serve.log").with(&["--keep"]);
-    let server = PageServer::serving(Make::Ours, &serving)?;
-    let plan = plan(criu, Source::PageServer(Make::Ours), options).over(slow_link());
-    let moving = PostCopy::from_images(&plan, load, before, here, Some(server), &VERIFY)?;
-    Ok((moving, plan))
+/// A post-copy from a page server of ours that stays for several sessions.
+fn served(bed: &Bed, criu: &Criu, options: &[&str]) -> Result<PostCopy> {
+    let plan = Plan {
+        source_options: vec!["--keep".to_owned()],
+        ..plan(criu, Source::PageServer(Make::Ours), options).over(slow_link())
+    };
+    PostCopy::start(bed, &plan, spec(bed), &VERIFY)
 }
 
 #[test]
 fn a_source_that_comes_back_is_used_again() {
     with_criu(Suite::Sid, |bed, criu| {
-        let (mut moving, _) = served(bed, criu, &["--reconnect-timeout", "60"])?;
+        let mut moving = served(bed, criu, &["--reconnect-timeout", "60"])?;
         wait_until_half_way(&mut moving)?;
         moving.proxy.as_ref().context("a link")?.cut(Harm::Reset);
         moving.daemon.process().succeed(GENEROUS)?;
@@ -158,7 +149,7 @@ fn a_source_that_comes_back_is_used_again() {
 #[test]
 fn held_processes_go_on_when_the_operator_tries_again() {
     with_criu(Suite::Trixie, |bed, criu| {
-        let (mut moving, _) = served(
+        let mut moving = served(
             bed,
             criu,
             &["--on-loss", "hold", "--reconnect-timeout", "0"],

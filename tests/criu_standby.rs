@@ -6,14 +6,13 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
-use testbed::daemons::{Make, Options, PageServer};
-use testbed::images;
-use testbed::load::Load;
+use testbed::daemons::Make;
 use testbed::load::scenarios::{reshaping, verifying};
 use testbed::load::spec::LoadSpec;
 use testbed::load::steps::Step;
-use testbed::migration::Dump;
+use testbed::orphan::Orphan;
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
+use testbed::process::descendants;
 use testbed::suite::with_criu;
 use testbed::summary;
 use testbed::wait::{self, GENEROUS};
@@ -29,18 +28,17 @@ fn plan<'a>(criu: &'a Criu, source: Source<'a>, options: &[&str]) -> Plan<'a> {
     }
 }
 
-/// Dumps a load and restores it over a slow link from a page server of ours that stays for several sessions.
+/// A post-copy over a slow link from a page server of ours that stays for several sessions.
 fn served(bed: &Bed, criu: &Criu, options: &[&str], steps: &[Step]) -> Result<PostCopy> {
-    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB).careful(), None)?;
-    let before = load.run_everywhere(&[Step::Status])?;
-    let (dumped, here) = (bed.path("dumped"), bed.path("restored"));
-    Dump::new(criu, load.pid(), &dumped).run()?;
-    load.wait_until_gone()?;
-    images::copy_without_lazy_pages(&dumped, &here)?;
-    let serving = Options::new(&dumped).log_to("serve.log").with(&["--keep"]);
-    let server = PageServer::serving(Make::Ours, &serving)?;
-    let plan = plan(criu, Source::PageServer(Make::Ours), options).over(slow_link());
-    PostCopy::from_images(&plan, load, before, here, Some(server), steps)
+    let plan = Plan {
+        source_options: vec!["--keep".to_owned()],
+        ..plan(criu, Source::PageServer(Make::Ours), options).over(slow_link())
+    };
+    PostCopy::start(bed, &plan, careful(bed), steps)
+}
+
+fn careful(bed: &Bed) -> LoadSpec {
+    LoadSpec::mixed(bed.path("load"), MIB).careful()
 }
 
 fn wait_until_received(moving: &mut PostCopy, bytes: u64) -> Result<()> {
@@ -110,8 +108,7 @@ fn a_forwarder_pushes_to_who_takes_over() {
             source_options: ["--reconnect-timeout", "2"].map(str::to_owned).into(),
             ..plan(criu, Source::Forwarder, &["--ferry"]).over(slow_link())
         };
-        let spec = LoadSpec::mixed(bed.path("load"), MIB).careful();
-        let mut moving = PostCopy::start(bed, &plan, spec, &verifying())?;
+        let mut moving = PostCopy::start(bed, &plan, careful(bed), &verifying())?;
         wait_until_received(&mut moving, HALF_WAY)?;
         let standby = moving.daemon.kill_for_standby()?;
         moving.reports()?;
@@ -131,8 +128,7 @@ fn local_images_are_gone_on_with() {
     with_criu(Suite::Sid, |bed, criu| {
         // So slow that it has brought next to nothing when it is killed.
         let plan = plan(criu, Source::Local, &["--max-bandwidth", "16K"]);
-        let spec = LoadSpec::mixed(bed.path("load"), MIB).careful();
-        let mut moving = PostCopy::start(bed, &plan, spec, &[])?;
+        let mut moving = PostCopy::start(bed, &plan, careful(bed), &[])?;
         let standby = moving.daemon.kill_for_standby()?;
         moving.expect_all_right()?;
         standby.succeed()
@@ -143,13 +139,13 @@ fn local_images_are_gone_on_with() {
 fn a_restore_that_ends_in_order_leaves_nobody() {
     with_criu(Suite::Trixie, |bed, criu| {
         let mut moving = served(bed, criu, &[], &verifying())?;
-        let standby = testbed::process::descendants(moving.daemon.process().pid());
+        let standby = descendants(moving.daemon.process().pid());
         ensure!(standby.len() == 1, "{} processes stand by", standby.len());
         moving.reports()?;
         moving.daemon.process().succeed(GENEROUS)?;
         let log = fs::read_to_string(moving.daemon.process().log().context("a log")?)?;
         ensure!(!log.contains("takes over"), "{log}");
-        let orphan = testbed::orphan::Orphan::new(standby[0].as_raw())?;
+        let orphan = Orphan::new(standby[0].as_raw())?;
         orphan.succeed()
     });
 }

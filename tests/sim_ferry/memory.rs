@@ -2,11 +2,12 @@
 //! different from what they were.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::rc::Rc;
 
 use fastrand::Rng;
 use pageferry::criu::header::Target;
-use pageferry::units::PageSize;
+use pageferry::units::{PageRange, PageSize, Vaddr};
 
 pub(crate) const PAGE: PageSize = PageSize::KIB_4;
 
@@ -16,6 +17,18 @@ pub(crate) type Page = Rc<[u8]>;
 pub(crate) type Pages = BTreeMap<u64, Page>;
 
 pub(crate) type Memory = BTreeMap<Target, Pages>;
+
+pub(crate) fn number_of(vaddr: Vaddr) -> u64 {
+    vaddr.get() / PAGE.bytes()
+}
+
+pub(crate) fn page_range(number: u64) -> PageRange {
+    PageRange::new(number * PAGE.bytes(), (number + 1) * PAGE.bytes())
+}
+
+pub(crate) fn numbers(range: PageRange) -> Range<u64> {
+    number_of(range.start())..number_of(range.end())
+}
 
 fn contents(rng: &mut Rng) -> Page {
     let size = PAGE.as_usize();

@@ -13,7 +13,7 @@ use pageferry::ferry::receiver::{Arrival, Message, Receiver, ReceiverEvent};
 use pageferry::ferry::unpack::Unpacker;
 use pageferry::units::{PageRange, Vaddr};
 
-use crate::memory::{Memory, PAGE, Page};
+use crate::memory::{Memory, PAGE, Page, number_of};
 use crate::parts::{Lane, Part, Standing};
 use crate::stats::Stats;
 
@@ -115,7 +115,7 @@ impl Taker {
     }
 
     fn base(&self, target: Target, vaddr: Vaddr) -> Option<Page> {
-        let number = vaddr.get() / PAGE.bytes();
+        let number = number_of(vaddr);
         self.store.page(self.parent()?, target, number)
     }
 
@@ -185,7 +185,7 @@ impl Taker {
                 Place::Body(range) => Entry::Data(body[range].into()),
                 Place::Unpacked(range) => Entry::Data(unpacked[range].into()),
             };
-            image.insert(vaddr.get() / PAGE.bytes(), entry);
+            image.insert(number_of(vaddr), entry);
         }
         for run in batch.runs() {
             if run.flags.has(PageFlags::PARENT) {
@@ -202,7 +202,7 @@ impl Taker {
     fn answer_hashes(&mut self, stream: u16, wanted: WantHashes) {
         let parent = self.parent();
         let pages = parent.and_then(|parent| self.store.images[parent].get(&wanted.target));
-        let from = wanted.from.get() / PAGE.bytes();
+        let from = number_of(wanted.from);
         let numbers: Vec<u64> = pages
             .map(|pages| pages.range(from..).map(|(number, _)| *number).collect())
             .unwrap_or_default();

@@ -13,11 +13,12 @@ use pageferry::ferry::hello::{Fail, FailCode, Hello, SessionId, Window};
 use pageferry::ferry::message::{Fault, WantHashes};
 use pageferry::lazy::planner::{Planner, Request, SpaceId, Way};
 use pageferry::lazy::space::{Class, FaultAnswer, Reach, Space};
-use pageferry::units::{PageRange, Vaddr};
+use pageferry::lazy::window::RateLimit;
+use pageferry::units::PageRange;
 
 use super::Sightings;
 use super::forwarder::runs;
-use crate::memory::{Memory, PAGE};
+use crate::memory::{Memory, PAGE, number_of, numbers, page_range};
 use crate::parts::{Lane, Part, Standing};
 
 /// Questions that are open at most.
@@ -72,24 +73,14 @@ pub(super) struct Client {
     open_in_full: VecDeque<bool>,
     /// Pages of the earlier round have changed behind their hashes.
     distrusts: bool,
+    /// What the push is held to, if anything.
+    limit: Option<RateLimit>,
     /// When to stop waiting for the source's last word.
     closes_at: Option<Duration>,
     said_failure: bool,
     aborted: bool,
     end: Option<End>,
     pub(super) seen: Sightings,
-}
-
-fn number_of(vaddr: Vaddr) -> u64 {
-    vaddr.get() / PAGE.bytes()
-}
-
-fn page_range(number: u64) -> PageRange {
-    PageRange::new(number * PAGE.bytes(), (number + 1) * PAGE.bytes())
-}
-
-fn numbers(range: PageRange) -> std::ops::Range<u64> {
-    number_of(range.start())..number_of(range.end())
 }
 
 impl Client {
@@ -103,6 +94,10 @@ impl Client {
     ) -> Client {
         let hasher = PageHasher::new(hash_key, PAGE);
         let mut fetcher = Fetcher::new(PAGE, window, hasher.clone(), session.into());
+        let limit = (rng.u8(0..3) == 0).then(|| RateLimit::new(rng.u64(1..64) << 20));
+        if limit.is_some() {
+            fetcher.throttle();
+        }
         let mut planner = Planner::new(PAGE);
         let mut guests = BTreeMap::new();
         for (target, pages) in source {
@@ -132,6 +127,7 @@ impl Client {
             questions: VecDeque::new(),
             open_in_full: VecDeque::new(),
             distrusts: false,
+            limit,
             closes_at: None,
             said_failure: false,
             aborted: false,
@@ -213,6 +209,15 @@ impl Client {
         let few = self.fetcher.asked_pages() < LEFT_OUT_MAX;
         let left_out = few.then(|| self.planner.next_stream(256 << 10, 0));
         left_out.flatten()
+    }
+
+    /// Lets the push go on as far as the limit has earned it.
+    fn acknowledge(&mut self, now: Duration) {
+        let now_us = u64::try_from(now.as_micros()).expect("less than an age");
+        if let Some(limit) = &mut self.limit {
+            self.fetcher.acknowledge(limit, now_us);
+            self.seen.add("step under a rate limit", 1);
+        }
     }
 
     fn handle(&mut self, event: Event<Request>) {
@@ -469,6 +474,7 @@ impl Part for Client {
         if now >= self.restored_at {
             self.fetcher.may_install();
         }
+        self.acknowledge(now);
         if now >= self.acts_at && self.closes_at.is_none() && !self.aborted {
             self.acts_at = now + Duration::from_millis(self.rng.u64(1..60));
             self.act();

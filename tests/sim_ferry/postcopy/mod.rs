@@ -246,6 +246,7 @@ fn whatever_happens_memory_is_exact_and_at_one_place() {
         "learned hash",
         "delivery with local pages that had changed",
         "answer in full",
+        "step under a rate limit",
     ] {
         assert!(
             total.count(what) > 0,
