@@ -32,8 +32,12 @@ const POISON_BYTES_MAX: u64 = 2 << 20;
 pub(super) struct Loss {
     cause: Error,
     policy: OnLoss,
-    /// Lost pages by pid.
+    /// By pid, the pages that only the source had when it was lost.
     pages: BTreeMap<u32, u64>,
+    /// By pid, the pages of which the kernel said that they were missing.
+    poisoned: BTreeMap<u32, u64>,
+    /// Processes run here, and those of the source may as well.
+    twice: bool,
 }
 
 impl Loss {
@@ -42,12 +46,20 @@ impl Loss {
     }
 
     pub(super) fn into_error(self) -> Error {
-        let lost: u64 = self.pages.values().sum();
+        let pages = match self.policy {
+            OnLoss::Poison => self.poisoned,
+            OnLoss::Hold | OnLoss::Kill => self.pages,
+        };
+        let lost: u64 = pages.values().sum();
+        if lost == 0 && self.twice {
+            let text = "no page is lost, but the source was reset, not told: its processes may run on as well \
+                        as the restored ones, and then one of the two must be ended";
+            return self.cause.within(text);
+        }
         if lost == 0 {
             return self.cause;
         }
-        let each: Vec<String> = self
-            .pages
+        let each: Vec<String> = pages
             .iter()
             .map(|(pid, pages)| format!("pid {pid} lacks {pages} pages"))
             .collect();
@@ -84,13 +96,16 @@ impl Restore {
             }
             pages.retain(|_, lost| *lost > 0);
             tracing::error!("{cause}");
+            let at_most = if self.took_over { "up to " } else { "" };
             for (pid, lost) in &pages {
-                tracing::error!("pid {pid} lacks {lost} pages that only the source has");
+                tracing::error!("pid {pid} lacks {at_most}{lost} pages that only the source has");
             }
             self.loss = Some(Loss {
                 cause,
                 policy: self.config.on_loss,
                 pages,
+                poisoned: BTreeMap::new(),
+                twice: self.finished && self.config.source.is_some() && !self.processes.is_empty(),
             });
         } else {
             tracing::error!("{cause}");
@@ -187,6 +202,10 @@ impl Restore {
             })?;
             match filled {
                 Filled::Bytes(bytes) => {
+                    if let Some(loss) = &mut self.loss {
+                        let pages = bytes >> self.images.page().shift();
+                        *loss.poisoned.entry(process.pid).or_insert(0) += pages;
+                    }
                     self.settle(
                         id,
                         PageRange::new(start, start + bytes),

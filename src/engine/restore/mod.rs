@@ -179,6 +179,8 @@ pub struct Restore {
     observer: Observer,
     /// Who takes over if this process is killed.
     standby: Option<Standby>,
+    /// Another process served before, so that more is there than is known.
+    took_over: bool,
     /// For the messages of userfaultfds, where nobody stands by.
     room: Room,
     scratch: Vec<u8>,
@@ -264,6 +266,7 @@ impl Restore {
             observer,
             scratch: Vec::new(),
             standby,
+            took_over: false,
             room: Room::zeroed(),
         };
         restore.watch_all()?;

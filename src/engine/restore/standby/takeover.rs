@@ -117,6 +117,7 @@ impl Restore {
             std::process::id(),
             self.planner.missing_pages()
         );
+        self.took_over = true;
         self.intake_done = true;
         self.finished = true;
         self.observer.restored(self.clock.now_us());
