@@ -43,10 +43,18 @@ impl Background {
         command.arg("--daemon").arg("--pidfile").arg(pidfile);
         process::run(command)?;
         // It is there as soon as the command line returns: scripts read it at once.
-        let text = fs::read_to_string(pidfile).context("pidfile")?;
-        Ok(Background {
-            pid: Pid::from_raw(text.trim().parse()?),
-        })
+        let pid = pid_in(pidfile)?;
+        Ok(Background { pid })
+    }
+
+    /// Kills it, and waits until the pidfile names the process that stood by.
+    fn kill_for_standby(self, pidfile: &Path) -> Result<Background> {
+        kill(self.pid, Signal::SIGKILL)?;
+        let pid = wait::until("another pid", GENEROUS, || {
+            // It may be half written.
+            Ok(pid_in(pidfile).ok().filter(|pid| *pid != self.pid))
+        });
+        Ok(Background { pid: pid? })
     }
 
     fn wait_for_end(&self) -> Result<()> {
@@ -58,6 +66,11 @@ impl Background {
             }
         })
     }
+}
+
+fn pid_in(pidfile: &Path) -> Result<Pid> {
+    let text = fs::read_to_string(pidfile).context("pidfile")?;
+    Ok(Pid::from_raw(text.trim().parse()?))
 }
 
 impl Drop for Background {
@@ -130,6 +143,31 @@ fn lazy_client_in_the_background(bed: &Bed, criu: &Criu) -> Result<()> {
         .expect_right()?;
     client.wait_for_end()?;
     log_says(&work.join("lazy.log"), "pages of 1 processes")
+}
+
+/// Whoever looks into the pidfile finds the process that serves, also when another did so before.
+#[test]
+fn the_pidfile_names_who_has_taken_over() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
+        let (images, pidfile) = (bed.path("images"), bed.path("client.pid"));
+        Dump::new(criu, load.pid(), &images).run()?;
+        load.wait_until_gone()?;
+        let mut command = Command::new(workspace::binary("lazy-client")?);
+        // Nothing comes that is not asked for, until it is stopped.
+        command.args(["-v4", "-o", "lazy.log", "--on-demand"]);
+        command.arg("-D").arg(&images);
+        let client = Background::start(&mut command, &pidfile)?;
+        let _restored = Restore::new(criu, &images).lazily().run()?;
+        let client = client.kill_for_standby(&pidfile)?;
+        load.run(0, &[Step::Verify(Pass::full(Order::Random))])?
+            .expect_right()?;
+        kill(client.pid, Signal::SIGTERM)?;
+        client.wait_for_end()?;
+        let log = images.join("lazy.log");
+        log_says(&log, "stopped by SIGTERM")?;
+        log_says(&log, " 0 missing")
+    });
 }
 
 /// Such a restore keeps its connection to the daemon until the restored processes end.

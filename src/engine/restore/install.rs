@@ -211,8 +211,25 @@ impl Restore {
         }
     }
 
+    /// A step of background work from local images, if there is any to do now. Says whether there was.
+    pub(super) fn background_step(&mut self) -> Result<bool> {
+        if matches!(&self.loss, Some(loss) if !loss.waits_for_operator()) {
+            // What is here is all that will come: neither faults nor a link are in its way.
+            return self.local_step();
+        }
+        if !self.finished && self.loss.is_none() || self.config.on_demand {
+            return Ok(false);
+        }
+        let now_us = self.clock.now_us();
+        let limit = self.limit.as_mut();
+        if limit.is_some_and(|limit| limit.wait_until_us(now_us).is_some()) {
+            return Ok(false);
+        }
+        self.local_step()
+    }
+
     /// Installs the next piece of local images in the background. Says whether there was one.
-    pub(super) fn local_step(&mut self) -> Result<bool> {
+    fn local_step(&mut self) -> Result<bool> {
         let Some((id, piece)) = self.planner.next_local(STEP_BYTES) else {
             return Ok(false);
         };

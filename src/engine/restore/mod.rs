@@ -357,22 +357,6 @@ impl Restore {
         }
     }
 
-    /// A step of background work from local images, if there is any to do now.
-    fn background_step(&mut self) -> Result<bool> {
-        if !self.finished && self.loss.is_none() || self.config.on_demand {
-            return Ok(false);
-        }
-        let now_us = self.clock.now_us();
-        if self
-            .limit
-            .as_mut()
-            .is_some_and(|limit| limit.wait_until_us(now_us).is_some())
-        {
-            return Ok(false);
-        }
-        self.local_step()
-    }
-
     /// One round: waits for something to happen, or does a step of background work.
     fn round(&mut self) -> Result<()> {
         self.release_due();

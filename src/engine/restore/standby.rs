@@ -23,7 +23,7 @@ mod takeover;
 mod words;
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -150,17 +150,9 @@ impl Drop for Standby {
         self.board.dismissed.store(true, Ordering::SeqCst);
         // Its copies of the userfaultfds are to be closed before this process ends. If it is gone, or does
         // not end in time, there is nothing left to do about it.
-        let told = shutdown(
-            std::os::fd::AsRawFd::as_raw_fd(&self.socket),
-            Shutdown::Write,
-        );
-        let _ended = told.and_then(|()| {
-            recv(
-                std::os::fd::AsRawFd::as_raw_fd(&self.socket),
-                &mut [0],
-                MsgFlags::empty(),
-            )
-        });
+        let socket = self.socket.as_raw_fd();
+        let told = shutdown(socket, Shutdown::Write);
+        let _ended = told.and_then(|()| recv(socket, &mut [0], MsgFlags::empty()));
     }
 }
 
