@@ -91,26 +91,43 @@ impl Machine {
     }
 }
 
-/// Lets all contenders run `rounds` times in turn, after a round that is thrown away. Each round begins
-/// with another one, for what a run leaves behind (dirty pages, memory to be freed) is the next one's
-/// matter. Tells the runs of each round, in the order of the contenders.
+/// Lets all contenders run `rounds` times in turn, after a round that is thrown away. What a run leaves behind
+/// (dirty pages, memory to be freed) is the next one's matter, so they follow each other in [`order`].
+/// Tells the runs of each round, in the order of the contenders.
 fn alternate<C, R>(
     contenders: &[C],
     rounds: u32,
     mut run: impl FnMut(&C) -> Result<R>,
 ) -> Result<Vec<Vec<R>>> {
-    let mut round = |first: usize| -> Result<Vec<R>> {
-        let (late, early) = contenders.split_at(first % contenders.len().max(1));
-        let mut runs = early
-            .iter()
-            .chain(late)
-            .map(&mut run)
-            .collect::<Result<Vec<R>>>()?;
-        runs.rotate_right(late.len());
-        Ok(runs)
+    let mut round = |number: usize| -> Result<Vec<R>> {
+        let mut runs = Vec::new();
+        for at in order(contenders.len(), number) {
+            runs.push((at, run(&contenders[at])?));
+        }
+        runs.sort_by_key(|(at, _)| *at);
+        Ok(runs.into_iter().map(|(_, run)| run).collect())
     };
     round(0).context("warming up")?;
     (0..rounds as usize).map(round).collect()
+}
+
+/// Which of `count` contenders runs when in a round: over `count` rounds, or twice as many where that is odd, each
+/// runs as often at each place, and right behind each other one (a Williams design).
+fn order(count: usize, round: usize) -> Vec<usize> {
+    let (turned, mirrored) = match count % 2 {
+        0 => (round, false),
+        _ => (round / 2, round % 2 == 1),
+    };
+    // 0, 1, -1, 2, -2, ...
+    let zigzag = (0..count).map(|place| match place % 2 {
+        0 => count - place / 2,
+        _ => place / 2 + 1,
+    });
+    let mut order: Vec<usize> = zigzag.map(|at| (at + turned) % count).collect();
+    if mirrored {
+        order.reverse();
+    }
+    order
 }
 
 /// Writes `results` so that the file is whole or absent.
@@ -123,21 +140,42 @@ fn write_json(path: &Path, results: &impl Serialize) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     #[test]
-    fn contenders_take_turns_and_each_round_begins_with_another() {
+    fn the_runs_of_a_round_are_told_in_the_order_of_the_contenders() {
         let mut turns = String::new();
-        let rounds = alternate(&['a', 'b', 'c'], 3, |&name| {
+        let rounds = alternate(&['a', 'b', 'c'], 2, |&name| {
             turns.push(name);
             Ok((name, turns.len()))
         });
         let expected = [
             [('a', 4), ('b', 5), ('c', 6)],
-            [('a', 9), ('b', 7), ('c', 8)],
-            [('a', 11), ('b', 12), ('c', 10)],
+            [('a', 9), ('b', 8), ('c', 7)],
         ];
         assert_eq!(rounds.unwrap(), expected);
-        assert_eq!(turns, "abcabcbcacab");
+        assert_eq!(turns, "abcabccba");
+    }
+
+    #[test]
+    fn everybody_follows_everybody_else_as_often() {
+        for count in 2..=5 {
+            let rounds = count * (1 + count % 2);
+            let mut follows = BTreeMap::new();
+            for round in 0..rounds {
+                let order = order(count, round);
+                let mut all = order.clone();
+                all.sort_unstable();
+                assert!(all.into_iter().eq(0..count), "{order:?}");
+                for pair in order.windows(2) {
+                    *follows.entry((pair[0], pair[1])).or_insert(0) += 1;
+                }
+            }
+            assert_eq!(follows.len(), count * (count - 1));
+            let often = rounds / count;
+            assert!(follows.values().all(|times| *times == often), "{follows:?}");
+        }
     }
 }
