@@ -391,6 +391,30 @@ mod tests {
     }
 
     #[test]
+    fn what_lies_far_in_front_of_an_awaited_page_is_asked_for_behind_it() {
+        let (mut planner, ids) = planner(1);
+        let reach = Reach {
+            alone_bytes: 256 << 10,
+            walk_bytes: 4096,
+        };
+        let asked_for = |planner: &mut Planner, offset: u64| {
+            planner.handle_fault(ids[0], Vaddr((1 << 32) + offset), reach, 0);
+            let requests = std::iter::from_fn(|| planner.next_urgent());
+            let kib = |addr: Vaddr| (addr.get() - (1 << 32)) >> 10;
+            requests
+                .map(|request| (kib(request.image.start()), kib(request.image.end())))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(asked_for(&mut planner, 64 << 10), [(64, 256), (0, 64)]);
+        // Far away, so that nobody seems to walk.
+        let near_the_front = (40 << 20) + (8 << 10);
+        assert_eq!(
+            asked_for(&mut planner, near_the_front),
+            [(40 << 10, (40 << 10) + 256)]
+        );
+    }
+
+    #[test]
     fn ranges_of_more_than_two_gibibytes_are_streamed_whole() {
         let (mut planner, ids) = planner(1);
         let mut bytes = 0;

@@ -25,6 +25,9 @@ const RECENT_FAULTS_MAX: usize = 32;
 /// Most bytes of a local image installed for one fault: beyond it other faults wait too long.
 const LOCAL_FAULT_BYTES_MAX: u64 = 64 << 10;
 
+/// So much in front of an awaited page is asked for behind it, bytes.
+const DETOUR_BYTES: u64 = 16 << 10;
+
 /// A fault that brings so many pages ahead is one of a walk that has been seen for a while.
 const WALK_PAGES: u64 = 16;
 
@@ -184,7 +187,7 @@ impl Space {
                 let block =
                     PageRange::new(first, first.saturating_add(reach.alone_bytes.max(page)));
                 if let Some(range) = piece.at.intersect(block) {
-                    self.ask(range, Class::Fault);
+                    self.ask_awaited_first(range, start);
                 }
             }
             Around::Up(pages) => {
@@ -218,6 +221,21 @@ impl Space {
                 }
             }
         }
+    }
+
+    /// Asks for `range`, beginning with `awaited` if much lies before that: answers come in order, and one
+    /// more request takes less than what would come first.
+    fn ask_awaited_first(&mut self, range: PageRange, awaited: Vaddr) {
+        let before = PageRange::new(range.start().get(), awaited.get());
+        if before.bytes() < DETOUR_BYTES {
+            self.ask(range, Class::Fault);
+            return;
+        }
+        self.ask(
+            PageRange::new(awaited.get(), range.end().get()),
+            Class::Fault,
+        );
+        self.ask(before, Class::Around);
     }
 
     /// Up to `bytes` from `start` on, within `piece`.
