@@ -378,11 +378,13 @@ impl Space {
 
     /// The first piece that is not there yet, whoever has it.
     pub fn first_missing(&self) -> Option<Piece> {
-        let first = |next: Option<Piece>| next.into_iter();
-        first(self.remote.next_from(Vaddr(0)))
-            .chain(first(self.local.next_from(Vaddr(0))))
-            .chain(first(self.flight.next_from(Vaddr(0))))
-            .min_by_key(|piece| piece.at.start())
+        let firsts = [
+            self.remote.next_from(Vaddr(0)),
+            self.local.next_from(Vaddr(0)),
+            self.flight.next_from(Vaddr(0)),
+        ];
+        let firsts = firsts.into_iter().flatten();
+        firsts.min_by_key(|piece| piece.at.start())
     }
 
     /// The source will not bring `image` with this answer: ask again. Threads that wait go first.
