@@ -4,10 +4,10 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
+#[path = "common/dump_bytes.rs"]
+mod dump_bytes;
 #[path = "common/ends.rs"]
 mod ends;
-#[path = "common/sender.rs"]
-mod sender;
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -18,6 +18,7 @@ use std::time::Duration;
 use common::{
     FIRST_PAGE, PAGE, Run, check_images, files, level, tls_args, with_large_runs, with_true_holes,
 };
+use dump_bytes::dump;
 use ends::{LONG, context, expected, far_end, far_end_at, far_end_over_tls, forward, many_pages};
 use pageferry::criu::header::{PageFlags, Target, Wire};
 use pageferry::engine::forward::{ForwardContext, forward_client};
@@ -25,7 +26,6 @@ use pageferry::error::Kind;
 use pageferry::stream::Stream;
 use pageferry::tls::Tls;
 use proptest::prelude::*;
-use sender::dump;
 use testbed::pki::{Authority, Host};
 use testbed::proxy::{Link, Proxy};
 
@@ -108,8 +108,8 @@ fn a_forwarder_that_stays_sends_differences() {
     let dirs = ["old", "new"].map(|name| tmp.path().join(name));
     let far = far_end(&dirs[0], None, LONG);
     let address = far.address;
-    let pusher = context(address, 1, 1 << 24, LONG).pusher;
-    let context = ForwardContext::new(pusher, None, PAGE, true);
+    let sender = context(address, 1, 1 << 24, LONG).sender;
+    let context = ForwardContext::new(sender, None, PAGE, true);
     let (forwarded, _) = forward(&context, &dump(&[(PID, before)], Wire::V2), 1 << 20);
     assert_eq!(forwarded.unwrap().sent.pages.delta, 0);
     far.finish().unwrap();
@@ -208,7 +208,7 @@ fn ferry_goes_over_tls() {
     let dir = tmp.path().join("images");
     let far = far_end_over_tls(&dir, tls.clone());
     let mut context = context(far.address, 3, 1 << 20, LONG);
-    context.pusher.tls = tls;
+    context.sender.tls = tls;
     let runs = many_pages(100);
     let (forwarded, _) = forward(&context, &dump(&[(PID, runs.clone())], Wire::V2), 60_000);
     assert_eq!(forwarded.unwrap().sent.page_count(), 540);
@@ -226,7 +226,7 @@ fn an_end_without_tls_is_not_talked_to() {
         .unwrap();
     let far = far_end(&dir, None, LONG);
     let mut context = context(far.address, 1, 0, Duration::from_secs(1));
-    context.pusher.tls = Tls::load(&tls_args(&credentials)).unwrap();
+    context.sender.tls = Tls::load(&tls_args(&credentials)).unwrap();
     let (forwarded, answers) = forward(&context, &dump(&[(PID, many_pages(1))], Wire::V2), 1 << 20);
     forwarded.unwrap_err();
     assert!(answers.is_empty());

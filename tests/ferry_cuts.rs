@@ -4,10 +4,10 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
+#[path = "common/dump_bytes.rs"]
+mod dump_bytes;
 #[path = "common/ends.rs"]
 mod ends;
-#[path = "common/sender.rs"]
-mod sender;
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -16,10 +16,10 @@ use std::thread;
 use std::time::Duration;
 
 use common::{FIRST_PAGE, Run, check_images, files};
+use dump_bytes::dump;
 use ends::{LONG, SHORT, context, expected, far_end, forward, many_pages};
 use pageferry::criu::header::{PageFlags, Target, Wire};
 use pageferry::ferry::frame::{HEADER_BYTES, Split, split};
-use sender::dump;
 use testbed::proxy::{Accident, Harm, Link, Proxy, Way};
 
 const PID: Target = Target::Process(7);

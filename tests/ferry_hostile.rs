@@ -3,16 +3,17 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
+#[path = "common/dump_bytes.rs"]
+mod dump_bytes;
 #[path = "common/ends.rs"]
 mod ends;
-#[path = "common/sender.rs"]
-mod sender;
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use common::{FIRST_PAGE, PAGE};
+use dump_bytes::dump;
 use ends::{LONG, context, far_end, forward, many_pages};
 use pageferry::criu::header::{PageFlags, Target, Wire};
 use pageferry::error::Error;
@@ -31,7 +32,6 @@ use pageferry::ferry::unpack::Unpacker;
 use pageferry::limits::{FERRY_BATCH_BYTES_MAX, FERRY_BODY_BYTES_MAX, FERRY_STREAMS_MAX};
 use pageferry::units::PageRange;
 use proptest::prelude::*;
-use sender::dump;
 
 const PID: Target = Target::Process(7);
 
@@ -60,7 +60,7 @@ fn hasher() -> PageHasher {
     PageHasher::new(HashKey::default(), PAGE)
 }
 
-/// A batch with pages of every kind, as an honest pusher packs it.
+/// A batch with pages of every kind, as an honest sender packs it.
 fn honest_batch() -> Vec<u8> {
     let verdicts = Verdicts {
         pages: vec![
@@ -102,7 +102,7 @@ fn bodies() -> impl Strategy<Value = Vec<u8>> {
             Open { target: PID, wire }.encode(out);
         }) as &dyn Fn(&mut Vec<u8>),
         &|out: &mut Vec<u8>| Ack::default().encode(out),
-        &|out: &mut Vec<u8>| hello(Role::Pusher).encode(frame::Kind::Hello, out),
+        &|out: &mut Vec<u8>| hello(Role::Sender).encode(frame::Kind::Hello, out),
         &|out: &mut Vec<u8>| {
             let runs = [PageRange::new(4096, 3 * 4096)];
             Hashes::encode(PID, PAGE, &runs, &[PageHash::default(); 2], false, out);
@@ -195,9 +195,9 @@ proptest! {
         }
     }
 
-    /// A taker holds no more than its window, whatever a pusher sends.
+    /// A receiver holds no more than its window, whatever a sender sends.
     #[test]
-    fn no_pusher_breaks_a_taker(frames in frames()) {
+    fn no_sender_breaks_a_receiver(frames in frames()) {
         let mut receiver = Receiver::new(PAGE, 2, WINDOW);
         receiver.stream_up(0);
         let (mut here, mut applied) = (0_u64, 0);
@@ -229,9 +229,9 @@ proptest! {
         }
     }
 
-    /// A pusher believes no acknowledgement of what it has not sent, and no hashes unasked.
+    /// A sender believes no acknowledgement of what it has not sent, and no hashes unasked.
     #[test]
-    fn no_taker_breaks_a_pusher(frames in frames(), sent in 0..5_u64) {
+    fn no_receiver_breaks_a_sender(frames in frames(), sent in 0..5_u64) {
         let mut sender = Sender::new(PAGE, 2, WINDOW);
         sender.stream_up(0);
         for _ in 0..sent {
@@ -252,25 +252,25 @@ proptest! {
             (0..3_u8, 0..70_u16, 0..70_u16, 0..4_u32, any::<bool>(), 1..5_u16), 1..12),
     ) {
         let patience = Duration::from_secs(1);
-        let mut harbor = Harbor::new(hello(Role::Taker), &[Role::Taker], patience);
+        let mut harbor = Harbor::new(hello(Role::Receiver), &[Role::Receiver], patience);
         let times = Patience {
             pause_first: patience,
             pause_max: patience,
             give_up_after: patience,
         };
-        let mut dialer = Dialer::new(hello(Role::Pusher), times, Duration::ZERO);
+        let mut dialer = Dialer::new(hello(Role::Sender), times, Duration::ZERO);
         let _ = dialer.poll_dial(Duration::ZERO);
         let mut lanes: Option<Receiver> = None;
         for (session, stream, streams, attempt, opening, role) in greetings {
             let mut greeting = Vec::new();
             let said = Hello {
                 session: SessionId([session; 16]),
-                role: [Role::Pusher, Role::Taker, Role::Asker, Role::Answerer][usize::from(role) - 1],
+                role: [Role::Sender, Role::Receiver, Role::Requester, Role::Responder][usize::from(role) - 1],
                 stream,
                 streams,
                 attempt,
                 opening,
-                ..hello(Role::Pusher)
+                ..hello(Role::Sender)
             };
             said.encode(frame::Kind::Hello, &mut greeting);
             let Ok(Split::Frame(framed)) = split(&greeting) else {
@@ -325,14 +325,14 @@ fn as_bytes(frames: &[(frame::Kind, u64, Vec<u8>)]) -> Vec<u8> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
-    /// A pusher that greets and then says anything: the far end fails and leaves nothing.
+    /// A sender that greets and then says anything: the far end fails and leaves nothing.
     #[test]
     fn a_far_end_survives_what_follows_a_greeting(frames in frames()) {
         let tmp = tempfile::tempdir().unwrap();
         let far = far_end(tmp.path(), None, Duration::from_millis(200));
         let mut socket = TcpStream::connect(far.address).unwrap();
         let mut greeting = Vec::new();
-        hello(Role::Pusher).encode(frame::Kind::Hello, &mut greeting);
+        hello(Role::Sender).encode(frame::Kind::Hello, &mut greeting);
         socket.write_all(&greeting).unwrap();
         // It may hang up at any word.
         let _ = socket.write_all(&as_bytes(&frames));
@@ -342,13 +342,13 @@ proptest! {
         prop_assert_eq!(common::files(tmp.path()).len(), 0);
     }
 
-    /// A taker that welcomes and then says anything: the dump fails.
+    /// A receiver that welcomes and then says anything: the dump fails.
     #[test]
     fn a_near_end_survives_what_follows_a_welcome(frames in frames()) {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = listener.local_addr().unwrap();
         let context = context(address, 1, 1 << 20, Duration::from_millis(200));
-        let taker = std::thread::spawn(move || {
+        let receiver = std::thread::spawn(move || {
             let (mut socket, _) = listener.accept().unwrap();
             // No one else is let in.
             drop(listener);
@@ -362,7 +362,7 @@ proptest! {
                 panic!("no greeting");
             };
             let welcome = Hello {
-                role: Role::Taker,
+                role: Role::Receiver,
                 window: WINDOW,
                 ..said
             };
@@ -377,7 +377,7 @@ proptest! {
         let (forwarded, answers) = forward(&context, &bytes, 1 << 20);
         prop_assert!(forwarded.is_err());
         prop_assert!(answers.len() <= 1, "CLOSE was answered");
-        taker.join().unwrap();
+        receiver.join().unwrap();
     }
 }
 

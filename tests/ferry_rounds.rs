@@ -57,14 +57,14 @@ fn apply(memory: &mut Pages, number: u64, change: &Change, page: PageSize) {
 }
 
 /// The sending end.
-struct Pusher {
+struct SendingSide {
     page: PageSize,
     hasher: PageHasher,
     memory: PageMemory,
     encoder: Encoder,
 }
 
-impl Pusher {
+impl SendingSide {
     /// The frames of a round, and what they hold.
     fn round(&mut self, pages: &Pages, level: Level) -> (Vec<u8>, Vec<Tally>) {
         let mut stream = Vec::new();
@@ -161,7 +161,7 @@ proptest! {
     ) {
         let page = PageSize::new(page_bytes).expect("a page size");
         let hasher = PageHasher::new(HashKey([7; 16]), page);
-        let mut pusher = Pusher {
+        let mut sender = SendingSide {
             page,
             hasher: hasher.clone(),
             memory: PageMemory::new(page, cache_bytes),
@@ -172,27 +172,27 @@ proptest! {
             for (number, change) in &changes {
                 apply(&mut memory, *number, change, page);
             }
-            let (stream, tallies) = pusher.round(&memory, level);
+            let (stream, tallies) = sender.round(&memory, level);
             let pages: u64 = tallies
                 .iter()
                 .map(|tally| tally.zero + tally.same + tally.raw + tally.packed + tally.delta)
                 .sum();
             prop_assert_eq!(pages, memory.len() as u64);
             if !arrives {
-                pusher.memory.forget();
-                // The taker still has what it had, and says so when it is asked.
+                sender.memory.forget();
+                // The receiver still has what it had, and says so when it is asked.
                 let state = StateId([100 + round; 16]);
-                prop_assert!(pusher.memory.adopt(TARGET, state));
+                prop_assert!(sender.memory.adopt(TARGET, state));
                 for (number, contents) in &taken {
                     let start = number * page.bytes();
                     let run = PageRange::new(start, start + page.bytes());
-                    pusher.memory.learn(TARGET, run, &[hasher.hash(contents).0]);
+                    sender.memory.learn(TARGET, run, &[hasher.hash(contents).0]);
                 }
                 continue;
             }
             let received = receive(&stream, &taken, page, &hasher);
             prop_assert!(received == memory, "round {} differs", round);
-            pusher.memory.commit(StateId([round; 16]));
+            sender.memory.commit(StateId([round; 16]));
             taken = received;
         }
     }
@@ -210,19 +210,19 @@ fn a_round_in_which_nothing_changed_is_hardly_any_bytes() {
             (number, contents)
         })
         .collect();
-    let mut pusher = Pusher {
+    let mut sender = SendingSide {
         page,
         hasher,
         memory: PageMemory::new(page, 1 << 20),
         encoder: Encoder::new(page).expect("zstd works"),
     };
     let bytes = 2048 * page.as_usize();
-    let (first, _) = pusher.round(&memory, Level::Zstd(1));
+    let (first, _) = sender.round(&memory, Level::Zstd(1));
     assert!(
         first.len() < bytes + bytes / 100,
         "raw pages cost a percent"
     );
-    pusher.memory.commit(StateId([1; 16]));
-    let (second, _) = pusher.round(&memory, Level::Zstd(1));
+    sender.memory.commit(StateId([1; 16]));
+    let (second, _) = sender.round(&memory, Level::Zstd(1));
     assert!(second.len() < bytes / 1000, "{} bytes", second.len());
 }

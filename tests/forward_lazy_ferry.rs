@@ -3,21 +3,21 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
+#[path = "common/ferry_client.rs"]
+mod ferry_client;
 #[path = "common/forwarding.rs"]
 mod forwarding;
-#[path = "common/taker.rs"]
-mod taker;
 
 use std::time::Duration;
 
 use common::{FIRST_PAGE, PAGE, page_content};
+use ferry_client::{Came, Connection, OPENED, hello};
 use forwarding::{PAGES, PATIENCE, dump, forwarder};
 use pageferry::ferry::batch::{Batch, Place};
 use pageferry::ferry::frame;
 use pageferry::ferry::hello::{Features, Role};
 use pageferry::ferry::message::Ack;
 use pageferry::ferry::unpack::Unpacker;
-use taker::{Came, Connection, OPENED, hello};
 
 const FEATURES: Features = Features::FAULTS.with(Features::HASHES);
 
@@ -45,10 +45,10 @@ fn a_client_on_demand_gets_its_faults_and_nothing_else() {
     let (port, dump) = dump(images.path());
     let (address, forwarder) = forwarder(here.path(), port, PATIENCE);
     let features = FEATURES.with(Features::ON_DEMAND);
-    let mut stream = Connection::dial(address, &hello(Role::Taker, features, 1));
+    let mut stream = Connection::dial(address, &hello(Role::Receiver, features, 1));
     assert!(stream.welcome.features.has(Features::ON_DEMAND));
     stream.open();
-    let mut faults = Connection::dial(address, &hello(Role::Asker, features, 1));
+    let mut faults = Connection::dial(address, &hello(Role::Requester, features, 1));
     for (number, first, pages) in [(1, 17, 1), (2, PAGES - 1, 1), (3, 1000, 16)] {
         faults.ask(number, FIRST_PAGE + first, pages);
         let answer = faults.next();
@@ -73,12 +73,12 @@ fn a_client_that_acknowledges_nothing_gets_a_window_and_its_faults() {
     let (images, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (port, dump) = dump(images.path());
     let (address, forwarder) = forwarder(here.path(), port, PATIENCE);
-    let mut greeting = hello(Role::Taker, FEATURES, 1);
+    let mut greeting = hello(Role::Receiver, FEATURES, 1);
     // A batch and no more, as a client with a low rate says.
     greeting.window.bytes = 1;
     let mut stream = Connection::dial(address, &greeting);
     stream.open();
-    let mut faults = Connection::dial(address, &hello(Role::Asker, FEATURES, 1));
+    let mut faults = Connection::dial(address, &hello(Role::Requester, FEATURES, 1));
     for (number, first) in (1..).zip((0..PAGES).step_by(50)) {
         faults.ask(number, FIRST_PAGE + first, 50);
         let answer = faults.next();
@@ -122,7 +122,7 @@ fn the_end_is_told_again_until_the_client_has_heard_it() {
     let (port, dump) = dump(images.path());
     let (address, forwarder) = forwarder(here.path(), port, PATIENCE);
     let features = FEATURES.with(Features::ON_DEMAND).with(Features::FAREWELL);
-    let mut first = Connection::dial(address, &hello(Role::Taker, features, 1));
+    let mut first = Connection::dial(address, &hello(Role::Receiver, features, 1));
     assert!(first.welcome.features.has(Features::FAREWELL));
     first.open();
     first.acknowledge(TAKEN);
@@ -132,10 +132,10 @@ fn the_end_is_told_again_until_the_client_has_heard_it() {
     // Each of them breaks before BYE has come, as far as the forwarder can tell.
     drop(first);
     for attempt in 2..5 {
-        let mut again = Connection::dial(address, &hello(Role::Taker, features, attempt));
+        let mut again = Connection::dial(address, &hello(Role::Receiver, features, attempt));
         assert_eq!(again.next().kind, frame::Kind::Bye);
     }
-    let mut last = Connection::dial(address, &hello(Role::Taker, features, 5));
+    let mut last = Connection::dial(address, &hello(Role::Receiver, features, 5));
     assert_eq!(last.next().kind, frame::Kind::Bye);
     assert!(!forwarder.is_finished());
     last.acknowledge(Ack {
@@ -151,7 +151,7 @@ fn a_client_that_does_not_come_back_for_the_end_is_waited_for_no_longer_than_oth
     let (port, dump) = dump(images.path());
     let (address, forwarder) = forwarder(here.path(), port, Duration::ZERO);
     let features = FEATURES.with(Features::ON_DEMAND).with(Features::FAREWELL);
-    let mut client = Connection::dial(address, &hello(Role::Taker, features, 1));
+    let mut client = Connection::dial(address, &hello(Role::Receiver, features, 1));
     client.open();
     client.acknowledge(TAKEN);
     assert_eq!(client.next().kind, frame::Kind::Bye);

@@ -4,8 +4,8 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
-#[path = "common/sender.rs"]
-mod sender;
+#[path = "common/dump_bytes.rs"]
+mod dump_bytes;
 
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
@@ -17,6 +17,7 @@ use common::{
     FIRST_PAGE, PAGE, Run, check_images, files, level, naive_memory, with_large_runs,
     with_true_holes,
 };
+use dump_bytes::{bare, bytes_of, dump, frame, header, send};
 use pageferry::criu::header::{Header, Op, PageFlags, Target, Wire};
 use pageferry::engine::driver::{Io, Writes};
 use pageferry::engine::ingest::{ReceiveContext, receive_client};
@@ -29,7 +30,6 @@ use pageferry::image::store::Sync;
 use pageferry::observe::received::Received;
 use pageferry::stream::Stream;
 use proptest::prelude::*;
-use sender::{bare, bytes_of, dump, frame, header, send};
 
 const PID: Target = Target::Process(7);
 const SHMEM: Target = Target::Shmem(9);

@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
-#[path = "common/sender.rs"]
-mod sender;
+#[path = "common/dump_bytes.rs"]
+mod dump_bytes;
 
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
@@ -14,6 +14,7 @@ use std::thread;
 use std::time::Duration;
 
 use common::{FIRST_PAGE, Images, PAGE, Run, TARGET, naive_memory, page_content, tls_args};
+use dump_bytes::{bytes_of, dump};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pageferry::criu::header::{HEADER_BYTES_MAX, Header, Op, PageFlags, Wire};
 use pageferry::criu::serve::CLOSE_STATUS;
@@ -29,7 +30,6 @@ use pageferry::image::store::Sync;
 use pageferry::stream::Stream;
 use pageferry::tls::{Tls, TlsStream};
 use pageferry::units::{PageCount, Vaddr};
-use sender::{bytes_of, dump};
 use testbed::pki::{Authority, Credentials, Host};
 
 fn tls(credentials: &Credentials) -> Tls {

@@ -13,7 +13,7 @@ use std::time::Duration;
 use pageferry::daemon::command_line::{self, Action, Parsed};
 use pageferry::daemon::{self, Daemon};
 use pageferry::engine::driver::{Io, Writes};
-use pageferry::engine::ferry::PusherConfig;
+use pageferry::engine::ferry::SenderConfig;
 use pageferry::engine::ferry::port::{FerryPort, Handled};
 use pageferry::engine::forward::{ForwardContext, forward_client};
 use pageferry::engine::forward_lazy::{ForwardLazy, ForwardLazyConfig, Left};
@@ -172,7 +172,7 @@ fn forward(start: &mut Start<'_>, far_end: &Peer) -> Result<()> {
     let tls = Tls::load(&args.tls)?;
     let source = start.listen()?;
     let stop = Stop::on_signals()?;
-    let pusher = PusherConfig {
+    let sender = SenderConfig {
         peer: far_end.clone(),
         streams: args.ferry.streams,
         reconnect_timeout: Duration::from_secs(args.ferry.reconnect_timeout),
@@ -182,7 +182,7 @@ fn forward(start: &mut Start<'_>, far_end: &Peer) -> Result<()> {
         traffic: report.traffic(),
     };
     let wire = args.wire.forced();
-    let context = ForwardContext::new(pusher, wire, pages_of_system()?, args.keep);
+    let context = ForwardContext::new(sender, wire, pages_of_system()?, args.keep);
     let stay = if args.keep { Stay::Keep } else { Stay::One };
     let _display = report.show()?;
     run(source, &rules(args, stay), &stop, |stream| {

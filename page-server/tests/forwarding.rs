@@ -4,9 +4,9 @@
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
+#[path = "../../tests/common/dump_bytes.rs"]
+mod dump_bytes;
 mod place;
-#[path = "../../tests/common/sender.rs"]
-mod sender;
 mod watch;
 
 use std::io::{Read, Write};

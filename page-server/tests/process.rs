@@ -4,9 +4,9 @@
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
+#[path = "../../tests/common/dump_bytes.rs"]
+mod dump_bytes;
 mod place;
-#[path = "../../tests/common/sender.rs"]
-mod sender;
 mod watch;
 
 use std::fs;
@@ -17,13 +17,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::{FIRST_PAGE, Run};
+use dump_bytes::{bare, bytes_of, frame};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use pageferry::criu::header::{PageFlags, Wire};
 use place::{PID, Place, fail, open_frame, run, send_dump, succeed, whole_dump};
-use sender::{bare, bytes_of, frame};
 use testbed::process::Spawned;
 use testbed::wait::{GENEROUS, until};
 use watch::{expect_metrics, summaries};

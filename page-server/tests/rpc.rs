@@ -4,8 +4,8 @@
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
-#[path = "../../tests/common/sender.rs"]
-mod sender;
+#[path = "../../tests/common/dump_bytes.rs"]
+mod dump_bytes;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -50,7 +50,7 @@ fn send_dump(server: &ServerInfo) {
     let port = u16::try_from(server.port.unwrap()).unwrap();
     let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
     let runs = vec![Run::present(FIRST_PAGE, 4, PageFlags::LAZY, 3)];
-    let bytes = sender::dump(&[(Target::Process(7), runs)], Wire::V2);
+    let bytes = dump_bytes::dump(&[(Target::Process(7), runs)], Wire::V2);
     stream.write_all(&bytes).unwrap();
     let mut answers = [9; 5];
     stream.read_exact(&mut answers).unwrap();

@@ -4,8 +4,8 @@
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
-#[path = "../../tests/common/sender.rs"]
-mod sender;
+#[path = "../../tests/common/dump_bytes.rs"]
+mod dump_bytes;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -14,10 +14,10 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use common::{FIRST_PAGE, PAGE, Run, page_content, write_target};
+use dump_bytes::bytes_of;
 use pageferry::criu::header::{Header, Op, PageFlags, Target, Wire};
 use pageferry::criu::serve::CLOSE_STATUS;
 use pageferry::units::{PageCount, Vaddr};
-use sender::bytes_of;
 use testbed::process::Spawned;
 use testbed::sys::Ended;
 use testbed::wait::{GENEROUS, until};

@@ -18,8 +18,8 @@ use std::thread::Scope;
 use std::time::Instant;
 
 use super::ferry::packer::{Job, Packer};
-use super::ferry::pushing::Pushing;
-use super::ferry::{Learned, PusherConfig, lock, push};
+use super::ferry::sender_session::SenderSession;
+use super::ferry::{Learned, SenderConfig, lock, push};
 use super::ingest::{answer, ended_early, wait_for_end};
 use super::keep::decompress_page;
 use crate::criu::header::{PageFlags, Target, Wire};
@@ -50,7 +50,7 @@ const ENCODERS_MAX: usize = 4;
 #[derive(Debug)]
 pub struct ForwardContext {
     /// Where the dumps go, and how.
-    pub pusher: PusherConfig,
+    pub sender: SenderConfig,
     /// The header layout to expect, if it is not to be found out.
     pub wire: Option<Wire>,
     /// Size of a page.
@@ -62,15 +62,15 @@ pub struct ForwardContext {
 }
 
 impl ForwardContext {
-    /// Forwards as `pusher` says.
+    /// Forwards as `sender` says.
     pub fn new(
-        pusher: PusherConfig,
+        sender: SenderConfig,
         wire: Option<Wire>,
         page: PageSize,
         remembers: bool,
     ) -> ForwardContext {
         ForwardContext {
-            pusher,
+            sender,
             wire,
             page,
             remembers,
@@ -83,16 +83,16 @@ impl ForwardContext {
 /// failure the connection is reset and the error names both ends and the place.
 pub fn forward_client(mut stream: Stream, context: &ForwardContext) -> (Forwarded, Result<()>) {
     let (start, cpu_before) = (Instant::now(), cpu_time());
-    let running = context.pusher.traffic.begin_session();
+    let running = context.sender.traffic.begin_session();
     let learned = lock(&context.learned).take();
     let learned = learned.unwrap_or_else(|| {
-        let budget_bytes = context.pusher.delta_cache_bytes;
+        let budget_bytes = context.sender.delta_cache_bytes;
         let memory = PageMemory::new(context.page, budget_bytes);
         Learned::new(memory.with_slabs(|bytes| Box::new(Slab::new(bytes))))
     });
     let mut wire = None;
-    let pushed = push(&context.pusher, context.page, learned, |scope, pushing| {
-        let mut forward = Forward::begin(context, scope, pushing)?;
+    let pushed = push(&context.sender, context.page, learned, |scope, sending| {
+        let mut forward = Forward::begin(context, scope, sending)?;
         let closed = forward.run(&mut stream);
         wire = forward.session.wire();
         let closed = closed.map_err(|error| error.within(forward.session.whereabouts()));
@@ -107,7 +107,7 @@ pub fn forward_client(mut stream: Stream, context: &ForwardContext) -> (Forwarde
     };
     let mut forwarded = Forwarded {
         peer: stream.peer().to_owned(),
-        far_end: context.pusher.peer.to_string(),
+        far_end: context.sender.peer.to_string(),
         wire,
         sent,
         page: context.page,
@@ -137,7 +137,7 @@ pub(super) fn encoders() -> usize {
 }
 
 struct Forward<'s> {
-    pushing: &'s Pushing,
+    sending: &'s SenderSession,
     packer: Packer<'s>,
     session: ReceiveSession,
     page: PageSize,
@@ -163,12 +163,12 @@ impl<'s> Forward<'s> {
     fn begin(
         context: &ForwardContext,
         scope: &'s Scope<'s, '_>,
-        pushing: &'s Pushing,
+        sending: &'s SenderSession,
     ) -> Result<Forward<'s>> {
-        let agreed = pushing.agree()?;
+        let agreed = sending.agree()?;
         Ok(Forward {
-            pushing,
-            packer: Packer::start(scope, pushing, &agreed, context.page, encoders())?,
+            sending,
+            packer: Packer::start(scope, sending, &agreed, context.page, encoders())?,
             session: ReceiveSession::new(context.wire, context.page),
             page: context.page,
             remembers: context.remembers,
@@ -245,12 +245,12 @@ impl<'s> Forward<'s> {
         let wire = self.session.wire().unwrap_or(Wire::V2);
         let open = Open { target, wire };
         let write = |out: &mut Vec<u8>| open.encode(out);
-        let reply = self.pushing.ask(frame::Kind::Open, write)?;
+        let reply = self.sending.ask(frame::Kind::Open, write)?;
         let state = match self.takes_questions {
             true => reply.state,
             false => StateId::NONE,
         };
-        self.pushing.adopt(target, state);
+        self.sending.adopt(target, state);
         self.target = Some(target);
         self.hashed = self.remembers || state != StateId::NONE;
         tracing::debug!("forwarding {target}, has_parent={}", reply.value != 0);
@@ -349,7 +349,7 @@ impl<'s> Forward<'s> {
         self.flush()?;
         let pages = PageCount(self.pages);
         let write = |out: &mut Vec<u8>| encode_close(pages, out);
-        let reply = self.pushing.ask(frame::Kind::Close, write)?;
+        let reply = self.sending.ask(frame::Kind::Close, write)?;
         if reply.value != 0 {
             let text = format!("the far end answers the end with status {}", reply.value);
             return Err(Error::new(Kind::PeerLost, text));

@@ -1,10 +1,10 @@
-//! Batches of pages: their layout, and how a taker gets the pages out again.
+//! Batches of pages: their layout, and how a receiver gets the pages out again.
 //!
 //! ```text
 //! body ── Batch::parse ──> counts, runs, kinds fit the body's length
 //!            │
 //!            ├─ bases() ───> addresses whose hashes (same, delta) and contents (delta) are needed
-//!            ├─ agree() ───> the taker's hashes are those that the pusher meant
+//!            ├─ agree() ───> the receiver's hashes are those that the sender meant
 //!            └─ Unpacker ──> packed and delta pages as plain bytes, all contents verified
 //!                 └─ places() ──> per page: zero, same, here in the body, there in the unpacked
 //! ```
@@ -33,13 +33,13 @@ use super::message::target;
 pub enum PageKind {
     /// All zeros.
     Zero = 0,
-    /// The taker's base version.
+    /// The receiver's base version.
     Same = 1,
     /// As it is.
     Raw = 2,
     /// In the zstd frame of packed pages.
     Packed = 3,
-    /// In the zstd frame of delta pages: XORed with the taker's base version.
+    /// In the zstd frame of delta pages: XORed with the receiver's base version.
     Delta = 4,
 }
 
@@ -55,7 +55,7 @@ impl PageKind {
         })
     }
 
-    /// Whether the page is told by the taker's base version.
+    /// Whether the page is told by the receiver's base version.
     pub const fn needs_base(self) -> bool {
         matches!(self, PageKind::Same | PageKind::Delta)
     }
@@ -221,17 +221,17 @@ impl<'b> Batch<'b> {
         present_pages(&self.runs, self.page).zip(self.kinds.iter().copied())
     }
 
-    /// The pages that build on the taker's base version.
+    /// The pages that build on the receiver's base version.
     pub fn bases(&self) -> impl Iterator<Item = (Vaddr, PageKind)> {
         self.pages().filter(|(_, kind)| kind.needs_base())
     }
 
-    /// One hash over the hashes of all [`Batch::bases`], in order, as the pusher means them.
+    /// One hash over the hashes of all [`Batch::bases`], in order, as the sender means them.
     pub(super) fn base_digest(&self) -> PageHash {
         self.digest
     }
 
-    /// Compares the taker's hashes of all [`Batch::bases`], in order, with what the pusher meant.
+    /// Compares the receiver's hashes of all [`Batch::bases`], in order, with what the sender meant.
     pub fn agree(
         &self,
         hasher: &PageHasher,
@@ -327,7 +327,7 @@ fn usize_of(length: u32) -> usize {
 pub enum Place {
     /// Nowhere: all zeros.
     Zero,
-    /// In the taker's base version.
+    /// In the receiver's base version.
     Same,
     /// In this range of the batch's body.
     Body(Range<usize>),

@@ -1,4 +1,4 @@
-//! The pusher's memory of what the taker has: hashes of all pages, contents of some.
+//! The sender's memory of what the receiver has: hashes of all pages, contents of some.
 //!
 //! ```text
 //! target ──> chunks of 512 pages ──> per page: hash (16 bytes), known?, seen in this round?
@@ -8,15 +8,15 @@
 //!
 //! A round compares each page with what is known of its base version and puts the page itself in
 //! its place: so the memory needs no second copy while the round goes on. The base version stays
-//! what it is until the taker has the whole round. So:
+//! what it is until the receiver has the whole round. So:
 //!
-//! - [`PageMemory::commit`] when the round is safe at the taker: pages that the round did not
-//!   mention are forgotten, for the taker's new image does not have them;
-//! - [`PageMemory::forget`] when it failed: the hashes are ahead of the taker and worth nothing.
-//!   They are learned again from the taker.
+//! - [`PageMemory::commit`] when the round is safe at the receiver: pages that the round did not
+//!   mention are forgotten, for the receiver's new image does not have them;
+//! - [`PageMemory::forget`] when it failed: the hashes are ahead of the receiver and worth nothing.
+//!   They are learned again from the receiver.
 //!
 //! Kept contents are never taken on trust: before they serve as the base of a difference their hash
-//! is compared with that of the base version. So they outlive rounds that fail and takers that
+//! is compared with that of the base version. So they outlive rounds that fail and receivers that
 //! restart.
 //!
 //! Invariants: a page is compared at most once a round, the second time it counts as fresh; memory
@@ -50,15 +50,15 @@ pub struct Remembered {
     pub left_out_pages: u64,
 }
 
-/// The memory of what the taker has. See the module's text.
+/// The memory of what the receiver has. See the module's text.
 pub struct PageMemory {
     page: PageSize,
     budget_bytes: u64,
-    /// Names the taker's version that is remembered.
+    /// Names the receiver's version that is remembered.
     state: StateId,
     /// Key of all hashes.
     key: HashKey,
-    /// While the memory is being rebuilt from the taker's hashes: whose were asked for.
+    /// While the memory is being rebuilt from the receiver's hashes: whose were asked for.
     asked: Option<BTreeSet<Target>>,
     targets: BTreeMap<Target, BTreeMap<u64, Chunk>>,
     chunk_bytes: u64,
@@ -97,7 +97,7 @@ impl PageMemory {
         self
     }
 
-    /// An empty memory that has room for the hashes of `runs` and keeps no contents: for a taker that
+    /// An empty memory that has room for the hashes of `runs` and keeps no contents: for a receiver that
     /// has one round only.
     pub fn for_hashes_of(
         page: PageSize,
@@ -134,7 +134,7 @@ impl PageMemory {
         }
     }
 
-    /// Forgets all hashes: nothing is known of what the taker has.
+    /// Forgets all hashes: nothing is known of what the receiver has.
     pub fn forget(&mut self) {
         let targets: Vec<Target> = self.targets.keys().copied().collect();
         for target in targets {
@@ -145,7 +145,7 @@ impl PageMemory {
         self.left_out_pages = 0;
     }
 
-    /// From now on the taker's hashes are made with `key`: those of another are worth nothing.
+    /// From now on the receiver's hashes are made with `key`: those of another are worth nothing.
     pub fn use_key(&mut self, key: HashKey) {
         if key != self.key {
             self.forget();
@@ -153,7 +153,7 @@ impl PageMemory {
         }
     }
 
-    /// The taker's base version of `target` is the one named `state`. Tells whether its hashes
+    /// The receiver's base version of `target` is the one named `state`. Tells whether its hashes
     /// have to be asked for.
     pub fn adopt(&mut self, target: Target, state: StateId) -> bool {
         if state == StateId::NONE {
@@ -170,7 +170,7 @@ impl PageMemory {
             .is_some_and(|asked| asked.insert(target))
     }
 
-    /// The taker's base version that was adopted last has these hashes at `run` of `target`. Pages
+    /// The receiver's base version that was adopted last has these hashes at `run` of `target`. Pages
     /// beyond the budget are left out, as is what comes when the base version is another already.
     pub fn learn(&mut self, target: Target, run: PageRange, hashes: &[[u8; HASH_BYTES]]) {
         let asked = self.asked.as_ref();
@@ -186,7 +186,7 @@ impl PageMemory {
         }
     }
 
-    /// The hash of the taker's base version of the page at `vaddr`, if it is known and nothing newer
+    /// The hash of the receiver's base version of the page at `vaddr`, if it is known and nothing newer
     /// was sent.
     pub fn base_of(&self, target: Target, vaddr: Vaddr) -> Option<PageHash> {
         let number = vaddr.get() >> self.page.shift();
@@ -225,7 +225,7 @@ impl PageMemory {
         }
     }
 
-    /// The round is safe at the taker under the name `state`: it is the new base version.
+    /// The round is safe at the receiver under the name `state`: it is the new base version.
     pub fn commit(&mut self, state: StateId) {
         let kept = &mut self.kept;
         for chunks in self.targets.values_mut() {

@@ -36,14 +36,14 @@ pub struct PlainBatch<'a> {
     pub plain: &'a [u8],
 }
 
-/// What the pusher's memory of earlier rounds says of a page.
+/// What the sender's memory of earlier rounds says of a page.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Verdict {
     /// All zeros.
     Zero,
-    /// The taker's base version, which has this hash.
+    /// The receiver's base version, which has this hash.
     Same(PageHash),
-    /// Little different from the taker's base version, which has this hash. The next page of
+    /// Little different from the receiver's base version, which has this hash. The next page of
     /// [`Verdicts::xor`] is the difference.
     Delta(PageHash),
     /// To be sent in full.
@@ -66,7 +66,7 @@ impl Verdicts {
         self.xor.clear();
     }
 
-    /// Sends differences in full, for a taker that does not take them.
+    /// Sends differences in full, for a receiver that does not take them.
     pub fn spell_out(&mut self) {
         self.xor.clear();
         for verdict in &mut self.pages {
@@ -82,7 +82,7 @@ impl Verdicts {
 pub struct Tally {
     /// Pages of zeros.
     pub zero: u64,
-    /// Pages that the taker has already.
+    /// Pages that the receiver has already.
     pub same: u64,
     /// Pages sent as they are.
     pub raw: u64,
@@ -310,7 +310,7 @@ impl Encoder {
         tally.body_bytes = (out.len() - start) as u64;
     }
 
-    /// One hash over those of the base versions that the taker will need.
+    /// One hash over those of the base versions that the receiver will need.
     fn digest(&self, verdicts: &Verdicts, hasher: &PageHasher) -> PageHash {
         if !self.kinds.iter().any(|kind| kind.needs_base()) {
             return PageHash::default();

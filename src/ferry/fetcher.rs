@@ -1,4 +1,4 @@
-//! The taker of a post-copy: pushed pages in their order, questions and their answers, and what an
+//! The receiver of a post-copy: pushed pages in their order, questions and their answers, and what an
 //! earlier round has left here.
 //!
 //! ```text
@@ -43,7 +43,7 @@ use backlog::{Applied, Backlog};
 pub use delivery::{Delivery, Draft, Part};
 use earlier::Earlier;
 
-/// The one stream of a taker's session.
+/// The one stream of a receiver's session.
 const STREAM: u16 = 0;
 
 /// What has come. `D` is what pages come as.

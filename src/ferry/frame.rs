@@ -48,11 +48,11 @@ pub enum Kind {
     Pages = 18,
     /// Numbered: all was said.
     Close = 19,
-    /// The pusher asks for the hashes of a target's base version.
+    /// The sender asks for the hashes of a target's base version.
     WantHashes = 20,
-    /// The pusher is through and leaves.
+    /// The sender is through and leaves.
     Bye = 21,
-    /// The taker says what is safe, and its last answer.
+    /// The receiver says what is safe, and its last answer.
     Ack = 32,
     /// Hashes of a target's base version.
     Hashes = 33,

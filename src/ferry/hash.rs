@@ -1,6 +1,6 @@
 //! Hashes of pages: how two ends agree that they hold the same bytes.
 //!
-//! A hash is the 128-bit AEGIS-128L MAC of a page under a key that the taker draws at random. A
+//! A hash is the 128-bit AEGIS-128L MAC of a page under a key that the receiver draws at random. A
 //! process whose memory is carried cannot know the key, so it cannot craft two pages that collide;
 //! that is what a plain checksum would allow. Chosen over BLAKE3 (a third of the speed on 4 KiB
 //! pages) and XXH3 (faster, not cryptographic): see docs/ferry.md, section 5.
@@ -24,7 +24,7 @@ impl fmt::Debug for PageHash {
     }
 }
 
-/// The key of a taker's hashes.
+/// The key of a receiver's hashes.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 pub struct HashKey(pub [u8; 16]);
 

@@ -27,30 +27,35 @@ impl fmt::Display for SessionId {
 #[repr(u16)]
 pub enum Role {
     /// Has pages and sends them.
-    Pusher = 1,
+    Sender = 1,
     /// Wants pages.
-    Taker = 2,
+    Receiver = 2,
     /// Asks for the pages that threads wait for.
-    Asker = 3,
-    /// Answers an asker.
-    Answerer = 4,
+    Requester = 3,
+    /// Answers a requester.
+    Responder = 4,
 }
 
 impl Role {
     /// The role at the other end of the connection.
     pub const fn opposite(self) -> Role {
         match self {
-            Role::Pusher => Role::Taker,
-            Role::Taker => Role::Pusher,
-            Role::Asker => Role::Answerer,
-            Role::Answerer => Role::Asker,
+            Role::Sender => Role::Receiver,
+            Role::Receiver => Role::Sender,
+            Role::Requester => Role::Responder,
+            Role::Responder => Role::Requester,
         }
     }
 
     fn from_number(number: u16) -> Option<Role> {
-        [Role::Pusher, Role::Taker, Role::Asker, Role::Answerer]
-            .into_iter()
-            .find(|role| *role as u16 == number)
+        [
+            Role::Sender,
+            Role::Receiver,
+            Role::Requester,
+            Role::Responder,
+        ]
+        .into_iter()
+        .find(|role| *role as u16 == number)
     }
 }
 
@@ -59,15 +64,15 @@ impl Role {
 pub struct Features(u64);
 
 impl Features {
-    /// A taker answers questions for hashes.
+    /// A receiver answers questions for hashes.
     pub const HASHES: Features = Features(1);
     /// Pages may be sent as the difference to the base version.
     pub const DELTA: Features = Features(2);
     /// Faults are answered on connections of their own.
     pub const FAULTS: Features = Features(4);
-    /// A taker that wants nothing but the answers to its faults: nothing is pushed.
+    /// A receiver that wants nothing but the answers to its faults: nothing is pushed.
     pub const ON_DEMAND: Features = Features(8);
-    /// A taker says that it has heard BYE.
+    /// A receiver says that it has heard BYE.
     pub const FAREWELL: Features = Features(16);
     /// All that is known here.
     pub const ALL: Features = Features(31);
@@ -120,9 +125,9 @@ pub struct Hello {
     pub attempt: u32,
     /// Whether the connection may begin a session.
     pub opening: bool,
-    /// Taker: how much it can hold.
+    /// Receiver: how much it can hold.
     pub window: Window,
-    /// Taker: the key of its hashes.
+    /// Receiver: the key of its hashes.
     pub hash_key: HashKey,
 }
 
@@ -210,10 +215,10 @@ pub enum FailCode {
     Role = 3,
     /// The session is not known: it was given up, or the process was started anew.
     UnknownSession = 4,
-    /// The taker failed.
-    Taker = 5,
-    /// The pusher failed.
-    Pusher = 6,
+    /// The receiver failed.
+    Receiver = 5,
+    /// The sender failed.
+    Sender = 6,
     /// The peer broke the protocol.
     Protocol = 7,
     /// The base versions at the two ends differ.
@@ -227,7 +232,7 @@ pub enum FailCode {
 impl FailCode {
     fn from_number(number: u16) -> Option<FailCode> {
         use FailCode::{
-            Busy, Disagreement, PageSize, Protocol, Pusher, Role, Superseded, Taker,
+            Busy, Disagreement, PageSize, Protocol, Receiver, Role, Sender, Superseded,
             UnknownSession, Version,
         };
         [
@@ -235,8 +240,8 @@ impl FailCode {
             PageSize,
             Role,
             UnknownSession,
-            Taker,
-            Pusher,
+            Receiver,
+            Sender,
             Protocol,
             Disagreement,
             Superseded,
@@ -309,7 +314,7 @@ mod tests {
     fn hello() -> Hello {
         Hello {
             version: VERSION,
-            role: Role::Pusher,
+            role: Role::Sender,
             page: PageSize::KIB_4,
             features: Features::ALL,
             session: SessionId([5; 16]),
@@ -380,9 +385,9 @@ mod tests {
 
     #[test]
     fn a_long_text_is_cut_between_characters() {
-        let fail = Fail::new(FailCode::Taker, "ä".repeat(FERRY_TEXT_BYTES_MAX));
+        let fail = Fail::new(FailCode::Receiver, "ä".repeat(FERRY_TEXT_BYTES_MAX));
         let read = Fail::decode(&body(|out| fail.encode(out))).expect("well-formed");
-        assert_eq!(read.code, FailCode::Taker);
+        assert_eq!(read.code, FailCode::Receiver);
         assert_eq!(read.text, "ä".repeat(FERRY_TEXT_BYTES_MAX / 2));
     }
 }

@@ -121,11 +121,15 @@ mod tests {
     }
 
     fn dialer() -> Dialer {
-        Dialer::new(hello(Role::Pusher), PATIENCE, at(0))
+        Dialer::new(hello(Role::Sender), PATIENCE, at(0))
     }
 
     fn harbor() -> Harbor {
-        Harbor::new(hello(Role::Taker), &[Role::Taker], PATIENCE.give_up_after)
+        Harbor::new(
+            hello(Role::Receiver),
+            &[Role::Receiver],
+            PATIENCE.give_up_after,
+        )
     }
 
     /// Dials one stream through and returns the dialer's hello.
@@ -213,7 +217,7 @@ mod tests {
     #[test]
     fn the_newest_connection_of_a_stream_wins() {
         let mut harbor = harbor();
-        let mut first = hello(Role::Pusher);
+        let mut first = hello(Role::Sender);
         first.attempt = 1;
         let newer = Hello {
             attempt: 2,
@@ -254,7 +258,7 @@ mod tests {
         let mut harbor = harbor();
         let good = Hello {
             attempt: 1,
-            ..hello(Role::Pusher)
+            ..hello(Role::Sender)
         };
         let code = |harbor: &mut Harbor, greeting, open| match harbor.admit(greeting, open) {
             Admission::Refused(fail) => fail.code,
@@ -274,7 +278,7 @@ mod tests {
             ),
             (
                 of(Hello {
-                    role: Role::Taker,
+                    role: Role::Receiver,
                     ..good
                 }),
                 true,
@@ -282,7 +286,7 @@ mod tests {
             ),
             (
                 of(Hello {
-                    role: Role::Asker,
+                    role: Role::Requester,
                     ..good
                 }),
                 true,
@@ -304,7 +308,7 @@ mod tests {
             harbor.admit(of(good), true),
             Admission::Opened { .. }
         ));
-        let why = Fail::new(FailCode::Taker, "disk full");
+        let why = Fail::new(FailCode::Receiver, "disk full");
         harbor.fail(good.session, why.clone());
         let again = Hello { attempt: 2, ..good };
         assert_eq!(harbor.admit(of(again), true), Admission::Refused(why));
@@ -312,14 +316,14 @@ mod tests {
 
     #[test]
     fn who_comes_back_to_a_session_that_went_well_is_let_in_while_it_is_remembered() {
-        let mut harbor = Harbor::new(hello(Role::Taker), &[Role::Taker], Duration::ZERO);
+        let mut harbor = Harbor::new(hello(Role::Receiver), &[Role::Receiver], Duration::ZERO);
         let session = |number: usize| SessionId((number as u128 + 1).to_be_bytes());
         let of = |number: usize, attempt, opening| {
             Greeting::Hello(Hello {
                 session: session(number),
                 attempt,
                 opening,
-                ..hello(Role::Pusher)
+                ..hello(Role::Sender)
             })
         };
         for number in 0..=FERRY_ENDED_SESSIONS_MAX {
@@ -333,7 +337,7 @@ mod tests {
         let with_others = Greeting::Hello(Hello {
             session: session(1),
             streams: 9,
-            ..hello(Role::Pusher)
+            ..hello(Role::Sender)
         });
         let refused = harbor.admit(with_others, false);
         assert!(matches!(refused, Admission::Refused(_)), "{refused:?}");
@@ -346,14 +350,14 @@ mod tests {
 
     #[test]
     fn faults_come_only_into_a_session_that_exists() {
-        let roles = [Role::Pusher, Role::Answerer];
-        let mut harbor = Harbor::new(hello(Role::Pusher), &roles, PATIENCE.give_up_after);
+        let roles = [Role::Sender, Role::Responder];
+        let mut harbor = Harbor::new(hello(Role::Sender), &roles, PATIENCE.give_up_after);
         let stream = Hello {
             attempt: 1,
-            ..hello(Role::Taker)
+            ..hello(Role::Receiver)
         };
         let faults = Hello {
-            role: Role::Asker,
+            role: Role::Requester,
             ..stream
         };
         assert!(matches!(
@@ -367,6 +371,6 @@ mod tests {
         let Admission::Joined { welcome, .. } = harbor.admit(Greeting::Hello(faults), true) else {
             panic!("refused");
         };
-        assert_eq!(welcome.role, Role::Answerer);
+        assert_eq!(welcome.role, Role::Responder);
     }
 }

@@ -13,7 +13,7 @@ use super::frame::{FrameError, Kind, OpenFrame};
 use super::hash::{HASH_BYTES, PageHash};
 use super::hello::SessionId;
 
-/// Names a version of the memory that a taker holds: the session that wrote it. Zero is none.
+/// Names a version of the memory that a receiver holds: the session that wrote it. Zero is none.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct StateId(pub [u8; 16]);
 
@@ -126,9 +126,9 @@ pub struct Ack {
     pub safe: u64,
     /// The last answer.
     pub answer: Answer,
-    /// The taker has everything that it wants.
+    /// The receiver has everything that it wants.
     pub taken: bool,
-    /// The taker has heard BYE.
+    /// The receiver has heard BYE.
     pub heard_bye: bool,
     /// How many bytes have arrived on this connection. What was sent and does not arrive shows a
     /// link that is dead in one direction.
@@ -142,7 +142,7 @@ pub struct Answer {
     pub to: u64,
     /// What is answered.
     pub value: i32,
-    /// OPEN: the version of the memory that the taker has as the base.
+    /// OPEN: the version of the memory that the receiver has as the base.
     pub state: StateId,
 }
 
@@ -290,7 +290,7 @@ pub struct Fault {
     pub vaddr: Vaddr,
     /// The page and the neighbours that are welcome.
     pub around: PageRange,
-    /// Their contents are wanted even where the asker has told the hash of what it has: that has
+    /// Their contents are wanted even where the requester has told the hash of what it has: that has
     /// changed since.
     pub in_full: bool,
 }
@@ -304,7 +304,9 @@ impl Fault {
         out.put_u64(self.target.dst_id());
         out.put_u64(self.vaddr.get());
         out.put_u64(self.around.start().get());
-        out.put_u32(u32::try_from(self.around.pages(page).get()).expect("the asker keeps the cap"));
+        out.put_u32(
+            u32::try_from(self.around.pages(page).get()).expect("the requester keeps the cap"),
+        );
         out.put_u32(if self.in_full { FAULT_IN_FULL } else { 0 });
         frame.finish(out, Kind::Fault, number);
     }

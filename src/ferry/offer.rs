@@ -1,4 +1,4 @@
-//! The pusher of a post-copy: which of the held pages are pushed next, and what a fault brings.
+//! The sender of a post-copy: which of the held pages are pushed next, and what a fault brings.
 //!
 //! ```text
 //! held pages by number   |####..####..........|
@@ -22,7 +22,7 @@ use crate::lazy::pageset::PageSet;
 use crate::limits::{FERRY_BATCH_BYTES_MAX, FERRY_RUNS_MAX, WANTED_PAGES_MAX};
 use crate::units::{PageCount, PageRange, PageSize, Vaddr};
 
-/// Pages in a batch of the push, bytes. The taker looks for faults between any two batches, so they are
+/// Pages in a batch of the push, bytes. The receiver looks for faults between any two batches, so they are
 /// smaller than those of a dump.
 const PUSH_BYTES: u64 = 64 << 10;
 
@@ -62,7 +62,7 @@ pub enum Found {
     Pages(Range<u64>, PageRange),
 }
 
-/// What one taker was given and will be given. See the module's text.
+/// What one receiver was given and will be given. See the module's text.
 #[derive(Debug)]
 pub struct Offer {
     page: PageSize,
@@ -162,7 +162,7 @@ pub fn answer_run(range: PageRange) -> Option<Run> {
     (!range.is_empty()).then_some(Run { range, flags })
 }
 
-/// Decides how the pages `range`, whose contents are `plain`, are told in the answer to `fault`, to a taker
+/// Decides how the pages `range`, whose contents are `plain`, are told in the answer to `fault`, to a receiver
 /// that has what is in `memory`.
 pub fn judge_answer(
     memory: &PageMemory,

@@ -1,4 +1,4 @@
-//! The taker's side of a session: puts frames in order, knows what is safe, says so.
+//! The receiver's side of a session: puts frames in order, knows what is safe, says so.
 //!
 //! ```text
 //!                 handle_numbered                      applied
@@ -48,14 +48,14 @@ pub enum Message<'b> {
     Close(PageCount),
 }
 
-/// What another frame from the pusher meant.
+/// What another frame from the sender meant.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum ReceiverEvent {
-    /// The pusher asks for hashes; they go to the same connection.
+    /// The sender asks for hashes; they go to the same connection.
     WantHashes(WantHashes),
-    /// The pusher has failed.
+    /// The sender has failed.
     Failed(Fail),
-    /// The pusher is through.
+    /// The sender is through.
     Bye,
 }
 
@@ -87,7 +87,7 @@ enum Lane {
     Told,
 }
 
-/// The taker's side of a session. See the module's text.
+/// The receiver's side of a session. See the module's text.
 #[derive(Clone, Debug)]
 pub struct Receiver {
     page: PageSize,
@@ -265,7 +265,7 @@ impl Receiver {
         self.ack.taken = true;
     }
 
-    /// The pusher's BYE has come.
+    /// The sender's BYE has come.
     pub fn heard_bye(&mut self) {
         self.ack.heard_bye = true;
     }
@@ -307,7 +307,7 @@ impl Receiver {
         Some(Reply::Ack(self.ack(arrived)))
     }
 
-    /// A frame from the pusher that is not numbered has come.
+    /// A frame from the sender that is not numbered has come.
     pub fn handle(&mut self, kind: Kind, body: &[u8]) -> Result<ReceiverEvent, SessionError> {
         match kind {
             Kind::WantHashes => {

@@ -1,4 +1,4 @@
-//! The pusher's side of a session: what was sent, what is safe, what is sent again.
+//! The sender's side of a session: what was sent, what is safe, what is sent again.
 //!
 //! ```text
 //!        submit                      poll(stream)                 ACK
@@ -11,7 +11,7 @@
 //!
 //! Invariants: numbers are handed out without a gap; what is not safe is waiting or carried by
 //! exactly one living connection; nothing numbered goes to a connection before its first ACK; no
-//! more is outstanding than the taker's window; one question is open at most.
+//! more is outstanding than the receiver's window; one question is open at most.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -51,7 +51,7 @@ impl Transmit {
     }
 }
 
-/// What a frame from the taker meant.
+/// What a frame from the receiver meant.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum SenderEvent<'b> {
     /// An acknowledgement.
@@ -60,18 +60,18 @@ pub enum SenderEvent<'b> {
         safe: u64,
         /// The answer to the open question, if it came.
         answer: Option<Answer>,
-        /// The taker has everything that it wants.
+        /// The receiver has everything that it wants.
         taken: bool,
-        /// The taker has heard that the session is over.
+        /// The receiver has heard that the session is over.
         heard_bye: bool,
-        /// How many bytes have arrived on the connection, says the taker.
+        /// How many bytes have arrived on the connection, says the receiver.
         arrived: u64,
         /// Whether the session has come forward, or has nothing to come forward with.
         progress: bool,
     },
     /// Hashes that were asked for.
     Hashes(Hashes<'b>),
-    /// The taker has failed.
+    /// The receiver has failed.
     Failed(Fail),
 }
 
@@ -98,7 +98,7 @@ struct Inquiry {
     carrier: Option<u16>,
 }
 
-/// The pusher's side of a session. See the module's text.
+/// The sender's side of a session. See the module's text.
 #[derive(Clone, Debug)]
 pub struct Sender {
     page: PageSize,
@@ -116,7 +116,7 @@ pub struct Sender {
 }
 
 impl Sender {
-    /// A session over up to `streams` connections with a taker that has this `window`.
+    /// A session over up to `streams` connections with a receiver that has this `window`.
     pub fn new(page: PageSize, streams: u16, window: Window) -> Sender {
         Sender {
             page,
@@ -171,7 +171,7 @@ impl Sender {
         self.outstanding.is_empty() && self.question.is_none()
     }
 
-    /// Whether the taker has something to say: an acknowledgement, an answer, hashes.
+    /// Whether the receiver has something to say: an acknowledgement, an answer, hashes.
     pub fn awaits_word(&self) -> bool {
         !self.is_settled() || !self.inquiries.is_empty() || self.lanes.contains(&Lane::Welcomed)
     }
@@ -181,7 +181,7 @@ impl Sender {
         self.question.is_some()
     }
 
-    /// Asks for the taker's hashes of `target`, all from the start.
+    /// Asks for the receiver's hashes of `target`, all from the start.
     pub fn ask_hashes(&mut self, target: Target) {
         let (from, carrier) = (Vaddr(0), None);
         self.inquiries.insert(target, Inquiry { from, carrier });
@@ -266,7 +266,7 @@ impl Sender {
         None
     }
 
-    /// A frame from the taker came on `stream`.
+    /// A frame from the receiver came on `stream`.
     pub fn handle<'b>(
         &mut self,
         stream: u16,

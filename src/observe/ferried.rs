@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::ferry::encode::Tally;
 use crate::units::PageSize;
 
-/// What a pusher has sent.
+/// What a sender has sent.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Sent {
     /// Pages by the way they went, and what they cost.
@@ -19,7 +19,7 @@ pub struct Sent {
     pub frame_bytes: u64,
     /// Bytes of frames that were sent again, after a connection broke.
     pub repeated_bytes: u64,
-    /// Hashes learned from the taker.
+    /// Hashes learned from the receiver.
     pub hashes_learned: u64,
 }
 
@@ -37,7 +37,7 @@ pub struct Carried {
 pub struct ByKind {
     /// Named as zero.
     pub zero: Carried,
-    /// Named as what the taker has.
+    /// Named as what the receiver has.
     pub same: Carried,
     /// As differences.
     pub delta: Carried,

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use pageferry::criu::header::PageFlags;
 use pageferry::engine::driver::Io;
-use pageferry::engine::ferry::PusherConfig;
+use pageferry::engine::ferry::SenderConfig;
 use pageferry::engine::ferry::port::{FerryPort, Handled};
 use pageferry::engine::forward::{ForwardContext, forward_client};
 use pageferry::engine::ingest::ReceiveContext;
@@ -30,7 +30,7 @@ use pageferry::tls::Tls;
 use socket2::Socket;
 
 use crate::common::{FIRST_PAGE, PAGE, Run, naive_memory};
-use crate::sender::send;
+use crate::dump_bytes::send;
 
 /// Patience of both ends in tests of what cannot be repaired.
 pub(crate) const SHORT: Duration = Duration::from_secs(2);
@@ -133,7 +133,7 @@ pub(crate) fn context(
     cache: u64,
     patience: Duration,
 ) -> ForwardContext {
-    let pusher = PusherConfig {
+    let sender = SenderConfig {
         peer: Peer::parse(&far_end.to_string()).unwrap(),
         streams,
         reconnect_timeout: patience,
@@ -142,7 +142,7 @@ pub(crate) fn context(
         stop: Stop::default(),
         traffic: Arc::default(),
     };
-    ForwardContext::new(pusher, None, PAGE, false)
+    ForwardContext::new(sender, None, PAGE, false)
 }
 
 /// Sends `bytes` as a dump through `context`; returns the answers as well.

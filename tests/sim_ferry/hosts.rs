@@ -183,7 +183,7 @@ impl<P: Part> ListeningHost<P> {
         };
         self.session = Some(peer.session);
         let lane = Lane {
-            for_faults: peer.role == Role::Asker,
+            for_faults: peer.role == Role::Requester,
             stream: peer.stream,
         };
         let replaced = self

@@ -1,10 +1,10 @@
-//! Seeded simulation of ferry: a pusher, a taker, and a network that delays, reorders, cuts and
+//! Seeded simulation of ferry: a sender, a receiver, and a network that delays, reorders, cuts and
 //! damages; either end may crash or give up at any step. This is pre-copy; post-copy is in `postcopy`.
 //!
-//! Between rounds somebody may write to the taker's images. That alone may make the ends disagree about
-//! what a difference is to: else the pusher has remembered what it should have forgotten.
+//! Between rounds somebody may write to the receiver's images. That alone may make the ends disagree about
+//! what a difference is to: else the sender has remembered what it should have forgotten.
 //!
-//! Rule: the taker publishes exactly the memory of the round, or nothing; and the pusher reports
+//! Rule: the receiver publishes exactly the memory of the round, or nothing; and the sender reports
 //! success only for what is published. A failure names its seed; replay it with
 //! `FERRY_SIM_SEED=n cargo test --test sim_ferry`. `FERRY_SIM_SEEDS=n` runs more of them.
 
@@ -13,10 +13,10 @@ mod memory;
 mod net;
 mod parts;
 mod postcopy;
-mod pusher;
+mod receiving_end;
 mod run;
+mod sending_end;
 mod stats;
-mod taker;
 mod world;
 
 use std::ops::Range;
@@ -54,8 +54,8 @@ fn trouble(rng: &mut Rng) -> Trouble {
     let latest = [10, 100, 1000][rng.usize(0..3)];
     let at = rng.u64(0..latest);
     match rng.u8(0..12) {
-        0 => Trouble::PusherCrashes(at),
-        1 => Trouble::TakerCrashes(at),
+        0 => Trouble::SenderCrashes(at),
+        1 => Trouble::ReceiverCrashes(at),
         2 => Trouble::DumpEnds(at),
         3 => Trouble::DiskFull(at),
         _ => Trouble::None,
@@ -119,7 +119,7 @@ fn whatever_happens_the_image_is_exact_or_the_failure_is_reported() {
             ("success", successes),
             ("failure", failures),
             (
-                "a published round of which the pusher did not hear",
+                "a published round of which the sender did not hear",
                 unheard,
             ),
             ("crash", crashes),

@@ -5,7 +5,7 @@ pub(crate) struct Stats {
     pub(crate) rounds: u64,
     pub(crate) successes: u64,
     pub(crate) failures: u64,
-    /// The taker has published the round, but the pusher did not hear of it.
+    /// The receiver has published the round, but the sender did not hear of it.
     pub(crate) unheard: u64,
     pub(crate) crashes: u64,
     pub(crate) cuts: u64,
@@ -17,7 +17,7 @@ pub(crate) struct Stats {
     /// Frames that came before their turn, and that came twice.
     pub(crate) held_frames: u64,
     pub(crate) repeated_frames: u64,
-    /// Batches that the taker refused, for it has other bases than the pusher meant.
+    /// Batches that the receiver refused, for it has other bases than the sender meant.
     pub(crate) disagreements: u64,
     /// Rounds that were cut somewhere and succeeded.
     pub(crate) resumed_rounds: u64,

@@ -14,10 +14,10 @@ use crate::hosts::{DialingHost, ListeningHost};
 use crate::memory::{self, Memory, PAGE};
 use crate::net::{Net, Weather};
 use crate::parts::Part;
-use crate::pusher::Pusher;
+use crate::receiving_end::{ReceivingEnd, Store};
 use crate::run::{Host, abort, crash, run};
+use crate::sending_end::SendingEnd;
 use crate::stats::Stats;
-use crate::taker::{Store, Taker};
 
 pub(crate) const PATIENCE: Patience = Patience {
     pause_first: Duration::from_millis(20),
@@ -29,8 +29,8 @@ pub(crate) const PATIENCE: Patience = Patience {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Trouble {
     None,
-    PusherCrashes(u64),
-    TakerCrashes(u64),
+    SenderCrashes(u64),
+    ReceiverCrashes(u64),
     DumpEnds(u64),
     DiskFull(u64),
 }
@@ -38,8 +38,8 @@ pub(crate) enum Trouble {
 /// What a trouble does when its step has come.
 #[derive(Clone, Copy)]
 enum Blow {
-    PusherCrashes,
-    TakerCrashes,
+    SenderCrashes,
+    ReceiverCrashes,
     DumpEnds,
     DiskFull,
 }
@@ -48,8 +48,8 @@ impl Trouble {
     fn at(self, step: u64) -> Option<Blow> {
         let (at, blow) = match self {
             Trouble::None => return None,
-            Trouble::PusherCrashes(at) => (at, Blow::PusherCrashes),
-            Trouble::TakerCrashes(at) => (at, Blow::TakerCrashes),
+            Trouble::SenderCrashes(at) => (at, Blow::SenderCrashes),
+            Trouble::ReceiverCrashes(at) => (at, Blow::ReceiverCrashes),
             Trouble::DumpEnds(at) => (at, Blow::DumpEnds),
             Trouble::DiskFull(at) => (at, Blow::DiskFull),
         };
@@ -81,13 +81,13 @@ pub(crate) struct World {
     weather: Weather,
     streams: u16,
     window: Window,
-    taker_dials: bool,
+    receiver_dials: bool,
     cache_bytes: u64,
     pub(crate) source: Memory,
-    /// The pusher's memory of what the taker has.
+    /// The sender's memory of what the receiver has.
     memory: PageMemory,
     store: Store,
-    /// What the taker's process knows besides its images.
+    /// What the receiver's process knows besides its images.
     states: BTreeMap<usize, StateId>,
     hash_key: HashKey,
     /// The last image is not what either end thinks.
@@ -105,7 +105,7 @@ impl World {
                 frames: rng.u32(1..40),
                 bytes: rng.u64(1..1 << 20),
             },
-            taker_dials: rng.bool(),
+            receiver_dials: rng.bool(),
             cache_bytes,
             source: memory::first(&mut rng),
             memory: PageMemory::new(PAGE, cache_bytes),
@@ -134,11 +134,11 @@ impl World {
         }
     }
 
-    fn pusher(&mut self, session: SessionId) -> Pusher {
+    fn sender(&mut self, session: SessionId) -> SendingEnd {
         let last = self.store.images.len().checked_sub(1);
         let parent = last.map(|last| self.store.restored(last));
         let memory = std::mem::replace(&mut self.memory, PageMemory::new(PAGE, self.cache_bytes));
-        Pusher::new(
+        SendingEnd::new(
             &mut self.rng,
             session,
             &self.source,
@@ -147,21 +147,21 @@ impl World {
         )
     }
 
-    fn taker(&mut self) -> Taker {
+    fn receiver(&mut self) -> ReceivingEnd {
         let store = std::mem::take(&mut self.store);
         let states = std::mem::take(&mut self.states);
         let hasher = PageHasher::new(self.hash_key, PAGE);
-        Taker::new(store, states, self.streams, self.window, hasher)
+        ReceivingEnd::new(store, states, self.streams, self.window, hasher)
     }
 
-    /// The taker's process has ended: what it knew besides its images is gone.
-    fn taker_ended(&mut self, taker: Taker) {
-        self.store = taker.store;
+    /// The receiver's process has ended: what it knew besides its images is gone.
+    fn receiver_ended(&mut self, receiver: ReceivingEnd) {
+        self.store = receiver.store;
         self.hash_key = HashKey(self.rng.u128(..).to_le_bytes());
         self.memory.forget();
     }
 
-    /// Somebody writes to the taker's last image between two rounds, and neither end is told.
+    /// Somebody writes to the receiver's last image between two rounds, and neither end is told.
     pub(crate) fn tamper(&mut self) {
         self.tampered = self.store.tamper(&mut self.rng);
     }
@@ -172,13 +172,13 @@ impl World {
         let disagreements = self.stats.disagreements;
         let net = Net::new(self.rng.fork(), self.weather);
         let session = SessionId(self.rng.u128(1..).to_le_bytes());
-        let (succeeded, cuts) = if self.taker_dials {
-            self.round_taker_dials(net, session, trouble)
+        let (succeeded, cuts) = if self.receiver_dials {
+            self.round_receiver_dials(net, session, trouble)
         } else {
-            self.round_pusher_dials(net, session, trouble)
+            self.round_sender_dials(net, session, trouble)
         };
         self.stats.rounds += 1;
-        // After any round the pusher knows what the taker has, or knows that it does not.
+        // After any round the sender knows what the receiver has, or knows that it does not.
         let tampered = std::mem::take(&mut self.tampered);
         assert!(
             tampered || self.stats.disagreements == disagreements,
@@ -206,28 +206,28 @@ impl World {
         }
     }
 
-    fn round_pusher_dials(
+    fn round_sender_dials(
         &mut self,
         mut net: Net,
         session: SessionId,
         trouble: Trouble,
     ) -> (bool, u64) {
-        let hello = self.hello(Role::Pusher, session);
-        let mut dial = Some(DialingHost::new(self.pusher(session), hello, PATIENCE));
-        let mut listen = Some(self.listening_taker());
+        let hello = self.hello(Role::Sender, session);
+        let mut dial = Some(DialingHost::new(self.sender(session), hello, PATIENCE));
+        let mut listen = Some(self.listening_receiver());
         let mut crashed = None;
         run(
             &mut net,
             &mut dial,
             &mut listen,
             |step, net, dial, listen| match trouble.at(step) {
-                Some(Blow::PusherCrashes) => crashed = crash(dial, net),
-                Some(Blow::TakerCrashes) => {
-                    if let Some(taker) = crash(listen, net) {
-                        self.stats.add(&taker.stats);
-                        self.taker_ended(taker);
+                Some(Blow::SenderCrashes) => crashed = crash(dial, net),
+                Some(Blow::ReceiverCrashes) => {
+                    if let Some(receiver) = crash(listen, net) {
+                        self.stats.add(&receiver.stats);
+                        self.receiver_ended(receiver);
                         // Another process listens on the same port.
-                        *listen = Some(self.listening_taker());
+                        *listen = Some(self.listening_receiver());
                     }
                 }
                 Some(Blow::DumpEnds) => abort(dial),
@@ -235,61 +235,66 @@ impl World {
                 None => {}
             },
         );
-        let pusher = Ended::of(dial, crashed);
-        self.settle(&net, pusher, Ended::of(listen, None))
+        let sender = Ended::of(dial, crashed);
+        self.settle(&net, sender, Ended::of(listen, None))
     }
 
-    fn listening_taker(&mut self) -> ListeningHost<Taker> {
-        let own = self.hello(Role::Taker, SessionId::default());
-        let harbor = Harbor::new(own, &[Role::Taker], PATIENCE.give_up_after);
-        ListeningHost::new(self.taker(), harbor)
+    fn listening_receiver(&mut self) -> ListeningHost<ReceivingEnd> {
+        let own = self.hello(Role::Receiver, SessionId::default());
+        let harbor = Harbor::new(own, &[Role::Receiver], PATIENCE.give_up_after);
+        ListeningHost::new(self.receiver(), harbor)
     }
 
-    fn round_taker_dials(
+    fn round_receiver_dials(
         &mut self,
         mut net: Net,
         session: SessionId,
         trouble: Trouble,
     ) -> (bool, u64) {
-        let own = self.hello(Role::Pusher, SessionId::default());
-        let harbor = Harbor::new(own, &[Role::Pusher], PATIENCE.give_up_after);
-        let mut listen = Some(ListeningHost::new(self.pusher(session), harbor));
-        let hello = self.hello(Role::Taker, session);
-        let mut dial = Some(DialingHost::new(self.taker(), hello, PATIENCE));
-        let (mut crashed_pusher, mut crashed_taker) = (None, None);
+        let own = self.hello(Role::Sender, SessionId::default());
+        let harbor = Harbor::new(own, &[Role::Sender], PATIENCE.give_up_after);
+        let mut listen = Some(ListeningHost::new(self.sender(session), harbor));
+        let hello = self.hello(Role::Receiver, session);
+        let mut dial = Some(DialingHost::new(self.receiver(), hello, PATIENCE));
+        let (mut crashed_sender, mut crashed_receiver) = (None, None);
         run(
             &mut net,
             &mut dial,
             &mut listen,
             |step, net, dial, listen| match trouble.at(step) {
-                Some(Blow::PusherCrashes) => crashed_pusher = crash(listen, net),
-                Some(Blow::TakerCrashes) => crashed_taker = crash(dial, net),
+                Some(Blow::SenderCrashes) => crashed_sender = crash(listen, net),
+                Some(Blow::ReceiverCrashes) => crashed_receiver = crash(dial, net),
                 Some(Blow::DumpEnds) => abort(listen),
                 Some(Blow::DiskFull) => abort(dial),
                 None => {}
             },
         );
-        let pusher = Ended::of(listen, crashed_pusher);
-        self.settle(&net, pusher, Ended::of(dial, crashed_taker))
+        let sender = Ended::of(listen, crashed_sender);
+        self.settle(&net, sender, Ended::of(dial, crashed_receiver))
     }
 
     /// Takes back what outlives the round. Returns whether the dump has succeeded.
-    fn settle(&mut self, net: &Net, pusher: Ended<Pusher>, taker: Ended<Taker>) -> (bool, u64) {
-        let succeeded = pusher.part.has_succeeded() && pusher.lives;
-        self.stats.crashes += u64::from(!pusher.lives) + u64::from(!taker.lives);
-        self.stats.add(&pusher.part.stats);
-        self.stats.add(&taker.part.stats);
+    fn settle(
+        &mut self,
+        net: &Net,
+        sender: Ended<SendingEnd>,
+        receiver: Ended<ReceivingEnd>,
+    ) -> (bool, u64) {
+        let succeeded = sender.part.has_succeeded() && sender.lives;
+        self.stats.crashes += u64::from(!sender.lives) + u64::from(!receiver.lives);
+        self.stats.add(&sender.part.stats);
+        self.stats.add(&receiver.part.stats);
         self.stats.cuts += net.cuts;
         self.stats.flips += net.flips;
-        self.memory = pusher.part.memory;
-        if !pusher.lives {
+        self.memory = sender.part.memory;
+        if !sender.lives {
             self.memory.forget();
         }
-        if taker.lives {
-            self.store = taker.part.store;
-            self.states = taker.part.states;
+        if receiver.lives {
+            self.store = receiver.part.store;
+            self.states = receiver.part.states;
         } else {
-            self.taker_ended(taker.part);
+            self.receiver_ended(receiver.part);
         }
         (succeeded, net.cuts)
     }

@@ -16,7 +16,7 @@ use testbed::sys::Ended;
 use testbed::wait::{GENEROUS, until};
 
 use crate::common::{FIRST_PAGE, PAGE, Run, naive_memory, page_content};
-use crate::sender::{bare, bytes_of, dump};
+use crate::dump_bytes::{bare, bytes_of, dump};
 
 pub(crate) const PID: Target = Target::Process(7);
 

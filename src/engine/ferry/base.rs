@@ -1,6 +1,6 @@
-//! The taker's base version of a target: images of an earlier round, hashed page by page.
+//! The receiver's base version of a target: images of an earlier round, hashed page by page.
 //!
-//! The pusher asks for the hashes in the order of the addresses, and its batches come in the same
+//! The sender asks for the hashes in the order of the addresses, and its batches come in the same
 //! order behind them. So where nobody else writes to the images each page is read and hashed once, its
 //! hash is kept until a batch has passed it, and 16 bytes for each page between question and batch are
 //! all that is kept.
@@ -25,7 +25,7 @@ pub(super) struct Base {
     chain: Chain,
     hasher: PageHasher,
     page: PageSize,
-    /// The pages of which the pusher is told, by address.
+    /// The pages of which the sender is told, by address.
     told: Vec<PageRange>,
     /// By address of the first page.
     known: BTreeMap<u64, Hashed>,

@@ -8,7 +8,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::conn::{Conn, ConnError, Frame};
 use super::lane::{self, LaneEnd, Party, Waker};
-use super::{PusherConfig, lock};
+use super::{SenderConfig, lock};
 use crate::engine::stop::Stop;
 use crate::engine::transport::{Peer, transport};
 use crate::error::{Error, Kind, Result};
@@ -88,7 +88,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(250);
 impl<'a> Dialing<'a> {
     /// Dials as `config` and `hello` say, for `party`. `bell` rings when the party's state changes.
     pub(super) fn new(
-        config: &'a PusherConfig,
+        config: &'a SenderConfig,
         party: &'a dyn DialingParty,
         bell: &'a Bell,
         hello: Hello,

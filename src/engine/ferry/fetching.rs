@@ -1,4 +1,4 @@
-//! A taker that connects, for a loop of its caller's: no thread of its own, nothing waits. What it says
+//! A receiver that connects, for a loop of its caller's: no thread of its own, nothing waits. What it says
 //! and what it makes of what comes is decided by [`Fetcher`]; this moves the bytes.
 //!
 //! ```text
@@ -228,7 +228,7 @@ impl<T> Fetching<T> {
 
     /// Says that this side has failed for good, and drops the connections.
     pub(in crate::engine) fn fail(&mut self, why: &str) {
-        self.fetcher.fail(Fail::new(FailCode::Taker, why));
+        self.fetcher.fail(Fail::new(FailCode::Receiver, why));
         self.say();
         self.hang_up();
     }

@@ -1,4 +1,4 @@
-//! What a taker does with the frames whose turn has come: images, page by page as the batch says.
+//! What a receiver does with the frames whose turn has come: images, page by page as the batch says.
 //!
 //! ```text
 //! raw        ── body ──────────┐
@@ -32,7 +32,7 @@ use crate::observe::received::KeptPages;
 use crate::units::{PageRange, PageSize};
 
 /// The base versions of the targets of a session that are still of use, shared with those who
-/// answer the pusher's questions for hashes.
+/// answer the sender's questions for hashes.
 pub(super) type Bases = Mutex<BTreeMap<Target, Arc<Mutex<Base>>>>;
 
 /// Images that a session's frames go to.
@@ -41,7 +41,7 @@ pub(super) struct Intake {
     store: Arc<ImageStore>,
     page: PageSize,
     hasher: PageHasher,
-    /// Names the parent directory's version for the pusher.
+    /// Names the parent directory's version for the sender.
     parent_state: StateId,
     bases: Arc<Bases>,
     /// The open target's base version.

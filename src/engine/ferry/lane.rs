@@ -8,8 +8,8 @@
 //! ```
 //!
 //! A lane that hears nothing although its party waits for something is dead, even if the socket
-//! does not know it: a taker says something at least every [`HEARTBEAT`], so silence for several of
-//! them ends the connection. So does a taker that speaks, but not of what was sent to it: it says
+//! does not know it: a receiver says something at least every [`HEARTBEAT`], so silence for several of
+//! them ends the connection. So does a receiver that speaks, but not of what was sent to it: it says
 //! how many bytes have arrived, and that number must grow while it is behind.
 
 use std::collections::BTreeMap;
@@ -26,7 +26,7 @@ use super::conn::{Conn, ConnError, Frame};
 use crate::error::{Error, Kind, Result};
 use crate::ferry::hello::Hello;
 
-/// How often a taker says something even if there is nothing new.
+/// How often a receiver says something even if there is nothing new.
 pub(super) const HEARTBEAT: Duration = Duration::from_secs(1);
 
 /// After so long without a word a connection on which a word is due is given up.

@@ -1,9 +1,9 @@
 //! Ferry on real sockets: what drives the pure machines of [`crate::ferry`].
 //!
 //! ```text
-//! pusher (forward)                                    taker (page-server)
+//! sender (forward)                                    receiver (page-server)
 //!
-//! CRIU ─> gather ─> packer threads ─> pushing ─┐    ┌─> taking ─> applier thread ─> images
+//! CRIU ─> gather ─> packer threads ─> sending ─┐    ┌─> receiving ─> applier thread ─> images
 //!                    hash, judge,     numbers, │    │   order,     check, unpack,
 //!                    compress         frames   │    │   window     write
 //!                                              │    │
@@ -15,19 +15,19 @@
 //! `lane::Party` behind a lock that is held for moments only: bytes are hashed, compressed,
 //! checked and written outside of it.
 
-mod answering;
 mod base;
 mod conn;
 mod dialing;
+mod fault_responder;
 pub(super) mod fetching;
 mod intake;
 mod lane;
 pub(super) mod offering;
 pub(super) mod packer;
 pub mod port;
-pub(super) mod pushing;
+mod receiver_session;
+pub(super) mod sender_session;
 mod spares;
-mod taking;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::Scope;
@@ -47,9 +47,9 @@ use crate::observe::traffic::Traffic;
 use crate::tls::Tls;
 use crate::units::PageSize;
 use dialing::Dialing;
-use pushing::Pushing;
+use sender_session::SenderSession;
 
-/// How much a taker here holds that it cannot apply yet, and so how much is on its way: the product
+/// How much a receiver here holds that it cannot apply yet, and so how much is on its way: the product
 /// of 1 Gbit/s and 200 ms.
 const WINDOW: Window = Window {
     frames: FERRY_WINDOW_FRAMES_MAX,
@@ -62,16 +62,16 @@ const PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(2)
 /// How long the far end may take to hear that the session is over.
 const GOODBYE: Duration = Duration::from_secs(5);
 
-/// Where a pusher goes, and how.
+/// Where a sender goes, and how.
 #[derive(Clone, Debug)]
-pub struct PusherConfig {
-    /// The taker.
+pub struct SenderConfig {
+    /// The receiver.
     pub peer: Peer,
     /// How many connections to it.
     pub streams: u16,
     /// After so long without progress the session is given up.
     pub reconnect_timeout: Duration,
-    /// Memory for hashes and contents of pages that the taker has, bytes.
+    /// Memory for hashes and contents of pages that the receiver has, bytes.
     pub delta_cache_bytes: u64,
     /// Secures the connections.
     pub tls: Option<Tls>,
@@ -81,10 +81,10 @@ pub struct PusherConfig {
     pub traffic: Arc<Traffic>,
 }
 
-/// What a pusher learns in a session and takes along into the next one.
+/// What a sender learns in a session and takes along into the next one.
 #[derive(Debug)]
 pub(super) struct Learned {
-    /// What the taker has.
+    /// What the receiver has.
     memory: PageMemory,
     /// What compressing and carrying costs.
     pace: Pace,
@@ -100,19 +100,19 @@ impl Learned {
     }
 }
 
-/// Runs `body` with a session to the taker, which `body` ends with [`Pushing::finish`] or by
+/// Runs `body` with a session to the receiver, which `body` ends with [`SenderSession::finish`] or by
 /// failing. Returns its result, what was sent, and what was learned for the next session.
 pub(super) fn push<T>(
-    config: &PusherConfig,
+    config: &SenderConfig,
     page: PageSize,
     learned: Learned,
-    body: impl for<'s, 'env> FnOnce(&'s Scope<'s, 'env>, &'s Pushing) -> Result<T>,
+    body: impl for<'s, 'env> FnOnce(&'s Scope<'s, 'env>, &'s SenderSession) -> Result<T>,
 ) -> Result<(Result<T>, Sent, Learned)> {
     let session = SessionId(random_bits()?);
-    let pushing = Pushing::new(page, session, learned, Arc::clone(&config.traffic));
+    let sending = SenderSession::new(page, session, learned, Arc::clone(&config.traffic));
     let hello = Hello {
         version: VERSION,
-        role: Role::Pusher,
+        role: Role::Sender,
         page,
         features: Features::HASHES.with(Features::DELTA),
         session,
@@ -124,21 +124,21 @@ pub(super) fn push<T>(
         hash_key: HashKey::default(),
     };
     let patience = patience(config.reconnect_timeout);
-    let dialing = Dialing::new(config, &pushing, pushing.bell(), hello, patience);
+    let dialing = Dialing::new(config, &sending, sending.bell(), hello, patience);
     let result = std::thread::scope(|scope| {
         scope.spawn(|| dialing.run(scope));
-        let result = body(scope, &pushing);
+        let result = body(scope, &sending);
         match &result {
-            Ok(_) => pushing.finish(),
-            Err(error) => pushing.abort(&error.to_string()),
+            Ok(_) => sending.finish(),
+            Err(error) => sending.abort(&error.to_string()),
         }
-        pushing.wait_until_over(GOODBYE);
-        pushing.cut();
+        sending.wait_until_over(GOODBYE);
+        sending.cut();
         result
     });
-    let sent = pushing.sent();
+    let sent = sending.sent();
     drop(dialing);
-    Ok((result, sent, pushing.into_learned()))
+    Ok((result, sent, sending.into_learned()))
 }
 
 /// The patience of an end that gives up after `give_up_after` without progress.

@@ -1,14 +1,14 @@
-//! The listening side of pushers: memory that is held here is offered to takers that connect.
+//! The listening side of senders: memory that is held here is offered to receivers that connect.
 //!
 //! ```text
-//! held ── in the order of its pages ──> packer ──> Pushing ──> lanes of the taker's streams
-//!   └──── what a thread waits for ───────────────────────────> its connection for faults (answering)
+//! held ── in the order of its pages ──> packer ──> SenderSession ──> lanes of the receiver's streams
+//!   └──── what a thread waits for ───────────────────────────> its connection for faults (responder)
 //! ```
 //!
 //! The thread whose connection opened a session owns it: when that connection ends it waits for
-//! others, and gives the session up if nobody comes back. A session has succeeded when the taker says
+//! others, and gives the session up if nobody comes back. A session has succeeded when the receiver says
 //! that it has everything and the caller takes note of it: only then is BYE said, and said again to whoever
-//! comes back, until the taker has heard it.
+//! comes back, until the receiver has heard it.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -21,7 +21,7 @@ use super::dialing::{Bell, DialingParty, Lost, first_frame};
 use super::lane::{self, Waker};
 use super::packer::{Job, Packer};
 use super::port::refuse;
-use super::pushing::Pushing;
+use super::sender_session::SenderSession;
 use super::{GOODBYE, Learned, WINDOW, lock};
 use crate::criu::header::{Target, Wire};
 use crate::engine::forward_lazy::held::Held;
@@ -62,10 +62,10 @@ struct State {
     finished: BTreeMap<SessionId, Arc<Offering>>,
 }
 
-/// A taker's session.
+/// A receiver's session.
 pub(super) struct Offering {
     pub(super) held: Arc<Held>,
-    pub(super) pushing: Pushing,
+    pub(super) sending: SenderSession,
     pub(super) traffic: Arc<Traffic>,
     /// What is pushed next, and what need not be.
     offer: Mutex<Offer>,
@@ -102,7 +102,7 @@ impl OfferPort {
     ) -> OfferPort {
         let own = Hello {
             version: VERSION,
-            role: Role::Pusher,
+            role: Role::Sender,
             page: held.page(),
             features: Features::FAULTS
                 .with(Features::HASHES)
@@ -116,7 +116,7 @@ impl OfferPort {
             window: WINDOW,
             hash_key: HashKey::default(),
         };
-        let roles = [Role::Pusher, Role::Answerer];
+        let roles = [Role::Sender, Role::Responder];
         OfferPort {
             held,
             wire,
@@ -133,7 +133,7 @@ impl OfferPort {
     }
 
     /// Runs a connection that has just begun to speak ferry. If it opens a session, returns when that is
-    /// over. `taken` is told when the taker has everything, before it hears of that; if it says no, the
+    /// over. `taken` is told when the receiver has everything, before it hears of that; if it says no, the
     /// session has failed.
     pub(in crate::engine) fn handle(
         &self,
@@ -188,7 +188,7 @@ impl OfferPort {
                 if ended.is_ok() {
                     running.succeed();
                 }
-                Ok(Offered::Session(Box::new(offering.pushing.sent()), ended))
+                Ok(Offered::Session(Box::new(offering.sending.sent()), ended))
             }
         }
     }
@@ -202,29 +202,29 @@ impl OfferPort {
         stop: &Stop,
         taken: &(dyn Fn() -> Result<()> + Sync),
     ) -> Result<()> {
-        let pushing = &offering.pushing;
+        let sending = &offering.sending;
         let result = thread::scope(|scope| {
             let feeder = scope.spawn(|| {
                 let fed = thread::scope(|scope| offering.feed(scope, self.wire));
                 let fed = fed.and_then(|()| taken());
                 match &fed {
-                    Ok(()) => pushing.finish(),
-                    Err(error) => pushing.abort(&error.to_string()),
+                    Ok(()) => sending.finish(),
+                    Err(error) => sending.abort(&error.to_string()),
                 }
                 self.bell.ring();
                 fed
             });
             if let Err(error) = self.join(conn, offering, peer, welcome) {
-                pushing.lost(Lost::GivenUp(error.to_string()));
+                sending.lost(Lost::GivenUp(error.to_string()));
             }
             while !feeder.is_finished() {
                 let seen = self.bell.rings();
-                self.end_if_given_up(peer.session, pushing, stop);
+                self.end_if_given_up(peer.session, sending, stop);
                 self.bell.wait(seen, LOOK_AGAIN);
             }
-            self.wait_for_farewell(peer.session, pushing, stop);
-            pushing.wait_until_over(GOODBYE);
-            pushing.cut();
+            self.wait_for_farewell(peer.session, sending, stop);
+            sending.wait_until_over(GOODBYE);
+            sending.cut();
             let fed = feeder.join();
             fed.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         });
@@ -241,18 +241,18 @@ impl OfferPort {
             }
             Err(error) => {
                 let text = format!("the session has failed: {error}");
-                let fail = Fail::new(FailCode::Pusher, text);
+                let fail = Fail::new(FailCode::Sender, text);
                 state.harbor.fail(peer.session, fail);
             }
         }
         result
     }
 
-    /// Waits until a taker that promised to say so has heard BYE, which is said again on each new
+    /// Waits until a receiver that promised to say so has heard BYE, which is said again on each new
     /// connection: one that came back to nobody would not know whether the source goes on.
-    fn wait_for_farewell(&self, session: SessionId, pushing: &Pushing, stop: &Stop) {
-        while pushing.awaits_farewell() {
-            let seen = pushing.bell().rings();
+    fn wait_for_farewell(&self, session: SessionId, sending: &SenderSession, stop: &Stop) {
+        while sending.awaits_farewell() {
+            let seen = sending.bell().rings();
             let expired = lock(&self.state)
                 .harbor
                 .has_expired(session, self.start.elapsed());
@@ -263,17 +263,17 @@ impl OfferPort {
                 );
                 return;
             }
-            pushing.bell().wait(seen, LOOK_AGAIN);
+            sending.bell().wait(seen, LOOK_AGAIN);
         }
     }
 
-    fn end_if_given_up(&self, session: SessionId, pushing: &Pushing, stop: &Stop) {
+    fn end_if_given_up(&self, session: SessionId, sending: &SenderSession, stop: &Stop) {
         if stop.is_pulled() {
-            pushing.lost(Lost::Stopped);
+            sending.lost(Lost::Stopped);
         }
         let now = self.start.elapsed();
         if lock(&self.state).harbor.has_expired(session, now) {
-            pushing.lost(Lost::GivenUp(format!(
+            sending.lost(Lost::GivenUp(format!(
                 "the lazy client did not come back for {} s (--reconnect-timeout)",
                 self.reconnect_timeout.as_secs()
             )));
@@ -291,11 +291,11 @@ impl OfferPort {
         let mut words = Vec::new();
         welcome.encode(frame::Kind::Welcome, &mut words);
         conn.queue(Arc::new(words));
-        let for_faults = peer.role == Role::Asker;
+        let for_faults = peer.role == Role::Requester;
         let ended = if for_faults {
             offering.answer_all(conn, peer.hash_key)
         } else {
-            run_lane(conn, &offering.pushing, peer)
+            run_lane(conn, &offering.sending, peer)
         };
         let berth = Berth {
             session: peer.session,
@@ -311,11 +311,11 @@ impl OfferPort {
     }
 }
 
-fn run_lane(conn: Conn, pushing: &Pushing, peer: &Hello) -> Result<()> {
+fn run_lane(conn: Conn, sending: &SenderSession, peer: &Hello) -> Result<()> {
     let waker = Waker::new()?;
-    lane::Party::stream_up(pushing, peer.stream, peer, &waker);
-    let end = lane::run(conn, peer.stream, pushing, &waker, || {});
-    lane::Party::stream_down(pushing, peer.stream, &waker);
+    lane::Party::stream_up(sending, peer.stream, peer, &waker);
+    let end = lane::run(conn, peer.stream, sending, &waker, || {});
+    lane::Party::stream_down(sending, peer.stream, &waker);
     tracing::debug!(
         "stream {} of session {}: {end:?}",
         peer.stream,
@@ -327,13 +327,13 @@ fn run_lane(conn: Conn, pushing: &Pushing, peer: &Hello) -> Result<()> {
 impl Offering {
     fn new(port: &OfferPort, session: SessionId) -> Offering {
         let (_, pages) = port.held.progress();
-        // A taker may have an earlier round; what is pushed to it now it gets once.
+        // A receiver may have an earlier round; what is pushed to it now it gets once.
         let memory = PageMemory::for_hashes_of(port.held.page(), port.held.runs());
         let learned = Learned::new(memory);
         let traffic = Arc::clone(&port.traffic);
         Offering {
             held: Arc::clone(&port.held),
-            pushing: Pushing::new(port.held.page(), session, learned, Arc::clone(&traffic)),
+            sending: SenderSession::new(port.held.page(), session, learned, Arc::clone(&traffic)),
             traffic,
             offer: Mutex::new(Offer::new(port.held.page(), pages)),
         }
@@ -341,7 +341,7 @@ impl Offering {
 
     /// All is done: what is left is to say so to whoever asks once more.
     fn retire(&self) {
-        *self.pushing.memory() = PageMemory::new(self.held.page(), 0);
+        *self.sending.memory() = PageMemory::new(self.held.page(), 0);
     }
 
     /// The pages `numbers` need not be pushed (any more).
@@ -349,13 +349,13 @@ impl Offering {
         lock(&self.offer).give(numbers);
     }
 
-    /// Pushes everything, unless the taker wants nothing but answers, and waits until it has all that it
+    /// Pushes everything, unless the receiver wants nothing but answers, and waits until it has all that it
     /// wants.
     fn feed<'s>(&'s self, scope: &'s Scope<'s, '_>, wire: Wire) -> Result<()> {
-        let agreed = self.pushing.agree()?;
+        let agreed = self.sending.agree()?;
         let page = self.held.page();
         let encoders = crate::engine::forward::encoders();
-        let packer = Packer::start(scope, &self.pushing, &agreed, page, encoders)?;
+        let packer = Packer::start(scope, &self.sending, &agreed, page, encoders)?;
         let mut feed = Feed {
             offering: self,
             packer,
@@ -367,16 +367,16 @@ impl Offering {
         };
         if agreed.features.has(Features::ON_DEMAND) {
             feed.open_all()?;
-            return self.pushing.wait_until_taken();
+            return self.sending.wait_until_taken();
         }
-        while !self.pushing.is_taken() && feed.step()? {}
+        while !self.sending.is_taken() && feed.step()? {}
         feed.packer.flush()?;
-        if !self.pushing.is_taken() {
+        if !self.sending.is_taken() {
             let pages = PageCount(feed.pages);
             let write = |out: &mut Vec<u8>| encode_close(pages, out);
-            self.pushing.ask(frame::Kind::Close, write)?;
+            self.sending.ask(frame::Kind::Close, write)?;
         }
-        self.pushing.wait_until_taken()
+        self.sending.wait_until_taken()
     }
 }
 
@@ -387,7 +387,7 @@ struct Feed<'s> {
     wire: Wire,
     /// Whose pages are being pushed.
     open: Option<u32>,
-    /// The taker can be asked for hashes.
+    /// The receiver can be asked for hashes.
     takes_questions: bool,
     /// It has an earlier version of what is being pushed.
     hashed: bool,
@@ -401,7 +401,7 @@ impl Feed<'_> {
         let next = held.with_plan(|plan| lock(&self.offering.offer).next_step(plan));
         match next {
             Step::Done => return Ok(false),
-            Step::Wait if self.offering.pushing.is_ending() => {
+            Step::Wait if self.offering.sending.is_ending() => {
                 return Err(Error::new(Kind::PeerLost, "the lazy client has left"));
             }
             Step::Wait => held.wait_for_more(LOOK_AGAIN)?,
@@ -430,11 +430,11 @@ impl Feed<'_> {
             wire: self.wire,
         };
         let write = |out: &mut Vec<u8>| open.encode(out);
-        let pushing = &self.offering.pushing;
-        let answer = pushing.ask(frame::Kind::Open, write)?;
+        let sending = &self.offering.sending;
+        let answer = sending.ask(frame::Kind::Open, write)?;
         self.hashed = self.takes_questions && answer.state != StateId::NONE;
         if self.hashed {
-            pushing.adopt(open.target, answer.state);
+            sending.adopt(open.target, answer.state);
         }
         self.open = Some(pid);
         Ok(())

@@ -1,7 +1,7 @@
 //! Threads that turn gathered batches into frames: hash, judge, compress.
 //!
 //! ```text
-//! gathering thread ── ticket 7, 8, 9 ──> packer threads ── in the order of tickets ──> Pushing
+//! gathering thread ── ticket 7, 8, 9 ──> packer threads ── in the order of tickets ──> SenderSession
 //!        ^                                     │
 //!        └──────────── empty buffers <─────────┘
 //! ```
@@ -15,7 +15,7 @@ use std::thread::Scope;
 use std::time::Instant;
 
 use super::lock;
-use super::pushing::{Agreed, Pushing};
+use super::sender_session::{Agreed, SenderSession};
 use crate::criu::header::Target;
 use crate::error::{Error, Kind, Result};
 use crate::ferry::encode::{Encoder, PlainBatch, Tally, Verdicts};
@@ -38,14 +38,14 @@ pub(crate) struct Job {
     pub(crate) buffer: Vec<u8>,
     /// How much of the buffer they take, bytes.
     pub(crate) filled: usize,
-    /// Whether the taker has a base version, or will be asked for one later: hashes are worth
+    /// Whether the receiver has a base version, or will be asked for one later: hashes are worth
     /// their price.
     pub(crate) hashed: bool,
 }
 
 /// The gathering side of the threads. They end when it is dropped.
 pub(crate) struct Packer<'s> {
-    pushing: &'s Pushing,
+    sending: &'s SenderSession,
     jobs: SyncSender<(u64, Job)>,
     spare: Receiver<Vec<u8>>,
     made: usize,
@@ -54,15 +54,15 @@ pub(crate) struct Packer<'s> {
 }
 
 impl<'s> Packer<'s> {
-    /// Starts `threads` threads in `scope`, for a taker with which `agreed` holds.
+    /// Starts `threads` threads in `scope`, for a receiver with which `agreed` holds.
     pub(crate) fn start<'env>(
         scope: &'s Scope<'s, 'env>,
-        pushing: &'s Pushing,
+        sending: &'s SenderSession,
         agreed: &Agreed,
         page: PageSize,
         threads: usize,
     ) -> Result<Packer<'s>> {
-        pushing.set_encoders(threads);
+        sending.set_encoders(threads);
         let (jobs, inbox) = sync_channel(1);
         let (back, spare) = channel();
         let inbox = Arc::new(Mutex::new(inbox));
@@ -70,7 +70,7 @@ impl<'s> Packer<'s> {
             let encoder = Encoder::new(page)
                 .map_err(|error| Error::wrap(Kind::Io, "cannot set up zstd", error))?;
             let mut worker = Worker {
-                pushing,
+                sending,
                 agreed: agreed.clone(),
                 page,
                 encoder,
@@ -82,7 +82,7 @@ impl<'s> Packer<'s> {
             scope.spawn(move || worker.run(&inbox, &back));
         }
         Ok(Packer {
-            pushing,
+            sending,
             jobs,
             spare,
             made: 0,
@@ -114,7 +114,7 @@ impl<'s> Packer<'s> {
 
     /// Waits until all batches have been numbered, so that what is asked next comes behind them.
     pub(crate) fn flush(&self) -> Result<()> {
-        self.pushing.wait_for_ticket(self.issued)
+        self.sending.wait_for_ticket(self.issued)
     }
 
     /// Why the threads have ended.
@@ -125,7 +125,7 @@ impl<'s> Packer<'s> {
 }
 
 struct Worker<'s> {
-    pushing: &'s Pushing,
+    sending: &'s SenderSession,
     agreed: Agreed,
     page: PageSize,
     encoder: Encoder,
@@ -144,7 +144,7 @@ impl Worker<'_> {
             };
             if let Err(error) = self.pack(ticket, &job) {
                 // Whoever waits for the session hears of it there.
-                self.pushing.abort(&error.to_string());
+                self.sending.abort(&error.to_string());
                 return;
             }
             // The gathering side may have ended.
@@ -154,7 +154,7 @@ impl Worker<'_> {
 
     fn pack(&mut self, ticket: u64, job: &Job) -> Result<()> {
         if let Some(last) = job.runs.last() {
-            self.pushing.await_hashes(job.target, last.range.end())?;
+            self.sending.await_hashes(job.target, last.range.end())?;
         }
         let batch = PlainBatch {
             target: job.target,
@@ -168,14 +168,14 @@ impl Worker<'_> {
             true => hasher.fingerprint(page),
             false => Fingerprint::without_hash(page),
         }));
-        let mut memory = self.pushing.memory();
+        let mut memory = self.sending.memory();
         memory.judge(batch, &self.prints, &hasher, &mut self.verdicts);
         drop(memory);
         if !self.agreed.features.has(Features::DELTA) {
             self.verdicts.spell_out();
         }
-        let level = self.pushing.pace().level();
-        let mut frame = self.pushing.frame_buffer();
+        let level = self.sending.pace().level();
+        let mut frame = self.sending.frame_buffer();
         frame.reserve(self.frame_bytes);
         let open = OpenFrame::begin(&mut frame);
         let start = Instant::now();
@@ -185,7 +185,7 @@ impl Worker<'_> {
             .map_err(|error| Error::wrap(Kind::Io, "zstd failed", error))?;
         self.frame_bytes = frame.len();
         self.observe(level, &tally, start);
-        self.pushing.submit_batch(ticket, open, frame, &tally)
+        self.sending.submit_batch(ticket, open, frame, &tally)
     }
 
     /// Tells the pace what the fresh pages cost.
@@ -195,7 +195,7 @@ impl Worker<'_> {
             Level::None => (raw, raw),
             Level::Zstd(_) => (tally.tried_bytes, tally.tried_packed_bytes),
         };
-        let mut pace = self.pushing.pace();
+        let mut pace = self.sending.pace();
         pace.observe_batch(level, plain, packed, start.elapsed());
     }
 }

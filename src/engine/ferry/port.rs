@@ -1,7 +1,7 @@
-//! The listening side of takers: admits connections to their sessions.
+//! The listening side of receivers: admits connections to their sessions.
 //!
 //! ```text
-//! connection ── HELLO ──> Harbor ── opened ──> session: Taking, applier thread, directory
+//! connection ── HELLO ──> Harbor ── opened ──> session: ReceiverSession, applier thread, directory
 //!                            └───── joined ──> one more lane of it
 //! ```
 //!
@@ -17,8 +17,8 @@ use super::conn::{Conn, ConnError};
 use super::dialing::{Bell, first_frame};
 use super::intake::{Bases, Intake};
 use super::lane::{self, Waker};
+use super::receiver_session::ReceiverSession;
 use super::spares::Spares;
-use super::taking::Taking;
 use super::{WINDOW, lock, random_bits};
 use crate::engine::ingest::{ReceiveContext, punch_out_of_parents};
 use crate::engine::stop::Stop;
@@ -56,9 +56,9 @@ pub struct FerryPort<'a> {
 struct State {
     harbor: Harbor,
     opened: u64,
-    sessions: BTreeMap<SessionId, Arc<Taking>>,
+    sessions: BTreeMap<SessionId, Arc<ReceiverSession>>,
     /// Sessions that went well, as long as the harbor remembers them.
-    finished: BTreeMap<SessionId, Arc<Taking>>,
+    finished: BTreeMap<SessionId, Arc<ReceiverSession>>,
 }
 
 /// What came of a connection.
@@ -83,7 +83,7 @@ impl<'a> FerryPort<'a> {
         let hash_key = HashKey(random_bits()?);
         let own = Hello {
             version: VERSION,
-            role: Role::Taker,
+            role: Role::Receiver,
             page,
             features: Features::HASHES.with(Features::DELTA),
             session: SessionId::default(),
@@ -103,7 +103,7 @@ impl<'a> FerryPort<'a> {
             hasher: PageHasher::new(hash_key, page),
             spares: Arc::default(),
             state: Mutex::new(State {
-                harbor: Harbor::new(own, &[Role::Taker], reconnect_timeout),
+                harbor: Harbor::new(own, &[Role::Receiver], reconnect_timeout),
                 opened: 0,
                 sessions: BTreeMap::new(),
                 finished: BTreeMap::new(),
@@ -160,12 +160,12 @@ impl<'a> FerryPort<'a> {
             }
             Admission::Joined { peer, welcome } => {
                 let living = state.sessions.get(&peer.session);
-                let taking = living
+                let receiving = living
                     .or_else(|| state.finished.get(&peer.session))
                     .cloned();
                 drop(state);
-                if let Some(taking) = taking {
-                    self.run_lane(conn, &taking, &peer, &welcome)?;
+                if let Some(receiving) = receiving {
+                    self.run_lane(conn, &receiving, &peer, &welcome)?;
                 }
                 Ok(Handled::Lane)
             }
@@ -180,14 +180,14 @@ impl<'a> FerryPort<'a> {
                 let ended = match store.and_then(|store| Session::begin(self, store, theirs)) {
                     Ok(session) => {
                         state.opened += 1;
-                        let taking = Arc::clone(&session.taking);
-                        state.sessions.insert(theirs.session, taking);
+                        let receiving = Arc::clone(&session.receiving);
+                        state.sessions.insert(theirs.session, receiving);
                         drop(state);
                         tracing::info!("session {} from {peer}", theirs.session);
                         self.own(session, conn, &welcome, &mut tally)
                     }
                     Err(error) => {
-                        let fail = Fail::new(FailCode::Taker, error.to_string());
+                        let fail = Fail::new(FailCode::Receiver, error.to_string());
                         state.harbor.fail(theirs.session, fail.clone());
                         drop(state);
                         refuse(conn, &fail);
@@ -212,29 +212,29 @@ impl<'a> FerryPort<'a> {
         tally: &mut Tally<'_>,
     ) -> Result<()> {
         let Session {
-            taking,
+            receiving,
             intake,
             store,
             hello,
         } = session;
         let result = thread::scope(|scope| {
             let applier = scope.spawn(|| {
-                let images = taking.apply_all(intake, tally);
+                let images = receiving.apply_all(intake, tally);
                 if images.is_ok() {
-                    taking.wait_for_goodbye();
+                    receiving.wait_for_goodbye();
                 }
                 self.bell.ring();
                 images
             });
-            if let Err(error) = self.run_lane(conn, &taking, &hello, welcome) {
-                taking.lost(error.to_string());
+            if let Err(error) = self.run_lane(conn, &receiving, &hello, welcome) {
+                receiving.lost(error.to_string());
             }
             loop {
                 let seen = self.bell.rings();
                 if applier.is_finished() {
                     break;
                 }
-                self.end_if_given_up(hello.session, &taking);
+                self.end_if_given_up(hello.session, &receiving);
                 self.bell.wait(seen, LOOK_AGAIN);
             }
             let joined = applier.join();
@@ -245,15 +245,15 @@ impl<'a> FerryPort<'a> {
         match &result {
             Ok(_) => {
                 let forgotten = state.harbor.finish(hello.session);
-                taking.retire();
-                state.finished.insert(hello.session, taking);
+                receiving.retire();
+                state.finished.insert(hello.session, receiving);
                 if let Some(oldest) = forgotten {
                     state.finished.remove(&oldest);
                 }
             }
             Err(error) => {
                 let text = format!("the session has failed: {error}");
-                let fail = Fail::new(FailCode::Taker, text);
+                let fail = Fail::new(FailCode::Receiver, text);
                 state.harbor.fail(hello.session, fail);
             }
         }
@@ -273,13 +273,13 @@ impl<'a> FerryPort<'a> {
     }
 
     /// Ends a session to which nobody comes back, or all if this process is to stop.
-    fn end_if_given_up(&self, session: SessionId, taking: &Taking) {
+    fn end_if_given_up(&self, session: SessionId, receiving: &ReceiverSession) {
         if self.stop.is_pulled() {
-            taking.lost("stopped by a signal".to_owned());
+            receiving.lost("stopped by a signal".to_owned());
         }
         let now = self.start.elapsed();
         if lock(&self.state).harbor.has_expired(session, now) {
-            taking.lost(format!(
+            receiving.lost(format!(
                 "the far end did not come back for {} s (--reconnect-timeout)",
                 self.reconnect_timeout.as_secs()
             ));
@@ -289,7 +289,7 @@ impl<'a> FerryPort<'a> {
     fn run_lane(
         &self,
         mut conn: Conn,
-        taking: &Taking,
+        receiving: &ReceiverSession,
         peer: &Hello,
         welcome: &Hello,
     ) -> Result<()> {
@@ -297,9 +297,9 @@ impl<'a> FerryPort<'a> {
         let mut words = Vec::new();
         welcome.encode(frame::Kind::Welcome, &mut words);
         conn.queue(Arc::new(words));
-        lane::Party::stream_up(taking, peer.stream, peer, &waker);
-        let end = lane::run(conn, peer.stream, taking, &waker, || {});
-        lane::Party::stream_down(taking, peer.stream, &waker);
+        lane::Party::stream_up(receiving, peer.stream, peer, &waker);
+        let end = lane::run(conn, peer.stream, receiving, &waker, || {});
+        lane::Party::stream_down(receiving, peer.stream, &waker);
         tracing::debug!(
             "stream {} of session {}: {end:?}",
             peer.stream,
@@ -321,7 +321,7 @@ impl<'a> FerryPort<'a> {
 
 /// A session that is about to begin.
 struct Session {
-    taking: Arc<Taking>,
+    receiving: Arc<ReceiverSession>,
     intake: Intake,
     store: SessionStore,
     hello: Hello,
@@ -332,13 +332,13 @@ impl Session {
         let bases = Arc::new(Bases::default());
         let streams = hello.streams.clamp(1, FERRY_STREAMS_MAX);
         let (spares, known) = (Arc::clone(&port.spares), Arc::clone(&bases));
-        let taking = Taking::new(port.page, streams, WINDOW, known, spares);
+        let receiving = ReceiverSession::new(port.page, streams, WINDOW, known, spares);
         let parent_state = StateId(random_bits()?);
         let compresses = port.context.keep.compress;
         let hasher = port.hasher.clone();
         let intake = Intake::new(&store.store, hasher, parent_state, bases, compresses);
         Ok(Session {
-            taking: Arc::new(taking),
+            receiving: Arc::new(receiving),
             intake,
             store,
             hello,

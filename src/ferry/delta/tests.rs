@@ -65,7 +65,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 0..120)
 }
 
-/// What the taker has: the base version, and the round that is going on.
+/// What the receiver has: the base version, and the round that is going on.
 #[derive(Default)]
 struct Model {
     base: BTreeMap<u64, u8>,
@@ -241,7 +241,7 @@ fn hashes_are_asked_for_once_per_target_of_an_unknown_version() {
     let (first, second) = (StateId([1; 16]), StateId([2; 16]));
     let other = Target::Shmem(1);
     let mut memory = PageMemory::new(PAGE, 1 << 20);
-    // A first round: the taker has nothing.
+    // A first round: the receiver has nothing.
     for target in [TARGET, other] {
         assert!(!memory.adopt(target, StateId::NONE));
         judge(&mut memory, &hasher, 5, &contents(1));
@@ -265,7 +265,7 @@ fn hashes_are_asked_for_once_per_target_of_an_unknown_version() {
 }
 
 #[test]
-fn a_target_that_the_taker_lacks_is_forgotten_alone() {
+fn a_target_that_the_receiver_lacks_is_forgotten_alone() {
     let hasher = PageHasher::new(HashKey([3; 16]), PAGE);
     let state = StateId([1; 16]);
     let mut memory = PageMemory::new(PAGE, 1 << 20);
@@ -300,7 +300,7 @@ fn hashes_push_out_contents() {
 }
 
 #[test]
-fn contents_outlive_a_round_that_failed_and_serve_where_the_taker_has_them() {
+fn contents_outlive_a_round_that_failed_and_serve_where_the_receiver_has_them() {
     let hasher = PageHasher::new(HashKey([3; 16]), PAGE);
     let mut memory = PageMemory::new(PAGE, 1 << 20);
     for (number, variant) in [(5, 1), (6, 1)] {

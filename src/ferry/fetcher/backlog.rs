@@ -4,7 +4,7 @@
 //! applied ──> Backlog ── when the rate has earned its bytes ──> ACK ──> the far end's window moves on
 //! ```
 //!
-//! Flow control of ferry's own: a pusher has no more on its way than the window. What is held back is
+//! Flow control of ferry's own: a sender has no more on its way than the window. What is held back is
 //! the word alone. The pages are installed at once, and bytes are received as they come, so that
 //! `arrived` tells a link that is throttled from one that is dead.
 //!
@@ -21,7 +21,7 @@ use crate::lazy::window::RateLimit;
 /// than a silence that is taken for a dead link.
 const WINDOWS_A_SECOND: u64 = 2;
 
-/// The window of a taker that takes at most `bytes_per_second`, no larger than `most`.
+/// The window of a receiver that takes at most `bytes_per_second`, no larger than `most`.
 pub fn window_at(bytes_per_second: u64, most: Window) -> Window {
     Window {
         bytes: most.bytes.min(bytes_per_second / WINDOWS_A_SECOND),
@@ -108,7 +108,7 @@ mod tests {
         bytes: 24 << 20,
     };
 
-    /// A pusher that sends whatever the window takes to a taker with a limit, on a link that takes no
+    /// A sender that sends whatever the window takes to a receiver with a limit, on a link that takes no
     /// time. Looks up each time the limit says so.
     struct Ends {
         sender: Sender,
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pusher_sends_at_the_rate_however_eager_it_is() {
+    fn a_sender_sends_at_the_rate_however_eager_it_is() {
         for rate in [1_000, 64 << 10, 10 << 20, 1 << 30] {
             let mut ends = Ends::new(rate);
             let end_us = 1_000 * FRAME_BYTES * 1_000_000 / rate;

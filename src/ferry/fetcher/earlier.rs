@@ -1,4 +1,4 @@
-//! What an earlier round has left at the taker: its pages stand for those that the far end would send.
+//! What an earlier round has left at the receiver: its pages stand for those that the far end would send.
 //!
 //! ```text
 //! WANT_HASHES ──> questions ── the caller hashes a few pages at a time ──> HASHES

@@ -85,7 +85,7 @@ impl Harbor {
         if let Some((_, fail)) = self.failed.iter().find(|(id, _)| *id == peer.session) {
             return Admission::Refused(fail.clone());
         }
-        let for_faults = peer.role == Role::Asker;
+        let for_faults = peer.role == Role::Requester;
         let finished = self.finished.iter().find(|(id, _)| *id == peer.session);
         if let Some((_, streams)) = finished {
             return match for_faults || peer.streams == *streams {

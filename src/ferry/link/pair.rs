@@ -45,7 +45,7 @@ impl PairDialer {
         }
     }
 
-    /// Begins to dial: first as [`Role::Taker`], then as [`Role::Asker`]. The pair takes the place of all
+    /// Begins to dial: first as [`Role::Receiver`], then as [`Role::Requester`]. The pair takes the place of all
     /// older ones.
     pub fn begin(&mut self) -> u32 {
         self.attempt += 1;
@@ -57,7 +57,7 @@ impl PairDialer {
         Hello {
             role,
             attempt,
-            opening: role == Role::Taker && !self.opened,
+            opening: role == Role::Receiver && !self.opened,
             ..self.hello
         }
     }
@@ -126,20 +126,20 @@ mod tests {
         }
     }
 
-    /// What a taker with `features` makes of the welcome of a pusher with `theirs`.
+    /// What a receiver with `features` makes of the welcome of a sender with `theirs`.
     fn welcomed(features: Features, theirs: Features) -> Result<(), Refusal> {
         let mut welcome = Vec::new();
-        hello(Role::Pusher, theirs).encode(Kind::Welcome, &mut welcome);
+        hello(Role::Sender, theirs).encode(Kind::Welcome, &mut welcome);
         let Ok(Split::Frame(frame)) = split(&welcome) else {
             panic!("a frame");
         };
-        let mut dialer = PairDialer::new(hello(Role::Taker, features));
+        let mut dialer = PairDialer::new(hello(Role::Receiver, features));
         dialer.begin();
-        dialer.handle_answer(Role::Taker, frame.kind, &welcome[frame.body])
+        dialer.handle_answer(Role::Receiver, frame.kind, &welcome[frame.body])
     }
 
     #[test]
-    fn a_pusher_that_would_push_is_not_used_on_demand() {
+    fn a_sender_that_would_push_is_not_used_on_demand() {
         let on_demand = OLDER.with(Features::ON_DEMAND);
         match welcomed(on_demand, OLDER) {
             Err(refusal @ Refusal::Fail(_)) => assert!(refusal.is_final()),

@@ -196,7 +196,7 @@ fn hashes_are_asked_for_from_a_page_on() {
 fn a_failure_is_told_instead_of_everything_else() {
     let mut receiver = receiver(10);
     receiver.stream_up(0);
-    let fail = Fail::new(crate::ferry::hello::FailCode::Taker, "disk full");
+    let fail = Fail::new(crate::ferry::hello::FailCode::Receiver, "disk full");
     receiver.fail(fail.clone());
     assert!(!receiver.has_told_failure());
     assert_eq!(receiver.poll(0, 0), Some(Reply::Fail(fail)));

@@ -447,7 +447,7 @@ impl Part for Client {
         if self.closes_at.is_none() {
             self.aborted = true;
             self.fetcher
-                .fail(Fail::new(FailCode::Taker, "the restore failed"));
+                .fail(Fail::new(FailCode::Receiver, "the restore failed"));
         }
     }
 

@@ -43,10 +43,10 @@ pub(super) struct Forwarder {
     offer: Offer,
     memory: PageMemory,
     encoder: Encoder,
-    /// Made when the taker's hello has come.
+    /// Made when the receiver's hello has come.
     talk: Option<(Sender, PageHasher)>,
     frames: BTreeMap<u64, Vec<u8>>,
-    /// Whose pages are being pushed, and whether the taker has an earlier version of them.
+    /// Whose pages are being pushed, and whether the receiver has an earlier version of them.
     open: Option<u32>,
     hashed: bool,
     batch: Option<(u32, PushBatch)>,
@@ -357,7 +357,7 @@ impl Part for Forwarder {
     fn abort(&mut self) {
         if self.dump == Dump::Frozen {
             self.dump = Dump::Resumed;
-            let fail = Fail::new(FailCode::Pusher, "stopped");
+            let fail = Fail::new(FailCode::Sender, "stopped");
             if let Some((sender, _)) = &mut self.talk {
                 sender.fail(fail.clone());
             }

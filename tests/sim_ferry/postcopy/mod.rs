@@ -134,9 +134,9 @@ impl World {
         let mut net = Net::new(self.rng.fork(), self.weather);
         let session = SessionId(self.rng.u128(1..).to_le_bytes());
         let key = HashKey(self.rng.u128(..).to_le_bytes());
-        let hello = self.hello(Role::Taker, session, key);
-        let own = self.hello(Role::Pusher, SessionId::default(), HashKey::default());
-        let roles = [Role::Pusher, Role::Answerer];
+        let hello = self.hello(Role::Receiver, session, key);
+        let own = self.hello(Role::Sender, SessionId::default(), HashKey::default());
+        let roles = [Role::Sender, Role::Responder];
         let harbor = Harbor::new(own, &roles, PATIENCE.give_up_after);
         let forwarder = Forwarder::new(self.rng.fork(), &self.source);
         let (earlier, window) = (self.earlier.clone(), hello.window);

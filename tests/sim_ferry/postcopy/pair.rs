@@ -92,8 +92,8 @@ impl PairHost {
 
 fn role(lane: Lane) -> Role {
     match lane.for_faults {
-        true => Role::Asker,
-        false => Role::Taker,
+        true => Role::Requester,
+        false => Role::Receiver,
     }
 }
 

@@ -77,7 +77,7 @@ impl FerryDialer {
         let (session, hash_key) = (SessionId(random_bits()?), HashKey(random_bits()?));
         let hello = Hello {
             version: VERSION,
-            role: Role::Taker,
+            role: Role::Receiver,
             page,
             features: pushed.features(),
             session,
@@ -113,8 +113,8 @@ impl FerryDialer {
     /// Connects. An error of [`Kind::Protocol`] will not be another one the next time.
     pub(in crate::engine) fn dial(&self) -> Result<FerryPair> {
         let attempt = lock(&self.pairs).begin();
-        let stream = self.connect(Role::Taker, attempt)?;
-        let fault = self.connect(Role::Asker, attempt)?;
+        let stream = self.connect(Role::Receiver, attempt)?;
+        let fault = self.connect(Role::Requester, attempt)?;
         Ok(FerryPair { stream, fault })
     }
 

@@ -1,4 +1,4 @@
-//! Images of an earlier round at the taker: what is hashed and read of them is decided by
+//! Images of an earlier round at the receiver: what is hashed and read of them is decided by
 //! [`crate::ferry::fetcher`].
 //!
 //! They are read and not mapped: in a mapping a page might change between its hash and its use.

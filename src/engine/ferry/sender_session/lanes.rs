@@ -1,9 +1,9 @@
-//! What lanes and those who dial them see of a pusher.
+//! What lanes and those who dial them see of a sender.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Agreed, Ending, Pushing};
+use super::{Agreed, Ending, SenderSession};
 use crate::engine::ferry::conn::Frame;
 use crate::engine::ferry::dialing::{DialingParty, Lost};
 use crate::engine::ferry::lane::{Heard, Party, Waker, is_replaced};
@@ -13,7 +13,7 @@ use crate::ferry::hash::PageHasher;
 use crate::ferry::hello::{FailCode, Hello};
 use crate::ferry::sender::{Sender, SenderEvent, Transmit};
 
-impl Party for Pushing {
+impl Party for SenderSession {
     fn stream_up(&self, stream: u16, peer: &Hello, waker: &Arc<Waker>) {
         self.memory().use_key(peer.hash_key);
         let mut state = lock(&self.state);
@@ -161,7 +161,7 @@ impl Party for Pushing {
     }
 }
 
-impl DialingParty for Pushing {
+impl DialingParty for SenderSession {
     fn is_ending(&self) -> bool {
         lock(&self.state).ending.is_some()
     }

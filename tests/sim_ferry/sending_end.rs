@@ -26,12 +26,12 @@ enum Step {
 }
 
 /// One round on its way. `memory` outlives it, as in a process that serves round after round.
-pub(crate) struct Pusher {
+pub(crate) struct SendingEnd {
     session: SessionId,
     steps: VecDeque<Step>,
     pub(crate) memory: PageMemory,
     encoder: Encoder,
-    /// Made when the taker's hello has come.
+    /// Made when the receiver's hello has come.
     talk: Option<(Sender, PageHasher)>,
     frames: BTreeMap<u64, Vec<u8>>,
     asked: Option<Target>,
@@ -97,15 +97,15 @@ fn batches(
     sent
 }
 
-impl Pusher {
+impl SendingEnd {
     pub(crate) fn new(
         rng: &mut Rng,
         session: SessionId,
         source: &Memory,
         parent: Option<&Memory>,
         memory: PageMemory,
-    ) -> Pusher {
-        Pusher {
+    ) -> SendingEnd {
+        SendingEnd {
             session,
             steps: script(rng, source, parent),
             memory,
@@ -217,7 +217,7 @@ impl Pusher {
     }
 }
 
-impl Part for Pusher {
+impl Part for SendingEnd {
     fn stream_up(&mut self, lane: Lane, peer: &Hello) {
         self.memory.use_key(peer.hash_key);
         let (sender, _) = self.talk.get_or_insert_with(|| {
@@ -263,7 +263,7 @@ impl Part for Pusher {
                 self.lost(&fail.text);
                 false
             }
-            Err(error) => panic!("the taker broke the protocol: {error}"),
+            Err(error) => panic!("the receiver broke the protocol: {error}"),
         }
     }
 
@@ -289,7 +289,7 @@ impl Part for Pusher {
 
     /// CRIU's side has gone away in the middle of the round.
     fn abort(&mut self) {
-        self.fail(FailCode::Pusher, "the dump was ended");
+        self.fail(FailCode::Sender, "the dump was ended");
     }
 
     fn failure(&self) -> Option<Fail> {
@@ -310,8 +310,8 @@ impl Part for Pusher {
     }
 }
 
-impl Pusher {
-    /// Whether the round is safe at the taker: what CRIU would be told.
+impl SendingEnd {
+    /// Whether the round is safe at the receiver: what CRIU would be told.
     pub(crate) fn has_succeeded(&self) -> bool {
         self.steps.is_empty()
     }

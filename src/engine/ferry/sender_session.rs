@@ -1,5 +1,5 @@
-//! The pusher's state that all its threads share: numbers, frames until they are safe, the memory
-//! of what the taker has.
+//! The sender's state that all its threads share: numbers, frames until they are safe, the memory
+//! of what the receiver has.
 //!
 //! Lanes poll frames out of it and hand acknowledgements in (`lanes`); the packers submit batches in the
 //! order of their tickets; the thread that talks to CRIU asks questions and waits for the answers.
@@ -31,7 +31,7 @@ use crate::units::{PageSize, Vaddr};
 /// What both ends have agreed on.
 #[derive(Clone, Debug)]
 pub(crate) struct Agreed {
-    /// Makes the taker's hashes.
+    /// Makes the receiver's hashes.
     pub(crate) hasher: Arc<PageHasher>,
     /// What both can do.
     pub(crate) features: Features,
@@ -53,7 +53,7 @@ struct State {
     /// Frames that are not safe yet, in the order of their numbers.
     frames: VecDeque<Arc<Vec<u8>>>,
     answer: Option<Answer>,
-    /// The taker has everything that it wants.
+    /// The receiver has everything that it wants.
     taken: bool,
     /// It has heard that the session is over.
     heard_bye: bool,
@@ -69,7 +69,7 @@ struct State {
 }
 
 /// See the module's text.
-pub(crate) struct Pushing {
+pub(crate) struct SenderSession {
     page: PageSize,
     session: SessionId,
     state: Mutex<State>,
@@ -82,15 +82,15 @@ pub(crate) struct Pushing {
     spares: Spares,
 }
 
-impl Pushing {
+impl SenderSession {
     /// A session that goes on from what was `learned` and counts in `traffic`.
     pub(super) fn new(
         page: PageSize,
         session: SessionId,
         learned: Learned,
         traffic: Arc<Traffic>,
-    ) -> Pushing {
-        Pushing {
+    ) -> SenderSession {
+        SenderSession {
             page,
             session,
             state: Mutex::new(State {
@@ -120,7 +120,7 @@ impl Pushing {
         &self.bell
     }
 
-    /// The memory of what the taker has.
+    /// The memory of what the receiver has.
     pub(super) fn memory(&self) -> MutexGuard<'_, PageMemory> {
         lock(&self.memory)
     }
@@ -157,12 +157,12 @@ impl Pushing {
         lock(&self.state).sent
     }
 
-    /// Waits until the taker has been reached.
+    /// Waits until the receiver has been reached.
     pub(crate) fn agree(&self) -> Result<Agreed> {
         self.wait(|state| state.talk.as_ref().map(|(_, agreed)| agreed.clone()))
     }
 
-    /// Asks the taker a question with this body, and waits for the answer.
+    /// Asks the receiver a question with this body, and waits for the answer.
     pub(crate) fn ask(&self, kind: Kind, write: impl FnOnce(&mut Vec<u8>)) -> Result<Answer> {
         let mut frame = Vec::new();
         let open = OpenFrame::begin(&mut frame);
@@ -187,12 +187,12 @@ impl Pushing {
         Ok(())
     }
 
-    /// Whether the taker has said that it has everything that it wants.
+    /// Whether the receiver has said that it has everything that it wants.
     pub(super) fn is_taken(&self) -> bool {
         lock(&self.state).taken
     }
 
-    /// Waits until the taker has everything that it wants.
+    /// Waits until the receiver has everything that it wants.
     pub(super) fn wait_until_taken(&self) -> Result<()> {
         self.wait(|state| state.taken.then_some(()))
     }
@@ -202,7 +202,7 @@ impl Pushing {
         self.wait(|state| (state.ticket == ticket).then_some(()))
     }
 
-    /// The taker's base version of `target` is called `state`. Asks for its hashes if need be.
+    /// The receiver's base version of `target` is called `state`. Asks for its hashes if need be.
     pub(crate) fn adopt(&self, target: Target, state: StateId) {
         if !self.memory().adopt(target, state) {
             return;
@@ -214,7 +214,7 @@ impl Pushing {
         shared.wake_all();
     }
 
-    /// Waits until the taker's hashes of `target` are known below `end`.
+    /// Waits until the receiver's hashes of `target` are known below `end`.
     pub(super) fn await_hashes(&self, target: Target, end: Vaddr) -> Result<()> {
         self.wait(|state| {
             let (sender, _) = state.talk.as_ref()?;
@@ -238,7 +238,7 @@ impl Pushing {
         self.memory().forget();
         let mut state = lock(&self.state);
         if let Some((sender, _)) = &mut state.talk {
-            sender.fail(Fail::new(FailCode::Pusher, why));
+            sender.fail(Fail::new(FailCode::Sender, why));
         }
         self.end(state, Ending::Failed);
     }
@@ -311,7 +311,7 @@ impl Pushing {
         }
     }
 
-    /// A frame with a complaint about the taker ends the session.
+    /// A frame with a complaint about the receiver ends the session.
     fn refuse(&self, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) {
         let error = Error::wrap(error::Kind::Protocol, "the far end breaks the rules", error);
         let mut state = lock(&self.state);
@@ -347,7 +347,7 @@ impl State {
         sender.is_none_or(Sender::has_told_end)
     }
 
-    /// Whether BYE was said, or will be, to a taker that says when it hears it, and has not yet.
+    /// Whether BYE was said, or will be, to a receiver that says when it hears it, and has not yet.
     fn awaits_farewell(&self) -> bool {
         let promised = |(_, agreed): &(_, Agreed)| agreed.features.has(Features::FAREWELL);
         let well = matches!(self.ending, Some(Ending::Well));
@@ -363,8 +363,8 @@ impl State {
     }
 }
 
-impl Pushing {
-    /// Whether the taker promised to say that it has heard BYE, and has not.
+impl SenderSession {
+    /// Whether the receiver promised to say that it has heard BYE, and has not.
     pub(super) fn awaits_farewell(&self) -> bool {
         lock(&self.state).awaits_farewell()
     }
@@ -390,7 +390,8 @@ mod tests {
     #[test]
     fn what_was_measured_of_the_link_goes_into_the_next_session() {
         let page = PageSize::KIB_4;
-        let session = |learned| Pushing::new(page, SessionId([1; 16]), learned, Arc::default());
+        let session =
+            |learned| SenderSession::new(page, SessionId([1; 16]), learned, Arc::default());
         let fresh = || Learned::new(PageMemory::new(page, 0));
         let first = session(fresh());
         // 12 MB/s.

@@ -30,7 +30,7 @@ impl Offering {
         let page = self.held.page();
         let encoder = Encoder::new(page)
             .map_err(|error| Error::wrap(Kind::Io, "cannot set up zstd", error))?;
-        let mut answering = Answering {
+        let mut responder = FaultResponder {
             offering: self,
             conn,
             encoder,
@@ -39,9 +39,9 @@ impl Offering {
             hasher: PageHasher::new(hash_key, page),
             plain: Vec::new(),
         };
-        let ended = answering.run();
-        lane::say_last_words(&mut answering.conn);
-        answering.conn.close();
+        let ended = responder.run();
+        lane::say_last_words(&mut responder.conn);
+        responder.conn.close();
         match ended {
             Err(Trouble::Lost(error)) => {
                 tracing::debug!("a connection for faults: {error}");
@@ -53,7 +53,7 @@ impl Offering {
     }
 }
 
-struct Answering<'a> {
+struct FaultResponder<'a> {
     offering: &'a Offering,
     conn: Conn,
     encoder: Encoder,
@@ -76,9 +76,9 @@ impl From<ConnError> for Trouble {
     }
 }
 
-impl Answering<'_> {
+impl FaultResponder<'_> {
     fn run(&mut self) -> std::result::Result<(), Trouble> {
-        while !self.offering.pushing.is_ending() {
+        while !self.offering.sending.is_ending() {
             let left = self.conn.flush()?;
             match self.conn.receive()? {
                 Some(found) if found.kind == frame::Kind::Fault => {
@@ -115,7 +115,7 @@ impl Answering<'_> {
         self.plain.resize(bytes, 0);
         offering.held.read(numbers.clone(), &mut self.plain)?;
         let (plain, verdicts) = (&self.plain, &mut self.verdicts);
-        let memory = offering.pushing.memory();
+        let memory = offering.sending.memory();
         offer::judge_answer(&memory, &self.hasher, page, fault, range, plain, verdicts);
         drop(memory);
         let run = offer::answer_run(range);

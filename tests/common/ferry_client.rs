@@ -33,7 +33,7 @@ pub(crate) fn hello(role: Role, features: Features, attempt: u32) -> Hello {
         stream: 0,
         streams: 1,
         attempt,
-        opening: attempt == 1 && role == Role::Taker,
+        opening: attempt == 1 && role == Role::Receiver,
         window: Window {
             frames: 64,
             bytes: 1 << 20,

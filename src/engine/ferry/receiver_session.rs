@@ -1,4 +1,4 @@
-//! The taker's state that all its threads share: order, window, acknowledgements.
+//! The receiver's state that all its threads share: order, window, acknowledgements.
 //!
 //! ```text
 //! lanes ── frames ──> order ── those whose turn it is ──> applier thread ── images
@@ -29,7 +29,7 @@ use crate::image::writer::CommittedImages;
 use crate::limits::{FERRY_HASHES_MAX, FERRY_QUESTIONS_MAX};
 use crate::units::PageSize;
 
-/// Most frames that are applied before the pusher hears of it: far fewer than fit into the window.
+/// Most frames that are applied before the sender hears of it: far fewer than fit into the window.
 const ACKNOWLEDGED_TOGETHER: u64 = 8;
 
 /// Pages hashed at once: a piece of work of a few milliseconds.
@@ -40,7 +40,7 @@ const _: () = assert!(HASHED_AT_ONCE <= FERRY_HASHES_MAX as u64);
 /// How a session has ended, as seen from the lanes.
 #[derive(Debug)]
 enum Ending {
-    /// The pusher has said goodbye.
+    /// The sender has said goodbye.
     Bye,
     /// This side has failed and tells the other.
     Failed,
@@ -64,7 +64,7 @@ struct State {
 }
 
 /// See the module's text.
-pub(super) struct Taking {
+pub(super) struct ReceiverSession {
     page: PageSize,
     state: Mutex<State>,
     changed: Condvar,
@@ -73,15 +73,15 @@ pub(super) struct Taking {
     spares: Arc<Spares>,
 }
 
-impl Taking {
+impl ReceiverSession {
     pub(super) fn new(
         page: PageSize,
         streams: u16,
         window: Window,
         bases: Arc<Bases>,
         spares: Arc<Spares>,
-    ) -> Taking {
-        Taking {
+    ) -> ReceiverSession {
+        ReceiverSession {
             page,
             state: Mutex::new(State {
                 receiver: Receiver::new(page, streams, window),
@@ -99,7 +99,7 @@ impl Taking {
     }
 
     /// Applies frames to `intake` as their turn comes, until the images are complete. Fails if
-    /// the session fails before; the pusher has been told then, if it could be reached.
+    /// the session fails before; the sender has been told then, if it could be reached.
     pub(super) fn apply_all(
         &self,
         mut intake: Intake,
@@ -121,7 +121,7 @@ impl Taking {
         outcome.inspect_err(|error| self.fail(error))
     }
 
-    /// The images are complete: waits until the pusher knows it, or will not come back to ask.
+    /// The images are complete: waits until the sender knows it, or will not come back to ask.
     pub(super) fn wait_for_goodbye(&self) {
         let mut state = lock(&self.state);
         while state.ending.is_none() {
@@ -150,12 +150,12 @@ impl Taking {
         self.changed.notify_all();
     }
 
-    /// This side has failed: tells the pusher, and waits a while until it has heard.
+    /// This side has failed: tells the sender, and waits a while until it has heard.
     fn fail(&self, error: &Error) {
         let code = match error.kind() {
             error::Kind::Protocol => FailCode::Protocol,
             error::Kind::Image => FailCode::Disagreement,
-            _ => FailCode::Taker,
+            _ => FailCode::Receiver,
         };
         let fail = Fail::new(code, error.to_string());
         lock(&self.state).receiver.fail(fail);
@@ -319,7 +319,7 @@ impl State {
     }
 }
 
-impl Party for Taking {
+impl Party for ReceiverSession {
     fn stream_up(&self, stream: u16, _peer: &Hello, waker: &Arc<Waker>) {
         let mut state = lock(&self.state);
         state.receiver.stream_up(stream);
@@ -393,7 +393,7 @@ impl Party for Taking {
     }
 
     fn awaits_word(&self) -> bool {
-        // A pusher may be silent for as long as its dump is. What is said to it now and then is
+        // A sender may be silent for as long as its dump is. What is said to it now and then is
         // acknowledged by its kernel, so a host that is gone is noticed.
         false
     }

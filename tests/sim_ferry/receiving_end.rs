@@ -66,8 +66,8 @@ impl Store {
     }
 }
 
-/// A session on the taking side. `store` and `states` outlive it.
-pub(crate) struct Taker {
+/// A session on the receiving side. `store` and `states` outlive it.
+pub(crate) struct ReceivingEnd {
     session: Option<SessionId>,
     pub(crate) store: Store,
     /// Names of the images that this process knows of, as its own or by looking.
@@ -84,15 +84,15 @@ pub(crate) struct Taker {
     pub(crate) stats: Stats,
 }
 
-impl Taker {
+impl ReceivingEnd {
     pub(crate) fn new(
         store: Store,
         states: BTreeMap<usize, StateId>,
         streams: u16,
         window: Window,
         hasher: PageHasher,
-    ) -> Taker {
-        Taker {
+    ) -> ReceivingEnd {
+        ReceivingEnd {
             session: None,
             store,
             states,
@@ -155,7 +155,7 @@ impl Taker {
                     .insert(self.store.images.len() - 1, session.into());
                 self.receiver.answer(number, 0, StateId::NONE);
             }
-            Err(error) => panic!("the pusher broke the protocol: {error}"),
+            Err(error) => panic!("the sender broke the protocol: {error}"),
         }
         self.receiver.applied(number);
     }
@@ -243,7 +243,7 @@ impl Taker {
     }
 }
 
-impl Part for Taker {
+impl Part for ReceivingEnd {
     fn stream_up(&mut self, lane: Lane, peer: &Hello) {
         self.session = Some(peer.session);
         self.replies.remove(&lane.stream);
@@ -264,7 +264,7 @@ impl Part for Taker {
                 Ok(ReceiverEvent::WantHashes(wanted)) => self.answer_hashes(lane.stream, wanted),
                 Ok(ReceiverEvent::Failed(fail)) => self.lost(&fail.text),
                 Ok(ReceiverEvent::Bye) => self.standing = Standing::Done,
-                Err(error) => panic!("the pusher broke the protocol: {error}"),
+                Err(error) => panic!("the sender broke the protocol: {error}"),
             }
             return true;
         }
@@ -278,7 +278,7 @@ impl Part for Taker {
                 self.stats.repeated_frames += 1;
                 return false;
             }
-            Err(error) => panic!("the pusher broke the protocol: {error}"),
+            Err(error) => panic!("the sender broke the protocol: {error}"),
         }
         while self.failure.is_none()
             && let Some(number) = self.receiver.next_held()
@@ -311,7 +311,7 @@ impl Part for Taker {
     /// The disk is full.
     fn abort(&mut self) {
         if !self.published {
-            self.fail(FailCode::Taker, "no space left on device");
+            self.fail(FailCode::Receiver, "no space left on device");
         }
     }
 
