@@ -23,7 +23,7 @@ use pageferry::ferry::frame::{self, Header, OpenFrame, Split, split};
 use pageferry::ferry::gather::Run;
 use pageferry::ferry::hash::{HashKey, PageHash, PageHasher};
 use pageferry::ferry::hello::{Fail, Features, Greeting, Hello, Role, SessionId, VERSION, Window};
-use pageferry::ferry::link::{Admission, Dialer, Harbor, Patience};
+use pageferry::ferry::link::{Admission, Dialer, Patience, SessionTable};
 use pageferry::ferry::message::{Ack, Fault, Hashes, Open, WantHashes};
 use pageferry::ferry::pace::Level;
 use pageferry::ferry::receiver::{Arrival, Receiver};
@@ -252,7 +252,7 @@ proptest! {
             (0..3_u8, 0..70_u16, 0..70_u16, 0..4_u32, any::<bool>(), 1..5_u16), 1..12),
     ) {
         let patience = Duration::from_secs(1);
-        let mut harbor = Harbor::new(hello(Role::Receiver), &[Role::Receiver], patience);
+        let mut table = SessionTable::new(hello(Role::Receiver), &[Role::Receiver], patience);
         let times = Patience {
             pause_first: patience,
             pause_max: patience,
@@ -283,7 +283,7 @@ proptest! {
                 panic!("it has this version");
             };
             let _ = dialer.handle_welcome(0, Greeting::Hello(said), Duration::ZERO);
-            match harbor.admit(Greeting::Hello(said), true) {
+            match table.admit(Greeting::Hello(said), true) {
                 Admission::Refused(_) => {}
                 // What the engine does with it: a session's lanes are made when it is opened.
                 Admission::Opened { peer, .. } if peer.session == SessionId([0; 16]) => {

@@ -5,7 +5,7 @@ use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use pageferry::engine::ferry::port::FerryPort;
+use pageferry::engine::ferry::precopy_listener::PrecopyListener;
 use pageferry::engine::ingest::ReceiveContext;
 use pageferry::engine::listen::Source;
 use pageferry::engine::stop::Stop;
@@ -54,13 +54,13 @@ impl Entry {
         &self,
         stream: &mut Stream,
         context: &ReceiveContext,
-        port: &FerryPort<'_>,
+        listener: &PrecopyListener<'_>,
     ) -> Result<Option<Guest>> {
         let ferry = self.is_ferry(stream, context.idle_timeout);
         if self.keep || matches!(ferry, Ok(true)) {
             return ferry.map(|ferry| Some(if ferry { Guest::Ferry } else { Guest::Dump }));
         }
-        if port.has_opened() || self.taken.swap(true, Ordering::SeqCst) {
+        if listener.has_opened() || self.taken.swap(true, Ordering::SeqCst) {
             tracing::warn!(
                 "refused {}: another session came first (give --keep for several)",
                 stream.peer()
@@ -73,8 +73,8 @@ impl Entry {
 
     /// What becomes of the server when a peer could not even say what it is, for `error`: without
     /// --keep it was the one to come, unless a session has begun, which it does not concern.
-    pub(crate) fn turn_away(&self, error: Error, port: &FerryPort<'_>) -> Result<()> {
-        if !self.keep && (port.has_opened() || self.taken.swap(true, Ordering::SeqCst)) {
+    pub(crate) fn turn_away(&self, error: Error, listener: &PrecopyListener<'_>) -> Result<()> {
+        if !self.keep && (listener.has_opened() || self.taken.swap(true, Ordering::SeqCst)) {
             tracing::warn!("{error}");
             return Ok(());
         }

@@ -14,7 +14,7 @@ use pageferry::daemon::command_line::{self, Action, Parsed};
 use pageferry::daemon::{self, Daemon};
 use pageferry::engine::driver::{Io, Writes};
 use pageferry::engine::ferry::SenderConfig;
-use pageferry::engine::ferry::port::{FerryPort, Handled};
+use pageferry::engine::ferry::precopy_listener::{Handled, PrecopyListener};
 use pageferry::engine::forward::{ForwardContext, forward_client};
 use pageferry::engine::forward_lazy::{ForwardLazy, ForwardLazyConfig, Left};
 use pageferry::engine::ingest::{ReceiveContext, receive_client};
@@ -122,7 +122,7 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
     let source = start.listen()?;
     let stop = Stop::on_signals()?;
     let timeout = Duration::from_secs(args.ferry.reconnect_timeout);
-    let port = FerryPort::new(&context, &stop, timeout, !args.keep)?;
+    let listener = PrecopyListener::new(&context, &stop, timeout, !args.keep)?;
     let entry = Entry::new(&source, args.keep)?;
     let stay = if args.keep {
         Stay::Keep
@@ -137,11 +137,11 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
             Ok(stream) => stream,
             Err(error) => {
                 report.turned_away(&peer, page, &error);
-                return entry.turn_away(error, &port);
+                return entry.turn_away(error, &listener);
             }
         };
         let guest = entry
-            .admit(&mut stream, &context, &port)
+            .admit(&mut stream, &context, &listener)
             .inspect_err(|error| report.turned_away(&peer, page, error))?;
         let (received, result) = match guest {
             None => {
@@ -149,7 +149,7 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
                 return Ok(());
             }
             Some(Guest::Dump) => receive_client(stream, &context),
-            Some(Guest::Ferry) => match port.handle(stream, entry.is_open()) {
+            Some(Guest::Ferry) => match listener.handle(stream, entry.is_open()) {
                 Ok(Handled::Lane) => return Ok(()),
                 Ok(Handled::Session(received, result)) => {
                     entry.shut();

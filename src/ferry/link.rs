@@ -1,7 +1,7 @@
 //! Connections that break and come back.
 //!
 //! ```text
-//! Dialer (connecting side), per stream          Harbor (listening side)
+//! Dialer (connecting side), per stream          SessionTable (listening side)
 //!
 //!   down ── poll_dial ──> dialing                 HELLO ── admit ──> new session | joined | refused
 //!    ^                       │ connected            │
@@ -19,16 +19,16 @@
 //! given up like one that stays away.
 
 mod dialer;
-mod harbor;
 mod pair;
+mod session_table;
 
 use std::time::Duration;
 
 use super::hello::{Fail, FailCode, Greeting, Hello, Role, VERSION};
 
 pub use dialer::Dialer;
-pub use harbor::{Admission, Berth, Harbor};
 pub use pair::{PairDialer, Refusal};
+pub use session_table::{Admission, ConnectionId, SessionTable};
 
 /// When to dial again and when to stop.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -124,8 +124,8 @@ mod tests {
         Dialer::new(hello(Role::Sender), PATIENCE, at(0))
     }
 
-    fn harbor() -> Harbor {
-        Harbor::new(
+    fn table() -> SessionTable {
+        SessionTable::new(
             hello(Role::Receiver),
             &[Role::Receiver],
             PATIENCE.give_up_after,
@@ -133,9 +133,9 @@ mod tests {
     }
 
     /// Dials one stream through and returns the dialer's hello.
-    fn welcome(dialer: &mut Dialer, harbor: &mut Harbor, stream: u16, now: Duration) -> Hello {
+    fn welcome(dialer: &mut Dialer, table: &mut SessionTable, stream: u16, now: Duration) -> Hello {
         let hello = dialer.handle_connected(stream);
-        match harbor.admit(Greeting::Hello(hello), true) {
+        match table.admit(Greeting::Hello(hello), true) {
             Admission::Opened { welcome, .. } | Admission::Joined { welcome, .. } => dialer
                 .handle_welcome(stream, Greeting::Hello(welcome), now)
                 .expect("they fit"),
@@ -146,14 +146,14 @@ mod tests {
 
     #[test]
     fn one_stream_opens_the_session_and_the_others_join_it() {
-        let (mut dialer, mut harbor) = (dialer(), harbor());
+        let (mut dialer, mut table) = (dialer(), table());
         assert_eq!(dialer.poll_dial(at(0)), Some(0));
         assert_eq!(dialer.poll_dial(at(0)), None);
-        assert!(welcome(&mut dialer, &mut harbor, 0, at(0)).opening);
+        assert!(welcome(&mut dialer, &mut table, 0, at(0)).opening);
         assert_eq!(dialer.poll_dial(at(0)), Some(1));
         assert_eq!(dialer.poll_dial(at(0)), Some(2));
         assert_eq!(dialer.poll_dial(at(0)), None);
-        assert!(!welcome(&mut dialer, &mut harbor, 1, at(0)).opening);
+        assert!(!welcome(&mut dialer, &mut table, 1, at(0)).opening);
     }
 
     #[test]
@@ -187,11 +187,11 @@ mod tests {
 
     #[test]
     fn it_gives_up_on_a_link_that_comes_and_goes_without_progress() {
-        let (mut dialer, mut harbor) = (dialer(), harbor());
+        let (mut dialer, mut table) = (dialer(), table());
         let mut now = at(0);
         while !dialer.has_given_up(now) {
             if dialer.poll_dial(now) == Some(0) {
-                welcome(&mut dialer, &mut harbor, 0, now);
+                welcome(&mut dialer, &mut table, 0, now);
                 assert!(
                     !dialer.has_given_up(now),
                     "a living connection is not given up"
@@ -206,9 +206,9 @@ mod tests {
 
     #[test]
     fn a_connection_that_lasted_counts_as_progress() {
-        let (mut dialer, mut harbor) = (dialer(), harbor());
+        let (mut dialer, mut table) = (dialer(), table());
         assert_eq!(dialer.poll_dial(at(0)), Some(0));
-        welcome(&mut dialer, &mut harbor, 0, at(0));
+        welcome(&mut dialer, &mut table, 0, at(0));
         dialer.handle_lost(0, at(30_000));
         assert!(!dialer.has_given_up(at(30_001)));
         assert!(dialer.has_given_up(at(40_000)));
@@ -216,7 +216,7 @@ mod tests {
 
     #[test]
     fn the_newest_connection_of_a_stream_wins() {
-        let mut harbor = harbor();
+        let mut table = table();
         let mut first = hello(Role::Sender);
         first.attempt = 1;
         let newer = Hello {
@@ -225,42 +225,42 @@ mod tests {
             ..first
         };
         assert!(matches!(
-            harbor.admit(Greeting::Hello(first), true),
+            table.admit(Greeting::Hello(first), true),
             Admission::Opened { .. }
         ));
         assert!(matches!(
-            harbor.admit(Greeting::Hello(newer), true),
+            table.admit(Greeting::Hello(newer), true),
             Admission::Joined { .. }
         ));
         assert!(matches!(
-            harbor.admit(Greeting::Hello(first), true),
+            table.admit(Greeting::Hello(first), true),
             Admission::Refused(Fail {
                 code: FailCode::Superseded,
                 ..
             })
         ));
         // The end of the older connection is no end of the newer one.
-        let berth = Berth {
+        let connection = ConnectionId {
             session: first.session,
             for_faults: false,
             stream: 0,
         };
-        harbor.handle_lost(berth, 1, at(0));
-        assert_eq!(harbor.deadline(), None);
-        harbor.handle_lost(berth, 2, at(5));
-        assert_eq!(harbor.deadline(), Some(at(10_005)));
-        assert!(!harbor.has_expired(first.session, at(10_004)));
-        assert!(harbor.has_expired(first.session, at(10_005)));
+        table.handle_lost(connection, 1, at(0));
+        assert_eq!(table.deadline(), None);
+        table.handle_lost(connection, 2, at(5));
+        assert_eq!(table.deadline(), Some(at(10_005)));
+        assert!(!table.has_expired(first.session, at(10_004)));
+        assert!(table.has_expired(first.session, at(10_005)));
     }
 
     #[test]
     fn what_does_not_fit_is_refused_with_its_reason() {
-        let mut harbor = harbor();
+        let mut table = table();
         let good = Hello {
             attempt: 1,
             ..hello(Role::Sender)
         };
-        let code = |harbor: &mut Harbor, greeting, open| match harbor.admit(greeting, open) {
+        let code = |table: &mut SessionTable, greeting, open| match table.admit(greeting, open) {
             Admission::Refused(fail) => fail.code,
             other => panic!("{other:?}"),
         };
@@ -302,21 +302,21 @@ mod tests {
             ),
             (of(good), false, FailCode::Busy),
         ] {
-            assert_eq!(code(&mut harbor, greeting, open), expected);
+            assert_eq!(code(&mut table, greeting, open), expected);
         }
         assert!(matches!(
-            harbor.admit(of(good), true),
+            table.admit(of(good), true),
             Admission::Opened { .. }
         ));
         let why = Fail::new(FailCode::Receiver, "disk full");
-        harbor.fail(good.session, why.clone());
+        table.fail(good.session, why.clone());
         let again = Hello { attempt: 2, ..good };
-        assert_eq!(harbor.admit(of(again), true), Admission::Refused(why));
+        assert_eq!(table.admit(of(again), true), Admission::Refused(why));
     }
 
     #[test]
     fn who_comes_back_to_a_session_that_went_well_is_let_in_while_it_is_remembered() {
-        let mut harbor = Harbor::new(hello(Role::Receiver), &[Role::Receiver], Duration::ZERO);
+        let mut table = SessionTable::new(hello(Role::Receiver), &[Role::Receiver], Duration::ZERO);
         let session = |number: usize| SessionId((number as u128 + 1).to_be_bytes());
         let of = |number: usize, attempt, opening| {
             Greeting::Hello(Hello {
@@ -327,21 +327,21 @@ mod tests {
             })
         };
         for number in 0..=FERRY_ENDED_SESSIONS_MAX {
-            let opened = harbor.admit(of(number, 1, true), true);
+            let opened = table.admit(of(number, 1, true), true);
             assert!(matches!(opened, Admission::Opened { .. }), "{opened:?}");
             let forgotten = (number == FERRY_ENDED_SESSIONS_MAX).then(|| session(0));
-            assert_eq!(harbor.finish(session(number)), forgotten);
+            assert_eq!(table.finish(session(number)), forgotten);
         }
-        let back = harbor.admit(of(1, 2, false), false);
+        let back = table.admit(of(1, 2, false), false);
         assert!(matches!(back, Admission::Joined { .. }), "{back:?}");
         let with_others = Greeting::Hello(Hello {
             session: session(1),
             streams: 9,
             ..hello(Role::Sender)
         });
-        let refused = harbor.admit(with_others, false);
+        let refused = table.admit(with_others, false);
         assert!(matches!(refused, Admission::Refused(_)), "{refused:?}");
-        let unknown = harbor.admit(of(0, 2, false), true);
+        let unknown = table.admit(of(0, 2, false), true);
         assert!(
             matches!(&unknown, Admission::Refused(fail) if fail.code == FailCode::UnknownSession),
             "{unknown:?}"
@@ -351,7 +351,7 @@ mod tests {
     #[test]
     fn faults_come_only_into_a_session_that_exists() {
         let roles = [Role::Sender, Role::Responder];
-        let mut harbor = Harbor::new(hello(Role::Sender), &roles, PATIENCE.give_up_after);
+        let mut table = SessionTable::new(hello(Role::Sender), &roles, PATIENCE.give_up_after);
         let stream = Hello {
             attempt: 1,
             ..hello(Role::Receiver)
@@ -361,14 +361,14 @@ mod tests {
             ..stream
         };
         assert!(matches!(
-            harbor.admit(Greeting::Hello(faults), true),
+            table.admit(Greeting::Hello(faults), true),
             Admission::Refused(Fail {
                 code: FailCode::UnknownSession,
                 ..
             })
         ));
-        harbor.admit(Greeting::Hello(stream), true);
-        let Admission::Joined { welcome, .. } = harbor.admit(Greeting::Hello(faults), true) else {
+        table.admit(Greeting::Hello(stream), true);
+        let Admission::Joined { welcome, .. } = table.admit(Greeting::Hello(faults), true) else {
             panic!("refused");
         };
         assert_eq!(welcome.role, Role::Responder);

@@ -13,7 +13,7 @@ use std::time::Duration;
 use pageferry::criu::header::PageFlags;
 use pageferry::engine::driver::Io;
 use pageferry::engine::ferry::SenderConfig;
-use pageferry::engine::ferry::port::{FerryPort, Handled};
+use pageferry::engine::ferry::precopy_listener::{Handled, PrecopyListener};
 use pageferry::engine::forward::{ForwardContext, forward_client};
 use pageferry::engine::ingest::ReceiveContext;
 use pageferry::engine::sessions::{Rules, Stay, run_sessions};
@@ -82,7 +82,7 @@ fn start(
     let stopped = stop.clone();
     let thread = std::thread::spawn(move || {
         let listener = Socket::from(listener);
-        let port = FerryPort::new(&context, &stop, patience, true)?;
+        let port = PrecopyListener::new(&context, &stop, patience, true)?;
         let rules = Rules {
             stay: Stay::UntilShutDown,
             most: 100,

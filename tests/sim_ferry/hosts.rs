@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use pageferry::ferry::frame::{Frame, Kind};
 use pageferry::ferry::hello::{Fail, FailCode, Hello, Role, SessionId};
-use pageferry::ferry::link::{Admission, Berth, Dialer, Harbor, Patience};
+use pageferry::ferry::link::{Admission, ConnectionId, Dialer, Patience, SessionTable};
 
 use crate::net::{Conn, Net, Side};
 use crate::parts::{Lane, Part, Standing};
@@ -137,30 +137,30 @@ pub(crate) fn write_all<P: Part, T: Copy + Into<Lane>>(
 
 /// A connection that was admitted.
 #[derive(Clone, Copy)]
-pub(crate) struct Moored {
+pub(crate) struct Accepted {
     lane: Lane,
     attempt: u32,
 }
 
-impl From<Moored> for Lane {
-    fn from(moored: Moored) -> Lane {
-        moored.lane
+impl From<Accepted> for Lane {
+    fn from(accepted: Accepted) -> Lane {
+        accepted.lane
     }
 }
 
 /// A process that listens, and takes part in one session.
 pub(crate) struct ListeningHost<P: Part> {
     part: P,
-    harbor: Harbor,
+    table: SessionTable,
     session: Option<SessionId>,
-    lines: BTreeMap<Conn, Line<Moored>>,
+    lines: BTreeMap<Conn, Line<Accepted>>,
 }
 
 impl<P: Part> ListeningHost<P> {
-    pub(crate) fn new(part: P, harbor: Harbor) -> ListeningHost<P> {
+    pub(crate) fn new(part: P, table: SessionTable) -> ListeningHost<P> {
         ListeningHost {
             part,
-            harbor,
+            table,
             session: None,
             lines: BTreeMap::new(),
         }
@@ -171,7 +171,7 @@ impl<P: Part> ListeningHost<P> {
         let greeting = Hello::decode(frame.kind, body).expect("a dialing side writes well");
         let open_to_new = self.session.is_none();
         let mut answer = Vec::new();
-        let (peer, welcome) = match self.harbor.admit(greeting, open_to_new) {
+        let (peer, welcome) = match self.table.admit(greeting, open_to_new) {
             Admission::Opened { peer, welcome } | Admission::Joined { peer, welcome } => {
                 (peer, welcome)
             }
@@ -196,7 +196,7 @@ impl<P: Part> ListeningHost<P> {
         }
         let line = self.lines.get_mut(&conn).expect("it lives");
         line.stage = Stage::Up;
-        line.place = Moored {
+        line.place = Accepted {
             lane,
             attempt: peer.attempt,
         };
@@ -209,7 +209,7 @@ impl<P: Part> ListeningHost<P> {
 
 impl<P: Part> Host for ListeningHost<P> {
     type Part = P;
-    type Place = Moored;
+    type Place = Accepted;
     const SIDE: Side = Side::Listening;
 
     fn part(&mut self) -> &mut P {
@@ -220,7 +220,7 @@ impl<P: Part> Host for ListeningHost<P> {
         self.part
     }
 
-    fn lines(&mut self) -> &mut BTreeMap<Conn, Line<Moored>> {
+    fn lines(&mut self) -> &mut BTreeMap<Conn, Line<Accepted>> {
         &mut self.lines
     }
 
@@ -230,7 +230,7 @@ impl<P: Part> Host for ListeningHost<P> {
             return;
         }
         let (lane, attempt) = (Lane::stream(0), 0);
-        let line = Line::new(Stage::Greeting, Moored { lane, attempt });
+        let line = Line::new(Stage::Greeting, Accepted { lane, attempt });
         self.lines.insert(conn, line);
     }
 
@@ -239,18 +239,18 @@ impl<P: Part> Host for ListeningHost<P> {
         let Some(line) = line.filter(|line| line.stage == Stage::Up) else {
             return;
         };
-        let Moored { lane, attempt } = line.place;
+        let Accepted { lane, attempt } = line.place;
         let others = self.lines.values();
         let mut newer = others.filter(|other| other.stage == Stage::Up);
         if !newer.any(|other| other.place.lane == lane) {
             self.part.stream_down(lane);
         }
-        let berth = Berth {
+        let connection = ConnectionId {
             session: self.session.expect("an admitted line"),
             for_faults: lane.for_faults,
             stream: lane.stream,
         };
-        self.harbor.handle_lost(berth, attempt, net.now);
+        self.table.handle_lost(connection, attempt, net.now);
     }
 
     fn frame(&mut self, net: &mut Net, conn: Conn, frame: &Frame, body: &[u8]) -> Lives {
@@ -267,14 +267,14 @@ impl<P: Part> Host for ListeningHost<P> {
         self.part.tick(net.now);
         write_all(&mut self.part, &self.lines, net, Side::Listening);
         if let Some(session) = self.session
-            && self.harbor.has_expired(session, net.now)
+            && self.table.has_expired(session, net.now)
         {
             self.part.lost("nobody came back");
             let fail = Fail::new(FailCode::UnknownSession, "the session was given up");
-            self.harbor.fail(session, fail);
+            self.table.fail(session, fail);
         }
         if let (Some(fail), Some(session)) = (self.part.failure(), self.session) {
-            self.harbor.fail(session, fail);
+            self.table.fail(session, fail);
         }
     }
 
@@ -283,7 +283,7 @@ impl<P: Part> Host for ListeningHost<P> {
     }
 
     fn deadline(&self) -> Option<Duration> {
-        let deadlines = [self.harbor.deadline(), self.part.next_tick()];
+        let deadlines = [self.table.deadline(), self.part.next_tick()];
         let first = deadlines.into_iter().flatten().min();
         first.filter(|_| !self.is_over())
     }

@@ -7,7 +7,7 @@ use fastrand::Rng;
 use pageferry::ferry::delta::PageMemory;
 use pageferry::ferry::hash::{HashKey, PageHasher};
 use pageferry::ferry::hello::{Features, Hello, Role, SessionId, VERSION, Window};
-use pageferry::ferry::link::{Harbor, Patience};
+use pageferry::ferry::link::{Patience, SessionTable};
 use pageferry::ferry::message::StateId;
 
 use crate::hosts::{DialingHost, ListeningHost};
@@ -241,8 +241,8 @@ impl World {
 
     fn listening_receiver(&mut self) -> ListeningHost<ReceivingEnd> {
         let own = self.hello(Role::Receiver, SessionId::default());
-        let harbor = Harbor::new(own, &[Role::Receiver], PATIENCE.give_up_after);
-        ListeningHost::new(self.receiver(), harbor)
+        let table = SessionTable::new(own, &[Role::Receiver], PATIENCE.give_up_after);
+        ListeningHost::new(self.receiver(), table)
     }
 
     fn round_receiver_dials(
@@ -252,8 +252,8 @@ impl World {
         trouble: Trouble,
     ) -> (bool, u64) {
         let own = self.hello(Role::Sender, SessionId::default());
-        let harbor = Harbor::new(own, &[Role::Sender], PATIENCE.give_up_after);
-        let mut listen = Some(ListeningHost::new(self.sender(session), harbor));
+        let table = SessionTable::new(own, &[Role::Sender], PATIENCE.give_up_after);
+        let mut listen = Some(ListeningHost::new(self.sender(session), table));
         let hello = self.hello(Role::Receiver, session);
         let mut dial = Some(DialingHost::new(self.receiver(), hello, PATIENCE));
         let (mut crashed_sender, mut crashed_receiver) = (None, None);

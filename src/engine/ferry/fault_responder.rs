@@ -9,14 +9,14 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::conn::{Conn, ConnError};
 use super::dialing::DialingParty;
 use super::lane;
-use super::offering::Offering;
+use super::postcopy_listener::PostcopySession;
 use crate::error::{Error, Kind, Result};
 use crate::ferry::encode::{Encoder, PlainBatch, Verdicts};
 use crate::ferry::frame::{self, OpenFrame};
 use crate::ferry::hash::{HashKey, PageHasher};
 use crate::ferry::message::Fault;
-use crate::ferry::offer;
 use crate::ferry::pace::Level;
+use crate::ferry::push_planner;
 
 /// Between two looks at whether the session is over, ms.
 const LOOK_AGAIN_MS: u16 = 250;
@@ -24,14 +24,14 @@ const LOOK_AGAIN_MS: u16 = 250;
 /// Answers are compressed at zstd's first level: a thread waits for them.
 const LEVEL: Level = Level::Zstd(1);
 
-impl Offering {
+impl PostcopySession {
     /// Answers questions until the connection or the session ends.
     pub(super) fn answer_all(&self, conn: Conn, hash_key: HashKey) -> Result<()> {
         let page = self.held.page();
         let encoder = Encoder::new(page)
             .map_err(|error| Error::wrap(Kind::Io, "cannot set up zstd", error))?;
         let mut responder = FaultResponder {
-            offering: self,
+            session: self,
             conn,
             encoder,
             verdicts: Verdicts::default(),
@@ -54,7 +54,7 @@ impl Offering {
 }
 
 struct FaultResponder<'a> {
-    offering: &'a Offering,
+    session: &'a PostcopySession,
     conn: Conn,
     encoder: Encoder,
     verdicts: Verdicts,
@@ -78,11 +78,11 @@ impl From<ConnError> for Trouble {
 
 impl FaultResponder<'_> {
     fn run(&mut self) -> std::result::Result<(), Trouble> {
-        while !self.offering.sending.is_ending() {
+        while !self.session.sending.is_ending() {
             let left = self.conn.flush()?;
             match self.conn.receive()? {
                 Some(found) if found.kind == frame::Kind::Fault => {
-                    let fault = Fault::decode(&found.body, self.offering.held.page());
+                    let fault = Fault::decode(&found.body, self.session.held.page());
                     let fault = fault.map_err(ConnError::Frame)?;
                     self.answer(found.number, &fault).map_err(Trouble::Failed)?;
                 }
@@ -108,17 +108,17 @@ impl FaultResponder<'_> {
 
     /// Queues the answer to question `number`.
     fn answer(&mut self, number: u64, fault: &Fault) -> Result<()> {
-        let offering = self.offering;
-        let (numbers, range) = offering.held.find(fault)?;
-        let page = offering.held.page();
+        let session = self.session;
+        let (numbers, range) = session.held.find(fault)?;
+        let page = session.held.page();
         let bytes = usize::try_from(range.bytes()).expect("an answer is small");
         self.plain.resize(bytes, 0);
-        offering.held.read(numbers.clone(), &mut self.plain)?;
+        session.held.read(numbers.clone(), &mut self.plain)?;
         let (plain, verdicts) = (&self.plain, &mut self.verdicts);
-        let memory = offering.sending.memory();
-        offer::judge_answer(&memory, &self.hasher, page, fault, range, plain, verdicts);
+        let memory = session.sending.memory();
+        push_planner::judge_answer(&memory, &self.hasher, page, fault, range, plain, verdicts);
         drop(memory);
-        let run = offer::answer_run(range);
+        let run = push_planner::answer_run(range);
         let batch = PlainBatch {
             target: fault.target,
             runs: run.as_slice(),
@@ -131,10 +131,10 @@ impl FaultResponder<'_> {
             .map_err(|error| Error::wrap(Kind::Io, "zstd failed", error))?;
         open.finish(&mut words, frame::Kind::FaultPages, number);
         self.conn.queue(Arc::new(words));
-        offering
+        session
             .traffic
             .served(1, range.pages(page).get(), range.bytes());
-        offering.give(numbers);
+        session.give(numbers);
         Ok(())
     }
 }

@@ -20,7 +20,7 @@ use crate::engine::ferry::lock;
 use crate::engine::memory::Memory;
 use crate::error::{Error, Kind, Result};
 use crate::ferry::message::Fault;
-use crate::ferry::offer::{self, Found};
+use crate::ferry::push_planner::{self, Found};
 use crate::image::chain::{Absence, Chain, Missing, Place, Resolved};
 use crate::image::dir::ImageDir;
 use crate::lazy::drain::DrainPlan;
@@ -176,7 +176,7 @@ impl Held {
     /// Waits until the page is there that a thread waits for, and says which numbers and addresses are to be
     /// sent with it: none if the dump does not have it.
     pub(in crate::engine) fn find(&self, fault: &Fault) -> Result<(Range<u64>, PageRange)> {
-        self.wait(|plan| match offer::find(plan, self.page, fault) {
+        self.wait(|plan| match push_planner::find(plan, self.page, fault) {
             Found::Nothing => Ok((0..0, PageRange::new(0, 0))),
             Found::Pages(numbers, range) => Ok((numbers, range)),
             Found::Awaited(numbers) => Err(numbers),

@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use socket2::Socket;
 
 use crate::criu::header::Wire;
-use crate::engine::ferry::offering::{OfferPort, Offered};
+use crate::engine::ferry::postcopy_listener::{PostcopyListener, PushAccepted};
 use crate::engine::listen::Source;
 use crate::engine::memory::Memory;
 use crate::engine::restore::wire_of;
@@ -81,7 +81,7 @@ pub struct ForwardLazy {
 struct Clients {
     held: Arc<Held>,
     context: ServeContext,
-    port: OfferPort,
+    listener: PostcopyListener,
     dump: String,
     wire: Wire,
     guests: Guests,
@@ -123,7 +123,7 @@ impl ForwardLazy {
             .counting_in(Arc::clone(&config.traffic))
             .ending_idle(config.idle_timeout);
         let patience = (!config.keep).then_some(config.reconnect_timeout);
-        let port = OfferPort::new(
+        let listener = PostcopyListener::new(
             Arc::clone(&held),
             wire,
             config.reconnect_timeout,
@@ -133,7 +133,7 @@ impl ForwardLazy {
             clients: Clients {
                 held,
                 context,
-                port,
+                listener,
                 dump: config.dump.to_string(),
                 wire,
                 guests: Guests::new(patience),
@@ -231,9 +231,9 @@ impl Clients {
         let (start, cpu_before) = (Instant::now(), cpu_time());
         // The session knows who may come back to it.
         guest.is_one_of_many();
-        match self.port.handle(stream, stop, &|| end_dump(guest))? {
-            Offered::Lane => Ok(()),
-            Offered::Session(sent, ended) => {
+        match self.listener.handle(stream, stop, &|| end_dump(guest))? {
+            PushAccepted::Lane => Ok(()),
+            PushAccepted::Session(sent, ended) => {
                 let forwarded = Forwarded {
                     peer: self.dump.clone(),
                     far_end: peer.to_owned(),

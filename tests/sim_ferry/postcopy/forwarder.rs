@@ -13,8 +13,8 @@ use pageferry::ferry::frame::{Kind, OpenFrame};
 use pageferry::ferry::hash::{Fingerprint, PageHasher};
 use pageferry::ferry::hello::{Fail, FailCode, Hello};
 use pageferry::ferry::message::{Answer, Fault, Open, StateId, encode_close};
-use pageferry::ferry::offer::{self, Found, Offer, PushBatch, Step};
 use pageferry::ferry::pace::Level;
+use pageferry::ferry::push_planner::{self, Found, PushBatch, PushPlanner, Step};
 use pageferry::ferry::sender::{Sender, SenderEvent, Transmit};
 use pageferry::lazy::drain::DrainPlan;
 use pageferry::units::{PageCount, PageRange};
@@ -40,7 +40,7 @@ pub(super) struct Forwarder {
     held: Vec<Page>,
     plan: DrainPlan,
     drains_at: Duration,
-    offer: Offer,
+    push_planner: PushPlanner,
     memory: PageMemory,
     encoder: Encoder,
     /// Made when the receiver's hello has come.
@@ -95,7 +95,7 @@ impl Forwarder {
         Forwarder {
             rng,
             held: source.values().flat_map(Pages::values).cloned().collect(),
-            offer: Offer::new(PAGE, plan.pages()),
+            push_planner: PushPlanner::new(PAGE, plan.pages()),
             plan,
             drains_at: Duration::ZERO,
             memory: PageMemory::for_hashes_of(PAGE, lazy),
@@ -157,7 +157,7 @@ impl Forwarder {
                 self.push(pid, &batch);
                 continue;
             }
-            match self.offer.next_step(&self.plan) {
+            match self.push_planner.next_step(&self.plan) {
                 Step::Done => {
                     let pages = PageCount(self.pushed);
                     self.submit(Kind::Close, |out| encode_close(pages, out));
@@ -165,7 +165,7 @@ impl Forwarder {
                 }
                 Step::Wait => return,
                 Step::Push(pid) if self.open == Some(pid) => {
-                    self.batch = Some((pid, self.offer.take_batch(&self.plan, pid)));
+                    self.batch = Some((pid, self.push_planner.take_batch(&self.plan, pid)));
                 }
                 Step::Push(pid) => {
                     let (target, wire) = (Target::Process(pid), Wire::V2);
@@ -234,7 +234,7 @@ impl Forwarder {
     /// The answer to the question whose turn it is, if its pages have come.
     fn next_answer(&mut self) -> Option<Vec<u8>> {
         let (number, fault) = *self.faults.front()?;
-        let (numbers, range) = match offer::find(&self.plan, PAGE, &fault) {
+        let (numbers, range) = match push_planner::find(&self.plan, PAGE, &fault) {
             Found::Nothing => (0..0, PageRange::new(0, 0)),
             Found::Pages(numbers, range) => (numbers, range),
             Found::Awaited(numbers) => {
@@ -248,8 +248,8 @@ impl Forwarder {
         let (_, hasher) = self.talk.as_ref()?;
         let mut verdicts = Verdicts::default();
         let memory = &self.memory;
-        offer::judge_answer(memory, hasher, PAGE, &fault, range, &plain, &mut verdicts);
-        let run = offer::answer_run(range);
+        push_planner::judge_answer(memory, hasher, PAGE, &fault, range, &plain, &mut verdicts);
+        let run = push_planner::answer_run(range);
         let batch = PlainBatch {
             target: fault.target,
             runs: run.as_slice(),
@@ -263,7 +263,7 @@ impl Forwarder {
             .expect("zstd works");
         open.finish(&mut frame, Kind::FaultPages, number);
         self.seen.add("page answered as the same", tally.same);
-        self.offer.give(numbers);
+        self.push_planner.give(numbers);
         Some(frame)
     }
 }

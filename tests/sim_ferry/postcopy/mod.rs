@@ -16,7 +16,7 @@ use fastrand::Rng;
 use pageferry::criu::header::Target;
 use pageferry::ferry::hash::HashKey;
 use pageferry::ferry::hello::{Features, Hello, Role, SessionId, VERSION, Window};
-use pageferry::ferry::link::Harbor;
+use pageferry::ferry::link::SessionTable;
 
 use crate::hosts::ListeningHost;
 use crate::memory::{self, Memory, PAGE};
@@ -137,13 +137,13 @@ impl World {
         let hello = self.hello(Role::Receiver, session, key);
         let own = self.hello(Role::Sender, SessionId::default(), HashKey::default());
         let roles = [Role::Sender, Role::Responder];
-        let harbor = Harbor::new(own, &roles, PATIENCE.give_up_after);
+        let table = SessionTable::new(own, &roles, PATIENCE.give_up_after);
         let forwarder = Forwarder::new(self.rng.fork(), &self.source);
         let (earlier, window) = (self.earlier.clone(), hello.window);
         let rng = self.rng.fork();
         let client = Client::new(rng, &self.source, earlier, session, key, window);
         let mut dial = Some(PairHost::new(client, hello, PATIENCE.give_up_after));
-        let mut listen = Some(ListeningHost::new(forwarder, harbor));
+        let mut listen = Some(ListeningHost::new(forwarder, table));
         let (mut crashed_client, mut crashed_forwarder) = (None, None);
         let tampered_every = self.tampered_every;
         run(

@@ -36,7 +36,7 @@ pub enum Step {
     Done,
     /// The next page has not come from the dump.
     Wait,
-    /// Pages of this process, by [`Offer::take_batch`].
+    /// Pages of this process, by [`PushPlanner::take_batch`].
     Push(u32),
 }
 
@@ -64,17 +64,17 @@ pub enum Found {
 
 /// What one receiver was given and will be given. See the module's text.
 #[derive(Debug)]
-pub struct Offer {
+pub struct PushPlanner {
     page: PageSize,
     given: PageSet,
     /// Number of the next page.
     at: u64,
 }
 
-impl Offer {
-    /// An offer of so many `pages`.
-    pub fn new(page: PageSize, pages: PageCount) -> Offer {
-        Offer {
+impl PushPlanner {
+    /// A planner for so many `pages`.
+    pub fn new(page: PageSize, pages: PageCount) -> PushPlanner {
+        PushPlanner {
             page,
             given: PageSet::new(pages.get()),
             at: 0,
@@ -225,17 +225,17 @@ mod tests {
     #[test]
     fn every_page_that_comes_is_pushed_once_and_answers_are_left_out() {
         let all = plan(&[(7, pages(0, 100)), (9, pages(0, 100))]);
-        let mut offer = Offer::new(PAGE, all.pages());
-        offer.give(3..5);
+        let mut push_planner = PushPlanner::new(PAGE, all.pages());
+        push_planner.give(3..5);
         let mut pushed = Vec::new();
-        while let Step::Push(pid) = offer.next_step(&all) {
-            let batch = offer.take_batch(&all, pid);
+        while let Step::Push(pid) = push_planner.next_step(&all) {
+            let batch = push_planner.take_batch(&all, pid);
             assert!((1..=16).contains(&batch.pages.get()));
             let ranges = batch.runs.iter().map(|run| run.range.bytes() >> 12);
             assert_eq!(ranges.sum::<u64>(), batch.pages.get());
             pushed.extend(batch.numbers.into_iter().flatten());
         }
-        assert_eq!(offer.next_step(&all), Step::Done);
+        assert_eq!(push_planner.next_step(&all), Step::Done);
         let wanted: Vec<u64> = (0..3).chain(5..39).collect();
         assert_eq!(pushed, wanted);
     }
@@ -243,10 +243,10 @@ mod tests {
     #[test]
     fn the_push_waits_for_pages_that_have_not_come() {
         let some = plan(&[(7, pages(10, 2))]);
-        let mut offer = Offer::new(PAGE, some.pages());
-        assert_eq!(offer.next_step(&some), Step::Push(7));
-        assert_eq!(offer.take_batch(&some, 7).pages, PageCount(2));
-        assert_eq!(offer.next_step(&some), Step::Wait);
+        let mut push_planner = PushPlanner::new(PAGE, some.pages());
+        assert_eq!(push_planner.next_step(&some), Step::Push(7));
+        assert_eq!(push_planner.take_batch(&some, 7).pages, PageCount(2));
+        assert_eq!(push_planner.next_step(&some), Step::Wait);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The listening side of receivers: admits connections to their sessions.
 //!
 //! ```text
-//! connection ── HELLO ──> Harbor ── opened ──> session: ReceiverSession, applier thread, directory
+//! connection ── HELLO ──> SessionTable ── opened ──> session: ReceiverSession, applier thread, directory
 //!                            └───── joined ──> one more lane of it
 //! ```
 //!
@@ -29,7 +29,7 @@ use crate::error::{Error, Kind, Result};
 use crate::ferry::frame;
 use crate::ferry::hash::{HashKey, PageHasher};
 use crate::ferry::hello::{Fail, FailCode, Features, Hello, Role, SessionId, VERSION};
-use crate::ferry::link::{Admission, Berth, Harbor};
+use crate::ferry::link::{Admission, ConnectionId, SessionTable};
 use crate::ferry::message::StateId;
 use crate::limits::FERRY_STREAMS_MAX;
 use crate::observe::received::Received;
@@ -40,7 +40,7 @@ use crate::units::PageSize;
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// See the module's text.
-pub struct FerryPort<'a> {
+pub struct PrecopyListener<'a> {
     context: &'a ReceiveContext,
     stop: &'a Stop,
     page: PageSize,
@@ -54,10 +54,10 @@ pub struct FerryPort<'a> {
 }
 
 struct State {
-    harbor: Harbor,
+    table: SessionTable,
     opened: u64,
     sessions: BTreeMap<SessionId, Arc<ReceiverSession>>,
-    /// Sessions that went well, as long as the harbor remembers them.
+    /// Sessions that went well, as long as the table remembers them.
     finished: BTreeMap<SessionId, Arc<ReceiverSession>>,
 }
 
@@ -70,7 +70,7 @@ pub enum Handled {
     Lane,
 }
 
-impl<'a> FerryPort<'a> {
+impl<'a> PrecopyListener<'a> {
     /// Takes sessions, or `only_one`, into the stores of `context`. A session without a connection for
     /// `reconnect_timeout` is given up.
     pub fn new(
@@ -78,7 +78,7 @@ impl<'a> FerryPort<'a> {
         stop: &'a Stop,
         reconnect_timeout: Duration,
         only_one: bool,
-    ) -> Result<FerryPort<'a>> {
+    ) -> Result<PrecopyListener<'a>> {
         let page = context.stores.page();
         let hash_key = HashKey(random_bits()?);
         let own = Hello {
@@ -94,7 +94,7 @@ impl<'a> FerryPort<'a> {
             window: WINDOW,
             hash_key,
         };
-        Ok(FerryPort {
+        Ok(PrecopyListener {
             context,
             stop,
             page,
@@ -103,7 +103,7 @@ impl<'a> FerryPort<'a> {
             hasher: PageHasher::new(hash_key, page),
             spares: Arc::default(),
             state: Mutex::new(State {
-                harbor: Harbor::new(own, &[Role::Receiver], reconnect_timeout),
+                table: SessionTable::new(own, &[Role::Receiver], reconnect_timeout),
                 opened: 0,
                 sessions: BTreeMap::new(),
                 finished: BTreeMap::new(),
@@ -147,7 +147,7 @@ impl<'a> FerryPort<'a> {
             .map_err(|error| lost(ConnError::Frame(error)))?;
         let mut state = lock(&self.state);
         let open_to_new = open_to_new && !(self.only_one && state.opened > 0);
-        match state.harbor.admit(greeting, open_to_new) {
+        match state.table.admit(greeting, open_to_new) {
             Admission::Refused(fail) => {
                 let serves = !state.sessions.is_empty();
                 drop(state);
@@ -188,7 +188,7 @@ impl<'a> FerryPort<'a> {
                     }
                     Err(error) => {
                         let fail = Fail::new(FailCode::Receiver, error.to_string());
-                        state.harbor.fail(theirs.session, fail.clone());
+                        state.table.fail(theirs.session, fail.clone());
                         drop(state);
                         refuse(conn, &fail);
                         Err(error)
@@ -244,7 +244,7 @@ impl<'a> FerryPort<'a> {
         state.sessions.remove(&hello.session);
         match &result {
             Ok(_) => {
-                let forgotten = state.harbor.finish(hello.session);
+                let forgotten = state.table.finish(hello.session);
                 receiving.retire();
                 state.finished.insert(hello.session, receiving);
                 if let Some(oldest) = forgotten {
@@ -254,7 +254,7 @@ impl<'a> FerryPort<'a> {
             Err(error) => {
                 let text = format!("the session has failed: {error}");
                 let fail = Fail::new(FailCode::Receiver, text);
-                state.harbor.fail(hello.session, fail);
+                state.table.fail(hello.session, fail);
             }
         }
         drop(state);
@@ -278,7 +278,7 @@ impl<'a> FerryPort<'a> {
             receiving.lost("stopped by a signal".to_owned());
         }
         let now = self.start.elapsed();
-        if lock(&self.state).harbor.has_expired(session, now) {
+        if lock(&self.state).table.has_expired(session, now) {
             receiving.lost(format!(
                 "the far end did not come back for {} s (--reconnect-timeout)",
                 self.reconnect_timeout.as_secs()
@@ -305,15 +305,15 @@ impl<'a> FerryPort<'a> {
             peer.stream,
             peer.session
         );
-        let berth = Berth {
+        let connection = ConnectionId {
             session: peer.session,
             for_faults: false,
             stream: peer.stream,
         };
         let now = self.start.elapsed();
         lock(&self.state)
-            .harbor
-            .handle_lost(berth, peer.attempt, now);
+            .table
+            .handle_lost(connection, peer.attempt, now);
         self.bell.ring();
         Ok(())
     }
@@ -328,7 +328,7 @@ struct Session {
 }
 
 impl Session {
-    fn begin(port: &FerryPort<'_>, store: SessionStore, hello: Hello) -> Result<Session> {
+    fn begin(port: &PrecopyListener<'_>, store: SessionStore, hello: Hello) -> Result<Session> {
         let bases = Arc::new(Bases::default());
         let streams = hello.streams.clamp(1, FERRY_STREAMS_MAX);
         let (spares, known) = (Arc::clone(&port.spares), Arc::clone(&bases));

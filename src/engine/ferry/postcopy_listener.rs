@@ -20,7 +20,7 @@ use super::conn::{Conn, ConnError};
 use super::dialing::{Bell, DialingParty, Lost, first_frame};
 use super::lane::{self, Waker};
 use super::packer::{Job, Packer};
-use super::port::refuse;
+use super::precopy_listener::refuse;
 use super::sender_session::SenderSession;
 use super::{GOODBYE, Learned, WINDOW, lock};
 use crate::criu::header::{Target, Wire};
@@ -32,9 +32,9 @@ use crate::ferry::delta::PageMemory;
 use crate::ferry::frame;
 use crate::ferry::hash::HashKey;
 use crate::ferry::hello::{Fail, FailCode, Features, Hello, Role, SessionId, VERSION};
-use crate::ferry::link::{Admission, Berth, Harbor};
+use crate::ferry::link::{Admission, ConnectionId, SessionTable};
 use crate::ferry::message::{Open, StateId, encode_close};
-use crate::ferry::offer::{Offer, Step};
+use crate::ferry::push_planner::{PushPlanner, Step};
 use crate::limits::FERRY_STREAMS_MAX;
 use crate::observe::ferried::Sent;
 use crate::observe::traffic::Traffic;
@@ -45,7 +45,7 @@ use crate::units::PageCount;
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// See the module's text.
-pub(in crate::engine) struct OfferPort {
+pub(in crate::engine) struct PostcopyListener {
     held: Arc<Held>,
     wire: Wire,
     reconnect_timeout: Duration,
@@ -56,19 +56,19 @@ pub(in crate::engine) struct OfferPort {
 }
 
 struct State {
-    harbor: Harbor,
-    sessions: BTreeMap<SessionId, Arc<Offering>>,
-    /// Sessions that went well, as long as the harbor remembers them.
-    finished: BTreeMap<SessionId, Arc<Offering>>,
+    table: SessionTable,
+    sessions: BTreeMap<SessionId, Arc<PostcopySession>>,
+    /// Sessions that went well, as long as the table remembers them.
+    finished: BTreeMap<SessionId, Arc<PostcopySession>>,
 }
 
 /// A receiver's session.
-pub(super) struct Offering {
+pub(super) struct PostcopySession {
     pub(super) held: Arc<Held>,
     pub(super) sending: SenderSession,
     pub(super) traffic: Arc<Traffic>,
     /// What is pushed next, and what need not be.
-    offer: Mutex<Offer>,
+    push_planner: Mutex<PushPlanner>,
 }
 
 /// What both ends of a connection have said of themselves.
@@ -78,20 +78,20 @@ struct Greeting {
 }
 
 /// What came of a connection.
-pub(in crate::engine) enum Offered {
+pub(in crate::engine) enum PushAccepted {
     /// It opened a session, which is over: what was sent, and how it ended.
     Session(Box<Sent>, Result<()>),
     /// It was one of the connections of a session.
     Lane,
 }
 
-impl std::fmt::Debug for OfferPort {
+impl std::fmt::Debug for PostcopyListener {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "OfferPort({:?})", self.held)
+        write!(f, "PostcopyListener({:?})", self.held)
     }
 }
 
-impl OfferPort {
+impl PostcopyListener {
     /// Offers `held`, which a CRIU that speaks `wire` has dumped. A session without a connection for
     /// `reconnect_timeout` is given up.
     pub(in crate::engine) fn new(
@@ -99,7 +99,7 @@ impl OfferPort {
         wire: Wire,
         reconnect_timeout: Duration,
         traffic: Arc<Traffic>,
-    ) -> OfferPort {
+    ) -> PostcopyListener {
         let own = Hello {
             version: VERSION,
             role: Role::Sender,
@@ -117,13 +117,13 @@ impl OfferPort {
             hash_key: HashKey::default(),
         };
         let roles = [Role::Sender, Role::Responder];
-        OfferPort {
+        PostcopyListener {
             held,
             wire,
             reconnect_timeout,
             traffic,
             state: Mutex::new(State {
-                harbor: Harbor::new(own, &roles, reconnect_timeout),
+                table: SessionTable::new(own, &roles, reconnect_timeout),
                 sessions: BTreeMap::new(),
                 finished: BTreeMap::new(),
             }),
@@ -140,7 +140,7 @@ impl OfferPort {
         stream: Stream,
         stop: &Stop,
         taken: &(dyn Fn() -> Result<()> + Sync),
-    ) -> Result<Offered> {
+    ) -> Result<PushAccepted> {
         let peer = stream.peer().to_owned();
         self.greet(stream, stop, taken)
             .map_err(|error| error.within(format!("ferry to {peer}")))
@@ -151,7 +151,7 @@ impl OfferPort {
         stream: Stream,
         stop: &Stop,
         taken: &(dyn Fn() -> Result<()> + Sync),
-    ) -> Result<Offered> {
+    ) -> Result<PushAccepted> {
         let lost = |error| Error::wrap(Kind::PeerLost, "no greeting came", error);
         let transport = transport(stream).map_err(|error| lost(ConnError::Socket(error)))?;
         let mut conn = Conn::new(transport, Arc::default());
@@ -160,7 +160,7 @@ impl OfferPort {
         let greeting = Hello::decode(hello.kind, &hello.body)
             .map_err(|error| lost(ConnError::Frame(error)))?;
         let mut state = lock(&self.state);
-        match state.harbor.admit(greeting, true) {
+        match state.table.admit(greeting, true) {
             Admission::Refused(fail) => {
                 drop(state);
                 refuse(conn, &fail);
@@ -168,27 +168,30 @@ impl OfferPort {
             }
             Admission::Joined { peer, welcome } => {
                 let living = state.sessions.get(&peer.session);
-                let offering = living
+                let session = living
                     .or_else(|| state.finished.get(&peer.session))
                     .cloned();
                 drop(state);
-                if let Some(offering) = offering {
-                    self.join(conn, &offering, &peer, &welcome)?;
+                if let Some(session) = session {
+                    self.join(conn, &session, &peer, &welcome)?;
                 }
-                Ok(Offered::Lane)
+                Ok(PushAccepted::Lane)
             }
             Admission::Opened { peer, welcome } => {
-                let offering = Arc::new(Offering::new(self, peer.session));
-                state.sessions.insert(peer.session, Arc::clone(&offering));
+                let session = Arc::new(PostcopySession::new(self, peer.session));
+                state.sessions.insert(peer.session, Arc::clone(&session));
                 drop(state);
                 tracing::info!("session {} is offered the dump's memory", peer.session);
                 let running = self.traffic.begin_session();
                 let greeting = Greeting { peer, welcome };
-                let ended = self.own(conn, &offering, &greeting, stop, taken);
+                let ended = self.own(conn, &session, &greeting, stop, taken);
                 if ended.is_ok() {
                     running.succeed();
                 }
-                Ok(Offered::Session(Box::new(offering.sending.sent()), ended))
+                Ok(PushAccepted::Session(
+                    Box::new(session.sending.sent()),
+                    ended,
+                ))
             }
         }
     }
@@ -197,15 +200,15 @@ impl OfferPort {
     fn own(
         &self,
         conn: Conn,
-        offering: &Arc<Offering>,
+        session: &Arc<PostcopySession>,
         Greeting { peer, welcome }: &Greeting,
         stop: &Stop,
         taken: &(dyn Fn() -> Result<()> + Sync),
     ) -> Result<()> {
-        let sending = &offering.sending;
+        let sending = &session.sending;
         let result = thread::scope(|scope| {
             let feeder = scope.spawn(|| {
-                let fed = thread::scope(|scope| offering.feed(scope, self.wire));
+                let fed = thread::scope(|scope| session.feed(scope, self.wire));
                 let fed = fed.and_then(|()| taken());
                 match &fed {
                     Ok(()) => sending.finish(),
@@ -214,7 +217,7 @@ impl OfferPort {
                 self.bell.ring();
                 fed
             });
-            if let Err(error) = self.join(conn, offering, peer, welcome) {
+            if let Err(error) = self.join(conn, session, peer, welcome) {
                 sending.lost(Lost::GivenUp(error.to_string()));
             }
             while !feeder.is_finished() {
@@ -232,9 +235,9 @@ impl OfferPort {
         state.sessions.remove(&peer.session);
         match &result {
             Ok(()) => {
-                let forgotten = state.harbor.finish(peer.session);
-                offering.retire();
-                state.finished.insert(peer.session, Arc::clone(offering));
+                let forgotten = state.table.finish(peer.session);
+                session.retire();
+                state.finished.insert(peer.session, Arc::clone(session));
                 if let Some(oldest) = forgotten {
                     state.finished.remove(&oldest);
                 }
@@ -242,7 +245,7 @@ impl OfferPort {
             Err(error) => {
                 let text = format!("the session has failed: {error}");
                 let fail = Fail::new(FailCode::Sender, text);
-                state.harbor.fail(peer.session, fail);
+                state.table.fail(peer.session, fail);
             }
         }
         result
@@ -254,7 +257,7 @@ impl OfferPort {
         while sending.awaits_farewell() {
             let seen = sending.bell().rings();
             let expired = lock(&self.state)
-                .harbor
+                .table
                 .has_expired(session, self.start.elapsed());
             if expired || stop.is_pulled() {
                 tracing::warn!(
@@ -272,7 +275,7 @@ impl OfferPort {
             sending.lost(Lost::Stopped);
         }
         let now = self.start.elapsed();
-        if lock(&self.state).harbor.has_expired(session, now) {
+        if lock(&self.state).table.has_expired(session, now) {
             sending.lost(Lost::GivenUp(format!(
                 "the lazy client did not come back for {} s (--reconnect-timeout)",
                 self.reconnect_timeout.as_secs()
@@ -284,7 +287,7 @@ impl OfferPort {
     fn join(
         &self,
         mut conn: Conn,
-        offering: &Offering,
+        session: &PostcopySession,
         peer: &Hello,
         welcome: &Hello,
     ) -> Result<()> {
@@ -293,18 +296,18 @@ impl OfferPort {
         conn.queue(Arc::new(words));
         let for_faults = peer.role == Role::Requester;
         let ended = if for_faults {
-            offering.answer_all(conn, peer.hash_key)
+            session.answer_all(conn, peer.hash_key)
         } else {
-            run_lane(conn, &offering.sending, peer)
+            run_lane(conn, &session.sending, peer)
         };
-        let berth = Berth {
+        let connection = ConnectionId {
             session: peer.session,
             for_faults,
             stream: peer.stream,
         };
         let now = self.start.elapsed();
         let mut state = lock(&self.state);
-        state.harbor.handle_lost(berth, peer.attempt, now);
+        state.table.handle_lost(connection, peer.attempt, now);
         drop(state);
         self.bell.ring();
         ended
@@ -324,18 +327,23 @@ fn run_lane(conn: Conn, sending: &SenderSession, peer: &Hello) -> Result<()> {
     Ok(())
 }
 
-impl Offering {
-    fn new(port: &OfferPort, session: SessionId) -> Offering {
-        let (_, pages) = port.held.progress();
+impl PostcopySession {
+    fn new(listener: &PostcopyListener, session: SessionId) -> PostcopySession {
+        let (_, pages) = listener.held.progress();
         // A receiver may have an earlier round; what is pushed to it now it gets once.
-        let memory = PageMemory::for_hashes_of(port.held.page(), port.held.runs());
+        let memory = PageMemory::for_hashes_of(listener.held.page(), listener.held.runs());
         let learned = Learned::new(memory);
-        let traffic = Arc::clone(&port.traffic);
-        Offering {
-            held: Arc::clone(&port.held),
-            sending: SenderSession::new(port.held.page(), session, learned, Arc::clone(&traffic)),
+        let traffic = Arc::clone(&listener.traffic);
+        PostcopySession {
+            held: Arc::clone(&listener.held),
+            sending: SenderSession::new(
+                listener.held.page(),
+                session,
+                learned,
+                Arc::clone(&traffic),
+            ),
             traffic,
-            offer: Mutex::new(Offer::new(port.held.page(), pages)),
+            push_planner: Mutex::new(PushPlanner::new(listener.held.page(), pages)),
         }
     }
 
@@ -346,7 +354,7 @@ impl Offering {
 
     /// The pages `numbers` need not be pushed (any more).
     pub(super) fn give(&self, numbers: Range<u64>) {
-        lock(&self.offer).give(numbers);
+        lock(&self.push_planner).give(numbers);
     }
 
     /// Pushes everything, unless the receiver wants nothing but answers, and waits until it has all that it
@@ -357,7 +365,7 @@ impl Offering {
         let encoders = crate::engine::forward::encoders();
         let packer = Packer::start(scope, &self.sending, &agreed, page, encoders)?;
         let mut feed = Feed {
-            offering: self,
+            session: self,
             packer,
             wire,
             takes_questions: agreed.features.has(Features::HASHES),
@@ -382,7 +390,7 @@ impl Offering {
 
 /// The push of a session.
 struct Feed<'s> {
-    offering: &'s Offering,
+    session: &'s PostcopySession,
     packer: Packer<'s>,
     wire: Wire,
     /// Whose pages are being pushed.
@@ -397,11 +405,11 @@ struct Feed<'s> {
 impl Feed<'_> {
     /// Pushes a batch as soon as its pages are there. Says whether there may be more.
     fn step(&mut self) -> Result<bool> {
-        let held = &self.offering.held;
-        let next = held.with_plan(|plan| lock(&self.offering.offer).next_step(plan));
+        let held = &self.session.held;
+        let next = held.with_plan(|plan| lock(&self.session.push_planner).next_step(plan));
         match next {
             Step::Done => return Ok(false),
-            Step::Wait if self.offering.sending.is_ending() => {
+            Step::Wait if self.session.sending.is_ending() => {
                 return Err(Error::new(Kind::PeerLost, "the lazy client has left"));
             }
             Step::Wait => held.wait_for_more(LOOK_AGAIN)?,
@@ -416,7 +424,7 @@ impl Feed<'_> {
     /// Opens all processes without a page: what an earlier round has of them need not travel with answers
     /// either.
     fn open_all(&mut self) -> Result<()> {
-        let pids = self.offering.held.pids();
+        let pids = self.session.held.pids();
         pids.into_iter().try_for_each(|pid| self.open(pid))
     }
 
@@ -430,7 +438,7 @@ impl Feed<'_> {
             wire: self.wire,
         };
         let write = |out: &mut Vec<u8>| open.encode(out);
-        let sending = &self.offering.sending;
+        let sending = &self.session.sending;
         let answer = sending.ask(frame::Kind::Open, write)?;
         self.hashed = self.takes_questions && answer.state != StateId::NONE;
         if self.hashed {
@@ -442,9 +450,9 @@ impl Feed<'_> {
 
     /// Hands over a batch of the next pages of `pid` that are there.
     fn push_batch(&mut self, pid: u32) -> Result<()> {
-        let held = &self.offering.held;
+        let held = &self.session.held;
         let mut buffer = self.packer.buffer()?;
-        let batch = held.with_plan(|plan| lock(&self.offering.offer).take_batch(plan, pid));
+        let batch = held.with_plan(|plan| lock(&self.session.push_planner).take_batch(plan, pid));
         let mut filled = 0;
         for numbers in batch.numbers {
             let bytes = (numbers.end - numbers.start) << held.page().shift();

@@ -10,7 +10,7 @@ use super::check;
 
 /// Names one connection of a session.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct Berth {
+pub struct ConnectionId {
     /// The session.
     pub session: SessionId,
     /// Whether it is one of the connections for faults, which are counted by themselves.
@@ -29,7 +29,7 @@ pub enum Admission {
         /// What is to be said on the connection.
         welcome: Hello,
     },
-    /// It continues a session, in place of any older connection of the same berth.
+    /// It continues a session, in place of any older connection of the same id.
     Joined {
         /// What the connecting side said, with the features that both have.
         peer: Hello,
@@ -41,31 +41,31 @@ pub enum Admission {
 }
 
 #[derive(Clone, Debug, Default)]
-struct Moored {
+struct SessionEntry {
     /// How many connections its first one said that there are at most.
     streams: u16,
-    /// Attempt of the newest connection of each berth, and whether it stands.
-    berths: BTreeMap<Berth, (u32, bool)>,
+    /// Attempt of the newest connection by its id, and whether it stands.
+    connections: BTreeMap<ConnectionId, (u32, bool)>,
     alone_since: Option<Duration>,
 }
 
 /// The listening side: all sessions of a port.
 #[derive(Clone, Debug)]
-pub struct Harbor {
+pub struct SessionTable {
     own: Hello,
     roles: Vec<Role>,
     give_up_after: Duration,
-    sessions: BTreeMap<SessionId, Moored>,
+    sessions: BTreeMap<SessionId, SessionEntry>,
     failed: VecDeque<(SessionId, Fail)>,
     /// Sessions that have ended well, and how many connections they had at most.
     finished: VecDeque<(SessionId, u16)>,
 }
 
-impl Harbor {
-    /// A harbor that plays any of `roles`. The rest of its hello is `own`'s; sessions without a
+impl SessionTable {
+    /// A table that plays any of `roles`. The rest of its hello is `own`'s; sessions without a
     /// connection for `give_up_after` expire.
-    pub fn new(own: Hello, roles: &[Role], give_up_after: Duration) -> Harbor {
-        Harbor {
+    pub fn new(own: Hello, roles: &[Role], give_up_after: Duration) -> SessionTable {
+        SessionTable {
             own,
             roles: roles.to_vec(),
             give_up_after,
@@ -105,25 +105,28 @@ impl Harbor {
             let text = "no further session is accepted here";
             return Admission::Refused(Fail::new(FailCode::Busy, text));
         }
-        let moored = self.sessions.entry(peer.session).or_insert_with(|| Moored {
-            streams: peer.streams,
-            ..Moored::default()
-        });
-        if !for_faults && peer.streams != moored.streams {
-            return other_streams(peer.streams, moored.streams);
+        let entry = self
+            .sessions
+            .entry(peer.session)
+            .or_insert_with(|| SessionEntry {
+                streams: peer.streams,
+                ..SessionEntry::default()
+            });
+        if !for_faults && peer.streams != entry.streams {
+            return other_streams(peer.streams, entry.streams);
         }
-        let berth = Berth {
+        let connection = ConnectionId {
             session: peer.session,
             for_faults,
             stream: peer.stream,
         };
-        let (attempt, up) = moored.berths.entry(berth).or_insert((0, false));
+        let (attempt, up) = entry.connections.entry(connection).or_insert((0, false));
         if peer.attempt <= *attempt {
             let text = "a newer connection has taken the place of this one";
             return Admission::Refused(Fail::new(FailCode::Superseded, text));
         }
         (*attempt, *up) = (peer.attempt, true);
-        moored.alone_since = None;
+        entry.alone_since = None;
         let welcome = self.welcome(&peer);
         if known {
             Admission::Joined { peer, welcome }
@@ -144,36 +147,33 @@ impl Harbor {
         }
     }
 
-    /// The connection of `berth` that was dialled as `attempt` is gone.
-    pub fn handle_lost(&mut self, berth: Berth, attempt: u32, now: Duration) {
-        let Some(moored) = self.sessions.get_mut(&berth.session) else {
+    /// The `connection` that was dialled as `attempt` is gone.
+    pub fn handle_lost(&mut self, connection: ConnectionId, attempt: u32, now: Duration) {
+        let Some(entry) = self.sessions.get_mut(&connection.session) else {
             return;
         };
-        if let Some((newest, up)) = moored.berths.get_mut(&berth)
+        if let Some((newest, up)) = entry.connections.get_mut(&connection)
             && *newest == attempt
         {
             *up = false;
         }
-        if !moored.berths.values().any(|(_, up)| *up) {
-            moored.alone_since.get_or_insert(now);
+        if !entry.connections.values().any(|(_, up)| *up) {
+            entry.alone_since.get_or_insert(now);
         }
     }
 
-    /// Whether `session` has had no connection for too long. It stays until [`Harbor::fail`] or [`Harbor::finish`].
+    /// Whether `session` has had no connection for too long. It stays until [`SessionTable::fail`] or [`SessionTable::finish`].
     pub fn has_expired(&self, session: SessionId, now: Duration) -> bool {
         let since = self
             .sessions
             .get(&session)
-            .and_then(|moored| moored.alone_since);
+            .and_then(|entry| entry.alone_since);
         since.is_some_and(|since| now >= since + self.give_up_after)
     }
 
     /// When to ask for expired sessions again at the latest.
     pub fn deadline(&self) -> Option<Duration> {
-        let alone = self
-            .sessions
-            .values()
-            .filter_map(|moored| moored.alone_since);
+        let alone = self.sessions.values().filter_map(|entry| entry.alone_since);
         alone.min().map(|since| since + self.give_up_after)
     }
 
@@ -189,8 +189,8 @@ impl Harbor {
     /// The session is over, and all is well. Who comes back to it is let in, to hear that once more: the
     /// last word may have been lost with its connection. Names the session that is forgotten for this one.
     pub fn finish(&mut self, session: SessionId) -> Option<SessionId> {
-        let moored = self.sessions.remove(&session)?;
-        self.finished.push_back((session, moored.streams));
+        let entry = self.sessions.remove(&session)?;
+        self.finished.push_back((session, entry.streams));
         if self.finished.len() <= FERRY_ENDED_SESSIONS_MAX {
             return None;
         }
