@@ -260,7 +260,7 @@ proptest! {
         };
         let mut dialer = Dialer::new(hello(Role::Sender), times, Duration::ZERO);
         let _ = dialer.poll_dial(Duration::ZERO);
-        let mut lanes: Option<Receiver> = None;
+        let mut connections: Option<Receiver> = None;
         for (session, stream, streams, attempt, opening, role) in greetings {
             let mut greeting = Vec::new();
             let said = Hello {
@@ -285,15 +285,15 @@ proptest! {
             let _ = dialer.handle_welcome(0, Greeting::Hello(said), Duration::ZERO);
             match table.admit(Greeting::Hello(said), true) {
                 Admission::Refused(_) => {}
-                // What the engine does with it: a session's lanes are made when it is opened.
+                // What the engine does with it: a session's connections are made when it is opened.
                 Admission::Opened { peer, .. } if peer.session == SessionId([0; 16]) => {
                     let streams = peer.streams.clamp(1, FERRY_STREAMS_MAX);
                     let mut receiver = Receiver::new(PAGE, streams, WINDOW);
                     receiver.stream_up(peer.stream);
-                    lanes = Some(receiver);
+                    connections = Some(receiver);
                 }
                 Admission::Joined { peer, .. } if peer.session == SessionId([0; 16]) => {
-                    if let Some(receiver) = &mut lanes {
+                    if let Some(receiver) = &mut connections {
                         receiver.stream_up(peer.stream);
                     }
                 }

@@ -150,7 +150,7 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
             }
             Some(Guest::Dump) => receive_client(stream, &context),
             Some(Guest::Ferry) => match listener.handle(stream, entry.is_open()) {
-                Ok(Handled::Lane) => return Ok(()),
+                Ok(Handled::Joined) => return Ok(()),
                 Ok(Handled::Session(received, result)) => {
                     entry.shut();
                     (*received, result)

@@ -79,7 +79,7 @@ impl Reply {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Lane {
+enum StreamState {
     Down,
     /// Welcomed, with what was last said on it.
     Up(Option<Ack>),
@@ -92,7 +92,7 @@ enum Lane {
 pub struct Receiver {
     page: PageSize,
     window: Window,
-    lanes: Vec<Lane>,
+    streams: Vec<StreamState>,
     /// Frames that came too early, with their lengths in bytes.
     held: BTreeMap<u64, u64>,
     held_bytes: u64,
@@ -116,7 +116,7 @@ impl Receiver {
         Receiver {
             page,
             window,
-            lanes: vec![Lane::Down; usize::from(streams)],
+            streams: vec![StreamState::Down; usize::from(streams)],
             held: BTreeMap::new(),
             held_bytes: 0,
             handed_out: 0,
@@ -134,12 +134,12 @@ impl Receiver {
 
     /// A connection of `stream` was welcomed, in place of any older one.
     pub fn stream_up(&mut self, stream: u16) {
-        self.lanes[usize::from(stream)] = Lane::Up(None);
+        self.streams[usize::from(stream)] = StreamState::Up(None);
     }
 
     /// The connection of `stream` is gone.
     pub fn stream_down(&mut self, stream: u16) {
-        self.lanes[usize::from(stream)] = Lane::Down;
+        self.streams[usize::from(stream)] = StreamState::Down;
     }
 
     /// A numbered frame of `bytes` has come.
@@ -286,18 +286,18 @@ impl Receiver {
 
     /// Whether every living connection was told that the session has failed.
     pub fn has_told_failure(&self) -> bool {
-        let told = |lane: &Lane| matches!(lane, Lane::Down | Lane::Told);
-        self.failure.is_some() && self.lanes.iter().all(told)
+        let told = |state: &StreamState| matches!(state, StreamState::Down | StreamState::Told);
+        self.failure.is_some() && self.streams.iter().all(told)
     }
 
     /// What is to be written to `stream` next, on whose connection `arrived` bytes have arrived.
     pub fn poll(&mut self, stream: u16, arrived: u64) -> Option<Reply> {
-        let lane = &mut self.lanes[usize::from(stream)];
-        let Lane::Up(said) = lane else {
+        let state = &mut self.streams[usize::from(stream)];
+        let StreamState::Up(said) = state else {
             return None;
         };
         if let Some(fail) = &self.failure {
-            *lane = Lane::Told;
+            *state = StreamState::Told;
             return Some(Reply::Fail(fail.clone()));
         }
         if *said == Some(self.ack) {

@@ -76,7 +76,7 @@ pub enum SenderEvent<'b> {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Lane {
+enum StreamState {
     Down,
     /// Welcomed; numbered frames wait for its first ACK.
     Welcomed,
@@ -103,7 +103,7 @@ struct Inquiry {
 pub struct Sender {
     page: PageSize,
     window: Window,
-    lanes: Vec<Lane>,
+    streams: Vec<StreamState>,
     /// Frames `safe + 1 ..`, in order.
     outstanding: VecDeque<Outstanding>,
     outstanding_bytes: u64,
@@ -124,7 +124,7 @@ impl Sender {
                 frames: window.frames.clamp(1, FERRY_WINDOW_FRAMES_MAX),
                 bytes: window.bytes.min(FERRY_WINDOW_BYTES_MAX),
             },
-            lanes: vec![Lane::Down; usize::from(streams)],
+            streams: vec![StreamState::Down; usize::from(streams)],
             outstanding: VecDeque::new(),
             outstanding_bytes: 0,
             safe: 0,
@@ -173,7 +173,9 @@ impl Sender {
 
     /// Whether the receiver has something to say: an acknowledgement, an answer, hashes.
     pub fn awaits_word(&self) -> bool {
-        !self.is_settled() || !self.inquiries.is_empty() || self.lanes.contains(&Lane::Welcomed)
+        !self.is_settled()
+            || !self.inquiries.is_empty()
+            || self.streams.contains(&StreamState::Welcomed)
     }
 
     /// Whether a question waits for its answer.
@@ -204,20 +206,20 @@ impl Sender {
 
     /// Whether every living connection was told that the session is over.
     pub fn has_told_end(&self) -> bool {
-        let told = |lane: &Lane| matches!(lane, Lane::Down | Lane::Told);
-        self.ending.is_some() && self.lanes.iter().all(told)
+        let told = |state: &StreamState| matches!(state, StreamState::Down | StreamState::Told);
+        self.ending.is_some() && self.streams.iter().all(told)
     }
 
     /// The connection of `stream` was welcomed. It is a new one: what an older one carried has to
     /// be carried again.
     pub fn stream_up(&mut self, stream: u16) {
         self.stream_down(stream);
-        self.lanes[usize::from(stream)] = Lane::Welcomed;
+        self.streams[usize::from(stream)] = StreamState::Welcomed;
     }
 
     /// The connection of `stream` is gone.
     pub fn stream_down(&mut self, stream: u16) {
-        self.lanes[usize::from(stream)] = Lane::Down;
+        self.streams[usize::from(stream)] = StreamState::Down;
         for (frame, number) in self.outstanding.iter_mut().zip(self.safe + 1..) {
             if frame.carrier == Some(stream) {
                 frame.carrier = None;
@@ -233,15 +235,15 @@ impl Sender {
 
     /// What is to be written to `stream` next.
     pub fn poll(&mut self, stream: u16) -> Option<Transmit> {
-        let lane = &mut self.lanes[usize::from(stream)];
+        let state = &mut self.streams[usize::from(stream)];
         if let Some(ending) = &self.ending {
-            let due = matches!(lane, Lane::Welcomed | Lane::Ready);
+            let due = matches!(state, StreamState::Welcomed | StreamState::Ready);
             return due.then(|| {
-                *lane = Lane::Told;
+                *state = StreamState::Told;
                 ending.clone()
             });
         }
-        if *lane != Lane::Ready {
+        if *state != StreamState::Ready {
             return None;
         }
         let mut inquiries = self.inquiries.iter_mut();
@@ -290,9 +292,9 @@ impl Sender {
                 last,
             });
         }
-        let lane = &mut self.lanes[usize::from(stream)];
-        if *lane == Lane::Welcomed {
-            *lane = Lane::Ready;
+        let state = &mut self.streams[usize::from(stream)];
+        if *state == StreamState::Welcomed {
+            *state = StreamState::Ready;
         }
         let mut progress = false;
         while self.safe < ack.safe {

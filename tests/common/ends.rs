@@ -98,12 +98,12 @@ fn start(
                 return Ok(());
             }
             let handled = port.handle(stream, true);
-            if !matches!(handled, Ok(Handled::Lane)) {
+            if !matches!(handled, Ok(Handled::Joined)) {
                 // Gone already if the session is not the first.
                 let _ = listener.shutdown(Shutdown::Both);
             }
             match handled? {
-                Handled::Lane => Ok(()),
+                Handled::Joined => Ok(()),
                 Handled::Session(received, ended) => {
                     *session.lock().unwrap() = Some(*received);
                     ended

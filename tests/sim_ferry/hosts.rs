@@ -8,14 +8,14 @@ use pageferry::ferry::hello::{Fail, FailCode, Hello, Role, SessionId};
 use pageferry::ferry::link::{Admission, ConnectionId, Dialer, Patience, SessionTable};
 
 use crate::net::{Conn, Net, Side};
-use crate::parts::{Lane, Part, Standing};
+use crate::parts::{Part, Standing, StreamKey};
 use crate::run::{Host, Line, Lives, Stage};
 
 /// A process that dials the streams of a session.
 pub(crate) struct DialingHost<P: Part> {
     part: P,
     dialer: Dialer,
-    lines: BTreeMap<Conn, Line<Lane>>,
+    lines: BTreeMap<Conn, Line<StreamKey>>,
 }
 
 impl<P: Part> DialingHost<P> {
@@ -47,7 +47,7 @@ impl<P: Part> DialingHost<P> {
 
 impl<P: Part> Host for DialingHost<P> {
     type Part = P;
-    type Place = Lane;
+    type Place = StreamKey;
     const SIDE: Side = Side::Dialing;
 
     fn part(&mut self) -> &mut P {
@@ -58,7 +58,7 @@ impl<P: Part> Host for DialingHost<P> {
         self.part
     }
 
-    fn lines(&mut self) -> &mut BTreeMap<Conn, Line<Lane>> {
+    fn lines(&mut self) -> &mut BTreeMap<Conn, Line<StreamKey>> {
         &mut self.lines
     }
 
@@ -102,8 +102,8 @@ impl<P: Part> Host for DialingHost<P> {
             return;
         }
         while let Some(stream) = self.dialer.poll_dial(net.now) {
-            let lane = Lane::stream(stream);
-            let line = Line::new(Stage::Connecting, lane);
+            let key = StreamKey::stream(stream);
+            let line = Line::new(Stage::Connecting, key);
             self.lines.insert(net.dial(), line);
         }
     }
@@ -119,7 +119,7 @@ impl<P: Part> Host for DialingHost<P> {
 }
 
 /// Writes what `part` has to say to those of `lines` that take it.
-pub(crate) fn write_all<P: Part, T: Copy + Into<Lane>>(
+pub(crate) fn write_all<P: Part, T: Copy + Into<StreamKey>>(
     part: &mut P,
     lines: &BTreeMap<Conn, Line<T>>,
     net: &mut Net,
@@ -138,13 +138,13 @@ pub(crate) fn write_all<P: Part, T: Copy + Into<Lane>>(
 /// A connection that was admitted.
 #[derive(Clone, Copy)]
 pub(crate) struct Accepted {
-    lane: Lane,
+    key: StreamKey,
     attempt: u32,
 }
 
-impl From<Accepted> for Lane {
-    fn from(accepted: Accepted) -> Lane {
-        accepted.lane
+impl From<Accepted> for StreamKey {
+    fn from(accepted: Accepted) -> StreamKey {
+        accepted.key
     }
 }
 
@@ -182,14 +182,14 @@ impl<P: Part> ListeningHost<P> {
             }
         };
         self.session = Some(peer.session);
-        let lane = Lane {
+        let key = StreamKey {
             for_faults: peer.role == Role::Requester,
             stream: peer.stream,
         };
         let replaced = self
             .lines
             .iter()
-            .find(|(_, line)| line.stage == Stage::Up && line.place.lane == lane);
+            .find(|(_, line)| line.stage == Stage::Up && line.place.key == key);
         if let Some(old) = replaced.map(|(old, _)| *old) {
             net.close(old, Side::Listening);
             self.lines.remove(&old);
@@ -197,12 +197,12 @@ impl<P: Part> ListeningHost<P> {
         let line = self.lines.get_mut(&conn).expect("it lives");
         line.stage = Stage::Up;
         line.place = Accepted {
-            lane,
+            key,
             attempt: peer.attempt,
         };
         welcome.encode(Kind::Welcome, &mut answer);
         net.write(conn, Side::Listening, &answer);
-        self.part.stream_up(lane, &peer);
+        self.part.stream_up(key, &peer);
         true
     }
 }
@@ -229,8 +229,8 @@ impl<P: Part> Host for ListeningHost<P> {
             net.close(conn, Side::Listening);
             return;
         }
-        let (lane, attempt) = (Lane::stream(0), 0);
-        let line = Line::new(Stage::Greeting, Accepted { lane, attempt });
+        let (key, attempt) = (StreamKey::stream(0), 0);
+        let line = Line::new(Stage::Greeting, Accepted { key, attempt });
         self.lines.insert(conn, line);
     }
 
@@ -239,16 +239,16 @@ impl<P: Part> Host for ListeningHost<P> {
         let Some(line) = line.filter(|line| line.stage == Stage::Up) else {
             return;
         };
-        let Accepted { lane, attempt } = line.place;
+        let Accepted { key, attempt } = line.place;
         let others = self.lines.values();
         let mut newer = others.filter(|other| other.stage == Stage::Up);
-        if !newer.any(|other| other.place.lane == lane) {
-            self.part.stream_down(lane);
+        if !newer.any(|other| other.place.key == key) {
+            self.part.stream_down(key);
         }
         let connection = ConnectionId {
             session: self.session.expect("an admitted line"),
-            for_faults: lane.for_faults,
-            stream: lane.stream,
+            for_faults: key.for_faults,
+            stream: key.stream,
         };
         self.table.handle_lost(connection, attempt, net.now);
     }
@@ -258,8 +258,8 @@ impl<P: Part> Host for ListeningHost<P> {
         if line.stage == Stage::Greeting {
             return self.admit(net, conn, frame, body);
         }
-        let lane = line.place.lane;
-        self.part.frame(lane, frame.kind, frame.number, body);
+        let key = line.place.key;
+        self.part.frame(key, frame.kind, frame.number, body);
         true
     }
 

@@ -16,15 +16,15 @@ pub(crate) enum Standing {
 
 /// One of a session's connections.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Lane {
+pub(crate) struct StreamKey {
     /// It carries faults and their answers, not the stream.
     pub(crate) for_faults: bool,
     pub(crate) stream: u16,
 }
 
-impl Lane {
-    pub(crate) fn stream(stream: u16) -> Lane {
-        Lane {
+impl StreamKey {
+    pub(crate) fn stream(stream: u16) -> StreamKey {
+        StreamKey {
             for_faults: false,
             stream,
         }
@@ -33,12 +33,12 @@ impl Lane {
 
 /// One end of a session, on top of its connections.
 pub(crate) trait Part {
-    fn stream_up(&mut self, lane: Lane, peer: &Hello);
-    fn stream_down(&mut self, lane: Lane);
+    fn stream_up(&mut self, key: StreamKey, peer: &Hello);
+    fn stream_down(&mut self, key: StreamKey);
     /// A frame came. Tells whether the session has come forward.
-    fn frame(&mut self, lane: Lane, kind: Kind, number: u64, body: &[u8]) -> bool;
-    /// The next frame to be written to `lane`.
-    fn poll(&mut self, lane: Lane) -> Option<Vec<u8>>;
+    fn frame(&mut self, key: StreamKey, kind: Kind, number: u64, body: &[u8]) -> bool;
+    /// The next frame to be written to `key`.
+    fn poll(&mut self, key: StreamKey) -> Option<Vec<u8>>;
     /// The session was given up, or refused.
     fn lost(&mut self, why: &str);
     /// Something here fails for good, which the far end is told.

@@ -14,7 +14,7 @@ use pageferry::ferry::unpack::Unpacker;
 use pageferry::units::{PageRange, Vaddr};
 
 use crate::memory::{Memory, PAGE, Page, number_of};
-use crate::parts::{Lane, Part, Standing};
+use crate::parts::{Part, Standing, StreamKey};
 use crate::stats::Stats;
 
 #[derive(Clone, Debug)]
@@ -244,24 +244,24 @@ impl ReceivingEnd {
 }
 
 impl Part for ReceivingEnd {
-    fn stream_up(&mut self, lane: Lane, peer: &Hello) {
+    fn stream_up(&mut self, key: StreamKey, peer: &Hello) {
         self.session = Some(peer.session);
-        self.replies.remove(&lane.stream);
-        self.receiver.stream_up(lane.stream);
+        self.replies.remove(&key.stream);
+        self.receiver.stream_up(key.stream);
     }
 
-    fn stream_down(&mut self, lane: Lane) {
-        self.replies.remove(&lane.stream);
-        self.receiver.stream_down(lane.stream);
+    fn stream_down(&mut self, key: StreamKey) {
+        self.replies.remove(&key.stream);
+        self.receiver.stream_down(key.stream);
     }
 
-    fn frame(&mut self, lane: Lane, kind: Kind, number: u64, body: &[u8]) -> bool {
+    fn frame(&mut self, key: StreamKey, kind: Kind, number: u64, body: &[u8]) -> bool {
         if self.failure.is_some() {
             return false;
         }
         if !kind.is_numbered() {
             match self.receiver.handle(kind, body) {
-                Ok(ReceiverEvent::WantHashes(wanted)) => self.answer_hashes(lane.stream, wanted),
+                Ok(ReceiverEvent::WantHashes(wanted)) => self.answer_hashes(key.stream, wanted),
                 Ok(ReceiverEvent::Failed(fail)) => self.lost(&fail.text),
                 Ok(ReceiverEvent::Bye) => self.standing = Standing::Done,
                 Err(error) => panic!("the sender broke the protocol: {error}"),
@@ -289,13 +289,13 @@ impl Part for ReceivingEnd {
         true
     }
 
-    fn poll(&mut self, lane: Lane) -> Option<Vec<u8>> {
-        if let Some(reply) = self.receiver.poll(lane.stream, 0) {
+    fn poll(&mut self, key: StreamKey) -> Option<Vec<u8>> {
+        if let Some(reply) = self.receiver.poll(key.stream, 0) {
             let mut frame = Vec::new();
             reply.encode(&mut frame);
             return Some(frame);
         }
-        self.replies.get_mut(&lane.stream)?.pop_front()
+        self.replies.get_mut(&key.stream)?.pop_front()
     }
 
     fn lost(&mut self, why: &str) {

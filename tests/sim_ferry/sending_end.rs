@@ -16,7 +16,7 @@ use pageferry::ferry::sender::{Sender, SenderEvent, Transmit};
 use pageferry::units::{PageCount, PageRange};
 
 use crate::memory::{Memory, PAGE, Pages};
-use crate::parts::{Lane, Part, Standing};
+use crate::parts::{Part, Standing, StreamKey};
 use crate::stats::Stats;
 
 enum Step {
@@ -218,7 +218,7 @@ impl SendingEnd {
 }
 
 impl Part for SendingEnd {
-    fn stream_up(&mut self, lane: Lane, peer: &Hello) {
+    fn stream_up(&mut self, key: StreamKey, peer: &Hello) {
         self.memory.use_key(peer.hash_key);
         let (sender, _) = self.talk.get_or_insert_with(|| {
             (
@@ -226,20 +226,20 @@ impl Part for SendingEnd {
                 PageHasher::new(peer.hash_key, PAGE),
             )
         });
-        sender.stream_up(lane.stream);
+        sender.stream_up(key.stream);
     }
 
-    fn stream_down(&mut self, lane: Lane) {
+    fn stream_down(&mut self, key: StreamKey) {
         if let Some((sender, _)) = &mut self.talk {
-            sender.stream_down(lane.stream);
+            sender.stream_down(key.stream);
         }
     }
 
-    fn frame(&mut self, lane: Lane, kind: Kind, _number: u64, body: &[u8]) -> bool {
+    fn frame(&mut self, key: StreamKey, kind: Kind, _number: u64, body: &[u8]) -> bool {
         let Some((sender, _)) = &mut self.talk else {
             return false;
         };
-        match sender.handle(lane.stream, kind, body) {
+        match sender.handle(key.stream, kind, body) {
             Ok(SenderEvent::Acked {
                 safe,
                 answer,
@@ -267,10 +267,10 @@ impl Part for SendingEnd {
         }
     }
 
-    fn poll(&mut self, lane: Lane) -> Option<Vec<u8>> {
+    fn poll(&mut self, key: StreamKey) -> Option<Vec<u8>> {
         self.advance();
         let (sender, _) = self.talk.as_mut()?;
-        let transmit = sender.poll(lane.stream)?;
+        let transmit = sender.poll(key.stream)?;
         if let Transmit::Numbered(number) = transmit {
             self.stats.sent_frames += 1;
             return Some(self.frames[&number].clone());

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::conn::{Conn, ConnError, Frame};
-use super::lane::{self, LaneEnd, Party, Waker};
+use super::connection_loop::{self, ConnectionEnd, ConnectionHandler, Waker};
 use super::{SenderConfig, lock};
 use crate::engine::stop::Stop;
 use crate::engine::transport::{Peer, transport};
@@ -50,8 +50,8 @@ impl Bell {
     }
 }
 
-/// A party that dials.
-pub(super) trait DialingParty: Party {
+/// A handler that dials.
+pub(super) trait DialingHandler: ConnectionHandler {
     /// Whether the session has ended here, so that the peer may hang up at any time.
     fn is_ending(&self) -> bool;
     /// The session cannot go on: the peer said so, or nobody could be reached for too long.
@@ -74,7 +74,7 @@ pub(super) struct Dialing<'a> {
     peer: &'a Peer,
     tls: Option<&'a Tls>,
     stop: &'a Stop,
-    party: &'a dyn DialingParty,
+    handler: &'a dyn DialingHandler,
     bell: &'a Bell,
     dialer: Mutex<Dialer>,
     start: Instant,
@@ -86,10 +86,10 @@ pub(super) struct Dialing<'a> {
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 impl<'a> Dialing<'a> {
-    /// Dials as `config` and `hello` say, for `party`. `bell` rings when the party's state changes.
+    /// Dials as `config` and `hello` say, for `handler`. `bell` rings when the handler's state changes.
     pub(super) fn new(
         config: &'a SenderConfig,
-        party: &'a dyn DialingParty,
+        handler: &'a dyn DialingHandler,
         bell: &'a Bell,
         hello: Hello,
         patience: Patience,
@@ -98,7 +98,7 @@ impl<'a> Dialing<'a> {
             peer: &config.peer,
             tls: config.tls.as_ref(),
             stop: &config.stop,
-            party,
+            handler,
             bell,
             dialer: Mutex::new(Dialer::new(hello, patience, Duration::ZERO)),
             start: Instant::now(),
@@ -109,11 +109,11 @@ impl<'a> Dialing<'a> {
 
     /// Keeps the streams up, each in a thread of `scope`, until the session is over.
     pub(super) fn run<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) {
-        while !self.party.is_over() {
+        while !self.handler.is_over() {
             let seen = self.bell.rings();
             let now = self.start.elapsed();
             if self.stop.is_pulled() {
-                self.party.lost(Lost::Stopped);
+                self.handler.lost(Lost::Stopped);
                 return;
             }
             let mut dialer = lock(&self.dialer);
@@ -125,11 +125,11 @@ impl<'a> Dialing<'a> {
                     self.give_up_after.as_secs(),
                     lock(&self.last_trouble)
                 );
-                self.party.lost(Lost::GivenUp(text));
+                self.handler.lost(Lost::GivenUp(text));
                 return;
             }
             while let Some(stream) = dialer.poll_dial(now) {
-                scope.spawn(move || self.lane(stream));
+                scope.spawn(move || self.run_stream(stream));
             }
             let deadline = dialer.deadline().map(|at| at.saturating_sub(now));
             drop(dialer);
@@ -139,13 +139,13 @@ impl<'a> Dialing<'a> {
     }
 
     /// One connection, from dialling to its end.
-    fn lane(&self, stream: u16) {
+    fn run_stream(&self, stream: u16) {
         let trouble = match self.connect(stream) {
-            Ok((conn, peer)) => self.run_lane(conn, stream, &peer),
+            Ok((conn, peer)) => self.run_connection(conn, stream, &peer),
             Err(error) => Some(error.to_string()),
         };
         if let Some(trouble) = trouble
-            && !self.party.is_ending()
+            && !self.handler.is_ending()
         {
             tracing::warn!("stream {stream} to {}: {trouble}", self.peer);
             *lock(&self.last_trouble) = trouble;
@@ -155,21 +155,21 @@ impl<'a> Dialing<'a> {
     }
 
     /// Runs a welcomed connection; returns what was wrong with it in the end.
-    fn run_lane(&self, conn: Conn, stream: u16, peer: &Hello) -> Option<String> {
+    fn run_connection(&self, conn: Conn, stream: u16, peer: &Hello) -> Option<String> {
         let waker = match Waker::new() {
             Ok(waker) => waker,
             Err(error) => return Some(error.to_string()),
         };
-        self.party.stream_up(stream, peer, &waker);
+        self.handler.stream_up(stream, peer, &waker);
         self.bell.ring();
-        let end = lane::run(conn, stream, self.party, &waker, || {
+        let end = connection_loop::run(conn, stream, self.handler, &waker, || {
             lock(&self.dialer).handle_progress();
         });
-        self.party.stream_down(stream, &waker);
+        self.handler.stream_down(stream, &waker);
         match end {
-            LaneEnd::Over | LaneEnd::Replaced => None,
-            LaneEnd::Lost(error) => Some(error_text(error)),
-            LaneEnd::Silent => Some("the far end has fallen silent".to_owned()),
+            ConnectionEnd::Over | ConnectionEnd::Replaced => None,
+            ConnectionEnd::Lost(error) => Some(error_text(error)),
+            ConnectionEnd::Silent => Some("the far end has fallen silent".to_owned()),
         }
     }
 
@@ -181,7 +181,7 @@ impl<'a> Dialing<'a> {
         let transport = transport(secured).map_err(|error| failed(ConnError::Socket(error)))?;
         // What the far end says is short.
         let mut conn = Conn::new(transport, Arc::default());
-        lane::prepare(&conn);
+        connection_loop::prepare(&conn);
         let hello = lock(&self.dialer).handle_connected(stream);
         let mut words = Vec::new();
         hello.encode(frame::Kind::Hello, &mut words);
@@ -195,7 +195,7 @@ impl<'a> Dialing<'a> {
                 let fail = Fail::decode(&answer.body).map_err(broken)?;
                 let text = fail.text.clone();
                 if fail.code != FailCode::Superseded {
-                    self.party.lost(Lost::Refused(fail));
+                    self.handler.lost(Lost::Refused(fail));
                 }
                 Err(Error::new(Kind::PeerLost, text))
             }
@@ -205,7 +205,7 @@ impl<'a> Dialing<'a> {
                 let peer = lock(&self.dialer).handle_welcome(stream, greeting, now);
                 let peer = peer.map_err(|fail| {
                     let text = fail.text.clone();
-                    self.party.lost(Lost::Refused(fail));
+                    self.handler.lost(Lost::Refused(fail));
                     Error::new(Kind::Protocol, text)
                 })?;
                 Ok((conn, peer))

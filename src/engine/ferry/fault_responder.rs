@@ -7,8 +7,8 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::conn::{Conn, ConnError};
-use super::dialing::DialingParty;
-use super::lane;
+use super::connection_loop;
+use super::dialing::DialingHandler;
 use super::postcopy_listener::PostcopySession;
 use crate::error::{Error, Kind, Result};
 use crate::ferry::encode::{Encoder, PlainBatch, Verdicts};
@@ -40,7 +40,7 @@ impl PostcopySession {
             plain: Vec::new(),
         };
         let ended = responder.run();
-        lane::say_last_words(&mut responder.conn);
+        connection_loop::say_last_words(&mut responder.conn);
         responder.conn.close();
         match ended {
             Err(Trouble::Lost(error)) => {

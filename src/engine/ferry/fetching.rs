@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::conn::{ConnError, Frame};
-use super::lane::{self, HEARTBEAT};
+use super::connection_loop::{self, HEARTBEAT};
 use crate::error::{Error, Kind};
 use crate::ferry::fetcher::{self, Draft, FetchError, Fetcher};
 pub(in crate::engine) use crate::ferry::fetcher::{Delivery, Part};
@@ -243,7 +243,7 @@ impl<T> Fetching<T> {
     fn hang_up(&mut self) {
         if let Some(mut pair) = self.pair.take() {
             self.received_before += pair.stream.traffic().0 + pair.fault.traffic().0;
-            lane::say_last_words(&mut pair.stream);
+            connection_loop::say_last_words(&mut pair.stream);
             pair.stream.close();
         }
         self.fetcher.detach();

@@ -3,25 +3,25 @@
 //! ```text
 //! sender (forward)                                    receiver (page-server)
 //!
-//! CRIU ─> gather ─> packer threads ─> sending ─┐    ┌─> receiving ─> applier thread ─> images
-//!                    hash, judge,     numbers, │    │   order,     check, unpack,
-//!                    compress         frames   │    │   window     write
-//!                                              │    │
-//!                          dialing ─> lane ════╪════╪══ lane <── port
-//!                          reconnects    N connections           admits
+//! CRIU ─> gather ─> packer threads ─> sender_session ─┐    ┌─> receiver_session ─> applier thread ─> images
+//!                    hash, judge,     numbers,        │    │   order,              check, unpack,
+//!                    compress         frames          │    │   window              write
+//!                                                     │    │
+//!                    dialing ─> connection loop ══════╪════╪══ connection loop <── precopy_listener
+//!                    reconnects        N connections                                 admits
 //! ```
 //!
-//! Each connection has a thread, a `lane`; what is common to the connections of a session is a
-//! `lane::Party` behind a lock that is held for moments only: bytes are hashed, compressed,
+//! Each connection has a thread that runs `connection_loop`. What the connections of a session share is a
+//! `ConnectionHandler` behind a lock that is held for moments only: bytes are hashed, compressed,
 //! checked and written outside of it.
 
 mod base;
 mod conn;
+mod connection_loop;
 mod dialing;
 mod fault_responder;
 pub(super) mod fetching;
 mod intake;
-mod lane;
 pub(super) mod packer;
 pub(super) mod postcopy_listener;
 pub mod precopy_listener;

@@ -1,7 +1,7 @@
 //! The listening side of senders: memory that is held here is offered to receivers that connect.
 //!
 //! ```text
-//! held ── in the order of its pages ──> packer ──> SenderSession ──> lanes of the receiver's streams
+//! held ── in the order of its pages ──> packer ──> SenderSession ──> connections of the receiver's streams
 //!   └──── what a thread waits for ───────────────────────────> its connection for faults (responder)
 //! ```
 //!
@@ -17,8 +17,8 @@ use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 
 use super::conn::{Conn, ConnError};
-use super::dialing::{Bell, DialingParty, Lost, first_frame};
-use super::lane::{self, Waker};
+use super::connection_loop::{self, Waker};
+use super::dialing::{Bell, DialingHandler, Lost, first_frame};
 use super::packer::{Job, Packer};
 use super::precopy_listener::refuse;
 use super::sender_session::SenderSession;
@@ -82,7 +82,7 @@ pub(in crate::engine) enum PushAccepted {
     /// It opened a session, which is over: what was sent, and how it ended.
     Session(Box<Sent>, Result<()>),
     /// It was one of the connections of a session.
-    Lane,
+    Joined,
 }
 
 impl std::fmt::Debug for PostcopyListener {
@@ -155,7 +155,7 @@ impl PostcopyListener {
         let lost = |error| Error::wrap(Kind::PeerLost, "no greeting came", error);
         let transport = transport(stream).map_err(|error| lost(ConnError::Socket(error)))?;
         let mut conn = Conn::new(transport, Arc::default());
-        lane::prepare(&conn);
+        connection_loop::prepare(&conn);
         let hello = first_frame(&mut conn).map_err(lost)?;
         let greeting = Hello::decode(hello.kind, &hello.body)
             .map_err(|error| lost(ConnError::Frame(error)))?;
@@ -175,7 +175,7 @@ impl PostcopyListener {
                 if let Some(session) = session {
                     self.join(conn, &session, &peer, &welcome)?;
                 }
-                Ok(PushAccepted::Lane)
+                Ok(PushAccepted::Joined)
             }
             Admission::Opened { peer, welcome } => {
                 let session = Arc::new(PostcopySession::new(self, peer.session));
@@ -298,7 +298,7 @@ impl PostcopyListener {
         let ended = if for_faults {
             session.answer_all(conn, peer.hash_key)
         } else {
-            run_lane(conn, &session.sending, peer)
+            run_connection(conn, &session.sending, peer)
         };
         let connection = ConnectionId {
             session: peer.session,
@@ -314,11 +314,11 @@ impl PostcopyListener {
     }
 }
 
-fn run_lane(conn: Conn, sending: &SenderSession, peer: &Hello) -> Result<()> {
+fn run_connection(conn: Conn, sending: &SenderSession, peer: &Hello) -> Result<()> {
     let waker = Waker::new()?;
-    lane::Party::stream_up(sending, peer.stream, peer, &waker);
-    let end = lane::run(conn, peer.stream, sending, &waker, || {});
-    lane::Party::stream_down(sending, peer.stream, &waker);
+    connection_loop::ConnectionHandler::stream_up(sending, peer.stream, peer, &waker);
+    let end = connection_loop::run(conn, peer.stream, sending, &waker, || {});
+    connection_loop::ConnectionHandler::stream_down(sending, peer.stream, &waker);
     tracing::debug!(
         "stream {} of session {}: {end:?}",
         peer.stream,

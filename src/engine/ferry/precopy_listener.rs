@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! connection ── HELLO ──> SessionTable ── opened ──> session: ReceiverSession, applier thread, directory
-//!                            └───── joined ──> one more lane of it
+//!                            └───── joined ──> one more connection of it
 //! ```
 //!
 //! The thread whose connection opened a session owns it: when its own connection ends, it waits for
@@ -14,9 +14,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::conn::{Conn, ConnError};
+use super::connection_loop::{self, Waker};
 use super::dialing::{Bell, first_frame};
 use super::intake::{Bases, Intake};
-use super::lane::{self, Waker};
 use super::receiver_session::ReceiverSession;
 use super::spares::Spares;
 use super::{WINDOW, lock, random_bits};
@@ -67,7 +67,7 @@ pub enum Handled {
     /// It opened a session, which is over: what came, and how it ended.
     Session(Box<Received>, Result<()>),
     /// It was one of the connections of a session.
-    Lane,
+    Joined,
 }
 
 impl<'a> PrecopyListener<'a> {
@@ -131,7 +131,7 @@ impl<'a> PrecopyListener<'a> {
         let (peer, host) = (stream.peer().to_owned(), stream.host());
         let transport = transport(stream).map_err(|error| lost(ConnError::Socket(error)))?;
         let mut conn = Conn::new(transport, Arc::clone(&self.spares));
-        lane::prepare(&conn);
+        connection_loop::prepare(&conn);
         let hello = match first_frame(&mut conn) {
             Ok(hello) => hello,
             // Damaged on the way: who sent it will come again.
@@ -140,7 +140,7 @@ impl<'a> PrecopyListener<'a> {
             }
             Err(error) => {
                 tracing::warn!("a connection from {peer}: no greeting came: {error}");
-                return Ok(Handled::Lane);
+                return Ok(Handled::Joined);
             }
         };
         let greeting = Hello::decode(hello.kind, &hello.body)
@@ -154,7 +154,7 @@ impl<'a> PrecopyListener<'a> {
                 refuse(conn, &fail);
                 if serves || fail.code == FailCode::Superseded {
                     tracing::warn!("refused a connection from {peer}: {fail}");
-                    return Ok(Handled::Lane);
+                    return Ok(Handled::Joined);
                 }
                 Err(Error::wrap(Kind::Protocol, "refused", fail))
             }
@@ -165,9 +165,9 @@ impl<'a> PrecopyListener<'a> {
                     .cloned();
                 drop(state);
                 if let Some(receiving) = receiving {
-                    self.run_lane(conn, &receiving, &peer, &welcome)?;
+                    self.run_connection(conn, &receiving, &peer, &welcome)?;
                 }
-                Ok(Handled::Lane)
+                Ok(Handled::Joined)
             }
             Admission::Opened {
                 peer: theirs,
@@ -203,7 +203,7 @@ impl<'a> PrecopyListener<'a> {
         }
     }
 
-    /// Runs the first lane of `session`, and then the session to its end.
+    /// Runs the first connection of `session`, and then the session to its end.
     fn own(
         &self,
         session: Session,
@@ -226,7 +226,7 @@ impl<'a> PrecopyListener<'a> {
                 self.bell.ring();
                 images
             });
-            if let Err(error) = self.run_lane(conn, &receiving, &hello, welcome) {
+            if let Err(error) = self.run_connection(conn, &receiving, &hello, welcome) {
                 receiving.lost(error.to_string());
             }
             loop {
@@ -286,7 +286,7 @@ impl<'a> PrecopyListener<'a> {
         }
     }
 
-    fn run_lane(
+    fn run_connection(
         &self,
         mut conn: Conn,
         receiving: &ReceiverSession,
@@ -297,9 +297,9 @@ impl<'a> PrecopyListener<'a> {
         let mut words = Vec::new();
         welcome.encode(frame::Kind::Welcome, &mut words);
         conn.queue(Arc::new(words));
-        lane::Party::stream_up(receiving, peer.stream, peer, &waker);
-        let end = lane::run(conn, peer.stream, receiving, &waker, || {});
-        lane::Party::stream_down(receiving, peer.stream, &waker);
+        connection_loop::ConnectionHandler::stream_up(receiving, peer.stream, peer, &waker);
+        let end = connection_loop::run(conn, peer.stream, receiving, &waker, || {});
+        connection_loop::ConnectionHandler::stream_down(receiving, peer.stream, &waker);
         tracing::debug!(
             "stream {} of session {}: {end:?}",
             peer.stream,
@@ -351,6 +351,6 @@ pub(super) fn refuse(mut conn: Conn, fail: &Fail) {
     let mut words = Vec::new();
     fail.encode(&mut words);
     conn.queue(Arc::new(words));
-    lane::say_last_words(&mut conn);
+    connection_loop::say_last_words(&mut conn);
     conn.close();
 }

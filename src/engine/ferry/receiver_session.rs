@@ -1,13 +1,13 @@
 //! The receiver's state that all its threads share: order, window, acknowledgements.
 //!
 //! ```text
-//! lanes ── frames ──> order ── those whose turn it is ──> applier thread ── images
+//! connections ── frames ──> order ── those whose turn it is ──> applier thread ── images
 //!   ^                                                         │
 //!   └──────────────── safe, answers, failure <────────────────┘
 //! ```
 //!
-//! Lanes only receive and put in order, so that they hear and answer at any time; the applier
-//! checks, unpacks and writes. Hashes of the base version are computed by the lane that was asked.
+//! Connection loops only receive and put in order, so that they hear and answer at any time; the applier
+//! checks, unpacks and writes. Hashes of the base version are computed by the connection that was asked.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use super::base::Base;
 use super::conn::Frame;
+use super::connection_loop::{ConnectionHandler, Heard, Waker, is_replaced};
 use super::intake::{Bases, Intake};
-use super::lane::{Heard, Party, Waker, is_replaced};
 use super::spares::Spares;
 use super::{GOODBYE, lock};
 use crate::engine::tally::Tally;
@@ -37,7 +37,7 @@ const HASHED_AT_ONCE: u64 = 1024;
 
 const _: () = assert!(HASHED_AT_ONCE <= FERRY_HASHES_MAX as u64);
 
-/// How a session has ended, as seen from the lanes.
+/// How a session has ended, as seen from the connections.
 #[derive(Debug)]
 enum Ending {
     /// The sender has said goodbye.
@@ -229,7 +229,7 @@ impl ReceiverSession {
     fn applied(&self, number: u64, answer: Option<(i32, StateId)>) {
         let mut state = lock(&self.state);
         state.receiver.applied(number);
-        // While more is to be applied at once, the lanes are left to their receiving.
+        // While more is to be applied at once, the connections are left to their receiving.
         let due = answer.is_some()
             || state.ready.is_empty()
             || number.is_multiple_of(ACKNOWLEDGED_TOGETHER);
@@ -319,7 +319,7 @@ impl State {
     }
 }
 
-impl Party for ReceiverSession {
+impl ConnectionHandler for ReceiverSession {
     fn stream_up(&self, stream: u16, _peer: &Hello, waker: &Arc<Waker>) {
         let mut state = lock(&self.state);
         state.receiver.stream_up(stream);
@@ -408,7 +408,7 @@ impl Party for ReceiverSession {
 
     fn is_over(&self) -> bool {
         let state = lock(&self.state);
-        // A failure is what is left to say on each lane.
+        // A failure is what is left to say on each connection.
         state.ending.is_some()
     }
 

@@ -1,17 +1,17 @@
 //! The sender's state that all its threads share: numbers, frames until they are safe, the memory
 //! of what the receiver has.
 //!
-//! Lanes poll frames out of it and hand acknowledgements in (`lanes`); the packers submit batches in the
+//! Connection loops poll frames out of it and hand acknowledgements in (`handler`); the packers submit batches in the
 //! order of their tickets; the thread that talks to CRIU asks questions and waits for the answers.
 
-mod lanes;
+mod handler;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::connection_loop::{ConnectionHandler, Waker};
 use super::dialing::Bell;
-use super::lane::{Party, Waker};
 use super::spares::Spares;
 use super::{Learned, lock};
 use crate::criu::header::Target;
@@ -64,7 +64,7 @@ struct State {
     /// Nobody waits for last words any more.
     cut: bool,
     sent: Sent,
-    /// The highest number that a lane has taken.
+    /// The highest number that a connection has taken.
     carried: u64,
 }
 
@@ -243,7 +243,7 @@ impl SenderSession {
         self.end(state, Ending::Failed);
     }
 
-    /// Ends all lanes, whether the far end has heard of the end or not.
+    /// Ends all connections, whether the far end has heard of the end or not.
     pub(super) fn cut(&self) {
         let mut state = lock(&self.state);
         state.cut = true;

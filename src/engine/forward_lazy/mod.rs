@@ -232,7 +232,7 @@ impl Clients {
         // The session knows who may come back to it.
         guest.is_one_of_many();
         match self.listener.handle(stream, stop, &|| end_dump(guest))? {
-            PushAccepted::Lane => Ok(()),
+            PushAccepted::Joined => Ok(()),
             PushAccepted::Session(sent, ended) => {
                 let forwarded = Forwarded {
                     peer: self.dump.clone(),

@@ -16,7 +16,7 @@ enum Phase {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Lane {
+struct StreamState {
     phase: Phase,
     pause: Duration,
     attempt: u32,
@@ -27,7 +27,7 @@ struct Lane {
 pub struct Dialer {
     hello: Hello,
     patience: Patience,
-    lanes: Vec<Lane>,
+    streams: Vec<StreamState>,
     established: bool,
     troubled_since: Option<Duration>,
 }
@@ -36,7 +36,7 @@ impl Dialer {
     /// Dials `hello.streams` connections that say `hello`, each with its own stream and attempt.
     pub fn new(hello: Hello, patience: Patience, now: Duration) -> Dialer {
         let streams = hello.streams.clamp(1, FERRY_STREAMS_MAX);
-        let lane = Lane {
+        let state = StreamState {
             phase: Phase::Down { retry_at: now },
             pause: patience.pause_first,
             attempt: 0,
@@ -44,7 +44,7 @@ impl Dialer {
         Dialer {
             hello: Hello { streams, ..hello },
             patience,
-            lanes: vec![lane; usize::from(streams)],
+            streams: vec![state; usize::from(streams)],
             established: false,
             troubled_since: Some(now),
         }
@@ -53,11 +53,11 @@ impl Dialer {
     /// The next stream to be dialled now, if there is one.
     pub fn poll_dial(&mut self, now: Duration) -> Option<u16> {
         let candidates = self.candidates();
-        let due = self.lanes[..candidates].iter_mut().zip(0..);
-        for (lane, stream) in due {
-            if matches!(lane.phase, Phase::Down { retry_at } if retry_at <= now) {
-                lane.phase = Phase::Dialing;
-                lane.attempt += 1;
+        let due = self.streams[..candidates].iter_mut().zip(0..);
+        for (state, stream) in due {
+            if matches!(state.phase, Phase::Down { retry_at } if retry_at <= now) {
+                state.phase = Phase::Dialing;
+                state.attempt += 1;
                 return Some(stream);
             }
         }
@@ -67,9 +67,9 @@ impl Dialer {
     /// The connection of `stream` stands; returns what is to be said on it.
     pub fn handle_connected(&mut self, stream: u16) -> Hello {
         let opening = !self.established;
-        let lane = self.lane(stream);
-        lane.phase = Phase::Greeting;
-        let attempt = lane.attempt;
+        let state = self.state(stream);
+        state.phase = Phase::Greeting;
+        let attempt = state.attempt;
         Hello {
             stream,
             attempt,
@@ -92,19 +92,19 @@ impl Dialer {
             return Err(Fail::new(FailCode::Protocol, text));
         }
         self.established = true;
-        self.lane(stream).phase = Phase::Up { since: now };
+        self.state(stream).phase = Phase::Up { since: now };
         Ok(peer)
     }
 
     /// The connection of `stream`, or the try to make one, has failed.
     pub fn handle_lost(&mut self, stream: u16, now: Duration) {
         let (steady_after, pause_max) = (self.patience.steady_after(), self.patience.pause_max);
-        let lane = self.lane(stream);
-        let steady = matches!(lane.phase, Phase::Up { since } if now >= since + steady_after);
-        lane.phase = Phase::Down {
-            retry_at: now + lane.pause,
+        let state = self.state(stream);
+        let steady = matches!(state.phase, Phase::Up { since } if now >= since + steady_after);
+        state.phase = Phase::Down {
+            retry_at: now + state.pause,
         };
-        lane.pause = (lane.pause * 2).min(pause_max);
+        state.pause = (state.pause * 2).min(pause_max);
         if steady {
             self.handle_progress();
         }
@@ -114,8 +114,8 @@ impl Dialer {
     /// The peer has acknowledged something, or there is nothing that it could acknowledge.
     pub fn handle_progress(&mut self) {
         self.troubled_since = None;
-        for lane in &mut self.lanes {
-            lane.pause = self.patience.pause_first;
+        for state in &mut self.streams {
+            state.pause = self.patience.pause_first;
         }
     }
 
@@ -126,9 +126,9 @@ impl Dialer {
 
     /// When to call again at the latest, if nothing happens until then.
     pub fn deadline(&self) -> Option<Duration> {
-        let retries = self.lanes[..self.candidates()]
+        let retries = self.streams[..self.candidates()]
             .iter()
-            .filter_map(|lane| match lane.phase {
+            .filter_map(|state| match state.phase {
                 Phase::Down { retry_at } => Some(retry_at),
                 _ => None,
             });
@@ -137,8 +137,8 @@ impl Dialer {
 
     /// A living connection is never given up.
     fn gives_up_at(&self) -> Option<Duration> {
-        let up = |lane: &Lane| matches!(lane.phase, Phase::Up { .. });
-        if self.lanes.iter().any(up) {
+        let up = |state: &StreamState| matches!(state.phase, Phase::Up { .. });
+        if self.streams.iter().any(up) {
             return None;
         }
         Some(self.troubled_since? + self.patience.give_up_after)
@@ -147,13 +147,13 @@ impl Dialer {
     /// How many streams may be dialled.
     fn candidates(&self) -> usize {
         if self.established {
-            self.lanes.len()
+            self.streams.len()
         } else {
             1
         }
     }
 
-    fn lane(&mut self, stream: u16) -> &mut Lane {
-        &mut self.lanes[usize::from(stream)]
+    fn state(&mut self, stream: u16) -> &mut StreamState {
+        &mut self.streams[usize::from(stream)]
     }
 }

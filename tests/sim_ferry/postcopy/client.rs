@@ -19,7 +19,7 @@ use pageferry::units::PageRange;
 use super::Sightings;
 use super::forwarder::runs;
 use crate::memory::{Memory, PAGE, number_of, numbers, page_range};
-use crate::parts::{Lane, Part, Standing};
+use crate::parts::{Part, Standing, StreamKey};
 
 /// Questions that are open at most.
 const QUESTIONS_MAX: usize = 64;
@@ -386,10 +386,10 @@ impl Client {
 }
 
 impl Part for Client {
-    fn stream_up(&mut self, _lane: Lane, _peer: &Hello) {}
+    fn stream_up(&mut self, _key: StreamKey, _peer: &Hello) {}
 
     /// Both connections are gone.
-    fn stream_down(&mut self, _lane: Lane) {
+    fn stream_down(&mut self, _key: StreamKey) {
         if std::mem::take(&mut self.attached) {
             let asked = self.fetcher.asked_pages();
             self.seen.add("page lost with its connection", asked);
@@ -400,11 +400,11 @@ impl Part for Client {
         }
     }
 
-    fn frame(&mut self, lane: Lane, kind: Kind, number: u64, body: &[u8]) -> bool {
+    fn frame(&mut self, key: StreamKey, kind: Kind, number: u64, body: &[u8]) -> bool {
         if self.end.is_some() || self.aborted {
             return false;
         }
-        let event = match lane.for_faults {
+        let event = match key.for_faults {
             true => self.fetcher.handle_answer(kind, number, body),
             false => self.fetcher.handle_pushed(kind, number, body),
         };
@@ -417,8 +417,8 @@ impl Part for Client {
         true
     }
 
-    fn poll(&mut self, lane: Lane) -> Option<Vec<u8>> {
-        if lane.for_faults {
+    fn poll(&mut self, key: StreamKey) -> Option<Vec<u8>> {
+        if key.for_faults {
             return self.questions.pop_front();
         }
         if let Some(words) = self.fetcher.poll(0) {

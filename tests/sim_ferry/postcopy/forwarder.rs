@@ -21,7 +21,7 @@ use pageferry::units::{PageCount, PageRange};
 
 use super::Sightings;
 use crate::memory::{Memory, PAGE, Page, Pages};
-use crate::parts::{Lane, Part, Standing};
+use crate::parts::{Part, Standing, StreamKey};
 
 /// What became of the dumped processes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -269,8 +269,8 @@ impl Forwarder {
 }
 
 impl Part for Forwarder {
-    fn stream_up(&mut self, lane: Lane, peer: &Hello) {
-        if lane.for_faults {
+    fn stream_up(&mut self, key: StreamKey, peer: &Hello) {
+        if key.for_faults {
             self.faults.clear();
             return;
         }
@@ -279,19 +279,19 @@ impl Part for Forwarder {
             let hasher = PageHasher::new(peer.hash_key, PAGE);
             (Sender::new(PAGE, peer.streams, peer.window), hasher)
         });
-        sender.stream_up(lane.stream);
+        sender.stream_up(key.stream);
     }
 
-    fn stream_down(&mut self, lane: Lane) {
-        if lane.for_faults {
+    fn stream_down(&mut self, key: StreamKey) {
+        if key.for_faults {
             self.faults.clear();
         } else if let Some((sender, _)) = &mut self.talk {
-            sender.stream_down(lane.stream);
+            sender.stream_down(key.stream);
         }
     }
 
-    fn frame(&mut self, lane: Lane, kind: Kind, number: u64, body: &[u8]) -> bool {
-        if lane.for_faults {
+    fn frame(&mut self, key: StreamKey, kind: Kind, number: u64, body: &[u8]) -> bool {
+        if key.for_faults {
             assert_eq!(kind, Kind::Fault, "faults only");
             let fault = Fault::decode(body, PAGE).expect("a client writes well");
             self.faults.push_back((number, fault));
@@ -300,7 +300,7 @@ impl Part for Forwarder {
         let Some((sender, _)) = &mut self.talk else {
             return false;
         };
-        match sender.handle(lane.stream, kind, body) {
+        match sender.handle(key.stream, kind, body) {
             Ok(SenderEvent::Acked {
                 safe,
                 answer,
@@ -331,13 +331,13 @@ impl Part for Forwarder {
         true
     }
 
-    fn poll(&mut self, lane: Lane) -> Option<Vec<u8>> {
-        if lane.for_faults {
+    fn poll(&mut self, key: StreamKey) -> Option<Vec<u8>> {
+        if key.for_faults {
             return self.next_answer();
         }
         self.advance();
         let (sender, _) = self.talk.as_mut()?;
-        let transmit = sender.poll(lane.stream)?;
+        let transmit = sender.poll(key.stream)?;
         if let Transmit::Numbered(number) = transmit {
             return Some(self.frames[&number].clone());
         }

@@ -10,17 +10,17 @@ use pageferry::ferry::link::{PairDialer, Refusal};
 use super::client::Client;
 use crate::hosts::write_all;
 use crate::net::{Conn, Net, Side};
-use crate::parts::{Lane, Part, Standing};
+use crate::parts::{Part, Standing, StreamKey};
 use crate::run::{Host, Line, Lives, Stage};
 
 /// Between two attempts to reach a lost source.
 const PAUSE: Duration = Duration::from_millis(200);
 
-const STREAM: Lane = Lane {
+const STREAM: StreamKey = StreamKey {
     for_faults: false,
     stream: 0,
 };
-const FAULTS: Lane = Lane {
+const FAULTS: StreamKey = StreamKey {
     for_faults: true,
     stream: 0,
 };
@@ -29,7 +29,7 @@ pub(super) struct PairHost {
     part: Client,
     dialer: PairDialer,
     attempt: u32,
-    lines: BTreeMap<Conn, Line<Lane>>,
+    lines: BTreeMap<Conn, Line<StreamKey>>,
     /// Both connections stand.
     attached: bool,
     /// What came on the stream before.
@@ -58,15 +58,15 @@ impl PairHost {
         Some(self.down_since? + self.give_up_after).filter(|_| !self.attached)
     }
 
-    fn dial(&mut self, net: &mut Net, lane: Lane) {
-        let line = Line::new(Stage::Connecting, lane);
+    fn dial(&mut self, net: &mut Net, key: StreamKey) {
+        let line = Line::new(Stage::Connecting, key);
         self.lines.insert(net.dial(), line);
     }
 
     fn welcomed(&mut self, net: &mut Net, conn: Conn, frame: &Frame, body: &[u8]) -> Lives {
         let line = self.lines.get_mut(&conn).expect("it lives");
-        let lane = line.place;
-        match self.dialer.handle_answer(role(lane), frame.kind, body) {
+        let key = line.place;
+        match self.dialer.handle_answer(role(key), frame.kind, body) {
             Ok(()) => line.stage = Stage::Up,
             Err(refusal) => {
                 if refusal.is_final() {
@@ -76,7 +76,7 @@ impl PairHost {
                 return false;
             }
         }
-        if !lane.for_faults {
+        if !key.for_faults {
             self.dial(net, FAULTS);
             return true;
         }
@@ -90,8 +90,8 @@ impl PairHost {
     }
 }
 
-fn role(lane: Lane) -> Role {
-    match lane.for_faults {
+fn role(key: StreamKey) -> Role {
+    match key.for_faults {
         true => Role::Requester,
         false => Role::Receiver,
     }
@@ -99,7 +99,7 @@ fn role(lane: Lane) -> Role {
 
 impl Host for PairHost {
     type Part = Client;
-    type Place = Lane;
+    type Place = StreamKey;
     const SIDE: Side = Side::Dialing;
 
     fn part(&mut self) -> &mut Client {
@@ -110,7 +110,7 @@ impl Host for PairHost {
         self.part
     }
 
-    fn lines(&mut self) -> &mut BTreeMap<Conn, Line<Lane>> {
+    fn lines(&mut self) -> &mut BTreeMap<Conn, Line<StreamKey>> {
         &mut self.lines
     }
 
@@ -154,8 +154,8 @@ impl Host for PairHost {
             return true;
         }
         self.down_since = None;
-        let lane = line.place;
-        self.part.frame(lane, frame.kind, frame.number, body);
+        let key = line.place;
+        self.part.frame(key, frame.kind, frame.number, body);
         true
     }
 

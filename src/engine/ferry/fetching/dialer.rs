@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use super::Fetching;
 use crate::engine::ferry::conn::{Conn, ConnError};
 use crate::engine::ferry::dialing::first_frame;
-use crate::engine::ferry::{WINDOW, lane, lock, random_bits};
+use crate::engine::ferry::{WINDOW, connection_loop, lock, random_bits};
 use crate::engine::transport::{Peer, transport};
 use crate::error::{Error, Kind, Result};
 use crate::ferry::fetcher::window_at;
@@ -131,7 +131,7 @@ impl FerryDialer {
         let secured = socket.secure_to(self.tls.as_ref(), self.peer.host())?;
         let transport = transport(secured).map_err(|error| silent(ConnError::Socket(error)))?;
         let mut conn = Conn::new(transport, Arc::default());
-        lane::prepare(&conn);
+        connection_loop::prepare(&conn);
         let mut words = Vec::new();
         let hello = lock(&self.pairs).hello(role, attempt);
         hello.encode(frame::Kind::Hello, &mut words);

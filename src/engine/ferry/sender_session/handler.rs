@@ -1,19 +1,19 @@
-//! What lanes and those who dial them see of a sender.
+//! What connections and those who dial them see of a sender.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Agreed, Ending, SenderSession};
 use crate::engine::ferry::conn::Frame;
-use crate::engine::ferry::dialing::{DialingParty, Lost};
-use crate::engine::ferry::lane::{Heard, Party, Waker, is_replaced};
+use crate::engine::ferry::connection_loop::{ConnectionHandler, Heard, Waker, is_replaced};
+use crate::engine::ferry::dialing::{DialingHandler, Lost};
 use crate::engine::ferry::lock;
 use crate::error::{self, Error};
 use crate::ferry::hash::PageHasher;
 use crate::ferry::hello::{FailCode, Hello};
 use crate::ferry::sender::{Sender, SenderEvent, Transmit};
 
-impl Party for SenderSession {
+impl ConnectionHandler for SenderSession {
     fn stream_up(&self, stream: u16, peer: &Hello, waker: &Arc<Waker>) {
         self.memory().use_key(peer.hash_key);
         let mut state = lock(&self.state);
@@ -40,7 +40,7 @@ impl Party for SenderSession {
         if let Some((sender, _)) = &mut state.talk {
             sender.stream_down(stream);
         }
-        // Other lanes carry what this one did.
+        // Other connections carry what this one did.
         state.wake_all();
         drop(state);
         self.bell.ring();
@@ -140,9 +140,9 @@ impl Party for SenderSession {
     }
 
     fn observe_link(&self, bytes: u64, busy: Duration) {
-        let lanes = lock(&self.state).wakers.len();
-        let lanes = u32::try_from(lanes).unwrap_or(1).max(1);
-        self.pace().observe_link(bytes, busy / lanes);
+        let connections = lock(&self.state).wakers.len();
+        let connections = u32::try_from(connections).unwrap_or(1).max(1);
+        self.pace().observe_link(bytes, busy / connections);
     }
 
     fn is_replaced(&self, stream: u16, waker: &Arc<Waker>) -> bool {
@@ -161,7 +161,7 @@ impl Party for SenderSession {
     }
 }
 
-impl DialingParty for SenderSession {
+impl DialingHandler for SenderSession {
     fn is_ending(&self) -> bool {
         lock(&self.state).ending.is_some()
     }

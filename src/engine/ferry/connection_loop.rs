@@ -1,13 +1,13 @@
-//! The loop of one connection: hands frames to its party, sends what the party has.
+//! The loop of one connection: hands frames to its handler, sends what the handler has.
 //!
 //! ```text
-//!          ┌── frames ──> party.handle ──┐
-//! Conn ────┤                             ├── the session's state, shared by all its lanes
-//!          └── frames <── party.poll  <──┘
-//!                            ^ Waker: another lane or thread has changed that state
+//!          ┌── frames ──> handler.handle ──┐
+//! Conn ────┤                               ├── the session's state, shared by all its connections
+//!          └── frames <── handler.poll  <───┘
+//!                            ^ Waker: another connection or thread has changed that state
 //! ```
 //!
-//! A lane that hears nothing although its party waits for something is dead, even if the socket
+//! A connection that hears nothing although its handler waits for something is dead, even if the socket
 //! does not know it: a receiver says something at least every [`HEARTBEAT`], so silence for several of
 //! them ends the connection. So does a receiver that speaks, but not of what was sent to it: it says
 //! how many bytes have arrived, and that number must grow while it is behind.
@@ -38,14 +38,14 @@ const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(10);
 /// How long the last words of a session may take to leave.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
-/// Frames are queued up to here, bytes; what is beyond stays free for other lanes.
+/// Frames are queued up to here, bytes; what is beyond stays free for other connections.
 const QUEUE_BYTES: usize = 512 << 10;
 
 /// Frames are queued so many at a time before the socket is looked at again: making them may take a
 /// while.
 const FRAMES_A_TURN: usize = 4;
 
-/// Wakes a lane from its sleep.
+/// Wakes a connection's loop from its sleep.
 #[derive(Debug)]
 pub(super) struct Waker(EventFd);
 
@@ -58,7 +58,7 @@ impl Waker {
         Ok(Arc::new(Waker(event)))
     }
 
-    /// The lane looks up, now or as soon as it would sleep.
+    /// The loop looks up, now or as soon as it would sleep.
     pub(super) fn wake(&self) {
         // Full means that it will wake anyway.
         let _ = self.0.write(1);
@@ -85,8 +85,8 @@ pub(super) fn is_replaced(
     current.is_some_and(|current| !Arc::ptr_eq(current, waker))
 }
 
-/// What sits at one end of a session, shared by all its lanes.
-pub(super) trait Party: Send + Sync {
+/// One end of a session, as the loops of its connections see it: they share it.
+pub(super) trait ConnectionHandler: Send + Sync {
     /// The connection of `stream` was welcomed, in place of any older one.
     fn stream_up(&self, stream: u16, peer: &Hello, waker: &Arc<Waker>);
     /// The connection that `waker` belongs to is gone.
@@ -103,7 +103,7 @@ pub(super) trait Party: Send + Sync {
     fn observe_link(&self, bytes: u64, busy: Duration);
     /// Whether a newer connection has taken the place of the one that `waker` belongs to.
     fn is_replaced(&self, stream: u16, waker: &Arc<Waker>) -> bool;
-    /// Whether the session is over: a lane then says what is left to say and ends.
+    /// Whether the session is over: the connection's loop then says what is left to say and ends.
     fn is_over(&self) -> bool;
 }
 
@@ -126,9 +126,9 @@ impl Heard {
     }
 }
 
-/// Why a lane has ended.
+/// Why a connection has ended.
 #[derive(Debug)]
-pub(super) enum LaneEnd {
+pub(super) enum ConnectionEnd {
     /// The session is over.
     Over,
     /// The connection is gone.
@@ -154,12 +154,12 @@ pub(super) fn prepare(conn: &Conn) {
 pub(super) fn run(
     mut conn: Conn,
     stream: u16,
-    party: &dyn Party,
+    handler: &dyn ConnectionHandler,
     waker: &Arc<Waker>,
     mut progress: impl FnMut(),
-) -> LaneEnd {
-    let mut lane = Lane {
-        party,
+) -> ConnectionEnd {
+    let mut connection = ConnectionLoop {
+        handler,
         stream,
         waker,
         heard: Instant::now(),
@@ -168,20 +168,20 @@ pub(super) fn run(
         blocked: None,
     };
     let end = loop {
-        match lane.turn(&mut conn, &mut progress) {
+        match connection.turn(&mut conn, &mut progress) {
             Ok(Turn::Again) => {}
-            Ok(Turn::Over) => break LaneEnd::Over,
-            Ok(Turn::Silent) => break LaneEnd::Silent,
-            Ok(Turn::Replaced) => break LaneEnd::Replaced,
+            Ok(Turn::Over) => break ConnectionEnd::Over,
+            Ok(Turn::Silent) => break ConnectionEnd::Silent,
+            Ok(Turn::Replaced) => break ConnectionEnd::Replaced,
             Err(error) => {
                 if matches!(error, ConnError::Socket(_)) {
-                    lane.hear_last_words(&mut conn);
+                    connection.hear_last_words(&mut conn);
                 }
-                break LaneEnd::Lost(error);
+                break ConnectionEnd::Lost(error);
             }
         }
     };
-    if matches!(end, LaneEnd::Over) {
+    if matches!(end, ConnectionEnd::Over) {
         say_last_words(&mut conn);
     }
     conn.close();
@@ -195,8 +195,8 @@ enum Turn {
     Replaced,
 }
 
-struct Lane<'a> {
-    party: &'a dyn Party,
+struct ConnectionLoop<'a> {
+    handler: &'a dyn ConnectionHandler,
     stream: u16,
     waker: &'a Arc<Waker>,
     heard: Instant,
@@ -207,7 +207,7 @@ struct Lane<'a> {
     blocked: Option<(Instant, u64)>,
 }
 
-impl Lane<'_> {
+impl ConnectionLoop<'_> {
     fn turn(
         &mut self,
         conn: &mut Conn,
@@ -215,8 +215,8 @@ impl Lane<'_> {
     ) -> std::result::Result<Turn, ConnError> {
         self.waker.clear();
         // Seen before the queue is filled: what is said last is still said.
-        let over = self.party.is_over();
-        if self.party.is_replaced(self.stream, self.waker) {
+        let over = self.handler.is_over();
+        if self.handler.is_replaced(self.stream, self.waker) {
             return Ok(Turn::Replaced);
         }
         let more = self.fill_queue(conn);
@@ -228,7 +228,7 @@ impl Lane<'_> {
         if readable {
             while let Some(frame) = conn.receive()? {
                 self.heard = Instant::now();
-                let heard = self.party.handle(self.stream, frame);
+                let heard = self.handler.handle(self.stream, frame);
                 if heard.progress {
                     progress();
                 }
@@ -243,7 +243,7 @@ impl Lane<'_> {
                 }
             }
         }
-        if !self.party.awaits_word() {
+        if !self.handler.awaits_word() {
             self.heard = Instant::now();
             self.arrived.0 = self.heard;
         }
@@ -258,20 +258,20 @@ impl Lane<'_> {
     /// and whatever is sent to it then fails.
     fn hear_last_words(&self, conn: &mut Conn) {
         while let Ok(Some(frame)) = conn.receive() {
-            let _heard = self.party.handle(self.stream, frame);
+            let _heard = self.handler.handle(self.stream, frame);
         }
     }
 
-    /// Queues what the party has to say. Tells whether it may have more.
+    /// Queues what the handler has to say. Tells whether it may have more.
     fn fill_queue(&mut self, conn: &mut Conn) -> bool {
         for _ in 0..FRAMES_A_TURN {
             if conn.queued_bytes() >= QUEUE_BYTES {
                 return true;
             }
-            let Some(frame) = self.party.poll(self.stream, conn.traffic().0) else {
+            let Some(frame) = self.handler.poll(self.stream, conn.traffic().0) else {
                 if self.said.elapsed() >= HEARTBEAT && conn.queued_bytes() == 0 {
                     self.said = Instant::now();
-                    self.party
+                    self.handler
                         .heartbeat(conn.traffic().0)
                         .into_iter()
                         .for_each(|frame| conn.queue(frame));
@@ -289,7 +289,7 @@ impl Lane<'_> {
         let left = conn.flush()?;
         let (_, out) = conn.traffic();
         if let Some((since, before)) = self.blocked.take() {
-            self.party.observe_link(out - before, since.elapsed());
+            self.handler.observe_link(out - before, since.elapsed());
         }
         if left {
             self.blocked = Some((Instant::now(), out));
