@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 use prost::Message;
 
 use super::file::{FileError, Magic, MessageReader};
+use super::mm::Mappings;
 use super::proto::{Mm, PstreeEntry};
 use crate::criu::header::Target;
 use crate::error::{Error, Kind, Result};
 use crate::limits::PARENT_DEPTH_MAX;
-use crate::units::{PageRange, PageSize};
+use crate::units::PageSize;
 
 /// Name of the link to the images that a directory's images are a difference to.
 pub const PARENT_LINK: &str = "parent";
@@ -89,15 +90,9 @@ impl ImageDir {
         Ok(tasks.iter().map(|task| task.pid).collect())
     }
 
-    /// The mappings of process `pid` by address, from `mm-PID.img`. Neighbours are not joined.
-    pub fn vmas(&self, pid: u32) -> Result<Vec<PageRange>> {
+    /// The mappings of process `pid`, from `mm-PID.img`.
+    pub fn mappings(&self, pid: u32) -> Result<Mappings> {
         let path = self.path.join(format!("mm-{pid}.img"));
-        let damaged = |problem: String| {
-            Error::new(
-                Kind::Image,
-                format!("{} is damaged: {problem}", path.display()),
-            )
-        };
         let mm: Option<Vec<Mm>> = self.messages(&path, Magic::Mm)?;
         let Some(mm) = mm else {
             let text = format!(
@@ -106,21 +101,11 @@ impl ImageDir {
             );
             return Err(Error::new(Kind::Image, text));
         };
-        let mut vmas: Vec<PageRange> = Vec::new();
-        for vma in mm.iter().flat_map(|mm| &mm.vmas) {
-            let (start, end) = (vma.start, vma.end);
-            let aligned = self.page.divides(start) && self.page.divides(end);
-            if !aligned || start >= end {
-                return Err(damaged(format!("{start:#x}-{end:#x} is no mapping")));
-            }
-            if vmas.last().is_some_and(|last| last.end().get() > start) {
-                return Err(damaged(format!(
-                    "the mapping at {start:#x} begins before the one before it ends"
-                )));
-            }
-            vmas.push(PageRange::new(start, end));
-        }
-        Ok(vmas)
+        let vmas = mm.iter().flat_map(|mm| &mm.vmas);
+        Mappings::new(vmas, self.page).map_err(|problem| {
+            let text = format!("{} is damaged: {problem}", path.display());
+            Error::new(Kind::Image, text)
+        })
     }
 
     /// Whose pagemaps the directory has, sorted.
@@ -231,6 +216,7 @@ mod tests {
     use super::*;
     use crate::image::file::MessageWriter;
     use crate::image::proto::Vma;
+    use crate::units::PageRange;
 
     const PAGE: PageSize = PageSize::KIB_4;
 
@@ -260,11 +246,15 @@ mod tests {
         let tmp = tempfile::tempdir().unwrap();
         let path = tmp.path().join("pstree.img");
         write(&path, Magic::Pstree, &[task(7, 0), task(9, 7)]);
-        let vma = |start, end| Vma { start, end };
+        let vma = |start, end| Vma {
+            start,
+            end,
+            ..Vma::default()
+        };
         let mm = |vmas| Mm { vmas };
         let good = mm(vec![vma(0x1000, 0x3000), vma(0x3000, 0x4000)]);
         write(&tmp.path().join("mm-7.img"), Magic::Mm, &[good]);
-        let bad = mm(vec![vma(0x1000, 0x3000), vma(0x2000, 0x4000)]);
+        let bad = mm(vec![vma(0x1000, 0x3000), vma(0x4000, 0x4000)]);
         write(&tmp.path().join("mm-9.img"), Magic::Mm, &[bad]);
 
         let dir = ImageDir::open(tmp.path(), PAGE).unwrap();
@@ -273,9 +263,9 @@ mod tests {
             PageRange::new(0x1000, 0x3000),
             PageRange::new(0x3000, 0x4000),
         ];
-        assert_eq!(dir.vmas(7).unwrap(), ranges);
-        assert_eq!(dir.vmas(9).unwrap_err().kind(), Kind::Image);
-        assert_eq!(dir.vmas(11).unwrap_err().kind(), Kind::Image);
+        assert_eq!(dir.mappings(7).unwrap().fillable, ranges);
+        assert_eq!(dir.mappings(9).unwrap_err().kind(), Kind::Image);
+        assert_eq!(dir.mappings(11).unwrap_err().kind(), Kind::Image);
     }
 
     #[test]

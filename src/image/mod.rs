@@ -5,6 +5,7 @@ pub mod chain;
 pub mod dir;
 mod extents;
 pub mod file;
+pub mod mm;
 pub mod pagemap;
 pub mod pages;
 mod parents;

@@ -51,7 +51,7 @@ pub struct CompressedBlocks {
 /// The memory of a process: `mm-PID.img`.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Mm {
-    /// The mappings, by address.
+    /// The mappings by address, then (from CRIU 4.2.1 on) the guard regions inside them.
     #[prost(message, repeated, tag = "14")]
     pub vmas: Vec<Vma>,
 }
@@ -65,6 +65,12 @@ pub struct Vma {
     /// First address behind the mapping.
     #[prost(uint64, required, tag = "2")]
     pub end: u64,
+    /// What kind of mapping it is: CRIU's VMA_AREA_* and VMA_* bits.
+    #[prost(uint32, required, tag = "7")]
+    pub status: u32,
+    /// Advice that was given (madvise): bit N is advice N.
+    #[prost(uint64, optional, tag = "9")]
+    pub madv: Option<u64>,
 }
 
 /// A task of `pstree.img`.

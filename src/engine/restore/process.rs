@@ -26,7 +26,7 @@ pub(super) fn open(images: &ImageDir, pid: u32, has_source: bool) -> Result<Open
         Missing::Refuse
     };
     let chain = Chain::open(images, Target::Process(pid), missing)?;
-    let vmas = images.vmas(pid)?;
+    let vmas = images.mappings(pid)?.fillable;
     let (mut remote, mut local) = (Vec::new(), Vec::new());
     for extent in chain.extents().iter().filter(|extent| extent.lazy) {
         let kind = match extent.place {

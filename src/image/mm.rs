@@ -1,0 +1,177 @@
+//! The mappings of a dumped process, from `mm-PID.img`.
+//!
+//! CRIU writes them by address, and from 4.2.1 on appends guard regions (MADV_GUARD_INSTALL) behind them:
+//!
+//! ```text
+//! mappings   [=========)[====)      [=================)
+//! guards         [##)                    [####)          in file order at the end, inside the others
+//! fillable   [==)    [==)[====)     [===)      [======)
+//! ```
+//!
+//! So nothing is taken for granted about the order or the nesting of the entries. Any border of an entry cuts:
+//! no single UFFDIO_COPY may cross one.
+
+use super::proto::Vma;
+use crate::units::{PageRange, PageSize};
+
+/// Bit of `Vma::status` (VMA_AREA_GUARD): the range is a guard region, whose pages raise SIGSEGV.
+const STATUS_GUARD: u32 = 1 << 16;
+
+/// Bit of `Vma::madv` (1 << MADV_WIPEONFORK): children that are forked find zeros in the range.
+const MADV_WIPEONFORK: u64 = 1 << 18;
+
+/// Where the memory of a process may be filled, and what a fork does to it.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Mappings {
+    /// Ranges within mappings and outside guard regions, by address, disjoint, cut at every border.
+    pub fillable: Vec<PageRange>,
+    /// Ranges that children do not inherit but find zero, by address, disjoint.
+    pub wiped_on_fork: Vec<PageRange>,
+}
+
+impl Mappings {
+    /// Sorts out the entries of an `mm-PID.img`, in any order. The error says what is wrong with one.
+    pub(super) fn new<'a>(
+        vmas: impl IntoIterator<Item = &'a Vma>,
+        page: PageSize,
+    ) -> Result<Mappings, String> {
+        let mut borders = Vec::new();
+        for vma in vmas {
+            let (start, end) = (vma.start, vma.end);
+            if !page.divides(start) || !page.divides(end) || start >= end {
+                return Err(format!("{start:#x}-{end:#x} is no mapping"));
+            }
+            borders.push((start, Change::of(vma, 1)));
+            borders.push((end, Change::of(vma, -1)));
+        }
+        borders.sort_unstable_by_key(|(address, _)| *address);
+        let (mut mappings, mut depth, mut since) = (Mappings::default(), Change::default(), 0);
+        for (address, change) in borders {
+            if address > since {
+                let range = PageRange::new(since, address);
+                if depth.mapped > 0 && depth.guarded == 0 {
+                    mappings.fillable.push(range);
+                }
+                if depth.wiped > 0 {
+                    mappings.wiped_on_fork.push(range);
+                }
+                since = address;
+            }
+            depth.add(change);
+        }
+        Ok(mappings)
+    }
+}
+
+/// How many entries of each kind begin (or, below 0, end) at an address.
+#[derive(Clone, Copy, Default)]
+struct Change {
+    mapped: i64,
+    guarded: i64,
+    wiped: i64,
+}
+
+impl Change {
+    fn of(vma: &Vma, by: i64) -> Change {
+        if vma.status & STATUS_GUARD != 0 {
+            return Change {
+                guarded: by,
+                ..Change::default()
+            };
+        }
+        let wiped = vma.madv.unwrap_or(0) & MADV_WIPEONFORK != 0;
+        Change {
+            mapped: by,
+            wiped: if wiped { by } else { 0 },
+            ..Change::default()
+        }
+    }
+
+    fn add(&mut self, change: Change) {
+        self.mapped += change.mapped;
+        self.guarded += change.guarded;
+        self.wiped += change.wiped;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GUARD: u32 = STATUS_GUARD;
+
+    fn vma(start: u64, end: u64) -> Vma {
+        Vma {
+            start,
+            end,
+            ..Vma::default()
+        }
+    }
+
+    fn guard(start: u64, end: u64) -> Vma {
+        Vma {
+            status: GUARD,
+            ..vma(start, end)
+        }
+    }
+
+    fn fillable(vmas: &[Vma]) -> Vec<(u64, u64)> {
+        let mappings = Mappings::new(vmas, PageSize::KIB_4).unwrap();
+        let ranges = mappings.fillable.iter();
+        ranges
+            .map(|range| (range.start().get() >> 12, range.end().get() >> 12))
+            .collect()
+    }
+
+    fn pages(vmas: &[(u64, u64, bool)]) -> Vec<Vma> {
+        let vmas = vmas.iter();
+        vmas.map(|(start, end, guards)| match guards {
+            true => guard(start << 12, end << 12),
+            false => vma(start << 12, end << 12),
+        })
+        .collect()
+    }
+
+    #[test]
+    fn guards_are_no_places_to_fill_wherever_they_stand() {
+        let ordered = pages(&[(1, 9, false), (9, 12, false), (3, 4, true), (8, 10, true)]);
+        let expected = [(1, 3), (4, 8), (10, 12)];
+        assert_eq!(fillable(&ordered), expected);
+        let mut reversed = ordered;
+        reversed.reverse();
+        assert_eq!(fillable(&reversed), expected);
+        // A whole mapping, one that covers several, and guards that touch or repeat each other.
+        assert_eq!(fillable(&pages(&[(1, 3, false), (1, 3, true)])), []);
+        let wide = pages(&[(1, 3, false), (3, 5, false), (0, 9, true)]);
+        assert_eq!(fillable(&wide), []);
+        let touching = pages(&[(0, 9, false), (2, 4, true), (4, 5, true), (2, 5, true)]);
+        assert_eq!(fillable(&touching), [(0, 2), (5, 9)]);
+    }
+
+    #[test]
+    fn mappings_in_any_order_are_cut_at_every_border() {
+        let vmas = pages(&[(5, 6, false), (1, 5, false), (2, 3, false)]);
+        assert_eq!(fillable(&vmas), [(1, 2), (2, 3), (3, 5), (5, 6)]);
+    }
+
+    #[test]
+    fn what_is_wiped_on_fork_is_known() {
+        let mut vmas = [vma(0x1000, 0x3000), vma(0x3000, 0x6000)];
+        vmas[1].madv = Some(MADV_WIPEONFORK | 1 << 14);
+        vmas[0].madv = Some(1 << 10);
+        let mappings = Mappings::new(&vmas, PageSize::KIB_4).unwrap();
+        assert_eq!(mappings.wiped_on_fork, [PageRange::new(0x3000, 0x6000)]);
+    }
+
+    #[test]
+    fn what_is_no_mapping_is_refused() {
+        for bad in [
+            vma(0x1001, 0x3000),
+            vma(0x1000, 0x3001),
+            vma(0x3000, 0x3000),
+            vma(0x3000, 0x1000),
+        ] {
+            assert!(Mappings::new(&[bad], PageSize::KIB_4).is_err());
+        }
+    }
+}
