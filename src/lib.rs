@@ -22,6 +22,7 @@ pub mod ferry;
 pub mod image;
 pub mod lazy;
 pub mod limits;
+pub mod migration;
 pub mod observe;
 pub mod stream;
 pub mod sys;

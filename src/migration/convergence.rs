@@ -1,0 +1,250 @@
+//! When rounds of pre-copy end, and how long the processes would stand still.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// How a migration carries memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Freeze, dump, send, restore.
+    Cold,
+    /// Rounds while the processes run; then freeze, send what changed, restore.
+    PreCopy,
+    /// Freeze, send the execution state, resume there; memory follows.
+    PostCopy,
+    /// Rounds, then post-copy of what changed.
+    Hybrid,
+}
+
+impl Mode {
+    /// Whether rounds come before the freeze.
+    pub fn has_rounds(self) -> bool {
+        matches!(self, Mode::PreCopy | Mode::Hybrid)
+    }
+
+    /// Whether processes run at the destination before all their memory is there.
+    pub fn is_lazy(self) -> bool {
+        matches!(self, Mode::PostCopy | Mode::Hybrid)
+    }
+
+    /// Its name, as `--mode` spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Mode::Cold => "cold",
+            Mode::PreCopy => "pre-copy",
+            Mode::PostCopy => "post-copy",
+            Mode::Hybrid => "hybrid",
+        }
+    }
+}
+
+/// What to do when rounds end without the promised downtime in reach.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnMissed {
+    /// Freeze all the same.
+    Proceed,
+    /// Go on as post-copy, whose downtime does not depend on what changes.
+    PostCopy,
+    /// Leave the processes where they are.
+    Cancel,
+}
+
+/// What a user allows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Limits {
+    /// The longest downtime that is wanted; none: as short as rounds make it.
+    pub max_downtime: Option<Duration>,
+    /// The most rounds.
+    pub max_rounds: u32,
+    /// What happens when the downtime is out of reach.
+    pub on_missed: OnMissed,
+}
+
+/// What one round did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RoundResult {
+    /// Pages that were new or had changed.
+    pub pages: u64,
+    /// Bytes that left the source for them.
+    pub bytes: u64,
+    /// From its start to the destination's word that all is stored, ms.
+    pub ms: u64,
+}
+
+/// What a freeze costs on these hosts. The defaults are medians of docs/migration.md's table.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Costs {
+    /// A dump and a restore that move no memory, ms.
+    pub base_ms: f64,
+    /// What CRIU needs for each GiB of a lazy dump (it maps all of it into pipes), ms.
+    pub lazy_ms_per_gib: f64,
+    /// What CRIU and the comparison by hash need for each GiB of a whole dump, ms.
+    pub dump_ms_per_gib: f64,
+    /// What CRIU needs to read a GiB of images into the restored processes, ms.
+    pub restore_ms_per_gib: f64,
+    /// The link, bytes a second.
+    pub bytes_per_s: f64,
+}
+
+impl Default for Costs {
+    fn default() -> Costs {
+        Costs {
+            base_ms: 120.0,
+            lazy_ms_per_gib: 110.0,
+            dump_ms_per_gib: 1_000.0,
+            restore_ms_per_gib: 400.0,
+            bytes_per_s: 110e6,
+        }
+    }
+}
+
+/// Bytes of a GiB.
+const GIB: f64 = (1_u64 << 30) as f64;
+
+/// How long the processes would stand still if they were frozen now: `memory_bytes` in all, of which
+/// `changed_bytes` have yet to travel, and `eager_bytes` of those must be there before a lazy restore.
+pub fn predict_downtime(
+    mode: Mode,
+    costs: &Costs,
+    memory_bytes: u64,
+    changed_bytes: u64,
+    eager_bytes: u64,
+) -> Duration {
+    let gib = to_f64(memory_bytes) / GIB;
+    let travel_ms = |bytes: u64| to_f64(bytes) / costs.bytes_per_s.max(1.0) * 1e3;
+    let ms = match mode {
+        Mode::Cold | Mode::PreCopy => {
+            let dump = gib * costs.dump_ms_per_gib;
+            // Sending overlaps with dumping.
+            dump.max(travel_ms(changed_bytes)) + gib * costs.restore_ms_per_gib
+        }
+        Mode::PostCopy | Mode::Hybrid => gib * costs.lazy_ms_per_gib + travel_ms(eager_bytes),
+    };
+    Duration::from_secs_f64((costs.base_ms + ms) / 1e3)
+}
+
+/// The nearest float; bytes of memory are far below 2^53.
+#[allow(clippy::cast_precision_loss)]
+fn to_f64(count: u64) -> f64 {
+    count as f64
+}
+
+/// What to do after a round.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Decision {
+    /// One more round.
+    Again,
+    /// The downtime is in reach, or as short as rounds make it.
+    Freeze,
+    /// It is not: what the user wants then.
+    Missed(OnMissed),
+}
+
+/// A round that changes at least this share of what the one before did is no progress.
+const STALLED: f64 = 0.8;
+
+/// How the rounds of one migration have gone.
+#[derive(Clone, Debug, Default)]
+pub struct Convergence {
+    rounds: Vec<RoundResult>,
+}
+
+impl Convergence {
+    /// The rounds so far.
+    pub fn rounds(&self) -> &[RoundResult] {
+        &self.rounds
+    }
+
+    /// Bytes that will have changed when the next look is taken, if the processes go on as in the last
+    /// round.
+    pub fn expected_bytes(&self) -> Option<u64> {
+        self.rounds.last().map(|round| round.bytes)
+    }
+
+    /// Notes a round, after which the downtime would be `predicted`, and decides.
+    pub fn add(&mut self, round: RoundResult, predicted: Duration, limits: &Limits) -> Decision {
+        self.rounds.push(round);
+        let stalled = match self.rounds.as_slice() {
+            [.., before, last] => to_f64(last.bytes) >= STALLED * to_f64(before.bytes),
+            _ => false,
+        };
+        let last_chance = self.rounds.len() >= limits.max_rounds as usize;
+        match limits.max_downtime {
+            Some(most) if predicted <= most => Decision::Freeze,
+            Some(_) if stalled || last_chance => Decision::Missed(limits.on_missed),
+            None if stalled || last_chance => Decision::Freeze,
+            _ => Decision::Again,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn round(bytes: u64) -> RoundResult {
+        RoundResult {
+            pages: bytes >> 12,
+            bytes,
+            ms: 100,
+        }
+    }
+
+    const LIMITS: Limits = Limits {
+        max_downtime: Some(Duration::from_millis(300)),
+        max_rounds: 4,
+        on_missed: OnMissed::Cancel,
+    };
+
+    #[test]
+    fn rounds_end_when_the_downtime_is_in_reach() {
+        let mut rounds = Convergence::default();
+        let far = Duration::from_secs(2);
+        assert_eq!(rounds.add(round(1 << 30), far, &LIMITS), Decision::Again);
+        let near = Duration::from_millis(299);
+        assert_eq!(rounds.add(round(1 << 20), near, &LIMITS), Decision::Freeze);
+    }
+
+    #[test]
+    fn rounds_that_stop_shrinking_miss() {
+        let mut rounds = Convergence::default();
+        let far = Duration::from_secs(2);
+        assert_eq!(rounds.add(round(1000), far, &LIMITS), Decision::Again);
+        assert_eq!(rounds.add(round(500), far, &LIMITS), Decision::Again);
+        let missed = Decision::Missed(OnMissed::Cancel);
+        assert_eq!(rounds.add(round(450), far, &LIMITS), missed);
+    }
+
+    #[test]
+    fn rounds_are_bounded_and_without_a_promise_none_is_missed() {
+        for (max_downtime, last) in [
+            (LIMITS.max_downtime, Decision::Missed(OnMissed::Cancel)),
+            (None, Decision::Freeze),
+        ] {
+            let limits = Limits {
+                max_downtime,
+                ..LIMITS
+            };
+            let mut rounds = Convergence::default();
+            let far = Duration::from_secs(2);
+            for shift in 0..3 {
+                let next = rounds.add(round(1 << (20 - shift)), far, &limits);
+                assert_eq!(next, Decision::Again);
+            }
+            assert_eq!(rounds.add(round(1 << 16), far, &limits), last);
+        }
+    }
+
+    #[test]
+    fn lazy_modes_wait_for_what_is_not_lazy_alone() {
+        let costs = Costs::default();
+        let lazy = predict_downtime(Mode::Hybrid, &costs, 1 << 30, 1 << 28, 0);
+        let eager = predict_downtime(Mode::Hybrid, &costs, 1 << 30, 1 << 28, 110_000_000);
+        assert_eq!((eager - lazy).as_millis(), 1000);
+        let cold = predict_downtime(Mode::Cold, &costs, 1 << 30, 1 << 30, 0);
+        assert!(cold > lazy * 10);
+    }
+}
