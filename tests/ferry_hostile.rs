@@ -23,9 +23,9 @@ use pageferry::ferry::frame::{self, Header, OpenFrame, Split, split};
 use pageferry::ferry::gather::Run;
 use pageferry::ferry::hash::{HashKey, PageHash, PageHasher};
 use pageferry::ferry::hello::{Fail, Features, Greeting, Hello, Role, SessionId, VERSION, Window};
-use pageferry::ferry::link::{Admission, Dialer, Patience, SessionTable};
+use pageferry::ferry::level_control::Level;
+use pageferry::ferry::link::{Admission, Dialer, RetryPolicy, SessionTable};
 use pageferry::ferry::message::{Ack, Fault, Hashes, Open, WantHashes};
-use pageferry::ferry::pace::Level;
 use pageferry::ferry::receiver::{Arrival, Receiver};
 use pageferry::ferry::sender::Sender;
 use pageferry::ferry::unpack::Unpacker;
@@ -253,7 +253,7 @@ proptest! {
     ) {
         let patience = Duration::from_secs(1);
         let mut table = SessionTable::new(hello(Role::Receiver), &[Role::Receiver], patience);
-        let times = Patience {
+        let times = RetryPolicy {
             pause_first: patience,
             pause_max: patience,
             give_up_after: patience,

@@ -22,7 +22,7 @@ use super::batch::{FIXED_BYTES, PageKind, RUN_BYTES};
 use super::fields::PutFields;
 use super::gather::{Run, put_runs};
 use super::hash::{PageHash, PageHasher};
-use super::pace::Level;
+use super::level_control::Level;
 use super::probe::{Trial, looks_random};
 
 /// A batch to be packed.

@@ -32,7 +32,7 @@ pub use session_table::{Admission, ConnectionId, SessionTable};
 
 /// When to dial again and when to stop.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Patience {
+pub struct RetryPolicy {
     /// First pause before a connection is dialled again; it doubles from then on.
     pub pause_first: Duration,
     /// Longest pause.
@@ -41,7 +41,7 @@ pub struct Patience {
     pub give_up_after: Duration,
 }
 
-impl Patience {
+impl RetryPolicy {
     /// A connection that lasted for this long shows that the link is good, whatever it carried.
     fn steady_after(self) -> Duration {
         self.give_up_after / 4
@@ -91,7 +91,7 @@ mod tests {
     use crate::limits::FERRY_ENDED_SESSIONS_MAX;
     use crate::units::PageSize;
 
-    const PATIENCE: Patience = Patience {
+    const RETRY: RetryPolicy = RetryPolicy {
         pause_first: Duration::from_millis(100),
         pause_max: Duration::from_secs(1),
         give_up_after: Duration::from_secs(10),
@@ -121,14 +121,14 @@ mod tests {
     }
 
     fn dialer() -> Dialer {
-        Dialer::new(hello(Role::Sender), PATIENCE, at(0))
+        Dialer::new(hello(Role::Sender), RETRY, at(0))
     }
 
     fn table() -> SessionTable {
         SessionTable::new(
             hello(Role::Receiver),
             &[Role::Receiver],
-            PATIENCE.give_up_after,
+            RETRY.give_up_after,
         )
     }
 
@@ -351,7 +351,7 @@ mod tests {
     #[test]
     fn faults_come_only_into_a_session_that_exists() {
         let roles = [Role::Sender, Role::Responder];
-        let mut table = SessionTable::new(hello(Role::Sender), &roles, PATIENCE.give_up_after);
+        let mut table = SessionTable::new(hello(Role::Sender), &roles, RETRY.give_up_after);
         let stream = Hello {
             attempt: 1,
             ..hello(Role::Receiver)

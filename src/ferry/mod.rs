@@ -7,7 +7,7 @@
 //! ```text
 //!                     delta        encode       sender          link
 //! plain pages ──────> same? ─────> pack ──────> number, keep ─> dial ══╗
-//!                     hash         level <pace  until safe             ║ frames
+//!                     hash         level <control  until safe             ║ frames
 //! plain pages <────── batch <───── receiver <── admit <════════════════╝
 //!                     check,       put in order,
 //!                     unpack       acknowledge
@@ -29,9 +29,9 @@ pub mod frame;
 pub mod gather;
 pub mod hash;
 pub mod hello;
+pub mod level_control;
 pub mod link;
 pub mod message;
-pub mod pace;
 mod probe;
 pub mod push_planner;
 pub mod receiver;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use pageferry::ferry::frame::{Frame, Kind};
 use pageferry::ferry::hello::{Fail, FailCode, Hello, Role, SessionId};
-use pageferry::ferry::link::{Admission, ConnectionId, Dialer, Patience, SessionTable};
+use pageferry::ferry::link::{Admission, ConnectionId, Dialer, RetryPolicy, SessionTable};
 
 use crate::net::{Conn, Net, Side};
 use crate::parts::{Part, Standing, StreamKey};
@@ -19,7 +19,7 @@ pub(crate) struct DialingHost<P: Part> {
 }
 
 impl<P: Part> DialingHost<P> {
-    pub(crate) fn new(part: P, hello: Hello, patience: Patience) -> DialingHost<P> {
+    pub(crate) fn new(part: P, hello: Hello, patience: RetryPolicy) -> DialingHost<P> {
         DialingHost {
             part,
             dialer: Dialer::new(hello, patience, Duration::ZERO),

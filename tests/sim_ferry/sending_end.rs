@@ -10,8 +10,8 @@ use pageferry::ferry::frame::{Kind, OpenFrame};
 use pageferry::ferry::gather::{Gathered, Run};
 use pageferry::ferry::hash::{Fingerprint, PageHasher};
 use pageferry::ferry::hello::{Fail, FailCode, Hello, SessionId};
+use pageferry::ferry::level_control::Level;
 use pageferry::ferry::message::{Answer, Open, StateId, encode_close};
-use pageferry::ferry::pace::Level;
 use pageferry::ferry::sender::{Sender, SenderEvent, Transmit};
 use pageferry::units::{PageCount, PageRange};
 

@@ -7,7 +7,7 @@ use fastrand::Rng;
 use pageferry::ferry::delta::PageMemory;
 use pageferry::ferry::hash::{HashKey, PageHasher};
 use pageferry::ferry::hello::{Features, Hello, Role, SessionId, VERSION, Window};
-use pageferry::ferry::link::{Patience, SessionTable};
+use pageferry::ferry::link::{RetryPolicy, SessionTable};
 use pageferry::ferry::message::StateId;
 
 use crate::hosts::{DialingHost, ListeningHost};
@@ -19,7 +19,7 @@ use crate::run::{Host, abort, crash, run};
 use crate::sending_end::SendingEnd;
 use crate::stats::Stats;
 
-pub(crate) const PATIENCE: Patience = Patience {
+pub(crate) const RETRY: RetryPolicy = RetryPolicy {
     pause_first: Duration::from_millis(20),
     pause_max: Duration::from_millis(500),
     give_up_after: Duration::from_secs(8),
@@ -213,7 +213,7 @@ impl World {
         trouble: Trouble,
     ) -> (bool, u64) {
         let hello = self.hello(Role::Sender, session);
-        let mut dial = Some(DialingHost::new(self.sender(session), hello, PATIENCE));
+        let mut dial = Some(DialingHost::new(self.sender(session), hello, RETRY));
         let mut listen = Some(self.listening_receiver());
         let mut crashed = None;
         run(
@@ -241,7 +241,7 @@ impl World {
 
     fn listening_receiver(&mut self) -> ListeningHost<ReceivingEnd> {
         let own = self.hello(Role::Receiver, SessionId::default());
-        let table = SessionTable::new(own, &[Role::Receiver], PATIENCE.give_up_after);
+        let table = SessionTable::new(own, &[Role::Receiver], RETRY.give_up_after);
         ListeningHost::new(self.receiver(), table)
     }
 
@@ -252,10 +252,10 @@ impl World {
         trouble: Trouble,
     ) -> (bool, u64) {
         let own = self.hello(Role::Sender, SessionId::default());
-        let table = SessionTable::new(own, &[Role::Sender], PATIENCE.give_up_after);
+        let table = SessionTable::new(own, &[Role::Sender], RETRY.give_up_after);
         let mut listen = Some(ListeningHost::new(self.sender(session), table));
         let hello = self.hello(Role::Receiver, session);
-        let mut dial = Some(DialingHost::new(self.receiver(), hello, PATIENCE));
+        let mut dial = Some(DialingHost::new(self.receiver(), hello, RETRY));
         let (mut crashed_sender, mut crashed_receiver) = (None, None);
         run(
             &mut net,

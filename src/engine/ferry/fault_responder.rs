@@ -8,14 +8,14 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::conn::{Conn, ConnError};
 use super::connection_loop;
-use super::dialing::DialingHandler;
 use super::postcopy_listener::PostcopySession;
+use super::session_dialer::DialingHandler;
 use crate::error::{Error, Kind, Result};
 use crate::ferry::encode::{Encoder, PlainBatch, Verdicts};
 use crate::ferry::frame::{self, OpenFrame};
 use crate::ferry::hash::{HashKey, PageHasher};
+use crate::ferry::level_control::Level;
 use crate::ferry::message::Fault;
-use crate::ferry::pace::Level;
 use crate::ferry::push_planner;
 
 /// Between two looks at whether the session is over, ms.

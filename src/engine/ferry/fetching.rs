@@ -11,8 +11,8 @@
 //!        ── FAULT_PAGES ─────────> next
 //! ```
 
-mod dialer;
 mod earlier;
+mod ferry_dialer;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -28,8 +28,8 @@ use crate::ferry::hello::{Fail, FailCode, SessionId, Window};
 use crate::image::chain::Chain;
 use crate::lazy::window::RateLimit;
 use crate::units::{PageRange, PageSize};
-pub(in crate::engine) use dialer::{FerryDialer, FerryPair, Pushed};
 use earlier::Earlier;
+pub(in crate::engine) use ferry_dialer::{FerryDialer, FerryPair, Pushed};
 
 /// After so long without an answer a connection is dead, whatever its sockets say.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);

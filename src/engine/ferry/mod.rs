@@ -7,7 +7,7 @@
 //!                    hash, judge,     numbers,        │    │   order,              check, unpack,
 //!                    compress         frames          │    │   window              write
 //!                                                     │    │
-//!                    dialing ─> connection loop ══════╪════╪══ connection loop <── precopy_listener
+//!             session_dialer ─> connection loop ══════╪════╪══ connection loop <── precopy_listener
 //!                    reconnects        N connections                                 admits
 //! ```
 //!
@@ -18,7 +18,6 @@
 mod base;
 mod conn;
 mod connection_loop;
-mod dialing;
 mod fault_responder;
 pub(super) mod fetching;
 mod intake;
@@ -27,6 +26,7 @@ pub(super) mod postcopy_listener;
 pub mod precopy_listener;
 mod receiver_session;
 pub(super) mod sender_session;
+mod session_dialer;
 mod spares;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -39,15 +39,15 @@ use crate::error::{Error, Kind, Result};
 use crate::ferry::delta::PageMemory;
 use crate::ferry::hash::HashKey;
 use crate::ferry::hello::{Features, Hello, Role, SessionId, VERSION, Window};
-use crate::ferry::link::Patience;
-use crate::ferry::pace::Pace;
+use crate::ferry::level_control::LevelControl;
+use crate::ferry::link::RetryPolicy;
 use crate::limits::FERRY_WINDOW_FRAMES_MAX;
 use crate::observe::ferried::Sent;
 use crate::observe::traffic::Traffic;
 use crate::tls::Tls;
 use crate::units::PageSize;
-use dialing::Dialing;
 use sender_session::SenderSession;
+use session_dialer::SessionDialer;
 
 /// How much a receiver here holds that it cannot apply yet, and so how much is on its way: the product
 /// of 1 Gbit/s and 200 ms.
@@ -87,7 +87,7 @@ pub(super) struct Learned {
     /// What the receiver has.
     memory: PageMemory,
     /// What compressing and carrying costs.
-    pace: Pace,
+    level_control: LevelControl,
 }
 
 impl Learned {
@@ -95,7 +95,7 @@ impl Learned {
     pub(super) fn new(memory: PageMemory) -> Learned {
         Learned {
             memory,
-            pace: Pace::new(1),
+            level_control: LevelControl::new(1),
         }
     }
 }
@@ -123,10 +123,10 @@ pub(super) fn push<T>(
         window: WINDOW,
         hash_key: HashKey::default(),
     };
-    let patience = patience(config.reconnect_timeout);
-    let dialing = Dialing::new(config, &sending, sending.bell(), hello, patience);
+    let retry = retry(config.reconnect_timeout);
+    let dialer = SessionDialer::new(config, &sending, sending.notifier(), hello, retry);
     let result = std::thread::scope(|scope| {
-        scope.spawn(|| dialing.run(scope));
+        scope.spawn(|| dialer.run(scope));
         let result = body(scope, &sending);
         match &result {
             Ok(_) => sending.finish(),
@@ -137,13 +137,13 @@ pub(super) fn push<T>(
         result
     });
     let sent = sending.sent();
-    drop(dialing);
+    drop(dialer);
     Ok((result, sent, sending.into_learned()))
 }
 
-/// The patience of an end that gives up after `give_up_after` without progress.
-fn patience(give_up_after: Duration) -> Patience {
-    Patience {
+/// The retry of an end that gives up after `give_up_after` without progress.
+fn retry(give_up_after: Duration) -> RetryPolicy {
+    RetryPolicy {
         pause_first: PAUSES[0],
         pause_max: PAUSES[1],
         give_up_after,

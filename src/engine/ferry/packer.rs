@@ -23,7 +23,7 @@ use crate::ferry::frame::OpenFrame;
 use crate::ferry::gather::Run;
 use crate::ferry::hash::Fingerprint;
 use crate::ferry::hello::Features;
-use crate::ferry::pace::Level;
+use crate::ferry::level_control::Level;
 use crate::limits::FERRY_BATCH_BYTES_MAX;
 use crate::units::PageSize;
 
@@ -174,7 +174,7 @@ impl Worker<'_> {
         if !self.agreed.features.has(Features::DELTA) {
             self.verdicts.spell_out();
         }
-        let level = self.sending.pace().level();
+        let level = self.sending.level_control().level();
         let mut frame = self.sending.frame_buffer();
         frame.reserve(self.frame_bytes);
         let open = OpenFrame::begin(&mut frame);
@@ -188,14 +188,14 @@ impl Worker<'_> {
         self.sending.submit_batch(ticket, open, frame, &tally)
     }
 
-    /// Tells the pace what the fresh pages cost.
+    /// Tells the level control what the fresh pages cost.
     fn observe(&self, level: Level, tally: &Tally, start: Instant) {
         let raw = tally.raw << self.page.shift();
         let (plain, packed) = match level {
             Level::None => (raw, raw),
             Level::Zstd(_) => (tally.tried_bytes, tally.tried_packed_bytes),
         };
-        let mut pace = self.sending.pace();
-        pace.observe_batch(level, plain, packed, start.elapsed());
+        let mut level_control = self.sending.level_control();
+        level_control.observe_batch(level, plain, packed, start.elapsed());
     }
 }

@@ -18,10 +18,10 @@ use std::time::{Duration, Instant};
 
 use super::conn::{Conn, ConnError};
 use super::connection_loop::{self, Waker};
-use super::dialing::{Bell, DialingHandler, Lost, first_frame};
 use super::packer::{Job, Packer};
 use super::precopy_listener::refuse;
 use super::sender_session::SenderSession;
+use super::session_dialer::{ChangeNotifier, DialingHandler, Lost, first_frame};
 use super::{GOODBYE, Learned, WINDOW, lock};
 use crate::criu::header::{Target, Wire};
 use crate::engine::forward_lazy::held::Held;
@@ -41,7 +41,7 @@ use crate::observe::traffic::Traffic;
 use crate::stream::Stream;
 use crate::units::PageCount;
 
-/// How often somebody who waits looks for what nobody rings for.
+/// How often somebody who waits looks for what nobody is notified of.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// See the module's text.
@@ -51,7 +51,7 @@ pub(in crate::engine) struct PostcopyListener {
     reconnect_timeout: Duration,
     traffic: Arc<Traffic>,
     state: Mutex<State>,
-    bell: Bell,
+    notifier: ChangeNotifier,
     start: Instant,
 }
 
@@ -127,7 +127,7 @@ impl PostcopyListener {
                 sessions: BTreeMap::new(),
                 finished: BTreeMap::new(),
             }),
-            bell: Bell::default(),
+            notifier: ChangeNotifier::default(),
             start: Instant::now(),
         }
     }
@@ -214,16 +214,16 @@ impl PostcopyListener {
                     Ok(()) => sending.finish(),
                     Err(error) => sending.abort(&error.to_string()),
                 }
-                self.bell.ring();
+                self.notifier.notify();
                 fed
             });
             if let Err(error) = self.join(conn, session, peer, welcome) {
                 sending.lost(Lost::GivenUp(error.to_string()));
             }
             while !feeder.is_finished() {
-                let seen = self.bell.rings();
+                let seen = self.notifier.notified();
                 self.end_if_given_up(peer.session, sending, stop);
-                self.bell.wait(seen, LOOK_AGAIN);
+                self.notifier.wait(seen, LOOK_AGAIN);
             }
             self.wait_for_farewell(peer.session, sending, stop);
             sending.wait_until_over(GOODBYE);
@@ -255,7 +255,7 @@ impl PostcopyListener {
     /// connection: one that came back to nobody would not know whether the source goes on.
     fn wait_for_farewell(&self, session: SessionId, sending: &SenderSession, stop: &Stop) {
         while sending.awaits_farewell() {
-            let seen = sending.bell().rings();
+            let seen = sending.notifier().notified();
             let expired = lock(&self.state)
                 .table
                 .has_expired(session, self.start.elapsed());
@@ -266,7 +266,7 @@ impl PostcopyListener {
                 );
                 return;
             }
-            sending.bell().wait(seen, LOOK_AGAIN);
+            sending.notifier().wait(seen, LOOK_AGAIN);
         }
     }
 
@@ -309,7 +309,7 @@ impl PostcopyListener {
         let mut state = lock(&self.state);
         state.table.handle_lost(connection, peer.attempt, now);
         drop(state);
-        self.bell.ring();
+        self.notifier.notify();
         ended
     }
 }

@@ -15,9 +15,9 @@ use std::time::{Duration, Instant};
 
 use super::conn::{Conn, ConnError};
 use super::connection_loop::{self, Waker};
-use super::dialing::{Bell, first_frame};
 use super::intake::{Bases, Intake};
 use super::receiver_session::ReceiverSession;
+use super::session_dialer::{ChangeNotifier, first_frame};
 use super::spares::Spares;
 use super::{WINDOW, lock, random_bits};
 use crate::engine::ingest::{ReceiveContext, punch_out_of_parents};
@@ -36,7 +36,7 @@ use crate::observe::received::Received;
 use crate::stream::Stream;
 use crate::units::PageSize;
 
-/// How often the owner of a session looks for what nobody rings for.
+/// How often the owner of a session looks for what nobody is notified of.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// See the module's text.
@@ -49,7 +49,7 @@ pub struct PrecopyListener<'a> {
     hasher: PageHasher,
     spares: Arc<Spares>,
     state: Mutex<State>,
-    bell: Bell,
+    notifier: ChangeNotifier,
     start: Instant,
 }
 
@@ -108,7 +108,7 @@ impl<'a> PrecopyListener<'a> {
                 sessions: BTreeMap::new(),
                 finished: BTreeMap::new(),
             }),
-            bell: Bell::default(),
+            notifier: ChangeNotifier::default(),
             start: Instant::now(),
         })
     }
@@ -223,19 +223,19 @@ impl<'a> PrecopyListener<'a> {
                 if images.is_ok() {
                     receiving.wait_for_goodbye();
                 }
-                self.bell.ring();
+                self.notifier.notify();
                 images
             });
             if let Err(error) = self.run_connection(conn, &receiving, &hello, welcome) {
                 receiving.lost(error.to_string());
             }
             loop {
-                let seen = self.bell.rings();
+                let seen = self.notifier.notified();
                 if applier.is_finished() {
                     break;
                 }
                 self.end_if_given_up(hello.session, &receiving);
-                self.bell.wait(seen, LOOK_AGAIN);
+                self.notifier.wait(seen, LOOK_AGAIN);
             }
             let joined = applier.join();
             joined.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -314,7 +314,7 @@ impl<'a> PrecopyListener<'a> {
         lock(&self.state)
             .table
             .handle_lost(connection, peer.attempt, now);
-        self.bell.ring();
+        self.notifier.notify();
         Ok(())
     }
 }

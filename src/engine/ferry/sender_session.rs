@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::connection_loop::{ConnectionHandler, Waker};
-use super::dialing::Bell;
+use super::session_dialer::ChangeNotifier;
 use super::spares::Spares;
 use super::{Learned, lock};
 use crate::criu::header::Target;
@@ -21,8 +21,8 @@ use crate::ferry::encode::Tally;
 use crate::ferry::frame::{Kind, OpenFrame, SealedFrame};
 use crate::ferry::hash::PageHasher;
 use crate::ferry::hello::{Fail, FailCode, Features, SessionId};
+use crate::ferry::level_control::LevelControl;
 use crate::ferry::message::{Answer, StateId};
-use crate::ferry::pace::Pace;
 use crate::ferry::sender::Sender;
 use crate::observe::ferried::{ByKind, Sent};
 use crate::observe::traffic::Traffic;
@@ -74,9 +74,9 @@ pub(crate) struct SenderSession {
     session: SessionId,
     state: Mutex<State>,
     changed: Condvar,
-    bell: Bell,
+    notifier: ChangeNotifier,
     memory: Mutex<PageMemory>,
-    pace: Mutex<Pace>,
+    level_control: Mutex<LevelControl>,
     traffic: Arc<Traffic>,
     /// Buffers of frames that are safe.
     spares: Spares,
@@ -107,17 +107,17 @@ impl SenderSession {
                 carried: 0,
             }),
             changed: Condvar::new(),
-            bell: Bell::default(),
+            notifier: ChangeNotifier::default(),
             memory: Mutex::new(learned.memory),
-            pace: Mutex::new(learned.pace),
+            level_control: Mutex::new(learned.level_control),
             traffic,
             spares: Spares::default(),
         }
     }
 
-    /// Rings when the session has changed.
-    pub(super) fn bell(&self) -> &Bell {
-        &self.bell
+    /// Notifies when the session has changed.
+    pub(super) fn notifier(&self) -> &ChangeNotifier {
+        &self.notifier
     }
 
     /// The memory of what the receiver has.
@@ -127,7 +127,7 @@ impl SenderSession {
 
     /// So many threads compress.
     pub(super) fn set_encoders(&self, encoders: usize) {
-        self.pace()
+        self.level_control()
             .set_encoders(u32::try_from(encoders).unwrap_or(1));
     }
 
@@ -139,16 +139,16 @@ impl SenderSession {
     }
 
     /// Chooses compression levels.
-    pub(super) fn pace(&self) -> MutexGuard<'_, Pace> {
-        lock(&self.pace)
+    pub(super) fn level_control(&self) -> MutexGuard<'_, LevelControl> {
+        lock(&self.level_control)
     }
 
     /// Takes out what the next session goes on from.
     pub(super) fn into_learned(self) -> Learned {
-        let (memory, pace) = (self.memory.into_inner(), self.pace.into_inner());
+        let (memory, level_control) = (self.memory.into_inner(), self.level_control.into_inner());
         Learned {
             memory: memory.unwrap_or_else(PoisonError::into_inner),
-            pace: pace.unwrap_or_else(PoisonError::into_inner),
+            level_control: level_control.unwrap_or_else(PoisonError::into_inner),
         }
     }
 
@@ -255,7 +255,7 @@ impl SenderSession {
         state.wake_all();
         drop(state);
         self.changed.notify_all();
-        self.bell.ring();
+        self.notifier.notify();
     }
 
     fn submit(
@@ -373,11 +373,12 @@ impl SenderSession {
     pub(crate) fn wait_until_over(&self, most: Duration) {
         let start = Instant::now();
         while !self.is_over() {
-            let seen = self.bell.rings();
+            let seen = self.notifier.notified();
             let Some(left) = most.checked_sub(start.elapsed()) else {
                 return;
             };
-            self.bell.wait(seen, left.min(Duration::from_millis(50)));
+            self.notifier
+                .wait(seen, left.min(Duration::from_millis(50)));
         }
     }
 }
@@ -385,7 +386,7 @@ impl SenderSession {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ferry::pace::Level;
+    use crate::ferry::level_control::Level;
 
     #[test]
     fn what_was_measured_of_the_link_goes_into_the_next_session() {
@@ -399,7 +400,10 @@ mod tests {
             first.observe_link(1 << 20, Duration::from_millis(84));
         }
         let second = session(first.into_learned());
-        assert!(matches!(second.pace().level(), Level::Zstd(6..)));
-        assert!(!matches!(session(fresh()).pace().level(), Level::Zstd(6..)));
+        assert!(matches!(second.level_control().level(), Level::Zstd(6..)));
+        assert!(!matches!(
+            session(fresh()).level_control().level(),
+            Level::Zstd(6..)
+        ));
     }
 }

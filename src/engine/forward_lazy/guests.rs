@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::ferry::lock;
 
-/// How often somebody who waits looks for what nobody rings for.
+/// How often somebody who waits looks for what nobody is notified of.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// See the module's text.

@@ -14,11 +14,11 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use super::dialer::{Dialer, Pair, Which};
 use super::ferry::{self, Ferry};
 use super::install::offset;
 use super::link::{Arrival, Link, LinkStep};
 use super::reconnect::Dialed;
+use super::source_dialer::{Pair, SourceDialer, Which};
 use super::{Restore, RestoreConfig, Token, rewatch, watch};
 use crate::criu::fetch::Step;
 use crate::criu::header::Wire;
@@ -35,7 +35,7 @@ const WALK_BYTES_MAX: u64 = 256 << 10;
 /// See the module's text.
 #[derive(Debug)]
 pub(super) struct Links {
-    pub(super) dialer: Option<Dialer>,
+    pub(super) dialer: Option<SourceDialer>,
     pub(super) pair: Option<Pair>,
     /// In place of the pair: the session with a source that speaks ferry.
     pub(super) ferry: Option<Ferry>,
@@ -53,7 +53,7 @@ pub(super) struct Links {
 impl Links {
     /// What there is to know of the source, if there is one, without a connection to it.
     pub(super) fn new(config: &RestoreConfig, wire: Wire, page: PageSize) -> Result<Links> {
-        let dialer = config.source.clone().map(|peer| Dialer {
+        let dialer = config.source.clone().map(|peer| SourceDialer {
             peer,
             tls: config.tls.clone(),
             wire,
@@ -98,7 +98,7 @@ impl Links {
 
     /// Begins a session with a source that speaks ferry, without a connection yet.
     pub(super) fn begin_session(&mut self, config: &RestoreConfig) -> Result<()> {
-        if let Some(Dialer {
+        if let Some(SourceDialer {
             peer, tls, page, ..
         }) = self.dialer.as_ref().filter(|_| config.ferry)
         {

@@ -273,7 +273,7 @@ impl Restore {
             .spaces()
             .filter_map(|(_, space)| Some((space.pid(), lacks(space)?.at)))
             .collect();
-        for pid in super::victims::find(&lost) {
+        for pid in super::owner_processes::find(&lost) {
             match kill(Pid::from_raw(pid), Signal::SIGKILL) {
                 Ok(()) => tracing::warn!("killed process {pid}: its memory is lost"),
                 Err(errno) => {

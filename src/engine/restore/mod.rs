@@ -18,7 +18,6 @@
 //! poisoned.
 
 mod closing;
-mod dialer;
 mod faults;
 mod ferry;
 mod idle;
@@ -27,12 +26,13 @@ pub mod intake;
 mod link;
 mod links;
 mod loss;
+mod owner_processes;
 mod process;
 mod reconnect;
 mod report;
 mod signals;
+mod source_dialer;
 pub mod standby;
-mod victims;
 mod waking;
 
 use std::collections::{BTreeMap, VecDeque};

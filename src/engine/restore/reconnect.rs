@@ -15,8 +15,8 @@ use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use super::Restore;
-use super::dialer::{Pair, Which};
 use super::links::Links;
+use super::source_dialer::{Pair, Which};
 use crate::engine::ferry::fetching::FerryPair;
 use crate::error::{Error, Kind, Result};
 

@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::ferry::encode::{Encoder, PlainBatch, Verdict, Verdicts};
 use crate::ferry::hash::HashKey;
-use crate::ferry::pace::Level;
+use crate::ferry::level_control::Level;
 use crate::ferry::unpack::Unpacker;
 
 const PAGE: PageSize = PageSize::KIB_4;

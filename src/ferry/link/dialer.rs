@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::ferry::hello::{Fail, FailCode, Greeting, Hello};
 use crate::limits::FERRY_STREAMS_MAX;
 
-use super::{Patience, check};
+use super::{RetryPolicy, check};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Phase {
@@ -26,7 +26,7 @@ struct StreamState {
 #[derive(Clone, Debug)]
 pub struct Dialer {
     hello: Hello,
-    patience: Patience,
+    retry: RetryPolicy,
     streams: Vec<StreamState>,
     established: bool,
     troubled_since: Option<Duration>,
@@ -34,16 +34,16 @@ pub struct Dialer {
 
 impl Dialer {
     /// Dials `hello.streams` connections that say `hello`, each with its own stream and attempt.
-    pub fn new(hello: Hello, patience: Patience, now: Duration) -> Dialer {
+    pub fn new(hello: Hello, retry: RetryPolicy, now: Duration) -> Dialer {
         let streams = hello.streams.clamp(1, FERRY_STREAMS_MAX);
         let state = StreamState {
             phase: Phase::Down { retry_at: now },
-            pause: patience.pause_first,
+            pause: retry.pause_first,
             attempt: 0,
         };
         Dialer {
             hello: Hello { streams, ..hello },
-            patience,
+            retry,
             streams: vec![state; usize::from(streams)],
             established: false,
             troubled_since: Some(now),
@@ -98,7 +98,7 @@ impl Dialer {
 
     /// The connection of `stream`, or the try to make one, has failed.
     pub fn handle_lost(&mut self, stream: u16, now: Duration) {
-        let (steady_after, pause_max) = (self.patience.steady_after(), self.patience.pause_max);
+        let (steady_after, pause_max) = (self.retry.steady_after(), self.retry.pause_max);
         let state = self.state(stream);
         let steady = matches!(state.phase, Phase::Up { since } if now >= since + steady_after);
         state.phase = Phase::Down {
@@ -115,7 +115,7 @@ impl Dialer {
     pub fn handle_progress(&mut self) {
         self.troubled_since = None;
         for state in &mut self.streams {
-            state.pause = self.patience.pause_first;
+            state.pause = self.retry.pause_first;
         }
     }
 
@@ -141,7 +141,7 @@ impl Dialer {
         if self.streams.iter().any(up) {
             return None;
         }
-        Some(self.troubled_since? + self.patience.give_up_after)
+        Some(self.troubled_since? + self.retry.give_up_after)
     }
 
     /// How many streams may be dialled.

@@ -4,8 +4,8 @@ use crate::ferry::encode::{Encoder, PlainBatch, Verdicts};
 use crate::ferry::frame::{FrameError, HEADER_BYTES};
 use crate::ferry::gather::Run;
 use crate::ferry::hash::{HashKey, PageHasher};
+use crate::ferry::level_control::Level;
 use crate::ferry::message::encode_close;
-use crate::ferry::pace::Level;
 use crate::units::PageRange;
 
 fn receiver(frames: u32) -> Receiver {

@@ -6,8 +6,8 @@ use std::time::Duration;
 use super::{Agreed, Ending, SenderSession};
 use crate::engine::ferry::conn::Frame;
 use crate::engine::ferry::connection_loop::{ConnectionHandler, Heard, Waker, is_replaced};
-use crate::engine::ferry::dialing::{DialingHandler, Lost};
 use crate::engine::ferry::lock;
+use crate::engine::ferry::session_dialer::{DialingHandler, Lost};
 use crate::error::{self, Error};
 use crate::ferry::hash::PageHasher;
 use crate::ferry::hello::{FailCode, Hello};
@@ -43,7 +43,7 @@ impl ConnectionHandler for SenderSession {
         // Other connections carry what this one did.
         state.wake_all();
         drop(state);
-        self.bell.ring();
+        self.notifier.notify();
     }
 
     fn handle(&self, stream: u16, frame: Frame) -> Heard {
@@ -64,7 +64,7 @@ impl ConnectionHandler for SenderSession {
                 if heard_bye && !state.heard_bye {
                     state.heard_bye = true;
                     state.wake_all();
-                    self.bell.ring();
+                    self.notifier.notify();
                 }
                 if let Some(answer) = answer {
                     state.answer = Some(answer);
@@ -142,7 +142,7 @@ impl ConnectionHandler for SenderSession {
     fn observe_link(&self, bytes: u64, busy: Duration) {
         let connections = lock(&self.state).wakers.len();
         let connections = u32::try_from(connections).unwrap_or(1).max(1);
-        self.pace().observe_link(bytes, busy / connections);
+        self.level_control().observe_link(bytes, busy / connections);
     }
 
     fn is_replaced(&self, stream: u16, waker: &Arc<Waker>) -> bool {

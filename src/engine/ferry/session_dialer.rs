@@ -14,38 +14,38 @@ use crate::engine::transport::{Peer, transport};
 use crate::error::{Error, Kind, Result};
 use crate::ferry::frame;
 use crate::ferry::hello::{Fail, FailCode, Hello};
-use crate::ferry::link::{Dialer, Patience};
+use crate::ferry::link::{Dialer, RetryPolicy};
 use crate::stream::Stream;
 use crate::tls::Tls;
 
 /// How long a peer may take for its first frame.
 pub(super) const FIRST_WORD: Duration = Duration::from_secs(10);
 
-/// Rings when something has happened that a thread may be waiting for.
+/// Notifies when something has happened that a thread may be waiting for.
 #[derive(Debug, Default)]
-pub(super) struct Bell {
-    rings: Mutex<u64>,
-    rung: Condvar,
+pub(super) struct ChangeNotifier {
+    notified: Mutex<u64>,
+    condition: Condvar,
 }
 
-impl Bell {
-    pub(super) fn ring(&self) {
-        *lock(&self.rings) += 1;
-        self.rung.notify_all();
+impl ChangeNotifier {
+    pub(super) fn notify(&self) {
+        *lock(&self.notified) += 1;
+        self.condition.notify_all();
     }
 
-    /// How often it has rung.
-    pub(super) fn rings(&self) -> u64 {
-        *lock(&self.rings)
+    /// How often it was notified.
+    pub(super) fn notified(&self) -> u64 {
+        *lock(&self.notified)
     }
 
-    /// Waits until it has rung more often than `seen`, or for `timeout`.
+    /// Waits until it was notified more often than `seen`, or for `timeout`.
     pub(super) fn wait(&self, seen: u64, timeout: Duration) {
-        let rings = lock(&self.rings);
+        let notified = lock(&self.notified);
         // Woken or not, the caller looks again.
         drop(
-            self.rung
-                .wait_timeout_while(rings, timeout, |rings| *rings <= seen),
+            self.condition
+                .wait_timeout_while(notified, timeout, |notified| *notified <= seen),
         );
     }
 }
@@ -70,39 +70,39 @@ pub(super) enum Lost {
 }
 
 /// See the module's text.
-pub(super) struct Dialing<'a> {
+pub(super) struct SessionDialer<'a> {
     peer: &'a Peer,
     tls: Option<&'a Tls>,
     stop: &'a Stop,
     handler: &'a dyn DialingHandler,
-    bell: &'a Bell,
+    notifier: &'a ChangeNotifier,
     dialer: Mutex<Dialer>,
     start: Instant,
     give_up_after: Duration,
     last_trouble: Mutex<String>,
 }
 
-/// Between two looks at the dialer at most, should nothing ring.
+/// Between two looks at the dialer at most, without a notification.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
-impl<'a> Dialing<'a> {
-    /// Dials as `config` and `hello` say, for `handler`. `bell` rings when the handler's state changes.
+impl<'a> SessionDialer<'a> {
+    /// Dials as `config` and `hello` say, for `handler`. `notifier` notifies when the handler's state changes.
     pub(super) fn new(
         config: &'a SenderConfig,
         handler: &'a dyn DialingHandler,
-        bell: &'a Bell,
+        notifier: &'a ChangeNotifier,
         hello: Hello,
-        patience: Patience,
-    ) -> Dialing<'a> {
-        Dialing {
+        retry: RetryPolicy,
+    ) -> SessionDialer<'a> {
+        SessionDialer {
             peer: &config.peer,
             tls: config.tls.as_ref(),
             stop: &config.stop,
             handler,
-            bell,
-            dialer: Mutex::new(Dialer::new(hello, patience, Duration::ZERO)),
+            notifier,
+            dialer: Mutex::new(Dialer::new(hello, retry, Duration::ZERO)),
             start: Instant::now(),
-            give_up_after: patience.give_up_after,
+            give_up_after: retry.give_up_after,
             last_trouble: Mutex::default(),
         }
     }
@@ -110,7 +110,7 @@ impl<'a> Dialing<'a> {
     /// Keeps the streams up, each in a thread of `scope`, until the session is over.
     pub(super) fn run<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) {
         while !self.handler.is_over() {
-            let seen = self.bell.rings();
+            let seen = self.notifier.notified();
             let now = self.start.elapsed();
             if self.stop.is_pulled() {
                 self.handler.lost(Lost::Stopped);
@@ -133,7 +133,7 @@ impl<'a> Dialing<'a> {
             }
             let deadline = dialer.deadline().map(|at| at.saturating_sub(now));
             drop(dialer);
-            self.bell
+            self.notifier
                 .wait(seen, deadline.unwrap_or(LOOK_AGAIN).min(LOOK_AGAIN));
         }
     }
@@ -151,7 +151,7 @@ impl<'a> Dialing<'a> {
             *lock(&self.last_trouble) = trouble;
         }
         lock(&self.dialer).handle_lost(stream, self.start.elapsed());
-        self.bell.ring();
+        self.notifier.notify();
     }
 
     /// Runs a welcomed connection; returns what was wrong with it in the end.
@@ -161,7 +161,7 @@ impl<'a> Dialing<'a> {
             Err(error) => return Some(error.to_string()),
         };
         self.handler.stream_up(stream, peer, &waker);
-        self.bell.ring();
+        self.notifier.notify();
         let end = connection_loop::run(conn, stream, self.handler, &waker, || {
             lock(&self.dialer).handle_progress();
         });

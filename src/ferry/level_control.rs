@@ -54,17 +54,17 @@ struct Rate {
 
 /// Chooses the level of each batch from what the ones before have cost.
 #[derive(Clone, Debug)]
-pub struct Pace {
+pub struct LevelControl {
     rates: [Rate; LEVELS.len()],
     link_nanos_per_byte: f64,
     encoders: f64,
     batches: u32,
 }
 
-impl Pace {
+impl LevelControl {
     /// For `encoders` threads that compress at the same time.
-    pub fn new(encoders: u32) -> Pace {
-        Pace {
+    pub fn new(encoders: u32) -> LevelControl {
+        LevelControl {
             rates: LEVELS.map(|(_, nanos_per_byte, ratio)| Rate {
                 nanos_per_byte,
                 ratio,
@@ -145,20 +145,20 @@ mod tests {
     /// Runs 2000 batches of memory with fixed rates per level over a link of `link` ns a byte and
     /// returns how often each level was chosen in the last half.
     fn chosen(link: f64, cost: impl Fn(Level) -> (f64, f64)) -> Vec<(Level, usize)> {
-        let mut pace = Pace::new(1);
+        let mut level_control = LevelControl::new(1);
         let mut counts = LEVELS.map(|(level, ..)| (level, 0)).to_vec();
         const BATCH: u64 = 256 << 10;
         for round in 0..2000 {
-            let level = pace.level();
+            let level = level_control.level();
             let (nanos_per_byte, ratio) = cost(level);
             let size = bytes(BATCH);
             let packed = (size * ratio).round();
             let took = Duration::from_secs_f64(size * nanos_per_byte / 1e9);
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
             let packed = packed as u64;
-            pace.observe_batch(level, BATCH, packed, took);
+            level_control.observe_batch(level, BATCH, packed, took);
             let busy = Duration::from_secs_f64(bytes(packed) * link / 1e9);
-            pace.observe_link(packed, busy);
+            level_control.observe_link(packed, busy);
             if round >= 1000 {
                 let count = counts.iter_mut().find(|(other, _)| *other == level);
                 count.expect("a known level").1 += 1;

@@ -43,14 +43,14 @@ impl Which {
 
 /// How sockets are made and what speaks over them.
 #[derive(Clone, Debug)]
-pub(super) struct Dialer {
+pub(super) struct SourceDialer {
     pub(super) peer: Peer,
     pub(super) tls: Option<Tls>,
     pub(super) wire: Wire,
     pub(super) page: PageSize,
 }
 
-impl Dialer {
+impl SourceDialer {
     /// `secure` makes a secured connection of the socket.
     fn dial(&self, secure: impl FnOnce(&Tls, Socket, &str) -> Result<TlsStream>) -> Result<Link> {
         let socket = self.peer.connect()?;

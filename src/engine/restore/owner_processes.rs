@@ -30,21 +30,21 @@ pub(super) fn find(lost: &[(u32, PageRange)]) -> Vec<i32> {
                     .any(|watched| watched.intersect(*range).is_some())
         })
     };
-    let mut victims: Vec<i32> = candidates
+    let mut owners: Vec<i32> = candidates
         .iter()
         .filter(|(_, candidate)| lacks(candidate, Some(candidate.inner_pid)))
         .map(|(pid, _)| *pid)
         .collect();
     let mut next = 0;
-    while let Some(parent) = victims.get(next).copied() {
+    while let Some(parent) = owners.get(next).copied() {
         next += 1;
         let children = candidates.iter().filter(|(pid, candidate)| {
-            candidate.parent == parent && lacks(candidate, None) && !victims.contains(pid)
+            candidate.parent == parent && lacks(candidate, None) && !owners.contains(pid)
         });
         let children: Vec<i32> = children.map(|(pid, _)| *pid).collect();
-        victims.extend(children);
+        owners.extend(children);
     }
-    victims
+    owners
 }
 
 fn candidates() -> BTreeMap<i32, Candidate> {
