@@ -214,7 +214,7 @@ impl World {
         // Every size in turn, from a single page on.
         let reach = Reach {
             alone_bytes: 1 << (12 + self.now_us / 10 % 4),
-            walk_bytes: CHUNK,
+            sequential_bytes: CHUNK,
         };
         let Some(state) = memory.get(&page).copied() else {
             return;

@@ -8,8 +8,8 @@ use crate::units::{PageRange, Vaddr};
 pub struct Reach {
     /// For a fault that stands alone: the aligned block of so many bytes around it (at least a page).
     pub alone_bytes: u64,
-    /// For a fault on a walk: so many bytes at most.
-    pub walk_bytes: u64,
+    /// For a fault of a sequential reader: so many bytes at most.
+    pub sequential_bytes: u64,
 }
 
 /// Why pages are asked for.
@@ -17,8 +17,8 @@ pub struct Reach {
 pub enum Class {
     /// A thread waits for the first page.
     Fault,
-    /// A thread that walks upwards waits for the first page, and will come to the others.
-    Walk,
+    /// A thread that reads upwards waits for the first page, and will come to the others.
+    Sequential,
     /// Neighbours of a fault, or the next pages of a stride.
     Around,
     /// The background stream.

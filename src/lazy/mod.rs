@@ -2,12 +2,12 @@
 //! do with what arrives. No descriptor, no clock, no payload.
 
 mod answer;
-pub mod anticipation;
+pub mod batched_wakeup;
 pub mod drain;
 pub mod extents;
+pub mod fault_prediction;
 pub mod pageset;
 pub mod pattern;
 pub mod planner;
 pub mod space;
-pub mod stretch;
 pub mod window;

@@ -1,25 +1,25 @@
 //! What a process's faults show about the faults to come, and so how much to bring with each.
 //!
-//! Several threads walk at once, so a few walks are followed, each with where its last fault was and
-//! how often it went on the same way. A fault near the front of a walk continues it, and twice as
-//! much is read ahead as before. Three faults at one distance, too far apart for a walk, are a
-//! stride. Any other fault begins a new walk, and stands alone for now.
+//! Several threads read in order at once, so a few sequences are followed, each with where its last fault was and
+//! how often it went on the same way. A fault near the front of a sequence continues it, and twice as
+//! much is read ahead as before. Three faults at one distance, too far apart for a sequence, are a
+//! stride. Any other fault begins a new sequence, and stands alone for now.
 
-use super::stretch::STRETCH_BYTES;
+use super::batched_wakeup::WAKEUP_BATCH_BYTES;
 
-/// Walks followed at once in a process: more threads than that fault as if at random.
-const WALKS: usize = 8;
+/// Sequences followed at once in a process: more threads than that fault as if at random.
+const SEQUENCES: usize = 8;
 
 /// Most pages brought with one fault: 256 KiB in 4 KiB pages.
 const AHEAD_PAGES_MAX: u64 = 64;
 
-/// How far beyond what was read ahead a fault still continues a walk, pages: the background stream
+/// How far beyond what was read ahead a fault still continues a sequence, pages: the background stream
 /// may have filled what lies between.
 const SLACK_PAGES: u64 = 64;
 
-/// The same for a walk that is known for one, pages: it may have slept for a whole stretch, twice its
+/// The same for a sequence that is known for one, pages: it may have slept for a whole batch, twice its
 /// length in 4 KiB pages.
-const KNOWN_SLACK_PAGES: u64 = 2 * (STRETCH_BYTES >> 12);
+const KNOWN_SLACK_PAGES: u64 = 2 * (WAKEUP_BATCH_BYTES >> 12);
 
 /// How many further pages of a stride are brought.
 const STRIDE_PAGES: i64 = 4;
@@ -60,15 +60,15 @@ pub enum Around {
 }
 
 #[derive(Clone, Copy, Default, Debug)]
-struct Walk {
+struct Sequence {
     last: u64,
     upwards: bool,
-    /// How many faults in a row went the same way; 0 for a walk of one fault.
+    /// How many faults in a row went the same way; 0 for a sequence of one fault.
     run: u32,
     used: u64,
 }
 
-impl Walk {
+impl Sequence {
     /// How many pages its last fault brought.
     fn ahead(self) -> u64 {
         1_u64
@@ -77,7 +77,7 @@ impl Walk {
             .clamp(1, AHEAD_PAGES_MAX)
     }
 
-    /// Whether a fault upwards of its last would be one of a walk upwards.
+    /// Whether a fault upwards of its last would be one of a sequence upwards.
     fn leads_up(self) -> bool {
         self.upwards && self.run > 1
     }
@@ -92,10 +92,10 @@ impl Walk {
     }
 }
 
-/// The walks of one process.
+/// The sequences of one process.
 #[derive(Clone, Default, Debug)]
 pub struct Pattern {
-    walks: [Walk; WALKS],
+    sequences: [Sequence; SEQUENCES],
     faults: u64,
     last: u64,
     stride: i64,
@@ -108,23 +108,27 @@ impl Pattern {
         self.faults += 1;
         let used = self.faults;
         self.observe_stride(page);
-        if let Some(walk) = self.walks.iter_mut().find(|walk| walk.reaches(page)) {
-            let upwards = page >= walk.last;
-            let run = if walk.run == 0 || walk.upwards == upwards {
-                walk.run + 1
+        if let Some(sequence) = self
+            .sequences
+            .iter_mut()
+            .find(|sequence| sequence.reaches(page))
+        {
+            let upwards = page >= sequence.last;
+            let run = if sequence.run == 0 || sequence.upwards == upwards {
+                sequence.run + 1
             } else {
                 0
             };
-            *walk = Walk {
+            *sequence = Sequence {
                 last: page,
                 upwards,
                 run,
                 used,
             };
             return if upwards {
-                Around::Up(walk.ahead())
+                Around::Up(sequence.ahead())
             } else {
-                Around::Down(walk.ahead())
+                Around::Down(sequence.ahead())
             };
         }
         if self.strides >= 2 {
@@ -133,8 +137,12 @@ impl Pattern {
                 count: STRIDE_PAGES,
             };
         }
-        if let Some(oldest) = self.walks.iter_mut().min_by_key(|walk| walk.used) {
-            *oldest = Walk {
+        if let Some(oldest) = self
+            .sequences
+            .iter_mut()
+            .min_by_key(|sequence| sequence.used)
+        {
+            *oldest = Sequence {
                 last: page,
                 upwards: true,
                 run: 0,
@@ -144,11 +152,11 @@ impl Pattern {
         Around::Alone
     }
 
-    /// Whether a walk upwards is about to come to `page`.
-    pub fn walks_up_to(&self, page: u64) -> bool {
-        self.walks
+    /// Whether a sequence upwards is about to come to `page`.
+    pub fn reads_up_to(&self, page: u64) -> bool {
+        self.sequences
             .iter()
-            .any(|walk| walk.leads_up() && page >= walk.last && walk.reaches(page))
+            .any(|sequence| sequence.leads_up() && page >= sequence.last && sequence.reaches(page))
     }
 
     /// Pages that were brought ahead fault no more, so a known stride goes on in multiples.
@@ -171,7 +179,7 @@ impl Pattern {
 mod tests {
     use super::*;
 
-    /// How many pages a fault brings that is alone or on a walk upwards.
+    /// How many pages a fault brings that is alone or on a sequence upwards.
     fn upwards(pattern: &mut Pattern, page: u64) -> u64 {
         match pattern.observe(page) {
             Around::Alone => 1,
@@ -199,22 +207,22 @@ mod tests {
     }
 
     #[test]
-    fn a_walk_upwards_is_known_by_its_third_fault_and_left_behind() {
+    fn a_sequence_upwards_is_known_by_its_third_fault_and_left_behind() {
         let mut pattern = Pattern::default();
-        for (page, walks) in [(100, false), (101, false), (102, true), (110, true)] {
+        for (page, sequences) in [(100, false), (101, false), (102, true), (110, true)] {
             pattern.observe(page);
-            assert_eq!(pattern.walks_up_to(page + 1), walks, "{page}");
+            assert_eq!(pattern.reads_up_to(page + 1), sequences, "{page}");
         }
-        assert!(!pattern.walks_up_to(50), "behind it");
-        assert!(!pattern.walks_up_to(10_000), "far ahead of it");
+        assert!(!pattern.reads_up_to(50), "behind it");
+        assert!(!pattern.reads_up_to(10_000), "far ahead of it");
         assert!(
-            pattern.walks_up_to(110 + KNOWN_SLACK_PAGES),
-            "after a stretch in one go"
+            pattern.reads_up_to(110 + KNOWN_SLACK_PAGES),
+            "after a batch in one go"
         );
     }
 
     #[test]
-    fn a_walk_upwards_reads_further_and_further_ahead() {
+    fn a_sequence_upwards_reads_further_and_further_ahead() {
         let mut pattern = Pattern::default();
         let mut page = 1000;
         let mut brought = Vec::new();
@@ -227,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn a_walk_downwards_reads_below() {
+    fn a_sequence_downwards_reads_below() {
         let mut pattern = Pattern::default();
         assert_eq!(pattern.observe(1000), Around::Alone);
         assert_eq!(pattern.observe(999), Around::Down(4));
@@ -259,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn threads_that_walk_at_once_do_not_disturb_each_other() {
+    fn threads_that_read_in_order_at_once_do_not_disturb_each_other() {
         let mut pattern = Pattern::default();
         let mut fronts = [1_000_u64, 100_000, 200_000, 300_000];
         for round in 0..4 {

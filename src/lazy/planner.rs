@@ -238,7 +238,7 @@ impl Planner {
         match way {
             Way::Fetched(Class::Stream) => self.counts.stream += pages,
             Way::Fetched(Class::Around) => self.counts.around += pages,
-            Way::Fetched(Class::Fault | Class::Walk) => {
+            Way::Fetched(Class::Fault | Class::Sequential) => {
                 let awaited = pages.min(waited);
                 self.counts.fault += awaited;
                 self.counts.around += pages - awaited;
@@ -340,7 +340,7 @@ mod tests {
     const PAGE: PageSize = PageSize::KIB_4;
     const SINGLE: Reach = Reach {
         alone_bytes: 4096,
-        walk_bytes: 4096,
+        sequential_bytes: 4096,
     };
 
     /// A planner with processes of 8 GiB each, all of it with the source.
@@ -395,7 +395,7 @@ mod tests {
         let (mut planner, ids) = planner(1);
         let reach = Reach {
             alone_bytes: 256 << 10,
-            walk_bytes: 4096,
+            sequential_bytes: 4096,
         };
         let asked_for = |planner: &mut Planner, offset: u64| {
             planner.handle_fault(ids[0], Vaddr((1 << 32) + offset), reach, 0);
@@ -406,7 +406,7 @@ mod tests {
                 .collect::<Vec<_>>()
         };
         assert_eq!(asked_for(&mut planner, 64 << 10), [(64, 256), (0, 64)]);
-        // Far away, so that nobody seems to walk.
+        // Far away, so that nobody seems to read in order.
         let near_the_front = (40 << 20) + (8 << 10);
         assert_eq!(
             asked_for(&mut planner, near_the_front),

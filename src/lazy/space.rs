@@ -28,8 +28,8 @@ const LOCAL_FAULT_BYTES_MAX: u64 = 64 << 10;
 /// So much in front of an awaited page is asked for behind it, bytes.
 const DETOUR_BYTES: u64 = 16 << 10;
 
-/// A fault that brings so many pages ahead is one of a walk that has been seen for a while.
-const WALK_PAGES: u64 = 16;
+/// A fault that brings so many pages ahead is one of a sequence that has been seen for a while.
+const SEQUENCE_PAGES: u64 = 16;
 
 /// The missing memory of one process.
 #[derive(Debug)]
@@ -166,16 +166,16 @@ impl Space {
             let bytes = (pages * self.page.bytes()).min(LOCAL_FAULT_BYTES_MAX);
             return FaultAnswer::Local(piece.part(self.run_from(start, bytes, piece)));
         }
-        if self.is_walked_up(start) {
-            // A walk goes on over pages that no image has, and over such as have just come.
+        if self.is_read_upwards(start) {
+            // A sequence goes on over pages that no image has, and over such as have just come.
             self.pattern.observe(start.get() >> self.page.shift());
         }
         FaultAnswer::Zero
     }
 
-    /// Whether the thread that waits for `page` walks upwards, and so needs the next pages next.
-    pub fn is_walked_up(&self, page: Vaddr) -> bool {
-        self.pattern.walks_up_to(page.get() >> self.page.shift())
+    /// Whether the thread that waits for `page` reads upwards, and so needs the next pages next.
+    pub fn is_read_upwards(&self, page: Vaddr) -> bool {
+        self.pattern.reads_up_to(page.get() >> self.page.shift())
     }
 
     /// Moves the faulting page and what goes with it from `remote` to `urgent`.
@@ -191,17 +191,17 @@ impl Space {
                 }
             }
             Around::Up(pages) => {
-                let bytes = (pages * page).min(reach.walk_bytes).max(page);
-                let class = if pages < WALK_PAGES {
+                let bytes = (pages * page).min(reach.sequential_bytes).max(page);
+                let class = if pages < SEQUENCE_PAGES {
                     Class::Fault
                 } else {
-                    Class::Walk
+                    Class::Sequential
                 };
                 self.ask(self.run_from(start, bytes, piece), class);
             }
             Around::Down(pages) => {
                 self.ask(self.run_from(start, page, piece), Class::Fault);
-                let bytes = (pages * page).min(reach.walk_bytes).max(page) - page;
+                let bytes = (pages * page).min(reach.sequential_bytes).max(page) - page;
                 let lowest = start.get().saturating_sub(bytes);
                 let below = PageRange::new(lowest.max(piece.at.start().get()), start.get());
                 self.ask(below, Class::Around);

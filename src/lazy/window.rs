@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 
-use super::anticipation::Anticipation;
+use super::fault_prediction::FaultPrediction;
 
 /// Smallest request of the background stream, bytes.
 pub const CHUNK_BYTES_MIN: u64 = 16 << 10;
@@ -62,7 +62,7 @@ pub struct Window {
     /// The shortest delay ever, µs: whether the source is near does not change.
     nearest_us: Option<u64>,
     last_fault_us: Option<u64>,
-    anticipation: Anticipation,
+    prediction: FaultPrediction,
 }
 
 impl Default for Window {
@@ -77,7 +77,7 @@ impl Default for Window {
             delay_since_us: 0,
             nearest_us: None,
             last_fault_us: None,
-            anticipation: Anticipation::default(),
+            prediction: FaultPrediction::default(),
         }
     }
 }
@@ -95,12 +95,12 @@ impl Window {
     /// A fault is asked for over this link.
     pub fn faulted(&mut self, now_us: u64) {
         self.last_fault_us = Some(now_us);
-        self.anticipation.faulted(now_us);
+        self.prediction.faulted(now_us);
     }
 
-    /// A fault of a walk is asked for over this link. The stream runs ahead of a walk, so nearby,
+    /// A fault of a sequence is asked for over this link. The stream runs ahead of a sequence, so nearby,
     /// where queues are short, it does more good than harm; on a long link the queue is what counts.
-    pub fn walked(&mut self, now_us: u64) {
+    pub fn sequential_fault(&mut self, now_us: u64) {
         if !self.is_near() {
             self.last_fault_us = Some(now_us);
         }
@@ -108,12 +108,12 @@ impl Window {
 
     /// The answer to a fault has come over this link.
     pub fn fault_answered(&mut self, now_us: u64) {
-        self.anticipation.answered(now_us);
+        self.prediction.answered(now_us);
     }
 
     /// A request of the background stream goes out.
     pub fn streamed(&mut self, now_us: u64) {
-        self.anticipation.streamed(now_us);
+        self.prediction.streamed(now_us);
     }
 
     /// Whether lone faults share the link, or did a moment ago.
@@ -204,7 +204,7 @@ impl Window {
     /// Until when the background stream holds back for a fault that is likely to come, µs.
     pub fn holds_until_us(&self, now_us: u64) -> Option<u64> {
         if self.is_near() {
-            self.anticipation.holds_until_us(now_us)
+            self.prediction.holds_until_us(now_us)
         } else {
             None
         }
@@ -212,7 +212,7 @@ impl Window {
 
     /// Whether the answer to a fault is due from a source nearby, or the next fault after one.
     pub fn is_fault_due(&self, now_us: u64) -> bool {
-        self.is_near() && self.anticipation.is_fault_due(now_us)
+        self.is_near() && self.prediction.is_fault_due(now_us)
     }
 
     /// Whether one more request of the background stream may go out.

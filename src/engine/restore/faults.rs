@@ -65,7 +65,7 @@ impl Restore {
             for event in events {
                 if !matches!(event, Event::Fault(_)) {
                     self.note_event();
-                    self.stretch.forget_quiet(id);
+                    self.batched_wakeup.forget_quiet(id);
                 }
                 match event {
                     Event::Fault(addr) => faults.push(addr),
@@ -95,8 +95,8 @@ impl Restore {
         let at = PageRange::new(start, start + page.bytes());
         match self.planner.handle_fault(id, addr, reach, now_us) {
             FaultAnswer::Wait => Ok(()),
-            FaultAnswer::Zero if self.stretch.was_quiet(id, at.start()) => {
-                self.settle(id, at, Way::Gone, Waiters::Walking);
+            FaultAnswer::Zero if self.batched_wakeup.was_quiet(id, at.start()) => {
+                self.settle(id, at, Way::Gone, Waiters::Sequential);
                 Ok(())
             }
             FaultAnswer::Zero => self.fill_zero(id, addr),

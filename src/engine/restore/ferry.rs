@@ -64,7 +64,7 @@ impl Ferry {
     }
 }
 
-/// How much a fault may bring: what nobody walks towards is not asked for `on_demand`.
+/// How much a fault may bring: what no reader in order is about to reach is not asked for `on_demand`.
 pub(super) fn reach(page: PageSize, on_demand: bool) -> Reach {
     let alone_bytes = match on_demand {
         true => page.bytes(),
@@ -72,7 +72,7 @@ pub(super) fn reach(page: PageSize, on_demand: bool) -> Reach {
     };
     Reach {
         alone_bytes,
-        walk_bytes: FERRY_BATCH_BYTES_MAX as u64,
+        sequential_bytes: FERRY_BATCH_BYTES_MAX as u64,
     }
 }
 

@@ -59,7 +59,7 @@ impl Restore {
             .and_then(|limit| limit.wait_until_us(now_us));
         let held = self.links.holds_until_us(now_us);
         let retry = (!self.retries.is_empty()).then_some(now_us + RETRY_US);
-        [limited, held, retry, self.stretch.until_us()]
+        [limited, held, retry, self.batched_wakeup.until_us()]
             .into_iter()
             .flatten()
             .map(|until_us| Duration::from_micros(until_us.saturating_sub(now_us)))

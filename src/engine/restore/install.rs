@@ -80,14 +80,14 @@ impl Restore {
     }
 
     /// The part of `piece` to copy next: a page that a thread waits for, so that it runs while the
-    /// rest is copied, else as much as one call may copy. A thread that walks up gets that much
+    /// rest is copied, else as much as one call may copy. A thread that reads up gets that much
     /// too: it would wait again for what a shorter call leaves out.
     fn awaited_first(&self, id: SpaceId, piece: Piece, limit: u64) -> Piece {
         let space = self.planner.space(id);
         let awaited = space.and_then(|space| space.first_awaited(piece.at));
-        let is_walked = |page| space.is_some_and(|space| space.is_walked_up(page));
+        let is_sequential = |page| space.is_some_and(|space| space.is_read_upwards(page));
         let (start, longest) = match awaited {
-            Some(page) if is_walked(page) => (page.get(), limit),
+            Some(page) if is_sequential(page) => (page.get(), limit),
             Some(page) => (page.get(), self.images.page().bytes()),
             None => (piece.at.start().get(), limit),
         };
@@ -122,10 +122,10 @@ impl Restore {
             Filled::Bytes(filled) => {
                 *limit = STEP_BYTES.max(*limit);
                 let at = PageRange::new(at.start().get(), at.start().get() + filled);
-                self.stretch.filled(id, at, wake == Wake::Later);
+                self.batched_wakeup.filled(id, at, wake == Wake::Later);
                 let waiters = match wake {
                     Wake::Now => Waiters::Woken,
-                    Wake::Later => Waiters::Walking,
+                    Wake::Later => Waiters::Sequential,
                 };
                 self.settle(id, at, way, waiters);
             }
@@ -241,7 +241,7 @@ impl Restore {
         Ok(true)
     }
 
-    /// Asks for the images' bytes before they are needed, once for each stretch.
+    /// Asks for the images' bytes before they are needed, once for each window.
     fn read_ahead(&self, id: SpaceId, image: Vaddr) {
         let Some(chain) = self
             .processes
@@ -250,9 +250,9 @@ impl Restore {
         else {
             return;
         };
-        let into_stretch = image.get() % READAHEAD_BYTES;
+        let into_window = image.get() % READAHEAD_BYTES;
         let begins_extent = chain.find(Vaddr(image.get().saturating_sub(1))).is_none();
-        if into_stretch < STEP_BYTES || begins_extent {
+        if into_window < STEP_BYTES || begins_extent {
             let end = image.get().saturating_add(2 * READAHEAD_BYTES);
             chain.advise(PageRange::new(image.get(), end));
         }

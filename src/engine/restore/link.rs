@@ -120,7 +120,7 @@ impl Link {
         match request.class {
             Class::Stream => self.window.streamed(now_us),
             Class::Fault => self.window.faulted(now_us),
-            Class::Walk => self.window.walked(now_us),
+            Class::Sequential => self.window.sequential_fault(now_us),
             Class::Around => {}
         }
         let sent = Sent { request, ticket };

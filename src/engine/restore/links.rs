@@ -30,7 +30,7 @@ use crate::lazy::space::Reach;
 use crate::units::PageSize;
 
 /// Brought at most for one fault on a connection for faults alone, bytes.
-const WALK_BYTES_MAX: u64 = 256 << 10;
+const SEQUENTIAL_BYTES_MAX: u64 = 256 << 10;
 
 /// See the module's text.
 #[derive(Debug)]
@@ -218,7 +218,7 @@ impl Restore {
         let page = self.images.page().bytes();
         let on_its_own = Reach {
             alone_bytes: page,
-            walk_bytes: WALK_BYTES_MAX,
+            sequential_bytes: SEQUENTIAL_BYTES_MAX,
         };
         if self.links.ferry.is_some() {
             return ferry::reach(self.images.page(), self.config.on_demand);
@@ -235,7 +235,7 @@ impl Restore {
                     } else {
                         block.min(chunk)
                     },
-                    walk_bytes: chunk,
+                    sequential_bytes: chunk,
                 }
             }
             _ => on_its_own,

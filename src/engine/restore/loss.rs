@@ -79,7 +79,7 @@ impl Loss {
 impl Restore {
     /// Gives the source up for good. An error here means that not even that could be done.
     pub(super) fn lose(&mut self, cause: Error) -> Result<()> {
-        self.release_walks();
+        self.wake_held_threads();
         // An operator may still have it try again.
         if self.config.on_loss != OnLoss::Hold {
             self.fail_ferry(&cause);

@@ -51,8 +51,8 @@ use crate::engine::transport::Peer;
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::Chain;
 use crate::image::dir::ImageDir;
+use crate::lazy::batched_wakeup::BatchedWakeup;
 use crate::lazy::planner::{Planner, SpaceId};
-use crate::lazy::stretch::Stretch;
 use crate::lazy::window::RateLimit;
 use crate::sys::process::page_size;
 use crate::sys::uffd::{Room, Uffd};
@@ -166,8 +166,8 @@ pub struct Restore {
     processes: BTreeMap<SpaceId, Process>,
     /// Faults that could not be answered because an event was in the way.
     retries: VecDeque<(SpaceId, Vaddr)>,
-    /// Walks whose pages are there and that are woken later.
-    stretch: Stretch,
+    /// Sequences whose pages are there and that are woken later.
+    batched_wakeup: BatchedWakeup,
     links: Links,
     limit: Option<RateLimit>,
     loss: Option<Loss>,
@@ -256,7 +256,7 @@ impl Restore {
             finished: false,
             processes: BTreeMap::new(),
             retries: VecDeque::new(),
-            stretch: Stretch::default(),
+            batched_wakeup: BatchedWakeup::default(),
             links,
             loss: None,
             faults_poll: new_poll()?,
@@ -341,7 +341,7 @@ impl Restore {
                 );
             }
         }
-        self.release_walks();
+        self.wake_held_threads();
         match self.loss.take() {
             None => Ok(()),
             Some(loss) => Err(loss.into_error()),

@@ -1,10 +1,10 @@
-//! Waking those whose pages are there: at once, or walks with a whole [`Stretch`] before them.
+//! Waking those whose pages are there: at once, or sequences with a whole [`BatchedWakeup`] before them.
 //!
-//! Walks are held up nearby alone, where waking them costs more than the pages do. No thread is left
-//! asleep: they are woken when the stretch is there or its time is over, when nothing is on the way,
+//! Sequences are held up nearby alone, where waking them costs more than the pages do. No thread is left
+//! asleep: they are woken when the batch is there or its time is over, when nothing is on the way,
 //! before anything is given up, and at the end.
 //!
-//! [`Stretch`]: crate::lazy::stretch::Stretch
+//! [`BatchedWakeup`]: crate::lazy::batched_wakeup::BatchedWakeup
 
 use super::Restore;
 use crate::lazy::planner::{SpaceId, Way};
@@ -19,8 +19,8 @@ pub(super) enum Waiters {
     Woken,
     /// Nobody has told them.
     Asleep,
-    /// Nobody has told them, and those who walk may wait for a stretch.
-    Walking,
+    /// Nobody has told them, and those who read in order may wait for a batch.
+    Sequential,
 }
 
 impl Restore {
@@ -32,8 +32,8 @@ impl Restore {
             .settle(id, range, way, |thread| served.push(thread));
         self.observer.filled(now_us);
         for thread in served {
-            if waiters == Waiters::Walking && self.is_walked(id, thread.page) {
-                self.stretch.hold(id, thread, now_us);
+            if waiters == Waiters::Sequential && self.is_sequential(id, thread.page) {
+                self.batched_wakeup.hold(id, thread, now_us);
                 continue;
             }
             self.note_served(id, thread, now_us);
@@ -45,31 +45,33 @@ impl Restore {
 
     /// Whether filling the page at `start` is to wake those who wait for it and what follows.
     pub(super) fn waking(&self, id: SpaceId, start: Vaddr) -> Wake {
-        if self.links.is_near() && self.is_walked(id, start) {
+        if self.links.is_near() && self.is_sequential(id, start) {
             Wake::Later
         } else {
             Wake::Now
         }
     }
 
-    fn is_walked(&self, id: SpaceId, page: Vaddr) -> bool {
+    fn is_sequential(&self, id: SpaceId, page: Vaddr) -> bool {
         let space = self.planner.space(id);
-        space.is_some_and(|space| space.is_walked_up(page))
+        space.is_some_and(|space| space.is_read_upwards(page))
     }
 
-    /// Wakes the walks that were held up for long enough.
+    /// Wakes the sequences that were held up for long enough.
     pub(super) fn release_due(&mut self) {
         let now_us = self.clock.now_us();
         let nothing_comes = || !self.links.has_in_flight();
-        if self.stretch.is_due(now_us) || self.stretch.until_us().is_some() && nothing_comes() {
-            self.release_walks();
+        if self.batched_wakeup.is_due(now_us)
+            || self.batched_wakeup.until_us().is_some() && nothing_comes()
+        {
+            self.wake_held_threads();
         }
     }
 
-    /// Wakes all walks that are held up.
-    pub(super) fn release_walks(&mut self) {
+    /// Wakes all sequences that are held up.
+    pub(super) fn wake_held_threads(&mut self) {
         let now_us = self.clock.now_us();
-        for (id, thread) in self.stretch.release() {
+        for (id, thread) in self.batched_wakeup.release() {
             self.note_served(id, thread, now_us);
             self.wake(id, thread);
         }

@@ -29,7 +29,7 @@ const LEFT_OUT_MAX: u64 = 64;
 
 const REACH: Reach = Reach {
     alone_bytes: 16 << 10,
-    walk_bytes: 256 << 10,
+    sequential_bytes: 256 << 10,
 };
 
 /// How long the source may take to confirm the end.

@@ -24,7 +24,7 @@ const TURN_US: u64 = 500;
 
 /// See the module's text. All times are µs on one clock.
 #[derive(Debug, Default)]
-pub struct Anticipation {
+pub struct FaultPrediction {
     /// Faults asked for and not yet answered.
     waiting: u64,
     answered_us: Option<u64>,
@@ -33,7 +33,7 @@ pub struct Anticipation {
     is_back_to_back: bool,
 }
 
-impl Anticipation {
+impl FaultPrediction {
     /// A fault is asked for.
     pub fn faulted(&mut self, now_us: u64) {
         if self.waiting == 0 {
@@ -79,52 +79,52 @@ mod tests {
     use super::*;
 
     /// Faults that are answered after 100 µs, each `gap_us` after the answer to the one before.
-    fn faults(gap_us: u64, count: usize) -> (Anticipation, u64) {
-        let mut anticipation = Anticipation::default();
+    fn faults(gap_us: u64, count: usize) -> (FaultPrediction, u64) {
+        let mut prediction = FaultPrediction::default();
         let mut now_us = 10_000;
-        anticipation.streamed(now_us);
+        prediction.streamed(now_us);
         for _ in 0..count {
             now_us += gap_us;
-            anticipation.faulted(now_us);
+            prediction.faulted(now_us);
             now_us += 100;
-            anticipation.answered(now_us);
+            prediction.answered(now_us);
         }
-        (anticipation, now_us)
+        (prediction, now_us)
     }
 
     #[test]
     fn the_stream_holds_while_the_next_fault_is_near() {
-        let (anticipation, now_us) = faults(20, 2);
-        assert_eq!(anticipation.holds_until_us(now_us), Some(now_us + HOLD_US));
-        assert_eq!(anticipation.holds_until_us(now_us + HOLD_US), None);
+        let (prediction, now_us) = faults(20, 2);
+        assert_eq!(prediction.holds_until_us(now_us), Some(now_us + HOLD_US));
+        assert_eq!(prediction.holds_until_us(now_us + HOLD_US), None);
     }
 
     #[test]
     fn the_stream_does_not_wait_for_faults_that_are_far_apart() {
-        let (anticipation, now_us) = faults(HOLD_US, 2);
-        assert_eq!(anticipation.holds_until_us(now_us), None);
-        assert_eq!(Anticipation::default().holds_until_us(0), None);
+        let (prediction, now_us) = faults(HOLD_US, 2);
+        assert_eq!(prediction.holds_until_us(now_us), None);
+        assert_eq!(FaultPrediction::default().holds_until_us(0), None);
     }
 
     #[test]
     fn a_first_fault_after_a_pause_ends_the_holding() {
-        let (mut anticipation, now_us) = faults(20, 2);
-        anticipation.faulted(now_us + HOLD_US);
-        assert_eq!(anticipation.holds_until_us(now_us + HOLD_US), None);
+        let (mut prediction, now_us) = faults(20, 2);
+        prediction.faulted(now_us + HOLD_US);
+        assert_eq!(prediction.holds_until_us(now_us + HOLD_US), None);
     }
 
     #[test]
     fn the_stream_has_its_turn_whatever_the_faults_do() {
-        let (mut anticipation, now_us) = faults(20, 5);
+        let (mut prediction, now_us) = faults(20, 5);
         assert_eq!(
-            anticipation.holds_until_us(now_us),
+            prediction.holds_until_us(now_us),
             None,
             "600 us without a turn"
         );
-        anticipation.streamed(now_us);
-        anticipation.faulted(now_us + 1);
+        prediction.streamed(now_us);
+        prediction.faulted(now_us + 1);
         assert_eq!(
-            anticipation.holds_until_us(now_us + 2),
+            prediction.holds_until_us(now_us + 2),
             Some(now_us + TURN_US),
             "a fault is on the way: until the next turn"
         );
@@ -132,10 +132,10 @@ mod tests {
 
     #[test]
     fn threads_that_fault_together_count_as_one_after_the_other() {
-        let (mut anticipation, now_us) = faults(20, 2);
-        anticipation.streamed(now_us);
-        anticipation.faulted(now_us + 10);
-        anticipation.faulted(now_us + 1_000);
-        assert!(anticipation.is_back_to_back);
+        let (mut prediction, now_us) = faults(20, 2);
+        prediction.streamed(now_us);
+        prediction.faulted(now_us + 10);
+        prediction.faulted(now_us + 1_000);
+        assert!(prediction.is_back_to_back);
     }
 }
