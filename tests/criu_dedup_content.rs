@@ -29,7 +29,7 @@ const OWN_PAGES_MAX: u64 = 512;
 
 /// What became of the pages of one round.
 #[derive(Clone, Copy, Debug)]
-struct Sifted {
+struct Inspected {
     received: u64,
     same_as_parent: u64,
     zero: u64,
@@ -37,7 +37,7 @@ struct Sifted {
 }
 
 /// Carries out the next round and reads what the server says of it; the files must agree.
-fn dump(rounds: &mut Rounds<'_>, round: usize) -> Result<Sifted> {
+fn dump(rounds: &mut Rounds<'_>, round: usize) -> Result<Inspected> {
     let images = rounds.images(round);
     let summary = images.join(SUMMARY);
     let summary_path = summary.to_string_lossy();
@@ -45,35 +45,35 @@ fn dump(rounds: &mut Rounds<'_>, round: usize) -> Result<Sifted> {
         Make::Ours,
         &["--dedup-content", "--summary-json", &summary_path],
     )?;
-    let sifted = read_summary(&summary)?;
+    let inspected = read_summary(&summary)?;
     let page_bytes = page_size()?.bytes();
     let stats = stats::of_dump(&images)?;
     let sent = stats.pages_written + stats.shared_pages_written.unwrap_or(0);
     ensure!(
-        sifted.received == sent,
-        "{sifted:?}, and the dump sent {sent}"
+        inspected.received == sent,
+        "{inspected:?}, and the dump sent {sent}"
     );
     ensure!(
-        sifted.received == sifted.same_as_parent + sifted.zero + sifted.stored,
-        "{sifted:?}"
+        inspected.received == inspected.same_as_parent + inspected.zero + inspected.stored,
+        "{inspected:?}"
     );
     // Zero pages have a place in the files, and no room there.
     let length = pages_file_bytes(&images)?;
     ensure!(
-        length == (sifted.stored + sifted.zero) * page_bytes,
-        "{length} bytes of {sifted:?}"
+        length == (inspected.stored + inspected.zero) * page_bytes,
+        "{length} bytes of {inspected:?}"
     );
     let room = pages_room_bytes(&images)?;
-    let most = (sifted.stored + OWN_PAGES_MAX) * page_bytes;
-    ensure!(room <= most, "{sifted:?} take {room} bytes");
-    Ok(sifted)
+    let most = (inspected.stored + OWN_PAGES_MAX) * page_bytes;
+    ensure!(room <= most, "{inspected:?} take {room} bytes");
+    Ok(inspected)
 }
 
-fn read_summary(path: &Path) -> Result<Sifted> {
+fn read_summary(path: &Path) -> Result<Inspected> {
     let line: Value = serde_json::from_slice(&fs::read(path)?)?;
     let count = |field: &Value, name: &str| field[name].as_u64().context(name.to_owned());
     let (pages, kept) = (&line["pages"], &line["kept"]);
-    Ok(Sifted {
+    Ok(Inspected {
         received: count(pages, "received")?,
         same_as_parent: count(kept, "same_as_parent")?,
         zero: count(kept, "zero")?,
@@ -160,11 +160,11 @@ fn written_zeros_take_no_room(bed: &Bed, criu: &Criu) -> Result<()> {
         ],
     );
     let mut rounds = Rounds::start(bed, criu, spec)?;
-    let sifted = dump(&mut rounds, 1)?;
-    ensure!(sifted.zero >= u64::from(ZEROS), "{sifted:?}");
+    let inspected = dump(&mut rounds, 1)?;
+    ensure!(inspected.zero >= u64::from(ZEROS), "{inspected:?}");
     ensure!(
-        (500..500 + OWN_PAGES_MAX).contains(&sifted.stored),
-        "{sifted:?}"
+        (500..500 + OWN_PAGES_MAX).contains(&inspected.stored),
+        "{inspected:?}"
     );
     rounds.expect_restored(1).map(drop)
 }

@@ -21,7 +21,7 @@ use dump_bytes::{bare, bytes_of, dump, frame, header, send};
 use pageferry::criu::header::{Header, Op, PageFlags, Target, Wire};
 use pageferry::engine::driver::{Io, Writes};
 use pageferry::engine::ingest::{ReceiveContext, receive_client};
-use pageferry::engine::keep::KeepOptions;
+use pageferry::engine::ingest_modes::IngestOptions;
 use pageferry::engine::stores::{StoreOptions, Stores};
 use pageferry::error::{Kind, Result};
 use pageferry::image::chain::{Chain, Missing};
@@ -118,7 +118,7 @@ proptest! {
 
     /// Whatever is done with pages that are zero, known or compressible: the memory is the same.
     #[test]
-    fn sifted_pages_read_back_as_sent(
+    fn inspected_pages_read_back_as_sent(
         first in level(), second in level(), dedup_content: bool, compress: bool,
         piece in prop::sample::select(vec![1000usize, 60_000, 1 << 20]),
     ) {
@@ -131,9 +131,9 @@ proptest! {
         let (old, new) = (tmp.path().join("old"), tmp.path().join("new"));
         std::fs::create_dir(&old).unwrap();
         std::fs::create_dir(&new).unwrap();
-        let keep = KeepOptions { dedup_content, compress };
+        let ingest = IngestOptions { dedup_content, compress };
         let receive = |dir: &Path, previous, runs: &[Run]| {
-            let context = ReceiveContext { keep, ..context(dir, previous, EPOLL) };
+            let context = ReceiveContext { ingest, ..context(dir, previous, EPOLL) };
             let bytes = dump(&[(PID, runs.to_vec())], Wire::V2);
             session(&context, &bytes, piece).0.unwrap()
         };
@@ -387,9 +387,9 @@ fn sessions_may_have_a_directory_each() {
 fn old_senders_cannot_be_given_compressed_images() {
     let tmp = tempfile::tempdir().unwrap();
     let context = ReceiveContext {
-        keep: KeepOptions {
+        ingest: IngestOptions {
             compress: true,
-            ..KeepOptions::default()
+            ..IngestOptions::default()
         },
         ..context(tmp.path(), None, EPOLL)
     };

@@ -18,7 +18,7 @@ use pageferry::engine::ferry::precopy_listener::{Handled, PrecopyListener};
 use pageferry::engine::forward::{ForwardContext, forward_client};
 use pageferry::engine::forward_lazy::{ForwardLazy, ForwardLazyConfig, Left};
 use pageferry::engine::ingest::{ReceiveContext, receive_client};
-use pageferry::engine::keep::KeepOptions;
+use pageferry::engine::ingest_modes::IngestOptions;
 use pageferry::engine::listen::{Place, Source, is_passed_by_systemd};
 use pageferry::engine::serve::{ServeContext, serve_client};
 use pageferry::engine::sessions::{Rules, Stay, run_sessions};
@@ -110,7 +110,7 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
         wire: args.wire.forced(),
         io: Io::choose(args.io.map(Into::into))?,
         writes: Writes::of_machine(),
-        keep: KeepOptions {
+        ingest: IngestOptions {
             dedup_content: args.dedup_content,
             compress: args.compress,
         },

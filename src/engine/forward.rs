@@ -21,7 +21,7 @@ use super::ferry::packer::{Job, Packer};
 use super::ferry::sender_session::SenderSession;
 use super::ferry::{Learned, SenderConfig, lock, push};
 use super::ingest::{answer, ended_early, wait_for_end};
-use super::keep::decompress_page;
+use super::ingest_modes::decompress_page;
 use crate::criu::header::{PageFlags, Target, Wire};
 use crate::criu::receive::{CLOSE_STORED, ReceiveSession, Step, has_parent_answer, parent_answer};
 use crate::error::{Error, Kind, Result};

@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use super::batch::Plan;
 use super::driver::{Io, Link, Writes};
-use super::keep::{Desk, Keep, KeepOptions};
+use super::ingest_modes::{IngestMode, IngestOptions, IngestScope};
 use super::mover::Mover;
 use super::stores::{SessionStore, Stores};
 use super::tally::Tally;
@@ -60,7 +60,7 @@ pub struct ReceiveContext {
     /// When plain connections' bytes are written.
     pub writes: Writes,
     /// What becomes of received pages.
-    pub keep: KeepOptions,
+    pub ingest: IngestOptions,
     /// Whether received pages are taken out of the parents' files when all is stored.
     pub auto_dedup: bool,
     /// How long a peer may be silent.
@@ -78,7 +78,7 @@ impl ReceiveContext {
             wire: None,
             io,
             writes: Writes::of_machine(),
-            keep: KeepOptions::default(),
+            ingest: IngestOptions::default(),
             auto_dedup: false,
             idle_timeout: None,
             traffic: Arc::default(),
@@ -124,7 +124,7 @@ struct Ingest<'a, 't> {
     bypass: Option<Link>,
     /// The frame is a large one, or the last one was and the next may be.
     large: bool,
-    keep: Box<dyn Keep>,
+    mode: Box<dyn IngestMode>,
     page: PageSize,
     idle_timeout: Option<Duration>,
     hides_parent: bool,
@@ -167,10 +167,10 @@ impl<'a, 't> Ingest<'a, 't> {
             bypass: stream.is_plain().then(|| link.clone()),
             large: false,
             mover: Mover::new(io.driver(link)?, writes),
-            keep: context.keep.keep(page),
+            mode: context.ingest.mode(page),
             page,
             idle_timeout: context.idle_timeout,
-            hides_parent: context.keep.dedup_content,
+            hides_parent: context.ingest.dedup_content,
             auto_dedup: context.auto_dedup,
             tally,
         })
@@ -178,11 +178,11 @@ impl<'a, 't> Ingest<'a, 't> {
 
     fn run(mut self, stream: &mut Stream) -> Result<()> {
         let stored = self.receive_all(stream).and_then(|closed| {
-            self.keep.end_target(&mut self.images, &mut self.mover)?;
+            self.mode.end_target(&mut self.images, &mut self.mover)?;
             self.mover.drain()?;
             Ok(closed)
         });
-        self.tally.kept(self.keep.kept());
+        self.tally.kept(self.mode.stored());
         let closed = stored.map_err(|error| error.within(self.session.whereabouts()))?;
         let images = self.images.commit()?;
         answer(stream, &CLOSE_STORED)?;
@@ -217,7 +217,7 @@ impl<'a, 't> Ingest<'a, 't> {
                 filled = arrived.end;
             }
             self.mover.write(buffer, plan)?;
-            self.tally.kept(self.keep.kept());
+            self.tally.kept(self.mode.stored());
             if let Some(closed) = closed {
                 return Ok(closed);
             }
@@ -229,7 +229,7 @@ impl<'a, 't> Ingest<'a, 't> {
         let least = if self.large { 1 } else { PASS_BYTES_MIN };
         self.bypass.is_some()
             && self.session.raw_bytes_left() >= least
-            && self.keep.place().is_some()
+            && self.mode.place().is_some()
     }
 
     /// Where to end a receive into the first `len` bytes of a buffer: behind a header, if large pages may
@@ -247,7 +247,7 @@ impl<'a, 't> Ingest<'a, 't> {
 
     /// Moves large frames' pages from the socket to their file as long as there are any.
     fn pass_large(&mut self) -> Result<()> {
-        while let (true, Some(link), Some(to)) = (self.passes(), &self.bypass, self.keep.place()) {
+        while let (true, Some(link), Some(to)) = (self.passes(), &self.bypass, self.mode.place()) {
             let left = usize::try_from(self.session.raw_bytes_left()).unwrap_or(usize::MAX);
             let Some(bytes) = self.mover.pass(link, left, to)? else {
                 self.bypass = None;
@@ -257,7 +257,7 @@ impl<'a, 't> Ingest<'a, 't> {
                 return Err(ended_early(&self.session));
             }
             self.session.skip_raw(bytes as u64);
-            self.keep.placed(bytes as u64);
+            self.mode.placed(bytes as u64);
             self.tally.came(bytes as u64);
             self.large = true;
         }
@@ -301,7 +301,7 @@ impl<'a, 't> Ingest<'a, 't> {
             let step = self.session.next(buffer, &mut at).map_err(|error| {
                 Error::wrap(Kind::Protocol, "what the dump says is wrong", error)
             })?;
-            let desk = &mut Desk {
+            let scope = &mut IngestScope {
                 images: &mut self.images,
                 mover: &mut self.mover,
                 plan,
@@ -316,16 +316,16 @@ impl<'a, 't> Ingest<'a, 't> {
                     answer(stream, &parent_answer(has_parent))?;
                 }
                 Some(Step::Pages { range, flags }) => {
-                    self.keep.begin_run(desk, range, flags)?;
+                    self.mode.begin_run(scope, range, flags)?;
                     self.tally.run(range.pages(self.page), flags);
                 }
-                Some(Step::Raw(range)) => self.keep.raw(desk, range)?,
+                Some(Step::Raw(range)) => self.mode.raw(scope, range)?,
                 Some(Step::ZeroPage) => {
-                    self.keep.zero_page(desk)?;
+                    self.mode.zero_page(scope)?;
                     self.tally.compressed();
                 }
                 Some(Step::Lz4 { range, ends }) => {
-                    self.keep.lz4(desk, range, ends)?;
+                    self.mode.lz4(scope, range, ends)?;
                     if ends {
                         self.tally.compressed();
                     }
@@ -337,7 +337,7 @@ impl<'a, 't> Ingest<'a, 't> {
     fn open(&mut self, stream: &mut Stream, target: Target, answered: bool) -> Result<()> {
         // Known since the frame's header was read.
         let wire = self.session.wire().unwrap_or(Wire::V2);
-        self.keep.end_target(&mut self.images, &mut self.mover)?;
+        self.mode.end_target(&mut self.images, &mut self.mover)?;
         self.images.open(target, wire)?;
         self.tally.opened(wire);
         let has_parent = self.has_parent(target)?;

@@ -8,7 +8,7 @@ pub mod ferry;
 pub mod forward;
 pub mod forward_lazy;
 pub mod ingest;
-pub mod keep;
+pub mod ingest_modes;
 pub mod listen;
 mod load;
 mod memory;

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::criu::header::{PageFlags, Wire};
-use crate::observe::received::{KeptPages, PageCounts, Received};
+use crate::observe::received::{PageCounts, Received, StoredPages};
 use crate::observe::traffic::{ReceivedKind, Traffic, cpu_time};
 use crate::units::{PageCount, PageSize};
 
@@ -18,7 +18,7 @@ pub(super) struct Tally<'a> {
     wire: Option<Wire>,
     targets: u64,
     pages: PageCounts,
-    kept: KeptPages,
+    kept: StoredPages,
     wire_bytes: u64,
 }
 
@@ -33,7 +33,7 @@ impl<'a> Tally<'a> {
             wire: None,
             targets: 0,
             pages: PageCounts::default(),
-            kept: KeptPages::default(),
+            kept: StoredPages::default(),
             wire_bytes: 0,
         }
     }
@@ -70,7 +70,7 @@ impl<'a> Tally<'a> {
     }
 
     /// This is how pages were kept so far.
-    pub(super) fn kept(&mut self, kept: KeptPages) {
+    pub(super) fn kept(&mut self, kept: StoredPages) {
         let before = std::mem::replace(&mut self.kept, kept);
         let same = kept.same_as_parent - before.same_as_parent;
         self.traffic.received(ReceivedKind::SameAsParent, same);

@@ -15,7 +15,7 @@
 //! - [`PageMemory::forget`] when it failed: the hashes are ahead of the receiver and worth nothing.
 //!   They are learned again from the receiver.
 //!
-//! Kept contents are never taken on trust: before they serve as the base of a difference their hash
+//! Cached contents are never taken on trust: before they serve as the base of a difference their hash
 //! is compared with that of the base version. So they outlive rounds that fail and receivers that
 //! restart.
 //!
@@ -23,7 +23,7 @@
 //! in use never exceeds the budget; hashes push out contents, contents never push out hashes.
 
 mod chunk;
-mod kept;
+mod content_cache;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -36,8 +36,8 @@ use super::gather::present_pages;
 use super::hash::{Fingerprint, HASH_BYTES, HashKey, PageHash, PageHasher};
 use super::message::StateId;
 use chunk::{CHUNK_BYTES, CHUNK_PAGES, Chunk, SLOTS_BYTES, Spot};
-use kept::{KEPT_EXTRA_BYTES, KeptPages};
-pub use kept::{NewSlab, Slab};
+use content_cache::{CACHED_EXTRA_BYTES, ContentCache};
+pub use content_cache::{NewSlab, Slab};
 
 /// What is remembered, in numbers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -63,7 +63,7 @@ pub struct PageMemory {
     targets: BTreeMap<Target, BTreeMap<u64, Chunk>>,
     chunk_bytes: u64,
     keeps_contents: bool,
-    kept: KeptPages,
+    cache: ContentCache,
     left_out_pages: u64,
 }
 
@@ -85,7 +85,7 @@ impl PageMemory {
             targets: BTreeMap::new(),
             chunk_bytes: 0,
             keeps_contents: true,
-            kept: KeptPages::new(page, budget_bytes),
+            cache: ContentCache::new(page, budget_bytes),
             left_out_pages: 0,
         }
     }
@@ -93,7 +93,7 @@ impl PageMemory {
     /// The same, which keeps contents in what `new_slab` makes.
     #[must_use]
     pub fn with_slabs(mut self, new_slab: NewSlab) -> PageMemory {
-        self.kept.set_new_slab(new_slab);
+        self.cache.set_new_slab(new_slab);
         self
     }
 
@@ -128,8 +128,8 @@ impl PageMemory {
     /// What is remembered, in numbers.
     pub fn remembered(&self) -> Remembered {
         Remembered {
-            bytes: self.chunk_bytes + self.kept.count() * self.kept_page_bytes(),
-            kept_pages: self.kept.count(),
+            bytes: self.chunk_bytes + self.cache.count() * self.cached_page_bytes(),
+            kept_pages: self.cache.count(),
             left_out_pages: self.left_out_pages,
         }
     }
@@ -227,9 +227,9 @@ impl PageMemory {
 
     /// The round is safe at the receiver under the name `state`: it is the new base version.
     pub fn commit(&mut self, state: StateId) {
-        let kept = &mut self.kept;
+        let cache = &mut self.cache;
         for chunks in self.targets.values_mut() {
-            chunks.retain(|_, chunk| chunk.commit(|slot| kept.remove(slot)));
+            chunks.retain(|_, chunk| chunk.commit(|slot| cache.remove(slot)));
         }
         self.targets.retain(|_, chunks| !chunks.is_empty());
         let chunks = self.targets.values().flat_map(BTreeMap::values);
@@ -281,7 +281,7 @@ impl PageMemory {
         }
         let verdict = match (base, slot) {
             (Some(base), Some(slot)) if !print.zero => {
-                let old = self.kept.contents(slot);
+                let old = self.cache.contents(slot);
                 if hasher.hash(old) == base && put_difference(old, contents, xor) {
                     Verdict::Delta(base)
                 } else {
@@ -292,10 +292,10 @@ impl PageMemory {
         };
         match slot {
             Some(slot) if print.zero => {
-                self.kept.remove(slot);
+                self.cache.remove(slot);
                 self.set_slot(spot, None);
             }
-            Some(slot) => self.kept.replace(slot, contents),
+            Some(slot) => self.cache.replace(slot, contents),
             None if print.zero => {}
             None => self.keep(spot, contents, base.is_some()),
         }
@@ -341,10 +341,10 @@ impl PageMemory {
         if !self.keeps_contents {
             return;
         }
-        let bytes = self.kept_page_bytes() + SLOTS_BYTES;
+        let bytes = self.cached_page_bytes() + SLOTS_BYTES;
         let fits = self.remembered().bytes + bytes <= self.budget_bytes;
         if fits || (changed && self.make_room(bytes, false)) {
-            let slot = self.kept.insert(spot, contents, changed);
+            let slot = self.cache.insert(spot, contents, changed);
             self.set_slot(spot, Some(slot));
         }
     }
@@ -352,7 +352,7 @@ impl PageMemory {
     /// Drops kept contents until `bytes` more fit into the budget.
     fn make_room(&mut self, bytes: u64, at_all_costs: bool) -> bool {
         while self.remembered().bytes + bytes > self.budget_bytes {
-            let Some(spot) = self.kept.evict(at_all_costs) else {
+            let Some(spot) = self.cache.evict(at_all_costs) else {
                 return false;
             };
             self.set_slot(spot, None);
@@ -360,8 +360,8 @@ impl PageMemory {
         true
     }
 
-    fn kept_page_bytes(&self) -> u64 {
-        self.page.bytes() + KEPT_EXTRA_BYTES
+    fn cached_page_bytes(&self) -> u64 {
+        self.page.bytes() + CACHED_EXTRA_BYTES
     }
 
     /// Says where the contents of a page in an existing chunk are kept.

@@ -24,7 +24,7 @@ pub struct PageCounts {
 
 /// How received pages were stored.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
-pub struct KeptPages {
+pub struct StoredPages {
     /// Pages that are in the parent with the same bytes.
     pub same_as_parent: u64,
     /// Zero pages that take no room.
@@ -45,7 +45,7 @@ pub struct Received {
     /// Pages by kind.
     pub pages: PageCounts,
     /// How they were stored.
-    pub kept: KeptPages,
+    pub kept: StoredPages,
     /// Size of a page.
     pub page: PageSize,
     /// Bytes that came over the wire, below TLS.
@@ -64,7 +64,7 @@ impl Received {
             wire: None,
             targets: 0,
             pages: PageCounts::default(),
-            kept: KeptPages::default(),
+            kept: StoredPages::default(),
             page,
             wire_bytes: 0,
             elapsed: Duration::ZERO,
@@ -120,7 +120,7 @@ struct Line<'a> {
     wire_bytes: u64,
     received_bytes: u64,
     pages: PageCounts,
-    kept: KeptPages,
+    kept: StoredPages,
 }
 
 impl fmt::Display for Received {

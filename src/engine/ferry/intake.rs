@@ -28,7 +28,7 @@ use crate::image::blocks::compressed_block;
 use crate::image::chain::{Chain, Missing};
 use crate::image::store::ImageStore;
 use crate::image::writer::{CommittedImages, Destination, SessionImages};
-use crate::observe::received::KeptPages;
+use crate::observe::received::StoredPages;
 use crate::units::{PageRange, PageSize};
 
 /// The base versions of the targets of a session that are still of use, shared with those who
@@ -51,7 +51,7 @@ pub(super) struct Intake {
     old_pages: Vec<u8>,
     /// Whether pages are stored as CRIU 4.3 compresses them.
     compresses: bool,
-    kept: KeptPages,
+    kept: StoredPages,
 }
 
 impl Intake {
@@ -74,7 +74,7 @@ impl Intake {
             unpacked: Vec::new(),
             old_pages: Vec::new(),
             compresses,
-            kept: KeptPages::default(),
+            kept: StoredPages::default(),
         }
     }
 

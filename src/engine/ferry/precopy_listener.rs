@@ -334,7 +334,7 @@ impl Session {
         let (spares, known) = (Arc::clone(&port.spares), Arc::clone(&bases));
         let receiving = ReceiverSession::new(port.page, streams, WINDOW, known, spares);
         let parent_state = StateId(random_bits()?);
-        let compresses = port.context.keep.compress;
+        let compresses = port.context.ingest.compress;
         let hasher = port.hasher.clone();
         let intake = Intake::new(&store.store, hasher, parent_state, bases, compresses);
         Ok(Session {

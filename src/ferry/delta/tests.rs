@@ -185,7 +185,7 @@ fn play(steps: Vec<Step>, budget_bytes: u64, complete: bool) {
     }
 }
 
-/// Kept contents and the slots of the chunks point at each other, and the sums are right.
+/// Cached contents and the slots of the chunks point at each other, and the sums are right.
 fn check_slots(memory: &PageMemory) {
     let (mut pointed, mut bytes) = (0, 0);
     for (target, chunks) in &memory.targets {
@@ -193,7 +193,7 @@ fn check_slots(memory: &PageMemory) {
             bytes += chunk.bytes();
             for at in 0..CHUNK_PAGES {
                 if let Some(slot) = chunk.slot(at) {
-                    let spot = memory.kept.spot(slot).expect("a slot in use");
+                    let spot = memory.cache.spot(slot).expect("a slot in use");
                     assert_eq!(spot.target, *target);
                     assert_eq!(spot.number, number * CHUNK_PAGES as u64 + at as u64);
                     pointed += 1;
@@ -201,7 +201,7 @@ fn check_slots(memory: &PageMemory) {
             }
         }
     }
-    assert_eq!(memory.kept.count(), pointed);
+    assert_eq!(memory.cache.count(), pointed);
     assert_eq!(memory.chunk_bytes, bytes);
 }
 
@@ -287,7 +287,7 @@ fn a_target_that_the_receiver_lacks_is_forgotten_alone() {
 #[test]
 fn hashes_push_out_contents() {
     let hasher = PageHasher::new(HashKey([3; 16]), PAGE);
-    let room = CHUNK_BYTES + SLOTS_BYTES + 3 * (PAGE.bytes() + KEPT_EXTRA_BYTES) + SLOTS_BYTES;
+    let room = CHUNK_BYTES + SLOTS_BYTES + 3 * (PAGE.bytes() + CACHED_EXTRA_BYTES) + SLOTS_BYTES;
     let mut memory = PageMemory::new(PAGE, room);
     for number in 0..3 {
         judge(&mut memory, &hasher, number, &contents(9));

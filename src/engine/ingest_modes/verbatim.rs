@@ -2,34 +2,34 @@
 
 use std::ops::Range;
 
-use super::spill::{Blocks, Spill, unpack};
-use super::{Desk, Keep};
+use super::side_buffer::{Blocks, SideBuffer, unpack};
+use super::{IngestMode, IngestScope};
 use crate::criu::header::PageFlags;
 use crate::engine::mover::Mover;
 use crate::error::Result;
 use crate::image::writer::{Destination, SessionImages};
-use crate::observe::received::KeptPages;
+use crate::observe::received::StoredPages;
 use crate::units::{PageRange, PageSize};
 
 /// See the module's text.
 #[derive(Debug)]
-pub(super) struct AsReceived {
+pub(super) struct Verbatim {
     page: PageSize,
     /// Where the run's next bytes go.
     cursor: Option<Destination>,
     blocks: Blocks,
-    spill: Spill,
-    kept: KeptPages,
+    side_buffer: SideBuffer,
+    kept: StoredPages,
 }
 
-impl AsReceived {
-    pub(super) fn new(page: PageSize) -> AsReceived {
-        AsReceived {
+impl Verbatim {
+    pub(super) fn new(page: PageSize) -> Verbatim {
+        Verbatim {
             page,
             cursor: None,
             blocks: Blocks::default(),
-            spill: Spill::default(),
-            kept: KeptPages::default(),
+            side_buffer: SideBuffer::default(),
+            kept: StoredPages::default(),
         }
     }
 
@@ -41,19 +41,24 @@ impl AsReceived {
     }
 }
 
-impl Keep for AsReceived {
-    fn begin_run(&mut self, desk: &mut Desk<'_>, range: PageRange, flags: PageFlags) -> Result<()> {
-        self.cursor = desk.images.append(range, flags)?;
+impl IngestMode for Verbatim {
+    fn begin_run(
+        &mut self,
+        scope: &mut IngestScope<'_>,
+        range: PageRange,
+        flags: PageFlags,
+    ) -> Result<()> {
+        self.cursor = scope.images.append(range, flags)?;
         if self.cursor.is_some() {
             self.kept.stored_bytes += range.bytes();
         }
         Ok(())
     }
 
-    fn raw(&mut self, desk: &mut Desk<'_>, range: Range<usize>) -> Result<()> {
+    fn raw(&mut self, scope: &mut IngestScope<'_>, range: Range<usize>) -> Result<()> {
         let bytes = range.len() as u64;
         if let Some(to) = &self.cursor {
-            desk.plan.push(&to.part, to.offset, range);
+            scope.plan.push(&to.part, to.offset, range);
         }
         self.moved(bytes);
         Ok(())
@@ -67,30 +72,30 @@ impl Keep for AsReceived {
         self.moved(bytes);
     }
 
-    fn lz4(&mut self, desk: &mut Desk<'_>, range: Range<usize>, ends: bool) -> Result<()> {
+    fn lz4(&mut self, scope: &mut IngestScope<'_>, range: Range<usize>, ends: bool) -> Result<()> {
         let Some(to) = &self.cursor else {
             return Ok(());
         };
-        if let Some(block) = self.blocks.add(&desk.buffer[range], ends) {
+        if let Some(block) = self.blocks.add(&scope.buffer[range], ends) {
             let page = self.page.as_usize();
-            unpack(block, self.spill.room(desk.mover, page)?)?;
-            self.spill.place(page, to);
+            unpack(block, self.side_buffer.room(scope.mover, page)?)?;
+            self.side_buffer.place(page, to);
             self.moved(self.page.bytes());
         }
         Ok(())
     }
 
     /// It takes its room in the file, where nothing is written.
-    fn zero_page(&mut self, _desk: &mut Desk<'_>) -> Result<()> {
+    fn zero_page(&mut self, _desk: &mut IngestScope<'_>) -> Result<()> {
         self.moved(self.page.bytes());
         Ok(())
     }
 
     fn end_target(&mut self, _images: &mut SessionImages, mover: &mut Mover) -> Result<()> {
-        self.spill.flush(mover)
+        self.side_buffer.flush(mover)
     }
 
-    fn kept(&self) -> KeptPages {
+    fn stored(&self) -> StoredPages {
         self.kept
     }
 }

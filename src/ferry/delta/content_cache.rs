@@ -10,7 +10,7 @@ use crate::units::PageSize;
 use super::chunk::{Slot, Spot};
 
 /// What kept contents take besides the page itself, bytes.
-pub(super) const KEPT_EXTRA_BYTES: u64 = 64;
+pub(super) const CACHED_EXTRA_BYTES: u64 = 64;
 
 /// For how many turns of the clock hand the contents of a page that has just changed are safe.
 const WARM: u8 = 2;
@@ -27,30 +27,30 @@ const SLAB_BYTES_MAX: u64 = 4 << 20;
 /// No more than one of so many parts of the budget is in a slab that has just been begun.
 const SLABS_MIN: u64 = 64;
 
-struct Kept {
+struct CachedPage {
     spot: Spot,
     warmth: u8,
 }
 
 /// See the module's text.
-pub(super) struct KeptPages {
+pub(super) struct ContentCache {
     page: usize,
     /// Pages in a slab.
     slab_pages: usize,
     new_slab: NewSlab,
     slabs: Vec<Slab>,
-    slots: Vec<Option<Kept>>,
+    slots: Vec<Option<CachedPage>>,
     free: Vec<Slot>,
     hand: usize,
     count: u64,
 }
 
-impl KeptPages {
+impl ContentCache {
     /// Nothing so far, of what is to take `budget_bytes` at most.
-    pub(super) fn new(page: PageSize, budget_bytes: u64) -> KeptPages {
+    pub(super) fn new(page: PageSize, budget_bytes: u64) -> ContentCache {
         let slab_bytes = SLAB_BYTES_MAX.min(budget_bytes / SLABS_MIN);
         let slab_pages = (slab_bytes >> page.shift()).max(1);
-        KeptPages {
+        ContentCache {
             page: page.as_usize(),
             slab_pages: usize::try_from(slab_pages).expect("a slab is small"),
             new_slab: |bytes| Box::new(vec![0; bytes]),
@@ -102,7 +102,7 @@ impl KeptPages {
             Slot(slot.expect("2^32 pages are beyond any budget"))
         });
         let warmth = if changed { WARM } else { 0 };
-        self.slots[index(slot)] = Some(Kept { spot, warmth });
+        self.slots[index(slot)] = Some(CachedPage { spot, warmth });
         self.put(index(slot), contents);
         self.count += 1;
         slot

@@ -1,39 +1,39 @@
-//! What becomes of received pages: the two ways to keep them.
+//! What becomes of received pages: the two ingest modes.
 //!
 //! ```text
-//! AsReceived   every page at its place in the file; whole runs move at once    (the default)
-//! Sifted       page by page: zero? same as in the parent? compressed?          (--dedup-content, --compress)
+//! Verbatim     every page at its place in the file; whole runs move at once    (the default)
+//! Inspected    page by page: zero? same as in the parent? compressed?          (--dedup-content, --compress)
 //! ```
 
-mod as_received;
-mod sifted;
-mod spill;
+mod inspected;
+mod side_buffer;
+mod verbatim;
 
 use std::fmt;
 use std::ops::Range;
 
-use self::as_received::AsReceived;
-use self::sifted::Sifted;
-pub(super) use self::spill::unpack as decompress_page;
+use self::inspected::Inspected;
+pub(super) use self::side_buffer::unpack as decompress_page;
+use self::verbatim::Verbatim;
 use super::batch::Plan;
 use super::mover::Mover;
 use crate::criu::header::PageFlags;
 use crate::error::Result;
 use crate::image::writer::{Destination, SessionImages};
-use crate::observe::received::KeptPages;
+use crate::observe::received::StoredPages;
 use crate::units::{PageRange, PageSize};
 
 /// What to do with received pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct KeepOptions {
+pub struct IngestOptions {
     /// Store pages that equal the parent's as holes, and zero pages without their bytes.
     pub dedup_content: bool,
     /// Store pages as CRIU 4.3 compresses them.
     pub compress: bool,
 }
 
-/// What a way to keep pages works with while it looks at a receive buffer.
-pub(super) struct Desk<'a> {
+/// What an ingest mode works with while it looks at a receive buffer.
+pub(super) struct IngestScope<'a> {
     /// Where entries go and places come from.
     pub(super) images: &'a mut SessionImages,
     /// Where filled buffers go and empty ones come from.
@@ -44,42 +44,47 @@ pub(super) struct Desk<'a> {
     pub(super) buffer: &'a [u8],
 }
 
-/// A way to keep pages. The bytes of a run come in order, cut anywhere.
-pub(super) trait Keep: fmt::Debug {
+/// An ingest mode. The bytes of a run come in order, cut anywhere.
+pub(super) trait IngestMode: fmt::Debug {
     /// A run of pages begins.
-    fn begin_run(&mut self, desk: &mut Desk<'_>, range: PageRange, flags: PageFlags) -> Result<()>;
+    fn begin_run(
+        &mut self,
+        scope: &mut IngestScope<'_>,
+        range: PageRange,
+        flags: PageFlags,
+    ) -> Result<()>;
 
     /// Raw bytes of the run are in this range of the receive buffer.
-    fn raw(&mut self, desk: &mut Desk<'_>, range: Range<usize>) -> Result<()>;
+    fn raw(&mut self, scope: &mut IngestScope<'_>, range: Range<usize>) -> Result<()>;
 
     /// Where the run's next raw bytes go, if they need not be seen.
     fn place(&self) -> Option<Destination> {
         None
     }
 
-    /// So many of the run's raw bytes went to their [`Keep::place`].
+    /// So many of the run's raw bytes went to their [`IngestMode::place`].
     fn placed(&mut self, _bytes: u64) {}
 
     /// Bytes of the LZ4 block of the run's next page are in this range.
-    fn lz4(&mut self, desk: &mut Desk<'_>, range: Range<usize>, ends: bool) -> Result<()>;
+    fn lz4(&mut self, scope: &mut IngestScope<'_>, range: Range<usize>, ends: bool) -> Result<()>;
 
     /// The run's next page is zero.
-    fn zero_page(&mut self, desk: &mut Desk<'_>) -> Result<()>;
+    fn zero_page(&mut self, scope: &mut IngestScope<'_>) -> Result<()>;
 
     /// The target's last page has come: what is held back is written.
     fn end_target(&mut self, images: &mut SessionImages, mover: &mut Mover) -> Result<()>;
 
     /// What was done so far.
-    fn kept(&self) -> KeptPages;
+    fn stored(&self) -> StoredPages;
 }
 
-impl KeepOptions {
-    /// The way to keep pages that is asked for.
-    pub(super) fn keep(self, page: PageSize) -> Box<dyn Keep> {
-        if self == KeepOptions::default() {
-            Box::new(AsReceived::new(page))
+impl IngestOptions {
+    /// The ingest mode that is asked for.
+    pub(super) fn mode(self, page: PageSize) -> Box<dyn IngestMode> {
+        if self == IngestOptions::default() {
+            Box::new(Verbatim::new(page))
         } else {
-            Box::new(Sifted::new(self, page))
+            Box::new(Inspected::new(self, page))
         }
     }
 }

@@ -9,8 +9,8 @@
 
 use std::ops::Range;
 
-use super::spill::{Blocks, Spill, unpack};
-use super::{Desk, Keep, KeepOptions};
+use super::side_buffer::{Blocks, SideBuffer, unpack};
+use super::{IngestMode, IngestOptions, IngestScope};
 use crate::criu::header::PageFlags;
 use crate::engine::batch::Plan;
 use crate::engine::mover::Mover;
@@ -18,14 +18,14 @@ use crate::error::Result;
 use crate::image::blocks::compressed_block;
 use crate::image::writer::SessionImages;
 use crate::limits::RECEIVE_BUFFER_BYTES;
-use crate::observe::received::KeptPages;
+use crate::observe::received::StoredPages;
 use crate::sys::buffers::Buffer;
 use crate::units::{PageRange, PageSize, Vaddr};
 
 /// See the module's text.
 #[derive(Debug)]
-pub(super) struct Sifted {
-    options: KeepOptions,
+pub(super) struct Inspected {
+    options: IngestOptions,
     page: PageSize,
     /// Address of the run's next page.
     next: Vaddr,
@@ -33,9 +33,9 @@ pub(super) struct Sifted {
     /// A page that a buffer's end has cut, or that was decompressed; never more than a page.
     carried: Vec<u8>,
     blocks: Blocks,
-    spill: Spill,
+    side_buffer: SideBuffer,
     pack: Option<Pack>,
-    kept: KeptPages,
+    kept: StoredPages,
 }
 
 /// Where the bytes of a whole page are.
@@ -43,7 +43,7 @@ pub(super) struct Sifted {
 enum Content {
     /// In this range of the receive buffer.
     Received(Range<usize>),
-    /// In [`Sifted::carried`].
+    /// In [`Inspected::carried`].
     Carried,
     /// Nowhere: they are zero.
     Zero,
@@ -60,41 +60,42 @@ struct Pack {
     filled: usize,
 }
 
-impl Sifted {
-    pub(super) fn new(options: KeepOptions, page: PageSize) -> Sifted {
-        Sifted {
+impl Inspected {
+    pub(super) fn new(options: IngestOptions, page: PageSize) -> Inspected {
+        Inspected {
             options,
             page,
             next: Vaddr(0),
             flags: PageFlags::default(),
             carried: Vec::with_capacity(page.as_usize()),
             blocks: Blocks::default(),
-            spill: Spill::default(),
+            side_buffer: SideBuffer::default(),
             pack: None,
-            kept: KeptPages::default(),
+            kept: StoredPages::default(),
         }
     }
 
     /// Stores the run's next page.
-    fn page(&mut self, desk: &mut Desk<'_>, content: &Content) -> Result<()> {
+    fn page(&mut self, scope: &mut IngestScope<'_>, content: &Content) -> Result<()> {
         let start = self.next.get();
         let range = PageRange::new(start, start + self.page.bytes());
         self.next = range.end();
         let zero = match content {
-            Content::Received(range) => is_zero(&desk.buffer[range.clone()]),
+            Content::Received(range) => is_zero(&scope.buffer[range.clone()]),
             Content::Carried => is_zero(&self.carried),
             Content::Zero => true,
         };
         let content = if zero { &Content::Zero } else { content };
         if !zero && self.options.dedup_content {
             let bytes = match content {
-                Content::Received(range) => &desk.buffer[range.clone()],
+                Content::Received(range) => &scope.buffer[range.clone()],
                 _ => &self.carried,
             };
-            if desk.images.equals_parent(range.start(), bytes)? {
-                self.end_pack(desk.images, desk.mover)?;
+            if scope.images.equals_parent(range.start(), bytes)? {
+                self.end_pack(scope.images, scope.mover)?;
                 let in_parent = self.flags.without(PageFlags::PRESENT);
-                desk.images
+                scope
+                    .images
                     .append(range, in_parent.with(PageFlags::PARENT))?;
                 self.kept.same_as_parent += 1;
                 return Ok(());
@@ -102,38 +103,43 @@ impl Sifted {
         }
         self.kept.zero += u64::from(zero);
         if self.options.compress {
-            self.pack(desk, range.start(), content)
+            self.pack(scope, range.start(), content)
         } else {
-            self.store(desk, range, content)
+            self.store(scope, range, content)
         }
     }
 
-    fn store(&mut self, desk: &mut Desk<'_>, range: PageRange, content: &Content) -> Result<()> {
-        let Some(to) = desk.images.append(range, self.flags)? else {
+    fn store(
+        &mut self,
+        scope: &mut IngestScope<'_>,
+        range: PageRange,
+        content: &Content,
+    ) -> Result<()> {
+        let Some(to) = scope.images.append(range, self.flags)? else {
             return Ok(());
         };
         match content {
             Content::Zero => return Ok(()),
-            Content::Received(range) => desk.plan.push(&to.part, to.offset, range.clone()),
+            Content::Received(range) => scope.plan.push(&to.part, to.offset, range.clone()),
             Content::Carried => {
                 let bytes = self.carried.len();
-                let room = self.spill.room(desk.mover, bytes)?;
+                let room = self.side_buffer.room(scope.mover, bytes)?;
                 room.copy_from_slice(&self.carried);
-                self.spill.place(bytes, &to);
+                self.side_buffer.place(bytes, &to);
             }
         }
         self.kept.stored_bytes += range.bytes();
         Ok(())
     }
 
-    fn pack(&mut self, desk: &mut Desk<'_>, vaddr: Vaddr, content: &Content) -> Result<()> {
+    fn pack(&mut self, scope: &mut IngestScope<'_>, vaddr: Vaddr, content: &Content) -> Result<()> {
         let goes_on = |pack: &Pack| {
             let end = pack.first.get() + self.page.bytes() * pack.sizes.len() as u64;
             let has_room = pack.filled + self.page.as_usize() <= pack.buffer.len();
             end == vaddr.get() && pack.flags == self.flags && has_room && !pack.is_full(self.page)
         };
         if !self.pack.as_ref().is_some_and(goes_on) {
-            self.end_pack(desk.images, desk.mover)?;
+            self.end_pack(scope.images, scope.mover)?;
         }
         let pack = match &mut self.pack {
             Some(pack) => pack,
@@ -141,13 +147,13 @@ impl Sifted {
                 first: vaddr,
                 flags: self.flags,
                 sizes: Vec::new(),
-                buffer: desk.mover.buffer()?,
+                buffer: scope.mover.buffer()?,
                 filled: 0,
             }),
         };
         match content {
             Content::Zero => pack.sizes.push(0),
-            Content::Received(range) => pack.add(&desk.buffer[range.clone()]),
+            Content::Received(range) => pack.add(&scope.buffer[range.clone()]),
             Content::Carried => pack.add(&self.carried),
         }
         Ok(())
@@ -186,58 +192,64 @@ impl Pack {
     }
 }
 
-impl Keep for Sifted {
-    fn begin_run(&mut self, desk: &mut Desk<'_>, range: PageRange, flags: PageFlags) -> Result<()> {
+impl IngestMode for Inspected {
+    fn begin_run(
+        &mut self,
+        scope: &mut IngestScope<'_>,
+        range: PageRange,
+        flags: PageFlags,
+    ) -> Result<()> {
         self.next = range.start();
         self.flags = flags;
         if !flags.has(PageFlags::PRESENT) {
-            self.end_pack(desk.images, desk.mover)?;
-            desk.images.append(range, flags)?;
+            self.end_pack(scope.images, scope.mover)?;
+            scope.images.append(range, flags)?;
         }
         Ok(())
     }
 
-    fn raw(&mut self, desk: &mut Desk<'_>, range: Range<usize>) -> Result<()> {
+    fn raw(&mut self, scope: &mut IngestScope<'_>, range: Range<usize>) -> Result<()> {
         let page = self.page.as_usize();
         let mut at = range.start;
         while at < range.end {
             let left = range.end - at;
             if self.carried.is_empty() && left >= page {
-                self.page(desk, &Content::Received(at..at + page))?;
+                self.page(scope, &Content::Received(at..at + page))?;
                 at += page;
                 continue;
             }
             let taken = left.min(page - self.carried.len());
-            self.carried.extend_from_slice(&desk.buffer[at..at + taken]);
+            self.carried
+                .extend_from_slice(&scope.buffer[at..at + taken]);
             at += taken;
             if self.carried.len() == page {
-                self.page(desk, &Content::Carried)?;
+                self.page(scope, &Content::Carried)?;
                 self.carried.clear();
             }
         }
         Ok(())
     }
 
-    fn lz4(&mut self, desk: &mut Desk<'_>, range: Range<usize>, ends: bool) -> Result<()> {
-        if let Some(block) = self.blocks.add(&desk.buffer[range], ends) {
+    fn lz4(&mut self, scope: &mut IngestScope<'_>, range: Range<usize>, ends: bool) -> Result<()> {
+        if let Some(block) = self.blocks.add(&scope.buffer[range], ends) {
             self.carried.resize(self.page.as_usize(), 0);
             unpack(block, &mut self.carried)?;
-            self.page(desk, &Content::Carried)?;
+            self.page(scope, &Content::Carried)?;
             self.carried.clear();
         }
         Ok(())
     }
 
-    fn zero_page(&mut self, desk: &mut Desk<'_>) -> Result<()> {
-        self.page(desk, &Content::Zero)
+    fn zero_page(&mut self, scope: &mut IngestScope<'_>) -> Result<()> {
+        self.page(scope, &Content::Zero)
     }
 
     fn end_target(&mut self, images: &mut SessionImages, mover: &mut Mover) -> Result<()> {
         self.end_pack(images, mover)?;
-        self.spill.flush(mover)
+        self.side_buffer.flush(mover)
     }
 
-    fn kept(&self) -> KeptPages {
+    fn stored(&self) -> StoredPages {
         self.kept
     }
 }

@@ -9,7 +9,7 @@ use crate::sys::buffers::Buffer;
 
 /// A buffer that such bytes are gathered in on their way to files.
 #[derive(Debug, Default)]
-pub(super) struct Spill(Option<Filling>);
+pub(super) struct SideBuffer(Option<Filling>);
 
 #[derive(Debug)]
 struct Filling {
@@ -18,8 +18,8 @@ struct Filling {
     plan: Plan,
 }
 
-impl Spill {
-    /// Room for the next `bytes` bytes, at most a buffer. They are taken by [`Spill::place`].
+impl SideBuffer {
+    /// Room for the next `bytes` bytes, at most a buffer. They are taken by [`SideBuffer::place`].
     pub(super) fn room(&mut self, mover: &mut Mover, bytes: usize) -> Result<&mut [u8]> {
         let is_full = |filling: &Filling| filling.filled + bytes > filling.buffer.len();
         if self.0.as_ref().is_some_and(is_full) {
