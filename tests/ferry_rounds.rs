@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use pageferry::criu::header::{PageFlags, Target};
 use pageferry::ferry::batch::{Batch, PageKind, Place};
 use pageferry::ferry::delta::PageMemory;
-use pageferry::ferry::encode::{Encoder, PlainBatch, Tally, Verdicts};
+use pageferry::ferry::encode::{EncodeCounters, Encoder, PlainBatch, Verdicts};
 use pageferry::ferry::frame::{Kind, OpenFrame, Split, split};
 use pageferry::ferry::gather::{Gathered, Run};
 use pageferry::ferry::hash::{Fingerprint, HashKey, PageHasher};
@@ -66,9 +66,9 @@ struct SendingSide {
 
 impl SendingSide {
     /// The frames of a round, and what they hold.
-    fn round(&mut self, pages: &Pages, level: Level) -> (Vec<u8>, Vec<Tally>) {
+    fn round(&mut self, pages: &Pages, level: Level) -> (Vec<u8>, Vec<EncodeCounters>) {
         let mut stream = Vec::new();
-        let mut tallies = Vec::new();
+        let mut counters = Vec::new();
         let mut gathered = Gathered::new(self.page);
         let mut plain = Vec::new();
         for (number, contents) in pages {
@@ -78,18 +78,24 @@ impl SendingSide {
                 flags: PageFlags::PRESENT,
             };
             if gathered.push(run).is_some() {
-                tallies.push(self.batch(gathered.runs(), &plain, level, &mut stream));
+                counters.push(self.batch(gathered.runs(), &plain, level, &mut stream));
                 gathered.clear();
                 plain.clear();
                 assert_eq!(gathered.push(run), None);
             }
             plain.extend_from_slice(contents);
         }
-        tallies.push(self.batch(gathered.runs(), &plain, level, &mut stream));
-        (stream, tallies)
+        counters.push(self.batch(gathered.runs(), &plain, level, &mut stream));
+        (stream, counters)
     }
 
-    fn batch(&mut self, runs: &[Run], plain: &[u8], level: Level, stream: &mut Vec<u8>) -> Tally {
+    fn batch(
+        &mut self,
+        runs: &[Run],
+        plain: &[u8],
+        level: Level,
+        stream: &mut Vec<u8>,
+    ) -> EncodeCounters {
         let pages = plain.chunks_exact(self.page.as_usize());
         let prints: Vec<Fingerprint> = pages.map(|page| self.hasher.fingerprint(page)).collect();
         let mut verdicts = Verdicts::default();
@@ -101,12 +107,12 @@ impl SendingSide {
         self.memory
             .judge(batch, &prints, &self.hasher, &mut verdicts);
         let frame = OpenFrame::begin(stream);
-        let tally = self
+        let counters = self
             .encoder
             .encode(batch, &verdicts, &self.hasher, level, stream)
             .expect("zstd works");
         frame.finish(stream, Kind::Pages, 1);
-        tally
+        counters
     }
 }
 
@@ -172,10 +178,10 @@ proptest! {
             for (number, change) in &changes {
                 apply(&mut memory, *number, change, page);
             }
-            let (stream, tallies) = sender.round(&memory, level);
-            let pages: u64 = tallies
+            let (stream, counters) = sender.round(&memory, level);
+            let pages: u64 = counters
                 .iter()
-                .map(|tally| tally.zero + tally.same + tally.raw + tally.packed + tally.delta)
+                .map(|counters| counters.zero + counters.same + counters.raw + counters.packed + counters.delta)
                 .sum();
             prop_assert_eq!(pages, memory.len() as u64);
             if !arrives {

@@ -11,7 +11,7 @@
 //!
 //! A buffer is filled from the socket until it is full, its headers are read in place, and it goes to
 //! the driver with the plan of which ranges go where. While it is written the next one is filled. Once the
-//! header of a large frame is read, its pages go past this process (`super::load`).
+//! header of a large frame is read, its pages go past this process (`super::splice_path`).
 //!
 //! Invariants: CLOSE is answered only when every byte is in its file and every image has its name; on
 //! any failure the images are gone and the connection is reset, so that the dump fails too.
@@ -22,11 +22,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::batch::Plan;
+use super::counters::SessionCounters;
 use super::driver::{Io, Link, Writes};
 use super::ingest_modes::{IngestMode, IngestOptions, IngestScope};
-use super::mover::Mover;
+use super::session_io::SessionIo;
 use super::stores::{SessionStore, Stores};
-use super::tally::Tally;
 use crate::criu::header::{HEADER_BYTES_MAX, Target, Wire};
 use crate::criu::receive::{CLOSE_STORED, ReceiveSession, Step, has_parent_answer, parent_answer};
 use crate::error::{Error, Kind, Result};
@@ -91,17 +91,17 @@ impl ReceiveContext {
 /// the place.
 pub fn receive_client(mut stream: Stream, context: &ReceiveContext) -> (Received, Result<()>) {
     let running = context.traffic.begin_session();
-    let mut tally = Tally::start(&context.traffic);
+    let mut counters = SessionCounters::start(&context.traffic);
     let opened = context.stores.for_session(&stream.host());
     let result = opened.and_then(|store| {
-        let ingest = Ingest::begin(&stream, context, &store, &mut tally);
+        let ingest = Ingest::begin(&stream, context, &store, &mut counters);
         let ended = ingest.and_then(|ingest| ingest.run(&mut stream));
         if ended.is_err() {
             store.discard();
         }
         ended
     });
-    let received = tally.end(stream.peer(), context.stores.page());
+    let received = counters.end(stream.peer(), context.stores.page());
     match result {
         Ok(()) => {
             running.succeed();
@@ -119,7 +119,7 @@ pub fn receive_client(mut stream: Stream, context: &ReceiveContext) -> (Received
 struct Ingest<'a, 't> {
     session: ReceiveSession,
     images: SessionImages,
-    mover: Mover,
+    session_io: SessionIo,
     /// The connection, if its bytes can go past this process.
     bypass: Option<Link>,
     /// The frame is a large one, or the last one was and the next may be.
@@ -129,7 +129,7 @@ struct Ingest<'a, 't> {
     idle_timeout: Option<Duration>,
     hides_parent: bool,
     auto_dedup: bool,
-    tally: &'a mut Tally<'t>,
+    counters: &'a mut SessionCounters<'t>,
 }
 
 /// How a session ended.
@@ -143,7 +143,7 @@ impl<'a, 't> Ingest<'a, 't> {
         stream: &Stream,
         context: &ReceiveContext,
         store: &SessionStore,
-        tally: &'a mut Tally<'t>,
+        counters: &'a mut SessionCounters<'t>,
     ) -> Result<Ingest<'a, 't>> {
         let socket = stream.socket().try_clone();
         let socket =
@@ -166,27 +166,28 @@ impl<'a, 't> Ingest<'a, 't> {
             images: store.store.begin(),
             bypass: stream.is_plain().then(|| link.clone()),
             large: false,
-            mover: Mover::new(io.driver(link)?, writes),
+            session_io: SessionIo::new(io.driver(link)?, writes),
             mode: context.ingest.mode(page),
             page,
             idle_timeout: context.idle_timeout,
             hides_parent: context.ingest.dedup_content,
             auto_dedup: context.auto_dedup,
-            tally,
+            counters,
         })
     }
 
     fn run(mut self, stream: &mut Stream) -> Result<()> {
         let stored = self.receive_all(stream).and_then(|closed| {
-            self.mode.end_target(&mut self.images, &mut self.mover)?;
-            self.mover.drain()?;
+            self.mode
+                .end_target(&mut self.images, &mut self.session_io)?;
+            self.session_io.drain()?;
             Ok(closed)
         });
-        self.tally.kept(self.mode.stored());
+        self.counters.kept(self.mode.stored());
         let closed = stored.map_err(|error| error.within(self.session.whereabouts()))?;
         let images = self.images.commit()?;
         answer(stream, &CLOSE_STORED)?;
-        self.tally.answered();
+        self.counters.answered();
         if self.auto_dedup {
             punch_out_of_parents(&images);
         }
@@ -200,7 +201,7 @@ impl<'a, 't> Ingest<'a, 't> {
     fn receive_all(&mut self, stream: &mut Stream) -> Result<Closed> {
         loop {
             self.pass_large()?;
-            let mut buffer = self.mover.buffer()?;
+            let mut buffer = self.session_io.buffer()?;
             let mut plan = Plan::default();
             let mut filled = 0;
             let mut closed = None;
@@ -211,13 +212,13 @@ impl<'a, 't> Ingest<'a, 't> {
                 if bytes == 0 {
                     return Err(ended_early(&self.session));
                 }
-                self.tally.came(bytes as u64);
+                self.counters.came(bytes as u64);
                 let arrived = filled..filled + bytes;
                 closed = self.take_steps(stream, &buffer, &arrived, &mut plan)?;
                 filled = arrived.end;
             }
-            self.mover.write(buffer, plan)?;
-            self.tally.kept(self.mode.stored());
+            self.session_io.write(buffer, plan)?;
+            self.counters.kept(self.mode.stored());
             if let Some(closed) = closed {
                 return Ok(closed);
             }
@@ -249,7 +250,7 @@ impl<'a, 't> Ingest<'a, 't> {
     fn pass_large(&mut self) -> Result<()> {
         while let (true, Some(link), Some(to)) = (self.passes(), &self.bypass, self.mode.place()) {
             let left = usize::try_from(self.session.raw_bytes_left()).unwrap_or(usize::MAX);
-            let Some(bytes) = self.mover.pass(link, left, to)? else {
+            let Some(bytes) = self.session_io.pass(link, left, to)? else {
                 self.bypass = None;
                 return Ok(());
             };
@@ -258,7 +259,7 @@ impl<'a, 't> Ingest<'a, 't> {
             }
             self.session.skip_raw(bytes as u64);
             self.mode.placed(bytes as u64);
-            self.tally.came(bytes as u64);
+            self.counters.came(bytes as u64);
             self.large = true;
         }
         Ok(())
@@ -271,7 +272,7 @@ impl<'a, 't> Ingest<'a, 't> {
         window: Range<usize>,
     ) -> Result<(Buffer, usize)> {
         if stream.is_plain() {
-            return self.mover.receive(buffer, window);
+            return self.session_io.receive(buffer, window);
         }
         loop {
             match stream.read(&mut buffer[window.clone()]) {
@@ -303,7 +304,7 @@ impl<'a, 't> Ingest<'a, 't> {
             })?;
             let scope = &mut IngestScope {
                 images: &mut self.images,
-                mover: &mut self.mover,
+                session_io: &mut self.session_io,
                 plan,
                 buffer,
             };
@@ -317,17 +318,17 @@ impl<'a, 't> Ingest<'a, 't> {
                 }
                 Some(Step::Pages { range, flags }) => {
                     self.mode.begin_run(scope, range, flags)?;
-                    self.tally.run(range.pages(self.page), flags);
+                    self.counters.run(range.pages(self.page), flags);
                 }
                 Some(Step::Raw(range)) => self.mode.raw(scope, range)?,
                 Some(Step::ZeroPage) => {
                     self.mode.zero_page(scope)?;
-                    self.tally.compressed();
+                    self.counters.compressed();
                 }
                 Some(Step::Lz4 { range, ends }) => {
                     self.mode.lz4(scope, range, ends)?;
                     if ends {
-                        self.tally.compressed();
+                        self.counters.compressed();
                     }
                 }
             }
@@ -337,9 +338,10 @@ impl<'a, 't> Ingest<'a, 't> {
     fn open(&mut self, stream: &mut Stream, target: Target, answered: bool) -> Result<()> {
         // Known since the frame's header was read.
         let wire = self.session.wire().unwrap_or(Wire::V2);
-        self.mode.end_target(&mut self.images, &mut self.mover)?;
+        self.mode
+            .end_target(&mut self.images, &mut self.session_io)?;
         self.images.open(target, wire)?;
-        self.tally.opened(wire);
+        self.counters.opened(wire);
         let has_parent = self.has_parent(target)?;
         tracing::debug!("receiving {target}, has_parent={has_parent}");
         if answered {

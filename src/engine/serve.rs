@@ -22,7 +22,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use super::asking::{Asking, AskingHosts};
+use super::host_activity::{ActiveHosts, HostActivity};
 use super::ingest;
 use super::memory::Memory;
 use crate::criu::header::{HEADER_BYTES_MAX, Target, Wire};
@@ -48,7 +48,7 @@ pub struct ServeContext {
     wire: Option<Wire>,
     traffic: Arc<Traffic>,
     idle_timeout: Option<Duration>,
-    asking: AskingHosts,
+    active_hosts: ActiveHosts,
 }
 
 /// Where the memory of processes is.
@@ -103,7 +103,7 @@ impl ServeContext {
             wire,
             traffic: Arc::default(),
             idle_timeout: None,
-            asking: AskingHosts::default(),
+            active_hosts: ActiveHosts::default(),
         }
     }
 
@@ -130,7 +130,7 @@ impl ServeContext {
         loop {
             match stream.begins_with(bytes) {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    if !self.asking.contains(&stream.host()) {
+                    if !self.active_hosts.contains(&stream.host()) {
                         return Err(silent(patience));
                     }
                 }
@@ -199,7 +199,7 @@ struct Session<'a> {
     runs: Vec<Resolved>,
     summary: Summary,
     start: Instant,
-    asking: Option<Asking<'a>>,
+    activity: Option<HostActivity<'a>>,
 }
 
 /// Answers that wait to be sent together.
@@ -228,7 +228,7 @@ impl Session<'_> {
             runs: Vec::new(),
             summary,
             start: Instant::now(),
-            asking: None,
+            activity: None,
         }
     }
 
@@ -283,8 +283,8 @@ impl Session<'_> {
     }
 
     fn answer(&mut self, get: &Get) -> Result<()> {
-        if self.asking.is_none() {
-            self.asking = Some(self.context.asking.begin(self.stream.host()));
+        if self.activity.is_none() {
+            self.activity = Some(self.context.active_hosts.begin(self.stream.host()));
         }
         let memory = self.memory(get.pid)?;
         self.runs.clear();
@@ -417,7 +417,7 @@ impl Session<'_> {
     }
 
     fn may_be_idle(&self) -> bool {
-        self.asking.is_some() || self.context.asking.contains(&self.stream.host())
+        self.activity.is_some() || self.context.active_hosts.contains(&self.stream.host())
     }
 
     fn left_without_close(&self) -> Error {

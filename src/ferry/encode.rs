@@ -79,7 +79,7 @@ impl Verdicts {
 
 /// How many pages of a batch went which way, and what they cost.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Tally {
+pub struct EncodeCounters {
     /// Pages of zeros.
     pub zero: u64,
     /// Pages that the receiver has already.
@@ -150,7 +150,7 @@ impl Encoder {
         hasher: &PageHasher,
         level: Level,
         out: &mut Vec<u8>,
-    ) -> io::Result<Tally> {
+    ) -> io::Result<EncodeCounters> {
         assert!(
             batch.plain.len() <= FERRY_BATCH_BYTES_MAX,
             "batches keep their cap"
@@ -160,11 +160,11 @@ impl Encoder {
             batch.plain.len(),
             "a verdict for every page"
         );
-        let mut tally = Tally::default();
+        let mut counters = EncodeCounters::default();
         self.pack_deltas(verdicts)?;
-        self.pack_fresh(batch.plain, level, &mut tally)?;
-        self.write(batch, verdicts, hasher, out, &mut tally);
-        Ok(tally)
+        self.pack_fresh(batch.plain, level, &mut counters)?;
+        self.write(batch, verdicts, hasher, out, &mut counters);
+        Ok(counters)
     }
 
     /// Decides the kinds of all pages but the fresh ones, which stay raw for now, and packs the
@@ -190,7 +190,12 @@ impl Encoder {
     }
 
     /// Gives those fresh pages to zstd that are likely to gain by it, or whose turn it is.
-    fn pack_fresh(&mut self, plain: &[u8], level: Level, tally: &mut Tally) -> io::Result<()> {
+    fn pack_fresh(
+        &mut self,
+        plain: &[u8],
+        level: Level,
+        counters: &mut EncodeCounters,
+    ) -> io::Result<()> {
         self.packed.clear();
         let Level::Zstd(level) = level else {
             return Ok(());
@@ -213,7 +218,7 @@ impl Encoder {
             }
         }
         if check_unlikely && !unlikely.is_empty() {
-            let gained = self.pack(plain, &unlikely, tally)?;
+            let gained = self.pack(plain, &unlikely, counters)?;
             self.unlikely.learn(gained);
         }
         let measures_likely = try_likely && !likely.is_empty();
@@ -222,7 +227,7 @@ impl Encoder {
             chosen.append(&mut unlikely);
             chosen.sort_unstable();
         }
-        let gained = !chosen.is_empty() && self.pack(plain, &chosen, tally)?;
+        let gained = !chosen.is_empty() && self.pack(plain, &chosen, counters)?;
         if measures_likely {
             self.likely.learn(gained);
         }
@@ -238,7 +243,12 @@ impl Encoder {
 
     /// Compresses the pages `chosen` (their places in the batch, ascending) to `self.packed` and
     /// tells whether that is worth sending.
-    fn pack(&mut self, plain: &[u8], chosen: &[usize], tally: &mut Tally) -> io::Result<bool> {
+    fn pack(
+        &mut self,
+        plain: &[u8],
+        chosen: &[usize],
+        counters: &mut EncodeCounters,
+    ) -> io::Result<bool> {
         let shift = self.page.shift();
         let (first, last) = (chosen[0], chosen[chosen.len() - 1]);
         let source = if last - first + 1 == chosen.len() {
@@ -252,8 +262,8 @@ impl Encoder {
             &self.gathered
         };
         compress(&mut self.fresh_zstd, source, &mut self.packed)?;
-        tally.tried_bytes += source.len() as u64;
-        tally.tried_packed_bytes += self.packed.len() as u64;
+        counters.tried_bytes += source.len() as u64;
+        counters.tried_packed_bytes += self.packed.len() as u64;
         Ok(has_gained(source.len(), self.packed.len()))
     }
 
@@ -272,7 +282,7 @@ impl Encoder {
         verdicts: &Verdicts,
         hasher: &PageHasher,
         out: &mut Vec<u8>,
-        tally: &mut Tally,
+        counters: &mut EncodeCounters,
     ) {
         let start = out.len();
         let of_kind = |wanted: PageKind| {
@@ -300,14 +310,14 @@ impl Encoder {
         out.extend_from_slice(&self.delta);
 
         let number = |wanted| self.kinds.iter().filter(|kind| **kind == wanted).count() as u64;
-        tally.zero = number(PageKind::Zero);
-        tally.same = number(PageKind::Same);
-        tally.raw = number(PageKind::Raw);
-        tally.packed = number(PageKind::Packed);
-        tally.delta = number(PageKind::Delta);
-        tally.packed_bytes = self.packed.len() as u64;
-        tally.delta_bytes = self.delta.len() as u64;
-        tally.body_bytes = (out.len() - start) as u64;
+        counters.zero = number(PageKind::Zero);
+        counters.same = number(PageKind::Same);
+        counters.raw = number(PageKind::Raw);
+        counters.packed = number(PageKind::Packed);
+        counters.delta = number(PageKind::Delta);
+        counters.packed_bytes = self.packed.len() as u64;
+        counters.delta_bytes = self.delta.len() as u64;
+        counters.body_bytes = (out.len() - start) as u64;
     }
 
     /// One hash over those of the base versions that the receiver will need.
@@ -354,7 +364,7 @@ mod tests {
     const PAGE: PageSize = PageSize::KIB_4;
     const PAGES: usize = FERRY_BATCH_BYTES_MAX / 4096;
 
-    fn encode(encoder: &mut Encoder, plain: &[u8], level: Level) -> (Tally, Vec<u8>) {
+    fn encode(encoder: &mut Encoder, plain: &[u8], level: Level) -> (EncodeCounters, Vec<u8>) {
         let count = plain.len() / PAGE.as_usize();
         let runs = [Run {
             range: PageRange::new(0x10_0000, 0x10_0000 + plain.len() as u64),
@@ -371,10 +381,10 @@ mod tests {
         };
         let hasher = PageHasher::new(HashKey::default(), PAGE);
         let mut out = Vec::new();
-        let tally = encoder
+        let counters = encoder
             .encode(batch, &verdicts, &hasher, level, &mut out)
             .expect("zstd works");
-        (tally, out)
+        (counters, out)
     }
 
     fn random(bytes: usize, seed: u64) -> Vec<u8> {
@@ -394,10 +404,10 @@ mod tests {
         let batches = 256;
         let mut tried = 0;
         for _ in 0..batches {
-            let (tally, body) = encode(&mut encoder, &plain, Level::Zstd(1));
-            assert_eq!(tally.raw, PAGES as u64);
+            let (counters, body) = encode(&mut encoder, &plain, Level::Zstd(1));
+            assert_eq!(counters.raw, PAGES as u64);
             assert!(body.len() <= plain.len() + 160);
-            tried += tally.tried_bytes / plain.len() as u64;
+            tried += counters.tried_bytes / plain.len() as u64;
         }
         assert!((2..=12).contains(&tried), "tried {tried} of {batches}");
     }
@@ -425,9 +435,9 @@ mod tests {
         for (seed, page) in (0..).zip(plain.chunks_exact_mut(2 * PAGE.as_usize())) {
             page[..PAGE.as_usize()].copy_from_slice(&random(PAGE.as_usize(), seed));
         }
-        let (tally, body) = encode(&mut encoder, &plain, Level::Zstd(1));
-        assert_eq!(tally.packed, PAGES as u64 / 2);
-        assert_eq!(tally.raw, PAGES as u64 / 2);
+        let (counters, body) = encode(&mut encoder, &plain, Level::Zstd(1));
+        assert_eq!(counters.packed, PAGES as u64 / 2);
+        assert_eq!(counters.raw, PAGES as u64 / 2);
         assert!(body.len() < plain.len() / 2 + 4096);
     }
 
@@ -436,16 +446,16 @@ mod tests {
         let record = random(1 << 10, 4);
         let plain: Vec<u8> = record.iter().copied().cycle().take(1 << 18).collect();
         let mut encoder = Encoder::new(PAGE).expect("zstd works");
-        let (tally, _) = encode(&mut encoder, &plain, Level::Zstd(1));
-        assert_eq!(tally.packed, PAGES as u64);
+        let (counters, _) = encode(&mut encoder, &plain, Level::Zstd(1));
+        assert_eq!(counters.packed, PAGES as u64);
     }
 
     #[test]
     fn without_a_level_nothing_is_packed() {
         let mut encoder = Encoder::new(PAGE).expect("zstd works");
         let plain = text(PAGE.as_usize());
-        let (tally, body) = encode(&mut encoder, &plain, Level::None);
-        assert_eq!((tally.raw, tally.tried_bytes), (1, 0));
+        let (counters, body) = encode(&mut encoder, &plain, Level::None);
+        assert_eq!((counters.raw, counters.tried_bytes), (1, 0));
         let batch = Batch::parse(&body, PAGE).expect("well-formed");
         let mut out = Vec::new();
         Unpacker::default()

@@ -7,14 +7,14 @@ use serde::Serialize;
 
 use crate::criu::header::Wire;
 use crate::error::Error;
-use crate::ferry::encode::Tally;
+use crate::ferry::encode::EncodeCounters;
 use crate::units::PageSize;
 
 /// What a sender has sent.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Sent {
     /// Pages by the way they went, and what they cost.
-    pub pages: Tally,
+    pub pages: EncodeCounters,
     /// Bytes of frames, without what was sent again.
     pub frame_bytes: u64,
     /// Bytes of frames that were sent again, after a connection broke.
@@ -48,16 +48,16 @@ pub struct ByKind {
 }
 
 impl ByKind {
-    /// What `tally` says. The byte that tells the kind of a page is counted with zero and same pages
+    /// What `counters` says. The byte that tells the kind of a page is counted with zero and same pages
     /// alone: they have no other.
-    pub fn of(tally: &Tally, page: PageSize) -> ByKind {
+    pub fn of(counters: &EncodeCounters, page: PageSize) -> ByKind {
         let carried = |pages, bytes| Carried { pages, bytes };
         ByKind {
-            zero: carried(tally.zero, tally.zero),
-            same: carried(tally.same, tally.same),
-            delta: carried(tally.delta, tally.delta_bytes),
-            zstd: carried(tally.packed, tally.packed_bytes),
-            raw: carried(tally.raw, tally.raw << page.shift()),
+            zero: carried(counters.zero, counters.zero),
+            same: carried(counters.same, counters.same),
+            delta: carried(counters.delta, counters.delta_bytes),
+            zstd: carried(counters.packed, counters.packed_bytes),
+            raw: carried(counters.raw, counters.raw << page.shift()),
         }
     }
 
@@ -78,18 +78,18 @@ impl ByKind {
 
 impl Sent {
     /// Adds a batch.
-    pub fn add(&mut self, tally: &Tally) {
+    pub fn add(&mut self, counters: &EncodeCounters) {
         let sum = &mut self.pages;
-        sum.zero += tally.zero;
-        sum.same += tally.same;
-        sum.raw += tally.raw;
-        sum.packed += tally.packed;
-        sum.delta += tally.delta;
-        sum.packed_bytes += tally.packed_bytes;
-        sum.delta_bytes += tally.delta_bytes;
-        sum.body_bytes += tally.body_bytes;
-        sum.tried_bytes += tally.tried_bytes;
-        sum.tried_packed_bytes += tally.tried_packed_bytes;
+        sum.zero += counters.zero;
+        sum.same += counters.same;
+        sum.raw += counters.raw;
+        sum.packed += counters.packed;
+        sum.delta += counters.delta;
+        sum.packed_bytes += counters.packed_bytes;
+        sum.delta_bytes += counters.delta_bytes;
+        sum.body_bytes += counters.body_bytes;
+        sum.tried_bytes += counters.tried_bytes;
+        sum.tried_packed_bytes += counters.tried_packed_bytes;
     }
 
     /// All pages with contents.
@@ -211,12 +211,12 @@ mod tests {
     #[test]
     fn a_forwarded_dump_is_told_in_words_and_in_json() {
         let mut sent = Sent::default();
-        sent.add(&Tally {
+        sent.add(&EncodeCounters {
             zero: 3,
             raw: 2,
             packed: 5,
             packed_bytes: 777,
-            ..Tally::default()
+            ..EncodeCounters::default()
         });
         let forwarded = Forwarded {
             peer: "a local socket".to_owned(),

@@ -157,12 +157,12 @@ impl SendingEnd {
                     let mut verdicts = Verdicts::default();
                     self.memory.judge(batch, &prints, hasher, &mut verdicts);
                     let level = Level::Zstd(1);
-                    let tally = self
+                    let counters = self
                         .encoder
                         .encode(batch, &verdicts, hasher, level, &mut frame)
                         .expect("zstd works");
-                    self.stats.same_pages += tally.same;
-                    self.stats.delta_pages += tally.delta;
+                    self.stats.same_pages += counters.same;
+                    self.stats.delta_pages += counters.delta;
                     Kind::Pages
                 }
                 Step::Close(pages) => {

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use socket2::SockRef;
 
-use super::spares::Spares;
+use super::buffer_pool::BufferPool;
 use crate::engine::transport::Transport;
 use crate::ferry::frame::{FrameError, HEADER_BYTES, Header, Kind};
 
@@ -53,7 +53,7 @@ pub(in crate::engine) enum ConnError {
 pub(super) struct Conn {
     transport: Box<dyn Transport>,
     /// Where room for large bodies comes from.
-    spares: Arc<Spares>,
+    pool: Arc<BufferPool>,
     staging: Vec<u8>,
     start: usize,
     end: usize,
@@ -68,10 +68,10 @@ pub(super) struct Conn {
 }
 
 impl Conn {
-    pub(super) fn new(transport: Box<dyn Transport>, spares: Arc<Spares>) -> Conn {
+    pub(super) fn new(transport: Box<dyn Transport>, pool: Arc<BufferPool>) -> Conn {
         Conn {
             transport,
-            spares,
+            pool,
             staging: vec![0; STAGING_BYTES],
             start: 0,
             end: 0,
@@ -209,7 +209,7 @@ impl Conn {
         let have = behind.len().min(header.body_bytes);
         let mut body = match header.body_bytes {
             0..STAGING_BYTES => Vec::new(),
-            _ => self.spares.take(),
+            _ => self.pool.take(),
         };
         body.resize(header.body_bytes, 0);
         body[..have].copy_from_slice(&behind[..have]);

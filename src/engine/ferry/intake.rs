@@ -18,7 +18,7 @@ use super::base::Base;
 use super::lock;
 use crate::criu::header::{PageFlags, Target};
 use crate::engine::batch::write_all;
-use crate::engine::tally::Tally;
+use crate::engine::counters::SessionCounters;
 use crate::error::{Error, Kind, Result};
 use crate::ferry::batch::{Batch, PageKind, Place};
 use crate::ferry::hash::{PageHash, PageHasher};
@@ -105,14 +105,14 @@ impl Intake {
         &mut self,
         batch: &Batch<'_>,
         body: &[u8],
-        tally: &mut Tally<'_>,
+        counters: &mut SessionCounters<'_>,
     ) -> Result<()> {
         self.check(batch)?;
         let mut places = batch.places().map(|(_, place)| place).peekable();
         for run in batch.runs() {
             if !run.flags.has(PageFlags::PRESENT) {
                 self.images.append(run.range, run.flags)?;
-                tally.run(run.range.pages(self.page), run.flags);
+                counters.run(run.range.pages(self.page), run.flags);
                 continue;
             }
             let mut start = run.range.start().get();
@@ -136,11 +136,11 @@ impl Intake {
                     false => run.flags,
                 };
                 self.store_part(range, flags, &part, body)?;
-                tally.run(range.pages(self.page), flags);
+                counters.run(range.pages(self.page), flags);
                 start += bytes;
             }
         }
-        tally.kept(self.kept);
+        counters.kept(self.kept);
         Ok(())
     }
 

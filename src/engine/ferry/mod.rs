@@ -16,6 +16,7 @@
 //! checked and written outside of it.
 
 mod base;
+mod buffer_pool;
 mod conn;
 mod connection_loop;
 mod fault_responder;
@@ -27,7 +28,6 @@ pub mod precopy_listener;
 mod receiver_session;
 pub(super) mod sender_session;
 mod session_dialer;
-mod spares;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::Scope;

@@ -18,7 +18,7 @@ use super::lock;
 use super::sender_session::{Agreed, SenderSession};
 use crate::criu::header::Target;
 use crate::error::{Error, Kind, Result};
-use crate::ferry::encode::{Encoder, PlainBatch, Tally, Verdicts};
+use crate::ferry::encode::{EncodeCounters, Encoder, PlainBatch, Verdicts};
 use crate::ferry::frame::OpenFrame;
 use crate::ferry::gather::Run;
 use crate::ferry::hash::Fingerprint;
@@ -179,21 +179,21 @@ impl Worker<'_> {
         frame.reserve(self.frame_bytes);
         let open = OpenFrame::begin(&mut frame);
         let start = Instant::now();
-        let tally = self
+        let counters = self
             .encoder
             .encode(batch, &self.verdicts, &hasher, level, &mut frame)
             .map_err(|error| Error::wrap(Kind::Io, "zstd failed", error))?;
         self.frame_bytes = frame.len();
-        self.observe(level, &tally, start);
-        self.sending.submit_batch(ticket, open, frame, &tally)
+        self.observe(level, &counters, start);
+        self.sending.submit_batch(ticket, open, frame, &counters)
     }
 
     /// Tells the level control what the fresh pages cost.
-    fn observe(&self, level: Level, tally: &Tally, start: Instant) {
-        let raw = tally.raw << self.page.shift();
+    fn observe(&self, level: Level, counters: &EncodeCounters, start: Instant) {
+        let raw = counters.raw << self.page.shift();
         let (plain, packed) = match level {
             Level::None => (raw, raw),
-            Level::Zstd(_) => (tally.tried_bytes, tally.tried_packed_bytes),
+            Level::Zstd(_) => (counters.tried_bytes, counters.tried_packed_bytes),
         };
         let mut level_control = self.sending.level_control();
         level_control.observe_batch(level, plain, packed, start.elapsed());

@@ -13,17 +13,17 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::buffer_pool::BufferPool;
 use super::conn::{Conn, ConnError};
 use super::connection_loop::{self, Waker};
 use super::intake::{Bases, Intake};
 use super::receiver_session::ReceiverSession;
 use super::session_dialer::{ChangeNotifier, first_frame};
-use super::spares::Spares;
 use super::{WINDOW, lock, random_bits};
+use crate::engine::counters::SessionCounters;
 use crate::engine::ingest::{ReceiveContext, punch_out_of_parents};
 use crate::engine::stop::Stop;
 use crate::engine::stores::SessionStore;
-use crate::engine::tally::Tally;
 use crate::engine::transport::transport;
 use crate::error::{Error, Kind, Result};
 use crate::ferry::frame;
@@ -47,7 +47,7 @@ pub struct PrecopyListener<'a> {
     reconnect_timeout: Duration,
     only_one: bool,
     hasher: PageHasher,
-    spares: Arc<Spares>,
+    pool: Arc<BufferPool>,
     state: Mutex<State>,
     notifier: ChangeNotifier,
     start: Instant,
@@ -101,7 +101,7 @@ impl<'a> PrecopyListener<'a> {
             reconnect_timeout,
             only_one,
             hasher: PageHasher::new(hash_key, page),
-            spares: Arc::default(),
+            pool: Arc::default(),
             state: Mutex::new(State {
                 table: SessionTable::new(own, &[Role::Receiver], reconnect_timeout),
                 opened: 0,
@@ -130,7 +130,7 @@ impl<'a> PrecopyListener<'a> {
         let lost = |error| Error::wrap(Kind::PeerLost, "no greeting came", error);
         let (peer, host) = (stream.peer().to_owned(), stream.host());
         let transport = transport(stream).map_err(|error| lost(ConnError::Socket(error)))?;
-        let mut conn = Conn::new(transport, Arc::clone(&self.spares));
+        let mut conn = Conn::new(transport, Arc::clone(&self.pool));
         connection_loop::prepare(&conn);
         let hello = match first_frame(&mut conn) {
             Ok(hello) => hello,
@@ -175,7 +175,7 @@ impl<'a> PrecopyListener<'a> {
             } => {
                 let traffic = &self.context.traffic;
                 let running = traffic.begin_session();
-                let mut tally = Tally::start(traffic);
+                let mut counters = SessionCounters::start(traffic);
                 let store = self.context.stores.for_session(&host);
                 let ended = match store.and_then(|store| Session::begin(self, store, theirs)) {
                     Ok(session) => {
@@ -184,7 +184,7 @@ impl<'a> PrecopyListener<'a> {
                         state.sessions.insert(theirs.session, receiving);
                         drop(state);
                         tracing::info!("session {} from {peer}", theirs.session);
-                        self.own(session, conn, &welcome, &mut tally)
+                        self.own(session, conn, &welcome, &mut counters)
                     }
                     Err(error) => {
                         let fail = Fail::new(FailCode::Receiver, error.to_string());
@@ -197,7 +197,7 @@ impl<'a> PrecopyListener<'a> {
                 if ended.is_ok() {
                     running.succeed();
                 }
-                let received = tally.end(&peer, self.page);
+                let received = counters.end(&peer, self.page);
                 Ok(Handled::Session(Box::new(received), ended))
             }
         }
@@ -209,7 +209,7 @@ impl<'a> PrecopyListener<'a> {
         session: Session,
         conn: Conn,
         welcome: &Hello,
-        tally: &mut Tally<'_>,
+        counters: &mut SessionCounters<'_>,
     ) -> Result<()> {
         let Session {
             receiving,
@@ -219,7 +219,7 @@ impl<'a> PrecopyListener<'a> {
         } = session;
         let result = thread::scope(|scope| {
             let applier = scope.spawn(|| {
-                let images = receiving.apply_all(intake, tally);
+                let images = receiving.apply_all(intake, counters);
                 if images.is_ok() {
                     receiving.wait_for_goodbye();
                 }
@@ -331,8 +331,8 @@ impl Session {
     fn begin(port: &PrecopyListener<'_>, store: SessionStore, hello: Hello) -> Result<Session> {
         let bases = Arc::new(Bases::default());
         let streams = hello.streams.clamp(1, FERRY_STREAMS_MAX);
-        let (spares, known) = (Arc::clone(&port.spares), Arc::clone(&bases));
-        let receiving = ReceiverSession::new(port.page, streams, WINDOW, known, spares);
+        let (pool, known) = (Arc::clone(&port.pool), Arc::clone(&bases));
+        let receiving = ReceiverSession::new(port.page, streams, WINDOW, known, pool);
         let parent_state = StateId(random_bits()?);
         let compresses = port.context.ingest.compress;
         let hasher = port.hasher.clone();

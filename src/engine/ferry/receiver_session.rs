@@ -14,12 +14,12 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::base::Base;
+use super::buffer_pool::BufferPool;
 use super::conn::Frame;
 use super::connection_loop::{ConnectionHandler, Heard, Waker, is_replaced};
 use super::intake::{Bases, Intake};
-use super::spares::Spares;
 use super::{GOODBYE, lock};
-use crate::engine::tally::Tally;
+use crate::engine::counters::SessionCounters;
 use crate::error::{self, Error, Result};
 use crate::ferry::frame::{HEADER_BYTES, Kind};
 use crate::ferry::hello::{Fail, FailCode, Hello, Window};
@@ -70,7 +70,7 @@ pub(super) struct ReceiverSession {
     changed: Condvar,
     bases: Arc<Bases>,
     /// Where bodies go when they are applied.
-    spares: Arc<Spares>,
+    pool: Arc<BufferPool>,
 }
 
 impl ReceiverSession {
@@ -79,7 +79,7 @@ impl ReceiverSession {
         streams: u16,
         window: Window,
         bases: Arc<Bases>,
-        spares: Arc<Spares>,
+        pool: Arc<BufferPool>,
     ) -> ReceiverSession {
         ReceiverSession {
             page,
@@ -94,7 +94,7 @@ impl ReceiverSession {
             }),
             changed: Condvar::new(),
             bases,
-            spares,
+            pool,
         }
     }
 
@@ -103,20 +103,20 @@ impl ReceiverSession {
     pub(super) fn apply_all(
         &self,
         mut intake: Intake,
-        tally: &mut Tally<'_>,
+        counters: &mut SessionCounters<'_>,
     ) -> Result<CommittedImages> {
         let outcome = loop {
             let frame = self.next_frame()?;
-            tally.came((HEADER_BYTES + frame.body.len()) as u64);
+            counters.came((HEADER_BYTES + frame.body.len()) as u64);
             if frame.kind == Kind::Close {
                 let images = self.close(&frame, intake);
-                tally.answered();
+                counters.answered();
                 break images;
             }
-            if let Err(error) = self.apply(&frame, &mut intake, tally) {
+            if let Err(error) = self.apply(&frame, &mut intake, counters) {
                 break Err(error);
             }
-            self.spares.give(frame.body);
+            self.pool.give(frame.body);
         };
         outcome.inspect_err(|error| self.fail(error))
     }
@@ -193,15 +193,20 @@ impl ReceiverSession {
         }
     }
 
-    fn apply(&self, frame: &Frame, intake: &mut Intake, tally: &mut Tally<'_>) -> Result<()> {
+    fn apply(
+        &self,
+        frame: &Frame,
+        intake: &mut Intake,
+        counters: &mut SessionCounters<'_>,
+    ) -> Result<()> {
         let answer = match self.read(frame)? {
             Message::Pages(batch) => {
-                intake.store(&batch, &frame.body, tally)?;
+                intake.store(&batch, &frame.body, counters)?;
                 None
             }
             Message::Open(open) => {
                 let (has_parent, state) = intake.open(open)?;
-                tally.opened(open.wire);
+                counters.opened(open.wire);
                 Some((i32::from(has_parent), state))
             }
             Message::Close(_) => None,

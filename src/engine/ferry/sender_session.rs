@@ -10,14 +10,14 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::buffer_pool::BufferPool;
 use super::connection_loop::{ConnectionHandler, Waker};
 use super::session_dialer::ChangeNotifier;
-use super::spares::Spares;
 use super::{Learned, lock};
 use crate::criu::header::Target;
 use crate::error::{self, Error, Result};
 use crate::ferry::delta::PageMemory;
-use crate::ferry::encode::Tally;
+use crate::ferry::encode::EncodeCounters;
 use crate::ferry::frame::{Kind, OpenFrame, SealedFrame};
 use crate::ferry::hash::PageHasher;
 use crate::ferry::hello::{Fail, FailCode, Features, SessionId};
@@ -79,7 +79,7 @@ pub(crate) struct SenderSession {
     level_control: Mutex<LevelControl>,
     traffic: Arc<Traffic>,
     /// Buffers of frames that are safe.
-    spares: Spares,
+    pool: BufferPool,
 }
 
 impl SenderSession {
@@ -111,7 +111,7 @@ impl SenderSession {
             memory: Mutex::new(learned.memory),
             level_control: Mutex::new(learned.level_control),
             traffic,
-            spares: Spares::default(),
+            pool: BufferPool::default(),
         }
     }
 
@@ -133,7 +133,7 @@ impl SenderSession {
 
     /// An empty buffer for a frame.
     pub(super) fn frame_buffer(&self) -> Vec<u8> {
-        let mut buffer = self.spares.take();
+        let mut buffer = self.pool.take();
         buffer.clear();
         buffer
     }
@@ -178,12 +178,12 @@ impl SenderSession {
         ticket: u64,
         open: OpenFrame,
         frame: Vec<u8>,
-        tally: &Tally,
+        counters: &EncodeCounters,
     ) -> Result<()> {
         let sealed = open.seal(&frame);
         self.submit(Kind::Pages, sealed, frame, Some(ticket))?;
-        self.traffic.forwarded(&ByKind::of(tally, self.page));
-        lock(&self.state).sent.add(tally);
+        self.traffic.forwarded(&ByKind::of(counters, self.page));
+        lock(&self.state).sent.add(counters);
         Ok(())
     }
 

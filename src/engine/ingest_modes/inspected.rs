@@ -13,7 +13,7 @@ use super::side_buffer::{Blocks, SideBuffer, unpack};
 use super::{IngestMode, IngestOptions, IngestScope};
 use crate::criu::header::PageFlags;
 use crate::engine::batch::Plan;
-use crate::engine::mover::Mover;
+use crate::engine::session_io::SessionIo;
 use crate::error::Result;
 use crate::image::blocks::compressed_block;
 use crate::image::writer::SessionImages;
@@ -92,7 +92,7 @@ impl Inspected {
                 _ => &self.carried,
             };
             if scope.images.equals_parent(range.start(), bytes)? {
-                self.end_pack(scope.images, scope.mover)?;
+                self.end_pack(scope.images, scope.session_io)?;
                 let in_parent = self.flags.without(PageFlags::PRESENT);
                 scope
                     .images
@@ -123,7 +123,7 @@ impl Inspected {
             Content::Received(range) => scope.plan.push(&to.part, to.offset, range.clone()),
             Content::Carried => {
                 let bytes = self.carried.len();
-                let room = self.side_buffer.room(scope.mover, bytes)?;
+                let room = self.side_buffer.room(scope.session_io, bytes)?;
                 room.copy_from_slice(&self.carried);
                 self.side_buffer.place(bytes, &to);
             }
@@ -139,7 +139,7 @@ impl Inspected {
             end == vaddr.get() && pack.flags == self.flags && has_room && !pack.is_full(self.page)
         };
         if !self.pack.as_ref().is_some_and(goes_on) {
-            self.end_pack(scope.images, scope.mover)?;
+            self.end_pack(scope.images, scope.session_io)?;
         }
         let pack = match &mut self.pack {
             Some(pack) => pack,
@@ -147,7 +147,7 @@ impl Inspected {
                 first: vaddr,
                 flags: self.flags,
                 sizes: Vec::new(),
-                buffer: scope.mover.buffer()?,
+                buffer: scope.session_io.buffer()?,
                 filled: 0,
             }),
         };
@@ -159,7 +159,7 @@ impl Inspected {
         Ok(())
     }
 
-    fn end_pack(&mut self, images: &mut SessionImages, mover: &mut Mover) -> Result<()> {
+    fn end_pack(&mut self, images: &mut SessionImages, session_io: &mut SessionIo) -> Result<()> {
         let Some(pack) = self.pack.take() else {
             return Ok(());
         };
@@ -172,7 +172,7 @@ impl Inspected {
             plan.push(&to.part, to.offset, 0..pack.filled);
         }
         self.kept.stored_bytes += pack.filled as u64;
-        mover.write(pack.buffer, plan)
+        session_io.write(pack.buffer, plan)
     }
 }
 
@@ -202,7 +202,7 @@ impl IngestMode for Inspected {
         self.next = range.start();
         self.flags = flags;
         if !flags.has(PageFlags::PRESENT) {
-            self.end_pack(scope.images, scope.mover)?;
+            self.end_pack(scope.images, scope.session_io)?;
             scope.images.append(range, flags)?;
         }
         Ok(())
@@ -244,9 +244,9 @@ impl IngestMode for Inspected {
         self.page(scope, &Content::Zero)
     }
 
-    fn end_target(&mut self, images: &mut SessionImages, mover: &mut Mover) -> Result<()> {
-        self.end_pack(images, mover)?;
-        self.side_buffer.flush(mover)
+    fn end_target(&mut self, images: &mut SessionImages, session_io: &mut SessionIo) -> Result<()> {
+        self.end_pack(images, session_io)?;
+        self.side_buffer.flush(session_io)
     }
 
     fn stored(&self) -> StoredPages {

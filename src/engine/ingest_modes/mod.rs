@@ -16,7 +16,7 @@ use self::inspected::Inspected;
 pub(super) use self::side_buffer::unpack as decompress_page;
 use self::verbatim::Verbatim;
 use super::batch::Plan;
-use super::mover::Mover;
+use super::session_io::SessionIo;
 use crate::criu::header::PageFlags;
 use crate::error::Result;
 use crate::image::writer::{Destination, SessionImages};
@@ -37,7 +37,7 @@ pub(super) struct IngestScope<'a> {
     /// Where entries go and places come from.
     pub(super) images: &'a mut SessionImages,
     /// Where filled buffers go and empty ones come from.
-    pub(super) mover: &'a mut Mover,
+    pub(super) session_io: &'a mut SessionIo,
     /// What is to be written of the receive buffer.
     pub(super) plan: &'a mut Plan,
     /// The receive buffer, as far as it is filled.
@@ -72,7 +72,7 @@ pub(super) trait IngestMode: fmt::Debug {
     fn zero_page(&mut self, scope: &mut IngestScope<'_>) -> Result<()>;
 
     /// The target's last page has come: what is held back is written.
-    fn end_target(&mut self, images: &mut SessionImages, mover: &mut Mover) -> Result<()>;
+    fn end_target(&mut self, images: &mut SessionImages, session_io: &mut SessionIo) -> Result<()>;
 
     /// What was done so far.
     fn stored(&self) -> StoredPages;

@@ -2,7 +2,7 @@
 //! by the end of a buffer.
 
 use crate::engine::batch::Plan;
-use crate::engine::mover::Mover;
+use crate::engine::session_io::SessionIo;
 use crate::error::{Error, Kind, Result};
 use crate::image::writer::Destination;
 use crate::sys::buffers::Buffer;
@@ -20,15 +20,15 @@ struct Filling {
 
 impl SideBuffer {
     /// Room for the next `bytes` bytes, at most a buffer. They are taken by [`SideBuffer::place`].
-    pub(super) fn room(&mut self, mover: &mut Mover, bytes: usize) -> Result<&mut [u8]> {
+    pub(super) fn room(&mut self, session_io: &mut SessionIo, bytes: usize) -> Result<&mut [u8]> {
         let is_full = |filling: &Filling| filling.filled + bytes > filling.buffer.len();
         if self.0.as_ref().is_some_and(is_full) {
-            self.flush(mover)?;
+            self.flush(session_io)?;
         }
         let filling = match &mut self.0 {
             Some(filling) => filling,
             empty @ None => empty.insert(Filling {
-                buffer: mover.buffer()?,
+                buffer: session_io.buffer()?,
                 filled: 0,
                 plan: Plan::default(),
             }),
@@ -46,9 +46,9 @@ impl SideBuffer {
     }
 
     /// Sends what was gathered to its files.
-    pub(super) fn flush(&mut self, mover: &mut Mover) -> Result<()> {
+    pub(super) fn flush(&mut self, session_io: &mut SessionIo) -> Result<()> {
         match self.0.take() {
-            Some(filling) => mover.write(filling.buffer, filling.plan),
+            Some(filling) => session_io.write(filling.buffer, filling.plan),
             None => Ok(()),
         }
     }

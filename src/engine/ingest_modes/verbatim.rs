@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::side_buffer::{Blocks, SideBuffer, unpack};
 use super::{IngestMode, IngestScope};
 use crate::criu::header::PageFlags;
-use crate::engine::mover::Mover;
+use crate::engine::session_io::SessionIo;
 use crate::error::Result;
 use crate::image::writer::{Destination, SessionImages};
 use crate::observe::received::StoredPages;
@@ -78,7 +78,7 @@ impl IngestMode for Verbatim {
         };
         if let Some(block) = self.blocks.add(&scope.buffer[range], ends) {
             let page = self.page.as_usize();
-            unpack(block, self.side_buffer.room(scope.mover, page)?)?;
+            unpack(block, self.side_buffer.room(scope.session_io, page)?)?;
             self.side_buffer.place(page, to);
             self.moved(self.page.bytes());
         }
@@ -91,8 +91,12 @@ impl IngestMode for Verbatim {
         Ok(())
     }
 
-    fn end_target(&mut self, _images: &mut SessionImages, mover: &mut Mover) -> Result<()> {
-        self.side_buffer.flush(mover)
+    fn end_target(
+        &mut self,
+        _images: &mut SessionImages,
+        session_io: &mut SessionIo,
+    ) -> Result<()> {
+        self.side_buffer.flush(session_io)
     }
 
     fn stored(&self) -> StoredPages {

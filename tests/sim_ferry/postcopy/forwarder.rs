@@ -208,11 +208,11 @@ impl Forwarder {
         self.memory.judge(pages, &prints, hasher, &mut verdicts);
         verdicts.spell_out();
         let mut body = Vec::new();
-        let tally = self
+        let counters = self
             .encoder
             .encode(pages, &verdicts, hasher, Level::Zstd(1), &mut body)
             .expect("zstd works");
-        self.seen.add("page pushed as the same", tally.same);
+        self.seen.add("page pushed as the same", counters.same);
         self.pushed += batch.pages.get();
         self.submit(Kind::Pages, |out| out.extend(body));
     }
@@ -257,12 +257,12 @@ impl Forwarder {
         };
         let mut frame = Vec::new();
         let open = OpenFrame::begin(&mut frame);
-        let tally = self
+        let counters = self
             .encoder
             .encode(batch, &verdicts, hasher, Level::Zstd(1), &mut frame)
             .expect("zstd works");
         open.finish(&mut frame, Kind::FaultPages, number);
-        self.seen.add("page answered as the same", tally.same);
+        self.seen.add("page answered as the same", counters.same);
         self.push_planner.give(numbers);
         Some(frame)
     }

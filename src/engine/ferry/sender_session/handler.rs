@@ -74,7 +74,7 @@ impl ConnectionHandler for SenderSession {
                 for frame in released {
                     // Some connection may still hold it.
                     if let Ok(frame) = Arc::try_unwrap(frame) {
-                        self.spares.give(frame);
+                        self.pool.give(frame);
                     }
                 }
                 self.changed.notify_all();

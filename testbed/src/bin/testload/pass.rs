@@ -24,7 +24,7 @@ pub(crate) fn verify(memory: &Memory, pass: Pass) -> Result<StepReport> {
     let threads = pass.threads.max(1);
     let order = visits(memory, pass.order, 0);
     let started = Instant::now();
-    let tallies = std::thread::scope(|scope| {
+    let passes = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..threads)
             .map(|thread| {
                 let order = &order;
@@ -46,7 +46,7 @@ pub(crate) fn verify(memory: &Memory, pass: Pass) -> Result<StepReport> {
             .map(|worker| worker.join().expect("a pass does not panic"))
             .collect()
     });
-    let mut report = Tally::sum(tallies)?;
+    let mut report = PassCounters::sum(passes)?;
     report.wall_us = u64::try_from(started.elapsed().as_micros())?;
     report.step = format!("{pass:?}");
     Ok(report)
@@ -92,13 +92,17 @@ pub(crate) fn visits(memory: &Memory, order: Order, salt: u64) -> Vec<Visit> {
     all
 }
 
-struct Tally {
+struct PassCounters {
     report: StepReport,
     touches: Histogram<u64>,
     faults: Histogram<u64>,
 }
 
-fn visit_all(memory: &Memory, order: impl Iterator<Item = Visit>, pass: Pass) -> Result<Tally> {
+fn visit_all(
+    memory: &Memory,
+    order: impl Iterator<Item = Visit>,
+    pass: Pass,
+) -> Result<PassCounters> {
     let page_words = memory.page_bytes / WORD_BYTES;
     let words = if pass.check == Check::Full {
         page_words
@@ -106,7 +110,7 @@ fn visit_all(memory: &Memory, order: impl Iterator<Item = Visit>, pass: Pass) ->
         QUICK_WORDS
     };
     let (mut got, mut want) = (vec![0; words], vec![0; words]);
-    let mut tally = Tally {
+    let mut counters = PassCounters {
         report: StepReport::default(),
         touches: Histogram::new_with_bounds(1, LATENCY_MAX_NS, 2)?,
         faults: Histogram::new_with_bounds(1, LATENCY_MAX_NS, 2)?,
@@ -121,7 +125,7 @@ fn visit_all(memory: &Memory, order: impl Iterator<Item = Visit>, pass: Pass) ->
     let started = Instant::now();
     for (area, index) in order {
         if limit.is_some_and(|limit| started.elapsed() >= limit) {
-            tally.report.cut_short = true;
+            counters.report.cut_short = true;
             break;
         }
         let cell = memory.areas[area as usize].cells[index as usize];
@@ -133,30 +137,30 @@ fn visit_all(memory: &Memory, order: impl Iterator<Item = Visit>, pass: Pass) ->
         let took = u64::try_from(touched.elapsed().as_nanos())?.max(1);
         let first = !std::mem::replace(&mut seen[area as usize][index as usize], true);
         if first {
-            tally.touches.saturating_record(took);
+            counters.touches.saturating_record(took);
         }
         if first && took >= FAULT_NS {
-            tally.faults.saturating_record(took);
+            counters.faults.saturating_record(took);
         }
         sys::read_words(cell.address, &mut got);
         memory.expected(area, index, cell.expect, &mut want);
         if matches!(cell.expect, Expect::ZeroOr(_)) && got.iter().all(|&word| word == 0) {
             want.fill(0);
         }
-        tally.compare((area, index), cell, &want, &got);
+        counters.compare((area, index), cell, &want, &got);
         if pass.check == Check::Full {
             sum = sum.wrapping_add(digest(area, index, &got));
             expected_sum = expected_sum.wrapping_add(digest(area, index, &want));
         }
     }
     if pass.check == Check::Full {
-        tally.report.digest = Some(sum);
-        tally.report.expected_digest = Some(expected_sum);
+        counters.report.digest = Some(sum);
+        counters.report.expected_digest = Some(expected_sum);
     }
-    Ok(tally)
+    Ok(counters)
 }
 
-impl Tally {
+impl PassCounters {
     fn compare(&mut self, (area, index): Visit, cell: Cell, want: &[u64], got: &[u64]) {
         let report = &mut self.report;
         report.checked += 1;
@@ -188,17 +192,17 @@ impl Tally {
     }
 
     /// One report of what all threads found.
-    fn sum(tallies: Vec<Result<Tally>>) -> Result<StepReport> {
-        let mut all: Option<Tally> = None;
-        for tally in tallies {
-            let tally = tally?;
+    fn sum(passes: Vec<Result<PassCounters>>) -> Result<StepReport> {
+        let mut all: Option<PassCounters> = None;
+        for counters in passes {
+            let counters = counters?;
             let Some(sum) = &mut all else {
-                all = Some(tally);
+                all = Some(counters);
                 continue;
             };
-            sum.touches.add(&tally.touches)?;
-            sum.faults.add(&tally.faults)?;
-            let (into, from) = (&mut sum.report, tally.report);
+            sum.touches.add(&counters.touches)?;
+            sum.faults.add(&counters.faults)?;
+            let (into, from) = (&mut sum.report, counters.report);
             into.checked += from.checked;
             into.wrong += from.wrong;
             into.wrong_zero += from.wrong_zero;
@@ -210,13 +214,13 @@ impl Tally {
             into.digest = add(into.digest, from.digest);
             into.expected_digest = add(into.expected_digest, from.expected_digest);
         }
-        let Some(tally) = all else {
+        let Some(counters) = all else {
             anyhow::bail!("a pass has at least one thread")
         };
         Ok(StepReport {
-            touches: Latency::of(&tally.touches),
-            faults: Latency::of(&tally.faults),
-            ..tally.report
+            touches: Latency::of(&counters.touches),
+            faults: Latency::of(&counters.faults),
+            ..counters.report
         })
     }
 }

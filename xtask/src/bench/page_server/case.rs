@@ -95,19 +95,19 @@ impl Feed {
 /// How pages are asked for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub(super) enum Asking {
+pub(super) enum RequestPattern {
     /// Requests of so many pages, many at a time, by so many clients.
     Ahead { pages: u32, clients: u32 },
     /// Requests of one page by one client that waits for each answer.
     OneByOne,
 }
 
-impl Asking {
+impl RequestPattern {
     /// How many clients ask.
     pub(super) fn clients(self) -> u32 {
         match self {
-            Asking::Ahead { clients, .. } => clients,
-            Asking::OneByOne => 1,
+            RequestPattern::Ahead { clients, .. } => clients,
+            RequestPattern::OneByOne => 1,
         }
     }
 }
@@ -126,7 +126,7 @@ pub(super) enum Case {
     /// A warm image is served.
     Serve {
         image_mib: u32,
-        asking: Asking,
+        pattern: RequestPattern,
         link: Link,
     },
     /// A process is dumped by CRIU.
@@ -155,15 +155,15 @@ impl Case {
                 target.name()
             ),
             Case::Serve {
-                image_mib, asking, ..
+                image_mib, pattern, ..
             } => {
-                let asking = match asking {
-                    Asking::OneByOne => "1 page at a time".to_owned(),
-                    Asking::Ahead { pages, clients } => {
+                let pattern = match pattern {
+                    RequestPattern::OneByOne => "1 page at a time".to_owned(),
+                    RequestPattern::Ahead { pages, clients } => {
                         format!("{pages} pages a request, {clients} clients asking ahead")
                     }
                 };
-                format!("serving from {image_mib} MiB, {asking}, {link}")
+                format!("serving from {image_mib} MiB, {pattern}, {link}")
             }
             Case::Dump { mib, target, .. } => {
                 format!("criu dump of {mib} MiB to {}, {link}", target.name())

@@ -36,7 +36,7 @@ use testbed::workspace::target_dir;
 use super::bars::{self, Bar};
 use super::rounds::Rounds;
 use super::{Machine, write_json};
-use case::{Asking, Case, Contender, Feed, Link, Target};
+use case::{Case, Contender, Feed, Link, RequestPattern, Target};
 use run::{Bench, Metric, Run};
 
 /// What to measure; everything, unless told otherwise.
@@ -185,13 +185,13 @@ impl Args {
         wanted.map(|(who, _)| who).collect()
     }
 
-    fn asking(&self) -> Vec<Asking> {
+    fn pattern(&self) -> Vec<RequestPattern> {
         let mut all = Vec::new();
         for &clients in &self.clients {
-            let ahead = |&pages| Asking::Ahead { pages, clients };
+            let ahead = |&pages| RequestPattern::Ahead { pages, clients };
             all.extend(self.frames.iter().map(ahead));
         }
-        all.push(Asking::OneByOne);
+        all.push(RequestPattern::OneByOne);
         all
     }
 }
@@ -296,19 +296,19 @@ fn serve(bench: &Bench<'_>, progress: &mut Progress<'_>) -> Result<()> {
     let args = progress.args;
     let image = bench.image(args.image)?;
     for &link in &args.link {
-        for asking in args.asking() {
+        for pattern in args.pattern() {
             let case = Case::Serve {
                 image_mib: args.image,
-                asking,
+                pattern,
                 link,
             };
-            let several = matches!(asking, Asking::Ahead { clients: 2.., .. });
+            let several = matches!(pattern, RequestPattern::Ahead { clients: 2.., .. });
             let contenders = match several {
                 true => vec![Contender::Pageferry],
                 false => vec![Contender::Pageferry, Contender::Criu],
             };
             progress.measure(case, contenders, |_, who| {
-                bench.serve(&image, asking, link, who)
+                bench.serve(&image, pattern, link, who)
             })?;
         }
     }

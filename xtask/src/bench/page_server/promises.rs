@@ -4,7 +4,7 @@
 use super::super::bars::Bar;
 use super::super::stats::Sample;
 use super::CaseResult;
-use super::case::{Asking, Case, Contender, Feed, Link};
+use super::case::{Case, Contender, Feed, Link, RequestPattern};
 use super::run::Metric;
 
 const SMALL_FRAMES_TO_CRIU: f64 = 1.0 / 2.0;
@@ -56,13 +56,13 @@ fn of_case(result: &CaseResult) -> Vec<Bar> {
             bars.push(Bar::new(name, epoll, EPOLL_TO_URING));
             bars
         }
-        (Case::Serve { asking, .. }, _) => match asking {
-            Asking::OneByOne => vec![to_criu(Metric::P50, 1.0, "p50 / CRIU")],
-            Asking::Ahead { clients: 1, .. } => {
+        (Case::Serve { pattern, .. }, _) => match pattern {
+            RequestPattern::OneByOne => vec![to_criu(Metric::P50, 1.0, "p50 / CRIU")],
+            RequestPattern::Ahead { clients: 1, .. } => {
                 vec![to_criu(Metric::Wall, SERVING_TO_CRIU, "s / CRIU")]
             }
             // CRIU's serves one client alone.
-            Asking::Ahead { .. } => Vec::new(),
+            RequestPattern::Ahead { .. } => Vec::new(),
         },
         (Case::Dump { .. }, _) => vec![to_criu(Metric::Wall, 1.0, "s frozen / CRIU")],
     }

@@ -25,7 +25,7 @@ use testbed::load::Load;
 use testbed::load::content::mix;
 use testbed::migration::Dump;
 
-use super::case::{Asking, Contender, Link};
+use super::case::{Contender, Link, RequestPattern};
 use super::connection::Connection;
 use super::run::{Bench, PATIENCE, Run};
 
@@ -94,7 +94,7 @@ impl Bench<'_> {
     pub(super) fn serve(
         &self,
         image: &Image,
-        asking: Asking,
+        pattern: RequestPattern,
         link: Link,
         who: Contender,
     ) -> Result<Run> {
@@ -102,11 +102,11 @@ impl Bench<'_> {
         let mut server = PageServer::serving(self.make(who), &options)?;
         let cpu = server.process().cpu()?;
         // Connected before the clock starts: handshakes are not what is measured.
-        let connections: Vec<Connection> = (0..asking.clients())
+        let connections: Vec<Connection> = (0..pattern.clients())
             .map(|_| self.connect(server.address(), link))
             .collect::<Result<_>>()?;
         let started = Instant::now();
-        let asked = self.ask(image, asking, connections);
+        let asked = self.ask(image, pattern, connections);
         let wall = started.elapsed();
         let mut clients = asked.with_context(|| server.process().log_tail())?;
         let peak = server.process().peak_rss_bytes()?;
@@ -129,11 +129,11 @@ impl Bench<'_> {
     fn ask<'i>(
         &self,
         image: &'i Image,
-        asking: Asking,
+        pattern: RequestPattern,
         connections: Vec<Connection>,
     ) -> Result<Vec<Client<'i>>> {
         let wire = self.wire()?;
-        let plan = Plan::of(asking, self.asked_mib, self.page);
+        let plan = Plan::of(pattern, self.asked_mib, self.page);
         let clients = connections
             .into_iter()
             .zip(0..)
@@ -166,14 +166,14 @@ struct Plan {
 }
 
 impl Plan {
-    fn of(asking: Asking, asked_mib: u32, page: PageSize) -> Plan {
-        match asking {
-            Asking::OneByOne => Plan {
+    fn of(pattern: RequestPattern, asked_mib: u32, page: PageSize) -> Plan {
+        match pattern {
+            RequestPattern::OneByOne => Plan {
                 pages: 1,
                 requests: ROUND_TRIPS,
                 depth: 1,
             },
-            Asking::Ahead { pages, clients } => {
+            RequestPattern::Ahead { pages, clients } => {
                 let (pages, clients) = (u64::from(pages), u64::from(clients));
                 let asked = u64::from(asked_mib) << (20 - page.shift());
                 let depth = DEPTH_BYTES / clients / (pages << page.shift());

@@ -7,16 +7,16 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Hosts that ask for pages now, with how many of their sessions do.
 #[derive(Debug, Default)]
-pub(super) struct AskingHosts(Mutex<HashMap<String, usize>>);
+pub(super) struct ActiveHosts(Mutex<HashMap<String, usize>>);
 
 /// A session that has asked for a page, until this is dropped.
 #[derive(Debug)]
-pub(super) struct Asking<'a> {
-    hosts: &'a AskingHosts,
+pub(super) struct HostActivity<'a> {
+    hosts: &'a ActiveHosts,
     host: String,
 }
 
-impl AskingHosts {
+impl ActiveHosts {
     fn sessions(&self) -> MutexGuard<'_, HashMap<String, usize>> {
         // Poisoned or not, the counts are right: they are changed in single steps.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -28,13 +28,13 @@ impl AskingHosts {
     }
 
     /// A session of `host` asks for its first page.
-    pub(super) fn begin(&self, host: String) -> Asking<'_> {
+    pub(super) fn begin(&self, host: String) -> HostActivity<'_> {
         *self.sessions().entry(host.clone()).or_default() += 1;
-        Asking { hosts: self, host }
+        HostActivity { hosts: self, host }
     }
 }
 
-impl Drop for Asking<'_> {
+impl Drop for HostActivity<'_> {
     fn drop(&mut self) {
         let mut sessions = self.hosts.sessions();
         if let Entry::Occupied(mut count) = sessions.entry(std::mem::take(&mut self.host)) {

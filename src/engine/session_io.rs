@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use super::batch::{Batch, Plan};
 use super::driver::{Completion, Driver, Link, Operation, Writes};
-use super::load::{Load, Pipe};
+use super::splice_path::{Pipe, SpliceWrite};
 use super::writer::{Cargo, Writer};
 use crate::error::{Error, Kind, Result};
 use crate::image::writer::Destination;
@@ -19,7 +19,7 @@ use crate::sys::buffers::Buffer;
 
 /// See the module's text.
 #[derive(Debug)]
-pub(super) struct Mover {
+pub(super) struct SessionIo {
     driver: Box<dyn Driver>,
     writes: Writes,
     free: Vec<Buffer>,
@@ -33,12 +33,12 @@ struct Pipes {
     free: Vec<Pipe>,
     made: usize,
     /// What writes beside, once something is to be written so.
-    writer: Option<Writer<Load>>,
+    writer: Option<Writer<SpliceWrite>>,
 }
 
-impl Mover {
-    pub(super) fn new(driver: Box<dyn Driver>, writes: Writes) -> Mover {
-        Mover {
+impl SessionIo {
+    pub(super) fn new(driver: Box<dyn Driver>, writes: Writes) -> SessionIo {
+        SessionIo {
             driver,
             writes,
             free: Vec::new(),
@@ -78,7 +78,7 @@ impl Mover {
         }
     }
 
-    /// Writes `buffer` where `plan` says, some time before [`Mover::drain`] returns.
+    /// Writes `buffer` where `plan` says, some time before [`SessionIo::drain`] returns.
     pub(super) fn write(&mut self, buffer: Buffer, plan: Plan) -> Result<()> {
         if plan.is_empty() {
             self.free.push(buffer);
@@ -94,7 +94,7 @@ impl Mover {
     }
 
     /// Moves bytes from the socket to `to`, at most `most`, that nobody looks at, and says how many;
-    /// 0 is the end of the stream. They are in their file some time before [`Mover::drain`] returns.
+    /// 0 is the end of the stream. They are in their file some time before [`SessionIo::drain`] returns.
     /// `None`: the kernel gives no pipes, and so they are to be received.
     pub(super) fn pass(
         &mut self,
@@ -106,7 +106,8 @@ impl Mover {
             return Ok(None);
         };
         let bytes = pipe.fill(link, most)?;
-        self.pipes.write(Load::new(pipe, bytes, to), self.writes)?;
+        self.pipes
+            .write(SpliceWrite::new(pipe, bytes, to), self.writes)?;
         Ok(Some(bytes))
     }
 
@@ -144,19 +145,19 @@ impl Pipes {
         }
     }
 
-    fn write(&mut self, mut load: Load, writes: Writes) -> Result<()> {
+    fn write(&mut self, mut splice: SpliceWrite, writes: Writes) -> Result<()> {
         if writes == Writes::Between {
-            load.write()?;
-            self.free.push(load.into_pipe());
+            splice.write()?;
+            self.free.push(splice.into_pipe());
             return Ok(());
         }
         let writer = match &mut self.writer {
             Some(writer) => writer,
             None => self.writer.insert(Writer::start(|| {})?),
         };
-        writer.submit(load)?;
-        while let Some(load) = writer.result_now()? {
-            self.free.push(load.into_pipe());
+        writer.submit(splice)?;
+        while let Some(splice) = writer.result_now()? {
+            self.free.push(splice.into_pipe());
         }
         Ok(())
     }

@@ -9,7 +9,7 @@ use crate::units::{PageCount, PageSize};
 
 /// See the module's text.
 #[derive(Debug)]
-pub(super) struct Tally<'a> {
+pub(super) struct SessionCounters<'a> {
     traffic: &'a Traffic,
     started: Instant,
     cpu_before: Duration,
@@ -22,10 +22,10 @@ pub(super) struct Tally<'a> {
     wire_bytes: u64,
 }
 
-impl<'a> Tally<'a> {
+impl<'a> SessionCounters<'a> {
     /// A session begins now.
-    pub(super) fn start(traffic: &'a Traffic) -> Tally<'a> {
-        Tally {
+    pub(super) fn start(traffic: &'a Traffic) -> SessionCounters<'a> {
+        SessionCounters {
             traffic,
             started: Instant::now(),
             cpu_before: cpu_time(),

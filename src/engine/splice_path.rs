@@ -71,7 +71,7 @@ impl Pipe {
 
 /// A pipe with its bytes, ready to be written.
 #[derive(Debug)]
-pub(super) struct Load {
+pub(super) struct SpliceWrite {
     pipe: Pipe,
     /// How many bytes are left in the pipe.
     bytes: usize,
@@ -79,20 +79,20 @@ pub(super) struct Load {
     to: Destination,
 }
 
-impl Load {
+impl SpliceWrite {
     /// The `bytes` bytes in `pipe` go to `to`.
-    pub(super) fn new(pipe: Pipe, bytes: usize, to: Destination) -> Load {
-        Load { pipe, bytes, to }
+    pub(super) fn new(pipe: Pipe, bytes: usize, to: Destination) -> SpliceWrite {
+        SpliceWrite { pipe, bytes, to }
     }
 
-    /// The pipe, for the next load.
+    /// The pipe, for the next splice.
     pub(super) fn into_pipe(self) -> Pipe {
         debug_assert_eq!(self.bytes, 0, "only an empty pipe is filled");
         self.pipe
     }
 }
 
-impl Cargo for Load {
+impl Cargo for SpliceWrite {
     fn write(&mut self) -> Result<()> {
         while self.bytes > 0 {
             let part = &self.to.part;

@@ -6,16 +6,16 @@ use std::sync::Mutex;
 use super::lock;
 
 /// Most buffers kept: a window of full batches.
-const KEPT_MAX: usize = 96;
+const POOLED_MAX: usize = 96;
 
 /// Smaller ones are not worth keeping, bytes.
 const BYTES_MIN: usize = 32 << 10;
 
 /// See the module's text.
 #[derive(Debug, Default)]
-pub(super) struct Spares(Mutex<Vec<Vec<u8>>>);
+pub(super) struct BufferPool(Mutex<Vec<Vec<u8>>>);
 
-impl Spares {
+impl BufferPool {
     /// A buffer with anything in it, or an empty one.
     pub(super) fn take(&self) -> Vec<u8> {
         lock(&self.0).pop().unwrap_or_default()
@@ -25,7 +25,7 @@ impl Spares {
     pub(super) fn give(&self, buffer: Vec<u8>) {
         if buffer.capacity() >= BYTES_MIN {
             let mut kept = lock(&self.0);
-            if kept.len() < KEPT_MAX {
+            if kept.len() < POOLED_MAX {
                 kept.push(buffer);
             }
         }
@@ -38,14 +38,14 @@ mod tests {
 
     #[test]
     fn large_buffers_are_kept_up_to_a_number() {
-        let spares = Spares::default();
-        assert_eq!(spares.take().capacity(), 0);
-        spares.give(vec![1; BYTES_MIN - 1]);
-        assert_eq!(spares.take().capacity(), 0);
-        for _ in 0..=KEPT_MAX {
-            spares.give(vec![1; BYTES_MIN]);
+        let pool = BufferPool::default();
+        assert_eq!(pool.take().capacity(), 0);
+        pool.give(vec![1; BYTES_MIN - 1]);
+        assert_eq!(pool.take().capacity(), 0);
+        for _ in 0..=POOLED_MAX {
+            pool.give(vec![1; BYTES_MIN]);
         }
-        let kept = std::iter::from_fn(|| Some(spares.take()).filter(|buffer| !buffer.is_empty()));
-        assert_eq!(kept.count(), KEPT_MAX);
+        let kept = std::iter::from_fn(|| Some(pool.take()).filter(|buffer| !buffer.is_empty()));
+        assert_eq!(kept.count(), POOLED_MAX);
     }
 }
