@@ -102,7 +102,7 @@ const _: () = assert!(
 
 /// Most pages of a lazy dump that are held for clients: 4 TiB in 4 KiB pages. Each costs two bits of
 /// memory besides its own place.
-pub const HELD_PAGES_MAX: u64 = 1 << 30;
+pub const DUMP_PAGES_MAX: u64 = 1 << 30;
 
 /// Most pages that one request may make wait until they have come from the dump; a longer request gets
 /// a short answer.

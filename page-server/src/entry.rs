@@ -15,7 +15,7 @@ use pageferry::stream::{Stream, silent};
 use socket2::Socket;
 
 /// What has come in.
-pub(crate) enum Guest {
+pub(crate) enum PeerKind {
     /// CRIU.
     Dump,
     /// Another page-server.
@@ -55,10 +55,16 @@ impl Entry {
         stream: &mut Stream,
         context: &ReceiveContext,
         listener: &PrecopyListener<'_>,
-    ) -> Result<Option<Guest>> {
+    ) -> Result<Option<PeerKind>> {
         let ferry = self.is_ferry(stream, context.idle_timeout);
         if self.keep || matches!(ferry, Ok(true)) {
-            return ferry.map(|ferry| Some(if ferry { Guest::Ferry } else { Guest::Dump }));
+            return ferry.map(|ferry| {
+                Some(if ferry {
+                    PeerKind::Ferry
+                } else {
+                    PeerKind::Dump
+                })
+            });
         }
         if listener.has_opened() || self.taken.swap(true, Ordering::SeqCst) {
             tracing::warn!(
@@ -68,7 +74,7 @@ impl Entry {
             return Ok(None);
         }
         self.shut();
-        ferry.map(|_| Some(Guest::Dump))
+        ferry.map(|_| Some(PeerKind::Dump))
     }
 
     /// What becomes of the server when a peer could not even say what it is, for `error`: without

@@ -34,7 +34,7 @@ use pageferry::tls::Tls;
 use pageferry::units::PageSize;
 
 use args::Args;
-use entry::{Entry, Guest};
+use entry::{Entry, PeerKind};
 use report::Report;
 use rpc::Rpc;
 
@@ -140,16 +140,16 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
                 return entry.turn_away(error, &listener);
             }
         };
-        let guest = entry
+        let kind = entry
             .admit(&mut stream, &context, &listener)
             .inspect_err(|error| report.turned_away(&peer, page, error))?;
-        let (received, result) = match guest {
+        let (received, result) = match kind {
             None => {
                 stream.reset();
                 return Ok(());
             }
-            Some(Guest::Dump) => receive_client(stream, &context),
-            Some(Guest::Ferry) => match listener.handle(stream, entry.is_open()) {
+            Some(PeerKind::Dump) => receive_client(stream, &context),
+            Some(PeerKind::Ferry) => match listener.handle(stream, entry.is_open()) {
                 Ok(Handled::Joined) => return Ok(()),
                 Ok(Handled::Session(received, result)) => {
                     entry.shut();

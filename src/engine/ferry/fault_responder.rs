@@ -27,7 +27,7 @@ const LEVEL: Level = Level::Zstd(1);
 impl PostcopySession {
     /// Answers questions until the connection or the session ends.
     pub(super) fn answer_all(&self, conn: Conn, hash_key: HashKey) -> Result<()> {
-        let page = self.held.page();
+        let page = self.dump_memory.page();
         let encoder = Encoder::new(page)
             .map_err(|error| Error::wrap(Kind::Io, "cannot set up zstd", error))?;
         let mut responder = FaultResponder {
@@ -82,7 +82,7 @@ impl FaultResponder<'_> {
             let left = self.conn.flush()?;
             match self.conn.receive()? {
                 Some(found) if found.kind == frame::Kind::Fault => {
-                    let fault = Fault::decode(&found.body, self.session.held.page());
+                    let fault = Fault::decode(&found.body, self.session.dump_memory.page());
                     let fault = fault.map_err(ConnError::Frame)?;
                     self.answer(found.number, &fault).map_err(Trouble::Failed)?;
                 }
@@ -109,11 +109,11 @@ impl FaultResponder<'_> {
     /// Queues the answer to question `number`.
     fn answer(&mut self, number: u64, fault: &Fault) -> Result<()> {
         let session = self.session;
-        let (numbers, range) = session.held.find(fault)?;
-        let page = session.held.page();
+        let (numbers, range) = session.dump_memory.find(fault)?;
+        let page = session.dump_memory.page();
         let bytes = usize::try_from(range.bytes()).expect("an answer is small");
         self.plain.resize(bytes, 0);
-        session.held.read(numbers.clone(), &mut self.plain)?;
+        session.dump_memory.read(numbers.clone(), &mut self.plain)?;
         let (plain, verdicts) = (&self.plain, &mut self.verdicts);
         let memory = session.sending.memory();
         push_planner::judge_answer(&memory, &self.hasher, page, fault, range, plain, verdicts);

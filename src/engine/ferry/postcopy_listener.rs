@@ -1,7 +1,7 @@
 //! The listening side of senders: memory that is held here is offered to receivers that connect.
 //!
 //! ```text
-//! held ── in the order of its pages ──> packer ──> SenderSession ──> connections of the receiver's streams
+//! dump_memory ── in the order of its pages ──> packer ──> SenderSession ──> connections of the receiver's streams
 //!   └──── what a thread waits for ───────────────────────────> its connection for faults (responder)
 //! ```
 //!
@@ -24,7 +24,7 @@ use super::sender_session::SenderSession;
 use super::session_dialer::{ChangeNotifier, DialingHandler, Lost, first_frame};
 use super::{GOODBYE, Learned, WINDOW, lock};
 use crate::criu::header::{Target, Wire};
-use crate::engine::forward_lazy::held::Held;
+use crate::engine::forward_lazy::dump_memory::DumpMemory;
 use crate::engine::stop::Stop;
 use crate::engine::transport::transport;
 use crate::error::{Error, Kind, Result};
@@ -46,7 +46,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// See the module's text.
 pub(in crate::engine) struct PostcopyListener {
-    held: Arc<Held>,
+    dump_memory: Arc<DumpMemory>,
     wire: Wire,
     reconnect_timeout: Duration,
     traffic: Arc<Traffic>,
@@ -64,7 +64,7 @@ struct State {
 
 /// A receiver's session.
 pub(super) struct PostcopySession {
-    pub(super) held: Arc<Held>,
+    pub(super) dump_memory: Arc<DumpMemory>,
     pub(super) sending: SenderSession,
     pub(super) traffic: Arc<Traffic>,
     /// What is pushed next, and what need not be.
@@ -87,15 +87,15 @@ pub(in crate::engine) enum PushAccepted {
 
 impl std::fmt::Debug for PostcopyListener {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "PostcopyListener({:?})", self.held)
+        write!(f, "PostcopyListener({:?})", self.dump_memory)
     }
 }
 
 impl PostcopyListener {
-    /// Offers `held`, which a CRIU that speaks `wire` has dumped. A session without a connection for
+    /// Offers `dump_memory`, which a CRIU that speaks `wire` has dumped. A session without a connection for
     /// `reconnect_timeout` is given up.
     pub(in crate::engine) fn new(
-        held: Arc<Held>,
+        dump_memory: Arc<DumpMemory>,
         wire: Wire,
         reconnect_timeout: Duration,
         traffic: Arc<Traffic>,
@@ -103,7 +103,7 @@ impl PostcopyListener {
         let own = Hello {
             version: VERSION,
             role: Role::Sender,
-            page: held.page(),
+            page: dump_memory.page(),
             features: Features::FAULTS
                 .with(Features::HASHES)
                 .with(Features::ON_DEMAND)
@@ -118,7 +118,7 @@ impl PostcopyListener {
         };
         let roles = [Role::Sender, Role::Responder];
         PostcopyListener {
-            held,
+            dump_memory,
             wire,
             reconnect_timeout,
             traffic,
@@ -329,27 +329,28 @@ fn run_connection(conn: Conn, sending: &SenderSession, peer: &Hello) -> Result<(
 
 impl PostcopySession {
     fn new(listener: &PostcopyListener, session: SessionId) -> PostcopySession {
-        let (_, pages) = listener.held.progress();
+        let (_, pages) = listener.dump_memory.progress();
         // A receiver may have an earlier round; what is pushed to it now it gets once.
-        let memory = PageMemory::for_hashes_of(listener.held.page(), listener.held.runs());
+        let memory =
+            PageMemory::for_hashes_of(listener.dump_memory.page(), listener.dump_memory.runs());
         let learned = Learned::new(memory);
         let traffic = Arc::clone(&listener.traffic);
         PostcopySession {
-            held: Arc::clone(&listener.held),
+            dump_memory: Arc::clone(&listener.dump_memory),
             sending: SenderSession::new(
-                listener.held.page(),
+                listener.dump_memory.page(),
                 session,
                 learned,
                 Arc::clone(&traffic),
             ),
             traffic,
-            push_planner: Mutex::new(PushPlanner::new(listener.held.page(), pages)),
+            push_planner: Mutex::new(PushPlanner::new(listener.dump_memory.page(), pages)),
         }
     }
 
     /// All is done: what is left is to say so to whoever asks once more.
     fn retire(&self) {
-        *self.sending.memory() = PageMemory::new(self.held.page(), 0);
+        *self.sending.memory() = PageMemory::new(self.dump_memory.page(), 0);
     }
 
     /// The pages `numbers` need not be pushed (any more).
@@ -361,7 +362,7 @@ impl PostcopySession {
     /// wants.
     fn feed<'s>(&'s self, scope: &'s Scope<'s, '_>, wire: Wire) -> Result<()> {
         let agreed = self.sending.agree()?;
-        let page = self.held.page();
+        let page = self.dump_memory.page();
         let encoders = crate::engine::forward::encoders();
         let packer = Packer::start(scope, &self.sending, &agreed, page, encoders)?;
         let mut feed = Feed {
@@ -405,14 +406,14 @@ struct Feed<'s> {
 impl Feed<'_> {
     /// Pushes a batch as soon as its pages are there. Says whether there may be more.
     fn step(&mut self) -> Result<bool> {
-        let held = &self.session.held;
-        let next = held.with_plan(|plan| lock(&self.session.push_planner).next_step(plan));
+        let dump_memory = &self.session.dump_memory;
+        let next = dump_memory.with_plan(|plan| lock(&self.session.push_planner).next_step(plan));
         match next {
             Step::Done => return Ok(false),
             Step::Wait if self.session.sending.is_ending() => {
                 return Err(Error::new(Kind::PeerLost, "the lazy client has left"));
             }
-            Step::Wait => held.wait_for_more(LOOK_AGAIN)?,
+            Step::Wait => dump_memory.wait_for_more(LOOK_AGAIN)?,
             Step::Push(pid) => {
                 self.open(pid)?;
                 self.push_batch(pid)?;
@@ -424,7 +425,7 @@ impl Feed<'_> {
     /// Opens all processes without a page: what an earlier round has of them need not travel with answers
     /// either.
     fn open_all(&mut self) -> Result<()> {
-        let pids = self.session.held.pids();
+        let pids = self.session.dump_memory.pids();
         pids.into_iter().try_for_each(|pid| self.open(pid))
     }
 
@@ -450,14 +451,15 @@ impl Feed<'_> {
 
     /// Hands over a batch of the next pages of `pid` that are there.
     fn push_batch(&mut self, pid: u32) -> Result<()> {
-        let held = &self.session.held;
+        let dump_memory = &self.session.dump_memory;
         let mut buffer = self.packer.buffer()?;
-        let batch = held.with_plan(|plan| lock(&self.session.push_planner).take_batch(plan, pid));
+        let batch =
+            dump_memory.with_plan(|plan| lock(&self.session.push_planner).take_batch(plan, pid));
         let mut filled = 0;
         for numbers in batch.numbers {
-            let bytes = (numbers.end - numbers.start) << held.page().shift();
+            let bytes = (numbers.end - numbers.start) << dump_memory.page().shift();
             let end = filled + usize::try_from(bytes).expect("a batch is small");
-            held.read(numbers, &mut buffer[filled..end])?;
+            dump_memory.read(numbers, &mut buffer[filled..end])?;
             filled = end;
         }
         self.pages += batch.pages.get();

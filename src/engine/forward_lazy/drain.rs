@@ -8,7 +8,7 @@
 use std::io::{Read, Write};
 use std::time::Duration;
 
-use super::held::Held;
+use super::dump_memory::DumpMemory;
 use crate::criu::fetch::{Fetcher, Step};
 use crate::criu::header::{HEADER_BYTES_MAX, Wire};
 use crate::engine::stop::{Stop, Watched};
@@ -47,11 +47,11 @@ impl Drain {
     }
 
     /// Speaks `wire` over `stream`, the connection to `dump`.
-    pub(super) fn new(dump: &Peer, stream: Stream, wire: Wire, held: &Held) -> Drain {
+    pub(super) fn new(dump: &Peer, stream: Stream, wire: Wire, dump_memory: &DumpMemory) -> Drain {
         Drain {
             dump: dump.clone(),
             stream,
-            fetcher: Fetcher::new(wire, held.page()),
+            fetcher: Fetcher::new(wire, dump_memory.page()),
             buffer: vec![0; BUFFER_BYTES].into(),
             start: 0,
             end: 0,
@@ -63,22 +63,26 @@ impl Drain {
         stop.watch(&self.stream.socket())
     }
 
-    /// Takes all pages over into `held`, or stops when `enough` says so.
-    pub(super) fn run(&mut self, held: &Held, enough: impl Fn() -> bool) -> Result<()> {
+    /// Takes all pages over into `dump_memory`, or stops when `enough` says so.
+    pub(super) fn run(
+        &mut self,
+        dump_memory: &DumpMemory,
+        enough: impl Fn() -> bool,
+    ) -> Result<()> {
         loop {
-            self.ask(held, &enough)?;
+            self.ask(dump_memory, &enough)?;
             if self.fetcher.outstanding() == 0 {
                 return Ok(());
             }
             self.receive()?;
-            while self.step(held)? {}
+            while self.step(dump_memory)? {}
         }
     }
 
-    fn ask(&mut self, held: &Held, enough: &impl Fn() -> bool) -> Result<()> {
+    fn ask(&mut self, dump_memory: &DumpMemory, enough: &impl Fn() -> bool) -> Result<()> {
         let mut words = Vec::new();
         while self.fetcher.outstanding() < REQUESTS_MAX && !enough() {
-            let Some((pid, range)) = held.next_request() else {
+            let Some((pid, range)) = dump_memory.next_request() else {
                 break;
             };
             self.fetcher.get(pid, range, pid, &mut words);
@@ -106,7 +110,7 @@ impl Drain {
     }
 
     /// Takes what has come. Says whether there may be more.
-    fn step(&mut self, held: &Held) -> Result<bool> {
+    fn step(&mut self, dump_memory: &DumpMemory) -> Result<bool> {
         let unread = &self.buffer[self.start..self.end];
         let (used, step) = self.fetcher.next(unread).map_err(|error| {
             let text = format!("what the dump at {} says is wrong", self.dump);
@@ -116,10 +120,10 @@ impl Drain {
         match step {
             Step::Incomplete | Step::Closed(_) => again = false,
             Step::Answer { .. } => {}
-            Step::Pages { tag, image, bytes } => held.store(tag, image, &unread[bytes])?,
+            Step::Pages { tag, image, bytes } => dump_memory.store(tag, image, &unread[bytes])?,
             Step::Complete { tag, rest, .. } => {
                 if let Some(rest) = rest {
-                    held.give_back(tag, rest);
+                    dump_memory.give_back(tag, rest);
                 }
                 again = self.start + used < self.end;
             }

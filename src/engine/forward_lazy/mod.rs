@@ -13,10 +13,10 @@
 //! Invariants: the dump hears CLOSE only when a client has said that it has everything, and is reset
 //! otherwise, whatever happens here, so that its processes go on; a page is never made up.
 
-mod backing;
+mod client_table;
 mod drain;
-mod guests;
-pub(super) mod held;
+pub(super) mod dump_memory;
+mod memory_file;
 
 use std::net::Shutdown;
 use std::path::PathBuf;
@@ -40,9 +40,9 @@ use crate::image::dir::ImageDir;
 use crate::observe::ferried::Forwarded;
 use crate::observe::traffic::{Traffic, cpu_time};
 use crate::stream::Stream;
+use client_table::{ClientEntry, ClientTable, DumpOutcome};
 use drain::Drain;
-use guests::{Guest, Guests, Verdict};
-use held::{Held, HeldProcess};
+use dump_memory::{DumpMemory, ProcessMemory};
 
 /// What is wrong when the dump cannot be told of the end.
 const BOTH_MAY_RUN: &str = "a client has everything, but the dump's processes may run on as well";
@@ -79,12 +79,12 @@ pub struct ForwardLazy {
 /// What the clients share.
 #[derive(Debug)]
 struct Clients {
-    held: Arc<Held>,
+    dump_memory: Arc<DumpMemory>,
     context: ServeContext,
     listener: PostcopyListener,
     dump: String,
     wire: Wire,
-    guests: Guests,
+    table: ClientTable,
 }
 
 /// What became of a client.
@@ -96,10 +96,10 @@ pub enum Left<'a> {
     Pushed(&'a Forwarded, &'a Result<()>),
 }
 
-impl Memories for Arc<Held> {
+impl Memories for Arc<DumpMemory> {
     fn memory(&self, pid: u32) -> Result<Arc<dyn Memory>> {
-        let held = Arc::clone(self);
-        Ok(Arc::new(HeldProcess { held, pid }))
+        let dump_memory = Arc::clone(self);
+        Ok(Arc::new(ProcessMemory { dump_memory, pid }))
     }
 }
 
@@ -111,32 +111,36 @@ impl ForwardLazy {
             Some(wire) => wire,
             None => wire_of(images)?,
         };
-        let held = Arc::new(Held::new(images, config.spill.as_deref())?);
-        let (_, pages) = held.progress();
+        let dump_memory = Arc::new(DumpMemory::new(images, config.spill.as_deref())?);
+        let (_, pages) = dump_memory.progress();
         tracing::info!(
             "{pages} pages stayed with the dump at {} ({wire:?})",
             config.dump
         );
-        let drain = Drain::new(&config.dump, stream, wire, &held);
-        let context = ServeContext::of(Box::new(Arc::clone(&held)), held.page(), config.wire);
+        let drain = Drain::new(&config.dump, stream, wire, &dump_memory);
+        let context = ServeContext::of(
+            Box::new(Arc::clone(&dump_memory)),
+            dump_memory.page(),
+            config.wire,
+        );
         let context = context
             .counting_in(Arc::clone(&config.traffic))
             .ending_idle(config.idle_timeout);
         let patience = (!config.keep).then_some(config.reconnect_timeout);
         let listener = PostcopyListener::new(
-            Arc::clone(&held),
+            Arc::clone(&dump_memory),
             wire,
             config.reconnect_timeout,
             Arc::clone(&config.traffic),
         );
         Ok(ForwardLazy {
             clients: Clients {
-                held,
+                dump_memory,
                 context,
                 listener,
                 dump: config.dump.to_string(),
                 wire,
-                guests: Guests::new(patience),
+                table: ClientTable::new(patience),
             },
             drain,
             config,
@@ -163,7 +167,7 @@ impl ForwardLazy {
         let (dumped, served) = std::thread::scope(|scope| {
             let keeper = scope.spawn(move || {
                 let ended = clients.keep_dump(drain, config, stop);
-                clients.guests.dump_ended(ended.is_ok());
+                clients.table.dump_ended(ended.is_ok());
                 if ended.is_err() {
                     // Nobody can be served any more.
                     stop.pull();
@@ -194,9 +198,9 @@ impl Clients {
         report: impl Fn(&Left<'_>),
     ) {
         let peer = stream.peer().to_owned();
-        let mut guest = self.guests.enter();
+        let mut entry = self.table.enter();
         let ferry = secure(stream).and_then(|mut stream| {
-            guest.may_return();
+            entry.may_return();
             match self.context.begins_with(&mut stream, frame::MAGIC) {
                 Ok(ferry) => Ok((stream, ferry)),
                 Err(error) => {
@@ -207,9 +211,9 @@ impl Clients {
         });
         let served = match ferry {
             Err(error) => Err(error),
-            Ok((stream, true)) => self.push(&peer, stream, stop, report, &mut guest),
+            Ok((stream, true)) => self.push(&peer, stream, stop, report, &mut entry),
             Ok((stream, false)) => {
-                let served = serve_until_closed(stream, &self.context, &|| end_dump(&guest));
+                let served = serve_until_closed(stream, &self.context, &|| end_dump(&entry));
                 report(&Left::Asked(&peer, &served));
                 served.map(drop)
             }
@@ -226,12 +230,12 @@ impl Clients {
         stream: Stream,
         stop: &Stop,
         report: impl Fn(&Left<'_>),
-        guest: &mut Guest<'_>,
+        entry: &mut ClientEntry<'_>,
     ) -> Result<()> {
         let (start, cpu_before) = (Instant::now(), cpu_time());
         // The session knows who may come back to it.
-        guest.is_one_of_many();
-        match self.listener.handle(stream, stop, &|| end_dump(guest))? {
+        entry.is_one_of_many();
+        match self.listener.handle(stream, stop, &|| end_dump(entry))? {
             PushAccepted::Joined => Ok(()),
             PushAccepted::Session(sent, ended) => {
                 let forwarded = Forwarded {
@@ -239,14 +243,14 @@ impl Clients {
                     far_end: peer.to_owned(),
                     wire: Some(self.wire),
                     sent: *sent,
-                    page: self.held.page(),
+                    page: self.dump_memory.page(),
                     elapsed: start.elapsed(),
                     cpu: cpu_time().saturating_sub(cpu_before),
                 };
                 report(&Left::Pushed(&forwarded, &ended));
                 if ended.is_err() {
                     // It has said so, or was waited for long enough.
-                    guest.leave_for_good();
+                    entry.leave_for_good();
                 }
                 ended
             }
@@ -258,39 +262,39 @@ impl Clients {
         let start = Instant::now();
         let watched = drain.watch(stop)?;
         let stays = config.keep;
-        let drained = drain.run(&self.held, || self.guests.confirmed() && !stays);
-        let drained = drained.and_then(|()| match self.held.progress() {
-            (held, pages) if held == pages => {
+        let drained = drain.run(&self.dump_memory, || self.table.confirmed() && !stays);
+        let drained = drained.and_then(|()| match self.dump_memory.progress() {
+            (present, pages) if present == pages => {
                 let seconds = start.elapsed().as_secs_f64();
                 tracing::info!("the dump's {pages} pages are here after {seconds:.3} s");
-                self.held.complete()
+                self.dump_memory.complete()
             }
-            (held, pages) => {
-                tracing::info!("{held} of the dump's {pages} pages were needed");
+            (present, pages) => {
+                tracing::info!("{present} of the dump's {pages} pages were needed");
                 Ok(())
             }
         });
         drained.map_err(|error| {
-            self.held.fail(&error.to_string());
-            match self.guests.give_up() {
+            self.dump_memory.fail(&error.to_string());
+            match self.table.give_up() {
                 true => error.within(BOTH_MAY_RUN),
                 false => error,
             }
         })?;
         drop(watched);
         let stopped = || stop.is_pulled();
-        match self.guests.wait_for_verdict(stopped) {
-            Verdict::Confirmed => {}
-            Verdict::Stopped => {
+        match self.table.wait_for_outcome(stopped) {
+            DumpOutcome::Confirmed => {}
+            DumpOutcome::Stopped => {
                 let text = "stopped before a client had everything: the dump is told so, its \
                             processes go on";
                 return Err(Error::new(Kind::Interrupted, text));
             }
-            Verdict::Failed => {
+            DumpOutcome::Failed => {
                 let text = "the lazy client has failed: the dump is told so, its processes go on";
                 return Err(Error::new(Kind::PeerLost, text));
             }
-            Verdict::GivenUp => {
+            DumpOutcome::GivenUp => {
                 let text = format!(
                     "no client came back for {} s (--reconnect-timeout): the dump is told so, its \
                      processes go on",
@@ -302,8 +306,8 @@ impl Clients {
         let closed = drain.close();
         closed.map_err(|error| error.within(BOTH_MAY_RUN))?;
         tracing::info!("a client has everything: the dump is closed");
-        self.guests.dump_ended(true);
-        self.guests.wait_until_gone(stopped, stays);
+        self.table.dump_ended(true);
+        self.table.wait_until_gone(stopped, stays);
         Ok(())
     }
 }
@@ -311,13 +315,13 @@ impl Clients {
 /// A client has everything: notes it, unless the dump has been given up by now, and waits until the dump
 /// has been told and has ended its processes. A client that heard of the end before could outlive this
 /// process while the dump, left alone, lets its processes go on.
-fn end_dump(guest: &Guest<'_>) -> Result<()> {
-    if !guest.confirm() {
+fn end_dump(entry: &ClientEntry<'_>) -> Result<()> {
+    if !entry.confirm() {
         let text = "the lazy client has everything, but the dump has been given up before: its processes go on \
                     at the source, so those that were restored must end";
         return Err(Error::new(Kind::PeerLost, text));
     }
-    if guest.wait_for_dump() {
+    if entry.wait_for_dump() {
         return Ok(());
     }
     Err(Error::new(Kind::PeerLost, BOTH_MAY_RUN))

@@ -2,7 +2,7 @@
 
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
 
-use super::standby::Told;
+use super::standby::StandbyMessage;
 use super::waking::Waiters;
 use super::{EVENTS_MAX, Process, Restore};
 use crate::error::{Error, Kind, Result};
@@ -71,11 +71,11 @@ impl Restore {
                     Event::Fault(addr) => faults.push(addr),
                     Event::Fork(uffd) => drop(self.handle_fork(id, uffd)?),
                     Event::Remap { from, to } => {
-                        self.tell(Told::Remap { id, from, to }, None);
+                        self.tell(StandbyMessage::Remap { id, from, to }, None);
                         self.handle_remap(id, from, to);
                     }
                     Event::Remove(range) | Event::Unmap(range) => {
-                        self.tell(Told::Gone { id, range }, None);
+                        self.tell(StandbyMessage::Gone { id, range }, None);
                         self.settle(id, range, Way::Gone, Waiters::Asleep);
                     }
                 }
@@ -144,7 +144,7 @@ impl Restore {
             return Ok(None);
         };
         tracing::debug!("pid {} forked", child.pid);
-        self.tell(Told::Fork { id, parent }, Some(&child.uffd));
+        self.tell(StandbyMessage::Fork { id, parent }, Some(&child.uffd));
         self.adopt(id, child)?;
         Ok(Some(id))
     }
@@ -160,7 +160,7 @@ impl Restore {
     pub(super) fn forget(&mut self, id: SpaceId) {
         if let Some(process) = self.processes.remove(&id) {
             tracing::info!("pid {} ended", process.pid);
-            self.tell(Told::Exited { id }, None);
+            self.tell(StandbyMessage::Exited { id }, None);
             // Closing the descriptor takes it out of the poll.
         }
         self.planner.handle_exit(id);

@@ -15,7 +15,7 @@ pub const SOCKET_NAME: &str = "lazy-pages.socket";
 
 /// What the restore says.
 #[derive(Debug)]
-pub(super) enum Word {
+pub(super) enum IntakeEvent {
     /// A process is being restored; its memory has this userfaultfd.
     Process(u32, Uffd),
     /// A zombie: it has no memory.
@@ -107,17 +107,17 @@ impl Intake {
     }
 
     /// The next thing the restore says, `None` if it has not said more yet.
-    pub(super) fn next(&mut self) -> Result<Option<Word>> {
+    pub(super) fn next(&mut self) -> Result<Option<IntakeEvent>> {
         loop {
             match self.advance() {
                 Ok(Advance::Again) => {}
-                Ok(Advance::Word(word)) => return Ok(Some(word)),
+                Ok(Advance::Event(event)) => return Ok(Some(event)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // The restore died in mid-sentence.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
                     self.state = State::Ended;
-                    return Ok(Some(Word::End));
+                    return Ok(Some(IntakeEvent::End));
                 }
                 Err(error) => return Err(Error::file("read", self.path(), error)),
             }
@@ -159,9 +159,9 @@ impl Intake {
                 let fd: OwnedFd = received.fd.ok_or_else(|| {
                     io::Error::other(format!("no userfaultfd came with the record of pid {pid}"))
                 })?;
-                Ok(Advance::Word(Word::Process(pid, Uffd::from(fd))))
+                Ok(Advance::Event(IntakeEvent::Process(pid, Uffd::from(fd))))
             }
-            State::Ended => Ok(Advance::Word(Word::End)),
+            State::Ended => Ok(Advance::Event(IntakeEvent::End)),
         }
     }
 
@@ -172,12 +172,12 @@ impl Intake {
         let record = Record::decode(*record);
         self.read_on();
         match record {
-            Record::Zombie(pid) => Advance::Word(Word::Zombie(pid)),
+            Record::Zombie(pid) => Advance::Event(IntakeEvent::Zombie(pid)),
             Record::Finished => {
-                // Its last word. A restore that is not detached (-d) keeps the connection for as long as
+                // Its last event. A restore that is not detached (-d) keeps the connection for as long as
                 // the restored processes live: to wait for its end would be to wait for theirs.
                 self.state = State::Ended;
-                Advance::Word(Word::Finished)
+                Advance::Event(IntakeEvent::Finished)
             }
             Record::Process(pid) => {
                 if let State::Reading { stream, .. } =
@@ -204,13 +204,13 @@ impl Intake {
 
     fn end(&mut self) -> Advance {
         self.state = State::Ended;
-        Advance::Word(Word::End)
+        Advance::Event(IntakeEvent::End)
     }
 }
 
 enum Advance {
     Again,
-    Word(Word),
+    Event(IntakeEvent),
 }
 
 #[cfg(test)]
@@ -219,11 +219,11 @@ mod tests {
 
     use super::*;
 
-    fn words(intake: &mut Intake) -> Vec<Word> {
+    fn events(intake: &mut Intake) -> Vec<IntakeEvent> {
         let mut words = Vec::new();
-        while let Some(word) = intake.next().unwrap() {
-            let ended = matches!(word, Word::End);
-            words.push(word);
+        while let Some(event) = intake.next().unwrap() {
+            let ended = matches!(event, IntakeEvent::End);
+            words.push(event);
             if ended {
                 break;
             }
@@ -235,14 +235,17 @@ mod tests {
     fn the_word_that_all_is_restored_is_the_last_one() {
         let dir = tempfile::tempdir().unwrap();
         let mut intake = Intake::listen(dir.path()).unwrap();
-        assert!(words(&mut intake).is_empty());
+        assert!(events(&mut intake).is_empty());
         let mut restore = UnixStream::connect(intake.path()).unwrap();
         restore.write_all(&(-7i32).to_le_bytes()).unwrap();
-        assert!(matches!(words(&mut intake)[..], [Word::Zombie(7)]));
+        assert!(matches!(events(&mut intake)[..], [IntakeEvent::Zombie(7)]));
         restore.write_all(b"FTSR").unwrap();
         // The restore does not hang up.
-        let last = words(&mut intake);
-        assert!(matches!(last[..], [Word::Finished, Word::End]), "{last:?}");
+        let last = events(&mut intake);
+        assert!(
+            matches!(last[..], [IntakeEvent::Finished, IntakeEvent::End]),
+            "{last:?}"
+        );
         assert!(intake.socket().is_none());
     }
 
@@ -253,7 +256,10 @@ mod tests {
         let mut restore = UnixStream::connect(intake.path()).unwrap();
         restore.write_all(&(-7i32).to_le_bytes()).unwrap();
         drop(restore);
-        let all = words(&mut intake);
-        assert!(matches!(all[..], [Word::Zombie(7), Word::End]), "{all:?}");
+        let all = events(&mut intake);
+        assert!(
+            matches!(all[..], [IntakeEvent::Zombie(7), IntakeEvent::End]),
+            "{all:?}"
+        );
     }
 }

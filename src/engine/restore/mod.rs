@@ -58,7 +58,7 @@ use crate::sys::process::page_size;
 use crate::sys::uffd::{Room, Uffd};
 use crate::tls::Tls;
 use crate::units::Vaddr;
-use intake::{Intake, Word};
+use intake::{Intake, IntakeEvent};
 use links::Links;
 use loss::Loss;
 pub(super) use process::wire_of;
@@ -66,7 +66,7 @@ use report::Observer;
 pub use report::{Progress, Summary};
 use signals::Signals;
 pub use signals::block as block_signals;
-use standby::{Standby, Told};
+use standby::{Standby, StandbyMessage};
 
 /// Most descriptors looked at in one round.
 const EVENTS_MAX: usize = 64;
@@ -399,9 +399,11 @@ impl Restore {
         while let Some(word) = self.intake.next()? {
             // The socket to poll changes when the restore connects; a closed one leaves by itself.
             match word {
-                Word::Process(pid, uffd) => drop(self.add_process(pid, uffd)?),
-                Word::Zombie(pid) => tracing::info!("pid {pid} is a zombie: it has no memory"),
-                Word::Finished => {
+                IntakeEvent::Process(pid, uffd) => drop(self.add_process(pid, uffd)?),
+                IntakeEvent::Zombie(pid) => {
+                    tracing::info!("pid {pid} is a zombie: it has no memory");
+                }
+                IntakeEvent::Finished => {
                     self.finished = true;
                     self.note_finished();
                     self.observer.restored(self.clock.now_us());
@@ -410,7 +412,7 @@ impl Restore {
                         self.planner.missing_pages()
                     );
                 }
-                Word::End => {
+                IntakeEvent::End => {
                     self.intake_done = true;
                     if !self.finished {
                         let text =
@@ -444,7 +446,7 @@ impl Restore {
         self.build_on_earlier(pid, space.origins())?;
         let id = self.planner.add(space);
         let chain = opened.chain.map(Arc::new);
-        self.tell(Told::Process { id, pid }, Some(&uffd));
+        self.tell(StandbyMessage::Process { id, pid }, Some(&uffd));
         self.adopt(id, Process { pid, uffd, chain })?;
         Ok(id)
     }

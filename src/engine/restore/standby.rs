@@ -14,13 +14,13 @@
 //! Invariants: who stands by reads nothing from a userfaultfd and has no connection to the source, so that
 //! CRIU's source is reset, and lives on, when the one that serves is killed; a source is told of the end
 //! only if the restore had finished. The kernel hands out an event once: so it is read into memory that both
-//! see (`Board`), and what was read but not told yet is found there. Only the userfaultfd of a child is lost
+//! see (`SharedState`), and what was read but not told yet is found there. Only the userfaultfd of a child is lost
 //! if that happens to a fork; then nobody can fill the child's memory, and the processes are killed.
 //!
 //! [`OnLoss`]: super::OnLoss
 
+mod messages;
 mod takeover;
-mod words;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -39,15 +39,15 @@ use crate::lazy::planner::SpaceId;
 use crate::sys::fdpass;
 use crate::sys::shared::Shared;
 use crate::sys::uffd::{Message, Room, Uffd};
-use words::Record;
-pub(super) use words::Told;
+use messages::MessageBytes;
+pub(super) use messages::StandbyMessage;
 
 /// How long who stands by may take to hear a word, or to end: it has nothing else to do.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What both see at any time.
 #[derive(Zeroable, Debug)]
-struct Board {
+struct SharedState {
     /// The restore has said that every process runs.
     finished: AtomicBool,
     /// The source is one that can be reached again.
@@ -62,7 +62,7 @@ struct Board {
     room: Room,
 }
 
-impl Board {
+impl SharedState {
     /// The events that were read last, but for those that are among the first `told` ever.
     fn untold(&self, told: u64) -> impl Iterator<Item = io::Result<Message>> {
         let of_these = told.saturating_sub(self.told_before.load(Ordering::SeqCst));
@@ -77,14 +77,14 @@ impl Board {
 pub struct Ends {
     serving: OwnedFd,
     standing_by: OwnedFd,
-    board: Shared<Board>,
+    shared: Shared<SharedState>,
 }
 
 /// Who stands by, as seen from the one that serves. Dropping it lets that one end.
 #[derive(Debug)]
 pub struct Standby {
     socket: OwnedFd,
-    board: Shared<Board>,
+    shared: Shared<SharedState>,
     /// Events so far.
     events: u64,
 }
@@ -93,7 +93,7 @@ pub struct Standby {
 #[derive(Debug)]
 pub struct Watch {
     socket: OwnedFd,
-    board: Shared<Board>,
+    shared: Shared<SharedState>,
 }
 
 impl Ends {
@@ -111,7 +111,7 @@ impl Ends {
         Ok(Ends {
             serving,
             standing_by,
-            board: Shared::new().map_err(failed)?,
+            shared: Shared::new().map_err(failed)?,
         })
     }
 
@@ -119,7 +119,7 @@ impl Ends {
     pub fn serve(self) -> Standby {
         Standby {
             socket: self.serving,
-            board: self.board,
+            shared: self.shared,
             events: 0,
         }
     }
@@ -128,13 +128,13 @@ impl Ends {
     pub fn stand_by(self) -> Watch {
         Watch {
             socket: self.standing_by,
-            board: self.board,
+            shared: self.shared,
         }
     }
 }
 
 impl Standby {
-    fn tell(&self, told: Told, uffd: Option<&Uffd>) -> io::Result<()> {
+    fn tell(&self, told: StandbyMessage, uffd: Option<&Uffd>) -> io::Result<()> {
         let record = told.encode(self.events);
         let bytes = bytemuck::bytes_of(&record);
         fdpass::send(self.socket.as_fd(), bytes, uffd.map(AsFd::as_fd))
@@ -147,7 +147,7 @@ impl Drop for Standby {
             // As good as killed.
             return;
         }
-        self.board.dismissed.store(true, Ordering::SeqCst);
+        self.shared.dismissed.store(true, Ordering::SeqCst);
         // Its copies of the userfaultfds are to be closed before this process ends. If it is gone, or does
         // not end in time, there is nothing left to do about it.
         let socket = self.socket.as_raw_fd();
@@ -158,8 +158,8 @@ impl Drop for Standby {
 
 impl Watch {
     /// What the one that serves tells next, or `None` when it has ended.
-    fn next(&self) -> io::Result<Option<(Told, u64, Option<Uffd>)>> {
-        let mut record = Record::zeroed();
+    fn next(&self) -> io::Result<Option<(StandbyMessage, u64, Option<Uffd>)>> {
+        let mut record = MessageBytes::zeroed();
         let bytes = bytemuck::bytes_of_mut(&mut record);
         let whole = bytes.len();
         let received = loop {
@@ -173,7 +173,7 @@ impl Watch {
             0 => Ok(None),
             bytes if bytes == whole => {
                 let uffd = received.fd.map(Uffd::from);
-                Ok(Some((Told::decode(record)?, record.events, uffd)))
+                Ok(Some((StandbyMessage::decode(record)?, record.events, uffd)))
             }
             bytes => Err(io::Error::other(format!("a word of {bytes} bytes"))),
         }
@@ -182,7 +182,7 @@ impl Watch {
 
 impl Restore {
     /// Tells who stands by, if somebody does.
-    pub(super) fn tell(&mut self, told: Told, uffd: Option<&Uffd>) {
+    pub(super) fn tell(&mut self, told: StandbyMessage, uffd: Option<&Uffd>) {
         let Some(standby) = &self.standby else {
             return;
         };
@@ -201,12 +201,12 @@ impl Restore {
             self.room.clear();
             return &self.room;
         };
-        let board = &standby.board;
+        let shared = &standby.shared;
         // In this order: messages that were told are never taken for others.
-        board.room.clear();
-        board.told_before.store(standby.events, Ordering::SeqCst);
-        board.read_of.store(id.0, Ordering::SeqCst);
-        &board.room
+        shared.room.clear();
+        shared.told_before.store(standby.events, Ordering::SeqCst);
+        shared.read_of.store(id.0, Ordering::SeqCst);
+        &shared.room
     }
 
     /// The next of the events that were read is handled now.
@@ -219,14 +219,14 @@ impl Restore {
     /// The restore has finished.
     pub(super) fn note_finished(&self) {
         if let Some(standby) = &self.standby {
-            standby.board.finished.store(true, Ordering::SeqCst);
+            standby.shared.finished.store(true, Ordering::SeqCst);
         }
     }
 
     /// The source can be reached again.
     pub(super) fn note_ours(&self) {
         if let Some(standby) = &self.standby {
-            standby.board.ours.store(true, Ordering::SeqCst);
+            standby.shared.ours.store(true, Ordering::SeqCst);
         }
     }
 }
@@ -238,14 +238,14 @@ mod tests {
 
     fn both() -> (Standby, Watch) {
         let ends = Ends::new().unwrap();
-        let board = ends.board;
+        let shared = ends.shared;
         let watch = Watch {
             socket: ends.standing_by,
-            board,
+            shared,
         };
         let standby = Standby {
             socket: ends.serving,
-            board,
+            shared,
             events: 0,
         };
         (standby, watch)
@@ -260,18 +260,18 @@ mod tests {
         let range = PageRange::new(0x1000, 0x5000);
         let to = Vaddr(0x9000);
         let words = [
-            (Told::Process { id, pid: 12 }, Some(&uffd)),
-            (Told::Fork { id, parent }, Some(&uffd)),
+            (StandbyMessage::Process { id, pid: 12 }, Some(&uffd)),
+            (StandbyMessage::Fork { id, parent }, Some(&uffd)),
             (
-                Told::Remap {
+                StandbyMessage::Remap {
                     id,
                     from: range,
                     to,
                 },
                 None,
             ),
-            (Told::Gone { id, range }, None),
-            (Told::Exited { id }, None),
+            (StandbyMessage::Gone { id, range }, None),
+            (StandbyMessage::Exited { id }, None),
         ];
         for (told, uffd) in words {
             standby.events += 3;
@@ -282,7 +282,10 @@ mod tests {
         }
         let ended = std::thread::spawn(move || {
             let last = watch.next().unwrap();
-            (last.is_none(), watch.board.dismissed.load(Ordering::SeqCst))
+            (
+                last.is_none(),
+                watch.shared.dismissed.load(Ordering::SeqCst),
+            )
         });
         drop(standby);
         assert_eq!(ended.join().unwrap(), (true, true));
@@ -290,19 +293,19 @@ mod tests {
 
     #[test]
     fn events_that_were_read_and_not_told_are_found() {
-        let board = Shared::<Board>::new().unwrap();
+        let shared = Shared::<SharedState>::new().unwrap();
         let untold = |told| {
-            let events = board.untold(told).map(io::Result::unwrap);
+            let events = shared.untold(told).map(io::Result::unwrap);
             events.collect::<Vec<_>>()
         };
         assert_eq!(untold(40), []);
-        board.told_before.store(40, Ordering::SeqCst);
+        shared.told_before.store(40, Ordering::SeqCst);
         let range = PageRange::new(0x1000, 0x5000);
-        board.room.put(0, Message::Fault(Vaddr(0x1000)));
-        board.room.put(1, Message::Unmap(range));
-        board.room.put(2, Message::Fork(3));
-        board.room.put(3, Message::Fault(Vaddr(0x2000)));
-        board.room.put(4, Message::Remove(range));
+        shared.room.put(0, Message::Fault(Vaddr(0x1000)));
+        shared.room.put(1, Message::Unmap(range));
+        shared.room.put(2, Message::Fork(3));
+        shared.room.put(3, Message::Fault(Vaddr(0x2000)));
+        shared.room.put(4, Message::Remove(range));
         let all = [
             Message::Unmap(range),
             Message::Fork(3),
@@ -311,7 +314,7 @@ mod tests {
         assert_eq!(untold(40), all);
         assert_eq!(untold(41), all[1..]);
         assert_eq!(untold(43), []);
-        board.room.clear();
+        shared.room.clear();
         assert_eq!(untold(40), []);
     }
 
@@ -324,6 +327,6 @@ mod tests {
         });
         assert!(panicked.join().is_err());
         assert!(watch.next().unwrap().is_none());
-        assert!(!watch.board.dismissed.load(Ordering::SeqCst));
+        assert!(!watch.shared.dismissed.load(Ordering::SeqCst));
     }
 }

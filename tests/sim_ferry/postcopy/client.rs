@@ -51,7 +51,7 @@ pub(super) enum End {
 }
 
 /// A process. Each page is missing, and then which page of the dump belongs there, or it is there.
-type Guest = BTreeMap<u64, Option<u64>>;
+type ProcessPages = BTreeMap<u64, Option<u64>>;
 
 pub(super) struct Client {
     rng: Rng,
@@ -61,7 +61,7 @@ pub(super) struct Client {
     hasher: PageHasher,
     fetcher: Fetcher<Request>,
     planner: Planner,
-    guests: BTreeMap<SpaceId, Guest>,
+    processes: BTreeMap<SpaceId, ProcessPages>,
     /// Threads that wait, by their process and page.
     waiting: BTreeSet<(SpaceId, u64)>,
     now: Duration,
@@ -99,14 +99,14 @@ impl Client {
             fetcher.throttle();
         }
         let mut planner = Planner::new(PAGE);
-        let mut guests = BTreeMap::new();
+        let mut processes = BTreeMap::new();
         for (target, pages) in source {
             let Target::Process(pid) = *target else {
                 panic!("shared memory is never lazy");
             };
             let id = planner.add(Space::new(pid, PAGE, runs(pages), []));
-            let guest = pages.keys().map(|number| (*number, Some(*number)));
-            guests.insert(id, guest.collect());
+            let process = pages.keys().map(|number| (*number, Some(*number)));
+            processes.insert(id, process.collect());
             if local.contains_key(target) {
                 fetcher.build_on(pid);
             }
@@ -119,7 +119,7 @@ impl Client {
             hasher,
             fetcher,
             planner,
-            guests,
+            processes,
             waiting: BTreeSet::new(),
             now: Duration::ZERO,
             acts_at: Duration::ZERO,
@@ -301,10 +301,10 @@ impl Client {
             assert!(pages[&number][..] == *page, "page {number} is another");
         }
         while let Some(piece) = self.planner.arrived(id, part.image) {
-            let guest = self.guests.get_mut(&id).expect("it lives");
+            let process = self.processes.get_mut(&id).expect("it lives");
             for (at, number) in numbers(piece.at).zip(number_of(piece.image)..) {
                 assert!(number >= first && number < first + numbers(part.image).count() as u64);
-                let missing = guest.insert(at, None).flatten();
+                let missing = process.insert(at, None).flatten();
                 assert_eq!(missing, Some(number), "what is missing at {at}");
             }
             let way = match part.local {
@@ -348,26 +348,27 @@ impl Client {
 
     /// A thread or a process does something.
     fn act(&mut self) {
-        let ids: Vec<SpaceId> = self.guests.keys().copied().collect();
+        let ids: Vec<SpaceId> = self.processes.keys().copied().collect();
         let Some(id) = self.rng.choice(ids) else {
             return;
         };
-        let guest = &self.guests[&id];
-        let pages: Vec<(u64, Option<u64>)> = guest.iter().map(|(at, page)| (*at, *page)).collect();
+        let process = &self.processes[&id];
+        let pages: Vec<(u64, Option<u64>)> =
+            process.iter().map(|(at, page)| (*at, *page)).collect();
         let Some((at, missing)) = self.rng.choice(pages) else {
             return;
         };
         match self.rng.u8(0..60) {
-            0 if self.guests.len() < 5 && self.now >= self.restored_at => {
+            0 if self.processes.len() < 5 && self.now >= self.restored_at => {
                 let child = self.planner.handle_fork(id).expect("it lives");
-                self.guests.insert(child, self.guests[&id].clone());
+                self.processes.insert(child, self.processes[&id].clone());
                 self.seen.add("fork", 1);
             }
             1 if self.now >= self.restored_at => {
                 let end = at + self.rng.u64(1..20);
                 let range = PageRange::new(at * PAGE.bytes(), end * PAGE.bytes());
-                let guest = self.guests.get_mut(&id).expect("it lives");
-                guest.retain(|number, _| !(at..end).contains(number));
+                let process = self.processes.get_mut(&id).expect("it lives");
+                process.retain(|number, _| !(at..end).contains(number));
                 let waiting = &mut self.waiting;
                 waiting.retain(|(of, number)| *of != id || !(at..end).contains(number));
                 self.planner.settle(id, range, Way::Gone, |_| {});

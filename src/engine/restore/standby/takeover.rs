@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering;
 
 use tracing::subscriber::{NoSubscriber, with_default};
 
-use super::words::Told;
-use super::{Board, Watch};
+use super::messages::StandbyMessage;
+use super::{SharedState, Watch};
 use crate::engine::restore::intake::SOCKET_NAME;
 use crate::engine::restore::waking::Waiters;
 use crate::engine::restore::{Restore, RestoreConfig};
@@ -45,10 +45,10 @@ impl Restore {
         };
         let followed = with_default(silently(), || restore.follow(watch));
         let followed = followed.map_err(|error| error.within("cannot stand by any longer"))?;
-        if watch.board.dismissed.load(Ordering::SeqCst) {
+        if watch.shared.dismissed.load(Ordering::SeqCst) {
             return Ok(None);
         }
-        restore.take_over(&watch.board, &followed)?;
+        restore.take_over(&watch.shared, &followed)?;
         Ok(Some(restore))
     }
 
@@ -66,36 +66,36 @@ impl Restore {
     fn follow_word(
         &mut self,
         ids: &mut BTreeMap<SpaceId, SpaceId>,
-        told: Told,
+        told: StandbyMessage,
         uffd: Option<Uffd>,
     ) -> Result<()> {
         let own = |id: SpaceId| ids.get(&id).copied();
         match (told, uffd) {
-            (Told::Process { id, pid }, Some(uffd)) => {
+            (StandbyMessage::Process { id, pid }, Some(uffd)) => {
                 ids.insert(id, self.add_process(pid, uffd)?);
             }
-            (Told::Fork { id, parent }, Some(uffd)) => {
+            (StandbyMessage::Fork { id, parent }, Some(uffd)) => {
                 if let Some(parent) = own(parent)
                     && let Some(child) = self.handle_fork(parent, uffd)?
                 {
                     ids.insert(id, child);
                 }
             }
-            (Told::Process { .. } | Told::Fork { .. }, None) => {
+            (StandbyMessage::Process { .. } | StandbyMessage::Fork { .. }, None) => {
                 let text = "a process was told of without its userfaultfd";
                 return Err(Error::new(Kind::Io, text));
             }
-            (Told::Remap { id, from, to }, _) => {
+            (StandbyMessage::Remap { id, from, to }, _) => {
                 if let Some(id) = own(id) {
                     self.handle_remap(id, from, to);
                 }
             }
-            (Told::Gone { id, range }, _) => {
+            (StandbyMessage::Gone { id, range }, _) => {
                 if let Some(id) = own(id) {
                     self.settle(id, range, Way::Gone, Waiters::Asleep);
                 }
             }
-            (Told::Exited { id }, _) => {
+            (StandbyMessage::Exited { id }, _) => {
                 if let Some(id) = own(id) {
                     self.forget(id);
                 }
@@ -105,7 +105,7 @@ impl Restore {
     }
 
     /// Goes on in place of the one that was killed.
-    fn take_over(&mut self, board: &Board, followed: &Followed) -> Result<()> {
+    fn take_over(&mut self, shared: &SharedState, followed: &Followed) -> Result<()> {
         // It left its socket behind; a missing file is as good.
         let _ = std::fs::remove_file(SOCKET_NAME);
         let killed = Error::new(Kind::PeerLost, "the lazy-client that served was killed");
@@ -121,31 +121,31 @@ impl Restore {
         self.intake_done = true;
         self.finished = true;
         self.observer.restored(self.clock.now_us());
-        match self.go_on(board, followed, killed) {
+        match self.go_on(shared, followed, killed) {
             Err(error) => self.lose(error),
             Ok(()) => Ok(()),
         }
     }
 
-    fn go_on(&mut self, board: &Board, followed: &Followed, killed: Error) -> Result<()> {
+    fn go_on(&mut self, shared: &SharedState, followed: &Followed, killed: Error) -> Result<()> {
         for process in self.processes.values() {
             process.uffd.wake_all(self.images.page()).map_err(|error| {
                 let text = format!("cannot wake the threads of pid {}", process.pid);
                 Error::wrap(Kind::Io, text, error)
             })?;
         }
-        if self.hear_untold(board, followed)? {
+        if self.hear_untold(shared, followed)? {
             self.kill_processes(Space::first_missing);
             return Err(killed.within("a child that was just forked can get no memory any more"));
         }
-        if !board.finished.load(Ordering::SeqCst) {
+        if !shared.finished.load(Ordering::SeqCst) {
             return Err(killed.within("the restore had not finished"));
         }
         if self.config.source.is_none() {
             return Ok(());
         }
         self.links.begin_session(&self.config)?;
-        self.links.ours |= board.ours.load(Ordering::SeqCst);
+        self.links.ours |= shared.ours.load(Ordering::SeqCst);
         for (pid, missing) in self.planner.origins() {
             self.build_on_earlier(pid, &missing)?;
         }
@@ -153,14 +153,14 @@ impl Restore {
     }
 
     /// Handles the events that the other has read and not told. Says whether a child was lost with one.
-    fn hear_untold(&mut self, board: &Board, followed: &Followed) -> Result<bool> {
-        let of = SpaceId(board.read_of.load(Ordering::SeqCst));
+    fn hear_untold(&mut self, shared: &SharedState, followed: &Followed) -> Result<bool> {
+        let of = SpaceId(shared.read_of.load(Ordering::SeqCst));
         let Some(id) = followed.ids.get(&of).copied() else {
             return Ok(false);
         };
         let failed = |error| Error::wrap(Kind::Io, "cannot understand an event", error);
         let mut lost = false;
-        for event in board.untold(followed.events) {
+        for event in shared.untold(followed.events) {
             match event.map_err(failed)? {
                 Message::Fault(_) => {}
                 Message::Fork(_) => lost = true,

@@ -9,7 +9,7 @@ use crate::units::{PageRange, Vaddr};
 
 /// What the one that serves tells. Its [`SpaceId`]s are its own.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(in crate::engine::restore) enum Told {
+pub(in crate::engine::restore) enum StandbyMessage {
     /// The process that the images call `pid` is restored; its userfaultfd comes along.
     Process { id: SpaceId, pid: u32 },
     /// `parent` has forked; the child's userfaultfd comes along.
@@ -26,10 +26,10 @@ pub(in crate::engine::restore) enum Told {
     Exited { id: SpaceId },
 }
 
-/// [`Told`] as it goes over the socket, between two processes of one program.
+/// [`StandbyMessage`] as it goes over the socket, between two processes of one program.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-pub(super) struct Record {
+pub(super) struct MessageBytes {
     /// How many events have been told with this word.
     pub(super) events: u64,
     word: u32,
@@ -42,18 +42,18 @@ pub(super) struct Record {
     to: u64,
 }
 
-const _: () = assert!(size_of::<Record>() == 48);
+const _: () = assert!(size_of::<MessageBytes>() == 48);
 
-impl Told {
-    pub(super) fn encode(self, events: u64) -> Record {
+impl StandbyMessage {
+    pub(super) fn encode(self, events: u64) -> MessageBytes {
         let (word, id, other, range, to) = match self {
-            Told::Process { id, pid } => (1, id, pid, None, 0),
-            Told::Fork { id, parent } => (2, id, parent.0, None, 0),
-            Told::Remap { id, from, to } => (3, id, 0, Some(from), to.get()),
-            Told::Gone { id, range } => (4, id, 0, Some(range), 0),
-            Told::Exited { id } => (5, id, 0, None, 0),
+            StandbyMessage::Process { id, pid } => (1, id, pid, None, 0),
+            StandbyMessage::Fork { id, parent } => (2, id, parent.0, None, 0),
+            StandbyMessage::Remap { id, from, to } => (3, id, 0, Some(from), to.get()),
+            StandbyMessage::Gone { id, range } => (4, id, 0, Some(range), 0),
+            StandbyMessage::Exited { id } => (5, id, 0, None, 0),
         };
-        Record {
+        MessageBytes {
             events,
             word,
             id: id.0,
@@ -65,25 +65,25 @@ impl Told {
         }
     }
 
-    pub(super) fn decode(record: Record) -> io::Result<Told> {
+    pub(super) fn decode(record: MessageBytes) -> io::Result<StandbyMessage> {
         let id = SpaceId(record.id);
         let range = || PageRange::new(record.start, record.end.max(record.start));
         Ok(match record.word {
-            1 => Told::Process {
+            1 => StandbyMessage::Process {
                 id,
                 pid: record.other,
             },
-            2 => Told::Fork {
+            2 => StandbyMessage::Fork {
                 id,
                 parent: SpaceId(record.other),
             },
-            3 => Told::Remap {
+            3 => StandbyMessage::Remap {
                 id,
                 from: range(),
                 to: Vaddr(record.to),
             },
-            4 => Told::Gone { id, range: range() },
-            5 => Told::Exited { id },
+            4 => StandbyMessage::Gone { id, range: range() },
+            5 => StandbyMessage::Exited { id },
             word => return Err(io::Error::other(format!("word {word} means nothing"))),
         })
     }

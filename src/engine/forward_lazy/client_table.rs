@@ -5,8 +5,8 @@
 //! nobody comes back, or whose only client has failed, is given up: its connection is reset, and its
 //! processes go on.
 //!
-//! A guest is a connection, and a client has several. Only those that say so tell of their client
-//! ([`Guest::may_return`], [`Guest::leave_for_good`]): a connection for faults that ends later than the one by
+//! An entry is a connection, and a client has several. Only those that say so tell of their client
+//! ([`ClientEntry::may_return`], [`ClientEntry::leave_for_good`]): a connection for faults that ends later than the one by
 //! which its client failed, or a stranger that was turned away, changes nothing about who is waited for.
 
 use std::sync::{Condvar, Mutex, MutexGuard};
@@ -19,7 +19,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// See the module's text.
 #[derive(Debug)]
-pub(super) struct Guests {
+pub(super) struct ClientTable {
     state: Mutex<State>,
     changed: Condvar,
     give_up_after: Option<Duration>,
@@ -42,7 +42,7 @@ struct State {
 
 /// What is to be done about the dump.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Verdict {
+pub(super) enum DumpOutcome {
     /// A client has everything.
     Confirmed,
     /// Nobody came back for too long.
@@ -55,8 +55,8 @@ pub(super) enum Verdict {
 
 /// A client that is being served, until this is dropped.
 #[derive(Debug)]
-pub(super) struct Guest<'a> {
-    guests: &'a Guests,
+pub(super) struct ClientEntry<'a> {
+    clients: &'a ClientTable,
     leaves: Option<Leaves>,
 }
 
@@ -68,24 +68,24 @@ enum Leaves {
 }
 
 impl State {
-    /// The verdict when nobody is here, or is still waited for, after having been here: `most` is how long that is.
-    fn abandoned(&self, most: Duration) -> Option<Verdict> {
+    /// The outcome when nobody is here, or is still waited for, after having been here: `most` is how long that is.
+    fn abandoned(&self, most: Duration) -> Option<DumpOutcome> {
         let awaited = self.left.is_some_and(|left| left.elapsed() < most);
         if self.here > 0 || awaited {
             return None;
         }
         match (self.failed, self.left) {
-            (true, _) => Some(Verdict::Failed),
-            (false, Some(_)) => Some(Verdict::GivenUp),
+            (true, _) => Some(DumpOutcome::Failed),
+            (false, Some(_)) => Some(DumpOutcome::GivenUp),
             (false, None) => None,
         }
     }
 }
 
-impl Guests {
+impl ClientTable {
     /// Clients that are given up when none is here for so long, if that is given.
-    pub(super) fn new(give_up_after: Option<Duration>) -> Guests {
-        Guests {
+    pub(super) fn new(give_up_after: Option<Duration>) -> ClientTable {
+        ClientTable {
             state: Mutex::default(),
             changed: Condvar::new(),
             give_up_after,
@@ -93,10 +93,10 @@ impl Guests {
     }
 
     /// A connection comes.
-    pub(super) fn enter(&self) -> Guest<'_> {
+    pub(super) fn enter(&self) -> ClientEntry<'_> {
         lock(&self.state).here += 1;
-        Guest {
-            guests: self,
+        ClientEntry {
+            clients: self,
             leaves: None,
         }
     }
@@ -106,18 +106,18 @@ impl Guests {
         lock(&self.state).confirmed
     }
 
-    /// Waits for a verdict. `stopped` says whether it is to stop.
-    pub(super) fn wait_for_verdict(&self, stopped: impl Fn() -> bool) -> Verdict {
+    /// Waits for a outcome. `stopped` says whether it is to stop.
+    pub(super) fn wait_for_outcome(&self, stopped: impl Fn() -> bool) -> DumpOutcome {
         self.wait(|state| {
-            let verdict = if state.confirmed {
-                Verdict::Confirmed
+            let outcome = if state.confirmed {
+                DumpOutcome::Confirmed
             } else if stopped() {
-                Verdict::Stopped
+                DumpOutcome::Stopped
             } else {
                 state.abandoned(self.give_up_after?)?
             };
-            state.given_up = verdict != Verdict::Confirmed;
-            Some(verdict)
+            state.given_up = outcome != DumpOutcome::Confirmed;
+            Some(outcome)
         })
     }
 
@@ -158,20 +158,20 @@ impl Guests {
     }
 }
 
-impl Guest<'_> {
+impl ClientEntry<'_> {
     /// This client has everything. Says whether it is in time: if not, the dump's processes go on.
     pub(super) fn confirm(&self) -> bool {
-        let mut state = lock(&self.guests.state);
+        let mut state = lock(&self.clients.state);
         state.confirmed |= !state.given_up;
         let in_time = !state.given_up;
         drop(state);
-        self.guests.changed.notify_all();
+        self.clients.changed.notify_all();
         in_time
     }
 
     /// Waits until the dump has ended. Says whether it has heard that a client has everything.
     pub(super) fn wait_for_dump(&self) -> bool {
-        self.guests.wait(|state| state.dump_heard)
+        self.clients.wait(|state| state.dump_heard)
     }
 
     /// When this connection ends its client has left, but may come back.
@@ -190,9 +190,9 @@ impl Guest<'_> {
     }
 }
 
-impl Drop for Guest<'_> {
+impl Drop for ClientEntry<'_> {
     fn drop(&mut self) {
-        let mut state = lock(&self.guests.state);
+        let mut state = lock(&self.clients.state);
         state.here -= 1;
         match self.leaves {
             Some(Leaves::ToReturn) => state.left = Some(Instant::now()),
@@ -200,7 +200,7 @@ impl Drop for Guest<'_> {
             None => {}
         }
         drop(state);
-        self.guests.changed.notify_all();
+        self.clients.changed.notify_all();
     }
 }
 
@@ -208,66 +208,66 @@ impl Drop for Guest<'_> {
 mod tests {
     use super::*;
 
-    fn served(guests: &Guests) -> Guest<'_> {
-        let mut guest = guests.enter();
-        guest.may_return();
-        guest
+    fn served(clients: &ClientTable) -> ClientEntry<'_> {
+        let mut entry = clients.enter();
+        entry.may_return();
+        entry
     }
 
     #[test]
     fn a_client_that_has_failed_is_not_waited_for() {
-        let guests = Guests::new(Some(Duration::MAX));
-        let (mut first, for_faults) = (guests.enter(), guests.enter());
+        let clients = ClientTable::new(Some(Duration::MAX));
+        let (mut first, for_faults) = (clients.enter(), clients.enter());
         first.leave_for_good();
         drop(first);
-        assert_eq!(guests.wait_for_verdict(|| true), Verdict::Stopped);
+        assert_eq!(clients.wait_for_outcome(|| true), DumpOutcome::Stopped);
         // Whichever of its connections ends last.
         drop(for_faults);
-        assert_eq!(guests.wait_for_verdict(|| false), Verdict::Failed);
+        assert_eq!(clients.wait_for_outcome(|| false), DumpOutcome::Failed);
     }
 
     #[test]
     fn another_client_than_the_one_that_has_failed_may_come_back() {
-        let guests = Guests::new(Some(Duration::MAX));
-        drop(served(&guests));
-        let mut failed = guests.enter();
+        let clients = ClientTable::new(Some(Duration::MAX));
+        drop(served(&clients));
+        let mut failed = clients.enter();
         failed.leave_for_good();
         drop(failed);
-        assert_eq!(guests.wait_for_verdict(|| true), Verdict::Stopped);
+        assert_eq!(clients.wait_for_outcome(|| true), DumpOutcome::Stopped);
     }
 
     #[test]
     fn the_dump_is_given_up_only_when_nobody_comes_back() {
-        let guests = Guests::new(Some(Duration::ZERO));
-        drop(guests.enter());
+        let clients = ClientTable::new(Some(Duration::ZERO));
+        drop(clients.enter());
         assert_eq!(
-            guests.wait_for_verdict(|| true),
-            Verdict::Stopped,
+            clients.wait_for_outcome(|| true),
+            DumpOutcome::Stopped,
             "a stranger has gone"
         );
-        let first = served(&guests);
-        assert_eq!(guests.wait_for_verdict(|| true), Verdict::Stopped);
+        let first = served(&clients);
+        assert_eq!(clients.wait_for_outcome(|| true), DumpOutcome::Stopped);
         drop(first);
-        assert_eq!(guests.wait_for_verdict(|| false), Verdict::GivenUp);
-        let second = guests.enter();
+        assert_eq!(clients.wait_for_outcome(|| false), DumpOutcome::GivenUp);
+        let second = clients.enter();
         assert!(!second.confirm(), "its dump has been given up");
         drop(second);
-        guests.wait_until_gone(|| false, false);
-        assert!(!guests.confirmed());
+        clients.wait_until_gone(|| false, false);
+        assert!(!clients.confirmed());
     }
 
     #[test]
     fn a_client_that_has_everything_ends_the_dump_whatever_comes_then() {
-        let guests = Guests::new(Some(Duration::ZERO));
-        let mut client = guests.enter();
+        let clients = ClientTable::new(Some(Duration::ZERO));
+        let mut client = clients.enter();
         assert!(client.confirm());
         client.leave_for_good();
         drop(client);
-        assert_eq!(guests.wait_for_verdict(|| true), Verdict::Confirmed);
-        let another = guests.enter();
+        assert_eq!(clients.wait_for_outcome(|| true), DumpOutcome::Confirmed);
+        let another = clients.enter();
         assert!(another.confirm(), "with --keep there may be more");
-        guests.dump_ended(true);
-        guests.dump_ended(false);
+        clients.dump_ended(true);
+        clients.dump_ended(false);
         assert!(another.wait_for_dump(), "its end does not change");
     }
 }

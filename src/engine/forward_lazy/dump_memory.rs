@@ -2,10 +2,10 @@
 //!
 //! ```text
 //! drain ── next_request ──> plan <── want ── who serves clients
-//!   └───── store ──> backing ──────────────> find: places of pages that are there
+//!   └───── store ──> file ──────────────> find: places of pages that are there
 //! ```
 //!
-//! Page number n of the plan lies at n pages into the backing. A page is read only after it was marked
+//! Page number n of the plan lies at n pages into the file. A page is read only after it was marked
 //! as held, and is written once.
 
 use std::fs::File;
@@ -14,7 +14,7 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::backing::Backing;
+use super::memory_file::MemoryFile;
 use crate::criu::header::Target;
 use crate::engine::ferry::lock;
 use crate::engine::memory::Memory;
@@ -24,7 +24,7 @@ use crate::ferry::push_planner::{self, Found};
 use crate::image::chain::{Absence, Chain, Missing, Place, Resolved};
 use crate::image::dir::ImageDir;
 use crate::lazy::drain::DrainPlan;
-use crate::limits::{HELD_PAGES_MAX, WANTED_PAGES_MAX};
+use crate::limits::{DUMP_PAGES_MAX, WANTED_PAGES_MAX};
 use crate::units::{PageCount, PageRange, PageSize};
 
 /// Asked of the dump with one request at most, bytes. A fault waits behind those that are on their
@@ -36,9 +36,9 @@ const FAULT_PAGES_MAX: u64 = 16;
 
 /// See the module's text.
 #[derive(Debug)]
-pub(in crate::engine) struct Held {
+pub(in crate::engine) struct DumpMemory {
     page: PageSize,
-    backing: Backing,
+    file: MemoryFile,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -50,10 +50,10 @@ struct State {
     failure: Option<String>,
 }
 
-impl Held {
+impl DumpMemory {
     /// Room for all pages that stayed with the dump whose images `dir` has; in a file in `spill`, if that
     /// is given.
-    pub(super) fn new(dir: &ImageDir, spill: Option<&Path>) -> Result<Held> {
+    pub(super) fn new(dir: &ImageDir, spill: Option<&Path>) -> Result<DumpMemory> {
         let page = dir.page();
         let mut pids = dir.processes()?;
         pids.sort_unstable();
@@ -69,7 +69,7 @@ impl Held {
             for range in lazy_runs(&chain) {
                 // Before the plan is made, which takes memory for each page.
                 pages += range.pages(page).get();
-                if pages > HELD_PAGES_MAX {
+                if pages > DUMP_PAGES_MAX {
                     let text = format!(
                         "{} says that {pages} pages and more stayed with the dump, which no dump has",
                         dir.path().join(target.pagemap_name()).display()
@@ -80,9 +80,9 @@ impl Held {
             }
         }
         let plan = DrainPlan::new(page, runs);
-        Ok(Held {
+        Ok(DumpMemory {
             page,
-            backing: Backing::new(pages << page.shift(), spill)?,
+            file: MemoryFile::new(pages << page.shift(), spill)?,
             state: Mutex::new(State {
                 plan,
                 failure: None,
@@ -130,8 +130,7 @@ impl Held {
         let numbers =
             numbers.filter(|numbers| numbers.end - numbers.start == range.pages(self.page).get());
         let numbers = numbers.expect("only what the plan has is asked for");
-        self.backing
-            .write(bytes, numbers.start << self.page.shift())?;
+        self.file.write(bytes, numbers.start << self.page.shift())?;
         lock(&self.state).plan.arrived(pid, range);
         self.changed.notify_all();
         Ok(())
@@ -152,7 +151,7 @@ impl Held {
 
     /// All pages have come.
     pub(super) fn complete(&self) -> Result<()> {
-        self.backing.seal()
+        self.file.seal()
     }
 
     /// Waits until the first pages of `range` of `pid` are there, as many as one may wait for, and says
@@ -228,7 +227,7 @@ impl Held {
 
     /// Reads the pages `numbers`, which are there.
     pub(in crate::engine) fn read(&self, numbers: Range<u64>, out: &mut [u8]) -> Result<()> {
-        self.backing.read(out, numbers.start << self.page.shift())
+        self.file.read(out, numbers.start << self.page.shift())
     }
 }
 
@@ -248,15 +247,15 @@ fn lazy_runs(chain: &Chain) -> impl Iterator<Item = PageRange> + '_ {
 
 /// The memory of one process that is held.
 #[derive(Debug)]
-pub(super) struct HeldProcess {
-    pub(super) held: Arc<Held>,
+pub(super) struct ProcessMemory {
+    pub(super) dump_memory: Arc<DumpMemory>,
     pub(super) pid: u32,
 }
 
-impl Memory for HeldProcess {
+impl Memory for ProcessMemory {
     fn find_runs(&self, wanted: PageRange, runs: &mut Vec<Resolved>) -> Result<PageCount> {
-        let numbers = self.held.wait_for(self.pid, wanted)?;
-        let shift = self.held.page.shift();
+        let numbers = self.dump_memory.wait_for(self.pid, wanted)?;
+        let shift = self.dump_memory.page.shift();
         let pages = numbers.end - numbers.start;
         let start = wanted.start().get();
         runs.push(Resolved {
@@ -272,7 +271,7 @@ impl Memory for HeldProcess {
 
     fn read(&self, place: Place, out: &mut [u8]) -> Result<()> {
         match place {
-            Place::Raw { offset, .. } => self.held.backing.read(out, offset),
+            Place::Raw { offset, .. } => self.dump_memory.file.read(out, offset),
             Place::Blocks { .. } | Place::Absent { .. } => {
                 unreachable!("held pages are there, as they are")
             }
@@ -280,7 +279,7 @@ impl Memory for HeldProcess {
     }
 
     fn file(&self, _: u32) -> (&File, &Path) {
-        (self.held.backing.file(), self.held.backing.name())
+        (self.dump_memory.file.file(), self.dump_memory.file.name())
     }
 }
 
@@ -313,10 +312,10 @@ mod tests {
     #[test]
     fn room_is_made_for_no_more_pages_than_a_dump_can_have() {
         let tmp = tempfile::tempdir().unwrap();
-        let held = Held::new(&images(tmp.path(), 20), None).unwrap();
-        assert_eq!(held.progress(), (PageCount(0), PageCount(20)));
+        let dump_memory = DumpMemory::new(&images(tmp.path(), 20), None).unwrap();
+        assert_eq!(dump_memory.progress(), (PageCount(0), PageCount(20)));
         // A bit for each of these pages would take 64 TiB.
-        let error = Held::new(&images(tmp.path(), 1 << 49), None).unwrap_err();
+        let error = DumpMemory::new(&images(tmp.path(), 1 << 49), None).unwrap_err();
         assert_eq!(error.kind(), Kind::Image);
         assert!(error.to_string().contains("pagemap-7.img"), "{error}");
     }

@@ -22,22 +22,22 @@ const MEMORY_AVAILABLE: &str = "MemAvailable:";
 
 /// See the module's text.
 #[derive(Debug)]
-pub(super) struct Backing {
+pub(super) struct MemoryFile {
     file: File,
     name: PathBuf,
     in_memory: bool,
 }
 
-impl Backing {
+impl MemoryFile {
     /// Room for `bytes` bytes, in memory or in a file in `spill`.
-    pub(super) fn new(bytes: u64, spill: Option<&Path>) -> Result<Backing> {
+    pub(super) fn new(bytes: u64, spill: Option<&Path>) -> Result<MemoryFile> {
         match spill {
-            Some(dir) => Backing::on_disk(bytes, dir),
-            None => Backing::in_memory(bytes),
+            Some(dir) => MemoryFile::on_disk(bytes, dir),
+            None => MemoryFile::in_memory(bytes),
         }
     }
 
-    fn in_memory(bytes: u64) -> Result<Backing> {
+    fn in_memory(bytes: u64) -> Result<MemoryFile> {
         if let Some(available) = available_memory().filter(|available| *available < bytes) {
             let text = format!(
                 "the dump's lazy pages are {bytes} bytes, {available} bytes of memory are available: \
@@ -48,29 +48,29 @@ impl Backing {
         let failed = |errno| Error::wrap(Kind::Io, "cannot make a memfd", io::Error::from(errno));
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let file = File::from(memfd_create(c"pageferry-held", flags).map_err(failed)?);
-        let backing = Backing {
+        let file = MemoryFile {
             file,
             name: MEMFD_NAME.into(),
             in_memory: true,
         };
-        backing.set_len(bytes)?;
-        backing.add_seals(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW)?;
-        Ok(backing)
+        file.set_len(bytes)?;
+        file.add_seals(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW)?;
+        Ok(file)
     }
 
-    fn on_disk(bytes: u64, dir: &Path) -> Result<Backing> {
+    fn on_disk(bytes: u64, dir: &Path) -> Result<MemoryFile> {
         let made = tempfile::tempfile_in(dir);
         let file = made.map_err(|error| Error::file("make a file in", dir, error))?;
-        let backing = Backing {
+        let file = MemoryFile {
             file,
             name: dir.join("(spilled pages)"),
             in_memory: false,
         };
         let length = libc::off_t::try_from(bytes).unwrap_or(libc::off_t::MAX);
-        match fallocate(&backing.file, FallocateFlags::empty(), 0, length) {
+        match fallocate(&file.file, FallocateFlags::empty(), 0, length) {
             Ok(()) => {}
             // Not every file system can; a full disk is then noticed later.
-            Err(Errno::EOPNOTSUPP | Errno::EINVAL) => backing.set_len(bytes)?,
+            Err(Errno::EOPNOTSUPP | Errno::EINVAL) => file.set_len(bytes)?,
             Err(errno) => {
                 let text = format!(
                     "there is no room for the {bytes} bytes of the dump's lazy pages in {} (--spill)",
@@ -79,7 +79,7 @@ impl Backing {
                 return Err(Error::wrap(Kind::Usage, text, io::Error::from(errno)));
             }
         }
-        Ok(backing)
+        Ok(file)
     }
 
     fn set_len(&self, bytes: u64) -> Result<()> {
@@ -144,15 +144,15 @@ mod tests {
     fn pages_stay_where_they_were_written_and_memory_is_sealed() {
         let dir = tempfile::tempdir().unwrap();
         for spill in [None, Some(dir.path())] {
-            let backing = Backing::new(3 << 12, spill).unwrap();
-            backing.write(&[7; 4096], 1 << 12).unwrap();
-            backing.seal().unwrap();
+            let file = MemoryFile::new(3 << 12, spill).unwrap();
+            file.write(&[7; 4096], 1 << 12).unwrap();
+            file.seal().unwrap();
             let mut page = [0; 4096];
-            backing.read(&mut page, 1 << 12).unwrap();
+            file.read(&mut page, 1 << 12).unwrap();
             assert_eq!(page, [7; 4096]);
-            backing.read(&mut page, 2 << 12).unwrap();
+            file.read(&mut page, 2 << 12).unwrap();
             assert_eq!(page, [0; 4096]);
-            assert_eq!(backing.write(&[1], 0).is_err(), spill.is_none());
+            assert_eq!(file.write(&[1], 0).is_err(), spill.is_none());
         }
         assert_eq!(
             dir.path().read_dir().unwrap().count(),
@@ -163,11 +163,11 @@ mod tests {
 
     #[test]
     fn a_host_without_the_room_is_refused_with_advice() {
-        let error = Backing::new(1 << 60, None).unwrap_err();
+        let error = MemoryFile::new(1 << 60, None).unwrap_err();
         assert!(error.to_string().contains("--spill"), "{error}");
         let dir = tempfile::tempdir().unwrap();
-        let error = Backing::new(1 << 60, Some(dir.path())).unwrap_err();
+        let error = MemoryFile::new(1 << 60, Some(dir.path())).unwrap_err();
         assert!(error.to_string().contains("--spill"), "{error}");
-        assert!(Backing::new(1, Some(&dir.path().join("none"))).is_err());
+        assert!(MemoryFile::new(1, Some(&dir.path().join("none"))).is_err());
     }
 }
