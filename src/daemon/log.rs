@@ -1,4 +1,4 @@
-//! The log, as CRIU's looks, written by a thread of its own.
+//! The log, with CRIU's verbosities and timestamps, written by a thread of its own.
 //!
 //! Until the process has forked (`--daemon`) there may be no thread, so lines go straight to the
 //! file; from [`Log::hand_over`] on they go through a queue, and no engine ever waits for the disk of
@@ -136,7 +136,7 @@ fn report_panics(sink: Arc<Sink>) {
     let before = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         // There is nobody to tell when the log itself fails here.
-        let _ = writeln!(&sink.file, "Error: bug: {panic}");
+        let _ = writeln!(&sink.file, "error: bug: {panic}");
         before(panic);
     }));
 }
@@ -173,7 +173,8 @@ impl Write for Line<'_> {
     }
 }
 
-/// `(00.012345) Error (page_server::main): what happened`, the time in seconds since the start.
+/// `(00.012345) error: what happened`, the time in seconds since the start. The prefixes are those of
+/// standard error.
 struct CriuLines {
     started: Option<Instant>,
 }
@@ -198,10 +199,9 @@ where
                 since.subsec_micros()
             )?;
         }
-        let metadata = event.metadata();
-        match *metadata.level() {
-            Level::ERROR => write!(out, "Error ({}): ", metadata.target())?,
-            Level::WARN => write!(out, "Warn  ({}): ", metadata.target())?,
+        match *event.metadata().level() {
+            Level::ERROR => write!(out, "error: ")?,
+            Level::WARN => write!(out, "warning: ")?,
             _ => {}
         }
         context.format_fields(out.by_ref(), event)?;
@@ -214,7 +214,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_look_like_those_of_criu_and_are_all_there_in_the_end() {
+    fn lines_have_one_form_and_are_all_there_in_the_end() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         std::fs::write(&path, "of an earlier run").unwrap();
@@ -238,9 +238,8 @@ mod tests {
             assert_eq!((seconds.len(), micros.len()), (2, 6));
             rest.to_owned()
         };
-        let target = module_path!();
-        assert_eq!(next(), format!("Error ({target}): first"));
-        assert_eq!(next(), format!("Warn  ({target}): second pid=7"));
+        assert_eq!(next(), "error: first");
+        assert_eq!(next(), "warning: second pid=7");
         assert_eq!(next(), "third");
         assert!(!text.contains("too much"));
     }

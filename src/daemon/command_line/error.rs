@@ -52,7 +52,7 @@ impl CommandLineError {
                 u8::from(error.use_stderr())
             }
             other => {
-                eprintln!("Error: {other}\n\nTry --help for more info");
+                eprintln!("error: {other}\n\nFor more information, try '--help'.");
                 1
             }
         }
