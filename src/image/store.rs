@@ -122,8 +122,8 @@ impl ImageStore {
     }
 }
 
-/// Access to images is for their owner, as CRIU makes them.
-const IMAGE_MODE: u32 = 0o600;
+/// Access to images, as CRIU makes them: readable for all, unless the umask forbids it.
+const IMAGE_MODE: u32 = 0o644;
 
 /// Ends the names of images that are being written.
 const PART_SUFFIX: &str = ".part";
@@ -133,8 +133,8 @@ pub(super) fn pages_name(id: u32) -> String {
     format!("pages-{id}.img")
 }
 
-/// Creates a file that must not exist yet, readable for its owner alone, as CRIU's images are. `flags`
-/// are more flags of `open(2)`.
+/// Creates a file that must not exist yet, with the access of CRIU's images. `flags` are more flags of
+/// `open(2)`.
 pub(super) fn create_new(path: &Path, flags: i32) -> io::Result<File> {
     File::options()
         .read(true)
@@ -229,6 +229,10 @@ fn is_part(name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use nix::sys::stat::{Mode, umask};
+
     use super::*;
 
     const PAGE: PageSize = PageSize::KIB_4;
@@ -270,6 +274,19 @@ mod tests {
             .map(|store| store.create_pages().unwrap().0)
             .into();
         assert_eq!(ids, [65537, 65539, 65540]);
+    }
+
+    #[test]
+    fn images_follow_the_umask_as_those_of_criu_do() {
+        let tmp = tempfile::tempdir().unwrap();
+        let store = store(tmp.path());
+        for (mask, mode) in [(0o022, 0o644), (0o077, 0o600), (0o027, 0o640)] {
+            // Each test has a process of its own.
+            umask(Mode::from_bits_truncate(mask));
+            let (_, file) = store.create_pages().unwrap();
+            let found = file.metadata().unwrap().permissions().mode() & 0o777;
+            assert_eq!(found, mode, "umask {mask:o}");
+        }
     }
 
     #[test]
