@@ -79,7 +79,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
 
-    /// Print the faults recorded in FILE as lines of CSV, and end
+    /// Print the faults recorded in FILE (in the work directory) as lines of CSV, and end
     #[arg(long, value_name = "FILE")]
     pub(crate) read_trace: Option<PathBuf>,
 }

@@ -29,10 +29,11 @@ fn main() -> ExitCode {
         Err(error) => return ExitCode::from(error.report()),
     };
     if let Some(trace) = &parsed.args.read_trace {
-        return match print_trace(trace) {
+        // Where --trace writes it: in the work directory.
+        return match print_trace(&parsed.args.common.work_dir().join(trace)) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                eprintln!("Error: {error}");
+                eprintln!("error: {error}");
                 ExitCode::FAILURE
             }
         };

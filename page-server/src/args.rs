@@ -166,10 +166,19 @@ pub(crate) struct FerryArgs {
 
 /// A network, or a single address.
 fn network(text: &str) -> Result<IpNet, String> {
-    let address = text.parse::<IpAddr>().map(IpNet::from);
-    address
-        .or_else(|_| text.parse::<IpNet>())
-        .map_err(|error| error.to_string())
+    let Some((address, prefix)) = text.split_once('/') else {
+        let address = text.parse::<IpAddr>().map(IpNet::from);
+        return address.map_err(|_| format!("{text:?} is neither an IP address nor a network"));
+    };
+    let address: IpAddr = address
+        .parse()
+        .map_err(|_| format!("{address:?} is no IP address"))?;
+    let most = if address.is_ipv4() { 32 } else { 128 };
+    let bits = prefix.parse().ok().filter(|bits| *bits <= most);
+    bits.and_then(|bits| IpNet::new(address, bits).ok())
+        .ok_or_else(|| {
+            format!("the prefix of {address} is a number from 0 to {most}, not {prefix:?}")
+        })
 }
 
 /// A time that something can be waited for: not none at all, which would end everything at once.
@@ -233,6 +242,32 @@ impl From<Sync> for store::Sync {
             Sync::None => store::Sync::None,
             Sync::Close => store::Sync::Close,
             Sync::Always => store::Sync::Always,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn networks_are_read_and_mistakes_named() {
+        for (text, net) in [
+            ("10.0.0.0/8", "10.0.0.0/8"),
+            ("::1", "::1/128"),
+            ("1.2.3.4", "1.2.3.4/32"),
+        ] {
+            assert_eq!(network(text), Ok(net.parse().unwrap()));
+        }
+        for (text, word) in [
+            ("10.0.0.0/40", "from 0 to 32"),
+            ("fe80::/129", "from 0 to 128"),
+            ("10.0.0.0/", "from 0 to 32"),
+            ("10.0.0/8", "10.0.0"),
+            ("host", "host"),
+        ] {
+            let problem = network(text).unwrap_err();
+            assert!(problem.contains(word), "{text}: {problem}");
         }
     }
 }

@@ -58,7 +58,7 @@ fn main() -> ExitCode {
     let mut rpc = match rpc.transpose() {
         Ok(rpc) => rpc,
         Err(error) => {
-            eprintln!("Error: {error}");
+            eprintln!("error: {error}");
             return ExitCode::FAILURE;
         }
     };
@@ -295,8 +295,16 @@ fn pages_of_system() -> Result<PageSize> {
 impl Start<'_> {
     /// Listens, says where, and goes to the background if that is asked for.
     fn listen(&mut self) -> Result<Source> {
-        let source = Source::open(&place(self.args))?;
-        tracing::info!("listening on {source}");
+        let place = place(self.args);
+        let source = Source::open(&place)?;
+        let is_told = self.args.port_file.is_some() || self.rpc.is_some();
+        match place {
+            // Nobody can connect who does not know the port: it is told at every verbosity but 0 and 1.
+            Place::Tcp { port: 0, .. } if !is_told => tracing::warn!(
+                "listening on {source}, a free port: give --port to choose one, --port-file to have it written"
+            ),
+            _ => tracing::info!("listening on {source}"),
+        }
         if let (Some(path), Some(port)) = (&self.args.port_file, source.port()) {
             write_port(path, port)?;
         }

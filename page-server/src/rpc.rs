@@ -16,6 +16,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use pageferry::criu::rpc::{Options, Request, Response, ServerInfo, kind};
 use pageferry::daemon::{Daemon, Forked, WaitingChild, fork_waiting};
+use pageferry::engine::transport::parse_host;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::limits::RPC_MESSAGE_BYTES_MAX;
 use pageferry::sys::process::inherited_descriptor;
@@ -95,7 +96,7 @@ impl Rpc {
                     false => Ok(()),
                 };
                 if let Err(error) = &ended {
-                    eprintln!("Error: {error}");
+                    eprintln!("error: {error}");
                 }
                 std::process::exit(i32::from(ended.is_err()))
             }
@@ -123,7 +124,7 @@ impl Rpc {
         if !std::mem::replace(&mut self.answered, true)
             && let Err(error) = self.client.send(&Response::failed(kind::PAGE_SERVER, why))
         {
-            eprintln!("Error: {error}");
+            eprintln!("error: {error}");
         }
     }
 }
@@ -222,7 +223,15 @@ impl Client {
                     .map_err(|_| Error::new(Kind::Usage, format!("swrk: {port} is no port")))?;
                 args.common.port = Some(port);
             }
-            args.common.address = server.address.or(args.common.address.take());
+            if let Some(address) = server.address.filter(|address| !address.is_empty()) {
+                let host = parse_host(&address).map_err(|problem| {
+                    Error::new(
+                        Kind::Usage,
+                        format!("swrk: the address of the request: {problem}"),
+                    )
+                })?;
+                args.common.address = Some(host);
+            }
             args.ps_socket = server.socket_fd.or(args.ps_socket);
         }
         args.lazy_pages |= options.lazy_pages.unwrap_or(false);

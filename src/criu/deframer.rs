@@ -44,12 +44,17 @@ enum Place {
     Block { bytes_left: u32 },
 }
 
+/// Tells the layout by the first bytes of a stream.
+type Detect = fn(&[u8; DETECT_BYTES]) -> Wire;
+
 /// How the layout of headers is found out.
 #[derive(Clone, Copy, Debug)]
 enum Layout {
     Known(Wire),
     /// Told by the first bytes of the stream.
-    Detect(fn(&[u8; DETECT_BYTES]) -> Wire),
+    Detect(Detect),
+    /// Given by the user, and compared with what the first bytes tell.
+    Given(Wire, Detect),
 }
 
 /// The state of one connection. See the module's text.
@@ -71,8 +76,13 @@ impl Deframer {
     }
 
     /// A deframer that takes the layout that `detect` reads from the first bytes.
-    pub fn detecting(detect: fn(&[u8; DETECT_BYTES]) -> Wire) -> Deframer {
+    pub fn detecting(detect: Detect) -> Deframer {
         Deframer::with_layout(Layout::Detect(detect))
+    }
+
+    /// A deframer for the layout `wire`, which fails if `detect` reads another one from the first bytes.
+    pub fn given(wire: Wire, detect: Detect) -> Deframer {
+        Deframer::with_layout(Layout::Given(wire, detect))
     }
 
     fn with_layout(layout: Layout) -> Deframer {
@@ -88,7 +98,7 @@ impl Deframer {
     /// The layout, once it is known.
     pub fn wire(&self) -> Option<Wire> {
         match self.layout {
-            Layout::Known(wire) => Some(wire),
+            Layout::Known(wire) | Layout::Given(wire, _) => Some(wire),
             Layout::Detect(_) => None,
         }
     }
@@ -137,7 +147,7 @@ impl Deframer {
     pub fn next(&mut self, input: &[u8], at: &mut usize) -> Result<Option<Piece>, HeaderError> {
         match self.place {
             Place::Header => {
-                let Some(wire) = self.keep_header(input, at) else {
+                let Some(wire) = self.keep_header(input, at)? else {
                     return Ok(None);
                 };
                 self.kept_bytes = 0;
@@ -192,23 +202,23 @@ impl Deframer {
     fn header_bytes(&self) -> usize {
         match self.layout {
             Layout::Known(wire) => wire.header_bytes(),
-            Layout::Detect(_) => DETECT_BYTES,
+            Layout::Detect(_) | Layout::Given(..) => DETECT_BYTES,
         }
     }
 
     /// Keeps bytes until a header is complete, and finds out the layout on the way.
-    fn keep_header(&mut self, input: &[u8], at: &mut usize) -> Option<Wire> {
+    fn keep_header(&mut self, input: &[u8], at: &mut usize) -> Result<Option<Wire>, HeaderError> {
         loop {
             if !self.keep(input, at, self.header_bytes()) {
-                return None;
+                return Ok(None);
             }
-            match self.layout {
-                Layout::Known(wire) => return Some(wire),
-                Layout::Detect(detect) => {
-                    let first = std::array::from_fn(|i| self.kept[i]);
-                    self.layout = Layout::Known(detect(&first));
-                }
-            }
+            let first = std::array::from_fn(|i| self.kept[i]);
+            let wire = match self.layout {
+                Layout::Known(wire) => return Ok(Some(wire)),
+                Layout::Detect(detect) => detect(&first),
+                Layout::Given(wire, detect) => wire.check_given(&first, detect(&first))?,
+            };
+            self.layout = Layout::Known(wire);
         }
     }
 

@@ -12,8 +12,8 @@
 
 use thiserror::Error;
 
-use crate::limits::DST_ID_MAX;
-use crate::units::{PageCount, Vaddr};
+use crate::limits::{DST_ID_MAX, FRAME_PAGES_MAX};
+use crate::units::{PageCount, PageSize, Vaddr};
 
 /// Which of the two header layouts a connection speaks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -75,6 +75,30 @@ impl Wire {
             Wire::V1
         } else {
             Wire::V2
+        }
+    }
+
+    /// This layout, which the user has given, unless the `first` bytes show another one: `found` is what
+    /// a detecting reader makes of them. A session that begins with its end shows none.
+    pub(super) fn check_given(
+        self,
+        first: &[u8; DETECT_BYTES],
+        found: Wire,
+    ) -> Result<Wire, HeaderError> {
+        let op = Op::from_number((word32(first, 0) & 0xffff) as u16);
+        let shows = match op {
+            Some(Op::Open | Op::Open2 | Op::Parent) => true,
+            // In v1 an address stands where v2 has the page count. A low address proves nothing.
+            Some(Op::Get) if self == Wire::V2 => {
+                let word = word64(first, 8);
+                word > FRAME_PAGES_MAX && PageSize::KIB_4.divides(word)
+            }
+            Some(Op::Get) => true,
+            _ => false,
+        };
+        match shows && found != self {
+            true => Err(HeaderError::OtherWire { given: self, found }),
+            false => Ok(self),
         }
     }
 }
@@ -190,10 +214,34 @@ pub enum HeaderError {
     /// The bytes are the beginning of a TLS handshake.
     #[error("the peer speaks TLS: both sides must be started with --tls, or neither")]
     Tls,
+    /// The bytes are the beginning of ferry.
+    #[error(
+        "the peer speaks ferry, which this server does not: page-server --forward needs a page-server \
+         that receives dumps (without --lazy-pages, --forward and --forward-lazy), lazy-client --ferry \
+         needs a page-server --forward-lazy"
+    )]
+    Ferry,
+    /// The header is of another layout than the user has said.
+    #[error(
+        "the peer speaks {}, but --wire {} was given: leave --wire out, or give --wire {}",
+        found.name(), given.name(), found.name()
+    )]
+    OtherWire {
+        /// What the user has said.
+        given: Wire,
+        /// What the bytes show.
+        found: Wire,
+    },
 }
 
 /// What the first two bytes of a TLS handshake (record type 22, version 3.x) are as an operation.
 const TLS_HANDSHAKE: u16 = 0x0316;
+
+/// The same of a TLS alert (record type 21), with which a server answers what is no TLS.
+const TLS_ALERT: u16 = 0x0315;
+
+/// What the first two bytes of a ferry frame ("PFRY") are as an operation.
+const FERRY_MAGIC: u16 = u16::from_le_bytes(*b"PF");
 
 impl Header {
     /// Reads a header from `bytes`, which hold at least [`Wire::header_bytes`].
@@ -201,7 +249,8 @@ impl Header {
         let cmd = word32(bytes, 0);
         let (low, high) = ((cmd & 0xffff) as u16, cmd >> 16);
         let op = Op::from_number(low).ok_or(match low {
-            TLS_HANDSHAKE => HeaderError::Tls,
+            TLS_HANDSHAKE | TLS_ALERT => HeaderError::Tls,
+            FERRY_MAGIC => HeaderError::Ferry,
             _ => HeaderError::UnknownOp(low),
         })?;
         let (pages, rest) = match wire {
@@ -348,6 +397,50 @@ mod tests {
         bytes[0] = 0x17;
         let error = Err(HeaderError::UnknownOp(0x0317));
         assert_eq!(Header::decode(Wire::V1, &bytes), error);
+    }
+
+    #[test]
+    fn ferry_is_told_from_an_unknown_operation() {
+        let mut bytes = [0; HEADER_BYTES_MAX];
+        bytes[..4].copy_from_slice(&crate::ferry::frame::MAGIC);
+        for wire in [Wire::V1, Wire::V2] {
+            assert_eq!(Header::decode(wire, &bytes), Err(HeaderError::Ferry));
+        }
+    }
+
+    #[test]
+    fn a_given_layout_is_compared_with_what_comes() {
+        let frames = |wire| {
+            let open = header(Op::Open2, 0, 0, Target::Process(7).dst_id());
+            let get = header(Op::Get, 3, 0x7f00_0000_0000, 7);
+            let close = header(Op::Close, 0, 0, 0);
+            [open, get, close].map(|header| first_bytes(&header, wire))
+        };
+        let check = |given: Wire, first: &[u8; DETECT_BYTES]| {
+            given.check_given(first, Wire::detect_receive(first))
+        };
+        for (given, other) in [(Wire::V1, Wire::V2), (Wire::V2, Wire::V1)] {
+            for first in frames(given) {
+                assert_eq!(check(given, &first), Ok(given));
+            }
+            let [open, get, close] = frames(other);
+            let found = other;
+            for first in [open, get] {
+                let error = check(given, &first).unwrap_err();
+                assert_eq!(error, HeaderError::OtherWire { given, found });
+                assert!(
+                    error
+                        .to_string()
+                        .contains(&format!("--wire {}", given.name()))
+                );
+            }
+            // The end looks the same in both.
+            assert_eq!(check(given, &close), Ok(given));
+        }
+        // Memory below 4 MiB looks like a pid: the user knows better.
+        let low = first_bytes(&header(Op::Get, 1, 0x1_0000, 7), Wire::V2);
+        assert_eq!(Wire::detect_serve(&low), Wire::V1);
+        assert_eq!(check(Wire::V2, &low), Ok(Wire::V2));
     }
 
     #[test]

@@ -182,7 +182,10 @@ impl ReceiveSession {
     /// A session at its first byte. `wire` forces a layout; else the first bytes tell.
     pub fn new(wire: Option<Wire>, page: PageSize) -> ReceiveSession {
         ReceiveSession {
-            deframer: wire.map_or_else(|| Deframer::detecting(Wire::detect_receive), Deframer::new),
+            deframer: match wire {
+                None => Deframer::detecting(Wire::detect_receive),
+                Some(wire) => Deframer::given(wire, Wire::detect_receive),
+            },
             page,
             opened: BTreeSet::new(),
             target: None,

@@ -97,13 +97,19 @@ pub enum RequestError {
 pub struct Requests {
     page: PageSize,
     wire: Option<Wire>,
+    /// The layout is what the user has said, and no request has shown it yet.
+    given: bool,
 }
 
 impl Requests {
     /// A reader at the start of a connection, which speaks `wire` or shows by its first request
     /// what it speaks.
     pub fn new(page: PageSize, wire: Option<Wire>) -> Requests {
-        Requests { page, wire }
+        Requests {
+            page,
+            wire,
+            given: wire.is_some(),
+        }
     }
 
     /// The layout that the client speaks, known from the first request on.
@@ -113,13 +119,13 @@ impl Requests {
 
     /// The request at the front of `bytes` and its length there, or `None` if it is not whole yet.
     pub fn read(&mut self, bytes: &[u8]) -> Result<Option<(Request, usize)>, RequestError> {
-        let wire = match self.wire {
-            Some(wire) => wire,
-            None => match bytes.first_chunk::<DETECT_BYTES>() {
-                Some(first) => *self.wire.insert(Wire::detect_serve(first)),
-                None => return Ok(None),
-            },
+        let wire = match (self.wire, bytes.first_chunk::<DETECT_BYTES>()) {
+            (_, None) => return Ok(None),
+            (Some(wire), Some(_)) if !self.given => wire,
+            (Some(wire), Some(first)) => wire.check_given(first, Wire::detect_receive(first))?,
+            (None, Some(first)) => *self.wire.insert(Wire::detect_serve(first)),
         };
+        self.given = false;
         if bytes.len() < wire.header_bytes() {
             return Ok(None);
         }

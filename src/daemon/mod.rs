@@ -28,6 +28,7 @@ use nix::sys::prctl::set_name;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, setsid};
 
+use crate::engine::transport::parse_host;
 use crate::error::{Error, Kind, Result};
 use crate::sys::process::{fork_single_threaded, inherited_descriptor};
 use log::{Log, VERBOSITY_DEFAULT};
@@ -47,7 +48,7 @@ pub struct CommonArgs {
     pub work_dir: Option<PathBuf>,
 
     /// Address of the page server (IPv4, IPv6 or a name)
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = parse_host)]
     pub address: Option<String>,
 
     /// Port of the page server
@@ -76,6 +77,13 @@ pub struct CommonArgs {
     pub verbosity: u32,
 }
 
+impl CommonArgs {
+    /// The work directory, where files that options name are looked for.
+    pub fn work_dir(&self) -> &Path {
+        self.work_dir.as_ref().unwrap_or(&self.images_dir)
+    }
+}
+
 /// A process in its work directory with its log open.
 #[derive(Debug)]
 pub struct Daemon {
@@ -96,7 +104,7 @@ pub fn run(
     let mut daemon = match Daemon::enter(args, skipped) {
         Ok(daemon) => daemon,
         Err(error) => {
-            eprintln!("Error: {error}");
+            eprintln!("error: {error}");
             return ExitCode::FAILURE;
         }
     };
@@ -105,7 +113,7 @@ pub fn run(
         Err(error) => {
             tracing::error!("{error}");
             if args.log_file.is_some() {
-                eprintln!("Error: {error}");
+                eprintln!("error: {error}");
             }
             ExitCode::FAILURE
         }

@@ -166,6 +166,30 @@ impl fmt::Display for Peer {
     }
 }
 
+/// The host that `--address` names: an address or a name, without a port. An IPv6 address may stand in
+/// brackets.
+pub fn parse_host(text: &str) -> std::result::Result<String, String> {
+    let bracketed = text
+        .strip_prefix('[')
+        .and_then(|host| host.strip_suffix(']'));
+    let host = bracketed.unwrap_or(text);
+    let scope = host.split_once('%').map_or(host, |(address, _)| address);
+    if scope.parse::<std::net::Ipv6Addr>().is_ok() {
+        return Ok(host.to_owned());
+    }
+    if let Ok(Peer::Tcp { host, port }) = Peer::parse(text) {
+        return Err(format!(
+            "it takes no port: give --address {host} --port {port}"
+        ));
+    }
+    if bracketed.is_some() || host.is_empty() || host.contains([':', '/', ' ']) {
+        return Err(format!(
+            "{text:?} is neither an IP address nor the name of a host"
+        ));
+    }
+    Ok(host.to_owned())
+}
+
 impl Peer {
     /// The peer that a command line names: `HOST:PORT`, with an IPv6 address in brackets.
     pub fn parse(text: &str) -> std::result::Result<Peer, String> {
@@ -245,6 +269,21 @@ impl PlainTransport {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_has_no_port() {
+        for host in ["host", "127.0.0.1", "::1", "fe80::1%eth0", "a-b.example"] {
+            assert_eq!(parse_host(host), Ok(host.to_owned()));
+        }
+        assert_eq!(parse_host("[::1]"), Ok("::1".to_owned()));
+        for text in ["host:27000", "127.0.0.1:7", "[::1]:7"] {
+            let error = parse_host(text).unwrap_err();
+            assert!(error.contains("--port"), "{error}");
+        }
+        for text in ["", "host:", "a b", "[host]", "http://host", "1:2:3"] {
+            assert!(parse_host(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn peers_are_written_as_they_are_read() {

@@ -70,16 +70,24 @@ fn check(greeting: Greeting, own: &Hello, roles: &[Role]) -> Result<Hello, Fail>
         ));
     }
     if !roles.contains(&peer.role.opposite()) {
-        return Err(Fail::new(
-            FailCode::Role,
-            format!(
-                "both ends of the connection want the same: one is a {:?}, the other is {roles:?}",
-                peer.role
-            ),
-        ));
+        return Err(Fail::new(FailCode::Role, both_are(peer.role)));
     }
     let features = peer.features.common(own.features);
     Ok(Hello { features, ..peer })
+}
+
+/// Why two ends do not fit together when both are of `role`, for the logs of both.
+fn both_are(role: Role) -> &'static str {
+    match role {
+        Role::Receiver | Role::Requester => {
+            "the server receives dumps and has no lazy pages to send: lazy-client --ferry needs a page-server \
+             that was started with --forward-lazy"
+        }
+        Role::Sender | Role::Responder => {
+            "the server sends the pages of a lazy dump and receives no dumps: page-server --forward needs a \
+             page-server that was started without --forward-lazy, --forward and --lazy-pages"
+        }
+    }
 }
 
 #[cfg(test)]

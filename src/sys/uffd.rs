@@ -143,6 +143,25 @@ impl AsFd for Uffd {
     }
 }
 
+/// Whether this process may have what `criu restore --lazy-pages` makes: a userfaultfd that tells of
+/// faults in the kernel, and of forks.
+pub fn check_permitted() -> io::Result<()> {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    // SAFETY: the call takes no pointer.
+    let made = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+    let number = i32::try_from(Errno::result(made)?).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor, and nobody else knows its number.
+    let uffd = unsafe { OwnedFd::from_raw_fd(number) };
+    let mut call = Api {
+        api: UFFD_API,
+        features: FEATURE_EVENT_FORK,
+        ioctls: 0,
+    };
+    // SAFETY: `call` is a valid uffdio_api and outlives the call.
+    unsafe { calls::api(uffd.as_raw_fd(), &raw mut call) }?;
+    Ok(())
+}
+
 impl Uffd {
     /// Reads up to [`MESSAGES_MAX`] messages into the empty `room`; `seen` gets them in order. Returns how
     /// many there were; 0 if there is nothing to read now.
@@ -298,6 +317,19 @@ impl RawMessage {
     }
 }
 
+/// UFFD_API, the version of the interface.
+const UFFD_API: u64 = 0xAA;
+
+/// UFFD_FEATURE_EVENT_FORK.
+const FEATURE_EVENT_FORK: u64 = 1 << 1;
+
+#[repr(C)]
+struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
 #[repr(C)]
 struct Range {
     start: u64,
@@ -336,16 +368,18 @@ impl RangeCall {
 
 mod calls {
     #![allow(missing_docs)]
-    use super::{Copy, Range, RangeCall};
+    use super::{Api, Copy, Range, RangeCall};
 
     nix::ioctl_read!(wake, 0xAA, 0x02, Range);
     nix::ioctl_readwrite!(copy, 0xAA, 0x03, Copy);
     nix::ioctl_readwrite!(zeropage, 0xAA, 0x04, RangeCall);
+    nix::ioctl_readwrite!(api, 0xAA, 0x3F, Api);
     nix::ioctl_readwrite!(poison, 0xAA, 0x08, RangeCall);
 }
 
 const _: () = assert!(size_of::<RawMessage>() == 8 * MESSAGE_WORDS);
 const _: () = assert!(size_of::<Room>() == size_of::<RawMessage>() * MESSAGES_MAX);
+const _: () = assert!(size_of::<Api>() == 24);
 const _: () = assert!(size_of::<Range>() == 16);
 const _: () = assert!(size_of::<Copy>() == 40);
 const _: () = assert!(size_of::<RangeCall>() == 32);

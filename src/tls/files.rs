@@ -29,13 +29,21 @@ pub(super) struct Identity {
 struct File {
     path: PathBuf,
     option: &'static str,
+    /// What should be in it.
+    holds: &'static str,
 }
 
 impl File {
-    fn new(given: Option<&PathBuf>, default: &str, option: &'static str) -> File {
+    fn new(
+        given: Option<&PathBuf>,
+        default: &str,
+        option: &'static str,
+        holds: &'static str,
+    ) -> File {
         File {
             path: given.map_or_else(|| PathBuf::from(default), PathBuf::clone),
             option,
+            holds,
         }
     }
 
@@ -53,21 +61,53 @@ impl File {
     /// All items of one sort in the file, at least one.
     fn read_all<T: PemObject>(&self) -> Result<Vec<T>> {
         let items = T::pem_file_iter(&self.path).and_then(Iterator::collect);
-        let items: Vec<T> = items.map_err(|error| self.unusable(error))?;
+        let items: Vec<T> = items.map_err(|error| self.unreadable(error))?;
         if items.is_empty() {
-            return Err(self.unusable(pem::Error::NoItemsFound));
+            return Err(self.unusable(self.holds_something_else()));
         }
         Ok(items)
+    }
+
+    /// The error for a file that is no PEM file, or not the expected one.
+    fn unreadable(&self, error: pem::Error) -> Error {
+        match error {
+            pem::Error::NoItemsFound => self.unusable(self.holds_something_else()),
+            pem::Error::Io(error) => self.unusable(error),
+            error => self.unusable(format!("it is no valid PEM file: {error:?}")),
+        }
+    }
+
+    /// What the file holds instead of what the option names.
+    fn holds_something_else(&self) -> String {
+        let wanted = self.holds;
+        let text = std::fs::read(&self.path).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let mut kinds: Vec<&str> = text
+            .lines()
+            .filter_map(|line| {
+                line.trim()
+                    .strip_prefix("-----BEGIN ")?
+                    .strip_suffix("-----")
+            })
+            .collect();
+        kinds.dedup();
+        match kinds.is_empty() {
+            true if text.trim().is_empty() => {
+                format!("it is empty; it should hold {wanted} in PEM form")
+            }
+            true => format!("it holds nothing in PEM form; it should hold {wanted}"),
+            false => format!("it holds {}, not {wanted}", kinds.join(", ")),
+        }
     }
 }
 
 /// This host's certificate chain and key.
 pub(super) fn identity(args: &TlsArgs, provider: &CryptoProvider) -> Result<Identity> {
-    let cert = File::new(args.tls_cert.as_ref(), CERT, "--tls-cert");
-    let key = File::new(args.tls_key.as_ref(), KEY, "--tls-key");
+    let cert = File::new(args.tls_cert.as_ref(), CERT, "--tls-cert", "a certificate");
+    let key = File::new(args.tls_key.as_ref(), KEY, "--tls-key", "a private key");
     let chain: Vec<CertificateDer<'static>> = cert.read_all()?;
     let description = Whose(&chain[0]).to_string();
-    let private = PrivateKeyDer::from_pem_file(&key.path).map_err(|error| key.unusable(error))?;
+    let private = PrivateKeyDer::from_pem_file(&key.path).map_err(|error| key.unreadable(error))?;
     let key = CertifiedKey::from_der(chain, private, provider).map_err(|error| {
         let cert = cert.path.display();
         key.unusable(error).within(format!("as the key of {cert}"))
@@ -77,7 +117,12 @@ pub(super) fn identity(args: &TlsArgs, provider: &CryptoProvider) -> Result<Iden
 
 /// The authorities that are trusted.
 pub(super) fn anchors(args: &TlsArgs) -> Result<Vec<TrustAnchor<'static>>> {
-    let file = File::new(args.tls_cacert.as_ref(), CACERT, "--tls-cacert");
+    let file = File::new(
+        args.tls_cacert.as_ref(),
+        CACERT,
+        "--tls-cacert",
+        "certificates",
+    );
     let certificates: Vec<CertificateDer<'static>> = file.read_all()?;
     let anchor =
         |certificate| anchor_from_trusted_cert(certificate).map(|anchor| anchor.to_owned());
@@ -93,7 +138,12 @@ pub(super) fn revocations(args: &TlsArgs) -> Result<Vec<CertRevocationList<'stat
     if args.tls_cacrl.is_none() && !Path::new(CACRL).exists() {
         return Ok(Vec::new());
     }
-    let file = File::new(args.tls_cacrl.as_ref(), CACRL, "--tls-cacrl");
+    let file = File::new(
+        args.tls_cacrl.as_ref(),
+        CACRL,
+        "--tls-cacrl",
+        "revocation lists",
+    );
     let lists: Vec<CertificateRevocationListDer<'static>> = file.read_all()?;
     let parse = |list: &CertificateRevocationListDer<'_>| {
         OwnedCertRevocationList::from_der(list).map(CertRevocationList::from)

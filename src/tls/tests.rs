@@ -368,3 +368,69 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_file_of_another_kind_is_named_with_what_it_holds() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::new(dir.path(), "ca").unwrap();
+    let issued = authority.issue(&Host::LOOPBACK).unwrap();
+    let good = args(&issued);
+    let text = dir.path().join("text");
+    std::fs::write(&text, "no certificate\n").unwrap();
+    let empty = dir.path().join("empty");
+    std::fs::write(&empty, "").unwrap();
+    let swapped = [
+        (
+            TlsArgs {
+                tls_cert: Some(issued.key.clone()),
+                ..good.clone()
+            },
+            "--tls-cert",
+            "PRIVATE KEY",
+        ),
+        (
+            TlsArgs {
+                tls_key: Some(issued.cert.clone()),
+                ..good.clone()
+            },
+            "--tls-key",
+            "CERTIFICATE",
+        ),
+        (
+            TlsArgs {
+                tls_cacert: Some(issued.key.clone()),
+                ..good.clone()
+            },
+            "--tls-cacert",
+            "PRIVATE KEY",
+        ),
+        (
+            TlsArgs {
+                tls_cacrl: Some(issued.cert.clone()),
+                ..good.clone()
+            },
+            "--tls-cacrl",
+            "CERTIFICATE",
+        ),
+        (
+            TlsArgs {
+                tls_cert: Some(text),
+                ..good.clone()
+            },
+            "--tls-cert",
+            "nothing in PEM form",
+        ),
+        (
+            TlsArgs {
+                tls_cacert: Some(empty),
+                ..good
+            },
+            "--tls-cacert",
+            "is empty",
+        ),
+    ];
+    for (args, option, holds) in swapped {
+        let error = Tls::load(&args).unwrap_err().to_string();
+        assert!(error.contains(option) && error.contains(holds), "{error}");
+    }
+}

@@ -55,7 +55,7 @@ use crate::lazy::batched_wakeup::BatchedWakeup;
 use crate::lazy::planner::{Planner, SpaceId};
 use crate::lazy::window::RateLimit;
 use crate::sys::process::page_size;
-use crate::sys::uffd::{Room, Uffd};
+use crate::sys::uffd::{Room, Uffd, check_permitted};
 use crate::tls::Tls;
 use crate::units::Vaddr;
 use intake::{Intake, IntakeEvent};
@@ -415,9 +415,7 @@ impl Restore {
                 IntakeEvent::End => {
                     self.intake_done = true;
                     if !self.finished {
-                        let text =
-                            "the restore failed before it was finished: its own log says why";
-                        return Err(Error::new(Kind::PeerLost, text));
+                        return Err(self.restore_failed());
                     }
                     return Ok(());
                 }
@@ -432,6 +430,20 @@ impl Restore {
             )?;
         }
         Ok(())
+    }
+
+    /// The restore has hung up too early. Where no process came and this one may not have a userfaultfd
+    /// either, that is the likely reason.
+    fn restore_failed(&self) -> Error {
+        let text = "the restore failed before it was finished: its own log says why";
+        match check_permitted() {
+            Err(error) if self.planner.total_pages() == 0 => {
+                let hint = "userfaultfd is refused here, which a lazy restore needs (CAP_SYS_PTRACE, a \
+                            kernel with CONFIG_USERFAULTFD, a seccomp profile that allows it)";
+                Error::wrap(Kind::PeerLost, format!("{text}; {hint}"), error)
+            }
+            _ => Error::new(Kind::PeerLost, text),
+        }
     }
 
     fn add_process(&mut self, pid: u32, uffd: Uffd) -> Result<SpaceId> {

@@ -136,10 +136,14 @@ impl Restore {
         let never_spoke = self.links.bytes_received() == 0;
         let what = if never_spoke {
             format!(
-                "the source at {peer} hung up without sending a page: is it a page server that receives (without --lazy-pages)?"
+                "the source at {peer} hung up without sending a page: its dump has failed or was killed (its \
+                 log says why), or it is a page server that receives (without --lazy-pages)"
             )
         } else {
-            format!("the source at {peer} hung up before all pages came")
+            format!(
+                "the source at {peer} hung up before all pages came: it has failed or was killed (its log \
+                 says why), or the network broke"
+            )
         };
         let error = match cause {
             Some(cause) => Error::wrap(Kind::PeerLost, what, cause),

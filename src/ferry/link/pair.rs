@@ -3,6 +3,8 @@
 use crate::ferry::frame::{FrameError, Kind};
 use crate::ferry::hello::{Fail, FailCode, Features, Greeting, Hello, Role, VERSION};
 
+use super::both_are;
+
 /// The connecting side of a post-copy's session.
 #[derive(Clone, Debug)]
 pub struct PairDialer {
@@ -75,7 +77,7 @@ impl PairDialer {
                 refused(FailCode::Version, text)
             }
             Greeting::Hello(peer) if peer.role != role.opposite() => {
-                refused(FailCode::Role, format!("it is a {:?}", peer.role))
+                refused(FailCode::Role, both_are(role).to_owned())
             }
             Greeting::Hello(peer) if peer.session != self.hello.session => {
                 let text = "the welcome is for another session".to_owned();
