@@ -16,7 +16,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::sys::uio::pwritev;
 
-use super::writer::Cargo;
+use super::writer::WriteJob;
 use crate::error::Result;
 use crate::image::writer::PagesPart;
 use crate::limits::WRITE_RANGES_MAX;
@@ -103,7 +103,7 @@ pub struct Batch {
     pub plan: Plan,
 }
 
-impl Cargo for Batch {
+impl WriteJob for Batch {
     fn write(&mut self) -> Result<()> {
         for run in self.plan.runs() {
             let ranges = self.plan.ranges(run).iter();

@@ -11,7 +11,7 @@ use std::ops::Range;
 use super::batch::{Batch, Plan};
 use super::driver::{Completion, Driver, Link, Operation, Writes};
 use super::splice_path::{Pipe, SpliceWrite};
-use super::writer::{Cargo, Writer};
+use super::writer::{WriteJob, Writer};
 use crate::error::{Error, Kind, Result};
 use crate::image::writer::Destination;
 use crate::limits::{RECEIVE_BUFFER_BYTES, RECEIVE_BUFFERS_MAX, RECEIVE_PIPES_MAX};

@@ -15,7 +15,7 @@ use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 use nix::unistd::pipe2;
 
 use super::driver::Link;
-use super::writer::Cargo;
+use super::writer::WriteJob;
 use crate::error::Result;
 use crate::image::writer::Destination;
 use crate::limits::{RECEIVE_PIPE_BYTES, RECEIVE_PIPE_BYTES_MIN};
@@ -92,7 +92,7 @@ impl SpliceWrite {
     }
 }
 
-impl Cargo for SpliceWrite {
+impl WriteJob for SpliceWrite {
     fn write(&mut self) -> Result<()> {
         while self.bytes > 0 {
             let part = &self.to.part;

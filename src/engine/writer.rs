@@ -1,8 +1,8 @@
 //! A thread that writes what it is handed while its owner goes on.
 //!
 //! ```text
-//! owner   --cargo-->   writer thread: Cargo::write
-//!         <--cargo--
+//! owner   --job-->     writer thread: WriteJob::write
+//!         <--job--
 //! ```
 //!
 //! What was written comes back in its order, to be used again. Behind a failure nothing is written.
@@ -14,43 +14,43 @@ use std::thread::JoinHandle;
 use crate::error::{Error, Kind, Result};
 
 /// Something with its place in the files.
-pub(super) trait Cargo: fmt::Debug + Send + 'static {
+pub(super) trait WriteJob: fmt::Debug + Send + 'static {
     /// Writes all of it with plain calls. The error names the file.
     fn write(&mut self) -> Result<()>;
 }
 
 /// The thread, seen from its owner's.
 #[derive(Debug)]
-pub(super) struct Writer<C: Cargo> {
+pub(super) struct Writer<C: WriteJob> {
     /// `None` when the thread is to end.
-    cargo: Option<Sender<C>>,
+    job: Option<Sender<C>>,
     /// What was written.
     results: Receiver<Result<C>>,
     in_flight: usize,
     thread: Option<JoinHandle<()>>,
 }
 
-impl<C: Cargo> Writer<C> {
+impl<C: WriteJob> Writer<C> {
     /// Starts the thread, which calls `written` after each result.
     pub(super) fn start(written: impl Fn() + Send + 'static) -> Result<Writer<C>> {
-        let (cargo, inbox) = channel();
+        let (job, inbox) = channel();
         let (outbox, results) = channel();
         let thread = std::thread::Builder::new()
             .name("writer".to_owned())
             .spawn(move || write_all(&inbox, &outbox, &written))
             .map_err(|error| Error::wrap(Kind::Io, "cannot start the writer thread", error))?;
         Ok(Writer {
-            cargo: Some(cargo),
+            job: Some(job),
             results,
             in_flight: 0,
             thread: Some(thread),
         })
     }
 
-    /// Hands `cargo` to the thread.
-    pub(super) fn submit(&mut self, cargo: C) -> Result<()> {
+    /// Hands `job` to the thread.
+    pub(super) fn submit(&mut self, job: C) -> Result<()> {
         self.in_flight += 1;
-        let sent = self.cargo.as_ref().map(|outlet| outlet.send(cargo));
+        let sent = self.job.as_ref().map(|outlet| outlet.send(job));
         match sent {
             Some(Ok(())) => Ok(()),
             // The thread ends by itself only behind an error.
@@ -86,9 +86,9 @@ impl<C: Cargo> Writer<C> {
     }
 }
 
-impl<C: Cargo> Drop for Writer<C> {
+impl<C: WriteJob> Drop for Writer<C> {
     fn drop(&mut self) {
-        self.cargo = None;
+        self.job = None;
         if let Some(thread) = self.thread.take() {
             // A panic of the writer has been told by the panic hook.
             let _ = thread.join();
@@ -101,11 +101,11 @@ fn gone() -> Error {
 }
 
 /// The thread: writes what it gets in its order until there is no more, or a write fails.
-fn write_all<C: Cargo>(inbox: &Receiver<C>, results: &Sender<Result<C>>, written: &impl Fn()) {
-    for mut cargo in inbox {
-        let done = cargo.write();
+fn write_all<C: WriteJob>(inbox: &Receiver<C>, results: &Sender<Result<C>>, written: &impl Fn()) {
+    for mut job in inbox {
+        let done = job.write();
         let failed = done.is_err();
-        let told = results.send(done.map(|()| cargo)).is_ok();
+        let told = results.send(done.map(|()| job)).is_ok();
         written();
         if failed || !told {
             return;

@@ -13,7 +13,7 @@
 //!                     unpack       acknowledge
 //! ```
 //!
-//! In a post-copy `fetcher` is the end that takes: pushed pages, and questions and their answers.
+//! In a post-copy `postcopy_receiver` is the end that takes: pushed pages, and questions and their answers.
 //!
 //! The layout of every byte is drawn in docs/ferry.md.
 //!
@@ -23,7 +23,6 @@
 pub mod batch;
 pub mod delta;
 pub mod encode;
-pub mod fetcher;
 mod fields;
 pub mod frame;
 pub mod gather;
@@ -32,6 +31,7 @@ pub mod hello;
 pub mod level_control;
 pub mod link;
 pub mod message;
+pub mod postcopy_receiver;
 mod probe;
 pub mod push_planner;
 pub mod receiver;

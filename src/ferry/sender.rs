@@ -93,7 +93,7 @@ struct Outstanding {
 
 /// A question for the hashes of a target, until all of them have come.
 #[derive(Clone, Copy, Debug)]
-struct Inquiry {
+struct HashRequest {
     from: Vaddr,
     carrier: Option<u16>,
 }
@@ -111,7 +111,7 @@ pub struct Sender {
     /// No frame below this number waits for a connection.
     waiting_from: u64,
     question: Option<u64>,
-    inquiries: BTreeMap<Target, Inquiry>,
+    hash_requests: BTreeMap<Target, HashRequest>,
     ending: Option<Transmit>,
 }
 
@@ -130,7 +130,7 @@ impl Sender {
             safe: 0,
             waiting_from: 1,
             question: None,
-            inquiries: BTreeMap::new(),
+            hash_requests: BTreeMap::new(),
             ending: None,
         }
     }
@@ -174,7 +174,7 @@ impl Sender {
     /// Whether the receiver has something to say: an acknowledgement, an answer, hashes.
     pub fn awaits_word(&self) -> bool {
         !self.is_settled()
-            || !self.inquiries.is_empty()
+            || !self.hash_requests.is_empty()
             || self.streams.contains(&StreamState::Welcomed)
     }
 
@@ -186,12 +186,13 @@ impl Sender {
     /// Asks for the receiver's hashes of `target`, all from the start.
     pub fn ask_hashes(&mut self, target: Target) {
         let (from, carrier) = (Vaddr(0), None);
-        self.inquiries.insert(target, Inquiry { from, carrier });
+        self.hash_requests
+            .insert(target, HashRequest { from, carrier });
     }
 
     /// Below which address all hashes of `target` are known, if more were asked for.
     pub fn hashes_known_below(&self, target: Target) -> Option<Vaddr> {
-        self.inquiries.get(&target).map(|inquiry| inquiry.from)
+        self.hash_requests.get(&target).map(|request| request.from)
     }
 
     /// The session is over and well: says BYE on every connection, and nothing else.
@@ -226,9 +227,9 @@ impl Sender {
                 self.waiting_from = self.waiting_from.min(number);
             }
         }
-        for inquiry in self.inquiries.values_mut() {
-            if inquiry.carrier == Some(stream) {
-                inquiry.carrier = None;
+        for request in self.hash_requests.values_mut() {
+            if request.carrier == Some(stream) {
+                request.carrier = None;
             }
         }
     }
@@ -246,12 +247,14 @@ impl Sender {
         if *state != StreamState::Ready {
             return None;
         }
-        let mut inquiries = self.inquiries.iter_mut();
-        if let Some((target, inquiry)) = inquiries.find(|(_, inquiry)| inquiry.carrier.is_none()) {
-            inquiry.carrier = Some(stream);
+        let mut hash_requests = self.hash_requests.iter_mut();
+        if let Some((target, request)) =
+            hash_requests.find(|(_, request)| request.carrier.is_none())
+        {
+            request.carrier = Some(stream);
             return Some(Transmit::WantHashes(WantHashes {
                 target: *target,
-                from: inquiry.from,
+                from: request.from,
             }));
         }
         let last = self.last();
@@ -324,13 +327,13 @@ impl Sender {
 
     fn handle_hashes<'b>(&mut self, hashes: Hashes<'b>) -> Result<SenderEvent<'b>, SessionError> {
         let unasked = SessionError::UnaskedHashes(hashes.target);
-        let inquiry = self.inquiries.get_mut(&hashes.target).ok_or(unasked)?;
-        if hashes.start().is_some_and(|start| start < inquiry.from) {
+        let request = self.hash_requests.get_mut(&hashes.target).ok_or(unasked)?;
+        if hashes.start().is_some_and(|start| start < request.from) {
             return Err(unasked);
         }
-        inquiry.from = hashes.end().unwrap_or(inquiry.from);
+        request.from = hashes.end().unwrap_or(request.from);
         if hashes.last {
-            self.inquiries.remove(&hashes.target);
+            self.hash_requests.remove(&hashes.target);
         }
         Ok(SenderEvent::Hashes(hashes))
     }

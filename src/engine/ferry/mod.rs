@@ -16,13 +16,13 @@
 //! checked and written outside of it.
 
 mod base;
+mod batch_applier;
 mod buffer_pool;
 mod conn;
 mod connection_loop;
 mod fault_responder;
-pub(super) mod fetching;
-mod intake;
 pub(super) mod packer;
+pub(super) mod postcopy_client;
 pub(super) mod postcopy_listener;
 pub mod precopy_listener;
 mod receiver_session;

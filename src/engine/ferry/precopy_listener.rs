@@ -13,10 +13,10 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::batch_applier::{Bases, BatchApplier};
 use super::buffer_pool::BufferPool;
 use super::conn::{Conn, ConnError};
 use super::connection_loop::{self, Waker};
-use super::intake::{Bases, Intake};
 use super::receiver_session::ReceiverSession;
 use super::session_dialer::{ChangeNotifier, first_frame};
 use super::{WINDOW, lock, random_bits};
@@ -213,13 +213,13 @@ impl<'a> PrecopyListener<'a> {
     ) -> Result<()> {
         let Session {
             receiving,
-            intake,
+            applier,
             store,
             hello,
         } = session;
         let result = thread::scope(|scope| {
             let applier = scope.spawn(|| {
-                let images = receiving.apply_all(intake, counters);
+                let images = receiving.apply_all(applier, counters);
                 if images.is_ok() {
                     receiving.wait_for_goodbye();
                 }
@@ -322,7 +322,7 @@ impl<'a> PrecopyListener<'a> {
 /// A session that is about to begin.
 struct Session {
     receiving: Arc<ReceiverSession>,
-    intake: Intake,
+    applier: BatchApplier,
     store: SessionStore,
     hello: Hello,
 }
@@ -336,10 +336,10 @@ impl Session {
         let parent_state = StateId(random_bits()?);
         let compresses = port.context.ingest.compress;
         let hasher = port.hasher.clone();
-        let intake = Intake::new(&store.store, hasher, parent_state, bases, compresses);
+        let applier = BatchApplier::new(&store.store, hasher, parent_state, bases, compresses);
         Ok(Session {
             receiving: Arc::new(receiving),
-            intake,
+            applier,
             store,
             hello,
         })

@@ -14,10 +14,10 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::base::Base;
+use super::batch_applier::{Bases, BatchApplier};
 use super::buffer_pool::BufferPool;
 use super::conn::Frame;
 use super::connection_loop::{ConnectionHandler, Heard, Waker, is_replaced};
-use super::intake::{Bases, Intake};
 use super::{GOODBYE, lock};
 use crate::engine::counters::SessionCounters;
 use crate::error::{self, Error, Result};
@@ -98,22 +98,22 @@ impl ReceiverSession {
         }
     }
 
-    /// Applies frames to `intake` as their turn comes, until the images are complete. Fails if
+    /// Applies frames to `applier` as their turn comes, until the images are complete. Fails if
     /// the session fails before; the sender has been told then, if it could be reached.
     pub(super) fn apply_all(
         &self,
-        mut intake: Intake,
+        mut applier: BatchApplier,
         counters: &mut SessionCounters<'_>,
     ) -> Result<CommittedImages> {
         let outcome = loop {
             let frame = self.next_frame()?;
             counters.came((HEADER_BYTES + frame.body.len()) as u64);
             if frame.kind == Kind::Close {
-                let images = self.close(&frame, intake);
+                let images = self.close(&frame, applier);
                 counters.answered();
                 break images;
             }
-            if let Err(error) = self.apply(&frame, &mut intake, counters) {
+            if let Err(error) = self.apply(&frame, &mut applier, counters) {
                 break Err(error);
             }
             self.pool.give(frame.body);
@@ -196,16 +196,16 @@ impl ReceiverSession {
     fn apply(
         &self,
         frame: &Frame,
-        intake: &mut Intake,
+        applier: &mut BatchApplier,
         counters: &mut SessionCounters<'_>,
     ) -> Result<()> {
         let answer = match self.read(frame)? {
             Message::Pages(batch) => {
-                intake.store(&batch, &frame.body, counters)?;
+                applier.store(&batch, &frame.body, counters)?;
                 None
             }
             Message::Open(open) => {
-                let (has_parent, state) = intake.open(open)?;
+                let (has_parent, state) = applier.open(open)?;
                 counters.opened(open.wire);
                 Some((i32::from(has_parent), state))
             }
@@ -215,9 +215,9 @@ impl ReceiverSession {
         Ok(())
     }
 
-    fn close(&self, frame: &Frame, intake: Intake) -> Result<CommittedImages> {
+    fn close(&self, frame: &Frame, applier: BatchApplier) -> Result<CommittedImages> {
         self.read(frame)?;
-        let images = intake.commit()?;
+        let images = applier.commit()?;
         self.applied(frame.number, Some((0, StateId::NONE)));
         Ok(images)
     }

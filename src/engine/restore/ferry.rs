@@ -16,7 +16,9 @@ use nix::sys::epoll::EpollFlags;
 
 use super::{Restore, Token, rewatch, watch};
 use crate::criu::header::Target;
-use crate::engine::ferry::fetching::{Delivery, Event, FerryDialer, Fetching, Part, Trouble};
+use crate::engine::ferry::postcopy_client::{
+    Delivery, Event, FerryDialer, Part, PostcopyClient, Trouble,
+};
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::{Chain, Missing};
 use crate::lazy::planner::{Planner, Request, Way};
@@ -43,7 +45,7 @@ const LOOK_AGAIN_MS: u16 = 100;
 #[derive(Debug)]
 pub(super) struct Ferry {
     pub(super) dialer: FerryDialer,
-    pub(super) fetching: Fetching<Request>,
+    pub(super) client: PostcopyClient<Request>,
     /// Which of the two sockets is polled for room.
     awaits_room: [bool; 2],
 }
@@ -52,14 +54,14 @@ impl Ferry {
     /// A new session, not connected yet.
     pub(super) fn new(dialer: FerryDialer) -> Ferry {
         Ferry {
-            fetching: dialer.session(),
+            client: dialer.session(),
             dialer,
             awaits_room: [false; 2],
         }
     }
 
     pub(super) fn connect(&mut self) -> Result<()> {
-        self.fetching.attach(self.dialer.dial()?);
+        self.client.attach(self.dialer.dial()?);
         Ok(())
     }
 }
@@ -85,8 +87,8 @@ fn way_of(part: &Part, class: Class) -> Way {
 }
 
 impl Restore {
-    fn fetching(&mut self) -> Option<&mut Fetching<Request>> {
-        self.links.ferry.as_mut().map(|ferry| &mut ferry.fetching)
+    fn client(&mut self) -> Option<&mut PostcopyClient<Request>> {
+        self.links.ferry.as_mut().map(|ferry| &mut ferry.client)
     }
 
     /// The pages `missing` of `pid` that are with the source may be in images of an earlier round too.
@@ -101,7 +103,7 @@ impl Restore {
             return Ok(());
         }
         let chain = Chain::open(earlier, target, Missing::Leave)?;
-        ferry.fetching.build_on(pid, chain, missing.to_vec());
+        ferry.client.build_on(pid, chain, missing.to_vec());
         Ok(())
     }
 
@@ -113,7 +115,7 @@ impl Restore {
             .links
             .ferry
             .as_ref()
-            .and_then(|ferry| ferry.fetching.sockets());
+            .and_then(|ferry| ferry.client.sockets());
         let tokens = [Token::StreamLink, Token::FaultLink];
         for (socket, token) in sockets.into_iter().flatten().zip(tokens) {
             watch(&self.poll, &socket, EpollFlags::EPOLLIN, token as u64)?;
@@ -129,7 +131,7 @@ impl Restore {
     /// Asks for what faults need, then for what the push has left out.
     pub(super) fn ask_ferry_for_all(&mut self) -> Result<()> {
         self.ask_ferry_for_faults()?;
-        let closed = self.fetching().is_some_and(|fetching| fetching.is_closed());
+        let closed = self.client().is_some_and(|client| client.is_closed());
         if !closed || self.config.on_demand || self.is_throttled() {
             return Ok(());
         }
@@ -156,9 +158,7 @@ impl Restore {
 
     /// Whether the next hashes may be counted and told now.
     pub(super) fn owes_hashes(&mut self) -> bool {
-        self.fetching()
-            .is_some_and(|fetching| fetching.may_tell_hashes())
-            && !self.is_throttled()
+        self.client().is_some_and(|client| client.may_tell_hashes()) && !self.is_throttled()
     }
 
     /// Asks for what `next` names, as long as no more than `most_pages` are asked for. Says for how many
@@ -171,14 +171,14 @@ impl Restore {
         let Some(ferry) = &mut self.links.ferry else {
             return Ok(0);
         };
-        let fetching = &mut ferry.fetching;
+        let client = &mut ferry.client;
         let mut asked = 0;
-        while fetching.is_attached()
-            && fetching.questions() < QUESTIONS_MAX
-            && fetching.asked_pages() < most_pages
+        while client.is_attached()
+            && client.questions() < QUESTIONS_MAX
+            && client.asked_pages() < most_pages
             && let Some(request) = next(&mut self.planner)
         {
-            fetching.ask(request.pid, request.image, request);
+            client.ask(request.pid, request.image, request);
             asked += request.image.bytes();
         }
         if asked > 0 {
@@ -188,10 +188,10 @@ impl Restore {
     }
 
     fn flush_ferry(&mut self) -> Result<()> {
-        let Some(fetching) = self.fetching() else {
+        let Some(client) = self.client() else {
             return Ok(());
         };
-        match fetching.flush() {
+        match client.flush() {
             Ok(left) => self.watch_for_room(left),
             Err(error) => self.source_lost(Error::wrap(
                 Kind::PeerLost,
@@ -211,7 +211,7 @@ impl Restore {
         };
         let before = std::mem::replace(&mut ferry.awaits_room, left);
         let tokens = [Token::StreamLink, Token::FaultLink];
-        let sockets = ferry.fetching.sockets().into_iter().flatten().zip(tokens);
+        let sockets = ferry.client.sockets().into_iter().flatten().zip(tokens);
         for ((socket, token), (before, left)) in sockets.zip(before.into_iter().zip(left)) {
             if before != left {
                 let mut flags = EpollFlags::EPOLLIN;
@@ -225,13 +225,13 @@ impl Restore {
     /// Takes and installs the next thing that the source sent.
     pub(super) fn pump_ferry(&mut self) -> Result<()> {
         let finished = self.finished;
-        let Some(fetching) = self.fetching() else {
+        let Some(client) = self.client() else {
             return Ok(());
         };
         if finished {
-            fetching.may_install();
+            client.may_install();
         }
-        match fetching.next() {
+        match client.next() {
             Ok(None) => {}
             Ok(Some(event)) => {
                 self.links.down_since = None;
@@ -245,12 +245,12 @@ impl Restore {
             Err(Trouble::Over(error)) => return Err(error),
         }
         if self.owes_hashes() {
-            let told = self.fetching().map_or(0, Fetching::tell_hashes);
+            let told = self.client().map_or(0, PostcopyClient::tell_hashes);
             self.spend(told);
         }
         let now_us = self.clock.now_us();
         if let (Some(ferry), Some(limit)) = (&mut self.links.ferry, &mut self.limit) {
-            ferry.fetching.acknowledge(limit, now_us);
+            ferry.client.acknowledge(limit, now_us);
         }
         self.flush_ferry()
     }
@@ -260,8 +260,8 @@ impl Restore {
             Event::Other | Event::Bye => Ok(()),
             Event::Pushed(delivery) => {
                 self.install_pushed(&delivery)?;
-                if let Some(fetching) = self.fetching() {
-                    fetching.settle(delivery.plain);
+                if let Some(client) = self.client() {
+                    client.settle(delivery.plain);
                 }
                 Ok(())
             }
@@ -302,8 +302,8 @@ impl Restore {
 
     /// Tells a source that pushes that this restore has failed: it need not wait for us.
     pub(super) fn fail_ferry(&mut self, why: &Error) {
-        if let Some(fetching) = self.fetching() {
-            fetching.fail(&why.to_string());
+        if let Some(client) = self.client() {
+            client.fail(&why.to_string());
         }
     }
 
@@ -332,11 +332,11 @@ impl Restore {
         let Some(ferry) = &mut self.links.ferry else {
             return Ok(());
         };
-        ferry.fetching.detach();
+        ferry.client.detach();
         loop {
             match ferry.dialer.dial() {
                 Ok(pair) => {
-                    ferry.fetching.attach(pair);
+                    ferry.client.attach(pair);
                     return Ok(());
                 }
                 Err(error) if error.kind() == Kind::Protocol || Instant::now() >= deadline => {
@@ -348,21 +348,21 @@ impl Restore {
     }
 
     fn await_bye(&mut self, deadline: Instant) -> std::result::Result<(), Trouble> {
-        let Some(fetching) = self.fetching() else {
+        let Some(client) = self.client() else {
             return Ok(());
         };
-        fetching.may_install();
-        fetching.taken();
+        client.may_install();
+        client.taken();
         loop {
-            fetching.tell_hashes();
-            let left = fetching.flush()?;
-            match fetching.next()? {
+            client.tell_hashes();
+            let left = client.flush()?;
+            match client.next()? {
                 Some(Event::Bye) => {
-                    fetching.leave();
+                    client.leave();
                     return Ok(());
                 }
                 // What is still pushed is not wanted any more.
-                Some(Event::Pushed(delivery)) => fetching.settle(delivery.plain),
+                Some(Event::Pushed(delivery)) => client.settle(delivery.plain),
                 Some(Event::Answer(..) | Event::Other) => {}
                 None if Instant::now() >= deadline => {
                     let text = "it does not answer";
@@ -373,7 +373,7 @@ impl Restore {
                         true => PollFlags::POLLIN | PollFlags::POLLOUT,
                         false => PollFlags::POLLIN,
                     };
-                    let sockets = fetching.sockets().into_iter().flatten().zip(left);
+                    let sockets = client.sockets().into_iter().flatten().zip(left);
                     let mut fds: Vec<PollFd<'_>> = sockets
                         .map(|(socket, left)| PollFd::new(socket, events(left)))
                         .collect();

@@ -22,7 +22,7 @@ use super::source_dialer::{Pair, SourceDialer, Which};
 use super::{Restore, RestoreConfig, Token, rewatch, watch};
 use crate::criu::fetch::Step;
 use crate::criu::header::Wire;
-use crate::engine::ferry::fetching::{FerryDialer, Pushed};
+use crate::engine::ferry::postcopy_client::{FerryDialer, Pushed};
 use crate::error::{Error, Kind, Result};
 use crate::lazy::pattern::block_bytes;
 use crate::lazy::planner::Way;
@@ -124,7 +124,7 @@ impl Links {
         let ferried = self
             .ferry
             .as_ref()
-            .map_or(0, |ferry| ferry.fetching.bytes_received());
+            .map_or(0, |ferry| ferry.client.bytes_received());
         let now = self.pair.as_ref().map_or(ferried, Pair::bytes_received);
         self.bytes_received_before + now
     }
@@ -147,7 +147,7 @@ impl Links {
 
     pub(super) fn has_buffered(&self) -> bool {
         let ferry = self.ferry.as_ref();
-        ferry.is_some_and(|ferry| ferry.fetching.has_work())
+        ferry.is_some_and(|ferry| ferry.client.has_work())
             || self
                 .pair
                 .as_ref()
@@ -181,7 +181,7 @@ impl Links {
         let pair = self.pair.take();
         self.bytes_received_before += pair.as_ref().map_or(0, Pair::bytes_received);
         if let Some(ferry) = &mut self.ferry {
-            ferry.fetching.detach();
+            ferry.client.detach();
         }
         self.attempt = None;
     }

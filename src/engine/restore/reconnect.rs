@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use super::Restore;
 use super::links::Links;
 use super::source_dialer::{Pair, Which};
-use crate::engine::ferry::fetching::FerryPair;
+use crate::engine::ferry::postcopy_client::FerryPair;
 use crate::error::{Error, Kind, Result};
 
 /// How long a lost source that is ours is tried again, if the user says nothing.
@@ -98,7 +98,7 @@ impl Links {
     fn attach(&mut self, dialed: Dialed) {
         tracing::info!("the source is back");
         match (dialed, &mut self.ferry) {
-            (Dialed::Ferry(pair), Some(ferry)) => ferry.fetching.attach(*pair),
+            (Dialed::Ferry(pair), Some(ferry)) => ferry.client.attach(*pair),
             (Dialed::Ferry(_), None) => {}
             (Dialed::Criu(pair), _) => self.pair = Some(*pair),
         }

@@ -6,11 +6,13 @@ use std::time::Duration;
 
 use fastrand::Rng;
 use pageferry::criu::header::Target;
-use pageferry::ferry::fetcher::{Delivery, Draft, Event, FetchError, Fetcher, Part as Piece};
 use pageferry::ferry::frame::{HEADER_BYTES, Kind};
 use pageferry::ferry::hash::{HashKey, HashStep, PageHasher};
 use pageferry::ferry::hello::{Fail, FailCode, Hello, SessionId, Window};
 use pageferry::ferry::message::{Fault, WantHashes};
+use pageferry::ferry::postcopy_receiver::{
+    Delivery, Draft, Event, Part as Piece, PostcopyError, PostcopyReceiver,
+};
 use pageferry::lazy::planner::{Planner, Request, SpaceId, Way};
 use pageferry::lazy::space::{Class, FaultAnswer, Reach, Space};
 use pageferry::lazy::window::RateLimit;
@@ -59,7 +61,7 @@ pub(super) struct Client {
     /// The images of an earlier round.
     pub(super) local: Memory,
     hasher: PageHasher,
-    fetcher: Fetcher<Request>,
+    receiver: PostcopyReceiver<Request>,
     planner: Planner,
     processes: BTreeMap<SpaceId, ProcessPages>,
     /// Threads that wait, by their process and page.
@@ -93,10 +95,10 @@ impl Client {
         window: Window,
     ) -> Client {
         let hasher = PageHasher::new(hash_key, PAGE);
-        let mut fetcher = Fetcher::new(PAGE, window, hasher.clone(), session.into());
+        let mut receiver = PostcopyReceiver::new(PAGE, window, hasher.clone(), session.into());
         let limit = (rng.u8(0..3) == 0).then(|| RateLimit::new(rng.u64(1..64) << 20));
         if limit.is_some() {
-            fetcher.throttle();
+            receiver.throttle();
         }
         let mut planner = Planner::new(PAGE);
         let mut processes = BTreeMap::new();
@@ -108,7 +110,7 @@ impl Client {
             let process = pages.keys().map(|number| (*number, Some(*number)));
             processes.insert(id, process.collect());
             if local.contains_key(target) {
-                fetcher.build_on(pid);
+                receiver.build_on(pid);
             }
         }
         Client {
@@ -117,7 +119,7 @@ impl Client {
             source: source.clone(),
             local,
             hasher,
-            fetcher,
+            receiver,
             planner,
             processes,
             waiting: BTreeSet::new(),
@@ -143,7 +145,7 @@ impl Client {
 
     /// Whether only the source's last word is awaited.
     pub(super) fn is_through(&self) -> bool {
-        self.fetcher.is_through()
+        self.receiver.is_through()
     }
 
     pub(super) fn end(&self) -> Option<&End> {
@@ -152,7 +154,7 @@ impl Client {
 
     pub(super) fn stream_up_both(&mut self) {
         self.attached = true;
-        self.fetcher.attach();
+        self.receiver.attach();
         self.ask();
     }
 
@@ -178,11 +180,11 @@ impl Client {
         if !self.attached || self.closes_at.is_some() || self.aborted {
             return;
         }
-        while self.fetcher.questions() < QUESTIONS_MAX
+        while self.receiver.questions() < QUESTIONS_MAX
             && let Some(request) = self.next_request()
         {
             let words = self
-                .fetcher
+                .receiver
                 .ask(request.pid, request.image, request, self.now);
             let fault = Fault::decode(&words[HEADER_BYTES..], PAGE).expect("a question");
             assert_eq!(
@@ -193,20 +195,20 @@ impl Client {
             self.questions.push_back(words);
             self.seen.add("question", 1);
         }
-        if self.fetcher.questions() > 0 || !self.is_complete() || self.now < self.restored_at {
+        if self.receiver.questions() > 0 || !self.is_complete() || self.now < self.restored_at {
             return;
         }
-        self.fetcher.may_install();
-        self.fetcher.taken();
+        self.receiver.may_install();
+        self.receiver.taken();
         self.closes_at = Some(self.now + CLOSE_TIMEOUT);
     }
 
     fn next_request(&mut self) -> Option<Request> {
         let urgent = self.planner.next_urgent();
-        if urgent.is_some() || !self.fetcher.is_closed() {
+        if urgent.is_some() || !self.receiver.is_closed() {
             return urgent;
         }
-        let few = self.fetcher.asked_pages() < LEFT_OUT_MAX;
+        let few = self.receiver.asked_pages() < LEFT_OUT_MAX;
         let left_out = few.then(|| self.planner.next_stream(256 << 10, 0));
         left_out.flatten()
     }
@@ -215,7 +217,7 @@ impl Client {
     fn acknowledge(&mut self, now: Duration) {
         let now_us = u64::try_from(now.as_micros()).expect("less than an age");
         if let Some(limit) = &mut self.limit {
-            self.fetcher.acknowledge(limit, now_us);
+            self.receiver.acknowledge(limit, now_us);
             self.seen.add("step under a rate limit", 1);
         }
     }
@@ -232,7 +234,7 @@ impl Client {
                 if self.closes_at.is_none() {
                     self.install_pushed(&delivery);
                 }
-                self.fetcher.settle(delivery.plain);
+                self.receiver.settle(delivery.plain);
             }
             Event::Answer(request, mut draft) => {
                 let in_full = self.open_in_full.pop_front().expect("a question");
@@ -259,7 +261,7 @@ impl Client {
                 }
             }
         }
-        let (delivery, usable) = self.fetcher.complete(draft, read);
+        let (delivery, usable) = self.receiver.complete(draft, read);
         self.distrusts |= !usable;
         let what = match usable {
             true => "delivery as it was meant",
@@ -392,9 +394,9 @@ impl Part for Client {
     /// Both connections are gone.
     fn stream_down(&mut self, _key: StreamKey) {
         if std::mem::take(&mut self.attached) {
-            let asked = self.fetcher.asked_pages();
+            let asked = self.receiver.asked_pages();
             self.seen.add("page lost with its connection", asked);
-            self.fetcher.detach();
+            self.receiver.detach();
             self.planner.give_back_all();
             self.questions.clear();
             self.open_in_full.clear();
@@ -406,12 +408,12 @@ impl Part for Client {
             return false;
         }
         let event = match key.for_faults {
-            true => self.fetcher.handle_answer(kind, number, body),
-            false => self.fetcher.handle_pushed(kind, number, body),
+            true => self.receiver.handle_answer(kind, number, body),
+            false => self.receiver.handle_pushed(kind, number, body),
         };
         match event {
             Ok(event) => self.handle(event),
-            Err(FetchError::Ended(fail)) => self.lost(&fail.text),
+            Err(PostcopyError::Ended(fail)) => self.lost(&fail.text),
             Err(error) => panic!("the forwarder broke the protocol: {error}"),
         }
         self.ask();
@@ -422,13 +424,13 @@ impl Part for Client {
         if key.for_faults {
             return self.questions.pop_front();
         }
-        if let Some(words) = self.fetcher.poll(0) {
+        if let Some(words) = self.receiver.poll(0) {
             self.said_failure = self.aborted;
             return Some(words);
         }
-        while let Some(wanted) = self.fetcher.wanted_hashes() {
+        while let Some(wanted) = self.receiver.wanted_hashes() {
             let step = self.hash(wanted);
-            let words = self.fetcher.tell_hashes(step, HASHES_A_FRAME);
+            let words = self.receiver.tell_hashes(step, HASHES_A_FRAME);
             if words.is_some() {
                 return words;
             }
@@ -447,7 +449,7 @@ impl Part for Client {
     fn abort(&mut self) {
         if self.closes_at.is_none() {
             self.aborted = true;
-            self.fetcher
+            self.receiver
                 .fail(Fail::new(FailCode::Receiver, "the restore failed"));
         }
     }
@@ -473,7 +475,7 @@ impl Part for Client {
             self.lost("the source does not answer");
         }
         if now >= self.restored_at {
-            self.fetcher.may_install();
+            self.receiver.may_install();
         }
         self.acknowledge(now);
         if now >= self.acts_at && self.closes_at.is_none() && !self.aborted {

@@ -11,7 +11,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
-use super::FetchError;
+use super::PostcopyError;
 use super::delivery::{Delivery, Draft};
 use crate::criu::header::Target;
 use crate::ferry::hash::{HashStep, PageHasher};
@@ -67,9 +67,9 @@ impl Earlier {
     }
 
     /// The far end wants hashes.
-    pub(super) fn ask(&mut self, wanted: WantHashes) -> Result<(), FetchError> {
+    pub(super) fn ask(&mut self, wanted: WantHashes) -> Result<(), PostcopyError> {
         if self.questions.len() >= FERRY_QUESTIONS_MAX {
-            return Err(FetchError::TooManyQuestions);
+            return Err(PostcopyError::TooManyQuestions);
         }
         self.questions.push_back(wanted);
         Ok(())
@@ -96,7 +96,7 @@ impl Earlier {
         self.distrusted
     }
 
-    /// See [`Fetcher::tell_hashes`](super::Fetcher::tell_hashes).
+    /// See [`PostcopyReceiver::tell_hashes`](super::PostcopyReceiver::tell_hashes).
     pub(super) fn tell(&mut self, step: HashStep, full: usize) -> Option<Vec<u8>> {
         let most = full + step.hashes.len();
         assert!(most <= FERRY_HASHES_MAX, "steps and frames are small");
@@ -125,7 +125,7 @@ impl Earlier {
         Some(frame)
     }
 
-    /// See [`Fetcher::complete`](super::Fetcher::complete).
+    /// See [`PostcopyReceiver::complete`](super::PostcopyReceiver::complete).
     pub(super) fn complete(&mut self, draft: Draft, read: bool) -> (Delivery, bool) {
         if !draft.has_local() || (read && draft.agrees(&self.hasher)) {
             return (draft.whole(), true);

@@ -1,18 +1,18 @@
-//! Makes the two connections of a fetching session: one for the stream, one for faults.
+//! Makes the two connections of a post-copy session: one for the stream, one for faults.
 
 use std::sync::{Arc, Mutex};
 
-use super::Fetching;
+use super::PostcopyClient;
 use crate::engine::ferry::conn::{Conn, ConnError};
 use crate::engine::ferry::session_dialer::first_frame;
 use crate::engine::ferry::{WINDOW, connection_loop, lock, random_bits};
 use crate::engine::transport::{Peer, transport};
 use crate::error::{Error, Kind, Result};
-use crate::ferry::fetcher::window_at;
 use crate::ferry::frame;
 use crate::ferry::hash::{HashKey, PageHasher};
 use crate::ferry::hello::{Features, Hello, Role, SessionId, VERSION, Window};
 use crate::ferry::link::{PairDialer, Refusal};
+use crate::ferry::postcopy_receiver::window_at;
 use crate::stream::Stream;
 use crate::tls::Tls;
 use crate::units::PageSize;
@@ -100,14 +100,14 @@ impl FerryDialer {
     }
 
     /// The session, without connections.
-    pub(in crate::engine) fn session<T>(&self) -> Fetching<T> {
+    pub(in crate::engine) fn session<T>(&self) -> PostcopyClient<T> {
         let hasher = PageHasher::new(self.hash_key, self.page);
         let window = self.pushed.window();
-        let mut fetching = Fetching::new(self.page, window, hasher, self.session);
+        let mut client = PostcopyClient::new(self.page, window, hasher, self.session);
         if let Pushed::AtRate(_) = self.pushed {
-            fetching.throttle();
+            client.throttle();
         }
-        fetching
+        client
     }
 
     /// Connects. An error of [`Kind::Protocol`] will not be another one the next time.

@@ -1,5 +1,5 @@
 //! Images of an earlier round at the receiver: what is hashed and read of them is decided by
-//! [`crate::ferry::fetcher`].
+//! [`crate::ferry::postcopy_receiver`].
 //!
 //! They are read and not mapped: in a mapping a page might change between its hash and its use.
 
@@ -8,9 +8,9 @@ use std::collections::BTreeMap;
 use crate::criu::header::Target;
 use crate::engine::ferry::base::Base;
 use crate::error::Result;
-use crate::ferry::fetcher::Draft;
 use crate::ferry::hash::{HashStep, PageHasher};
 use crate::ferry::message::WantHashes;
+use crate::ferry::postcopy_receiver::Draft;
 use crate::image::chain::Chain;
 use crate::units::{PageRange, PageSize};
 

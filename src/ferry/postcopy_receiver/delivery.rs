@@ -41,7 +41,7 @@ impl Delivery {
 }
 
 /// A delivery whose local pages have not been read and verified yet: nothing of it can be used before
-/// [`Fetcher::complete`](super::Fetcher::complete).
+/// [`PostcopyReceiver::complete`](super::PostcopyReceiver::complete).
 #[derive(Debug)]
 pub struct Draft {
     delivery: Delivery,

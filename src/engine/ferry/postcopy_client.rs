@@ -1,5 +1,5 @@
 //! A receiver that connects, for a loop of its caller's: no thread of its own, nothing waits. What it says
-//! and what it makes of what comes is decided by [`Fetcher`]; this moves the bytes.
+//! and what it makes of what comes is decided by [`PostcopyReceiver`]; this moves the bytes.
 //!
 //! ```text
 //! stream ── OPEN, PAGES, CLOSE ──> next ──> Event: pages as plain bytes, checked
@@ -21,10 +21,10 @@ use std::time::{Duration, Instant};
 use super::conn::{ConnError, Frame};
 use super::connection_loop::{self, HEARTBEAT};
 use crate::error::{Error, Kind};
-use crate::ferry::fetcher::{self, Draft, FetchError, Fetcher};
-pub(in crate::engine) use crate::ferry::fetcher::{Delivery, Part};
 use crate::ferry::hash::PageHasher;
 use crate::ferry::hello::{Fail, FailCode, SessionId, Window};
+use crate::ferry::postcopy_receiver::{self, Draft, PostcopyError, PostcopyReceiver};
+pub(in crate::engine) use crate::ferry::postcopy_receiver::{Delivery, Part};
 use crate::image::chain::Chain;
 use crate::lazy::window::RateLimit;
 use crate::units::{PageRange, PageSize};
@@ -38,7 +38,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 const HASHES_A_FRAME: usize = 1024;
 
 /// What has come.
-pub(in crate::engine) type Event<T> = fetcher::Event<T, Delivery>;
+pub(in crate::engine) type Event<T> = postcopy_receiver::Event<T, Delivery>;
 
 /// Why nothing more comes.
 #[derive(Debug)]
@@ -55,10 +55,10 @@ impl From<ConnError> for Trouble {
     }
 }
 
-impl From<FetchError> for Trouble {
-    fn from(error: FetchError) -> Trouble {
+impl From<PostcopyError> for Trouble {
+    fn from(error: PostcopyError) -> Trouble {
         Trouble::Over(match error {
-            FetchError::Ended(fail) => {
+            PostcopyError::Ended(fail) => {
                 Error::wrap(Kind::PeerLost, "the far end has ended the session", fail)
             }
             wrong => Error::wrap(Kind::Protocol, "what the far end says is wrong", wrong),
@@ -68,8 +68,8 @@ impl From<FetchError> for Trouble {
 
 /// A session. `T` is what the caller knows a question by.
 #[derive(Debug)]
-pub(in crate::engine) struct Fetching<T> {
-    fetcher: Fetcher<T>,
+pub(in crate::engine) struct PostcopyClient<T> {
+    receiver: PostcopyReceiver<T>,
     pair: Option<FerryPair>,
     earlier: Earlier,
     /// The far end has hung up on the connection for faults, behind the last of them.
@@ -79,10 +79,15 @@ pub(in crate::engine) struct Fetching<T> {
     received_before: u64,
 }
 
-impl<T> Fetching<T> {
-    fn new(page: PageSize, window: Window, hasher: PageHasher, session: SessionId) -> Fetching<T> {
-        Fetching {
-            fetcher: Fetcher::new(page, window, hasher.clone(), session.into()),
+impl<T> PostcopyClient<T> {
+    fn new(
+        page: PageSize,
+        window: Window,
+        hasher: PageHasher,
+        session: SessionId,
+    ) -> PostcopyClient<T> {
+        PostcopyClient {
+            receiver: PostcopyReceiver::new(page, window, hasher.clone(), session.into()),
             pair: None,
             earlier: Earlier::new(page, hasher),
             faults_over: false,
@@ -96,17 +101,17 @@ impl<T> Fetching<T> {
     /// end shall send only the others.
     pub(in crate::engine) fn build_on(&mut self, pid: u32, chain: Chain, missing: Vec<PageRange>) {
         self.earlier.add(pid, chain, missing);
-        self.fetcher.build_on(pid);
+        self.receiver.build_on(pid);
     }
 
     /// From now on the far end goes no faster than the caller acknowledges.
     pub(in crate::engine) fn throttle(&mut self) {
-        self.fetcher.throttle();
+        self.receiver.throttle();
     }
 
     /// Goes on over `pair`.
     pub(in crate::engine) fn attach(&mut self, pair: FerryPair) {
-        self.fetcher.attach();
+        self.receiver.attach();
         self.pair = Some(pair);
         self.faults_over = false;
         self.say();
@@ -116,7 +121,7 @@ impl<T> Fetching<T> {
     pub(in crate::engine) fn detach(&mut self) {
         self.received_before = self.bytes_received();
         self.pair = None;
-        self.fetcher.detach();
+        self.receiver.detach();
     }
 
     /// Whether there are connections.
@@ -152,7 +157,7 @@ impl<T> Fetching<T> {
 
     /// Hashes are wanted, and the stream takes what they are sent in.
     pub(in crate::engine) fn may_tell_hashes(&self) -> bool {
-        let wanted = self.fetcher.wanted_hashes().is_some();
+        let wanted = self.receiver.wanted_hashes().is_some();
         let pair = self.pair.as_ref();
         wanted && pair.is_some_and(|pair| pair.stream.queued_bytes() == 0)
     }
@@ -161,11 +166,11 @@ impl<T> Fetching<T> {
     /// them would. Says how many bytes of them go out now.
     pub(in crate::engine) fn tell_hashes(&mut self) -> u64 {
         if self.may_tell_hashes()
-            && let Some(wanted) = self.fetcher.wanted_hashes()
+            && let Some(wanted) = self.receiver.wanted_hashes()
             && let Some(pair) = &mut self.pair
         {
-            let step = self.earlier.hash(wanted, self.fetcher.begins_to_tell());
-            if let Some(words) = self.fetcher.tell_hashes(step, HASHES_A_FRAME) {
+            let step = self.earlier.hash(wanted, self.receiver.begins_to_tell());
+            if let Some(words) = self.receiver.tell_hashes(step, HASHES_A_FRAME) {
                 let bytes = words.len() as u64;
                 pair.stream.queue(Arc::new(words));
                 return bytes;
@@ -176,22 +181,22 @@ impl<T> Fetching<T> {
 
     /// How many questions are open.
     pub(in crate::engine) fn questions(&self) -> usize {
-        self.fetcher.questions()
+        self.receiver.questions()
     }
 
     /// How many pages were asked for that have not come.
     pub(in crate::engine) fn asked_pages(&self) -> u64 {
-        self.fetcher.asked_pages()
+        self.receiver.asked_pages()
     }
 
     /// Whether the far end has pushed all that it would.
     pub(in crate::engine) fn is_closed(&self) -> bool {
-        self.fetcher.is_closed()
+        self.receiver.is_closed()
     }
 
     /// From now on pages may be installed, so they may be pushed.
     pub(in crate::engine) fn may_install(&mut self) {
-        self.fetcher.may_install();
+        self.receiver.may_install();
         self.say();
     }
 
@@ -199,7 +204,7 @@ impl<T> Fetching<T> {
     pub(in crate::engine) fn ask(&mut self, pid: u32, image: PageRange, tag: T) {
         if let Some(pair) = &mut self.pair {
             let now = self.start.elapsed();
-            let words = self.fetcher.ask(pid, image, tag, now);
+            let words = self.receiver.ask(pid, image, tag, now);
             pair.fault.queue(Arc::new(words));
         }
     }
@@ -212,7 +217,7 @@ impl<T> Fetching<T> {
         };
         if self.said.elapsed() >= HEARTBEAT {
             self.said = Instant::now();
-            let words = self.fetcher.heartbeat(pair.stream.traffic().0);
+            let words = self.receiver.heartbeat(pair.stream.traffic().0);
             pair.stream.queue(Arc::new(words));
         }
         let faults_left = !self.faults_over && pair.fault.flush()?;
@@ -221,14 +226,14 @@ impl<T> Fetching<T> {
 
     /// Says that everything is here.
     pub(in crate::engine) fn taken(&mut self) {
-        self.fetcher.taken();
+        self.receiver.taken();
         self.earlier.drop_images();
         self.say();
     }
 
     /// Says that this side has failed for good, and drops the connections.
     pub(in crate::engine) fn fail(&mut self, why: &str) {
-        self.fetcher.fail(Fail::new(FailCode::Receiver, why));
+        self.receiver.fail(Fail::new(FailCode::Receiver, why));
         self.say();
         self.hang_up();
     }
@@ -246,7 +251,7 @@ impl<T> Fetching<T> {
             connection_loop::say_last_words(&mut pair.stream);
             pair.stream.close();
         }
-        self.fetcher.detach();
+        self.receiver.detach();
     }
 
     /// The next thing that has come, faults first.
@@ -255,7 +260,7 @@ impl<T> Fetching<T> {
             return Ok(None);
         };
         let answer = match pair.fault.receive() {
-            Err(_) if self.fetcher.is_through() => {
+            Err(_) if self.receiver.is_through() => {
                 // Who is through hangs up everywhere, and its last word comes on the stream.
                 self.faults_over = true;
                 None
@@ -263,16 +268,16 @@ impl<T> Fetching<T> {
             received => received?,
         };
         if let Some(Frame { kind, number, body }) = answer {
-            let event = self.fetcher.handle_answer(kind, number, &body)?;
+            let event = self.receiver.handle_answer(kind, number, &body)?;
             return Ok(Some(self.complete(event)));
         }
         if let Some(Frame { kind, number, body }) = pair.stream.receive()? {
-            let event = self.fetcher.handle_pushed(kind, number, &body)?;
+            let event = self.receiver.handle_pushed(kind, number, &body)?;
             self.say();
             return Ok(Some(self.complete(event)));
         }
         let now = self.start.elapsed();
-        let oldest = self.fetcher.waits_since();
+        let oldest = self.receiver.waits_since();
         if oldest.is_some_and(|since| now.saturating_sub(since) > ANSWER_TIMEOUT) {
             return Err(ConnError::Socket(std::io::ErrorKind::TimedOut.into()).into());
         }
@@ -280,18 +285,20 @@ impl<T> Fetching<T> {
     }
 
     /// Reads what is local of what has come.
-    fn complete(&mut self, event: fetcher::Event<T>) -> Event<T> {
+    fn complete(&mut self, event: postcopy_receiver::Event<T>) -> Event<T> {
         match event {
-            fetcher::Event::Pushed(draft) => Event::Pushed(self.complete_draft(draft)),
-            fetcher::Event::Answer(tag, draft) => Event::Answer(tag, self.complete_draft(draft)),
-            fetcher::Event::Other => Event::Other,
-            fetcher::Event::Bye => Event::Bye,
+            postcopy_receiver::Event::Pushed(draft) => Event::Pushed(self.complete_draft(draft)),
+            postcopy_receiver::Event::Answer(tag, draft) => {
+                Event::Answer(tag, self.complete_draft(draft))
+            }
+            postcopy_receiver::Event::Other => Event::Other,
+            postcopy_receiver::Event::Bye => Event::Bye,
         }
     }
 
     fn complete_draft(&mut self, mut draft: Draft) -> Delivery {
         let read = self.earlier.read(&mut draft);
-        let (delivery, usable) = self.fetcher.complete(draft, matches!(read, Ok(true)));
+        let (delivery, usable) = self.receiver.complete(draft, matches!(read, Ok(true)));
         if !usable {
             let why = match read {
                 Ok(true) => "they are not what they were".to_owned(),
@@ -305,13 +312,13 @@ impl<T> Fetching<T> {
 
     /// The pages of the last [`Event::Pushed`] are installed, or not wanted; `room` takes the next.
     pub(in crate::engine) fn settle(&mut self, room: Vec<u8>) {
-        self.fetcher.settle(room);
+        self.receiver.settle(room);
         self.say();
     }
 
     /// With a throttle: acknowledges what `limit` has earned.
     pub(in crate::engine) fn acknowledge(&mut self, limit: &mut RateLimit, now_us: u64) {
-        self.fetcher.acknowledge(limit, now_us);
+        self.receiver.acknowledge(limit, now_us);
         self.say();
     }
 
@@ -320,7 +327,7 @@ impl<T> Fetching<T> {
         let Some(pair) = &mut self.pair else {
             return;
         };
-        while let Some(words) = self.fetcher.poll(pair.stream.traffic().0) {
+        while let Some(words) = self.receiver.poll(pair.stream.traffic().0) {
             self.said = Instant::now();
             pair.stream.queue(Arc::new(words));
         }

@@ -49,7 +49,7 @@ const STREAM: u16 = 0;
 /// What has come. `D` is what pages come as.
 #[derive(Debug)]
 pub enum Event<T, D = Draft> {
-    /// Pages that were pushed; they are settled by [`Fetcher::settle`].
+    /// Pages that were pushed; they are settled by [`PostcopyReceiver::settle`].
     Pushed(D),
     /// The answer to the question `T`.
     Answer(T, D),
@@ -61,7 +61,7 @@ pub enum Event<T, D = Draft> {
 
 /// Why the session is over.
 #[derive(Debug, Error)]
-pub enum FetchError {
+pub enum PostcopyError {
     /// The far end has ended it.
     #[error("the far end has ended the session")]
     Ended(#[source] Fail),
@@ -88,9 +88,9 @@ pub enum FetchError {
     TooManyQuestions,
 }
 
-impl From<SessionError> for FetchError {
-    fn from(error: SessionError) -> FetchError {
-        FetchError::Read(error.into())
+impl From<SessionError> for PostcopyError {
+    fn from(error: SessionError) -> PostcopyError {
+        PostcopyError::Read(error.into())
     }
 }
 
@@ -103,7 +103,7 @@ struct Question<T> {
 }
 
 /// A session. `T` is what the caller knows a question by. See the module's text.
-pub struct Fetcher<T> {
+pub struct PostcopyReceiver<T> {
     page: PageSize,
     receiver: Receiver,
     questions: VecDeque<Question<T>>,
@@ -125,18 +125,27 @@ pub struct Fetcher<T> {
     through: bool,
 }
 
-impl<T> fmt::Debug for Fetcher<T> {
+impl<T> fmt::Debug for PostcopyReceiver<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let questions = self.questions.len();
-        write!(f, "Fetcher({:?}, {questions} questions)", self.receiver)
+        write!(
+            f,
+            "PostcopyReceiver({:?}, {questions} questions)",
+            self.receiver
+        )
     }
 }
 
-impl<T> Fetcher<T> {
+impl<T> PostcopyReceiver<T> {
     /// A session that takes up to `window` at a time. What is here of an earlier round is to be known as
     /// `state`, by the hashes of `hasher`.
-    pub fn new(page: PageSize, window: Window, hasher: PageHasher, state: StateId) -> Fetcher<T> {
-        Fetcher {
+    pub fn new(
+        page: PageSize,
+        window: Window,
+        hasher: PageHasher,
+        state: StateId,
+    ) -> PostcopyReceiver<T> {
+        PostcopyReceiver {
             page,
             receiver: Receiver::new(page, 1, window),
             questions: VecDeque::new(),
@@ -160,7 +169,7 @@ impl<T> Fetcher<T> {
         self.earlier.add(pid);
     }
 
-    /// From now on nothing is acknowledged but by [`Fetcher::acknowledge`]: the far end goes no faster. The
+    /// From now on nothing is acknowledged but by [`PostcopyReceiver::acknowledge`]: the far end goes no faster. The
     /// window should be one that [`window_at`] gives.
     pub fn throttle(&mut self) {
         self.throttled = true;
@@ -275,16 +284,16 @@ impl<T> Fetcher<T> {
         kind: Kind,
         number: u64,
         body: &[u8],
-    ) -> Result<Event<T>, FetchError> {
+    ) -> Result<Event<T>, PostcopyError> {
         match kind {
             Kind::FaultPages => {}
             Kind::Fail => return Err(failed(body)),
-            other => return Err(FetchError::NoAnswer(other)),
+            other => return Err(PostcopyError::NoAnswer(other)),
         }
         let front = self.questions.pop_front();
         let answered = front.filter(|question| question.number == number);
         let Some(Question { tag, .. }) = answered else {
-            return Err(FetchError::Unasked);
+            return Err(PostcopyError::Unasked);
         };
         let batch = Batch::parse(body, self.page).map_err(ReadError::from)?;
         Ok(Event::Answer(tag, self.draft(&batch, body)?))
@@ -296,14 +305,14 @@ impl<T> Fetcher<T> {
         kind: Kind,
         number: u64,
         body: &[u8],
-    ) -> Result<Event<T>, FetchError> {
+    ) -> Result<Event<T>, PostcopyError> {
         if !kind.is_numbered() {
             return self.handle_word(kind, body);
         }
         match self.receiver.handle_numbered(number, body.len() as u64)? {
             Arrival::Next => {}
             Arrival::Again => return Ok(Event::Other),
-            Arrival::Held => return Err(FetchError::OutOfOrder),
+            Arrival::Held => return Err(PostcopyError::OutOfOrder),
         }
         match self.receiver.read(kind, body)? {
             Message::Pages(batch) => {
@@ -322,7 +331,7 @@ impl<T> Fetcher<T> {
         Ok(Event::Other)
     }
 
-    fn handle_word(&mut self, kind: Kind, body: &[u8]) -> Result<Event<T>, FetchError> {
+    fn handle_word(&mut self, kind: Kind, body: &[u8]) -> Result<Event<T>, PostcopyError> {
         match kind {
             Kind::Bye => {
                 self.receiver.heard_bye();
@@ -409,12 +418,12 @@ impl<T> Fetcher<T> {
     }
 
     /// Verifies what `batch`, which lies in `body`, brings, and lays its pages out one behind the other.
-    fn draft(&mut self, batch: &Batch<'_>, body: &[u8]) -> Result<Draft, FetchError> {
+    fn draft(&mut self, batch: &Batch<'_>, body: &[u8]) -> Result<Draft, PostcopyError> {
         if batch.bases().any(|(_, kind)| kind == PageKind::Delta) {
-            return Err(FetchError::Differences);
+            return Err(PostcopyError::Differences);
         }
         let Target::Process(pid) = batch.target else {
-            return Err(FetchError::SharedMemory);
+            return Err(PostcopyError::SharedMemory);
         };
         self.unpacker
             .unpack(batch, &[], &mut self.unpacked)
@@ -425,9 +434,9 @@ impl<T> Fetcher<T> {
 }
 
 /// The far end has ended the session.
-fn failed(body: &[u8]) -> FetchError {
+fn failed(body: &[u8]) -> PostcopyError {
     match Fail::decode(body) {
-        Ok(fail) => FetchError::Ended(fail),
+        Ok(fail) => PostcopyError::Ended(fail),
         Err(error) => SessionError::from(error).into(),
     }
 }

@@ -36,7 +36,7 @@ use crate::units::{PageRange, PageSize};
 pub(super) type Bases = Mutex<BTreeMap<Target, Arc<Mutex<Base>>>>;
 
 /// Images that a session's frames go to.
-pub(super) struct Intake {
+pub(super) struct BatchApplier {
     images: SessionImages,
     store: Arc<ImageStore>,
     page: PageSize,
@@ -54,15 +54,15 @@ pub(super) struct Intake {
     kept: StoredPages,
 }
 
-impl Intake {
+impl BatchApplier {
     pub(super) fn new(
         store: &Arc<ImageStore>,
         hasher: PageHasher,
         parent_state: StateId,
         bases: Arc<Bases>,
         compresses: bool,
-    ) -> Intake {
-        Intake {
+    ) -> BatchApplier {
+        BatchApplier {
             images: store.begin(),
             store: Arc::clone(store),
             page: store.dir().page(),
