@@ -19,7 +19,7 @@ use testbed::load::steps::{Order, Pass, Step};
 use testbed::migration::{Dump, Restore};
 use testbed::net::free_port;
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
-use testbed::proxy::{Accident, Harm, Way};
+use testbed::proxy::{Impairment, ImpairmentKind, Way};
 use testbed::suite::{make, with_criu};
 use testbed::wait::{self, GENEROUS};
 use testbed::{bed, for_each_criu, gate, process, workspace};
@@ -190,12 +190,13 @@ fn a_restore_in_the_foreground_holds_nobody_up(bed: &Bed, criu: &Criu) -> Result
 #[test]
 fn a_lost_page_kills_its_reader() {
     with_criu(Suite::Sid, |bed, criu| {
-        let accident = Accident {
+        let impairment = Impairment {
             way: Way::ToClient,
             after_bytes: 8 << 20,
-            harm: Harm::Reset,
+            kind: ImpairmentKind::Reset,
         };
-        let plan = Plan::new(criu, Source::Dump, Make::Ours).with_accident(slow_link(), accident);
+        let plan =
+            Plan::new(criu, Source::Dump, Make::Ours).with_impairment(slow_link(), impairment);
         let spec = LoadSpec {
             pin_own_memory: true,
             ..LoadSpec::mixed(bed.path("load"), MIB)

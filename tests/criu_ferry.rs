@@ -16,7 +16,7 @@ use testbed::load::steps::{Order, Pass, Step};
 use testbed::migration::{Dump, Restore};
 use testbed::net::free_port;
 use testbed::pki::{Authority, Host};
-use testbed::proxy::{Accident, Harm, Link, Proxy, Way};
+use testbed::proxy::{Impairment, ImpairmentKind, Link, Proxy, Way};
 use testbed::summary::{number, of_session};
 use testbed::wait::{self, GENEROUS};
 
@@ -175,7 +175,7 @@ impl Between {
     fn start(
         bed: &Bed,
         name: &str,
-        accident: Option<Accident>,
+        impairment: Option<Impairment>,
         link: Link,
         extra: &[&str],
     ) -> Result<Between> {
@@ -184,7 +184,7 @@ impl Between {
         let patience = ["--reconnect-timeout", "3"];
         let options = Options::new(&images).log_to("far.log").with(&patience);
         let far_end = PageServer::receiving(Make::Ours, &options)?;
-        let proxy = Proxy::start(far_end.address(), link, accident)?;
+        let proxy = Proxy::start(far_end.address(), link, impairment)?;
         let extra = [&patience[..], extra].concat();
         Ok(Between {
             load: Load::start(LoadSpec::mixed(dir.join("load"), 48), None)?,
@@ -218,24 +218,24 @@ impl Between {
 }
 
 fn broken_links_are_resumed(bed: &Bed, criu: &Criu) -> Result<()> {
-    for (number, (way, after_bytes, harm, streams)) in [
-        (Way::ToServer, 3_000_000, Harm::Reset, "1"),
-        (Way::ToServer, 2_345_678, Harm::FlipBit, "1"),
-        (Way::ToServer, 4_000_001, Harm::End, "3"),
-        (Way::ToClient, 1_500, Harm::FlipBit, "2"),
+    for (number, (way, after_bytes, kind, streams)) in [
+        (Way::ToServer, 3_000_000, ImpairmentKind::Reset, "1"),
+        (Way::ToServer, 2_345_678, ImpairmentKind::FlipBit, "1"),
+        (Way::ToServer, 4_000_001, ImpairmentKind::End, "3"),
+        (Way::ToClient, 1_500, ImpairmentKind::FlipBit, "2"),
     ]
     .into_iter()
     .enumerate()
     {
-        let accident = Accident {
+        let impairment = Impairment {
             way,
             after_bytes,
-            harm,
+            kind,
         };
-        let name = format!("accident-{number}");
+        let name = format!("impairment-{number}");
         let extra = ["--streams", streams];
         let link = Link::default();
-        let mut between = Between::start(bed, &name, Some(accident), link, &extra)?;
+        let mut between = Between::start(bed, &name, Some(impairment), link, &extra)?;
         between.dump(criu).run().with_context(|| name.clone())?;
         between.near_end.finish(GENEROUS)?;
         between.far_end.finish(GENEROUS)?;
@@ -245,16 +245,16 @@ fn broken_links_are_resumed(bed: &Bed, criu: &Criu) -> Result<()> {
 }
 
 fn links_that_never_work_fail_the_dump(bed: &Bed, criu: &Criu) -> Result<()> {
-    for (name, after_bytes, harm) in [
-        ("no-greeting", 50, Harm::FlipBit),
-        ("no-batch", 60_000, Harm::FlipBit),
+    for (name, after_bytes, kind) in [
+        ("no-greeting", 50, ImpairmentKind::FlipBit),
+        ("no-batch", 60_000, ImpairmentKind::FlipBit),
     ] {
-        let accident = Accident {
+        let impairment = Impairment {
             way: Way::ToServer,
             after_bytes,
-            harm,
+            kind,
         };
-        let between = Between::start(bed, name, Some(accident), Link::default(), &[])?;
+        let between = Between::start(bed, name, Some(impairment), Link::default(), &[])?;
         between.dump(criu).start()?.fail(GENEROUS)?;
         between.expect_untouched().context(name)?;
     }

@@ -19,7 +19,7 @@ use testbed::load::spec::LoadSpec;
 use testbed::load::steps::{Order, Step};
 use testbed::migration::Dump;
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
-use testbed::proxy::{Accident, Harm, Link, Way};
+use testbed::proxy::{Impairment, ImpairmentKind, Link, Way};
 use testbed::rounds::pages_files;
 use testbed::suite::with_criu;
 use testbed::summary::{number, of_session, whole};
@@ -211,23 +211,23 @@ fn clients_with_and_without_an_earlier_round_get_the_same() {
     });
 }
 
-/// An accident on the way of the hashes, or of the pages.
-fn with_accident(bed: &Bed, criu: &Criu, way: Way, harm: Harm) -> Result<()> {
+/// An impairment on the way of the hashes, or of the pages.
+fn with_impairment(bed: &Bed, criu: &Criu, way: Way, kind: ImpairmentKind) -> Result<()> {
     let changed = Changed::start(bed, criu, spec(bed))?;
     // A quarter of the hashes; as many bytes of what is answered to them.
     let after_bytes = 64 << 10;
-    let accident = Accident {
+    let impairment = Impairment {
         way,
         after_bytes,
-        harm,
+        kind,
     };
-    let plan = changed.plan().with_accident(slow_link(), accident);
+    let plan = changed.plan().with_impairment(slow_link(), impairment);
     let client = changed.told[0].clone();
     let mut moving = PostCopy::of(bed, &plan, changed.load, &verifying())?;
     moving.reports()?;
     moving.finish()?;
     let log = fs::read_to_string(moving.daemon.process().log().context("a log")?)?;
-    ensure!(log.contains("the source is back"), "nothing was harmed");
+    ensure!(log.contains("the source is back"), "nothing was impaired");
     let Brought { local, all } = Brought::read(&client)?;
     ensure!(local > all / 2, "{local} of {all}");
     Ok(())
@@ -236,21 +236,21 @@ fn with_accident(bed: &Bed, criu: &Criu, way: Way, harm: Harm) -> Result<()> {
 #[test]
 fn a_link_that_is_cut_among_the_hashes_is_made_again() {
     with_criu(Suite::Sid, |bed, criu| {
-        with_accident(bed, criu, Way::ToServer, Harm::Reset)
+        with_impairment(bed, criu, Way::ToServer, ImpairmentKind::Reset)
     });
 }
 
 #[test]
 fn a_link_that_ends_among_the_pages_is_made_again() {
     with_criu(Suite::Trixie, |bed, criu| {
-        with_accident(bed, criu, Way::ToClient, Harm::End)
+        with_impairment(bed, criu, Way::ToClient, ImpairmentKind::End)
     });
 }
 
 #[test]
 fn a_bit_that_flips_among_the_hashes_is_found() {
     with_criu(Suite::Sid, |bed, criu| {
-        with_accident(bed, criu, Way::ToServer, Harm::FlipBit)
+        with_impairment(bed, criu, Way::ToServer, ImpairmentKind::FlipBit)
     });
 }
 

@@ -19,7 +19,7 @@ use testbed::migration::Dump;
 use testbed::net::free_port;
 use testbed::pki::{Authority, Host};
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
-use testbed::proxy::{Accident, Harm, Way};
+use testbed::proxy::{Impairment, ImpairmentKind, Way};
 use testbed::suite::with_criu;
 use testbed::wait::{self, GENEROUS};
 
@@ -129,7 +129,11 @@ fn expect_reconnected(moving: &mut PostCopy) -> Result<()> {
 fn cut_half_way(bed: &Bed, plan: &Plan<'_>) -> Result<()> {
     let mut moving = PostCopy::start(bed, plan, careful(bed), &verifying())?;
     wait_until_half_way(&mut moving)?;
-    moving.proxy.as_ref().context("a link")?.cut(Harm::Reset);
+    moving
+        .proxy
+        .as_ref()
+        .context("a link")?
+        .cut(ImpairmentKind::Reset);
     moving.reports()?;
     moving.finish()?;
     expect_reconnected(&mut moving)
@@ -153,12 +157,12 @@ fn a_cut_ferry_goes_on_where_it_was() {
 fn a_flipped_bit_is_found_and_its_pages_come_again() {
     with_criu(Suite::Trixie, |bed, criu| {
         // Further than what is left to come behind the first of them.
-        let accident = Accident {
+        let impairment = Impairment {
             way: Way::ToClient,
             after_bytes: HALF_WAY + (4 << 20),
-            harm: Harm::FlipBit,
+            kind: ImpairmentKind::FlipBit,
         };
-        let plan = over_ferry(criu, &[], &[]).with_accident(slow_link(), accident);
+        let plan = over_ferry(criu, &[], &[]).with_impairment(slow_link(), impairment);
         let mut moving = PostCopy::start(bed, &plan, careful(bed), &verifying())?;
         moving.reports()?;
         moving.finish()?;

@@ -1,4 +1,4 @@
-//! One accident anywhere in a post-copy over ferry: at every border of a batch, inside of it, among the
+//! One impairment anywhere in a post-copy over ferry: at every border of a batch, inside of it, among the
 //! acknowledgements. Each time all memory is right, and everybody ends well.
 
 use anyhow::{Context, Result};
@@ -8,7 +8,7 @@ use testbed::daemons::Make;
 use testbed::load::content::Content;
 use testbed::load::spec::{AreaSpec, LoadSpec, Mapping};
 use testbed::postcopy::{Plan, PostCopy, Source};
-use testbed::proxy::{Accident, Harm, Link, Way};
+use testbed::proxy::{Impairment, ImpairmentKind, Link, Way};
 use testbed::suite::with_criu;
 
 const BATCHES: u64 = 8;
@@ -22,10 +22,14 @@ const CLOSE_BYTES: u64 = HEADER_BYTES + 8;
 const BYE_BYTES: u64 = HEADER_BYTES;
 const ACK_BYTES: u64 = HEADER_BYTES + 48;
 
-const HARMS: [Harm; 3] = [Harm::Reset, Harm::End, Harm::FlipBit];
+const HARMS: [ImpairmentKind; 3] = [
+    ImpairmentKind::Reset,
+    ImpairmentKind::End,
+    ImpairmentKind::FlipBit,
+];
 
-/// Moves a process with an accident to the first connection, the one that its memory is pushed over.
-fn with_accident(bed: &Bed, criu: &Criu, accident: Accident) -> Result<()> {
+/// Moves a process with an impairment to the first connection, the one that its memory is pushed over.
+fn with_impairment(bed: &Bed, criu: &Criu, impairment: Impairment) -> Result<()> {
     let pages = u32::try_from(BATCHES * PAGES_OF_BATCH)?;
     let area = AreaSpec::new(Mapping::Private, pages, Content::Random);
     let spec = LoadSpec {
@@ -35,57 +39,57 @@ fn with_accident(bed: &Bed, criu: &Criu, accident: Accident) -> Result<()> {
     let plan = Plan::new(criu, Source::Forwarder, Make::Ours);
     let plan = Plan {
         client_options: vec!["--ferry".to_owned()],
-        harmed_connections: 1,
-        ..plan.with_accident(Link::default(), accident)
+        impaired_connections: 1,
+        ..plan.with_impairment(Link::default(), impairment)
     };
     let mut moved = PostCopy::start(bed, &plan, spec, &[])?;
     moved.finish()?;
     moved.expect_all_right()
 }
 
-/// One post-copy for each of `places`, in bytes, with one harm after the other.
-fn with_accidents(way: Way, places: impl Iterator<Item = u64>) {
-    for (after_bytes, harm) in places.zip(HARMS.into_iter().cycle()) {
-        let accident = Accident {
+/// One post-copy for each of `places`, in bytes, with one kind after the other.
+fn with_impairments(way: Way, places: impl Iterator<Item = u64>) {
+    for (after_bytes, kind) in places.zip(HARMS.into_iter().cycle()) {
+        let impairment = Impairment {
             way,
             after_bytes,
-            harm,
+            kind,
         };
         with_criu(Suite::Sid, |bed, criu| {
-            with_accident(bed, criu, accident).with_context(|| format!("{accident:?}"))
+            with_impairment(bed, criu, impairment).with_context(|| format!("{impairment:?}"))
         });
     }
 }
 
 #[test]
-fn one_accident_anywhere_among_the_batches_is_survived() {
+fn one_impairment_anywhere_among_the_batches_is_survived() {
     let borders = (0..BATCHES).map(|batch| BEFORE_BYTES + batch * BATCH_BYTES);
     let inside = [0, 9, HEADER_BYTES, BATCH_BYTES / 2, BATCH_BYTES - 1];
     let end = BEFORE_BYTES + BATCHES * BATCH_BYTES;
     let close = [end, end + 9, end + CLOSE_BYTES - 1];
     let places = borders.flat_map(|border| inside.map(|offset| border + offset));
-    with_accidents(Way::ToClient, places.chain(close));
+    with_impairments(Way::ToClient, places.chain(close));
 }
 
 #[test]
-fn one_accident_to_the_last_word_is_survived() {
+fn one_impairment_to_the_last_word_is_survived() {
     let bye = BEFORE_BYTES + BATCHES * BATCH_BYTES + CLOSE_BYTES;
     let inside = [0, 9, BYE_BYTES - 1];
-    // Each of the harms to each place.
+    // Each kind at each place.
     let places = inside
         .into_iter()
         .cycle()
         .take(HARMS.len() * inside.len() - 1);
     let shifted = std::iter::once(bye).chain(places.map(|offset| bye + offset));
-    with_accidents(Way::ToClient, shifted);
+    with_impairments(Way::ToClient, shifted);
 }
 
 #[test]
-fn one_accident_anywhere_among_the_acknowledgements_is_survived() {
+fn one_impairment_anywhere_among_the_acknowledgements_is_survived() {
     // HELLO, then one ACK at the beginning, for OPEN, for each batch, for CLOSE, that everything is here, and
     // that BYE was heard.
     let hello = HEADER_BYTES + 72;
     let end = hello + (BATCHES + 5) * ACK_BYTES;
     let places = (hello..end).step_by(61);
-    with_accidents(Way::ToServer, places);
+    with_impairments(Way::ToServer, places);
 }

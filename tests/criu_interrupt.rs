@@ -15,7 +15,7 @@ use testbed::load::spec::{LoadSpec, OnLostPage};
 use testbed::load::steps::{Order, Pass, Step};
 use testbed::migration::Dump;
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
-use testbed::proxy::{Accident, Harm, Link, Proxy, Way};
+use testbed::proxy::{Impairment, ImpairmentKind, Link, Proxy, Way};
 use testbed::wait::{self, GENEROUS};
 
 for_each_criu!(
@@ -33,17 +33,17 @@ const MIB: u32 = 64;
 /// Half of a dump or a post-copy of [`MIB`], bytes.
 const HALF_WAY: u64 = 24 << 20;
 
-/// Dumps through a proxy into our page server until `harm` befalls the connection.
-fn cut_dump(bed: &Bed, criu: &Criu, harm: Harm) -> Result<()> {
+/// Dumps through a proxy into our page server until `kind` befalls the connection.
+fn cut_dump(bed: &Bed, criu: &Criu, kind: ImpairmentKind) -> Result<()> {
     let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
     let images = bed.path("images");
     let mut server = PageServer::receiving(Make::Ours, &Options::new(&images))?;
-    let accident = Accident {
+    let impairment = Impairment {
         way: Way::ToServer,
         after_bytes: HALF_WAY,
-        harm,
+        kind,
     };
-    let proxy = Proxy::start(server.address(), Link::default(), Some(accident))?;
+    let proxy = Proxy::start(server.address(), Link::default(), Some(impairment))?;
     let dump = Dump::new(criu, load.pid(), bed.path("dump")).to(proxy.address());
     dump.start()?.fail(GENEROUS)?;
     server.process().fail(GENEROUS)?;
@@ -52,11 +52,11 @@ fn cut_dump(bed: &Bed, criu: &Criu, harm: Harm) -> Result<()> {
 }
 
 fn dump_cut_by_a_reset(bed: &Bed, criu: &Criu) -> Result<()> {
-    cut_dump(bed, criu, Harm::Reset)
+    cut_dump(bed, criu, ImpairmentKind::Reset)
 }
 
 fn dump_cut_by_a_clean_end(bed: &Bed, criu: &Criu) -> Result<()> {
-    cut_dump(bed, criu, Harm::End)
+    cut_dump(bed, criu, ImpairmentKind::End)
 }
 
 fn dumper_killed_half_way(bed: &Bed, criu: &Criu) -> Result<()> {
@@ -92,10 +92,10 @@ fn expect_alive_and_right(load: &mut Load) -> Result<()> {
 }
 
 /// A post-copy over a slow link that is half way, its process idle.
-fn half_way(bed: &Bed, criu: &Criu, accident: Option<Accident>) -> Result<PostCopy> {
+fn half_way(bed: &Bed, criu: &Criu, impairment: Option<Impairment>) -> Result<PostCopy> {
     let plan = Plan::new(criu, Source::Dump, Make::Ours);
     let plan = Plan {
-        link: Some((slow_link(), accident)),
+        link: Some((slow_link(), impairment)),
         ..plan
     };
     let spec = LoadSpec {
@@ -166,24 +166,24 @@ fn source_killed_under_the_client(bed: &Bed, criu: &Criu) -> Result<()> {
 }
 
 fn link_reset_under_the_client(bed: &Bed, criu: &Criu) -> Result<()> {
-    let accident = Accident {
+    let impairment = Impairment {
         way: Way::ToClient,
         after_bytes: HALF_WAY,
-        harm: Harm::Reset,
+        kind: ImpairmentKind::Reset,
     };
-    let mut moving = half_way(bed, criu, Some(accident))?;
+    let mut moving = half_way(bed, criu, Some(impairment))?;
     moving.daemon.process().fail(GENEROUS)?;
     expect_losses_told(&moving)?;
     expect_source_alive(&mut moving)
 }
 
 fn link_ended_cleanly_under_the_client(bed: &Bed, criu: &Criu) -> Result<()> {
-    let accident = Accident {
+    let impairment = Impairment {
         way: Way::ToClient,
         after_bytes: HALF_WAY,
-        harm: Harm::End,
+        kind: ImpairmentKind::End,
     };
-    let mut moving = half_way(bed, criu, Some(accident))?;
+    let mut moving = half_way(bed, criu, Some(impairment))?;
     moving.daemon.process().fail(GENEROUS)?;
     expect_losses_told(&moving)
 }

@@ -12,7 +12,7 @@ use testbed::daemons::Make;
 use testbed::load::spec::{LoadSpec, OnLostPage};
 use testbed::load::steps::{Order, Pass, Step};
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
-use testbed::proxy::Harm;
+use testbed::proxy::ImpairmentKind;
 use testbed::suite::with_criu;
 use testbed::summary;
 use testbed::wait::{self, GENEROUS};
@@ -134,7 +134,11 @@ fn a_source_that_comes_back_is_used_again() {
     with_criu(Suite::Sid, |bed, criu| {
         let mut moving = served(bed, criu, &["--reconnect-timeout", "60"])?;
         wait_until_half_way(&mut moving)?;
-        moving.proxy.as_ref().context("a link")?.cut(Harm::Reset);
+        moving
+            .proxy
+            .as_ref()
+            .context("a link")?
+            .cut(ImpairmentKind::Reset);
         moving.daemon.process().succeed(GENEROUS)?;
         moving.reports()?;
         let log = fs::read_to_string(moving.daemon.process().log().context("a log")?)?;
@@ -155,7 +159,11 @@ fn held_processes_go_on_when_the_operator_tries_again() {
             &["--on-loss", "hold", "--reconnect-timeout", "0"],
         )?;
         wait_until_half_way(&mut moving)?;
-        moving.proxy.as_ref().context("a link")?.cut(Harm::Reset);
+        moving
+            .proxy
+            .as_ref()
+            .context("a link")?
+            .cut(ImpairmentKind::Reset);
         wait_for_line(&mut moving, "holding the processes")?;
         moving.daemon.process().signal(Signal::SIGUSR1)?;
         moving.daemon.process().succeed(GENEROUS)?;

@@ -126,8 +126,8 @@ fn a_forwarder_that_stays_sends_differences() {
 fn a_far_end_gives_up_by_itself() {
     let tmp = tempfile::tempdir().unwrap();
     let far = far_end(tmp.path(), None, Duration::from_millis(500));
-    let (connection, accident) = (Link::default(), None);
-    let proxy = Proxy::start(far.address, connection, accident).unwrap();
+    let (connection, impairment) = (Link::default(), None);
+    let proxy = Proxy::start(far.address, connection, impairment).unwrap();
     let context = context(proxy.address(), 1, 0, LONG);
     let (ours, theirs) = UnixStream::pair().unwrap();
     let forwarder = std::thread::spawn(move || forward_client(Stream::plain(ours), &context));

@@ -1,4 +1,4 @@
-//! Accidents between two page servers: both ends agree on how it went, and the images are exact or
+//! Impairments between two page servers: both ends agree on how it went, and the images are exact or
 //! are not there.
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
@@ -20,13 +20,13 @@ use dump_bytes::dump;
 use ends::{LONG, SHORT, context, expected, far_end, forward, many_pages};
 use pageferry::criu::header::{PageFlags, Target, Wire};
 use pageferry::ferry::frame::{HEADER_BYTES, Split, split};
-use testbed::proxy::{Accident, Harm, Link, Proxy, Way};
+use testbed::proxy::{Impairment, ImpairmentKind, Link, Proxy, Way};
 
 const PID: Target = Target::Process(7);
 
-/// Forwards through a proxy that does `harm` to every connection, and checks that both ends agree:
+/// Forwards through a proxy that does `kind` to every connection, and checks that both ends agree:
 /// the images are exact, or there are none. Returns whether it went well.
-fn with_accident(accident: Accident, streams: u16, patience: Duration) -> bool {
+fn with_impairment(impairment: Impairment, streams: u16, patience: Duration) -> bool {
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path().join("images");
     let mut runs = many_pages(100);
@@ -37,7 +37,7 @@ fn with_accident(accident: Accident, streams: u16, patience: Duration) -> bool {
         7000,
     ));
     let far = far_end(&dir, None, patience);
-    let proxy = Proxy::start(far.address, Link::default(), Some(accident)).unwrap();
+    let proxy = Proxy::start(far.address, Link::default(), Some(impairment)).unwrap();
     let context = context(proxy.address(), streams, 1 << 20, patience);
     let (forwarded, answers) = forward(&context, &dump(&[(PID, runs.clone())], Wire::V2), 60_000);
     if forwarded.is_err() {
@@ -46,20 +46,20 @@ fn with_accident(accident: Accident, streams: u16, patience: Duration) -> bool {
     }
     let received = far.finish();
     if forwarded.is_ok() {
-        assert_eq!(answers, [0, 0, 0, 0, 0], "{accident:?}");
+        assert_eq!(answers, [0, 0, 0, 0, 0], "{impairment:?}");
         received.unwrap();
         check_images(&dir, PID, &expected(&[runs]));
         return true;
     }
-    assert!(answers.len() <= 1, "{accident:?}: CLOSE was answered");
+    assert!(answers.len() <= 1, "{impairment:?}: CLOSE was answered");
     if received.is_ok() {
-        // The far end has everything, but the near end never heard of it: no harm to the source.
+        // The far end has everything, but the near end never heard of it: the source is not harmed.
         check_images(&dir, PID, &expected(&[runs]));
     } else {
         assert_eq!(
             files(&dir).len(),
             0,
-            "{accident:?}: {:?}",
+            "{impairment:?}: {:?}",
             files(&dir).keys()
         );
     }
@@ -69,15 +69,19 @@ fn with_accident(accident: Accident, streams: u16, patience: Duration) -> bool {
 #[test]
 fn connections_that_break_anywhere_beyond_a_batch_are_resumed() {
     let mut step = 40_000;
-    for harm in [Harm::Reset, Harm::End, Harm::FlipBit] {
+    for kind in [
+        ImpairmentKind::Reset,
+        ImpairmentKind::End,
+        ImpairmentKind::FlipBit,
+    ] {
         for streams in [1, 3] {
             // Some batches further on: a reset takes along what the far end has not read yet.
-            let accident = Accident {
+            let impairment = Impairment {
                 way: Way::ToServer,
                 after_bytes: 900_000 + step,
-                harm,
+                kind,
             };
-            assert!(with_accident(accident, streams, LONG), "{accident:?}");
+            assert!(with_impairment(impairment, streams, LONG), "{impairment:?}");
             step += 12_345;
         }
     }
@@ -85,50 +89,50 @@ fn connections_that_break_anywhere_beyond_a_batch_are_resumed() {
 
 #[test]
 fn the_way_back_may_break_as_well() {
-    for (harm, after_bytes) in [
+    for (kind, after_bytes) in [
         // WELCOME and a first ACK have 176 bytes: each connection says what is safe, and no more.
-        (Harm::Reset, 180),
-        (Harm::End, 240),
-        (Harm::FlipBit, 190),
-        (Harm::FlipBit, 400),
+        (ImpairmentKind::Reset, 180),
+        (ImpairmentKind::End, 240),
+        (ImpairmentKind::FlipBit, 190),
+        (ImpairmentKind::FlipBit, 400),
     ] {
-        let accident = Accident {
+        let impairment = Impairment {
             way: Way::ToClient,
             after_bytes,
-            harm,
+            kind,
         };
-        assert!(with_accident(accident, 1, LONG), "{accident:?}");
+        assert!(with_impairment(impairment, 1, LONG), "{impairment:?}");
     }
 }
 
 #[test]
 fn connections_that_never_get_anywhere_are_given_up_at_both_ends() {
-    for (way, harm, after_bytes) in [
-        (Way::ToServer, Harm::Reset, 0),
-        (Way::ToServer, Harm::End, 60),
-        (Way::ToServer, Harm::FlipBit, 99),
-        (Way::ToServer, Harm::FlipBit, 20_000),
-        (Way::ToClient, Harm::Reset, 99),
-        (Way::ToClient, Harm::FlipBit, 3),
-        (Way::ToServer, Harm::Reset, 100_000),
+    for (way, kind, after_bytes) in [
+        (Way::ToServer, ImpairmentKind::Reset, 0),
+        (Way::ToServer, ImpairmentKind::End, 60),
+        (Way::ToServer, ImpairmentKind::FlipBit, 99),
+        (Way::ToServer, ImpairmentKind::FlipBit, 20_000),
+        (Way::ToClient, ImpairmentKind::Reset, 99),
+        (Way::ToClient, ImpairmentKind::FlipBit, 3),
+        (Way::ToServer, ImpairmentKind::Reset, 100_000),
     ] {
-        let accident = Accident {
+        let impairment = Impairment {
             way,
             after_bytes,
-            harm,
+            kind,
         };
-        assert!(!with_accident(accident, 1, SHORT), "{accident:?}");
+        assert!(!with_impairment(impairment, 1, SHORT), "{impairment:?}");
     }
 }
 
 #[test]
 fn a_connection_that_falls_silent_is_made_again() {
-    let accident = Accident {
+    let impairment = Impairment {
         way: Way::ToServer,
         after_bytes: 1_300_000,
-        harm: Harm::Silence,
+        kind: ImpairmentKind::Silence,
     };
-    assert!(with_accident(accident, 1, LONG));
+    assert!(with_impairment(impairment, 1, LONG));
 }
 
 /// Pages of a few batches that take their room whatever the level of compression.
@@ -198,27 +202,27 @@ fn eavesdrop(server: SocketAddr) -> (SocketAddr, Arc<Mutex<Vec<u8>>>) {
     (address, heard)
 }
 
-/// Forwards `few_pages` through a proxy where the first connection comes to harm, and checks the
+/// Forwards `few_pages` through a proxy that impairs the first connection, and checks the
 /// images. Tells whether it went well.
-fn with_one_accident(accident: Accident, streams: u16) -> bool {
+fn with_one_impairment(impairment: Impairment, streams: u16) -> bool {
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path().join("images");
     let runs = few_pages();
     let far = far_end(&dir, None, SHORT);
     let link = Link::default();
-    let proxy = Proxy::start_with_harm(far.address, link, accident, 1).unwrap();
+    let proxy = Proxy::start_with_impaired(far.address, link, impairment, 1).unwrap();
     let context = context(proxy.address(), streams, 1 << 20, SHORT);
     let (forwarded, answers) = forward(&context, &dump(&[(PID, runs.clone())], Wire::V2), 60_000);
     if let Err(error) = forwarded {
-        assert!(answers.len() <= 1, "{accident:?}: {error}");
+        assert!(answers.len() <= 1, "{impairment:?}: {error}");
         far.stop.pull();
         if let Err(far_error) = far.finish() {
-            assert_eq!(files(&dir).len(), 0, "{accident:?}: {error}");
-            eprintln!("{accident:?}: {error}; {far_error}");
+            assert_eq!(files(&dir).len(), 0, "{impairment:?}: {error}");
+            eprintln!("{impairment:?}: {error}; {far_error}");
             return false;
         }
     } else {
-        assert_eq!(answers, [0, 0, 0, 0, 0], "{accident:?}");
+        assert_eq!(answers, [0, 0, 0, 0, 0], "{impairment:?}");
         // The far end may have waited in vain for a goodbye: what it has is whole.
         far.finish().unwrap();
     }
@@ -228,7 +232,7 @@ fn with_one_accident(accident: Accident, streams: u16) -> bool {
 
 /// At every border of a batch, just before and behind it, in the header and inside the body.
 #[test]
-fn one_accident_anywhere_on_the_way_there_is_survived() {
+fn one_impairment_anywhere_on_the_way_there_is_survived() {
     let borders = frame_borders(&few_pages());
     assert!(borders.len() > 7, "{borders:?}");
     for pair in borders.windows(2) {
@@ -241,30 +245,38 @@ fn one_accident_anywhere_on_the_way_there_is_survived() {
             start.midpoint(end),
             end - 1,
         ] {
-            for (harm, streams) in [(Harm::Reset, 1), (Harm::End, 2), (Harm::FlipBit, 1)] {
-                let accident = Accident {
+            for (kind, streams) in [
+                (ImpairmentKind::Reset, 1),
+                (ImpairmentKind::End, 2),
+                (ImpairmentKind::FlipBit, 1),
+            ] {
+                let impairment = Impairment {
                     way: Way::ToServer,
                     after_bytes,
-                    harm,
+                    kind,
                 };
-                let well = with_one_accident(accident, streams);
+                let well = with_one_impairment(impairment, streams);
                 // Who does not say PFRY first is no ferry, and who says nothing is nobody.
-                assert!(well || after_bytes < 4, "{accident:?}");
+                assert!(well || after_bytes < 4, "{impairment:?}");
             }
         }
     }
 }
 
 #[test]
-fn one_accident_anywhere_on_the_way_back_is_survived() {
+fn one_impairment_anywhere_on_the_way_back_is_survived() {
     for after_bytes in (0..700).step_by(23) {
-        for (harm, streams) in [(Harm::Reset, 1), (Harm::End, 2), (Harm::FlipBit, 1)] {
-            let accident = Accident {
+        for (kind, streams) in [
+            (ImpairmentKind::Reset, 1),
+            (ImpairmentKind::End, 2),
+            (ImpairmentKind::FlipBit, 1),
+        ] {
+            let impairment = Impairment {
                 way: Way::ToClient,
                 after_bytes,
-                harm,
+                kind,
             };
-            assert!(with_one_accident(accident, streams), "{accident:?}");
+            assert!(with_one_impairment(impairment, streams), "{impairment:?}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Peers that speak ferry and mean harm: typed errors, no panic, no memory beyond the limits.
+//! Peers that speak ferry and attack: typed errors, no panic, no memory beyond the limits.
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 

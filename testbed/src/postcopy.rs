@@ -26,7 +26,7 @@ use crate::load::steps::Step;
 use crate::migration::{Dump, Restore, Restored};
 use crate::net::free_port;
 use crate::process::Spawned;
-use crate::proxy::{Accident, Link, Proxy, Way};
+use crate::proxy::{Impairment, Link, Proxy, Way};
 use crate::wait::GENEROUS;
 
 /// Who has the memory that is still missing.
@@ -60,9 +60,9 @@ pub struct Plan<'a> {
     /// What the restored images are to have as their parent, if anything.
     pub parent_of_restored: Option<PathBuf>,
     /// What lies between the source and the daemon (none: loopback without a proxy).
-    pub link: Option<(Link, Option<Accident>)>,
-    /// How many connections come to harm if there is an accident on the link, the first ones.
-    pub harmed_connections: u64,
+    pub link: Option<(Link, Option<Impairment>)>,
+    /// How many connections are impaired if there is an impairment on the link, the first ones.
+    pub impaired_connections: u64,
     /// So much memory is used and freed just before the restore, bytes: see [`warm_memory`].
     pub warmed_bytes: u64,
 }
@@ -79,7 +79,7 @@ impl<'a> Plan<'a> {
             source_options: Vec::new(),
             parent_of_restored: None,
             link: None,
-            harmed_connections: u64::MAX,
+            impaired_connections: u64::MAX,
             warmed_bytes: 0,
         }
     }
@@ -99,10 +99,10 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Over a link with an accident on it.
-    pub fn with_accident(self, link: Link, accident: Accident) -> Plan<'a> {
+    /// Over a link with an impairment on it.
+    pub fn with_impairment(self, link: Link, impairment: Impairment) -> Plan<'a> {
         Plan {
-            link: Some((link, Some(accident))),
+            link: Some((link, Some(impairment))),
             ..self
         }
     }
@@ -206,9 +206,11 @@ impl PostCopy {
         }
         let proxy = match (address, plan.link) {
             (Some(address), Some((link, None))) => Some(Proxy::start(address, link, None)?),
-            (Some(address), Some((link, Some(accident)))) => {
-                let harmed = plan.harmed_connections;
-                Some(Proxy::start_with_harm(address, link, accident, harmed)?)
+            (Some(address), Some((link, Some(impairment)))) => {
+                let impaired = plan.impaired_connections;
+                Some(Proxy::start_with_impaired(
+                    address, link, impairment, impaired,
+                )?)
             }
             _ => None,
         };

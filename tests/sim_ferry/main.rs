@@ -23,7 +23,7 @@ use std::ops::Range;
 
 use fastrand::Rng;
 
-use net::Weather;
+use net::NetworkConditions;
 use stats::Stats;
 use world::{Trouble, World};
 
@@ -38,9 +38,9 @@ impl Drop for Seed {
     }
 }
 
-fn weather(rng: &mut Rng) -> Weather {
+fn conditions(rng: &mut Rng) -> NetworkConditions {
     let one_of = |rng: &mut Rng, choices: [u32; 4]| choices[rng.usize(0..4)];
-    Weather {
+    NetworkConditions {
         cut_one_in: one_of(rng, [0, 15, 60, 300]),
         outage_one_in: one_of(rng, [0, 0, 100, 400]),
         flip_one_in: one_of(rng, [0, 0, 40, 300]),
@@ -83,8 +83,8 @@ fn whatever_happens_the_image_is_exact_or_the_failure_is_reported() {
     for seed in seeds {
         let _named = Seed(seed);
         let mut rng = Rng::with_seed(seed);
-        let weather = weather(&mut rng);
-        let mut world = World::new(rng.fork(), weather);
+        let conditions = conditions(&mut rng);
+        let mut world = World::new(rng.fork(), conditions);
         for _ in 0..4 {
             memory::run_on(&mut rng, &mut world.source);
             if rng.u8(0..12) == 0 {
@@ -143,11 +143,11 @@ fn without_trouble_every_round_succeeds() {
     for seed in seeds(60) {
         let _named = Seed(seed);
         let mut rng = Rng::with_seed(seed);
-        let calm = Weather {
+        let steady = NetworkConditions {
             delay_millis: 20,
-            ..Weather::default()
+            ..NetworkConditions::default()
         };
-        let mut world = World::new(rng.fork(), calm);
+        let mut world = World::new(rng.fork(), steady);
         for _ in 0..3 {
             memory::run_on(&mut rng, &mut world.source);
             world.round(Trouble::None);
@@ -161,14 +161,14 @@ fn a_short_outage_in_every_phase_is_survived() {
     for seed in seeds(120) {
         let _named = Seed(seed);
         let mut rng = Rng::with_seed(1000 + seed);
-        let gusty = Weather {
+        let variable = NetworkConditions {
             cut_one_in: 200,
             outage_one_in: 500,
             outage_millis: 1500,
             delay_millis: 10,
-            ..Weather::default()
+            ..NetworkConditions::default()
         };
-        let mut world = World::new(rng.fork(), gusty);
+        let mut world = World::new(rng.fork(), variable);
         for _ in 0..2 {
             memory::run_on(&mut rng, &mut world.source);
             world.round(Trouble::None);

@@ -35,7 +35,7 @@ pub(crate) enum Event {
 
 /// What goes wrong, each as one in so many; 0 is never.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Weather {
+pub(crate) struct NetworkConditions {
     /// Writes that cut their connection.
     pub(crate) cut_one_in: u32,
     /// Writes that cut all connections, for a while.
@@ -64,7 +64,7 @@ struct Line {
 pub(crate) struct Net {
     pub(crate) rng: Rng,
     pub(crate) now: Duration,
-    pub(crate) weather: Weather,
+    pub(crate) conditions: NetworkConditions,
     pub(crate) cuts: u64,
     pub(crate) flips: u64,
     lines: BTreeMap<Conn, Line>,
@@ -78,11 +78,11 @@ pub(crate) struct Net {
 const IN_FLIGHT_MAX: usize = 24 << 10;
 
 impl Net {
-    pub(crate) fn new(rng: Rng, weather: Weather) -> Net {
+    pub(crate) fn new(rng: Rng, conditions: NetworkConditions) -> Net {
         Net {
             rng,
             now: Duration::ZERO,
-            weather,
+            conditions,
             cuts: 0,
             flips: 0,
             lines: BTreeMap::new(),
@@ -112,7 +112,7 @@ impl Net {
         line.is_some_and(|line| line.pipes[from.other() as usize].in_flight < IN_FLIGHT_MAX)
     }
 
-    /// Writes to the connection; what comes of it is the weather's choice.
+    /// Writes to the connection; what comes of it is the choice of the conditions.
     pub(crate) fn write(&mut self, conn: Conn, from: Side, bytes: &[u8]) {
         let to = from.other();
         let mut rest = bytes;
@@ -121,7 +121,7 @@ impl Net {
             let (piece, behind) = rest.split_at(self.rng.usize(1..=most));
             rest = behind;
             let mut piece = piece.to_vec();
-            if self.one_in(self.weather.flip_one_in) {
+            if self.one_in(self.conditions.flip_one_in) {
                 let bit = self.rng.usize(0..piece.len() * 8);
                 piece[bit / 8] ^= 1 << (bit % 8);
                 self.flips += 1;
@@ -135,11 +135,11 @@ impl Net {
             pipe.in_flight += piece.len();
             let at = pipe.last_arrival;
             self.push(at, Event::Bytes(conn, to, piece));
-            if self.one_in(self.weather.cut_one_in) {
+            if self.one_in(self.conditions.cut_one_in) {
                 self.cut(conn);
             }
-            if self.one_in(self.weather.outage_one_in) {
-                let longest = self.weather.outage_millis;
+            if self.one_in(self.conditions.outage_one_in) {
+                let longest = self.conditions.outage_millis;
                 self.out_until = self.now + Duration::from_millis(self.rng.u64(0..longest));
                 for conn in self.lines.keys().copied().collect::<Vec<_>>() {
                     self.cut(conn);
@@ -193,7 +193,7 @@ impl Net {
     }
 
     fn delay(&mut self) -> Duration {
-        Duration::from_micros(self.rng.u64(0..self.weather.delay_millis * 1000))
+        Duration::from_micros(self.rng.u64(0..self.conditions.delay_millis * 1000))
     }
 
     fn push(&mut self, at: Duration, event: Event) {

@@ -12,7 +12,7 @@ use pageferry::ferry::message::StateId;
 
 use crate::hosts::{DialingHost, ListeningHost};
 use crate::memory::{self, Memory, PAGE};
-use crate::net::{Net, Weather};
+use crate::net::{Net, NetworkConditions};
 use crate::parts::Part;
 use crate::receiving_end::{ReceivingEnd, Store};
 use crate::run::{Host, abort, crash, run};
@@ -25,7 +25,7 @@ pub(crate) const RETRY: RetryPolicy = RetryPolicy {
     give_up_after: Duration::from_secs(8),
 };
 
-/// What goes wrong in a round besides the weather, and at which step.
+/// What goes wrong in a round besides the conditions, and at which step.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Trouble {
     None,
@@ -37,7 +37,7 @@ pub(crate) enum Trouble {
 
 /// What a trouble does when its step has come.
 #[derive(Clone, Copy)]
-enum Blow {
+enum Disturbance {
     SenderCrashes,
     ReceiverCrashes,
     DumpEnds,
@@ -45,15 +45,15 @@ enum Blow {
 }
 
 impl Trouble {
-    fn at(self, step: u64) -> Option<Blow> {
-        let (at, blow) = match self {
+    fn at(self, step: u64) -> Option<Disturbance> {
+        let (at, disturbance) = match self {
             Trouble::None => return None,
-            Trouble::SenderCrashes(at) => (at, Blow::SenderCrashes),
-            Trouble::ReceiverCrashes(at) => (at, Blow::ReceiverCrashes),
-            Trouble::DumpEnds(at) => (at, Blow::DumpEnds),
-            Trouble::DiskFull(at) => (at, Blow::DiskFull),
+            Trouble::SenderCrashes(at) => (at, Disturbance::SenderCrashes),
+            Trouble::ReceiverCrashes(at) => (at, Disturbance::ReceiverCrashes),
+            Trouble::DumpEnds(at) => (at, Disturbance::DumpEnds),
+            Trouble::DiskFull(at) => (at, Disturbance::DiskFull),
         };
-        (at == step).then_some(blow)
+        (at == step).then_some(disturbance)
     }
 }
 
@@ -78,7 +78,7 @@ impl<P: Part> Ended<P> {
 /// The processes at both ends, as far as they outlive a round.
 pub(crate) struct World {
     rng: Rng,
-    weather: Weather,
+    conditions: NetworkConditions,
     streams: u16,
     window: Window,
     receiver_dials: bool,
@@ -96,10 +96,10 @@ pub(crate) struct World {
 }
 
 impl World {
-    pub(crate) fn new(mut rng: Rng, weather: Weather) -> World {
+    pub(crate) fn new(mut rng: Rng, conditions: NetworkConditions) -> World {
         let cache_bytes = [0, 30_000, 400_000, 64 << 20][rng.usize(0..4)];
         World {
-            weather,
+            conditions,
             streams: rng.u16(1..5),
             window: Window {
                 frames: rng.u32(1..40),
@@ -170,7 +170,7 @@ impl World {
     pub(crate) fn round(&mut self, trouble: Trouble) {
         let images = self.store.images.len();
         let disagreements = self.stats.disagreements;
-        let net = Net::new(self.rng.fork(), self.weather);
+        let net = Net::new(self.rng.fork(), self.conditions);
         let session = SessionId(self.rng.u128(1..).to_le_bytes());
         let (succeeded, cuts) = if self.receiver_dials {
             self.round_receiver_dials(net, session, trouble)
@@ -221,8 +221,8 @@ impl World {
             &mut dial,
             &mut listen,
             |step, net, dial, listen| match trouble.at(step) {
-                Some(Blow::SenderCrashes) => crashed = crash(dial, net),
-                Some(Blow::ReceiverCrashes) => {
+                Some(Disturbance::SenderCrashes) => crashed = crash(dial, net),
+                Some(Disturbance::ReceiverCrashes) => {
                     if let Some(receiver) = crash(listen, net) {
                         self.stats.add(&receiver.stats);
                         self.receiver_ended(receiver);
@@ -230,8 +230,8 @@ impl World {
                         *listen = Some(self.listening_receiver());
                     }
                 }
-                Some(Blow::DumpEnds) => abort(dial),
-                Some(Blow::DiskFull) => abort(listen),
+                Some(Disturbance::DumpEnds) => abort(dial),
+                Some(Disturbance::DiskFull) => abort(listen),
                 None => {}
             },
         );
@@ -262,10 +262,10 @@ impl World {
             &mut dial,
             &mut listen,
             |step, net, dial, listen| match trouble.at(step) {
-                Some(Blow::SenderCrashes) => crashed_sender = crash(listen, net),
-                Some(Blow::ReceiverCrashes) => crashed_receiver = crash(dial, net),
-                Some(Blow::DumpEnds) => abort(listen),
-                Some(Blow::DiskFull) => abort(dial),
+                Some(Disturbance::SenderCrashes) => crashed_sender = crash(listen, net),
+                Some(Disturbance::ReceiverCrashes) => crashed_receiver = crash(dial, net),
+                Some(Disturbance::DumpEnds) => abort(listen),
+                Some(Disturbance::DiskFull) => abort(dial),
                 None => {}
             },
         );

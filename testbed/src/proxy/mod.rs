@@ -1,8 +1,8 @@
-//! A TCP proxy between the two sides: delay, rate, and accidents.
+//! A TCP proxy between the two sides: delay, rate, and impairments.
 //!
 //! ```text
 //!   client <--> [reader] -> queue, each piece with its due time -> [writer] <--> server
-//!                  ^ accident: cut, reset, flipped bit at a byte offset
+//!                  ^ impairment: cut, reset, flipped bit at a byte offset
 //! ```
 //!
 //! Invariants: bytes keep their order; the reader never waits for the link as long as the queue has
@@ -40,9 +40,9 @@ pub enum Way {
     ToClient,
 }
 
-/// How a connection comes to harm.
+/// How a connection is impaired.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Harm {
+pub enum ImpairmentKind {
     /// Both sides see a reset.
     Reset,
     /// Both sides see a clean end.
@@ -53,15 +53,15 @@ pub enum Harm {
     Silence,
 }
 
-/// Harm at an offset of one way of every connection.
+/// An impairment at an offset of one way of every connection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Accident {
+pub struct Impairment {
     /// Which bytes are counted.
     pub way: Way,
     /// Bytes that pass unharmed.
     pub after_bytes: u64,
     /// What happens then.
-    pub harm: Harm,
+    pub kind: ImpairmentKind,
 }
 
 /// A running proxy; its connections are reset on drop.
@@ -76,9 +76,9 @@ pub struct Proxy {
 struct Shared {
     upstream: SocketAddr,
     link: Link,
-    accident: Option<Accident>,
-    /// How many more connections come to harm.
-    harms_left: AtomicU64,
+    impairment: Option<Impairment>,
+    /// How many more connections are impaired.
+    impaired_left: AtomicU64,
     to_server: AtomicU64,
     to_client: AtomicU64,
     stopping: AtomicBool,
@@ -93,12 +93,15 @@ impl Shared {
         }
     }
 
-    /// The accident of the next connection, if it comes to harm.
-    fn next_accident(&self) -> Option<Accident> {
+    /// The impairment of the next connection, if it is impaired.
+    fn next_impairment(&self) -> Option<Impairment> {
         let one_less = |left: u64| left.checked_sub(1);
         let (set, fetch) = (Ordering::Relaxed, Ordering::Relaxed);
-        let harmed = self.harms_left.fetch_update(set, fetch, one_less).is_ok();
-        self.accident.filter(|_| harmed)
+        let impaired = self
+            .impaired_left
+            .fetch_update(set, fetch, one_less)
+            .is_ok();
+        self.impairment.filter(|_| impaired)
     }
 
     fn connections(&self) -> Vec<Arc<Connection>> {
@@ -114,22 +117,26 @@ impl Proxy {
     ///
     /// # Errors
     /// No socket can be bound.
-    pub fn start(upstream: SocketAddr, link: Link, accident: Option<Accident>) -> Result<Proxy> {
-        Self::start_at((Ipv4Addr::LOCALHOST, 0).into(), upstream, link, accident)
+    pub fn start(
+        upstream: SocketAddr,
+        link: Link,
+        impairment: Option<Impairment>,
+    ) -> Result<Proxy> {
+        Self::start_at((Ipv4Addr::LOCALHOST, 0).into(), upstream, link, impairment)
     }
 
-    /// The same with harm to the first `connections` connections alone.
+    /// The same for the first `connections` connections alone.
     ///
     /// # Errors
     /// No socket can be bound.
-    pub fn start_with_harm(
+    pub fn start_with_impaired(
         upstream: SocketAddr,
         link: Link,
-        accident: Accident,
+        impairment: Impairment,
         connections: u64,
     ) -> Result<Proxy> {
         let address = (Ipv4Addr::LOCALHOST, 0).into();
-        Self::run(address, upstream, link, Some(accident), connections)
+        Self::run(address, upstream, link, Some(impairment), connections)
     }
 
     /// Listens on `address`.
@@ -140,24 +147,24 @@ impl Proxy {
         address: SocketAddr,
         upstream: SocketAddr,
         link: Link,
-        accident: Option<Accident>,
+        impairment: Option<Impairment>,
     ) -> Result<Proxy> {
-        Self::run(address, upstream, link, accident, u64::MAX)
+        Self::run(address, upstream, link, impairment, u64::MAX)
     }
 
     fn run(
         address: SocketAddr,
         upstream: SocketAddr,
         link: Link,
-        accident: Option<Accident>,
-        harms: u64,
+        impairment: Option<Impairment>,
+        impaired: u64,
     ) -> Result<Proxy> {
         let listener = TcpListener::bind(address).context("binding the proxy")?;
         let shared = Arc::new(Shared {
             upstream,
             link,
-            accident,
-            harms_left: AtomicU64::new(harms),
+            impairment,
+            impaired_left: AtomicU64::new(impaired),
             to_server: AtomicU64::new(0),
             to_client: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
@@ -183,10 +190,10 @@ impl Proxy {
         self.shared.counter(way).load(Ordering::Relaxed)
     }
 
-    /// Harms all connections that stand now, by a reset or a clean end.
-    pub fn cut(&self, harm: Harm) {
+    /// Impairs all connections that stand now, by a reset or a clean end.
+    pub fn cut(&self, kind: ImpairmentKind) {
         for connection in self.shared.connections() {
-            connection.end(harm);
+            connection.end(kind);
         }
     }
 }
@@ -218,7 +225,7 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
         }
     }
     for connection in shared.connections() {
-        connection.end(Harm::Reset);
+        connection.end(ImpairmentKind::Reset);
     }
     for pump in pumps {
         let _ = pump.join();
@@ -233,9 +240,12 @@ mod tests {
     use super::*;
 
     /// A server that echoes one connection, and a proxy before it.
-    fn echo(link: Link, accident: Option<Accident>) -> (Proxy, JoinHandle<std::io::Result<u64>>) {
+    fn echo(
+        link: Link,
+        impairment: Option<Impairment>,
+    ) -> (Proxy, JoinHandle<std::io::Result<u64>>) {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let proxy = Proxy::start(listener.local_addr().unwrap(), link, accident).unwrap();
+        let proxy = Proxy::start(listener.local_addr().unwrap(), link, impairment).unwrap();
         let server = thread::spawn(move || {
             let (stream, _) = listener.accept()?;
             std::io::copy(&mut &stream, &mut &stream)
@@ -274,12 +284,12 @@ mod tests {
 
     #[test]
     fn resets_both_sides_at_an_offset() {
-        let accident = Accident {
+        let impairment = Impairment {
             way: Way::ToClient,
             after_bytes: 1000,
-            harm: Harm::Reset,
+            kind: ImpairmentKind::Reset,
         };
-        let (proxy, server) = echo(Link::default(), Some(accident));
+        let (proxy, server) = echo(Link::default(), Some(impairment));
         let mut client = TcpStream::connect(proxy.address()).unwrap();
         client.write_all(&[1; 5000]).unwrap();
         let mut got = Vec::new();
@@ -294,12 +304,12 @@ mod tests {
 
     #[test]
     fn ends_cleanly_at_an_offset() {
-        let accident = Accident {
+        let impairment = Impairment {
             way: Way::ToClient,
             after_bytes: 1000,
-            harm: Harm::End,
+            kind: ImpairmentKind::End,
         };
-        let (proxy, server) = echo(Link::default(), Some(accident));
+        let (proxy, server) = echo(Link::default(), Some(impairment));
         let mut client = TcpStream::connect(proxy.address()).unwrap();
         client.write_all(&[1; 5000]).unwrap();
         let mut got = Vec::new();
@@ -326,12 +336,12 @@ mod tests {
 
     #[test]
     fn flips_one_bit() {
-        let accident = Accident {
+        let impairment = Impairment {
             way: Way::ToServer,
             after_bytes: 4,
-            harm: Harm::FlipBit,
+            kind: ImpairmentKind::FlipBit,
         };
-        let (proxy, server) = echo(Link::default(), Some(accident));
+        let (proxy, server) = echo(Link::default(), Some(impairment));
         let mut client = TcpStream::connect(proxy.address()).unwrap();
         client.write_all(&[0; 8]).unwrap();
         client.shutdown(Shutdown::Write).unwrap();

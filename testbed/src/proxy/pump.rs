@@ -11,7 +11,7 @@ use nix::sys::prctl;
 use socket2::SockRef;
 
 use super::queue::{Piece, Queue};
-use super::{Accident, Harm, Shared, Way};
+use super::{Impairment, ImpairmentKind, Shared, Way};
 
 /// Bytes read at a time: small enough for a rate limit to be smooth.
 const READ_BYTES: usize = 64 << 10;
@@ -60,13 +60,13 @@ impl Connection {
             .unwrap_or_else(PoisonError::into_inner);
         connections.push(Arc::clone(&connection));
         drop(connections);
-        let accident = shared.next_accident();
+        let impairment = shared.next_impairment();
         let mut threads = Vec::with_capacity(THREADS);
         for way in [Way::ToServer, Way::ToClient] {
             let (reader, from) = (Arc::clone(&connection), Arc::clone(shared));
             let (writer, to) = (Arc::clone(&connection), Arc::clone(shared));
             threads.push(thread::spawn(move || {
-                reader.read(way, accident.filter(|accident| accident.way == way));
+                reader.read(way, impairment.filter(|impairment| impairment.way == way));
                 reader.forget_if_over(&from);
             }));
             threads.push(thread::spawn(move || {
@@ -97,7 +97,7 @@ impl Connection {
         connections.retain(|connection| !Arc::ptr_eq(connection, self));
     }
 
-    fn read(&self, way: Way, accident: Option<Accident>) {
+    fn read(&self, way: Way, impairment: Option<Impairment>) {
         let (mut from, queue, _) = self.path(way);
         let mut passed = 0u64;
         let mut buffer = vec![0; READ_BYTES];
@@ -109,20 +109,20 @@ impl Connection {
                 }
                 Ok(got) => got,
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(_) => return self.end(Harm::Reset),
+                Err(_) => return self.end(ImpairmentKind::Reset),
             };
             let bytes = &mut buffer[..got];
-            let place = accident.and_then(|accident| {
-                let offset = usize::try_from(accident.after_bytes.checked_sub(passed)?).ok()?;
-                (offset < got).then_some((offset, accident.harm))
+            let place = impairment.and_then(|impairment| {
+                let offset = usize::try_from(impairment.after_bytes.checked_sub(passed)?).ok()?;
+                (offset < got).then_some((offset, impairment.kind))
             });
             passed += got as u64;
             match place {
                 None => {}
-                Some((offset, Harm::FlipBit)) => bytes[offset] ^= 1,
-                Some((offset, harm)) => {
+                Some((offset, ImpairmentKind::FlipBit)) => bytes[offset] ^= 1,
+                Some((offset, kind)) => {
                     queue.push(Piece::Bytes(bytes[..offset].to_vec()));
-                    return self.harm(way, harm);
+                    return self.impair(way, kind);
                 }
             }
             if !queue.push(Piece::Bytes(bytes.to_vec())) {
@@ -131,11 +131,11 @@ impl Connection {
         }
     }
 
-    fn harm(&self, way: Way, harm: Harm) {
-        match harm {
-            Harm::Reset | Harm::FlipBit => self.end(Harm::Reset),
-            Harm::Silence => {}
-            Harm::End => {
+    fn impair(&self, way: Way, kind: ImpairmentKind) {
+        match kind {
+            ImpairmentKind::Reset | ImpairmentKind::FlipBit => self.end(ImpairmentKind::Reset),
+            ImpairmentKind::Silence => {}
+            ImpairmentKind::End => {
                 // What was on its way still arrives; the other way is heard no more.
                 let (from, queue, _) = self.path(way);
                 queue.push(Piece::End);
@@ -158,7 +158,7 @@ impl Connection {
                 match to.write(rest) {
                     Ok(written) => rest = &rest[written..],
                     Err(error) if is_passing(error.kind()) && !queue.is_closed() => {}
-                    Err(_) => return self.end(Harm::Reset),
+                    Err(_) => return self.end(ImpairmentKind::Reset),
                 }
             }
             shared
@@ -168,11 +168,11 @@ impl Connection {
     }
 
     /// Ends both ways now: with a reset, or cleanly.
-    pub(super) fn end(&self, harm: Harm) {
+    pub(super) fn end(&self, kind: ImpairmentKind) {
         self.to_server.close();
         self.to_client.close();
         for stream in [&self.client, &self.server] {
-            if harm == Harm::End {
+            if kind == ImpairmentKind::End {
                 let _ = stream.shutdown(Shutdown::Both);
             } else {
                 reset(stream);

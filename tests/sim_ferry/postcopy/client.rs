@@ -18,7 +18,7 @@ use pageferry::lazy::space::{Class, FaultAnswer, Reach, Space};
 use pageferry::lazy::window::RateLimit;
 use pageferry::units::PageRange;
 
-use super::Sightings;
+use super::Observed;
 use super::forwarder::runs;
 use crate::memory::{Memory, PAGE, number_of, numbers, page_range};
 use crate::parts::{Part, Standing, StreamKey};
@@ -82,7 +82,7 @@ pub(super) struct Client {
     said_failure: bool,
     aborted: bool,
     end: Option<End>,
-    pub(super) seen: Sightings,
+    pub(super) seen: Observed,
 }
 
 impl Client {
@@ -134,7 +134,7 @@ impl Client {
             said_failure: false,
             aborted: false,
             end: None,
-            seen: Sightings::default(),
+            seen: Observed::default(),
         }
     }
 

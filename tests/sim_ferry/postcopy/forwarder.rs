@@ -19,7 +19,7 @@ use pageferry::ferry::sender::{Sender, SenderEvent, Transmit};
 use pageferry::lazy::drain::DrainPlan;
 use pageferry::units::{PageCount, PageRange};
 
-use super::Sightings;
+use super::Observed;
 use crate::memory::{Memory, PAGE, Page, Pages};
 use crate::parts::{Part, Standing, StreamKey};
 
@@ -56,7 +56,7 @@ pub(super) struct Forwarder {
     dump: Dump,
     standing: Standing,
     failure: Option<Fail>,
-    pub(super) seen: Sightings,
+    pub(super) seen: Observed,
 }
 
 /// Runs of neighbouring pages.
@@ -111,7 +111,7 @@ impl Forwarder {
             dump: Dump::Frozen,
             standing: Standing::Going,
             failure: None,
-            seen: Sightings::default(),
+            seen: Observed::default(),
         }
     }
 

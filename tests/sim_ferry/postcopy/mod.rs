@@ -20,25 +20,25 @@ use pageferry::ferry::link::SessionTable;
 
 use crate::hosts::ListeningHost;
 use crate::memory::{self, Memory, PAGE};
-use crate::net::{Net, Weather};
+use crate::net::{Net, NetworkConditions};
 use crate::parts::Part;
 use crate::run::{Host, abort, crash, run};
 use crate::world::RETRY;
-use crate::{Seed, seeds, weather};
+use crate::{Seed, conditions, seeds};
 use client::{Client, End};
 use forwarder::{Dump, Forwarder};
 use pair::PairHost;
 
 /// What has been met with, and how often.
 #[derive(Clone, Default, Debug)]
-struct Sightings(BTreeMap<&'static str, u64>);
+struct Observed(BTreeMap<&'static str, u64>);
 
-impl Sightings {
+impl Observed {
     fn add(&mut self, what: &'static str, count: u64) {
         *self.0.entry(what).or_default() += count;
     }
 
-    fn add_all(&mut self, others: &Sightings) {
+    fn add_all(&mut self, others: &Observed) {
         for (what, count) in &others.0 {
             self.add(what, *count);
         }
@@ -49,7 +49,7 @@ impl Sightings {
     }
 }
 
-/// What goes wrong besides the weather, and at which step.
+/// What goes wrong besides the conditions, and at which step.
 #[derive(Clone, Copy, Debug)]
 enum Trouble {
     None,
@@ -74,12 +74,12 @@ fn trouble(rng: &mut Rng) -> Trouble {
 /// A dump, and what is left at the other host of an earlier round.
 struct World {
     rng: Rng,
-    weather: Weather,
+    conditions: NetworkConditions,
     source: Memory,
     earlier: Memory,
     /// Every so many steps somebody writes to the earlier round.
     tampered_every: Option<u64>,
-    seen: Sightings,
+    seen: Observed,
 }
 
 fn private(memory: &Memory) -> Memory {
@@ -91,7 +91,7 @@ fn private(memory: &Memory) -> Memory {
 }
 
 impl World {
-    fn new(mut rng: Rng, weather: Weather) -> World {
+    fn new(mut rng: Rng, conditions: NetworkConditions) -> World {
         let mut source = memory::first(&mut rng);
         let earlier = match rng.u8(0..3) {
             0 => Memory::new(),
@@ -100,11 +100,11 @@ impl World {
         memory::run_on(&mut rng, &mut source);
         let tampered = !earlier.is_empty() && rng.u8(0..3) == 0;
         World {
-            weather,
+            conditions,
             source: private(&source),
             earlier,
             tampered_every: tampered.then(|| rng.u64(10..100)),
-            seen: Sightings::default(),
+            seen: Observed::default(),
             rng,
         }
     }
@@ -131,7 +131,7 @@ impl World {
     /// Carries one dump over and checks the rule. Tells how it ended for the client, if that did not
     /// crash, and for the dump.
     fn migrate(&mut self, trouble: Trouble) -> (Option<End>, Dump) {
-        let mut net = Net::new(self.rng.fork(), self.weather);
+        let mut net = Net::new(self.rng.fork(), self.conditions);
         let session = SessionId(self.rng.u128(1..).to_le_bytes());
         let key = HashKey(self.rng.u128(..).to_le_bytes());
         let hello = self.hello(Role::Receiver, session, key);
@@ -210,14 +210,14 @@ impl World {
 
 #[test]
 fn whatever_happens_memory_is_exact_and_at_one_place() {
-    let mut total = Sightings::default();
+    let mut total = Observed::default();
     let seeds = seeds(400);
     let all = seeds.end - seeds.start >= 400;
     for seed in seeds {
         let _named = Seed(seed);
         let mut rng = Rng::with_seed(seed);
-        let weather = weather(&mut rng);
-        let mut world = World::new(rng.fork(), weather);
+        let conditions = conditions(&mut rng);
+        let mut world = World::new(rng.fork(), conditions);
         world.migrate(trouble(&mut rng));
         total.add_all(&world.seen);
     }
@@ -256,11 +256,11 @@ fn whatever_happens_memory_is_exact_and_at_one_place() {
 }
 
 /// Nobody crashes, and the network is never bad for long.
-fn comes_to_an_end(seeds: std::ops::Range<u64>, weather: Weather) {
+fn comes_to_an_end(seeds: std::ops::Range<u64>, conditions: NetworkConditions) {
     for seed in seeds {
         let _named = Seed(seed);
         let mut rng = Rng::with_seed(seed);
-        let mut world = World::new(rng.fork(), weather);
+        let mut world = World::new(rng.fork(), conditions);
         let (end, dump) = world.migrate(Trouble::None);
         assert_eq!((end, dump), (Some(End::Success), Dump::Killed));
     }
@@ -268,16 +268,16 @@ fn comes_to_an_end(seeds: std::ops::Range<u64>, weather: Weather) {
 
 #[test]
 fn without_trouble_everything_arrives() {
-    let calm = Weather {
+    let steady = NetworkConditions {
         delay_millis: 20,
-        ..Weather::default()
+        ..NetworkConditions::default()
     };
-    comes_to_an_end(seeds(60), calm);
+    comes_to_an_end(seeds(60), steady);
 }
 
 #[test]
 fn a_short_outage_in_every_phase_of_a_post_copy_is_survived() {
-    let gusty = Weather {
+    let variable = NetworkConditions {
         cut_one_in: 400,
         outage_one_in: 1000,
         flip_one_in: 600,
@@ -287,7 +287,7 @@ fn a_short_outage_in_every_phase_of_a_post_copy_is_survived() {
     for seed in seeds(120) {
         let _named = Seed(seed);
         let mut rng = Rng::with_seed(seed);
-        let mut world = World::new(rng.fork(), gusty);
+        let mut world = World::new(rng.fork(), variable);
         let (end, dump) = world.migrate(Trouble::None);
         // The link may break behind the source's last word.
         assert!(
