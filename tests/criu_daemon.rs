@@ -170,6 +170,44 @@ fn the_pidfile_names_who_has_taken_over() {
     });
 }
 
+/// What is polled before the fork into the background does not wake the process that goes on there.
+#[test]
+fn signals_end_a_client_in_the_background() {
+    with_criu(Suite::Trixie, |bed, criu| {
+        let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
+        let (images, pidfile) = (bed.path("images"), bed.path("client.pid"));
+        Dump::new(criu, load.pid(), &images).run()?;
+        load.wait_until_gone()?;
+        for signal in [Signal::SIGTERM, Signal::SIGALRM] {
+            let mut command = Command::new(workspace::binary("lazy-client")?);
+            command.args([
+                "-v4",
+                "-o",
+                "lazy.log",
+                "--on-demand",
+                "--trace",
+                "faults.trace",
+            ]);
+            command.arg("-D").arg(&images);
+            let client = Background::start(&mut command, &pidfile)?;
+            let restored = Restore::new(criu, &images).lazily().run()?;
+            load.steer(restored.init()?)?;
+            kill(client.pid, Signal::SIGUSR1)?;
+            let log = images.join("lazy.log");
+            let said = |words: &str| Ok(fs::read_to_string(&log)?.contains(words).then_some(()));
+            wait::until("a word on the signal", GENEROUS, || {
+                said("SIGUSR1 is for processes that are held")
+            })?;
+            kill(client.pid, signal)?;
+            client.wait_for_end()?;
+            log_says(&log, &format!("stopped by {signal}"))?;
+            load.run(0, &[Step::Verify(Pass::full(Order::Random))])?
+                .expect_right()?;
+        }
+        Ok(())
+    });
+}
+
 /// Such a restore keeps its connection to the daemon until the restored processes end.
 fn a_restore_in_the_foreground_holds_nobody_up(bed: &Bed, criu: &Criu) -> Result<()> {
     let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;

@@ -1,4 +1,4 @@
-//! Ends a server in order when SIGTERM or SIGINT asks for it: no new sessions, and those that run
+//! Ends a server in order when a signal asks for it, whichever would have ended the process: no new sessions, and those that run
 //! fail as if their peers had gone, which cleans up behind them.
 
 use std::collections::HashMap;
@@ -6,10 +6,10 @@ use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::sys::signal::{SigSet, Signal};
 use socket2::{SockRef, Socket};
 
 use crate::error::{Error, Kind, Result};
+use crate::sys::signals::{SignalReader, SignalSet};
 
 /// A server's brake. Copies act on the same server.
 #[derive(Clone, Debug, Default)]
@@ -34,15 +34,11 @@ pub struct Watched {
     number: u64,
 }
 
-/// Keeps SIGTERM and SIGINT from ending this thread and those that it starts. To be called before
-/// any other thread is started.
+/// Keeps every signal that would end this process from doing so, in this thread and those that it starts. To
+/// be called before any other thread is started.
 pub fn block_stop_signals() -> Result<()> {
-    let blocked = stop_signals().thread_block();
-    blocked.map_err(|errno| Error::wrap(Kind::Io, "cannot block signals", errno))
-}
-
-fn stop_signals() -> SigSet {
-    [Signal::SIGTERM, Signal::SIGINT].into_iter().collect()
+    let blocked = SignalSet::ending().and_then(SignalSet::block);
+    blocked.map_err(|error| Error::wrap(Kind::Io, "cannot block signals", error))
 }
 
 impl Stop {
@@ -50,11 +46,14 @@ impl Stop {
     pub fn on_signals() -> Result<Stop> {
         let stop = Stop::default();
         let pulled = stop.clone();
+        let signals = SignalSet::ending().and_then(SignalReader::new);
+        let signals = signals
+            .map_err(|error| Error::wrap(Kind::Io, "cannot make a signal descriptor", error))?;
         std::thread::Builder::new()
             .name("signals".to_owned())
             .spawn(move || {
-                // Waiting for a set of valid signals cannot fail.
-                if let Ok(signal) = stop_signals().wait() {
+                // Waiting for a descriptor that is open cannot fail.
+                if let Ok(signal) = signals.wait() {
                     tracing::warn!("{signal}: ending all sessions");
                     pulled.pull();
                 }

@@ -14,10 +14,11 @@
 //! its page was there; the pid is the image's, so a forked child has its ancestor's; the address is
 //! that of the page at the time. A file that ends inside a record was cut short there.
 //!
-//! Records are written by a thread of their own: a slow disk delays no fault.
+//! Records are written by a thread of their own: a slow disk delays no fault. It is started with the first
+//! record, for a process that is still to be forked may have no thread.
 
 use std::fs::File;
-use std::io::{BufReader, BufWriter, Read, Write};
+use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
@@ -64,8 +65,16 @@ pub struct TraceWriter {
     path: PathBuf,
     batch: Vec<FaultRecord>,
     left_out: u64,
-    sender: Option<SyncSender<Vec<FaultRecord>>>,
-    thread: Option<JoinHandle<std::io::Result<()>>>,
+    output: Output,
+}
+
+/// Where records go.
+#[derive(Debug)]
+enum Output {
+    /// There has been none.
+    File(BufWriter<File>),
+    Thread(SyncSender<Vec<FaultRecord>>, JoinHandle<io::Result<()>>),
+    Failed(io::Error),
 }
 
 impl TraceWriter {
@@ -81,6 +90,30 @@ impl TraceWriter {
         };
         file.write_all(bytemuck::bytes_of(&header))
             .map_err(failed)?;
+        Ok(TraceWriter {
+            path: path.to_owned(),
+            batch: Vec::with_capacity(BATCH_RECORDS),
+            left_out: 0,
+            output: Output::File(file),
+        })
+    }
+
+    /// Adds a fault. Never waits.
+    pub fn record(&mut self, record: FaultRecord) {
+        if matches!(self.output, Output::File(_)) {
+            self.start();
+        }
+        self.batch.push(record);
+        if self.batch.len() == BATCH_RECORDS {
+            self.hand_over();
+        }
+    }
+
+    fn start(&mut self) {
+        let begun = Output::Failed(io::ErrorKind::Other.into());
+        let Output::File(mut file) = std::mem::replace(&mut self.output, begun) else {
+            return;
+        };
         let (sender, batches) = sync_channel::<Vec<FaultRecord>>(BATCHES_MAX);
         let thread = std::thread::Builder::new()
             .name("trace".into())
@@ -89,48 +122,41 @@ impl TraceWriter {
                     file.write_all(bytemuck::cast_slice(&batch))?;
                 }
                 file.flush()
-            })
-            .map_err(failed)?;
-        Ok(TraceWriter {
-            path: path.to_owned(),
-            batch: Vec::with_capacity(BATCH_RECORDS),
-            left_out: 0,
-            sender: Some(sender),
-            thread: Some(thread),
-        })
-    }
-
-    /// Adds a fault. Never waits.
-    pub fn record(&mut self, record: FaultRecord) {
-        self.batch.push(record);
-        if self.batch.len() == BATCH_RECORDS {
-            self.hand_over();
-        }
+            });
+        self.output = match thread {
+            Ok(thread) => Output::Thread(sender, thread),
+            Err(error) => Output::Failed(error),
+        };
     }
 
     fn hand_over(&mut self) {
         let batch = std::mem::replace(&mut self.batch, Vec::with_capacity(BATCH_RECORDS));
-        let Some(sender) = &self.sender else { return };
-        if let Err(TrySendError::Full(batch) | TrySendError::Disconnected(batch)) =
-            sender.try_send(batch)
-        {
-            self.left_out += batch.len() as u64;
-        }
+        let lost = match &self.output {
+            Output::Thread(sender, _) => match sender.try_send(batch) {
+                Ok(()) => 0,
+                Err(TrySendError::Full(batch) | TrySendError::Disconnected(batch)) => batch.len(),
+            },
+            Output::File(_) | Output::Failed(_) => batch.len(),
+        };
+        self.left_out += lost as u64;
     }
 
     /// Writes what is left and closes the file. Returns how many faults were left out because the
     /// disk could not keep up.
-    pub fn finish(mut self) -> Result<u64> {
-        if let Some(sender) = self.sender.take() {
-            let rest = std::mem::take(&mut self.batch);
-            // A failed thread says why below.
-            let _ = sender.send(rest);
-        }
-        let thread = self.thread.take().map(JoinHandle::join);
-        match thread {
-            Some(Ok(Err(error))) => Err(Error::file("write the trace", &self.path, error)),
-            _ => Ok(self.left_out),
-        }
+    pub fn finish(self) -> Result<u64> {
+        let written = match self.output {
+            Output::File(mut file) => file.flush(),
+            Output::Failed(error) => Err(error),
+            Output::Thread(sender, thread) => {
+                // A failed thread says why below.
+                let _ = sender.send(self.batch);
+                drop(sender);
+                thread.join().unwrap_or(Ok(()))
+            }
+        };
+        written
+            .map(|()| self.left_out)
+            .map_err(|error| Error::file("write the trace", &self.path, error))
     }
 }
 

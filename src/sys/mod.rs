@@ -7,4 +7,5 @@ pub mod mapping;
 pub mod process;
 pub mod ring;
 pub mod shared;
+pub mod signals;
 pub mod uffd;

@@ -228,17 +228,18 @@ impl Restore {
     pub(super) fn handle_signals(&mut self) -> Result<()> {
         while let Some(signal) = self.signals.next() {
             let held = self.loss.as_ref().is_some_and(Loss::waits_for_operator);
-            match signal {
-                Signal::SIGTERM | Signal::SIGINT if held => self.decide(OnLoss::Poison)?,
-                Signal::SIGUSR2 if held => self.decide(OnLoss::Kill)?,
-                Signal::SIGUSR1 if held => self.try_source_again(),
-                Signal::SIGTERM | Signal::SIGINT => {
-                    return Err(Error::new(
-                        Kind::Interrupted,
-                        format!("stopped by {signal}"),
-                    ));
+            let for_held = signal.is(Signal::SIGUSR1) || signal.is(Signal::SIGUSR2);
+            match held {
+                true if signal.is(Signal::SIGUSR1) => self.try_source_again(),
+                true if signal.is(Signal::SIGUSR2) => self.decide(OnLoss::Kill)?,
+                false if for_held => {
+                    tracing::warn!("{signal} is for processes that are held; none is");
                 }
-                _ => tracing::warn!("{signal} is for processes that are held; none is"),
+                true => self.decide(OnLoss::Poison)?,
+                false => {
+                    let text = format!("stopped by {signal}");
+                    return Err(Error::new(Kind::Interrupted, text));
+                }
             }
         }
         Ok(())

@@ -281,7 +281,6 @@ impl Restore {
             readable,
             Token::Faults as u64,
         )?;
-        watch(&self.poll, &self.signals, readable, Token::Signals as u64)?;
         watch(
             &self.poll,
             &self.links.reconnected(),
@@ -320,6 +319,9 @@ impl Restore {
     }
 
     fn serve(&mut self) -> Result<()> {
+        // Not before: signals that come after a fork wake only a poll that begins after it.
+        let readable = EpollFlags::EPOLLIN;
+        watch(&self.poll, &self.signals, readable, Token::Signals as u64)?;
         let mut mentioned = Instant::now();
         let mut ticked = Instant::now();
         while !self.is_done() {
