@@ -3,7 +3,7 @@
 //! A reader never looks behind the end of its bytes: what is missing is an error that names the
 //! frame.
 
-use super::frame::{FrameError, Kind};
+use super::kind::{FrameError, Kind};
 
 /// The fields of one body, read from its front.
 pub(super) struct Fields<'b> {

@@ -28,6 +28,7 @@ pub mod frame;
 pub mod gather;
 pub mod hash;
 pub mod hello;
+mod kind;
 pub mod level_control;
 pub mod link;
 pub mod message;

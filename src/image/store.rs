@@ -24,7 +24,6 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::dir::{ImageDir, PARENT_LINK};
-use super::writer::SessionImages;
 use crate::error::{Error, Kind, Result};
 use crate::limits::PAGES_ID_FIRST;
 use crate::units::PageSize;
@@ -85,11 +84,6 @@ impl ImageStore {
     /// What is to be on disk when a session is answered.
     pub fn sync(&self) -> Sync {
         self.sync
-    }
-
-    /// Begins a session, which leaves nothing behind unless it is committed.
-    pub fn begin(self: &Arc<Self>) -> SessionImages {
-        SessionImages::new(Arc::clone(self))
     }
 
     /// Path of the part that becomes the image `name`.

@@ -69,8 +69,15 @@ struct Finished {
     pages_id: u32,
 }
 
+impl ImageStore {
+    /// Begins a session, which leaves nothing behind unless it is committed.
+    pub fn begin(self: &Arc<Self>) -> SessionImages {
+        SessionImages::new(Arc::clone(self))
+    }
+}
+
 impl SessionImages {
-    pub(super) fn new(store: Arc<ImageStore>) -> SessionImages {
+    fn new(store: Arc<ImageStore>) -> SessionImages {
         SessionImages {
             store,
             current: None,

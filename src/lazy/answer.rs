@@ -3,6 +3,10 @@
 use super::extents::Piece;
 use crate::units::{PageRange, Vaddr};
 
+/// Names one userfaultfd: a restored process or a child that it forked since.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct SpaceId(pub u32);
+
 /// How much a fault may bring.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Reach {

@@ -13,8 +13,7 @@
 //! It loses nothing by that: while it sleeps the pages go on coming, and awake it is faster than
 //! they. After the last page it is behind by at most the time that one batch may take.
 
-use super::planner::SpaceId;
-use super::space::Served;
+use super::answer::{Served, SpaceId};
 use crate::units::{PageRange, Vaddr};
 
 /// A batch, bytes. Of 1 and 2 MiB the latter wakes a reader half as often and measured best.

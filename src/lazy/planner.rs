@@ -13,13 +13,10 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+pub use super::answer::SpaceId;
 use super::extents::Piece;
 use super::space::{Class, FaultAnswer, Reach, Served, Space, Wanted};
 use crate::units::{PageRange, PageSize, Vaddr};
-
-/// Names one userfaultfd: a restored process or a child that it forked since.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct SpaceId(pub u32);
 
 /// Pages to ask the source for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -2,6 +2,8 @@
 //!
 //! apt runs with private lists, state and cache, so nothing of the machine changes.
 
+mod sources;
+
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -10,9 +12,33 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use nix::fcntl::{Flock, FlockArg};
 
-use crate::criu::{Suite, sources};
 use crate::wait::retried;
 use crate::workspace::target_dir;
+
+/// A suite of Debian's that has a CRIU of its own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Suite {
+    /// CRIU 4.1.1: the last with 24-byte frame headers.
+    Trixie,
+    /// CRIU 4.2.1 when this was written.
+    Sid,
+    /// CRIU 4.3 when this was written.
+    Experimental,
+}
+
+impl Suite {
+    /// All of them, oldest CRIU first.
+    pub const ALL: [Suite; 3] = [Suite::Trixie, Suite::Sid, Suite::Experimental];
+
+    /// The suite's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Suite::Trixie => "trixie",
+            Suite::Sid => "sid",
+            Suite::Experimental => "experimental",
+        }
+    }
+}
 
 /// Starts an unpacked program with the unpacked loader and libraries, wherever they stand.
 const WRAPPER: &str = r#"#!/bin/sh

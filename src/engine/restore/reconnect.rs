@@ -16,8 +16,7 @@ use std::time::{Duration, Instant};
 
 use super::Restore;
 use super::links::Links;
-use super::source_dialer::{Pair, Which};
-use crate::engine::ferry::postcopy_client::FerryPair;
+use super::source_dialer::{Dialed, Which};
 use crate::error::{Error, Kind, Result};
 
 /// How long a lost source that is ours is tried again, if the user says nothing.
@@ -25,13 +24,6 @@ pub(super) const RECONNECT_DEFAULT: Duration = Duration::from_secs(30);
 
 /// Between two attempts to reach a lost source.
 pub(super) const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
-
-/// New connections to a source.
-#[derive(Debug)]
-pub(super) enum Dialed {
-    Criu(Box<Pair>),
-    Ferry(Box<FerryPair>),
-}
 
 impl Links {
     /// Who the source is, for messages.

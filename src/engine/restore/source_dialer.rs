@@ -5,6 +5,7 @@ use socket2::Socket;
 use super::Token;
 use super::link::Link;
 use crate::criu::header::Wire;
+use crate::engine::ferry::postcopy_client::FerryPair;
 use crate::engine::transport::{Peer, PlainTransport, SecureTransport, Transport};
 use crate::error::{Error, Kind, Result};
 use crate::tls::{Tls, TlsStream};
@@ -23,6 +24,13 @@ pub(super) struct FaultLink {
     pub(super) asked: bool,
     /// It has answered: faults go over it.
     pub(super) proven: bool,
+}
+
+/// New connections to a source.
+#[derive(Debug)]
+pub(super) enum Dialed {
+    Criu(Box<Pair>),
+    Ferry(Box<FerryPair>),
 }
 
 /// Which of the two.

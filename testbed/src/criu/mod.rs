@@ -11,7 +11,6 @@
 
 mod crit;
 mod fetch;
-pub(crate) mod sources;
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -19,33 +18,9 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
+pub use crate::debian::Suite;
 pub use crit::Crit;
 pub use fetch::{of_suite, of_version};
-
-/// A suite of Debian's that has a CRIU of its own.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Suite {
-    /// CRIU 4.1.1: the last with 24-byte frame headers.
-    Trixie,
-    /// CRIU 4.2.1 when this was written.
-    Sid,
-    /// CRIU 4.3 when this was written.
-    Experimental,
-}
-
-impl Suite {
-    /// All of them, oldest CRIU first.
-    pub const ALL: [Suite; 3] = [Suite::Trixie, Suite::Sid, Suite::Experimental];
-
-    /// The suite's name.
-    pub fn name(self) -> &'static str {
-        match self {
-            Suite::Trixie => "trixie",
-            Suite::Sid => "sid",
-            Suite::Experimental => "experimental",
-        }
-    }
-}
 
 /// A CRIU that can be run.
 #[derive(Clone, PartialEq, Eq, Debug)]

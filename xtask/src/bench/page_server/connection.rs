@@ -11,7 +11,9 @@ use testbed::wait::is_interrupted;
 
 use super::pages::Pages;
 use super::recording::Recording;
-use super::run::PATIENCE;
+
+/// How long a run may take that nothing is wrong with: 8 GiB at a tenth of the usual rates.
+pub(super) const PATIENCE: Duration = Duration::from_secs(600);
 
 /// After so long without progress it is asked whether the program was interrupted.
 pub(super) const LOOK_UP: Duration = Duration::from_secs(1);

@@ -17,13 +17,11 @@ use testbed::pki::{Authority, Credentials, Host};
 use super::super::rounds::Measure;
 use super::super::stats::Sample;
 use super::case::{Contender, Link, Target};
+pub(super) use super::connection::PATIENCE;
 use super::connection::{Connection, LOOK_UP};
 
 /// Warnings and errors, CRIU's default: the harness logs everything, which would be measured too.
 const VERBOSITY: &str = "-v2";
-
-/// How long a run may take that nothing is wrong with: 8 GiB at a tenth of the usual rates.
-pub(super) const PATIENCE: Duration = Duration::from_secs(600);
 
 const MIB: f64 = (1u32 << 20) as f64;
 const GIB: f64 = (1u32 << 30) as f64;

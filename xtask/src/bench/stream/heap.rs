@@ -21,7 +21,7 @@ use testbed::net::NetNs;
 use testbed::process::{Spawned, run};
 use testbed::wait::{self, GENEROUS};
 
-use super::subject::in_session;
+use super::in_session;
 
 /// What an entry of the Python program takes, roughly.
 const PYTHON_ENTRY_BYTES: u64 = 560;

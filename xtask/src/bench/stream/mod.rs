@@ -17,13 +17,15 @@ mod promises;
 mod rounds;
 mod subject;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use anyhow::Result;
 use clap::ValueEnum;
 use serde::Serialize;
 use serde_json::Value;
 use testbed::criu;
+use testbed::net::{NetNs, command_in};
 
 use super::bars::{self, Bar};
 use super::stats::{Sample, median, median_ratio};
@@ -336,4 +338,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     println!("\n{}", bars::table(&bars));
     Ok(())
+}
+
+/// A command in a session of its own and without open files: as CRIU wants it.
+fn in_session(net: Option<&NetNs>, program: &Path) -> Command {
+    let mut command = command_in(net, "setsid");
+    command
+        .arg(program)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    command
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
@@ -14,12 +14,13 @@ use testbed::load::content::Content;
 use testbed::load::spec::{AreaSpec, LoadSpec, Mapping};
 use testbed::load::steps::{Order, Step};
 use testbed::load::{Load, page_words};
-use testbed::net::{NetNs, command_in};
+use testbed::net::NetNs;
 use testbed::process::{Spawned, run};
 use testbed::sys::WORD_BYTES;
 use testbed::wait::{self, GENEROUS};
 
 use super::heap::Heap;
+use super::in_session;
 
 /// Bytes of each value that redis-benchmark sets.
 const REDIS_VALUE_BYTES: u32 = 100;
@@ -170,16 +171,6 @@ impl Subject {
             Subject::Heap(heap) => heap.change(),
         }
     }
-}
-
-/// A command in a session of its own and without open files: as CRIU wants it.
-pub(super) fn in_session(net: Option<&NetNs>, program: &Path) -> Command {
-    let mut command = command_in(net, "setsid");
-    command
-        .arg(program)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    command
 }
 
 /// Sets `requests` random keys out of `keys`.
