@@ -348,8 +348,12 @@ impl Reader<'_> {
             let in_file = self.place.is_some();
             let number = argument
                 .as_deref()
-                .filter(|_| in_file && NUMBERS.contains(&name));
-            let number = number.map(|text| OsString::from(leading_number(text)));
+                .filter(|_| in_file && NUMBERS.contains(&name))
+                .map(leading_number);
+            if name == "port" && number.as_deref() == Some("0") {
+                return Err(CommandLineError::PortInFile);
+            }
+            let number = number.map(OsString::from);
             self.push(name, number.as_deref().or(argument.as_deref()));
         } else if self.place.is_none() && !READ_BEFORE.contains(&name) {
             self.remarks.skipped.insert(shown);

@@ -36,6 +36,11 @@ pub enum CommandLineError {
         /// Who does it.
         program: &'static str,
     },
+    /// A port in a configuration file that is none.
+    #[error(
+        "the port is no number from 1 on (a free one is taken with --port 0 on the command line)"
+    )]
+    PortInFile,
     /// Two dashes in a configuration file.
     #[error(
         "a word of two dashes: CRIU would skip the rest of the file, whatever it says; take it out"
