@@ -60,9 +60,6 @@ const RECEIVE_BYTES_MAX: usize = 40 << 20;
 const _: () =
     assert!(RECEIVE_SESSIONS_MAX * RECEIVE_BUFFERS_MAX * RECEIVE_BUFFER_BYTES <= RECEIVE_BYTES_MAX);
 
-/// Longest configuration file in CRIU's format, bytes. CRIU has no limit; real ones have some hundred.
-pub const CONFIG_FILE_BYTES_MAX: usize = 1 << 20;
-
 /// Longest message of a remote procedure call, bytes. Requests for page servers take a few hundred.
 pub const RPC_MESSAGE_BYTES_MAX: usize = 64 << 10;
 
@@ -157,3 +154,7 @@ const _: () =
 const _: () = assert!(FERRY_RUNS_MAX <= u16::MAX as usize);
 const _: () = assert!(16 + FERRY_HASHES_MAX * (16 + 16) <= FERRY_BODY_BYTES_MAX);
 const _: () = assert!(FRAME_PAGES_MAX.checked_mul(1 << 16).is_some());
+
+/// Most bytes of pages that are kept for processes that cannot take them at the moment; what comes
+/// beyond is asked for again.
+pub const STASH_BYTES_MAX: u64 = 32 << 20;

@@ -4,7 +4,7 @@
 //! The model keeps each process page by page; the planner keeps runs. A page of the model says what
 //! it must hold in the end; each fill is compared with it at once.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use pageferry::lazy::planner::{Planner, Request, SpaceId, Way};
 use pageferry::lazy::space::{Class, FaultAnswer, Reach, Space};
@@ -66,6 +66,23 @@ enum Operation {
     },
     ConnectionLost,
     LocalStep,
+    /// The local images cannot give these pages now.
+    LocalFails {
+        process: usize,
+        page: u64,
+        pages: u64,
+    },
+    /// They can again, so many of them.
+    LocalHeals {
+        process: usize,
+        pages: u64,
+    },
+    /// The process can take no page for a while.
+    Pause {
+        process: usize,
+    },
+    /// All of them can again.
+    Resume,
 }
 
 fn operations() -> impl Strategy<Value = Vec<Operation>> {
@@ -79,7 +96,13 @@ fn operations() -> impl Strategy<Value = Vec<Operation>> {
             .prop_map(|(process, from, pages)| Operation::Remove { process, from, pages }),
         2 => (process.clone(), 0..PAGES, 1..12u64)
             .prop_map(|(process, from, pages)| Operation::Unmap { process, from, pages }),
-        1 => process.prop_map(|process| Operation::Exit { process }),
+        1 => process.clone().prop_map(|process| Operation::Exit { process }),
+        2 => (process.clone(), 44..PAGES, 1..8u64)
+            .prop_map(|(process, page, pages)| Operation::LocalFails { process, page, pages }),
+        2 => (process.clone(), 1..4u64)
+            .prop_map(|(process, pages)| Operation::LocalHeals { process, pages }),
+        1 => process.prop_map(|process| Operation::Pause { process }),
+        1 => Just(Operation::Resume),
         6 => Just(Operation::SendStream),
         8 => (1..12u64).prop_map(|pages| Operation::Answer { pages }),
         1 => Just(Operation::ConnectionLost),
@@ -93,6 +116,9 @@ struct World {
     planner: Planner,
     memories: Vec<(SpaceId, Memory)>,
     on_the_way: VecDeque<Request>,
+    paused: BTreeSet<SpaceId>,
+    /// Pages that the source was asked for.
+    asked_pages: u64,
     now_us: u64,
 }
 
@@ -122,6 +148,8 @@ impl World {
             planner,
             memories,
             on_the_way: VecDeque::new(),
+            paused: BTreeSet::new(),
+            asked_pages: 0,
             now_us: 0,
         }
     }
@@ -172,8 +200,9 @@ impl World {
                 self.planner.handle_exit(id);
             }
             Operation::SendStream => {
-                let next = self.planner.next_stream(CHUNK, GAP);
-                self.on_the_way.extend(next);
+                if let Some(next) = self.planner.next_stream(CHUNK, GAP) {
+                    self.send(next);
+                }
             }
             Operation::Answer { pages } => self.answer(pages),
             Operation::ConnectionLost => {
@@ -181,10 +210,68 @@ impl World {
                 self.planner.give_back_all();
             }
             Operation::LocalStep => self.local_step(),
+            Operation::LocalFails {
+                process,
+                page,
+                pages: count,
+            } => {
+                if let Some(index) = self.pick(process) {
+                    let id = self.memories[index].0;
+                    self.planner.set_unreadable(id, pages(page, count));
+                }
+            }
+            Operation::LocalHeals { process, pages } => {
+                if let Some(index) = self.pick(process) {
+                    let id = self.memories[index].0;
+                    let pid = self.planner.space(id).expect("it lives").pid();
+                    self.heal(pid, pages);
+                }
+            }
+            Operation::Pause { process } => {
+                if let Some(index) = self.pick(process) {
+                    let id = self.memories[index].0;
+                    self.planner.pause(id);
+                    self.paused.insert(id);
+                }
+            }
+            Operation::Resume => {
+                for id in std::mem::take(&mut self.paused) {
+                    self.planner.resume(id);
+                }
+            }
         }
         while let Some(request) = self.planner.next_urgent() {
             assert_ne!(request.class, Class::Stream);
-            self.on_the_way.push_back(request);
+            self.send(request);
+        }
+    }
+
+    fn send(&mut self, request: Request) {
+        assert!(!self.paused.contains(&request.space), "it is paused");
+        self.asked_pages += request.image.bytes() >> 12;
+        self.on_the_way.push_back(request);
+    }
+
+    /// The first unreadable pages of the family of `pid` can be read after all, one after the other.
+    fn heal(&mut self, pid: u32, count: u64) {
+        for _ in 0..count {
+            let Some((_, piece)) = self.planner.first_unreadable(pid, pages(0, PAGES)) else {
+                return;
+            };
+            let image = PageRange::new(piece.image.get(), piece.image.get() + (1 << 12));
+            self.install_in_family(pid, image, Way::Local);
+        }
+    }
+
+    /// What has come for one is for all that lack it.
+    fn install_in_family(&mut self, pid: u32, image: PageRange, way: Way) {
+        let mut next = self.planner.next_sibling(pid, None);
+        while let Some(id) = next {
+            self.planner.pushed(id, image);
+            while let Some(piece) = self.planner.arrived(id, image) {
+                self.fill(id, piece.at, piece.image, way);
+            }
+            next = self.planner.next_sibling(pid, Some(id));
         }
     }
 
@@ -275,14 +362,7 @@ impl World {
         let first = request.image.start().get() >> 12;
         let got = count.min(asked);
         let image = pages(first, got);
-        while let Some(piece) = self.planner.arrived(request.space, image) {
-            self.fill(
-                request.space,
-                piece.at,
-                piece.image,
-                Way::Fetched(request.class),
-            );
-        }
+        self.install_in_family(request.pid, image, Way::Fetched(request.class));
         if got < asked {
             self.planner
                 .give_back(request.space, pages(first + got, asked - got));
@@ -291,6 +371,7 @@ impl World {
 
     fn local_step(&mut self) {
         if let Some((id, piece)) = self.planner.next_local(CHUNK) {
+            assert!(!self.paused.contains(&id), "it is paused");
             self.fill(id, piece.at, piece.image, Way::Local);
         }
     }
@@ -318,7 +399,11 @@ impl World {
 
     /// Lets everything come that is still missing.
     fn drain(&mut self) {
+        self.apply(&Operation::Resume);
         for _ in 0..10_000 {
+            for pid in [10, 20] {
+                self.heal(pid, 1);
+            }
             if self.planner.is_complete() {
                 return;
             }
@@ -346,5 +431,72 @@ proptest! {
             }
         }
         prop_assert_eq!(world.planner.missing_pages(), 0);
+        prop_assert_eq!(world.planner.counts().settled(), world.planner.total_pages());
     }
+}
+
+/// A process forks children all the time, each of which reads a page and ends after a while.
+fn storm(forks: u64, lifetime: usize, stream_every: u64) -> World {
+    let mut world = World::new();
+    let parent = world.memories[0].0;
+    world.planner.handle_exit(world.memories.remove(1).0);
+    let mut children = VecDeque::new();
+    for fork in 0..forks {
+        let memory = world.memories[0].1.clone();
+        let child = world.planner.handle_fork(parent).expect("the parent lives");
+        world.memories.push((child, memory));
+        children.push_back(child);
+        world.apply(&Operation::Fault {
+            process: world.memories.len() - 1,
+            page: fork * 7 % PAGES,
+        });
+        if fork % stream_every == 0 {
+            world.apply(&Operation::SendStream);
+        }
+        world.apply(&Operation::Answer { pages: PAGES });
+        if children.len() > lifetime {
+            let ended = children.pop_front().expect("a child");
+            world.memories.retain(|(id, _)| *id != ended);
+            world.planner.handle_exit(ended);
+        }
+    }
+    world
+}
+
+#[test]
+fn children_that_end_soon_cost_the_source_nothing() {
+    let alone = storm(0, 0, 1).planner.total_pages();
+    for lifetime in [0, 1, 5, 40] {
+        let mut world = storm(500, lifetime, 9);
+        let living = world.memories.len() as u64;
+        assert!(living <= lifetime as u64 + 1, "{living} live");
+        assert_eq!(world.planner.total_pages(), alone, "pages count once");
+        world.drain();
+        // All of it is asked for once; a little twice, as it is on its way when a child is forked.
+        let remote = 2 * (30 + 10 + 20);
+        assert!(
+            world.asked_pages * 10 <= remote * 11 / 2 + CHUNK,
+            "{} pages of {} were asked for with {lifetime} children",
+            world.asked_pages,
+            remote / 2
+        );
+        assert_eq!(world.planner.counts().settled(), alone);
+    }
+}
+
+#[test]
+fn the_oldest_child_is_counted_when_its_parent_has_ended() {
+    let mut world = World::new();
+    let (parent, total) = (world.memories[0].0, world.planner.total_pages());
+    for _ in 0..2 {
+        world.apply(&Operation::Fork { process: 0 });
+    }
+    let copied = world.planner.counts().copied;
+    world.memories.remove(0);
+    world.planner.handle_exit(parent);
+    assert_eq!(world.planner.total_pages(), total);
+    assert_eq!(world.planner.counts().gone, 0, "somebody still needs them");
+    world.drain();
+    assert_eq!(world.planner.counts().settled(), total);
+    assert!(world.planner.counts().copied > copied, "the other child");
 }

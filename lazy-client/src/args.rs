@@ -67,6 +67,12 @@ pub(crate) struct Args {
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     reconnect_timeout: Option<u64>,
 
+    /// Seconds to try again what fails on this host (images that cannot be read, a full memory control group)
+    /// before the pages concerned are given up
+    #[arg(long, value_name = "SECONDS", default_value_t = 30,
+        value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
+    local_timeout: u64,
+
     /// Start no second process to take over if this one is killed
     #[arg(long)]
     pub(crate) no_standby: bool,
@@ -123,6 +129,7 @@ impl Args {
                 OnLossArg::Kill => OnLoss::Kill,
             },
             reconnect_timeout: self.reconnect_timeout.map(Duration::from_secs),
+            local_timeout: Duration::from_secs(self.local_timeout),
             trace: self.trace.clone(),
         })
     }

@@ -12,10 +12,8 @@
 //! no thread is started before the fork.
 
 pub mod command_line;
-pub mod config_file;
 mod criu_options;
 mod log;
-pub mod settings;
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -33,7 +31,6 @@ use nix::unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, setsid}
 use crate::engine::transport::parse_host;
 use crate::error::{Error, Kind, Result};
 use crate::sys::process::{fork_single_threaded, inherited_descriptor};
-use command_line::Remarks;
 use log::{Log, VERBOSITY_DEFAULT};
 
 /// Access to the pidfile is for its owner, as CRIU makes it.
@@ -101,10 +98,10 @@ pub struct Daemon {
 /// error goes to the log, and to standard error as well if that is another place.
 pub fn run(
     args: &CommonArgs,
-    remarks: &Remarks,
+    skipped: &[String],
     body: impl FnOnce(&mut Daemon) -> Result<()>,
 ) -> ExitCode {
-    let mut daemon = match Daemon::enter(args, remarks) {
+    let mut daemon = match Daemon::enter(args, skipped) {
         Ok(daemon) => daemon,
         Err(error) => {
             eprintln!("error: {error}");
@@ -124,8 +121,9 @@ pub fn run(
 }
 
 impl Daemon {
-    /// Enters the work directory and opens the log there, as `args` say, and tells the `remarks`.
-    fn enter(args: &CommonArgs, remarks: &Remarks) -> Result<Daemon> {
+    /// Enters the work directory and opens the log there, as `args` say, and warns of the options
+    /// that were `skipped`.
+    fn enter(args: &CommonArgs, skipped: &[String]) -> Result<Daemon> {
         let images_dir = existing_dir(&args.images_dir, "images directory (-D)")?;
         let work_dir = match &args.work_dir {
             Some(dir) => existing_dir(dir, "work directory (-W)")?,
@@ -136,14 +134,8 @@ impl Daemon {
             .map_err(|error| Error::file("enter", &work_dir, error))?;
         let log = Log::start(args.log_file.as_deref(), args.verbosity)?;
         raise_descriptor_limit();
-        for option in &remarks.skipped {
+        for option in skipped {
             tracing::warn!("{option} is an option of CRIU's that means nothing here: ignored");
-        }
-        for warning in &remarks.warnings {
-            tracing::warn!("{warning}");
-        }
-        for note in &remarks.notes {
-            tracing::info!("{note}");
         }
         Ok(Daemon {
             images_dir,

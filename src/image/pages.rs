@@ -60,8 +60,13 @@ impl PagesFile {
         self.len == 0
     }
 
-    /// `len` bytes from `offset` on, for system calls alone: see [`crate::sys::mapping`].
+    /// `len` bytes from `offset` on, for system calls alone: see [`crate::sys::mapping`]. `None` also if the
+    /// file has become shorter since it was opened: within its last page the mapping would show zeros.
     pub fn mapped(&self, offset: u64, len: usize) -> Option<&[u8]> {
+        let now = self.file.metadata().map_or(0, |metadata| metadata.len());
+        if now < self.len {
+            return None;
+        }
         self.mapping.bytes(offset, len)
     }
 

@@ -10,6 +10,12 @@
 //!
 //! Nothing is lost: a page is asked for, on the way, installed or gone, and a page that was asked
 //! for and did not come is asked for again.
+//!
+//! A process and the children that it forked since are a family: what its source or its images have,
+//! they have for all of them. The background serves the oldest that lacks something, and what comes is
+//! for every one that lacks it ([`Planner::next_sibling`]), so that children who live for a
+//! moment cost nothing. Pages are counted once, for the process that the images know; when that
+//! ends, its oldest living child is counted in its place.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -29,6 +35,17 @@ pub struct Request {
     pub image: PageRange,
     /// Why.
     pub class: Class,
+}
+
+impl Request {
+    fn new(id: SpaceId, space: &Space, wanted: Wanted) -> Request {
+        Request {
+            space: id,
+            pid: space.pid(),
+            image: wanted.image,
+            class: wanted.class,
+        }
+    }
 }
 
 /// How a page came to be where it is.
@@ -61,8 +78,10 @@ pub struct Counts {
     pub zero: u64,
     /// Pages that were unmapped, removed or whose process ended before they came.
     pub gone: u64,
-    /// Pages lost with the source and poisoned.
+    /// Pages that could not be brought and were poisoned.
     pub poisoned: u64,
+    /// Pages filled in forked children besides: the other numbers count each page of the dump once.
+    pub copied: u64,
 }
 
 impl Counts {
@@ -77,24 +96,37 @@ impl Counts {
     }
 }
 
+/// One process and how it is treated.
+#[derive(Debug)]
+struct Member {
+    space: Space,
+    /// Its pages are counted.
+    counted: bool,
+    /// Nothing is asked for or installed for it now.
+    paused: bool,
+}
+
 /// See the module's text.
 #[derive(Debug)]
 pub struct Planner {
     page: PageSize,
-    spaces: BTreeMap<SpaceId, Space>,
+    spaces: BTreeMap<SpaceId, Member>,
+    /// The living members of each family, the oldest first, by the pid in the images.
+    families: BTreeMap<u32, Vec<SpaceId>>,
     next_id: u32,
-    /// Whose turn it is: urgent requests, stream, local images.
-    turns: [VecDeque<SpaceId>; 3],
+    /// Whose fault is next.
+    urgent_turn: VecDeque<SpaceId>,
+    /// Whose background is next: the stream, local images.
+    turns: [VecDeque<u32>; 2],
     counts: Counts,
-    /// Pages that were missing at the start or came with a fork.
+    /// Pages of the dump that are counted.
     total_pages: u64,
 }
 
 #[derive(Clone, Copy)]
 enum Turn {
-    Urgent = 0,
-    Stream = 1,
-    Local = 2,
+    Stream = 0,
+    Local = 1,
 }
 
 impl Planner {
@@ -103,7 +135,9 @@ impl Planner {
         Planner {
             page,
             spaces: BTreeMap::new(),
+            families: BTreeMap::new(),
             next_id: 0,
+            urgent_turn: VecDeque::new(),
             turns: Default::default(),
             counts: Counts::default(),
             total_pages: 0,
@@ -112,42 +146,69 @@ impl Planner {
 
     /// A process to care for.
     pub fn add(&mut self, space: Space) -> SpaceId {
+        self.total_pages += space.missing_bytes() >> self.page.shift();
+        self.add_member(space, true)
+    }
+
+    fn add_member(&mut self, space: Space, counted: bool) -> SpaceId {
         let id = SpaceId(self.next_id);
         self.next_id += 1;
-        self.total_pages += space.missing_bytes() >> self.page.shift();
-        self.spaces.insert(id, space);
-        self.turns.iter_mut().for_each(|turn| turn.push_back(id));
+        let family = self.families.entry(space.pid()).or_default();
+        if family.is_empty() {
+            let pid = space.pid();
+            self.turns.iter_mut().for_each(|turn| turn.push_back(pid));
+        }
+        family.push(id);
+        self.urgent_turn.push_back(id);
+        let member = Member {
+            space,
+            counted,
+            paused: false,
+        };
+        self.spaces.insert(id, member);
         id
     }
 
     /// The process of `id`, as long as it lives.
     pub fn space(&self, id: SpaceId) -> Option<&Space> {
-        self.spaces.get(&id)
+        self.spaces.get(&id).map(|member| &member.space)
+    }
+
+    fn space_mut(&mut self, id: SpaceId) -> Option<&mut Space> {
+        self.spaces.get_mut(&id).map(|member| &mut member.space)
+    }
+
+    fn spaces_mut(&mut self) -> impl Iterator<Item = &mut Space> {
+        self.spaces.values_mut().map(|member| &mut member.space)
     }
 
     /// The process that the images call `pid`, and the children that it forked since.
     pub fn ids_of(&self, pid: u32) -> Vec<SpaceId> {
-        let spaces = self.spaces.iter();
-        let own = spaces.filter(|(_, space)| space.pid() == pid);
-        own.map(|(id, _)| *id).collect()
+        self.families.get(&pid).cloned().unwrap_or_default()
+    }
+
+    /// The next member of the family of `pid` behind `after` in age, or the oldest one.
+    pub fn next_sibling(&self, pid: u32, after: Option<SpaceId>) -> Option<SpaceId> {
+        let family = self.families.get(&pid)?;
+        let next = after.map_or(0, |after| family.partition_point(|id| *id <= after));
+        family.get(next).copied()
     }
 
     /// All processes.
     pub fn spaces(&self) -> impl Iterator<Item = (SpaceId, &Space)> {
-        self.spaces.iter().map(|(id, space)| (*id, space))
+        self.spaces.iter().map(|(id, member)| (*id, &member.space))
     }
 
     /// What only the source had at the start, by the images' pids.
     pub fn origins(&self) -> BTreeMap<u32, Vec<PageRange>> {
-        let spaces = self.spaces.values();
-        spaces
-            .map(|space| (space.pid(), space.origins().to_vec()))
+        self.spaces()
+            .map(|(_, space)| (space.pid(), space.origins().to_vec()))
             .collect()
     }
 
     /// Whether every page of every process is installed or gone.
     pub fn is_complete(&self) -> bool {
-        self.spaces.values().all(Space::is_complete)
+        self.spaces().all(|(_, space)| space.is_complete())
     }
 
     /// Pages by way so far.
@@ -155,7 +216,8 @@ impl Planner {
         self.counts
     }
 
-    /// Pages that were missing at the start or came with a fork.
+    /// Pages that were missing at the start: those that [`Counts`] tells apart, and those that are
+    /// still missing. Pages of forked children are counted only if nobody older is left to have them.
     pub fn total_pages(&self) -> u64 {
         self.total_pages
     }
@@ -165,11 +227,10 @@ impl Planner {
         u64::from(self.next_id)
     }
 
-    /// Pages that are not there yet.
+    /// Pages that are not there yet, in all processes.
     pub fn missing_pages(&self) -> u64 {
-        self.spaces
-            .values()
-            .map(|space| space.missing_bytes() >> self.page.shift())
+        self.spaces()
+            .map(|(_, space)| space.missing_bytes() >> self.page.shift())
             .sum()
     }
 
@@ -181,15 +242,14 @@ impl Planner {
         reach: Reach,
         now_us: u64,
     ) -> FaultAnswer {
-        self.spaces
-            .get_mut(&id)
+        self.space_mut(id)
             .map_or(FaultAnswer::Zero, |space| space.fault(addr, reach, now_us))
     }
 
     /// `parent` forked.
     pub fn handle_fork(&mut self, parent: SpaceId) -> Option<SpaceId> {
-        let child = self.spaces.get(&parent)?.fork();
-        Some(self.add(child))
+        let child = self.space(parent)?.fork();
+        Some(self.add_member(child, false))
     }
 
     /// Memory moved. `served` sees the threads that must be woken.
@@ -200,18 +260,65 @@ impl Planner {
         to: Vaddr,
         served: impl FnMut(Served),
     ) {
-        if let Some(space) = self.spaces.get_mut(&id) {
+        if let Some(space) = self.space_mut(id) {
             space.remap(from, to, served);
         }
     }
 
     /// The process ended.
     pub fn handle_exit(&mut self, id: SpaceId) {
-        if let Some(space) = self.spaces.remove(&id) {
-            self.counts.gone += space.missing_bytes() >> self.page.shift();
+        let Some(Member { space, counted, .. }) = self.spaces.remove(&id) else {
+            return;
+        };
+        self.urgent_turn.retain(|other| *other != id);
+        let pid = space.pid();
+        let family = self.families.entry(pid).or_default();
+        family.retain(|other| *other != id);
+        if family.is_empty() {
+            self.families.remove(&pid);
             self.turns
                 .iter_mut()
-                .for_each(|turn| turn.retain(|other| *other != id));
+                .for_each(|turn| turn.retain(|other| *other != pid));
+        }
+        if counted {
+            self.count_heir(pid, space.missing_bytes() >> self.page.shift());
+        }
+    }
+
+    /// A counted process of the family of `pid` ended while it lacked `missing` pages: its oldest child
+    /// is counted from now on.
+    fn count_heir(&mut self, pid: u32, missing: u64) {
+        let shift = self.page.shift();
+        let uncounted = |id: &&SpaceId| self.spaces.get(id).is_some_and(|heir| !heir.counted);
+        let family = self.families.get(&pid).into_iter().flatten();
+        let heir = family.clone().find(uncounted).copied();
+        let inherited = heir
+            .and_then(|heir| self.spaces.get_mut(&heir))
+            .map_or(0, |heir| {
+                heir.counted = true;
+                heir.space.missing_bytes() >> shift
+            });
+        self.counts.gone += missing.saturating_sub(inherited);
+        self.total_pages += inherited.saturating_sub(missing);
+    }
+
+    /// Whether this process was forked by one of the images, and has nothing missing any more.
+    pub fn is_filled_child(&self, id: SpaceId) -> bool {
+        let member = self.spaces.get(&id);
+        member.is_some_and(|member| !member.counted && member.space.is_complete())
+    }
+
+    /// Nothing is asked for or installed for `id` until [`Planner::resume`]; its faults are remembered.
+    pub fn pause(&mut self, id: SpaceId) {
+        if let Some(member) = self.spaces.get_mut(&id) {
+            member.paused = true;
+        }
+    }
+
+    /// Takes [`Planner::pause`] back.
+    pub fn resume(&mut self, id: SpaceId) {
+        if let Some(member) = self.spaces.get_mut(&id) {
+            member.paused = false;
         }
     }
 
@@ -223,7 +330,7 @@ impl Planner {
         way: Way,
         mut served: impl FnMut(Served),
     ) {
-        let Some(space) = self.spaces.get_mut(&id) else {
+        let Some(Member { space, counted, .. }) = self.spaces.get_mut(&id) else {
             return;
         };
         let mut waited = 0;
@@ -233,6 +340,8 @@ impl Planner {
         });
         let pages = bytes >> self.page.shift();
         match way {
+            Way::Fetched(_) | Way::Local if !*counted => self.counts.copied += pages,
+            Way::Gone | Way::Poisoned if !*counted => {}
             Way::Fetched(Class::Stream) => self.counts.stream += pages,
             Way::Fetched(Class::Around) => self.counts.around += pages,
             Way::Fetched(Class::Fault | Class::Sequential) => {
@@ -250,80 +359,101 @@ impl Planner {
     /// Where the first of the pages `image`, fetched for `id`, is to be installed now; `None` when
     /// all of them are there or gone.
     pub fn arrived(&self, id: SpaceId, image: PageRange) -> Option<Piece> {
-        self.spaces.get(&id)?.arrived(image)
+        self.space(id)?.arrived(image)
     }
 
     /// The source sends the pages `image` to `id` without having been asked.
     pub fn pushed(&mut self, id: SpaceId, image: PageRange) {
-        if let Some(space) = self.spaces.get_mut(&id) {
+        if let Some(space) = self.space_mut(id) {
             space.pushed(image);
         }
     }
 
     /// An answer ended before `image`, the rest of its request.
     pub fn give_back(&mut self, id: SpaceId, image: PageRange) {
-        if let Some(space) = self.spaces.get_mut(&id) {
+        if let Some(space) = self.space_mut(id) {
             space.give_back(image);
         }
     }
 
+    /// The local images cannot give the pages at `range` of `id` now.
+    pub fn set_unreadable(&mut self, id: SpaceId, range: PageRange) {
+        if let Some(space) = self.space_mut(id) {
+            space.set_unreadable(range);
+        }
+    }
+
+    /// The first page of `image` that the local images could not give and that somebody in the family of
+    /// `pid` still lacks: who, and where it is now.
+    pub fn first_unreadable(&self, pid: u32, image: PageRange) -> Option<(SpaceId, Piece)> {
+        let family = self.families.get(&pid)?.iter();
+        let mut found = family.filter_map(|id| {
+            let piece = self.space(*id)?.first_unreadable(image)?;
+            Some((*id, piece))
+        });
+        found.next()
+    }
+
     /// The connection is gone with everything on the way.
     pub fn give_back_all(&mut self) {
-        self.spaces.values_mut().for_each(Space::give_back_all);
+        self.spaces_mut().for_each(Space::give_back_all);
     }
 
     /// The next request that a thread waits for, or that goes with one.
     pub fn next_urgent(&mut self) -> Option<Request> {
-        self.next_request(Turn::Urgent, Space::next_urgent)
+        for _ in 0..self.urgent_turn.len() {
+            let id = self.urgent_turn.pop_front()?;
+            self.urgent_turn.push_back(id);
+            let Some(member) = self.spaces.get_mut(&id).filter(|member| !member.paused) else {
+                continue;
+            };
+            if let Some(wanted) = member.space.next_urgent() {
+                return Some(Request::new(id, &member.space, wanted));
+            }
+        }
+        None
     }
 
     /// The next request of the background stream, of at most `chunk` bytes.
     pub fn next_stream(&mut self, chunk: u64, gap: u64) -> Option<Request> {
-        self.next_request(Turn::Stream, |space| space.next_stream(chunk, gap))
+        self.next_in_turn(Turn::Stream, |id, space| {
+            let wanted = space.next_stream(chunk, gap)?;
+            Some(Request::new(id, space, wanted))
+        })
     }
 
     /// The next piece to install from local images, of at most `chunk` bytes.
     pub fn next_local(&mut self, chunk: u64) -> Option<(SpaceId, Piece)> {
-        self.next_in_turn(Turn::Local, |space| space.next_local(chunk))
+        self.next_in_turn(Turn::Local, |id, space| {
+            space.next_local(chunk).map(|piece| (id, piece))
+        })
     }
 
     /// The source is gone for good: what only it had stays missing until it is settled.
     pub fn lose(&mut self) {
-        self.spaces.values_mut().for_each(Space::lose);
+        self.spaces_mut().for_each(Space::lose);
     }
 
     /// The source is back after all.
     pub fn recover(&mut self) {
-        self.spaces.values_mut().for_each(Space::recover);
+        self.spaces_mut().for_each(Space::recover);
     }
 
-    fn next_request(
-        &mut self,
-        turn: Turn,
-        mut next: impl FnMut(&mut Space) -> Option<Wanted>,
-    ) -> Option<Request> {
-        let (space, (pid, wanted)) =
-            self.next_in_turn(turn, |space| Some((space.pid(), next(space)?)))?;
-        Some(Request {
-            space,
-            pid,
-            image: wanted.image,
-            class: wanted.class,
-        })
-    }
-
+    /// What `next` finds with the oldest member of the next family where it finds something.
     fn next_in_turn<T>(
         &mut self,
         turn: Turn,
-        mut next: impl FnMut(&mut Space) -> Option<T>,
-    ) -> Option<(SpaceId, T)> {
+        mut next: impl FnMut(SpaceId, &mut Space) -> Option<T>,
+    ) -> Option<T> {
         let turns = &mut self.turns[turn as usize];
         for _ in 0..turns.len() {
-            let id = turns.pop_front()?;
-            turns.push_back(id);
-            let space = self.spaces.get_mut(&id)?;
-            if let Some(found) = next(space) {
-                return Some((id, found));
+            let pid = turns.pop_front()?;
+            turns.push_back(pid);
+            for id in self.families.get(&pid).into_iter().flatten() {
+                let member = self.spaces.get_mut(id).filter(|member| !member.paused);
+                if let Some(found) = member.and_then(|member| next(*id, &mut member.space)) {
+                    return Some(found);
+                }
             }
         }
         None

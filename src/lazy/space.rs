@@ -4,12 +4,13 @@
 //! ```text
 //!   remote --fault or stream--> flight --installed--> (nothing: the page is there)
 //!   local  --------------------------- installed--> (nothing)
+//!   local  --cannot be read--> unreadable --read or fetched after all--> (nothing)
 //!   any    --unmapped, removed, exited-----------> (gone)
 //!   flight --short answer, connection lost--> remote
 //! ```
 //!
-//! A page is in at most one of the three maps. The kernel's events (remap, unmap, remove) are
-//! applied to all three, so an answer that comes late finds the page where it is now, or nowhere.
+//! A page is in at most one of the four maps. The kernel's events (remap, unmap, remove) are
+//! applied to all of them, so an answer that comes late finds the page where it is now, or nowhere.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -39,6 +40,8 @@ pub struct Space {
     remote: ExtentMap<ImageIndex>,
     local: ExtentMap,
     flight: ExtentMap<ImageIndex>,
+    /// What the local images should have and cannot give now: the background leaves it out.
+    unreadable: ExtentMap<ImageIndex>,
     /// What the source had at the start, sorted, by address in the dump: no request leaves one.
     origins: Arc<[PageRange]>,
     urgent: VecDeque<Wanted>,
@@ -82,6 +85,7 @@ impl Space {
             remote: ExtentMap::default(),
             local: ExtentMap::default(),
             flight: ExtentMap::default(),
+            unreadable: ExtentMap::default(),
             origins,
             urgent: VecDeque::new(),
             waiting: BTreeMap::new(),
@@ -100,6 +104,7 @@ impl Space {
         let mut child = Space::empty(self.pid, self.page, Arc::clone(&self.origins));
         child.remote = self.remote.clone();
         child.local = self.local.clone();
+        child.unreadable = self.unreadable.clone();
         self.flight
             .iter()
             .for_each(|piece| child.remote.insert(piece));
@@ -118,12 +123,13 @@ impl Space {
 
     /// Whether every page is installed or gone.
     pub fn is_complete(&self) -> bool {
-        self.remote.is_empty() && self.local.is_empty() && self.flight.is_empty()
+        let here = self.local.is_empty() && self.unreadable.is_empty();
+        here && self.remote.is_empty() && self.flight.is_empty()
     }
 
     /// Bytes that are not there yet.
     pub fn missing_bytes(&self) -> u64 {
-        self.remote.bytes() + self.local.bytes() + self.flight.bytes()
+        self.remote.bytes() + self.local.bytes() + self.flight.bytes() + self.unreadable.bytes()
     }
 
     /// Bytes that only the source has.
@@ -133,7 +139,7 @@ impl Space {
 
     /// How many separate runs are kept.
     pub fn runs(&self) -> usize {
-        self.remote.len() + self.local.len() + self.flight.len()
+        self.remote.len() + self.local.len() + self.flight.len() + self.unreadable.len()
     }
 
     /// A thread touched `addr`.
@@ -165,6 +171,9 @@ impl Space {
             self.local_cursor = start;
             let bytes = (pages * self.page.bytes()).min(LOCAL_FAULT_BYTES_MAX);
             return FaultAnswer::Local(piece.part(self.run_from(start, bytes, piece)));
+        }
+        if self.unreadable.find(start).is_some() {
+            return FaultAnswer::Wait;
         }
         if self.is_read_upwards(start) {
             // A sequence goes on over pages that no image has, and over such as have just come.
@@ -368,7 +377,19 @@ impl Space {
 
     /// Where the first of the pages `image` that has come is to be installed now.
     pub fn arrived(&self, image: PageRange) -> Option<Piece> {
-        self.flight.find_image(image)
+        let on_the_way = self.flight.find_image(image);
+        on_the_way.or_else(|| self.unreadable.find_image(image))
+    }
+
+    /// The local images cannot give the pages at `range` now.
+    pub fn set_unreadable(&mut self, range: PageRange) {
+        let unreadable = &mut self.unreadable;
+        self.local.take(range, |piece| unreadable.insert(piece));
+    }
+
+    /// The first of the pages `image` that the local images could not give and that is still missing.
+    pub fn first_unreadable(&self, image: PageRange) -> Option<Piece> {
+        self.unreadable.find_image(image)
     }
 
     /// The first piece that only the source has and that is not on the way.
@@ -382,6 +403,7 @@ impl Space {
             self.remote.next_from(Vaddr(0)),
             self.local.next_from(Vaddr(0)),
             self.flight.next_from(Vaddr(0)),
+            self.unreadable.next_from(Vaddr(0)),
         ];
         let firsts = firsts.into_iter().flatten();
         firsts.min_by_key(|piece| piece.at.start())
@@ -446,6 +468,7 @@ impl Space {
         self.flight.take(range, &mut count);
         self.remote.take(range, &mut count);
         self.local.take(range, &mut count);
+        self.unreadable.take(range, &mut count);
         while let Some((page, since_us)) = self.next_waiting(range) {
             self.waiting.remove(&page);
             served(Served {
@@ -472,6 +495,7 @@ impl Space {
         self.remote.shift(from, to);
         self.local.shift(from, to);
         self.flight.shift(from, to);
+        self.unreadable.shift(from, to);
         self.settle(from, served);
     }
 

@@ -276,6 +276,11 @@ impl RateLimit {
         Some(now_us.saturating_add(u64::try_from(wait).unwrap_or(u64::MAX).max(1)))
     }
 
+    /// How much should be asked for at once, bytes: what is earned in a tenth of a second.
+    pub fn chunk_bytes(&self) -> u64 {
+        self.bytes_per_second / 10
+    }
+
     /// `bytes` were asked for.
     pub fn spend(&mut self, bytes: u64) {
         self.allowance -= i128::from(bytes);

@@ -112,6 +112,9 @@ const ADDRESS_BITS: std::ops::Range<u32> = 16..57;
 /// UFFDIO_COPY_MODE_DONTWAKE.
 const COPY_MODE_DONTWAKE: u64 = 1;
 
+/// UFFDIO_WRITEPROTECT_MODE_DONTWAKE.
+const WRITEPROTECT_MODE_DONTWAKE: u64 = 2;
+
 /// What became of an attempt to fill pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Filled {
@@ -125,6 +128,11 @@ pub enum Filled {
     Unmapped,
     /// The process ended (ESRCH).
     Exited,
+    /// There is no memory for the page: the process's control group or the file system of the
+    /// mapped file is full (ENOMEM, ENOSPC). Room may come, or the process is being killed for it.
+    NoRoom,
+    /// The bytes to copy cannot be read, or the mapped file ends before the page (EFAULT).
+    Unreadable,
 }
 
 /// A userfaultfd, its handshake done by whoever made it. Non-blocking.
@@ -264,9 +272,21 @@ impl Uffd {
         Ok(())
     }
 
-    /// Whether the process lives: its end is not an event. `unused` is a page that is not missing.
-    pub fn is_alive(&self, unused: PageRange) -> io::Result<bool> {
-        Ok(self.zero(unused)? != Filled::Exited)
+    /// Whether the process has ended: the kernel raises no event for that, and the descriptor does not hang
+    /// up. Asks to take the write protection off a page at `anywhere`, an aligned address that a process may
+    /// map: nothing is protected through this descriptor, so a process that lives refuses it and
+    /// nothing of it changes. What a kernel before 5.7 answers, which lacks the call, is no end.
+    pub fn has_ended(&self, anywhere: PageRange) -> bool {
+        let mut call = WriteProtect {
+            range: Range {
+                start: anywhere.start().get(),
+                len: anywhere.bytes(),
+            },
+            mode: WRITEPROTECT_MODE_DONTWAKE,
+        };
+        // SAFETY: `call` is a valid uffdio_writeprotect and outlives the call.
+        let result = unsafe { calls::writeprotect(self.0.as_raw_fd(), &raw mut call) };
+        result == Err(Errno::ESRCH)
     }
 }
 
@@ -278,6 +298,8 @@ fn filled(result: nix::Result<i32>, done: i64) -> io::Result<Filled> {
         (Err(Errno::EEXIST), _) => Ok(Filled::Present),
         (Err(Errno::ENOENT), _) => Ok(Filled::Unmapped),
         (Err(Errno::ESRCH), _) => Ok(Filled::Exited),
+        (Err(Errno::ENOMEM | Errno::ENOSPC), _) => Ok(Filled::NoRoom),
+        (Err(Errno::EFAULT), _) => Ok(Filled::Unreadable),
         (Err(errno), _) => Err(errno.into()),
         (Ok(_), _) => Ok(Filled::Changing),
     }
@@ -345,6 +367,12 @@ struct Copy {
     copied: i64,
 }
 
+#[repr(C)]
+struct WriteProtect {
+    range: Range,
+    mode: u64,
+}
+
 /// uffdio_zeropage and uffdio_poison look alike.
 #[repr(C)]
 struct RangeCall {
@@ -368,12 +396,13 @@ impl RangeCall {
 
 mod calls {
     #![allow(missing_docs)]
-    use super::{Api, Copy, Range, RangeCall};
+    use super::{Api, Copy, Range, RangeCall, WriteProtect};
 
     nix::ioctl_read!(wake, 0xAA, 0x02, Range);
     nix::ioctl_readwrite!(copy, 0xAA, 0x03, Copy);
     nix::ioctl_readwrite!(zeropage, 0xAA, 0x04, RangeCall);
     nix::ioctl_readwrite!(api, 0xAA, 0x3F, Api);
+    nix::ioctl_readwrite!(writeprotect, 0xAA, 0x06, WriteProtect);
     nix::ioctl_readwrite!(poison, 0xAA, 0x08, RangeCall);
 }
 
@@ -382,4 +411,5 @@ const _: () = assert!(size_of::<Room>() == size_of::<RawMessage>() * MESSAGES_MA
 const _: () = assert!(size_of::<Api>() == 24);
 const _: () = assert!(size_of::<Range>() == 16);
 const _: () = assert!(size_of::<Copy>() == 40);
+const _: () = assert!(size_of::<WriteProtect>() == 24);
 const _: () = assert!(size_of::<RangeCall>() == 32);

@@ -28,6 +28,9 @@ impl Restore {
             let result = self.close_ferry();
             return result.map_err(|error| error.within(unconfirmed));
         }
+        if let Some(fallback) = self.fallback.take() {
+            fallback.finish();
+        }
         let Some(mut pair) = self.links.pair.take() else {
             return Ok(());
         };

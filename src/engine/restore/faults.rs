@@ -1,7 +1,11 @@
 //! Reading what processes' memory does, and answering at once.
 
+use std::ops::Bound;
+
+use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
 
+use super::deferred::Obstacle;
 use super::standby::StandbyMessage;
 use super::waking::Waiters;
 use super::{EVENTS_MAX, Process, Restore};
@@ -35,7 +39,11 @@ impl Restore {
             let Some((id, addr)) = self.retries.pop_front() else {
                 break;
             };
-            self.answer(id, addr)?;
+            if self.deferred.is_paused(id) {
+                self.retries.push_back((id, addr));
+            } else {
+                self.answer(id, addr)?;
+            }
         }
         self.send_urgent()
     }
@@ -59,8 +67,14 @@ impl Restore {
             };
             let room = self.room_for(id);
             let read = process.uffd.read(room, |event| events.push(event));
-            if read.map_err(failed)? == 0 {
-                break;
+            match read {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(error) if lacks_descriptor(&error) => {
+                    self.lack_descriptor(id)?;
+                    break;
+                }
+                Err(error) => return Err(failed(error)),
             }
             for event in events {
                 if !matches!(event, Event::Fault(_)) {
@@ -99,6 +113,10 @@ impl Restore {
                 self.settle(id, at, Way::Gone, Waiters::Sequential);
                 Ok(())
             }
+            FaultAnswer::Zero | FaultAnswer::Local(_) if self.deferred.is_paused(id) => {
+                self.retries.push_back((id, addr));
+                Ok(())
+            }
             FaultAnswer::Zero => self.fill_zero(id, addr),
             FaultAnswer::Local(piece) => self.install_local(id, piece),
         }
@@ -111,20 +129,29 @@ impl Restore {
         let Some(process) = self.processes.get(&id) else {
             return Ok(());
         };
-        let failed = |error| {
-            Error::wrap(
-                Kind::Io,
-                format!("cannot fill {range} of pid {} with zeros", process.pid),
-                error,
-            )
+        let filled = match process.uffd.zero(range) {
+            Ok(filled) => filled,
+            Err(error) => {
+                let pid = process.pid;
+                let why = format!("cannot fill {range} of pid {pid} with zeros: {error}");
+                return self.give_up_pages(id, range, &why);
+            }
         };
-        match process.uffd.zero(range).map_err(failed)? {
-            Filled::Bytes(_) => self.settle(id, range, Way::Zero, Waiters::Woken),
-            // Another thread's fault brought it, or its mapping went: let the reader look again.
-            Filled::Present | Filled::Unmapped => {
+        match filled {
+            Filled::Bytes(_) => {
+                self.deferred.filled(id);
+                self.settle(id, range, Way::Zero, Waiters::Woken);
+            }
+            // Another thread's fault brought it, or its mapping or file ends before it: let the reader
+            // look again.
+            Filled::Present | Filled::Unmapped | Filled::Unreadable => {
                 self.settle(id, range, Way::Gone, Waiters::Asleep);
             }
             Filled::Changing => self.retries.push_back((id, addr)),
+            Filled::NoRoom => {
+                self.retries.push_back((id, addr));
+                return self.defer(id, Obstacle::NoRoom);
+            }
             Filled::Exited => self.forget(id),
         }
         Ok(())
@@ -146,6 +173,7 @@ impl Restore {
         tracing::debug!("pid {} forked", child.pid);
         self.tell(StandbyMessage::Fork { id, parent }, Some(&child.uffd));
         self.adopt(id, child)?;
+        self.look_for_some_ended();
         Ok(Some(id))
     }
 
@@ -158,30 +186,84 @@ impl Restore {
 
     /// The process ended: nobody needs its pages.
     pub(super) fn forget(&mut self, id: SpaceId) {
-        if let Some(process) = self.processes.remove(&id) {
-            tracing::info!("pid {} ended", process.pid);
-            self.tell(StandbyMessage::Exited { id }, None);
+        if let Some(process) = self.processes.get(&id) {
+            tracing::debug!("pid {}, or a child of it, ended", process.pid);
+        }
+        self.close(id);
+    }
+
+    /// Closes the userfaultfd of `id`, here and where somebody stands by.
+    fn close(&mut self, id: SpaceId) {
+        if self.processes.remove(&id).is_some() {
             // Closing the descriptor takes it out of the poll.
+            self.tell(StandbyMessage::Exited { id }, None);
         }
         self.planner.handle_exit(id);
+        self.deferred.forget(id);
         self.retries.retain(|(other, _)| *other != id);
     }
 
     /// Forgets processes that ended: their end is no event, and only a fill would tell.
     pub(super) fn look_for_ended(&mut self) {
-        let page = self.images.page().bytes();
-        // Below what any process may map; a living one answers that nothing is mapped there.
-        let nowhere = PageRange::new(NOWHERE, NOWHERE + page);
-        let ended: Vec<SpaceId> = self
-            .processes
-            .iter()
-            .filter(|(_, process)| matches!(process.uffd.is_alive(nowhere), Ok(false)))
-            .map(|(id, _)| *id)
-            .collect();
+        let ended = |(id, process): (&SpaceId, &Process)| self.has_ended(process).then_some(*id);
+        let ended: Vec<SpaceId> = self.processes.iter().filter_map(ended).collect();
         ended.into_iter().for_each(|id| self.forget(id));
+    }
+
+    /// The same for a few of them, others each time: who forks often has many that ended.
+    fn look_for_some_ended(&mut self) {
+        let next = (Bound::Excluded(self.looked_at), Bound::Unbounded);
+        let some = self.processes.range(next).take(LOOKED_AT_A_FORK);
+        let ended: Vec<(SpaceId, bool)> = some
+            .map(|(id, process)| (*id, self.has_ended(process)))
+            .collect();
+        self.looked_at = match ended.last() {
+            Some((id, _)) => *id,
+            None => SpaceId(0),
+        };
+        for (id, ended) in ended {
+            if ended {
+                self.forget(id);
+            }
+        }
+    }
+
+    /// Whether `id` has ended; it is forgotten then. Asked before bytes are spent on it.
+    pub(super) fn forget_if_ended(&mut self, id: SpaceId) -> bool {
+        let process = self.processes.get(&id);
+        let ended = process.is_some_and(|process| self.has_ended(process));
+        if ended {
+            self.forget(id);
+        }
+        ended
+    }
+
+    fn has_ended(&self, process: &Process) -> bool {
+        let anywhere = PageRange::new(ANYWHERE, ANYWHERE + self.images.page().bytes());
+        process.uffd.has_ended(anywhere)
+    }
+
+    /// Closes what is open and of no use: processes that ended, and forked children that have all
+    /// their memory, of which the kernel takes care from then on. Says how many.
+    pub(super) fn close_unneeded(&mut self) -> usize {
+        let before = self.processes.len();
+        self.look_for_ended();
+        self.wake_held_threads();
+        let ids = self.processes.keys().copied();
+        let filled: Vec<SpaceId> = ids.filter(|id| self.planner.is_filled_child(*id)).collect();
+        filled.into_iter().for_each(|id| self.close(id));
+        before - self.processes.len()
     }
 }
 
-/// An aligned address at the default of vm.mmap_min_addr, where nothing of a restored process is
-/// missing.
-const NOWHERE: u64 = 0x1_0000;
+/// Looked at after each fork: as many as this times what lives have ended at most, unseen.
+const LOOKED_AT_A_FORK: usize = 4;
+
+/// An aligned address at the default of vm.mmap_min_addr, which the kernel accepts to be asked about.
+const ANYWHERE: u64 = 0x1_0000;
+
+/// Whether a child's userfaultfd cannot be had for want of descriptors or memory. Its event stays to be read.
+fn lacks_descriptor(error: &std::io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM))
+}

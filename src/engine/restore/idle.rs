@@ -58,8 +58,14 @@ impl Restore {
             .as_mut()
             .and_then(|limit| limit.wait_until_us(now_us));
         let held = self.links.holds_until_us(now_us);
-        let retry = (!self.retries.is_empty()).then_some(now_us + RETRY_US);
-        [limited, held, retry, self.batched_wakeup.until_us()]
+        let mut retries = self.retries.iter();
+        let retry = retries
+            .any(|(id, _)| !self.deferred.is_paused(*id))
+            .then_some(now_us + RETRY_US);
+        let deferred = self.deferred.until_us();
+        let unreadable = self.unreadable.until_us();
+        let wakeup = self.batched_wakeup.until_us();
+        [limited, held, retry, wakeup, deferred, unreadable]
             .into_iter()
             .flatten()
             .map(|until_us| Duration::from_micros(until_us.saturating_sub(now_us)))

@@ -3,8 +3,9 @@
 use std::io;
 
 use super::Restore;
+use super::deferred::Obstacle;
 use super::waking::Waiters;
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 use crate::image::chain::Stored;
 use crate::lazy::extents::Piece;
 use crate::lazy::planner::{SpaceId, Way};
@@ -21,6 +22,9 @@ pub(super) const STEP_BYTES_MAX: u64 = 256 << 10;
 /// How often a fill that an unread event refuses is tried before others get a turn.
 const CHANGING_TRIES: usize = 64;
 
+/// And how often at once, others having their turn in between, before it has to wait for its time.
+const CHANGING_TRIES_MAX: usize = 256;
+
 /// How far ahead local images are read, bytes.
 const READAHEAD_BYTES: u64 = 8 << 20;
 
@@ -30,6 +34,10 @@ enum Step {
     On,
     /// An event is in the way and not there to read yet.
     Stuck,
+    /// There is no memory for the page now.
+    NoRoom,
+    /// Not a page of it can be read where it lies.
+    Unreadable,
     /// The process ended.
     Over,
 }
@@ -44,6 +52,10 @@ impl Restore {
         bytes: &[u8],
         way: Way,
     ) -> Result<()> {
+        if self.deferred.is_paused(id) {
+            self.stash(id, image, bytes, way);
+            return Ok(());
+        }
         let mut limit = self.step_bytes();
         let mut stuck = 0;
         while let Some(piece) = self.planner.arrived(id, image) {
@@ -61,11 +73,49 @@ impl Restore {
                     if stuck > CHANGING_TRIES {
                         std::thread::yield_now();
                     }
+                    if stuck > CHANGING_TRIES_MAX {
+                        self.stash(id, image, bytes, way);
+                        return self.defer(id, Obstacle::Changing);
+                    }
+                }
+                Step::NoRoom => {
+                    self.stash(id, image, bytes, way);
+                    return self.defer(id, Obstacle::NoRoom);
+                }
+                // It lies in our memory: the mapped file ends before it.
+                Step::Unreadable => {
+                    let page = PageRange::new(
+                        at.start().get(),
+                        at.start().get() + self.images.page().bytes(),
+                    );
+                    self.settle(id, page, Way::Gone, Waiters::Asleep);
                 }
                 Step::Over => return Ok(()),
             }
             self.release_due();
             self.serve_faults()?;
+        }
+        Ok(())
+    }
+
+    /// Installs the pages `image` of `pid` wherever they are missing: in the process, and in children that it
+    /// forked; not in `served`, which has them.
+    pub(super) fn install_in_family(
+        &mut self,
+        pid: u32,
+        served: Option<SpaceId>,
+        image: PageRange,
+        bytes: &[u8],
+        way: Way,
+    ) -> Result<()> {
+        let mut next = self.planner.next_sibling(pid, None);
+        while let Some(id) = next {
+            if served != Some(id) {
+                self.planner.pushed(id, image);
+                self.install(id, image, bytes, way)?;
+            }
+            // Those who were forked meanwhile come behind.
+            next = self.planner.next_sibling(pid, Some(id));
         }
         Ok(())
     }
@@ -110,16 +160,21 @@ impl Restore {
         let Some(process) = self.processes.get(&id) else {
             return Ok(Step::Over);
         };
-        let failed = |error| {
-            Error::wrap(
-                Kind::Io,
-                format!("cannot fill {at} of pid {}", process.pid),
-                error,
-            )
-        };
+        let pid = process.pid;
         let first_page = PageRange::new(at.start().get(), at.start().get() + page);
-        match call(&process.uffd).map_err(failed)? {
+        let filled = match call(&process.uffd) {
+            Ok(filled) => filled,
+            // Nobody knows what it is about; it shall not be about more than the page.
+            Err(_) if at.bytes() > page => Filled::Unmapped,
+            Err(error) => {
+                let why = format!("cannot fill {at} of pid {pid}: {error}");
+                self.give_up_pages(id, first_page, &why)?;
+                return Ok(Step::On);
+            }
+        };
+        match filled {
             Filled::Bytes(filled) => {
+                self.deferred.filled(id);
                 *limit = STEP_BYTES.max(*limit);
                 let at = PageRange::new(at.start().get(), at.start().get() + filled);
                 self.batched_wakeup.filled(id, at, wake == Wake::Later);
@@ -130,10 +185,12 @@ impl Restore {
                 self.settle(id, at, way, waiters);
             }
             Filled::Present => self.settle(id, first_page, way, Waiters::Asleep),
-            Filled::Unmapped if at.bytes() > page => {
+            Filled::Unmapped | Filled::Unreadable if at.bytes() > page => {
                 *limit = self.images.page().floor(at.bytes() / 2).max(page);
             }
             Filled::Unmapped => self.settle(id, first_page, Way::Gone, Waiters::Asleep),
+            Filled::Unreadable => return Ok(Step::Unreadable),
+            Filled::NoRoom => return Ok(Step::NoRoom),
             Filled::Changing => {
                 self.read_events(id)?;
                 return Ok(Step::Stuck);
@@ -162,53 +219,85 @@ impl Restore {
         let at = PageRange::new(piece.at.start().get(), piece.at.start().get() + length);
         let mut limit = length;
         if let Some(bytes) = chain.mapped(extent.place, offset(length)) {
-            return self.fill_local(id, at, &mut limit, bytes);
+            return match self.fill_from(id, at, &mut limit, bytes)? {
+                // Which of them, and why, only a read tells.
+                Step::Unreadable => self.read_single_pages(id, at, piece.image, &chain),
+                _ => Ok(()),
+            };
         }
         if chain.stored(extent.place) == Some(Stored::Zero) {
             let first = PageRange::new(
                 at.start().get(),
                 at.start().get() + self.images.page().bytes(),
             );
-            self.fill(id, first, Way::Local, &mut limit, Wake::Now, |uffd| {
+            let step = self.fill(id, first, Way::Local, &mut limit, Wake::Now, |uffd| {
                 uffd.zero(first)
             })?;
-            return Ok(());
+            return self.put_off(id, first, &step);
         }
         let mut scratch = std::mem::take(&mut self.scratch);
         scratch.resize(offset(length), 0);
-        let read = chain.read(extent.place, &mut scratch);
-        let filled = read.and_then(|()| self.fill_local(id, at, &mut limit, &scratch));
+        let filled = match chain.read(extent.place, &mut scratch) {
+            Ok(()) => self.fill_local(id, at, &mut limit, &scratch),
+            Err(_) => self.read_single_pages(id, at, piece.image, &chain),
+        };
         self.scratch = scratch;
         filled
     }
 
-    /// Copies `bytes` to `at`, once: what a border or an event leaves over stays missing, and is
-    /// tried again by the background or by the fault that waits for it.
-    fn fill_local(
+    /// Copies `bytes`, which lie in our memory, to `at` as [`Restore::fill_from`] does.
+    pub(super) fn fill_local(
         &mut self,
         id: SpaceId,
         at: PageRange,
         limit: &mut u64,
         bytes: &[u8],
     ) -> Result<()> {
+        if let Step::Unreadable = self.fill_from(id, at, limit, bytes)? {
+            // The mapped file ends before it.
+            let page = self.images.page().bytes();
+            let first = PageRange::new(at.start().get(), at.start().get() + page);
+            self.settle(id, first, Way::Gone, Waiters::Asleep);
+        }
+        Ok(())
+    }
+
+    /// Copies `bytes` to `at`, once: what a border or an event leaves over stays missing, and is
+    /// tried again by the background or by the fault that waits for it.
+    fn fill_from(
+        &mut self,
+        id: SpaceId,
+        at: PageRange,
+        limit: &mut u64,
+        bytes: &[u8],
+    ) -> Result<Step> {
         loop {
             let range = PageRange::new(at.start().get(), at.start().get() + at.bytes().min(*limit));
             let part = &bytes[..offset(range.bytes())];
-            match self.fill(id, range, Way::Local, limit, Wake::Now, |uffd| {
+            let step = self.fill(id, range, Way::Local, limit, Wake::Now, |uffd| {
                 uffd.copy(range.start(), part, Wake::Now)
-            })? {
-                // A border lowered the limit and nothing was filled: once more with less.
-                Step::On if *limit < range.bytes() => {}
-                Step::Stuck => {
-                    let space = self.planner.space(id);
-                    if let Some(page) = space.and_then(|space| space.first_awaited(at)) {
-                        self.retries.push_back((id, page));
-                    }
-                    return Ok(());
-                }
-                Step::On | Step::Over => return Ok(()),
+            })?;
+            // A border lowered the limit and nothing was filled: once more with less.
+            if matches!(step, Step::On) && *limit < range.bytes() {
+                continue;
             }
+            self.put_off(id, at, &step)?;
+            return Ok(step);
         }
+    }
+
+    /// What `step` could not fill of `at`, which a local image has, is tried again in a moment.
+    fn put_off(&mut self, id: SpaceId, at: PageRange, step: &Step) -> Result<()> {
+        let obstacle = match step {
+            Step::Stuck => Obstacle::Changing,
+            Step::NoRoom => Obstacle::NoRoom,
+            Step::On | Step::Unreadable | Step::Over => return Ok(()),
+        };
+        let space = self.planner.space(id);
+        if let Some(page) = space.and_then(|space| space.first_awaited(at)) {
+            self.retries.push_back((id, page));
+        }
+        self.defer(id, obstacle)
     }
 
     /// A step of background work from local images, if there is any to do now. Says whether there was.

@@ -24,7 +24,7 @@ use crate::criu::header::Wire;
 use crate::engine::ferry::postcopy_client::{FerryDialer, Pushed};
 use crate::error::{Error, Kind, Result};
 use crate::lazy::pattern::block_bytes;
-use crate::lazy::planner::Way;
+use crate::lazy::planner::{Request, Way};
 use crate::lazy::space::Reach;
 use crate::units::PageSize;
 
@@ -279,11 +279,10 @@ impl Restore {
             return Ok(());
         }
         let now_us = self.clock.now_us();
-        let Some(pair) = &mut self.links.pair else {
-            return Ok(());
-        };
         let mut asked = false;
-        while pair.stream.window().has_room(now_us) {
+        while let Some(pair) = &self.links.pair
+            && pair.stream.window().has_room(now_us)
+        {
             if self
                 .limit
                 .as_mut()
@@ -292,10 +291,20 @@ impl Restore {
                 break;
             }
             let window = pair.stream.window();
-            let Some(request) = self
-                .planner
-                .next_stream(window.chunk_bytes(now_us), window.gap_bytes())
-            else {
+            let (mut chunk, mut gap) = (window.chunk_bytes(now_us), window.gap_bytes());
+            if let Some(limit) = &self.limit {
+                // Bytes are what is dear then.
+                let page = self.images.page();
+                chunk = page.floor(limit.chunk_bytes().min(chunk)).max(page.bytes());
+                gap = 0;
+            }
+            let Some(request) = self.planner.next_stream(chunk, gap) else {
+                break;
+            };
+            if self.forget_if_ended(request.space) {
+                continue;
+            }
+            let Some(pair) = &mut self.links.pair else {
                 break;
             };
             if let Some(limit) = &mut self.limit {
@@ -391,8 +400,11 @@ impl Restore {
                 Ok(())
             }
             Step::Pages { tag, image, bytes } => {
-                let way = Way::Fetched(tag.request.class);
-                self.install(tag.request.space, *image, &unread[bytes.clone()], way)
+                let (way, bytes) = (Way::Fetched(tag.request.class), &unread[bytes.clone()]);
+                // Whoever asked comes first.
+                self.install(tag.request.space, *image, bytes, way)?;
+                let Request { pid, space, .. } = tag.request;
+                self.install_in_family(pid, Some(space), *image, bytes, way)
             }
             Step::Complete { tag, rest, .. } => {
                 if let Some(rest) = rest {

@@ -11,6 +11,7 @@
 //! again, SIGUSR2 kills them.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -26,6 +27,26 @@ use crate::units::PageRange;
 
 /// Poisoned with one call at most, bytes: the process's memory is locked meanwhile.
 const POISON_BYTES_MAX: u64 = 2 << 20;
+
+/// After a process was killed, until it is looked whether it has ended.
+const LAST_PAUSE: Duration = Duration::from_millis(10);
+
+/// Rounds that may fail one after the other when all is lost already.
+const FAILED_ROUNDS_MAX: u32 = 500;
+
+/// See [`POISON_BYTES_MAX`].
+pub(super) fn poison_limit() -> u64 {
+    POISON_BYTES_MAX
+}
+
+/// What one call has done, bytes.
+#[derive(Clone, Copy, Default, Debug)]
+pub(super) struct Done {
+    /// Settled, in whatever way.
+    pub(super) bytes: u64,
+    /// Of these poisoned.
+    pub(super) poisoned: u64,
+}
 
 /// What is lost, and what becomes of the processes.
 #[derive(Debug)]
@@ -85,6 +106,14 @@ impl Restore {
             self.fail_ferry(&cause);
         }
         self.links.reset();
+        self.fallback = None;
+        self.is_stopping |= cause.kind() == Kind::Interrupted;
+        if self.is_stopping {
+            self.unreadable.try_now();
+        }
+        // What has come already is not lost; what its process cannot take now either is poisoned with the rest.
+        self.deferred.try_now();
+        let _ = self.resume_due();
         self.planner.lose();
         // The restore's own end is all that is left to hear of it.
         self.intake_done = true;
@@ -107,10 +136,24 @@ impl Restore {
                 poisoned: BTreeMap::new(),
                 twice: self.finished && self.config.source.is_some() && !self.processes.is_empty(),
             });
-        } else {
-            tracing::error!("{cause}");
+        } else if let Some(left_out) = self.complaints.admit(self.clock.now_us()) {
+            tracing::error!("{cause}{left_out}");
         }
         self.apply_policy()
+    }
+
+    /// Nothing works any more, `rounds` times in a row: neither the log nor the CPU is to suffer, a signal is
+    /// an end, and after a while there is one without.
+    pub(super) fn bear_failures(&mut self, rounds: u32) -> Result<()> {
+        std::thread::sleep(LAST_PAUSE);
+        let told_to_end = self.handle_signals();
+        if rounds < FAILED_ROUNDS_MAX && told_to_end.is_ok() {
+            return Ok(());
+        }
+        self.kill_processes(Space::first_missing);
+        let text = "the restore cannot go on, and processes that lack memory were killed";
+        told_to_end.map_err(|error| error.within(text))?;
+        Err(Error::new(Kind::MemoryLost, text))
     }
 
     fn apply_policy(&mut self) -> Result<()> {
@@ -166,7 +209,6 @@ impl Restore {
     }
 
     fn poison_process(&mut self, id: SpaceId) -> Result<()> {
-        let page = self.images.page().bytes();
         let mut limit = POISON_BYTES_MAX;
         loop {
             self.read_events(id)?;
@@ -177,52 +219,92 @@ impl Restore {
             else {
                 return Ok(());
             };
-            let Some(process) = self.processes.get(&id) else {
+            let Some(pid) = self.processes.get(&id).map(|process| process.pid) else {
                 return Ok(());
             };
-            let start = piece.at.start().get();
-            let range = PageRange::new(start, start + piece.at.bytes().min(limit));
-            let first = PageRange::new(start, start + page);
-            let filled = process.uffd.poison(range).map_err(|error| {
-                let kind = match error.kind() {
-                    std::io::ErrorKind::InvalidInput | std::io::ErrorKind::Unsupported => {
-                        Kind::Unsupported
-                    }
-                    _ if error.raw_os_error() == Some(nix::libc::ENOTTY) => Kind::Unsupported,
-                    _ => Kind::Io,
-                };
-                Error::wrap(
-                    kind,
-                    format!(
-                        "cannot poison {range} of pid {} (UFFDIO_POISON needs Linux 6.6)",
-                        process.pid
-                    ),
-                    error,
-                )
-            })?;
-            match filled {
-                Filled::Bytes(bytes) => {
-                    if let Some(loss) = &mut self.loss {
-                        let pages = bytes >> self.images.page().shift();
-                        *loss.poisoned.entry(process.pid).or_insert(0) += pages;
-                    }
-                    self.settle(
-                        id,
-                        PageRange::new(start, start + bytes),
-                        Way::Poisoned,
-                        Waiters::Woken,
-                    );
-                    limit = POISON_BYTES_MAX;
-                }
-                Filled::Present => self.settle(id, first, Way::Gone, Waiters::Asleep),
-                Filled::Unmapped if range.bytes() > page => {
-                    limit = self.images.page().floor(range.bytes() / 2).max(page);
-                }
-                Filled::Unmapped => self.settle(id, first, Way::Gone, Waiters::Asleep),
-                Filled::Changing => std::thread::yield_now(),
-                Filled::Exited => self.forget(id),
+            let done = self.poison_some(id, piece.at, &mut limit)?;
+            if let Some(loss) = &mut self.loss {
+                let pages = done.poisoned >> self.images.page().shift();
+                *loss.poisoned.entry(pid).or_insert(0) += pages;
             }
         }
+    }
+
+    /// Poisons the start of `at`, at most `limit` bytes, which is lowered where that is too much.
+    pub(super) fn poison_some(
+        &mut self,
+        id: SpaceId,
+        at: PageRange,
+        limit: &mut u64,
+    ) -> Result<Done> {
+        let page = self.images.page().bytes();
+        let Some(process) = self.processes.get(&id) else {
+            return Ok(Done::default());
+        };
+        let start = at.start().get();
+        let range = PageRange::new(start, start + at.bytes().min(*limit));
+        let first = PageRange::new(start, start + page);
+        let gone = Done {
+            bytes: page,
+            poisoned: 0,
+        };
+        let pid = process.pid;
+        let filled = process.uffd.poison(range).map_err(|error| {
+            let kind = match error.kind() {
+                std::io::ErrorKind::InvalidInput | std::io::ErrorKind::Unsupported => {
+                    Kind::Unsupported
+                }
+                _ if error.raw_os_error() == Some(nix::libc::ENOTTY) => Kind::Unsupported,
+                _ => Kind::Io,
+            };
+            let text =
+                format!("cannot poison {range} of pid {pid} (UFFDIO_POISON needs Linux 6.6)");
+            Error::wrap(kind, text, error)
+        })?;
+        match filled {
+            Filled::Bytes(bytes) => {
+                let poisoned = PageRange::new(start, start + bytes);
+                self.settle(id, poisoned, Way::Poisoned, Waiters::Woken);
+                *limit = POISON_BYTES_MAX;
+                return Ok(Done {
+                    bytes,
+                    poisoned: bytes,
+                });
+            }
+            Filled::Unmapped | Filled::Unreadable | Filled::NoRoom if range.bytes() > page => {
+                *limit = self.images.page().floor(range.bytes() / 2).max(page);
+                return Ok(Done::default());
+            }
+            // The page is there, or its mapping or file ends before it.
+            Filled::Present | Filled::Unmapped | Filled::Unreadable => {
+                self.settle(id, first, Way::Gone, Waiters::Asleep);
+                return Ok(gone);
+            }
+            Filled::Changing => {
+                std::thread::yield_now();
+                self.read_events(id)?;
+            }
+            Filled::NoRoom => self.kill_unpoisonable(id),
+            Filled::Exited => self.forget(id),
+        }
+        Ok(Done::default())
+    }
+
+    /// There is not even room to poison a page of `id`, as its control group is full: nothing but its end keeps
+    /// it from reading zeros later.
+    fn kill_unpoisonable(&mut self, id: SpaceId) {
+        let Some(pid) = self.processes.get(&id).map(|process| process.pid) else {
+            return;
+        };
+        if let Some(left_out) = self.complaints.admit(self.clock.now_us()) {
+            tracing::error!(
+                "the lost pages of pid {pid} cannot be poisoned, for its control group is full: killing \
+                 it{left_out}"
+            );
+        }
+        self.kill_processes(|space| (space.pid() == pid).then(|| space.first_missing())?);
+        std::thread::sleep(LAST_PAUSE);
+        self.look_for_ended();
     }
 
     pub(super) fn handle_signals(&mut self) -> Result<()> {

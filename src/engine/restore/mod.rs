@@ -18,8 +18,11 @@
 //! poisoned.
 
 mod closing;
+mod deferred;
+mod fallback;
 mod faults;
 mod ferry;
+mod given_up;
 mod idle;
 mod install;
 pub mod intake;
@@ -33,6 +36,7 @@ mod report;
 mod signals;
 mod source_dialer;
 pub mod standby;
+mod unreadable;
 mod waking;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -58,6 +62,9 @@ use crate::sys::process::page_size;
 use crate::sys::uffd::{Room, Uffd, check_permitted};
 use crate::tls::Tls;
 use crate::units::Vaddr;
+use deferred::{Complaints, Deferred};
+use fallback::Fallback;
+use given_up::GivenUp;
 use intake::{Intake, IntakeEvent};
 use links::Links;
 use loss::Loss;
@@ -67,6 +74,7 @@ pub use report::{Progress, Summary};
 use signals::Signals;
 pub use signals::block as block_signals;
 use standby::{Standby, StandbyMessage};
+use unreadable::Unreadable;
 
 /// Most descriptors looked at in one round.
 const EVENTS_MAX: usize = 64;
@@ -113,6 +121,9 @@ pub struct RestoreConfig {
     /// How long to try to reach a lost source again. `None` leaves it to what the source is: one
     /// that answers on several connections is tried for 30 s, CRIU's dump, which takes one connection in its life, is not.
     pub reconnect_timeout: Option<Duration>,
+    /// How long what fails on this host (images that cannot be read, a full control group) is tried again before the pages
+    /// concerned are given up.
+    pub local_timeout: Duration,
     /// Where each fault is to be recorded.
     pub trace: Option<PathBuf>,
 }
@@ -171,6 +182,19 @@ pub struct Restore {
     links: Links,
     limit: Option<RateLimit>,
     loss: Option<Loss>,
+    /// What cannot take pages now.
+    deferred: Deferred,
+    /// What local images cannot give now.
+    unreadable: Unreadable,
+    last_unreadable: Option<Error>,
+    /// Asks the source for that.
+    fallback: Option<Fallback>,
+    given_up: GivenUp,
+    /// A signal has asked for the end: nothing is waited for any more.
+    is_stopping: bool,
+    complaints: Complaints,
+    /// Which process was last looked at for its end.
+    looked_at: SpaceId,
     /// The userfaultfds alone, to look for faults between two steps of other work.
     faults_poll: Epoll,
     poll: Epoll,
@@ -259,6 +283,14 @@ impl Restore {
             batched_wakeup: BatchedWakeup::default(),
             links,
             loss: None,
+            deferred: Deferred::default(),
+            unreadable: Unreadable::default(),
+            last_unreadable: None,
+            fallback: None,
+            given_up: GivenUp::default(),
+            is_stopping: false,
+            complaints: Complaints::default(),
+            looked_at: SpaceId(0),
             faults_poll: new_poll()?,
             poll: new_poll()?,
             signals: Signals::new()?,
@@ -324,11 +356,18 @@ impl Restore {
         watch(&self.poll, &self.signals, readable, Token::Signals as u64)?;
         let mut mentioned = Instant::now();
         let mut ticked = Instant::now();
+        let mut failed_rounds = 0;
         while !self.is_done() {
-            let step = self.round();
-            if let Err(error) = step {
-                // Whatever went wrong here: the memory that only the source has cannot come.
-                self.lose(error)?;
+            match self.round() {
+                Ok(()) => failed_rounds = 0,
+                Err(error) => {
+                    failed_rounds += 1;
+                    // What fails on this host and can pass was dealt with: the source is gone, or all is over.
+                    self.lose(error)?;
+                    if failed_rounds > 1 {
+                        self.bear_failures(failed_rounds)?;
+                    }
+                }
             }
             if ticked.elapsed() >= TICK {
                 ticked = Instant::now();
@@ -344,10 +383,11 @@ impl Restore {
             }
         }
         self.wake_held_threads();
-        match self.loss.take() {
+        let outcome = match self.loss.take() {
             None => Ok(()),
             Some(loss) => Err(loss.into_error()),
-        }
+        };
+        std::mem::take(&mut self.given_up).conclude(outcome)
     }
 
     fn is_done(&self) -> bool {
@@ -362,6 +402,8 @@ impl Restore {
     /// One round: waits for something to happen, or does a step of background work.
     fn round(&mut self) -> Result<()> {
         self.release_due();
+        self.resume_due()?;
+        self.retry_unreadable()?;
         let background = self.background_step()?;
         self.send_requests()?;
         if !background && !self.links.has_buffered() && !self.owes_hashes() {
@@ -390,9 +432,9 @@ impl Restore {
     fn tick(&mut self) {
         self.observer
             .tick(&self.planner, self.links.bytes_received());
-        let idle = self.config.on_demand || self.loss.is_some();
-        if idle {
-            self.look_for_ended();
+        self.look_for_ended();
+        if self.finished {
+            self.close_unneeded();
         }
     }
 

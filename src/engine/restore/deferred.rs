@@ -1,0 +1,339 @@
+//! Processes that can take no page now, and what has come for them meanwhile.
+//!
+//! ```text
+//! fill refused ──> pause: planner serves the others ──> after a moment once more ──> filled: as if nothing was
+//!                  what has come is kept here                     │
+//!                                                                 └─> no room for too long: given up
+//! ```
+//!
+//! A full control group (ENOMEM) is that of the process, not ours: room may come, or the process is
+//! being killed for it, which the kernel says a moment later. An event that is not there to read yet
+//! (EAGAIN) is a fork under way. Without a descriptor for a child (EMFILE) its parent waits in fork(2),
+//! and no page of the parent can be filled: it goes on when another child has ended.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use nix::sys::epoll::EpollFlags;
+
+use super::{Restore, watch};
+use crate::error::Result;
+use crate::lazy::planner::{SpaceId, Way};
+use crate::limits::STASH_BYTES_MAX;
+use crate::units::PageRange;
+
+/// The first pause after a refusal, µs; each one after it is twice as long.
+const PAUSE_US: u64 = 500;
+
+/// The longest pause, µs.
+const PAUSE_US_MAX: u64 = 250_000;
+
+/// While a fork is under way nobody waits for longer than this, µs.
+const CHANGING_US_MAX: u64 = 5_000;
+
+/// Why a process can take no page.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Obstacle {
+    /// There is no memory for it.
+    NoRoom,
+    /// An event is in the way and not there to read yet.
+    Changing,
+    /// Its child's userfaultfd cannot be received.
+    NoDescriptor,
+}
+
+#[derive(Debug)]
+struct Pause {
+    obstacle: Obstacle,
+    since_us: u64,
+    /// `None` while it is tried again.
+    until_us: Option<u64>,
+    pause_us: u64,
+}
+
+/// Pages that have come for a process that could not take them.
+#[derive(Debug)]
+struct Stashed {
+    id: SpaceId,
+    image: PageRange,
+    bytes: Vec<u8>,
+    way: Way,
+}
+
+/// See the module's text.
+#[derive(Debug, Default)]
+pub(super) struct Deferred {
+    paused: BTreeMap<SpaceId, Pause>,
+    stash: VecDeque<Stashed>,
+    stashed_bytes: u64,
+}
+
+impl Deferred {
+    pub(super) fn is_paused(&self, id: SpaceId) -> bool {
+        let pause = self.paused.get(&id);
+        pause.is_some_and(|pause| pause.until_us.is_some())
+    }
+
+    /// When the next process is to be tried again, µs.
+    pub(super) fn until_us(&self) -> Option<u64> {
+        let pauses = self.paused.values();
+        pauses.filter_map(|pause| pause.until_us).min()
+    }
+
+    /// A page of `id` was filled.
+    pub(super) fn filled(&mut self, id: SpaceId) {
+        if !self.paused.is_empty() {
+            self.paused.remove(&id);
+        }
+    }
+
+    pub(super) fn forget(&mut self, id: SpaceId) {
+        self.paused.remove(&id);
+        drop(self.take_stashed(id));
+    }
+
+    /// Everything is tried again now.
+    pub(super) fn try_now(&mut self) {
+        let pauses = self.paused.values_mut();
+        pauses.for_each(|pause| pause.until_us = pause.until_us.and(Some(0)));
+    }
+
+    /// Begins a pause, longer than the last one if nothing was filled since. Says since when, µs.
+    fn pause(&mut self, id: SpaceId, obstacle: Obstacle, now_us: u64) -> u64 {
+        let pause = self.paused.entry(id).or_insert(Pause {
+            obstacle,
+            since_us: now_us,
+            until_us: None,
+            pause_us: PAUSE_US / 2,
+        });
+        if pause.obstacle != obstacle {
+            (pause.obstacle, pause.since_us) = (obstacle, now_us);
+        }
+        if pause.until_us.is_none() {
+            let most = match obstacle {
+                Obstacle::Changing => CHANGING_US_MAX,
+                Obstacle::NoRoom | Obstacle::NoDescriptor => PAUSE_US_MAX,
+            };
+            pause.pause_us = (pause.pause_us * 2).min(most);
+            pause.until_us = Some(now_us + pause.pause_us);
+        }
+        pause.since_us
+    }
+
+    /// The processes whose pause is over: they are tried again.
+    fn take_due(&mut self, now_us: u64) -> Vec<(SpaceId, Obstacle)> {
+        let due = self.paused.iter_mut().filter_map(|(id, pause)| {
+            pause.until_us.take_if(|until_us| *until_us <= now_us)?;
+            Some((*id, pause.obstacle))
+        });
+        due.collect()
+    }
+
+    fn put(&mut self, stashed: Stashed) {
+        self.stashed_bytes += stashed.bytes.len() as u64;
+        self.stash.push_back(stashed);
+    }
+
+    fn take_stashed(&mut self, id: SpaceId) -> Vec<Stashed> {
+        let (own, others) = std::mem::take(&mut self.stash)
+            .into_iter()
+            .partition(|stashed| stashed.id == id);
+        self.stash = others;
+        let own: VecDeque<Stashed> = own;
+        let bytes: u64 = own.iter().map(|stashed| stashed.bytes.len() as u64).sum();
+        self.stashed_bytes -= bytes;
+        own.into()
+    }
+}
+
+impl Restore {
+    /// The pages `image` of `id`, which are `bytes`, cannot be filled now: they are kept, or asked for again if
+    /// too much is kept already.
+    pub(super) fn stash(&mut self, id: SpaceId, image: PageRange, bytes: &[u8], way: Way) {
+        if self.deferred.stashed_bytes + image.bytes() > STASH_BYTES_MAX {
+            self.planner.give_back(id, image);
+            return;
+        }
+        let bytes = bytes.to_vec();
+        self.deferred.put(Stashed {
+            id,
+            image,
+            bytes,
+            way,
+        });
+    }
+
+    /// Serves the others for a moment.
+    pub(super) fn defer(&mut self, id: SpaceId, obstacle: Obstacle) -> Result<()> {
+        let now_us = self.clock.now_us();
+        self.planner.pause(id);
+        let since_us = self.deferred.pause(id, obstacle, now_us);
+        let pid = self.processes.get(&id).map_or(0, |process| process.pid);
+        let waits = Duration::from_micros(now_us - since_us);
+        let text = match obstacle {
+            Obstacle::Changing => return Ok(()),
+            Obstacle::NoRoom => format!(
+                "no memory for the pages of pid {pid}: its control group (or the file system of a mapping) is \
+                 full; trying again for {} s",
+                self.config.local_timeout.as_secs()
+            ),
+            Obstacle::NoDescriptor => format!(
+                "no descriptor for a child that pid {pid} forks, which waits until one is free: a higher limit \
+                 (ulimit -n, LimitNOFILE=) helps"
+            ),
+        };
+        if let Some(left_out) = self.complaints.admit(now_us) {
+            tracing::warn!("{text}{left_out}");
+        }
+        if obstacle == Obstacle::NoRoom && waits >= self.local_patience() {
+            let why = format!(
+                "there was no memory for its pages for {} s",
+                waits.as_secs()
+            );
+            return self.give_up_process(id, &why);
+        }
+        Ok(())
+    }
+
+    /// Tries again what was deferred for long enough.
+    pub(super) fn resume_due(&mut self) -> Result<()> {
+        if self.deferred.paused.is_empty() {
+            return Ok(());
+        }
+        let now_us = self.clock.now_us();
+        for (id, obstacle) in self.deferred.take_due(now_us) {
+            self.planner.resume(id);
+            if obstacle == Obstacle::NoDescriptor {
+                if let Some(process) = self.processes.get(&id) {
+                    let data = u64::from(id.0);
+                    watch(&self.faults_poll, &process.uffd, EpollFlags::EPOLLIN, data)?;
+                }
+                self.read_events(id)?;
+            }
+            for Stashed {
+                id,
+                image,
+                bytes,
+                way,
+            } in self.deferred.take_stashed(id)
+            {
+                if self.deferred.is_paused(id) {
+                    self.stash(id, image, &bytes, way);
+                } else {
+                    self.planner.pushed(id, image);
+                    self.install(id, image, &bytes, way)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The userfaultfd of a child of `id` cannot be received: those that nobody needs are closed, and if
+    /// there are none, the process waits.
+    pub(super) fn lack_descriptor(&mut self, id: SpaceId) -> Result<()> {
+        if self.close_unneeded() > 0 {
+            return Ok(());
+        }
+        if let Some(process) = self.processes.get(&id) {
+            // It stays readable; that is no reason to look at it all the time.
+            let _ = self.faults_poll.delete(&process.uffd);
+        }
+        self.defer(id, Obstacle::NoDescriptor)
+    }
+}
+
+/// Between two lines of one kind in the log, µs.
+const COMPLAINT_US: u64 = 10_000_000;
+
+/// Keeps what is said again and again from filling the log.
+#[derive(Debug, Default)]
+pub(super) struct Complaints {
+    next_us: u64,
+    left_out: u64,
+}
+
+/// How many lines were left out.
+#[derive(Debug)]
+pub(super) struct LeftOut(u64);
+
+impl std::fmt::Display for LeftOut {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            0 => Ok(()),
+            lines => write!(f, " ({lines} lines like this were left out)"),
+        }
+    }
+}
+
+impl Complaints {
+    /// Whether a line may be written now, and how many were not since the last one.
+    pub(super) fn admit(&mut self, now_us: u64) -> Option<LeftOut> {
+        if now_us < self.next_us {
+            self.left_out += 1;
+            return None;
+        }
+        self.next_us = now_us + COMPLAINT_US;
+        Some(LeftOut(std::mem::take(&mut self.left_out)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ID: SpaceId = SpaceId(3);
+
+    #[test]
+    fn pauses_double_until_a_page_is_filled() {
+        let mut deferred = Deferred::default();
+        let mut now_us = 0;
+        let mut pauses = Vec::new();
+        for _ in 0..12 {
+            assert_eq!(deferred.pause(ID, Obstacle::NoRoom, now_us), 0);
+            assert!(deferred.is_paused(ID));
+            let until_us = deferred.until_us().unwrap();
+            assert_eq!(deferred.take_due(until_us - 1), []);
+            pauses.push(until_us - now_us);
+            now_us = until_us;
+            assert_eq!(deferred.take_due(now_us), [(ID, Obstacle::NoRoom)]);
+            assert!(!deferred.is_paused(ID));
+        }
+        assert_eq!((pauses[0], pauses[1]), (PAUSE_US, 2 * PAUSE_US));
+        assert_eq!(pauses.last(), Some(&PAUSE_US_MAX));
+        deferred.filled(ID);
+        assert_eq!(deferred.pause(ID, Obstacle::NoRoom, now_us), now_us);
+        assert_eq!(deferred.until_us(), Some(now_us + PAUSE_US));
+    }
+
+    #[test]
+    fn what_is_kept_is_handed_out_once_and_in_order() {
+        let mut deferred = Deferred::default();
+        for (id, page) in [(3, 1), (4, 1), (3, 2)] {
+            deferred.put(Stashed {
+                id: SpaceId(id),
+                image: PageRange::new(page << 12, (page + 1) << 12),
+                bytes: vec![0; 4096],
+                way: Way::Local,
+            });
+        }
+        let pages = |stashed: Vec<Stashed>| {
+            let starts = stashed.iter().map(|one| one.image.start().get() >> 12);
+            starts.collect::<Vec<_>>()
+        };
+        assert_eq!(pages(deferred.take_stashed(ID)), [1, 2]);
+        assert_eq!(deferred.stashed_bytes, 4096);
+        deferred.forget(SpaceId(4));
+        assert_eq!(deferred.stashed_bytes, 0);
+    }
+
+    #[test]
+    fn one_line_of_many_is_written() {
+        let mut complaints = Complaints::default();
+        let said: Vec<String> = (0..30)
+            .filter_map(|second| complaints.admit(second * 1_000_000))
+            .map(|left_out| left_out.to_string())
+            .collect();
+        let after_nine = " (9 lines like this were left out)";
+        assert_eq!(said, ["", after_nine, after_nine]);
+    }
+}

@@ -1,0 +1,221 @@
+//! Asks the source for pages that local images should have and cannot give.
+//!
+//! ```text
+//! unreadable -> questions -> thread: a connection of its own -> answers (eventfd) -> install
+//! ```
+//!
+//! The source need not have them: a page-server that serves the whole dump has, `criu dump` has not. One that
+//! lacks a page resets the connection, so these questions have one that nobody else needs.
+
+use std::io::{self, Read, Write};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::sys::eventfd::EventFd;
+
+use super::reconnect::RECONNECT_PAUSE;
+use super::source_dialer::SourceDialer;
+use crate::criu::fetch::{Fetcher, Step};
+use crate::error::{Error, Kind, Result};
+use crate::stream::Stream;
+use crate::units::PageRange;
+
+/// Answers that wait to be installed at most.
+const ANSWERS_MAX: usize = 16;
+
+/// How long the end may take.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Pages of the dump: whose, and their addresses there.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Question {
+    pub(super) pid: u32,
+    pub(super) image: PageRange,
+}
+
+#[derive(Debug)]
+enum Word {
+    Ask(Question),
+    /// Everything is here: the source is told.
+    Finish,
+}
+
+/// What became of a question: its pages, or why they do not come.
+pub(super) type Answer = (Question, io::Result<Vec<u8>>);
+
+/// The thread that asks. Dropping this resets its connection.
+#[derive(Debug)]
+pub(super) struct Fallback {
+    words: Sender<Word>,
+    answers: Receiver<Answer>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Fallback {
+    /// Connects when the first question comes. `wake` is written when there is an answer; a question is given
+    /// up after `patience`.
+    pub(super) fn start(
+        dialer: SourceDialer,
+        wake: Arc<EventFd>,
+        patience: Duration,
+    ) -> Result<Fallback> {
+        let (words, inbox) = channel();
+        let (outbox, answers) = sync_channel(ANSWERS_MAX);
+        let asking = Asking {
+            dialer,
+            patience,
+            link: None,
+        };
+        let thread = std::thread::Builder::new()
+            .name("fallback".to_owned())
+            .spawn(move || asking.run(&inbox, &outbox, &wake))
+            .map_err(|error| Error::wrap(Kind::Io, "cannot start a thread", error))?;
+        Ok(Fallback {
+            words,
+            answers,
+            thread: Some(thread),
+        })
+    }
+
+    pub(super) fn ask(&self, question: Question) {
+        // A thread that is gone answers nothing, and then the images alone are tried.
+        let _ = self.words.send(Word::Ask(question));
+    }
+
+    /// The next answer, if there is one.
+    pub(super) fn answer(&self) -> Option<Answer> {
+        self.answers.try_recv().ok()
+    }
+
+    /// Ends the connection in order. Nothing more is asked.
+    pub(super) fn finish(mut self) {
+        let _ = self.words.send(Word::Finish);
+        if let Some(thread) = self.thread.take() {
+            // It has told all that it has to tell.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The thread's side.
+struct Asking {
+    dialer: SourceDialer,
+    patience: Duration,
+    link: Option<(Stream, Fetcher<()>)>,
+}
+
+impl Asking {
+    fn run(mut self, inbox: &Receiver<Word>, outbox: &SyncSender<Answer>, wake: &EventFd) {
+        for word in inbox {
+            let Word::Ask(question) = word else {
+                if let Some((stream, fetcher)) = self.link.take() {
+                    // All has come: there is nothing left to do about a source that does not confirm it.
+                    let _ = close(stream, fetcher);
+                }
+                return;
+            };
+            let answer = self.fetch_patiently(question);
+            if outbox.send((question, answer)).is_err() {
+                return;
+            }
+            // A counter that is full has been told.
+            let _ = wake.write(1);
+        }
+    }
+
+    /// Tries again, on another connection, as long as the source cannot be reached at all.
+    fn fetch_patiently(&mut self, question: Question) -> io::Result<Vec<u8>> {
+        let deadline = Instant::now() + self.patience;
+        loop {
+            let reached = match self.link.take() {
+                Some(link) => Ok(link),
+                None => self.connect(),
+            };
+            match reached {
+                Ok(link) => return self.fetch(link, question),
+                Err(error) if Instant::now() >= deadline => return Err(error),
+                Err(_) => std::thread::sleep(RECONNECT_PAUSE.min(self.patience)),
+            }
+        }
+    }
+
+    fn connect(&self) -> io::Result<(Stream, Fetcher<()>)> {
+        let SourceDialer {
+            peer,
+            tls,
+            wire,
+            page,
+        } = &self.dialer;
+        let socket = peer.connect().map_err(io::Error::other)?;
+        let stream = Stream::plain(socket)
+            .secure_to(tls.as_ref(), peer.host())
+            .map_err(io::Error::other)?;
+        stream.socket().set_read_timeout(Some(self.patience))?;
+        stream.socket().set_write_timeout(Some(self.patience))?;
+        Ok((stream, Fetcher::new(*wire, *page)))
+    }
+
+    fn fetch(
+        &mut self,
+        (mut stream, mut fetcher): (Stream, Fetcher<()>),
+        question: Question,
+    ) -> io::Result<Vec<u8>> {
+        let mut pages = Vec::new();
+        let mut image = question.image;
+        // A short answer is not the last one.
+        while !image.is_empty() {
+            let mut words = Vec::new();
+            fetcher.get(question.pid, image, (), &mut words);
+            stream.write_all(&words)?;
+            stream.flush()?;
+            let rest = receive(&mut stream, &mut fetcher, &mut pages)?;
+            image = rest.unwrap_or(PageRange::new(image.end().get(), image.end().get()));
+        }
+        self.link = Some((stream, fetcher));
+        Ok(pages)
+    }
+}
+
+/// Appends the answer to `pages`. Returns what it lacks.
+fn receive(
+    stream: &mut Stream,
+    fetcher: &mut Fetcher<()>,
+    pages: &mut Vec<u8>,
+) -> io::Result<Option<PageRange>> {
+    let mut buffer = vec![0; 64 << 10];
+    let mut filled = 0;
+    loop {
+        let mut read = 0;
+        loop {
+            let unread = &buffer[read..filled];
+            let (used, step) = fetcher.next(unread).map_err(io::Error::other)?;
+            match step {
+                Step::Incomplete => break,
+                Step::Pages { bytes, .. } => pages.extend_from_slice(&unread[bytes]),
+                Step::Complete { rest, .. } => return Ok(rest),
+                Step::Answer { .. } | Step::Closed(_) => {}
+            }
+            read += used;
+        }
+        buffer.copy_within(read..filled, 0);
+        filled -= read;
+        match stream.read(&mut buffer[filled..])? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            bytes => filled += bytes,
+        }
+    }
+}
+
+fn close(mut stream: Stream, mut fetcher: Fetcher<()>) -> io::Result<()> {
+    let mut words = Vec::new();
+    fetcher.close(&mut words);
+    stream.socket().set_read_timeout(Some(CLOSE_TIMEOUT))?;
+    stream.write_all(&words)?;
+    stream.flush()?;
+    let mut status = [0; 4];
+    stream.read_exact(&mut status)?;
+    stream.socket().set_linger(None)?;
+    stream.end()
+}

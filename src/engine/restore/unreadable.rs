@@ -1,0 +1,382 @@
+//! Pages that the local images should have and cannot give: a disk that fails, a file that was cut, a
+//! compressed page that does not decode.
+//!
+//! ```text
+//! a read fails -> page by page: what can be read is installed, the rest is noted here
+//!              -> the source is asked, if there is one         -> it has them: installed
+//!              -> read again, after longer and longer pauses   -> readable again: installed
+//!              -> for too long: poisoned, counted, all else goes on
+//! ```
+//!
+//! Runs that adjoin are one record, of which the first page is tried: a file that cannot be read at all costs
+//! one read at a time, however long it is.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Restore;
+use super::fallback::{Fallback, Question};
+use super::install::offset;
+use crate::error::{Error, Result};
+use crate::image::chain::Chain;
+use crate::lazy::planner::{SpaceId, Way};
+use crate::lazy::space::Class;
+use crate::units::{PageRange, Vaddr};
+
+/// The first pause before the images are read again, µs; each one after it is twice as long.
+const PAUSE_US: u64 = 20_000;
+
+/// The longest pause, µs.
+const PAUSE_US_MAX: u64 = 1_000_000;
+
+/// Read or asked for at once, bytes.
+const STEP_BYTES: u64 = 64 << 10;
+
+/// A run of pages that cannot be read.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    end: u64,
+    since_us: u64,
+    until_us: u64,
+    pause_us: u64,
+    /// The source was asked for them.
+    asked: bool,
+}
+
+/// See the module's text. Runs are by pid and address in the dump.
+#[derive(Debug, Default)]
+pub(super) struct Unreadable {
+    runs: BTreeMap<(u32, u64), Run>,
+    /// The same, by when they are tried again.
+    due: BTreeSet<(u64, u32, u64)>,
+    /// What the source was asked for and has not answered: ends by beginnings.
+    asked: BTreeMap<(u32, u64), u64>,
+}
+
+impl Unreadable {
+    /// When the next run is to be tried again, µs.
+    pub(super) fn until_us(&self) -> Option<u64> {
+        self.due.first().map(|(until_us, _, _)| *until_us)
+    }
+
+    /// Everything is tried once more, at once, and the source is not waited for.
+    pub(super) fn try_now(&mut self) {
+        self.asked.clear();
+        let keys: Vec<(u32, u64)> = self.runs.keys().copied().collect();
+        for key in keys {
+            if let Some(mut run) = self.take(key) {
+                (run.until_us, run.pause_us) = (0, PAUSE_US);
+                self.put(key, run);
+            }
+        }
+    }
+
+    /// The pages `image` cannot be read. They join a run that ends where they begin.
+    fn note(&mut self, pid: u32, image: PageRange, now_us: u64) {
+        let (start, end) = (image.start().get(), image.end().get());
+        let before = self.runs.range(..=(pid, start)).next_back();
+        let before = before
+            .map(|(key, run)| (*key, *run))
+            .filter(|((of, _), run)| *of == pid && run.end >= start);
+        if let Some((key, mut run)) = before {
+            if run.end < end && !run.asked {
+                self.take(key);
+                (run.end, run.since_us) = (end, now_us);
+                self.put(key, run);
+            }
+            if run.end >= end {
+                return;
+            }
+        }
+        let run = Run {
+            end,
+            since_us: now_us,
+            until_us: now_us + PAUSE_US,
+            pause_us: PAUSE_US,
+            asked: false,
+        };
+        self.put((pid, start), run);
+    }
+
+    fn put(&mut self, key: (u32, u64), run: Run) {
+        self.due.insert((run.until_us, key.0, key.1));
+        self.runs.insert(key, run);
+    }
+
+    fn take(&mut self, key: (u32, u64)) -> Option<Run> {
+        let run = self.runs.remove(&key)?;
+        self.due.remove(&(run.until_us, key.0, key.1));
+        Some(run)
+    }
+
+    /// Takes a run that is to be tried now.
+    fn take_due(&mut self, now_us: u64) -> Option<((u32, u64), Run)> {
+        let (until_us, pid, start) = *self.due.first()?;
+        if until_us > now_us {
+            return None;
+        }
+        let key = (pid, start);
+        Some((key, self.take(key)?))
+    }
+
+    /// Whether the source has not answered yet for the page at `start`.
+    fn awaits_source(&self, pid: u32, start: u64) -> bool {
+        let before = self.asked.range(..=(pid, start)).next_back();
+        before.is_some_and(|((of, _), end)| *of == pid && *end > start)
+    }
+}
+
+impl Restore {
+    /// A read of the pages at `at` of `id`, which are `image` in `chain`, has failed: installs those that can
+    /// be read and notes the others.
+    pub(super) fn read_single_pages(
+        &mut self,
+        id: SpaceId,
+        at: PageRange,
+        image: Vaddr,
+        chain: &Chain,
+    ) -> Result<()> {
+        let page = self.images.page().bytes();
+        let Some(pid) = self.processes.get(&id).map(|process| process.pid) else {
+            return Ok(());
+        };
+        let mut room = vec![0; offset(page)];
+        for skipped in (0..at.bytes()).step_by(offset(page)) {
+            let start = at.start().get() + skipped;
+            let one = PageRange::new(start, start + page);
+            let from = image.get() + skipped;
+            match read_page(chain, Vaddr(from), &mut room) {
+                Ok(()) => self.fill_local(id, one, &mut page.clone(), &room)?,
+                Err(error) => {
+                    self.planner.set_unreadable(id, one);
+                    let now_us = self.clock.now_us();
+                    self.unreadable
+                        .note(pid, PageRange::new(from, from + page), now_us);
+                    self.complain_of_images(&error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn complain_of_images(&mut self, error: &Error) {
+        let Some(left_out) = self.complaints.admit(self.clock.now_us()) else {
+            return;
+        };
+        let else_asked = match self.config.source.is_some() && !self.config.ferry {
+            true => "asking the source for its pages and ",
+            false => "",
+        };
+        tracing::warn!(
+            "{error}; {else_asked}trying again for {} s{left_out}",
+            self.config.local_timeout.as_secs()
+        );
+    }
+
+    /// Tries a run of unreadable pages again, if it is time, and installs what the source has sent.
+    pub(super) fn retry_unreadable(&mut self) -> Result<()> {
+        self.take_fallback_answers()?;
+        let now_us = self.clock.now_us();
+        let Some(((pid, start), mut run)) = self.unreadable.take_due(now_us) else {
+            return Ok(());
+        };
+        let image = PageRange::new(start, run.end);
+        if !run.asked && self.ask_fallback(pid, image) {
+            run.asked = true;
+        }
+        let Some((id, piece)) = self.planner.first_unreadable(pid, image) else {
+            // It has come otherwise, or nobody lives who lacks it.
+            return Ok(());
+        };
+        // What lies before the first page that is missing still is not.
+        let start = piece.image.get();
+        let chain = self.processes.get(&id).and_then(|one| one.chain.clone());
+        let left = self.read_again(pid, PageRange::new(start, run.end), chain.as_deref())?;
+        if left.start().get() > start {
+            run.until_us = now_us;
+            run.pause_us = PAUSE_US;
+        } else {
+            run.until_us = now_us + run.pause_us;
+            run.pause_us = (run.pause_us * 2).min(PAUSE_US_MAX);
+        }
+        if !left.is_empty() {
+            let key = (pid, left.start().get());
+            let stuck = left.start().get() == start && !self.unreadable.awaits_source(pid, start);
+            let tried = Duration::from_micros(now_us.saturating_sub(run.since_us));
+            self.unreadable.put(key, run);
+            if stuck && tried >= self.local_patience() {
+                self.give_up_unreadable(key)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Installs what can be read of the start of `image`, wherever it is missing. Returns the rest.
+    fn read_again(
+        &mut self,
+        pid: u32,
+        image: PageRange,
+        chain: Option<&Chain>,
+    ) -> Result<PageRange> {
+        let page = self.images.page().bytes();
+        let start = image.start().get();
+        let end = image.end().get().min(start + STEP_BYTES);
+        let mut bytes = vec![0; offset(end - start)];
+        let mut read = 0;
+        for room in bytes.chunks_mut(offset(page)) {
+            let Some(chain) = chain else {
+                break;
+            };
+            match read_page(chain, Vaddr(start + read), room) {
+                Ok(()) => read += page,
+                Err(error) => {
+                    self.last_unreadable = Some(error);
+                    break;
+                }
+            }
+        }
+        if read > 0 {
+            let read_now = PageRange::new(start, start + read);
+            self.install_in_family(pid, None, read_now, &bytes[..offset(read)], Way::Local)?;
+        }
+        Ok(PageRange::new(start + read, image.end().get()))
+    }
+
+    /// The first page of a run cannot be had: it is poisoned wherever it is missing.
+    fn give_up_unreadable(&mut self, key: (u32, u64)) -> Result<()> {
+        let Some(mut run) = self.unreadable.take(key) else {
+            return Ok(());
+        };
+        let (pid, start) = key;
+        let next = start + self.images.page().bytes();
+        if next < run.end {
+            let rest = Run { until_us: 0, ..run };
+            self.unreadable.put((pid, next), rest);
+        }
+        run.end = next;
+        let why = match self.last_unreadable.take() {
+            Some(error) => error.to_string(),
+            None => "their images cannot be read".to_owned(),
+        };
+        while let Some((id, piece)) = self
+            .planner
+            .first_unreadable(pid, PageRange::new(start, next))
+        {
+            if let Err(error) = self.give_up_pages(id, piece.at, &why) {
+                self.unreadable.put(key, run);
+                return self.hold_pages(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks the source for the pages `image` of `pid`, if there is one that may have them.
+    fn ask_fallback(&mut self, pid: u32, image: PageRange) -> bool {
+        // Over ferry comes what the dump has kept alone, which no image has.
+        if self.config.ferry || self.links.pair.is_none() || self.loss.is_some() {
+            return false;
+        }
+        if self.fallback.is_none()
+            && let Some(dialer) = self.links.dialer.clone()
+        {
+            let wake = Arc::clone(&self.links.reconnected);
+            match Fallback::start(dialer, wake, self.config.local_timeout) {
+                Ok(fallback) => self.fallback = Some(fallback),
+                Err(error) => {
+                    tracing::debug!("{error}");
+                    return false;
+                }
+            }
+        }
+        let Some(fallback) = &self.fallback else {
+            return false;
+        };
+        let mut start = image.start().get();
+        while start < image.end().get() {
+            let end = image.end().get().min(start + STEP_BYTES);
+            fallback.ask(Question {
+                pid,
+                image: PageRange::new(start, end),
+            });
+            self.unreadable.asked.insert((pid, start), end);
+            start = end;
+        }
+        true
+    }
+
+    fn take_fallback_answers(&mut self) -> Result<()> {
+        while let Some((question, answer)) = self.fallback.as_ref().and_then(Fallback::answer) {
+            let Question { pid, image } = question;
+            self.unreadable.asked.remove(&(pid, image.start().get()));
+            match answer {
+                Ok(bytes) => {
+                    self.links.bytes_received_before += bytes.len() as u64;
+                    let way = Way::Fetched(Class::Around);
+                    self.install_in_family(pid, None, image, &bytes, way)?;
+                }
+                Err(error) => {
+                    tracing::debug!("the source does not have {image} of pid {pid}: {error}");
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads one page of `chain`, which has it.
+fn read_page(chain: &Chain, image: Vaddr, room: &mut [u8]) -> Result<()> {
+    let Some(extent) = chain.find(image) else {
+        let text = format!("the images lack the page at {image}");
+        return Err(Error::new(crate::error::Kind::Image, text));
+    };
+    chain.read(extent.place, room)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pages(first: u64, count: u64) -> PageRange {
+        PageRange::new(first << 12, (first + count) << 12)
+    }
+
+    #[test]
+    fn pages_that_adjoin_are_one_run() {
+        let mut unreadable = Unreadable::default();
+        for page in [5, 6, 7, 20, 6] {
+            unreadable.note(1, pages(page, 1), 0);
+        }
+        unreadable.note(2, pages(8, 1), 0);
+        let runs: Vec<_> = unreadable
+            .runs
+            .iter()
+            .map(|((pid, start), run)| (*pid, start >> 12, run.end >> 12))
+            .collect();
+        assert_eq!(runs, [(1, 5, 8), (1, 20, 21), (2, 8, 9)]);
+        assert_eq!(unreadable.due.len(), 3);
+    }
+
+    #[test]
+    fn a_run_is_due_after_its_pause_or_when_it_is_to_be_tried_now() {
+        let mut unreadable = Unreadable::default();
+        unreadable.note(1, pages(5, 1), 1000);
+        assert!(unreadable.take_due(1000).is_none());
+        assert_eq!(unreadable.until_us(), Some(1000 + PAUSE_US));
+        let (key, run) = unreadable.take_due(1000 + PAUSE_US).unwrap();
+        assert_eq!(key, (1, 5 << 12));
+        assert!(unreadable.runs.is_empty());
+        unreadable.put(key, run);
+        unreadable.try_now();
+        assert!(unreadable.take_due(0).is_some());
+    }
+
+    #[test]
+    fn what_the_source_was_asked_for_is_waited_for() {
+        let mut unreadable = Unreadable::default();
+        unreadable.asked.insert((1, 5 << 12), 9 << 12);
+        let waits = [4, 5, 8, 9].map(|page| unreadable.awaits_source(1, page << 12));
+        assert_eq!(waits, [false, true, true, false]);
+        assert!(!unreadable.awaits_source(2, 5 << 12));
+    }
+}
