@@ -302,6 +302,7 @@ fn pages_that_change_behind_their_hashes_travel() {
         let link = Link {
             round_trip: Duration::from_millis(400),
             bytes_per_s: None,
+            hides_resets: false,
         };
         let plan = changed.plan().over(link);
         let earlier = changed.earlier.clone();

@@ -160,6 +160,11 @@ impl<T: Clone> Fetcher<T> {
         out.extend_from_slice(&bytes[..length]);
     }
 
+    /// Length of a request, bytes.
+    pub fn header_bytes(&self) -> usize {
+        self.wire.header_bytes()
+    }
+
     /// How many requests have not been answered.
     pub fn outstanding(&self) -> usize {
         self.outstanding.len()

@@ -30,6 +30,15 @@ pub const HEADER_BYTES_MAX: usize = 32;
 /// How many bytes of a connection tell its layout: the length of the shorter header.
 pub const DETECT_BYTES: usize = 24;
 
+/// What a client says that gives up, before it resets its connection: a relay (`ssh -L`, a proxy) may turn the
+/// reset into an orderly end, which CRIU's dump takes for success and then kills its processes. No CRIU knows
+/// this operation (0xeeee), so that the dump fails and its processes go on. So many bytes hold a whole header in
+/// either layout, even behind a part of another one.
+pub const GIVE_UP: [u8; 2 * HEADER_BYTES_MAX] = [0xee; 2 * HEADER_BYTES_MAX];
+
+/// The operation of [`GIVE_UP`].
+const OP_GIVE_UP: u16 = 0xeeee;
+
 /// Linux's highest possible pid plus one (`PID_MAX_LIMIT` of 64-bit kernels).
 const PID_LIMIT: u64 = 1 << 22;
 
@@ -208,6 +217,9 @@ pub struct Header {
 /// A header that cannot be understood.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
 pub enum HeaderError {
+    /// The client says that it gives up.
+    #[error("the client gave up before it had said CLOSE")]
+    GaveUp,
     /// The low half of `cmd` names no operation.
     #[error("unknown operation {0:#x}: the peer speaks no page-server protocol that is known here")]
     UnknownOp(u16),
@@ -251,6 +263,7 @@ impl Header {
         let op = Op::from_number(low).ok_or(match low {
             TLS_HANDSHAKE | TLS_ALERT => HeaderError::Tls,
             FERRY_MAGIC => HeaderError::Ferry,
+            OP_GIVE_UP => HeaderError::GaveUp,
             _ => HeaderError::UnknownOp(low),
         })?;
         let (pages, rest) = match wire {

@@ -23,7 +23,7 @@ struct Inner {
 
 #[derive(Debug, Default)]
 struct Sockets {
-    open: HashMap<u64, Socket>,
+    open: HashMap<u64, (Socket, Shutdown)>,
     next: u64,
 }
 
@@ -65,8 +65,8 @@ impl Stop {
     /// Ends everything that is watched, now and later.
     pub fn pull(&self) {
         self.0.pulled.store(true, Ordering::SeqCst);
-        for socket in self.sockets().open.values() {
-            end(&socket.into());
+        for (socket, how) in self.sockets().open.values() {
+            end(&socket.into(), *how);
         }
     }
 
@@ -77,17 +77,26 @@ impl Stop {
 
     /// Shuts `socket` down when the brake is pulled, at once if it was.
     pub fn watch(&self, socket: &SockRef<'_>) -> Result<Watched> {
+        self.watch_for(socket, Shutdown::Both)
+    }
+
+    /// Ends reads from `socket` when the brake is pulled, at once if it was. The peer hears nothing of it.
+    pub fn watch_reads(&self, socket: &SockRef<'_>) -> Result<Watched> {
+        self.watch_for(socket, Shutdown::Read)
+    }
+
+    fn watch_for(&self, socket: &SockRef<'_>, how: Shutdown) -> Result<Watched> {
         let copy = socket
             .try_clone()
             .map_err(|error| Error::wrap(Kind::Io, "cannot duplicate a socket", error))?;
         let mut sockets = self.sockets();
         let number = sockets.next;
         sockets.next += 1;
-        sockets.open.insert(number, copy);
+        sockets.open.insert(number, (copy, how));
         drop(sockets);
         // Asked behind the insertion: a pull from before it is seen here, a later one there.
         if self.is_pulled() {
-            end(socket);
+            end(socket, how);
         }
         let stop = self.clone();
         Ok(Watched { stop, number })
@@ -108,9 +117,9 @@ impl Drop for Watched {
     }
 }
 
-fn end(socket: &SockRef<'_>) {
+fn end(socket: &SockRef<'_>, how: Shutdown) {
     // A socket that its peer has closed needs no end.
-    let _ = socket.shutdown(Shutdown::Both);
+    let _ = socket.shutdown(how);
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -25,6 +26,10 @@ pub trait Transport: Send + fmt::Debug {
 
     /// Whether [`Transport::receive`] has something although the socket may not be readable.
     fn has_buffered(&self) -> bool;
+
+    /// How many of the bytes that were handed to [`Transport::send`] last, and not taken, are on their way all the
+    /// same. `None` if nothing can be sent.
+    fn begun(&self) -> Option<usize>;
 
     /// The socket, to poll.
     fn socket(&self) -> BorrowedFd<'_>;
@@ -58,12 +63,18 @@ impl Transport for PlainTransport {
         false
     }
 
+    fn begun(&self) -> Option<usize> {
+        Some(0)
+    }
+
     fn socket(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
 
     fn close_in_order(&mut self) -> io::Result<()> {
-        self.0.set_linger(None)
+        self.0.set_linger(None)?;
+        // In words, for another process may hold the socket as well.
+        self.0.shutdown(Shutdown::Write)
     }
 }
 
@@ -132,13 +143,18 @@ impl Transport for SecureTransport {
         self.stream.has_buffered()
     }
 
+    fn begun(&self) -> Option<usize> {
+        self.stream.is_established().then_some(self.encrypted)
+    }
+
     fn socket(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
     }
 
     fn close_in_order(&mut self) -> io::Result<()> {
         self.stream.socket().set_linger(None)?;
-        self.stream.close()
+        self.stream.close()?;
+        self.stream.socket().shutdown(Shutdown::Write)
     }
 }
 

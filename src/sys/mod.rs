@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 pub mod buffers;
+pub mod disconnect;
 pub mod fdpass;
 pub mod mapping;
 pub mod process;

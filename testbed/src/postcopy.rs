@@ -113,6 +113,7 @@ pub fn slow_link() -> Link {
     Link {
         round_trip: Duration::from_millis(1),
         bytes_per_s: Some(32 << 20),
+        hides_resets: false,
     }
 }
 

@@ -3,14 +3,15 @@
 //!
 //! The dump answers in order, so no more is asked for than keeps it busy: what a client waits for is
 //! asked for next, and comes behind what is on its way. Whatever ends this process resets the
-//! connection, unless CLOSE was answered: then the dump fails, and its processes go on.
+//! connection, unless CLOSE was answered: then the dump fails, and its processes go on. A relay may turn the reset
+//! into an orderly end, which the dump would take for success: so it is told in words before.
 
 use std::io::{Read, Write};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::dump_memory::DumpMemory;
 use crate::criu::fetch::{Fetcher, Step};
-use crate::criu::header::{HEADER_BYTES_MAX, Wire};
+use crate::criu::header::{GIVE_UP, HEADER_BYTES_MAX, Wire};
 use crate::engine::stop::{Stop, Watched};
 use crate::engine::transport::Peer;
 use crate::error::{Error, Kind, Result};
@@ -25,6 +26,13 @@ const BUFFER_BYTES: usize = (256 << 10) + HEADER_BYTES_MAX;
 /// How long the dump may take to answer CLOSE: it kills its processes first.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// How long the dump may take to hear that it is given up.
+const GIVE_UP_PATIENCE: Duration = Duration::from_secs(1);
+
+/// What is said of a dump that was given up because of a signal.
+pub(super) const STOPPED: &str =
+    "stopped before a client had everything: the dump is told so, its processes go on";
+
 /// See the module's text.
 #[derive(Debug)]
 pub(super) struct Drain {
@@ -35,6 +43,8 @@ pub(super) struct Drain {
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
+    /// CLOSE was said.
+    closed: bool,
 }
 
 impl Drain {
@@ -55,21 +65,27 @@ impl Drain {
             buffer: vec![0; BUFFER_BYTES].into(),
             start: 0,
             end: 0,
+            closed: false,
         }
     }
 
     /// Ends the connection when `stop` is pulled.
     pub(super) fn watch(&self, stop: &Stop) -> Result<Watched> {
-        stop.watch(&self.stream.socket())
+        // An orderly end is what the dump must not see.
+        stop.watch_reads(&self.stream.socket())
     }
 
-    /// Takes all pages over into `dump_memory`, or stops when `enough` says so.
+    /// Takes all pages over into `dump_memory`, or stops when `enough` says so. Fails when `stop` is pulled.
     pub(super) fn run(
         &mut self,
         dump_memory: &DumpMemory,
         enough: impl Fn() -> bool,
+        stop: &Stop,
     ) -> Result<()> {
         loop {
+            if stop.is_pulled() {
+                return Err(Error::new(Kind::Interrupted, STOPPED));
+            }
             self.ask(dump_memory, &enough)?;
             if self.fetcher.outstanding() == 0 {
                 return Ok(());
@@ -135,6 +151,7 @@ impl Drain {
     /// Tells the dump that its processes may go, and waits until they have.
     pub(super) fn close(mut self) -> Result<()> {
         let mut words = Vec::new();
+        self.closed = true;
         self.fetcher.close(&mut words);
         self.send(&words)?;
         // Only what the kernel refuses makes a wait endless; the dump's end is noticed all the same.
@@ -161,5 +178,27 @@ impl Drain {
     fn lost(&self, error: std::io::Error) -> Error {
         let text = format!("the dump at {} is lost", self.dump);
         Error::wrap(Kind::PeerLost, text, error)
+    }
+}
+
+impl Drop for Drain {
+    fn drop(&mut self) {
+        if self.closed {
+            return;
+        }
+        let socket = self.stream.socket();
+        let patient = socket.set_write_timeout(Some(GIVE_UP_PATIENCE));
+        let told = patient.and_then(|()| self.stream.write_all(&GIVE_UP));
+        // Until the dump hangs up: it sends what it is busy with first. Whatever fails, the reset is left.
+        let deadline = Instant::now() + GIVE_UP_PATIENCE;
+        let mut heard = told.is_err();
+        while !heard && Instant::now() < deadline {
+            let patient = self
+                .stream
+                .socket()
+                .set_read_timeout(Some(GIVE_UP_PATIENCE));
+            heard =
+                patient.is_err() || matches!(self.stream.read(&mut self.buffer), Ok(0) | Err(_));
+        }
     }
 }

@@ -106,12 +106,13 @@ impl Memories for Arc<DumpMemory> {
 impl ForwardLazy {
     /// Connects to the dump that wrote `images`, and makes room for its memory.
     pub fn connect(config: ForwardLazyConfig, images: &ImageDir) -> Result<ForwardLazy> {
-        let stream = Drain::connect(&config.dump)?;
         let wire = match config.wire {
             Some(wire) => wire,
             None => wire_of(images)?,
         };
         let dump_memory = Arc::new(DumpMemory::new(images, config.spill.as_deref())?);
+        // The last step that may fail: from here on the dump is told when it is given up.
+        let stream = Drain::connect(&config.dump)?;
         let (_, pages) = dump_memory.progress();
         tracing::info!(
             "{pages} pages stayed with the dump at {} ({wire:?})",
@@ -262,7 +263,7 @@ impl Clients {
         let start = Instant::now();
         let watched = drain.watch(stop)?;
         let stays = config.keep;
-        let drained = drain.run(&self.dump_memory, || self.table.confirmed() && !stays);
+        let drained = drain.run(&self.dump_memory, || self.table.confirmed() && !stays, stop);
         let drained = drained.and_then(|()| match self.dump_memory.progress() {
             (present, pages) if present == pages => {
                 let seconds = start.elapsed().as_secs_f64();
@@ -286,9 +287,7 @@ impl Clients {
         match self.table.wait_for_outcome(stopped) {
             DumpOutcome::Confirmed => {}
             DumpOutcome::Stopped => {
-                let text = "stopped before a client had everything: the dump is told so, its \
-                            processes go on";
-                return Err(Error::new(Kind::Interrupted, text));
+                return Err(Error::new(Kind::Interrupted, drain::STOPPED));
             }
             DumpOutcome::Failed => {
                 let text = "the lazy client has failed: the dump is told so, its processes go on";

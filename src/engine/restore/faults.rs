@@ -1,6 +1,7 @@
 //! Reading what processes' memory does, and answering at once.
 
 use std::ops::Bound;
+use std::os::fd::AsFd;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
@@ -171,7 +172,10 @@ impl Restore {
             return Ok(None);
         };
         tracing::debug!("pid {} forked", child.pid);
-        self.tell(StandbyMessage::Fork { id, parent }, Some(&child.uffd));
+        self.tell(
+            StandbyMessage::Fork { id, parent },
+            Some(child.uffd.as_fd()),
+        );
         self.adopt(id, child)?;
         self.look_for_some_ended();
         Ok(Some(id))

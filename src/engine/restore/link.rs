@@ -6,13 +6,17 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::criu::fetch::{FetchError, Fetcher, Step};
-use crate::criu::header::Wire;
+use crate::criu::header::{GIVE_UP, Wire};
 use crate::engine::transport::Transport;
 use crate::lazy::planner::Request;
 use crate::lazy::space::Class;
 use crate::lazy::window::{Ticket, Window};
+use crate::sys::disconnect;
 use crate::units::{PageRange, PageSize};
 
 /// The receive buffer, bytes: twice the largest step that is received with one call.
@@ -23,6 +27,9 @@ const REST_BYTES_MAX: usize = 8 << 10;
 
 /// Requests for faults on the way at most, if the link does not hold more.
 const URGENT_REQUESTS_MIN: u64 = 32;
+
+/// How long a source may take to hear that it is given up: it sends what it is busy with first.
+pub(super) const GIVE_UP_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A request and what was true when it was sent.
 #[derive(Clone, Copy, Debug)]
@@ -47,6 +54,10 @@ pub(super) struct Link {
     pub(super) awaits_room: bool,
     received: Received,
     bytes_received: u64,
+    /// The source was told how it ends, or is past hearing it.
+    over: bool,
+    /// It was closed in order: there is nothing to reset.
+    in_order: bool,
 }
 
 /// The receive buffer. It is taken out of the link while its pages are installed, since faults that
@@ -92,6 +103,8 @@ impl Link {
                 end: 0,
             },
             bytes_received: 0,
+            over: false,
+            in_order: false,
         }
     }
 
@@ -130,6 +143,7 @@ impl Link {
 
     /// Queues the CLOSE that says that everything has come.
     pub(super) fn close(&mut self) {
+        self.over = true;
         self.fetcher.close(&mut self.out);
     }
 
@@ -213,6 +227,79 @@ impl Link {
 
     /// Closes the connection in order: the source may take it for success.
     pub(super) fn finish(mut self) -> io::Result<()> {
+        self.in_order = true;
         self.transport.close_in_order()
+    }
+
+    /// Says that this client gives up, and waits a moment until the source has heard: until it hangs up.
+    fn give_up(&mut self) -> io::Result<()> {
+        let Some(begun) = self.transport.begun() else {
+            return Ok(());
+        };
+        // Requests of which nothing has gone out are not made any more.
+        let begun = rest_of_headers(self.out.len(), begun, self.fetcher.header_bytes());
+        self.out.truncate(begun);
+        self.out.extend_from_slice(&GIVE_UP);
+        let deadline = Instant::now() + GIVE_UP_PATIENCE;
+        let mut discarded = [0; 16 << 10];
+        loop {
+            let left = self.flush()?;
+            match self.transport.receive(&mut discarded) {
+                Ok(0) => return Ok(()),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let mut flags = PollFlags::POLLIN;
+                    flags.set(PollFlags::POLLOUT, left);
+                    let rest = deadline.saturating_duration_since(Instant::now());
+                    let rest = PollTimeout::try_from(rest).unwrap_or(PollTimeout::ZERO);
+                    poll(&mut [PollFd::new(self.transport.socket(), flags)], rest)?;
+                }
+                Err(error) => return Err(error),
+            }
+            if Instant::now() >= deadline {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// How much of `queued` bytes, which end with a whole header, must still go out when `begun` of them are on
+/// their way: all of the headers that were begun.
+fn rest_of_headers(queued: usize, begun: usize, header: usize) -> usize {
+    let cut = queued % header;
+    let whole = begun.saturating_sub(cut).div_ceil(header);
+    (cut + whole * header).min(queued)
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        if !self.over {
+            // A source that is past hearing it has its own reasons to fail.
+            let _ = self.give_up();
+        }
+        if !self.in_order {
+            disconnect::reset(self.transport.socket());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_that_were_begun_are_sent_to_their_end() {
+        for (queued, begun, rest) in [
+            (0, 0, 0),
+            (96, 0, 0),
+            (96 - 5, 0, 27),
+            (96 - 5, 27, 27),
+            (96 - 5, 28, 59),
+            (96, 1, 32),
+            (96, 96, 96),
+        ] {
+            assert_eq!(rest_of_headers(queued, begun, 32), rest, "{queued} {begun}");
+        }
     }
 }

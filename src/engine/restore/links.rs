@@ -18,6 +18,7 @@ use super::ferry::{self, Ferry};
 use super::install::offset;
 use super::link::{Arrival, Link, LinkStep};
 use super::source_dialer::{Dialed, Pair, SourceDialer, Which};
+use super::standby::StandbyMessage;
 use super::{Restore, RestoreConfig, Token, rewatch, watch};
 use crate::criu::fetch::Step;
 use crate::criu::header::Wire;
@@ -189,6 +190,7 @@ impl Links {
 impl Restore {
     pub(super) fn watch_links(&mut self) -> Result<()> {
         self.watch_ferry()?;
+        self.hand_source_on();
         let Some(pair) = &self.links.pair else {
             return Ok(());
         };
@@ -207,6 +209,19 @@ impl Restore {
             )?;
         }
         Ok(())
+    }
+
+    /// Who stands by gives the connections up if this process is killed.
+    fn hand_source_on(&mut self) {
+        let Some(pair) = self.links.pair.take() else {
+            return;
+        };
+        let told = |faults| StandbyMessage::Source { faults };
+        self.tell(told(false), Some(pair.stream.socket()));
+        if let Some(fault) = &pair.fault {
+            self.tell(told(true), Some(fault.link.socket()));
+        }
+        self.links.pair = Some(pair);
     }
 
     /// How much a fault may bring now. Where faults share the connection with the stream, each

@@ -502,7 +502,7 @@ impl Restore {
         self.build_on_earlier(pid, space.origins())?;
         let id = self.planner.add(space);
         let chain = opened.chain.map(Arc::new);
-        self.tell(StandbyMessage::Process { id, pid }, Some(&uffd));
+        self.tell(StandbyMessage::Process { id, pid }, Some(uffd.as_fd()));
         self.adopt(id, Process { pid, uffd, chain })?;
         Ok(id)
     }

@@ -11,19 +11,20 @@
 //! finds when the kernel says that a page is there. It reaches the source again as after a broken link,
 //! if that is one that can be reached again, and else treats the processes as [`OnLoss`] says.
 //!
-//! Invariants: who stands by reads nothing from a userfaultfd and has no connection to the source, so that
-//! CRIU's source is reset, and lives on, when the one that serves is killed; a source is told of the end
-//! only if the restore had finished. The kernel hands out an event once: so it is read into memory that both
+//! Invariants: who stands by reads nothing from a userfaultfd, and uses its copies of the source's connections for
+//! one thing alone: to give them up in words when the one that serves is killed, so that CRIU's source lives on
+//! where a relay hides a reset as well; a source is told of the end only if the restore had finished. The kernel hands out an event once: so it is read into memory that both
 //! see (`SharedState`), and what was read but not told yet is found there. Only the userfaultfd of a child is lost
 //! if that happens to a fork; then nobody can fill the child's memory, and the processes are killed.
 //!
 //! [`OnLoss`]: super::OnLoss
 
 mod messages;
+mod source_sockets;
 mod takeover;
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -38,7 +39,7 @@ use crate::error::{Error, Kind, Result};
 use crate::lazy::planner::SpaceId;
 use crate::sys::fdpass;
 use crate::sys::shared::Shared;
-use crate::sys::uffd::{Message, Room, Uffd};
+use crate::sys::uffd::{Message, Room};
 use messages::MessageBytes;
 pub(super) use messages::StandbyMessage;
 
@@ -134,10 +135,10 @@ impl Ends {
 }
 
 impl Standby {
-    fn tell(&self, told: StandbyMessage, uffd: Option<&Uffd>) -> io::Result<()> {
+    fn tell(&self, told: StandbyMessage, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let record = told.encode(self.events);
         let bytes = bytemuck::bytes_of(&record);
-        fdpass::send(self.socket.as_fd(), bytes, uffd.map(AsFd::as_fd))
+        fdpass::send(self.socket.as_fd(), bytes, fd)
     }
 }
 
@@ -158,7 +159,7 @@ impl Drop for Standby {
 
 impl Watch {
     /// What the one that serves tells next, or `None` when it has ended.
-    fn next(&self) -> io::Result<Option<(StandbyMessage, u64, Option<Uffd>)>> {
+    fn next(&self) -> io::Result<Option<(StandbyMessage, u64, Option<OwnedFd>)>> {
         let mut record = MessageBytes::zeroed();
         let bytes = bytemuck::bytes_of_mut(&mut record);
         let whole = bytes.len();
@@ -172,8 +173,8 @@ impl Watch {
         match received.bytes {
             0 => Ok(None),
             bytes if bytes == whole => {
-                let uffd = received.fd.map(Uffd::from);
-                Ok(Some((StandbyMessage::decode(record)?, record.events, uffd)))
+                let told = StandbyMessage::decode(record)?;
+                Ok(Some((told, record.events, received.fd)))
             }
             bytes => Err(io::Error::other(format!("a word of {bytes} bytes"))),
         }
@@ -182,11 +183,11 @@ impl Watch {
 
 impl Restore {
     /// Tells who stands by, if somebody does.
-    pub(super) fn tell(&mut self, told: StandbyMessage, uffd: Option<&Uffd>) {
+    pub(super) fn tell(&mut self, told: StandbyMessage, fd: Option<BorrowedFd<'_>>) {
         let Some(standby) = &self.standby else {
             return;
         };
-        if let Err(error) = standby.tell(told, uffd) {
+        if let Err(error) = standby.tell(told, fd) {
             self.standby = None;
             tracing::warn!(
                 "the process that stands by is lost ({error}): if this one is killed as well, the restored \
@@ -255,11 +256,12 @@ mod tests {
     fn what_is_told_is_heard() {
         let (mut standby, watch) = both();
         let (read, _write) = nix::unistd::pipe().unwrap();
-        let uffd = Uffd::from(read);
+        let uffd = read;
         let (id, parent) = (SpaceId(8), SpaceId(7));
         let range = PageRange::new(0x1000, 0x5000);
         let to = Vaddr(0x9000);
         let words = [
+            (StandbyMessage::Source { faults: true }, Some(&uffd)),
             (StandbyMessage::Process { id, pid: 12 }, Some(&uffd)),
             (StandbyMessage::Fork { id, parent }, Some(&uffd)),
             (
@@ -275,7 +277,7 @@ mod tests {
         ];
         for (told, uffd) in words {
             standby.events += 3;
-            standby.tell(told, uffd).unwrap();
+            standby.tell(told, uffd.map(AsFd::as_fd)).unwrap();
             let (heard, events, fd) = watch.next().unwrap().unwrap();
             assert_eq!((heard, fd.is_some()), (told, uffd.is_some()));
             assert_eq!(events, standby.events);

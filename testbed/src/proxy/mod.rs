@@ -7,7 +7,8 @@
 //!
 //! Invariants: bytes keep their order; the reader never waits for the link as long as the queue has
 //! room, and the queue holds more than the bandwidth-delay product; a reset of one side reaches the
-//! other as a reset, and a clean end as a clean end, because CRIU takes them differently.
+//! other as a reset, and a clean end as a clean end, because CRIU takes them differently, unless the link is to hide
+//! the difference.
 
 mod pump;
 mod queue;
@@ -29,6 +30,8 @@ pub struct Link {
     pub round_trip: Duration,
     /// Bytes a second, each way; none: as fast as the machine.
     pub bytes_per_s: Option<u64>,
+    /// A reset of one side reaches the other as a clean end, as through `ssh -L` or a TCP proxy.
+    pub hides_resets: bool,
 }
 
 /// Which way bytes go.
@@ -258,6 +261,7 @@ mod tests {
         let link = Link {
             round_trip: Duration::from_millis(20),
             bytes_per_s: Some(100 << 20),
+            hides_resets: false,
         };
         let (proxy, server) = echo(link, None);
         let mut client = TcpStream::connect(proxy.address()).unwrap();
@@ -316,6 +320,22 @@ mod tests {
         client.read_to_end(&mut got).unwrap();
         assert_eq!(got, [1; 1000]);
         server.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn hides_a_reset_if_so_told() {
+        let link = Link {
+            hides_resets: true,
+            ..Link::default()
+        };
+        let (proxy, server) = echo(link, None);
+        let mut client = TcpStream::connect(proxy.address()).unwrap();
+        client.write_all(&[1; 100_000]).unwrap();
+        client.read_exact(&mut [0; 10]).unwrap();
+        pump::reset(&client);
+        drop(client);
+        // A copy that ends without an error has seen a clean end.
+        assert_eq!(server.join().unwrap().unwrap(), 100_000);
     }
 
     #[test]

@@ -109,6 +109,10 @@ impl Connection {
                 }
                 Ok(got) => got,
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(_) if queue.hides_resets() => {
+                    queue.push(Piece::End);
+                    return;
+                }
                 Err(_) => return self.end(ImpairmentKind::Reset),
             };
             let bytes = &mut buffer[..got];
@@ -158,6 +162,8 @@ impl Connection {
                 match to.write(rest) {
                     Ok(written) => rest = &rest[written..],
                     Err(error) if is_passing(error.kind()) && !queue.is_closed() => {}
+                    // It goes on reading: the other side hears of nothing but the end.
+                    Err(_) if queue.hides_resets() => break,
                     Err(_) => return self.end(ImpairmentKind::Reset),
                 }
             }

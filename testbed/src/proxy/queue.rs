@@ -53,6 +53,11 @@ impl Queue {
         }
     }
 
+    /// Whether a reset is passed on as a clean end.
+    pub(super) fn hides_resets(&self) -> bool {
+        self.link.hides_resets
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -24,6 +24,8 @@ pub(in crate::engine::restore) enum StandbyMessage {
     Gone { id: SpaceId, range: PageRange },
     /// The process has ended.
     Exited { id: SpaceId },
+    /// There is a new connection to the source, for the stream or for `faults`; its socket comes along.
+    Source { faults: bool },
 }
 
 /// [`StandbyMessage`] as it goes over the socket, between two processes of one program.
@@ -52,6 +54,7 @@ impl StandbyMessage {
             StandbyMessage::Remap { id, from, to } => (3, id, 0, Some(from), to.get()),
             StandbyMessage::Gone { id, range } => (4, id, 0, Some(range), 0),
             StandbyMessage::Exited { id } => (5, id, 0, None, 0),
+            StandbyMessage::Source { faults } => (6, SpaceId(0), u32::from(faults), None, 0),
         };
         MessageBytes {
             events,
@@ -84,6 +87,9 @@ impl StandbyMessage {
             },
             4 => StandbyMessage::Gone { id, range: range() },
             5 => StandbyMessage::Exited { id },
+            6 => StandbyMessage::Source {
+                faults: record.other != 0,
+            },
             word => return Err(io::Error::other(format!("word {word} means nothing"))),
         })
     }

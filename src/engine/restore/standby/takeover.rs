@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use tracing::subscriber::{NoSubscriber, with_default};
 
 use super::messages::StandbyMessage;
+use super::source_sockets::SourceSockets;
 use super::{SharedState, Watch};
 use crate::engine::restore::intake::SOCKET_NAME;
 use crate::engine::restore::waking::Waiters;
@@ -22,6 +23,7 @@ struct Followed {
     ids: BTreeMap<SpaceId, SpaceId>,
     /// Events that were told of.
     events: u64,
+    source: SourceSockets,
 }
 
 impl Restore {
@@ -48,17 +50,23 @@ impl Restore {
         if watch.shared.dismissed.load(Ordering::SeqCst) {
             return Ok(None);
         }
-        restore.take_over(&watch.shared, &followed)?;
-        Ok(Some(restore))
+        followed.source.give_up();
+        let taken_over = restore.take_over(&watch.shared, &followed);
+        followed.source.reset();
+        taken_over.map(|()| Some(restore))
     }
 
     /// Does with the planner what the other process does with its own, until that ends.
     fn follow(&mut self, watch: &Watch) -> Result<Followed> {
         let lost = |error| Error::wrap(Kind::Io, "cannot hear the process that serves", error);
         let mut followed = Followed::default();
-        while let Some((told, events, uffd)) = watch.next().map_err(lost)? {
+        while let Some((told, events, fd)) = watch.next().map_err(lost)? {
             followed.events = events;
-            self.follow_word(&mut followed.ids, told, uffd)?;
+            if let StandbyMessage::Source { faults } = told {
+                followed.source.replace(faults, fd);
+                continue;
+            }
+            self.follow_word(&mut followed.ids, told, fd.map(Uffd::from))?;
         }
         Ok(followed)
     }
@@ -100,6 +108,7 @@ impl Restore {
                     self.forget(id);
                 }
             }
+            (StandbyMessage::Source { .. }, _) => {}
         }
         Ok(())
     }

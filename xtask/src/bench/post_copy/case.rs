@@ -97,6 +97,7 @@ impl LinkKind {
             LinkKind::Gigabit => Some(Link {
                 round_trip: GIGABIT_ROUND_TRIP,
                 bytes_per_s: Some(GIGABIT_BYTES_PER_S.into()),
+                hides_resets: false,
             }),
         }
     }

@@ -1,0 +1,131 @@
+//! A relay between lazy-client and the dump turns a reset into an orderly end, which CRIU takes for success:
+//! whoever gives up says so in words before, so that the dump fails and its processes live.
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use testbed::bed::Bed;
+use testbed::criu::{Criu, Suite};
+use testbed::daemons::{Make, Options, PageServer};
+use testbed::for_each_criu;
+use testbed::load::Load;
+use testbed::load::scenarios::verifying;
+use testbed::load::spec::{LoadSpec, OnLostPage};
+use testbed::migration::Dump;
+use testbed::net::free_port;
+use testbed::pki::{Authority, Host};
+use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
+use testbed::proxy::{Link, Proxy, Way};
+use testbed::suite::with_criu;
+use testbed::wait::{self, GENEROUS};
+
+for_each_criu!(client_ended_by_a_signal, client_killed, forwarder_ended);
+
+const MIB: u32 = 64;
+/// A part of a post-copy of [`MIB`], bytes.
+const A_PART: u64 = 16 << 20;
+
+fn relay() -> Link {
+    Link {
+        hides_resets: true,
+        ..slow_link()
+    }
+}
+
+fn spec(bed: &Bed) -> LoadSpec {
+    LoadSpec {
+        on_lost_page: OnLostPage::Count,
+        pin_own_memory: true,
+        ..LoadSpec::mixed(bed.path("load"), MIB)
+    }
+}
+
+fn under_way(bed: &Bed, plan: &Plan<'_>) -> Result<PostCopy> {
+    let mut moving = PostCopy::start(bed, plan, spec(bed), &[])?;
+    wait::until("a part of the memory", GENEROUS, || {
+        let over = moving.daemon.process().ended()?.is_some();
+        Ok((over || moving.received() > A_PART).then_some(()))
+    })?;
+    Ok(moving)
+}
+
+fn expect_source_alive(moving: &mut PostCopy) -> Result<()> {
+    moving.source().context("the dump")?.fail(GENEROUS)?;
+    moving.restored.kill();
+    expect_alive(&mut moving.load)
+}
+
+fn expect_alive(load: &mut Load) -> Result<()> {
+    load.expect_running()?;
+    for report in load.run_everywhere(&verifying())? {
+        report.expect_right()?;
+    }
+    Ok(())
+}
+
+fn client_ended_by_a_signal(bed: &Bed, criu: &Criu) -> Result<()> {
+    let plan = Plan::new(criu, Source::Dump, Make::Ours).over(relay());
+    let mut moving = under_way(bed, &plan)?;
+    moving.daemon.process().signal(Signal::SIGTERM)?;
+    moving.daemon.process().fail(GENEROUS)?;
+    expect_source_alive(&mut moving)
+}
+
+/// Nobody but the process that stands by can say anything.
+fn client_killed(bed: &Bed, criu: &Criu) -> Result<()> {
+    let plan = Plan::new(criu, Source::Dump, Make::Ours).over(relay());
+    let mut moving = under_way(bed, &plan)?;
+    moving.daemon.kill_for_standby()?.fail()?;
+    expect_source_alive(&mut moving)
+}
+
+fn forwarder_ended(bed: &Bed, criu: &Criu) -> Result<()> {
+    let mut load = Load::start(spec(bed), None)?;
+    let images = bed.path("dumped");
+    let address = (std::net::Ipv4Addr::LOCALHOST, free_port()?).into();
+    let mut dump = Dump::new(criu, load.pid(), &images).serve_lazily(address)?;
+    let relay = Proxy::start(address, relay(), None)?;
+    let kept = relay.address().to_string();
+    let options = Options::new(&images).with(&["--forward-lazy", &kept]);
+    let mut forwarder = PageServer::receiving(Make::Ours, &options.log_to("forward.log"))?;
+    wait::until("a part of the memory", GENEROUS, || {
+        Ok((relay.carried(Way::ToClient) > A_PART).then_some(()))
+    })?;
+    forwarder.process().signal(Signal::SIGHUP)?;
+    forwarder.process().fail(GENEROUS)?;
+    dump.fail(GENEROUS)?;
+    expect_alive(&mut load)
+}
+
+#[test]
+fn a_client_that_cannot_begin_says_so() {
+    with_criu(Suite::Trixie, |bed, criu| {
+        let mut load = Load::start(spec(bed), None)?;
+        let images = bed.path("dumped");
+        let address = (std::net::Ipv4Addr::LOCALHOST, free_port()?).into();
+        let mut dump = Dump::new(criu, load.pid(), &images).serve_lazily(address)?;
+        let relay = Proxy::start(address, relay(), None)?;
+        let options = Options::new(&images).with(&["--summary-json", "missing/summary.json"]);
+        let daemon = testbed::daemons::LazyDaemon::start(
+            Make::Ours,
+            &options.log_to("lazy.log"),
+            Some(relay.address()),
+        );
+        ensure!(daemon.is_err(), "it began without a summary");
+        dump.fail(GENEROUS)?;
+        expect_alive(&mut load)
+    });
+}
+
+#[test]
+fn a_client_over_tls_says_so() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let dir = bed.path("pki");
+        std::fs::create_dir_all(&dir)?;
+        let tls = Authority::new(&dir, "ca")?.issue(&Host::LOOPBACK)?;
+        let plan = Plan::new(criu, Source::Dump, Make::Ours).over(relay());
+        let mut moving = under_way(bed, &plan.with(&tls.options()))?;
+        moving.daemon.process().signal(Signal::SIGINT)?;
+        moving.daemon.process().fail(GENEROUS)?;
+        expect_source_alive(&mut moving)
+    });
+}
