@@ -158,3 +158,24 @@ const _: () = assert!(FRAME_PAGES_MAX.checked_mul(1 << 16).is_some());
 /// Most bytes of pages that are kept for processes that cannot take them at the moment; what comes
 /// beyond is asked for again.
 pub const STASH_BYTES_MAX: u64 = 32 << 20;
+
+/// Longest name of a migration, bytes: it is a directory's name with room for more.
+pub const MIGRATION_ID_BYTES_MAX: usize = 64;
+
+/// Most processes of a tree that is moved.
+pub const MIGRATION_PIDS_MAX: usize = 16_384;
+
+/// Longest JSON body that a migration's peer may send, bytes: one pid of [`MIGRATION_PIDS_MAX`] takes 8.
+pub const MIGRATION_JSON_BYTES_MAX: usize = 1 << 20;
+
+/// Most bytes of image files without pages that are taken for one migration.
+pub const MIGRATION_IMAGES_BYTES_MAX: u64 = 64 << 30;
+
+/// Most files of one migration's image directory.
+pub const MIGRATION_IMAGE_FILES_MAX: usize = 1 << 20;
+
+/// Most migrations that an agent has at a time.
+pub const MIGRATIONS_MAX: usize = 64;
+
+/// Most rounds of one migration, and of its directories at the agent.
+pub const MIGRATION_ROUNDS_MAX: u32 = 1_000;

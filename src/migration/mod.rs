@@ -26,6 +26,7 @@
 
 mod agent;
 mod convergence;
+pub mod messages;
 mod source;
 
 pub use agent::{Agent, AgentAction, AgentEvent, AgentRecord, AgentState};

@@ -5,6 +5,7 @@ pub mod buffers;
 pub mod disconnect;
 pub mod fdpass;
 pub mod mapping;
+pub mod owned_process;
 pub mod process;
 pub mod ring;
 pub mod shared;

@@ -136,26 +136,53 @@ impl Tls {
     /// The same without waiting: reading from the stream goes on with the handshake, and fails if it
     /// fails.
     pub fn begin(&self, socket: Socket, host: &str) -> Result<TlsStream> {
-        let name = ServerName::try_from(host.to_owned()).map_err(|error| {
-            let text = format!("{host:?} is no name that a certificate can be for");
-            Error::wrap(Kind::Usage, text, error)
-        })?;
+        let name = server_name(host)?;
         let (session, verifier) = self.client_session(name)?;
         let mut stream = TlsStream::new(socket, session, verifier, Arc::clone(&self.own));
         stream.begin().map_err(|error| no_connection(host, error))?;
         Ok(stream)
     }
 
-    fn server_session(&self) -> Result<(TlsSession, Arc<PeerVerifier>)> {
-        let verifier = Arc::new(self.verifier(None));
+    /// The configuration of a server that takes part in rustls by another way than [`Tls::accept`].
+    pub fn server_config(&self) -> Result<Arc<ServerConfig>> {
+        Ok(self
+            .server_config_with(Arc::new(self.verifier(None)))?
+            .into())
+    }
+
+    /// The configuration of a client of the server `host`, and the name to connect by.
+    pub fn client_config(&self, host: &str) -> Result<(Arc<ClientConfig>, ServerName<'static>)> {
+        let name = server_name(host)?;
+        let verifier = Arc::new(self.verifier(self.verify_name.then(|| name.clone())));
+        Ok((self.client_config_with(verifier)?.into(), name))
+    }
+
+    fn server_config_with(&self, verifier: Arc<PeerVerifier>) -> Result<ServerConfig> {
         let config = ServerConfig::builder_with_provider(Arc::clone(&self.provider))
             .with_safe_default_protocol_versions()
             .map_err(unusable)?
-            .with_client_cert_verifier(Arc::clone(&verifier) as Arc<_>);
+            .with_client_cert_verifier(verifier as Arc<_>);
         let mut config = config.with_cert_resolver(Arc::clone(&self.identity) as Arc<_>);
         // A ticket is a record that no reader expects, and no session is ever resumed.
         config.send_tls13_tickets = 0;
         config.session_storage = Arc::new(NoServerSessionStorage {});
+        Ok(config)
+    }
+
+    fn client_config_with(&self, verifier: Arc<PeerVerifier>) -> Result<ClientConfig> {
+        let config = ClientConfig::builder_with_provider(Arc::clone(&self.provider))
+            .with_safe_default_protocol_versions()
+            .map_err(unusable)?
+            .dangerous()
+            .with_custom_certificate_verifier(verifier as Arc<_>);
+        let mut config = config.with_client_cert_resolver(Arc::clone(&self.identity) as Arc<_>);
+        config.resumption = Resumption::disabled();
+        Ok(config)
+    }
+
+    fn server_session(&self) -> Result<(TlsSession, Arc<PeerVerifier>)> {
+        let verifier = Arc::new(self.verifier(None));
+        let config = self.server_config_with(Arc::clone(&verifier))?;
         let server = UnbufferedServerConnection::new(Arc::new(config)).map_err(unusable)?;
         Ok((TlsSession::from(server), verifier))
     }
@@ -163,13 +190,7 @@ impl Tls {
     fn client_session(&self, name: ServerName<'static>) -> Result<(TlsSession, Arc<PeerVerifier>)> {
         let checked = self.verify_name.then(|| name.clone());
         let verifier = Arc::new(self.verifier(checked));
-        let config = ClientConfig::builder_with_provider(Arc::clone(&self.provider))
-            .with_safe_default_protocol_versions()
-            .map_err(unusable)?
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::clone(&verifier) as Arc<_>);
-        let mut config = config.with_client_cert_resolver(Arc::clone(&self.identity) as Arc<_>);
-        config.resumption = Resumption::disabled();
+        let config = self.client_config_with(Arc::clone(&verifier))?;
         let client = UnbufferedClientConnection::new(Arc::new(config), name).map_err(unusable)?;
         Ok((TlsSession::from(client), verifier))
     }
@@ -198,6 +219,13 @@ fn quick_provider() -> CryptoProvider {
         .cipher_suites
         .sort_by_key(|suite| (version(suite), is_slow(suite)));
     provider
+}
+
+fn server_name(host: &str) -> Result<ServerName<'static>> {
+    ServerName::try_from(host.to_owned()).map_err(|error| {
+        let text = format!("{host:?} is no name that a certificate can be for");
+        Error::wrap(Kind::Usage, text, error)
+    })
 }
 
 fn shake_hands(stream: &mut TlsStream, peer: &str) -> Result<()> {

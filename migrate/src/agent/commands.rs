@@ -1,0 +1,133 @@
+//! The command lines of the programs that the agent runs.
+
+use std::net::IpAddr;
+use std::path::Path;
+
+use pageferry::migration::messages::TcpConnections;
+use pageferry::tls::TlsArgs;
+use tokio::process::Command;
+
+use crate::programs::Programs;
+
+/// Where a receiver tells its port, in its images directory.
+pub(super) const RECEIVER_PORT: &str = "receive.port";
+
+/// Passes this program's TLS options on.
+pub(crate) fn with_tls(command: &mut Command, tls: &TlsArgs) {
+    if !tls.tls {
+        return;
+    }
+    command.arg("--tls");
+    let files = [
+        ("--tls-cacert", &tls.tls_cacert),
+        ("--tls-cacrl", &tls.tls_cacrl),
+        ("--tls-cert", &tls.tls_cert),
+        ("--tls-key", &tls.tls_key),
+    ];
+    for (option, file) in files {
+        if let Some(file) = file {
+            // The programs look for relative names in their own directories.
+            let file = std::path::absolute(file).unwrap_or_else(|_| file.clone());
+            command.arg(option).arg(file);
+        }
+    }
+    if tls.tls_no_cn_verify {
+        command.arg("--tls-no-cn-verify");
+    }
+}
+
+/// A page-server that receives one dump or round into `images`, on top of `parent`.
+pub(super) fn receiver(
+    programs: &Programs,
+    tls: &TlsArgs,
+    images: &Path,
+    parent: Option<&str>,
+    place: (&str, u16),
+    from: IpAddr,
+) -> Command {
+    let mut command = Command::new(&programs.page_server);
+    command
+        .arg("-D")
+        .arg(images)
+        .args(["-o", "receive.log", "-v3", "--address", place.0])
+        .args(["--port", &place.1.to_string(), "--port-file", RECEIVER_PORT])
+        .args(["--allow", &from.to_string()]);
+    if let Some(parent) = parent {
+        command.args(["--prev-images-dir", parent]);
+    }
+    with_tls(&mut command, tls);
+    command
+}
+
+/// A lazy-client for the restore in `images`, with the memory at the source's forwarder.
+pub(super) fn lazy_client(
+    programs: &Programs,
+    tls: &TlsArgs,
+    images: &Path,
+    source: (IpAddr, u16),
+    earlier: Option<&str>,
+) -> Command {
+    let mut command = Command::new(&programs.lazy_client);
+    command
+        .arg("-D")
+        .arg(images)
+        .args(["-o", "lazy.log", "-v3", "--ferry", "--page-server"])
+        .args(["--address", &source.0.to_string()])
+        .args(["--port", &source.1.to_string()])
+        .args(["--summary-json", "lazy-summary.json"]);
+    if let Some(earlier) = earlier {
+        command.args(["--prev-images-dir", earlier]);
+    }
+    with_tls(&mut command, tls);
+    command
+}
+
+/// `criu restore` from `images`, which tells its stages to the script at `hook`.
+pub(super) fn restore(
+    programs: &Programs,
+    images: &Path,
+    hook: &Path,
+    lazily: bool,
+    tcp: TcpConnections,
+) -> Command {
+    let mut command = Command::new(&programs.criu);
+    command
+        .args([
+            "restore",
+            "--restore-detached",
+            "-o",
+            "restore.log",
+            "-v4",
+            "-D",
+        ])
+        .arg(images)
+        .arg("--action-script")
+        .arg(hook);
+    if lazily {
+        command.arg("--lazy-pages");
+    }
+    match tcp {
+        TcpConnections::Refuse => {}
+        TcpConnections::Established => {
+            command.arg("--tcp-established");
+        }
+        TcpConnections::Close => {
+            command.arg("--tcp-close");
+        }
+    }
+    command
+}
+
+/// The script that CRIU runs at each stage.
+pub(super) fn hook_script(programs: &Programs, dir: &Path) -> String {
+    format!(
+        "#!/bin/sh\nexec {} restore-hook {}\n",
+        quoted(&programs.pageferry),
+        quoted(dir)
+    )
+}
+
+/// A path as a shell reads it back.
+fn quoted(path: &Path) -> String {
+    format!("'{}'", path.display().to_string().replace('\'', r"'\''"))
+}

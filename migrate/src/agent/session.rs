@@ -1,0 +1,560 @@
+//! One migration at the agent: what [`pageferry::migration::Agent`] decides is carried out here.
+
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use pageferry::error::{Error, Kind, Result};
+use pageferry::limits::MIGRATION_ROUNDS_MAX;
+use pageferry::migration::messages::{Begin, MigrationId, Receiver, RestoreRequest, Status};
+use pageferry::migration::{Agent, AgentAction, AgentEvent, AgentRecord, AgentState};
+use pageferry::sys::owned_process::ProcessName;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Mutex as Turn, watch};
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::commands::{self, RECEIVER_PORT};
+use super::sessions::Place;
+use crate::child::Program;
+use crate::facts::now_us;
+use crate::hook::{RECORD, RESTORED, RESUMED, SOCKET};
+use crate::records;
+
+/// The request that began a migration, as it is kept.
+const BEGIN: &str = "begin.json";
+
+/// The process that fills memory, as it is kept.
+const LAZY_PROCESS: &str = "lazy-client.json";
+
+/// Directory of the final images.
+const IMAGES: &str = "images";
+
+/// How long a program may take to listen.
+const READY_LIMIT: Duration = Duration::from_secs(30);
+
+/// How often a lazy-client that an earlier agent started is looked for.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
+/// One migration.
+#[derive(Debug)]
+pub(super) struct Session {
+    place: Arc<Place>,
+    dir: PathBuf,
+    begin: Begin,
+    from: IpAddr,
+    /// Actions are carried out by one task at a time, in the order of the decisions.
+    turn: Turn<()>,
+    inner: Mutex<Inner>,
+    changed: watch::Sender<u64>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    agent: Agent,
+    problem: Option<String>,
+    rounds: u32,
+    /// The port at which pages are received.
+    port: u16,
+    receiver: Option<Program>,
+    lazy: Option<Program>,
+    /// The restore that waits for the word.
+    waiting: Option<UnixStream>,
+    /// The whole tree of the restore that has been started.
+    restore: Option<ProcessName>,
+    resumed_us: Option<u64>,
+    complete_us: Option<u64>,
+    /// When the source was last heard.
+    heard: Instant,
+}
+
+impl Session {
+    /// Makes the directory of a migration.
+    pub(super) fn begin(place: &Arc<Place>, begin: Begin, from: IpAddr) -> Result<Arc<Session>> {
+        let dir = place.dir.join(begin.id.to_string());
+        fs::create_dir(&dir).map_err(|error| Error::file("make the directory", &dir, error))?;
+        // Memory of processes lies here: it is for their owner alone.
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))
+            .map_err(|error| Error::file("protect", &dir, error))?;
+        records::write(&dir.join(BEGIN), &begin)?;
+        let session = Session::new(place, dir, begin, from, Agent::new());
+        tokio::spawn(Session::watch_for_silence(Arc::clone(&session)));
+        Ok(session)
+    }
+
+    fn new(
+        place: &Arc<Place>,
+        dir: PathBuf,
+        begin: Begin,
+        from: IpAddr,
+        agent: Agent,
+    ) -> Arc<Session> {
+        Arc::new(Session {
+            place: Arc::clone(place),
+            dir,
+            begin,
+            from,
+            turn: Turn::new(()),
+            inner: Mutex::new(Inner {
+                agent,
+                problem: None,
+                rounds: 0,
+                port: 0,
+                receiver: None,
+                lazy: None,
+                waiting: None,
+                restore: None,
+                resumed_us: None,
+                complete_us: None,
+                heard: Instant::now(),
+            }),
+            changed: watch::Sender::new(0),
+        })
+    }
+
+    /// Finishes what an earlier agent left in the directory of `id`; `None` if it is no migration's.
+    pub(super) fn recover(place: &Arc<Place>, id: &MigrationId) -> Result<Option<Arc<Session>>> {
+        let dir = place.dir.join(id.to_string());
+        let Some(begin) = records::read::<Begin>(&dir.join(BEGIN))? else {
+            return Ok(None);
+        };
+        let record = records::read::<AgentRecord>(&dir.join(RECORD))?;
+        let (agent, actions) = Agent::recover(record);
+        tracing::warn!("migration {id} was left by an earlier agent at {record:?}");
+        let localhost = IpAddr::from([127, 0, 0, 1]);
+        let session = Session::new(place, dir, begin, localhost, agent);
+        session.lock().problem = Some("the agent was started again".to_owned());
+        let finishing = Arc::clone(&session);
+        tokio::spawn(async move {
+            let _turn = finishing.turn.lock().await;
+            finishing.carry_out(actions).await;
+            if record == Some(AgentRecord::Committed) {
+                finishing.wait_for_earlier_lazy_client().await;
+            }
+        });
+        Ok(Some(session))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn images(&self) -> PathBuf {
+        self.dir.join(IMAGES)
+    }
+
+    /// The directory in which image files arrive.
+    pub(super) fn images_dir(&self) -> Result<PathBuf> {
+        let dir = self.images();
+        make_dir(&dir)?;
+        Ok(dir)
+    }
+
+    pub(super) fn id(&self) -> &MigrationId {
+        &self.begin.id
+    }
+
+    /// Whether nothing but memory can still arrive.
+    pub(super) fn is_decided(&self) -> bool {
+        self.lock().agent.state().is_decided()
+    }
+
+    /// Notes that the source lives.
+    pub(super) fn heard(&self) {
+        self.lock().heard = Instant::now();
+    }
+
+    pub(super) fn status(&self) -> Status {
+        let summary = records::read(&self.images().join("lazy-summary.json"));
+        let inner = self.lock();
+        Status {
+            id: self.begin.id.clone(),
+            mode: self.begin.mode,
+            state: inner.agent.state(),
+            problem: inner.problem.clone(),
+            rounds: inner.rounds,
+            resumed_us: inner.resumed_us,
+            complete_us: inner.complete_us,
+            lazy_summary: match inner.complete_us {
+                Some(_) => summary.unwrap_or_default(),
+                None => None,
+            },
+        }
+    }
+
+    /// Tells each change from now on.
+    pub(super) fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// Waits until `reached` says so of the status.
+    pub(super) async fn wait_for(&self, reached: impl Fn(&Status) -> bool) -> Status {
+        let mut changes = self.changes();
+        loop {
+            let status = self.status();
+            if reached(&status) {
+                return status;
+            }
+            if changes.changed().await.is_err() {
+                return status;
+            }
+        }
+    }
+
+    /// Takes `event` in and carries out what follows.
+    pub(super) async fn handle(&self, event: AgentEvent) -> Status {
+        let _turn = self.turn.lock().await;
+        let actions = self.lock().agent.handle(event);
+        self.carry_out(actions).await;
+        self.status()
+    }
+
+    /// Ends the migration because of something that went wrong, unless it is decided.
+    pub(super) async fn fail(&self, why: &str) {
+        if !self.is_decided() {
+            tracing::error!("migration {}: {why}", self.begin.id);
+            self.lock().problem = Some(why.to_owned());
+            self.handle(AgentEvent::Failed).await;
+        }
+    }
+
+    async fn carry_out(&self, actions: Vec<AgentAction>) {
+        let mut todo = std::collections::VecDeque::from(actions);
+        while let Some(action) = todo.pop_front() {
+            match action {
+                // The restore is started by whoever asked, since it reports to itself.
+                AgentAction::Restore => {}
+                AgentAction::Record(record) => {
+                    let event = match records::write(&self.dir.join(RECORD), &record) {
+                        Ok(()) => AgentEvent::Recorded(record),
+                        Err(error) => {
+                            tracing::error!("migration {}: {error}", self.begin.id);
+                            self.lock().problem = Some(error.to_string());
+                            AgentEvent::Failed
+                        }
+                    };
+                    todo.extend(self.lock().agent.handle(event));
+                }
+                AgentAction::LetRun => self.let_run().await,
+                AgentAction::Discard => self.discard().await,
+            }
+        }
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    async fn let_run(&self) {
+        let waiting = self.lock().waiting.take();
+        if let Some(mut waiting) = waiting {
+            // If it is gone, the hook reads the record.
+            let _ = waiting.write_all(b"g").await;
+        }
+    }
+
+    async fn discard(&self) {
+        let (waiting, receiver, lazy, restore) = {
+            let mut inner = self.lock();
+            (
+                inner.waiting.take(),
+                inner.receiver.take(),
+                inner.lazy.take(),
+                inner.restore.take(),
+            )
+        };
+        // The restore hears of it by the end of its hook, and ends what it has made.
+        drop(waiting);
+        for program in [receiver, lazy].into_iter().flatten() {
+            let mut program = program;
+            program.terminate();
+            program.end().await;
+        }
+        if let Some(restore) = restore {
+            // It may have ended by itself.
+            let _ = restore.signal(Signal::SIGTERM as i32);
+        }
+        end_earlier(&self.dir.join(LAZY_PROCESS));
+        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
+            // The records and logs stay, memory goes.
+            if entry.path().is_dir() {
+                keep_logs(&entry.path());
+            }
+        }
+    }
+
+    /// Aborts when the source has not been heard for too long.
+    async fn watch_for_silence(session: Arc<Session>) {
+        let limit = Duration::from_secs(session.begin.timeout_s.max(1));
+        loop {
+            if session.is_decided() {
+                return;
+            }
+            let deadline = session.lock().heard + limit;
+            if deadline <= Instant::now() {
+                let text = format!(
+                    "nothing was heard from the source for {} s",
+                    limit.as_secs()
+                );
+                return session.fail(&text).await;
+            }
+            sleep_until(deadline).await;
+        }
+    }
+
+    /// Receives round `number` (1, 2, 3...), or the final pages if that is `None`.
+    pub(super) async fn receive(&self, number: Option<u32>) -> Result<Receiver> {
+        let (last, port) = {
+            let inner = self.lock();
+            if inner.agent.state() != AgentState::Receiving || inner.receiver.is_some() {
+                let text =
+                    "pages cannot be received now: the restore has begun, or a round is under way";
+                return Err(Error::new(Kind::Usage, text));
+            }
+            (inner.rounds, inner.port)
+        };
+        let dir = match number {
+            Some(number) if number != last + 1 || number > MIGRATION_ROUNDS_MAX => {
+                let text = format!("round {number} does not follow round {last}");
+                return Err(Error::new(Kind::Usage, text));
+            }
+            Some(number) => self.dir.join(round_name(number)),
+            None => self.images(),
+        };
+        make_dir(&dir)?;
+        let parent = (last > 0).then(|| format!("../{}", round_name(last)));
+        let mut command = commands::receiver(
+            &self.place.programs,
+            &self.place.tls,
+            &dir,
+            parent.as_deref(),
+            (&self.place.host, port),
+            self.from,
+        );
+        let log = dir.join("receive.log");
+        let receiver = Program::start_ready("page-server", &mut command, &log, READY_LIMIT).await?;
+        let path = dir.join(RECEIVER_PORT);
+        let port = fs::read_to_string(&path).map_err(|error| Error::file("read", &path, error))?;
+        let port = port.trim().parse().map_err(|error| {
+            Error::wrap(Kind::Io, format!("{} holds no port", path.display()), error)
+        })?;
+        let mut inner = self.lock();
+        inner.port = port;
+        inner.receiver = Some(receiver);
+        Ok(Receiver { port })
+    }
+
+    /// Waits until what [`Session::receive`] began is stored.
+    pub(super) async fn received(&self, number: Option<u32>) -> Result<Status> {
+        let receiver = self.lock().receiver.take();
+        let Some(mut receiver) = receiver else {
+            return Err(Error::new(Kind::Usage, "nothing is being received"));
+        };
+        receiver.succeed().await?;
+        if let Some(number) = number {
+            self.lock().rounds = number;
+        }
+        self.changed.send_modify(|count| *count += 1);
+        Ok(self.status())
+    }
+
+    /// Restores, up to the moment before the first instruction. What comes after that is done by a task.
+    pub(super) async fn restore(self: &Arc<Session>, request: &RestoreRequest) -> Result<Status> {
+        if self.handle(AgentEvent::RestoreAsked).await.state != AgentState::Restoring {
+            return Err(Error::new(
+                Kind::Usage,
+                "this migration cannot be restored now",
+            ));
+        }
+        if let Err(error) = self.start_restore(request).await {
+            self.fail(&error.to_string()).await;
+        }
+        let decided =
+            |status: &Status| status.state == AgentState::Ready || status.state.is_decided();
+        Ok(self.wait_for(decided).await)
+    }
+
+    async fn start_restore(self: &Arc<Session>, request: &RestoreRequest) -> Result<()> {
+        let images = self.images_dir()?;
+        let socket = self.dir.join(SOCKET);
+        let hooks = UnixListener::bind(&socket)
+            .map_err(|error| Error::file("listen at", &socket, error))?;
+        let script = self.dir.join("hook.sh");
+        let text = commands::hook_script(&self.place.programs, &self.dir);
+        fs::write(&script, text)
+            .and_then(|()| fs::set_permissions(&script, fs::Permissions::from_mode(0o700)))
+            .map_err(|error| Error::file("write", &script, error))?;
+        if let Some(port) = request.memory_port {
+            let earlier = match self.lock().rounds {
+                0 => None,
+                last => Some(format!("../{}", round_name(last))),
+            };
+            let mut command = commands::lazy_client(
+                &self.place.programs,
+                &self.place.tls,
+                &images,
+                (self.from, port),
+                earlier.as_deref(),
+            );
+            let log = images.join("lazy.log");
+            let lazy = Program::start_ready("lazy-client", &mut command, &log, READY_LIMIT).await?;
+            records::write(&self.dir.join(LAZY_PROCESS), &lazy.name())?;
+            self.lock().lazy = Some(lazy);
+        }
+        let mut command = commands::restore(
+            &self.place.programs,
+            &images,
+            &script,
+            request.memory_port.is_some(),
+            self.begin.tcp,
+        );
+        let log = images.join("restore.log");
+        let restore = Program::start("criu restore", &mut command, &log)?;
+        self.lock().restore = Some(restore.name());
+        tokio::spawn(Session::follow_restore(Arc::clone(self), restore, hooks));
+        Ok(())
+    }
+
+    /// Hears the stages of the restore and waits for its end.
+    async fn follow_restore(session: Arc<Session>, mut restore: Program, hooks: UnixListener) {
+        let stages = async {
+            loop {
+                match hooks.accept().await {
+                    Ok((stream, _)) => session.hear_stage(stream).await,
+                    Err(error) => {
+                        tracing::warn!("hook of {}: {error}", session.begin.id);
+                        sleep(LOOK_AGAIN).await;
+                    }
+                }
+            }
+        };
+        let ended = tokio::select! {
+            ended = restore.succeed() => ended,
+            never = stages => never,
+        };
+        session.lock().restore = None;
+        match ended {
+            // It was ended because of the decision.
+            Err(_) if session.status().state == AgentState::Aborted => {}
+            Err(error) if session.is_decided() => {
+                tracing::error!(
+                    "migration {}: after the decision: {error}",
+                    session.begin.id
+                );
+                session.lock().problem = Some(error.to_string());
+                session.changed.send_modify(|count| *count += 1);
+            }
+            Err(error) => session.fail(&error.to_string()).await,
+            Ok(()) => session.follow_memory().await,
+        }
+    }
+
+    async fn hear_stage(&self, stream: UnixStream) {
+        let mut stage = String::new();
+        let mut stream = BufReader::new(stream);
+        if stream.read_line(&mut stage).await.is_err() {
+            return;
+        }
+        match stage.trim_end() {
+            RESTORED => {
+                self.lock().waiting = Some(stream.into_inner());
+                self.handle(AgentEvent::Restored).await;
+            }
+            RESUMED => {
+                self.lock().resumed_us = Some(now_us());
+                self.changed.send_modify(|count| *count += 1);
+            }
+            _ => {}
+        }
+    }
+
+    /// Waits until all memory is there.
+    async fn follow_memory(&self) {
+        {
+            let mut inner = self.lock();
+            // A hook that could not reach the agent leaves the time of the restore's end.
+            inner.resumed_us.get_or_insert_with(now_us);
+        }
+        self.changed.send_modify(|count| *count += 1);
+        let lazy = self.lock().lazy.take();
+        let ended = match lazy {
+            Some(mut lazy) => lazy.succeed().await,
+            None => Ok(()),
+        };
+        match ended {
+            Ok(()) => self.complete().await,
+            Err(error) => {
+                tracing::error!("migration {}: {error}", self.begin.id);
+                self.lock().problem = Some(error.to_string());
+                self.changed.send_modify(|count| *count += 1);
+            }
+        }
+    }
+
+    async fn complete(&self) {
+        self.lock().complete_us = Some(now_us());
+        self.handle(AgentEvent::MemoryComplete).await;
+        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
+            if entry.path().is_dir() {
+                keep_logs(&entry.path());
+            }
+        }
+    }
+
+    /// The agent that started the lazy-client has died; the lazy-client may go on.
+    async fn wait_for_earlier_lazy_client(&self) {
+        let path = self.dir.join(LAZY_PROCESS);
+        if let Ok(Some(process)) = records::read::<ProcessName>(&path) {
+            while process.is_alive() {
+                sleep(LOOK_AGAIN).await;
+            }
+        }
+        let summary = records::read::<serde_json::Value>(&self.images().join("lazy-summary.json"));
+        match (self.begin.mode.is_lazy(), summary) {
+            (true, Ok(None) | Err(_)) => {
+                self.lock().problem = Some("the end of lazy-client was not seen".to_owned());
+            }
+            _ => {
+                self.lock().complete_us = Some(now_us());
+                let actions = self.lock().agent.handle(AgentEvent::MemoryComplete);
+                self.carry_out(actions).await;
+            }
+        }
+    }
+}
+
+fn round_name(number: u32) -> String {
+    format!("round-{number}")
+}
+
+fn make_dir(dir: &Path) -> Result<()> {
+    match fs::create_dir(dir) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(Error::file("make the directory", dir, error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Ends a program that an earlier agent has written down.
+fn end_earlier(path: &Path) {
+    if let Ok(Some(process)) = records::read::<ProcessName>(path) {
+        // It may have ended by itself.
+        let _ = process.signal(Signal::SIGTERM as i32);
+    }
+}
+
+/// Removes the image files of a directory, and the directory if nothing else is in it.
+fn keep_logs(dir: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let extension = path.extension().and_then(|extension| extension.to_str());
+        if !matches!(extension, Some("log" | "json")) {
+            // What cannot be removed is seen by whoever looks for room.
+            let _ = fs::remove_file(&path);
+        }
+    }
+    let _ = fs::remove_dir(dir);
+}

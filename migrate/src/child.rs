@@ -1,0 +1,134 @@
+//! Programs that take part in a migration: started, waited for, ended by the process and never by a name.
+
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use pageferry::error::{Error, Kind, Result};
+use pageferry::sys::owned_process::ProcessName;
+use tokio::io::AsyncReadExt;
+use tokio::process::{Child, Command};
+use tokio::time::timeout;
+
+/// How much of a log is shown with an error, bytes.
+const TAIL_BYTES: usize = 600;
+
+/// A program that runs, and goes on if this one dies.
+#[derive(Debug)]
+pub(crate) struct Program {
+    title: &'static str,
+    child: Child,
+    name: ProcessName,
+    log: PathBuf,
+}
+
+impl Program {
+    /// Starts it. `log` is where it writes what it does, to be shown if it fails.
+    pub(crate) fn start(title: &'static str, command: &mut Command, log: &Path) -> Result<Program> {
+        command.stdin(Stdio::null()).process_group(0);
+        let failed = |error| Error::wrap(Kind::Usage, format!("cannot start {title}"), error);
+        let child = command.spawn().map_err(failed)?;
+        let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
+        let pid = pid.ok_or_else(|| Error::new(Kind::Io, format!("{title} has no pid")))?;
+        let name = ProcessName::of(pid).map_err(failed)?;
+        Ok(Program {
+            title,
+            child,
+            name,
+            log: log.to_owned(),
+        })
+    }
+
+    /// Starts a program that understands `--status-fd`, and waits until it says that it is ready.
+    pub(crate) async fn start_ready(
+        title: &'static str,
+        command: &mut Command,
+        log: &Path,
+        limit: Duration,
+    ) -> Result<Program> {
+        command.args(["--status-fd", "1"]).stdout(Stdio::piped());
+        let mut program = Program::start(title, command, log)?;
+        let mut status = program.child.stdout.take();
+        let mut byte = [0; 1];
+        let ready = async {
+            match &mut status {
+                Some(status) => status.read(&mut byte).await,
+                None => Ok(0),
+            }
+        };
+        match timeout(limit, ready).await {
+            Ok(Ok(1)) => Ok(program),
+            Ok(_) => {
+                let ended = timeout(limit, program.child.wait()).await.ok();
+                Err(program.failure(ended))
+            }
+            Err(_) => {
+                program.kill();
+                let text = format!("{title} was not ready after {} s", limit.as_secs());
+                Err(Error::new(Kind::PeerLost, text + &program.log_tail()))
+            }
+        }
+    }
+
+    /// The process, to be written down.
+    pub(crate) fn name(&self) -> ProcessName {
+        self.name
+    }
+
+    /// Waits for its end, which must be a success.
+    pub(crate) async fn succeed(&mut self) -> Result<()> {
+        match self.child.wait().await {
+            Ok(status) if status.success() => Ok(()),
+            ended => Err(self.failure(Some(ended))),
+        }
+    }
+
+    /// Waits for its end, however it is.
+    pub(crate) async fn end(&mut self) -> Option<ExitStatus> {
+        self.child.wait().await.ok()
+    }
+
+    /// Asks it to end.
+    pub(crate) fn terminate(&self) {
+        // It may have ended by itself.
+        let _ = self.name.signal(Signal::SIGTERM as i32);
+    }
+
+    /// Ends it.
+    pub(crate) fn kill(&self) {
+        // It may have ended by itself.
+        let _ = self.name.signal(Signal::SIGKILL as i32);
+    }
+
+    fn failure(&self, ended: Option<std::io::Result<ExitStatus>>) -> Error {
+        let how = match ended {
+            Some(Ok(status)) => status.to_string(),
+            Some(Err(error)) => error.to_string(),
+            None => "no exit status".to_owned(),
+        };
+        let text = format!("{} failed ({how})", self.title);
+        Error::new(Kind::PeerLost, text + &self.log_tail())
+    }
+
+    /// The lines of its log that say what is wrong, or else its end.
+    pub(crate) fn log_tail(&self) -> String {
+        let text = std::fs::read(&self.log).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let errors: Vec<&str> = text.lines().filter(|line| line.contains("Error")).collect();
+        let shown = match errors.is_empty() {
+            true => {
+                let mut at = text.len().saturating_sub(TAIL_BYTES);
+                while !text.is_char_boundary(at) {
+                    at += 1;
+                }
+                text[at..].trim().to_owned()
+            }
+            false => errors[errors.len().saturating_sub(4)..].join("\n"),
+        };
+        match shown.is_empty() {
+            true => String::new(),
+            false => format!(":\n{}: {shown}", self.log.display()),
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! The source's side of the agent's HTTP interface.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::body::Body;
+use http_body_util::{BodyExt, Limited};
+use hyper::client::conn::http1::{SendRequest, handshake};
+use hyper::{Method, Request, StatusCode, header};
+use hyper_util::rt::TokioIo;
+use pageferry::engine::transport::Peer;
+use pageferry::error::{Error, Kind, Result};
+use pageferry::limits::MIGRATION_JSON_BYTES_MAX;
+use pageferry::migration::messages::Problem;
+use pageferry::tls::Tls;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+
+/// How long a connection may take to be made.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Speaks to one agent. Connections are kept for the next request.
+#[derive(Clone)]
+pub(crate) struct AgentClient {
+    peer: Peer,
+    tls: Option<Tls>,
+    idle: Arc<Mutex<Vec<SendRequest<Body>>>>,
+}
+
+impl fmt::Debug for AgentClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "AgentClient of {}", self.peer)
+    }
+}
+
+impl AgentClient {
+    /// Of the agent at `peer`.
+    pub(crate) fn new(peer: Peer, tls: Option<Tls>) -> AgentClient {
+        AgentClient {
+            peer,
+            tls,
+            idle: Arc::default(),
+        }
+    }
+
+    /// Where the agent is.
+    pub(crate) fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    /// Makes connections now that are needed when every millisecond counts.
+    pub(crate) async fn warm(&self, connections: usize) -> Result<()> {
+        for _ in 0..connections {
+            let connection = self.connect().await?;
+            self.put_back(connection);
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn get<R: DeserializeOwned>(&self, path: &str) -> Result<R> {
+        self.call(Method::GET, path, Body::empty()).await
+    }
+
+    pub(crate) async fn post<R: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<R> {
+        let text = serde_json::to_vec(body)
+            .map_err(|error| Error::wrap(Kind::Usage, "a request cannot be written", error))?;
+        self.call(Method::POST, path, Body::from(text)).await
+    }
+
+    /// Sends `body` as it comes.
+    pub(crate) async fn put<R: DeserializeOwned>(&self, path: &str, body: Body) -> Result<R> {
+        self.call(Method::PUT, path, body).await
+    }
+
+    async fn call<R: DeserializeOwned>(&self, method: Method, path: &str, body: Body) -> Result<R> {
+        let lost = |error: hyper::Error| {
+            Error::wrap(
+                Kind::PeerLost,
+                format!("the agent at {} is lost", self.peer),
+                error,
+            )
+        };
+        let mut connection = match self.take_idle() {
+            Some(connection) => connection,
+            None => self.connect().await?,
+        };
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(header::HOST, "agent")
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(body)
+            .map_err(|error| Error::wrap(Kind::Usage, "a request cannot be made", error))?;
+        let response = connection.send_request(request).await.map_err(lost)?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), MIGRATION_JSON_BYTES_MAX);
+        let body = body.collect().await.map_err(|error| {
+            Error::wrap(
+                Kind::PeerLost,
+                format!("the answer of the agent at {}", self.peer),
+                error,
+            )
+        })?;
+        let bytes = body.to_bytes();
+        self.put_back(connection);
+        if status != StatusCode::OK {
+            let text = serde_json::from_slice::<Problem>(&bytes)
+                .map_or_else(|_| status.to_string(), |problem| problem.error);
+            let text = format!("the agent at {}: {text}", self.peer);
+            return Err(Error::new(Kind::Protocol, text));
+        }
+        serde_json::from_slice(&bytes).map_err(|error| {
+            let text = format!(
+                "the agent at {} answers {path} in words unknown here",
+                self.peer
+            );
+            Error::wrap(Kind::Protocol, text, error)
+        })
+    }
+
+    fn take_idle(&self) -> Option<SendRequest<Body>> {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some(connection) = idle.pop() {
+            if connection.is_ready() {
+                return Some(connection);
+            }
+        }
+        None
+    }
+
+    fn put_back(&self, connection: SendRequest<Body>) {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        idle.push(connection);
+    }
+
+    async fn connect(&self) -> Result<SendRequest<Body>> {
+        let lost = |error: std::io::Error| {
+            let text = format!("cannot reach the agent at {}", self.peer);
+            Error::wrap(Kind::PeerLost, text, error)
+        };
+        let slow = |_| lost(std::io::ErrorKind::TimedOut.into());
+        match &self.peer {
+            Peer::Tcp { host, port } => {
+                let made = TcpStream::connect((host.as_str(), *port));
+                let stream = timeout(CONNECT_TIMEOUT, made)
+                    .await
+                    .map_err(slow)?
+                    .map_err(lost)?;
+                stream.set_nodelay(true).map_err(lost)?;
+                match &self.tls {
+                    None => speak(stream).await,
+                    Some(tls) => {
+                        let (config, name) = tls.client_config(host)?;
+                        let secured = TlsConnector::from(config).connect(name, stream);
+                        let secured = timeout(CONNECT_TIMEOUT, secured).await.map_err(slow)?;
+                        speak(secured.map_err(lost)?).await
+                    }
+                }
+            }
+            Peer::Unix(path) => speak(UnixStream::connect(path).await.map_err(lost)?).await,
+        }
+    }
+}
+
+async fn speak<S>(stream: S) -> Result<SendRequest<Body>>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let failed = |error| Error::wrap(Kind::PeerLost, "the agent does not speak HTTP", error);
+    let (connection, driver) = handshake(TokioIo::new(stream)).await.map_err(failed)?;
+    tokio::spawn(async move {
+        // What goes wrong is told to whoever waits for an answer.
+        let _ = driver.await;
+    });
+    Ok(connection)
+}

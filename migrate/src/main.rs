@@ -1,0 +1,79 @@
+//! The `pageferry` command: one subcommand for each task, each in a module of its own.
+
+mod agent;
+mod child;
+mod client;
+mod facts;
+mod hook;
+mod programs;
+mod records;
+mod rounds;
+mod source;
+
+use std::future::Future;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use pageferry::error::Result;
+use tracing_subscriber::filter::LevelFilter;
+
+/// Moves running process trees between hosts, and looks after the images of CRIU.
+#[derive(Parser, Debug)]
+#[command(name = "pageferry", version)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+
+    /// Say more
+    #[arg(short, long, global = true)]
+    verbose: bool,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Wait at a destination for migrations
+    Agent(agent::Args),
+    /// Move a running process tree to an agent's host
+    Migrate(Box<source::Args>),
+    #[command(hide = true)]
+    RestoreHook(hook::Args),
+    #[command(hide = true)]
+    Guard(source::guard::Args),
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let level = match args.verbose {
+        true => LevelFilter::DEBUG,
+        false => LevelFilter::INFO,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_target(false)
+        .with_writer(std::io::stderr)
+        .init();
+    match args.command {
+        Command::Agent(args) => agent::run(&args),
+        Command::Migrate(args) => source::run(&args),
+        Command::RestoreHook(args) => hook::run(&args),
+        Command::Guard(args) => source::guard::run(&args),
+    }
+}
+
+/// Runs `work` on one thread and turns its result into an exit code.
+fn run_to_end(work: impl Future<Output = Result<()>>) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let ended = match runtime {
+        Ok(runtime) => runtime.block_on(work).map_err(|error| error.to_string()),
+        Err(error) => Err(format!("cannot start: {error}")),
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

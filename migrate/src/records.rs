@@ -1,0 +1,56 @@
+//! Small files that survive a crash: whole or absent, and on disk before the call returns.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::Path;
+
+use pageferry::error::{Error, Kind, Result};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// Writes `value` to `path` as JSON; what was there before stays until all of it is on disk.
+pub(crate) fn write<T: Serialize>(path: &Path, value: &T) -> Result<()> {
+    let failed = |error: io::Error| Error::file("write", path, error);
+    let part = path.with_extension("part");
+    let mut file = File::create(&part).map_err(failed)?;
+    let text = serde_json::to_vec_pretty(value).map_err(|error| failed(error.into()))?;
+    file.write_all(&text).map_err(failed)?;
+    file.sync_all().map_err(failed)?;
+    fs::rename(&part, path).map_err(failed)?;
+    let dir = path.parent().unwrap_or(Path::new("."));
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(failed)
+}
+
+/// Reads what [`write`] wrote; `None` if there is no such file.
+pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    match fs::read(path) {
+        Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|error| {
+            let text = format!("{} is not what pageferry wrote there", path.display());
+            Error::wrap(Kind::Io, text, error)
+        }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::file("read", path, error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_is_read_back_and_the_newest_counts() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("record.json");
+        assert_eq!(read::<u32>(&path).unwrap(), None);
+        for value in [7, 8] {
+            write(&path, &value).unwrap();
+            assert_eq!(read(&path).unwrap(), Some(value));
+        }
+        assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 1);
+        fs::write(&path, "{").unwrap();
+        let error = read::<u32>(&path).unwrap_err().to_string();
+        assert!(error.contains("record.json"), "{error}");
+    }
+}

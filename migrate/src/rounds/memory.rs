@@ -1,0 +1,275 @@
+//! Which pages of a running process a dump would hold, and their bytes.
+
+use std::fs::{self, File};
+use std::io::{IoSliceMut, Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+
+use nix::errno::Errno;
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::{Pid, Whence, lseek64};
+use pageferry::error::Result;
+use pageferry::units::{PageRange, PageSize, Vaddr};
+use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process};
+
+use super::sender::Sender;
+use super::tree::Member;
+
+/// Read from the process and sent at once, pages.
+const RUN_PAGES: u64 = 256;
+
+/// Of a word of /proc/PID/pagemap: the page is in memory.
+const PRESENT: u64 = 1 << 63;
+/// The page is swapped out.
+const SWAPPED: u64 = 1 << 62;
+/// The page is a file's or shared: the process has not written it.
+const OF_FILE: u64 = 1 << 61;
+
+/// Bytes of a word of /proc/PID/pagemap.
+const WORD: usize = 8;
+
+/// What is mapped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Contents {
+    /// Memory of the process's own: anonymous, or written pages of a private file mapping.
+    Private,
+    /// A segment of shared memory without a file: anonymous, memfd or System V.
+    Shared {
+        /// The inode, by which CRIU names the segment.
+        id: u32,
+        /// Where in the segment the mapping begins, bytes.
+        offset: u64,
+    },
+}
+
+/// One mapping.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Area {
+    pub(super) range: PageRange,
+    pub(super) contents: Contents,
+}
+
+impl Area {
+    /// The segment's id.
+    pub(super) fn segment(&self) -> Option<u32> {
+        match self.contents {
+            Contents::Private => None,
+            Contents::Shared { id, .. } => Some(id),
+        }
+    }
+}
+
+/// The mappings of a process whose pages a dump would hold; none if it has ended.
+pub(super) fn areas(member: &Member) -> Vec<Area> {
+    let maps = Process::new(member.pid).and_then(|process| process.maps());
+    let maps = maps.map(|maps| maps.0).unwrap_or_default();
+    maps.iter().filter_map(area).collect()
+}
+
+fn area(map: &MemoryMap) -> Option<Area> {
+    let (start, end) = map.address;
+    let path = match &map.pathname {
+        MMapPath::Vdso | MMapPath::Vvar | MMapPath::Vsyscall => return None,
+        MMapPath::Other(name) if name.starts_with("vvar") => return None,
+        MMapPath::Path(path) => path.to_str().unwrap_or_default(),
+        _ => "",
+    };
+    // CRIU restores huge pages of these kinds without asking a parent for them: they wait for the dump.
+    if path.starts_with("/anon_hugepage") || path.starts_with("/dev/hugepages") {
+        return None;
+    }
+    let contents = match map.perms.contains(MMPermissions::SHARED) {
+        false => Contents::Private,
+        true => {
+            let is_segment = path.starts_with("/dev/zero (deleted)")
+                || path.starts_with("/memfd:")
+                || path.starts_with("/SYSV")
+                || matches!(map.pathname, MMapPath::Vsys(_));
+            if !is_segment {
+                return None;
+            }
+            Contents::Shared {
+                id: u32::try_from(map.inode).ok()?,
+                offset: map.offset,
+            }
+        }
+    };
+    Some(Area {
+        range: PageRange::new(start, end),
+        contents,
+    })
+}
+
+/// Sends the pages of a private mapping that a dump would hold.
+pub(super) fn send_private(
+    member: &Member,
+    range: PageRange,
+    page: PageSize,
+    sender: &mut Sender,
+) -> Result<()> {
+    let mut bytes = vec![0; usize::try_from(RUN_PAGES).unwrap_or(0) << page.shift()];
+    let Ok(mut pagemap) = File::open(format!("/proc/{}/pagemap", member.pid)) else {
+        // It has ended: so there is nothing to move.
+        return Ok(());
+    };
+    let mut at = range.start().get();
+    while at < range.end().get() {
+        let pages = ((range.end().get() - at) >> page.shift()).min(RUN_PAGES * 16);
+        let words = read_words(&mut pagemap, at >> page.shift(), pages);
+        for (first, count) in runs(&words) {
+            let start = at + ((first as u64) << page.shift());
+            send_run(member.pid, start, count as u64, page, &mut bytes, sender)?;
+        }
+        at += pages << page.shift();
+    }
+    Ok(())
+}
+
+/// Pages of a private mapping that a dump would hold.
+pub(super) fn present_pages(pid: i32, range: PageRange, page: PageSize) -> u64 {
+    let Ok(mut pagemap) = File::open(format!("/proc/{pid}/pagemap")) else {
+        return 0;
+    };
+    let mut at = range.start().get();
+    let mut count = 0;
+    while at < range.end().get() {
+        let pages = ((range.end().get() - at) >> page.shift()).min(RUN_PAGES * 16);
+        let words = read_words(&mut pagemap, at >> page.shift(), pages);
+        count += words.iter().filter(|&&word| is_private(word)).count() as u64;
+        at += pages << page.shift();
+    }
+    count
+}
+
+fn is_private(word: u64) -> bool {
+    word & (PRESENT | SWAPPED) != 0 && word & OF_FILE == 0
+}
+
+fn read_words(pagemap: &mut File, first: u64, count: u64) -> Vec<u64> {
+    let mut bytes = vec![0; usize::try_from(count).unwrap_or(0) * WORD];
+    let read = pagemap
+        .seek(SeekFrom::Start(first * WORD as u64))
+        .and_then(|_| pagemap.read_exact(&mut bytes));
+    if read.is_err() {
+        return Vec::new();
+    }
+    let word = |chunk: &[u8]| u64::from_le_bytes(chunk.try_into().unwrap_or_default());
+    bytes.chunks_exact(WORD).map(word).collect()
+}
+
+/// Runs of pages that a dump would hold: index of the first, and how many.
+fn runs(words: &[u64]) -> Vec<(usize, usize)> {
+    let mut runs: Vec<(usize, usize)> = Vec::new();
+    for (index, _) in words
+        .iter()
+        .enumerate()
+        .filter(|(_, word)| is_private(**word))
+    {
+        match runs.last_mut() {
+            Some((first, count)) if *first + *count == index => *count += 1,
+            _ => runs.push((index, 1)),
+        }
+    }
+    runs
+}
+
+fn send_run(
+    pid: i32,
+    mut start: u64,
+    mut pages: u64,
+    page: PageSize,
+    bytes: &mut [u8],
+    sender: &mut Sender,
+) -> Result<()> {
+    while pages > 0 {
+        let now = pages.min(RUN_PAGES);
+        let length = usize::try_from(now).unwrap_or(0) << page.shift();
+        let read = read_memory(pid, start, &mut bytes[..length]) >> page.shift();
+        if read == 0 {
+            // A guard, or memory that has been unmapped since: the dump knows more.
+            start += page.bytes();
+            pages -= 1;
+            continue;
+        }
+        sender.pages_at(Vaddr(start), &bytes[..read << page.shift()])?;
+        start += (read as u64) << page.shift();
+        pages -= read as u64;
+    }
+    Ok(())
+}
+
+/// Reads what can be read; 0 if nothing can.
+fn read_memory(pid: i32, start: u64, bytes: &mut [u8]) -> usize {
+    let remote = [RemoteIoVec {
+        base: usize::try_from(start).unwrap_or(0),
+        len: bytes.len(),
+    }];
+    let mut local = [IoSliceMut::new(bytes)];
+    loop {
+        match process_vm_readv(Pid::from_raw(pid), &mut local, &remote) {
+            Err(Errno::EINTR) => {}
+            read => return read.unwrap_or(0),
+        }
+    }
+}
+
+/// Sends the pages of a segment that have ever been written, through the mapping's file: reading the mapping
+/// itself would give memory to pages that have none.
+pub(super) fn send_shared(
+    pid: i32,
+    area: &Area,
+    page: PageSize,
+    sender: &mut Sender,
+) -> Result<()> {
+    let Contents::Shared { offset, .. } = area.contents else {
+        return Ok(());
+    };
+    let (start, end) = (area.range.start().get(), area.range.end().get());
+    let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
+    let Ok(file) = File::open(&path) else {
+        return Ok(());
+    };
+    let length = fs::metadata(&path).map_or(0, |meta| meta.len());
+    let last = length.min(offset + area.range.bytes());
+    let mut bytes = vec![0; usize::try_from(RUN_PAGES).unwrap_or(0) << page.shift()];
+    let mut at = offset;
+    while at < last {
+        let Some(data) = seek(&file, at, Whence::SeekData).filter(|&data| data < last) else {
+            return Ok(());
+        };
+        let hole = seek(&file, data, Whence::SeekHole)
+            .unwrap_or(last)
+            .min(last);
+        at = page.floor(data);
+        while at < hole {
+            let length = usize::try_from(hole - at).unwrap_or(0).min(bytes.len());
+            let length = length & !(page.as_usize() - 1);
+            if length == 0 || file.read_exact_at(&mut bytes[..length], at).is_err() {
+                return Ok(());
+            }
+            // CRIU numbers a segment's pages from its own beginning.
+            sender.pages_at(Vaddr(at), &bytes[..length])?;
+            at += length as u64;
+        }
+    }
+    Ok(())
+}
+
+fn seek(file: &File, at: u64, whence: Whence) -> Option<u64> {
+    let at = i64::try_from(at).ok()?;
+    lseek64(file, at, whence)
+        .ok()
+        .and_then(|found| u64::try_from(found).ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_pages_of_the_process_make_runs() {
+        let (own, swapped, of_file) = (PRESENT, SWAPPED, PRESENT | OF_FILE);
+        let words = [own, own, 0, of_file, swapped, own];
+        assert_eq!(runs(&words), [(0, 2), (4, 2)]);
+        assert_eq!(runs(&[0, of_file]), []);
+    }
+}

@@ -1,0 +1,137 @@
+//! Speaks to a page-server as a dump does.
+
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use pageferry::criu::header::{HEADER_BYTES_MAX, Header, Op, PageFlags, Target, Wire};
+use pageferry::error::{Error, Kind, Result};
+use pageferry::units::{PageCount, PageSize, Vaddr};
+
+/// A session with a page-server.
+#[derive(Debug)]
+pub(super) struct Sender {
+    stream: TcpStream,
+    server: SocketAddr,
+    page: PageSize,
+    target: Option<Target>,
+    pages: u64,
+    rate: Option<Rate>,
+}
+
+/// Holds the reading to a rate.
+#[derive(Debug)]
+struct Rate {
+    bytes_per_s: u64,
+    start: Instant,
+    bytes: u64,
+}
+
+impl Rate {
+    /// Waits until `bytes` more are allowed.
+    fn wait_for(&mut self, bytes: u64) {
+        self.bytes += bytes;
+        let due = Duration::from_micros(self.bytes.saturating_mul(1_000_000) / self.bytes_per_s);
+        let ahead = due.saturating_sub(self.start.elapsed());
+        if !ahead.is_zero() {
+            std::thread::sleep(ahead);
+        }
+    }
+}
+
+impl Sender {
+    pub(super) fn connect(
+        server: SocketAddr,
+        page: PageSize,
+        bytes_per_s: Option<u64>,
+    ) -> Result<Sender> {
+        let stream = TcpStream::connect(server).map_err(|error| lost(server, error))?;
+        stream
+            .set_nodelay(true)
+            .map_err(|error| lost(server, error))?;
+        Ok(Sender {
+            stream,
+            server,
+            page,
+            target: None,
+            pages: 0,
+            rate: bytes_per_s.map(|bytes_per_s| Rate {
+                bytes_per_s,
+                start: Instant::now(),
+                bytes: 0,
+            }),
+        })
+    }
+
+    /// Pages that were sent.
+    pub(super) fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Pages that follow are of `target`.
+    pub(super) fn open(&mut self, target: Target) -> Result<()> {
+        self.target = Some(target);
+        self.say(Op::Open2, PageFlags::default(), 0, Vaddr(0))?;
+        let mut has_parent = [0; 1];
+        self.hear(&mut has_parent)
+    }
+
+    /// Sends whole pages that lie at `at`, in the order of addresses.
+    pub(super) fn pages_at(&mut self, at: Vaddr, bytes: &[u8]) -> Result<()> {
+        if let Some(rate) = &mut self.rate {
+            rate.wait_for(bytes.len() as u64);
+        }
+        let pages = (bytes.len() >> self.page.shift()) as u64;
+        self.pages += pages;
+        self.say(Op::AddFlags, PageFlags::PRESENT, pages, at)?;
+        let server = self.server;
+        self.stream
+            .write_all(bytes)
+            .map_err(|error| lost(server, error))
+    }
+
+    /// Waits until everything is stored.
+    pub(super) fn close(&mut self) -> Result<()> {
+        self.say(Op::Close, PageFlags::default(), 0, Vaddr(0))?;
+        let mut status = [0; 4];
+        self.hear(&mut status)?;
+        match i32::from_le_bytes(status) {
+            0 => Ok(()),
+            status => {
+                let text = format!(
+                    "the page-server at {} stored nothing: {status}",
+                    self.server
+                );
+                Err(Error::new(Kind::PeerLost, text))
+            }
+        }
+    }
+
+    fn say(&mut self, op: Op, flags: PageFlags, pages: u64, vaddr: Vaddr) -> Result<()> {
+        let header = Header {
+            op,
+            flags,
+            pages: PageCount(pages),
+            vaddr,
+            dst_id: self.target.map_or(0, Target::dst_id),
+        };
+        let mut bytes = [0; HEADER_BYTES_MAX];
+        let length = header.encode(Wire::V2, &mut bytes);
+        let server = self.server;
+        self.stream
+            .write_all(&bytes[..length])
+            .map_err(|error| lost(server, error))
+    }
+
+    fn hear(&mut self, answer: &mut [u8]) -> Result<()> {
+        let server = self.server;
+        self.stream
+            .read_exact(answer)
+            .map_err(|error| lost(server, error))
+    }
+}
+
+fn lost(server: SocketAddr, error: io::Error) -> Error {
+    let text = format!("the page-server at {server} is lost (its log says why)");
+    Error::wrap(Kind::PeerLost, text, error)
+}

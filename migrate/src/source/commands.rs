@@ -1,0 +1,110 @@
+//! The command lines of the programs that the source runs.
+
+use std::net::Ipv4Addr;
+use std::path::Path;
+
+use pageferry::engine::transport::Peer;
+use pageferry::migration::messages::TcpConnections;
+use pageferry::tls::TlsArgs;
+use tokio::process::Command;
+
+use crate::agent::with_tls;
+use crate::programs::Programs;
+
+/// Where a page-server tells its port, in its directory.
+pub(super) const PORT_FILE: &str = "forwarder.port";
+
+/// Where it tells what it sent.
+pub(super) const SUMMARY: &str = "forwarder.json";
+
+/// A page-server that sends dumps and rounds on to the receiver at `far_end`.
+pub(super) fn forwarder(programs: &Programs, tls: &TlsArgs, dir: &Path, far_end: &Peer) -> Command {
+    let mut command = page_server(programs, dir, dir);
+    command
+        .args(["--address", &Ipv4Addr::LOCALHOST.to_string(), "--keep"])
+        .args(["--forward", &far_end.to_string()]);
+    with_tls(&mut command, tls);
+    command
+}
+
+/// A page-server that takes over the memory of the lazy dump at `dump` and serves it at `address`.
+pub(super) fn lazy_forwarder(
+    programs: &Programs,
+    tls: &TlsArgs,
+    place: (&Path, &Path),
+    dump_port: u16,
+    address: &str,
+) -> Command {
+    let (dir, images) = place;
+    let mut command = page_server(programs, dir, images);
+    command.args(["--address", address]).args([
+        "--forward-lazy",
+        &format!("{}:{dump_port}", Ipv4Addr::LOCALHOST),
+    ]);
+    with_tls(&mut command, tls);
+    command
+}
+
+fn page_server(programs: &Programs, dir: &Path, images: &Path) -> Command {
+    let mut command = Command::new(&programs.page_server);
+    command
+        .arg("-D")
+        .arg(images)
+        .arg("-W")
+        .arg(dir)
+        .args(["-o", "forwarder.log", "-v3", "--port", "0"])
+        .args(["--port-file", PORT_FILE, "--summary-json", SUMMARY]);
+    command
+}
+
+/// A dump of the tree under `pid` into `images`, without its pages.
+pub(super) fn dump(
+    programs: &Programs,
+    pid: i32,
+    images: &Path,
+    pages: Pages,
+    tcp: TcpConnections,
+) -> Command {
+    let mut command = Command::new(&programs.criu);
+    command
+        .args([
+            "dump",
+            "-t",
+            &pid.to_string(),
+            "-o",
+            "dump.log",
+            "-v4",
+            "-D",
+        ])
+        .arg(images)
+        .args(["--address", &Ipv4Addr::LOCALHOST.to_string()]);
+    match pages {
+        Pages::ServedAt(port) => command.args(["--lazy-pages", "--port", &port.to_string()]),
+        // They stay stopped until it is decided where they live.
+        Pages::SentTo(port) => command.args([
+            "--page-server",
+            "--leave-stopped",
+            "--port",
+            &port.to_string(),
+        ]),
+    };
+    match tcp {
+        TcpConnections::Refuse => {}
+        TcpConnections::Established => {
+            command.arg("--tcp-established");
+        }
+        TcpConnections::Close => {
+            command.arg("--tcp-close");
+        }
+    }
+    command
+}
+
+/// What becomes of a dump's pages: the port on loopback.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Pages {
+    /// CRIU serves them there.
+    ServedAt(u16),
+    /// A page-server receives them there.
+    SentTo(u16),
+}

@@ -1,0 +1,498 @@
+//! The steps of one migration at the source, in order.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use axum::body::Body;
+use pageferry::engine::transport::Peer;
+use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::messages::{Begin, Receiver, RestoreRequest, Status};
+use pageferry::migration::{
+    AgentState, Convergence, Costs, Decision, Mode, OnMissed, RoundResult, Source, SourceAction,
+    SourceEvent, SourceState, predict_downtime,
+};
+use pageferry::units::PageSize;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::{Instant, timeout_at};
+use tokio_util::io::{ReaderStream, SyncIoBridge};
+
+use super::args::Args;
+use super::commands::{self, PORT_FILE, Pages, SUMMARY};
+use super::place::{Place, read_number};
+use super::report::{Report, last_session};
+use crate::child::Program;
+use crate::client::AgentClient;
+use crate::programs::Programs;
+use crate::rounds::{self, Tree};
+
+/// How long a program may take to listen.
+const READY_LIMIT: Duration = Duration::from_secs(60);
+
+/// Connections that are made before the freeze: for the images, the restore and the commit.
+const WARM_CONNECTIONS: usize = 2;
+
+/// Buffered between the reading of image files and the connection, bytes.
+const IMAGES_BUFFER_BYTES: usize = 256 << 10;
+
+/// One migration under way.
+pub(super) struct Flow<'a> {
+    args: &'a Args,
+    programs: Programs,
+    client: AgentClient,
+    place: Place,
+    page: PageSize,
+    source: Source,
+    mode: Mode,
+    costs: Costs,
+    convergence: Convergence,
+    report: Report,
+    started: Instant,
+    frozen: Option<Instant>,
+    /// Programs that were started; the records know them too.
+    running: Vec<Program>,
+}
+
+impl<'a> Flow<'a> {
+    pub(super) fn new(
+        args: &'a Args,
+        programs: Programs,
+        client: AgentClient,
+        place: Place,
+        page: PageSize,
+        report: Report,
+        started: Instant,
+    ) -> Flow<'a> {
+        Flow {
+            args,
+            programs,
+            client,
+            mode: place.facts.mode,
+            place,
+            page,
+            source: Source::new(),
+            costs: Costs::default(),
+            convergence: Convergence::default(),
+            report,
+            started,
+            frozen: None,
+            running: Vec::new(),
+        }
+    }
+
+    /// Moves the tree, or leaves it where it is. Fails if neither can be done for sure.
+    pub(super) async fn run(&mut self) -> Result<SourceState> {
+        let deadline = self.started + self.args.timeout;
+        let failed = |error| Error::wrap(Kind::Io, "signals cannot be heard", error);
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+        let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+        let mut hang_up = signal(SignalKind::hangup()).map_err(failed)?;
+        let ready = tokio::select! {
+            ready = timeout_at(deadline, self.prepare()) => ready.unwrap_or_else(|_| {
+                let text = format!("the time is over (--timeout {:?})", self.args.timeout);
+                Err(Error::new(Kind::Interrupted, text))
+            }),
+            _ = interrupt.recv() => Err(stopped("Ctrl-C")),
+            _ = terminate.recv() => Err(stopped("SIGTERM")),
+            _ = hang_up.recv() => Err(stopped("SIGHUP")),
+        };
+        let event = match ready {
+            Ok(()) => SourceEvent::AgentReady,
+            Err(error) => {
+                tracing::error!("{error}: the processes go on here");
+                self.report.problem = Some(error.to_string());
+                SourceEvent::Failed
+            }
+        };
+        self.decide(event).await?;
+        Ok(self.source.state())
+    }
+
+    /// Everything until the agent is ready.
+    async fn prepare(&mut self) -> Result<()> {
+        self.begin().await?;
+        if self.mode.has_rounds() {
+            self.run_rounds().await?;
+        } else if !self.mode.is_lazy() {
+            self.start_forwarder(None).await?;
+        }
+        self.report.predicted_downtime_ms = Some(ms(self.predict()));
+        self.client.warm(WARM_CONNECTIONS).await?;
+        let frozen = Instant::now();
+        self.report.preparation_ms = ms(frozen - self.started);
+        self.frozen = Some(frozen);
+        self.source.handle(SourceEvent::Freezing);
+        match self.mode.is_lazy() {
+            true => self.dump_lazily().await,
+            false => self.dump_whole().await,
+        }
+    }
+
+    async fn begin(&mut self) -> Result<()> {
+        let tree = Tree::of(self.root())?;
+        let begin = Begin {
+            id: self.place.facts.id.clone(),
+            mode: self.mode,
+            pids: tree
+                .members()
+                .iter()
+                .map(|member| member.inner_pid)
+                .collect(),
+            memory_bytes: self.report.memory_bytes,
+            tcp: self.args.tcp(),
+            timeout_s: self.args.timeout.as_secs(),
+        };
+        self.client.post::<Status>("/v1/migrations", &begin).await?;
+        Ok(())
+    }
+
+    fn root(&self) -> i32 {
+        self.place.facts.tree.first().map_or(0, |root| root.pid)
+    }
+
+    fn predict(&self) -> Duration {
+        let memory = self.report.memory_bytes;
+        let changed = self.convergence.expected_bytes().unwrap_or(memory);
+        predict_downtime(self.mode, &self.costs, memory, changed, 0)
+    }
+
+    async fn run_rounds(&mut self) -> Result<()> {
+        let limits = self.args.limits(self.mode);
+        for number in 1.. {
+            let started = Instant::now();
+            let receiver: Receiver = self
+                .client
+                .post(&self.place.path(&format!("/rounds/{number}")), &())
+                .await?;
+            if number == 1 {
+                self.start_forwarder(Some(receiver)).await?;
+            }
+            let port = read_number(&self.place.dir().join(PORT_FILE))?;
+            let forwarder = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+            let tree = Tree::of(self.root())?;
+            let (page, rate) = (self.page, self.args.round_rate);
+            let read = tokio::task::spawn_blocking(move || {
+                rounds::run(&tree, forwarder, page, Some(rate.max(1)))
+            });
+            let read = read.await.map_err(|error| {
+                Error::wrap(Kind::Io, "a round was ended", io::Error::other(error))
+            })??;
+            let stored = self.place.path(&format!("/rounds/{number}/stored"));
+            self.client.get::<Status>(&stored).await?;
+            let line = last_session(&self.place.dir().join(SUMMARY))?;
+            self.report.add_session(&line);
+            let round = result_of_round(&line, started.elapsed());
+            self.report.memory_bytes = read.pages << self.page.shift();
+            self.learn(round);
+            let decision = self.convergence.add(round, self.predict(), &limits);
+            self.report.rounds.push(round);
+            tracing::info!(
+                "round {number}: {} of {} pages had changed, {} ms; a freeze now would take about {:.0} ms",
+                round.pages,
+                read.pages,
+                read.took.as_millis(),
+                ms(self.predict())
+            );
+            match decision {
+                Decision::Again => {}
+                Decision::Freeze | Decision::Missed(OnMissed::Proceed) => return Ok(()),
+                Decision::Missed(OnMissed::PostCopy) => {
+                    self.change_mode(Mode::Hybrid)?;
+                    return Ok(());
+                }
+                Decision::Missed(OnMissed::Cancel) => {
+                    let text = format!(
+                        "after {number} rounds the downtime would be {:.0} ms, more than --max-downtime \
+                         (--on-missed post-copy moves it all the same)",
+                        ms(self.predict())
+                    );
+                    return Err(Error::new(Kind::Interrupted, text));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The first round fills the link: it tells the rate.
+    fn learn(&mut self, round: RoundResult) {
+        if self.convergence.rounds().is_empty() && round.ms > 0 {
+            #[allow(clippy::cast_precision_loss)]
+            let rate = round.bytes as f64 / (round.ms as f64 / 1e3);
+            self.costs.bytes_per_s = self.costs.bytes_per_s.max(rate);
+        }
+    }
+
+    fn change_mode(&mut self, mode: Mode) -> Result<()> {
+        self.mode = mode;
+        self.place.facts.mode = mode;
+        self.report.mode = mode.name().to_owned();
+        self.place.keep_facts()
+    }
+
+    /// Starts what sends rounds and whole dumps on. Without a receiver that is there, the final one's.
+    async fn start_forwarder(&mut self, receiver: Option<Receiver>) -> Result<()> {
+        let receiver = match receiver {
+            Some(receiver) => receiver,
+            None => self.client.post(&self.place.path("/pages"), &()).await?,
+        };
+        let far_end = match self.client.peer() {
+            Peer::Tcp { host, .. } => Peer::Tcp {
+                host: host.clone(),
+                port: receiver.port,
+            },
+            Peer::Unix(_) => Peer::Tcp {
+                host: Ipv4Addr::LOCALHOST.to_string(),
+                port: receiver.port,
+            },
+        };
+        let dir = self.place.dir().to_owned();
+        let mut command = commands::forwarder(&self.programs, &self.args.tls, &dir, &far_end);
+        let log = dir.join("forwarder.log");
+        let program =
+            Program::start_ready("page-server --forward", &mut command, &log, READY_LIMIT).await?;
+        self.place.facts.forwarder = Some(program.name());
+        self.place.keep_facts()?;
+        self.running.push(program);
+        Ok(())
+    }
+
+    /// Freezes for good: all pages go to the destination before the restore.
+    async fn dump_whole(&mut self) -> Result<()> {
+        if self.mode.has_rounds() {
+            let pages = self.place.path("/pages");
+            self.client.post::<Receiver>(&pages, &()).await?;
+        }
+        let port = read_number(&self.place.dir().join(PORT_FILE))?;
+        let images = self.place.images();
+        let mut command = commands::dump(
+            &self.programs,
+            self.root(),
+            &images,
+            Pages::SentTo(port),
+            self.args.tcp(),
+        );
+        let mut dump = Program::start("criu dump", &mut command, &images.join("dump.log"))?;
+        self.place.facts.dump = Some(dump.name());
+        self.place.keep_facts()?;
+        dump.succeed().await?;
+        self.phase("dump");
+        let stored = self.place.path("/pages/stored");
+        self.client.get::<Status>(&stored).await?;
+        let line = last_session(&self.place.dir().join(SUMMARY))?;
+        self.report.add_session(&line);
+        self.send_images().await?;
+        self.restore(None).await
+    }
+
+    /// Freezes until the destination can go on without what is still here.
+    async fn dump_lazily(&mut self) -> Result<()> {
+        let images = self.place.images();
+        let port = free_port()?;
+        let mut command = commands::dump(
+            &self.programs,
+            self.root(),
+            &images,
+            Pages::ServedAt(port),
+            self.args.tcp(),
+        );
+        let log = images.join("dump.log");
+        let dump = Program::start_ready("criu dump", &mut command, &log, self.args.timeout).await?;
+        self.place.facts.dump = Some(dump.name());
+        // The forwarder of the rounds has done its work.
+        if let Some(rounds) = self.place.facts.forwarder.take() {
+            let _ = rounds.signal(libc::SIGTERM);
+        }
+        self.place.keep_facts()?;
+        self.running.push(dump);
+        self.phase("dump");
+        let dir = self.place.dir().to_owned();
+        let address = self.serving_address();
+        let mut command = commands::lazy_forwarder(
+            &self.programs,
+            &self.args.tls,
+            (&dir, &images),
+            port,
+            &address,
+        );
+        let log = dir.join("forwarder.log");
+        let title = "page-server --forward-lazy";
+        let forwarder = Program::start_ready(title, &mut command, &log, READY_LIMIT).await?;
+        self.place.facts.forwarder = Some(forwarder.name());
+        self.place.keep_facts()?;
+        self.running.push(forwarder);
+        self.phase("forwarder");
+        self.send_images().await?;
+        let port = read_number(&dir.join(PORT_FILE))?;
+        self.restore(Some(port)).await
+    }
+
+    fn serving_address(&self) -> String {
+        match (&self.args.serve_on, self.args.tls.tls) {
+            (Some(address), _) => address.clone(),
+            (None, true) => Ipv4Addr::UNSPECIFIED.to_string(),
+            (None, false) => Ipv4Addr::LOCALHOST.to_string(),
+        }
+    }
+
+    /// Sends the image files that the dump wrote.
+    async fn send_images(&mut self) -> Result<()> {
+        let images = self.place.images();
+        let (near, far) = tokio::io::duplex(IMAGES_BUFFER_BYTES);
+        let packed = tokio::task::spawn_blocking(move || pack(&images, SyncIoBridge::new(near)));
+        let body = Body::from_stream(ReaderStream::new(far));
+        let path = self.place.path("/images");
+        let sent = self.client.put::<Status>(&path, body).await;
+        match packed.await {
+            Ok(Ok(bytes)) => self.report.wire_bytes += bytes,
+            Ok(Err(error)) => return Err(error),
+            Err(error) => {
+                let error = io::Error::other(error);
+                return Err(Error::wrap(Kind::Io, "sending the images was ended", error));
+            }
+        }
+        sent?;
+        self.phase("images");
+        Ok(())
+    }
+
+    async fn restore(&mut self, memory_port: Option<u16>) -> Result<()> {
+        let request = RestoreRequest { memory_port };
+        let path = self.place.path("/restore");
+        let status: Status = self.client.post(&path, &request).await?;
+        self.phase("restore");
+        match status.state {
+            AgentState::Ready => Ok(()),
+            _ => {
+                let why = status
+                    .problem
+                    .unwrap_or_else(|| format!("it is {:?}", status.state));
+                let text = format!("the destination could not restore: {why}");
+                Err(Error::new(Kind::PeerLost, text))
+            }
+        }
+    }
+
+    /// From the last event before the grant to the end.
+    async fn decide(&mut self, event: SourceEvent) -> Result<()> {
+        let mut todo = VecDeque::from(self.source.handle(event));
+        while let Some(action) = todo.pop_front() {
+            let event = self.place.carry_out(action).await?;
+            if action == SourceAction::SendCommit {
+                self.note_downtime();
+            }
+            if let Some(event) = event {
+                todo.extend(self.source.handle(event));
+            }
+            if action == SourceAction::EndProcesses && self.wait_for_memory().await? {
+                todo.extend(self.source.handle(SourceEvent::MemoryComplete));
+            }
+        }
+        Ok(())
+    }
+
+    fn note_downtime(&mut self) {
+        if let Some(frozen) = self.frozen {
+            self.phase("commit");
+            self.report.downtime_ms = Some(ms(frozen.elapsed()));
+        }
+    }
+
+    /// Waits until the destination has everything. False if it never will.
+    async fn wait_for_memory(&mut self) -> Result<bool> {
+        let status: Status = self.client.get(&self.place.path("/complete")).await?;
+        if let Some(summary) = &status.lazy_summary {
+            self.report.add_lazy_summary(summary);
+        }
+        if self.mode.is_lazy() {
+            let line = last_session(&self.place.dir().join(SUMMARY))?;
+            self.report.add_session(&line);
+        }
+        self.report.complete_ms = Some(ms(self.started.elapsed()));
+        match status.problem {
+            Some(problem) if status.state != AgentState::Complete => {
+                self.report.problem = Some(problem);
+                Ok(false)
+            }
+            _ => Ok(true),
+        }
+    }
+
+    /// Notes that a part of the downtime ends now.
+    fn phase(&mut self, name: &str) {
+        if let Some(frozen) = self.frozen {
+            let before: f64 = self.report.phases_ms.values().sum();
+            let took = ms(frozen.elapsed()) - before;
+            self.report.phases_ms.insert(name.to_owned(), took);
+        }
+    }
+
+    /// The report of a migration that has ended.
+    pub(super) fn finish(mut self, ended: &Result<SourceState>) -> Report {
+        self.report.total_ms = ms(self.started.elapsed());
+        self.report.result = match ended {
+            Ok(SourceState::Complete) => "moved".to_owned(),
+            Ok(SourceState::Committed) => "moved, and memory was lost".to_owned(),
+            Ok(_) => "rolled back".to_owned(),
+            Err(error) => {
+                self.report.problem.get_or_insert(error.to_string());
+                "not known".to_owned()
+            }
+        };
+        self.report
+    }
+}
+
+fn stopped(by: &str) -> Error {
+    Error::new(Kind::Interrupted, format!("stopped by {by}"))
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+fn result_of_round(line: &serde_json::Value, took: Duration) -> RoundResult {
+    let pages = |kind: &str| line["sent"][kind]["pages"].as_u64().unwrap_or_default();
+    RoundResult {
+        pages: pages("delta") + pages("zstd") + pages("raw"),
+        bytes: line["frame_bytes"].as_u64().unwrap_or_default(),
+        ms: u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+    }
+}
+
+/// Writes the image files of `dir` as a tar stream, and tells their bytes.
+fn pack(dir: &Path, out: impl io::Write) -> Result<u64> {
+    let failed = |path: &Path, error| Error::file("send", path, error);
+    let mut archive = tar::Builder::new(out);
+    let mut bytes = 0;
+    let entries = std::fs::read_dir(dir).map_err(|error| failed(dir, error))?;
+    let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    paths.sort();
+    for path in paths {
+        let Some(name) = path
+            .file_name()
+            .filter(|_| path.extension().is_some_and(|e| e == "img"))
+        else {
+            continue;
+        };
+        let mut file = std::fs::File::open(&path).map_err(|error| failed(&path, error))?;
+        bytes += file.metadata().map_or(0, |meta| meta.len());
+        archive
+            .append_file(name, &mut file)
+            .map_err(|error| failed(&path, error))?;
+    }
+    archive
+        .into_inner()
+        .and_then(|mut out| out.flush())
+        .map_err(|error| failed(dir, error))?;
+    Ok(bytes)
+}
+
+/// A port that nobody listens on at the moment: CRIU's page server takes no other way.
+fn free_port() -> Result<u16> {
+    let socket = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0));
+    let address = socket.and_then(|socket| socket.local_addr());
+    let failed = |error| Error::wrap(Kind::Io, "cannot find a free port", error);
+    Ok(address.map_err(failed)?.port())
+}

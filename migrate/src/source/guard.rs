@@ -1,0 +1,95 @@
+//! Finishes a migration whose command died: at once by the guard, or later by `--resume`.
+
+use std::collections::VecDeque;
+use std::io::Read;
+use std::path::PathBuf;
+use std::process::{ExitCode, Stdio};
+
+use pageferry::engine::transport::Peer;
+use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::messages::MigrationId;
+use pageferry::migration::{Source, SourceAction, SourceEvent, SourceRecord, SourceState};
+use pageferry::tls::{Tls, TlsArgs};
+use tokio::process::{Child, Command};
+
+use super::args::Args as MigrateArgs;
+use super::place::Place;
+use crate::agent::{address, with_tls};
+use crate::client::AgentClient;
+use crate::programs::Programs;
+
+/// Run by `pageferry migrate` alone.
+#[derive(clap::Args, Debug)]
+pub(crate) struct Args {
+    /// Directory of the migration at the source
+    dir: PathBuf,
+
+    #[arg(long, value_parser = address)]
+    to: Peer,
+
+    #[command(flatten)]
+    tls: TlsArgs,
+}
+
+/// Starts the guard of a migration. Its pipe ends with this process, or when the value is dropped.
+pub(super) fn start(args: &MigrateArgs, programs: &Programs, place: &Place) -> Result<Child> {
+    let mut command = Command::new(&programs.pageferry);
+    let to = match &args.to {
+        Peer::Unix(path) => format!("unix:{}", path.display()),
+        tcp @ Peer::Tcp { .. } => tcp.to_string(),
+    };
+    command.arg("guard").arg(place.dir()).args(["--to", &to]);
+    with_tls(&mut command, &args.tls);
+    let log = place.dir().join("guard.log");
+    let log = std::fs::File::create(&log).map_err(|error| Error::file("create", &log, error))?;
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .process_group(0);
+    command
+        .spawn()
+        .map_err(|error| Error::wrap(Kind::Io, "cannot start the guard", error))
+}
+
+/// Waits for the end of the migration's command, and finishes what it left.
+pub(crate) fn run(args: &Args) -> ExitCode {
+    // Nothing is ever written: the pipe ends with the process at its other end.
+    let _ = std::io::stdin().read(&mut [0; 1]);
+    crate::run_to_end(async {
+        let client = AgentClient::new(args.to.clone(), Tls::load(&args.tls)?);
+        finish(Place::find(&args.dir, client)?).await.map(drop)
+    })
+}
+
+/// Finishes the migration `id`.
+pub(super) async fn resume(args: &MigrateArgs, id: &MigrationId) -> Result<()> {
+    let client = AgentClient::new(args.to.clone(), Tls::load(&args.tls)?);
+    let dir = args.state_dir.join(id.to_string());
+    let state = finish(Place::find(&dir, client)?).await?;
+    let text = match state {
+        SourceState::Complete | SourceState::Committed => "the processes live at the destination",
+        _ => "the processes run here",
+    };
+    println!("migration {id}: {text}");
+    Ok(())
+}
+
+async fn finish(place: Place) -> Result<SourceState> {
+    let record = place.record()?;
+    // Whoever recorded the end has also done what follows from it, or the first step is done again.
+    let (mut source, actions) = Source::recover(record);
+    if record != Some(SourceRecord::Complete) {
+        tracing::warn!("finishing {}, left at {record:?}", place.facts.id);
+    }
+    let mut todo = VecDeque::from(actions);
+    while let Some(action) = todo.pop_front() {
+        if let Some(event) = place.carry_out(action).await? {
+            todo.extend(source.handle(event));
+        }
+        if action == SourceAction::EndProcesses {
+            todo.extend(source.handle(SourceEvent::MemoryComplete));
+        }
+    }
+    Ok(source.state())
+}

@@ -1,0 +1,165 @@
+//! `pageferry migrate`: moves a running process tree to an agent's host.
+//!
+//! ```text
+//! preflight ──> rounds ──> freeze: criu dump ──> images ──> restore there ──> grant ──> decision ──> end here
+//!                 │           │ pages through page-server --forward, or --forward-lazy
+//!                 └───────────┴── what goes wrong until the grant: release, and the tree runs on
+//! ```
+//!
+//! What is decided when is in [`pageferry::migration`]. A second process, the guard, holds the other end of
+//! a pipe: if this one is killed, it finishes the migration from the records.
+
+mod args;
+mod commands;
+mod flow;
+pub(crate) mod guard;
+mod place;
+mod preflight;
+mod report;
+
+use std::process::ExitCode;
+
+use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::messages::{HostFacts, MigrationId};
+use pageferry::migration::{Costs, Mode, SourceState, predict_downtime};
+use pageferry::sys::owned_process::ProcessStat;
+use pageferry::sys::process::page_size;
+use pageferry::tls::Tls;
+use tokio::time::Instant;
+
+pub(crate) use args::Args;
+use flow::Flow;
+use place::{Facts, Place};
+use report::Report;
+
+use crate::client::AgentClient;
+use crate::facts;
+use crate::rounds::{self, Tree};
+
+/// Longest made-up part of a name, hexadecimal digits.
+const ID_DIGITS: usize = 8;
+
+/// A lazy mode is worth its later faults if a cold one would stand still for so many times longer.
+const COLD_IS_CLOSE: f64 = 1.5;
+
+/// Carries the migration out.
+pub(crate) fn run(args: &Args) -> ExitCode {
+    match &args.resume {
+        Some(id) => crate::run_to_end(guard::resume(args, id)),
+        None => crate::run_to_end(migrate(args)),
+    }
+}
+
+async fn migrate(args: &Args) -> Result<()> {
+    let started = Instant::now();
+    let root = args
+        .pid
+        .ok_or_else(|| Error::new(Kind::Usage, "--pid is missing"))?;
+    let programs = args.programs.find()?;
+    let client = AgentClient::new(args.to.clone(), Tls::load(&args.tls)?);
+    let tree = Tree::of(root)?;
+    std::fs::create_dir_all(&args.state_dir)
+        .map_err(|error| Error::file("make the directory", &args.state_dir, error))?;
+    let there: HostFacts = client.get("/v1/host").await?;
+    let here = facts::of_host(&programs, &args.state_dir).await?;
+    let page = page_size()
+        .map_err(|error| Error::wrap(Kind::Unsupported, "cannot tell the page size", error))?;
+    let memory_bytes = rounds::count_pages(&tree, page) << page.shift();
+    let mode = args
+        .mode
+        .chosen()
+        .unwrap_or_else(|| recommend(memory_bytes));
+    let problems = preflight::problems(&tree, &here, &there, memory_bytes, mode.is_lazy());
+    if !problems.is_empty() {
+        let list = problems.join("\n  - ");
+        return Err(Error::new(
+            Kind::Usage,
+            format!("pid {root} cannot be moved:\n  - {list}"),
+        ));
+    }
+    let id = match &args.id {
+        Some(id) => id.clone(),
+        None => made_up()?,
+    };
+    let members = tree.members().iter();
+    let stopped = |pid| ProcessStat::of(pid).is_ok_and(|stat| stat.state == 'T');
+    let facts = Facts {
+        id: id.clone(),
+        mode,
+        tree: members.clone().map(|member| member.name).collect(),
+        stopped: members
+            .filter(|member| stopped(member.pid))
+            .map(|member| member.name)
+            .collect(),
+        dump: None,
+        forwarder: None,
+    };
+    let place = Place::make(&args.state_dir, facts, client.clone())?;
+    let guard = guard::start(args, &programs, &place)?;
+    let report = Report {
+        id,
+        mode: mode.name().to_owned(),
+        result: String::new(),
+        problem: None,
+        processes: tree.members().len(),
+        memory_bytes,
+        preparation_ms: 0.0,
+        downtime_ms: None,
+        predicted_downtime_ms: None,
+        complete_ms: None,
+        total_ms: 0.0,
+        rounds: Vec::new(),
+        wire_bytes: 0,
+        bytes_by_kind: Default::default(),
+        faults: Default::default(),
+        phases_ms: Default::default(),
+        source_criu: here
+            .criu
+            .map(|version| version.to_string())
+            .unwrap_or_default(),
+        destination_criu: there
+            .criu
+            .map(|version| version.to_string())
+            .unwrap_or_default(),
+        kernel: here.kernel,
+    };
+    let mut flow = Flow::new(args, programs, client, place, page, report, started);
+    let ended = flow.run().await;
+    let report = flow.finish(&ended);
+    // It hears of the end, and has nothing to do.
+    drop(guard);
+    if let Some(path) = &args.report {
+        report.write(path)?;
+    }
+    report.print();
+    match ended {
+        Ok(SourceState::Complete) => Ok(()),
+        Ok(state) => {
+            let text = report
+                .problem
+                .unwrap_or_else(|| format!("it ended as {state:?}"));
+            Err(Error::new(
+                Kind::Interrupted,
+                format!("pid {root} was not moved: {text}"),
+            ))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// The mode for a tree of which nothing but its size is known.
+fn recommend(memory_bytes: u64) -> Mode {
+    let costs = Costs::default();
+    let predict = |mode| predict_downtime(mode, &costs, memory_bytes, memory_bytes, 0);
+    let (cold, lazy) = (predict(Mode::Cold), predict(Mode::Hybrid));
+    match cold.as_secs_f64() <= lazy.as_secs_f64() * COLD_IS_CLOSE {
+        true => Mode::Cold,
+        false => Mode::Hybrid,
+    }
+}
+
+fn made_up() -> Result<MigrationId> {
+    let digits: String = (0..ID_DIGITS).map(|_| fastrand::digit(16)).collect();
+    let name = format!("m-{digits}").parse();
+    name.map_err(|error| Error::wrap(Kind::Usage, "the migration's name", error))
+}

@@ -1,0 +1,242 @@
+//! The source's directory of one migration: what is needed to finish it, whoever does.
+//!
+//! ```text
+//! STATE_DIR/ID/facts.json    processes of the tree, of the dump and of the forwarder
+//!              record.json   the last of migration::SourceRecord
+//!              images/       what criu dump wrote
+//!              *.log
+//! ```
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::messages::{MigrationId, Status};
+use pageferry::migration::{Mode, SourceAction, SourceEvent, SourceRecord};
+use pageferry::sys::owned_process::{ProcessName, ProcessStat};
+use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, sleep};
+
+use crate::client::AgentClient;
+use crate::records;
+
+/// How often the end of a process that is no child is looked for.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+/// How long a dump may take to let its processes go once its page server's client is gone.
+const RELEASE_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long to wait before an agent that did not answer is asked again.
+const ASK_AGAIN: Duration = Duration::from_millis(500);
+
+/// What others need to know to finish a migration.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Facts {
+    pub(super) id: MigrationId,
+    pub(super) mode: Mode,
+    /// The root first.
+    pub(super) tree: Vec<ProcessName>,
+    /// Of those, the ones that a user had stopped before.
+    pub(super) stopped: Vec<ProcessName>,
+    /// `criu dump`.
+    pub(super) dump: Option<ProcessName>,
+    /// `page-server --forward` or `--forward-lazy`.
+    pub(super) forwarder: Option<ProcessName>,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct Place {
+    dir: PathBuf,
+    pub(super) facts: Facts,
+    client: AgentClient,
+}
+
+impl Place {
+    /// Makes the directory of a migration that begins.
+    pub(super) fn make(state_dir: &Path, facts: Facts, client: AgentClient) -> Result<Place> {
+        fs::create_dir_all(state_dir)
+            .map_err(|error| Error::file("make the directory", state_dir, error))?;
+        let dir = state_dir.join(facts.id.to_string());
+        fs::create_dir(&dir).map_err(|error| Error::file("make the directory", &dir, error))?;
+        // Memory of processes may lie here: it is for their owner alone.
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))
+            .map_err(|error| Error::file("protect", &dir, error))?;
+        let place = Place { dir, facts, client };
+        let images = place.images();
+        fs::create_dir(&images)
+            .map_err(|error| Error::file("make the directory", &images, error))?;
+        place.keep_facts()?;
+        Ok(place)
+    }
+
+    /// Finds the directory of a migration that was begun.
+    pub(super) fn find(dir: &Path, client: AgentClient) -> Result<Place> {
+        let facts = records::read(&dir.join("facts.json"))?.ok_or_else(|| {
+            let text = format!("{} is no migration's directory", dir.display());
+            Error::new(Kind::Usage, text)
+        })?;
+        Ok(Place {
+            dir: dir.to_owned(),
+            facts,
+            client,
+        })
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    pub(super) fn images(&self) -> PathBuf {
+        self.dir.join("images")
+    }
+
+    /// A path of the agent's interface.
+    pub(super) fn path(&self, rest: &str) -> String {
+        format!("/v1/migrations/{}{rest}", self.facts.id)
+    }
+
+    /// Writes down what has been started.
+    pub(super) fn keep_facts(&self) -> Result<()> {
+        records::write(&self.dir.join("facts.json"), &self.facts)
+    }
+
+    /// The last record.
+    pub(super) fn record(&self) -> Result<Option<SourceRecord>> {
+        records::read(&self.dir.join("record.json"))
+    }
+
+    /// Carries out one action and tells what came of it.
+    pub(super) async fn carry_out(&self, action: SourceAction) -> Result<Option<SourceEvent>> {
+        match action {
+            SourceAction::Record(record) => {
+                records::write(&self.dir.join("record.json"), &record)?;
+                Ok(Some(SourceEvent::Recorded(record)))
+            }
+            SourceAction::Fence => {
+                self.fence();
+                Ok(None)
+            }
+            SourceAction::SendCommit => Ok(Some(self.say("/commit").await)),
+            SourceAction::SendAbort => {
+                // An agent that does not hear it aborts by itself when its time is over.
+                Ok(Some(self.say("/cancel").await))
+            }
+            SourceAction::AskAgent => {
+                sleep(ASK_AGAIN).await;
+                let asked = self.client.get::<Status>(&self.path("")).await;
+                Ok(Some(heard(asked)))
+            }
+            SourceAction::Release => {
+                self.release().await?;
+                Ok(None)
+            }
+            SourceAction::EndProcesses => {
+                self.end_processes().await;
+                Ok(None)
+            }
+        }
+    }
+
+    async fn say(&self, what: &str) -> SourceEvent {
+        heard(self.client.post::<Status>(&self.path(what), &()).await)
+    }
+
+    /// Gives each frozen thread a SIGSTOP that it takes before its next instruction here, if a dump that
+    /// fails should let it go. A SIGCONT takes it away again.
+    fn fence(&self) {
+        for process in &self.facts.tree {
+            if let Err(error) = process.signal_threads(Signal::SIGSTOP as i32) {
+                tracing::debug!("pid {} is not held: {error}", process.pid);
+            }
+        }
+    }
+
+    /// Lets the processes go on here.
+    async fn release(&self) -> Result<()> {
+        // Without its page server, or the client of it, a dump fails and lets its processes go.
+        if let Some(forwarder) = &self.facts.forwarder {
+            let _ = forwarder.signal(Signal::SIGTERM as i32);
+        }
+        if let Some(dump) = &self.facts.dump {
+            let start = Instant::now();
+            while dump.is_alive() {
+                if start.elapsed() > RELEASE_LIMIT {
+                    let text = format!(
+                        "criu dump (pid {}) does not let the processes go; its log is {}",
+                        dump.pid,
+                        self.images().join("dump.log").display()
+                    );
+                    return Err(Error::new(Kind::Io, text));
+                }
+                sleep(LOOK_AGAIN).await;
+            }
+        }
+        for process in &self.facts.tree {
+            let was_stopped = self.facts.stopped.contains(process);
+            let is_stopped = ProcessStat::of(process.pid).is_ok_and(|stat| stat.state == 'T');
+            if is_stopped && !was_stopped {
+                let _ = process.signal(Signal::SIGCONT as i32);
+            }
+        }
+        self.remove_images();
+        Ok(())
+    }
+
+    /// Ends what is left here once the processes live at the destination.
+    async fn end_processes(&self) {
+        if self.facts.mode.is_lazy() {
+            // The forwarder still has memory that the destination needs; after it the dump ends.
+            for process in [self.facts.forwarder, self.facts.dump]
+                .into_iter()
+                .flatten()
+            {
+                while process.is_alive() {
+                    sleep(LOOK_AGAIN).await;
+                }
+            }
+        }
+        for process in &self.facts.tree {
+            // Those of a lazy dump that succeeded are gone already.
+            let _ = process.signal(Signal::SIGKILL as i32);
+        }
+        if let Some(forwarder) = &self.facts.forwarder {
+            let _ = forwarder.signal(Signal::SIGTERM as i32);
+        }
+        self.remove_images();
+    }
+
+    /// Removes what holds memory; logs and records stay.
+    fn remove_images(&self) {
+        for entry in fs::read_dir(self.images()).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if path.extension().is_some_and(|extension| extension == "img") {
+                let _ = fs::remove_file(path);
+            }
+        }
+    }
+}
+
+/// What an agent's answer means.
+fn heard(answer: Result<Status>) -> SourceEvent {
+    match answer {
+        Ok(status) => SourceEvent::AgentSays(status.state),
+        Err(error) => {
+            tracing::warn!("{error}");
+            SourceEvent::AgentSilent
+        }
+    }
+}
+
+/// Reads the first line of a small file as a number.
+pub(super) fn read_number<T: std::str::FromStr>(path: &Path) -> Result<T> {
+    let text = fs::read_to_string(path).map_err(|error| Error::file("read", path, error))?;
+    text.trim().parse().map_err(|_| {
+        let error = io::Error::from(io::ErrorKind::InvalidData);
+        Error::file("find a number in", path, error)
+    })
+}
