@@ -11,6 +11,7 @@ use pageferry::criu::header::{PageFlags, Target, Wire};
 use pageferry::error::Kind;
 use pageferry::image::chain::{Absence, Chain, Missing, Place, Stored};
 use pageferry::image::dir::ImageDir;
+use pageferry::image::readahead::ReadAhead;
 use pageferry::units::{PageRange, Vaddr};
 use proptest::prelude::*;
 
@@ -64,7 +65,7 @@ proptest! {
                     prop_assert_eq!(mapped, &content[..PAGE.as_usize()]);
                 }
             }
-            chain.advise(found.range);
+            ReadAhead::new(1 << 20).pass(&chain, found.range.start());
         }
         let somewhere = memory.values().all(Option::is_some);
         prop_assert_eq!(open(&images, Missing::Refuse).is_ok(), somewhere);
@@ -177,4 +178,55 @@ fn a_damaged_block_is_an_error_that_names_its_file() {
     let mut out = vec![0; PAGE.as_usize()];
     let error = chain.read(chain.extents()[0].place, &mut out).unwrap_err();
     assert!(error.to_string().contains("pages-1.img"), "{error}");
+}
+
+/// Every second page, and the same pages in one run: what a reader in order asks the kernel for.
+#[test]
+fn reading_ahead_costs_no_more_for_pages_with_gaps() {
+    const PAGES: u64 = 1 << 11;
+    const MOST: u64 = 128 << 10;
+    let advised = |step: u64| {
+        let run =
+            |n: u64| Run::present(FIRST_PAGE + n * step, 1, PageFlags::LAZY, 1 + n as u32 % 7);
+        let runs: Vec<Run> = (0..PAGES).map(run).collect();
+        let images = Images::of(&[runs], Wire::V2);
+        let chain = open(&images, Missing::Refuse).unwrap();
+        let mut ahead = ReadAhead::new(MOST);
+        let mut advice = Vec::new();
+        for n in 0..PAGES {
+            let at = Vaddr((FIRST_PAGE + n * step) << PAGE.shift());
+            advice.extend(ahead.advice(&chain, at));
+            // What is read now was asked for before.
+            let asked: u64 = advice.iter().map(|advice| advice.bytes).sum();
+            assert!(asked > n << PAGE.shift(), "page {n}");
+        }
+        assert!(
+            advice
+                .windows(2)
+                .all(|pair| pair[0].offset + pair[0].bytes == pair[1].offset),
+            "twice, or never"
+        );
+        let bytes: u64 = advice.iter().map(|advice| advice.bytes).sum();
+        assert_eq!(bytes, PAGES << PAGE.shift());
+        advice.len()
+    };
+    let (whole, every_second) = (advised(1), advised(2));
+    assert_eq!(whole, every_second);
+    assert!(whole < 100, "{whole} calls for {PAGES} pages");
+}
+
+#[test]
+fn a_reader_who_jumps_is_read_ahead_of_by_little() {
+    let images = Images::of(
+        &[vec![Run::present(FIRST_PAGE, 1 << 11, PageFlags::LAZY, 1)]],
+        Wire::V2,
+    );
+    let chain = open(&images, Missing::Refuse).unwrap();
+    let mut ahead = ReadAhead::new(8 << 20);
+    let asked: u64 = [0, 1500, 200, 1000]
+        .into_iter()
+        .flat_map(|n| ahead.advice(&chain, Vaddr((FIRST_PAGE + n) << PAGE.shift())))
+        .map(|advice| advice.bytes)
+        .sum();
+    assert!(asked <= 2 << 20, "{asked} bytes for four pages");
 }

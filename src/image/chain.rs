@@ -135,7 +135,7 @@ pub struct Chain {
 
 impl Resolved {
     /// The part that covers `range`, which lies inside.
-    fn part(&self, range: PageRange, page: PageSize) -> Resolved {
+    pub(super) fn part(&self, range: PageRange, page: PageSize) -> Resolved {
         let skipped = range.start().get() - self.range.start().get();
         Resolved {
             range,
@@ -295,22 +295,18 @@ impl Chain {
         }
     }
 
-    /// Asks the kernel to bring the bytes of `range` into the page cache.
-    pub fn advise(&self, range: PageRange) {
-        for extent in self.extents_from(range.start()) {
-            let Some(range) = extent.range.intersect(range) else {
-                break;
-            };
-            match extent.place {
-                Place::Raw { file, offset } => self.file(file).advise(offset, range.bytes()),
-                Place::Blocks { list, first } => {
-                    let list = &self.lists[list as usize];
-                    let pages = range.bytes() >> self.page.shift();
-                    let (start, bytes) = list.span(first as usize, pages);
-                    self.file(list.file).advise(list.offset + start, bytes);
-                }
-                Place::Absent { .. } => {}
+    /// Where in which file the bytes of `extent` are stored: number of the file, offset and length in bytes;
+    /// `None` if they are absent.
+    pub fn span(&self, extent: &Resolved) -> Option<(u32, u64, u64)> {
+        match extent.place {
+            Place::Raw { file, offset } => Some((file, offset, extent.range.bytes())),
+            Place::Blocks { list, first } => {
+                let list = &self.lists[list as usize];
+                let pages = extent.range.bytes() >> self.page.shift();
+                let (start, bytes) = list.span(first as usize, pages);
+                Some((list.file, list.offset + start, bytes))
             }
+            Place::Absent { .. } => None,
         }
     }
 

@@ -10,5 +10,6 @@ pub mod pagemap;
 pub mod pages;
 mod parents;
 pub mod proto;
+pub mod readahead;
 pub mod store;
 pub mod writer;

@@ -10,7 +10,11 @@ use std::collections::BTreeMap;
 use crate::error::Result;
 use crate::ferry::hash::{HashStep, PageHash, PageHasher};
 use crate::image::chain::{Chain, Place};
+use crate::image::readahead::ReadAhead;
 use crate::units::{PageRange, PageSize, Vaddr};
+
+/// How far ahead images are read at least, bytes.
+const READAHEAD_BYTES: u64 = 8 << 20;
 
 /// Hashes of neighbouring pages.
 #[derive(Debug)]
@@ -30,6 +34,7 @@ pub(super) struct Base {
     /// By address of the first page.
     known: BTreeMap<u64, Hashed>,
     buffer: Vec<u8>,
+    ahead: ReadAhead,
 }
 
 impl Base {
@@ -49,6 +54,7 @@ impl Base {
             told,
             known: BTreeMap::new(),
             buffer: Vec::new(),
+            ahead: ReadAhead::new(READAHEAD_BYTES),
         }
     }
 
@@ -145,9 +151,9 @@ impl Base {
         Ok(at == range.end())
     }
 
-    /// Asks the kernel to bring the pages of `range` into the page cache.
-    pub(super) fn advise(&self, range: PageRange) {
-        self.chain.advise(range);
+    /// Asks the kernel to bring what follows `vaddr` into the page cache.
+    pub(super) fn read_ahead(&mut self, vaddr: Vaddr) {
+        self.ahead.pass(&self.chain, vaddr);
     }
 
     /// Forgets hashes below `vaddr`: batches have passed it.

@@ -163,11 +163,7 @@ impl Restore {
         let Some(process) = self.processes.get(&parent) else {
             return Ok(None);
         };
-        let child = Process {
-            pid: process.pid,
-            chain: process.chain.clone(),
-            uffd,
-        };
+        let child = Process::new(process.pid, uffd, process.chain.clone());
         let Some(id) = self.planner.handle_fork(parent) else {
             return Ok(None);
         };

@@ -25,8 +25,8 @@ const CHANGING_TRIES: usize = 64;
 /// And how often at once, others having their turn in between, before it has to wait for its time.
 const CHANGING_TRIES_MAX: usize = 256;
 
-/// How far ahead local images are read, bytes.
-const READAHEAD_BYTES: u64 = 8 << 20;
+/// How far ahead local images are read at least, bytes.
+pub(super) const READAHEAD_BYTES: u64 = 8 << 20;
 
 /// What became of one fill.
 enum Step {
@@ -330,20 +330,12 @@ impl Restore {
         Ok(true)
     }
 
-    /// Asks for the images' bytes before they are needed, once for each window.
-    fn read_ahead(&self, id: SpaceId, image: Vaddr) {
-        let Some(chain) = self
-            .processes
-            .get(&id)
-            .and_then(|process| process.chain.as_ref())
-        else {
-            return;
-        };
-        let into_window = image.get() % READAHEAD_BYTES;
-        let begins_extent = chain.find(Vaddr(image.get().saturating_sub(1))).is_none();
-        if into_window < STEP_BYTES || begins_extent {
-            let end = image.get().saturating_add(2 * READAHEAD_BYTES);
-            chain.advise(PageRange::new(image.get(), end));
+    /// Asks for the images' bytes before they are needed.
+    fn read_ahead(&mut self, id: SpaceId, image: Vaddr) {
+        if let Some(process) = self.processes.get_mut(&id)
+            && let Some(chain) = &process.chain
+        {
+            process.ahead.pass(chain, image);
         }
     }
 }

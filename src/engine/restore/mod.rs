@@ -55,6 +55,7 @@ use crate::engine::transport::Peer;
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::Chain;
 use crate::image::dir::ImageDir;
+use crate::image::readahead::ReadAhead;
 use crate::lazy::batched_wakeup::BatchedWakeup;
 use crate::lazy::planner::{Planner, SpaceId};
 use crate::lazy::window::RateLimit;
@@ -65,6 +66,7 @@ use crate::units::Vaddr;
 use deferred::{Complaints, Deferred};
 use fallback::Fallback;
 use given_up::GivenUp;
+use install::READAHEAD_BYTES;
 use intake::{Intake, IntakeEvent};
 use links::Links;
 use loss::Loss;
@@ -161,6 +163,20 @@ struct Process {
     pid: u32,
     uffd: Uffd,
     chain: Option<Arc<Chain>>,
+    /// How far the chain's files are read ahead.
+    ahead: ReadAhead,
+}
+
+impl Process {
+    fn new(pid: u32, uffd: Uffd, chain: Option<Arc<Chain>>) -> Process {
+        let ahead = ReadAhead::new(READAHEAD_BYTES);
+        Process {
+            pid,
+            uffd,
+            chain,
+            ahead,
+        }
+    }
 }
 
 /// A restore that is ready to begin: its socket listens, its images are there, its source answers.
@@ -503,7 +519,7 @@ impl Restore {
         let id = self.planner.add(space);
         let chain = opened.chain.map(Arc::new);
         self.tell(StandbyMessage::Process { id, pid }, Some(uffd.as_fd()));
-        self.adopt(id, Process { pid, uffd, chain })?;
+        self.adopt(id, Process::new(pid, uffd, chain))?;
         Ok(id)
     }
 

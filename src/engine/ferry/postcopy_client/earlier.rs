@@ -17,9 +17,6 @@ use crate::units::{PageRange, PageSize};
 /// Hashed at once, bytes: no more than is installed at once, for faults wait as long.
 const STEP_BYTES: u64 = 64 << 10;
 
-/// How far ahead images are read, bytes.
-const READAHEAD_BYTES: u64 = 16 << 20;
-
 /// See the module's text.
 #[derive(Debug)]
 pub(super) struct Earlier {
@@ -62,8 +59,7 @@ impl Earlier {
             return HashStep::default();
         };
         if begins {
-            let start = wanted.from.get();
-            base.advise(PageRange::new(start, start.saturating_add(READAHEAD_BYTES)));
+            base.read_ahead(wanted.from);
         }
         let step = base.hash_from(wanted.from, STEP_BYTES >> self.page.shift());
         step.unwrap_or_else(|error| {
