@@ -129,18 +129,32 @@ fn pages(first: u64, count: u64) -> PageRange {
 impl World {
     /// Two processes whose memory is partly with the source and partly local, with gaps.
     fn new() -> World {
+        let remote = [pages(2, 30), pages(32, 10), pages(60, 20)];
+        let local = [pages(45, 10), pages(85, 5)];
+        World::of(&remote, &local)
+    }
+
+    /// The same in single pages, of which every second one is missing.
+    fn fragmented() -> World {
+        let every_second = |first: u64, end: u64| -> Vec<PageRange> {
+            (first..end).step_by(2).map(|page| pages(page, 1)).collect()
+        };
+        World::of(&every_second(2, 60), &every_second(61, PAGES))
+    }
+
+    /// Two processes of which the source and local images have these pages.
+    fn of(remote: &[PageRange], local: &[PageRange]) -> World {
         let mut planner = Planner::new(PAGE);
         let mut memories = Vec::new();
         for pid in [10, 20] {
-            let remote = [pages(2, 30), pages(32, 10), pages(60, 20)];
-            let local = [pages(45, 10), pages(85, 5)];
             let mut memory: Memory = (0..PAGES).map(|page| (page, Page::Own)).collect();
-            for range in remote.iter().chain(&local) {
+            for range in remote.iter().chain(local) {
                 let first = range.start().get() >> 12;
                 memory.extend(
                     (first..first + (range.bytes() >> 12)).map(|page| (page, Page::Missing(page))),
                 );
             }
+            let (remote, local) = (remote.iter().copied(), local.iter().copied());
             let id = planner.add(Space::new(pid, PAGE, remote, local));
             memories.push((id, memory));
         }
@@ -419,8 +433,11 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
     #[test]
-    fn every_page_ends_with_its_own_content(operations in operations()) {
-        let mut world = World::new();
+    fn every_page_ends_with_its_own_content(operations in operations(), fragmented: bool) {
+        let mut world = match fragmented {
+            true => World::fragmented(),
+            false => World::new(),
+        };
         for operation in &operations {
             world.apply(operation);
         }
@@ -499,4 +516,84 @@ fn the_oldest_child_is_counted_when_its_parent_has_ended() {
     world.drain();
     assert_eq!(world.planner.counts().settled(), total);
     assert!(world.planner.counts().copied > copied, "the other child");
+}
+
+/// Runs of single pages, as many as a process may have mappings and more.
+const FRAGMENTS: u64 = 100_000;
+
+/// Every second page missing, half of them with the source and half in local images.
+fn fragments() -> (Vec<PageRange>, Vec<PageRange>) {
+    let run = |n: u64| pages(16 + 2 * n, 1);
+    let (remote, local) = (0..FRAGMENTS / 2, FRAGMENTS / 2..FRAGMENTS);
+    (remote.map(run).collect(), local.map(run).collect())
+}
+
+#[test]
+fn each_fragment_is_asked_for_and_installed_once() {
+    let (remote, local) = fragments();
+    let mut planner = Planner::new(PAGE);
+    let id = planner.add(Space::new(1, PAGE, remote, local));
+    let mut steps = 0;
+    while let Some(request) = planner.next_stream(64 << 10, 32 << 10) {
+        let piece = planner.arrived(id, request.image).expect("it is missing");
+        planner.settle(id, piece.at, Way::Fetched(request.class), |_| {});
+        steps += 1;
+    }
+    while let Some((id, piece)) = planner.next_local(64 << 10) {
+        planner.settle(id, piece.at, Way::Local, |_| {});
+        steps += 1;
+    }
+    assert_eq!(steps, FRAGMENTS);
+    assert!(planner.is_complete());
+    assert_eq!(planner.counts().settled(), FRAGMENTS);
+}
+
+#[test]
+fn fragments_move_fork_and_vanish_as_whole_memory_does() {
+    let (remote, local) = fragments();
+    let mut planner = Planner::new(PAGE);
+    let id = planner.add(Space::new(1, PAGE, remote, local));
+    // Moved piece by piece, up and down again.
+    let (low, high) = (16, 16 + 4 * FRAGMENTS);
+    for (from, to) in [(low, high), (high, low)] {
+        for block in 0..2 * FRAGMENTS / 64 {
+            let (from, to) = (from + block * 64, (to + block * 64) << 12);
+            planner.handle_remap(id, pages(from, 64), Vaddr(to), |_| {});
+        }
+    }
+    assert_eq!(planner.missing_pages(), FRAGMENTS);
+    let child = planner.handle_fork(id).expect("its parent lives");
+    for n in 0..FRAGMENTS {
+        planner.settle(child, pages(16 + 2 * n, 1), Way::Gone, |_| {});
+    }
+    assert_eq!(planner.missing_pages(), FRAGMENTS);
+    assert_eq!(planner.counts().gone, 0, "its parent has them still");
+    planner.handle_exit(id);
+    assert_eq!(planner.counts().gone, FRAGMENTS);
+    assert!(planner.is_complete());
+}
+
+#[test]
+fn a_fault_among_fragments_brings_some_of_its_neighbours() {
+    let (remote, local) = fragments();
+    let mut planner = Planner::new(PAGE);
+    let id = planner.add(Space::new(1, PAGE, remote, local));
+    let reach = Reach {
+        alone_bytes: 256 << 10,
+        sequential_bytes: 256 << 10,
+    };
+    planner.handle_fault(id, Vaddr(2000 << 12), reach, 0);
+    let asked: Vec<Request> = std::iter::from_fn(|| planner.next_urgent()).collect();
+    assert_eq!(
+        asked[0].image,
+        pages(2000, 1),
+        "what is awaited comes first"
+    );
+    assert_eq!(asked[0].class, Class::Fault);
+    assert!((8..=17).contains(&asked.len()), "{} requests", asked.len());
+    assert!(
+        asked[1..]
+            .iter()
+            .all(|request| request.class == Class::Around)
+    );
 }

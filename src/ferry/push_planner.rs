@@ -107,7 +107,7 @@ impl PushPlanner {
         while gathered.present().get() < most && gathered.runs().len() < FERRY_RUNS_MAX {
             let start = self.given.next(self.at, false);
             let room = most - gathered.present().get();
-            let end = self.given.next(start, true).min(start + room);
+            let end = self.given.next_in(start..start.saturating_add(room), true);
             let there = plan.held_part(start..end);
             if there.is_empty() {
                 break;

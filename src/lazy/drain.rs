@@ -110,12 +110,12 @@ impl DrainPlan {
 
     /// The part of `numbers` from its start on that is there.
     pub fn held_part(&self, numbers: Range<u64>) -> Range<u64> {
-        numbers.start..self.held.next(numbers.start, false).min(numbers.end)
+        numbers.start..self.held.next_in(numbers, false)
     }
 
     /// Somebody waits for the pages `numbers`. With `first`, he goes before all others.
     pub fn want(&mut self, numbers: Range<u64>, first: bool) {
-        if self.asked.next(numbers.start, false) >= numbers.end {
+        if self.asked.next_in(numbers.clone(), false) >= numbers.end {
             return;
         }
         if first {
@@ -128,7 +128,7 @@ impl DrainPlan {
     /// The next pages to ask for, at most `most`.
     pub fn next_request(&mut self, most: PageCount) -> Option<(u32, PageRange)> {
         while let Some(wanted) = self.wanted.front_mut() {
-            let start = self.asked.next(wanted.start, false);
+            let start = self.asked.next_in(wanted.clone(), false);
             if start < wanted.end {
                 let end = wanted.end;
                 wanted.start = start;
@@ -142,7 +142,7 @@ impl DrainPlan {
     }
 
     fn ask(&mut self, start: u64, end: u64) -> (u32, PageRange) {
-        let end = end.min(self.asked.next(start, true));
+        let end = self.asked.next_in(start..end, true);
         let (pid, range) = self.addresses(start, end);
         self.asked
             .insert(start..start + range.pages(self.page).get());
@@ -177,6 +177,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::lazy::pageset::tests::words_seen;
 
     const PAGE: PageSize = PageSize::KIB_4;
 
@@ -226,6 +227,34 @@ mod tests {
         );
         plan.want(20..22, true);
         assert_eq!(plan.next_request(most), Some((7, range(32, 16))));
+    }
+
+    #[test]
+    fn the_work_grows_with_the_pages_whatever_somebody_waits_for() {
+        // Every second page, each a run of its own, and one run of as many pages.
+        let fragments = |pages: u64| (0..pages).map(|n| (7, range(10 + 2 * n, 1))).collect();
+        let whole = |pages: u64| vec![(7, range(10, pages))];
+        let shapes: [&dyn Fn(u64) -> Vec<(u32, PageRange)>; 2] = [&fragments, &whole];
+        for shape in shapes {
+            let words_for = |pages: u64| {
+                let mut plan = DrainPlan::new(PAGE, shape(pages));
+                let before = words_seen();
+                let mut asked = 0;
+                while let Some((pid, range)) = plan.next_request(PageCount(64)) {
+                    let first = plan.locate(pid, range).unwrap().start;
+                    plan.arrived(pid, range);
+                    assert_eq!(plan.held_part(first..first + 1), first..first + 1);
+                    // What is there is waited for again and again.
+                    plan.want(0..1, true);
+                    plan.want(asked / 2..asked / 2 + 1, false);
+                    asked += range.pages(PAGE).get();
+                }
+                assert!(plan.is_complete());
+                words_seen() - before
+            };
+            let (few, many) = (words_for(1 << 11), words_for(1 << 14));
+            assert!(many <= 9 * few, "8 times the pages: {few} and {many} words");
+        }
     }
 
     proptest! {

@@ -43,19 +43,27 @@ impl PageSet {
     }
 
     /// The first number from `from` on that is in the set, or is not, as `present` says; the length if
-    /// there is none.
+    /// there is none. Looks at everything up to there: only for those who go through the set once.
     pub fn next(&self, from: u64, present: bool) -> u64 {
-        let mut at = from;
-        while at < self.len {
+        self.next_in(from..self.len, present)
+    }
+
+    /// The first of `numbers` that is in the set, or is not, as `present` says; their end if there is none.
+    pub fn next_in(&self, numbers: Range<u64>, present: bool) -> u64 {
+        let end = numbers.end.min(self.len);
+        let mut at = numbers.start;
+        while at < end {
+            #[cfg(test)]
+            tests::count_word();
             let word = self.words[index(at)];
             let wanted = if present { word } else { !word };
             let left = wanted >> (at % 64);
             if left != 0 {
-                return (at + u64::from(left.trailing_zeros())).min(self.len);
+                return (at + u64::from(left.trailing_zeros())).min(end);
             }
             at = (at / 64 + 1) * 64;
         }
-        self.len
+        end
     }
 
     fn each_word(&mut self, numbers: Range<u64>, change: impl Fn(u64, u64) -> u64) {
@@ -78,7 +86,8 @@ fn index(number: u64) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::cell::Cell;
     use std::collections::BTreeSet;
 
     use proptest::prelude::*;
@@ -86,6 +95,19 @@ mod tests {
     use super::*;
 
     const LEN: u64 = 200;
+
+    thread_local! {
+        static WORDS: Cell<u64> = const { Cell::new(0) };
+    }
+
+    pub(super) fn count_word() {
+        WORDS.set(WORDS.get() + 1);
+    }
+
+    /// How many words of sets this thread has looked at so far.
+    pub(crate) fn words_seen() -> u64 {
+        WORDS.get()
+    }
 
     proptest! {
         #[test]
@@ -110,6 +132,11 @@ mod tests {
                     let absent = (from..LEN).find(|number| !model.contains(number));
                     prop_assert_eq!(set.next(from, false), absent.unwrap_or(LEN));
                 }
+            }
+            for from in (0..LEN).step_by(7) {
+                let end = (from + 70).min(LEN);
+                prop_assert_eq!(set.next_in(from..end, true), set.next(from, true).min(end));
+                prop_assert_eq!(set.next_in(from..end, false), set.next(from, false).min(end));
             }
         }
     }

@@ -29,6 +29,12 @@ const LOCAL_FAULT_BYTES_MAX: u64 = 64 << 10;
 /// So much in front of an awaited page is asked for behind it, bytes.
 const DETOUR_BYTES: u64 = 16 << 10;
 
+/// Runs of fragmented memory that a fault brings at most: each is a request of its own.
+const FAULT_RUNS_MAX: usize = 16;
+
+/// So many times as far as it brings pages a fault looks for runs of fragmented memory.
+const FRAGMENT_REACH: u64 = 4;
+
 /// A fault that brings so many pages ahead is one of a sequence that has been seen for a while.
 const SEQUENCE_PAGES: u64 = 16;
 
@@ -198,6 +204,9 @@ impl Space {
                 if let Some(range) = piece.at.intersect(block) {
                     self.ask_awaited_first(range, start);
                 }
+                if self.is_fragment(piece, block.bytes()) {
+                    self.ask_runs(block, block.bytes());
+                }
             }
             Around::Up(pages) => {
                 let bytes = (pages * page).min(reach.sequential_bytes).max(page);
@@ -206,7 +215,16 @@ impl Space {
                 } else {
                     Class::Sequential
                 };
-                self.ask(self.run_from(start, bytes, piece), class);
+                let range = self.run_from(start, bytes, piece);
+                self.ask(range, class);
+                if self.is_fragment(piece, bytes) {
+                    let reach = bytes.saturating_mul(FRAGMENT_REACH);
+                    let end = start.get().saturating_add(reach);
+                    self.ask_runs(
+                        PageRange::new(range.end().get(), end),
+                        bytes - range.bytes(),
+                    );
+                }
             }
             Around::Down(pages) => {
                 self.ask(self.run_from(start, page, piece), Class::Fault);
@@ -245,6 +263,31 @@ impl Space {
             Class::Fault,
         );
         self.ask(before, Class::Around);
+    }
+
+    /// Whether what the source had around `piece` in one run was less than `bytes`.
+    fn is_fragment(&self, piece: Piece, bytes: u64) -> bool {
+        self.origin(piece.image)
+            .is_some_and(|run| run.bytes() < bytes)
+    }
+
+    /// Asks for what lies in `range`, up to `bytes` of it and no more than a few runs, behind what is awaited.
+    fn ask_runs(&mut self, range: PageRange, bytes: u64) {
+        let mut left = bytes;
+        let mut at = range.start();
+        for _ in 0..FAULT_RUNS_MAX {
+            let Some(next) = self.remote.next_from(at) else {
+                return;
+            };
+            let Some(part) = next.at.intersect(range).filter(|_| left > 0) else {
+                return;
+            };
+            let start = part.start().get();
+            let part = PageRange::new(start, start + part.bytes().min(left));
+            self.ask(part, Class::Around);
+            left -= part.bytes();
+            at = part.end();
+        }
     }
 
     /// Up to `bytes` from `start` on, within `piece`.

@@ -17,8 +17,12 @@ use crate::engine::transport::Peer;
 use crate::error::{Error, Kind, Result};
 use crate::stream::Stream;
 
-/// Requests that are on their way at most.
-const REQUESTS_MAX: usize = 3;
+/// Requests that are on their way at most, however small: of fragmented memory each is for one run, and to
+/// wait for its answer before the next one takes longer than the answer.
+const REQUESTS_MAX: usize = 16;
+
+/// Bytes that are on their way at most, when the next request is made.
+const REQUESTED_BYTES_MAX: u64 = 512 << 10;
 
 /// The receive buffer, bytes: large pieces, and the beginning of an answer behind them.
 const BUFFER_BYTES: usize = (256 << 10) + HEADER_BYTES_MAX;
@@ -40,6 +44,8 @@ pub(super) struct Drain {
     stream: Stream,
     /// Requests are named by whose pages they are for.
     fetcher: Fetcher<u32>,
+    /// Asked for and not answered, bytes.
+    requested: u64,
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
@@ -62,6 +68,7 @@ impl Drain {
             dump: dump.clone(),
             stream,
             fetcher: Fetcher::new(wire, dump_memory.page()),
+            requested: 0,
             buffer: vec![0; BUFFER_BYTES].into(),
             start: 0,
             end: 0,
@@ -97,11 +104,15 @@ impl Drain {
 
     fn ask(&mut self, dump_memory: &DumpMemory, enough: &impl Fn() -> bool) -> Result<()> {
         let mut words = Vec::new();
-        while self.fetcher.outstanding() < REQUESTS_MAX && !enough() {
+        while self.fetcher.outstanding() < REQUESTS_MAX
+            && self.requested <= REQUESTED_BYTES_MAX
+            && !enough()
+        {
             let Some((pid, range)) = dump_memory.next_request() else {
                 break;
             };
             self.fetcher.get(pid, range, pid, &mut words);
+            self.requested += range.bytes();
         }
         self.send(&words)
     }
@@ -137,7 +148,8 @@ impl Drain {
             Step::Incomplete | Step::Closed(_) => again = false,
             Step::Answer { .. } => {}
             Step::Pages { tag, image, bytes } => dump_memory.store(tag, image, &unread[bytes])?,
-            Step::Complete { tag, rest, .. } => {
+            Step::Complete { tag, asked, rest } => {
+                self.requested -= asked.bytes();
                 if let Some(rest) = rest {
                     dump_memory.give_back(tag, rest);
                 }

@@ -93,7 +93,7 @@ impl Restore {
                 Step::Over => return Ok(()),
             }
             self.release_due();
-            self.serve_faults()?;
+            self.look_for_faults(at.bytes())?;
         }
         Ok(())
     }
@@ -118,6 +118,17 @@ impl Restore {
             next = self.planner.next_sibling(pid, Some(id));
         }
         Ok(())
+    }
+
+    /// Looks for faults when a step's worth was filled since the last time; `filled` bytes were just now. To
+    /// look behind each of many small pieces would take as long as to fill them.
+    fn look_for_faults(&mut self, filled: u64) -> Result<()> {
+        self.unlooked_bytes += filled;
+        if self.unlooked_bytes < STEP_BYTES {
+            return Ok(());
+        }
+        self.unlooked_bytes = 0;
+        self.serve_faults()
     }
 
     /// How much to receive or to copy with one call now, bytes.
@@ -317,17 +328,22 @@ impl Restore {
         self.local_step()
     }
 
-    /// Installs the next piece of local images in the background. Says whether there was one.
+    /// Installs the next pieces of local images in the background, a step's worth: fragmented memory has many
+    /// in one. Says whether there was one.
     fn local_step(&mut self) -> Result<bool> {
-        let Some((id, piece)) = self.planner.next_local(STEP_BYTES) else {
-            return Ok(false);
-        };
-        self.read_ahead(id, piece.image);
-        if let Some(limit) = &mut self.limit {
-            limit.spend(piece.at.bytes());
+        let mut left = STEP_BYTES;
+        while let Some((id, piece)) = self.planner.next_local(left) {
+            self.read_ahead(id, piece.image);
+            if let Some(limit) = &mut self.limit {
+                limit.spend(piece.at.bytes());
+            }
+            self.install_local(id, piece)?;
+            left = left.saturating_sub(piece.at.bytes());
+            if left < self.images.page().bytes() {
+                return Ok(true);
+            }
         }
-        self.install_local(id, piece)?;
-        Ok(true)
+        Ok(left < STEP_BYTES)
     }
 
     /// Asks for the images' bytes before they are needed.

@@ -26,7 +26,8 @@ use crate::engine::ferry::postcopy_client::{FerryDialer, Pushed};
 use crate::error::{Error, Kind, Result};
 use crate::lazy::pattern::block_bytes;
 use crate::lazy::planner::{Request, Way};
-use crate::lazy::space::Reach;
+use crate::lazy::space::{Class, Reach};
+use crate::lazy::window::CHUNK_BYTES_MIN;
 use crate::units::PageSize;
 
 /// Brought at most for one fault on a connection for faults alone, bytes.
@@ -421,10 +422,16 @@ impl Restore {
                 let Request { pid, space, .. } = tag.request;
                 self.install_in_family(pid, Some(space), *image, bytes, way)
             }
-            Step::Complete { tag, rest, .. } => {
+            Step::Complete { tag, asked, rest } => {
                 if let Some(rest) = rest {
                     self.planner.give_back(tag.request.space, *rest);
                 }
+                // The source has more to do for as long as that: one send for many small answers.
+                self.unasked_bytes += asked.bytes();
+                if tag.request.class == Class::Stream && self.unasked_bytes < CHUNK_BYTES_MIN {
+                    return Ok(());
+                }
+                self.unasked_bytes = 0;
                 self.send_requests()
             }
         }

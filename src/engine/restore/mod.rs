@@ -224,6 +224,10 @@ pub struct Restore {
     /// For the messages of userfaultfds, where nobody stands by.
     room: Room,
     scratch: Vec<u8>,
+    /// Filled since faults were last looked for behind a fill, bytes.
+    unlooked_bytes: u64,
+    /// Answered by the source since more was last asked for behind an answer, bytes.
+    unasked_bytes: u64,
 }
 
 impl fmt::Debug for Restore {
@@ -313,6 +317,8 @@ impl Restore {
             clock: Clock(Instant::now()),
             observer,
             scratch: Vec::new(),
+            unlooked_bytes: 0,
+            unasked_bytes: 0,
             standby,
             took_over: false,
             room: Room::zeroed(),
