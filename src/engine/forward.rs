@@ -22,6 +22,7 @@ use super::ferry::sender_session::SenderSession;
 use super::ferry::{Learned, SenderConfig, lock, push};
 use super::ingest::{answer, ended_early, wait_for_end};
 use super::ingest_modes::decompress_page;
+use super::pending::PendingTrees;
 use crate::criu::header::{PageFlags, Target, Wire};
 use crate::criu::receive::{CLOSE_STORED, ReceiveSession, Step, has_parent_answer, parent_answer};
 use crate::error::{Error, Kind, Result};
@@ -156,6 +157,7 @@ struct Forward<'s> {
     /// The bytes of a compressed page that is cut by the end of the input.
     block: Vec<u8>,
     pages: u64,
+    pending: PendingTrees,
 }
 
 impl<'s> Forward<'s> {
@@ -181,6 +183,7 @@ impl<'s> Forward<'s> {
             rest: None,
             block: Vec::new(),
             pages: 0,
+            pending: PendingTrees::default(),
         })
     }
 
@@ -241,6 +244,7 @@ impl<'s> Forward<'s> {
     }
 
     fn open(&mut self, stream: &mut Stream, target: Target, answered: bool) -> Result<()> {
+        self.pending.refuse(stream, target)?;
         self.flush()?;
         let wire = self.session.wire().unwrap_or(Wire::V2);
         let open = Open { target, wire };

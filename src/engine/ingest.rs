@@ -25,6 +25,7 @@ use super::batch::Plan;
 use super::counters::SessionCounters;
 use super::driver::{Io, Link, Writes};
 use super::ingest_modes::{IngestMode, IngestOptions, IngestScope};
+use super::pending::PendingTrees;
 use super::session_io::SessionIo;
 use super::stores::{SessionStore, Stores};
 use crate::criu::header::{HEADER_BYTES_MAX, Target, Wire};
@@ -129,6 +130,7 @@ struct Ingest<'a, 't> {
     idle_timeout: Option<Duration>,
     hides_parent: bool,
     auto_dedup: bool,
+    pending: PendingTrees,
     counters: &'a mut SessionCounters<'t>,
 }
 
@@ -172,6 +174,7 @@ impl<'a, 't> Ingest<'a, 't> {
             idle_timeout: context.idle_timeout,
             hides_parent: context.ingest.dedup_content,
             auto_dedup: context.auto_dedup,
+            pending: PendingTrees::default(),
             counters,
         })
     }
@@ -336,6 +339,7 @@ impl<'a, 't> Ingest<'a, 't> {
     }
 
     fn open(&mut self, stream: &mut Stream, target: Target, answered: bool) -> Result<()> {
+        self.pending.refuse(stream, target)?;
         // Known since the frame's header was read.
         let wire = self.session.wire().unwrap_or(Wire::V2);
         self.mode

@@ -555,4 +555,16 @@ mod tests {
         assert!(planner.is_complete());
         assert_eq!(planner.counts().stream, 8 << 18);
     }
+
+    #[test]
+    fn what_a_fork_wipes_is_followed_and_forgotten_when_it_came() {
+        let mut space = Space::new(1, PAGE, [PageRange::new(0x1000, 0x9000)], []);
+        space.wipe_on_fork(&[PageRange::new(0x2000, 0x6000)]);
+        space.settle(PageRange::new(0x2000, 0x3000), |_| {});
+        space.remap(PageRange::new(0x4000, 0x7000), Vaddr(0x1_4000), |_| {});
+        let wiped = [(0x3000, 0x4000), (0x1_4000, 0x1_6000)];
+        let wiped = wiped.map(|(start, end)| PageRange::new(start, end));
+        assert_eq!(space.wiped_on_fork(), wiped);
+        assert_eq!(space.fork().wiped_on_fork(), wiped);
+    }
 }

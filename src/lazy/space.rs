@@ -48,6 +48,8 @@ pub struct Space {
     flight: ExtentMap<ImageIndex>,
     /// What the local images should have and cannot give now: the background leaves it out.
     unreadable: ExtentMap<ImageIndex>,
+    /// Where children find zeros, as far as it was known at the start (MADV_WIPEONFORK).
+    wiped: ExtentMap,
     /// What the source had at the start, sorted, by address in the dump: no request leaves one.
     origins: Arc<[PageRange]>,
     urgent: VecDeque<Wanted>,
@@ -92,6 +94,7 @@ impl Space {
             local: ExtentMap::default(),
             flight: ExtentMap::default(),
             unreadable: ExtentMap::default(),
+            wiped: ExtentMap::default(),
             origins,
             urgent: VecDeque::new(),
             waiting: BTreeMap::new(),
@@ -111,10 +114,26 @@ impl Space {
         child.remote = self.remote.clone();
         child.local = self.local.clone();
         child.unreadable = self.unreadable.clone();
+        child.wiped = self.wiped.clone();
         self.flight
             .iter()
             .for_each(|piece| child.remote.insert(piece));
         child
+    }
+
+    /// `ranges`, disjoint and by address, are not inherited by children: they find zeros there.
+    pub fn wipe_on_fork(&mut self, ranges: &[PageRange]) {
+        for range in ranges {
+            self.wiped.insert(Piece {
+                at: *range,
+                image: range.start(),
+            });
+        }
+    }
+
+    /// What was given to [`Space::wipe_on_fork`], where it is now and as far as it has not been settled.
+    pub fn wiped_on_fork(&self) -> Vec<PageRange> {
+        self.wiped.iter().map(|piece| piece.at).collect()
     }
 
     /// The process's pid in the images; a forked child has its ancestor's.
@@ -512,6 +531,7 @@ impl Space {
         self.remote.take(range, &mut count);
         self.local.take(range, &mut count);
         self.unreadable.take(range, &mut count);
+        self.wiped.take(range, |_| {});
         while let Some((page, since_us)) = self.next_waiting(range) {
             self.waiting.remove(&page);
             served(Served {
@@ -539,6 +559,7 @@ impl Space {
         self.local.shift(from, to);
         self.flight.shift(from, to);
         self.unreadable.shift(from, to);
+        self.wiped.shift(from, to);
         self.settle(from, served);
     }
 

@@ -247,6 +247,8 @@ pub struct RateLimit {
     /// Bytes that may be asked for now; below zero after a request larger than what was there.
     allowance: i128,
     filled_us: u64,
+    /// It does not count for now.
+    lifted: bool,
 }
 
 impl RateLimit {
@@ -256,11 +258,20 @@ impl RateLimit {
             bytes_per_second: bytes_per_second.max(1),
             allowance: 0,
             filled_us: 0,
+            lifted: false,
         }
+    }
+
+    /// Lets everything go at once, or returns to the limit.
+    pub fn lift(&mut self, lifted: bool) {
+        self.lifted = lifted;
     }
 
     /// Until when to wait before the next request, or `None` if it may go now.
     pub fn wait_until_us(&mut self, now_us: u64) -> Option<u64> {
+        if self.lifted {
+            return None;
+        }
         let rate = i128::from(self.bytes_per_second);
         let passed = i128::from(now_us.saturating_sub(self.filled_us));
         let earned = passed * rate / 1_000_000;
@@ -283,7 +294,9 @@ impl RateLimit {
 
     /// `bytes` were asked for.
     pub fn spend(&mut self, bytes: u64) {
-        self.allowance -= i128::from(bytes);
+        if !self.lifted {
+            self.allowance -= i128::from(bytes);
+        }
     }
 }
 
@@ -370,5 +383,13 @@ mod tests {
         }
         let expected = 100 << 20;
         assert!(sent.abs_diff(expected) < 2 << 20, "{sent}");
+        limit.spend(1 << 30);
+        assert!(limit.wait_until_us(now).is_some());
+        limit.lift(true);
+        assert_eq!(limit.wait_until_us(now), None);
+        limit.spend(1 << 30);
+        limit.lift(false);
+        let later = limit.wait_until_us(now);
+        assert!(later.is_some_and(|later| later < now + 110_000_000));
     }
 }

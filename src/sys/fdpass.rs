@@ -3,7 +3,10 @@
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::sockopt::PassCred;
+use nix::sys::socket::{
+    ControlMessage, ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, sendmsg, setsockopt,
+};
 
 /// What one receive brought.
 #[derive(Debug)]
@@ -12,29 +15,41 @@ pub struct Received {
     pub bytes: usize,
     /// The first descriptor that came along. Any others were closed.
     pub fd: Option<OwnedFd>,
+    /// The pid of who sent it, if [`ask_for_senders`] was called; 0 if that is in another PID namespace.
+    pub sender: Option<i32>,
+}
+
+/// From now on the kernel says who has sent what is received at `socket`, and at those that it accepts.
+pub fn ask_for_senders(socket: BorrowedFd<'_>) -> io::Result<()> {
+    Ok(setsockopt(&socket, PassCred, &true)?)
 }
 
 /// Receives up to `buffer.len()` bytes and the descriptors that ride on them (SCM_RIGHTS). The
 /// descriptors are closed on exec.
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received> {
     let mut slices = [IoSliceMut::new(buffer)];
-    let mut control = nix::cmsg_space!([i32; 4]);
+    let mut control = nix::cmsg_space!([i32; 4], UnixCredentials);
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
     let message = recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut control), flags)?;
-    let mut first = None;
+    let (mut first, mut sender) = (None, None);
     for item in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(raw) = item {
-            for fd in raw {
-                // SAFETY: the kernel has just installed this descriptor for us and nobody else
-                // knows its number.
-                let owned = unsafe { OwnedFd::from_raw_fd(fd) };
-                first.get_or_insert(owned);
+        match item {
+            ControlMessageOwned::ScmRights(raw) => {
+                for fd in raw {
+                    // SAFETY: the kernel has just installed this descriptor for us and nobody else
+                    // knows its number.
+                    let owned = unsafe { OwnedFd::from_raw_fd(fd) };
+                    first.get_or_insert(owned);
+                }
             }
+            ControlMessageOwned::ScmCredentials(who) => sender = Some(who.pid()),
+            _ => {}
         }
     }
     Ok(Received {
         bytes: message.bytes,
         fd: first,
+        sender,
     })
 }
 
@@ -70,6 +85,7 @@ mod tests {
         let mut word = [0; 4];
         let received = receive(theirs.as_fd(), &mut word).unwrap();
         assert_eq!((received.bytes, &word), (4, b"with"));
+        assert_eq!(received.sender, None);
         let mut pipe = std::fs::File::from(received.fd.unwrap());
         pipe.write_all(b"x").unwrap();
         drop(pipe);
@@ -77,6 +93,11 @@ mod tests {
             std::io::read_to_string(std::fs::File::from(read)).unwrap(),
             "x"
         );
+        ask_for_senders(theirs.as_fd()).unwrap();
+        send(ours.as_fd(), b"more", Some(ours.as_fd())).unwrap();
+        let received = receive(theirs.as_fd(), &mut word).unwrap();
+        let own = std::process::id().cast_signed();
+        assert_eq!((received.sender, received.fd.is_some()), (Some(own), true));
         drop(theirs);
         assert!(send(ours.as_fd(), b"nobody", None).is_err());
     }

@@ -6,6 +6,7 @@ pub mod disconnect;
 pub mod fdpass;
 pub mod mapping;
 pub mod owned_process;
+pub mod pagemap;
 pub mod process;
 pub mod ring;
 pub mod shared;

@@ -11,10 +11,12 @@ use std::time::{Duration, Instant};
 
 use super::dump_memory::DumpMemory;
 use crate::criu::fetch::{Fetcher, Step};
-use crate::criu::header::{GIVE_UP, HEADER_BYTES_MAX, Wire};
+use crate::criu::header::{GIVE_UP, HEADER_BYTES_MAX, Target, Wire};
+use crate::engine::pending::PendingTrees;
 use crate::engine::stop::{Stop, Watched};
 use crate::engine::transport::Peer;
 use crate::error::{Error, Kind, Result};
+use crate::image::dir::ImageDir;
 use crate::stream::Stream;
 
 /// Requests that are on their way at most, however small: of fragmented memory each is for one run, and to
@@ -74,6 +76,13 @@ impl Drain {
             end: 0,
             closed: false,
         }
+    }
+
+    /// Fails if the dump lacks pages that a lazy-client still brings to its processes.
+    pub(super) fn refuse_pending(&self, images: &ImageDir) -> Result<()> {
+        let mut pending = PendingTrees::default();
+        let mut pids = images.processes()?.into_iter();
+        pids.try_for_each(|pid| pending.refuse(&self.stream, Target::Process(pid)))
     }
 
     /// Ends the connection when `stop` is pulled.

@@ -119,6 +119,7 @@ impl ForwardLazy {
             config.dump
         );
         let drain = Drain::new(&config.dump, stream, wire, &dump_memory);
+        drain.refuse_pending(images)?;
         let context = ServeContext::of(
             Box::new(Arc::clone(&dump_memory)),
             dump_memory.page(),

@@ -7,6 +7,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
 
 use super::deferred::Obstacle;
+use super::host_process::HostProcess;
 use super::standby::StandbyMessage;
 use super::waking::Waiters;
 use super::{EVENTS_MAX, Process, Restore};
@@ -84,7 +85,12 @@ impl Restore {
                 }
                 match event {
                     Event::Fault(addr) => faults.push(addr),
-                    Event::Fork(uffd) => drop(self.handle_fork(id, uffd)?),
+                    Event::Fork(uffd) => {
+                        let wiped = self.wiped_by_fork(id);
+                        if let Some(child) = self.handle_fork(id, uffd)? {
+                            self.wipe(child, &wiped);
+                        }
+                    }
                     Event::Remap { from, to } => {
                         self.tell(StandbyMessage::Remap { id, from, to }, None);
                         self.handle_remap(id, from, to);
@@ -175,6 +181,28 @@ impl Restore {
         self.adopt(id, child)?;
         self.look_for_some_ended();
         Ok(Some(id))
+    }
+
+    /// What is zero in the children that `id` forks now: as its mappings say, else as the images did.
+    fn wiped_by_fork(&self, id: SpaceId) -> Vec<PageRange> {
+        let host = self
+            .processes
+            .get(&id)
+            .and_then(|process| process.host.as_ref());
+        let space = self.planner.space(id).filter(|space| !space.is_complete());
+        let Some(space) = space else {
+            return Vec::new();
+        };
+        host.and_then(HostProcess::wiped_on_fork)
+            .unwrap_or_else(|| space.wiped_on_fork())
+    }
+
+    /// Nothing of `ranges` comes to the child `id`: there it is zero.
+    fn wipe(&mut self, id: SpaceId, ranges: &[PageRange]) {
+        for &range in ranges {
+            self.tell(StandbyMessage::Gone { id, range }, None);
+            self.settle(id, range, Way::Gone, Waiters::Asleep);
+        }
     }
 
     pub(super) fn handle_remap(&mut self, id: SpaceId, from: PageRange, to: Vaddr) {

@@ -132,7 +132,7 @@ impl Restore {
     pub(super) fn ask_ferry_for_all(&mut self) -> Result<()> {
         self.ask_ferry_for_faults()?;
         let closed = self.client().is_some_and(|client| client.is_closed());
-        if !closed || self.config.on_demand || self.is_throttled() {
+        if !closed || self.leaves_all_to_faults() || self.is_throttled() {
             return Ok(());
         }
         let most = FERRY_BATCH_BYTES_MAX as u64;

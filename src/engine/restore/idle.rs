@@ -64,11 +64,12 @@ impl Restore {
             .then_some(now_us + RETRY_US);
         let deferred = self.deferred.until_us();
         let unreadable = self.unreadable.until_us();
+        let look = self.next_look().unwrap_or(TICK);
         let wakeup = self.batched_wakeup.until_us();
         [limited, held, retry, wakeup, deferred, unreadable]
             .into_iter()
             .flatten()
             .map(|until_us| Duration::from_micros(until_us.saturating_sub(now_us)))
-            .fold(TICK, Duration::min)
+            .fold(TICK.min(look), Duration::min)
     }
 }

@@ -61,6 +61,9 @@ impl Restore {
         while let Some(piece) = self.planner.arrived(id, image) {
             let piece = self.awaited_first(id, piece, limit);
             let at = piece.at;
+            if self.leave_guards(id, at) {
+                continue;
+            }
             let wake = self.waking(id, at.start());
             let from = offset(piece.image.get() - image.start().get());
             let source = &bytes[from..from + offset(at.bytes())];
@@ -129,6 +132,25 @@ impl Restore {
         }
         self.unlooked_bytes = 0;
         self.serve_faults()
+    }
+
+    /// Takes guard regions in `at` for gone, if there are any, and says so: UFFDIO_COPY would take them away,
+    /// and their pages read as zero once the process removes them.
+    fn leave_guards(&mut self, id: SpaceId, at: PageRange) -> bool {
+        let mut found = false;
+        let mut left = at;
+        while let Some(guard) = self.processes.get_mut(&id).and_then(|process| {
+            let host = process.host.as_mut()?;
+            host.first_guard(left)
+        }) {
+            found = true;
+            self.settle(id, guard, Way::Gone, Waiters::Asleep);
+            left = PageRange::new(guard.end().get(), at.end().get());
+            if left.is_empty() {
+                break;
+            }
+        }
+        found
     }
 
     /// How much to receive or to copy with one call now, bytes.
@@ -228,6 +250,17 @@ impl Restore {
         };
         let length = piece.at.bytes().min(extent.range.bytes()).min(STEP_BYTES);
         let at = PageRange::new(piece.at.start().get(), piece.at.start().get() + length);
+        if self.leave_guards(id, at) {
+            // What is beside the guards is found missing again; a thread that waits for it must not wait longer.
+            if let Some(page) = self
+                .planner
+                .space(id)
+                .and_then(|space| space.first_awaited(at))
+            {
+                self.retries.push_back((id, page));
+            }
+            return Ok(());
+        }
         let mut limit = length;
         if let Some(bytes) = chain.mapped(extent.place, offset(length)) {
             return match self.fill_from(id, at, &mut limit, bytes)? {
@@ -317,7 +350,7 @@ impl Restore {
             // What is here is all that will come: neither faults nor a link are in its way.
             return self.local_step();
         }
-        if !self.finished && self.loss.is_none() || self.config.on_demand {
+        if !self.finished && self.loss.is_none() || self.leaves_all_to_faults() {
             return Ok(false);
         }
         let now_us = self.clock.now_us();

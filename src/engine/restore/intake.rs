@@ -16,8 +16,9 @@ pub const SOCKET_NAME: &str = "lazy-pages.socket";
 /// What the restore says.
 #[derive(Debug)]
 pub(super) enum IntakeEvent {
-    /// A process is being restored; its memory has this userfaultfd.
-    Process(u32, Uffd),
+    /// A process is being restored; its memory has this userfaultfd. Its pid on this host stands behind; 0 if
+    /// that cannot be told here.
+    Process(u32, Uffd, i32),
     /// A zombie: it has no memory.
     Zombie(u32),
     /// Every process is restored.
@@ -71,6 +72,7 @@ impl Intake {
         }
         let listener = UnixListener::bind(&path).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
+        fdpass::ask_for_senders(listener.as_fd()).map_err(failed)?;
         Ok(Intake {
             state: State::Listening(listener),
             path: Some(path),
@@ -159,7 +161,13 @@ impl Intake {
                 let fd: OwnedFd = received.fd.ok_or_else(|| {
                     io::Error::other(format!("no userfaultfd came with the record of pid {pid}"))
                 })?;
-                Ok(Advance::Event(IntakeEvent::Process(pid, Uffd::from(fd))))
+                // The process itself hands its userfaultfd over.
+                let host = received.sender.unwrap_or(0);
+                Ok(Advance::Event(IntakeEvent::Process(
+                    pid,
+                    Uffd::from(fd),
+                    host,
+                )))
             }
             State::Ended => Ok(Advance::Event(IntakeEvent::End)),
         }

@@ -291,7 +291,7 @@ impl Restore {
             return self.ask_ferry_for_all();
         }
         self.send_urgent()?;
-        if !self.finished || self.config.on_demand {
+        if !self.finished || self.leaves_all_to_faults() {
             return Ok(());
         }
         let now_us = self.clock.now_us();

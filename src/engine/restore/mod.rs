@@ -23,6 +23,7 @@ mod fallback;
 mod faults;
 mod ferry;
 mod given_up;
+mod host_process;
 mod idle;
 mod install;
 pub mod intake;
@@ -33,6 +34,7 @@ mod owner_processes;
 mod process;
 mod reconnect;
 mod report;
+mod second_dump;
 mod signals;
 mod source_dialer;
 pub mod standby;
@@ -66,6 +68,7 @@ use crate::units::Vaddr;
 use deferred::{Complaints, Deferred};
 use fallback::Fallback;
 use given_up::GivenUp;
+use host_process::HostProcess;
 use install::READAHEAD_BYTES;
 use intake::{Intake, IntakeEvent};
 use links::Links;
@@ -73,6 +76,7 @@ use loss::Loss;
 pub(super) use process::wire_of;
 use report::Observer;
 pub use report::{Progress, Summary};
+use second_dump::SecondDump;
 use signals::Signals;
 pub use signals::block as block_signals;
 use standby::{Standby, StandbyMessage};
@@ -163,6 +167,8 @@ struct Process {
     pid: u32,
     uffd: Uffd,
     chain: Option<Arc<Chain>>,
+    /// Unknown where it is in another PID namespace, and of children that were forked since.
+    host: Option<HostProcess>,
     /// How far the chain's files are read ahead.
     ahead: ReadAhead,
 }
@@ -175,6 +181,7 @@ impl Process {
             uffd,
             chain,
             ahead,
+            host: None,
         }
     }
 }
@@ -197,6 +204,7 @@ pub struct Restore {
     batched_wakeup: BatchedWakeup,
     links: Links,
     limit: Option<RateLimit>,
+    second_dump: SecondDump,
     loss: Option<Loss>,
     /// What cannot take pages now.
     deferred: Deferred,
@@ -291,6 +299,7 @@ impl Restore {
         };
         let mut restore = Restore {
             limit: config.max_bandwidth.map(RateLimit::new),
+            second_dump: SecondDump::new(),
             planner: Planner::new(page),
             config,
             images,
@@ -391,6 +400,7 @@ impl Restore {
                     }
                 }
             }
+            self.look_for_second_dump();
             if ticked.elapsed() >= TICK {
                 ticked = Instant::now();
                 self.tick();
@@ -465,7 +475,7 @@ impl Restore {
         while let Some(word) = self.intake.next()? {
             // The socket to poll changes when the restore connects; a closed one leaves by itself.
             match word {
-                IntakeEvent::Process(pid, uffd) => drop(self.add_process(pid, uffd)?),
+                IntakeEvent::Process(pid, uffd, host) => drop(self.add_process(pid, uffd, host)?),
                 IntakeEvent::Zombie(pid) => {
                     tracing::info!("pid {pid} is a zombie: it has no memory");
                 }
@@ -512,7 +522,8 @@ impl Restore {
         }
     }
 
-    fn add_process(&mut self, pid: u32, uffd: Uffd) -> Result<SpaceId> {
+    /// `host` is the process's pid on this host, 0 if that is not known.
+    fn add_process(&mut self, pid: u32, uffd: Uffd, host: i32) -> Result<SpaceId> {
         let opened = process::open(&self.images, pid, self.config.source.is_some())?;
         let space = opened.space;
         tracing::info!(
@@ -524,8 +535,15 @@ impl Restore {
         self.build_on_earlier(pid, space.origins())?;
         let id = self.planner.add(space);
         let chain = opened.chain.map(Arc::new);
-        self.tell(StandbyMessage::Process { id, pid }, Some(uffd.as_fd()));
-        self.adopt(id, Process::new(pid, uffd, chain))?;
+        self.tell(
+            StandbyMessage::Process { id, pid, host },
+            Some(uffd.as_fd()),
+        );
+        let process = Process {
+            host: HostProcess::open(host),
+            ..Process::new(pid, uffd, chain)
+        };
+        self.adopt(id, process)?;
         Ok(id)
     }
 

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 
+use crate::engine::smaps::{self, MISSING};
 use crate::units::PageRange;
 
 /// What /proc says of one process.
@@ -62,7 +63,7 @@ fn candidate(pid: i32) -> Option<Candidate> {
     // Either file may be gone by now, with its process.
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
-    let watched = watched_mappings(&smaps);
+    let watched = smaps::mappings_with(MISSING, &smaps);
     let (parent, inner_pid) = family(&status)?;
     (!watched.is_empty()).then_some(Candidate {
         parent,
@@ -73,49 +74,13 @@ fn candidate(pid: i32) -> Option<Candidate> {
 
 /// Parent and innermost pid, from /proc/PID/status.
 fn family(status: &str) -> Option<(i32, u32)> {
-    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
-    let parent = field("PPid:")?.trim().parse().ok()?;
-    let inner = field("NSpid:")?.split_whitespace().last()?.parse().ok()?;
-    Some((parent, inner))
-}
-
-/// The mappings with the flag "um" (userfaultfd missing), from /proc/PID/smaps.
-fn watched_mappings(smaps: &str) -> Vec<PageRange> {
-    let mut current = None;
-    let mut watched = Vec::new();
-    for line in smaps.lines() {
-        if let Some(flags) = line.strip_prefix("VmFlags:") {
-            if flags.split_whitespace().any(|flag| flag == "um") {
-                watched.extend(current);
-            }
-        } else if let Some(range) = mapping(line) {
-            current = Some(range);
-        }
-    }
-    watched
-}
-
-fn mapping(line: &str) -> Option<PageRange> {
-    let (start, rest) = line.split_once('-')?;
-    let end = rest.split_once(' ')?.0;
-    let [start, end] = [start, end].map(|number| u64::from_str_radix(number, 16).ok());
-    let (start, end) = (start?, end?);
-    (start <= end).then(|| PageRange::new(start, end))
+    let parent = smaps::field(status, "PPid:")?.trim().parse().ok()?;
+    Some((parent, smaps::inner_pid(status)?))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn watched_mappings_are_those_with_the_flag() {
-        let smaps = "00400000-00452000 r-xp 00000000 08:02 1 /bin/x\nSize: 328 kB\nVmFlags: rd ex mr \n\
-                     7f0000000000-7f0000002000 rw-p 00000000 00:00 0\nSize: 8 kB\nVmFlags: rd wr mr um ac \n";
-        assert_eq!(
-            watched_mappings(smaps),
-            [PageRange::new(0x7f00_0000_0000, 0x7f00_0000_2000)]
-        );
-    }
 
     #[test]
     fn the_innermost_pid_counts() {

@@ -26,7 +26,8 @@ pub(super) fn open(images: &ImageDir, pid: u32, has_source: bool) -> Result<Open
         Missing::Refuse
     };
     let chain = Chain::open(images, Target::Process(pid), missing)?;
-    let vmas = images.mappings(pid)?.fillable;
+    let mappings = images.mappings(pid)?;
+    let vmas = mappings.fillable;
     let (mut remote, mut local) = (Vec::new(), Vec::new());
     for extent in chain.extents().iter().filter(|extent| extent.lazy) {
         let kind = match extent.place {
@@ -36,7 +37,8 @@ pub(super) fn open(images: &ImageDir, pid: u32, has_source: bool) -> Result<Open
         kind.extend(within_mappings(extent.range, &vmas));
     }
     let chain = (!local.is_empty()).then_some(chain);
-    let space = Space::new(pid, images.page(), remote, local);
+    let mut space = Space::new(pid, images.page(), remote, local);
+    space.wipe_on_fork(&mappings.wiped_on_fork);
     Ok(Opened { space, chain })
 }
 

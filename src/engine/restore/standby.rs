@@ -262,7 +262,14 @@ mod tests {
         let to = Vaddr(0x9000);
         let words = [
             (StandbyMessage::Source { faults: true }, Some(&uffd)),
-            (StandbyMessage::Process { id, pid: 12 }, Some(&uffd)),
+            (
+                StandbyMessage::Process {
+                    id,
+                    pid: 12,
+                    host: 4711,
+                },
+                Some(&uffd),
+            ),
             (StandbyMessage::Fork { id, parent }, Some(&uffd)),
             (
                 StandbyMessage::Remap {

@@ -10,8 +10,9 @@ use crate::units::{PageRange, Vaddr};
 /// What the one that serves tells. Its [`SpaceId`]s are its own.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(in crate::engine::restore) enum StandbyMessage {
-    /// The process that the images call `pid` is restored; its userfaultfd comes along.
-    Process { id: SpaceId, pid: u32 },
+    /// The process that the images call `pid` is restored, and `host` (0: nobody knows) on
+    /// this host; its userfaultfd comes along.
+    Process { id: SpaceId, pid: u32, host: i32 },
     /// `parent` has forked; the child's userfaultfd comes along.
     Fork { id: SpaceId, parent: SpaceId },
     /// Memory has moved.
@@ -38,7 +39,8 @@ pub(super) struct MessageBytes {
     id: u32,
     /// A pid, or another process's id.
     other: u32,
-    unused: u32,
+    /// A pid on this host.
+    host: i32,
     start: u64,
     end: u64,
     to: u64,
@@ -48,8 +50,12 @@ const _: () = assert!(size_of::<MessageBytes>() == 48);
 
 impl StandbyMessage {
     pub(super) fn encode(self, events: u64) -> MessageBytes {
+        let host = match self {
+            StandbyMessage::Process { host, .. } => host,
+            _ => 0,
+        };
         let (word, id, other, range, to) = match self {
-            StandbyMessage::Process { id, pid } => (1, id, pid, None, 0),
+            StandbyMessage::Process { id, pid, .. } => (1, id, pid, None, 0),
             StandbyMessage::Fork { id, parent } => (2, id, parent.0, None, 0),
             StandbyMessage::Remap { id, from, to } => (3, id, 0, Some(from), to.get()),
             StandbyMessage::Gone { id, range } => (4, id, 0, Some(range), 0),
@@ -61,7 +67,7 @@ impl StandbyMessage {
             word,
             id: id.0,
             other,
-            unused: 0,
+            host,
             start: range.map_or(0, |range| range.start().get()),
             end: range.map_or(0, |range| range.end().get()),
             to,
@@ -75,6 +81,7 @@ impl StandbyMessage {
             1 => StandbyMessage::Process {
                 id,
                 pid: record.other,
+                host: record.host,
             },
             2 => StandbyMessage::Fork {
                 id,

@@ -79,8 +79,8 @@ impl Restore {
     ) -> Result<()> {
         let own = |id: SpaceId| ids.get(&id).copied();
         match (told, uffd) {
-            (StandbyMessage::Process { id, pid }, Some(uffd)) => {
-                ids.insert(id, self.add_process(pid, uffd)?);
+            (StandbyMessage::Process { id, pid, host }, Some(uffd)) => {
+                ids.insert(id, self.add_process(pid, uffd, host)?);
             }
             (StandbyMessage::Fork { id, parent }, Some(uffd)) => {
                 if let Some(parent) = own(parent)

@@ -1,0 +1,146 @@
+//! Refuses dumps, made on this host, of processes whose pages a lazy-client is still bringing.
+//!
+//! To CRIU a page that has not come yet is one that was never touched: the dump would succeed without it. The
+//! dump's tree is frozen when its first word arrives, so everything about it can be looked up in /proc: a
+//! process of the pid that is named, traced, with memory under a userfaultfd, while a lazy-client of
+//! this host holds one. A refusal makes the dump fail, and the tree goes on.
+
+use std::fs;
+
+use super::smaps::{self, MISSING};
+use crate::criu::header::Target;
+use crate::error::{Error, Kind, Result};
+use crate::stream::Stream;
+
+/// What lazy-client's processes are called.
+const HANDLERS: [&str; 2] = ["lazy-client", "lazy-standby"];
+
+/// Where the link of a userfaultfd in /proc/PID/fd leads to.
+const USERFAULTFD: &str = "anon_inode:[userfaultfd]";
+
+/// What was found on this host when a session first asked.
+#[derive(Default, Debug)]
+pub(super) struct PendingTrees(Option<Seen>);
+
+#[derive(Default, Debug)]
+struct Seen {
+    /// The lazy-client that holds userfaultfds.
+    handler: Option<i32>,
+    /// Traced processes: their pids in the innermost namespace, and on this host.
+    traced: Vec<(u32, i32)>,
+}
+
+impl PendingTrees {
+    /// Fails if `target` is a process of this host that lacks pages, and the peer of `stream` its dump.
+    pub(super) fn refuse(&mut self, stream: &Stream, target: Target) -> Result<()> {
+        let Target::Process(pid) = target else {
+            return Ok(());
+        };
+        if !is_local(stream) {
+            return Ok(());
+        }
+        let seen = self.0.get_or_insert_with(Seen::look);
+        let Some(handler) = seen.handler else {
+            return Ok(());
+        };
+        let named = seen.traced.iter().filter(|(inner, _)| *inner == pid);
+        let lacking = named.map(|(_, host)| *host).find(|host| lacks_pages(*host));
+        match lacking {
+            None => Ok(()),
+            Some(host) => {
+                let text = format!(
+                    "process {host} is being dumped as pid {pid} while its pages are still missing: the dump would \
+                     lack them (wait until lazy-client, process {handler}, has ended, and dump again; the \
+                     process goes on)"
+                );
+                Err(Error::new(Kind::Usage, text))
+            }
+        }
+    }
+}
+
+/// Whether both ends of a connection are on this host, as far as it can be told.
+fn is_local(stream: &Stream) -> bool {
+    let socket = stream.socket();
+    let ip = |address: std::io::Result<socket2::SockAddr>| {
+        let address = address.ok()?.as_socket()?;
+        Some(address.ip().to_canonical())
+    };
+    match (ip(socket.local_addr()), ip(socket.peer_addr())) {
+        (Some(own), Some(peer)) => own == peer || peer.is_loopback(),
+        // A socket without an internet address.
+        _ => true,
+    }
+}
+
+impl Seen {
+    fn look() -> Seen {
+        let mut seen = Seen::default();
+        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        for process in processes {
+            let Some(pid) = process
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse().ok())
+            else {
+                continue;
+            };
+            // It may be gone by now.
+            let Ok(status) = fs::read_to_string(process.path().join("status")) else {
+                continue;
+            };
+            let name = smaps::field(&status, "Name:").unwrap_or_default().trim();
+            if HANDLERS.contains(&name) && holds_userfaultfd(pid) {
+                seen.handler = Some(pid);
+            }
+            if smaps::tracer(&status).is_some_and(|tracer| tracer != 0) {
+                seen.traced
+                    .extend(smaps::inner_pid(&status).map(|inner| (inner, pid)));
+            }
+        }
+        seen
+    }
+}
+
+fn holds_userfaultfd(pid: i32) -> bool {
+    let fds = fs::read_dir(format!("/proc/{pid}/fd"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    fds.filter_map(|fd| fs::read_link(fd.path()).ok())
+        .any(|link| link.as_os_str() == USERFAULTFD)
+}
+
+fn lacks_pages(pid: i32) -> bool {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
+    !smaps::mappings_with(MISSING, &smaps).is_empty()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn peers_of_this_host_are_known() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        assert!(is_local(&Stream::plain(peer)));
+        let (one, _other) = UnixStream::pair().unwrap();
+        assert!(is_local(&Stream::plain(one)));
+    }
+
+    #[test]
+    fn processes_that_nobody_restores_lazily_are_taken() {
+        let (one, _other) = UnixStream::pair().unwrap();
+        let stream = Stream::plain(one);
+        let own = Target::Process(std::process::id());
+        let mut trees = PendingTrees::default();
+        assert!(trees.refuse(&stream, own).is_ok());
+        assert!(trees.refuse(&stream, Target::Shmem(1)).is_ok());
+        assert!(!lacks_pages(std::process::id().cast_signed()));
+        assert!(!holds_userfaultfd(std::process::id().cast_signed()));
+    }
+}

@@ -1,0 +1,184 @@
+//! A restored process as this host sees it: its /proc directory, which the kernel names when the process
+//! hands its userfaultfd over.
+//!
+//! What the userfaultfd does not tell is looked up there: guard regions that were installed over missing
+//! pages, mappings that a fork wipes, and somebody who traces or freezes the process, as a dump does. Children
+//! that it forks since are not named by anybody: for them nothing is looked up.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+use crate::engine::smaps::{self, WIPED_ON_FORK};
+use crate::sys::pagemap::Pagemap;
+use crate::units::PageRange;
+
+/// A live process of this host.
+#[derive(Debug)]
+pub(super) struct HostProcess {
+    pid: i32,
+    /// /proc/PID. Its files say ESRCH once the process has ended, whoever has its pid by then.
+    dir: File,
+    /// `None` once it was found to tell nothing of guard regions.
+    pagemap: Option<Pagemap>,
+    watch: Watch,
+}
+
+impl HostProcess {
+    /// The process `pid` of this process's PID namespace; 0 is one of another namespace.
+    pub(super) fn open(pid: i32) -> Option<HostProcess> {
+        if pid <= 0 {
+            return None;
+        }
+        let dir = File::open(format!("/proc/{pid}")).ok()?;
+        let mut process = HostProcess {
+            pid,
+            dir,
+            pagemap: None,
+            watch: Watch::default(),
+        };
+        process.pagemap = Pagemap::open(&process.path("pagemap")).ok();
+        Some(process)
+    }
+
+    /// Its pid on this host.
+    pub(super) fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    fn path(&self, file: &str) -> PathBuf {
+        Path::new("/proc/self/fd")
+            .join(self.dir.as_raw_fd().to_string())
+            .join(file)
+    }
+
+    fn read(&self, file: &str) -> io::Result<String> {
+        fs::read_to_string(self.path(file))
+    }
+
+    /// The first guard region in `range`, where the kernel tells.
+    pub(super) fn first_guard(&mut self, range: PageRange) -> Option<PageRange> {
+        match self.pagemap.as_ref()?.first_guard(range) {
+            Ok(found) => found,
+            Err(error) => {
+                // An older kernel, or the process has ended: it will not tell later.
+                tracing::debug!(
+                    "guard regions of process {} are not told: {error}",
+                    self.pid
+                );
+                self.pagemap = None;
+                None
+            }
+        }
+    }
+
+    /// The mappings that a fork leaves zero in the child, if they can be read.
+    pub(super) fn wiped_on_fork(&self) -> Option<Vec<PageRange>> {
+        let smaps = self.read("smaps").ok()?;
+        Some(smaps::mappings_with(WIPED_ON_FORK, &smaps))
+    }
+
+    /// Who disturbs the process now as a dump does. `restored`: its restore has finished.
+    pub(super) fn disturbed(&mut self, restored: bool) -> Option<Disturbance> {
+        let status = self.read("status").ok()?;
+        let tracer = smaps::tracer(&status)?;
+        let frozen = || self.read("cgroup").is_ok_and(|groups| is_frozen(&groups));
+        let frozen = restored && tracer == 0 && frozen();
+        self.watch.look(tracer, frozen, restored)
+    }
+}
+
+/// What somebody does to a process.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Disturbance {
+    /// This process of the host traces it.
+    Traced(i32),
+    /// Its control group is frozen.
+    Frozen,
+}
+
+/// Tells who comes after a restore from the CRIU that restores, which traces its processes too.
+#[derive(Default, Debug)]
+struct Watch {
+    restored_by: Option<i32>,
+    /// It was seen running by itself.
+    ran: bool,
+}
+
+impl Watch {
+    fn look(&mut self, tracer: i32, frozen: bool, restored: bool) -> Option<Disturbance> {
+        match tracer {
+            0 if frozen => self.ran.then_some(Disturbance::Frozen),
+            0 => {
+                self.ran |= restored;
+                None
+            }
+            _ if !self.ran && *self.restored_by.get_or_insert(tracer) == tracer => None,
+            _ => Some(Disturbance::Traced(tracer)),
+        }
+    }
+}
+
+/// Whether one of the control groups of a /proc/PID/cgroup is frozen: looked up where they usually are.
+fn is_frozen(groups: &str) -> bool {
+    groups.lines().any(|line| {
+        let mut parts = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(path)) = (parts.next(), parts.next()) else {
+            return false;
+        };
+        let says = |root: &str, file: &str, frozen: &str| {
+            let said = fs::read_to_string(format!("{root}{path}/{file}"));
+            said.is_ok_and(|said| said.lines().any(|line| line == frozen))
+        };
+        if controllers.is_empty() {
+            let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
+            return roots
+                .iter()
+                .any(|root| says(root, "cgroup.events", "frozen 1"));
+        }
+        controllers.split(',').any(|name| name == "freezer")
+            && says("/sys/fs/cgroup/freezer", "freezer.state", "FROZEN")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tracer_counts_once_the_restore_is_over() {
+        let mut watch = Watch::default();
+        let criu = 100;
+        // The restore itself, before and after its last word to us.
+        assert_eq!(watch.look(0, false, false), None);
+        assert_eq!(watch.look(criu, false, false), None);
+        assert_eq!(watch.look(criu, false, true), None);
+        // Another one right behind it, although the process was never seen to run.
+        assert_eq!(watch.look(101, false, true), Some(Disturbance::Traced(101)));
+        assert_eq!(watch.look(0, false, true), None);
+        // The same pid again is not the restore any more.
+        assert_eq!(
+            watch.look(criu, false, true),
+            Some(Disturbance::Traced(criu))
+        );
+        assert_eq!(watch.look(0, true, true), Some(Disturbance::Frozen));
+    }
+
+    #[test]
+    fn a_process_that_is_restored_frozen_is_not_disturbed() {
+        let mut watch = Watch::default();
+        assert_eq!(watch.look(0, true, true), None);
+        assert_eq!(watch.look(0, false, true), None);
+        assert_eq!(watch.look(0, true, true), Some(Disturbance::Frozen));
+    }
+
+    #[test]
+    fn this_process_is_seen_as_it_is() {
+        let own = std::process::id().cast_signed();
+        let mut process = HostProcess::open(own).unwrap();
+        assert_eq!(process.disturbed(true), None);
+        assert!(process.wiped_on_fork().is_some());
+        assert!(HostProcess::open(0).is_none());
+    }
+}

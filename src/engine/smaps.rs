@@ -1,0 +1,76 @@
+//! What /proc/PID/smaps and /proc/PID/status tell of a process.
+
+use crate::units::PageRange;
+
+/// Flag of a mapping under a userfaultfd that is told of missing pages.
+pub(super) const MISSING: &str = "um";
+
+/// Flag of a mapping that children find zero (MADV_WIPEONFORK, MAP_DROPPABLE).
+pub(super) const WIPED_ON_FORK: &str = "wf";
+
+/// The mappings with `flag` in their line VmFlags, by address.
+pub(super) fn mappings_with(flag: &str, smaps: &str) -> Vec<PageRange> {
+    let mut current = None;
+    let mut found = Vec::new();
+    for line in smaps.lines() {
+        if let Some(flags) = line.strip_prefix("VmFlags:") {
+            if flags.split_whitespace().any(|has| has == flag) {
+                found.extend(current);
+            }
+        } else if let Some(range) = mapping(line) {
+            current = Some(range);
+        }
+    }
+    found
+}
+
+fn mapping(line: &str) -> Option<PageRange> {
+    let (start, rest) = line.split_once('-')?;
+    let end = rest.split_once(' ')?.0;
+    let [start, end] = [start, end].map(|number| u64::from_str_radix(number, 16).ok());
+    let (start, end) = (start?, end?);
+    (start <= end).then(|| PageRange::new(start, end))
+}
+
+/// The process that traces the one of `status`, a /proc/PID/status: 0 if none does.
+pub(super) fn tracer(status: &str) -> Option<i32> {
+    field(status, "TracerPid:")?.trim().parse().ok()
+}
+
+/// The pid in the innermost PID namespace.
+pub(super) fn inner_pid(status: &str) -> Option<u32> {
+    field(status, "NSpid:")?
+        .split_whitespace()
+        .last()?
+        .parse()
+        .ok()
+}
+
+/// The rest of the line that begins with `name`.
+pub(super) fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
+    status.lines().find_map(|line| line.strip_prefix(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mappings_are_told_apart_by_their_flags() {
+        let smaps = "00400000-00452000 r-xp 00000000 08:02 1 /bin/x\nSize: 328 kB\nVmFlags: rd ex mr \n\
+                     7f0000000000-7f0000002000 rw-p 00000000 00:00 0\nSize: 8 kB\nVmFlags: rd wr mr um ac wf \n";
+        let range = PageRange::new(0x7f00_0000_0000, 0x7f00_0000_2000);
+        assert_eq!(mappings_with(MISSING, smaps), [range]);
+        assert_eq!(mappings_with(WIPED_ON_FORK, smaps), [range]);
+        assert_eq!(
+            mappings_with("ex", smaps),
+            [PageRange::new(0x40_0000, 0x45_2000)]
+        );
+    }
+
+    #[test]
+    fn the_tracer_is_told_by_the_status() {
+        assert_eq!(tracer("Name:\tx\nTracerPid:\t4711\nUid:\t0\n"), Some(4711));
+        assert_eq!(tracer("Name:\tx\n"), None);
+    }
+}

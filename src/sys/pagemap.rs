@@ -1,0 +1,131 @@
+//! What the kernel knows of the pages of another process, by PAGEMAP_SCAN on its /proc/PID/pagemap.
+//!
+//! Layouts and numbers are those of linux/fs.h.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use crate::units::PageRange;
+
+/// PAGE_IS_GUARD: the page lies in a guard region (MADV_GUARD_INSTALL).
+const GUARD: u64 = 1 << 8;
+
+/// An open /proc/PID/pagemap. It stays with the memory that the process had when it was opened.
+#[derive(Debug)]
+pub struct Pagemap(File);
+
+impl Pagemap {
+    /// Opens the file `path`. That takes the right to trace the process.
+    pub fn open(path: &Path) -> io::Result<Pagemap> {
+        File::open(path).map(Pagemap)
+    }
+
+    /// The first run of pages in `range` that lie in guard regions. An error of kind `InvalidInput` or a
+    /// bare ENOTTY means that this kernel cannot tell.
+    pub fn first_guard(&self, range: PageRange) -> io::Result<Option<PageRange>> {
+        let mut found = Region::default();
+        let mut call = Scan {
+            size: size_of::<Scan>() as u64,
+            start: range.start().get(),
+            end: range.end().get(),
+            vec: (&raw mut found).expose_provenance() as u64,
+            vec_len: 1,
+            category_mask: GUARD,
+            return_mask: GUARD,
+            ..Scan::default()
+        };
+        // SAFETY: `call` is a valid pm_scan_arg whose `vec` is room for the one region that `vec_len` tells;
+        // both outlive the call.
+        let regions = unsafe { calls::scan(self.0.as_raw_fd(), &raw mut call) }?;
+        let within = |found: &Region| {
+            let (start, end) = (range.start().get(), range.end().get());
+            start <= found.start && found.start < found.end && found.end <= end
+        };
+        let found = (regions > 0 && within(&found)).then_some(found);
+        Ok(found.map(|found| PageRange::new(found.start, found.end)))
+    }
+}
+
+/// struct page_region.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Region {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+/// struct pm_scan_arg.
+#[repr(C)]
+#[derive(Default)]
+struct Scan {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+mod calls {
+    #![allow(missing_docs)]
+    use super::Scan;
+
+    nix::ioctl_readwrite!(scan, b'f', 16, Scan);
+}
+
+const _: () = assert!(size_of::<Region>() == 24);
+const _: () = assert!(size_of::<Scan>() == 96);
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroUsize;
+
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
+    use super::*;
+
+    #[test]
+    fn guard_regions_are_found_where_they_are() {
+        let page = crate::sys::process::page_size().unwrap().bytes();
+        let length = usize::try_from(16 * page).unwrap();
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let room = NonZeroUsize::new(length).unwrap();
+        // SAFETY: a new mapping at an address that the kernel chooses touches nothing that exists.
+        let mapped = unsafe { mmap_anonymous(None, room, access, MapFlags::MAP_PRIVATE) }.unwrap();
+        let start = mapped.as_ptr().expose_provenance() as u64;
+        let range = |from: u64, to: u64| PageRange::new(start + from * page, start + to * page);
+        let pagemap = Pagemap::open(Path::new("/proc/self/pagemap")).unwrap();
+        let install = |from: u64, pages: u64| {
+            let at = mapped
+                .as_ptr()
+                .wrapping_byte_add(usize::try_from(from * page).unwrap());
+            // SAFETY: the pages lie in the new mapping, which nobody reads or writes.
+            unsafe { libc::madvise(at, usize::try_from(pages * page).unwrap(), 102) }
+        };
+        if install(3, 2) == 0 && pagemap.first_guard(range(0, 16)).is_ok() {
+            assert_eq!(pagemap.first_guard(range(0, 3)).unwrap(), None);
+            assert_eq!(
+                pagemap.first_guard(range(0, 16)).unwrap(),
+                Some(range(3, 5))
+            );
+            assert_eq!(
+                pagemap.first_guard(range(4, 16)).unwrap(),
+                Some(range(4, 5))
+            );
+            assert_eq!(pagemap.first_guard(range(5, 16)).unwrap(), None);
+        } else {
+            eprintln!("skipped: this kernel has no guard regions, or does not tell them");
+        }
+        // SAFETY: nobody refers to the mapping any more.
+        unsafe { munmap(mapped, length) }.unwrap();
+    }
+}
