@@ -10,6 +10,7 @@ use thiserror::Error;
 
 use super::agent::AgentState;
 use super::convergence::Mode;
+use crate::criu::header::Wire;
 use crate::limits::{MIGRATION_ID_BYTES_MAX, MIGRATION_PIDS_MAX};
 
 /// Names one migration on both sides. It is also the name of a directory.
@@ -81,6 +82,16 @@ impl CriuVersion {
             *number = digits.parse().ok()?;
         }
         Some(CriuVersion(version))
+    }
+}
+
+impl CriuVersion {
+    /// The layout of this CRIU's frames, which is also the form of the images that it reads.
+    pub fn wire(self) -> Wire {
+        match self < CriuVersion([4, 2, 0]) {
+            true => Wire::V1,
+            false => Wire::V2,
+        }
     }
 }
 
@@ -254,6 +265,7 @@ mod tests {
         assert_eq!(of("4.3"), CriuVersion([4, 3, 0]));
         assert_eq!(of("4.10-rc1"), CriuVersion([4, 10, 0]));
         assert!(of("4.3") > of("4.2.1") && of("4.10") > of("4.9.9"));
+        assert_eq!((of("4.1.1").wire(), of("4.2").wire()), (Wire::V1, Wire::V2));
         assert_eq!(of("4.3").to_string(), "4.3");
         assert_eq!(CriuVersion::parse("criu 4"), None);
         assert_eq!(CriuVersion::parse("Version: x"), None);

@@ -18,6 +18,7 @@
 //! Invariants: every process, namespace, mount and sysctl belongs to a guard that undoes it on drop;
 //! processes are killed by pid and only by who started them; waiting has a condition and a deadline.
 
+pub mod agent;
 pub mod bed;
 pub mod criu;
 pub mod daemons;

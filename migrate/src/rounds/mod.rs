@@ -15,7 +15,7 @@ mod tree;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use pageferry::criu::header::Target;
+use pageferry::criu::header::{Target, Wire};
 use pageferry::error::Result;
 use pageferry::units::PageSize;
 
@@ -32,15 +32,17 @@ pub(crate) struct RoundRead {
     pub(crate) took: Duration,
 }
 
-/// Reads all memory of `tree` once and sends it to the forwarder at `forwarder`, at most `bytes_per_s`.
+/// Reads all memory of `tree` once and sends it to the forwarder at `forwarder`, at most `bytes_per_s`. The
+/// `wire` is that of the CRIU which will restore on top of the round's images.
 pub(crate) fn run(
     tree: &Tree,
     forwarder: SocketAddr,
     page: PageSize,
+    wire: Wire,
     bytes_per_s: Option<u64>,
 ) -> Result<RoundRead> {
     let start = Instant::now();
-    let mut sender = Sender::connect(forwarder, page, bytes_per_s)?;
+    let mut sender = Sender::connect(forwarder, page, wire, bytes_per_s)?;
     let mut segments = Vec::new();
     for member in tree.members() {
         let (private, shared): (Vec<Area>, Vec<Area>) = areas(member)

@@ -14,6 +14,7 @@ pub(super) struct Sender {
     stream: TcpStream,
     server: SocketAddr,
     page: PageSize,
+    wire: Wire,
     target: Option<Target>,
     pages: u64,
     rate: Option<Rate>,
@@ -43,6 +44,7 @@ impl Sender {
     pub(super) fn connect(
         server: SocketAddr,
         page: PageSize,
+        wire: Wire,
         bytes_per_s: Option<u64>,
     ) -> Result<Sender> {
         let stream = TcpStream::connect(server).map_err(|error| lost(server, error))?;
@@ -53,6 +55,7 @@ impl Sender {
             stream,
             server,
             page,
+            wire,
             target: None,
             pages: 0,
             rate: bytes_per_s.map(|bytes_per_s| Rate {
@@ -116,7 +119,7 @@ impl Sender {
             dst_id: self.target.map_or(0, Target::dst_id),
         };
         let mut bytes = [0; HEADER_BYTES_MAX];
-        let length = header.encode(Wire::V2, &mut bytes);
+        let length = header.encode(self.wire, &mut bytes);
         let server = self.server;
         self.stream
             .write_all(&bytes[..length])

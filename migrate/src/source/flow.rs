@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use axum::body::Body;
+use pageferry::criu::header::Wire;
 use pageferry::engine::transport::Peer;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::{Begin, Receiver, RestoreRequest, Status};
@@ -44,6 +45,8 @@ pub(super) struct Flow<'a> {
     client: AgentClient,
     place: Place,
     page: PageSize,
+    /// The layout that the source's CRIU speaks.
+    wire: Wire,
     source: Source,
     mode: Mode,
     costs: Costs,
@@ -61,7 +64,7 @@ impl<'a> Flow<'a> {
         programs: Programs,
         client: AgentClient,
         place: Place,
-        page: PageSize,
+        (page, wire): (PageSize, Wire),
         report: Report,
         started: Instant,
     ) -> Flow<'a> {
@@ -72,6 +75,7 @@ impl<'a> Flow<'a> {
             mode: place.facts.mode,
             place,
             page,
+            wire,
             source: Source::new(),
             costs: Costs::default(),
             convergence: Convergence::default(),
@@ -172,9 +176,9 @@ impl<'a> Flow<'a> {
             let port = read_number(&self.place.dir().join(PORT_FILE))?;
             let forwarder = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
             let tree = Tree::of(self.root())?;
-            let (page, rate) = (self.page, self.args.round_rate);
+            let (page, wire, rate) = (self.page, self.wire, self.args.round_rate);
             let read = tokio::task::spawn_blocking(move || {
-                rounds::run(&tree, forwarder, page, Some(rate.max(1)))
+                rounds::run(&tree, forwarder, page, wire, Some(rate.max(1)))
             });
             let read = read.await.map_err(|error| {
                 Error::wrap(Kind::Io, "a round was ended", io::Error::other(error))

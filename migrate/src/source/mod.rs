@@ -123,7 +123,8 @@ async fn migrate(args: &Args) -> Result<()> {
             .unwrap_or_default(),
         kernel: here.kernel,
     };
-    let mut flow = Flow::new(args, programs, client, place, page, report, started);
+    let wire = here.criu.unwrap_or_default().wire();
+    let mut flow = Flow::new(args, programs, client, place, (page, wire), report, started);
     let ended = flow.run().await;
     let report = flow.finish(&ended);
     // It hears of the end, and has nothing to do.

@@ -1,0 +1,189 @@
+//! A destination host for whole migrations: a `pageferry agent` in a PID namespace of its own, for
+//! restored processes come back under pids that are taken outside.
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use nix::unistd::Pid;
+
+use crate::criu::Criu;
+use crate::load::Load;
+use crate::net::{Host, NetNs, command_in};
+use crate::process::{Spawned, descendants, kill_and_reap};
+use crate::wait::{self, GENEROUS};
+use crate::workspace;
+
+/// A running agent, and all that it has restored: ended on drop.
+#[derive(Debug)]
+pub struct Agent {
+    namespace: Spawned,
+    address: SocketAddr,
+    dir: PathBuf,
+}
+
+impl Agent {
+    /// Starts one that works in `dir`, with `criu` and further options, at loopback or on `host`.
+    ///
+    /// # Errors
+    /// It does not listen; the error shows its log.
+    pub fn start(criu: &Path, dir: &Path, host: Option<&Host>, extra: &[String]) -> Result<Agent> {
+        fs::create_dir_all(dir)?;
+        let port_file = dir.join("port.json");
+        let log = dir.join("agent.log");
+        let address = host.map_or(IpAddr::from(Ipv4Addr::LOCALHOST), |host| host.address);
+        let net: Option<&NetNs> = host.map(|host| &host.net);
+        let mut command = command_in(net, "unshare");
+        command.args(["--pid", "--mount", "--fork", "--mount-proc", "--"]);
+        command
+            .arg(workspace::binary("nsinit")?)
+            .arg("--record")
+            .arg(dir.join("ends.txt"))
+            .arg("--")
+            .arg(workspace::binary("pageferry")?)
+            .args(["agent", "--listen", &format!("{address}:0"), "--dir"])
+            .arg(dir)
+            .arg("--port-file")
+            .arg(&port_file)
+            .arg("--criu")
+            .arg(criu)
+            .args(extra)
+            .stderr(fs::File::create(&log)?);
+        let mut namespace = Spawned::start("pageferry agent", &mut command, Some(log))?;
+        let port = wait::until("the agent to listen", GENEROUS, || {
+            if let Some(ended) = namespace.ended()? {
+                anyhow::bail!(
+                    "the agent has ended: {}{}",
+                    ended.status,
+                    namespace.log_tail()
+                );
+            }
+            Ok(fs::read(&port_file).ok())
+        })?;
+        let port: u16 = serde_json::from_slice(&port)?;
+        Ok(Agent {
+            namespace,
+            address: SocketAddr::new(address, port),
+            dir: dir.to_owned(),
+        })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Its directory of the migration `id`.
+    pub fn dir_of(&self, id: &str) -> PathBuf {
+        self.dir.join(id)
+    }
+
+    /// What it has said.
+    pub fn log(&self) -> String {
+        self.namespace.log_tail()
+    }
+
+    /// Process 1 of its PID namespace.
+    ///
+    /// # Errors
+    /// The namespace is gone.
+    pub fn init(&self) -> Result<Pid> {
+        let pids = descendants(self.namespace.pid());
+        pids.first()
+            .copied()
+            .context("the agent's namespace is gone")
+    }
+
+    /// The agent's process, as the harness sees it.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn pid(&self) -> Result<Pid> {
+        let pids = descendants(self.namespace.pid());
+        pids.get(1).copied().context("the agent has ended")
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        // The death of its process 1 ends a PID namespace, and then `unshare` ends by itself.
+        if let Ok(init) = self.init() {
+            kill_and_reap(&[init]);
+        }
+        let _ = self.namespace.wait_undisturbed();
+    }
+}
+
+/// A `pageferry migrate` to be run.
+#[derive(Debug)]
+pub struct Move<'a> {
+    criu: &'a Path,
+    state_dir: PathBuf,
+    id: &'static str,
+    options: Vec<String>,
+    net: Option<&'a NetNs>,
+}
+
+impl<'a> Move<'a> {
+    /// Of `load` to `agent`, as the migration `id`, with records in `state_dir`.
+    pub fn new(criu: &'a Criu, state_dir: PathBuf, id: &'static str) -> Move<'a> {
+        Move {
+            criu: &criu.path,
+            state_dir,
+            id,
+            options: Vec::new(),
+            net: None,
+        }
+    }
+
+    /// With further options.
+    #[must_use]
+    pub fn with(mut self, options: &[&str]) -> Move<'a> {
+        self.options.extend(options.iter().map(ToString::to_string));
+        self
+    }
+
+    /// From a network.
+    #[must_use]
+    pub fn in_net(self, net: &'a NetNs) -> Move<'a> {
+        Move {
+            net: Some(net),
+            ..self
+        }
+    }
+
+    /// The source's directory of the migration.
+    pub fn dir(&self) -> PathBuf {
+        self.state_dir.join(self.id)
+    }
+
+    /// The source's report, once the command has ended.
+    pub fn report(&self) -> PathBuf {
+        self.state_dir.join(format!("{}-report.json", self.id))
+    }
+
+    /// Starts the command.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start(&self, load: &Load, agent: &Agent) -> Result<Spawned> {
+        fs::create_dir_all(&self.state_dir)?;
+        let log = self.state_dir.join(format!("{}-migrate.log", self.id));
+        let mut command: Command = command_in(self.net, workspace::binary("pageferry")?);
+        command
+            .args(["migrate", "--pid", &load.pid().to_string()])
+            .args(["--to", &agent.address().to_string(), "--id", self.id])
+            .arg("--state-dir")
+            .arg(&self.state_dir)
+            .arg("--report")
+            .arg(self.report())
+            .arg("--criu")
+            .arg(self.criu)
+            .args(&self.options)
+            .stdout(std::process::Stdio::null())
+            .stderr(fs::File::create(&log)?);
+        Spawned::start("pageferry migrate", &mut command, Some(log))
+    }
+}

@@ -1,0 +1,214 @@
+//! Whole migrations by one command: each mode moves a tree with all of its memory, and whatever breaks
+//! before the decision leaves the processes where they were.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use serde_json::Value;
+use testbed::agent::{Agent, Move};
+use testbed::bed::Bed;
+use testbed::criu::Criu;
+use testbed::for_each_criu;
+use testbed::load::Load;
+use testbed::load::scenarios::verifying;
+use testbed::load::spec::LoadSpec;
+use testbed::load::steps::Step;
+use testbed::pki::{Authority, Host};
+use testbed::process::Spawned;
+use testbed::wait::{self, GENEROUS};
+
+for_each_criu!(
+    a_tree_moves_in_every_mode,
+    a_killed_command_leaves_the_processes_here,
+    a_killed_agent_leaves_the_processes_here,
+    a_restore_that_fails_leaves_the_processes_here,
+    a_stopped_command_leaves_the_processes_here,
+    certificates_are_asked_for,
+);
+
+const MIB: u32 = 24;
+const MODES: [&str; 4] = ["cold", "pre-copy", "post-copy", "hybrid"];
+
+fn tree(bed: &Bed, name: &str) -> Result<Load> {
+    Load::start(LoadSpec::tree(bed.path(name), MIB, 3), None)
+}
+
+fn a_tree_moves_in_every_mode(bed: &Bed, criu: &Criu) -> Result<()> {
+    for mode in MODES {
+        let mut load = tree(bed, &format!("load-{mode}"))?;
+        let before = load.run_everywhere(&[Step::Status])?;
+        let agent = Agent::start(&criu.path, &bed.path(&format!("agent-{mode}")), None, &[])?;
+        let moves = Move::new(criu, bed.path("source"), mode).with(&["--mode", mode]);
+        let mut command = moves.start(&load, &agent)?;
+        let moved = command.succeed(GENEROUS);
+        moved.with_context(|| format!("{mode}: {}", agent.log()))?;
+        load.wait_until_gone()?;
+        load.steer(agent.init()?)?;
+        for (before, after) in before.iter().zip(load.run_everywhere(&verifying())?) {
+            after.expect_right()?;
+            ensure!(
+                after.nonce == before.nonce,
+                "{mode}: another process answers"
+            );
+            ensure!(after.pid == before.pid, "{mode}: its pid has changed");
+            ensure!(
+                after.counter >= before.counter,
+                "{mode}: its counter went back"
+            );
+        }
+        expect_report(&moves.report(), mode)?;
+        expect_no_images(&moves.dir())?;
+        expect_no_images(&agent.dir_of(mode))?;
+    }
+    Ok(())
+}
+
+fn expect_report(path: &Path, mode: &str) -> Result<()> {
+    let report: Value = serde_json::from_slice(&fs::read(path)?)?;
+    ensure!(report["result"] == "moved", "{report}");
+    ensure!(report["mode"] == mode, "{report}");
+    for figure in ["downtime_ms", "complete_ms", "total_ms", "preparation_ms"] {
+        let value = report[figure].as_f64().context(figure)?;
+        ensure!(value > 0.0, "{figure} in {report}");
+    }
+    let rounds = report["rounds"].as_array().context("rounds")?;
+    ensure!(
+        rounds.is_empty() != matches!(mode, "pre-copy" | "hybrid"),
+        "{report}"
+    );
+    ensure!(
+        report["wire_bytes"].as_u64() > Some(u64::from(MIB) << 19),
+        "{report}"
+    );
+    Ok(())
+}
+
+/// No memory of processes is left behind.
+fn expect_no_images(dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            expect_no_images(&path)?;
+        }
+        let image = path.extension().is_some_and(|extension| extension == "img");
+        ensure!(!image, "{} is left", path.display());
+    }
+    Ok(())
+}
+
+/// A script in place of CRIU that lets a restore fail, or hang before it begins.
+fn obstructed(bed: &Bed, criu: &Criu, instead_of_restore: &str) -> Result<PathBuf> {
+    let path = bed.path("obstructed-criu");
+    let text = format!(
+        "#!/bin/sh\n[ \"$1\" = restore ] && {{ {instead_of_restore}; }}\nexec '{}' \"$@\"\n",
+        criu.path.display()
+    );
+    fs::write(&path, text)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    Ok(path)
+}
+
+/// A migration whose restore does not come, in `mode`, with its processes frozen.
+fn frozen(bed: &Bed, criu: &Criu, mode: &'static str) -> Result<(Load, Agent, Spawned)> {
+    let load = tree(bed, &format!("load-{mode}"))?;
+    let began = bed.path(&format!("restore-began-{mode}"));
+    let wait = format!("touch '{}'; exec sleep 600", began.display());
+    let hangs = obstructed(bed, criu, &wait)?;
+    let agent = Agent::start(&hangs, &bed.path(&format!("agent-{mode}")), None, &[])?;
+    let moves = Move::new(criu, bed.path("source"), mode).with(&["--mode", mode]);
+    let mut command = moves.start(&load, &agent)?;
+    wait::until("the restore to begin", GENEROUS, || {
+        if let Some(ended) = command.ended()? {
+            anyhow::bail!("{}{}", ended.status, command.log_tail());
+        }
+        Ok(began.exists().then_some(()))
+    })?;
+    Ok((load, agent, command))
+}
+
+fn expect_right_here(load: &mut Load) -> Result<()> {
+    load.expect_running()?;
+    for report in load.run_everywhere(&verifying())? {
+        report.expect_right()?;
+    }
+    Ok(())
+}
+
+fn a_killed_command_leaves_the_processes_here(bed: &Bed, criu: &Criu) -> Result<()> {
+    for mode in ["post-copy", "pre-copy"] {
+        let (mut load, _agent, mut command) = frozen(bed, criu, mode)?;
+        command.kill()?;
+        expect_right_here(&mut load)?;
+    }
+    Ok(())
+}
+
+fn a_stopped_command_leaves_the_processes_here(bed: &Bed, criu: &Criu) -> Result<()> {
+    for (mode, signal) in [("hybrid", Signal::SIGINT), ("cold", Signal::SIGTERM)] {
+        let (mut load, agent, mut command) = frozen(bed, criu, mode)?;
+        command.signal(signal)?;
+        command.fail(GENEROUS)?;
+        expect_right_here(&mut load)?;
+        expect_no_images(&bed.path("source").join(mode))?;
+        let record = agent.dir_of(mode).join("record.json");
+        wait::until("the agent to abort", GENEROUS, || {
+            Ok(fs::read_to_string(&record)
+                .is_ok_and(|text| text.contains("aborted"))
+                .then_some(()))
+        })?;
+    }
+    Ok(())
+}
+
+fn a_killed_agent_leaves_the_processes_here(bed: &Bed, criu: &Criu) -> Result<()> {
+    for mode in ["post-copy", "cold"] {
+        let (mut load, agent, mut command) = frozen(bed, criu, mode)?;
+        kill(agent.pid()?, Signal::SIGKILL)?;
+        command.fail(GENEROUS)?;
+        expect_right_here(&mut load)?;
+    }
+    Ok(())
+}
+
+fn a_restore_that_fails_leaves_the_processes_here(bed: &Bed, criu: &Criu) -> Result<()> {
+    let fails = obstructed(bed, criu, "exit 1")?;
+    for mode in MODES {
+        let mut load = tree(bed, &format!("load-{mode}"))?;
+        let agent = Agent::start(&fails, &bed.path(&format!("agent-{mode}")), None, &[])?;
+        let moves = Move::new(criu, bed.path("source"), mode).with(&["--mode", mode]);
+        let mut command = moves.start(&load, &agent)?;
+        command.fail(GENEROUS)?;
+        expect_right_here(&mut load)?;
+        let report: Value = serde_json::from_slice(&fs::read(moves.report())?)?;
+        ensure!(report["result"] == "rolled back", "{report}");
+        let problem = report["problem"].as_str().unwrap_or_default();
+        ensure!(problem.contains("criu restore"), "{report}");
+    }
+    Ok(())
+}
+
+fn certificates_are_asked_for(bed: &Bed, criu: &Criu) -> Result<()> {
+    let pki = bed.path("pki");
+    fs::create_dir_all(&pki)?;
+    let authority = Authority::new(&pki, "ca")?;
+    let options = authority.issue(&Host::LOOPBACK)?.options();
+    let agent = Agent::start(&criu.path, &bed.path("agent"), None, &options)?;
+    let mut load = tree(bed, "load")?;
+    // Without a certificate nothing begins.
+    let bare = Move::new(criu, bed.path("source"), "bare").with(&["--mode", "hybrid"]);
+    bare.start(&load, &agent)?.fail(GENEROUS)?;
+    expect_right_here(&mut load)?;
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let moves = Move::new(criu, bed.path("source"), "secure").with(&["--mode", "hybrid"]);
+    let moved = moves.with(&options).start(&load, &agent)?.succeed(GENEROUS);
+    moved.with_context(|| agent.log())?;
+    load.wait_until_gone()?;
+    load.steer(agent.init()?)?;
+    for report in load.run_everywhere(&verifying())? {
+        report.expect_right()?;
+    }
+    Ok(())
+}
