@@ -22,8 +22,8 @@ pub const IMAGE_MESSAGE_BYTES_MAX: u32 = 64 << 20;
 /// Most directories in a chain of parents.
 pub const PARENT_DEPTH_MAX: usize = 1024;
 
-/// Largest process or shared memory id that a dst_id may name.
-pub const DST_ID_MAX: u64 = u32::MAX as u64;
+/// Largest shared memory id that a dst_id can name: it has 8 bits beside it for the type.
+pub const SHMEM_ID_MAX: u64 = u64::MAX >> 8;
 
 /// Most processes and shared memory segments in one session. Each makes files, so a peer may not ask
 /// for any number of them.

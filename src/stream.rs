@@ -22,6 +22,9 @@ use crate::tls::{Tls, TlsStream};
 /// How long a TCP peer may be silent before it is probed, and how long between the probes.
 const KEEPALIVE: Duration = Duration::from_secs(20);
 
+/// Zeros that are skipped in one go, bytes.
+const SKIPPED_BYTES_MAX: usize = 64;
+
 /// An open connection.
 pub struct Stream {
     carrier: Carrier,
@@ -79,14 +82,37 @@ impl Stream {
     }
 
     /// Whether the first bytes that the peer sends are `bytes`; waits for as many as it takes to
-    /// tell. They stay to be read.
+    /// tell, which over a plain connection one may do. They stay to be read.
     pub fn begins_with<const N: usize>(&mut self, bytes: [u8; N]) -> io::Result<bool> {
         let mut first = [0; N];
         let have = match &mut self.carrier {
-            Carrier::Plain(socket) => peek(socket, &mut first)?,
+            Carrier::Plain(socket) => peek(socket, &mut first, &bytes)?,
             Carrier::Secure(stream) => stream.peek(&mut first)?,
         };
         Ok(have == N && first == bytes)
+    }
+
+    /// Takes up to `most` zero bytes off a plain connection, and leaves what is not zero.
+    pub fn skip_zeros(&mut self, mut most: usize) -> io::Result<()> {
+        let Carrier::Plain(socket) = &self.carrier else {
+            return Ok(());
+        };
+        let mut bytes = [0; SKIPPED_BYTES_MAX];
+        while most > 0 {
+            let next = &mut bytes[..most.min(SKIPPED_BYTES_MAX)];
+            let have = recv(socket.as_raw_fd(), next, MsgFlags::MSG_PEEK)?;
+            let zeros = next[..have].iter().take_while(|byte| **byte == 0).count();
+            recv(
+                socket.as_raw_fd(),
+                &mut next[..zeros],
+                MsgFlags::MSG_DONTWAIT,
+            )?;
+            most -= zeros;
+            if zeros == 0 || zeros < have {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// What carries the connection, for whoever reads and writes in another way.
@@ -190,11 +216,19 @@ impl Stream {
     }
 }
 
-/// Fills `first` with the next bytes that come over `socket`, which stay to be read; fewer at the end.
-fn peek(socket: &Socket, first: &mut [u8]) -> io::Result<usize> {
-    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_WAITALL;
+/// Fills `first` with the next bytes that come over `socket`, which stay to be read, for as long as they
+/// go on like `expected`; fewer at the end.
+fn peek(socket: &Socket, first: &mut [u8], expected: &[u8]) -> io::Result<usize> {
+    let mut flags = MsgFlags::MSG_PEEK;
     loop {
         match recv(socket.as_raw_fd(), first, flags) {
+            Ok(have) if have > 0 && have < first.len() && expected.starts_with(&first[..have]) => {
+                // More must come before anything is told, unless this was all.
+                if flags.contains(MsgFlags::MSG_WAITALL) {
+                    return Ok(have);
+                }
+                flags |= MsgFlags::MSG_WAITALL;
+            }
             Ok(have) => return Ok(have),
             Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),

@@ -290,6 +290,54 @@ fn force_close_leaves_the_socket_for_another_session() {
     }
 }
 
+/// A dump that fails before its first page says CLOSE alone, and waits for the answer: in either layout,
+/// however its bytes come, and whatever layout was asked for. A socket that it keeps has no byte of it
+/// left then.
+#[test]
+fn a_close_without_anything_before_it_is_answered() {
+    for (op, wire, told) in [Op::Close, Op::ForceClose].into_iter().flat_map(|op| {
+        [Wire::V1, Wire::V2]
+            .into_iter()
+            .flat_map(move |wire| [(op, wire, None), (op, wire, Some(wire))])
+    }) {
+        let close = Header {
+            dst_id: 0,
+            ..bare(op, PID)
+        };
+        let close = bytes_of(&close, wire);
+        for cut in 1..=close.len() {
+            let tmp = tempfile::tempdir().unwrap();
+            let context = ReceiveContext {
+                wire: told,
+                ..context(tmp.path(), None, EPOLL)
+            };
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let bytes = close.clone();
+            let dump = std::thread::spawn(move || {
+                let (first, rest) = bytes.split_at(cut);
+                std::io::Write::write_all(&mut theirs, first).unwrap();
+                std::thread::yield_now();
+                std::io::Write::write_all(&mut theirs, rest).unwrap();
+                let mut answer = [9; 4];
+                std::io::Read::read_exact(&mut theirs, &mut answer).unwrap();
+                if op == Op::ForceClose {
+                    // Whoever has the socket next reads this first.
+                    std::io::Write::write_all(&mut theirs, b"next").unwrap();
+                }
+                answer
+            });
+            let kept = ours.try_clone().unwrap();
+            receive_client(Stream::plain(ours), &context).1.unwrap();
+            assert_eq!(dump.join().unwrap(), [0; 4]);
+            if op == Op::ForceClose {
+                let mut next = [0; 4];
+                std::io::Read::read_exact(&mut &kept, &mut next).unwrap();
+                assert_eq!(&next, b"next", "{wire:?} cut at {cut}");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_peer_that_goes_on_after_close_is_not_listened_to() {
     let tmp = tempfile::tempdir().unwrap();

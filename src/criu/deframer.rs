@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use super::header::{DETECT_BYTES, HEADER_BYTES_MAX, Header, HeaderError, Wire};
+use super::header::{DETECT_BYTES, HEADER_BYTES_MAX, Header, HeaderError, Op, Wire};
 
 /// Length of the word in front of each page of a compressed frame, bytes.
 const BLOCK_WORD_BYTES: usize = 4;
@@ -44,18 +44,28 @@ enum Place {
     Block { bytes_left: u32 },
 }
 
-/// Tells the layout by the first bytes of a stream.
-type Detect = fn(&[u8; DETECT_BYTES]) -> Wire;
-
 /// How the layout of headers is found out.
 #[derive(Clone, Copy, Debug)]
 enum Layout {
     Known(Wire),
     /// Told by the first bytes of the stream.
-    Detect(Detect),
-    /// Given by the user, and compared with what the first bytes tell.
-    Given(Wire, Detect),
+    Detect {
+        by: Detect,
+        /// What they must tell, if that is given.
+        given: Option<Wire>,
+    },
+    /// The first frame began alike in both layouts.
+    Open {
+        /// Bytes that would still belong to it in the longer one.
+        rest: usize,
+    },
 }
+
+/// Reads the layout from the first bytes of a stream, unless its first frame leaves it open.
+type Detect = fn(&[u8; DETECT_BYTES]) -> Option<Wire>;
+
+/// Length of a header's first word, which names the operation, bytes.
+const COMMAND_BYTES: usize = 4;
 
 /// The state of one connection. See the module's text.
 #[derive(Clone, Debug)]
@@ -75,14 +85,10 @@ impl Deframer {
         Deframer::with_layout(Layout::Known(wire))
     }
 
-    /// A deframer that takes the layout that `detect` reads from the first bytes.
-    pub fn detecting(detect: Detect) -> Deframer {
-        Deframer::with_layout(Layout::Detect(detect))
-    }
-
-    /// A deframer for the layout `wire`, which fails if `detect` reads another one from the first bytes.
-    pub fn given(wire: Wire, detect: Detect) -> Deframer {
-        Deframer::with_layout(Layout::Given(wire, detect))
+    /// A deframer that takes the layout that `by` reads from the first bytes. If that is not what is
+    /// `given`, the first header is an error.
+    pub fn detecting(by: Detect, given: Option<Wire>) -> Deframer {
+        Deframer::with_layout(Layout::Detect { by, given })
     }
 
     fn with_layout(layout: Layout) -> Deframer {
@@ -98,8 +104,18 @@ impl Deframer {
     /// The layout, once it is known.
     pub fn wire(&self) -> Option<Wire> {
         match self.layout {
-            Layout::Known(wire) | Layout::Given(wire, _) => Some(wire),
-            Layout::Detect(_) => None,
+            Layout::Known(wire) => Some(wire),
+            Layout::Detect { .. } | Layout::Open { .. } => None,
+        }
+    }
+
+    /// How many bytes may still come that belong to the header that was read last: more than none if
+    /// the first frame has left the layout open. Whether they come the peer decides, so they are not
+    /// waited for before it has its answer.
+    pub fn header_bytes_open(&self) -> usize {
+        match self.layout {
+            Layout::Open { rest } => rest,
+            Layout::Known(_) | Layout::Detect { .. } => 0,
         }
     }
 
@@ -202,24 +218,47 @@ impl Deframer {
     fn header_bytes(&self) -> usize {
         match self.layout {
             Layout::Known(wire) => wire.header_bytes(),
-            Layout::Detect(_) | Layout::Given(..) => DETECT_BYTES,
+            Layout::Detect { .. } | Layout::Open { .. } => DETECT_BYTES,
         }
     }
 
-    /// Keeps bytes until a header is complete, and finds out the layout on the way.
+    /// Keeps bytes until a header is complete, and finds out the layout on the way. An unknown operation
+    /// is an error as soon as it is there: nobody knows how long such a header is.
     fn keep_header(&mut self, input: &[u8], at: &mut usize) -> Result<Option<Wire>, HeaderError> {
         loop {
-            if !self.keep(input, at, self.header_bytes()) {
-                return Ok(None);
+            let whole = self.keep(input, at, self.header_bytes());
+            let known = matches!(self.layout, Layout::Known(_));
+            if whole && known || self.kept_bytes < COMMAND_BYTES {
+                return Ok(self.wire().filter(|_| whole));
             }
-            let first = std::array::from_fn(|i| self.kept[i]);
-            let wire = match self.layout {
-                Layout::Known(wire) => return Ok(Some(wire)),
-                Layout::Detect(detect) => detect(&first),
-                Layout::Given(wire, detect) => wire.check_given(&first, detect(&first))?,
-            };
-            self.layout = Layout::Known(wire);
+            let word = std::array::from_fn(|i| self.kept[i]);
+            let op = Op::of_command(u32::from_le_bytes(word))?;
+            match self.layout {
+                _ if !whole => return Ok(None),
+                // Nothing comes behind such a frame.
+                Layout::Known(_) | Layout::Open { .. } => return Ok(Some(Wire::V1)),
+                Layout::Detect { by, given } => {
+                    let first = std::array::from_fn(|i| self.kept[i]);
+                    let found = match by(&first) {
+                        Some(found) => found,
+                        None if op.is_close() => return Ok(Some(self.leave_open(input, at))),
+                        None => Wire::untold(given),
+                    };
+                    if let Some(given) = given.filter(|given| *given != found) {
+                        return Err(HeaderError::OtherWire { given, found });
+                    }
+                    self.layout = Layout::Known(found);
+                }
+            }
         }
+    }
+
+    /// The first header is whole in v1 and may be whole in v2: its end is skipped as far as it is here.
+    fn leave_open(&mut self, input: &[u8], at: &mut usize) -> Wire {
+        let rest = HEADER_BYTES_MAX - DETECT_BYTES;
+        let there = take(input, at, rest as u64).map_or(0, |range| range.len());
+        self.layout = Layout::Open { rest: rest - there };
+        Wire::V1
     }
 
     /// Keeps bytes until there are `wanted`; whether there are.
@@ -351,7 +390,7 @@ mod tests {
             let wire = if v1 { Wire::V1 } else { Wire::V2 };
             let bytes = stream(&frames, wire);
             for cut in 0..=bytes.len() {
-                let mut deframer = Deframer::detecting(Wire::detect_receive);
+                let mut deframer = Deframer::detecting(Wire::detect_receive, None);
                 let (front, back) = bytes.split_at(cut);
                 let got = read(&mut deframer, &[front, back], &frames);
                 prop_assert_eq!(format!("{got:?}"), format!("{frames:?}"));

@@ -12,7 +12,7 @@
 
 use thiserror::Error;
 
-use crate::limits::{DST_ID_MAX, FRAME_PAGES_MAX};
+use crate::limits::{FRAME_PAGES_MAX, SHMEM_ID_MAX};
 use crate::units::{PageCount, PageSize, Vaddr};
 
 /// Which of the two header layouts a connection speaks.
@@ -59,56 +59,53 @@ impl Wire {
         }
     }
 
-    /// Tells the layout of a receiving session from the first bytes that the sender said.
+    /// Tells the layout of a receiving session from the first bytes that the sender said; `None` for a
+    /// frame that begins alike in both.
     ///
-    /// A session begins with PARENT, OPEN or OPEN2 with page count and address zero. So the word
-    /// at 16 is v1's dst_id, never zero, or v2's address, zero. A client that asks for pages is in the
-    /// wrong place, but is to be told so with the right pid and address.
-    pub fn detect_receive(first: &[u8; DETECT_BYTES]) -> Wire {
-        if word32(first, 0) & 0xffff == u32::from(Op::Get as u16) {
-            Wire::detect_serve(first)
-        } else if word64(first, 16) != 0 {
-            Wire::V1
-        } else {
-            Wire::V2
-        }
-    }
-
-    /// Tells the layout of a client that asks for pages from the first bytes of its first GET.
-    ///
-    /// The word at 16 is a pid in v1 and the address of a page in v2; pids end at 2^22 and nothing
-    /// that CRIU restores lazily is mapped below 4 MiB in practice. A session that begins with
-    /// CLOSE has zero there in both layouts, so the answer decides nothing.
-    pub fn detect_serve(first: &[u8; DETECT_BYTES]) -> Wire {
-        if word64(first, 16) < PID_LIMIT {
-            Wire::V1
-        } else {
-            Wire::V2
-        }
-    }
-
-    /// This layout, which the user has given, unless the `first` bytes show another one: `found` is what
-    /// a detecting reader makes of them. A session that begins with its end shows none.
-    pub(super) fn check_given(
-        self,
-        first: &[u8; DETECT_BYTES],
-        found: Wire,
-    ) -> Result<Wire, HeaderError> {
-        let op = Op::from_number((word32(first, 0) & 0xffff) as u16);
-        let shows = match op {
-            Some(Op::Open | Op::Open2 | Op::Parent) => true,
-            // In v1 an address stands where v2 has the page count. A low address proves nothing.
-            Some(Op::Get) if self == Wire::V2 => {
-                let word = word64(first, 8);
-                word > FRAME_PAGES_MAX && PageSize::KIB_4.divides(word)
-            }
-            Some(Op::Get) => true,
-            _ => false,
+    /// A session begins with PARENT, OPEN or OPEN2 with page count and address zero. So the word at 16 is
+    /// v1's dst_id, never zero, or v2's address, zero. Senders from before OPEN existed begin with pages:
+    /// their dst_id ends in the number of a type, and is no address of a page. CLOSE has zeros in
+    /// both layouts: a dump that fails before its first page says nothing else. A client that asks for
+    /// pages is in the wrong place, but is to be told so with the right pid and address.
+    pub fn detect_receive(first: &[u8; DETECT_BYTES]) -> Option<Wire> {
+        let word = word64(first, 16);
+        let v1 = match Op::of_command(word32(first, 0)) {
+            Ok(Op::Close | Op::ForceClose) => return None,
+            Ok(Op::Get) => return Wire::detect_serve(first),
+            Ok(Op::Parent | Op::Open | Op::Open2) => word != 0,
+            // Whoever sends an unknown operation is refused whatever follows.
+            _ => !PageSize::KIB_4.divides(word),
         };
-        match shows && found != self {
-            true => Err(HeaderError::OtherWire { given: self, found }),
-            false => Ok(self),
+        Some(if v1 { Wire::V1 } else { Wire::V2 })
+    }
+
+    /// Tells the layout of a client that asks for pages from the first bytes of its first request; `None`
+    /// for a frame that begins alike in both, or that could be of either or neither.
+    ///
+    /// The words at 8 and 16 are the address of a page and a pid in v1, a page count and the address of a
+    /// page in v2. They could be either where 16 MiB below an address of 4 MiB are asked for.
+    pub fn detect_serve(first: &[u8; DETECT_BYTES]) -> Option<Wire> {
+        if let Ok(Op::Close | Op::ForceClose) = Op::of_command(word32(first, 0)) {
+            return None;
         }
+        let (eighth, sixteenth) = (word64(first, 8), word64(first, 16));
+        let address = |word| PageSize::KIB_4.divides(word);
+        let count = |word| (1..=FRAME_PAGES_MAX).contains(&word);
+        let v1 = count(word32(first, 4).into())
+            && address(eighth)
+            && (1..PID_LIMIT).contains(&sixteenth);
+        let v2 = count(eighth) && address(sixteenth);
+        match (v1, v2) {
+            (true, false) => Some(Wire::V1),
+            (false, true) => Some(Wire::V2),
+            _ => None,
+        }
+    }
+
+    /// The layout to take for a first frame that tells none: what is `given`, or v1. It has the shorter
+    /// header, so that nothing is waited for that may not come.
+    pub(super) fn untold(given: Option<Wire>) -> Wire {
+        given.unwrap_or(Wire::V1)
     }
 }
 
@@ -139,6 +136,22 @@ pub enum Op {
 }
 
 impl Op {
+    /// Whether it is one that ends a session, whose frame has nothing but zeros.
+    pub(super) fn is_close(self) -> bool {
+        matches!(self, Op::Close | Op::ForceClose)
+    }
+
+    /// The operation in the first word of a header.
+    pub fn of_command(cmd: u32) -> Result<Op, HeaderError> {
+        let number = (cmd & 0xffff) as u16;
+        Op::from_number(number).ok_or(match number {
+            TLS_HANDSHAKE | TLS_ALERT => HeaderError::Tls,
+            FERRY_MAGIC => HeaderError::Ferry,
+            OP_GIVE_UP => HeaderError::GaveUp,
+            _ => HeaderError::UnknownOp(number),
+        })
+    }
+
     fn from_number(number: u16) -> Option<Op> {
         Some(match number {
             1 => Op::Add,
@@ -259,20 +272,14 @@ impl Header {
     /// Reads a header from `bytes`, which hold at least [`Wire::header_bytes`].
     pub fn decode(wire: Wire, bytes: &[u8]) -> Result<Header, HeaderError> {
         let cmd = word32(bytes, 0);
-        let (low, high) = ((cmd & 0xffff) as u16, cmd >> 16);
-        let op = Op::from_number(low).ok_or(match low {
-            TLS_HANDSHAKE | TLS_ALERT => HeaderError::Tls,
-            FERRY_MAGIC => HeaderError::Ferry,
-            OP_GIVE_UP => HeaderError::GaveUp,
-            _ => HeaderError::UnknownOp(low),
-        })?;
+        let op = Op::of_command(cmd)?;
         let (pages, rest) = match wire {
             Wire::V1 => (u64::from(word32(bytes, 4)), 8),
             Wire::V2 => (word64(bytes, 8), 16),
         };
         Ok(Header {
             op,
-            flags: PageFlags(high),
+            flags: PageFlags(cmd >> 16),
             pages: PageCount(pages),
             vaddr: Vaddr(word64(bytes, rest)),
             dst_id: word64(bytes, rest + 8),
@@ -307,8 +314,10 @@ impl Header {
 pub enum Target {
     /// Private memory of the process with this pid in the images.
     Process(u32),
-    /// The shared memory segment with this id.
-    Shmem(u32),
+    /// The shared memory segment with this id: a System V segment's, counted from 0 in each IPC
+    /// namespace, or the inode number of anonymous shared memory or of a memfd, which may need more
+    /// than 32 bits.
+    Shmem(u64),
 }
 
 /// A dst_id that names nothing.
@@ -321,12 +330,12 @@ impl Target {
     /// shared memory.
     pub fn from_dst_id(dst_id: u64) -> Result<Target, TargetError> {
         let id = dst_id >> 8;
-        if id == 0 || id > DST_ID_MAX {
-            return Err(TargetError(dst_id));
-        }
-        let id = u32::try_from(id).map_err(|_| TargetError(dst_id))?;
         match dst_id & 0xff {
-            1 | 10 | 11 | 16 | 17 => Ok(Target::Process(id)),
+            1 | 10 | 11 | 16 | 17 => match u32::try_from(id) {
+                // No process has the pid 0.
+                Ok(0) | Err(_) => Err(TargetError(dst_id)),
+                Ok(pid) => Ok(Target::Process(pid)),
+            },
             2 | 27 | 28 | 29 | 32 | 33 | 34 => Ok(Target::Shmem(id)),
             _ => Err(TargetError(dst_id)),
         }
@@ -336,7 +345,7 @@ impl Target {
     pub fn dst_id(self) -> u64 {
         match self {
             Target::Process(pid) => (u64::from(pid) << 8) | 1,
-            Target::Shmem(id) => (u64::from(id) << 8) | 2,
+            Target::Shmem(id) => ((id & SHMEM_ID_MAX) << 8) | 2,
         }
     }
 
@@ -393,12 +402,27 @@ mod tests {
     fn first_frames_tell_the_layout() {
         for wire in [Wire::V1, Wire::V2] {
             for op in [Op::Parent, Op::Open, Op::Open2] {
-                let open = header(op, 0, 0, Target::Process(1).dst_id());
-                assert_eq!(Wire::detect_receive(&first_bytes(&open, wire)), wire);
+                for target in [Target::Process(1), Target::Shmem(0)] {
+                    let open = header(op, 0, 0, target.dst_id());
+                    assert_eq!(Wire::detect_receive(&first_bytes(&open, wire)), Some(wire));
+                }
             }
-            let get = header(Op::Get, 16, 0x40_0000, 4_194_303);
-            assert_eq!(Wire::detect_serve(&first_bytes(&get, wire)), wire);
-            assert_eq!(Wire::detect_receive(&first_bytes(&get, wire)), wire);
+            for op in [Op::Add, Op::Hole, Op::AddFlags] {
+                for vaddr in [0, 0x7f00_0000_0000] {
+                    let pages = header(op, 3, vaddr, Target::Shmem(0).dst_id());
+                    assert_eq!(Wire::detect_receive(&first_bytes(&pages, wire)), Some(wire));
+                }
+            }
+            for (vaddr, pid) in [(0x40_0000, 4_194_303), (0x1_0000, 1), (0, 4096)] {
+                let get = header(Op::Get, 16, vaddr, pid);
+                assert_eq!(Wire::detect_serve(&first_bytes(&get, wire)), Some(wire));
+                assert_eq!(Wire::detect_receive(&first_bytes(&get, wire)), Some(wire));
+            }
+            for op in [Op::Close, Op::ForceClose] {
+                let close = first_bytes(&header(op, 0, 0, 0), wire);
+                assert_eq!(Wire::detect_receive(&close), None);
+                assert_eq!(Wire::detect_serve(&close), None);
+            }
         }
     }
 
@@ -422,41 +446,6 @@ mod tests {
     }
 
     #[test]
-    fn a_given_layout_is_compared_with_what_comes() {
-        let frames = |wire| {
-            let open = header(Op::Open2, 0, 0, Target::Process(7).dst_id());
-            let get = header(Op::Get, 3, 0x7f00_0000_0000, 7);
-            let close = header(Op::Close, 0, 0, 0);
-            [open, get, close].map(|header| first_bytes(&header, wire))
-        };
-        let check = |given: Wire, first: &[u8; DETECT_BYTES]| {
-            given.check_given(first, Wire::detect_receive(first))
-        };
-        for (given, other) in [(Wire::V1, Wire::V2), (Wire::V2, Wire::V1)] {
-            for first in frames(given) {
-                assert_eq!(check(given, &first), Ok(given));
-            }
-            let [open, get, close] = frames(other);
-            let found = other;
-            for first in [open, get] {
-                let error = check(given, &first).unwrap_err();
-                assert_eq!(error, HeaderError::OtherWire { given, found });
-                assert!(
-                    error
-                        .to_string()
-                        .contains(&format!("--wire {}", given.name()))
-                );
-            }
-            // The end looks the same in both.
-            assert_eq!(check(given, &close), Ok(given));
-        }
-        // Memory below 4 MiB looks like a pid: the user knows better.
-        let low = first_bytes(&header(Op::Get, 1, 0x1_0000, 7), Wire::V2);
-        assert_eq!(Wire::detect_serve(&low), Wire::V1);
-        assert_eq!(check(Wire::V2, &low), Ok(Wire::V2));
-    }
-
-    #[test]
     fn padding_of_v2_is_ignored() {
         let get = header(Op::Get, 3, 0x7000, 12);
         let mut out = [0; HEADER_BYTES_MAX];
@@ -472,6 +461,12 @@ mod tests {
         }
         for kind in [2, 27, 28, 29, 32, 33, 34] {
             assert_eq!(Target::from_dst_id(77 << 8 | kind), Ok(Target::Shmem(77)));
+        }
+        // The first System V segment of an IPC namespace, and one with an inode number of 64 bits.
+        for id in [0, 1 << 32, SHMEM_ID_MAX] {
+            let target = Target::from_dst_id(id << 8 | 2);
+            assert_eq!(target, Ok(Target::Shmem(id)));
+            assert_eq!(target.unwrap().dst_id(), id << 8 | 2);
         }
         for dst_id in [0, 1, 77 << 8, 77 << 8 | 3, 77 << 8 | 255, 1 << 63 | 1] {
             assert_eq!(Target::from_dst_id(dst_id), Err(TargetError(dst_id)));

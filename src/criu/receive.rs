@@ -179,13 +179,10 @@ pub struct ReceiveSession {
 }
 
 impl ReceiveSession {
-    /// A session at its first byte. `wire` forces a layout; else the first bytes tell.
+    /// A session at its first byte. The first bytes tell the layout; with `wire` they must tell that one.
     pub fn new(wire: Option<Wire>, page: PageSize) -> ReceiveSession {
         ReceiveSession {
-            deframer: match wire {
-                None => Deframer::detecting(Wire::detect_receive),
-                Some(wire) => Deframer::given(wire, Wire::detect_receive),
-            },
+            deframer: Deframer::detecting(Wire::detect_receive, wire),
             page,
             opened: BTreeSet::new(),
             target: None,
@@ -200,6 +197,12 @@ impl ReceiveSession {
     /// The header layout, known once the first header was read.
     pub fn wire(&self) -> Option<Wire> {
         self.deframer.wire()
+    }
+
+    /// How many bytes may still come that belong to the CLOSE that was read: see
+    /// [`Deframer::header_bytes_open`].
+    pub fn header_bytes_open(&self) -> usize {
+        self.deframer.header_bytes_open()
     }
 
     /// Bytes of raw pages that are still to come for the run, behind what was handed in: an engine

@@ -17,7 +17,7 @@ use thiserror::Error;
 use super::header::{
     DETECT_BYTES, HEADER_BYTES_MAX, Header, HeaderError, Op, PageFlags, Target, Wire,
 };
-use crate::limits::{DST_ID_MAX, FRAME_PAGES_MAX};
+use crate::limits::FRAME_PAGES_MAX;
 use crate::units::{PageCount, PageRange, PageSize, Vaddr};
 
 /// The status that answers CLOSE: all is well.
@@ -96,20 +96,30 @@ pub enum RequestError {
 #[derive(Debug)]
 pub struct Requests {
     page: PageSize,
+    /// The layout that the client must speak, if it is not free to choose.
+    given: Option<Wire>,
     wire: Option<Wire>,
-    /// The layout is what the user has said, and no request has shown it yet.
-    given: bool,
+    /// See [`Requests::header_bytes_open`].
+    rest: usize,
 }
 
 impl Requests {
-    /// A reader at the start of a connection, which speaks `wire` or shows by its first request
-    /// what it speaks.
-    pub fn new(page: PageSize, wire: Option<Wire>) -> Requests {
+    /// A reader at the start of a connection, which shows by its first request what it speaks. If
+    /// `given` is given that must be it.
+    pub fn new(page: PageSize, given: Option<Wire>) -> Requests {
         Requests {
             page,
-            wire,
-            given: wire.is_some(),
+            given,
+            wire: None,
+            rest: 0,
         }
+    }
+
+    /// How many bytes may still come that belong to the last request: more than none if it is a CLOSE and
+    /// the first request, for it begins alike in both layouts. Whether they come the client decides, so
+    /// they are not waited for before it has its answer.
+    pub fn header_bytes_open(&self) -> usize {
+        self.rest
     }
 
     /// The layout that the client speaks, known from the first request on.
@@ -119,16 +129,14 @@ impl Requests {
 
     /// The request at the front of `bytes` and its length there, or `None` if it is not whole yet.
     pub fn read(&mut self, bytes: &[u8]) -> Result<Option<(Request, usize)>, RequestError> {
-        let wire = match (self.wire, bytes.first_chunk::<DETECT_BYTES>()) {
-            (_, None) => return Ok(None),
-            (Some(wire), Some(_)) if !self.given => wire,
-            (Some(wire), Some(first)) => wire.check_given(first, Wire::detect_receive(first))?,
-            (None, Some(first)) => *self.wire.insert(Wire::detect_serve(first)),
+        let (wire, len) = match self.wire {
+            Some(wire) if bytes.len() < wire.header_bytes() => return Ok(None),
+            Some(wire) => (wire, wire.header_bytes()),
+            None => match self.first(bytes)? {
+                Some(found) => found,
+                None => return Ok(None),
+            },
         };
-        self.given = false;
-        if bytes.len() < wire.header_bytes() {
-            return Ok(None);
-        }
         let header = Header::decode(wire, bytes)?;
         let request = match header.op {
             Op::Get => Request::Get(self.check(&header)?),
@@ -138,13 +146,42 @@ impl Requests {
             },
             op => return Err(RequestError::Sender(op)),
         };
-        Ok(Some((request, wire.header_bytes())))
+        Ok(Some((request, len)))
+    }
+
+    /// The layout and the length of the first header, if it is there. An unknown operation is an error as
+    /// soon as it is there: nobody knows how long such a header is.
+    fn first(&mut self, bytes: &[u8]) -> Result<Option<(Wire, usize)>, HeaderError> {
+        let Some(word) = bytes.first_chunk() else {
+            return Ok(None);
+        };
+        let op = Op::of_command(u32::from_le_bytes(*word))?;
+        let Some(first) = bytes.first_chunk::<DETECT_BYTES>() else {
+            return Ok(None);
+        };
+        let found = match Wire::detect_serve(first) {
+            Some(found) => found,
+            None if op.is_close() => {
+                let len = bytes.len().min(HEADER_BYTES_MAX);
+                self.rest = HEADER_BYTES_MAX - len;
+                return Ok(Some((Wire::V1, len)));
+            }
+            None => Wire::untold(self.given),
+        };
+        if let Some(given) = self.given.filter(|given| *given != found) {
+            return Err(HeaderError::OtherWire { given, found });
+        }
+        if bytes.len() < found.header_bytes() {
+            return Ok(None);
+        }
+        self.wire = Some(found);
+        Ok(Some((found, found.header_bytes())))
     }
 
     fn check(&self, header: &Header) -> Result<Get, RequestError> {
         let pid = u32::try_from(header.dst_id)
             .ok()
-            .filter(|pid| (1..=DST_ID_MAX).contains(&u64::from(*pid)))
+            .filter(|pid| *pid > 0)
             .ok_or(RequestError::Pid(header.dst_id))?;
         let (vaddr, pages) = (header.vaddr, header.pages);
         PageRange::checked(vaddr, pages, self.page)
@@ -218,6 +255,41 @@ mod tests {
             prop_assert!(arrived.is_empty());
             prop_assert_eq!(got, expected);
             prop_assert_eq!(requests.wire(), Some(wire));
+        }
+    }
+
+    proptest! {
+        /// A first request is read when its last byte is there, in either layout and however it is cut.
+        #[test]
+        fn a_first_request_is_read_with_its_last_byte(
+            pid in 1u32..1 << 22, page in prop_oneof![0x10..0x400u64, 0x400..1u64 << 36],
+            pages in 1..4096u64, close: Option<bool>, v1: bool, told: bool,
+        ) {
+            let wire = if v1 { Wire::V1 } else { Wire::V2 };
+            let request = match close {
+                None => header(Op::Get, pages, page << PAGE.shift(), pid.into()),
+                Some(true) => header(Op::ForceClose, 0, 0, page),
+                Some(false) => header(Op::Close, 0, 0, 0),
+            };
+            let bytes = encoded(&request, wire);
+            for cut in 0..bytes.len() {
+                let mut requests = Requests::new(PAGE, told.then_some(wire));
+                let first = requests.read(&bytes[..cut]).unwrap();
+                let (read, len) = match first {
+                    Some(first) => first,
+                    None => requests.read(&bytes).unwrap().unwrap(),
+                };
+                let left = wire.header_bytes() - len;
+                prop_assert!(left <= requests.header_bytes_open());
+                match close {
+                    Some(force) => prop_assert_eq!(read, Request::Close { wait_for_end: !force }),
+                    None => {
+                        let start = page << PAGE.shift();
+                        let range = PageRange::new(start, start + (pages << PAGE.shift()));
+                        prop_assert_eq!(read, Request::Get(Get { pid, range }));
+                    }
+                }
+            }
         }
     }
 

@@ -20,7 +20,7 @@ use std::time::Instant;
 use super::ferry::packer::{Job, Packer};
 use super::ferry::sender_session::SenderSession;
 use super::ferry::{Learned, SenderConfig, lock, push};
-use super::ingest::{answer, ended_early, wait_for_end};
+use super::ingest::{answer, ended_early, leave_open, wait_for_end};
 use super::ingest_modes::decompress_page;
 use super::pending::PendingTrees;
 use crate::criu::header::{PageFlags, Target, Wire};
@@ -97,7 +97,8 @@ pub fn forward_client(mut stream: Stream, context: &ForwardContext) -> (Forwarde
         let closed = forward.run(&mut stream);
         wire = forward.session.wire();
         let closed = closed.map_err(|error| error.within(forward.session.whereabouts()));
-        closed.map(|hangs_up| (hangs_up, start.elapsed()))
+        let rest = forward.session.header_bytes_open();
+        closed.map(|hangs_up| (hangs_up, rest, start.elapsed()))
     });
     let (outcome, sent) = match pushed {
         Ok((outcome, sent, learned)) => {
@@ -116,11 +117,13 @@ pub fn forward_client(mut stream: Stream, context: &ForwardContext) -> (Forwarde
         cpu: cpu_time().saturating_sub(cpu_before),
     };
     match outcome {
-        Ok((hangs_up, elapsed)) => {
+        Ok((hangs_up, rest, elapsed)) => {
             running.succeed();
             forwarded.elapsed = elapsed;
             if hangs_up {
-                wait_for_end(&mut stream);
+                wait_for_end(&mut stream, rest);
+            } else {
+                leave_open(&mut stream, rest);
             }
             (forwarded, Ok(()))
         }

@@ -49,6 +49,9 @@ const PASS_BYTES_MIN: u64 = 512 << 10;
 /// How long a peer that was told that all is well may take to hang up.
 const HANG_UP: Duration = Duration::from_secs(30);
 
+/// How long the end of a FORCE_CLOSE that may be there or not is waited for, once it is answered.
+const REST_OF_CLOSE: Duration = Duration::from_millis(100);
+
 /// What all receiving sessions of a page server share.
 #[derive(Debug)]
 pub struct ReceiveContext {
@@ -194,8 +197,11 @@ impl<'a, 't> Ingest<'a, 't> {
         if self.auto_dedup {
             punch_out_of_parents(&images);
         }
+        let rest = self.session.header_bytes_open();
         if closed.hangs_up {
-            wait_for_end(stream);
+            wait_for_end(stream, rest);
+        } else {
+            leave_open(stream, rest);
         }
         Ok(())
     }
@@ -386,14 +392,30 @@ pub(super) fn answer(stream: &mut Stream, bytes: &[u8]) -> Result<()> {
     sent.map_err(|error| Error::wrap(Kind::PeerLost, "cannot answer", error))
 }
 
-/// Waits for the peer to hang up, as CRIU does: whoever closes first keeps the port busy.
-pub(super) fn wait_for_end(stream: &mut Stream) {
+/// Waits for the peer to hang up after CLOSE, as CRIU does: whoever closes first keeps the port busy.
+/// `rest` bytes of its CLOSE may still come.
+pub(super) fn wait_for_end(stream: &mut Stream, mut rest: usize) {
     // All was done and said: however the peer hangs up now, the session was a success.
     let _ = stream.socket().set_read_timeout(Some(HANG_UP));
-    if matches!(stream.read(&mut [0; 64]), Ok(1..)) {
-        // What it may still say is not waited for, however much it is.
-        tracing::warn!("{} goes on after CLOSE: hanging up", stream.peer());
+    while let Ok(bytes @ 1..) = stream.read(&mut [0; 64]) {
+        if bytes > rest {
+            // What it may still say is not waited for, however much it is.
+            tracing::warn!("{} goes on after CLOSE: hanging up", stream.peer());
+            break;
+        }
+        rest -= bytes;
     }
+    // It may be gone by now.
+    let _ = stream.end();
+}
+
+/// Leaves after FORCE_CLOSE the socket to whoever owns it, at the end of what was said: `rest` bytes of
+/// the FORCE_CLOSE, which are zero, may be there or on their way. What else comes is somebody else's.
+pub(super) fn leave_open(stream: &mut Stream, rest: usize) {
+    let _ = stream.socket().set_read_timeout(Some(REST_OF_CLOSE));
+    // An error is the end of what comes.
+    let _ = stream.skip_zeros(rest);
+    let _ = stream.socket().set_read_timeout(None);
     // It may be gone by now.
     let _ = stream.end();
 }

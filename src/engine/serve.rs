@@ -392,11 +392,11 @@ impl Session<'_> {
         self.memories.clear();
         self.push(&CLOSE_STATUS)?;
         self.send_answers()?;
+        let rest = self.requests.header_bytes_open();
         if wait_for_end {
-            ingest::wait_for_end(&mut self.stream);
+            ingest::wait_for_end(&mut self.stream, rest);
         } else {
-            // It may be gone by now.
-            let _ = self.stream.end();
+            ingest::leave_open(&mut self.stream, rest);
         }
         Ok(())
     }

@@ -11,7 +11,7 @@
 use std::ffi::c_void;
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::ptr::{self, NonNull};
@@ -42,6 +42,8 @@ pub enum Backing<'a> {
     PrivateFile(BorrowedFd<'a>),
     /// A file or memfd, mapped shared.
     SharedFile(BorrowedFd<'a>),
+    /// Private anonymous memory of huge pages.
+    PrivateHuge,
 }
 
 fn pointer(address: usize, length: usize) -> NonNull<c_void> {
@@ -76,11 +78,31 @@ pub fn map(address: usize, length: usize, backing: Backing<'_>) -> Result<(), Er
             mman::mmap(at, length, prot, fixed | MapFlags::MAP_PRIVATE, file, 0)
         },
         // SAFETY: as above.
+        Backing::PrivateHuge => unsafe {
+            let huge = MapFlags::MAP_PRIVATE | MapFlags::MAP_HUGETLB;
+            mman::mmap_anonymous(at, length, prot, fixed | huge)
+        },
+        // SAFETY: as above.
         Backing::SharedFile(file) => unsafe {
             mman::mmap(at, length, prot, fixed | MapFlags::MAP_SHARED, file, 0)
         },
     };
     mapped.map(drop)
+}
+
+/// Makes a System V segment of `length` bytes and attaches it at `address`, where nothing is mapped yet.
+/// It goes with the last process that has it. Returns its id.
+pub fn map_sysv(address: usize, length: usize) -> Result<i32, Errno> {
+    let at = pointer(address, length);
+    // SAFETY: takes no pointer.
+    let id = unsafe { libc::shmget(libc::IPC_PRIVATE, length, libc::IPC_CREAT | 0o600) };
+    Errno::result(id)?;
+    // SAFETY: without SHM_REMAP it replaces nothing; the range lies in the window.
+    let attached = unsafe { libc::shmat(id, at.as_ptr(), 0) };
+    match attached.addr() == address {
+        true => Ok(id),
+        false => Err(Errno::last()),
+    }
 }
 
 /// Unmaps a range of the window.
@@ -159,10 +181,25 @@ pub fn lock_everything_on_fault() -> Result<(), Errno> {
     Errno::result(unsafe { libc::mlockall(flags) }).map(drop)
 }
 
+/// Locks a range of the window.
+pub fn lock(address: usize, length: usize) -> Result<(), Errno> {
+    // SAFETY: changes no content.
+    unsafe { mman::mlock(pointer(address, length), length) }
+}
+
 /// Unlocks a range of the window.
 pub fn unlock(address: usize, length: usize) -> Result<(), Errno> {
     // SAFETY: changes no content.
     unsafe { mman::munlock(pointer(address, length), length) }
+}
+
+/// A userfaultfd that child processes inherit: an open file that no CRIU can dump.
+pub fn undumpable_descriptor() -> Result<OwnedFd, Errno> {
+    // SAFETY: takes no pointer.
+    let number = unsafe { libc::syscall(libc::SYS_userfaultfd, 0) };
+    let number = i32::try_from(Errno::result(number)?).map_err(|_| Errno::EBADF)?;
+    // SAFETY: the kernel has just opened it, for nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// Forks.

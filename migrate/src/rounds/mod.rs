@@ -59,7 +59,7 @@ pub(crate) fn run(
     segments.dedup_by_key(|(_, area)| area.segment());
     for (pid, area) in segments {
         if let Contents::Shared { id, .. } = area.contents {
-            sender.open(Target::Shmem(id))?;
+            sender.open(Target::Shmem(id.into()))?;
             memory::send_shared(pid, &area, page, &mut sender)?;
         }
     }

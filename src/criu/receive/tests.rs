@@ -346,3 +346,110 @@ proptest! {
         }
     }
 }
+
+/// Any first frame that a peer may send, of which each layout has its own bytes.
+fn first_frames() -> impl Strategy<Value = Header> {
+    let target = prop_oneof![
+        (1..=4_194_304u32).prop_map(Target::Process),
+        prop_oneof![Just(0), any::<u32>().prop_map(u64::from), any::<u64>()]
+            .prop_map(|id| Target::Shmem(id >> 8)),
+    ];
+    let named = prop::sample::select(vec![Op::Parent, Op::Open, Op::Open2]);
+    let pages = prop::sample::select(vec![
+        Op::Add,
+        Op::Hole,
+        Op::AddFlags,
+        Op::AddFlagsCompressed,
+    ]);
+    let closes = prop::sample::select(vec![Op::Close, Op::ForceClose]);
+    let flags = prop::sample::select(vec![1u32, 2, 3, 4, 6]);
+    let range = (0..1u64 << 35, 1..=FRAME_PAGES_MAX).prop_map(|(page, pages)| (page << 12, pages));
+    prop_oneof![
+        (named, target.clone()).prop_map(|(op, target)| header(op, 0, 0, 0, target)),
+        (pages, flags, range, target).prop_map(|(op, flags, (vaddr, pages), target)| header(
+            op, flags, pages, vaddr, target
+        )),
+        (closes, any::<u64>()).prop_map(|(op, dst_id)| Header {
+            dst_id,
+            ..header(op, 0, 0, 0, PID)
+        }),
+        // What it is said not to be, however its layout is filled.
+        (1u32..1 << 22, 1u64..1 << 35, 1u64..4096).prop_map(|(pid, page, pages)| Header {
+            dst_id: pid.into(),
+            ..header(Op::Get, 0, pages, page << 12, PID)
+        }),
+    ]
+}
+
+proptest! {
+    /// A peer that has said a whole frame waits for what comes of it. Whatever frame is its first, in
+    /// either layout and however it is cut, it is acted upon when its last byte is there.
+    #[test]
+    fn a_first_frame_is_understood_with_its_last_byte(frame in first_frames(), v1: bool, told: bool) {
+        let wire = if v1 { Wire::V1 } else { Wire::V2 };
+        prop_assume!(!v1 || frame.pages.get() <= u64::from(u32::MAX));
+        let bytes = bytes_of(&[frame], wire);
+        for cut in 0..bytes.len() {
+            let mut session = ReceiveSession::new(told.then_some(wire), PAGE);
+            let mut steps = 0;
+            let mut outcome = Ok(());
+            let mut closed = false;
+            for part in [&bytes[..cut], &bytes[cut..]] {
+                let mut at = 0;
+                while outcome.is_ok() && !closed {
+                    match session.next(part, &mut at) {
+                        Ok(None) => break,
+                        Ok(Some(step)) => {
+                            steps += 1;
+                            closed = matches!(step, Step::Close { .. });
+                        }
+                        Err(error) => outcome = Err(error),
+                    }
+                }
+            }
+            match frame.op {
+                Op::Get => {
+                    let expected = ReceiveError::Get { pid: frame.dst_id, vaddr: frame.vaddr };
+                    prop_assert_eq!(outcome, Err(expected));
+                }
+                Op::Close | Op::ForceClose => {
+                    prop_assert_eq!((outcome, steps > 0), (Ok(()), true));
+                    prop_assert_eq!(session.handle_end(), Ok(()));
+                    let left = session.header_bytes_open();
+                    let expected = if v1 { 8 } else if cut >= 24 { 32 - cut } else { 0 };
+                    prop_assert_eq!(left, expected);
+                }
+                _ => {
+                    prop_assert!(outcome.is_ok(), "{outcome:?}");
+                    prop_assert!(steps > 0, "it waits");
+                    prop_assert_eq!(session.wire(), Some(wire));
+                }
+            }
+        }
+    }
+
+    /// What is no frame at all is refused with the word that shows it.
+    #[test]
+    fn an_unknown_operation_is_refused_at_once(number in 9u16..0x1000, rest: [u8; 28], cut in 4usize..32) {
+        let bytes = [number.to_le_bytes().as_slice(), &rest].concat();
+        for wire in [None, Some(Wire::V1), Some(Wire::V2)] {
+            let mut session = ReceiveSession::new(wire, PAGE);
+            let refused = session.next(&bytes[..cut.min(bytes.len())], &mut 0);
+            prop_assert!(matches!(refused, Err(ReceiveError::Header(_))), "{refused:?}");
+        }
+    }
+}
+
+#[test]
+fn a_layout_that_was_not_asked_for_is_named() {
+    for (given, found) in [(Wire::V1, Wire::V2), (Wire::V2, Wire::V1)] {
+        let bytes = bytes_of(&[header(Op::Open2, 0, 0, 0, Target::Shmem(0))], found);
+        let mut session = ReceiveSession::new(Some(given), PAGE);
+        let error = session.next(&bytes, &mut 0).unwrap_err();
+        let error = error.to_string();
+        assert!(
+            error.contains(&format!("--wire {}", given.name())),
+            "{error}"
+        );
+    }
+}

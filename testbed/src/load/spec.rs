@@ -20,12 +20,26 @@ pub enum Mapping {
     SharedAnon,
     /// A mapped memfd, shared by all processes of the tree.
     Memfd,
+    /// A System V segment, shared by all processes of the tree, which then has an IPC namespace of its
+    /// own: the first of these areas is its segment 0.
+    SysV,
+    /// Private, and locked: CRIU never restores it lazily.
+    Locked,
+    /// Private huge pages.
+    HugePrivate,
+    /// A memfd of huge pages, mapped privately.
+    HugeMemfd,
 }
 
 impl Mapping {
     /// Whether all processes of the tree see the same pages.
     pub fn is_shared(self) -> bool {
-        matches!(self, Mapping::SharedAnon | Mapping::Memfd)
+        matches!(self, Mapping::SharedAnon | Mapping::Memfd | Mapping::SysV)
+    }
+
+    /// Whether its pages are huge ones, of which its length must be a multiple.
+    pub fn is_huge(self) -> bool {
+        matches!(self, Mapping::HugePrivate | Mapping::HugeMemfd)
     }
 }
 

@@ -50,6 +50,9 @@ pub(crate) struct Memory {
 /// Unmapped pages between areas, so that mappings do not merge.
 const GAP_PAGES: usize = 16;
 
+/// Default size of a huge page on x86_64 and aarch64, bytes.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
 impl Memory {
     /// Maps and fills all areas.
     pub(crate) fn new(spec: &LoadSpec, page_bytes: usize) -> Result<Memory> {
@@ -71,7 +74,7 @@ impl Memory {
     fn add_area(&mut self, area: u32, spec: &AreaSpec, load: &LoadSpec) -> Result<()> {
         let stride = spec.scattered_over as usize * self.page_bytes;
         let length = spec.pages as usize * stride;
-        let start = self.reserve(length);
+        let start = self.reserve_aligned(length, spec.mapping);
         match spec.mapping {
             Mapping::Private | Mapping::ReadOnly => sys::map(start, length, Backing::Private)?,
             Mapping::SharedAnon => sys::map(start, length, Backing::SharedAnon)?,
@@ -79,6 +82,18 @@ impl Memory {
                 let memfd = memfd_create("testload", MFdFlags::MFD_CLOEXEC)?;
                 ftruncate(&memfd, i64::try_from(length)?)?;
                 sys::map(start, length, Backing::SharedFile(memfd.as_fd()))?;
+            }
+            Mapping::SysV => drop(sys::map_sysv(start, length)?),
+            Mapping::Locked => {
+                sys::map(start, length, Backing::Private)?;
+                sys::lock(start, length)?;
+            }
+            Mapping::HugePrivate => sys::map(start, length, Backing::PrivateHuge)?,
+            Mapping::HugeMemfd => {
+                let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB;
+                let memfd = memfd_create("testload", flags)?;
+                ftruncate(&memfd, i64::try_from(length)?)?;
+                sys::map(start, length, Backing::PrivateFile(memfd.as_fd()))?;
             }
             Mapping::PrivateFile => {
                 let path = load.dir.join(format!("area-{area}.bin"));
@@ -137,6 +152,14 @@ impl Memory {
         start
     }
 
+    /// The same at an address that the mapping can have.
+    fn reserve_aligned(&mut self, length: usize, mapping: Mapping) -> usize {
+        if mapping.is_huge() {
+            self.next_free = self.next_free.next_multiple_of(HUGE_PAGE_BYTES);
+        }
+        self.reserve(length)
+    }
+
     fn id(&self, area: u32, index: u32, generation: u32) -> PageId {
         PageId {
             seed: self.seed,
@@ -165,7 +188,11 @@ impl Memory {
     pub(crate) fn rewrite(&mut self, area: u32, index: u32) -> bool {
         let writable = matches!(
             self.areas[area as usize].spec.mapping,
-            Mapping::Private | Mapping::PrivateFile
+            Mapping::Private
+                | Mapping::PrivateFile
+                | Mapping::Locked
+                | Mapping::HugePrivate
+                | Mapping::HugeMemfd
         );
         let next = match self.cell_mut(area, index).expect {
             Expect::Gone => return false,

@@ -8,11 +8,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
+use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{alarm, getpid, getsid, setsid};
 use testbed::load::content::mix;
 use testbed::load::page_words;
 use testbed::load::report::{Report, StepReport};
-use testbed::load::spec::{LoadSpec, OnLostPage};
+use testbed::load::spec::{LoadSpec, Mapping, OnLostPage};
 use testbed::load::steps::{Command, Order, Pass, Step, command_file};
 use testbed::sys;
 
@@ -42,6 +43,10 @@ pub(crate) fn run(spec: LoadSpec) -> Result<()> {
     // Process 1 of a container leads its session from the start.
     if getsid(None)? != getpid() {
         setsid().context("setsid")?;
+    }
+    if spec.areas.iter().any(|area| area.mapping == Mapping::SysV) {
+        // Ids of segments begin with 0 in a new one.
+        unshare(CloneFlags::CLONE_NEWIPC).context("a new IPC namespace")?;
     }
     let mut memory = Memory::new(&spec, page_words() * sys::WORD_BYTES)?;
     let process = grow_tree(&spec)?;
