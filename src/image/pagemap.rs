@@ -229,8 +229,12 @@ fn block_ends(
     Ok(ends)
 }
 
-/// The entry that describes `range` as a CRIU of the sender's age writes it: the page count in field
-/// 2 for v1, in field 5 for v2. In v1 `range` holds at most 2^32 - 1 pages.
+/// The entry that describes `range`, for every CRIU and every tool: the page count stands where CRIU up to
+/// 4.1.1 writes it and looks for it, and where later ones do. Whose dump it is still shows, see
+/// [`PagemapEntry::wire`].
+///
+/// More pages than 32 bits can count, and compressed pages, have no count for CRIU up to 4.1.1, as in
+/// images of later ones: it must not take them for other pages than they are.
 pub fn encode_entry(
     range: PageRange,
     flags: PageFlags,
@@ -239,20 +243,30 @@ pub fn encode_entry(
     page: PageSize,
 ) -> PagemapEntry {
     let pages = range.pages(page).get();
-    let (compat_nr_pages, nr_pages) = match wire {
-        Wire::V1 => (
-            u32::try_from(pages).expect("extents of v1 are cut to 32 bits"),
-            None,
-        ),
-        Wire::V2 => (0, Some(pages)),
+    let compat_nr_pages = match &blocks {
+        None => u32::try_from(pages).unwrap_or(0),
+        Some(_) => 0,
     };
     PagemapEntry {
         vaddr: range.start().get(),
         compat_nr_pages,
-        in_parent: None,
+        in_parent: (wire == Wire::V1).then_some(false),
         flags: Some(flags.bits()),
-        nr_pages,
+        nr_pages: Some(pages),
         blocks,
+    }
+}
+
+impl PagemapEntry {
+    /// The layout of frames that the CRIU speaks from whose dump this entry is. Up to 4.1.1 it writes the
+    /// page count in field 2, later ones in field 5. Entries that a page server of ours has written have
+    /// both; field 3, which current CRIUs do not use and all of them understand, marks there what came
+    /// from one up to 4.1.1.
+    pub fn wire(&self) -> Wire {
+        match (self.nr_pages, self.in_parent) {
+            (None, _) | (Some(_), Some(false)) => Wire::V1,
+            (Some(_), _) => Wire::V2,
+        }
     }
 }
 
@@ -284,7 +298,10 @@ mod tests {
             for (gap, pages, flags) in runs {
                 let range = PageRange::new(at + gap * 4096, at + (gap + pages) * 4096);
                 at = range.end().get();
-                let extent = decoder.decode(&encode_entry(range, flags, None, wire, PAGE)).unwrap();
+                let entry = encode_entry(range, flags, None, wire, PAGE);
+                prop_assert_eq!(entry.wire(), wire);
+                prop_assert_eq!(u64::from(entry.compat_nr_pages), pages);
+                let extent = decoder.decode(&entry).unwrap();
                 prop_assert_eq!((extent.range, extent.flags), (range, flags));
                 if flags.has(PageFlags::PRESENT) {
                     prop_assert_eq!(extent.payload, Payload::Raw { offset: stored });
@@ -294,6 +311,39 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn entries_tell_whose_dump_they_are_of() {
+        let entry = |nr_pages, in_parent| PagemapEntry {
+            vaddr: 0x1000,
+            compat_nr_pages: 1,
+            in_parent,
+            flags: Some(4),
+            nr_pages,
+            blocks: None,
+        };
+        // As each CRIU writes them, and very old ones with a parent.
+        assert_eq!(entry(None, None).wire(), Wire::V1);
+        assert_eq!(entry(None, Some(true)).wire(), Wire::V1);
+        assert_eq!(entry(Some(1), None).wire(), Wire::V2);
+    }
+
+    #[test]
+    fn old_criu_is_not_told_of_what_it_would_misread() {
+        let entry = |pages: u64, blocks| {
+            let range = PageRange::new(0x1000, 0x1000 + pages * 4096);
+            encode_entry(range, PageFlags::PRESENT, blocks, Wire::V2, PAGE)
+        };
+        let most = u64::from(u32::MAX);
+        assert_eq!(entry(most, None).compat_nr_pages, u32::MAX);
+        assert_eq!(entry(most + 1, None).compat_nr_pages, 0);
+        let blocks = CompressedBlocks {
+            block_sizes: vec![7],
+            total_payload_size: Some(7),
+            pages_per_block: Some(1),
+        };
+        assert_eq!(entry(1, Some(blocks)).compat_nr_pages, 0);
     }
 
     #[test]

@@ -17,10 +17,10 @@ pub struct PagemapEntry {
     /// Address of the first page.
     #[prost(uint64, required, tag = "1")]
     pub vaddr: u64,
-    /// Number of pages as written up to CRIU 4.1.1; 0 from 4.2 on.
+    /// Number of pages as written and read up to CRIU 4.1.1, and read by tools; CRIU writes 0 from 4.2 on.
     #[prost(uint32, required, tag = "2")]
     pub compat_nr_pages: u32,
-    /// The flag PARENT as very old versions wrote it.
+    /// The flag PARENT as very old versions wrote it. See [`PagemapEntry::wire`] for what else it tells.
     #[prost(bool, optional, tag = "3")]
     pub in_parent: Option<bool>,
     /// See [`crate::criu::header::PageFlags`].

@@ -163,11 +163,7 @@ fn rewrite(
     let mut left = 0;
     let mut bytes = vec![0; page.as_usize()];
     while let Some(entry) = pagemap.read::<PagemapEntry>()? {
-        let wire = if entry.nr_pages.is_some() {
-            Wire::V2
-        } else {
-            Wire::V1
-        };
+        let wire = entry.wire();
         let count = entry.nr_pages.unwrap_or(u64::from(entry.compat_nr_pages));
         let old = entry.flags.map_or(PageFlags::PRESENT, PageFlags::from_bits);
         // The run that is being gathered: where it begins, and the flags of its pages.

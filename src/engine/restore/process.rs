@@ -72,8 +72,7 @@ fn within_mappings(range: PageRange, vmas: &[PageRange]) -> impl Iterator<Item =
         .filter_map(move |vma| vma.intersect(range))
 }
 
-/// Which header layout the CRIU that wrote the images speaks: pagemap entries with their page count
-/// in field 5 come from 4.2 or later. Images without any entry say nothing; they need no pages.
+/// Which header layout the CRIU speaks whose dump the images are ([`PagemapEntry::wire`]). Images without any entry say nothing; they need no pages.
 pub(in crate::engine) fn wire_of(images: &ImageDir) -> Result<Wire> {
     for pid in images.processes()? {
         let Some((path, mut reader)) = images.pagemap(Target::Process(pid))? else {
@@ -88,11 +87,7 @@ pub(in crate::engine) fn wire_of(images: &ImageDir) -> Result<Wire> {
         };
         reader.read::<PagemapHead>().map_err(damaged)?;
         if let Some(entry) = reader.read::<PagemapEntry>().map_err(damaged)? {
-            return Ok(if entry.nr_pages.is_some() {
-                Wire::V2
-            } else {
-                Wire::V1
-            });
+            return Ok(entry.wire());
         }
     }
     Ok(Wire::V2)

@@ -113,8 +113,9 @@ proptest! {
         is.commit().unwrap();
         prop_assert_eq!(contents(&new, PID), expected);
         let entries = entries(&new);
-        prop_assert!(entries.iter().all(|entry| (entry.compat_nr_pages > 0) == v1));
-        prop_assert!(entries.iter().all(|entry| entry.nr_pages.is_some() != v1));
+        prop_assert!(entries.iter().all(|entry| entry.wire() == wire));
+        let both = |entry: &PagemapEntry| entry.nr_pages == Some(entry.compat_nr_pages.into());
+        prop_assert!(entries.iter().all(both));
     }
 }
 

@@ -68,6 +68,26 @@ impl Crit {
         self.run("decompress", images)
     }
 
+    /// What `crit x DIR rss` tells of the resident memory: a line for each entry of each pagemap.
+    ///
+    /// # Errors
+    /// crit cannot read the images; the error tells what it says.
+    pub fn resident(&self, images: &Path) -> Result<String> {
+        let mut crit = self.command();
+        crit.arg("x").arg(images).arg("rss");
+        succeed(&mut crit)
+    }
+
+    /// An image file as crit decodes it.
+    ///
+    /// # Errors
+    /// crit cannot read it; the error tells what it says.
+    pub fn decode(&self, image: &Path) -> Result<Value> {
+        let mut crit = self.command();
+        crit.args(["decode", "-i"]).arg(image);
+        Ok(serde_json::from_str(&succeed(&mut crit)?)?)
+    }
+
     fn edit_inventory(
         &self,
         images: &Path,
