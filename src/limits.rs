@@ -67,6 +67,14 @@ pub const RPC_MESSAGE_BYTES_MAX: usize = 64 << 10;
 /// told, and nobody waits longer.
 pub const TIMEOUT_S_MAX: u64 = 366 * 24 * 60 * 60;
 
+/// How long a dump may say nothing unless the user says otherwise, seconds. Its processes stand still meanwhile. CRIU
+/// itself is done in much less; a plugin that saves the memory of devices in between may need minutes.
+pub const DUMP_IDLE_TIMEOUT_S: u64 = 300;
+
+/// How long the processes of a lazy dump stand still for a client or a restore that does not come, unless
+/// the user says otherwise, seconds.
+pub const RESTORE_TIMEOUT_S: u64 = 600;
+
 /// Longest request for metrics, bytes.
 pub const HTTP_REQUEST_BYTES_MAX: usize = 8 << 10;
 

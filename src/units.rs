@@ -177,7 +177,7 @@ impl fmt::Debug for PageRange {
 
 /// Reads a number of bytes as a user writes it: digits, then nothing or a suffix K, M or G (powers
 /// of 1024).
-pub fn parse_bytes(text: &str) -> Result<u64, String> {
+pub fn parse_bytes_or_none(text: &str) -> Result<u64, String> {
     let (digits, factor) = match text.to_ascii_uppercase().strip_suffix(['K', 'M', 'G']) {
         None => (text, 1),
         Some(digits) => {
@@ -189,10 +189,18 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
             (&text[..digits.len()], factor)
         }
     };
-    let number: Option<u64> = digits.parse().ok().filter(|number| *number > 0);
+    let number: Option<u64> = digits.parse().ok();
     number
         .and_then(|number| number.checked_mul(factor))
         .ok_or_else(|| format!("{text:?} is no number of bytes (digits, then perhaps K, M or G)"))
+}
+
+/// The same where no bytes at all make no sense.
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
+    match parse_bytes_or_none(text) {
+        Ok(0) => Err(format!("{text:?} is no bytes at all")),
+        parsed => parsed,
+    }
 }
 
 #[cfg(test)]

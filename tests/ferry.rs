@@ -217,6 +217,23 @@ fn ferry_goes_over_tls() {
 }
 
 #[test]
+fn a_dump_that_says_nothing_is_given_up() {
+    for bytes in [0, 25, 100_000] {
+        let tmp = tempfile::tempdir().unwrap();
+        let dir = tmp.path().join("images");
+        let far = far_end(&dir, None, LONG);
+        let context = context(far.address, 1, 0, LONG).ending_idle(Some(Duration::from_millis(20)));
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let said = dump(&[(PID, many_pages(1))], Wire::V2);
+        theirs.write_all(&said[..bytes]).unwrap();
+        let error = forward_client(Stream::plain(ours), &context).1.unwrap_err();
+        assert!(error.to_string().contains("--idle-timeout"), "{error}");
+        far.finish().unwrap_err();
+        assert_eq!(files(&dir).len(), 0);
+    }
+}
+
+#[test]
 fn an_end_without_tls_is_not_talked_to() {
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path().join("images");

@@ -10,7 +10,7 @@ use pageferry::daemon::CommonArgs;
 use pageferry::engine::restore::{OnLoss, RestoreConfig};
 use pageferry::engine::transport::Peer;
 use pageferry::error::{Error, Kind, Result};
-use pageferry::limits::TIMEOUT_S_MAX;
+use pageferry::limits::{RESTORE_TIMEOUT_S, TIMEOUT_S_MAX};
 use pageferry::tls::{Tls, TlsArgs};
 use pageferry::units::parse_bytes;
 
@@ -73,6 +73,12 @@ pub(crate) struct Args {
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     local_timeout: u64,
 
+    /// Seconds to wait for the restore, and for each process that it restores, before a source is told that
+    /// nothing comes of it: a dump's processes stand still meanwhile. 0 waits for ever
+    #[arg(long, value_name = "SECONDS", default_value_t = RESTORE_TIMEOUT_S,
+        value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
+    restore_timeout: u64,
+
     /// Start no second process to take over if this one is killed
     #[arg(long)]
     pub(crate) no_standby: bool,
@@ -130,6 +136,10 @@ impl Args {
             },
             reconnect_timeout: self.reconnect_timeout.map(Duration::from_secs),
             local_timeout: Duration::from_secs(self.local_timeout),
+            restore_timeout: match self.restore_timeout {
+                0 => None,
+                seconds => Some(Duration::from_secs(seconds)),
+            },
             trace: self.trace.clone(),
         })
     }

@@ -14,9 +14,11 @@ use pageferry::engine::driver;
 use pageferry::engine::stores::Template;
 use pageferry::engine::transport::Peer;
 use pageferry::image::store;
-use pageferry::limits::{FERRY_STREAMS_MAX, RECEIVE_SESSIONS_MAX, TIMEOUT_S_MAX};
+use pageferry::limits::{
+    DUMP_IDLE_TIMEOUT_S, FERRY_STREAMS_MAX, RECEIVE_SESSIONS_MAX, RESTORE_TIMEOUT_S, TIMEOUT_S_MAX,
+};
 use pageferry::tls::TlsArgs;
-use pageferry::units::parse_bytes;
+use pageferry::units::parse_bytes_or_none;
 
 /// Receives the memory of a criu dump into image files, or serves it from there to a lazy restore.
 ///
@@ -112,17 +114,25 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FD", hide = true)]
     pub(crate) swrk: Option<RawFd>,
 
-    /// End a session whose peer says nothing for this many seconds [default: wait for ever]; with
+    /// End a session whose peer says nothing for this many seconds, for its processes stand still meanwhile; with
     /// --lazy-pages or --forward-lazy only before its host has asked for a page, within a request, and if it takes no
-    /// answers, for a restore may be idle
-    #[arg(long, value_name = "SECONDS", value_parser = seconds())]
+    /// answers, for a restore may be idle. With --forward-lazy also give the dump up when no client comes for so
+    /// long. 0 waits for ever [default: 300; with --forward-lazy 600; with --lazy-pages 0]
+    #[arg(long, value_name = "SECONDS",
+        value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     pub(crate) idle_timeout: Option<u64>,
 }
 
 impl Args {
     /// How long a peer may be silent where it may not be.
     pub(crate) fn idle_timeout(&self) -> Option<Duration> {
-        self.idle_timeout.map(Duration::from_secs)
+        let default = match () {
+            () if self.lazy_pages => 0,
+            () if self.ferry.forward_lazy.is_some() => RESTORE_TIMEOUT_S,
+            () => DUMP_IDLE_TIMEOUT_S,
+        };
+        let seconds = self.idle_timeout.unwrap_or(default);
+        (seconds > 0).then(|| Duration::from_secs(seconds))
     }
 }
 
@@ -154,7 +164,7 @@ pub(crate) struct FerryArgs {
 
     /// Memory for what the far end has: 16 bytes for each page, and whole pages while there is room.
     /// With suffix K, M or G
-    #[arg(long, value_name = "BYTES", default_value = "256M", value_parser = parse_bytes,
+    #[arg(long, value_name = "BYTES", default_value = "256M", value_parser = parse_bytes_or_none,
         requires = "forward")]
     pub(crate) delta_cache: u64,
 

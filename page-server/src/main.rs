@@ -182,7 +182,8 @@ fn forward(start: &mut Start<'_>, far_end: &Peer) -> Result<()> {
         traffic: report.traffic(),
     };
     let wire = args.wire.forced();
-    let context = ForwardContext::new(sender, wire, pages_of_system()?, args.keep);
+    let context = ForwardContext::new(sender, wire, pages_of_system()?, args.keep)
+        .ending_idle(args.idle_timeout());
     let stay = if args.keep { Stay::Keep } else { Stay::One };
     let _display = report.show()?;
     run(source, &rules(args, stay), &stop, |stream| {

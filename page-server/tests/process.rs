@@ -134,7 +134,7 @@ fn command_lines_are_read_as_criu_reads_them() {
         (&["lazy-pages"], "lazy-pages"),
         (&["--keep", "--max-sessions", "0"], "max-sessions"),
         (&["--max-sessions", "2"], "--keep"),
-        (&["--idle-timeout", "0"], "idle-timeout"),
+        (&["--idle-timeout", "-1"], "idle-timeout"),
         (
             &["--reconnect-timeout", "18446744073709551615"],
             "reconnect-timeout",

@@ -12,10 +12,10 @@
 //! which waits; when it is lost for good, CRIU's connection is reset, so that the dump fails and
 //! the process goes on.
 
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::sync::Mutex;
 use std::thread::Scope;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::ferry::packer::{Job, Packer};
 use super::ferry::sender_session::SenderSession;
@@ -33,7 +33,7 @@ use crate::ferry::hello::Features;
 use crate::ferry::message::{Open, StateId, encode_close};
 use crate::observe::ferried::{Forwarded, Sent};
 use crate::observe::traffic::cpu_time;
-use crate::stream::Stream;
+use crate::stream::{Stream, silent};
 use crate::sys::buffers::Slab;
 use crate::units::{PageCount, PageSize};
 
@@ -56,6 +56,8 @@ pub struct ForwardContext {
     pub wire: Option<Wire>,
     /// Size of a page.
     pub page: PageSize,
+    /// How long the dump may say nothing.
+    pub idle_timeout: Option<Duration>,
     /// Whether further sessions follow, so that it pays to remember this one's pages.
     pub remembers: bool,
     /// What the session before has learned.
@@ -74,8 +76,18 @@ impl ForwardContext {
             sender,
             wire,
             page,
+            idle_timeout: None,
             remembers,
             learned: Mutex::new(None),
+        }
+    }
+
+    /// Gives a dump up that says nothing for so long.
+    #[must_use]
+    pub fn ending_idle(self, idle_timeout: Option<Duration>) -> ForwardContext {
+        ForwardContext {
+            idle_timeout,
+            ..self
         }
     }
 }
@@ -145,6 +157,7 @@ struct Forward<'s> {
     packer: Packer<'s>,
     session: ReceiveSession,
     page: PageSize,
+    idle_timeout: Option<Duration>,
     remembers: bool,
     /// The far end can be asked for hashes.
     takes_questions: bool,
@@ -176,6 +189,7 @@ impl<'s> Forward<'s> {
             packer: Packer::start(scope, sending, &agreed, context.page, encoders())?,
             session: ReceiveSession::new(context.wire, context.page),
             page: context.page,
+            idle_timeout: context.idle_timeout,
             remembers: context.remembers,
             takes_questions: agreed.features.has(Features::HASHES),
             target: None,
@@ -192,7 +206,13 @@ impl<'s> Forward<'s> {
 
     /// Forwards until CLOSE is answered. Tells whether CRIU hangs up next.
     fn run(&mut self, stream: &mut Stream) -> Result<bool> {
-        let lost = |error| Error::wrap(Kind::PeerLost, "the connection is lost", error);
+        let idle_timeout = self.idle_timeout;
+        let set = stream.socket().set_read_timeout(idle_timeout);
+        set.map_err(|error| Error::wrap(Kind::Io, "cannot set --idle-timeout", error))?;
+        let lost = |error: std::io::Error| match error.kind() {
+            ErrorKind::WouldBlock => silent(idle_timeout),
+            _ => Error::wrap(Kind::PeerLost, "the connection is lost", error),
+        };
         let mut input = vec![0; RECEIVE_BYTES];
         self.buffer = self.packer.buffer()?;
         loop {

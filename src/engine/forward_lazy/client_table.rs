@@ -1,8 +1,8 @@
 //! Who is being served, and what that means for the dump.
 //!
 //! A client that says that it has everything ends the dump, unless it has been given up by then: which of the
-//! two it is, is decided once. Without `--keep`, a dump to whose clients
-//! nobody comes back, or whose only client has failed, is given up: its connection is reset, and its
+//! two it is, is decided once. A dump to which no client comes, or to whose clients nobody comes back, is
+//! given up, and without `--keep` also one whose only client has failed: its connection is reset, and its
 //! processes go on.
 //!
 //! An entry is a connection, and a client has several. Only those that say so tell of their client
@@ -22,7 +22,19 @@ const LOOK_AGAIN: Duration = Duration::from_millis(250);
 pub(super) struct ClientTable {
     state: Mutex<State>,
     changed: Condvar,
-    give_up_after: Option<Duration>,
+    patience: Patience,
+    since: Instant,
+}
+
+/// How long clients are waited for; `None` is for ever.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Patience {
+    /// For the first one.
+    pub(super) first: Option<Duration>,
+    /// For one to come back, or another one, when none is here any more.
+    pub(super) next: Option<Duration>,
+    /// Whether a client that has failed for good is the end.
+    pub(super) only_one: bool,
 }
 
 #[derive(Debug, Default)]
@@ -45,6 +57,8 @@ struct State {
 pub(super) enum DumpOutcome {
     /// A client has everything.
     Confirmed,
+    /// Nobody came for too long.
+    NobodyCame,
     /// Nobody came back for too long.
     GivenUp,
     /// The last client has failed for good.
@@ -68,27 +82,31 @@ enum Leaves {
 }
 
 impl State {
-    /// The outcome when nobody is here, or is still waited for, after having been here: `most` is how long that is.
-    fn abandoned(&self, most: Duration) -> Option<DumpOutcome> {
-        let awaited = self.left.is_some_and(|left| left.elapsed() < most);
-        if self.here > 0 || awaited {
+    /// The outcome when nobody is here or is still waited for. `since` is when waiting began.
+    fn abandoned(&self, patience: &Patience, since: Instant) -> Option<DumpOutcome> {
+        if self.here > 0 {
             return None;
         }
-        match (self.failed, self.left) {
-            (true, _) => Some(DumpOutcome::Failed),
-            (false, Some(_)) => Some(DumpOutcome::GivenUp),
-            (false, None) => None,
+        let over = |since: Instant, most: Option<Duration>| {
+            most.is_some_and(|most| since.elapsed() >= most)
+        };
+        match self.left {
+            Some(left) if !over(left, patience.next) => None,
+            _ if self.failed && patience.only_one => Some(DumpOutcome::Failed),
+            Some(_) => Some(DumpOutcome::GivenUp),
+            None => over(since, patience.first).then_some(DumpOutcome::NobodyCame),
         }
     }
 }
 
 impl ClientTable {
-    /// Clients that are given up when none is here for so long, if that is given.
-    pub(super) fn new(give_up_after: Option<Duration>) -> ClientTable {
+    /// Clients that are waited for with `patience` from now on.
+    pub(super) fn new(patience: Patience) -> ClientTable {
         ClientTable {
             state: Mutex::default(),
             changed: Condvar::new(),
-            give_up_after,
+            patience,
+            since: Instant::now(),
         }
     }
 
@@ -114,7 +132,7 @@ impl ClientTable {
             } else if stopped() {
                 DumpOutcome::Stopped
             } else {
-                state.abandoned(self.give_up_after?)?
+                state.abandoned(&self.patience, self.since)?
             };
             state.given_up = outcome != DumpOutcome::Confirmed;
             Some(outcome)
@@ -196,7 +214,12 @@ impl Drop for ClientEntry<'_> {
         state.here -= 1;
         match self.leaves {
             Some(Leaves::ToReturn) => state.left = Some(Instant::now()),
-            Some(Leaves::ForGood) => state.failed = true,
+            Some(Leaves::ForGood) => {
+                state.failed = true;
+                if !self.clients.patience.only_one {
+                    state.left = Some(Instant::now());
+                }
+            }
             None => {}
         }
         drop(state);
@@ -208,6 +231,45 @@ impl Drop for ClientEntry<'_> {
 mod tests {
     use super::*;
 
+    fn patience(next: Duration) -> Patience {
+        Patience {
+            first: None,
+            next: Some(next),
+            only_one: true,
+        }
+    }
+
+    #[test]
+    fn a_dump_to_which_no_client_comes_is_given_up() {
+        let clients = ClientTable::new(Patience {
+            first: Some(Duration::ZERO),
+            ..patience(Duration::MAX)
+        });
+        let stranger = clients.enter();
+        assert_eq!(clients.wait_for_outcome(|| true), DumpOutcome::Stopped);
+        drop(stranger);
+        assert_eq!(clients.wait_for_outcome(|| false), DumpOutcome::NobodyCame);
+    }
+
+    #[test]
+    fn with_room_for_others_a_failed_client_is_one_that_has_left() {
+        let several = |next| Patience {
+            only_one: false,
+            ..patience(next)
+        };
+        for (next, outcome) in [
+            (Duration::MAX, DumpOutcome::Stopped),
+            (Duration::ZERO, DumpOutcome::GivenUp),
+        ] {
+            let clients = ClientTable::new(several(next));
+            let mut failed = clients.enter();
+            failed.leave_for_good();
+            drop(failed);
+            let stopped = outcome == DumpOutcome::Stopped;
+            assert_eq!(clients.wait_for_outcome(|| stopped), outcome);
+        }
+    }
+
     fn served(clients: &ClientTable) -> ClientEntry<'_> {
         let mut entry = clients.enter();
         entry.may_return();
@@ -216,7 +278,7 @@ mod tests {
 
     #[test]
     fn a_client_that_has_failed_is_not_waited_for() {
-        let clients = ClientTable::new(Some(Duration::MAX));
+        let clients = ClientTable::new(patience(Duration::MAX));
         let (mut first, for_faults) = (clients.enter(), clients.enter());
         first.leave_for_good();
         drop(first);
@@ -228,7 +290,7 @@ mod tests {
 
     #[test]
     fn another_client_than_the_one_that_has_failed_may_come_back() {
-        let clients = ClientTable::new(Some(Duration::MAX));
+        let clients = ClientTable::new(patience(Duration::MAX));
         drop(served(&clients));
         let mut failed = clients.enter();
         failed.leave_for_good();
@@ -238,7 +300,7 @@ mod tests {
 
     #[test]
     fn the_dump_is_given_up_only_when_nobody_comes_back() {
-        let clients = ClientTable::new(Some(Duration::ZERO));
+        let clients = ClientTable::new(patience(Duration::ZERO));
         drop(clients.enter());
         assert_eq!(
             clients.wait_for_outcome(|| true),
@@ -258,7 +320,7 @@ mod tests {
 
     #[test]
     fn a_client_that_has_everything_ends_the_dump_whatever_comes_then() {
-        let clients = ClientTable::new(Some(Duration::ZERO));
+        let clients = ClientTable::new(patience(Duration::ZERO));
         let mut client = clients.enter();
         assert!(client.confirm());
         client.leave_for_good();

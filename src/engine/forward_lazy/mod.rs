@@ -40,7 +40,7 @@ use crate::image::dir::ImageDir;
 use crate::observe::ferried::Forwarded;
 use crate::observe::traffic::{Traffic, cpu_time};
 use crate::stream::Stream;
-use client_table::{ClientEntry, ClientTable, DumpOutcome};
+use client_table::{ClientEntry, ClientTable, DumpOutcome, Patience};
 use drain::Drain;
 use dump_memory::{DumpMemory, ProcessMemory};
 
@@ -58,11 +58,11 @@ pub struct ForwardLazyConfig {
     pub wire: Option<Wire>,
     /// Whether it stays for further clients when one has everything.
     pub keep: bool,
-    /// After so long without a client that was there before the dump is given up, unless it is to
-    /// stay.
+    /// After so long without a client that was there before the dump is given up; if it is to stay,
+    /// after the idle timeout.
     pub reconnect_timeout: Duration,
     /// Ends the sessions of clients that are silent for so long where they may not be, as those of a
-    /// page server.
+    /// page server, and gives the dump up if no client comes for so long.
     pub idle_timeout: Option<Duration>,
     /// Counts what is served.
     pub traffic: Arc<Traffic>,
@@ -128,7 +128,15 @@ impl ForwardLazy {
         let context = context
             .counting_in(Arc::clone(&config.traffic))
             .ending_idle(config.idle_timeout);
-        let patience = (!config.keep).then_some(config.reconnect_timeout);
+        let next = match config.keep {
+            true => config.idle_timeout,
+            false => Some(config.reconnect_timeout),
+        };
+        let patience = Patience {
+            first: config.idle_timeout,
+            next,
+            only_one: !config.keep,
+        };
         let listener = PostcopyListener::new(
             Arc::clone(&dump_memory),
             wire,
@@ -294,12 +302,18 @@ impl Clients {
                 let text = "the lazy client has failed: the dump is told so, its processes go on";
                 return Err(Error::new(Kind::PeerLost, text));
             }
-            DumpOutcome::GivenUp => {
-                let text = format!(
-                    "no client came back for {} s (--reconnect-timeout): the dump is told so, its \
-                     processes go on",
-                    config.reconnect_timeout.as_secs()
-                );
+            outcome @ (DumpOutcome::NobodyCame | DumpOutcome::GivenUp) => {
+                let seconds = |timeout: Option<Duration>| timeout.unwrap_or_default().as_secs();
+                let idle = seconds(config.idle_timeout);
+                let what = match (outcome, config.keep) {
+                    (DumpOutcome::NobodyCame, _) => format!("came for {idle} s (--idle-timeout)"),
+                    (_, true) => format!("came back for {idle} s (--idle-timeout)"),
+                    (_, false) => {
+                        let reconnect = config.reconnect_timeout.as_secs();
+                        format!("came back for {reconnect} s (--reconnect-timeout)")
+                    }
+                };
+                let text = format!("no client {what}: the dump is told so, its processes go on");
                 return Err(Error::new(Kind::PeerLost, text));
             }
         }

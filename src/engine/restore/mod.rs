@@ -130,6 +130,9 @@ pub struct RestoreConfig {
     /// How long what fails on this host (images that cannot be read, a full control group) is tried again before the pages
     /// concerned are given up.
     pub local_timeout: Duration,
+    /// How long the restore may say nothing before it is finished, if there is a source: a dump's processes stand
+    /// still meanwhile.
+    pub restore_timeout: Option<Duration>,
     /// Where each fault is to be recorded.
     pub trace: Option<PathBuf>,
 }
@@ -194,6 +197,8 @@ pub struct Restore {
     earlier_images: Option<ImageDir>,
     intake: Intake,
     intake_done: bool,
+    /// When the restore last said something.
+    restore_heard: Instant,
     /// The restore said that every process runs.
     finished: bool,
     planner: Planner,
@@ -306,6 +311,7 @@ impl Restore {
             earlier_images,
             intake: Intake::ended(),
             intake_done: false,
+            restore_heard: Instant::now(),
             finished: false,
             processes: BTreeMap::new(),
             retries: VecDeque::new(),
@@ -405,6 +411,7 @@ impl Restore {
                 ticked = Instant::now();
                 self.tick();
             }
+            self.expect_restore()?;
             if self.intake.is_listening() && mentioned.elapsed() >= WAITING_LINE {
                 mentioned = Instant::now();
                 let path = std::path::absolute(self.intake.path()).unwrap_or_default();
@@ -420,6 +427,27 @@ impl Restore {
             Some(loss) => Err(loss.into_error()),
         };
         std::mem::take(&mut self.given_up).conclude(outcome)
+    }
+
+    /// Gives the source up if the restore that it waits for does not come, or not on.
+    fn expect_restore(&mut self) -> Result<()> {
+        let Some(most) = self.config.restore_timeout else {
+            return Ok(());
+        };
+        let waits = !self.intake_done && self.config.source.is_some();
+        if !waits || self.restore_heard.elapsed() < most {
+            return Ok(());
+        }
+        let what = match self.intake.is_listening() {
+            true => "no restore has come",
+            false => "the restore has said nothing",
+        };
+        let text = format!(
+            "{what} for {} s (--restore-timeout): the source is told that nothing comes of it",
+            most.as_secs()
+        );
+        self.intake = Intake::ended();
+        self.lose(Error::new(Kind::PeerLost, text))
     }
 
     fn is_done(&self) -> bool {
@@ -473,6 +501,7 @@ impl Restore {
     /// Everything that the restore has said.
     fn take_in(&mut self) -> Result<()> {
         while let Some(word) = self.intake.next()? {
+            self.restore_heard = Instant::now();
             // The socket to poll changes when the restore connects; a closed one leaves by itself.
             match word {
                 IntakeEvent::Process(pid, uffd, host) => drop(self.add_process(pid, uffd, host)?),
