@@ -53,7 +53,7 @@ fn with_impairment(impairment: Impairment, streams: u16, patience: Duration) -> 
     }
     assert!(answers.len() <= 1, "{impairment:?}: CLOSE was answered");
     if received.is_ok() {
-        // The far end has everything, but the near end never heard of it: the source is not harmed.
+        // The far end has everything, but the near end never heard of it: the source is not impaired.
         check_images(&dir, PID, &expected(&[runs]));
     } else {
         assert_eq!(

@@ -19,10 +19,11 @@ use common::{
 };
 use dump_bytes::{bare, bytes_of, dump, frame, header, send};
 use pageferry::criu::header::{Header, Op, PageFlags, Target, Wire};
-use pageferry::engine::driver::{Io, Writes};
-use pageferry::engine::ingest::{ReceiveContext, receive_client};
-use pageferry::engine::ingest_modes::IngestOptions;
-use pageferry::engine::stores::{StoreOptions, Stores};
+use pageferry::engine::io::Io;
+use pageferry::engine::io::driver::Writes;
+use pageferry::engine::receive::ingest_modes::IngestOptions;
+use pageferry::engine::receive::stores::{StoreOptions, Stores};
+use pageferry::engine::receive::{ReceiveContext, receive_client};
 use pageferry::error::{Kind, Result};
 use pageferry::image::chain::{Chain, Missing};
 use pageferry::image::dir::ImageDir;

@@ -16,9 +16,9 @@ use common::{
     FIRST_PAGE, Images, PAGE, Run, TARGET, level, naive_memory, page_content, write_target,
 };
 use pageferry::criu::header::{HEADER_BYTES_MAX, Header, Op, PageFlags, Target, Wire};
+use pageferry::engine::listening::sessions::{Rules, Stay, run_sessions};
+use pageferry::engine::listening::stop::Stop;
 use pageferry::engine::serve::{ServeContext, serve_client};
-use pageferry::engine::sessions::{Rules, Stay, run_sessions};
-use pageferry::engine::stop::Stop;
 use pageferry::error::{Kind, Result};
 use pageferry::image::dir::ImageDir;
 use pageferry::limits::CLIENTS_MAX;

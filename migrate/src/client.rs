@@ -9,7 +9,7 @@ use http_body_util::{BodyExt, Limited};
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::{Method, Request, StatusCode, header};
 use hyper_util::rt::TokioIo;
-use pageferry::engine::transport::Peer;
+use pageferry::engine::io::transport::Peer;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::limits::MIGRATION_JSON_BYTES_MAX;
 use pageferry::migration::messages::Problem;

@@ -10,9 +10,9 @@ use clap::{Parser, ValueEnum};
 use ipnet::IpNet;
 use pageferry::criu::header;
 use pageferry::daemon::CommonArgs;
-use pageferry::engine::driver;
-use pageferry::engine::stores::Template;
-use pageferry::engine::transport::Peer;
+use pageferry::engine::io;
+use pageferry::engine::io::transport::Peer;
+use pageferry::engine::receive::stores::Template;
 use pageferry::image::store;
 use pageferry::limits::{
     DUMP_IDLE_TIMEOUT_S, FERRY_STREAMS_MAX, RECEIVE_SESSIONS_MAX, RESTORE_TIMEOUT_S, TIMEOUT_S_MAX,
@@ -229,11 +229,11 @@ pub(crate) enum Io {
     Epoll,
 }
 
-impl From<Io> for driver::Io {
-    fn from(io: Io) -> driver::Io {
+impl From<Io> for io::Io {
+    fn from(io: Io) -> io::Io {
         match io {
-            Io::Uring => driver::Io::Uring,
-            Io::Epoll => driver::Io::Epoll,
+            Io::Uring => io::Io::Uring,
+            Io::Epoll => io::Io::Epoll,
         }
     }
 }

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use pageferry::engine::ferry::precopy_listener::PrecopyListener;
-use pageferry::engine::ingest::ReceiveContext;
-use pageferry::engine::listen::Source;
-use pageferry::engine::stop::Stop;
+use pageferry::engine::listening::listen::Source;
+use pageferry::engine::listening::stop::Stop;
+use pageferry::engine::receive::ReceiveContext;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::ferry::frame;
 use pageferry::stream::{Stream, silent};

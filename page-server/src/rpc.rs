@@ -16,7 +16,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use pageferry::criu::rpc::{Options, Request, Response, ServerInfo, kind};
 use pageferry::daemon::{Daemon, Forked, WaitingChild, fork_waiting};
-use pageferry::engine::transport::parse_host;
+use pageferry::engine::io::transport::parse_host;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::limits::RPC_MESSAGE_BYTES_MAX;
 use pageferry::sys::process::inherited_descriptor;

@@ -28,7 +28,7 @@ use nix::sys::prctl::set_name;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, setsid};
 
-use crate::engine::transport::parse_host;
+use crate::engine::io::transport::parse_host;
 use crate::error::{Error, Kind, Result};
 use crate::sys::process::{fork_single_threaded, inherited_descriptor};
 use log::{Log, VERBOSITY_DEFAULT};

@@ -1,26 +1,24 @@
-//! The loops: they move bytes and ask the pure rooms what to do.
+//! The loops: they move bytes and ask the pure modules what to do. One module a flow, and what flows share.
+//!
+//! ```text
+//! receive        socket (criu dump, or ferry)  -> image files
+//! serve          image files                   -> socket (lazy clients)
+//! forward        socket (criu dump)            -> ferry (to a receiving page-server)
+//! forward_lazy   socket (lazy dump)            -> memory here -> CRIU's protocol or ferry (lazy clients)
+//! restore        userfaultfd, and a source     -> pages of restored processes
+//!
+//! ferry          connections and sessions of ferry     shared by receive, forward, forward_lazy, restore
+//! listening      listeners, sessions, stopping         shared by all servers
+//! io             drivers, splice path, transports      shared by all
+//! ```
 
-pub mod batch;
-mod counters;
-pub mod driver;
-mod epoll;
 pub mod ferry;
 pub mod forward;
 pub mod forward_lazy;
-mod host_activity;
-pub mod ingest;
-pub mod ingest_modes;
-pub mod listen;
-mod memory;
+pub mod io;
+pub mod listening;
 mod pending;
+pub mod receive;
 pub mod restore;
 pub mod serve;
-mod session_io;
-pub mod sessions;
 mod smaps;
-mod splice_path;
-pub mod stop;
-pub mod stores;
-pub mod transport;
-mod uring;
-mod writer;

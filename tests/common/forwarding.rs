@@ -11,11 +11,11 @@ use std::time::Duration;
 
 use pageferry::criu::header::{PageFlags, Wire};
 use pageferry::engine::forward_lazy::{ForwardLazy, ForwardLazyConfig};
-use pageferry::engine::listen::{Place, Source};
+use pageferry::engine::io::transport::Peer;
+use pageferry::engine::listening::listen::{Place, Source};
+use pageferry::engine::listening::sessions::{Rules, Stay, run_sessions};
+use pageferry::engine::listening::stop::Stop;
 use pageferry::engine::serve::{ServeContext, serve_client};
-use pageferry::engine::sessions::{Rules, Stay, run_sessions};
-use pageferry::engine::stop::Stop;
-use pageferry::engine::transport::Peer;
 use pageferry::error::Result;
 use pageferry::image::dir::ImageDir;
 use pageferry::image::file::{Magic, MessageWriter};

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use axum::extract::connect_info::Connected;
 use axum::serve::IncomingStream;
-use pageferry::engine::transport::Peer;
+use pageferry::engine::io::transport::Peer;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::limits::CLIENTS_MAX;
 use pageferry::tls::Tls;

@@ -21,7 +21,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use pageferry::engine::transport::Peer;
+use pageferry::engine::io::transport::Peer;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::tls::{Tls, TlsArgs};
 use tokio::signal::unix::{SignalKind, signal};

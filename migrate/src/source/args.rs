@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use pageferry::engine::transport::Peer;
+use pageferry::engine::io::transport::Peer;
 use pageferry::limits::{MIGRATION_ROUNDS_MAX, TIMEOUT_S_MAX};
 use pageferry::migration::messages::{MigrationId, TcpConnections};
 use pageferry::migration::{Limits, Mode, OnMissed};

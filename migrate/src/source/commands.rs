@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 use std::path::Path;
 
-use pageferry::engine::transport::Peer;
+use pageferry::engine::io::transport::Peer;
 use pageferry::migration::messages::TcpConnections;
 use pageferry::tls::TlsArgs;
 use tokio::process::Command;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use pageferry::criu::header::Wire;
-use pageferry::engine::transport::Peer;
+use pageferry::engine::io::transport::Peer;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::{Begin, Receiver, RestoreRequest, Status};
 use pageferry::migration::{

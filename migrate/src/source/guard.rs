@@ -5,7 +5,7 @@ use std::io::Read;
 use std::path::PathBuf;
 use std::process::{ExitCode, Stdio};
 
-use pageferry::engine::transport::Peer;
+use pageferry::engine::io::transport::Peer;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::MigrationId;
 use pageferry::migration::{Source, SourceAction, SourceEvent, SourceRecord, SourceState};

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use socket2::SockRef;
 
 use super::buffer_pool::BufferPool;
-use crate::engine::transport::Transport;
+use crate::engine::io::transport::Transport;
 use crate::ferry::frame::{FrameError, HEADER_BYTES, Header, Kind};
 
 /// Received at once in front of a large body, bytes.
@@ -229,7 +229,7 @@ mod tests {
     use socket2::Socket;
 
     use super::*;
-    use crate::engine::transport::PlainTransport;
+    use crate::engine::io::transport::PlainTransport;
     use crate::ferry::frame::OpenFrame;
 
     fn pair() -> (UnixStream, Conn) {

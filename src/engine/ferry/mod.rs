@@ -33,8 +33,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::Scope;
 use std::time::Duration;
 
-use crate::engine::stop::Stop;
-use crate::engine::transport::Peer;
+use crate::engine::io::transport::Peer;
+use crate::engine::listening::stop::Stop;
 use crate::error::{Error, Kind, Result};
 use crate::ferry::delta::PageMemory;
 use crate::ferry::hash::HashKey;

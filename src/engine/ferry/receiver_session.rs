@@ -19,7 +19,7 @@ use super::buffer_pool::BufferPool;
 use super::conn::Frame;
 use super::connection_loop::{ConnectionHandler, Heard, Waker, is_replaced};
 use super::{GOODBYE, lock};
-use crate::engine::counters::SessionCounters;
+use crate::engine::receive::counters::SessionCounters;
 use crate::error::{self, Error, Result};
 use crate::ferry::frame::{HEADER_BYTES, Kind};
 use crate::ferry::hello::{Fail, FailCode, Hello, Window};

@@ -17,7 +17,7 @@ use std::time::Duration;
 use super::memory_file::MemoryFile;
 use crate::criu::header::Target;
 use crate::engine::ferry::lock;
-use crate::engine::memory::Memory;
+use crate::engine::serve::memory::Memory;
 use crate::error::{Error, Kind, Result};
 use crate::ferry::message::Fault;
 use crate::ferry::push_planner::{self, Found};

@@ -27,13 +27,13 @@ use socket2::Socket;
 
 use crate::criu::header::Wire;
 use crate::engine::ferry::postcopy_listener::{PostcopyListener, PushAccepted};
-use crate::engine::listen::Source;
-use crate::engine::memory::Memory;
+use crate::engine::io::transport::Peer;
+use crate::engine::listening::listen::Source;
+use crate::engine::listening::sessions::{Rules, run_sessions};
+use crate::engine::listening::stop::Stop;
 use crate::engine::restore::wire_of;
+use crate::engine::serve::memory::Memory;
 use crate::engine::serve::{Memories, ServeContext, Summary, serve_until_closed};
-use crate::engine::sessions::{Rules, run_sessions};
-use crate::engine::stop::Stop;
-use crate::engine::transport::Peer;
 use crate::error::{Error, Kind, Result};
 use crate::ferry::frame;
 use crate::image::dir::ImageDir;

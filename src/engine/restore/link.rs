@@ -12,7 +12,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::criu::fetch::{FetchError, Fetcher, Step};
 use crate::criu::header::{GIVE_UP, Wire};
-use crate::engine::transport::Transport;
+use crate::engine::io::transport::Transport;
 use crate::lazy::planner::Request;
 use crate::lazy::space::Class;
 use crate::lazy::window::{Ticket, Window};

@@ -53,7 +53,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use crate::criu::header::Wire;
-use crate::engine::transport::Peer;
+use crate::engine::io::transport::Peer;
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::Chain;
 use crate::image::dir::ImageDir;

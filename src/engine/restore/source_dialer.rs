@@ -6,7 +6,7 @@ use super::Token;
 use super::link::Link;
 use crate::criu::header::Wire;
 use crate::engine::ferry::postcopy_client::FerryPair;
-use crate::engine::transport::{Peer, PlainTransport, SecureTransport, Transport};
+use crate::engine::io::transport::{Peer, PlainTransport, SecureTransport, Transport};
 use crate::error::{Error, Kind, Result};
 use crate::tls::{Tls, TlsStream};
 use crate::units::PageSize;

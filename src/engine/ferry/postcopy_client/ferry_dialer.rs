@@ -6,7 +6,7 @@ use super::PostcopyClient;
 use crate::engine::ferry::conn::{Conn, ConnError};
 use crate::engine::ferry::session_dialer::first_frame;
 use crate::engine::ferry::{WINDOW, connection_loop, lock, random_bits};
-use crate::engine::transport::{Peer, transport};
+use crate::engine::io::transport::{Peer, transport};
 use crate::error::{Error, Kind, Result};
 use crate::ferry::frame;
 use crate::ferry::hash::{HashKey, PageHasher};

@@ -16,17 +16,20 @@
 //! waited for with a clock. All others are, if the user says so: who never asks, who stops within a
 //! request, who takes no answers. That a host is gone is found out by probes.
 
+mod host_activity;
+pub(in crate::engine) mod memory;
+
 use std::collections::HashMap;
 use std::fmt::Debug;
 use std::io::{ErrorKind, Read, Write};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use super::host_activity::{ActiveHosts, HostActivity};
-use super::ingest;
-use super::memory::Memory;
 use crate::criu::header::{HEADER_BYTES_MAX, Target, Wire};
 use crate::criu::serve::{CLOSE_STATUS, Get, Request, Requests};
+use crate::engine::receive;
+use crate::engine::serve::host_activity::{ActiveHosts, HostActivity};
+use crate::engine::serve::memory::Memory;
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::{Chain, Missing, Place, Resolved};
 use crate::image::dir::ImageDir;
@@ -52,7 +55,7 @@ pub struct ServeContext {
 }
 
 /// Where the memory of processes is.
-pub(super) trait Memories: Debug + Send + Sync {
+pub(in crate::engine) trait Memories: Debug + Send + Sync {
     /// The memory of the process that the images call `pid`.
     fn memory(&self, pid: u32) -> Result<Arc<dyn Memory>>;
 }
@@ -92,7 +95,7 @@ impl ServeContext {
     }
 
     /// Serves `memories`, of pages of `page`.
-    pub(super) fn of(
+    pub(in crate::engine) fn of(
         memories: Box<dyn Memories>,
         page: PageSize,
         wire: Option<Wire>,
@@ -118,7 +121,7 @@ impl ServeContext {
 
     /// Whether the first bytes that a client sends are `bytes`, which stay to be read. It may be silent
     /// for as long as a client of these sessions may be; afterwards reads wait for ever.
-    pub(super) fn begins_with<const N: usize>(
+    pub(in crate::engine) fn begins_with<const N: usize>(
         &self,
         stream: &mut Stream,
         bytes: [u8; N],
@@ -172,7 +175,7 @@ pub fn serve_client(stream: Stream, context: &ServeContext) -> Result<Summary> {
 }
 
 /// The same; `closing` is done before CLOSE is answered, and in its place if it fails.
-pub(super) fn serve_until_closed(
+pub(in crate::engine) fn serve_until_closed(
     stream: Stream,
     context: &ServeContext,
     closing: &dyn Fn() -> Result<()>,
@@ -394,9 +397,9 @@ impl Session<'_> {
         self.send_answers()?;
         let rest = self.requests.header_bytes_open();
         if wait_for_end {
-            ingest::wait_for_end(&mut self.stream, rest);
+            receive::wait_for_end(&mut self.stream, rest);
         } else {
-            ingest::leave_open(&mut self.stream, rest);
+            receive::leave_open(&mut self.stream, rest);
         }
         Ok(())
     }

@@ -13,11 +13,11 @@ use std::fmt;
 use std::ops::Range;
 
 use self::inspected::Inspected;
-pub(super) use self::side_buffer::unpack as decompress_page;
+pub(in crate::engine) use self::side_buffer::unpack as decompress_page;
 use self::verbatim::Verbatim;
-use super::batch::Plan;
-use super::session_io::SessionIo;
 use crate::criu::header::PageFlags;
+use crate::engine::io::batch::Plan;
+use crate::engine::io::session_io::SessionIo;
 use crate::error::Result;
 use crate::image::writer::{Destination, SessionImages};
 use crate::observe::received::StoredPages;
@@ -33,19 +33,19 @@ pub struct IngestOptions {
 }
 
 /// What an ingest mode works with while it looks at a receive buffer.
-pub(super) struct IngestScope<'a> {
+pub(in crate::engine) struct IngestScope<'a> {
     /// Where entries go and places come from.
-    pub(super) images: &'a mut SessionImages,
+    pub(in crate::engine) images: &'a mut SessionImages,
     /// Where filled buffers go and empty ones come from.
-    pub(super) session_io: &'a mut SessionIo,
+    pub(in crate::engine) session_io: &'a mut SessionIo,
     /// What is to be written of the receive buffer.
-    pub(super) plan: &'a mut Plan,
+    pub(in crate::engine) plan: &'a mut Plan,
     /// The receive buffer, as far as it is filled.
-    pub(super) buffer: &'a [u8],
+    pub(in crate::engine) buffer: &'a [u8],
 }
 
 /// An ingest mode. The bytes of a run come in order, cut anywhere.
-pub(super) trait IngestMode: fmt::Debug {
+pub(in crate::engine) trait IngestMode: fmt::Debug {
     /// A run of pages begins.
     fn begin_run(
         &mut self,
@@ -80,7 +80,7 @@ pub(super) trait IngestMode: fmt::Debug {
 
 impl IngestOptions {
     /// The ingest mode that is asked for.
-    pub(super) fn mode(self, page: PageSize) -> Box<dyn IngestMode> {
+    pub(in crate::engine) fn mode(self, page: PageSize) -> Box<dyn IngestMode> {
         if self == IngestOptions::default() {
             Box::new(Verbatim::new(page))
         } else {

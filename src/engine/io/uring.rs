@@ -15,8 +15,8 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::batch::{Batch, Plan};
-use super::driver::{Completion, Driver, Link, Operation, is_patience};
+use crate::engine::io::batch::{Batch, Plan};
+use crate::engine::io::driver::{Completion, Driver, Link, Operation, is_patience};
 use crate::error::{Error, Kind, Result};
 use crate::sys::buffers::Buffer;
 use crate::sys::ring::{Descriptor, Done, Ring, Token};
@@ -40,7 +40,7 @@ struct Writing {
 
 /// The driver. See the module's text.
 #[derive(Debug)]
-pub(super) struct UringDriver {
+pub(in crate::engine) struct UringDriver {
     link: Link,
     purposes: HashMap<Token, Purpose>,
     /// What was received without the ring, for the next wait.
@@ -49,7 +49,7 @@ pub(super) struct UringDriver {
 }
 
 impl UringDriver {
-    pub(super) fn new(link: Link) -> Result<UringDriver> {
+    pub(in crate::engine) fn new(link: Link) -> Result<UringDriver> {
         let ring = Ring::new();
         Ok(UringDriver {
             link,

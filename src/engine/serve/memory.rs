@@ -10,7 +10,7 @@ use crate::limits::ANSWER_EXTENTS_MAX;
 use crate::units::{PageCount, PageRange};
 
 /// See the module's text.
-pub(super) trait Memory: Debug + Send + Sync {
+pub(in crate::engine) trait Memory: Debug + Send + Sync {
     /// Appends to `runs`, which is empty, where the pages `wanted` are, up to the first that is not to
     /// be had, and returns how many they are. Fails if that is the very first.
     fn find_runs(&self, wanted: PageRange, runs: &mut Vec<Resolved>) -> Result<PageCount>;

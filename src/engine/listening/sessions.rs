@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use socket2::{SockAddr, Socket};
 use tracing::{error, info, warn};
 
-use super::stop::Stop;
+use crate::engine::listening::stop::Stop;
 use crate::error::{Error, Kind, Result};
 use crate::stream::Stream;
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::side_buffer::{Blocks, SideBuffer, unpack};
 use super::{IngestMode, IngestScope};
 use crate::criu::header::PageFlags;
-use crate::engine::session_io::SessionIo;
+use crate::engine::io::session_io::SessionIo;
 use crate::error::Result;
 use crate::image::writer::{Destination, SessionImages};
 use crate::observe::received::StoredPages;

@@ -17,14 +17,14 @@ use std::sync::Mutex;
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
-use super::ferry::packer::{Job, Packer};
-use super::ferry::sender_session::SenderSession;
-use super::ferry::{Learned, SenderConfig, lock, push};
-use super::ingest::{answer, ended_early, leave_open, wait_for_end};
-use super::ingest_modes::decompress_page;
-use super::pending::PendingTrees;
 use crate::criu::header::{PageFlags, Target, Wire};
 use crate::criu::receive::{CLOSE_STORED, ReceiveSession, Step, has_parent_answer, parent_answer};
+use crate::engine::ferry::packer::{Job, Packer};
+use crate::engine::ferry::sender_session::SenderSession;
+use crate::engine::ferry::{Learned, SenderConfig, lock, push};
+use crate::engine::pending::PendingTrees;
+use crate::engine::receive::ingest_modes::decompress_page;
+use crate::engine::receive::{answer, ended_early, leave_open, wait_for_end};
 use crate::error::{Error, Kind, Result};
 use crate::ferry::delta::PageMemory;
 use crate::ferry::frame;
@@ -148,7 +148,7 @@ pub fn forward_client(mut stream: Stream, context: &ForwardContext) -> (Forwarde
 }
 
 /// How many threads hash and compress.
-pub(super) fn encoders() -> usize {
+pub(in crate::engine) fn encoders() -> usize {
     std::thread::available_parallelism().map_or(1, |found| found.get().min(ENCODERS_MAX))
 }
 

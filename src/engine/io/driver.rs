@@ -23,13 +23,10 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::Socket;
 
-use super::batch::Batch;
-use super::epoll::EpollDriver;
-use super::uring::UringDriver;
+use crate::engine::io::batch::Batch;
 use crate::error::{Error, Kind, Result};
 use crate::stream::silent;
 use crate::sys::buffers::Buffer;
-use crate::sys::ring::Ring;
 
 /// What a driver is to do.
 #[derive(Debug)]
@@ -83,7 +80,7 @@ pub struct Link {
 
 impl Link {
     /// Receives what is there now; fails with `WouldBlock` if nothing is.
-    pub(super) fn receive_now(&self, into: &mut [u8]) -> io::Result<usize> {
+    pub(in crate::engine) fn receive_now(&self, into: &mut [u8]) -> io::Result<usize> {
         nix::sys::socket::recv(
             std::os::fd::AsRawFd::as_raw_fd(self.socket.as_ref()),
             into,
@@ -93,7 +90,7 @@ impl Link {
     }
 
     /// Waits until the socket has something, or its end.
-    pub(super) fn await_readable(&self) -> Result<()> {
+    pub(in crate::engine) fn await_readable(&self) -> Result<()> {
         let timeout = match self.idle_timeout {
             None => PollTimeout::NONE,
             Some(most) => PollTimeout::try_from(most).unwrap_or(PollTimeout::MAX),
@@ -110,64 +107,13 @@ impl Link {
     }
 
     /// The error for a socket that fails.
-    pub(super) fn lost(&self, error: io::Error) -> Error {
+    pub(in crate::engine) fn lost(&self, error: io::Error) -> Error {
         Error::wrap(Kind::PeerLost, "the connection is lost", error)
     }
 
     /// The error for a peer that says nothing any more.
-    pub(super) fn silent(&self) -> Error {
+    pub(in crate::engine) fn silent(&self) -> Error {
         silent(self.idle_timeout)
-    }
-}
-
-/// Which driver moves the bytes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Io {
-    /// io_uring.
-    Uring,
-    /// Plain calls, with epoll to wait: for where io_uring is refused.
-    Epoll,
-}
-
-impl Io {
-    /// The driver that is asked for, or without a wish io_uring where that can be had; says in the
-    /// log which and why.
-    ///
-    /// # Errors
-    ///
-    /// io_uring is asked for and refused: by an old kernel, the sysctl `kernel.io_uring_disabled` or
-    /// the seccomp profile of a container.
-    pub fn choose(wanted: Option<Io>) -> Result<Io> {
-        let refused = match wanted {
-            Some(Io::Epoll) => None,
-            None | Some(Io::Uring) => Ring::new().err(),
-        };
-        match (wanted, refused) {
-            (Some(Io::Uring), Some(error)) => {
-                let text = "--io uring cannot be had here";
-                Err(Error::wrap(Kind::Unsupported, text, error))
-            }
-            (Some(Io::Epoll), _) => {
-                tracing::info!("epoll moves the bytes, as asked for");
-                Ok(Io::Epoll)
-            }
-            (None, Some(error)) => {
-                tracing::info!("epoll moves the bytes: io_uring cannot be had here: {error}");
-                Ok(Io::Epoll)
-            }
-            (_, None) => {
-                tracing::info!("io_uring moves the bytes");
-                Ok(Io::Uring)
-            }
-        }
-    }
-
-    /// A driver for a session over `link`, for the thread that calls this.
-    pub fn driver(self, link: Link) -> Result<Box<dyn Driver>> {
-        match self {
-            Io::Uring => Ok(Box::new(UringDriver::new(link)?)),
-            Io::Epoll => Ok(Box::new(EpollDriver::new(link)?)),
-        }
     }
 }
 
@@ -195,7 +141,7 @@ impl Writes {
 }
 
 /// Whether a call only asks to be made again.
-pub(super) fn is_patience(error: &io::Error) -> bool {
+pub(in crate::engine) fn is_patience(error: &io::Error) -> bool {
     use io::ErrorKind::{Interrupted, WouldBlock};
     matches!(error.kind(), Interrupted | WouldBlock)
 }

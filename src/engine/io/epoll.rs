@@ -12,9 +12,9 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::batch::Batch;
-use super::driver::{Completion, Driver, Link, Operation, is_patience};
-use super::writer::Writer;
+use crate::engine::io::batch::Batch;
+use crate::engine::io::driver::{Completion, Driver, Link, Operation, is_patience};
+use crate::engine::io::writer::Writer;
 use crate::error::{Error, Kind, Result};
 use crate::sys::buffers::Buffer;
 
@@ -27,7 +27,7 @@ struct Pending {
 
 /// The driver. See the module's text.
 #[derive(Debug)]
-pub(super) struct EpollDriver {
+pub(in crate::engine) struct EpollDriver {
     link: Link,
     epoll: Epoll,
     pending: Option<Pending>,
@@ -35,7 +35,7 @@ pub(super) struct EpollDriver {
 }
 
 impl EpollDriver {
-    pub(super) fn new(link: Link) -> Result<EpollDriver> {
+    pub(in crate::engine) fn new(link: Link) -> Result<EpollDriver> {
         let failed = |errno: Errno| Error::wrap(Kind::Io, "cannot set up epoll", errno);
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(failed)?;
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;

@@ -14,15 +14,15 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 use nix::unistd::pipe2;
 
-use super::driver::Link;
-use super::writer::WriteJob;
+use crate::engine::io::driver::Link;
+use crate::engine::io::writer::WriteJob;
 use crate::error::Result;
 use crate::image::writer::Destination;
 use crate::limits::{RECEIVE_PIPE_BYTES, RECEIVE_PIPE_BYTES_MIN};
 
 /// A pipe that pages pass through. It is empty whenever it is filled.
 #[derive(Debug)]
-pub(super) struct Pipe {
+pub(in crate::engine) struct Pipe {
     entrance: OwnedFd,
     exit: OwnedFd,
 }
@@ -30,7 +30,7 @@ pub(super) struct Pipe {
 impl Pipe {
     /// A pipe, or `None` where the kernel gives none that is large enough to be of use: a user
     /// without privileges may have but so many pages in pipes (`fs.pipe-user-pages-soft`).
-    pub(super) fn new() -> io::Result<Option<Pipe>> {
+    pub(in crate::engine) fn new() -> io::Result<Option<Pipe>> {
         let (exit, entrance) = pipe2(OFlag::O_CLOEXEC)?;
         let wanted = i32::try_from(RECEIVE_PIPE_BYTES).unwrap_or(i32::MAX);
         // If it is refused, what there is may still do.
@@ -43,7 +43,7 @@ impl Pipe {
     /// Takes bytes from the socket until `most` are here or the pipe is full, and says how many that
     /// are; fewer only at the end of the stream. Never takes more than the pipe's size, although what
     /// comes in large pieces of memory would leave room.
-    pub(super) fn fill(&self, link: &Link, most: usize) -> Result<usize> {
+    pub(in crate::engine) fn fill(&self, link: &Link, most: usize) -> Result<usize> {
         let flags = SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK;
         let most = most.min(RECEIVE_PIPE_BYTES);
         let mut filled = 0;
@@ -71,7 +71,7 @@ impl Pipe {
 
 /// A pipe with its bytes, ready to be written.
 #[derive(Debug)]
-pub(super) struct SpliceWrite {
+pub(in crate::engine) struct SpliceWrite {
     pipe: Pipe,
     /// How many bytes are left in the pipe.
     bytes: usize,
@@ -81,12 +81,12 @@ pub(super) struct SpliceWrite {
 
 impl SpliceWrite {
     /// The `bytes` bytes in `pipe` go to `to`.
-    pub(super) fn new(pipe: Pipe, bytes: usize, to: Destination) -> SpliceWrite {
+    pub(in crate::engine) fn new(pipe: Pipe, bytes: usize, to: Destination) -> SpliceWrite {
         SpliceWrite { pipe, bytes, to }
     }
 
     /// The pipe, for the next splice.
-    pub(super) fn into_pipe(self) -> Pipe {
+    pub(in crate::engine) fn into_pipe(self) -> Pipe {
         debug_assert_eq!(self.bytes, 0, "only an empty pipe is filled");
         self.pipe
     }

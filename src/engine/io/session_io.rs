@@ -8,10 +8,10 @@
 
 use std::ops::Range;
 
-use super::batch::{Batch, Plan};
-use super::driver::{Completion, Driver, Link, Operation, Writes};
-use super::splice_path::{Pipe, SpliceWrite};
-use super::writer::{WriteJob, Writer};
+use crate::engine::io::batch::{Batch, Plan};
+use crate::engine::io::driver::{Completion, Driver, Link, Operation, Writes};
+use crate::engine::io::splice_path::{Pipe, SpliceWrite};
+use crate::engine::io::writer::{WriteJob, Writer};
 use crate::error::{Error, Kind, Result};
 use crate::image::writer::Destination;
 use crate::limits::{RECEIVE_BUFFER_BYTES, RECEIVE_BUFFERS_MAX, RECEIVE_PIPES_MAX};
@@ -19,7 +19,7 @@ use crate::sys::buffers::Buffer;
 
 /// See the module's text.
 #[derive(Debug)]
-pub(super) struct SessionIo {
+pub(in crate::engine) struct SessionIo {
     driver: Box<dyn Driver>,
     writes: Writes,
     free: Vec<Buffer>,
@@ -37,7 +37,7 @@ struct Pipes {
 }
 
 impl SessionIo {
-    pub(super) fn new(driver: Box<dyn Driver>, writes: Writes) -> SessionIo {
+    pub(in crate::engine) fn new(driver: Box<dyn Driver>, writes: Writes) -> SessionIo {
         SessionIo {
             driver,
             writes,
@@ -48,7 +48,7 @@ impl SessionIo {
     }
 
     /// A buffer to fill. Waits for a write if all of them are on the way.
-    pub(super) fn buffer(&mut self) -> Result<Buffer> {
+    pub(in crate::engine) fn buffer(&mut self) -> Result<Buffer> {
         loop {
             if let Some(buffer) = self.free.pop() {
                 return Ok(buffer);
@@ -64,7 +64,7 @@ impl SessionIo {
     }
 
     /// Receives into the window of `buffer` and says how much came; 0 is the end of the stream.
-    pub(super) fn receive(
+    pub(in crate::engine) fn receive(
         &mut self,
         buffer: Buffer,
         window: Range<usize>,
@@ -79,7 +79,7 @@ impl SessionIo {
     }
 
     /// Writes `buffer` where `plan` says, some time before [`SessionIo::drain`] returns.
-    pub(super) fn write(&mut self, buffer: Buffer, plan: Plan) -> Result<()> {
+    pub(in crate::engine) fn write(&mut self, buffer: Buffer, plan: Plan) -> Result<()> {
         if plan.is_empty() {
             self.free.push(buffer);
             return Ok(());
@@ -96,7 +96,7 @@ impl SessionIo {
     /// Moves bytes from the socket to `to`, at most `most`, that nobody looks at, and says how many;
     /// 0 is the end of the stream. They are in their file some time before [`SessionIo::drain`] returns.
     /// `None`: the kernel gives no pipes, and so they are to be received.
-    pub(super) fn pass(
+    pub(in crate::engine) fn pass(
         &mut self,
         link: &Link,
         most: usize,
@@ -112,7 +112,7 @@ impl SessionIo {
     }
 
     /// Waits until all bytes are in their files.
-    pub(super) fn drain(&mut self) -> Result<()> {
+    pub(in crate::engine) fn drain(&mut self) -> Result<()> {
         self.driver.drain()?;
         self.pipes.writer.as_mut().map_or(Ok(()), Writer::drain)
     }

@@ -11,25 +11,30 @@
 //!
 //! A buffer is filled from the socket until it is full, its headers are read in place, and it goes to
 //! the driver with the plan of which ranges go where. While it is written the next one is filled. Once the
-//! header of a large frame is read, its pages go past this process (`super::splice_path`).
+//! header of a large frame is read, its pages go past this process (`crate::engine::io::splice_path`).
 //!
 //! Invariants: CLOSE is answered only when every byte is in its file and every image has its name; on
 //! any failure the images are gone and the connection is reset, so that the dump fails too.
+
+pub(in crate::engine) mod counters;
+pub mod ingest_modes;
+pub mod stores;
 
 use std::io::{ErrorKind, Read, Write};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::batch::Plan;
-use super::counters::SessionCounters;
-use super::driver::{Io, Link, Writes};
-use super::ingest_modes::{IngestMode, IngestOptions, IngestScope};
-use super::pending::PendingTrees;
-use super::session_io::SessionIo;
-use super::stores::{SessionStore, Stores};
 use crate::criu::header::{HEADER_BYTES_MAX, Target, Wire};
 use crate::criu::receive::{CLOSE_STORED, ReceiveSession, Step, has_parent_answer, parent_answer};
+use crate::engine::io::Io;
+use crate::engine::io::batch::Plan;
+use crate::engine::io::driver::{Link, Writes};
+use crate::engine::io::session_io::SessionIo;
+use crate::engine::pending::PendingTrees;
+use crate::engine::receive::counters::SessionCounters;
+use crate::engine::receive::ingest_modes::{IngestMode, IngestOptions, IngestScope};
+use crate::engine::receive::stores::{SessionStore, Stores};
 use crate::error::{Error, Kind, Result};
 use crate::image::writer::{CommittedImages, SessionImages};
 use crate::observe::received::Received;
@@ -369,7 +374,7 @@ impl<'a, 't> Ingest<'a, 't> {
 
 /// Frees the room of the parents' copies. The images are whole and answered for: a failure costs room
 /// and nothing else.
-pub(super) fn punch_out_of_parents(images: &CommittedImages) {
+pub(in crate::engine) fn punch_out_of_parents(images: &CommittedImages) {
     match images.punch_out_of_parents() {
         Ok(bytes) => tracing::info!("{bytes} bytes taken out of the parents' files"),
         Err(error) => tracing::warn!("--auto-dedup: the parents keep their copies: {error}"),
@@ -377,7 +382,7 @@ pub(super) fn punch_out_of_parents(images: &CommittedImages) {
 }
 
 /// The error for a dump that hangs up before CLOSE.
-pub(super) fn ended_early(session: &ReceiveSession) -> Error {
+pub(in crate::engine) fn ended_early(session: &ReceiveSession) -> Error {
     let context = "not everything came";
     match session.handle_end() {
         Err(error) => Error::wrap(Kind::PeerLost, context, error),
@@ -387,14 +392,14 @@ pub(super) fn ended_early(session: &ReceiveSession) -> Error {
 }
 
 /// Answers the dump.
-pub(super) fn answer(stream: &mut Stream, bytes: &[u8]) -> Result<()> {
+pub(in crate::engine) fn answer(stream: &mut Stream, bytes: &[u8]) -> Result<()> {
     let sent = stream.write_all(bytes).and_then(|()| stream.flush());
     sent.map_err(|error| Error::wrap(Kind::PeerLost, "cannot answer", error))
 }
 
 /// Waits for the peer to hang up after CLOSE, as CRIU does: whoever closes first keeps the port busy.
 /// `rest` bytes of its CLOSE may still come.
-pub(super) fn wait_for_end(stream: &mut Stream, mut rest: usize) {
+pub(in crate::engine) fn wait_for_end(stream: &mut Stream, mut rest: usize) {
     // All was done and said: however the peer hangs up now, the session was a success.
     let _ = stream.socket().set_read_timeout(Some(HANG_UP));
     while let Ok(bytes @ 1..) = stream.read(&mut [0; 64]) {
@@ -411,7 +416,7 @@ pub(super) fn wait_for_end(stream: &mut Stream, mut rest: usize) {
 
 /// Leaves after FORCE_CLOSE the socket to whoever owns it, at the end of what was said: `rest` bytes of
 /// the FORCE_CLOSE, which are zero, may be there or on their way. What else comes is somebody else's.
-pub(super) fn leave_open(stream: &mut Stream, rest: usize) {
+pub(in crate::engine) fn leave_open(stream: &mut Stream, rest: usize) {
     let _ = stream.socket().set_read_timeout(Some(REST_OF_CLOSE));
     // An error is the end of what comes.
     let _ = stream.skip_zeros(rest);

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::sys::uio::pwritev;
 
-use super::writer::WriteJob;
+use crate::engine::io::writer::WriteJob;
 use crate::error::Result;
 use crate::image::writer::PagesPart;
 use crate::limits::WRITE_RANGES_MAX;
@@ -118,7 +118,7 @@ impl WriteJob for Batch {
 
 /// Writes all of `slices`, one behind the other, from `offset` of `part` on. The error names the
 /// file.
-pub(super) fn write_all(
+pub(in crate::engine) fn write_all(
     mut slices: &mut [IoSlice<'_>],
     part: &PagesPart,
     mut offset: u64,

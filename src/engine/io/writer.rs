@@ -14,14 +14,14 @@ use std::thread::JoinHandle;
 use crate::error::{Error, Kind, Result};
 
 /// Something with its place in the files.
-pub(super) trait WriteJob: fmt::Debug + Send + 'static {
+pub(in crate::engine) trait WriteJob: fmt::Debug + Send + 'static {
     /// Writes all of it with plain calls. The error names the file.
     fn write(&mut self) -> Result<()>;
 }
 
 /// The thread, seen from its owner's.
 #[derive(Debug)]
-pub(super) struct Writer<C: WriteJob> {
+pub(in crate::engine) struct Writer<C: WriteJob> {
     /// `None` when the thread is to end.
     job: Option<Sender<C>>,
     /// What was written.
@@ -32,7 +32,7 @@ pub(super) struct Writer<C: WriteJob> {
 
 impl<C: WriteJob> Writer<C> {
     /// Starts the thread, which calls `written` after each result.
-    pub(super) fn start(written: impl Fn() + Send + 'static) -> Result<Writer<C>> {
+    pub(in crate::engine) fn start(written: impl Fn() + Send + 'static) -> Result<Writer<C>> {
         let (job, inbox) = channel();
         let (outbox, results) = channel();
         let thread = std::thread::Builder::new()
@@ -48,7 +48,7 @@ impl<C: WriteJob> Writer<C> {
     }
 
     /// Hands `job` to the thread.
-    pub(super) fn submit(&mut self, job: C) -> Result<()> {
+    pub(in crate::engine) fn submit(&mut self, job: C) -> Result<()> {
         self.in_flight += 1;
         let sent = self.job.as_ref().map(|outlet| outlet.send(job));
         match sent {
@@ -59,14 +59,14 @@ impl<C: WriteJob> Writer<C> {
     }
 
     /// The next that is written, waiting for it.
-    pub(super) fn next_result(&mut self) -> Result<C> {
+    pub(in crate::engine) fn next_result(&mut self) -> Result<C> {
         let result = self.results.recv().map_err(|_| gone())?;
         self.in_flight -= 1;
         result
     }
 
     /// The next that is written already.
-    pub(super) fn result_now(&mut self) -> Result<Option<C>> {
+    pub(in crate::engine) fn result_now(&mut self) -> Result<Option<C>> {
         match self.results.try_recv() {
             Ok(result) => {
                 self.in_flight -= 1;
@@ -78,7 +78,7 @@ impl<C: WriteJob> Writer<C> {
     }
 
     /// Waits until everything is written.
-    pub(super) fn drain(&mut self) -> Result<()> {
+    pub(in crate::engine) fn drain(&mut self) -> Result<()> {
         while self.in_flight > 0 {
             self.next_result()?;
         }

@@ -7,11 +7,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Hosts that ask for pages now, with how many of their sessions do.
 #[derive(Debug, Default)]
-pub(super) struct ActiveHosts(Mutex<HashMap<String, usize>>);
+pub(in crate::engine) struct ActiveHosts(Mutex<HashMap<String, usize>>);
 
 /// A session that has asked for a page, until this is dropped.
 #[derive(Debug)]
-pub(super) struct HostActivity<'a> {
+pub(in crate::engine) struct HostActivity<'a> {
     hosts: &'a ActiveHosts,
     host: String,
 }
@@ -23,12 +23,12 @@ impl ActiveHosts {
     }
 
     /// Whether a session of `host` has asked for a page.
-    pub(super) fn contains(&self, host: &str) -> bool {
+    pub(in crate::engine) fn contains(&self, host: &str) -> bool {
         self.sessions().contains_key(host)
     }
 
     /// A session of `host` asks for its first page.
-    pub(super) fn begin(&self, host: String) -> HostActivity<'_> {
+    pub(in crate::engine) fn begin(&self, host: String) -> HostActivity<'_> {
         *self.sessions().entry(host.clone()).or_default() += 1;
         HostActivity { hosts: self, host }
     }

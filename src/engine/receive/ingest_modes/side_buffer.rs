@@ -1,8 +1,8 @@
 //! Bytes that do not lie in a receive buffer as they are to be stored: decompressed pages, pages cut
 //! by the end of a buffer.
 
-use crate::engine::batch::Plan;
-use crate::engine::session_io::SessionIo;
+use crate::engine::io::batch::Plan;
+use crate::engine::io::session_io::SessionIo;
 use crate::error::{Error, Kind, Result};
 use crate::image::writer::Destination;
 use crate::sys::buffers::Buffer;

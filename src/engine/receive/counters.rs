@@ -9,7 +9,7 @@ use crate::units::{PageCount, PageSize};
 
 /// See the module's text.
 #[derive(Debug)]
-pub(super) struct SessionCounters<'a> {
+pub(in crate::engine) struct SessionCounters<'a> {
     traffic: &'a Traffic,
     started: Instant,
     cpu_before: Duration,
@@ -24,7 +24,7 @@ pub(super) struct SessionCounters<'a> {
 
 impl<'a> SessionCounters<'a> {
     /// A session begins now.
-    pub(super) fn start(traffic: &'a Traffic) -> SessionCounters<'a> {
+    pub(in crate::engine) fn start(traffic: &'a Traffic) -> SessionCounters<'a> {
         SessionCounters {
             traffic,
             started: Instant::now(),
@@ -39,19 +39,19 @@ impl<'a> SessionCounters<'a> {
     }
 
     /// A process or segment was opened by a sender that speaks `wire`.
-    pub(super) fn opened(&mut self, wire: Wire) {
+    pub(in crate::engine) fn opened(&mut self, wire: Wire) {
         self.wire = Some(wire);
         self.targets += 1;
     }
 
     /// `bytes` bytes came from the socket.
-    pub(super) fn came(&mut self, bytes: u64) {
+    pub(in crate::engine) fn came(&mut self, bytes: u64) {
         self.wire_bytes += bytes;
         self.traffic.came(bytes);
     }
 
     /// A run of pages was announced.
-    pub(super) fn run(&mut self, pages: PageCount, flags: PageFlags) {
+    pub(in crate::engine) fn run(&mut self, pages: PageCount, flags: PageFlags) {
         let (counter, kind) = if flags.has(PageFlags::PRESENT) {
             (&mut self.pages.received, ReceivedKind::Received)
         } else if flags.has(PageFlags::PARENT) {
@@ -64,13 +64,13 @@ impl<'a> SessionCounters<'a> {
     }
 
     /// A page came compressed.
-    pub(super) fn compressed(&mut self) {
+    pub(in crate::engine) fn compressed(&mut self) {
         self.pages.compressed += 1;
         self.traffic.received(ReceivedKind::Compressed, 1);
     }
 
     /// This is how pages were kept so far.
-    pub(super) fn kept(&mut self, kept: StoredPages) {
+    pub(in crate::engine) fn kept(&mut self, kept: StoredPages) {
         let before = std::mem::replace(&mut self.kept, kept);
         let same = kept.same_as_parent - before.same_as_parent;
         self.traffic.received(ReceivedKind::SameAsParent, same);
@@ -80,12 +80,12 @@ impl<'a> SessionCounters<'a> {
     }
 
     /// CLOSE is answered.
-    pub(super) fn answered(&mut self) {
+    pub(in crate::engine) fn answered(&mut self) {
         self.answered = Some(Instant::now());
     }
 
     /// The session with `peer`, which has ended.
-    pub(super) fn end(self, peer: &str, page: PageSize) -> Received {
+    pub(in crate::engine) fn end(self, peer: &str, page: PageSize) -> Received {
         let ended = self.answered.unwrap_or_else(Instant::now);
         Received {
             peer: peer.to_owned(),
