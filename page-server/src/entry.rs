@@ -5,10 +5,10 @@ use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use pageferry::engine::ferry::precopy_listener::PrecopyListener;
 use pageferry::engine::listening::listen::Source;
 use pageferry::engine::listening::stop::Stop;
 use pageferry::engine::receive::ReceiveContext;
+use pageferry::engine::receive::precopy_listener::PrecopyListener;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::ferry::frame;
 use pageferry::stream::{Stream, silent};

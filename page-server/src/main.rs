@@ -12,8 +12,7 @@ use std::time::Duration;
 
 use pageferry::daemon::command_line::{self, Action, Parsed};
 use pageferry::daemon::{self, Daemon};
-use pageferry::engine::ferry::SenderConfig;
-use pageferry::engine::ferry::precopy_listener::{Handled, PrecopyListener};
+use pageferry::engine::forward::SenderConfig;
 use pageferry::engine::forward::{ForwardContext, forward_client};
 use pageferry::engine::forward_lazy::{ForwardLazy, ForwardLazyConfig, Left};
 use pageferry::engine::io::Io;
@@ -23,6 +22,7 @@ use pageferry::engine::listening::listen::{Place, Source, is_passed_by_systemd};
 use pageferry::engine::listening::sessions::{Rules, Stay, run_sessions};
 use pageferry::engine::listening::stop::{Stop, block_stop_signals};
 use pageferry::engine::receive::ingest_modes::IngestOptions;
+use pageferry::engine::receive::precopy_listener::{Handled, PrecopyListener};
 use pageferry::engine::receive::stores::{StoreOptions, Stores};
 use pageferry::engine::receive::{ReceiveContext, receive_client};
 use pageferry::engine::serve::{ServeContext, serve_client};

@@ -11,14 +11,14 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use pageferry::criu::header::PageFlags;
-use pageferry::engine::ferry::SenderConfig;
-use pageferry::engine::ferry::precopy_listener::{Handled, PrecopyListener};
+use pageferry::engine::forward::SenderConfig;
 use pageferry::engine::forward::{ForwardContext, forward_client};
 use pageferry::engine::io::Io;
 use pageferry::engine::io::transport::Peer;
 use pageferry::engine::listening::sessions::{Rules, Stay, run_sessions};
 use pageferry::engine::listening::stop::Stop;
 use pageferry::engine::receive::ReceiveContext;
+use pageferry::engine::receive::precopy_listener::{Handled, PrecopyListener};
 use pageferry::engine::receive::stores::{StoreOptions, Stores};
 use pageferry::error::{Error, Kind, Result};
 use pageferry::ferry::frame;

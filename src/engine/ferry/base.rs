@@ -25,7 +25,7 @@ struct Hashed {
 
 /// See the module's text.
 #[derive(Debug)]
-pub(super) struct Base {
+pub(in crate::engine) struct Base {
     chain: Chain,
     hasher: PageHasher,
     page: PageSize,
@@ -39,13 +39,17 @@ pub(super) struct Base {
 
 impl Base {
     /// A base version all pages of which are of use.
-    pub(super) fn new(chain: Chain, hasher: PageHasher) -> Base {
+    pub(in crate::engine) fn new(chain: Chain, hasher: PageHasher) -> Base {
         let everywhere = PageRange::new(0, chain.page().floor(u64::MAX));
         Base::within(chain, hasher, vec![everywhere])
     }
 
     /// A base version of which only the pages `told`, which are sorted, are of use.
-    pub(super) fn within(chain: Chain, hasher: PageHasher, told: Vec<PageRange>) -> Base {
+    pub(in crate::engine) fn within(
+        chain: Chain,
+        hasher: PageHasher,
+        told: Vec<PageRange>,
+    ) -> Base {
         let page = chain.page();
         Base {
             chain,
@@ -59,7 +63,7 @@ impl Base {
     }
 
     /// Reads and hashes up to `most` of the next pages from `from` on.
-    pub(super) fn hash_from(&mut self, from: Vaddr, most: u64) -> Result<HashStep> {
+    pub(in crate::engine) fn hash_from(&mut self, from: Vaddr, most: u64) -> Result<HashStep> {
         let (pieces, next) = self.next_pieces(from, most);
         let mut step = HashStep {
             runs: Vec::new(),
@@ -101,7 +105,7 @@ impl Base {
     }
 
     /// Keeps the hashes of `step` until batches have passed its pages.
-    pub(super) fn remember(&mut self, step: &HashStep) {
+    pub(in crate::engine) fn remember(&mut self, step: &HashStep) {
         let mut rest = &step.hashes[..];
         for run in &step.runs {
             let pages = usize::try_from(run.pages(self.page).get()).expect("a step is small");
@@ -116,7 +120,7 @@ impl Base {
     }
 
     /// The hash of the base version's page at `vaddr`, if it has one.
-    pub(super) fn hash_of(&mut self, vaddr: Vaddr) -> Result<Option<PageHash>> {
+    pub(in crate::engine) fn hash_of(&mut self, vaddr: Vaddr) -> Result<Option<PageHash>> {
         if let Some(hash) = self.known_hash(vaddr) {
             return Ok(Some(hash));
         }
@@ -126,13 +130,13 @@ impl Base {
     }
 
     /// Reads the base version's page at `vaddr`. Says whether there is one.
-    pub(super) fn read(&self, vaddr: Vaddr, page: &mut [u8]) -> Result<bool> {
+    pub(in crate::engine) fn read(&self, vaddr: Vaddr, page: &mut [u8]) -> Result<bool> {
         let range = PageRange::new(vaddr.get(), vaddr.get() + self.page.bytes());
         self.read_all(range, page)
     }
 
     /// Reads the base version's pages `range`. Says whether all of them are there.
-    pub(super) fn read_all(&self, range: PageRange, out: &mut [u8]) -> Result<bool> {
+    pub(in crate::engine) fn read_all(&self, range: PageRange, out: &mut [u8]) -> Result<bool> {
         let mut rest = out;
         let mut at = range.start();
         for extent in self.chain.extents_from(range.start()) {
@@ -152,12 +156,12 @@ impl Base {
     }
 
     /// Asks the kernel to bring what follows `vaddr` into the page cache.
-    pub(super) fn read_ahead(&mut self, vaddr: Vaddr) {
+    pub(in crate::engine) fn read_ahead(&mut self, vaddr: Vaddr) {
         self.ahead.pass(&self.chain, vaddr);
     }
 
     /// Forgets hashes below `vaddr`: batches have passed it.
-    pub(super) fn passed(&mut self, vaddr: Vaddr) {
+    pub(in crate::engine) fn passed(&mut self, vaddr: Vaddr) {
         while let Some(first) = self.known.first_entry()
             && first.get().range.end() <= vaddr
         {

@@ -3,7 +3,7 @@
 
 use std::sync::Mutex;
 
-use super::lock;
+use crate::engine::ferry::lock;
 
 /// Most buffers kept: a window of full batches.
 const POOLED_MAX: usize = 96;
@@ -13,16 +13,16 @@ const BYTES_MIN: usize = 32 << 10;
 
 /// See the module's text.
 #[derive(Debug, Default)]
-pub(super) struct BufferPool(Mutex<Vec<Vec<u8>>>);
+pub(in crate::engine) struct BufferPool(Mutex<Vec<Vec<u8>>>);
 
 impl BufferPool {
     /// A buffer with anything in it, or an empty one.
-    pub(super) fn take(&self) -> Vec<u8> {
+    pub(in crate::engine) fn take(&self) -> Vec<u8> {
         lock(&self.0).pop().unwrap_or_default()
     }
 
     /// A buffer that is not needed any more.
-    pub(super) fn give(&self, buffer: Vec<u8>) {
+    pub(in crate::engine) fn give(&self, buffer: Vec<u8>) {
         if buffer.capacity() >= BYTES_MIN {
             let mut kept = lock(&self.0);
             if kept.len() < POOLED_MAX {

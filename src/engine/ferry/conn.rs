@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use socket2::SockRef;
 
-use super::buffer_pool::BufferPool;
+use crate::engine::ferry::buffer_pool::BufferPool;
 use crate::engine::io::transport::Transport;
 use crate::ferry::frame::{FrameError, HEADER_BYTES, Header, Kind};
 
@@ -25,13 +25,13 @@ const STAGING_BYTES: usize = 16 << 10;
 
 /// A frame that has come, verified.
 #[derive(Debug)]
-pub(super) struct Frame {
+pub(in crate::engine) struct Frame {
     /// What it says.
-    pub(super) kind: Kind,
+    pub(in crate::engine) kind: Kind,
     /// Its number.
-    pub(super) number: u64,
+    pub(in crate::engine) number: u64,
     /// What follows the header.
-    pub(super) body: Vec<u8>,
+    pub(in crate::engine) body: Vec<u8>,
 }
 
 /// Why nothing more comes.
@@ -50,7 +50,7 @@ pub(in crate::engine) enum ConnError {
 
 /// A connection. See the module's text.
 #[derive(Debug)]
-pub(super) struct Conn {
+pub(in crate::engine) struct Conn {
     transport: Box<dyn Transport>,
     /// Where room for large bodies comes from.
     pool: Arc<BufferPool>,
@@ -68,7 +68,7 @@ pub(super) struct Conn {
 }
 
 impl Conn {
-    pub(super) fn new(transport: Box<dyn Transport>, pool: Arc<BufferPool>) -> Conn {
+    pub(in crate::engine) fn new(transport: Box<dyn Transport>, pool: Arc<BufferPool>) -> Conn {
         Conn {
             transport,
             pool,
@@ -85,27 +85,27 @@ impl Conn {
     }
 
     /// The socket, to poll.
-    pub(super) fn socket(&self) -> BorrowedFd<'_> {
+    pub(in crate::engine) fn socket(&self) -> BorrowedFd<'_> {
         self.transport.socket()
     }
 
     /// Bytes received and sent so far.
-    pub(super) fn traffic(&self) -> (u64, u64) {
+    pub(in crate::engine) fn traffic(&self) -> (u64, u64) {
         (self.bytes_in, self.bytes_out)
     }
 
     /// Bytes that wait to be sent.
-    pub(super) fn queued_bytes(&self) -> usize {
+    pub(in crate::engine) fn queued_bytes(&self) -> usize {
         self.queued_bytes
     }
 
     /// Whether a frame may be there although the socket is not readable.
-    pub(super) fn has_buffered(&self) -> bool {
+    pub(in crate::engine) fn has_buffered(&self) -> bool {
         self.transport.has_buffered() || self.end - self.start >= HEADER_BYTES
     }
 
     /// Queues whole frames for sending.
-    pub(super) fn queue(&mut self, frames: Arc<Vec<u8>>) {
+    pub(in crate::engine) fn queue(&mut self, frames: Arc<Vec<u8>>) {
         if !frames.is_empty() {
             self.queued_bytes += frames.len();
             self.queue.push_back(frames);
@@ -113,7 +113,7 @@ impl Conn {
     }
 
     /// Sends what the socket takes. Tells whether something is left.
-    pub(super) fn flush(&mut self) -> Result<bool, ConnError> {
+    pub(in crate::engine) fn flush(&mut self) -> Result<bool, ConnError> {
         while let Some(front) = self.queue.front() {
             match self.transport.send(&front[self.sent..]) {
                 Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
@@ -135,7 +135,7 @@ impl Conn {
     }
 
     /// The next frame, as far as it can be had without waiting.
-    pub(super) fn receive(&mut self) -> Result<Option<Frame>, ConnError> {
+    pub(in crate::engine) fn receive(&mut self) -> Result<Option<Frame>, ConnError> {
         loop {
             if let Some(frame) = self.take()? {
                 return Ok(Some(frame));
@@ -151,7 +151,7 @@ impl Conn {
     }
 
     /// Ends the connection so that what was sent still arrives.
-    pub(super) fn close(mut self) {
+    pub(in crate::engine) fn close(mut self) {
         let in_order = self.transport.close_in_order();
         // Others may hold the socket, to stop it: the peer shall see the end now.
         let socket = self.transport.socket();

@@ -22,12 +22,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use socket2::SockRef;
 
-use super::conn::{Conn, ConnError, Frame};
+use crate::engine::ferry::conn::{Conn, ConnError, Frame};
 use crate::error::{Error, Kind, Result};
-use crate::ferry::hello::Hello;
+use crate::ferry::hello::{Fail, Hello};
 
 /// How often a receiver says something even if there is nothing new.
-pub(super) const HEARTBEAT: Duration = Duration::from_secs(1);
+pub(in crate::engine) const HEARTBEAT: Duration = Duration::from_secs(1);
 
 /// After so long without a word a connection on which a word is due is given up.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
@@ -47,10 +47,10 @@ const FRAMES_A_TURN: usize = 4;
 
 /// Wakes a connection's loop from its sleep.
 #[derive(Debug)]
-pub(super) struct Waker(EventFd);
+pub(in crate::engine) struct Waker(EventFd);
 
 impl Waker {
-    pub(super) fn new() -> Result<Arc<Waker>> {
+    pub(in crate::engine) fn new() -> Result<Arc<Waker>> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let event = EventFd::from_flags(flags);
         let event =
@@ -59,7 +59,7 @@ impl Waker {
     }
 
     /// The loop looks up, now or as soon as it would sleep.
-    pub(super) fn wake(&self) {
+    pub(in crate::engine) fn wake(&self) {
         // Full means that it will wake anyway.
         let _ = self.0.write(1);
     }
@@ -76,7 +76,7 @@ impl AsFd for Waker {
 }
 
 /// Whether `stream` has another waker than `waker` by now: a newer connection's.
-pub(super) fn is_replaced(
+pub(in crate::engine) fn is_replaced(
     wakers: &BTreeMap<u16, Arc<Waker>>,
     stream: u16,
     waker: &Arc<Waker>,
@@ -86,7 +86,7 @@ pub(super) fn is_replaced(
 }
 
 /// One end of a session, as the loops of its connections see it: they share it.
-pub(super) trait ConnectionHandler: Send + Sync {
+pub(in crate::engine) trait ConnectionHandler: Send + Sync {
     /// The connection of `stream` was welcomed, in place of any older one.
     fn stream_up(&self, stream: u16, peer: &Hello, waker: &Arc<Waker>);
     /// The connection that `waker` belongs to is gone.
@@ -107,18 +107,37 @@ pub(super) trait ConnectionHandler: Send + Sync {
     fn is_over(&self) -> bool;
 }
 
+/// A handler that dials.
+pub(in crate::engine) trait DialingHandler: ConnectionHandler {
+    /// Whether the session has ended here, so that the peer may hang up at any time.
+    fn is_ending(&self) -> bool;
+    /// The session cannot go on: the peer said so, or nobody could be reached for too long.
+    fn lost(&self, why: Lost);
+}
+
+/// Why a session cannot go on.
+#[derive(Debug)]
+pub(in crate::engine) enum Lost {
+    /// The peer has refused or ended it.
+    Refused(Fail),
+    /// There was no progress for too long; what was wrong at last.
+    GivenUp(String),
+    /// A signal asked this process to stop.
+    Stopped,
+}
+
 /// What a frame has told.
 #[derive(Clone, Copy, Default, Debug)]
-pub(super) struct Heard {
+pub(in crate::engine) struct Heard {
     /// The session has come forward.
-    pub(super) progress: bool,
+    pub(in crate::engine) progress: bool,
     /// So many bytes have arrived at the other end of the connection.
-    pub(super) arrived: Option<u64>,
+    pub(in crate::engine) arrived: Option<u64>,
 }
 
 impl Heard {
     /// Nothing but whether the session has come forward.
-    pub(super) fn progress(progress: bool) -> Heard {
+    pub(in crate::engine) fn progress(progress: bool) -> Heard {
         Heard {
             progress,
             arrived: None,
@@ -128,7 +147,7 @@ impl Heard {
 
 /// Why a connection has ended.
 #[derive(Debug)]
-pub(super) enum ConnectionEnd {
+pub(in crate::engine) enum ConnectionEnd {
     /// The session is over.
     Over,
     /// The connection is gone.
@@ -140,7 +159,7 @@ pub(super) enum ConnectionEnd {
 }
 
 /// Prepares the socket of a connection: a peer that is gone is noticed in seconds.
-pub(super) fn prepare(conn: &Conn) {
+pub(in crate::engine) fn prepare(conn: &Conn) {
     let socket = conn.socket();
     let socket = SockRef::from(&socket);
     // AF_UNIX sockets have no such option, and need none.
@@ -151,7 +170,7 @@ pub(super) fn prepare(conn: &Conn) {
 
 /// Runs the connection of `stream` until it or the session ends. `progress` is called whenever the
 /// session has come forward.
-pub(super) fn run(
+pub(in crate::engine) fn run(
     mut conn: Conn,
     stream: u16,
     handler: &dyn ConnectionHandler,
@@ -323,7 +342,7 @@ impl ConnectionLoop<'_> {
 }
 
 /// Sends what is queued, but not for ever.
-pub(super) fn say_last_words(conn: &mut Conn) {
+pub(in crate::engine) fn say_last_words(conn: &mut Conn) {
     let start = Instant::now();
     while let Ok(true) = conn.flush() {
         let Some(left) = LAST_WORDS.checked_sub(start.elapsed()) else {

@@ -14,9 +14,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::Scope;
 use std::time::Instant;
 
-use super::lock;
-use super::sender_session::{Agreed, SenderSession};
 use crate::criu::header::Target;
+use crate::engine::ferry::lock;
+use crate::engine::ferry::sender_session::{Agreed, SenderSession};
 use crate::error::{Error, Kind, Result};
 use crate::ferry::encode::{EncodeCounters, Encoder, PlainBatch, Verdicts};
 use crate::ferry::frame::OpenFrame;

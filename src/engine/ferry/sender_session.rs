@@ -10,11 +10,11 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::buffer_pool::BufferPool;
-use super::connection_loop::{ConnectionHandler, Waker};
-use super::session_dialer::ChangeNotifier;
-use super::{Learned, lock};
 use crate::criu::header::Target;
+use crate::engine::ferry::buffer_pool::BufferPool;
+use crate::engine::ferry::change_notifier::ChangeNotifier;
+use crate::engine::ferry::connection_loop::{ConnectionHandler, Waker};
+use crate::engine::ferry::{Learned, lock};
 use crate::error::{self, Error, Result};
 use crate::ferry::delta::PageMemory;
 use crate::ferry::encode::EncodeCounters;
@@ -84,7 +84,7 @@ pub(crate) struct SenderSession {
 
 impl SenderSession {
     /// A session that goes on from what was `learned` and counts in `traffic`.
-    pub(super) fn new(
+    pub(in crate::engine) fn new(
         page: PageSize,
         session: SessionId,
         learned: Learned,
@@ -116,35 +116,35 @@ impl SenderSession {
     }
 
     /// Notifies when the session has changed.
-    pub(super) fn notifier(&self) -> &ChangeNotifier {
+    pub(in crate::engine) fn notifier(&self) -> &ChangeNotifier {
         &self.notifier
     }
 
     /// The memory of what the receiver has.
-    pub(super) fn memory(&self) -> MutexGuard<'_, PageMemory> {
+    pub(in crate::engine) fn memory(&self) -> MutexGuard<'_, PageMemory> {
         lock(&self.memory)
     }
 
     /// So many threads compress.
-    pub(super) fn set_encoders(&self, encoders: usize) {
+    pub(in crate::engine) fn set_encoders(&self, encoders: usize) {
         self.level_control()
             .set_encoders(u32::try_from(encoders).unwrap_or(1));
     }
 
     /// An empty buffer for a frame.
-    pub(super) fn frame_buffer(&self) -> Vec<u8> {
+    pub(in crate::engine) fn frame_buffer(&self) -> Vec<u8> {
         let mut buffer = self.pool.take();
         buffer.clear();
         buffer
     }
 
     /// Chooses compression levels.
-    pub(super) fn level_control(&self) -> MutexGuard<'_, LevelControl> {
+    pub(in crate::engine) fn level_control(&self) -> MutexGuard<'_, LevelControl> {
         lock(&self.level_control)
     }
 
     /// Takes out what the next session goes on from.
-    pub(super) fn into_learned(self) -> Learned {
+    pub(in crate::engine) fn into_learned(self) -> Learned {
         let (memory, level_control) = (self.memory.into_inner(), self.level_control.into_inner());
         Learned {
             memory: memory.unwrap_or_else(PoisonError::into_inner),
@@ -173,7 +173,7 @@ impl SenderSession {
     }
 
     /// Submits the batch of `ticket` when all before it have been submitted.
-    pub(super) fn submit_batch(
+    pub(in crate::engine) fn submit_batch(
         &self,
         ticket: u64,
         open: OpenFrame,
@@ -188,17 +188,17 @@ impl SenderSession {
     }
 
     /// Whether the receiver has said that it has everything that it wants.
-    pub(super) fn is_taken(&self) -> bool {
+    pub(in crate::engine) fn is_taken(&self) -> bool {
         lock(&self.state).taken
     }
 
     /// Waits until the receiver has everything that it wants.
-    pub(super) fn wait_until_taken(&self) -> Result<()> {
+    pub(in crate::engine) fn wait_until_taken(&self) -> Result<()> {
         self.wait(|state| state.taken.then_some(()))
     }
 
     /// Waits until the batches of all tickets below `ticket` have been submitted.
-    pub(super) fn wait_for_ticket(&self, ticket: u64) -> Result<()> {
+    pub(in crate::engine) fn wait_for_ticket(&self, ticket: u64) -> Result<()> {
         self.wait(|state| (state.ticket == ticket).then_some(()))
     }
 
@@ -215,7 +215,7 @@ impl SenderSession {
     }
 
     /// Waits until the receiver's hashes of `target` are known below `end`.
-    pub(super) fn await_hashes(&self, target: Target, end: Vaddr) -> Result<()> {
+    pub(in crate::engine) fn await_hashes(&self, target: Target, end: Vaddr) -> Result<()> {
         self.wait(|state| {
             let (sender, _) = state.talk.as_ref()?;
             let known = sender.hashes_known_below(target);
@@ -244,7 +244,7 @@ impl SenderSession {
     }
 
     /// Ends all connections, whether the far end has heard of the end or not.
-    pub(super) fn cut(&self) {
+    pub(in crate::engine) fn cut(&self) {
         let mut state = lock(&self.state);
         state.cut = true;
         self.end(state, Ending::Failed);
@@ -365,7 +365,7 @@ impl State {
 
 impl SenderSession {
     /// Whether the receiver promised to say that it has heard BYE, and has not.
-    pub(super) fn awaits_farewell(&self) -> bool {
+    pub(in crate::engine) fn awaits_farewell(&self) -> bool {
         lock(&self.state).awaits_farewell()
     }
 

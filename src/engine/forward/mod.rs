@@ -12,8 +12,11 @@
 //! which waits; when it is lost for good, CRIU's connection is reset, so that the dump fails and
 //! the process goes on.
 
+mod push;
+mod session_dialer;
+
 use std::io::{ErrorKind, Read};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
@@ -21,7 +24,9 @@ use crate::criu::header::{PageFlags, Target, Wire};
 use crate::criu::receive::{CLOSE_STORED, ReceiveSession, Step, has_parent_answer, parent_answer};
 use crate::engine::ferry::packer::{Job, Packer};
 use crate::engine::ferry::sender_session::SenderSession;
-use crate::engine::ferry::{Learned, SenderConfig, lock, push};
+use crate::engine::ferry::{Learned, lock};
+use crate::engine::io::transport::Peer;
+use crate::engine::listening::stop::Stop;
 use crate::engine::pending::PendingTrees;
 use crate::engine::receive::ingest_modes::decompress_page;
 use crate::engine::receive::{answer, ended_early, leave_open, wait_for_end};
@@ -32,10 +37,12 @@ use crate::ferry::gather::{Gathered, Run};
 use crate::ferry::hello::Features;
 use crate::ferry::message::{Open, StateId, encode_close};
 use crate::observe::ferried::{Forwarded, Sent};
-use crate::observe::traffic::cpu_time;
+use crate::observe::traffic::{Traffic, cpu_time};
 use crate::stream::{Stream, silent};
 use crate::sys::buffers::Slab;
+use crate::tls::Tls;
 use crate::units::{PageCount, PageSize};
+use push::push;
 
 /// Received from CRIU at once, bytes.
 const RECEIVE_BYTES: usize = 256 << 10;
@@ -46,6 +53,25 @@ const DIRECT_BYTES_MIN: u64 = 32 << 10;
 
 /// More threads than this are of no use to one connection's memory.
 const ENCODERS_MAX: usize = 4;
+
+/// Where a sender goes, and how.
+#[derive(Clone, Debug)]
+pub struct SenderConfig {
+    /// The receiver.
+    pub peer: Peer,
+    /// How many connections to it.
+    pub streams: u16,
+    /// After so long without progress the session is given up.
+    pub reconnect_timeout: Duration,
+    /// Memory for hashes and contents of pages that the receiver has, bytes.
+    pub delta_cache_bytes: u64,
+    /// Secures the connections.
+    pub tls: Option<Tls>,
+    /// Ends all sessions when it is pulled.
+    pub stop: Stop,
+    /// Counts what the sessions send.
+    pub traffic: Arc<Traffic>,
+}
 
 /// What all forwarded sessions share.
 #[derive(Debug)]

@@ -15,8 +15,10 @@
 
 mod client_table;
 mod drain;
-pub(super) mod dump_memory;
+mod dump_memory;
+mod fault_responder;
 mod memory_file;
+mod postcopy_listener;
 
 use std::net::Shutdown;
 use std::path::PathBuf;
@@ -26,7 +28,7 @@ use std::time::{Duration, Instant};
 use socket2::Socket;
 
 use crate::criu::header::Wire;
-use crate::engine::ferry::postcopy_listener::{PostcopyListener, PushAccepted};
+use crate::engine::forward_lazy::postcopy_listener::{PostcopyListener, PushAccepted};
 use crate::engine::io::transport::Peer;
 use crate::engine::listening::listen::Source;
 use crate::engine::listening::sessions::{Rules, run_sessions};

@@ -16,8 +16,11 @@
 //! Invariants: CLOSE is answered only when every byte is in its file and every image has its name; on
 //! any failure the images are gone and the connection is reset, so that the dump fails too.
 
+mod batch_applier;
 pub(in crate::engine) mod counters;
 pub mod ingest_modes;
+pub mod precopy_listener;
+mod receiver_session;
 pub mod stores;
 
 use std::io::{ErrorKind, Read, Write};

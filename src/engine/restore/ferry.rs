@@ -16,7 +16,7 @@ use nix::sys::epoll::EpollFlags;
 
 use super::{Restore, Token, rewatch, watch};
 use crate::criu::header::Target;
-use crate::engine::ferry::postcopy_client::{
+use crate::engine::restore::postcopy_client::{
     Delivery, Event, FerryDialer, Part, PostcopyClient, Trouble,
 };
 use crate::error::{Error, Kind, Result};

@@ -22,7 +22,7 @@ use super::standby::StandbyMessage;
 use super::{Restore, RestoreConfig, Token, rewatch, watch};
 use crate::criu::fetch::Step;
 use crate::criu::header::Wire;
-use crate::engine::ferry::postcopy_client::{FerryDialer, Pushed};
+use crate::engine::restore::postcopy_client::{FerryDialer, Pushed};
 use crate::error::{Error, Kind, Result};
 use crate::lazy::pattern::block_bytes;
 use crate::lazy::planner::{Request, Way};

@@ -31,6 +31,7 @@ mod link;
 mod links;
 mod loss;
 mod owner_processes;
+pub(in crate::engine) mod postcopy_client;
 mod process;
 mod reconnect;
 mod report;

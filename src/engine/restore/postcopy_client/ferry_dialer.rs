@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use super::PostcopyClient;
 use crate::engine::ferry::conn::{Conn, ConnError};
-use crate::engine::ferry::session_dialer::first_frame;
+use crate::engine::ferry::handshake::first_frame;
 use crate::engine::ferry::{WINDOW, connection_loop, lock, random_bits};
 use crate::engine::io::transport::{Peer, transport};
 use crate::error::{Error, Kind, Result};

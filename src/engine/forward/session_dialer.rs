@@ -1,14 +1,15 @@
 //! The connecting side: dials the streams of a session, again and again, until it is over.
 
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Mutex};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-
-use super::conn::{Conn, ConnError, Frame};
-use super::connection_loop::{self, ConnectionEnd, ConnectionHandler, Waker};
-use super::{SenderConfig, lock};
+use super::SenderConfig;
+use crate::engine::ferry::change_notifier::ChangeNotifier;
+use crate::engine::ferry::conn::{Conn, ConnError};
+use crate::engine::ferry::connection_loop::{self, ConnectionEnd, DialingHandler, Lost, Waker};
+use crate::engine::ferry::handshake::first_frame;
+use crate::engine::ferry::lock;
 use crate::engine::io::transport::{Peer, transport};
 use crate::engine::listening::stop::Stop;
 use crate::error::{Error, Kind, Result};
@@ -17,57 +18,6 @@ use crate::ferry::hello::{Fail, FailCode, Hello};
 use crate::ferry::link::{Dialer, RetryPolicy};
 use crate::stream::Stream;
 use crate::tls::Tls;
-
-/// How long a peer may take for its first frame.
-pub(super) const FIRST_WORD: Duration = Duration::from_secs(10);
-
-/// Notifies when something has happened that a thread may be waiting for.
-#[derive(Debug, Default)]
-pub(super) struct ChangeNotifier {
-    notified: Mutex<u64>,
-    condition: Condvar,
-}
-
-impl ChangeNotifier {
-    pub(super) fn notify(&self) {
-        *lock(&self.notified) += 1;
-        self.condition.notify_all();
-    }
-
-    /// How often it was notified.
-    pub(super) fn notified(&self) -> u64 {
-        *lock(&self.notified)
-    }
-
-    /// Waits until it was notified more often than `seen`, or for `timeout`.
-    pub(super) fn wait(&self, seen: u64, timeout: Duration) {
-        let notified = lock(&self.notified);
-        // Woken or not, the caller looks again.
-        drop(
-            self.condition
-                .wait_timeout_while(notified, timeout, |notified| *notified <= seen),
-        );
-    }
-}
-
-/// A handler that dials.
-pub(super) trait DialingHandler: ConnectionHandler {
-    /// Whether the session has ended here, so that the peer may hang up at any time.
-    fn is_ending(&self) -> bool;
-    /// The session cannot go on: the peer said so, or nobody could be reached for too long.
-    fn lost(&self, why: Lost);
-}
-
-/// Why a session cannot go on.
-#[derive(Debug)]
-pub(super) enum Lost {
-    /// The peer has refused or ended it.
-    Refused(Fail),
-    /// There was no progress for too long; what was wrong at last.
-    GivenUp(String),
-    /// A signal asked this process to stop.
-    Stopped,
-}
 
 /// See the module's text.
 pub(super) struct SessionDialer<'a> {
@@ -216,25 +166,4 @@ impl<'a> SessionDialer<'a> {
 
 fn error_text(error: ConnError) -> String {
     Error::wrap(Kind::PeerLost, "lost", error).to_string()
-}
-
-/// Sends what is queued and waits for the peer's first frame.
-pub(super) fn first_frame(conn: &mut Conn) -> std::result::Result<Frame, ConnError> {
-    let start = Instant::now();
-    loop {
-        let left_to_send = conn.flush()?;
-        if let Some(frame) = conn.receive()? {
-            return Ok(frame);
-        }
-        let Some(left) = FIRST_WORD.checked_sub(start.elapsed()) else {
-            return Err(ConnError::Socket(std::io::ErrorKind::TimedOut.into()));
-        };
-        let mut events = PollFlags::POLLIN;
-        events.set(PollFlags::POLLOUT, left_to_send);
-        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        match poll(&mut [PollFd::new(conn.socket(), events)], timeout) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(errno) => return Err(std::io::Error::from(errno).into()),
-        }
-    }
 }

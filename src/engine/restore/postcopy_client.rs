@@ -18,8 +18,8 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::conn::{ConnError, Frame};
-use super::connection_loop::{self, HEARTBEAT};
+use crate::engine::ferry::conn::{ConnError, Frame};
+use crate::engine::ferry::connection_loop::{self, HEARTBEAT};
 use crate::error::{Error, Kind};
 use crate::ferry::hash::PageHasher;
 use crate::ferry::hello::{Fail, FailCode, SessionId, Window};

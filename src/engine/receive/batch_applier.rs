@@ -14,9 +14,9 @@ use std::io::IoSlice;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use super::base::Base;
-use super::lock;
 use crate::criu::header::{PageFlags, Target};
+use crate::engine::ferry::base::Base;
+use crate::engine::ferry::lock;
 use crate::engine::io::batch::write_all;
 use crate::engine::receive::counters::SessionCounters;
 use crate::error::{Error, Kind, Result};
@@ -33,10 +33,10 @@ use crate::units::{PageRange, PageSize};
 
 /// The base versions of the targets of a session that are still of use, shared with those who
 /// answer the sender's questions for hashes.
-pub(super) type Bases = Mutex<BTreeMap<Target, Arc<Mutex<Base>>>>;
+pub(in crate::engine) type Bases = Mutex<BTreeMap<Target, Arc<Mutex<Base>>>>;
 
 /// Images that a session's frames go to.
-pub(super) struct BatchApplier {
+pub(in crate::engine) struct BatchApplier {
     images: SessionImages,
     store: Arc<ImageStore>,
     page: PageSize,
@@ -55,7 +55,7 @@ pub(super) struct BatchApplier {
 }
 
 impl BatchApplier {
-    pub(super) fn new(
+    pub(in crate::engine) fn new(
         store: &Arc<ImageStore>,
         hasher: PageHasher,
         parent_state: StateId,
@@ -80,7 +80,7 @@ impl BatchApplier {
 
     /// From now on pages are those of another target. Returns the answer: whether there is a
     /// parent, and the name of its version.
-    pub(super) fn open(&mut self, open: Open) -> Result<(bool, StateId)> {
+    pub(in crate::engine) fn open(&mut self, open: Open) -> Result<(bool, StateId)> {
         self.images.open(open.target, open.wire)?;
         let has_parent = self.images.has_parent(open.target)?;
         tracing::debug!("receiving {}, has_parent={has_parent}", open.target);
@@ -101,7 +101,7 @@ impl BatchApplier {
     }
 
     /// Checks `batch`, which lies in `body`, and stores its pages.
-    pub(super) fn store(
+    pub(in crate::engine) fn store(
         &mut self,
         batch: &Batch<'_>,
         body: &[u8],
@@ -145,7 +145,7 @@ impl BatchApplier {
     }
 
     /// Gives every image its name.
-    pub(super) fn commit(self) -> Result<CommittedImages> {
+    pub(in crate::engine) fn commit(self) -> Result<CommittedImages> {
         self.images.commit()
     }
 

@@ -13,16 +13,17 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::batch_applier::{Bases, BatchApplier};
-use super::buffer_pool::BufferPool;
-use super::conn::{Conn, ConnError};
-use super::connection_loop::{self, Waker};
-use super::receiver_session::ReceiverSession;
-use super::session_dialer::{ChangeNotifier, first_frame};
-use super::{WINDOW, lock, random_bits};
+use crate::engine::ferry::buffer_pool::BufferPool;
+use crate::engine::ferry::change_notifier::ChangeNotifier;
+use crate::engine::ferry::conn::{Conn, ConnError};
+use crate::engine::ferry::connection_loop::{self, Waker};
+use crate::engine::ferry::handshake::{first_frame, refuse};
+use crate::engine::ferry::{WINDOW, lock, random_bits};
 use crate::engine::io::transport::transport;
 use crate::engine::listening::stop::Stop;
+use crate::engine::receive::batch_applier::{Bases, BatchApplier};
 use crate::engine::receive::counters::SessionCounters;
+use crate::engine::receive::receiver_session::ReceiverSession;
 use crate::engine::receive::stores::SessionStore;
 use crate::engine::receive::{ReceiveContext, punch_out_of_parents};
 use crate::error::{Error, Kind, Result};
@@ -344,13 +345,4 @@ impl Session {
             hello,
         })
     }
-}
-
-/// Says why, and hangs up.
-pub(super) fn refuse(mut conn: Conn, fail: &Fail) {
-    let mut words = Vec::new();
-    fail.encode(&mut words);
-    conn.queue(Arc::new(words));
-    connection_loop::say_last_words(&mut conn);
-    conn.close();
 }

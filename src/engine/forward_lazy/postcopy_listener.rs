@@ -16,14 +16,16 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 
-use super::conn::{Conn, ConnError};
-use super::connection_loop::{self, Waker};
-use super::packer::{Job, Packer};
-use super::precopy_listener::refuse;
-use super::sender_session::SenderSession;
-use super::session_dialer::{ChangeNotifier, DialingHandler, Lost, first_frame};
-use super::{GOODBYE, Learned, WINDOW, lock};
 use crate::criu::header::{Target, Wire};
+use crate::engine::ferry::change_notifier::ChangeNotifier;
+use crate::engine::ferry::conn::{Conn, ConnError};
+use crate::engine::ferry::connection_loop::{self, Waker};
+use crate::engine::ferry::connection_loop::{DialingHandler, Lost};
+use crate::engine::ferry::handshake::first_frame;
+use crate::engine::ferry::handshake::refuse;
+use crate::engine::ferry::packer::{Job, Packer};
+use crate::engine::ferry::sender_session::SenderSession;
+use crate::engine::ferry::{GOODBYE, Learned, WINDOW, lock};
 use crate::engine::forward_lazy::dump_memory::DumpMemory;
 use crate::engine::io::transport::transport;
 use crate::engine::listening::stop::Stop;
@@ -63,10 +65,10 @@ struct State {
 }
 
 /// A receiver's session.
-pub(super) struct PostcopySession {
-    pub(super) dump_memory: Arc<DumpMemory>,
-    pub(super) sending: SenderSession,
-    pub(super) traffic: Arc<Traffic>,
+pub(in crate::engine) struct PostcopySession {
+    pub(in crate::engine) dump_memory: Arc<DumpMemory>,
+    pub(in crate::engine) sending: SenderSession,
+    pub(in crate::engine) traffic: Arc<Traffic>,
     /// What is pushed next, and what need not be.
     push_planner: Mutex<PushPlanner>,
 }
@@ -354,7 +356,7 @@ impl PostcopySession {
     }
 
     /// The pages `numbers` need not be pushed (any more).
-    pub(super) fn give(&self, numbers: Range<u64>) {
+    pub(in crate::engine) fn give(&self, numbers: Range<u64>) {
         lock(&self.push_planner).give(numbers);
     }
 

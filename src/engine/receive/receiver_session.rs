@@ -13,12 +13,12 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::base::Base;
-use super::batch_applier::{Bases, BatchApplier};
-use super::buffer_pool::BufferPool;
-use super::conn::Frame;
-use super::connection_loop::{ConnectionHandler, Heard, Waker, is_replaced};
-use super::{GOODBYE, lock};
+use crate::engine::ferry::base::Base;
+use crate::engine::ferry::buffer_pool::BufferPool;
+use crate::engine::ferry::conn::Frame;
+use crate::engine::ferry::connection_loop::{ConnectionHandler, Heard, Waker, is_replaced};
+use crate::engine::ferry::{GOODBYE, lock};
+use crate::engine::receive::batch_applier::{Bases, BatchApplier};
 use crate::engine::receive::counters::SessionCounters;
 use crate::error::{self, Error, Result};
 use crate::ferry::frame::{HEADER_BYTES, Kind};
@@ -64,7 +64,7 @@ struct State {
 }
 
 /// See the module's text.
-pub(super) struct ReceiverSession {
+pub(in crate::engine) struct ReceiverSession {
     page: PageSize,
     state: Mutex<State>,
     changed: Condvar,
@@ -74,7 +74,7 @@ pub(super) struct ReceiverSession {
 }
 
 impl ReceiverSession {
-    pub(super) fn new(
+    pub(in crate::engine) fn new(
         page: PageSize,
         streams: u16,
         window: Window,
@@ -100,7 +100,7 @@ impl ReceiverSession {
 
     /// Applies frames to `applier` as their turn comes, until the images are complete. Fails if
     /// the session fails before; the sender has been told then, if it could be reached.
-    pub(super) fn apply_all(
+    pub(in crate::engine) fn apply_all(
         &self,
         mut applier: BatchApplier,
         counters: &mut SessionCounters<'_>,
@@ -122,7 +122,7 @@ impl ReceiverSession {
     }
 
     /// The images are complete: waits until the sender knows it, or will not come back to ask.
-    pub(super) fn wait_for_goodbye(&self) {
+    pub(in crate::engine) fn wait_for_goodbye(&self) {
         let mut state = lock(&self.state);
         while state.ending.is_none() {
             state = self
@@ -133,12 +133,12 @@ impl ReceiverSession {
     }
 
     /// All is done: what is left is to say so to whoever asks once more.
-    pub(super) fn retire(&self) {
+    pub(in crate::engine) fn retire(&self) {
         lock(&self.bases).clear();
     }
 
     /// The session cannot go on.
-    pub(super) fn lost(&self, why: String) {
+    pub(in crate::engine) fn lost(&self, why: String) {
         self.end(Ending::Lost(why));
     }
 

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::conn::{Conn, ConnError};
-use super::connection_loop;
-use super::postcopy_listener::PostcopySession;
-use super::session_dialer::DialingHandler;
+use crate::engine::ferry::conn::{Conn, ConnError};
+use crate::engine::ferry::connection_loop;
+use crate::engine::ferry::connection_loop::DialingHandler;
+use crate::engine::forward_lazy::postcopy_listener::PostcopySession;
 use crate::error::{Error, Kind, Result};
 use crate::ferry::encode::{Encoder, PlainBatch, Verdicts};
 use crate::ferry::frame::{self, OpenFrame};
@@ -26,7 +26,7 @@ const LEVEL: Level = Level::Zstd(1);
 
 impl PostcopySession {
     /// Answers questions until the connection or the session ends.
-    pub(super) fn answer_all(&self, conn: Conn, hash_key: HashKey) -> Result<()> {
+    pub(in crate::engine) fn answer_all(&self, conn: Conn, hash_key: HashKey) -> Result<()> {
         let page = self.dump_memory.page();
         let encoder = Encoder::new(page)
             .map_err(|error| Error::wrap(Kind::Io, "cannot set up zstd", error))?;

@@ -1,0 +1,43 @@
+//! The first words on a connection.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::engine::ferry::conn::{Conn, ConnError, Frame};
+use crate::engine::ferry::connection_loop;
+use crate::ferry::hello::Fail;
+
+/// How long a peer may take for its first frame.
+pub(in crate::engine) const FIRST_WORD: Duration = Duration::from_secs(10);
+
+/// Sends what is queued and waits for the peer's first frame.
+pub(in crate::engine) fn first_frame(conn: &mut Conn) -> std::result::Result<Frame, ConnError> {
+    let start = Instant::now();
+    loop {
+        let left_to_send = conn.flush()?;
+        if let Some(frame) = conn.receive()? {
+            return Ok(frame);
+        }
+        let Some(left) = FIRST_WORD.checked_sub(start.elapsed()) else {
+            return Err(ConnError::Socket(std::io::ErrorKind::TimedOut.into()));
+        };
+        let mut events = PollFlags::POLLIN;
+        events.set(PollFlags::POLLOUT, left_to_send);
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(conn.socket(), events)], timeout) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(std::io::Error::from(errno).into()),
+        }
+    }
+}
+
+/// Says why, and hangs up.
+pub(in crate::engine) fn refuse(mut conn: Conn, fail: &Fail) {
+    let mut words = Vec::new();
+    fail.encode(&mut words);
+    conn.queue(Arc::new(words));
+    connection_loop::say_last_words(&mut conn);
+    conn.close();
+}

@@ -1,0 +1,69 @@
+//! A session with a receiving page-server: opened, filled by its caller, and ended.
+
+use std::sync::Arc;
+use std::thread::Scope;
+use std::time::Duration;
+
+use super::SenderConfig;
+use super::session_dialer::SessionDialer;
+use crate::engine::ferry::sender_session::SenderSession;
+use crate::engine::ferry::{GOODBYE, Learned, WINDOW, random_bits};
+use crate::error::Result;
+use crate::ferry::hash::HashKey;
+use crate::ferry::hello::{Features, Hello, Role, SessionId, VERSION};
+use crate::ferry::link::RetryPolicy;
+use crate::observe::ferried::Sent;
+use crate::units::PageSize;
+
+/// First and longest pause before a broken connection is made again.
+const PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(2)];
+
+/// Runs `body` with a session to the receiver, which `body` ends with [`SenderSession::finish`] or by
+/// failing. Returns its result, what was sent, and what was learned for the next session.
+pub(in crate::engine) fn push<T>(
+    config: &SenderConfig,
+    page: PageSize,
+    learned: Learned,
+    body: impl for<'s, 'env> FnOnce(&'s Scope<'s, 'env>, &'s SenderSession) -> Result<T>,
+) -> Result<(Result<T>, Sent, Learned)> {
+    let session = SessionId(random_bits()?);
+    let sending = SenderSession::new(page, session, learned, Arc::clone(&config.traffic));
+    let hello = Hello {
+        version: VERSION,
+        role: Role::Sender,
+        page,
+        features: Features::HASHES.with(Features::DELTA),
+        session,
+        stream: 0,
+        streams: config.streams,
+        attempt: 0,
+        opening: true,
+        window: WINDOW,
+        hash_key: HashKey::default(),
+    };
+    let retry = retry(config.reconnect_timeout);
+    let dialer = SessionDialer::new(config, &sending, sending.notifier(), hello, retry);
+    let result = std::thread::scope(|scope| {
+        scope.spawn(|| dialer.run(scope));
+        let result = body(scope, &sending);
+        match &result {
+            Ok(_) => sending.finish(),
+            Err(error) => sending.abort(&error.to_string()),
+        }
+        sending.wait_until_over(GOODBYE);
+        sending.cut();
+        result
+    });
+    let sent = sending.sent();
+    drop(dialer);
+    Ok((result, sent, sending.into_learned()))
+}
+
+/// The retry of an end that gives up after `give_up_after` without progress.
+fn retry(give_up_after: Duration) -> RetryPolicy {
+    RetryPolicy {
+        pause_first: PAUSES[0],
+        pause_max: PAUSES[1],
+        give_up_after,
+    }
+}
