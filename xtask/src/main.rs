@@ -3,6 +3,7 @@
 mod bench;
 mod criu;
 mod demo;
+mod layers;
 mod setup;
 mod test;
 
@@ -29,6 +30,8 @@ enum Task {
     Criu(criu::Args),
     /// Moves a working process from one host to another, and shows that it is the same.
     Demo(demo::Args),
+    /// Checks that modules import each other without circles and in the order of ARCHITECTURE.md.
+    Layers(layers::Args),
     /// Runs all tests, those with real CRIUs too, with all set-up.
     Test(test::Args),
 }
@@ -40,6 +43,7 @@ fn main() -> ExitCode {
         Task::Bench(args) => bench::run(&args),
         Task::Criu(args) => criu::run(&args),
         Task::Demo(args) => demo::run(&args),
+        Task::Layers(args) => layers::run(&args),
         Task::Test(args) => test::run_tests(&args),
     });
     match result {

@@ -1,0 +1,405 @@
+//! Checks which modules import which, by their `use` lines.
+//!
+//! - No modules of a crate import each other in a circle. That a module uses its own parent is no
+//!   circle: the two are one unit, and the parent draws it.
+//! - The library's modules import downwards alone, in the order that ARCHITECTURE.md draws.
+//!
+//! The order stands in ARCHITECTURE.md in lines of this form, lowest first; what stands between two `<`
+//! does not import each other:
+//!
+//! ```text
+//! layers of NAME: a, b < c < d, e       the children of module NAME (`library`: those of the root)
+//! pure: a, c                            these import none but each other
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use testbed::workspace;
+
+/// Crates whose modules are looked at, by the folders of their roots.
+const CRATES: [&str; 5] = [
+    "src",
+    "lazy-client/src",
+    "page-server/src",
+    "testbed/src",
+    "xtask/src",
+];
+
+/// The library's folder, to which the order applies.
+const LIBRARY: &str = "src";
+
+/// A module's path within its crate; empty for the root.
+type Module = Vec<String>;
+
+/// Who imports whom.
+type Imports = BTreeMap<Module, BTreeSet<Module>>;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {}
+
+/// Checks the whole workspace.
+pub(crate) fn run(_args: &Args) -> Result<()> {
+    let root = workspace::root();
+    let mut problems = Vec::new();
+    for folder in CRATES {
+        let imports = imports_below(&root.join(folder))?;
+        problems.extend(circles(&imports).into_iter().map(|circle| {
+            format!(
+                "{folder}: these import each other in a circle: {}",
+                circle.join(" -> ")
+            )
+        }));
+        if folder == LIBRARY {
+            let path = root.join("ARCHITECTURE.md");
+            let text = fs::read_to_string(&path)
+                .with_context(|| format!("cannot read {}", path.display()))?;
+            problems.extend(against_order(&imports, &Order::parse(&text)?));
+        }
+    }
+    ensure!(problems.is_empty(), "{}", problems.join("\n"));
+    Ok(())
+}
+
+/// The order that ARCHITECTURE.md draws.
+#[derive(Debug, Default)]
+struct Order {
+    /// For the path of a parent: the height of each of its children.
+    heights: BTreeMap<Module, BTreeMap<String, usize>>,
+    pure: BTreeSet<String>,
+}
+
+impl Order {
+    fn parse(text: &str) -> Result<Order> {
+        let mut order = Order::default();
+        for line in text.lines() {
+            if let Some((name, layers)) = line
+                .strip_prefix("layers of ")
+                .and_then(|rest| rest.split_once(':'))
+            {
+                let parent = match name {
+                    "library" => Module::new(),
+                    path => path.split("::").map(str::to_owned).collect(),
+                };
+                let heights = layers
+                    .split('<')
+                    .enumerate()
+                    .flat_map(|(height, names)| names_in(names).map(move |name| (name, height)));
+                order.heights.insert(parent, heights.collect());
+            } else if let Some(names) = line.strip_prefix("pure:") {
+                order.pure = names_in(names).collect();
+            }
+        }
+        if order.heights.is_empty() || order.pure.is_empty() {
+            bail!("ARCHITECTURE.md has no lines `layers of NAME: ...` and `pure: ...`");
+        }
+        Ok(order)
+    }
+}
+
+fn names_in(list: &str) -> impl Iterator<Item = String> {
+    list.split(',').map(|name| name.trim().to_owned())
+}
+
+/// What breaks the order.
+fn against_order(imports: &Imports, order: &Order) -> Vec<String> {
+    let mut problems = BTreeSet::new();
+    for (from, targets) in imports {
+        for (parent, heights) in &order.heights {
+            let child = |module: &Module| {
+                let below = module.strip_prefix(&parent[..])?;
+                below.first().cloned()
+            };
+            let Some(importer) = child(from) else {
+                continue;
+            };
+            let Some(height) = heights.get(&importer) else {
+                problems.insert(format!(
+                    "ARCHITECTURE.md gives {} no place in the order",
+                    from[..=parent.len()].join("::")
+                ));
+                continue;
+            };
+            for target in targets {
+                let Some(imported) = child(target).filter(|name| *name != importer) else {
+                    continue;
+                };
+                if heights.get(&imported).is_none_or(|other| other >= height) {
+                    problems.insert(format!(
+                        "{} imports {}, which does not lie below it in ARCHITECTURE.md",
+                        from.join("::"),
+                        target.join("::")
+                    ));
+                }
+            }
+        }
+        let is_pure = |module: &Module| module.first().is_some_and(|top| order.pure.contains(top));
+        for target in targets.iter().filter(|_| is_pure(from)) {
+            if !is_pure(target) {
+                problems.insert(format!(
+                    "{} is pure and imports {}, which is not",
+                    from.join("::"),
+                    target.join("::")
+                ));
+            }
+        }
+    }
+    problems.into_iter().collect()
+}
+
+/// Who imports whom in the crate whose root lies in `folder`; tests are left out.
+fn imports_below(folder: &Path) -> Result<Imports> {
+    let mut files = Vec::new();
+    find_sources(folder, &mut files)?;
+    let modules: BTreeMap<Module, PathBuf> = files
+        .into_iter()
+        .map(|path| (module_of(path.strip_prefix(folder).unwrap_or(&path)), path))
+        .filter(|(module, _)| module.last().is_none_or(|name| name != "tests"))
+        .collect();
+    let mut imports = Imports::new();
+    for (module, path) in &modules {
+        let text =
+            fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let targets = imports_of(&text)
+            .into_iter()
+            .filter_map(|import| resolve(module, &import, |path| modules.contains_key(path)))
+            // A parent and its children are one unit.
+            .filter(|target| !module.starts_with(target));
+        imports.insert(module.clone(), targets.collect());
+    }
+    Ok(imports)
+}
+
+fn find_sources(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    let entries =
+        fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    for entry in entries {
+        let path = entry?.path();
+        if path.is_dir() {
+            find_sources(&path, files)?;
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+/// The module that the file at `path`, relative to the crate's root, holds.
+fn module_of(path: &Path) -> Module {
+    let mut module: Module = path
+        .with_extension("")
+        .iter()
+        .map(|part| part.to_string_lossy().into_owned())
+        .collect();
+    if matches!(
+        module.last().map(String::as_str),
+        Some("mod" | "lib" | "main")
+    ) {
+        module.pop();
+    }
+    module
+}
+
+/// The paths that the `use` lines of a file name, before its tests.
+fn imports_of(text: &str) -> Vec<Vec<String>> {
+    let mut lines = text
+        .lines()
+        .take_while(|line| !line.starts_with("mod tests"))
+        .map(|line| line.split("//").next().unwrap_or_default().trim());
+    let mut paths = Vec::new();
+    while let Some(line) = lines.next() {
+        let public = match line.strip_prefix("pub(") {
+            Some(rest) => rest.split_once(") ").map_or("", |(_, rest)| rest),
+            None => line.strip_prefix("pub ").unwrap_or(line),
+        };
+        let Some(tree) = public.strip_prefix("use ") else {
+            continue;
+        };
+        let mut tree = tree.to_owned();
+        while !tree.contains(';') {
+            let Some(more) = lines.next() else { break };
+            tree.push_str(more);
+        }
+        expand(
+            &mut Vec::new(),
+            tree.split(';').next().unwrap_or_default(),
+            &mut paths,
+        );
+    }
+    paths
+}
+
+/// Adds every path of a use tree that stands below `prefix`.
+fn expand(prefix: &mut Vec<String>, tree: &str, paths: &mut Vec<Vec<String>>) {
+    let (front, list) = match tree.split_once('{') {
+        Some((front, rest)) => (front, rest.rsplit_once('}').map(|(list, _)| list)),
+        None => (tree, None),
+    };
+    let front = front.split(" as ").next().unwrap_or_default();
+    let parts = front
+        .split("::")
+        .map(str::trim)
+        .filter(|part| !part.is_empty());
+    let before = prefix.len();
+    prefix.extend(parts.map(str::to_owned));
+    match list {
+        None => paths.push(prefix.clone()),
+        Some(list) => {
+            let mut depth = 0;
+            let is_end = |letter: char| {
+                depth += i32::from(letter == '{') - i32::from(letter == '}');
+                letter == ',' && depth == 0
+            };
+            for item in list.split(is_end).filter(|item| !item.trim().is_empty()) {
+                expand(prefix, item.trim(), paths);
+            }
+        }
+    }
+    prefix.truncate(before);
+}
+
+/// The module of this crate that `import`, which stands in `module`, leads to.
+fn resolve(
+    module: &Module,
+    import: &[String],
+    exists: impl Fn(&[String]) -> bool,
+) -> Option<Module> {
+    let mut path = module.clone();
+    let mut rest = import;
+    match rest.first()?.as_str() {
+        "crate" => {
+            path.clear();
+            rest = &rest[1..];
+        }
+        "self" => rest = &rest[1..],
+        "super" => {
+            while rest.first().is_some_and(|part| part == "super") {
+                path.pop();
+                rest = &rest[1..];
+            }
+        }
+        // A child, or another crate.
+        child => {
+            path.push(child.to_owned());
+            if !exists(&path) {
+                return None;
+            }
+            rest = &rest[1..];
+        }
+    }
+    path.extend(rest.iter().cloned());
+    while !exists(&path) && path.pop().is_some() {}
+    Some(path)
+}
+
+/// Circles of imports, each once, as the modules on the way round.
+fn circles(imports: &Imports) -> Vec<Vec<String>> {
+    let mut found: BTreeMap<BTreeSet<Module>, Vec<String>> = BTreeMap::new();
+    for start in imports.keys() {
+        if let Some(way) = way_back(imports, start) {
+            let names = way.iter().map(|module| module.join("::"));
+            found.insert(way.iter().cloned().collect(), names.collect());
+        }
+    }
+    found.into_values().collect()
+}
+
+/// The shortest way from `start` back to it.
+fn way_back(imports: &Imports, start: &Module) -> Option<Vec<Module>> {
+    let mut seen = BTreeSet::new();
+    let mut ways = vec![vec![start.clone()]];
+    while !ways.is_empty() {
+        let mut longer = Vec::new();
+        for way in ways {
+            for next in imports.get(way.last()?).into_iter().flatten() {
+                let mut way = way.clone();
+                way.push(next.clone());
+                if next == start {
+                    return Some(way);
+                }
+                if seen.insert(next.clone()) {
+                    longer.push(way);
+                }
+            }
+        }
+        ways = longer;
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn module(path: &str) -> Module {
+        path.split("::").map(str::to_owned).collect()
+    }
+
+    fn imports(pairs: &[(&str, &str)]) -> Imports {
+        let mut imports = Imports::new();
+        for (from, to) in pairs {
+            imports.entry(module(from)).or_default().insert(module(to));
+        }
+        imports
+    }
+
+    #[test]
+    fn the_workspace_has_no_circles_and_keeps_its_order() {
+        run(&Args {}).unwrap();
+    }
+
+    #[test]
+    fn every_form_of_use_is_read() {
+        let text = "//! use crate::no::doc;\n#![allow(x)]\nmod a;\nuse crate::a::B;\npub(in crate::x) use super::c::{self, d::E as F,\n    g::{H, I}};\n\
+                    fn f() {\n    use self::j::k;\n}\npub use l;\n#[cfg(test)]\nmod tests { use crate::no::test; }\n";
+        let paths: Vec<String> = imports_of(text)
+            .iter()
+            .map(|path| path.join("::"))
+            .collect();
+        let expected = [
+            "crate::a::B",
+            "super::c::self",
+            "super::c::d::E",
+            "super::c::g::H",
+            "super::c::g::I",
+            "self::j::k",
+            "l",
+        ];
+        for path in expected {
+            assert!(paths.iter().any(|found| found == path), "{path}: {paths:?}");
+        }
+        assert!(!paths.iter().any(|path| path.contains("no")), "{paths:?}");
+    }
+
+    #[test]
+    fn a_circle_is_found_and_named() {
+        let two = imports(&[("a::b", "a::c"), ("a::c", "a::b"), ("d", "a::b")]);
+        assert_eq!(circles(&two), [["a::b", "a::c", "a::b"]]);
+        assert!(circles(&imports(&[("a", "b"), ("b", "c"), ("a", "c")])).is_empty());
+    }
+
+    #[test]
+    fn an_import_upwards_or_out_of_the_pure_modules_is_found() {
+        let order = Order::parse("layers of library: a < b, c < d\npure: a, b\n").unwrap();
+        assert!(against_order(&imports(&[("d", "a"), ("b::x", "a::y")]), &order).is_empty());
+        for wrong in [
+            ("a", "b"),
+            ("b", "c"),
+            ("c", "d"),
+            ("d", "new"),
+            ("new", "a"),
+        ] {
+            let problems = against_order(&imports(&[wrong]), &order);
+            assert!(!problems.is_empty(), "{wrong:?}");
+        }
+        let impure = Order::parse("layers of library: a < b\npure: b\n").unwrap();
+        assert_eq!(against_order(&imports(&[("b", "a")]), &impure).len(), 1);
+    }
+
+    #[test]
+    fn without_an_order_nothing_is_checked_and_that_is_an_error() {
+        assert!(Order::parse("# The modules\n").is_err());
+    }
+}
