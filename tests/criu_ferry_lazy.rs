@@ -159,7 +159,7 @@ fn a_flipped_bit_is_found_and_its_pages_come_again() {
         // Further than what is left to come behind the first of them.
         let impairment = Impairment {
             way: Way::ToClient,
-            after_bytes: HALF_WAY + (4 << 20),
+            after_bytes: HALF_WAY,
             kind: ImpairmentKind::FlipBit,
         };
         let plan = over_ferry(criu, &[], &[]).with_impairment(slow_link(), impairment);

@@ -74,8 +74,10 @@ impl Features {
     pub const ON_DEMAND: Features = Features(8);
     /// A receiver says that it has heard BYE.
     pub const FAREWELL: Features = Features(16);
+    /// A requester understands that a page is in the push, and waits for it there.
+    pub const IN_PUSH: Features = Features(32);
     /// All that is known here.
-    pub const ALL: Features = Features(31);
+    pub const ALL: Features = Features(63);
 
     /// What both sets have.
     #[must_use]

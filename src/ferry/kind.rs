@@ -32,6 +32,8 @@ pub enum Kind {
     Fault = 48,
     /// The pages that a fault asked for.
     FaultPages = 49,
+    /// The page that a fault asked for is in the push already.
+    FaultInPush = 50,
 }
 
 impl Kind {
@@ -49,6 +51,7 @@ impl Kind {
             33 => Kind::Hashes,
             48 => Kind::Fault,
             49 => Kind::FaultPages,
+            50 => Kind::FaultInPush,
             _ => return None,
         })
     }
@@ -66,7 +69,7 @@ impl Kind {
             Kind::Pages | Kind::FaultPages | Kind::Hashes => FERRY_BODY_BYTES_MAX,
             Kind::Open | Kind::Close | Kind::WantHashes => 64,
             Kind::Ack | Kind::Fault => 64,
-            Kind::Bye => 0,
+            Kind::Bye | Kind::FaultInPush => 0,
         }
     }
 }

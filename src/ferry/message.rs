@@ -293,9 +293,12 @@ pub struct Fault {
     /// Their contents are wanted even where the requester has told the hash of what it has: that has
     /// changed since.
     pub in_full: bool,
+    /// They are wanted from here, wherever they were sent before.
+    pub once_more: bool,
 }
 
 const FAULT_IN_FULL: u32 = 1;
+const FAULT_ONCE_MORE: u32 = 2;
 
 impl Fault {
     /// Appends the frame of question `number`.
@@ -307,7 +310,9 @@ impl Fault {
         out.put_u32(
             u32::try_from(self.around.pages(page).get()).expect("the requester keeps the cap"),
         );
-        out.put_u32(if self.in_full { FAULT_IN_FULL } else { 0 });
+        let flag = |is_set, flag| if is_set { flag } else { 0 };
+        let in_full = flag(self.in_full, FAULT_IN_FULL);
+        out.put_u32(in_full | flag(self.once_more, FAULT_ONCE_MORE));
         frame.finish(out, Kind::Fault, number);
     }
 
@@ -319,7 +324,7 @@ impl Fault {
         let target = target(kind, &mut fields)?;
         let (vaddr, start) = (Vaddr(fields.u64()?), fields.u64()?);
         let pages = fields.u32()?;
-        let in_full = fields.u32()? & FAULT_IN_FULL != 0;
+        let flags = fields.u32()?;
         fields.end()?;
         if pages > FERRY_FAULT_PAGES_MAX {
             return Err(wrong("pages", pages.into()));
@@ -333,7 +338,8 @@ impl Fault {
             target,
             vaddr,
             around,
-            in_full,
+            in_full: flags & FAULT_IN_FULL != 0,
+            once_more: flags & FAULT_ONCE_MORE != 0,
         })
     }
 }
@@ -462,11 +468,16 @@ mod tests {
             vaddr: Vaddr(0x5000),
             around: PageRange::new(0x4000, 0x8000),
             in_full: true,
+            once_more: false,
         };
         let mut frame = Vec::new();
         fault.encode(9, PAGE, &mut frame);
         assert_eq!(Fault::decode(body_of(&frame), PAGE), Ok(fault));
         refuses_other_lengths(body_of(&frame), |body| Fault::decode(body, PAGE));
+        (fault.in_full, fault.once_more) = (false, true);
+        frame.clear();
+        fault.encode(9, PAGE, &mut frame);
+        assert_eq!(Fault::decode(body_of(&frame), PAGE), Ok(fault));
         for vaddr in [0x3000, 0x8000, 0x5001] {
             fault.vaddr = Vaddr(vaddr);
             frame.clear();

@@ -37,7 +37,7 @@ use super::unpack::Unpacker;
 use crate::criu::header::Target;
 use crate::lazy::window::RateLimit;
 use crate::limits::FERRY_FAULT_PAGES_MAX;
-use crate::units::{PageRange, PageSize};
+use crate::units::{PageRange, PageSize, Vaddr};
 pub use backlog::window_at;
 use backlog::{Applied, Backlog};
 pub use delivery::{Delivery, Draft, Part};
@@ -53,6 +53,8 @@ pub enum Event<T, D = Draft> {
     Pushed(D),
     /// The answer to the question `T`.
     Answer(T, D),
+    /// The page that the question `T` is about is pushed, and comes there.
+    InPush(T),
     /// Nothing that concerns the caller.
     Other,
     /// The far end has heard that everything is here, and is through.
@@ -98,6 +100,8 @@ impl From<SessionError> for PostcopyError {
 struct Question<T> {
     number: u64,
     tag: T,
+    pid: u32,
+    image: PageRange,
     pages: u64,
     asked: Duration,
 }
@@ -199,6 +203,18 @@ impl<T> PostcopyReceiver<T> {
         self.questions.iter().map(|question| question.pages).sum()
     }
 
+    /// Up to where the pages `image` of `pid`, or the first of them, need not be asked for since an open question
+    /// does, `Ok`; or up to where no question does, `Err`.
+    pub fn asked_part(&self, pid: u32, image: PageRange) -> Result<Vaddr, Vaddr> {
+        let own = self.questions.iter().filter(|question| question.pid == pid);
+        let common = own.filter_map(|question| question.image.intersect(image));
+        match common.min_by_key(|common| common.start()) {
+            Some(first) if first.start() == image.start() => Ok(first.end()),
+            Some(first) => Err(first.start()),
+            None => Err(image.end()),
+        }
+    }
+
     /// When the oldest open question was asked.
     pub fn waits_since(&self) -> Option<Duration> {
         self.questions.front().map(|question| question.asked)
@@ -228,6 +244,8 @@ impl<T> PostcopyReceiver<T> {
             vaddr: image.start(),
             around: PageRange::new(start, start + (most << self.page.shift())),
             in_full: self.earlier.is_distrusted(),
+            // What has not come with the push does not come any more.
+            once_more: self.closed,
         };
         self.asked += 1;
         let mut words = Vec::new();
@@ -235,6 +253,8 @@ impl<T> PostcopyReceiver<T> {
         self.questions.push_back(Question {
             number: self.asked,
             tag,
+            pid,
+            image: fault.around,
             pages: most,
             asked: now,
         });
@@ -286,7 +306,7 @@ impl<T> PostcopyReceiver<T> {
         body: &[u8],
     ) -> Result<Event<T>, PostcopyError> {
         match kind {
-            Kind::FaultPages => {}
+            Kind::FaultPages | Kind::FaultInPush => {}
             Kind::Fail => return Err(failed(body)),
             other => return Err(PostcopyError::NoAnswer(other)),
         }
@@ -295,6 +315,9 @@ impl<T> PostcopyReceiver<T> {
         let Some(Question { tag, .. }) = answered else {
             return Err(PostcopyError::Unasked);
         };
+        if kind == Kind::FaultInPush {
+            return Ok(Event::InPush(tag));
+        }
         let batch = Batch::parse(body, self.page).map_err(ReadError::from)?;
         Ok(Event::Answer(tag, self.draft(&batch, body)?))
     }

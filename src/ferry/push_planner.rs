@@ -6,6 +6,10 @@
 //!                           ^ next batch: as far as pages have come, of one process, 64 KiB
 //! ```
 //!
+//! A page that is asked for when it is in the push already is not sent twice: who asks is told to wait for it
+//! there. For a thread that reads here and there that may take longer than its answer would, so as long as
+//! little was sent twice it gets its page, and nothing else.
+//!
 //! Invariants: a page is pushed once at most, and only when it is held; what was an answer is not pushed;
 //! batches are in the order of the numbers, so in that of each process's addresses.
 
@@ -24,10 +28,19 @@ use crate::units::{PageCount, PageRange, PageSize, Vaddr};
 
 /// Pages in a batch of the push, bytes. The receiver looks for faults between any two batches, so they are
 /// smaller than those of a dump.
-const PUSH_BYTES: u64 = 64 << 10;
+pub const PUSH_BYTES: u64 = 64 << 10;
 
 /// Flags of all pages that are pushed or answered.
 const FLAGS: PageFlags = PageFlags::PRESENT.with(PageFlags::LAZY);
+
+/// A fault that welcomes so many pages or fewer is one of a thread that reads here and there.
+const LONE_PAGES_MAX: u64 = 8;
+
+/// Pages that may be sent twice at most, unless told otherwise: so many, and
+const REPEATED_PAGES: u64 = 64;
+
+/// one of so many that were given.
+const REPEATED_ONE_OF: u64 = 50;
 
 /// What is to be pushed next.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -67,6 +80,12 @@ pub enum Found {
 pub struct PushPlanner {
     page: PageSize,
     given: PageSet,
+    /// Which of them were pushed.
+    pushed: PageSet,
+    /// How many were sent as answers although they had been pushed.
+    repeated: u64,
+    /// How many may be, however little was given.
+    may_repeat: u64,
     /// Number of the next page.
     at: u64,
 }
@@ -77,13 +96,56 @@ impl PushPlanner {
         PushPlanner {
             page,
             given: PageSet::new(pages.get()),
+            pushed: PageSet::new(pages.get()),
+            repeated: 0,
+            may_repeat: REPEATED_PAGES,
             at: 0,
         }
     }
 
-    /// The pages `numbers` need not be pushed (any more).
-    pub fn give(&mut self, numbers: Range<u64>) {
-        self.given.insert(numbers);
+    /// The same, which sends no more than so many `pages` twice, and a fiftieth of what was given.
+    #[must_use]
+    pub fn repeating(self, pages: u64) -> PushPlanner {
+        PushPlanner {
+            may_repeat: pages,
+            ..self
+        }
+    }
+
+    /// Which of the pages `numbers` the answer to `fault` brings, whose own page is number `awaited` of them:
+    /// those need not be pushed any more. `None`: that page is in the push, where a requester waits for it
+    /// that `may_wait`.
+    pub fn answer(
+        &mut self,
+        numbers: Range<u64>,
+        awaited: u64,
+        fault: &Fault,
+        may_wait: bool,
+    ) -> Option<Range<u64>> {
+        if fault.in_full || fault.once_more {
+            self.given.insert(numbers.clone());
+            return Some(numbers);
+        }
+        let alone = awaited..awaited + 1;
+        if self.pushed.contains(awaited) {
+            let is_lone = fault.around.pages(self.page).get() <= LONE_PAGES_MAX;
+            let most = self.may_repeat + self.given.count() / REPEATED_ONE_OF;
+            let may_repeat = self.repeated < most;
+            if may_wait && !(is_lone && may_repeat) {
+                return None;
+            }
+            self.repeated += 1;
+            return Some(alone);
+        }
+        // Neighbours that were given are on their way, or there.
+        let before = (numbers.start..awaited).rev();
+        let start = before
+            .take_while(|number| !self.given.contains(*number))
+            .last()
+            .unwrap_or(awaited);
+        let end = self.given.next_in(alone.end..numbers.end, true);
+        self.given.insert(start..end);
+        Some(start..end)
     }
 
     /// What is to be pushed next of what `plan` has drained.
@@ -121,6 +183,7 @@ impl PushPlanner {
             let rest = gathered.push(Run { range, flags });
             assert!(rest.is_none(), "it was asked for no more than fits");
             self.given.insert(numbers.clone());
+            self.pushed.insert(numbers.clone());
             self.at = numbers.end;
             batch.push(numbers);
         }
@@ -219,6 +282,7 @@ mod tests {
             vaddr: Vaddr(vaddr << 12),
             around: pages(first, count),
             in_full: false,
+            once_more: false,
         }
     }
 
@@ -226,7 +290,8 @@ mod tests {
     fn every_page_that_comes_is_pushed_once_and_answers_are_left_out() {
         let all = plan(&[(7, pages(0, 100)), (9, pages(0, 100))]);
         let mut push_planner = PushPlanner::new(PAGE, all.pages());
-        push_planner.give(3..5);
+        let asked = fault(7, 13, 13, 2);
+        assert_eq!(push_planner.answer(3..5, 3, &asked, true), Some(3..5));
         let mut pushed = Vec::new();
         while let Step::Push(pid) = push_planner.next_step(&all) {
             let batch = push_planner.take_batch(&all, pid);
@@ -238,6 +303,55 @@ mod tests {
         assert_eq!(push_planner.next_step(&all), Step::Done);
         let wanted: Vec<u64> = (0..3).chain(5..39).collect();
         assert_eq!(pushed, wanted);
+    }
+
+    #[test]
+    fn what_is_in_the_push_is_waited_for_there() {
+        let all = plan(&[(7, pages(0, 100)), (9, pages(0, 100))]);
+        let mut push = PushPlanner::new(PAGE, all.pages());
+        // Numbers 0 to 15 are in the push.
+        assert_eq!(push.take_batch(&all, 7).pages, PageCount(16));
+        let in_order = fault(7, 12, 12, 20);
+        assert_eq!(push.answer(2..22, 2, &in_order, true), None);
+        // Who does not understand gets the page itself, and who reads here and there too.
+        assert_eq!(push.answer(2..22, 2, &in_order, false), Some(2..3));
+        let lone = fault(7, 12, 12, 4);
+        assert_eq!(push.answer(2..6, 2, &lone, true), Some(2..3));
+        // Behind the push: what was not given, and that is not pushed.
+        let behind = fault(7, 24, 28, 8);
+        assert_eq!(push.answer(14..22, 18, &behind, true), Some(16..22));
+        assert_eq!(push.answer(14..26, 19, &behind, true), Some(19..20));
+        let next = push.take_batch(&all, 7).numbers;
+        assert_eq!(next, [22..30, 30..34]);
+        // What did not come in either way comes all the same.
+        let once_more = Fault {
+            once_more: true,
+            ..in_order
+        };
+        assert_eq!(push.answer(2..22, 2, &once_more, true), Some(2..22));
+    }
+
+    #[test]
+    fn few_pages_are_sent_twice_however_many_are_asked_for() {
+        const RUN: u64 = 1 << 14;
+        let mut plan = DrainPlan::new(PAGE, [(7, pages(0, RUN))]);
+        while let Some((pid, range)) = plan.next_request(PageCount(64)) {
+            plan.arrived(pid, range);
+        }
+        let mut push = PushPlanner::new(PAGE, plan.pages());
+        let (mut pushed, mut repeated) = (0, 0);
+        while let Step::Push(pid) = push.next_step(&plan) {
+            for numbers in push.take_batch(&plan, pid).numbers {
+                pushed += numbers.end - numbers.start;
+                for number in numbers {
+                    let lone = fault(7, number, number, 1);
+                    let answer = push.answer(number..number + 1, number, &lone, true);
+                    repeated += u64::from(answer.is_some());
+                }
+            }
+        }
+        assert_eq!(pushed, RUN);
+        assert!(repeated <= 64 + RUN / 50, "{repeated} of {RUN} pages twice");
     }
 
     #[test]

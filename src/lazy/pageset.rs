@@ -42,6 +42,11 @@ impl PageSet {
         self.each_word(numbers, |word, mask| word & !mask);
     }
 
+    /// Whether `number`, which is below the length, is in the set.
+    pub fn contains(&self, number: u64) -> bool {
+        self.next_in(number..number + 1, true) == number
+    }
+
     /// The first number from `from` on that is in the set, or is not, as `present` says; the length if
     /// there is none. Looks at everything up to there: only for those who go through the set once.
     pub fn next(&self, from: u64, present: bool) -> u64 {

@@ -394,6 +394,26 @@ impl Planner {
         found.next()
     }
 
+    /// The pages `image`, which were asked for, come with the push.
+    pub fn await_push(&mut self, id: SpaceId, image: PageRange) {
+        if let Some(space) = self.space_mut(id) {
+            space.await_push(image);
+        }
+    }
+
+    /// What threads of the family of `pid` wait for of the pages `image` is asked for, unless it is on the way.
+    pub fn ask_again(&mut self, pid: u32, image: PageRange) {
+        let family = self.spaces_mut().filter(|space| space.pid() == pid);
+        family.for_each(|space| space.ask_again(image));
+    }
+
+    /// What threads wait for is asked for, unless it is on the way.
+    pub fn ask_for_all_again(&mut self) {
+        let everywhere = PageRange::new(0, u64::MAX);
+        self.spaces_mut()
+            .for_each(|space| space.ask_again(everywhere));
+    }
+
     /// The connection is gone with everything on the way.
     pub fn give_back_all(&mut self) {
         self.spaces_mut().for_each(Space::give_back_all);

@@ -482,6 +482,23 @@ impl Space {
         returned.into_iter().for_each(|at| self.ask_for_waiting(at));
     }
 
+    /// The pages `image` come, though not with an answer: nobody has asked for them any more.
+    pub fn await_push(&mut self, image: PageRange) {
+        while let Some(piece) = self.flight.find_image(image) {
+            let remote = &mut self.remote;
+            self.flight.take(piece.at, |piece| remote.insert(piece));
+        }
+    }
+
+    /// What threads wait for of the pages `image` is asked for, unless it is on the way.
+    pub fn ask_again(&mut self, image: PageRange) {
+        let mut rest = image;
+        while let Some(piece) = self.remote.find_image(rest) {
+            self.ask_for_waiting(piece.at);
+            rest = PageRange::new(piece.image_range().end().get(), rest.end().get());
+        }
+    }
+
     /// Nothing is on the way any more.
     pub fn give_back_all(&mut self) {
         let everywhere = PageRange::new(0, u64::MAX);

@@ -119,6 +119,7 @@ impl Connection {
             vaddr: Vaddr(start),
             around: PageRange::new(start, start + (pages << PAGE.shift())),
             in_full: false,
+            once_more: false,
         };
         self.say(|out| fault.encode(number, PAGE, out));
     }

@@ -104,6 +104,12 @@ impl<'s> Packer<'s> {
         self.spare.recv().map_err(|_| self.failure())
     }
 
+    /// Waits until no more than `most_unsent` bytes of frames wait for a connection, those counted that are
+    /// being made, and another one has room in the receiver's window.
+    pub(crate) fn wait_for_room(&self, most_unsent: u64) -> Result<()> {
+        self.sending.wait_for_room(self.issued, most_unsent)
+    }
+
     /// Hands a batch over.
     pub(crate) fn push(&mut self, job: Job) -> Result<()> {
         let handed_over = self.jobs.send((self.issued, job));

@@ -23,6 +23,7 @@ use crate::ferry::hash::PageHasher;
 use crate::ferry::hello::{Fail, FailCode, Features, SessionId};
 use crate::ferry::level_control::LevelControl;
 use crate::ferry::message::{Answer, StateId};
+use crate::ferry::push_planner::PUSH_BYTES;
 use crate::ferry::sender::Sender;
 use crate::observe::ferried::{ByKind, Sent};
 use crate::observe::traffic::Traffic;
@@ -66,6 +67,8 @@ struct State {
     sent: Sent,
     /// The highest number that a connection has taken.
     carried: u64,
+    /// Bytes of the frames with higher ones.
+    unsent: u64,
 }
 
 /// See the module's text.
@@ -105,6 +108,7 @@ impl SenderSession {
                 cut: false,
                 sent: Sent::default(),
                 carried: 0,
+                unsent: 0,
             }),
             changed: Condvar::new(),
             notifier: ChangeNotifier::default(),
@@ -197,6 +201,18 @@ impl SenderSession {
         self.wait(|state| state.taken.then_some(()))
     }
 
+    /// Waits until a batch behind those of all tickets below `ticket` can be made: it has room in the
+    /// receiver's window, and no more than `most_unsent` bytes wait for a connection. Frames that are being made
+    /// count as one of a batch's length each.
+    pub(super) fn wait_for_room(&self, ticket: u64, most_unsent: u64) -> Result<()> {
+        self.wait(|state| {
+            let (sender, _) = state.talk.as_ref()?;
+            let being_made = (ticket - state.ticket) * PUSH_BYTES;
+            let fits = sender.has_room_for(being_made + PUSH_BYTES);
+            (fits && state.unsent + being_made <= most_unsent).then_some(())
+        })
+    }
+
     /// Waits until the batches of all tickets below `ticket` have been submitted.
     pub(in crate::engine) fn wait_for_ticket(&self, ticket: u64) -> Result<()> {
         self.wait(|state| (state.ticket == ticket).then_some(()))
@@ -278,6 +294,7 @@ impl SenderSession {
         state.frames.push_back(Arc::new(frame));
         state.ticket += u64::from(ticket.is_some());
         state.sent.frame_bytes += bytes;
+        state.unsent += bytes;
         self.traffic.forwarded_frame(bytes);
         state.wake_all();
         drop(state);

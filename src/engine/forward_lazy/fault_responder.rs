@@ -13,7 +13,8 @@ use crate::engine::forward_lazy::postcopy_listener::PostcopySession;
 use crate::error::{Error, Kind, Result};
 use crate::ferry::encode::{Encoder, PlainBatch, Verdicts};
 use crate::ferry::frame::{self, OpenFrame};
-use crate::ferry::hash::{HashKey, PageHasher};
+use crate::ferry::hash::PageHasher;
+use crate::ferry::hello::{Features, Hello};
 use crate::ferry::level_control::Level;
 use crate::ferry::message::Fault;
 use crate::ferry::push_planner;
@@ -26,7 +27,7 @@ const LEVEL: Level = Level::Zstd(1);
 
 impl PostcopySession {
     /// Answers questions until the connection or the session ends.
-    pub(in crate::engine) fn answer_all(&self, conn: Conn, hash_key: HashKey) -> Result<()> {
+    pub(in crate::engine) fn answer_all(&self, conn: Conn, peer: &Hello) -> Result<()> {
         let page = self.dump_memory.page();
         let encoder = Encoder::new(page)
             .map_err(|error| Error::wrap(Kind::Io, "cannot set up zstd", error))?;
@@ -36,7 +37,8 @@ impl PostcopySession {
             encoder,
             verdicts: Verdicts::default(),
             // Its hellos name the same key as those of the stream.
-            hasher: PageHasher::new(hash_key, page),
+            hasher: PageHasher::new(peer.hash_key, page),
+            may_wait: peer.features.has(Features::IN_PUSH),
             plain: Vec::new(),
         };
         let ended = responder.run();
@@ -60,6 +62,8 @@ struct FaultResponder<'a> {
     verdicts: Verdicts,
     hasher: PageHasher,
     plain: Vec<u8>,
+    /// The requester waits for what is in the push.
+    may_wait: bool,
 }
 
 /// Why no more questions are answered.
@@ -109,11 +113,18 @@ impl FaultResponder<'_> {
     /// Queues the answer to question `number`.
     fn answer(&mut self, number: u64, fault: &Fault) -> Result<()> {
         let session = self.session;
-        let (numbers, range) = session.dump_memory.find(fault)?;
+        let found = session.dump_memory.find(fault)?;
         let page = session.dump_memory.page();
+        let Some((numbers, range)) = session.answer(found, fault, self.may_wait) else {
+            let mut words = Vec::new();
+            let open = OpenFrame::begin(&mut words);
+            open.finish(&mut words, frame::Kind::FaultInPush, number);
+            self.conn.queue(Arc::new(words));
+            return Ok(());
+        };
         let bytes = usize::try_from(range.bytes()).expect("an answer is small");
         self.plain.resize(bytes, 0);
-        session.dump_memory.read(numbers.clone(), &mut self.plain)?;
+        session.dump_memory.read(numbers, &mut self.plain)?;
         let (plain, verdicts) = (&self.plain, &mut self.verdicts);
         let memory = session.sending.memory();
         push_planner::judge_answer(&memory, &self.hasher, page, fault, range, plain, verdicts);
@@ -134,7 +145,6 @@ impl FaultResponder<'_> {
         session
             .traffic
             .served(1, range.pages(page).get(), range.bytes());
-        session.give(numbers);
         Ok(())
     }
 }

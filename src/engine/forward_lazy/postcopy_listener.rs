@@ -35,16 +35,19 @@ use crate::ferry::frame;
 use crate::ferry::hash::HashKey;
 use crate::ferry::hello::{Fail, FailCode, Features, Hello, Role, SessionId, VERSION};
 use crate::ferry::link::{Admission, ConnectionId, SessionTable};
-use crate::ferry::message::{Open, StateId, encode_close};
+use crate::ferry::message::{Fault, Open, StateId, encode_close};
 use crate::ferry::push_planner::{PushPlanner, Step};
 use crate::limits::FERRY_STREAMS_MAX;
 use crate::observe::ferried::Sent;
 use crate::observe::traffic::Traffic;
 use crate::stream::Stream;
-use crate::units::PageCount;
+use crate::units::{PageCount, PageRange};
 
 /// How often somebody who waits looks for what nobody is notified of.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
+
+/// Pages are taken for the push as long as no more than so many bytes wait for a connection.
+const UNSENT_BYTES_MAX: u64 = 256 << 10;
 
 /// See the module's text.
 pub(in crate::engine) struct PostcopyListener {
@@ -109,7 +112,8 @@ impl PostcopyListener {
             features: Features::FAULTS
                 .with(Features::HASHES)
                 .with(Features::ON_DEMAND)
-                .with(Features::FAREWELL),
+                .with(Features::FAREWELL)
+                .with(Features::IN_PUSH),
             session: SessionId::default(),
             stream: 0,
             streams: FERRY_STREAMS_MAX,
@@ -298,7 +302,7 @@ impl PostcopyListener {
         conn.queue(Arc::new(words));
         let for_faults = peer.role == Role::Requester;
         let ended = if for_faults {
-            session.answer_all(conn, peer.hash_key)
+            session.answer_all(conn, peer)
         } else {
             run_connection(conn, &session.sending, peer)
         };
@@ -355,9 +359,25 @@ impl PostcopySession {
         *self.sending.memory() = PageMemory::new(self.dump_memory.page(), 0);
     }
 
-    /// The pages `numbers` need not be pushed (any more).
-    pub(in crate::engine) fn give(&self, numbers: Range<u64>) {
-        lock(&self.push_planner).give(numbers);
+    /// Which of the pages that were `found` for `fault`, by numbers and addresses, its answer brings: see
+    /// [`PushPlanner::answer`].
+    pub(in crate::engine) fn answer(
+        &self,
+        found: (Range<u64>, PageRange),
+        fault: &Fault,
+        may_wait: bool,
+    ) -> Option<(Range<u64>, PageRange)> {
+        let (numbers, range) = found;
+        if range.is_empty() {
+            return Some((numbers, range));
+        }
+        let shift = self.dump_memory.page().shift();
+        let first = numbers.start;
+        let awaited = first + ((fault.vaddr.get() - range.start().get()) >> shift);
+        let numbers = lock(&self.push_planner).answer(numbers, awaited, fault, may_wait)?;
+        let address = |number: u64| range.start().get() + ((number - first) << shift);
+        let range = PageRange::new(address(numbers.start), address(numbers.end));
+        Some((numbers, range))
     }
 
     /// Pushes everything, unless the receiver wants nothing but answers, and waits until it has all that it
@@ -455,6 +475,8 @@ impl Feed<'_> {
     fn push_batch(&mut self, pid: u32) -> Result<()> {
         let dump_memory = &self.session.dump_memory;
         let mut buffer = self.packer.buffer()?;
+        // What is taken is waited for by whoever asks for it, so it is not to lie about here.
+        self.packer.wait_for_room(UNSENT_BYTES_MAX)?;
         let batch =
             dump_memory.with_plan(|plan| lock(&self.session.push_planner).take_batch(plan, pid));
         let mut filled = 0;

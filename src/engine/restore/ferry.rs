@@ -178,8 +178,33 @@ impl Restore {
             && client.asked_pages() < most_pages
             && let Some(request) = next(&mut self.planner)
         {
-            client.ask(request.pid, request.image, request);
-            asked += request.image.bytes();
+            let (pid, image) = (request.pid, request.image);
+            // What is asked for already comes for all processes of one origin.
+            let (unasked, others) = match client.asked_part(pid, image) {
+                Err(end) => (PageRange::new(image.start().get(), end.get()), end),
+                Ok(end) => {
+                    let asked = PageRange::new(image.start().get(), end.get());
+                    self.planner.await_push(request.space, asked);
+                    if request.class == Class::Stream {
+                        // It would be the next one again.
+                        self.planner.await_push(request.space, image);
+                        break;
+                    }
+                    (PageRange::new(end.get(), end.get()), end)
+                }
+            };
+            if others < image.end() {
+                let rest = PageRange::new(others.get(), image.end().get());
+                self.planner.give_back(request.space, rest);
+            }
+            if !unasked.is_empty() {
+                let request = Request {
+                    image: unasked,
+                    ..request
+                };
+                client.ask(pid, unasked, request);
+                asked += unasked.bytes();
+            }
         }
         if asked > 0 {
             self.flush_ferry()?;
@@ -231,11 +256,17 @@ impl Restore {
         if finished {
             client.may_install();
         }
+        let was_closed = client.is_closed();
         match client.next() {
             Ok(None) => {}
             Ok(Some(event)) => {
+                let closes = client.is_closed() && !was_closed;
                 self.links.down_since = None;
                 self.take_event(event)?;
+                if closes {
+                    // What was to come with the push and did not.
+                    self.planner.ask_for_all_again();
+                }
             }
             Err(Trouble::Lost(error)) => {
                 let peer = self.links.peer();
@@ -266,17 +297,22 @@ impl Restore {
                 Ok(())
             }
             Event::Answer(request, delivery) => self.install_answer(&request, &delivery),
+            Event::InPush(request) => {
+                self.planner.await_push(request.space, request.image);
+                Ok(())
+            }
         }
     }
 
     /// Installs pages wherever they are missing: in the process, and in children that it forked.
     fn install_pushed(&mut self, delivery: &Delivery) -> Result<()> {
-        for id in self.planner.ids_of(delivery.pid) {
-            for part in &delivery.parts {
-                self.planner.pushed(id, part.image);
-                let way = way_of(part, Class::Stream);
-                self.install(id, part.image, &delivery.plain[part.bytes.clone()], way)?;
-            }
+        for part in &delivery.parts {
+            let way = way_of(part, Class::Stream);
+            let bytes = &delivery.plain[part.bytes.clone()];
+            self.install_in_family(delivery.pid, None, part.image, bytes, way)?;
+        }
+        for lacking in &delivery.lacking {
+            self.planner.ask_again(delivery.pid, *lacking);
         }
         Ok(())
     }
@@ -293,10 +329,14 @@ impl Restore {
         for part in &delivery.parts {
             let way = way_of(part, request.class);
             let bytes = &delivery.plain[part.bytes.clone()];
+            // Whoever asked comes first.
             self.install(request.space, part.image, bytes, way)?;
+            let asker = Some(request.space);
+            self.install_in_family(request.pid, asker, part.image, bytes, way)?;
         }
-        // What the answer has left out is asked for once more.
+        // What the answer has left out is asked for once more, also for others who counted on it.
         self.planner.give_back(request.space, request.image);
+        self.planner.ask_again(request.pid, request.image);
         self.send_requests()
     }
 
@@ -363,7 +403,7 @@ impl Restore {
                 }
                 // What is still pushed is not wanted any more.
                 Some(Event::Pushed(delivery)) => client.settle(delivery.plain),
-                Some(Event::Answer(..) | Event::Other) => {}
+                Some(Event::Answer(..) | Event::InPush(_) | Event::Other) => {}
                 None if Instant::now() >= deadline => {
                     let text = "it does not answer";
                     return Err(Trouble::Over(Error::new(Kind::PeerLost, text)));

@@ -27,7 +27,7 @@ use crate::ferry::postcopy_receiver::{self, Draft, PostcopyError, PostcopyReceiv
 pub(in crate::engine) use crate::ferry::postcopy_receiver::{Delivery, Part};
 use crate::image::chain::Chain;
 use crate::lazy::window::RateLimit;
-use crate::units::{PageRange, PageSize};
+use crate::units::{PageRange, PageSize, Vaddr};
 use earlier::Earlier;
 pub(in crate::engine) use ferry_dialer::{FerryDialer, FerryPair, Pushed};
 
@@ -184,6 +184,16 @@ impl<T> PostcopyClient<T> {
         self.receiver.questions()
     }
 
+    /// What of the pages `image` of `pid` an open question asks for already: see
+    /// [`PostcopyReceiver::asked_part`].
+    pub(in crate::engine) fn asked_part(
+        &self,
+        pid: u32,
+        image: PageRange,
+    ) -> std::result::Result<Vaddr, Vaddr> {
+        self.receiver.asked_part(pid, image)
+    }
+
     /// How many pages were asked for that have not come.
     pub(in crate::engine) fn asked_pages(&self) -> u64 {
         self.receiver.asked_pages()
@@ -291,6 +301,7 @@ impl<T> PostcopyClient<T> {
             postcopy_receiver::Event::Answer(tag, draft) => {
                 Event::Answer(tag, self.complete_draft(draft))
             }
+            postcopy_receiver::Event::InPush(tag) => Event::InPush(tag),
             postcopy_receiver::Event::Other => Event::Other,
             postcopy_receiver::Event::Bye => Event::Bye,
         }

@@ -62,6 +62,8 @@ pub(super) struct Client {
     pub(super) local: Memory,
     hasher: PageHasher,
     receiver: PostcopyReceiver<Request>,
+    /// The push was over when something was last heard.
+    was_closed: bool,
     planner: Planner,
     processes: BTreeMap<SpaceId, ProcessPages>,
     /// Threads that wait, by their process and page.
@@ -120,6 +122,7 @@ impl Client {
             local,
             hasher,
             receiver,
+            was_closed: false,
             planner,
             processes,
             waiting: BTreeSet::new(),
@@ -223,8 +226,19 @@ impl Client {
     }
 
     fn handle(&mut self, event: Event<Request>) {
+        if self.receiver.is_closed() && !self.was_closed {
+            self.was_closed = true;
+            // What was to come with the push and did not.
+            self.planner.ask_for_all_again();
+        }
         match event {
             Event::Other => {}
+            Event::InPush(request) => {
+                let in_full = self.open_in_full.pop_front().expect("a question");
+                assert!(!in_full, "what is asked for in full is not waited for");
+                self.planner.await_push(request.space, request.image);
+                self.seen.add("question that the push answers", 1);
+            }
             Event::Bye => {
                 assert!(self.is_complete(), "the source lets go of what is not here");
                 self.end = Some(End::Success);
@@ -278,6 +292,9 @@ impl Client {
                 self.install(id, delivery, part, Class::Stream);
             }
         }
+        for lacking in &delivery.lacking {
+            self.planner.ask_again(delivery.pid, *lacking);
+        }
     }
 
     fn install_answer(&mut self, request: &Request, delivery: &Delivery) {
@@ -288,10 +305,14 @@ impl Client {
             "the source has no page at {first}"
         );
         for part in &delivery.parts {
-            self.install(request.space, delivery, part, request.class);
+            for id in self.planner.ids_of(request.pid) {
+                self.planner.pushed(id, part.image);
+                self.install(id, delivery, part, request.class);
+            }
         }
-        // What the answer has left out is asked for once more.
+        // What the answer has left out is asked for once more, also for others who counted on it.
         self.planner.give_back(request.space, request.image);
+        self.planner.ask_again(request.pid, request.image);
     }
 
     /// Installs pages, each of which must be what the source has there.

@@ -95,7 +95,7 @@ impl Forwarder {
         Forwarder {
             rng,
             held: source.values().flat_map(Pages::values).cloned().collect(),
-            push_planner: PushPlanner::new(PAGE, plan.pages()),
+            push_planner: PushPlanner::new(PAGE, plan.pages()).repeating(0),
             plan,
             drains_at: Duration::ZERO,
             memory: PageMemory::for_hashes_of(PAGE, lazy),
@@ -244,7 +244,13 @@ impl Forwarder {
             }
         };
         self.faults.pop_front();
-        let plain = self.plain(numbers.clone());
+        let Some((numbers, range)) = self.answer(numbers, range, &fault) else {
+            self.seen.add("fault on a page in the push", 1);
+            let mut frame = Vec::new();
+            OpenFrame::begin(&mut frame).finish(&mut frame, Kind::FaultInPush, number);
+            return Some(frame);
+        };
+        let plain = self.plain(numbers);
         let (_, hasher) = self.talk.as_ref()?;
         let mut verdicts = Verdicts::default();
         let memory = &self.memory;
@@ -263,8 +269,25 @@ impl Forwarder {
             .expect("zstd works");
         open.finish(&mut frame, Kind::FaultPages, number);
         self.seen.add("page answered as the same", counters.same);
-        self.push_planner.give(numbers);
         Some(frame)
+    }
+
+    /// What of the pages that were found for `fault` its answer brings.
+    fn answer(
+        &mut self,
+        numbers: Range<u64>,
+        range: PageRange,
+        fault: &Fault,
+    ) -> Option<(Range<u64>, PageRange)> {
+        if range.is_empty() {
+            return Some((numbers, range));
+        }
+        let (first, start) = (numbers.start, range.start().get());
+        let awaited = first + ((fault.vaddr.get() - start) >> PAGE.shift());
+        let numbers = self.push_planner.answer(numbers, awaited, fault, true)?;
+        let address = |number: u64| start + ((number - first) << PAGE.shift());
+        let range = PageRange::new(address(numbers.start), address(numbers.end));
+        Some((numbers, range))
     }
 }
 

@@ -236,6 +236,7 @@ fn whatever_happens_memory_is_exact_and_at_one_place() {
         "fork",
         "unmapped range",
         "question",
+        "question that the push answers",
         "fault before its page was drained",
         "page for a fault",
         "page from the stream",

@@ -120,8 +120,12 @@ impl ConnectionHandler for SenderSession {
             let frame = Arc::clone(&state.frames[at]);
             if number <= state.carried {
                 state.sent.repeated_bytes += frame.len() as u64;
+            } else {
+                state.carried = number;
+                state.unsent -= frame.len() as u64;
+                // Somebody may wait for room.
+                self.changed.notify_all();
             }
-            state.carried = state.carried.max(number);
             return Some(frame);
         }
         let mut frame = Vec::new();

@@ -41,7 +41,7 @@ impl Pushed {
             .with(Features::HASHES)
             .with(Features::FAREWELL);
         match self {
-            Pushed::All | Pushed::AtRate(_) => features,
+            Pushed::All | Pushed::AtRate(_) => features.with(Features::IN_PUSH),
             Pushed::Nothing => features.with(Features::ON_DEMAND),
         }
     }
