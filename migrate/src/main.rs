@@ -35,6 +35,8 @@ enum Command {
     Agent(agent::Args),
     /// Move a running process tree to an agent's host
     Migrate(Box<source::Args>),
+    /// Tell whether a process tree can be moved, and what each mode would cost
+    Plan(Box<source::plan::Args>),
     #[command(hide = true)]
     RestoreHook(hook::Args),
     #[command(hide = true)]
@@ -55,6 +57,7 @@ fn main() -> ExitCode {
     match args.command {
         Command::Agent(args) => agent::run(&args),
         Command::Migrate(args) => source::run(&args),
+        Command::Plan(args) => source::plan::run(&args),
         Command::RestoreHook(args) => hook::run(&args),
         Command::Guard(args) => source::guard::run(&args),
     }

@@ -11,7 +11,7 @@ use pageferry::error::Result;
 use pageferry::units::{PageRange, PageSize, Vaddr};
 use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process};
 
-use super::sender::Sender;
+use super::PageSink;
 use super::tree::Member;
 
 /// Read from the process and sent at once, pages.
@@ -35,7 +35,7 @@ pub(super) enum Contents {
     /// A segment of shared memory without a file: anonymous, memfd or System V.
     Shared {
         /// The inode, by which CRIU names the segment.
-        id: u32,
+        id: u64,
         /// Where in the segment the mapping begins, bytes.
         offset: u64,
     },
@@ -50,7 +50,7 @@ pub(super) struct Area {
 
 impl Area {
     /// The segment's id.
-    pub(super) fn segment(&self) -> Option<u32> {
+    pub(super) fn segment(&self) -> Option<u64> {
         match self.contents {
             Contents::Private => None,
             Contents::Shared { id, .. } => Some(id),
@@ -88,7 +88,7 @@ fn area(map: &MemoryMap) -> Option<Area> {
                 return None;
             }
             Contents::Shared {
-                id: u32::try_from(map.inode).ok()?,
+                id: map.inode,
                 offset: map.offset,
             }
         }
@@ -104,7 +104,7 @@ pub(super) fn send_private(
     member: &Member,
     range: PageRange,
     page: PageSize,
-    sender: &mut Sender,
+    sink: &mut impl PageSink,
 ) -> Result<()> {
     let mut bytes = vec![0; usize::try_from(RUN_PAGES).unwrap_or(0) << page.shift()];
     let Ok(mut pagemap) = File::open(format!("/proc/{}/pagemap", member.pid)) else {
@@ -117,7 +117,7 @@ pub(super) fn send_private(
         let words = read_words(&mut pagemap, at >> page.shift(), pages);
         for (first, count) in runs(&words) {
             let start = at + ((first as u64) << page.shift());
-            send_run(member.pid, start, count as u64, page, &mut bytes, sender)?;
+            send_run(member.pid, start, count as u64, page, &mut bytes, sink)?;
         }
         at += pages << page.shift();
     }
@@ -178,7 +178,7 @@ fn send_run(
     mut pages: u64,
     page: PageSize,
     bytes: &mut [u8],
-    sender: &mut Sender,
+    sink: &mut impl PageSink,
 ) -> Result<()> {
     while pages > 0 {
         let now = pages.min(RUN_PAGES);
@@ -190,7 +190,7 @@ fn send_run(
             pages -= 1;
             continue;
         }
-        sender.pages_at(Vaddr(start), &bytes[..read << page.shift()])?;
+        sink.pages_at(Vaddr(start), &bytes[..read << page.shift()])?;
         start += (read as u64) << page.shift();
         pages -= read as u64;
     }
@@ -218,40 +218,54 @@ pub(super) fn send_shared(
     pid: i32,
     area: &Area,
     page: PageSize,
-    sender: &mut Sender,
+    sink: &mut impl PageSink,
 ) -> Result<()> {
-    let Contents::Shared { offset, .. } = area.contents else {
+    let Some((file, data)) = data_of(pid, area) else {
         return Ok(());
     };
-    let (start, end) = (area.range.start().get(), area.range.end().get());
-    let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
-    let Ok(file) = File::open(&path) else {
-        return Ok(());
-    };
-    let length = fs::metadata(&path).map_or(0, |meta| meta.len());
-    let last = length.min(offset + area.range.bytes());
     let mut bytes = vec![0; usize::try_from(RUN_PAGES).unwrap_or(0) << page.shift()];
-    let mut at = offset;
-    while at < last {
-        let Some(data) = seek(&file, at, Whence::SeekData).filter(|&data| data < last) else {
-            return Ok(());
-        };
-        let hole = seek(&file, data, Whence::SeekHole)
-            .unwrap_or(last)
-            .min(last);
-        at = page.floor(data);
-        while at < hole {
-            let length = usize::try_from(hole - at).unwrap_or(0).min(bytes.len());
+    for (start, end) in data {
+        let mut at = page.floor(start);
+        while at < end {
+            let length = usize::try_from(end - at).unwrap_or(0).min(bytes.len());
             let length = length & !(page.as_usize() - 1);
             if length == 0 || file.read_exact_at(&mut bytes[..length], at).is_err() {
+                // Cut since: the dump knows more.
                 return Ok(());
             }
             // CRIU numbers a segment's pages from its own beginning.
-            sender.pages_at(Vaddr(at), &bytes[..length])?;
+            sink.pages_at(Vaddr(at), &bytes[..length])?;
             at += length as u64;
         }
     }
     Ok(())
+}
+
+/// Bytes of a segment that have memory.
+pub(super) fn shared_bytes(pid: i32, area: &Area) -> u64 {
+    let data = data_of(pid, area).map(|(_, data)| data).unwrap_or_default();
+    data.iter().map(|(start, end)| end - start).sum()
+}
+
+/// The file of a mapped segment, and the parts of it that are mapped and have memory.
+fn data_of(pid: i32, area: &Area) -> Option<(File, Vec<(u64, u64)>)> {
+    let Contents::Shared { offset, .. } = area.contents else {
+        return None;
+    };
+    let (start, end) = (area.range.start().get(), area.range.end().get());
+    let path = format!("/proc/{pid}/map_files/{start:x}-{end:x}");
+    let file = File::open(&path).ok()?;
+    let length = fs::metadata(&path).map_or(0, |meta| meta.len());
+    let last = length.min(offset + area.range.bytes());
+    let mut data = Vec::new();
+    let mut at = offset;
+    while at < last
+        && let Some(first) = seek(&file, at, Whence::SeekData).filter(|&first| first < last)
+    {
+        at = seek(&file, first, Whence::SeekHole).unwrap_or(last).min(last);
+        data.push((first, at));
+    }
+    Some((file, data))
 }
 
 fn seek(file: &File, at: u64, whence: Whence) -> Option<u64> {

@@ -8,6 +8,7 @@
 //! The forwarder compares by hash with what the destination has, so a round sends what is new. A page that
 //! changes while it is read may arrive torn; the final dump is compared by hash as well, and mends it.
 
+mod dirty;
 mod memory;
 mod sender;
 mod tree;
@@ -17,8 +18,9 @@ use std::time::{Duration, Instant};
 
 use pageferry::criu::header::{Target, Wire};
 use pageferry::error::Result;
-use pageferry::units::PageSize;
+use pageferry::units::{PageSize, Vaddr};
 
+pub(crate) use dirty::{Dirtied, watch_changes};
 use memory::{Area, Contents, areas};
 use sender::Sender;
 pub(crate) use tree::{Member, Tree};
@@ -32,6 +34,15 @@ pub(crate) struct RoundRead {
     pub(crate) took: Duration,
 }
 
+/// Where the pages of a tree go, in the order in which a dump sends them.
+pub(crate) trait PageSink {
+    /// Pages that follow are of `target`.
+    fn open(&mut self, target: Target) -> Result<()>;
+
+    /// Takes whole pages that lie at `at`.
+    fn pages_at(&mut self, at: Vaddr, bytes: &[u8]) -> Result<()>;
+}
+
 /// Reads all memory of `tree` once and sends it to the forwarder at `forwarder`, at most `bytes_per_s`. The
 /// `wire` is that of the CRIU which will restore on top of the round's images.
 pub(crate) fn run(
@@ -43,26 +54,7 @@ pub(crate) fn run(
 ) -> Result<RoundRead> {
     let start = Instant::now();
     let mut sender = Sender::connect(forwarder, page, wire, bytes_per_s)?;
-    let mut segments = Vec::new();
-    for member in tree.members() {
-        let (private, shared): (Vec<Area>, Vec<Area>) = areas(member)
-            .into_iter()
-            .partition(|area| area.contents == Contents::Private);
-        segments.extend(shared.into_iter().map(|area| (member.pid, area)));
-        sender.open(Target::Process(member.inner_pid))?;
-        for area in private {
-            memory::send_private(member, area.range, page, &mut sender)?;
-        }
-    }
-    // One area for each segment: the one that shows the most of it.
-    segments.sort_by_key(|(_, area)| (area.segment(), std::cmp::Reverse(area.range.bytes())));
-    segments.dedup_by_key(|(_, area)| area.segment());
-    for (pid, area) in segments {
-        if let Contents::Shared { id, .. } = area.contents {
-            sender.open(Target::Shmem(id.into()))?;
-            memory::send_shared(pid, &area, page, &mut sender)?;
-        }
-    }
+    read(tree, page, &mut sender)?;
     sender.close()?;
     Ok(RoundRead {
         pages: sender.pages(),
@@ -70,8 +62,42 @@ pub(crate) fn run(
     })
 }
 
-/// Pages of `tree` that a dump would hold now.
-pub(crate) fn count_pages(tree: &Tree, page: PageSize) -> u64 {
+/// Reads all memory of `tree` once.
+fn read(tree: &Tree, page: PageSize, sink: &mut impl PageSink) -> Result<()> {
+    for member in tree.members() {
+        sink.open(Target::Process(member.inner_pid))?;
+        let private = areas(member)
+            .into_iter()
+            .filter(|area| area.contents == Contents::Private);
+        for area in private {
+            memory::send_private(member, area.range, page, sink)?;
+        }
+    }
+    for (pid, area) in segments(tree) {
+        if let Contents::Shared { id, .. } = area.contents {
+            sink.open(Target::Shmem(id))?;
+            memory::send_shared(pid, &area, page, sink)?;
+        }
+    }
+    Ok(())
+}
+
+/// One mapping of each shared segment: the one that shows the most of it.
+fn segments(tree: &Tree) -> Vec<(i32, Area)> {
+    let mut segments: Vec<(i32, Area)> = Vec::new();
+    for member in tree.members() {
+        let shared = areas(member)
+            .into_iter()
+            .filter(|area| area.contents != Contents::Private);
+        segments.extend(shared.map(|area| (member.pid, area)));
+    }
+    segments.sort_by_key(|(_, area)| (area.segment(), std::cmp::Reverse(area.range.bytes())));
+    segments.dedup_by_key(|(_, area)| area.segment());
+    segments
+}
+
+/// How much memory a dump of `tree` would hold now.
+pub(crate) fn measure(tree: &Tree, page: PageSize) -> Size {
     let of_member = |member: &Member| -> u64 {
         let private = areas(member)
             .into_iter()
@@ -80,5 +106,26 @@ pub(crate) fn count_pages(tree: &Tree, page: PageSize) -> u64 {
             .map(|area| memory::present_pages(member.pid, area.range, page))
             .sum()
     };
-    tree.members().iter().map(of_member).sum()
+    let private: u64 = tree.members().iter().map(of_member).sum();
+    let shared = segments(tree);
+    let shared = shared.iter().map(|(pid, area)| memory::shared_bytes(*pid, area));
+    Size {
+        private_bytes: private << page.shift(),
+        shared_bytes: shared.sum(),
+    }
+}
+
+/// Memory of a tree, bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Size {
+    /// Of the processes' own: a lazy restore can begin without it.
+    pub(crate) private_bytes: u64,
+    /// Shared segments: every restore needs them first.
+    pub(crate) shared_bytes: u64,
+}
+
+impl Size {
+    pub(crate) fn bytes(self) -> u64 {
+        self.private_bytes + self.shared_bytes
+    }
 }

@@ -8,6 +8,8 @@ use pageferry::criu::header::{HEADER_BYTES_MAX, Header, Op, PageFlags, Target, W
 use pageferry::error::{Error, Kind, Result};
 use pageferry::units::{PageCount, PageSize, Vaddr};
 
+use super::PageSink;
+
 /// A session with a page-server.
 #[derive(Debug)]
 pub(super) struct Sender {
@@ -71,28 +73,6 @@ impl Sender {
         self.pages
     }
 
-    /// Pages that follow are of `target`.
-    pub(super) fn open(&mut self, target: Target) -> Result<()> {
-        self.target = Some(target);
-        self.say(Op::Open2, PageFlags::default(), 0, Vaddr(0))?;
-        let mut has_parent = [0; 1];
-        self.hear(&mut has_parent)
-    }
-
-    /// Sends whole pages that lie at `at`, in the order of addresses.
-    pub(super) fn pages_at(&mut self, at: Vaddr, bytes: &[u8]) -> Result<()> {
-        if let Some(rate) = &mut self.rate {
-            rate.wait_for(bytes.len() as u64);
-        }
-        let pages = (bytes.len() >> self.page.shift()) as u64;
-        self.pages += pages;
-        self.say(Op::AddFlags, PageFlags::PRESENT, pages, at)?;
-        let server = self.server;
-        self.stream
-            .write_all(bytes)
-            .map_err(|error| lost(server, error))
-    }
-
     /// Waits until everything is stored.
     pub(super) fn close(&mut self) -> Result<()> {
         self.say(Op::Close, PageFlags::default(), 0, Vaddr(0))?;
@@ -130,6 +110,28 @@ impl Sender {
         let server = self.server;
         self.stream
             .read_exact(answer)
+            .map_err(|error| lost(server, error))
+    }
+}
+
+impl PageSink for Sender {
+    fn open(&mut self, target: Target) -> Result<()> {
+        self.target = Some(target);
+        self.say(Op::Open2, PageFlags::default(), 0, Vaddr(0))?;
+        let mut has_parent = [0; 1];
+        self.hear(&mut has_parent)
+    }
+
+    fn pages_at(&mut self, at: Vaddr, bytes: &[u8]) -> Result<()> {
+        if let Some(rate) = &mut self.rate {
+            rate.wait_for(bytes.len() as u64);
+        }
+        let pages = (bytes.len() >> self.page.shift()) as u64;
+        self.pages += pages;
+        self.say(Op::AddFlags, PageFlags::PRESENT, pages, at)?;
+        let server = self.server;
+        self.stream
+            .write_all(bytes)
             .map_err(|error| lost(server, error))
     }
 }

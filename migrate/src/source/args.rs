@@ -21,9 +21,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PID", required_unless_present = "resume")]
     pub(super) pid: Option<i32>,
 
-    /// The agent: HOST:PORT, or unix:PATH
-    #[arg(long, value_name = "ADDR", value_parser = address)]
-    pub(super) to: Peer,
+    #[command(flatten)]
+    pub(super) target: Target,
 
     /// How memory is carried
     #[arg(long, value_enum, default_value_t = ModeArg::Auto)]
@@ -68,14 +67,22 @@ pub(crate) struct Args {
     #[arg(long, value_name = "NAME", conflicts_with_all = ["pid", "id", "mode", "report"])]
     pub(super) resume: Option<MigrationId>,
 
-    /// Directory of the source's records and images
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/pageferry/source")]
-    pub(super) state_dir: PathBuf,
-
     /// The address at which the destination fetches memory from this host [default: all addresses with
     /// TLS, loopback without]
     #[arg(long, value_name = "ADDR")]
     pub(super) serve_on: Option<String>,
+}
+
+/// Where to, and with what.
+#[derive(clap::Args, Debug)]
+pub(super) struct Target {
+    /// The agent: HOST:PORT, or unix:PATH
+    #[arg(long, value_name = "ADDR", value_parser = address)]
+    pub(super) to: Peer,
+
+    /// Directory of the source's records and images
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/pageferry/source")]
+    pub(super) state_dir: PathBuf,
 
     #[command(flatten)]
     pub(super) tls: TlsArgs,
@@ -157,7 +164,7 @@ impl Args {
 }
 
 /// A time with its unit: 300ms, 1.5s, 10m, 1h.
-fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("{text:?} is no time: a number and ms, s, m or h");
     let digits = text
         .find(|c: char| c.is_ascii_alphabetic())

@@ -27,7 +27,7 @@ use super::report::{Report, last_session};
 use crate::child::Program;
 use crate::client::AgentClient;
 use crate::programs::Programs;
-use crate::rounds::{self, Tree};
+use crate::rounds::{self, Size, Tree};
 
 /// How long a program may take to listen.
 const READY_LIMIT: Duration = Duration::from_secs(60);
@@ -52,6 +52,7 @@ pub(super) struct Flow<'a> {
     costs: Costs,
     convergence: Convergence,
     report: Report,
+    size: Size,
     started: Instant,
     frozen: Option<Instant>,
     /// Programs that were started; the records know them too.
@@ -65,7 +66,7 @@ impl<'a> Flow<'a> {
         client: AgentClient,
         place: Place,
         (page, wire): (PageSize, Wire),
-        report: Report,
+        (report, size): (Report, Size),
         started: Instant,
     ) -> Flow<'a> {
         Flow {
@@ -80,6 +81,7 @@ impl<'a> Flow<'a> {
             costs: Costs::default(),
             convergence: Convergence::default(),
             report,
+            size,
             started,
             frozen: None,
             running: Vec::new(),
@@ -159,7 +161,9 @@ impl<'a> Flow<'a> {
     fn predict(&self) -> Duration {
         let memory = self.report.memory_bytes;
         let changed = self.convergence.expected_bytes().unwrap_or(memory);
-        predict_downtime(self.mode, &self.costs, memory, changed, 0)
+        // What is shared is written by the dump, and travels before a lazy restore can begin.
+        let eager = self.size.shared_bytes;
+        predict_downtime(self.mode, &self.costs, memory, changed, eager)
     }
 
     async fn run_rounds(&mut self) -> Result<()> {
@@ -252,7 +256,7 @@ impl<'a> Flow<'a> {
             },
         };
         let dir = self.place.dir().to_owned();
-        let mut command = commands::forwarder(&self.programs, &self.args.tls, &dir, &far_end);
+        let mut command = commands::forwarder(&self.programs, &self.args.target.tls, &dir, &far_end);
         let log = dir.join("forwarder.log");
         let program =
             Program::start_ready("page-server --forward", &mut command, &log, READY_LIMIT).await?;
@@ -315,7 +319,7 @@ impl<'a> Flow<'a> {
         let address = self.serving_address();
         let mut command = commands::lazy_forwarder(
             &self.programs,
-            &self.args.tls,
+            &self.args.target.tls,
             (&dir, &images),
             port,
             &address,
@@ -333,7 +337,7 @@ impl<'a> Flow<'a> {
     }
 
     fn serving_address(&self) -> String {
-        match (&self.args.serve_on, self.args.tls.tls) {
+        match (&self.args.serve_on, self.args.target.tls.tls) {
             (Some(address), _) => address.clone(),
             (None, true) => Ipv4Addr::UNSPECIFIED.to_string(),
             (None, false) => Ipv4Addr::LOCALHOST.to_string(),

@@ -34,12 +34,12 @@ pub(crate) struct Args {
 /// Starts the guard of a migration. Its pipe ends with this process, or when the value is dropped.
 pub(super) fn start(args: &MigrateArgs, programs: &Programs, place: &Place) -> Result<Child> {
     let mut command = Command::new(&programs.pageferry);
-    let to = match &args.to {
+    let to = match &args.target.to {
         Peer::Unix(path) => format!("unix:{}", path.display()),
         tcp @ Peer::Tcp { .. } => tcp.to_string(),
     };
     command.arg("guard").arg(place.dir()).args(["--to", &to]);
-    with_tls(&mut command, &args.tls);
+    with_tls(&mut command, &args.target.tls);
     let log = place.dir().join("guard.log");
     let log = std::fs::File::create(&log).map_err(|error| Error::file("create", &log, error))?;
     command
@@ -64,8 +64,8 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 
 /// Finishes the migration `id`.
 pub(super) async fn resume(args: &MigrateArgs, id: &MigrationId) -> Result<()> {
-    let client = AgentClient::new(args.to.clone(), Tls::load(&args.tls)?);
-    let dir = args.state_dir.join(id.to_string());
+    let client = AgentClient::new(args.target.to.clone(), Tls::load(&args.target.tls)?);
+    let dir = args.target.state_dir.join(id.to_string());
     let state = finish(Place::find(&dir, client)?).await?;
     let text = match state {
         SourceState::Complete | SourceState::Committed => "the processes live at the destination",

@@ -14,27 +14,26 @@ mod commands;
 mod flow;
 pub(crate) mod guard;
 mod place;
+pub(crate) mod plan;
 mod preflight;
 mod report;
+mod survey;
 
 use std::process::ExitCode;
 
 use pageferry::error::{Error, Kind, Result};
-use pageferry::migration::messages::{HostFacts, MigrationId};
+use pageferry::migration::messages::MigrationId;
 use pageferry::migration::{Costs, Mode, SourceState, predict_downtime};
 use pageferry::sys::owned_process::ProcessStat;
-use pageferry::sys::process::page_size;
-use pageferry::tls::Tls;
 use tokio::time::Instant;
 
 pub(crate) use args::Args;
 use flow::Flow;
 use place::{Facts, Place};
 use report::Report;
+use survey::Survey;
 
-use crate::client::AgentClient;
-use crate::facts;
-use crate::rounds::{self, Tree};
+use crate::rounds::Size;
 
 /// Longest made-up part of a name, hexadecimal digits.
 const ID_DIGITS: usize = 8;
@@ -52,31 +51,20 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 
 async fn migrate(args: &Args) -> Result<()> {
     let started = Instant::now();
-    let root = args
-        .pid
-        .ok_or_else(|| Error::new(Kind::Usage, "--pid is missing"))?;
-    let programs = args.programs.find()?;
-    let client = AgentClient::new(args.to.clone(), Tls::load(&args.tls)?);
-    let tree = Tree::of(root)?;
-    std::fs::create_dir_all(&args.state_dir)
-        .map_err(|error| Error::file("make the directory", &args.state_dir, error))?;
-    let there: HostFacts = client.get("/v1/host").await?;
-    let here = facts::of_host(&programs, &args.state_dir).await?;
-    let page = page_size()
-        .map_err(|error| Error::wrap(Kind::Unsupported, "cannot tell the page size", error))?;
-    let memory_bytes = rounds::count_pages(&tree, page) << page.shift();
-    let mode = args
-        .mode
-        .chosen()
-        .unwrap_or_else(|| recommend(memory_bytes));
-    let problems = preflight::problems(&tree, &here, &there, memory_bytes, mode.is_lazy());
-    if !problems.is_empty() {
-        let list = problems.join("\n  - ");
-        return Err(Error::new(
-            Kind::Usage,
-            format!("pid {root} cannot be moved:\n  - {list}"),
-        ));
-    }
+    let root = args.pid.ok_or_else(|| Error::new(Kind::Usage, "--pid is missing"))?;
+    let survey = Survey::take(root, &args.target).await?;
+    let memory_bytes = survey.size.bytes();
+    let mode = args.mode.chosen().unwrap_or_else(|| recommend(survey.size));
+    survey.expect_no_problem(mode.is_lazy())?;
+    let Survey {
+        programs,
+        client,
+        tree,
+        here,
+        there,
+        page,
+        size,
+    } = survey;
     let id = match &args.id {
         Some(id) => id.clone(),
         None => made_up()?,
@@ -94,7 +82,7 @@ async fn migrate(args: &Args) -> Result<()> {
         dump: None,
         forwarder: None,
     };
-    let place = Place::make(&args.state_dir, facts, client.clone())?;
+    let place = Place::make(&args.target.state_dir, facts, client.clone())?;
     let guard = guard::start(args, &programs, &place)?;
     let report = Report {
         id,
@@ -124,7 +112,7 @@ async fn migrate(args: &Args) -> Result<()> {
         kernel: here.kernel,
     };
     let wire = here.criu.unwrap_or_default().wire();
-    let mut flow = Flow::new(args, programs, client, place, (page, wire), report, started);
+    let mut flow = Flow::new(args, programs, client, place, (page, wire), (report, size), started);
     let ended = flow.run().await;
     let report = flow.finish(&ended);
     // It hears of the end, and has nothing to do.
@@ -149,10 +137,11 @@ async fn migrate(args: &Args) -> Result<()> {
 }
 
 /// The mode for a tree of which nothing but its size is known.
-fn recommend(memory_bytes: u64) -> Mode {
+fn recommend(size: Size) -> Mode {
     let costs = Costs::default();
-    let predict = |mode| predict_downtime(mode, &costs, memory_bytes, memory_bytes, 0);
-    let (cold, lazy) = (predict(Mode::Cold), predict(Mode::Hybrid));
+    let bytes = size.bytes();
+    let predict = |mode| predict_downtime(mode, &costs, bytes, bytes, size.shared_bytes);
+    let (cold, lazy) = (predict(Mode::Cold), predict(Mode::PostCopy));
     match cold.as_secs_f64() <= lazy.as_secs_f64() * COLD_IS_CLOSE {
         true => Mode::Cold,
         false => Mode::Hybrid,

@@ -1,0 +1,150 @@
+//! `pageferry plan`: whether a tree can be moved, and what each mode would cost.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use pageferry::error::Result;
+use pageferry::migration::{Costs, Mode, predict_downtime};
+use serde::Serialize;
+
+use super::args::{Target, duration};
+use super::survey::Survey;
+use crate::rounds;
+
+/// Looks at a running process tree and at an agent's host, and changes neither.
+#[derive(clap::Args, Debug)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    target: Target,
+
+    /// Root of the process tree
+    #[arg(long, value_name = "PID")]
+    pid: i32,
+
+    /// Between two looks at the memory, which tell how much of it changes
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = duration)]
+    watch: Duration,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What is printed. Times are milliseconds.
+#[derive(Serialize)]
+struct Plan {
+    pid: i32,
+    processes: usize,
+    private_bytes: u64,
+    shared_bytes: u64,
+    dirty_pages_per_s: f64,
+    problems: Vec<String>,
+    modes: Vec<Prediction>,
+    recommended: Option<&'static str>,
+}
+
+#[derive(Serialize)]
+struct Prediction {
+    mode: &'static str,
+    downtime_ms: f64,
+    total_ms: f64,
+}
+
+/// All modes, in the order in which they are shown.
+const MODES: [Mode; 4] = [Mode::Cold, Mode::PreCopy, Mode::PostCopy, Mode::Hybrid];
+
+/// A lazy mode is worth its later faults if another one would stand still for so many times longer.
+const CLOSE: f64 = 1.5;
+
+/// Prints the plan. Fails if the tree cannot be moved.
+pub(crate) fn run(args: &Args) -> ExitCode {
+    crate::run_to_end(async {
+        let survey = Survey::take(args.pid, &args.target).await?;
+        let dirtied = rounds::watch_changes(&survey.tree, survey.page, args.watch)?;
+        let costs = Costs::default();
+        let modes: Vec<Prediction> = MODES
+            .iter()
+            .map(|&mode| predict(mode, &costs, &survey, dirtied.pages_per_s()))
+            .collect();
+        let problems = survey.problems(true);
+        let plan = Plan {
+            pid: args.pid,
+            processes: survey.tree.members().len(),
+            private_bytes: survey.size.private_bytes,
+            shared_bytes: survey.size.shared_bytes,
+            dirty_pages_per_s: dirtied.pages_per_s(),
+            recommended: problems.is_empty().then(|| recommend(&modes)),
+            problems,
+            modes,
+        };
+        match args.json {
+            true => println!("{}", serde_json::to_string_pretty(&plan).unwrap_or_default()),
+            false => print(&plan),
+        }
+        survey.expect_no_problem(true)
+    })
+}
+
+/// What `mode` would take, with `dirty_pages_per_s` pages that change in a second.
+#[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+fn predict(mode: Mode, costs: &Costs, survey: &Survey, dirty_pages_per_s: f64) -> Prediction {
+    let memory = survey.size.bytes();
+    let dirty_bytes_per_s = dirty_pages_per_s * survey.page.bytes() as f64;
+    let first_s = memory as f64 / costs.bytes_per_s;
+    // Each round lasts as long as the link needs for what the one before left, and is read once.
+    let share = (dirty_bytes_per_s / costs.bytes_per_s).min(1.0);
+    let left = (memory as f64 * share.powi(ROUNDS) + dirty_bytes_per_s * READING_S).min(memory as f64);
+    let (changed, rounds_s) = match mode.has_rounds() {
+        true => (left as u64, first_s * (1.0 + share + share * share)),
+        false => (memory, 0.0),
+    };
+    let eager = match mode.has_rounds() {
+        true => changed.min(survey.size.shared_bytes),
+        false => survey.size.shared_bytes,
+    };
+    let downtime = predict_downtime(mode, costs, memory, changed, eager);
+    let rest_s = match mode.is_lazy() {
+        true => changed as f64 / costs.bytes_per_s,
+        false => 0.0,
+    };
+    Prediction {
+        mode: mode.name(),
+        downtime_ms: downtime.as_secs_f64() * 1e3,
+        total_ms: (rounds_s + downtime.as_secs_f64() + rest_s) * 1e3,
+    }
+}
+
+/// Rounds that are reckoned with.
+const ROUNDS: i32 = 3;
+
+/// Between the last look of a round at a page and the freeze, seconds.
+const READING_S: f64 = 0.5;
+
+/// The mode that moves everything soonest among those whose downtime is close to the shortest.
+fn recommend(modes: &[Prediction]) -> &'static str {
+    let shortest = modes.iter().map(|mode| mode.downtime_ms).fold(f64::INFINITY, f64::min);
+    let close = modes.iter().filter(|mode| mode.downtime_ms <= shortest * CLOSE);
+    let best = close.min_by(|a, b| a.total_ms.total_cmp(&b.total_ms));
+    best.map_or(Mode::Hybrid.name(), |mode| mode.mode)
+}
+
+fn print(plan: &Plan) {
+    println!("processes           {}", plan.processes);
+    println!("private memory      {} MiB", plan.private_bytes >> 20);
+    println!("shared memory       {} MiB", plan.shared_bytes >> 20);
+    println!("changing            {:.0} pages/s", plan.dirty_pages_per_s);
+    for problem in &plan.problems {
+        println!("in the way          {problem}");
+    }
+    println!("\n{:<20}{:>12}{:>12}", "mode", "downtime", "total");
+    for mode in &plan.modes {
+        let mark = match plan.recommended == Some(mode.mode) {
+            true => "   recommended",
+            false => "",
+        };
+        println!(
+            "{:<20}{:>9.0} ms{:>9.0} ms{mark}",
+            mode.mode, mode.downtime_ms, mode.total_ms
+        );
+    }
+}
