@@ -4,6 +4,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
@@ -27,6 +28,7 @@ for_each_criu!(
     a_restore_that_fails_leaves_the_processes_here,
     a_stopped_command_leaves_the_processes_here,
     certificates_are_asked_for,
+    a_plan_measures_and_recommends,
 );
 
 const MIB: u32 = 24;
@@ -210,5 +212,36 @@ fn certificates_are_asked_for(bed: &Bed, criu: &Criu) -> Result<()> {
     for report in load.run_everywhere(&verifying())? {
         report.expect_right()?;
     }
+    Ok(())
+}
+
+fn a_plan_measures_and_recommends(bed: &Bed, criu: &Criu) -> Result<()> {
+    let load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
+    load.run(0, &[Step::Dirty { pages_per_s: 500 }])?;
+    let agent = Agent::start(&criu.path, &bed.path("agent"), None, &[])?;
+    let mut command = Command::new(testbed::workspace::binary("pageferry")?);
+    command
+        .args(["plan", "--json", "--pid", &load.pid().to_string()])
+        .args(["--to", &agent.address().to_string(), "--state-dir"])
+        .arg(bed.path("source"))
+        .arg("--criu")
+        .arg(&criu.path);
+    let plan: Value = serde_json::from_slice(&testbed::process::run(&mut command)?.stdout)?;
+    let memory = plan["private_bytes"].as_u64().context("private_bytes")? >> 20;
+    ensure!(
+        (u64::from(MIB) / 2..u64::from(MIB) * 2).contains(&memory),
+        "{plan}"
+    );
+    let dirty = plan["dirty_pages_per_s"]
+        .as_f64()
+        .context("dirty_pages_per_s")?;
+    ensure!(dirty > 50.0, "{plan}");
+    ensure!(
+        plan["problems"].as_array().is_some_and(Vec::is_empty),
+        "{plan}"
+    );
+    ensure!(plan["recommended"].is_string(), "{plan}");
+    let modes = plan["modes"].as_array().context("modes")?;
+    ensure!(modes.len() == MODES.len(), "{plan}");
     Ok(())
 }

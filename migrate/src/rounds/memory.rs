@@ -262,7 +262,9 @@ fn data_of(pid: i32, area: &Area) -> Option<(File, Vec<(u64, u64)>)> {
     while at < last
         && let Some(first) = seek(&file, at, Whence::SeekData).filter(|&first| first < last)
     {
-        at = seek(&file, first, Whence::SeekHole).unwrap_or(last).min(last);
+        at = seek(&file, first, Whence::SeekHole)
+            .unwrap_or(last)
+            .min(last);
         data.push((first, at));
     }
     Some((file, data))

@@ -20,9 +20,9 @@ use pageferry::criu::header::{Target, Wire};
 use pageferry::error::Result;
 use pageferry::units::{PageSize, Vaddr};
 
-pub(crate) use dirty::{Dirtied, watch_changes};
+pub(crate) use dirty::watch_changes;
 use memory::{Area, Contents, areas};
-use sender::Sender;
+pub(crate) use sender::Sender;
 pub(crate) use tree::{Member, Tree};
 
 /// What one round read.
@@ -108,7 +108,9 @@ pub(crate) fn measure(tree: &Tree, page: PageSize) -> Size {
     };
     let private: u64 = tree.members().iter().map(of_member).sum();
     let shared = segments(tree);
-    let shared = shared.iter().map(|(pid, area)| memory::shared_bytes(*pid, area));
+    let shared = shared
+        .iter()
+        .map(|(pid, area)| memory::shared_bytes(*pid, area));
     Size {
         private_bytes: private << page.shift(),
         shared_bytes: shared.sum(),

@@ -12,7 +12,7 @@ use super::PageSink;
 
 /// A session with a page-server.
 #[derive(Debug)]
-pub(super) struct Sender {
+pub(crate) struct Sender {
     stream: TcpStream,
     server: SocketAddr,
     page: PageSize,
@@ -43,7 +43,7 @@ impl Rate {
 }
 
 impl Sender {
-    pub(super) fn connect(
+    pub(crate) fn connect(
         server: SocketAddr,
         page: PageSize,
         wire: Wire,
@@ -74,7 +74,7 @@ impl Sender {
     }
 
     /// Waits until everything is stored.
-    pub(super) fn close(&mut self) -> Result<()> {
+    pub(crate) fn close(&mut self) -> Result<()> {
         self.say(Op::Close, PageFlags::default(), 0, Vaddr(0))?;
         let mut status = [0; 4];
         self.hear(&mut status)?;

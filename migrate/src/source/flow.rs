@@ -1,6 +1,7 @@
 //! The steps of one migration at the source, in order.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -23,7 +24,8 @@ use tokio_util::io::{ReaderStream, SyncIoBridge};
 use super::args::Args;
 use super::commands::{self, PORT_FILE, Pages, SUMMARY};
 use super::place::{Place, read_number};
-use super::report::{Report, last_session};
+use super::report::{Report, session};
+use super::shared;
 use crate::child::Program;
 use crate::client::AgentClient;
 use crate::programs::Programs;
@@ -55,6 +57,8 @@ pub(super) struct Flow<'a> {
     size: Size,
     started: Instant,
     frozen: Option<Instant>,
+    /// Sessions of the forwarder that runs, so far.
+    sessions: usize,
     /// Programs that were started; the records know them too.
     running: Vec<Program>,
 }
@@ -84,6 +88,7 @@ impl<'a> Flow<'a> {
             size,
             started,
             frozen: None,
+            sessions: 0,
             running: Vec::new(),
         }
     }
@@ -125,13 +130,18 @@ impl<'a> Flow<'a> {
             self.start_forwarder(None).await?;
         }
         self.report.predicted_downtime_ms = Some(ms(self.predict()));
+        let sends_shared = self.mode == Mode::Hybrid && self.size.shared_bytes > 0;
+        if self.mode == Mode::PreCopy || sends_shared {
+            let pages = self.place.path("/pages");
+            self.client.post::<Receiver>(&pages, &()).await?;
+        }
         self.client.warm(WARM_CONNECTIONS).await?;
         let frozen = Instant::now();
         self.report.preparation_ms = ms(frozen - self.started);
         self.frozen = Some(frozen);
         self.source.handle(SourceEvent::Freezing);
         match self.mode.is_lazy() {
-            true => self.dump_lazily().await,
+            true => self.dump_lazily(sends_shared).await,
             false => self.dump_whole().await,
         }
     }
@@ -189,7 +199,7 @@ impl<'a> Flow<'a> {
             })??;
             let stored = self.place.path(&format!("/rounds/{number}/stored"));
             self.client.get::<Status>(&stored).await?;
-            let line = last_session(&self.place.dir().join(SUMMARY))?;
+            let line = self.next_session().await?;
             self.report.add_session(&line);
             let round = result_of_round(&line, started.elapsed());
             self.report.memory_bytes = read.pages << self.page.shift();
@@ -256,7 +266,8 @@ impl<'a> Flow<'a> {
             },
         };
         let dir = self.place.dir().to_owned();
-        let mut command = commands::forwarder(&self.programs, &self.args.target.tls, &dir, &far_end);
+        let mut command =
+            commands::forwarder(&self.programs, &self.args.target.tls, &dir, &far_end);
         let log = dir.join("forwarder.log");
         let program =
             Program::start_ready("page-server --forward", &mut command, &log, READY_LIMIT).await?;
@@ -268,10 +279,6 @@ impl<'a> Flow<'a> {
 
     /// Freezes for good: all pages go to the destination before the restore.
     async fn dump_whole(&mut self) -> Result<()> {
-        if self.mode.has_rounds() {
-            let pages = self.place.path("/pages");
-            self.client.post::<Receiver>(&pages, &()).await?;
-        }
         let port = read_number(&self.place.dir().join(PORT_FILE))?;
         let images = self.place.images();
         let mut command = commands::dump(
@@ -288,14 +295,14 @@ impl<'a> Flow<'a> {
         self.phase("dump");
         let stored = self.place.path("/pages/stored");
         self.client.get::<Status>(&stored).await?;
-        let line = last_session(&self.place.dir().join(SUMMARY))?;
+        let line = self.next_session().await?;
         self.report.add_session(&line);
-        self.send_images().await?;
+        self.send_images(BTreeSet::new()).await?;
         self.restore(None).await
     }
 
     /// Freezes until the destination can go on without what is still here.
-    async fn dump_lazily(&mut self) -> Result<()> {
+    async fn dump_lazily(&mut self, sends_shared: bool) -> Result<()> {
         let images = self.place.images();
         let port = free_port()?;
         let mut command = commands::dump(
@@ -308,14 +315,18 @@ impl<'a> Flow<'a> {
         let log = images.join("dump.log");
         let dump = Program::start_ready("criu dump", &mut command, &log, self.args.timeout).await?;
         self.place.facts.dump = Some(dump.name());
-        // The forwarder of the rounds has done its work.
-        if let Some(rounds) = self.place.facts.forwarder.take() {
-            let _ = rounds.signal(libc::SIGTERM);
-        }
+        self.place.facts.round_forwarder = self.place.facts.forwarder.take();
         self.place.keep_facts()?;
         self.running.push(dump);
         self.phase("dump");
         let dir = self.place.dir().to_owned();
+        let sent = match sends_shared {
+            true => self.send_shared().await?,
+            false => BTreeSet::new(),
+        };
+        if let Some(rounds) = &self.place.facts.round_forwarder {
+            let _ = rounds.signal(libc::SIGTERM);
+        }
         let address = self.serving_address();
         let mut command = commands::lazy_forwarder(
             &self.programs,
@@ -328,10 +339,11 @@ impl<'a> Flow<'a> {
         let title = "page-server --forward-lazy";
         let forwarder = Program::start_ready(title, &mut command, &log, READY_LIMIT).await?;
         self.place.facts.forwarder = Some(forwarder.name());
+        self.sessions = 0;
         self.place.keep_facts()?;
         self.running.push(forwarder);
         self.phase("forwarder");
-        self.send_images().await?;
+        self.send_images(sent).await?;
         let port = read_number(&dir.join(PORT_FILE))?;
         self.restore(Some(port)).await
     }
@@ -344,23 +356,45 @@ impl<'a> Flow<'a> {
         }
     }
 
-    /// Sends the image files that the dump wrote.
-    async fn send_images(&mut self) -> Result<()> {
+    /// Sends what has changed in shared memory since the last round, and tells the files that hold it.
+    async fn send_shared(&mut self) -> Result<BTreeSet<OsString>> {
+        let images = self.place.images();
+        let port = read_number(&self.place.dir().join(PORT_FILE))?;
+        let forwarder = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let (page, wire) = (self.page, self.wire);
+        let sent =
+            tokio::task::spawn_blocking(move || shared::send(&images, forwarder, page, wire));
+        let sent = sent.await.map_err(|error| {
+            Error::wrap(
+                Kind::Io,
+                "sending shared memory was ended",
+                io::Error::other(error),
+            )
+        })??;
+        let stored = self.place.path("/pages/stored");
+        self.client.get::<Status>(&stored).await?;
+        let line = self.next_session().await?;
+        self.report.add_session(&line);
+        self.phase("shared");
+        Ok(sent)
+    }
+
+    /// Sends the image files that the dump wrote, but for those that are there.
+    async fn send_images(&mut self, sent: BTreeSet<OsString>) -> Result<()> {
         let images = self.place.images();
         let (near, far) = tokio::io::duplex(IMAGES_BUFFER_BYTES);
-        let packed = tokio::task::spawn_blocking(move || pack(&images, SyncIoBridge::new(near)));
+        let packed =
+            tokio::task::spawn_blocking(move || pack(&images, &sent, SyncIoBridge::new(near)));
         let body = Body::from_stream(ReaderStream::new(far));
         let path = self.place.path("/images");
         let sent = self.client.put::<Status>(&path, body).await;
-        match packed.await {
-            Ok(Ok(bytes)) => self.report.wire_bytes += bytes,
-            Ok(Err(error)) => return Err(error),
-            Err(error) => {
-                let error = io::Error::other(error);
-                return Err(Error::wrap(Kind::Io, "sending the images was ended", error));
-            }
-        }
+        let packed = packed.await;
+        // An agent that refuses them says why; here only the connection is seen to end.
         sent?;
+        self.report.wire_bytes += packed.map_err(|error| {
+            let error = io::Error::other(error);
+            Error::wrap(Kind::Io, "sending the images was ended", error)
+        })??;
         self.phase("images");
         Ok(())
     }
@@ -400,6 +434,12 @@ impl<'a> Flow<'a> {
         Ok(())
     }
 
+    /// What the forwarder says of the session that has ended.
+    async fn next_session(&mut self) -> Result<serde_json::Value> {
+        self.sessions += 1;
+        session(&self.place.dir().join(SUMMARY), self.sessions).await
+    }
+
     fn note_downtime(&mut self) {
         if let Some(frozen) = self.frozen {
             self.phase("commit");
@@ -414,7 +454,7 @@ impl<'a> Flow<'a> {
             self.report.add_lazy_summary(summary);
         }
         if self.mode.is_lazy() {
-            let line = last_session(&self.place.dir().join(SUMMARY))?;
+            let line = self.next_session().await?;
             self.report.add_session(&line);
         }
         self.report.complete_ms = Some(ms(self.started.elapsed()));
@@ -469,8 +509,8 @@ fn result_of_round(line: &serde_json::Value, took: Duration) -> RoundResult {
     }
 }
 
-/// Writes the image files of `dir` as a tar stream, and tells their bytes.
-fn pack(dir: &Path, out: impl io::Write) -> Result<u64> {
+/// Writes the image files of `dir`, but for those in `sent`, as a tar stream, and tells their bytes.
+fn pack(dir: &Path, sent: &BTreeSet<OsString>, out: impl io::Write) -> Result<u64> {
     let failed = |path: &Path, error| Error::file("send", path, error);
     let mut archive = tar::Builder::new(out);
     let mut bytes = 0;
@@ -478,10 +518,9 @@ fn pack(dir: &Path, out: impl io::Write) -> Result<u64> {
     let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
     paths.sort();
     for path in paths {
-        let Some(name) = path
-            .file_name()
-            .filter(|_| path.extension().is_some_and(|e| e == "img"))
-        else {
+        let is_image = path.extension().is_some_and(|extension| extension == "img");
+        let wanted = |name: &&OsStr| is_image && !sent.contains(*name);
+        let Some(name) = path.file_name().filter(wanted) else {
             continue;
         };
         let mut file = std::fs::File::open(&path).map_err(|error| failed(&path, error))?;

@@ -17,6 +17,7 @@ mod place;
 pub(crate) mod plan;
 mod preflight;
 mod report;
+mod shared;
 mod survey;
 
 use std::process::ExitCode;
@@ -51,7 +52,9 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 
 async fn migrate(args: &Args) -> Result<()> {
     let started = Instant::now();
-    let root = args.pid.ok_or_else(|| Error::new(Kind::Usage, "--pid is missing"))?;
+    let root = args
+        .pid
+        .ok_or_else(|| Error::new(Kind::Usage, "--pid is missing"))?;
     let survey = Survey::take(root, &args.target).await?;
     let memory_bytes = survey.size.bytes();
     let mode = args.mode.chosen().unwrap_or_else(|| recommend(survey.size));
@@ -81,6 +84,7 @@ async fn migrate(args: &Args) -> Result<()> {
             .collect(),
         dump: None,
         forwarder: None,
+        round_forwarder: None,
     };
     let place = Place::make(&args.target.state_dir, facts, client.clone())?;
     let guard = guard::start(args, &programs, &place)?;
@@ -112,7 +116,15 @@ async fn migrate(args: &Args) -> Result<()> {
         kernel: here.kernel,
     };
     let wire = here.criu.unwrap_or_default().wire();
-    let mut flow = Flow::new(args, programs, client, place, (page, wire), (report, size), started);
+    let mut flow = Flow::new(
+        args,
+        programs,
+        client,
+        place,
+        (page, wire),
+        (report, size),
+        started,
+    );
     let ended = flow.run().await;
     let report = flow.finish(&ended);
     // It hears of the end, and has nothing to do.

@@ -44,8 +44,10 @@ pub(super) struct Facts {
     pub(super) stopped: Vec<ProcessName>,
     /// `criu dump`.
     pub(super) dump: Option<ProcessName>,
-    /// `page-server --forward` or `--forward-lazy`.
+    /// The page-server that the dump's memory goes through: `--forward`, or `--forward-lazy`.
     pub(super) forwarder: Option<ProcessName>,
+    /// The page-server that rounds went through, if the dump's memory takes another way.
+    pub(super) round_forwarder: Option<ProcessName>,
 }
 
 /// See the module's text.
@@ -159,9 +161,7 @@ impl Place {
     /// Lets the processes go on here.
     async fn release(&self) -> Result<()> {
         // Without its page server, or the client of it, a dump fails and lets its processes go.
-        if let Some(forwarder) = &self.facts.forwarder {
-            let _ = forwarder.signal(Signal::SIGTERM as i32);
-        }
+        self.end_forwarders();
         if let Some(dump) = &self.facts.dump {
             let start = Instant::now();
             while dump.is_alive() {
@@ -204,10 +204,16 @@ impl Place {
             // Those of a lazy dump that succeeded are gone already.
             let _ = process.signal(Signal::SIGKILL as i32);
         }
-        if let Some(forwarder) = &self.facts.forwarder {
+        self.end_forwarders();
+        self.remove_images();
+    }
+
+    fn end_forwarders(&self) {
+        let forwarders = [self.facts.forwarder, self.facts.round_forwarder];
+        for forwarder in forwarders.into_iter().flatten() {
+            // It may have ended by itself.
             let _ = forwarder.signal(Signal::SIGTERM as i32);
         }
-        self.remove_images();
     }
 
     /// Removes what holds memory; logs and records stay.

@@ -3,7 +3,6 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use pageferry::error::Result;
 use pageferry::migration::{Costs, Mode, predict_downtime};
 use serde::Serialize;
 
@@ -78,7 +77,10 @@ pub(crate) fn run(args: &Args) -> ExitCode {
             modes,
         };
         match args.json {
-            true => println!("{}", serde_json::to_string_pretty(&plan).unwrap_or_default()),
+            true => println!(
+                "{}",
+                serde_json::to_string_pretty(&plan).unwrap_or_default()
+            ),
             false => print(&plan),
         }
         survey.expect_no_problem(true)
@@ -86,14 +88,19 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 }
 
 /// What `mode` would take, with `dirty_pages_per_s` pages that change in a second.
-#[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+#[allow(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss
+)]
 fn predict(mode: Mode, costs: &Costs, survey: &Survey, dirty_pages_per_s: f64) -> Prediction {
     let memory = survey.size.bytes();
     let dirty_bytes_per_s = dirty_pages_per_s * survey.page.bytes() as f64;
     let first_s = memory as f64 / costs.bytes_per_s;
     // Each round lasts as long as the link needs for what the one before left, and is read once.
     let share = (dirty_bytes_per_s / costs.bytes_per_s).min(1.0);
-    let left = (memory as f64 * share.powi(ROUNDS) + dirty_bytes_per_s * READING_S).min(memory as f64);
+    let left =
+        (memory as f64 * share.powi(ROUNDS) + dirty_bytes_per_s * READING_S).min(memory as f64);
     let (changed, rounds_s) = match mode.has_rounds() {
         true => (left as u64, first_s * (1.0 + share + share * share)),
         false => (memory, 0.0),
@@ -122,8 +129,13 @@ const READING_S: f64 = 0.5;
 
 /// The mode that moves everything soonest among those whose downtime is close to the shortest.
 fn recommend(modes: &[Prediction]) -> &'static str {
-    let shortest = modes.iter().map(|mode| mode.downtime_ms).fold(f64::INFINITY, f64::min);
-    let close = modes.iter().filter(|mode| mode.downtime_ms <= shortest * CLOSE);
+    let shortest = modes
+        .iter()
+        .map(|mode| mode.downtime_ms)
+        .fold(f64::INFINITY, f64::min);
+    let close = modes
+        .iter()
+        .filter(|mode| mode.downtime_ms <= shortest * CLOSE);
     let best = close.min_by(|a, b| a.total_ms.total_cmp(&b.total_ms));
     best.map_or(Mode::Hybrid.name(), |mode| mode.mode)
 }

@@ -1,13 +1,21 @@
 //! What a migration was like: a table for people, JSON for programs. docs/migration.md defines each figure.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
-use pageferry::error::{Error, Result};
+use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::RoundResult;
 use pageferry::migration::messages::MigrationId;
 use serde::{Deserialize, Serialize};
+use tokio::time::sleep;
 
 use crate::records;
+
+/// How long a page-server may take to write what it sent.
+const SUMMARY_LIMIT: Duration = Duration::from_secs(10);
+
+/// How often that is looked for.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
 /// Faults at the destination, as lazy-client saw them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -122,9 +130,25 @@ impl Report {
     }
 }
 
-/// The last line of a `--summary-json` file.
-pub(crate) fn last_session(path: &Path) -> Result<serde_json::Value> {
-    let text = std::fs::read_to_string(path).map_err(|error| Error::file("read", path, error))?;
-    let last = text.lines().next_back().unwrap_or("null");
-    serde_json::from_str(last).map_err(|error| Error::file("understand", path, error))
+/// Line `number` (1, 2, 3...) of a `--summary-json` file. A page-server writes it after its peer has heard
+/// of the end, so it is waited for.
+pub(crate) async fn session(path: &Path, number: usize) -> Result<serde_json::Value> {
+    let start = Instant::now();
+    loop {
+        let text =
+            std::fs::read_to_string(path).map_err(|error| Error::file("read", path, error))?;
+        // A line without its end is still being written.
+        let mut whole = text
+            .split_inclusive('\n')
+            .filter(|line| line.ends_with('\n'));
+        if let Some(line) = whole.nth(number.saturating_sub(1)) {
+            return serde_json::from_str(line)
+                .map_err(|error| Error::file("understand", path, error));
+        }
+        if start.elapsed() > SUMMARY_LIMIT {
+            let text = format!("{} has no line of session {number}", path.display());
+            return Err(Error::new(Kind::Io, text));
+        }
+        sleep(LOOK_AGAIN).await;
+    }
 }
