@@ -14,6 +14,7 @@
 mod commands;
 mod http;
 mod listen;
+mod restore;
 mod session;
 mod sessions;
 

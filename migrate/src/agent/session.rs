@@ -11,64 +11,60 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::limits::MIGRATION_ROUNDS_MAX;
-use pageferry::migration::messages::{Begin, MigrationId, Receiver, RestoreRequest, Status};
+use pageferry::migration::messages::{Begin, MigrationId, Receiver, Status};
 use pageferry::migration::{Agent, AgentAction, AgentEvent, AgentRecord, AgentState};
 use pageferry::sys::owned_process::ProcessName;
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
 use tokio::sync::{Mutex as Turn, watch};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
 
 use super::commands::{self, RECEIVER_PORT};
 use super::sessions::Place;
 use crate::child::Program;
-use crate::facts::now_us;
-use crate::hook::{RECORD, RESTORED, RESUMED, SOCKET};
+use crate::hook::RECORD;
 use crate::records;
 
 /// The request that began a migration, as it is kept.
 const BEGIN: &str = "begin.json";
 
 /// The process that fills memory, as it is kept.
-const LAZY_PROCESS: &str = "lazy-client.json";
+pub(super) const LAZY_PROCESS: &str = "lazy-client.json";
 
 /// Directory of the final images.
 const IMAGES: &str = "images";
 
 /// How long a program may take to listen.
-const READY_LIMIT: Duration = Duration::from_secs(30);
-
-/// How often a lazy-client that an earlier agent started is looked for.
-const LOOK_AGAIN: Duration = Duration::from_millis(200);
+pub(super) const READY_LIMIT: Duration = Duration::from_secs(30);
 
 /// One migration.
 #[derive(Debug)]
 pub(super) struct Session {
-    place: Arc<Place>,
-    dir: PathBuf,
-    begin: Begin,
-    from: IpAddr,
+    pub(super) place: Arc<Place>,
+    pub(super) dir: PathBuf,
+    pub(super) begin: Begin,
+    pub(super) from: IpAddr,
     /// Actions are carried out by one task at a time, in the order of the decisions.
     turn: Turn<()>,
     inner: Mutex<Inner>,
-    changed: watch::Sender<u64>,
+    pub(super) changed: watch::Sender<u64>,
 }
 
 #[derive(Debug)]
-struct Inner {
-    agent: Agent,
-    problem: Option<String>,
-    rounds: u32,
+pub(super) struct Inner {
+    pub(super) agent: Agent,
+    pub(super) problem: Option<String>,
+    pub(super) rounds: u32,
     /// The port at which pages are received.
     port: u16,
     receiver: Option<Program>,
-    lazy: Option<Program>,
+    pub(super) lazy: Option<Program>,
     /// The restore that waits for the word.
-    waiting: Option<UnixStream>,
+    pub(super) waiting: Option<UnixStream>,
     /// The whole tree of the restore that has been started.
-    restore: Option<ProcessName>,
-    resumed_us: Option<u64>,
-    complete_us: Option<u64>,
+    pub(super) restore: Option<ProcessName>,
+    pub(super) resumed_us: Option<u64>,
+    pub(super) complete_us: Option<u64>,
     /// When the source was last heard.
     heard: Instant,
 }
@@ -140,11 +136,11 @@ impl Session {
         Ok(Some(session))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn images(&self) -> PathBuf {
+    pub(super) fn images(&self) -> PathBuf {
         self.dir.join(IMAGES)
     }
 
@@ -223,7 +219,7 @@ impl Session {
         }
     }
 
-    async fn carry_out(&self, actions: Vec<AgentAction>) {
+    pub(super) async fn carry_out(&self, actions: Vec<AgentAction>) {
         let mut todo = std::collections::VecDeque::from(actions);
         while let Some(action) = todo.pop_front() {
             match action {
@@ -359,173 +355,9 @@ impl Session {
         self.changed.send_modify(|count| *count += 1);
         Ok(self.status())
     }
-
-    /// Restores, up to the moment before the first instruction. What comes after that is done by a task.
-    pub(super) async fn restore(self: &Arc<Session>, request: &RestoreRequest) -> Result<Status> {
-        if self.handle(AgentEvent::RestoreAsked).await.state != AgentState::Restoring {
-            return Err(Error::new(
-                Kind::Usage,
-                "this migration cannot be restored now",
-            ));
-        }
-        if let Err(error) = self.start_restore(request).await {
-            self.fail(&error.to_string()).await;
-        }
-        let decided =
-            |status: &Status| status.state == AgentState::Ready || status.state.is_decided();
-        Ok(self.wait_for(decided).await)
-    }
-
-    async fn start_restore(self: &Arc<Session>, request: &RestoreRequest) -> Result<()> {
-        let images = self.images_dir()?;
-        let socket = self.dir.join(SOCKET);
-        let hooks = UnixListener::bind(&socket)
-            .map_err(|error| Error::file("listen at", &socket, error))?;
-        let script = self.dir.join("hook.sh");
-        let text = commands::hook_script(&self.place.programs, &self.dir);
-        fs::write(&script, text)
-            .and_then(|()| fs::set_permissions(&script, fs::Permissions::from_mode(0o700)))
-            .map_err(|error| Error::file("write", &script, error))?;
-        if let Some(port) = request.memory_port {
-            let earlier = match self.lock().rounds {
-                0 => None,
-                last => Some(format!("../{}", round_name(last))),
-            };
-            let mut command = commands::lazy_client(
-                &self.place.programs,
-                &self.place.tls,
-                &images,
-                (self.from, port),
-                earlier.as_deref(),
-            );
-            let log = images.join("lazy.log");
-            let lazy = Program::start_ready("lazy-client", &mut command, &log, READY_LIMIT).await?;
-            records::write(&self.dir.join(LAZY_PROCESS), &lazy.name())?;
-            self.lock().lazy = Some(lazy);
-        }
-        let mut command = commands::restore(
-            &self.place.programs,
-            &images,
-            &script,
-            request.memory_port.is_some(),
-            self.begin.tcp,
-        );
-        let log = images.join("restore.log");
-        let restore = Program::start("criu restore", &mut command, &log)?;
-        self.lock().restore = Some(restore.name());
-        tokio::spawn(Session::follow_restore(Arc::clone(self), restore, hooks));
-        Ok(())
-    }
-
-    /// Hears the stages of the restore and waits for its end.
-    async fn follow_restore(session: Arc<Session>, mut restore: Program, hooks: UnixListener) {
-        let stages = async {
-            loop {
-                match hooks.accept().await {
-                    Ok((stream, _)) => session.hear_stage(stream).await,
-                    Err(error) => {
-                        tracing::warn!("hook of {}: {error}", session.begin.id);
-                        sleep(LOOK_AGAIN).await;
-                    }
-                }
-            }
-        };
-        let ended = tokio::select! {
-            ended = restore.succeed() => ended,
-            never = stages => never,
-        };
-        session.lock().restore = None;
-        match ended {
-            // It was ended because of the decision.
-            Err(_) if session.status().state == AgentState::Aborted => {}
-            Err(error) if session.is_decided() => {
-                tracing::error!(
-                    "migration {}: after the decision: {error}",
-                    session.begin.id
-                );
-                session.lock().problem = Some(error.to_string());
-                session.changed.send_modify(|count| *count += 1);
-            }
-            Err(error) => session.fail(&error.to_string()).await,
-            Ok(()) => session.follow_memory().await,
-        }
-    }
-
-    async fn hear_stage(&self, stream: UnixStream) {
-        let mut stage = String::new();
-        let mut stream = BufReader::new(stream);
-        if stream.read_line(&mut stage).await.is_err() {
-            return;
-        }
-        match stage.trim_end() {
-            RESTORED => {
-                self.lock().waiting = Some(stream.into_inner());
-                self.handle(AgentEvent::Restored).await;
-            }
-            RESUMED => {
-                self.lock().resumed_us = Some(now_us());
-                self.changed.send_modify(|count| *count += 1);
-            }
-            _ => {}
-        }
-    }
-
-    /// Waits until all memory is there.
-    async fn follow_memory(&self) {
-        {
-            let mut inner = self.lock();
-            // A hook that could not reach the agent leaves the time of the restore's end.
-            inner.resumed_us.get_or_insert_with(now_us);
-        }
-        self.changed.send_modify(|count| *count += 1);
-        let lazy = self.lock().lazy.take();
-        let ended = match lazy {
-            Some(mut lazy) => lazy.succeed().await,
-            None => Ok(()),
-        };
-        match ended {
-            Ok(()) => self.complete().await,
-            Err(error) => {
-                tracing::error!("migration {}: {error}", self.begin.id);
-                self.lock().problem = Some(error.to_string());
-                self.changed.send_modify(|count| *count += 1);
-            }
-        }
-    }
-
-    async fn complete(&self) {
-        self.lock().complete_us = Some(now_us());
-        self.handle(AgentEvent::MemoryComplete).await;
-        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
-            if entry.path().is_dir() {
-                keep_logs(&entry.path());
-            }
-        }
-    }
-
-    /// The agent that started the lazy-client has died; the lazy-client may go on.
-    async fn wait_for_earlier_lazy_client(&self) {
-        let path = self.dir.join(LAZY_PROCESS);
-        if let Ok(Some(process)) = records::read::<ProcessName>(&path) {
-            while process.is_alive() {
-                sleep(LOOK_AGAIN).await;
-            }
-        }
-        let summary = records::read::<serde_json::Value>(&self.images().join("lazy-summary.json"));
-        match (self.begin.mode.is_lazy(), summary) {
-            (true, Ok(None) | Err(_)) => {
-                self.lock().problem = Some("the end of lazy-client was not seen".to_owned());
-            }
-            _ => {
-                self.lock().complete_us = Some(now_us());
-                let actions = self.lock().agent.handle(AgentEvent::MemoryComplete);
-                self.carry_out(actions).await;
-            }
-        }
-    }
 }
 
-fn round_name(number: u32) -> String {
+pub(super) fn round_name(number: u32) -> String {
     format!("round-{number}")
 }
 
@@ -547,7 +379,7 @@ fn end_earlier(path: &Path) {
 }
 
 /// Removes the image files of a directory, and the directory if nothing else is in it.
-fn keep_logs(dir: &Path) {
+pub(super) fn keep_logs(dir: &Path) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
         let extension = path.extension().and_then(|extension| extension.to_str());

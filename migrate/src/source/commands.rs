@@ -4,6 +4,7 @@ use std::net::Ipv4Addr;
 use std::path::Path;
 
 use pageferry::engine::io::transport::Peer;
+use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::TcpConnections;
 use pageferry::tls::TlsArgs;
 use tokio::process::Command;
@@ -107,4 +108,12 @@ pub(super) enum Pages {
     ServedAt(u16),
     /// A page-server receives them there.
     SentTo(u16),
+}
+
+/// A port that nobody listens on at the moment: CRIU's page server takes no other way.
+pub(super) fn free_port() -> Result<u16> {
+    let socket = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0));
+    let address = socket.and_then(|socket| socket.local_addr());
+    let failed = |error| Error::wrap(Kind::Io, "cannot find a free port", error);
+    Ok(address.map_err(failed)?.port())
 }

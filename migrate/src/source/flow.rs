@@ -1,10 +1,9 @@
 //! The steps of one migration at the source, in order.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -22,7 +21,8 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::io::{ReaderStream, SyncIoBridge};
 
 use super::args::Args;
-use super::commands::{self, PORT_FILE, Pages, SUMMARY};
+use super::commands::{self, PORT_FILE, Pages, SUMMARY, free_port};
+use super::images::pack;
 use super::place::{Place, read_number};
 use super::report::{Report, session};
 use super::shared;
@@ -507,39 +507,4 @@ fn result_of_round(line: &serde_json::Value, took: Duration) -> RoundResult {
         bytes: line["frame_bytes"].as_u64().unwrap_or_default(),
         ms: u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
     }
-}
-
-/// Writes the image files of `dir`, but for those in `sent`, as a tar stream, and tells their bytes.
-fn pack(dir: &Path, sent: &BTreeSet<OsString>, out: impl io::Write) -> Result<u64> {
-    let failed = |path: &Path, error| Error::file("send", path, error);
-    let mut archive = tar::Builder::new(out);
-    let mut bytes = 0;
-    let entries = std::fs::read_dir(dir).map_err(|error| failed(dir, error))?;
-    let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
-    paths.sort();
-    for path in paths {
-        let is_image = path.extension().is_some_and(|extension| extension == "img");
-        let wanted = |name: &&OsStr| is_image && !sent.contains(*name);
-        let Some(name) = path.file_name().filter(wanted) else {
-            continue;
-        };
-        let mut file = std::fs::File::open(&path).map_err(|error| failed(&path, error))?;
-        bytes += file.metadata().map_or(0, |meta| meta.len());
-        archive
-            .append_file(name, &mut file)
-            .map_err(|error| failed(&path, error))?;
-    }
-    archive
-        .into_inner()
-        .and_then(|mut out| out.flush())
-        .map_err(|error| failed(dir, error))?;
-    Ok(bytes)
-}
-
-/// A port that nobody listens on at the moment: CRIU's page server takes no other way.
-fn free_port() -> Result<u16> {
-    let socket = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0));
-    let address = socket.and_then(|socket| socket.local_addr());
-    let failed = |error| Error::wrap(Kind::Io, "cannot find a free port", error);
-    Ok(address.map_err(failed)?.port())
 }

@@ -13,6 +13,7 @@ mod args;
 mod commands;
 mod flow;
 pub(crate) mod guard;
+mod images;
 mod place;
 pub(crate) mod plan;
 mod preflight;

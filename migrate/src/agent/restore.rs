@@ -1,0 +1,190 @@
+//! The restore of one migration at the agent, from its start to the last page.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::messages::{RestoreRequest, Status};
+use pageferry::migration::{AgentEvent, AgentState};
+use pageferry::sys::owned_process::ProcessName;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::time::sleep;
+
+use super::commands;
+use super::session::{LAZY_PROCESS, READY_LIMIT, Session, keep_logs, round_name};
+use crate::child::Program;
+use crate::facts::now_us;
+use crate::hook::{RESTORED, RESUMED, SOCKET};
+use crate::records;
+
+/// How often a lazy-client that an earlier agent started is looked for.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
+impl Session {
+    /// Restores, up to the moment before the first instruction. What comes after that is done by a task.
+    pub(super) async fn restore(self: &Arc<Session>, request: &RestoreRequest) -> Result<Status> {
+        if self.handle(AgentEvent::RestoreAsked).await.state != AgentState::Restoring {
+            return Err(Error::new(
+                Kind::Usage,
+                "this migration cannot be restored now",
+            ));
+        }
+        if let Err(error) = self.start_restore(request).await {
+            self.fail(&error.to_string()).await;
+        }
+        let decided =
+            |status: &Status| status.state == AgentState::Ready || status.state.is_decided();
+        Ok(self.wait_for(decided).await)
+    }
+
+    async fn start_restore(self: &Arc<Session>, request: &RestoreRequest) -> Result<()> {
+        let images = self.images_dir()?;
+        let socket = self.dir.join(SOCKET);
+        let hooks = UnixListener::bind(&socket)
+            .map_err(|error| Error::file("listen at", &socket, error))?;
+        let script = self.dir.join("hook.sh");
+        let text = commands::hook_script(&self.place.programs, &self.dir);
+        fs::write(&script, text)
+            .and_then(|()| fs::set_permissions(&script, fs::Permissions::from_mode(0o700)))
+            .map_err(|error| Error::file("write", &script, error))?;
+        if let Some(port) = request.memory_port {
+            let earlier = match self.lock().rounds {
+                0 => None,
+                last => Some(format!("../{}", round_name(last))),
+            };
+            let mut command = commands::lazy_client(
+                &self.place.programs,
+                &self.place.tls,
+                &images,
+                (self.from, port),
+                earlier.as_deref(),
+            );
+            let log = images.join("lazy.log");
+            let lazy = Program::start_ready("lazy-client", &mut command, &log, READY_LIMIT).await?;
+            records::write(&self.dir.join(LAZY_PROCESS), &lazy.name())?;
+            self.lock().lazy = Some(lazy);
+        }
+        let mut command = commands::restore(
+            &self.place.programs,
+            &images,
+            &script,
+            request.memory_port.is_some(),
+            self.begin.tcp,
+        );
+        let log = images.join("restore.log");
+        let restore = Program::start("criu restore", &mut command, &log)?;
+        self.lock().restore = Some(restore.name());
+        tokio::spawn(Session::follow_restore(Arc::clone(self), restore, hooks));
+        Ok(())
+    }
+
+    /// Hears the stages of the restore and waits for its end.
+    async fn follow_restore(session: Arc<Session>, mut restore: Program, hooks: UnixListener) {
+        let stages = async {
+            loop {
+                match hooks.accept().await {
+                    Ok((stream, _)) => session.hear_stage(stream).await,
+                    Err(error) => {
+                        tracing::warn!("hook of {}: {error}", session.begin.id);
+                        sleep(LOOK_AGAIN).await;
+                    }
+                }
+            }
+        };
+        let ended = tokio::select! {
+            ended = restore.succeed() => ended,
+            never = stages => never,
+        };
+        session.lock().restore = None;
+        match ended {
+            // It was ended because of the decision.
+            Err(_) if session.status().state == AgentState::Aborted => {}
+            Err(error) if session.is_decided() => {
+                tracing::error!(
+                    "migration {}: after the decision: {error}",
+                    session.begin.id
+                );
+                session.lock().problem = Some(error.to_string());
+                session.changed.send_modify(|count| *count += 1);
+            }
+            Err(error) => session.fail(&error.to_string()).await,
+            Ok(()) => session.follow_memory().await,
+        }
+    }
+
+    async fn hear_stage(&self, stream: UnixStream) {
+        let mut stage = String::new();
+        let mut stream = BufReader::new(stream);
+        if stream.read_line(&mut stage).await.is_err() {
+            return;
+        }
+        match stage.trim_end() {
+            RESTORED => {
+                self.lock().waiting = Some(stream.into_inner());
+                self.handle(AgentEvent::Restored).await;
+            }
+            RESUMED => {
+                self.lock().resumed_us = Some(now_us());
+                self.changed.send_modify(|count| *count += 1);
+            }
+            _ => {}
+        }
+    }
+
+    /// Waits until all memory is there.
+    async fn follow_memory(&self) {
+        {
+            let mut inner = self.lock();
+            // A hook that could not reach the agent leaves the time of the restore's end.
+            inner.resumed_us.get_or_insert_with(now_us);
+        }
+        self.changed.send_modify(|count| *count += 1);
+        let lazy = self.lock().lazy.take();
+        let ended = match lazy {
+            Some(mut lazy) => lazy.succeed().await,
+            None => Ok(()),
+        };
+        match ended {
+            Ok(()) => self.complete().await,
+            Err(error) => {
+                tracing::error!("migration {}: {error}", self.begin.id);
+                self.lock().problem = Some(error.to_string());
+                self.changed.send_modify(|count| *count += 1);
+            }
+        }
+    }
+
+    async fn complete(&self) {
+        self.lock().complete_us = Some(now_us());
+        self.handle(AgentEvent::MemoryComplete).await;
+        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
+            if entry.path().is_dir() {
+                keep_logs(&entry.path());
+            }
+        }
+    }
+
+    /// The agent that started the lazy-client has died; the lazy-client may go on.
+    pub(super) async fn wait_for_earlier_lazy_client(&self) {
+        let path = self.dir.join(LAZY_PROCESS);
+        if let Ok(Some(process)) = records::read::<ProcessName>(&path) {
+            while process.is_alive() {
+                sleep(LOOK_AGAIN).await;
+            }
+        }
+        let summary = records::read::<serde_json::Value>(&self.images().join("lazy-summary.json"));
+        match (self.begin.mode.is_lazy(), summary) {
+            (true, Ok(None) | Err(_)) => {
+                self.lock().problem = Some("the end of lazy-client was not seen".to_owned());
+            }
+            _ => {
+                self.lock().complete_us = Some(now_us());
+                let actions = self.lock().agent.handle(AgentEvent::MemoryComplete);
+                self.carry_out(actions).await;
+            }
+        }
+    }
+}
