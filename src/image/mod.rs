@@ -1,15 +1,27 @@
-//! Where pages rest: CRIU's image files, read and written.
+//! CRIU's image files, read and written.
+//!
+//! `file`, `pagemap` and `proto` are codecs without descriptors; they build without the feature `engine`.
 
+#[cfg(feature = "engine")]
 pub mod blocks;
+#[cfg(feature = "engine")]
 pub mod chain;
+#[cfg(feature = "engine")]
 pub mod dir;
+#[cfg(feature = "engine")]
 mod extents;
 pub mod file;
+#[cfg(feature = "engine")]
 pub mod mm;
 pub mod pagemap;
+#[cfg(feature = "engine")]
 pub mod pages;
+#[cfg(feature = "engine")]
 mod parents;
 pub mod proto;
+#[cfg(feature = "engine")]
 pub mod readahead;
+#[cfg(feature = "engine")]
 pub mod store;
+#[cfg(feature = "engine")]
 pub mod writer;

@@ -11,10 +11,13 @@
 //! layers of NAME: a, b < c < d, e       the children of module NAME (`library`: those of the root)
 //! pure: a, c                            these import none but each other
 //! ```
+//!
+//! - The pure modules build from few crates: see `Cargo.toml`, feature `engine`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use testbed::workspace;
@@ -30,6 +33,9 @@ const CRATES: [&str; 5] = [
 
 /// The library's folder, to which the order applies.
 const LIBRARY: &str = "src";
+
+/// Fewer crates than this, our own included, build the pure modules.
+const PURE_CRATES: usize = 40;
 
 /// A module's path within its crate; empty for the root.
 type Module = Vec<String>;
@@ -59,8 +65,48 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
             problems.extend(against_order(&imports, &Order::parse(&text)?));
         }
     }
+    let crates = pure_crates(root)?;
+    if crates.len() >= PURE_CRATES {
+        problems.push(format!(
+            "the pure modules need {} crates, {PURE_CRATES} are too many: {}",
+            crates.len(),
+            Vec::from_iter(crates).join(", ")
+        ));
+    }
     ensure!(problems.is_empty(), "{}", problems.join("\n"));
     Ok(())
+}
+
+/// The crates that the library's pure modules are built from.
+fn pure_crates(root: &Path) -> Result<BTreeSet<String>> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(cargo)
+        .args([
+            "tree",
+            "--locked",
+            "-p",
+            "pageferry",
+            "--no-default-features",
+        ])
+        .args([
+            "--edges",
+            "normal,build",
+            "--prefix",
+            "none",
+            "--format",
+            "{p}",
+        ])
+        .current_dir(root)
+        .output()
+        .context("cannot run cargo tree")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "cargo tree: {said}");
+    let list = String::from_utf8(output.stdout).context("cargo tree")?;
+    let names = list.lines().filter_map(|line| line.split(' ').next());
+    Ok(names
+        .filter(|name| !name.is_empty())
+        .map(str::to_owned)
+        .collect())
 }
 
 /// The order that ARCHITECTURE.md draws.
@@ -348,6 +394,17 @@ mod tests {
     #[test]
     fn the_workspace_has_no_circles_and_keeps_its_order() {
         run(&Args {}).unwrap();
+    }
+
+    #[test]
+    fn the_pure_modules_need_neither_clap_nor_tls() {
+        let crates = pure_crates(workspace::root()).unwrap();
+        for needed in ["pageferry", "prost", "zstd"] {
+            assert!(crates.contains(needed), "{needed}: {crates:?}");
+        }
+        for other in ["clap", "rustls", "indicatif", "nix", "tracing"] {
+            assert!(!crates.contains(other), "{other}: {crates:?}");
+        }
     }
 
     #[test]
