@@ -9,5 +9,6 @@ pub mod fault_prediction;
 pub mod pageset;
 pub mod pattern;
 pub mod planner;
+pub mod policy;
 pub mod space;
 pub mod window;

@@ -21,6 +21,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 pub use super::answer::SpaceId;
 use super::extents::Piece;
+use super::policy::{ADAPTIVE, Policy};
 use super::space::{Class, FaultAnswer, Reach, Served, Space, Wanted};
 use crate::units::{PageRange, PageSize, Vaddr};
 
@@ -110,6 +111,7 @@ struct Member {
 #[derive(Debug)]
 pub struct Planner {
     page: PageSize,
+    policy: &'static dyn Policy,
     spaces: BTreeMap<SpaceId, Member>,
     /// The living members of each family, the oldest first, by the pid in the images.
     families: BTreeMap<u32, Vec<SpaceId>>,
@@ -132,8 +134,14 @@ enum Turn {
 impl Planner {
     /// A planner without processes.
     pub fn new(page: PageSize) -> Planner {
+        Planner::with_policy(page, &ADAPTIVE)
+    }
+
+    /// A planner without processes, for which `policy` decides.
+    pub fn with_policy(page: PageSize, policy: &'static dyn Policy) -> Planner {
         Planner {
             page,
+            policy,
             spaces: BTreeMap::new(),
             families: BTreeMap::new(),
             next_id: 0,
@@ -144,13 +152,19 @@ impl Planner {
         }
     }
 
+    /// Who decides what faults bring and in what order the stream runs.
+    pub fn policy(&self) -> &'static dyn Policy {
+        self.policy
+    }
+
     /// A process to care for.
     pub fn add(&mut self, space: Space) -> SpaceId {
         self.total_pages += space.missing_bytes() >> self.page.shift();
         self.add_member(space, true)
     }
 
-    fn add_member(&mut self, space: Space, counted: bool) -> SpaceId {
+    fn add_member(&mut self, mut space: Space, counted: bool) -> SpaceId {
+        space.set_policy(self.policy);
         let id = SpaceId(self.next_id);
         self.next_id += 1;
         let family = self.families.entry(space.pid()).or_default();

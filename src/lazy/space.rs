@@ -18,6 +18,7 @@ use std::sync::Arc;
 pub use super::answer::{Class, FaultAnswer, Reach, Served, Wanted};
 use super::extents::{ExtentMap, ImageIndex, Piece};
 use super::pattern::{Around, Pattern};
+use super::policy::{ADAPTIVE, Policy, StreamFrom};
 use crate::units::{PageRange, PageSize, Vaddr};
 
 /// Faults whose neighbourhood the stream visits first, at most.
@@ -54,6 +55,7 @@ pub struct Space {
     origins: Arc<[PageRange]>,
     urgent: VecDeque<Wanted>,
     waiting: BTreeMap<u64, u64>,
+    policy: &'static dyn Policy,
     pattern: Pattern,
     recent: VecDeque<Vaddr>,
     remote_cursor: Vaddr,
@@ -98,6 +100,7 @@ impl Space {
             origins,
             urgent: VecDeque::new(),
             waiting: BTreeMap::new(),
+            policy: &ADAPTIVE,
             pattern: Pattern::default(),
             recent: VecDeque::new(),
             remote_cursor: Vaddr(0),
@@ -111,6 +114,7 @@ impl Space {
     #[must_use]
     pub fn fork(&self) -> Space {
         let mut child = Space::empty(self.pid, self.page, Arc::clone(&self.origins));
+        child.policy = self.policy;
         child.remote = self.remote.clone();
         child.local = self.local.clone();
         child.unreadable = self.unreadable.clone();
@@ -175,7 +179,7 @@ impl Space {
         if self.flight.find(start).is_some() {
             if is_new {
                 // What it shows is of use; what it would bring is asked for when it is missed.
-                self.pattern.observe(start.get() >> self.page.shift());
+                self.note_fault(start);
             }
             return FaultAnswer::Wait;
         }
@@ -183,13 +187,13 @@ impl Space {
             if self.lost {
                 return FaultAnswer::Wait;
             }
-            let around = self.pattern.observe(start.get() >> self.page.shift());
+            let around = self.note_fault(start);
             self.ask_around(start, piece, around, reach);
             self.remember(start);
             return FaultAnswer::Wait;
         }
         if let Some(piece) = self.local.find(start) {
-            let pages = match self.pattern.observe(start.get() >> self.page.shift()) {
+            let pages = match self.note_fault(start) {
                 Around::Up(pages) => pages,
                 Around::Alone | Around::Down(_) | Around::Stride { .. } => 1,
             };
@@ -202,14 +206,26 @@ impl Space {
         }
         if self.is_read_upwards(start) {
             // A sequence goes on over pages that no image has, and over such as have just come.
-            self.pattern.observe(start.get() >> self.page.shift());
+            self.note_fault(start);
         }
         FaultAnswer::Zero
     }
 
+    /// What is to be brought with the page at `start`, which a thread touched.
+    fn note_fault(&mut self, start: Vaddr) -> Around {
+        let number = start.get() >> self.page.shift();
+        self.policy.around(&mut self.pattern, number)
+    }
+
+    /// Lets `policy` decide from now on.
+    pub(super) fn set_policy(&mut self, policy: &'static dyn Policy) {
+        self.policy = policy;
+    }
+
     /// Whether the thread that waits for `page` reads upwards, and so needs the next pages next.
     pub fn is_read_upwards(&self, page: Vaddr) -> bool {
-        self.pattern.reads_up_to(page.get() >> self.page.shift())
+        self.policy
+            .reads_upwards(&self.pattern, page.get() >> self.page.shift())
     }
 
     /// Moves the faulting page and what goes with it from `remote` to `urgent`.
@@ -346,11 +362,11 @@ impl Space {
         }
     }
 
-    /// The next pages of the background stream, at most `chunk` bytes: what lies around the latest
-    /// faults first, then ascending. Pages that are there already are fetched again rather than
-    /// asked around, up to `gap` bytes of them in a row.
+    /// The next pages of the background stream, at most `chunk` bytes, in the order of
+    /// [`Policy::stream_from`]. Pages that are there already are fetched again rather than asked around, up
+    /// to `gap` bytes of them in a row.
     pub fn next_stream(&mut self, chunk: u64, gap: u64) -> Option<Wanted> {
-        let first = self.near_recent(chunk).or_else(|| self.ascending(chunk))?;
+        let first = self.next_in_order(chunk)?;
         let range = self.join_over_gaps(first, chunk, gap);
         let flight = &mut self.flight;
         self.remote.take(range, |piece| flight.insert(piece));
@@ -362,25 +378,35 @@ impl Space {
         })
     }
 
-    fn near_recent(&mut self, chunk: u64) -> Option<Piece> {
-        while let Some(fault) = self.recent.back() {
-            let start = fault.get() - fault.get() % chunk;
-            let block = PageRange::new(start, start.saturating_add(chunk));
-            let next = self.remote.next_from(block.start());
-            if let Some(part) =
-                next.and_then(|piece| piece.at.intersect(block).map(|at| piece.part(at)))
-            {
-                return Some(part);
+    fn next_in_order(&mut self, chunk: u64) -> Option<Piece> {
+        loop {
+            let last_fault = self.recent.back().copied();
+            let from = self.policy.stream_from(last_fault, self.remote_cursor);
+            match (from, last_fault) {
+                (StreamFrom::LastFault, Some(fault)) => {
+                    if let Some(part) = self.missing_of_block(fault, chunk) {
+                        return Some(part);
+                    }
+                    self.recent.pop_back();
+                }
+                (StreamFrom::LastFault, None) => return self.ascending(self.remote_cursor, chunk),
+                (StreamFrom::Address(start), _) => return self.ascending(start, chunk),
             }
-            self.recent.pop_back();
         }
-        None
     }
 
-    fn ascending(&mut self, chunk: u64) -> Option<Piece> {
+    /// What is missing first of the block of `chunk` bytes around `fault`.
+    fn missing_of_block(&self, fault: Vaddr, chunk: u64) -> Option<Piece> {
+        let start = fault.get() - fault.get() % chunk;
+        let block = PageRange::new(start, start.saturating_add(chunk));
+        let next = self.remote.next_from(block.start())?;
+        next.at.intersect(block).map(|at| next.part(at))
+    }
+
+    fn ascending(&mut self, start: Vaddr, chunk: u64) -> Option<Piece> {
         let next = self
             .remote
-            .next_from(self.remote_cursor)
+            .next_from(start)
             .or_else(|| self.remote.next_from(Vaddr(0)))?;
         let part = next.part(self.run_from(next.at.start(), chunk, next));
         self.remote_cursor = part.at.end();

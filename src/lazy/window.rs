@@ -9,6 +9,7 @@
 use std::collections::VecDeque;
 
 use super::fault_prediction::FaultPrediction;
+use super::policy::{ADAPTIVE, Policy};
 
 /// Smallest request of the background stream, bytes.
 pub const CHUNK_BYTES_MIN: u64 = 16 << 10;
@@ -63,10 +64,18 @@ pub struct Window {
     nearest_us: Option<u64>,
     last_fault_us: Option<u64>,
     prediction: FaultPrediction,
+    policy: &'static dyn Policy,
 }
 
 impl Default for Window {
     fn default() -> Window {
+        Window::with_policy(&ADAPTIVE)
+    }
+}
+
+impl Window {
+    /// A window over a link of which nothing is known yet, for which `policy` decides when the stream yields.
+    pub fn with_policy(policy: &'static dyn Policy) -> Window {
         Window {
             in_flight: 0,
             received: 0,
@@ -78,11 +87,10 @@ impl Default for Window {
             nearest_us: None,
             last_fault_us: None,
             prediction: FaultPrediction::default(),
+            policy,
         }
     }
-}
 
-impl Window {
     /// A request for `bytes` goes out at `now_us`.
     pub fn sent(&mut self, bytes: u64, now_us: u64) -> Ticket {
         self.in_flight += bytes;
@@ -152,7 +160,7 @@ impl Window {
     pub fn reset(&mut self) {
         *self = Window {
             received: self.received,
-            ..Window::default()
+            ..Window::with_policy(self.policy)
         };
     }
 
@@ -204,7 +212,7 @@ impl Window {
     /// Until when the background stream holds back for a fault that is likely to come, µs.
     pub fn holds_until_us(&self, now_us: u64) -> Option<u64> {
         if self.is_near() {
-            self.prediction.holds_until_us(now_us)
+            self.policy.yields_until_us(&self.prediction, now_us)
         } else {
             None
         }

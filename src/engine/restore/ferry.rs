@@ -22,12 +22,9 @@ use crate::engine::restore::postcopy_client::{
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::{Chain, Missing};
 use crate::lazy::planner::{Planner, Request, Way};
-use crate::lazy::space::{Class, Reach};
+use crate::lazy::space::Class;
 use crate::limits::FERRY_BATCH_BYTES_MAX;
-use crate::units::{PageRange, PageSize};
-
-/// What a fault that stands alone brings: its neighbours cost next to nothing on the way.
-const ALONE_BYTES: u64 = 16 << 10;
+use crate::units::PageRange;
 
 /// Questions that are open at most.
 const QUESTIONS_MAX: usize = 64;
@@ -63,18 +60,6 @@ impl Ferry {
     pub(super) fn connect(&mut self) -> Result<()> {
         self.client.attach(self.dialer.dial()?);
         Ok(())
-    }
-}
-
-/// How much a fault may bring: what no reader in order is about to reach is not asked for `on_demand`.
-pub(super) fn reach(page: PageSize, on_demand: bool) -> Reach {
-    let alone_bytes = match on_demand {
-        true => page.bytes(),
-        false => ALONE_BYTES.max(page.bytes()),
-    };
-    Reach {
-        alone_bytes,
-        sequential_bytes: FERRY_BATCH_BYTES_MAX as u64,
     }
 }
 

@@ -14,7 +14,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use super::ferry::{self, Ferry};
+use super::ferry::Ferry;
 use super::install::offset;
 use super::link::{Arrival, Link, LinkStep};
 use super::source_dialer::{Dialed, Pair, SourceDialer, Which};
@@ -24,14 +24,11 @@ use crate::criu::fetch::Step;
 use crate::criu::header::Wire;
 use crate::engine::restore::postcopy_client::{FerryDialer, Pushed};
 use crate::error::{Error, Kind, Result};
-use crate::lazy::pattern::block_bytes;
 use crate::lazy::planner::{Request, Way};
+use crate::lazy::policy::FaultPath;
 use crate::lazy::space::{Class, Reach};
 use crate::lazy::window::CHUNK_BYTES_MIN;
 use crate::units::PageSize;
-
-/// Brought at most for one fault on a connection for faults alone, bytes.
-const SEQUENTIAL_BYTES_MAX: u64 = 256 << 10;
 
 /// See the module's text.
 #[derive(Debug)]
@@ -225,36 +222,23 @@ impl Restore {
         self.links.pair = Some(pair);
     }
 
-    /// How much a fault may bring now. Where faults share the connection with the stream, each
-    /// request costs the source about the same whatever its size, so a fault brings a block: on a
-    /// slow link a small one, else the larger the more memory there is, which bounds the number of
-    /// faults. On a connection of their own nothing but the page itself is in a fault's way.
+    /// How much a fault may bring now.
     pub(super) fn reach(&self, now_us: u64) -> Reach {
-        let page = self.images.page().bytes();
-        let on_its_own = Reach {
-            alone_bytes: page,
-            sequential_bytes: SEQUENTIAL_BYTES_MAX,
-        };
-        if self.links.ferry.is_some() {
-            return ferry::reach(self.images.page(), self.config.on_demand);
-        }
-        match &self.links.pair {
-            Some(pair) if !self.config.on_demand && !pair.has_fault_link() => {
-                let missed = self.planner.total_pages() << self.images.page().shift();
+        let page = self.images.page();
+        let path = match &self.links.pair {
+            _ if self.links.ferry.is_some() => FaultPath::BesidePush,
+            Some(pair) if !pair.has_fault_link() => {
                 let window = pair.stream.window();
-                let chunk = window.chunk_bytes(now_us);
-                let block = block_bytes(missed);
-                Reach {
-                    alone_bytes: if window.is_near() {
-                        block
-                    } else {
-                        block.min(chunk)
-                    },
-                    sequential_bytes: chunk,
+                FaultPath::SharedConnection {
+                    near: window.is_near(),
+                    chunk_bytes: window.chunk_bytes(now_us),
                 }
             }
-            _ => on_its_own,
-        }
+            _ => FaultPath::OwnConnection,
+        };
+        let missing_bytes = self.planner.total_pages() << page.shift();
+        let policy = self.planner.policy();
+        policy.reach(path, page, missing_bytes, self.config.on_demand)
     }
 
     /// Sends for what faults need, as long as the link takes it.

@@ -1,0 +1,192 @@
+//! The decisions of a post-copy, in one place: what a fault brings, in what order the background stream
+//! runs, and when it yields to faults.
+//!
+//! ```text
+//! decision              asked by                 with what is known of                     today (Adaptive)
+//! reach                 the engine, per fault    the way that faults take to the source    a block, or a page where faults have
+//!                                                                                          a connection for themselves
+//! around                Space, per fault         the process's faults so far (Pattern)     ahead of sequential readers and strides
+//! reads_upwards         Space, per wake-up       the same                                  three faults upwards in a row
+//! stream_from           Space, per request       the last lone faults, where it stopped    around the last faults, then ascending
+//! yields_until_us       Window, per request      the last faults and answers               100 µs after an answer, while the next fault
+//!                                                                                          has lately come within that time
+//! ```
+//!
+//! Everything else is mechanism: [`Space`](super::space::Space) knows which pages are missing,
+//! [`Planner`](super::planner::Planner) treats processes in turn, [`Window`](super::window::Window)
+//! measures the link. A policy keeps no state: what was observed is kept by [`Pattern`] and
+//! [`FaultPrediction`], and each decision is a function of it. A new policy is one more implementation,
+//! given to [`Planner::with_policy`](super::planner::Planner::with_policy) and
+//! [`Window::with_policy`](super::window::Window::with_policy).
+//!
+//! No policy can lose a page: what it does not bring stays missing, and the stream comes to it.
+
+use std::fmt::Debug;
+
+use super::answer::Reach;
+use super::fault_prediction::FaultPrediction;
+use super::pattern::{Around, Pattern, block_bytes};
+use crate::limits::FERRY_BATCH_BYTES_MAX;
+use crate::units::{PageSize, Vaddr};
+
+/// Brought at most for one fault on a connection for faults alone, bytes.
+const SEQUENTIAL_BYTES_MAX: u64 = 256 << 10;
+
+/// Brought for a fault that stands alone beside a push, bytes.
+const PUSHED_ALONE_BYTES: u64 = 16 << 10;
+
+/// The way that faults take to the source.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FaultPath {
+    /// The source pushes the memory over another connection (ferry).
+    BesidePush,
+    /// A connection for faults alone.
+    OwnConnection,
+    /// The connection of the background stream: what was asked for before comes before.
+    SharedConnection {
+        /// The source is on this host or beside it.
+        near: bool,
+        /// How large a request of the stream is now, bytes.
+        chunk_bytes: u64,
+    },
+}
+
+/// Where the background stream goes on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum StreamFrom {
+    /// With what is missing of the block, as long as a request and aligned to it, around the last lone fault.
+    LastFault,
+    /// With what is missing from this address on; behind the last missing page it begins anew.
+    Address(Vaddr),
+}
+
+/// See the module's text.
+pub trait Policy: Debug + Send + Sync {
+    /// How much a fault may bring at most. `missing_bytes` were missing in all processes at the start.
+    fn reach(&self, path: FaultPath, page: PageSize, missing_bytes: u64, on_demand: bool) -> Reach;
+
+    /// Notes in `history` that a thread touched page number `page`, and says what to bring with it.
+    fn around(&self, history: &mut Pattern, page: u64) -> Around;
+
+    /// Whether the thread that waits for page number `page` will need those above it next. If so the pages
+    /// above are installed without waking it ([`BatchedWakeup`](super::batched_wakeup::BatchedWakeup)).
+    fn reads_upwards(&self, history: &Pattern, page: u64) -> bool;
+
+    /// Where the stream goes on in one process. `last_fault`: the latest lone fault around which pages may
+    /// be missing; `stopped`: the end of the last request in order of addresses.
+    fn stream_from(&self, last_fault: Option<Vaddr>, stopped: Vaddr) -> StreamFrom;
+
+    /// Until when the stream yields to a fault that waits or is likely to come; `None`: it may go now. Asked
+    /// only for a source nearby: on a long link the window alone keeps the queue short.
+    fn yields_until_us(&self, faults: &FaultPrediction, now_us: u64) -> Option<u64>;
+}
+
+/// Today's policy: it follows what each process's faults show.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Adaptive;
+
+/// [`Adaptive`], as what is used if nothing else is said.
+pub static ADAPTIVE: Adaptive = Adaptive;
+
+impl Policy for Adaptive {
+    /// Where faults share the connection with the stream, each request costs the source about the same
+    /// whatever its size. So a fault brings a block: on a slow link a small one, else the larger the more
+    /// memory there is, which bounds the number of faults. On a connection of their own nothing but the page
+    /// itself is in a fault's way.
+    fn reach(&self, path: FaultPath, page: PageSize, missing_bytes: u64, on_demand: bool) -> Reach {
+        match path {
+            FaultPath::BesidePush => Reach {
+                alone_bytes: match on_demand {
+                    true => page.bytes(),
+                    false => PUSHED_ALONE_BYTES.max(page.bytes()),
+                },
+                sequential_bytes: FERRY_BATCH_BYTES_MAX as u64,
+            },
+            FaultPath::SharedConnection { near, chunk_bytes } if !on_demand => {
+                let block = block_bytes(missing_bytes);
+                Reach {
+                    alone_bytes: if near { block } else { block.min(chunk_bytes) },
+                    sequential_bytes: chunk_bytes,
+                }
+            }
+            FaultPath::OwnConnection | FaultPath::SharedConnection { .. } => Reach {
+                alone_bytes: page.bytes(),
+                sequential_bytes: SEQUENTIAL_BYTES_MAX,
+            },
+        }
+    }
+
+    fn around(&self, history: &mut Pattern, page: u64) -> Around {
+        history.observe(page)
+    }
+
+    fn reads_upwards(&self, history: &Pattern, page: u64) -> bool {
+        history.reads_up_to(page)
+    }
+
+    fn stream_from(&self, last_fault: Option<Vaddr>, stopped: Vaddr) -> StreamFrom {
+        match last_fault {
+            Some(_) => StreamFrom::LastFault,
+            None => StreamFrom::Address(stopped),
+        }
+    }
+
+    fn yields_until_us(&self, faults: &FaultPrediction, now_us: u64) -> Option<u64> {
+        faults.holds_until_us(now_us)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lazy::planner::Planner;
+    use crate::lazy::space::Space;
+    use crate::units::PageRange;
+
+    /// Brings the page alone, and streams in the order of addresses.
+    #[derive(Debug)]
+    struct InOrder;
+
+    impl Policy for InOrder {
+        fn reach(&self, _: FaultPath, page: PageSize, _: u64, _: bool) -> Reach {
+            Reach {
+                alone_bytes: page.bytes(),
+                sequential_bytes: page.bytes(),
+            }
+        }
+
+        fn around(&self, _: &mut Pattern, _: u64) -> Around {
+            Around::Alone
+        }
+
+        fn reads_upwards(&self, _: &Pattern, _: u64) -> bool {
+            false
+        }
+
+        fn stream_from(&self, _: Option<Vaddr>, stopped: Vaddr) -> StreamFrom {
+            StreamFrom::Address(stopped)
+        }
+
+        fn yields_until_us(&self, _: &FaultPrediction, _: u64) -> Option<u64> {
+            None
+        }
+    }
+
+    /// What the stream asks for first after a fault in the middle of the memory.
+    fn streamed_after_a_fault(policy: &'static dyn Policy) -> PageRange {
+        let page = PageSize::new(4096).unwrap();
+        let mut planner = Planner::with_policy(page, policy);
+        let id = planner.add(Space::new(7, page, [PageRange::new(0, 1 << 24)], []));
+        let reach = policy.reach(FaultPath::OwnConnection, page, 1 << 24, false);
+        planner.handle_fault(id, Vaddr(9 << 20), reach, 0);
+        assert_eq!(planner.next_urgent().unwrap().image.bytes(), 4096);
+        planner.next_stream(1 << 20, 0).unwrap().image
+    }
+
+    #[test]
+    fn another_policy_streams_in_another_order() {
+        let around = streamed_after_a_fault(&ADAPTIVE);
+        assert_eq!(around.start(), Vaddr((9 << 20) + 4096), "behind the fault");
+        assert_eq!(streamed_after_a_fault(&InOrder).start(), Vaddr(0));
+    }
+}
