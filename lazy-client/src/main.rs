@@ -88,8 +88,15 @@ fn stand_by(args: &Args, config: RestoreConfig, watch: &Watch, daemon: &mut Daem
     match Restore::stand_by(config, watch)? {
         None => Ok(()),
         Some(restore) => {
-            daemon.take_over()?;
-            finish(restore, Report::create_if_wanted(args)?)
+            // Whatever is missing, the memory comes first.
+            let ready = daemon
+                .take_over()
+                .and_then(|()| Report::create_if_wanted(args));
+            let report = ready.unwrap_or_else(|error| {
+                tracing::error!("{error}");
+                None
+            });
+            finish(restore, report)
         }
     }
 }

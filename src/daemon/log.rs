@@ -70,6 +70,9 @@ impl Log {
 
     /// Starts the writing thread; from now on no line waits for the file.
     pub(super) fn hand_over(&mut self) -> Result<()> {
+        // Without a thread lines go to the file as before. What starts one for the log panics where none can be.
+        let probe = std::thread::Builder::new().spawn(|| ());
+        probe.map_err(|error| Error::wrap(Kind::Io, "cannot start the log's thread", error))?;
         let file = self.sink.file.try_clone();
         let file =
             file.map_err(|error| Error::wrap(Kind::Io, "cannot duplicate the log", error))?;

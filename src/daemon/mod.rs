@@ -180,10 +180,9 @@ impl Daemon {
     /// This process takes the first one's place: its pid is in the pidfile from now on, and the log has its
     /// thread.
     pub fn take_over(&mut self) -> Result<()> {
-        if let Some(pidfile) = self.pidfile.as_ref().filter(|_| self.background) {
-            write_pidfile(pidfile, Pid::this())?;
-        }
-        self.ready()
+        let pidfile = self.pidfile.as_ref().filter(|_| self.background);
+        let written = pidfile.map_or(Ok(()), |pidfile| write_pidfile(pidfile, Pid::this()));
+        self.ready().and(written)
     }
 
     /// Tells the world that the socket listens, from the process that will serve it: starts the log's

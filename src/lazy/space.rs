@@ -485,6 +485,16 @@ impl Space {
         self.remote.next_from(Vaddr(0))
     }
 
+    /// The first pages from `addr` on that the local images have, or should have.
+    pub fn next_local_from(&self, addr: Vaddr) -> Option<PageRange> {
+        let rest = |piece: Piece| {
+            PageRange::new(piece.at.start().get().max(addr.get()), piece.at.end().get())
+        };
+        let firsts = [self.local.next_from(addr), self.unreadable.next_from(addr)];
+        let firsts = firsts.into_iter().flatten();
+        firsts.map(rest).min_by_key(|range| range.start())
+    }
+
     /// The first piece that is not there yet, whoever has it.
     pub fn first_missing(&self) -> Option<Piece> {
         let firsts = [

@@ -1,5 +1,5 @@
 //! Signals as something to read, so that no handler runs in the middle of anything: sets of every signal that
-//! the kernel knows, the two included that the C library keeps to itself and leaves out of its own sets.
+//! the kernel knows. The two that the C library keeps to itself, and takes out of the masks of threads, are ignored.
 
 use std::fmt;
 use std::io;
@@ -55,12 +55,12 @@ const HARMLESS: [c_int; 8] = [
     libc::SIGWINCH,
 ];
 
-/// What a failed write raises: the write says so too, so they are ignored.
-const OF_WRITES: [c_int; 2] = [libc::SIGPIPE, libc::SIGXFSZ];
+/// What a failed write raises, which the write says too; and those of the C library, which nobody else sends.
+const IGNORED: [c_int; 4] = [libc::SIGPIPE, libc::SIGXFSZ, 32, 33];
 
 impl SignalSet {
-    /// Every signal that ends a process which does nothing about it, but for SIGKILL and what failed writes
-    /// raise. SIGHUP is left out if whoever started this process has it ignored, as nohup(1) does.
+    /// Every signal that ends a process which does nothing about it, but for SIGKILL and those that
+    /// [`SignalSet::block`] ignores. SIGHUP is left out if whoever started this process has it ignored, as nohup(1) does.
     pub fn ending() -> io::Result<SignalSet> {
         let mut set = SignalSet::all_ending();
         if is_ignored(libc::SIGHUP)? {
@@ -71,22 +71,30 @@ impl SignalSet {
 
     fn all_ending() -> SignalSet {
         let left_out = |number: &c_int| {
-            *number == libc::SIGKILL || HARMLESS.contains(number) || OF_WRITES.contains(number)
+            *number == libc::SIGKILL || HARMLESS.contains(number) || IGNORED.contains(number)
         };
         let numbers = (1..=LAST).filter(|number| !left_out(number));
         SignalSet(numbers.fold(0, |set, number| set | bit(number)))
     }
 
-    /// Keeps the signals of the set from their effects in this thread and those that it starts; what a failed
-    /// write raises is ignored. To be called before any other thread is started. Faults of this process's own
-    /// code end it as before.
+    /// Keeps the signals of the set from their effects in this thread and those that it starts; what failed
+    /// writes raise is ignored, and the C library's own two. To be called before any other thread is started.
+    /// Faults of this process's own code end it as before.
     pub fn block(self) -> io::Result<()> {
-        for number in OF_WRITES {
-            // SAFETY: ignoring a signal runs no code of this process.
-            let before = unsafe { libc::signal(number, libc::SIG_IGN) };
-            if before == libc::SIG_ERR {
-                return Err(io::Error::last_os_error());
-            }
+        for number in IGNORED {
+            // SIG_IGN, without flags, a restorer or a mask: see rt_sigaction(2).
+            let action: [u64; 4] = [libc::SIG_IGN as u64, 0, 0, 0];
+            // SAFETY: the kernel reads the action, which outlives the call; ignoring runs no code of this process.
+            let result = unsafe {
+                libc::syscall(
+                    libc::SYS_rt_sigaction,
+                    number,
+                    action.as_ptr(),
+                    ptr::null_mut::<u64>(),
+                    size_of::<u64>(),
+                )
+            };
+            Errno::result(result)?;
         }
         // SAFETY: the kernel reads 8 bytes at the set, which outlives the call, and writes nothing.
         let result = unsafe {
@@ -208,7 +216,7 @@ mod tests {
                 "SIGSYS"
             ]
         );
-        assert!((32..=64).all(has));
+        assert!((34..=64).all(has) && !has(32) && !has(33));
     }
 
     #[test]
@@ -221,7 +229,7 @@ mod tests {
     fn what_is_blocked_is_read() {
         // In a thread of its own, whose mask ends with it; the signal goes to that thread alone.
         std::thread::spawn(|| {
-            for number in [libc::SIGURG, 33, 34] {
+            for number in [libc::SIGURG, 34] {
                 let set = SignalSet(bit(number));
                 set.block().unwrap();
                 let reader = SignalReader::new(set).unwrap();

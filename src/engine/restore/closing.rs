@@ -8,6 +8,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use super::Restore;
 use super::install::{STEP_BYTES_MAX, offset};
 use super::link::{Arrival, Link};
+use super::signals::Signals;
 use crate::criu::fetch::Step;
 use crate::error::{Error, Kind, Result};
 
@@ -22,7 +23,7 @@ impl Restore {
              if its processes run on as well, one of the two must be ended",
             self.links.peer()
         );
-        let reached = self.links.await_attempt();
+        let reached = self.links.await_attempt(&self.signals);
         reached.map_err(|error| error.within(unconfirmed.clone()))?;
         if self.links.ferry.is_some() {
             let result = self.close_ferry();
@@ -40,7 +41,7 @@ impl Restore {
             fault.link.close();
             // One that never answered belongs to nobody; what was asked over it came otherwise.
             let closed = if fault.proven {
-                await_close(&mut fault.link, deadline)
+                await_close(&mut fault.link, deadline, &self.signals)
             } else {
                 fault.link.flush().map(|_| ())
             };
@@ -49,13 +50,14 @@ impl Restore {
             }
         }
         pair.stream.close();
-        let result = await_close(&mut pair.stream, deadline).and_then(|()| pair.stream.finish());
+        let result = await_close(&mut pair.stream, deadline, &self.signals)
+            .and_then(|()| pair.stream.finish());
         result.map_err(|error| Error::wrap(Kind::PeerLost, unconfirmed, error))
     }
 }
 
 /// Sends what is queued and reads until the answer to CLOSE.
-fn await_close(link: &mut Link, deadline: Instant) -> std::io::Result<()> {
+fn await_close(link: &mut Link, deadline: Instant, signals: &Signals) -> std::io::Result<()> {
     let poll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     let interest = |flags| EpollEvent::new(flags, 0);
     poll.add(link.socket(), interest(EpollFlags::EPOLLIN))?;
@@ -70,6 +72,7 @@ fn await_close(link: &mut Link, deadline: Instant) -> std::io::Result<()> {
         match link.receive(offset(STEP_BYTES_MAX))? {
             Arrival::End => return Err(std::io::ErrorKind::UnexpectedEof.into()),
             Arrival::Nothing => {
+                signals.check().map_err(std::io::Error::other)?;
                 if Instant::now() >= deadline {
                     return Err(std::io::ErrorKind::TimedOut.into());
                 }

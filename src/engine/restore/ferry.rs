@@ -326,9 +326,9 @@ impl Restore {
     }
 
     /// Tells a source that pushes that this restore has failed: it need not wait for us.
-    pub(super) fn fail_ferry(&mut self, why: &Error) {
+    pub(super) fn fail_ferry(&mut self, why: &str) {
         if let Some(client) = self.client() {
-            client.fail(&why.to_string());
+            client.fail(why);
         }
     }
 
@@ -367,13 +367,17 @@ impl Restore {
                 Err(error) if error.kind() == Kind::Protocol || Instant::now() >= deadline => {
                     return Err(error);
                 }
-                Err(_) => std::thread::sleep(super::reconnect::RECONNECT_PAUSE),
+                Err(_) => {
+                    self.signals.check()?;
+                    std::thread::sleep(super::reconnect::RECONNECT_PAUSE);
+                }
             }
         }
     }
 
     fn await_bye(&mut self, deadline: Instant) -> std::result::Result<(), Trouble> {
-        let Some(client) = self.client() else {
+        let signals = &self.signals;
+        let Some(client) = self.links.ferry.as_mut().map(|ferry| &mut ferry.client) else {
             return Ok(());
         };
         client.may_install();
@@ -394,6 +398,7 @@ impl Restore {
                     return Err(Trouble::Over(Error::new(Kind::PeerLost, text)));
                 }
                 None => {
+                    signals.check().map_err(Trouble::Over)?;
                     let events = |left| match left {
                         true => PollFlags::POLLIN | PollFlags::POLLOUT,
                         false => PollFlags::POLLIN,

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::loss::poison_limit;
+use super::poison::poison_limit;
 use super::{OnLoss, Restore};
 use crate::error::{Error, Kind, Result};
 use crate::lazy::planner::SpaceId;

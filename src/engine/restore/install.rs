@@ -363,7 +363,7 @@ impl Restore {
 
     /// Installs the next pieces of local images in the background, a step's worth: fragmented memory has many
     /// in one. Says whether there was one.
-    fn local_step(&mut self) -> Result<bool> {
+    pub(super) fn local_step(&mut self) -> Result<bool> {
         let mut left = STEP_BYTES;
         while let Some((id, piece)) = self.planner.next_local(left) {
             self.read_ahead(id, piece.image);

@@ -31,10 +31,12 @@ mod link;
 mod links;
 mod loss;
 mod owner_processes;
+mod poison;
 pub(in crate::engine) mod postcopy_client;
 mod process;
 mod reconnect;
 mod report;
+mod reserve;
 mod second_dump;
 mod signals;
 mod source_dialer;
@@ -77,6 +79,7 @@ use loss::Loss;
 pub(super) use process::wire_of;
 use report::Observer;
 pub use report::{Progress, Summary};
+use reserve::Reserve;
 use second_dump::SecondDump;
 use signals::Signals;
 pub use signals::block as block_signals;
@@ -220,6 +223,7 @@ pub struct Restore {
     /// Asks the source for that.
     fallback: Option<Fallback>,
     given_up: GivenUp,
+    reserve: Reserve,
     /// A signal has asked for the end: nothing is waited for any more.
     is_stopping: bool,
     complaints: Complaints,
@@ -324,6 +328,7 @@ impl Restore {
             last_unreadable: None,
             fallback: None,
             given_up: GivenUp::default(),
+            reserve: Reserve::new()?,
             is_stopping: false,
             complaints: Complaints::default(),
             looked_at: SpaceId(0),
@@ -391,7 +396,9 @@ impl Restore {
     fn serve(&mut self) -> Result<()> {
         // Not before: signals that come after a fork wake only a poll that begins after it.
         let readable = EpollFlags::EPOLLIN;
-        watch(&self.poll, &self.signals, readable, Token::Signals as u64)?;
+        if let Err(error) = watch(&self.poll, &self.signals, readable, Token::Signals as u64) {
+            self.lose(error);
+        }
         let mut mentioned = Instant::now();
         let mut ticked = Instant::now();
         let mut failed_rounds = 0;
@@ -401,7 +408,7 @@ impl Restore {
                 Err(error) => {
                     failed_rounds += 1;
                     // What fails on this host and can pass was dealt with: the source is gone, or all is over.
-                    self.lose(error)?;
+                    self.lose(error);
                     if failed_rounds > 1 {
                         self.bear_failures(failed_rounds)?;
                     }
@@ -412,7 +419,7 @@ impl Restore {
                 ticked = Instant::now();
                 self.tick();
             }
-            self.expect_restore()?;
+            self.expect_restore();
             if self.intake.is_listening() && mentioned.elapsed() >= WAITING_LINE {
                 mentioned = Instant::now();
                 let path = std::path::absolute(self.intake.path()).unwrap_or_default();
@@ -431,13 +438,13 @@ impl Restore {
     }
 
     /// Gives the source up if the restore that it waits for does not come, or not on.
-    fn expect_restore(&mut self) -> Result<()> {
+    fn expect_restore(&mut self) {
         let Some(most) = self.config.restore_timeout else {
-            return Ok(());
+            return;
         };
         let waits = !self.intake_done && self.config.source.is_some();
         if !waits || self.restore_heard.elapsed() < most {
-            return Ok(());
+            return;
         }
         let what = match self.intake.is_listening() {
             true => "no restore has come",
@@ -448,7 +455,7 @@ impl Restore {
             most.as_secs()
         );
         self.intake = Intake::ended();
-        self.lose(Error::new(Kind::PeerLost, text))
+        self.lose(Error::new(Kind::PeerLost, text));
     }
 
     fn is_done(&self) -> bool {

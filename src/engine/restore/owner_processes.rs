@@ -14,33 +14,26 @@ struct Candidate {
     parent: i32,
     /// Its pid in its innermost namespace.
     inner_pid: u32,
-    /// Its mappings that a userfaultfd watches.
-    watched: Vec<PageRange>,
 }
 
 /// The host pids of the processes that lack `lost`: each a pid of the images and some memory that it
 /// lacks. A child of theirs that lacks memory is among them.
 pub(super) fn find(lost: &[(u32, PageRange)]) -> Vec<i32> {
+    if lost.is_empty() {
+        return Vec::new();
+    }
     let candidates = candidates();
-    let lacks = |candidate: &Candidate, pid: Option<u32>| {
-        lost.iter().any(|(image_pid, range)| {
-            pid.is_none_or(|pid| pid == *image_pid)
-                && candidate
-                    .watched
-                    .iter()
-                    .any(|watched| watched.intersect(*range).is_some())
-        })
-    };
-    let mut owners: Vec<i32> = candidates
-        .iter()
-        .filter(|(_, candidate)| lacks(candidate, Some(candidate.inner_pid)))
+    let may_own = |candidate: &Candidate| lost.iter().any(|(pid, _)| *pid == candidate.inner_pid);
+    let named = candidates.iter().filter(|(_, one)| may_own(one));
+    let mut owners: Vec<i32> = named
+        .filter(|(pid, one)| lacks(**pid, lost, Some(one.inner_pid)))
         .map(|(pid, _)| *pid)
         .collect();
     let mut next = 0;
     while let Some(parent) = owners.get(next).copied() {
         next += 1;
         let children = candidates.iter().filter(|(pid, candidate)| {
-            candidate.parent == parent && lacks(candidate, None) && !owners.contains(pid)
+            candidate.parent == parent && !owners.contains(pid) && lacks(**pid, lost, None)
         });
         let children: Vec<i32> = children.map(|(pid, _)| *pid).collect();
         owners.extend(children);
@@ -48,9 +41,32 @@ pub(super) fn find(lost: &[(u32, PageRange)]) -> Vec<i32> {
     owners
 }
 
+/// Whether the process `pid` of this host watches a part of what is lost, of the pid `inner` in the images if that
+/// is given.
+fn lacks(pid: i32, lost: &[(u32, PageRange)], inner: Option<u32>) -> bool {
+    // Either file may be gone by now, with its process.
+    let Ok(smaps) = fs::read_to_string(format!("/proc/{pid}/smaps")) else {
+        return false;
+    };
+    let watched = smaps::mappings_with(MISSING, &smaps);
+    let lost = lost
+        .iter()
+        .filter(|(of, _)| inner.is_none_or(|inner| inner == *of));
+    let mut lost = lost.map(|(_, range)| range);
+    lost.any(|range| {
+        watched
+            .iter()
+            .any(|mapping| mapping.intersect(*range).is_some())
+    })
+}
+
 fn candidates() -> BTreeMap<i32, Candidate> {
-    let Ok(entries) = fs::read_dir("/proc") else {
-        return BTreeMap::new();
+    let entries = match fs::read_dir("/proc") {
+        Ok(entries) => entries,
+        Err(error) => {
+            tracing::error!("cannot look for the processes that lack memory: /proc: {error}");
+            return BTreeMap::new();
+        }
     };
     entries
         .flatten()
@@ -60,16 +76,9 @@ fn candidates() -> BTreeMap<i32, Candidate> {
 }
 
 fn candidate(pid: i32) -> Option<Candidate> {
-    // Either file may be gone by now, with its process.
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
-    let watched = smaps::mappings_with(MISSING, &smaps);
     let (parent, inner_pid) = family(&status)?;
-    (!watched.is_empty()).then_some(Candidate {
-        parent,
-        inner_pid,
-        watched,
-    })
+    Some(Candidate { parent, inner_pid })
 }
 
 /// Parent and innermost pid, from /proc/PID/status.

@@ -11,11 +11,12 @@
 //! a source that takes connections and says nothing is as lost as one that takes none.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use super::Restore;
 use super::links::Links;
+use super::signals::Signals;
 use super::source_dialer::{Dialed, Which};
 use crate::error::{Error, Kind, Result};
 
@@ -45,16 +46,16 @@ impl Links {
     }
 
     /// Tries in the background to reach the source again for `timeout`.
-    pub(super) fn start_reconnecting(&mut self, timeout: Duration) {
+    pub(super) fn start_reconnecting(&mut self, timeout: Duration) -> Result<()> {
         let Some(dialer) = self.dialer.clone() else {
-            return;
+            return Ok(());
         };
         self.down_since.get_or_insert_with(Instant::now);
         let (sender, receiver) = channel();
         let wake = Arc::clone(&self.reconnected);
         let deadline = Instant::now() + timeout;
         let ferry = self.ferry.as_ref().map(|ferry| ferry.dialer.clone());
-        std::thread::spawn(move || {
+        let attempt = move || {
             let dial = || match &ferry {
                 Some(ferry) => ferry.dial().map(Box::new).map(Dialed::Ferry),
                 None => dialer.dial_pair().map(Box::new).map(Dialed::Criu),
@@ -71,18 +72,28 @@ impl Links {
             // A receiver that is gone has given up; a full eventfd has been told.
             let _ = sender.send(result);
             let _ = wake.write(1);
-        });
+        };
+        let named = std::thread::Builder::new().name("reconnect".to_owned());
+        named
+            .spawn(attempt)
+            .map_err(|error| Error::wrap(Kind::Io, "cannot start a thread", error))?;
         self.attempt = Some(receiver);
+        Ok(())
     }
 
     /// Waits for an attempt that is under way: a source must hear of the end also when it was lost
     /// behind the last page.
-    pub(super) fn await_attempt(&mut self) -> Result<()> {
+    pub(super) fn await_attempt(&mut self, signals: &Signals) -> Result<()> {
         let Some(attempt) = self.attempt.take() else {
             return Ok(());
         };
         // The attempt has a deadline of its own.
-        let outcome = attempt.recv().unwrap_or_else(|_| Err(attempt_lost()));
+        let outcome = loop {
+            match attempt.recv_timeout(RECONNECT_PAUSE) {
+                Err(RecvTimeoutError::Timeout) => signals.check()?,
+                outcome => break outcome.unwrap_or_else(|_| Err(attempt_lost())),
+            }
+        };
         self.attach(outcome?);
         Ok(())
     }
@@ -160,8 +171,8 @@ impl Restore {
                     timeout.as_secs()
                 );
                 self.planner.give_back_all();
-                self.links.start_reconnecting(timeout);
-                Ok(())
+                let started = self.links.start_reconnecting(timeout);
+                started.map_err(|thread| thread.within(error))
             }
             _ => Err(error),
         }

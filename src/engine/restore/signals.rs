@@ -2,6 +2,8 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 
+use nix::sys::signal::Signal;
+
 use crate::error::{Error, Kind, Result};
 use crate::sys::signals::{SignalNumber, SignalReader, SignalSet};
 
@@ -33,5 +35,16 @@ impl Signals {
     /// The next signal, if one has come.
     pub(super) fn next(&self) -> Option<SignalNumber> {
         self.0.next()
+    }
+
+    /// Whether this process has been told to end, as an error.
+    pub(super) fn check(&self) -> Result<()> {
+        while let Some(signal) = self.next() {
+            if !signal.is(Signal::SIGUSR1) && !signal.is(Signal::SIGUSR2) {
+                let text = format!("stopped by {signal}");
+                return Err(Error::new(Kind::Interrupted, text));
+            }
+        }
+        Ok(())
     }
 }

@@ -60,7 +60,14 @@ impl Restore {
     fn follow(&mut self, watch: &Watch) -> Result<Followed> {
         let lost = |error| Error::wrap(Kind::Io, "cannot hear the process that serves", error);
         let mut followed = Followed::default();
-        while let Some((told, events, fd)) = watch.next().map_err(lost)? {
+        loop {
+            // What is received with a word and has no room is lost.
+            if std::fs::File::open("/dev/null").is_err() {
+                self.reserve.release();
+            }
+            let Some((told, events, fd)) = watch.next().map_err(lost)? else {
+                break;
+            };
             followed.events = events;
             if let StandbyMessage::Source { faults } = told {
                 followed.source.replace(faults, fd);
@@ -130,10 +137,10 @@ impl Restore {
         self.intake_done = true;
         self.finished = true;
         self.observer.restored(self.clock.now_us());
-        match self.go_on(shared, followed, killed) {
-            Err(error) => self.lose(error),
-            Ok(()) => Ok(()),
+        if let Err(error) = self.go_on(shared, followed, killed) {
+            self.lose(error);
         }
+        Ok(())
     }
 
     fn go_on(&mut self, shared: &SharedState, followed: &Followed, killed: Error) -> Result<()> {

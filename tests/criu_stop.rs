@@ -1,0 +1,190 @@
+//! However a lazy-client is told to end, and whatever it lacks then: no page reads as zero in place of one that
+//! has not come.
+
+use std::fs;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use testbed::bed::Bed;
+use testbed::criu::{Criu, Suite};
+use testbed::daemons::{LazyDaemon, Make, Options};
+use testbed::load::Load;
+use testbed::load::report::Report;
+use testbed::load::scenarios::verifying;
+use testbed::load::spec::{LoadSpec, OnLostPage};
+use testbed::load::steps::{Order, Pass, Step};
+use testbed::migration::Dump;
+use testbed::orphan::Orphan;
+use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
+use testbed::process::{descendants, run};
+use testbed::proxy::Link;
+use testbed::suite::with_criu;
+use testbed::wait::{self, GENEROUS};
+
+const MIB: u32 = 64;
+/// A part of a post-copy of [`MIB`], bytes.
+const A_PART: u64 = 8 << 20;
+
+fn spec(bed: &Bed) -> LoadSpec {
+    LoadSpec {
+        on_lost_page: OnLostPage::Count,
+        pin_own_memory: true,
+        ..LoadSpec::mixed(bed.path("load"), MIB)
+    }
+}
+
+fn plan<'a>(criu: &'a Criu, source: Source<'a>, options: &[&str]) -> Plan<'a> {
+    Plan {
+        client_options: options.iter().map(ToString::to_string).collect(),
+        ..Plan::new(criu, source, Make::Ours)
+    }
+}
+
+fn wait_for_a_part(moving: &PostCopy) -> Result<()> {
+    wait::until("a part of the memory", GENEROUS, || {
+        Ok((moving.received() > A_PART).then_some(()))
+    })
+}
+
+fn wait_for_line(moving: &mut PostCopy, words: &str) -> Result<()> {
+    let log = moving.daemon.process().log().context("a log")?.to_owned();
+    wait::until(words, GENEROUS, || {
+        let said = fs::read_to_string(&log)?.contains(words);
+        let over = moving.daemon.process().ended()?.is_some();
+        ensure!(
+            said || !over,
+            "lazy-client is over{}",
+            moving.daemon.process().log_tail()
+        );
+        Ok(said.then_some(()))
+    })
+}
+
+fn expect_no_zeros(report: &Report) -> Result<()> {
+    let (wrong, zero) = (report.wrong(), report.wrong_zero());
+    ensure!(wrong == 0, "{wrong} pages wrong, {zero} of them zero");
+    Ok(())
+}
+
+/// The client and the process that stands by, if there is one.
+fn both(moving: &mut PostCopy) -> Vec<Pid> {
+    let client = moving.daemon.process().pid();
+    let mut both = vec![client];
+    both.extend(descendants(client));
+    both
+}
+
+/// As service managers stop things, even those that hold: SIGTERM, and SIGKILL to all a moment later.
+#[test]
+fn ended_and_killed_a_moment_later() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let plan = plan(criu, Source::Dump, &["--on-loss", "hold"]).over(slow_link());
+        let mut moving = PostCopy::start(bed, &plan, spec(bed), &[])?;
+        wait_for_a_part(&moving)?;
+        let both = both(&mut moving);
+        let standby = Orphan::new(both.get(1).context("who stands by")?.as_raw())?;
+        for pid in &both {
+            kill(*pid, Signal::SIGTERM)?;
+        }
+        // The case itself, not a wait for anything.
+        std::thread::sleep(Duration::from_millis(200));
+        for pid in &both {
+            // They may have ended.
+            let _ = kill(*pid, Signal::SIGKILL);
+        }
+        moving.daemon.process().wait(GENEROUS)?;
+        drop(standby);
+        let report = moving.load.run(0, &verifying())?;
+        ensure!(
+            report.poisoned() > 0,
+            "no page was lost: nothing was tested"
+        );
+        expect_no_zeros(&report)
+    });
+}
+
+/// Local images alone, of which next to nothing has been installed when both processes hear the signal.
+#[test]
+fn signals_to_both_processes_lose_nothing() {
+    with_criu(Suite::Trixie, |bed, criu| {
+        let cases: [(&str, &[&str]); 3] = [
+            ("HUP", &["--on-loss", "hold"]),
+            ("QUIT", &["--on-loss", "kill", "--no-standby"]),
+            ("64", &[]),
+        ];
+        for (signal, options) in cases {
+            let bed = Bed::new_in(bed.dir())?;
+            let options: Vec<&str> = [options, &["--max-bandwidth", "16K"]].concat();
+            let plan = plan(criu, Source::Local, &options);
+            let mut moving = PostCopy::start(&bed, &plan, spec(&bed), &[])?;
+            let both: Vec<String> = both(&mut moving).iter().map(Pid::to_string).collect();
+            run(Command::new("kill").arg(format!("-{signal}")).args(&both))?;
+            moving.daemon.process().wait(GENEROUS)?;
+            let log = moving.daemon.process().log().context("a log")?;
+            ensure!(
+                fs::read_to_string(log)?.contains("stopped by SIG"),
+                "{signal} was not heeded"
+            );
+            let report = moving.load.run(0, &verifying())?;
+            expect_no_zeros(&report)?;
+        }
+        Ok(())
+    });
+}
+
+/// Sixty generations of children, and descriptors for half of them, when the client is told to end.
+#[test]
+fn processes_are_killed_for_want_of_descriptors_too() {
+    with_criu(Suite::Experimental, |bed, criu| {
+        // So slow that most of it is missing.
+        let link = Link {
+            bytes_per_s: Some(8 << 20),
+            ..slow_link()
+        };
+        let plan = plan(criu, Source::Dump, &["--on-loss", "kill"]).over(link);
+        let mut moving = PostCopy::start(bed, &plan, spec(bed), &[])?;
+        for pid in both(&mut moving) {
+            let limit = ["--nofile=40:40", "--pid", &pid.to_string()];
+            run(Command::new("prlimit").args(limit))?;
+        }
+        let pass = Pass::full(Order::Random);
+        moving.load.send(0, &[Step::Fork { depth: 60, pass }])?;
+        wait_for_line(&mut moving, "no descriptor for a child")?;
+        moving.daemon.process().signal(Signal::SIGTERM)?;
+        moving.daemon.process().fail(GENEROUS)?;
+        let pid = u32::try_from(moving.load.pid().as_raw())?;
+        let end = moving.restored.wait_for_end(pid, GENEROUS)?;
+        ensure!(end == "killed SIGKILL", "the restored process {end}");
+        Ok(())
+    });
+}
+
+/// Numbers as `kill -l` counts: all but SIGKILL, what stops or does nothing, and what failed writes raise.
+const LEFT_OUT: [i32; 11] = [9, 13, 17, 18, 19, 20, 21, 22, 23, 25, 28];
+
+/// All of them, the real-time ones and the two of the C library too.
+#[test]
+fn every_signal_that_ends_a_process_ends_in_order() {
+    with_criu(Suite::Trixie, |bed, criu| {
+        let load = Load::start(LoadSpec::mixed(bed.path("load"), 4), None)?;
+        let images = bed.path("images");
+        Dump::new(criu, load.pid(), &images).run()?;
+        for number in (1..=64).filter(|number| !LEFT_OUT.contains(number)) {
+            let options = Options::new(&images).log_to("lazy.log");
+            let mut daemon = LazyDaemon::start(Make::Ours, &options, None)?;
+            let pid = daemon.process().pid().to_string();
+            // Words to a process that is held, and the C library's own: no orders to end, and no ends.
+            let ends = ![10, 12, 32, 33].contains(&number);
+            run(Command::new("kill").args([&format!("-{number}"), &pid]))?;
+            if !ends {
+                run(Command::new("kill").args(["-TERM", &pid]))?;
+            }
+            let ended = daemon.process().fail(GENEROUS);
+            ended.with_context(|| format!("signal {number}"))?;
+        }
+        Ok(())
+    });
+}
