@@ -175,10 +175,16 @@ impl Stream {
         Ok(())
     }
 
-    /// Sends `len` bytes of `file` from `offset` on over a plain connection, without a copy. Fails with
-    /// [`io::ErrorKind::UnexpectedEof`] if the file ends before, and with
+    /// Sends `len` bytes of `file` from `offset` on over a plain connection, without a copy, and adds to `sent`
+    /// what it has sent. Fails with [`io::ErrorKind::UnexpectedEof`] if the file ends before, and with
     /// [`io::ErrorKind::Unsupported`] over another connection.
-    pub fn send_file(&mut self, file: &File, offset: u64, len: u64) -> io::Result<()> {
+    pub fn send_file(
+        &mut self,
+        file: &File,
+        offset: u64,
+        len: u64,
+        sent: &mut u64,
+    ) -> io::Result<()> {
         let ends = (
             i64::try_from(offset),
             offset.checked_add(len).map(i64::try_from),
@@ -193,7 +199,8 @@ impl Stream {
             let left = usize::try_from(end - at).unwrap_or(usize::MAX);
             match sendfile64(socket, file, Some(&mut at), left) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(_) | Err(Errno::EINTR) => {}
+                Ok(bytes) => *sent += bytes as u64,
+                Err(Errno::EINTR) => {}
                 Err(errno) => return Err(errno.into()),
             }
         }

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ use pageferry::engine::serve::{ServeContext, serve_client};
 use pageferry::error::{Kind, Result};
 use pageferry::image::dir::ImageDir;
 use pageferry::limits::CLIENTS_MAX;
+use pageferry::stream::Stream;
 use pageferry::units::{PageCount, Vaddr};
 use proptest::prelude::*;
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -63,9 +64,18 @@ impl Server {
     }
 
     fn run(listener: Socket, dir: &Path, keep: bool, idle_timeout: Option<Duration>) -> Server {
-        listener.listen(16).unwrap();
         let context = ServeContext::new(ImageDir::open(dir, PAGE).unwrap(), None);
-        let context = context.ending_idle(idle_timeout);
+        Server::run_with(listener, keep, context.ending_idle(idle_timeout))
+    }
+
+    /// A server for one client that tries failing reads again for `local_timeout`.
+    fn start_reading_again(dir: &Path, local_timeout: Duration) -> Server {
+        let context = ServeContext::new(ImageDir::open(dir, PAGE).unwrap(), None);
+        Server::run_with(loopback(), false, context.reading_again(local_timeout))
+    }
+
+    fn run_with(listener: Socket, keep: bool, context: ServeContext) -> Server {
+        listener.listen(16).unwrap();
         let accepting = listener.try_clone().unwrap();
         let thread = thread::spawn(move || {
             let rules = Rules {
@@ -174,6 +184,30 @@ impl<S: Read + Write> Client<S> {
         assert_eq!(status, [0; 4]);
     }
 
+    /// The next answer, which may be of no page.
+    fn answer_of_any_length(&mut self) -> (Header, Vec<u8>) {
+        let mut bytes = [0; HEADER_BYTES_MAX];
+        self.stream
+            .read_exact(&mut bytes[..self.wire.header_bytes()])
+            .unwrap();
+        let header = Header::decode(self.wire, &bytes).unwrap();
+        let mut content = vec![0; (header.pages.get() << PAGE.shift()) as usize];
+        self.stream.read_exact(&mut content).unwrap();
+        (header, content)
+    }
+
+    /// Waits for the connection to be reset, whatever comes before.
+    fn expect_cut_off(mut self) {
+        let mut came = vec![0; 1 << 20];
+        let error = loop {
+            match self.stream.read(&mut came) {
+                Ok(bytes) => assert!(bytes > 0, "an orderly end"),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    }
+
     /// Waits for the connection to be reset and not just ended.
     fn expect_reset(mut self) {
         let error = self.stream.read_to_end(&mut Vec::new()).unwrap_err();
@@ -257,6 +291,104 @@ fn long_runs_come_whole_also_between_short_ones() {
     }
     client.close();
     server.outcome().unwrap();
+}
+
+/// 512 pages in one run, in a file to cut.
+fn one_file() -> (Images, PathBuf, Vec<u8>, BTreeMap<u64, Option<u32>>) {
+    let runs = vec![Run::present(FIRST_PAGE, 512, PageFlags::LAZY, 1)];
+    let memory = naive_memory(std::slice::from_ref(&runs));
+    let images = one_level(runs);
+    let path = images.dirs[0].join("pages-1.img");
+    let whole = std::fs::read(&path).unwrap();
+    (images, path, whole, memory)
+}
+
+fn cut(path: &Path, pages: u64) {
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    file.set_len(pages << PAGE.shift()).unwrap();
+}
+
+#[test]
+fn a_file_that_is_cut_for_a_while_is_served_whole() {
+    // One page is copied, a long run is sent from the file.
+    for (page, pages) in [(300, 1), (5, 507)] {
+        let (images, path, whole, memory) = one_file();
+        let server = Server::start_reading_again(&images.dirs[0], PATIENCE);
+        let mut client = server.connect();
+        client.get(FIRST_PAGE, 1);
+        client.answer();
+        cut(&path, 10);
+        client.get(FIRST_PAGE + 3, 1);
+        client.get(FIRST_PAGE + page, pages);
+        assert_eq!(
+            client.answer().1,
+            page_content(4),
+            "what can be read is not held up"
+        );
+        std::fs::write(&path, &whole).unwrap();
+        let content = expected(&memory, FIRST_PAGE + page, pages);
+        assert!(client.answer() == (FIRST_PAGE + page, content));
+        client.close();
+        server.outcome().unwrap();
+    }
+}
+
+#[test]
+fn a_file_that_stays_cut_costs_its_pages_and_not_the_server() {
+    let (images, path, whole, memory) = one_file();
+    let server = Server::start_reading_again(&images.dirs[0], Duration::ZERO);
+    let mut client = server.connect();
+    client.get(FIRST_PAGE, 1);
+    client.answer();
+    cut(&path, 300);
+    client.get(FIRST_PAGE + 290, 100);
+    client.expect_cut_off();
+    let mut client = server.connect();
+    for (page, pages, came) in [(290, 100, 10), (300, 90, 0), (7, 1, 1), (400, 1, 0)] {
+        client.get(FIRST_PAGE + page, pages);
+        let (header, content) = client.answer_of_any_length();
+        assert_eq!(header.pages, PageCount(came), "page {page}");
+        assert!(content == expected(&memory, FIRST_PAGE + page, came));
+    }
+    std::fs::write(&path, &whole).unwrap();
+    client.get(FIRST_PAGE + 400, 1);
+    assert_eq!(client.answer().1, page_content(401));
+    client.close();
+    server.outcome().unwrap();
+}
+
+#[test]
+fn a_server_whose_file_fails_says_which_and_does_not_blame_the_client() {
+    let (images, path, ..) = one_file();
+    let stream_of = |server: &Server| {
+        let client = server.connect();
+        let (stream, _) = server.listener.accept().unwrap();
+        (client, Stream::plain(stream))
+    };
+    let listener = loopback();
+    listener.listen(1).unwrap();
+    let server = Server {
+        listener,
+        thread: None,
+    };
+    for (page, pages) in [(300, 1), (5, 507)] {
+        let context = ServeContext::new(ImageDir::open(&images.dirs[0], PAGE).unwrap(), None)
+            .reading_again(Duration::ZERO);
+        let (mut client, stream) = stream_of(&server);
+        let served = thread::spawn(move || serve_client(stream, &context).unwrap_err());
+        client.get(FIRST_PAGE, 1);
+        client.answer();
+        let whole = std::fs::read(&path).unwrap();
+        cut(&path, 10);
+        client.get(FIRST_PAGE + page, pages);
+        client.expect_cut_off();
+        let error = served.join().unwrap();
+        std::fs::write(&path, whole).unwrap();
+        assert_eq!(error.kind(), Kind::Io);
+        let text = error.to_string();
+        assert!(text.contains("pages-1.img"), "{text}");
+        assert!(!text.contains("connection"), "{text}");
+    }
 }
 
 #[test]
@@ -423,28 +555,6 @@ fn a_restore_may_be_idle() {
     // Nobody of that host asks any more.
     for_faults.close();
     server.connect().expect_reset();
-}
-
-#[test]
-fn a_file_cut_under_the_server_ends_the_session_with_an_error() {
-    for pages in [1, 256] {
-        let images = one_level(vec![Run::present(FIRST_PAGE, 512, PageFlags::LAZY, 1)]);
-        let server = Server::start(&images.dirs[0], false);
-        let mut client = server.connect();
-        client.get(FIRST_PAGE, 1);
-        client.answer();
-        let file = images.dirs[0].join("pages-1.img");
-        std::fs::OpenOptions::new()
-            .write(true)
-            .open(file)
-            .unwrap()
-            .set_len(4096)
-            .unwrap();
-        client.get(FIRST_PAGE + 100, pages);
-        client.expect_reset();
-        let error = server.outcome().unwrap_err();
-        assert!(error.to_string().contains("pages-1.img"), "{error}");
-    }
 }
 
 #[test]

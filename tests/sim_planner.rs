@@ -379,7 +379,7 @@ impl World {
         self.install_in_family(request.pid, image, Way::Fetched(request.class));
         if got < asked {
             self.planner
-                .give_back(request.space, pages(first + got, asked - got));
+                .give_back(request.pid, pages(first + got, asked - got));
         }
     }
 
@@ -489,7 +489,7 @@ fn children_that_end_soon_cost_the_source_nothing() {
         assert!(living <= lifetime as u64 + 1, "{living} live");
         assert_eq!(world.planner.total_pages(), alone, "pages count once");
         world.drain();
-        // All of it is asked for once; a little twice, as it is on its way when a child is forked.
+        // All of it is asked for once; a little twice, as it has not been sent for when a child is forked.
         let remote = 2 * (30 + 10 + 20);
         assert!(
             world.asked_pages * 10 <= remote * 11 / 2 + CHUNK,

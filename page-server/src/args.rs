@@ -13,6 +13,7 @@ use pageferry::daemon::CommonArgs;
 use pageferry::engine::io;
 use pageferry::engine::io::transport::Peer;
 use pageferry::engine::receive::stores::Template;
+use pageferry::engine::serve::LOCAL_TIMEOUT_DEFAULT;
 use pageferry::image::store;
 use pageferry::limits::{
     DUMP_IDLE_TIMEOUT_S, FERRY_STREAMS_MAX, RECEIVE_SESSIONS_MAX, RESTORE_TIMEOUT_S, TIMEOUT_S_MAX,
@@ -121,6 +122,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SECONDS",
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     pub(crate) idle_timeout: Option<u64>,
+
+    /// With --lazy-pages: seconds to try to read an image again that cannot be read
+    #[arg(long, value_name = "SECONDS", default_value_t = LOCAL_TIMEOUT_DEFAULT.as_secs(),
+        value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
+    pub(crate) local_timeout: u64,
 }
 
 impl Args {

@@ -249,7 +249,8 @@ fn serve(start: &mut Start<'_>) -> Result<()> {
     let dir = ImageDir::open(start.daemon.images_dir(), pages_of_system()?)?;
     let context = ServeContext::new(dir, args.wire.forced())
         .counting_in(report.traffic())
-        .ending_idle(args.idle_timeout());
+        .ending_idle(args.idle_timeout())
+        .reading_again(Duration::from_secs(args.local_timeout));
     let tls = Tls::load(&args.tls)?;
     let source = start.listen()?;
     let rules = Rules {

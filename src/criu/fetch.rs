@@ -40,6 +40,14 @@ pub enum Step<T> {
         /// What was asked for and did not come, if the answer was short.
         rest: Option<PageRange>,
     },
+    /// The answer to the request `tag` has no page: the source cannot read the first one, or is not of this
+    /// dump.
+    Lacking {
+        /// The request's tag.
+        tag: T,
+        /// What was asked for.
+        asked: PageRange,
+    },
     /// The source answered CLOSE with this status; 0 is success.
     Closed(i32),
 }
@@ -206,7 +214,12 @@ impl<T: Clone> Fetcher<T> {
                 dst_id,
             });
         }
-        if pages == 0 || !header.flags.has(PageFlags::PRESENT) {
+        if pages == 0 {
+            let tag = front.tag.clone();
+            self.outstanding.pop_front();
+            return Ok((length, Step::Lacking { tag, asked }));
+        }
+        if !header.flags.has(PageFlags::PRESENT) {
             return Err(FetchError::NoPages {
                 vaddr: header.vaddr,
                 pid,
@@ -373,14 +386,22 @@ mod tests {
         ] {
             assert!(matches!(next(&wrong), Err(FetchError::Mismatch { .. })));
         }
-        let none = next(&answer(Wire::V2, 7, 0x5000, 0));
-        assert_eq!(
-            none,
-            Err(FetchError::NoPages {
-                vaddr: Vaddr(0x5000),
-                pid: 7
-            })
-        );
+    }
+
+    #[test]
+    fn an_answer_without_pages_is_one() {
+        let mut fetcher = Fetcher::new(Wire::V2, PAGE);
+        for (tag, start) in [('a', 0x5000), ('b', 0x9000)] {
+            let image = PageRange::new(start, start + 0x2000);
+            fetcher.get(7, image, tag, &mut Vec::new());
+        }
+        let mut bytes = answer(Wire::V2, 7, 0x5000, 0);
+        bytes.extend(answer(Wire::V2, 7, 0x9000, 1));
+        let (used, step) = fetcher.next(&bytes).unwrap();
+        let asked = PageRange::new(0x5000, 0x7000);
+        assert_eq!(step, Step::Lacking { tag: 'a', asked });
+        let (_, step) = fetcher.next(&bytes[used..]).unwrap();
+        assert_eq!(step, Step::Answer { tag: 'b' });
     }
 
     #[test]

@@ -376,6 +376,11 @@ impl Planner {
         self.space(id)?.arrived(image)
     }
 
+    /// The first of the pages `image` that is on its way to `id`.
+    pub fn on_the_way(&self, id: SpaceId, image: PageRange) -> Option<Piece> {
+        self.space(id)?.on_the_way(image)
+    }
+
     /// The source sends the pages `image` to `id` without having been asked.
     pub fn pushed(&mut self, id: SpaceId, image: PageRange) {
         if let Some(space) = self.space_mut(id) {
@@ -383,14 +388,21 @@ impl Planner {
         }
     }
 
-    /// An answer ended before `image`, the rest of its request.
-    pub fn give_back(&mut self, id: SpaceId, image: PageRange) {
+    /// An answer for the family of `pid` ended before `image`, the rest of its request.
+    pub fn give_back(&mut self, pid: u32, image: PageRange) {
+        for id in self.ids_of(pid) {
+            self.give_back_for(id, image);
+        }
+    }
+
+    /// The pages `image` came and could not be kept for `id`.
+    pub fn give_back_for(&mut self, id: SpaceId, image: PageRange) {
         if let Some(space) = self.space_mut(id) {
             space.give_back(image);
         }
     }
 
-    /// The local images cannot give the pages at `range` of `id` now.
+    /// Neither the local images nor the source, which was asked for them, can give the pages at `range` of `id` now.
     pub fn set_unreadable(&mut self, id: SpaceId, range: PageRange) {
         if let Some(space) = self.space_mut(id) {
             space.set_unreadable(range);

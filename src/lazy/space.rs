@@ -47,7 +47,7 @@ pub struct Space {
     remote: ExtentMap<ImageIndex>,
     local: ExtentMap,
     flight: ExtentMap<ImageIndex>,
-    /// What the local images should have and cannot give now: the background leaves it out.
+    /// What the local images or the source should have and cannot give now: the background leaves it out.
     unreadable: ExtentMap<ImageIndex>,
     /// Where children find zeros, as far as it was known at the start (MADV_WIPEONFORK).
     wiped: ExtentMap,
@@ -110,7 +110,7 @@ impl Space {
     }
 
     /// The memory of a child that was just forked: it lacks all that its parent lacks. What is on
-    /// the way for the parent will be asked for again.
+    /// the way for the parent is for the child as well.
     #[must_use]
     pub fn fork(&self) -> Space {
         let mut child = Space::empty(self.pid, self.page, Arc::clone(&self.origins));
@@ -119,9 +119,11 @@ impl Space {
         child.local = self.local.clone();
         child.unreadable = self.unreadable.clone();
         child.wiped = self.wiped.clone();
-        self.flight
-            .iter()
-            .for_each(|piece| child.remote.insert(piece));
+        child.flight = self.flight.clone();
+        // What has not been sent for may never be, if the parent ends or unmaps it first.
+        for unsent in &self.urgent {
+            child.give_back(unsent.image);
+        }
         child
     }
 
@@ -469,10 +471,21 @@ impl Space {
         on_the_way.or_else(|| self.unreadable.find_image(image))
     }
 
-    /// The local images cannot give the pages at `range` now.
+    /// The first of the pages `image` that is on the way.
+    pub fn on_the_way(&self, image: PageRange) -> Option<Piece> {
+        self.flight.find_image(image)
+    }
+
+    /// Whether the source had the page at `image` in the dump at the start.
+    pub fn is_with_source(&self, image: Vaddr) -> bool {
+        self.origin(image).is_some()
+    }
+
+    /// Neither the local images nor the source, which was asked for them, can give the pages at `range` now.
     pub fn set_unreadable(&mut self, range: PageRange) {
         let unreadable = &mut self.unreadable;
         self.local.take(range, |piece| unreadable.insert(piece));
+        self.flight.take(range, |piece| unreadable.insert(piece));
     }
 
     /// The first of the pages `image` that the local images could not give and that is still missing.

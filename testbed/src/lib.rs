@@ -26,6 +26,7 @@ pub mod debian;
 pub mod gate;
 pub mod images;
 pub mod load;
+pub mod memory_group;
 pub mod migration;
 pub mod net;
 pub mod orphan;

@@ -156,6 +156,13 @@ impl Drain {
         match step {
             Step::Incomplete | Step::Closed(_) => again = false,
             Step::Answer { .. } => {}
+            Step::Lacking { tag, asked } => {
+                let text = format!(
+                    "the dump at {} does not have {asked} of pid {tag}",
+                    self.dump
+                );
+                return Err(Error::new(Kind::Protocol, text));
+            }
             Step::Pages { tag, image, bytes } => dump_memory.store(tag, image, &unread[bytes])?,
             Step::Complete { tag, asked, rest } => {
                 self.requested -= asked.bytes();

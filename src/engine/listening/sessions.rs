@@ -18,6 +18,9 @@ use crate::stream::Stream;
 /// How long to wait until what a connection lacks to be accepted may be there again.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// How long a server that lives for one client waits for it to come back, after it could not read what that needs.
+const RETURN_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// How long a server stays.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Stay {
@@ -82,7 +85,16 @@ pub fn run_sessions(
         let mut running = 0;
         let mut accepting = true;
         let mut outcome = Ok(());
-        for event in &inbox {
+        // A failure of this host, after which the client may come back.
+        let mut own_failure = None;
+        loop {
+            let event = match own_failure.is_some() && running == 0 {
+                true => inbox.recv_timeout(RETURN_TIMEOUT).ok(),
+                false => inbox.recv().ok(),
+            };
+            let Some(event) = event else {
+                break;
+            };
             match event {
                 Event::Accepted(socket) if running < rules.most => {
                     running += 1;
@@ -111,7 +123,16 @@ pub fn run_sessions(
                         Err(failure) if rules.stay == Stay::Keep || outcome.is_err() => {
                             error!("{failure}");
                         }
-                        result => outcome = outcome.and(result),
+                        // A session that this host failed, and those that its client gives up with it.
+                        Err(failure)
+                            if rules.stay == Stay::Together
+                                && (failure.kind() == Kind::Io || own_failure.is_some()) =>
+                        {
+                            error!("{failure}; its client may come back");
+                            own_failure.get_or_insert(failure);
+                        }
+                        Ok(()) => own_failure = None,
+                        Err(failure) => outcome = outcome.and(Err(failure)),
                     }
                 }
                 Event::AcceptEnded(result) => {
@@ -125,7 +146,8 @@ pub fn run_sessions(
             }
             let waits = match rules.stay {
                 Stay::Keep | Stay::UntilShutDown => accepting,
-                Stay::One | Stay::Together => false,
+                Stay::Together => accepting && own_failure.is_some(),
+                Stay::One => false,
             };
             if running == 0 && !waits {
                 break;
@@ -133,7 +155,7 @@ pub fn run_sessions(
         }
         // Wakes the accepting thread; it may have ended before.
         let _ = listener.shutdown(Shutdown::Both);
-        outcome
+        outcome.and(own_failure.map_or(Ok(()), Err))
     })
 }
 

@@ -151,7 +151,7 @@ impl Restore {
     /// too much is kept already.
     pub(super) fn stash(&mut self, id: SpaceId, image: PageRange, bytes: &[u8], way: Way) {
         if self.deferred.stashed_bytes + image.bytes() > STASH_BYTES_MAX {
-            self.planner.give_back(id, image);
+            self.planner.give_back_for(id, image);
             return;
         }
         let bytes = bytes.to_vec();

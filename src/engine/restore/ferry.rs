@@ -180,7 +180,7 @@ impl Restore {
             };
             if others < image.end() {
                 let rest = PageRange::new(others.get(), image.end().get());
-                self.planner.give_back(request.space, rest);
+                self.planner.give_back_for(request.space, rest);
             }
             if !unasked.is_empty() {
                 let request = Request {
@@ -320,7 +320,7 @@ impl Restore {
             self.install_in_family(request.pid, asker, part.image, bytes, way)?;
         }
         // What the answer has left out is asked for once more, also for others who counted on it.
-        self.planner.give_back(request.space, request.image);
+        self.planner.give_back(request.pid, request.image);
         self.planner.ask_again(request.pid, request.image);
         self.send_requests()
     }

@@ -220,6 +220,13 @@ impl Link {
                 self.window
                     .completed(tag.ticket, asked.bytes(), got, now_us);
             }
+            Step::Lacking { tag, asked } => {
+                self.urgent -= u64::from(tag.request.class != Class::Stream);
+                if tag.request.class == Class::Fault {
+                    self.window.fault_answered(now_us);
+                }
+                self.window.completed(tag.ticket, asked.bytes(), 0, now_us);
+            }
             Step::Incomplete | Step::Pages { .. } | Step::Closed(_) => {}
         }
         Ok((used, step))

@@ -406,9 +406,10 @@ impl Restore {
                 let Request { pid, space, .. } = tag.request;
                 self.install_in_family(pid, Some(space), *image, bytes, way)
             }
+            Step::Lacking { tag, asked } => self.source_lacks(&tag.request, *asked),
             Step::Complete { tag, asked, rest } => {
                 if let Some(rest) = rest {
-                    self.planner.give_back(tag.request.space, *rest);
+                    self.planner.give_back(tag.request.pid, *rest);
                 }
                 // The source has more to do for as long as that: one send for many small answers.
                 self.unasked_bytes += asked.bytes();

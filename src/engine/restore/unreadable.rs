@@ -18,9 +18,10 @@ use std::time::Duration;
 use super::Restore;
 use super::fallback::{Fallback, Question};
 use super::install::offset;
-use crate::error::{Error, Result};
+use crate::criu::fetch::FetchError;
+use crate::error::{Error, Kind, Result};
 use crate::image::chain::Chain;
-use crate::lazy::planner::{SpaceId, Way};
+use crate::lazy::planner::{Request, SpaceId, Way};
 use crate::lazy::space::Class;
 use crate::units::{PageRange, Vaddr};
 
@@ -174,6 +175,38 @@ impl Restore {
         );
     }
 
+    /// The source cannot read the first page of `asked`: it is asked again as for a page that the images here
+    /// should have, and the rest at once.
+    pub(super) fn source_lacks(&mut self, request: &Request, asked: PageRange) -> Result<()> {
+        let start = asked.start().get();
+        if self.planner.counts().fetched() == 0 {
+            return Err(self.bad_source(FetchError::NoPages {
+                vaddr: asked.start(),
+                pid: request.pid,
+            }));
+        }
+        let first = PageRange::new(start, start + self.images.page().bytes());
+        let rest = PageRange::new(first.end().get(), asked.end().get());
+        for id in self.planner.ids_of(request.pid) {
+            self.planner.pushed(id, first);
+            while let Some(piece) = self.planner.on_the_way(id, first) {
+                self.planner.set_unreadable(id, piece.at);
+            }
+        }
+        let now_us = self.clock.now_us();
+        self.unreadable.note(request.pid, first, now_us);
+        let text = format!(
+            "the source at {} cannot read {first} of pid {}",
+            self.links.peer(),
+            request.pid
+        );
+        self.complain_of_images(&Error::new(Kind::Image, text));
+        if !rest.is_empty() {
+            self.planner.give_back(request.pid, rest);
+        }
+        self.send_requests()
+    }
+
     /// Tries a run of unreadable pages again, if it is time, and installs what the source has sent.
     pub(super) fn retry_unreadable(&mut self) -> Result<()> {
         self.take_fallback_answers()?;
@@ -182,7 +215,9 @@ impl Restore {
             return Ok(());
         };
         let image = PageRange::new(start, run.end);
-        if !run.asked && self.ask_fallback(pid, image) {
+        let with_source = self.is_with_source(pid, start);
+        let may_ask = !run.asked || with_source && !self.unreadable.awaits_source(pid, start);
+        if may_ask && self.ask_fallback(pid, image) {
             run.asked = true;
         }
         let Some((id, piece)) = self.planner.first_unreadable(pid, image) else {
@@ -256,6 +291,9 @@ impl Restore {
         }
         run.end = next;
         let why = match self.last_unreadable.take() {
+            _ if self.is_with_source(pid, start) => {
+                format!("the source at {} cannot read them", self.links.peer())
+            }
             Some(error) => error.to_string(),
             None => "their images cannot be read".to_owned(),
         };
@@ -269,6 +307,13 @@ impl Restore {
             }
         }
         Ok(())
+    }
+
+    /// Whether the source has the page at `start` of `pid` according to the images.
+    fn is_with_source(&self, pid: u32, start: u64) -> bool {
+        let id = self.planner.next_sibling(pid, None);
+        let space = id.and_then(|id| self.planner.space(id));
+        space.is_some_and(|space| space.is_with_source(Vaddr(start)))
     }
 
     /// Asks the source for the pages `image` of `pid`, if there is one that may have them.
@@ -328,7 +373,7 @@ impl Restore {
 fn read_page(chain: &Chain, image: Vaddr, room: &mut [u8]) -> Result<()> {
     let Some(extent) = chain.find(image) else {
         let text = format!("the images lack the page at {image}");
-        return Err(Error::new(crate::error::Kind::Image, text));
+        return Err(Error::new(Kind::Image, text));
     };
     chain.read(extent.place, room)
 }

@@ -17,11 +17,14 @@
 //! request, who takes no answers. That a host is gone is found out by probes.
 
 mod host_activity;
+mod local_reads;
 pub(in crate::engine) mod memory;
 
 use std::collections::HashMap;
 use std::fmt::Debug;
+use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -36,12 +39,16 @@ use crate::image::dir::ImageDir;
 use crate::limits::{ANSWER_BYTES, REQUEST_BYTES};
 use crate::observe::traffic::Traffic;
 use crate::stream::{Stream, silent};
-use crate::units::PageSize;
+use crate::units::{PageCount, PageSize};
+use local_reads::{LocalReads, Tries, error_of_file};
 
 /// Runs of at least this many bytes are sent with `sendfile`; shorter ones are cheaper to copy.
 /// Measured on loopback, in GiB/s: 16 KiB 2.1 copied, 2.0 sent; 32 KiB 2.5 and 3.6; 64 KiB 2.5 and
 /// 4.0.
 const SEND_FILE_BYTES_MIN: u64 = 32 << 10;
+
+/// How long a read that fails is tried again.
+pub const LOCAL_TIMEOUT_DEFAULT: Duration = Duration::from_secs(30);
 
 /// What all clients of a page server share.
 #[derive(Debug)]
@@ -52,6 +59,7 @@ pub struct ServeContext {
     traffic: Arc<Traffic>,
     idle_timeout: Option<Duration>,
     active_hosts: ActiveHosts,
+    local_reads: LocalReads,
 }
 
 /// Where the memory of processes is.
@@ -107,6 +115,7 @@ impl ServeContext {
             traffic: Arc::default(),
             idle_timeout: None,
             active_hosts: ActiveHosts::default(),
+            local_reads: LocalReads::new(LOCAL_TIMEOUT_DEFAULT),
         }
     }
 
@@ -145,6 +154,16 @@ impl ServeContext {
         }
     }
 
+    /// Tries reads that fail again for so long (without this for [`LOCAL_TIMEOUT_DEFAULT`]) before a session ends.
+    #[must_use]
+    pub fn reading_again(self, timeout: Duration) -> ServeContext {
+        let local_reads = LocalReads::new(timeout);
+        ServeContext {
+            local_reads,
+            ..self
+        }
+    }
+
     /// Counts what the sessions send in `traffic` as well.
     #[must_use]
     pub fn counting_in(self, traffic: Arc<Traffic>) -> ServeContext {
@@ -168,8 +187,8 @@ impl Memories for Images {
 }
 
 /// Serves one client until it says CLOSE. On failure (a page that no image has, a client that
-/// breaks the protocol or goes away before CLOSE, an image that cannot be read) the connection is
-/// reset and the error says why.
+/// breaks the protocol or goes away before CLOSE, an image that cannot be read for too long) the connection is
+/// reset and the error says why; [`Kind::Io`] is a failure of this host.
 pub fn serve_client(stream: Stream, context: &ServeContext) -> Result<Summary> {
     serve_until_closed(stream, context, &|| Ok(()))
 }
@@ -292,16 +311,28 @@ impl Session<'_> {
         let memory = self.memory(get.pid)?;
         self.runs.clear();
         let pages = memory.find_runs(get.range, &mut self.runs)?;
+        let runs = std::mem::take(&mut self.runs);
+        if self.context.local_reads.is_careful() {
+            self.answer_carefully(get, &*memory, &runs)?;
+        } else {
+            self.begin_answer(get, pages)?;
+            let pushed = runs.iter().try_for_each(|run| self.push_run(&*memory, run));
+            if pushed.is_err() {
+                self.context.local_reads.keep(&memory);
+            }
+            pushed?;
+        }
+        self.runs = runs;
+        Ok(())
+    }
+
+    /// Announces an answer of `pages` pages, and counts it.
+    fn begin_answer(&mut self, get: &Get, pages: PageCount) -> Result<()> {
         // Known since the request was read.
         let wire = self.requests.wire().unwrap_or(Wire::V2);
         let mut header = [0; HEADER_BYTES_MAX];
         let len = get.answer(wire, pages, &mut header);
         self.push_header(&header[..len])?;
-        let runs = std::mem::take(&mut self.runs);
-        for run in &runs {
-            self.push_run(&*memory, run)?;
-        }
-        self.runs = runs;
         self.summary.requests += 1;
         self.summary.short_answers += u64::from(pages < get.range.pages(self.page));
         self.summary.pages += pages.get();
@@ -342,19 +373,59 @@ impl Session<'_> {
         let bytes = run.range.bytes();
         match run.place {
             Place::Raw { file, offset } if self.can_send_file(bytes) => {
-                let waiting = self.answers.take();
-                let stream = &mut self.stream;
-                stream.write_more(waiting).map_err(not_taken)?;
-                let (file, path) = memory.file(file);
-                stream
-                    .send_file(file, offset, bytes)
-                    .map_err(|error| match error.kind() {
-                        ErrorKind::UnexpectedEof => Error::file("read", path, error),
-                        _ => not_taken(error),
-                    })
+                self.send_run(memory.file(file), offset, bytes)
             }
             place => self.copy_run(memory, place, bytes),
         }
+    }
+
+    /// Sends a raw run without a copy.
+    fn send_run(&mut self, (file, path): (&File, &Path), offset: u64, bytes: u64) -> Result<()> {
+        let waiting = self.answers.take();
+        self.stream.write_more(waiting).map_err(not_taken)?;
+        let (mut sent, mut tries) = (0, Tries::default());
+        loop {
+            let (before, at) = (sent, offset + sent);
+            let left = bytes - sent;
+            let Err(error) = self.stream.send_file(file, at, left, &mut sent) else {
+                return Ok(());
+            };
+            if sent > before {
+                tries = Tries::default();
+            }
+            match error_of_file(file, path, offset + sent, &error) {
+                Some(error) => tries.bear(error, &self.context.local_reads, &self.stream)?,
+                None => return Err(not_taken(error)),
+            }
+        }
+    }
+
+    /// Reads an answer before it is begun: it ends where reading does.
+    fn answer_carefully(
+        &mut self,
+        get: &Get,
+        memory: &dyn Memory,
+        runs: &[Resolved],
+    ) -> Result<()> {
+        let mut pages = Vec::new();
+        let page = self.page.as_usize();
+        'runs: for run in runs {
+            for skipped in (0..run.range.bytes()).step_by(page) {
+                let filled = pages.len();
+                pages.resize(filled + page, 0);
+                let read = memory.read(run.place.behind(skipped, self.page), &mut pages[filled..]);
+                if let Err(error) = read {
+                    pages.truncate(filled);
+                    tracing::debug!("client {}: {error}", self.stream.peer());
+                    break 'runs;
+                }
+                if pages.len() >= ANSWER_BYTES {
+                    break 'runs;
+                }
+            }
+        }
+        self.begin_answer(get, PageCount((pages.len() / page) as u64))?;
+        pages.chunks(page).try_for_each(|page| self.push(page))
     }
 
     fn can_send_file(&self, bytes: u64) -> bool {
@@ -363,6 +434,7 @@ impl Session<'_> {
 
     /// Copies `bytes` from `place` on into the answer buffer, sending it whenever it is full.
     fn copy_run(&mut self, memory: &dyn Memory, mut place: Place, mut bytes: u64) -> Result<()> {
+        let mut tries = Tries::default();
         while bytes > 0 {
             let room = self.page.floor(self.answers.room() as u64);
             if room == 0 {
@@ -371,7 +443,14 @@ impl Session<'_> {
             }
             let piece = bytes.min(room);
             let len = usize::try_from(piece).expect("less than the buffer's room");
-            memory.read(place, self.answers.next(len))?;
+            if let Err(error) = memory.read(place, self.answers.next(len)) {
+                self.answers.take_back(len);
+                // What lies before it is not held up.
+                self.send_answers()?;
+                tries.bear(error, &self.context.local_reads, &self.stream)?;
+                continue;
+            }
+            tries = Tries::default();
             place = place.behind(piece, self.page);
             bytes -= piece;
         }
@@ -393,6 +472,7 @@ impl Session<'_> {
         // Who comes after the answer finds the images as they are then, however long this client takes
         // to hang up.
         self.memories.clear();
+        self.context.local_reads.drop_kept();
         self.push(&CLOSE_STATUS)?;
         self.send_answers()?;
         let rest = self.requests.header_bytes_open();
@@ -447,6 +527,11 @@ impl Answers {
         let start = self.filled;
         self.filled += len;
         &mut self.buffer[start..self.filled]
+    }
+
+    /// The last `len` bytes were not filled after all.
+    fn take_back(&mut self, len: usize) {
+        self.filled -= len;
     }
 
     /// All that was filled; the buffer is empty afterwards.

@@ -131,6 +131,16 @@ pub enum Step {
         /// What each of them does.
         pass: Pass,
     },
+    /// Fork `children` one after the other, so many a second; each compares a page of its own choice and
+    /// ends after a moment. Counts those whose page was right as checked.
+    ForkOften {
+        /// Children a second.
+        per_s: u32,
+        /// How many in all.
+        children: u32,
+        /// How long each lives, ms.
+        lifetime_ms: u32,
+    },
     /// Move a part to another address.
     Move(Part),
     /// Make an area longer, moving it; the new pages read as zero.

@@ -311,7 +311,7 @@ impl Client {
             }
         }
         // What the answer has left out is asked for once more, also for others who counted on it.
-        self.planner.give_back(request.space, request.image);
+        self.planner.give_back(request.pid, request.image);
         self.planner.ask_again(request.pid, request.image);
     }
 

@@ -2,13 +2,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use nix::sys::wait::{WaitStatus, waitpid};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, alarm, getpid};
 use testbed::load::report::StepReport;
 use testbed::load::spec::LoadSpec;
-use testbed::load::steps::Pass;
+use testbed::load::steps::{Order, Pass};
 use testbed::sys;
 
 use crate::memory::Memory;
@@ -66,6 +67,50 @@ pub(crate) fn fork_and_verify(
             Ok(report)
         }
     }
+}
+
+/// Forks `children`, `per_s` a second, each of which compares one page and ends after `lifetime`.
+pub(crate) fn fork_often(
+    memory: &Memory,
+    per_s: u32,
+    children: u32,
+    lifetime: Duration,
+) -> Result<StepReport> {
+    let order = pass::visits(memory, Order::Random, 0);
+    let began = Instant::now();
+    let mut report = StepReport::default();
+    let mut running = 0;
+    for number in 0..children {
+        let due = Duration::from_secs(1) * number / per_s.max(1);
+        std::thread::sleep(due.saturating_sub(began.elapsed()));
+        let visit = order[number as usize % order.len()];
+        if sys::fork().context("fork")?.is_child() {
+            let right = pass::is_right(memory, visit);
+            std::thread::sleep(lifetime);
+            sys::exit_now(i32::from(!right));
+        }
+        running += 1;
+        while running > 0 && reap(&mut report, Some(WaitPidFlag::WNOHANG))? {
+            running -= 1;
+        }
+    }
+    while running > 0 && reap(&mut report, None)? {
+        running -= 1;
+    }
+    report.wall_us = u64::try_from(began.elapsed().as_micros())?;
+    report.step = format!("{children} children, {per_s} a second");
+    Ok(report)
+}
+
+/// Notes a child that has ended, if one has.
+fn reap(report: &mut StepReport, flags: Option<WaitPidFlag>) -> Result<bool> {
+    match waitpid(None, flags)? {
+        WaitStatus::StillAlive => return Ok(false),
+        WaitStatus::Exited(_, 0) => {}
+        _ => report.wrong += 1,
+    }
+    report.checked += 1;
+    Ok(true)
 }
 
 fn failed(failure: String) -> StepReport {

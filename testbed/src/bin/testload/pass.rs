@@ -92,6 +92,19 @@ pub(crate) fn visits(memory: &Memory, order: Order, salt: u64) -> Vec<Visit> {
     all
 }
 
+/// Whether a page holds what it should.
+pub(crate) fn is_right(memory: &Memory, (area, index): Visit) -> bool {
+    let cell = memory.areas[area as usize].cells[index as usize];
+    if cell.expect == Expect::Gone {
+        return true;
+    }
+    let words = memory.page_bytes / WORD_BYTES;
+    let (mut got, mut want) = (vec![0; words], vec![0; words]);
+    sys::read_words(cell.address, &mut got);
+    memory.expected(area, index, cell.expect, &mut want);
+    got == want
+}
+
 struct PassCounters {
     report: StepReport,
     touches: Histogram<u64>,

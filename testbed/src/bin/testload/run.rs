@@ -17,7 +17,7 @@ use testbed::load::spec::{LoadSpec, Mapping, OnLostPage};
 use testbed::load::steps::{Command, Order, Pass, Step, command_file};
 use testbed::sys;
 
-use crate::fork::{fork_and_verify, grow_tree, leave_zombies, write_json};
+use crate::fork::{fork_and_verify, fork_often, grow_tree, leave_zombies, write_json};
 use crate::memory::{Memory, to_u32};
 use crate::pass::{verify, visits};
 
@@ -173,6 +173,14 @@ impl Process {
             Step::Verify(pass) => return verify(&self.memory, pass),
             Step::Fork { depth, pass } => {
                 return fork_and_verify(&self.memory, &self.spec, depth, pass);
+            }
+            Step::ForkOften {
+                per_s,
+                children,
+                lifetime_ms,
+            } => {
+                let lifetime = Duration::from_millis(lifetime_ms.into());
+                return fork_often(&self.memory, per_s, children, lifetime);
             }
             Step::Move(part) => self.memory.move_part(part)?,
             Step::Grow { area, pages } => self.memory.grow(area, pages)?,

@@ -1,0 +1,302 @@
+//! What fails on the restoring host, or while the source reads its own images, is not the loss of the source.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::Signal;
+use testbed::bed::Bed;
+use testbed::criu::{Criu, Suite};
+use testbed::daemons::{Make, Options, PageServer};
+use testbed::load::Load;
+use testbed::load::scenarios::verifying;
+use testbed::load::spec::{LoadSpec, OnLostPage};
+use testbed::load::steps::Step;
+use testbed::memory_group::MemoryGroup;
+use testbed::migration::Dump;
+use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
+use testbed::suite::with_criu;
+use testbed::summary;
+use testbed::wait::{self, GENEROUS};
+
+const MIB: u32 = 48;
+/// So that there is time to make something fail.
+const SLOWLY: [&str; 2] = ["--max-bandwidth", "16M"];
+
+fn plan<'a>(criu: &'a Criu, source: Source<'a>, options: &[&str]) -> Plan<'a> {
+    Plan {
+        client_options: options.iter().map(ToString::to_string).collect(),
+        ..Plan::new(criu, source, Make::Ours)
+    }
+}
+
+fn spec(bed: &Bed) -> LoadSpec {
+    LoadSpec {
+        on_lost_page: OnLostPage::Count,
+        pin_own_memory: true,
+        ..LoadSpec::mixed(bed.path("load"), MIB)
+    }
+}
+
+/// The largest pages file of a directory, which has the memory of the load.
+fn pages_file(dir: &Path) -> Result<PathBuf> {
+    let mut largest = (0, None);
+    for entry in dir.read_dir()? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let bytes = entry.metadata()?.len();
+        if name.to_string_lossy().starts_with("pages-") && bytes > largest.0 {
+            largest = (bytes, Some(entry.path()));
+        }
+    }
+    largest.1.context("a pages file")
+}
+
+fn cut(path: &Path, bytes: u64) -> Result<()> {
+    Ok(File::options().write(true).open(path)?.set_len(bytes)?)
+}
+
+fn client_log(moving: &mut PostCopy) -> Result<String> {
+    let log = moving.daemon.process().log().context("a log")?.to_owned();
+    Ok(fs::read_to_string(log)?)
+}
+
+fn wait_for_line(moving: &mut PostCopy, words: &str) -> Result<()> {
+    wait::until(words, GENEROUS, || {
+        let said = client_log(moving)?.contains(words);
+        if !said && moving.daemon.process().ended()?.is_some() {
+            bail!("lazy-client is over{}", moving.daemon.process().log_tail());
+        }
+        Ok(said.then_some(()))
+    })
+}
+
+/// A load that was dumped to `bed/dumped`, all of it, and is gone.
+fn dumped(bed: &Bed, criu: &Criu) -> Result<(Load, PathBuf)> {
+    let mut load = Load::start(spec(bed), None)?;
+    let dir = bed.path("dumped");
+    Dump::new(criu, load.pid(), &dir).run()?;
+    load.wait_until_gone()?;
+    Ok((load, dir))
+}
+
+#[test]
+fn a_file_that_cannot_be_read_for_a_while_loses_nothing() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let plan = plan(criu, Source::Local, &SLOWLY);
+        let mut moving = PostCopy::start(bed, &plan, spec(bed), &verifying())?;
+        let file = pages_file(&bed.path("dumped"))?;
+        let whole = fs::read(&file)?;
+        // Not at the border of a page: the last one would look half empty.
+        cut(&file, 12_345)?;
+        wait_for_line(&mut moving, "trying again")?;
+        fs::write(&file, &whole)?;
+        moving.reports()?;
+        moving.finish()?;
+        moving.expect_all_right()?;
+        let told = client_log(&mut moving)?.matches("trying again").count();
+        ensure!(told < 5, "{told} lines");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_file_that_stays_cut_costs_its_pages_alone_and_ends() {
+    with_criu(Suite::Experimental, |bed, criu| {
+        let path = bed.path("summary.json");
+        let mut options = SLOWLY.to_vec();
+        let summary_path = path.to_string_lossy().into_owned();
+        options.extend(["--local-timeout", "1", "--summary-json", &summary_path]);
+        let plan = plan(criu, Source::Local, &options);
+        let mut moving = PostCopy::start(bed, &plan, spec(bed), &[])?;
+        let file = pages_file(&bed.path("dumped"))?;
+        let bytes = file.metadata()?.len();
+        cut(&file, bytes - (4 << 20))?;
+        let seq = moving.load.send(0, &verifying())?;
+        moving.daemon.process().fail(GENEROUS)?;
+        let report = moving.load.receive(0, seq, GENEROUS)?;
+        ensure!(report.wrong() == 0, "{} pages wrong", report.wrong());
+        let lost = report.poisoned();
+        ensure!(
+            lost > 0 && lost <= 1024,
+            "{lost} pages lost of 1024 that were cut off"
+        );
+        let log = client_log(&mut moving)?;
+        ensure!(log.contains("memory is lost"), "{log}");
+        ensure!(log.contains("pages-"), "the file is not named: {log}");
+        ensure!(log.lines().count() < 200, "{} lines", log.lines().count());
+        let summary = summary::whole(&path)?;
+        ensure!(summary["missing_pages"] == 0, "{summary}");
+        Ok(())
+    });
+}
+
+#[test]
+fn sigterm_ends_a_client_whose_file_stays_cut() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let plan = plan(criu, Source::Local, &SLOWLY);
+        let mut moving = PostCopy::start(bed, &plan, spec(bed), &[])?;
+        cut(&pages_file(&bed.path("dumped"))?, 0)?;
+        wait_for_line(&mut moving, "trying again")?;
+        let seq = moving.load.send(0, &verifying())?;
+        moving.daemon.process().signal(Signal::SIGTERM)?;
+        moving.daemon.process().fail(GENEROUS)?;
+        let report = moving.load.receive(0, seq, GENEROUS)?;
+        ensure!(report.wrong() == 0, "{} pages wrong", report.wrong());
+        ensure!(report.poisoned() > 0, "nothing was lost");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_source_that_has_them_gives_pages_that_cannot_be_read_here() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let (load, dir) = dumped(bed, criu)?;
+        let here = bed.path("here");
+        fs::create_dir(&here)?;
+        for entry in dir.read_dir()? {
+            let entry = entry?;
+            fs::copy(entry.path(), here.join(entry.file_name()))?;
+        }
+        let server = PageServer::serving(Make::Ours, &Options::new(&dir).log_to("serve.log"))?;
+        let plan = plan(criu, Source::PageServer(Make::Ours), &SLOWLY);
+        let mut moving =
+            PostCopy::from_images(&plan, load, Vec::new(), here.clone(), Some(server), &[])?;
+        let file = pages_file(&here)?;
+        cut(&file, file.metadata()?.len() / 2)?;
+        moving.daemon.process().succeed(GENEROUS)?;
+        moving.expect_all_right()?;
+        ensure!(
+            client_log(&mut moving)?.contains("asking the source"),
+            "nothing was tested"
+        );
+        moving.source().context("a source")?.succeed(GENEROUS)?;
+        Ok(())
+    });
+}
+
+#[test]
+fn a_source_whose_file_is_cut_for_a_while_loses_nothing() {
+    with_criu(Suite::Trixie, |bed, criu| {
+        let plan = plan(criu, Source::PageServer(Make::Ours), &[]).over(slow_link());
+        let mut moving = PostCopy::start(bed, &plan, spec(bed), &verifying())?;
+        let file = pages_file(&bed.path("dumped"))?;
+        let whole = fs::read(&file)?;
+        cut(&file, 0)?;
+        let log = bed.path("dumped").join("serve.log");
+        wait::until("a read that fails", GENEROUS, || {
+            Ok(fs::read_to_string(&log)?
+                .contains("trying again")
+                .then_some(()))
+        })?;
+        fs::write(&file, &whole)?;
+        moving.reports()?;
+        moving.finish()?;
+        let log = fs::read_to_string(&log)?;
+        ensure!(log.contains("pages-"), "the file is not named: {log}");
+        ensure!(!log.contains("connection is lost"), "{log}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_full_control_group_is_waited_for() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let path = bed.path("summary.json");
+        let options = ["--summary-json", &path.to_string_lossy()];
+        let plan = plan(criu, Source::PageServer(Make::Ours), &options).over(slow_link());
+        let mut moving = PostCopy::start(bed, &plan, spec(bed), &[])?;
+        let group = MemoryGroup::new(4 << 20)?;
+        for pid in moving.restored.pids() {
+            group.put_in(pid)?;
+        }
+        wait_for_line(&mut moving, "no memory for the pages")?;
+        let seq = moving.load.send(0, &verifying())?;
+        group.limit(1 << 40)?;
+        moving.daemon.process().succeed(GENEROUS)?;
+        moving.load.receive(0, seq, GENEROUS)?.expect_right()?;
+        let summary = summary::whole(&path)?;
+        ensure!(summary["pages"]["poisoned"] == 0, "{summary}");
+        moving.restored.kill();
+        drop(group);
+        Ok(())
+    });
+}
+
+/// What a post-copy of a process that forks all the time tells of itself.
+fn fork_storm(bed: &Bed, criu: &Criu, options: &[&str], step: Step) -> Result<serde_json::Value> {
+    let path = bed.path("summary.json");
+    let mut all = options.to_vec();
+    let summary_path = path.to_string_lossy().into_owned();
+    all.extend(["--summary-json", &summary_path]);
+    let plan = plan(criu, Source::PageServer(Make::Ours), &all).over(slow_link());
+    let mut moving = PostCopy::start(bed, &plan, spec(bed), &[step])?;
+    let most = descriptors_while_it_runs(&mut moving)?;
+    moving.reports()?;
+    moving.finish()?;
+    moving.expect_all_right()?;
+    ensure!(
+        most < 64,
+        "{most} descriptors more than processes were open"
+    );
+    summary::whole(&path)
+}
+
+/// How many more descriptors the client had open at most than there were restored processes.
+fn descriptors_while_it_runs(moving: &mut PostCopy) -> Result<usize> {
+    let open = format!("/proc/{}/fd", moving.daemon.process().pid());
+    let mut most = 0;
+    wait::until("the end of the restore", GENEROUS, || {
+        let descriptors = fs::read_dir(&open).map_or(0, Iterator::count);
+        most = most.max(descriptors.saturating_sub(moving.restored.pids().len()));
+        Ok(moving.daemon.process().ended()?.map(|_| ()))
+    })?;
+    Ok(most)
+}
+
+#[test]
+fn children_that_end_soon_cost_next_to_nothing() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let step = Step::ForkOften {
+            per_s: 200,
+            children: 400,
+            lifetime_ms: 5,
+        };
+        let summary = fork_storm(bed, criu, &[], step)?;
+        let number = |path| summary::number(&summary, path);
+        let pages = number("/total_pages")?;
+        ensure!(pages <= u64::from(MIB) << 8, "{pages} pages were counted");
+        let (bytes, once) = (number("/bytes_received")?, pages << 12);
+        ensure!(
+            bytes * 10 <= once * 11,
+            "{bytes} bytes came where {once} are there"
+        );
+        ensure!(number("/processes")? > 100, "nobody forked: {summary}");
+        Ok(())
+    });
+}
+
+/// For whoever wants to see it last: `cargo nextest run --run-ignored only -E 'test(a_minute_of_forks)'`.
+#[test]
+#[ignore = "takes more than a minute"]
+fn a_minute_of_forks_costs_next_to_nothing() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let step = Step::ForkOften {
+            per_s: 500,
+            children: 30_000,
+            lifetime_ms: 2,
+        };
+        let summary = fork_storm(bed, criu, &["--max-bandwidth", "700K"], step)?;
+        let number = |path| summary::number(&summary, path);
+        let (bytes, once) = (number("/bytes_received")?, number("/total_pages")? << 12);
+        eprintln!(
+            "{bytes} bytes for {once}, {} processes",
+            number("/processes")?
+        );
+        ensure!(
+            bytes * 10 <= once * 11,
+            "{bytes} bytes came where {once} are there"
+        );
+        Ok(())
+    });
+}
