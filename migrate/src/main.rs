@@ -5,6 +5,7 @@ mod child;
 mod client;
 mod facts;
 mod hook;
+mod images;
 mod programs;
 mod records;
 mod rounds;
@@ -37,6 +38,11 @@ enum Command {
     Migrate(Box<source::Args>),
     /// Tell whether a process tree can be moved, and what each mode would cost
     Plan(Box<source::plan::Args>),
+    /// Put the pages into images that CRIU does not look for in their parents: private huge pages, and
+    /// mappings that plugins provide
+    Finish(images::FinishArgs),
+    /// Move the pages that a lazy restore can do without from images to another directory
+    Split(images::SplitArgs),
     #[command(hide = true)]
     RestoreHook(hook::Args),
     #[command(hide = true)]
@@ -58,6 +64,8 @@ fn main() -> ExitCode {
         Command::Agent(args) => agent::run(&args),
         Command::Migrate(args) => source::run(&args),
         Command::Plan(args) => source::plan::run(&args),
+        Command::Finish(args) => images::finish(&args),
+        Command::Split(args) => images::split(&args),
         Command::RestoreHook(args) => hook::run(&args),
         Command::Guard(args) => source::guard::run(&args),
     }

@@ -17,6 +17,12 @@ use crate::units::{PageRange, PageSize};
 /// Bit of `Vma::status` (VMA_AREA_GUARD): the range is a guard region, whose pages raise SIGSEGV.
 const STATUS_GUARD: u32 = 1 << 16;
 
+/// Bit of `Vma::status` (VMA_EXT_PLUGIN): a plugin of CRIU's provides the mapping.
+const STATUS_PLUGIN: u32 = 1 << 27;
+
+/// Bit of `Vma::flags` (MAP_HUGETLB), set for anonymous huge pages and for those of a memfd.
+const FLAG_HUGETLB: u32 = 0x4_0000;
+
 /// Bit of `Vma::madv` (1 << MADV_WIPEONFORK): children that are forked find zeros in the range.
 const MADV_WIPEONFORK: u64 = 1 << 18;
 
@@ -27,6 +33,9 @@ pub struct Mappings {
     pub fillable: Vec<PageRange>,
     /// Ranges that children do not inherit but find zero, by address, disjoint.
     pub wiped_on_fork: Vec<PageRange>,
+    /// Ranges of which CRIU takes the pages from the image directory alone and never from its parents, by
+    /// address, disjoint.
+    pub without_parents: Vec<PageRange>,
 }
 
 impl Mappings {
@@ -52,6 +61,9 @@ impl Mappings {
                 if depth.mapped > 0 && depth.guarded == 0 {
                     mappings.fillable.push(range);
                 }
+                if depth.alone > 0 {
+                    mappings.without_parents.push(range);
+                }
                 if depth.wiped > 0 {
                     mappings.wiped_on_fork.push(range);
                 }
@@ -69,6 +81,7 @@ struct Change {
     mapped: i64,
     guarded: i64,
     wiped: i64,
+    alone: i64,
 }
 
 impl Change {
@@ -80,9 +93,11 @@ impl Change {
             };
         }
         let wiped = vma.madv.unwrap_or(0) & MADV_WIPEONFORK != 0;
+        let alone = vma.flags & FLAG_HUGETLB != 0 || vma.status & STATUS_PLUGIN != 0;
         Change {
             mapped: by,
             wiped: if wiped { by } else { 0 },
+            alone: if alone { by } else { 0 },
             ..Change::default()
         }
     }
@@ -91,6 +106,7 @@ impl Change {
         self.mapped += change.mapped;
         self.guarded += change.guarded;
         self.wiped += change.wiped;
+        self.alone += change.alone;
     }
 }
 

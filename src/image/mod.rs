@@ -22,6 +22,8 @@ pub mod proto;
 #[cfg(feature = "engine")]
 pub mod readahead;
 #[cfg(feature = "engine")]
+pub mod rewrite;
+#[cfg(feature = "engine")]
 pub mod store;
 #[cfg(feature = "engine")]
 pub mod writer;

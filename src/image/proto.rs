@@ -65,6 +65,9 @@ pub struct Vma {
     /// First address behind the mapping.
     #[prost(uint64, required, tag = "2")]
     pub end: u64,
+    /// How it was mapped: MAP_* bits.
+    #[prost(uint32, required, tag = "6")]
+    pub flags: u32,
     /// What kind of mapping it is: CRIU's VMA_AREA_* and VMA_* bits.
     #[prost(uint32, required, tag = "7")]
     pub status: u32,

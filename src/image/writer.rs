@@ -144,6 +144,15 @@ impl SessionImages {
         current.append_blocks(range, flags, sizes)
     }
 
+    /// Whether pages with these flags may be stored as holes to the parent because their contents are the same
+    /// there. CRIU does not look into parents for private huge pages and for mappings that plugins provide, and
+    /// does not say what is one. But it calls pages LAZY that it could leave to a lazy restore, always, and those
+    /// never are; and shared memory is restored another way, with parents.
+    pub fn may_be_hole(&self, flags: PageFlags) -> bool {
+        let target = self.current.as_ref().map(|current| current.target);
+        flags.has(PageFlags::LAZY) || matches!(target, Some(Target::Shmem(_)))
+    }
+
     /// Whether the page at `vaddr` has just these `bytes` in the parent directory.
     pub fn equals_parent(&mut self, vaddr: Vaddr, bytes: &[u8]) -> Result<bool> {
         let (current, dir) = self.current(vaddr)?;

@@ -24,6 +24,7 @@ pub mod criu;
 pub mod daemons;
 pub mod debian;
 pub mod gate;
+pub mod hugepages;
 pub mod images;
 pub mod load;
 pub mod memory_group;

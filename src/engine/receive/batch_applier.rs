@@ -6,6 +6,7 @@
 //! delta      ── unpacked ──────┘
 //! zero       ── nothing: the file has a hole there, which reads as zero
 //! same       ── a hole to the parent: the page takes no room at all
+//!            └─ the parent's page, where CRIU would not look for it there
 //! ```
 
 use std::borrow::Cow;
@@ -128,14 +129,18 @@ impl BatchApplier {
                 }
                 let bytes = (part.len() as u64) << self.page.shift();
                 let range = PageRange::new(start, start + bytes);
-                let flags = match same {
+                let hole = same && self.images.may_be_hole(run.flags);
+                let flags = match hole {
                     true => run
                         .flags
                         .without(PageFlags::PRESENT)
                         .with(PageFlags::PARENT),
                     false => run.flags,
                 };
-                self.store_part(range, flags, &part, body)?;
+                match same && !hole {
+                    true => self.store_from_base(range, flags)?,
+                    false => self.store_part(range, flags, &part, body)?,
+                }
                 counters.run(range.pages(self.page), flags);
                 start += bytes;
             }
@@ -214,6 +219,24 @@ impl BatchApplier {
             at += len;
         }
         Ok(())
+    }
+
+    /// Stores the base version's pages, which are what the process has.
+    fn store_from_base(&mut self, range: PageRange, flags: PageFlags) -> Result<()> {
+        let mut places = Vec::new();
+        self.unpacked.clear();
+        let mut at = range.start().get();
+        while at < range.end().get() {
+            let page = PageRange::new(at, at + self.page.bytes());
+            let start = self.unpacked.len();
+            self.unpacked.resize(start + self.page.as_usize(), 0);
+            if let Some(base) = &self.base {
+                lock(base).read(page.start(), &mut self.unpacked[start..])?;
+            }
+            places.push(Place::Unpacked(start..self.unpacked.len()));
+            at = page.end().get();
+        }
+        self.store_part(range, flags, &places, &[])
     }
 
     /// Stores adjacent pages as one entry of blocks.

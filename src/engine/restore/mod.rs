@@ -61,6 +61,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::chain::Chain;
 use crate::image::dir::ImageDir;
 use crate::image::readahead::ReadAhead;
+use crate::image::rewrite;
 use crate::lazy::batched_wakeup::BatchedWakeup;
 use crate::lazy::planner::{Planner, SpaceId};
 use crate::lazy::window::RateLimit;
@@ -288,6 +289,15 @@ impl Restore {
             .map_err(|error| Error::wrap(Kind::Unsupported, "cannot work here", error))?;
         let images = ImageDir::open(&config.images_dir, page)?;
         let processes = images.processes()?;
+        // Whatever made the images: a restore must not take other pages for those of huge mappings.
+        let finished = rewrite::finish(&images)?;
+        if finished.filled_pages > 0 {
+            tracing::info!(
+                "{} pages that CRIU does not look for in parents are in {} now",
+                finished.filled_pages,
+                config.images_dir.display()
+            );
+        }
         tracing::info!(
             "images of {} processes in {}",
             processes.len(),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! page --> all zero? ------------> entry, no bytes                     (dedup, compress)
-//!      --> equals the parent's? -> entry with PARENT, no bytes         (dedup)
+//!      --> equals the parent's? -> entry with PARENT, no bytes         (dedup; where CRIU looks into parents)
 //!      --> compress it? ---------> block of an entry with blocks       (compress)
 //!      --> store it as it is
 //! ```
@@ -86,7 +86,8 @@ impl Inspected {
             Content::Zero => true,
         };
         let content = if zero { &Content::Zero } else { content };
-        if !zero && self.options.dedup_content {
+        let may_be_hole = self.options.dedup_content && scope.images.may_be_hole(self.flags);
+        if !zero && may_be_hole {
             let bytes = match content {
                 Content::Received(range) => &scope.buffer[range.clone()],
                 _ => &self.carried,
