@@ -19,6 +19,8 @@ pub enum Kind {
     Protocol,
     /// A peer went away before the work was done.
     PeerLost,
+    /// A peer connected and left without a byte, as probes of ports do: nothing has begun.
+    NothingCame,
     /// An image file is missing, damaged or of an unknown kind.
     Image,
     /// Memory of a process is lost: the source cannot supply it any more.
@@ -72,9 +74,31 @@ impl Error {
         )
     }
 
+    /// The error for a peer that connected and left without a byte.
+    pub fn nothing_came(peer: &str) -> Error {
+        let text = format!("{peer} connected and left without a byte, as a probe of the port does");
+        Error::new(Kind::NothingCame, text)
+    }
+
     /// The kind, to match on.
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// Whether nobody could be connected to, at an address that may be right.
+    pub fn is_unreachable(&self) -> bool {
+        use std::io::ErrorKind::{
+            ConnectionRefused, HostUnreachable, NetworkUnreachable, NotFound, TimedOut,
+        };
+        let cause = self.source.as_ref();
+        let cause = cause.and_then(|source| source.downcast_ref::<std::io::Error>());
+        self.kind == Kind::PeerLost
+            && cause.is_some_and(|error| {
+                matches!(
+                    error.kind(),
+                    ConnectionRefused | HostUnreachable | NetworkUnreachable | NotFound | TimedOut
+                )
+            })
     }
 
     /// The same error, told from one level further out.

@@ -3,6 +3,8 @@
 //! A number from outside is compared with one of these before anything is allocated, indexed or
 //! shifted by it.
 
+use std::time::Duration;
+
 /// Most pages that one frame of CRIU's protocol may carry: 64 GiB in 4 KiB pages. CRIU itself never
 /// sends more than a pipe holds (4 MiB); the cap leaves room and keeps products far from overflow.
 pub const FRAME_PAGES_MAX: u64 = 1 << 24;
@@ -74,6 +76,9 @@ pub const DUMP_IDLE_TIMEOUT_S: u64 = 300;
 /// How long the processes of a lazy dump stand still for a client or a restore that does not come, unless
 /// the user says otherwise, seconds.
 pub const RESTORE_TIMEOUT_S: u64 = 600;
+
+/// How long to wait at the start for the images and the port of a dump, unless the user says otherwise.
+pub const START_WAIT_DEFAULT: Duration = Duration::from_secs(10);
 
 /// Longest request for metrics, bytes.
 pub const HTTP_REQUEST_BYTES_MAX: usize = 8 << 10;

@@ -81,6 +81,21 @@ impl Stream {
         }
     }
 
+    /// Waits for the first byte that the peer sends, which stays to be read. Whether one has come: the peer
+    /// may leave without.
+    pub fn begins(&mut self) -> io::Result<bool> {
+        let first = &mut [0];
+        let have = match &mut self.carrier {
+            Carrier::Plain(socket) => peek(socket, first, &[]),
+            Carrier::Secure(stream) => stream.peek(first),
+        };
+        match have {
+            Ok(have) => Ok(have > 0),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Whether the first bytes that the peer sends are `bytes`; waits for as many as it takes to
     /// tell, which over a plain connection one may do. They stay to be read.
     pub fn begins_with<const N: usize>(&mut self, bytes: [u8; N]) -> io::Result<bool> {

@@ -150,8 +150,9 @@ fn a_client_that_does_not_come_back_leaves_the_dump_to_its_processes() {
     drop(client);
     let error = forwarder.join().unwrap().unwrap_err();
     assert!(error.to_string().contains("--reconnect-timeout"), "{error}");
-    // The dump saw no CLOSE.
-    assert_eq!(dump.join().unwrap().unwrap_err().kind(), Kind::PeerLost);
+    // The dump saw no CLOSE, but the words of one who gives up, or the reset.
+    let kind = dump.join().unwrap().unwrap_err().kind();
+    assert!(matches!(kind, Kind::Protocol | Kind::PeerLost), "{kind:?}");
 }
 
 /// Passes all on to the dump at `port` but CLOSE: then it hangs up.

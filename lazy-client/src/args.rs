@@ -10,7 +10,7 @@ use pageferry::daemon::CommonArgs;
 use pageferry::engine::io::transport::Peer;
 use pageferry::engine::restore::{OnLoss, RestoreConfig};
 use pageferry::error::{Error, Kind, Result};
-use pageferry::limits::{RESTORE_TIMEOUT_S, TIMEOUT_S_MAX};
+use pageferry::limits::{RESTORE_TIMEOUT_S, START_WAIT_DEFAULT, TIMEOUT_S_MAX};
 use pageferry::tls::{Tls, TlsArgs};
 use pageferry::units::parse_bytes;
 
@@ -79,6 +79,11 @@ pub(crate) struct Args {
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     restore_timeout: u64,
 
+    /// Seconds to wait at the start for the images and the source; 0 does not wait [default: 10]
+    #[arg(long, value_name = "SECONDS",
+        value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
+    wait: Option<u64>,
+
     /// Start no second process to take over if this one is killed
     #[arg(long)]
     pub(crate) no_standby: bool,
@@ -141,6 +146,7 @@ impl Args {
                 seconds => Some(Duration::from_secs(seconds)),
             },
             trace: self.trace.clone(),
+            wait: self.wait.map_or(START_WAIT_DEFAULT, Duration::from_secs),
         })
     }
 

@@ -47,6 +47,8 @@ fn restore(args: &Args, daemon: &mut Daemon) -> Result<()> {
     // Before any thread is started, so that no other thread is ever interrupted.
     block_signals()?;
     let config = args.config(daemon.images_dir().to_owned())?;
+    // Before there are two processes, both of which need them.
+    let wait = Restore::await_images(&config)?;
     let standby = match args.no_standby {
         true => None,
         false => match split() {
@@ -58,7 +60,7 @@ fn restore(args: &Args, daemon: &mut Daemon) -> Result<()> {
             }
         },
     };
-    let restore = Restore::prepare(config, standby)?;
+    let restore = Restore::prepare(config, standby, wait)?;
     let report = Report::create_if_wanted(args)?;
     daemon.listening()?;
     finish(restore, report)

@@ -163,6 +163,11 @@ pub(crate) struct FerryArgs {
     #[arg(long, value_name = "DIR", requires = "forward_lazy")]
     pub(crate) spill: Option<PathBuf>,
 
+    /// Seconds to wait at the start until the dump listens; 0 does not wait [default: 10]
+    #[arg(long, value_name = "SECONDS", requires = "forward_lazy",
+        value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
+    pub(crate) wait: Option<u64>,
+
     /// How many connections to forward over
     #[arg(long, value_name = "COUNT", default_value_t = 1, requires = "forward",
         value_parser = clap::value_parser!(u16).range(1..=i64::from(FERRY_STREAMS_MAX)))]

@@ -50,6 +50,10 @@ impl Entry {
 
     /// Tells who has come, by the first bytes; nobody if a session has come before. The door closes
     /// behind a dump, and stays open behind ferry, which comes in several connections.
+    ///
+    /// # Errors
+    ///
+    /// The first bytes did not come. With [`Kind::NothingCame`] the door is as open as before.
     pub(crate) fn admit(
         &self,
         stream: &mut Stream,
@@ -57,29 +61,57 @@ impl Entry {
         listener: &PrecopyListener<'_>,
     ) -> Result<Option<PeerKind>> {
         let ferry = self.is_ferry(stream, context.idle_timeout);
-        if self.keep || matches!(ferry, Ok(true)) {
-            return ferry.map(|ferry| {
-                Some(if ferry {
-                    PeerKind::Ferry
-                } else {
-                    PeerKind::Dump
-                })
-            });
+        match ferry {
+            Ok(true) => return Ok(Some(PeerKind::Ferry)),
+            Ok(false) if self.keep => return Ok(Some(PeerKind::Dump)),
+            Err(error) if self.keep || error.kind() == Kind::NothingCame => return Err(error),
+            Ok(false) | Err(_) => {}
         }
-        if listener.has_opened() || self.taken.swap(true, Ordering::SeqCst) {
+        match !listener.has_opened() && self.is_first(stream) {
+            true => ferry.map(|_| Some(PeerKind::Dump)),
+            false => Ok(None),
+        }
+    }
+
+    /// Waits for the first byte of a dump, for `patience` if that is given, and tells whether it is the one
+    /// to come; the door closes behind it.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Entry::admit`].
+    pub(crate) fn admit_dump(
+        &self,
+        stream: &mut Stream,
+        patience: Option<Duration>,
+    ) -> Result<bool> {
+        let begun = self.is_ferry(stream, patience);
+        match begun {
+            Err(error) if self.keep || error.kind() == Kind::NothingCame => Err(error),
+            _ if self.keep || self.is_first(stream) => begun.map(|_| true),
+            _ => Ok(false),
+        }
+    }
+
+    /// Whether no session has come before this one. The door closes behind it.
+    fn is_first(&self, stream: &Stream) -> bool {
+        let first = !self.taken.swap(true, Ordering::SeqCst);
+        if first {
+            self.shut();
+        } else {
             tracing::warn!(
                 "refused {}: another session came first (give --keep for several)",
                 stream.peer()
             );
-            return Ok(None);
         }
-        self.shut();
-        ferry.map(|_| Some(PeerKind::Dump))
+        first
     }
 
     /// What becomes of the server when a peer could not even say what it is, for `error`: without
     /// --keep it was the one to come, unless a session has begun, which it does not concern.
     pub(crate) fn turn_away(&self, error: Error, listener: &PrecopyListener<'_>) -> Result<()> {
+        if error.kind() == Kind::NothingCame {
+            return Err(error);
+        }
         if !self.keep && (listener.has_opened() || self.taken.swap(true, Ordering::SeqCst)) {
             tracing::warn!("{error}");
             return Ok(());
@@ -91,8 +123,12 @@ impl Entry {
     fn is_ferry(&self, stream: &mut Stream, patience: Option<Duration>) -> Result<bool> {
         let _watched = self.undecided.watch(&stream.socket())?;
         let timeout = stream.socket().set_read_timeout(patience);
-        timeout
-            .and_then(|()| stream.begins_with(frame::MAGIC))
+        let begun = timeout.and_then(|()| stream.begins());
+        if matches!(begun, Ok(false)) {
+            return Err(Error::nothing_came(stream.peer()));
+        }
+        begun
+            .and_then(|_| stream.begins_with(frame::MAGIC))
             .map_err(|error| match error.kind() {
                 ErrorKind::WouldBlock => silent(patience),
                 _ => Error::wrap(Kind::PeerLost, "the first bytes did not come", error),

@@ -13,6 +13,7 @@ use std::time::Duration;
 use pageferry::daemon::command_line::{self, Action, Parsed};
 use pageferry::daemon::{self, Daemon};
 use pageferry::engine::forward::SenderConfig;
+use pageferry::engine::forward::destination::check_destination;
 use pageferry::engine::forward::{ForwardContext, forward_client};
 use pageferry::engine::forward_lazy::{ForwardLazy, ForwardLazyConfig, Left};
 use pageferry::engine::io::Io;
@@ -27,8 +28,9 @@ use pageferry::engine::receive::stores::{StoreOptions, Stores};
 use pageferry::engine::receive::{ReceiveContext, receive_client};
 use pageferry::engine::serve::{ServeContext, serve_client};
 use pageferry::error::{Error, Kind, Result};
+use pageferry::image::check::{check_parents_writable, check_served};
 use pageferry::image::dir::ImageDir;
-use pageferry::limits::CLIENTS_MAX;
+use pageferry::limits::{CLIENTS_MAX, START_WAIT_DEFAULT};
 use pageferry::stream::Stream;
 use pageferry::sys::process::page_size;
 use pageferry::tls::Tls;
@@ -106,8 +108,14 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
         previous: args.prev_images_dir.clone(),
         sync: args.sync.into(),
     };
+    let stores = Stores::open(options, args.images_dir_template.clone())?;
+    if let Stores::Shared(store) = &stores
+        && args.auto_dedup
+    {
+        check_parents_writable(store.dir())?;
+    }
     let context = ReceiveContext {
-        stores: Stores::open(options, args.images_dir_template.clone())?,
+        stores,
         wire: args.wire.forced(),
         io: Io::choose(args.io.map(Into::into))?,
         writes: Writes::of_machine(),
@@ -171,8 +179,12 @@ fn forward(start: &mut Start<'_>, far_end: &Peer) -> Result<()> {
     let args = start.args;
     let mut report = Report::open(args)?;
     let tls = Tls::load(&args.tls)?;
-    let source = start.listen()?;
+    let page = pages_of_system()?;
+    let source = start.bind()?;
+    check_far_end(&source, far_end, tls.as_ref(), page)?;
+    start.announce(&source)?;
     let stop = Stop::on_signals()?;
+    let entry = Entry::new(&source, args.keep)?;
     let sender = SenderConfig {
         peer: far_end.clone(),
         streams: args.ferry.streams,
@@ -183,22 +195,42 @@ fn forward(start: &mut Start<'_>, far_end: &Peer) -> Result<()> {
         traffic: report.traffic(),
     };
     let wire = args.wire.forced();
-    let context = ForwardContext::new(sender, wire, pages_of_system()?, args.keep)
-        .ending_idle(args.idle_timeout());
-    let stay = if args.keep { Stay::Keep } else { Stay::One };
+    let context =
+        ForwardContext::new(sender, wire, page, args.keep).ending_idle(args.idle_timeout());
+    let stay = if args.keep {
+        Stay::Keep
+    } else {
+        Stay::UntilShutDown
+    };
     let _display = report.show()?;
-    run(source, &rules(args, stay), &stop, |stream| {
+    run(source, &rules(args, stay), &stop, |mut stream| {
+        if !entry.admit_dump(&mut stream, args.idle_timeout())? {
+            stream.reset();
+            return Ok(());
+        }
         let (forwarded, result) = forward_client(stream, &context);
         report.forwarded(&forwarded, result.as_ref().err());
         result
     })
 }
 
+/// Finds out before a dump comes whether it can be forwarded.
+fn check_far_end(source: &Source, far_end: &Peer, tls: Option<&Tls>, page: PageSize) -> Result<()> {
+    if source.is_at(far_end) {
+        let text = format!("--forward {far_end} is where this page-server listens itself");
+        return Err(Error::new(Kind::Usage, text));
+    }
+    if let Some(error) = check_destination(far_end, tls, page)? {
+        tracing::warn!("{error}: it must be there when a dump comes");
+    }
+    Ok(())
+}
+
 fn forward_lazy(start: &mut Start<'_>, dump: &Peer) -> Result<()> {
     let args = start.args;
     let mut report = Report::open(args)?;
     let tls = Tls::load(&args.tls)?;
-    let images = ImageDir::open(start.daemon.images_dir(), pages_of_system()?)?;
+    let images = ImageDir::open_any(start.daemon.images_dir(), pages_of_system()?)?;
     let config = ForwardLazyConfig {
         dump: dump.clone(),
         spill: args.ferry.spill.clone(),
@@ -207,6 +239,10 @@ fn forward_lazy(start: &mut Start<'_>, dump: &Peer) -> Result<()> {
         reconnect_timeout: Duration::from_secs(args.ferry.reconnect_timeout),
         idle_timeout: args.idle_timeout(),
         traffic: report.traffic(),
+        wait: args
+            .ferry
+            .wait
+            .map_or(START_WAIT_DEFAULT, Duration::from_secs),
     };
     let forward = ForwardLazy::connect(config, &images)?;
     let source = start.listen()?;
@@ -247,6 +283,7 @@ fn serve(start: &mut Start<'_>) -> Result<()> {
     let args = start.args;
     let mut report = Report::open(args)?;
     let dir = ImageDir::open(start.daemon.images_dir(), pages_of_system()?)?;
+    check_served(&dir)?;
     let context = ServeContext::new(dir, args.wire.forced())
         .counting_in(report.traffic())
         .ending_idle(args.idle_timeout())
@@ -298,15 +335,25 @@ fn pages_of_system() -> Result<PageSize> {
 impl Start<'_> {
     /// Listens, says where, and goes to the background if that is asked for.
     fn listen(&mut self) -> Result<Source> {
-        let place = place(self.args);
-        let source = Source::open(&place)?;
-        let is_told = self.args.port_file.is_some() || self.rpc.is_some();
-        match place {
+        let source = self.bind()?;
+        self.announce(&source)?;
+        Ok(source)
+    }
+
+    /// Listens, and tells nobody.
+    fn bind(&self) -> Result<Source> {
+        Source::open(&place(self.args))
+    }
+
+    /// Says where it listens, and goes to the background if that is asked for.
+    fn announce(&mut self, source: &Source) -> Result<()> {
+        let is_chosen = source.is_chosen && self.args.port_file.is_none() && self.rpc.is_none();
+        match is_chosen {
             // Nobody can connect who does not know the port: it is told at every verbosity but 0 and 1.
-            Place::Tcp { port: 0, .. } if !is_told => tracing::warn!(
+            true => tracing::warn!(
                 "listening on {source}, a free port: give --port to choose one, --port-file to have it written"
             ),
-            _ => tracing::info!("listening on {source}"),
+            false => tracing::info!("listening on {source}"),
         }
         if let (Some(path), Some(port)) = (&self.args.port_file, source.port()) {
             write_port(path, port)?;
@@ -315,7 +362,7 @@ impl Start<'_> {
             Some(rpc) => rpc.listening(self.daemon, source.port().unwrap_or(0))?,
             None => self.daemon.listening()?,
         }
-        Ok(source)
+        Ok(())
     }
 
     fn refuse(&mut self, why: &str) {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pageferry::engine::serve::Summary;
-use pageferry::error::{Error, Result};
+use pageferry::error::{Error, Kind, Result};
 use pageferry::observe::ferried::Forwarded;
 use pageferry::observe::metrics::MetricsListener;
 use pageferry::observe::progress::Display;
@@ -70,6 +70,9 @@ impl Report {
     /// A peer did not come so far as to have a session: its handshake failed, or its first bytes did not
     /// come.
     pub(crate) fn turned_away(&self, peer: &str, page: PageSize, error: &Error) {
+        if error.kind() == Kind::NothingCame {
+            return;
+        }
         drop(self.traffic.begin_session());
         self.write(Received::nothing(peer, page).json(Some(error)));
     }
@@ -82,6 +85,9 @@ impl Report {
 
     /// A serving session with `peer` has ended.
     pub(crate) fn served(&self, peer: &str, served: Option<&Summary>, error: Option<&Error>) {
+        if error.is_some_and(|error| error.kind() == Kind::NothingCame) {
+            return;
+        }
         let served = served.cloned().unwrap_or_default();
         let seconds = served.elapsed.as_secs_f64();
         tracing::info!(

@@ -49,7 +49,7 @@ fn expect_told(role: &[&str]) {
 
     let cases: [(&[u8], &str); 2] = [
         (b"GET / HTTP/1.1\r\n\r\n", "does not speak TLS"),
-        (b"", "hangs up"),
+        (b"\x16", "hangs up"),
     ];
     for (number, (said, reason)) in cases.into_iter().enumerate() {
         let mut client = TcpStream::connect(("127.0.0.1", port)).unwrap();

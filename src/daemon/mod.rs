@@ -14,11 +14,11 @@
 pub mod command_line;
 mod criu_options;
 mod log;
+mod pidfile;
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{OwnedFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -32,9 +32,6 @@ use crate::engine::io::transport::parse_host;
 use crate::error::{Error, Kind, Result};
 use crate::sys::process::{fork_single_threaded, inherited_descriptor};
 use log::{Log, VERBOSITY_DEFAULT};
-
-/// Access to the pidfile is for its owner, as CRIU makes it.
-const PIDFILE_MODE: u32 = 0o600;
 
 /// The options that both daemons share with each other and with CRIU.
 #[derive(Args, Clone, Debug)]
@@ -132,6 +129,9 @@ impl Daemon {
         let status = args.status_fd.map(status_descriptor).transpose()?;
         std::env::set_current_dir(&work_dir)
             .map_err(|error| Error::file("enter", &work_dir, error))?;
+        if let Some(path) = args.pidfile.as_deref().filter(|_| args.daemon) {
+            pidfile::check(path)?;
+        }
         let log = Log::start(args.log_file.as_deref(), args.verbosity)?;
         raise_descriptor_limit();
         for option in skipped {
@@ -162,7 +162,7 @@ impl Daemon {
             && let Some(child) = fork_waiting(Forked::Background)?
         {
             if let Some(pidfile) = &self.pidfile {
-                write_pidfile(pidfile, child.pid())?;
+                pidfile::create(pidfile, child.pid())?;
             }
             child.let_go()?;
             std::process::exit(0)
@@ -181,7 +181,7 @@ impl Daemon {
     /// thread.
     pub fn take_over(&mut self) -> Result<()> {
         let pidfile = self.pidfile.as_ref().filter(|_| self.background);
-        let written = pidfile.map_or(Ok(()), |pidfile| write_pidfile(pidfile, Pid::this()));
+        let written = pidfile.map_or(Ok(()), |pidfile| pidfile::replace(pidfile, Pid::this()));
         self.ready().and(written)
     }
 
@@ -291,18 +291,6 @@ fn status_descriptor(number: RawFd) -> Result<OwnedFd> {
             error,
         )
     })
-}
-
-/// Writes `pid` without a newline, as CRIU does.
-fn write_pidfile(path: &Path, pid: Pid) -> Result<()> {
-    File::options()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(PIDFILE_MODE)
-        .open(path)
-        .and_then(|mut file| write!(file, "{pid}"))
-        .map_err(|error| Error::file("write the pidfile", path, error))
 }
 
 /// Allows as many descriptors as may be: each process of a large tree takes some, for its userfaultfd

@@ -22,3 +22,4 @@ pub mod receive;
 pub mod restore;
 pub mod serve;
 mod smaps;
+pub mod start_wait;

@@ -2,13 +2,14 @@
 
 use std::fs::File;
 use std::io::{self, BufReader};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use prost::Message;
 
 use super::file::{FileError, Magic, MessageReader};
 use super::mm::Mappings;
-use super::proto::{Mm, PstreeEntry};
+use super::proto::{Core, Mm, PstreeEntry, TASK_DEAD};
 use crate::criu::header::Target;
 use crate::error::{Error, Kind, Result};
 use crate::limits::PARENT_DEPTH_MAX;
@@ -90,6 +91,26 @@ impl ImageDir {
         Ok(tasks.iter().map(|task| task.pid).collect())
     }
 
+    /// Whether the process `pid` of `pstree.img` has memory: a zombie has none. Without `core-PID.img` that
+    /// cannot be told.
+    pub(crate) fn has_memory(&self, pid: u32) -> Result<Option<bool>> {
+        let path = self.path.join(format!("core-{pid}.img"));
+        let cores: Option<Vec<Core>> = self.messages(&path, Magic::Core)?;
+        let cores = cores.into_iter().flatten();
+        let task = cores.filter_map(|core| core.task).next();
+        Ok(task.map(|task| task.task_state != TASK_DEAD))
+    }
+
+    /// Whether `other` is this directory, by whatever path: links and bind mounts lead to one as well.
+    pub fn is_same(&self, other: &ImageDir) -> Result<bool> {
+        let identity = |dir: &ImageDir| {
+            let found = std::fs::metadata(&dir.path);
+            let found = found.map_err(|error| Error::file("look at", &dir.path, error))?;
+            Ok((found.dev(), found.ino()))
+        };
+        Ok(identity(self)? == identity(other)?)
+    }
+
     /// The mappings of process `pid`, from `mm-PID.img`.
     pub fn mappings(&self, pid: u32) -> Result<Mappings> {
         let path = self.path.join(format!("mm-{pid}.img"));
@@ -154,7 +175,11 @@ impl ImageDir {
         let mut lineage = vec![self.clone()];
         let mut next = self.parent()?;
         while let Some(dir) = next {
-            let problem = if lineage.iter().any(|seen| seen.path == dir.path) {
+            let mut came_by = false;
+            for seen in &lineage {
+                came_by |= seen.is_same(&dir)?;
+            }
+            let problem = if came_by {
                 Some(format!("come back to {}", dir.path.display()))
             } else if lineage.len() == PARENT_DEPTH_MAX {
                 Some(format!("go deeper than {PARENT_DEPTH_MAX} directories"))

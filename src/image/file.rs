@@ -24,6 +24,8 @@ pub enum Magic {
     Mm,
     /// `pstree.img`.
     Pstree,
+    /// `core-*.img`.
+    Core,
 }
 
 impl Magic {
@@ -32,6 +34,7 @@ impl Magic {
             Magic::Pagemap => 0x5608_4025,
             Magic::Mm => 0x5749_2820,
             Magic::Pstree => 0x5027_3030,
+            Magic::Core => 0x5505_3847,
         }
     }
 }

@@ -7,6 +7,7 @@ pub mod blocks;
 #[cfg(feature = "engine")]
 pub mod chain;
 #[cfg(feature = "engine")]
+pub mod check;
 pub mod dir;
 #[cfg(feature = "engine")]
 mod extents;

@@ -48,6 +48,25 @@ pub struct CompressedBlocks {
     pub pages_per_block: Option<u32>,
 }
 
+/// A process or thread: `core-PID.img`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Core {
+    /// What is the process's alone; its threads have none.
+    #[prost(message, optional, tag = "3")]
+    pub task: Option<TaskCore>,
+}
+
+/// The part of [`Core`] that is the process's alone.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct TaskCore {
+    /// [`TASK_DEAD`] for a zombie, which has no memory.
+    #[prost(uint32, required, tag = "1")]
+    pub task_state: u32,
+}
+
+/// [`TaskCore::task_state`] of a zombie.
+pub const TASK_DEAD: u32 = 2;
+
 /// The memory of a process: `mm-PID.img`.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Mm {

@@ -23,6 +23,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
+use super::check::{check_parents, check_previous, check_whole, check_writable};
 use super::dir::{ImageDir, PARENT_LINK};
 use crate::error::{Error, Kind, Result};
 use crate::limits::PAGES_ID_FIRST;
@@ -62,8 +63,10 @@ impl ImageStore {
         sync: Sync,
     ) -> Result<Arc<ImageStore>> {
         let dir = ImageDir::open_any(path, page)?;
-        if let Some(previous) = previous {
-            link_parent(&dir, previous)?;
+        check_writable(&dir)?;
+        match previous {
+            Some(previous) => link_parent(&dir, previous)?,
+            None => check_parents(&dir)?,
         }
         let file =
             File::open(dir.path()).map_err(|error| Error::file("open", dir.path(), error))?;
@@ -158,6 +161,9 @@ fn link_parent(dir: &ImageDir, previous: &Path) -> Result<()> {
             ),
         ));
     }
+    let parent = ImageDir::open_any(&target, dir.page())?;
+    check_previous(dir, &parent)?;
+    check_whole(&parent)?;
     match std::os::unix::fs::symlink(previous, &link) {
         Ok(()) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {

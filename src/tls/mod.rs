@@ -122,8 +122,10 @@ impl Tls {
     pub fn accept(&self, socket: Socket, peer: &str) -> Result<TlsStream> {
         let (session, verifier) = self.server_session()?;
         let mut stream = TlsStream::new(socket, session, verifier, Arc::clone(&self.own));
-        shake_hands(&mut stream, peer)?;
-        Ok(stream)
+        match shake_hands(&mut stream, peer) {
+            Err(_) if stream.is_unheard() => Err(Error::nothing_came(peer)),
+            shaken => shaken.map(|()| stream),
+        }
     }
 
     /// Secures a connection to the server `host`, the address or name that it was connected by.

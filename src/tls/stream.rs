@@ -31,6 +31,8 @@ pub struct TlsStream {
     own: Arc<str>,
     /// Whether the peer has said anything after its handshake.
     heard: bool,
+    /// Whether a byte has come, of the handshake or behind it.
+    received: bool,
 }
 
 impl TlsStream {
@@ -46,6 +48,7 @@ impl TlsStream {
             verifier,
             own,
             heard: false,
+            received: false,
         }
     }
 
@@ -75,6 +78,11 @@ impl TlsStream {
     /// Whether a read may find something although the socket is not readable.
     pub fn has_buffered(&self) -> bool {
         self.session.has_buffered()
+    }
+
+    /// Whether not a byte has come.
+    pub(super) fn is_unheard(&self) -> bool {
+        !self.received
     }
 
     /// Whether the handshake is over. Until then nothing can be written.
@@ -157,6 +165,7 @@ impl TlsStream {
             match (&self.socket).read(self.session.room()) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Ok(bytes) => {
+                    self.received |= bytes > 0;
                     self.session.filled(bytes);
                     return Ok(bytes);
                 }

@@ -49,11 +49,12 @@ pub(crate) fn dump(dir: &Path) -> (u16, thread::JoinHandle<Result<()>>) {
     let port = source.port().unwrap();
     let thread = thread::spawn(move || {
         let rules = Rules {
-            stay: Stay::One,
+            stay: Stay::UntilShutDown,
             most: 1,
             allowed: Vec::new(),
         };
         run_sessions(&source.socket, &rules, &Stop::default(), |stream| {
+            source.socket.shutdown(std::net::Shutdown::Both).unwrap();
             serve_client(stream, &context).map(drop)
         })
     });
@@ -89,6 +90,7 @@ pub(crate) fn forwarder_with(
         keep: false,
         reconnect_timeout,
         idle_timeout,
+        wait: Duration::from_secs(10),
         traffic: Arc::default(),
     };
     let images = ImageDir::open(dir, PAGE).unwrap();

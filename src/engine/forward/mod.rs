@@ -12,6 +12,7 @@
 //! which waits; when it is lost for good, CRIU's connection is reset, so that the dump fails and
 //! the process goes on.
 
+pub mod destination;
 mod push;
 mod session_dialer;
 

@@ -97,8 +97,13 @@ impl<'a> SessionDialer<'a> {
         if let Some(trouble) = trouble
             && !self.handler.is_ending()
         {
-            tracing::warn!("stream {stream} to {}: {trouble}", self.peer);
-            *lock(&self.last_trouble) = trouble;
+            let mut last = lock(&self.last_trouble);
+            // What goes on being wrong is said once.
+            match *last == trouble {
+                true => tracing::debug!("stream {stream} to {}: {trouble}", self.peer),
+                false => tracing::warn!("stream {stream} to {}: {trouble}", self.peer),
+            }
+            *last = trouble;
         }
         lock(&self.dialer).handle_lost(stream, self.start.elapsed());
         self.notifier.notify();

@@ -36,8 +36,10 @@ use crate::engine::listening::stop::Stop;
 use crate::engine::restore::wire_of;
 use crate::engine::serve::memory::Memory;
 use crate::engine::serve::{Memories, ServeContext, Summary, serve_until_closed};
+use crate::engine::start_wait::{Attempt, StartWait, not_yet};
 use crate::error::{Error, Kind, Result};
 use crate::ferry::frame;
+use crate::image::check::check_lazy;
 use crate::image::dir::ImageDir;
 use crate::observe::ferried::Forwarded;
 use crate::observe::traffic::{Traffic, cpu_time};
@@ -68,6 +70,8 @@ pub struct ForwardLazyConfig {
     pub idle_timeout: Option<Duration>,
     /// Counts what is served.
     pub traffic: Arc<Traffic>,
+    /// How long to wait at the start for the dump to listen.
+    pub wait: Duration,
 }
 
 /// A dump that is being forwarded. See the module's text.
@@ -106,15 +110,22 @@ impl Memories for Arc<DumpMemory> {
 }
 
 impl ForwardLazy {
-    /// Connects to the dump that wrote `images`, and makes room for its memory.
+    /// Connects to the dump that writes `images`, once it has and listens, and makes room for its memory.
+    ///
+    /// # Errors
+    ///
+    /// Nobody listens before the wait is over, or no page has stayed with the dump.
     pub fn connect(config: ForwardLazyConfig, images: &ImageDir) -> Result<ForwardLazy> {
+        config.dump.resolve()?;
+        let mut wait = StartWait::new(config.wait)?;
+        wait.until(|| look_at_images(images))?;
         let wire = match config.wire {
             Some(wire) => wire,
             None => wire_of(images)?,
         };
         let dump_memory = Arc::new(DumpMemory::new(images, config.spill.as_deref())?);
         // The last step that may fail: from here on the dump is told when it is given up.
-        let stream = Drain::connect(&config.dump)?;
+        let stream = wait.until(|| not_yet(Drain::connect(&config.dump)))?;
         let (_, pages) = dump_memory.progress();
         tracing::info!(
             "{pages} pages stayed with the dump at {} ({wire:?})",
@@ -212,10 +223,14 @@ impl Clients {
         let peer = stream.peer().to_owned();
         let mut entry = self.table.enter();
         let ferry = secure(stream).and_then(|mut stream| {
-            entry.may_return();
             match self.context.begins_with(&mut stream, frame::MAGIC) {
-                Ok(ferry) => Ok((stream, ferry)),
+                Ok(ferry) => {
+                    entry.may_return();
+                    Ok((stream, ferry))
+                }
+                Err(error) if error.kind() == Kind::NothingCame => Err(error),
                 Err(error) => {
+                    entry.may_return();
                     stream.reset();
                     Err(error.within(format!("client {peer}")))
                 }
@@ -230,8 +245,10 @@ impl Clients {
                 served.map(drop)
             }
         };
-        if let Err(error) = served {
-            tracing::warn!("{error}");
+        match served {
+            Err(error) if error.kind() == Kind::NothingCame => tracing::info!("{error}"),
+            Err(error) => tracing::warn!("{error}"),
+            Ok(()) => {}
         }
     }
 
@@ -343,6 +360,27 @@ fn end_dump(entry: &ClientEntry<'_>) -> Result<()> {
     Err(Error::new(Kind::PeerLost, BOTH_MAY_RUN))
 }
 
+/// Whether the dump has written the images of all processes.
+///
+/// # Errors
+///
+/// It has, and kept no page: nobody will ever listen.
+fn look_at_images(images: &ImageDir) -> Result<Attempt<()>> {
+    match check_lazy(images) {
+        Ok(true) => Ok(Attempt::Done(())),
+        Ok(false) => {
+            let text = format!(
+                "no page stayed with the dump in {}: it was made without --lazy-pages, and has ended (page-server \
+                 --lazy-pages serves such images; those of an earlier dump must go before a new one writes there)",
+                images.path().display()
+            );
+            Err(Error::new(Kind::Usage, text))
+        }
+        Err(incomplete) => Ok(Attempt::NotYet(incomplete)),
+    }
+}
+
+/// Ends the wait for further clients.
 /// Ends the wait for further clients.
 fn shut(listener: &Socket) {
     // It may have been shut before.

@@ -250,6 +250,22 @@ impl Peer {
         Err(failed(last))
     }
 
+    /// Finds the addresses of the peer's name.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Usage`]: it has none. That will hardly change, unlike that nobody listens there.
+    pub fn resolve(&self) -> Result<Vec<SockAddr>> {
+        let found = self.addresses().and_then(|found| match found.is_empty() {
+            true => Err(io::Error::other("the name has no address")),
+            false => Ok(found),
+        });
+        found.map_err(|error| {
+            let text = format!("the host {:?} cannot be found", self.host());
+            Error::wrap(Kind::Usage, text, error)
+        })
+    }
+
     fn addresses(&self) -> io::Result<Vec<SockAddr>> {
         match self {
             Peer::Tcp { host, port } => {

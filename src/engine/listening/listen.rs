@@ -2,13 +2,15 @@
 
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::os::fd::RawFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use crate::engine::io::transport::Peer;
 use crate::error::{Error, Kind, Result};
 use crate::sys::process::inherited_descriptor;
 
@@ -43,6 +45,8 @@ pub struct Source {
     pub socket: Socket,
     /// Whether it is one connection and not a listener.
     pub connected: bool,
+    /// Whether the kernel chose the port.
+    pub is_chosen: bool,
     name: Option<Name>,
 }
 
@@ -55,7 +59,11 @@ impl Source {
     pub fn open(place: &Place) -> Result<Source> {
         match place {
             Place::Tcp { address, port } => {
-                listen_tcp(address.as_deref(), *port).map(Source::listener)
+                let socket = listen_tcp(address.as_deref(), *port)?;
+                Ok(Source {
+                    is_chosen: *port == 0,
+                    ..Source::listener(socket)
+                })
             }
             Place::Unix(path) => listen_unix(path),
             Place::Connected(number) => Ok(Source {
@@ -72,8 +80,32 @@ impl Source {
         Source {
             socket,
             connected: false,
+            is_chosen: false,
             name: None,
         }
+    }
+
+    /// Whether a connection to `peer` comes to this listener.
+    pub fn is_at(&self, peer: &Peer) -> bool {
+        let Some(own) = self
+            .socket
+            .local_addr()
+            .ok()
+            .and_then(|address| address.as_socket())
+        else {
+            return false;
+        };
+        let is_here = |address: SocketAddr| {
+            let same_host = own.ip() == address.ip()
+                // Addresses of other hosts cannot be bound.
+                || own.ip().is_unspecified() && UdpSocket::bind((address.ip(), 0)).is_ok();
+            address.port() == own.port() && same_host
+        };
+        let addresses = peer.resolve().unwrap_or_default();
+        addresses
+            .iter()
+            .filter_map(SockAddr::as_socket)
+            .any(is_here)
     }
 
     /// The TCP port, if there is one.
@@ -159,6 +191,20 @@ fn bind_tcp(address: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
+/// Whether a living process has the socket at `path`. It does not hear of the question: a datagram socket
+/// finds out that it is of another type, or that there is nobody.
+pub(in crate::engine) fn is_in_use(path: &Path) -> io::Result<bool> {
+    let probe = Socket::new(Domain::UNIX, Type::DGRAM, None)?;
+    match probe.connect(&SockAddr::unix(path)?) {
+        Ok(()) => Ok(true),
+        Err(error) => match error.raw_os_error().map(Errno::from_raw) {
+            Some(Errno::EPROTOTYPE) => Ok(true),
+            Some(Errno::ECONNREFUSED | Errno::ENOENT) => Ok(false),
+            _ => Err(error),
+        },
+    }
+}
+
 /// Listens at `path`, in the place of a socket that nobody listens at any more.
 fn listen_unix(path: &Path) -> Result<Source> {
     let failed = |error: io::Error| Error::file("listen at", path, error);
@@ -166,8 +212,7 @@ fn listen_unix(path: &Path) -> Result<Source> {
     let is_socket =
         std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
     if is_socket {
-        let probe = Socket::new(Domain::UNIX, Type::STREAM, None).map_err(failed)?;
-        if probe.connect(&address).is_ok() {
+        if is_in_use(path).map_err(failed)? {
             return Err(failed(io::ErrorKind::AddrInUse.into()));
         }
         std::fs::remove_file(path).map_err(failed)?;

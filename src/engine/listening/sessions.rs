@@ -24,9 +24,8 @@ const RETURN_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a server stays.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Stay {
-    /// For one connection; it stops listening when that has come.
-    One,
-    /// Until its listener is shut down, which a session does, and all sessions are over.
+    /// Until its listener is shut down, which a session does, and all sessions are over. So a session decides
+    /// when nobody else may come.
     UntilShutDown,
     /// Until the last of the sessions that run at once with the first is over.
     Together,
@@ -84,6 +83,7 @@ pub fn run_sessions(
         scope.spawn(move || accept_all(listener, rules, &accepted));
         let mut running = 0;
         let mut accepting = true;
+        let mut served = false;
         let mut outcome = Ok(());
         // A failure of this host, after which the client may come back.
         let mut own_failure = None;
@@ -117,8 +117,13 @@ pub fn run_sessions(
                     );
                     stream.reset();
                 }
+                Event::SessionEnded(Err(error)) if error.kind() == Kind::NothingCame => {
+                    running -= 1;
+                    info!("{error}");
+                }
                 Event::SessionEnded(result) => {
                     running -= 1;
+                    served = true;
                     match result {
                         Err(failure) if rules.stay == Stay::Keep || outcome.is_err() => {
                             error!("{failure}");
@@ -146,8 +151,7 @@ pub fn run_sessions(
             }
             let waits = match rules.stay {
                 Stay::Keep | Stay::UntilShutDown => accepting,
-                Stay::Together => accepting && own_failure.is_some(),
-                Stay::One => false,
+                Stay::Together => accepting && (!served || own_failure.is_some()),
             };
             if running == 0 && !waits {
                 break;
@@ -159,17 +163,11 @@ pub fn run_sessions(
     })
 }
 
-/// Accepts until the listener is shut down, or one connection if no more may come.
+/// Accepts until the listener is shut down.
 fn accept_all(listener: &Socket, rules: &Rules, events: &Sender<Event>) {
     loop {
         let event = match listener.accept() {
-            Ok((socket, address)) if rules.allow(&address) => {
-                if rules.stay == Stay::One {
-                    // Nobody else shall wait for an answer that never comes.
-                    let _ = listener.shutdown(Shutdown::Both);
-                }
-                Event::Accepted(socket)
-            }
+            Ok((socket, address)) if rules.allow(&address) => Event::Accepted(socket),
             Ok((socket, _)) => {
                 let stream = Stream::plain(socket);
                 warn!("refused {}: --allow does not name it", stream.peer());
@@ -192,7 +190,7 @@ fn accept_all(listener: &Socket, rules: &Rules, events: &Sender<Event>) {
                 error,
             ))),
         };
-        let last = rules.stay == Stay::One || matches!(event, Event::AcceptEnded(_));
+        let last = matches!(event, Event::AcceptEnded(_));
         if events.send(event).is_err() || last {
             return;
         }

@@ -29,7 +29,7 @@ use crate::engine::receive::{ReceiveContext, punch_out_of_parents};
 use crate::error::{Error, Kind, Result};
 use crate::ferry::frame;
 use crate::ferry::hash::{HashKey, PageHasher};
-use crate::ferry::hello::{Fail, FailCode, Features, Hello, Role, SessionId, VERSION};
+use crate::ferry::hello::{Fail, FailCode, Features, Greeting, Hello, Role, SessionId, VERSION};
 use crate::ferry::link::{Admission, ConnectionId, SessionTable};
 use crate::ferry::message::StateId;
 use crate::limits::FERRY_STREAMS_MAX;
@@ -148,12 +148,21 @@ impl<'a> PrecopyListener<'a> {
             .map_err(|error| lost(ConnError::Frame(error)))?;
         let mut state = lock(&self.state);
         let open_to_new = open_to_new && !(self.only_one && state.opened > 0);
+        let only_looks = matches!(greeting, Greeting::Hello(hello) if hello.attempt == 0);
         match state.table.admit(greeting, open_to_new) {
+            Admission::Refused(fail) if only_looks => {
+                drop(state);
+                refuse(conn, &fail);
+                tracing::info!("{peer} has asked whether dumps are received here");
+                Ok(Handled::Joined)
+            }
             Admission::Refused(fail) => {
                 let serves = !state.sessions.is_empty();
                 drop(state);
                 refuse(conn, &fail);
-                if serves || fail.code == FailCode::Superseded {
+                // A connection of an earlier session, or of an earlier server's, is not the one to come.
+                let late = [FailCode::Superseded, FailCode::UnknownSession].contains(&fail.code);
+                if serves || late {
                     tracing::warn!("refused a connection from {peer}: {fail}");
                     return Ok(Handled::Joined);
                 }

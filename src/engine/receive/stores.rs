@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use thiserror::Error;
 
 use crate::error::{Error, Kind, Result};
+use crate::image::check::check_writable;
+use crate::image::dir::ImageDir;
 use crate::image::store::{ImageStore, Sync};
 use crate::units::PageSize;
 
@@ -108,11 +110,14 @@ impl Stores {
     pub fn open(options: StoreOptions, template: Option<Template>) -> Result<Stores> {
         match template {
             None => options.open(&options.dir).map(Stores::Shared),
-            Some(template) => Ok(Stores::Each {
-                options,
-                template,
-                next: AtomicU64::new(1),
-            }),
+            Some(template) => {
+                options.check_for(&template)?;
+                Ok(Stores::Each {
+                    options,
+                    template,
+                    next: AtomicU64::new(1),
+                })
+            }
         }
     }
 
@@ -147,6 +152,31 @@ impl Stores {
 }
 
 impl StoreOptions {
+    /// Checks what can be known before the directory of a session is there.
+    fn check_for(&self, template: &Template) -> Result<()> {
+        check_writable(&ImageDir::open_any(&self.dir, self.page)?)?;
+        let Some(previous) = &self.previous else {
+            return Ok(());
+        };
+        let wrong = |problem: &str| {
+            let text = format!(
+                "--prev-images-dir {} {problem} (it is taken relative to the directory of each session, \
+                 --images-dir-template {template})",
+                previous.display()
+            );
+            Error::new(Kind::Usage, text)
+        };
+        let depth = Path::new(&template.fill("peer", 1)).components().count();
+        match below(previous, depth) {
+            Below::Itself => Err(wrong("leads to the directory itself")),
+            Below::Nowhere => Err(wrong("leads into the directory, which is new and empty")),
+            // Made for another session, perhaps later.
+            Below::Inside => Ok(()),
+            Below::Outside(path) if self.dir.join(&path).is_dir() => Ok(()),
+            Below::Outside(_) => Err(wrong("is no directory")),
+        }
+    }
+
     fn open(&self, dir: &Path) -> Result<Arc<ImageStore>> {
         ImageStore::open(dir, self.page, self.previous.as_deref(), self.sync)
     }
@@ -160,6 +190,38 @@ impl SessionStore {
         {
             tracing::debug!("{} stays: {error}", path.display());
         }
+    }
+}
+
+/// Where a path leads from a directory that is to be made.
+enum Below {
+    Itself,
+    /// Into it, where nothing is.
+    Nowhere,
+    /// To something else that may be made.
+    Inside,
+    /// Out of the directories that are to be made, of which there are some above it: the path from there.
+    Outside(PathBuf),
+}
+
+/// Where `path` leads from a directory that lies `depth` new directories deep.
+fn below(path: &Path, depth: usize) -> Below {
+    if path.is_absolute() {
+        return Below::Outside(path.to_owned());
+    }
+    let (mut up, mut rest) = (0, PathBuf::new());
+    for component in path.components() {
+        match component {
+            Component::ParentDir if rest.as_os_str().is_empty() && up < depth => up += 1,
+            Component::CurDir => {}
+            other => rest.push(other),
+        }
+    }
+    match (up, rest.as_os_str().is_empty()) {
+        (0, true) => Below::Itself,
+        (0, false) => Below::Nowhere,
+        (up, _) if up < depth => Below::Inside,
+        (_, _) => Below::Outside(rest),
     }
 }
 
@@ -216,6 +278,30 @@ mod tests {
         for good in ["{seq}", "{peer}/{seq}", "from-{peer}"] {
             assert_eq!(good.parse::<Template>().unwrap().to_string(), good);
         }
+    }
+
+    #[test]
+    fn a_parent_that_no_session_can_have_is_refused_at_once() {
+        let tmp = tempfile::tempdir().unwrap();
+        std::fs::create_dir(tmp.path().join("before")).unwrap();
+        let open = |template: &str, previous: &str| {
+            let options = StoreOptions {
+                dir: tmp.path().to_owned(),
+                page: PageSize::KIB_4,
+                previous: Some(previous.into()),
+                sync: Sync::None,
+            };
+            Stores::open(options, Some(template.parse().unwrap())).map(drop)
+        };
+        for previous in ["../before", "../../before", "../1"] {
+            open("{peer}/{seq}", previous).unwrap();
+        }
+        open("{seq}", "../before").unwrap();
+        for previous in [".", "./", "././", "before", "../none", "/none"] {
+            let error = open("{seq}", previous).unwrap_err();
+            assert_eq!(error.kind(), Kind::Usage, "{previous}");
+        }
+        assert!(open("{peer}/{seq}", "../../none").is_err());
     }
 
     #[test]

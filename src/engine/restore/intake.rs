@@ -2,11 +2,13 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use crate::criu::lazy_socket::{RECORD_BYTES, Record};
-use crate::error::{Error, Result};
+use crate::engine::listening::listen::is_in_use;
+use crate::error::{Error, Kind, Result};
 use crate::sys::fdpass;
 use crate::sys::uffd::Uffd;
 
@@ -49,12 +51,19 @@ enum State {
 pub struct Intake {
     /// Where the socket's file is, if this is its owner.
     path: Option<PathBuf>,
+    /// Device and number of that file.
+    inode: Option<(u64, u64)>,
     state: State,
 }
 
 impl Drop for Intake {
     fn drop(&mut self) {
-        if let Some(path) = &self.path {
+        let Some(path) = &self.path else {
+            return;
+        };
+        // The next lazy-client may have put its own in the place of it, once the restore had come.
+        let found = std::fs::symlink_metadata(path).ok();
+        if found.map(|found| (found.dev(), found.ino())) == self.inode {
             // Nobody is there to connect to any more; a missing file is as good.
             let _ = std::fs::remove_file(path);
         }
@@ -62,10 +71,26 @@ impl Drop for Intake {
 }
 
 impl Intake {
+    /// Whether nobody listens in the directory `dir`.
+    pub(super) fn check_free(dir: &Path) -> Result<()> {
+        let path = dir.join(SOCKET_NAME);
+        let failed = |error| Error::file("look at", &path, error);
+        if is_in_use(&path).map_err(failed)? {
+            let shown = std::path::absolute(&path).unwrap_or_else(|_| path.clone());
+            let text = format!(
+                "another process listens at {}: end it, or give another work directory (-W)",
+                shown.display()
+            );
+            return Err(Error::new(Kind::Usage, text));
+        }
+        Ok(())
+    }
+
     /// Listens in the directory `dir`, in place of whoever left a socket there.
     pub fn listen(dir: &Path) -> Result<Intake> {
         let path = dir.join(SOCKET_NAME);
         let failed = |error| Error::file("listen on", &path, error);
+        Intake::check_free(dir)?;
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
             _ => {}
@@ -73,9 +98,11 @@ impl Intake {
         let listener = UnixListener::bind(&path).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         fdpass::ask_for_senders(listener.as_fd()).map_err(failed)?;
+        let found = std::fs::symlink_metadata(&path).map_err(failed)?;
         Ok(Intake {
             state: State::Listening(listener),
             path: Some(path),
+            inode: Some((found.dev(), found.ino())),
         })
     }
 
@@ -83,6 +110,7 @@ impl Intake {
     pub(super) fn ended() -> Intake {
         Intake {
             path: None,
+            inode: None,
             state: State::Ended,
         }
     }

@@ -23,6 +23,7 @@ use super::{Restore, RestoreConfig, Token, rewatch, watch};
 use crate::criu::fetch::Step;
 use crate::criu::header::Wire;
 use crate::engine::restore::postcopy_client::{FerryDialer, Pushed};
+use crate::engine::start_wait::{StartWait, not_yet};
 use crate::error::{Error, Kind, Result};
 use crate::lazy::planner::{Request, Way};
 use crate::lazy::policy::FaultPath;
@@ -73,17 +74,19 @@ impl Links {
     }
 
     /// Connects to the source, if there is one.
-    pub(super) fn connect(&mut self, config: &RestoreConfig) -> Result<()> {
+    pub(super) fn connect(&mut self, config: &RestoreConfig, wait: &mut StartWait) -> Result<()> {
         let hint = "is the source there, and does it serve pages (criu dump --lazy-pages, or page-server --lazy-pages)?";
         self.begin_session(config)?;
         let Some(dialer) = &self.dialer else {
             return Ok(());
         };
+        dialer.peer.resolve()?;
         if let Some(ferry) = &mut self.ferry {
-            ferry.connect()?;
+            wait.until(|| not_yet(ferry.connect()))?;
             tracing::info!("connected to the source at {} (ferry)", dialer.peer);
         } else {
-            let pair = dialer.dial_pair().map_err(|error| error.within(hint))?;
+            let pair = wait.until(|| not_yet(dialer.dial_pair()));
+            let pair = pair.map_err(|error| error.within(hint))?;
             self.pair = Some(pair);
             tracing::info!(
                 "connected to the source at {} ({:?})",

@@ -33,6 +33,7 @@ mod loss;
 mod owner_processes;
 mod poison;
 pub(in crate::engine) mod postcopy_client;
+mod prepared;
 mod process;
 mod reconnect;
 mod report;
@@ -57,6 +58,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use crate::criu::header::Wire;
 use crate::engine::io::transport::Peer;
+use crate::engine::start_wait::StartWait;
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::Chain;
 use crate::image::dir::ImageDir;
@@ -140,6 +142,8 @@ pub struct RestoreConfig {
     pub restore_timeout: Option<Duration>,
     /// Where each fault is to be recorded.
     pub trace: Option<PathBuf>,
+    /// How long to wait at the start for the images and the source.
+    pub wait: Duration,
 }
 
 /// What the loop waits on besides the userfaultfds, as numbers in epoll's data.
@@ -268,13 +272,26 @@ impl Clock {
 }
 
 impl Restore {
-    /// Checks the images, connects to the source and listens for the restore in the current
+    /// Waits for the images as long as `config` says, and checks them. What is left of the wait is for the
+    /// source. [`block_signals`] must have been called.
+    pub fn await_images(config: &RestoreConfig) -> Result<StartWait> {
+        Intake::check_free(std::path::Path::new("."))?;
+        let mut wait = StartWait::new(config.wait)?;
+        wait.until(|| prepared::look_at_images(config))?;
+        Ok(wait)
+    }
+
+    /// Opens the images, connects to the source and listens for the restore in the current
     /// directory. [`block_signals`] must have been called before any thread was started. `standby` takes over
     /// if this process is killed.
-    pub fn prepare(config: RestoreConfig, standby: Option<Standby>) -> Result<Restore> {
+    pub fn prepare(
+        config: RestoreConfig,
+        standby: Option<Standby>,
+        mut wait: StartWait,
+    ) -> Result<Restore> {
         let mut restore = Restore::assemble(config, standby)?;
         restore.intake = Intake::listen(std::path::Path::new("."))?;
-        restore.links.connect(&restore.config)?;
+        restore.links.connect(&restore.config, &mut wait)?;
         if restore.links.ours {
             restore.note_ours();
         }

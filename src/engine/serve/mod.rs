@@ -140,7 +140,12 @@ impl ServeContext {
         let set = |stream: &Stream, patience| stream.socket().set_read_timeout(patience);
         set(stream, patience).map_err(lost)?;
         loop {
-            match stream.begins_with(bytes) {
+            let begins = match stream.begins() {
+                Ok(false) => return Err(Error::nothing_came(stream.peer())),
+                Ok(true) => stream.begins_with(bytes),
+                Err(error) => Err(error),
+            };
+            match begins {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     if !self.active_hosts.contains(&stream.host()) {
                         return Err(silent(patience));
@@ -270,6 +275,9 @@ impl Session<'_> {
         let mut arrived = 0;
         loop {
             match self.receive(&mut input[arrived..], arrived > 0)? {
+                0 if arrived == 0 && self.summary.requests == 0 => {
+                    return Err(Error::nothing_came(self.stream.peer()));
+                }
                 0 => return Err(self.left_without_close()),
                 bytes => arrived += bytes,
             }
@@ -493,6 +501,13 @@ impl Session<'_> {
                     if begun || !self.may_be_idle() {
                         return Err(silent(self.context.idle_timeout));
                     }
+                }
+                Err(error)
+                    if error.kind() == ErrorKind::ConnectionReset
+                        && !begun
+                        && self.summary.requests == 0 =>
+                {
+                    return Ok(0);
                 }
                 result => return result.map_err(lost),
             }

@@ -1,0 +1,253 @@
+//! Mistakes that lazy-client finds when it is started, and what it waits for then.
+
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+#[path = "../../tests/common/mod.rs"]
+mod common;
+
+use std::fs::{self, File};
+use std::net::TcpListener;
+use std::os::unix::fs::symlink;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use common::{FIRST_PAGE, Run, TARGET, write_target};
+use nix::sys::signal::Signal;
+use pageferry::criu::header::{PageFlags, Wire};
+use pageferry::image::file::{Magic, MessageWriter};
+use pageferry::image::proto::{Core, Mm, PstreeEntry, TaskCore, Vma};
+use testbed::process::Spawned;
+use testbed::wait::{GENEROUS, until};
+
+fn start(dir: &Path, args: &[&str]) -> Spawned {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lazy-client"));
+    command
+        .current_dir(dir)
+        .args(["-v4", "-o", "log"])
+        .args(args)
+        .stdin(Stdio::null())
+        .stderr(Stdio::null());
+    Spawned::start("lazy-client", &mut command, Some(dir.join("log"))).unwrap()
+}
+
+fn log(dir: &Path) -> String {
+    fs::read_to_string(dir.join("log")).unwrap_or_default()
+}
+
+fn expect_log(dir: &Path, words: &str) {
+    until(words, GENEROUS, || {
+        Ok(log(dir).contains(words).then_some(()))
+    })
+    .unwrap_or_else(|_| panic!("{words:?} is not in {}", log(dir)));
+}
+
+fn expect_refused(dir: &Path, args: &[&str], words: &[&str]) {
+    start(dir, args).fail(GENEROUS).unwrap();
+    let log = log(dir);
+    let error = log.lines().last().unwrap_or_default();
+    assert!(error.contains("error: "), "{args:?}: {log}");
+    for word in words {
+        assert!(error.contains(word), "{args:?}, {word:?}: {error}");
+    }
+}
+
+fn write_messages<M: prost::Message>(path: &Path, magic: Magic, message: &M) {
+    let mut writer = MessageWriter::new(File::create(path).unwrap(), magic).unwrap();
+    writer.write(message).unwrap();
+}
+
+/// Images of one process, of which `runs` are its memory.
+fn write_process(dir: &Path, runs: &[Run]) {
+    let task = Some(TaskCore { task_state: 1 });
+    write_messages(&dir.join("core-7.img"), Magic::Core, &Core { task });
+    let vma = Vma {
+        start: FIRST_PAGE << 12,
+        end: (FIRST_PAGE + 16) << 12,
+        ..Vma::default()
+    };
+    write_messages(&dir.join("mm-7.img"), Magic::Mm, &Mm { vmas: vec![vma] });
+    write_target(dir, TARGET, Wire::V2, 1, runs);
+    // The last of a dump's.
+    write_messages(
+        &dir.join("pstree.img"),
+        Magic::Pstree,
+        &PstreeEntry { pid: 7, ppid: 0 },
+    );
+}
+
+fn with_source() -> Vec<Run> {
+    vec![Run::absent(FIRST_PAGE, 4, PageFlags::LAZY)]
+}
+
+fn here() -> Vec<Run> {
+    vec![Run::present(FIRST_PAGE, 4, PageFlags::LAZY, 1)]
+}
+
+fn in_parent() -> Vec<Run> {
+    let flags = PageFlags::PARENT.with(PageFlags::LAZY);
+    vec![Run::absent(FIRST_PAGE, 4, flags)]
+}
+
+#[test]
+fn images_that_need_a_source_are_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    write_process(dir.path(), &with_source());
+    expect_refused(dir.path(), &["--wait", "1000"], &["--page-server", "pid 7"]);
+    let nowhere = [
+        "--page-server",
+        "--address",
+        "no-such-host.invalid",
+        "--port",
+        "7",
+    ];
+    expect_refused(dir.path(), &nowhere, &["cannot be found"]);
+    expect_refused(
+        dir.path(),
+        &["--page-server", "--address", "127.0.0.1:7", "--port", "7"],
+        &[],
+    );
+}
+
+#[test]
+fn local_images_that_are_not_whole_are_refused() {
+    type Harm = fn(&Path);
+    let harms: [(Harm, &str); 6] = [
+        (
+            |dir| fs::remove_file(dir.join("pages-1.img")).unwrap(),
+            "missing",
+        ),
+        (
+            |dir| fs::write(dir.join("pages-1.img"), "").unwrap(),
+            "cut short",
+        ),
+        (
+            |dir| fs::remove_file(dir.join("pagemap-7.img")).unwrap(),
+            "pagemap of pid 7",
+        ),
+        (
+            |dir| fs::write(dir.join("pagemap-7.img"), "").unwrap(),
+            "pagemap-7.img",
+        ),
+        (
+            |dir| fs::remove_file(dir.join("mm-7.img")).unwrap(),
+            "mm-7.img",
+        ),
+        (
+            |dir| fs::remove_file(dir.join("pstree.img")).unwrap(),
+            "pstree.img",
+        ),
+    ];
+    for (harm, word) in harms {
+        let dir = tempfile::tempdir().unwrap();
+        write_process(dir.path(), &here());
+        harm(dir.path());
+        expect_refused(dir.path(), &["--wait", "0"], &[word]);
+    }
+}
+
+#[test]
+fn broken_chains_are_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let [first, second] = ["1", "2"].map(|name| root.path().join(name));
+    for dir in [&first, &second] {
+        fs::create_dir(dir).unwrap();
+    }
+    write_process(&first, &here());
+    write_process(&second, &in_parent());
+    expect_refused(&second, &["--wait", "0"], &["parent"]);
+    let link = second.join("parent");
+    symlink("../2", &link).unwrap();
+    // Whatever is waited for, this stays as it is.
+    expect_refused(&second, &["--wait", "1000"], &["come back"]);
+    let ferry = ["--ferry", "--page-server", "--port", "7", "--wait", "1000"];
+    fs::remove_file(&link).unwrap();
+    for name in [".", "../2", "../2/", second.to_str().unwrap()] {
+        let args = [&ferry[..], &["--prev-images-dir", name]].concat();
+        expect_refused(&second, &args, &["itself"]);
+    }
+    // Nobody but the parent has them.
+    let at_once = ["--ferry", "--page-server", "--port", "7", "--wait", "0"];
+    expect_refused(&second, &at_once, &["parent"]);
+}
+
+#[test]
+fn the_socket_of_a_living_process_stays_where_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    write_process(dir.path(), &here());
+    let path = dir.path().join("lazy-pages.socket");
+    let other = UnixListener::bind(&path).unwrap();
+    other.set_nonblocking(true).unwrap();
+    expect_refused(
+        dir.path(),
+        &[],
+        &["another process listens", "lazy-pages.socket"],
+    );
+    // It was not even connected to, and is still found by its name.
+    assert!(other.accept().is_err());
+    drop(UnixStream::connect(&path).unwrap());
+    other.accept().unwrap();
+    drop(other);
+    // A socket that was left behind is no obstacle.
+    let mut client = start(dir.path(), &[]);
+    until("the socket", GENEROUS, || {
+        Ok(UnixStream::connect(&path).ok())
+    })
+    .unwrap();
+    client.fail(GENEROUS).unwrap();
+}
+
+#[test]
+fn the_images_and_the_source_are_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+    let port = address.port().to_string();
+    let args = ["--page-server", "--port", &port, "--wait", "1000"];
+    let mut client = start(dir.path(), &args);
+    expect_log(dir.path(), "warning: there is no");
+    assert!(log(dir.path()).contains("pstree.img"));
+    write_process(dir.path(), &with_source());
+    expect_log(dir.path(), "images of 1 processes");
+    let listener = TcpListener::bind(address).unwrap();
+    drop(listener.accept().unwrap());
+    expect_log(dir.path(), "connected to the source");
+    client.signal(Signal::SIGTERM).unwrap();
+    client.fail(GENEROUS).unwrap();
+
+    // A signal ends the wait.
+    drop(listener);
+    fs::remove_file(dir.path().join("log")).unwrap();
+    let mut client = start(dir.path(), &args);
+    expect_log(dir.path(), "waiting for up to 1000 s");
+    client.signal(Signal::SIGTERM).unwrap();
+    client.fail(GENEROUS).unwrap();
+    assert!(log(dir.path()).contains("signal"), "{}", log(dir.path()));
+}
+
+#[test]
+fn a_trace_is_read_where_it_is_written() {
+    let root = tempfile::tempdir().unwrap();
+    let [images, work] = ["images", "work"].map(|name| root.path().join(name));
+    for dir in [&images, &work] {
+        fs::create_dir(dir).unwrap();
+    }
+    write_process(&images, &here());
+    let dirs = ["-D", "images", "-W", "work"];
+    let mut client = start(root.path(), &[&dirs[..], &["--trace", "faults"]].concat());
+    let socket = work.join("lazy-pages.socket");
+    until("the socket", GENEROUS, || {
+        Ok(UnixStream::connect(&socket).ok())
+    })
+    .unwrap();
+    client.fail(GENEROUS).unwrap();
+    assert!(work.join("faults").exists());
+    let read = Command::new(env!("CARGO_BIN_EXE_lazy-client"))
+        .current_dir(root.path())
+        .args([&dirs[..], &["--read-trace", "faults"]].concat())
+        .output()
+        .unwrap();
+    assert!(read.status.success(), "{read:?}");
+    assert!(read.stdout.starts_with(b"time_us,pid"), "{read:?}");
+}
