@@ -5,9 +5,6 @@
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
-#[path = "../../tests/common/dump_bytes.rs"]
-#[allow(dead_code, reason = "a part of it is needed")]
-mod dump_bytes;
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
