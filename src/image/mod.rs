@@ -8,6 +8,7 @@ pub mod blocks;
 pub mod chain;
 #[cfg(feature = "engine")]
 pub mod check;
+#[cfg(feature = "engine")]
 pub mod dir;
 #[cfg(feature = "engine")]
 mod extents;
