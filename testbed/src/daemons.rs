@@ -35,7 +35,7 @@ impl Make<'_> {
     /// The daemon's program with its action word, which both makes understand.
     fn command(self, net: Option<&NetNs>, action: &str, ours: &str) -> Result<Command> {
         let mut command = match self {
-            Make::Ours => command_in(net, workspace::binary(ours)?),
+            Make::Ours => command_in(net, workspace::daemon(ours)?),
             Make::Criu(criu) => command_in(net, &criu.path),
         };
         command.arg(action);

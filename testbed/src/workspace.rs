@@ -3,7 +3,7 @@
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -27,6 +27,30 @@ static BINARIES: OnceLock<PathBuf> = OnceLock::new();
 /// Lets [`binary`] look in `dir`, if it has not looked elsewhere before.
 pub fn use_binaries(dir: PathBuf) {
     BINARIES.get_or_init(|| dir);
+}
+
+/// Where daemons are taken from, if not from where all binaries are.
+static DAEMONS: Mutex<Option<PathBuf>> = Mutex::new(None);
+
+/// From now on daemons are those in `dir`, another build's, or this one's again.
+pub fn use_daemons(dir: Option<&Path>) {
+    // A path is whole whoever panicked.
+    let mut daemons = DAEMONS.lock().unwrap_or_else(PoisonError::into_inner);
+    *daemons = dir.map(Path::to_owned);
+}
+
+/// Path of one of the daemons.
+///
+/// # Errors
+/// It is not there and could not be built.
+pub fn daemon(name: &str) -> Result<PathBuf> {
+    let daemons = DAEMONS.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(dir) = daemons.as_deref() else {
+        return binary(name);
+    };
+    let path = dir.join(name);
+    ensure!(path.is_file(), "{} is missing", path.display());
+    Ok(path)
 }
 
 /// Path of one of the workspace's binaries.

@@ -57,6 +57,9 @@ pub struct AreaSpec {
     /// The mapping is so many times as long, with the pages scattered evenly and never a touch
     /// between them: large, and cheap. For private areas that are neither moved nor cut.
     pub scattered_over: u32,
+    /// Each page is a mapping of its own, with nothing before and behind it. For private areas that are neither
+    /// moved nor cut.
+    pub apart: bool,
 }
 
 impl AreaSpec {
@@ -68,6 +71,16 @@ impl AreaSpec {
             content,
             untouched_every: 0,
             scattered_over: 1,
+            apart: false,
+        }
+    }
+
+    /// The same pages, each in a mapping of its own.
+    pub fn each_apart(self) -> AreaSpec {
+        AreaSpec {
+            scattered_over: 2,
+            apart: true,
+            ..self
         }
     }
 

@@ -76,6 +76,11 @@ impl Memory {
         let length = spec.pages as usize * stride;
         let start = self.reserve_aligned(length, spec.mapping);
         match spec.mapping {
+            Mapping::Private if spec.apart => {
+                for index in 0..spec.pages as usize {
+                    sys::map(start + index * stride, self.page_bytes, Backing::Private)?;
+                }
+            }
             Mapping::Private | Mapping::ReadOnly => sys::map(start, length, Backing::Private)?,
             Mapping::SharedAnon => sys::map(start, length, Backing::SharedAnon)?,
             Mapping::Memfd => {
@@ -319,7 +324,11 @@ impl Memory {
     pub(crate) fn pin_everything_else(&self) -> Result<()> {
         sys::lock_everything_on_fault().context("mlockall")?;
         for area in &self.areas {
-            if let Some(first) = area.cells.first() {
+            if area.spec.apart {
+                for cell in &area.cells {
+                    sys::unlock(cell.address, self.page_bytes).context("munlock")?;
+                }
+            } else if let Some(first) = area.cells.first() {
                 let stride = area.spec.scattered_over as usize * self.page_bytes;
                 let length = area.cells.len() * stride;
                 sys::unlock(first.address, length).context("munlock")?;

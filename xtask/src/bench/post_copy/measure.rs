@@ -14,12 +14,13 @@ use testbed::daemons::Make;
 use testbed::load::report::{Report, StepReport};
 use testbed::postcopy::{Plan, PostCopy, Source};
 use testbed::wait::{self, GENEROUS};
+use testbed::workspace::use_daemons;
 
 use super::super::TMPFS;
 use super::super::rounds::{Contend, Measure};
 use super::super::stats::Sample;
 use super::arrival::Arrival;
-use super::case::{Case, Contender};
+use super::case::{Case, Contender, Side, SourceKind};
 
 /// Warnings and errors, CRIU's default: the harness logs everything, which would be measured too.
 const VERBOSITY: &str = "-v2";
@@ -151,6 +152,8 @@ pub(super) struct Run {
 pub(super) struct Bench<'a> {
     pub(super) criu: &'a Criu,
     pub(super) limit: Duration,
+    /// Where the programs of another build are.
+    pub(super) baseline: Option<&'a Path>,
 }
 
 impl Bench<'_> {
@@ -160,20 +163,30 @@ impl Bench<'_> {
     /// A step of the migration fails, or a page arrives wrong.
     pub(super) fn run(&self, case: Case, who: Contender) -> Result<Run> {
         let bed = Bed::new_in(Path::new(TMPFS))?;
+        use_daemons(self.baseline.filter(|_| who.side == Side::Baseline));
         let summary = bed.path("summary.json");
         let plan = self.plan(case, who, &summary);
         let lifetime = self.limit + 4 * GENEROUS;
-        let load = case.load(&bed.path("load"), u32::try_from(lifetime.as_secs())?);
+        let load = case.load(
+            who.shape,
+            &bed.path("load"),
+            u32::try_from(lifetime.as_secs())?,
+        );
         let run = PostCopy::start(&bed, &plan, load, &[case.access.step(self.limit)])
             .and_then(|migration| self.watch(migration, &summary));
         run.with_context(|| format!("{}: {}", who.name(), case.describe()))
     }
 
     fn plan(&self, case: Case, who: Contender, summary: &Path) -> Plan<'_> {
-        let (source, client) = match who {
-            Contender::Pageferry => (Source::Dump, Make::Ours),
-            Contender::Criu => (Source::Dump, Make::Criu(self.criu)),
-            Contender::PageferryOwnSource => (Source::PageServer(Make::Ours), Make::Ours),
+        let client = match who.side {
+            Side::Criu => Make::Criu(self.criu),
+            Side::Ours | Side::Baseline => Make::Ours,
+        };
+        let source = match who.source {
+            SourceKind::Dump => Source::Dump,
+            SourceKind::PageServer => Source::PageServer(client),
+            SourceKind::Local => Source::Local,
+            SourceKind::Forwarder | SourceKind::Ferry => Source::Forwarder,
         };
         let mut plan = Plan::new(self.criu, source, client);
         if let Some(link) = case.link.link() {
@@ -182,6 +195,9 @@ impl Bench<'_> {
         plan.warmed_bytes = case.bytes();
         plan.source_options = vec![VERBOSITY.to_owned()];
         plan.client_options = vec![VERBOSITY.to_owned()];
+        if who.source == SourceKind::Ferry {
+            plan.client_options.push("--ferry".to_owned());
+        }
         if matches!(client, Make::Ours) {
             let summary = ["--summary-json".to_owned(), summary.display().to_string()];
             plan.client_options.extend(summary);

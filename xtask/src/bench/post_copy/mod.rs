@@ -12,6 +12,7 @@
 
 mod arrival;
 mod case;
+mod map_count;
 mod measure;
 mod promises;
 
@@ -25,7 +26,8 @@ use testbed::criu;
 use super::bars::{self, Bar};
 use super::rounds::Rounds;
 use super::{Machine, write_json};
-use case::{Access, Case, Contender, LinkKind, SourceKind};
+use case::{Access, Case, Contender, LinkKind, Shape, SourceKind};
+use map_count::MaxMapCount;
 use measure::{Bench, Metric, Run};
 
 /// What to measure; everything, unless told otherwise.
@@ -41,9 +43,16 @@ pub(crate) struct Args {
     /// What lies between source and daemon.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = LinkKind::ALL)]
     link: Vec<LinkKind>,
-    /// Who has the memory.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = SourceKind::ALL)]
+    /// Who has the memory [default: dump and page-server for whole memory, all for other shapes].
+    #[arg(long, value_enum, value_delimiter = ',')]
     source: Vec<SourceKind>,
+    /// How the pages lie. Other shapes than whole are compared with that, in the smallest of the sizes; 10^5
+    /// mappings take a vm.max_map_count that is raised meanwhile.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Shape::ALL)]
+    shape: Vec<Shape>,
+    /// A directory with the programs of another build, which competes as well.
+    #[arg(long, value_name = "DIR")]
+    baseline: Option<PathBuf>,
     /// Rounds of which the medians are taken, after one that warms up.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
@@ -62,11 +71,11 @@ pub(crate) struct Args {
 
 type CaseResult = Rounds<Case, Contender, Run>;
 
-/// Everybody against CRIU.
-const PAIRS: [(Contender, Contender); 2] = [
-    (Contender::Pageferry, Contender::Criu),
-    (Contender::PageferryOwnSource, Contender::Criu),
-];
+/// Who of `all` is compared with whom.
+fn pairs(all: &[Contender]) -> Vec<(Contender, Contender)> {
+    let of = |&who: &Contender| who.rivals().into_iter().map(move |rival| (who, rival));
+    all.iter().flat_map(of).collect()
+}
 
 /// What goes into the file.
 #[derive(Serialize)]
@@ -89,14 +98,25 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let bench = Bench {
         criu: &criu,
         limit: Duration::from_secs(args.limit),
+        baseline: args.baseline.as_deref(),
     };
-    let contenders = Contender::all_of(&args.source);
     let mut results: Vec<CaseResult> = Vec::new();
     let mut bars = Vec::new();
-    for case in Case::all_of(&args.size, &args.order, &args.link) {
+    for case in Case::all_of(&args.size, &args.order, &args.link, &args.shape) {
+        let _mappings = match case.shape {
+            Shape::Mappings => Some(MaxMapCount::raise()?),
+            Shape::Whole | Shape::Holes => None,
+        };
+        let sources = match (args.source.is_empty(), case.shape) {
+            (false, _) => &args.source[..],
+            (true, Shape::Whole) => &SourceKind::FOR_WHOLE,
+            (true, Shape::Holes | Shape::Mappings) => &SourceKind::ALL,
+        };
+        let contenders = Contender::all_of(sources, case.shape, args.baseline.is_some());
+        let pairs = pairs(&contenders);
         let run = |case: &Case, who| bench.run(*case, who);
-        let result = Rounds::take(case, contenders.clone(), args.runs, run)?;
-        let table = result.table(&Metric::ALL, &PAIRS);
+        let result = Rounds::take(case, contenders, args.runs, run)?;
+        let table = result.table(&Metric::ALL, &pairs);
         println!("\n{}\n{table}", case.describe());
         results.push(result);
         bars = promises::judge(&results);

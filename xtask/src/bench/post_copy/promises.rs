@@ -7,7 +7,7 @@ use super::super::bars::Bar;
 use super::super::rounds::Contend;
 use super::super::stats::Sample;
 use super::CaseResult;
-use super::case::{Access, Case, Contender, LinkKind};
+use super::case::{Access, Case, Contender, LinkKind, Shape, Side};
 use super::measure::Metric;
 
 const SMALL_MIB: u32 = 256;
@@ -23,8 +23,9 @@ const P99_TO_CRIU: f64 = 0.5;
 const P50_TO_CRIU_OWN_SOURCE: f64 = 1.0 / 6.0;
 /// Of the time that the link needs for the bytes.
 const LINK_DRAIN: f64 = 1.15;
+const FRAGMENTED_TO_WHOLE: f64 = 1.3;
 const LINK_P50_US: f64 = 1600.0;
-/// The memory here is one extent a process: what an extent may take vanishes in this.
+/// Of memory that is one extent a process: what an extent may take vanishes in this.
 const PEAK_MIB: f64 = 64.0;
 
 /// All promises, judged as far as `results` can.
@@ -38,8 +39,38 @@ pub(super) fn judge(results: &[CaseResult]) -> Vec<Bar> {
     {
         bars.extend(slow_link(result));
     }
+    let fragmented = results
+        .iter()
+        .filter(|result| result.case.shape != Shape::Whole);
+    bars.extend(fragmented.flat_map(shaped));
     bars.extend(peak_memory(results));
     bars
+}
+
+/// What fragmented memory may take, by the time of whole memory and of CRIU.
+fn shaped(result: &CaseResult) -> Vec<Bar> {
+    let ours = result
+        .contenders
+        .iter()
+        .filter(|who| who.side == Side::Ours && who.shape != Shape::Whole);
+    let bars = ours.flat_map(|&who| {
+        let most = |to: Contender| match to.side {
+            Side::Ours => Some(("whole", FRAGMENTED_TO_WHOLE)),
+            Side::Criu => Some(("CRIU", 1.0)),
+            Side::Baseline => None,
+        };
+        let judged = |to: Contender| {
+            let (name, most) = most(to)?;
+            let what = result.case.access.name();
+            let what = format!("{}, {what}: drained / {name}", who.name());
+            Some(Bar::new(what, result.ratio(who, to, Metric::Drain), most))
+        };
+        who.rivals()
+            .into_iter()
+            .filter_map(judged)
+            .collect::<Vec<_>>()
+    });
+    bars.collect()
 }
 
 #[derive(Clone, Copy)]
@@ -48,19 +79,25 @@ struct Measured<'a>(&'a [CaseResult]);
 impl<'a> Measured<'a> {
     fn on_loopback(self, mib: u32, access: Access) -> Option<&'a CaseResult> {
         let link = LinkKind::Loopback;
-        let case = Case { mib, access, link };
+        let shape = Shape::Whole;
+        let case = Case {
+            mib,
+            access,
+            link,
+            shape,
+        };
         self.0.iter().find(|result| result.case == case)
     }
 
     /// Pageferry's median with CRIU's dump as the source.
     fn ours(self, mib: u32, access: Access, metric: Metric) -> Option<Sample> {
         self.on_loopback(mib, access)?
-            .median(Contender::Pageferry, metric)
+            .median(Contender::PAGEFERRY, metric)
     }
 
     fn to_criu(self, mib: u32, access: Access, who: Contender, metric: Metric) -> Option<Sample> {
         self.on_loopback(mib, access)?
-            .ratio(who, Contender::Criu, metric)
+            .ratio(who, Contender::CRIU, metric)
     }
 }
 
@@ -87,7 +124,7 @@ fn drains(measured: Measured<'_>) -> Vec<Bar> {
         ),
     ];
     for mib in [SMALL_MIB, MIDDLE_MIB, LARGE_MIB] {
-        let ratio = measured.to_criu(mib, Access::Ascending, Contender::Pageferry, Metric::Drain);
+        let ratio = measured.to_criu(mib, Access::Ascending, Contender::PAGEFERRY, Metric::Drain);
         bars.push(Bar::new(
             format!("{mib} MiB in order: drained / CRIU"),
             ratio,
@@ -108,22 +145,22 @@ fn faults(measured: Measured<'_>) -> Vec<Bar> {
     vec![
         Bar::new(
             "1 GiB at random: fault p50 / CRIU",
-            to_criu(MIDDLE_MIB, Contender::Pageferry, Metric::P50),
+            to_criu(MIDDLE_MIB, Contender::PAGEFERRY, Metric::P50),
             P50_TO_CRIU,
         ),
         Bar::new(
             "1 GiB at random: fault p99 / CRIU",
-            to_criu(MIDDLE_MIB, Contender::Pageferry, Metric::P99),
+            to_criu(MIDDLE_MIB, Contender::PAGEFERRY, Metric::P99),
             P99_TO_CRIU,
         ),
         Bar::new(
             "1 GiB at random: fault p50 with own source / CRIU",
-            to_criu(MIDDLE_MIB, Contender::PageferryOwnSource, Metric::P50),
+            to_criu(MIDDLE_MIB, Contender::OWN_SOURCE, Metric::P50),
             P50_TO_CRIU_OWN_SOURCE,
         ),
         Bar::new(
             "256 MiB at random: fault p50 / CRIU",
-            to_criu(SMALL_MIB, Contender::Pageferry, Metric::P50),
+            to_criu(SMALL_MIB, Contender::PAGEFERRY, Metric::P50),
             1.0,
         ),
         Bar::new(
@@ -143,7 +180,7 @@ fn slow_link(result: &CaseResult) -> Vec<Bar> {
     let ours = result
         .contenders
         .iter()
-        .filter(|&&who| who != Contender::Criu);
+        .filter(|&&who| who != Contender::CRIU);
     let bars = ours.flat_map(|&who| {
         let what = format!("{}, {}", result.case.describe(), who.name());
         let least = result.case.link.least_s(result.case.bytes() as f64);
@@ -166,11 +203,14 @@ fn slow_link(result: &CaseResult) -> Vec<Bar> {
 
 /// The most that any run of lazy-client needed.
 fn peak_memory(results: &[CaseResult]) -> Option<Bar> {
-    let peaks = results.iter().flat_map(|result| {
+    let whole = results
+        .iter()
+        .filter(|result| result.case.shape == Shape::Whole);
+    let peaks = whole.flat_map(|result| {
         let ours = result
             .contenders
             .iter()
-            .filter(|&&who| who != Contender::Criu);
+            .filter(|who| who.side == Side::Ours);
         ours.flat_map(|&who| result.samples(who, Metric::Peak))
             .flatten()
     });
