@@ -10,6 +10,7 @@ use common::{
 use pageferry::criu::header::{PageFlags, Target, Wire};
 use pageferry::error::Kind;
 use pageferry::image::chain::{Absence, Chain, Missing, Place, Stored};
+use pageferry::image::consume::{Consumer, refuse_consumed};
 use pageferry::image::dir::ImageDir;
 use pageferry::image::readahead::ReadAhead;
 use pageferry::units::{PageRange, Vaddr};
@@ -229,4 +230,40 @@ fn a_reader_who_jumps_is_read_ahead_of_by_little() {
         .map(|advice| advice.bytes)
         .sum();
     assert!(asked <= 2 << 20, "{asked} bytes for four pages");
+}
+
+#[test]
+fn pages_leave_the_files_of_parents_too() {
+    let lazy = PageFlags::LAZY;
+    let own = vec![
+        Run::present(1, 2, lazy, 1),
+        Run::absent(3, 6, PageFlags::PARENT.with(lazy)),
+    ];
+    let parent = vec![Run::present(1, 9, lazy, 21)];
+    let images = Images::of(&[own, parent], Wire::V2);
+    let chain = std::sync::Arc::new(open(&images, Missing::Refuse).unwrap());
+    let blocks = |level: usize| {
+        use std::os::unix::fs::MetadataExt;
+        let file = images.dirs[level].join(format!("pages-{}.img", level + 1));
+        std::fs::metadata(file).unwrap().blocks() * 512 / PAGE.bytes()
+    };
+    assert_eq!((blocks(0), blocks(1)), (2, 9));
+    let dir = ImageDir::open_any(&images.dirs[0], PAGE).unwrap();
+    refuse_consumed(&dir).unwrap();
+    let mut consumer = Consumer::default();
+    let page = |number: u64| number << PAGE.shift();
+    let range = PageRange::new(page(2), page(6));
+    consumer.consume(&chain, range).unwrap();
+    consumer.flush().unwrap();
+    // One of its own, and three of the parent; what nobody has said leaves nothing.
+    assert_eq!((blocks(0), blocks(1)), (1, 6));
+    assert_eq!(consumer.bytes(), 4 << PAGE.shift());
+    let mut left = vec![0; PAGE.as_usize()];
+    let kept = chain.find(Vaddr(page(6))).unwrap();
+    chain.read(kept.place, &mut left).unwrap();
+    assert_eq!(left, page_content(26));
+    let error = refuse_consumed(&dir).unwrap_err();
+    assert_eq!(error.kind(), Kind::Image);
+    let parent = ImageDir::open_any(&images.dirs[1], PAGE).unwrap();
+    assert!(refuse_consumed(&parent).is_err());
 }

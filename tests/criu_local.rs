@@ -1,21 +1,26 @@
 //! Lazy restores from images on the restoring host, alone and on top of a chain of parents.
 
+use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use testbed::bed::Bed;
-use testbed::criu::Criu;
-use testbed::daemons::{Make, Options, PageServer};
+use testbed::criu::{Criu, Suite};
+use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
 use testbed::for_each_criu;
 use testbed::images::{copy_without_lazy_pages, move_same_pages_to_parent};
 use testbed::load::Load;
 use testbed::load::report::Report;
-use testbed::load::scenarios::{reading, reshaping};
+use testbed::load::scenarios::{reading, reshaping, verifying};
 use testbed::load::spec::LoadSpec;
 use testbed::load::steps::{Order, Pass, Step};
 use testbed::migration::{Dump, Restore};
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
-use testbed::suite::make;
+use testbed::rounds::{pages_file_bytes, pages_files, pages_room_bytes};
+use testbed::suite::{make, with_criu};
+use testbed::summary;
+use testbed::wait::{self, GENEROUS};
 
 for_each_criu!(
     reads_from_local_images,
@@ -23,6 +28,8 @@ for_each_criu!(
     reads_from_a_chain_of_parents,
     reads_a_chain_of_parents_from_our_page_server,
     a_chain_of_parents_is_what_criu_restores,
+    local_images_are_given_back_as_they_are_installed,
+    what_is_lazy_of_a_chain_is_given_back,
 );
 
 const MIB: u32 = 64;
@@ -111,4 +118,142 @@ fn a_chain_of_parents_is_what_criu_restores(bed: &Bed, criu: &Criu) -> Result<()
     let _restored = Restore::new(criu, bed.path("newest")).run()?;
     load.run(0, &[Step::Verify(Pass::full(Order::Ascending))])?
         .expect_right()
+}
+
+/// A plan of a local restore that gives its images back, with further `options`.
+fn giving_back<'a>(criu: &'a Criu, options: &[&str]) -> Plan<'a> {
+    let options = ["--auto-dedup"].iter().chain(options);
+    Plan {
+        client_options: options.map(ToString::to_string).collect(),
+        ..Plan::new(criu, Source::Local, Make::Ours)
+    }
+}
+
+/// Fails if somebody can still be served from `images`.
+fn expect_refused(images: &Path) -> Result<()> {
+    for serving in [false, true] {
+        let options = Options::new(images).log_to("refused.log");
+        let error = match serving {
+            true => PageServer::serving(Make::Ours, &options).err(),
+            false => LazyDaemon::start(Make::Ours, &options, None).err(),
+        };
+        let error = format!(
+            "{:#}",
+            error.context("images that are not whole are served")?
+        );
+        ensure!(error.contains("--auto-dedup"), "{error}");
+    }
+    Ok(())
+}
+
+fn local_images_are_given_back_as_they_are_installed(bed: &Bed, criu: &Criu) -> Result<()> {
+    let summary = bed.path("summary.json");
+    let plan = giving_back(criu, &["--summary-json", &summary.to_string_lossy()]);
+    let spec = LoadSpec::mixed(bed.path("load"), MIB);
+    let mut moved = PostCopy::start(bed, &plan, spec, &reading())?;
+    moved.reports()?;
+    moved.finish()?;
+    let images = bed.path("dumped");
+    let (length, room) = (pages_file_bytes(&images)?, pages_room_bytes(&images)?);
+    // What CRIU has restored itself stays.
+    ensure!(room < length / 4, "{room} bytes of {length} are left");
+    let summary = summary::whole(&summary)?;
+    let freed = summary["freed_bytes"].as_u64();
+    ensure!(
+        freed.is_some_and(|freed| freed > length / 4 * 3),
+        "{summary}"
+    );
+    expect_refused(&images)
+}
+
+/// CRIU itself restores what is in parents: only pages of the newest images are lazy.
+fn what_is_lazy_of_a_chain_is_given_back(bed: &Bed, criu: &Criu) -> Result<()> {
+    let (load, before) = dump_three_times(bed, criu)?;
+    link_parents(bed.dir())?;
+    let newest = bed.path("newest");
+    let room = pages_room_bytes(&newest)?;
+    let plan = giving_back(criu, &[]);
+    let from = newest.clone();
+    let mut moved = PostCopy::from_images(&plan, load, before, from, None, &reading())?;
+    moved.reports()?;
+    moved.finish()?;
+    let left = pages_room_bytes(&newest)?;
+    ensure!(left < room / 2, "{left} bytes of {room} are left");
+    expect_refused(&newest)
+}
+
+#[test]
+fn children_find_what_their_parents_have_installed_before() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let spec = LoadSpec::mixed(bed.path("load"), MIB);
+        let mut moved = PostCopy::start(bed, &giving_back(criu, &[]), spec, &reshaping())?;
+        moved.reports()?;
+        moved.finish()
+    });
+}
+
+#[test]
+fn a_restore_that_fails_leaves_its_images_whole() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
+        let before = load.run_everywhere(&[Step::Status])?;
+        let images = bed.path("dumped");
+        Dump::new(criu, load.pid(), &images).run()?;
+        load.wait_until_gone()?;
+        let room = pages_room_bytes(&images)?;
+        let options = Options::new(&images)
+            .with(&["--auto-dedup"])
+            .log_to("failed.log");
+        let mut daemon = LazyDaemon::start(Make::Ours, &options, None)?;
+        // A restore that comes and goes.
+        drop(UnixStream::connect(images.join("lazy-pages.socket"))?);
+        ensure!(daemon.process().succeed(GENEROUS).is_err(), "no failure");
+        ensure!(pages_room_bytes(&images)? == room, "pages are gone");
+        let plan = Plan::new(criu, Source::Local, Make::Ours);
+        let mut moved = PostCopy::from_images(&plan, load, before, images, None, &verifying())?;
+        moved.reports()?;
+        moved.finish()
+    });
+}
+
+#[test]
+fn files_that_others_name_too_are_left_alone() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
+        let before = load.run_everywhere(&[Step::Status])?;
+        let images = bed.path("dumped");
+        Dump::new(criu, load.pid(), &images).run()?;
+        load.wait_until_gone()?;
+        let room = pages_room_bytes(&images)?;
+        for (n, file) in pages_files(&images)?.iter().enumerate() {
+            fs::hard_link(file, bed.path(&format!("copy-{n}")))?;
+        }
+        let plan = giving_back(criu, &[]);
+        let from = images.clone();
+        let mut moved = PostCopy::from_images(&plan, load, before, from, None, &verifying())?;
+        moved.reports()?;
+        moved.finish()?;
+        ensure!(pages_room_bytes(&images)? == room, "pages are gone");
+        Ok(())
+    });
+}
+
+#[test]
+fn who_takes_over_goes_on_with_what_is_left_of_the_images() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let spec = LoadSpec::mixed(bed.path("load"), MIB).careful();
+        // Slow enough to be killed half-way.
+        let plan = giving_back(criu, &["--max-bandwidth", "16M"]);
+        let mut moved = PostCopy::start(bed, &plan, spec, &[])?;
+        let images = bed.path("dumped");
+        let length = pages_file_bytes(&images)?;
+        wait::until("a part of the memory", GENEROUS, || {
+            let over = moved.daemon.process().ended()?.is_some();
+            ensure!(!over, "{}", moved.daemon.process().log_tail());
+            Ok((pages_room_bytes(&images)? < length / 4 * 3).then_some(()))
+        })?;
+        let standby = moved.daemon.kill_for_standby()?;
+        moved.expect_all_right()?;
+        standby.succeed()
+    });
 }

@@ -54,6 +54,11 @@ pub(crate) struct Args {
     #[arg(long)]
     on_demand: bool,
 
+    /// Take pages out of the local images when no process needs them there any more, so that images in memory
+    /// (tmpfs) are not paid for twice; they cannot be restored from again
+    #[arg(long)]
+    auto_dedup: bool,
+
     /// Bytes a second for the background, with suffix K, M or G; faults are not limited
     #[arg(long, value_name = "RATE", value_parser = parse_bytes)]
     max_bandwidth: Option<u64>,
@@ -147,6 +152,7 @@ impl Args {
             },
             trace: self.trace.clone(),
             wait: self.wait.map_or(START_WAIT_DEFAULT, Duration::from_secs),
+            auto_dedup: self.auto_dedup,
         })
     }
 

@@ -29,6 +29,7 @@ use pageferry::engine::receive::{ReceiveContext, receive_client};
 use pageferry::engine::serve::{ServeContext, serve_client};
 use pageferry::error::{Error, Kind, Result};
 use pageferry::image::check::{check_parents_writable, check_served};
+use pageferry::image::consume::refuse_consumed;
 use pageferry::image::dir::ImageDir;
 use pageferry::limits::{CLIENTS_MAX, START_WAIT_DEFAULT};
 use pageferry::stream::Stream;
@@ -283,6 +284,7 @@ fn serve(start: &mut Start<'_>) -> Result<()> {
     let args = start.args;
     let mut report = Report::open(args)?;
     let dir = ImageDir::open(start.daemon.images_dir(), pages_of_system()?)?;
+    refuse_consumed(&dir)?;
     check_served(&dir)?;
     let context = ServeContext::new(dir, args.wire.forced())
         .counting_in(report.traffic())

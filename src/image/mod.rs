@@ -9,10 +9,14 @@ pub mod chain;
 #[cfg(feature = "engine")]
 pub mod check;
 #[cfg(feature = "engine")]
+pub mod consume;
+#[cfg(feature = "engine")]
 pub mod dir;
 #[cfg(feature = "engine")]
 mod extents;
 pub mod file;
+#[cfg(feature = "engine")]
+pub mod holes;
 #[cfg(feature = "engine")]
 pub mod mm;
 pub mod pagemap;

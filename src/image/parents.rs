@@ -125,7 +125,7 @@ pub(super) fn punch_out_of_parents(dir: &ImageDir, target: Target) -> Result<u64
     Ok(punched)
 }
 
-fn punch(file: &File, path: &Path, offset: u64, bytes: u64) -> Result<()> {
+pub(super) fn punch(file: &File, path: &Path, offset: u64, bytes: u64) -> Result<()> {
     let too_far = |_| Error::file("punch", path, Errno::EFBIG);
     let offset = i64::try_from(offset).map_err(too_far)?;
     let bytes = i64::try_from(bytes).map_err(too_far)?;

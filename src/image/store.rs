@@ -24,6 +24,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::check::{check_parents, check_previous, check_whole, check_writable};
+use super::consume::refuse_consumed;
 use super::dir::{ImageDir, PARENT_LINK};
 use crate::error::{Error, Kind, Result};
 use crate::limits::PAGES_ID_FIRST;
@@ -67,6 +68,9 @@ impl ImageStore {
         match previous {
             Some(previous) => link_parent(&dir, previous)?,
             None => check_parents(&dir)?,
+        }
+        if let Some(parent) = dir.parent()? {
+            refuse_consumed(&parent)?;
         }
         let file =
             File::open(dir.path()).map_err(|error| Error::file("open", dir.path(), error))?;

@@ -57,11 +57,35 @@ pub trait Index {
     fn added(&mut self, piece: Piece);
     /// A run was taken out.
     fn removed(&mut self, piece: Piece);
+    /// What finds runs by their addresses in the dump, if that is kept.
+    fn by_image(&self) -> Option<&ImageIndex>;
 }
 
 impl Index for () {
     fn added(&mut self, _: Piece) {}
     fn removed(&mut self, _: Piece) {}
+    fn by_image(&self) -> Option<&ImageIndex> {
+        None
+    }
+}
+
+/// An index that is kept where it is needed.
+impl Index for Option<ImageIndex> {
+    fn added(&mut self, piece: Piece) {
+        if let Some(index) = self {
+            index.added(piece);
+        }
+    }
+
+    fn removed(&mut self, piece: Piece) {
+        if let Some(index) = self {
+            index.removed(piece);
+        }
+    }
+
+    fn by_image(&self) -> Option<&ImageIndex> {
+        self.as_ref()
+    }
 }
 
 /// Finds runs by their addresses in the dump, which are unique within a process.
@@ -75,6 +99,10 @@ impl Index for ImageIndex {
 
     fn removed(&mut self, piece: Piece) {
         self.0.remove(&piece.image.get());
+    }
+
+    fn by_image(&self) -> Option<&ImageIndex> {
+        Some(self)
     }
 }
 
@@ -93,6 +121,18 @@ pub struct ExtentMap<I = ()> {
 }
 
 impl<I: Index> ExtentMap<I> {
+    /// The same runs, which `index` finds.
+    #[must_use]
+    pub fn with_index<J: Index>(self, index: J) -> ExtentMap<J> {
+        let mut map = ExtentMap {
+            runs: BTreeMap::new(),
+            bytes: 0,
+            index,
+        };
+        self.iter().for_each(|piece| map.insert(piece));
+        map
+    }
+
     /// Adds a run. It may not overlap one that is there.
     pub fn insert(&mut self, piece: Piece) {
         debug_assert!(
@@ -186,12 +226,14 @@ impl<I: Index> ExtentMap<I> {
     }
 }
 
-impl ExtentMap<ImageIndex> {
-    /// The first part of a run, by address in the dump, whose pages lie in `image`.
+impl<I: Index> ExtentMap<I> {
+    /// The first part of a run, by address in the dump, whose pages lie in `image`; `None` without an
+    /// [`ImageIndex`].
     pub fn find_image(&self, image: PageRange) -> Option<Piece> {
         let start = image.start().get();
-        let before = self.index.0.range(..start).next_back();
-        let behind = self.index.0.range(start..image.end().get()).next();
+        let index = self.index.by_image()?;
+        let before = index.0.range(..start).next_back();
+        let behind = index.0.range(start..image.end().get()).next();
         [before, behind].into_iter().flatten().find_map(|(_, at)| {
             let run = self.runs.get(at)?;
             piece(*at, *run).part_of_image(image)

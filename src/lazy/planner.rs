@@ -121,6 +121,8 @@ pub struct Planner {
     /// Whose background is next: the stream, local images.
     turns: [VecDeque<u32>; 2],
     counts: Counts,
+    /// What nobody needs of the local images any more, by the images' pids and addresses in the dump.
+    unneeded: Vec<(u32, PageRange)>,
     /// Pages of the dump that are counted.
     total_pages: u64,
 }
@@ -148,6 +150,7 @@ impl Planner {
             urgent_turn: VecDeque::new(),
             turns: Default::default(),
             counts: Counts::default(),
+            unneeded: Vec::new(),
             total_pages: 0,
         }
     }
@@ -281,9 +284,12 @@ impl Planner {
 
     /// The process ended.
     pub fn handle_exit(&mut self, id: SpaceId) {
-        let Some(Member { space, counted, .. }) = self.spaces.remove(&id) else {
+        let Some(member) = self.spaces.remove(&id) else {
             return;
         };
+        let Member {
+            mut space, counted, ..
+        } = member;
         self.urgent_turn.retain(|other| *other != id);
         let pid = space.pid();
         let family = self.families.entry(pid).or_default();
@@ -297,6 +303,8 @@ impl Planner {
         if counted {
             self.count_heir(pid, space.missing_bytes() >> self.page.shift());
         }
+        space.leave_local();
+        self.note_unneeded(pid, &space.take_unneeded());
     }
 
     /// A counted process of the family of `pid` ended while it lacked `missing` pages: its oldest child
@@ -352,6 +360,7 @@ impl Planner {
             waited += 1;
             served(thread);
         });
+        let (pid, unneeded) = (space.pid(), space.take_unneeded());
         let pages = bytes >> self.page.shift();
         match way {
             Way::Fetched(_) | Way::Local if !*counted => self.counts.copied += pages,
@@ -368,6 +377,32 @@ impl Planner {
             Way::Gone => self.counts.gone += pages,
             Way::Poisoned => self.counts.poisoned += pages,
         }
+        self.note_unneeded(pid, &unneeded);
+    }
+
+    /// Somebody in the family of `pid` does not need `ranges` of the local images any more.
+    fn note_unneeded(&mut self, pid: u32, ranges: &[PageRange]) {
+        for range in ranges {
+            let mut at = range.start();
+            while at < range.end() {
+                let rest = PageRange::new(at.get(), range.end().get());
+                let family = self.families.get(&pid).into_iter().flatten();
+                let needed = family.filter_map(|id| self.space(*id)?.needs_local(rest));
+                let needed = needed.min_by_key(|needed| needed.start());
+                let free_until = needed.map_or(range.end(), PageRange::start);
+                if at < free_until {
+                    let free = PageRange::new(at.get(), free_until.get());
+                    self.unneeded.push((pid, free));
+                }
+                at = needed.map_or(range.end(), PageRange::end);
+            }
+        }
+    }
+
+    /// What no process needs of the local images any more, by the images' pids and addresses in the dump, since
+    /// it was last asked: of processes that keep account ([`Space::accounting`]).
+    pub fn take_unneeded(&mut self) -> Vec<(u32, PageRange)> {
+        std::mem::take(&mut self.unneeded)
     }
 
     /// Where the first of the pages `image`, fetched for `id`, is to be installed now; `None` when

@@ -45,7 +45,9 @@ pub struct Space {
     pid: u32,
     page: PageSize,
     remote: ExtentMap<ImageIndex>,
-    local: ExtentMap,
+    local: ExtentMap<Option<ImageIndex>>,
+    /// What it does not need of the local images any more, by address in the dump, if that is wanted.
+    unneeded: Option<Vec<PageRange>>,
     flight: ExtentMap<ImageIndex>,
     /// What the local images or the source should have and cannot give now: the background leaves it out.
     unreadable: ExtentMap<ImageIndex>,
@@ -94,6 +96,7 @@ impl Space {
             page,
             remote: ExtentMap::default(),
             local: ExtentMap::default(),
+            unneeded: None,
             flight: ExtentMap::default(),
             unreadable: ExtentMap::default(),
             wiped: ExtentMap::default(),
@@ -117,6 +120,7 @@ impl Space {
         child.policy = self.policy;
         child.remote = self.remote.clone();
         child.local = self.local.clone();
+        child.unneeded = self.unneeded.as_ref().map(|_| Vec::new());
         child.unreadable = self.unreadable.clone();
         child.wiped = self.wiped.clone();
         child.flight = self.flight.clone();
@@ -140,6 +144,41 @@ impl Space {
     /// What was given to [`Space::wipe_on_fork`], where it is now and as far as it has not been settled.
     pub fn wiped_on_fork(&self) -> Vec<PageRange> {
         self.wiped.iter().map(|piece| piece.at).collect()
+    }
+
+    /// The same, which keeps account of what it does not need of the local images any more.
+    #[must_use]
+    pub fn accounting(mut self) -> Space {
+        self.local = self.local.with_index(Some(ImageIndex::default()));
+        self.unneeded = Some(Vec::new());
+        self
+    }
+
+    /// What it does not need of the local images any more, by address in the dump, since it was last asked.
+    pub fn take_unneeded(&mut self) -> Vec<PageRange> {
+        self.unneeded
+            .as_mut()
+            .map(std::mem::take)
+            .unwrap_or_default()
+    }
+
+    /// All that it still needs of the local images is not needed any more: its process has ended.
+    pub fn leave_local(&mut self) {
+        if let Some(unneeded) = &mut self.unneeded {
+            let local = self.local.iter().chain(self.unreadable.iter());
+            unneeded.extend(local.map(Piece::image_range));
+        }
+        (self.local, self.unreadable) = Default::default();
+    }
+
+    /// The first of the pages `image` that it needs of the local images, if it keeps account.
+    pub fn needs_local(&self, image: PageRange) -> Option<PageRange> {
+        let firsts = [
+            self.local.find_image(image),
+            self.unreadable.find_image(image),
+        ];
+        let firsts = firsts.into_iter().flatten().map(Piece::image_range);
+        firsts.min_by_key(|first| first.start())
     }
 
     /// The process's pid in the images; a forked child has its ancestor's.
@@ -595,6 +634,13 @@ impl Space {
         let mut count = |piece: Piece| bytes += piece.at.bytes();
         self.flight.take(range, &mut count);
         self.remote.take(range, &mut count);
+        let unneeded = &mut self.unneeded;
+        let mut count = |piece: Piece| {
+            count(piece);
+            if let Some(unneeded) = unneeded {
+                unneeded.push(piece.image_range());
+            }
+        };
         self.local.take(range, &mut count);
         self.unreadable.take(range, &mut count);
         self.wiped.take(range, |_| {});

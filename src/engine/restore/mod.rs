@@ -17,6 +17,7 @@
 //! come; this process does not end while a page that may still be read is neither filled nor
 //! poisoned.
 
+mod auto_dedup;
 mod closing;
 mod deferred;
 mod fallback;
@@ -61,6 +62,7 @@ use crate::engine::io::transport::Peer;
 use crate::engine::start_wait::StartWait;
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::Chain;
+use crate::image::consume::refuse_consumed;
 use crate::image::dir::ImageDir;
 use crate::image::readahead::ReadAhead;
 use crate::image::rewrite;
@@ -71,6 +73,7 @@ use crate::sys::process::page_size;
 use crate::sys::uffd::{Room, Uffd, check_permitted};
 use crate::tls::Tls;
 use crate::units::Vaddr;
+use auto_dedup::AutoDedup;
 use deferred::{Complaints, Deferred};
 use fallback::Fallback;
 use given_up::GivenUp;
@@ -144,6 +147,8 @@ pub struct RestoreConfig {
     pub trace: Option<PathBuf>,
     /// How long to wait at the start for the images and the source.
     pub wait: Duration,
+    /// What is installed everywhere leaves the local images.
+    pub auto_dedup: bool,
 }
 
 /// What the loop waits on besides the userfaultfds, as numbers in epoll's data.
@@ -247,6 +252,8 @@ pub struct Restore {
     /// For the messages of userfaultfds, where nobody stands by.
     room: Room,
     scratch: Vec<u8>,
+    /// Takes out of the local images what nobody needs any more.
+    auto_dedup: Option<AutoDedup>,
     /// Filled since faults were last looked for behind a fill, bytes.
     unlooked_bytes: u64,
     /// Answered by the source since more was last asked for behind an answer, bytes.
@@ -290,6 +297,7 @@ impl Restore {
         mut wait: StartWait,
     ) -> Result<Restore> {
         let mut restore = Restore::assemble(config, standby)?;
+        refuse_consumed(&restore.images)?;
         restore.intake = Intake::listen(std::path::Path::new("."))?;
         restore.links.connect(&restore.config, &mut wait)?;
         if restore.links.ours {
@@ -336,6 +344,7 @@ impl Restore {
         };
         let mut restore = Restore {
             limit: config.max_bandwidth.map(RateLimit::new),
+            auto_dedup: config.auto_dedup.then(AutoDedup::default),
             second_dump: SecondDump::new(),
             planner: Planner::new(page),
             config,
@@ -407,6 +416,7 @@ impl Restore {
     /// error says which process lacks how many pages.
     pub fn run(mut self) -> (Summary, Result<()>) {
         let result = self.serve();
+        self.end_auto_dedup(&result);
         let result = result.and_then(|()| self.close_links());
         let result = match self.observer.finish_trace() {
             Err(error) if result.is_ok() => Err(error),
@@ -511,6 +521,7 @@ impl Restore {
             Err(errno) => return Err(Error::wrap(Kind::Io, "cannot wait for events", errno)),
         };
         self.serve_faults()?;
+        self.free_unneeded();
         for event in &events[..count] {
             match Token::from_data(event.data()) {
                 Some(Token::Intake) => self.take_in()?,
@@ -589,7 +600,10 @@ impl Restore {
     /// `host` is the process's pid on this host, 0 if that is not known.
     fn add_process(&mut self, pid: u32, uffd: Uffd, host: i32) -> Result<SpaceId> {
         let opened = process::open(&self.images, pid, self.config.source.is_some())?;
-        let space = opened.space;
+        let space = match self.config.auto_dedup {
+            true => opened.space.accounting(),
+            false => opened.space,
+        };
         tracing::info!(
             "pid {pid}: {} pages missing in {} runs, {} of them with the source",
             space.missing_bytes() >> self.images.page().shift(),
@@ -599,6 +613,9 @@ impl Restore {
         self.build_on_earlier(pid, space.origins())?;
         let id = self.planner.add(space);
         let chain = opened.chain.map(Arc::new);
+        if let (Some(auto_dedup), Some(chain)) = (&mut self.auto_dedup, &chain) {
+            auto_dedup.add(pid, chain);
+        }
         self.tell(
             StandbyMessage::Process { id, pid, host },
             Some(uffd.as_fd()),

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde::Serialize;
 
 use super::Restore;
+use super::auto_dedup::AutoDedup;
 use crate::error::Result;
 use crate::lazy::planner::{Counts, Planner};
 use crate::lazy::space::Served;
@@ -48,6 +49,8 @@ pub struct Summary {
     pub drain_ms: u64,
     /// From readiness to the end, ms.
     pub total_ms: u64,
+    /// Bytes that `--auto-dedup` has taken out of the local images.
+    pub freed_bytes: u64,
     /// Faults that the trace lacks because the disk could not keep up.
     pub trace_left_out: u64,
 }
@@ -138,6 +141,7 @@ impl Restore {
             bytes_received: self.links.bytes_received(),
             drain_ms: self.observer.last_page_us.saturating_sub(began_us) / 1000,
             total_ms: self.clock.now_us() / 1000,
+            freed_bytes: self.auto_dedup.as_ref().map_or(0, AutoDedup::bytes),
             trace_left_out: self.observer.trace_left_out,
         }
     }
