@@ -95,6 +95,29 @@ fn what_the_parent_has_is_not_sent_again_and_not_stored_again() {
 }
 
 #[test]
+fn pages_that_are_stored_from_the_parent_leave_those_that_came_alone() {
+    let tmp = tempfile::tempdir().unwrap();
+    // Neither LAZY nor shared: what equals the parent's is stored again, beside pages that were compressed.
+    let first = vec![Run::present(FIRST_PAGE, 60, PageFlags::default(), 101)];
+    let mut second = first.clone();
+    for seed in second[0].seeds.iter_mut().skip(10).step_by(10) {
+        *seed += 502;
+    }
+    for (dir, previous, runs) in [("old", None, &first), ("new", Some("../old"), &second)] {
+        let far = far_end(&tmp.path().join(dir), previous, LONG);
+        let context = context(far.address, 1, 1 << 20, LONG);
+        let (forwarded, _) = forward(&context, &dump(&[(PID, runs.clone())], Wire::V2), 1 << 20);
+        let sent = forwarded.unwrap().sent;
+        assert_eq!(far.finish().unwrap().pages.in_parent, 0);
+        if previous.is_some() {
+            assert_eq!(sent.pages.same, 55);
+            assert!(sent.pages.packed + sent.pages.delta > 0, "{sent}");
+        }
+    }
+    check_images(&tmp.path().join("new"), PID, &expected(&[second]));
+}
+
+#[test]
 fn a_forwarder_that_stays_sends_differences() {
     let tmp = tempfile::tempdir().unwrap();
     let page = |seed: u32| common::page_content(seed);

@@ -223,20 +223,21 @@ impl BatchApplier {
 
     /// Stores the base version's pages, which are what the process has.
     fn store_from_base(&mut self, range: PageRange, flags: PageFlags) -> Result<()> {
+        // In a buffer of its own: later pages of the batch still lie in `unpacked`.
         let mut places = Vec::new();
-        self.unpacked.clear();
+        let mut bytes = Vec::new();
         let mut at = range.start().get();
         while at < range.end().get() {
             let page = PageRange::new(at, at + self.page.bytes());
-            let start = self.unpacked.len();
-            self.unpacked.resize(start + self.page.as_usize(), 0);
+            let start = bytes.len();
+            bytes.resize(start + self.page.as_usize(), 0);
             if let Some(base) = &self.base {
-                lock(base).read(page.start(), &mut self.unpacked[start..])?;
+                lock(base).read(page.start(), &mut bytes[start..])?;
             }
-            places.push(Place::Unpacked(start..self.unpacked.len()));
+            places.push(Place::Body(start..bytes.len()));
             at = page.end().get();
         }
-        self.store_part(range, flags, &places, &[])
+        self.store_part(range, flags, &places, &bytes)
     }
 
     /// Stores adjacent pages as one entry of blocks.
