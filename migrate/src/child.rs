@@ -47,9 +47,24 @@ impl Program {
         log: &Path,
         limit: Duration,
     ) -> Result<Program> {
+        let mut program = Program::start_waiting(title, command, log)?;
+        program.ready(limit).await?;
+        Ok(program)
+    }
+
+    /// Starts it, to be waited for by [`Program::ready`].
+    pub(crate) fn start_waiting(
+        title: &'static str,
+        command: &mut Command,
+        log: &Path,
+    ) -> Result<Program> {
         command.args(["--status-fd", "1"]).stdout(Stdio::piped());
-        let mut program = Program::start(title, command, log)?;
-        let mut status = program.child.stdout.take();
+        Program::start(title, command, log)
+    }
+
+    /// Waits until it says that it is ready.
+    pub(crate) async fn ready(&mut self, limit: Duration) -> Result<()> {
+        let mut status = self.child.stdout.take();
         let mut byte = [0; 1];
         let ready = async {
             match &mut status {
@@ -58,15 +73,14 @@ impl Program {
             }
         };
         match timeout(limit, ready).await {
-            Ok(Ok(1)) => Ok(program),
+            Ok(Ok(1)) => Ok(()),
             Ok(_) => {
-                let ended = timeout(limit, program.child.wait()).await.ok();
-                Err(program.failure(ended))
+                let ended = timeout(limit, self.child.wait()).await.ok();
+                Err(self.failure(ended))
             }
             Err(_) => {
-                program.kill();
-                let text = format!("{title} was not ready after {} s", limit.as_secs());
-                Err(Error::new(Kind::PeerLost, text + &program.log_tail()))
+                let text = format!("{} was not ready after {} s", self.title, limit.as_secs());
+                Err(Error::new(Kind::PeerLost, text + &self.log_tail()))
             }
         }
     }
@@ -93,12 +107,6 @@ impl Program {
     pub(crate) fn terminate(&self) {
         // It may have ended by itself.
         let _ = self.name.signal(Signal::SIGTERM as i32);
-    }
-
-    /// Ends it.
-    pub(crate) fn kill(&self) {
-        // It may have ended by itself.
-        let _ = self.name.signal(Signal::SIGKILL as i32);
     }
 
     fn failure(&self, ended: Option<std::io::Result<ExitStatus>>) -> Error {

@@ -20,6 +20,9 @@ use crate::workspace;
 #[derive(Debug)]
 pub struct Agent {
     namespace: Spawned,
+    /// The agent that took the place of the first one, in the same namespaces.
+    again: Option<Spawned>,
+    criu: PathBuf,
     address: SocketAddr,
     dir: PathBuf,
 }
@@ -39,6 +42,7 @@ impl Agent {
         command.args(["--pid", "--mount", "--fork", "--mount-proc", "--"]);
         command
             .arg(workspace::binary("nsinit")?)
+            .arg("--stay")
             .arg("--record")
             .arg(dir.join("ends.txt"))
             .arg("--")
@@ -65,6 +69,8 @@ impl Agent {
         let port: u16 = serde_json::from_slice(&port)?;
         Ok(Agent {
             namespace,
+            again: None,
+            criu: criu.to_owned(),
             address: SocketAddr::new(address, port),
             dir: dir.to_owned(),
         })
@@ -101,8 +107,54 @@ impl Agent {
     /// # Errors
     /// It has ended.
     pub fn pid(&self) -> Result<Pid> {
-        let pids = descendants(self.namespace.pid());
-        pids.get(1).copied().context("the agent has ended")
+        let mut pids = descendants(self.namespace.pid());
+        pids.extend(self.again.iter().flat_map(|again| descendants(again.pid())));
+        let is_agent = |pid: &Pid| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let mut words = line.split(|&byte| byte == 0);
+            let program = words.next().unwrap_or_default();
+            program.ends_with(b"/pageferry") && words.next() == Some(b"agent")
+        };
+        pids.into_iter()
+            .find(is_agent)
+            .context("the agent has ended")
+    }
+
+    /// Starts another agent where the first one was, at the same address, for what that one left.
+    ///
+    /// # Errors
+    /// It does not listen; or the namespace is gone.
+    pub fn start_again(&mut self) -> Result<()> {
+        let port_file = self.dir.join("port.json");
+        let log = self.dir.join("agent-again.log");
+        fs::remove_file(&port_file)?;
+        let mut command = Command::new("nsenter");
+        command
+            .args([
+                "--target",
+                &self.init()?.to_string(),
+                "--pid",
+                "--mount",
+                "--net",
+                "--",
+            ])
+            .arg(workspace::binary("pageferry")?)
+            .args(["agent", "--listen", &self.address.to_string(), "--dir"])
+            .arg(&self.dir)
+            .arg("--port-file")
+            .arg(&port_file)
+            .arg("--criu")
+            .arg(&self.criu)
+            .stderr(fs::File::create(&log)?);
+        let mut again = Spawned::start("pageferry agent", &mut command, Some(log))?;
+        wait::until("the second agent to listen", GENEROUS, || {
+            if let Some(ended) = again.ended()? {
+                anyhow::bail!("it has ended: {}{}", ended.status, again.log_tail());
+            }
+            Ok(port_file.exists().then_some(()))
+        })?;
+        self.again = Some(again);
+        Ok(())
     }
 }
 
@@ -113,6 +165,9 @@ impl Drop for Agent {
             kill_and_reap(&[init]);
         }
         let _ = self.namespace.wait_undisturbed();
+        if let Some(again) = &mut self.again {
+            let _ = again.wait_undisturbed();
+        }
     }
 }
 
@@ -185,5 +240,23 @@ impl<'a> Move<'a> {
             .stdout(std::process::Stdio::null())
             .stderr(fs::File::create(&log)?);
         Spawned::start("pageferry migrate", &mut command, Some(log))
+    }
+
+    /// Finishes the migration, whose command has died.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn resume(&self, agent: &Agent) -> Result<Spawned> {
+        let log = self.state_dir.join(format!("{}-resume.log", self.id));
+        let mut command: Command = command_in(self.net, workspace::binary("pageferry")?);
+        command
+            .args(["migrate", "--resume", self.id])
+            .args(["--to", &agent.address().to_string(), "--state-dir"])
+            .arg(&self.state_dir)
+            .arg("--criu")
+            .arg(self.criu)
+            .stdout(std::process::Stdio::null())
+            .stderr(fs::File::create(&log)?);
+        Spawned::start("pageferry migrate --resume", &mut command, Some(log))
     }
 }

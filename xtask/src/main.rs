@@ -6,6 +6,7 @@ mod demo;
 mod layers;
 mod setup;
 mod test;
+mod torture;
 
 use std::process::ExitCode;
 
@@ -34,6 +35,8 @@ enum Task {
     Layers(layers::Args),
     /// Runs all tests, those with real CRIUs too, with all set-up.
     Test(test::Args),
+    /// Moves small processes over and over and kills participants; prints counts as JSON.
+    Torture(torture::Args),
 }
 
 fn main() -> ExitCode {
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         Task::Demo(args) => demo::run(&args),
         Task::Layers(args) => layers::run(&args),
         Task::Test(args) => test::run_tests(&args),
+        Task::Torture(args) => torture::run(&args),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,

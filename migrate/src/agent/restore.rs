@@ -63,8 +63,9 @@ impl Session {
                 earlier.as_deref(),
             );
             let log = images.join("lazy.log");
-            let lazy = Program::start_ready("lazy-client", &mut command, &log, READY_LIMIT).await?;
+            let mut lazy = Program::start_waiting("lazy-client", &mut command, &log)?;
             records::write(&self.dir.join(LAZY_PROCESS), &lazy.name())?;
+            lazy.ready(READY_LIMIT).await?;
             self.lock().lazy = Some(lazy);
         }
         let mut command = commands::restore(

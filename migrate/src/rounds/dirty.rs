@@ -71,6 +71,8 @@ impl PageSink for Look {
         Ok(())
     }
 
+    fn lazily(&mut self, _lazily: bool) {}
+
     fn pages_at(&mut self, at: Vaddr, bytes: &[u8]) -> Result<()> {
         for (index, page) in (0..).zip(bytes.chunks_exact(self.page.as_usize())) {
             let address = at.get() + (index << self.page.shift());

@@ -30,8 +30,12 @@ const WORD: usize = 8;
 /// What is mapped.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Contents {
-    /// Memory of the process's own: anonymous, or written pages of a private file mapping.
-    Private,
+    /// Memory of the process's own.
+    Private {
+        /// Whether it is of no file: CRIU marks such pages as ones that a lazy restore may leave, and only they
+        /// may be holes to an earlier round.
+        anonymous: bool,
+    },
     /// A segment of shared memory without a file: anonymous, memfd or System V.
     Shared {
         /// The inode, by which CRIU names the segment.
@@ -52,7 +56,7 @@ impl Area {
     /// The segment's id.
     pub(super) fn segment(&self) -> Option<u64> {
         match self.contents {
-            Contents::Private => None,
+            Contents::Private { .. } => None,
             Contents::Shared { id, .. } => Some(id),
         }
     }
@@ -78,7 +82,9 @@ fn area(map: &MemoryMap) -> Option<Area> {
         return None;
     }
     let contents = match map.perms.contains(MMPermissions::SHARED) {
-        false => Contents::Private,
+        false => Contents::Private {
+            anonymous: path.is_empty(),
+        },
         true => {
             let is_segment = path.starts_with("/dev/zero (deleted)")
                 || path.starts_with("/memfd:")

@@ -39,6 +39,9 @@ pub(crate) trait PageSink {
     /// Pages that follow are of `target`.
     fn open(&mut self, target: Target) -> Result<()>;
 
+    /// Whether a lazy restore may leave the pages that follow.
+    fn lazily(&mut self, lazily: bool);
+
     /// Takes whole pages that lie at `at`.
     fn pages_at(&mut self, at: Vaddr, bytes: &[u8]) -> Result<()>;
 }
@@ -66,16 +69,17 @@ pub(crate) fn run(
 fn read(tree: &Tree, page: PageSize, sink: &mut impl PageSink) -> Result<()> {
     for member in tree.members() {
         sink.open(Target::Process(member.inner_pid))?;
-        let private = areas(member)
-            .into_iter()
-            .filter(|area| area.contents == Contents::Private);
-        for area in private {
-            memory::send_private(member, area.range, page, sink)?;
+        for area in areas(member) {
+            if let Contents::Private { anonymous } = area.contents {
+                sink.lazily(anonymous);
+                memory::send_private(member, area.range, page, sink)?;
+            }
         }
     }
     for (pid, area) in segments(tree) {
         if let Contents::Shared { id, .. } = area.contents {
             sink.open(Target::Shmem(id))?;
+            sink.lazily(false);
             memory::send_shared(pid, &area, page, sink)?;
         }
     }
@@ -88,7 +92,7 @@ fn segments(tree: &Tree) -> Vec<(i32, Area)> {
     for member in tree.members() {
         let shared = areas(member)
             .into_iter()
-            .filter(|area| area.contents != Contents::Private);
+            .filter(|area| matches!(area.contents, Contents::Shared { .. }));
         segments.extend(shared.map(|area| (member.pid, area)));
     }
     segments.sort_by_key(|(_, area)| (area.segment(), std::cmp::Reverse(area.range.bytes())));
@@ -101,7 +105,7 @@ pub(crate) fn measure(tree: &Tree, page: PageSize) -> Size {
     let of_member = |member: &Member| -> u64 {
         let private = areas(member)
             .into_iter()
-            .filter(|area| area.contents == Contents::Private);
+            .filter(|area| matches!(area.contents, Contents::Private { .. }));
         private
             .map(|area| memory::present_pages(member.pid, area.range, page))
             .sum()

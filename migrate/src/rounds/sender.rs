@@ -18,6 +18,8 @@ pub(crate) struct Sender {
     page: PageSize,
     wire: Wire,
     target: Option<Target>,
+    /// Of the pages that follow.
+    flags: PageFlags,
     pages: u64,
     rate: Option<Rate>,
 }
@@ -59,6 +61,7 @@ impl Sender {
             page,
             wire,
             target: None,
+            flags: PageFlags::PRESENT,
             pages: 0,
             rate: bytes_per_s.map(|bytes_per_s| Rate {
                 bytes_per_s,
@@ -122,13 +125,20 @@ impl PageSink for Sender {
         self.hear(&mut has_parent)
     }
 
+    fn lazily(&mut self, lazily: bool) {
+        self.flags = match lazily {
+            true => PageFlags::PRESENT.with(PageFlags::LAZY),
+            false => PageFlags::PRESENT,
+        };
+    }
+
     fn pages_at(&mut self, at: Vaddr, bytes: &[u8]) -> Result<()> {
         if let Some(rate) = &mut self.rate {
             rate.wait_for(bytes.len() as u64);
         }
         let pages = (bytes.len() >> self.page.shift()) as u64;
         self.pages += pages;
-        self.say(Op::AddFlags, PageFlags::PRESENT, pages, at)?;
+        self.say(Op::AddFlags, self.flags, pages, at)?;
         let server = self.server;
         self.stream
             .write_all(bytes)

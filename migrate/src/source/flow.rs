@@ -269,10 +269,10 @@ impl<'a> Flow<'a> {
         let mut command =
             commands::forwarder(&self.programs, &self.args.target.tls, &dir, &far_end);
         let log = dir.join("forwarder.log");
-        let program =
-            Program::start_ready("page-server --forward", &mut command, &log, READY_LIMIT).await?;
+        let mut program = Program::start_waiting("page-server --forward", &mut command, &log)?;
         self.place.facts.forwarder = Some(program.name());
         self.place.keep_facts()?;
+        program.ready(READY_LIMIT).await?;
         self.running.push(program);
         Ok(())
     }
@@ -313,8 +313,11 @@ impl<'a> Flow<'a> {
             self.args.tcp(),
         );
         let log = images.join("dump.log");
-        let dump = Program::start_ready("criu dump", &mut command, &log, self.args.timeout).await?;
+        self.place.facts.dump_port = Some(port);
+        let mut dump = Program::start_waiting("criu dump", &mut command, &log)?;
         self.place.facts.dump = Some(dump.name());
+        self.place.keep_facts()?;
+        dump.ready(self.args.timeout).await?;
         self.place.facts.round_forwarder = self.place.facts.forwarder.take();
         self.place.keep_facts()?;
         self.running.push(dump);
@@ -337,10 +340,11 @@ impl<'a> Flow<'a> {
         );
         let log = dir.join("forwarder.log");
         let title = "page-server --forward-lazy";
-        let forwarder = Program::start_ready(title, &mut command, &log, READY_LIMIT).await?;
+        let mut forwarder = Program::start_waiting(title, &mut command, &log)?;
         self.place.facts.forwarder = Some(forwarder.name());
         self.sessions = 0;
         self.place.keep_facts()?;
+        forwarder.ready(READY_LIMIT).await?;
         self.running.push(forwarder);
         self.phase("forwarder");
         self.send_images(sent).await?;

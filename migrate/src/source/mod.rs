@@ -84,6 +84,7 @@ async fn migrate(args: &Args) -> Result<()> {
             .map(|member| member.name)
             .collect(),
         dump: None,
+        dump_port: None,
         forwarder: None,
         round_forwarder: None,
     };

@@ -8,17 +8,20 @@
 //! ```
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
+use std::net::{Ipv4Addr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use pageferry::criu::header::GIVE_UP;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::{MigrationId, Status};
 use pageferry::migration::{Mode, SourceAction, SourceEvent, SourceRecord};
 use pageferry::sys::owned_process::{ProcessName, ProcessStat};
 use serde::{Deserialize, Serialize};
+use socket2::SockRef;
 use tokio::time::{Instant, sleep};
 
 use crate::client::AgentClient;
@@ -44,6 +47,8 @@ pub(super) struct Facts {
     pub(super) stopped: Vec<ProcessName>,
     /// `criu dump`.
     pub(super) dump: Option<ProcessName>,
+    /// Where a lazy dump serves memory, on loopback.
+    pub(super) dump_port: Option<u16>,
     /// The page-server that the dump's memory goes through: `--forward`, or `--forward-lazy`.
     pub(super) forwarder: Option<ProcessName>,
     /// The page-server that rounds went through, if the dump's memory takes another way.
@@ -173,6 +178,9 @@ impl Place {
                     );
                     return Err(Error::new(Kind::Io, text));
                 }
+                if let Some(port) = self.facts.dump_port {
+                    refuse_dump(port);
+                }
                 sleep(LOOK_AGAIN).await;
             }
         }
@@ -225,6 +233,17 @@ impl Place {
             }
         }
     }
+}
+
+/// Tells a lazy dump that nobody takes its memory: one to which nobody has connected yet would wait for ever.
+/// Nothing happens if it has a client, or does not listen.
+fn refuse_dump(port: u16) {
+    let Ok(stream) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)) else {
+        return;
+    };
+    // The words make every CRIU give its dump up; the reset after them does so without an answer.
+    let _ = (&stream).write_all(&GIVE_UP);
+    let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
 }
 
 /// What an agent's answer means.

@@ -53,9 +53,7 @@ impl Restore {
         way: Way,
     ) -> Result<()> {
         if self.deferred.is_paused(id) {
-            if self.planner.arrived(id, image).is_some() {
-                self.stash(id, image, bytes, way);
-            }
+            self.stash(id, image, bytes, way);
             return Ok(());
         }
         let mut limit = self.step_bytes();

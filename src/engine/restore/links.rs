@@ -263,7 +263,6 @@ impl Restore {
                 break;
             };
             link.ask(request, now_us);
-            self.planner.sent(&request);
             asked = true;
             if let Some(fault) = pair.fault.as_mut().filter(|fault| !fault.asked) {
                 fault.asked = true;
@@ -311,7 +310,6 @@ impl Restore {
             let Some(pair) = &mut self.links.pair else {
                 break;
             };
-            self.planner.sent(&request);
             if let Some(limit) = &mut self.limit {
                 limit.spend(request.image.bytes());
             }

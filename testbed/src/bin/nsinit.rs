@@ -12,11 +12,15 @@ use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Parser;
 use nix::errno::Errno;
 use nix::sys::wait::{WaitStatus, wait};
+
+/// How often an empty namespace is looked at.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Runs a command and then waits for all processes of its PID namespace.
 #[derive(Parser)]
@@ -24,6 +28,9 @@ struct Args {
     /// Where to write how processes ended.
     #[arg(long)]
     record: PathBuf,
+    /// Stay when no process is left, for those that enter the namespace later.
+    #[arg(long)]
+    stay: bool,
     /// The restore.
     #[arg(trailing_var_arg = true, required = true)]
     command: Vec<String>,
@@ -42,6 +49,11 @@ fn main() -> Result<()> {
             Ok(WaitStatus::Exited(pid, code)) => (pid, format!("exited {code}")),
             Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, format!("killed {signal}")),
             Ok(_) | Err(Errno::EINTR) => continue,
+            Err(Errno::ECHILD) if args.stay => {
+                // Who enters is no child at first: only its orphans are, and nothing tells when.
+                std::thread::sleep(LOOK_AGAIN);
+                continue;
+            }
             Err(Errno::ECHILD) => return Ok(()),
             Err(errno) => return Err(errno).context("wait"),
         };
