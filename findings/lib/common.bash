@@ -7,7 +7,10 @@ AT_END=()
 finish() {
     local code=$? action pid
     for action in ${AT_END[@]+"${AT_END[@]}"}; do eval "$action" || true; done
-    for pid in ${STARTED[@]+"${STARTED[@]}"}; do kill -KILL "$pid" 2>"$TMP/kill.err" || true; done
+    for pid in ${STARTED[@]+"${STARTED[@]}"}; do
+        disown "$pid" 2>"$TMP/kill.err" || true # or the shell tells of the kill
+        kill -KILL "$pid" 2>"$TMP/kill.err" || true
+    done
     rm -rf "$TMP"
     exit "$code"
 }
