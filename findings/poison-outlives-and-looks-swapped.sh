@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Linux 6.18, x86_64. UFFDIO_POISON and what others see of it.
-# Expected: COPY over a poisoned page gives EEXIST, as ZEROPAGE and POISON do; a hole punched into the file removes the
+# Expected: COPY and CONTINUE over a poisoned page give EEXIST, as ZEROPAGE and POISON do; a hole punched into the file removes the
 # poison of a page with the page; /proc/PID/pagemap does not call poisoned or guarded pages swapped.
-# Seen: COPY replaces the poison. After the hole the mapping is poisoned still, only truncation or MADV_DONTNEED end that.
+# Seen: COPY and CONTINUE replace the poison. After the hole the mapping is poisoned still, only truncation or MADV_DONTNEED end that.
 # Both markers have pagemap's bit 62 (swapped), on a machine without swap too; bit 58 (guard) tells the guards apart, and
 # nothing but an impossible swap entry the poison.
 # Why it matters: tools that count swapped pages, or dump whatever is "present or swapped", take markers for memory; a
@@ -48,6 +48,16 @@ int main(void)
     if (ftruncate(fd, 0) || ftruncate(fd, 2 * PAGE))
         return 77;
     printf("memfd, truncated and grown: %s\n", bits(at + PAGE));
+
+    struct { struct range range; uint64_t mode; int64_t mapped; } arg = { { (uintptr_t)at, PAGE }, 0, 0 };
+    int minor = open_uffd(1 << 10 | POISON);
+    close(uffd);
+    at[0] = 1;
+    madvise(at, PAGE, MADV_DONTNEED);
+    if (do_register(minor, at, 2 * PAGE, 4) || do_poison(minor, at, PAGE))
+        return 77;
+    printf("memfd, page in the file, poisoned: CONTINUE %d\n", result(ioctl(minor, _IOWR(0xAA, 0x07, arg), &arg)));
+    printf("then: %s, reads %d\n", bits(at), at[0]);
     return 0;
 }
 C
@@ -60,4 +70,6 @@ then: present 1 swapped 0 guard 0
 memfd, hole punched: present 0 swapped 1 guard 0
 memfd, MADV_DONTNEED: present 0 swapped 0 guard 0
 memfd, truncated and grown: present 0 swapped 0 guard 0
+memfd, page in the file, poisoned: CONTINUE 0
+then: present 1 swapped 0 guard 0, reads 1
 END
