@@ -1,18 +1,25 @@
-//! `pageferry split`: what a lazy restore can do without goes to another directory, from where a page server
-//! serves it; the small rest is restored from lazily.
+//! `pageferry split` and `page-server --split-lazy`: what a lazy restore can do without goes to another directory,
+//! from where a page server serves it; the small rest is restored from lazily.
 
+use std::path::Path;
 use std::process::Command;
 
-use anyhow::ensure;
+use anyhow::{Result, ensure};
+use testbed::bed::Bed;
+use testbed::criu::Criu;
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
 use testbed::debian::Suite;
+use testbed::images::page_size;
 use testbed::load::Load;
 use testbed::load::spec::LoadSpec;
 use testbed::migration::{Dump, Restore};
 use testbed::rounds::pages_file_bytes;
+use testbed::stats;
 use testbed::suite::with_criu;
 use testbed::wait::GENEROUS;
 use testbed::workspace;
+
+const MIB: u32 = 16;
 
 #[test]
 fn split_images_are_restored_lazily_from_their_rest() {
@@ -33,12 +40,82 @@ fn split_images_are_restored_lazily_from_their_rest() {
         ensure!(rest + moved == whole, "{rest} and {moved} of {whole} bytes");
         ensure!(moved > 16 << 20, "only {moved} bytes have moved");
 
-        let server = PageServer::serving(Make::Ours, &Options::new(&lazy))?;
-        let options = Options::new(&images).log_to("lazy.log");
-        let daemon = LazyDaemon::start(Make::Ours, &options, Some(server.address()))?;
-        let _restored = Restore::new(criu, &images).lazily().run()?;
-        load.expect_first_memory()?;
-        daemon.finish(GENEROUS)?;
-        server.finish(GENEROUS).map(drop)
+        restore_lazily(criu, &mut load, Make::Ours, &images, &lazy)
     });
+}
+
+/// Restores lazily from `images`, with the rest served from `lazy`.
+fn restore_lazily(
+    criu: &Criu,
+    load: &mut Load,
+    client: Make<'_>,
+    images: &Path,
+    lazy: &Path,
+) -> Result<()> {
+    let server = PageServer::serving(Make::Ours, &Options::new(lazy))?;
+    let options = Options::new(images).log_to("lazy.log");
+    let daemon = LazyDaemon::start(client, &options, Some(server.address()))?;
+    let _restored = Restore::new(criu, images).lazily().run()?;
+    load.expect_first_memory()?;
+    daemon.finish(GENEROUS)?;
+    server.finish(GENEROUS).map(drop)
+}
+
+/// Dumps to a page server that keeps lazy pages apart, and restores from what it has made. `forwarded`: the dump
+/// goes through a page server at the source.
+fn received_apart(bed: &Bed, criu: &Criu, extra: &[&str], forwarded: bool) -> Result<()> {
+    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
+    let (images, lazy) = (bed.path("images"), bed.path("lazy"));
+    let options = Options::new(&images).with(&["--split-lazy", &lazy.to_string_lossy()]);
+    let server = PageServer::receiving(Make::Ours, &options.with(extra))?;
+    let dump = Dump::new(criu, load.pid(), &images);
+    if forwarded {
+        let to = server.address().to_string();
+        let options = Options::new(bed.path("source")).with(&["--forward", &to]);
+        let source = PageServer::receiving(Make::Ours, &options)?;
+        dump.to(source.address()).run()?;
+        source.finish(GENEROUS)?;
+    } else {
+        dump.to(server.address()).run()?;
+    }
+    server.finish(GENEROUS)?;
+    load.wait_until_gone()?;
+    let sent = stats::of_dump(&images)?.pages_written * page_size()?.bytes();
+    let (rest, moved) = (pages_file_bytes(&images)?, pages_file_bytes(&lazy)?);
+    ensure!(rest < 4 << 20, "{rest} bytes stay of {sent}");
+    match extra.contains(&"--compress") {
+        false => ensure!(rest + moved == sent, "{rest} and {moved} bytes of {sent}"),
+        // Of this memory a third is zero or compresses well.
+        true => ensure!(rest + moved < sent / 10 * 8, "{rest} and {moved} of {sent}"),
+    }
+    let client = match forwarded {
+        true => Make::Criu(criu),
+        false => Make::Ours,
+    };
+    restore_lazily(criu, &mut load, client, &images, &lazy)
+}
+
+#[test]
+fn lazy_pages_are_received_apart() {
+    with_criu(Suite::Sid, |bed, criu| {
+        received_apart(bed, criu, &[], false)
+    });
+}
+
+#[test]
+fn lazy_pages_are_received_apart_and_compressed() {
+    let received = |bed: &Bed, criu: &Criu| received_apart(bed, criu, &["--compress"], false);
+    with_criu(Suite::Sid, received);
+}
+
+#[test]
+fn criu_4_1_may_send_what_is_compressed_apart() {
+    let received = |bed: &Bed, criu: &Criu| received_apart(bed, criu, &["--compress"], false);
+    with_criu(Suite::Trixie, received);
+}
+
+#[test]
+fn lazy_pages_are_received_apart_from_another_page_server() {
+    let received = |bed: &Bed, criu: &Criu| received_apart(bed, criu, &["--compress"], true);
+    with_criu(Suite::Sid, received);
 }

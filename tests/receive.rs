@@ -41,6 +41,7 @@ fn options(dir: &Path, previous: Option<&str>) -> StoreOptions {
         page: PAGE,
         previous: previous.map(PathBuf::from),
         sync: Sync::None,
+        split_lazy: None,
     }
 }
 

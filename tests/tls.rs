@@ -121,6 +121,7 @@ fn receive(dir: &Path, stream: Stream, idle_timeout: Option<Duration>) -> Result
         page: PAGE,
         previous: None,
         sync: Sync::None,
+        split_lazy: None,
     };
     let context = ReceiveContext {
         idle_timeout,

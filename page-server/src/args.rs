@@ -14,6 +14,7 @@ use pageferry::engine::io;
 use pageferry::engine::io::transport::Peer;
 use pageferry::engine::receive::stores::Template;
 use pageferry::engine::serve::LOCAL_TIMEOUT_DEFAULT;
+use pageferry::error::{Error, Kind};
 use pageferry::image::store;
 use pageferry::limits::{
     DUMP_IDLE_TIMEOUT_S, FERRY_STREAMS_MAX, RECEIVE_SESSIONS_MAX, RESTORE_TIMEOUT_S, TIMEOUT_S_MAX,
@@ -79,6 +80,13 @@ pub(crate) struct Args {
     #[arg(long, conflicts_with = "lazy_pages")]
     pub(crate) compress: bool,
 
+    /// Put the pages that a lazy restore can do without into DIR, made if it is missing: what is left in the images
+    /// directory is small, and restored from lazily while `page-server --lazy-pages -D DIR` serves the rest. With
+    /// --compress only pages in DIR are compressed, which any CRIU may send and restore lazily
+    #[arg(long, value_name = "DIR",
+        conflicts_with_all = ["lazy_pages", "prev_images_dir", "auto_dedup", "dedup_content", "forward", "forward_lazy"])]
+    pub(crate) split_lazy: Option<PathBuf>,
+
     /// What is on disk when the dump is told that all is stored: whatever the kernel wrote, the whole
     /// images, or the images with every write waiting for the disk
     #[arg(long, value_enum, default_value_t = Sync::None,
@@ -130,6 +138,29 @@ pub(crate) struct Args {
 }
 
 impl Args {
+    /// Makes paths absolute that are taken from where the command was typed, before that changes.
+    pub(crate) fn stay_where_typed(&mut self) {
+        if let Some(dir) = &mut self.split_lazy
+            && let Ok(absolute) = std::path::absolute(&*dir)
+        {
+            *dir = absolute;
+        }
+    }
+
+    /// Refuses what does not go with `--split-lazy`, whoever asked for it: a request of CRIU's remote procedure
+    /// calls is not checked with the command line.
+    pub(crate) fn check_split(&self) -> Result<(), Error> {
+        let other = match () {
+            () if self.split_lazy.is_none() => return Ok(()),
+            () if self.prev_images_dir.is_some() => "a parent (--prev-images-dir)",
+            () if self.auto_dedup => "--auto-dedup",
+            () => return Ok(()),
+        };
+        let text =
+            format!("--split-lazy makes images that stand alone: {other} is not possible with it");
+        Err(Error::new(Kind::Usage, text))
+    }
+
     /// How long a peer may be silent where it may not be.
     pub(crate) fn idle_timeout(&self) -> Option<Duration> {
         let default = match () {
@@ -290,5 +321,34 @@ mod tests {
             let problem = network(text).unwrap_err();
             assert!(problem.contains(word), "{text}: {problem}");
         }
+    }
+
+    #[test]
+    fn what_is_split_stands_alone() {
+        let parse = |line: &str| Args::try_parse_from(line.split_whitespace());
+        for other in [
+            "--prev-images-dir p",
+            "--auto-dedup",
+            "--dedup-content",
+            "--lazy-pages",
+            "--forward h:1",
+        ] {
+            let error = parse(&format!("page-server --split-lazy d {other}")).unwrap_err();
+            assert!(
+                error.to_string().contains("--split-lazy"),
+                "{other}: {error}"
+            );
+        }
+        let mut args = parse("page-server --split-lazy d --compress").unwrap();
+        args.stay_where_typed();
+        assert!(
+            args.split_lazy
+                .as_ref()
+                .is_some_and(|dir| dir.is_absolute())
+        );
+        args.check_split().unwrap();
+        // As a remote procedure call sets it.
+        args.auto_dedup = true;
+        assert_eq!(args.check_split().unwrap_err().kind(), Kind::Usage);
     }
 }

@@ -58,6 +58,7 @@ fn main() -> ExitCode {
         Ok(parsed) => parsed,
         Err(error) => return ExitCode::from(error.report()),
     };
+    args.stay_where_typed();
     let rpc = args.swrk.map(|number| Rpc::accept(number, &mut args));
     let mut rpc = match rpc.transpose() {
         Ok(rpc) => rpc,
@@ -101,6 +102,7 @@ struct Start<'a> {
 
 fn receive(start: &mut Start<'_>) -> Result<()> {
     let args = start.args;
+    args.check_split()?;
     let mut report = Report::open(args)?;
     let page = pages_of_system()?;
     let options = StoreOptions {
@@ -108,6 +110,7 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
         page,
         previous: args.prev_images_dir.clone(),
         sync: args.sync.into(),
+        split_lazy: args.split_lazy.clone(),
     };
     let stores = Stores::open(options, args.images_dir_template.clone())?;
     if let Stores::Shared(store) = &stores

@@ -133,6 +133,31 @@ pub fn check_previous(dir: &ImageDir, previous: &ImageDir) -> Result<()> {
     Ok(())
 }
 
+/// Whether images can be split into `dir` and `lazy_dir`: both stand alone.
+///
+/// # Errors
+///
+/// [`Kind::Usage`]: they are one directory, or one of them has a parent.
+pub(crate) fn check_split(dir: &ImageDir, lazy_dir: &ImageDir) -> Result<()> {
+    if dir.is_same(lazy_dir)? {
+        let text = format!(
+            "--split-lazy leads to the images directory {} itself: give another one",
+            dir.path().display()
+        );
+        return Err(Error::new(Kind::Usage, text));
+    }
+    for dir in [dir, lazy_dir] {
+        if dir.parent()?.is_some() {
+            let text = format!(
+                "{} has a parent, and images that --split-lazy makes have none: give an empty directory",
+                dir.path().display()
+            );
+            return Err(Error::new(Kind::Usage, text));
+        }
+    }
+    Ok(())
+}
+
 /// Whether the parents of `dir`, if it has some, are whole. Pages that stayed with the source of a lazy dump
 /// are nobody's fault.
 pub(super) fn check_parents(dir: &ImageDir) -> Result<()> {

@@ -8,6 +8,8 @@
 //! DIR/parent -> ../previous     with --prev-images-dir
 //! ```
 //!
+//! With `--split-lazy` there is a second directory, which the pages go to that a lazy restore can do without.
+//!
 //! Invariants: a name without the dot is a whole image; the number of a pages file is taken by
 //! creating its part exclusively, so two sessions never share one, in whatever processes they run;
 //! whoever writes holds a shared lock on the directory, so parts that nobody can be writing to any
@@ -23,7 +25,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::check::{check_parents, check_previous, check_whole, check_writable};
+use super::check::{check_parents, check_previous, check_split, check_whole, check_writable};
 use super::consume::refuse_consumed;
 use super::dir::{ImageDir, PARENT_LINK};
 use crate::error::{Error, Kind, Result};
@@ -51,6 +53,8 @@ pub struct ImageStore {
     lock: Flock<File>,
     /// The number of a pages file that may be free.
     next_pages_id: AtomicU32,
+    /// Where pages go that a lazy restore can do without, if not here.
+    lazy: Option<Arc<ImageStore>>,
 }
 
 impl ImageStore {
@@ -63,6 +67,41 @@ impl ImageStore {
         previous: Option<&Path>,
         sync: Sync,
     ) -> Result<Arc<ImageStore>> {
+        ImageStore::open_alone(path, page, previous, sync).map(Arc::new)
+    }
+
+    /// Opens the directory `path` for what a lazy restore needs of images, and `lazy_path`, which is made if it
+    /// is missing, for the pages that it can do without.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`ImageStore::open`]; [`Kind::Usage`] if both are one directory, or one has a parent.
+    pub fn open_split(
+        path: &Path,
+        lazy_path: &Path,
+        page: PageSize,
+        sync: Sync,
+    ) -> Result<Arc<ImageStore>> {
+        let failed = |error| Error::file("make the directory (--split-lazy)", lazy_path, error);
+        std::fs::create_dir_all(lazy_path).map_err(failed)?;
+        let (dir, lazy_dir) = (
+            ImageDir::open_any(path, page)?,
+            ImageDir::open_any(lazy_path, page)?,
+        );
+        check_split(&dir, &lazy_dir)?;
+        let lazy = ImageStore::open(lazy_path, page, None, sync);
+        let lazy = lazy.map_err(|error| error.within("--split-lazy"))?;
+        let mut store = ImageStore::open_alone(path, page, None, sync)?;
+        store.lazy = Some(lazy);
+        Ok(Arc::new(store))
+    }
+
+    fn open_alone(
+        path: &Path,
+        page: PageSize,
+        previous: Option<&Path>,
+        sync: Sync,
+    ) -> Result<ImageStore> {
         let dir = ImageDir::open_any(path, page)?;
         check_writable(&dir)?;
         match previous {
@@ -75,17 +114,23 @@ impl ImageStore {
         let file =
             File::open(dir.path()).map_err(|error| Error::file("open", dir.path(), error))?;
         let lock = lock(&dir, file)?;
-        Ok(Arc::new(ImageStore {
+        Ok(ImageStore {
             dir,
             sync,
             lock,
             next_pages_id: AtomicU32::new(PAGES_ID_FIRST),
-        }))
+            lazy: None,
+        })
     }
 
     /// The directory.
     pub fn dir(&self) -> &ImageDir {
         &self.dir
+    }
+
+    /// Where pages go that a lazy restore can do without, if not here.
+    pub(super) fn lazy(&self) -> Option<&Arc<ImageStore>> {
+        self.lazy.as_ref()
     }
 
     /// What is to be on disk when a session is answered.

@@ -11,6 +11,14 @@
 //! engine writes them when and how it likes, before it commits. A place where nothing is written
 //! reads as zero.
 //!
+//! Where images are split, a page that a lazy restore can do without is appended to a companion in another
+//! directory, and here an entry that leaves it out:
+//!
+//! ```text
+//! append(range, LAZY|PRESENT)  ->  LAZY entry in DIR;  entry and bytes in LAZYDIR
+//! commit                       ->  LAZYDIR's names first, then DIR's: whose pagemap is in DIR has its pages
+//! ```
+//!
 //! Invariants: entries are in the order of their addresses (the caller's promise, checked in
 //! `criu::receive` for what peers say); a page that is said to be in the parent is there; memory does
 //! not grow with the number of pages.
@@ -41,6 +49,8 @@ pub struct SessionImages {
     /// Targets whose last page was named, in the order in which they came.
     finished: Vec<Finished>,
     committed: bool,
+    /// Where pages go that a lazy restore can do without, if not here.
+    lazy: Option<Box<SessionImages>>,
 }
 
 /// The images of a session that are whole now.
@@ -78,7 +88,9 @@ impl ImageStore {
 
 impl SessionImages {
     fn new(store: Arc<ImageStore>) -> SessionImages {
+        let lazy = store.lazy().map(|lazy| Box::new(lazy.begin()));
         SessionImages {
+            lazy,
             store,
             current: None,
             finished: Vec::new(),
@@ -96,11 +108,29 @@ impl SessionImages {
     ///
     /// # Errors
     ///
-    /// The parts cannot be made; [`Kind::Usage`] if another session is receiving the same target.
+    /// The parts cannot be made; [`Kind::Usage`] if another session is receiving the same target, or the
+    /// directory for its lazy pages has some already.
     pub fn open(&mut self, target: Target, wire: Wire) -> Result<()> {
         self.finish_current()?;
+        if let Some(lazy) = &self.lazy {
+            lazy.refuse_present(target)?;
+        }
         self.current = Some(TargetImages::create(&self.store, target, wire)?);
         Ok(())
+    }
+
+    /// Refuses pages of a target that there are some of already: images in another directory may need them, and the
+    /// two could not be replaced at once.
+    fn refuse_present(&self, target: Target) -> Result<()> {
+        let dir = self.store.dir();
+        if !dir.has_pagemap(target) {
+            return Ok(());
+        }
+        let there = dir.path().display();
+        let text = format!(
+            "{there} has pages of {target} already: give an empty directory to --split-lazy"
+        );
+        Err(Error::new(Kind::Usage, text))
     }
 
     fn current(&mut self, at: Vaddr) -> Result<(&mut TargetImages, &ImageDir)> {
@@ -109,6 +139,23 @@ impl SessionImages {
             Error::new(Kind::Protocol, text)
         })?;
         Ok((current, self.store.dir()))
+    }
+
+    /// Where pages with these flags go, if a lazy restore can do without them and they are kept apart.
+    fn apart(&mut self, flags: PageFlags) -> Result<Option<&mut TargetImages>> {
+        let (Some(lazy), Some(current)) = (&mut self.lazy, &self.current) else {
+            return Ok(None);
+        };
+        let target = current.target;
+        if !is_lazy_page(target, flags) {
+            return Ok(None);
+        }
+        if lazy.current.as_ref().map(|current| current.target) != Some(target) {
+            lazy.open(target, current.wire)?;
+            // From now on nobody else can give them a name.
+            lazy.refuse_present(target)?;
+        }
+        Ok(lazy.current.as_mut())
     }
 
     /// Appends the pages of `range`. With PRESENT returns where their bytes go. Pages with PARENT are
@@ -123,7 +170,14 @@ impl SessionImages {
         if flags.has(PageFlags::PARENT) {
             current.find_in_parent(dir, range)?;
         }
-        current.append(range, flags)
+        match self.apart(flags)? {
+            Some(apart) => {
+                let to = apart.append(range, flags)?;
+                self.leave_out(range)?;
+                Ok(to)
+            }
+            None => self.current(range.start())?.0.append(range, flags),
+        }
     }
 
     /// Appends the pages of `range` as CRIU 4.3 compresses them: `sizes` says how many bytes each is
@@ -140,8 +194,30 @@ impl SessionImages {
         flags: PageFlags,
         sizes: Vec<u32>,
     ) -> Result<Destination> {
+        if let Some(apart) = self.apart(flags)? {
+            let to = apart.append_blocks(range, flags, sizes)?;
+            self.leave_out(range)?;
+            return Ok(to);
+        }
         let (current, _) = self.current(range.start())?;
+        if current.wire == Wire::V1 {
+            let text = "--compress: CRIU up to 4.1.1, which sends this, cannot read such images";
+            return Err(Error::new(Kind::Unsupported, text));
+        }
         current.append_blocks(range, flags, sizes)
+    }
+
+    /// Appends pages that a lazy restore asks for where they are.
+    fn leave_out(&mut self, range: PageRange) -> Result<()> {
+        let (current, _) = self.current(range.start())?;
+        current.append(range, PageFlags::LAZY).map(drop)
+    }
+
+    /// Whether pages with these flags may be compressed where that is asked for. Where images are split, what
+    /// CRIU reads itself stays as it is, for not every CRIU can decompress.
+    pub fn may_be_compressed(&self, flags: PageFlags) -> bool {
+        let target = self.current.as_ref().map(|current| current.target);
+        self.lazy.is_none() || target.is_some_and(|target| is_lazy_page(target, flags))
     }
 
     /// Whether pages with these flags may be stored as holes to the parent because their contents are the same
@@ -168,20 +244,13 @@ impl SessionImages {
     ///
     /// Something cannot be synced or renamed. Then none of the session's images is left.
     pub fn commit(mut self) -> Result<CommittedImages> {
-        self.finish_current()?;
-        if self.store.sync() != Sync::None {
-            self.sync_parts()?;
-        }
-        let superseded = self.superseded()?;
         let mut renamed = Vec::new();
-        if let Err(error) = self.rename(&mut renamed) {
+        let superseded = self.publish(&mut renamed).inspect_err(|_| {
             for path in renamed {
                 // The first error is the one to tell; what is left keeps an unknown name.
                 let _ = remove(&path);
             }
-            return Err(error);
-        }
-        self.committed = true;
+        })?;
         for path in superseded {
             remove(&path)?;
         }
@@ -192,6 +261,25 @@ impl SessionImages {
             store: Arc::clone(&self.store),
             targets: self.finished.iter().map(|done| done.target).collect(),
         })
+    }
+
+    /// Gives every image its name, the lazy pages' first, and lists the names in `renamed`. Returns the files that
+    /// nothing needs any more.
+    fn publish(&mut self, renamed: &mut Vec<PathBuf>) -> Result<Vec<PathBuf>> {
+        self.finish_current()?;
+        if self.store.sync() != Sync::None {
+            self.sync_parts()?;
+        }
+        let mut superseded = self.superseded()?;
+        if let Some(lazy) = &mut self.lazy {
+            superseded.extend(lazy.publish(renamed)?);
+            if lazy.store.sync() != Sync::None {
+                lazy.store.sync_names()?;
+            }
+        }
+        self.rename(renamed)?;
+        self.committed = true;
+        Ok(superseded)
     }
 
     fn finish_current(&mut self) -> Result<()> {
@@ -275,6 +363,12 @@ impl Drop for SessionImages {
             }
         }
     }
+}
+
+/// Whether a page is here and a lazy restore can do without it. Only memory of processes is restored lazily.
+fn is_lazy_page(target: Target, flags: PageFlags) -> bool {
+    let here = flags.has(PageFlags::PRESENT) && !flags.has(PageFlags::PARENT);
+    here && flags.has(PageFlags::LAZY) && matches!(target, Target::Process(_))
 }
 
 /// The number of the pages file that a page server wrote for `target`, if its pagemap can be read.

@@ -74,6 +74,7 @@ fn start(
         page: PAGE,
         previous: previous.map(PathBuf::from),
         sync: Sync::None,
+        split_lazy: None,
     };
     let context = ReceiveContext::new(Stores::open(options, None).unwrap(), Io::Epoll);
     let listener = TcpListener::bind(address).unwrap();

@@ -195,7 +195,8 @@ impl BatchApplier {
         places: &[Place],
         body: &[u8],
     ) -> Result<()> {
-        if self.compresses && flags.has(PageFlags::PRESENT) {
+        let may_be_compressed = self.images.may_be_compressed(flags);
+        if self.compresses && may_be_compressed && flags.has(PageFlags::PRESENT) {
             return self.store_compressed(range, flags, places, body);
         }
         let Some(to) = self.images.append(range, flags)? else {

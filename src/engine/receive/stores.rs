@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use thiserror::Error;
 
 use crate::error::{Error, Kind, Result};
-use crate::image::check::check_writable;
+use crate::image::check::{check_split, check_writable};
 use crate::image::dir::ImageDir;
 use crate::image::store::{ImageStore, Sync};
 use crate::units::PageSize;
@@ -78,6 +78,9 @@ pub struct StoreOptions {
     pub previous: Option<PathBuf>,
     /// What is on disk when a session is answered.
     pub sync: Sync,
+    /// Where pages go that a lazy restore can do without, if they are kept apart. With a template each session has
+    /// a directory of the same name below this one.
+    pub split_lazy: Option<PathBuf>,
 }
 
 /// See the module's text.
@@ -101,15 +104,18 @@ pub enum Stores {
 pub struct SessionStore {
     /// The directory.
     pub store: Arc<ImageStore>,
-    /// Its path if it was made for the session alone.
-    made: Option<PathBuf>,
+    /// Its path, and that of the one for lazy pages, if they were made for the session alone.
+    made: Vec<PathBuf>,
 }
 
 impl Stores {
     /// One directory for all sessions, or with a template one each.
     pub fn open(options: StoreOptions, template: Option<Template>) -> Result<Stores> {
         match template {
-            None => options.open(&options.dir).map(Stores::Shared),
+            None => {
+                let store = options.open(&options.dir, options.split_lazy.as_deref());
+                store.map(Stores::Shared)
+            }
             Some(template) => {
                 options.check_for(&template)?;
                 Ok(Stores::Each {
@@ -134,17 +140,18 @@ impl Stores {
         match self {
             Stores::Shared(store) => Ok(SessionStore {
                 store: Arc::clone(store),
-                made: None,
+                made: Vec::new(),
             }),
             Stores::Each {
                 options,
                 template,
                 next,
             } => {
-                let path = make_dir(options, template, next, peer)?;
+                let (path, name) = make_dir(options, template, next, peer)?;
+                let lazy = options.split_lazy.as_ref().map(|dir| dir.join(name));
                 Ok(SessionStore {
-                    store: options.open(&path)?,
-                    made: Some(path),
+                    store: options.open(&path, lazy.as_deref())?,
+                    made: [Some(path), lazy].into_iter().flatten().collect(),
                 })
             }
         }
@@ -154,7 +161,15 @@ impl Stores {
 impl StoreOptions {
     /// Checks what can be known before the directory of a session is there.
     fn check_for(&self, template: &Template) -> Result<()> {
-        check_writable(&ImageDir::open_any(&self.dir, self.page)?)?;
+        let dir = ImageDir::open_any(&self.dir, self.page)?;
+        check_writable(&dir)?;
+        if let Some(lazy) = &self.split_lazy {
+            let failed = |error| Error::file("make the directory (--split-lazy)", lazy, error);
+            std::fs::create_dir_all(lazy).map_err(failed)?;
+            let lazy = ImageDir::open_any(lazy, self.page)?;
+            check_split(&dir, &lazy)?;
+            check_writable(&lazy).map_err(|error| error.within("--split-lazy"))?;
+        }
         let Some(previous) = &self.previous else {
             return Ok(());
         };
@@ -177,18 +192,26 @@ impl StoreOptions {
         }
     }
 
-    fn open(&self, dir: &Path) -> Result<Arc<ImageStore>> {
-        ImageStore::open(dir, self.page, self.previous.as_deref(), self.sync)
+    fn open(&self, dir: &Path, lazy: Option<&Path>) -> Result<Arc<ImageStore>> {
+        match (lazy, &self.previous) {
+            (None, previous) => ImageStore::open(dir, self.page, previous.as_deref(), self.sync),
+            (Some(lazy), None) => ImageStore::open_split(dir, lazy, self.page, self.sync),
+            (Some(_), Some(_)) => {
+                let text =
+                    "--split-lazy makes images without a parent: --prev-images-dir is not possible";
+                Err(Error::new(Kind::Usage, text))
+            }
+        }
     }
 }
 
 impl SessionStore {
-    /// Removes a directory that was made for a session that failed, if nothing is in it.
+    /// Removes what was made for a session that failed, if nothing is in it.
     pub fn discard(self) {
-        if let Some(path) = self.made
-            && let Err(error) = std::fs::remove_dir(&path)
-        {
-            tracing::debug!("{} stays: {error}", path.display());
+        for path in self.made {
+            if let Err(error) = std::fs::remove_dir(&path) {
+                tracing::debug!("{} stays: {error}", path.display());
+            }
         }
     }
 }
@@ -225,22 +248,23 @@ fn below(path: &Path, depth: usize) -> Below {
     }
 }
 
-/// Makes a directory that no session had before.
+/// Makes a directory that no session had before. Returns its path and its name below the images directory.
 fn make_dir(
     options: &StoreOptions,
     template: &Template,
     next: &AtomicU64,
     peer: &str,
-) -> Result<PathBuf> {
+) -> Result<(PathBuf, String)> {
     loop {
         let seq = next.fetch_add(1, Ordering::Relaxed);
-        let path = options.dir.join(template.fill(peer, seq));
+        let name = template.fill(peer, seq);
+        let path = options.dir.join(&name);
         let failed = |error| Error::file("make the directory", &path, error);
         if let Some(above) = path.parent() {
             std::fs::create_dir_all(above).map_err(failed)?;
         }
         match std::fs::create_dir(&path) {
-            Ok(()) => return Ok(path),
+            Ok(()) => return Ok((path, name)),
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 return Err(failed(error));
             }
@@ -266,6 +290,7 @@ mod tests {
             page: PageSize::KIB_4,
             previous: None,
             sync: Sync::None,
+            split_lazy: None,
         };
         Stores::open(options, Some(template.parse().unwrap())).unwrap()
     }
@@ -290,6 +315,7 @@ mod tests {
                 page: PageSize::KIB_4,
                 previous: Some(previous.into()),
                 sync: Sync::None,
+                split_lazy: None,
             };
             Stores::open(options, Some(template.parse().unwrap())).map(drop)
         };
@@ -310,7 +336,7 @@ mod tests {
         std::fs::create_dir_all(tmp.path().join("::1/2")).unwrap();
         let stores = stores(tmp.path(), "{peer}/{seq}");
         let paths: Vec<PathBuf> = ["::1", "::1", "a/b"]
-            .map(|peer| stores.for_session(peer).unwrap().made.unwrap())
+            .map(|peer| stores.for_session(peer).unwrap().made[0].clone())
             .into();
         let expected = ["::1/1", "::1/3", "a_b/4"].map(|name| tmp.path().join(name));
         assert_eq!(paths, expected);

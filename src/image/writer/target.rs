@@ -72,7 +72,7 @@ pub struct Destination {
 pub(super) struct TargetImages {
     pub(super) target: Target,
     page: PageSize,
-    wire: Wire,
+    pub(super) wire: Wire,
     pub(super) pages_id: u32,
     pages: Arc<PagesPart>,
     /// Bytes of the pages file that are spoken for.
@@ -151,10 +151,6 @@ impl TargetImages {
         flags: PageFlags,
         sizes: Vec<u32>,
     ) -> Result<Destination> {
-        if self.wire == Wire::V1 {
-            let text = "--compress: CRIU up to 4.1.1, which sends this, cannot read such images";
-            return Err(Error::new(Kind::Unsupported, text));
-        }
         self.end_run()?;
         let raw = |size: &u32| u64::from(*size) == self.page.bytes();
         let mut flags = flags;

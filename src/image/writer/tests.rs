@@ -7,6 +7,7 @@ use std::path::Path;
 use proptest::prelude::*;
 
 use super::*;
+use crate::image::blocks::compressed_block;
 use crate::image::chain::{Chain, Missing};
 use crate::image::proto::{PagemapEntry, PagemapHead};
 use crate::limits::ENTRY_PAGES_MAX;
@@ -271,4 +272,145 @@ fn holes_that_the_parent_lacks_are_named() {
             "{text}"
         );
     }
+}
+
+const MOVED: PageFlags = PageFlags::PRESENT.with(PageFlags::LAZY);
+
+fn split_store(tmp: &Path) -> Arc<ImageStore> {
+    let (dir, lazy) = (tmp.join("images"), tmp.join("lazy"));
+    std::fs::create_dir_all(&dir).unwrap();
+    ImageStore::open_split(&dir, &lazy, PAGE, Sync::Close).unwrap()
+}
+
+/// Runs of an image: first page, number of pages, flags.
+fn runs(dir: &Path) -> Vec<(u64, u64, u32)> {
+    let run = |entry: &PagemapEntry| {
+        let pages = entry.nr_pages.unwrap();
+        (entry.vaddr / 4096, pages, entry.flags.unwrap())
+    };
+    entries(dir).iter().map(run).collect()
+}
+
+#[test]
+fn lazy_pages_go_to_their_own_directory_and_leave_entries_behind() {
+    for wire in [Wire::V1, Wire::V2] {
+        let tmp = tempfile::tempdir().unwrap();
+        let store = split_store(tmp.path());
+        let mut images = store.begin();
+        images.open(PID, wire).unwrap();
+        put(&mut images, pages(1, 2), MOVED, 1);
+        put(&mut images, pages(3, 1), HERE, 2);
+        put(&mut images, pages(4, 1), MOVED, 3);
+        put(&mut images, pages(5, 1), MOVED, 4);
+        images.open(Target::Process(8), wire).unwrap();
+        put(&mut images, pages(1, 1), HERE, 5);
+        images.open(Target::Shmem(9), wire).unwrap();
+        put(&mut images, pages(1, 1), MOVED, 6);
+        images.commit().unwrap();
+
+        let (dir, lazy) = (tmp.path().join("images"), tmp.path().join("lazy"));
+        let (here, moved) = (HERE.bits(), MOVED.bits());
+        let left_out = PageFlags::LAZY.bits();
+        assert_eq!(
+            runs(&dir),
+            [(1, 2, left_out), (3, 1, here), (4, 2, left_out)]
+        );
+        assert_eq!(runs(&lazy), [(1, 2, moved), (4, 2, moved)]);
+        let all = |dir: &Path| entries(dir).iter().all(|entry| entry.wire() == wire);
+        assert!(all(&dir) && all(&lazy));
+        assert_eq!(
+            contents(&lazy, PID),
+            BTreeMap::from([(1, 1), (2, 1), (4, 3), (5, 4)])
+        );
+        // What has nothing to leave out is in the images alone, and shared memory is not restored lazily.
+        assert_eq!(names(&lazy), ["pagemap-7.img", "pages-65537.img"]);
+        assert_eq!(contents(&dir, Target::Process(8)), BTreeMap::from([(1, 5)]));
+        assert_eq!(contents(&dir, Target::Shmem(9)), BTreeMap::from([(1, 6)]));
+    }
+}
+
+#[test]
+fn only_pages_that_no_criu_reads_are_compressed() {
+    for wire in [Wire::V1, Wire::V2] {
+        let tmp = tempfile::tempdir().unwrap();
+        let store = split_store(tmp.path());
+        let mut images = store.begin();
+        images.open(PID, wire).unwrap();
+        assert!(images.may_be_compressed(MOVED) && !images.may_be_compressed(HERE));
+        put(&mut images, pages(1, 1), HERE, 1);
+        let block = compressed_block(&[7; 4096]).into_owned();
+        let sizes = vec![u32::try_from(block.len()).unwrap(), 0];
+        let to = images.append_blocks(pages(2, 2), MOVED, sizes).unwrap();
+        to.part.file().write_all_at(&block, to.offset).unwrap();
+        images.commit().unwrap();
+
+        let (dir, lazy) = (tmp.path().join("images"), tmp.path().join("lazy"));
+        assert_eq!(
+            runs(&dir),
+            [(1, 1, HERE.bits()), (2, 2, PageFlags::LAZY.bits())]
+        );
+        assert!(entries(&dir).iter().all(|entry| entry.blocks.is_none()));
+        assert!(entries(&lazy)[0].blocks.is_some());
+        assert_eq!(contents(&lazy, PID), BTreeMap::from([(2, 7), (3, 0)]));
+    }
+}
+
+#[test]
+fn split_images_are_whole_or_absent() {
+    let tmp = tempfile::tempdir().unwrap();
+    let store = split_store(tmp.path());
+    let (dir, lazy) = (tmp.path().join("images"), tmp.path().join("lazy"));
+    let begin = || {
+        let mut images = store.begin();
+        images.open(PID, Wire::V2).unwrap();
+        put(&mut images, pages(1, 1), HERE, 1);
+        put(&mut images, pages(2, 1), MOVED, 2);
+        images
+    };
+    drop(begin());
+    assert!(names(&dir).is_empty() && names(&lazy).is_empty());
+    // A directory in the way of the last rename, in either place.
+    for (at, other) in [(&dir, &lazy), (&lazy, &dir)] {
+        let images = begin();
+        std::fs::create_dir_all(at.join("pagemap-7.img/x")).unwrap();
+        let error = images.commit().unwrap_err();
+        assert!(error.to_string().contains("pagemap-7.img"), "{error}");
+        assert_eq!(names(at), ["pagemap-7.img"]);
+        assert!(names(other).is_empty());
+        std::fs::remove_dir_all(at.join("pagemap-7.img")).unwrap();
+    }
+    begin().commit().unwrap();
+    // They belong to the images that are there now, which another session does not take them from.
+    let error = store.begin().open(PID, Wire::V2).unwrap_err();
+    assert_eq!(error.kind(), Kind::Usage);
+    assert!(
+        error.to_string().contains("pages of pid 7 already"),
+        "{error}"
+    );
+    assert_eq!(contents(&lazy, PID), BTreeMap::from([(2, 2)]));
+}
+
+#[test]
+fn directories_that_images_cannot_be_split_into_are_refused() {
+    let tmp = tempfile::tempdir().unwrap();
+    let at = |name: &str| tmp.path().join(name);
+    for name in ["old", "child", "images"] {
+        std::fs::create_dir(at(name)).unwrap();
+    }
+    std::os::unix::fs::symlink("../old", at("child/parent")).unwrap();
+    std::os::unix::fs::symlink("images", at("same")).unwrap();
+    let open =
+        |dir: &str, lazy: &str| ImageStore::open_split(&at(dir), &at(lazy), PAGE, Sync::None);
+    for (dir, lazy, word) in [
+        ("images", "images", "itself"),
+        ("images", "same", "itself"),
+        ("images", "new/../images", "itself"),
+        ("child", "lazy", "child has a parent"),
+        ("images", "child", "child has a parent"),
+    ] {
+        let error = open(dir, lazy).unwrap_err();
+        assert_eq!(error.kind(), Kind::Usage);
+        assert!(error.to_string().contains(word), "{dir} {lazy}: {error}");
+    }
+    open("images", "images/lazy").unwrap();
 }

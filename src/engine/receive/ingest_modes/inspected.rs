@@ -103,9 +103,10 @@ impl Inspected {
             }
         }
         self.kept.zero += u64::from(zero);
-        if self.options.compress {
+        if self.options.compress && scope.images.may_be_compressed(self.flags) {
             self.pack(scope, range.start(), content)
         } else {
+            self.end_pack(scope.images, scope.session_io)?;
             self.store(scope, range, content)
         }
     }
