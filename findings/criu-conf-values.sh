@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # CRIU 4.1.1, 4.2.1, 4.3 (Debian trixie, sid, experimental). Values in CRIU's configuration files.
-# Expected: "verbosity 4" asks for level 4, and a value in double quotes may hold blanks, as the manual's form
-# "option value" and its quoted paths suggest.
+# Expected: "verbosity 4" asks for level 4 (the manual's form is "option value"), and a value in double quotes may hold
+# blanks, as one in the manual's example does.
 # Seen: "verbosity N" raises the default by one, whatever N is (level 3 for 1 and for 4); only "verbosity=4" is level 4.
-# A quoted directory with a blank deep in its path is refused ("Unsupported configuration file format"), and CRIU does not start.
+# A quoted directory with a blank deep in its path is refused ("Unsupported configuration file format"), the manual's
+# example with it, and CRIU does not start.
 # Why it matters: runc.conf and crun.conf are the only way to options that runtimes do not pass on; a debug log that was
 # asked for has no debug lines, and directories with blanks cannot be named.
 . "$(dirname "$0")/lib/common.bash"
