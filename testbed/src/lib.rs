@@ -7,6 +7,7 @@
 //! ```text
 //!   criu       finds and fetches real CRIUs         workspace, gate  what a test needs, or skips without
 //!   load       the process under test               process, wait    guards, deadlines, Ctrl-C
+//!   kinds      a process with every kind of mapping mappings         the calls that make them
 //!   daemons    page-server, lazy-pages, both makes  net, proxy       two hosts; delay, rate, cuts
 //!   migration  dump and restore, with all logs      pipes            fs.pipe-max-size
 //!   postcopy   all of it in one                     bed, suite       a test's place, a test per CRIU
@@ -26,7 +27,9 @@ pub mod debian;
 pub mod gate;
 pub mod hugepages;
 pub mod images;
+pub mod kinds;
 pub mod load;
+pub mod mappings;
 pub mod memory_group;
 pub mod migration;
 pub mod net;

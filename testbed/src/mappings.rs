@@ -1,0 +1,182 @@
+//! The calls that make mappings of every kind, and reads of memory that cannot hurt.
+//!
+//! New mappings go where the kernel chooses: none can touch what Rust owns. What
+//! changes a mapping is meant for those that were made here. Content is read and written by
+//! process_vm_readv and process_vm_writev of the process itself, which say EFAULT where a load would raise a
+//! signal.
+
+#![allow(unsafe_code)]
+
+use std::ffi::c_void;
+use std::io::{IoSlice, IoSliceMut};
+use std::num::NonZeroUsize;
+use std::os::fd::BorrowedFd;
+use std::ptr;
+
+use nix::errno::Errno;
+use nix::sys::mman::{self, MapFlags, ProtFlags};
+use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
+use nix::unistd::getpid;
+
+/// MAP_DROPPABLE (Linux 6.11), in place of MAP_PRIVATE.
+pub const MAP_DROPPABLE: i32 = 0x08;
+
+/// MADV_GUARD_INSTALL (Linux 6.13).
+pub const MADV_GUARD_INSTALL: i32 = 102;
+
+/// Number of the call mseal (Linux 6.10), the same on all architectures.
+const SYS_MSEAL: libc::c_long = 462;
+
+/// Maps `length` bytes, of `file` if one is given. `flags` are MAP_*; returns the address.
+pub fn map(
+    length: usize,
+    writable: bool,
+    flags: i32,
+    file: Option<BorrowedFd<'_>>,
+) -> Result<usize, Errno> {
+    let length = NonZeroUsize::new(length).ok_or(Errno::EINVAL)?;
+    let mut prot = ProtFlags::PROT_READ;
+    prot.set(ProtFlags::PROT_WRITE, writable);
+    let flags = MapFlags::from_bits_retain(flags);
+    let mapped = match file {
+        // SAFETY: no caller passes MAP_FIXED: the kernel chooses an address where nothing is mapped.
+        Some(file) => unsafe { mman::mmap(None, length, prot, flags, file, 0) },
+        None => {
+            let flags = flags | MapFlags::MAP_ANONYMOUS;
+            // SAFETY: as above. The type of the mapping is among the caller's flags.
+            unsafe { libc_mmap(length, prot, flags) }
+        }
+    };
+    mapped.map(|address| address.as_ptr().expose_provenance())
+}
+
+/// As `mmap_anonymous` of nix, which asks for private or shared memory alone.
+unsafe fn libc_mmap(
+    length: NonZeroUsize,
+    prot: ProtFlags,
+    flags: MapFlags,
+) -> Result<ptr::NonNull<c_void>, Errno> {
+    // SAFETY: the caller's flags replace no mapping.
+    let mapped = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            length.get(),
+            prot.bits(),
+            flags.bits(),
+            -1,
+            0,
+        )
+    };
+    if mapped == libc::MAP_FAILED {
+        return Err(Errno::last());
+    }
+    ptr::NonNull::new(mapped).ok_or(Errno::EFAULT)
+}
+
+fn pointer(address: usize) -> *mut c_void {
+    ptr::with_exposed_provenance_mut(address)
+}
+
+/// Gives advice (MADV_*) about a mapping that was made here.
+pub fn advise(address: usize, length: usize, advice: i32) -> Result<(), Errno> {
+    // SAFETY: the range is one that nothing of Rust's lies in.
+    Errno::result(unsafe { libc::madvise(pointer(address), length, advice) }).map(drop)
+}
+
+/// Makes a mapping inaccessible, readable, or writable too (PROT_*).
+pub fn protect(address: usize, length: usize, prot: i32) -> Result<(), Errno> {
+    // SAFETY: the range is one that nothing of Rust's lies in.
+    Errno::result(unsafe { libc::mprotect(pointer(address), length, prot) }).map(drop)
+}
+
+/// Locks a mapping; `on_fault`: each page as it is touched.
+pub fn lock(address: usize, length: usize, on_fault: bool) -> Result<(), Errno> {
+    let flags = if on_fault { libc::MLOCK_ONFAULT } else { 0 };
+    // SAFETY: changes no content.
+    Errno::result(unsafe { libc::mlock2(pointer(address), length, flags as _) }).map(drop)
+}
+
+/// Seals a mapping.
+pub fn seal(address: usize, length: usize) -> Result<(), Errno> {
+    // SAFETY: changes no content; nobody unmaps what was made here.
+    Errno::result(unsafe { libc::syscall(SYS_MSEAL, address, length, 0) }).map(drop)
+}
+
+/// Makes a System V segment and attaches it; `flags` beside IPC_CREAT. It goes with the last process that
+/// has it.
+pub fn attach_sysv(length: usize, flags: i32) -> Result<usize, Errno> {
+    let flags = libc::IPC_CREAT | 0o600 | flags;
+    // SAFETY: takes no pointer.
+    let id = Errno::result(unsafe { libc::shmget(libc::IPC_PRIVATE, length, flags) })?;
+    // SAFETY: the kernel chooses an address where nothing is mapped.
+    let at = unsafe { libc::shmat(id, ptr::null(), 0) };
+    match at.expose_provenance() {
+        usize::MAX => Err(Errno::last()),
+        address => Ok(address),
+    }
+}
+
+/// Makes an AIO context: its number, which is the address of its ring.
+pub fn aio_setup() -> Result<usize, Errno> {
+    let mut context: usize = 0;
+    // SAFETY: `context` is room for one number, which is 0 as it has to be.
+    Errno::result(unsafe { libc::syscall(libc::SYS_io_setup, 8, &raw mut context) })?;
+    Ok(context)
+}
+
+/// Asks an AIO context for finished work without waiting: 0 if it works and has none.
+pub fn aio_finished(context: usize) -> Result<i64, Errno> {
+    let mut none: [i64; 4 * 8] = [0; 4 * 8];
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: there is room for the eight events of 32 bytes that are asked for, and `now` is a valid time.
+    Errno::result(unsafe {
+        libc::syscall(
+            libc::SYS_io_getevents,
+            context,
+            0,
+            8,
+            none.as_mut_ptr(),
+            &raw mut now,
+        )
+    })
+}
+
+/// Reads the memory at `address` of this process, or says EFAULT.
+pub fn read(address: usize, bytes: &mut [u8]) -> Result<(), Errno> {
+    let length = bytes.len();
+    let from = [RemoteIoVec {
+        base: address,
+        len: length,
+    }];
+    let read = process_vm_readv(getpid(), &mut [IoSliceMut::new(bytes)], &from)?;
+    if read == length {
+        Ok(())
+    } else {
+        Err(Errno::EFAULT)
+    }
+}
+
+/// Writes the memory at `address` of this process, or says EFAULT. For mappings that were made here.
+pub fn write(address: usize, bytes: &[u8]) -> Result<(), Errno> {
+    let to = [RemoteIoVec {
+        base: address,
+        len: bytes.len(),
+    }];
+    let written = process_vm_writev(getpid(), &[IoSlice::new(bytes)], &to)?;
+    if written == bytes.len() {
+        Ok(())
+    } else {
+        Err(Errno::EFAULT)
+    }
+}
+
+/// Loads a byte, whatever that raises.
+pub fn load(address: usize) -> u8 {
+    let at = ptr::with_exposed_provenance::<u8>(address);
+    // SAFETY: a mapping that was made here, in which nothing of Rust's lies; where it cannot be read a signal
+    // ends the process, which the caller expects.
+    unsafe { at.read_volatile() }
+}

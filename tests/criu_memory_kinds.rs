@@ -1,0 +1,423 @@
+//! Every kind of mapping times every way of carrying it, judged by real CRIUs.
+//!
+//! One process holds all kinds and checks itself, in a child that it forks as well. What a stock CRIU without
+//! any of our daemons can dump and restore must come through each of our ways; what it cannot is judged in a
+//! process of its own. The table in docs/compatibility.md is what these tests saw: they fail if it says
+//! something else, and write it if `PAGEFERRY_WRITE_TABLES` is set (one version after the other).
+
+#[path = "common/memory_table.rs"]
+mod memory_table;
+
+use std::collections::BTreeMap;
+use std::env;
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use memory_table::{Cell, Seen, Table, WAYS, Way, expect_right};
+use testbed::bed::Bed;
+use testbed::criu::{Crit, Criu, Suite};
+use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
+use testbed::hugepages::HugePages;
+use testbed::images::{copy_without_lazy_pages, tell_uptime};
+use testbed::kinds::{KINDS, Kind, Kinds, Said, kind};
+use testbed::migration::{Dump, Restore};
+use testbed::net::free_port;
+use testbed::process::Spawned;
+use testbed::suite::with_criu;
+
+/// Set to write what is seen into docs/compatibility.md instead of comparing it.
+const WRITE_VARIABLE: &str = "PAGEFERRY_WRITE_TABLES";
+
+/// A step that takes longer hangs: each takes seconds.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Slow enough for the process to find its pages missing.
+const LAZY_RATE: &str = "48M";
+
+#[test]
+fn criu_4_1_1() {
+    with_criu(Suite::Trixie, judge);
+}
+
+#[test]
+fn criu_4_2_1() {
+    with_criu(Suite::Sid, judge);
+}
+
+fn judge(bed: &Bed, criu: &Criu) -> Result<()> {
+    let _huge = HugePages::allow(24)?;
+    let mut seen = Seen::new();
+    let stock = Stock::judge(bed, criu)?;
+    for (kind, why) in stock.refused.iter().chain(&stock.refused_lazily) {
+        eprintln!("{}: CRIU {} alone: {why}", kind.name, criu.version);
+    }
+    let column = column(criu)?;
+    for way in WAYS.iter().filter(|way| way.columns.contains(&column)) {
+        let kinds = stock.carried_by(*way);
+        let mut place = Place::new(bed, criu, way.name, &kinds)?;
+        let began = Instant::now();
+        let lacking = |kind: &Kind| place.kinds.lacking.contains_key(kind.name);
+        let present: Vec<Kind> = KINDS
+            .iter()
+            .filter(|kind| !lacking(kind))
+            .copied()
+            .collect();
+        let said = carry(&mut place, *way);
+        eprintln!("{}: {:.1} s", way.title, began.elapsed().as_secs_f64());
+        let said = match &said {
+            Ok(said) => Some(said),
+            Err(error) => {
+                // A way that fails as a whole is wrong for every kind.
+                eprintln!("{}: {error:#}", way.title);
+                None
+            }
+        };
+        let known = |kind: &Kind| !stock.lacking.contains_key(kind.name);
+        for kind in present.into_iter().filter(known) {
+            seen.insert((kind, way.name), stock.cell(kind, *way, said));
+        }
+    }
+    expect_right(column, &seen)?;
+    let table = Table::committed()?;
+    if env::var_os(WRITE_VARIABLE).is_some() {
+        return table.with(column, &seen).write();
+    }
+    table.expect(column, &seen)
+}
+
+/// The name by which the table knows a CRIU: the suites move.
+fn column(criu: &Criu) -> Result<&'static str> {
+    let (major, minor) = criu.release()?;
+    Ok(match (major, minor) {
+        (..=3, _) | (4, ..=1) => "4.1",
+        _ => "4.2",
+    })
+}
+
+/// What a CRIU does by itself, with files alone.
+struct Stock {
+    /// Kinds that it dumps and restores right.
+    carried: Vec<Kind>,
+    /// Kinds that it refuses or gets wrong, and how.
+    refused: Vec<(Kind, String)>,
+    /// Kinds that it refuses or gets wrong when it restores lazily with its own daemon.
+    refused_lazily: Vec<(Kind, String)>,
+    /// Kinds that this kernel lacks.
+    lacking: BTreeMap<String, String>,
+}
+
+/// Kinds that some version cannot dump or restores otherwise: each is judged in a process of its own, for a dump
+/// that fails would take the others along.
+const SUSPECTS: &[&str] = &[
+    "guard",
+    "hugetlb-private",
+    "hugetlb-shared",
+    "hugetlb-memfd",
+    "hugetlb-sysv",
+    "droppable",
+    "aio",
+    "dev-zero",
+];
+
+/// Kinds that some version cannot restore lazily: each is judged in a process of its own, for a restore that fails
+/// would take the others along.
+const LAZY_SUSPECTS: &[&str] = &["memfd-private"];
+
+impl Stock {
+    fn judge(bed: &Bed, criu: &Criu) -> Result<Stock> {
+        let mut stock = Stock {
+            carried: Vec::new(),
+            refused: Vec::new(),
+            refused_lazily: Vec::new(),
+            lacking: BTreeMap::new(),
+        };
+        let suspect = |kind: &&Kind| SUSPECTS.contains(&kind.name);
+        let others: Vec<Kind> = KINDS
+            .iter()
+            .filter(|kind| !suspect(kind))
+            .copied()
+            .collect();
+        let said = stock.try_alone(bed, criu, "others", &others);
+        let said = said.with_context(|| format!("CRIU {} alone", criu.version))?;
+        stock.sort(&others, &Ok(said));
+        for suspected in KINDS.iter().filter(suspect) {
+            let said = stock.try_alone(bed, criu, suspected.name, &[*suspected]);
+            stock.sort(&[*suspected], &said);
+        }
+        for name in LAZY_SUSPECTS {
+            let kind = kind(name).context("no such kind")?;
+            let wrong = match lazily_alone(bed, criu, kind) {
+                Ok(said) => said.get(kind.name).cloned().flatten(),
+                Err(error) => Some(first_line(&error)),
+            };
+            if let Some(wrong) = wrong {
+                stock
+                    .refused_lazily
+                    .push((kind, format!("lazily: {wrong}")));
+            }
+        }
+        Ok(stock)
+    }
+
+    /// The kinds that `way` must carry.
+    fn carried_by(&self, way: Way) -> Vec<Kind> {
+        let carried = self.carried.iter().copied();
+        carried.filter(|kind| !self.refuses(*kind, way)).collect()
+    }
+
+    fn refuses(&self, kind: Kind, way: Way) -> bool {
+        let names = |refused: &[(Kind, String)]| refused.iter().any(|(name, _)| *name == kind);
+        names(&self.refused) || (way.lazy && names(&self.refused_lazily))
+    }
+
+    /// What `said`, if it came that far, is for a kind.
+    fn cell(&self, kind: Kind, way: Way, said: Option<&Said>) -> Cell {
+        if self.refuses(kind, way) {
+            return Cell::Criu;
+        }
+        match said.and_then(|said| said.get(kind.name)) {
+            None => Cell::Wrong("the way failed".to_owned()),
+            Some(None) => Cell::Right,
+            Some(Some(wrong)) => Cell::Wrong(wrong.clone()),
+        }
+    }
+
+    fn sort(&mut self, kinds: &[Kind], said: &Result<Said>) {
+        for kind in kinds {
+            let wrong = match said {
+                Ok(said) => said.get(kind.name).cloned().flatten(),
+                Err(error) => Some(first_line(error)),
+            };
+            match wrong {
+                _ if self.lacking.contains_key(kind.name) => {}
+                None => self.carried.push(*kind),
+                Some(wrong) => self.refused.push((*kind, wrong)),
+            }
+        }
+    }
+
+    fn try_alone(&mut self, bed: &Bed, criu: &Criu, name: &str, kinds: &[Kind]) -> Result<Said> {
+        let place = Place::new(bed, criu, &format!("stock-{name}"), kinds)?;
+        self.lacking.extend(place.kinds.lacking.clone());
+        if place.kinds.lacking.len() == kinds.len() {
+            return Ok(Said::new());
+        }
+        let images = place.path("images");
+        place.dump(&images).run()?;
+        place.gone_and_restored(&images)
+    }
+}
+
+fn first_line(error: &anyhow::Error) -> String {
+    format!("{error:#}")
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .to_owned()
+}
+
+/// One kind, from CRIU's dump to CRIU's own lazy-pages daemon.
+fn lazily_alone(bed: &Bed, criu: &Criu, kind: Kind) -> Result<Said> {
+    let place = Place::new(bed, criu, &format!("lazily-{}", kind.name), &[kind])?;
+    let images = place.path("images");
+    let (mut dump, address) = waiting(&place, &images)?;
+    let said = place.lazily(&images, Make::Criu(criu), &[], Some(address), false)?;
+    dump.succeed(LIMIT)?;
+    Ok(said)
+}
+
+/// One process, and where its images go.
+struct Place<'a> {
+    criu: &'a Criu,
+    dir: PathBuf,
+    kinds: Kinds,
+}
+
+impl<'a> Place<'a> {
+    fn new(bed: &Bed, criu: &'a Criu, name: &str, kinds: &[Kind]) -> Result<Place<'a>> {
+        let dir = bed.path(name);
+        fs::create_dir_all(&dir)?;
+        let kinds = Kinds::start(&dir.join("load"), kinds)?;
+        Ok(Place { criu, dir, kinds })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    fn dump(&self, images: &Path) -> Dump<'a> {
+        Dump::new(self.criu, self.kinds.pid(), images)
+    }
+
+    /// Restores from `images`, and lets the process check itself.
+    fn restored(&self, images: &Path) -> Result<Said> {
+        let mut restored = Restore::new(self.criu, images).start()?;
+        restored.wait_until_resumed(LIMIT)?;
+        self.kinds.ask(1)?;
+        self.kinds.answer(1)
+    }
+
+    fn gone_and_restored(mut self, images: &Path) -> Result<Said> {
+        self.kinds.wait_until_gone()?;
+        self.restored(images)
+    }
+
+    /// Dumps to a page server with `options`, in `images`.
+    fn dump_to_server(&self, images: &Path, options: &[&str], parent: Option<&Path>) -> Result<()> {
+        let mut server = Options::new(images).with(options);
+        let mut dump = self.dump(images).leave_running();
+        if let Some(parent) = parent {
+            server = server.on_parent(parent);
+            if options.contains(&"--auto-dedup") {
+                tell_uptime(parent)?;
+                dump = dump.with(&["--prev-images-dir", &parent.to_string_lossy()]);
+            }
+        }
+        let server = PageServer::receiving(Make::Ours, &server)?;
+        dump.to(server.address()).run()?;
+        server.finish(LIMIT).map(drop)
+    }
+
+    /// Restores lazily with `client` from `source`; the process checks itself while its pages come and once
+    /// they are there. `checks_at_once` is false where a client is not ours and children may go wrong.
+    fn lazily(
+        &self,
+        images: &Path,
+        client: Make<'_>,
+        options: &[&str],
+        source: Option<SocketAddr>,
+        checks_at_once: bool,
+    ) -> Result<Said> {
+        let (first, last) = if checks_at_once { (1, 2) } else { (0, 1) };
+        if checks_at_once {
+            self.kinds.ask(first)?;
+        }
+        let options = Options::new(images).with(options).log_to("lazy.log");
+        let mut daemon = LazyDaemon::start(client, &options, source)?;
+        let mut restored = Restore::new(self.criu, images).lazily().start()?;
+        restored.wait_until_resumed(LIMIT)?;
+        let at_once = match checks_at_once {
+            true => self.kinds.answer(first)?,
+            false => Said::new(),
+        };
+        daemon.process().succeed(LIMIT)?;
+        self.kinds.ask(last)?;
+        let mut said = self.kinds.answer(last)?;
+        for (kind, wrong) in at_once {
+            let wrong = wrong.map(|wrong| format!("while pages come: {wrong}"));
+            let known = said.entry(kind).or_default();
+            *known = known.take().or(wrong);
+        }
+        drop(restored);
+        Ok(said)
+    }
+}
+
+/// Carries a process in one way.
+fn carry(place: &mut Place<'_>, way: Way) -> Result<Said> {
+    let (first, images) = (place.path("first"), place.path("images"));
+    match way.name {
+        "plain" => place.dump_to_server(&images, &[], None)?,
+        "dedup-content" | "auto-dedup" => {
+            place.dump_to_server(&first, &[], None)?;
+            let option = format!("--{}", way.name);
+            place.dump_to_server(&images, &[&option], Some(&first))?;
+        }
+        "compress" => {
+            place.dump_to_server(&images, &["--compress"], None)?;
+            Crit::fetched()?.decompress(&images)?;
+        }
+        "forward" => forward(place, &images)?,
+        _ => return lazily(place, way),
+    }
+    // What was dumped runs on, and would check itself as well.
+    place.kinds.stop()?;
+    place.restored(&images)
+}
+
+/// Through two page servers.
+fn forward(place: &Place<'_>, images: &Path) -> Result<()> {
+    let far = PageServer::receiving(Make::Ours, &Options::new(images).log_to("receive.log"))?;
+    let to = far.address().to_string();
+    let options = Options::new(place.path("forward")).with(&["--forward", &to]);
+    let near = PageServer::receiving(Make::Ours, &options)?;
+    place
+        .dump(images)
+        .leave_running()
+        .to(near.address())
+        .run()?;
+    near.finish(LIMIT)?;
+    far.finish(LIMIT).map(drop)
+}
+
+/// A dump that is over, in files, and a copy of it without the pages that come later.
+fn in_files(place: &mut Place<'_>) -> Result<[PathBuf; 2]> {
+    let [images, here] = ["images", "here"].map(|name| place.path(name));
+    place.dump(&images).leave_running().run()?;
+    place.kinds.stop()?;
+    ensure!(
+        copy_without_lazy_pages(&images, &here)? > 0,
+        "nothing to be missing"
+    );
+    Ok([images, here])
+}
+
+/// A dump that waits to be asked for its pages, and its address.
+fn waiting(place: &Place<'_>, images: &Path) -> Result<(Spawned, SocketAddr)> {
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
+    Ok((place.dump(images).serve_lazily(address)?, address))
+}
+
+fn lazily(place: &mut Place<'_>, way: Way) -> Result<Said> {
+    let slowly = ["--max-bandwidth", LAZY_RATE];
+    let images = place.path("images");
+    match way.name {
+        "served" | "lazy-page-server" => {
+            let [images, here] = in_files(place)?;
+            let options = Options::new(&images).log_to("serve.log");
+            let server = PageServer::serving(Make::Ours, &options)?;
+            match way.name {
+                "served" => {
+                    let criu = Make::Criu(place.criu);
+                    place.lazily(&here, criu, &[], Some(server.address()), false)
+                }
+                _ => place.lazily(&here, Make::Ours, &slowly, Some(server.address()), true),
+            }
+        }
+        "lazy-local" => {
+            let [images, _] = in_files(place)?;
+            place.lazily(&images, Make::Ours, &slowly, None, true)
+        }
+        "lazy-dump" => {
+            let (mut dump, address) = waiting(place, &images)?;
+            let said = place.lazily(&images, Make::Ours, &slowly, Some(address), true)?;
+            dump.succeed(LIMIT)?;
+            Ok(said)
+        }
+        _ => {
+            let earlier = place.path("earlier");
+            if way.name == "hybrid" {
+                place.dump_to_server(&earlier, &[], None)?;
+            }
+            let (mut dump, address) = waiting(place, &images)?;
+            let address = address.to_string();
+            let options = Options::new(&images).with(&["--forward-lazy", &address]);
+            let mut forwarder = PageServer::receiving(Make::Ours, &options.log_to("forward.log"))?;
+            let earlier = earlier.to_string_lossy();
+            let mut options = slowly.to_vec();
+            match way.name {
+                "forward-lazy" => {}
+                "ferry" => options.push("--ferry"),
+                _ => options.extend(["--ferry", "--prev-images-dir", &earlier]),
+            }
+            let source = Some(forwarder.address());
+            let said = place.lazily(&images, Make::Ours, &options, source, true)?;
+            dump.succeed(LIMIT)?;
+            forwarder.process().succeed(LIMIT)?;
+            Ok(said)
+        }
+    }
+}
