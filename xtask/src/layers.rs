@@ -346,7 +346,9 @@ fn circles(imports: &Imports) -> Vec<Vec<String>> {
     for start in imports.keys() {
         if let Some(way) = way_back(imports, start) {
             let names = way.iter().map(|module| module.join("::"));
-            found.insert(way.iter().cloned().collect(), names.collect());
+            let members = way.iter().cloned().collect();
+            // Each of them finds it: the first one's way is told.
+            found.entry(members).or_insert_with(|| names.collect());
         }
     }
     found.into_values().collect()
