@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::{Make, Options, PageServer};
@@ -207,12 +207,18 @@ fn a_full_control_group_is_waited_for() {
         let plan = plan(criu, Source::PageServer(Make::Ours), &options).over(slow_link());
         let mut moving = PostCopy::start(bed, &plan, spec(bed), &[])?;
         let group = MemoryGroup::new(4 << 20)?;
-        for pid in moving.restored.pids() {
-            group.put_in(pid)?;
+        // Who runs without memory for the kernel's own needs may end by itself.
+        let pids = moving.restored.pids();
+        for pid in &pids {
+            kill(*pid, Signal::SIGSTOP)?;
+            group.put_in(*pid)?;
         }
         wait_for_line(&mut moving, "no memory for the pages")?;
         let seq = moving.load.send(0, &verifying())?;
         group.limit(1 << 40)?;
+        for pid in &pids {
+            kill(*pid, Signal::SIGCONT)?;
+        }
         moving.daemon.process().succeed(GENEROUS)?;
         moving.load.receive(0, seq, GENEROUS)?.expect_right()?;
         let summary = summary::whole(&path)?;

@@ -263,6 +263,7 @@ impl World {
     fn send(&mut self, request: Request) {
         assert!(!self.paused.contains(&request.space), "it is paused");
         self.asked_pages += request.image.bytes() >> 12;
+        self.planner.sent(&request);
         self.on_the_way.push_back(request);
     }
 

@@ -411,6 +411,17 @@ impl Planner {
         self.space(id)?.arrived(image)
     }
 
+    /// `request` goes out: what it brings is on the way for all of the family that lack it.
+    pub fn sent(&mut self, request: &Request) {
+        let mut next = self.next_sibling(request.pid, None);
+        while let Some(id) = next {
+            if id != request.space {
+                self.pushed(id, request.image);
+            }
+            next = self.next_sibling(request.pid, Some(id));
+        }
+    }
+
     /// The first of the pages `image` that is on its way to `id`.
     pub fn on_the_way(&self, id: SpaceId, image: PageRange) -> Option<Piece> {
         self.space(id)?.on_the_way(image)

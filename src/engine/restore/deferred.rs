@@ -55,6 +55,7 @@ struct Pause {
 #[derive(Debug)]
 struct Stashed {
     id: SpaceId,
+    pid: u32,
     image: PageRange,
     bytes: Vec<u8>,
     way: Way,
@@ -66,6 +67,8 @@ pub(super) struct Deferred {
     paused: BTreeMap<SpaceId, Pause>,
     stash: VecDeque<Stashed>,
     stashed_bytes: u64,
+    /// What was kept for processes that have ended: children may wait for it.
+    left_over: Vec<Stashed>,
 }
 
 impl Deferred {
@@ -89,7 +92,8 @@ impl Deferred {
 
     pub(super) fn forget(&mut self, id: SpaceId) {
         self.paused.remove(&id);
-        drop(self.take_stashed(id));
+        let mut left_over = self.take_stashed(id);
+        self.left_over.append(&mut left_over);
     }
 
     /// Everything is tried again now.
@@ -155,8 +159,12 @@ impl Restore {
             return;
         }
         let bytes = bytes.to_vec();
+        let Some(pid) = self.processes.get(&id).map(|process| process.pid) else {
+            return;
+        };
         self.deferred.put(Stashed {
             id,
+            pid,
             image,
             bytes,
             way,
@@ -197,6 +205,16 @@ impl Restore {
 
     /// Tries again what was deferred for long enough.
     pub(super) fn resume_due(&mut self) -> Result<()> {
+        for Stashed {
+            pid,
+            image,
+            bytes,
+            way,
+            ..
+        } in std::mem::take(&mut self.deferred.left_over)
+        {
+            self.install_in_family(pid, None, image, &bytes, way)?;
+        }
         if self.deferred.paused.is_empty() {
             return Ok(());
         }
@@ -206,23 +224,23 @@ impl Restore {
             if obstacle == Obstacle::NoDescriptor {
                 if let Some(process) = self.processes.get(&id) {
                     let data = u64::from(id.0);
-                    watch(&self.faults_poll, &process.uffd, EpollFlags::EPOLLIN, data)?;
+                    // It is watched already if it could not be taken out.
+                    let _ = watch(&self.faults_poll, &process.uffd, EpollFlags::EPOLLIN, data);
                 }
                 self.read_events(id)?;
             }
             for Stashed {
                 id,
+                pid,
                 image,
                 bytes,
                 way,
             } in self.deferred.take_stashed(id)
             {
-                if self.deferred.is_paused(id) {
-                    self.stash(id, image, &bytes, way);
-                } else {
-                    self.planner.pushed(id, image);
-                    self.install(id, image, &bytes, way)?;
-                }
+                // Children that were forked meanwhile wait for the same.
+                self.planner.pushed(id, image);
+                self.install(id, image, &bytes, way)?;
+                self.install_in_family(pid, Some(id), image, &bytes, way)?;
             }
         }
         Ok(())
@@ -311,6 +329,7 @@ mod tests {
         for (id, page) in [(3, 1), (4, 1), (3, 2)] {
             deferred.put(Stashed {
                 id: SpaceId(id),
+                pid: 1,
                 image: PageRange::new(page << 12, (page + 1) << 12),
                 bytes: vec![0; 4096],
                 way: Way::Local,
@@ -324,6 +343,7 @@ mod tests {
         assert_eq!(deferred.stashed_bytes, 4096);
         deferred.forget(SpaceId(4));
         assert_eq!(deferred.stashed_bytes, 0);
+        assert_eq!(deferred.left_over.len(), 1, "its children may need it");
     }
 
     #[test]

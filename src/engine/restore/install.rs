@@ -53,7 +53,9 @@ impl Restore {
         way: Way,
     ) -> Result<()> {
         if self.deferred.is_paused(id) {
-            self.stash(id, image, bytes, way);
+            if self.planner.arrived(id, image).is_some() {
+                self.stash(id, image, bytes, way);
+            }
             return Ok(());
         }
         let mut limit = self.step_bytes();

@@ -263,6 +263,7 @@ impl Restore {
                 break;
             };
             link.ask(request, now_us);
+            self.planner.sent(&request);
             asked = true;
             if let Some(fault) = pair.fault.as_mut().filter(|fault| !fault.asked) {
                 fault.asked = true;
@@ -310,6 +311,7 @@ impl Restore {
             let Some(pair) = &mut self.links.pair else {
                 break;
             };
+            self.planner.sent(&request);
             if let Some(limit) = &mut self.limit {
                 limit.spend(request.image.bytes());
             }
