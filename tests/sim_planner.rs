@@ -282,9 +282,10 @@ impl World {
     fn install_in_family(&mut self, pid: u32, image: PageRange, way: Way) {
         let mut next = self.planner.next_sibling(pid, None);
         while let Some(id) = next {
-            self.planner.pushed(id, image);
-            while let Some(piece) = self.planner.arrived(id, image) {
-                self.fill(id, piece.at, piece.image, way);
+            if self.planner.shares(id, image) {
+                while let Some(piece) = self.planner.arrived(id, image) {
+                    self.fill(id, piece.at, piece.image, way);
+                }
             }
             next = self.planner.next_sibling(pid, Some(id));
         }
@@ -377,7 +378,13 @@ impl World {
         let first = request.image.start().get() >> 12;
         let got = count.min(asked);
         let image = pages(first, got);
-        self.install_in_family(request.pid, image, Way::Fetched(request.class));
+        // Whoever asked comes first.
+        let way = Way::Fetched(request.class);
+        self.planner.pushed(request.space, image);
+        while let Some(piece) = self.planner.arrived(request.space, image) {
+            self.fill(request.space, piece.at, piece.image, way);
+        }
+        self.install_in_family(request.pid, image, way);
         if got < asked {
             self.planner
                 .give_back(request.pid, pages(first + got, asked - got));
@@ -484,7 +491,7 @@ fn storm(forks: u64, lifetime: usize, stream_every: u64) -> World {
 #[test]
 fn children_that_end_soon_cost_the_source_nothing() {
     let alone = storm(0, 0, 1).planner.total_pages();
-    for lifetime in [0, 1, 5, 40] {
+    for lifetime in [0, 1, 5, 12] {
         let mut world = storm(500, lifetime, 9);
         let living = world.memories.len() as u64;
         assert!(living <= lifetime as u64 + 1, "{living} live");
@@ -499,6 +506,18 @@ fn children_that_end_soon_cost_the_source_nothing() {
             remote / 2
         );
         assert_eq!(world.planner.counts().settled(), alone);
+    }
+}
+
+#[test]
+fn many_children_get_what_they_wait_for() {
+    // More than get all that comes.
+    let mut world = storm(300, 60, 9);
+    assert_eq!(world.memories.len(), 61);
+    world.drain();
+    for (id, memory) in &world.memories {
+        let missing = memory.values().any(|page| matches!(page, Page::Missing(_)));
+        assert!(!missing, "{id:?} lacks a page");
     }
 }
 

@@ -49,6 +49,10 @@ impl Request {
     }
 }
 
+/// Members of a family that get all that comes for one of them, the oldest. A younger one gets what its threads
+/// wait for: most end before they need more, and each copy costs time.
+const SHARING_MAX: usize = 16;
+
 /// How a page came to be where it is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Way {
@@ -411,15 +415,32 @@ impl Planner {
         self.space(id)?.arrived(image)
     }
 
-    /// `request` goes out: what it brings is on the way for all of the family that lack it.
+    /// `request` goes out: what it brings is on the way for those of the family that get all that comes.
     pub fn sent(&mut self, request: &Request) {
-        let mut next = self.next_sibling(request.pid, None);
-        while let Some(id) = next {
-            if id != request.space {
-                self.pushed(id, request.image);
+        let family = self.families.get(&request.pid).into_iter().flatten();
+        for id in family.take(SHARING_MAX) {
+            if *id != request.space
+                && let Some(member) = self.spaces.get_mut(id)
+            {
+                member.space.pushed(request.image);
             }
-            next = self.next_sibling(request.pid, Some(id));
         }
+    }
+
+    /// Whether `id` gets the pages `image`, which came for another one of its family: if a thread waits for one,
+    /// or if it is one of the oldest. To others they are not on the way any more.
+    pub fn shares(&mut self, id: SpaceId, image: PageRange) -> bool {
+        let Some(member) = self.spaces.get_mut(&id) else {
+            return false;
+        };
+        let family = self.families.get(&member.space.pid());
+        let mut oldest = family.into_iter().flatten().take(SHARING_MAX);
+        let shares = oldest.any(|one| *one == id) || member.space.awaits(image);
+        match shares {
+            true => member.space.pushed(image),
+            false => member.space.give_back(image),
+        }
+        shares
     }
 
     /// The first of the pages `image` that is on its way to `id`.

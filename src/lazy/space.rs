@@ -510,6 +510,24 @@ impl Space {
         on_the_way.or_else(|| self.unreadable.find_image(image))
     }
 
+    /// Whether a thread waits for one of the pages `image`.
+    pub fn awaits(&self, image: PageRange) -> bool {
+        if self.waiting.is_empty() {
+            return false;
+        }
+        let awaited_in = |map: &ExtentMap<ImageIndex>| {
+            let mut rest = image;
+            while let Some(piece) = map.find_image(rest) {
+                if self.first_awaited(piece.at).is_some() {
+                    return true;
+                }
+                rest = PageRange::new(piece.image_range().end().get(), rest.end().get());
+            }
+            false
+        };
+        awaited_in(&self.flight) || awaited_in(&self.remote) || awaited_in(&self.unreadable)
+    }
+
     /// The first of the pages `image` that is on the way.
     pub fn on_the_way(&self, image: PageRange) -> Option<Piece> {
         self.flight.find_image(image)

@@ -115,8 +115,7 @@ impl Restore {
     ) -> Result<()> {
         let mut next = self.planner.next_sibling(pid, None);
         while let Some(id) = next {
-            if served != Some(id) {
-                self.planner.pushed(id, image);
+            if served != Some(id) && self.planner.shares(id, image) {
                 self.install(id, image, bytes, way)?;
             }
             // Those who were forked meanwhile come behind.

@@ -407,6 +407,7 @@ impl Restore {
             Step::Pages { tag, image, bytes } => {
                 let (way, bytes) = (Way::Fetched(tag.request.class), &unread[bytes.clone()]);
                 // Whoever asked comes first.
+                self.planner.pushed(tag.request.space, *image);
                 self.install(tag.request.space, *image, bytes, way)?;
                 let Request { pid, space, .. } = tag.request;
                 self.install_in_family(pid, Some(space), *image, bytes, way)
