@@ -62,6 +62,9 @@ const RECEIVE_BYTES_MAX: usize = 40 << 20;
 const _: () =
     assert!(RECEIVE_SESSIONS_MAX * RECEIVE_BUFFERS_MAX * RECEIVE_BUFFER_BYTES <= RECEIVE_BYTES_MAX);
 
+/// Longest configuration file in CRIU's format, bytes. CRIU has no limit; real ones have some hundred.
+pub const CONFIG_FILE_BYTES_MAX: usize = 1 << 20;
+
 /// Longest message of a remote procedure call, bytes. Requests for page servers take a few hundred.
 pub const RPC_MESSAGE_BYTES_MAX: usize = 64 << 10;
 

@@ -109,6 +109,7 @@ fn page_server_in_the_background(bed: &Bed, criu: &Criu) -> Result<()> {
     let mut command = Command::new(workspace::binary("page-server")?);
     command.args([
         "--no-default-config",
+        "--tcp-close",
         "-v4",
         "page-server",
         "-o",
@@ -121,7 +122,7 @@ fn page_server_in_the_background(bed: &Bed, criu: &Criu) -> Result<()> {
     Dump::new(criu, load.pid(), &images).to(address).run()?;
     server.wait_for_end()?;
     load.wait_until_gone()?;
-    log_says(&work.join("server.log"), "no-default-config")?;
+    log_says(&work.join("server.log"), "tcp-close")?;
     let _restored = Restore::new(criu, &images).run()?;
     load.run(0, &[Step::Verify(Pass::full(Order::Random))])?
         .expect_right()

@@ -38,7 +38,7 @@ fn main() -> ExitCode {
             }
         };
     }
-    daemon::run(&parsed.args.common, &parsed.skipped, |daemon| {
+    daemon::run(&parsed.args.common, &parsed.remarks, |daemon| {
         restore(&parsed.args, daemon)
     })
 }

@@ -54,7 +54,7 @@ const ACTIONS: &[Action] = &[
 ];
 
 fn main() -> ExitCode {
-    let Parsed { mut args, skipped } = match command_line::parse::<Args>(ACTIONS, args_os()) {
+    let Parsed { mut args, remarks } = match command_line::parse::<Args>(ACTIONS, args_os()) {
         Ok(parsed) => parsed,
         Err(error) => return ExitCode::from(error.report()),
     };
@@ -67,7 +67,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let code = daemon::run(&args.common, &skipped, |daemon| {
+    let code = daemon::run(&args.common, &remarks, |daemon| {
         // Before any thread is started, so that none is ended by a signal.
         block_stop_signals()?;
         let mut start = Start {

@@ -8,11 +8,14 @@
 //! Rules of getopt_long that CRIU users rely on: letters may be joined (`-dvv`; a letter with a value
 //! takes the rest of the row), values follow or are attached, long names may be shortened while they
 //! are unique, words may stand between options, and `--no-NAME` turns a switch off. What CRIU knows and
-//! this program does not is skipped with a warning; what neither knows is an error.
+//! this program does not is skipped with a warning; what neither knows is an error. Configuration files
+//! and requests are read as further command lines, before and after this one ([`super::settings`]).
 
 mod error;
 
-use std::collections::BTreeSet;
+mod files;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
@@ -20,6 +23,9 @@ use clap::{ArgAction, Parser};
 
 use super::criu_options::{LONG, SHORT, Value};
 use super::log::VERBOSITY_DEFAULT;
+use super::settings::{
+    ConfigFile, Environment, Named, RequestedSettings, config_files, leading_number,
+};
 pub use error::CommandLineError;
 
 /// A word among the options that says what the program is to do.
@@ -45,38 +51,87 @@ const ACTIONS_ELSEWHERE: &[(&str, &str)] = &[
     ("cpuinfo", "criu"),
 ];
 
+/// Options with numbers: in a configuration file CRIU takes what a value begins with for the number.
+const NUMBERS: &[&str] = &["port", "ps-socket", "status-fd"];
+
+/// Options about configuration files: they have been obeyed before the command line is read.
+const READ_BEFORE: &[&str] = &["config", "no-default-config"];
+
 /// A parsed command line.
 #[derive(Debug)]
 pub struct Parsed<A> {
     /// The program's own arguments.
     pub args: A,
-    /// Options of CRIU's that mean nothing here, for a warning.
-    pub skipped: Vec<String>,
+    /// What is to be said of them.
+    pub remarks: Remarks,
 }
 
-/// Reads `argv` (the program's name first) for a program with the given `actions`.
+/// What is to be said of a command line once there is a log.
+#[derive(Default, Debug)]
+pub struct Remarks {
+    /// Options of CRIU's on the command line that mean nothing here.
+    pub skipped: BTreeSet<String>,
+    /// What a configuration file says that may be a mistake.
+    pub warnings: Vec<String>,
+    /// Which configuration files were read, and what in them counts.
+    pub notes: Vec<String>,
+}
+
+/// Reads `argv` (the program's name first) for a program with the given `actions`, and the configuration
+/// files that CRIU would read.
+///
+/// # Errors
+///
+/// The command line or a file cannot be understood, or asks for help.
 pub fn parse<A: Parser>(
     actions: &[Action],
     argv: impl IntoIterator<Item = OsString>,
 ) -> Result<Parsed<A>, CommandLineError> {
+    let environment = Environment::of_process();
+    parse_with(actions, argv, &environment, &RequestedSettings::default())
+}
+
+/// The same with the configuration files that `environment` leads to, and with what a request asks for.
+///
+/// # Errors
+///
+/// As those of [`parse`].
+pub fn parse_with<A: Parser>(
+    actions: &[Action],
+    argv: impl IntoIterator<Item = OsString>,
+    environment: &Environment,
+    request: &RequestedSettings,
+) -> Result<Parsed<A>, CommandLineError> {
     let command = A::command();
-    let mut words = argv.into_iter();
+    let mut argv = argv.into_iter();
     let mut reader = Reader {
         own: own_options(&command),
         gathered: gathered_options(&command),
         actions,
-        tidy: vec![words.next().unwrap_or_default()],
-        skipped: BTreeSet::new(),
+        tidy: vec![argv.next().unwrap_or_default()],
         verbosity: None,
         action: None,
+        place: None,
+        places: BTreeMap::new(),
+        remarks: Remarks::default(),
     };
-    reader.read(&mut words)?;
-    if let Some(verbosity) = reader.verbosity {
-        reader.tidy.push(format!("--verbosity={verbosity}").into());
+    let argv: Vec<OsString> = argv.collect();
+    for file in config_files(environment, &argv) {
+        reader.file(&file)?;
     }
-    let args = A::try_parse_from(reader.tidy)?;
-    let skipped = reader.skipped.into_iter().collect();
-    Ok(Parsed { args, skipped })
+    reader.read(&mut argv.into_iter())?;
+    for option in &request.replaced {
+        reader.forget(option);
+    }
+    reader.read(&mut request.words.iter().cloned())?;
+    if let Some(path) = request.config_file.clone() {
+        reader.file(&ConfigFile {
+            path,
+            named: Named::InRequest,
+        })?;
+    }
+    reader.give_way(&command);
+    reader.finish()
 }
 
 /// Names and aliases of the program's long options.
@@ -112,9 +167,13 @@ struct Reader<'a> {
     gathered: BTreeSet<String>,
     actions: &'a [Action],
     tidy: Vec<OsString>,
-    skipped: BTreeSet<String>,
     verbosity: Option<u32>,
     action: Option<String>,
+    /// The configuration file and line that is being read.
+    place: Option<String>,
+    /// Options whose values come from configuration files, with their places.
+    places: BTreeMap<String, String>,
+    remarks: Remarks,
 }
 
 impl Reader<'_> {
@@ -123,7 +182,12 @@ impl Reader<'_> {
         while let Some(word) = words.next() {
             let bytes = word.as_bytes();
             if only_words || bytes == b"-" || !bytes.starts_with(b"-") {
-                self.word(&word, words)?;
+                match &self.place {
+                    Some(place) => self.ignore_word(&place.clone(), &word),
+                    None => self.word(&word, words)?,
+                }
+            } else if bytes == b"--" && self.place.is_some() {
+                return Err(CommandLineError::EndInFile);
             } else if bytes == b"--" {
                 only_words = true;
             } else if let Some(long) = bytes.strip_prefix(b"--") {
@@ -179,12 +243,17 @@ impl Reader<'_> {
         };
         let given = String::from_utf8_lossy(name);
         let (name, value, negated) = self.resolve(&given)?;
+        // One switch under two names: either turns off what the other turned on.
+        let name = if name == "restore-detached" {
+            "daemon".to_owned()
+        } else {
+            name
+        };
         if negated {
             if attached.is_some() {
                 return Err(CommandLineError::ValueTooMuch(format!("--no-{name}")));
             }
-            let switch = OsString::from(format!("--{name}"));
-            self.tidy.retain(|word| *word != switch);
+            self.forget(&name);
             return Ok(());
         }
         self.option(&name, value, attached, words)
@@ -202,11 +271,14 @@ impl Reader<'_> {
         if let Some((name, Value::Switch)) = given.strip_prefix("no-").and_then(exact) {
             return Ok((name.to_owned(), Value::Switch, true));
         }
-        let candidates: BTreeSet<&str> = known
-            .iter()
-            .map(|(name, _)| *name)
-            .filter(|name| !given.is_empty() && name.starts_with(given))
-            .collect();
+        // A configuration file is CRIU's as well, for whom a name is short enough if it is CRIU's only one.
+        let of_criu = |name: &&str| LONG.iter().any(|(criu, _)| criu == name);
+        let starts = |name: &&str| !given.is_empty() && name.starts_with(given);
+        let names = known.iter().map(|(name, _)| *name).filter(starts);
+        let mut candidates: BTreeSet<&str> = names.collect();
+        if self.place.is_some() && candidates.iter().any(of_criu) {
+            candidates.retain(of_criu);
+        }
         let mut names = candidates.iter();
         match (names.next(), names.next()) {
             (None, _) => Err(CommandLineError::Unknown(format!("--{given}"))),
@@ -273,11 +345,29 @@ impl Reader<'_> {
             (_, attached) => attached,
         };
         if self.own.iter().any(|(own, _)| own == name) {
-            self.push(name, argument.as_deref());
-        } else {
-            self.skipped.insert(shown);
+            let in_file = self.place.is_some();
+            let number = argument
+                .as_deref()
+                .filter(|_| in_file && NUMBERS.contains(&name))
+                .map(leading_number);
+            if name == "port" && number.as_deref() == Some("0") {
+                return Err(CommandLineError::PortInFile);
+            }
+            let number = number.map(OsString::from);
+            self.push(name, number.as_deref().or(argument.as_deref()));
+        } else if self.place.is_none() && !READ_BEFORE.contains(&name) {
+            self.remarks.skipped.insert(shown);
         }
         Ok(())
+    }
+
+    /// The option as if it had not been given.
+    fn forget(&mut self, name: &str) {
+        let (switch, head) = (format!("--{name}"), format!("--{name}="));
+        self.tidy.retain(|word| {
+            word.as_bytes() != switch.as_bytes() && !word.as_bytes().starts_with(head.as_bytes())
+        });
+        self.places.remove(name);
     }
 
     fn push(&mut self, name: &str, argument: Option<&OsStr>) {
@@ -294,6 +384,10 @@ impl Reader<'_> {
             });
         }
         self.tidy.push(word);
+        match &self.place {
+            Some(place) => self.places.insert(name.to_owned(), place.clone()),
+            None => self.places.remove(name),
+        };
     }
 
     /// `-v` is one more than the level so far, `-vvv` three more, `-v3` is three.
@@ -303,6 +397,8 @@ impl Reader<'_> {
         let level = if text.bytes().all(|byte| byte == b'v') {
             let more = u32::try_from(text.len()).unwrap_or(u32::MAX);
             now.saturating_add(1).saturating_add(more)
+        } else if self.place.is_some() {
+            leading_number(OsStr::new(&*text)).parse().unwrap_or(0)
         } else {
             text.parse()
                 .map_err(|_| CommandLineError::Verbosity(text.into_owned()))?
@@ -313,150 +409,4 @@ impl Reader<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::path::PathBuf;
-
-    use super::*;
-    use crate::daemon::CommonArgs;
-
-    #[derive(Parser, Debug)]
-    struct Args {
-        #[command(flatten)]
-        common: CommonArgs,
-        #[arg(long)]
-        keep: bool,
-        #[arg(long)]
-        swrk: Option<i32>,
-        #[arg(long)]
-        allow: Vec<String>,
-    }
-
-    const ACTIONS: &[Action] = &[
-        Action {
-            word: "page-server",
-            operand_option: None,
-        },
-        Action {
-            word: "swrk",
-            operand_option: Some("swrk"),
-        },
-    ];
-
-    fn read(line: &str) -> Result<Parsed<Args>, CommandLineError> {
-        let words = line.split_whitespace().map(OsString::from);
-        parse(ACTIONS, std::iter::once("x".into()).chain(words))
-    }
-
-    #[test]
-    fn the_action_may_stand_anywhere_but_only_once() {
-        for line in [
-            "page-server -D img -o log",
-            "-D img page-server -o log",
-            "-D img -o log page-server",
-            "-D img -o log",
-            "-o log -D img -- page-server",
-        ] {
-            let args = read(line).unwrap().args;
-            assert_eq!(args.common.images_dir, PathBuf::from("img"), "{line}");
-            assert_eq!(args.common.log_file, Some(PathBuf::from("log")), "{line}");
-        }
-        assert!(matches!(
-            read("page-server page-server"),
-            Err(CommandLineError::Word(_))
-        ));
-        assert_eq!(read("swrk 3").unwrap().args.swrk, Some(3));
-        assert!(matches!(
-            read("swrk"),
-            Err(CommandLineError::ValueMissing(_))
-        ));
-        let mixed_up = read("lazy-pages -D img").unwrap_err().to_string();
-        assert!(mixed_up.contains("lazy-client"), "{mixed_up}");
-    }
-
-    #[test]
-    fn letters_join_and_values_attach() {
-        let common = read("-dvv -Dimg -Wwork --port=7 --address ::1 -olog")
-            .unwrap()
-            .args
-            .common;
-        assert!(common.daemon);
-        assert_eq!(common.verbosity, 4);
-        assert_eq!(common.images_dir, PathBuf::from("img"));
-        assert_eq!(common.work_dir, Some(PathBuf::from("work")));
-        assert_eq!(
-            (common.port, common.address.as_deref()),
-            (Some(7), Some("::1"))
-        );
-        assert!(read("--restore-detached").unwrap().args.common.daemon);
-        assert!(!read("-d --no-daemon").unwrap().args.common.daemon);
-        let last = read("-D a --allow x -D b --allow y -d -d").unwrap().args;
-        assert_eq!(last.common.images_dir, PathBuf::from("b"));
-        assert_eq!(last.allow, ["x", "y"]);
-    }
-
-    #[test]
-    fn verbosity_is_spelled_as_for_criu() {
-        for (line, level) in [
-            ("", 2),
-            ("-v", 3),
-            ("-vv", 4),
-            ("-v -v", 4),
-            ("-vvvv", 6),
-            ("-v4", 4),
-            ("-v0", 0),
-            ("--verbosity", 3),
-            ("--verbosity=1", 1),
-        ] {
-            assert_eq!(read(line).unwrap().args.common.verbosity, level, "{line}");
-        }
-        // In CRIU too the 4 of "-v 4" is a word of its own, and one too many.
-        assert!(matches!(
-            read("page-server -v 4"),
-            Err(CommandLineError::Word(_))
-        ));
-        assert!(matches!(read("-vx"), Err(CommandLineError::Verbosity(_))));
-    }
-
-    #[test]
-    fn options_of_criu_are_skipped_with_their_values() {
-        let parsed = read(
-            "--ghost-limit 1M -t 77 -j --keep --manage-cgroups --no-default-config --config x \
-             --manage-cgroups=soft --ext -D img --no-track-mem",
-        );
-        assert!(matches!(parsed, Err(CommandLineError::Ambiguous { .. })));
-        let parsed = read(
-            "--ghost-limit 1M -t 77 -j --keep --manage-cgroups --no-default-config --config x \
-             --manage-cgroups=soft --externa veth -D img --no-track-mem",
-        )
-        .unwrap();
-        assert!(parsed.args.keep);
-        assert_eq!(parsed.args.common.images_dir, PathBuf::from("img"));
-        let skipped = parsed.skipped.join(" ");
-        assert_eq!(
-            skipped,
-            "--config --external --ghost-limit --manage-cgroups --no-default-config --shell-job --tree"
-        );
-    }
-
-    #[test]
-    fn what_neither_knows_is_an_error() {
-        for line in ["--bogus", "-Z", "--no-bogus", "--no-port", "--=x"] {
-            assert!(
-                matches!(read(line), Err(CommandLineError::Unknown(_))),
-                "{line}"
-            );
-        }
-        assert!(matches!(
-            read("--daemon=yes"),
-            Err(CommandLineError::ValueTooMuch(_))
-        ));
-        assert!(matches!(
-            read("--port"),
-            Err(CommandLineError::ValueMissing(_))
-        ));
-        assert!(matches!(
-            read("--port many"),
-            Err(CommandLineError::Parser(_))
-        ));
-    }
-}
+mod tests;

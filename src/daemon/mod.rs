@@ -12,9 +12,11 @@
 //! no thread is started before the fork.
 
 pub mod command_line;
+pub mod config_file;
 mod criu_options;
 mod log;
 mod pidfile;
+pub mod settings;
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -31,6 +33,7 @@ use nix::unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, setsid}
 use crate::engine::io::transport::parse_host;
 use crate::error::{Error, Kind, Result};
 use crate::sys::process::{fork_single_threaded, inherited_descriptor};
+use command_line::Remarks;
 use log::{Log, VERBOSITY_DEFAULT};
 
 /// The options that both daemons share with each other and with CRIU.
@@ -95,10 +98,10 @@ pub struct Daemon {
 /// error goes to the log, and to standard error as well if that is another place.
 pub fn run(
     args: &CommonArgs,
-    skipped: &[String],
+    remarks: &Remarks,
     body: impl FnOnce(&mut Daemon) -> Result<()>,
 ) -> ExitCode {
-    let mut daemon = match Daemon::enter(args, skipped) {
+    let mut daemon = match Daemon::enter(args, remarks) {
         Ok(daemon) => daemon,
         Err(error) => {
             eprintln!("error: {error}");
@@ -118,9 +121,8 @@ pub fn run(
 }
 
 impl Daemon {
-    /// Enters the work directory and opens the log there, as `args` say, and warns of the options
-    /// that were `skipped`.
-    fn enter(args: &CommonArgs, skipped: &[String]) -> Result<Daemon> {
+    /// Enters the work directory and opens the log there, as `args` say, and tells the `remarks`.
+    fn enter(args: &CommonArgs, remarks: &Remarks) -> Result<Daemon> {
         let images_dir = existing_dir(&args.images_dir, "images directory (-D)")?;
         let work_dir = match &args.work_dir {
             Some(dir) => existing_dir(dir, "work directory (-W)")?,
@@ -134,8 +136,14 @@ impl Daemon {
         }
         let log = Log::start(args.log_file.as_deref(), args.verbosity)?;
         raise_descriptor_limit();
-        for option in skipped {
+        for option in &remarks.skipped {
             tracing::warn!("{option} is an option of CRIU's that means nothing here: ignored");
+        }
+        for warning in &remarks.warnings {
+            tracing::warn!("{warning}");
+        }
+        for note in &remarks.notes {
+            tracing::info!("{note}");
         }
         Ok(Daemon {
             images_dir,

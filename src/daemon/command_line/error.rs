@@ -36,6 +36,34 @@ pub enum CommandLineError {
         /// Who does it.
         program: &'static str,
     },
+    /// A port in a configuration file that is none.
+    #[error(
+        "the port is no number from 1 on (a free one is taken with --port 0 on the command line)"
+    )]
+    PortInFile,
+    /// Two dashes in a configuration file.
+    #[error(
+        "a word of two dashes: CRIU would skip the rest of the file, whatever it says; take it out"
+    )]
+    EndInFile,
+    /// A value that configures security and that CRIU reads otherwise than it is written.
+    #[error(
+        "CRIU would take {obeyed:?} for the value {written:?}: write it so that both are the same"
+    )]
+    Doubtful {
+        /// What CRIU obeys.
+        obeyed: String,
+        /// What stands there.
+        written: String,
+    },
+    /// A configuration file that cannot be used.
+    #[error("configuration file {place}: {error}")]
+    File {
+        /// The file, with a line if it is one.
+        place: String,
+        /// What is wrong.
+        error: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// What our own parser says, also the text of `--help`.
     #[error(transparent)]
     Parser(#[from] clap::Error),

@@ -1,0 +1,165 @@
+//! CRIU's configuration files mean the same to our daemons as to a real CRIU: both are started with the same
+//! generated files in all the places where CRIU looks, and what they listen on, how, and which files
+//! they write is compared.
+
+mod config;
+
+use std::fs;
+
+use anyhow::{Result, ensure};
+use config::{Outcome, Settings, Stage, generated};
+use testbed::bed::Bed;
+use testbed::criu::{Criu, Suite};
+use testbed::daemons::Make;
+use testbed::for_each_criu;
+use testbed::load::Load;
+use testbed::load::spec::LoadSpec;
+use testbed::migration::{Dump, Restore};
+use testbed::net::free_port;
+use testbed::pki::{Authority, Host};
+use testbed::process::Spawned;
+use testbed::suite::with_criu;
+use testbed::wait::GENEROUS;
+use testbed::workspace::binary;
+
+for_each_criu!(
+    generated_files_mean_what_they_mean_to_criu,
+    one_file_secures_a_dump_and_its_page_server,
+);
+
+/// How many generated sets of files are compared.
+const GENERATED: u64 = 16;
+
+/// Every rule of the format and of the order of files, by hand.
+#[test]
+fn files_mean_what_they_mean_to_criu() {
+    with_criu(Suite::Sid, |bed, criu| {
+        compare(bed, criu, config::by_hand())
+    });
+}
+
+fn generated_files_mean_what_they_mean_to_criu(bed: &Bed, criu: &Criu) -> Result<()> {
+    // Others for each version.
+    let seed = u64::from(criu.release()?.1) * GENERATED;
+    compare(bed, criu, (seed..seed + GENERATED).map(generated))
+}
+
+fn compare(bed: &Bed, criu: &Criu, all: impl IntoIterator<Item = Settings>) -> Result<()> {
+    let stage = Stage::new(bed)?;
+    let mut differences = Vec::new();
+    for settings in all {
+        let theirs = stage.page_server(Make::Criu(criu), &settings)?;
+        let ours = stage.page_server(Make::Ours, &settings)?;
+        let stricter = match (&ours, &theirs) {
+            (Outcome::Refused(why), Outcome::Listens { .. }) => is_documented(why),
+            _ => false,
+        };
+        if !stricter && ours != theirs {
+            differences.push(format!("{settings:#?}\nCRIU: {theirs:?}\nours: {ours:?}"));
+        }
+    }
+    ensure!(differences.is_empty(), "{}", differences.join("\n\n"));
+    Ok(())
+}
+
+/// Refusals of what CRIU would take for something else than it says, or take half of.
+fn is_documented(why: &str) -> bool {
+    [
+        "needs a value",
+        "two dashes",
+        "write it so that both are the same",
+    ]
+    .iter()
+    .any(|reason| why.contains(reason))
+}
+
+/// `tls` in a file was lost, and memory travelled in plain text.
+fn one_file_secures_a_dump_and_its_page_server(bed: &Bed, criu: &Criu) -> Result<()> {
+    let pki = bed.path("pki");
+    fs::create_dir_all(&pki)?;
+    let keys = Authority::new(&pki, "ca")?.issue(&Host::LOOPBACK)?;
+    let config = bed.path("criu.conf");
+    let port = free_port()?;
+    let files = [
+        ("tls-cacert", &keys.cacert),
+        ("tls-cert", &keys.cert),
+        ("tls-key", &keys.key),
+    ];
+    let files = files
+        .map(|(name, path)| format!("{name} \"{}\"", path.display()))
+        .join("\n");
+    fs::write(
+        &config,
+        format!("# for both ends\ntls\n{files}\naddress 127.0.0.1\nport {port}\n"),
+    )?;
+
+    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), 16), None)?;
+    let images = bed.path("images");
+    fs::create_dir_all(&images)?;
+    let mut command = std::process::Command::new(binary("page-server")?);
+    command
+        .arg("-D")
+        .arg(&images)
+        .arg("--config")
+        .arg(&config)
+        .args(["-v4", "-o", "server.log"]);
+    let log = images.join("server.log");
+    let mut server = Spawned::start_ready("page-server", &mut command, log.clone())?;
+    let config = config.to_string_lossy().into_owned();
+    let dump = Dump::new(criu, load.pid(), &images).with(&["--page-server", "--config", &config]);
+    dump.run()?;
+    server.succeed(GENEROUS)?;
+    let said = fs::read_to_string(&log)?;
+    ensure!(said.contains("criu.conf"), "{said}");
+    load.wait_until_gone()?;
+    let _restored = Restore::new(criu, &images).run()?;
+    load.expect_first_memory().map(drop)
+}
+
+/// What our programs alone say of files.
+#[test]
+fn a_file_that_is_named_in_vain_is_told() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let run = |program: &str, config: &str| -> Result<String> {
+        let mut command = std::process::Command::new(binary(program)?);
+        command
+            .arg("-D")
+            .arg(dir.path())
+            .args(["--config", config, "--port", "not-a-port"]);
+        let output = command.env_remove("CRIU_CONFIG_FILE").output()?;
+        ensure!(!output.status.success());
+        Ok(String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let config = dir.path().join("conf").display().to_string();
+    for (text, said) in [
+        ("tsl\n", "line 1: unknown option"),
+        ("\nport\n", "line 2: option \"--port\" needs a value"),
+        (
+            "tls-key \"/pki/a#b\"\n",
+            "line 1: CRIU would take \"/pki/a\"",
+        ),
+        ("tls --\nport 7\n", "line 1: a word of two dashes"),
+        ("port 70000\n", "line 1"),
+        ("port many\n", "line 1: the port is no number"),
+    ] {
+        fs::write(&config, text)?;
+        for program in ["page-server", "lazy-client"] {
+            let mut command = std::process::Command::new(binary(program)?);
+            command
+                .arg("-D")
+                .arg(dir.path())
+                .args(["--config", &config]);
+            let output = command.output()?;
+            let error = String::from_utf8_lossy(&output.stderr);
+            ensure!(!output.status.success(), "{program} takes {text:?}");
+            ensure!(
+                error.contains(&config) && error.contains(said),
+                "{program}: {text:?}: {error}"
+            );
+        }
+    }
+    // A directory is no file, and whoever named it meant something.
+    let error = run("page-server", &dir.path().display().to_string())?;
+    ensure!(error.contains("configuration file"), "{error}");
+    Ok(())
+}
