@@ -24,6 +24,7 @@ use testbed::workspace::binary;
 for_each_criu!(
     a_server_in_the_background_receives_a_dump,
     a_child_server_receives_a_dump,
+    a_file_of_the_request_has_the_last_word,
 );
 
 const MIB: u32 = 32;
@@ -116,4 +117,46 @@ fn a_child_server_receives_a_dump(bed: &Bed, criu: &Criu) -> Result<()> {
         ensure!(ended.success && ended.status == Some(0), "{ended:?}");
         swrk.finish()
     })
+}
+
+/// What runc and crun do with /etc/criu/runc.conf and crun.conf. CRIU is asked the same.
+fn a_file_of_the_request_has_the_last_word(bed: &Bed, criu: &Criu) -> Result<()> {
+    for (name, make) in [("ours", Make::Ours), ("criu", Make::Criu(criu))] {
+        let path = |suffix: &str| bed.path(&format!("{name}-{suffix}"));
+        let (asked, obeyed, file) = (path("asked"), path("obeyed"), path("runc.conf"));
+        fs::create_dir_all(&asked)?;
+        fs::create_dir_all(&obeyed)?;
+        let text = "address 127.0.0.1\nlog-file obeyed.log\nno-auto-dedup";
+        // (4.1.1 refuses any images-dir here.)
+        fs::write(&file, format!("work-dir {}\n{text}\n", obeyed.display()))?;
+        let dir = File::open(&asked)?;
+        let swrk = start(make)?;
+        let answer = swrk.ask(&Request {
+            kind: kind::PAGE_SERVER_CHLD,
+            keep_open: Some(true),
+            options: Some(Options {
+                images_dir_fd: dir.as_raw_fd(),
+                auto_dedup: Some(true),
+                log_file: Some("asked.log".to_owned()),
+                config_file: Some(file.display().to_string()),
+                server: Some(ServerInfo {
+                    // No address of this host.
+                    address: Some("192.0.2.1".to_owned()),
+                    port: Some(0),
+                    ..ServerInfo::default()
+                }),
+                ..Options::default()
+            }),
+            ..Request::default()
+        })?;
+        ensure!(answer.success, "{name}: {answer:?}");
+        let pid = answer
+            .server
+            .and_then(|server| server.pid)
+            .context("no pid")?;
+        let server = Orphan::new(pid)?;
+        ensure!(obeyed.join("obeyed.log").exists(), "{name} logs elsewhere");
+        drop(server);
+    }
+    Ok(())
 }

@@ -123,6 +123,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FD", hide = true)]
     pub(crate) swrk: Option<RawFd>,
 
+    /// Answer one request alone, also if its client says that more follow
+    #[arg(long, hide = true, requires = "swrk")]
+    pub(crate) one_request: bool,
+
     /// End a session whose peer says nothing for this many seconds, for its processes stand still meanwhile; with
     /// --lazy-pages or --forward-lazy only before its host has asked for a page, within a request, and if it takes no
     /// answers, for a restore may be idle. With --forward-lazy also give the dump up when no client comes for so

@@ -6,6 +6,7 @@ mod report;
 mod rpc;
 
 use std::env::args_os;
+use std::ffi::OsString;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -54,19 +55,28 @@ const ACTIONS: &[Action] = &[
 ];
 
 fn main() -> ExitCode {
-    let Parsed { mut args, remarks } = match command_line::parse::<Args>(ACTIONS, args_os()) {
+    let argv: Vec<OsString> = args_os().collect();
+    let mut parsed: Parsed<Args> = match command_line::parse(ACTIONS, argv.clone()) {
         Ok(parsed) => parsed,
         Err(error) => return ExitCode::from(error.report()),
     };
-    args.stay_where_typed();
-    let rpc = args.swrk.map(|number| Rpc::accept(number, &mut args));
-    let mut rpc = match rpc.transpose() {
-        Ok(rpc) => rpc,
+    let asked = parsed
+        .args
+        .swrk
+        .map(|number| Rpc::accept(number, &argv, &parsed.args));
+    let mut rpc = match asked.transpose() {
+        Ok(None) => None,
+        Ok(Some((rpc, asked))) => {
+            parsed = asked;
+            Some(rpc)
+        }
         Err(error) => {
             eprintln!("error: {error}");
             return ExitCode::FAILURE;
         }
     };
+    let Parsed { mut args, remarks } = parsed;
+    args.stay_where_typed();
     let code = daemon::run(&args.common, &remarks, |daemon| {
         // Before any thread is started, so that none is ended by a signal.
         block_stop_signals()?;

@@ -7,21 +7,24 @@
 //! client --WAIT_PID-> swrk                                  if the request said keep_open
 //! ```
 
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use nix::sys::socket::{MsgFlags, getsockopt, recv, send, sockopt};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use pageferry::criu::rpc::{Options, Request, Response, ServerInfo, kind};
+use pageferry::daemon::command_line::{Parsed, parse_with};
+use pageferry::daemon::settings::{Environment, RequestedSettings};
 use pageferry::daemon::{Daemon, Forked, WaitingChild, fork_waiting};
-use pageferry::engine::io::transport::parse_host;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::limits::RPC_MESSAGE_BYTES_MAX;
 use pageferry::sys::process::inherited_descriptor;
 use prost::Message;
 
+use crate::ACTIONS;
 use crate::args::Args;
 
 /// CRIU's own name for a log without a name, in the work directory.
@@ -44,9 +47,13 @@ struct Client {
 }
 
 impl Rpc {
-    /// Waits for the request over descriptor `number` and puts what it says into `args`. A request
-    /// that cannot be met is answered so.
-    pub(crate) fn accept(number: RawFd, args: &mut Args) -> Result<Rpc> {
+    /// Waits for the request over descriptor `number`, and reads the command line `argv` anew with what
+    /// it says. A request that cannot be met is answered so.
+    pub(crate) fn accept(
+        number: RawFd,
+        argv: &[OsString],
+        configured: &Args,
+    ) -> Result<(Rpc, Parsed<Args>)> {
         let socket = inherited_descriptor(number).map_err(|error| {
             let text = format!("swrk: descriptor {number} is not open");
             Error::wrap(Kind::Usage, text, error)
@@ -63,13 +70,16 @@ impl Rpc {
         let request = client.receive()?.ok_or_else(|| {
             Error::new(Kind::PeerLost, "swrk: the client hung up without a request")
         })?;
-        match client.apply(&request, args) {
-            Ok(()) => Ok(Rpc {
-                child: request.kind == kind::PAGE_SERVER_CHLD,
-                keep_open: request.keep_open.unwrap_or(false),
-                answered: false,
-                client,
-            }),
+        match client.parse(&request, argv, configured) {
+            Ok(parsed) => {
+                let rpc = Rpc {
+                    child: request.kind == kind::PAGE_SERVER_CHLD,
+                    keep_open: request.keep_open.unwrap_or(false) && !configured.one_request,
+                    answered: false,
+                    client,
+                };
+                Ok((rpc, parsed))
+            }
             Err(error) => {
                 client.send(&Response::failed(answer_kind(request.kind), &error))?;
                 Err(error)
@@ -194,8 +204,26 @@ impl Client {
         Ok(())
     }
 
-    /// Puts what `request` says into `args`.
-    fn apply(&self, request: &Request, args: &mut Args) -> Result<()> {
+    fn parse(
+        &self,
+        request: &Request,
+        argv: &[OsString],
+        configured: &Args,
+    ) -> Result<Parsed<Args>> {
+        let settings = self.settings(request, configured)?;
+        let names_no_dir = settings.replaced.contains(&"images-dir");
+        let environment = Environment::of_process();
+        let parsed = parse_with::<Args>(ACTIONS, argv.to_vec(), &environment, &settings);
+        let parsed = parsed
+            .map_err(|error| Error::wrap(Kind::Usage, "swrk: the request cannot be met", error))?;
+        if names_no_dir && parsed.args.common.images_dir == Path::new(".") {
+            return Err(no_images_dir());
+        }
+        Ok(parsed)
+    }
+
+    /// What `request` says, as words of a command line; `configured` is what was said before.
+    fn settings(&self, request: &Request, configured: &Args) -> Result<RequestedSettings> {
         if !matches!(request.kind, kind::PAGE_SERVER | kind::PAGE_SERVER_CHLD) {
             return Err(Error::new(
                 Kind::Unsupported,
@@ -209,53 +237,65 @@ impl Client {
             images_dir_fd: -1,
             ..Options::default()
         });
-        args.common.images_dir = self.images_dir(&options)?;
+        let mut settings = RequestedSettings {
+            config_file: options.config_file.as_ref().map(PathBuf::from),
+            ..RequestedSettings::default()
+        };
+        let words = &mut settings.words;
+        match self.images_dir(&options) {
+            Ok(dir) => set(words, "images-dir", dir),
+            // The configuration file may name it.
+            Err(_) if options.config_file.is_some() => settings.replaced.push("images-dir"),
+            Err(error) => return Err(error),
+        }
         if let Some(number) = options.work_dir_fd.filter(|number| *number >= 0) {
-            args.common.work_dir = Some(self.descriptor_path(number)?);
+            set(words, "work-dir", self.descriptor_path(number)?);
         }
-        args.common.log_file = log_file(&options)?;
+        match log_file(&options)? {
+            Some(name) => set(words, "log-file", name),
+            None if options.log_to_stderr == Some(true) => settings.replaced.push("log-file"),
+            None if configured.common.log_file.is_none() => set(words, "log-file", LOG_FILE),
+            None => {}
+        }
         if let Some(level) = options.log_level {
-            args.common.verbosity = u32::try_from(level).unwrap_or(0);
+            set(words, "verbosity", level.max(0).to_string());
         }
-        if let Some(server) = options.server {
-            if let Some(port) = server.port {
-                let port = u16::try_from(port)
-                    .map_err(|_| Error::new(Kind::Usage, format!("swrk: {port} is no port")))?;
-                args.common.port = Some(port);
-            }
-            if let Some(address) = server.address.filter(|address| !address.is_empty()) {
-                let host = parse_host(&address).map_err(|problem| {
-                    Error::new(
-                        Kind::Usage,
-                        format!("swrk: the address of the request: {problem}"),
-                    )
-                })?;
-                args.common.address = Some(host);
-            }
-            args.ps_socket = server.socket_fd.or(args.ps_socket);
+        if let Some(server) = &options.server {
+            // CRIU takes both from here, also if they are not given.
+            settings.replaced.extend(["address", "port"]);
+            let port = server.port.unwrap_or(0);
+            let port = u16::try_from(port)
+                .map_err(|_| Error::new(Kind::Usage, format!("swrk: {port} is no port")))?;
+            set(words, "port", port.to_string());
+            set_if(words, "address", server.address.as_ref());
+            set_if(
+                words,
+                "ps-socket",
+                server.socket_fd.map(|number| number.to_string()),
+            );
         }
-        args.lazy_pages |= options.lazy_pages.unwrap_or(false);
-        args.auto_dedup |= options.auto_dedup.unwrap_or(false);
-        let tls = &mut args.tls;
-        tls.tls |= options.tls.unwrap_or(false);
-        tls.tls_no_cn_verify |= options.tls_no_cn_verify.unwrap_or(false);
-        let path = |given: Option<String>| given.map(PathBuf::from);
-        args.prev_images_dir = path(options.parent_img).or(args.prev_images_dir.take());
-        tls.tls_cacert = path(options.tls_cacert).or(tls.tls_cacert.take());
-        tls.tls_cacrl = path(options.tls_cacrl).or(tls.tls_cacrl.take());
-        tls.tls_cert = path(options.tls_cert).or(tls.tls_cert.take());
-        tls.tls_key = path(options.tls_key).or(tls.tls_key.take());
-        Ok(())
+        switch(words, "lazy-pages", options.lazy_pages);
+        switch(words, "auto-dedup", options.auto_dedup);
+        // CRIU cannot turn these off by a request.
+        switch(words, "tls", options.tls.filter(|on| *on));
+        switch(
+            words,
+            "tls-no-cn-verify",
+            options.tls_no_cn_verify.filter(|on| *on),
+        );
+        set_if(words, "prev-images-dir", options.parent_img.as_ref());
+        set_if(words, "tls-cacert", options.tls_cacert.as_ref());
+        set_if(words, "tls-cacrl", options.tls_cacrl.as_ref());
+        set_if(words, "tls-cert", options.tls_cert.as_ref());
+        set_if(words, "tls-key", options.tls_key.as_ref());
+        Ok(settings)
     }
 
     fn images_dir(&self, options: &Options) -> Result<PathBuf> {
         match (&options.images_dir, options.images_dir_fd) {
             (_, number) if number >= 0 => self.descriptor_path(number),
             (Some(dir), _) => Ok(PathBuf::from(dir)),
-            (None, _) => Err(Error::new(
-                Kind::Usage,
-                "swrk: the request names no images directory",
-            )),
+            (None, _) => Err(no_images_dir()),
         }
     }
 
@@ -266,7 +306,30 @@ impl Client {
     }
 }
 
-/// The log's name, in the work directory.
+fn no_images_dir() -> Error {
+    Error::new(Kind::Usage, "swrk: the request names no images directory")
+}
+
+fn set(words: &mut Vec<OsString>, name: &str, value: impl AsRef<OsStr>) {
+    let mut word = OsString::from(format!("--{name}="));
+    word.push(value);
+    words.push(word);
+}
+
+fn set_if(words: &mut Vec<OsString>, name: &str, value: Option<impl AsRef<OsStr>>) {
+    if let Some(value) = value {
+        set(words, name, value);
+    }
+}
+
+fn switch(words: &mut Vec<OsString>, name: &str, on: Option<bool>) {
+    if let Some(on) = on {
+        let no = if on { "" } else { "no-" };
+        words.push(format!("--{no}{name}").into());
+    }
+}
+
+/// The log's name, in the work directory, if the request has one.
 fn log_file(options: &Options) -> Result<Option<PathBuf>> {
     match &options.log_file {
         Some(name) if name.contains('/') => Err(Error::new(
@@ -274,8 +337,7 @@ fn log_file(options: &Options) -> Result<Option<PathBuf>> {
             format!("swrk: the log file {name} may not lie outside the work directory"),
         )),
         Some(name) => Ok(Some(name.into())),
-        None if options.log_to_stderr == Some(true) => Ok(None),
-        None => Ok(Some(LOG_FILE.into())),
+        None => Ok(None),
     }
 }
 

@@ -60,6 +60,9 @@ pub struct Options {
     /// `--lazy-pages`
     #[prost(bool, optional, tag = "48")]
     pub lazy_pages: Option<bool>,
+    /// A configuration file that has the last word.
+    #[prost(string, optional, tag = "51")]
+    pub config_file: Option<String>,
     /// `--tls-cacert`
     #[prost(string, optional, tag = "54")]
     pub tls_cacert: Option<String>,
