@@ -6,4 +6,5 @@ pub mod header;
 pub mod lazy_socket;
 pub mod receive;
 pub mod rpc;
+pub mod rpc_fields;
 pub mod serve;

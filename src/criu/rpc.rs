@@ -8,12 +8,24 @@
 pub mod kind {
     /// Answer to a request that is not understood.
     pub const EMPTY: i32 = 0;
+    /// Dump.
+    pub const DUMP: i32 = 1;
+    /// Restore.
+    pub const RESTORE: i32 = 2;
+    /// Dump the memory and let the processes run on; further requests follow.
+    pub const PRE_DUMP: i32 = 4;
     /// Start a page server in the background.
     pub const PAGE_SERVER: i32 = 5;
+    /// Not an answer yet: the client is told how far it is, and answers.
+    pub const NOTIFY: i32 = 6;
+    /// What this CRIU and kernel can do.
+    pub const FEATURE_CHECK: i32 = 9;
     /// How a child ended.
     pub const WAIT_PID: i32 = 11;
     /// Start a page server as a child. CRIU answers with the kind of [`PAGE_SERVER`].
     pub const PAGE_SERVER_CHLD: i32 = 12;
+    /// As [`PRE_DUMP`], and nothing follows.
+    pub const SINGLE_PRE_DUMP: i32 = 13;
 }
 
 /// A request.

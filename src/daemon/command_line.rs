@@ -14,6 +14,7 @@
 mod error;
 
 mod files;
+pub mod words;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};

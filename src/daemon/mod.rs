@@ -17,6 +17,7 @@ mod criu_options;
 mod log;
 mod pidfile;
 pub mod settings;
+pub mod swrk;
 
 use std::fs::File;
 use std::io::{Read, Write};

@@ -1,0 +1,145 @@
+//! One request to a real CRIU on behalf of a client: messages and descriptors pass both ways, until the
+//! answer.
+
+use std::ffi::OsString;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::process::Child;
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use pageferry::criu::rpc::kind;
+use pageferry::criu::rpc_fields::{Fields, response};
+use pageferry::error::{Error, Kind, Result};
+use pageferry::limits::RPC_MESSAGE_BYTES_MAX;
+use pageferry::sys::fdpass;
+
+use crate::programs::Programs;
+
+/// A message with the descriptor that came with it, if one did: CRIU sends one at most.
+struct Parcel {
+    bytes: Vec<u8>,
+    descriptor: Option<OwnedFd>,
+}
+
+impl Parcel {
+    /// Receives a message; `None` if the peer has hung up.
+    fn receive(socket: BorrowedFd<'_>) -> Result<Option<Parcel>> {
+        // One byte more tells that a message is too long.
+        let mut bytes = vec![0; RPC_MESSAGE_BYTES_MAX + 1];
+        let received = fdpass::receive(socket, &mut bytes).map_err(|error| {
+            Error::wrap(Kind::PeerLost, "swrk: cannot receive a message", error)
+        })?;
+        if received.bytes > RPC_MESSAGE_BYTES_MAX {
+            let text = "swrk: a message is longer than any of CRIU's";
+            return Err(Error::new(Kind::Protocol, text));
+        }
+        bytes.truncate(received.bytes);
+        let descriptor = received.fd;
+        Ok((received.bytes > 0).then_some(Parcel { bytes, descriptor }))
+    }
+
+    fn send(&self, socket: BorrowedFd<'_>) -> Result<()> {
+        let descriptor = self.descriptor.as_ref().map(AsFd::as_fd);
+        fdpass::send(socket, &self.bytes, descriptor)
+            .map_err(|error| Error::wrap(Kind::PeerLost, "swrk: cannot send a message", error))
+    }
+
+    fn fields(&self) -> Result<Fields> {
+        Fields::decode(&self.bytes).map_err(|error| {
+            Error::wrap(
+                Kind::Protocol,
+                "swrk: an answer cannot be understood",
+                error,
+            )
+        })
+    }
+}
+
+/// A real CRIU that answers one request.
+pub(crate) struct RealCriu {
+    process: Child,
+    socket: OwnedFd,
+}
+
+impl RealCriu {
+    pub(crate) fn start(programs: &Programs, options: &[OsString]) -> Result<RealCriu> {
+        let pair = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        );
+        let (ours, theirs) =
+            pair.map_err(|errno| Error::wrap(Kind::Io, "cannot make a socket", errno))?;
+        inherit(theirs.as_fd())?;
+        let number = theirs.as_raw_fd().to_string();
+        let mut command = programs.criu();
+        let process = command.args(options).args(["swrk", &number]).spawn();
+        let process = process
+            .map_err(|error| Error::wrap(Kind::Usage, "cannot start the real criu", error))?;
+        Ok(RealCriu {
+            process,
+            socket: ours,
+        })
+    }
+
+    /// Asks `request` for the client at `client`, to whom notifications and the answer go, changed by
+    /// `change`. Returns whether the answer says success.
+    pub(crate) fn ask(
+        mut self,
+        request: Vec<u8>,
+        client: BorrowedFd<'_>,
+        change: impl Fn(&mut Fields),
+    ) -> Result<bool> {
+        let asked = self.converse(request, client, change);
+        // It would wait for further requests.
+        drop(self.socket);
+        let _ = self.process.wait();
+        asked
+    }
+
+    fn converse(
+        &mut self,
+        request: Vec<u8>,
+        client: BorrowedFd<'_>,
+        change: impl Fn(&mut Fields),
+    ) -> Result<bool> {
+        let request = Parcel {
+            bytes: request,
+            descriptor: None,
+        };
+        request.send(self.socket.as_fd())?;
+        loop {
+            let Some(mut message) = Parcel::receive(self.socket.as_fd())? else {
+                // As without this program the client sees that nobody is there any more.
+                return Err(Error::new(
+                    Kind::PeerLost,
+                    "the real criu ended without an answer",
+                ));
+            };
+            let mut fields = message.fields()?;
+            if fields.int(response::KIND) == Some(kind::NOTIFY) {
+                message.send(client)?;
+                let Some(reply) = Parcel::receive(client)? else {
+                    return Err(Error::new(
+                        Kind::PeerLost,
+                        "the client hung up within a request",
+                    ));
+                };
+                reply.send(self.socket.as_fd())?;
+                continue;
+            }
+            change(&mut fields);
+            message.bytes = fields.encode();
+            message.send(client)?;
+            return Ok(fields.is_on(response::SUCCESS));
+        }
+    }
+}
+
+/// Lets programs that are started from here have a descriptor.
+pub(crate) fn inherit(descriptor: BorrowedFd<'_>) -> Result<()> {
+    fcntl(descriptor, FcntlArg::F_SETFD(FdFlag::empty()))
+        .map(drop)
+        .map_err(|errno| Error::wrap(Kind::Io, "cannot hand on a descriptor", errno))
+}
