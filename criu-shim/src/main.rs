@@ -55,7 +55,7 @@ fn run(mut argv: Vec<OsString>) -> Result<ExitCode> {
         }
         Some("lazy-pages") => programs.become_lazy_client(&argv),
         Some("swrk") => conversation::swrk(&parts, &argv, &config, &programs),
-        Some("service") => service::run(&argv),
+        Some("service") => service::run(&parts),
         Some("dump" | "pre-dump") if emulation::concerns(&parts) && config.emulates_pre_dump() => {
             emulation::command_line(&parts, &programs)
         }

@@ -1,16 +1,16 @@
 //! `criu service`: the same as swrk for whoever connects.
 
-use std::ffi::OsString;
 use std::fs;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use clap::Parser;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
+use pageferry::daemon::command_line::words::Part;
 use pageferry::daemon::command_line::{Action, Parsed, parse};
 use pageferry::daemon::{self, CommonArgs, Daemon};
 use pageferry::error::{Error, Result};
@@ -35,36 +35,45 @@ struct Args {
     common: CommonArgs,
 }
 
-pub(crate) fn run(argv: &[OsString]) -> Result<ExitCode> {
+pub(crate) fn run(parts: &[Part]) -> Result<ExitCode> {
+    // Of all others it is the name of a host, of a service that of a socket.
+    let is_address = |part: &&Part| part.option == Some("address");
+    let address = parts
+        .iter()
+        .filter(is_address)
+        .filter_map(|part| part.value.clone())
+        .next_back();
+    let path = address.map_or_else(|| SOCKET.into(), PathBuf::from);
+    let others = parts.iter().filter(|part| !is_address(part));
+    let argv = others.flat_map(|part| part.words.clone());
     let actions = [Action {
         word: "service",
         operand_option: None,
     }];
-    let words = std::iter::once("criu".into()).chain(argv.iter().cloned());
+    let words = std::iter::once("criu".into()).chain(argv);
     let Parsed { args, remarks } = match parse::<Args>(&actions, words) {
         Ok(parsed) => parsed,
         Err(error) => return Ok(ExitCode::from(error.report())),
     };
     Ok(daemon::run(&args.common, &remarks, |daemon| {
-        serve(&args, daemon)
+        serve(&path, daemon)
     }))
 }
 
-fn serve(args: &Args, daemon: &mut Daemon) -> Result<()> {
-    let path = PathBuf::from(args.common.address.as_deref().unwrap_or(SOCKET));
-    let failed = |doing: &str, error: std::io::Error| Error::file(doing, &path, error);
-    match fs::remove_file(&path) {
+fn serve(path: &Path, daemon: &mut Daemon) -> Result<()> {
+    let failed = |doing: &str, error: std::io::Error| Error::file(doing, path, error);
+    match fs::remove_file(path) {
         Err(error) if error.kind() != ErrorKind::NotFound => return Err(failed("replace", error)),
         _ => {}
     }
     let listener = Socket::new(Domain::UNIX, Type::SEQPACKET, None);
     let listener = listener.map_err(|error| failed("make the socket", error))?;
-    let address = SockAddr::unix(&path).map_err(|error| failed("listen at", error))?;
+    let address = SockAddr::unix(path).map_err(|error| failed("listen at", error))?;
     listener
         .bind(&address)
         .map_err(|error| failed("listen at", error))?;
     let mode = fs::Permissions::from_mode(SOCKET_MODE);
-    fs::set_permissions(&path, mode).map_err(|error| failed("restrict", error))?;
+    fs::set_permissions(path, mode).map_err(|error| failed("restrict", error))?;
     listener
         .listen(BACKLOG)
         .map_err(|error| failed("listen at", error))?;

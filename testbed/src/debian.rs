@@ -157,6 +157,25 @@ impl PrivateApt {
         self.run(&[self.release(), &install, packages].concat())
     }
 
+    /// Downloads the sources of a package as their authors released them, and returns the archive.
+    pub(crate) fn download_source(&self, package: &str) -> Result<PathBuf> {
+        let list = self.dir.join("sources.list");
+        let with_sources = fs::read_to_string(&list)?;
+        let sources = with_sources.replace("deb [", "deb-src [");
+        fs::write(&list, format!("{with_sources}{sources}"))?;
+        self.run(&["update", "-qq"])?;
+        // Mirrors may lack the packaging, which is not needed.
+        let downloaded = self.run(&["-qq", "--download-only", "source", package]);
+        for entry in fs::read_dir(self.archives())? {
+            let path = entry?.path();
+            if path.to_string_lossy().contains(".orig.tar.") {
+                return Ok(path);
+            }
+        }
+        downloaded?;
+        anyhow::bail!("{package} has no released sources")
+    }
+
     /// Downloads a package without what it needs.
     pub(crate) fn download_alone(&self, package: &str) -> Result<()> {
         self.run(&["update", "-qq"])?;

@@ -18,6 +18,12 @@ pub(crate) struct Needed {
     package: &'static str,
 }
 
+/// What unpacks released sources.
+pub(crate) const SOURCES: &[Needed] = &[Needed {
+    program: "xz",
+    package: "xz-utils",
+}];
+
 /// Two hosts on one machine.
 pub(crate) const NETWORK: &[Needed] = &[
     Needed {

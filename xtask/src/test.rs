@@ -4,11 +4,12 @@ use std::process::{Command, Stdio};
 
 use anyhow::Result;
 use testbed::criu::{self, Crit, Suite};
+use testbed::gocriu::Phaul;
 use testbed::pipes::LargePipes;
 use testbed::wait::retried;
 use testbed::workspace::{BIN_DIR_VARIABLE, target_dir};
 
-use crate::setup::{self, CONTAINERS, NETWORK, cargo, run};
+use crate::setup::{self, CONTAINERS, NETWORK, SOURCES, cargo, run};
 
 /// What to test.
 #[derive(clap::Args)]
@@ -23,6 +24,7 @@ pub(crate) fn run_tests(args: &Args) -> Result<()> {
     setup::require_root()?;
     setup::install(NETWORK)?;
     setup::install(CONTAINERS)?;
+    setup::install(SOURCES)?;
     for suite in Suite::ALL {
         let criu = criu::of_suite(suite)?;
         println!(
@@ -34,6 +36,7 @@ pub(crate) fn run_tests(args: &Args) -> Result<()> {
     }
     Crit::fetched()?;
     testbed::debian::program(Suite::Sid, "checkpointctl", "bin/checkpointctl")?;
+    Phaul::built()?;
     let nextest = nextest()?;
     let binaries = setup::debug_binaries()?;
     // Once for all tests; each of them would raise it and put it back by itself.

@@ -1,0 +1,237 @@
+//! The `criu` that stands before a real one: what it hands on, what it answers, and its pre-dumps.
+
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, socket,
+};
+use pageferry::criu::rpc::{Options as RequestOptions, Request, Response, ServerInfo, kind};
+use prost::Message;
+use testbed::bed::Bed;
+use testbed::criu::Criu;
+use testbed::for_each_criu;
+use testbed::load::Load;
+use testbed::load::spec::LoadSpec;
+use testbed::load::steps::{Order, Step};
+use testbed::migration::{Dump, Restore};
+use testbed::orphan::Orphan;
+use testbed::process::{Spawned, run};
+use testbed::shim;
+use testbed::swrk::Swrk;
+use testbed::wait::{self, GENEROUS};
+
+for_each_criu!(
+    pre_dumps_store_what_has_changed,
+    requests_are_answered_by_the_right_one,
+    a_service_answers_as_criu_does,
+);
+
+const MIB: u32 = 32;
+
+/// Kinds of requests that only the real CRIU knows.
+const VERSION: i32 = 10;
+const CHECK: i32 = 3;
+
+fn shim_of(bed: &Bed, criu: &Criu) -> Result<Criu> {
+    shim::before(criu, &bed.path("shim"), "PAGEFERRY_EMULATE_PRE_DUMP=always")
+}
+
+fn pages_bytes(images: &Path) -> Result<u64> {
+    let mut sum = 0;
+    for entry in fs::read_dir(images)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with("pages-") {
+            sum += entry.metadata()?.len();
+        }
+    }
+    Ok(sum)
+}
+
+/// Two pre-dumps and a dump on the command line, with and without a page server.
+fn pre_dumps_store_what_has_changed(bed: &Bed, criu: &Criu) -> Result<()> {
+    let shim = shim_of(bed, criu)?;
+    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
+    let round = |number: u32| bed.path(&number.to_string());
+    let pre_dump = |load: &Load, number: u32, parent: &[&str]| {
+        fs::create_dir_all(round(number))?;
+        let mut command = Command::new(&shim.path);
+        command.args(["pre-dump", "--track-mem", "-o", "pre-dump.log", "-v4", "-t"]);
+        command
+            .arg(load.pid().to_string())
+            .arg("-D")
+            .arg(round(number))
+            .args(parent);
+        run(&mut command).map(drop)
+    };
+    pre_dump(&load, 1, &[])?;
+    load.expect_running()?;
+    let order = Order::Ascending;
+    load.run(0, &[Step::Write { every: 64, order }])?
+        .expect_right()?;
+    pre_dump(&load, 2, &["--prev-images-dir", "../1"])?;
+    load.run(0, &[Step::Write { every: 64, order }])?
+        .expect_right()?;
+    let dump = Dump::new(&shim, load.pid(), round(3));
+    dump.with(&["--track-mem", "--prev-images-dir", "../2"])
+        .run()?;
+    load.wait_until_gone()?;
+    let [all, second, third] = [1, 2, 3].map(|number| pages_bytes(&round(number)));
+    let (all, second, third) = (all?, second?, third?);
+    ensure!(
+        second < all / 4 && third < all / 4,
+        "{all}, {second}, {third} bytes"
+    );
+    let _restored = Restore::new(criu, round(3)).run()?;
+    load.steer_anybody();
+    load.run(0, &[Step::Status])?.expect_right()
+}
+
+fn request(kind: i32, images: Option<&File>) -> Request {
+    let options = images.map(|dir| RequestOptions {
+        images_dir_fd: dir.as_raw_fd(),
+        log_file: Some("criu.log".to_owned()),
+        server: Some(ServerInfo {
+            address: Some("127.0.0.1".to_owned()),
+            port: Some(0),
+            ..ServerInfo::default()
+        }),
+        ..RequestOptions::default()
+    });
+    Request {
+        kind,
+        options,
+        keep_open: Some(true),
+        ..Request::default()
+    }
+}
+
+/// Several requests over one connection: the version, two page servers, and how one of them ended.
+fn requests_are_answered_by_the_right_one(bed: &Bed, criu: &Criu) -> Result<()> {
+    let shim = shim_of(bed, criu)?;
+    let images = bed.path("images");
+    fs::create_dir_all(&images)?;
+    let dir = File::open(&images)?;
+    let swrk = Swrk::start(Command::new(&shim.path))?;
+    let version = swrk.ask(&request(VERSION, None))?;
+    ensure!(version.success && version.kind == VERSION, "{version:?}");
+    let started = swrk.ask(&request(kind::PAGE_SERVER_CHLD, Some(&dir)))?;
+    ensure!(
+        started.success && started.kind == kind::PAGE_SERVER,
+        "{started:?}"
+    );
+    let pid = started
+        .server
+        .and_then(|server| server.pid)
+        .context("no pid")?;
+    let server = Orphan::new(pid)?;
+    let program = fs::read_link(format!("/proc/{pid}/exe"))?;
+    ensure!(
+        program.ends_with("page-server"),
+        "{} serves",
+        program.display()
+    );
+    // It is no process of the client's, and was none of this CRIU's either.
+    let nobody = swrk.ask(&Request {
+        pid: Some(u32::MAX >> 1),
+        ..request(kind::WAIT_PID, None)
+    })?;
+    ensure!(
+        !nobody.success && nobody.kind == kind::WAIT_PID,
+        "{nobody:?}"
+    );
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(pid),
+        nix::sys::signal::Signal::SIGKILL,
+    )?;
+    let ended = swrk.ask(&Request {
+        pid: Some(pid.cast_unsigned()),
+        ..request(kind::WAIT_PID, None)
+    })?;
+    ensure!(ended.success && ended.status == Some(9), "{ended:?}");
+    drop(server);
+    swrk.finish()?;
+    // The last request goes to the real one, which takes the shim's place.
+    let swrk = Swrk::start(Command::new(&shim.path))?;
+    let checked = swrk.ask(&Request {
+        keep_open: None,
+        ..request(CHECK, None)
+    })?;
+    ensure!(checked.kind == CHECK && checked.success, "{checked:?}");
+    swrk.finish()
+}
+
+fn ask(path: &Path, request: &Request) -> Result<Response> {
+    let socket = socket(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    send(
+        socket.as_raw_fd(),
+        &request.encode_to_vec(),
+        MsgFlags::MSG_NOSIGNAL,
+    )?;
+    let mut answer = [0; 4096];
+    let bytes = recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty())?;
+    ensure!(bytes > 0, "the service hung up");
+    Ok(Response::decode(&answer[..bytes])?)
+}
+
+fn a_service_answers_as_criu_does(bed: &Bed, criu: &Criu) -> Result<()> {
+    let shim = shim_of(bed, criu)?;
+    let images = bed.path("images");
+    fs::create_dir_all(&images)?;
+    let path = bed.path("service");
+    let mut command = Command::new(&shim.path);
+    command
+        .args(["service", "-o", "service.log", "-v4", "--address"])
+        .arg(&path);
+    command.arg("-W").arg(bed.dir());
+    let mut service = Spawned::start("criu service", &mut command, Some(bed.path("service.log")))?;
+    wait::until("the service's socket", GENEROUS, || {
+        ensure!(
+            service.ended()?.is_none(),
+            "the service ended{}",
+            service.log_tail()
+        );
+        Ok(fs::metadata(&path)
+            .is_ok_and(|file| file.file_type().is_socket())
+            .then_some(()))
+    })?;
+    let version = wait::until("an answer", GENEROUS, || {
+        Ok(ask(&path, &request(VERSION, None)).ok())
+    })?;
+    ensure!(version.success && version.kind == VERSION, "{version:?}");
+    let dir = File::open(&images)?;
+    let started = ask(&path, &request(kind::PAGE_SERVER, Some(&dir)))?;
+    ensure!(started.success, "{started:?}");
+    let pid = started
+        .server
+        .and_then(|server| server.pid)
+        .context("no pid")?;
+    let _server = Orphan::new(pid)?;
+    let program = fs::read_link(format!("/proc/{pid}/exe"))?;
+    ensure!(
+        program.ends_with("page-server"),
+        "{} serves",
+        program.display()
+    );
+    // Whoever connects may not name descriptors of the service's.
+    let mut named = request(kind::PAGE_SERVER, Some(&dir));
+    if let Some(options) = &mut named.options {
+        options.server = Some(ServerInfo {
+            socket_fd: Some(0),
+            ..ServerInfo::default()
+        });
+    }
+    let refused = ask(&path, &named)?;
+    ensure!(!refused.success, "{refused:?}");
+    service.kill().map(drop)
+}
