@@ -79,7 +79,7 @@ impl Conversation<'_> {
             let more = asked.keep_open.unwrap_or(false);
             match asked.kind {
                 kind::PAGE_SERVER | kind::PAGE_SERVER_CHLD if more => {
-                    self.ask_page_server(&asked)?
+                    self.ask_page_server(&asked)?;
                 }
                 kind::PAGE_SERVER | kind::PAGE_SERVER_CHLD => {
                     return self.become_page_server(&asked);

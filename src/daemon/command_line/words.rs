@@ -160,7 +160,7 @@ mod tests {
             "--images-dir=img",
             "--images img",
         ] {
-            assert_eq!(options(line), [images.clone()], "{line}");
+            assert_eq!(options(line), std::slice::from_ref(&images), "{line}");
         }
         let daemon = (Some("daemon"), None);
         assert_eq!(options("-dDimg"), [daemon.clone(), images]);
