@@ -157,7 +157,8 @@ fn what_a_chain_still_needs_stays_in_it(bed: &Bed, criu: &Criu) -> Result<()> {
     give_back(&rounds)?;
     rounds.dump(Make::Ours, &["--dedup-content", "--auto-dedup"])?;
     let Parents { punched, kept } = expect_punched(&rounds.images(3), &rounds.images(2), &before)?;
-    ensure!(kept > 3 * punched, "{punched} pages punched, {kept} kept");
+    // What is not LAZY (written pages of a file's mapping) is stored in each round, and needs no parent.
+    ensure!(kept > 2 * punched, "{punched} pages punched, {kept} kept");
     ensure!(
         punched > u64::from(MIB) * 256 / 16,
         "{punched} pages punched"
