@@ -156,6 +156,10 @@ impl Stage<'_> {
         let outcome = self.outcome(&mut server, &said, &path("images"));
         if let Ok(pid) = fs::read_to_string(path("images/p.pid")) {
             let _ = kill(Pid::from_raw(pid.trim().parse()?), Signal::SIGKILL);
+            // The next server's address would be taken for this one's.
+            wait::until("its end", GENEROUS, || {
+                Ok(self.listener()?.is_none().then_some(()))
+            })?;
         }
         outcome
     }
