@@ -24,8 +24,9 @@ for_each_criu!(
 );
 
 const SUMMARY: &str = "summary.json";
-/// Pages of the process itself (heap, stacks, libraries' data) that may change from round to round.
-const OWN_PAGES_MAX: u64 = 512;
+/// Pages of the process itself that may change from round to round (heap, stacks), or are stored in each
+/// (written pages of file mappings, as libraries' data).
+const OWN_PAGES_MAX: u64 = 768;
 
 /// What became of the pages of one round.
 #[derive(Clone, Copy, Debug)]
