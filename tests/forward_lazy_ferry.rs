@@ -85,9 +85,15 @@ fn a_client_that_acknowledges_nothing_gets_a_window_and_its_faults() {
     for (number, first) in (1..).zip((0..PAGES).step_by(50)) {
         faults.ask(number, FIRST_PAGE + first, 50);
         let answer = faults.next();
-        // Of what is in the push a client that does not wait for it gets the page itself.
-        let pages = if first == 0 { 1 } else { 50 };
-        assert_eq!((answer.number, expect_right(&answer)), (number, pages));
+        let pages = expect_right(&answer);
+        assert_eq!(answer.number, number);
+        // Of what is in the push a client that does not wait for it gets the page itself. So much is in it at
+        // most: the batch that was sent, and 64 pages that are taken ahead.
+        let whole = first >= 16 + 64;
+        assert!(
+            pages == 50 || !whole && pages >= 1,
+            "{pages} pages from {first} on"
+        );
         // Nothing new, but somebody is there.
         stream.acknowledge(OPENED);
     }
