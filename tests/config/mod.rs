@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -166,9 +166,12 @@ impl Stage<'_> {
 
     fn outcome(&self, server: &mut Spawned, said: &PathBuf, images: &PathBuf) -> Result<Outcome> {
         let mut ended = None;
-        let address = wait::until("a page server", GENEROUS, || {
-            if let Some(address) = self.listener()? {
-                return Ok(Some(Some(address)));
+        let found = wait::until("a page server", GENEROUS, || {
+            // One that gives up now may still be in the list: it takes no connection.
+            if let Some(address) = self.listener()?
+                && let Some(tls) = self.speaks_tls(address)?
+            {
+                return Ok(Some(Some((address, tls))));
             }
             if ended.is_none() {
                 ended = server.ended()?;
@@ -179,10 +182,9 @@ impl Stage<'_> {
                 .filter(|ended| !ended.status.success())
                 .map(|_| None))
         })?;
-        let Some(address) = address else {
+        let Some((address, tls)) = found else {
             return Ok(Outcome::Refused(fs::read_to_string(said)?));
         };
-        let tls = self.speaks_tls(address)?;
         let _ = server.kill();
         wait::until("its end", GENEROUS, || {
             Ok(self.listener()?.is_none().then_some(()))
@@ -222,7 +224,8 @@ impl Stage<'_> {
         })
     }
 
-    fn speaks_tls(&self, address: SocketAddr) -> Result<bool> {
+    /// Whether TLS is spoken there; `None` if nobody takes the connection.
+    fn speaks_tls(&self, address: SocketAddr) -> Result<Option<bool>> {
         self.hosts.source.net.enter(|| {
             let loopback: IpAddr = match address {
                 SocketAddr::V4(_) => [127, 0, 0, 1].into(),
@@ -233,7 +236,10 @@ impl Stage<'_> {
             } else {
                 address.ip()
             };
-            let mut stream = TcpStream::connect((ip, address.port()))?;
+            let mut stream = match TcpStream::connect((ip, address.port())) {
+                Err(error) if error.kind() == ErrorKind::ConnectionRefused => return Ok(None),
+                connected => connected?,
+            };
             stream.set_read_timeout(Some(Duration::from_secs(20)))?;
             stream.write_all(&client_hello()?)?;
             // It may have reset the connection already.
@@ -241,7 +247,7 @@ impl Stage<'_> {
             let mut first = [0];
             // A server without TLS says nothing to that, or resets the connection.
             let got = stream.read(&mut first).unwrap_or(0);
-            Ok(got == 1 && matches!(first[0], 0x15 | 0x16))
+            Ok(Some(got == 1 && matches!(first[0], 0x15 | 0x16)))
         })
     }
 }
