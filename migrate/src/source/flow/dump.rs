@@ -1,0 +1,151 @@
+//! The freeze: the last dump, its pages and images, and the restore at the destination.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::net::Ipv4Addr;
+
+use axum::body::Body;
+use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::AgentState;
+use pageferry::migration::messages::{RestoreRequest, Status};
+use tokio_util::io::{ReaderStream, SyncIoBridge};
+
+use super::{Flow, READY_LIMIT, blocking};
+use crate::child::Program;
+use crate::source::commands::{self, Pages, free_port};
+use crate::source::images::pack;
+use crate::source::shared;
+
+/// Buffered between the reading of image files and the connection, bytes.
+const IMAGES_BUFFER_BYTES: usize = 256 << 10;
+
+impl Flow<'_> {
+    /// Freezes for good: all pages go to the destination before the restore.
+    pub(super) async fn dump_whole(&mut self) -> Result<()> {
+        let port = self.forwarder_address()?.port();
+        let images = self.place.images();
+        let mut command = commands::dump(
+            &self.programs,
+            self.root(),
+            &images,
+            Pages::SentTo(port),
+            self.args.tcp(),
+        );
+        let mut dump = Program::start("criu dump", &mut command, &images.join("dump.log"))?;
+        self.place.facts.dump = Some(dump.name());
+        self.place.keep_facts()?;
+        dump.succeed().await?;
+        self.phase("dump");
+        self.stored("/pages").await?;
+        self.send_images(BTreeSet::new()).await?;
+        self.restore(None).await
+    }
+
+    /// Freezes until the destination can go on without what is still here.
+    pub(super) async fn dump_lazily(&mut self, sends_shared: bool) -> Result<()> {
+        let images = self.place.images();
+        let port = free_port()?;
+        let mut command = commands::dump(
+            &self.programs,
+            self.root(),
+            &images,
+            Pages::ServedAt(port),
+            self.args.tcp(),
+        );
+        let log = images.join("dump.log");
+        self.place.facts.dump_port = Some(port);
+        let mut dump = Program::start_waiting("criu dump", &mut command, &log)?;
+        self.place.facts.dump = Some(dump.name());
+        self.place.keep_facts()?;
+        dump.ready(self.args.timeout).await?;
+        self.place.facts.round_forwarder = self.place.facts.forwarder.take();
+        self.place.keep_facts()?;
+        self.running.push(dump);
+        self.phase("dump");
+        let dir = self.place.dir().to_owned();
+        let sent = match sends_shared {
+            true => self.send_shared().await?,
+            false => BTreeSet::new(),
+        };
+        if let Some(rounds) = &self.place.facts.round_forwarder {
+            let _ = rounds.signal(libc::SIGTERM);
+        }
+        let address = self.serving_address();
+        let mut command = commands::lazy_forwarder(
+            &self.programs,
+            &self.args.target.tls,
+            (&dir, &images),
+            port,
+            &address,
+        );
+        let log = dir.join("forwarder.log");
+        let title = "page-server --forward-lazy";
+        let mut forwarder = Program::start_waiting(title, &mut command, &log)?;
+        self.place.facts.forwarder = Some(forwarder.name());
+        self.sessions = 0;
+        self.place.keep_facts()?;
+        forwarder.ready(READY_LIMIT).await?;
+        self.running.push(forwarder);
+        self.phase("forwarder");
+        self.send_images(sent).await?;
+        let port = self.forwarder_address()?.port();
+        self.restore(Some(port)).await
+    }
+
+    fn serving_address(&self) -> String {
+        match (&self.args.serve_on, self.args.target.tls.tls) {
+            (Some(address), _) => address.clone(),
+            (None, true) => Ipv4Addr::UNSPECIFIED.to_string(),
+            (None, false) => Ipv4Addr::LOCALHOST.to_string(),
+        }
+    }
+
+    /// Sends what has changed in shared memory since the last round, and tells the files that hold it.
+    async fn send_shared(&mut self) -> Result<BTreeSet<OsString>> {
+        let images = self.place.images();
+        let forwarder = self.forwarder_address()?;
+        let (page, wire) = (self.page, self.wire);
+        let sent = blocking("sending shared memory", move || {
+            shared::send(&images, forwarder, page, wire)
+        });
+        let sent = sent.await?;
+        self.stored("/pages").await?;
+        self.phase("shared");
+        Ok(sent)
+    }
+
+    /// Sends the image files that the dump wrote, but for those that are there.
+    async fn send_images(&mut self, sent: BTreeSet<OsString>) -> Result<()> {
+        let images = self.place.images();
+        let (near, far) = tokio::io::duplex(IMAGES_BUFFER_BYTES);
+        let packed = blocking("sending the images", move || {
+            pack(&images, &sent, SyncIoBridge::new(near))
+        });
+        let body = Body::from_stream(ReaderStream::new(far));
+        let path = self.place.path("/images");
+        let sent = self.client.put::<Status>(&path, body).await;
+        let packed = packed.await;
+        // An agent that refuses them says why; here only the connection is seen to end.
+        sent?;
+        self.report.wire_bytes += packed?;
+        self.phase("images");
+        Ok(())
+    }
+
+    async fn restore(&mut self, memory_port: Option<u16>) -> Result<()> {
+        let request = RestoreRequest { memory_port };
+        let path = self.place.path("/restore");
+        let status: Status = self.client.post(&path, &request).await?;
+        self.phase("restore");
+        match status.state {
+            AgentState::Ready => Ok(()),
+            _ => {
+                let why = status
+                    .problem
+                    .unwrap_or_else(|| format!("it is {:?}", status.state));
+                let text = format!("the destination could not restore: {why}");
+                Err(Error::new(Kind::PeerLost, text))
+            }
+        }
+    }
+}
