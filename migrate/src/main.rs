@@ -3,6 +3,7 @@
 mod agent;
 mod child;
 mod client;
+mod commands;
 mod facts;
 mod hook;
 mod images;

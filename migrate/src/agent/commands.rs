@@ -7,34 +7,11 @@ use pageferry::migration::messages::TcpConnections;
 use pageferry::tls::TlsArgs;
 use tokio::process::Command;
 
+use crate::commands::{criu, with_tls};
 use crate::programs::Programs;
 
 /// Where a receiver tells its port, in its images directory.
 pub(super) const RECEIVER_PORT: &str = "receive.port";
-
-/// Passes this program's TLS options on.
-pub(crate) fn with_tls(command: &mut Command, tls: &TlsArgs) {
-    if !tls.tls {
-        return;
-    }
-    command.arg("--tls");
-    let files = [
-        ("--tls-cacert", &tls.tls_cacert),
-        ("--tls-cacrl", &tls.tls_cacrl),
-        ("--tls-cert", &tls.tls_cert),
-        ("--tls-key", &tls.tls_key),
-    ];
-    for (option, file) in files {
-        if let Some(file) = file {
-            // The programs look for relative names in their own directories.
-            let file = std::path::absolute(file).unwrap_or_else(|_| file.clone());
-            command.arg(option).arg(file);
-        }
-    }
-    if tls.tls_no_cn_verify {
-        command.arg("--tls-no-cn-verify");
-    }
-}
 
 /// A page-server that receives one dump or round into `images`, on top of `parent`.
 pub(super) fn receiver(
@@ -90,30 +67,13 @@ pub(super) fn restore(
     lazily: bool,
     tcp: TcpConnections,
 ) -> Command {
-    let mut command = Command::new(&programs.criu);
+    let mut command = criu(programs, ("restore", images), tcp);
     command
-        .args([
-            "restore",
-            "--restore-detached",
-            "-o",
-            "restore.log",
-            "-v4",
-            "-D",
-        ])
-        .arg(images)
+        .arg("--restore-detached")
         .arg("--action-script")
         .arg(hook);
     if lazily {
         command.arg("--lazy-pages");
-    }
-    match tcp {
-        TcpConnections::Refuse => {}
-        TcpConnections::Established => {
-            command.arg("--tcp-established");
-        }
-        TcpConnections::Close => {
-            command.arg("--tcp-close");
-        }
     }
     command
 }

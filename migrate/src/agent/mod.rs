@@ -14,6 +14,7 @@
 mod commands;
 mod http;
 mod listen;
+mod place;
 mod restore;
 mod session;
 mod sessions;
@@ -28,9 +29,9 @@ use pageferry::tls::{Tls, TlsArgs};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::programs::ProgramArgs;
-pub(crate) use commands::with_tls;
 use listen::Listener;
-use sessions::{Place, Sessions};
+use place::Place;
+use sessions::Sessions;
 
 /// Receives migrations and runs what they bring.
 #[derive(clap::Args, Debug)]

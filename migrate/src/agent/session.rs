@@ -20,7 +20,7 @@ use tokio::sync::{Mutex as Turn, watch};
 use tokio::time::{Instant, sleep_until};
 
 use super::commands::{self, RECEIVER_PORT};
-use super::sessions::Place;
+use super::place::Place;
 use crate::child::Program;
 use crate::hook::RECORD;
 use crate::records;

@@ -3,27 +3,14 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::IpAddr;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pageferry::error::{Error, Kind, Result};
 use pageferry::limits::MIGRATIONS_MAX;
 use pageferry::migration::messages::{Begin, MigrationId, Status};
-use pageferry::tls::TlsArgs;
 
+use super::place::Place;
 use super::session::Session;
-use crate::programs::Programs;
-
-/// Where an agent works.
-#[derive(Debug)]
-pub(super) struct Place {
-    /// Directory of all migrations.
-    pub(super) dir: PathBuf,
-    /// The address on which pages are received.
-    pub(super) host: String,
-    pub(super) programs: Programs,
-    pub(super) tls: TlsArgs,
-}
 
 /// See the module's text.
 #[derive(Clone, Debug)]

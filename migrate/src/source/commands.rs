@@ -9,7 +9,7 @@ use pageferry::migration::messages::TcpConnections;
 use pageferry::tls::TlsArgs;
 use tokio::process::Command;
 
-use crate::agent::with_tls;
+use crate::commands::{criu, with_tls};
 use crate::programs::Programs;
 
 /// Where a page-server tells its port, in its directory.
@@ -66,18 +66,9 @@ pub(super) fn dump(
     pages: Pages,
     tcp: TcpConnections,
 ) -> Command {
-    let mut command = Command::new(&programs.criu);
+    let mut command = criu(programs, ("dump", images), tcp);
     command
-        .args([
-            "dump",
-            "-t",
-            &pid.to_string(),
-            "-o",
-            "dump.log",
-            "-v4",
-            "-D",
-        ])
-        .arg(images)
+        .args(["-t", &pid.to_string()])
         .args(["--address", &Ipv4Addr::LOCALHOST.to_string()]);
     match pages {
         Pages::ServedAt(port) => command.args(["--lazy-pages", "--port", &port.to_string()]),
@@ -89,15 +80,6 @@ pub(super) fn dump(
             &port.to_string(),
         ]),
     };
-    match tcp {
-        TcpConnections::Refuse => {}
-        TcpConnections::Established => {
-            command.arg("--tcp-established");
-        }
-        TcpConnections::Close => {
-            command.arg("--tcp-close");
-        }
-    }
     command
 }
 

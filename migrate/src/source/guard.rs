@@ -14,8 +14,9 @@ use tokio::process::{Child, Command};
 
 use super::args::Args as MigrateArgs;
 use super::place::Place;
-use crate::agent::{address, with_tls};
+use crate::agent::address;
 use crate::client::AgentClient;
+use crate::commands::with_tls;
 use crate::programs::Programs;
 
 /// Run by `pageferry migrate` alone.

@@ -1,0 +1,18 @@
+//! What all migrations of one agent share.
+
+use std::path::PathBuf;
+
+use pageferry::tls::TlsArgs;
+
+use crate::programs::Programs;
+
+/// Where an agent works.
+#[derive(Debug)]
+pub(super) struct Place {
+    /// Directory of all migrations.
+    pub(super) dir: PathBuf,
+    /// The address on which pages are received.
+    pub(super) host: String,
+    pub(super) programs: Programs,
+    pub(super) tls: TlsArgs,
+}
