@@ -1,6 +1,6 @@
 //! Checks which modules import which, by their `use` lines.
 //!
-//! - No modules of a crate import each other in a circle. That a module uses its own parent is no
+//! - No modules of a crate import each other in a circle; tests of several files are crates too. That a module uses its own parent is no
 //!   circle: the two are one unit, and the parent draws it.
 //! - The library's modules import downwards alone, in the order that ARCHITECTURE.md draws.
 //!
@@ -22,15 +22,6 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 use testbed::workspace;
 
-/// Crates whose modules are looked at, by the folders of their roots.
-const CRATES: [&str; 5] = [
-    "src",
-    "lazy-client/src",
-    "page-server/src",
-    "testbed/src",
-    "xtask/src",
-];
-
 /// The library's folder, to which the order applies.
 const LIBRARY: &str = "src";
 
@@ -50,15 +41,18 @@ pub(crate) struct Args {}
 pub(crate) fn run(_args: &Args) -> Result<()> {
     let root = workspace::root();
     let mut problems = Vec::new();
-    for folder in CRATES {
-        let imports = imports_below(&root.join(folder))?;
+    let crates = crate_folders(root)?;
+    for folder in &crates {
+        let imports = imports_below(folder, &crates)?;
+        let name = folder.strip_prefix(root).unwrap_or(folder);
         problems.extend(circles(&imports).into_iter().map(|circle| {
             format!(
-                "{folder}: these import each other in a circle: {}",
+                "{}: these import each other in a circle: {}",
+                name.display(),
                 circle.join(" -> ")
             )
         }));
-        if folder == LIBRARY {
+        if name == Path::new(LIBRARY) {
             let path = root.join("ARCHITECTURE.md");
             let text = fs::read_to_string(&path)
                 .with_context(|| format!("cannot read {}", path.display()))?;
@@ -77,31 +71,59 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// The crates that the library's pure modules are built from.
-fn pure_crates(root: &Path) -> Result<BTreeSet<String>> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let output = Command::new(cargo)
-        .args([
-            "tree",
-            "--locked",
-            "-p",
-            "pageferry",
-            "--no-default-features",
-        ])
-        .args([
-            "--edges",
-            "normal,build",
-            "--prefix",
-            "none",
-            "--format",
-            "{p}",
-        ])
+/// The folders that hold the modules of one crate each: libraries, binaries, and tests of several files.
+fn crate_folders(root: &Path) -> Result<BTreeSet<PathBuf>> {
+    #[derive(serde::Deserialize)]
+    struct Metadata {
+        packages: Vec<Package>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Package {
+        targets: Vec<Target>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Target {
+        src_path: PathBuf,
+    }
+    let text = cargo(root, "metadata --locked --no-deps --format-version 1")?;
+    let metadata: Metadata = serde_json::from_str(&text).context("cargo metadata")?;
+    let targets = metadata
+        .packages
+        .into_iter()
+        .flat_map(|package| package.targets);
+    let roots = targets.map(|target| target.src_path).filter(|path| {
+        let name = path.file_name().and_then(|name| name.to_str());
+        matches!(name, Some("lib.rs" | "main.rs"))
+    });
+    let folders: BTreeSet<_> = roots
+        .filter_map(|path| Some(path.parent()?.to_owned()))
+        .collect();
+    ensure!(
+        folders.contains(&root.join(LIBRARY)),
+        "cargo metadata does not name the library"
+    );
+    Ok(folders)
+}
+
+/// What cargo prints.
+fn cargo(root: &Path, arguments: &str) -> Result<String> {
+    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(program)
+        .args(arguments.split(' '))
         .current_dir(root)
         .output()
-        .context("cannot run cargo tree")?;
+        .with_context(|| format!("cannot run cargo {arguments}"))?;
     let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "cargo tree: {said}");
-    let list = String::from_utf8(output.stdout).context("cargo tree")?;
+    ensure!(output.status.success(), "cargo {arguments}: {said}");
+    String::from_utf8(output.stdout).with_context(|| format!("cargo {arguments}"))
+}
+
+/// The crates that the library's pure modules are built from.
+fn pure_crates(root: &Path) -> Result<BTreeSet<String>> {
+    let list = cargo(
+        root,
+        "tree --locked -p pageferry --no-default-features --edges normal,build --prefix none --format {p}",
+    )?;
     let names = list.lines().filter_map(|line| line.split(' ').next());
     Ok(names
         .filter(|name| !name.is_empty())
@@ -195,10 +217,10 @@ fn against_order(imports: &Imports, order: &Order) -> Vec<String> {
     problems.into_iter().collect()
 }
 
-/// Who imports whom in the crate whose root lies in `folder`; tests are left out.
-fn imports_below(folder: &Path) -> Result<Imports> {
+/// Who imports whom in the crate whose root lies in `folder`; unit tests and the other `crates` are left out.
+fn imports_below(folder: &Path, crates: &BTreeSet<PathBuf>) -> Result<Imports> {
     let mut files = Vec::new();
-    find_sources(folder, &mut files)?;
+    find_sources(folder, crates, &mut files)?;
     let modules: BTreeMap<Module, PathBuf> = files
         .into_iter()
         .map(|path| (module_of(path.strip_prefix(folder).unwrap_or(&path)), path))
@@ -218,13 +240,15 @@ fn imports_below(folder: &Path) -> Result<Imports> {
     Ok(imports)
 }
 
-fn find_sources(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+fn find_sources(folder: &Path, crates: &BTreeSet<PathBuf>, files: &mut Vec<PathBuf>) -> Result<()> {
     let entries =
         fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
     for entry in entries {
         let path = entry?.path();
         if path.is_dir() {
-            find_sources(&path, files)?;
+            if !crates.contains(&path) {
+                find_sources(&path, crates, files)?;
+            }
         } else if path.extension().is_some_and(|extension| extension == "rs") {
             files.push(path);
         }
@@ -396,6 +420,27 @@ mod tests {
     #[test]
     fn the_workspace_has_no_circles_and_keeps_its_order() {
         run(&Args {}).unwrap();
+    }
+
+    #[test]
+    fn each_crate_of_several_files_is_looked_at() {
+        let root = workspace::root();
+        let crates = crate_folders(root).unwrap();
+        for name in [
+            "criu-shim/src",
+            "lazy-client/src",
+            "migrate/src",
+            "page-server/src",
+            "src",
+            "testbed/src",
+            "testbed/src/bin/memkinds",
+            "tests/sim_ferry",
+            "xtask/src",
+        ] {
+            assert!(crates.contains(&root.join(name)), "{name}: {crates:?}");
+        }
+        let testbed = imports_below(&root.join("testbed/src"), &crates).unwrap();
+        assert!(!testbed.contains_key(&module("bin::memkinds::make")));
     }
 
     #[test]
