@@ -6,8 +6,10 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::engine::ferry::conn::{Conn, ConnError, Frame};
-use crate::engine::ferry::connection_loop;
-use crate::ferry::hello::Fail;
+use crate::engine::ferry::connection_loop::{self, ConnectionHandler, Waker};
+use crate::error::Result;
+use crate::ferry::frame;
+use crate::ferry::hello::{Fail, Hello};
 
 /// How long a peer may take for its first frame.
 pub(in crate::engine) const FIRST_WORD: Duration = Duration::from_secs(10);
@@ -31,6 +33,31 @@ pub(in crate::engine) fn first_frame(conn: &mut Conn) -> std::result::Result<Fra
             Err(errno) => return Err(std::io::Error::from(errno).into()),
         }
     }
+}
+
+/// Queues the answer to a peer that is let in.
+pub(in crate::engine) fn queue_welcome(conn: &mut Conn, welcome: &Hello) {
+    let mut words = Vec::new();
+    welcome.encode(frame::Kind::Welcome, &mut words);
+    conn.queue(Arc::new(words));
+}
+
+/// Runs a connection that was let in and welcomed, until it or its session ends.
+pub(in crate::engine) fn run_admitted(
+    conn: Conn,
+    session: &dyn ConnectionHandler,
+    peer: &Hello,
+) -> Result<()> {
+    let waker = Waker::new()?;
+    session.stream_up(peer.stream, peer, &waker);
+    let end = connection_loop::run(conn, peer.stream, session, &waker, || {});
+    session.stream_down(peer.stream, &waker);
+    tracing::debug!(
+        "stream {} of session {}: {end:?}",
+        peer.stream,
+        peer.session
+    );
+    Ok(())
 }
 
 /// Says why, and hangs up.

@@ -8,7 +8,7 @@
 //!                    compress         frames          │    │   window              write
 //!                                                     │    │
 //!             session_dialer ─> connection loop ══════╪════╪══ connection loop <── precopy_listener
-//!                    reconnects        N connections                                 admits
+//!                    reconnects        N connections                                 listener_sessions admit
 //! ```
 //!
 //! Each connection has a thread that runs `connection_loop`. What the connections of a session share is a
@@ -21,6 +21,7 @@ pub(in crate::engine) mod change_notifier;
 pub(in crate::engine) mod conn;
 pub(in crate::engine) mod connection_loop;
 pub(in crate::engine) mod handshake;
+pub(in crate::engine) mod listener_sessions;
 pub(in crate::engine) mod packer;
 pub(in crate::engine) mod sender_session;
 

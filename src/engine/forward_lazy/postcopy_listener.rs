@@ -10,19 +10,19 @@
 //! that it has everything and the caller takes note of it: only then is BYE said, and said again to whoever
 //! comes back, until the receiver has heard it.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::thread::{self, Scope};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::criu::header::{Target, Wire};
-use crate::engine::ferry::change_notifier::ChangeNotifier;
 use crate::engine::ferry::conn::{Conn, ConnError};
-use crate::engine::ferry::connection_loop::{self, Waker};
+use crate::engine::ferry::connection_loop;
 use crate::engine::ferry::connection_loop::{DialingHandler, Lost};
-use crate::engine::ferry::handshake::first_frame;
-use crate::engine::ferry::handshake::refuse;
+use crate::engine::ferry::handshake::{first_frame, queue_welcome, refuse, run_admitted};
+use crate::engine::ferry::listener_sessions::{
+    Admitted, Greetings, LOOK_AGAIN, ListenerSessions, Refused,
+};
 use crate::engine::ferry::packer::{Job, Packer};
 use crate::engine::ferry::sender_session::SenderSession;
 use crate::engine::ferry::{GOODBYE, Learned, WINDOW, lock};
@@ -33,8 +33,7 @@ use crate::error::{Error, Kind, Result};
 use crate::ferry::delta::PageMemory;
 use crate::ferry::frame;
 use crate::ferry::hash::HashKey;
-use crate::ferry::hello::{Fail, FailCode, Features, Hello, Role, SessionId, VERSION};
-use crate::ferry::link::{Admission, ConnectionId, SessionTable};
+use crate::ferry::hello::{FailCode, Features, Hello, Role, SessionId, VERSION};
 use crate::ferry::message::{Fault, Open, StateId, encode_close};
 use crate::ferry::push_planner::{PushPlanner, Step};
 use crate::limits::FERRY_STREAMS_MAX;
@@ -42,9 +41,6 @@ use crate::observe::ferried::Sent;
 use crate::observe::traffic::Traffic;
 use crate::stream::Stream;
 use crate::units::{PageCount, PageRange};
-
-/// How often somebody who waits looks for what nobody is notified of.
-const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// Pages are taken for the push as long as no more than so many bytes wait for a connection.
 const UNSENT_BYTES_MAX: u64 = 256 << 10;
@@ -55,16 +51,7 @@ pub(in crate::engine) struct PostcopyListener {
     wire: Wire,
     reconnect_timeout: Duration,
     traffic: Arc<Traffic>,
-    state: Mutex<State>,
-    notifier: ChangeNotifier,
-    start: Instant,
-}
-
-struct State {
-    table: SessionTable,
-    sessions: BTreeMap<SessionId, Arc<PostcopySession>>,
-    /// Sessions that went well, as long as the table remembers them.
-    finished: BTreeMap<SessionId, Arc<PostcopySession>>,
+    sessions: ListenerSessions<PostcopySession>,
 }
 
 /// A receiver's session.
@@ -74,12 +61,6 @@ pub(in crate::engine) struct PostcopySession {
     pub(in crate::engine) traffic: Arc<Traffic>,
     /// What is pushed next, and what need not be.
     push_planner: Mutex<PushPlanner>,
-}
-
-/// What both ends of a connection have said of themselves.
-struct Greeting {
-    peer: Hello,
-    welcome: Hello,
 }
 
 /// What came of a connection.
@@ -128,13 +109,7 @@ impl PostcopyListener {
             wire,
             reconnect_timeout,
             traffic,
-            state: Mutex::new(State {
-                table: SessionTable::new(own, &roles, reconnect_timeout),
-                sessions: BTreeMap::new(),
-                finished: BTreeMap::new(),
-            }),
-            notifier: ChangeNotifier::default(),
-            start: Instant::now(),
+            sessions: ListenerSessions::new(own, &roles, FailCode::Sender, reconnect_timeout),
         }
     }
 
@@ -165,39 +140,32 @@ impl PostcopyListener {
         let hello = first_frame(&mut conn).map_err(lost)?;
         let greeting = Hello::decode(hello.kind, &hello.body)
             .map_err(|error| lost(ConnError::Frame(error)))?;
-        let mut state = lock(&self.state);
-        match state.table.admit(greeting, true) {
-            Admission::Refused(fail) => {
-                drop(state);
+        let make = |peer: &Hello| Ok((Arc::new(PostcopySession::new(self, peer.session)), ()));
+        match self.sessions.admit(greeting, |_| true, make) {
+            Admitted::Refused(Refused { fail, .. }) => {
                 refuse(conn, &fail);
                 Err(Error::wrap(Kind::Protocol, "refused", fail))
             }
-            Admission::Joined { peer, welcome } => {
-                let living = state.sessions.get(&peer.session);
-                let session = living
-                    .or_else(|| state.finished.get(&peer.session))
-                    .cloned();
-                drop(state);
+            Admitted::Joined(session, greetings) => {
                 if let Some(session) = session {
-                    self.join(conn, &session, &peer, &welcome)?;
+                    self.join(conn, &session, &greetings)?;
                 }
                 Ok(PushAccepted::Joined)
             }
-            Admission::Opened { peer, welcome } => {
-                let session = Arc::new(PostcopySession::new(self, peer.session));
-                state.sessions.insert(peer.session, Arc::clone(&session));
-                drop(state);
-                tracing::info!("session {} is offered the dump's memory", peer.session);
+            Admitted::Opened(session, (), greetings) => {
+                let id = greetings.peer.session;
+                tracing::info!("session {id} is offered the dump's memory");
                 let running = self.traffic.begin_session();
-                let greeting = Greeting { peer, welcome };
-                let ended = self.own(conn, &session, &greeting, stop, taken);
+                let ended = self.own(conn, &session, &greetings, stop, taken);
                 if ended.is_ok() {
                     running.succeed();
                 }
-                Ok(PushAccepted::Session(
-                    Box::new(session.sending.sent()),
-                    ended,
-                ))
+                let sent = session.sending.sent();
+                Ok(PushAccepted::Session(Box::new(sent), ended))
+            }
+            Admitted::Failed(fail, error) => {
+                refuse(conn, &fail);
+                Err(error)
             }
         }
     }
@@ -207,11 +175,12 @@ impl PostcopyListener {
         &self,
         conn: Conn,
         session: &Arc<PostcopySession>,
-        Greeting { peer, welcome }: &Greeting,
+        greetings: &Greetings,
         stop: &Stop,
         taken: &(dyn Fn() -> Result<()> + Sync),
     ) -> Result<()> {
         let sending = &session.sending;
+        let id = greetings.peer.session;
         let result = thread::scope(|scope| {
             let feeder = scope.spawn(|| {
                 let fed = thread::scope(|scope| session.feed(scope, self.wire));
@@ -220,40 +189,23 @@ impl PostcopyListener {
                     Ok(()) => sending.finish(),
                     Err(error) => sending.abort(&error.to_string()),
                 }
-                self.notifier.notify();
+                self.sessions.notify();
                 fed
             });
-            if let Err(error) = self.join(conn, session, peer, welcome) {
+            if let Err(error) = self.join(conn, session, greetings) {
                 sending.lost(Lost::GivenUp(error.to_string()));
             }
-            while !feeder.is_finished() {
-                let seen = self.notifier.notified();
-                self.end_if_given_up(peer.session, sending, stop);
-                self.notifier.wait(seen, LOOK_AGAIN);
-            }
-            self.wait_for_farewell(peer.session, sending, stop);
+            let look = || self.end_if_given_up(id, sending, stop);
+            let feeder = self.sessions.follow(feeder, look);
+            self.wait_for_farewell(id, sending, stop);
             sending.wait_until_over(GOODBYE);
             sending.cut();
             let fed = feeder.join();
             fed.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         });
-        let mut state = lock(&self.state);
-        state.sessions.remove(&peer.session);
-        match &result {
-            Ok(()) => {
-                let forgotten = state.table.finish(peer.session);
-                session.retire();
-                state.finished.insert(peer.session, Arc::clone(session));
-                if let Some(oldest) = forgotten {
-                    state.finished.remove(&oldest);
-                }
-            }
-            Err(error) => {
-                let text = format!("the session has failed: {error}");
-                let fail = Fail::new(FailCode::Sender, text);
-                state.table.fail(peer.session, fail);
-            }
-        }
+        let kept = Arc::clone(session);
+        self.sessions
+            .end(id, kept, &result, PostcopySession::retire);
         result
     }
 
@@ -262,10 +214,7 @@ impl PostcopyListener {
     fn wait_for_farewell(&self, session: SessionId, sending: &SenderSession, stop: &Stop) {
         while sending.awaits_farewell() {
             let seen = sending.notifier().notified();
-            let expired = lock(&self.state)
-                .table
-                .has_expired(session, self.start.elapsed());
-            if expired || stop.is_pulled() {
+            if self.sessions.has_expired(session) || stop.is_pulled() {
                 tracing::warn!(
                     "the lazy client has everything, but may not have heard that the source knows: it did \
                      not come back"
@@ -280,8 +229,7 @@ impl PostcopyListener {
         if stop.is_pulled() {
             sending.lost(Lost::Stopped);
         }
-        let now = self.start.elapsed();
-        if lock(&self.state).table.has_expired(session, now) {
+        if self.sessions.has_expired(session) {
             sending.lost(Lost::GivenUp(format!(
                 "the lazy client did not come back for {} s (--reconnect-timeout)",
                 self.reconnect_timeout.as_secs()
@@ -294,43 +242,17 @@ impl PostcopyListener {
         &self,
         mut conn: Conn,
         session: &PostcopySession,
-        peer: &Hello,
-        welcome: &Hello,
+        Greetings { peer, welcome }: &Greetings,
     ) -> Result<()> {
-        let mut words = Vec::new();
-        welcome.encode(frame::Kind::Welcome, &mut words);
-        conn.queue(Arc::new(words));
-        let for_faults = peer.role == Role::Requester;
-        let ended = if for_faults {
+        queue_welcome(&mut conn, welcome);
+        let ended = if peer.role == Role::Requester {
             session.answer_all(conn, peer)
         } else {
-            run_connection(conn, &session.sending, peer)
+            run_admitted(conn, &session.sending, peer)
         };
-        let connection = ConnectionId {
-            session: peer.session,
-            for_faults,
-            stream: peer.stream,
-        };
-        let now = self.start.elapsed();
-        let mut state = lock(&self.state);
-        state.table.handle_lost(connection, peer.attempt, now);
-        drop(state);
-        self.notifier.notify();
+        self.sessions.connection_lost(peer);
         ended
     }
-}
-
-fn run_connection(conn: Conn, sending: &SenderSession, peer: &Hello) -> Result<()> {
-    let waker = Waker::new()?;
-    connection_loop::ConnectionHandler::stream_up(sending, peer.stream, peer, &waker);
-    let end = connection_loop::run(conn, peer.stream, sending, &waker, || {});
-    connection_loop::ConnectionHandler::stream_down(sending, peer.stream, &waker);
-    tracing::debug!(
-        "stream {} of session {}: {end:?}",
-        peer.stream,
-        peer.session
-    );
-    Ok(())
 }
 
 impl PostcopySession {

@@ -1,24 +1,23 @@
 //! The listening side of receivers: admits connections to their sessions.
 //!
 //! ```text
-//! connection ── HELLO ──> SessionTable ── opened ──> session: ReceiverSession, applier thread, directory
-//!                            └───── joined ──> one more connection of it
+//! connection ── HELLO ──> ListenerSessions ── opened ──> ReceiverSession, applier thread, directory
+//!                               └──────────── joined ──> one more connection of it
 //! ```
 //!
 //! The thread whose connection opened a session owns it: when its own connection ends, it waits for
 //! others, and for the applier, and gives the session up if nobody comes back.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::engine::ferry::buffer_pool::BufferPool;
-use crate::engine::ferry::change_notifier::ChangeNotifier;
 use crate::engine::ferry::conn::{Conn, ConnError};
-use crate::engine::ferry::connection_loop::{self, Waker};
-use crate::engine::ferry::handshake::{first_frame, refuse};
-use crate::engine::ferry::{WINDOW, lock, random_bits};
+use crate::engine::ferry::connection_loop;
+use crate::engine::ferry::handshake::{first_frame, queue_welcome, refuse, run_admitted};
+use crate::engine::ferry::listener_sessions::{Admitted, Greetings, ListenerSessions, Refused};
+use crate::engine::ferry::{WINDOW, random_bits};
 use crate::engine::io::transport::transport;
 use crate::engine::listening::stop::Stop;
 use crate::engine::receive::batch_applier::{Bases, BatchApplier};
@@ -27,18 +26,13 @@ use crate::engine::receive::receiver_session::ReceiverSession;
 use crate::engine::receive::stores::SessionStore;
 use crate::engine::receive::{ReceiveContext, punch_out_of_parents};
 use crate::error::{Error, Kind, Result};
-use crate::ferry::frame;
 use crate::ferry::hash::{HashKey, PageHasher};
-use crate::ferry::hello::{Fail, FailCode, Features, Greeting, Hello, Role, SessionId, VERSION};
-use crate::ferry::link::{Admission, ConnectionId, SessionTable};
+use crate::ferry::hello::{FailCode, Features, Greeting, Hello, Role, SessionId, VERSION};
 use crate::ferry::message::StateId;
 use crate::limits::FERRY_STREAMS_MAX;
 use crate::observe::received::Received;
 use crate::stream::Stream;
 use crate::units::PageSize;
-
-/// How often the owner of a session looks for what nobody is notified of.
-const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// See the module's text.
 pub struct PrecopyListener<'a> {
@@ -49,17 +43,7 @@ pub struct PrecopyListener<'a> {
     only_one: bool,
     hasher: PageHasher,
     pool: Arc<BufferPool>,
-    state: Mutex<State>,
-    notifier: ChangeNotifier,
-    start: Instant,
-}
-
-struct State {
-    table: SessionTable,
-    opened: u64,
-    sessions: BTreeMap<SessionId, Arc<ReceiverSession>>,
-    /// Sessions that went well, as long as the table remembers them.
-    finished: BTreeMap<SessionId, Arc<ReceiverSession>>,
+    sessions: ListenerSessions<ReceiverSession>,
 }
 
 /// What came of a connection.
@@ -103,20 +87,18 @@ impl<'a> PrecopyListener<'a> {
             only_one,
             hasher: PageHasher::new(hash_key, page),
             pool: Arc::default(),
-            state: Mutex::new(State {
-                table: SessionTable::new(own, &[Role::Receiver], reconnect_timeout),
-                opened: 0,
-                sessions: BTreeMap::new(),
-                finished: BTreeMap::new(),
-            }),
-            notifier: ChangeNotifier::default(),
-            start: Instant::now(),
+            sessions: ListenerSessions::new(
+                own,
+                &[Role::Receiver],
+                FailCode::Receiver,
+                reconnect_timeout,
+            ),
         })
     }
 
     /// Whether a session has been opened.
     pub fn has_opened(&self) -> bool {
-        lock(&self.state).opened > 0
+        self.sessions.has_opened()
     }
 
     /// Runs a connection that has just begun to speak ferry. If it opens a session, returns when
@@ -146,128 +128,104 @@ impl<'a> PrecopyListener<'a> {
         };
         let greeting = Hello::decode(hello.kind, &hello.body)
             .map_err(|error| lost(ConnError::Frame(error)))?;
-        let mut state = lock(&self.state);
-        let open_to_new = open_to_new && !(self.only_one && state.opened > 0);
         let only_looks = matches!(greeting, Greeting::Hello(hello) if hello.attempt == 0);
-        match state.table.admit(greeting, open_to_new) {
-            Admission::Refused(fail) if only_looks => {
-                drop(state);
-                refuse(conn, &fail);
-                tracing::info!("{peer} has asked whether dumps are received here");
-                Ok(Handled::Joined)
-            }
-            Admission::Refused(fail) => {
-                let serves = !state.sessions.is_empty();
-                drop(state);
-                refuse(conn, &fail);
-                // A connection of an earlier session, or of an earlier server's, is not the one to come.
-                let late = [FailCode::Superseded, FailCode::UnknownSession].contains(&fail.code);
-                if serves || late {
-                    tracing::warn!("refused a connection from {peer}: {fail}");
-                    return Ok(Handled::Joined);
-                }
-                Err(Error::wrap(Kind::Protocol, "refused", fail))
-            }
-            Admission::Joined { peer, welcome } => {
-                let living = state.sessions.get(&peer.session);
-                let receiving = living
-                    .or_else(|| state.finished.get(&peer.session))
-                    .cloned();
-                drop(state);
+        let admitted = self.sessions.admit(
+            greeting,
+            |opened| open_to_new && !(self.only_one && opened > 0),
+            |peer| {
+                let store = self.context.stores.for_session(&host)?;
+                Session::begin(self, store, *peer)
+            },
+        );
+        match admitted {
+            Admitted::Refused(refused) => self.turn_away(conn, &peer, &refused, only_looks),
+            Admitted::Joined(receiving, greetings) => {
                 if let Some(receiving) = receiving {
-                    self.run_connection(conn, &receiving, &peer, &welcome)?;
+                    self.run_connection(conn, &receiving, &greetings)?;
                 }
                 Ok(Handled::Joined)
             }
-            Admission::Opened {
-                peer: theirs,
-                welcome,
-            } => {
-                let traffic = &self.context.traffic;
-                let running = traffic.begin_session();
-                let mut counters = SessionCounters::start(traffic);
-                let store = self.context.stores.for_session(&host);
-                let ended = match store.and_then(|store| Session::begin(self, store, theirs)) {
-                    Ok(session) => {
-                        state.opened += 1;
-                        let receiving = Arc::clone(&session.receiving);
-                        state.sessions.insert(theirs.session, receiving);
-                        drop(state);
-                        tracing::info!("session {} from {peer}", theirs.session);
-                        self.own(session, conn, &welcome, &mut counters)
-                    }
-                    Err(error) => {
-                        let fail = Fail::new(FailCode::Receiver, error.to_string());
-                        state.table.fail(theirs.session, fail.clone());
-                        drop(state);
-                        refuse(conn, &fail);
-                        Err(error)
-                    }
-                };
-                if ended.is_ok() {
-                    running.succeed();
-                }
-                let received = counters.end(&peer, self.page);
-                Ok(Handled::Session(Box::new(received), ended))
+            Admitted::Opened(receiving, session, greetings) => {
+                tracing::info!("session {} from {peer}", greetings.peer.session);
+                Ok(self.count(&peer, |counters| {
+                    self.own(conn, receiving, session, &greetings, counters)
+                }))
+            }
+            Admitted::Failed(fail, error) => {
+                refuse(conn, &fail);
+                Ok(self.count(&peer, |_| Err(error)))
             }
         }
+    }
+
+    /// Says no to a connection. One that only looks, or that belongs to a session which is over, is nothing
+    /// to report.
+    fn turn_away(
+        &self,
+        conn: Conn,
+        peer: &str,
+        Refused { fail, others_open }: &Refused,
+        only_looks: bool,
+    ) -> Result<Handled> {
+        refuse(conn, fail);
+        if only_looks {
+            tracing::info!("{peer} has asked whether dumps are received here");
+            return Ok(Handled::Joined);
+        }
+        // A connection of an earlier session, or of an earlier server's, is not the one to come.
+        let late = [FailCode::Superseded, FailCode::UnknownSession].contains(&fail.code);
+        if *others_open || late {
+            tracing::warn!("refused a connection from {peer}: {fail}");
+            return Ok(Handled::Joined);
+        }
+        Err(Error::wrap(Kind::Protocol, "refused", fail.clone()))
+    }
+
+    /// Runs a session that `peer` has opened, and counts what comes.
+    fn count(
+        &self,
+        peer: &str,
+        run: impl FnOnce(&mut SessionCounters<'_>) -> Result<()>,
+    ) -> Handled {
+        let traffic = &self.context.traffic;
+        let running = traffic.begin_session();
+        let mut counters = SessionCounters::start(traffic);
+        let ended = run(&mut counters);
+        if ended.is_ok() {
+            running.succeed();
+        }
+        Handled::Session(Box::new(counters.end(peer, self.page)), ended)
     }
 
     /// Runs the first connection of `session`, and then the session to its end.
     fn own(
         &self,
-        session: Session,
         conn: Conn,
-        welcome: &Hello,
+        receiving: Arc<ReceiverSession>,
+        session: Session,
+        greetings: &Greetings,
         counters: &mut SessionCounters<'_>,
     ) -> Result<()> {
-        let Session {
-            receiving,
-            applier,
-            store,
-            hello,
-        } = session;
+        let Session { applier, store } = session;
+        let id = greetings.peer.session;
         let result = thread::scope(|scope| {
             let applier = scope.spawn(|| {
                 let images = receiving.apply_all(applier, counters);
                 if images.is_ok() {
                     receiving.wait_for_goodbye();
                 }
-                self.notifier.notify();
+                self.sessions.notify();
                 images
             });
-            if let Err(error) = self.run_connection(conn, &receiving, &hello, welcome) {
+            if let Err(error) = self.run_connection(conn, &receiving, greetings) {
                 receiving.lost(error.to_string());
             }
-            loop {
-                let seen = self.notifier.notified();
-                if applier.is_finished() {
-                    break;
-                }
-                self.end_if_given_up(hello.session, &receiving);
-                self.notifier.wait(seen, LOOK_AGAIN);
-            }
-            let joined = applier.join();
+            let look = || self.end_if_given_up(id, &receiving);
+            let joined = self.sessions.follow(applier, look).join();
             joined.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         });
-        let mut state = lock(&self.state);
-        state.sessions.remove(&hello.session);
-        match &result {
-            Ok(_) => {
-                let forgotten = state.table.finish(hello.session);
-                receiving.retire();
-                state.finished.insert(hello.session, receiving);
-                if let Some(oldest) = forgotten {
-                    state.finished.remove(&oldest);
-                }
-            }
-            Err(error) => {
-                let text = format!("the session has failed: {error}");
-                let fail = Fail::new(FailCode::Receiver, text);
-                state.table.fail(hello.session, fail);
-            }
-        }
-        drop(state);
+        self.sessions
+            .end(id, receiving, &result, ReceiverSession::retire);
         match result {
             Ok(images) => {
                 if self.context.auto_dedup {
@@ -287,8 +245,7 @@ impl<'a> PrecopyListener<'a> {
         if self.stop.is_pulled() {
             receiving.lost("stopped by a signal".to_owned());
         }
-        let now = self.start.elapsed();
-        if lock(&self.state).table.has_expired(session, now) {
+        if self.sessions.has_expired(session) {
             receiving.lost(format!(
                 "the far end did not come back for {} s (--reconnect-timeout)",
                 self.reconnect_timeout.as_secs()
@@ -300,58 +257,35 @@ impl<'a> PrecopyListener<'a> {
         &self,
         mut conn: Conn,
         receiving: &ReceiverSession,
-        peer: &Hello,
-        welcome: &Hello,
+        Greetings { peer, welcome }: &Greetings,
     ) -> Result<()> {
-        let waker = Waker::new()?;
-        let mut words = Vec::new();
-        welcome.encode(frame::Kind::Welcome, &mut words);
-        conn.queue(Arc::new(words));
-        connection_loop::ConnectionHandler::stream_up(receiving, peer.stream, peer, &waker);
-        let end = connection_loop::run(conn, peer.stream, receiving, &waker, || {});
-        connection_loop::ConnectionHandler::stream_down(receiving, peer.stream, &waker);
-        tracing::debug!(
-            "stream {} of session {}: {end:?}",
-            peer.stream,
-            peer.session
-        );
-        let connection = ConnectionId {
-            session: peer.session,
-            for_faults: false,
-            stream: peer.stream,
-        };
-        let now = self.start.elapsed();
-        lock(&self.state)
-            .table
-            .handle_lost(connection, peer.attempt, now);
-        self.notifier.notify();
+        queue_welcome(&mut conn, welcome);
+        run_admitted(conn, receiving, peer)?;
+        self.sessions.connection_lost(peer);
         Ok(())
     }
 }
 
-/// A session that is about to begin.
+/// What only the owner of a session needs.
 struct Session {
-    receiving: Arc<ReceiverSession>,
     applier: BatchApplier,
     store: SessionStore,
-    hello: Hello,
 }
 
 impl Session {
-    fn begin(port: &PrecopyListener<'_>, store: SessionStore, hello: Hello) -> Result<Session> {
+    fn begin(
+        listener: &PrecopyListener<'_>,
+        store: SessionStore,
+        hello: Hello,
+    ) -> Result<(Arc<ReceiverSession>, Session)> {
         let bases = Arc::new(Bases::default());
         let streams = hello.streams.clamp(1, FERRY_STREAMS_MAX);
-        let (pool, known) = (Arc::clone(&port.pool), Arc::clone(&bases));
-        let receiving = ReceiverSession::new(port.page, streams, WINDOW, known, pool);
+        let (pool, known) = (Arc::clone(&listener.pool), Arc::clone(&bases));
+        let receiving = ReceiverSession::new(listener.page, streams, WINDOW, known, pool);
         let parent_state = StateId(random_bits()?);
-        let compresses = port.context.ingest.compress;
-        let hasher = port.hasher.clone();
+        let compresses = listener.context.ingest.compress;
+        let hasher = listener.hasher.clone();
         let applier = BatchApplier::new(&store.store, hasher, parent_state, bases, compresses);
-        Ok(Session {
-            receiving: Arc::new(receiving),
-            applier,
-            store,
-            hello,
-        })
+        Ok((Arc::new(receiving), Session { applier, store }))
     }
 }
