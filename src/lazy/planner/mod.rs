@@ -8,6 +8,8 @@
 //!                                          -> next_local    (background from local images)
 //! ```
 //!
+//! `turns` decides whose turn it is, `account` counts pages by the way they came.
+//!
 //! Nothing is lost: a page is asked for, on the way, installed or gone, and a page that was asked
 //! for and did not come is asked for again.
 //!
@@ -17,8 +19,12 @@
 //! moment cost nothing. Pages are counted once, for the process that the images know; when that
 //! ends, its oldest living child is counted in its place.
 
+mod account;
+mod turns;
+
 use std::collections::{BTreeMap, VecDeque};
 
+pub use self::account::{Counts, Way};
 pub use super::answer::SpaceId;
 use super::extents::Piece;
 use super::policy::{ADAPTIVE, Policy};
@@ -46,58 +52,6 @@ impl Request {
             image: wanted.image,
             class: wanted.class,
         }
-    }
-}
-
-/// Members of a family that get all that comes for one of them, the oldest. A younger one gets what its threads
-/// wait for: most end before they need more, and each copy costs time.
-const SHARING_MAX: usize = 16;
-
-/// How a page came to be where it is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Way {
-    /// Brought from the source for this request.
-    Fetched(Class),
-    /// Installed from a local image.
-    Local,
-    /// No image had it.
-    Zero,
-    /// Unmapped or removed by its process, or its process ended.
-    Gone,
-    /// It could not be brought; its readers are told by SIGBUS.
-    Poisoned,
-}
-
-/// Pages by the way they came.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, serde::Serialize)]
-pub struct Counts {
-    /// Pages that a thread waited for and that were fetched for it.
-    pub fault: u64,
-    /// Pages fetched along with a fault.
-    pub around: u64,
-    /// Pages brought by the background stream.
-    pub stream: u64,
-    /// Pages installed from local images.
-    pub local: u64,
-    /// Faults on pages that no image has.
-    pub zero: u64,
-    /// Pages that were unmapped, removed or whose process ended before they came.
-    pub gone: u64,
-    /// Pages that could not be brought and were poisoned.
-    pub poisoned: u64,
-    /// Pages filled in forked children besides: the other numbers count each page of the dump once.
-    pub copied: u64,
-}
-
-impl Counts {
-    /// Pages brought from the source.
-    pub fn fetched(&self) -> u64 {
-        self.fault + self.around + self.stream
-    }
-
-    /// Pages that are settled, whatever the way; zero pages were never missing.
-    pub fn settled(&self) -> u64 {
-        self.fetched() + self.local + self.gone + self.poisoned
     }
 }
 
@@ -129,12 +83,6 @@ pub struct Planner {
     unneeded: Vec<(u32, PageRange)>,
     /// Pages of the dump that are counted.
     total_pages: u64,
-}
-
-#[derive(Clone, Copy)]
-enum Turn {
-    Stream = 0,
-    Local = 1,
 }
 
 impl Planner {
@@ -232,27 +180,9 @@ impl Planner {
         self.spaces().all(|(_, space)| space.is_complete())
     }
 
-    /// Pages by way so far.
-    pub fn counts(&self) -> Counts {
-        self.counts
-    }
-
-    /// Pages that were missing at the start: those that [`Counts`] tells apart, and those that are
-    /// still missing. Pages of forked children are counted only if nobody older is left to have them.
-    pub fn total_pages(&self) -> u64 {
-        self.total_pages
-    }
-
     /// How many processes there have been.
     pub fn added(&self) -> u64 {
         u64::from(self.next_id)
-    }
-
-    /// Pages that are not there yet, in all processes.
-    pub fn missing_pages(&self) -> u64 {
-        self.spaces()
-            .map(|(_, space)| space.missing_bytes() >> self.page.shift())
-            .sum()
     }
 
     /// A thread of `id` touched `addr`.
@@ -311,136 +241,16 @@ impl Planner {
         self.note_unneeded(pid, &space.take_unneeded());
     }
 
-    /// A counted process of the family of `pid` ended while it lacked `missing` pages: its oldest child
-    /// is counted from now on.
-    fn count_heir(&mut self, pid: u32, missing: u64) {
-        let shift = self.page.shift();
-        let uncounted = |id: &&SpaceId| self.spaces.get(id).is_some_and(|heir| !heir.counted);
-        let family = self.families.get(&pid).into_iter().flatten();
-        let heir = family.clone().find(uncounted).copied();
-        let inherited = heir
-            .and_then(|heir| self.spaces.get_mut(&heir))
-            .map_or(0, |heir| {
-                heir.counted = true;
-                heir.space.missing_bytes() >> shift
-            });
-        self.counts.gone += missing.saturating_sub(inherited);
-        self.total_pages += inherited.saturating_sub(missing);
-    }
-
     /// Whether this process was forked by one of the images, and has nothing missing any more.
     pub fn is_filled_child(&self, id: SpaceId) -> bool {
         let member = self.spaces.get(&id);
         member.is_some_and(|member| !member.counted && member.space.is_complete())
     }
 
-    /// Nothing is asked for or installed for `id` until [`Planner::resume`]; its faults are remembered.
-    pub fn pause(&mut self, id: SpaceId) {
-        if let Some(member) = self.spaces.get_mut(&id) {
-            member.paused = true;
-        }
-    }
-
-    /// Takes [`Planner::pause`] back.
-    pub fn resume(&mut self, id: SpaceId) {
-        if let Some(member) = self.spaces.get_mut(&id) {
-            member.paused = false;
-        }
-    }
-
-    /// The pages at `range` are settled in this `way`. `served` sees the threads that waited.
-    pub fn settle(
-        &mut self,
-        id: SpaceId,
-        range: PageRange,
-        way: Way,
-        mut served: impl FnMut(Served),
-    ) {
-        let Some(Member { space, counted, .. }) = self.spaces.get_mut(&id) else {
-            return;
-        };
-        let mut waited = 0;
-        let bytes = space.settle(range, |thread| {
-            waited += 1;
-            served(thread);
-        });
-        let (pid, unneeded) = (space.pid(), space.take_unneeded());
-        let pages = bytes >> self.page.shift();
-        match way {
-            Way::Fetched(_) | Way::Local if !*counted => self.counts.copied += pages,
-            Way::Gone | Way::Poisoned if !*counted => {}
-            Way::Fetched(Class::Stream) => self.counts.stream += pages,
-            Way::Fetched(Class::Around) => self.counts.around += pages,
-            Way::Fetched(Class::Fault | Class::Sequential) => {
-                let awaited = pages.min(waited);
-                self.counts.fault += awaited;
-                self.counts.around += pages - awaited;
-            }
-            Way::Local => self.counts.local += pages,
-            Way::Zero => self.counts.zero += 1,
-            Way::Gone => self.counts.gone += pages,
-            Way::Poisoned => self.counts.poisoned += pages,
-        }
-        self.note_unneeded(pid, &unneeded);
-    }
-
-    /// Somebody in the family of `pid` does not need `ranges` of the local images any more.
-    fn note_unneeded(&mut self, pid: u32, ranges: &[PageRange]) {
-        for range in ranges {
-            let mut at = range.start();
-            while at < range.end() {
-                let rest = PageRange::new(at.get(), range.end().get());
-                let family = self.families.get(&pid).into_iter().flatten();
-                let needed = family.filter_map(|id| self.space(*id)?.needs_local(rest));
-                let needed = needed.min_by_key(|needed| needed.start());
-                let free_until = needed.map_or(range.end(), PageRange::start);
-                if at < free_until {
-                    let free = PageRange::new(at.get(), free_until.get());
-                    self.unneeded.push((pid, free));
-                }
-                at = needed.map_or(range.end(), PageRange::end);
-            }
-        }
-    }
-
-    /// What no process needs of the local images any more, by the images' pids and addresses in the dump, since
-    /// it was last asked: of processes that keep account ([`Space::accounting`]).
-    pub fn take_unneeded(&mut self) -> Vec<(u32, PageRange)> {
-        std::mem::take(&mut self.unneeded)
-    }
-
     /// Where the first of the pages `image`, fetched for `id`, is to be installed now; `None` when
     /// all of them are there or gone.
     pub fn arrived(&self, id: SpaceId, image: PageRange) -> Option<Piece> {
         self.space(id)?.arrived(image)
-    }
-
-    /// `request` goes out: what it brings is on the way for those of the family that get all that comes.
-    pub fn sent(&mut self, request: &Request) {
-        let family = self.families.get(&request.pid).into_iter().flatten();
-        for id in family.take(SHARING_MAX) {
-            if *id != request.space
-                && let Some(member) = self.spaces.get_mut(id)
-            {
-                member.space.pushed(request.image);
-            }
-        }
-    }
-
-    /// Whether `id` gets the pages `image`, which came for another one of its family: if a thread waits for one,
-    /// or if it is one of the oldest. To others they are not on the way any more.
-    pub fn shares(&mut self, id: SpaceId, image: PageRange) -> bool {
-        let Some(member) = self.spaces.get_mut(&id) else {
-            return false;
-        };
-        let family = self.families.get(&member.space.pid());
-        let mut oldest = family.into_iter().flatten().take(SHARING_MAX);
-        let shares = oldest.any(|one| *one == id) || member.space.awaits(image);
-        match shares {
-            true => member.space.pushed(image),
-            false => member.space.give_back(image),
-        }
-        shares
     }
 
     /// The first of the pages `image` that is on its way to `id`.
@@ -512,36 +322,6 @@ impl Planner {
         self.spaces_mut().for_each(Space::give_back_all);
     }
 
-    /// The next request that a thread waits for, or that goes with one.
-    pub fn next_urgent(&mut self) -> Option<Request> {
-        for _ in 0..self.urgent_turn.len() {
-            let id = self.urgent_turn.pop_front()?;
-            self.urgent_turn.push_back(id);
-            let Some(member) = self.spaces.get_mut(&id).filter(|member| !member.paused) else {
-                continue;
-            };
-            if let Some(wanted) = member.space.next_urgent() {
-                return Some(Request::new(id, &member.space, wanted));
-            }
-        }
-        None
-    }
-
-    /// The next request of the background stream, of at most `chunk` bytes.
-    pub fn next_stream(&mut self, chunk: u64, gap: u64) -> Option<Request> {
-        self.next_in_turn(Turn::Stream, |id, space| {
-            let wanted = space.next_stream(chunk, gap)?;
-            Some(Request::new(id, space, wanted))
-        })
-    }
-
-    /// The next piece to install from local images, of at most `chunk` bytes.
-    pub fn next_local(&mut self, chunk: u64) -> Option<(SpaceId, Piece)> {
-        self.next_in_turn(Turn::Local, |id, space| {
-            space.next_local(chunk).map(|piece| (id, piece))
-        })
-    }
-
     /// The source is gone for good: what only it had stays missing until it is settled.
     pub fn lose(&mut self) {
         self.spaces_mut().for_each(Space::lose);
@@ -550,26 +330,6 @@ impl Planner {
     /// The source is back after all.
     pub fn recover(&mut self) {
         self.spaces_mut().for_each(Space::recover);
-    }
-
-    /// What `next` finds with the oldest member of the next family where it finds something.
-    fn next_in_turn<T>(
-        &mut self,
-        turn: Turn,
-        mut next: impl FnMut(SpaceId, &mut Space) -> Option<T>,
-    ) -> Option<T> {
-        let turns = &mut self.turns[turn as usize];
-        for _ in 0..turns.len() {
-            let pid = turns.pop_front()?;
-            turns.push_back(pid);
-            for id in self.families.get(&pid).into_iter().flatten() {
-                let member = self.spaces.get_mut(id).filter(|member| !member.paused);
-                if let Some(found) = member.and_then(|member| next(*id, &mut member.space)) {
-                    return Some(found);
-                }
-            }
-        }
-        None
     }
 }
 

@@ -11,33 +11,20 @@
 //!
 //! A page is in at most one of the four maps. The kernel's events (remap, unmap, remove) are
 //! applied to all of them, so an answer that comes late finds the page where it is now, or nowhere.
+//! `fault` decides what a fault asks for, `stream` what the background brings next; here is what moves pages
+//! between the maps.
+
+mod fault;
+mod stream;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 pub use super::answer::{Class, FaultAnswer, Reach, Served, Wanted};
 use super::extents::{ExtentMap, ImageIndex, Piece};
-use super::pattern::{Around, Pattern};
-use super::policy::{ADAPTIVE, Policy, StreamFrom};
+use super::pattern::Pattern;
+use super::policy::{ADAPTIVE, Policy};
 use crate::units::{PageRange, PageSize, Vaddr};
-
-/// Faults whose neighbourhood the stream visits first, at most.
-const RECENT_FAULTS_MAX: usize = 32;
-
-/// Most bytes of a local image installed for one fault: beyond it other faults wait too long.
-const LOCAL_FAULT_BYTES_MAX: u64 = 64 << 10;
-
-/// So much in front of an awaited page is asked for behind it, bytes.
-const DETOUR_BYTES: u64 = 16 << 10;
-
-/// Runs of fragmented memory that a fault brings at most: each is a request of its own.
-const FAULT_RUNS_MAX: usize = 16;
-
-/// So many times as far as it brings pages a fault looks for runs of fragmented memory.
-const FRAGMENT_REACH: u64 = 4;
-
-/// A fault that brings so many pages ahead is one of a sequence that has been seen for a while.
-const SEQUENCE_PAGES: u64 = 16;
 
 /// The missing memory of one process.
 #[derive(Debug)]
@@ -212,158 +199,9 @@ impl Space {
         self.remote.len() + self.local.len() + self.flight.len() + self.unreadable.len()
     }
 
-    /// A thread touched `addr`.
-    pub fn fault(&mut self, addr: Vaddr, reach: Reach, now_us: u64) -> FaultAnswer {
-        let start = Vaddr(self.page.floor(addr.get()));
-        let is_new = !self.waiting.contains_key(&start.get());
-        self.waiting.entry(start.get()).or_insert(now_us);
-        if self.flight.find(start).is_some() {
-            if is_new {
-                // What it shows is of use; what it would bring is asked for when it is missed.
-                self.note_fault(start);
-            }
-            return FaultAnswer::Wait;
-        }
-        if let Some(piece) = self.remote.find(start) {
-            if self.lost {
-                return FaultAnswer::Wait;
-            }
-            let around = self.note_fault(start);
-            self.ask_around(start, piece, around, reach);
-            self.remember(start);
-            return FaultAnswer::Wait;
-        }
-        if let Some(piece) = self.local.find(start) {
-            let pages = match self.note_fault(start) {
-                Around::Up(pages) => pages,
-                Around::Alone | Around::Down(_) | Around::Stride { .. } => 1,
-            };
-            self.local_cursor = start;
-            let bytes = (pages * self.page.bytes()).min(LOCAL_FAULT_BYTES_MAX);
-            return FaultAnswer::Local(piece.part(self.run_from(start, bytes, piece)));
-        }
-        if self.unreadable.find(start).is_some() {
-            return FaultAnswer::Wait;
-        }
-        if self.is_read_upwards(start) {
-            // A sequence goes on over pages that no image has, and over such as have just come.
-            self.note_fault(start);
-        }
-        FaultAnswer::Zero
-    }
-
-    /// What is to be brought with the page at `start`, which a thread touched.
-    fn note_fault(&mut self, start: Vaddr) -> Around {
-        let number = start.get() >> self.page.shift();
-        self.policy.around(&mut self.pattern, number)
-    }
-
     /// Lets `policy` decide from now on.
     pub(super) fn set_policy(&mut self, policy: &'static dyn Policy) {
         self.policy = policy;
-    }
-
-    /// Whether the thread that waits for `page` reads upwards, and so needs the next pages next.
-    pub fn is_read_upwards(&self, page: Vaddr) -> bool {
-        self.policy
-            .reads_upwards(&self.pattern, page.get() >> self.page.shift())
-    }
-
-    /// Moves the faulting page and what goes with it from `remote` to `urgent`.
-    fn ask_around(&mut self, start: Vaddr, piece: Piece, around: Around, reach: Reach) {
-        let page = self.page.bytes();
-        match around {
-            Around::Alone => {
-                let first = start.get() - start.get() % reach.alone_bytes.max(page);
-                let block =
-                    PageRange::new(first, first.saturating_add(reach.alone_bytes.max(page)));
-                if let Some(range) = piece.at.intersect(block) {
-                    self.ask_awaited_first(range, start);
-                }
-                if self.is_fragment(piece, block.bytes()) {
-                    self.ask_runs(block, block.bytes());
-                }
-            }
-            Around::Up(pages) => {
-                let bytes = (pages * page).min(reach.sequential_bytes).max(page);
-                let class = if pages < SEQUENCE_PAGES {
-                    Class::Fault
-                } else {
-                    Class::Sequential
-                };
-                let range = self.run_from(start, bytes, piece);
-                self.ask(range, class);
-                if self.is_fragment(piece, bytes) {
-                    let reach = bytes.saturating_mul(FRAGMENT_REACH);
-                    let end = start.get().saturating_add(reach);
-                    self.ask_runs(
-                        PageRange::new(range.end().get(), end),
-                        bytes - range.bytes(),
-                    );
-                }
-            }
-            Around::Down(pages) => {
-                self.ask(self.run_from(start, page, piece), Class::Fault);
-                let bytes = (pages * page).min(reach.sequential_bytes).max(page) - page;
-                let lowest = start.get().saturating_sub(bytes);
-                let below = PageRange::new(lowest.max(piece.at.start().get()), start.get());
-                self.ask(below, Class::Around);
-            }
-            Around::Stride { step, count } => {
-                self.ask(self.run_from(start, page, piece), Class::Fault);
-                for multiple in 1..=count {
-                    let distance = step
-                        .saturating_mul(multiple)
-                        .saturating_mul(page.cast_signed());
-                    let Some(next) = start.get().checked_add_signed(distance) else {
-                        break;
-                    };
-                    if let Some(there) = self.remote.find(Vaddr(next)) {
-                        self.ask(self.run_from(Vaddr(next), page, there), Class::Around);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Asks for `range`, beginning with `awaited` if much lies before that: answers come in order, and one
-    /// more request takes less than what would come first.
-    fn ask_awaited_first(&mut self, range: PageRange, awaited: Vaddr) {
-        let before = PageRange::new(range.start().get(), awaited.get());
-        if before.bytes() < DETOUR_BYTES {
-            self.ask(range, Class::Fault);
-            return;
-        }
-        self.ask(
-            PageRange::new(awaited.get(), range.end().get()),
-            Class::Fault,
-        );
-        self.ask(before, Class::Around);
-    }
-
-    /// Whether what the source had around `piece` in one run was less than `bytes`.
-    fn is_fragment(&self, piece: Piece, bytes: u64) -> bool {
-        self.origin(piece.image)
-            .is_some_and(|run| run.bytes() < bytes)
-    }
-
-    /// Asks for what lies in `range`, up to `bytes` of it and no more than a few runs, behind what is awaited.
-    fn ask_runs(&mut self, range: PageRange, bytes: u64) {
-        let mut left = bytes;
-        let mut at = range.start();
-        for _ in 0..FAULT_RUNS_MAX {
-            let Some(next) = self.remote.next_from(at) else {
-                return;
-            };
-            let Some(part) = next.at.intersect(range).filter(|_| left > 0) else {
-                return;
-            };
-            let start = part.start().get();
-            let part = PageRange::new(start, start + part.bytes().min(left));
-            self.ask(part, Class::Around);
-            left -= part.bytes();
-            at = part.end();
-        }
     }
 
     /// Up to `bytes` from `start` on, within `piece`.
@@ -374,126 +212,12 @@ impl Space {
         )
     }
 
-    fn ask(&mut self, range: PageRange, class: Class) {
-        let (flight, urgent) = (&mut self.flight, &mut self.urgent);
-        self.remote.take(range, |piece| {
-            flight.insert(piece);
-            urgent.push_back(Wanted {
-                image: piece.image_range(),
-                class,
-            });
-        });
-    }
-
-    fn remember(&mut self, fault: Vaddr) {
-        if self.recent.len() == RECENT_FAULTS_MAX {
-            self.recent.pop_front();
-        }
-        self.recent.push_back(fault);
-    }
-
-    /// The next pages that a fault asks for and that have not been sent for.
-    pub fn next_urgent(&mut self) -> Option<Wanted> {
-        loop {
-            let wanted = self.urgent.pop_front()?;
-            // Unmapped before it went out: nobody needs it any more.
-            if self.flight.find_image(wanted.image).is_some() {
-                return Some(wanted);
-            }
-        }
-    }
-
-    /// The next pages of the background stream, at most `chunk` bytes, in the order of
-    /// [`Policy::stream_from`]. Pages that are there already are fetched again rather than asked around, up
-    /// to `gap` bytes of them in a row.
-    pub fn next_stream(&mut self, chunk: u64, gap: u64) -> Option<Wanted> {
-        let first = self.next_in_order(chunk)?;
-        let range = self.join_over_gaps(first, chunk, gap);
-        let flight = &mut self.flight;
-        self.remote.take(range, |piece| flight.insert(piece));
-        let image = first.image.get();
-        let image = PageRange::new(image, image + range.bytes());
-        Some(Wanted {
-            image,
-            class: Class::Stream,
-        })
-    }
-
-    fn next_in_order(&mut self, chunk: u64) -> Option<Piece> {
-        loop {
-            let last_fault = self.recent.back().copied();
-            let from = self.policy.stream_from(last_fault, self.remote_cursor);
-            match (from, last_fault) {
-                (StreamFrom::LastFault, Some(fault)) => {
-                    if let Some(part) = self.missing_of_block(fault, chunk) {
-                        return Some(part);
-                    }
-                    self.recent.pop_back();
-                }
-                (StreamFrom::LastFault, None) => return self.ascending(self.remote_cursor, chunk),
-                (StreamFrom::Address(start), _) => return self.ascending(start, chunk),
-            }
-        }
-    }
-
-    /// What is missing first of the block of `chunk` bytes around `fault`.
-    fn missing_of_block(&self, fault: Vaddr, chunk: u64) -> Option<Piece> {
-        let start = fault.get() - fault.get() % chunk;
-        let block = PageRange::new(start, start.saturating_add(chunk));
-        let next = self.remote.next_from(block.start())?;
-        next.at.intersect(block).map(|at| next.part(at))
-    }
-
-    fn ascending(&mut self, start: Vaddr, chunk: u64) -> Option<Piece> {
-        let next = self
-            .remote
-            .next_from(start)
-            .or_else(|| self.remote.next_from(Vaddr(0)))?;
-        let part = next.part(self.run_from(next.at.start(), chunk, next));
-        self.remote_cursor = part.at.end();
-        Some(part)
-    }
-
-    /// Lengthens `first` over small gaps of pages that are there already, as long as the source had
-    /// all of it in one run: one request then serves for several.
-    fn join_over_gaps(&self, first: Piece, chunk: u64, gap: u64) -> PageRange {
-        let start = first.at.start().get();
-        let mut end = first.at.end().get();
-        let shift = first.image.get().wrapping_sub(start);
-        let origin = self.origin(first.image);
-        while end - start < chunk {
-            let Some(next) = self.remote.next_from(Vaddr(end)) else {
-                break;
-            };
-            let longest = next.at.start().get() - start + self.page.bytes();
-            let distance = next.at.start().get() - end;
-            let same_run = next.image.get().wrapping_sub(next.at.start().get()) == shift
-                && origin.is_some_and(|origin| origin.contains(next.image));
-            if distance > gap || longest > chunk || !same_run {
-                break;
-            }
-            end = next.at.end().get().min(start + chunk);
-        }
-        PageRange::new(start, end)
-    }
-
     fn origin(&self, image: Vaddr) -> Option<PageRange> {
         let behind = self.origins.partition_point(|range| range.start() <= image);
         self.origins
             .get(behind.checked_sub(1)?)
             .copied()
             .filter(|range| range.contains(image))
-    }
-
-    /// The next piece to install from local images in the background, at most `chunk` bytes.
-    pub fn next_local(&mut self, chunk: u64) -> Option<Piece> {
-        let next = self
-            .local
-            .next_from(self.local_cursor)
-            .or_else(|| self.local.next_from(Vaddr(0)))?;
-        let part = next.part(self.run_from(next.at.start(), chunk, next));
-        self.local_cursor = part.at.end();
-        Some(part)
     }
 
     /// The source sends the pages `image` unasked: what is missing of them is on the way.
@@ -596,15 +320,6 @@ impl Space {
         }
     }
 
-    /// What threads wait for of the pages `image` is asked for, unless it is on the way.
-    pub fn ask_again(&mut self, image: PageRange) {
-        let mut rest = image;
-        while let Some(piece) = self.remote.find_image(rest) {
-            self.ask_for_waiting(piece.at);
-            rest = PageRange::new(piece.image_range().end().get(), rest.end().get());
-        }
-    }
-
     /// Nothing is on the way any more.
     pub fn give_back_all(&mut self) {
         let everywhere = PageRange::new(0, u64::MAX);
@@ -624,25 +339,6 @@ impl Space {
     pub fn recover(&mut self) {
         self.lost = false;
         self.give_back_all();
-    }
-
-    fn ask_for_waiting(&mut self, at: PageRange) {
-        if self.lost {
-            return;
-        }
-        let waiting: Vec<u64> = self
-            .waiting
-            .range(at.start().get()..at.end().get())
-            .map(|(page, _)| *page)
-            .collect();
-        for start in waiting {
-            if let Some(piece) = self.remote.find(Vaddr(start)) {
-                self.ask(
-                    self.run_from(Vaddr(start), self.page.bytes(), piece),
-                    Class::Fault,
-                );
-            }
-        }
     }
 
     /// The pages at `range` are there, or gone: nobody has to bring them. Returns how many bytes
