@@ -147,14 +147,10 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
     let timeout = Duration::from_secs(args.ferry.reconnect_timeout);
     let listener = PrecopyListener::new(&context, &stop, timeout, !args.keep)?;
     let entry = Entry::new(&source, args.keep)?;
-    let stay = if args.keep {
-        Stay::Keep
-    } else {
-        // A ferry session has several connections, one after another and at a time.
-        Stay::UntilShutDown
-    };
+    // A ferry session has several connections, one after another and at a time.
+    let rules = rules(args, Stay::UntilShutDown, args.max_sessions);
     let _display = report.show()?;
-    run(source, &rules(args, stay), &stop, |stream| {
+    run(source, &rules, &stop, |stream| {
         let peer = stream.peer().to_owned();
         let mut stream = match stream.secure(tls.as_ref()) {
             Ok(stream) => stream,
@@ -211,13 +207,9 @@ fn forward(start: &mut Start<'_>, far_end: &Peer) -> Result<()> {
     let wire = args.wire.forced();
     let context =
         ForwardContext::new(sender, wire, page, args.keep).ending_idle(args.idle_timeout());
-    let stay = if args.keep {
-        Stay::Keep
-    } else {
-        Stay::UntilShutDown
-    };
+    let rules = rules(args, Stay::UntilShutDown, args.max_sessions);
     let _display = report.show()?;
-    run(source, &rules(args, stay), &stop, |mut stream| {
+    run(source, &rules, &stop, |mut stream| {
         if !entry.admit_dump(&mut stream, args.idle_timeout())? {
             stream.reset();
             return Ok(());
@@ -260,15 +252,7 @@ fn forward_lazy(start: &mut Start<'_>, dump: &Peer) -> Result<()> {
     };
     let forward = ForwardLazy::connect(config, &images)?;
     let source = start.listen()?;
-    let rules = Rules {
-        stay: if args.keep {
-            Stay::Keep
-        } else {
-            Stay::UntilShutDown
-        },
-        most: CLIENTS_MAX,
-        allowed: args.allow.clone(),
-    };
+    let rules = rules(args, Stay::UntilShutDown, CLIENTS_MAX);
     let stop = Stop::on_signals()?;
     let _display = report.show()?;
     forward.run(
@@ -285,10 +269,11 @@ fn forward_lazy(start: &mut Start<'_>, dump: &Peer) -> Result<()> {
     )
 }
 
-fn rules(args: &Args, stay: Stay) -> Rules {
+/// At most `most` sessions at a time. Without `--keep` the server stays as `stay` says.
+fn rules(args: &Args, stay: Stay, most: usize) -> Rules {
     Rules {
-        stay,
-        most: args.max_sessions,
+        stay: if args.keep { Stay::Keep } else { stay },
+        most,
         allowed: args.allow.clone(),
     }
 }
@@ -305,15 +290,7 @@ fn serve(start: &mut Start<'_>) -> Result<()> {
         .reading_again(Duration::from_secs(args.local_timeout));
     let tls = Tls::load(&args.tls)?;
     let source = start.listen()?;
-    let rules = Rules {
-        stay: if args.keep {
-            Stay::Keep
-        } else {
-            Stay::Together
-        },
-        most: CLIENTS_MAX,
-        allowed: args.allow.clone(),
-    };
+    let rules = rules(args, Stay::Together, CLIENTS_MAX);
     let stop = Stop::on_signals()?;
     let _display = report.show()?;
     let traffic = report.traffic();
