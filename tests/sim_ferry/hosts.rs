@@ -63,14 +63,9 @@ impl<P: Part> Host for DialingHost<P> {
     }
 
     fn connected(&mut self, net: &mut Net, conn: Conn) {
-        let Some(line) = self.lines.get_mut(&conn) else {
-            return;
-        };
-        line.stage = Stage::Greeting;
-        let hello = self.dialer.handle_connected(line.place.stream);
-        let mut frame = Vec::new();
-        hello.encode(Kind::Hello, &mut frame);
-        net.write(conn, Side::Dialing, &frame);
+        greet(&mut self.lines, net, conn, |key| {
+            self.dialer.handle_connected(key.stream)
+        });
     }
 
     fn lost(&mut self, net: &mut Net, conn: Conn) {
@@ -115,6 +110,21 @@ impl<P: Part> Host for DialingHost<P> {
     fn deadline(&self) -> Option<Duration> {
         let dials = !self.is_over() && self.part.failure().is_none();
         self.dialer.deadline().filter(|_| dials)
+    }
+}
+
+/// The connection `conn` stands: says the hello that its line is to say.
+pub(crate) fn greet(
+    lines: &mut BTreeMap<Conn, Line<StreamKey>>,
+    net: &mut Net,
+    conn: Conn,
+    hello: impl FnOnce(StreamKey) -> Hello,
+) {
+    if let Some(line) = lines.get_mut(&conn) {
+        line.stage = Stage::Greeting;
+        let mut words = Vec::new();
+        hello(line.place).encode(Kind::Hello, &mut words);
+        net.write(conn, Side::Dialing, &words);
     }
 }
 

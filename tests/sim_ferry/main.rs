@@ -15,6 +15,7 @@ mod parts;
 mod postcopy;
 mod receiving_end;
 mod run;
+mod sender_talk;
 mod sending_end;
 mod stats;
 mod world;

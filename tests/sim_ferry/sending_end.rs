@@ -1,22 +1,22 @@
 //! The end that has the pages: a round as CRIU would send it, through judge and encoder.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 
 use fastrand::Rng;
 use pageferry::criu::header::{PageFlags, Target, Wire};
 use pageferry::ferry::delta::PageMemory;
 use pageferry::ferry::encode::{Encoder, PlainBatch, Verdicts};
-use pageferry::ferry::frame::{Kind, OpenFrame};
+use pageferry::ferry::frame::Kind;
 use pageferry::ferry::gather::{Gathered, Run};
-use pageferry::ferry::hash::{Fingerprint, PageHasher};
+use pageferry::ferry::hash::Fingerprint;
 use pageferry::ferry::hello::{Fail, FailCode, Hello, SessionId};
 use pageferry::ferry::level_control::Level;
 use pageferry::ferry::message::{Answer, Open, StateId, encode_close};
-use pageferry::ferry::sender::{Sender, SenderEvent, Transmit};
 use pageferry::units::{PageCount, PageRange};
 
 use crate::memory::{Memory, PAGE, Pages};
 use crate::parts::{Part, Standing, StreamKey};
+use crate::sender_talk::{SenderTalk, Told};
 use crate::stats::Stats;
 
 enum Step {
@@ -31,9 +31,7 @@ pub(crate) struct SendingEnd {
     steps: VecDeque<Step>,
     pub(crate) memory: PageMemory,
     encoder: Encoder,
-    /// Made when the receiver's hello has come.
-    talk: Option<(Sender, PageHasher)>,
-    frames: BTreeMap<u64, Vec<u8>>,
+    talk: SenderTalk,
     asked: Option<Target>,
     standing: Standing,
     failure: Option<Fail>,
@@ -110,8 +108,7 @@ impl SendingEnd {
             steps: script(rng, source, parent),
             memory,
             encoder: Encoder::new(PAGE).expect("zstd works"),
-            talk: None,
-            frames: BTreeMap::new(),
+            talk: SenderTalk::default(),
             asked: None,
             standing: Standing::Going,
             failure: None,
@@ -121,58 +118,12 @@ impl SendingEnd {
 
     /// Submits what can be submitted now.
     fn advance(&mut self) {
-        let Some((sender, hasher)) = &mut self.talk else {
-            return;
-        };
         while self.standing == Standing::Going
             && self.failure.is_none()
-            && !sender.has_question()
-            && sender.has_room_for(1 << 19)
-            && let Some(step) = self.steps.front()
+            && self.talk.may_submit()
+            && let Some((kind, body)) = self.next_frame()
         {
-            if let Step::Batch(target, runs, _) = step
-                && let Some(below) = sender.hashes_known_below(*target)
-                && runs.last().is_some_and(|run| run.range.end() > below)
-            {
-                return;
-            }
-            let mut frame = Vec::new();
-            let open = OpenFrame::begin(&mut frame);
-            let kind = match step {
-                Step::Open(target) => {
-                    self.asked = Some(*target);
-                    let (target, wire) = (*target, Wire::V2);
-                    Open { target, wire }.encode(&mut frame);
-                    Kind::Open
-                }
-                Step::Batch(target, runs, plain) => {
-                    let batch = PlainBatch {
-                        target: *target,
-                        runs,
-                        plain,
-                    };
-                    let pages = plain.chunks_exact(PAGE.as_usize());
-                    let prints: Vec<Fingerprint> =
-                        pages.map(|page| hasher.fingerprint(page)).collect();
-                    let mut verdicts = Verdicts::default();
-                    self.memory.judge(batch, &prints, hasher, &mut verdicts);
-                    let level = Level::Zstd(1);
-                    let counters = self
-                        .encoder
-                        .encode(batch, &verdicts, hasher, level, &mut frame)
-                        .expect("zstd works");
-                    self.stats.same_pages += counters.same;
-                    self.stats.delta_pages += counters.delta;
-                    Kind::Pages
-                }
-                Step::Close(pages) => {
-                    encode_close(PageCount(*pages), &mut frame);
-                    Kind::Close
-                }
-            };
-            let number = sender.submit(kind, frame.len() as u64);
-            open.finish(&mut frame, kind, number);
-            self.frames.insert(number, frame);
+            self.talk.submit(kind, |frame| frame.extend(body));
             if kind == Kind::Open || kind == Kind::Close {
                 // Stays in front until its answer has come.
                 return;
@@ -181,8 +132,51 @@ impl SendingEnd {
         }
     }
 
+    /// Kind and body of the next step's frame, unless it must wait for the receiver's hashes.
+    fn next_frame(&mut self) -> Option<(Kind, Vec<u8>)> {
+        let (sender, hasher) = (self.talk.sender()?, self.talk.hasher()?);
+        let mut frame = Vec::new();
+        let kind = match self.steps.front()? {
+            Step::Open(target) => {
+                self.asked = Some(*target);
+                let (target, wire) = (*target, Wire::V2);
+                Open { target, wire }.encode(&mut frame);
+                Kind::Open
+            }
+            Step::Batch(target, runs, plain) => {
+                if let Some(below) = sender.hashes_known_below(*target)
+                    && runs.last().is_some_and(|run| run.range.end() > below)
+                {
+                    return None;
+                }
+                let batch = PlainBatch {
+                    target: *target,
+                    runs,
+                    plain,
+                };
+                let pages = plain.chunks_exact(PAGE.as_usize());
+                let prints: Vec<Fingerprint> = pages.map(|page| hasher.fingerprint(page)).collect();
+                let mut verdicts = Verdicts::default();
+                self.memory.judge(batch, &prints, hasher, &mut verdicts);
+                let level = Level::Zstd(1);
+                let counters = self
+                    .encoder
+                    .encode(batch, &verdicts, hasher, level, &mut frame)
+                    .expect("zstd works");
+                self.stats.same_pages += counters.same;
+                self.stats.delta_pages += counters.delta;
+                Kind::Pages
+            }
+            Step::Close(pages) => {
+                encode_close(PageCount(*pages), &mut frame);
+                Kind::Close
+            }
+        };
+        Some((kind, frame))
+    }
+
     fn answered(&mut self, answer: Answer) {
-        let Some((sender, _)) = &mut self.talk else {
+        let Some(sender) = self.talk.sender_mut() else {
             return;
         };
         match self.steps.front() {
@@ -210,7 +204,7 @@ impl SendingEnd {
         }
         self.memory.forget();
         let fail = Fail::new(code, why);
-        if let Some((sender, _)) = &mut self.talk {
+        if let Some(sender) = self.talk.sender_mut() {
             sender.fail(fail.clone());
         }
         self.failure = Some(fail);
@@ -220,63 +214,39 @@ impl SendingEnd {
 impl Part for SendingEnd {
     fn stream_up(&mut self, key: StreamKey, peer: &Hello) {
         self.memory.use_key(peer.hash_key);
-        let (sender, _) = self.talk.get_or_insert_with(|| {
-            (
-                Sender::new(PAGE, peer.streams, peer.window),
-                PageHasher::new(peer.hash_key, PAGE),
-            )
-        });
-        sender.stream_up(key.stream);
+        self.talk.stream_up(key.stream, peer);
     }
 
     fn stream_down(&mut self, key: StreamKey) {
-        if let Some((sender, _)) = &mut self.talk {
-            sender.stream_down(key.stream);
-        }
+        self.talk.stream_down(key.stream);
     }
 
     fn frame(&mut self, key: StreamKey, kind: Kind, _number: u64, body: &[u8]) -> bool {
-        let Some((sender, _)) = &mut self.talk else {
-            return false;
-        };
-        match sender.handle(key.stream, kind, body) {
-            Ok(SenderEvent::Acked {
-                safe,
-                answer,
-                progress,
-                ..
+        match self.talk.handle(key.stream, kind, body, &mut self.memory) {
+            Some(Told::Acked {
+                answer, progress, ..
             }) => {
-                self.frames.retain(|number, _| *number > safe);
                 if let Some(answer) = answer {
                     self.answered(answer);
                 }
                 progress
             }
-            Ok(SenderEvent::Hashes(hashes)) => {
-                for (run, hashes_of_run) in hashes.runs(PAGE) {
-                    self.memory.learn(hashes.target, run, hashes_of_run);
-                    self.stats.learned_hashes += hashes_of_run.len() as u64;
-                }
+            Some(Told::Hashes(learned)) => {
+                self.stats.learned_hashes += learned;
                 true
             }
-            Ok(SenderEvent::Failed(fail)) => {
+            Some(Told::Failed(fail)) => {
                 self.lost(&fail.text);
                 false
             }
-            Err(error) => panic!("the receiver broke the protocol: {error}"),
+            None => false,
         }
     }
 
     fn poll(&mut self, key: StreamKey) -> Option<Vec<u8>> {
         self.advance();
-        let (sender, _) = self.talk.as_mut()?;
-        let transmit = sender.poll(key.stream)?;
-        if let Transmit::Numbered(number) = transmit {
-            self.stats.sent_frames += 1;
-            return Some(self.frames[&number].clone());
-        }
-        let mut frame = Vec::new();
-        transmit.encode(&mut frame);
+        let (frame, numbered) = self.talk.poll(key.stream)?;
+        self.stats.sent_frames += u64::from(numbered);
         Some(frame)
     }
 
@@ -298,8 +268,8 @@ impl Part for SendingEnd {
 
     fn standing(&self) -> Standing {
         // Nobody to tell it to is as good as told.
-        let told = match &self.talk {
-            Some((sender, _)) => sender.has_told_end(),
+        let told = match self.talk.sender() {
+            Some(sender) => sender.has_told_end(),
             None => self.failure.is_some(),
         };
         match (&self.failure, told) {

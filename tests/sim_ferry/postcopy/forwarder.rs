@@ -1,7 +1,7 @@
 //! The end that has a dump's memory: drains it, pushes it, answers faults, and lets the dump go when the
 //! other end has everything, or fails.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -10,18 +10,19 @@ use pageferry::criu::header::{Target, Wire};
 use pageferry::ferry::delta::PageMemory;
 use pageferry::ferry::encode::{Encoder, PlainBatch, Verdicts};
 use pageferry::ferry::frame::{Kind, OpenFrame};
-use pageferry::ferry::hash::{Fingerprint, PageHasher};
+use pageferry::ferry::hash::Fingerprint;
 use pageferry::ferry::hello::{Fail, FailCode, Hello};
 use pageferry::ferry::level_control::Level;
 use pageferry::ferry::message::{Answer, Fault, Open, StateId, encode_close};
 use pageferry::ferry::push_planner::{self, Found, PushBatch, PushPlanner, Step};
-use pageferry::ferry::sender::{Sender, SenderEvent, Transmit};
+use pageferry::ferry::sender::Sender;
 use pageferry::lazy::drain::DrainPlan;
 use pageferry::units::{PageCount, PageRange};
 
 use super::Observed;
 use crate::memory::{Memory, PAGE, Page, Pages};
 use crate::parts::{Part, Standing, StreamKey};
+use crate::sender_talk::{SenderTalk, Told};
 
 /// What became of the dumped processes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -43,9 +44,7 @@ pub(super) struct Forwarder {
     push_planner: PushPlanner,
     memory: PageMemory,
     encoder: Encoder,
-    /// Made when the receiver's hello has come.
-    talk: Option<(Sender, PageHasher)>,
-    frames: BTreeMap<u64, Vec<u8>>,
+    talk: SenderTalk,
     /// Whose pages are being pushed, and whether the receiver has an earlier version of them.
     open: Option<u32>,
     hashed: bool,
@@ -100,8 +99,7 @@ impl Forwarder {
             drains_at: Duration::ZERO,
             memory: PageMemory::for_hashes_of(PAGE, lazy),
             encoder: Encoder::new(PAGE).expect("zstd works"),
-            talk: None,
-            frames: BTreeMap::new(),
+            talk: SenderTalk::default(),
             open: None,
             hashed: false,
             batch: None,
@@ -125,7 +123,7 @@ impl Forwarder {
 
     /// Whether a client has ever come.
     pub(super) fn was_visited(&self) -> bool {
-        self.talk.is_some()
+        self.talk.sender().is_some()
     }
 
     fn plain(&self, numbers: Range<u64>) -> Vec<u8> {
@@ -143,9 +141,8 @@ impl Forwarder {
         while self.dump == Dump::Frozen
             && self.failure.is_none()
             && !self.closed
-            && let Some((sender, _)) = &self.talk
-            && !sender.has_question()
-            && sender.has_room_for(1 << 19)
+            && self.talk.may_submit()
+            && let Some(sender) = self.talk.sender()
         {
             if let Some((pid, batch)) = self.batch.take() {
                 let below = sender.hashes_known_below(Target::Process(pid));
@@ -160,7 +157,8 @@ impl Forwarder {
             match self.push_planner.next_step(&self.plan) {
                 Step::Done => {
                     let pages = PageCount(self.pushed);
-                    self.submit(Kind::Close, |out| encode_close(pages, out));
+                    self.talk
+                        .submit(Kind::Close, |out| encode_close(pages, out));
                     self.closed = true;
                 }
                 Step::Wait => return,
@@ -169,29 +167,18 @@ impl Forwarder {
                 }
                 Step::Push(pid) => {
                     let (target, wire) = (Target::Process(pid), Wire::V2);
-                    self.submit(Kind::Open, |out| Open { target, wire }.encode(out));
+                    self.talk
+                        .submit(Kind::Open, |out| Open { target, wire }.encode(out));
                     self.open = Some(pid);
                 }
             }
         }
     }
 
-    fn submit(&mut self, kind: Kind, write: impl FnOnce(&mut Vec<u8>)) {
-        let Some((sender, _)) = &mut self.talk else {
-            return;
-        };
-        let mut frame = Vec::new();
-        let open = OpenFrame::begin(&mut frame);
-        write(&mut frame);
-        let number = sender.submit(kind, frame.len() as u64);
-        open.finish(&mut frame, kind, number);
-        self.frames.insert(number, frame);
-    }
-
     fn push(&mut self, pid: u32, batch: &PushBatch) {
         let numbers = batch.numbers.iter().cloned();
         let plain: Vec<u8> = numbers.flat_map(|numbers| self.plain(numbers)).collect();
-        let Some((_, hasher)) = &self.talk else {
+        let Some(hasher) = self.talk.hasher() else {
             return;
         };
         let pages = PlainBatch {
@@ -214,11 +201,11 @@ impl Forwarder {
             .expect("zstd works");
         self.seen.add("page pushed as the same", counters.same);
         self.pushed += batch.pages.get();
-        self.submit(Kind::Pages, |out| out.extend(body));
+        self.talk.submit(Kind::Pages, |out| out.extend(body));
     }
 
     fn answered(&mut self, answer: Answer) {
-        let (Some((sender, _)), Some(pid)) = (&mut self.talk, self.open) else {
+        let (Some(sender), Some(pid)) = (self.talk.sender_mut(), self.open) else {
             return;
         };
         if self.closed {
@@ -251,7 +238,7 @@ impl Forwarder {
             return Some(frame);
         };
         let plain = self.plain(numbers);
-        let (_, hasher) = self.talk.as_ref()?;
+        let hasher = self.talk.hasher()?;
         let mut verdicts = Verdicts::default();
         let memory = &self.memory;
         push_planner::judge_answer(memory, hasher, PAGE, &fault, range, &plain, &mut verdicts);
@@ -298,18 +285,14 @@ impl Part for Forwarder {
             return;
         }
         self.memory.use_key(peer.hash_key);
-        let (sender, _) = self.talk.get_or_insert_with(|| {
-            let hasher = PageHasher::new(peer.hash_key, PAGE);
-            (Sender::new(PAGE, peer.streams, peer.window), hasher)
-        });
-        sender.stream_up(key.stream);
+        self.talk.stream_up(key.stream, peer);
     }
 
     fn stream_down(&mut self, key: StreamKey) {
         if key.for_faults {
             self.faults.clear();
-        } else if let Some((sender, _)) = &mut self.talk {
-            sender.stream_down(key.stream);
+        } else {
+            self.talk.stream_down(key.stream);
         }
     }
 
@@ -320,36 +303,21 @@ impl Part for Forwarder {
             self.faults.push_back((number, fault));
             return true;
         }
-        let Some((sender, _)) = &mut self.talk else {
-            return false;
-        };
-        match sender.handle(key.stream, kind, body) {
-            Ok(SenderEvent::Acked {
-                safe,
-                answer,
-                taken,
-                ..
-            }) => {
-                self.frames.retain(|number, _| *number > safe);
+        match self.talk.handle(key.stream, kind, body, &mut self.memory) {
+            None => return false,
+            Some(Told::Acked { answer, taken, .. }) => {
                 if let Some(answer) = answer {
                     self.answered(answer);
                 }
                 if taken && self.dump == Dump::Frozen && self.failure.is_none() {
                     self.dump = Dump::Killed;
-                    if let Some((sender, _)) = &mut self.talk {
+                    if let Some(sender) = self.talk.sender_mut() {
                         sender.leave();
                     }
                 }
             }
-            Ok(SenderEvent::Hashes(hashes)) => {
-                for (run, hashes_of_run) in hashes.runs(PAGE) {
-                    self.memory.learn(hashes.target, run, hashes_of_run);
-                    let learned = hashes_of_run.len() as u64;
-                    self.seen.add("learned hash", learned);
-                }
-            }
-            Ok(SenderEvent::Failed(fail)) => self.lost(&fail.text),
-            Err(error) => panic!("the client broke the protocol: {error}"),
+            Some(Told::Hashes(learned)) => self.seen.add("learned hash", learned),
+            Some(Told::Failed(fail)) => self.lost(&fail.text),
         }
         true
     }
@@ -359,14 +327,7 @@ impl Part for Forwarder {
             return self.next_answer();
         }
         self.advance();
-        let (sender, _) = self.talk.as_mut()?;
-        let transmit = sender.poll(key.stream)?;
-        if let Transmit::Numbered(number) = transmit {
-            return Some(self.frames[&number].clone());
-        }
-        let mut frame = Vec::new();
-        transmit.encode(&mut frame);
-        Some(frame)
+        self.talk.poll(key.stream).map(|(frame, _)| frame)
     }
 
     fn lost(&mut self, why: &str) {
@@ -381,7 +342,7 @@ impl Part for Forwarder {
         if self.dump == Dump::Frozen {
             self.dump = Dump::Resumed;
             let fail = Fail::new(FailCode::Sender, "stopped");
-            if let Some((sender, _)) = &mut self.talk {
+            if let Some(sender) = self.talk.sender_mut() {
                 sender.fail(fail.clone());
             }
             self.failure = Some(fail);
@@ -393,8 +354,7 @@ impl Part for Forwarder {
     }
 
     fn standing(&self) -> Standing {
-        let sender = self.talk.as_ref().map(|(sender, _)| sender);
-        let told = sender.is_none_or(Sender::has_told_end);
+        let told = self.talk.sender().is_none_or(Sender::has_told_end);
         match (&self.failure, self.dump) {
             (Some(fail), _) if told => Standing::Failed(fail.text.clone()),
             (None, Dump::Killed) if told => Standing::Done,

@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use pageferry::ferry::frame::{Frame, Kind};
+use pageferry::ferry::frame::Frame;
 use pageferry::ferry::hello::{Hello, Role};
 use pageferry::ferry::link::{PairDialer, Refusal};
 
 use super::client::Client;
-use crate::hosts::write_all;
+use crate::hosts::{greet, write_all};
 use crate::net::{Conn, Net, Side};
 use crate::parts::{Part, Standing, StreamKey};
 use crate::run::{Host, Line, Lives, Stage};
@@ -115,14 +115,9 @@ impl Host for PairHost {
     }
 
     fn connected(&mut self, net: &mut Net, conn: Conn) {
-        let Some(line) = self.lines.get_mut(&conn) else {
-            return;
-        };
-        line.stage = Stage::Greeting;
-        let mut words = Vec::new();
-        let hello = self.dialer.hello(role(line.place), self.attempt);
-        hello.encode(Kind::Hello, &mut words);
-        net.write(conn, Side::Dialing, &words);
+        greet(&mut self.lines, net, conn, |key| {
+            self.dialer.hello(role(key), self.attempt)
+        });
     }
 
     fn lost(&mut self, net: &mut Net, conn: Conn) {
