@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   post_copy, page_server, stream   what is measured and judged
+//!   results  cases as they are done, saved
 //!   rounds   runs of all contenders, compared      stats   medians and ratios of samples and bounds
 //!   bars     promises, kept or not                 table   text
 //! ```
@@ -12,18 +13,13 @@
 mod bars;
 mod page_server;
 mod post_copy;
+mod results;
 mod rounds;
 mod stats;
 mod stream;
 mod table;
 
-use std::fs;
-use std::path::Path;
-use std::thread::available_parallelism;
-
 use anyhow::{Context, Result};
-use serde::Serialize;
-use testbed::criu::Criu;
 use testbed::workspace::use_binaries;
 
 use crate::setup;
@@ -57,37 +53,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         Bench::PageServer(args) => page_server::run(args),
         Bench::PostCopy(args) => post_copy::run(args),
         Bench::Stream(args) => stream::run(args),
-    }
-}
-
-/// What a result depends on besides the programs.
-#[derive(Clone, Debug, Serialize)]
-struct Machine {
-    kernel: String,
-    cpus: usize,
-    criu: String,
-    pageferry: &'static str,
-}
-
-impl Machine {
-    fn here(criu: &Criu) -> Result<Machine> {
-        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").context("kernel release")?;
-        Ok(Machine {
-            kernel: kernel.trim().to_owned(),
-            cpus: available_parallelism()?.get(),
-            criu: criu.version.clone(),
-            pageferry: env!("CARGO_PKG_VERSION"),
-        })
-    }
-
-    fn describe(&self) -> String {
-        let Machine {
-            kernel,
-            cpus,
-            criu,
-            pageferry,
-        } = self;
-        format!("pageferry {pageferry}, CRIU {criu}, Linux {kernel}, {cpus} CPUs")
     }
 }
 
@@ -128,14 +93,6 @@ fn order(count: usize, round: usize) -> Vec<usize> {
         order.reverse();
     }
     order
-}
-
-/// Writes `results` so that the file is whole or absent.
-fn write_json(path: &Path, results: &impl Serialize) -> Result<()> {
-    let unfinished = path.with_extension("unfinished");
-    fs::write(&unfinished, serde_json::to_vec_pretty(results)?)
-        .with_context(|| unfinished.display().to_string())?;
-    fs::rename(&unfinished, path).with_context(|| path.display().to_string())
 }
 
 #[cfg(test)]

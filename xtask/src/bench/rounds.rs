@@ -1,5 +1,7 @@
 //! All rounds of one case: what each contender's runs took, and what that says of one against another.
 
+use std::slice::SliceIndex;
+
 use anyhow::Result;
 use serde::Serialize;
 
@@ -40,31 +42,47 @@ impl<C, W: Contend, R> Rounds<C, W, R> {
         mut run: impl FnMut(&C, W) -> Result<R>,
     ) -> Result<Rounds<C, W, R>> {
         let rounds = alternate(&contenders, rounds, |&who| run(&case, who))?;
-        Ok(Rounds {
+        Ok(Rounds::of(case, contenders, rounds))
+    }
+
+    /// Runs of each round, in the order of the contenders.
+    pub(crate) fn of(case: C, contenders: Vec<W>, rounds: Vec<Vec<R>>) -> Rounds<C, W, R> {
+        Rounds {
             case,
             contenders,
             rounds,
-        })
+        }
     }
 
-    /// What a contender's runs have of a metric, round by round; nothing if it did not run.
+    /// How many rounds there were.
+    pub(crate) fn count(&self) -> usize {
+        self.rounds.len()
+    }
+
+    /// Some of the rounds, by their numbers from 0 on.
+    pub(crate) fn part(
+        &self,
+        which: impl SliceIndex<[Vec<R>], Output = [Vec<R>]>,
+    ) -> Part<'_, W, R> {
+        Part {
+            contenders: &self.contenders,
+            rounds: &self.rounds[which],
+        }
+    }
+
+    /// See [`Part::samples`].
     pub(crate) fn samples(&self, who: W, metric: impl Measure<R>) -> Vec<Option<Sample>> {
-        let Some(index) = self.contenders.iter().position(|&other| other == who) else {
-            return Vec::new();
-        };
-        let of_round = |round: &Vec<R>| metric.of(round.get(index)?);
-        self.rounds.iter().map(of_round).collect()
+        self.part(..).samples(who, metric)
     }
 
-    /// The median of what a contender's runs have of a metric.
+    /// See [`Part::median`].
     pub(crate) fn median(&self, who: W, metric: impl Measure<R>) -> Option<Sample> {
-        median(self.samples(who, metric).into_iter().flatten())
+        self.part(..).median(who, metric)
     }
 
-    /// The median of a contender's ratios to another in the same round.
+    /// See [`Part::ratio`].
     pub(crate) fn ratio(&self, who: W, to: W, metric: impl Measure<R>) -> Option<Sample> {
-        let other = self.samples(to, metric);
-        median_ratio(self.samples(who, metric).into_iter().zip(other))
+        self.part(..).ratio(who, to, metric)
     }
 
     /// The medians of all contenders, and the ratios of each of `pairs` that competed.
@@ -87,5 +105,34 @@ impl<C, W: Contend, R> Rounds<C, W, R> {
             table.row(&name, ratios);
         }
         table
+    }
+}
+
+/// Some of the rounds of a case.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Part<'a, W, R> {
+    contenders: &'a [W],
+    rounds: &'a [Vec<R>],
+}
+
+impl<W: Contend, R> Part<'_, W, R> {
+    /// What a contender's runs have of a metric, round by round; nothing if it did not run.
+    pub(crate) fn samples(&self, who: W, metric: impl Measure<R>) -> Vec<Option<Sample>> {
+        let Some(index) = self.contenders.iter().position(|&other| other == who) else {
+            return Vec::new();
+        };
+        let of_round = |round: &Vec<R>| metric.of(round.get(index)?);
+        self.rounds.iter().map(of_round).collect()
+    }
+
+    /// The median of what a contender's runs have of a metric.
+    pub(crate) fn median(&self, who: W, metric: impl Measure<R>) -> Option<Sample> {
+        median(self.samples(who, metric).into_iter().flatten())
+    }
+
+    /// The median of a contender's ratios to another in the same round.
+    pub(crate) fn ratio(&self, who: W, to: W, metric: impl Measure<R>) -> Option<Sample> {
+        let other = self.samples(to, metric);
+        median_ratio(self.samples(who, metric).into_iter().zip(other))
     }
 }

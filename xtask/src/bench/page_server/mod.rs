@@ -27,15 +27,12 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::ValueEnum;
 use pageferry::sys::process::page_size;
-use serde::Serialize;
 use testbed::bed::Bed;
-use testbed::criu;
 use testbed::load::Load;
 use testbed::workspace::target_dir;
 
-use super::bars::{self, Bar};
+use super::results::{CommonArgs, Results};
 use super::rounds::Rounds;
-use super::{Machine, write_json};
 use case::{Case, Contender, Feed, Link, RequestPattern, Target};
 use run::{Bench, Metric, Run};
 
@@ -90,12 +87,8 @@ pub(crate) struct Args {
     /// Rounds of which the medians are taken, after one that warms up.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
-    /// The CRIU to use: a version (4.2.1) or a Debian suite (trixie, sid, experimental).
-    #[arg(long, default_value = "sid")]
-    criu: String,
-    /// Write everything measured to FILE.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    common: CommonArgs,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
@@ -196,25 +189,14 @@ impl Args {
     }
 }
 
-/// What goes into the file.
-#[derive(Serialize)]
-struct Results<'a> {
-    machine: &'a Machine,
-    cases: &'a [CaseResult],
-    bars: &'a [Bar],
-}
-
 /// Cases as they are done.
 struct Progress<'a> {
     args: &'a Args,
-    machine: Machine,
-    results: Vec<CaseResult>,
-    bars: Vec<Bar>,
+    results: Results<'a, CaseResult>,
 }
 
 impl Progress<'_> {
-    /// Measures a case, prints what came of it, and saves everything so far: a long run that is
-    /// interrupted leaves what it has.
+    /// Measures a case.
     fn measure(
         &mut self,
         case: Case,
@@ -223,38 +205,21 @@ impl Progress<'_> {
     ) -> Result<()> {
         let result = Rounds::take(case, contenders, self.args.runs, run)?;
         let table = result.table(&Metric::ALL, &PAIRS);
-        println!("\n{}\n{table}", case.describe());
-        self.results.push(result);
-        self.bars = promises::judge(&self.results);
-        if let Some(path) = &self.args.json {
-            let results = Results {
-                machine: &self.machine,
-                cases: &self.results,
-                bars: &self.bars,
-            };
-            write_json(path, &results)?;
-        }
-        Ok(())
+        self.results.add(&case.describe(), table, result)
     }
 }
 
 /// Measures all cases asked for, prints each as it is done, and the bars at the end.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let criu = criu::of_version(&args.criu)?;
-    let machine = Machine::here(&criu)?;
-    println!("{}", machine.describe());
-    println!(
+    let criu = args.common.criu()?;
+    let how = format!(
         "medians of {}; ratios are taken round by round; a smaller ratio is better but for GiB/s",
         args.runs
     );
+    let results = Results::begin(&args.common, &criu, promises::judge, &how)?;
     let disk = args.disk_dir.clone().unwrap_or_else(target_dir);
     let bench = Bench::new(&criu, page_size()?, &disk, args.asked)?;
-    let mut progress = Progress {
-        args,
-        machine,
-        results: Vec::new(),
-        bars: Vec::new(),
-    };
+    let mut progress = Progress { args, results };
     if args.part.contains(&Part::Receive) {
         receive(&bench, &mut progress)?;
     }
@@ -264,7 +229,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.part.contains(&Part::Dump) {
         dump(&bench, &mut progress)?;
     }
-    println!("\n{}", bars::table(&progress.bars));
+    progress.results.end();
     Ok(())
 }
 

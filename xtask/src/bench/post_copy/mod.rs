@@ -20,12 +20,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Result;
-use serde::Serialize;
-use testbed::criu;
 
-use super::bars::{self, Bar};
+use super::results::{CommonArgs, Results};
 use super::rounds::Rounds;
-use super::{Machine, write_json};
 use case::{Access, Case, Contender, LinkKind, Shape, SourceKind};
 use map_count::MaxMapCount;
 use measure::{Bench, Metric, Run};
@@ -61,12 +58,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SECONDS", default_value_t = 60,
           value_parser = clap::value_parser!(u64).range(1..=3600))]
     limit: u64,
-    /// The CRIU to use: a version (4.2.1) or a Debian suite (trixie, sid, experimental).
-    #[arg(long, default_value = "sid")]
-    criu: String,
-    /// Write everything measured to FILE.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    common: CommonArgs,
 }
 
 type CaseResult = Rounds<Case, Contender, Run>;
@@ -77,31 +70,20 @@ fn pairs(all: &[Contender]) -> Vec<(Contender, Contender)> {
     all.iter().flat_map(of).collect()
 }
 
-/// What goes into the file.
-#[derive(Serialize)]
-struct Results<'a> {
-    machine: &'a Machine,
-    limit_s: u64,
-    cases: &'a [CaseResult],
-    bars: &'a [Bar],
-}
-
 /// Measures all cases asked for, prints each as it is done, and the bars at the end.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let criu = criu::of_version(&args.criu)?;
-    let machine = Machine::here(&criu)?;
-    println!("{}", machine.describe());
-    println!(
+    let criu = args.common.criu()?;
+    let how = format!(
         "medians of {}; s, µs and MiB; a run is ended after {} s; ratios are taken round by round",
         args.runs, args.limit
     );
+    let results = Results::begin(&args.common, &criu, promises::judge, &how)?;
+    let mut results = results.limited_to(args.limit);
     let bench = Bench {
         criu: &criu,
         limit: Duration::from_secs(args.limit),
         baseline: args.baseline.as_deref(),
     };
-    let mut results: Vec<CaseResult> = Vec::new();
-    let mut bars = Vec::new();
     for case in Case::all_of(&args.size, &args.order, &args.link, &args.shape) {
         let _mappings = match case.shape {
             Shape::Mappings => Some(MaxMapCount::raise()?),
@@ -117,22 +99,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let run = |case: &Case, who| bench.run(*case, who);
         let result = Rounds::take(case, contenders, args.runs, run)?;
         let table = result.table(&Metric::ALL, &pairs);
-        println!("\n{}\n{table}", case.describe());
-        results.push(result);
-        bars = promises::judge(&results);
-        // After each case: a long run that is interrupted leaves what it has.
-        if let Some(path) = &args.json {
-            write_json(
-                path,
-                &Results {
-                    machine: &machine,
-                    limit_s: args.limit,
-                    cases: &results,
-                    bars: &bars,
-                },
-            )?;
-        }
+        results.add(&case.describe(), table, result)?;
     }
-    println!("\n{}", bars::table(&bars));
+    results.end();
     Ok(())
 }

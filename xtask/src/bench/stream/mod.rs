@@ -17,20 +17,18 @@ mod promises;
 mod rounds;
 mod subject;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::Result;
 use clap::ValueEnum;
 use serde::Serialize;
-use serde_json::Value;
-use testbed::criu;
 use testbed::net::{NetNs, command_in};
 
-use super::bars::{self, Bar};
-use super::stats::{Sample, median, median_ratio};
+use super::results::{CommonArgs, Results};
+use super::rounds::{Contend, Measure, Part, Rounds};
+use super::stats::Sample;
 use super::table::{Table, cell};
-use super::{Machine, write_json};
 use crate::setup::{self, JDK, NETWORK, PYTHON};
 use rounds::Run;
 use subject::Memory;
@@ -57,12 +55,8 @@ pub(crate) struct Args {
     /// Rounds, the first with nothing to build on; after one that warms up.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(2..))]
     rounds: u32,
-    /// The CRIU to use: a version (4.2.1) or a Debian suite (trixie, sid, experimental).
-    #[arg(long, default_value = "sid")]
-    criu: String,
-    /// Write everything measured to FILE.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    common: CommonArgs,
 }
 
 /// What lies between the two hosts.
@@ -101,7 +95,9 @@ pub(super) enum Contender {
 
 impl Contender {
     const ALL: [Contender; 3] = [Contender::Criu, Contender::Plain, Contender::Ferry];
+}
 
+impl Contend for Contender {
     fn name(self) -> &'static str {
         match self {
             Contender::Criu => "CRIU",
@@ -166,13 +162,36 @@ pub(super) enum Metric {
     Cpu,
 }
 
-impl Metric {
-    fn of(self, run: &Run) -> Sample {
-        Sample::exact(match self {
+impl Measure<Run> for Metric {
+    fn heading(self) -> &'static str {
+        match self {
+            Metric::Seconds => "s",
+            Metric::Bytes => "MiB",
+            Metric::Cpu => "CPU s",
+        }
+    }
+
+    fn of(self, run: &Run) -> Option<Sample> {
+        Some(Sample::exact(match self {
             Metric::Seconds => run.seconds,
             Metric::Bytes => run.bytes as f64 / MIB,
             Metric::Cpu => run.cpu_s,
-        })
+        }))
+    }
+}
+
+/// ferry's bytes of a kind, MiB.
+#[derive(Clone, Copy)]
+struct OfKind(&'static str);
+
+impl Measure<Run> for OfKind {
+    fn heading(self) -> &'static str {
+        self.0
+    }
+
+    fn of(self, run: &Run) -> Option<Sample> {
+        let bytes = run.sent.as_ref()?[self.0]["bytes"].as_f64()?;
+        Some(Sample::exact(bytes / MIB))
     }
 }
 
@@ -189,100 +208,57 @@ pub(super) enum Which {
     All,
 }
 
-/// All rounds of one case.
-#[derive(Clone, Debug, Serialize)]
-struct CaseResult {
-    case: Case,
-    contenders: Vec<Contender>,
-    /// Runs of each round, in the order of the contenders.
-    rounds: Vec<Vec<Run>>,
-}
-
-impl CaseResult {
-    fn rounds(&self, which: Which) -> &[Vec<Run>] {
-        let last = self.rounds.len() - 1;
-        match which {
-            Which::First => &self.rounds[..1],
-            Which::Later => &self.rounds[1..],
-            Which::Last => &self.rounds[last..],
-            Which::All => &self.rounds,
+impl Which {
+    fn of<'a>(self, result: &'a CaseResult) -> Part<'a, Contender, Run> {
+        match self {
+            Which::First => result.part(..1),
+            Which::Later => result.part(1..),
+            Which::Last => result.part(result.count() - 1..),
+            Which::All => result.part(..),
         }
-    }
-
-    fn samples(&self, who: Contender, which: Which, metric: Metric) -> Vec<Option<Sample>> {
-        let at = self.contenders.iter().position(|&other| other == who);
-        let of_round = |round: &Vec<Run>| Some(metric.of(round.get(at?)?));
-        self.rounds(which).iter().map(of_round).collect()
-    }
-
-    fn median(&self, who: Contender, which: Which, metric: Metric) -> Option<Sample> {
-        median(self.samples(who, which, metric).into_iter().flatten())
-    }
-
-    /// The median of ferry's ratios to another contender.
-    fn ratio(&self, to: Contender, which: Which, metric: Metric) -> Option<Sample> {
-        let ours = self.samples(Contender::Ferry, which, metric);
-        median_ratio(ours.into_iter().zip(self.samples(to, which, metric)))
-    }
-
-    /// ferry's bytes of a kind, MiB.
-    fn of_kind(&self, which: Which, kind: &str) -> Option<Sample> {
-        let at = self
-            .contenders
-            .iter()
-            .position(|&who| who == Contender::Ferry)?;
-        let of_round = |round: &Vec<Run>| {
-            let sent: &Value = round.get(at)?.sent.as_ref()?;
-            let bytes = sent[kind]["bytes"].as_f64()?;
-            Some(Sample::exact(bytes / MIB))
-        };
-        median(self.rounds(which).iter().filter_map(of_round))
-    }
-
-    fn print(&self) {
-        let mut table = Table::new([
-            "", "first s", "MiB", "CPU s", "later s", "MiB", "CPU s", "last s",
-        ]);
-        let columns = [
-            (Which::First, Metric::Seconds),
-            (Which::First, Metric::Bytes),
-            (Which::First, Metric::Cpu),
-            (Which::Later, Metric::Seconds),
-            (Which::Later, Metric::Bytes),
-            (Which::Later, Metric::Cpu),
-            (Which::Last, Metric::Seconds),
-        ];
-        for &who in &self.contenders {
-            let cells = columns.map(|(which, metric)| cell(self.median(who, which, metric)));
-            table.row(who.name(), cells);
-        }
-        for to in [Contender::Criu, Contender::Plain] {
-            let cells = columns.map(|(which, metric)| cell(self.ratio(to, which, metric)));
-            table.row(&format!("ferry / {}", to.name()), cells);
-        }
-        println!("\n{}\n{table}", self.case.describe());
-        let mut kinds = Table::new([
-            "ferry's MiB by kind",
-            "zero",
-            "same",
-            "delta",
-            "zstd",
-            "raw",
-        ]);
-        for (name, which) in [("first", Which::First), ("later", Which::Later)] {
-            let cells = ["zero", "same", "delta", "zstd", "raw"];
-            kinds.row(name, cells.map(|kind| cell(self.of_kind(which, kind))));
-        }
-        println!("{kinds}");
     }
 }
 
-/// What goes into the file.
-#[derive(Serialize)]
-struct Results<'a> {
-    machine: &'a Machine,
-    cases: &'a [CaseResult],
-    bars: &'a [Bar],
+type CaseResult = Rounds<Case, Contender, Run>;
+
+/// The median of ferry's ratios to another contender.
+fn ratio(result: &CaseResult, to: Contender, which: Which, metric: Metric) -> Option<Sample> {
+    which.of(result).ratio(Contender::Ferry, to, metric)
+}
+
+fn tables(result: &CaseResult) -> String {
+    let columns = [
+        (Which::First, Metric::Seconds),
+        (Which::First, Metric::Bytes),
+        (Which::First, Metric::Cpu),
+        (Which::Later, Metric::Seconds),
+        (Which::Later, Metric::Bytes),
+        (Which::Later, Metric::Cpu),
+        (Which::Last, Metric::Seconds),
+    ];
+    let headings = columns.map(|(which, metric)| match (which, metric) {
+        (Which::First, Metric::Seconds) => "first s",
+        (Which::Later, Metric::Seconds) => "later s",
+        (Which::Last, Metric::Seconds) => "last s",
+        _ => metric.heading(),
+    });
+    let mut table = Table::new(std::iter::once("").chain(headings));
+    for &who in &result.contenders {
+        let medians = columns.map(|(which, metric)| cell(which.of(result).median(who, metric)));
+        table.row(who.name(), medians);
+    }
+    for to in [Contender::Criu, Contender::Plain] {
+        let ratios = columns.map(|(which, metric)| cell(ratio(result, to, which, metric)));
+        table.row(&format!("ferry / {}", to.name()), ratios);
+    }
+    let kinds = ["zero", "same", "delta", "zstd", "raw"].map(OfKind);
+    let headings = kinds.map(Measure::heading);
+    let mut of_kinds = Table::new(std::iter::once("ferry's MiB by kind").chain(headings));
+    for (name, which) in [("first", Which::First), ("later", Which::Later)] {
+        let medians = kinds.map(|kind| cell(which.of(result).median(Contender::Ferry, kind)));
+        of_kinds.row(name, medians);
+    }
+    format!("{table}\n{of_kinds}")
 }
 
 /// Brings what the cases need to the machine. Gives the kinds of memory that can be had then, and says
@@ -305,38 +281,19 @@ fn install(args: &Args) -> Result<Vec<Memory>> {
 /// Measures all cases asked for, prints each as it is done, and the bars at the end.
 pub(crate) fn run(args: &Args) -> Result<()> {
     let memory = install(args)?;
-    let criu = criu::of_version(&args.criu)?;
-    let machine = Machine::here(&criu)?;
-    println!("{}", machine.describe());
-    println!(
+    let criu = args.common.criu()?;
+    let how = format!(
         "{} rounds of full dumps after one that warms up, s and MiB; later: medians of all but the \
          first; ratios are taken round by round",
         args.rounds
     );
-    let mut results: Vec<CaseResult> = Vec::new();
-    let mut bars = Vec::new();
+    let mut results = Results::begin(&args.common, &criu, promises::judge, &how)?;
     for case in Case::all_of(args, &memory) {
-        let result = CaseResult {
-            case,
-            contenders: case.contenders().to_vec(),
-            rounds: rounds::run(&criu, case, args.rounds)?,
-        };
-        result.print();
-        results.push(result);
-        bars = promises::judge(&results);
-        // After each case: a long run that is interrupted leaves what it has.
-        if let Some(path) = &args.json {
-            write_json(
-                path,
-                &Results {
-                    machine: &machine,
-                    cases: &results,
-                    bars: &bars,
-                },
-            )?;
-        }
+        let rounds = rounds::run(&criu, case, args.rounds)?;
+        let result = Rounds::of(case, case.contenders().to_vec(), rounds);
+        results.add(&case.describe(), tables(&result), result)?;
     }
-    println!("\n{}", bars::table(&bars));
+    results.end();
     Ok(())
 }
 

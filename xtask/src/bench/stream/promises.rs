@@ -24,7 +24,7 @@ pub(super) fn judge(results: &[CaseResult]) -> Vec<Bar> {
         })
     };
     let ratio = |result: Option<&CaseResult>, to, which, metric| -> Option<Sample> {
-        result?.ratio(to, which, metric)
+        super::ratio(result?, to, which, metric)
     };
     let mixed = of(Memory::Mixed, LinkKind::Gigabit, Some(LATER_PERCENT));
     let redis = of(Memory::Redis, LinkKind::Gigabit, None);
