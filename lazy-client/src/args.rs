@@ -36,13 +36,13 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PATH", conflicts_with_all = ["address", "port"])]
     unix: Option<PathBuf>,
 
-    /// The page server is a page-server --forward-lazy: it pushes, compressed and checked, over links
-    /// that may break
+    /// The page server is a page-server --forward-lazy: it sends pages unasked, compressed and checked; broken
+    /// connections are made again
     #[arg(long, conflicts_with = "wire")]
     ferry: bool,
 
-    /// With --ferry: images of an earlier round of the same processes (relative to the images
-    /// directory); what has not changed since is taken from there [default: the images' parent]
+    /// With --ferry: images of an earlier round of the same processes, relative to the images directory. Pages
+    /// that have not changed since are read from there [default: the images' parent]
     #[arg(long, value_name = "DIR", requires = "ferry")]
     prev_images_dir: Option<PathBuf>,
 
@@ -50,16 +50,16 @@ pub(crate) struct Args {
     #[arg(long, value_enum, default_value_t = WireArg::Auto)]
     wire: WireArg,
 
-    /// Serve faults alone; never stream the rest
+    /// Fetch a page only when a thread waits for it, never in the background
     #[arg(long)]
     on_demand: bool,
 
-    /// Take pages out of the local images when no process needs them there any more, so that images in memory
-    /// (tmpfs) are not paid for twice; they cannot be restored from again
+    /// Remove pages from the local images as soon as no process needs them there, so that images on tmpfs do not
+    /// take memory twice. Nothing can be restored from these images again
     #[arg(long)]
     auto_dedup: bool,
 
-    /// Bytes a second for the background, with suffix K, M or G; faults are not limited
+    /// Most bytes a second for the background, with suffix K, M or G. Faults are not limited
     #[arg(long, value_name = "RATE", value_parser = parse_bytes)]
     max_bandwidth: Option<u64>,
 
@@ -67,19 +67,19 @@ pub(crate) struct Args {
     #[arg(long, value_enum, default_value_t = OnLossArg::Poison)]
     on_loss: OnLossArg,
 
-    /// Seconds to try to reach a lost source again [default: 30 for a page-server of ours, else 0]
+    /// Try for this many seconds to reach a lost source again [default: 30 if it is a page-server, else 0]
     #[arg(long, value_name = "SECONDS",
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     reconnect_timeout: Option<u64>,
 
-    /// Seconds to try again what fails on this host (images that cannot be read, a full memory control group)
-    /// before the pages concerned are given up
+    /// When something fails on this host (images that cannot be read, a full memory control group), try again
+    /// for this many seconds before the pages concerned are given up
     #[arg(long, value_name = "SECONDS", default_value_t = 30,
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     local_timeout: u64,
 
-    /// Seconds to wait for the restore, and for each process that it restores, before a source is told that
-    /// nothing comes of it: a dump's processes stand still meanwhile. 0 waits for ever
+    /// Give the source up when no restore comes, or a restore is silent, for this many seconds: a dump's processes
+    /// stand still meanwhile. 0 waits for ever
     #[arg(long, value_name = "SECONDS", default_value_t = RESTORE_TIMEOUT_S,
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     restore_timeout: u64,

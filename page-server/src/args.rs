@@ -41,8 +41,7 @@ pub(crate) struct Args {
     #[arg(long)]
     pub(crate) lazy_pages: bool,
 
-    /// Images that the received ones are a difference to, relative to the images directory: makes the
-    /// `parent` link
+    /// The parent of the received images, relative to the images directory: the `parent` link leads to it
     #[arg(long, value_name = "DIR")]
     pub(crate) prev_images_dir: Option<PathBuf>,
 
@@ -70,25 +69,25 @@ pub(crate) struct Args {
     #[arg(long, conflicts_with = "lazy_pages")]
     pub(crate) auto_dedup: bool,
 
-    /// Store pages that equal the parent's as holes to it, and zero pages without their bytes; the dump
-    /// need not be an incremental one, and is told of no parent
+    /// Store pages that equal the parent's as holes to it, and zero pages without their bytes. The dump may be
+    /// a full one: it is not told of the parent
     #[arg(long, conflicts_with = "lazy_pages")]
     pub(crate) dedup_content: bool,
 
-    /// Store pages compressed: only a CRIU from 4.3 on that is built with LZ4 restores from such images
-    /// by itself, and 4.2 hangs in the attempt; any restores lazily what is served from them
+    /// Store pages compressed. Only CRIU 4.3 and later, built with LZ4, restores from such images by itself
+    /// (4.2 hangs). Any CRIU restores lazily from a server of them
     #[arg(long, conflicts_with = "lazy_pages")]
     pub(crate) compress: bool,
 
-    /// Put the pages that a lazy restore can do without into DIR, made if it is missing: what is left in the images
-    /// directory is small, and restored from lazily while `page-server --lazy-pages -D DIR` serves the rest. With
-    /// --compress only pages in DIR are compressed, which any CRIU may send and restore lazily
+    /// Put the pages that a lazy restore can do without into DIR, made if it is missing. What is left in the images
+    /// directory is small: a lazy restore starts from it while `page-server --lazy-pages -D DIR` serves the rest.
+    /// With --compress only the pages in DIR are compressed, so any CRIU can send the dump and restore it lazily
     #[arg(long, value_name = "DIR",
         conflicts_with_all = ["lazy_pages", "prev_images_dir", "auto_dedup", "dedup_content", "forward", "forward_lazy"])]
     pub(crate) split_lazy: Option<PathBuf>,
 
-    /// What is on disk when the dump is told that all is stored: whatever the kernel wrote, the whole
-    /// images, or the images with every write waiting for the disk
+    /// What is on disk when the dump hears that all is stored. none: what the kernel has written by itself;
+    /// close: the whole images; always: the same, and each write waits for the disk
     #[arg(long, value_enum, default_value_t = Sync::None,
         conflicts_with_all = ["lazy_pages", "forward", "forward_lazy"])]
     pub(crate) sync: Sync,
@@ -127,15 +126,17 @@ pub(crate) struct Args {
     #[arg(long, hide = true, requires = "swrk")]
     pub(crate) one_request: bool,
 
-    /// End a session whose peer says nothing for this many seconds, for its processes stand still meanwhile; with
-    /// --lazy-pages or --forward-lazy only before its host has asked for a page, within a request, and if it takes no
-    /// answers, for a restore may be idle. With --forward-lazy also give the dump up when no client comes for so
-    /// long. 0 waits for ever [default: 300; with --forward-lazy 600; with --lazy-pages 0]
+    /// End a session when its peer is silent for this many seconds: a dump's processes stand still meanwhile.
+    /// 0 waits for ever [default: 300; with --forward-lazy 600; with --lazy-pages 0]
+    ///
+    /// A restore may be idle. So with --lazy-pages or --forward-lazy a session ends only when its host has not asked
+    /// for a page yet, when a request stops in the middle, or when the client accepts no answers. With
+    /// --forward-lazy the dump is given up, too, when no client comes for so long.
     #[arg(long, value_name = "SECONDS",
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     pub(crate) idle_timeout: Option<u64>,
 
-    /// With --lazy-pages: seconds to try to read an image again that cannot be read
+    /// With --lazy-pages: try for this many seconds again to read an image that cannot be read
     #[arg(long, value_name = "SECONDS", default_value_t = LOCAL_TIMEOUT_DEFAULT.as_secs(),
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     pub(crate) local_timeout: u64,
@@ -180,15 +181,15 @@ impl Args {
 /// How dumps travel between two of these.
 #[derive(clap::Args, Debug)]
 pub(crate) struct FerryArgs {
-    /// Forward dumps to the page-server at HOST:PORT instead of storing them: compressed, checked,
-    /// only what changed, over connections that may break. --tls secures these connections
+    /// Forward dumps to the page-server at HOST:PORT instead of storing them. Pages travel compressed and
+    /// checked, and only if they have changed; broken connections are made again. --tls secures these connections
     #[arg(long, value_name = "HOST:PORT", value_parser = Peer::parse,
         conflicts_with_all = ["lazy_pages", "prev_images_dir", "images_dir_template", "auto_dedup",
             "dedup_content", "compress"])]
     pub(crate) forward: Option<Peer>,
 
-    /// Take the memory over that `criu dump --lazy-pages` at HOST:PORT has kept, and serve it to any
-    /// number of lazy clients; -D names the dump's images. --tls secures the clients' connections
+    /// Take over the memory that `criu dump --lazy-pages` serves at HOST:PORT, and serve it to any number of
+    /// lazy clients. -D names the dump's images. --tls secures the clients' connections
     #[arg(long, value_name = "HOST:PORT", value_parser = Peer::parse,
         conflicts_with_all = ["forward", "ps_socket", "lazy_pages", "prev_images_dir",
             "images_dir_template", "auto_dedup", "dedup_content", "compress"])]
@@ -208,14 +209,14 @@ pub(crate) struct FerryArgs {
         value_parser = clap::value_parser!(u16).range(1..=i64::from(FERRY_STREAMS_MAX)))]
     pub(crate) streams: u16,
 
-    /// Memory for what the far end has: 16 bytes for each page, and whole pages while there is room.
-    /// With suffix K, M or G
+    /// Memory for the record of what the far end has: 16 bytes for each page, and the contents of pages while
+    /// there is room. With suffix K, M or G
     #[arg(long, value_name = "BYTES", default_value = "256M", value_parser = parse_bytes_or_none,
         requires = "forward")]
     pub(crate) delta_cache: u64,
 
-    /// Seconds without progress after which a session between two page-servers is given up, or without
-    /// the client that was there after which a lazy dump is
+    /// Give up after this many seconds: when dumps are forwarded, without progress; for a lazy dump, since its
+    /// last client disconnected
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = seconds())]
     pub(crate) reconnect_timeout: u64,
 }
