@@ -311,6 +311,42 @@ fn the_source_goes_on_at_once_when_a_ferried_client_fails() {
     });
 }
 
+#[test]
+fn a_ferried_client_fails_at_once_when_the_forwarder_is_stopped() {
+    with_criu(Suite::Sid, |bed, criu| {
+        // Longer than anybody here waits.
+        let plan = over_ferry(criu, &[], &["--reconnect-timeout", "3600"]);
+        let mut moving = PostCopy::start(bed, &plan, careful(bed), &[])?;
+        wait_until_half_way(&mut moving)?;
+        let forwarder = moving.forwarder().context("the forwarder")?;
+        forwarder.signal(Signal::SIGTERM)?;
+        forwarder.fail(GENEROUS)?;
+        let client = moving.daemon.process();
+        client.fail(GENEROUS)?;
+        let told = fs::read_to_string(client.log().context("a log")?)?;
+        ensure!(told.contains("stopped by a signal"), "{told}");
+        expect_source_alive(&mut moving)
+    });
+}
+
+#[test]
+fn a_ferried_client_that_fails_while_the_link_is_cut_says_so_over_a_new_connection() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let plan = over_ferry(criu, &["--reconnect-timeout", "3600"], &[]);
+        let mut moving = PostCopy::start(bed, &plan, careful(bed), &[])?;
+        wait_until_half_way(&mut moving)?;
+        let link = moving.proxy.as_ref().context("a link")?;
+        link.cut(ImpairmentKind::Reset);
+        moving.daemon.process().signal(Signal::SIGTERM)?;
+        moving.daemon.process().fail(GENEROUS)?;
+        moving
+            .forwarder()
+            .context("the forwarder")?
+            .fail(GENEROUS)?;
+        expect_source_alive(&mut moving)
+    });
+}
+
 fn for_client_that_dies(bed: &Bed, plan: &Plan<'_>) -> Result<()> {
     let mut moving = PostCopy::start(bed, plan, careful(bed), &[])?;
     wait_until_half_way(&mut moving)?;

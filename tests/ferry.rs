@@ -19,15 +19,18 @@ use common::{
     FIRST_PAGE, PAGE, Run, check_images, files, level, tls_args, with_large_runs, with_true_holes,
 };
 use dump_bytes::dump;
-use ends::{LONG, context, expected, far_end, far_end_at, far_end_over_tls, forward, many_pages};
+use ends::{
+    FarEnd, LONG, context, expected, far_end, far_end_at, far_end_over_tls, forward, many_pages,
+};
 use pageferry::criu::header::{PageFlags, Target, Wire};
 use pageferry::engine::forward::{ForwardContext, forward_client};
+use pageferry::engine::listening::stop::Stop;
 use pageferry::error::Kind;
 use pageferry::stream::Stream;
 use pageferry::tls::Tls;
 use proptest::prelude::*;
 use testbed::pki::{Authority, Host};
-use testbed::proxy::{Link, Proxy};
+use testbed::proxy::{ImpairmentKind, Link, Proxy};
 
 const PID: Target = Target::Process(7);
 const OTHER: Target = Target::Process(8);
@@ -199,6 +202,66 @@ fn a_dump_that_breaks_off_leaves_nothing_at_the_far_end() {
         let error = far.finish().unwrap_err().to_string();
         assert!(error.contains("far end has failed"), "{error}");
         assert_eq!(files(&dir).len(), 0);
+    }
+}
+
+/// A forwarder through a link, of whose dump the start has come.
+struct Begun {
+    proxy: Proxy,
+    stop: Stop,
+    dump: UnixStream,
+    forwarder: std::thread::JoinHandle<pageferry::error::Result<()>>,
+}
+
+fn begin(far: &FarEnd) -> Begun {
+    let proxy = Proxy::start(far.address, Link::default(), None).unwrap();
+    let context = context(proxy.address(), 2, 0, LONG);
+    let stop = context.sender.stop.clone();
+    let (ours, mut dump) = UnixStream::pair().unwrap();
+    let forwarder = std::thread::spawn(move || forward_client(Stream::plain(ours), &context).1);
+    dump.write_all(&bytes_of_a_dump()[..1000]).unwrap();
+    // The far end has opened it.
+    dump.read_exact(&mut [7]).unwrap();
+    Begun {
+        proxy,
+        stop,
+        dump,
+        forwarder,
+    }
+}
+
+fn bytes_of_a_dump() -> Vec<u8> {
+    dump(&[(PID, many_pages(1))], Wire::V2)
+}
+
+#[test]
+fn a_failure_is_told_over_a_new_connection_when_the_old_ones_are_gone() {
+    let tmp = tempfile::tempdir().unwrap();
+    let far = far_end(tmp.path(), None, LONG);
+    let begun = begin(&far);
+    begun.proxy.cut(ImpairmentKind::Reset);
+    drop(begun.dump);
+    begun.forwarder.join().unwrap().unwrap_err();
+    let error = far.finish().unwrap_err().to_string();
+    assert!(error.contains("far end has failed"), "{error}");
+}
+
+#[test]
+fn an_end_that_is_stopped_says_so() {
+    for far_stops in [true, false] {
+        let tmp = tempfile::tempdir().unwrap();
+        let far = far_end(tmp.path(), None, LONG);
+        let mut begun = begin(&far);
+        match far_stops {
+            true => far.stop.pull(),
+            false => begun.stop.pull(),
+        }
+        let told = far.finish().unwrap_err().to_string();
+        assert!(told.contains("stopped by a signal"), "{told}");
+        // The dump goes on until it is reset.
+        let _ = begun.dump.write_all(&bytes_of_a_dump()[1000..]);
+        let told = begun.forwarder.join().unwrap().unwrap_err().to_string();
+        assert!(told.contains("stopped by a signal"), "{told}");
     }
 }
 

@@ -22,7 +22,7 @@ use pageferry::engine::io::driver::Writes;
 use pageferry::engine::io::transport::Peer;
 use pageferry::engine::listening::listen::{Place, Source, is_passed_by_systemd};
 use pageferry::engine::listening::sessions::{Rules, Stay, run_sessions};
-use pageferry::engine::listening::stop::{Stop, block_stop_signals};
+use pageferry::engine::listening::stop::{Stop, Watched, block_stop_signals};
 use pageferry::engine::receive::ingest_modes::IngestOptions;
 use pageferry::engine::receive::precopy_listener::{Handled, PrecopyListener};
 use pageferry::engine::receive::stores::{StoreOptions, Stores};
@@ -150,7 +150,7 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
     // A ferry session has several connections, one after another and at a time.
     let rules = rules(args, Stay::UntilShutDown, args.max_sessions);
     let _display = report.show()?;
-    run(source, &rules, &stop, |stream| {
+    run(source, &rules, &stop, |stream, watched| {
         let peer = stream.peer().to_owned();
         let mut stream = match stream.secure(tls.as_ref()) {
             Ok(stream) => stream,
@@ -168,7 +168,7 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
                 return Ok(());
             }
             Some(PeerKind::Dump) => receive_client(stream, &context),
-            Some(PeerKind::Ferry) => match listener.handle(stream, entry.is_open()) {
+            Some(PeerKind::Ferry) => match listener.handle(stream, watched, entry.is_open()) {
                 Ok(Handled::Joined) => return Ok(()),
                 Ok(Handled::Session(received, result)) => {
                     entry.shut();
@@ -209,7 +209,7 @@ fn forward(start: &mut Start<'_>, far_end: &Peer) -> Result<()> {
         ForwardContext::new(sender, wire, page, args.keep).ending_idle(args.idle_timeout());
     let rules = rules(args, Stay::UntilShutDown, args.max_sessions);
     let _display = report.show()?;
-    run(source, &rules, &stop, |mut stream| {
+    run(source, &rules, &stop, |mut stream, _watched| {
         if !entry.admit_dump(&mut stream, args.idle_timeout())? {
             stream.reset();
             return Ok(());
@@ -294,7 +294,7 @@ fn serve(start: &mut Start<'_>) -> Result<()> {
     let stop = Stop::on_signals()?;
     let _display = report.show()?;
     let traffic = report.traffic();
-    run(source, &rules, &stop, |stream| {
+    run(source, &rules, &stop, |stream, _watched| {
         let peer = stream.peer().to_owned();
         let running = traffic.begin_session();
         let served = stream
@@ -310,12 +310,12 @@ fn run(
     source: Source,
     rules: &Rules,
     stop: &Stop,
-    session: impl Fn(Stream) -> Result<()> + Sync,
+    session: impl Fn(Stream, Watched) -> Result<()> + Sync,
 ) -> Result<()> {
     if source.connected {
         let stream = Stream::plain(source.socket);
-        let _watched = stop.watch(&stream.socket())?;
-        return session(stream);
+        let watched = stop.watch(&stream.socket())?;
+        return session(stream, watched);
     }
     run_sessions(&source.socket, rules, stop, session)
 }

@@ -290,6 +290,11 @@ impl Receiver {
         self.failure.is_some() && self.streams.iter().all(told)
     }
 
+    /// Whether the connection of `stream` was told that the session has failed.
+    pub fn was_told(&self, stream: u16) -> bool {
+        self.streams[usize::from(stream)] == StreamState::Told
+    }
+
     /// What is to be written to `stream` next, on whose connection `arrived` bytes have arrived.
     pub fn poll(&mut self, stream: u16, arrived: u64) -> Option<Reply> {
         let state = &mut self.streams[usize::from(stream)];

@@ -113,6 +113,8 @@ pub struct Sender {
     question: Option<u64>,
     hash_requests: BTreeMap<Target, HashRequest>,
     ending: Option<Transmit>,
+    /// The receiver has heard of the end.
+    heard_end: bool,
 }
 
 impl Sender {
@@ -132,6 +134,7 @@ impl Sender {
             question: None,
             hash_requests: BTreeMap::new(),
             ending: None,
+            heard_end: false,
         }
     }
 
@@ -209,6 +212,25 @@ impl Sender {
     pub fn has_told_end(&self) -> bool {
         let told = |state: &StreamState| matches!(state, StreamState::Down | StreamState::Told);
         self.ending.is_some() && self.streams.iter().all(told)
+    }
+
+    /// The receiver has ended the connection of `stream` in order, behind what was said on it.
+    pub fn handle_end(&mut self, stream: u16) {
+        self.heard_end |= self.streams[usize::from(stream)] == StreamState::Told;
+    }
+
+    /// Why the session has failed on this side, if it has.
+    pub fn failure(&self) -> Option<&Fail> {
+        match &self.ending {
+            Some(Transmit::Fail(fail)) => Some(fail),
+            _ => None,
+        }
+    }
+
+    /// Whether the receiver has heard that the session is over. That it was told does not say so: the connection may
+    /// have been lost with the word.
+    pub fn has_heard_end(&self) -> bool {
+        self.heard_end
     }
 
     /// The connection of `stream` was welcomed. It is a new one: what an older one carried has to

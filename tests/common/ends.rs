@@ -90,7 +90,7 @@ fn start(
             allowed: Vec::new(),
         };
         let session = std::sync::Mutex::new(None);
-        let ran = run_sessions(&listener, &rules, &stop, |stream| {
+        let ran = run_sessions(&listener, &rules, &stop, |stream, watched| {
             let Ok(mut stream) = stream.secure(tls.as_ref()) else {
                 return Ok(());
             };
@@ -98,7 +98,7 @@ fn start(
                 // It broke before it said anything.
                 return Ok(());
             }
-            let handled = port.handle(stream, true);
+            let handled = port.handle(stream, watched, true);
             if !matches!(handled, Ok(Handled::Joined)) {
                 // Gone already if the session is not the first.
                 let _ = listener.shutdown(Shutdown::Both);

@@ -53,10 +53,15 @@ pub(crate) fn dump(dir: &Path) -> (u16, thread::JoinHandle<Result<()>>) {
             most: 1,
             allowed: Vec::new(),
         };
-        run_sessions(&source.socket, &rules, &Stop::default(), |stream| {
-            source.socket.shutdown(std::net::Shutdown::Both).unwrap();
-            serve_client(stream, &context).map(drop)
-        })
+        run_sessions(
+            &source.socket,
+            &rules,
+            &Stop::default(),
+            |stream, _watched| {
+                source.socket.shutdown(std::net::Shutdown::Both).unwrap();
+                serve_client(stream, &context).map(drop)
+            },
+        )
     });
     (port, thread)
 }

@@ -79,7 +79,7 @@ impl Server {
                 most: CLIENTS_MAX,
                 allowed: Vec::new(),
             };
-            run_sessions(&accepting, &rules, &Stop::default(), |stream| {
+            run_sessions(&accepting, &rules, &Stop::default(), |stream, _watched| {
                 serve_client(stream, &context).map(|_| ())
             })
         });

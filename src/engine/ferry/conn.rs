@@ -13,7 +13,10 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::SockRef;
 
 use crate::engine::ferry::buffer_pool::BufferPool;
@@ -150,14 +153,45 @@ impl Conn {
         }
     }
 
-    /// Ends the connection so that what was sent still arrives.
-    pub(in crate::engine) fn close(mut self) {
-        let in_order = self.transport.close_in_order();
-        // Others may hold the socket, to stop it: the peer shall see the end now.
-        let socket = self.transport.socket();
-        let ended = in_order.and_then(|()| SockRef::from(&socket).shutdown(Shutdown::Write));
-        if let Err(error) = ended {
+    /// Ends the connection so that what was sent arrives: waits until `deadline` for the peer to end it as well.
+    /// Says whether it has, behind all that was said to it.
+    ///
+    /// The kernel resets a connection that is closed while something is unread, or to which more comes then. A
+    /// reset discards what has not arrived, here and in whatever relays the connection.
+    pub(in crate::engine) fn close(mut self, deadline: Instant) -> bool {
+        let ended = self.transport.close_in_order().and_then(|()| {
+            // Others may hold the socket, to stop it: the peer shall see the end now.
+            let socket = self.transport.socket();
+            SockRef::from(&socket).shutdown(Shutdown::Write)
+        });
+        let heard = ended.and_then(|()| self.await_end(deadline));
+        heard.unwrap_or_else(|error| {
             tracing::debug!("a connection could not be closed in order: {error}");
+            false
+        })
+    }
+
+    /// Discards what comes until the end of it, for as long as `deadline` says. Whether the end has come.
+    fn await_end(&mut self, deadline: Instant) -> io::Result<bool> {
+        loop {
+            match self.transport.receive(&mut self.staging) {
+                Ok(0) => return Ok(true),
+                Ok(bytes) => self.bytes_in += bytes as u64,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+                    let mut polled = [PollFd::new(self.transport.socket(), PollFlags::POLLIN)];
+                    match poll(&mut polled, left) {
+                        Ok(_) | Err(Errno::EINTR) => {}
+                        Err(errno) => return Err(errno.into()),
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+            if Instant::now() >= deadline {
+                return Ok(false);
+            }
         }
     }
 
@@ -222,15 +256,21 @@ impl Conn {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::net::{Ipv4Addr, SocketAddr};
     use std::os::unix::net::UnixStream;
+    use std::time::Duration;
 
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use proptest::prelude::*;
-    use socket2::Socket;
+    use socket2::{Domain, Socket, Type};
 
     use super::*;
+    use crate::engine::ferry::connection_loop::say_last_words;
     use crate::engine::io::transport::PlainTransport;
     use crate::ferry::frame::OpenFrame;
+
+    /// Longer than anybody here takes.
+    const PATIENCE: Duration = Duration::from_secs(60);
 
     fn pair() -> (UnixStream, Conn) {
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -308,7 +348,38 @@ mod tests {
             )
             .unwrap();
         }
-        to.close();
+        assert!(to.close(Instant::now() + PATIENCE));
         assert_eq!(drain.join().unwrap(), expected);
+    }
+
+    #[test]
+    fn the_last_word_arrives_although_the_peer_was_not_listened_to() {
+        let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        // Little of what is sent leaves before the peer reads.
+        listener.set_recv_buffer_size(4 << 10).unwrap();
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        listener.bind(&any.into()).unwrap();
+        listener.listen(1).unwrap();
+        let ours = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        // As sockets are made that dial.
+        ours.set_linger(Some(Duration::ZERO)).unwrap();
+        ours.connect(&listener.local_addr().unwrap()).unwrap();
+        let (mut peer, _) = listener.accept().unwrap();
+        peer.write_all(&[0; 10_000]).unwrap();
+        let transport = PlainTransport::new(ours).unwrap();
+        let mut conn = Conn::new(Box::new(transport), Arc::default());
+        conn.queue(Arc::new(vec![7; 50_000]));
+        let closer = std::thread::spawn(move || say_last_words(conn, PATIENCE));
+        let mut heard = Vec::new();
+        std::io::Read::read_to_end(&mut peer, &mut heard).expect("no reset");
+        assert_eq!(heard.len(), 50_000);
+        drop(peer);
+        assert!(closer.join().unwrap(), "it has heard");
+    }
+
+    #[test]
+    fn a_peer_that_does_not_end_its_side_is_not_waited_for() {
+        let (_peer, conn) = pair();
+        assert!(!conn.close(Instant::now()));
     }
 }

@@ -35,8 +35,8 @@ const SILENCE_MAX: Duration = Duration::from_secs(5);
 /// How long what was sent may stay unacknowledged by the peer's kernel.
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(10);
 
-/// How long the last words of a session may take to leave.
-const LAST_WORDS: Duration = Duration::from_secs(5);
+/// How long the last words of a session may take to arrive.
+pub(in crate::engine) const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// Frames are queued up to here, bytes; what is beyond stays free for other connections.
 const QUEUE_BYTES: usize = 512 << 10;
@@ -91,6 +91,8 @@ pub(in crate::engine) trait ConnectionHandler: Send + Sync {
     fn stream_up(&self, stream: u16, peer: &Hello, waker: &Arc<Waker>);
     /// The connection that `waker` belongs to is gone.
     fn stream_down(&self, stream: u16, waker: &Arc<Waker>);
+    /// The peer has ended the connection that `waker` belongs to in order, behind what was last said on it.
+    fn heard_end(&self, stream: u16, waker: &Arc<Waker>);
     /// A frame has come.
     fn handle(&self, stream: u16, frame: Frame) -> Heard;
     /// The next frame to be sent on `stream`, on whose connection `arrived` bytes have arrived.
@@ -111,6 +113,8 @@ pub(in crate::engine) trait ConnectionHandler: Send + Sync {
 pub(in crate::engine) trait DialingHandler: ConnectionHandler {
     /// Whether the session has ended here, so that the peer may hang up at any time.
     fn is_ending(&self) -> bool;
+    /// Whether nobody needs to be reached any more: the peer has heard of the end, or is not to.
+    fn is_done(&self) -> bool;
     /// The session cannot go on: the peer said so, or nobody could be reached for too long.
     fn lost(&self, why: Lost);
 }
@@ -200,10 +204,17 @@ pub(in crate::engine) fn run(
             }
         }
     };
-    if matches!(end, ConnectionEnd::Over) {
-        say_last_words(&mut conn);
+    match end {
+        ConnectionEnd::Over => {
+            if say_last_words(conn, LAST_WORDS) {
+                handler.heard_end(stream, waker);
+            }
+        }
+        // Nobody listens there any more.
+        ConnectionEnd::Lost(_) | ConnectionEnd::Silent | ConnectionEnd::Replaced => {
+            conn.close(Instant::now());
+        }
     }
-    conn.close();
     end
 }
 
@@ -341,13 +352,23 @@ impl ConnectionLoop<'_> {
     }
 }
 
-/// Sends what is queued, but not for ever.
-pub(in crate::engine) fn say_last_words(conn: &mut Conn) {
-    let start = Instant::now();
-    while let Ok(true) = conn.flush() {
-        let Some(left) = LAST_WORDS.checked_sub(start.elapsed()) else {
-            return;
-        };
+/// Sends what is queued and ends the connection, but waits for the peer no longer than `most`. Says whether it
+/// has heard: it has ended the connection as well.
+pub(in crate::engine) fn say_last_words(mut conn: Conn, most: Duration) -> bool {
+    let deadline = Instant::now() + most;
+    loop {
+        match conn.flush() {
+            Ok(false) => return conn.close(deadline),
+            Ok(true) => {}
+            Err(error) => {
+                tracing::debug!("the last words could not be said: {error}");
+                return false;
+            }
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return false;
+        }
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
         let mut fds = [PollFd::new(conn.socket(), PollFlags::POLLOUT)];
         // Whatever went wrong, the next try to send says.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::engine::ferry::conn::{Conn, ConnError, Frame};
-use crate::engine::ferry::connection_loop::{self, ConnectionHandler, Waker};
+use crate::engine::ferry::connection_loop::{self, ConnectionHandler, LAST_WORDS, Waker};
 use crate::error::Result;
 use crate::ferry::frame;
 use crate::ferry::hello::{Fail, Hello};
@@ -65,6 +65,5 @@ pub(in crate::engine) fn refuse(mut conn: Conn, fail: &Fail) {
     let mut words = Vec::new();
     fail.encode(&mut words);
     conn.queue(Arc::new(words));
-    connection_loop::say_last_words(&mut conn);
-    conn.close();
+    connection_loop::say_last_words(conn, LAST_WORDS);
 }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use crate::criu::header::Target;
 use crate::engine::ferry::buffer_pool::BufferPool;
 use crate::engine::ferry::change_notifier::ChangeNotifier;
-use crate::engine::ferry::connection_loop::{ConnectionHandler, Waker};
+use crate::engine::ferry::connection_loop::{DialingHandler, Lost, Waker};
 use crate::engine::ferry::{Learned, lock};
 use crate::error::{self, Error, Result};
 use crate::ferry::delta::PageMemory;
@@ -64,6 +64,8 @@ struct State {
     ending: Option<Ending>,
     /// Nobody waits for last words any more.
     cut: bool,
+    /// The receiver knows no such session any more.
+    refused: bool,
     sent: Sent,
     /// The highest number that a connection has taken.
     carried: u64,
@@ -106,6 +108,7 @@ impl SenderSession {
                 wakers: BTreeMap::new(),
                 ending: None,
                 cut: false,
+                refused: false,
                 sent: Sent::default(),
                 carried: 0,
                 unsent: 0,
@@ -259,6 +262,21 @@ impl SenderSession {
         self.end(state, Ending::Failed);
     }
 
+    /// What is to be said on a connection that carries no stream, if the session has failed.
+    pub(in crate::engine) fn failure(&self) -> Option<Vec<u8>> {
+        let state = lock(&self.state);
+        let (sender, _) = state.talk.as_ref()?;
+        let mut words = Vec::new();
+        sender.failure()?.encode(&mut words);
+        Some(words)
+    }
+
+    /// This process is to end: says so on the connections that there are.
+    pub(in crate::engine) fn stop(&self) {
+        self.lost(Lost::Stopped);
+        self.cut();
+    }
+
     /// Ends all connections, whether the far end has heard of the end or not.
     pub(in crate::engine) fn cut(&self) {
         let mut state = lock(&self.state);
@@ -364,6 +382,11 @@ impl State {
         sender.is_none_or(Sender::has_told_end)
     }
 
+    fn has_heard_end(&self) -> bool {
+        let sender = self.talk.as_ref().map(|(sender, _)| sender);
+        sender.is_none_or(Sender::has_heard_end)
+    }
+
     /// Whether BYE was said, or will be, to a receiver that says when it hears it, and has not yet.
     fn awaits_farewell(&self) -> bool {
         let promised = |(_, agreed): &(_, Agreed)| agreed.features.has(Features::FAREWELL);
@@ -386,10 +409,10 @@ impl SenderSession {
         lock(&self.state).awaits_farewell()
     }
 
-    /// Waits until every living connection was told of the end, for `most` at the longest.
-    pub(crate) fn wait_until_over(&self, most: Duration) {
+    /// Waits until the receiver has heard of the end, for `most` at the longest.
+    pub(crate) fn wait_until_done(&self, most: Duration) {
         let start = Instant::now();
-        while !self.is_over() {
+        while !self.is_done() {
             let seen = self.notifier.notified();
             let Some(left) = most.checked_sub(start.elapsed()) else {
                 return;
@@ -403,6 +426,7 @@ impl SenderSession {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::ferry::connection_loop::ConnectionHandler;
     use crate::ferry::level_control::Level;
 
     #[test]

@@ -50,7 +50,7 @@ pub(in crate::engine) fn push<T>(
             Ok(_) => sending.finish(),
             Err(error) => sending.abort(&error.to_string()),
         }
-        sending.wait_until_over(GOODBYE);
+        sending.wait_until_done(GOODBYE);
         sending.cut();
         result
     });

@@ -59,7 +59,7 @@ impl<'a> SessionDialer<'a> {
 
     /// Keeps the streams up, each in a thread of `scope`, until the session is over.
     pub(super) fn run<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) {
-        while !self.handler.is_over() {
+        while !self.handler.is_done() {
             let seen = self.notifier.notified();
             let now = self.start.elapsed();
             if self.stop.is_pulled() {

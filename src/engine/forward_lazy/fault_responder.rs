@@ -7,8 +7,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::engine::ferry::conn::{Conn, ConnError};
-use crate::engine::ferry::connection_loop;
-use crate::engine::ferry::connection_loop::DialingHandler;
+use crate::engine::ferry::connection_loop::{self, DialingHandler, LAST_WORDS};
 use crate::engine::forward_lazy::postcopy_listener::PostcopySession;
 use crate::error::{Error, Kind, Result};
 use crate::ferry::encode::{Encoder, PlainBatch, Verdicts};
@@ -42,8 +41,11 @@ impl PostcopySession {
             plain: Vec::new(),
         };
         let ended = responder.run();
-        connection_loop::say_last_words(&mut responder.conn);
-        responder.conn.close();
+        // Whoever sees this connection end looks no further.
+        if let Some(failure) = self.sending.failure() {
+            responder.conn.queue(Arc::new(failure));
+        }
+        connection_loop::say_last_words(responder.conn, LAST_WORDS);
         match ended {
             Err(Trouble::Lost(error)) => {
                 tracing::debug!("a connection for faults: {error}");

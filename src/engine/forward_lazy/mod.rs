@@ -32,7 +32,7 @@ use crate::engine::forward_lazy::postcopy_listener::{PostcopyListener, PushAccep
 use crate::engine::io::transport::Peer;
 use crate::engine::listening::listen::Source;
 use crate::engine::listening::sessions::{Rules, run_sessions};
-use crate::engine::listening::stop::Stop;
+use crate::engine::listening::stop::{Stop, Watched};
 use crate::engine::restore::wire_of;
 use crate::engine::serve::memory::Memory;
 use crate::engine::serve::{Memories, ServeContext, Summary, serve_until_closed};
@@ -198,8 +198,8 @@ impl ForwardLazy {
                 shut(&source.socket);
                 ended
             });
-            let served = run_sessions(&source.socket, rules, stop, |stream| {
-                clients.serve(stream, stop, &secure, &report);
+            let served = run_sessions(&source.socket, rules, stop, |stream, watched| {
+                clients.serve((stream, watched), stop, &secure, &report);
                 Ok(())
             });
             let ended = keeper.join();
@@ -215,7 +215,7 @@ impl Clients {
     /// Serves one client. That it fails is no failure here: it may come again.
     fn serve(
         &self,
-        stream: Stream,
+        (stream, watched): (Stream, Watched),
         stop: &Stop,
         secure: impl Fn(Stream) -> Result<Stream>,
         report: impl Fn(&Left<'_>),
@@ -238,7 +238,7 @@ impl Clients {
         });
         let served = match ferry {
             Err(error) => Err(error),
-            Ok((stream, true)) => self.push(&peer, stream, stop, report, &mut entry),
+            Ok((stream, true)) => self.push((stream, watched), stop, report, &mut entry),
             Ok((stream, false)) => {
                 let served = serve_until_closed(stream, &self.context, &|| end_dump(&entry));
                 report(&Left::Asked(&peer, &served));
@@ -252,24 +252,27 @@ impl Clients {
         }
     }
 
-    /// Pushes everything to the client `peer`, or lends its session one more connection.
+    /// Pushes everything to the client, or lends its session one more connection.
     fn push(
         &self,
-        peer: &str,
-        stream: Stream,
+        (stream, watched): (Stream, Watched),
         stop: &Stop,
         report: impl Fn(&Left<'_>),
         entry: &mut ClientEntry<'_>,
     ) -> Result<()> {
         let (start, cpu_before) = (Instant::now(), cpu_time());
+        let peer = stream.peer().to_owned();
         // The session knows who may come back to it.
         entry.is_one_of_many();
-        match self.listener.handle(stream, stop, &|| end_dump(entry))? {
+        match self
+            .listener
+            .handle(stream, watched, stop, &|| end_dump(entry))?
+        {
             PushAccepted::Joined => Ok(()),
             PushAccepted::Session(sent, ended) => {
                 let forwarded = Forwarded {
                     peer: self.dump.clone(),
-                    far_end: peer.to_owned(),
+                    far_end: peer,
                     wire: Some(self.wire),
                     sent: *sent,
                     page: self.dump_memory.page(),

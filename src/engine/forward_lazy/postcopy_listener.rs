@@ -28,7 +28,7 @@ use crate::engine::ferry::sender_session::SenderSession;
 use crate::engine::ferry::{GOODBYE, Learned, WINDOW, lock};
 use crate::engine::forward_lazy::dump_memory::DumpMemory;
 use crate::engine::io::transport::transport;
-use crate::engine::listening::stop::Stop;
+use crate::engine::listening::stop::{Stop, Watched};
 use crate::error::{Error, Kind, Result};
 use crate::ferry::delta::PageMemory;
 use crate::ferry::frame;
@@ -113,23 +113,25 @@ impl PostcopyListener {
         }
     }
 
-    /// Runs a connection that has just begun to speak ferry. If it opens a session, returns when that is
-    /// over. `taken` is told when the receiver has everything, before it hears of that; if it says no, the
+    /// Runs a connection that has just begun to speak ferry, and that `watched` shuts down until then. If it opens
+    /// a session, returns when that is over. `taken` is told when the receiver has everything, before it hears of that; if it says no, the
     /// session has failed.
     pub(in crate::engine) fn handle(
         &self,
         stream: Stream,
+        watched: Watched,
         stop: &Stop,
         taken: &(dyn Fn() -> Result<()> + Sync),
     ) -> Result<PushAccepted> {
         let peer = stream.peer().to_owned();
-        self.greet(stream, stop, taken)
+        self.greet(stream, watched, stop, taken)
             .map_err(|error| error.within(format!("ferry to {peer}")))
     }
 
     fn greet(
         &self,
         stream: Stream,
+        watched: Watched,
         stop: &Stop,
         taken: &(dyn Fn() -> Result<()> + Sync),
     ) -> Result<PushAccepted> {
@@ -140,6 +142,8 @@ impl PostcopyListener {
         let hello = first_frame(&mut conn).map_err(lost)?;
         let greeting = Hello::decode(hello.kind, &hello.body)
             .map_err(|error| lost(ConnError::Frame(error)))?;
+        // From here on a client is told why it is left.
+        drop(watched);
         let make = |peer: &Hello| Ok((Arc::new(PostcopySession::new(self, peer.session)), ()));
         match self.sessions.admit(greeting, |_| true, make) {
             Admitted::Refused(Refused { fail, .. }) => {
@@ -148,6 +152,8 @@ impl PostcopyListener {
             }
             Admitted::Joined(session, greetings) => {
                 if let Some(session) = session {
+                    let stopped = Arc::clone(&session);
+                    let _told = stop.tell(move || stopped.sending.stop());
                     self.join(conn, &session, &greetings)?;
                 }
                 Ok(PushAccepted::Joined)
@@ -181,6 +187,8 @@ impl PostcopyListener {
     ) -> Result<()> {
         let sending = &session.sending;
         let id = greetings.peer.session;
+        let stopped = Arc::clone(session);
+        let _told = stop.tell(move || stopped.sending.stop());
         let result = thread::scope(|scope| {
             let feeder = scope.spawn(|| {
                 let fed = thread::scope(|scope| session.feed(scope, self.wire));
@@ -198,7 +206,7 @@ impl PostcopyListener {
             let look = || self.end_if_given_up(id, sending, stop);
             let feeder = self.sessions.follow(feeder, look);
             self.wait_for_farewell(id, sending, stop);
-            sending.wait_until_over(GOODBYE);
+            sending.wait_until_done(GOODBYE);
             sending.cut();
             let fed = feeder.join();
             fed.unwrap_or_else(|panic| std::panic::resume_unwind(panic))

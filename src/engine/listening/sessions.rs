@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use socket2::{SockAddr, Socket};
 use tracing::{error, info, warn};
 
-use crate::engine::listening::stop::Stop;
+use crate::engine::listening::stop::{Stop, Watched};
 use crate::error::{Error, Kind, Result};
 use crate::stream::Stream;
 
@@ -64,7 +64,8 @@ enum Event {
     SessionEnded(Result<()>),
 }
 
-/// Runs `session` for each connection to `listener` that `rules` let in.
+/// Runs `session` for each connection to `listener` that `rules` let in. The connection is shut down when `stop` is
+/// pulled, unless the session drops the guard that it gets: to say why it ends.
 ///
 /// # Errors
 ///
@@ -74,7 +75,7 @@ pub fn run_sessions(
     listener: &Socket,
     rules: &Rules,
     stop: &Stop,
-    session: impl Fn(Stream) -> Result<()> + Sync,
+    session: impl Fn(Stream, Watched) -> Result<()> + Sync,
 ) -> Result<()> {
     let (events, inbox) = channel();
     let _listening = stop.watch(&listener.into())?;
@@ -103,7 +104,7 @@ pub fn run_sessions(
                     let (events, session) = (events.clone(), &session);
                     scope.spawn(move || {
                         let watched = stop.watch(&stream.socket());
-                        let result = watched.and_then(|_watched| session(stream));
+                        let result = watched.and_then(|watched| session(stream, watched));
                         // The inbox outlives every session.
                         let _ = events.send(Event::SessionEnded(result));
                     });

@@ -2,6 +2,7 @@
 //! fail as if their peers had gone, which cleans up behind them.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,11 +24,27 @@ struct Inner {
 
 #[derive(Debug, Default)]
 struct Sockets {
-    open: HashMap<u64, (Socket, Shutdown)>,
+    open: HashMap<u64, End>,
     next: u64,
 }
 
-/// A socket that is shut down when the brake is pulled, until this is dropped.
+/// What the brake does.
+#[derive(Clone)]
+enum End {
+    Shut(Arc<Socket>, Shutdown),
+    Tell(Arc<dyn Fn() + Send + Sync>),
+}
+
+impl fmt::Debug for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            End::Shut(socket, how) => write!(f, "Shut({socket:?}, {how:?})"),
+            End::Tell(_) => f.write_str("Tell"),
+        }
+    }
+}
+
+/// What is ended when the brake is pulled, until this is dropped.
 #[derive(Debug)]
 pub struct Watched {
     stop: Stop,
@@ -65,9 +82,9 @@ impl Stop {
     /// Ends everything that is watched, now and later.
     pub fn pull(&self) {
         self.0.pulled.store(true, Ordering::SeqCst);
-        for (socket, how) in self.sockets().open.values() {
-            end(&socket.into(), *how);
-        }
+        // What is told may take locks of its own.
+        let ends: Vec<End> = self.sockets().open.values().cloned().collect();
+        ends.iter().for_each(End::happen);
     }
 
     /// Whether the brake was pulled.
@@ -89,17 +106,27 @@ impl Stop {
         let copy = socket
             .try_clone()
             .map_err(|error| Error::wrap(Kind::Io, "cannot duplicate a socket", error))?;
+        Ok(self.end(End::Shut(Arc::new(copy), how)))
+    }
+
+    /// Calls `tell` when the brake is pulled, at once if it was: for sessions that say why they end.
+    pub fn tell(&self, tell: impl Fn() + Send + Sync + 'static) -> Watched {
+        self.end(End::Tell(Arc::new(tell)))
+    }
+
+    fn end(&self, end: End) -> Watched {
         let mut sockets = self.sockets();
         let number = sockets.next;
         sockets.next += 1;
-        sockets.open.insert(number, (copy, how));
+        let late = end.clone();
+        sockets.open.insert(number, end);
         drop(sockets);
         // Asked behind the insertion: a pull from before it is seen here, a later one there.
         if self.is_pulled() {
-            end(socket, how);
+            late.happen();
         }
         let stop = self.clone();
-        Ok(Watched { stop, number })
+        Watched { stop, number }
     }
 
     fn sockets(&self) -> MutexGuard<'_, Sockets> {
@@ -117,9 +144,16 @@ impl Drop for Watched {
     }
 }
 
-fn end(socket: &SockRef<'_>, how: Shutdown) {
-    // A socket that its peer has closed needs no end.
-    let _ = socket.shutdown(how);
+impl End {
+    fn happen(&self) {
+        match self {
+            End::Shut(socket, how) => {
+                // A socket that its peer has closed needs no end.
+                let _ = socket.shutdown(*how);
+            }
+            End::Tell(tell) => tell(),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -141,6 +175,10 @@ mod tests {
         let (late, mut late_peer) = UnixStream::pair().unwrap();
         let _late = stop.watch(&(&late).into()).unwrap();
         assert_eq!(late_peer.read(&mut [0]).unwrap(), 0);
+        let told = Arc::new(AtomicBool::new(false));
+        let tells = Arc::clone(&told);
+        drop(stop.tell(move || tells.store(true, Ordering::SeqCst)));
+        assert!(told.load(Ordering::SeqCst));
         other.set_nonblocking(true).unwrap();
         let error = other.read(&mut [0]).unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);

@@ -19,7 +19,7 @@ use crate::engine::ferry::handshake::{first_frame, queue_welcome, refuse, run_ad
 use crate::engine::ferry::listener_sessions::{Admitted, Greetings, ListenerSessions, Refused};
 use crate::engine::ferry::{WINDOW, random_bits};
 use crate::engine::io::transport::transport;
-use crate::engine::listening::stop::Stop;
+use crate::engine::listening::stop::{Stop, Watched};
 use crate::engine::receive::batch_applier::{Bases, BatchApplier};
 use crate::engine::receive::counters::SessionCounters;
 use crate::engine::receive::receiver_session::ReceiverSession;
@@ -103,13 +103,14 @@ impl<'a> PrecopyListener<'a> {
 
     /// Runs a connection that has just begun to speak ferry. If it opens a session, returns when
     /// that is over. New sessions are let in only with `open_to_new`.
-    pub fn handle(&self, stream: Stream, open_to_new: bool) -> Result<Handled> {
+    /// Until it has said who it is `watched` shuts it down.
+    pub fn handle(&self, stream: Stream, watched: Watched, open_to_new: bool) -> Result<Handled> {
         let peer = stream.peer().to_owned();
-        self.greet(stream, open_to_new)
+        self.greet(stream, watched, open_to_new)
             .map_err(|error| error.within(format!("ferry from {peer}")))
     }
 
-    fn greet(&self, stream: Stream, open_to_new: bool) -> Result<Handled> {
+    fn greet(&self, stream: Stream, watched: Watched, open_to_new: bool) -> Result<Handled> {
         let lost = |error| Error::wrap(Kind::PeerLost, "no greeting came", error);
         let (peer, host) = (stream.peer().to_owned(), stream.host());
         let transport = transport(stream).map_err(|error| lost(ConnError::Socket(error)))?;
@@ -128,6 +129,8 @@ impl<'a> PrecopyListener<'a> {
         };
         let greeting = Hello::decode(hello.kind, &hello.body)
             .map_err(|error| lost(ConnError::Frame(error)))?;
+        // From here on a sender is told why it is left.
+        drop(watched);
         let only_looks = matches!(greeting, Greeting::Hello(hello) if hello.attempt == 0);
         let admitted = self.sessions.admit(
             greeting,
@@ -243,7 +246,7 @@ impl<'a> PrecopyListener<'a> {
     /// Ends a session to which nobody comes back, or all if this process is to stop.
     fn end_if_given_up(&self, session: SessionId, receiving: &ReceiverSession) {
         if self.stop.is_pulled() {
-            receiving.lost("stopped by a signal".to_owned());
+            receiving.stop();
         }
         if self.sessions.has_expired(session) {
             receiving.lost(format!(
@@ -256,11 +259,13 @@ impl<'a> PrecopyListener<'a> {
     fn run_connection(
         &self,
         mut conn: Conn,
-        receiving: &ReceiverSession,
+        receiving: &Arc<ReceiverSession>,
         Greetings { peer, welcome }: &Greetings,
     ) -> Result<()> {
+        let stopped = Arc::clone(receiving);
+        let _told = self.stop.tell(move || stopped.stop());
         queue_welcome(&mut conn, welcome);
-        run_admitted(conn, receiving, peer)?;
+        run_admitted(conn, receiving.as_ref(), peer)?;
         self.sessions.connection_lost(peer);
         Ok(())
     }

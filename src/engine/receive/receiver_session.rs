@@ -59,8 +59,8 @@ struct State {
     questions: BTreeMap<u16, VecDeque<WantHashes>>,
     wakers: BTreeMap<u16, Arc<Waker>>,
     ending: Option<Ending>,
-    /// A connection has heard of the failure.
-    told: bool,
+    /// The sender has heard of the failure.
+    heard_end: bool,
 }
 
 /// See the module's text.
@@ -90,7 +90,7 @@ impl ReceiverSession {
                 questions: BTreeMap::new(),
                 wakers: BTreeMap::new(),
                 ending: None,
-                told: false,
+                heard_end: false,
             }),
             changed: Condvar::new(),
             bases,
@@ -137,6 +137,17 @@ impl ReceiverSession {
         lock(&self.bases).clear();
     }
 
+    /// This process is to end: says so on the connections that there are.
+    pub(in crate::engine) fn stop(&self) {
+        let why = "stopped by a signal";
+        let mut state = lock(&self.state);
+        if state.ending.is_none() {
+            state.receiver.fail(Fail::new(FailCode::Receiver, why));
+        }
+        drop(state);
+        self.lost(why.to_owned());
+    }
+
     /// The session cannot go on.
     pub(in crate::engine) fn lost(&self, why: String) {
         self.end(Ending::Lost(why));
@@ -162,7 +173,7 @@ impl ReceiverSession {
         self.end(Ending::Failed);
         let start = Instant::now();
         let mut state = lock(&self.state);
-        while !state.told
+        while !state.heard_end
             && let Some(left) = GOODBYE.checked_sub(start.elapsed())
         {
             let waited = self.changed.wait_timeout(state, left);
@@ -344,6 +355,15 @@ impl ConnectionHandler for ReceiverSession {
         }
     }
 
+    fn heard_end(&self, stream: u16, waker: &Arc<Waker>) {
+        let mut state = lock(&self.state);
+        if !is_replaced(&state.wakers, stream, waker) {
+            state.heard_end |= state.receiver.was_told(stream);
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
     fn handle(&self, stream: u16, frame: Frame) -> Heard {
         let mut state = lock(&self.state);
         if state.ending.is_some() && frame.kind.is_numbered() {
@@ -385,10 +405,6 @@ impl ConnectionHandler for ReceiverSession {
     fn poll(&self, stream: u16, arrived: u64) -> Option<Arc<Vec<u8>>> {
         let mut state = lock(&self.state);
         if let Some(reply) = state.receiver.poll(stream, arrived) {
-            if matches!(reply, crate::ferry::receiver::Reply::Fail(_)) {
-                state.told = true;
-                self.changed.notify_all();
-            }
             let mut frame = Vec::new();
             reply.encode(&mut frame);
             return Some(Arc::new(frame));

@@ -17,7 +17,7 @@ use nix::sys::epoll::EpollFlags;
 use super::{Restore, Token, rewatch, watch};
 use crate::criu::header::Target;
 use crate::engine::restore::postcopy_client::{
-    Delivery, Event, FerryDialer, Part, PostcopyClient, Trouble,
+    Delivery, Event, FerryDialer, LAST_WORDS, Part, PostcopyClient, Trouble,
 };
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::{Chain, Missing};
@@ -327,7 +327,19 @@ impl Restore {
 
     /// Tells a source that pushes that this restore has failed: it need not wait for us.
     pub(super) fn fail_ferry(&mut self, why: &str) {
-        if let Some(client) = self.client() {
+        let Some(client) = self.client() else {
+            return;
+        };
+        let may_hear = client.is_attached();
+        if client.fail(why) {
+            return;
+        }
+        // The connection was lost, before the word or with it. Where nobody could be reached lately there is
+        // nobody to tell.
+        if (may_hear || self.links.attempt.is_some())
+            && self.links.reach_once(LAST_WORDS)
+            && let Some(client) = self.client()
+        {
             client.fail(why);
         }
     }

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::engine::ferry::conn::{ConnError, Frame};
-use crate::engine::ferry::connection_loop::{self, HEARTBEAT};
+use crate::engine::ferry::connection_loop::{HEARTBEAT, say_last_words};
 use crate::error::{Error, Kind};
 use crate::ferry::hash::PageHasher;
 use crate::ferry::hello::{Fail, FailCode, SessionId, Window};
@@ -33,6 +33,9 @@ pub(in crate::engine) use ferry_dialer::{FerryDialer, FerryPair, Pushed};
 
 /// After so long without an answer a connection is dead, whatever its sockets say.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long the far end may take to hear the last word: processes may wait for what is local meanwhile.
+pub(in crate::engine) const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Hashes that go into a frame.
 const HASHES_A_FRAME: usize = 1024;
@@ -241,11 +244,11 @@ impl<T> PostcopyClient<T> {
         self.say();
     }
 
-    /// Says that this side has failed for good, and drops the connections.
-    pub(in crate::engine) fn fail(&mut self, why: &str) {
+    /// Says that this side has failed for good, and ends the connections. Whether the far end has heard.
+    pub(in crate::engine) fn fail(&mut self, why: &str) -> bool {
         self.receiver.fail(Fail::new(FailCode::Receiver, why));
         self.say();
-        self.hang_up();
+        self.hang_up()
     }
 
     /// The far end has said BYE: says that it was heard, and closes the connections in order.
@@ -254,14 +257,13 @@ impl<T> PostcopyClient<T> {
         self.hang_up();
     }
 
-    /// Says what is queued, and drops the connections.
-    fn hang_up(&mut self) {
-        if let Some(mut pair) = self.pair.take() {
-            self.received_before += pair.stream.traffic().0 + pair.fault.traffic().0;
-            connection_loop::say_last_words(&mut pair.stream);
-            pair.stream.close();
-        }
+    /// Says what is queued, and ends the connections. Whether the far end has heard.
+    fn hang_up(&mut self) -> bool {
+        self.received_before = self.bytes_received();
+        let pair = self.pair.take();
+        let heard = pair.is_some_and(|pair| say_last_words(pair.stream, LAST_WORDS));
         self.receiver.detach();
+        heard
     }
 
     /// The next thing that has come, faults first.

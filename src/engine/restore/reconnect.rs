@@ -98,6 +98,22 @@ impl Links {
         Ok(())
     }
 
+    /// Waits no longer than `most` for the source to be reached, for a last word. Says whether it is.
+    pub(super) fn reach_once(&mut self, most: Duration) -> bool {
+        if self.attempt.is_none()
+            && let Err(error) = self.start_reconnecting(most)
+        {
+            tracing::warn!("the source cannot be told: {error}");
+        }
+        let attempt = self.attempt.take();
+        let Some(Ok(Ok(dialed))) = attempt.map(|attempt| attempt.recv_timeout(most)) else {
+            tracing::warn!("the source could not be told: it is out of reach");
+            return false;
+        };
+        self.attach(dialed);
+        true
+    }
+
     fn attach(&mut self, dialed: Dialed) {
         tracing::info!("the source is back");
         match (dialed, &mut self.ferry) {

@@ -1,6 +1,7 @@
 //! The sender's rules one by one; tests/sim_ferry plays them all together.
 
 use super::*;
+use crate::ferry::hello::FailCode;
 use crate::ferry::message::StateId;
 use crate::units::PageRange;
 
@@ -187,4 +188,22 @@ fn the_end_is_told_once_on_every_connection() {
         assert_eq!(sender.poll(stream), None);
     }
     assert!(sender.has_told_end());
+}
+
+#[test]
+fn an_end_that_was_lost_with_its_connection_is_told_on_the_next() {
+    let mut sender = sender(10);
+    bring_up(&mut sender, 0);
+    sender.fail(Fail::new(FailCode::Sender, "over"));
+    sender.handle_end(0);
+    assert!(!sender.has_heard_end(), "nothing was said");
+    for heard in [false, true] {
+        assert!(matches!(sender.poll(0), Some(Transmit::Fail(_))));
+        if heard {
+            sender.handle_end(0);
+        }
+        sender.stream_down(0);
+        assert_eq!(sender.has_heard_end(), heard);
+        sender.stream_up(0);
+    }
 }

@@ -10,7 +10,7 @@ use crate::engine::ferry::connection_loop::{DialingHandler, Lost};
 use crate::engine::ferry::lock;
 use crate::error::{self, Error};
 use crate::ferry::hash::PageHasher;
-use crate::ferry::hello::{FailCode, Hello};
+use crate::ferry::hello::{Fail, FailCode, Hello};
 use crate::ferry::sender::{Sender, SenderEvent, Transmit};
 
 impl ConnectionHandler for SenderSession {
@@ -42,6 +42,18 @@ impl ConnectionHandler for SenderSession {
         }
         // Other connections carry what this one did.
         state.wake_all();
+        drop(state);
+        self.notifier.notify();
+    }
+
+    fn heard_end(&self, stream: u16, waker: &Arc<Waker>) {
+        let mut state = lock(&self.state);
+        if is_replaced(&state.wakers, stream, waker) {
+            return;
+        }
+        if let Some((sender, _)) = &mut state.talk {
+            sender.handle_end(stream);
+        }
         drop(state);
         self.notifier.notify();
     }
@@ -170,7 +182,20 @@ impl DialingHandler for SenderSession {
         lock(&self.state).ending.is_some()
     }
 
+    fn is_done(&self) -> bool {
+        let state = lock(&self.state);
+        match &state.ending {
+            None => false,
+            Some(Ending::Lost(_)) => true,
+            Some(Ending::Well) if state.heard_bye => true,
+            Some(Ending::Well | Ending::Failed) => {
+                state.cut || state.refused || state.has_heard_end()
+            }
+        }
+    }
+
     fn lost(&self, why: Lost) {
+        let refused = matches!(why, Lost::Refused(_));
         let error = match why {
             Lost::Refused(fail) => {
                 let kind = match fail.code {
@@ -187,6 +212,11 @@ impl DialingHandler for SenderSession {
         if !self.is_ending() {
             self.memory().forget();
         }
-        self.end(lock(&self.state), Ending::Lost(error));
+        let mut state = lock(&self.state);
+        state.refused |= refused;
+        if !refused && let Some((sender, _)) = &mut state.talk {
+            sender.fail(Fail::new(FailCode::Sender, error.to_string()));
+        }
+        self.end(state, Ending::Lost(error));
     }
 }
