@@ -91,6 +91,21 @@ pub fn program(suite: Suite, package: &str, program: &str) -> Result<PathBuf> {
     })
 }
 
+/// The directory of a package of `suite` and all that it needs, fetched unless it is here.
+///
+/// # Errors
+/// No Debian archive, no network, or no such package.
+pub fn unpacked(suite: Suite, package: &str) -> Result<PathBuf> {
+    let name = format!("{package}-{}", suite.name());
+    let home = here(&name, |work, root| {
+        let apt = PrivateApt::new(&work.join("apt"), suite)?;
+        apt.download(&[package])
+            .with_context(|| format!("fetching {package} from {}", suite.name()))?;
+        apt.unpack(root)
+    })?;
+    Ok(home.join("root"))
+}
+
 /// What starts `program` (relative to `/usr`) of the packages that are here as `name`. Unless they are,
 /// `fetch` unpacks them: it is given a directory to work in, and one for what it unpacks.
 pub(crate) fn wrapped(
@@ -98,11 +113,19 @@ pub(crate) fn wrapped(
     program: &str,
     fetch: impl FnOnce(&Path, &Path) -> Result<()>,
 ) -> Result<PathBuf> {
+    let home = here(name, fetch)?;
+    let script = Path::new(program).file_name();
+    let script = home.join(script.context("a program has a name")?);
+    let _lock = lock(&target_dir().join("debian"))?;
+    write_wrapper(&script, program)?;
+    Ok(script)
+}
+
+/// The directory of the packages that are here as `name`, fetched by `fetch` unless they are.
+fn here(name: &str, fetch: impl FnOnce(&Path, &Path) -> Result<()>) -> Result<PathBuf> {
     let dir = target_dir().join("debian");
     let _lock = lock(&dir)?;
     let home = dir.join(name);
-    let script = Path::new(program).file_name();
-    let script = home.join(script.context("a program has a name")?);
     if !home.exists() {
         let work = dir.join(format!("fetching-{name}"));
         if work.exists() {
@@ -113,8 +136,7 @@ pub(crate) fn wrapped(
         fs::rename(&unpacked, &home)?;
         fs::remove_dir_all(&work)?;
     }
-    write_wrapper(&script, program)?;
-    Ok(script)
+    Ok(home)
 }
 
 /// An apt with lists, state and cache of its own.

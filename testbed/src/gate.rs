@@ -8,6 +8,7 @@ use anyhow::Result;
 use nix::unistd::geteuid;
 
 use crate::criu::{self, Crit, Criu, Suite};
+use crate::systemd::Systemd;
 
 /// `found`, or `None` after saying why the test is skipped.
 ///
@@ -49,5 +50,13 @@ pub fn crit() -> Option<Crit> {
     need(
         "crit of CRIU 4.3",
         Crit::fetched().map_err(|error| format!("{error:#}")),
+    )
+}
+
+/// The directory `usr` of a systemd, fetched if it is not here yet.
+pub fn systemd() -> Option<std::path::PathBuf> {
+    need(
+        "systemd",
+        Systemd::fetched().map_err(|error| format!("{error:#}")),
     )
 }

@@ -14,6 +14,7 @@
 //!   rounds     dumps of one load on top of each other images, stats    CRIU's files
 //!   runc       the same in containers               swrk             CRIU's remote procedure calls
 //!   debian     programs of other Debian suites           orphan         processes whose parent has ended
+//!   systemd    a manager of services in namespaces
 //! ```
 //!
 //! Invariants: every process, namespace, mount and sysctl belongs to a guard that undoes it on drop;
@@ -48,6 +49,7 @@ pub mod suite;
 pub mod summary;
 pub mod swrk;
 pub mod sys;
+pub mod systemd;
 pub mod transfer;
 pub mod wait;
 pub mod workspace;
