@@ -10,8 +10,9 @@ use std::sync::atomic::Ordering;
 
 use pageferry::daemon::command_line::{Action, parse};
 use pageferry::daemon::{self, Daemon, Forked, fork_waiting};
-use pageferry::engine::restore::standby::{Ends, Standby, Watch};
+use pageferry::engine::restore::standby::{Ends, Kept, Received, Standby, Watch};
 use pageferry::engine::restore::{Progress, Restore, RestoreConfig, Summary, block_signals};
+use pageferry::engine::service_manager::ServiceManager;
 use pageferry::error::{Error, Result};
 use pageferry::observe::progress::{Display, Snapshot};
 use pageferry::observe::trace::TraceReader;
@@ -47,11 +48,18 @@ fn restore(args: &Args, daemon: &mut Daemon) -> Result<()> {
     // Before any thread is started, so that no other thread is ever interrupted.
     block_signals()?;
     let config = args.config(daemon.images_dir().to_owned())?;
+    let manager = match manager_of(args).map(Kept::receive).transpose()? {
+        Some(Received::Kept(kept)) => return take_up(args, config, *kept, daemon),
+        Some(Received::Nothing(manager)) => Some(manager),
+        None => None,
+    };
     // Before there are two processes, both of which need them.
     let wait = Restore::await_images(&config)?;
-    let standby = match args.no_standby {
-        true => None,
-        false => match split() {
+    let standby = match manager.and_then(|manager| kept_by(manager, &config)) {
+        // It ends a process that stands by together with this one.
+        Some(standby) => Some(standby),
+        None if args.no_standby => None,
+        None => match split() {
             Ok(Side::Serves(standby)) => Some(standby),
             Ok(Side::StandsBy(watch)) => return stand_by(args, config, &watch, daemon),
             Err(error) => {
@@ -62,6 +70,47 @@ fn restore(args: &Args, daemon: &mut Daemon) -> Result<()> {
     };
     let restore = Restore::prepare(config, standby, wait)?;
     let report = Report::create_if_wanted(args)?;
+    daemon.listening()?;
+    finish(restore, report)
+}
+
+/// The service manager that may keep what this process needs. It does so for the process that it knows, which is not the
+/// one that goes on in the background.
+fn manager_of(args: &Args) -> Option<ServiceManager> {
+    let manager = ServiceManager::of_environment()?;
+    if args.common.daemon {
+        tracing::warn!(
+            "with --daemon the service manager keeps no userfaultfds: if all processes of the service are killed, the \
+             restored ones read zeros (start it with Type=notify and without --daemon)"
+        );
+        return None;
+    }
+    Some(manager)
+}
+
+/// The manager, if it stands by for this restore.
+fn kept_by(manager: ServiceManager, config: &RestoreConfig) -> Option<Standby> {
+    if !manager.keeps_descriptors() {
+        tracing::warn!(
+            "the service manager keeps no descriptors for this service (FileDescriptorStoreMax=, NotifyAccess=): if all \
+             its processes are killed, the restored ones read zeros"
+        );
+        return None;
+    }
+    let standby = Restore::kept_by(manager, config);
+    if let Err(error) = &standby {
+        tracing::warn!("{error}");
+    }
+    standby.ok()
+}
+
+/// Goes on with what this service had under way when it was killed.
+fn take_up(args: &Args, config: RestoreConfig, kept: Kept, daemon: &mut Daemon) -> Result<()> {
+    let restore = Restore::take_up(config, kept)?;
+    let report = Report::create_if_wanted(args).unwrap_or_else(|error| {
+        tracing::error!("{error}");
+        None
+    });
     daemon.listening()?;
     finish(restore, report)
 }

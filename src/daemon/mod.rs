@@ -32,6 +32,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, setsid};
 
 use crate::engine::io::transport::parse_host;
+use crate::engine::service_manager::ServiceManager;
 use crate::error::{Error, Kind, Result};
 use crate::sys::process::{fork_single_threaded, inherited_descriptor};
 use command_line::Remarks;
@@ -93,6 +94,8 @@ pub struct Daemon {
     background: bool,
     pidfile: Option<PathBuf>,
     status: Option<OwnedFd>,
+    /// Who has started this process, if that is to be told.
+    manager: Option<ServiceManager>,
 }
 
 /// Runs `body` as a daemon that was started with `args`, and turns its result into an exit code. An
@@ -109,7 +112,9 @@ pub fn run(
             return ExitCode::FAILURE;
         }
     };
-    match body(&mut daemon) {
+    let result = body(&mut daemon);
+    daemon.tell_manager("STOPPING=1");
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error}");
@@ -152,7 +157,16 @@ impl Daemon {
             background: args.daemon,
             pidfile: args.pidfile.clone(),
             status,
+            manager: ServiceManager::of_environment(),
         })
+    }
+
+    fn tell_manager(&self, state: &str) {
+        if let Some(manager) = &self.manager
+            && let Err(error) = manager.tell(state)
+        {
+            tracing::warn!("cannot reach the service manager: {error}");
+        }
     }
 
     /// The images directory as an absolute path, wherever the work directory is.
@@ -182,6 +196,7 @@ impl Daemon {
     /// This is a second process that stands by: the first one tells the world.
     pub fn stand_by(&mut self) {
         self.status = None;
+        self.manager = None;
         // Who looks for lazy-client by its name means the first one. Without the name it works as well.
         let _ = set_name(c"lazy-standby");
     }
@@ -204,6 +219,7 @@ impl Daemon {
                 Error::wrap(Kind::Io, text, error)
             })?;
         }
+        self.tell_manager("READY=1");
         Ok(())
     }
 }

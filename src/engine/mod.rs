@@ -10,6 +10,7 @@
 //! ferry          connections and sessions of ferry     shared by receive, forward, forward_lazy, restore
 //! listening      listeners, sessions, stopping         shared by all servers
 //! io             drivers, splice path, transports      shared by all
+//! service_manager  what systemd is told, and keeps     shared by all
 //! ```
 
 pub mod ferry;
@@ -21,5 +22,6 @@ mod pending;
 pub mod receive;
 pub mod restore;
 pub mod serve;
+pub mod service_manager;
 mod smaps;
 pub mod start_wait;

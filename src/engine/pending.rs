@@ -16,7 +16,7 @@ use crate::stream::Stream;
 const HANDLERS: [&str; 2] = ["lazy-client", "lazy-standby"];
 
 /// Where the link of a userfaultfd in /proc/PID/fd leads to.
-const USERFAULTFD: &str = "anon_inode:[userfaultfd]";
+pub(super) const USERFAULTFD: &str = "anon_inode:[userfaultfd]";
 
 /// What was found on this host when a session first asked.
 #[derive(Default, Debug)]

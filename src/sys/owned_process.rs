@@ -35,7 +35,8 @@ impl ProcessStat {
             .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat is not understood")))
     }
 
-    fn parse(text: &str) -> Option<ProcessStat> {
+    /// Reads it off the text of /proc/PID/stat.
+    pub fn parse(text: &str) -> Option<ProcessStat> {
         // The command's name may contain anything, a closing bracket too: count behind the last.
         let mut fields = text.rsplit_once(')')?.1.split_whitespace();
         let state = fields.next()?.chars().next()?;

@@ -11,14 +11,12 @@ use nix::errno::Errno;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::engine::io::transport::Peer;
+use crate::engine::service_manager::FIRST_PASSED_FD;
 use crate::error::{Error, Kind, Result};
 use crate::sys::process::inherited_descriptor;
 
 /// How many peers may wait to be accepted.
 const BACKLOG: i32 = 128;
-
-/// The first descriptor that systemd passes (`SD_LISTEN_FDS_START`).
-const FIRST_PASSED_FD: RawFd = 3;
 
 /// Where to listen, as the command line says.
 #[derive(Clone, PartialEq, Eq, Debug)]

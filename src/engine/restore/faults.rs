@@ -184,7 +184,7 @@ impl Restore {
     }
 
     /// What is zero in the children that `id` forks now: as its mappings say, else as the images did.
-    fn wiped_by_fork(&self, id: SpaceId) -> Vec<PageRange> {
+    pub(super) fn wiped_by_fork(&self, id: SpaceId) -> Vec<PageRange> {
         let host = self
             .processes
             .get(&id)
@@ -198,7 +198,7 @@ impl Restore {
     }
 
     /// Nothing of `ranges` comes to the child `id`: there it is zero.
-    fn wipe(&mut self, id: SpaceId, ranges: &[PageRange]) {
+    pub(super) fn wipe(&mut self, id: SpaceId, ranges: &[PageRange]) {
         for &range in ranges {
             self.tell(StandbyMessage::Gone { id, range }, None);
             self.settle(id, range, Way::Gone, Waiters::Asleep);

@@ -10,7 +10,10 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
-use crate::engine::smaps::{self, WIPED_ON_FORK};
+use nix::libc::SIGKILL;
+
+use crate::engine::smaps::{self, MISSING, WIPED_ON_FORK};
+use crate::sys::owned_process::{ProcessName, ProcessStat};
 use crate::sys::pagemap::Pagemap;
 use crate::units::PageRange;
 
@@ -26,8 +29,9 @@ pub(super) struct HostProcess {
 }
 
 impl HostProcess {
-    /// The process `pid` of this process's PID namespace; 0 is one of another namespace.
-    pub(super) fn open(pid: i32) -> Option<HostProcess> {
+    /// The process `pid` of this process's PID namespace, if it is the one that has `started` at this clock tick; 0 is
+    /// one of another namespace.
+    pub(super) fn open(pid: i32, started: u64) -> Option<HostProcess> {
         if pid <= 0 {
             return None;
         }
@@ -38,6 +42,10 @@ impl HostProcess {
             pagemap: None,
             watch: Watch::default(),
         };
+        let stat = ProcessStat::parse(&process.read("stat").ok()?)?;
+        if stat.started != started {
+            return None;
+        }
         process.pagemap = Pagemap::open(&process.path("pagemap")).ok();
         Some(process)
     }
@@ -87,6 +95,56 @@ impl HostProcess {
         let frozen = restored && tracer == 0 && frozen();
         self.watch.look(tracer, frozen, restored)
     }
+}
+
+/// When the process `pid` of this host started, clock ticks since that of the host; 0 if that is not known.
+pub(super) fn started(pid: i32) -> u64 {
+    ProcessStat::of(pid).map_or(0, |stat| stat.started)
+}
+
+/// Kills those of the processes (pid and start) and of their descendants that have memory under a userfaultfd.
+pub(super) fn kill_families(roots: impl Iterator<Item = (i32, u64)>) {
+    let mut families: Vec<ProcessName> = roots
+        .map(|(pid, started)| ProcessName { pid, started })
+        .filter(|name| name.pid > 0 && name.is_alive())
+        .collect();
+    let mut next = 0;
+    while let Some(parent) = families.get(next).copied() {
+        next += 1;
+        let children = children(parent.pid).into_iter();
+        families.extend(children.filter_map(|pid| ProcessName::of(pid).ok()));
+    }
+    for name in families {
+        let smaps = fs::read_to_string(format!("/proc/{}/smaps", name.pid)).unwrap_or_default();
+        if smaps::mappings_with(MISSING, &smaps).is_empty() {
+            continue;
+        }
+        match name.signal(SIGKILL) {
+            Ok(()) => tracing::warn!("killed process {}: it lacks memory", name.pid),
+            Err(error) => {
+                tracing::error!(
+                    "cannot kill process {}, which lacks memory: {error}",
+                    name.pid
+                );
+            }
+        }
+    }
+}
+
+/// The children of the process `pid`, whichever of its threads has forked them.
+pub(super) fn children(pid: i32) -> Vec<i32> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten();
+    let listed = threads.flatten().map(|thread| {
+        let listed = fs::read_to_string(thread.path().join("children"));
+        listed.unwrap_or_default()
+    });
+    let listed: String = listed.collect();
+    listed
+        .split_whitespace()
+        .filter_map(|pid| pid.parse().ok())
+        .collect()
 }
 
 /// What somebody does to a process.
@@ -176,9 +234,11 @@ mod tests {
     #[test]
     fn this_process_is_seen_as_it_is() {
         let own = std::process::id().cast_signed();
-        let mut process = HostProcess::open(own).unwrap();
+        let started = started(own);
+        let mut process = HostProcess::open(own, started).unwrap();
+        assert!(HostProcess::open(own, started + 1).is_none());
         assert_eq!(process.disturbed(true), None);
         assert!(process.wiped_on_fork().is_some());
-        assert!(HostProcess::open(0).is_none());
+        assert!(HostProcess::open(0, 0).is_none());
     }
 }

@@ -550,7 +550,10 @@ impl Restore {
             self.restore_heard = Instant::now();
             // The socket to poll changes when the restore connects; a closed one leaves by itself.
             match word {
-                IntakeEvent::Process(pid, uffd, host) => drop(self.add_process(pid, uffd, host)?),
+                IntakeEvent::Process(pid, uffd, host) => {
+                    let started = host_process::started(host);
+                    self.add_process(pid, uffd, host, started)?;
+                }
                 IntakeEvent::Zombie(pid) => {
                     tracing::info!("pid {pid} is a zombie: it has no memory");
                 }
@@ -597,8 +600,9 @@ impl Restore {
         }
     }
 
-    /// `host` is the process's pid on this host, 0 if that is not known.
-    fn add_process(&mut self, pid: u32, uffd: Uffd, host: i32) -> Result<SpaceId> {
+    /// `host` is the process's pid on this host, 0 if that is not known, and `started` its start, in clock ticks since
+    /// that of the host.
+    fn add_process(&mut self, pid: u32, uffd: Uffd, host: i32, started: u64) -> Result<SpaceId> {
         let opened = process::open(&self.images, pid, self.config.source.is_some())?;
         let space = match self.config.auto_dedup {
             true => opened.space.accounting(),
@@ -617,11 +621,16 @@ impl Restore {
             auto_dedup.add(pid, chain);
         }
         self.tell(
-            StandbyMessage::Process { id, pid, host },
+            StandbyMessage::Process {
+                id,
+                pid,
+                host,
+                started,
+            },
             Some(uffd.as_fd()),
         );
         let process = Process {
-            host: HostProcess::open(host),
+            host: HostProcess::open(host, started),
             ..Process::new(pid, uffd, chain)
         };
         self.adopt(id, process)?;

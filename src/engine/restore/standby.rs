@@ -14,18 +14,20 @@
 //! Invariants: who stands by reads nothing from a userfaultfd, and uses its copies of the source's connections for
 //! one thing alone: to give them up in words when the one that serves is killed, so that CRIU's source lives on
 //! where a relay hides a reset as well; a source is told of the end only if the restore had finished. The kernel hands out an event once: so it is read into memory that both
-//! see (`SharedState`), and what was read but not told yet is found there. Only the userfaultfd of a child is lost
+//! see ([`RestoreState`]), and what was read but not told yet is found there. Only the userfaultfd of a child is lost
 //! if that happens to a fork; then nobody can fill the child's memory, and the processes are killed.
 //!
 //! [`OnLoss`]: super::OnLoss
 
+mod journal;
+mod kept;
 mod messages;
 mod source_sockets;
 mod takeover;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytemuck::Zeroable;
@@ -38,39 +40,22 @@ use super::Restore;
 use crate::error::{Error, Kind, Result};
 use crate::lazy::planner::SpaceId;
 use crate::sys::fdpass;
-use crate::sys::shared::Shared;
+use crate::sys::shared::{RestoreState, Shared};
 use crate::sys::uffd::{Message, Room};
+use journal::Journal;
+pub use kept::{Kept, Received};
 use messages::MessageBytes;
 pub(super) use messages::StandbyMessage;
 
 /// How long who stands by may take to hear a word, or to end: it has nothing else to do.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// What both see at any time.
-#[derive(Zeroable, Debug)]
-struct SharedState {
-    /// The restore has said that every process runs.
-    finished: AtomicBool,
-    /// The source is one that can be reached again.
-    ours: AtomicBool,
-    /// Who serves has ended in order, or goes on alone.
-    dismissed: AtomicBool,
-    /// Whose userfaultfd was read last.
-    read_of: AtomicU32,
-    /// How many events had been told before that.
-    told_before: AtomicU64,
-    /// What was read.
-    room: Room,
-}
-
-impl SharedState {
-    /// The events that were read last, but for those that are among the first `told` ever.
-    fn untold(&self, told: u64) -> impl Iterator<Item = io::Result<Message>> {
-        let of_these = told.saturating_sub(self.told_before.load(Ordering::SeqCst));
-        let events = self.room.messages();
-        let events = events.filter(|message| !matches!(message, Ok(Message::Fault(_))));
-        events.skip(usize::try_from(of_these).unwrap_or(usize::MAX))
-    }
+/// The events that were read last, but for those that are among the first `told` ever.
+fn untold(state: &RestoreState, told: u64) -> impl Iterator<Item = io::Result<Message>> {
+    let of_these = told.saturating_sub(state.told_before.load(Ordering::SeqCst));
+    let events = state.room.messages();
+    let events = events.filter(|message| !matches!(message, Ok(Message::Fault(_))));
+    events.skip(usize::try_from(of_these).unwrap_or(usize::MAX))
 }
 
 /// Both ends of what connects the two processes, before there are two.
@@ -78,23 +63,32 @@ impl SharedState {
 pub struct Ends {
     serving: OwnedFd,
     standing_by: OwnedFd,
-    shared: Shared<SharedState>,
+    shared: Shared<RestoreState>,
 }
 
 /// Who stands by, as seen from the one that serves. Dropping it lets that one end.
 #[derive(Debug)]
 pub struct Standby {
-    socket: OwnedFd,
-    shared: Shared<SharedState>,
+    successor: Successor,
+    shared: Shared<RestoreState>,
     /// Events so far.
     events: u64,
+}
+
+/// Who goes on if this process is killed.
+#[derive(Debug)]
+enum Successor {
+    /// A process at the other end of this socket.
+    Process(OwnedFd),
+    /// This service when it is started again.
+    Restarted(Journal),
 }
 
 /// Who serves, as seen from the one that stands by.
 #[derive(Debug)]
 pub struct Watch {
     socket: OwnedFd,
-    shared: Shared<SharedState>,
+    shared: Shared<RestoreState>,
 }
 
 impl Ends {
@@ -119,7 +113,7 @@ impl Ends {
     /// What the process keeps that serves.
     pub fn serve(self) -> Standby {
         Standby {
-            socket: self.serving,
+            successor: Successor::Process(self.serving),
             shared: self.shared,
             events: 0,
         }
@@ -135,10 +129,14 @@ impl Ends {
 }
 
 impl Standby {
-    fn tell(&self, told: StandbyMessage, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    fn tell(&mut self, told: StandbyMessage, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let record = told.encode(self.events);
-        let bytes = bytemuck::bytes_of(&record);
-        fdpass::send(self.socket.as_fd(), bytes, fd)
+        match &mut self.successor {
+            Successor::Process(socket) => {
+                fdpass::send(socket.as_fd(), bytemuck::bytes_of(&record), fd)
+            }
+            Successor::Restarted(journal) => journal.note(told, record, fd),
+        }
     }
 }
 
@@ -148,12 +146,17 @@ impl Drop for Standby {
             // As good as killed.
             return;
         }
-        self.shared.dismissed.store(true, Ordering::SeqCst);
-        // Its copies of the userfaultfds are to be closed before this process ends. If it is gone, or does
-        // not end in time, there is nothing left to do about it.
-        let socket = self.socket.as_raw_fd();
-        let told = shutdown(socket, Shutdown::Write);
-        let _ended = told.and_then(|()| recv(socket, &mut [0], MsgFlags::empty()));
+        self.shared.dismissed.store(1, Ordering::SeqCst);
+        match &mut self.successor {
+            Successor::Process(socket) => {
+                // Its copies of the userfaultfds are to be closed before this process ends. If it is gone, or does
+                // not end in time, there is nothing left to do about it.
+                let socket = socket.as_raw_fd();
+                let told = shutdown(socket, Shutdown::Write);
+                let _ended = told.and_then(|()| recv(socket, &mut [0], MsgFlags::empty()));
+            }
+            Successor::Restarted(journal) => journal.end(),
+        }
     }
 }
 
@@ -184,14 +187,17 @@ impl Watch {
 impl Restore {
     /// Tells who stands by, if somebody does.
     pub(super) fn tell(&mut self, told: StandbyMessage, fd: Option<BorrowedFd<'_>>) {
-        let Some(standby) = &self.standby else {
+        let Some(standby) = &mut self.standby else {
             return;
         };
         if let Err(error) = standby.tell(told, fd) {
+            let what = match &standby.successor {
+                Successor::Process(_) => "the process that stands by is lost",
+                Successor::Restarted(_) => "the service manager does not keep descriptors any more",
+            };
             self.standby = None;
             tracing::warn!(
-                "the process that stands by is lost ({error}): if this one is killed as well, the restored \
-                 processes read zeros"
+                "{what} ({error}): if this process is killed, the restored ones read zeros"
             );
         }
     }
@@ -220,14 +226,14 @@ impl Restore {
     /// The restore has finished.
     pub(super) fn note_finished(&self) {
         if let Some(standby) = &self.standby {
-            standby.shared.finished.store(true, Ordering::SeqCst);
+            standby.shared.finished.store(1, Ordering::SeqCst);
         }
     }
 
     /// The source can be reached again.
     pub(super) fn note_ours(&self) {
         if let Some(standby) = &self.standby {
-            standby.shared.ours.store(true, Ordering::SeqCst);
+            standby.shared.ours.store(1, Ordering::SeqCst);
         }
     }
 }
@@ -245,7 +251,7 @@ mod tests {
             shared,
         };
         let standby = Standby {
-            socket: ends.serving,
+            successor: Successor::Process(ends.serving),
             shared,
             events: 0,
         };
@@ -267,6 +273,7 @@ mod tests {
                     id,
                     pid: 12,
                     host: 4711,
+                    started: 1 << 40,
                 },
                 Some(&uffd),
             ),
@@ -297,14 +304,14 @@ mod tests {
             )
         });
         drop(standby);
-        assert_eq!(ended.join().unwrap(), (true, true));
+        assert_eq!(ended.join().unwrap(), (true, 1));
     }
 
     #[test]
     fn events_that_were_read_and_not_told_are_found() {
-        let shared = Shared::<SharedState>::new().unwrap();
+        let shared = Shared::<RestoreState>::new().unwrap();
         let untold = |told| {
-            let events = shared.untold(told).map(io::Result::unwrap);
+            let events = untold(&shared, told).map(io::Result::unwrap);
             events.collect::<Vec<_>>()
         };
         assert_eq!(untold(40), []);
@@ -336,6 +343,6 @@ mod tests {
         });
         assert!(panicked.join().is_err());
         assert!(watch.next().unwrap().is_none());
-        assert!(!watch.shared.dismissed.load(Ordering::SeqCst));
+        assert_eq!(watch.shared.dismissed.load(Ordering::SeqCst), 0);
     }
 }

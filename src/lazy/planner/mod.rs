@@ -118,6 +118,11 @@ impl Planner {
         self.add_member(space, true)
     }
 
+    /// The next process or child gets the number `id`, unless that was given already.
+    pub fn number_from(&mut self, id: SpaceId) {
+        self.next_id = self.next_id.max(id.0);
+    }
+
     fn add_member(&mut self, mut space: Space, counted: bool) -> SpaceId {
         space.set_policy(self.policy);
         let id = SpaceId(self.next_id);

@@ -11,8 +11,13 @@ use crate::units::{PageRange, Vaddr};
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(in crate::engine::restore) enum StandbyMessage {
     /// The process that the images call `pid` is restored, and `host` (0: nobody knows) on
-    /// this host; its userfaultfd comes along.
-    Process { id: SpaceId, pid: u32, host: i32 },
+    /// this host, where it has `started` (clock ticks since the host's start); its userfaultfd comes along.
+    Process {
+        id: SpaceId,
+        pid: u32,
+        host: i32,
+        started: u64,
+    },
     /// `parent` has forked; the child's userfaultfd comes along.
     Fork { id: SpaceId, parent: SpaceId },
     /// Memory has moved.
@@ -29,9 +34,10 @@ pub(in crate::engine::restore) enum StandbyMessage {
     Source { faults: bool },
 }
 
-/// [`StandbyMessage`] as it goes over the socket, between two processes of one program.
+/// [`StandbyMessage`] as it goes over the socket, between two processes of one program, and as it is written down for
+/// one that is started later. So many bytes never cross a page's border there.
 #[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
+#[derive(Clone, Copy, PartialEq, Eq, Pod, Zeroable, Debug)]
 pub(super) struct MessageBytes {
     /// How many events have been told with this word.
     pub(super) events: u64,
@@ -44,15 +50,29 @@ pub(super) struct MessageBytes {
     start: u64,
     end: u64,
     to: u64,
+    started: u64,
+    reserved: u64,
 }
 
-const _: () = assert!(size_of::<MessageBytes>() == 48);
+const _: () = assert!(size_of::<MessageBytes>() == 64);
 
 impl StandbyMessage {
+    /// Whom it is about.
+    pub(super) fn id(self) -> Option<SpaceId> {
+        match self {
+            StandbyMessage::Process { id, .. }
+            | StandbyMessage::Fork { id, .. }
+            | StandbyMessage::Remap { id, .. }
+            | StandbyMessage::Gone { id, .. }
+            | StandbyMessage::Exited { id } => Some(id),
+            StandbyMessage::Source { .. } => None,
+        }
+    }
+
     pub(super) fn encode(self, events: u64) -> MessageBytes {
-        let host = match self {
-            StandbyMessage::Process { host, .. } => host,
-            _ => 0,
+        let (host, started) = match self {
+            StandbyMessage::Process { host, started, .. } => (host, started),
+            _ => (0, 0),
         };
         let (word, id, other, range, to) = match self {
             StandbyMessage::Process { id, pid, .. } => (1, id, pid, None, 0),
@@ -71,6 +91,8 @@ impl StandbyMessage {
             start: range.map_or(0, |range| range.start().get()),
             end: range.map_or(0, |range| range.end().get()),
             to,
+            started,
+            reserved: 0,
         }
     }
 
@@ -82,6 +104,7 @@ impl StandbyMessage {
                 id,
                 pid: record.other,
                 host: record.host,
+                started: record.started,
             },
             2 => StandbyMessage::Fork {
                 id,

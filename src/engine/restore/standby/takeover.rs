@@ -7,23 +7,26 @@ use tracing::subscriber::{NoSubscriber, with_default};
 
 use super::messages::StandbyMessage;
 use super::source_sockets::SourceSockets;
-use super::{SharedState, Watch};
+use super::{Watch, untold};
 use crate::engine::restore::intake::SOCKET_NAME;
 use crate::engine::restore::waking::Waiters;
 use crate::engine::restore::{Restore, RestoreConfig};
 use crate::error::{Error, Kind, Result};
 use crate::lazy::planner::{SpaceId, Way};
 use crate::lazy::space::Space;
+use crate::sys::shared::RestoreState;
 use crate::sys::uffd::{Message, Uffd};
 
 /// How far one has followed the other.
 #[derive(Debug, Default)]
-struct Followed {
+pub(super) struct Followed {
     /// Its own number of each process that was told of.
-    ids: BTreeMap<SpaceId, SpaceId>,
+    pub(super) ids: BTreeMap<SpaceId, SpaceId>,
     /// Events that were told of.
-    events: u64,
-    source: SourceSockets,
+    pub(super) events: u64,
+    pub(super) source: SourceSockets,
+    /// By its number, each child whose userfaultfd was handed over before its event was told.
+    pub(super) untold_children: BTreeMap<SpaceId, Uffd>,
 }
 
 impl Restore {
@@ -46,12 +49,12 @@ impl Restore {
             return Ok(None);
         };
         let followed = with_default(silently(), || restore.follow(watch));
-        let followed = followed.map_err(|error| error.within("cannot stand by any longer"))?;
-        if watch.shared.dismissed.load(Ordering::SeqCst) {
+        let mut followed = followed.map_err(|error| error.within("cannot stand by any longer"))?;
+        if watch.shared.dismissed.load(Ordering::SeqCst) != 0 {
             return Ok(None);
         }
         followed.source.give_up();
-        let taken_over = restore.take_over(&watch.shared, &followed);
+        let taken_over = restore.take_over(&watch.shared, &mut followed);
         followed.source.reset();
         taken_over.map(|()| Some(restore))
     }
@@ -86,8 +89,16 @@ impl Restore {
     ) -> Result<()> {
         let own = |id: SpaceId| ids.get(&id).copied();
         match (told, uffd) {
-            (StandbyMessage::Process { id, pid, host }, Some(uffd)) => {
-                ids.insert(id, self.add_process(pid, uffd, host)?);
+            (
+                StandbyMessage::Process {
+                    id,
+                    pid,
+                    host,
+                    started,
+                },
+                Some(uffd),
+            ) => {
+                ids.insert(id, self.add_process(pid, uffd, host, started)?);
             }
             (StandbyMessage::Fork { id, parent }, Some(uffd)) => {
                 if let Some(parent) = own(parent)
@@ -121,7 +132,7 @@ impl Restore {
     }
 
     /// Goes on in place of the one that was killed.
-    fn take_over(&mut self, shared: &SharedState, followed: &Followed) -> Result<()> {
+    fn take_over(&mut self, shared: &RestoreState, followed: &mut Followed) -> Result<()> {
         // It left its socket behind; a missing file is as good.
         let _ = std::fs::remove_file(SOCKET_NAME);
         let killed = Error::new(Kind::PeerLost, "the lazy-client that served was killed");
@@ -133,6 +144,17 @@ impl Restore {
             std::process::id(),
             self.planner.missing_pages()
         );
+        self.go_on_in_place(shared, followed, killed);
+        Ok(())
+    }
+
+    /// Goes on where the one that was `killed` has ended, as far as that is possible.
+    pub(super) fn go_on_in_place(
+        &mut self,
+        shared: &RestoreState,
+        followed: &mut Followed,
+        killed: Error,
+    ) {
         self.took_over = true;
         self.intake_done = true;
         self.finished = true;
@@ -140,10 +162,14 @@ impl Restore {
         if let Err(error) = self.go_on(shared, followed, killed) {
             self.lose(error);
         }
-        Ok(())
     }
 
-    fn go_on(&mut self, shared: &SharedState, followed: &Followed, killed: Error) -> Result<()> {
+    fn go_on(
+        &mut self,
+        shared: &RestoreState,
+        followed: &mut Followed,
+        killed: Error,
+    ) -> Result<()> {
         for process in self.processes.values() {
             process.uffd.wake_all(self.images.page()).map_err(|error| {
                 let text = format!("cannot wake the threads of pid {}", process.pid);
@@ -154,14 +180,14 @@ impl Restore {
             self.kill_processes(Space::first_missing);
             return Err(killed.within("a child that was just forked can get no memory any more"));
         }
-        if !shared.finished.load(Ordering::SeqCst) {
+        if shared.finished.load(Ordering::SeqCst) == 0 {
             return Err(killed.within("the restore had not finished"));
         }
         if self.config.source.is_none() {
             return Ok(());
         }
         self.links.begin_session(&self.config)?;
-        self.links.ours |= shared.ours.load(Ordering::SeqCst);
+        self.links.ours |= shared.ours.load(Ordering::SeqCst) != 0;
         for (pid, missing) in self.planner.origins() {
             self.build_on_earlier(pid, &missing)?;
         }
@@ -169,23 +195,43 @@ impl Restore {
     }
 
     /// Handles the events that the other has read and not told. Says whether a child was lost with one.
-    fn hear_untold(&mut self, shared: &SharedState, followed: &Followed) -> Result<bool> {
+    fn hear_untold(&mut self, shared: &RestoreState, followed: &mut Followed) -> Result<bool> {
         let of = SpaceId(shared.read_of.load(Ordering::SeqCst));
         let Some(id) = followed.ids.get(&of).copied() else {
             return Ok(false);
         };
         let failed = |error| Error::wrap(Kind::Io, "cannot understand an event", error);
         let mut lost = false;
-        for event in shared.untold(followed.events) {
-            match event.map_err(failed)? {
+        let events: Vec<_> = untold(shared, followed.events).collect();
+        for event in events {
+            let event = event.map_err(failed)?;
+            self.note_event();
+            match event {
                 Message::Fault(_) => {}
-                Message::Fork(_) => lost = true,
-                Message::Remap { from, to } => self.handle_remap(id, from, to),
+                Message::Fork(_) => lost |= !self.adopt_untold(id, followed)?,
+                Message::Remap { from, to } => {
+                    self.tell(StandbyMessage::Remap { id, from, to }, None);
+                    self.handle_remap(id, from, to);
+                }
                 Message::Remove(range) | Message::Unmap(range) => {
+                    self.tell(StandbyMessage::Gone { id, range }, None);
                     self.settle(id, range, Way::Gone, Waiters::Asleep);
                 }
             }
         }
         Ok(lost)
+    }
+
+    /// `parent` has forked, and nobody was told. Says whether the child's userfaultfd is there.
+    fn adopt_untold(&mut self, parent: SpaceId, followed: &mut Followed) -> Result<bool> {
+        let Some((id, uffd)) = followed.untold_children.pop_first() else {
+            return Ok(false);
+        };
+        self.planner.number_from(id);
+        let wiped = self.wiped_by_fork(parent);
+        if let Some(child) = self.handle_fork(parent, uffd)? {
+            self.wipe(child, &wiped);
+        }
+        Ok(true)
     }
 }

@@ -1,0 +1,390 @@
+//! What the service manager keeps for this service's next start: the userfaultfds, the connections to the source, and
+//! what is told of them, written down in the words that a process that stands by would hear.
+//!
+//! ```text
+//! pageferry-state           a memfd: RestoreState, which both see
+//! pageferry-journal-NUMBER  a memfd: MessageBytes, one after the other; the last NUMBER counts
+//! pageferry-memory-ID       the userfaultfd of SpaceId ID
+//! pageferry-source-0, -1    the connections for the stream and for faults
+//! ```
+//!
+//! Invariants: a descriptor is with the manager before the word that tells of it is written, so that one without a
+//! word is one whose event was not told yet. A word is written whole or not at all: it lies within a page.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
+
+use bytemuck::Zeroable;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use super::messages::MessageBytes;
+use super::{Standby, StandbyMessage, Successor};
+use crate::engine::restore::{Restore, RestoreConfig};
+use crate::engine::service_manager::ServiceManager;
+use crate::error::{Error, Kind, Result};
+use crate::ferry::hash::{HashKey, PageHasher};
+use crate::image::dir::ImageDir;
+use crate::lazy::planner::SpaceId;
+use crate::sys::process::page_size;
+use crate::sys::shared::{RestoreState, Shared};
+
+/// What all names begin with.
+pub(super) const PREFIX: &str = "pageferry-";
+pub(super) const STATE: &str = "pageferry-state";
+pub(super) const JOURNAL: &str = "pageferry-journal-";
+pub(super) const MEMORY: &str = "pageferry-memory-";
+pub(super) const SOURCE: &str = "pageferry-source-";
+
+/// The length of one word.
+const WORD_BYTES: u64 = size_of::<MessageBytes>() as u64;
+
+/// Room for [`RestoreState`], whole pages.
+const STATE_BYTES: u64 = 64 << 10;
+
+const _: () = assert!(size_of::<RestoreState>() as u64 <= STATE_BYTES);
+
+/// A journal is not shortened before it has this length.
+const SHORTENED_BYTES_MIN: u64 = 1 << 20;
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct Journal {
+    manager: ServiceManager,
+    /// All that the manager keeps.
+    names: BTreeSet<String>,
+    /// So many at most, if it tells: from systemd 254 on.
+    most: Option<usize>,
+    /// That was mentioned.
+    is_full: bool,
+    /// Which `pageferry-journal-` this is.
+    number: u32,
+    words: File,
+    end: u64,
+    /// At this length what is of no use any more leaves.
+    shortened_at: u64,
+}
+
+impl Journal {
+    fn begin(manager: ServiceManager) -> io::Result<Journal> {
+        let words = memory(0)?;
+        let mut journal = Journal {
+            manager,
+            names: BTreeSet::new(),
+            most: most(),
+            is_full: false,
+            number: 0,
+            words: words.try_clone()?,
+            end: 0,
+            shortened_at: SHORTENED_BYTES_MIN,
+        };
+        journal.keep(format!("{JOURNAL}0"), words.as_fd())?;
+        Ok(journal)
+    }
+
+    /// Goes on with one that was kept, in which there are `count` words.
+    pub(super) fn go_on(
+        manager: ServiceManager,
+        names: BTreeSet<String>,
+        number: u32,
+        words: File,
+        count: usize,
+    ) -> Journal {
+        let end = count as u64 * WORD_BYTES;
+        Journal {
+            manager,
+            names,
+            most: most(),
+            is_full: false,
+            number,
+            words,
+            end,
+            shortened_at: SHORTENED_BYTES_MIN.max(2 * end),
+        }
+    }
+
+    fn keep(&mut self, name: String, fd: BorrowedFd<'_>) -> io::Result<()> {
+        if self.most.is_some_and(|most| self.names.len() >= most) && !self.names.contains(&name) {
+            if !std::mem::replace(&mut self.is_full, true) {
+                tracing::warn!(
+                    "the service manager keeps no more than {} descriptors (FileDescriptorStoreMax=): processes forked \
+                     since read zeros if this one is killed, and are killed when it is started again",
+                    self.names.len()
+                );
+            }
+            return Ok(());
+        }
+        self.manager.keep(&name, fd)?;
+        self.names.insert(name);
+        Ok(())
+    }
+
+    pub(super) fn release(&mut self, name: &str) -> io::Result<()> {
+        match self.names.remove(name) {
+            true => self.manager.release(name),
+            false => Ok(()),
+        }
+    }
+
+    /// Writes `told`, as `record`, down.
+    pub(super) fn note(
+        &mut self,
+        told: StandbyMessage,
+        record: MessageBytes,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> io::Result<()> {
+        match (told, fd) {
+            (StandbyMessage::Source { faults }, Some(fd)) => {
+                let name = format!("{SOURCE}{}", u32::from(faults));
+                self.release(&name)?;
+                return self.keep(name, fd);
+            }
+            (StandbyMessage::Process { id, .. } | StandbyMessage::Fork { id, .. }, Some(fd)) => {
+                self.keep(format!("{MEMORY}{}", id.0), fd)?;
+            }
+            _ => {}
+        }
+        self.append(record)?;
+        if let StandbyMessage::Exited { id } = told {
+            self.release(&format!("{MEMORY}{}", id.0))?;
+            if self.end >= self.shortened_at {
+                self.shorten()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn append(&mut self, record: MessageBytes) -> io::Result<()> {
+        self.words
+            .write_all_at(bytemuck::bytes_of(&record), self.end)?;
+        self.end += WORD_BYTES;
+        Ok(())
+    }
+
+    /// Goes on in a new file, without what is of no use any more.
+    fn shorten(&mut self) -> io::Result<()> {
+        let words = memory(0)?;
+        let useful = useful(&read(&self.words)?);
+        words.write_all_at(bytemuck::cast_slice(&useful), 0)?;
+        let before = format!("{JOURNAL}{}", self.number);
+        self.number += 1;
+        self.keep(format!("{JOURNAL}{}", self.number), words.as_fd())?;
+        self.words = words;
+        self.end = useful.len() as u64 * WORD_BYTES;
+        self.shortened_at = SHORTENED_BYTES_MIN.max(2 * self.end);
+        self.release(&before)
+    }
+
+    /// Nobody needs to go on: has the manager close all, and waits a moment until it has. A process may wait for a page
+    /// that nobody brings as long as a copy of its userfaultfd is open.
+    pub(super) fn end(&mut self) {
+        let names = std::mem::take(&mut self.names);
+        let released = names.iter().try_for_each(|name| self.manager.release(name));
+        match released.and_then(|()| self.manager.settle()) {
+            Ok(true) => {}
+            Ok(false) => tracing::warn!("the service manager takes long to close descriptors"),
+            Err(error) => tracing::warn!("cannot reach the service manager any more: {error}"),
+        }
+    }
+}
+
+impl Restore {
+    /// Has the service manager, which must keep descriptors, stand by for a restore as `config` says, whose images are
+    /// there.
+    pub fn kept_by(manager: ServiceManager, config: &RestoreConfig) -> Result<Standby> {
+        let page = page_size()
+            .map_err(|error| Error::wrap(Kind::Unsupported, "cannot work here", error))?;
+        let dir = ImageDir::open(&config.images_dir, page)?;
+        let failed = |error| {
+            let text = "cannot have the service manager keep descriptors";
+            Error::wrap(Kind::Io, text, error)
+        };
+        let hash = images_hash(&dir)?;
+        let mut journal = Journal::begin(manager).map_err(failed)?;
+        let state = memory(STATE_BYTES).map_err(failed)?;
+        let shared = Shared::in_file(&state).map_err(failed)?;
+        shared.magic.store(RestoreState::MAGIC, Ordering::SeqCst);
+        for (half, of_hash) in shared.images.iter().zip(hash) {
+            half.store(of_hash, Ordering::SeqCst);
+        }
+        journal
+            .keep(STATE.to_owned(), state.as_fd())
+            .map_err(failed)?;
+        Ok(Standby::restarted(journal, shared, 0))
+    }
+}
+
+impl Standby {
+    /// The service manager, which has kept `journal` and `shared` and stands by again.
+    pub(super) fn restarted(
+        journal: Journal,
+        shared: Shared<RestoreState>,
+        events: u64,
+    ) -> Standby {
+        Standby {
+            successor: Successor::Restarted(journal),
+            shared,
+            events,
+        }
+    }
+}
+
+fn most() -> Option<usize> {
+    std::env::var("FDSTORE").ok()?.parse().ok()
+}
+
+/// A memfd of `length` zeros that never shrinks.
+fn memory(length: u64) -> io::Result<File> {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let file = File::from(memfd_create(c"pageferry", flags)?);
+    file.set_len(length)?;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK))?;
+    Ok(file)
+}
+
+/// All words of a journal. What ends within a word ends before it.
+pub(super) fn read(words: &File) -> io::Result<Vec<MessageBytes>> {
+    let length = words.metadata()?.len() / WORD_BYTES;
+    let length = usize::try_from(length).map_err(io::Error::other)?;
+    let mut read = vec![MessageBytes::zeroed(); length];
+    words.read_exact_at(bytemuck::cast_slice_mut(&mut read), 0)?;
+    Ok(read)
+}
+
+/// The words without those of processes that have ended and whose children have as well. The last one stays: it tells
+/// how many events there were.
+fn useful(words: &[MessageBytes]) -> Vec<MessageBytes> {
+    let told = |word: &MessageBytes| StandbyMessage::decode(*word).ok();
+    let mut parents: BTreeMap<SpaceId, Option<SpaceId>> = BTreeMap::new();
+    let mut needed = BTreeSet::new();
+    for word in words {
+        match told(word) {
+            Some(StandbyMessage::Process { id, .. }) => {
+                parents.insert(id, None);
+                needed.insert(id);
+            }
+            Some(StandbyMessage::Fork { id, parent }) => {
+                parents.insert(id, Some(parent));
+                needed.insert(id);
+            }
+            Some(StandbyMessage::Exited { id }) => {
+                needed.remove(&id);
+            }
+            _ => {}
+        }
+    }
+    for mut id in needed.clone() {
+        while let Some(Some(parent)) = parents.get(&id) {
+            needed.insert(*parent);
+            id = *parent;
+        }
+    }
+    let last = words.len().saturating_sub(1);
+    let numbered = words.iter().enumerate();
+    let kept = numbered.filter(|(at, word)| {
+        let id = told(word).and_then(StandbyMessage::id);
+        *at == last || id.is_some_and(|id| needed.contains(&id))
+    });
+    kept.map(|(_, word)| *word).collect()
+}
+
+/// By what the images in `dir` are known again, whatever has become of their pages.
+pub(super) fn images_hash(dir: &ImageDir) -> Result<[u64; 2]> {
+    let hasher = PageHasher::new(HashKey::default(), dir.page());
+    let mut names = vec!["inventory.img".to_owned(), "pstree.img".to_owned()];
+    let pids = dir.processes()?;
+    names.extend(pids.iter().map(|pid| format!("mm-{pid}.img")));
+    let mut bytes = Vec::new();
+    for name in names {
+        let path = dir.path().join(&name);
+        match std::fs::read(&path) {
+            Ok(read) => bytes.extend(hasher.hash(&read).0),
+            // Zombies have no memory.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => bytes.push(0),
+            Err(error) => return Err(Error::file("read", &path, error)),
+        }
+    }
+    Ok(bytemuck::cast(hasher.hash(&bytes).0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::PageRange;
+
+    #[test]
+    fn words_of_those_who_ended_leave() {
+        let (root, child, grandchild, other) = (SpaceId(1), SpaceId(2), SpaceId(3), SpaceId(4));
+        let fork = |id, parent| StandbyMessage::Fork { id, parent };
+        let gone = |id| StandbyMessage::Gone {
+            id,
+            range: PageRange::new(0x1000, 0x2000),
+        };
+        let exited = |id| StandbyMessage::Exited { id };
+        let process = StandbyMessage::Process {
+            id: root,
+            pid: 7,
+            host: 0,
+            started: 0,
+        };
+        let words = [
+            process,
+            fork(child, root),
+            fork(other, root),
+            gone(other),
+            gone(child),
+            fork(grandchild, child),
+            exited(child),
+            exited(other),
+        ];
+        let words: Vec<_> = (0..).zip(words).map(|(at, word)| word.encode(at)).collect();
+        let left: Vec<u64> = useful(&words).iter().map(|word| word.events).collect();
+        assert_eq!(left, [0, 1, 4, 5, 6, 7]);
+    }
+
+    #[test]
+    fn a_journal_is_shortened_and_read_again() {
+        let (manager, theirs) = ServiceManager::pair();
+        let ignored = std::thread::spawn(move || {
+            let mut message = [0; 4096];
+            let mut told = 0;
+            while theirs.recv(&mut message).unwrap() > 0 {
+                told += 1;
+            }
+            told
+        });
+        let mut journal = Journal::begin(manager).unwrap();
+        let fork = |id| StandbyMessage::Fork {
+            id: SpaceId(id),
+            parent: SpaceId(0),
+        };
+        let fd = File::open("/dev/null").unwrap();
+        let count = 20_000;
+        for id in 1..=count {
+            let exited = StandbyMessage::Exited {
+                id: SpaceId(id - 1),
+            };
+            journal
+                .note(fork(id), fork(id).encode(0), Some(fd.as_fd()))
+                .unwrap();
+            journal
+                .note(exited, exited.encode(u64::from(id)), None)
+                .unwrap();
+        }
+        assert!(journal.number > 0 && journal.end < 2 * SHORTENED_BYTES_MIN);
+        let words = read(&journal.words).unwrap();
+        assert_eq!(words.last().unwrap().events, u64::from(count));
+        let left: Vec<_> = journal.names.iter().map(String::as_str).collect();
+        let number = journal.number;
+        assert_eq!(
+            left,
+            [format!("{JOURNAL}{number}"), format!("{MEMORY}{count}")]
+        );
+        journal.manager.tell("").unwrap();
+        assert!(ignored.join().unwrap() > count);
+    }
+}

@@ -1,0 +1,296 @@
+//! A lazy-client that systemd has started, killed with its whole control group: systemd keeps the userfaultfds, the
+//! restored processes wait, and the service that is started again goes on. A real systemd, real CRIUs.
+
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use nix::unistd::Pid;
+use testbed::bed::Bed;
+use testbed::criu::{Criu, Suite};
+use testbed::daemons::{Make, Options, PageServer};
+use testbed::gate;
+use testbed::images::copy_without_lazy_pages;
+use testbed::load::Load;
+use testbed::load::scenarios::{reshaping, verifying};
+use testbed::load::spec::{LoadSpec, OnLostPage};
+use testbed::load::steps::Step;
+use testbed::migration::{Dump, Restore, Restored};
+use testbed::net::free_port;
+use testbed::postcopy::slow_link;
+use testbed::process::tail;
+use testbed::proxy::{Proxy, Way};
+use testbed::suite::with_criu;
+use testbed::systemd::Systemd;
+use testbed::wait::{self, GENEROUS};
+use testbed::workspace;
+
+const UNIT: &str = "lazy.service";
+const MIB: u32 = 64;
+/// About half of a post-copy of [`MIB`], bytes.
+const HALF_WAY: u64 = 24 << 20;
+
+/// What the unit says besides what all say.
+const STARTED_AGAIN: &str = "Restart=on-abnormal\nRestartSec=0";
+const STARTED_BY_HAND: &str = "FileDescriptorStorePreserve=yes";
+
+/// A restored load whose memory a service brings. Parts are dropped in this order.
+struct Moving<'a> {
+    restored: Restored,
+    systemd: &'a Systemd,
+    log: PathBuf,
+    load: Load,
+    sent: Vec<u64>,
+}
+
+fn with_systemd(suite: Suite, test: impl FnOnce(&Bed, &Criu, &Systemd) -> Result<()>) {
+    let Some(usr) = gate::systemd() else {
+        return;
+    };
+    with_criu(suite, |bed, criu| {
+        let systemd = Systemd::start(&usr, bed.dir())?;
+        test(bed, criu, &systemd)
+    });
+}
+
+fn spec(bed: &Bed) -> LoadSpec {
+    LoadSpec {
+        on_lost_page: OnLostPage::Count,
+        pin_own_memory: true,
+        ..LoadSpec::mixed(bed.path("load"), MIB)
+    }
+}
+
+fn write_unit(systemd: &Systemd, images: &Path, options: &str, more: &str) -> Result<()> {
+    let client = workspace::binary("lazy-client")?;
+    let (client, images) = (client.display(), images.display());
+    systemd.write_unit(
+        UNIT,
+        &format!(
+            "[Unit]\nStartLimitIntervalSec=0\n[Service]\nType=notify\nFileDescriptorStoreMax=4096\n{more}\n\
+             ExecStart={client} -D {images} -o lazy.log -v4 {options}\n"
+        ),
+    )
+}
+
+impl<'a> Moving<'a> {
+    /// Starts the service on `images`, whose processes are gone or frozen, and restores them.
+    fn start(
+        systemd: &'a Systemd,
+        criu: &Criu,
+        load: Load,
+        images: &Path,
+        (options, more): (&str, &str),
+        steps: &[Step],
+    ) -> Result<Moving<'a>> {
+        write_unit(systemd, images, options, more)?;
+        let log = images.join("lazy.log");
+        let started = systemd.control(&["start", UNIT]);
+        started.with_context(|| tail(&log))?;
+        let sent = match steps {
+            [] => Vec::new(),
+            steps => vec![load.send(0, steps)?],
+        };
+        let restored = Restore::new(criu, images).lazily().run();
+        let restored = restored.with_context(|| tail(&log))?;
+        if let Ok(init) = restored.init() {
+            load.steer(init)?;
+        }
+        Ok(Moving {
+            restored,
+            systemd,
+            log,
+            load,
+            sent,
+        })
+    }
+
+    fn kill(&self) -> Result<()> {
+        let kept = self.systemd.property(UNIT, "NFileDescriptorStore")?;
+        ensure!(
+            kept.parse::<u32>()? >= 3,
+            "systemd keeps {kept} descriptors{}",
+            tail(&self.log)
+        );
+        let whom = ["kill", "--kill-whom=all", "--signal=KILL", UNIT];
+        self.systemd.control(&whom).map(drop)
+    }
+
+    fn reports(&self) -> Result<()> {
+        for &seq in &self.sent {
+            let report = self.load.receive(0, seq, GENEROUS);
+            report.with_context(|| tail(&self.log))?.expect_right()?;
+        }
+        Ok(())
+    }
+
+    fn expect_all_brought(&self) -> Result<()> {
+        let ended = self.systemd.wait_for(UNIT, "ActiveState", "inactive");
+        ended.with_context(|| tail(&self.log))?;
+        for (name, value) in [("Result", "success"), ("NFileDescriptorStore", "0")] {
+            let found = self.systemd.property(UNIT, name)?;
+            ensure!(found == value, "{name}={found}{}", tail(&self.log));
+        }
+        ensure!(
+            fs::read_to_string(&self.log)?.contains("the service manager has kept"),
+            "nothing was taken up{}",
+            tail(&self.log)
+        );
+        Ok(())
+    }
+}
+
+/// Images without their pages, and a server of ours that has them behind a slow link.
+fn served(bed: &Bed, criu: &Criu) -> Result<(Load, PathBuf, PageServer, Proxy)> {
+    let mut load = Load::start(spec(bed), None)?;
+    let images = bed.path("dumped");
+    Dump::new(criu, load.pid(), &images).run()?;
+    load.wait_until_gone()?;
+    let here = bed.path("restored");
+    copy_without_lazy_pages(&images, &here)?;
+    let options = Options::new(&images).with(&["--keep"]);
+    let server = PageServer::serving(Make::Ours, &options.log_to("serve.log"))?;
+    let proxy = Proxy::start(server.address(), slow_link(), None)?;
+    Ok((load, here, server, proxy))
+}
+
+fn source_options(address: SocketAddr) -> String {
+    format!(
+        "--page-server --address {} --port {}",
+        address.ip(),
+        address.port()
+    )
+}
+
+fn wait_for_half(proxy: &Proxy, log: &Path) -> Result<()> {
+    let half = wait::until("half of the memory", GENEROUS, || {
+        Ok((proxy.carried(Way::ToClient) > HALF_WAY).then_some(()))
+    });
+    half.with_context(|| tail(log))
+}
+
+fn killed_half_way(suite: Suite, steps: &[Step]) {
+    with_systemd(suite, |bed, criu, systemd| {
+        let (load, images, _server, proxy) = served(bed, criu)?;
+        let options = source_options(proxy.address());
+        let unit = (options.as_str(), STARTED_AGAIN);
+        let moving = Moving::start(systemd, criu, load, &images, unit, steps)?;
+        wait_for_half(&proxy, &moving.log)?;
+        moving.kill()?;
+        moving.reports()?;
+        moving.expect_all_brought()
+    });
+}
+
+#[test]
+fn a_page_server_is_gone_on_with() {
+    killed_half_way(Suite::Sid, &verifying());
+}
+
+#[test]
+fn memory_is_reshaped_and_forked_meanwhile() {
+    killed_half_way(Suite::Experimental, &reshaping());
+}
+
+/// Whether a thread of the process `pid` sleeps without being in a system call.
+fn waits_for_page(pid: Pid) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task"));
+    threads.into_iter().flatten().flatten().any(|thread| {
+        let at = fs::read_to_string(thread.path().join("syscall"));
+        at.is_ok_and(|at| at.starts_with("-1 "))
+    })
+}
+
+/// Killed twice, and started by hand: whoever touches missing memory while nobody is there waits, and is served.
+#[test]
+fn who_waits_during_the_outage_is_served_afterwards() {
+    with_systemd(Suite::Trixie, |bed, criu, systemd| {
+        let mut load = Load::start(spec(bed), None)?;
+        let images = bed.path("dumped");
+        Dump::new(criu, load.pid(), &images).run()?;
+        load.wait_until_gone()?;
+        let slow = ("--max-bandwidth 16K", STARTED_BY_HAND);
+        let mut moving = Moving::start(systemd, criu, load, &images, slow, &[])?;
+        for _ in 0..2 {
+            moving.kill()?;
+            systemd.wait_for(UNIT, "ActiveState", "failed")?;
+            if moving.sent.is_empty() {
+                moving.sent.push(moving.load.send(0, &verifying())?);
+            }
+            let pids = moving.restored.pids();
+            wait::until("a thread that waits for a page", GENEROUS, || {
+                Ok(pids.iter().any(|pid| waits_for_page(*pid)).then_some(()))
+            })?;
+            ensure!(
+                moving.load.report(0, moving.sent[0])?.is_none(),
+                "missing pages were read"
+            );
+            systemd.control(&["start", UNIT])?;
+        }
+        moving.reports()?;
+        // Nothing is left but what nobody has asked for.
+        write_unit(systemd, &images, "", STARTED_BY_HAND)?;
+        moving.kill()?;
+        systemd.wait_for(UNIT, "ActiveState", "failed")?;
+        systemd.control(&["start", UNIT])?;
+        moving.expect_all_brought()
+    });
+}
+
+/// Only the dump had the pages, and its one connection is gone: they are poisoned, and the source goes on.
+#[test]
+fn what_a_dump_had_is_poisoned() {
+    with_systemd(Suite::Sid, |bed, criu, systemd| {
+        let load = Load::start(spec(bed), None)?;
+        let images = bed.path("dumped");
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
+        let mut dump = Dump::new(criu, load.pid(), &images).serve_lazily(address)?;
+        let proxy = Proxy::start(address, slow_link(), None)?;
+        let options = source_options(proxy.address());
+        let unit = (options.as_str(), STARTED_AGAIN);
+        let mut moving = Moving::start(systemd, criu, load, &images, unit, &[])?;
+        wait_for_half(&proxy, &moving.log)?;
+        moving.kill()?;
+        systemd.wait_for(UNIT, "ExecMainStatus", "1")?;
+        dump.fail(GENEROUS)?;
+        let report = moving.load.run(0, &verifying())?;
+        ensure!(
+            report.poisoned() > 0,
+            "no page was lost: nothing was tested"
+        );
+        ensure!(report.wrong() == 0, "{} pages wrong", report.wrong());
+        moving.restored.kill();
+        moving.load.expect_running()
+    });
+}
+
+/// The images are others when the service is started again: nothing of them must come into the processes.
+#[test]
+fn with_other_images_the_processes_are_killed() {
+    with_systemd(Suite::Sid, |bed, criu, systemd| {
+        let (load, images, _server, proxy) = served(bed, criu)?;
+        let options = source_options(proxy.address());
+        let unit = (options.as_str(), STARTED_BY_HAND);
+        let moving = Moving::start(systemd, criu, load, &images, unit, &[])?;
+        moving.kill()?;
+        systemd.wait_for(UNIT, "ActiveState", "failed")?;
+        let other = Load::start(LoadSpec::mixed(bed.path("other"), 4), None)?;
+        let others = bed.path("others");
+        Dump::new(criu, other.pid(), &others).run()?;
+        write_unit(systemd, &others, "", STARTED_BY_HAND)?;
+        ensure!(
+            systemd.control(&["start", UNIT]).is_err(),
+            "other images were taken"
+        );
+        let pid = u32::try_from(moving.load.pid().as_raw())?;
+        let end = moving.restored.wait_for_end(pid, GENEROUS)?;
+        ensure!(end == "killed SIGKILL", "the restored process {end}");
+        let log = fs::read_to_string(others.join("lazy.log"))?;
+        ensure!(
+            log.contains("a restore of other images than those in"),
+            "{log}"
+        );
+        Ok(())
+    });
+}
