@@ -60,7 +60,14 @@ fn write_messages<M: prost::Message>(path: &Path, magic: Magic, message: &M) {
 /// Images of one process, of which `runs` are its memory.
 fn write_process(dir: &Path, runs: &[Run]) {
     let task = Some(TaskCore { task_state: 1 });
-    write_messages(&dir.join("core-7.img"), Magic::Core, &Core { task });
+    write_messages(
+        &dir.join("core-7.img"),
+        Magic::Core,
+        &Core {
+            task,
+            ..Core::default()
+        },
+    );
     let vma = Vma {
         start: FIRST_PAGE << 12,
         end: (FIRST_PAGE + 16) << 12,
@@ -72,7 +79,10 @@ fn write_process(dir: &Path, runs: &[Run]) {
     write_messages(
         &dir.join("pstree.img"),
         Magic::Pstree,
-        &PstreeEntry { pid: 7, ppid: 0 },
+        &PstreeEntry {
+            pid: 7,
+            ..PstreeEntry::default()
+        },
     );
 }
 

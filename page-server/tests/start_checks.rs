@@ -80,10 +80,20 @@ fn write_process(dir: &Path, runs: &[Run]) {
     write_messages(
         &dir.join("pstree.img"),
         Magic::Pstree,
-        &PstreeEntry { pid: 7, ppid: 0 },
+        &PstreeEntry {
+            pid: 7,
+            ..PstreeEntry::default()
+        },
     );
     let task = Some(TaskCore { task_state: 1 });
-    write_messages(&dir.join("core-7.img"), Magic::Core, &Core { task });
+    write_messages(
+        &dir.join("core-7.img"),
+        Magic::Core,
+        &Core {
+            task,
+            ..Core::default()
+        },
+    );
     write_target(dir, TARGET, Wire::V2, 1, runs);
 }
 
@@ -159,7 +169,10 @@ fn a_zombie_and_images_without_the_rest_of_the_dump_are_served() {
     write_messages(
         &zombie.path().join("core-7.img"),
         Magic::Core,
-        &Core { task },
+        &Core {
+            task,
+            ..Core::default()
+        },
     );
     fs::remove_file(zombie.path().join("pagemap-7.img")).unwrap();
     let received = tempfile::tempdir().unwrap();

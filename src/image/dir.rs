@@ -13,10 +13,13 @@ use super::proto::{Core, Mm, PstreeEntry, TASK_DEAD};
 use crate::criu::header::Target;
 use crate::error::{Error, Kind, Result};
 use crate::limits::PARENT_DEPTH_MAX;
-use crate::units::PageSize;
+use crate::units::{PageSize, Vaddr};
 
 /// Name of the link to the images that a directory's images are a difference to.
 pub const PARENT_LINK: &str = "parent";
+
+/// The head of a list of robust futexes in bytes (`struct robust_list_head` of a 64-bit kernel).
+const ROBUST_HEAD_BYTES: u64 = 24;
 
 /// An image file with its messages, open.
 pub type ImageReader = MessageReader<BufReader<File>>;
@@ -99,6 +102,39 @@ impl ImageDir {
         let cores = cores.into_iter().flatten();
         let task = cores.filter_map(|core| core.task).next();
         Ok(task.map(|task| task.task_state != TASK_DEAD))
+    }
+
+    /// The addresses that the kernel touches when a thread of `pid` ends: its list of robust futexes and the
+    /// word of `set_tid_address`. It waits for no userfaultfd then, so that these pages must be there before.
+    /// Without `core-TID.img` of a thread, that thread has none.
+    pub(crate) fn touched_at_exit(&self, pid: u32) -> Result<Vec<Vaddr>> {
+        let tasks: Option<Vec<PstreeEntry>> =
+            self.messages(&self.path.join("pstree.img"), Magic::Pstree)?;
+        let tasks = tasks.into_iter().flatten();
+        let mut threads: Vec<u32> = tasks
+            .filter(|task| task.pid == pid)
+            .flat_map(|task| task.threads)
+            .collect();
+        if !threads.contains(&pid) {
+            threads.push(pid);
+        }
+        let mut touched = Vec::new();
+        for thread in threads {
+            let path = self.path.join(format!("core-{thread}.img"));
+            let cores: Option<Vec<Core>> = self.messages(&path, Magic::Core)?;
+            for core in cores.into_iter().flatten() {
+                let infos = [core.thread_x86, core.thread_aarch64];
+                touched.extend(infos.iter().flatten().map(|info| info.clear_tid_addr));
+                if let Some(thread) = core.thread {
+                    // Three words, which may lie on two pages.
+                    let head = thread.futex_rla;
+                    touched.extend([head, head.saturating_add(ROBUST_HEAD_BYTES - 1)]);
+                }
+            }
+        }
+        touched.sort_unstable();
+        touched.dedup();
+        Ok(touched.into_iter().map(Vaddr).collect())
     }
 
     /// Whether `other` is this directory, by whatever path: links and bind mounts lead to one as well.
@@ -238,6 +274,7 @@ fn target_of_pagemap(name: &str) -> Option<Target> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::proto::{ThreadCore, ThreadInfo};
     use super::*;
     use crate::image::file::MessageWriter;
     use crate::image::proto::Vma;
@@ -253,7 +290,38 @@ mod tests {
     }
 
     fn task(pid: u32, ppid: u32) -> PstreeEntry {
-        PstreeEntry { pid, ppid }
+        PstreeEntry {
+            pid,
+            ppid,
+            threads: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_touches_at_the_end_of_threads_is_in_their_cores() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("pstree.img");
+        let with_threads = PstreeEntry {
+            threads: vec![7, 8, 9],
+            ..task(7, 0)
+        };
+        write(&path, Magic::Pstree, &[with_threads]);
+        let info = |clear_tid_addr| Some(ThreadInfo { clear_tid_addr });
+        let core = Core {
+            thread_x86: info(0x7010),
+            thread: Some(ThreadCore { futex_rla: 0x7ff0 }),
+            ..Core::default()
+        };
+        write(&tmp.path().join("core-7.img"), Magic::Core, &[core]);
+        let core = Core {
+            thread_aarch64: info(0x9000),
+            ..Core::default()
+        };
+        write(&tmp.path().join("core-8.img"), Magic::Core, &[core]);
+        let dir = ImageDir::open(tmp.path(), PAGE).unwrap();
+        let touched = [0x7010, 0x7ff0, 0x8007, 0x9000].map(Vaddr);
+        assert_eq!(dir.touched_at_exit(7).unwrap(), touched);
+        assert_eq!(dir.touched_at_exit(11).unwrap(), []);
     }
 
     #[test]

@@ -51,9 +51,34 @@ pub struct CompressedBlocks {
 /// A process or thread: `core-PID.img`.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Core {
+    /// What x86-64 has of every thread.
+    #[prost(message, optional, tag = "2")]
+    pub thread_x86: Option<ThreadInfo>,
     /// What is the process's alone; its threads have none.
     #[prost(message, optional, tag = "3")]
     pub task: Option<TaskCore>,
+    /// What every architecture has of every thread.
+    #[prost(message, optional, tag = "5")]
+    pub thread: Option<ThreadCore>,
+    /// What aarch64 has of every thread.
+    #[prost(message, optional, tag = "8")]
+    pub thread_aarch64: Option<ThreadInfo>,
+}
+
+/// The part of [`Core`] that begins alike on x86-64 and aarch64.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ThreadInfo {
+    /// The word that the kernel clears at the thread's end (`set_tid_address`), 0 if none.
+    #[prost(uint64, required, tag = "1")]
+    pub clear_tid_addr: u64,
+}
+
+/// The part of [`Core`] that every thread has.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ThreadCore {
+    /// The head of the thread's robust futexes (`set_robust_list`), 0 if none.
+    #[prost(uint64, required, tag = "1")]
+    pub futex_rla: u64,
 }
 
 /// The part of [`Core`] that is the process's alone.
@@ -104,4 +129,7 @@ pub struct PstreeEntry {
     /// Its parent's pid, 0 for the root.
     #[prost(uint32, required, tag = "2")]
     pub ppid: u32,
+    /// The thread ids of the task, its own among them; each has a `core-TID.img`.
+    #[prost(uint32, repeated, packed = "false", tag = "5")]
+    pub threads: Vec<u32>,
 }

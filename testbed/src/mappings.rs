@@ -180,3 +180,10 @@ pub fn load(address: usize) -> u8 {
     // ends the process, which the caller expects.
     unsafe { at.read_volatile() }
 }
+
+/// Gives the calling thread a list of robust futexes whose head is at `head`: three words, filled by the caller.
+pub fn set_robust_list(head: usize) -> Result<(), Errno> {
+    // SAFETY: the kernel reads the list at the end of the thread alone, and bears any content of it.
+    let set = unsafe { libc::syscall(libc::SYS_set_robust_list, pointer(head), 24) };
+    Errno::result(set).map(drop)
+}

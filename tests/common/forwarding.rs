@@ -37,7 +37,12 @@ pub(crate) fn loopback() -> Source {
 fn write_pstree(dir: &Path) {
     let file = File::create(dir.join("pstree.img")).unwrap();
     let mut writer = MessageWriter::new(file, Magic::Pstree).unwrap();
-    writer.write(&PstreeEntry { pid: PID, ppid: 0 }).unwrap();
+    writer
+        .write(&PstreeEntry {
+            pid: PID,
+            ..PstreeEntry::default()
+        })
+        .unwrap();
 }
 
 /// A dump that keeps its pages for one client: what its session ended with.

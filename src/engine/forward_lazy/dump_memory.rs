@@ -298,7 +298,11 @@ mod tests {
         let create = |name: &str| File::create(dir.join(name)).unwrap();
         let mut tree = MessageWriter::new(create("pstree.img"), Magic::Pstree).unwrap();
         for _ in 0..2 {
-            tree.write(&PstreeEntry { pid: 7, ppid: 0 }).unwrap();
+            tree.write(&PstreeEntry {
+                pid: 7,
+                ..PstreeEntry::default()
+            })
+            .unwrap();
         }
         let map = create(&Target::Process(7).pagemap_name());
         let mut map = MessageWriter::new(map, Magic::Pagemap).unwrap();

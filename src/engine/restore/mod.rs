@@ -43,6 +43,7 @@ mod second_dump;
 mod signals;
 mod source_dialer;
 pub mod standby;
+mod thread_ends;
 mod unreadable;
 mod waking;
 
@@ -565,6 +566,7 @@ impl Restore {
                         "the restore is finished, {} pages are missing",
                         self.planner.missing_pages()
                     );
+                    self.fetch_what_thread_ends_touch()?;
                 }
                 IntakeEvent::End => {
                     self.intake_done = true;

@@ -202,6 +202,11 @@ impl Planner {
             .map_or(FaultAnswer::Zero, |space| space.fault(addr, reach, now_us))
     }
 
+    /// See [`Space::fetch_ahead`].
+    pub fn fetch_ahead(&mut self, id: SpaceId, addr: Vaddr) -> Option<Piece> {
+        self.space_mut(id)?.fetch_ahead(addr)
+    }
+
     /// `parent` forked.
     pub fn handle_fork(&mut self, parent: SpaceId) -> Option<SpaceId> {
         let child = self.space(parent)?.fork();

@@ -212,6 +212,17 @@ impl Space {
         }
     }
 
+    /// The page of `addr` comes before the stream, although no thread waits for it. What the images here have of
+    /// it is to be installed by the caller.
+    pub fn fetch_ahead(&mut self, addr: Vaddr) -> Option<Piece> {
+        let start = self.page.floor(addr.get());
+        let page = PageRange::new(start, start.checked_add(self.page.bytes())?);
+        if !self.lost {
+            self.ask(page, Class::Fault);
+        }
+        Some(self.local.find(page.start())?.part(page))
+    }
+
     fn remember(&mut self, fault: Vaddr) {
         if self.recent.len() == RECENT_FAULTS_MAX {
             self.recent.pop_front();

@@ -1,0 +1,122 @@
+//! What the kernel reads of a process's memory at its end, when no userfaultfd is asked any more: it must be there.
+//!
+//! A restored process that holds a robust lock is killed before it has touched the page with its list of locks.
+//! Without that page the kernel tells nobody that the lock's owner has died, and others wait for ever.
+
+use std::fs::{self, File};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use testbed::bed::Bed;
+use testbed::criu::Criu;
+use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
+use testbed::for_each_criu;
+use testbed::images::copy_without_lazy_pages;
+use testbed::migration::{Dump, Restore};
+use testbed::net::free_port;
+use testbed::process::Spawned;
+use testbed::wait;
+use testbed::workspace;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// FUTEX_OWNER_DIED of linux/futex.h.
+const OWNER_DIED: u32 = 0x4000_0000;
+
+for_each_criu!(a_lock_is_given_up_by_its_owners_end);
+
+/// Where the pages are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Source {
+    Local,
+    PageServer,
+    Dump,
+}
+
+fn a_lock_is_given_up_by_its_owners_end(bed: &Bed, criu: &Criu) -> Result<()> {
+    for source in [Source::Local, Source::PageServer, Source::Dump] {
+        let dir = bed.path(&format!("{source:?}"));
+        let word = end_while_pages_are_missing(criu, source, &dir)?;
+        let told = word & OWNER_DIED != 0;
+        ensure!(
+            told,
+            "{source:?}: the lock's word is {word:#x}: its owner's end was not told"
+        );
+    }
+    Ok(())
+}
+
+/// The lock's word after its restored owner was killed; nothing but what faults was brought.
+fn end_while_pages_are_missing(criu: &Criu, source: Source, dir: &Path) -> Result<u32> {
+    let shared = dir.join("shared");
+    fs::create_dir_all(&shared)?;
+    let mut command = Command::new(workspace::binary("robust")?);
+    command.arg("--dir").arg(&shared);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let mut owner = Spawned::start_ungrouped("robust", &mut command, None)?;
+    let ready = shared.join("ready");
+    wait::until("a process that holds a lock", LIMIT, || {
+        ensure!(owner.ended()?.is_none(), "it has ended");
+        Ok(ready.exists().then_some(()))
+    })?;
+    let pid = owner.pid();
+    let images = dir.join("images");
+    let dump = Dump::new(criu, pid, &images);
+    let mut lent = None;
+    let (from, address) = match source {
+        Source::Local => {
+            dump.run()?;
+            (images.clone(), None)
+        }
+        Source::PageServer => {
+            dump.run()?;
+            let here = dir.join("here");
+            ensure!(
+                copy_without_lazy_pages(&images, &here)? > 0,
+                "nothing is lazy"
+            );
+            let server = PageServer::serving(Make::Ours, &Options::new(&images))?;
+            let address = server.address();
+            lent = Some(Lent::Server(server));
+            (here, Some(address))
+        }
+        Source::Dump => {
+            let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
+            lent = Some(Lent::Dump(dump.serve_lazily(address)?));
+            (images.clone(), Some(address))
+        }
+    };
+    let options = Options::new(&from)
+        .with(&["--on-demand"])
+        .log_to("lazy.log");
+    let _client = LazyDaemon::start(Make::Ours, &options, address)?;
+    let mut restored = Restore::new(criu, &from).lazily().start()?;
+    restored.wait_until_resumed(LIMIT)?;
+    // The end of the dumped process was an end as well.
+    let lock = File::options().write(true).open(shared.join("lock"))?;
+    lock.write_all_at(&pid.as_raw().to_le_bytes(), 0)?;
+    fs::write(shared.join("go"), "")?;
+    let how = restored.wait_for_end(pid.as_raw().unsigned_abs(), LIMIT)?;
+    ensure!(
+        how.contains("SIGKILL"),
+        "the restored process ended otherwise: {how}"
+    );
+    drop(lent);
+    let word = fs::read(shared.join("lock"))?;
+    let word: [u8; 4] = word.first_chunk().copied().context("an empty lock")?;
+    Ok(u32::from_le_bytes(word))
+}
+
+/// What has the pages, for as long as they are needed.
+#[expect(dead_code, reason = "held for its end")]
+enum Lent {
+    Server(PageServer),
+    Dump(Spawned),
+}
