@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::wait::retried;
@@ -195,7 +195,7 @@ impl PrivateApt {
             }
         }
         downloaded?;
-        anyhow::bail!("{package} has no released sources")
+        bail!("{package} has no released sources")
     }
 
     /// Downloads a package without what it needs.

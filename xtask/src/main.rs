@@ -7,6 +7,7 @@ mod layers;
 mod setup;
 mod test;
 mod torture;
+mod zdtm;
 
 use std::process::ExitCode;
 
@@ -37,6 +38,8 @@ enum Task {
     Test(test::Args),
     /// Moves small processes over and over and kills participants; prints counts as JSON.
     Torture(torture::Args),
+    /// Runs CRIU's own test suite with CRIU's daemons and with pageferry's; prints a line for each way.
+    Zdtm(zdtm::Args),
 }
 
 fn main() -> ExitCode {
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Task::Layers(args) => layers::run(&args),
         Task::Test(args) => test::run_tests(&args),
         Task::Torture(args) => torture::run(&args),
+        Task::Zdtm(args) => zdtm::run(&args),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,

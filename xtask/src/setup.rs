@@ -91,6 +91,23 @@ pub(crate) fn install(needed: &[Needed]) -> Result<()> {
         .map(|needed| needed.package)
         .collect();
     missing.dedup();
+    add(&missing)
+}
+
+/// Installs those of these Debian packages that the machine lacks.
+pub(crate) fn install_packages(packages: &[&'static str]) -> Result<()> {
+    let is_there = |package: &str| {
+        let state = Command::new("dpkg-query")
+            .args(["-W", "-f=${db:Status-Status}", package])
+            .stderr(Stdio::null())
+            .output();
+        state.is_ok_and(|state| state.stdout == b"installed")
+    };
+    let missing = packages.iter().filter(|package| !is_there(package));
+    add(&missing.copied().collect::<Vec<&str>>())
+}
+
+fn add(missing: &[&str]) -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
@@ -105,7 +122,7 @@ pub(crate) fn install(needed: &[Needed]) -> Result<()> {
     };
     // Lists may be missing or old on a fresh machine.
     retried("apt-get", || apt(&["update"]))?;
-    let install = [&["install", "--no-install-recommends"], &missing[..]].concat();
+    let install = [&["install", "--no-install-recommends"], missing].concat();
     retried("apt-get", || apt(&install))
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
@@ -66,6 +66,24 @@ pub fn of_version(version: &str) -> Result<Criu> {
         found.push(format!("{} in {}", criu.version, suite.name()));
     }
     bail!("no suite has CRIU {version}: there is {}", found.join(", "))
+}
+
+/// The archive of a CRIU's sources as its authors released them, from the suite that has this version, fetched
+/// into `work`.
+///
+/// # Errors
+/// No Debian archive, no network, or the mirror does not have the sources of this version.
+pub fn released_sources(criu: &Criu, work: &Path) -> Result<PathBuf> {
+    for suite in Suite::ALL {
+        if of_suite(suite)?.version != criu.version {
+            continue;
+        }
+        let apt = PrivateApt::new(&work.join("apt"), suite)?;
+        return apt
+            .download_source("criu")
+            .with_context(|| format!("fetching the sources of CRIU {}", criu.version));
+    }
+    bail!("no suite has CRIU {}", criu.version)
 }
 
 fn fetch(suite: Suite) -> Result<Criu> {

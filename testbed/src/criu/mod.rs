@@ -20,7 +20,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 pub use crate::debian::Suite;
 pub use crit::Crit;
-pub use fetch::{of_suite, of_version};
+pub use fetch::{of_suite, of_version, released_sources};
 
 /// A CRIU that can be run.
 #[derive(Clone, PartialEq, Eq, Debug)]
