@@ -31,7 +31,7 @@ const MIB: u32 = 32;
 
 fn start(make: Make<'_>) -> Result<Swrk> {
     Swrk::start(Command::new(match make {
-        Make::Ours => binary("page-server")?,
+        Make::Ours | Make::Build(_) => binary("page-server")?,
         Make::Criu(criu) => criu.path.clone(),
     }))
 }

@@ -29,6 +29,8 @@ pub enum Make<'a> {
     Ours,
     /// A real CRIU.
     Criu(&'a Criu),
+    /// Another build of this workspace, whose programs lie in this directory.
+    Build(&'a Path),
 }
 
 impl Make<'_> {
@@ -37,6 +39,7 @@ impl Make<'_> {
         let mut command = match self {
             Make::Ours => command_in(net, workspace::daemon(ours)?),
             Make::Criu(criu) => command_in(net, &criu.path),
+            Make::Build(dir) => command_in(net, dir.join(ours)),
         };
         command.arg(action);
         Ok(command)
@@ -152,7 +155,7 @@ impl PageServer {
         // CRIU refuses port 0.
         let port = match make {
             _ if options.port.is_some() => options.port,
-            Make::Ours => {
+            Make::Ours | Make::Build(_) => {
                 command.args(["--port", "0", "--port-file"]).arg(&port_file);
                 None
             }

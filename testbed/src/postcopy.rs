@@ -51,6 +51,8 @@ pub struct Plan<'a> {
     pub restores: &'a Criu,
     /// Where memory comes from after the restore.
     pub source: Source<'a>,
+    /// Who makes the forwarder, where there is one.
+    pub forwarder: Make<'a>,
     /// Who makes the lazy-pages daemon.
     pub client: Make<'a>,
     /// Further options of the lazy-pages daemon.
@@ -74,6 +76,7 @@ impl<'a> Plan<'a> {
             dumps: criu,
             restores: criu,
             source,
+            forwarder: Make::Ours,
             client,
             client_options: Vec::new(),
             source_options: Vec::new(),
@@ -361,7 +364,7 @@ fn dump(bed: &Bed, plan: &Plan<'_>, load: &mut Load) -> Result<Dumped> {
             let kept = kept.to_string();
             let options = Options::new(&images).with(&["--forward-lazy", &kept]);
             let options = options.with(&source_options).log_to("forward.log");
-            let forwarder = PageServer::receiving(Make::Ours, &options)?;
+            let forwarder = PageServer::receiving(plan.forwarder, &options)?;
             let address = forwarder.address();
             let running = Running::Forwarded(dump, Box::new(forwarder));
             (running, images, Some(address))

@@ -127,7 +127,7 @@ impl Stage<'_> {
             fs::write(file_of(*place), text)?;
         }
         let program = match make {
-            Make::Ours => binary("page-server")?,
+            Make::Ours | Make::Build(_) => binary("page-server")?,
             Make::Criu(criu) => criu.path.clone(),
         };
         let mut command = self.hosts.source.net.command("unshare");

@@ -3,6 +3,7 @@
 mod bench;
 mod criu;
 mod demo;
+mod exchange;
 mod layers;
 mod setup;
 mod test;
@@ -32,6 +33,8 @@ enum Task {
     Criu(criu::Args),
     /// Moves a working process from one host to another, and shows that it is the same.
     Demo(demo::Args),
+    /// Lets programs of another build and of this one work together, in both directions.
+    Exchange(exchange::Args),
     /// Checks that modules import each other without circles and in the order of ARCHITECTURE.md.
     Layers(layers::Args),
     /// Runs all tests, those with real CRIUs too, with all set-up.
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Task::Bench(args) => bench::run(&args),
         Task::Criu(args) => criu::run(&args),
         Task::Demo(args) => demo::run(&args),
+        Task::Exchange(args) => exchange::run(&args),
         Task::Layers(args) => layers::run(&args),
         Task::Test(args) => test::run_tests(&args),
         Task::Torture(args) => torture::run(&args),
