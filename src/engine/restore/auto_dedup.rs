@@ -56,7 +56,7 @@ impl Restore {
         let Some(auto_dedup) = &mut self.auto_dedup else {
             return;
         };
-        if !self.finished {
+        if !self.handover.is_finished() {
             return;
         }
         let unneeded = self.planner.take_unneeded();
@@ -78,7 +78,7 @@ impl Restore {
         let Some(auto_dedup) = &mut self.auto_dedup else {
             return;
         };
-        if self.finished && !auto_dedup.failed {
+        if self.handover.is_finished() && !auto_dedup.failed {
             let flushed = auto_dedup.consumer.flush();
             auto_dedup.fail_softly(flushed);
         }

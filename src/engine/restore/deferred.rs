@@ -14,9 +14,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use nix::sys::epoll::EpollFlags;
-
-use super::{Restore, watch};
+use super::Restore;
 use crate::error::Result;
 use crate::lazy::planner::{SpaceId, Way};
 use crate::limits::STASH_BYTES_MAX;
@@ -159,7 +157,7 @@ impl Restore {
             return;
         }
         let bytes = bytes.to_vec();
-        let Some(pid) = self.processes.get(&id).map(|process| process.pid) else {
+        let Some(pid) = self.processes.pid(id) else {
             return;
         };
         self.deferred.put(Stashed {
@@ -176,7 +174,7 @@ impl Restore {
         let now_us = self.clock.now_us();
         self.planner.pause(id);
         let since_us = self.deferred.pause(id, obstacle, now_us);
-        let pid = self.processes.get(&id).map_or(0, |process| process.pid);
+        let pid = self.processes.pid(id).unwrap_or(0);
         let waits = Duration::from_micros(now_us - since_us);
         let text = match obstacle {
             Obstacle::Changing => return Ok(()),
@@ -190,10 +188,10 @@ impl Restore {
                  (ulimit -n, LimitNOFILE=) helps"
             ),
         };
-        if let Some(left_out) = self.complaints.admit(now_us) {
+        if let Some(left_out) = self.losses.complain(now_us) {
             tracing::warn!("{text}{left_out}");
         }
-        if obstacle == Obstacle::NoRoom && waits >= self.local_patience() {
+        if obstacle == Obstacle::NoRoom && waits >= self.losses.local_patience() {
             let why = format!(
                 "there was no memory for its pages for {} s",
                 waits.as_secs()
@@ -222,11 +220,7 @@ impl Restore {
         for (id, obstacle) in self.deferred.take_due(now_us) {
             self.planner.resume(id);
             if obstacle == Obstacle::NoDescriptor {
-                if let Some(process) = self.processes.get(&id) {
-                    let data = u64::from(id.0);
-                    // It is watched already if it could not be taken out.
-                    let _ = watch(&self.faults_poll, &process.uffd, EpollFlags::EPOLLIN, data);
-                }
+                self.processes.watch_again(id);
                 self.read_events(id)?;
             }
             for Stashed {
@@ -252,10 +246,8 @@ impl Restore {
         if self.close_unneeded() > 0 {
             return Ok(());
         }
-        if let Some(process) = self.processes.get(&id) {
-            // It stays readable; that is no reason to look at it all the time.
-            let _ = self.faults_poll.delete(&process.uffd);
-        }
+        // It stays readable; that is no reason to look at it all the time.
+        self.processes.unwatch(id);
         self.defer(id, Obstacle::NoDescriptor)
     }
 }

@@ -1,16 +1,15 @@
 //! Reading what processes' memory does, and answering at once.
 
-use std::ops::Bound;
 use std::os::fd::AsFd;
 
 use nix::errno::Errno;
-use nix::sys::epoll::{EpollEvent, EpollTimeout};
 
+use super::Restore;
 use super::deferred::Obstacle;
 use super::host_process::HostProcess;
+use super::processes::Process;
 use super::standby::StandbyMessage;
 use super::waking::Waiters;
-use super::{EVENTS_MAX, Process, Restore};
 use crate::error::{Error, Kind, Result};
 use crate::lazy::planner::{SpaceId, Way};
 use crate::lazy::space::FaultAnswer;
@@ -23,26 +22,21 @@ const READS_MAX: usize = 4;
 impl Restore {
     /// Answers every fault that there is, and sends for what they need.
     pub(super) fn serve_faults(&mut self) -> Result<()> {
-        let mut events = [EpollEvent::empty(); EVENTS_MAX];
-        let count = match self.faults_poll.wait(&mut events, EpollTimeout::ZERO) {
-            Ok(count) => count,
-            Err(nix::errno::Errno::EINTR) => 0,
-            Err(errno) => return Err(Error::wrap(Kind::Io, "cannot wait for faults", errno)),
-        };
-        if count == 0 && self.retries.is_empty() {
+        let mut told = false;
+        for id in self.processes.with_messages()? {
+            told = true;
+            self.read_events(id)?;
+        }
+        let retries = self.processes.retries().len();
+        if !told && retries == 0 {
             return Ok(());
         }
-        for event in &events[..count] {
-            if let Ok(id) = u32::try_from(event.data()) {
-                self.read_events(SpaceId(id))?;
-            }
-        }
-        for _ in 0..self.retries.len() {
-            let Some((id, addr)) = self.retries.pop_front() else {
+        for _ in 0..retries {
+            let Some((id, addr)) = self.processes.next_retry() else {
                 break;
             };
             if self.deferred.is_paused(id) {
-                self.retries.push_back((id, addr));
+                self.processes.retry_later(id, addr);
             } else {
                 self.answer(id, addr)?;
             }
@@ -56,7 +50,7 @@ impl Restore {
     pub(super) fn read_events(&mut self, id: SpaceId) -> Result<()> {
         let mut faults = Vec::new();
         for _ in 0..READS_MAX {
-            let Some(process) = self.processes.get(&id) else {
+            let Some(process) = self.processes.get(id) else {
                 return Ok(());
             };
             let (pid, mut events) = (process.pid, Vec::new());
@@ -121,7 +115,7 @@ impl Restore {
                 Ok(())
             }
             FaultAnswer::Zero | FaultAnswer::Local(_) if self.deferred.is_paused(id) => {
-                self.retries.push_back((id, addr));
+                self.processes.retry_later(id, addr);
                 Ok(())
             }
             FaultAnswer::Zero => self.fill_zero(id, addr),
@@ -133,7 +127,7 @@ impl Restore {
         let page = self.images.page();
         let start = page.floor(addr.get());
         let range = PageRange::new(start, start + page.bytes());
-        let Some(process) = self.processes.get(&id) else {
+        let Some(process) = self.processes.get(id) else {
             return Ok(());
         };
         let filled = match process.uffd.zero(range) {
@@ -154,9 +148,9 @@ impl Restore {
             Filled::Present | Filled::Unmapped | Filled::Unreadable => {
                 self.settle(id, range, Way::Gone, Waiters::Asleep);
             }
-            Filled::Changing => self.retries.push_back((id, addr)),
+            Filled::Changing => self.processes.retry_later(id, addr),
             Filled::NoRoom => {
-                self.retries.push_back((id, addr));
+                self.processes.retry_later(id, addr);
                 return self.defer(id, Obstacle::NoRoom);
             }
             Filled::Exited => self.forget(id),
@@ -166,7 +160,7 @@ impl Restore {
 
     /// Takes care of the child that `parent` forked, unless the parent is not known any more.
     pub(super) fn handle_fork(&mut self, parent: SpaceId, uffd: Uffd) -> Result<Option<SpaceId>> {
-        let Some(process) = self.processes.get(&parent) else {
+        let Some(process) = self.processes.get(parent) else {
             return Ok(None);
         };
         let child = Process::new(process.pid, uffd, process.chain.clone());
@@ -178,7 +172,7 @@ impl Restore {
             StandbyMessage::Fork { id, parent },
             Some(child.uffd.as_fd()),
         );
-        self.adopt(id, child)?;
+        self.processes.adopt(id, child)?;
         self.look_for_some_ended();
         Ok(Some(id))
     }
@@ -187,7 +181,7 @@ impl Restore {
     pub(super) fn wiped_by_fork(&self, id: SpaceId) -> Vec<PageRange> {
         let host = self
             .processes
-            .get(&id)
+            .get(id)
             .and_then(|process| process.host.as_ref());
         let space = self.planner.space(id).filter(|space| !space.is_complete());
         let Some(space) = space else {
@@ -214,7 +208,7 @@ impl Restore {
 
     /// The process ended: nobody needs its pages.
     pub(super) fn forget(&mut self, id: SpaceId) {
-        if let Some(process) = self.processes.get(&id) {
+        if let Some(process) = self.processes.get(id) {
             tracing::debug!("pid {}, or a child of it, ended", process.pid);
         }
         self.close(id);
@@ -222,43 +216,30 @@ impl Restore {
 
     /// Closes the userfaultfd of `id`, here and where somebody stands by.
     fn close(&mut self, id: SpaceId) {
-        if self.processes.remove(&id).is_some() {
-            // Closing the descriptor takes it out of the poll.
+        if self.processes.remove(id) {
             self.tell(StandbyMessage::Exited { id }, None);
         }
         self.planner.handle_exit(id);
         self.deferred.forget(id);
-        self.retries.retain(|(other, _)| *other != id);
     }
 
     /// Forgets processes that ended: their end is no event, and only a fill would tell.
     pub(super) fn look_for_ended(&mut self) {
-        let ended = |(id, process): (&SpaceId, &Process)| self.has_ended(process).then_some(*id);
+        let ended = |(id, process): (SpaceId, &Process)| self.has_ended(process).then_some(id);
         let ended: Vec<SpaceId> = self.processes.iter().filter_map(ended).collect();
         ended.into_iter().for_each(|id| self.forget(id));
     }
 
     /// The same for a few of them, others each time: who forks often has many that ended.
     fn look_for_some_ended(&mut self) {
-        let next = (Bound::Excluded(self.looked_at), Bound::Unbounded);
-        let some = self.processes.range(next).take(LOOKED_AT_A_FORK);
-        let ended: Vec<(SpaceId, bool)> = some
-            .map(|(id, process)| (*id, self.has_ended(process)))
-            .collect();
-        self.looked_at = match ended.last() {
-            Some((id, _)) => *id,
-            None => SpaceId(0),
-        };
-        for (id, ended) in ended {
-            if ended {
-                self.forget(id);
-            }
+        for id in self.processes.next_to_look_at(LOOKED_AT_A_FORK) {
+            self.forget_if_ended(id);
         }
     }
 
     /// Whether `id` has ended; it is forgotten then. Asked before bytes are spent on it.
     pub(super) fn forget_if_ended(&mut self, id: SpaceId) -> bool {
-        let process = self.processes.get(&id);
+        let process = self.processes.get(id);
         let ended = process.is_some_and(|process| self.has_ended(process));
         if ended {
             self.forget(id);
@@ -277,8 +258,8 @@ impl Restore {
         let before = self.processes.len();
         self.look_for_ended();
         self.wake_held_threads();
-        let ids = self.processes.keys().copied();
-        let filled: Vec<SpaceId> = ids.filter(|id| self.planner.is_filled_child(*id)).collect();
+        let mut filled = self.processes.ids();
+        filled.retain(|id| self.planner.is_filled_child(*id));
         filled.into_iter().for_each(|id| self.close(id));
         before - self.processes.len()
     }

@@ -2,7 +2,6 @@
 //! else goes on.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use super::poison::poison_limit;
 use super::{OnLoss, Restore};
@@ -21,7 +20,7 @@ pub(super) struct GivenUp {
 }
 
 impl GivenUp {
-    fn note(&mut self, pid: u32, pages: u64, why: &str) {
+    pub(super) fn note(&mut self, pid: u32, pages: u64, why: &str) {
         if self.pages.is_empty() {
             why.clone_into(&mut self.why);
         }
@@ -52,17 +51,17 @@ impl GivenUp {
 impl Restore {
     /// The pages at `at` of `id` cannot be had, because of `why`.
     pub(super) fn give_up_pages(&mut self, id: SpaceId, at: PageRange, why: &str) -> Result<()> {
-        let Some(pid) = self.processes.get(&id).map(|process| process.pid) else {
+        let Some(pid) = self.processes.pid(id) else {
             self.planner.handle_exit(id);
             return Ok(());
         };
-        if let Some(left_out) = self.complaints.admit(self.clock.now_us()) {
+        if let Some(left_out) = self.losses.complain(self.clock.now_us()) {
             tracing::error!(
                 "the page at {} of pid {pid} is given up: {why}{left_out}",
                 at.start()
             );
         }
-        if self.config.on_loss == OnLoss::Kill {
+        if self.losses.policy() == OnLoss::Kill {
             self.kill_processes(|space| (space.pid() == pid).then(|| space.first_missing())?);
         }
         let mut poisoned = 0;
@@ -73,13 +72,13 @@ impl Restore {
             let done = self.poison_some(id, left, &mut limit)?;
             poisoned += done.poisoned;
             start += done.bytes;
-            if !self.processes.contains_key(&id) {
+            if self.processes.get(id).is_none() {
                 return Ok(());
             }
         }
         let pages = poisoned >> self.images.page().shift();
         if pages > 0 {
-            self.given_up.note(pid, pages, why);
+            self.losses.note_given_up(pid, pages, why);
         }
         Ok(())
     }
@@ -98,22 +97,13 @@ impl Restore {
         }
     }
 
-    /// How long what fails here is tried again. Whoever needs a page waits for an operator if it is so wished.
-    pub(super) fn local_patience(&self) -> Duration {
-        match self.config.on_loss {
-            _ if self.is_stopping => Duration::ZERO,
-            OnLoss::Hold => Duration::MAX,
-            OnLoss::Poison | OnLoss::Kill => self.config.local_timeout,
-        }
-    }
-
     /// Pages could not be poisoned because of `why`: where the kernel cannot, they are held.
     pub(super) fn hold_pages(&mut self, why: Error) -> Result<()> {
-        if why.kind() != Kind::Unsupported || self.is_stopping {
+        if why.kind() != Kind::Unsupported || self.losses.is_stopping() {
             return Err(why);
         }
         tracing::error!("{why}: whoever reads a page that cannot be had waits instead");
-        self.config.on_loss = OnLoss::Hold;
+        self.losses.hold_from_now_on();
         Ok(())
     }
 }

@@ -53,12 +53,9 @@ impl Restore {
 
     fn wait_time(&mut self) -> Duration {
         let now_us = self.clock.now_us();
-        let limited = self
-            .limit
-            .as_mut()
-            .and_then(|limit| limit.wait_until_us(now_us));
+        let limited = self.background.waits_until_us(now_us);
         let held = self.links.holds_until_us(now_us);
-        let mut retries = self.retries.iter();
+        let mut retries = self.processes.retries().iter();
         let retry = retries
             .any(|(id, _)| !self.deferred.is_paused(*id))
             .then_some(now_us + RETRY_US);

@@ -42,6 +42,27 @@ enum Step {
     Over,
 }
 
+/// What fills have in common.
+#[derive(Debug, Default)]
+pub(super) struct Filling {
+    /// Kept for its room.
+    scratch: Vec<u8>,
+    /// Filled since faults were last looked for behind a fill, bytes.
+    unlooked_bytes: u64,
+}
+
+impl Filling {
+    /// Whether a step's worth was filled since this last said so; `filled` bytes were just now.
+    fn is_time_to_look(&mut self, filled: u64) -> bool {
+        self.unlooked_bytes += filled;
+        let is_time = self.unlooked_bytes >= STEP_BYTES;
+        if is_time {
+            self.unlooked_bytes = 0;
+        }
+        is_time
+    }
+}
+
 impl Restore {
     /// Installs the pages `image` (addresses in the dump) of `id`, which are `bytes`, wherever they
     /// are missing now.
@@ -127,12 +148,10 @@ impl Restore {
     /// Looks for faults when a step's worth was filled since the last time; `filled` bytes were just now. To
     /// look behind each of many small pieces would take as long as to fill them.
     fn look_for_faults(&mut self, filled: u64) -> Result<()> {
-        self.unlooked_bytes += filled;
-        if self.unlooked_bytes < STEP_BYTES {
-            return Ok(());
+        match self.filling.is_time_to_look(filled) {
+            true => self.serve_faults(),
+            false => Ok(()),
         }
-        self.unlooked_bytes = 0;
-        self.serve_faults()
     }
 
     /// Takes guard regions in `at` for gone, if there are any, and says so: UFFDIO_COPY would take them away,
@@ -140,7 +159,7 @@ impl Restore {
     fn leave_guards(&mut self, id: SpaceId, at: PageRange) -> bool {
         let mut found = false;
         let mut left = at;
-        while let Some(guard) = self.processes.get_mut(&id).and_then(|process| {
+        while let Some(guard) = self.processes.get_mut(id).and_then(|process| {
             let host = process.host.as_mut()?;
             host.first_guard(left)
         }) {
@@ -191,7 +210,7 @@ impl Restore {
         call: impl Fn(&crate::sys::uffd::Uffd) -> io::Result<Filled>,
     ) -> Result<Step> {
         let page = self.images.page().bytes();
-        let Some(process) = self.processes.get(&id) else {
+        let Some(process) = self.processes.get(id) else {
             return Ok(Step::Over);
         };
         let pid = process.pid;
@@ -241,7 +260,7 @@ impl Restore {
     pub(super) fn install_local(&mut self, id: SpaceId, piece: Piece) -> Result<()> {
         let Some(chain) = self
             .processes
-            .get(&id)
+            .get(id)
             .and_then(|process| process.chain.clone())
         else {
             return Ok(());
@@ -258,7 +277,7 @@ impl Restore {
                 .space(id)
                 .and_then(|space| space.first_awaited(at))
             {
-                self.retries.push_back((id, page));
+                self.processes.retry_later(id, page);
             }
             return Ok(());
         }
@@ -280,13 +299,13 @@ impl Restore {
             })?;
             return self.put_off(id, first, &step);
         }
-        let mut scratch = std::mem::take(&mut self.scratch);
+        let mut scratch = std::mem::take(&mut self.filling.scratch);
         scratch.resize(offset(length), 0);
         let filled = match chain.read(extent.place, &mut scratch) {
             Ok(()) => self.fill_local(id, at, &mut limit, &scratch),
             Err(_) => self.read_single_pages(id, at, piece.image, &chain),
         };
-        self.scratch = scratch;
+        self.filling.scratch = scratch;
         filled
     }
 
@@ -340,23 +359,22 @@ impl Restore {
         };
         let space = self.planner.space(id);
         if let Some(page) = space.and_then(|space| space.first_awaited(at)) {
-            self.retries.push_back((id, page));
+            self.processes.retry_later(id, page);
         }
         self.defer(id, obstacle)
     }
 
     /// A step of background work from local images, if there is any to do now. Says whether there was.
     pub(super) fn background_step(&mut self) -> Result<bool> {
-        if matches!(&self.loss, Some(loss) if !loss.waits_for_operator()) {
+        if self.losses.is_decided() {
             // What is here is all that will come: neither faults nor a link are in its way.
             return self.local_step();
         }
-        if !self.finished && self.loss.is_none() || self.leaves_all_to_faults() {
+        if !self.handover.is_finished() && !self.losses.is_source_lost() || self.background.is_off()
+        {
             return Ok(false);
         }
-        let now_us = self.clock.now_us();
-        let limit = self.limit.as_mut();
-        if limit.is_some_and(|limit| limit.wait_until_us(now_us).is_some()) {
+        if self.background.is_throttled(self.clock.now_us()) {
             return Ok(false);
         }
         self.local_step()
@@ -368,9 +386,7 @@ impl Restore {
         let mut left = STEP_BYTES;
         while let Some((id, piece)) = self.planner.next_local(left) {
             self.read_ahead(id, piece.image);
-            if let Some(limit) = &mut self.limit {
-                limit.spend(piece.at.bytes());
-            }
+            self.background.spend(piece.at.bytes());
             self.install_local(id, piece)?;
             left = left.saturating_sub(piece.at.bytes());
             if left < self.images.page().bytes() {
@@ -382,7 +398,7 @@ impl Restore {
 
     /// Asks for the images' bytes before they are needed.
     fn read_ahead(&mut self, id: SpaceId, image: Vaddr) {
-        if let Some(process) = self.processes.get_mut(&id)
+        if let Some(process) = self.processes.get_mut(id)
             && let Some(chain) = &process.chain
         {
             process.ahead.pass(chain, image);

@@ -13,12 +13,16 @@
 //! a moment later. Nothing here fails for want of what was at hand at the start ([`super::reserve`]).
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::deferred::{Complaints, LeftOut};
+use super::given_up::GivenUp;
 use super::poison::LAST_PAUSE;
-use super::{OnLoss, Restore};
+use super::reserve::Reserve;
+use super::{OnLoss, Restore, RestoreConfig};
 use crate::error::{Error, Kind, Result};
 use crate::lazy::extents::Piece;
 use crate::lazy::space::Space;
@@ -29,9 +33,9 @@ const FAILED_ROUNDS_MAX: u32 = 500;
 
 /// What is lost, and what becomes of the processes.
 #[derive(Debug)]
-pub(super) struct Loss {
+struct Loss {
     cause: Error,
-    pub(super) policy: OnLoss,
+    policy: OnLoss,
     /// By pid, the pages that only the source had when it was lost.
     pages: BTreeMap<u32, u64>,
     /// By pid, the pages of which the kernel said that they were missing.
@@ -40,17 +44,142 @@ pub(super) struct Loss {
     twice: bool,
 }
 
-impl Loss {
-    pub(super) fn waits_for_operator(&self) -> bool {
-        self.policy == OnLoss::Hold
+/// What was lost or given up so far, and what is to become of more.
+///
+/// Invariants: once a signal has asked for the end nothing waits for an operator; the reserve is there unless
+/// something is lost.
+#[derive(Debug)]
+pub(super) struct Losses {
+    /// What becomes of what is lost from now on.
+    policy: OnLoss,
+    /// How long what fails on this host is tried again.
+    local_timeout: Duration,
+    /// A signal has asked for the end: nothing is waited for any more.
+    is_stopping: bool,
+    /// The source is lost.
+    source: Option<Loss>,
+    given_up: GivenUp,
+    reserve: Reserve,
+    complaints: Complaints,
+}
+
+impl Losses {
+    /// Nothing is lost yet.
+    pub(super) fn new(config: &RestoreConfig) -> Result<Losses> {
+        Ok(Losses {
+            policy: config.on_loss,
+            local_timeout: config.local_timeout,
+            is_stopping: false,
+            source: None,
+            given_up: GivenUp::default(),
+            reserve: Reserve::new()?,
+            complaints: Complaints::default(),
+        })
+    }
+
+    /// Whether the source is lost.
+    pub(super) fn is_source_lost(&self) -> bool {
+        self.source.is_some()
+    }
+
+    /// Whether nothing more can come from the source: it is lost, and no operator is asked.
+    pub(super) fn is_decided(&self) -> bool {
+        matches!(&self.source, Some(loss) if loss.policy != OnLoss::Hold)
+    }
+
+    /// Whether the processes are held until an operator decides.
+    fn waits_for_operator(&self) -> bool {
+        self.source.is_some() && !self.is_decided()
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        self.is_stopping
+    }
+
+    /// What becomes of what is lost from now on.
+    pub(super) fn policy(&self) -> OnLoss {
+        self.policy
+    }
+
+    /// From now on readers of what cannot be had wait for an operator.
+    pub(super) fn hold_from_now_on(&mut self) {
+        self.policy = OnLoss::Hold;
+    }
+
+    /// What becomes of the processes whose pages are lost with the source, if it is lost.
+    pub(super) fn decide(&mut self, policy: OnLoss) {
+        if let Some(loss) = &mut self.source {
+            loss.policy = policy;
+        }
+    }
+
+    /// Whether a line of a kind that may come again and again is to be written, and how many were not.
+    pub(super) fn complain(&mut self, now_us: u64) -> Option<LeftOut> {
+        self.complaints.admit(now_us)
+    }
+
+    /// What is needed to lose in order is given to whoever needs it.
+    pub(super) fn use_reserve(&mut self) {
+        self.reserve.release();
+    }
+
+    /// How long what fails here is tried again. Whoever needs a page waits for an operator if it is so wished.
+    pub(super) fn local_patience(&self) -> Duration {
+        match self.policy {
+            _ if self.is_stopping => Duration::ZERO,
+            OnLoss::Hold => Duration::MAX,
+            OnLoss::Poison | OnLoss::Kill => self.local_timeout,
+        }
+    }
+
+    /// Something is being lost because of `cause`. If that is a signal, nothing is held.
+    fn begin(&mut self, cause: &Error) {
+        self.reserve.release();
+        self.is_stopping |= cause.kind() == Kind::Interrupted;
+        if self.is_stopping && self.policy == OnLoss::Hold {
+            self.policy = OnLoss::Poison;
+        }
+        if let Some(loss) = &mut self.source
+            && self.is_stopping
+            && loss.policy == OnLoss::Hold
+        {
+            loss.policy = OnLoss::Poison;
+        }
+    }
+
+    /// The source is back. Says whether it was lost.
+    fn recover(&mut self) -> bool {
+        let was_lost = self.source.take().is_some();
+        if was_lost {
+            self.reserve.refill();
+        }
+        was_lost
     }
 
     /// So many pages of `pid` were missing, and are poisoned.
     pub(super) fn note_poisoned(&mut self, pid: u32, pages: u64) {
-        *self.poisoned.entry(pid).or_insert(0) += pages;
+        if let Some(loss) = &mut self.source {
+            *loss.poisoned.entry(pid).or_insert(0) += pages;
+        }
     }
 
-    pub(super) fn into_error(self) -> Error {
+    /// So many pages of `pid` are given up because of `why`.
+    pub(super) fn note_given_up(&mut self, pid: u32, pages: u64, why: &str) {
+        self.given_up.note(pid, pages, why);
+    }
+
+    /// How the restore has ended. Nothing is lost any more afterwards.
+    pub(super) fn conclude(&mut self) -> Result<()> {
+        let outcome = match self.source.take() {
+            None => Ok(()),
+            Some(loss) => Err(loss.into_error()),
+        };
+        std::mem::take(&mut self.given_up).conclude(outcome)
+    }
+}
+
+impl Loss {
+    fn into_error(self) -> Error {
         let pages = match self.policy {
             OnLoss::Poison => self.poisoned,
             OnLoss::Hold | OnLoss::Kill => self.pages,
@@ -84,41 +213,34 @@ impl Loss {
 impl Restore {
     /// Gives the source up for good. What could be read as zero is taken care of before anything else.
     pub(super) fn lose(&mut self, cause: Error) {
-        self.reserve.release();
+        self.losses.begin(&cause);
         self.wake_held_threads();
-        self.is_stopping |= cause.kind() == Kind::Interrupted;
-        if self.is_stopping {
+        if self.losses.is_stopping() {
             self.unreadable.try_now();
-            if self.config.on_loss == OnLoss::Hold {
-                self.config.on_loss = OnLoss::Poison;
-            }
         }
         // What has come already is not lost; what its process cannot take now either is poisoned with the rest.
         self.deferred.try_now();
         let _ = self.resume_due();
         self.planner.lose();
         // The restore's own end is all that is left to hear of it.
-        self.intake_done = true;
+        self.handover.end();
         let why = cause.to_string();
         self.note_loss(cause);
         self.apply_policy();
-        if self.is_stopping {
+        if self.losses.is_stopping() {
             self.guard_local();
         }
         // An operator may still have it try again.
-        if self.config.on_loss != OnLoss::Hold {
+        if self.losses.policy() != OnLoss::Hold {
             self.fail_ferry(&why);
         }
         self.links.reset();
-        self.fallback = None;
+        self.links.drop_fallback();
     }
 
     fn note_loss(&mut self, cause: Error) {
-        if let Some(loss) = &mut self.loss {
-            if self.is_stopping && loss.policy == OnLoss::Hold {
-                loss.policy = OnLoss::Poison;
-            }
-            if let Some(left_out) = self.complaints.admit(self.clock.now_us()) {
+        if self.losses.is_source_lost() {
+            if let Some(left_out) = self.losses.complain(self.clock.now_us()) {
                 tracing::error!("{cause}{left_out}");
             }
             return;
@@ -130,16 +252,22 @@ impl Restore {
         }
         pages.retain(|_, lost| *lost > 0);
         tracing::error!("{cause}");
-        let at_most = if self.took_over { "up to " } else { "" };
+        let at_most = if self.handover.was_taken_over() {
+            "up to "
+        } else {
+            ""
+        };
         for (pid, lost) in &pages {
             tracing::error!("pid {pid} lacks {at_most}{lost} pages that only the source has");
         }
-        self.loss = Some(Loss {
+        self.losses.source = Some(Loss {
             cause,
-            policy: self.config.on_loss,
+            policy: self.losses.policy,
             pages,
             poisoned: BTreeMap::new(),
-            twice: self.finished && self.config.source.is_some() && !self.processes.is_empty(),
+            twice: self.handover.is_finished()
+                && self.config.source.is_some()
+                && !self.processes.is_empty(),
         });
     }
 
@@ -158,7 +286,7 @@ impl Restore {
     }
 
     fn apply_policy(&mut self) {
-        match self.loss.as_ref().map(|loss| loss.policy) {
+        match self.losses.source.as_ref().map(|loss| loss.policy) {
             None => {}
             Some(OnLoss::Poison) => self.poison_lost(),
             Some(OnLoss::Hold) => {
@@ -175,7 +303,7 @@ impl Restore {
 
     pub(super) fn handle_signals(&mut self) -> Result<()> {
         while let Some(signal) = self.signals.next() {
-            let held = self.loss.as_ref().is_some_and(Loss::waits_for_operator);
+            let held = self.losses.waits_for_operator();
             let for_held = signal.is(Signal::SIGUSR1) || signal.is(Signal::SIGUSR2);
             match held {
                 true if signal.is(Signal::SIGUSR1) => self.try_source_again(),
@@ -193,15 +321,13 @@ impl Restore {
     }
 
     fn decide(&mut self, policy: OnLoss) {
-        if let Some(loss) = &mut self.loss {
-            loss.policy = policy;
-        }
+        self.losses.decide(policy);
         self.apply_policy();
     }
 
     fn try_source_again(&mut self) {
         tracing::info!("trying to reach the source again");
-        let patience = super::reconnect::RECONNECT_DEFAULT;
+        let patience = super::links::RECONNECT_DEFAULT;
         if let Err(error) = self.links.start_reconnecting(patience) {
             tracing::error!("{error}");
         }
@@ -209,10 +335,9 @@ impl Restore {
 
     /// The source is back after it was given up, in time for processes that were held.
     pub(super) fn recover(&mut self) {
-        if self.loss.take().is_some() {
+        if self.losses.recover() {
             tracing::info!("the held processes go on");
             self.planner.recover();
-            self.reserve.refill();
         }
     }
 
@@ -224,10 +349,10 @@ impl Restore {
             .spaces()
             .filter_map(|(_, space)| Some((space.pid(), lacks(space)?.at)))
             .collect();
-        self.reserve.release();
+        self.losses.use_reserve();
         let owners = super::owner_processes::find(&lost);
-        if self.loss.is_none() {
-            self.reserve.refill();
+        if !self.losses.is_source_lost() {
+            self.losses.reserve.refill();
         }
         for pid in owners {
             match kill(Pid::from_raw(pid), Signal::SIGKILL) {

@@ -93,15 +93,15 @@ impl Restore {
 
     /// Poisons what can be poisoned now, once around. Fails if the kernel cannot.
     fn poison_pass(&mut self) -> Result<()> {
-        let ids: Vec<SpaceId> = self.processes.keys().copied().collect();
+        let ids = self.processes.ids();
         for id in ids {
             match self.poison_process(id) {
                 Err(error) if error.kind() == Kind::Unsupported => return Err(error),
                 Err(error) => {
-                    if let Some(left_out) = self.complaints.admit(self.clock.now_us()) {
+                    if let Some(left_out) = self.losses.complain(self.clock.now_us()) {
                         tracing::error!("{error}: killing the process{left_out}");
                     }
-                    let pid = self.processes.get(&id).map(|process| process.pid);
+                    let pid = self.processes.pid(id);
                     self.kill_processes(|space| {
                         (Some(space.pid()) == pid).then(|| space.first_remote())?
                     });
@@ -120,7 +120,7 @@ impl Restore {
             let Some(piece) = self.planner.space(id).and_then(Space::first_remote) else {
                 return Ok(());
             };
-            let Some(pid) = self.processes.get(&id).map(|process| process.pid) else {
+            let Some(pid) = self.processes.pid(id) else {
                 return Ok(());
             };
             let before = limit;
@@ -129,9 +129,8 @@ impl Restore {
                 true => idle + 1,
                 false => 0,
             };
-            if let Some(loss) = &mut self.loss {
-                loss.note_poisoned(pid, done.poisoned >> self.images.page().shift());
-            }
+            let pages = done.poisoned >> self.images.page().shift();
+            self.losses.note_poisoned(pid, pages);
         }
         Ok(())
     }
@@ -144,7 +143,7 @@ impl Restore {
         limit: &mut u64,
     ) -> Result<Done> {
         let page = self.images.page().bytes();
-        let Some(process) = self.processes.get(&id) else {
+        let Some(process) = self.processes.get(id) else {
             return Ok(Done::default());
         };
         let start = at.start().get();
@@ -199,10 +198,10 @@ impl Restore {
     /// There is not even room to poison a page of `id`, as its control group is full: nothing but its end keeps
     /// it from reading zeros later.
     fn kill_unpoisonable(&mut self, id: SpaceId) {
-        let Some(pid) = self.processes.get(&id).map(|process| process.pid) else {
+        let Some(pid) = self.processes.pid(id) else {
             return;
         };
-        if let Some(left_out) = self.complaints.admit(self.clock.now_us()) {
+        if let Some(left_out) = self.losses.complain(self.clock.now_us()) {
             tracing::error!(
                 "the lost pages of pid {pid} cannot be poisoned, for its control group is full: killing \
                  it{left_out}"
@@ -215,13 +214,11 @@ impl Restore {
 
     /// The kernel cannot poison: processes are held, or killed if this one was told to end.
     fn cannot_poison(&mut self, why: &Error) {
-        if !self.is_stopping {
+        if !self.losses.is_stopping() {
             return self.hold_instead(why);
         }
         tracing::error!("{why}: killing the processes instead, for this one was told to end");
-        if let Some(loss) = &mut self.loss {
-            loss.policy = OnLoss::Kill;
-        }
+        self.losses.decide(OnLoss::Kill);
         for _ in IDLE_PASSES_MAX..FAILED_PASSES_MAX {
             self.kill_processes(Space::first_remote);
             std::thread::sleep(LAST_PAUSE);
@@ -237,9 +234,7 @@ impl Restore {
         tracing::error!(
             "{why}: holding the processes instead; SIGUSR1 tries the source again, SIGUSR2 kills them"
         );
-        if let Some(loss) = &mut self.loss {
-            loss.policy = OnLoss::Hold;
-        }
+        self.losses.decide(OnLoss::Hold);
     }
 
     /// This process was told to end, and may be killed if it takes too long: what local images have not given in a
@@ -252,7 +247,7 @@ impl Restore {
                 break;
             }
         }
-        let ids: Vec<SpaceId> = self.processes.keys().copied().collect();
+        let ids = self.processes.ids();
         for id in ids {
             self.poison_in_place(id);
         }
@@ -264,7 +259,7 @@ impl Restore {
         while idle < IDLE_CALLS_MAX {
             let next = self.planner.space(id);
             let next = next.and_then(|space| space.next_local_from(from));
-            let (Some(at), Some(process)) = (next, self.processes.get(&id)) else {
+            let (Some(at), Some(process)) = (next, self.processes.get(id)) else {
                 return;
             };
             let start = at.start().get();

@@ -36,23 +36,10 @@ impl SecondDump {
 }
 
 impl Restore {
-    /// Whether a process is being traced or frozen, so that neither rates nor `--on-demand` count.
-    pub(super) fn is_hurried(&self) -> bool {
-        self.second_dump.disturbed.is_some()
-    }
-
-    /// Whether the background is to leave everything to faults.
-    pub(super) fn leaves_all_to_faults(&self) -> bool {
-        self.config.on_demand && !self.is_hurried()
-    }
-
     /// When to look next, if there is anything to look for.
     pub(super) fn next_look(&self) -> Option<Duration> {
-        let watched = self.finished
-            && self
-                .processes
-                .values()
-                .any(|process| process.host.is_some());
+        let watched =
+            self.handover.is_finished() && self.processes.next_on_host(SpaceId(0)).is_some();
         let due = || LOOK.saturating_sub(self.second_dump.looked.elapsed());
         (watched && !self.planner.is_complete()).then(due)
     }
@@ -63,7 +50,7 @@ impl Restore {
             return;
         }
         self.second_dump.looked = Instant::now();
-        let finished = self.finished;
+        let finished = self.handover.is_finished();
         let id = match self.second_dump.disturbed {
             Some(disturbed) => Some(disturbed),
             None => self.next_in_turn(),
@@ -73,19 +60,19 @@ impl Restore {
         };
         let host = self
             .processes
-            .get_mut(&id)
+            .get_mut(id)
             .and_then(|process| process.host.as_mut());
         let seen = host.and_then(|host| Some((host.pid(), host.disturbed(finished)?)));
         let missing = self.planner.missing_pages();
         match (seen, self.second_dump.disturbed) {
             (Some((pid, by)), None) if missing > 0 => {
                 self.second_dump.disturbed = Some(id);
-                self.hurry(true);
+                self.background.hurry(true);
                 tell(pid, by, missing);
             }
             (None, Some(_)) => {
                 self.second_dump.disturbed = None;
-                self.hurry(false);
+                self.background.hurry(false);
                 tracing::warn!(
                     "the process runs by itself again; {missing} pages are still missing"
                 );
@@ -95,18 +82,9 @@ impl Restore {
     }
 
     fn next_in_turn(&mut self) -> Option<SpaceId> {
-        let hosted = |id: &SpaceId| self.processes[id].host.is_some();
-        let behind = self.processes.range(SpaceId(self.second_dump.turn.0 + 1)..);
-        let next = behind.map(|(id, _)| *id).find(hosted);
-        let next = next.or_else(|| self.processes.keys().copied().find(hosted))?;
+        let next = self.processes.next_on_host(self.second_dump.turn)?;
         self.second_dump.turn = next;
         Some(next)
-    }
-
-    fn hurry(&mut self, now: bool) {
-        if let Some(limit) = &mut self.limit {
-            limit.lift(now);
-        }
     }
 }
 

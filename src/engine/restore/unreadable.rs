@@ -12,12 +12,11 @@
 //! one read at a time, however long it is.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 use std::time::Duration;
 
 use super::Restore;
-use super::fallback::{Fallback, Question};
 use super::install::offset;
+use super::links::Question;
 use crate::criu::fetch::FetchError;
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::Chain;
@@ -53,6 +52,8 @@ pub(super) struct Unreadable {
     due: BTreeSet<(u64, u32, u64)>,
     /// What the source was asked for and has not answered: ends by beginnings.
     asked: BTreeMap<(u32, u64), u64>,
+    /// Why a page could not be read at last.
+    last_error: Option<Error>,
 }
 
 impl Unreadable {
@@ -139,7 +140,7 @@ impl Restore {
         chain: &Chain,
     ) -> Result<()> {
         let page = self.images.page().bytes();
-        let Some(pid) = self.processes.get(&id).map(|process| process.pid) else {
+        let Some(pid) = self.processes.pid(id) else {
             return Ok(());
         };
         let mut room = vec![0; offset(page)];
@@ -162,7 +163,7 @@ impl Restore {
     }
 
     fn complain_of_images(&mut self, error: &Error) {
-        let Some(left_out) = self.complaints.admit(self.clock.now_us()) else {
+        let Some(left_out) = self.losses.complain(self.clock.now_us()) else {
             return;
         };
         let else_asked = match self.config.source.is_some() && !self.config.ferry {
@@ -226,7 +227,7 @@ impl Restore {
         };
         // What lies before the first page that is missing still is not.
         let start = piece.image.get();
-        let chain = self.processes.get(&id).and_then(|one| one.chain.clone());
+        let chain = self.processes.get(id).and_then(|one| one.chain.clone());
         let left = self.read_again(pid, PageRange::new(start, run.end), chain.as_deref())?;
         if left.start().get() > start {
             run.until_us = now_us;
@@ -240,7 +241,7 @@ impl Restore {
             let stuck = left.start().get() == start && !self.unreadable.awaits_source(pid, start);
             let tried = Duration::from_micros(now_us.saturating_sub(run.since_us));
             self.unreadable.put(key, run);
-            if stuck && tried >= self.local_patience() {
+            if stuck && tried >= self.losses.local_patience() {
                 self.give_up_unreadable(key)?;
             }
         }
@@ -266,7 +267,7 @@ impl Restore {
             match read_page(chain, Vaddr(start + read), room) {
                 Ok(()) => read += page,
                 Err(error) => {
-                    self.last_unreadable = Some(error);
+                    self.unreadable.last_error = Some(error);
                     break;
                 }
             }
@@ -290,7 +291,7 @@ impl Restore {
             self.unreadable.put((pid, next), rest);
         }
         run.end = next;
-        let why = match self.last_unreadable.take() {
+        let why = match self.unreadable.last_error.take() {
             _ if self.is_with_source(pid, start) => {
                 format!("the source at {} cannot read them", self.links.peer())
             }
@@ -318,45 +319,23 @@ impl Restore {
 
     /// Asks the source for the pages `image` of `pid`, if there is one that may have them.
     fn ask_fallback(&mut self, pid: u32, image: PageRange) -> bool {
-        // Over ferry comes what the dump has kept alone, which no image has.
-        if self.config.ferry || self.links.pair.is_none() || self.loss.is_some() {
+        if self.losses.is_source_lost() {
             return false;
         }
-        if self.fallback.is_none()
-            && let Some(dialer) = self.links.dialer.clone()
-        {
-            let wake = Arc::clone(&self.links.reconnected);
-            match Fallback::start(dialer, wake, self.config.local_timeout) {
-                Ok(fallback) => self.fallback = Some(fallback),
-                Err(error) => {
-                    tracing::debug!("{error}");
-                    return false;
-                }
-            }
-        }
-        let Some(fallback) = &self.fallback else {
-            return false;
-        };
-        let mut start = image.start().get();
-        while start < image.end().get() {
-            let end = image.end().get().min(start + STEP_BYTES);
-            fallback.ask(Question {
-                pid,
-                image: PageRange::new(start, end),
-            });
-            self.unreadable.asked.insert((pid, start), end);
-            start = end;
-        }
-        true
+        let (patience, unreadable) = (self.config.local_timeout, &mut self.unreadable);
+        let pages = (pid, image);
+        self.links
+            .ask_fallback(pages, STEP_BYTES, patience, |image| {
+                let key = (pid, image.start().get());
+                unreadable.asked.insert(key, image.end().get());
+            })
     }
 
     fn take_fallback_answers(&mut self) -> Result<()> {
-        while let Some((question, answer)) = self.fallback.as_ref().and_then(Fallback::answer) {
-            let Question { pid, image } = question;
+        while let Some((Question { pid, image }, answer)) = self.links.fallback_answer() {
             self.unreadable.asked.remove(&(pid, image.start().get()));
             match answer {
                 Ok(bytes) => {
-                    self.links.bytes_received_before += bytes.len() as u64;
                     let way = Way::Fetched(Class::Around);
                     self.install_in_family(pid, None, image, &bytes, way)?;
                 }

@@ -78,13 +78,13 @@ impl Restore {
     }
 
     fn note_served(&mut self, id: SpaceId, thread: Served, now_us: u64) {
-        let pid = self.processes.get(&id).map_or(0, |process| process.pid);
+        let pid = self.processes.pid(id).unwrap_or(0);
         self.observer.served(pid, &thread, now_us);
     }
 
     /// Makes a thread look again at its page.
     pub(super) fn wake(&self, id: SpaceId, thread: Served) {
-        let Some(process) = self.processes.get(&id) else {
+        let Some(process) = self.processes.get(id) else {
             return;
         };
         let start = thread.page.get();

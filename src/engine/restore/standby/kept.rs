@@ -265,7 +265,12 @@ impl Restore {
             }
         };
         let events = kept.records.last().map_or(0, |word| word.events);
-        let ids = self.processes.keys().map(|id| (*id, *id)).collect();
+        let ids = self
+            .processes
+            .ids()
+            .into_iter()
+            .map(|id| (id, id))
+            .collect();
         let mut followed = Followed {
             ids,
             events,
@@ -312,7 +317,7 @@ impl Restore {
                     match kept.memory.remove(&id) {
                         Some(uffd) => {
                             self.add_process(pid, uffd, host, started)?;
-                            let process = self.processes.get(&id);
+                            let process = self.processes.get(id);
                             let chain = process.and_then(|process| process.chain.clone());
                             chains.insert(pid, chain);
                         }
@@ -334,7 +339,8 @@ impl Restore {
                     match kept.memory.remove(&id) {
                         Some(uffd) => {
                             let chain = chains.get(&pid).cloned().flatten();
-                            self.adopt(child, Process::new(pid, uffd, chain))?;
+                            self.processes
+                                .adopt(child, Process::new(pid, uffd, chain))?;
                         }
                         None => drop(lost.insert(child)),
                     }

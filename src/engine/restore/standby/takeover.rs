@@ -66,7 +66,7 @@ impl Restore {
         loop {
             // What is received with a word and has no room is lost.
             if std::fs::File::open("/dev/null").is_err() {
-                self.reserve.release();
+                self.losses.use_reserve();
             }
             let Some((told, events, fd)) = watch.next().map_err(lost)? else {
                 break;
@@ -155,9 +155,7 @@ impl Restore {
         followed: &mut Followed,
         killed: Error,
     ) {
-        self.took_over = true;
-        self.intake_done = true;
-        self.finished = true;
+        self.handover.take_over();
         self.observer.restored(self.clock.now_us());
         if let Err(error) = self.go_on(shared, followed, killed) {
             self.lose(error);
@@ -170,7 +168,7 @@ impl Restore {
         followed: &mut Followed,
         killed: Error,
     ) -> Result<()> {
-        for process in self.processes.values() {
+        for (_, process) in self.processes.iter() {
             process.uffd.wake_all(self.images.page()).map_err(|error| {
                 let text = format!("cannot wake the threads of pid {}", process.pid);
                 Error::wrap(Kind::Io, text, error)
@@ -187,7 +185,9 @@ impl Restore {
             return Ok(());
         }
         self.links.begin_session(&self.config)?;
-        self.links.ours |= shared.ours.load(Ordering::SeqCst) != 0;
+        if shared.ours.load(Ordering::SeqCst) != 0 {
+            self.links.set_ours();
+        }
         for (pid, missing) in self.planner.origins() {
             self.build_on_earlier(pid, &missing)?;
         }

@@ -2,10 +2,10 @@
 
 use socket2::Socket;
 
-use super::Token;
 use super::link::Link;
 use crate::criu::header::Wire;
 use crate::engine::io::transport::{Peer, PlainTransport, SecureTransport, Transport};
+use crate::engine::restore::Token;
 use crate::engine::restore::postcopy_client::FerryPair;
 use crate::error::{Error, Kind, Result};
 use crate::tls::{Tls, TlsStream};

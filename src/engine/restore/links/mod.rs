@@ -5,6 +5,20 @@
 //! stream's connection. Our page-server takes many. Nothing on the wire tells the two apart before
 //! the first word, so a second connection is made and the first fault is asked for over both: once
 //! the second one answers, it is for faults alone.
+//!
+//! `link` is one connection that speaks CRIU's protocol, `ferry` the session with a source that pushes;
+//! `source_dialer` connects, `reconnect` does so again, `closing` ends in order, `fallback` asks for what local
+//! images cannot give.
+//!
+//! Invariants: there is a pair of connections or a session of ferry, never both; while neither is connected, an attempt
+//! is under way or the source is lost.
+
+mod closing;
+mod fallback;
+mod ferry;
+mod link;
+mod reconnect;
+mod source_dialer;
 
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
@@ -14,44 +28,61 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use super::ferry::Ferry;
-use super::install::offset;
-use super::link::{Arrival, Link, LinkStep};
-use super::source_dialer::{Dialed, Pair, SourceDialer, Which};
-use super::standby::StandbyMessage;
-use super::{Restore, RestoreConfig, Token, rewatch, watch};
 use crate::criu::fetch::Step;
 use crate::criu::header::Wire;
+use crate::engine::restore::install::offset;
 use crate::engine::restore::postcopy_client::{FerryDialer, Pushed};
+use crate::engine::restore::standby::StandbyMessage;
+use crate::engine::restore::{Restore, RestoreConfig, Token, rewatch, watch};
 use crate::engine::start_wait::{StartWait, not_yet};
 use crate::error::{Error, Kind, Result};
+use crate::image::dir::ImageDir;
 use crate::lazy::planner::{Request, Way};
 use crate::lazy::policy::FaultPath;
 use crate::lazy::space::{Class, Reach};
 use crate::lazy::window::CHUNK_BYTES_MIN;
 use crate::units::PageSize;
+use fallback::Fallback;
+use ferry::Ferry;
+use link::{Arrival, Link, LinkStep};
+use source_dialer::{Dialed, Pair, SourceDialer, Which};
+
+pub(super) use fallback::Question;
+pub(super) use link::GIVE_UP_PATIENCE;
+pub(super) use reconnect::RECONNECT_DEFAULT;
 
 /// See the module's text.
 #[derive(Debug)]
 pub(super) struct Links {
-    pub(super) dialer: Option<SourceDialer>,
-    pub(super) pair: Option<Pair>,
+    dialer: Option<SourceDialer>,
+    pair: Option<Pair>,
     /// In place of the pair: the session with a source that speaks ferry.
-    pub(super) ferry: Option<Ferry>,
+    ferry: Option<Ferry>,
     /// The source is one that can be reached again.
-    pub(super) ours: bool,
-    pub(super) reconnect_timeout: Option<Duration>,
+    ours: bool,
+    reconnect_timeout: Option<Duration>,
     /// Since when the source has been out of reach or silent since it came back.
-    pub(super) down_since: Option<Instant>,
-    pub(super) attempt: Option<Receiver<Result<Dialed>>>,
-    pub(super) reconnected: Arc<EventFd>,
+    down_since: Option<Instant>,
+    attempt: Option<Receiver<Result<Dialed>>>,
+    reconnected: Arc<EventFd>,
     /// Received over connections that are gone.
-    pub(super) bytes_received_before: u64,
+    bytes_received_before: u64,
+    /// Asks for pages that local images should have and cannot give, on a connection of its own.
+    fallback: Option<Fallback>,
+    /// Images of an earlier round, where they can be of use.
+    earlier_images: Option<ImageDir>,
+    /// Answered by the source since more was last asked for behind an answer, bytes.
+    unasked_bytes: u64,
 }
 
 impl Links {
     /// What there is to know of the source, if there is one, without a connection to it.
-    pub(super) fn new(config: &RestoreConfig, wire: Wire, page: PageSize) -> Result<Links> {
+    pub(super) fn new(
+        config: &RestoreConfig,
+        wire: Wire,
+        page: PageSize,
+        earlier_images: Option<ImageDir>,
+    ) -> Result<Links> {
         let dialer = config.source.clone().map(|peer| SourceDialer {
             peer,
             tls: config.tls.clone(),
@@ -70,7 +101,20 @@ impl Links {
             attempt: None,
             reconnected: Arc::new(reconnected),
             bytes_received_before: 0,
+            fallback: None,
+            earlier_images,
+            unasked_bytes: 0,
         })
+    }
+
+    /// Whether the source is one that can be reached again.
+    pub(super) fn is_ours(&self) -> bool {
+        self.ours
+    }
+
+    /// The source is known to be one that can be reached again.
+    pub(super) fn set_ours(&mut self) {
+        self.ours = true;
     }
 
     /// Connects to the source, if there is one.
@@ -279,7 +323,7 @@ impl Restore {
             return self.ask_ferry_for_all();
         }
         self.send_urgent()?;
-        if !self.finished || self.leaves_all_to_faults() {
+        if !self.handover.is_finished() || self.background.is_off() {
             return Ok(());
         }
         let now_us = self.clock.now_us();
@@ -287,21 +331,12 @@ impl Restore {
         while let Some(pair) = &self.links.pair
             && pair.stream.window().has_room(now_us)
         {
-            if self
-                .limit
-                .as_mut()
-                .is_some_and(|limit| limit.wait_until_us(now_us).is_some())
-            {
+            if self.background.is_throttled(now_us) {
                 break;
             }
             let window = pair.stream.window();
-            let (mut chunk, mut gap) = (window.chunk_bytes(now_us), window.gap_bytes());
-            if let Some(limit) = &self.limit {
-                // Bytes are what is dear then.
-                let page = self.images.page();
-                chunk = page.floor(limit.chunk_bytes().min(chunk)).max(page.bytes());
-                gap = 0;
-            }
+            let window = (window.chunk_bytes(now_us), window.gap_bytes());
+            let (chunk, gap) = self.background.chunk_and_gap(window, self.images.page());
             let Some(request) = self.planner.next_stream(chunk, gap) else {
                 break;
             };
@@ -312,9 +347,7 @@ impl Restore {
                 break;
             };
             self.planner.sent(&request);
-            if let Some(limit) = &mut self.limit {
-                limit.spend(request.image.bytes());
-            }
+            self.background.spend(request.image.bytes());
             pair.stream.ask(request, now_us);
             asked = true;
         }
@@ -418,11 +451,12 @@ impl Restore {
                     self.planner.give_back(tag.request.pid, *rest);
                 }
                 // The source has more to do for as long as that: one send for many small answers.
-                self.unasked_bytes += asked.bytes();
-                if tag.request.class == Class::Stream && self.unasked_bytes < CHUNK_BYTES_MIN {
+                self.links.unasked_bytes += asked.bytes();
+                let few = self.links.unasked_bytes < CHUNK_BYTES_MIN;
+                if tag.request.class == Class::Stream && few {
                     return Ok(());
                 }
-                self.unasked_bytes = 0;
+                self.links.unasked_bytes = 0;
                 self.send_requests()
             }
         }

@@ -14,11 +14,11 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::EpollFlags;
 
-use super::{Restore, Token, rewatch, watch};
 use crate::criu::header::Target;
 use crate::engine::restore::postcopy_client::{
     Delivery, Event, FerryDialer, LAST_WORDS, Part, PostcopyClient, Trouble,
 };
+use crate::engine::restore::{Restore, Token, rewatch, watch};
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::{Chain, Missing};
 use crate::lazy::planner::{Planner, Request, Way};
@@ -77,8 +77,13 @@ impl Restore {
     }
 
     /// The pages `missing` of `pid` that are with the source may be in images of an earlier round too.
-    pub(super) fn build_on_earlier(&mut self, pid: u32, missing: &[PageRange]) -> Result<()> {
-        let (Some(earlier), Some(ferry)) = (&self.earlier_images, &mut self.links.ferry) else {
+    pub(in crate::engine::restore) fn build_on_earlier(
+        &mut self,
+        pid: u32,
+        missing: &[PageRange],
+    ) -> Result<()> {
+        let (Some(earlier), Some(ferry)) = (&self.links.earlier_images, &mut self.links.ferry)
+        else {
             return Ok(());
         };
         let target = Target::Process(pid);
@@ -117,33 +122,22 @@ impl Restore {
     pub(super) fn ask_ferry_for_all(&mut self) -> Result<()> {
         self.ask_ferry_for_faults()?;
         let closed = self.client().is_some_and(|client| client.is_closed());
-        if !closed || self.leaves_all_to_faults() || self.is_throttled() {
+        let now_us = self.clock.now_us();
+        if !closed || self.background.is_off() || self.background.is_throttled(now_us) {
             return Ok(());
         }
         let most = FERRY_BATCH_BYTES_MAX as u64;
         // Pages that are there already are not fetched again: few are left out, far from each other.
         let pages = LEFT_OUT_BYTES_MAX >> self.images.page().shift();
         let asked = self.ask_ferry(pages, |planner| planner.next_stream(most, 0))?;
-        self.spend(asked);
+        self.background.spend(asked);
         Ok(())
     }
 
-    /// Whether the background has to wait for its rate.
-    fn is_throttled(&mut self) -> bool {
-        let now_us = self.clock.now_us();
-        let limit = self.limit.as_mut();
-        limit.is_some_and(|limit| limit.wait_until_us(now_us).is_some())
-    }
-
-    fn spend(&mut self, bytes: u64) {
-        if let Some(limit) = &mut self.limit {
-            limit.spend(bytes);
-        }
-    }
-
     /// Whether the next hashes may be counted and told now.
-    pub(super) fn owes_hashes(&mut self) -> bool {
-        self.client().is_some_and(|client| client.may_tell_hashes()) && !self.is_throttled()
+    pub(in crate::engine::restore) fn owes_hashes(&mut self) -> bool {
+        let may_tell = self.client().is_some_and(|client| client.may_tell_hashes());
+        may_tell && !self.background.is_throttled(self.clock.now_us())
     }
 
     /// Asks for what `next` names, as long as no more than `most_pages` are asked for. Says for how many
@@ -234,7 +228,7 @@ impl Restore {
 
     /// Takes and installs the next thing that the source sent.
     pub(super) fn pump_ferry(&mut self) -> Result<()> {
-        let finished = self.finished;
+        let finished = self.handover.is_finished();
         let Some(client) = self.client() else {
             return Ok(());
         };
@@ -262,10 +256,10 @@ impl Restore {
         }
         if self.owes_hashes() {
             let told = self.client().map_or(0, PostcopyClient::tell_hashes);
-            self.spend(told);
+            self.background.spend(told);
         }
         let now_us = self.clock.now_us();
-        if let (Some(ferry), Some(limit)) = (&mut self.links.ferry, &mut self.limit) {
+        if let (Some(ferry), Some(limit)) = (&mut self.links.ferry, self.background.limit()) {
             ferry.client.acknowledge(limit, now_us);
         }
         self.flush_ferry()
@@ -326,7 +320,7 @@ impl Restore {
     }
 
     /// Tells a source that pushes that this restore has failed: it need not wait for us.
-    pub(super) fn fail_ferry(&mut self, why: &str) {
+    pub(in crate::engine::restore) fn fail_ferry(&mut self, why: &str) {
         let Some(client) = self.client() else {
             return;
         };

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
-use super::Restore;
-use super::install::{STEP_BYTES_MAX, offset};
 use super::link::{Arrival, Link};
-use super::signals::Signals;
 use crate::criu::fetch::Step;
+use crate::engine::restore::Restore;
+use crate::engine::restore::install::{STEP_BYTES_MAX, offset};
+use crate::engine::restore::signals::Signals;
 use crate::error::{Error, Kind, Result};
 
 /// How long the source may take to answer CLOSE: CRIU kills the source processes first.
@@ -17,7 +17,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(60);
 
 impl Restore {
     /// Tells the source that everything has come, and waits for its word.
-    pub(super) fn close_links(&mut self) -> Result<()> {
+    pub(in crate::engine::restore) fn close_links(&mut self) -> Result<()> {
         let unconfirmed = format!(
             "all pages have come and the restored processes run, but the source at {} did not confirm the end: \
              if its processes run on as well, one of the two must be ended",
@@ -29,7 +29,7 @@ impl Restore {
             let result = self.close_ferry();
             return result.map_err(|error| error.within(unconfirmed));
         }
-        if let Some(fallback) = self.fallback.take() {
+        if let Some(fallback) = self.links.fallback.take() {
             fallback.finish();
         }
         let Some(mut pair) = self.links.pair.take() else {

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::EventFd;
 
+use super::Links;
 use super::reconnect::RECONNECT_PAUSE;
 use super::source_dialer::SourceDialer;
 use crate::criu::fetch::{Fetcher, Step};
@@ -30,9 +31,9 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Pages of the dump: whose, and their addresses there.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Question {
-    pub(super) pid: u32,
-    pub(super) image: PageRange,
+pub(in crate::engine::restore) struct Question {
+    pub(in crate::engine::restore) pid: u32,
+    pub(in crate::engine::restore) image: PageRange,
 }
 
 #[derive(Debug)]
@@ -43,7 +44,61 @@ enum Word {
 }
 
 /// What became of a question: its pages, or why they do not come.
-pub(super) type Answer = (Question, io::Result<Vec<u8>>);
+pub(in crate::engine::restore) type Answer = (Question, io::Result<Vec<u8>>);
+
+impl Links {
+    /// Asks the source for the pages `image` of `pid`, which local images cannot give, in questions of `step` bytes;
+    /// each is given up after `patience`, and `asked` sees it. Says whether there is a source to ask.
+    pub(in crate::engine::restore) fn ask_fallback(
+        &mut self,
+        (pid, image): (u32, PageRange),
+        step: u64,
+        patience: Duration,
+        mut asked: impl FnMut(PageRange),
+    ) -> bool {
+        // Over ferry comes what the dump has kept alone, which no image has.
+        if self.ferry.is_some() || self.pair.is_none() {
+            return false;
+        }
+        if self.fallback.is_none()
+            && let Some(dialer) = self.dialer.clone()
+        {
+            match Fallback::start(dialer, Arc::clone(&self.reconnected), patience) {
+                Ok(fallback) => self.fallback = Some(fallback),
+                Err(error) => {
+                    tracing::debug!("{error}");
+                    return false;
+                }
+            }
+        }
+        let Some(fallback) = &self.fallback else {
+            return false;
+        };
+        let mut start = image.start().get();
+        while start < image.end().get() {
+            let end = image.end().get().min(start + step);
+            let image = PageRange::new(start, end);
+            fallback.ask(Question { pid, image });
+            asked(image);
+            start = end;
+        }
+        true
+    }
+
+    /// What became of the next question of [`Links::ask_fallback`] that was answered.
+    pub(in crate::engine::restore) fn fallback_answer(&mut self) -> Option<Answer> {
+        let (question, answer) = self.fallback.as_ref()?.answer()?;
+        if let Ok(bytes) = &answer {
+            self.bytes_received_before += bytes.len() as u64;
+        }
+        Some((question, answer))
+    }
+
+    /// Nothing more is asked of the source on behalf of local images.
+    pub(in crate::engine::restore) fn drop_fallback(&mut self) {
+        self.fallback = None;
+    }
+}
 
 /// The thread that asks. Dropping this resets its connection.
 #[derive(Debug)]

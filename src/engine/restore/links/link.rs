@@ -29,7 +29,7 @@ const REST_BYTES_MAX: usize = 8 << 10;
 const URGENT_REQUESTS_MIN: u64 = 32;
 
 /// How long a source may take to hear that it is given up: it sends what it is busy with first.
-pub(super) const GIVE_UP_PATIENCE: Duration = Duration::from_secs(1);
+pub(in crate::engine::restore) const GIVE_UP_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A request and what was true when it was sent.
 #[derive(Clone, Copy, Debug)]

@@ -14,21 +14,21 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
-use super::Restore;
-use super::links::Links;
-use super::signals::Signals;
+use super::Links;
 use super::source_dialer::{Dialed, Which};
+use crate::engine::restore::Restore;
+use crate::engine::restore::signals::Signals;
 use crate::error::{Error, Kind, Result};
 
 /// How long a lost source that is ours is tried again, if the user says nothing.
-pub(super) const RECONNECT_DEFAULT: Duration = Duration::from_secs(30);
+pub(in crate::engine::restore) const RECONNECT_DEFAULT: Duration = Duration::from_secs(30);
 
 /// Between two attempts to reach a lost source.
 pub(super) const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
 
 impl Links {
     /// Who the source is, for messages.
-    pub(super) fn peer(&self) -> String {
+    pub(in crate::engine::restore) fn peer(&self) -> String {
         let dialer = self.dialer.as_ref();
         dialer
             .map(|dialer| dialer.peer.to_string())
@@ -46,7 +46,10 @@ impl Links {
     }
 
     /// Tries in the background to reach the source again for `timeout`.
-    pub(super) fn start_reconnecting(&mut self, timeout: Duration) -> Result<()> {
+    pub(in crate::engine::restore) fn start_reconnecting(
+        &mut self,
+        timeout: Duration,
+    ) -> Result<()> {
         let Some(dialer) = self.dialer.clone() else {
             return Ok(());
         };
@@ -125,7 +128,7 @@ impl Links {
 }
 
 impl Restore {
-    pub(super) fn bad_source(
+    pub(in crate::engine::restore) fn bad_source(
         &self,
         error: impl std::error::Error + Send + Sync + 'static,
     ) -> Error {
@@ -179,9 +182,9 @@ impl Restore {
 
     /// Connections to the source, of which there are none because of `error`, are made again if it may
     /// come back.
-    pub(super) fn reach_again(&mut self, error: Error) -> Result<()> {
+    pub(in crate::engine::restore) fn reach_again(&mut self, error: Error) -> Result<()> {
         match self.links.may_reconnect() {
-            Some(timeout) if self.loss.is_none() => {
+            Some(timeout) if !self.losses.is_source_lost() => {
                 tracing::warn!(
                     "{error}; trying to reach it again for {} s",
                     timeout.as_secs()
@@ -195,7 +198,7 @@ impl Restore {
     }
 
     /// An attempt to reach the source again has ended.
-    pub(super) fn take_reconnected(&mut self) -> Result<()> {
+    pub(in crate::engine::restore) fn take_reconnected(&mut self) -> Result<()> {
         // Not readable again is all that matters.
         let _ = self.links.reconnected.read();
         let outcome = match self.links.attempt.as_ref().map(Receiver::try_recv) {
@@ -206,7 +209,7 @@ impl Restore {
         self.links.attempt = None;
         match outcome {
             Ok(dialed) => self.links.attach(dialed),
-            Err(error) if self.loss.is_some() => {
+            Err(error) if self.losses.is_source_lost() => {
                 tracing::error!("the source could not be reached: {error}");
                 return Ok(());
             }

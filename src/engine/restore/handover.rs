@@ -1,0 +1,202 @@
+//! What `criu restore` hands over: processes with their userfaultfds, and its own end.
+//!
+//! Invariants: nothing is listened to any more once [`Handover::is_over`]; a restore that has finished says
+//! nothing but its end.
+
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::sys::epoll::EpollFlags;
+
+use super::intake::{Intake, IntakeEvent};
+use super::{Restore, Token, host_process, rewatch, watch};
+use crate::error::{Error, Kind, Result};
+use crate::sys::uffd::check_permitted;
+
+/// How often a restore that does not come is mentioned.
+const WAITING_LINE: Duration = Duration::from_secs(10);
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct Handover {
+    intake: Intake,
+    /// When the restore last said something.
+    heard: Instant,
+    /// When its absence was last mentioned.
+    mentioned: Instant,
+    /// It said that every process runs.
+    finished: bool,
+    /// Nobody listens to it any more.
+    over: bool,
+    /// Another process served before, so that more is there than is known.
+    was_heard_before: bool,
+}
+
+impl Handover {
+    /// Of a restore that nobody listens to yet.
+    pub(super) fn new() -> Handover {
+        let now = Instant::now();
+        Handover {
+            intake: Intake::ended(),
+            heard: now,
+            mentioned: now,
+            finished: false,
+            over: false,
+            was_heard_before: false,
+        }
+    }
+
+    /// Listens in the directory `dir`.
+    pub(super) fn listen(&mut self, dir: &Path) -> Result<()> {
+        self.intake = Intake::listen(dir)?;
+        Ok(())
+    }
+
+    /// Whether every process runs.
+    pub(super) fn is_finished(&self) -> bool {
+        self.finished
+    }
+
+    /// Whether no process can come any more.
+    pub(super) fn is_over(&self) -> bool {
+        self.over
+    }
+
+    /// What it says from now on counts for nothing but its end.
+    pub(super) fn end(&mut self) {
+        self.over = true;
+    }
+
+    /// Another process has heard all of it and served until now.
+    pub(super) fn take_over(&mut self) {
+        (self.over, self.finished, self.was_heard_before) = (true, true, true);
+    }
+
+    /// Whether another process served before, so that more pages may be there than is known.
+    pub(super) fn was_taken_over(&self) -> bool {
+        self.was_heard_before
+    }
+
+    fn socket(&self) -> Option<BorrowedFd<'_>> {
+        self.intake.socket()
+    }
+
+    /// The next thing that it says.
+    fn next(&mut self) -> Result<Option<IntakeEvent>> {
+        let Some(word) = self.intake.next()? else {
+            return Ok(None);
+        };
+        self.heard = Instant::now();
+        match word {
+            IntakeEvent::Finished => self.finished = true,
+            IntakeEvent::End => self.over = true,
+            IntakeEvent::Process(..) | IntakeEvent::Zombie(_) => {}
+        }
+        Ok(Some(word))
+    }
+
+    /// Says now and then that no restore has come.
+    fn mention_waiting(&mut self) {
+        if !self.intake.is_listening() || self.mentioned.elapsed() < WAITING_LINE {
+            return;
+        }
+        self.mentioned = Instant::now();
+        let path = std::path::absolute(self.intake.path()).unwrap_or_default();
+        tracing::warn!(
+            "no restore has come yet: start criu restore --lazy-pages with the work directory (-W, else -D) that makes it connect to {}",
+            path.display()
+        );
+    }
+
+    /// Stops listening if it has said nothing for `most`, and says so.
+    fn give_up_after(&mut self, most: Duration) -> Option<Error> {
+        if self.over || self.heard.elapsed() < most {
+            return None;
+        }
+        let what = match self.intake.is_listening() {
+            true => "no restore has come",
+            false => "the restore has said nothing",
+        };
+        self.intake = Intake::ended();
+        let text = format!(
+            "{what} for {} s (--restore-timeout): the source is told that nothing comes of it",
+            most.as_secs()
+        );
+        Some(Error::new(Kind::PeerLost, text))
+    }
+}
+
+impl Restore {
+    pub(super) fn watch_intake(&self) -> Result<()> {
+        match self.handover.socket() {
+            Some(socket) => watch(
+                &self.poll,
+                &socket,
+                EpollFlags::EPOLLIN,
+                Token::Intake as u64,
+            ),
+            None => Ok(()),
+        }
+    }
+
+    /// Gives the source up if the restore that it waits for does not come, or not on.
+    pub(super) fn expect_restore(&mut self) {
+        self.handover.mention_waiting();
+        let most = self.config.restore_timeout;
+        let most = most.filter(|_| self.config.source.is_some());
+        if let Some(error) = most.and_then(|most| self.handover.give_up_after(most)) {
+            self.lose(error);
+        }
+    }
+
+    /// Everything that the restore has said.
+    pub(super) fn take_in(&mut self) -> Result<()> {
+        while let Some(word) = self.handover.next()? {
+            // The socket to poll changes when the restore connects; a closed one leaves by itself.
+            match word {
+                IntakeEvent::Process(pid, uffd, host) => {
+                    let started = host_process::started(host);
+                    self.add_process(pid, uffd, host, started)?;
+                }
+                IntakeEvent::Zombie(pid) => {
+                    tracing::info!("pid {pid} is a zombie: it has no memory");
+                }
+                IntakeEvent::Finished => {
+                    self.note_finished();
+                    self.observer.restored(self.clock.now_us());
+                    tracing::info!(
+                        "the restore is finished, {} pages are missing",
+                        self.planner.missing_pages()
+                    );
+                    self.fetch_what_thread_ends_touch()?;
+                }
+                IntakeEvent::End if self.handover.is_finished() => return Ok(()),
+                IntakeEvent::End => return Err(self.restore_failed()),
+            }
+        }
+        match self.handover.socket() {
+            Some(socket) => rewatch(
+                &self.poll,
+                &socket,
+                EpollFlags::EPOLLIN,
+                Token::Intake as u64,
+            ),
+            None => Ok(()),
+        }
+    }
+
+    /// The restore has hung up too early. Where no process came and this one may not have a userfaultfd
+    /// either, that is the likely reason.
+    fn restore_failed(&self) -> Error {
+        let text = "the restore failed before it was finished: its own log says why";
+        match check_permitted() {
+            Err(error) if self.planner.total_pages() == 0 => {
+                let hint = "userfaultfd is refused here, which a lazy restore needs (CAP_SYS_PTRACE, a \
+                            kernel with CONFIG_USERFAULTFD, a seccomp profile that allows it)";
+                Error::wrap(Kind::PeerLost, format!("{text}; {hint}"), error)
+            }
+            _ => Error::new(Kind::PeerLost, text),
+        }
+    }
+}
