@@ -145,7 +145,7 @@ impl Planner {
     }
 
     /// What no process needs of the local images any more, by the images' pids and addresses in the dump, since
-    /// it was last asked: of processes that keep account ([`Space::accounting`]).
+    /// it was last asked: of processes that keep account ([`Space::accounting`](super::Space::accounting)).
     pub fn take_unneeded(&mut self) -> Vec<(u32, PageRange)> {
         std::mem::take(&mut self.unneeded)
     }

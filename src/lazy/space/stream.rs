@@ -7,7 +7,7 @@ use crate::units::{PageRange, Vaddr};
 
 impl Space {
     /// The next pages of the background stream, at most `chunk` bytes, in the order of
-    /// [`Policy::stream_from`]. Pages that are there already are fetched again rather than asked around, up
+    /// [`Policy::stream_from`](crate::lazy::policy::Policy::stream_from). Pages that are there already are fetched again rather than asked around, up
     /// to `gap` bytes of them in a row.
     pub fn next_stream(&mut self, chunk: u64, gap: u64) -> Option<Wanted> {
         let first = self.next_in_order(chunk)?;
