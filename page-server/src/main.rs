@@ -115,32 +115,7 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
     args.check_split()?;
     let mut report = Report::open(args)?;
     let page = pages_of_system()?;
-    let options = StoreOptions {
-        dir: start.daemon.images_dir().to_owned(),
-        page,
-        previous: args.prev_images_dir.clone(),
-        sync: args.sync.into(),
-        split_lazy: args.split_lazy.clone(),
-    };
-    let stores = Stores::open(options, args.images_dir_template.clone())?;
-    if let Stores::Shared(store) = &stores
-        && args.auto_dedup
-    {
-        check_parents_writable(store.dir())?;
-    }
-    let context = ReceiveContext {
-        stores,
-        wire: args.wire.forced(),
-        io: Io::choose(args.io.map(Into::into))?,
-        writes: Writes::of_machine(),
-        ingest: IngestOptions {
-            dedup_content: args.dedup_content,
-            compress: args.compress,
-        },
-        auto_dedup: args.auto_dedup,
-        idle_timeout: args.idle_timeout(),
-        traffic: report.traffic(),
-    };
+    let context = receive_context(start, page, &report)?;
     let tls = Tls::load(&args.tls)?;
     let source = start.listen()?;
     let stop = Stop::on_signals()?;
@@ -182,6 +157,37 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
         };
         report.received(&received, result.as_ref().err());
         result
+    })
+}
+
+/// What a server that receives dumps has at hand for each of them.
+fn receive_context(start: &Start<'_>, page: PageSize, report: &Report) -> Result<ReceiveContext> {
+    let args = start.args;
+    let options = StoreOptions {
+        dir: start.daemon.images_dir().to_owned(),
+        page,
+        previous: args.prev_images_dir.clone(),
+        sync: args.sync.into(),
+        split_lazy: args.split_lazy.clone(),
+    };
+    let stores = Stores::open(options, args.images_dir_template.clone())?;
+    if let Stores::Shared(store) = &stores
+        && args.auto_dedup
+    {
+        check_parents_writable(store.dir())?;
+    }
+    Ok(ReceiveContext {
+        stores,
+        wire: args.wire.forced(),
+        io: Io::choose(args.io.map(Into::into))?,
+        writes: Writes::of_machine(),
+        ingest: IngestOptions {
+            dedup_content: args.dedup_content,
+            compress: args.compress,
+        },
+        auto_dedup: args.auto_dedup,
+        idle_timeout: args.idle_timeout(),
+        traffic: report.traffic(),
     })
 }
 

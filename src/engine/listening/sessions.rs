@@ -82,14 +82,9 @@ pub fn run_sessions(
     thread::scope(|scope| {
         let accepted = events.clone();
         scope.spawn(move || accept_all(listener, rules, &accepted));
-        let mut running = 0;
-        let mut accepting = true;
-        let mut served = false;
-        let mut outcome = Ok(());
-        // A failure of this host, after which the client may come back.
-        let mut own_failure = None;
-        loop {
-            let event = match own_failure.is_some() && running == 0 {
+        let mut course = Course::begin(rules);
+        while !course.is_over() {
+            let event = match course.waits_for_return() {
                 true => inbox.recv_timeout(RETURN_TIMEOUT).ok(),
                 false => inbox.recv().ok(),
             };
@@ -97,8 +92,8 @@ pub fn run_sessions(
                 break;
             };
             match event {
-                Event::Accepted(socket) if running < rules.most => {
-                    running += 1;
+                Event::Accepted(socket) if course.running < rules.most => {
+                    course.running += 1;
                     let stream = Stream::plain(socket);
                     info!("{} connected", stream.peer());
                     let (events, session) = (events.clone(), &session);
@@ -118,50 +113,93 @@ pub fn run_sessions(
                     );
                     stream.reset();
                 }
-                Event::SessionEnded(Err(error)) if error.kind() == Kind::NothingCame => {
-                    running -= 1;
-                    info!("{error}");
-                }
-                Event::SessionEnded(result) => {
-                    running -= 1;
-                    served = true;
-                    match result {
-                        Err(failure) if rules.stay == Stay::Keep || outcome.is_err() => {
-                            error!("{failure}");
-                        }
-                        // A session that this host failed, and those that its client gives up with it.
-                        Err(failure)
-                            if rules.stay == Stay::Together
-                                && (failure.kind() == Kind::Io || own_failure.is_some()) =>
-                        {
-                            error!("{failure}; its client may come back");
-                            own_failure.get_or_insert(failure);
-                        }
-                        Ok(()) => own_failure = None,
-                        Err(failure) => outcome = outcome.and(Err(failure)),
-                    }
-                }
-                Event::AcceptEnded(result) => {
-                    accepting = false;
-                    let interrupted = stop.is_pulled() && (running > 0 || rules.stay != Stay::Keep);
-                    outcome = outcome.and(result).and_then(|()| match interrupted {
-                        true => Err(Error::new(Kind::Interrupted, "stopped by a signal")),
-                        false => Ok(()),
-                    });
-                }
-            }
-            let waits = match rules.stay {
-                Stay::Keep | Stay::UntilShutDown => accepting,
-                Stay::Together => accepting && (!served || own_failure.is_some()),
-            };
-            if running == 0 && !waits {
-                break;
+                Event::SessionEnded(result) => course.session_ended(result),
+                Event::AcceptEnded(result) => course.accept_ended(result, stop),
             }
         }
         // Wakes the accepting thread; it may have ended before.
         let _ = listener.shutdown(Shutdown::Both);
-        outcome.and(own_failure.map_or(Ok(()), Err))
+        course.conclude()
     })
+}
+
+/// How far a server has come: what runs, and what it will end with.
+struct Course<'a> {
+    rules: &'a Rules,
+    /// Sessions that run.
+    running: usize,
+    accepting: bool,
+    /// A session has ended.
+    served: bool,
+    outcome: Result<()>,
+    /// A failure of this host, after which the client may come back.
+    own_failure: Option<Error>,
+}
+
+impl Course<'_> {
+    fn begin(rules: &Rules) -> Course<'_> {
+        Course {
+            rules,
+            running: 0,
+            accepting: true,
+            served: false,
+            outcome: Ok(()),
+            own_failure: None,
+        }
+    }
+
+    /// Whether a client of whom nothing runs may come back.
+    fn waits_for_return(&self) -> bool {
+        self.own_failure.is_some() && self.running == 0
+    }
+
+    fn session_ended(&mut self, result: Result<()>) {
+        self.running -= 1;
+        if let Err(error) = &result
+            && error.kind() == Kind::NothingCame
+        {
+            info!("{error}");
+            return;
+        }
+        self.served = true;
+        let stay = self.rules.stay;
+        match result {
+            Ok(()) => self.own_failure = None,
+            Err(failure) if stay == Stay::Keep || self.outcome.is_err() => error!("{failure}"),
+            // A session that this host failed, and those that its client gives up with it.
+            Err(failure)
+                if stay == Stay::Together
+                    && (failure.kind() == Kind::Io || self.own_failure.is_some()) =>
+            {
+                error!("{failure}; its client may come back");
+                self.own_failure.get_or_insert(failure);
+            }
+            Err(failure) => self.outcome = Err(failure),
+        }
+    }
+
+    fn accept_ended(&mut self, result: Result<()>, stop: &Stop) {
+        self.accepting = false;
+        let interrupted = stop.is_pulled() && (self.running > 0 || self.rules.stay != Stay::Keep);
+        let before = std::mem::replace(&mut self.outcome, Ok(()));
+        self.outcome = before.and(result).and_then(|()| match interrupted {
+            true => Err(Error::new(Kind::Interrupted, "stopped by a signal")),
+            false => Ok(()),
+        });
+    }
+
+    /// Whether nothing runs, and nobody is waited for.
+    fn is_over(&self) -> bool {
+        let waits = match self.rules.stay {
+            Stay::Keep | Stay::UntilShutDown => self.accepting,
+            Stay::Together => self.accepting && (!self.served || self.own_failure.is_some()),
+        };
+        self.running == 0 && !waits
+    }
+
+    fn conclude(self) -> Result<()> {
+        self.outcome.and(self.own_failure.map_or(Ok(()), Err))
+    }
 }
 
 /// Accepts until the listener is shut down.
