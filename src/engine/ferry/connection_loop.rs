@@ -12,18 +12,16 @@
 //! them ends the connection. So does a receiver that speaks, but not of what was sent to it: it says
 //! how many bytes have arrived, and that number must grow while it is behind.
 
-use std::collections::BTreeMap;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use socket2::SockRef;
 
 use crate::engine::ferry::conn::{Conn, ConnError, Frame};
-use crate::error::{Error, Kind, Result};
+use crate::engine::ferry::wakers::Waker;
 use crate::ferry::hello::{Fail, Hello};
 
 /// How often a receiver says something even if there is nothing new.
@@ -44,46 +42,6 @@ const QUEUE_BYTES: usize = 512 << 10;
 /// Frames are queued so many at a time before the socket is looked at again: making them may take a
 /// while.
 const FRAMES_A_TURN: usize = 4;
-
-/// Wakes a connection's loop from its sleep.
-#[derive(Debug)]
-pub(in crate::engine) struct Waker(EventFd);
-
-impl Waker {
-    pub(in crate::engine) fn new() -> Result<Arc<Waker>> {
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let event = EventFd::from_flags(flags);
-        let event =
-            event.map_err(|errno| Error::wrap(Kind::Io, "cannot make an eventfd", errno))?;
-        Ok(Arc::new(Waker(event)))
-    }
-
-    /// The loop looks up, now or as soon as it would sleep.
-    pub(in crate::engine) fn wake(&self) {
-        // Full means that it will wake anyway.
-        let _ = self.0.write(1);
-    }
-
-    fn clear(&self) {
-        let _ = self.0.read();
-    }
-}
-
-impl AsFd for Waker {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
-
-/// Whether `stream` has another waker than `waker` by now: a newer connection's.
-pub(in crate::engine) fn is_replaced(
-    wakers: &BTreeMap<u16, Arc<Waker>>,
-    stream: u16,
-    waker: &Arc<Waker>,
-) -> bool {
-    let current = wakers.get(&stream);
-    current.is_some_and(|current| !Arc::ptr_eq(current, waker))
-}
 
 /// One end of a session, as the loops of its connections see it: they share it.
 pub(in crate::engine) trait ConnectionHandler: Send + Sync {

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::engine::ferry::conn::{Conn, ConnError, Frame};
-use crate::engine::ferry::connection_loop::{self, ConnectionHandler, LAST_WORDS, Waker};
+use crate::engine::ferry::connection_loop::{self, ConnectionHandler, LAST_WORDS};
+use crate::engine::ferry::wakers::Waker;
 use crate::error::Result;
 use crate::ferry::frame;
 use crate::ferry::hello::{Fail, Hello};

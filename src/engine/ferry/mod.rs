@@ -24,6 +24,7 @@ pub(in crate::engine) mod handshake;
 pub(in crate::engine) mod listener_sessions;
 pub(in crate::engine) mod packer;
 pub(in crate::engine) mod sender_session;
+pub(in crate::engine) mod wakers;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

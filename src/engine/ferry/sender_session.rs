@@ -6,14 +6,15 @@
 
 mod handler;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::criu::header::Target;
 use crate::engine::ferry::buffer_pool::BufferPool;
 use crate::engine::ferry::change_notifier::ChangeNotifier;
-use crate::engine::ferry::connection_loop::{DialingHandler, Lost, Waker};
+use crate::engine::ferry::connection_loop::{DialingHandler, Lost};
+use crate::engine::ferry::wakers::Wakers;
 use crate::engine::ferry::{Learned, lock};
 use crate::error::{self, Error, Result};
 use crate::ferry::delta::PageMemory;
@@ -48,11 +49,55 @@ enum Ending {
     Lost(Error),
 }
 
+/// Numbered frames until they are safe, and what was sent of them.
+///
+/// Invariant: there is a frame for each number that is not safe, without a gap; `unsent` counts those above `carried`.
+#[derive(Default)]
+struct Outbox {
+    /// Frames that are not safe yet, in the order of their numbers.
+    frames: VecDeque<Arc<Vec<u8>>>,
+    /// The highest number that a connection has taken.
+    carried: u64,
+    /// Bytes of the frames with higher ones.
+    unsent: u64,
+    sent: Sent,
+}
+
+impl Outbox {
+    /// The frame of the next number.
+    fn put(&mut self, frame: Vec<u8>) {
+        let bytes = frame.len() as u64;
+        self.sent.frame_bytes += bytes;
+        self.unsent += bytes;
+        self.frames.push_back(Arc::new(frame));
+    }
+
+    /// The frame of `number`, where `last` is the highest one, for a connection. Says whether it is the first one
+    /// that carries it.
+    fn take(&mut self, number: u64, last: u64) -> (Arc<Vec<u8>>, bool) {
+        let from_back = usize::try_from(last - number).expect("within the window");
+        let frame = Arc::clone(&self.frames[self.frames.len() - 1 - from_back]);
+        let (bytes, is_first) = (frame.len() as u64, number > self.carried);
+        if is_first {
+            self.carried = number;
+            self.unsent -= bytes;
+        } else {
+            self.sent.repeated_bytes += bytes;
+        }
+        (frame, is_first)
+    }
+
+    /// Takes out the frames that are safe: all but the last `outstanding` ones.
+    fn keep(&mut self, outstanding: usize) -> Vec<Arc<Vec<u8>>> {
+        let released = self.frames.len().saturating_sub(outstanding);
+        self.frames.drain(..released).collect()
+    }
+}
+
 /// The part behind the lock.
 struct State {
     talk: Option<(Sender, Agreed)>,
-    /// Frames that are not safe yet, in the order of their numbers.
-    frames: VecDeque<Arc<Vec<u8>>>,
+    outbox: Outbox,
     answer: Option<Answer>,
     /// The receiver has everything that it wants.
     taken: bool,
@@ -60,17 +105,12 @@ struct State {
     heard_bye: bool,
     /// Whose turn it is to submit a batch.
     ticket: u64,
-    wakers: BTreeMap<u16, Arc<Waker>>,
+    wakers: Wakers,
     ending: Option<Ending>,
     /// Nobody waits for last words any more.
     cut: bool,
     /// The receiver knows no such session any more.
     refused: bool,
-    sent: Sent,
-    /// The highest number that a connection has taken.
-    carried: u64,
-    /// Bytes of the frames with higher ones.
-    unsent: u64,
 }
 
 /// See the module's text.
@@ -100,18 +140,15 @@ impl SenderSession {
             session,
             state: Mutex::new(State {
                 talk: None,
-                frames: VecDeque::new(),
+                outbox: Outbox::default(),
                 answer: None,
                 taken: false,
                 heard_bye: false,
                 ticket: 0,
-                wakers: BTreeMap::new(),
+                wakers: Wakers::default(),
                 ending: None,
                 cut: false,
                 refused: false,
-                sent: Sent::default(),
-                carried: 0,
-                unsent: 0,
             }),
             changed: Condvar::new(),
             notifier: ChangeNotifier::default(),
@@ -161,7 +198,7 @@ impl SenderSession {
 
     /// What was sent so far.
     pub(crate) fn sent(&self) -> Sent {
-        lock(&self.state).sent
+        lock(&self.state).outbox.sent
     }
 
     /// Waits until the receiver has been reached.
@@ -190,7 +227,7 @@ impl SenderSession {
         let sealed = open.seal(&frame);
         self.submit(Kind::Pages, sealed, frame, Some(ticket))?;
         self.traffic.forwarded(&ByKind::of(counters, self.page));
-        lock(&self.state).sent.add(counters);
+        lock(&self.state).outbox.sent.add(counters);
         Ok(())
     }
 
@@ -212,7 +249,7 @@ impl SenderSession {
             let (sender, _) = state.talk.as_ref()?;
             let being_made = (ticket - state.ticket) * PUSH_BYTES;
             let fits = sender.has_room_for(being_made + PUSH_BYTES);
-            (fits && state.unsent + being_made <= most_unsent).then_some(())
+            (fits && state.outbox.unsent + being_made <= most_unsent).then_some(())
         })
     }
 
@@ -230,7 +267,7 @@ impl SenderSession {
         if let Some((sender, _)) = &mut shared.talk {
             sender.ask_hashes(target);
         }
-        shared.wake_all();
+        shared.wakers.wake_all();
     }
 
     /// Waits until the receiver's hashes of `target` are known below `end`.
@@ -286,7 +323,7 @@ impl SenderSession {
 
     fn end(&self, mut state: MutexGuard<'_, State>, ending: Ending) {
         state.ending.get_or_insert(ending);
-        state.wake_all();
+        state.wakers.wake_all();
         drop(state);
         self.changed.notify_all();
         self.notifier.notify();
@@ -309,12 +346,10 @@ impl SenderSession {
             let number = sender.submit(kind, bytes);
             sealed.finish(&mut frame, kind, number);
         }
-        state.frames.push_back(Arc::new(frame));
+        state.outbox.put(frame);
         state.ticket += u64::from(ticket.is_some());
-        state.sent.frame_bytes += bytes;
-        state.unsent += bytes;
         self.traffic.forwarded_frame(bytes);
-        state.wake_all();
+        state.wakers.wake_all();
         drop(state);
         self.changed.notify_all();
         Ok(())
@@ -373,10 +408,6 @@ impl Ending {
 }
 
 impl State {
-    fn wake_all(&self) {
-        self.wakers.values().for_each(|waker| waker.wake());
-    }
-
     fn is_told(&self) -> bool {
         let sender = self.talk.as_ref().map(|(sender, _)| sender);
         sender.is_none_or(Sender::has_told_end)
@@ -398,8 +429,7 @@ impl State {
     fn release(&mut self, safe: u64) -> Vec<Arc<Vec<u8>>> {
         let last = self.talk.as_ref().map_or(0, |(sender, _)| sender.last());
         let outstanding = usize::try_from(last - safe).expect("within the window");
-        let released = self.frames.len().saturating_sub(outstanding);
-        self.frames.drain(..released).collect()
+        self.outbox.keep(outstanding)
     }
 }
 

@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 use crate::engine::ferry::base::Base;
 use crate::engine::ferry::buffer_pool::BufferPool;
 use crate::engine::ferry::conn::Frame;
-use crate::engine::ferry::connection_loop::{ConnectionHandler, Heard, Waker, is_replaced};
+use crate::engine::ferry::connection_loop::{ConnectionHandler, Heard};
+use crate::engine::ferry::wakers::{Waker, Wakers};
 use crate::engine::ferry::{GOODBYE, lock};
 use crate::engine::receive::batch_applier::{Bases, BatchApplier};
 use crate::engine::receive::counters::SessionCounters;
@@ -57,7 +58,7 @@ struct State {
     ready: VecDeque<Frame>,
     /// Questions for hashes, each on the stream on which it came.
     questions: BTreeMap<u16, VecDeque<WantHashes>>,
-    wakers: BTreeMap<u16, Arc<Waker>>,
+    wakers: Wakers,
     ending: Option<Ending>,
     /// The sender has heard of the failure.
     heard_end: bool,
@@ -88,7 +89,7 @@ impl ReceiverSession {
                 held: BTreeMap::new(),
                 ready: VecDeque::new(),
                 questions: BTreeMap::new(),
-                wakers: BTreeMap::new(),
+                wakers: Wakers::default(),
                 ending: None,
                 heard_end: false,
             }),
@@ -156,7 +157,7 @@ impl ReceiverSession {
     fn end(&self, ending: Ending) {
         let mut state = lock(&self.state);
         state.ending.get_or_insert(ending);
-        state.wake_all();
+        state.wakers.wake_all();
         drop(state);
         self.changed.notify_all();
     }
@@ -253,7 +254,7 @@ impl ReceiverSession {
             state.receiver.answer(number, value, base);
         }
         if due {
-            state.wake_all();
+            state.wakers.wake_all();
         }
     }
 
@@ -312,10 +313,6 @@ impl State {
         Ok(true)
     }
 
-    fn wake_all(&self) {
-        self.wakers.values().for_each(|waker| waker.wake());
-    }
-
     fn take_numbered(&mut self, frame: Frame) -> std::result::Result<bool, Fail> {
         let bytes = frame.body.len() as u64;
         let arrival = self.receiver.handle_numbered(frame.number, bytes);
@@ -340,16 +337,14 @@ impl ConnectionHandler for ReceiverSession {
         let mut state = lock(&self.state);
         state.receiver.stream_up(stream);
         state.questions.remove(&stream);
-        if let Some(older) = state.wakers.insert(stream, Arc::clone(waker)) {
+        if let Some(older) = state.wakers.replace(stream, waker) {
             older.wake();
         }
     }
 
     fn stream_down(&self, stream: u16, waker: &Arc<Waker>) {
         let mut state = lock(&self.state);
-        let current = state.wakers.get(&stream);
-        if current.is_some_and(|current| Arc::ptr_eq(current, waker)) {
-            state.wakers.remove(&stream);
+        if state.wakers.remove(stream, waker) {
             state.questions.remove(&stream);
             state.receiver.stream_down(stream);
         }
@@ -357,7 +352,7 @@ impl ConnectionHandler for ReceiverSession {
 
     fn heard_end(&self, stream: u16, waker: &Arc<Waker>) {
         let mut state = lock(&self.state);
-        if !is_replaced(&state.wakers, stream, waker) {
+        if !state.wakers.is_replaced(stream, waker) {
             state.heard_end |= state.receiver.was_told(stream);
         }
         drop(state);
@@ -434,6 +429,6 @@ impl ConnectionHandler for ReceiverSession {
     }
 
     fn is_replaced(&self, stream: u16, waker: &Arc<Waker>) -> bool {
-        is_replaced(&lock(&self.state).wakers, stream, waker)
+        lock(&self.state).wakers.is_replaced(stream, waker)
     }
 }

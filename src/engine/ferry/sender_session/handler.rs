@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use super::{Agreed, Ending, SenderSession};
 use crate::engine::ferry::conn::Frame;
-use crate::engine::ferry::connection_loop::{ConnectionHandler, Heard, Waker, is_replaced};
+use crate::engine::ferry::connection_loop::{ConnectionHandler, Heard};
 use crate::engine::ferry::connection_loop::{DialingHandler, Lost};
 use crate::engine::ferry::lock;
+use crate::engine::ferry::wakers::Waker;
 use crate::error::{self, Error};
 use crate::ferry::hash::PageHasher;
 use crate::ferry::hello::{Fail, FailCode, Hello};
@@ -24,31 +25,29 @@ impl ConnectionHandler for SenderSession {
             (Sender::new(self.page, peer.streams, peer.window), agreed)
         });
         sender.stream_up(stream);
-        state.wakers.insert(stream, Arc::clone(waker));
-        state.wake_all();
+        state.wakers.replace(stream, waker);
+        state.wakers.wake_all();
         drop(state);
         self.changed.notify_all();
     }
 
     fn stream_down(&self, stream: u16, waker: &Arc<Waker>) {
         let mut state = lock(&self.state);
-        let current = state.wakers.get(&stream);
-        if !current.is_some_and(|current| Arc::ptr_eq(current, waker)) {
+        if !state.wakers.remove(stream, waker) {
             return;
         }
-        state.wakers.remove(&stream);
         if let Some((sender, _)) = &mut state.talk {
             sender.stream_down(stream);
         }
         // Other connections carry what this one did.
-        state.wake_all();
+        state.wakers.wake_all();
         drop(state);
         self.notifier.notify();
     }
 
     fn heard_end(&self, stream: u16, waker: &Arc<Waker>) {
         let mut state = lock(&self.state);
-        if is_replaced(&state.wakers, stream, waker) {
+        if state.wakers.is_replaced(stream, waker) {
             return;
         }
         if let Some((sender, _)) = &mut state.talk {
@@ -75,7 +74,7 @@ impl ConnectionHandler for SenderSession {
                 state.taken |= taken;
                 if heard_bye && !state.heard_bye {
                     state.heard_bye = true;
-                    state.wake_all();
+                    state.wakers.wake_all();
                     self.notifier.notify();
                 }
                 if let Some(answer) = answer {
@@ -104,7 +103,7 @@ impl ConnectionHandler for SenderSession {
                     learned += hashes_of_run.len() as u64;
                 }
                 drop(memory);
-                lock(&self.state).sent.hashes_learned += learned;
+                lock(&self.state).outbox.sent.hashes_learned += learned;
                 self.changed.notify_all();
                 Heard::progress(true)
             }
@@ -127,14 +126,8 @@ impl ConnectionHandler for SenderSession {
         let transmit = sender.poll(stream)?;
         let last = sender.last();
         if let Transmit::Numbered(number) = transmit {
-            let from_back = usize::try_from(last - number).expect("within the window");
-            let at = state.frames.len() - 1 - from_back;
-            let frame = Arc::clone(&state.frames[at]);
-            if number <= state.carried {
-                state.sent.repeated_bytes += frame.len() as u64;
-            } else {
-                state.carried = number;
-                state.unsent -= frame.len() as u64;
+            let (frame, is_first) = state.outbox.take(number, last);
+            if is_first {
                 // Somebody may wait for room.
                 self.changed.notify_all();
             }
@@ -162,7 +155,7 @@ impl ConnectionHandler for SenderSession {
     }
 
     fn is_replaced(&self, stream: u16, waker: &Arc<Waker>) -> bool {
-        is_replaced(&lock(&self.state).wakers, stream, waker)
+        lock(&self.state).wakers.is_replaced(stream, waker)
     }
 
     fn is_over(&self) -> bool {
