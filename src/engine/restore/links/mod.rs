@@ -16,7 +16,7 @@
 mod closing;
 mod fallback;
 mod ferry;
-mod link;
+pub(super) mod link;
 mod reconnect;
 mod source_dialer;
 
@@ -48,7 +48,6 @@ use link::{Arrival, Link, LinkStep};
 use source_dialer::{Dialed, Pair, SourceDialer, Which};
 
 pub(super) use fallback::Question;
-pub(super) use link::GIVE_UP_PATIENCE;
 pub(super) use reconnect::RECONNECT_DEFAULT;
 
 /// See the module's text.

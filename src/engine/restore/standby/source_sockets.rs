@@ -8,7 +8,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, send};
 
 use crate::criu::header::GIVE_UP;
-use crate::engine::restore::links::GIVE_UP_PATIENCE;
+use crate::engine::restore::links::link::GIVE_UP_PATIENCE;
 use crate::sys::disconnect;
 
 /// The stream's connection, and that for faults.
