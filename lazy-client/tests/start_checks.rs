@@ -59,7 +59,10 @@ fn write_messages<M: prost::Message>(path: &Path, magic: Magic, message: &M) {
 
 /// Images of one process, of which `runs` are its memory.
 fn write_process(dir: &Path, runs: &[Run]) {
-    let task = Some(TaskCore { task_state: 1 });
+    let task = Some(TaskCore {
+        task_state: 1,
+        comm: None,
+    });
     write_messages(
         &dir.join("core-7.img"),
         Magic::Core,

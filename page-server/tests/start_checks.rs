@@ -85,7 +85,10 @@ fn write_process(dir: &Path, runs: &[Run]) {
             ..PstreeEntry::default()
         },
     );
-    let task = Some(TaskCore { task_state: 1 });
+    let task = Some(TaskCore {
+        task_state: 1,
+        comm: None,
+    });
     write_messages(
         &dir.join("core-7.img"),
         Magic::Core,
@@ -165,7 +168,10 @@ fn images_that_cannot_be_served_are_refused() {
 #[test]
 fn a_zombie_and_images_without_the_rest_of_the_dump_are_served() {
     let zombie = images(&whole());
-    let task = Some(TaskCore { task_state: 2 });
+    let task = Some(TaskCore {
+        task_state: 2,
+        comm: None,
+    });
     write_messages(
         &zombie.path().join("core-7.img"),
         Magic::Core,

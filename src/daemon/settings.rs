@@ -77,6 +77,43 @@ pub(super) enum Named {
     InRequest,
 }
 
+/// A configuration file of CRIU's that is there.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct FoundFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The options in it, in its order; or why it cannot be read.
+    pub options: Result<Vec<String>, String>,
+}
+
+/// Where runtimes tell CRIU to look for a configuration of theirs (a request's `config_file`).
+const OF_RUNTIMES: [&str; 2] = ["/etc/criu/runc.conf", "/etc/criu/crun.conf"];
+
+/// The configuration files that count on this machine for who runs CRIU or these programs with `environment`,
+/// and for runtimes.
+pub fn found_files(environment: &Environment) -> Vec<FoundFile> {
+    let files = config_files(environment, &[]).into_iter();
+    let paths = files.map(|file| file.path);
+    let mut found = Vec::new();
+    for path in paths.chain(OF_RUNTIMES.map(PathBuf::from)) {
+        let options = match read(&path) {
+            Ok(None) => continue,
+            Ok(Some(lines)) => Ok(lines.iter().map(said).collect()),
+            Err(error) => Err(error.to_string()),
+        };
+        found.push(FoundFile { path, options });
+    }
+    found
+}
+
+fn said(line: &Line) -> String {
+    let option = line.option.to_string_lossy();
+    match &line.value {
+        Some(value) => format!("{option}={}", value.to_string_lossy()),
+        None => option.into_owned(),
+    }
+}
+
 /// The files to read before the command line `argv`, first ones first.
 pub(super) fn config_files(environment: &Environment, argv: &[OsString]) -> Vec<ConfigFile> {
     let given = given_on_command_line(argv);

@@ -233,7 +233,15 @@ impl ImageDir {
     }
 
     /// All messages of an image file, `None` if there is no such file.
-    fn messages<M: Message + Default>(&self, path: &Path, magic: Magic) -> Result<Option<Vec<M>>> {
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Image`]: it is of another kind, cut short or damaged.
+    pub fn messages<M: Message + Default>(
+        &self,
+        path: &Path,
+        magic: Magic,
+    ) -> Result<Option<Vec<M>>> {
         let Some(mut reader) = open_image(path, magic)? else {
             return Ok(None);
         };

@@ -36,12 +36,17 @@ impl Extents {
         self.pages_id
     }
 
-    /// The next extent, `None` behind the last.
+    /// The next extent, `None` behind the last. Entries without a page are skipped, as by CRIU.
     pub(super) fn next(&mut self) -> Result<Option<Extent>> {
-        let entry: Option<PagemapEntry> = self
-            .reader
-            .read()
-            .map_err(|error| unreadable(&self.path, error))?;
+        let entry = loop {
+            let entry: Option<PagemapEntry> = self
+                .reader
+                .read()
+                .map_err(|error| unreadable(&self.path, error))?;
+            if entry.as_ref().is_none_or(|entry| entry.pages() > 0) {
+                break entry;
+            }
+        };
         let extent = entry.map(|entry| self.decoder.decode(&entry)).transpose();
         extent.map_err(|error| {
             let text = format!("{} is damaged", self.path.display());

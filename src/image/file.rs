@@ -26,6 +26,10 @@ pub enum Magic {
     Pstree,
     /// `core-*.img`.
     Core,
+    /// `memfd.img`.
+    Memfd,
+    /// `inventory.img`, which has no common first word.
+    Inventory,
 }
 
 impl Magic {
@@ -35,6 +39,16 @@ impl Magic {
             Magic::Mm => 0x5749_2820,
             Magic::Pstree => 0x5027_3030,
             Magic::Core => 0x5505_3847,
+            Magic::Memfd => 0x4845_3499,
+            Magic::Inventory => 0x5831_3116,
+        }
+    }
+
+    /// How many words stand before the messages.
+    const fn words(self) -> usize {
+        match self {
+            Magic::Inventory => 1,
+            _ => 2,
         }
     }
 }
@@ -42,15 +56,15 @@ impl Magic {
 /// Why an image file cannot be read. The caller adds the file's name.
 #[derive(Debug, Error)]
 pub enum FileError {
-    /// The first two words are not those of this kind of image.
+    /// The first words are not those of this kind of image.
     #[error(
         "not a {expected:?} image: it begins with {found:08x?} (is this an image directory of CRIU?)"
     )]
     Magic {
         /// What was to be read.
         expected: Magic,
-        /// The first two words.
-        found: [u32; 2],
+        /// The words where those of the magic should be.
+        found: Vec<u32>,
     },
     /// The file ends inside a message.
     #[error("the file ends inside message {0}: it is cut short")]
@@ -86,14 +100,14 @@ pub struct MessageReader<R> {
 impl<R: Read> MessageReader<R> {
     /// Checks the magic words of `input` (buffered by the caller).
     pub fn new(mut input: R, expected: Magic) -> Result<MessageReader<R>, FileError> {
-        let mut words = [0; 8];
-        read_all(&mut input, &mut words).map_err(|error| cut_short(error, 0))?;
-        let [a, b, c, d, e, f, g, h] = words;
-        let found = [
-            u32::from_le_bytes([a, b, c, d]),
-            u32::from_le_bytes([e, f, g, h]),
-        ];
-        if found != [COMMON_MAGIC, expected.word()] {
+        let mut found = Vec::new();
+        for _ in 0..expected.words() {
+            let mut word = [0; 4];
+            read_all(&mut input, &mut word).map_err(|error| cut_short(error, 0))?;
+            found.push(u32::from_le_bytes(word));
+        }
+        let common = [COMMON_MAGIC, expected.word()];
+        if found != common[2 - expected.words()..] {
             return Err(FileError::Magic { expected, found });
         }
         Ok(MessageReader {
@@ -143,7 +157,9 @@ pub struct MessageWriter<W> {
 impl<W: Write> MessageWriter<W> {
     /// Writes the magic words of `kind` to `output` (buffered by the caller).
     pub fn new(mut output: W, kind: Magic) -> std::io::Result<MessageWriter<W>> {
-        output.write_all(&COMMON_MAGIC.to_le_bytes())?;
+        if kind.words() == 2 {
+            output.write_all(&COMMON_MAGIC.to_le_bytes())?;
+        }
         output.write_all(&kind.word().to_le_bytes())?;
         Ok(MessageWriter {
             output,

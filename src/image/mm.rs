@@ -11,6 +11,8 @@
 //! So nothing is taken for granted about the order or the nesting of the entries. Any border of an entry cuts:
 //! no single UFFDIO_COPY may cross one.
 
+use std::collections::BTreeSet;
+
 use super::proto::Vma;
 use crate::units::{PageRange, PageSize};
 
@@ -19,6 +21,24 @@ const STATUS_GUARD: u32 = 1 << 16;
 
 /// Bit of `Vma::status` (VMA_EXT_PLUGIN): a plugin of CRIU's provides the mapping.
 const STATUS_PLUGIN: u32 = 1 << 27;
+
+/// Bit of `Vma::status` (VMA_AREA_REGULAR): an ordinary mapping.
+const STATUS_REGULAR: u32 = 1 << 0;
+
+/// Bit of `Vma::status` (VMA_FILE_PRIVATE).
+const STATUS_FILE_PRIVATE: u32 = 1 << 6;
+
+/// Bit of `Vma::status` (VMA_ANON_SHARED).
+const STATUS_ANON_SHARED: u32 = 1 << 8;
+
+/// Bit of `Vma::status` (VMA_ANON_PRIVATE).
+const STATUS_ANON_PRIVATE: u32 = 1 << 9;
+
+/// Bit of `Vma::status` (VMA_AREA_SYSVIPC): its memory is in the images of the IPC namespace.
+const STATUS_SYSVIPC: u32 = 1 << 10;
+
+/// Bit of `Vma::status` (VMA_AREA_AIORING): the ring of io_setup(2), restored as private memory is.
+const STATUS_AIO_RING: u32 = 1 << 13;
 
 /// Bit of `Vma::flags` (MAP_HUGETLB), set for anonymous huge pages and for those of a memfd.
 const FLAG_HUGETLB: u32 = 0x4_0000;
@@ -36,6 +56,13 @@ pub struct Mappings {
     /// Ranges of which CRIU takes the pages from the image directory alone and never from its parents, by
     /// address, disjoint.
     pub without_parents: Vec<PageRange>,
+    /// Ranges whose pages CRIU restores from the pagemap of the process, by address, disjoint. It refuses pages
+    /// of a process anywhere else.
+    pub private: Vec<PageRange>,
+    /// The anonymous shared memory that is mapped: each has a pagemap of its own.
+    pub shared_memory: BTreeSet<u64>,
+    /// Whether the mappings (guard regions aside) stand in the order of their addresses. CRIU refuses others.
+    pub ordered: bool,
 }
 
 impl Mappings {
@@ -45,7 +72,16 @@ impl Mappings {
         page: PageSize,
     ) -> Result<Mappings, String> {
         let mut borders = Vec::new();
+        let mut shared_memory = BTreeSet::new();
+        let (mut ordered, mut last_start) = (true, 0);
         for vma in vmas {
+            if vma.status & STATUS_GUARD == 0 {
+                ordered &= last_start <= vma.start;
+                last_start = vma.start;
+            }
+            if vma.status & (STATUS_ANON_SHARED | STATUS_SYSVIPC) == STATUS_ANON_SHARED {
+                shared_memory.insert(vma.shmid);
+            }
             let (start, end) = (vma.start, vma.end);
             if !page.divides(start) || !page.divides(end) || start >= end {
                 return Err(format!("{start:#x}-{end:#x} is no mapping"));
@@ -54,7 +90,12 @@ impl Mappings {
             borders.push((end, Change::of(vma, -1)));
         }
         borders.sort_unstable_by_key(|(address, _)| *address);
-        let (mut mappings, mut depth, mut since) = (Mappings::default(), Change::default(), 0);
+        let mut mappings = Mappings {
+            shared_memory,
+            ordered,
+            ..Mappings::default()
+        };
+        let (mut depth, mut since) = (Change::default(), 0);
         for (address, change) in borders {
             if address > since {
                 let range = PageRange::new(since, address);
@@ -66,6 +107,9 @@ impl Mappings {
                 }
                 if depth.wiped > 0 {
                     mappings.wiped_on_fork.push(range);
+                }
+                if depth.private > 0 {
+                    mappings.private.push(range);
                 }
                 since = address;
             }
@@ -82,6 +126,7 @@ struct Change {
     guarded: i64,
     wiped: i64,
     alone: i64,
+    private: i64,
 }
 
 impl Change {
@@ -94,10 +139,15 @@ impl Change {
         }
         let wiped = vma.madv.unwrap_or(0) & MADV_WIPEONFORK != 0;
         let alone = vma.flags & FLAG_HUGETLB != 0 || vma.status & STATUS_PLUGIN != 0;
+        let is = |bits| vma.status & bits != 0;
+        let private = is(STATUS_AIO_RING)
+            || (is(STATUS_REGULAR) && is(STATUS_ANON_PRIVATE | STATUS_FILE_PRIVATE))
+            || is(STATUS_PLUGIN);
         Change {
             mapped: by,
             wiped: if wiped { by } else { 0 },
             alone: if alone { by } else { 0 },
+            private: if private { by } else { 0 },
             ..Change::default()
         }
     }
@@ -107,6 +157,7 @@ impl Change {
         self.guarded += change.guarded;
         self.wiped += change.wiped;
         self.alone += change.alone;
+        self.private += change.private;
     }
 }
 
@@ -177,6 +228,33 @@ mod tests {
         vmas[0].madv = Some(1 << 10);
         let mappings = Mappings::new(&vmas, PageSize::KIB_4).unwrap();
         assert_eq!(mappings.wiped_on_fork, [PageRange::new(0x3000, 0x6000)]);
+    }
+
+    #[test]
+    fn what_is_private_and_what_is_shared_is_known() {
+        let of = |start: u64, status| Vma {
+            status,
+            shmid: start,
+            ..vma(start << 12, (start + 1) << 12)
+        };
+        let (private, shared) = (STATUS_ANON_PRIVATE, STATUS_ANON_SHARED);
+        let vmas = [
+            of(1, STATUS_REGULAR | private),
+            of(2, private),
+            of(3, STATUS_REGULAR | shared),
+            of(4, STATUS_REGULAR | shared | STATUS_SYSVIPC),
+            of(5, STATUS_AIO_RING),
+        ];
+        let mappings = Mappings::new(&vmas, PageSize::KIB_4).unwrap();
+        let pages = [
+            PageRange::new(0x1000, 0x2000),
+            PageRange::new(0x5000, 0x6000),
+        ];
+        assert_eq!(mappings.private, pages);
+        assert_eq!(mappings.shared_memory, BTreeSet::from([3]));
+        assert!(mappings.ordered);
+        let [a, b, ..] = vmas;
+        assert!(!Mappings::new(&[b, a], PageSize::KIB_4).unwrap().ordered);
     }
 
     #[test]

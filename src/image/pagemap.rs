@@ -115,7 +115,7 @@ impl PagemapDecoder {
     pub fn decode(&mut self, entry: &PagemapEntry) -> Result<Extent, PagemapError> {
         let index = self.index;
         let vaddr = entry.vaddr;
-        let pages = entry.nr_pages.unwrap_or(u64::from(entry.compat_nr_pages));
+        let pages = entry.pages();
         let range = PageRange::checked(Vaddr(vaddr), PageCount(pages), self.page).ok_or(
             PagemapError::Range {
                 index,
@@ -258,6 +258,11 @@ pub fn encode_entry(
 }
 
 impl PagemapEntry {
+    /// How many pages it covers, for a CRIU that knows both counts.
+    pub fn pages(&self) -> u64 {
+        self.nr_pages.unwrap_or(u64::from(self.compat_nr_pages))
+    }
+
     /// The layout of frames that the CRIU speaks from whose dump this entry is. Up to 4.1.1 it writes the
     /// page count in field 2, later ones in field 5. Entries that a page server of ours has written have
     /// both; field 3, which current CRIUs do not use and all of them understand, marks there what came

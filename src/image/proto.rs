@@ -3,6 +3,28 @@
 //! Field numbers and types were read from the descriptors of the Python package `pycriu`. Fields
 //! that are left out are skipped when read.
 
+/// What a dump says of itself: `inventory.img`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Inventory {
+    /// Version of the images, see [`IMAGES_VERSION_COMPRESSED`].
+    #[prost(uint32, required, tag = "1")]
+    pub img_version: u32,
+}
+
+/// [`Inventory::img_version`] of images with compressed pages, which CRIU up to 4.2 refuses (CRTOOLS_IMAGES_V1_2).
+pub const IMAGES_VERSION_COMPRESSED: u32 = 3;
+
+/// A memfd, or memory that CRIU carries as one (from 4.0 on shared anonymous memory too): `memfd.img`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Memfd {
+    /// Its length in bytes.
+    #[prost(uint64, required, tag = "4")]
+    pub size: u64,
+    /// The shared memory in whose pagemap its pages are.
+    #[prost(uint64, required, tag = "5")]
+    pub shmid: u64,
+}
+
 /// First message of a pagemap file.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct PagemapHead {
@@ -87,6 +109,9 @@ pub struct TaskCore {
     /// [`TASK_DEAD`] for a zombie, which has no memory.
     #[prost(uint32, required, tag = "1")]
     pub task_state: u32,
+    /// Its name, up to 15 bytes of any kind.
+    #[prost(bytes = "vec", optional, tag = "6")]
+    pub comm: Option<Vec<u8>>,
 }
 
 /// [`TaskCore::task_state`] of a zombie.
@@ -109,6 +134,9 @@ pub struct Vma {
     /// First address behind the mapping.
     #[prost(uint64, required, tag = "2")]
     pub end: u64,
+    /// Which shared memory segment it maps, or which file.
+    #[prost(uint64, required, tag = "4")]
+    pub shmid: u64,
     /// How it was mapped: MAP_* bits.
     #[prost(uint32, required, tag = "6")]
     pub flags: u32,

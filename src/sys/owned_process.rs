@@ -88,6 +88,26 @@ impl ProcessName {
     }
 }
 
+/// Whether descriptors can be copied from other processes (pidfd_getfd, Linux 5.6; a seccomp profile may
+/// refuse it).
+///
+/// # Errors
+///
+/// The kernel's, if not.
+pub fn check_pidfd_getfd() -> io::Result<()> {
+    let pidfd = pidfd_open(std::process::id().cast_signed())?;
+    let own = pidfd.as_raw_fd();
+    // SAFETY: the call takes no pointer.
+    let copy = unsafe { libc::syscall(libc::SYS_pidfd_getfd, own, own, 0) };
+    let number = i32::try_from(copy).map_err(io::Error::other)?;
+    if number < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor, and nobody else knows its number.
+    drop(unsafe { OwnedFd::from_raw_fd(number) });
+    Ok(())
+}
+
 fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: the call takes two numbers and touches no memory of this process.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };

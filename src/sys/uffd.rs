@@ -154,6 +154,41 @@ impl AsFd for Uffd {
 /// Whether this process may have what `criu restore --lazy-pages` makes: a userfaultfd that tells of
 /// faults in the kernel, and of forks.
 pub fn check_permitted() -> io::Result<()> {
+    handshake(FEATURE_EVENT_FORK).map(drop)
+}
+
+/// Names of the kernel's features (UFFD_FEATURE_*), in the order of their bits, from linux/userfaultfd.h.
+pub const FEATURES: [&str; 17] = [
+    "PAGEFAULT_FLAG_WP",
+    "EVENT_FORK",
+    "EVENT_REMAP",
+    "EVENT_REMOVE",
+    "MISSING_HUGETLBFS",
+    "MISSING_SHMEM",
+    "EVENT_UNMAP",
+    "SIGBUS",
+    "THREAD_ID",
+    "MINOR_HUGETLBFS",
+    "MINOR_SHMEM",
+    "EXACT_ADDRESS",
+    "WP_HUGETLBFS_SHMEM",
+    "WP_UNPOPULATED",
+    "POISON",
+    "WP_ASYNC",
+    "MOVE",
+];
+
+/// Which features this kernel has: bit N is [`FEATURES`]`[N]`.
+///
+/// # Errors
+///
+/// The kernel has no userfaultfd, or refuses it to this process.
+pub fn features() -> io::Result<u64> {
+    handshake(0)
+}
+
+/// Makes a userfaultfd with the features `wanted`; returns those that the kernel has.
+fn handshake(wanted: u64) -> io::Result<u64> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
     // SAFETY: the call takes no pointer.
     let made = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
@@ -162,12 +197,12 @@ pub fn check_permitted() -> io::Result<()> {
     let uffd = unsafe { OwnedFd::from_raw_fd(number) };
     let mut call = Api {
         api: UFFD_API,
-        features: FEATURE_EVENT_FORK,
+        features: wanted,
         ioctls: 0,
     };
     // SAFETY: `call` is a valid uffdio_api and outlives the call.
     unsafe { calls::api(uffd.as_raw_fd(), &raw mut call) }?;
-    Ok(())
+    Ok(call.features)
 }
 
 impl Uffd {
