@@ -50,7 +50,8 @@ pub(crate) fn split(args: &SplitArgs) -> ExitCode {
     })
 }
 
-fn open(dir: &std::path::Path) -> Result<ImageDir> {
+/// The image directory at `dir`, with the page size of this host.
+pub(crate) fn open(dir: &std::path::Path) -> Result<ImageDir> {
     let page = page_size()
         .map_err(|error| Error::wrap(Kind::Unsupported, "cannot tell the page size", error))?;
     ImageDir::open(dir, page)

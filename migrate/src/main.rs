@@ -7,16 +7,19 @@ mod commands;
 mod facts;
 mod hook;
 mod images;
+mod inspect;
 mod programs;
 mod records;
 mod rounds;
+mod scan;
 mod source;
+mod verify;
 
 use std::future::Future;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use pageferry::error::Result;
+use pageferry::error::{Error, Kind, Result};
 use tracing_subscriber::filter::LevelFilter;
 
 /// Moves running process trees between hosts, and looks after the images of CRIU.
@@ -44,6 +47,10 @@ enum Command {
     Finish(images::FinishArgs),
     /// Move the pages that a lazy restore can do without from images to another directory
     Split(images::SplitArgs),
+    /// Tell what an image directory and its parents hold
+    Inspect(inspect::Args),
+    /// Tell whether a restore finds all memory in an image directory and its parents
+    Verify(verify::Args),
     #[command(hide = true)]
     RestoreHook(hook::Args),
     #[command(hide = true)]
@@ -67,6 +74,8 @@ fn main() -> ExitCode {
         Command::Plan(args) => source::plan::run(&args),
         Command::Finish(args) => images::finish(&args),
         Command::Split(args) => images::split(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Verify(args) => verify::run(&args),
         Command::RestoreHook(args) => hook::run(&args),
         Command::Guard(args) => source::guard::run(&args),
     }
@@ -74,18 +83,26 @@ fn main() -> ExitCode {
 
 /// Runs `work` on one thread and turns its result into an exit code.
 fn run_to_end(work: impl Future<Output = Result<()>>) -> ExitCode {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build();
-    let ended = match runtime {
-        Ok(runtime) => runtime.block_on(work).map_err(|error| error.to_string()),
-        Err(error) => Err(format!("cannot start: {error}")),
-    };
-    match ended {
+    match block_on(work) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// Runs `work` on one thread.
+fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let runtime = runtime.map_err(|error| Error::wrap(Kind::Io, "cannot start", error))?;
+    runtime.block_on(work)
+}
+
+/// Prints a report.
+fn print_json(report: &impl serde::Serialize) {
+    let text = serde_json::to_string_pretty(report);
+    println!("{}", text.unwrap_or_else(|error| format!("error: {error}")));
 }
