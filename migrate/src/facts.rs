@@ -8,12 +8,10 @@ use nix::sys::utsname::uname;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::HostFacts;
 use pageferry::sys::process::page_size;
+use pageferry::sys::uffd::check_permitted;
 use procfs::{Current, Meminfo};
 
 use crate::programs::Programs;
-
-/// There on every kernel that was built with userfaultfd.
-const USERFAULTFD_SYSCTL: &str = "/proc/sys/vm/unprivileged_userfaultfd";
 
 /// Looks at the host. `dir` is where images go.
 pub(crate) async fn of_host(programs: &Programs, dir: &Path) -> Result<HostFacts> {
@@ -34,7 +32,7 @@ pub(crate) async fn of_host(programs: &Programs, dir: &Path) -> Result<HostFacts
         page_bytes: page.bytes(),
         available_bytes: available.unwrap_or_default(),
         disk_bytes: room.blocks_available().saturating_mul(room.fragment_size()),
-        userfaultfd: Path::new(USERFAULTFD_SYSCTL).exists(),
+        userfaultfd: check_permitted().is_ok(),
         clock_us: now_us(),
     })
 }

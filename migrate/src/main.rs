@@ -4,6 +4,8 @@ mod agent;
 mod child;
 mod client;
 mod commands;
+mod copy_lazy;
+mod doctor;
 mod facts;
 mod hook;
 mod images;
@@ -51,6 +53,10 @@ enum Command {
     Inspect(inspect::Args),
     /// Tell whether a restore finds all memory in an image directory and its parents
     Verify(verify::Args),
+    /// Tell what works on this host, what does not, and what to do about it
+    Doctor(doctor::Args),
+    /// Copy what a destination needs of a lazy dump's directory, once the dump is complete
+    CopyLazy(copy_lazy::Args),
     #[command(hide = true)]
     RestoreHook(hook::Args),
     #[command(hide = true)]
@@ -76,6 +82,8 @@ fn main() -> ExitCode {
         Command::Split(args) => images::split(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Verify(args) => verify::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::CopyLazy(args) => copy_lazy::run(&args),
         Command::RestoreHook(args) => hook::run(&args),
         Command::Guard(args) => source::guard::run(&args),
     }

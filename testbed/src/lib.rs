@@ -15,6 +15,7 @@
 //!   runc       the same in containers               swrk             CRIU's remote procedure calls
 //!   debian     programs of other Debian suites           orphan         processes whose parent has ended
 //!   systemd    a manager of services in namespaces
+//!   fields     documented fields of printed JSON
 //! ```
 //!
 //! Invariants: every process, namespace, mount and sysctl belongs to a guard that undoes it on drop;
@@ -25,6 +26,7 @@ pub mod bed;
 pub mod criu;
 pub mod daemons;
 pub mod debian;
+pub mod fields;
 pub mod gate;
 pub mod gocriu;
 pub mod hugepages;

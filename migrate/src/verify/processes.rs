@@ -1,7 +1,7 @@
 //! Whose memory a restore needs, from the images beside the memory.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use pageferry::criu::header::Target;
 use pageferry::error::Error;
@@ -202,7 +202,7 @@ fn memfds(dir: &ImageDir, findings: &mut Findings) -> Vec<u64> {
 /// The messages of an image, with errors that do not name the file once more.
 fn read<M: Message + Default>(
     dir: &ImageDir,
-    path: &PathBuf,
+    path: &Path,
     magic: Magic,
 ) -> Result<Option<Vec<M>>, String> {
     let short = |error: Error| shorten(&error, path);
