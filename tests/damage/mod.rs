@@ -67,7 +67,7 @@ pub(crate) const ALONE: &[Damage] = &[
     ),
     damage(
         "pages file missing",
-        |i| i.remove_pages(),
+        Images::remove_pages,
         Some("pages-missing"),
     ),
     Damage {
