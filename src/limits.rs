@@ -178,6 +178,15 @@ pub const STASH_BYTES_MAX: u64 = 32 << 20;
 /// Longest name of a migration, bytes: it is a directory's name with room for more.
 pub const MIGRATION_ID_BYTES_MAX: usize = 64;
 
+/// Longest name of a container, bytes: runc takes no longer one.
+pub const CONTAINER_ID_BYTES_MAX: usize = 1024;
+
+/// Longest name of a network interface, bytes (IFNAMSIZ without its zero).
+pub const INTERFACE_BYTES_MAX: usize = 15;
+
+/// Most addresses that move with one tree.
+pub const MIGRATION_ADDRESSES_MAX: usize = 64;
+
 /// Most processes of a tree that is moved.
 pub const MIGRATION_PIDS_MAX: usize = 16_384;
 

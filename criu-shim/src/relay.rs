@@ -9,51 +9,10 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use pageferry::criu::rpc::kind;
 use pageferry::criu::rpc_fields::{Fields, response};
+use pageferry::daemon::swrk::Parcel;
 use pageferry::error::{Error, Kind, Result};
-use pageferry::limits::RPC_MESSAGE_BYTES_MAX;
-use pageferry::sys::fdpass;
 
 use crate::programs::Programs;
-
-/// A message with the descriptor that came with it, if one did: CRIU sends one at most.
-struct Parcel {
-    bytes: Vec<u8>,
-    descriptor: Option<OwnedFd>,
-}
-
-impl Parcel {
-    /// Receives a message; `None` if the peer has hung up.
-    fn receive(socket: BorrowedFd<'_>) -> Result<Option<Parcel>> {
-        // One byte more tells that a message is too long.
-        let mut bytes = vec![0; RPC_MESSAGE_BYTES_MAX + 1];
-        let received = fdpass::receive(socket, &mut bytes).map_err(|error| {
-            Error::wrap(Kind::PeerLost, "swrk: cannot receive a message", error)
-        })?;
-        if received.bytes > RPC_MESSAGE_BYTES_MAX {
-            let text = "swrk: a message is longer than any of CRIU's";
-            return Err(Error::new(Kind::Protocol, text));
-        }
-        bytes.truncate(received.bytes);
-        let descriptor = received.fd;
-        Ok((received.bytes > 0).then_some(Parcel { bytes, descriptor }))
-    }
-
-    fn send(&self, socket: BorrowedFd<'_>) -> Result<()> {
-        let descriptor = self.descriptor.as_ref().map(AsFd::as_fd);
-        fdpass::send(socket, &self.bytes, descriptor)
-            .map_err(|error| Error::wrap(Kind::PeerLost, "swrk: cannot send a message", error))
-    }
-
-    fn fields(&self) -> Result<Fields> {
-        Fields::decode(&self.bytes).map_err(|error| {
-            Error::wrap(
-                Kind::Protocol,
-                "swrk: an answer cannot be understood",
-                error,
-            )
-        })
-    }
-}
 
 /// A real CRIU that answers one request.
 pub(crate) struct RealCriu {

@@ -8,6 +8,7 @@ use nix::sys::signal::Signal;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::sys::owned_process::ProcessName;
 use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe;
 use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
@@ -60,6 +61,30 @@ impl Program {
     ) -> Result<Program> {
         command.args(["--status-fd", "1"]).stdout(Stdio::piped());
         Program::start(title, command, log)
+    }
+
+    /// Waits until a byte comes from `status`, which says that it is ready.
+    pub(crate) async fn ready_by(
+        &mut self,
+        mut status: pipe::Receiver,
+        limit: Duration,
+    ) -> Result<()> {
+        let mut byte = [0; 1];
+        let said = async {
+            tokio::select! {
+                read = status.read_exact(&mut byte) => Ok(read.map(drop)),
+                ended = self.child.wait() => Err(ended),
+            }
+        };
+        match timeout(limit, said).await {
+            Ok(Ok(Ok(()))) => Ok(()),
+            Ok(Ok(Err(error))) => Err(Error::wrap(Kind::Io, self.title, error)),
+            Ok(Err(ended)) => Err(self.failure(Some(ended))),
+            Err(_) => {
+                let text = format!("{} was not ready after {} s", self.title, limit.as_secs());
+                Err(Error::new(Kind::PeerLost, text + &self.log_tail()))
+            }
+        }
     }
 
     /// Waits until it says that it is ready.

@@ -42,17 +42,32 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> ExitCode {
     let stage = env::var("CRTOOLS_SCRIPT_ACTION").unwrap_or_default();
     match stage.as_str() {
-        RESTORED => match wait_for_word(&args.dir) || is_committed(&args.dir) {
+        RESTORED => match may_run(&args.dir) {
             true => ExitCode::SUCCESS,
             false => ExitCode::FAILURE,
         },
         RESUMED => {
-            // The agent may have died since; the processes run all the same.
-            let _ = report(&args.dir, RESUMED);
+            tell_resumed(&args.dir);
             ExitCode::SUCCESS
         }
         _ => ExitCode::SUCCESS,
     }
+}
+
+/// Tells the agent that a tree is restored, waits for the decision, and tells whether the tree lives here.
+pub(crate) fn may_run(dir: &Path) -> bool {
+    wait_for_word(dir) || is_committed(dir)
+}
+
+/// Tells the agent that the tree runs.
+pub(crate) fn tell_resumed(dir: &Path) {
+    // The agent may have died since; the processes run all the same.
+    let _ = report(dir, RESUMED);
+}
+
+/// A path as a shell reads it back.
+pub(crate) fn quoted(path: &Path) -> String {
+    format!("'{}'", path.display().to_string().replace('\'', r"'\''"))
 }
 
 fn report(dir: &Path, stage: &str) -> std::io::Result<UnixStream> {

@@ -1,5 +1,6 @@
 //! The `pageferry` command: one subcommand for each task, each in a module of its own.
 
+mod address;
 mod agent;
 mod child;
 mod client;
@@ -13,8 +14,10 @@ mod inspect;
 mod programs;
 mod records;
 mod rounds;
+mod runtime;
 mod scan;
 mod source;
+mod timeline;
 mod verify;
 
 use std::future::Future;
@@ -44,6 +47,8 @@ enum Command {
     Migrate(Box<source::Args>),
     /// Tell whether a process tree can be moved, and what each mode would cost
     Plan(Box<source::plan::Args>),
+    /// Show the report of a migration, and draw it
+    Report(timeline::Args),
     /// Put the pages into images that CRIU does not look for in their parents: private huge pages, and
     /// mappings that plugins provide
     Finish(images::FinishArgs),
@@ -59,6 +64,8 @@ enum Command {
     CopyLazy(copy_lazy::Args),
     #[command(hide = true)]
     RestoreHook(hook::Args),
+    #[command(hide = true)]
+    RuntimeCriu(runtime::stand_in::Args),
     #[command(hide = true)]
     Guard(source::guard::Args),
 }
@@ -78,6 +85,7 @@ fn main() -> ExitCode {
         Command::Agent(args) => agent::run(&args),
         Command::Migrate(args) => source::run(&args),
         Command::Plan(args) => source::plan::run(&args),
+        Command::Report(args) => timeline::run(&args),
         Command::Finish(args) => images::finish(&args),
         Command::Split(args) => images::split(&args),
         Command::Inspect(args) => inspect::run(&args),
@@ -85,6 +93,7 @@ fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(&args),
         Command::CopyLazy(args) => copy_lazy::run(&args),
         Command::RestoreHook(args) => hook::run(&args),
+        Command::RuntimeCriu(args) => runtime::stand_in::run(&args),
         Command::Guard(args) => source::guard::run(&args),
     }
 }

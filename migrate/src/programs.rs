@@ -78,7 +78,8 @@ fn own_path() -> Result<PathBuf> {
         .map_err(|error| Error::wrap(Kind::Io, "cannot tell this program's path", error))
 }
 
-fn on_path(name: &str) -> Option<PathBuf> {
+/// The first program of this name on PATH.
+pub(crate) fn on_path(name: &str) -> Option<PathBuf> {
     all_on_path(name).into_iter().next()
 }
 

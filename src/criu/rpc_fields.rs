@@ -15,6 +15,8 @@ pub mod request {
     pub const KIND: u32 = 1;
     /// A message, see [`super::options`].
     pub const OPTIONS: u32 = 2;
+    /// Of an answer to a notification: whether the work goes on.
+    pub const NOTIFY_SUCCESS: u32 = 3;
     /// A message with the features that are asked for.
     pub const FEATURES: u32 = 5;
 }
@@ -27,6 +29,10 @@ pub mod response {
     pub const SUCCESS: u32 = 2;
     /// What a dump says of itself.
     pub const DUMP: u32 = 3;
+    /// A message that tells a stage of the work: see [`STAGE`].
+    pub const NOTIFY: u32 = 5;
+    /// Name of the stage, in the message [`NOTIFY`]: `post-restore`, `post-resume`, ...
+    pub const STAGE: u32 = 1;
     /// A message with the features that were asked for.
     pub const FEATURES: u32 = 8;
 }
@@ -60,10 +66,15 @@ pub mod options {
     pub const LAZY_PAGES: u32 = 48;
     pub const IMAGES_DIR: u32 = 68;
     pub const STATUS_FD: u32 = 49;
+    pub const TCP_CLOSE: u32 = 52;
     pub const PRE_DUMP_MODE: u32 = 61;
     pub const PIDFD_STORE_SK: u32 = 62;
     pub const NETWORK_LOCK: u32 = 64;
     pub const LEAVE_STOPPED: u32 = 69;
+    /// The address in the message [`PAGE_SERVER`].
+    pub const PAGE_SERVER_ADDRESS: u32 = 1;
+    /// The port in the message [`PAGE_SERVER`].
+    pub const PAGE_SERVER_PORT: u32 = 2;
     /// The descriptor in the message [`PAGE_SERVER`].
     pub const PAGE_SERVER_FD: u32 = 4;
     /// A value of [`NETWORK_LOCK`]: none.
@@ -206,6 +217,12 @@ impl Fields {
     pub fn set(&mut self, number: u32, value: u64) {
         self.remove(number);
         self.0.push((number, Value::Number(value)));
+    }
+
+    /// Puts a text in the place of field `number`.
+    pub fn set_text(&mut self, number: u32, text: &str) {
+        self.remove(number);
+        self.0.push((number, Value::Bytes(text.into())));
     }
 
     /// Puts a message in the place of field `number`.

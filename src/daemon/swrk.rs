@@ -10,8 +10,10 @@ use nix::unistd::Pid;
 use prost::Message;
 
 use crate::criu::rpc::{Request, Response, kind};
+use crate::criu::rpc_fields::Fields;
 use crate::error::{Error, Kind, Result};
 use crate::limits::RPC_MESSAGE_BYTES_MAX;
+use crate::sys::fdpass;
 use crate::sys::process::inherited_descriptor;
 
 /// A client that sends requests.
@@ -56,6 +58,11 @@ impl Client {
             socket,
             pid: Pid::from_raw(credentials.pid()),
         })
+    }
+
+    /// Its socket alone.
+    pub fn into_socket(self) -> OwnedFd {
+        self.socket
     }
 
     /// Its pid.
@@ -146,6 +153,63 @@ impl Client {
     /// Where descriptor `number` of the client can be opened once more.
     pub fn descriptor_link(&self, number: i32) -> PathBuf {
         PathBuf::from(format!("/proc/{}/fd/{number}", self.pid))
+    }
+}
+
+/// A message with the descriptor that came with it, if one did: CRIU sends one at most.
+#[derive(Debug)]
+pub struct Parcel {
+    /// The message.
+    pub bytes: Vec<u8>,
+    /// What rode on it.
+    pub descriptor: Option<OwnedFd>,
+}
+
+impl Parcel {
+    /// Receives a message; `None` if the peer has hung up.
+    ///
+    /// # Errors
+    ///
+    /// The connection fails, or the message is longer than any of CRIU's.
+    pub fn receive(socket: BorrowedFd<'_>) -> Result<Option<Parcel>> {
+        // One byte more tells that a message is too long.
+        let mut bytes = vec![0; RPC_MESSAGE_BYTES_MAX + 1];
+        let received = fdpass::receive(socket, &mut bytes).map_err(|error| {
+            Error::wrap(Kind::PeerLost, "swrk: cannot receive a message", error)
+        })?;
+        if received.bytes > RPC_MESSAGE_BYTES_MAX {
+            let text = "swrk: a message is longer than any of CRIU's";
+            return Err(Error::new(Kind::Protocol, text));
+        }
+        bytes.truncate(received.bytes);
+        let descriptor = received.fd;
+        Ok((received.bytes > 0).then_some(Parcel { bytes, descriptor }))
+    }
+
+    /// Sends it on.
+    ///
+    /// # Errors
+    ///
+    /// The peer has hung up.
+    pub fn send(&self, socket: BorrowedFd<'_>) -> Result<()> {
+        let descriptor = self.descriptor.as_ref().map(AsFd::as_fd);
+        fdpass::send(socket, &self.bytes, descriptor)
+            .map_err(|error| Error::wrap(Kind::PeerLost, "swrk: cannot send a message", error))
+    }
+
+    /// Its fields.
+    ///
+    /// # Errors
+    ///
+    /// It is damaged.
+    pub fn fields(&self) -> Result<Fields> {
+        Fields::decode(&self.bytes).map_err(|error| {
+            Error::wrap(
+                Kind::Protocol,
+                "swrk: a message cannot be understood",
+                error,
+            )
+        })
     }
 }
 

@@ -3,6 +3,7 @@
 //! Times are milliseconds or, where a name says so, microseconds since 1970 by the speaker's clock.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -11,7 +12,10 @@ use thiserror::Error;
 use super::agent::AgentState;
 use super::convergence::Mode;
 use crate::criu::header::Wire;
-use crate::limits::{MIGRATION_ID_BYTES_MAX, MIGRATION_PIDS_MAX};
+use crate::limits::{
+    CONTAINER_ID_BYTES_MAX, INTERFACE_BYTES_MAX, MIGRATION_ADDRESSES_MAX, MIGRATION_ID_BYTES_MAX,
+    MIGRATION_PIDS_MAX,
+};
 
 /// Names one migration on both sides. It is also the name of a directory.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
@@ -132,6 +136,149 @@ pub struct HostFacts {
     pub clock_us: u64,
 }
 
+/// Names a container, as runtimes allow.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ContainerId(String);
+
+/// A name that no container has.
+#[derive(Clone, PartialEq, Eq, Debug, Error)]
+#[error(
+    "{0:?} is no name of a container: 1 to {CONTAINER_ID_BYTES_MAX} letters, digits, '_', '+', '-' and '.', \
+     beginning with a letter or digit"
+)]
+pub struct BadContainerId(String);
+
+impl ContainerId {
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for ContainerId {
+    type Err = BadContainerId;
+
+    fn from_str(text: &str) -> Result<ContainerId, BadContainerId> {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || "_+-.".contains(c);
+        let fits = (1..=CONTAINER_ID_BYTES_MAX).contains(&text.len());
+        // One that begins otherwise could be taken for an option, or for a directory above.
+        let begins = text.starts_with(|c: char| c.is_ascii_alphanumeric());
+        match fits && begins && text.chars().all(allowed) {
+            true => Ok(ContainerId(text.to_owned())),
+            false => Err(BadContainerId(text.chars().take(100).collect())),
+        }
+    }
+}
+
+impl TryFrom<String> for ContainerId {
+    type Error = BadContainerId;
+
+    fn try_from(text: String) -> Result<ContainerId, BadContainerId> {
+        text.parse()
+    }
+}
+
+impl From<ContainerId> for String {
+    fn from(id: ContainerId) -> String {
+        id.0
+    }
+}
+
+impl fmt::Display for ContainerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A container runtime, by the name of its program.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RuntimeKind {
+    /// runc
+    Runc,
+    /// crun
+    Crun,
+}
+
+impl RuntimeKind {
+    /// The name of its program.
+    pub fn name(self) -> &'static str {
+        match self {
+            RuntimeKind::Runc => "runc",
+            RuntimeKind::Crun => "crun",
+        }
+    }
+}
+
+/// The container that a tree is.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Container {
+    /// Its name on both hosts.
+    pub id: ContainerId,
+    /// The runtime on both hosts.
+    pub runtime: RuntimeKind,
+    /// Directory of its bundle at the destination, unless the agent knows a better one (`--bundles`).
+    pub bundle: String,
+    /// Whether the user named that directory for the destination.
+    pub bundle_is_given: bool,
+    /// The config.json of its bundle at the source.
+    pub config: serde_json::Value,
+    /// Limits of its control groups in the form of the OCI's `linux.resources`, to be set again.
+    pub resources: Option<serde_json::Value>,
+}
+
+/// An address that moves with the processes, on a device of the host that is told.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ServiceAddress {
+    /// The address.
+    pub address: IpAddr,
+    /// Bits of its network.
+    pub prefix: u8,
+    /// The device.
+    pub device: String,
+}
+
+impl ServiceAddress {
+    /// As `ip` writes it: 10.0.0.5/24.
+    pub fn cidr(&self) -> String {
+        format!("{}/{}", self.address, self.prefix)
+    }
+
+    /// Whether an interface can have it: a peer may have said anything.
+    pub fn is_possible(&self) -> bool {
+        let bits = if self.address.is_ipv4() { 32 } else { 128 };
+        let plain = |c: char| c.is_ascii_graphic() && c != '/';
+        let name = &self.device;
+        let fits = (1..=INTERFACE_BYTES_MAX).contains(&name.len());
+        // A name that begins with a dash could be taken for an option.
+        self.prefix <= bits
+            && fits
+            && name.chars().all(plain)
+            && !name.starts_with(['-', '.'])
+            && !self.address.is_unspecified()
+            && !self.address.is_multicast()
+    }
+}
+
+/// What is to come to the destination, to be looked at before anything is frozen.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Wanted {
+    /// The container, if it is one.
+    pub container: Option<Container>,
+    /// Addresses that come along.
+    pub addresses: Vec<ServiceAddress>,
+}
+
+/// What the destination says of it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Check {
+    /// The first line of the runtime's `--version`, for a container.
+    pub runtime: Option<String>,
+    /// What is in the way.
+    pub problems: Vec<String>,
+}
+
 /// Begins a migration.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Begin {
@@ -147,6 +294,12 @@ pub struct Begin {
     pub tcp: TcpConnections,
     /// After so many seconds without a word from the source the agent aborts, unless it has decided.
     pub timeout_s: u64,
+    /// The container that the tree is, if it is one.
+    #[serde(default)]
+    pub container: Option<Container>,
+    /// Addresses that come along, on the destination's devices.
+    #[serde(default)]
+    pub addresses: Vec<ServiceAddress>,
 }
 
 /// What becomes of established TCP connections.
@@ -171,6 +324,12 @@ pub enum BadBegin {
     /// A pid that no process has.
     #[error("0 is no pid")]
     PidZero,
+    /// More addresses than a migration takes.
+    #[error("{0} addresses: at most {MIGRATION_ADDRESSES_MAX} can be moved")]
+    Addresses(usize),
+    /// An address that no interface has.
+    #[error("{0:?} on {1:?} is no address of an interface")]
+    Address(String, String),
 }
 
 impl Begin {
@@ -178,6 +337,12 @@ impl Begin {
     pub fn check(&self) -> Result<(), BadBegin> {
         if self.pids.is_empty() || self.pids.len() > MIGRATION_PIDS_MAX {
             return Err(BadBegin::Pids(self.pids.len()));
+        }
+        if self.addresses.len() > MIGRATION_ADDRESSES_MAX {
+            return Err(BadBegin::Addresses(self.addresses.len()));
+        }
+        if let Some(bad) = self.addresses.iter().find(|service| !service.is_possible()) {
+            return Err(BadBegin::Address(bad.cidr(), bad.device.clone()));
         }
         match self.pids.contains(&0) {
             true => Err(BadBegin::PidZero),
@@ -220,6 +385,57 @@ pub struct Status {
     pub complete_us: Option<u64>,
     /// The summary of lazy-client, once it has ended.
     pub lazy_summary: Option<serde_json::Value>,
+    /// When faults were, once lazy-client has ended.
+    #[serde(default)]
+    pub faults: Option<FaultTimes>,
+}
+
+/// Faults at the destination over the time, from the moment at which the processes ran.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct FaultTimes {
+    /// Waiting of all threads, summed, µs.
+    pub blocked_us: u64,
+    /// Length of each part, µs.
+    pub part_us: u64,
+    /// The parts, in order.
+    pub parts: Vec<FaultPart>,
+}
+
+/// Faults in one part of the time.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct FaultPart {
+    /// How many began in it.
+    pub count: u64,
+    /// Their waiting, summed, µs.
+    pub waited_us: u64,
+}
+
+/// Most parts of a [`FaultTimes`].
+const FAULT_PARTS_MAX: u64 = 200;
+
+impl FaultTimes {
+    /// Sorts faults, each with its time and its waiting in µs, into parts of equal length.
+    pub fn of(faults: &[(u64, u64)]) -> FaultTimes {
+        let Some(last) = faults.iter().map(|(time, _)| *time).max() else {
+            return FaultTimes::default();
+        };
+        let part_us = last / FAULT_PARTS_MAX + 1;
+        let count = usize::try_from(last / part_us + 1).unwrap_or(0);
+        let mut times = FaultTimes {
+            blocked_us: 0,
+            part_us,
+            parts: vec![FaultPart::default(); count],
+        };
+        for (time, waited) in faults {
+            times.blocked_us = times.blocked_us.saturating_add(*waited);
+            let index = usize::try_from(time / part_us).unwrap_or(usize::MAX);
+            if let Some(part) = times.parts.get_mut(index) {
+                part.count += 1;
+                part.waited_us = part.waited_us.saturating_add(*waited);
+            }
+        }
+        times
+    }
 }
 
 /// Why a request failed.
@@ -256,6 +472,53 @@ mod tests {
         for good in ["a", "0", "web-20261129", &"a".repeat(64)] {
             assert_eq!(good.parse::<MigrationId>().unwrap().to_string(), good);
         }
+    }
+
+    #[test]
+    fn names_of_containers_are_neither_options_nor_directories() {
+        for bad in ["", ".", "..", "a/b", "-f", ".a", "a b", &"a".repeat(1025)] {
+            assert!(bad.parse::<ContainerId>().is_err(), "{bad:?}");
+        }
+        for good in ["web", "A_b.c+d-e", "0"] {
+            assert_eq!(good.parse::<ContainerId>().unwrap().as_str(), good);
+        }
+    }
+
+    #[test]
+    fn faults_are_sorted_into_parts_of_equal_length() {
+        assert_eq!(FaultTimes::of(&[]), FaultTimes::default());
+        let one = FaultTimes::of(&[(0, 7)]);
+        assert_eq!(
+            (one.blocked_us, one.parts.len(), one.parts[0].count),
+            (7, 1, 1)
+        );
+        let faults: Vec<(u64, u64)> = (0..10_000).map(|at| (at, 2)).collect();
+        let many = FaultTimes::of(&faults);
+        assert!(many.parts.len() as u64 <= FAULT_PARTS_MAX);
+        let (count, waited) = many.parts.iter().fold((0, 0), |(count, waited), part| {
+            (count + part.count, waited + part.waited_us)
+        });
+        assert_eq!((count, waited, many.blocked_us), (10_000, 20_000, 20_000));
+    }
+
+    #[test]
+    fn addresses_that_no_interface_has_are_refused() {
+        let of = |address: &str, prefix, device: &str| {
+            let address = address.parse().unwrap();
+            let device = device.to_owned();
+            ServiceAddress {
+                address,
+                prefix,
+                device,
+            }
+            .is_possible()
+        };
+        assert!(of("10.0.0.5", 24, "eth0") && of("fd00::5", 64, "br-lan.7"));
+        assert!(!of("10.0.0.5", 33, "eth0") && !of("fd00::5", 129, "eth0"));
+        for device in ["", "-d", "..", "a/b", "a b", "sixteen-letters-"] {
+            assert!(!of("10.0.0.5", 24, device), "{device:?}");
+        }
+        assert!(!of("0.0.0.0", 0, "eth0") && !of("224.0.0.1", 4, "eth0"));
     }
 
     #[test]

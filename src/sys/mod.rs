@@ -1,6 +1,7 @@
 //! The only `unsafe` code: what the kernel offers and no well-kept crate wraps.
 #![allow(unsafe_code)]
 
+pub mod arp;
 pub mod buffers;
 pub mod disconnect;
 pub mod fdpass;

@@ -67,6 +67,26 @@ impl ProcessName {
         pidfd_send_signal(&pidfd, signal)
     }
 
+    /// A copy of its descriptor `number`, which leads to the same open file.
+    ///
+    /// # Errors
+    ///
+    /// It has ended (kind `NotFound`), or has no such descriptor; or this process may not trace it.
+    pub fn descriptor(&self, number: i32) -> io::Result<OwnedFd> {
+        let pidfd = pidfd_open(self.pid)?;
+        if !self.is_alive() {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        // SAFETY: the call takes three numbers and touches no memory of this process.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), number, 0) };
+        let fd = i32::try_from(fd).map_err(io::Error::other)?;
+        if fd < 0 {
+            return Err(not_found(io::Error::last_os_error()));
+        }
+        // SAFETY: the kernel has just made this descriptor, and nobody else knows of it.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+
     /// Sends each of its threads a signal of its own, and tells how many there were.
     ///
     /// A thread that is stopped by its tracer takes such a signal before its next instruction, whatever the
@@ -169,9 +189,17 @@ mod tests {
 
     #[test]
     fn a_process_is_known_until_its_end() {
-        let mut child = Command::new("sleep").arg("600").spawn().unwrap();
+        let mut child = Command::new("sleep")
+            .arg("600")
+            .stdin(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
         let name = ProcessName::of(i32::try_from(child.id()).unwrap()).unwrap();
         assert!(name.is_alive());
+        let stdin = name.descriptor(0).unwrap();
+        let path = fs::read_link(format!("/proc/self/fd/{}", stdin.as_raw_fd())).unwrap();
+        assert_eq!(path, std::path::Path::new("/dev/null"));
+        assert!(name.descriptor(i32::MAX).is_err());
         assert_eq!(name.signal_threads(0).unwrap(), 1);
         name.signal(libc::SIGKILL).unwrap();
         child.wait().unwrap();

@@ -224,11 +224,20 @@ impl<'a> Move<'a> {
     /// # Errors
     /// It cannot be started.
     pub fn start(&self, load: &Load, agent: &Agent) -> Result<Spawned> {
+        self.start_subject(&["--pid", &load.pid().to_string()], agent)
+    }
+
+    /// Starts the command for what `subject` says.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start_subject(&self, subject: &[&str], agent: &Agent) -> Result<Spawned> {
         fs::create_dir_all(&self.state_dir)?;
         let log = self.state_dir.join(format!("{}-migrate.log", self.id));
         let mut command: Command = command_in(self.net, workspace::binary("pageferry")?);
         command
-            .args(["migrate", "--pid", &load.pid().to_string()])
+            .arg("migrate")
+            .args(subject)
             .args(["--to", &agent.address().to_string(), "--id", self.id])
             .arg("--state-dir")
             .arg(&self.state_dir)

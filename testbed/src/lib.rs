@@ -12,6 +12,8 @@
 //!   migration  dump and restore, with all logs      pipes            fs.pipe-max-size
 //!   postcopy   all of it in one                     bed, suite       a test's place, a test per CRIU
 //!   rounds     dumps of one load on top of each other images, stats    CRIU's files
+//!   containers a host to which they move             control_groups  groups of another host
+//!   net_three  two hosts and a client of theirs       bin/echo       a service for it
 //!   runc       the same in containers               swrk             CRIU's remote procedure calls
 //!   debian     programs of other Debian suites           orphan         processes whose parent has ended
 //!   systemd    a manager of services in namespaces
@@ -23,6 +25,8 @@
 
 pub mod agent;
 pub mod bed;
+pub mod containers;
+pub mod control_groups;
 pub mod criu;
 pub mod daemons;
 pub mod debian;
@@ -37,6 +41,7 @@ pub mod mappings;
 pub mod memory_group;
 pub mod migration;
 pub mod net;
+pub mod net_three;
 pub mod orphan;
 pub mod pipes;
 pub mod pki;

@@ -29,7 +29,7 @@ pub struct NetNs {
 }
 
 impl NetNs {
-    fn new(name: String) -> Result<NetNs> {
+    pub(crate) fn new(name: String) -> Result<NetNs> {
         ip(&["netns", "add", &name])?;
         let namespace = NetNs { name };
         namespace.ip(&["link", "set", "lo", "up"])?;
@@ -69,7 +69,7 @@ impl NetNs {
         })
     }
 
-    fn ip(&self, args: &[&str]) -> Result<()> {
+    pub(crate) fn ip(&self, args: &[&str]) -> Result<()> {
         ip(&[&["-n", &self.name], args].concat())
     }
 }

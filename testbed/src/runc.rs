@@ -61,6 +61,10 @@ impl<'a> Runc<'a> {
     pub fn new(bed: &Bed, criu: &'a Criu, spec: LoadSpec) -> Result<Runc<'a>> {
         let bundle = bed.path("bundle");
         let root = bundle.join("rootfs");
+        if root.join("load").exists() {
+            // What an earlier container of this bundle reported.
+            fs::remove_dir_all(root.join("load"))?;
+        }
         for dir in ["bin", "proc", "dev", "sys", "load"] {
             fs::create_dir_all(root.join(dir))?;
         }
@@ -188,8 +192,31 @@ impl<'a> Runc<'a> {
         self.control.steer(self.pid(id)?)
     }
 
+    /// The bundle.
+    pub fn bundle(&self) -> &Path {
+        &self.bundle
+    }
+
+    /// The directory of runc's state.
+    pub fn state_dir(&self) -> &Path {
+        &self.state
+    }
+
+    /// A command of runc's that knows the containers.
+    ///
+    /// # Errors
+    /// CRIU has no directory.
+    pub fn runtime(&self, args: &[&str]) -> Result<Command> {
+        let mut command = self.command(&self.bundle.join("runc-command.log"))?;
+        command.args(args);
+        Ok(command)
+    }
+
     /// The host's pid of a container's first process.
-    fn pid(&self, id: &str) -> Result<Pid> {
+    ///
+    /// # Errors
+    /// runc knows no such container.
+    pub fn pid(&self, id: &str) -> Result<Pid> {
         let state = fs::read(self.state.join(id).join("state.json"))?;
         let state: Value = serde_json::from_slice(&state)?;
         let pid = state["init_process_pid"]

@@ -72,6 +72,10 @@ pub(crate) const CONTAINERS: &[Needed] = &[
         program: "iptables-restore",
         package: "iptables",
     },
+    Needed {
+        program: "nft",
+        package: "nftables",
+    },
 ];
 
 /// Fails unless run by root, whom CRIU and namespaces need.

@@ -8,10 +8,14 @@ use pageferry::tls::TlsArgs;
 use tokio::process::Command;
 
 use crate::commands::{criu, with_tls};
+use crate::hook::quoted;
 use crate::programs::Programs;
 
 /// Where a receiver tells its port, in its images directory.
 pub(super) const RECEIVER_PORT: &str = "receive.port";
+
+/// Where lazy-client records faults, in its images directory.
+pub(super) const TRACE: &str = "faults.trace";
 
 /// A page-server that receives one dump or round into `images`, on top of `parent`.
 pub(super) fn receiver(
@@ -51,7 +55,7 @@ pub(super) fn lazy_client(
         .args(["-o", "lazy.log", "-v3", "--ferry", "--page-server"])
         .args(["--address", &source.0.to_string()])
         .args(["--port", &source.1.to_string()])
-        .args(["--summary-json", "lazy-summary.json"]);
+        .args(["--summary-json", "lazy-summary.json", "--trace", TRACE]);
     if let Some(earlier) = earlier {
         command.args(["--prev-images-dir", earlier]);
     }
@@ -85,9 +89,4 @@ pub(super) fn hook_script(programs: &Programs, dir: &Path) -> String {
         quoted(&programs.pageferry),
         quoted(dir)
     )
-}
-
-/// A path as a shell reads it back.
-fn quoted(path: &Path) -> String {
-    format!("'{}'", path.display().to_string().replace('\'', r"'\''"))
 }

@@ -1,4 +1,4 @@
-//! The agent's HTTP interface; docs/openapi.yaml describes it.
+//! The agent's HTTP interface; docs/openapi.json describes it.
 
 use std::convert::Infallible;
 use std::io::{self, Read};
@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use axum::body::{Body, Bytes};
 use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, State};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::sse::{Event, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
@@ -17,7 +17,7 @@ use pageferry::limits::{
     MIGRATION_IMAGE_FILES_MAX, MIGRATION_IMAGES_BYTES_MAX, MIGRATION_JSON_BYTES_MAX,
 };
 use pageferry::migration::messages::{
-    Begin, HostFacts, MigrationId, Problem, Receiver, RestoreRequest, Status,
+    Begin, Check, HostFacts, MigrationId, Problem, Receiver, RestoreRequest, Status, Wanted,
 };
 use pageferry::migration::{AgentEvent, AgentState};
 use serde::de::DeserializeOwned;
@@ -30,26 +30,40 @@ use super::session::Session;
 use super::sessions::Sessions;
 use crate::facts;
 
+/// What who wants a stream of events accepts.
+const EVENT_STREAM: &str = "text/event-stream";
+
 /// An answer, or why there is none.
 type Answer<T> = Result<Json<T>, Failure>;
 
 /// An error on its way to the caller.
-pub(super) struct Failure(Error);
+pub(super) struct Failure {
+    status: StatusCode,
+    error: String,
+}
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Failure {
-        Failure(error)
+        let status = match error.kind() {
+            Kind::Usage => StatusCode::CONFLICT,
+            Kind::Protocol => StatusCode::BAD_REQUEST,
+            _ => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        let error = error.to_string();
+        Failure { status, error }
+    }
+}
+
+impl Failure {
+    fn unknown(error: String) -> Failure {
+        let status = StatusCode::NOT_FOUND;
+        Failure { status, error }
     }
 }
 
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
-        let status = match self.0.kind() {
-            Kind::Usage => StatusCode::CONFLICT,
-            Kind::Protocol => StatusCode::BAD_REQUEST,
-            _ => StatusCode::INTERNAL_SERVER_ERROR,
-        };
-        let error = self.0.to_string();
+        let Failure { status, error } = self;
         tracing::warn!("a request failed: {error}");
         (status, Json(Problem { error })).into_response()
     }
@@ -59,6 +73,7 @@ impl IntoResponse for Failure {
 pub(super) async fn serve(listener: Listener, sessions: Sessions) -> io::Result<()> {
     let app = Router::new()
         .route("/v1/host", get(host))
+        .route("/v1/check", post(check))
         .route("/v1/migrations", get(list).post(begin))
         .route("/v1/migrations/{id}", get(status))
         .route("/v1/migrations/{id}/events", get(events))
@@ -82,20 +97,17 @@ pub(super) async fn serve(listener: Listener, sessions: Sessions) -> io::Result<
 }
 
 fn parse<T: DeserializeOwned>(body: &Bytes) -> Result<T, Failure> {
-    serde_json::from_slice(body).map_err(|error| {
-        Failure(Error::wrap(
-            Kind::Protocol,
-            "the request is not understood",
-            error,
-        ))
-    })
+    serde_json::from_slice(body)
+        .map_err(|error| Error::wrap(Kind::Protocol, "the request is not understood", error).into())
 }
 
 fn find(sessions: &Sessions, id: &str) -> Result<Arc<Session>, Failure> {
     let id: MigrationId = id
         .parse()
         .map_err(|error| Error::wrap(Kind::Protocol, "the request's path", error))?;
-    let session = sessions.find(&id)?;
+    let session = sessions
+        .find(&id)
+        .ok_or_else(|| Failure::unknown(format!("there is no migration {id} here")))?;
     session.heard();
     Ok(session)
 }
@@ -109,31 +121,60 @@ async fn list(State(sessions): State<Sessions>) -> Json<Vec<Status>> {
     Json(sessions.statuses())
 }
 
+/// Looks at what is to come, and changes nothing.
+async fn check(State(sessions): State<Sessions>, body: Bytes) -> Answer<Check> {
+    let wanted = parse::<Wanted>(&body)?;
+    Ok(Json(sessions.place().check(&wanted).await?))
+}
+
 async fn begin(
     State(sessions): State<Sessions>,
     ConnectInfo(caller): ConnectInfo<Caller>,
     body: Bytes,
 ) -> Answer<Status> {
-    let session = sessions.begin(parse::<Begin>(&body)?, caller.0)?;
+    let begin = parse::<Begin>(&body)?;
+    let wanted = Wanted {
+        container: begin.container.clone(),
+        addresses: begin.addresses.clone(),
+    };
+    let check = sessions.place().check(&wanted).await?;
+    if !check.problems.is_empty() {
+        return Err(Error::new(Kind::Usage, check.problems.join("; ")).into());
+    }
+    let session = sessions.begin(begin, caller.0)?;
     tracing::info!("migration {} begins, from {}", session.id(), caller.0);
     Ok(Json(session.status()))
 }
 
-async fn status(State(sessions): State<Sessions>, Path(id): Path<String>) -> Answer<Status> {
-    Ok(Json(find(&sessions, &id)?.status()))
+/// Where a migration stands: once, or for who accepts a stream of events at each change.
+async fn status(
+    State(sessions): State<Sessions>,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+) -> Result<Response, Failure> {
+    let session = find(&sessions, &id)?;
+    let accepted = headers.get_all(header::ACCEPT).iter();
+    let mut accepted = accepted.filter_map(|value| value.to_str().ok());
+    match accepted.any(|value| value.contains(EVENT_STREAM)) {
+        true => Ok(stream_of(session).into_response()),
+        false => Ok(Json(session.status()).into_response()),
+    }
 }
 
 async fn events(
     State(sessions): State<Sessions>,
     Path(id): Path<String>,
-) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Failure> {
-    let session = find(&sessions, &id)?;
+) -> Result<Response, Failure> {
+    Ok(stream_of(find(&sessions, &id)?).into_response())
+}
+
+fn stream_of(session: Arc<Session>) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
     let changes = WatchStream::new(session.changes());
     let events = changes.map(move |_| {
         let event = Event::default().event("status").json_data(session.status());
         Ok(event.unwrap_or_default())
     });
-    Ok(Sse::new(events))
+    Sse::new(events)
 }
 
 async fn round(
@@ -270,4 +311,31 @@ async fn metrics(State(sessions): State<Sessions>) -> Response {
         text += &format!("pageferry_agent_migrations{{state=\"{name}\"}} {count}\n");
     }
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    /// tests/agent_http.rs asks for all that is documented; here all that there is must be documented.
+    #[test]
+    fn docs_name_each_route() {
+        let document = include_str!("../../../docs/openapi.json");
+        let document: serde_json::Value = serde_json::from_str(document).unwrap();
+        let documented: BTreeSet<&str> = document["paths"]
+            .as_object()
+            .unwrap()
+            .keys()
+            .map(String::as_str)
+            .collect();
+        let code = include_str!("http.rs")
+            .split("#[cfg(test)]")
+            .next()
+            .unwrap();
+        let routes: BTreeSet<&str> = code
+            .split('"')
+            .filter(|text| text.starts_with("/v1/") || *text == "/metrics")
+            .collect();
+        assert_eq!(routes, documented);
+    }
 }

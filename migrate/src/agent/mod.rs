@@ -11,7 +11,9 @@
 //! Invariants: everything is written below the agent's directory; a decision is on disk before anybody
 //! hears of it; an agent that is started again finishes what it finds there.
 
+mod addresses;
 mod commands;
+mod containers;
 mod http;
 mod listen;
 mod place;
@@ -51,6 +53,15 @@ pub(crate) struct Args {
     /// Listen on a network without TLS: whoever reaches the port can run programs as this user
     #[arg(long)]
     insecure: bool,
+
+    /// Containers' bundles are DIR/NAME here; one that has a root file system and no config.json gets the
+    /// source's [default: the directory that the source names]
+    #[arg(long, value_name = "DIR")]
+    bundles: Option<PathBuf>,
+
+    /// Directory of the runtime's state (--root of runc and crun) [default: the runtime's own]
+    #[arg(long, value_name = "DIR")]
+    runtime_root: Option<PathBuf>,
 
     #[command(flatten)]
     tls: TlsArgs,
@@ -94,6 +105,8 @@ async fn serve(args: &Args) -> Result<()> {
         host,
         programs: args.programs.find()?,
         tls: args.tls.clone(),
+        bundles: args.bundles.clone(),
+        runtime_root: args.runtime_root.clone(),
     };
     let sessions = Sessions::open(place)?;
     let listener = Listener::bind(&args.listen, tls.as_ref()).await?;

@@ -15,4 +15,8 @@ pub(super) struct Place {
     pub(super) host: String,
     pub(super) programs: Programs,
     pub(super) tls: TlsArgs,
+    /// Directory of containers' bundles, if they are not where the source's are.
+    pub(super) bundles: Option<PathBuf>,
+    /// The state of container runtimes, if it is not in their own default.
+    pub(super) runtime_root: Option<PathBuf>,
 }

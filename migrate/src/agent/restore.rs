@@ -6,22 +6,31 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pageferry::error::{Error, Kind, Result};
-use pageferry::migration::messages::{RestoreRequest, Status};
+use pageferry::migration::messages::{FaultTimes, RestoreRequest, RuntimeKind, Status};
 use pageferry::migration::{AgentEvent, AgentState};
+use pageferry::observe::trace::TraceReader;
 use pageferry::sys::owned_process::ProcessName;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::sleep;
 
 use super::commands;
-use super::session::{LAZY_PROCESS, READY_LIMIT, Session, keep_logs, round_name};
+use super::session::{FAULTS, LAZY_PROCESS, READY_LIMIT, Session, keep_logs, round_name};
 use crate::child::Program;
 use crate::facts::now_us;
 use crate::hook::{RESTORED, RESUMED, SOCKET};
 use crate::records;
+use crate::runtime::runtime_log;
 
 /// How often a lazy-client that an earlier agent started is looked for.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
+fn restore_title(runtime: RuntimeKind) -> &'static str {
+    match runtime {
+        RuntimeKind::Runc => "runc restore",
+        RuntimeKind::Crun => "crun restore",
+    }
+}
 
 impl Session {
     /// Restores, up to the moment before the first instruction. What comes after that is done by a task.
@@ -63,20 +72,35 @@ impl Session {
                 earlier.as_deref(),
             );
             let log = images.join("lazy.log");
+            let started_us = now_us();
             let mut lazy = Program::start_waiting("lazy-client", &mut command, &log)?;
             records::write(&self.dir.join(LAZY_PROCESS), &lazy.name())?;
             lazy.ready(READY_LIMIT).await?;
-            self.lock().lazy = Some(lazy);
+            let mut inner = self.lock();
+            inner.lazy = Some(lazy);
+            inner.lazy_us = Some(started_us);
         }
-        let mut command = commands::restore(
-            &self.place.programs,
-            &images,
-            &script,
-            request.memory_port.is_some(),
-            self.begin.tcp,
-        );
-        let log = images.join("restore.log");
-        let restore = Program::start("criu restore", &mut command, &log)?;
+        self.bring_addresses_up().await?;
+        let lazily = request.memory_port.is_some();
+        let (title, log, mut command) = match &self.begin.container {
+            Some(container) => (
+                restore_title(container.runtime),
+                runtime_log(&images),
+                self.restore_container(container, lazily)?,
+            ),
+            None => (
+                "criu restore",
+                images.join("restore.log"),
+                commands::restore(
+                    &self.place.programs,
+                    &images,
+                    &script,
+                    lazily,
+                    self.begin.tcp,
+                ),
+            ),
+        };
+        let restore = Program::start(title, &mut command, &log)?;
         self.lock().restore = Some(restore.name());
         tokio::spawn(Session::follow_restore(Arc::clone(self), restore, hooks));
         Ok(())
@@ -112,7 +136,10 @@ impl Session {
                 session.changed.send_modify(|count| *count += 1);
             }
             Err(error) => session.fail(&error.to_string()).await,
-            Ok(()) => session.follow_memory().await,
+            Ok(()) => {
+                session.set_limits().await;
+                session.follow_memory().await;
+            }
         }
     }
 
@@ -148,6 +175,9 @@ impl Session {
             Some(mut lazy) => lazy.succeed().await,
             None => Ok(()),
         };
+        if let Err(error) = self.keep_fault_times() {
+            tracing::warn!("migration {}: {error}", self.begin.id);
+        }
         match ended {
             Ok(()) => self.complete().await,
             Err(error) => {
@@ -156,6 +186,26 @@ impl Session {
                 self.changed.send_modify(|count| *count += 1);
             }
         }
+    }
+
+    /// Writes down when faults were: the trace itself goes with the images.
+    fn keep_fault_times(&self) -> Result<()> {
+        let path = self.images().join(commands::TRACE);
+        let (lazy_us, resumed_us) = {
+            let inner = self.lock();
+            (inner.lazy_us, inner.resumed_us)
+        };
+        let (Some(lazy_us), Some(resumed_us)) = (lazy_us, resumed_us) else {
+            return Ok(());
+        };
+        let mut faults = Vec::new();
+        for record in TraceReader::open(&path)? {
+            let record = record?;
+            // A restore faults as well, before the processes run.
+            let time = (lazy_us + record.time_us).saturating_sub(resumed_us);
+            faults.push((time, u64::from(record.latency_us)));
+        }
+        records::write(&self.dir.join(FAULTS), &FaultTimes::of(&faults))
     }
 
     async fn complete(&self) {

@@ -31,6 +31,9 @@ const BEGIN: &str = "begin.json";
 /// The process that fills memory, as it is kept.
 pub(super) const LAZY_PROCESS: &str = "lazy-client.json";
 
+/// When faults were, as it is kept.
+pub(super) const FAULTS: &str = "faults.json";
+
 /// Directory of the final images.
 const IMAGES: &str = "images";
 
@@ -63,6 +66,8 @@ pub(super) struct Inner {
     pub(super) waiting: Option<UnixStream>,
     /// The whole tree of the restore that has been started.
     pub(super) restore: Option<ProcessName>,
+    /// When lazy-client was started, µs since 1970.
+    pub(super) lazy_us: Option<u64>,
     pub(super) resumed_us: Option<u64>,
     pub(super) complete_us: Option<u64>,
     /// When the source was last heard.
@@ -105,6 +110,7 @@ impl Session {
                 lazy: None,
                 waiting: None,
                 restore: None,
+                lazy_us: None,
                 resumed_us: None,
                 complete_us: None,
                 heard: Instant::now(),
@@ -167,6 +173,7 @@ impl Session {
 
     pub(super) fn status(&self) -> Status {
         let summary = records::read(&self.images().join("lazy-summary.json"));
+        let faults = records::read(&self.dir.join(FAULTS));
         let inner = self.lock();
         Status {
             id: self.begin.id.clone(),
@@ -178,6 +185,10 @@ impl Session {
             complete_us: inner.complete_us,
             lazy_summary: match inner.complete_us {
                 Some(_) => summary.unwrap_or_default(),
+                None => None,
+            },
+            faults: match inner.complete_us {
+                Some(_) => faults.unwrap_or_default(),
                 None => None,
             },
         }
@@ -249,6 +260,7 @@ impl Session {
             // If it is gone, the hook reads the record.
             let _ = waiting.write_all(b"g").await;
         }
+        self.announce_addresses().await;
     }
 
     async fn discard(&self) {
@@ -261,6 +273,8 @@ impl Session {
                 inner.restore.take(),
             )
         };
+        // First: the source puts them back on its own device.
+        self.take_addresses_down().await;
         // The restore hears of it by the end of its hook, and ends what it has made.
         drop(waiting);
         for program in [receiver, lazy].into_iter().flatten() {
@@ -271,6 +285,7 @@ impl Session {
         if let Some(restore) = restore {
             // It may have ended by itself.
             let _ = restore.signal(Signal::SIGTERM as i32);
+            self.forget_container(restore).await;
         }
         end_earlier(&self.dir.join(LAZY_PROCESS));
         for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {

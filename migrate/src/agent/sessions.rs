@@ -71,12 +71,9 @@ impl Sessions {
         Ok(session)
     }
 
-    pub(super) fn find(&self, id: &MigrationId) -> Result<Arc<Session>> {
+    pub(super) fn find(&self, id: &MigrationId) -> Option<Arc<Session>> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known
-            .get(id)
-            .map(Arc::clone)
-            .ok_or_else(|| Error::new(Kind::Usage, format!("there is no migration {id} here")))
+        known.get(id).map(Arc::clone)
     }
 
     pub(super) fn statuses(&self) -> Vec<Status> {

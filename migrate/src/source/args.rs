@@ -6,20 +6,23 @@ use std::time::Duration;
 use clap::ValueEnum;
 use pageferry::engine::io::transport::Peer;
 use pageferry::limits::{MIGRATION_ROUNDS_MAX, TIMEOUT_S_MAX};
-use pageferry::migration::messages::{MigrationId, TcpConnections};
+use pageferry::migration::messages::{
+    ContainerId, MigrationId, RuntimeKind, ServiceAddress, TcpConnections,
+};
 use pageferry::migration::{Limits, Mode, OnMissed};
 use pageferry::tls::TlsArgs;
 use pageferry::units::parse_bytes;
 
+use super::hooks::Hooks;
+use super::probe::Probe;
 use crate::agent::address;
 use crate::programs::ProgramArgs;
 
 /// Moves a running process tree to the host of a `pageferry agent`.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
-    /// Root of the process tree
-    #[arg(long, value_name = "PID", required_unless_present = "resume")]
-    pub(super) pid: Option<i32>,
+    #[command(flatten)]
+    pub(super) subject: Subject,
 
     #[command(flatten)]
     pub(super) target: Target,
@@ -51,6 +54,32 @@ pub(crate) struct Args {
     #[arg(long, value_enum)]
     pub(super) tcp: Option<TcpArg>,
 
+    /// An address that moves with the processes: off DEV here and onto DEV (or THERE) at the destination, which
+    /// announces it. May be given several times
+    #[arg(long, value_name = "CIDR@DEV[:THERE]", value_parser = service_address)]
+    pub(super) address: Vec<AddressArg>,
+
+    /// Ask the service until it answers, and report when that was: a shell's command that succeeds then, or a TCP
+    /// port that takes a connection
+    #[arg(long, value_name = "COMMAND|tcp:PORT")]
+    pub(super) probe: Option<Probe>,
+
+    /// Run by a shell before the freeze; if it fails, the processes stay here
+    #[arg(long, value_name = "COMMAND")]
+    pub(super) pre_freeze: Option<String>,
+
+    /// Run by a shell once the processes run at the destination
+    #[arg(long, value_name = "COMMAND")]
+    pub(super) post_resume: Option<String>,
+
+    /// Run by a shell when the migration was given up and the processes run here
+    #[arg(long, value_name = "COMMAND")]
+    pub(super) on_failure: Option<String>,
+
+    /// How long each of these commands may take
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
+    pub(super) hook_limit: Duration,
+
     /// Bytes a second that rounds read from the running processes (K, M, G)
     #[arg(long, value_name = "RATE", default_value = "400M", value_parser = parse_bytes)]
     pub(super) round_rate: u64,
@@ -64,13 +93,54 @@ pub(crate) struct Args {
     pub(super) id: Option<MigrationId>,
 
     /// Finish the migration of this name, whose command died
-    #[arg(long, value_name = "NAME", conflicts_with_all = ["pid", "id", "mode", "report"])]
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["pid", "container", "id", "mode", "report"])]
     pub(super) resume: Option<MigrationId>,
 
     /// The address at which the destination fetches memory from this host [default: all addresses with
     /// TLS, loopback without]
     #[arg(long, value_name = "ADDR")]
     pub(super) serve_on: Option<String>,
+}
+
+/// What is moved.
+#[derive(clap::Args, Debug)]
+pub(super) struct Subject {
+    /// Root of the process tree
+    #[arg(long, value_name = "PID", conflicts_with = "container")]
+    pub(super) pid: Option<i32>,
+
+    /// Name of the container, instead of --pid
+    #[arg(long, value_name = "NAME")]
+    pub(super) container: Option<ContainerId>,
+
+    /// The container's runtime, on PATH of both hosts
+    #[arg(long, value_enum, default_value_t = RuntimeArg::Runc)]
+    pub(super) runtime: RuntimeArg,
+
+    /// Directory of the runtime's state here (--root of runc and crun) [default: the runtime's own]
+    #[arg(long, value_name = "DIR", requires = "container")]
+    pub(super) runtime_root: Option<PathBuf>,
+
+    /// The container's bundle at the destination [default: the agent's --bundles, else the path that it
+    /// has here]
+    #[arg(long, value_name = "DIR", requires = "container")]
+    pub(super) bundle: Option<PathBuf>,
+}
+
+/// Values of `--runtime`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(super) enum RuntimeArg {
+    Runc,
+    Crun,
+}
+
+impl RuntimeArg {
+    pub(super) fn kind(self) -> RuntimeKind {
+        match self {
+            RuntimeArg::Runc => RuntimeKind::Runc,
+            RuntimeArg::Crun => RuntimeKind::Crun,
+        }
+    }
 }
 
 /// Where to, and with what.
@@ -153,6 +223,16 @@ impl Args {
         }
     }
 
+    /// The user's commands.
+    pub(super) fn hooks(&self) -> Hooks {
+        Hooks {
+            pre_freeze: self.pre_freeze.clone(),
+            post_resume: self.post_resume.clone(),
+            on_failure: self.on_failure.clone(),
+            limit_ms: u64::try_from(self.hook_limit.as_millis()).unwrap_or(u64::MAX),
+        }
+    }
+
     /// What becomes of connections.
     pub(super) fn tcp(&self) -> TcpConnections {
         match self.tcp {
@@ -161,6 +241,36 @@ impl Args {
             Some(TcpArg::Close) => TcpConnections::Close,
         }
     }
+}
+
+/// An address and its devices on both hosts.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct AddressArg {
+    pub(super) here: ServiceAddress,
+    pub(super) there: ServiceAddress,
+}
+
+/// `10.0.0.5/24@eth0`, `fd00::5/64@eth0:eth1`.
+fn service_address(text: &str) -> Result<AddressArg, String> {
+    let wrong = || format!("{text:?} is no address with a device, as 10.0.0.5/24@eth0");
+    let (cidr, devices) = text.split_once('@').ok_or_else(wrong)?;
+    let (address, prefix) = cidr.split_once('/').ok_or_else(wrong)?;
+    let (here, there) = devices.split_once(':').unwrap_or((devices, devices));
+    let on = |device: &str| {
+        let service = ServiceAddress {
+            address: address.parse().map_err(|_| wrong())?,
+            prefix: prefix.parse().map_err(|_| wrong())?,
+            device: device.to_owned(),
+        };
+        match service.is_possible() {
+            true => Ok(service),
+            false => Err(wrong()),
+        }
+    };
+    Ok(AddressArg {
+        here: on(here)?,
+        there: on(there)?,
+    })
 }
 
 /// A time with its unit: 300ms, 1.5s, 10m, 1h.
@@ -189,6 +299,30 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn addresses_have_devices_on_both_hosts() {
+        let of = |text| service_address(text).unwrap();
+        let same = of("10.0.0.5/24@eth0");
+        assert_eq!(
+            (&same.here, same.here.cidr()),
+            (&same.there, "10.0.0.5/24".to_owned())
+        );
+        let other = of("fd00::5/64@eth0:br-lan");
+        assert_eq!(
+            (&*other.here.device, &*other.there.device),
+            ("eth0", "br-lan")
+        );
+        for bad in [
+            "10.0.0.5@eth0",
+            "10.0.0.5/24",
+            "10.0.0.5/33@eth0",
+            "x/24@eth0",
+            "10.0.0.5/24@",
+        ] {
+            assert!(service_address(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn times_have_units() {

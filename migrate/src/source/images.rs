@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 
 use pageferry::error::{Error, Result};
 
+/// What runc and crun note of a container's standard streams beside the images.
+const DESCRIPTORS: &str = "descriptors.json";
+
 /// Writes the image files of `dir`, but for those in `sent`, as a tar stream, and tells their bytes.
 pub(super) fn pack(dir: &Path, sent: &BTreeSet<OsString>, out: impl io::Write) -> Result<u64> {
     let failed = |path: &Path, error| Error::file("send", path, error);
@@ -18,7 +21,7 @@ pub(super) fn pack(dir: &Path, sent: &BTreeSet<OsString>, out: impl io::Write) -
     paths.sort();
     for path in paths {
         let is_image = path.extension().is_some_and(|extension| extension == "img");
-        let wanted = |name: &&OsStr| is_image && !sent.contains(*name);
+        let wanted = |name: &&OsStr| (is_image || *name == DESCRIPTORS) && !sent.contains(*name);
         let Some(name) = path.file_name().filter(wanted) else {
             continue;
         };

@@ -11,13 +11,19 @@
 
 mod args;
 mod commands;
+mod container;
 mod flow;
 pub(crate) mod guard;
+mod hooks;
 mod images;
+mod moved_addresses;
+mod network;
 mod place;
 pub(crate) mod plan;
 mod preflight;
-mod report;
+mod probe;
+mod progress;
+pub(crate) mod report;
 mod shared;
 mod survey;
 
@@ -31,8 +37,9 @@ use tokio::time::Instant;
 
 pub(crate) use args::Args;
 use flow::Flow;
+use moved_addresses::MovedAddresses;
 use place::{Facts, Place};
-use report::Report;
+use report::{HostReport, Report};
 use survey::Survey;
 
 use crate::rounds::Size;
@@ -53,10 +60,8 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 
 async fn migrate(args: &Args) -> Result<()> {
     let started = Instant::now();
-    let root = args
-        .pid
-        .ok_or_else(|| Error::new(Kind::Usage, "--pid is missing"))?;
-    let survey = Survey::take(root, &args.target).await?;
+    let survey = Survey::take(&args.subject, &args.address, &args.target).await?;
+    let root = survey.root();
     let memory_bytes = survey.size.bytes();
     let mode = args.mode.chosen().unwrap_or_else(|| recommend(survey.size));
     survey.expect_no_problem(mode.is_lazy())?;
@@ -68,11 +73,14 @@ async fn migrate(args: &Args) -> Result<()> {
         there,
         page,
         size,
+        found,
+        ..
     } = survey;
     let id = match &args.id {
         Some(id) => id.clone(),
         None => made_up()?,
     };
+    let addresses = MovedAddresses::find(&args.address).await?;
     let members = tree.members().iter();
     let stopped = |pid| ProcessStat::of(pid).is_ok_and(|stat| stat.state == 'T');
     let facts = Facts {
@@ -87,6 +95,11 @@ async fn migrate(args: &Args) -> Result<()> {
         dump_port: None,
         forwarder: None,
         round_forwarder: None,
+        container: found.as_ref().map(|found| found.held.clone()),
+        tcp: args.tcp(),
+        connections: Vec::new(),
+        addresses,
+        hooks: args.hooks(),
     };
     let place = Place::make(&args.target.state_dir, facts, client.clone())?;
     let guard = guard::start(args, &programs, &place)?;
@@ -95,10 +108,12 @@ async fn migrate(args: &Args) -> Result<()> {
         mode: mode.name().to_owned(),
         result: String::new(),
         problem: None,
+        warnings: Vec::new(),
         processes: tree.members().len(),
         memory_bytes,
         preparation_ms: 0.0,
         downtime_ms: None,
+        resume_ms: None,
         predicted_downtime_ms: None,
         complete_ms: None,
         total_ms: 0.0,
@@ -107,15 +122,9 @@ async fn migrate(args: &Args) -> Result<()> {
         bytes_by_kind: Default::default(),
         faults: Default::default(),
         phases_ms: Default::default(),
-        source_criu: here
-            .criu
-            .map(|version| version.to_string())
-            .unwrap_or_default(),
-        destination_criu: there
-            .criu
-            .map(|version| version.to_string())
-            .unwrap_or_default(),
-        kernel: here.kernel,
+        timeline: Vec::new(),
+        source: HostReport::from(&here),
+        destination: HostReport::from(&there),
     };
     let wire = here.criu.unwrap_or_default().wire();
     let mut flow = Flow::new(
@@ -124,7 +133,7 @@ async fn migrate(args: &Args) -> Result<()> {
         client,
         place,
         (page, wire),
-        (report, size),
+        (report, size, found.map(|found| found.container)),
         started,
     );
     let ended = flow.run().await;

@@ -12,20 +12,26 @@ use std::io::{self, Write};
 use std::net::{Ipv4Addr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use pageferry::criu::header::GIVE_UP;
 use pageferry::error::{Error, Kind, Result};
-use pageferry::migration::messages::{MigrationId, Status};
+use pageferry::migration::messages::{MigrationId, Status, TcpConnections};
 use pageferry::migration::{Mode, SourceAction, SourceEvent, SourceRecord};
 use pageferry::sys::owned_process::{ProcessName, ProcessStat};
 use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 use tokio::time::{Instant, sleep};
 
+use super::container::Held;
+use super::hooks::{Hooks, Point};
+use super::moved_addresses::MovedAddresses;
+use super::network::{self, Connection};
 use crate::client::AgentClient;
 use crate::records;
+use crate::runtime::stand_in::CRIU_PROCESS;
 
 /// How often the end of a process that is no child is looked for.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
@@ -53,6 +59,21 @@ pub(super) struct Facts {
     pub(super) forwarder: Option<ProcessName>,
     /// The page-server that rounds went through, if the dump's memory takes another way.
     pub(super) round_forwarder: Option<ProcessName>,
+    /// The container that the tree is, if it is one.
+    #[serde(default)]
+    pub(super) container: Option<Held>,
+    /// What becomes of established connections.
+    #[serde(default)]
+    pub(super) tcp: TcpConnections,
+    /// Established connections, as they were when the tree was frozen; looked for if they are to move.
+    #[serde(default)]
+    pub(super) connections: Vec<Connection>,
+    /// Addresses that move along.
+    #[serde(default)]
+    pub(super) addresses: MovedAddresses,
+    /// The user's commands.
+    #[serde(default)]
+    pub(super) hooks: Hooks,
 }
 
 /// See the module's text.
@@ -61,6 +82,10 @@ pub(super) struct Place {
     dir: PathBuf,
     pub(super) facts: Facts,
     client: AgentClient,
+    /// What hooks are told besides, by name.
+    notes: Vec<(&'static str, String)>,
+    /// What went wrong beside the migration.
+    warnings: Mutex<Vec<String>>,
 }
 
 impl Place {
@@ -73,7 +98,13 @@ impl Place {
         // Memory of processes may lie here: it is for their owner alone.
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))
             .map_err(|error| Error::file("protect", &dir, error))?;
-        let place = Place { dir, facts, client };
+        let place = Place {
+            dir,
+            facts,
+            client,
+            notes: Vec::new(),
+            warnings: Mutex::default(),
+        };
         let images = place.images();
         fs::create_dir(&images)
             .map_err(|error| Error::file("make the directory", &images, error))?;
@@ -91,6 +122,8 @@ impl Place {
             dir: dir.to_owned(),
             facts,
             client,
+            notes: Vec::new(),
+            warnings: Mutex::default(),
         })
     }
 
@@ -117,6 +150,44 @@ impl Place {
         records::read(&self.dir.join("record.json"))
     }
 
+    /// Tells hooks that come later something more.
+    pub(super) fn note(&mut self, name: &'static str, value: String) {
+        self.notes.push((name, value));
+    }
+
+    /// What went wrong beside the migration, so far.
+    pub(super) fn take_warnings(&self) -> Vec<String> {
+        let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut *warnings)
+    }
+
+    /// Runs the user's command for a point of the migration.
+    pub(super) async fn run_hook(&self, point: Point) -> Result<()> {
+        let root = self.facts.tree.first().map_or(0, |root| root.pid);
+        let container = self.facts.container.as_ref();
+        let mut facts = vec![
+            ("ID", self.facts.id.to_string()),
+            ("MODE", self.facts.mode.name().to_owned()),
+            ("PID", root.to_string()),
+            (
+                "CONTAINER",
+                container.map_or(String::new(), |held| held.id.to_string()),
+            ),
+            ("DESTINATION", self.client.peer().to_string()),
+        ];
+        facts.extend(self.notes.iter().cloned());
+        self.facts.hooks.run(point, &self.dir, &facts).await
+    }
+
+    /// The same where its failure changes nothing any more.
+    async fn run_late_hook(&self, point: Point) {
+        if let Err(error) = self.run_hook(point).await {
+            tracing::error!("{error}");
+            let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
+            warnings.push(error.to_string());
+        }
+    }
+
     /// Carries out one action and tells what came of it.
     pub(super) async fn carry_out(&self, action: SourceAction) -> Result<Option<SourceEvent>> {
         match action {
@@ -140,9 +211,14 @@ impl Place {
             }
             SourceAction::Release => {
                 self.release().await?;
+                if self.facts.addresses.taken {
+                    self.facts.addresses.give_back().await;
+                }
+                self.run_late_hook(Point::OnFailure).await;
                 Ok(None)
             }
             SourceAction::EndProcesses => {
+                self.run_late_hook(Point::PostResume).await;
                 self.end_processes().await;
                 Ok(None)
             }
@@ -156,6 +232,9 @@ impl Place {
     /// Gives each frozen thread a SIGSTOP that it takes before its next instruction here, if a dump that
     /// fails should let it go. A SIGCONT takes it away again.
     fn fence(&self) {
+        if self.facts.tcp == TcpConnections::Established {
+            network::silence(&self.facts.tree);
+        }
         for process in &self.facts.tree {
             if let Err(error) = process.signal_threads(Signal::SIGSTOP as i32) {
                 tracing::debug!("pid {} is not held: {error}", process.pid);
@@ -165,9 +244,14 @@ impl Place {
 
     /// Lets the processes go on here.
     async fn release(&self) -> Result<()> {
+        // Before the processes run: in repair mode a socket refuses data. A dump that has its images needs
+        // the locks no more, and one that is not so far sees to them itself.
+        self.unlock_network();
         // Without its page server, or the client of it, a dump fails and lets its processes go.
         self.end_forwarders();
-        if let Some(dump) = &self.facts.dump {
+        // A runtime that was killed leaves the CRIU that it had started.
+        let criu = records::read::<ProcessName>(&self.dir.join(CRIU_PROCESS))?;
+        for dump in [self.facts.dump, criu].into_iter().flatten() {
             let start = Instant::now();
             while dump.is_alive() {
                 if start.elapsed() > RELEASE_LIMIT {
@@ -184,6 +268,7 @@ impl Place {
                 sleep(LOOK_AGAIN).await;
             }
         }
+        self.unlock_network();
         for process in &self.facts.tree {
             let was_stopped = self.facts.stopped.contains(process);
             let is_stopped = ProcessStat::of(process.pid).is_ok_and(|stat| stat.state == 'T');
@@ -193,6 +278,12 @@ impl Place {
         }
         self.remove_images();
         Ok(())
+    }
+
+    fn unlock_network(&self) {
+        if self.facts.dump.is_some() {
+            network::unlock(&self.facts.tree, &self.facts.connections);
+        }
     }
 
     /// Ends what is left here once the processes live at the destination.
@@ -214,6 +305,23 @@ impl Place {
         }
         self.end_forwarders();
         self.remove_images();
+        if self.facts.addresses.taken {
+            network::forget(&self.facts.connections);
+        } else if !self.facts.connections.is_empty() {
+            // Without them this host would answer the clients by a reset until the address is elsewhere.
+            tracing::warn!(
+                "CRIU's rules that drop the packets of {} connections stay in the firewall",
+                self.facts.connections.len()
+            );
+        }
+        if let Some(held) = &self.facts.container
+            && let Err(error) = held.runtime.delete(&held.id).await
+        {
+            tracing::error!(
+                "container {} lives at the destination, and its runtime here does not forget it: {error}",
+                held.id
+            );
+        }
     }
 
     fn end_forwarders(&self) {

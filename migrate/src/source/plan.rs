@@ -6,7 +6,7 @@ use std::time::Duration;
 use pageferry::migration::{Costs, Mode, predict_downtime};
 use serde::Serialize;
 
-use super::args::{Target, duration};
+use super::args::{Subject, Target, duration};
 use super::survey::Survey;
 use crate::rounds;
 
@@ -16,9 +16,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     target: Target,
 
-    /// Root of the process tree
-    #[arg(long, value_name = "PID")]
-    pid: i32,
+    #[command(flatten)]
+    subject: Subject,
 
     /// Between two looks at the memory, which tell how much of it changes
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = duration)]
@@ -58,7 +57,7 @@ const CLOSE: f64 = 1.5;
 /// Prints the plan. Fails if the tree cannot be moved.
 pub(crate) fn run(args: &Args) -> ExitCode {
     crate::run_to_end(async {
-        let survey = Survey::take(args.pid, &args.target).await?;
+        let survey = Survey::take(&args.subject, &[], &args.target).await?;
         let dirtied = rounds::watch_changes(&survey.tree, survey.page, args.watch)?;
         let costs = Costs::default();
         let modes: Vec<Prediction> = MODES
@@ -67,7 +66,7 @@ pub(crate) fn run(args: &Args) -> ExitCode {
             .collect();
         let problems = survey.problems(true);
         let plan = Plan {
-            pid: args.pid,
+            pid: survey.root(),
             processes: survey.tree.members().len(),
             private_bytes: survey.size.private_bytes,
             shared_bytes: survey.size.shared_bytes,

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::RoundResult;
-use pageferry::migration::messages::MigrationId;
+use pageferry::migration::messages::{FaultTimes, HostFacts, MigrationId};
 use serde::{Deserialize, Serialize};
 use tokio::time::sleep;
 
@@ -18,11 +18,58 @@ const SUMMARY_LIMIT: Duration = Duration::from_secs(10);
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
 /// Faults at the destination, as lazy-client saw them.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Faults {
     pub(crate) count: u64,
     pub(crate) p50_us: u64,
     pub(crate) p99_us: u64,
+    /// Waiting of all threads, summed.
+    pub(crate) blocked_ms: f64,
+    /// When they were, in parts of equal length; empty if there were none.
+    #[serde(default)]
+    pub(crate) times: Vec<FaultBin>,
+}
+
+/// Faults in a part of the time.
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct FaultBin {
+    pub(crate) start_ms: f64,
+    pub(crate) end_ms: f64,
+    pub(crate) count: u64,
+    pub(crate) waited_ms: f64,
+}
+
+/// Something that took time, from the start of the command.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Span {
+    /// `rounds`, `freeze` or `memory`.
+    pub(crate) row: String,
+    pub(crate) name: String,
+    pub(crate) start_ms: f64,
+    pub(crate) end_ms: f64,
+}
+
+/// One of the two hosts.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct HostReport {
+    pub(crate) pageferry: String,
+    pub(crate) criu: String,
+    pub(crate) kernel: String,
+    pub(crate) machine: String,
+    pub(crate) available_bytes: u64,
+}
+
+impl From<&HostFacts> for HostReport {
+    fn from(facts: &HostFacts) -> HostReport {
+        let criu = facts.criu.map(|version| version.to_string());
+        HostReport {
+            pageferry: facts.pageferry.clone(),
+            criu: criu.unwrap_or_default(),
+            kernel: facts.kernel.clone(),
+            machine: facts.machine.clone(),
+            available_bytes: facts.available_bytes,
+        }
+    }
 }
 
 /// See the module's text. Times are milliseconds.
@@ -34,10 +81,14 @@ pub(crate) struct Report {
     pub(crate) result: String,
     /// Why it was rolled back.
     pub(crate) problem: Option<String>,
+    /// What went wrong beside the migration: hooks.
+    pub(crate) warnings: Vec<String>,
     pub(crate) processes: usize,
     pub(crate) memory_bytes: u64,
     pub(crate) preparation_ms: f64,
     pub(crate) downtime_ms: Option<f64>,
+    /// From the freeze to the first answer to `--probe`.
+    pub(crate) resume_ms: Option<f64>,
     pub(crate) predicted_downtime_ms: Option<f64>,
     pub(crate) complete_ms: Option<f64>,
     pub(crate) total_ms: f64,
@@ -47,9 +98,10 @@ pub(crate) struct Report {
     pub(crate) faults: Faults,
     /// Parts of the downtime.
     pub(crate) phases_ms: std::collections::BTreeMap<String, f64>,
-    pub(crate) source_criu: String,
-    pub(crate) destination_criu: String,
-    pub(crate) kernel: String,
+    /// All of it on one line of time.
+    pub(crate) timeline: Vec<Span>,
+    pub(crate) source: HostReport,
+    pub(crate) destination: HostReport,
 }
 
 impl Report {
@@ -72,11 +124,42 @@ impl Report {
     pub(crate) fn add_lazy_summary(&mut self, summary: &serde_json::Value) {
         let latency = &summary["fault_latency"];
         let number = |name: &str| latency[name].as_u64().unwrap_or_default();
-        self.faults = Faults {
-            count: number("count"),
-            p50_us: number("p50_us"),
-            p99_us: number("p99_us"),
-        };
+        self.faults.count = number("count");
+        self.faults.p50_us = number("p50_us");
+        self.faults.p99_us = number("p99_us");
+    }
+
+    /// Takes the times of faults, which the agent tells from the moment at which the processes ran.
+    pub(crate) fn add_fault_times(&mut self, times: &FaultTimes) {
+        #[allow(clippy::cast_precision_loss)]
+        let ms = |us: u64| us as f64 / 1e3;
+        let resumed = self.preparation_ms + self.downtime_ms.unwrap_or_default();
+        self.faults.blocked_ms = ms(times.blocked_us);
+        let bins = times.parts.iter().zip(0_u64..);
+        self.faults.times = bins
+            .map(|(part, index)| FaultBin {
+                start_ms: resumed + ms(index * times.part_us),
+                end_ms: resumed + ms((index + 1) * times.part_us),
+                count: part.count,
+                waited_ms: ms(part.waited_us),
+            })
+            .collect();
+    }
+
+    /// Notes something that took time.
+    pub(crate) fn add_span(
+        &mut self,
+        row: &str,
+        name: impl Into<String>,
+        start_ms: f64,
+        end_ms: f64,
+    ) {
+        self.timeline.push(Span {
+            row: row.to_owned(),
+            name: name.into(),
+            start_ms,
+            end_ms,
+        });
     }
 
     /// Prints the table.
@@ -88,6 +171,9 @@ impl Report {
         line("result", self.result.clone());
         if let Some(problem) = &self.problem {
             line("problem", problem.clone());
+        }
+        for warning in &self.warnings {
+            line("warning", warning.clone());
         }
         let mib = self.memory_bytes >> 20;
         line(
@@ -111,6 +197,9 @@ impl Report {
         if let Some(predicted) = self.predicted_downtime_ms {
             line("  predicted", ms(predicted));
         }
+        if let Some(resume) = self.resume_ms {
+            line("first answer", ms(resume));
+        }
         if let Some(complete) = self.complete_ms {
             line("memory complete", ms(complete));
         }
@@ -121,10 +210,14 @@ impl Report {
                 count,
                 p50_us,
                 p99_us,
+                blocked_ms,
+                ..
             } = self.faults;
             line(
                 "faults",
-                format!("{count}, p50 {p50_us} µs, p99 {p99_us} µs"),
+                format!(
+                    "{count}, p50 {p50_us} µs, p99 {p99_us} µs, {blocked_ms:.0} ms of waiting in all"
+                ),
             );
         }
     }
@@ -150,5 +243,74 @@ pub(crate) async fn session(path: &Path, number: usize) -> Result<serde_json::Va
             return Err(Error::new(Kind::Io, text));
         }
         sleep(LOOK_AGAIN).await;
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::collections::BTreeSet;
+
+    use serde_json::json;
+
+    use super::*;
+
+    /// A report with something in each field.
+    pub(crate) fn sample() -> Report {
+        let host = json!({"pageferry": "0", "criu": "4.2.1", "kernel": "6", "machine": "x86_64",
+            "available_bytes": 1});
+        let span = |row, name, start, end| json!({"row": row, "name": name, "start_ms": start, "end_ms": end});
+        let sample = json!({
+            "id": "a", "mode": "hybrid", "result": "moved", "problem": null, "warnings": ["w"],
+            "processes": 2, "memory_bytes": 1 << 30, "preparation_ms": 3000.0, "downtime_ms": 200.0,
+            "resume_ms": 230.0, "predicted_downtime_ms": 210.0, "complete_ms": 4000.0, "total_ms": 4100.0,
+            "rounds": [{"pages": 1, "bytes": 2, "ms": 3}], "wire_bytes": 5, "bytes_by_kind": {"zero": 1},
+            "faults": {"count": 3, "p50_us": 1, "p99_us": 2, "blocked_ms": 1.5,
+                "times": [{"start_ms": 3200.0, "end_ms": 3300.0, "count": 3, "waited_ms": 1.5}]},
+            "phases_ms": {"dump": 100.0},
+            "timeline": [span("rounds", "round 1", 100.0, 2500.0), span("freeze", "dump", 3000.0, 3100.0),
+                span("freeze", "<restore>", 3100.0, 3200.0), span("memory", "memory follows", 3200.0, 4000.0)],
+            "source": host, "destination": host,
+        });
+        serde_json::from_value(sample).unwrap()
+    }
+
+    /// What stands in code spans of the documented table, and the names of the fields.
+    #[test]
+    fn docs_define_each_figure_and_no_other() {
+        let docs = include_str!("../../../docs/migration.md");
+        let section = docs.split("## What a report says").nth(1).unwrap();
+        let table = section.split("\n## ").next().unwrap();
+        let rows = table.lines().filter(|line| line.starts_with("| `"));
+        let spans = |text: &str| -> Vec<String> {
+            text.split('`')
+                .skip(1)
+                .step_by(2)
+                .map(str::to_owned)
+                .collect()
+        };
+        let rows: Vec<(Vec<String>, String)> = rows
+            .map(|line| (spans(line.split('|').nth(1).unwrap()), line.to_owned()))
+            .collect();
+        let documented: BTreeSet<String> =
+            rows.iter().flat_map(|(names, _)| names.clone()).collect();
+        let report = serde_json::to_value(sample()).unwrap();
+        let fields: BTreeSet<String> = report.as_object().unwrap().keys().cloned().collect();
+        assert_eq!(documented, fields);
+        let inner = [
+            ("rounds", &report["rounds"][0]),
+            ("faults", &report["faults"]),
+            ("faults", &report["faults"]["times"][0]),
+            ("timeline", &report["timeline"][0]),
+            ("source", &report["source"]),
+        ];
+        for (field, value) in inner {
+            let (_, line) = rows
+                .iter()
+                .find(|(names, _)| names.contains(&field.to_owned()))
+                .unwrap();
+            for name in value.as_object().unwrap().keys() {
+                assert!(line.contains(&format!("`{name}`")), "{name} of {field}");
+            }
+        }
     }
 }

@@ -3,38 +3,81 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::net::Ipv4Addr;
+use std::time::Duration;
 
 use axum::body::Body;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::AgentState;
-use pageferry::migration::messages::{RestoreRequest, Status};
+use pageferry::migration::messages::{RestoreRequest, Status, TcpConnections};
+use tokio::net::unix::pipe;
 use tokio_util::io::{ReaderStream, SyncIoBridge};
 
 use super::{Flow, READY_LIMIT, blocking};
 use crate::child::Program;
+use crate::runtime::runtime_log;
 use crate::source::commands::{self, Pages, free_port};
 use crate::source::images::pack;
+use crate::source::network;
 use crate::source::shared;
 
 /// Buffered between the reading of image files and the connection, bytes.
 const IMAGES_BUFFER_BYTES: usize = 256 << 10;
 
+/// A dump that was started.
+struct Dump {
+    program: Program,
+    /// Where it says that it serves memory, if not where the programs of this project do.
+    status: Option<pipe::Receiver>,
+}
+
+impl Dump {
+    /// Waits until a lazy dump serves memory.
+    async fn ready(&mut self, limit: Duration) -> Result<()> {
+        match self.status.take() {
+            Some(status) => self.program.ready_by(status, limit).await,
+            None => self.program.ready(limit).await,
+        }
+    }
+}
+
 impl Flow<'_> {
+    /// Starts the dump: a container's runtime does it, or CRIU.
+    fn start_dump(&mut self, pages: Pages) -> Result<Dump> {
+        let (images, tcp) = (self.place.images(), self.args.tcp());
+        let log = images.join("dump.log");
+        let dump = match &self.place.facts.container {
+            Some(held) => {
+                let dir = self.place.dir();
+                let (mut command, status) =
+                    held.checkpoint(&self.programs, dir, &images, pages, tcp)?;
+                Dump {
+                    program: Program::start(held.title(), &mut command, &runtime_log(&images))?,
+                    status,
+                }
+            }
+            None => {
+                let mut command = commands::dump(&self.programs, self.root(), &images, pages, tcp);
+                let program = match pages {
+                    Pages::SentTo(_) => Program::start("criu dump", &mut command, &log)?,
+                    Pages::ServedAt(_) => Program::start_waiting("criu dump", &mut command, &log)?,
+                };
+                Dump {
+                    program,
+                    status: None,
+                }
+            }
+        };
+        self.place.facts.dump = Some(dump.program.name());
+        self.place.keep_facts()?;
+        Ok(dump)
+    }
+
     /// Freezes for good: all pages go to the destination before the restore.
     pub(super) async fn dump_whole(&mut self) -> Result<()> {
         let port = self.forwarder_address()?.port();
-        let images = self.place.images();
-        let mut command = commands::dump(
-            &self.programs,
-            self.root(),
-            &images,
-            Pages::SentTo(port),
-            self.args.tcp(),
-        );
-        let mut dump = Program::start("criu dump", &mut command, &images.join("dump.log"))?;
-        self.place.facts.dump = Some(dump.name());
-        self.place.keep_facts()?;
-        dump.succeed().await?;
+        let mut dump = self.start_dump(Pages::SentTo(port))?;
+        dump.program.succeed().await?;
+        self.note_connections()?;
         self.phase("dump");
         self.stored("/pages").await?;
         self.send_images(BTreeSet::new()).await?;
@@ -45,22 +88,16 @@ impl Flow<'_> {
     pub(super) async fn dump_lazily(&mut self, sends_shared: bool) -> Result<()> {
         let images = self.place.images();
         let port = free_port()?;
-        let mut command = commands::dump(
-            &self.programs,
-            self.root(),
-            &images,
-            Pages::ServedAt(port),
-            self.args.tcp(),
-        );
-        let log = images.join("dump.log");
         self.place.facts.dump_port = Some(port);
-        let mut dump = Program::start_waiting("criu dump", &mut command, &log)?;
-        self.place.facts.dump = Some(dump.name());
-        self.place.keep_facts()?;
+        let mut dump = self.start_dump(Pages::ServedAt(port))?;
         dump.ready(self.args.timeout).await?;
+        self.note_connections()?;
+        if self.place.facts.tcp == TcpConnections::Established {
+            network::relax(&self.place.facts.tree);
+        }
         self.place.facts.round_forwarder = self.place.facts.forwarder.take();
         self.place.keep_facts()?;
-        self.running.push(dump);
+        self.running.push(dump.program);
         self.phase("dump");
         let dir = self.place.dir().to_owned();
         let sent = match sends_shared {
@@ -132,7 +169,31 @@ impl Flow<'_> {
         Ok(())
     }
 
+    /// Notes the connections of the frozen tree.
+    fn note_connections(&mut self) -> Result<()> {
+        let facts = &mut self.place.facts;
+        if facts.tcp != TcpConnections::Established {
+            return Ok(());
+        }
+        facts.connections = network::connections(&facts.tree).into_iter().collect();
+        self.place.keep_facts()
+    }
+
+    /// Takes the addresses off this host, if some move along: the destination needs them for its restore.
+    async fn take_addresses(&mut self) -> Result<()> {
+        let facts = &mut self.place.facts;
+        let taken = !facts.addresses.is_empty();
+        facts.addresses.taken = taken;
+        if taken {
+            self.place.keep_facts()?;
+            self.place.facts.addresses.take().await?;
+            self.phase("address");
+        }
+        Ok(())
+    }
+
     async fn restore(&mut self, memory_port: Option<u16>) -> Result<()> {
+        self.take_addresses().await?;
         let request = RestoreRequest { memory_port };
         let path = self.place.path("/restore");
         let status: Status = self.client.post(&path, &request).await?;

@@ -16,7 +16,7 @@ use std::time::Duration;
 use pageferry::criu::header::Wire;
 use pageferry::engine::io::transport::Peer;
 use pageferry::error::{Error, Kind, Result};
-use pageferry::migration::messages::{Begin, Receiver, Status};
+use pageferry::migration::messages::{Begin, Container, Receiver, Status};
 use pageferry::migration::{
     AgentState, Convergence, Costs, Mode, Source, SourceAction, SourceEvent, SourceState,
     predict_downtime,
@@ -27,7 +27,9 @@ use tokio::time::{Instant, timeout_at};
 
 use super::args::Args;
 use super::commands::{self, PORT_FILE, SUMMARY};
+use super::hooks::Point;
 use super::place::{Place, read_number};
+use super::progress::Progress;
 use super::report::{Report, session};
 use crate::child::Program;
 use crate::client::AgentClient;
@@ -55,6 +57,9 @@ pub(super) struct Flow<'a> {
     convergence: Convergence,
     report: Report,
     size: Size,
+    /// What the destination is told of the container that the tree is.
+    container: Option<Container>,
+    progress: Progress,
     started: Instant,
     frozen: Option<Instant>,
     /// Sessions of the forwarder that runs, so far.
@@ -70,7 +75,7 @@ impl<'a> Flow<'a> {
         client: AgentClient,
         place: Place,
         (page, wire): (PageSize, Wire),
-        (report, size): (Report, Size),
+        (report, size, container): (Report, Size, Option<Container>),
         started: Instant,
     ) -> Flow<'a> {
         Flow {
@@ -86,6 +91,8 @@ impl<'a> Flow<'a> {
             convergence: Convergence::default(),
             report,
             size,
+            container,
+            progress: Progress::start(),
             started,
             frozen: None,
             sessions: 0,
@@ -114,6 +121,7 @@ impl<'a> Flow<'a> {
             Err(error) => {
                 tracing::error!("{error}: the processes go on here");
                 self.report.problem = Some(error.to_string());
+                self.place.note("PROBLEM", error.to_string());
                 SourceEvent::Failed
             }
         };
@@ -135,7 +143,15 @@ impl<'a> Flow<'a> {
             let pages = self.place.path("/pages");
             self.client.post::<Receiver>(&pages, &()).await?;
         }
+        self.place
+            .note("MEMORY_BYTES", self.report.memory_bytes.to_string());
+        self.place
+            .note("ROUNDS", self.report.rounds.len().to_string());
+        self.place
+            .note("PREDICTED_MS", format!("{:.0}", ms(self.predict())));
+        self.place.run_hook(Point::PreFreeze).await?;
         self.client.warm(WARM_CONNECTIONS).await?;
+        self.progress.phase("freezing");
         let frozen = Instant::now();
         self.report.preparation_ms = ms(frozen - self.started);
         self.frozen = Some(frozen);
@@ -159,6 +175,13 @@ impl<'a> Flow<'a> {
             memory_bytes: self.report.memory_bytes,
             tcp: self.args.tcp(),
             timeout_s: self.args.timeout.as_secs(),
+            container: self.container.clone(),
+            addresses: self
+                .args
+                .address
+                .iter()
+                .map(|address| address.there.clone())
+                .collect(),
         };
         self.client.post::<Status>("/v1/migrations", &begin).await?;
         Ok(())
@@ -224,7 +247,10 @@ impl<'a> Flow<'a> {
     async fn decide(&mut self, event: SourceEvent) -> Result<()> {
         let mut todo = VecDeque::from(self.source.handle(event));
         while let Some(action) = todo.pop_front() {
-            let event = self.place.carry_out(action).await?;
+            let event = match action {
+                SourceAction::EndProcesses => self.end_here().await?,
+                action => self.place.carry_out(action).await?,
+            };
             if action == SourceAction::SendCommit {
                 self.note_downtime();
             }
@@ -238,6 +264,30 @@ impl<'a> Flow<'a> {
         Ok(())
     }
 
+    /// Ends what is left here, while the service at the destination is asked for its first answer.
+    async fn end_here(&mut self) -> Result<Option<SourceEvent>> {
+        let Some(probe) = &self.args.probe else {
+            return self.place.carry_out(SourceAction::EndProcesses).await;
+        };
+        let host = match (self.args.address.first(), self.client.peer()) {
+            (Some(address), _) => address.here.address.to_string(),
+            (None, Peer::Tcp { host, .. }) => host.clone(),
+            (None, Peer::Unix(_)) => Ipv4Addr::LOCALHOST.to_string(),
+        };
+        let frozen = self.frozen;
+        let answered = async {
+            let answered = probe.wait(&host).await;
+            (answered, frozen.map(|frozen| ms(frozen.elapsed())))
+        };
+        let (ended, (answered, after)) =
+            tokio::join!(self.place.carry_out(SourceAction::EndProcesses), answered);
+        match answered {
+            Ok(()) => self.report.resume_ms = after,
+            Err(error) => self.report.warnings.push(error.to_string()),
+        }
+        ended
+    }
+
     /// What the forwarder says of the session that has ended.
     async fn next_session(&mut self) -> Result<serde_json::Value> {
         self.sessions += 1;
@@ -247,21 +297,34 @@ impl<'a> Flow<'a> {
     fn note_downtime(&mut self) {
         if let Some(frozen) = self.frozen {
             self.phase("commit");
-            self.report.downtime_ms = Some(ms(frozen.elapsed()));
+            let downtime = ms(frozen.elapsed());
+            self.report.downtime_ms = Some(downtime);
+            self.place.note("DOWNTIME_MS", format!("{downtime:.1}"));
         }
     }
 
     /// Waits until the destination has everything. False if it never will.
     async fn wait_for_memory(&mut self) -> Result<bool> {
+        self.progress
+            .phase("runs at the destination, memory follows");
         let status: Status = self.client.get(&self.place.path("/complete")).await?;
         if let Some(summary) = &status.lazy_summary {
             self.report.add_lazy_summary(summary);
+        }
+        if let Some(times) = &status.faults {
+            self.report.add_fault_times(times);
         }
         if self.mode.is_lazy() {
             let line = self.next_session().await?;
             self.report.add_session(&line);
         }
-        self.report.complete_ms = Some(ms(self.started.elapsed()));
+        let complete = ms(self.started.elapsed());
+        self.report.complete_ms = Some(complete);
+        if self.mode.is_lazy() {
+            let resumed = self.report.preparation_ms + self.report.downtime_ms.unwrap_or_default();
+            self.report
+                .add_span("memory", "memory follows", resumed, complete);
+        }
         match status.problem {
             Some(problem) if status.state != AgentState::Complete => {
                 self.report.problem = Some(problem);
@@ -276,13 +339,19 @@ impl<'a> Flow<'a> {
         if let Some(frozen) = self.frozen {
             let before: f64 = self.report.phases_ms.values().sum();
             let took = ms(frozen.elapsed()) - before;
+            let start = self.report.preparation_ms + before;
+            self.report.add_span("freeze", name, start, start + took);
+            self.progress
+                .phase(format!("frozen: {name} took {took:.0} ms"));
             self.report.phases_ms.insert(name.to_owned(), took);
         }
     }
 
     /// The report of a migration that has ended.
     pub(super) fn finish(mut self, ended: &Result<SourceState>) -> Report {
+        self.progress.finish();
         self.report.total_ms = ms(self.started.elapsed());
+        self.report.warnings.extend(self.place.take_warnings());
         self.report.result = match ended {
             Ok(SourceState::Complete) => "moved".to_owned(),
             Ok(SourceState::Committed) => "moved, and memory was lost".to_owned(),

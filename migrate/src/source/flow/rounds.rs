@@ -16,6 +16,8 @@ impl Flow<'_> {
         let limits = self.args.limits(self.mode);
         for number in 1.. {
             let started = Instant::now();
+            self.progress
+                .phase(format!("round {number}: memory is read and sent"));
             let receiver: Receiver = self
                 .client
                 .post(&self.place.path(&format!("/rounds/{number}")), &())
@@ -36,13 +38,11 @@ impl Flow<'_> {
             self.learn(round);
             let decision = self.convergence.add(round, self.predict(), &limits);
             self.report.rounds.push(round);
-            tracing::info!(
-                "round {number}: {} of {} pages had changed, {} ms; a freeze now would take about {:.0} ms",
-                round.pages,
-                read.pages,
-                read.took.as_millis(),
-                ms(self.predict())
-            );
+            let start = ms(started - self.started);
+            let end = ms(self.started.elapsed());
+            self.report
+                .add_span("rounds", format!("round {number}"), start, end);
+            self.progress.round(number, round, read, self.predict());
             match decision {
                 Decision::Again => {}
                 Decision::Freeze | Decision::Missed(OnMissed::Proceed) => return Ok(()),

@@ -1,0 +1,157 @@
+//! Bundles of containers: whether a container finds at the destination what its configuration names.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use pageferry::error::{Error, Kind, Result};
+use pageferry::limits::MIGRATION_JSON_BYTES_MAX;
+use serde_json::Value;
+
+/// A bundle's configuration.
+const CONFIG: &str = "config.json";
+
+/// Parts of a configuration that may differ: the root's path is looked at by itself, and annotations are
+/// notes of whoever made the bundle.
+const MAY_DIFFER: [&str; 2] = ["root", "annotations"];
+
+/// Reads the configuration of the bundle at `dir`.
+pub(crate) fn config(dir: &Path) -> Result<Value> {
+    let path = dir.join(CONFIG);
+    let text = fs::read(&path).map_err(|error| Error::file("read", &path, error))?;
+    if text.len() > MIGRATION_JSON_BYTES_MAX / 2 {
+        let text = format!("{} is longer than a request may be", path.display());
+        return Err(Error::new(Kind::Usage, text));
+    }
+    serde_json::from_slice(&text).map_err(|error| Error::file("understand", &path, error))
+}
+
+/// Puts `config` into the bundle at `dir`, if there is a root and no configuration.
+pub(crate) fn complete(dir: &Path, config: &Value) -> Result<()> {
+    let path = dir.join(CONFIG);
+    if path.exists() || !root_of(dir, config).is_dir() {
+        return Ok(());
+    }
+    let text =
+        serde_json::to_vec_pretty(config).map_err(|error| Error::file("write", &path, error))?;
+    fs::write(&path, text).map_err(|error| Error::file("write", &path, error))
+}
+
+/// What is in the way of a container, here where it runs.
+pub(crate) fn problems_here(config: &Value) -> Vec<String> {
+    let mut problems = Vec::new();
+    if config["process"]["terminal"] == Value::Bool(true) {
+        problems.push(
+            "the container has a terminal, which stays on this host: run it with `terminal: false`"
+                .to_owned(),
+        );
+    }
+    problems
+}
+
+/// What the bundle at `dir` lacks for a container that runs elsewhere with `config`.
+pub(crate) fn problems_there(dir: &Path, wanted: &Value) -> Vec<String> {
+    let found = match config(dir) {
+        Ok(found) => found,
+        Err(error) => {
+            return vec![format!(
+                "the bundle at the destination: {error} (--bundle names its directory)"
+            )];
+        }
+    };
+    let mut problems = Vec::new();
+    let root = root_of(dir, &found);
+    let is_empty = fs::read_dir(&root).is_ok_and(|mut entries| entries.next().is_none());
+    if !root.is_dir() || is_empty {
+        problems.push(format!(
+            "{} is missing or empty at the destination: copy the container's root file system there",
+            root.display()
+        ));
+    }
+    let names = |value: &Value| -> Vec<String> {
+        let object = value.as_object().into_iter();
+        object.flat_map(|object| object.keys().cloned()).collect()
+    };
+    let mut parts = [names(wanted), names(&found)].concat();
+    parts.sort();
+    parts.dedup();
+    for part in parts {
+        if !MAY_DIFFER.contains(&part.as_str()) && wanted[&part] != found[&part] {
+            problems.push(format!(
+                "{part} in {} at the destination differs from the configuration here: copy it there",
+                dir.join(CONFIG).display()
+            ));
+        }
+    }
+    problems.extend(sources_missing(&found));
+    problems
+}
+
+/// Files of the host that a configuration names and that are not there.
+fn sources_missing(config: &Value) -> Vec<String> {
+    let text = |value: &Value| value.as_str().map(str::to_owned);
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let is_bind = |mount: &Value| {
+        let options = list(&mount["options"]);
+        let bound = options
+            .iter()
+            .any(|option| option == "bind" || option == "rbind");
+        bound || mount["type"] == "bind"
+    };
+    let mounts = list(&config["mounts"]);
+    let mounts = mounts.iter().filter(|mount| is_bind(mount));
+    let mounts = mounts.filter_map(|mount| Some(("mount", text(&mount["source"])?)));
+    let namespaces = list(&config["linux"]["namespaces"]);
+    let namespaces = namespaces
+        .iter()
+        .filter_map(|namespace| Some(("namespace", text(&namespace["path"])?)));
+    let missing = mounts
+        .chain(namespaces)
+        .filter(|(_, path)| !Path::new(path).exists());
+    missing
+        .map(|(what, path)| {
+            format!("{path}, a {what} of the container, does not exist at the destination")
+        })
+        .collect()
+}
+
+fn root_of(dir: &Path, config: &Value) -> PathBuf {
+    dir.join(config["root"]["path"].as_str().unwrap_or("rootfs"))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn each_thing_that_is_missing_is_named() {
+        let tmp = tempfile::tempdir().unwrap();
+        let dir = tmp.path();
+        let config = json!({
+            "root": {"path": "rootfs"},
+            "process": {"args": ["a"]},
+            "mounts": [{"destination": "/data", "type": "bind", "source": "/nonexistent/data"}],
+            "linux": {"namespaces": [{"type": "pid"}, {"type": "network", "path": "/nonexistent/ns"}]},
+        });
+        let of = |wanted: &Value| problems_there(dir, wanted).join("\n");
+        assert!(of(&config).contains("config.json"), "{}", of(&config));
+        complete(dir, &config).unwrap();
+        assert!(!dir.join(CONFIG).exists(), "there is no root yet");
+        fs::create_dir_all(dir.join("rootfs/bin")).unwrap();
+        complete(dir, &config).unwrap();
+        let told = of(&config);
+        assert_eq!(told.lines().count(), 2, "{told}");
+        assert!(told.contains("/nonexistent/data") && told.contains("/nonexistent/ns"));
+        let mut other = config.clone();
+        other["process"]["args"] = json!(["b"]);
+        other["root"]["path"] = json!("/elsewhere");
+        assert!(of(&other).contains("process in"), "{}", of(&other));
+        assert_eq!(of(&other).lines().count(), 3);
+        fs::remove_dir(dir.join("rootfs/bin")).unwrap();
+        assert!(of(&config).contains("empty"));
+        let with_terminal = json!({"process": {"terminal": true}});
+        assert_eq!(problems_here(&with_terminal).len(), 1);
+        assert!(problems_here(&config).is_empty());
+    }
+}

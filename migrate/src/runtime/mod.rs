@@ -1,0 +1,180 @@
+//! Containers: what a runtime (runc, crun) is asked for, so that a container that moves is one of its own on
+//! both sides.
+//!
+//! ```text
+//! source       pageferry migrate ──> runc checkpoint ──> criu (stand-in) ──> the real criu
+//! destination  pageferry agent   ──> runc restore    ──> criu (stand-in) ──> the real criu
+//!                                                           │ holds the tree until the decision
+//! ```
+//!
+//! The runtime knows which mounts, namespaces and control groups of a container are its own, and keeps the
+//! container's state. What it cannot be told on its command line (stop the processes and keep the container,
+//! serve memory lazily with crun, hold a restored tree) is put into its requests to CRIU by [`stand_in`].
+
+pub(crate) mod bundle;
+pub(crate) mod resources;
+pub(crate) mod stand_in;
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::messages::{ContainerId, RuntimeKind};
+use serde::{Deserialize, Serialize};
+use tokio::process::Command;
+
+use crate::programs::on_path;
+
+/// A runtime of this host.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Runtime {
+    pub(crate) program: PathBuf,
+    /// Directory of its state (`--root`); its own default without one.
+    pub(crate) root: Option<PathBuf>,
+}
+
+/// What a runtime says of a container (`runc state`), as far as it is used.
+#[derive(Clone, Debug, Deserialize)]
+pub(crate) struct ContainerState {
+    /// `running`, `paused`, `created` or `stopped`.
+    pub(crate) status: String,
+    /// Its first process, as this host numbers it; 0 or missing if it has none.
+    #[serde(default)]
+    pub(crate) pid: i32,
+    /// Directory of its bundle.
+    #[serde(default)]
+    pub(crate) bundle: PathBuf,
+}
+
+impl Runtime {
+    /// The runtime of this kind on PATH.
+    pub(crate) fn find(kind: RuntimeKind, root: Option<PathBuf>) -> Result<Runtime> {
+        let program = on_path(kind.name()).ok_or_else(|| {
+            Error::new(
+                Kind::Usage,
+                format!("no {} on PATH: install it", kind.name()),
+            )
+        })?;
+        Ok(Runtime { program, root })
+    }
+
+    /// A command line up to the subcommand.
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        if let Some(root) = &self.root {
+            command.arg("--root").arg(root);
+        }
+        // A container inherits what it is given here, and an open file of the host's would be in the way of
+        // its next checkpoint.
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// Its version: the first line of `--version`.
+    pub(crate) async fn version(&self) -> Result<String> {
+        let output = self.command().arg("--version").output().await;
+        let output = output.map_err(|error| Error::file("run", &self.program, error))?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        Ok(text.lines().next().unwrap_or_default().trim().to_owned())
+    }
+
+    /// What it says of a container; `None` if it knows none of this name.
+    pub(crate) async fn state(&self, id: &ContainerId) -> Result<Option<ContainerState>> {
+        let output = self.command().arg("state").arg(id.as_str()).output().await;
+        let output = output.map_err(|error| Error::file("run", &self.program, error))?;
+        if !output.status.success() {
+            return Ok(None);
+        }
+        let state = serde_json::from_slice(&output.stdout).map_err(|error| {
+            let text = format!("{} state {id}", self.program.display());
+            Error::wrap(Kind::Protocol, text, error)
+        })?;
+        Ok(Some(state))
+    }
+
+    /// `checkpoint`, with images in `images`. With `keep` the runtime keeps the container as a running one.
+    pub(crate) fn checkpoint(
+        &self,
+        id: &ContainerId,
+        images: &Path,
+        bin: &Path,
+        keep: bool,
+    ) -> Command {
+        let mut command = self.logged(images, "checkpoint", bin);
+        if keep {
+            command.arg("--leave-running");
+        }
+        command.arg(id.as_str());
+        command
+    }
+
+    /// `restore` from `images` with the bundle at `bundle`.
+    pub(crate) fn restore(
+        &self,
+        id: &ContainerId,
+        images: &Path,
+        bin: &Path,
+        bundle: &Path,
+    ) -> Command {
+        let mut command = self.logged(images, "restore", bin);
+        command.args(["--detach", "--bundle"]).arg(bundle);
+        command.arg(id.as_str());
+        command
+    }
+
+    /// With the stand-in of CRIU in front of everything on PATH.
+    fn logged(&self, images: &Path, action: &str, bin: &Path) -> Command {
+        let mut command = self.command();
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let dirs = std::iter::once(bin.to_owned()).chain(std::env::split_paths(&path));
+        let path = std::env::join_paths(dirs).unwrap_or_else(|_| OsString::from(bin));
+        command
+            .env("PATH", path)
+            .arg("--log")
+            .arg(runtime_log(images))
+            .arg(action)
+            .arg("--image-path")
+            .arg(images)
+            .arg("--work-path")
+            .arg(images)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        command
+    }
+
+    /// Ends a container, if there is one, and lets the runtime forget it.
+    pub(crate) async fn delete(&self, id: &ContainerId) -> Result<()> {
+        if self.state(id).await?.is_none() {
+            return Ok(());
+        }
+        let mut command = self.command();
+        command.args(["delete", "--force", id.as_str()]);
+        self.carry_out(&mut command, "delete").await
+    }
+
+    /// Sets limits of a running container, in the form of the OCI's `resources`.
+    pub(crate) async fn update(&self, id: &ContainerId, resources: &Path) -> Result<()> {
+        let mut command = self.command();
+        command.args(["update", "--resources"]).arg(resources);
+        self.carry_out(command.arg(id.as_str()), "update").await
+    }
+
+    async fn carry_out(&self, command: &mut Command, what: &str) -> Result<()> {
+        let output = command.output().await;
+        let output = output.map_err(|error| Error::file("run", &self.program, error))?;
+        match output.status.success() {
+            true => Ok(()),
+            false => {
+                let said = String::from_utf8_lossy(&output.stderr);
+                let text = format!("{} {what}: {}", self.program.display(), said.trim());
+                Err(Error::new(Kind::PeerLost, text))
+            }
+        }
+    }
+}
+
+/// Where a runtime writes what it does with the images in `images`.
+pub(crate) fn runtime_log(images: &Path) -> PathBuf {
+    images.join("runtime.log")
+}

@@ -1,0 +1,362 @@
+//! `criu` as a runtime finds it on PATH during a migration: the real one, with a changed request.
+//!
+//! ```text
+//! runtime ── DUMP, RESTORE ──> relay ── changed ──> the real criu (takes the place of what the runtime started)
+//!         <── notifications ──       <──
+//! ```
+//!
+//! The runtime expects the process that it started to be CRIU: a restored tree becomes the child of that
+//! process's parent. So this process becomes CRIU, and a process of its own passes the messages on. At
+//! `post-restore` it lets the runtime write down its state first, and then waits for the decision as
+//! [`crate::hook`] does.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::wait::waitpid;
+use nix::unistd::ForkResult;
+use pageferry::criu::rpc::kind;
+use pageferry::criu::rpc_fields::{Fields, options, request, response};
+use pageferry::daemon::swrk::{Client, Parcel};
+use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::messages::TcpConnections;
+use pageferry::sys::owned_process::ProcessName;
+use pageferry::sys::process::fork_single_threaded;
+use serde::{Deserialize, Serialize};
+
+use crate::hook::{self, RESTORED, RESUMED};
+use crate::records;
+
+/// Directory of the stand-in, in a migration's directory.
+const BIN: &str = "bin";
+
+/// What it is to do, in the same place.
+const SETTINGS: &str = "stand-in.json";
+
+/// Configuration file of the real CRIU, beside it.
+const CONFIG: &str = "criu.conf";
+
+/// The CRIU that a runtime has started, as it is written down in a migration's directory.
+pub(crate) const CRIU_PROCESS: &str = "criu.json";
+
+/// Run by a runtime alone.
+#[derive(clap::Args, Debug)]
+pub(crate) struct Args {
+    /// Directory of the migration
+    dir: PathBuf,
+
+    /// CRIU's command line
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    words: Vec<OsString>,
+}
+
+/// How requests are changed.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Settings {
+    /// The real CRIU.
+    pub(crate) criu: PathBuf,
+    pub(crate) tcp: TcpConnections,
+    pub(crate) work: Work,
+}
+
+/// What is asked of CRIU.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Work {
+    /// Memory goes to a page-server on loopback; the processes stay stopped.
+    DumpTo { port: u16 },
+    /// Memory is served on loopback; a byte is written to `ready` then.
+    DumpLazily { port: u16, ready: PathBuf },
+    /// The restored tree waits for the decision.
+    Restore { lazily: bool },
+}
+
+impl Work {
+    fn kind(&self) -> i32 {
+        match self {
+            Work::DumpTo { .. } | Work::DumpLazily { .. } => kind::DUMP,
+            Work::Restore { .. } => kind::RESTORE,
+        }
+    }
+}
+
+/// Makes the stand-in for a migration in `dir`, and tells the directory to put in front of PATH.
+pub(crate) fn prepare(dir: &Path, pageferry: &Path, settings: &Settings) -> Result<PathBuf> {
+    let bin = dir.join(BIN);
+    fs::create_dir_all(&bin).map_err(|error| Error::file("make the directory", &bin, error))?;
+    records::write(&bin.join(SETTINGS), settings)?;
+    let config = bin.join(CONFIG);
+    let written = fs::write(&config, config_text(settings));
+    written.map_err(|error| Error::file("write", &config, error))?;
+    let script = bin.join("criu");
+    let text = format!(
+        "#!/bin/sh\nexec {} runtime-criu {} \"$@\"\n",
+        hook::quoted(pageferry),
+        hook::quoted(dir)
+    );
+    fs::write(&script, text)
+        .and_then(|()| fs::set_permissions(&script, fs::Permissions::from_mode(0o700)))
+        .map_err(|error| Error::file("write", &script, error))?;
+    Ok(bin)
+}
+
+/// What CRIU takes from a file alone: by a request a lazy dump listens on all addresses.
+fn config_text(settings: &Settings) -> String {
+    // One that the user names is in force as well; what comes later wins.
+    let mut text = std::env::var_os("CRIU_CONFIG_FILE")
+        .and_then(|path| fs::read_to_string(path).ok())
+        .unwrap_or_default();
+    if matches!(settings.work, Work::DumpLazily { .. }) {
+        text += "\naddress 127.0.0.1\n";
+    }
+    text
+}
+
+/// Becomes the real CRIU.
+pub(crate) fn run(args: &Args) -> ExitCode {
+    match stand_in(args) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn stand_in(args: &Args) -> Result<ExitCode> {
+    let bin = args.dir.join(BIN);
+    let settings: Settings = records::read(&bin.join(SETTINGS))?.ok_or_else(|| {
+        let text = format!("{} is no migration's directory", args.dir.display());
+        Error::new(Kind::Usage, text)
+    })?;
+    let mut criu = Command::new(&settings.criu);
+    if let [word, number, rest @ ..] = args.words.as_slice()
+        && word == "swrk"
+        && let Some(number) = number.to_str().and_then(|number| number.parse().ok())
+    {
+        let client = Client::inherited(number)?;
+        let socket = match client.peek() {
+            Ok(Some(asked)) if asked.kind == settings.work.kind() => {
+                relay(&args.dir, &settings, client)?
+            }
+            // Not understood here, or nothing to be changed.
+            _ => Some(client.into_socket()),
+        };
+        let Some(socket) = socket else {
+            return Ok(ExitCode::SUCCESS);
+        };
+        inherit(socket.as_fd())?;
+        criu.arg("swrk")
+            .arg(socket.as_raw_fd().to_string())
+            .args(rest)
+            .env("CRIU_CONFIG_FILE", bin.join(CONFIG));
+        return Err(Error::file("start", &settings.criu, criu.exec()));
+    }
+    Err(Error::file(
+        "start",
+        &settings.criu,
+        criu.args(&args.words).exec(),
+    ))
+}
+
+/// Starts the process that passes messages on, and tells CRIU's socket; `None` in a process that has done
+/// its work.
+fn relay(dir: &Path, settings: &Settings, client: Client) -> Result<Option<OwnedFd>> {
+    let asked = Parcel::receive(client.as_fd())?
+        .ok_or_else(|| Error::new(Kind::PeerLost, "the runtime has hung up"))?;
+    let mut fields = asked.fields()?;
+    let mut given = fields.message(request::OPTIONS).map_err(damaged)?;
+    let runtime_listens = given.is_on(options::NOTIFY_SCRIPTS);
+    lend_descriptors(&mut given, &client)?;
+    change(&mut given, settings)?;
+    fields.set_message(request::OPTIONS, &given);
+    let own = i32::try_from(std::process::id()).unwrap_or_default();
+    let name = ProcessName::of(own);
+    let name = name.map_err(|error| Error::wrap(Kind::Io, "cannot see this process", error))?;
+    records::write(&dir.join(CRIU_PROCESS), &name)?;
+    // The kernel notes this process as its maker, whose descriptors CRIU looks at.
+    let pair = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    );
+    let (ours, theirs) =
+        pair.map_err(|errno| Error::wrap(Kind::Io, "cannot make a socket", errno))?;
+    let request = Parcel {
+        bytes: fields.encode(),
+        descriptor: None,
+    };
+    request.send(ours.as_fd())?;
+    let failed = |error| Error::wrap(Kind::Io, "cannot start the relay", error);
+    match fork_single_threaded().map_err(failed)? {
+        ForkResult::Parent { child } => {
+            // The relay is no child of CRIU's: one whose end it does not expect would make its restore fail.
+            waitpid(child, None).map_err(|errno| failed(errno.into()))?;
+            Ok(Some(theirs))
+        }
+        ForkResult::Child => {
+            drop(theirs);
+            if let ForkResult::Child = fork_single_threaded().map_err(failed)? {
+                let relay = Relay {
+                    dir,
+                    criu: ours,
+                    runtime: client,
+                    runtime_listens,
+                    holds: settings.work.kind() == kind::RESTORE,
+                };
+                // The runtime and CRIU see that it is gone, and fail.
+                let _ = relay.run();
+            }
+            Ok(None)
+        }
+    }
+}
+
+/// Opens what the request names by descriptors of the runtime's once more, for good: for CRIU this process is
+/// the client.
+fn lend_descriptors(given: &mut Fields, client: &Client) -> Result<()> {
+    for field in [options::IMAGES_DIR_FD, options::WORK_DIR_FD] {
+        let Some(number) = given.int(field).filter(|number| *number >= 0) else {
+            continue;
+        };
+        let link = client.descriptor_link(number);
+        let file = File::open(&link).map_err(|error| Error::file("open", &link, error))?;
+        lend(given, field, file)?;
+    }
+    Ok(())
+}
+
+fn lend(given: &mut Fields, field: u32, file: File) -> Result<()> {
+    inherit(file.as_fd())?;
+    let file = OwnedFd::from(file);
+    given.set(field, u64::try_from(file.as_raw_fd()).unwrap_or_default());
+    // It is open until CRIU ends.
+    std::mem::forget(file);
+    Ok(())
+}
+
+fn change(given: &mut Fields, settings: &Settings) -> Result<()> {
+    let server = |port: u16| {
+        let mut server = Fields::default();
+        server.set_text(options::PAGE_SERVER_ADDRESS, "127.0.0.1");
+        server.set(options::PAGE_SERVER_PORT, u64::from(port));
+        server
+    };
+    let (established, close) = match settings.tcp {
+        TcpConnections::Refuse => (0, 0),
+        TcpConnections::Established => (1, 0),
+        TcpConnections::Close => (0, 1),
+    };
+    given.set(options::TCP_ESTABLISHED, established);
+    given.set(options::TCP_CLOSE, close);
+    match &settings.work {
+        Work::DumpTo { port } => {
+            given.set(options::LEAVE_RUNNING, 0);
+            given.set(options::LEAVE_STOPPED, 1);
+            given.set_message(options::PAGE_SERVER, &server(*port));
+        }
+        Work::DumpLazily { port, ready } => {
+            given.set(options::LAZY_PAGES, 1);
+            given.set_message(options::PAGE_SERVER, &server(*port));
+            let mut open = File::options();
+            // Whoever reads it may be gone: then opening fails instead of waiting.
+            open.write(true).custom_flags(OFlag::O_NONBLOCK.bits());
+            let file = open
+                .open(ready)
+                .map_err(|error| Error::file("open", ready, error))?;
+            lend(given, options::STATUS_FD, file)?;
+        }
+        Work::Restore { lazily } => {
+            given.set(options::LAZY_PAGES, u64::from(*lazily));
+            given.set(options::NOTIFY_SCRIPTS, 1);
+        }
+    }
+    Ok(())
+}
+
+struct Relay<'a> {
+    dir: &'a Path,
+    criu: OwnedFd,
+    runtime: Client,
+    /// Whether the runtime asked for notifications itself.
+    runtime_listens: bool,
+    /// Whether a restored tree waits here.
+    holds: bool,
+}
+
+impl Relay<'_> {
+    /// Passes messages on until the answer.
+    fn run(&self) -> Result<()> {
+        while let Some(message) = Parcel::receive(self.criu.as_fd())? {
+            let fields = message.fields()?;
+            if fields.int(response::KIND) != Some(kind::NOTIFY) {
+                return message.send(self.runtime.as_fd());
+            }
+            let reply = self.runtimes_reply(&message)?;
+            let said = fields.message(response::NOTIFY).map_err(damaged)?;
+            let stage = said.bytes(response::STAGE).unwrap_or_default();
+            let goes_on = match stage {
+                _ if !self.holds => true,
+                stage if stage == RESTORED.as_bytes() => hook::may_run(self.dir),
+                stage if stage == RESUMED.as_bytes() => {
+                    hook::tell_resumed(self.dir);
+                    true
+                }
+                _ => true,
+            };
+            let reply = match goes_on {
+                true => reply,
+                false => refusal(),
+            };
+            reply.send(self.criu.as_fd())?;
+        }
+        Ok(())
+    }
+
+    fn runtimes_reply(&self, message: &Parcel) -> Result<Parcel> {
+        if !self.runtime_listens {
+            return Ok(verdict(true));
+        }
+        message.send(self.runtime.as_fd())?;
+        // A runtime that is gone ends the work.
+        Parcel::receive(self.runtime.as_fd())?
+            .ok_or_else(|| Error::new(Kind::PeerLost, "the runtime has hung up"))
+    }
+}
+
+fn refusal() -> Parcel {
+    verdict(false)
+}
+
+/// The answer to a notification.
+fn verdict(goes_on: bool) -> Parcel {
+    let mut fields = Fields::default();
+    fields.set(request::KIND, u64::from(kind::NOTIFY.unsigned_abs()));
+    fields.set(request::NOTIFY_SUCCESS, u64::from(goes_on));
+    Parcel {
+        bytes: fields.encode(),
+        descriptor: None,
+    }
+}
+
+fn inherit(descriptor: BorrowedFd<'_>) -> Result<()> {
+    fcntl(descriptor, FcntlArg::F_SETFD(FdFlag::empty()))
+        .map(drop)
+        .map_err(|errno| Error::wrap(Kind::Io, "cannot hand on a descriptor", errno))
+}
+
+fn damaged(error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::wrap(
+        Kind::Protocol,
+        "swrk: a request cannot be understood",
+        error,
+    )
+}

@@ -1,0 +1,211 @@
+//! The agent's interface is what docs/openapi.json says: each path and method, and the fields of the answers.
+
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use testbed::agent::Agent;
+use testbed::bed::Bed;
+use testbed::criu::{Criu, Suite};
+use testbed::suite::with_criu;
+use testbed::wait::GENEROUS;
+
+const METHODS: [&str; 5] = ["get", "post", "put", "delete", "patch"];
+
+struct Answer {
+    status: u16,
+    kind: String,
+    body: String,
+}
+
+impl Answer {
+    fn json(&self) -> Result<Value> {
+        serde_json::from_str(&self.body).with_context(|| self.body.clone())
+    }
+}
+
+/// Sends a request over a connection of its own.
+fn send(agent: SocketAddr, request: &str, headers: &str, body: &str) -> Result<TcpStream> {
+    let mut stream = TcpStream::connect(agent)?;
+    stream.set_read_timeout(Some(GENEROUS))?;
+    let length = body.len();
+    write!(
+        stream,
+        "{request} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n{headers}Content-Length: {length}\r\n\r\n{body}"
+    )?;
+    Ok(stream)
+}
+
+fn ask(agent: SocketAddr, request: &str, body: &str) -> Result<Answer> {
+    let mut text = String::new();
+    send(agent, request, "", body)?.read_to_string(&mut text)?;
+    let (head, body) = text.split_once("\r\n\r\n").context("no head")?;
+    let status = head.split(' ').nth(1).context("no status")?.parse()?;
+    let kind = head.lines().find_map(|line| {
+        line.to_ascii_lowercase()
+            .strip_prefix("content-type: ")
+            .map(str::to_owned)
+    });
+    Ok(Answer {
+        status,
+        kind: kind.unwrap_or_default(),
+        body: body.to_owned(),
+    })
+}
+
+fn document() -> Result<Value> {
+    let path = testbed::workspace::root().join("docs/openapi.json");
+    Ok(serde_json::from_slice(&std::fs::read(path)?)?)
+}
+
+/// The fields of an answer are those of the schema.
+fn expect_fields(document: &Value, schema: &str, answer: &Value) -> Result<()> {
+    let schema = &document["components"]["schemas"][schema];
+    let names = |value: &Value| -> BTreeSet<String> {
+        value
+            .as_object()
+            .into_iter()
+            .flatten()
+            .map(|(name, _)| name.clone())
+            .collect()
+    };
+    let (told, known) = (names(answer), names(&schema["properties"]));
+    ensure!(
+        !known.is_empty() && told == known,
+        "{told:?} instead of {known:?}"
+    );
+    for (name, property) in schema["properties"].as_object().context("properties")? {
+        let value = &answer[name];
+        let fits = match property["type"].as_str() {
+            _ if value.is_null() => property["nullable"] == true,
+            Some("string") => value.is_string(),
+            Some("integer") => value.is_u64(),
+            Some("boolean") => value.is_boolean(),
+            Some("array") => value.is_array(),
+            Some("object") => value.is_object(),
+            _ => true,
+        };
+        ensure!(fits, "{name} is {value}");
+        if let Some(choice) = property["enum"].as_array() {
+            ensure!(choice.contains(value), "{name} is {value}");
+        }
+    }
+    Ok(())
+}
+
+/// Each documented method is answered as one, and each other method is not.
+fn expect_routes(document: &Value, agent: SocketAddr) -> Result<()> {
+    for (path, methods) in document["paths"].as_object().context("paths")? {
+        let concrete = path.replace("{id}", "unknown").replace("{number}", "1");
+        for method in METHODS {
+            let request = format!("{} {concrete}", method.to_uppercase());
+            let answer = ask(agent, &request, "")?;
+            // What is no route is refused without a word.
+            let is_route = answer.status != 405 && !answer.body.is_empty();
+            let is_known = !methods[method].is_null();
+            ensure!(is_route == is_known, "{request}: {}", answer.status);
+            if is_known {
+                let status = answer.status.to_string();
+                let said = &methods[method]["responses"][&status];
+                ensure!(
+                    !said.is_null(),
+                    "{request} answers {status}: {}",
+                    answer.body
+                );
+                if answer.status != 200 {
+                    expect_fields(document, "Problem", &answer.json()?)?;
+                }
+            }
+        }
+    }
+    ensure!(ask(agent, "GET /v2/host", "")?.status == 404);
+    Ok(())
+}
+
+/// The next event of a stream of them: its name and its data.
+fn next_event(stream: &mut impl BufRead) -> Result<(String, Value)> {
+    let (mut name, mut data) = (None, None);
+    while name.is_none() || data.is_none() {
+        let mut line = String::new();
+        ensure!(stream.read_line(&mut line)? > 0, "the stream has ended");
+        if let Some(text) = line.strip_prefix("event: ") {
+            name = Some(text.trim().to_owned());
+        } else if let Some(text) = line.strip_prefix("data: ") {
+            data = Some(serde_json::from_str(text)?);
+        }
+    }
+    name.zip(data).context("an event")
+}
+
+#[test]
+fn the_interface_is_as_documented() {
+    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
+        let document = document()?;
+        let host = Agent::start(&criu.path, &bed.path("agent"), None, &[])?;
+        let agent = host.address();
+        expect_routes(&document, agent)?;
+        expect_fields(
+            &document,
+            "HostFacts",
+            &ask(agent, "GET /v1/host", "")?.json()?,
+        )?;
+        let wanted = json!({"container": null, "addresses": [
+            {"address": "10.0.0.5", "prefix": 24, "device": "no-such-device"}]});
+        let check = ask(agent, "POST /v1/check", &wanted.to_string())?.json()?;
+        expect_fields(&document, "Check", &check)?;
+        ensure!(
+            check["problems"]
+                .as_array()
+                .is_some_and(|list| list.len() == 1),
+            "{check}"
+        );
+        let mut begin = json!({"id": "one", "mode": "cold", "pids": [77], "memory_bytes": 4096,
+            "tcp": "refuse", "timeout_s": 60});
+        let begun = ask(agent, "POST /v1/migrations", &begin.to_string())?;
+        ensure!(begun.status == 200, "{}", begun.body);
+        expect_fields(&document, "Status", &begun.json()?)?;
+        // Twice is once too often, and what cannot be is refused.
+        ensure!(ask(agent, "POST /v1/migrations", &begin.to_string())?.status == 409);
+        begin["id"] = json!("../two");
+        ensure!(ask(agent, "POST /v1/migrations", &begin.to_string())?.status == 400);
+        let list = ask(agent, "GET /v1/migrations", "")?.json()?;
+        expect_fields(&document, "Status", &list[0])?;
+        expect_events(&document, agent)?;
+        let metrics = ask(agent, "GET /metrics", "")?;
+        ensure!(metrics.kind.starts_with("text/plain"), "{}", metrics.kind);
+        ensure!(
+            metrics.body.contains("{state=\"aborted\"} 1"),
+            "{}",
+            metrics.body
+        );
+        Ok(())
+    });
+}
+
+/// Who accepts a stream of events hears of each change, by either path.
+fn expect_events(document: &Value, agent: SocketAddr) -> Result<()> {
+    let accept = "Accept: text/event-stream\r\n";
+    let streams = [
+        send(agent, "GET /v1/migrations/one", accept, "")?,
+        send(agent, "GET /v1/migrations/one/events", "", "")?,
+    ];
+    let mut streams = streams.map(BufReader::new);
+    for stream in &mut streams {
+        let (name, status) = next_event(stream)?;
+        ensure!(
+            name == "status" && status["state"] == "receiving",
+            "{name}: {status}"
+        );
+        expect_fields(document, "Status", &status)?;
+    }
+    let plain = ask(agent, "GET /v1/migrations/one", "")?;
+    ensure!(plain.kind == "application/json", "{}", plain.kind);
+    ask(agent, "POST /v1/migrations/one/cancel", "null")?;
+    for stream in &mut streams {
+        let (_, status) = next_event(stream)?;
+        ensure!(status["state"] == "aborted", "{status}");
+    }
+    Ok(())
+}

@@ -1,0 +1,139 @@
+//! A service's address moves along: a client at a third host goes on over its connection, whether the
+//! migration succeeds or is given up.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use testbed::agent::{Agent, Move};
+use testbed::bed::Bed;
+use testbed::criu::Criu;
+use testbed::for_each_criu;
+use testbed::net::NetNs;
+use testbed::net_three::{DEVICE, Talk, ThreeHosts, expect_open, has_address};
+use testbed::process::Spawned;
+use testbed::wait::{self, GENEROUS};
+use testbed::workspace::binary;
+
+for_each_criu!(
+    a_connection_survives_the_move,
+    a_connection_survives_a_move_that_fails,
+);
+
+/// The service, at the source.
+fn serve(hosts: &ThreeHosts) -> Result<Spawned> {
+    let address = hosts.service()?;
+    let mut command: Command = hosts.source.net.command("setsid");
+    command
+        .arg(binary("echo")?)
+        .args(["--listen", &address.to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let service = Spawned::start_ungrouped("echo", &mut command, None)?;
+    wait::until("the service to listen", GENEROUS, || {
+        Ok(listens(&hosts.source.net, "7000")?.then_some(()))
+    })?;
+    Ok(service)
+}
+
+fn listens(net: &NetNs, port: &str) -> Result<bool> {
+    let filter = format!("sport = :{port}");
+    let shown = testbed::process::run(net.command("ss").args(["-tlnH", &filter]))?;
+    Ok(!shown.stdout.is_empty())
+}
+
+/// The options of a move with the address, in `mode`.
+fn moving(hosts: &ThreeHosts, mode: &str) -> Vec<String> {
+    let address = format!("{}@{DEVICE}", ThreeHosts::SERVICE);
+    let serve_on = hosts.source.address.to_string();
+    [
+        "--mode",
+        mode,
+        "--tcp",
+        "established",
+        "--address",
+        &address,
+        "--serve-on",
+        &serve_on,
+    ]
+    .map(str::to_owned)
+    .into()
+}
+
+fn a_connection_survives_the_move(bed: &Bed, criu: &Criu) -> Result<()> {
+    for mode in ["cold", "hybrid"] {
+        let hosts = ThreeHosts::new()?;
+        let service = serve(&hosts)?;
+        let mut talk = Talk::start(&hosts.client, hosts.service()?)?;
+        let dir = bed.path(&format!("agent-{mode}"));
+        let insecure = ["--insecure".to_owned()];
+        let agent = Agent::start(&criu.path, &dir, Some(&hosts.destination), &insecure)?;
+        let options = moving(&hosts, mode);
+        let options: Vec<&str> = options.iter().map(String::as_str).collect();
+        let moves = Move::new(criu, bed.path("source"), mode)
+            .in_net(&hosts.source.net)
+            .with(&options);
+        let pid = service.pid().to_string();
+        let moved = moves
+            .start_subject(&["--pid", &pid], &agent)?
+            .succeed(GENEROUS);
+        moved.with_context(|| format!("{mode}: {}", agent.log()))?;
+        talk.expect_answers()?;
+        talk.finish()?;
+        ensure!(
+            !has_address(&hosts.source.net, ThreeHosts::SERVICE)?,
+            "{mode}: still here"
+        );
+        ensure!(
+            has_address(&hosts.destination.net, ThreeHosts::SERVICE)?,
+            "{mode}: not there"
+        );
+        expect_open(&hosts.source.net)?;
+        expect_open(&hosts.destination.net)?;
+    }
+    Ok(())
+}
+
+fn a_connection_survives_a_move_that_fails(bed: &Bed, criu: &Criu) -> Result<()> {
+    let fails = bed.path("failing-criu");
+    let real = criu.path.display();
+    let text = format!("#!/bin/sh\n[ \"$1\" = restore ] && exit 1\nexec '{real}' \"$@\"\n");
+    fs::write(&fails, text)?;
+    fs::set_permissions(&fails, fs::Permissions::from_mode(0o755))?;
+    let hosts = ThreeHosts::new()?;
+    let mut service = serve(&hosts)?;
+    let mut talk = Talk::start(&hosts.client, hosts.service()?)?;
+    let insecure = ["--insecure".to_owned()];
+    let agent = Agent::start(
+        &fails,
+        &bed.path("agent"),
+        Some(&hosts.destination),
+        &insecure,
+    )?;
+    for mode in ["cold", "hybrid", "post-copy"] {
+        let options = moving(&hosts, mode);
+        let options: Vec<&str> = options.iter().map(String::as_str).collect();
+        let moves = Move::new(criu, bed.path("source"), mode)
+            .in_net(&hosts.source.net)
+            .with(&options);
+        let pid = service.pid().to_string();
+        moves
+            .start_subject(&["--pid", &pid], &agent)?
+            .fail(GENEROUS)?;
+        talk.expect_answers().with_context(|| mode)?;
+        ensure!(service.ended()?.is_none(), "{mode}: the service has ended");
+        ensure!(
+            has_address(&hosts.source.net, ThreeHosts::SERVICE)?,
+            "{mode}: not here"
+        );
+        ensure!(
+            !has_address(&hosts.destination.net, ThreeHosts::SERVICE)?,
+            "{mode}: there"
+        );
+        expect_open(&hosts.source.net)?;
+        expect_open(&hosts.destination.net)?;
+    }
+    talk.finish()
+}
