@@ -51,10 +51,13 @@ pub(in crate::engine) trait ConnectionHandler: Send + Sync {
     fn stream_down(&self, stream: u16, waker: &Arc<Waker>);
     /// The peer has ended the connection that `waker` belongs to in order, behind what was last said on it.
     fn heard_end(&self, stream: u16, waker: &Arc<Waker>);
-    /// A frame has come.
-    fn handle(&self, stream: u16, frame: Frame) -> Heard;
-    /// The next frame to be sent on `stream`, on whose connection `arrived` bytes have arrived.
-    fn poll(&self, stream: u16, arrived: u64) -> Option<Arc<Vec<u8>>>;
+    /// A frame has come on the connection of `stream` that `waker` belongs to. Once that is replaced only what ends the
+    /// session counts.
+    fn handle(&self, stream: u16, waker: &Arc<Waker>, frame: Frame) -> Heard;
+    /// The next frame to be sent on the connection of `stream` that `waker` belongs to, on which `arrived` bytes have
+    /// arrived. There is none once it is replaced: what it took would be lost with it, while the session takes it
+    /// for carried by the newer one.
+    fn poll(&self, stream: u16, waker: &Arc<Waker>, arrived: u64) -> Option<Arc<Vec<u8>>>;
     /// Whether the peer owes a word.
     fn awaits_word(&self) -> bool;
     /// A word to be said when nothing else was for a [`HEARTBEAT`].
@@ -216,7 +219,7 @@ impl ConnectionLoop<'_> {
         if readable {
             while let Some(frame) = conn.receive()? {
                 self.heard = Instant::now();
-                let heard = self.handler.handle(self.stream, frame);
+                let heard = self.handler.handle(self.stream, self.waker, frame);
                 if heard.progress {
                     progress();
                 }
@@ -246,7 +249,7 @@ impl ConnectionLoop<'_> {
     /// and whatever is sent to it then fails.
     fn hear_last_words(&self, conn: &mut Conn) {
         while let Ok(Some(frame)) = conn.receive() {
-            let _heard = self.handler.handle(self.stream, frame);
+            let _heard = self.handler.handle(self.stream, self.waker, frame);
         }
     }
 
@@ -256,7 +259,7 @@ impl ConnectionLoop<'_> {
             if conn.queued_bytes() >= QUEUE_BYTES {
                 return true;
             }
-            let Some(frame) = self.handler.poll(self.stream, conn.traffic().0) else {
+            let Some(frame) = self.handler.poll(self.stream, self.waker, conn.traffic().0) else {
                 if self.said.elapsed() >= HEARTBEAT && conn.queued_bytes() == 0 {
                     self.said = Instant::now();
                     self.handler

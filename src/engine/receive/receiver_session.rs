@@ -359,8 +359,12 @@ impl ConnectionHandler for ReceiverSession {
         self.changed.notify_all();
     }
 
-    fn handle(&self, stream: u16, frame: Frame) -> Heard {
+    fn handle(&self, stream: u16, waker: &Arc<Waker>, frame: Frame) -> Heard {
         let mut state = lock(&self.state);
+        let ends = [Kind::Fail, Kind::Bye].contains(&frame.kind);
+        if state.wakers.is_replaced(stream, waker) && !ends {
+            return Heard::default();
+        }
         if state.ending.is_some() && frame.kind.is_numbered() {
             return Heard::default();
         }
@@ -397,8 +401,11 @@ impl ConnectionHandler for ReceiverSession {
         }
     }
 
-    fn poll(&self, stream: u16, arrived: u64) -> Option<Arc<Vec<u8>>> {
+    fn poll(&self, stream: u16, waker: &Arc<Waker>, arrived: u64) -> Option<Arc<Vec<u8>>> {
         let mut state = lock(&self.state);
+        if state.wakers.is_replaced(stream, waker) {
+            return None;
+        }
         if let Some(reply) = state.receiver.poll(stream, arrived) {
             let mut frame = Vec::new();
             reply.encode(&mut frame);

@@ -10,6 +10,7 @@ use crate::engine::ferry::connection_loop::{DialingHandler, Lost};
 use crate::engine::ferry::lock;
 use crate::engine::ferry::wakers::Waker;
 use crate::error::{self, Error};
+use crate::ferry::frame::Kind;
 use crate::ferry::hash::PageHasher;
 use crate::ferry::hello::{Fail, FailCode, Hello};
 use crate::ferry::sender::{Sender, SenderEvent, Transmit};
@@ -57,8 +58,11 @@ impl ConnectionHandler for SenderSession {
         self.notifier.notify();
     }
 
-    fn handle(&self, stream: u16, frame: Frame) -> Heard {
+    fn handle(&self, stream: u16, waker: &Arc<Waker>, frame: Frame) -> Heard {
         let mut state = lock(&self.state);
+        if state.wakers.is_replaced(stream, waker) && frame.kind != Kind::Fail {
+            return Heard::default();
+        }
         let Some((sender, _)) = &mut state.talk else {
             return Heard::default();
         };
@@ -120,8 +124,11 @@ impl ConnectionHandler for SenderSession {
         }
     }
 
-    fn poll(&self, stream: u16, _arrived: u64) -> Option<Arc<Vec<u8>>> {
+    fn poll(&self, stream: u16, waker: &Arc<Waker>, _arrived: u64) -> Option<Arc<Vec<u8>>> {
         let mut state = lock(&self.state);
+        if state.wakers.is_replaced(stream, waker) {
+            return None;
+        }
         let (sender, _) = state.talk.as_mut()?;
         let transmit = sender.poll(stream)?;
         let last = sender.last();
