@@ -1,6 +1,7 @@
 //! Lazy restores from images on the restoring host, alone and on top of a chain of parents.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -205,8 +206,10 @@ fn a_restore_that_fails_leaves_its_images_whole() {
             .with(&["--auto-dedup"])
             .log_to("failed.log");
         let mut daemon = LazyDaemon::start(Make::Ours, &options, None)?;
-        // A restore that comes and goes.
-        drop(UnixStream::connect(images.join("lazy-pages.socket"))?);
+        // A restore that comes, tells of a zombie, and goes.
+        let mut restore = UnixStream::connect(images.join("lazy-pages.socket"))?;
+        restore.write_all(&(-7i32).to_le_bytes())?;
+        drop(restore);
         ensure!(daemon.process().succeed(GENEROUS).is_err(), "no failure");
         ensure!(pages_room_bytes(&images)? == room, "pages are gone");
         let plan = Plan::new(criu, Source::Local, Make::Ours);

@@ -6,6 +6,7 @@
 mod common;
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -203,11 +204,36 @@ fn the_socket_of_a_living_process_stays_where_it_is() {
     drop(other);
     // A socket that was left behind is no obstacle.
     let mut client = start(dir.path(), &[]);
-    until("the socket", GENEROUS, || {
-        Ok(UnixStream::connect(&path).ok())
-    })
-    .unwrap();
-    client.fail(GENEROUS).unwrap();
+    restore_nothing(&path);
+    client.succeed(GENEROUS).unwrap();
+}
+
+/// Connects as soon as somebody listens.
+fn connect(socket: &Path) -> UnixStream {
+    let connected = until("the socket", GENEROUS, || {
+        Ok(UnixStream::connect(socket).ok())
+    });
+    connected.unwrap()
+}
+
+/// Says what a restore says that has no process with memory.
+fn restore_nothing(socket: &Path) {
+    connect(socket).write_all(b"FTSR").unwrap();
+}
+
+#[test]
+fn who_connects_without_a_word_is_no_restore() {
+    let dir = tempfile::tempdir().unwrap();
+    write_process(dir.path(), &here());
+    let mut client = start(dir.path(), &[]);
+    let socket = dir.path().join("lazy-pages.socket");
+    drop(connect(&socket));
+    let _silent = connect(&socket);
+    connect(&socket).write_all(b"GET / HTTP/1.1").unwrap();
+    expect_log(dir.path(), "ended without a word");
+    expect_log(dir.path(), "is from no restore");
+    restore_nothing(&socket);
+    client.succeed(GENEROUS).unwrap();
 }
 
 #[test]
@@ -249,12 +275,8 @@ fn a_trace_is_read_where_it_is_written() {
     write_process(&images, &here());
     let dirs = ["-D", "images", "-W", "work"];
     let mut client = start(root.path(), &[&dirs[..], &["--trace", "faults"]].concat());
-    let socket = work.join("lazy-pages.socket");
-    until("the socket", GENEROUS, || {
-        Ok(UnixStream::connect(&socket).ok())
-    })
-    .unwrap();
-    client.fail(GENEROUS).unwrap();
+    restore_nothing(&work.join("lazy-pages.socket"));
+    client.succeed(GENEROUS).unwrap();
     assert!(work.join("faults").exists());
     let read = Command::new(env!("CARGO_BIN_EXE_lazy-client"))
         .current_dir(root.path())

@@ -1,10 +1,15 @@
-//! `lazy-pages.socket`: one connection from `criu restore --lazy-pages`, a record for each process.
+//! `lazy-pages.socket`: one connection from `criu restore --lazy-pages`, a record for each process. Which of those
+//! that are made is the restore's, its first word tells.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 
 use crate::criu::lazy_socket::{RECORD_BYTES, Record};
 use crate::engine::listening::listen::is_in_use;
@@ -29,21 +34,38 @@ pub(super) enum IntakeEvent {
     End,
 }
 
-/// Where the conversation stands.
+/// Connections that are looked at before one of them has said anything.
+const UNDECIDED_MAX: usize = 16;
+
+/// A connection, and where its conversation stands.
 #[derive(Debug)]
-enum State {
-    Listening(UnixListener),
-    Reading {
-        stream: UnixStream,
-        record: [u8; RECORD_BYTES],
-        read: usize,
-    },
+struct Talk {
+    stream: UnixStream,
+    record: [u8; RECORD_BYTES],
+    read: usize,
     /// A process's pid was read; the byte that carries its descriptor is next.
-    AwaitingFd {
-        stream: UnixStream,
-        pid: u32,
-    },
-    Ended,
+    awaits_fd_of: Option<u32>,
+    /// Nothing is known that speaks against a restore at the other end.
+    may_be_restore: bool,
+}
+
+/// What a connection has said.
+enum Said {
+    Event(IntakeEvent),
+    /// It has ended.
+    Over,
+}
+
+/// What is listened to.
+#[derive(Debug)]
+struct Open {
+    /// Readable if anything is.
+    poll: Epoll,
+    /// Until a restore has come.
+    listener: Option<UnixListener>,
+    /// Those who have not said anything yet.
+    undecided: Vec<Talk>,
+    restore: Option<Talk>,
 }
 
 /// The receiving end of `lazy-pages.socket`. The socket file goes when this does.
@@ -53,7 +75,8 @@ pub struct Intake {
     path: Option<PathBuf>,
     /// Device and number of that file.
     inode: Option<(u64, u64)>,
-    state: State,
+    /// `None` behind the last word.
+    open: Option<Open>,
 }
 
 impl Drop for Intake {
@@ -99,8 +122,18 @@ impl Intake {
         listener.set_nonblocking(true).map_err(failed)?;
         fdpass::ask_for_senders(listener.as_fd()).map_err(failed)?;
         let found = std::fs::symlink_metadata(&path).map_err(failed)?;
+        let poll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)
+            .map_err(|errno| Error::wrap(Kind::Io, "cannot make an epoll descriptor", errno))?;
+        let mut open = Open {
+            poll,
+            listener: None,
+            undecided: Vec::new(),
+            restore: None,
+        };
+        open.watch(&listener).map_err(failed)?;
+        open.listener = Some(listener);
         Ok(Intake {
-            state: State::Listening(listener),
+            open: Some(open),
             path: Some(path),
             inode: Some((found.dev(), found.ino())),
         })
@@ -111,7 +144,7 @@ impl Intake {
         Intake {
             path: None,
             inode: None,
-            state: State::Ended,
+            open: None,
         }
     }
 
@@ -122,131 +155,190 @@ impl Intake {
 
     /// Whether no restore has come yet.
     pub(super) fn is_listening(&self) -> bool {
-        matches!(self.state, State::Listening(_))
+        let Some(open) = &self.open else {
+            return false;
+        };
+        open.restore.is_none() && !open.undecided.iter().any(|talk| talk.may_be_restore)
     }
 
-    /// What to poll for reading, until the end. It changes when the restore connects.
+    /// What to poll for reading, until the end.
     pub(super) fn socket(&self) -> Option<BorrowedFd<'_>> {
-        match &self.state {
-            State::Listening(listener) => Some(listener.as_fd()),
-            State::Reading { stream, .. } | State::AwaitingFd { stream, .. } => {
-                Some(stream.as_fd())
-            }
-            State::Ended => None,
-        }
+        self.open.as_ref().map(|open| open.poll.0.as_fd())
     }
 
     /// The next thing the restore says, `None` if it has not said more yet.
     pub(super) fn next(&mut self) -> Result<Option<IntakeEvent>> {
-        loop {
-            match self.advance() {
-                Ok(Advance::Again) => {}
-                Ok(Advance::Event(event)) => return Ok(Some(event)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // The restore died in mid-sentence.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
-                    self.state = State::Ended;
-                    return Ok(Some(IntakeEvent::End));
-                }
-                Err(error) => return Err(Error::file("read", self.path(), error)),
-            }
-        }
-    }
-
-    fn advance(&mut self) -> io::Result<Advance> {
-        match &mut self.state {
-            State::Listening(listener) => {
-                let (stream, _) = listener.accept()?;
-                stream.set_nonblocking(true)?;
-                self.state = State::Reading {
-                    stream,
-                    record: [0; RECORD_BYTES],
-                    read: 0,
-                };
-                Ok(Advance::Again)
-            }
-            State::Reading {
-                stream,
-                record,
-                read,
-            } => {
-                let bytes = io::Read::read(stream, &mut record[*read..])?;
-                *read += bytes;
-                match bytes {
-                    0 => Ok(self.end()),
-                    _ if *read < RECORD_BYTES => Ok(Advance::Again),
-                    _ => Ok(self.record()),
-                }
-            }
-            State::AwaitingFd { stream, pid } => {
-                let received = fdpass::receive(stream.as_fd(), &mut [0])?;
-                if received.bytes == 0 {
-                    return Ok(self.end());
-                }
-                let pid = *pid;
-                self.read_on();
-                let fd: OwnedFd = received.fd.ok_or_else(|| {
-                    io::Error::other(format!("no userfaultfd came with the record of pid {pid}"))
-                })?;
-                // The process itself hands its userfaultfd over.
-                let host = received.sender.unwrap_or(0);
-                Ok(Advance::Event(IntakeEvent::Process(
-                    pid,
-                    Uffd::from(fd),
-                    host,
-                )))
-            }
-            State::Ended => Ok(Advance::Event(IntakeEvent::End)),
-        }
-    }
-
-    fn record(&mut self) -> Advance {
-        let State::Reading { record, .. } = &self.state else {
-            return Advance::Again;
+        let Some(open) = &mut self.open else {
+            return Ok(Some(IntakeEvent::End));
         };
-        let record = Record::decode(*record);
-        self.read_on();
-        match record {
-            Record::Zombie(pid) => Advance::Event(IntakeEvent::Zombie(pid)),
-            Record::Finished => {
-                // Its last event. A restore that is not detached (-d) keeps the connection for as long as
-                // the restored processes live: to wait for its end would be to wait for theirs.
-                self.state = State::Ended;
-                Advance::Event(IntakeEvent::Finished)
-            }
-            Record::Process(pid) => {
-                if let State::Reading { stream, .. } =
-                    std::mem::replace(&mut self.state, State::Ended)
-                {
-                    self.state = State::AwaitingFd { stream, pid };
+        let said = match &mut open.restore {
+            Some(restore) => restore.next(),
+            None => open.first_word(),
+        };
+        match said {
+            Ok(None) => Ok(None),
+            Ok(Some(Said::Event(event))) => {
+                if matches!(event, IntakeEvent::Finished) {
+                    // Its last word. A restore that is not detached (-d) keeps the connection for as long as
+                    // the restored processes live: to wait for its end would be to wait for theirs.
+                    self.open = None;
                 }
-                Advance::Again
+                Ok(Some(event))
             }
+            Ok(Some(Said::Over)) => {
+                self.open = None;
+                Ok(Some(IntakeEvent::End))
+            }
+            Err(error) => Err(Error::file("read", self.path(), error)),
         }
-    }
-
-    fn read_on(&mut self) {
-        if let State::Reading { stream, .. } | State::AwaitingFd { stream, .. } =
-            std::mem::replace(&mut self.state, State::Ended)
-        {
-            self.state = State::Reading {
-                stream,
-                record: [0; RECORD_BYTES],
-                read: 0,
-            };
-        }
-    }
-
-    fn end(&mut self) -> Advance {
-        self.state = State::Ended;
-        Advance::Event(IntakeEvent::End)
     }
 }
 
-enum Advance {
-    Again,
-    Event(IntakeEvent),
+impl Open {
+    fn watch(&self, socket: &impl AsFd) -> io::Result<()> {
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, 0);
+        Ok(self.poll.add(socket, event)?)
+    }
+
+    /// What one of those who have connected says first: it is the restore. Anybody may connect, for a look or by
+    /// mistake, so whoever leaves without a word, or says what no restore does, changes nothing, unless it can be a
+    /// restore that has failed.
+    fn first_word(&mut self) -> io::Result<Option<Said>> {
+        self.accept()?;
+        let mut at = 0;
+        while at < self.undecided.len() {
+            let talk = &mut self.undecided[at];
+            let failed = match talk.next() {
+                Ok(None) => {
+                    at += 1;
+                    continue;
+                }
+                Ok(Some(Said::Event(event))) => {
+                    self.restore = Some(self.undecided.swap_remove(at));
+                    // Nobody else is waited for.
+                    self.undecided.clear();
+                    self.listener = None;
+                    return Ok(Some(Said::Event(event)));
+                }
+                Ok(Some(Said::Over)) => None,
+                Err(error) => Some(error),
+            };
+            match (talk.may_be_restore, failed) {
+                (true, None) => return Ok(Some(Said::Over)),
+                (true, Some(error)) => return Err(error),
+                (false, None) => {
+                    tracing::warn!("a connection to {SOCKET_NAME} has ended without a word");
+                }
+                (false, Some(error)) => {
+                    tracing::warn!("a connection to {SOCKET_NAME} is from no restore: {error}");
+                }
+            }
+            drop(self.undecided.swap_remove(at));
+        }
+        Ok(None)
+    }
+
+    /// Takes all that have connected.
+    fn accept(&mut self) -> io::Result<()> {
+        while let Some(listener) = &self.listener {
+            let stream = match listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            stream.set_nonblocking(true)?;
+            self.watch(&stream)?;
+            let stray = |talk: &Talk| !talk.may_be_restore;
+            if self.undecided.len() >= UNDECIDED_MAX
+                && let Some(oldest) = self.undecided.iter().position(stray)
+            {
+                drop(self.undecided.remove(oldest));
+            }
+            self.undecided.push(Talk {
+                may_be_restore: may_be_restore(&stream),
+                stream,
+                record: [0; RECORD_BYTES],
+                read: 0,
+                awaits_fd_of: None,
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Talk {
+    /// The next thing that is said, `None` if there is nothing yet.
+    fn next(&mut self) -> io::Result<Option<Said>> {
+        loop {
+            match self.advance() {
+                Ok(None) => {}
+                Ok(said) => return Ok(said),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // It died in mid-sentence.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                    return Ok(Some(Said::Over));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Reads on; `None` if more is to be read.
+    fn advance(&mut self) -> io::Result<Option<Said>> {
+        if let Some(pid) = self.awaits_fd_of {
+            let received = fdpass::receive(self.stream.as_fd(), &mut [0])?;
+            if received.bytes == 0 {
+                return Ok(Some(Said::Over));
+            }
+            self.awaits_fd_of = None;
+            let fd: OwnedFd = received.fd.ok_or_else(|| {
+                io::Error::other(format!("no userfaultfd came with the record of pid {pid}"))
+            })?;
+            // The process itself hands its userfaultfd over.
+            let host = received.sender.unwrap_or(0);
+            let event = IntakeEvent::Process(pid, Uffd::from(fd), host);
+            return Ok(Some(Said::Event(event)));
+        }
+        let bytes = io::Read::read(&mut self.stream, &mut self.record[self.read..])?;
+        self.read += bytes;
+        if bytes == 0 {
+            return Ok(Some(Said::Over));
+        }
+        if self.read < RECORD_BYTES {
+            return Ok(None);
+        }
+        self.read = 0;
+        let event = match Record::decode(self.record) {
+            Record::Zombie(pid) => IntakeEvent::Zombie(pid),
+            Record::Finished => IntakeEvent::Finished,
+            Record::Process(pid) => {
+                self.awaits_fd_of = Some(pid);
+                return Ok(None);
+            }
+        };
+        Ok(Some(Said::Event(event)))
+    }
+}
+
+/// Whether a restore can be at the other end of `stream`: by the command line of who connected. Where that is in
+/// a PID namespace of its own nothing is known. Who is gone by now is none: a restore stays until it has spoken or
+/// failed.
+fn may_be_restore(stream: &UnixStream) -> bool {
+    let Ok(who) = getsockopt(stream, PeerCredentials) else {
+        return true;
+    };
+    if who.pid() <= 0 {
+        return true;
+    }
+    let of = |name: &str| std::fs::read(format!("/proc/{}/{name}", who.pid())).unwrap_or_default();
+    let line = of("cmdline");
+    let words = ["restore", "swrk", "service"].map(str::as_bytes);
+    of("comm").starts_with(b"criu")
+        || line
+            .split(|byte| *byte == 0)
+            .any(|arg| words.contains(&arg))
 }
 
 #[cfg(test)]
@@ -283,6 +375,30 @@ mod tests {
             "{last:?}"
         );
         assert!(intake.socket().is_none());
+    }
+
+    #[test]
+    fn strangers_change_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut intake = Intake::listen(dir.path()).unwrap();
+        let connect = || UnixStream::connect(dir.path().join(SOCKET_NAME)).unwrap();
+        // This process is no restore, by its command line.
+        drop(connect());
+        let _silent = connect();
+        for words in [&b"\x07"[..], b"GET / HTTP/1.1\r\n"] {
+            connect().write_all(words).unwrap();
+            assert!(events(&mut intake).is_empty());
+            assert!(intake.is_listening());
+        }
+        let many: Vec<UnixStream> = (0..2 * UNDECIDED_MAX).map(|_| connect()).collect();
+        assert!(events(&mut intake).is_empty());
+        let mut restore = connect();
+        restore.write_all(&(-7i32).to_le_bytes()).unwrap();
+        assert!(matches!(events(&mut intake)[..], [IntakeEvent::Zombie(7)]));
+        assert!(!intake.is_listening());
+        drop(many);
+        drop(restore);
+        assert!(matches!(events(&mut intake)[..], [IntakeEvent::End]));
     }
 
     #[test]
