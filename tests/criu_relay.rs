@@ -18,7 +18,12 @@ use testbed::proxy::{Link, Proxy, Way};
 use testbed::suite::with_criu;
 use testbed::wait::{self, GENEROUS};
 
-for_each_criu!(client_ended_by_a_signal, client_killed, forwarder_ended);
+for_each_criu!(
+    client_ended_by_a_signal,
+    client_killed,
+    forwarder_ended,
+    forwarder_killed,
+);
 
 const MIB: u32 = 64;
 /// A part of a post-copy of [`MIB`], bytes.
@@ -79,6 +84,15 @@ fn client_killed(bed: &Bed, criu: &Criu) -> Result<()> {
 }
 
 fn forwarder_ended(bed: &Bed, criu: &Criu) -> Result<()> {
+    end_forwarder(bed, criu, Signal::SIGHUP)
+}
+
+/// Nobody but its guard can say anything.
+fn forwarder_killed(bed: &Bed, criu: &Criu) -> Result<()> {
+    end_forwarder(bed, criu, Signal::SIGKILL)
+}
+
+fn end_forwarder(bed: &Bed, criu: &Criu, signal: Signal) -> Result<()> {
     let mut load = Load::start(spec(bed), None)?;
     let images = bed.path("dumped");
     let address = (std::net::Ipv4Addr::LOCALHOST, free_port()?).into();
@@ -90,8 +104,9 @@ fn forwarder_ended(bed: &Bed, criu: &Criu) -> Result<()> {
     wait::until("a part of the memory", GENEROUS, || {
         Ok((relay.carried(Way::ToClient) > A_PART).then_some(()))
     })?;
-    forwarder.process().signal(Signal::SIGHUP)?;
-    forwarder.process().fail(GENEROUS)?;
+    forwarder.process().signal(signal)?;
+    let ended = forwarder.process().wait(GENEROUS)?;
+    ensure!(!ended.status.success(), "the forwarder {}", ended.status);
     dump.fail(GENEROUS)?;
     expect_alive(&mut load)
 }

@@ -30,6 +30,7 @@ use config::Config;
 use programs::Programs;
 
 fn main() -> ExitCode {
+    pageferry::daemon::end_on_panic();
     let argv: Vec<OsString> = args_os().skip(1).collect();
     match run(argv) {
         Ok(code) => code,

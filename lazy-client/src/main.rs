@@ -135,7 +135,7 @@ fn split() -> Result<Side> {
 
 /// The second process: nothing to do, unless the first is killed.
 fn stand_by(args: &Args, config: RestoreConfig, watch: &Watch, daemon: &mut Daemon) -> Result<()> {
-    daemon.stand_by();
+    daemon.stand_by(c"lazy-standby");
     match Restore::stand_by(config, watch)? {
         None => Ok(()),
         Some(restore) => {
@@ -158,10 +158,12 @@ fn finish(restore: Restore, report: Option<Report>) -> Result<()> {
     let (summary, result) = restore.run();
     drop(display);
     log_summary(&summary);
-    if let Some(report) = report {
-        report.write(&summary)?;
+    let written = report.map_or(Ok(()), |report| report.write(&summary));
+    // What became of the memory says more than what became of a file.
+    if let (Err(_), Err(error)) = (&result, &written) {
+        tracing::error!("{error}");
     }
-    result
+    result.and(written)
 }
 
 fn snapshot(progress: &Progress) -> Snapshot {

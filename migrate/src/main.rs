@@ -71,6 +71,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    pageferry::daemon::end_on_panic();
     let args = Args::parse();
     let level = match args.verbose {
         true => LevelFilter::DEBUG,

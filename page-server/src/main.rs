@@ -12,11 +12,11 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use pageferry::daemon::command_line::{self, Action, Parsed};
-use pageferry::daemon::{self, Daemon};
+use pageferry::daemon::{self, Daemon, Forked, fork_waiting};
 use pageferry::engine::forward::SenderConfig;
 use pageferry::engine::forward::destination::check_destination;
 use pageferry::engine::forward::{ForwardContext, forward_client};
-use pageferry::engine::forward_lazy::{ForwardLazy, ForwardLazyConfig, Left};
+use pageferry::engine::forward_lazy::{DumpGuard, ForwardLazy, ForwardLazyConfig, GuardEnds, Left};
 use pageferry::engine::io::Io;
 use pageferry::engine::io::driver::Writes;
 use pageferry::engine::io::transport::Peer;
@@ -240,6 +240,20 @@ fn check_far_end(source: &Source, far_end: &Peer, tls: Option<&Tls>, page: PageS
 
 fn forward_lazy(start: &mut Start<'_>, dump: &Peer) -> Result<()> {
     let args = start.args;
+    // Before any thread is started.
+    let guard = match split() {
+        Ok(Side::Forwards(guard)) => Some(guard),
+        Ok(Side::Guards(ends)) => {
+            start.daemon.stand_by(c"dump-guard");
+            return ends.guard();
+        }
+        Err(error) => {
+            tracing::warn!(
+                "{error}: behind a relay the dump does not notice if this process is killed"
+            );
+            None
+        }
+    };
     let mut report = Report::open(args)?;
     let tls = Tls::load(&args.tls)?;
     let images = ImageDir::open_any(start.daemon.images_dir(), pages_of_system()?)?;
@@ -256,7 +270,7 @@ fn forward_lazy(start: &mut Start<'_>, dump: &Peer) -> Result<()> {
             .wait
             .map_or(START_WAIT_DEFAULT, Duration::from_secs),
     };
-    let forward = ForwardLazy::connect(config, &images)?;
+    let forward = ForwardLazy::connect(config, &images, guard)?;
     let source = start.listen()?;
     let rules = rules(args, Stay::UntilShutDown, CLIENTS_MAX);
     let stop = Stop::on_signals()?;
@@ -273,6 +287,24 @@ fn forward_lazy(start: &mut Start<'_>, dump: &Peer) -> Result<()> {
             Left::Pushed(forwarded, ended) => report.forwarded(forwarded, ended.as_ref().err()),
         },
     )
+}
+
+/// Which of two processes this is.
+enum Side {
+    Forwards(DumpGuard),
+    Guards(GuardEnds),
+}
+
+/// Makes two processes of this one.
+fn split() -> Result<Side> {
+    let ends = GuardEnds::new()?;
+    Ok(match fork_waiting(Forked::Background)? {
+        Some(child) => {
+            child.let_go()?;
+            Side::Forwards(ends.forward())
+        }
+        None => Side::Guards(ends),
+    })
 }
 
 /// At most `most` sessions at a time. Without `--keep` the server stays as `stay` says.

@@ -19,6 +19,7 @@ mod pidfile;
 pub mod settings;
 pub mod swrk;
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{OwnedFd, RawFd};
@@ -105,6 +106,7 @@ pub fn run(
     remarks: &Remarks,
     body: impl FnOnce(&mut Daemon) -> Result<()>,
 ) -> ExitCode {
+    end_on_panic();
     let mut daemon = match Daemon::enter(args, remarks) {
         Ok(daemon) => daemon,
         Err(error) => {
@@ -124,6 +126,16 @@ pub fn run(
             ExitCode::FAILURE
         }
     }
+}
+
+/// From now on a panic in any thread ends this process by SIGABRT, in every build: whoever waits for what that thread
+/// was to do would wait for ever. The peers see broken connections, and a standby takes over.
+pub fn end_on_panic() {
+    let told = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        told(panic);
+        std::process::abort();
+    }));
 }
 
 impl Daemon {
@@ -194,11 +206,12 @@ impl Daemon {
     }
 
     /// This is a second process that stands by: the first one tells the world.
-    pub fn stand_by(&mut self) {
+    /// `name` is its own in lists of processes.
+    pub fn stand_by(&mut self, name: &CStr) {
         self.status = None;
         self.manager = None;
-        // Who looks for lazy-client by its name means the first one. Without the name it works as well.
-        let _ = set_name(c"lazy-standby");
+        // Who looks for the program by its name means the first one. Without the name it works as well.
+        let _ = set_name(name);
     }
 
     /// This process takes the first one's place: its pid is in the pidfile from now on, and the log has its
@@ -325,5 +338,32 @@ fn raise_descriptor_limit() {
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(errno) = raised {
         tracing::warn!("cannot raise the limit of open files: {errno}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    /// Says to this test that it is the process that panics.
+    const PANICS: &str = "PAGEFERRY_TEST_PANICS";
+
+    #[test]
+    fn a_panic_in_any_thread_ends_the_process() {
+        if std::env::var_os(PANICS).is_some() {
+            end_on_panic();
+            let _ = std::thread::spawn(|| panic!("a mistake")).join();
+            return;
+        }
+        let name = "daemon::tests::a_panic_in_any_thread_ends_the_process";
+        let mut again = Command::new(std::env::current_exe().unwrap());
+        again
+            .args(["--exact", name, "--nocapture"])
+            .env(PANICS, "1");
+        let status = again.stdout(Stdio::null()).stderr(Stdio::null()).status();
+        assert_eq!(status.unwrap().signal(), Some(libc::SIGABRT));
     }
 }

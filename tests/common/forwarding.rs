@@ -104,7 +104,7 @@ pub(crate) fn forwarder_with(
         traffic: Arc::default(),
     };
     let images = ImageDir::open(dir, PAGE).unwrap();
-    let forward = ForwardLazy::connect(config, &images).unwrap();
+    let forward = ForwardLazy::connect(config, &images, None).unwrap();
     let source = loopback();
     let address = source.socket.local_addr().unwrap().as_socket().unwrap();
     let thread = thread::spawn(move || {

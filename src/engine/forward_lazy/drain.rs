@@ -7,9 +7,11 @@
 //! into an orderly end, which the dump would take for success: so it is told in words before.
 
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use super::dump_memory::DumpMemory;
+use super::guard::DumpGuard;
 use crate::criu::fetch::{Fetcher, Step};
 use crate::criu::header::{GIVE_UP, HEADER_BYTES_MAX, Target, Wire};
 use crate::engine::io::transport::Peer;
@@ -44,6 +46,8 @@ pub(super) const STOPPED: &str =
 pub(super) struct Drain {
     dump: Peer,
     stream: Stream,
+    /// Behind the connection, which lives on as long as the guard holds it.
+    guard: Option<DumpGuard>,
     /// Requests are named by whose pages they are for.
     fetcher: Fetcher<u32>,
     /// Asked for and not answered, bytes.
@@ -69,6 +73,7 @@ impl Drain {
         Drain {
             dump: dump.clone(),
             stream,
+            guard: None,
             fetcher: Fetcher::new(wire, dump_memory.page()),
             requested: 0,
             buffer: vec![0; BUFFER_BYTES].into(),
@@ -76,6 +81,14 @@ impl Drain {
             end: 0,
             closed: false,
         }
+    }
+
+    /// `guard` gives the dump up if this process is killed.
+    pub(super) fn guard_with(&mut self, guard: Option<DumpGuard>) {
+        if let Some(guard) = &guard {
+            guard.hold(self.stream.socket().as_fd());
+        }
+        self.guard = guard;
     }
 
     /// Fails if the dump lacks pages that a lazy-client still brings to its processes.
@@ -180,6 +193,9 @@ impl Drain {
     pub(super) fn close(mut self) -> Result<()> {
         let mut words = Vec::new();
         self.closed = true;
+        if let Some(guard) = &self.guard {
+            guard.stand_down();
+        }
         self.fetcher.close(&mut words);
         self.send(&words)?;
         // Only what the kernel refuses makes a wait endless; the dump's end is noticed all the same.

@@ -17,6 +17,7 @@ mod client_table;
 mod drain;
 mod dump_memory;
 mod fault_responder;
+mod guard;
 mod memory_file;
 mod postcopy_listener;
 
@@ -47,6 +48,7 @@ use crate::stream::Stream;
 use client_table::{ClientEntry, ClientTable, DumpOutcome, Patience};
 use drain::Drain;
 use dump_memory::{DumpMemory, ProcessMemory};
+pub use guard::{DumpGuard, GuardEnds};
 
 /// What is wrong when the dump cannot be told of the end.
 const BOTH_MAY_RUN: &str = "a client has everything, but the dump's processes may run on as well";
@@ -110,12 +112,17 @@ impl Memories for Arc<DumpMemory> {
 }
 
 impl ForwardLazy {
-    /// Connects to the dump that writes `images`, once it has and listens, and makes room for its memory.
+    /// Connects to the dump that writes `images`, once it has and listens, and makes room for its memory. `guard` gives
+    /// the dump up if this process is killed.
     ///
     /// # Errors
     ///
     /// Nobody listens before the wait is over, or no page has stayed with the dump.
-    pub fn connect(config: ForwardLazyConfig, images: &ImageDir) -> Result<ForwardLazy> {
+    pub fn connect(
+        config: ForwardLazyConfig,
+        images: &ImageDir,
+        guard: Option<DumpGuard>,
+    ) -> Result<ForwardLazy> {
         config.dump.resolve()?;
         let mut wait = StartWait::new(config.wait)?;
         wait.until(|| look_at_images(images))?;
@@ -131,7 +138,8 @@ impl ForwardLazy {
             "{pages} pages stayed with the dump at {} ({wire:?})",
             config.dump
         );
-        let drain = Drain::new(&config.dump, stream, wire, &dump_memory);
+        let mut drain = Drain::new(&config.dump, stream, wire, &dump_memory);
+        drain.guard_with(guard);
         drain.refuse_pending(images)?;
         let context = ServeContext::of(
             Box::new(Arc::clone(&dump_memory)),

@@ -98,10 +98,9 @@ pub fn run_sessions(
                     info!("{} connected", stream.peer());
                     let (events, session) = (events.clone(), &session);
                     scope.spawn(move || {
+                        let mut end = SessionEnd::of_panic(events);
                         let watched = stop.watch(&stream.socket());
-                        let result = watched.and_then(|watched| session(stream, watched));
-                        // The inbox outlives every session.
-                        let _ = events.send(Event::SessionEnded(result));
+                        end.result = watched.and_then(|watched| session(stream, watched));
                     });
                 }
                 Event::Accepted(socket) => {
@@ -202,6 +201,30 @@ impl Course<'_> {
     }
 }
 
+/// Tells how a session has ended, also when it panics.
+struct SessionEnd {
+    events: Sender<Event>,
+    result: Result<()>,
+}
+
+impl SessionEnd {
+    fn of_panic(events: Sender<Event>) -> SessionEnd {
+        let text = "a session has ended by a mistake of this program: its message stands before";
+        SessionEnd {
+            events,
+            result: Err(Error::new(Kind::Interrupted, text)),
+        }
+    }
+}
+
+impl Drop for SessionEnd {
+    fn drop(&mut self) {
+        let result = std::mem::replace(&mut self.result, Ok(()));
+        // The inbox outlives every session.
+        let _ = self.events.send(Event::SessionEnded(result));
+    }
+}
+
 /// Accepts until the listener is shut down.
 fn accept_all(listener: &Socket, rules: &Rules, events: &Sender<Event>) {
     loop {
@@ -241,4 +264,25 @@ fn is_passing(error: &std::io::Error) -> bool {
     let short = [Errno::EMFILE, Errno::ENFILE, Errno::ENOBUFS, Errno::ENOMEM];
     let errno = error.raw_os_error().map(Errno::from_raw);
     errno.is_some_and(|errno| short.contains(&errno))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    #[test]
+    #[should_panic(expected = "a scoped thread panicked")]
+    fn a_session_that_panics_is_not_waited_for() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let rules = Rules {
+            stay: Stay::Together,
+            most: 1,
+            allowed: Vec::new(),
+        };
+        let session = |_, _| panic!("a mistake");
+        let _ = run_sessions(&listener.into(), &rules, &Stop::default(), session);
+    }
 }

@@ -93,6 +93,7 @@ pub use report::{Progress, Summary};
 use second_dump::SecondDump;
 use signals::Signals;
 pub use signals::block as block_signals;
+pub(in crate::engine) use standby::SourceSockets;
 use standby::{Standby, StandbyMessage};
 use unreadable::Unreadable;
 

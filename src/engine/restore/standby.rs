@@ -46,6 +46,7 @@ use journal::Journal;
 pub use kept::{Kept, Received};
 use messages::MessageBytes;
 pub(super) use messages::StandbyMessage;
+pub(in crate::engine) use source_sockets::SourceSockets;
 
 /// How long who stands by may take to hear a word, or to end: it has nothing else to do.
 const PATIENCE: Duration = Duration::from_secs(1);

@@ -13,17 +13,22 @@ use crate::sys::disconnect;
 
 /// The stream's connection, and that for faults.
 #[derive(Debug, Default)]
-pub(super) struct SourceSockets([Option<OwnedFd>; 2]);
+pub(in crate::engine) struct SourceSockets([Option<OwnedFd>; 2]);
 
 impl SourceSockets {
+    /// The only connection to a source.
+    pub(in crate::engine) fn of_stream(socket: OwnedFd) -> SourceSockets {
+        SourceSockets([Some(socket), None])
+    }
+
     /// A new connection, in place of the one before.
-    pub(super) fn replace(&mut self, faults: bool, socket: Option<OwnedFd>) {
+    pub(in crate::engine) fn replace(&mut self, faults: bool, socket: Option<OwnedFd>) {
         self.0[usize::from(faults)] = socket;
     }
 
     /// Tells the source that nobody goes on with its connections, without waiting. A request may have been half
     /// sent; over TLS this breaks the record that is due. Either way the session fails.
-    pub(super) fn give_up(&self) {
+    pub(in crate::engine) fn give_up(&self) {
         for socket in self.0.iter().flatten() {
             let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
             // One that is over needs no end.
@@ -32,7 +37,7 @@ impl SourceSockets {
     }
 
     /// Waits a moment until the source has hung up, then resets the connections.
-    pub(super) fn reset(self) {
+    pub(in crate::engine) fn reset(self) {
         let deadline = Instant::now() + GIVE_UP_PATIENCE;
         let mut discarded = [0; 16 << 10];
         while let [Some(stream), _] = &self.0
