@@ -19,7 +19,7 @@ use testbed::load::steps::{Order, Pass, Step};
 use testbed::migration::{Dump, Restore};
 use testbed::net::free_port;
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
-use testbed::proxy::{Impairment, ImpairmentKind, Way};
+use testbed::proxy::{Impairment, ImpairmentKind, Proxy, Way};
 use testbed::suite::{make, with_criu};
 use testbed::wait::{self, GENEROUS};
 use testbed::{bed, for_each_criu, gate, process, workspace};
@@ -206,6 +206,71 @@ fn signals_end_a_client_in_the_background() {
                 .expect_right()?;
         }
         Ok(())
+    });
+}
+
+/// A page server in the background, and where it listens.
+fn background_server(images: &Path, options: &[&str]) -> Result<(Background, SocketAddr)> {
+    fs::create_dir_all(images)?;
+    let address = SocketAddr::from(([127, 0, 0, 1], free_port()?));
+    let mut command = Command::new(workspace::binary("page-server")?);
+    command.args(["-v4", "-o", "server.log", "--address", "127.0.0.1"]);
+    command.args(["--port", &address.port().to_string(), "-D"]);
+    command.arg(images).args(options);
+    let server = Background::start(&mut command, &images.join("server.pid"))?;
+    Ok((server, address))
+}
+
+fn end_server(server: &Background, images: &Path, signal: Signal) -> Result<()> {
+    kill(server.pid, signal)?;
+    server.wait_for_end()?;
+    let words = format!("{signal}: ending all sessions");
+    log_says(&images.join("server.log"), &words)
+}
+
+/// Each way in which a page server may be busy, and each kind of signal.
+#[test]
+fn signals_end_a_page_server_in_the_background() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
+        for signal in [Signal::SIGTERM, Signal::SIGHUP, Signal::SIGUSR1] {
+            let idle = bed.path(&format!("idle-{signal}"));
+            let (server, _) = background_server(&idle, &["--keep"])?;
+            end_server(&server, &idle, signal)?;
+
+            let images = bed.path(&format!("received-{signal}"));
+            let (server, address) = background_server(&images, &[])?;
+            let link = Proxy::start(address, slow_link(), None)?;
+            let to_link = Dump::new(criu, load.pid(), bed.path("dump")).to(link.address());
+            let mut dump = to_link.start()?;
+            wait::until("a part of the dump", GENEROUS, || {
+                Ok((link.carried(Way::ToServer) > 4 << 20).then_some(()))
+            })?;
+            end_server(&server, &images, signal)?;
+            dump.fail(GENEROUS)?;
+            let names = fs::read_dir(&images)?
+                .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+                .collect::<Result<Vec<_>>>()?;
+            let image = names.iter().find(|name| name.ends_with(".img"));
+            ensure!(image.is_none(), "{names:?}");
+            load.expect_running()?;
+        }
+
+        let lazily = bed.path("lazily");
+        let address = SocketAddr::from(([127, 0, 0, 1], free_port()?));
+        let mut dump = Dump::new(criu, load.pid(), &lazily).serve_lazily(address)?;
+        let dump_address = address.to_string();
+        let (server, _) = background_server(&lazily, &["--forward-lazy", &dump_address])?;
+        end_server(&server, &lazily, Signal::SIGALRM)?;
+        dump.fail(GENEROUS)?;
+        load.expect_running()?;
+
+        let served = bed.path("served");
+        Dump::new(criu, load.pid(), &served).leave_running().run()?;
+        let (server, _) = background_server(&served, &["--lazy-pages"])?;
+        end_server(&server, &served, Signal::SIGINT)?;
+        load.run(0, &[Step::Verify(Pass::full(Order::Random))])?
+            .expect_right()
     });
 }
 

@@ -8,6 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::{Make, Options, PageServer};
+use testbed::disk::FailingDisk;
 use testbed::load::Load;
 use testbed::load::scenarios::verifying;
 use testbed::load::spec::{LoadSpec, OnLostPage};
@@ -195,6 +196,55 @@ fn a_source_whose_file_is_cut_for_a_while_loses_nothing() {
         let log = fs::read_to_string(&log)?;
         ensure!(log.contains("pages-"), "the file is not named: {log}");
         ensure!(!log.contains("connection is lost"), "{log}");
+        Ok(())
+    });
+}
+
+#[test]
+fn files_about_a_restore_that_cannot_be_written_cost_no_page() {
+    with_criu(Suite::Sid, |bed, criu| {
+        for option in ["--summary-json", "--trace"] {
+            let bed = Bed::new_in(bed.dir())?;
+            let plan = plan(criu, Source::PageServer(Make::Ours), &[option, "/dev/full"]);
+            let mut moving = PostCopy::start(&bed, &plan, spec(&bed), &verifying())?;
+            moving.reports()?;
+            moving.daemon.process().fail(GENEROUS)?;
+            let log = client_log(&mut moving)?;
+            ensure!(log.contains("/dev/full"), "{option}: {log}");
+            // It has heard that all is well.
+            moving.source().context("a source")?.succeed(GENEROUS)?;
+        }
+        Ok(())
+    });
+}
+
+/// A disk that gives back only a part of what it holds, as one that is about to die.
+#[test]
+fn a_disk_that_fails_costs_what_is_on_it_alone() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let disk = FailingDisk::new(&bed.path("disk"), 128 << 20)?;
+        let mut load = Load::start(spec(bed), None)?;
+        let dir = disk.path().join("dumped");
+        Dump::new(criu, load.pid(), &dir).run()?;
+        load.wait_until_gone()?;
+        let options = [&SLOWLY[..], &["--local-timeout", "1"]].concat();
+        let plan = plan(criu, Source::Local, &options);
+        let mut moving = PostCopy::from_images(&plan, load, Vec::new(), dir.clone(), None, &[])?;
+        disk.fail_beyond(40 << 20, &pages_file(&dir)?)?;
+        let seq = moving.load.send(0, &verifying())?;
+        moving.daemon.process().fail(GENEROUS)?;
+        let report = moving.load.receive(0, seq, GENEROUS)?;
+        ensure!(report.wrong() == 0, "{} pages wrong", report.wrong());
+        ensure!(report.poisoned() > 0, "nothing was lost");
+        let log = client_log(&mut moving)?;
+        for words in ["Input/output error", "pages-", "memory is lost"] {
+            ensure!(log.contains(words), "{words}: {log}");
+        }
+        ensure!(log.lines().count() < 200, "{} lines", log.lines().count());
+        // The mount must not be held when the disk goes.
+        moving.restored.kill();
+        drop(moving);
+        drop(disk);
         Ok(())
     });
 }

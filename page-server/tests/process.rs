@@ -405,3 +405,14 @@ fn sessions_are_summed_up_in_json_and_metrics() {
     server.signal(Signal::SIGTERM).unwrap();
     succeed(server);
 }
+
+#[test]
+fn a_summary_that_cannot_be_written_costs_no_dump() {
+    let place = Place::new();
+    let server = place.start(&["--summary-json", "/dev/full"]);
+    send_dump(&mut place.connect());
+    succeed(server);
+    place.check_images();
+    let log = place.log();
+    assert!(log.contains("write the summary to /dev/full"), "{log}");
+}

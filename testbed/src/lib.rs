@@ -30,6 +30,7 @@ pub mod control_groups;
 pub mod criu;
 pub mod daemons;
 pub mod debian;
+pub mod disk;
 pub mod fields;
 pub mod gate;
 pub mod gocriu;
