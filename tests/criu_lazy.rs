@@ -1,14 +1,21 @@
 //! Post-copy: real processes use their memory in every way while it is still missing.
 
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
+
 use anyhow::{Result, ensure};
+use nix::unistd::Pid;
 use testbed::bed::Bed;
 use testbed::criu::Criu;
-use testbed::daemons::Make;
+use testbed::daemons::{LazyDaemon, Make, Options};
 use testbed::for_each_criu;
+use testbed::load::Load;
 use testbed::load::report::expect_faults;
 use testbed::load::scenarios::{reading, reshaping};
 use testbed::load::spec::LoadSpec;
 use testbed::load::steps::{Order, Pass, Step};
+use testbed::migration::{Dump, Restore};
+use testbed::net::free_port;
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::suite::make;
 use testbed::wait::GENEROUS;
@@ -22,6 +29,7 @@ for_each_criu!(
     reads_at_random_from_criu_page_server,
     reshapes_memory_from_our_page_server,
     reshapes_memory_from_criu_page_server,
+    a_refused_connection_is_watched_no_more,
 );
 
 const MIB: u32 = 64;
@@ -104,4 +112,36 @@ fn exits_while_pages_are_missing(bed: &Bed, criu: &Criu) -> Result<()> {
     let ended = moved.restored.wait_for_end(pid, GENEROUS)?;
     ensure!(ended == "exited 7", "the restored process {ended}");
     moved.finish()
+}
+
+/// Descriptors that an epoll of a process watches, though the process has closed them.
+fn watched_after_closing(pid: Pid) -> Result<Vec<String>> {
+    let mut closed = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
+        let info = fs::read_to_string(entry?.path()).unwrap_or_default();
+        let watched = info.lines().filter_map(|line| {
+            let line = line.strip_prefix("tfd:")?;
+            line.split_whitespace().next()
+        });
+        let is_open = |fd: &&str| fs::symlink_metadata(format!("/proc/{pid}/fd/{fd}")).is_ok();
+        closed.extend(watched.filter(|fd| !is_open(fd)).map(str::to_owned));
+    }
+    Ok(closed)
+}
+
+/// criu dump takes one connection, and refuses the one for faults. The standby's copy of that keeps it in the
+/// client's poll, where it would end each wait at once until the restore comes, and as long as pages are missing.
+fn a_refused_connection_is_watched_no_more(bed: &Bed, criu: &Criu) -> Result<()> {
+    let load = Load::start(LoadSpec::mixed(bed.path("load"), 8), None)?;
+    let images = bed.path("images");
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
+    let _source = Dump::new(criu, load.pid(), &images).serve_lazily(address)?;
+    let options = Options::new(&images)
+        .log_to("lazy.log")
+        .with(&["--on-demand"]);
+    let mut client = LazyDaemon::start(Make::Ours, &options, Some(address))?;
+    let _restored = Restore::new(criu, &images).lazily().run()?;
+    let closed = watched_after_closing(client.process().pid())?;
+    ensure!(closed.is_empty(), "descriptors {closed:?}");
+    Ok(())
 }

@@ -234,7 +234,7 @@ impl Restore {
         if self.losses.policy() != OnLoss::Hold {
             self.fail_ferry(&why);
         }
-        self.links.reset();
+        self.reset_links();
         self.links.drop_fallback();
     }
 

@@ -421,6 +421,12 @@ fn watch(poll: &Epoll, fd: &impl AsFd, flags: EpollFlags, data: u64) -> Result<(
         .map_err(|errno| Error::wrap(Kind::Io, "cannot wait for a descriptor", errno))
 }
 
+/// For a socket that the standby has a copy of: to close this process's does not take it out of the poll, which the
+/// other end's hanging up would then end at once for ever.
+fn unwatch(poll: &Epoll, fd: &impl AsFd) {
+    let _ = poll.delete(fd);
+}
+
 /// Watches a descriptor that may be watched already.
 fn rewatch(poll: &Epoll, fd: &BorrowedFd<'_>, flags: EpollFlags, data: u64) -> Result<()> {
     match watch(poll, fd, flags, data) {

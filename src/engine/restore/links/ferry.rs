@@ -354,7 +354,7 @@ impl Restore {
                 break Err(error);
             }
         };
-        self.links.reset();
+        self.reset_links();
         result
     }
 

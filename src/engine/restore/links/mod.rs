@@ -33,7 +33,7 @@ use crate::criu::header::Wire;
 use crate::engine::restore::install::offset;
 use crate::engine::restore::postcopy_client::{FerryDialer, Pushed};
 use crate::engine::restore::standby::StandbyMessage;
-use crate::engine::restore::{Restore, RestoreConfig, Token, rewatch, watch};
+use crate::engine::restore::{Restore, RestoreConfig, Token, rewatch, unwatch, watch};
 use crate::engine::start_wait::{StartWait, not_yet};
 use crate::error::{Error, Kind, Result};
 use crate::image::dir::ImageDir;
@@ -220,7 +220,7 @@ impl Links {
         pair.is_some_and(|pair| pair.links().any(|link| link.window().is_faulting(now_us)))
     }
 
-    /// Resets the connections: the source keeps its memory.
+    /// Resets the connections, which nothing watches any more.
     pub(super) fn reset(&mut self) {
         let pair = self.pair.take();
         self.bytes_received_before += pair.as_ref().map_or(0, Pair::bytes_received);
@@ -253,6 +253,16 @@ impl Restore {
             )?;
         }
         Ok(())
+    }
+
+    /// Resets the connections: the source keeps its memory.
+    pub(super) fn reset_links(&mut self) {
+        if let Some(pair) = &self.links.pair {
+            for link in pair.links() {
+                unwatch(&self.poll, &link.socket());
+            }
+        }
+        self.links.reset();
     }
 
     /// Who stands by gives the connections up if this process is killed.

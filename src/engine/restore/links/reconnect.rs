@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 
 use super::Links;
 use super::source_dialer::{Dialed, Which};
-use crate::engine::restore::Restore;
 use crate::engine::restore::signals::Signals;
+use crate::engine::restore::{Restore, unwatch};
 use crate::error::{Error, Kind, Result};
 
 /// How long a lost source that is ours is tried again, if the user says nothing.
@@ -151,7 +151,9 @@ impl Restore {
         };
         if which == Which::Fault && pair.fault.as_ref().is_some_and(|fault| !fault.proven) {
             tracing::debug!("the source takes one connection: faults share it with the stream");
-            pair.fault = None;
+            if let Some(fault) = pair.fault.take() {
+                unwatch(&self.poll, &fault.link.socket());
+            }
             return Ok(());
         }
         let peer = self.links.peer();
@@ -176,7 +178,7 @@ impl Restore {
 
     /// All connections to the source are given up, and made again if it may come back.
     pub(super) fn source_lost(&mut self, error: Error) -> Result<()> {
-        self.links.reset();
+        self.reset_links();
         self.reach_again(error)
     }
 
