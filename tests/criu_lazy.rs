@@ -1,7 +1,9 @@
 //! Post-copy: real processes use their memory in every way while it is still missing.
 
+use std::collections::HashSet;
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Result, ensure};
 use nix::unistd::Pid;
@@ -114,17 +116,25 @@ fn exits_while_pages_are_missing(bed: &Bed, criu: &Criu) -> Result<()> {
     moved.finish()
 }
 
-/// Descriptors that an epoll of a process watches, though the process has closed them.
+/// What an epoll of a process watches by inode, in hexadecimal, though the process has closed it.
 fn watched_after_closing(pid: Pid) -> Result<Vec<String>> {
+    let mut open = HashSet::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        open.extend(fs::metadata(entry?.path()).map(|file| format!("ino:{:x}", file.ino())));
+    }
     let mut closed = Vec::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
         let info = fs::read_to_string(entry?.path()).unwrap_or_default();
-        let watched = info.lines().filter_map(|line| {
-            let line = line.strip_prefix("tfd:")?;
-            line.split_whitespace().next()
+        let watched = info.lines().filter(|line| line.starts_with("tfd:"));
+        let inodes = watched.flat_map(|line| {
+            line.split_whitespace()
+                .find(|word| word.starts_with("ino:"))
         });
-        let is_open = |fd: &&str| fs::symlink_metadata(format!("/proc/{pid}/fd/{fd}")).is_ok();
-        closed.extend(watched.filter(|fd| !is_open(fd)).map(str::to_owned));
+        closed.extend(
+            inodes
+                .filter(|inode| !open.contains(*inode))
+                .map(str::to_owned),
+        );
     }
     Ok(closed)
 }
@@ -142,6 +152,6 @@ fn a_refused_connection_is_watched_no_more(bed: &Bed, criu: &Criu) -> Result<()>
     let mut client = LazyDaemon::start(Make::Ours, &options, Some(address))?;
     let _restored = Restore::new(criu, &images).lazily().run()?;
     let closed = watched_after_closing(client.process().pid())?;
-    ensure!(closed.is_empty(), "descriptors {closed:?}");
+    ensure!(closed.is_empty(), "still watched: {closed:?}");
     Ok(())
 }
