@@ -1,25 +1,21 @@
-//! Every command block of README.md and docs/ is run as it stands, in order, with a real CRIU.
+//! Every command block of README.md and docs/ is run as it stands, in order, with real CRIUs and runtimes, on two
+//! hosts (`testbed::documents`).
 //!
-//! A block of commands is fenced as `sh`. It is run on one of two hosts, each with a network, processes and a
-//! directory of its own: on the source, until a comment `# on the destination` (or `# on the source`) says
-//! otherwise. `$PID` is a process at the source, `$SOURCE` and `$DESTINATION` are the hosts' addresses. Each section
-//! (heading) begins with fresh hosts and empty directories. `scp` between them is played by a small script.
+//! `$PID` is a process at the source, `$SOURCE` and `$DESTINATION` are the hosts' addresses. In the home directories are
+//! `ca.pem`, `host.pem` and `host.key`.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
-use nix::unistd::Pid;
+use anyhow::{Context, Result, ensure};
 use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
-use testbed::net::{Host, TwoHosts};
-use testbed::process::{Spawned, descendants};
+use testbed::documents::{Block, Stage, blocks, documents};
+use testbed::pki::{Authority, Host};
 use testbed::suite::with_criu;
-use testbed::wait::{self, GENEROUS};
-use testbed::workspace::{binary, root};
+use testbed::workspace::root;
+use testbed::{debian, gate};
 
 /// Blocks that are not run, by a word of theirs, and why.
 const NOT_RUN: &[(&str, &str)] = &[
@@ -28,21 +24,8 @@ const NOT_RUN: &[(&str, &str)] = &[
         "it builds and runs for minutes, this test among others",
     ),
     ("cargo build", "it builds for minutes"),
-    (
-        "runc ",
-        "it needs a container, and is run by runc_checkpoint",
-    ),
-    (
-        "podman ",
-        "podman is not among the packages that tests fetch",
-    ),
-    ("crun ", "crun is not among the packages that tests fetch"),
     ("systemctl ", "it needs systemd"),
     ("apt-get ", "it changes the machine"),
-    (
-        "--tls ",
-        "the certificates are the reader's own; criu_tls runs it with others",
-    ),
 ];
 
 /// Programs whose lines are commands: an unmarked block that begins with one has escaped the test.
@@ -58,262 +41,158 @@ const PROGRAMS: &[&str] = &[
     "sudo ",
 ];
 
+/// Documents with a test of their own, of those below docs/guides.
+const GUIDES: &[&str] = &["runc.md", "crun.md", "podman.md"];
+
+/// The guide that makes the container of other documents' sections on runc.
+const OF_RUNC: &str = "docs/guides/runc.md";
+
 /// The first pid of the process that moves: nobody has it at the destination.
 const FIRST_PID: u32 = 20_000;
 
-/// A fenced block.
-struct Block {
-    /// Where it is, for messages.
-    place: String,
-    /// The number of its section in the document.
-    section: usize,
-    language: String,
-    text: String,
-}
+/// Starts the process that moves, with no file open, and tells its pid.
+const START_PROCESS: &str = r#"
+for fd in $(ls /proc/$$/fd); do [ $fd -lt 3 ] || eval "exec $fd<&-"; done
+setsid sleep 100000 <&- >&- 2>&- &
+echo $! > pid
+"#;
 
 #[test]
 fn command_blocks_run_as_they_stand() {
     with_criu(Suite::Experimental, |bed, criu| {
-        let (mut run, mut skipped) = (0, 0);
+        let mut run = 0;
         for document in documents()? {
-            let mut sections: BTreeMap<usize, Vec<Block>> = BTreeMap::new();
-            for block in blocks(&document)? {
-                if block.language != "sh" {
-                    let first = block.text.lines().next().unwrap_or_default();
-                    let escaped = PROGRAMS.iter().any(|program| first.starts_with(program));
-                    ensure!(
-                        !escaped,
-                        "{}: commands that are not marked as sh",
-                        block.place
-                    );
-                    continue;
-                }
-                match NOT_RUN.iter().find(|(word, _)| block.text.contains(word)) {
-                    Some((_, why)) => {
-                        skipped += 1;
-                        println!("not run: {}: {why}", block.place);
-                    }
-                    None => sections.entry(block.section).or_default().push(block),
-                }
-            }
-            for (number, blocks) in sections {
-                let name = document.file_stem().unwrap_or_default().to_string_lossy();
-                let stage = Stage::new(bed, criu, &format!("{name}-{number}"))?;
-                let restores = blocks
-                    .iter()
-                    .any(|block| block.text.contains("criu restore"));
-                for block in blocks {
-                    println!("running {}", block.place);
-                    stage.run(&block).with_context(|| block.place.clone())?;
-                    run += 1;
-                }
-                if restores {
-                    let arrived = stage.script(1, "kill -0 $PID");
-                    arrived.with_context(|| {
-                        format!("section {number}: the process has not arrived")
-                    })?;
-                }
+            let guide = document.parent().is_some_and(|dir| dir.ends_with("guides"));
+            let own = |name: &&str| guide && document.ends_with(name);
+            if !GUIDES.iter().any(|name| own(&name)) {
+                run += run_document(bed, criu, &document)?;
             }
         }
-        println!("{run} blocks were run, {skipped} were not");
         ensure!(run >= 5, "only {run} blocks were found");
         Ok(())
     });
 }
 
-/// README.md and all documents below docs/.
-fn documents() -> Result<Vec<PathBuf>> {
-    let mut found = vec![root().join("README.md")];
-    let mut dirs = vec![root().join("docs")];
-    while let Some(dir) = dirs.pop() {
-        for entry in fs::read_dir(&dir)? {
-            let path = entry?.path();
-            if path.is_dir() {
-                dirs.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "md") {
-                found.push(path);
-            }
-        }
-    }
-    found.sort();
-    Ok(found)
+#[test]
+fn the_guide_on_runc_runs_as_it_stands() {
+    run_guide("runc.md");
 }
 
-fn blocks(document: &Path) -> Result<Vec<Block>> {
-    let text = fs::read_to_string(document)?;
-    let name = document.strip_prefix(root()).unwrap_or(document).display();
-    let (mut blocks, mut open, mut section) = (Vec::new(), None::<Block>, 0);
-    for (line, number) in text.lines().zip(1..) {
-        match (&mut open, line.trim_start().strip_prefix("```")) {
-            (None, Some(language)) => {
-                open = Some(Block {
-                    place: format!("{name}:{number}"),
-                    section,
-                    language: language.trim().to_owned(),
-                    text: String::new(),
-                });
-            }
-            (Some(_), Some(_)) => blocks.extend(open.take()),
-            (Some(block), None) => {
-                block.text.push_str(line);
-                block.text.push('\n');
-            }
-            (None, None) => section += usize::from(line.starts_with('#')),
-        }
-    }
-    Ok(blocks)
+#[test]
+fn the_guide_on_crun_runs_as_it_stands() {
+    run_guide("crun.md");
 }
 
-/// One of the two hosts.
-struct Machine {
-    dir: PathBuf,
-    /// Process 1 of its namespace; all others end with it.
-    init: Spawned,
-    pid: Pid,
+#[test]
+fn the_guide_on_podman_runs_as_it_stands() {
+    run_guide("podman.md");
 }
 
-/// The two hosts of a section.
-struct Stage {
-    // Ended before their networks go.
-    machines: [Machine; 2],
-    hosts: TwoHosts,
-    path: String,
-    process: String,
-}
-
-impl Stage {
-    fn new(bed: &Bed, criu: &Criu, name: &str) -> Result<Stage> {
-        let hosts = TwoHosts::new(None)?;
-        let dir = bed.path(name);
-        let tools = dir.join("tools");
-        fs::create_dir_all(&tools)?;
-        write_scp(&tools, &dir)?;
-        let machines = [
-            Machine::start(&hosts.source, dir.join("source"))?,
-            Machine::start(&hosts.destination, dir.join("destination"))?,
-        ];
-        let binaries = binary("page-server")?;
-        let binaries = binaries
-            .parent()
-            .context("the binaries' directory")?
-            .to_owned();
-        let criu = criu.path.parent().context("CRIU's directory")?;
-        let dirs = [tools.as_path(), &binaries, criu];
-        let dirs: Vec<_> = dirs.iter().map(|dir| dir.display().to_string()).collect();
-        let path = format!("{}:{}", dirs.join(":"), std::env::var("PATH")?);
-        let mut stage = Stage {
-            machines,
-            hosts,
-            path,
-            process: String::new(),
-        };
-        stage.process = stage.start_process()?;
-        Ok(stage)
-    }
-
-    /// Starts the process that moves, with no file open; returns its pid there.
-    fn start_process(&self) -> Result<String> {
-        let script = format!(
-            "echo {FIRST_PID} > /proc/sys/kernel/ns_last_pid\n\
-             for fd in $(ls /proc/$$/fd); do [ $fd -lt 3 ] || eval \"exec $fd<&-\"; done\n\
-             setsid sleep 100000 <&- >&- 2>&- &\n\
-             echo $! > pid\n"
-        );
-        self.script(0, &script)?;
-        let pid = fs::read_to_string(self.machines[0].dir.join("pid"))?;
-        fs::remove_file(self.machines[0].dir.join("pid"))?;
-        Ok(pid.trim().to_owned())
-    }
-
-    fn run(&self, block: &Block) -> Result<()> {
-        let (mut at, mut script) = (0, String::new());
-        for line in block.text.lines() {
-            let next = match line.trim() {
-                comment if comment.starts_with("# on the source") => 0,
-                comment if comment.starts_with("# on the destination") => 1,
-                _ => at,
-            };
-            if next != at {
-                self.script(at, &std::mem::take(&mut script))?;
-                at = next;
-            }
-            script.push_str(line);
-            script.push('\n');
-        }
-        self.script(at, &script)
-    }
-
-    /// Runs commands on a host; the first that fails is an error.
-    fn script(&self, at: usize, script: &str) -> Result<()> {
-        if script.trim().is_empty() {
-            return Ok(());
-        }
-        let machine = &self.machines[at];
-        let log = machine.dir.with_extension("log");
-        let output = fs::File::options().append(true).create(true).open(&log)?;
-        let mut command = Command::new("nsenter");
-        command
-            .args(["--mount", "--pid", "--net", "--target"])
-            .arg(machine.pid.to_string())
-            .args(["--", "bash", "-e", "-c"])
-            .arg(format!("cd {}\n{script}", machine.dir.display()))
-            .env("PATH", &self.path)
-            .env("PID", &self.process)
-            .env("SOURCE", self.hosts.source.address.to_string())
-            .env("DESTINATION", self.hosts.destination.address.to_string())
-            .stdout(output.try_clone()?)
-            .stderr(output)
-            .stdin(Stdio::null());
-        let mut shell = Spawned::start("the commands", &mut command, Some(log.clone()))?;
-        let ended = shell.wait(GENEROUS)?;
-        if !ended.status.success() {
-            bail!("{}\n{script}\n{}", ended.status, fs::read_to_string(&log)?);
-        }
+fn run_guide(name: &str) {
+    // The CRIU that the runtimes' own suite has.
+    with_criu(Suite::Sid, |bed, criu| {
+        let run = run_document(bed, criu, &root().join("docs/guides").join(name))?;
+        ensure!(run >= 5, "only {run} blocks were found");
         Ok(())
-    }
+    });
 }
 
-impl Machine {
-    fn start(host: &Host, dir: PathBuf) -> Result<Machine> {
-        fs::create_dir_all(&dir)?;
-        let mut command = host.net.command("unshare");
-        command
-            .args(["--mount", "--pid", "--fork", "--mount-proc", "--kill-child"])
-            .arg(binary("nsinit")?)
-            .arg("--record")
-            .arg(dir.with_extension("ends"))
-            .args(["sleep", "100000"])
-            .current_dir(&dir);
-        let init = Spawned::start("a host", &mut command, None)?;
-        let pid = wait::until("the host's first process", GENEROUS, || {
-            Ok(descendants(init.pid()).into_iter().find(|pid| {
-                let name = fs::read_to_string(format!("/proc/{pid}/comm"));
-                name.is_ok_and(|name| name.trim() == "nsinit")
-            }))
-        })?;
-        Ok(Machine { dir, init, pid })
-    }
-}
-
-impl Drop for Machine {
-    fn drop(&mut self) {
-        // Ends unshare, and with it the host's first process and all others.
-        if let Err(error) = self.init.kill() {
-            eprintln!("ending the host of {}: {error:#}", self.dir.display());
+/// Runs the blocks of a document, and tells how many.
+fn run_document(bed: &Bed, criu: &Criu, document: &Path) -> Result<usize> {
+    let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
+        return Ok(0);
+    };
+    let mut sections: BTreeMap<usize, Vec<Block>> = BTreeMap::new();
+    let mut setup = Vec::new();
+    for block in blocks(document)? {
+        if block.language == "sh setup" {
+            setup.push(block);
+            continue;
+        }
+        if block.language != "sh" {
+            let first = block.text.lines().next().unwrap_or_default();
+            let escaped = PROGRAMS.iter().any(|program| first.starts_with(program));
+            let place = &block.place;
+            ensure!(!escaped, "{place}: commands that are not marked as sh");
+            continue;
+        }
+        match NOT_RUN.iter().find(|(word, _)| block.text.contains(word)) {
+            Some((_, why)) => println!("not run: {}: {why}", block.place),
+            None => sections.entry(block.section).or_default().push(block),
         }
     }
+    let name = document.file_stem().unwrap_or_default().to_string_lossy();
+    let mut run = 0;
+    for (number, blocks) in sections {
+        let only = std::env::var("PAGEFERRY_SECTION").ok();
+        if only.is_some_and(|only| only != number.to_string()) {
+            continue;
+        }
+        let says = |word: &str| blocks.iter().any(|block| block.text.contains(word));
+        let mut stage = Stage::new(bed, &system, criu, &format!("{name}-{number}"))?;
+        write_credentials(&stage)?;
+        if says("runc ") && setup.is_empty() {
+            setup_of_runc(&stage)?;
+        }
+        if says("$PID") {
+            start_process(&mut stage)?;
+        }
+        for block in setup.iter().chain(&blocks) {
+            println!("running {}", block.place);
+            stage.run(block)?;
+        }
+        run += blocks.len();
+        if says("criu restore") {
+            let arrived = stage.machines[1].script("kill -0 $PID");
+            arrived.with_context(|| format!("section {number}: the process has not arrived"))?;
+        }
+    }
+    Ok(run)
 }
 
-/// Writes an `scp` that copies from one host's directory to the other's.
-fn write_scp(tools: &Path, stage: &Path) -> Result<()> {
-    let path = tools.join("scp");
-    let stage = stage.display();
-    // The last word is HOST:PATH, all others are options and what is copied.
-    let script = format!(
-        "#!/bin/sh -e\nfor last; do :; done\n[ \"${{last%%:*}}\" = \"$DESTINATION\" ]\n\
-         while [ $# -gt 1 ]; do case $1 in -*) ;; *) cp -a \"$1\" \"{stage}/destination/${{last#*:}}\";; esac; shift; done\n"
-    );
-    fs::write(&path, script)?;
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+fn setup_of_runc(stage: &Stage) -> Result<()> {
+    let blocks = blocks(&root().join(OF_RUNC))?;
+    let setup = blocks.iter().filter(|block| block.language == "sh setup");
+    setup.map(|block| stage.run(block)).collect()
+}
+
+fn start_process(stage: &mut Stage) -> Result<()> {
+    let source = &stage.machines[0];
+    source.script(&format!(
+        "echo {FIRST_PID} > /proc/sys/kernel/ns_last_pid\n{START_PROCESS}"
+    ))?;
+    let file = source.home().join("pid");
+    let pid = fs::read_to_string(&file)?;
+    fs::remove_file(file)?;
+    stage.set("PID", pid.trim());
+    Ok(())
+}
+
+fn write_credentials(stage: &Stage) -> Result<()> {
+    let dir = stage.machines[0].home().to_owned();
+    let authority = Authority::new(&dir, "ca")?;
+    let names: Vec<String> = ["SOURCE", "DESTINATION"]
+        .iter()
+        .map(|side| stage.machines[0].tell(&format!("echo ${side}")))
+        .collect::<Result<_>>()?;
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let issued = authority.issue(&Host {
+        name: "host",
+        alternative_names: &names,
+        serial: 1,
+        expired: false,
+    })?;
+    for machine in &stage.machines {
+        for (from, name) in [
+            (&issued.cacert, "ca.pem"),
+            (&issued.cert, "host.pem"),
+            (&issued.key, "host.key"),
+        ] {
+            let to = machine.home().join(name);
+            if from != &to {
+                fs::copy(from, to)?;
+            }
+        }
+    }
     Ok(())
 }

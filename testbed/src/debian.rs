@@ -2,6 +2,7 @@
 //!
 //! apt runs with private lists, state and cache, so nothing of the machine changes.
 
+mod runtimes;
 mod sources;
 
 use std::fs::{self, File};
@@ -11,6 +12,8 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::{Flock, FlockArg};
+
+pub use runtimes::{runtimes, versions};
 
 use crate::wait::retried;
 use crate::workspace::target_dir;

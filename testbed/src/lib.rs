@@ -15,6 +15,7 @@
 //!   containers a host to which they move             control_groups  groups of another host
 //!   net_three  two hosts and a client of theirs       bin/echo       a service for it
 //!   runc       the same in containers               swrk             CRIU's remote procedure calls
+//!   container_host  a host with runc, crun, podman  documents        README's and docs' commands
 //!   debian     programs of other Debian suites           orphan         processes whose parent has ended
 //!   systemd    a manager of services in namespaces
 //!   fields     documented fields of printed JSON
@@ -25,12 +26,14 @@
 
 pub mod agent;
 pub mod bed;
+pub mod container_host;
 pub mod containers;
 pub mod control_groups;
 pub mod criu;
 pub mod daemons;
 pub mod debian;
 pub mod disk;
+pub mod documents;
 pub mod fields;
 pub mod gate;
 pub mod gocriu;

@@ -5,6 +5,7 @@ mod criu;
 mod demo;
 mod exchange;
 mod layers;
+mod runtimes;
 mod setup;
 mod test;
 mod torture;
@@ -37,6 +38,8 @@ enum Task {
     Exchange(exchange::Args),
     /// Checks that modules import each other without circles and in the order of ARCHITECTURE.md.
     Layers(layers::Args),
+    /// Fetches runc, crun and podman into target/debian/runtimes and prints their versions.
+    Runtimes(runtimes::Args),
     /// Runs all tests, those with real CRIUs too, with all set-up.
     Test(test::Args),
     /// Moves small processes over and over and kills participants; prints counts as JSON.
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         Task::Demo(args) => demo::run(&args),
         Task::Exchange(args) => exchange::run(&args),
         Task::Layers(args) => layers::run(&args),
+        Task::Runtimes(args) => runtimes::run(&args),
         Task::Test(args) => test::run_tests(&args),
         Task::Torture(args) => torture::run(&args),
         Task::Zdtm(args) => zdtm::run(&args),

@@ -1,0 +1,39 @@
+# Makes a host of a new mount namespace: SYSTEM with a writable layer is its root, STAGE is /stage, HOME (in STAGE)
+# the home directory. Programs come from BINARIES, and NSINIT is process 1.
+set -e
+mount --make-rprivate /
+mkdir -p "$HOME"
+mount -t tmpfs tmpfs "$PRIVATE"
+mkdir "$PRIVATE/root" "$PRIVATE/upper" "$PRIVATE/work" "$PRIVATE/containers"
+root=$PRIVATE/root
+mount -t overlay overlay -o "lowerdir=$SYSTEM,upperdir=$PRIVATE/upper,workdir=$PRIVATE/work" "$root"
+mkdir -p "$root/stage" "$root/var/lib/containers" "$root/etc/criu" "$root/criu"
+mkdir -p "$root/usr/local/bin" "$root/usr/local/lib/pageferry"
+mount --bind "$STAGE" "$root/stage"
+mount --bind "$HOME" "$root/root"
+mount --bind "$CRIU" "$root/criu"
+# A layer over another layer is none that podman can use.
+mount --bind "$PRIVATE/containers" "$root/var/lib/containers"
+for program in page-server lazy-client pageferry; do
+    for place in bin lib/pageferry; do
+        : > "$root/usr/local/$place/$program"
+        mount --bind "$BINARIES/$program" "$root/usr/local/$place/$program"
+    done
+done
+: > "$root/usr/local/lib/pageferry/criu"
+mount --bind "$BINARIES/criu" "$root/usr/local/lib/pageferry/criu"
+: > "$root/usr/local/bin/nsinit"
+mount --bind "$BINARIES/nsinit" "$root/usr/local/bin/nsinit"
+mount -t proc proc "$root/proc"
+mount -t sysfs sysfs "$root/sys"
+mount -t cgroup2 cgroup2 "$root/sys/fs/cgroup"
+mount --rbind /dev "$root/dev"
+mount -t tmpfs tmpfs "$root/run"
+mount -t tmpfs tmpfs "$root/tmp"
+mkdir "$root/run/before"
+cd "$root"
+pivot_root . run/before
+umount -l /run/before
+rmdir /run/before
+cd /
+exec nsinit --stay --record "/stage/$SIDE.ends" sleep 100000
