@@ -65,12 +65,7 @@ impl<'a> Runc<'a> {
             // What an earlier container of this bundle reported.
             fs::remove_dir_all(root.join("load"))?;
         }
-        for dir in ["bin", "proc", "dev", "sys", "load"] {
-            fs::create_dir_all(root.join(dir))?;
-        }
-        let program = workspace::binary("testload")?;
-        fs::copy(&program, root.join("bin/testload"))?;
-        copy_libraries(&program, &root)?;
+        make_root(&root)?;
         let config = config(&serde_json::to_string(&spec)?);
         fs::write(bundle.join("config.json"), serde_json::to_vec(&config)?)?;
         let control = Control::new(spec, root.join("load"));
@@ -252,6 +247,19 @@ impl Drop for Runc<'_> {
     }
 }
 
+/// Makes a root file system for containers whose program is `testload`.
+///
+/// # Errors
+/// It cannot be written.
+pub fn make_root(root: &Path) -> Result<()> {
+    for dir in ["bin", "proc", "dev", "sys", "load"] {
+        fs::create_dir_all(root.join(dir))?;
+    }
+    let program = workspace::binary("testload")?;
+    fs::copy(&program, root.join("bin/testload"))?;
+    copy_libraries(&program, root)
+}
+
 /// Copies the loader and the libraries of a program to the same places below `root`.
 fn copy_libraries(program: &Path, root: &Path) -> Result<()> {
     let output = run(Command::new("ldd").arg(program))?;
@@ -265,8 +273,8 @@ fn copy_libraries(program: &Path, root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The bundle's config.json: namespaces of its own, no terminal, no limits.
-fn config(spec: &str) -> Value {
+/// A bundle's config.json for a `testload` made of `spec`: namespaces of its own, no terminal, no limits.
+pub fn config(spec: &str) -> Value {
     let mount = |destination: &str, kind: &str, options: &[&str]| json!({"destination": destination, "type": kind, "source": kind, "options": options});
     let namespaces = ["pid", "network", "ipc", "uts", "mount"].map(|kind| json!({"type": kind}));
     json!({
