@@ -1,7 +1,7 @@
 //! Every command block of README.md and docs/ is run as it stands, in order, with real CRIUs and runtimes, on two
 //! hosts (`testbed::documents`).
 //!
-//! `$PID` is a process at the source, `$SOURCE` and `$DESTINATION` are the hosts' addresses. In the home directories are
+//! A block in Go is a program that uses go-criu, in PATH as `move`. `$PID` is a process at the source, `$SOURCE` and `$DESTINATION` are the hosts' addresses. In the home directories are
 //! `ca.pem`, `host.pem` and `host.key`.
 
 use std::collections::BTreeMap;
@@ -15,7 +15,7 @@ use testbed::documents::{Block, Stage, blocks, documents};
 use testbed::pki::{Authority, Host};
 use testbed::suite::with_criu;
 use testbed::workspace::root;
-use testbed::{debian, gate};
+use testbed::{debian, gate, gocriu};
 
 /// Blocks that are not run, by a word of theirs, and why.
 const NOT_RUN: &[(&str, &str)] = &[
@@ -42,7 +42,7 @@ const PROGRAMS: &[&str] = &[
 ];
 
 /// Documents with a test of their own, of those below docs/guides.
-const GUIDES: &[&str] = &["runc.md", "crun.md", "podman.md"];
+const GUIDES: &[&str] = &["runc.md", "crun.md", "podman.md", "go-criu.md"];
 
 /// The guide that makes the container of other documents' sections on runc.
 const OF_RUNC: &str = "docs/guides/runc.md";
@@ -65,7 +65,10 @@ fn command_blocks_run_as_they_stand() {
             let guide = document.parent().is_some_and(|dir| dir.ends_with("guides"));
             let own = |name: &&str| guide && document.ends_with(name);
             if !GUIDES.iter().any(|name| own(&name)) {
-                run += run_document(bed, criu, &document)?;
+                let Some(blocks) = run_document(bed, criu, &document)? else {
+                    return Ok(());
+                };
+                run += blocks;
             }
         }
         ensure!(run >= 5, "only {run} blocks were found");
@@ -88,25 +91,40 @@ fn the_guide_on_podman_runs_as_it_stands() {
     run_guide("podman.md");
 }
 
+#[test]
+fn the_guide_on_go_criu_runs_as_it_stands() {
+    run_guide("go-criu.md");
+}
+
 fn run_guide(name: &str) {
     // The CRIU that the runtimes' own suite has.
     with_criu(Suite::Sid, |bed, criu| {
         let run = run_document(bed, criu, &root().join("docs/guides").join(name))?;
-        ensure!(run >= 5, "only {run} blocks were found");
+        ensure!(
+            run.is_none_or(|run| run >= 5),
+            "only {run:?} blocks were found"
+        );
         Ok(())
     });
 }
 
-/// Runs the blocks of a document, and tells how many.
-fn run_document(bed: &Bed, criu: &Criu, document: &Path) -> Result<usize> {
+/// Runs the blocks of a document, and tells how many; nothing where what they need is missing.
+fn run_document(bed: &Bed, criu: &Criu, document: &Path) -> Result<Option<usize>> {
     let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
-        return Ok(0);
+        return Ok(None);
     };
     let mut sections: BTreeMap<usize, Vec<Block>> = BTreeMap::new();
-    let mut setup = Vec::new();
+    let (mut setup, mut program) = (Vec::new(), None);
     for block in blocks(document)? {
         if block.language == "sh setup" {
             setup.push(block);
+            continue;
+        }
+        if block.language == "go" {
+            program = gate::need("Go", gocriu::program(&block.text));
+            if program.is_none() {
+                return Ok(None);
+            }
             continue;
         }
         if block.language != "sh" {
@@ -131,6 +149,9 @@ fn run_document(bed: &Bed, criu: &Criu, document: &Path) -> Result<usize> {
         let says = |word: &str| blocks.iter().any(|block| block.text.contains(word));
         let mut stage = Stage::new(bed, &system, criu, &format!("{name}-{number}"))?;
         write_credentials(&stage)?;
+        if let Some(program) = &program {
+            fs::copy(program, stage.tools().join("move"))?;
+        }
         if says("runc ") && setup.is_empty() {
             setup_of_runc(&stage)?;
         }
@@ -147,7 +168,7 @@ fn run_document(bed: &Bed, criu: &Criu, document: &Path) -> Result<usize> {
             arrived.with_context(|| format!("section {number}: the process has not arrived"))?;
         }
     }
-    Ok(run)
+    Ok(Some(run))
 }
 
 fn setup_of_runc(stage: &Stage) -> Result<()> {

@@ -12,6 +12,9 @@ use pageferry::error::{Error, Kind, Result};
 
 use crate::config::Config;
 
+/// The file that runs, also when it has been replaced or removed since: then its path is another file's, or nobody's.
+const RUNNING: &str = "/proc/self/exe";
+
 /// Where each program is.
 #[derive(Debug)]
 pub(crate) struct Programs {
@@ -25,12 +28,12 @@ impl Programs {
         let this = env::current_exe()
             .map_err(|error| Error::wrap(Kind::Io, "cannot tell where this program is", error))?;
         let criu = match &config.criu {
-            Some(path) if is_same_file(path, &this) => {
+            Some(path) if is_same_file(path, Path::new(RUNNING)) => {
                 let text = format!("{} is this program, not the real CRIU", path.display());
                 return Err(Error::new(Kind::Usage, text));
             }
             Some(path) => path.clone(),
-            None => in_path("criu", &this).ok_or_else(|| {
+            None => in_path("criu").ok_or_else(|| {
                 let text = "there is no other criu in PATH: name the real one in PAGEFERRY_CRIU";
                 Error::new(Kind::Usage, text)
             })?,
@@ -39,7 +42,7 @@ impl Programs {
         let ours = |name: &str| match &config.bin_dir {
             Some(dir) => dir.join(name),
             None if beside.join(name).is_file() => beside.join(name),
-            None => in_path(name, &this).unwrap_or_else(|| beside.join(name)),
+            None => in_path(name).unwrap_or_else(|| beside.join(name)),
         };
         Ok(Programs {
             criu,
@@ -82,8 +85,8 @@ fn become_program(path: &Path, argv: &[OsString]) -> Result<ExitCode> {
     ))
 }
 
-/// The first executable of this name in PATH that is not `this` one.
-fn in_path(name: &str, this: &Path) -> Option<PathBuf> {
+/// The first executable of this name in PATH that is not the one that runs.
+fn in_path(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     // Runtimes may lack the directories of the administrator's programs.
     let usual = [
@@ -101,7 +104,7 @@ fn in_path(name: &str, this: &Path) -> Option<PathBuf> {
             .is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
     };
     dirs.map(|dir| dir.join(OsStr::new(name)))
-        .find(|path| is_program(path) && !is_same_file(path, this))
+        .find(|path| is_program(path) && !is_same_file(path, Path::new(RUNNING)))
 }
 
 fn is_same_file(one: &Path, other: &Path) -> bool {

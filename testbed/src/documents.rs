@@ -99,6 +99,7 @@ pub fn blocks(document: &Path) -> Result<Vec<Block>> {
 pub struct Stage {
     /// Source and destination. Ended before their networks go.
     pub machines: [ContainerHost; 2],
+    tools: PathBuf,
     _hosts: TwoHosts,
 }
 
@@ -126,8 +127,14 @@ impl Stage {
         ];
         Ok(Stage {
             machines,
+            tools: dir.join("tools"),
             _hosts: hosts,
         })
+    }
+
+    /// A directory that is in PATH on both hosts.
+    pub fn tools(&self) -> &Path {
+        &self.tools
     }
 
     /// Sets a variable on both hosts.

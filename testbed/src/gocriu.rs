@@ -1,26 +1,20 @@
-//! go-criu's own test of its migration (phaul): a client and a server of CRIU's remote procedure calls that
-//! this project has no part in. Built offline from Debian's packages.
+//! Programs that use go-criu, built offline from Debian's packages. One is go-criu's own test of its migration (phaul):
+//! a client and a server of CRIU's remote procedure calls that this project has no part in.
 
 use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
 
 use crate::criu::Suite;
-use crate::debian::{PrivateApt, lock};
+use crate::debian::{PrivateApt, lock, runtimes};
 use crate::process::run;
 use crate::workspace::target_dir;
 
 /// The library, in Debian.
 const SOURCE: &str = "golang-github-checkpoint-restore-go-criu";
-
-/// A compiler and what the test is built of.
-const PACKAGES: &[&str] = &[
-    "golang-go",
-    "golang-github-checkpoint-restore-go-criu-dev",
-    "golang-golang-x-sys-dev",
-];
 
 /// The test, built.
 #[derive(Debug)]
@@ -37,6 +31,7 @@ impl Phaul {
     /// # Errors
     /// No Debian archive, no network, or no C compiler.
     pub fn built() -> Result<Phaul> {
+        let system = runtimes()?;
         let dir = target_dir().join("debian");
         let _lock = lock(&dir)?;
         let home = dir.join("phaul");
@@ -45,7 +40,7 @@ impl Phaul {
             if work.exists() {
                 fs::remove_dir_all(&work)?;
             }
-            build(&work)?;
+            build(&work, &system)?;
             fs::rename(work.join("built"), &home)?;
             fs::remove_dir_all(&work)?;
         }
@@ -56,14 +51,12 @@ impl Phaul {
     }
 }
 
-fn build(work: &Path) -> Result<()> {
-    let (root, sources, built) = (work.join("root"), work.join("sources"), work.join("built"));
+fn build(work: &Path, system: &Path) -> Result<()> {
+    let (sources, built) = (work.join("sources"), work.join("built"));
     for dir in [&sources, &built] {
         fs::create_dir_all(dir)?;
     }
     let apt = PrivateApt::new(&work.join("apt"), Suite::Sid)?;
-    apt.download(PACKAGES).context("fetching a Go compiler")?;
-    apt.unpack(&root)?;
     let archive = apt.download_source(SOURCE).context("fetching go-criu")?;
     let mut unpack = Command::new("tar");
     run(unpack
@@ -78,19 +71,46 @@ fn build(work: &Path) -> Result<()> {
         .arg(test.join("piggie/piggie.c"))
         .arg("-o")
         .arg(built.join("piggie")))?;
-    let go_root = fs::read_dir(root.join("usr/lib"))?
+    go_build(system, &test.join("phaul/main.go"), &built.join("phaul"))
+}
+
+/// Builds a program of one file that uses go-criu, unless it is here.
+///
+/// # Errors
+/// No Debian archive, no network, or Go refuses it.
+pub fn program(source: &str) -> Result<PathBuf> {
+    let system = runtimes()?;
+    let dir = target_dir().join("debian");
+    let _lock = lock(&dir)?;
+    let mut hasher = DefaultHasher::new();
+    source.hash(&mut hasher);
+    let home = dir.join(format!("go-{:x}", hasher.finish()));
+    let program = home.join("program");
+    if !program.exists() {
+        fs::create_dir_all(&home)?;
+        let main = home.join("main.go");
+        fs::write(&main, source)?;
+        go_build(&system, &main, &home.join("unfinished"))?;
+        fs::rename(home.join("unfinished"), &program)?;
+    }
+    Ok(program)
+}
+
+fn go_build(system: &Path, main: &Path, to: &Path) -> Result<()> {
+    let go_root = fs::read_dir(system.join("usr/lib"))?
         .filter_map(|entry| Some(entry.ok()?.path()))
         .find(|path| path.join("bin/go").is_file())
         .context("no Go compiler in its package")?;
     let mut go = Command::new(go_root.join("bin/go"));
-    go.args(["build", "-o"])
-        .arg(built.join("phaul"))
-        .arg(test.join("phaul/main.go"));
+    go.args(["build", "-o"]).arg(to).arg(main);
     go.env("GOROOT", &go_root)
-        .env("GOPATH", root.join("usr/share/gocode"));
-    go.env("GOCACHE", work.join("cache"))
+        .env("GOPATH", system.join("usr/share/gocode"))
+        .env("GOCACHE", target_dir().join("debian/go-cache"))
         .env("GO111MODULE", "off")
-        .env("GOTOOLCHAIN", "local");
-    go.env("GOFLAGS", "").env("CGO_ENABLED", "0");
-    run(&mut go).context("building phaul").map(drop)
+        .env("GOTOOLCHAIN", "local")
+        .env("GOFLAGS", "")
+        .env("CGO_ENABLED", "0");
+    run(&mut go)
+        .with_context(|| format!("building {}", main.display()))
+        .map(drop)
 }

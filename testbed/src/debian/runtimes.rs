@@ -12,7 +12,7 @@ use super::{PrivateApt, Suite, lock};
 use crate::process::run;
 use crate::workspace::target_dir;
 
-/// The runtimes, what they and CRIU call, and what a shell's commands are.
+/// The runtimes, what they and CRIU call, what a shell's commands are, and a Go compiler with go-criu.
 const PACKAGES: &[&str] = &[
     "runc",
     "crun",
@@ -39,6 +39,9 @@ const PACKAGES: &[&str] = &[
     "sed",
     "tar",
     "util-linux",
+    "golang-go",
+    "golang-github-checkpoint-restore-go-criu-dev",
+    "golang-golang-x-sys-dev",
 ];
 
 /// What the packages' scripts would link, relative to `/usr`: a name, and what it is.
@@ -81,11 +84,11 @@ const VERSIONS: &[&[&str]] = &[
 pub fn runtimes() -> Result<PathBuf> {
     let dir = target_dir().join("debian");
     let _lock = lock(&dir)?;
-    let home = dir.join("runtimes");
+    let home = dir.join("system");
     if home.exists() {
         return Ok(home);
     }
-    let work = dir.join("fetching-runtimes");
+    let work = dir.join("fetching-system");
     if work.exists() {
         fs::remove_dir_all(&work)?;
     }
