@@ -64,7 +64,7 @@ fn command_blocks_run_as_they_stand() {
         for document in documents()? {
             let guide = document.parent().is_some_and(|dir| dir.ends_with("guides"));
             let own = |name: &&str| guide && document.ends_with(name);
-            if !GUIDES.iter().any(|name| own(&name)) {
+            if !GUIDES.iter().any(own) {
                 let Some(blocks) = run_document(bed, criu, &document)? else {
                     return Ok(());
                 };
@@ -173,8 +173,8 @@ fn run_document(bed: &Bed, criu: &Criu, document: &Path) -> Result<Option<usize>
 
 fn setup_of_runc(stage: &Stage) -> Result<()> {
     let blocks = blocks(&root().join(OF_RUNC))?;
-    let setup = blocks.iter().filter(|block| block.language == "sh setup");
-    setup.map(|block| stage.run(block)).collect()
+    let mut setup = blocks.iter().filter(|block| block.language == "sh setup");
+    setup.try_for_each(|block| stage.run(block))
 }
 
 fn start_process(stage: &mut Stage) -> Result<()> {
