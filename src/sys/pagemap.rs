@@ -5,12 +5,19 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use crate::units::PageRange;
+use crate::units::{PageRange, Vaddr};
 
 /// PAGE_IS_GUARD: the page lies in a guard region (MADV_GUARD_INSTALL).
 const GUARD: u64 = 1 << 8;
+
+/// Of an entry of the file: present (bit 63), or swapped out (bit 62).
+const THERE: u64 = 3 << 62;
+
+/// The length of an entry of the file, one for each page.
+const ENTRY_BYTES: usize = 8;
 
 /// An open /proc/PID/pagemap. It stays with the memory that the process had when it was opened.
 #[derive(Debug)]
@@ -20,6 +27,14 @@ impl Pagemap {
     /// Opens the file `path`. That takes the right to trace the process.
     pub fn open(path: &Path) -> io::Result<Pagemap> {
         File::open(path).map(Pagemap)
+    }
+
+    /// Whether the page of `page` bytes at `at` is there, in memory or swapped out.
+    pub fn is_present(&self, at: Vaddr, page: u64) -> io::Result<bool> {
+        let mut entry = [0; ENTRY_BYTES];
+        self.0
+            .read_exact_at(&mut entry, at.get() / page * ENTRY_BYTES as u64)?;
+        Ok(u64::from_ne_bytes(entry) & THERE != 0)
     }
 
     /// The first run of pages in `range` that lie in guard regions. An error of kind `InvalidInput` or a
@@ -104,6 +119,11 @@ mod tests {
         let start = mapped.as_ptr().expose_provenance() as u64;
         let range = |from: u64, to: u64| PageRange::new(start + from * page, start + to * page);
         let pagemap = Pagemap::open(Path::new("/proc/self/pagemap")).unwrap();
+        let is_present = |at: u64| pagemap.is_present(Vaddr(start + at * page), page).unwrap();
+        let last = mapped.cast::<u8>().as_ptr().wrapping_add(length - 1);
+        // SAFETY: the byte is the last of the new mapping, and nobody refers to it.
+        unsafe { last.write_volatile(1) };
+        assert!(is_present(15) && !is_present(14));
         let install = |from: u64, pages: u64| {
             let at = mapped
                 .as_ptr()

@@ -35,6 +35,7 @@ pub(crate) fn run_tests(args: &Args) -> Result<()> {
         );
     }
     Crit::fetched()?;
+    testbed::systemd::Systemd::fetched()?;
     testbed::debian::program(Suite::Sid, "checkpointctl", "bin/checkpointctl")?;
     Phaul::built()?;
     testbed::debian::runtimes()?;

@@ -243,7 +243,7 @@ impl Restore {
     /// The userfaultfd of a child of `id` cannot be received: those that nobody needs are closed, and if
     /// there are none, the process waits.
     pub(super) fn lack_descriptor(&mut self, id: SpaceId) -> Result<()> {
-        if self.close_unneeded() > 0 {
+        if self.close_unneeded() > 0 || self.forget_hosts_of_children() {
             return Ok(());
         }
         // It stays readable; that is no reason to look at it all the time.

@@ -8,6 +8,7 @@ use super::Restore;
 use super::deferred::Obstacle;
 use super::host_process::HostProcess;
 use super::processes::Process;
+use super::sought::Sought;
 use super::standby::StandbyMessage;
 use super::waking::Waiters;
 use crate::error::{Error, Kind, Result};
@@ -163,7 +164,10 @@ impl Restore {
         let Some(process) = self.processes.get(parent) else {
             return Ok(None);
         };
-        let child = Process::new(process.pid, uffd, process.chain.clone());
+        let child = Process {
+            sought: process.among_children().map(Sought::new),
+            ..Process::new(process.pid, uffd, process.chain.clone())
+        };
         let Some(id) = self.planner.handle_fork(parent) else {
             return Ok(None);
         };

@@ -3,7 +3,7 @@
 //!
 //! What the userfaultfd does not tell is looked up there: guard regions that were installed over missing
 //! pages, mappings that a fork wipes, and somebody who traces or freezes the process, as a dump does. Children
-//! that it forks since are not named by anybody: for them nothing is looked up.
+//! that it forks since are not named by anybody: they are sought (`sought`).
 
 use std::fs::{self, File};
 use std::io;
@@ -32,7 +32,7 @@ impl HostProcess {
     /// The process `pid` of this process's PID namespace, if it is the one that has `started` at this clock tick; 0 is
     /// one of another namespace.
     pub(super) fn open(pid: i32, started: u64) -> Option<HostProcess> {
-        if pid <= 0 {
+        if pid <= 0 || started == 0 {
             return None;
         }
         let dir = File::open(format!("/proc/{pid}")).ok()?;
@@ -97,8 +97,13 @@ impl HostProcess {
     }
 }
 
-/// When the process `pid` of this host started, clock ticks since that of the host; 0 if that is not known.
+/// When the process `pid` of this host started, clock ticks since that of the host; 0 if that is not known: /proc may
+/// be that of another PID namespace, where the number is another process's.
 pub(super) fn started(pid: i32) -> u64 {
+    let own = fs::read_link("/proc/self").ok();
+    if own.is_none_or(|own| own.as_os_str() != &*std::process::id().to_string()) {
+        return 0;
+    }
     ProcessStat::of(pid).map_or(0, |stat| stat.started)
 }
 

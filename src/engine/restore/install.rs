@@ -4,6 +4,7 @@ use std::io;
 
 use super::Restore;
 use super::deferred::Obstacle;
+use super::sought::Guards;
 use super::waking::Waiters;
 use crate::error::Result;
 use crate::image::chain::Stored;
@@ -83,10 +84,12 @@ impl Restore {
         let mut stuck = 0;
         while let Some(piece) = self.planner.arrived(id, image) {
             let piece = self.awaited_first(id, piece, limit);
+            let piece = match self.leave_guards(id, piece.at) {
+                Guards::None => piece,
+                Guards::At(_) => continue,
+                Guards::Beside(free) => piece.part(free),
+            };
             let at = piece.at;
-            if self.leave_guards(id, at) {
-                continue;
-            }
             let wake = self.waking(id, at.start());
             let from = offset(piece.image.get() - image.start().get());
             let source = &bytes[from..from + offset(at.bytes())];
@@ -156,21 +159,38 @@ impl Restore {
 
     /// Takes guard regions in `at` for gone, if there are any, and says so: UFFDIO_COPY would take them away,
     /// and their pages read as zero once the process removes them.
-    fn leave_guards(&mut self, id: SpaceId, at: PageRange) -> bool {
-        let mut found = false;
+    fn leave_guards(&mut self, id: SpaceId, at: PageRange) -> Guards {
+        if self
+            .processes
+            .get(id)
+            .is_some_and(|process| process.sought.is_some())
+        {
+            let guards = self.look_before_fill(id, at);
+            if let Guards::At(guard) = guards {
+                self.leave_guard(id, guard);
+            }
+            return guards;
+        }
+        let mut found = Guards::None;
         let mut left = at;
         while let Some(guard) = self.processes.get_mut(id).and_then(|process| {
             let host = process.host.as_mut()?;
             host.first_guard(left)
         }) {
-            found = true;
-            self.settle(id, guard, Way::Gone, Waiters::Asleep);
+            found = Guards::At(guard);
+            self.leave_guard(id, guard);
             left = PageRange::new(guard.end().get(), at.end().get());
             if left.is_empty() {
                 break;
             }
         }
         found
+    }
+
+    fn leave_guard(&mut self, id: SpaceId, guard: PageRange) {
+        let pid = self.processes.pid(id).unwrap_or(0);
+        tracing::debug!("pid {pid}, or a child of it, keeps the guard region {guard}");
+        self.settle(id, guard, Way::Gone, Waiters::Asleep);
     }
 
     /// How much to receive or to copy with one call now, bytes.
@@ -228,6 +248,7 @@ impl Restore {
         match filled {
             Filled::Bytes(filled) => {
                 self.deferred.filled(id);
+                self.look_after_fill(id, at.start());
                 *limit = STEP_BYTES.max(*limit);
                 let at = PageRange::new(at.start().get(), at.start().get() + filled);
                 self.batched_wakeup.filled(id, at, wake == Wake::Later);
@@ -265,20 +286,33 @@ impl Restore {
         else {
             return Ok(());
         };
-        let Some(extent) = chain.find(piece.image) else {
+        let within = |piece: Piece| {
+            let extent = chain.find(piece.image)?;
+            let length = piece.at.bytes().min(extent.range.bytes()).min(STEP_BYTES);
+            let start = piece.at.start().get();
+            Some((extent, PageRange::new(start, start + length)))
+        };
+        let Some((_, at)) = within(piece) else {
             return Ok(());
         };
-        let length = piece.at.bytes().min(extent.range.bytes()).min(STEP_BYTES);
-        let at = PageRange::new(piece.at.start().get(), piece.at.start().get() + length);
-        if self.leave_guards(id, at) {
-            // What is beside the guards is found missing again; a thread that waits for it must not wait longer.
-            if let Some(page) = self
-                .planner
-                .space(id)
-                .and_then(|space| space.first_awaited(at))
-            {
+        let guards = self.leave_guards(id, at);
+        let (piece, whole) = match guards {
+            Guards::Beside(free) => (piece.part(free), at),
+            Guards::None | Guards::At(_) => (piece, at),
+        };
+        let Some((extent, at)) = within(piece) else {
+            return Ok(());
+        };
+        let length = at.bytes();
+        if guards != Guards::None {
+            // What is beside is found missing again; a thread that waits for it must not wait longer.
+            let awaited = self.planner.space(id);
+            let awaited = awaited.and_then(|space| space.first_awaited(whole));
+            if let Some(page) = awaited {
                 self.processes.retry_later(id, page);
             }
+        }
+        if matches!(guards, Guards::At(_)) {
             return Ok(());
         }
         let mut limit = length;

@@ -52,6 +52,7 @@ mod report;
 mod reserve;
 mod second_dump;
 mod signals;
+mod sought;
 pub mod standby;
 mod thread_ends;
 mod unreadable;
@@ -93,6 +94,7 @@ pub use report::{Progress, Summary};
 use second_dump::SecondDump;
 use signals::Signals;
 pub use signals::block as block_signals;
+use sought::{Among, Sought};
 pub(in crate::engine) use standby::SourceSockets;
 use standby::{Standby, StandbyMessage};
 use unreadable::Unreadable;
@@ -402,8 +404,10 @@ impl Restore {
             },
             Some(uffd.as_fd()),
         );
+        let host = HostProcess::open(host, started);
         let process = Process {
-            host: HostProcess::open(host, started),
+            sought: host.is_none().then(|| Sought::new(Among::Named(pid))),
+            host,
             ..Process::new(pid, uffd, chain)
         };
         self.processes.adopt(id, process)?;

@@ -14,6 +14,7 @@ use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags, EpollTimeout};
 
 use super::host_process::HostProcess;
 use super::install::READAHEAD_BYTES;
+use super::sought::{Among, Sought};
 use super::{new_poll, watch};
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::Chain;
@@ -31,8 +32,9 @@ pub(super) struct Process {
     pub(super) pid: u32,
     pub(super) uffd: Uffd,
     pub(super) chain: Option<Arc<Chain>>,
-    /// Unknown where it is in another PID namespace, and of children that were forked since.
+    /// Unknown as long as it is sought.
     pub(super) host: Option<HostProcess>,
+    pub(super) sought: Option<Sought>,
     /// How far the chain's files are read ahead.
     pub(super) ahead: ReadAhead,
 }
@@ -46,7 +48,15 @@ impl Process {
             chain,
             ahead,
             host: None,
+            sought: None,
         }
+    }
+
+    /// Among whom the children of this process are to be sought.
+    pub(super) fn among_children(&self) -> Option<Among> {
+        let known = self.host.as_ref().map(HostProcess::pid);
+        let sought = self.sought.as_ref().map(Sought::among);
+        known.map(Among::Descendants).or(sought)
     }
 }
 

@@ -251,6 +251,11 @@ impl Planner {
         self.note_unneeded(pid, &space.take_unneeded());
     }
 
+    /// Whether this process was forked by one of the images, and its pages are not counted.
+    pub fn is_child(&self, id: SpaceId) -> bool {
+        self.spaces.get(&id).is_some_and(|member| !member.counted)
+    }
+
     /// Whether this process was forked by one of the images, and has nothing missing any more.
     pub fn is_filled_child(&self, id: SpaceId) -> bool {
         let member = self.spaces.get(&id);

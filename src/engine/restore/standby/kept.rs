@@ -24,7 +24,9 @@ use super::source_sockets::SourceSockets;
 use super::takeover::Followed;
 use crate::engine::pending::USERFAULTFD;
 use crate::engine::restore::host_process;
+use crate::engine::restore::intake::SOCKET_NAME;
 use crate::engine::restore::signals::Signals;
+use crate::engine::restore::sought::{Among, Sought};
 use crate::engine::restore::waking::Waiters;
 use crate::engine::restore::{OnLoss, Process, Restore, RestoreConfig, process};
 use crate::engine::service_manager::{Passed, ServiceManager, passed};
@@ -295,6 +297,8 @@ impl Restore {
             self.planner.missing_pages()
         );
         let killed = Error::new(Kind::PeerLost, "the lazy-client before was killed");
+        // It left its socket behind; a missing file is as good.
+        let _ = fs::remove_file(SOCKET_NAME);
         self.go_on_in_place(&kept.shared, &mut followed, killed);
         followed.source.reset();
         Ok(self)
@@ -339,8 +343,12 @@ impl Restore {
                     match kept.memory.remove(&id) {
                         Some(uffd) => {
                             let chain = chains.get(&pid).cloned().flatten();
-                            self.processes
-                                .adopt(child, Process::new(pid, uffd, chain))?;
+                            let among = self.among_children_of(pid);
+                            let process = Process {
+                                sought: among.map(Sought::new),
+                                ..Process::new(pid, uffd, chain)
+                            };
+                            self.processes.adopt(child, process)?;
                         }
                         None => drop(lost.insert(child)),
                     }
@@ -357,6 +365,12 @@ impl Restore {
             }
         }
         Ok(lost.into_iter().collect())
+    }
+
+    /// Among whom children of the process that the images call `pid` are sought.
+    fn among_children_of(&self, pid: u32) -> Option<Among> {
+        let mut family = self.processes.iter().filter(|(_, one)| one.pid == pid);
+        family.find_map(|(_, one)| one.among_children())
     }
 
     /// The userfaultfds of these were not kept: the manager had no room for them, or was told too late.

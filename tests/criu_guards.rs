@@ -1,0 +1,94 @@
+//! Guard regions that processes install after the restore over memory that they lack: in the restored process, in a child
+//! that it forks, and where lazy-client is in another PID namespace. A real CRIU.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use testbed::bed::Bed;
+use testbed::criu::{Criu, Suite};
+use testbed::migration::{Dump, Restore};
+use testbed::process::{Spawned, tail};
+use testbed::suite::with_criu;
+use testbed::wait::{self, GENEROUS};
+use testbed::workspace;
+
+/// Dumps the process that installs guards later; it is gone. Returns the images, and where it exchanges files.
+fn dumped(bed: &Bed, criu: &Criu) -> Result<(PathBuf, PathBuf)> {
+    let (images, dir) = (bed.path("images"), bed.path("guards"));
+    fs::create_dir_all(&dir)?;
+    let mut command = Command::new(workspace::binary("guards")?);
+    command
+        .arg(&dir)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let mut process = Spawned::start_ungrouped("guards", &mut command, None)?;
+    wait::until("memory", GENEROUS, || {
+        ensure!(process.ended()?.is_none(), "the process has ended");
+        Ok(dir.join("ready").exists().then_some(()))
+    })?;
+    Dump::new(criu, process.pid(), &images).run()?;
+    process.wait(GENEROUS)?;
+    Ok((images, dir))
+}
+
+/// A lazy-client, started by `prefix`, so slow that guards are there before what they are installed over comes.
+fn client(images: &Path, prefix: &[&str]) -> Result<Spawned> {
+    let binary = workspace::binary("lazy-client")?;
+    let log = images.join("lazy.log");
+    let mut words = prefix.iter().map(|word| (*word).into()).collect::<Vec<_>>();
+    words.push(binary.into_os_string());
+    let mut command = Command::new(&words[0]);
+    command.args(&words[1..]).arg("-D").arg(images);
+    command.args(["-o", "lazy.log", "-v4", "--max-bandwidth", "256K"]);
+    Spawned::start_ready("lazy-client", &mut command, log)
+}
+
+/// Waits for what both processes have found in the `n`th look.
+fn expect_right(dir: &Path, n: u32) -> Result<()> {
+    for who in ["parent", "child"] {
+        let path = dir.join(format!("{who}-{n}.txt"));
+        let said = wait::until(who, GENEROUS, || {
+            Ok(path
+                .exists()
+                .then(|| fs::read_to_string(&path))
+                .transpose()?)
+        })?;
+        ensure!(said == "right", "{who}, look {n}: {said}");
+    }
+    Ok(())
+}
+
+fn guards_stay(bed: &Bed, criu: &Criu, prefix: &[&str]) -> Result<()> {
+    let (images, dir) = dumped(bed, criu)?;
+    let mut client = client(&images, prefix)?;
+    let _restored = Restore::new(criu, &images).lazily().run()?;
+    fs::write(dir.join("go"), "")?;
+    expect_right(&dir, 1).with_context(|| client.log_tail())?;
+    client.succeed(GENEROUS)?;
+    fs::write(dir.join("filled"), "")?;
+    expect_right(&dir, 2).with_context(|| client.log_tail())?;
+    let log = fs::read_to_string(client.log().context("a log")?)?;
+    for words in ["keeps the guard region", "or a child of it, is process"] {
+        ensure!(
+            log.contains(words),
+            "no \"{words}\": nothing was tested{}",
+            tail(client.log().context("a log")?)
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn guards_of_a_process_and_of_its_child_stay() {
+    with_criu(Suite::Sid, |bed, criu| guards_stay(bed, criu, &[]));
+}
+
+#[test]
+fn guards_stay_where_the_client_is_in_another_pid_namespace() {
+    with_criu(Suite::Experimental, |bed, criu| {
+        let unshare = ["unshare", "--pid", "--fork", "--kill-child"];
+        guards_stay(bed, criu, &unshare)
+    });
+}
