@@ -2,6 +2,8 @@
 //! has not come.
 
 use std::fs;
+use std::net::SocketAddr;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -10,13 +12,14 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
-use testbed::daemons::{LazyDaemon, Make, Options};
+use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
+use testbed::images::copy_without_lazy_pages;
 use testbed::load::Load;
 use testbed::load::report::Report;
 use testbed::load::scenarios::verifying;
 use testbed::load::spec::{LoadSpec, OnLostPage};
 use testbed::load::steps::{Order, Pass, Step};
-use testbed::migration::Dump;
+use testbed::migration::{Dump, Restore};
 use testbed::orphan::Orphan;
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::process::{descendants, run};
@@ -158,6 +161,113 @@ fn processes_are_killed_for_want_of_descriptors_too() {
         let pid = u32::try_from(moving.load.pid().as_raw())?;
         let end = moving.restored.wait_for_end(pid, GENEROUS)?;
         ensure!(end == "killed SIGKILL", "the restored process {end}");
+        Ok(())
+    });
+}
+
+/// What stands by for the client that works in the directory `dir`.
+fn who_stands_by(dir: &Path) -> Result<Vec<Pid>> {
+    let all = descendants(Pid::this()).into_iter();
+    let found = all.filter(|pid| {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm"));
+        let works_in = fs::read_link(format!("/proc/{pid}/cwd"));
+        name.is_ok_and(|name| name.trim() == "lazy-standby")
+            && works_in.is_ok_and(|works_in| works_in == dir)
+    });
+    Ok(found.collect())
+}
+
+/// A process restored once more from `images` with a page server at `source`, and both processes of its client told to
+/// end by `signal` before most of its memory has come.
+fn stopped_by(
+    (criu, load): (&Criu, &Load),
+    (images, source): (&Path, SocketAddr),
+    (policy, stands_by, background): (&str, bool, bool),
+    signal: &str,
+) -> Result<()> {
+    let mut options = Options::new(images).log_to("lazy.log");
+    options = options.with(&["--on-loss", policy, "--max-bandwidth", "16K"]);
+    if !stands_by {
+        options = options.with(&["--no-standby"]);
+    }
+    if background {
+        options = options.with(&["--daemon", "--pidfile", "lazy.pid"]);
+    }
+    // Another run's may be there.
+    let pidfile = images.join("lazy.pid");
+    let _ = fs::remove_file(&pidfile);
+    load.steer_anybody();
+    let mut daemon = LazyDaemon::start(Make::Ours, &options, Some(source))?;
+    let mut restored = Restore::new(criu, images).lazily().run()?;
+    load.steer(restored.init()?)?;
+    let client = match background {
+        false => daemon.process().pid(),
+        true => Pid::from_raw(fs::read_to_string(&pidfile)?.trim().parse()?),
+    };
+    let standby = who_stands_by(&images.canonicalize()?)?;
+    ensure!(
+        standby.len() == usize::from(stands_by),
+        "{standby:?} stand by"
+    );
+    let both: Vec<String> = [client]
+        .iter()
+        .chain(&standby)
+        .map(Pid::to_string)
+        .collect();
+    run(Command::new("kill").arg(format!("-{signal}")).args(&both))?;
+    match background {
+        false => drop(daemon.process().fail(GENEROUS)?),
+        true => Orphan::new(client.as_raw())?.fail()?,
+    }
+    if policy == "kill" {
+        let pid = u32::try_from(load.pid().as_raw())?;
+        let end = restored.wait_for_end(pid, GENEROUS)?;
+        ensure!(end == "killed SIGKILL", "the restored process {end}");
+    } else {
+        let report = load.run(0, &verifying())?;
+        expect_no_zeros(&report)?;
+        ensure!(
+            report.poisoned() > 0,
+            "no page was lost: nothing was tested"
+        );
+    }
+    restored.kill();
+    Ok(())
+}
+
+/// Each way to be ended, each policy, with and without a process that stands by, in the background or not. A few
+/// signals stand for all, of which [`every_signal_that_ends_a_process_ends_in_order`] has each.
+#[test]
+fn every_policy_holds_for_every_end() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let mut load = Load::start(
+            LoadSpec {
+                on_lost_page: OnLostPage::Count,
+                pin_own_memory: true,
+                ..LoadSpec::mixed(bed.path("load"), 4)
+            },
+            None,
+        )?;
+        let images = bed.path("dumped");
+        Dump::new(criu, load.pid(), &images).run()?;
+        load.wait_until_gone()?;
+        let here = bed.path("restored");
+        copy_without_lazy_pages(&images, &here)?;
+        let options = Options::new(&images).with(&["--keep"]);
+        let server = PageServer::serving(Make::Ours, &options.log_to("serve.log"))?;
+        for policy in ["poison", "kill", "hold"] {
+            for (stands_by, background) in
+                [(true, true), (true, false), (false, true), (false, false)]
+            {
+                for signal in ["TERM", "HUP", "QUIT", "64"] {
+                    let way = (policy, stands_by, background);
+                    let ended = stopped_by((criu, &load), (&here, server.address()), way, signal);
+                    ended.with_context(|| {
+                        format!("SIG{signal}, {policy}, standby: {stands_by}, -d: {background}")
+                    })?;
+                }
+            }
+        }
         Ok(())
     });
 }

@@ -60,9 +60,11 @@ pub(crate) fn fork_and_verify(
         }
         ForkResult::Parent { child } => {
             let mut report = pass::verify(memory, pass)?;
-            report.children.push(
-                collect(&spec.dir, child).unwrap_or_else(|error| failed(format!("{error:#}"))),
-            );
+            let mut of_child =
+                collect(&spec.dir, child).unwrap_or_else(|error| failed(format!("{error:#}")));
+            // Side by side: what is nested deeply cannot be read.
+            report.children.append(&mut of_child.children);
+            report.children.push(of_child);
             report.step = format!("fork {depth}: {pass:?}");
             Ok(report)
         }
