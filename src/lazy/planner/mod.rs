@@ -385,6 +385,18 @@ mod tests {
     }
 
     #[test]
+    fn a_child_forked_after_the_loss_asks_for_nothing() {
+        let (mut planner, ids) = planner(1);
+        planner.lose();
+        let child = planner.handle_fork(ids[0]).unwrap();
+        let touched = Vaddr(1 << 32);
+        planner.handle_fault(child, touched, SINGLE, 0);
+        assert!(planner.next_urgent().is_none());
+        let missing = planner.space(child).unwrap().first_remote().unwrap();
+        assert_eq!(missing.at.start(), touched);
+    }
+
+    #[test]
     fn the_stream_goes_round_between_processes() {
         let (mut planner, ids) = planner(3);
         let order: Vec<_> = (0..6)

@@ -105,6 +105,7 @@ impl Space {
     pub fn fork(&self) -> Space {
         let mut child = Space::empty(self.pid, self.page, Arc::clone(&self.origins));
         child.policy = self.policy;
+        child.lost = self.lost;
         child.remote = self.remote.clone();
         child.local = self.local.clone();
         child.unneeded = self.unneeded.as_ref().map(|_| Vec::new());
