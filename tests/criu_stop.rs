@@ -138,29 +138,66 @@ fn signals_to_both_processes_lose_nothing() {
     });
 }
 
-/// Sixty generations of children, and descriptors for half of them, when the client is told to end.
+/// Generations of children, and descriptors for a part of them, when the client is told to end. Returns what runs on and
+/// the number of the command that it carries out.
+fn told_to_end_without_descriptors(
+    bed: &Bed,
+    criu: &Criu,
+    policy: &str,
+    (mib, depth): (u32, u32),
+) -> Result<(PostCopy, u64)> {
+    // So slow that most of it is missing.
+    let link = Link {
+        bytes_per_s: Some(u64::from(mib) << 17),
+        ..slow_link()
+    };
+    let plan = plan(criu, Source::Dump, &["--on-loss", policy]).over(link);
+    let spec = LoadSpec {
+        on_lost_page: OnLostPage::Count,
+        pin_own_memory: true,
+        ..LoadSpec::mixed(bed.path("load"), mib)
+    };
+    let mut moving = PostCopy::start(bed, &plan, spec, &[])?;
+    for pid in both(&mut moving) {
+        let limit = ["--nofile=40:40", "--pid", &pid.to_string()];
+        run(Command::new("prlimit").args(limit))?;
+    }
+    // Many of them, each with a few pages of its own to wait for or to lose.
+    let pass = Pass::full(Order::Random).within(Duration::from_millis(20));
+    let seq = moving.load.send(0, &[Step::Fork { depth, pass }])?;
+    wait_for_line(&mut moving, "no descriptor for a child")?;
+    moving.daemon.process().signal(Signal::SIGTERM)?;
+    moving.daemon.process().fail(GENEROUS)?;
+    Ok((moving, seq))
+}
+
 #[test]
 fn processes_are_killed_for_want_of_descriptors_too() {
     with_criu(Suite::Experimental, |bed, criu| {
-        // So slow that most of it is missing.
-        let link = Link {
-            bytes_per_s: Some(8 << 20),
-            ..slow_link()
-        };
-        let plan = plan(criu, Source::Dump, &["--on-loss", "kill"]).over(link);
-        let mut moving = PostCopy::start(bed, &plan, spec(bed), &[])?;
-        for pid in both(&mut moving) {
-            let limit = ["--nofile=40:40", "--pid", &pid.to_string()];
-            run(Command::new("prlimit").args(limit))?;
-        }
-        let pass = Pass::full(Order::Random);
-        moving.load.send(0, &[Step::Fork { depth: 60, pass }])?;
-        wait_for_line(&mut moving, "no descriptor for a child")?;
-        moving.daemon.process().signal(Signal::SIGTERM)?;
-        moving.daemon.process().fail(GENEROUS)?;
+        let (moving, _) = told_to_end_without_descriptors(bed, criu, "kill", (MIB, 60))?;
         let pid = u32::try_from(moving.load.pid().as_raw())?;
         let end = moving.restored.wait_for_end(pid, GENEROUS)?;
         ensure!(end == "killed SIGKILL", "the restored process {end}");
+        Ok(())
+    });
+}
+
+#[test]
+fn processes_are_poisoned_for_want_of_descriptors_too() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let depth = 100;
+        let (moving, seq) = told_to_end_without_descriptors(bed, criu, "poison", (8, depth))?;
+        let report = moving.load.receive(0, seq, GENEROUS)?;
+        expect_no_zeros(&report)?;
+        let failed = report.every_step().find_map(|step| step.failure.as_ref());
+        ensure!(failed.is_none(), "{failed:?}");
+        let lost = report.every_step().filter(|step| step.poisoned > 0);
+        let (lost, all) = (lost.count(), report.every_step().count());
+        // On a busy machine some come to no page in their time.
+        ensure!(
+            all == 1 + depth as usize && lost > all / 2,
+            "{lost} of {all} processes have lost pages"
+        );
         Ok(())
     });
 }
