@@ -24,6 +24,20 @@ pub fn reset(socket: BorrowedFd<'_>) {
     }
 }
 
+/// Names the variable that plants a fault for tests: connections to a source that should be reset end orderly,
+/// after which a lazy dump ends its processes although their memory has gone nowhere.
+#[cfg(debug_assertions)]
+const SKIP_RESETS: &str = "PAGEFERRY_TEST_SKIP_RESETS";
+
+/// Whether the fault is planted. A release build cannot have it.
+pub fn resets_are_skipped() -> bool {
+    #[cfg(debug_assertions)]
+    let skipped = std::env::var_os(SKIP_RESETS).is_some();
+    #[cfg(not(debug_assertions))]
+    let skipped = false;
+    skipped
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::{ErrorKind, Read, Write};

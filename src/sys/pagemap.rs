@@ -19,6 +19,18 @@ const THERE: u64 = 3 << 62;
 /// The length of an entry of the file, one for each page.
 const ENTRY_BYTES: usize = 8;
 
+/// PAGE_IS_WRITTEN: the page is under write protection no more.
+const WRITTEN: u64 = 1 << 1;
+
+/// PM_SCAN_WP_MATCHING: pages that are told are protected again, in one step.
+const PROTECT: u64 = 1;
+
+/// PM_SCAN_CHECK_WPASYNC: fail where the memory is not tracked.
+const ONLY_TRACKED: u64 = 1 << 1;
+
+/// Runs that are told by one call.
+const RUNS: usize = 512;
+
 /// An open /proc/PID/pagemap. It stays with the memory that the process had when it was opened.
 #[derive(Debug)]
 pub struct Pagemap(File);
@@ -60,6 +72,46 @@ impl Pagemap {
         };
         let found = (regions > 0 && within(&found)).then_some(found);
         Ok(found.map(|found| PageRange::new(found.start, found.end)))
+    }
+
+    /// Calls `each` for every run of pages in `range` that is not write-protected by a userfaultfd, and protects it.
+    /// All of `range` must be registered. After an error some pages may be protected that were not told.
+    pub(super) fn take_written(
+        &self,
+        range: PageRange,
+        mut each: impl FnMut(PageRange),
+    ) -> io::Result<()> {
+        let mut found = [Region::default(); RUNS];
+        let (mut at, end) = (range.start().get(), range.end().get());
+        while at < end {
+            let mut call = Scan {
+                size: size_of::<Scan>() as u64,
+                flags: PROTECT | ONLY_TRACKED,
+                start: at,
+                end,
+                vec: found.as_mut_ptr().expose_provenance() as u64,
+                vec_len: RUNS as u64,
+                category_mask: WRITTEN,
+                return_mask: WRITTEN,
+                ..Scan::default()
+            };
+            // SAFETY: `call` is a valid pm_scan_arg whose `vec` is room for the regions that `vec_len` tells;
+            // both outlive the call.
+            let regions = unsafe { calls::scan(self.0.as_raw_fd(), &raw mut call) }?;
+            let regions = usize::try_from(regions).unwrap_or(0);
+            for run in &found[..regions.min(RUNS)] {
+                if run.start >= at && run.start < run.end && run.end <= end {
+                    each(PageRange::new(run.start, run.end));
+                }
+            }
+            if call.walk_end <= at {
+                return Err(io::Error::other(
+                    "the kernel's look at the pages stands still",
+                ));
+            }
+            at = call.walk_end;
+        }
+        Ok(())
     }
 }
 
