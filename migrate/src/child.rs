@@ -115,6 +115,21 @@ impl Program {
         self.name
     }
 
+    /// Its children at the moment.
+    pub(crate) fn children(&self) -> Vec<ProcessName> {
+        let pid = self.name.pid;
+        let path = format!("/proc/{pid}/task/{pid}/children");
+        let list = std::fs::read_to_string(path).unwrap_or_default();
+        let pids = list.split_whitespace().filter_map(|pid| pid.parse().ok());
+        pids.filter_map(|pid| ProcessName::of(pid).ok()).collect()
+    }
+
+    /// Waits for its end, which it must not have come to. The error shows its log.
+    pub(crate) async fn unexpected_end(&mut self) -> Error {
+        let ended = self.child.wait().await;
+        self.failure(Some(ended))
+    }
+
     /// Waits for its end, which must be a success.
     pub(crate) async fn succeed(&mut self) -> Result<()> {
         match self.child.wait().await {

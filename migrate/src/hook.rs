@@ -28,6 +28,9 @@ pub(crate) const RESUMED: &str = "post-resume";
 /// Name of the agent's socket in a migration's directory.
 pub(crate) const SOCKET: &str = "hook.sock";
 
+/// Name of the script that CRIU runs, in a migration's directory.
+pub(crate) const SCRIPT: &str = "hook.sh";
+
 /// Name of the agent's record in a migration's directory.
 pub(crate) const RECORD: &str = "record.json";
 

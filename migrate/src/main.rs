@@ -9,6 +9,7 @@ mod copy_lazy;
 mod doctor;
 mod facts;
 mod hook;
+mod image_stream;
 mod images;
 mod inspect;
 mod programs;

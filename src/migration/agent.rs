@@ -57,6 +57,8 @@ pub enum AgentEvent {
     Failed,
     /// A record is on disk.
     Recorded(AgentRecord),
+    /// A record could not be written, and it is certain that it is not on disk.
+    NotRecorded(AgentRecord),
     /// All memory is here.
     MemoryComplete,
 }
@@ -162,8 +164,20 @@ impl Agent {
                     AgentRecord::Complete => vec![],
                 }
             }
+            // Without a record there is no decision, and an agent that is started again aborts as well.
+            (At::Receiving | At::Restoring | At::Ready, On::NotRecorded(record))
+                if self.writing == Some(record) =>
+            {
+                self.writing = None;
+                self.state = At::Aborted;
+                vec![Do::Discard]
+            }
             (At::Committed, On::MemoryComplete) => vec![Do::Record(AgentRecord::Complete)],
-            (At::Committed, On::Recorded(AgentRecord::Complete)) => {
+            // What is not recorded is found out again by an agent that is started again.
+            (
+                At::Committed,
+                On::Recorded(AgentRecord::Complete) | On::NotRecorded(AgentRecord::Complete),
+            ) => {
                 self.state = At::Complete;
                 vec![]
             }
@@ -191,6 +205,23 @@ mod tests {
         agent.handle(AgentEvent::Restored);
         assert_eq!(agent.state(), AgentState::Ready);
         agent
+    }
+
+    #[test]
+    fn a_decision_that_cannot_be_written_is_an_abort() {
+        for asked in [AgentEvent::CommitAsked, AgentEvent::AbortAsked] {
+            let mut agent = Agent::new();
+            agent.handle(AgentEvent::RestoreAsked);
+            agent.handle(AgentEvent::Restored);
+            let actions = agent.handle(asked);
+            let [AgentAction::Record(record)] = actions[..] else {
+                panic!("{actions:?}")
+            };
+            let actions = agent.handle(AgentEvent::NotRecorded(record));
+            assert_eq!(actions, [AgentAction::Discard]);
+            assert_eq!(agent.state(), AgentState::Aborted);
+            assert_eq!(agent.handle(AgentEvent::CommitAsked), []);
+        }
     }
 
     #[test]

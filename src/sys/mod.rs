@@ -5,7 +5,6 @@ pub mod arp;
 pub mod buffers;
 pub mod disconnect;
 pub mod fdpass;
-pub mod foreign_socket;
 pub mod inject;
 pub mod mapping;
 pub mod owned_process;

@@ -1,8 +1,7 @@
 //! The agent's HTTP interface; docs/openapi.json describes it.
 
 use std::convert::Infallible;
-use std::io::{self, Read};
-use std::path::{Component, Path as FilePath};
+use std::io;
 use std::sync::Arc;
 
 use axum::body::{Body, Bytes};
@@ -13,9 +12,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use pageferry::error::{Error, Kind};
-use pageferry::limits::{
-    MIGRATION_IMAGE_FILES_MAX, MIGRATION_IMAGES_BYTES_MAX, MIGRATION_JSON_BYTES_MAX,
-};
+use pageferry::limits::MIGRATION_JSON_BYTES_MAX;
 use pageferry::migration::messages::{
     Begin, Check, HostFacts, MigrationId, Problem, Receiver, RestoreRequest, Status, Wanted,
 };
@@ -29,6 +26,7 @@ use super::listen::{From as Caller, Listener};
 use super::session::Session;
 use super::sessions::Sessions;
 use crate::facts;
+use crate::image_stream::unpack;
 
 /// What who wants a stream of events accepts.
 const EVENT_STREAM: &str = "text/event-stream";
@@ -227,32 +225,6 @@ async fn images(
     Ok(Json(session.status()))
 }
 
-/// Unpacks plain files, and nothing else, into `dir`.
-fn unpack(reader: impl Read, dir: &FilePath) -> Result<(), Error> {
-    let failed = |error| Error::wrap(Kind::Protocol, "the stream of images", error);
-    let mut archive = tar::Archive::new(reader.take(MIGRATION_IMAGES_BYTES_MAX));
-    for (count, entry) in archive.entries().map_err(failed)?.enumerate() {
-        let mut entry = entry.map_err(failed)?;
-        let path = entry.path().map_err(failed)?.into_owned();
-        let mut parts = path.components();
-        let plain = matches!(
-            (parts.next(), parts.next()),
-            (Some(Component::Normal(_)), None)
-        );
-        let regular = entry.header().entry_type().is_file();
-        if !plain || !regular || count >= MIGRATION_IMAGE_FILES_MAX {
-            let text = format!("{:?} is no image file in one directory", path.display());
-            return Err(Error::new(Kind::Protocol, text));
-        }
-        let path = dir.join(&path);
-        // What arrives never replaces what is there.
-        let mut file = std::fs::File::create_new(&path)
-            .map_err(|error| Error::file("create", &path, error))?;
-        io::copy(&mut entry, &mut file).map_err(|error| Error::file("write", &path, error))?;
-    }
-    Ok(())
-}
-
 async fn restore(
     State(sessions): State<Sessions>,
     Path(id): Path<String>,
@@ -265,6 +237,11 @@ async fn restore(
 /// The source's grant. The answer tells the decision, and after `committed` that the processes run.
 async fn commit(State(sessions): State<Sessions>, Path(id): Path<String>) -> Answer<Status> {
     let session = find(&sessions, &id)?;
+    if !session.is_decided() && !session.has_memory() {
+        session
+            .fail("lazy-client has ended before the processes ran")
+            .await;
+    }
     let status = session.handle(AgentEvent::CommitAsked).await;
     if status.state != AgentState::Committed {
         return Ok(Json(status));

@@ -15,6 +15,7 @@ mod addresses;
 mod commands;
 mod containers;
 mod http;
+mod lazy_client;
 mod listen;
 mod place;
 mod restore;

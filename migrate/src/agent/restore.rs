@@ -9,16 +9,16 @@ use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::{FaultTimes, RestoreRequest, RuntimeKind, Status};
 use pageferry::migration::{AgentEvent, AgentState};
 use pageferry::observe::trace::TraceReader;
-use pageferry::sys::owned_process::ProcessName;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::sleep;
 
 use super::commands;
-use super::session::{FAULTS, LAZY_PROCESS, READY_LIMIT, Session, keep_logs, round_name};
+use super::lazy_client::{self, LazyClient};
+use super::session::{FAULTS, Session, round_name};
 use crate::child::Program;
 use crate::facts::now_us;
-use crate::hook::{RESTORED, RESUMED, SOCKET};
+use crate::hook::{RESTORED, RESUMED, SCRIPT, SOCKET};
 use crate::records;
 use crate::runtime::runtime_log;
 
@@ -54,7 +54,7 @@ impl Session {
         let socket = self.dir.join(SOCKET);
         let hooks = UnixListener::bind(&socket)
             .map_err(|error| Error::file("listen at", &socket, error))?;
-        let script = self.dir.join("hook.sh");
+        let script = self.dir.join(SCRIPT);
         let text = commands::hook_script(&self.place.programs, &self.dir);
         fs::write(&script, text)
             .and_then(|()| fs::set_permissions(&script, fs::Permissions::from_mode(0o700)))
@@ -64,7 +64,7 @@ impl Session {
                 0 => None,
                 last => Some(format!("../{}", round_name(last))),
             };
-            let mut command = commands::lazy_client(
+            let command = commands::lazy_client(
                 &self.place.programs,
                 &self.place.tls,
                 &images,
@@ -73,9 +73,7 @@ impl Session {
             );
             let log = images.join("lazy.log");
             let started_us = now_us();
-            let mut lazy = Program::start_waiting("lazy-client", &mut command, &log)?;
-            records::write(&self.dir.join(LAZY_PROCESS), &lazy.name())?;
-            lazy.ready(READY_LIMIT).await?;
+            let lazy = LazyClient::start(command, &log, &self.dir).await?;
             let mut inner = self.lock();
             inner.lazy = Some(lazy);
             inner.lazy_us = Some(started_us);
@@ -127,6 +125,13 @@ impl Session {
         match ended {
             // It was ended because of the decision.
             Err(_) if session.status().state == AgentState::Aborted => {}
+            Err(error) if session.lock().resumed_us.is_some() => {
+                tracing::warn!(
+                    "migration {}: the processes run, and then: {error}",
+                    session.begin.id
+                );
+                session.follow_memory().await;
+            }
             Err(error) if session.is_decided() => {
                 tracing::error!(
                     "migration {}: after the decision: {error}",
@@ -150,6 +155,11 @@ impl Session {
             return;
         }
         match stage.trim_end() {
+            RESTORED if !self.has_memory() => {
+                // The stream ends here, and with it the restore.
+                self.fail("lazy-client has ended before the processes ran")
+                    .await;
+            }
             RESTORED => {
                 self.lock().waiting = Some(stream.into_inner());
                 self.handle(AgentEvent::Restored).await;
@@ -162,6 +172,12 @@ impl Session {
         }
     }
 
+    /// Whether the memory of a lazy restore is still to be had.
+    pub(super) fn has_memory(&self) -> bool {
+        let inner = self.lock();
+        !self.begin.mode.is_lazy() || inner.lazy.as_ref().is_some_and(LazyClient::is_alive)
+    }
+
     /// Waits until all memory is there.
     async fn follow_memory(&self) {
         {
@@ -172,7 +188,7 @@ impl Session {
         self.changed.send_modify(|count| *count += 1);
         let lazy = self.lock().lazy.take();
         let ended = match lazy {
-            Some(mut lazy) => lazy.succeed().await,
+            Some(lazy) => lazy.succeed(&self.images()).await,
             None => Ok(()),
         };
         if let Err(error) = self.keep_fault_times() {
@@ -211,30 +227,25 @@ impl Session {
     async fn complete(&self) {
         self.lock().complete_us = Some(now_us());
         self.handle(AgentEvent::MemoryComplete).await;
-        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
-            if entry.path().is_dir() {
-                keep_logs(&entry.path());
-            }
-        }
+        self.remove_memory();
     }
 
     /// The agent that started the lazy-client has died; the lazy-client may go on.
     pub(super) async fn wait_for_earlier_lazy_client(&self) {
-        let path = self.dir.join(LAZY_PROCESS);
-        if let Ok(Some(process)) = records::read::<ProcessName>(&path) {
-            while process.is_alive() {
-                sleep(LOOK_AGAIN).await;
+        let ended = match self.begin.mode.is_lazy() {
+            true => lazy_client::earlier_succeeds(&self.dir, &self.images()).await,
+            false => Ok(()),
+        };
+        match ended {
+            Err(error) => {
+                self.lock().problem = Some(error.to_string());
+                self.changed.send_modify(|count| *count += 1);
             }
-        }
-        let summary = records::read::<serde_json::Value>(&self.images().join("lazy-summary.json"));
-        match (self.begin.mode.is_lazy(), summary) {
-            (true, Ok(None) | Err(_)) => {
-                self.lock().problem = Some("the end of lazy-client was not seen".to_owned());
-            }
-            _ => {
+            Ok(()) => {
                 self.lock().complete_us = Some(now_us());
                 let actions = self.lock().agent.handle(AgentEvent::MemoryComplete);
                 self.carry_out(actions).await;
+                self.remove_memory();
             }
         }
     }

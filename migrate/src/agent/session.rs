@@ -20,16 +20,14 @@ use tokio::sync::{Mutex as Turn, watch};
 use tokio::time::{Instant, sleep_until};
 
 use super::commands::{self, RECEIVER_PORT};
+use super::lazy_client::{self, LazyClient};
 use super::place::Place;
 use crate::child::Program;
-use crate::hook::RECORD;
+use crate::hook::{RECORD, SCRIPT, SOCKET};
 use crate::records;
 
 /// The request that began a migration, as it is kept.
 const BEGIN: &str = "begin.json";
-
-/// The process that fills memory, as it is kept.
-pub(super) const LAZY_PROCESS: &str = "lazy-client.json";
 
 /// When faults were, as it is kept.
 pub(super) const FAULTS: &str = "faults.json";
@@ -61,7 +59,7 @@ pub(super) struct Inner {
     /// The port at which pages are received.
     port: u16,
     receiver: Option<Program>,
-    pub(super) lazy: Option<Program>,
+    pub(super) lazy: Option<LazyClient>,
     /// The restore that waits for the word.
     pub(super) waiting: Option<UnixStream>,
     /// The whole tree of the restore that has been started.
@@ -130,7 +128,9 @@ impl Session {
         tracing::warn!("migration {id} was left by an earlier agent at {record:?}");
         let localhost = IpAddr::from([127, 0, 0, 1]);
         let session = Session::new(place, dir, begin, localhost, agent);
-        session.lock().problem = Some("the agent was started again".to_owned());
+        if !session.is_decided() || record == Some(AgentRecord::Aborted) {
+            session.lock().problem = Some("the agent was started again".to_owned());
+        }
         let finishing = Arc::clone(&session);
         tokio::spawn(async move {
             let _turn = finishing.turn.lock().await;
@@ -242,7 +242,11 @@ impl Session {
                         Err(error) => {
                             tracing::error!("migration {}: {error}", self.begin.id);
                             self.lock().problem = Some(error.to_string());
-                            AgentEvent::Failed
+                            // It may be there although the call failed.
+                            match records::read::<AgentRecord>(&self.dir.join(RECORD)) {
+                                Ok(Some(read)) if read == record => AgentEvent::Recorded(record),
+                                _ => AgentEvent::NotRecorded(record),
+                            }
                         }
                     };
                     todo.extend(self.lock().agent.handle(event));
@@ -277,22 +281,32 @@ impl Session {
         self.take_addresses_down().await;
         // The restore hears of it by the end of its hook, and ends what it has made.
         drop(waiting);
-        for program in [receiver, lazy].into_iter().flatten() {
-            let mut program = program;
-            program.terminate();
-            program.end().await;
+        if let Some(mut receiver) = receiver {
+            receiver.terminate();
+            receiver.end().await;
+        }
+        if let Some(lazy) = lazy {
+            lazy.end().await;
         }
         if let Some(restore) = restore {
             // It may have ended by itself.
             let _ = restore.signal(Signal::SIGTERM as i32);
             self.forget_container(restore).await;
         }
-        end_earlier(&self.dir.join(LAZY_PROCESS));
+        lazy_client::end_earlier(&self.dir);
+        self.remove_memory();
+    }
+
+    /// Removes what a migration does not need any more: its records and logs stay.
+    pub(super) fn remove_memory(&self) {
         for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
-            // The records and logs stay, memory goes.
             if entry.path().is_dir() {
                 keep_logs(&entry.path());
             }
+        }
+        for name in [SOCKET, SCRIPT] {
+            // It may not have been made.
+            let _ = fs::remove_file(self.dir.join(name));
         }
     }
 
@@ -382,14 +396,6 @@ fn make_dir(dir: &Path) -> Result<()> {
             Err(Error::file("make the directory", dir, error))
         }
         _ => Ok(()),
-    }
-}
-
-/// Ends a program that an earlier agent has written down.
-fn end_earlier(path: &Path) {
-    if let Ok(Some(process)) = records::read::<ProcessName>(path) {
-        // It may have ended by itself.
-        let _ = process.signal(Signal::SIGTERM as i32);
     }
 }
 

@@ -44,11 +44,11 @@ pub(crate) fn watch_changes(tree: &Tree, page: PageSize, pause: Duration) -> Res
         changed: 0,
     };
     let start = Instant::now();
-    read(tree, page, &mut look)?;
+    read(tree, page, &mut look, None)?;
     thread::sleep(pause);
     (look.pages, look.changed) = (0, 0);
     let between = start.elapsed();
-    read(tree, page, &mut look)?;
+    read(tree, page, &mut look, None)?;
     Ok(Dirtied {
         pages: look.pages,
         changed: look.changed,
@@ -72,6 +72,10 @@ impl PageSink for Look {
     }
 
     fn lazily(&mut self, _lazily: bool) {}
+
+    fn holes_at(&mut self, _at: Vaddr, _pages: u64) -> Result<()> {
+        Ok(())
+    }
 
     fn pages_at(&mut self, at: Vaddr, bytes: &[u8]) -> Result<()> {
         for (index, page) in (0..).zip(bytes.chunks_exact(self.page.as_usize())) {

@@ -12,6 +12,7 @@ use pageferry::units::{PageRange, PageSize, Vaddr};
 use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process};
 
 use super::PageSink;
+use super::track::{Tracker, Written};
 use super::tree::Member;
 
 /// Read from the process and sent at once, pages.
@@ -105,17 +106,24 @@ fn area(map: &MemoryMap) -> Option<Area> {
     })
 }
 
-/// Sends the pages of a private mapping that a dump would hold.
+/// Sends the pages of a private mapping that a dump would hold. Of those, a tracker tells which the destination has
+/// as they are.
 pub(super) fn send_private(
     member: &Member,
     range: PageRange,
     page: PageSize,
     sink: &mut impl PageSink,
+    mut tracker: Option<&mut Tracker>,
 ) -> Result<()> {
     let mut bytes = vec![0; usize::try_from(RUN_PAGES).unwrap_or(0) << page.shift()];
     let Ok(mut pagemap) = File::open(format!("/proc/{}/pagemap", member.pid)) else {
         // It has ended: so there is nothing to move.
         return Ok(());
+    };
+    // Before the pages are read: what is written from now on is the next round's.
+    let written = match &tracker {
+        Some(tracker) => tracker.written(range),
+        None => Written::Unknown,
     };
     let mut at = range.start().get();
     while at < range.end().get() {
@@ -123,26 +131,72 @@ pub(super) fn send_private(
         let words = read_words(&mut pagemap, at >> page.shift(), pages);
         for (first, count) in runs(&words) {
             let start = at + ((first as u64) << page.shift());
-            send_run(member.pid, start, count as u64, page, &mut bytes, sink)?;
+            let is_there = |address: u64| match &tracker {
+                Some(tracker) => !written.has(address) && tracker.was_sent(address),
+                None => false,
+            };
+            for (start, count, there) in pieces(start, count, page, is_there) {
+                if there {
+                    sink.holes_at(Vaddr(start), count)?;
+                    if let Some(tracker) = &mut tracker {
+                        tracker.note(start, start + (count << page.shift()));
+                    }
+                } else {
+                    let tracker = tracker.as_deref_mut();
+                    send_run(member.pid, (start, count), page, &mut bytes, sink, tracker)?;
+                }
+            }
         }
         at += pages << page.shift();
     }
     Ok(())
 }
 
-/// Pages of a private mapping that a dump would hold.
-pub(super) fn present_pages(pid: i32, range: PageRange, page: PageSize) -> u64 {
+/// Cuts a run of `count` pages at `start` where `is_there` changes: address, pages, and what it says of them.
+fn pieces(
+    start: u64,
+    count: usize,
+    page: PageSize,
+    is_there: impl Fn(u64) -> bool,
+) -> Vec<(u64, u64, bool)> {
+    let mut pieces: Vec<(u64, u64, bool)> = Vec::new();
+    for number in 0..count as u64 {
+        let address = start + (number << page.shift());
+        let there = is_there(address);
+        match pieces.last_mut() {
+            Some((_, count, same)) if *same == there => *count += 1,
+            _ => pieces.push((address, 1, there)),
+        }
+    }
+    pieces
+}
+
+/// Calls `each` with the address and the word of every page of `range` in /proc/PID/pagemap.
+pub(super) fn each_word(
+    pid: i32,
+    range: PageRange,
+    page: PageSize,
+    mut each: impl FnMut(u64, u64),
+) {
     let Ok(mut pagemap) = File::open(format!("/proc/{pid}/pagemap")) else {
-        return 0;
+        return;
     };
     let mut at = range.start().get();
-    let mut count = 0;
     while at < range.end().get() {
         let pages = ((range.end().get() - at) >> page.shift()).min(RUN_PAGES * 16);
-        let words = read_words(&mut pagemap, at >> page.shift(), pages);
-        count += words.iter().filter(|&&word| is_private(word)).count() as u64;
+        for (index, word) in (0..).zip(read_words(&mut pagemap, at >> page.shift(), pages)) {
+            each(at + (index << page.shift()), word);
+        }
         at += pages << page.shift();
     }
+}
+
+/// Pages of a private mapping that a dump would hold.
+pub(super) fn present_pages(pid: i32, range: PageRange, page: PageSize) -> u64 {
+    let mut count = 0;
+    each_word(pid, range, page, |_, word| {
+        count += u64::from(is_private(word))
+    });
     count
 }
 
@@ -180,11 +234,11 @@ fn runs(words: &[u64]) -> Vec<(usize, usize)> {
 
 fn send_run(
     pid: i32,
-    mut start: u64,
-    mut pages: u64,
+    (mut start, mut pages): (u64, u64),
     page: PageSize,
     bytes: &mut [u8],
     sink: &mut impl PageSink,
+    mut tracker: Option<&mut Tracker>,
 ) -> Result<()> {
     while pages > 0 {
         let now = pages.min(RUN_PAGES);
@@ -197,7 +251,11 @@ fn send_run(
             continue;
         }
         sink.pages_at(Vaddr(start), &bytes[..read << page.shift()])?;
-        start += (read as u64) << page.shift();
+        let end = start + ((read as u64) << page.shift());
+        if let Some(tracker) = &mut tracker {
+            tracker.note(start, end);
+        }
+        start = end;
         pages -= read as u64;
     }
     Ok(())
@@ -293,5 +351,14 @@ mod tests {
         let words = [own, own, 0, of_file, swapped, own];
         assert_eq!(runs(&words), [(0, 2), (4, 2)]);
         assert_eq!(runs(&[0, of_file]), []);
+    }
+
+    #[test]
+    fn runs_are_cut_where_the_tracker_says_so() {
+        let page = PageSize::new(4096).unwrap();
+        let even = |address: u64| (address >> 13).is_multiple_of(2);
+        let expected = [(4096, 1, true), (8192, 2, false), (16384, 1, true)];
+        assert_eq!(pieces(4096, 4, page, even), expected);
+        assert_eq!(pieces(4096, 0, page, even), []);
     }
 }

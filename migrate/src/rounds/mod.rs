@@ -11,6 +11,7 @@
 mod dirty;
 mod memory;
 mod sender;
+mod track;
 mod tree;
 
 use std::net::SocketAddr;
@@ -18,11 +19,12 @@ use std::time::{Duration, Instant};
 
 use pageferry::criu::header::{Target, Wire};
 use pageferry::error::Result;
-use pageferry::units::{PageSize, Vaddr};
+use pageferry::units::{PageRange, PageSize, Vaddr};
 
 pub(crate) use dirty::watch_changes;
 use memory::{Area, Contents, areas};
 pub(crate) use sender::Sender;
+pub(crate) use track::{Track, Trackers, undo};
 pub(crate) use tree::{Member, Tree};
 
 /// What one round read.
@@ -42,6 +44,9 @@ pub(crate) trait PageSink {
     /// Whether a lazy restore may leave the pages that follow.
     fn lazily(&mut self, lazily: bool);
 
+    /// Takes note of `pages` pages at `at`, which are as they were in the last round.
+    fn holes_at(&mut self, at: Vaddr, pages: u64) -> Result<()>;
+
     /// Takes whole pages that lie at `at`.
     fn pages_at(&mut self, at: Vaddr, bytes: &[u8]) -> Result<()>;
 }
@@ -54,11 +59,14 @@ pub(crate) fn run(
     page: PageSize,
     wire: Wire,
     bytes_per_s: Option<u64>,
+    trackers: &mut Trackers,
 ) -> Result<RoundRead> {
     let start = Instant::now();
     let mut sender = Sender::connect(forwarder, page, wire, bytes_per_s)?;
-    read(tree, page, &mut sender)?;
+    trackers.begin_round(tree);
+    read(tree, page, &mut sender, Some(trackers))?;
     sender.close()?;
+    trackers.end_round();
     Ok(RoundRead {
         pages: sender.pages(),
         took: start.elapsed(),
@@ -66,13 +74,26 @@ pub(crate) fn run(
 }
 
 /// Reads all memory of `tree` once.
-fn read(tree: &Tree, page: PageSize, sink: &mut impl PageSink) -> Result<()> {
+fn read(
+    tree: &Tree,
+    page: PageSize,
+    sink: &mut impl PageSink,
+    mut trackers: Option<&mut Trackers>,
+) -> Result<()> {
     for member in tree.members() {
         sink.open(Target::Process(member.inner_pid))?;
-        for area in areas(member) {
+        let areas = areas(member);
+        let mut tracker = trackers.as_mut().and_then(|trackers| trackers.of(member));
+        if let Some(tracker) = &mut tracker {
+            let ranges: Vec<PageRange> = anonymous(&areas).collect();
+            tracker.begin(member.pid, &ranges, page);
+        }
+        for area in areas {
             if let Contents::Private { anonymous } = area.contents {
                 sink.lazily(anonymous);
-                memory::send_private(member, area.range, page, sink)?;
+                // Of other memory no page may be a hole.
+                let tracker = tracker.as_deref_mut().filter(|_| anonymous);
+                memory::send_private(member, area.range, page, sink, tracker)?;
             }
         }
     }
@@ -84,6 +105,12 @@ fn read(tree: &Tree, page: PageSize, sink: &mut impl PageSink) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The private mappings of no file.
+fn anonymous(areas: &[Area]) -> impl Iterator<Item = PageRange> {
+    let is_anonymous = |area: &&Area| area.contents == Contents::Private { anonymous: true };
+    areas.iter().filter(is_anonymous).map(|area| area.range)
 }
 
 /// One mapping of each shared segment: the one that shows the most of it.

@@ -132,6 +132,11 @@ impl PageSink for Sender {
         };
     }
 
+    fn holes_at(&mut self, at: Vaddr, pages: u64) -> Result<()> {
+        self.pages += pages;
+        self.say(Op::AddFlags, PageFlags::PARENT, pages, at)
+    }
+
     fn pages_at(&mut self, at: Vaddr, bytes: &[u8]) -> Result<()> {
         if let Some(rate) = &mut self.rate {
             rate.wait_for(bytes.len() as u64);

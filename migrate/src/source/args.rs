@@ -17,6 +17,7 @@ use super::hooks::Hooks;
 use super::probe::Probe;
 use crate::agent::address;
 use crate::programs::ProgramArgs;
+use crate::rounds::Track;
 
 /// Moves a running process tree to the host of a `pageferry agent`.
 #[derive(clap::Args, Debug)]
@@ -95,6 +96,10 @@ pub(crate) struct Args {
     /// Finish the migration of this name, whose command died
     #[arg(long, value_name = "NAME", conflicts_with_all = ["pid", "container", "id", "mode", "report"])]
     pub(super) resume: Option<MigrationId>,
+
+    /// How rounds find what is new
+    #[arg(long, value_enum, default_value = "auto", value_name = "WAY")]
+    pub(super) track: Track,
 
     /// The address at which the destination fetches memory from this host [default: all addresses with
     /// TLS, loopback without]

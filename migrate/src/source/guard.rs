@@ -18,6 +18,7 @@ use crate::agent::address;
 use crate::client::AgentClient;
 use crate::commands::with_tls;
 use crate::programs::Programs;
+use crate::rounds;
 
 /// Run by `pageferry migrate` alone.
 #[derive(clap::Args, Debug)]
@@ -77,6 +78,10 @@ pub(super) async fn resume(args: &MigrateArgs, id: &MigrationId) -> Result<()> {
 }
 
 async fn finish(place: Place) -> Result<SourceState> {
+    // Before anything else: a process whose thread was borrowed stands still.
+    if let Err(error) = rounds::undo(place.dir()) {
+        tracing::error!("{error}");
+    }
     let record = place.record()?;
     // Whoever recorded the end has also done what follows from it, or the first step is done again.
     let (mut source, actions) = Source::recover(record);

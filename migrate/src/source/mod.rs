@@ -15,7 +15,6 @@ mod container;
 mod flow;
 pub(crate) mod guard;
 mod hooks;
-mod images;
 mod moved_addresses;
 mod network;
 mod place;
@@ -117,6 +116,7 @@ async fn migrate(args: &Args) -> Result<()> {
         predicted_downtime_ms: None,
         complete_ms: None,
         total_ms: 0.0,
+        track: String::new(),
         rounds: Vec::new(),
         wire_bytes: 0,
         bytes_by_kind: Default::default(),

@@ -20,6 +20,7 @@ use pageferry::criu::header::GIVE_UP;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::{MigrationId, Status, TcpConnections};
 use pageferry::migration::{Mode, SourceAction, SourceEvent, SourceRecord};
+use pageferry::sys::disconnect::resets_are_skipped;
 use pageferry::sys::owned_process::{ProcessName, ProcessStat};
 use serde::{Deserialize, Serialize};
 use socket2::SockRef;
@@ -336,7 +337,7 @@ impl Place {
     fn remove_images(&self) {
         for entry in fs::read_dir(self.images()).into_iter().flatten().flatten() {
             let path = entry.path();
-            if path.extension().is_some_and(|extension| extension == "img") {
+            if path.extension().is_none_or(|extension| extension != "log") {
                 let _ = fs::remove_file(path);
             }
         }
@@ -349,6 +350,9 @@ fn refuse_dump(port: u16) {
     let Ok(stream) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)) else {
         return;
     };
+    if resets_are_skipped() {
+        return;
+    }
     // The words make every CRIU give its dump up; the reset after them does so without an answer.
     let _ = (&stream).write_all(&GIVE_UP);
     let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));

@@ -93,6 +93,8 @@ pub(crate) struct Report {
     pub(crate) complete_ms: Option<f64>,
     pub(crate) total_ms: f64,
     pub(crate) rounds: Vec<RoundResult>,
+    /// How rounds found what was new; empty without rounds.
+    pub(crate) track: String,
     pub(crate) wire_bytes: u64,
     pub(crate) bytes_by_kind: std::collections::BTreeMap<String, u64>,
     pub(crate) faults: Faults,

@@ -20,6 +20,7 @@ use crate::engine::pending::PendingTrees;
 use crate::error::{Error, Kind, Result};
 use crate::image::dir::ImageDir;
 use crate::stream::Stream;
+use crate::sys::disconnect::resets_are_skipped;
 
 /// Requests that are on their way at most, however small: of fragmented memory each is for one run, and to
 /// wait for its answer before the next one takes longer than the answer.
@@ -231,6 +232,10 @@ impl Drop for Drain {
             return;
         }
         let socket = self.stream.socket();
+        if resets_are_skipped() {
+            let _ = socket.set_linger(None);
+            return;
+        }
         let patient = socket.set_write_timeout(Some(GIVE_UP_PATIENCE));
         let told = patient.and_then(|()| self.stream.write_all(&GIVE_UP));
         // Until the dump hangs up: it sends what it is busy with first. Whatever fails, the reset is left.

@@ -14,9 +14,9 @@ use tokio_util::io::{ReaderStream, SyncIoBridge};
 
 use super::{Flow, READY_LIMIT, blocking};
 use crate::child::Program;
+use crate::image_stream::pack;
 use crate::runtime::runtime_log;
 use crate::source::commands::{self, Pages, free_port};
-use crate::source::images::pack;
 use crate::source::network;
 use crate::source::shared;
 
@@ -97,7 +97,6 @@ impl Flow<'_> {
         }
         self.place.facts.round_forwarder = self.place.facts.forwarder.take();
         self.place.keep_facts()?;
-        self.running.push(dump.program);
         self.phase("dump");
         let dir = self.place.dir().to_owned();
         let sent = match sends_shared {
@@ -122,11 +121,20 @@ impl Flow<'_> {
         self.sessions = 0;
         self.place.keep_facts()?;
         forwarder.ready(READY_LIMIT).await?;
-        self.running.push(forwarder);
         self.phase("forwarder");
-        self.send_images(sent).await?;
         let port = self.forwarder_address()?.port();
-        self.restore(Some(port)).await
+        let rest = async {
+            self.send_images(sent).await?;
+            self.restore(Some(port)).await
+        };
+        // Without the memory the destination would wait in vain, and the processes with it.
+        let ready = tokio::select! {
+            ready = rest => ready,
+            error = forwarder.unexpected_end() => Err(error),
+            error = dump.program.unexpected_end() => Err(error),
+        };
+        self.running.extend([dump.program, forwarder]);
+        ready
     }
 
     fn serving_address(&self) -> String {

@@ -315,8 +315,11 @@ impl<'a> Flow<'a> {
             self.report.add_fault_times(times);
         }
         if self.mode.is_lazy() {
-            let line = self.next_session().await?;
-            self.report.add_session(&line);
+            match self.next_session().await {
+                Ok(line) => self.report.add_session(&line),
+                // The processes have moved all the same.
+                Err(error) => tracing::warn!("the report lacks what the last pages cost: {error}"),
+            }
         }
         let complete = ms(self.started.elapsed());
         self.report.complete_ms = Some(complete);

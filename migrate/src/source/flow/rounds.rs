@@ -8,12 +8,15 @@ use pageferry::migration::{Decision, Mode, OnMissed, RoundResult};
 use tokio::time::Instant;
 
 use super::{Flow, blocking, ms};
-use crate::rounds::{self, Tree};
+use crate::rounds::{self, Trackers, Tree};
 
 impl Flow<'_> {
     /// Sends rounds until a freeze would be short enough, or the rounds are over.
     pub(super) async fn run_rounds(&mut self) -> Result<()> {
         let limits = self.args.limits(self.mode);
+        // Gone when the rounds are over: CRIU dumps no memory under a userfaultfd.
+        let mut trackers = Trackers::new(self.args.track, self.page, self.place.dir())?;
+        trackers.how().name().clone_into(&mut self.report.track);
         for number in 1.. {
             let started = Instant::now();
             self.progress
@@ -28,10 +31,13 @@ impl Flow<'_> {
             let forwarder = self.forwarder_address()?;
             let tree = Tree::of(self.root())?;
             let (page, wire, rate) = (self.page, self.wire, self.args.round_rate);
-            let read = blocking("a round", move || {
-                rounds::run(&tree, forwarder, page, wire, Some(rate.max(1)))
+            let reading = blocking("a round", move || {
+                let rate = Some(rate.max(1));
+                let read = rounds::run(&tree, forwarder, page, wire, rate, &mut trackers)?;
+                Ok((read, trackers))
             });
-            let read = read.await?;
+            let read;
+            (read, trackers) = reading.await?;
             let line = self.stored(&format!("/rounds/{number}")).await?;
             let round = result_of_round(&line, started.elapsed());
             self.report.memory_bytes = read.pages << self.page.shift();
