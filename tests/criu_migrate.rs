@@ -23,6 +23,7 @@ use testbed::wait::{self, GENEROUS};
 
 for_each_criu!(
     a_tree_moves_in_every_mode,
+    pages_are_right_however_they_are_tracked,
     a_killed_command_leaves_the_processes_here,
     a_killed_agent_leaves_the_processes_here,
     a_restore_that_fails_leaves_the_processes_here,
@@ -64,6 +65,59 @@ fn a_tree_moves_in_every_mode(bed: &Bed, criu: &Criu) -> Result<()> {
         expect_report(&moves.report(), mode)?;
         expect_no_images(&moves.dir())?;
         expect_no_images(&agent.dir_of(mode))?;
+    }
+    Ok(())
+}
+
+/// While the processes write all the time.
+fn pages_are_right_however_they_are_tracked(bed: &Bed, criu: &Criu) -> Result<()> {
+    for (track, mode) in [
+        ("wp", "hybrid"),
+        ("wp", "pre-copy"),
+        ("soft-dirty", "hybrid"),
+        ("hash", "pre-copy"),
+        ("auto", "hybrid"),
+    ] {
+        let id = format!("{track}-{mode}");
+        let mut load = tree(bed, &format!("load-{id}"))?;
+        load.run_everywhere(&[Step::Dirty { pages_per_s: 3000 }])?;
+        let agent = Agent::start(&criu.path, &bed.path(&format!("agent-{id}")), None, &[])?;
+        let moves = Move::new(criu, bed.path(&format!("source-{id}")), "tracked").with(&[
+            "--mode",
+            mode,
+            "--track",
+            track,
+            "--max-rounds",
+            "3",
+        ]);
+        let mut command = moves.start(&load, &agent)?;
+        let ended = command.wait(GENEROUS)?;
+        let log = command.log_tail();
+        if log.contains("this kernel or machine does not have it") {
+            // Refused by name, and nothing has happened.
+            expect_right_here(&mut load)?;
+            continue;
+        }
+        ensure!(
+            ended.status.success(),
+            "{id}: {}{log}{}",
+            ended.status,
+            agent.log()
+        );
+        load.wait_until_gone()?;
+        load.steer(agent.init()?)?;
+        for report in load.run_everywhere(&verifying())? {
+            report.expect_right().with_context(|| id.clone())?;
+        }
+        let report: Value = serde_json::from_slice(&fs::read(moves.report())?)?;
+        let taken = report["track"].as_str().unwrap_or_default();
+        ensure!(
+            taken == track || (track == "auto" && taken != "auto"),
+            "{report}"
+        );
+        ensure!(!log.contains("tracked by hash"), "{log}");
+        let rounds = report["rounds"].as_array().context("rounds")?;
+        ensure!(rounds.len() > 1, "{report}");
     }
     Ok(())
 }

@@ -25,6 +25,7 @@ pub struct Agent {
     criu: PathBuf,
     address: SocketAddr,
     dir: PathBuf,
+    options: Vec<String>,
 }
 
 impl Agent {
@@ -34,8 +35,11 @@ impl Agent {
     /// It does not listen; the error shows its log.
     pub fn start(criu: &Path, dir: &Path, host: Option<&Host>, extra: &[String]) -> Result<Agent> {
         fs::create_dir_all(dir)?;
-        let port_file = dir.join("port.json");
-        let log = dir.join("agent.log");
+        // Beside it: a directory that is full must not disturb what watches the agent.
+        let notes = dir.with_extension("host");
+        fs::create_dir_all(&notes)?;
+        let port_file = notes.join("port.json");
+        let log = notes.join("agent.log");
         let address = host.map_or(IpAddr::from(Ipv4Addr::LOCALHOST), |host| host.address);
         let net: Option<&NetNs> = host.map(|host| &host.net);
         let mut command = command_in(net, "unshare");
@@ -44,7 +48,7 @@ impl Agent {
             .arg(workspace::binary("nsinit")?)
             .arg("--stay")
             .arg("--record")
-            .arg(dir.join("ends.txt"))
+            .arg(notes.join("ends.txt"))
             .arg("--")
             .arg(workspace::binary("pageferry")?)
             .args(["agent", "--listen", &format!("{address}:0"), "--dir"])
@@ -73,6 +77,7 @@ impl Agent {
             criu: criu.to_owned(),
             address: SocketAddr::new(address, port),
             dir: dir.to_owned(),
+            options: extra.to_vec(),
         })
     }
 
@@ -125,9 +130,12 @@ impl Agent {
     /// # Errors
     /// It does not listen; or the namespace is gone.
     pub fn start_again(&mut self) -> Result<()> {
-        let port_file = self.dir.join("port.json");
-        let log = self.dir.join("agent-again.log");
-        fs::remove_file(&port_file)?;
+        let notes = self.dir.with_extension("host");
+        let port_file = notes.join("port.json");
+        let log = notes.join("agent-again.log");
+        if port_file.exists() {
+            fs::remove_file(&port_file)?;
+        }
         let mut command = Command::new("nsenter");
         command
             .args([
@@ -145,6 +153,7 @@ impl Agent {
             .arg(&port_file)
             .arg("--criu")
             .arg(&self.criu)
+            .args(&self.options)
             .stderr(fs::File::create(&log)?);
         let mut again = Spawned::start("pageferry agent", &mut command, Some(log))?;
         wait::until("the second agent to listen", GENEROUS, || {
@@ -178,6 +187,7 @@ pub struct Move<'a> {
     state_dir: PathBuf,
     id: &'static str,
     options: Vec<String>,
+    tls: Vec<String>,
     net: Option<&'a NetNs>,
 }
 
@@ -189,6 +199,7 @@ impl<'a> Move<'a> {
             state_dir,
             id,
             options: Vec::new(),
+            tls: Vec::new(),
             net: None,
         }
     }
@@ -198,6 +209,12 @@ impl<'a> Move<'a> {
     pub fn with(mut self, options: &[&str]) -> Move<'a> {
         self.options.extend(options.iter().map(ToString::to_string));
         self
+    }
+
+    /// With TLS by these options, whoever finishes it.
+    #[must_use]
+    pub fn secured(self, tls: Vec<String>) -> Move<'a> {
+        Move { tls, ..self }
     }
 
     /// From a network.
@@ -246,6 +263,7 @@ impl<'a> Move<'a> {
             .arg("--criu")
             .arg(self.criu)
             .args(&self.options)
+            .args(&self.tls)
             .stdout(std::process::Stdio::null())
             .stderr(fs::File::create(&log)?);
         Spawned::start("pageferry migrate", &mut command, Some(log))
@@ -264,6 +282,7 @@ impl<'a> Move<'a> {
             .arg(&self.state_dir)
             .arg("--criu")
             .arg(self.criu)
+            .args(&self.tls)
             .stdout(std::process::Stdio::null())
             .stderr(fs::File::create(&log)?);
         Spawned::start("pageferry migrate --resume", &mut command, Some(log))

@@ -42,6 +42,10 @@ pub(crate) const NETWORK: &[Needed] = &[
         program: "nsenter",
         package: "util-linux",
     },
+    Needed {
+        program: "nft",
+        package: "nftables",
+    },
 ];
 
 /// Processes with a heap of objects.

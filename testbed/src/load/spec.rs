@@ -153,6 +153,9 @@ pub struct LoadSpec {
     /// Keeps everything but the areas locked, and so out of the post-copy (CRIU transfers locked
     /// mappings before it resumes): for measurements, and for tests that lose pages on purpose.
     pub pin_own_memory: bool,
+    /// The first process holds both ends of a TCP connection over loopback, and passes bytes through it at each
+    /// command.
+    pub connected: bool,
     /// After so many seconds the kernel ends the process, whatever became of the test.
     pub lifetime_s: u32,
 }
@@ -169,6 +172,7 @@ impl LoadSpec {
             threads: 0,
             on_lost_page: OnLostPage::Die,
             pin_own_memory: false,
+            connected: false,
             lifetime_s: 900,
         }
     }

@@ -13,7 +13,9 @@
 mod pump;
 mod queue;
 
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -22,6 +24,10 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use pump::Connection;
+use socket2::{Domain, SockRef, Socket, Type};
+
+use crate::net::NetNs;
+use crate::process::run;
 
 /// What lies between the two sides.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -71,24 +77,64 @@ pub struct Impairment {
 #[derive(Debug)]
 pub struct Proxy {
     address: SocketAddr,
+    listener: TcpListener,
     shared: Arc<Shared>,
     acceptor: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
 struct Shared {
-    upstream: SocketAddr,
+    upstream: Upstream,
     link: Link,
     impairment: Option<Impairment>,
     /// How many more connections are impaired.
     impaired_left: AtomicU64,
     to_server: AtomicU64,
     to_client: AtomicU64,
+    /// Decides which bit of the next bytes each way is flipped; 0: none.
+    flips: [AtomicU64; 2],
     stopping: AtomicBool,
     connections: Mutex<Vec<Arc<Connection>>>,
 }
 
+/// Where a connection goes on.
+#[derive(Clone, Copy, Debug)]
+enum Upstream {
+    /// Always there.
+    At(SocketAddr),
+    /// Where it was to go before the firewall turned it here.
+    Intended,
+}
+
+/// Marks what the proxy itself sends, so that the firewall does not turn it to the proxy again.
+const FIREWALL_MARK: u32 = 0x7066;
+
+impl Upstream {
+    fn connect(self, client: &TcpStream) -> io::Result<TcpStream> {
+        match self {
+            Upstream::At(address) => TcpStream::connect(address),
+            Upstream::Intended => {
+                let intended = SockRef::from(client).original_dst_v4()?;
+                let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+                socket.set_mark(FIREWALL_MARK)?;
+                socket.connect(&intended)?;
+                Ok(socket.into())
+            }
+        }
+    }
+}
+
 impl Shared {
+    /// Flips a bit of `bytes` if one is to be flipped.
+    fn flip(&self, way: Way, bytes: &mut [u8]) {
+        let chance = self.flips[way as usize].swap(0, Ordering::Relaxed);
+        if chance == 0 {
+            return;
+        }
+        let place = usize::try_from(chance >> 8).unwrap_or(0) % bytes.len();
+        bytes[place] ^= 1 << (chance & 7);
+    }
+
     fn counter(&self, way: Way) -> &AtomicU64 {
         match way {
             Way::ToServer => &self.to_server,
@@ -139,7 +185,27 @@ impl Proxy {
         connections: u64,
     ) -> Result<Proxy> {
         let address = (Ipv4Addr::LOCALHOST, 0).into();
+        let upstream = Upstream::At(upstream);
         Self::run(address, upstream, link, Some(impairment), connections)
+    }
+
+    /// Stands between `net` and all ports of `far`: the firewall of `net` turns connections there to the proxy. The
+    /// firewall's table goes with the network.
+    ///
+    /// # Errors
+    /// `nft` fails, or no socket can be bound.
+    pub fn between(net: &NetNs, far: IpAddr, link: Link) -> Result<Proxy> {
+        net.enter(|| {
+            let address = (Ipv4Addr::UNSPECIFIED, 0).into();
+            let proxy = Self::run(address, Upstream::Intended, link, None, 0)?;
+            let port = proxy.address.port();
+            let rules = format!(
+                "table ip testbed {{ chain out {{ type nat hook output priority -100; \
+                 ip daddr {far} tcp dport 1-65535 meta mark != {FIREWALL_MARK} redirect to :{port}; }}; }}"
+            );
+            run(Command::new("nft").arg(rules))?;
+            Ok(proxy)
+        })
     }
 
     /// Listens on `address`.
@@ -152,12 +218,12 @@ impl Proxy {
         link: Link,
         impairment: Option<Impairment>,
     ) -> Result<Proxy> {
-        Self::run(address, upstream, link, impairment, u64::MAX)
+        Self::run(address, Upstream::At(upstream), link, impairment, u64::MAX)
     }
 
     fn run(
         address: SocketAddr,
-        upstream: SocketAddr,
+        upstream: Upstream,
         link: Link,
         impairment: Option<Impairment>,
         impaired: u64,
@@ -170,14 +236,16 @@ impl Proxy {
             impaired_left: AtomicU64::new(impaired),
             to_server: AtomicU64::new(0),
             to_client: AtomicU64::new(0),
+            flips: Default::default(),
             stopping: AtomicBool::new(false),
             connections: Mutex::new(Vec::new()),
         });
         let address = listener.local_addr()?;
-        let for_acceptor = Arc::clone(&shared);
-        let acceptor = thread::spawn(move || accept(&listener, &for_acceptor));
+        let (for_acceptor, accepting) = (Arc::clone(&shared), listener.try_clone()?);
+        let acceptor = thread::spawn(move || accept(&accepting, &for_acceptor));
         Ok(Proxy {
             address,
+            listener,
             shared,
             acceptor: Some(acceptor),
         })
@@ -199,13 +267,26 @@ impl Proxy {
             connection.end(kind);
         }
     }
+
+    /// Flips one bit of the next bytes that come `way`, on whichever connection. `chance` decides which bit.
+    pub fn flip(&self, way: Way, chance: u64) {
+        // 0 stands for no flip.
+        self.shared.flips[way as usize].store(chance.max(1), Ordering::Relaxed);
+    }
+
+    /// Forgets flips that have not happened.
+    pub fn flip_nothing(&self) {
+        for flip in &self.shared.flips {
+            flip.store(0, Ordering::Relaxed);
+        }
+    }
 }
 
 impl Drop for Proxy {
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::SeqCst);
         // Wakes the acceptor, which waits for a connection.
-        let _ = TcpStream::connect(self.address).map(|stream| stream.shutdown(Shutdown::Both));
+        let _ = SockRef::from(&self.listener).shutdown(Shutdown::Both);
         if let Some(acceptor) = self.acceptor.take() {
             let _ = acceptor.join();
         }
@@ -219,10 +300,12 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
             break;
         }
         let Ok(client) = client else { continue };
-        match TcpStream::connect(shared.upstream) {
+        match shared.upstream.connect(&client) {
             Ok(server) => pumps.extend(Connection::start(client, server, shared)),
             Err(error) => {
-                eprintln!("proxy: connecting to {}: {error}", shared.upstream);
+                if let Upstream::At(upstream) = shared.upstream {
+                    eprintln!("proxy: connecting to {upstream}: {error}");
+                }
                 pump::reset(&client);
             }
         }

@@ -66,7 +66,8 @@ impl Connection {
             let (reader, from) = (Arc::clone(&connection), Arc::clone(shared));
             let (writer, to) = (Arc::clone(&connection), Arc::clone(shared));
             threads.push(thread::spawn(move || {
-                reader.read(way, impairment.filter(|impairment| impairment.way == way));
+                let impairment = impairment.filter(|impairment| impairment.way == way);
+                reader.read(way, impairment, &from);
                 reader.forget_if_over(&from);
             }));
             threads.push(thread::spawn(move || {
@@ -97,7 +98,7 @@ impl Connection {
         connections.retain(|connection| !Arc::ptr_eq(connection, self));
     }
 
-    fn read(&self, way: Way, impairment: Option<Impairment>) {
+    fn read(&self, way: Way, impairment: Option<Impairment>, shared: &Shared) {
         let (mut from, queue, _) = self.path(way);
         let mut passed = 0u64;
         let mut buffer = vec![0; READ_BYTES];
@@ -116,6 +117,7 @@ impl Connection {
                 Err(_) => return self.end(ImpairmentKind::Reset),
             };
             let bytes = &mut buffer[..got];
+            shared.flip(way, bytes);
             let place = impairment.and_then(|impairment| {
                 let offset = usize::try_from(impairment.after_bytes.checked_sub(passed)?).ok()?;
                 (offset < got).then_some((offset, impairment.kind))

@@ -1,13 +1,14 @@
 //! The main loop: count, dirty pages, carry out commands.
 
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{alarm, getpid, getsid, setsid};
 use testbed::load::content::mix;
@@ -23,6 +24,8 @@ use crate::pass::{verify, visits};
 
 /// How often the main loop turns: looks for a command, dirties its share of pages.
 const TURN: Duration = Duration::from_millis(2);
+/// How long bytes may take through the connection: a lost packet is sent again after a second or two.
+const CONNECTION_PATIENCE: Duration = Duration::from_secs(30);
 /// How often an idle thread counts.
 const THREAD_TURN: Duration = Duration::from_millis(10);
 
@@ -33,6 +36,7 @@ struct Process {
     counter: u64,
     threads: Vec<Arc<AtomicU64>>,
     memory: Memory,
+    connection: Option<[TcpStream; 2]>,
     dirty_pages_per_s: u32,
     dirty_cursor: u64,
     turned: Instant,
@@ -66,6 +70,10 @@ pub(crate) fn run(spec: LoadSpec) -> Result<()> {
     } else {
         Vec::new()
     };
+    let connection = match process == 0 && spec.connected {
+        true => Some(connection()?),
+        false => None,
+    };
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
     let nonce = mix(u64::from(std::process::id()) ^ u64::from(now.subsec_nanos()));
     let mut process = Process {
@@ -75,6 +83,7 @@ pub(crate) fn run(spec: LoadSpec) -> Result<()> {
         counter: 0,
         threads,
         memory,
+        connection,
         dirty_pages_per_s: 0,
         dirty_cursor: 0,
         turned: Instant::now(),
@@ -101,6 +110,17 @@ fn start_threads(count: u32) -> Vec<Arc<AtomicU64>> {
     (0..count).map(start).collect()
 }
 
+/// Both ends of a connection over loopback.
+fn connection() -> Result<[TcpStream; 2]> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("a connection")?;
+    let near = TcpStream::connect(listener.local_addr()?)?;
+    let (far, _) = listener.accept()?;
+    for end in [&near, &far] {
+        end.set_read_timeout(Some(CONNECTION_PATIENCE))?;
+    }
+    Ok([near, far])
+}
+
 /// Reads a command and removes its file; `None` if there is no such file.
 fn take(path: &Path) -> Result<Option<Command>> {
     let bytes = match fs::read(path) {
@@ -123,12 +143,27 @@ impl Process {
             for namespace in [None, Some(namespace.as_path())] {
                 let file = command_file(self.process, namespace);
                 if let Some(command) = take(&self.spec.dir.join(file))? {
+                    self.pass_bytes().context("the connection")?;
                     let carry_out = |step: &Step| self.carry_out(*step);
                     let steps = command.steps.iter().map(carry_out).collect();
                     self.report(command.seq, steps)?;
                 }
             }
         }
+    }
+
+    /// Passes bytes through the connection, both ways.
+    fn pass_bytes(&self) -> Result<()> {
+        let Some([near, far]) = &self.connection else {
+            return Ok(());
+        };
+        for (mut from, mut to) in [(near, far), (far, near)] {
+            let (sent, mut heard) = (self.counter.to_le_bytes(), [0; 8]);
+            from.write_all(&sent)?;
+            to.read_exact(&mut heard)?;
+            ensure!(heard == sent, "{heard:?} came instead of {sent:?}");
+        }
+        Ok(())
     }
 
     fn report(&self, seq: u64, steps: Vec<StepReport>) -> Result<()> {

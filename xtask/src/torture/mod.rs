@@ -1,0 +1,228 @@
+//! `cargo xtask torture`: small processes are moved over and over while participants are killed, connections cut,
+//! bits flipped and disks filled.
+//!
+//! ```text
+//! source network ──[proxy]──> destination network      World: shared by all migrations
+//!   load, migrate                agent                  Scene: of one migration, each side on a disk of its own
+//!   └── faults by chance (case, fault); then: the agent is started again, the migration is resumed, and
+//!       exactly one copy must live, whole, with nothing left behind (judge)
+//! ```
+
+mod case;
+mod fault;
+mod judge;
+mod world;
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use serde::Serialize;
+use testbed::criu::{self, Suite};
+use testbed::wait::{self, GENEROUS};
+use testbed::workspace::{BIN_DIR_VARIABLE, use_binaries};
+
+use crate::setup;
+use case::{Case, Wanted};
+use judge::{Surroundings, Verdict};
+use world::{NAME, Scene, World};
+
+/// How long, and by which chance.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Minutes to go on for.
+    #[arg(long, default_value_t = 1)]
+    minutes: u64,
+
+    /// End after so many migrations.
+    #[arg(long, default_value_t = u64::MAX)]
+    migrations: u64,
+
+    /// Decides modes, faults and moments.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+
+    /// Number of the first migration: a case that went wrong is named by seed and number.
+    #[arg(long, default_value_t = 0)]
+    first: u64,
+
+    /// A CRIU version or Debian suite [default: that of sid].
+    #[arg(long)]
+    criu: Option<String>,
+
+    #[command(flatten)]
+    wanted: Wanted,
+
+    /// End with the first migration that goes wrong.
+    #[arg(long)]
+    stop_at_first: bool,
+
+    /// Keep the logs of what went wrong in DIR.
+    #[arg(long, value_name = "DIR")]
+    keep: Option<PathBuf>,
+}
+
+/// What is printed at the end, as one line of JSON.
+#[derive(Debug, Default, Serialize)]
+struct Counts {
+    seed: u64,
+    criu: String,
+    seconds: u64,
+    migrations: u64,
+    /// The processes live at the destination, whole.
+    completed: u64,
+    /// They live at the source, whole.
+    rolled_back: u64,
+    /// They live nowhere.
+    lost: u64,
+    /// They run on both sides.
+    doubled: u64,
+    /// They have other contents than they gave a page, or do not answer.
+    wrong_pages: u64,
+    /// Migrations after which a program, a file, a mount, a rule or a registration was left.
+    leftovers: u64,
+    /// Migrations that did not come to an end.
+    stuck: u64,
+    /// The only holder of memory was killed after the decision: what had not travelled is gone, and says so.
+    holder_killed: u64,
+}
+
+impl Counts {
+    fn add(&mut self, verdict: Verdict) {
+        let counter = match verdict {
+            Verdict::Completed => &mut self.completed,
+            Verdict::RolledBack => &mut self.rolled_back,
+            Verdict::Lost => &mut self.lost,
+            Verdict::Doubled => &mut self.doubled,
+            Verdict::WrongPages => &mut self.wrong_pages,
+            Verdict::HolderKilled => &mut self.holder_killed,
+        };
+        *counter += 1;
+    }
+
+    fn bad(&self) -> u64 {
+        self.lost + self.doubled + self.wrong_pages + self.leftovers + self.stuck
+    }
+}
+
+/// Moves, disturbs and looks until the time is over. Fails if anything went wrong.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    setup::require_root()?;
+    let criu = match &args.criu {
+        Some(version) => criu::of_version(version)?,
+        None => criu::of_suite(Suite::Sid)?,
+    };
+    use_binaries(match std::env::var_os(BIN_DIR_VARIABLE) {
+        Some(dir) => dir.into(),
+        None => setup::debug_binaries()?,
+    });
+    let mut counts = Counts {
+        seed: args.seed,
+        criu: criu.version.clone(),
+        ..Counts::default()
+    };
+    let began = Instant::now();
+    let end = began + Duration::from_secs(args.minutes * 60);
+    let mut world = World::new(&criu)?;
+    for number in args.first.. {
+        let over = Instant::now() >= end || counts.migrations >= args.migrations;
+        if over || wait::is_interrupted() {
+            break;
+        }
+        let case = Case::new(args.seed, number, &args.wanted);
+        let bad = counts.bad();
+        counts.migrations += 1;
+        if let Err(error) = migrate(&world, &case, args, &mut counts) {
+            counts.stuck += 1;
+            eprintln!("{case}: {error:#}");
+        }
+        if counts.bad() > bad && args.stop_at_first {
+            eprintln!("went wrong: {case}");
+            break;
+        }
+        if counts.bad() > bad && !wait::is_interrupted() {
+            eprintln!("went wrong: {case}");
+            // What is left must not count again.
+            drop(world);
+            world = World::new(&criu)?;
+        }
+        reap_all();
+    }
+    counts.seconds = began.elapsed().as_secs();
+    println!("{}", serde_json::to_string(&counts)?);
+    ensure!(
+        counts.bad() == 0,
+        "a copy was lost, doubled or wrong, or something was left behind"
+    );
+    Ok(())
+}
+
+fn migrate(world: &World, case: &Case, args: &Args, counts: &mut Counts) -> Result<()> {
+    let mut scene = Scene::new(world, case)?;
+    let ended = carry_out(world, &mut scene, case, counts);
+    let went_wrong = ended.as_ref().map_or(true, |clean| !clean);
+    if went_wrong && let Some(keep) = &args.keep {
+        let dir = keep.join(format!("{}-{}", args.seed, case.number));
+        fs::create_dir_all(&dir)?;
+        fs::write(dir.join("case.txt"), case.to_string())?;
+        testbed::process::run(
+            std::process::Command::new("cp")
+                .arg("-r")
+                .args([
+                    scene.source_dir(),
+                    scene.bed.path("agent"),
+                    scene.bed.path("agent.host"),
+                ])
+                .arg(&dir),
+        )?;
+    }
+    ended.map(drop)
+}
+
+/// True if nothing went wrong.
+fn carry_out(world: &World, scene: &mut Scene, case: &Case, counts: &mut Counts) -> Result<bool> {
+    let bad = counts.bad();
+    let before = Surroundings::now(world, scene)?;
+    let moves = scene.command(world, case);
+    let mut command = moves.start(&scene.load, &scene.agent)?;
+    let excuse = fault::carry_out(world, scene, case, &mut command)?;
+    if scene.agent.pid().is_err() {
+        scene.free_disks();
+        scene.agent.start_again()?;
+    }
+    command.wait(GENEROUS).context("pageferry migrate")?;
+    scene.free_disks();
+    if moves.dir().join("facts.json").exists() {
+        let resumed = moves.resume(&scene.agent)?.wait(GENEROUS);
+        resumed.context("pageferry migrate --resume")?;
+    }
+    if scene.agent_dir().exists() {
+        let record = scene.agent_dir().join("record.json");
+        wait::until("the agent's decision", GENEROUS, || {
+            Ok(record.exists().then_some(()))
+        })?;
+    }
+    let verdict = judge::verdict(scene, excuse)?;
+    counts.add(verdict);
+    let left = judge::leftovers(world, scene, &command, &before)?;
+    if !left.is_empty() {
+        counts.leftovers += 1;
+        eprintln!("{NAME} left behind: {left:#?}");
+    }
+    if counts.bad() > bad {
+        eprintln!("{verdict:?}");
+        scene.bed.show_logs();
+    }
+    Ok(counts.bad() == bad)
+}
+
+/// Takes the exit status of programs whose parents have ended.
+fn reap_all() {
+    while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+        if status == WaitStatus::StillAlive {
+            break;
+        }
+    }
+}
