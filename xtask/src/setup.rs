@@ -184,7 +184,7 @@ pub(crate) fn release_binaries() -> Result<PathBuf> {
     if let Some(dir) = env::var_os(BIN_DIR_VARIABLE) {
         return Ok(dir.into());
     }
-    let packages = ["page-server", "lazy-client", "testbed"];
+    let packages = ["page-server", "lazy-client", "pageferry-cli", "testbed"];
     let packages = packages.iter().flat_map(|package| ["-p", package]);
     run(cargo()
         .args(["build", "--release", "--bins"])

@@ -121,6 +121,10 @@ pub struct Report {
     pub counter: u64,
     /// The counters of the idle threads.
     pub thread_counters: Vec<u64>,
+    /// The longest time between two turns of a thread that wakes each millisecond, since the last report, by
+    /// CLOCK_REALTIME, µs. 0 without such a thread.
+    #[serde(default)]
+    pub longest_pause_us: u64,
     /// What each step found.
     pub steps: Vec<StepReport>,
 }

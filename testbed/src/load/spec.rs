@@ -156,6 +156,10 @@ pub struct LoadSpec {
     /// The first process holds both ends of a TCP connection over loopback, and passes bytes through it at each
     /// command.
     pub connected: bool,
+    /// The first process has a thread that wakes each millisecond and notes its longest pause, and one that answers
+    /// datagrams at this port of all addresses.
+    #[serde(default)]
+    pub probed_at: Option<u16>,
     /// After so many seconds the kernel ends the process, whatever became of the test.
     pub lifetime_s: u32,
 }
@@ -173,6 +177,7 @@ impl LoadSpec {
             on_lost_page: OnLostPage::Die,
             pin_own_memory: false,
             connected: false,
+            probed_at: None,
             lifetime_s: 900,
         }
     }

@@ -1,7 +1,7 @@
 //! `cargo xtask bench`: pageferry and CRIU, measured in turn on the same machine.
 //!
 //! ```text
-//!   post_copy, page_server, stream   what is measured and judged
+//!   migrate, post_copy, page_server, stream   what is measured and judged
 //!   results  cases as they are done, saved
 //!   rounds   runs of all contenders, compared      stats   medians and ratios of samples and bounds
 //!   bars     promises, kept or not                 table   text
@@ -11,6 +11,7 @@
 //! first round warms up and is thrown away; a ratio compares runs of the same round.
 
 mod bars;
+mod migrate;
 mod page_server;
 mod post_copy;
 mod results;
@@ -36,6 +37,8 @@ pub(crate) struct Args {
 
 #[derive(clap::Subcommand)]
 enum Bench {
+    /// Whole migrations: `pageferry migrate` in its modes, and the same done by CRIU alone.
+    Migrate(migrate::Args),
     /// Page servers that receive a dump or serve it: page-server, CRIU's, and a bare sink.
     PageServer(page_server::Args),
     /// Restored processes that run while their memory is on its way: lazy-client and CRIU's
@@ -50,6 +53,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     setup::require_root()?;
     use_binaries(setup::release_binaries()?);
     match &args.bench {
+        Bench::Migrate(args) => migrate::run(args),
         Bench::PageServer(args) => page_server::run(args),
         Bench::PostCopy(args) => post_copy::run(args),
         Bench::Stream(args) => stream::run(args),

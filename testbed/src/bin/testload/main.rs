@@ -3,6 +3,7 @@
 mod fork;
 mod memory;
 mod pass;
+mod probe;
 mod run;
 
 use std::fs;

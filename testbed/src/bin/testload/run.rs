@@ -21,6 +21,7 @@ use testbed::sys;
 use crate::fork::{fork_and_verify, fork_often, grow_tree, leave_zombies, write_json};
 use crate::memory::{Memory, to_u32};
 use crate::pass::{verify, visits};
+use crate::probe::Probe;
 
 /// How often the main loop turns: looks for a command, dirties its share of pages.
 const TURN: Duration = Duration::from_millis(2);
@@ -37,6 +38,7 @@ struct Process {
     threads: Vec<Arc<AtomicU64>>,
     memory: Memory,
     connection: Option<[TcpStream; 2]>,
+    probe: Option<Probe>,
     dirty_pages_per_s: u32,
     dirty_cursor: u64,
     turned: Instant,
@@ -74,6 +76,10 @@ pub(crate) fn run(spec: LoadSpec) -> Result<()> {
         true => Some(connection()?),
         false => None,
     };
+    let probe = match spec.probed_at {
+        Some(port) if process == 0 => Some(Probe::start(port)?),
+        _ => None,
+    };
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
     let nonce = mix(u64::from(std::process::id()) ^ u64::from(now.subsec_nanos()));
     let mut process = Process {
@@ -84,6 +90,7 @@ pub(crate) fn run(spec: LoadSpec) -> Result<()> {
         threads,
         memory,
         connection,
+        probe,
         dirty_pages_per_s: 0,
         dirty_cursor: 0,
         turned: Instant::now(),
@@ -177,6 +184,7 @@ impl Process {
             pid: u32::try_from(getpid().as_raw())?,
             nonce: self.nonce,
             counter: self.counter,
+            longest_pause_us: self.probe.as_ref().map_or(0, Probe::take),
             thread_counters: self
                 .threads
                 .iter()
