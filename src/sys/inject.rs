@@ -276,7 +276,8 @@ mod machine {
     }
 }
 
-#[cfg(all(test, target_arch = "x86_64"))]
+#[cfg(test)]
+#[cfg(target_arch = "x86_64")]
 mod tests {
     use std::io::Read;
     use std::process::{Child, ChildStdout, Command, Stdio};

@@ -195,7 +195,7 @@ pub(super) fn each_word(
 pub(super) fn present_pages(pid: i32, range: PageRange, page: PageSize) -> u64 {
     let mut count = 0;
     each_word(pid, range, page, |_, word| {
-        count += u64::from(is_private(word))
+        count += u64::from(is_private(word));
     });
     count
 }

@@ -171,7 +171,8 @@ impl Drop for Stopped {
     }
 }
 
-#[cfg(all(test, target_arch = "x86_64"))]
+#[cfg(test)]
+#[cfg(target_arch = "x86_64")]
 mod tests {
     use std::io::Read;
     use std::process::{Child, Command, Stdio};
