@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::path::Path;
+use std::time::Duration;
 
 use pageferry::migration::messages::TcpConnections;
 use pageferry::tls::TlsArgs;
@@ -10,6 +11,9 @@ use tokio::process::Command;
 use crate::commands::{criu, with_tls};
 use crate::hook::quoted;
 use crate::programs::Programs;
+
+/// How long a program may take to listen.
+pub(super) const READY_LIMIT: Duration = Duration::from_secs(30);
 
 /// Where a receiver tells its port, in its images directory.
 pub(super) const RECEIVER_PORT: &str = "receive.port";

@@ -9,7 +9,7 @@ use pageferry::sys::owned_process::ProcessName;
 use tokio::process::Command;
 use tokio::time::sleep;
 
-use super::session::READY_LIMIT;
+use super::commands::READY_LIMIT;
 use crate::child::Program;
 use crate::records;
 

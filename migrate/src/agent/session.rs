@@ -19,7 +19,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{Mutex as Turn, watch};
 use tokio::time::{Instant, sleep_until};
 
-use super::commands::{self, RECEIVER_PORT};
+use super::commands::{self, READY_LIMIT, RECEIVER_PORT};
 use super::lazy_client::{self, LazyClient};
 use super::place::Place;
 use crate::child::Program;
@@ -34,9 +34,6 @@ pub(super) const FAULTS: &str = "faults.json";
 
 /// Directory of the final images.
 const IMAGES: &str = "images";
-
-/// How long a program may take to listen.
-pub(super) const READY_LIMIT: Duration = Duration::from_secs(30);
 
 /// One migration.
 #[derive(Debug)]

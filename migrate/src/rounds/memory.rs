@@ -1,7 +1,7 @@
 //! Which pages of a running process a dump would hold, and their bytes.
 
 use std::fs::{self, File};
-use std::io::{IoSliceMut, Read, Seek, SeekFrom};
+use std::io::IoSliceMut;
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
@@ -12,6 +12,7 @@ use pageferry::units::{PageRange, PageSize, Vaddr};
 use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process};
 
 use super::PageSink;
+use super::page_map::{WINDOW_PAGES, each_word, read_words};
 use super::track::{Tracker, Written};
 use super::tree::Member;
 
@@ -24,9 +25,6 @@ const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 /// The page is a file's or shared: the process has not written it.
 const OF_FILE: u64 = 1 << 61;
-
-/// Bytes of a word of /proc/PID/pagemap.
-const WORD: usize = 8;
 
 /// What is mapped.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -127,7 +125,7 @@ pub(super) fn send_private(
     };
     let mut at = range.start().get();
     while at < range.end().get() {
-        let pages = ((range.end().get() - at) >> page.shift()).min(RUN_PAGES * 16);
+        let pages = ((range.end().get() - at) >> page.shift()).min(WINDOW_PAGES);
         let words = read_words(&mut pagemap, at >> page.shift(), pages);
         for (first, count) in runs(&words) {
             let start = at + ((first as u64) << page.shift());
@@ -171,26 +169,6 @@ fn pieces(
     pieces
 }
 
-/// Calls `each` with the address and the word of every page of `range` in /proc/PID/pagemap.
-pub(super) fn each_word(
-    pid: i32,
-    range: PageRange,
-    page: PageSize,
-    mut each: impl FnMut(u64, u64),
-) {
-    let Ok(mut pagemap) = File::open(format!("/proc/{pid}/pagemap")) else {
-        return;
-    };
-    let mut at = range.start().get();
-    while at < range.end().get() {
-        let pages = ((range.end().get() - at) >> page.shift()).min(RUN_PAGES * 16);
-        for (index, word) in (0..).zip(read_words(&mut pagemap, at >> page.shift(), pages)) {
-            each(at + (index << page.shift()), word);
-        }
-        at += pages << page.shift();
-    }
-}
-
 /// Pages of a private mapping that a dump would hold.
 pub(super) fn present_pages(pid: i32, range: PageRange, page: PageSize) -> u64 {
     let mut count = 0;
@@ -202,18 +180,6 @@ pub(super) fn present_pages(pid: i32, range: PageRange, page: PageSize) -> u64 {
 
 fn is_private(word: u64) -> bool {
     word & (PRESENT | SWAPPED) != 0 && word & OF_FILE == 0
-}
-
-fn read_words(pagemap: &mut File, first: u64, count: u64) -> Vec<u64> {
-    let mut bytes = vec![0; usize::try_from(count).unwrap_or(0) * WORD];
-    let read = pagemap
-        .seek(SeekFrom::Start(first * WORD as u64))
-        .and_then(|_| pagemap.read_exact(&mut bytes));
-    if read.is_err() {
-        return Vec::new();
-    }
-    let word = |chunk: &[u8]| u64::from_le_bytes(chunk.try_into().unwrap_or_default());
-    bytes.chunks_exact(WORD).map(word).collect()
 }
 
 /// Runs of pages that a dump would hold: index of the first, and how many.

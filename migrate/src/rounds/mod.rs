@@ -10,6 +10,7 @@
 
 mod dirty;
 mod memory;
+mod page_map;
 mod sender;
 mod track;
 mod tree;

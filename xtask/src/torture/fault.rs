@@ -144,7 +144,7 @@ pub(super) fn participants(scene: &Scene, command: &Spawned, words: &[&str]) -> 
     pids.retain(|pid| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
-        let is_harness = ["nsinit", "unshare", "testload"]
+        let is_harness = ["nsinit", "unshare", "nsenter", "testload"]
             .iter()
             .any(|program| line.split(' ').take(4).any(|word| word.ends_with(program)));
         line.contains(&here) && !is_harness && words.iter().all(|word| line.contains(word))

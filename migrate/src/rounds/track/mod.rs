@@ -26,7 +26,7 @@ use pageferry::units::{PageRange, PageSize};
 
 pub(crate) use takeover::undo;
 
-use super::memory;
+use super::page_map::each_word;
 use super::tree::{Member, Tree};
 
 /// Values of `--track`.
@@ -230,7 +230,7 @@ impl Written {
 fn take_marks(pid: i32, ranges: &[PageRange], page: PageSize) -> Vec<(u64, u64)> {
     let mut marked: Vec<(u64, u64)> = Vec::new();
     for range in ranges {
-        memory::each_word(pid, *range, page, |address, word| {
+        each_word(pid, *range, page, |address, word| {
             if word & write_tracking::SOFT_DIRTY == 0 {
                 return;
             }
