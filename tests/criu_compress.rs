@@ -11,13 +11,13 @@ use std::process::{Command, Stdio};
 use anyhow::{Result, ensure};
 use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
-use testbed::daemons::{Make, Options, PageServer};
+use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
 use testbed::gate;
-use testbed::images::{copy_without_lazy_pages, page_size};
+use testbed::images::{copy_without_lazy_pages, page_size, spoil_compressed_pages};
 use testbed::load::Load;
 use testbed::load::report::Report;
-use testbed::load::scenarios::reading;
-use testbed::load::spec::LoadSpec;
+use testbed::load::scenarios::{reading, verifying};
+use testbed::load::spec::{LoadSpec, OnLostPage};
 use testbed::load::steps::Step;
 use testbed::migration::{Dump, Restore};
 use testbed::postcopy::{Plan, PostCopy, Source};
@@ -121,7 +121,18 @@ impl Gone {
         dump: impl FnOnce(&Load, &Path) -> Result<()>,
         compress: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<Gone> {
-        let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
+        let spec = LoadSpec::mixed(bed.path("load"), MIB);
+        Gone::of(bed, spec, dump, compress)
+    }
+
+    /// The same with another process.
+    fn of(
+        bed: &Bed,
+        spec: LoadSpec,
+        dump: impl FnOnce(&Load, &Path) -> Result<()>,
+        compress: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<Gone> {
+        let mut load = Load::start(spec, None)?;
         let before = load.run_everywhere(&[Step::Status])?;
         let (dumped, here) = (bed.path("dumped"), bed.path("here"));
         dump(&load, &dumped)?;
@@ -151,16 +162,71 @@ impl Gone {
     }
 }
 
+/// Dumps to a page server that compresses.
+fn dump_compressed(criu: &Criu, load: &Load, images: &Path) -> Result<()> {
+    let options = Options::new(images).with(&["--compress"]);
+    let server = PageServer::receiving(Make::Ours, &options)?;
+    let dump = Dump::new(criu, load.pid(), images);
+    dump.to(server.address()).run()?;
+    server.finish(GENEROUS).map(drop)
+}
+
 fn post_copy_from_our_images(bed: &Bed, criu: &Criu) -> Result<()> {
-    let to_a_server = |load: &Load, images: &Path| {
-        let options = Options::new(images).with(&["--compress"]);
-        let server = PageServer::receiving(Make::Ours, &options)?;
-        let dump = Dump::new(criu, load.pid(), images);
-        dump.to(server.address()).run()?;
-        server.finish(GENEROUS).map(drop)
-    };
+    let to_a_server = |load: &Load, images: &Path| dump_compressed(criu, load, images);
     let gone = Gone::by(bed, to_a_server, |_| Ok(()))?;
     gone.come_back(criu, Make::Criu(criu))
+}
+
+/// Restores from images of which some pages do not decode, which are here or served.
+fn with_spoiled_pages(bed: &Bed, criu: &Criu, served: bool) -> Result<()> {
+    let spec = LoadSpec {
+        on_lost_page: OnLostPage::Count,
+        pin_own_memory: true,
+        ..LoadSpec::mixed(bed.path("load"), MIB / 4)
+    };
+    let to_a_server = |load: &Load, images: &Path| dump_compressed(criu, load, images);
+    let Gone {
+        load, dumped, here, ..
+    } = Gone::of(bed, spec, to_a_server, |_| Ok(()))?;
+    let spoiled = spoil_compressed_pages(&dumped, 5)? as u64;
+    let patience = ["--local-timeout", "1"];
+    let serve = Options::new(&dumped).with(&patience).log_to("serve.log");
+    let server = match served {
+        true => Some(PageServer::serving(Make::Ours, &serve)?),
+        false => None,
+    };
+    let images = if served { &here } else { &dumped };
+    let options = Options::new(images).with(&patience).log_to("lazy.log");
+    let options = options.with(&["-W", &here.to_string_lossy()]);
+    let address = server.as_ref().map(PageServer::address);
+    let mut daemon = LazyDaemon::start(Make::Ours, &options, address)?;
+    let restored = Restore::new(criu, &here).lazily().run()?;
+    load.steer(restored.init()?)?;
+    let report = load.run(0, &verifying())?;
+    ensure!(report.wrong() == 0, "{} pages wrong", report.wrong());
+    let lost = report.poisoned();
+    ensure!((1..=spoiled).contains(&lost), "{lost} of {spoiled} lost");
+    daemon.process().fail(GENEROUS)?;
+    let log = fs::read_to_string(here.join("lazy.log"))?;
+    ensure!(log.contains("memory is lost"), "{log}");
+    let reader = if served {
+        dumped.join("serve.log")
+    } else {
+        here.join("lazy.log")
+    };
+    let log = fs::read_to_string(reader)?;
+    ensure!(log.contains("cannot be decompressed"), "{log}");
+    Ok(())
+}
+
+#[test]
+fn pages_that_do_not_decode_here_are_lost_alone() {
+    with_criu(Suite::Sid, |bed, criu| with_spoiled_pages(bed, criu, false));
+}
+
+#[test]
+fn pages_that_do_not_decode_at_the_server_are_lost_alone() {
+    with_criu(Suite::Sid, |bed, criu| with_spoiled_pages(bed, criu, true));
 }
 
 #[test]

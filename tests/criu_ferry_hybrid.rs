@@ -290,35 +290,52 @@ fn pages_that_were_changed_behind_our_back_travel() {
     });
 }
 
+/// A post-copy on an earlier round to whose images something `befalls` between the hashes and the answers.
+fn with_accident(bed: &Bed, criu: &Criu, befalls: impl Fn(&Path) -> Result<()>) -> Result<()> {
+    let spec = LoadSpec {
+        pin_own_memory: true,
+        ..LoadSpec::mixed(bed.path("load"), 16)
+    };
+    let changed = Changed::start(bed, criu, spec)?;
+    // Time enough for that.
+    let link = Link {
+        round_trip: Duration::from_millis(400),
+        bytes_per_s: None,
+        hides_resets: false,
+    };
+    let plan = changed.plan().over(link);
+    let earlier = changed.earlier.clone();
+    let mut moving = PostCopy::of(bed, &plan, changed.load, &[])?;
+    wait::until("hashes", GENEROUS, || {
+        let told = moving.carried(Way::ToServer) > 12 << 10;
+        Ok(told.then_some(()))
+    })?;
+    befalls(&earlier)?;
+    moving.finish()?;
+    moving.expect_all_right()?;
+    let log = fs::read_to_string(moving.daemon.process().log().context("a log")?)?;
+    ensure!(
+        log.contains("the earlier round of"),
+        "every page was what it had been: nothing was tested"
+    );
+    Ok(())
+}
+
 #[test]
 fn pages_that_change_behind_their_hashes_travel() {
     with_criu(Suite::Sid, |bed, criu| {
-        let spec = LoadSpec {
-            pin_own_memory: true,
-            ..LoadSpec::mixed(bed.path("load"), 16)
-        };
-        let changed = Changed::start(bed, criu, spec)?;
-        // Time enough to damage the images between the hashes and what is answered to them.
-        let link = Link {
-            round_trip: Duration::from_millis(400),
-            bytes_per_s: None,
-            hides_resets: false,
-        };
-        let plan = changed.plan().over(link);
-        let earlier = changed.earlier.clone();
-        let mut moving = PostCopy::of(bed, &plan, changed.load, &[])?;
-        wait::until("hashes", GENEROUS, || {
-            let told = moving.carried(Way::ToServer) > 12 << 10;
-            Ok(told.then_some(()))
-        })?;
-        damage(&earlier, 2)?;
-        moving.finish()?;
-        moving.expect_all_right()?;
-        let log = fs::read_to_string(moving.daemon.process().log().context("a log")?)?;
-        ensure!(
-            log.contains("of the earlier round of"),
-            "every page was what it had been: nothing was tested"
-        );
-        Ok(())
+        with_accident(bed, criu, |earlier| damage(earlier, 2).map(drop))
+    });
+}
+
+#[test]
+fn pages_that_cannot_be_read_behind_their_hashes_travel() {
+    with_criu(Suite::Sid, |bed, criu| {
+        with_accident(bed, criu, |earlier| {
+            for path in pages_files(earlier)? {
+                File::options().write(true).open(path)?.set_len(0)?;
+            }
+            Ok(())
+        })
     });
 }

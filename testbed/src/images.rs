@@ -6,15 +6,15 @@
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
-use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::os::unix::fs::{FileExt, symlink};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use pageferry::criu::header::{PageFlags, Target, Wire};
 use pageferry::image::chain::{Chain, Missing, Place};
 use pageferry::image::dir::{ImageDir, PARENT_LINK};
 use pageferry::image::file::{Magic, MessageWriter};
-use pageferry::image::pagemap::encode_entry;
+use pageferry::image::pagemap::{PagemapDecoder, Payload, encode_entry};
 use pageferry::image::proto::{PagemapEntry, PagemapHead};
 use pageferry::units::{PageCount, PageRange, PageSize, Vaddr};
 use prost::Message;
@@ -117,6 +117,44 @@ const INVENTORY_HEAD_BYTES: usize = 8;
 struct DumpUptime {
     #[prost(uint64, required, tag = "8")]
     microseconds: u64,
+}
+
+/// Spoils up to `most` compressed lazy pages of the images in `dir`, so that they do not decode. Returns how many.
+///
+/// # Errors
+/// The images cannot be read or written.
+pub fn spoil_compressed_pages(dir: &Path, most: usize) -> Result<usize> {
+    let mut longest = (PathBuf::new(), Vec::new());
+    for_each_target(dir, |dir, target| {
+        let (_, mut pagemap) = dir.pagemap(target)?.context("no pagemap")?;
+        let head: PagemapHead = pagemap.read()?.context("an empty pagemap")?;
+        let mut decoder = PagemapDecoder::new(dir.page());
+        while let Some(entry) = pagemap.read::<PagemapEntry>()? {
+            let extent = decoder.decode(&entry)?;
+            let Payload::Blocks { offset, ends } = extent.payload else {
+                continue;
+            };
+            let starts = std::iter::once(0).chain(ends.iter().copied());
+            let blocks = starts
+                .zip(ends.iter())
+                .map(|(start, end)| (offset + start, end - start));
+            // The others decode whatever they hold.
+            let packed = blocks.filter(|(_, bytes)| (1..dir.page().bytes()).contains(bytes));
+            let packed: Vec<(u64, u64)> = packed.collect();
+            if extent.flags.has(PageFlags::LAZY) && packed.len() > longest.1.len() {
+                longest = (dir.pages_path(head.pages_id), packed);
+            }
+        }
+        Ok(())
+    })?;
+    let (path, packed) = longest;
+    let pages = File::options().write(true).open(&path);
+    let pages = pages.with_context(|| path.display().to_string())?;
+    for (offset, bytes) in packed.iter().take(most) {
+        let nonsense = vec![0xff; usize::try_from(*bytes)?];
+        pages.write_all_at(&nonsense, *offset)?;
+    }
+    Ok(packed.len().min(most))
 }
 
 fn copy_files(from: &Path, to: &Path) -> Result<()> {

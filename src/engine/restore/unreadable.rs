@@ -216,8 +216,12 @@ impl Restore {
             return Ok(());
         };
         let image = PageRange::new(start, run.end);
-        let with_source = self.is_with_source(pid, start);
-        let may_ask = !run.asked || with_source && !self.unreadable.awaits_source(pid, start);
+        let tried = Duration::from_micros(now_us.saturating_sub(run.since_us));
+        let expired = tried >= self.losses.local_patience();
+        let in_vain = run.asked && !self.unreadable.awaits_source(pid, start);
+        // A source that cannot read them either is not asked for ever.
+        let again = in_vain && !expired && self.is_with_source(pid, start);
+        let may_ask = !run.asked || again;
         if may_ask && self.ask_fallback(pid, image) {
             run.asked = true;
         }
@@ -239,9 +243,8 @@ impl Restore {
         if !left.is_empty() {
             let key = (pid, left.start().get());
             let stuck = left.start().get() == start && !self.unreadable.awaits_source(pid, start);
-            let tried = Duration::from_micros(now_us.saturating_sub(run.since_us));
             self.unreadable.put(key, run);
-            if stuck && tried >= self.losses.local_patience() {
+            if stuck && expired {
                 self.give_up_unreadable(key)?;
             }
         }
