@@ -7,6 +7,7 @@ use clap::builder::RangedU64ValueParser;
 use clap::{Parser, ValueEnum};
 use pageferry::criu::header::Wire;
 use pageferry::daemon::CommonArgs;
+use pageferry::daemon::version::long_version;
 use pageferry::engine::io::transport::Peer;
 use pageferry::engine::restore::{OnLoss, RestoreConfig};
 use pageferry::error::{Error, Kind, Result};
@@ -17,10 +18,33 @@ use pageferry::units::parse_bytes;
 /// CRIU's port, when nobody says another: none.
 const PORT_DEFAULT: u16 = 0;
 
-/// Holds the userfaultfd of every restored process, answers its page faults from local images or
-/// from a remote page server, and streams the rest of the memory in behind them.
+/// What stands at the end of `--help`.
+const AT_THE_END: &str = "\
+Exit codes:
+  0  all processes have their memory, or help was asked for
+  1  it failed, or the command line is wrong, as CRIU's
+
+Signals:
+  SIGTERM, SIGINT  end it: pages that are missing are lost, see --on-loss
+  SIGUSR1          with --on-loss hold: try the source again
+  SIGUSR2          with --on-loss hold: kill the processes
+
+Configuration files of CRIU's count too: docs/configuration.md.
+
+Examples:
+  lazy-client -d -D images --page-server --address host --port 27000
+  lazy-client -d -D images --page-server --address host --port 27001 --ferry
+  lazy-client -d -D images";
+
+/// Fills the memory of processes that CRIU restores lazily.
+///
+/// Takes the place of `criu lazy-pages`: a criu command line can be handed over as it is. Holds the userfaultfd of
+/// every restored process, answers its page faults from local images or from a page server, and streams the rest of
+/// the memory in behind them.
 #[derive(Parser, Debug)]
-#[command(name = "lazy-client", version)]
+#[command(name = "lazy-client", version, long_version = long_version(
+    env!("CARGO_PKG_VERSION"), env!("PAGEFERRY_COMMIT"), env!("PAGEFERRY_RUSTLS")),
+    after_long_help = AT_THE_END)]
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) common: CommonArgs,
@@ -29,80 +53,96 @@ pub(crate) struct Args {
     tls: TlsArgs,
 
     /// Fetch pages from the page server at --address and --port
-    #[arg(long)]
+    #[arg(help_heading = "Source", long)]
     page_server: bool,
 
-    /// Fetch pages from the page server that listens on the AF_UNIX socket PATH (in the work directory)
-    #[arg(long, value_name = "PATH", conflicts_with_all = ["address", "port"])]
+    /// Fetch pages from the page server at the AF_UNIX socket PATH
+    ///
+    /// PATH is in the work directory.
+    #[arg(help_heading = "Source", long, value_name = "PATH", conflicts_with_all = ["address", "port"])]
     unix: Option<PathBuf>,
 
-    /// The page server is a page-server --forward-lazy: it sends pages unasked, compressed and checked; broken
-    /// connections are made again
-    #[arg(long, conflicts_with = "wire")]
+    /// The page server is a `page-server --forward-lazy`
+    ///
+    /// It sends pages unasked, compressed and checked; broken connections are made again.
+    #[arg(help_heading = "Source", long, conflicts_with = "wire")]
     ferry: bool,
 
-    /// With --ferry: images of an earlier round of the same processes, relative to the images directory. Pages
-    /// that have not changed since are read from there [default: the images' parent]
-    #[arg(long, value_name = "DIR", requires = "ferry")]
+    /// With --ferry: images of an earlier round [default: the images' parent]
+    ///
+    /// They are of the same processes; the path is relative to the images directory. Pages that have not changed since
+    /// are read from there.
+    #[arg(help_heading = "Images", long, value_name = "DIR", requires = "ferry")]
     prev_images_dir: Option<PathBuf>,
 
-    /// Header layout of the page server: v1 up to CRIU 4.1.1, v2 from 4.2; auto asks the images
-    #[arg(long, value_enum, default_value_t = WireArg::Auto)]
+    /// Header layout of the page server; auto asks the images
+    ///
+    /// v1: CRIU up to 4.1.1; v2: from 4.2 on.
+    #[arg(help_heading = "Source", long, value_enum, default_value_t = WireArg::Auto)]
     wire: WireArg,
 
     /// Fetch a page only when a thread waits for it, never in the background
-    #[arg(long)]
+    #[arg(help_heading = "Restore", long)]
     on_demand: bool,
 
-    /// Remove pages from the local images as soon as no process needs them there, so that images on tmpfs do not
-    /// take memory twice. Nothing can be restored from these images again
-    #[arg(long)]
+    /// Remove pages from the local images once no process needs them there
+    ///
+    /// So images on tmpfs do not take memory twice. Nothing can be restored from these images again.
+    #[arg(help_heading = "Images", long)]
     auto_dedup: bool,
 
-    /// Most bytes a second for the background, with suffix K, M or G. Faults are not limited
-    #[arg(long, value_name = "RATE", value_parser = parse_bytes)]
+    /// Most bytes a second for the background, with suffix K, M or G
+    ///
+    /// Faults are not limited.
+    #[arg(help_heading = "Restore", long, value_name = "RATE", value_parser = parse_bytes)]
     max_bandwidth: Option<u64>,
 
     /// What becomes of processes whose pages are lost with the source
-    #[arg(long, value_enum, default_value_t = OnLossArg::Poison)]
+    #[arg(help_heading = "Restore", long, value_enum, default_value_t = OnLossArg::Poison)]
     on_loss: OnLossArg,
 
-    /// Try for this many seconds to reach a lost source again [default: 30 if it is a page-server, else 0]
-    #[arg(long, value_name = "SECONDS",
+    /// How long to try to reach a lost source again [default: 30 for a page-server, else 0]
+    #[arg(help_heading = "Source", long, value_name = "SECONDS",
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     reconnect_timeout: Option<u64>,
 
-    /// When something fails on this host (images that cannot be read, a full memory control group), try again
-    /// for this many seconds before the pages concerned are given up
-    #[arg(long, value_name = "SECONDS", default_value_t = 30,
+    /// How long to try again what fails on this host
+    ///
+    /// Images that cannot be read, or a full memory control group. Then the pages concerned are given up.
+    #[arg(help_heading = "Restore", long, value_name = "SECONDS", default_value_t = 30,
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     local_timeout: u64,
 
-    /// Give the source up when no restore comes, or a restore is silent, for this many seconds: a dump's processes
-    /// stand still meanwhile. 0 waits for ever
-    #[arg(long, value_name = "SECONDS", default_value_t = RESTORE_TIMEOUT_S,
+    /// Give the source up after so long without a restore; 0 waits for ever
+    ///
+    /// Also when a restore is silent for so long: a dump's processes stand still meanwhile.
+    #[arg(help_heading = "Restore", long, value_name = "SECONDS", default_value_t = RESTORE_TIMEOUT_S,
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     restore_timeout: u64,
 
-    /// Seconds to wait at the start for the images and the source; 0 does not wait [default: 10]
-    #[arg(long, value_name = "SECONDS",
+    /// How long to wait at the start for the images and the source [default: 10]
+    ///
+    /// 0 does not wait.
+    #[arg(help_heading = "Source", long, value_name = "SECONDS",
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     wait: Option<u64>,
 
     /// Start no second process to take over if this one is killed
-    #[arg(long)]
+    #[arg(help_heading = "Restore", long)]
     pub(crate) no_standby: bool,
 
     /// Write a summary to FILE (in the work directory) at the end
-    #[arg(long, value_name = "FILE")]
+    #[arg(help_heading = "Reports", long, value_name = "FILE")]
     pub(crate) summary_json: Option<PathBuf>,
 
     /// Record every fault in FILE (in the work directory)
-    #[arg(long, value_name = "FILE")]
+    #[arg(help_heading = "Reports", long, value_name = "FILE")]
     trace: Option<PathBuf>,
 
-    /// Print the faults recorded in FILE (in the work directory) as lines of CSV, and end
-    #[arg(long, value_name = "FILE")]
+    /// Print the faults recorded in FILE as lines of CSV, and end
+    ///
+    /// FILE is in the work directory.
+    #[arg(help_heading = "Reports", long, value_name = "FILE")]
     pub(crate) read_trace: Option<PathBuf>,
 }
 

@@ -10,6 +10,7 @@ use clap::{Parser, ValueEnum};
 use ipnet::IpNet;
 use pageferry::criu::header;
 use pageferry::daemon::CommonArgs;
+use pageferry::daemon::version::long_version;
 use pageferry::engine::io;
 use pageferry::engine::io::transport::Peer;
 use pageferry::engine::receive::stores::Template;
@@ -22,11 +23,30 @@ use pageferry::limits::{
 use pageferry::tls::TlsArgs;
 use pageferry::units::parse_bytes_or_none;
 
+/// What stands at the end of `--help`.
+const AT_THE_END: &str = "\
+Exit codes:
+  0  done, or help was asked for
+  1  it failed, or the command line is wrong, as CRIU's
+
+Signals:
+  SIGTERM, SIGINT  end it; half received images are removed
+
+Configuration files of CRIU's count too: docs/configuration.md.
+
+Examples:
+  page-server -d -D images --port 27000
+  page-server -d --forward host:27000 --port 27001 --keep
+  page-server -d -D images --forward-lazy 127.0.0.1:27000 --port 27001
+  page-server -d -D images --lazy-pages --port 27000";
+
 /// Receives the memory of a criu dump into image files, or serves it from there to a lazy restore.
 ///
 /// Takes the place of `criu page-server`: a criu command line can be handed over as it is.
 #[derive(Parser, Debug)]
-#[command(name = "page-server", version, args_override_self = true)]
+#[command(name = "page-server", version, long_version = long_version(
+    env!("CARGO_PKG_VERSION"), env!("PAGEFERRY_COMMIT"), env!("PAGEFERRY_RUSTLS")),
+    after_long_help = AT_THE_END, args_override_self = true)]
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) common: CommonArgs,
@@ -38,84 +58,105 @@ pub(crate) struct Args {
     pub(crate) ferry: FerryArgs,
 
     /// Serve the images to lazy restores instead of receiving
-    #[arg(long)]
+    #[arg(help_heading = "Role", long)]
     pub(crate) lazy_pages: bool,
 
-    /// The parent of the received images, relative to the images directory: the `parent` link leads to it
-    #[arg(long, value_name = "DIR")]
+    /// The parent of the received images, relative to the images directory
+    ///
+    /// The `parent` link leads to it.
+    #[arg(help_heading = "Images", long, value_name = "DIR")]
     pub(crate) prev_images_dir: Option<PathBuf>,
 
     /// Use the connected socket FD for one session instead of listening
-    #[arg(long, value_name = "FD", conflicts_with_all = ["unix", "keep"])]
+    #[arg(help_heading = "Network", long, value_name = "FD", conflicts_with_all = ["unix", "keep"])]
     pub(crate) ps_socket: Option<RawFd>,
 
     /// Listen at the AF_UNIX socket PATH (in the work directory)
-    #[arg(long, value_name = "PATH")]
+    #[arg(help_heading = "Network", long, value_name = "PATH")]
     pub(crate) unix: Option<PathBuf>,
 
     /// Write the TCP port to FILE (in the work directory) once it listens
-    #[arg(long, value_name = "FILE")]
+    #[arg(help_heading = "Network", long, value_name = "FILE")]
     pub(crate) port_file: Option<PathBuf>,
 
     /// Stay for further sessions
-    #[arg(long)]
+    #[arg(help_heading = "Sessions", long)]
     pub(crate) keep: bool,
 
     /// The peer's header layout: v1 is CRIU up to 4.1.1, v2 from 4.2 on
-    #[arg(long, value_enum, default_value_t = Wire::Auto)]
+    #[arg(help_heading = "Network", long, value_enum, default_value_t = Wire::Auto)]
     pub(crate) wire: Wire,
 
     /// Take the pages received out of the parents' files, once all is stored
-    #[arg(long, conflicts_with = "lazy_pages")]
+    #[arg(help_heading = "Images", long, conflicts_with = "lazy_pages")]
     pub(crate) auto_dedup: bool,
 
-    /// Store pages that equal the parent's as holes to it, and zero pages without their bytes. The dump may be
-    /// a full one: it is not told of the parent
-    #[arg(long, conflicts_with = "lazy_pages")]
+    /// Store pages that equal the parent's as holes to it, and no zero pages
+    ///
+    /// The dump may be a full one: it is not told of the parent. Zero pages are stored without their bytes.
+    #[arg(help_heading = "Images", long, conflicts_with = "lazy_pages")]
     pub(crate) dedup_content: bool,
 
-    /// Store pages compressed. Only CRIU 4.3 and later, built with LZ4, restores from such images by itself
-    /// (4.2 hangs). Any CRIU restores lazily from a server of them
-    #[arg(long, conflicts_with = "lazy_pages")]
+    /// Store pages compressed
+    ///
+    /// Only CRIU 4.3 and later, built with LZ4, restores from such images by itself (4.2 hangs). Any CRIU restores
+    /// lazily from a server of them.
+    #[arg(help_heading = "Images", long, conflicts_with = "lazy_pages")]
     pub(crate) compress: bool,
 
-    /// Put the pages that a lazy restore can do without into DIR, made if it is missing. What is left in the images
-    /// directory is small: a lazy restore starts from it while `page-server --lazy-pages -D DIR` serves the rest.
-    /// With --compress only the pages in DIR are compressed, so any CRIU can send the dump and restore it lazily
-    #[arg(long, value_name = "DIR",
+    /// Put the pages that a lazy restore can do without into DIR
+    ///
+    /// DIR is made if it is missing. What is left in the images directory is small: a lazy restore starts from it
+    /// while `page-server --lazy-pages -D DIR` serves the rest. With --compress only the pages in DIR are compressed,
+    /// so any CRIU can send the dump and restore it lazily.
+    #[arg(help_heading = "Images", long, value_name = "DIR",
         conflicts_with_all = ["lazy_pages", "prev_images_dir", "auto_dedup", "dedup_content", "forward", "forward_lazy"])]
     pub(crate) split_lazy: Option<PathBuf>,
 
-    /// What is on disk when the dump hears that all is stored. none: what the kernel has written by itself;
-    /// close: the whole images; always: the same, and each write waits for the disk
-    #[arg(long, value_enum, default_value_t = Sync::None,
+    /// What is on disk when the dump hears that all is stored
+    ///
+    /// none: what the kernel has written by itself; close: the whole images; always: the same, and each write waits
+    /// for the disk.
+    #[arg(help_heading = "Images", long, value_enum, default_value_t = Sync::None,
         conflicts_with_all = ["lazy_pages", "forward", "forward_lazy"])]
     pub(crate) sync: Sync,
 
-    /// What moves the bytes of dumps into images [default: io_uring where the kernel has it, else epoll]
-    #[arg(long, value_enum)]
+    /// What moves the bytes of dumps [default: io_uring if the kernel has it, else epoll]
+    #[arg(help_heading = "Running", long, value_enum)]
     pub(crate) io: Option<Io>,
 
-    /// Let in peers of this network alone, e.g. 10.0.0.0/8; may be given several times
-    #[arg(long, value_name = "CIDR", value_parser = network)]
+    /// Let in peers of this network alone, e.g. 10.0.0.0/8
+    ///
+    /// It may be given several times.
+    #[arg(help_heading = "Network", long, value_name = "CIDR", value_parser = network)]
     pub(crate) allow: Vec<IpNet>,
 
     /// Most dumps at once, with --keep
-    #[arg(long, value_name = "COUNT", default_value_t = RECEIVE_SESSIONS_MAX, value_parser = max_sessions,
+    #[arg(help_heading = "Sessions", long, value_name = "COUNT", default_value_t = RECEIVE_SESSIONS_MAX, value_parser = max_sessions,
         requires = "keep", conflicts_with_all = ["lazy_pages", "forward_lazy"])]
     pub(crate) max_sessions: usize,
 
-    /// Give each session a directory of its own below the images directory; {peer} stands for the
-    /// peer's address, {seq} for the number of the session
-    #[arg(long, value_name = "TEMPLATE", conflicts_with = "lazy_pages")]
+    /// Give each session a directory of its own below the images directory
+    ///
+    /// {peer} stands for the peer's address, {seq} for the number of the session.
+    #[arg(
+        help_heading = "Images",
+        long,
+        value_name = "TEMPLATE",
+        conflicts_with = "lazy_pages"
+    )]
     pub(crate) images_dir_template: Option<Template>,
 
-    /// Write a summary of each session to FILE (in the work directory), a line of JSON each
-    #[arg(long, value_name = "FILE")]
+    /// Write a summary of each session to FILE, a line of JSON each
+    ///
+    /// FILE is in the work directory.
+    #[arg(help_heading = "Reports", long, value_name = "FILE")]
     pub(crate) summary_json: Option<PathBuf>,
 
-    /// Hand out metrics for Prometheus at http://ADDR/metrics; ADDR is HOST:PORT or :PORT
-    #[arg(long, value_name = "ADDR")]
+    /// Hand out metrics for Prometheus at http://ADDR/metrics
+    ///
+    /// ADDR is HOST:PORT or :PORT.
+    #[arg(help_heading = "Reports", long, value_name = "ADDR")]
     pub(crate) metrics: Option<String>,
 
     /// Take one request of CRIU's remote procedure calls from the socket FD: the word `swrk FD`
@@ -126,18 +167,18 @@ pub(crate) struct Args {
     #[arg(long, hide = true, requires = "swrk")]
     pub(crate) one_request: bool,
 
-    /// End a session when its peer is silent for this many seconds: a dump's processes stand still meanwhile.
-    /// 0 waits for ever [default: 300; with --forward-lazy 600; with --lazy-pages 0]
+    /// End a session whose peer is silent for so long; 0 waits for ever
     ///
-    /// A restore may be idle. So with --lazy-pages or --forward-lazy a session ends only when its host has not asked
-    /// for a page yet, when a request stops in the middle, or when the client accepts no answers. With
-    /// --forward-lazy the dump is given up, too, when no client comes for so long.
-    #[arg(long, value_name = "SECONDS",
+    /// A dump's processes stand still meanwhile. A restore may be idle. So with --lazy-pages or --forward-lazy a
+    /// session ends only when its host has not asked for a page yet, when a request stops in the middle, or when the
+    /// client accepts no answers. With --forward-lazy the dump is given up, too, when no client comes for so long.
+    /// [default: 300; with --forward-lazy 600; with --lazy-pages 0]
+    #[arg(help_heading = "Sessions", long, value_name = "SECONDS",
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     pub(crate) idle_timeout: Option<u64>,
 
-    /// With --lazy-pages: try for this many seconds again to read an image that cannot be read
-    #[arg(long, value_name = "SECONDS", default_value_t = LOCAL_TIMEOUT_DEFAULT.as_secs(),
+    /// With --lazy-pages: how long to try again to read an image
+    #[arg(help_heading = "Sessions", long, value_name = "SECONDS", default_value_t = LOCAL_TIMEOUT_DEFAULT.as_secs(),
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     pub(crate) local_timeout: u64,
 }
@@ -181,43 +222,56 @@ impl Args {
 /// How dumps travel between two of these.
 #[derive(clap::Args, Debug)]
 pub(crate) struct FerryArgs {
-    /// Forward dumps to the page-server at HOST:PORT instead of storing them. Pages travel compressed and
-    /// checked, and only if they have changed; broken connections are made again. --tls secures these connections
-    #[arg(long, value_name = "HOST:PORT", value_parser = Peer::parse,
+    /// Forward dumps to the page-server at HOST:PORT instead of storing them
+    ///
+    /// Pages travel compressed and checked, and only if they have changed; broken connections are made again. --tls
+    /// secures these connections.
+    #[arg(help_heading = "Role", long, value_name = "HOST:PORT", value_parser = Peer::parse,
         conflicts_with_all = ["lazy_pages", "prev_images_dir", "images_dir_template", "auto_dedup",
             "dedup_content", "compress"])]
     pub(crate) forward: Option<Peer>,
 
-    /// Take over the memory that `criu dump --lazy-pages` serves at HOST:PORT, and serve it to any number of
-    /// lazy clients. -D names the dump's images. --tls secures the clients' connections
-    #[arg(long, value_name = "HOST:PORT", value_parser = Peer::parse,
+    /// Take over what `criu dump --lazy-pages` serves at HOST:PORT, and serve it
+    ///
+    /// Any number of lazy clients can be served. -D names the dump's images. --tls secures the clients' connections.
+    #[arg(help_heading = "Role", long, value_name = "HOST:PORT", value_parser = Peer::parse,
         conflicts_with_all = ["forward", "ps_socket", "lazy_pages", "prev_images_dir",
             "images_dir_template", "auto_dedup", "dedup_content", "compress"])]
     pub(crate) forward_lazy: Option<Peer>,
 
-    /// Keep what was taken over from a lazy dump in a file in DIR instead of memory
-    #[arg(long, value_name = "DIR", requires = "forward_lazy")]
+    /// Keep the memory of a lazy dump in a file in DIR instead of memory
+    #[arg(
+        help_heading = "Forwarding",
+        long,
+        value_name = "DIR",
+        requires = "forward_lazy"
+    )]
     pub(crate) spill: Option<PathBuf>,
 
-    /// Seconds to wait at the start until the dump listens; 0 does not wait [default: 10]
-    #[arg(long, value_name = "SECONDS", requires = "forward_lazy",
+    /// Seconds to wait at the start until the dump listens [default: 10]
+    ///
+    /// 0 does not wait.
+    #[arg(help_heading = "Forwarding", long, value_name = "SECONDS", requires = "forward_lazy",
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     pub(crate) wait: Option<u64>,
 
     /// How many connections to forward over
-    #[arg(long, value_name = "COUNT", default_value_t = 1, requires = "forward",
+    #[arg(help_heading = "Forwarding", long, value_name = "COUNT", default_value_t = 1, requires = "forward",
         value_parser = clap::value_parser!(u16).range(1..=i64::from(FERRY_STREAMS_MAX)))]
     pub(crate) streams: u16,
 
-    /// Memory for the record of what the far end has: 16 bytes for each page, and the contents of pages while
-    /// there is room. With suffix K, M or G
-    #[arg(long, value_name = "BYTES", default_value = "256M", value_parser = parse_bytes_or_none,
+    /// Memory for the record of what the far end has, with suffix K, M or G
+    ///
+    /// 16 bytes for each page, and the contents of pages while there is room.
+    #[arg(help_heading = "Forwarding", long, value_name = "BYTES", default_value = "256M", value_parser = parse_bytes_or_none,
         requires = "forward")]
     pub(crate) delta_cache: u64,
 
-    /// Give up after this many seconds: when dumps are forwarded, without progress; for a lazy dump, since its
-    /// last client disconnected
-    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = seconds())]
+    /// How long to try to make a broken connection again
+    ///
+    /// When dumps are forwarded, a session is given up after so long without progress; a lazy dump, when its last client
+    /// has been away for so long.
+    #[arg(help_heading = "Forwarding", long, value_name = "SECONDS", default_value_t = 30, value_parser = seconds())]
     pub(crate) reconnect_timeout: u64,
 }
 

@@ -135,6 +135,17 @@ pub fn parse_with<A: Parser>(
     reader.finish()
 }
 
+/// How much alike two names are that may be one, mistyped: between 0 and 1 (Jaro-Winkler).
+const MISTYPED: f64 = 0.85;
+
+/// The option of `known` that is spelled most like `given`, if one may have been meant.
+fn similar<'a>(given: &str, known: impl Iterator<Item = &'a str>) -> Option<String> {
+    let scored = known.map(|name| (strsim::jaro_winkler(given, name), name));
+    let best = scored.max_by(|one, other| one.0.total_cmp(&other.0));
+    let (_, name) = best.filter(|(score, _)| *score >= MISTYPED)?;
+    Some(format!("--{name}"))
+}
+
 /// Names and aliases of the program's long options.
 fn own_options(command: &clap::Command) -> Vec<(String, Value)> {
     let mut own = vec![
@@ -282,7 +293,10 @@ impl Reader<'_> {
         }
         let mut names = candidates.iter();
         match (names.next(), names.next()) {
-            (None, _) => Err(CommandLineError::Unknown(format!("--{given}"))),
+            (None, _) => Err(CommandLineError::Unknown {
+                given: format!("--{given}"),
+                similar: similar(given, known.iter().map(|(name, _)| *name)),
+            }),
             (Some(name), None) => {
                 let value = exact(name).map_or(Value::Switch, |(_, value)| value);
                 Ok(((*name).to_owned(), value, false))
@@ -302,11 +316,19 @@ impl Reader<'_> {
     ) -> Result<(), CommandLineError> {
         for (at, letter) in row.iter().enumerate() {
             let letter = char::from(*letter);
+            if letter == 'h' {
+                // Shorter than --help.
+                self.tidy.push("-h".into());
+                continue;
+            }
             let name = SHORT
                 .iter()
                 .find(|(short, _)| *short == letter)
                 .map(|(_, name)| *name)
-                .ok_or_else(|| CommandLineError::Unknown(format!("-{letter}")))?;
+                .ok_or_else(|| CommandLineError::Unknown {
+                    given: format!("-{letter}"),
+                    similar: None,
+                })?;
             let (_, value, _) = self.resolve(name)?;
             // CRIU's own way to take a value wins: -v4, but never -v 4.
             let value = if name == "verbosity" {

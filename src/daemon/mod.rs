@@ -18,6 +18,7 @@ mod log;
 mod pidfile;
 pub mod settings;
 pub mod swrk;
+pub mod version;
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -43,40 +44,54 @@ use log::{Log, VERBOSITY_DEFAULT};
 #[derive(Args, Clone, Debug)]
 pub struct CommonArgs {
     /// Directory of the image files
-    #[arg(short = 'D', long, value_name = "DIR", default_value = ".")]
+    #[arg(
+        help_heading = "Files and log",
+        short = 'D',
+        long,
+        value_name = "DIR",
+        default_value = "."
+    )]
     pub images_dir: PathBuf,
 
-    /// Directory of the log, pidfile and other files of the run [default: the images directory]
-    #[arg(short = 'W', long, value_name = "DIR")]
+    /// Directory of log, pidfile and other files of the run [default: images directory]
+    #[arg(help_heading = "Files and log", short = 'W', long, value_name = "DIR")]
     pub work_dir: Option<PathBuf>,
 
     /// Address of the page server (IPv4, IPv6 or a name)
-    #[arg(long, value_name = "ADDR", value_parser = parse_host)]
+    #[arg(help_heading = "Network", long, value_name = "ADDR", value_parser = parse_host)]
     pub address: Option<String>,
 
     /// Port of the page server
-    #[arg(long, value_name = "PORT")]
+    #[arg(help_heading = "Network", long, value_name = "PORT")]
     pub port: Option<u16>,
 
     /// Go to the background once the socket listens
-    #[arg(short = 'd', long, alias = "restore-detached")]
+    #[arg(
+        help_heading = "Running",
+        short = 'd',
+        long,
+        alias = "restore-detached"
+    )]
     pub daemon: bool,
 
-    /// With --daemon: write the background process's pid to FILE (in the work directory)
-    #[arg(long, value_name = "FILE")]
+    /// With --daemon: write the background process's pid to FILE
+    ///
+    /// FILE is in the work directory.
+    #[arg(help_heading = "Files and log", long, value_name = "FILE")]
     pub pidfile: Option<PathBuf>,
 
     /// Write one zero byte to FD and close it once the socket listens
-    #[arg(long, value_name = "FD")]
+    #[arg(help_heading = "Running", long, value_name = "FD")]
     pub status_fd: Option<RawFd>,
 
-    /// Log to FILE in the work directory, or to standard output if it is "-" [default: standard error]
-    #[arg(short = 'o', long, value_name = "FILE")]
+    /// Log to FILE in the work directory; - is standard output [default: standard error]
+    #[arg(help_heading = "Files and log", short = 'o', long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
 
-    /// What to log: 0 nothing, 1 errors, 2 warnings, 3 information and timestamps, 4 debug; each v is
-    /// one more
-    #[arg(short = 'v', long, value_name = "NUM", action = ArgAction::Set, default_value_t = VERBOSITY_DEFAULT)]
+    /// What to log: 0 nothing, 1 errors, 2 warnings, 3 information, 4 debug
+    ///
+    /// From 3 on lines have timestamps. Each v is one more: -vv is 4.
+    #[arg(help_heading = "Files and log", short = 'v', long, value_name = "NUM", action = ArgAction::Set, default_value_t = VERBOSITY_DEFAULT)]
     pub verbosity: u32,
 }
 

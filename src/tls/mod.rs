@@ -43,27 +43,29 @@ use verify::{PeerVerifier, Trust};
 #[derive(Args, Clone, Debug, Default)]
 pub struct TlsArgs {
     /// Secure the connection by TLS, with certificates on both sides
-    #[arg(long)]
+    #[arg(help_heading = "TLS", long)]
     pub tls: bool,
 
-    /// Trust peers whose certificates these authorities issued [default: /etc/pki/CA/cacert.pem]
-    #[arg(long, value_name = "FILE")]
+    /// The authorities that are trusted [default: /etc/pki/CA/cacert.pem]
+    ///
+    /// Peers whose certificates these authorities issued are trusted, and no others.
+    #[arg(help_heading = "TLS", long, value_name = "FILE")]
     pub tls_cacert: Option<PathBuf>,
 
-    /// List of revoked certificates [default: /etc/pki/CA/cacrl.pem, if it is there]
-    #[arg(long, value_name = "FILE")]
+    /// Revoked certificates [default: /etc/pki/CA/cacrl.pem, if it is there]
+    #[arg(help_heading = "TLS", long, value_name = "FILE")]
     pub tls_cacrl: Option<PathBuf>,
 
     /// This host's certificate [default: /etc/pki/criu/cert.pem]
-    #[arg(long, value_name = "FILE")]
+    #[arg(help_heading = "TLS", long, value_name = "FILE")]
     pub tls_cert: Option<PathBuf>,
 
     /// Its private key [default: /etc/pki/criu/private/key.pem]
-    #[arg(long, value_name = "FILE")]
+    #[arg(help_heading = "TLS", long, value_name = "FILE")]
     pub tls_key: Option<PathBuf>,
 
-    /// As a client, accept a server whose certificate is for another name than --address
-    #[arg(long)]
+    /// As a client, accept a server's certificate for another name than --address
+    #[arg(help_heading = "TLS", long)]
     pub tls_no_cn_verify: bool,
 }
 

@@ -6,8 +6,13 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum CommandLineError {
     /// No such option in this program nor in CRIU.
-    #[error("unknown option {0:?}")]
-    Unknown(String),
+    #[error("unknown option {given:?}{}", meant(.similar))]
+    Unknown {
+        /// What was given.
+        given: String,
+        /// An option that is spelled much like it.
+        similar: Option<String>,
+    },
     /// A shortened name that several options have in common.
     #[error("option {given:?} is ambiguous: {candidates}")]
     Ambiguous {
@@ -84,5 +89,12 @@ impl CommandLineError {
                 1
             }
         }
+    }
+}
+
+fn meant(similar: &Option<String>) -> String {
+    match similar {
+        Some(similar) => format!(": is {similar} meant?"),
+        None => String::new(),
     }
 }

@@ -131,7 +131,7 @@ fn options_of_criu_are_skipped_with_their_values() {
 fn what_neither_knows_is_an_error() {
     for line in ["--bogus", "-Z", "--no-bogus", "--no-port", "--=x"] {
         assert!(
-            matches!(read(line), Err(CommandLineError::Unknown(_))),
+            matches!(read(line), Err(CommandLineError::Unknown { .. })),
             "{line}"
         );
     }
@@ -232,4 +232,32 @@ fn a_request_stands_between_the_command_line_and_its_own_file() {
     let without = parse().unwrap();
     assert_eq!(without.args.common.images_dir, PathBuf::from("here"));
     assert!(without.remarks.warnings.is_empty());
+}
+
+#[test]
+fn a_mistyped_option_is_guessed() {
+    for (line, meant) in [
+        ("--exteriorr", "--exterior"),
+        ("--imagesdir x", "--images-dir"),
+        ("--prot 7", "--port"),
+    ] {
+        let error = read(line).unwrap_err().to_string();
+        assert!(error.contains(&format!("is {meant} meant?")), "{error}");
+    }
+    let error = read("--zzz").unwrap_err().to_string();
+    assert!(!error.contains("meant"), "{error}");
+}
+
+#[test]
+fn help_is_short_or_long() {
+    let text = |line| match read(line) {
+        Err(CommandLineError::Parser(error)) => error.to_string(),
+        other => panic!("{other:?}"),
+    };
+    let (short, long) = (text("-h"), text("--help"));
+    assert!(short.len() < long.len(), "{short}");
+    assert!(
+        !short.contains("timestamps") && long.contains("timestamps"),
+        "{long}"
+    );
 }

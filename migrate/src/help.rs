@@ -1,0 +1,177 @@
+//! The command line as people see it: options under headings, short lines for `-h`, what stands at the end.
+
+use clap::{Arg, Command};
+
+/// Options by the role that they have, with the heading over them.
+const HEADINGS: &[(&str, &[&str])] = &[
+    (
+        "Migration",
+        &["pid", "mode", "tcp", "id", "resume", "watch"],
+    ),
+    (
+        "Limits",
+        &[
+            "max_downtime",
+            "max_rounds",
+            "on_missed",
+            "timeout",
+            "round_rate",
+            "wait",
+        ],
+    ),
+    (
+        "Network",
+        &["to", "listen", "port_file", "serve_on", "insecure", "rsh"],
+    ),
+    ("Directories", &["dir", "state_dir", "output"]),
+    ("Programs", &["criu", "bin_dir", "without_lz4"]),
+    ("Images", &["lazy", "memory_only", "no_read"]),
+    ("Reports", &["report", "json", "verbose"]),
+];
+
+/// Options whose text is too long for one line: what `-h` says of them.
+const SHORT: &[(&str, &str)] = &[
+    (
+        "on_missed",
+        "What to do when rounds end and --max-downtime cannot be met",
+    ),
+    (
+        "tcp",
+        "What becomes of established TCP connections [default: refuse]",
+    ),
+    (
+        "serve_on",
+        "The address at which the destination fetches memory from this host",
+    ),
+    ("insecure", "Listen on a network without TLS"),
+];
+
+/// Exit codes of the commands that do something.
+const EXITS: &str = "\
+Exit codes:
+  0  done
+  1  it failed; the error tells why, and what to do
+  2  the command line is wrong";
+
+/// What stands at the end of each command's `--help`.
+const ENDS: &[(&str, &str)] = &[
+    (
+        "agent",
+        "\
+Signals:
+  SIGTERM, SIGINT  end it once no migration needs it; what is half done is finished at the next start
+
+Examples:
+  pageferry agent --listen 0.0.0.0:9191 --tls
+  pageferry agent --listen unix:/run/pageferry.sock",
+    ),
+    (
+        "migrate",
+        "\
+Signals:
+  SIGTERM, SIGINT  give up if that is still possible: the processes stay here
+
+If it is killed, a second process finishes the migration or leaves the processes here; see --resume.
+
+Examples:
+  pageferry migrate --pid 1234 --to host:9191 --tls
+  pageferry migrate --pid 1234 --to host:9191 --tls --mode hybrid --max-downtime 300ms",
+    ),
+    (
+        "plan",
+        "\
+Exit codes:
+  0  it can be moved
+  1  it cannot; each reason is told
+  2  the command line is wrong
+
+Examples:
+  pageferry plan --pid 1234 --to host:9191 --tls",
+    ),
+    ("finish", "Examples:\n  pageferry finish images && criu restore -D images"),
+    (
+        "split",
+        "\
+Examples:
+  pageferry split images -o lazy
+  page-server -d -D lazy --lazy-pages --port 27000",
+    ),
+    (
+        "inspect",
+        "\
+Exit codes:
+  0  printed
+  1  the parents cannot be followed, or a directory cannot be read
+  2  the command line is wrong, or DIR holds no images
+
+Examples:
+  pageferry inspect images
+  pageferry inspect images --json | jq .totals",
+    ),
+    (
+        "verify",
+        "\
+Exit codes:
+  0  good: no fault, maybe remarks
+  1  at least one fault: a restore fails, or what it restores is wrong
+  2  the command line is wrong, or DIR holds no images
+
+Examples:
+  pageferry verify images
+  pageferry verify images --lazy --criu 4.1.1
+  pageferry verify received --memory-only",
+    ),
+    (
+        "doctor",
+        "\
+Exit codes:
+  0  all jobs can be done here
+  1  at least one cannot
+  2  the command line is wrong
+
+Examples:
+  pageferry doctor
+  pageferry doctor --json | jq '.checks[] | select(.state != \"works\")'",
+    ),
+    (
+        "copy-lazy",
+        "\
+Signals:
+  SIGTERM, SIGINT  end it; nothing is left at the destination
+
+Examples:
+  pageferry copy-lazy images host:images
+  pageferry copy-lazy --rsh 'ssh -p 2222' images host:images",
+    ),
+];
+
+/// The definition with all of this.
+pub(crate) fn dressed(command: Command) -> Command {
+    let command = command.mut_args(argument);
+    command.mut_subcommands(|command| {
+        let name = command.get_name().to_owned();
+        let end = ENDS
+            .iter()
+            .find(|(of, _)| *of == name)
+            .map_or("", |end| end.1);
+        let end = match end.contains("Exit codes:") {
+            true => end.to_owned(),
+            false => format!("{EXITS}\n\n{end}"),
+        };
+        command.mut_args(argument).after_long_help(end)
+    })
+}
+
+fn argument(arg: Arg) -> Arg {
+    let id = arg.get_id().as_str().to_owned();
+    let heading = HEADINGS.iter().find(|(_, ids)| ids.contains(&id.as_str()));
+    let arg = match heading {
+        Some((heading, _)) if arg.get_long().is_some() => arg.help_heading(*heading),
+        _ => arg,
+    };
+    let short = SHORT.iter().find(|(of, _)| *of == id).map(|short| short.1);
+    match (short, arg.get_help().cloned(), arg.get_long_help()) {
+        (Some(short), Some(long), None) => arg.help(short).long_help(long),
+        _ => arg,
+    }
+}

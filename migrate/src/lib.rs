@@ -1,0 +1,137 @@
+//! The `pageferry` command: one subcommand for each task, each in a module of its own.
+
+mod address;
+mod agent;
+mod child;
+mod client;
+mod commands;
+mod copy_lazy;
+mod doctor;
+mod facts;
+mod help;
+mod hook;
+mod image_stream;
+mod images;
+mod inspect;
+mod programs;
+mod records;
+mod rounds;
+mod runtime;
+mod scan;
+mod source;
+mod timeline;
+mod verify;
+
+use std::future::Future;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use pageferry::daemon::version::long_version;
+use pageferry::error::{Error, Kind, Result};
+use tracing_subscriber::filter::LevelFilter;
+
+/// Moves running process trees between hosts, and looks after the images of CRIU.
+#[derive(Parser, Debug)]
+#[command(name = "pageferry", version, long_version = long_version(
+    env!("CARGO_PKG_VERSION"), env!("PAGEFERRY_COMMIT"), env!("PAGEFERRY_RUSTLS")))]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+
+    /// Say more
+    #[arg(short, long, global = true)]
+    verbose: bool,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Wait at a destination for migrations
+    Agent(agent::Args),
+    /// Move a running process tree to an agent's host
+    Migrate(Box<source::Args>),
+    /// Tell whether a process tree can be moved, and what each mode would cost
+    Plan(Box<source::plan::Args>),
+    /// Show the report of a migration, and draw it
+    Report(timeline::Args),
+    /// Put the pages into images that CRIU does not look for in their parents: private huge pages, and
+    /// mappings that plugins provide
+    Finish(images::FinishArgs),
+    /// Move the pages that a lazy restore can do without from images to another directory
+    Split(images::SplitArgs),
+    /// Tell what an image directory and its parents hold
+    Inspect(inspect::Args),
+    /// Tell whether a restore finds all memory in an image directory and its parents
+    Verify(verify::Args),
+    /// Tell what works on this host, what does not, and what to do about it
+    Doctor(doctor::Args),
+    /// Copy what a destination needs of a lazy dump's directory, once the dump is complete
+    CopyLazy(copy_lazy::Args),
+    #[command(hide = true)]
+    RestoreHook(hook::Args),
+    #[command(hide = true)]
+    RuntimeCriu(runtime::stand_in::Args),
+    #[command(hide = true)]
+    Guard(source::guard::Args),
+}
+
+/// The definition of the command line, for who documents it too.
+pub fn command() -> clap::Command {
+    help::dressed(Args::command())
+}
+
+/// Runs the command that this process was started with.
+pub fn run() -> ExitCode {
+    pageferry::daemon::end_on_panic();
+    let matches = command().get_matches();
+    let args = Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let level = match args.verbose {
+        true => LevelFilter::DEBUG,
+        false => LevelFilter::INFO,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_target(false)
+        .with_writer(std::io::stderr)
+        .init();
+    match args.command {
+        Command::Agent(args) => agent::run(&args),
+        Command::Migrate(args) => source::run(&args),
+        Command::Plan(args) => source::plan::run(&args),
+        Command::Report(args) => timeline::run(&args),
+        Command::Finish(args) => images::finish(&args),
+        Command::Split(args) => images::split(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Verify(args) => verify::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::CopyLazy(args) => copy_lazy::run(&args),
+        Command::RestoreHook(args) => hook::run(&args),
+        Command::RuntimeCriu(args) => runtime::stand_in::run(&args),
+        Command::Guard(args) => source::guard::run(&args),
+    }
+}
+
+/// Runs `work` on one thread and turns its result into an exit code.
+fn run_to_end(work: impl Future<Output = Result<()>>) -> ExitCode {
+    match block_on(work) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs `work` on one thread.
+fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let runtime = runtime.map_err(|error| Error::wrap(Kind::Io, "cannot start", error))?;
+    runtime.block_on(work)
+}
+
+/// Prints a report.
+fn print_json(report: &impl serde::Serialize) {
+    let text = serde_json::to_string_pretty(report);
+    println!("{}", text.unwrap_or_else(|error| format!("error: {error}")));
+}
