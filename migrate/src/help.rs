@@ -6,7 +6,11 @@ use clap::{Arg, Command};
 const HEADINGS: &[(&str, &[&str])] = &[
     (
         "Migration",
-        &["pid", "mode", "tcp", "id", "resume", "watch"],
+        &["pid", "mode", "tcp", "address", "id", "resume", "watch"],
+    ),
+    (
+        "Container",
+        &["container", "runtime", "runtime_root", "bundle", "bundles"],
     ),
     (
         "Limits",
@@ -20,13 +24,23 @@ const HEADINGS: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "Commands",
+        &[
+            "pre_freeze",
+            "post_resume",
+            "on_failure",
+            "hook_limit",
+            "probe",
+        ],
+    ),
+    (
         "Network",
         &["to", "listen", "port_file", "serve_on", "insecure", "rsh"],
     ),
     ("Directories", &["dir", "state_dir", "output"]),
     ("Programs", &["criu", "bin_dir", "without_lz4"]),
     ("Images", &["lazy", "memory_only", "no_read"]),
-    ("Reports", &["report", "json", "verbose"]),
+    ("Reports", &["report", "json", "svg", "verbose"]),
 ];
 
 /// Options whose text is too long for one line: what `-h` says of them.
@@ -39,6 +53,17 @@ const SHORT: &[(&str, &str)] = &[
         "tcp",
         "What becomes of established TCP connections [default: refuse]",
     ),
+    ("address", "An address that moves with the processes"),
+    (
+        "probe",
+        "Ask the service until it answers, and report when that was",
+    ),
+    (
+        "runtime_root",
+        "Directory of the runtime's state [default: the runtime's own]",
+    ),
+    ("bundle", "The container's bundle at the destination"),
+    ("bundles", "Containers' bundles are DIR/NAME here"),
     (
         "serve_on",
         "The address at which the destination fetches memory from this host",
