@@ -14,7 +14,7 @@ use std::os::fd::BorrowedFd;
 use std::ptr;
 
 use nix::errno::Errno;
-use nix::sys::mman::{self, MapFlags, ProtFlags};
+use nix::sys::mman::{self, MRemapFlags, MapFlags, ProtFlags};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::unistd::getpid;
 
@@ -75,6 +75,41 @@ unsafe fn libc_mmap(
 
 fn pointer(address: usize) -> *mut c_void {
     ptr::with_exposed_provenance_mut(address)
+}
+
+/// Maps private memory at `address` if nothing is there, else fails with EEXIST.
+pub fn map_at(address: usize, length: usize) -> Result<usize, Errno> {
+    let length = NonZeroUsize::new(length).ok_or(Errno::EINVAL)?;
+    let address = NonZeroUsize::new(address).ok_or(Errno::EINVAL)?;
+    let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_FIXED_NOREPLACE;
+    // SAFETY: FIXED_NOREPLACE replaces nothing.
+    let mapped = unsafe { mman::mmap_anonymous(Some(address), length, prot, flags) };
+    mapped.map(|address| address.as_ptr().expose_provenance())
+}
+
+/// Takes a part of a mapping that was made here away.
+pub fn unmap(address: usize, length: usize) -> Result<(), Errno> {
+    let at = ptr::NonNull::new(pointer(address)).ok_or(Errno::EINVAL)?;
+    // SAFETY: the range is one that nothing of Rust's lies in.
+    unsafe { mman::munmap(at, length) }
+}
+
+/// Moves a mapping that was made here to another address, of the kernel's choice, and makes it longer;
+/// returns the address. With an `old` length of 0 shared memory is mapped a second time.
+pub fn move_away(address: usize, old: usize, new: usize) -> Result<usize, Errno> {
+    let at = ptr::NonNull::new(pointer(address)).ok_or(Errno::EINVAL)?;
+    let flags = MRemapFlags::MREMAP_MAYMOVE;
+    // SAFETY: the range is one that nothing of Rust's lies in, and the kernel chooses a free address.
+    let moved = unsafe { mman::mremap(at, old, new, flags, None) };
+    moved.map(|address| address.as_ptr().expose_provenance())
+}
+
+/// Gives a mapping that was made here a name, which /proc/PID/maps shows.
+pub fn give_name(address: usize, length: usize, name: &std::ffi::CStr) -> Result<(), Errno> {
+    let (what, option) = (libc::PR_SET_VMA, libc::PR_SET_VMA_ANON_NAME);
+    // SAFETY: changes no content; the kernel copies the name.
+    Errno::result(unsafe { libc::prctl(what, option, address, length, name.as_ptr()) }).map(drop)
 }
 
 /// Gives advice (MADV_*) about a mapping that was made here.

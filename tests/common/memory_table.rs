@@ -11,7 +11,7 @@ use testbed::kinds::{KINDS, Kind};
 use testbed::workspace::root;
 
 /// The CRIUs of the table.
-const COLUMNS: [&str; 2] = ["4.1", "4.2"];
+const COLUMNS: [&str; 3] = ["4.1", "4.2", "4.3"];
 
 const BEGIN: &str = "<!-- memory kinds: written by tests/criu_memory_kinds.rs -->\n";
 const END: &str = "<!-- end of memory kinds -->\n";
@@ -23,34 +23,56 @@ pub(crate) struct Way {
     pub(crate) title: &'static str,
     /// Whether the processes run before their memory is there.
     pub(crate) lazy: bool,
-    /// With which CRIUs it is tried.
-    pub(crate) columns: &'static [&'static str],
+    /// With which CRIUs every run of the tests tries it; with the others the long ones do.
+    pub(crate) often: &'static [&'static str],
+    /// CRIUs whose dumps it refuses, as the documentation says.
+    pub(crate) refuses: &'static [&'static str],
 }
 
-const fn way(name: &'static str, title: &'static str, lazy: bool, every: bool) -> Way {
-    let columns: &[&str] = if every { &COLUMNS } else { &["4.2"] };
+impl Way {
+    /// Whether the images that are restored have a parent.
+    pub(crate) fn has_parent(self) -> bool {
+        matches!(self.name, "dedup-content" | "auto-dedup")
+    }
+}
+
+const fn way(
+    name: &'static str,
+    title: &'static str,
+    lazy: bool,
+    often: &'static [&'static str],
+) -> Way {
     Way {
         name,
         title,
         lazy,
-        columns,
+        often,
+        refuses: &[],
     }
 }
 
 /// All ways, in the order of the table.
 pub(crate) const WAYS: &[Way] = &[
-    way("plain", "received", false, true),
-    way("dedup-content", "`--dedup-content`", false, false),
-    way("auto-dedup", "`--auto-dedup`", false, false),
-    way("compress", "`--compress`", false, false),
-    way("forward", "`--forward`", false, true),
-    way("served", "served to CRIU", true, false),
-    way("lazy-dump", "lazy, from a dump", true, true),
-    way("lazy-page-server", "lazy, from a page-server", true, false),
-    way("lazy-local", "lazy, local", true, false),
-    way("forward-lazy", "`--forward-lazy`", true, false),
-    way("ferry", "`--ferry`", true, true),
-    way("hybrid", "hybrid", true, false),
+    way("plain", "received", false, &COLUMNS),
+    way("dedup-content", "`--dedup-content`", false, &["4.2"]),
+    way("auto-dedup", "`--auto-dedup`", false, &["4.2"]),
+    Way {
+        refuses: &["4.1"],
+        ..way("compress", "`--compress`", false, &["4.2"])
+    },
+    way("forward", "`--forward`", false, &["4.1", "4.2"]),
+    way("served", "served to CRIU", true, &["4.2"]),
+    way("lazy-dump", "lazy, from a dump", true, &COLUMNS),
+    way(
+        "lazy-page-server",
+        "lazy, from a page-server",
+        true,
+        &["4.2"],
+    ),
+    way("lazy-local", "lazy, local", true, &["4.2"]),
+    way("forward-lazy", "`--forward-lazy`", true, &["4.2"]),
+    way("ferry", "`--ferry`", true, &COLUMNS),
+    way("hybrid", "hybrid", true, &["4.2"]),
 ];
 
 /// What was seen of a kind on a way.
@@ -60,6 +82,8 @@ pub(crate) enum Cell {
     Right,
     /// CRIU alone cannot carry it either.
     Criu,
+    /// The way refuses the dump, as the documentation says.
+    Refused,
     /// It is wrong or refused, and how.
     Wrong(String),
 }
@@ -89,7 +113,7 @@ impl Table {
                 continue;
             };
             for (way, cell) in WAYS.iter().zip(parts) {
-                let right = way.columns.iter().copied().filter(|column| {
+                let right = COLUMNS.iter().copied().filter(|column| {
                     cell == "yes" || cell.split(", ").any(|named| named == *column)
                 });
                 cells.insert((*kind, way.name), right.collect());
@@ -162,7 +186,7 @@ impl Table {
         let right: Vec<&str> = right.into_iter().flatten().copied().collect();
         match right.len() {
             0 => "—".to_owned(),
-            all if all == way.columns.len() => "yes".to_owned(),
+            all if all == COLUMNS.len() => "yes".to_owned(),
             _ => right.join(", "),
         }
     }

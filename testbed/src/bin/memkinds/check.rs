@@ -66,7 +66,7 @@ fn said_of(all: &BTreeMap<String, Made>, expect: impl Fn(&Span) -> Expect) -> Sa
 }
 
 /// What is wrong with one kind.
-fn wrong(made: &Made, expect: impl Fn(&Span) -> Expect) -> Option<String> {
+pub(crate) fn wrong(made: &Made, expect: impl Fn(&Span) -> Expect) -> Option<String> {
     let spans = made.spans.iter();
     let found = spans
         .filter_map(|span| check(span, expect(span)).err())

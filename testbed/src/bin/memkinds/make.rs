@@ -48,11 +48,14 @@ pub(crate) struct Made {
     /// An AIO context that must work.
     pub(crate) aio: Option<usize>,
     /// What keeps the memory, and is dumped with the process.
-    _open: Option<OwnedFd>,
+    pub(crate) _open: Option<OwnedFd>,
 }
 
-const HUGE_BYTES: usize = 2 << 20;
-const PAGES: usize = 64;
+/// Kinds that a living child has as well: they are made first.
+pub(crate) const HAVE_PARTNERS: &[&str] = &["cow", "shared-tree"];
+
+pub(crate) const HUGE_BYTES: usize = 2 << 20;
+pub(crate) const PAGES: usize = 64;
 const MANY: usize = 10_000;
 const RESERVED_BYTES: usize = 400 << 30;
 
@@ -72,7 +75,7 @@ pub(crate) fn content(number: u64) -> Vec<u8> {
         .collect()
 }
 
-fn fill(address: usize, pages: usize, first: u64) -> Result<()> {
+pub(crate) fn fill(address: usize, pages: usize, first: u64) -> Result<()> {
     for n in 0..pages {
         mappings::write(address + n * page_bytes(), &content(first + n as u64))?;
     }
@@ -80,7 +83,7 @@ fn fill(address: usize, pages: usize, first: u64) -> Result<()> {
 }
 
 impl Made {
-    fn add(&mut self, address: usize, pages: usize, first: u64, expect: Expect) {
+    pub(crate) fn add(&mut self, address: usize, pages: usize, first: u64, expect: Expect) {
         self.spans.push(Span {
             address,
             pages,
@@ -90,14 +93,14 @@ impl Made {
         });
     }
 
-    fn filled(address: usize, pages: usize, first: u64) -> Result<Made> {
+    pub(crate) fn filled(address: usize, pages: usize, first: u64) -> Result<Made> {
         fill(address, pages, first)?;
         let mut made = Made::default();
         made.add(address, pages, first, Expect::Content);
         Ok(made)
     }
 
-    fn in_child(mut self, expect: Expect) -> Made {
+    pub(crate) fn in_child(mut self, expect: Expect) -> Made {
         self.spans
             .iter_mut()
             .for_each(|span| span.in_child = expect);
@@ -105,28 +108,29 @@ impl Made {
     }
 }
 
-const PRIVATE: i32 = libc::MAP_PRIVATE;
-const SHARED: i32 = libc::MAP_SHARED;
+pub(crate) const PRIVATE: i32 = libc::MAP_PRIVATE;
+pub(crate) const SHARED: i32 = libc::MAP_SHARED;
 
-fn anonymous(flags: i32, pages: usize) -> Result<usize> {
+pub(crate) fn anonymous(flags: i32, pages: usize) -> Result<usize> {
     Ok(mappings::map(pages * page_bytes(), true, flags, None)?)
 }
 
 /// Private memory with content, about which `advice` is given.
-fn advised(first: u64, advice: i32) -> Result<Made> {
+pub(crate) fn advised(first: u64, advice: i32) -> Result<Made> {
     let at = anonymous(PRIVATE, PAGES)?;
     mappings::advise(at, PAGES * page_bytes(), advice)?;
     Made::filled(at, PAGES, first)
 }
 
+/// Number of the first page of a kind: contents of different kinds differ.
+pub(crate) fn first_of(kind: &str) -> u64 {
+    let hash = |sum: u64, byte| sum.wrapping_mul(131) + u64::from(byte);
+    kind.bytes().fold(7, hash) << 20 >> 12
+}
+
 /// Maps a kind, fills it, and says what it must hold.
 pub(crate) fn make(kind: &str, dir: &Path) -> Result<Made> {
-    // Contents of different kinds differ.
-    let first = kind
-        .bytes()
-        .fold(7, |sum: u64, byte| sum.wrapping_mul(131) + u64::from(byte))
-        << 20
-        >> 12;
+    let first = first_of(kind);
     match kind {
         "private" => Made::filled(anonymous(PRIVATE, 4 * PAGES)?, 4 * PAGES, first),
         "shared" => Made::filled(anonymous(SHARED, PAGES)?, PAGES, first),
@@ -206,12 +210,12 @@ pub(crate) fn make(kind: &str, dir: &Path) -> Result<Made> {
     }
 }
 
-fn of_file(first: u64) -> Vec<u8> {
+pub(crate) fn of_file(first: u64) -> Vec<u8> {
     (0..PAGES as u64).flat_map(|n| content(first + n)).collect()
 }
 
 /// A mapped file; a private one has every second page written: with the contents behind the file's.
-fn of(file: BorrowedFd<'_>, private: bool, first: u64) -> Result<Made> {
+pub(crate) fn of(file: BorrowedFd<'_>, private: bool, first: u64) -> Result<Made> {
     let flags = if private { PRIVATE } else { SHARED };
     let at = mappings::map(PAGES * page_bytes(), true, flags, Some(file))?;
     let mut made = Made::default();
@@ -283,7 +287,7 @@ fn guard(first: u64) -> Result<Made> {
     Ok(made)
 }
 
-fn huge(flags: i32, file: Option<BorrowedFd<'_>>, first: u64) -> Result<Made> {
+pub(crate) fn huge(flags: i32, file: Option<BorrowedFd<'_>>, first: u64) -> Result<Made> {
     let flags = if file.is_some() {
         flags
     } else {
@@ -293,12 +297,12 @@ fn huge(flags: i32, file: Option<BorrowedFd<'_>>, first: u64) -> Result<Made> {
     Made::filled(at, 2 * HUGE_BYTES / page_bytes(), first)
 }
 
-/// Segments of a namespace of their own, of which the first has number 0.
+/// From now on segments are of a namespace of this process and its children, of which the first has number 0.
+pub(crate) fn own_segments() -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWIPC).context("unshare")
+}
+
 fn sysv(bytes: usize, flags: i32, first: u64) -> Result<Made> {
-    let own = fs::read_link("/proc/self/ns/ipc")?;
-    if own == fs::read_link(format!("/proc/{}/ns/ipc", nix::unistd::getppid()))? {
-        unshare(CloneFlags::CLONE_NEWIPC).context("unshare")?;
-    }
     let at = mappings::attach_sysv(bytes, flags)?;
     Made::filled(at, bytes / page_bytes(), first)
 }
