@@ -265,7 +265,7 @@ pub(crate) mod tests {
             "id": "a", "mode": "hybrid", "result": "moved", "problem": null, "warnings": ["w"],
             "processes": 2, "memory_bytes": 1 << 30, "preparation_ms": 3000.0, "downtime_ms": 200.0,
             "resume_ms": 230.0, "predicted_downtime_ms": 210.0, "complete_ms": 4000.0, "total_ms": 4100.0,
-            "rounds": [{"pages": 1, "bytes": 2, "ms": 3}], "wire_bytes": 5, "bytes_by_kind": {"zero": 1},
+            "rounds": [{"pages": 1, "bytes": 2, "ms": 3}], "wire_bytes": 5, "bytes_by_kind": {"zero": 1}, "track": "hash",
             "faults": {"count": 3, "p50_us": 1, "p99_us": 2, "blocked_ms": 1.5,
                 "times": [{"start_ms": 3200.0, "end_ms": 3300.0, "count": 3, "waited_ms": 1.5}]},
             "phases_ms": {"dump": 100.0},
