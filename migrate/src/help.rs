@@ -6,7 +6,9 @@ use clap::{Arg, Command};
 const HEADINGS: &[(&str, &[&str])] = &[
     (
         "Migration",
-        &["pid", "mode", "tcp", "address", "id", "resume", "watch"],
+        &[
+            "pid", "mode", "tcp", "address", "id", "resume", "track", "watch",
+        ],
     ),
     (
         "Container",

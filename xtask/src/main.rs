@@ -1,5 +1,6 @@
 //! The project's own commands.
 
+mod assets;
 mod bench;
 mod criu;
 mod demo;
@@ -28,6 +29,8 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Writes man pages, completions and the reference of options.
+    Assets(assets::Args),
     /// Measures pageferry and CRIU against each other.
     Bench(Box<bench::Args>),
     /// Fetches real CRIUs into target/criu and prints version and path of each.
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
     let task = Args::parse().task;
     // Whatever waits fails then, so that guards clean up.
     let result = wait::interrupt_on_signals().and_then(|()| match task {
+        Task::Assets(args) => assets::run(&args),
         Task::Bench(args) => bench::run(&args),
         Task::Criu(args) => criu::run(&args),
         Task::Demo(args) => demo::run(&args),
