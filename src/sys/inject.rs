@@ -11,6 +11,7 @@ use std::fs;
 use std::io;
 
 use nix::sys::ptrace;
+use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
@@ -34,6 +35,9 @@ pub struct Tracee {
     /// Not to be sent to another thread, which the kernel would not know as the tracer.
     _here: std::marker::PhantomData<*const ()>,
 }
+
+/// Stops of a thread before it makes a step.
+const STOPS_MAX: u32 = 8;
 
 /// Instructions of a vDSO that are looked through, bytes: it has a few pages.
 const VDSO_BYTES_MAX: u64 = 1 << 20;
@@ -84,8 +88,13 @@ impl Tracee {
         // A signal that waits would be taken before the call.
         machine::set_signal_mask(self.tid, u64::MAX)?;
         machine::set_registers(self.tid, &registers)?;
-        ptrace::step(self.tid, None)?;
-        self.wait()?;
+        // A thread of a stopped process may report stops that were due before it makes the step.
+        for _ in 0..STOPS_MAX {
+            ptrace::step(self.tid, None)?;
+            if let WaitStatus::Stopped(_, Signal::SIGTRAP) = self.wait()? {
+                break;
+            }
+        }
         machine::result(&machine::registers(self.tid)?, at)
     }
 }
@@ -303,6 +312,10 @@ mod tests {
 
     fn stop(process: &ProcessName) {
         process.signal(libc::SIGSTOP).unwrap();
+        wait_until_stopped(process);
+    }
+
+    fn wait_until_stopped(process: &ProcessName) {
         let start = Instant::now();
         while ProcessStat::of(process.pid).unwrap().state != 'T' {
             assert!(start.elapsed() < Duration::from_secs(60));
@@ -350,7 +363,7 @@ mod tests {
         })
         .join()
         .unwrap();
-        assert_eq!(ProcessStat::of(process.pid).unwrap().state, 'T');
+        wait_until_stopped(&process);
         let tracee = Tracee::attach(process.pid).unwrap();
         assert_ne!(tracee.state().unwrap(), state);
         tracee.restore(&state).unwrap();

@@ -168,7 +168,9 @@ mod tests {
             pages
         };
         (0..40).for_each(write);
-        assert_eq!(written(), (0..40).collect::<Vec<_>>());
+        // A page without memory may count as written, until it has been told.
+        let first = written();
+        assert!((0..40).all(|page| first.contains(&page)), "{first:?}");
         assert!(written().is_empty());
         // A page that had been written, and one that had none.
         [3, 50].into_iter().for_each(write);
