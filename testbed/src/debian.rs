@@ -190,7 +190,7 @@ impl PrivateApt {
         fs::write(&list, format!("{with_sources}{sources}"))?;
         self.run(&["update", "-qq"])?;
         // Mirrors may lack the packaging, which is not needed.
-        let downloaded = self.run(&["-qq", "--download-only", "source", package]);
+        let downloaded = self.run(&["-qq", "--download-only", "--tar-only", "source", package]);
         for entry in fs::read_dir(self.archives())? {
             let path = entry?.path();
             if path.to_string_lossy().contains(".orig.tar.") {
