@@ -10,6 +10,7 @@ use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::AgentState;
 use pageferry::migration::messages::{RestoreRequest, Status, TcpConnections};
 use tokio::net::unix::pipe;
+use tokio::time::timeout;
 use tokio_util::io::{ReaderStream, SyncIoBridge};
 
 use super::{Flow, READY_LIMIT, blocking};
@@ -22,6 +23,9 @@ use crate::source::shared;
 
 /// Buffered between the reading of image files and the connection, bytes.
 const IMAGES_BUFFER_BYTES: usize = 256 << 10;
+
+/// How long the destination may take to say why the dump or its forwarder has ended.
+const LAST_WORD: Duration = Duration::from_secs(1);
 
 /// A dump that was started.
 struct Dump {
@@ -127,12 +131,22 @@ impl Flow<'_> {
             self.send_images(sent).await?;
             self.restore(Some(port)).await
         };
+        let mut rest = Box::pin(rest);
         // Without the memory the destination would wait in vain, and the processes with it.
-        let ready = tokio::select! {
-            ready = rest => ready,
+        let ended = tokio::select! {
+            ready = &mut rest => Ok(ready),
             error = forwarder.unexpected_end() => Err(error),
             error = dump.program.unexpected_end() => Err(error),
         };
+        let ready = match ended {
+            Ok(ready) => ready,
+            // A restore that fails ends them too, and only the destination can say so.
+            Err(error) => match timeout(LAST_WORD, &mut rest).await {
+                Ok(Err(cause)) => Err(cause),
+                Ok(Ok(())) | Err(_) => Err(error),
+            },
+        };
+        drop(rest);
         self.running.extend([dump.program, forwarder]);
         ready
     }
