@@ -158,8 +158,13 @@ pub(in crate::engine) fn run(
             Ok(Turn::Silent) => break ConnectionEnd::Silent,
             Ok(Turn::Replaced) => break ConnectionEnd::Replaced,
             Err(error) => {
-                if matches!(error, ConnError::Socket(_)) {
-                    connection.hear_last_words(&mut conn);
+                match error {
+                    ConnError::Socket(_) => connection.hear_last_words(&mut conn),
+                    // The peer's answer to the last word came in the turn that had said it.
+                    ConnError::End if conn.queued_bytes() == 0 && handler.is_over() => {
+                        handler.heard_end(stream, waker);
+                    }
+                    ConnError::End | ConnError::Frame(_) => {}
                 }
                 break ConnectionEnd::Lost(error);
             }
