@@ -24,8 +24,9 @@ use crate::source::shared;
 /// Buffered between the reading of image files and the connection, bytes.
 const IMAGES_BUFFER_BYTES: usize = 256 << 10;
 
-/// How long the destination may take to say why the dump or its forwarder has ended.
-const LAST_WORD: Duration = Duration::from_secs(1);
+/// How long the destination may take to say why the dump or its forwarder has ended. Its lazy-client takes up to a
+/// second of that to say so to a forwarder that is gone.
+const LAST_WORD: Duration = Duration::from_secs(3);
 
 /// A dump that was started.
 struct Dump {
