@@ -138,6 +138,8 @@ impl Trackers {
     fn way(&self, member: &Member) -> Way {
         match self.how {
             Track::Hash | Track::Auto => Way::Hash,
+            // A zombie has no memory.
+            Track::Wp if !member.name.is_alive() => Way::Hash,
             Track::SoftDirty => Way::SoftDirty(Vec::new()),
             Track::Wp => match takeover::userfaultfd_of(member, &self.dir)
                 .and_then(|uffd| WriteTracking::begin(uffd, member.pid))
