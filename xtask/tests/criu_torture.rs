@@ -36,7 +36,7 @@ fn torture(args: &[&str], planted: bool) -> Result<Option<(bool, Value, String)>
 #[test]
 fn nothing_is_lost_doubled_or_wrong() -> Result<()> {
     // The cases are the same each time; what happens first in each of them is not.
-    let args = ["--migrations", "16", "--minutes", "3", "--seed", "20261129"];
+    let args = ["--migrations", "6", "--minutes", "2", "--seed", "20261129"];
     // Rules of connections that have moved without their address stay, so leftovers are for whoever reads the counts.
     if let Some((_, counts, errors)) = torture(&args, false)? {
         for count in ["lost", "doubled", "wrong_pages"] {
@@ -49,7 +49,7 @@ fn nothing_is_lost_doubled_or_wrong() -> Result<()> {
 
 #[test]
 fn a_missing_reset_is_found() -> Result<()> {
-    let mut args = vec!["--migrations", "60", "--minutes", "4", "--stop-at-first"];
+    let mut args = vec!["--migrations", "30", "--minutes", "4", "--stop-at-first"];
     args.extend(["--mode", "post-copy", "--fault", "stop", "--seed", "7"]);
     if let Some((succeeded, counts, errors)) = torture(&args, true)? {
         ensure!(!succeeded, "{counts}\n{errors}");

@@ -55,7 +55,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     wanted: Wanted,
 
-    /// End with the first migration that goes wrong.
+    /// End with the first migration that loses or doubles a process or has a wrong page.
     #[arg(long)]
     stop_at_first: bool,
 
@@ -102,6 +102,11 @@ impl Counts {
         *counter += 1;
     }
 
+    /// Migrations after which processes were gone, there twice, or wrong.
+    fn fatal(&self) -> u64 {
+        self.lost + self.doubled + self.wrong_pages
+    }
+
     fn bad(&self) -> u64 {
         self.lost + self.doubled + self.wrong_pages + self.leftovers + self.stuck
     }
@@ -132,13 +137,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             break;
         }
         let case = Case::new(args.seed, number, &args.wanted);
+        let fatal = counts.fatal();
         let bad = counts.bad();
         counts.migrations += 1;
         if let Err(error) = migrate(&world, &case, args, &mut counts) {
             counts.stuck += 1;
             eprintln!("{case}: {error:#}");
         }
-        if counts.bad() > bad && args.stop_at_first {
+        if counts.fatal() > fatal && args.stop_at_first {
             eprintln!("went wrong: {case}");
             break;
         }
