@@ -10,6 +10,7 @@ use clap::{Parser, ValueEnum};
 use ipnet::IpNet;
 use pageferry::criu::header;
 use pageferry::daemon::CommonArgs;
+use pageferry::daemon::command_line::Action;
 use pageferry::daemon::version::long_version;
 use pageferry::engine::io;
 use pageferry::engine::io::transport::Peer;
@@ -22,6 +23,18 @@ use pageferry::limits::{
 };
 use pageferry::tls::TlsArgs;
 use pageferry::units::parse_bytes_or_none;
+
+/// The words of CRIU's command line that name what to do.
+pub(crate) const ACTIONS: &[Action] = &[
+    Action {
+        word: "page-server",
+        operand_option: None,
+    },
+    Action {
+        word: "swrk",
+        operand_option: Some("swrk"),
+    },
+];
 
 /// What stands at the end of `--help`.
 const AT_THE_END: &str = "\

@@ -1,7 +1,13 @@
-//! The command line of `page-server`, for who documents it: man pages, completions, the reference of options.
+//! The program `page-server`: its command line, its wiring, its exit codes. It is a library so that the `pageferry`
+//! binary can be this program too, and so that what documents the command line can read its definition.
 
-#[allow(dead_code, reason = "what is parsed is used by the program")]
 mod args;
+mod entry;
+mod program;
+mod report;
+mod rpc;
+
+pub use program::run_program;
 
 /// The definition of the command line.
 pub fn command() -> clap::Command {

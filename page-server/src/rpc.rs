@@ -18,8 +18,7 @@ use pageferry::daemon::swrk::Client;
 use pageferry::daemon::{Daemon, Forked, WaitingChild, fork_waiting};
 use pageferry::error::{Error, Kind, Result};
 
-use crate::ACTIONS;
-use crate::args::Args;
+use crate::args::{ACTIONS, Args};
 
 /// CRIU's own name for a log without a name, in the work directory.
 const LOG_FILE: &str = "criu.log";
