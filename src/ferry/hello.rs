@@ -12,6 +12,10 @@ use super::hash::HashKey;
 /// The version of the stream that is spoken here.
 pub const VERSION: u16 = 1;
 
+/// The `attempt` of a HELLO that only looks who is there: the connections of a session are dialled from 1 on. An
+/// older build refuses such a connection as superseded, without an end of its own.
+pub const LOOK_ATTEMPT: u32 = 0;
+
 /// Names a session: 128 random bits, chosen by the connecting side.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct SessionId(pub [u8; 16]);

@@ -94,8 +94,8 @@ fn both_are(role: Role) -> &'static str {
 mod tests {
     use super::*;
     use crate::ferry::hash::HashKey;
-    use crate::ferry::hello::Window;
     use crate::ferry::hello::{Features, SessionId, VERSION};
+    use crate::ferry::hello::{LOOK_ATTEMPT, Window};
     use crate::limits::FERRY_ENDED_SESSIONS_MAX;
     use crate::units::PageSize;
 
@@ -309,6 +309,15 @@ mod tests {
                 FailCode::UnknownSession,
             ),
             (of(good), false, FailCode::Busy),
+            // As older builds refuse it, but it leaves nothing behind.
+            (
+                of(Hello {
+                    attempt: LOOK_ATTEMPT,
+                    ..good
+                }),
+                true,
+                FailCode::UnknownSession,
+            ),
         ] {
             assert_eq!(code(&mut table, greeting, open), expected);
         }

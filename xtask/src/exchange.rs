@@ -70,7 +70,7 @@ const CASES: [(&str, Case); 12] = [
     ("images are served", images_are_served),
     ("rounds build on images", rounds_build_on_images),
     ("serve", serve),
-    ("forward", forward),
+    ("forward, two rounds", forward),
     ("forward over TLS, three streams", forward_over_tls),
     (
         "forward to a receiver that was there first",
@@ -238,8 +238,8 @@ fn forward_over_tls(bed: &Bed, ends: Ends<'_>) -> Result<()> {
     forward_a_tree(bed, ends, near_end, far_end.port(), &tls)
 }
 
-/// The forwarder looks at the receiver when it starts. A receiver that does not know of that takes it for its one
-/// session, which has failed, and ends.
+/// The forwarder looks at the receiver when it starts. A receiver of one session that does not know of that must
+/// not take it for its session.
 fn forward_looks_first(bed: &Bed, ends: Ends<'_>) -> Result<()> {
     let images = bed.path("images");
     let far_end = PageServer::receiving(ends.to, &Options::new(&images).log_to("far.log"))?;

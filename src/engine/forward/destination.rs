@@ -1,22 +1,33 @@
 //! Looks at where dumps are to be forwarded to before the first one comes: a frozen tree is too late to learn
 //! that nobody there can take it.
 //!
-//! The far end is greeted as for a session that it cannot know. A page-server that receives says so, and no
-//! session begins there.
+//! The greeting has the number of no attempt, so no session begins at the far end. A page-server that receives
+//! refuses it and waits on: builds that know of this look because they know it, older ones because a newer
+//! connection must have taken the place of one with such a number.
 
 use std::sync::Arc;
 
 use crate::engine::ferry::conn::{Conn, ConnError};
 use crate::engine::ferry::handshake::first_frame;
-use crate::engine::ferry::{WINDOW, connection_loop, random_bits};
+use crate::engine::ferry::{WINDOW, connection_loop};
 use crate::engine::io::transport::{Peer, transport};
 use crate::error::{Error, Kind, Result};
 use crate::ferry::frame;
 use crate::ferry::hash::HashKey;
-use crate::ferry::hello::{Fail, FailCode, Features, Hello, Role, SessionId, VERSION};
+use crate::ferry::hello::{
+    Fail, FailCode, Features, Hello, LOOK_ATTEMPT, Role, SessionId, VERSION,
+};
 use crate::stream::Stream;
 use crate::tls::Tls;
 use crate::units::PageSize;
+
+/// How a page-server that receives dumps refuses a look: the last two are the words of builds that do not know
+/// of looks, without and with a session that is open.
+const RECEIVES: [FailCode; 3] = [
+    FailCode::UnknownSession,
+    FailCode::Superseded,
+    FailCode::Busy,
+];
 
 /// Checks that a page-server that receives dumps is at `peer`. Returns why nobody can be reached there, if that
 /// is so: it may be started later.
@@ -36,7 +47,7 @@ pub fn check_destination(peer: &Peer, tls: Option<&Tls>, page: PageSize) -> Resu
     };
     let stream = Stream::plain(socket).secure_to(tls, peer.host());
     match greet(stream.map_err(unusable)?, page) {
-        Ok(fail) if fail.code == FailCode::UnknownSession => Ok(None),
+        Ok(fail) if RECEIVES.contains(&fail.code) => Ok(None),
         Ok(fail) => Err(unusable(Error::new(Kind::Protocol, fail.text))),
         Err(error) => {
             let text = format!(
@@ -48,20 +59,20 @@ pub fn check_destination(peer: &Peer, tls: Option<&Tls>, page: PageSize) -> Resu
     }
 }
 
-/// Greets the far end as for a session that it does not know, and returns how it refuses.
+/// Greets the far end without a session, and returns how it refuses.
 fn greet(stream: Stream, page: PageSize) -> std::result::Result<Fail, ConnError> {
-    let key = |error: Error| ConnError::Socket(std::io::Error::other(error));
     let hello = Hello {
         version: VERSION,
         role: Role::Sender,
         page,
         features: Features::ALL,
-        session: SessionId(random_bits().map_err(key)?),
+        // One for all looks: builds that do not know of them remember it.
+        session: SessionId::default(),
         stream: 0,
         streams: 1,
-        // None of a session's connections: those begin with 1.
-        attempt: 0,
-        opening: false,
+        attempt: LOOK_ATTEMPT,
+        // Builds that do not know of looks take a session that is only continued for the one to come.
+        opening: true,
         window: WINDOW,
         hash_key: HashKey::default(),
     };

@@ -27,7 +27,9 @@ use crate::engine::receive::stores::SessionStore;
 use crate::engine::receive::{ReceiveContext, punch_out_of_parents};
 use crate::error::{Error, Kind, Result};
 use crate::ferry::hash::{HashKey, PageHasher};
-use crate::ferry::hello::{FailCode, Features, Greeting, Hello, Role, SessionId, VERSION};
+use crate::ferry::hello::{
+    FailCode, Features, Greeting, Hello, LOOK_ATTEMPT, Role, SessionId, VERSION,
+};
 use crate::ferry::message::StateId;
 use crate::limits::FERRY_STREAMS_MAX;
 use crate::observe::received::Received;
@@ -131,7 +133,8 @@ impl<'a> PrecopyListener<'a> {
             .map_err(|error| lost(ConnError::Frame(error)))?;
         // From here on a sender is told why it is left.
         drop(watched);
-        let only_looks = matches!(greeting, Greeting::Hello(hello) if hello.attempt == 0);
+        let only_looks =
+            matches!(greeting, Greeting::Hello(hello) if hello.attempt == LOOK_ATTEMPT);
         let admitted = self.sessions.admit(
             greeting,
             |opened| open_to_new && !(self.only_one && opened > 0),

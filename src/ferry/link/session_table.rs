@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use crate::ferry::hello::{Fail, FailCode, Greeting, Hello, Role, SessionId};
+use crate::ferry::hello::{Fail, FailCode, Greeting, Hello, LOOK_ATTEMPT, Role, SessionId};
 use crate::limits::{FERRY_ENDED_SESSIONS_MAX, FERRY_SESSIONS_MAX};
 
 use super::check;
@@ -82,6 +82,10 @@ impl SessionTable {
             Ok(peer) => peer,
             Err(fail) => return Admission::Refused(fail),
         };
+        if peer.attempt == LOOK_ATTEMPT {
+            let text = "a greeting of attempt 0 begins no session";
+            return Admission::Refused(Fail::new(FailCode::UnknownSession, text));
+        }
         if let Some((_, fail)) = self.failed.iter().find(|(id, _)| *id == peer.session) {
             return Admission::Refused(fail.clone());
         }
