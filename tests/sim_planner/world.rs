@@ -143,8 +143,66 @@ impl World {
         (!self.memories.is_empty()).then(|| process % self.memories.len())
     }
 
+    /// The process that an operation means by its number.
+    fn picked(&self, process: usize) -> Option<SpaceId> {
+        Some(self.memories[self.pick(process)?].0)
+    }
+
     pub(crate) fn apply(&mut self, operation: &Operation) {
         self.now_us += 10;
+        match *operation {
+            Operation::Fault { .. }
+            | Operation::Fork { .. }
+            | Operation::Move { .. }
+            | Operation::Remove { .. }
+            | Operation::Unmap { .. }
+            | Operation::Exit { .. } => self.apply_of_process(operation),
+            Operation::SendStream => {
+                if let Some(next) = self.planner.next_stream(CHUNK, GAP) {
+                    self.send(next);
+                }
+            }
+            Operation::Answer { pages } => self.answer(pages),
+            Operation::ConnectionLost => {
+                self.on_the_way.clear();
+                self.planner.give_back_all();
+            }
+            Operation::LocalStep => self.local_step(),
+            Operation::LocalFails {
+                process,
+                page,
+                pages: count,
+            } => {
+                if let Some(id) = self.picked(process) {
+                    self.planner.set_unreadable(id, pages(page, count));
+                }
+            }
+            Operation::LocalHeals { process, pages } => {
+                if let Some(id) = self.picked(process) {
+                    let pid = self.planner.space(id).expect("it lives").pid();
+                    self.heal(pid, pages);
+                }
+            }
+            Operation::Pause { process } => {
+                if let Some(id) = self.picked(process) {
+                    self.planner.pause(id);
+                    self.paused.insert(id);
+                }
+            }
+            Operation::Resume => {
+                for id in std::mem::take(&mut self.paused) {
+                    self.planner.resume(id);
+                }
+            }
+        }
+        while let Some(request) = self.planner.next_urgent() {
+            assert_ne!(request.class, Class::Stream);
+            self.send(request);
+        }
+    }
+
+    /// What a process does, or what its userfaultfd tells of it.
+    fn apply_of_process(&mut self, operation: &Operation) {
         match *operation {
             Operation::Fault { process, page } => self.fault(process, page),
             Operation::Fork { process } => {
@@ -184,50 +242,7 @@ impl World {
                 let (id, _) = self.memories.remove(index);
                 self.planner.handle_exit(id);
             }
-            Operation::SendStream => {
-                if let Some(next) = self.planner.next_stream(CHUNK, GAP) {
-                    self.send(next);
-                }
-            }
-            Operation::Answer { pages } => self.answer(pages),
-            Operation::ConnectionLost => {
-                self.on_the_way.clear();
-                self.planner.give_back_all();
-            }
-            Operation::LocalStep => self.local_step(),
-            Operation::LocalFails {
-                process,
-                page,
-                pages: count,
-            } => {
-                if let Some(index) = self.pick(process) {
-                    let id = self.memories[index].0;
-                    self.planner.set_unreadable(id, pages(page, count));
-                }
-            }
-            Operation::LocalHeals { process, pages } => {
-                if let Some(index) = self.pick(process) {
-                    let id = self.memories[index].0;
-                    let pid = self.planner.space(id).expect("it lives").pid();
-                    self.heal(pid, pages);
-                }
-            }
-            Operation::Pause { process } => {
-                if let Some(index) = self.pick(process) {
-                    let id = self.memories[index].0;
-                    self.planner.pause(id);
-                    self.paused.insert(id);
-                }
-            }
-            Operation::Resume => {
-                for id in std::mem::take(&mut self.paused) {
-                    self.planner.resume(id);
-                }
-            }
-        }
-        while let Some(request) = self.planner.next_urgent() {
-            assert_ne!(request.class, Class::Stream);
-            self.send(request);
+            _ => unreachable!("`apply` carries it out"),
         }
     }
 

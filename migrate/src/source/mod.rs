@@ -31,7 +31,6 @@ use std::process::ExitCode;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::MigrationId;
 use pageferry::migration::{Costs, Mode, SourceState, predict_downtime};
-use pageferry::sys::owned_process::ProcessStat;
 use tokio::time::Instant;
 
 pub(crate) use args::Args;
@@ -80,51 +79,21 @@ async fn migrate(args: &Args) -> Result<()> {
         None => made_up()?,
     };
     let addresses = MovedAddresses::find(&args.address).await?;
-    let members = tree.members().iter();
-    let stopped = |pid| ProcessStat::of(pid).is_ok_and(|stat| stat.state == 'T');
     let facts = Facts {
-        id: id.clone(),
-        mode,
-        tree: members.clone().map(|member| member.name).collect(),
-        stopped: members
-            .filter(|member| stopped(member.pid))
-            .map(|member| member.name)
-            .collect(),
-        dump: None,
-        dump_port: None,
-        forwarder: None,
-        round_forwarder: None,
+        addresses,
         container: found.as_ref().map(|found| found.held.clone()),
         tcp: args.tcp(),
-        connections: Vec::new(),
-        addresses,
         hooks: args.hooks(),
+        ..Facts::of_tree(id.clone(), mode, &tree)
     };
     let place = Place::make(&args.target.state_dir, facts, client.clone())?;
     let guard = guard::start(args, &programs, &place)?;
     let report = Report {
-        id,
-        mode: mode.name().to_owned(),
-        result: String::new(),
-        problem: None,
-        warnings: Vec::new(),
         processes: tree.members().len(),
         memory_bytes,
-        preparation_ms: 0.0,
-        downtime_ms: None,
-        resume_ms: None,
-        predicted_downtime_ms: None,
-        complete_ms: None,
-        total_ms: 0.0,
-        track: String::new(),
-        rounds: Vec::new(),
-        wire_bytes: 0,
-        bytes_by_kind: Default::default(),
-        faults: Default::default(),
-        phases_ms: Default::default(),
-        timeline: Vec::new(),
         source: HostReport::from(&here),
         destination: HostReport::from(&there),
+        ..Report::begin(id, mode)
     };
     let wire = here.criu.unwrap_or_default().wire();
     let mut flow = Flow::new(
@@ -144,18 +113,20 @@ async fn migrate(args: &Args) -> Result<()> {
         report.write(path)?;
     }
     report.print();
-    match ended {
-        Ok(SourceState::Complete) => Ok(()),
-        Ok(state) => {
-            let text = report
-                .problem
-                .unwrap_or_else(|| format!("it ended as {state:?}"));
+    moved(ended, root, report.problem)
+}
+
+/// Whether the tree under `root` was moved, as the end says, and why not.
+fn moved(ended: Result<SourceState>, root: i32, problem: Option<String>) -> Result<()> {
+    match ended? {
+        SourceState::Complete => Ok(()),
+        state => {
+            let text = problem.unwrap_or_else(|| format!("it ended as {state:?}"));
             Err(Error::new(
                 Kind::Interrupted,
                 format!("pid {root} was not moved: {text}"),
             ))
         }
-        Err(error) => Err(error),
     }
 }
 

@@ -32,6 +32,7 @@ use super::moved_addresses::MovedAddresses;
 use super::network::{self, Connection};
 use crate::client::AgentClient;
 use crate::records;
+use crate::rounds::Tree;
 use crate::runtime::stand_in::CRIU_PROCESS;
 
 /// How often the end of a process that is no child is looked for.
@@ -75,6 +76,32 @@ pub(super) struct Facts {
     /// The user's commands.
     #[serde(default)]
     pub(super) hooks: Hooks,
+}
+
+impl Facts {
+    /// What is known of the processes of `tree` before they are touched.
+    pub(super) fn of_tree(id: MigrationId, mode: Mode, tree: &Tree) -> Facts {
+        let members = tree.members().iter();
+        let stopped = |pid| ProcessStat::of(pid).is_ok_and(|stat| stat.state == 'T');
+        Facts {
+            id,
+            mode,
+            tree: members.clone().map(|member| member.name).collect(),
+            stopped: members
+                .filter(|member| stopped(member.pid))
+                .map(|member| member.name)
+                .collect(),
+            dump: None,
+            dump_port: None,
+            forwarder: None,
+            round_forwarder: None,
+            container: None,
+            tcp: TcpConnections::default(),
+            connections: Vec::new(),
+            addresses: MovedAddresses::default(),
+            hooks: Hooks::default(),
+        }
+    }
 }
 
 /// See the module's text.

@@ -34,6 +34,18 @@ fn hosts(
     memory_bytes: u64,
     lazy: bool,
 ) -> Vec<String> {
+    let mut problems = programs(source, destination);
+    problems.extend(machines(source, destination));
+    if lazy && !destination.userfaultfd {
+        problems
+            .push("the destination's kernel has no userfaultfd: use --mode pre-copy".to_owned());
+    }
+    problems.extend(room(destination, memory_bytes));
+    problems
+}
+
+/// What is wrong with the CRIUs of the two hosts.
+fn programs(source: &HostFacts, destination: &HostFacts) -> Vec<String> {
     let mut problems = Vec::new();
     for (name, host) in [("this host", source), ("the destination", destination)] {
         match host.criu {
@@ -57,6 +69,12 @@ fn hosts(
              update the destination's"
         ));
     }
+    problems
+}
+
+/// How the two machines differ.
+fn machines(source: &HostFacts, destination: &HostFacts) -> Vec<String> {
+    let mut problems = Vec::new();
     if source.page_bytes != destination.page_bytes {
         problems.push(format!(
             "pages have {} bytes here and {} at the destination",
@@ -81,10 +99,12 @@ fn hosts(
             missing.join(" ")
         ));
     }
-    if lazy && !destination.userfaultfd {
-        problems
-            .push("the destination's kernel has no userfaultfd: use --mode pre-copy".to_owned());
-    }
+    problems
+}
+
+/// What the destination lacks for so much memory.
+fn room(destination: &HostFacts, memory_bytes: u64) -> Vec<String> {
+    let mut problems = Vec::new();
     let needed = memory_bytes + SPARE_BYTES;
     for (what, there) in [
         ("memory", destination.available_bytes),

@@ -1,11 +1,12 @@
 //! What a migration was like: a table for people, JSON for programs. docs/migration.md defines each figure.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use pageferry::error::{Error, Kind, Result};
-use pageferry::migration::RoundResult;
 use pageferry::migration::messages::{FaultTimes, HostFacts, MigrationId};
+use pageferry::migration::{Mode, RoundResult};
 use serde::{Deserialize, Serialize};
 use tokio::time::sleep;
 
@@ -96,10 +97,10 @@ pub(crate) struct Report {
     /// How rounds found what was new; empty without rounds.
     pub(crate) track: String,
     pub(crate) wire_bytes: u64,
-    pub(crate) bytes_by_kind: std::collections::BTreeMap<String, u64>,
+    pub(crate) bytes_by_kind: BTreeMap<String, u64>,
     pub(crate) faults: Faults,
     /// Parts of the downtime.
-    pub(crate) phases_ms: std::collections::BTreeMap<String, f64>,
+    pub(crate) phases_ms: BTreeMap<String, f64>,
     /// All of it on one line of time.
     pub(crate) timeline: Vec<Span>,
     pub(crate) source: HostReport,
@@ -107,6 +108,34 @@ pub(crate) struct Report {
 }
 
 impl Report {
+    /// The report of a migration of which nothing is known yet.
+    pub(crate) fn begin(id: MigrationId, mode: Mode) -> Report {
+        Report {
+            id,
+            mode: mode.name().to_owned(),
+            result: String::new(),
+            problem: None,
+            warnings: Vec::new(),
+            processes: 0,
+            memory_bytes: 0,
+            preparation_ms: 0.0,
+            downtime_ms: None,
+            resume_ms: None,
+            predicted_downtime_ms: None,
+            complete_ms: None,
+            total_ms: 0.0,
+            rounds: Vec::new(),
+            track: String::new(),
+            wire_bytes: 0,
+            bytes_by_kind: BTreeMap::new(),
+            faults: Faults::default(),
+            phases_ms: BTreeMap::new(),
+            timeline: Vec::new(),
+            source: HostReport::default(),
+            destination: HostReport::default(),
+        }
+    }
+
     /// Writes the JSON.
     pub(crate) fn write(&self, path: &Path) -> Result<()> {
         records::write(path, self)

@@ -138,15 +138,7 @@ pub(crate) fn make(kind: &str, dir: &Path) -> Result<Made> {
         "guard" => guard(first),
         "hugetlb-private" => huge(PRIVATE, None, first),
         "hugetlb-shared" => huge(SHARED, None, first),
-        "hugetlb-memfd" => {
-            let memfd = memfd_create(c"huge", MFdFlags::MFD_HUGETLB)?;
-            nix::unistd::ftruncate(&memfd, 2 * HUGE_BYTES as i64)?;
-            let made = huge(SHARED, Some(memfd.as_fd()), first)?;
-            Ok(Made {
-                _open: Some(memfd),
-                ..made
-            })
-        }
+        "hugetlb-memfd" => huge_memfd(first),
         "hugetlb-sysv" => sysv(2 * HUGE_BYTES, libc::SHM_HUGETLB, first),
         "sysv" => sysv(PAGES * page_bytes(), 0, first),
         "thp" => thp(first),
@@ -154,47 +146,16 @@ pub(crate) fn make(kind: &str, dir: &Path) -> Result<Made> {
         "wipe" => Ok(advised(first, libc::MADV_WIPEONFORK)?.in_child(Expect::Zero)),
         "dontfork" => Ok(advised(first, libc::MADV_DONTFORK)?.in_child(Expect::Gone)),
         "ksm" => advised(first, libc::MADV_MERGEABLE),
-        "droppable" => {
-            let mut made = Made::filled(anonymous(MAP_DROPPABLE, PAGES)?, PAGES, first)?;
-            made.spans[0].expect = Expect::ContentOrZero;
-            Ok(made.in_child(Expect::Zero))
-        }
+        "droppable" => droppable(first),
         "growsdown" => Made::filled(
             anonymous(PRIVATE | libc::MAP_GROWSDOWN, PAGES)?,
             PAGES,
             first,
         ),
-        "prot-none" => {
-            let mut made = Made::filled(anonymous(PRIVATE, PAGES)?, PAGES, first)?;
-            mappings::protect(made.spans[0].address, PAGES * page_bytes(), libc::PROT_NONE)?;
-            made.spans[0].expect = Expect::Hidden;
-            Ok(made.in_child(Expect::Hidden))
-        }
-        "file-private" | "file-shared" => {
-            let path = dir.join(kind);
-            let file = File::options()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .open(&path)?;
-            fs::write(&path, of_file(first))?;
-            of(file.as_fd(), kind == "file-private", first)
-        }
-        "dev-zero" => {
-            let zero = File::options().read(true).write(true).open("/dev/zero")?;
-            let at = mappings::map(PAGES * page_bytes(), true, PRIVATE, Some(zero.as_fd()))?;
-            Made::filled(at, PAGES, first)
-        }
-        "memfd" | "memfd-private" => {
-            let memfd = memfd_create(c"kinds", MFdFlags::empty())?;
-            nix::unistd::write(&memfd, &of_file(first))?;
-            let made = of(memfd.as_fd(), kind == "memfd-private", first)?;
-            Ok(Made {
-                _open: Some(memfd),
-                ..made
-            })
-        }
+        "prot-none" => hidden(first),
+        "file-private" | "file-shared" => file(kind, dir, first),
+        "dev-zero" => zero_device(first),
+        "memfd" | "memfd-private" => memfd(kind == "memfd-private", first),
         "mseal" => {
             let made = Made::filled(anonymous(PRIVATE, PAGES)?, PAGES, first)?;
             mappings::seal(made.spans[0].address, PAGES * page_bytes())?;
@@ -208,6 +169,59 @@ pub(crate) fn make(kind: &str, dir: &Path) -> Result<Made> {
         "many" => many(first),
         other => bail!("no kind {other}"),
     }
+}
+
+fn huge_memfd(first: u64) -> Result<Made> {
+    let memfd = memfd_create(c"huge", MFdFlags::MFD_HUGETLB)?;
+    nix::unistd::ftruncate(&memfd, 2 * HUGE_BYTES as i64)?;
+    let made = huge(SHARED, Some(memfd.as_fd()), first)?;
+    Ok(Made {
+        _open: Some(memfd),
+        ..made
+    })
+}
+
+fn droppable(first: u64) -> Result<Made> {
+    let mut made = Made::filled(anonymous(MAP_DROPPABLE, PAGES)?, PAGES, first)?;
+    made.spans[0].expect = Expect::ContentOrZero;
+    Ok(made.in_child(Expect::Zero))
+}
+
+/// Memory that nobody may read.
+fn hidden(first: u64) -> Result<Made> {
+    let mut made = Made::filled(anonymous(PRIVATE, PAGES)?, PAGES, first)?;
+    mappings::protect(made.spans[0].address, PAGES * page_bytes(), libc::PROT_NONE)?;
+    made.spans[0].expect = Expect::Hidden;
+    Ok(made.in_child(Expect::Hidden))
+}
+
+fn file(kind: &str, dir: &Path, first: u64) -> Result<Made> {
+    let path = dir.join(kind);
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(&path)?;
+    fs::write(&path, of_file(first))?;
+    of(file.as_fd(), kind == "file-private", first)
+}
+
+/// Private memory that is a mapping of /dev/zero.
+fn zero_device(first: u64) -> Result<Made> {
+    let zero = File::options().read(true).write(true).open("/dev/zero")?;
+    let at = mappings::map(PAGES * page_bytes(), true, PRIVATE, Some(zero.as_fd()))?;
+    Made::filled(at, PAGES, first)
+}
+
+fn memfd(private: bool, first: u64) -> Result<Made> {
+    let memfd = memfd_create(c"kinds", MFdFlags::empty())?;
+    nix::unistd::write(&memfd, &of_file(first))?;
+    let made = of(memfd.as_fd(), private, first)?;
+    Ok(Made {
+        _open: Some(memfd),
+        ..made
+    })
 }
 
 pub(crate) fn of_file(first: u64) -> Vec<u8> {
