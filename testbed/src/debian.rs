@@ -109,6 +109,33 @@ pub fn unpacked(suite: Suite, package: &str) -> Result<PathBuf> {
     Ok(home.join("root"))
 }
 
+/// Makes `root` a system of `suite` with these packages, anew.
+///
+/// # Errors
+/// No Debian archive, no network, no debootstrap, or no such package.
+pub fn bootstrap(suite: Suite, packages: &[&str], root: &Path) -> Result<()> {
+    let archive = sources::of_machine()?;
+    retried("debootstrap", || {
+        if root.exists() {
+            fs::remove_dir_all(root).with_context(|| root.display().to_string())?;
+        }
+        let output = Command::new("debootstrap")
+            .arg("--variant=minbase")
+            .arg(format!("--include={}", packages.join(",")))
+            .arg(format!("--keyring={}", archive.keyring.display()))
+            .arg(suite.name())
+            .arg(root)
+            .arg(&archive.uri)
+            .stdin(Stdio::null())
+            .output()
+            .context("debootstrap")?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        let last = said.lines().last().unwrap_or_default();
+        ensure!(output.status.success(), "debootstrap: {last}");
+        Ok(())
+    })
+}
+
 /// What starts `program` (relative to `/usr`) of the packages that are here as `name`. Unless they are,
 /// `fetch` unpacks them: it is given a directory to work in, and one for what it unpacks.
 pub(crate) fn wrapped(

@@ -26,7 +26,18 @@ pub(crate) struct Args {
 
 /// Writes them.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let (man, completions) = (args.output.join("man"), args.output.join("completions"));
+    write_all(&args.output)?;
+    write(&args.output.join("options.md"))?;
+    if args.docs {
+        write(&root().join(REFERENCE))?;
+    }
+    println!("{}", args.output.display());
+    Ok(())
+}
+
+/// Writes man/ and completions/ below `output`.
+pub(crate) fn write_all(output: &Path) -> Result<()> {
+    let (man, completions) = (output.join("man"), output.join("completions"));
     for dir in [&man, &completions] {
         fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
     }
@@ -39,11 +50,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 .context("completions")?;
         }
     }
-    write(&args.output.join("options.md"))?;
-    if args.docs {
-        write(&root().join(REFERENCE))?;
-    }
-    println!("{}", args.output.display());
     Ok(())
 }
 

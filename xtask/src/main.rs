@@ -6,6 +6,7 @@ mod criu;
 mod demo;
 mod exchange;
 mod layers;
+mod package;
 mod runtimes;
 mod setup;
 mod test;
@@ -41,6 +42,8 @@ enum Task {
     Exchange(exchange::Args),
     /// Checks that modules import each other without circles and in the order of ARCHITECTURE.md.
     Layers(layers::Args),
+    /// Builds packages into target/package: .deb files, static programs, a list of parts.
+    Package(package::Args),
     /// Fetches runc, crun and podman into target/debian/runtimes and prints their versions.
     Runtimes(runtimes::Args),
     /// Runs all tests, those with real CRIUs too, with all set-up.
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Task::Demo(args) => demo::run(&args),
         Task::Exchange(args) => exchange::run(&args),
         Task::Layers(args) => layers::run(&args),
+        Task::Package(args) => package::run_package(&args),
         Task::Runtimes(args) => runtimes::run(&args),
         Task::Test(args) => test::run_tests(&args),
         Task::Torture(args) => torture::run(&args),

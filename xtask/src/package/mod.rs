@@ -1,0 +1,227 @@
+//! Packages: two .deb files, static programs, and a list of what they are built from.
+//!
+//! ```text
+//! release build -> stage/{bin,shim,man,completions}, stage/sbom.cdx.json -> cargo-deb -> *.deb
+//! static build  -> static/{pageferry,criu}
+//! --try:        a clean root, the .deb in it, a dump and a restore (attempt.rs)
+//! ```
+
+mod attempt;
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use testbed::wait::retried;
+use testbed::workspace::{root, target_dir};
+
+use crate::assets;
+use crate::setup::{cargo, run};
+
+/// The versions of the tools that make packages.
+const TOOLS: [(&str, &str); 2] = [("cargo-deb", "3.8.0"), ("cargo-cyclonedx", "0.5.9")];
+
+/// What the standard library of the GNU target is linked with for a static build. Debian's own Rust has it too;
+/// the standard library of the musl target comes by rustup alone.
+const STATIC: &str = "-C target-feature=+crt-static";
+
+/// All programs of a package, in MiB: what a package of them may take.
+const PROGRAMS_MAX_MIB: u64 = 16;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Also install the .deb in a clean root, and dump and restore a process there
+    #[arg(long = "try")]
+    attempt: bool,
+
+    /// Leave the static programs out
+    #[arg(long)]
+    no_static: bool,
+}
+
+/// Builds the packages into target/package.
+pub(crate) fn run_package(args: &Args) -> Result<()> {
+    let place = target_dir().join("package");
+    let stage = place.join("stage");
+    if stage.exists() {
+        fs::remove_dir_all(&stage).with_context(|| stage.display().to_string())?;
+    }
+    let tools = tools()?;
+    println!("building the programs");
+    run(cargo().args(BUILD))?;
+    stage_programs(&target_dir().join("release"), &stage)?;
+    println!("writing man pages, completions and the list of what is inside");
+    stage_assets(&stage)?;
+    list_parts(&tools, &stage)?;
+    let mut made = Vec::new();
+    for package in ["pageferry-cli", "criu-shim"] {
+        made.push(deb(&tools, package, &place)?);
+    }
+    if !args.no_static {
+        println!("building the static programs");
+        made.extend(static_programs(&place)?);
+    }
+    for path in &made {
+        let bytes = fs::metadata(path).with_context(|| path.display().to_string())?;
+        println!("{}\t{} KiB", path.display(), bytes.len().div_ceil(1024));
+    }
+    if args.attempt {
+        attempt::install_and_use(&made[..2], &place)?;
+    }
+    Ok(())
+}
+
+/// One file for `page-server`, `lazy-client` and `pageferry`, and the shim.
+const BUILD: [&str; 6] = [
+    "build",
+    "--release",
+    "--locked",
+    "--package=pageferry-cli",
+    "--package=criu-shim",
+    "--bins",
+];
+
+/// The tools, built into the target directory unless they are there.
+fn tools() -> Result<PathBuf> {
+    let tools = target_dir().join("tools");
+    for (name, version) in TOOLS {
+        let program = tools.join("bin").join(name);
+        if has_version(&program, version) {
+            continue;
+        }
+        println!("building {name} {version}, once");
+        retried("cargo install", || {
+            run(cargo()
+                .args(["install", name, "--version", version, "--locked", "--root"])
+                .arg(&tools))
+        })?;
+    }
+    Ok(tools)
+}
+
+fn has_version(program: &Path, version: &str) -> bool {
+    let subcommand = match program.ends_with("cargo-cyclonedx") {
+        true => &["cyclonedx", "--version"][..],
+        false => &["--version"],
+    };
+    let output = Command::new(program).args(subcommand).output();
+    output.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).contains(version))
+}
+
+/// Puts the programs of `built` into `stage`: one file under three names.
+fn stage_programs(built: &Path, stage: &Path) -> Result<()> {
+    let (bin, shim) = (stage.join("bin"), stage.join("shim"));
+    fs::create_dir_all(&bin)?;
+    fs::create_dir_all(&shim)?;
+    let bytes = fs::copy(built.join("pageferry"), bin.join("pageferry"))?
+        + fs::copy(built.join("criu"), shim.join("criu"))?;
+    for name in ["page-server", "lazy-client"] {
+        symlink("pageferry", bin.join(name))?;
+    }
+    ensure!(
+        bytes <= PROGRAMS_MAX_MIB << 20,
+        "the programs take {bytes} bytes, more than {PROGRAMS_MAX_MIB} MiB"
+    );
+    Ok(())
+}
+
+/// Man pages and completions, by shell.
+fn stage_assets(stage: &Path) -> Result<()> {
+    let all = stage.join("assets");
+    assets::write_all(&all)?;
+    let man = stage.join("man");
+    fs::rename(all.join("man"), &man)?;
+    let completions = all.join("completions");
+    for program in ["pageferry", "page-server", "lazy-client"] {
+        for (shell, from, to) in [
+            ("bash", format!("{program}.bash"), program.to_owned()),
+            ("zsh", format!("_{program}"), format!("_{program}")),
+            ("fish", format!("{program}.fish"), format!("{program}.fish")),
+        ] {
+            let dir = stage.join("completions").join(shell);
+            fs::create_dir_all(&dir)?;
+            let from = completions.join(from);
+            fs::copy(&from, dir.join(to)).with_context(|| from.display().to_string())?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes the crates that the programs are built from, as CycloneDX.
+fn list_parts(tools: &Path, stage: &Path) -> Result<()> {
+    let mut command = Command::new(tools.join("bin/cargo-cyclonedx"));
+    run(command
+        .current_dir(root())
+        .args([
+            "cyclonedx",
+            "--format=json",
+            "--spec-version=1.5",
+            "--quiet",
+        ])
+        .args(["--manifest-path=migrate/Cargo.toml", "--no-build-deps"])
+        .arg("--override-filename=sbom.cdx"))?;
+    // It writes one beside the manifest of each member of the workspace.
+    let name = "sbom.cdx.json";
+    let list = root().join("migrate").join(name);
+    let text = fs::read_to_string(&list).with_context(|| list.display().to_string())?;
+    // Of the machine that builds nothing is told.
+    let text = text.replace(&root().display().to_string(), "");
+    fs::write(stage.join(name), text)?;
+    let members = [
+        "",
+        "criu-shim",
+        "page-server",
+        "lazy-client",
+        "migrate",
+        "testbed",
+        "xtask",
+    ];
+    for member in members {
+        let path = root().join(member).join(name);
+        if path.exists() {
+            fs::remove_file(&path).with_context(|| path.display().to_string())?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes the .deb of a package and tells its path.
+fn deb(tools: &Path, package: &str, place: &Path) -> Result<PathBuf> {
+    let mut command = Command::new(tools.join("bin/cargo-deb"));
+    let output = command
+        .current_dir(root())
+        .args(["--no-build", "--no-strip", "--package", package, "--output"])
+        .arg(place)
+        .output()
+        .context("cargo-deb")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "cargo-deb: {said}");
+    let path = String::from_utf8_lossy(&output.stdout);
+    let path = path.lines().last().context("cargo-deb names no file")?;
+    Ok(path.trim().into())
+}
+
+/// Programs that need no library of the system.
+fn static_programs(place: &Path) -> Result<Vec<PathBuf>> {
+    let target = target_dir().join("static");
+    let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
+    run(cargo()
+        .env("RUSTFLAGS", format!("{flags} {STATIC}"))
+        // With a target named, what runs during the build is not static: procedural macros could not be.
+        .args(BUILD)
+        .args(["--target", &triple, "--target-dir"])
+        .arg(&target))?;
+    let dir = place.join("static");
+    fs::create_dir_all(&dir)?;
+    ["pageferry", "criu"]
+        .iter()
+        .map(|name| {
+            let to = dir.join(name);
+            fs::copy(target.join(&triple).join("release").join(name), &to)?;
+            Ok(to)
+        })
+        .collect()
+}
