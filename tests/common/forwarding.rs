@@ -34,7 +34,7 @@ pub(crate) fn loopback() -> Source {
     Source::open(&Place::Tcp { address, port: 0 }).unwrap()
 }
 
-fn write_pstree(dir: &Path) {
+pub(crate) fn write_pstree(dir: &Path) {
     let file = File::create(dir.join("pstree.img")).unwrap();
     let mut writer = MessageWriter::new(file, Magic::Pstree).unwrap();
     writer
