@@ -2,8 +2,8 @@
 //!
 //! apt runs with private lists, state and cache, so nothing of the machine changes.
 
-mod runtimes;
 mod sources;
+mod system;
 
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::{Flock, FlockArg};
 
-pub use runtimes::{runtimes, versions};
+pub use system::{runtimes, system, versions};
 
 use crate::wait::retried;
 use crate::workspace::target_dir;

@@ -17,7 +17,7 @@
 //!   runc       the same in containers               swrk             CRIU's remote procedure calls
 //!   container_host  a host with runc, crun, podman  documents        README's and docs' commands
 //!   debian     programs of other Debian suites           orphan         processes whose parent has ended
-//!   systemd    a manager of services in namespaces
+//!   systemd    a manager of services in namespaces       services         services that move while clients talk
 //!   fields     documented fields of printed JSON
 //! ```
 //!
@@ -54,6 +54,7 @@ pub mod process;
 pub mod proxy;
 pub mod rounds;
 pub mod runc;
+pub mod services;
 pub mod shim;
 pub mod stats;
 pub mod suite;

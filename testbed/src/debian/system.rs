@@ -1,5 +1,5 @@
-//! A whole Debian system with the container runtimes, as a directory: programs that start themselves again (podman,
-//! runc) do not work under a loader of another system, so a host of the tests has this as its root.
+//! Whole Debian systems, as directories: programs that start themselves or each other (podman, runc, PostgreSQL) do
+//! not work under a loader of another system, so a host of the tests has one of these as its root.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -12,16 +12,10 @@ use super::{PrivateApt, Suite, lock};
 use crate::process::run;
 use crate::workspace::target_dir;
 
-/// The runtimes, what they and CRIU call, what a shell's commands are, and a Go compiler with go-criu.
-const PACKAGES: &[&str] = &[
-    "runc",
-    "crun",
-    "podman",
-    "conmon",
-    "golang-github-containers-common",
-    "criu",
-    "libcriu2",
+/// What a shell's commands are, what CRIU and `pageferry` call, and what makes a system's directories.
+const BASE: &[&str] = &[
     "iptables",
+    "nftables",
     "busybox-static",
     "base-files",
     "bash",
@@ -39,6 +33,17 @@ const PACKAGES: &[&str] = &[
     "sed",
     "tar",
     "util-linux",
+];
+
+/// The runtimes, what they call, and a Go compiler with go-criu.
+const RUNTIMES: &[&str] = &[
+    "runc",
+    "crun",
+    "podman",
+    "conmon",
+    "golang-github-containers-common",
+    "criu",
+    "libcriu2",
     "golang-go",
     "golang-github-checkpoint-restore-go-criu-dev",
     "golang-golang-x-sys-dev",
@@ -58,8 +63,11 @@ const LINKS: &[(&str, &str)] = &[
 
 /// What an administrator has set, or the packages' scripts: a file, and its contents.
 const FILES: &[(&str, &str)] = &[
-    ("etc/passwd", "root:x:0:0:root:/root:/bin/bash\n"),
-    ("etc/group", "root:x:0:\ntty:x:5:\n"),
+    (
+        "etc/passwd",
+        "root:x:0:0:root:/root:/bin/bash\nservice:x:70:70::/tmp:/bin/sh\n",
+    ),
+    ("etc/group", "root:x:0:\ntty:x:5:\nservice:x:70:\n"),
     ("etc/hosts", "127.0.0.1 localhost\n"),
     // Hosts of the tests have no controllers in their control groups and no bridges.
     (
@@ -77,26 +85,35 @@ const VERSIONS: &[&[&str]] = &[
     &["criu", "--version"],
 ];
 
-/// The system's directory, fetched unless it is here.
+/// The directory of the system with the runtimes, fetched unless it is here.
 ///
 /// # Errors
 /// No Debian archive, no network, or not root.
 pub fn runtimes() -> Result<PathBuf> {
+    system("system", RUNTIMES)
+}
+
+/// The directory `name` of a system with `packages` of sid, fetched unless it is here.
+///
+/// # Errors
+/// No Debian archive, no network, or not root.
+pub fn system(name: &str, packages: &[&str]) -> Result<PathBuf> {
     let dir = target_dir().join("debian");
     let _lock = lock(&dir)?;
-    let home = dir.join("system");
+    let home = dir.join(name);
     if home.exists() {
         return Ok(home);
     }
-    let work = dir.join("fetching-system");
+    let work = dir.join(format!("fetching-{name}"));
     if work.exists() {
         fs::remove_dir_all(&work)?;
     }
     let apt = PrivateApt::new(&work.join("apt"), Suite::Sid)?;
-    apt.download(PACKAGES).context("fetching the runtimes")?;
+    apt.download(&[BASE, packages].concat())
+        .with_context(|| format!("fetching {}", packages.join(", ")))?;
     let root = work.join("root");
     apt.unpack(&root)?;
-    finish(&root).context("setting up a system with the runtimes")?;
+    finish(&root).with_context(|| format!("setting up a system with {}", packages.join(", ")))?;
     fs::rename(&root, &home)?;
     fs::remove_dir_all(&work)?;
     Ok(home)

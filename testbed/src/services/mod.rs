@@ -1,0 +1,112 @@
+//! Services that people run, moved between two hosts while a client at a third host talks to them and checks every
+//! answer.
+//!
+//! ```text
+//!   source (a Debian system)        destination (the same system)      client
+//!   service, pageferry migrate ---> pageferry agent                    Clients: connections that last
+//!   └──────────────── /stage: files of the service, on both hosts ───┘
+//! ```
+
+mod client;
+mod download;
+mod hosts;
+mod redis;
+mod workers;
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+pub use client::{Clients, Talk};
+pub use hosts::ServiceHosts;
+
+use crate::debian;
+use crate::net::NetNs;
+
+/// A service.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Service {
+    /// Counters and values, over four connections.
+    Redis,
+    /// A slow download over one connection.
+    Nginx,
+    /// One Python process.
+    Python,
+    /// A tree of Python processes that write shared memory.
+    Forks,
+    /// A Python process of 16 threads.
+    Threads,
+}
+
+impl Service {
+    /// All of them.
+    pub const ALL: [Service; 5] = [
+        Service::Redis,
+        Service::Nginx,
+        Service::Python,
+        Service::Forks,
+        Service::Threads,
+    ];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Service::Redis => "redis",
+            Service::Nginx => "nginx",
+            Service::Python => "python",
+            Service::Forks => "forks",
+            Service::Threads => "threads",
+        }
+    }
+
+    /// Its port.
+    fn port(self) -> u16 {
+        match self {
+            Service::Redis => 6379,
+            Service::Nginx => 8080,
+            Service::Python | Service::Forks | Service::Threads => 7000,
+        }
+    }
+
+    /// The directory of a system that has it, fetched unless it is here.
+    ///
+    /// # Errors
+    /// No Debian archive, no network, or not root.
+    pub fn system(self) -> Result<PathBuf> {
+        let (name, package) = match self {
+            Service::Redis => ("system-redis", "redis-server"),
+            Service::Nginx => ("system-nginx", "nginx"),
+            Service::Python | Service::Forks | Service::Threads => ("system-python", "python3"),
+        };
+        debian::system(name, &[package])
+    }
+
+    /// Writes its files into `stage`, and tells the shell's commands that become it.
+    fn prepare(self, stage: &Path) -> Result<String> {
+        let port = self.port();
+        match self {
+            Service::Redis => Ok(redis::command(port)),
+            Service::Nginx => download::prepare(stage, port),
+            Service::Python | Service::Forks | Service::Threads => {
+                workers::prepare(stage, self.name(), port)
+            }
+        }
+    }
+
+    /// Clients in `net` that talk to it from now on.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn talk(self, net: &NetNs, address: IpAddr) -> Result<Clients> {
+        let at = SocketAddr::new(address, self.port());
+        let talks: Result<Vec<Box<dyn Talk>>> = match self {
+            Service::Redis => redis::talks(net, at),
+            Service::Nginx => download::talks(net, at),
+            Service::Python | Service::Forks | Service::Threads => {
+                workers::talks(net, at, self.name())
+            }
+        };
+        Clients::start(talks.with_context(|| self.name())?)
+    }
+}

@@ -1,0 +1,84 @@
+//! Services that people run move in every mode, while clients at a third host talk to them over connections that
+//! last. One quick case runs always. All the others:
+//!
+//! ```text
+//! cargo nextest run -p pageferry --test criu_services --run-ignored only
+//! ```
+
+use anyhow::{Context, Result, ensure};
+use testbed::bed::Bed;
+use testbed::criu::{Criu, Suite};
+use testbed::gate;
+use testbed::services::{Service, ServiceHosts};
+use testbed::suite::with_criu;
+
+const MODES: [&str; 4] = ["cold", "pre-copy", "post-copy", "hybrid"];
+
+/// Moves the service once, in `mode`. No answer is wrong, no connection ends, and one copy lives.
+fn moved(bed: &Bed, criu: &Criu, service: Service, mode: &str) -> Result<()> {
+    let Some(system) = gate::need(service.name(), service.system()) else {
+        return Ok(());
+    };
+    let mut hosts = ServiceHosts::start(bed, &system, criu, &format!("stage-{mode}"))?;
+    let pid = hosts.serve(service)?;
+    let mut clients = service.talk(hosts.client(), hosts.address()?)?;
+    let report = hosts.migrate(pid, mode, &["--max-rounds", "3"])?;
+    ensure!(
+        report["result"] == "moved" && report["mode"] == mode,
+        "{report}"
+    );
+    clients.expect_answers()?;
+    hosts.expect_moved(pid)?;
+    let longest = clients.finish()?;
+    eprintln!(
+        "{} {mode}: downtime {} ms, longest wait of a client {} ms, {} answers",
+        service.name(),
+        report["downtime_ms"],
+        longest.as_millis(),
+        clients.answers()
+    );
+    Ok(())
+}
+
+fn in_each_mode(suite: Suite, service: Service) {
+    with_criu(suite, |bed, criu| {
+        MODES.iter().try_for_each(|mode| {
+            moved(bed, criu, service, mode).with_context(|| format!("{} {mode}", service.name()))
+        })
+    });
+}
+
+#[test]
+fn a_redis_moves_under_load() {
+    with_criu(Suite::Sid, |bed, criu| {
+        moved(bed, criu, Service::Redis, "hybrid")
+    });
+}
+
+macro_rules! services {
+    ($($name:ident: $service:ident),+ $(,)?) => {$(
+        mod $name {
+            use super::*;
+
+            #[test]
+            #[ignore = "four migrations of a service: a minute or two"]
+            fn sid() {
+                in_each_mode(Suite::Sid, Service::$service);
+            }
+
+            #[test]
+            #[ignore = "four migrations of a service: a minute or two"]
+            fn experimental() {
+                in_each_mode(Suite::Experimental, Service::$service);
+            }
+        }
+    )+};
+}
+
+services! {
+    redis: Redis,
+    nginx: Nginx,
+    python: Python,
+    forks: Forks,
+    threads: Threads,
+}
