@@ -4,6 +4,7 @@ mod assets;
 mod bench;
 mod criu;
 mod demo;
+mod documents;
 mod exchange;
 mod layers;
 mod package;
@@ -11,6 +12,7 @@ mod runtimes;
 mod setup;
 mod test;
 mod torture;
+mod tracked;
 mod zdtm;
 
 use std::process::ExitCode;
@@ -38,6 +40,8 @@ enum Task {
     Criu(criu::Args),
     /// Moves a working process from one host to another, and shows that it is the same.
     Demo(demo::Args),
+    /// Checks the documents: short sentences, and links that lead somewhere.
+    Documents(documents::Args),
     /// Lets programs of another build and of this one work together, in both directions.
     Exchange(exchange::Args),
     /// Checks that modules import each other without circles and in the order of ARCHITECTURE.md.
@@ -62,6 +66,7 @@ fn main() -> ExitCode {
         Task::Bench(args) => bench::run(&args),
         Task::Criu(args) => criu::run(&args),
         Task::Demo(args) => demo::run(&args),
+        Task::Documents(args) => documents::run(&args),
         Task::Exchange(args) => exchange::run(&args),
         Task::Layers(args) => layers::run(&args),
         Task::Package(args) => package::run_package(&args),

@@ -13,6 +13,7 @@
 //! ```
 //!
 //! - The pure modules build from few crates: see `Cargo.toml`, feature `engine`.
+//! - No source file has more than [`FILE_LINES_MAX`] lines. Functions are measured by clippy (`clippy.toml`).
 
 mod imports;
 
@@ -26,11 +27,16 @@ use testbed::workspace;
 
 use imports::imports_below;
 
+use crate::tracked;
+
 /// The library's folder, to which the order applies.
 const LIBRARY: &str = "src";
 
 /// Fewer crates than this, our own included, build the pure modules.
 const PURE_CRATES: usize = 40;
+
+/// Longest source file, lines.
+const FILE_LINES_MAX: usize = 500;
 
 /// A module's path within its crate; empty for the root.
 type Module = Vec<String>;
@@ -63,6 +69,7 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
             problems.extend(against_order(&imports, &Order::parse(&text)?));
         }
     }
+    problems.extend(long_files(root)?);
     let crates = pure_crates(root)?;
     if crates.len() >= PURE_CRATES {
         problems.push(format!(
@@ -73,6 +80,23 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
     }
     ensure!(problems.is_empty(), "{}", problems.join("\n"));
     Ok(())
+}
+
+/// The source files that are too long.
+fn long_files(root: &Path) -> Result<Vec<String>> {
+    let mut problems = Vec::new();
+    for path in tracked::files(root, "*.rs")? {
+        let text = fs::read_to_string(root.join(&path))
+            .with_context(|| format!("cannot read {}", path.display()))?;
+        let lines = text.lines().count();
+        if lines > FILE_LINES_MAX {
+            let path = path.display();
+            problems.push(format!(
+                "{path} has {lines} lines, {FILE_LINES_MAX} are the most"
+            ));
+        }
+    }
+    Ok(problems)
 }
 
 /// The folders that hold the modules of one crate each: libraries, binaries, and tests of several files.

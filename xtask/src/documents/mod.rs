@@ -1,0 +1,76 @@
+//! Checks what the documents say: short sentences, and links that lead somewhere.
+//!
+//! ```text
+//! *.md ── blocks ──> paragraphs ──> sentences of SENTENCE_WORDS_MAX words at most
+//!            │
+//!            └── headings, links ──> files and anchors that exist
+//! ```
+//!
+//! Tables and blocks of code are no prose.
+
+mod links;
+mod sentences;
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use testbed::workspace;
+
+use links::Links;
+use sentences::{long_sentences, paragraphs};
+
+use crate::tracked;
+
+/// Longest sentence, words.
+const SENTENCE_WORDS_MAX: usize = 35;
+
+/// Documents at the root whose sentences are counted, besides all below `docs/`.
+const DOCUMENTS: [&str; 4] = [
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+];
+
+#[derive(clap::Args)]
+pub(crate) struct Args {}
+
+/// Checks all documents of the workspace.
+pub(crate) fn run(_args: &Args) -> Result<()> {
+    let root = workspace::root();
+    let mut problems = Vec::new();
+    let mut links = Links::default();
+    for path in tracked::files(root, "*.md")? {
+        let text = fs::read_to_string(root.join(&path))
+            .with_context(|| format!("cannot read {}", path.display()))?;
+        if is_prose(&path) {
+            problems.extend(
+                long_sentences(&paragraphs(&text), SENTENCE_WORDS_MAX).map(|(line, words, start)| {
+                    format!(
+                        "{}:{line}: a sentence of {words} words, {SENTENCE_WORDS_MAX} at most: {start}...",
+                        path.display()
+                    )
+                }),
+            );
+        }
+        links.add(path, &text);
+    }
+    problems.extend(links.broken(root));
+    ensure!(problems.is_empty(), "{}", problems.join("\n"));
+    Ok(())
+}
+
+fn is_prose(path: &Path) -> bool {
+    path.starts_with("docs") || DOCUMENTS.iter().any(|name| path == Path::new(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documents_are_short_in_their_sentences_and_their_links_lead_somewhere() {
+        run(&Args {}).unwrap();
+    }
+}
