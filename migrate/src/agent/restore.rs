@@ -139,6 +139,7 @@ impl Session {
                 );
                 session.lock().problem = Some(error.to_string());
                 session.changed.send_modify(|count| *count += 1);
+                session.outlive_restore().await;
             }
             Err(error) => session.fail(&error.to_string()).await,
             Ok(()) => {
@@ -198,10 +199,28 @@ impl Session {
             Ok(()) => self.complete().await,
             Err(error) => {
                 tracing::error!("migration {}: {error}", self.begin.id);
-                self.lock().problem = Some(error.to_string());
-                self.changed.send_modify(|count| *count += 1);
+                self.lose_memory(&error);
             }
         }
+    }
+
+    /// The restore has ended after the decision, and nobody has heard of running processes. Those that do run all the
+    /// same have their memory from lazy-client, which ends when the last of them is gone or has everything.
+    async fn outlive_restore(&self) {
+        let lazy = self.lock().lazy.take();
+        if let Some(lazy) = lazy
+            && let Err(error) = lazy.succeed(&self.images()).await
+        {
+            tracing::error!("migration {}: {error}", self.begin.id);
+        }
+        self.remove_memory();
+    }
+
+    /// No more memory will come: nobody reads what has arrived in files.
+    fn lose_memory(&self, why: &Error) {
+        self.lock().problem = Some(why.to_string());
+        self.changed.send_modify(|count| *count += 1);
+        self.remove_memory();
     }
 
     /// Writes down when faults were: the trace itself goes with the images.
@@ -237,10 +256,7 @@ impl Session {
             false => Ok(()),
         };
         match ended {
-            Err(error) => {
-                self.lock().problem = Some(error.to_string());
-                self.changed.send_modify(|count| *count += 1);
-            }
+            Err(error) => self.lose_memory(&error),
             Ok(()) => {
                 self.lock().complete_us = Some(now_us());
                 let actions = self.lock().agent.handle(AgentEvent::MemoryComplete);

@@ -85,8 +85,9 @@ async fn finish(place: Place) -> Result<SourceState> {
     let record = place.record()?;
     // Whoever recorded the end has also done what follows from it, or the first step is done again.
     let (mut source, actions) = Source::recover(record);
-    if record != Some(SourceRecord::Complete) {
-        tracing::warn!("finishing {}, left at {record:?}", place.facts.id);
+    match record {
+        Some(SourceRecord::Complete) => place.forget_connections(),
+        record => tracing::warn!("finishing {}, left at {record:?}", place.facts.id),
     }
     let mut todo = VecDeque::from(actions);
     while let Some(action) = todo.pop_front() {

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::process::Command;
 use std::thread;
@@ -82,6 +82,39 @@ pub(super) fn unlock(tree: &[ProcessName], noted: &[Connection]) {
 /// Removes the rules that drop packets of connections which have moved.
 pub(super) fn forget(connections: &[Connection]) {
     remove_rules(&[], &connections.iter().copied().collect());
+}
+
+/// Removes those rules but for connections that this host would answer by a reset, because their address is still
+/// here. Tells how many these are.
+pub(super) fn forget_gone(connections: &[Connection]) -> usize {
+    let (kept, gone): (Vec<Connection>, Vec<Connection>) = connections
+        .iter()
+        .partition(|connection| may_be_answered(connection, connections, is_here));
+    forget(&gone);
+    kept.len()
+}
+
+/// Whether a packet of a connection that has moved could come to this host and be answered by it.
+fn may_be_answered(
+    connection: &Connection,
+    moved: &[Connection],
+    is_here: impl Fn(SocketAddr) -> bool,
+) -> bool {
+    let other_end = Connection {
+        local: connection.remote,
+        remote: connection.local,
+    };
+    // A connection inside of the host goes nowhere else, and one whose both ends have moved gets no packet.
+    !plain(connection.local).ip().is_loopback()
+        && !moved.contains(&other_end)
+        && is_here(connection.local)
+}
+
+/// Whether the address is on a device of this host.
+fn is_here(address: SocketAddr) -> bool {
+    let mut address = address;
+    address.set_port(0);
+    UdpSocket::bind(address).is_ok()
 }
 
 fn each_socket(tree: &[ProcessName], mut look: impl FnMut(&OwnedFd)) {
@@ -272,6 +305,29 @@ mod tests {
         let back = "-A OUTPUT -s 10.0.0.1/32 -d 10.0.0.2/32 -p tcp -m mark ! --mark 0xc114 -m tcp \
                     --sport 7000 --dport 43602 -j DROP";
         assert!(is_lock(back, &held(), false));
+    }
+
+    #[test]
+    fn only_connections_that_this_host_may_answer_keep_their_locks() {
+        let of = |local: &str, remote: &str| Connection {
+            local: local.parse().unwrap(),
+            remote: remote.parse().unwrap(),
+        };
+        let outside = of("10.0.0.1:7000", "10.0.0.2:43602");
+        let moved = [
+            outside,
+            of("10.0.0.1:7000", "10.0.0.1:5000"),
+            of("10.0.0.1:5000", "10.0.0.1:7000"),
+            of("[::ffff:127.0.0.1]:7000", "[::ffff:127.0.0.1]:1"),
+        ];
+        let answered = |here: bool| -> Vec<Connection> {
+            let answered = moved.iter().copied();
+            answered
+                .filter(|connection| may_be_answered(connection, &moved, |_| here))
+                .collect()
+        };
+        assert_eq!(answered(true), [outside]);
+        assert_eq!(answered(false), []);
     }
 
     #[test]

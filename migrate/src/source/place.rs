@@ -210,9 +210,7 @@ impl Place {
     /// The same where its failure changes nothing any more.
     async fn run_late_hook(&self, point: Point) {
         if let Err(error) = self.run_hook(point).await {
-            tracing::error!("{error}");
-            let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
-            warnings.push(error.to_string());
+            self.warn(error.to_string());
         }
     }
 
@@ -333,15 +331,7 @@ impl Place {
         }
         self.end_forwarders();
         self.remove_images();
-        if self.facts.addresses.taken {
-            network::forget(&self.facts.connections);
-        } else if !self.facts.connections.is_empty() {
-            // Without them this host would answer the clients by a reset until the address is elsewhere.
-            tracing::warn!(
-                "CRIU's rules that drop the packets of {} connections stay in the firewall",
-                self.facts.connections.len()
-            );
-        }
+        self.forget_connections();
         if let Some(held) = &self.facts.container
             && let Err(error) = held.runtime.delete(&held.id).await
         {
@@ -350,6 +340,28 @@ impl Place {
                 held.id
             );
         }
+    }
+
+    /// Removes CRIU's rules for connections that have moved. As long as an address is here that was not moved, this
+    /// host would answer its clients by a reset.
+    pub(super) fn forget_connections(&self) {
+        if self.facts.addresses.taken {
+            return network::forget(&self.facts.connections);
+        }
+        let kept = network::forget_gone(&self.facts.connections);
+        if kept > 0 {
+            self.warn(format!(
+                "CRIU's rules that drop the packets of {kept} connections stay in the firewall, because their address \
+                 is still here; once it is not, `pageferry migrate --resume {}` removes them",
+                self.facts.id
+            ));
+        }
+    }
+
+    fn warn(&self, text: String) {
+        tracing::warn!("{text}");
+        let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
+        warnings.push(text);
     }
 
     fn end_forwarders(&self) {
