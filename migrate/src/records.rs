@@ -12,15 +12,23 @@ use serde::de::DeserializeOwned;
 pub(crate) fn write<T: Serialize>(path: &Path, value: &T) -> Result<()> {
     let failed = |error: io::Error| Error::file("write", path, error);
     let part = path.with_extension("part");
-    let mut file = File::create(&part).map_err(failed)?;
     let text = serde_json::to_vec_pretty(value).map_err(|error| failed(error.into()))?;
-    file.write_all(&text).map_err(failed)?;
-    file.sync_all().map_err(failed)?;
-    fs::rename(&part, path).map_err(failed)?;
+    let written = write_part(&part, &text).and_then(|()| fs::rename(&part, path));
+    if let Err(error) = written {
+        // The error that counts is that of the writing.
+        let _ = fs::remove_file(&part);
+        return Err(failed(error));
+    }
     let dir = path.parent().unwrap_or(Path::new("."));
     File::open(dir)
         .and_then(|dir| dir.sync_all())
         .map_err(failed)
+}
+
+fn write_part(part: &Path, text: &[u8]) -> io::Result<()> {
+    let mut file = File::create(part)?;
+    file.write_all(text)?;
+    file.sync_all()
 }
 
 /// Reads what [`write`] wrote; `None` if there is no such file.

@@ -164,13 +164,14 @@ impl Agent {
                     AgentRecord::Complete => vec![],
                 }
             }
-            // Without a record there is no decision, and an agent that is started again aborts as well.
+            // Without a record there is no decision, and an agent that is started again aborts as well. What is
+            // discarded may have left no room for the record.
             (At::Receiving | At::Restoring | At::Ready, On::NotRecorded(record))
                 if self.writing == Some(record) =>
             {
                 self.writing = None;
                 self.state = At::Aborted;
-                vec![Do::Discard]
+                vec![Do::Discard, Do::Record(AgentRecord::Aborted)]
             }
             (At::Committed, On::MemoryComplete) => vec![Do::Record(AgentRecord::Complete)],
             // What is not recorded is found out again by an agent that is started again.
@@ -218,9 +219,17 @@ mod tests {
                 panic!("{actions:?}")
             };
             let actions = agent.handle(AgentEvent::NotRecorded(record));
-            assert_eq!(actions, [AgentAction::Discard]);
+            let again = AgentAction::Record(AgentRecord::Aborted);
+            assert_eq!(actions, [AgentAction::Discard, again]);
             assert_eq!(agent.state(), AgentState::Aborted);
-            assert_eq!(agent.handle(AgentEvent::CommitAsked), []);
+            for event in [
+                AgentEvent::NotRecorded(AgentRecord::Aborted),
+                AgentEvent::Recorded(AgentRecord::Aborted),
+                AgentEvent::CommitAsked,
+            ] {
+                assert_eq!(agent.handle(event), []);
+            }
+            assert_eq!(agent.state(), AgentState::Aborted);
         }
     }
 

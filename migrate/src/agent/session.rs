@@ -17,7 +17,7 @@ use pageferry::sys::owned_process::ProcessName;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex as Turn, watch};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::commands::{self, READY_LIMIT, RECEIVER_PORT};
 use super::lazy_client::{self, LazyClient};
@@ -34,6 +34,9 @@ pub(super) const FAULTS: &str = "faults.json";
 
 /// Directory of the final images.
 const IMAGES: &str = "images";
+
+/// How long to wait before a record that could not be written is tried again.
+const RECORD_AGAIN: Duration = Duration::from_secs(1);
 
 /// One migration.
 #[derive(Debug)]
@@ -242,6 +245,10 @@ impl Session {
                             // It may be there although the call failed.
                             match records::read::<AgentRecord>(&self.dir.join(RECORD)) {
                                 Ok(Some(read)) if read == record => AgentEvent::Recorded(record),
+                                _ if self.is_decided() => {
+                                    self.record_later(record);
+                                    AgentEvent::NotRecorded(record)
+                                }
                                 _ => AgentEvent::NotRecorded(record),
                             }
                         }
@@ -253,6 +260,17 @@ impl Session {
             }
         }
         self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// Writes the record of what was decided as soon as there is room for it.
+    fn record_later(&self, record: AgentRecord) {
+        let path = self.dir.join(RECORD);
+        tokio::spawn(async move {
+            while path.parent().is_some_and(Path::exists) && records::write(&path, &record).is_err()
+            {
+                sleep(RECORD_AGAIN).await;
+            }
+        });
     }
 
     async fn let_run(&self) {

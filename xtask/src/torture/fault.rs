@@ -20,9 +20,11 @@ const LOOK_AGAIN: Duration = Duration::from_micros(500);
 /// A milestone that is not reached for so long will not be.
 const MILESTONE_LIMIT: Duration = Duration::from_secs(4);
 
-/// Programs that hold memory which nobody else has, in a lazy mode after the decision.
-const HOLDERS: [&str; 4] = [
+/// Programs that hold what nobody else has, after the decision: memory, in a lazy mode; and a restore that has not let
+/// the processes go yet. Killed then, it leaves its breakpoints in them (seen with 4.2.1: SIGTRAP ends the root).
+const HOLDERS: [&str; 5] = [
     "criu dump",
+    "criu restore",
     "page-server",
     "page-server of the memory",
     "lazy-client",
@@ -31,7 +33,7 @@ const HOLDERS: [&str; 4] = [
 /// What faults have done that excuses a loss.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(super) struct Excuse {
-    /// After the decision and before all memory had come, a program was killed that held memory.
+    /// After the decision and before all memory had come, a program was killed that held some of it or the processes.
     pub(super) holder_killed: bool,
 }
 

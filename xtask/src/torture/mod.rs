@@ -85,7 +85,7 @@ struct Counts {
     leftovers: u64,
     /// Migrations that did not come to an end.
     stuck: u64,
-    /// The only holder of memory was killed after the decision: what had not travelled is gone, and says so.
+    /// The only holder of memory, or of restored processes, was killed after the decision: what is gone says so.
     holder_killed: u64,
 }
 
