@@ -20,6 +20,7 @@ const HEADINGS: &[(&str, &[&str])] = &[
             "max_downtime",
             "max_rounds",
             "on_missed",
+            "throttle",
             "timeout",
             "round_rate",
             "wait",
@@ -50,6 +51,10 @@ const SHORT: &[(&str, &str)] = &[
     (
         "on_missed",
         "What to do when rounds end and --max-downtime cannot be met",
+    ),
+    (
+        "throttle",
+        "Slow the processes when rounds do not shrink [default: never]",
     ),
     (
         "tcp",

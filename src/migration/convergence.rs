@@ -61,6 +61,8 @@ pub struct Limits {
     pub max_rounds: u32,
     /// What happens when the downtime is out of reach.
     pub on_missed: OnMissed,
+    /// Whether the processes may be slowed when rounds do not shrink.
+    pub throttles: bool,
 }
 
 /// What one round did.
@@ -137,6 +139,8 @@ fn to_f64(count: u64) -> f64 {
 pub enum Decision {
     /// One more round.
     Again,
+    /// One more round, and from now on the processes are slowed.
+    Throttle,
     /// The downtime is in reach, or as short as rounds make it.
     Freeze,
     /// It is not: what the user wants then.
@@ -150,6 +154,8 @@ const STALLED: f64 = 0.8;
 #[derive(Clone, Debug, Default)]
 pub struct Convergence {
     rounds: Vec<RoundResult>,
+    /// Rounds before the processes were slowed.
+    throttled_after: Option<usize>,
 }
 
 impl Convergence {
@@ -167,13 +173,20 @@ impl Convergence {
     /// Notes a round, after which the downtime would be `predicted`, and decides.
     pub fn add(&mut self, round: RoundResult, predicted: Duration, limits: &Limits) -> Decision {
         self.rounds.push(round);
-        let stalled = match self.rounds.as_slice() {
+        // Rounds of processes that were not slowed yet say nothing of those that are.
+        let comparable = &self.rounds[self.throttled_after.unwrap_or(0)..];
+        let stalled = match comparable {
             [.., before, last] => to_f64(last.bytes) >= STALLED * to_f64(before.bytes),
             _ => false,
         };
         let last_chance = self.rounds.len() >= limits.max_rounds as usize;
+        let may_throttle = limits.throttles && self.throttled_after.is_none() && !last_chance;
         match limits.max_downtime {
             Some(most) if predicted <= most => Decision::Freeze,
+            _ if stalled && may_throttle => {
+                self.throttled_after = Some(self.rounds.len());
+                Decision::Throttle
+            }
             Some(_) if stalled || last_chance => Decision::Missed(limits.on_missed),
             None if stalled || last_chance => Decision::Freeze,
             _ => Decision::Again,
@@ -197,6 +210,7 @@ mod tests {
         max_downtime: Some(Duration::from_millis(300)),
         max_rounds: 4,
         on_missed: OnMissed::Cancel,
+        throttles: false,
     };
 
     #[test]
@@ -216,6 +230,43 @@ mod tests {
         assert_eq!(rounds.add(round(500), far, &LIMITS), Decision::Again);
         let missed = Decision::Missed(OnMissed::Cancel);
         assert_eq!(rounds.add(round(450), far, &LIMITS), missed);
+    }
+
+    #[test]
+    fn processes_are_slowed_once_before_the_downtime_is_missed() {
+        let limits = Limits {
+            max_rounds: 9,
+            throttles: true,
+            ..LIMITS
+        };
+        let far = Duration::from_secs(2);
+        let missed = Decision::Missed(OnMissed::Cancel);
+        let expected = [
+            (1000, Decision::Again),
+            (900, Decision::Throttle),
+            // The first of the slowed ones has none to be compared with.
+            (890, Decision::Again),
+            (400, Decision::Again),
+            (390, missed),
+        ];
+        let mut rounds = Convergence::default();
+        for (bytes, decision) in expected {
+            assert_eq!(rounds.add(round(bytes), far, &limits), decision, "{bytes}");
+        }
+    }
+
+    #[test]
+    fn the_last_round_slows_nobody() {
+        let limits = Limits {
+            max_rounds: 2,
+            throttles: true,
+            ..LIMITS
+        };
+        let mut rounds = Convergence::default();
+        let far = Duration::from_secs(2);
+        rounds.add(round(1000), far, &limits);
+        let missed = Decision::Missed(OnMissed::Cancel);
+        assert_eq!(rounds.add(round(1000), far, &limits), missed);
     }
 
     #[test]

@@ -178,6 +178,12 @@ pub(super) fn present_pages(pid: i32, range: PageRange, page: PageSize) -> u64 {
     count
 }
 
+/// Mlocked memory of a process, bytes; 0 if it has ended.
+pub(super) fn locked_bytes(pid: i32) -> u64 {
+    let status = Process::new(pid).and_then(|process| process.status());
+    status.ok().and_then(|status| status.vmlck).unwrap_or(0) << 10
+}
+
 fn is_private(word: u64) -> bool {
     word & (PRESENT | SWAPPED) != 0 && word & OF_FILE == 0
 }

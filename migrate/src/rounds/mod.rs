@@ -16,6 +16,8 @@ mod track;
 mod tree;
 
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use pageferry::criu::header::{Target, Wire};
@@ -52,20 +54,29 @@ pub(crate) trait PageSink {
     fn pages_at(&mut self, at: Vaddr, bytes: &[u8]) -> Result<()>;
 }
 
-/// Reads all memory of `tree` once and sends it to the forwarder at `forwarder`, at most `bytes_per_s`. The
-/// `wire` is that of the CRIU which will restore on top of the round's images.
+/// Where rounds go, and how.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Forwarder {
+    pub(crate) at: SocketAddr,
+    pub(crate) page: PageSize,
+    /// That of the CRIU which will restore on top of the round's images.
+    pub(crate) wire: Wire,
+    /// The most that is read; `None`: as much as goes.
+    pub(crate) bytes_per_s: Option<u64>,
+}
+
+/// Reads all memory of `tree` once and sends it. `count` tells the pages so far.
 pub(crate) fn run(
     tree: &Tree,
-    forwarder: SocketAddr,
-    page: PageSize,
-    wire: Wire,
-    bytes_per_s: Option<u64>,
+    to: Forwarder,
     trackers: &mut Trackers,
+    count: &Arc<AtomicU64>,
 ) -> Result<RoundRead> {
     let start = Instant::now();
-    let mut sender = Sender::connect(forwarder, page, wire, bytes_per_s)?;
+    let mut sender = Sender::connect(to.at, to.page, to.wire, to.bytes_per_s)?;
+    sender.count_in(Arc::clone(count));
     trackers.begin_round(tree);
-    read(tree, page, &mut sender, Some(trackers))?;
+    read(tree, to.page, &mut sender, Some(trackers))?;
     sender.close()?;
     trackers.end_round();
     Ok(RoundRead {
@@ -130,21 +141,24 @@ fn segments(tree: &Tree) -> Vec<(i32, Area)> {
 
 /// How much memory a dump of `tree` would hold now.
 pub(crate) fn measure(tree: &Tree, page: PageSize) -> Size {
-    let of_member = |member: &Member| -> u64 {
-        let private = areas(member)
-            .into_iter()
-            .filter(|area| matches!(area.contents, Contents::Private { .. }));
-        private
-            .map(|area| memory::present_pages(member.pid, area.range, page))
-            .sum()
-    };
-    let private: u64 = tree.members().iter().map(of_member).sum();
+    let (mut private, mut of_files, mut locked) = (0, 0, 0);
+    for member in tree.members() {
+        for area in areas(member) {
+            if let Contents::Private { anonymous } = area.contents {
+                let pages = memory::present_pages(member.pid, area.range, page);
+                private += pages;
+                of_files += if anonymous { 0 } else { pages };
+            }
+        }
+        locked += memory::locked_bytes(member.pid);
+    }
     let shared = segments(tree);
     let shared = shared
         .iter()
         .map(|(pid, area)| memory::shared_bytes(*pid, area));
     Size {
         private_bytes: private << page.shift(),
+        eager_private_bytes: (of_files << page.shift()) + locked,
         shared_bytes: shared.sum(),
     }
 }
@@ -154,6 +168,8 @@ pub(crate) fn measure(tree: &Tree, page: PageSize) -> Size {
 pub(crate) struct Size {
     /// Of the processes' own: a lazy restore can begin without it.
     pub(crate) private_bytes: u64,
+    /// Of those, about how many a lazy restore needs first all the same: mlocked ones, and written pages of files.
+    pub(crate) eager_private_bytes: u64,
     /// Shared segments: every restore needs them first.
     pub(crate) shared_bytes: u64,
 }
@@ -161,5 +177,10 @@ pub(crate) struct Size {
 impl Size {
     pub(crate) fn bytes(self) -> u64 {
         self.private_bytes + self.shared_bytes
+    }
+
+    /// What must be at the destination before the first instruction, whatever the mode.
+    pub(crate) fn eager_bytes(self) -> u64 {
+        self.shared_bytes + self.eager_private_bytes.min(self.private_bytes)
     }
 }

@@ -2,6 +2,8 @@
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use pageferry::criu::header::{HEADER_BYTES_MAX, Header, Op, PageFlags, Target, Wire};
@@ -9,6 +11,9 @@ use pageferry::error::{Error, Kind, Result};
 use pageferry::units::{PageCount, PageSize, Vaddr};
 
 use super::PageSink;
+
+/// Most pages without contents in one frame.
+const LEFT_PAGES_MAX: u64 = 1 << 16;
 
 /// A session with a page-server.
 #[derive(Debug)]
@@ -20,7 +25,8 @@ pub(crate) struct Sender {
     target: Option<Target>,
     /// Of the pages that follow.
     flags: PageFlags,
-    pages: u64,
+    /// Pages so far: others look at them.
+    pages: Arc<AtomicU64>,
     rate: Option<Rate>,
 }
 
@@ -62,7 +68,7 @@ impl Sender {
             wire,
             target: None,
             flags: PageFlags::PRESENT,
-            pages: 0,
+            pages: Arc::default(),
             rate: bytes_per_s.map(|bytes_per_s| Rate {
                 bytes_per_s,
                 start: Instant::now(),
@@ -73,7 +79,25 @@ impl Sender {
 
     /// Pages that were sent.
     pub(super) fn pages(&self) -> u64 {
-        self.pages
+        self.pages.load(Ordering::Relaxed)
+    }
+
+    /// Counts pages there from now on.
+    pub(super) fn count_in(&mut self, count: Arc<AtomicU64>) {
+        self.pages = count;
+    }
+
+    /// Takes note of `pages` pages at `at`, which a lazy dump still has.
+    pub(crate) fn left_at(&mut self, at: Vaddr, pages: u64) -> Result<()> {
+        let shift = self.page.shift();
+        let mut done = 0;
+        while done < pages {
+            let now = (pages - done).min(LEFT_PAGES_MAX);
+            let start = Vaddr(at.get() + (done << shift));
+            self.say(Op::AddFlags, PageFlags::LAZY, now, start)?;
+            done += now;
+        }
+        Ok(())
     }
 
     /// Waits until everything is stored.
@@ -133,7 +157,7 @@ impl PageSink for Sender {
     }
 
     fn holes_at(&mut self, at: Vaddr, pages: u64) -> Result<()> {
-        self.pages += pages;
+        self.pages.fetch_add(pages, Ordering::Relaxed);
         self.say(Op::AddFlags, PageFlags::PARENT, pages, at)
     }
 
@@ -142,7 +166,7 @@ impl PageSink for Sender {
             rate.wait_for(bytes.len() as u64);
         }
         let pages = (bytes.len() >> self.page.shift()) as u64;
-        self.pages += pages;
+        self.pages.fetch_add(pages, Ordering::Relaxed);
         self.say(Op::AddFlags, self.flags, pages, at)?;
         let server = self.server;
         self.stream

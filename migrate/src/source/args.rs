@@ -46,6 +46,11 @@ pub(crate) struct Args {
     #[arg(long, value_enum)]
     pub(super) on_missed: Option<OnMissedArg>,
 
+    /// When rounds do not shrink, take this share of their CPU time from the processes until the freeze: 1 to 99
+    /// [default: they are not slowed]
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=99))]
+    pub(super) throttle: Option<u8>,
+
     /// Give up, and leave the processes here, after this time: 90s, 10m
     #[arg(long, value_name = "TIME", default_value = "10m", value_parser = duration)]
     pub(super) timeout: Duration,
@@ -225,6 +230,7 @@ impl Args {
             max_downtime: self.max_downtime,
             max_rounds: self.max_rounds,
             on_missed,
+            throttles: self.throttle.is_some(),
         }
     }
 

@@ -12,15 +12,33 @@ use tokio::process::Command;
 use crate::commands::{criu, with_tls};
 use crate::programs::Programs;
 
-/// Where a page-server tells its port, in its directory.
-pub(super) const PORT_FILE: &str = "forwarder.port";
+/// Names of what a page-server writes, in a migration's directory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Notes {
+    /// Where it tells its port.
+    pub(super) port: &'static str,
+    /// Where it tells what it sent.
+    pub(super) summary: &'static str,
+    pub(super) log: &'static str,
+}
 
-/// Where it tells what it sent.
-pub(super) const SUMMARY: &str = "forwarder.json";
+/// Of the one that rounds and whole dumps go through.
+pub(super) const FORWARDER: Notes = Notes {
+    port: "forwarder.port",
+    summary: "forwarder.json",
+    log: "forwarder.log",
+};
+
+/// Of the one that serves memory after the resume.
+pub(super) const MEMORY: Notes = Notes {
+    port: "memory.port",
+    summary: "memory.json",
+    log: "memory.log",
+};
 
 /// A page-server that sends dumps and rounds on to the receiver at `far_end`.
 pub(super) fn forwarder(programs: &Programs, tls: &TlsArgs, dir: &Path, far_end: &Peer) -> Command {
-    let mut command = page_server(programs, dir, dir);
+    let mut command = page_server(programs, dir, dir, FORWARDER);
     command
         .args(["--address", &Ipv4Addr::LOCALHOST.to_string(), "--keep"])
         .args(["--forward", &far_end.to_string()]);
@@ -37,7 +55,7 @@ pub(super) fn lazy_forwarder(
     address: &str,
 ) -> Command {
     let (dir, images) = place;
-    let mut command = page_server(programs, dir, images);
+    let mut command = page_server(programs, dir, images, MEMORY);
     command.args(["--address", address]).args([
         "--forward-lazy",
         &format!("{}:{dump_port}", Ipv4Addr::LOCALHOST),
@@ -46,15 +64,15 @@ pub(super) fn lazy_forwarder(
     command
 }
 
-fn page_server(programs: &Programs, dir: &Path, images: &Path) -> Command {
+fn page_server(programs: &Programs, dir: &Path, images: &Path, notes: Notes) -> Command {
     let mut command = Command::new(&programs.page_server);
     command
         .arg("-D")
         .arg(images)
         .arg("-W")
         .arg(dir)
-        .args(["-o", "forwarder.log", "-v3", "--port", "0"])
-        .args(["--port-file", PORT_FILE, "--summary-json", SUMMARY]);
+        .args(["-o", notes.log, "-v3", "--port", "0"])
+        .args(["--port-file", notes.port, "--summary-json", notes.summary]);
     command
 }
 

@@ -14,6 +14,7 @@ use tokio::process::{Child, Command};
 
 use super::args::Args as MigrateArgs;
 use super::place::Place;
+use super::throttle;
 use crate::agent::address;
 use crate::client::AgentClient;
 use crate::commands::with_tls;
@@ -78,9 +79,11 @@ pub(super) async fn resume(args: &MigrateArgs, id: &MigrationId) -> Result<()> {
 }
 
 async fn finish(place: Place) -> Result<SourceState> {
-    // Before anything else: a process whose thread was borrowed stands still.
-    if let Err(error) = rounds::undo(place.dir()) {
-        tracing::error!("{error}");
+    // Before anything else: a process whose thread was borrowed stands still, and so may one that was slowed.
+    for undone in [throttle::undo(place.dir()), rounds::undo(place.dir())] {
+        if let Err(error) = undone {
+            tracing::error!("{error}");
+        }
     }
     let record = place.record()?;
     // Whoever recorded the end has also done what follows from it, or the first step is done again.

@@ -25,6 +25,7 @@ mod progress;
 pub(crate) mod report;
 mod shared;
 mod survey;
+mod throttle;
 
 use std::process::ExitCode;
 
@@ -134,7 +135,7 @@ fn moved(ended: Result<SourceState>, root: i32, problem: Option<String>) -> Resu
 fn recommend(size: Size) -> Mode {
     let costs = Costs::default();
     let bytes = size.bytes();
-    let predict = |mode| predict_downtime(mode, &costs, bytes, bytes, size.shared_bytes);
+    let predict = |mode| predict_downtime(mode, &costs, bytes, bytes, size.eager_bytes());
     let (cold, lazy) = (predict(Mode::Cold), predict(Mode::PostCopy));
     match cold.as_secs_f64() <= lazy.as_secs_f64() * COLD_IS_CLOSE {
         true => Mode::Cold,

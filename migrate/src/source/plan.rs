@@ -105,8 +105,8 @@ fn predict(mode: Mode, costs: &Costs, survey: &Survey, dirty_pages_per_s: f64) -
         false => (memory, 0.0),
     };
     let eager = match mode.has_rounds() {
-        true => changed.min(survey.size.shared_bytes),
-        false => survey.size.shared_bytes,
+        true => changed.min(survey.size.eager_bytes()),
+        false => survey.size.eager_bytes(),
     };
     let downtime = predict_downtime(mode, costs, memory, changed, eager);
     let rest_s = match mode.is_lazy() {

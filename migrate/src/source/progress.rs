@@ -12,6 +12,22 @@ use crate::rounds::RoundRead;
 /// How often the line is drawn again, so that the time goes on.
 const REDRAW: Duration = Duration::from_millis(200);
 
+/// How often a log line tells how far a round is.
+const LOG_TURN: Duration = Duration::from_secs(5);
+
+/// What a round has done so far.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Part {
+    /// Read, or known to be there.
+    pub(super) bytes: u64,
+    /// The whole tree's.
+    pub(super) of_bytes: u64,
+    /// Since the round's start.
+    pub(super) took: Duration,
+    /// The downtime, if the processes were frozen now.
+    pub(super) predicted: Duration,
+}
+
 /// See the module's text.
 pub(super) struct Progress(Option<ProgressBar>);
 
@@ -43,6 +59,23 @@ impl Progress {
         }
     }
 
+    /// How often [`Progress::inside_round`] is worth a call.
+    pub(super) fn turn(&self) -> Duration {
+        match &self.0 {
+            Some(_) => REDRAW,
+            None => LOG_TURN,
+        }
+    }
+
+    /// A part of a round has been read.
+    pub(super) fn inside_round(&self, number: u32, part: Part) {
+        let line = line_of_part(number, part);
+        match &self.0 {
+            Some(bar) => bar.set_message(line),
+            None => tracing::info!("{line}"),
+        }
+    }
+
     /// A round has ended, and a freeze now would take about `predicted`.
     pub(super) fn round(
         &self,
@@ -66,6 +99,19 @@ impl Progress {
     }
 }
 
+fn line_of_part(number: u32, part: Part) -> String {
+    let ms = u64::try_from(part.took.as_millis()).unwrap_or(u64::MAX);
+    let rate = part.bytes.saturating_mul(1000) / ms.max(1);
+    format!(
+        "round {number}: {} of {} read ({}/s), {} left; a freeze now would take about {} ms",
+        HumanBytes(part.bytes),
+        HumanBytes(part.of_bytes),
+        HumanBytes(rate),
+        HumanBytes(part.of_bytes.saturating_sub(part.bytes)),
+        part.predicted.as_millis()
+    )
+}
+
 fn line_of_round(number: u32, round: RoundResult, read: RoundRead, predicted: Duration) -> String {
     let rate = round.bytes.saturating_mul(1000) / round.ms.max(1);
     format!(
@@ -84,6 +130,21 @@ fn line_of_round(number: u32, round: RoundResult, read: RoundRead, predicted: Du
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_part_of_a_round_tells_what_is_left() {
+        let part = Part {
+            bytes: 3 << 20,
+            of_bytes: 4 << 20,
+            took: Duration::from_millis(1500),
+            predicted: Duration::from_millis(90),
+        };
+        let line = line_of_part(1, part);
+        assert_eq!(
+            line,
+            "round 1: 3.00 MiB of 4.00 MiB read (2.00 MiB/s), 1.00 MiB left; a freeze now would take about 90 ms"
+        );
+    }
 
     #[test]
     fn a_round_tells_pages_rate_and_prediction() {

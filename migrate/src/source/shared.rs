@@ -1,8 +1,15 @@
-//! Shared memory of a lazy dump: every restore needs it before the first instruction, so what the rounds
-//! have sent already does not travel once more.
+//! Memory that every restore needs before the first instruction, a lazy one as well: what the rounds have sent already
+//! does not travel once more.
 //!
-//! `criu dump --lazy-pages` writes shared segments into image files while the processes are frozen. They are
-//! read from there and sent through the rounds' forwarder, as a dump would, on top of the last round.
+//! `criu dump --lazy-pages` writes it into image files while the processes are frozen: shared segments, and of private
+//! memory what is mlocked, huge pages of hugetlbfs and written pages of file mappings. It is read from there and sent
+//! through the rounds' forwarder, as a dump would, on top of the last round.
+//!
+//! ```text
+//! pagemap-PID.img at the source     here     lazy     here          pages of `here` in pages-N.img
+//! sent                              pages    a mark   pages         the forwarder compares with the last round
+//! pagemap-PID.img there             parent   lazy     here, parent
+//! ```
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -11,7 +18,7 @@ use std::path::Path;
 
 use pageferry::criu::header::{Target, Wire};
 use pageferry::error::Result;
-use pageferry::image::chain::{Chain, Missing};
+use pageferry::image::chain::{Chain, Missing, Place, Resolved};
 use pageferry::image::dir::ImageDir;
 use pageferry::units::{PageCount, PageRange, PageSize};
 
@@ -20,7 +27,10 @@ use crate::rounds::{PageSink, Sender};
 /// Pages that are read at once.
 const RUN_PAGES: u64 = 256;
 
-/// Sends the shared segments of the images in `dir`, and tells the files that need not travel any more.
+/// Private memory of a process below this travels with its images, bytes: at 1 Gbit/s in 2 ms.
+pub(super) const WORTH_COMPARING_BYTES: u64 = 256 << 10;
+
+/// Sends what the images in `dir` have of memory, and tells the files that need not travel any more.
 pub(super) fn send(
     dir: &Path,
     forwarder: SocketAddr,
@@ -32,18 +42,28 @@ pub(super) fn send(
     let mut sent = BTreeSet::new();
     let mut bytes = vec![0; usize::try_from(RUN_PAGES).unwrap_or(0) << page.shift()];
     for target in images.targets()? {
-        if !matches!(target, Target::Shmem(_)) {
+        let chain = Chain::open(&images, target, Missing::Leave)?;
+        let here = |extent: &&Resolved| !matches!(extent.place, Place::Absent { .. });
+        let present = chain.extents().iter().filter(here);
+        let present: u64 = present.map(|extent| extent.range.bytes()).sum();
+        if matches!(target, Target::Process(_)) && present < WORTH_COMPARING_BYTES {
             continue;
         }
-        let chain = Chain::open(&images, target, Missing::Refuse)?;
         sender.open(target)?;
         for extent in chain.extents() {
+            sender.lazily(extent.lazy);
+            match extent.place {
+                Place::Absent { .. } if extent.lazy => {
+                    sender.left_at(extent.range.start(), extent.range.pages(page).get())?;
+                }
+                Place::Absent { .. } => return Err(chain.absence(extent)),
+                _ => send_extent(&chain, extent.range, page, &mut bytes, &mut sender)?,
+            }
             if let Some((file, _, _)) = chain.span(extent)
                 && let Some(name) = chain.file(file).path().file_name()
             {
                 sent.insert(name.to_owned());
             }
-            send_extent(&chain, extent.range, page, &mut bytes, &mut sender)?;
         }
         sent.insert(target.pagemap_name().into());
     }

@@ -17,8 +17,9 @@ use super::{Flow, READY_LIMIT, blocking};
 use crate::child::Program;
 use crate::image_stream::pack;
 use crate::runtime::runtime_log;
-use crate::source::commands::{self, Pages, free_port};
+use crate::source::commands::{self, MEMORY, Pages, free_port};
 use crate::source::network;
+use crate::source::place::read_number;
 use crate::source::shared;
 
 /// Buffered between the reading of image files and the connection, bytes.
@@ -84,14 +85,15 @@ impl Flow<'_> {
         dump.program.succeed().await?;
         self.note_connections()?;
         self.phase("dump");
-        self.stored("/pages").await?;
-        self.send_images(BTreeSet::new()).await?;
+        let images = self.send_images(BTreeSet::new());
+        let (_, bytes) = tokio::try_join!(self.stored("/pages"), images)?;
+        self.report.wire_bytes += bytes;
+        self.phase("images");
         self.restore(None).await
     }
 
     /// Freezes until the destination can go on without what is still here.
     pub(super) async fn dump_lazily(&mut self, sends_shared: bool) -> Result<()> {
-        let images = self.place.images();
         let port = free_port()?;
         self.place.facts.dump_port = Some(port);
         let mut dump = self.start_dump(Pages::ServedAt(port))?;
@@ -100,10 +102,9 @@ impl Flow<'_> {
         if self.place.facts.tcp == TcpConnections::Established {
             network::relax(&self.place.facts.tree);
         }
-        self.place.facts.round_forwarder = self.place.facts.forwarder.take();
-        self.place.keep_facts()?;
         self.phase("dump");
-        let dir = self.place.dir().to_owned();
+        // It begins while other memory and the images are on their way.
+        let mut forwarder = self.start_lazy_forwarder(port)?;
         let sent = match sends_shared {
             true => self.send_shared().await?,
             false => BTreeSet::new(),
@@ -111,28 +112,14 @@ impl Flow<'_> {
         if let Some(rounds) = &self.place.facts.round_forwarder {
             let _ = rounds.signal(libc::SIGTERM);
         }
-        let address = self.serving_address();
-        let mut command = commands::lazy_forwarder(
-            &self.programs,
-            &self.args.target.tls,
-            (&dir, &images),
-            port,
-            &address,
-        );
-        let log = dir.join("forwarder.log");
-        let title = "page-server --forward-lazy";
-        let mut forwarder = Program::start_waiting(title, &mut command, &log)?;
-        self.place.facts.forwarder = Some(forwarder.name());
+        self.notes = MEMORY;
         self.sessions = 0;
-        self.place.keep_facts()?;
+        self.report.wire_bytes += self.send_images(sent).await?;
+        self.phase("images");
         forwarder.ready(READY_LIMIT).await?;
         self.phase("forwarder");
-        let port = self.forwarder_address()?.port();
-        let rest = async {
-            self.send_images(sent).await?;
-            self.restore(Some(port)).await
-        };
-        let mut rest = Box::pin(rest);
+        let port = read_number(&self.place.dir().join(MEMORY.port))?;
+        let mut rest = Box::pin(self.restore(Some(port)));
         // Without the memory the destination would wait in vain, and the processes with it.
         let ended = tokio::select! {
             ready = &mut rest => Ok(ready),
@@ -150,6 +137,24 @@ impl Flow<'_> {
         drop(rest);
         self.running.extend([dump.program, forwarder]);
         ready
+    }
+
+    /// Starts what takes over the memory of the lazy dump at `dump_port`.
+    fn start_lazy_forwarder(&mut self, dump_port: u16) -> Result<Program> {
+        let dir = self.place.dir().to_owned();
+        let mut command = commands::lazy_forwarder(
+            &self.programs,
+            &self.args.target.tls,
+            (&dir, &self.place.images()),
+            dump_port,
+            &self.serving_address(),
+        );
+        let title = "page-server --forward-lazy";
+        let forwarder = Program::start_waiting(title, &mut command, &dir.join(MEMORY.log))?;
+        let facts = &mut self.place.facts;
+        facts.round_forwarder = facts.forwarder.replace(forwarder.name());
+        self.place.keep_facts()?;
+        Ok(forwarder)
     }
 
     fn serving_address(&self) -> String {
@@ -174,22 +179,22 @@ impl Flow<'_> {
         Ok(sent)
     }
 
-    /// Sends the image files that the dump wrote, but for those that are there.
-    async fn send_images(&mut self, sent: BTreeSet<OsString>) -> Result<()> {
-        let images = self.place.images();
-        let (near, far) = tokio::io::duplex(IMAGES_BUFFER_BYTES);
-        let packed = blocking("sending the images", move || {
-            pack(&images, &sent, SyncIoBridge::new(near))
-        });
-        let body = Body::from_stream(ReaderStream::new(far));
+    /// Sends the image files that the dump wrote, but for those that are there, and tells their bytes.
+    fn send_images(&self, sent: BTreeSet<OsString>) -> impl Future<Output = Result<u64>> + use<> {
+        let (images, client) = (self.place.images(), self.client.clone());
         let path = self.place.path("/images");
-        let sent = self.client.put::<Status>(&path, body).await;
-        let packed = packed.await;
-        // An agent that refuses them says why; here only the connection is seen to end.
-        sent?;
-        self.report.wire_bytes += packed?;
-        self.phase("images");
-        Ok(())
+        async move {
+            let (near, far) = tokio::io::duplex(IMAGES_BUFFER_BYTES);
+            let packed = blocking("sending the images", move || {
+                pack(&images, &sent, SyncIoBridge::new(near))
+            });
+            let body = Body::from_stream(ReaderStream::new(far));
+            let stored = client.put::<Status>(&path, body).await;
+            let packed = packed.await;
+            // An agent that refuses them says why; here only the connection is seen to end.
+            stored?;
+            packed
+        }
     }
 
     /// Notes the connections of the frozen tree.

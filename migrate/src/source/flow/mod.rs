@@ -26,11 +26,12 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, timeout_at};
 
 use super::args::Args;
-use super::commands::{self, PORT_FILE, SUMMARY};
+use super::commands::{self, FORWARDER, Notes};
 use super::hooks::Point;
 use super::place::{Place, read_number};
 use super::progress::Progress;
 use super::report::{Report, session};
+use super::shared::WORTH_COMPARING_BYTES;
 use crate::child::Program;
 use crate::client::AgentClient;
 use crate::programs::Programs;
@@ -62,7 +63,9 @@ pub(super) struct Flow<'a> {
     progress: Progress,
     started: Instant,
     frozen: Option<Instant>,
-    /// Sessions of the forwarder that runs, so far.
+    /// What the forwarder writes whose sessions count at the moment.
+    notes: Notes,
+    /// Its sessions so far.
     sessions: usize,
     /// Programs that were started; the records know them too.
     running: Vec<Program>,
@@ -95,6 +98,7 @@ impl<'a> Flow<'a> {
             progress: Progress::start(),
             started,
             frozen: None,
+            notes: FORWARDER,
             sessions: 0,
             running: Vec::new(),
         }
@@ -138,7 +142,8 @@ impl<'a> Flow<'a> {
             self.start_forwarder(None).await?;
         }
         self.report.predicted_downtime_ms = Some(ms(self.predict()));
-        let sends_shared = self.mode == Mode::Hybrid && self.size.shared_bytes > 0;
+        let sends_shared =
+            self.mode == Mode::Hybrid && self.size.eager_bytes() >= WORTH_COMPARING_BYTES;
         if self.mode == Mode::PreCopy || sends_shared {
             let pages = self.place.path("/pages");
             self.client.post::<Receiver>(&pages, &()).await?;
@@ -194,8 +199,8 @@ impl<'a> Flow<'a> {
     fn predict(&self) -> Duration {
         let memory = self.report.memory_bytes;
         let changed = self.convergence.expected_bytes().unwrap_or(memory);
-        // What is shared is written by the dump, and travels before a lazy restore can begin.
-        let eager = self.size.shared_bytes;
+        // It is written by the dump, and travels before a lazy restore can begin: after rounds, as differences.
+        let eager = self.size.eager_bytes().min(changed);
         predict_downtime(self.mode, &self.costs, memory, changed, eager)
     }
 
@@ -218,7 +223,7 @@ impl<'a> Flow<'a> {
         let dir = self.place.dir().to_owned();
         let mut command =
             commands::forwarder(&self.programs, &self.args.target.tls, &dir, &far_end);
-        let log = dir.join("forwarder.log");
+        let log = dir.join(FORWARDER.log);
         let mut program = Program::start_waiting("page-server --forward", &mut command, &log)?;
         self.place.facts.forwarder = Some(program.name());
         self.place.keep_facts()?;
@@ -227,9 +232,9 @@ impl<'a> Flow<'a> {
         Ok(())
     }
 
-    /// Where the forwarder that runs listens.
+    /// Where rounds and whole dumps go.
     fn forwarder_address(&self) -> Result<SocketAddr> {
-        let port = read_number(&self.place.dir().join(PORT_FILE))?;
+        let port = read_number(&self.place.dir().join(FORWARDER.port))?;
         Ok(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
     }
 
@@ -291,7 +296,7 @@ impl<'a> Flow<'a> {
     /// What the forwarder says of the session that has ended.
     async fn next_session(&mut self) -> Result<serde_json::Value> {
         self.sessions += 1;
-        session(&self.place.dir().join(SUMMARY), self.sessions).await
+        session(&self.place.dir().join(self.notes.summary), self.sessions).await
     }
 
     fn note_downtime(&mut self) {

@@ -1,5 +1,7 @@
 //! Pre-copy: the rounds that read and send memory while the processes run.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use pageferry::error::{Error, Kind, Result};
@@ -9,6 +11,8 @@ use tokio::time::Instant;
 
 use super::{Flow, blocking, ms};
 use crate::rounds::{self, Trackers, Tree};
+use crate::source::progress::Part;
+use crate::source::throttle::Throttle;
 
 impl Flow<'_> {
     /// Sends rounds until a freeze would be short enough, or the rounds are over.
@@ -17,6 +21,8 @@ impl Flow<'_> {
         // Gone when the rounds are over: CRIU dumps no memory under a userfaultfd.
         let mut trackers = Trackers::new(self.args.track, self.page, self.place.dir())?;
         trackers.how().name().clone_into(&mut self.report.track);
+        // At most one; undone when it is dropped: before the freeze, however the rounds end.
+        let mut throttles: Vec<Throttle> = Vec::new();
         for number in 1.. {
             let started = Instant::now();
             self.progress
@@ -31,13 +37,20 @@ impl Flow<'_> {
             let forwarder = self.forwarder_address()?;
             let tree = Tree::of(self.root())?;
             let (page, wire, rate) = (self.page, self.wire, self.args.round_rate);
+            let count = Arc::new(AtomicU64::new(0));
+            let counted = Arc::clone(&count);
             let reading = blocking("a round", move || {
-                let rate = Some(rate.max(1));
-                let read = rounds::run(&tree, forwarder, page, wire, rate, &mut trackers)?;
+                let to = rounds::Forwarder {
+                    at: forwarder,
+                    page,
+                    wire,
+                    bytes_per_s: Some(rate.max(1)),
+                };
+                let read = rounds::run(&tree, to, &mut trackers, &counted)?;
                 Ok((read, trackers))
             });
             let read;
-            (read, trackers) = reading.await?;
+            (read, trackers) = self.show_while(number, &count, reading).await?;
             let line = self.stored(&format!("/rounds/{number}")).await?;
             let round = result_of_round(&line, started.elapsed());
             self.report.memory_bytes = read.pages << self.page.shift();
@@ -51,6 +64,7 @@ impl Flow<'_> {
             self.progress.round(number, round, read, self.predict());
             match decision {
                 Decision::Again => {}
+                Decision::Throttle => throttles.extend(self.slow_down()),
                 Decision::Freeze | Decision::Missed(OnMissed::Proceed) => return Ok(()),
                 Decision::Missed(OnMissed::PostCopy) => {
                     self.change_mode(Mode::Hybrid)?;
@@ -67,6 +81,56 @@ impl Flow<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Shows what a round has read while it reads.
+    async fn show_while<T>(
+        &self,
+        number: u32,
+        pages: &AtomicU64,
+        reading: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        let begun = Instant::now();
+        let mut reading = std::pin::pin!(reading);
+        let mut turns = tokio::time::interval(self.progress.turn());
+        // The first is at once.
+        turns.tick().await;
+        loop {
+            tokio::select! {
+                done = &mut reading => return done,
+                _ = turns.tick() => {
+                    let bytes = pages.load(Ordering::Relaxed) << self.page.shift();
+                    let part = Part {
+                        bytes,
+                        of_bytes: self.report.memory_bytes,
+                        took: begun.elapsed(),
+                        predicted: self.predict(),
+                    };
+                    self.progress.inside_round(number, part);
+                }
+            }
+        }
+    }
+
+    /// Slows the processes, if that can be done here.
+    fn slow_down(&mut self) -> Option<Throttle> {
+        let percent = self.args.throttle?;
+        let id = self.place.facts.id.to_string();
+        let tree = Tree::of(self.root());
+        let started = tree.and_then(|tree| Throttle::start(&tree, percent, self.place.dir(), &id));
+        match started {
+            Ok(throttle) => {
+                tracing::info!(
+                    "rounds do not shrink: the processes have {percent} % less CPU time"
+                );
+                Some(throttle)
+            }
+            Err(error) => {
+                tracing::warn!("{error}");
+                self.report.warnings.push(error.to_string());
+                None
+            }
+        }
     }
 
     /// The first round fills the link: it tells the rate.
