@@ -204,3 +204,13 @@ pub const MIGRATIONS_MAX: usize = 64;
 
 /// Most rounds of one migration, and of its directories at the agent.
 pub const MIGRATION_ROUNDS_MAX: u32 = 1_000;
+
+/// Directories that lie in each other in a tree that is exported: each is held open meanwhile, and a process may have
+/// 1,024 files open unless told otherwise.
+pub const EXPORT_DEPTH_MAX: usize = 512;
+
+/// Longest document of an image (index, manifest, configuration), bytes: registries take no longer manifest.
+pub const OCI_DOCUMENT_BYTES_MAX: u64 = 4 << 20;
+
+/// Most layers of an image: overlayfs mounts no more than 500.
+pub const OCI_LAYERS_MAX: usize = 500;

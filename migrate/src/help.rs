@@ -12,7 +12,15 @@ const HEADINGS: &[(&str, &[&str])] = &[
     ),
     (
         "Container",
-        &["container", "runtime", "runtime_root", "bundle", "bundles"],
+        &[
+            "container",
+            "runtime",
+            "runtime_root",
+            "bundle",
+            "bundles",
+            "base",
+            "pause",
+        ],
     ),
     (
         "Limits",
@@ -40,9 +48,20 @@ const HEADINGS: &[(&str, &[&str])] = &[
         "Network",
         &["to", "listen", "port_file", "serve_on", "insecure", "rsh"],
     ),
-    ("Directories", &["dir", "state_dir", "output"]),
+    (
+        "Directories",
+        &[
+            "dir",
+            "state_dir",
+            "output",
+            "upper",
+            "lower",
+            "merged",
+            "rootfs",
+        ],
+    ),
     ("Programs", &["criu", "bin_dir", "without_lz4"]),
-    ("Images", &["lazy", "memory_only", "no_read"]),
+    ("Images", &["lazy", "memory_only", "no_read", "compress"]),
     ("Reports", &["report", "json", "svg", "verbose"]),
 ];
 
@@ -76,6 +95,7 @@ const SHORT: &[(&str, &str)] = &[
         "The address at which the destination fetches memory from this host",
     ),
     ("insecure", "Listen on a network without TLS"),
+    ("base", "The image that the container was made of"),
 ];
 
 /// Exit codes of the commands that do something.
@@ -164,6 +184,17 @@ Exit codes:
 Examples:
   pageferry doctor
   pageferry doctor --json | jq '.checks[] | select(.state != \"works\")'",
+    ),
+    (
+        "export",
+        "\
+Signals:
+  SIGTERM, SIGINT  end it; a paused container goes on
+
+Examples:
+  pageferry export c1 -o image --pause
+  pageferry export c1 -o image --base base:latest
+  skopeo copy oci:image:template containers-storage:c1",
     ),
     (
         "copy-lazy",

@@ -7,6 +7,7 @@ mod client;
 mod commands;
 mod copy_lazy;
 mod doctor;
+mod export;
 mod facts;
 mod help;
 mod hook;
@@ -64,6 +65,8 @@ enum Command {
     Verify(verify::Args),
     /// Tell what works on this host, what does not, and what to do about it
     Doctor(doctor::Args),
+    /// Write the writable layer of a container into an OCI image layout
+    Export(Box<export::Args>),
     /// Copy what a destination needs of a lazy dump's directory, once the dump is complete
     CopyLazy(copy_lazy::Args),
     #[command(hide = true)]
@@ -103,6 +106,7 @@ pub fn run() -> ExitCode {
         Command::Inspect(args) => inspect::run(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Export(args) => export::run(&args),
         Command::CopyLazy(args) => copy_lazy::run(&args),
         Command::RestoreHook(args) => hook::run(&args),
         Command::RuntimeCriu(args) => runtime::stand_in::run(&args),

@@ -114,7 +114,8 @@ fn sources_missing(config: &Value) -> Vec<String> {
         .collect()
 }
 
-fn root_of(dir: &Path, config: &Value) -> PathBuf {
+/// The root directory of the bundle at `dir` with this configuration.
+pub(crate) fn root_of(dir: &Path, config: &Value) -> PathBuf {
     dir.join(config["root"]["path"].as_str().unwrap_or("rootfs"))
 }
 

@@ -19,12 +19,29 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
+use clap::ValueEnum;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::{ContainerId, RuntimeKind};
 use serde::{Deserialize, Serialize};
 use tokio::process::Command;
 
 use crate::programs::on_path;
+
+/// Values of `--runtime`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(crate) enum RuntimeArg {
+    Runc,
+    Crun,
+}
+
+impl RuntimeArg {
+    pub(crate) fn kind(self) -> RuntimeKind {
+        match self {
+            RuntimeArg::Runc => RuntimeKind::Runc,
+            RuntimeArg::Crun => RuntimeKind::Crun,
+        }
+    }
+}
 
 /// A runtime of this host.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -151,6 +168,20 @@ impl Runtime {
         let mut command = self.command();
         command.args(["delete", "--force", id.as_str()]);
         self.carry_out(&mut command, "delete").await
+    }
+
+    /// Holds the processes of a container still.
+    pub(crate) async fn pause(&self, id: &ContainerId) -> Result<()> {
+        let mut command = self.command();
+        self.carry_out(command.args(["pause", id.as_str()]), "pause")
+            .await
+    }
+
+    /// Lets a paused container go on.
+    pub(crate) async fn resume(&self, id: &ContainerId) -> Result<()> {
+        let mut command = self.command();
+        self.carry_out(command.args(["resume", id.as_str()]), "resume")
+            .await
     }
 
     /// Sets limits of a running container, in the form of the OCI's `resources`.

@@ -6,9 +6,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use pageferry::engine::io::transport::Peer;
 use pageferry::limits::{MIGRATION_ROUNDS_MAX, TIMEOUT_S_MAX};
-use pageferry::migration::messages::{
-    ContainerId, MigrationId, RuntimeKind, ServiceAddress, TcpConnections,
-};
+use pageferry::migration::messages::{ContainerId, MigrationId, ServiceAddress, TcpConnections};
 use pageferry::migration::{Limits, Mode, OnMissed};
 use pageferry::tls::TlsArgs;
 use pageferry::units::parse_bytes;
@@ -18,6 +16,7 @@ use super::probe::Probe;
 use crate::agent::address;
 use crate::programs::ProgramArgs;
 use crate::rounds::Track;
+use crate::runtime::RuntimeArg;
 
 /// Moves a running process tree to the host of a `pageferry agent`.
 #[derive(clap::Args, Debug)]
@@ -135,22 +134,6 @@ pub(super) struct Subject {
     /// has here]
     #[arg(long, value_name = "DIR", requires = "container")]
     pub(super) bundle: Option<PathBuf>,
-}
-
-/// Values of `--runtime`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-pub(super) enum RuntimeArg {
-    Runc,
-    Crun,
-}
-
-impl RuntimeArg {
-    pub(super) fn kind(self) -> RuntimeKind {
-        match self {
-            RuntimeArg::Runc => RuntimeKind::Runc,
-            RuntimeArg::Crun => RuntimeKind::Crun,
-        }
-    }
 }
 
 /// Where to, and with what.

@@ -47,6 +47,9 @@ const RUNTIMES: &[&str] = &[
     "golang-go",
     "golang-github-checkpoint-restore-go-criu-dev",
     "golang-golang-x-sys-dev",
+    "checkpointctl",
+    "skopeo",
+    "umoci",
 ];
 
 /// What the packages' scripts would link, relative to `/usr`: a name, and what it is.
@@ -76,6 +79,9 @@ const FILES: &[(&str, &str)] = &[
     ),
 ];
 
+/// Where a system tells which packages it was made of.
+const LIST: &str = "packages";
+
 /// Programs whose versions are told, and how they are asked.
 const VERSIONS: &[&[&str]] = &[
     &["runc", "--version"],
@@ -101,8 +107,13 @@ pub fn system(name: &str, packages: &[&str]) -> Result<PathBuf> {
     let dir = target_dir().join("debian");
     let _lock = lock(&dir)?;
     let home = dir.join(name);
+    let wanted = [BASE, packages].concat().join("\n");
     if home.exists() {
-        return Ok(home);
+        if fs::read_to_string(home.join(LIST)).is_ok_and(|list| list == wanted) {
+            return Ok(home);
+        }
+        // One of an earlier version of the tests, with other packages.
+        fs::remove_dir_all(&home)?;
     }
     let work = dir.join(format!("fetching-{name}"));
     if work.exists() {
@@ -114,6 +125,7 @@ pub fn system(name: &str, packages: &[&str]) -> Result<PathBuf> {
     let root = work.join("root");
     apt.unpack(&root)?;
     finish(&root).with_context(|| format!("setting up a system with {}", packages.join(", ")))?;
+    fs::write(root.join(LIST), wanted)?;
     fs::rename(&root, &home)?;
     fs::remove_dir_all(&work)?;
     Ok(home)

@@ -1,0 +1,89 @@
+//! What an export has found and made, for people and for programs.
+
+use serde::Serialize;
+
+/// What is in a layer.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(super) struct LayerReport {
+    /// Files that are no directories, by their first names.
+    pub(super) files: u64,
+    pub(super) directories: u64,
+    /// Further names of files.
+    pub(super) hard_links: u64,
+    /// Bytes of contents.
+    pub(super) bytes: u64,
+    pub(super) whiteouts: u64,
+    /// Directories that hide what lies below them.
+    pub(super) opaque: u64,
+    /// Sockets: they are not in the layer, because tar has no form for them.
+    pub(super) sockets: Vec<String>,
+    /// Files with holes, which are zeros in the layer.
+    pub(super) sparse: Vec<String>,
+    /// Directories where another file system is mounted: they are in the layer, what is mounted is not.
+    pub(super) mounts: Vec<String>,
+    /// Files and directories whose contents were taken from the mount.
+    pub(super) from_mount: Vec<String>,
+    /// Files that changed while they were read.
+    pub(super) changed: Vec<String>,
+}
+
+/// A file that has no name any more and that a process has open.
+#[derive(Clone, Debug, Serialize, PartialEq, Eq)]
+pub(super) struct DeletedFile {
+    pub(super) pid: i32,
+    pub(super) fd: i32,
+    /// The name that it had, as its process saw it.
+    pub(super) path: String,
+    pub(super) bytes: u64,
+}
+
+/// An image in the layout.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct ImageReport {
+    /// `layer` or `template`.
+    pub(super) name: String,
+    /// The manifest's digest.
+    pub(super) manifest: String,
+    /// The layers' digests, lowest first.
+    pub(super) layers: Vec<String>,
+}
+
+/// All of it.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Report {
+    pub(super) images: Vec<ImageReport>,
+    pub(super) layer: LayerReport,
+    /// Files that are deleted and open: they are not in the layer.
+    pub(super) deleted: Vec<DeletedFile>,
+}
+
+impl Report {
+    /// What a user should know beyond success.
+    pub(super) fn remarks(&self) -> Vec<String> {
+        let mut remarks = Vec::new();
+        let lists = [
+            (
+                &self.layer.sockets,
+                "is a socket, which tar cannot hold: not exported",
+            ),
+            (
+                &self.layer.mounts,
+                "is a mount point: what is mounted there is not exported",
+            ),
+            (
+                &self.layer.changed,
+                "changed while it was read (--pause holds a container still)",
+            ),
+        ];
+        for (paths, what) in lists {
+            remarks.extend(paths.iter().map(|path| format!("{path} {what}")));
+        }
+        remarks.extend(self.deleted.iter().map(|file| {
+            format!(
+                "{} is deleted and open (pid {}, descriptor {}, {} bytes): not exported",
+                file.path, file.pid, file.fd, file.bytes
+            )
+        }));
+        remarks
+    }
+}

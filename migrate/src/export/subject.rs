@@ -1,0 +1,153 @@
+//! What is exported: the directories of a container's root, by its runtime and the mount table, or by hand.
+
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::messages::ContainerId;
+use serde_json::Value;
+
+use super::args::SubjectArgs;
+use super::marks::Marks;
+use super::mounts::{Overlay, overlay_at};
+use super::walk::Tree;
+use crate::runtime::{Runtime, bundle};
+
+/// The layers of a root file system.
+#[derive(Debug)]
+pub(super) struct Subject {
+    /// The writable layer, or all of it.
+    pub(super) top: Tree,
+    /// The layers below, lowest first; `None` if they are not known.
+    pub(super) below: Option<Vec<Tree>>,
+    /// The container's first process.
+    pub(super) root: Option<i32>,
+    /// The configuration of the container's bundle.
+    pub(super) config: Option<Value>,
+    /// The container, if it runs.
+    pub(super) running: Option<(Runtime, ContainerId)>,
+}
+
+impl Subject {
+    /// Finds what the command line names.
+    pub(super) async fn find(args: &SubjectArgs) -> Result<Subject> {
+        if let Some(id) = &args.id {
+            return Subject::container(id, args).await;
+        }
+        let tree = |dir: &Path, marks| Tree {
+            dir: dir.to_owned(),
+            marks,
+            mount: None,
+        };
+        let below = |dirs: &[PathBuf]| -> Vec<Tree> {
+            let dirs = dirs.iter().rev();
+            dirs.map(|dir| tree(dir, Marks::Either)).collect()
+        };
+        let (top, below) = match (&args.upper, &args.rootfs) {
+            (Some(upper), _) => {
+                let below = (!args.lower.is_empty()).then(|| below(&args.lower));
+                let mount = args.merged.clone();
+                (
+                    Tree {
+                        mount,
+                        ..tree(upper, Marks::Either)
+                    },
+                    below,
+                )
+            }
+            (None, Some(rootfs)) => (tree(rootfs, Marks::None), Some(Vec::new())),
+            (None, None) => {
+                let text = "name a container, or a directory by --upper or --rootfs";
+                return Err(Error::new(Kind::Usage, text));
+            }
+        };
+        Ok(Subject {
+            top,
+            below,
+            root: None,
+            config: None,
+            running: None,
+        })
+    }
+
+    async fn container(id: &ContainerId, args: &SubjectArgs) -> Result<Subject> {
+        let kind = args.runtime.kind();
+        let runtime = Runtime::find(kind, args.runtime_root.clone())?;
+        let state = runtime.state(id).await?.ok_or_else(|| {
+            let text = format!(
+                "{} knows no container {id} (--runtime-root names the directory of its state)",
+                kind.name()
+            );
+            Error::new(Kind::Usage, text)
+        })?;
+        let config = bundle::config(&state.bundle)?;
+        let rootfs = bundle::root_of(&state.bundle, &config);
+        let root = (state.pid > 0).then_some(state.pid);
+        let (overlay, mount) = match root {
+            Some(pid) => {
+                let mount = PathBuf::from(format!("/proc/{pid}/root"));
+                (overlay(pid, Path::new("/"))?, mount)
+            }
+            None => {
+                let found = fs::canonicalize(&rootfs);
+                let rootfs = found.map_err(|error| Error::file("find", &rootfs, error))?;
+                (overlay("self", &rootfs)?, rootfs)
+            }
+        };
+        let running = (state.status == "running").then(|| (runtime, id.clone()));
+        let (top, below) = match overlay {
+            Some(overlay) => layers(overlay, mount)?,
+            None => {
+                let whole = Tree {
+                    dir: rootfs,
+                    marks: Marks::None,
+                    mount: None,
+                };
+                (whole, Some(Vec::new()))
+            }
+        };
+        Ok(Subject {
+            top,
+            below,
+            root,
+            config: Some(config),
+            running,
+        })
+    }
+}
+
+/// The overlay at a place of the mount table of a process.
+fn overlay(process: impl std::fmt::Display, at: &Path) -> Result<Option<Overlay>> {
+    let path = PathBuf::from(format!("/proc/{process}/mountinfo"));
+    let table = fs::read(&path).map_err(|error| Error::file("read", &path, error))?;
+    Ok(overlay_at(at.as_os_str().as_bytes(), &table))
+}
+
+/// The layers of an overlay, as this process can reach them.
+fn layers(overlay: Overlay, mount: PathBuf) -> Result<(Tree, Option<Vec<Tree>>)> {
+    let marks = overlay.marks;
+    let upper = overlay.upper.ok_or_else(|| {
+        let text = "the container's root is mounted to be read: it has no writable layer";
+        Error::new(Kind::Usage, text)
+    })?;
+    if !reachable(&upper) {
+        let text = format!(
+            "{}, the upperdir of the container's root, is not to be found from here: run this where the container \
+             was mounted, or name it by --upper",
+            upper.display()
+        );
+        return Err(Error::new(Kind::Usage, text));
+    }
+    let tree = |dir: PathBuf, mount| Tree { dir, marks, mount };
+    // Files of the lower layers may have their contents elsewhere, too: without all of them there is no base.
+    let known = !overlay.has_data_only && overlay.lowers.iter().all(|dir| reachable(dir));
+    let below = overlay.lowers.into_iter().rev().map(|dir| tree(dir, None));
+    let below = known.then(|| below.collect());
+    Ok((tree(upper, Some(mount)), below))
+}
+
+/// Whether a directory of a mount table is one that this process can find.
+fn reachable(dir: &Path) -> bool {
+    dir.is_absolute() && dir.is_dir()
+}
