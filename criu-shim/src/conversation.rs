@@ -17,13 +17,13 @@ use nix::sys::socket::MsgFlags;
 use pageferry::criu::rpc::{Request, Response, kind};
 use pageferry::criu::rpc_fields::{FEATURE_MEM_TRACK, Fields, options, request, response};
 use pageferry::daemon::command_line::words::Part;
-use pageferry::daemon::swrk::Client;
+use pageferry::daemon::swrk::{Client, inherit};
 use pageferry::error::{Error, Kind, Result};
 
 use crate::config::Config;
 use crate::emulation::{self, Lent};
 use crate::programs::Programs;
-use crate::relay::{RealCriu, inherit};
+use crate::relay::RealCriu;
 
 /// A client and what is needed to answer it.
 pub(crate) struct Conversation<'a> {

@@ -21,13 +21,12 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use pageferry::criu::rpc::kind;
 use pageferry::criu::rpc_fields::{Fields, options};
 use pageferry::daemon::command_line::words::{Part, action};
-use pageferry::daemon::swrk::Client;
+use pageferry::daemon::swrk::{Client, inherit};
 use pageferry::error::{Error, Kind, Result};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::OpenOptionsExt;
 
 use crate::programs::Programs;
-use crate::relay::inherit;
 
 /// Log of the page server that makes the holes, in the images directory.
 const LOG_FILE: &str = "pageferry-holes.log";

@@ -5,11 +5,9 @@ use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::process::Child;
 
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use pageferry::criu::rpc::kind;
 use pageferry::criu::rpc_fields::{Fields, response};
-use pageferry::daemon::swrk::Parcel;
+use pageferry::daemon::swrk::{self, Parcel, inherit};
 use pageferry::error::{Error, Kind, Result};
 
 use crate::programs::Programs;
@@ -22,14 +20,7 @@ pub(crate) struct RealCriu {
 
 impl RealCriu {
     pub(crate) fn start(programs: &Programs, options: &[OsString]) -> Result<RealCriu> {
-        let pair = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC,
-        );
-        let (ours, theirs) =
-            pair.map_err(|errno| Error::wrap(Kind::Io, "cannot make a socket", errno))?;
+        let (ours, theirs) = swrk::pair()?;
         inherit(theirs.as_fd())?;
         let number = theirs.as_raw_fd().to_string();
         let mut command = programs.criu();
@@ -94,11 +85,4 @@ impl RealCriu {
             return Ok(fields.is_on(response::SUCCESS));
         }
     }
-}
-
-/// Lets programs that are started from here have a descriptor.
-pub(crate) fn inherit(descriptor: BorrowedFd<'_>) -> Result<()> {
-    fcntl(descriptor, FcntlArg::F_SETFD(FdFlag::empty()))
-        .map(drop)
-        .map_err(|errno| Error::wrap(Kind::Io, "cannot hand on a descriptor", errno))
 }

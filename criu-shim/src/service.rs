@@ -12,12 +12,12 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use pageferry::daemon::command_line::words::Part;
 use pageferry::daemon::command_line::{Action, Parsed, parse};
+use pageferry::daemon::swrk::inherit;
 use pageferry::daemon::{self, CommonArgs, Daemon};
 use pageferry::error::{Error, Result};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::config::SERVICE_CLIENT;
-use crate::relay::inherit;
 
 /// CRIU's name for a socket without a name, in the work directory.
 const SOCKET: &str = "criu_service.socket";

@@ -4,7 +4,10 @@ use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
-use nix::sys::socket::{MsgFlags, getsockopt, recv, send, sockopt};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, getsockopt, recv, send, socketpair, sockopt,
+};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use prost::Message;
@@ -211,6 +214,28 @@ impl Parcel {
             )
         })
     }
+}
+
+/// A connection for `criu swrk`: this process's end, and the end that CRIU is to inherit.
+///
+/// # Errors
+///
+/// No socket can be made.
+pub fn pair() -> Result<(OwnedFd, OwnedFd)> {
+    let kind = SockType::SeqPacket;
+    let pair = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC);
+    pair.map_err(|errno| Error::wrap(Kind::Io, "cannot make a socket", errno))
+}
+
+/// Lets programs that are started from here have a descriptor.
+///
+/// # Errors
+///
+/// The descriptor is not open.
+pub fn inherit(descriptor: BorrowedFd<'_>) -> Result<()> {
+    fcntl(descriptor, FcntlArg::F_SETFD(FdFlag::empty()))
+        .map(drop)
+        .map_err(|errno| Error::wrap(Kind::Io, "cannot hand on a descriptor", errno))
 }
 
 fn understood(message: &[u8]) -> Result<Request> {

@@ -147,6 +147,23 @@ pub enum Greeting {
 }
 
 impl Hello {
+    /// What a listening side says of itself, whoever connects: a session's own fields are filled in when it is welcomed.
+    pub fn of_listener(role: Role, page: PageSize, features: Features, window: Window) -> Hello {
+        Hello {
+            version: VERSION,
+            role,
+            page,
+            features,
+            session: SessionId::default(),
+            stream: 0,
+            streams: FERRY_STREAMS_MAX,
+            attempt: 0,
+            opening: false,
+            window,
+            hash_key: HashKey::default(),
+        }
+    }
+
     /// Appends the frame that says it. `kind` is HELLO or WELCOME.
     pub fn encode(&self, kind: Kind, out: &mut Vec<u8>) {
         let frame = OpenFrame::begin(out);

@@ -52,24 +52,12 @@ impl Pagemap {
     /// The first run of pages in `range` that lie in guard regions. An error of kind `InvalidInput` or a
     /// bare ENOTTY means that this kernel cannot tell.
     pub fn first_guard(&self, range: PageRange) -> io::Result<Option<PageRange>> {
-        let mut found = Region::default();
-        let mut call = Scan {
-            size: size_of::<Scan>() as u64,
-            start: range.start().get(),
-            end: range.end().get(),
-            vec: (&raw mut found).expose_provenance() as u64,
-            vec_len: 1,
-            category_mask: GUARD,
-            return_mask: GUARD,
-            ..Scan::default()
-        };
-        // SAFETY: `call` is a valid pm_scan_arg whose `vec` is room for the one region that `vec_len` tells;
-        // both outlive the call.
-        let regions = unsafe { calls::scan(self.0.as_raw_fd(), &raw mut call) }?;
-        let within = |found: &Region| {
-            let (start, end) = (range.start().get(), range.end().get());
-            start <= found.start && found.start < found.end && found.end <= end
-        };
+        let mut found = [Region::default()];
+        let (start, end) = (range.start().get(), range.end().get());
+        let (regions, _) = self.scan(start, end, GUARD, 0, &mut found)?;
+        let [found] = found;
+        let within =
+            |found: &Region| start <= found.start && found.start < found.end && found.end <= end;
         let found = (regions > 0 && within(&found)).then_some(found);
         Ok(found.map(|found| PageRange::new(found.start, found.end)))
     }
@@ -84,34 +72,49 @@ impl Pagemap {
         let mut found = [Region::default(); RUNS];
         let (mut at, end) = (range.start().get(), range.end().get());
         while at < end {
-            let mut call = Scan {
-                size: size_of::<Scan>() as u64,
-                flags: PROTECT | ONLY_TRACKED,
-                start: at,
-                end,
-                vec: found.as_mut_ptr().expose_provenance() as u64,
-                vec_len: RUNS as u64,
-                category_mask: WRITTEN,
-                return_mask: WRITTEN,
-                ..Scan::default()
-            };
-            // SAFETY: `call` is a valid pm_scan_arg whose `vec` is room for the regions that `vec_len` tells;
-            // both outlive the call.
-            let regions = unsafe { calls::scan(self.0.as_raw_fd(), &raw mut call) }?;
-            let regions = usize::try_from(regions).unwrap_or(0);
-            for run in &found[..regions.min(RUNS)] {
+            let flags = PROTECT | ONLY_TRACKED;
+            let (regions, walk_end) = self.scan(at, end, WRITTEN, flags, &mut found)?;
+            for run in &found[..regions] {
                 if run.start >= at && run.start < run.end && run.end <= end {
                     each(PageRange::new(run.start, run.end));
                 }
             }
-            if call.walk_end <= at {
+            if walk_end <= at {
                 return Err(io::Error::other(
                     "the kernel's look at the pages stands still",
                 ));
             }
-            at = call.walk_end;
+            at = walk_end;
         }
         Ok(())
+    }
+
+    /// Looks for pages of `category` from `start` to `end`. Returns how many runs of them are in `found` now, and where
+    /// the look ended.
+    fn scan(
+        &self,
+        start: u64,
+        end: u64,
+        category: u64,
+        flags: u64,
+        found: &mut [Region],
+    ) -> io::Result<(usize, u64)> {
+        let mut call = Scan {
+            size: size_of::<Scan>() as u64,
+            flags,
+            start,
+            end,
+            vec: found.as_mut_ptr().expose_provenance() as u64,
+            vec_len: found.len() as u64,
+            category_mask: category,
+            return_mask: category,
+            ..Scan::default()
+        };
+        // SAFETY: `call` is a valid pm_scan_arg whose `vec` is room for the regions that `vec_len` tells; both
+        // outlive the call.
+        let regions = unsafe { calls::scan(self.0.as_raw_fd(), &raw mut call) }?;
+        let regions = usize::try_from(regions).unwrap_or(0).min(found.len());
+        Ok((regions, call.walk_end))
     }
 }
 

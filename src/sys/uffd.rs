@@ -189,12 +189,25 @@ pub fn features() -> io::Result<u64> {
 
 /// Makes a userfaultfd with the features `wanted`; returns those that the kernel has.
 fn handshake(wanted: u64) -> io::Result<u64> {
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    // SAFETY: the call takes no pointer.
+    agree(
+        make(libc::O_NONBLOCK.cast_unsigned().into())?.as_fd(),
+        wanted,
+    )
+}
+
+/// Makes a userfaultfd of this process, closed by exec, with further `flags`. Nothing is agreed on yet.
+pub(super) fn make(flags: u64) -> io::Result<OwnedFd> {
+    let flags = u64::from(libc::O_CLOEXEC.cast_unsigned()) | flags;
+    // SAFETY: the call takes one number and touches no memory.
     let made = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
     let number = i32::try_from(Errno::result(made)?).map_err(io::Error::other)?;
     // SAFETY: the kernel has just made this descriptor, and nobody else knows its number.
-    let uffd = unsafe { OwnedFd::from_raw_fd(number) };
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Agrees on the version of the interface and the features `wanted` of a fresh userfaultfd; returns those that the
+/// kernel has.
+pub(super) fn agree(uffd: BorrowedFd<'_>, wanted: u64) -> io::Result<u64> {
     let mut call = Api {
         api: UFFD_API,
         features: wanted,

@@ -5,18 +5,16 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
 use super::pagemap::Pagemap;
+use super::uffd;
 use crate::units::PageRange;
 
 /// UFFD_USER_MODE_ONLY: every user may make such a one. Faults of the kernel's own accesses raise no message, and
 /// with WP_ASYNC none does.
 pub const USER_MODE_ONLY: u64 = 1;
-
-/// UFFD_API.
-const API: u64 = 0xaa;
 
 /// UFFD_FEATURE_WP_ASYNC: a write takes the protection away, and nobody is asked. Linux 6.7.
 const WP_ASYNC: u64 = 1 << 15;
@@ -34,13 +32,7 @@ pub struct WriteTracking {
 impl WriteTracking {
     /// Takes over a fresh userfaultfd of the process with `pid`.
     pub fn begin(uffd: OwnedFd, pid: i32) -> io::Result<WriteTracking> {
-        let mut api = Api {
-            api: API,
-            features: WP_ASYNC,
-            ioctls: 0,
-        };
-        // SAFETY: `api` is a valid uffdio_api and outlives the call.
-        unsafe { calls::api(uffd.as_raw_fd(), &raw mut api) }?;
+        uffd::agree(uffd.as_fd(), WP_ASYNC)?;
         let pagemap = Pagemap::open(Path::new(&format!("/proc/{pid}/pagemap")))?;
         Ok(WriteTracking { uffd, pagemap })
     }
@@ -63,31 +55,11 @@ impl WriteTracking {
 
 /// Whether this kernel has such a tracking: asked of a userfaultfd of this process's own.
 pub fn is_supported() -> bool {
-    // SAFETY: the call takes one number and touches no memory.
-    let fd = unsafe {
-        libc::syscall(
-            libc::SYS_userfaultfd,
-            libc::c_long::from(libc::O_CLOEXEC) | USER_MODE_ONLY.cast_signed(),
-        )
-    };
-    let Ok(fd) = i32::try_from(fd) else {
+    let Ok(uffd) = uffd::make(USER_MODE_ONLY) else {
         return false;
     };
-    if fd < 0 {
-        return false;
-    }
-    // SAFETY: the kernel has just made this descriptor, and nobody else knows of it.
-    let uffd: OwnedFd = unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) };
     let pid = std::process::id();
     i32::try_from(pid).is_ok_and(|pid| WriteTracking::begin(uffd, pid).is_ok())
-}
-
-/// struct uffdio_api.
-#[repr(C)]
-struct Api {
-    api: u64,
-    features: u64,
-    ioctls: u64,
 }
 
 /// struct uffdio_register.
@@ -101,9 +73,8 @@ struct Register {
 
 mod calls {
     #![allow(missing_docs)]
-    use super::{Api, Register};
+    use super::Register;
 
-    nix::ioctl_readwrite!(api, 0xaa, 0x3f, Api);
     nix::ioctl_readwrite!(register, 0xaa, 0x00, Register);
 }
 

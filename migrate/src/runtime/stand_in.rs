@@ -12,19 +12,18 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::fcntl::OFlag;
 use nix::sys::wait::waitpid;
 use nix::unistd::ForkResult;
 use pageferry::criu::rpc::kind;
 use pageferry::criu::rpc_fields::{Fields, options, request, response};
-use pageferry::daemon::swrk::{Client, Parcel};
+use pageferry::daemon::swrk::{self, Client, Parcel, inherit};
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::TcpConnections;
 use pageferry::sys::owned_process::ProcessName;
@@ -182,14 +181,7 @@ fn relay(dir: &Path, settings: &Settings, client: Client) -> Result<Option<Owned
     let name = name.map_err(|error| Error::wrap(Kind::Io, "cannot see this process", error))?;
     records::write(&dir.join(CRIU_PROCESS), &name)?;
     // The kernel notes this process as its maker, whose descriptors CRIU looks at.
-    let pair = socketpair(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    );
-    let (ours, theirs) =
-        pair.map_err(|errno| Error::wrap(Kind::Io, "cannot make a socket", errno))?;
+    let (ours, theirs) = swrk::pair()?;
     let request = Parcel {
         bytes: fields.encode(),
         descriptor: None,
@@ -345,12 +337,6 @@ fn verdict(goes_on: bool) -> Parcel {
         bytes: fields.encode(),
         descriptor: None,
     }
-}
-
-fn inherit(descriptor: BorrowedFd<'_>) -> Result<()> {
-    fcntl(descriptor, FcntlArg::F_SETFD(FdFlag::empty()))
-        .map(drop)
-        .map_err(|errno| Error::wrap(Kind::Io, "cannot hand on a descriptor", errno))
 }
 
 fn damaged(error: impl std::error::Error + Send + Sync + 'static) -> Error {

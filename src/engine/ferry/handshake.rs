@@ -5,12 +5,15 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::engine::ferry::buffer_pool::BufferPool;
 use crate::engine::ferry::conn::{Conn, ConnError, Frame};
 use crate::engine::ferry::connection_loop::{self, ConnectionHandler, LAST_WORDS};
 use crate::engine::ferry::wakers::Waker;
+use crate::engine::io::transport::transport;
 use crate::error::Result;
 use crate::ferry::frame;
-use crate::ferry::hello::{Fail, Hello};
+use crate::ferry::hello::{Fail, Greeting, Hello};
+use crate::stream::Stream;
 
 /// How long a peer may take for its first frame.
 pub(in crate::engine) const FIRST_WORD: Duration = Duration::from_secs(10);
@@ -34,6 +37,18 @@ pub(in crate::engine) fn first_frame(conn: &mut Conn) -> std::result::Result<Fra
             Err(errno) => return Err(std::io::Error::from(errno).into()),
         }
     }
+}
+
+/// Receives the greeting of a peer that has connected.
+pub(in crate::engine) fn greeting(
+    stream: Stream,
+    pool: Arc<BufferPool>,
+) -> std::result::Result<(Conn, Greeting), ConnError> {
+    let mut conn = Conn::new(transport(stream)?, pool);
+    connection_loop::prepare(&conn);
+    let hello = first_frame(&mut conn)?;
+    let greeting = Hello::decode(hello.kind, &hello.body)?;
+    Ok((conn, greeting))
 }
 
 /// Queues the answer to a peer that is let in.

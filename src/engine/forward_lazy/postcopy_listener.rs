@@ -16,10 +16,9 @@ use std::thread::{self, Scope};
 use std::time::Duration;
 
 use crate::criu::header::{Target, Wire};
-use crate::engine::ferry::conn::{Conn, ConnError};
-use crate::engine::ferry::connection_loop;
+use crate::engine::ferry::conn::Conn;
 use crate::engine::ferry::connection_loop::{DialingHandler, Lost};
-use crate::engine::ferry::handshake::{first_frame, queue_welcome, refuse, run_admitted};
+use crate::engine::ferry::handshake::{greeting, queue_welcome, refuse, run_admitted};
 use crate::engine::ferry::listener_sessions::{
     Admitted, Greetings, LOOK_AGAIN, ListenerSessions, Refused,
 };
@@ -27,16 +26,13 @@ use crate::engine::ferry::packer::{Job, Packer};
 use crate::engine::ferry::sender_session::SenderSession;
 use crate::engine::ferry::{GOODBYE, Learned, WINDOW, lock};
 use crate::engine::forward_lazy::dump_memory::DumpMemory;
-use crate::engine::io::transport::transport;
 use crate::engine::listening::stop::{Stop, Watched};
 use crate::error::{Error, Kind, Result};
 use crate::ferry::delta::PageMemory;
 use crate::ferry::frame;
-use crate::ferry::hash::HashKey;
-use crate::ferry::hello::{FailCode, Features, Hello, Role, SessionId, VERSION};
+use crate::ferry::hello::{FailCode, Features, Hello, Role, SessionId};
 use crate::ferry::message::{Fault, Open, StateId, encode_close};
 use crate::ferry::push_planner::{PushPlanner, Step};
-use crate::limits::FERRY_STREAMS_MAX;
 use crate::observe::ferried::Sent;
 use crate::observe::traffic::Traffic;
 use crate::stream::Stream;
@@ -86,23 +82,12 @@ impl PostcopyListener {
         reconnect_timeout: Duration,
         traffic: Arc<Traffic>,
     ) -> PostcopyListener {
-        let own = Hello {
-            version: VERSION,
-            role: Role::Sender,
-            page: dump_memory.page(),
-            features: Features::FAULTS
-                .with(Features::HASHES)
-                .with(Features::ON_DEMAND)
-                .with(Features::FAREWELL)
-                .with(Features::IN_PUSH),
-            session: SessionId::default(),
-            stream: 0,
-            streams: FERRY_STREAMS_MAX,
-            attempt: 0,
-            opening: false,
-            window: WINDOW,
-            hash_key: HashKey::default(),
-        };
+        let features = Features::FAULTS
+            .with(Features::HASHES)
+            .with(Features::ON_DEMAND)
+            .with(Features::FAREWELL)
+            .with(Features::IN_PUSH);
+        let own = Hello::of_listener(Role::Sender, dump_memory.page(), features, WINDOW);
         let roles = [Role::Sender, Role::Responder];
         PostcopyListener {
             dump_memory,
@@ -136,12 +121,7 @@ impl PostcopyListener {
         taken: &(dyn Fn() -> Result<()> + Sync),
     ) -> Result<PushAccepted> {
         let lost = |error| Error::wrap(Kind::PeerLost, "no greeting came", error);
-        let transport = transport(stream).map_err(|error| lost(ConnError::Socket(error)))?;
-        let mut conn = Conn::new(transport, Arc::default());
-        connection_loop::prepare(&conn);
-        let hello = first_frame(&mut conn).map_err(lost)?;
-        let greeting = Hello::decode(hello.kind, &hello.body)
-            .map_err(|error| lost(ConnError::Frame(error)))?;
+        let (conn, greeting) = greeting(stream, Arc::default()).map_err(lost)?;
         // From here on a client is told why it is left.
         drop(watched);
         let make = |peer: &Hello| Ok((Arc::new(PostcopySession::new(self, peer.session)), ()));

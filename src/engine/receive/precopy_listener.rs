@@ -14,11 +14,9 @@ use std::time::Duration;
 
 use crate::engine::ferry::buffer_pool::BufferPool;
 use crate::engine::ferry::conn::{Conn, ConnError};
-use crate::engine::ferry::connection_loop;
-use crate::engine::ferry::handshake::{first_frame, queue_welcome, refuse, run_admitted};
+use crate::engine::ferry::handshake::{greeting, queue_welcome, refuse, run_admitted};
 use crate::engine::ferry::listener_sessions::{Admitted, Greetings, ListenerSessions, Refused};
 use crate::engine::ferry::{WINDOW, random_bits};
-use crate::engine::io::transport::transport;
 use crate::engine::listening::stop::{Stop, Watched};
 use crate::engine::receive::batch_applier::{Bases, BatchApplier};
 use crate::engine::receive::counters::SessionCounters;
@@ -27,9 +25,7 @@ use crate::engine::receive::stores::SessionStore;
 use crate::engine::receive::{ReceiveContext, punch_out_of_parents};
 use crate::error::{Error, Kind, Result};
 use crate::ferry::hash::{HashKey, PageHasher};
-use crate::ferry::hello::{
-    FailCode, Features, Greeting, Hello, LOOK_ATTEMPT, Role, SessionId, VERSION,
-};
+use crate::ferry::hello::{FailCode, Features, Greeting, Hello, LOOK_ATTEMPT, Role, SessionId};
 use crate::ferry::message::StateId;
 use crate::limits::FERRY_STREAMS_MAX;
 use crate::observe::received::Received;
@@ -68,18 +64,10 @@ impl<'a> PrecopyListener<'a> {
     ) -> Result<PrecopyListener<'a>> {
         let page = context.stores.page();
         let hash_key = HashKey(random_bits()?);
+        let features = Features::HASHES.with(Features::DELTA);
         let own = Hello {
-            version: VERSION,
-            role: Role::Receiver,
-            page,
-            features: Features::HASHES.with(Features::DELTA),
-            session: SessionId::default(),
-            stream: 0,
-            streams: FERRY_STREAMS_MAX,
-            attempt: 0,
-            opening: false,
-            window: WINDOW,
             hash_key,
+            ..Hello::of_listener(Role::Receiver, page, features, WINDOW)
         };
         Ok(PrecopyListener {
             context,
@@ -115,11 +103,8 @@ impl<'a> PrecopyListener<'a> {
     fn greet(&self, stream: Stream, watched: Watched, open_to_new: bool) -> Result<Handled> {
         let lost = |error| Error::wrap(Kind::PeerLost, "no greeting came", error);
         let (peer, host) = (stream.peer().to_owned(), stream.host());
-        let transport = transport(stream).map_err(|error| lost(ConnError::Socket(error)))?;
-        let mut conn = Conn::new(transport, Arc::clone(&self.pool));
-        connection_loop::prepare(&conn);
-        let hello = match first_frame(&mut conn) {
-            Ok(hello) => hello,
+        let (conn, greeting) = match greeting(stream, Arc::clone(&self.pool)) {
+            Ok(greeted) => greeted,
             // Damaged on the way: who sent it will come again.
             Err(ConnError::Frame(error)) if !error.is_damage() => {
                 return Err(lost(ConnError::Frame(error)));
@@ -129,8 +114,6 @@ impl<'a> PrecopyListener<'a> {
                 return Ok(Handled::Joined);
             }
         };
-        let greeting = Hello::decode(hello.kind, &hello.body)
-            .map_err(|error| lost(ConnError::Frame(error)))?;
         // From here on a sender is told why it is left.
         drop(watched);
         let only_looks =

@@ -72,7 +72,7 @@ pub(super) fn long_sentences(
 fn without_code(text: &str) -> String {
     let mut plain = String::new();
     for (index, part) in text.split('`').enumerate() {
-        plain.push_str(if index % 2 == 0 { part } else { "code" });
+        plain.push_str(if index % 2 == 0 { part } else { "Code" });
     }
     let mut out = String::new();
     let mut rest = plain.as_str();
