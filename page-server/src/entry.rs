@@ -1,4 +1,4 @@
-//! Who comes in at a receiving server's door: dumps, or ferry, told apart by their first bytes.
+//! Which connections a receiving server accepts: dumps, or ferry, told apart by their first bytes.
 
 use std::io::ErrorKind;
 use std::net::Shutdown;
@@ -48,12 +48,12 @@ impl Entry {
         })
     }
 
-    /// Tells who has come, by the first bytes; nobody if a session has come before. The door closes
-    /// behind a dump, and stays open behind ferry, which comes in several connections.
+    /// Tells what has connected, by the first bytes; `None` if a session has come before. After a dump no further
+    /// connection is accepted. After ferry they are, since a session of it has several.
     ///
     /// # Errors
     ///
-    /// The first bytes did not come. With [`Kind::NothingCame`] the door is as open as before.
+    /// The first bytes did not come. After [`Kind::NothingCame`] connections are accepted as before.
     pub(crate) fn admit(
         &self,
         stream: &mut Stream,
@@ -74,7 +74,7 @@ impl Entry {
     }
 
     /// Waits for the first byte of a dump, for `patience` if that is given, and tells whether it is the one
-    /// to come; the door closes behind it.
+    /// to come. If so, no further connection is accepted.
     ///
     /// # Errors
     ///
@@ -92,7 +92,7 @@ impl Entry {
         }
     }
 
-    /// Whether no session has come before this one. The door closes behind it.
+    /// Whether no session has come before this one. If so, no further connection is accepted.
     fn is_first(&self, stream: &Stream) -> bool {
         let first = !self.taken.swap(true, Ordering::SeqCst);
         if first {

@@ -1,9 +1,8 @@
 //! The receiver's base version of a target: images of an earlier round, hashed page by page.
 //!
-//! The sender asks for the hashes in the order of the addresses, and its batches come in the same
-//! order behind them. So where nobody else writes to the images each page is read and hashed once, its
-//! hash is kept until a batch has passed it, and 16 bytes for each page between question and batch are
-//! all that is kept.
+//! The sender asks for hashes in the order of addresses, and its batches follow in the same order. A hash is kept until a
+//! batch has passed its page. So each page is read and hashed once, if nobody else writes to the images, and only 16
+//! bytes are kept for each page between question and batch.
 
 use std::collections::BTreeMap;
 

@@ -1,5 +1,5 @@
-//! Buffers that frames were in, kept for the next ones: fresh memory costs a fault and a zeroed page
-//! for each 4 KiB, and a frame of a batch is large enough for the allocator to give it back at once.
+//! Buffers of frames, kept for the next frames. Fresh memory costs a fault and a zeroed page for each 4 KiB, and the
+//! allocator gives memory as large as a batch's frame back at once.
 
 use std::sync::Mutex;
 

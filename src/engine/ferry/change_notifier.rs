@@ -1,4 +1,4 @@
-//! Tells threads that something has changed which they may be waiting for.
+//! Tells waiting threads that something has changed.
 
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;

@@ -5,8 +5,8 @@
 //!    └─────> the rest of a large body ─────────┴──> Frame with a body of its own
 //! ```
 //!
-//! A body is owned by its frame, because frames wait for their turn. It is received into that very
-//! memory; only what comes along with the header is copied, at most [`STAGING_BYTES`].
+//! A frame owns its body, because frames wait for their turn. The body is received into that memory. Only what comes
+//! along with the header is copied, at most [`STAGING_BYTES`].
 
 use std::collections::VecDeque;
 use std::io;

@@ -7,10 +7,11 @@
 //!                            ^ Waker: another connection or thread has changed that state
 //! ```
 //!
-//! A connection that hears nothing although its handler waits for something is dead, even if the socket
-//! does not know it: a receiver says something at least every [`HEARTBEAT`], so silence for several of
-//! them ends the connection. So does a receiver that speaks, but not of what was sent to it: it says
-//! how many bytes have arrived, and that number must grow while it is behind.
+//! A connection can be dead although its socket reports no error. So the loop ends it in two cases:
+//!
+//! - The handler waits for something, and nothing comes for several times [`HEARTBEAT`]. A receiver sends something
+//!   at least once in that time.
+//! - The receiver says how many bytes have arrived, and that number does not grow although more were sent.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! The first words on a connection.
+//! The first frames on a connection: HELLO, and WELCOME or FAIL.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -8,8 +8,8 @@
 //!                              └─────> Refused, Failed
 //! ```
 //!
-//! Invariant: the table of the protocol and the two maps change under one lock, so a session that the table
-//! knows is in a map as long as connections may join it.
+//! Invariant: the table of the protocol and the two maps change under one lock. So a session that the table knows is
+//! in a map as long as connections may join it.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};

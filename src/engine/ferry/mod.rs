@@ -1,4 +1,4 @@
-//! Ferry on real sockets: what drives the pure machines of [`crate::ferry`].
+//! Ferry on real sockets: drives the pure state machines of [`crate::ferry`].
 //!
 //! ```text
 //! sender (forward)                                    receiver (page-server)
@@ -11,9 +11,8 @@
 //!                    reconnects        N connections                                 listener_sessions admit
 //! ```
 //!
-//! Each connection has a thread that runs `connection_loop`. What the connections of a session share is a
-//! `ConnectionHandler` behind a lock that is held for moments only: bytes are hashed, compressed,
-//! checked and written outside of it.
+//! Each connection has a thread that runs `connection_loop`. The connections of a session share a `ConnectionHandler`
+//! behind a lock. Bytes are hashed, compressed, checked and written without that lock, so it is held for moments only.
 
 pub(in crate::engine) mod base;
 pub(in crate::engine) mod buffer_pool;

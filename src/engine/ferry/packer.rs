@@ -6,8 +6,8 @@
 //!        └──────────── empty buffers <─────────┘
 //! ```
 //!
-//! Invariant: no more batches are under way than there are threads and one more, so memory stays
-//! bounded and whoever gathers is held back when the link is slower.
+//! Invariant: at most one batch more than there are threads is under way. So memory stays bounded, and the gathering
+//! thread waits when the link is slower.
 
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex};

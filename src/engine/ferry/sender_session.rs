@@ -1,8 +1,8 @@
-//! The sender's state that all its threads share: numbers, frames until they are safe, the memory
-//! of what the receiver has.
+//! The state of a sender that all its threads share: numbers, frames until they are safe, and the memory of what the
+//! receiver has.
 //!
-//! Connection loops poll frames out of it and hand acknowledgements in (`handler`); the packers submit batches in the
-//! order of their tickets; the thread that talks to CRIU asks questions and waits for the answers.
+//! Connection loops poll frames out of it and hand acknowledgements in (`handler`). The packers submit batches in the
+//! order of their tickets. The thread that talks to CRIU asks questions and waits for the answers.
 
 mod handler;
 mod outbox;

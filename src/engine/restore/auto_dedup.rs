@@ -1,16 +1,17 @@
-//! `--auto-dedup`: memory that is installed is not kept twice.
+//! `--auto-dedup`: images lose the memory that has been installed.
 //!
 //! ```text
 //!   settled in one process ──> planner: does another one that came from the same pid need it? ──> no
 //!                                                              the restore has finished ──> its file loses it
 //! ```
 //!
-//! Nothing is taken out before the restore has said that every process runs: one that fails can be tried again
-//! from the same images. What was taken out cannot: the directories are marked (`image::consume`).
+//! Nothing is taken out before the restore has said that every process runs: a restore that fails can then be tried
+//! again from the same images. Once something is taken out, it cannot: the directories are marked
+//! (`image::consume`).
 //!
-//! Who takes over if this process is killed installs from the same images. It may read zeros there where pages
-//! were installed before, and the kernel refuses to install those a second time; whatever is missing somewhere is
-//! still in the images.
+//! If this process is killed, its standby installs from the same images. It may read zeros where pages were taken out.
+//! Those pages were installed before, so the kernel refuses to install them again. Pages that are still missing
+//! somewhere are still in the images.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -1,7 +1,7 @@
-//! What the background may do: fetch and install what no fault has asked for, at what rate.
+//! What the background stream may do: fetch and install what no fault has asked for, at what rate.
 //!
-//! Invariant: while somebody traces or freezes a process, as for a dump, the background runs at full speed: neither
-//! a rate nor `--on-demand` counts.
+//! Invariant: while somebody traces or freezes a process, as a dump does, the background stream runs at full speed. Then
+//! neither a rate nor `--on-demand` limits it.
 
 use super::RestoreConfig;
 use crate::lazy::window::RateLimit;

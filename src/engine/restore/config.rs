@@ -1,4 +1,4 @@
-//! What a post-copy restore is told to do.
+//! The options of a post-copy restore.
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! Processes that can take no page now, and what has come for them meanwhile.
+//! Processes that can take no page now, and the pages that have come for them meanwhile.
 //!
 //! ```text
 //! fill refused ──> pause: planner serves the others ──> after a moment once more ──> filled: as if nothing was
@@ -6,10 +6,13 @@
 //!                                                                 └─> no room for too long: given up
 //! ```
 //!
-//! A full control group (ENOMEM) is that of the process, not ours: room may come, or the process is
-//! being killed for it, which the kernel says a moment later. An event that is not there to read yet
-//! (EAGAIN) is a fork under way. Without a descriptor for a child (EMFILE) its parent waits in fork(2),
-//! and no page of the parent can be filled: it goes on when another child has ended.
+//! | the kernel says | because | it ends when |
+//! |---|---|---|
+//! | ENOMEM | the control group of the process, not ours, is full | there is room, or the kernel kills the process |
+//! | EAGAIN | a fork is under way, and its event cannot be read yet | the event can be read |
+//! | EMFILE | there is no descriptor for a child, so its parent waits in fork(2) | another child has ended |
+//!
+//! In the last case no page of the parent can be filled.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! Reading what processes' memory does, and answering at once.
+//! Reads faults and events from the userfaultfds, and asks the source for a fault's page at once.
 
 use std::os::fd::AsFd;
 

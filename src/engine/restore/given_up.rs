@@ -1,5 +1,4 @@
-//! Pages that cannot be had although nothing is wrong with the source: they are poisoned and counted, and all
-//! else goes on.
+//! Pages that cannot be had although the source works: they are poisoned and counted. Everything else goes on.
 
 use std::collections::BTreeMap;
 

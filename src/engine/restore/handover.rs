@@ -1,7 +1,7 @@
-//! What `criu restore` hands over: processes with their userfaultfds, and its own end.
+//! What `criu restore` hands over: processes with their userfaultfds, then the word that it has finished.
 //!
-//! Invariants: nothing is listened to any more once [`Handover::is_over`]; a restore that has finished says
-//! nothing but its end.
+//! Invariants: once [`Handover::is_over`], no connection is accepted; after a restore has finished, only the end of its
+//! connection is read.
 
 use std::os::fd::BorrowedFd;
 use std::path::Path;

@@ -1,9 +1,9 @@
-//! A restored process as this host sees it: its /proc directory, which the kernel names when the process
-//! hands its userfaultfd over.
+//! A restored process as this host sees it: its /proc directory. The kernel names the process when it hands its
+//! userfaultfd over.
 //!
-//! What the userfaultfd does not tell is looked up there: guard regions that were installed over missing
-//! pages, mappings that a fork wipes, and somebody who traces or freezes the process, as a dump does. Children
-//! that it forks since are not named by anybody: they are sought (`sought`).
+//! What the userfaultfd does not tell is read there: guard regions that were installed over missing pages, mappings that
+//! a fork wipes, and whether somebody traces or freezes the process, as a dump does. Nobody names the children that it
+//! forks later: `sought` finds them.
 
 use std::fs::{self, File};
 use std::io;

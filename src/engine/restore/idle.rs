@@ -1,4 +1,4 @@
-//! What the loop does when it has nothing to do: it looks for a moment, then sleeps.
+//! What the loop does when there is nothing to do: it polls for a moment, then sleeps.
 
 use std::os::fd::AsFd;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! Filling pages, in the pieces that the kernel allows and that no waiting fault notices.
+//! Filling pages in pieces so small that a fault that waits behind one does not notice.
 
 use std::io;
 

@@ -1,5 +1,5 @@
-//! `lazy-pages.socket`: one connection from `criu restore --lazy-pages`, a record for each process. Which of those
-//! that are made is the restore's, its first word tells.
+//! `lazy-pages.socket`: `criu restore --lazy-pages` connects and sends a record for each process. Others may connect as
+//! well: the restore is the connection whose first word is a record.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -8,9 +8,14 @@
 //!     -> exit code 1, and the log says which process lacks how many pages
 //! ```
 //!
-//! Held processes wait for an operator: SIGUSR1 tries the source again, SIGUSR2 kills them, and what would end
-//! this process poisons and ends. Such a signal is never a reason to hold: whoever sends it may kill this process
-//! a moment later. Nothing here fails for want of what was at hand at the start ([`super::reserve`]).
+//! | signal to a lazy-client that holds processes | what it does |
+//! |---|---|
+//! | SIGUSR1 | tries the source again |
+//! | SIGUSR2 | kills the processes |
+//! | any that would end lazy-client | poisons what is missing, and ends |
+//!
+//! A signal of the last kind is never a reason to hold: its sender may kill lazy-client a moment later. All descriptors
+//! and memory that this needs were reserved at the start ([`super::reserve`]).
 
 use std::collections::BTreeMap;
 use std::time::Duration;

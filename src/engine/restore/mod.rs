@@ -8,11 +8,11 @@
 //! all that happens to memory -----> standby                           takes over if this process is killed
 //! ```
 //!
-//! One thread does all of it, in steps of at most 64 KiB while lone faults are about, and looks for
-//! faults between any two steps: a fault then waits for one step at most (about 25 µs), which is less
-//! than waking another thread costs (48-75 µs where measured). Nothing in the loop waits for a disk, a log or a terminal.
+//! One thread does all of it, in steps of at most 64 KiB while lone faults come, and looks for faults between any two
+//! steps. So a fault waits for one step at most (about 25 µs). To wake another thread costs more (48-75 µs where
+//! measured). Nothing in the loop waits for a disk, a log or a terminal.
 //!
-//! The state of the loop is in parts. Each keeps its fields to itself and says what always holds of them:
+//! The state of the loop is in parts. Each has private fields, and its documentation names their invariants:
 //!
 //! | part | what changes it |
 //! |---|---|
@@ -24,10 +24,12 @@
 //! | `loss` | pages that cannot come, and what an operator says about them |
 //! | `standby` | what the other process is told |
 //!
-//! Invariants: a page is filled where the planner says it is *now*, and the kernel's events of its
-//! process are read before a refused fill is tried again; a link is reset unless everything has
-//! come; this process does not end while a page that may still be read is neither filled nor
-//! poisoned.
+//! Invariants:
+//!
+//! - A page is filled where the planner says it is *now*. After a refused fill the kernel's events of its process are
+//!   read before the fill is tried again.
+//! - A link is reset unless everything has come.
+//! - This process does not end while a page that may still be read is neither filled nor poisoned.
 
 mod auto_dedup;
 mod background;

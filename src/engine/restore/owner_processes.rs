@@ -1,6 +1,7 @@
-//! Which processes of this host a userfaultfd belongs to. The kernel does not say, so it is read off
-//! /proc: a process with the image's pid in its innermost PID namespace (or a descendant of one,
-//! for children that it forked since) and with memory under a userfaultfd where pages are missing.
+//! Which processes of this host a userfaultfd belongs to. The kernel does not say, so /proc is searched.
+//!
+//! An owner has the image's pid in its innermost PID namespace, or descends from such a process, since it may have been
+//! forked later. And it has memory under a userfaultfd where pages are missing.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -6,8 +6,8 @@
 //! cannot be poisoned     -> its process is killed; if that fails too, this one does not end
 //! ```
 //!
-//! A process that forks cannot be poisoned before its child is received, for which there are descriptors in
-//! reserve; children that lack nothing any more make room for others.
+//! While a process forks, its memory cannot be poisoned before its child is received. Descriptors for that are kept in
+//! reserve. Children that lack nothing any more are dropped to make room for others.
 
 use std::time::{Duration, Instant};
 

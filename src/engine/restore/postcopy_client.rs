@@ -1,5 +1,5 @@
-//! A receiver that connects, for a loop of its caller's: no thread of its own, nothing waits. What it says
-//! and what it makes of what comes is decided by [`PostcopyReceiver`]; this moves the bytes.
+//! The receiver of post-copy, called by the loop of a restore: it has no thread of its own, and no call waits.
+//! [`PostcopyReceiver`] decides what is sent and what a frame means; this module moves the bytes.
 //!
 //! ```text
 //! stream ── OPEN, PAGES, CLOSE ──> next ──> Event: pages as plain bytes, checked

@@ -1,4 +1,4 @@
-//! Looking at the images before the restore begins.
+//! Reads and checks the images before the restore begins.
 
 use super::RestoreConfig;
 use crate::criu::header::Target;

@@ -1,4 +1,4 @@
-//! Opening a restored process: which of its memory is missing, and who has it.
+//! Opens a restored process: which of its memory is missing, and whether the source or a local image has it.
 
 use std::path::Path;
 

@@ -1,8 +1,8 @@
-//! The restored processes and the children that they forked since: their userfaultfds, and the faults that must
-//! be looked at again.
+//! The restored processes and the children that they have forked since: their userfaultfds, and the faults that must be
+//! looked at again.
 //!
-//! Invariant: the userfaultfd of each is watched, but for those that are told to wait ([`Processes::unwatch`]); who
-//! is removed has no fault left.
+//! Invariants: the userfaultfd of each process is polled, unless it was told to wait ([`Processes::unwatch`]); a process
+//! that was removed has no fault left.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Bound;

@@ -1,5 +1,5 @@
-//! What the last act needs and may not be had any more when it begins: descriptors, to receive the children of a
-//! process that forks and to look processes up, and memory.
+//! Descriptors and memory that are set aside at the start for the moment when pages are lost. Descriptors are needed
+//! then to receive the children of a process that forks, and to read /proc.
 
 use std::fs::File;
 use std::hint::black_box;

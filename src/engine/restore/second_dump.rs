@@ -1,8 +1,8 @@
 //! A dump of restored processes while pages are still missing.
 //!
-//! CRIU takes a missing page for one that was never touched: such a dump succeeds, and lacks the memory. Nobody
-//! can keep it from being made; but its tracing is seen, told at once, and shortened by filling at full
-//! speed, whatever rate was asked for.
+//! CRIU takes a missing page for one that was never touched. So such a dump succeeds, and lacks the memory. lazy-client
+//! cannot prevent it. It sees that a process is traced, warns at once, and fills at full speed, whatever rate was asked
+//! for.
 
 use std::fs;
 use std::time::{Duration, Instant};

@@ -1,4 +1,4 @@
-//! The signals that a restore is told by, as something to read.
+//! The signals that steer a restore, read from a descriptor.
 
 use std::os::fd::{AsFd, BorrowedFd};
 

@@ -1,9 +1,9 @@
-//! Finding the process of a userfaultfd that nobody has named: of a child that was forked since the restore, and of a
-//! restored process that the kernel does not name here, since it is in another PID namespace.
+//! Finds the process of a userfaultfd that nobody has named. It is a child that was forked since the restore, or a
+//! restored process in another PID namespace, which the kernel does not name here.
 //!
-//! The kernel does not say whose memory a userfaultfd is for. It can be seen: what is filled through it is then present in
-//! the process that it belongs to, and in no other one. So a few processes are looked at before and after the first fill,
-//! and the one in which a page has come is it.
+//! The kernel does not say whose memory a userfaultfd is for. But a page that is filled through it is then present in its
+//! process, and in no other one. So a few candidates are looked at before and after the first fill. The one in which the
+//! page has come is the process.
 //!
 //! ```text
 //! no candidate                         the child does not run yet: it can have no guards
@@ -12,8 +12,8 @@
 //! nothing is left then                 they are guards if all candidates have them
 //! ```
 //!
-//! Invariants: nothing is taken for a guard that might be another process's. Who is not found after a few fills is not
-//! sought any more, and guard regions in its missing memory are lost.
+//! Invariants: a guard region counts only if it cannot be another process's. A process that is not found after a few
+//! fills is not looked for any more, and guard regions in its missing memory are lost.
 
 use std::fs;
 use std::io;

@@ -1,21 +1,25 @@
-//! A second process that takes over when the first one is killed: its userfaultfds would go with it, and the
-//! restored processes would read zeros.
+//! A second process that takes over when the first one is killed. Otherwise the kernel would close the userfaultfds, and
+//! the restored processes would read zeros.
 //!
 //! ```text
-//! who serves ── each process and its userfaultfd, each event of its memory ──> who stands by
-//!     ├─ ends, whatever its exit code ───────────────────────────────────────> ends as well
-//!     └─ is killed: the socket ends, and nobody was dismissed ───────────────> takes over
+//! serving ── each process and its userfaultfd, each event of its memory ──> standby
+//!     ├─ ends, whatever its exit code ───────────────────────────────────> ends as well
+//!     └─ is killed: the socket ends without a dismissal ─────────────────> takes over
 //! ```
 //!
-//! Who takes over knows what was missing at the start and where it is now, not what has come since: that it
-//! finds when the kernel says that a page is there. It reaches the source again as after a broken link,
-//! if that is one that can be reached again, and else treats the processes as [`OnLoss`] says.
+//! The standby knows what was missing at the start and where it is now. It does not know what has come since: the kernel
+//! says so when a page is filled that is present. It connects to the source again, as after a broken link, if the source
+//! allows that. Else it treats the processes as [`OnLoss`] says.
 //!
-//! Invariants: who stands by reads nothing from a userfaultfd, and uses its copies of the source's connections for
-//! one thing alone: to give them up in words when the one that serves is killed, so that CRIU's source lives on
-//! where a relay hides a reset as well; a source is told of the end only if the restore had finished. The kernel hands out an event once: so it is read into memory that both
-//! see ([`RestoreState`]), and what was read but not told yet is found there. Only the userfaultfd of a child is lost
-//! if that happens to a fork; then nobody can fill the child's memory, and the processes are killed.
+//! Invariants:
+//!
+//! - The standby reads nothing from a userfaultfd.
+//! - It uses its copies of the source's connections only to give up in words when the serving process is killed. So
+//!   CRIU's source lives on where a relay hides a reset as well.
+//! - A source is told of the end only if the restore had finished.
+//! - The kernel hands out an event once, so events are read into memory that both processes share ([`RestoreState`]). The
+//!   standby finds there what was read and not yet told. If that was a fork, the userfaultfd of the child is lost:
+//!   nobody can fill its memory, and the processes are killed.
 //!
 //! [`OnLoss`]: super::OnLoss
 

@@ -1,5 +1,5 @@
-//! Pages that the local images should have and cannot give: a disk that fails, a file that was cut, a
-//! compressed page that does not decode.
+//! Pages that the local images should have and cannot give: a disk that fails, a file that was cut, a compressed page
+//! that does not decode.
 //!
 //! ```text
 //! a read fails -> page by page: what can be read is installed, the rest is noted here
@@ -8,8 +8,8 @@
 //!              -> for too long: poisoned, counted, all else goes on
 //! ```
 //!
-//! Runs that adjoin are one record, of which the first page is tried: a file that cannot be read at all costs
-//! one read at a time, however long it is.
+//! Adjoining runs are one record, and only its first page is tried again. So a file that cannot be read at all costs one
+//! read at a time, however long it is.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;

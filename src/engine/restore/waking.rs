@@ -1,8 +1,8 @@
-//! Waking those whose pages are there: at once, or sequences with a whole [`BatchedWakeup`] before them.
+//! Wakes threads whose pages are there: at once, or a sequential reader after a whole [`BatchedWakeup`].
 //!
-//! Sequences are held up nearby alone, where waking them costs more than the pages do. No thread is left
-//! asleep: they are woken when the batch is there or its time is over, when nothing is on the way,
-//! before anything is given up, and at the end.
+//! Batches are used only with a nearby source, where waking costs more than the pages do. Threads are woken when the
+//! batch is complete or its time is over, when nothing is on the way, before anything is given up, and at the end. So no
+//! thread stays asleep.
 //!
 //! [`BatchedWakeup`]: crate::lazy::batched_wakeup::BatchedWakeup
 
