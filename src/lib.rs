@@ -15,8 +15,8 @@
 //!               socket -> criu::fetch or ferry::postcopy_receiver -> lazy::planner -> uffd   (UFFDIO_COPY)
 //! ```
 //!
-//! `units`, `limits`, `criu`, `lazy`, `ferry`, `migration` and the pagemap codec of `image` are pure: they own no
-//! descriptor, read no clock and make no system call. Time and bytes are arguments. They build alone, without
+//! `units`, `limits`, `criu`, `lazy`, `ferry`, `migration`, `replay` and the pagemap codec of `image` are pure:
+//! they own no descriptor, read no clock and make no system call. Time and bytes are arguments. They build alone, without
 //! the default feature `engine`. The loops in `engine` move the bytes and ask the pure modules what to do.
 //! What a fault brings, and in what order the rest follows, is decided in [`lazy::policy`]. `sys` holds the
 //! only `unsafe` code.
@@ -35,6 +35,7 @@ pub mod limits;
 pub mod migration;
 #[cfg(feature = "engine")]
 pub mod observe;
+pub mod replay;
 #[cfg(feature = "engine")]
 pub mod stream;
 #[cfg(feature = "engine")]

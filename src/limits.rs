@@ -214,3 +214,29 @@ pub const OCI_DOCUMENT_BYTES_MAX: u64 = 4 << 20;
 
 /// Most layers of an image: overlayfs mounts no more than 500.
 pub const OCI_LAYERS_MAX: usize = 500;
+
+/// Most bytes of a client that a recorder passes on, and writes to its log, at once. A service reads as many at
+/// once: so what one piece asks for is done before another connection's piece is read.
+pub const REPLAY_PIECE_BYTES_MAX: usize = 16 << 10;
+
+/// Longest output of a digest that a log keeps, bytes: room for a few checksums.
+pub const REPLAY_DIGEST_BYTES_MAX: usize = 4 << 10;
+
+/// Longest body of an entry of a log, bytes: a piece and its fields.
+pub const REPLAY_ENTRY_BYTES_MAX: usize = REPLAY_PIECE_BYTES_MAX + 64;
+
+/// Bytes of an answer that a log keeps to show where a replay differs.
+pub const REPLAY_HEAD_BYTES_MAX: usize = 32;
+
+/// Most connections of a recorder, or of a replay, at a time. Each has two buffers of
+/// [`REPLAY_PIECE_BYTES_MAX`] in a recorder.
+pub const REPLAY_CONNECTIONS_MAX: usize = 1024;
+
+/// Most bytes of answers on one connection of a replay that the log does not speak of yet, before no more are read.
+pub const REPLAY_AHEAD_BYTES_MAX: usize = 256 << 10;
+
+/// The buffers of a recorder's connections together stay below this, bytes.
+const REPLAY_BUFFERS_MAX: usize = 32 << 20;
+
+const _: () = assert!(REPLAY_CONNECTIONS_MAX * 2 * REPLAY_PIECE_BYTES_MAX <= REPLAY_BUFFERS_MAX);
+const _: () = assert!(REPLAY_DIGEST_BYTES_MAX <= REPLAY_PIECE_BYTES_MAX);

@@ -35,8 +35,17 @@ const HEADINGS: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "Log",
+        &["log", "order", "order_wait", "file_bytes", "replay"],
+    ),
+    (
+        "Replay",
+        &["verify", "follow", "on_lag", "max_lag", "source", "stall"],
+    ),
+    (
         "Commands",
         &[
+            "digest",
             "pre_freeze",
             "post_resume",
             "on_failure",
@@ -195,6 +204,29 @@ Examples:
   pageferry export c1 -o image --pause
   pageferry export c1 -o image --base base:latest
   skopeo copy oci:image:template containers-storage:c1",
+    ),
+    (
+        "record",
+        "\
+Signals:
+  SIGTERM, SIGINT  end the connections in order, and the log
+
+Examples:
+  pageferry record --listen 0.0.0.0:6379 --to 127.0.0.1:6380 --log log
+  pageferry record --listen :::6379 --to 127.0.0.1:6380 --log log --digest 'redis-cli -p $PAGEFERRY_PORT debug digest'",
+    ),
+    (
+        "replay",
+        "\
+Exit codes:
+  0  everything was replayed, and nothing that was compared differs
+  1  an answer or a digest differs, or did not come; the error names the first
+  2  the command line is wrong
+
+Examples:
+  pageferry replay --log log --to 127.0.0.1:6380 --verify
+  pageferry replay --log log --to host:6379 --follow --on-lag pause-clients
+  pageferry replay --log appendonly.aof --replay 'redis-cli -h host --pipe'",
     ),
     (
         "copy-lazy",

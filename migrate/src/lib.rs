@@ -7,6 +7,7 @@ mod client;
 mod commands;
 mod copy_lazy;
 mod doctor;
+mod ends;
 mod export;
 mod facts;
 mod help;
@@ -15,10 +16,13 @@ mod image_stream;
 mod images;
 mod inspect;
 mod programs;
+mod record;
 mod records;
+mod replay;
 mod rounds;
 mod runtime;
 mod scan;
+mod service_log;
 mod source;
 mod timeline;
 mod verify;
@@ -69,6 +73,10 @@ enum Command {
     Export(Box<export::Args>),
     /// Copy what a destination needs of a lazy dump's directory, once the dump is complete
     CopyLazy(copy_lazy::Args),
+    /// Relay connections to a service, and write what clients send to a log that can be replayed
+    Record(record::Args),
+    /// Tell a service what a log says, and compare its answers with the recorded ones
+    Replay(replay::Args),
     #[command(hide = true)]
     RestoreHook(hook::Args),
     #[command(hide = true)]
@@ -108,6 +116,8 @@ pub fn run() -> ExitCode {
         Command::Doctor(args) => doctor::run(&args),
         Command::Export(args) => export::run(&args),
         Command::CopyLazy(args) => copy_lazy::run(&args),
+        Command::Record(args) => record::run(&args),
+        Command::Replay(args) => replay::run(&args),
         Command::RestoreHook(args) => hook::run(&args),
         Command::RuntimeCriu(args) => runtime::stand_in::run(&args),
         Command::Guard(args) => source::guard::run(&args),

@@ -268,7 +268,7 @@ fn service_address(text: &str) -> Result<AddressArg, String> {
 }
 
 /// A time with its unit: 300ms, 1.5s, 10m, 1h.
-pub(super) fn duration(text: &str) -> Result<Duration, String> {
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("{text:?} is no time: a number and ms, s, m or h");
     let digits = text
         .find(|c: char| c.is_ascii_alphabetic())

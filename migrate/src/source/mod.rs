@@ -34,7 +34,7 @@ use pageferry::migration::messages::MigrationId;
 use pageferry::migration::{Costs, Mode, SourceState, predict_downtime};
 use tokio::time::Instant;
 
-pub(crate) use args::Args;
+pub(crate) use args::{Args, duration};
 use flow::Flow;
 use moved_addresses::MovedAddresses;
 use place::{Facts, Place};

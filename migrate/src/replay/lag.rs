@@ -1,0 +1,111 @@
+//! How much of a log is written and not replayed, and what is done about it.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use pageferry::error::{Error, Kind, Result};
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+
+use super::OnLag;
+use crate::service_log::{CONTROL, size};
+
+/// Between two looks at the size of the log.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// Between two lines about it.
+const TELL_EVERY: Duration = Duration::from_secs(1);
+
+/// What a replay knows of the recording before it.
+#[derive(Debug)]
+pub(super) struct Lag {
+    log: PathBuf,
+    limit: u64,
+    action: Option<OnLag>,
+    looked: Option<Instant>,
+    told: (Instant, u64),
+    most: u64,
+    holds: u64,
+    /// While this is connected, the recorder's clients wait.
+    hold: Option<UnixStream>,
+}
+
+impl Lag {
+    pub(super) fn new(log: &Path, limit: u64, action: Option<OnLag>) -> Lag {
+        let now = Instant::now();
+        Lag {
+            log: log.to_owned(),
+            limit,
+            action,
+            looked: None,
+            told: (now, 0),
+            most: 0,
+            holds: 0,
+            hold: None,
+        }
+    }
+
+    /// The most that it was, and how often clients were held.
+    pub(super) fn figures(&self) -> (u64, u64) {
+        (self.most, self.holds)
+    }
+
+    /// Looks, and acts, if it is time to.
+    pub(super) async fn look(&mut self, position: u64) -> Result<()> {
+        let now = Instant::now();
+        let is_recent = |at: Instant| now.duration_since(at) < LOOK_EVERY;
+        if self.looked.is_some_and(is_recent) {
+            return Ok(());
+        }
+        self.looked = Some(now);
+        let lag = size(&self.log)?.saturating_sub(position);
+        self.most = self.most.max(lag);
+        self.tell(now, lag);
+        if self.hold.is_some() && lag <= self.limit / 2 {
+            self.hold = None;
+            tracing::info!("clients go on: {lag} bytes of the log are left");
+        }
+        match self.action {
+            Some(OnLag::Cancel) if lag > self.limit => {
+                let text = format!(
+                    "the replay is slower than what arrives: {lag} bytes of the log are left (--max-lag {}, \
+                     --on-lag cancel)",
+                    self.limit
+                );
+                Err(Error::new(Kind::Usage, text))
+            }
+            Some(OnLag::PauseClients) if lag > self.limit && self.hold.is_none() => {
+                self.hold = Some(self.hold_clients().await?);
+                self.holds += 1;
+                tracing::warn!("clients are held: {lag} bytes of the log are left");
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn tell(&mut self, now: Instant, lag: u64) {
+        let (at, before) = self.told;
+        let seconds = now.duration_since(at).as_secs_f64();
+        if seconds < TELL_EVERY.as_secs_f64() {
+            return;
+        }
+        self.told = (now, lag);
+        #[allow(clippy::cast_precision_loss, reason = "a rate for people")]
+        let rate = (lag as f64 - before as f64) / seconds;
+        if lag > 0 && rate > 0.0 {
+            tracing::info!("{lag} bytes of the log are left, {rate:.0} more each second");
+        } else if lag > 0 {
+            tracing::info!("{lag} bytes of the log are left");
+        }
+    }
+
+    async fn hold_clients(&self) -> Result<UnixStream> {
+        let path = self.log.join(CONTROL);
+        let failed = |error| Error::file("hold clients by", &path, error);
+        let mut stream = UnixStream::connect(&path).await.map_err(failed)?;
+        let mut byte = [0];
+        stream.read_exact(&mut byte).await.map_err(failed)?;
+        Ok(stream)
+    }
+}

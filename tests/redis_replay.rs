@@ -1,0 +1,440 @@
+//! A real Redis behind `pageferry record`, and others to which `pageferry replay` tells the same.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+
+use anyhow::{Context, Result, bail, ensure};
+use fastrand::Rng;
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use testbed::bed::{Bed, with_bed};
+use testbed::debian::{self, Suite};
+use testbed::gate::need;
+use testbed::net::free_port;
+use testbed::process::{Spawned, tail};
+use testbed::wait::{self, GENEROUS};
+use testbed::workspace::binary;
+
+/// Clients that write; two more pop what they push.
+const WRITERS: u64 = 6;
+
+/// Commands of each.
+const COMMANDS: u64 = 100;
+
+/// Redis, and what asks it.
+struct Programs {
+    server: PathBuf,
+    client: PathBuf,
+}
+
+fn with_redis(test: impl FnOnce(&Bed, &Programs) -> Result<()>) {
+    let fetched = || -> Result<Programs> {
+        let of = |program: &str| debian::program(Suite::Trixie, "redis-server", program);
+        Ok(Programs {
+            server: of("bin/redis-server")?,
+            client: of("bin/redis-cli")?,
+        })
+    };
+    let Some(programs) = need("Redis", fetched().map_err(|error| format!("{error:#}"))) else {
+        return;
+    };
+    with_bed(|bed| test(bed, &programs));
+}
+
+/// A Redis without anything on its disk.
+struct Redis {
+    _process: Spawned,
+    port: u16,
+}
+
+impl Redis {
+    fn start(programs: &Programs, bed: &Bed, name: &str) -> Result<Redis> {
+        let port = free_port()?;
+        let log = bed.path(&format!("{name}.log"));
+        let mut command = Command::new(&programs.server);
+        command
+            .args(["--port", &port.to_string(), "--bind", "127.0.0.1"])
+            .args(["--save", "", "--appendonly", "no"])
+            .args(["--enable-debug-command", "yes", "--dir"])
+            .arg(bed.dir())
+            .stdout(fs::File::create(&log)?);
+        let process = Spawned::start(name, &mut command, Some(log))?;
+        wait::until("Redis to listen", GENEROUS, || {
+            Ok(TcpStream::connect(("127.0.0.1", port)).ok())
+        })?;
+        Ok(Redis {
+            _process: process,
+            port,
+        })
+    }
+
+    fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+}
+
+/// One client's connection.
+struct Client {
+    stream: BufReader<TcpStream>,
+}
+
+impl Client {
+    fn connect(port: u16) -> Result<Client> {
+        let stream = TcpStream::connect(("127.0.0.1", port))?;
+        stream.set_read_timeout(Some(GENEROUS))?;
+        stream.set_nodelay(true)?;
+        Ok(Client {
+            stream: BufReader::new(stream),
+        })
+    }
+
+    /// Sends a command, and reads the answer: its values, one after another.
+    fn ask(&mut self, command: &str) -> Result<Vec<String>> {
+        let line = format!("{command}\r\n");
+        self.stream.get_mut().write_all(line.as_bytes())?;
+        let mut values = Vec::new();
+        self.answer(&mut values)?;
+        Ok(values)
+    }
+
+    fn answer(&mut self, values: &mut Vec<String>) -> Result<()> {
+        let mut line = String::new();
+        ensure!(
+            self.stream.read_line(&mut line)? > 0,
+            "the connection has ended"
+        );
+        let line = line.trim_end();
+        let (kind, rest) = line.split_at(1);
+        match kind {
+            "+" | ":" => values.push(rest.to_owned()),
+            "$" => {
+                let length: usize = rest.parse()?;
+                let mut bytes = vec![0; length + 2];
+                self.stream.read_exact(&mut bytes)?;
+                values.push(String::from_utf8_lossy(&bytes[..length]).into_owned());
+            }
+            "*" => {
+                for _ in 0..rest.parse::<usize>()? {
+                    self.answer(values)?;
+                }
+            }
+            _ => bail!("{line}"),
+        }
+        Ok(())
+    }
+}
+
+/// Counters that all writers share, lists whose order tells who came first, transactions.
+fn write(port: u16, number: u64) -> Result<u64> {
+    let mut client = Client::connect(port)?;
+    let mut rng = Rng::with_seed(number);
+    let mut acknowledged = 0;
+    for at in 0..COMMANDS {
+        match rng.u32(0..4) {
+            0 => drop(client.ask(&format!("LPUSH list:{} {number}-{at}", at % 3))?),
+            1 => {
+                client.ask("MULTI")?;
+                client.ask(&format!("RPUSH list:0 {number}"))?;
+                client.ask("INCR transactions")?;
+                let answer = client.ask("EXEC")?;
+                ensure!(answer.len() == 2, "{answer:?}");
+            }
+            2 => drop(client.ask(&format!(
+                "SET large:{number} {}",
+                "x".repeat(rng.usize(..9_000))
+            ))?),
+            _ => {
+                client.ask("INCR total")?;
+                acknowledged += 1;
+            }
+        }
+        if at % 5 == 0 {
+            client.ask(&format!("RPUSH queue {number}-{at}"))?;
+        }
+    }
+    Ok(acknowledged)
+}
+
+/// Takes its half of what the writers put into the queue.
+fn pop(port: u16) -> Result<()> {
+    let mut client = Client::connect(port)?;
+    for at in 0..WRITERS * COMMANDS / 5 / 2 {
+        let answer = client.ask("BLPOP queue 0")?;
+        // Whoever takes a value writes it down: so the order of the takers is part of the state.
+        client.ask(&format!("RPUSH taken {}", answer[1]))?;
+        client.ask(&format!("SET last {at}"))?;
+    }
+    Ok(())
+}
+
+/// Everybody at once. Returns how often the counter was increased.
+fn write_all(port: u16) -> Result<u64> {
+    let poppers: Vec<_> = (0..2).map(|_| thread::spawn(move || pop(port))).collect();
+    let writers: Vec<_> = (0..WRITERS)
+        .map(|number| thread::spawn(move || write(port, number)))
+        .collect();
+    let mut acknowledged = 0;
+    for writer in writers {
+        acknowledged += writer.join().expect("a writer panicked")?;
+    }
+    for popper in poppers {
+        popper.join().expect("a popper panicked")?;
+    }
+    Ok(acknowledged)
+}
+
+/// The command that tells the state.
+fn digest(programs: &Programs) -> String {
+    let client = programs.client.display();
+    format!("'{client}' -h $PAGEFERRY_HOST -p $PAGEFERRY_PORT debug digest")
+}
+
+/// A recorder before a Redis; and its port.
+fn record(bed: &Bed, to: &Redis, name: &str, more: &[&str]) -> Result<(Spawned, u16)> {
+    let port_file = bed.path("port");
+    let _ = fs::remove_file(&port_file);
+    let log = bed.path(&format!("{name}.log"));
+    let mut command = Command::new(binary("pageferry")?);
+    command
+        .args(["record", "--listen", "127.0.0.1:0", "--to", &to.address()])
+        .arg("--log")
+        .arg(bed.path("recorded"))
+        .arg("--port-file")
+        .arg(&port_file)
+        .args(more)
+        .stderr(fs::File::create(&log)?);
+    let mut recorder = Spawned::start(name, &mut command, Some(log))?;
+    let port = wait::until("the recorder to listen", GENEROUS, || {
+        if let Some(ended) = recorder.ended()? {
+            bail!("{}{}", ended.status, recorder.log_tail());
+        }
+        let text = fs::read_to_string(&port_file).unwrap_or_default();
+        Ok(text.strip_suffix('\n').and_then(|port| port.parse().ok()))
+    })?;
+    Ok((recorder, port))
+}
+
+fn end(mut recorder: Spawned) -> Result<()> {
+    recorder.signal(Signal::SIGTERM)?;
+    recorder.succeed(GENEROUS).map(drop)
+}
+
+/// A replay of the log against a Redis.
+fn replay(bed: &Bed, to: &Redis, name: &str, more: &[&str]) -> Result<Spawned> {
+    let log = bed.path(&format!("{name}.log"));
+    let mut command = Command::new(binary("pageferry")?);
+    command
+        .args(["replay", "--to", &to.address(), "--log"])
+        .arg(bed.path("recorded"))
+        .arg("--report")
+        .arg(bed.path("report"))
+        .args(more)
+        .stderr(fs::File::create(&log)?);
+    Spawned::start(name, &mut command, Some(log))
+}
+
+fn report(bed: &Bed) -> Result<Value> {
+    Ok(serde_json::from_slice(&fs::read(bed.path("report"))?)?)
+}
+
+fn said(process: &Spawned) -> Result<String> {
+    let log = process.log().context("a log")?;
+    Ok(fs::read_to_string(log)?)
+}
+
+fn files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.to_string_lossy().contains("log-") {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+#[test]
+fn mixed_writers_are_replayed_and_a_wrong_order_is_caught() {
+    with_redis(|bed, programs| {
+        let source = Redis::start(programs, bed, "source")?;
+        let digest = digest(programs);
+        let options = ["--file-bytes", "64K", "--digest", &digest];
+        let (recorder, port) = record(bed, &source, "record", &options)?;
+        let acknowledged = write_all(port)?;
+        end(recorder)?;
+        ensure!(
+            files(&bed.path("recorded"))?.len() > 2,
+            "nothing was rotated"
+        );
+
+        let second = Redis::start(programs, bed, "second")?;
+        let options = ["--verify", "--digest", &digest];
+        replay(bed, &second, "replay", &options)?.succeed(GENEROUS)?;
+        let report = report(bed)?;
+        ensure!(report["digests_agree"] == true, "{report}");
+        ensure!(report["is_whole"] == true, "{report}");
+        ensure!(report["connections"] == WRITERS + 2, "{report}");
+        let total = Client::connect(second.port)?.ask("GET total")?;
+        ensure!(total == [acknowledged.to_string()], "{total:?}");
+
+        let third = Redis::start(programs, bed, "third")?;
+        let options = ["--verify", "--wrong-order", "--stall", "5s"];
+        let mut wrong = replay(bed, &third, "wrong", &options)?;
+        wrong.fail(GENEROUS)?;
+        let said = said(&wrong)?;
+        ensure!(said.contains("connection "), "{said}");
+        ensure!(said.contains("entry "), "{said}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_service_that_answers_otherwise_is_refused_with_evidence() {
+    with_redis(|bed, programs| {
+        let source = Redis::start(programs, bed, "source")?;
+        let (recorder, port) = record(bed, &source, "record", &[])?;
+        let mut client = Client::connect(port)?;
+        client.ask("SET a b")?;
+        client.ask("TIME")?;
+        client.ask("SET a c")?;
+        drop(client);
+        end(recorder)?;
+        let second = Redis::start(programs, bed, "second")?;
+        let mut refused = replay(bed, &second, "refused", &["--verify"])?;
+        refused.fail(GENEROUS)?;
+        let said = said(&refused)?;
+        ensure!(said.contains("answers differ before byte"), "{said}");
+        ensure!(said.contains("recorded \"*2"), "{said}");
+        // Nothing behind the difference was told.
+        let value = Client::connect(second.port)?.ask("GET a")?;
+        ensure!(value == ["b"], "{value:?}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_killed_recorder_loses_nothing_that_was_acknowledged() {
+    with_redis(|bed, programs| {
+        let source = Redis::start(programs, bed, "source")?;
+        let (mut recorder, port) = record(bed, &source, "killed", &[])?;
+        let mut client = Client::connect(port)?;
+        for _ in 0..50 {
+            client.ask("INCR a")?;
+        }
+        recorder.kill()?;
+        // The beginning of an entry that was not written whole.
+        let first = files(&bed.path("recorded"))?.remove(0);
+        let mut file = fs::File::options().append(true).open(first)?;
+        file.write_all(&[40, 0, 0, 0, 1, 2, 3, 4, 5])?;
+
+        let second = Redis::start(programs, bed, "second")?;
+        let mut torn = replay(bed, &second, "torn", &["--verify"])?;
+        torn.succeed(GENEROUS)?;
+        ensure!(report(bed)?["torn_bytes"] == 9, "{}", report(bed)?);
+        ensure!(Client::connect(second.port)?.ask("GET a")? == ["50"]);
+
+        let (again, port) = record(bed, &source, "again", &[])?;
+        ensure!(
+            said(&again)?.contains("9 bytes of an entry"),
+            "{}",
+            said(&again)?
+        );
+        let mut client = Client::connect(port)?;
+        ensure!(client.ask("INCR a")? == ["51"]);
+        end(again)?;
+        let third = Redis::start(programs, bed, "third")?;
+        replay(bed, &third, "whole", &["--verify"])?.succeed(GENEROUS)?;
+        ensure!(report(bed)?["is_whole"] == true, "{}", report(bed)?);
+        ensure!(Client::connect(third.port)?.ask("GET a")? == ["51"]);
+
+        // A flipped bit in the middle is no torn tail.
+        let first = files(&bed.path("recorded"))?.remove(0);
+        let mut bytes = fs::read(&first)?;
+        bytes[200] ^= 1;
+        fs::write(&first, bytes)?;
+        let fourth = Redis::start(programs, bed, "fourth")?;
+        let mut damaged = replay(bed, &fourth, "damaged", &[])?;
+        damaged.fail(GENEROUS)?;
+        let log = bed.path("damaged.log");
+        ensure!(
+            said(&damaged)?.contains("is damaged at byte"),
+            "{}",
+            tail(&log)
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn a_replay_follows_a_recording_and_holds_or_gives_up() {
+    with_redis(|bed, programs| {
+        let source = Redis::start(programs, bed, "source")?;
+        let digest = digest(programs);
+        let (recorder, port) = record(bed, &source, "record", &["--digest", &digest])?;
+        write_all(port)?;
+        let second = Redis::start(programs, bed, "second")?;
+        let options = ["--follow", "--max-lag", "1", "--on-lag", "cancel"];
+        let mut slow = replay(bed, &second, "cancel", &options)?;
+        slow.fail(GENEROUS)?;
+        ensure!(
+            said(&slow)?.contains("slower than what arrives"),
+            "{}",
+            said(&slow)?
+        );
+
+        let third = Redis::start(programs, bed, "third")?;
+        let options = [
+            "--follow",
+            "--verify",
+            "--max-lag",
+            "1",
+            "--on-lag",
+            "pause-clients",
+            "--digest",
+            &digest,
+        ];
+        let mut follower = replay(bed, &third, "follow", &options)?;
+        // Clients wait now and then, and none is failed.
+        write_all(port)?;
+        end(recorder)?;
+        follower.succeed(GENEROUS)?;
+        let report = report(bed)?;
+        ensure!(report["digests_agree"] == true, "{report}");
+        ensure!(report["holds"].as_u64() > Some(0), "{report}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_log_that_exists_is_fed_to_a_command() {
+    with_redis(|bed, programs| {
+        let (source, second) = (
+            Redis::start(programs, bed, "source")?,
+            Redis::start(programs, bed, "second")?,
+        );
+        let commands = "SET a 1\r\nINCR a\r\nRPUSH l x y\r\n";
+        fs::write(bed.path("recorded"), commands)?;
+        for line in commands.lines() {
+            Client::connect(source.port)?.ask(line)?;
+        }
+        let feed = format!("'{}' -p {} --pipe", programs.client.display(), second.port);
+        let (digest, from) = (digest(programs), source.address());
+        let options = ["--replay", &feed, "--digest", &digest, "--source", &from];
+        replay(bed, &second, "feed", &options)?.succeed(GENEROUS)?;
+        Client::connect(source.port)?.ask("SET a 9")?;
+        let options = ["--replay", "cat", "--digest", &digest, "--source", &from];
+        let mut differs = replay(bed, &second, "differs", &options)?;
+        differs.fail(GENEROUS)?;
+        ensure!(
+            said(&differs)?.contains("the digests differ"),
+            "{}",
+            said(&differs)?
+        );
+        Ok(())
+    });
+}
