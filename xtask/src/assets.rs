@@ -10,8 +10,13 @@ use testbed::workspace::root;
 
 mod options;
 
+use crate::bench::document;
+
 /// Where the reference stands in the repository.
 const REFERENCE: &str = "docs/reference/options.md";
+
+/// Where the form of benchmarks' results stands in the repository.
+const BENCH_SCHEMA: &str = "docs/reference/bench.schema.json";
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -30,6 +35,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     write(&args.output.join("options.md"))?;
     if args.docs {
         write(&root().join(REFERENCE))?;
+        let schema = root().join(BENCH_SCHEMA);
+        fs::write(&schema, document::schema()).with_context(|| schema.display().to_string())?;
     }
     println!("{}", args.output.display());
     Ok(())

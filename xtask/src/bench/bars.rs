@@ -1,12 +1,14 @@
 //! Bars: what pageferry promises, against what was measured.
 
-use serde::Serialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use super::stats::Sample;
 use super::table::{Table, cell};
 
 /// A value that must not be larger than a limit.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Bar {
     /// What is promised of what.
     name: String,
@@ -27,6 +29,26 @@ impl Bar {
             limit,
             kept: measured.and_then(|sample| sample.is_at_most(limit)),
         }
+    }
+
+    /// What is promised of what.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What was measured.
+    pub(crate) fn measured(&self) -> Option<Sample> {
+        self.measured
+    }
+
+    /// The most that it may be.
+    pub(crate) fn limit(&self) -> f64 {
+        self.limit
+    }
+
+    /// Whether the promise is kept.
+    pub(crate) fn kept(&self) -> Option<bool> {
+        self.kept
     }
 }
 

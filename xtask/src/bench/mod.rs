@@ -11,9 +11,11 @@
 //! first round warms up and is thrown away; a ratio compares runs of the same round.
 
 mod bars;
+pub(crate) mod document;
 mod migrate;
 mod page_server;
 mod post_copy;
+mod report;
 mod results;
 mod rounds;
 mod stats;
@@ -44,18 +46,24 @@ enum Bench {
     /// Restored processes that run while their memory is on its way: lazy-client and CRIU's
     /// lazy-pages.
     PostCopy(post_copy::Args),
+    /// Results of benchmarks as a page with plots.
+    Report(report::Args),
     /// Processes dumped to another host, round after round: ferry, page-server and CRIU's page-server.
     Stream(stream::Args),
 }
 
 /// Builds what is measured, measures and judges it.
 pub(crate) fn run(args: &Args) -> Result<()> {
+    if let Bench::Report(args) = &args.bench {
+        return report::run(args);
+    }
     setup::require_root()?;
     use_binaries(setup::release_binaries()?);
     match &args.bench {
         Bench::Migrate(args) => migrate::run(args),
         Bench::PageServer(args) => page_server::run(args),
         Bench::PostCopy(args) => post_copy::run(args),
+        Bench::Report(args) => report::run(args),
         Bench::Stream(args) => stream::run(args),
     }
 }

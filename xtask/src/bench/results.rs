@@ -1,14 +1,19 @@
 //! The cases of a benchmark as they are done: each is printed and judged, and all of them saved.
 
+use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread::available_parallelism;
+use std::time::SystemTime;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
 use testbed::criu::{self, Criu};
+use testbed::workspace::root;
 
 use super::bars::{self, Bar};
+use super::document::{self, Document, FORM, Machine};
 
 /// What all benchmarks are told.
 #[derive(clap::Args)]
@@ -28,98 +33,130 @@ impl CommonArgs {
     }
 }
 
-/// What a result depends on besides the programs.
-#[derive(Clone, Debug, Serialize)]
-struct Machine {
-    kernel: String,
-    cpus: usize,
-    criu: String,
-    pageferry: &'static str,
-}
-
-impl Machine {
-    fn here(criu: &Criu) -> Result<Machine> {
-        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").context("kernel release")?;
-        Ok(Machine {
-            kernel: kernel.trim().to_owned(),
-            cpus: available_parallelism()?.get(),
-            criu: criu.version.clone(),
-            pageferry: env!("CARGO_PKG_VERSION"),
-        })
-    }
-
-    fn describe(&self) -> String {
-        let Machine {
-            kernel,
-            cpus,
-            criu,
-            pageferry,
-        } = self;
-        format!("pageferry {pageferry}, CRIU {criu}, Linux {kernel}, {cpus} CPUs")
-    }
-}
-
-/// See the module's text. It is also what goes into the file.
-#[derive(Serialize)]
+/// See the module's text.
 pub(super) struct Results<'a, R> {
-    machine: Machine,
-    /// When runs are ended, if at all.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    limit_s: Option<u64>,
-    cases: Vec<R>,
-    bars: Vec<Bar>,
-    #[serde(skip)]
+    document: Document,
+    /// What was measured, for who judges.
+    taken: Vec<R>,
     judge: fn(&[R]) -> Vec<Bar>,
-    #[serde(skip)]
     file: Option<&'a Path>,
 }
 
-impl<'a, R: Serialize> Results<'a, R> {
-    /// Nothing is measured yet. Says what the machine is, and `how` the numbers are to be read.
+impl<'a, R> Results<'a, R> {
+    /// Nothing is measured yet. Says what the machine is, and `how` the numbers are to be read. Fails if what is
+    /// measured could not be saved.
     pub(super) fn begin(
+        bench: &str,
         args: &'a CommonArgs,
         criu: &Criu,
         judge: fn(&[R]) -> Vec<Bar>,
         how: &str,
     ) -> Result<Results<'a, R>> {
-        let machine = Machine::here(criu)?;
-        println!("{}\n{how}", machine.describe());
-        Ok(Results {
-            machine,
-            limit_s: None,
-            cases: Vec::new(),
-            bars: Vec::new(),
+        let machine = machine(criu)?;
+        println!(
+            "pageferry {}, CRIU {}, Linux {}, {} CPUs ({}), {} MiB\n{how}",
+            machine.pageferry,
+            machine.criu,
+            machine.kernel,
+            machine.cpus,
+            machine.cpu,
+            machine.memory_mib
+        );
+        let results = Results {
+            document: Document {
+                form: FORM,
+                bench: bench.to_owned(),
+                commit: commit(),
+                date: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
+                command: ["cargo".to_owned(), "xtask".to_owned()]
+                    .into_iter()
+                    .chain(env::args().skip(1))
+                    .collect(),
+                machine,
+                limit_s: None,
+                cases: Vec::new(),
+                bars: Vec::new(),
+            },
+            taken: Vec::new(),
             judge,
             file: args.json.as_deref(),
-        })
+        };
+        results.save()?;
+        Ok(results)
     }
 
     /// Runs are ended after so many seconds.
-    pub(super) fn limited_to(self, limit_s: u64) -> Results<'a, R> {
-        let limit_s = Some(limit_s);
-        Results { limit_s, ..self }
+    pub(super) fn limited_to(mut self, limit_s: u64) -> Results<'a, R> {
+        self.document.limit_s = Some(limit_s);
+        self
     }
 
-    /// Prints what came of a case, with its description above, and saves everything so far: a long run that
+    /// Prints what came of a case, with its name above, and saves everything so far: a long run that
     /// is interrupted leaves what it has.
     pub(super) fn add(
         &mut self,
-        description: &str,
         tables: impl std::fmt::Display,
-        case: R,
+        case: document::Case,
+        taken: R,
     ) -> Result<()> {
-        println!("\n{description}\n{tables}");
-        self.cases.push(case);
-        self.bars = (self.judge)(&self.cases);
+        println!("\n{}\n{tables}", case.name);
+        self.document.cases.push(case);
+        self.taken.push(taken);
+        self.document.bars = (self.judge)(&self.taken);
+        self.save()
+    }
+
+    fn save(&self) -> Result<()> {
         match self.file {
-            Some(path) => write_json(path, self),
+            Some(path) => write_json(path, &self.document),
             None => Ok(()),
         }
     }
 
     /// Prints the bars.
     pub(super) fn end(self) {
-        println!("\n{}", bars::table(&self.bars));
+        println!("\n{}", bars::table(&self.document.bars));
+    }
+}
+
+/// What a result depends on besides the programs.
+fn machine(criu: &Criu) -> Result<Machine> {
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").context("kernel release")?;
+    let cpus = fs::read_to_string("/proc/cpuinfo").context("CPU model")?;
+    let model = cpus
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .find(|(name, _)| name.trim() == "model name")
+        .map_or("of unknown model", |(_, model)| model.trim());
+    let memory = fs::read_to_string("/proc/meminfo").context("memory")?;
+    let kib = memory
+        .split_whitespace()
+        .nth(1)
+        .and_then(|kib| kib.parse::<u64>().ok())
+        .context("/proc/meminfo does not begin with the memory's size")?;
+    Ok(Machine {
+        kernel: kernel.trim().to_owned(),
+        cpu: model.to_owned(),
+        cpus: available_parallelism()?.get(),
+        memory_mib: kib / 1024,
+        criu: criu.version.clone(),
+        pageferry: env!("CARGO_PKG_VERSION").to_owned(),
+    })
+}
+
+/// The commit that is built, with a mark if the work tree has changes.
+fn commit() -> String {
+    let git = |words: &[&str]| {
+        let output = Command::new("git").current_dir(root()).args(words).output();
+        let output = output.ok().filter(|output| output.status.success())?;
+        Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let Some(commit) = git(&["rev-parse", "--short=12", "HEAD"]) else {
+        return "unknown".to_owned();
+    };
+    match git(&["status", "--porcelain", "--untracked-files=no"]) {
+        Some(changes) if !changes.is_empty() => commit + "+",
+        _ => commit,
     }
 }
 

@@ -6,6 +6,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::alternate;
+use super::document;
 use super::stats::{Sample, median, median_ratio};
 use super::table::{Table, cell};
 
@@ -83,6 +84,31 @@ impl<C, W: Contend, R> Rounds<C, W, R> {
     /// See [`Part::ratio`].
     pub(crate) fn ratio(&self, who: W, to: W, metric: impl Measure<R>) -> Option<Sample> {
         self.part(..).ratio(who, to, metric)
+    }
+
+    /// All samples of these metrics, as they are written down; `name` has the conditions in words.
+    pub(crate) fn record<M: Measure<R>>(&self, name: &str, metrics: &[M]) -> Result<document::Case>
+    where
+        C: Serialize,
+    {
+        let samples = |&metric: &M| document::Metric {
+            name: metric.heading().to_owned(),
+            samples: self
+                .contenders
+                .iter()
+                .map(|&who| self.samples(who, metric))
+                .collect(),
+        };
+        Ok(document::Case {
+            name: name.to_owned(),
+            conditions: serde_json::to_value(&self.case)?,
+            contenders: self
+                .contenders
+                .iter()
+                .map(|who| who.name().to_owned())
+                .collect(),
+            metrics: metrics.iter().map(samples).collect(),
+        })
     }
 
     /// The medians of all contenders, and the ratios of each of `pairs` that competed.

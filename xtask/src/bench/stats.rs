@@ -4,10 +4,11 @@
 //! sample keeps its value and says that it is a bound, and medians and ratios pass that on, so that
 //! no table shows a bound as if it had been measured.
 
-use serde::Serialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 /// What a sample's value says.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Bound {
     /// It was measured.
@@ -19,9 +20,12 @@ pub(crate) enum Bound {
 }
 
 /// One measured value, in whatever unit its owner says.
-#[derive(Clone, Copy, PartialEq, Debug, Serialize)]
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Sample {
+    /// The value.
     pub(crate) value: f64,
+    /// What it says.
     pub(crate) bound: Bound,
 }
 

@@ -256,7 +256,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let how = "medians; pause: of a thread in the process, client: without an answer, by CLOCK_REALTIME; \
                floor: freeze of criu's lazy dump and lazy restore";
-    let mut results = Results::begin(&args.common, &criu, promises::judge, how)?;
+    let mut results = Results::begin("migrate", &args.common, &criu, promises::judge, how)?;
     let mut drawn = Vec::new();
     for case in Case::all_of(args) {
         let contenders = Contender::ALL.to_vec();
@@ -273,7 +273,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         if let Some(path) = &args.svg {
             run::write_whole(path, &picture::draw(&drawn))?;
         }
-        results.add(&case.describe(), table, taken)?;
+        let record = taken.record(&case.describe(), &Metric::ALL)?;
+        results.add(table, record, taken)?;
     }
     results.end();
     Ok(())

@@ -205,7 +205,8 @@ impl Progress<'_> {
     ) -> Result<()> {
         let result = Rounds::take(case, contenders, self.args.runs, run)?;
         let table = result.table(&Metric::ALL, &PAIRS);
-        self.results.add(&case.describe(), table, result)
+        let record = result.record(&case.describe(), &Metric::ALL)?;
+        self.results.add(table, record, result)
     }
 }
 
@@ -216,7 +217,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         "medians of {}; ratios are taken round by round; a smaller ratio is better but for GiB/s",
         args.runs
     );
-    let results = Results::begin(&args.common, &criu, promises::judge, &how)?;
+    let results = Results::begin("page-server", &args.common, &criu, promises::judge, &how)?;
     let disk = args.disk_dir.clone().unwrap_or_else(target_dir);
     let bench = Bench::new(&criu, page_size()?, &disk, args.asked)?;
     let mut progress = Progress { args, results };

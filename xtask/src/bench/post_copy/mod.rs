@@ -77,7 +77,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         "medians of {}; s, µs and MiB; a run is ended after {} s; ratios are taken round by round",
         args.runs, args.limit
     );
-    let results = Results::begin(&args.common, &criu, promises::judge, &how)?;
+    let results = Results::begin("post-copy", &args.common, &criu, promises::judge, &how)?;
     let mut results = results.limited_to(args.limit);
     let bench = Bench {
         criu: &criu,
@@ -99,7 +99,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let run = |case: &Case, who| bench.run(*case, who);
         let result = Rounds::take(case, contenders, args.runs, run)?;
         let table = result.table(&Metric::ALL, &pairs);
-        results.add(&case.describe(), table, result)?;
+        let record = result.record(&case.describe(), &Metric::ALL)?;
+        results.add(table, record, result)?;
     }
     results.end();
     Ok(())

@@ -162,6 +162,10 @@ pub(super) enum Metric {
     Cpu,
 }
 
+impl Metric {
+    const ALL: [Metric; 3] = [Metric::Seconds, Metric::Bytes, Metric::Cpu];
+}
+
 impl Measure<Run> for Metric {
     fn heading(self) -> &'static str {
         match self {
@@ -287,11 +291,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
          first; ratios are taken round by round",
         args.rounds
     );
-    let mut results = Results::begin(&args.common, &criu, promises::judge, &how)?;
+    let mut results = Results::begin("stream", &args.common, &criu, promises::judge, &how)?;
     for case in Case::all_of(args, &memory) {
         let rounds = rounds::run(&criu, case, args.rounds)?;
         let result = Rounds::of(case, case.contenders().to_vec(), rounds);
-        results.add(&case.describe(), tables(&result), result)?;
+        let record = result.record(&case.describe(), &Metric::ALL)?;
+        results.add(tables(&result), record, result)?;
     }
     results.end();
     Ok(())
