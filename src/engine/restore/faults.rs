@@ -7,8 +7,8 @@ use nix::errno::Errno;
 use super::Restore;
 use super::deferred::Obstacle;
 use super::host_process::HostProcess;
+use super::owner_search::OwnerSearch;
 use super::processes::Process;
-use super::sought::Sought;
 use super::standby::StandbyMessage;
 use super::waking::Waiters;
 use crate::error::{Error, Kind, Result};
@@ -165,7 +165,7 @@ impl Restore {
             return Ok(None);
         };
         let child = Process {
-            sought: process.among_children().map(Sought::new),
+            search: process.children_scope().map(OwnerSearch::new),
             ..Process::new(process.pid, uffd, process.chain.clone())
         };
         let Some(id) = self.planner.handle_fork(parent) else {

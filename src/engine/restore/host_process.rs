@@ -3,7 +3,7 @@
 //!
 //! What the userfaultfd does not tell is read there: guard regions that were installed over missing pages, mappings that
 //! a fork wipes, and whether somebody traces or freezes the process, as a dump does. Nobody names the children that it
-//! forks later: `sought` finds them.
+//! forks later: `owner_search` finds them.
 
 use std::fs::{self, File};
 use std::io;

@@ -4,7 +4,7 @@ use std::io;
 
 use super::Restore;
 use super::deferred::Obstacle;
-use super::sought::Guards;
+use super::owner_search::Guards;
 use super::waking::Waiters;
 use crate::error::Result;
 use crate::image::chain::Stored;
@@ -163,7 +163,7 @@ impl Restore {
         if self
             .processes
             .get(id)
-            .is_some_and(|process| process.sought.is_some())
+            .is_some_and(|process| process.search.is_some())
         {
             let guards = self.look_before_fill(id, at);
             if let Guards::At(guard) = guards {

@@ -45,6 +45,7 @@ pub mod intake;
 mod links;
 mod loss;
 mod owner_processes;
+mod owner_search;
 mod poison;
 pub(in crate::engine) mod postcopy_client;
 mod prepared;
@@ -54,7 +55,6 @@ mod report;
 mod reserve;
 mod second_dump;
 mod signals;
-mod sought;
 pub mod standby;
 mod thread_ends;
 mod unreadable;
@@ -89,6 +89,7 @@ use install::Filling;
 use intake::Intake;
 use links::Links;
 use loss::Losses;
+use owner_search::{OwnerSearch, SearchScope};
 pub(super) use process::wire_of;
 use processes::{Process, Processes};
 use report::Observer;
@@ -96,7 +97,6 @@ pub use report::{Progress, Summary};
 use second_dump::SecondDump;
 use signals::Signals;
 pub use signals::block as block_signals;
-use sought::{Among, Sought};
 pub(in crate::engine) use standby::SourceSockets;
 use standby::{Standby, StandbyMessage};
 use unreadable::Unreadable;
@@ -408,7 +408,9 @@ impl Restore {
         );
         let host = HostProcess::open(host, started);
         let process = Process {
-            sought: host.is_none().then(|| Sought::new(Among::Named(pid))),
+            search: host
+                .is_none()
+                .then(|| OwnerSearch::new(SearchScope::Named(pid))),
             host,
             ..Process::new(pid, uffd, chain)
         };

@@ -14,7 +14,7 @@ use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags, EpollTimeout};
 
 use super::host_process::HostProcess;
 use super::install::READAHEAD_BYTES;
-use super::sought::{Among, Sought};
+use super::owner_search::{OwnerSearch, SearchScope};
 use super::{new_poll, watch};
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::Chain;
@@ -32,9 +32,9 @@ pub(super) struct Process {
     pub(super) pid: u32,
     pub(super) uffd: Uffd,
     pub(super) chain: Option<Arc<Chain>>,
-    /// Unknown as long as it is sought.
+    /// Unknown as long as it is searched for.
     pub(super) host: Option<HostProcess>,
-    pub(super) sought: Option<Sought>,
+    pub(super) search: Option<OwnerSearch>,
     /// How far the chain's files are read ahead.
     pub(super) ahead: ReadAhead,
 }
@@ -48,15 +48,15 @@ impl Process {
             chain,
             ahead,
             host: None,
-            sought: None,
+            search: None,
         }
     }
 
-    /// Among whom the children of this process are to be sought.
-    pub(super) fn among_children(&self) -> Option<Among> {
+    /// Where the children of this process are to be searched for.
+    pub(super) fn children_scope(&self) -> Option<SearchScope> {
         let known = self.host.as_ref().map(HostProcess::pid);
-        let sought = self.sought.as_ref().map(Sought::among);
-        known.map(Among::Descendants).or(sought)
+        let search = self.search.as_ref().map(OwnerSearch::scope);
+        known.map(SearchScope::Descendants).or(search)
     }
 }
 

@@ -25,8 +25,8 @@ use super::takeover::Followed;
 use crate::engine::pending::USERFAULTFD;
 use crate::engine::restore::host_process;
 use crate::engine::restore::intake::SOCKET_NAME;
+use crate::engine::restore::owner_search::{OwnerSearch, SearchScope};
 use crate::engine::restore::signals::Signals;
-use crate::engine::restore::sought::{Among, Sought};
 use crate::engine::restore::waking::Waiters;
 use crate::engine::restore::{OnLoss, Process, Restore, RestoreConfig, process};
 use crate::engine::service_manager::{Passed, ServiceManager, passed};
@@ -343,9 +343,9 @@ impl Restore {
                     match kept.memory.remove(&id) {
                         Some(uffd) => {
                             let chain = chains.get(&pid).cloned().flatten();
-                            let among = self.among_children_of(pid);
+                            let scope = self.children_scope_of(pid);
                             let process = Process {
-                                sought: among.map(Sought::new),
+                                search: scope.map(OwnerSearch::new),
                                 ..Process::new(pid, uffd, chain)
                             };
                             self.processes.adopt(child, process)?;
@@ -367,10 +367,10 @@ impl Restore {
         Ok(lost.into_iter().collect())
     }
 
-    /// Among whom children of the process that the images call `pid` are sought.
-    fn among_children_of(&self, pid: u32) -> Option<Among> {
+    /// Where children of the process that the images call `pid` are searched for.
+    fn children_scope_of(&self, pid: u32) -> Option<SearchScope> {
         let mut family = self.processes.iter().filter(|(_, one)| one.pid == pid);
-        family.find_map(|(_, one)| one.among_children())
+        family.find_map(|(_, one)| one.children_scope())
     }
 
     /// The userfaultfds of these were not kept: the manager had no room for them, or was told too late.

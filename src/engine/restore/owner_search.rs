@@ -31,7 +31,7 @@ use crate::units::{PageRange, Vaddr};
 /// Most candidates that are looked at.
 const CANDIDATES_MAX: usize = 64;
 
-/// Most descendants of a process among whom its children are sought.
+/// Most descendants of a process that are searched for its children.
 const DESCENDANTS_MAX: usize = 256;
 
 /// What looking at candidates costs; to find that there are none costs 1.
@@ -40,19 +40,19 @@ const LOOK_COST: u32 = 32;
 /// What may be spent on one process.
 const COST_MAX: u32 = 1024;
 
-/// Among whom a process is sought.
+/// Where a process is searched for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Among {
+pub(super) enum SearchScope {
     /// The descendants of the process with this pid on this host.
     Descendants(i32),
     /// All that have this pid in their innermost namespace.
     Named(u32),
 }
 
-/// A process that is sought.
+/// The search for the process of a userfaultfd.
 #[derive(Debug)]
-pub(super) struct Sought {
-    among: Among,
+pub(super) struct OwnerSearch {
+    scope: SearchScope,
     cost: u32,
     lacked: Option<Lacked>,
 }
@@ -65,17 +65,17 @@ struct Lacked {
     cost: u32,
 }
 
-impl Sought {
-    pub(super) fn new(among: Among) -> Sought {
-        Sought {
-            among,
+impl OwnerSearch {
+    pub(super) fn new(scope: SearchScope) -> OwnerSearch {
+        OwnerSearch {
+            scope,
             cost: 0,
             lacked: None,
         }
     }
 
-    pub(super) fn among(&self) -> Among {
-        self.among
+    pub(super) fn scope(&self) -> SearchScope {
+        self.scope
     }
 }
 
@@ -103,10 +103,10 @@ impl Restore {
     /// Looks at the candidates for `id` before `at` is filled.
     pub(super) fn look_before_fill(&mut self, id: SpaceId, at: PageRange) -> Guards {
         let process = self.processes.get(id);
-        let Some(among) = process.and_then(|process| Some(process.sought.as_ref()?.among)) else {
+        let Some(scope) = process.and_then(|process| Some(process.search.as_ref()?.scope)) else {
             return Guards::None;
         };
-        let Some(mut candidates) = self.candidates(among) else {
+        let Some(mut candidates) = self.candidates(scope) else {
             return Guards::None;
         };
         let mut free = at;
@@ -125,8 +125,8 @@ impl Restore {
         };
         let cost = if candidates.is_empty() { 1 } else { LOOK_COST };
         candidates.retain(lacks);
-        if let Some(sought) = self.sought_mut(id) {
-            sought.lacked = Some(Lacked {
+        if let Some(search) = self.search_mut(id) {
+            search.lacked = Some(Lacked {
                 page: free.start(),
                 candidates,
                 cost,
@@ -141,14 +141,14 @@ impl Restore {
     /// `id` was filled at `start`: whoever has this page now, and lacked it before, is the process.
     pub(super) fn look_after_fill(&mut self, id: SpaceId, start: Vaddr) {
         let page = self.images.page().bytes();
-        let Some(sought) = self.sought_mut(id) else {
+        let Some(search) = self.search_mut(id) else {
             return;
         };
-        let Some(lacked) = sought.lacked.take().filter(|lacked| lacked.page == start) else {
+        let Some(lacked) = search.lacked.take().filter(|lacked| lacked.page == start) else {
             return;
         };
-        sought.cost += lacked.cost;
-        let too_long = sought.cost > COST_MAX;
+        search.cost += lacked.cost;
+        let too_long = search.cost > COST_MAX;
         let has = |one: &&Candidate| one.pagemap.is_present(start, page).unwrap_or(false);
         let mut found = lacked.candidates.iter().filter(has);
         let name = match (found.next(), found.next()) {
@@ -159,7 +159,7 @@ impl Restore {
         let Some(process) = self.processes.get_mut(id) else {
             return;
         };
-        process.sought = None;
+        process.search = None;
         process.host = name.and_then(|name| HostProcess::open(name.pid, name.started));
         match &process.host {
             Some(host) => tracing::debug!(
@@ -181,24 +181,24 @@ impl Restore {
             let Some(process) = self.processes.get_mut(id) else {
                 continue;
             };
-            if self.planner.is_child(id) && (process.host.is_some() || process.sought.is_some()) {
+            if self.planner.is_child(id) && (process.host.is_some() || process.search.is_some()) {
                 process.host = None;
-                process.sought = None;
+                process.search = None;
                 count += 1;
             }
         }
         count > 0
     }
 
-    fn sought_mut(&mut self, id: SpaceId) -> Option<&mut Sought> {
-        self.processes.get_mut(id)?.sought.as_mut()
+    fn search_mut(&mut self, id: SpaceId) -> Option<&mut OwnerSearch> {
+        self.processes.get_mut(id)?.search.as_mut()
     }
 
-    /// Who may be sought `among` them, without those that are known; `None` if they are not seen all.
-    fn candidates(&self, among: Among) -> Option<Vec<Candidate>> {
-        let mut pids = match among {
-            Among::Descendants(pid) => descendants(pid),
-            Among::Named(inner) => named(inner),
+    /// The processes of `scope` that are not known yet; `None` if not all of them can be seen.
+    fn candidates(&self, scope: SearchScope) -> Option<Vec<Candidate>> {
+        let mut pids = match scope {
+            SearchScope::Descendants(pid) => descendants(pid),
+            SearchScope::Named(inner) => named(inner),
         };
         let known = |pid: &i32| {
             let mut hosts = self
