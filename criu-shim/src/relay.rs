@@ -7,7 +7,7 @@ use std::process::Child;
 
 use pageferry::criu::rpc::kind;
 use pageferry::criu::rpc_fields::{Fields, response};
-use pageferry::daemon::swrk::{self, Parcel, inherit};
+use pageferry::daemon::swrk::{self, SwrkMessage, inherit};
 use pageferry::error::{Error, Kind, Result};
 
 use crate::programs::Programs;
@@ -54,13 +54,13 @@ impl RealCriu {
         client: BorrowedFd<'_>,
         change: impl Fn(&mut Fields),
     ) -> Result<bool> {
-        let request = Parcel {
+        let request = SwrkMessage {
             bytes: request,
             descriptor: None,
         };
         request.send(self.socket.as_fd())?;
         loop {
-            let Some(mut message) = Parcel::receive(self.socket.as_fd())? else {
+            let Some(mut message) = SwrkMessage::receive(self.socket.as_fd())? else {
                 // As without this program the client sees that nobody is there any more.
                 return Err(Error::new(
                     Kind::PeerLost,
@@ -70,7 +70,7 @@ impl RealCriu {
             let mut fields = message.fields()?;
             if fields.int(response::KIND) == Some(kind::NOTIFY) {
                 message.send(client)?;
-                let Some(reply) = Parcel::receive(client)? else {
+                let Some(reply) = SwrkMessage::receive(client)? else {
                     return Err(Error::new(
                         Kind::PeerLost,
                         "the client hung up within a request",

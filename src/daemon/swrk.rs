@@ -161,20 +161,20 @@ impl Client {
 
 /// A message with the descriptor that came with it, if one did: CRIU sends one at most.
 #[derive(Debug)]
-pub struct Parcel {
+pub struct SwrkMessage {
     /// The message.
     pub bytes: Vec<u8>,
-    /// What rode on it.
+    /// The descriptor that came with it.
     pub descriptor: Option<OwnedFd>,
 }
 
-impl Parcel {
+impl SwrkMessage {
     /// Receives a message; `None` if the peer has hung up.
     ///
     /// # Errors
     ///
     /// The connection fails, or the message is longer than any of CRIU's.
-    pub fn receive(socket: BorrowedFd<'_>) -> Result<Option<Parcel>> {
+    pub fn receive(socket: BorrowedFd<'_>) -> Result<Option<SwrkMessage>> {
         // One byte more tells that a message is too long.
         let mut bytes = vec![0; RPC_MESSAGE_BYTES_MAX + 1];
         let received = fdpass::receive(socket, &mut bytes).map_err(|error| {
@@ -186,7 +186,7 @@ impl Parcel {
         }
         bytes.truncate(received.bytes);
         let descriptor = received.fd;
-        Ok((received.bytes > 0).then_some(Parcel { bytes, descriptor }))
+        Ok((received.bytes > 0).then_some(SwrkMessage { bytes, descriptor }))
     }
 
     /// Sends it on.

@@ -23,7 +23,7 @@ use nix::sys::wait::waitpid;
 use nix::unistd::ForkResult;
 use pageferry::criu::rpc::kind;
 use pageferry::criu::rpc_fields::{Fields, options, request, response};
-use pageferry::daemon::swrk::{self, Client, Parcel, inherit};
+use pageferry::daemon::swrk::{self, Client, SwrkMessage, inherit};
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::TcpConnections;
 use pageferry::sys::owned_process::ProcessName;
@@ -168,7 +168,7 @@ fn stand_in(args: &Args) -> Result<ExitCode> {
 /// Starts the process that passes messages on, and tells CRIU's socket; `None` in a process that has done
 /// its work.
 fn relay(dir: &Path, settings: &Settings, client: Client) -> Result<Option<OwnedFd>> {
-    let asked = Parcel::receive(client.as_fd())?
+    let asked = SwrkMessage::receive(client.as_fd())?
         .ok_or_else(|| Error::new(Kind::PeerLost, "the runtime has hung up"))?;
     let mut fields = asked.fields()?;
     let mut given = fields.message(request::OPTIONS).map_err(damaged)?;
@@ -182,7 +182,7 @@ fn relay(dir: &Path, settings: &Settings, client: Client) -> Result<Option<Owned
     records::write(&dir.join(CRIU_PROCESS), &name)?;
     // The kernel notes this process as its maker, whose descriptors CRIU looks at.
     let (ours, theirs) = swrk::pair()?;
-    let request = Parcel {
+    let request = SwrkMessage {
         bytes: fields.encode(),
         descriptor: None,
     };
@@ -287,7 +287,7 @@ struct Relay<'a> {
 impl Relay<'_> {
     /// Passes messages on until the answer.
     fn run(&self) -> Result<()> {
-        while let Some(message) = Parcel::receive(self.criu.as_fd())? {
+        while let Some(message) = SwrkMessage::receive(self.criu.as_fd())? {
             let fields = message.fields()?;
             if fields.int(response::KIND) != Some(kind::NOTIFY) {
                 return message.send(self.runtime.as_fd());
@@ -313,27 +313,27 @@ impl Relay<'_> {
         Ok(())
     }
 
-    fn runtimes_reply(&self, message: &Parcel) -> Result<Parcel> {
+    fn runtimes_reply(&self, message: &SwrkMessage) -> Result<SwrkMessage> {
         if !self.runtime_listens {
             return Ok(verdict(true));
         }
         message.send(self.runtime.as_fd())?;
         // A runtime that is gone ends the work.
-        Parcel::receive(self.runtime.as_fd())?
+        SwrkMessage::receive(self.runtime.as_fd())?
             .ok_or_else(|| Error::new(Kind::PeerLost, "the runtime has hung up"))
     }
 }
 
-fn refusal() -> Parcel {
+fn refusal() -> SwrkMessage {
     verdict(false)
 }
 
 /// The answer to a notification.
-fn verdict(goes_on: bool) -> Parcel {
+fn verdict(goes_on: bool) -> SwrkMessage {
     let mut fields = Fields::default();
     fields.set(request::KIND, u64::from(kind::NOTIFY.unsigned_abs()));
     fields.set(request::NOTIFY_SUCCESS, u64::from(goes_on));
-    Parcel {
+    SwrkMessage {
         bytes: fields.encode(),
         descriptor: None,
     }
