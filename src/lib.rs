@@ -15,8 +15,8 @@
 //!               socket -> criu::fetch or ferry::postcopy_receiver -> lazy::planner -> uffd   (UFFDIO_COPY)
 //! ```
 //!
-//! `units`, `limits`, `criu`, `lazy`, `ferry`, `migration`, `replay` and the pagemap codec of `image` are pure:
-//! they own no descriptor, read no clock and make no system call. Time and bytes are arguments. They build alone, without
+//! `units`, `limits`, `criu`, `lazy`, `ferry`, `migration`, `replay`, `watch` and the pagemap codec of `image` are
+//! pure: they own no descriptor, read no clock and make no system call. Time and bytes are arguments. They build alone, without
 //! the default feature `engine`. The loops in `engine` move the bytes and ask the pure modules what to do.
 //! What a fault brings, and in what order the rest follows, is decided in [`lazy::policy`]. `sys` holds the
 //! only `unsafe` code.
@@ -43,3 +43,4 @@ pub mod sys;
 #[cfg(feature = "engine")]
 pub mod tls;
 pub mod units;
+pub mod watch;

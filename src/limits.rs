@@ -240,3 +240,12 @@ const REPLAY_BUFFERS_MAX: usize = 32 << 20;
 
 const _: () = assert!(REPLAY_CONNECTIONS_MAX * 2 * REPLAY_PIECE_BYTES_MAX <= REPLAY_BUFFERS_MAX);
 const _: () = assert!(REPLAY_DIGEST_BYTES_MAX <= REPLAY_PIECE_BYTES_MAX);
+
+/// Longest file of rules, bytes.
+pub const WATCH_FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// Most rules of a watcher. Each may have a trigger of the kernel's.
+pub const WATCH_RULES_MAX: usize = 256;
+
+/// Longest word over a watcher's socket, bytes, with its newline.
+pub const WATCH_WORD_BYTES_MAX: usize = 256;

@@ -43,6 +43,10 @@ const HEADINGS: &[(&str, &[&str])] = &[
         &["verify", "follow", "on_lag", "max_lag", "source", "stall"],
     ),
     (
+        "Rules",
+        &["rules", "state", "interval", "socket", "dry_run", "check"],
+    ),
+    (
         "Commands",
         &[
             "digest",
@@ -227,6 +231,17 @@ Examples:
   pageferry replay --log log --to 127.0.0.1:6380 --verify
   pageferry replay --log log --to host:6379 --follow --on-lag pause-clients
   pageferry replay --log appendonly.aof --replay 'redis-cli -h host --pipe'",
+    ),
+    (
+        "watch",
+        "\
+Signals:
+  SIGHUP           read the rules again; with a mistake the old ones stay
+  SIGTERM, SIGINT  end it; actions that are under way go on
+
+Examples:
+  pageferry watch --rules rules.toml --dry-run
+  pageferry watch --rules rules.toml --socket /run/pageferry-watch.sock",
     ),
     (
         "copy-lazy",

@@ -26,6 +26,7 @@ mod service_log;
 mod source;
 mod timeline;
 mod verify;
+mod watch;
 
 use std::future::Future;
 use std::process::ExitCode;
@@ -77,6 +78,8 @@ enum Command {
     Record(record::Args),
     /// Tell a service what a log says, and compare its answers with the recorded ones
     Replay(replay::Args),
+    /// Wait for conditions, and act by rules: migrate, pause, stop, restart
+    Watch(watch::Args),
     #[command(hide = true)]
     RestoreHook(hook::Args),
     #[command(hide = true)]
@@ -118,6 +121,7 @@ pub fn run() -> ExitCode {
         Command::CopyLazy(args) => copy_lazy::run(&args),
         Command::Record(args) => record::run(&args),
         Command::Replay(args) => replay::run(&args),
+        Command::Watch(args) => watch::run(&args),
         Command::RestoreHook(args) => hook::run(&args),
         Command::RuntimeCriu(args) => runtime::stand_in::run(&args),
         Command::Guard(args) => source::guard::run(&args),

@@ -1,0 +1,126 @@
+//! `pageferry watch`: rules decide when something is moved, frozen, ended or started again.
+//!
+//! ```text
+//! kernel (PSI) ──> events ──┐
+//! socket (words) ─> events ─┼──> watcher: triggers ──> one action for each target ──> state file
+//! looks each --interval ────┘
+//! ```
+
+mod action;
+mod look;
+mod psi;
+mod rules;
+mod socket;
+mod state;
+mod watcher;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use pageferry::error::{Error, Kind, Result};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until};
+
+use crate::ends::Ends;
+use state::State;
+use watcher::Watcher;
+
+/// Events that wait for the watcher.
+const EVENTS_MAX: usize = 1024;
+
+/// Watches conditions, and acts by rules.
+#[derive(clap::Args, Debug)]
+pub(crate) struct Args {
+    /// The rules
+    #[arg(long, value_name = "FILE")]
+    rules: PathBuf,
+
+    /// Where it is kept what has fired and what runs, over a restart
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "/var/lib/pageferry/watch.json"
+    )]
+    state: PathBuf,
+
+    /// A unix socket for conditions that are commands: a word and a newline
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+
+    /// Between two looks at what the kernel does not tell by itself
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = crate::source::duration)]
+    interval: Duration,
+
+    /// Tell what would be done, and do nothing
+    #[arg(long)]
+    dry_run: bool,
+
+    /// Check the rules, and end
+    #[arg(long)]
+    check: bool,
+}
+
+/// Watches until a signal ends it.
+pub(crate) fn run(args: &Args) -> ExitCode {
+    crate::run_to_end(watch(args))
+}
+
+/// What has happened.
+#[derive(Debug)]
+enum Event {
+    /// The kernel tells of pressure: for a rule of a generation of rules.
+    Pressure(u64, usize),
+    /// A trigger of the kernel's is gone.
+    TriggerGone(u64, usize, Error),
+    /// A word came over the socket.
+    Word(String),
+    /// An action on a target has ended.
+    ActionEnded(String, Result<()>),
+}
+
+async fn watch(args: &Args) -> Result<()> {
+    let rules = rules::read(&args.rules)?;
+    if args.check {
+        println!("{} rules", rules.len());
+        return Ok(());
+    }
+    let failed = |error| Error::wrap(Kind::Io, "cannot wait for signals", error);
+    let mut reload = signal(SignalKind::hangup()).map_err(failed)?;
+    let mut ends = Ends::new()?;
+    let (sender, mut events) = mpsc::channel(EVENTS_MAX);
+    let state = State::open(&args.state, args.dry_run)?;
+    let socket = match &args.socket {
+        Some(path) => Some(socket::listen(path, sender.clone())?),
+        None => None,
+    };
+    let mut watcher = Watcher::new(rules, state, sender, args.dry_run)?;
+    let mut next_look = Instant::now();
+    loop {
+        if Instant::now() >= next_look {
+            watcher.look();
+            next_look = Instant::now() + args.interval;
+        }
+        watcher.act()?;
+        let wake = watcher
+            .next_due()
+            .map_or(next_look, |due| due.min(next_look));
+        tokio::select! {
+            () = sleep_until(wake) => {}
+            event = events.recv() => {
+                if let Some(event) = event {
+                    watcher.happened(event)?;
+                }
+            }
+            _ = reload.recv() => match rules::read(&args.rules) {
+                Ok(rules) => watcher.replace(rules)?,
+                Err(error) => tracing::error!("the rules stay as they were: {error}"),
+            },
+            () = ends.next() => break,
+        }
+    }
+    drop(socket);
+    watcher.tell_what_runs();
+    Ok(())
+}

@@ -1,0 +1,280 @@
+//! `pageferry watch` with real pressure, real control groups, and restarts.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::Signal;
+use testbed::bed::{Bed, with_bed};
+use testbed::gate::{need, root};
+use testbed::process::Spawned;
+use testbed::wait::{self, GENEROUS};
+use testbed::workspace::binary;
+
+/// Where version 2 of control groups may be mounted.
+const MOUNTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
+
+/// A control group, removed on drop. Who put processes there ends them before.
+struct Group(PathBuf);
+
+impl Group {
+    fn new(name: &str) -> Result<Group> {
+        let mount = MOUNTS
+            .iter()
+            .find(|mount| Path::new(mount).join("cgroup.procs").is_file());
+        let mount = mount.context("no control groups of version 2 are mounted")?;
+        let unique = format!("pageferry-watch-{name}-{}", std::process::id());
+        let path = Path::new(mount).join(unique);
+        fs::create_dir(&path).with_context(|| path.display().to_string())?;
+        let group = Group(path);
+        ensure!(
+            group.0.join("cpu.pressure").is_file(),
+            "this kernel has no PSI"
+        );
+        Ok(group)
+    }
+
+    /// A command of a shell that runs in it.
+    fn run(&self, name: &str, command: &str) -> Result<Spawned> {
+        let procs = self.0.join("cgroup.procs");
+        let text = format!("echo $$ > '{}' && {command}", procs.display());
+        Spawned::start(name, Command::new("sh").args(["-c", &text]), None)
+    }
+
+    fn event(&self, line: &str) -> Result<bool> {
+        let text = fs::read_to_string(self.0.join("cgroup.events"))?;
+        Ok(text.lines().any(|found| found == line))
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // What a failed test has left in it.
+        let _ = fs::write(self.0.join("cgroup.kill"), "1");
+        let removed = wait::undisturbed("the group to be empty", GENEROUS, || {
+            Ok(fs::remove_dir(&self.0).ok())
+        });
+        if let Err(error) = removed {
+            eprintln!("removing {}: {error:#}", self.0.display());
+        }
+    }
+}
+
+fn watch(bed: &Bed, name: &str, rules: &str, more: &[&str]) -> Result<Spawned> {
+    fs::write(bed.path("rules.toml"), rules)?;
+    let log = bed.path(&format!("{name}.log"));
+    let mut command = Command::new(binary("pageferry")?);
+    command
+        .args(["watch", "--interval", "20ms", "--rules"])
+        .arg(bed.path("rules.toml"))
+        .arg("--state")
+        .arg(bed.path("state.json"))
+        .args(more)
+        .stderr(fs::File::create(&log)?);
+    Spawned::start(name, &mut command, Some(log))
+}
+
+/// Waits until the watcher has said so.
+fn expect_said(watcher: &mut Spawned, text: &str) -> Result<()> {
+    wait::until(text, GENEROUS, || {
+        let said = said(watcher)?;
+        if said.contains(text) {
+            return Ok(Some(()));
+        }
+        match watcher.ended()? {
+            Some(ended) => bail!("{}: {said}", ended.status),
+            None => Ok(None),
+        }
+    })
+}
+
+fn said(watcher: &Spawned) -> Result<String> {
+    Ok(fs::read_to_string(watcher.log().context("a log")?)?)
+}
+
+fn lines(path: &Path) -> usize {
+    fs::read_to_string(path).map_or(0, |text| text.lines().count())
+}
+
+fn with_group(name: &str, test: impl FnOnce(&Bed, &Group) -> Result<()>) {
+    if root().is_none() {
+        return;
+    }
+    let group = Group::new(name).map_err(|error| format!("{error:#}"));
+    let Some(group) = need("control groups with PSI", group) else {
+        return;
+    };
+    with_bed(|bed| test(bed, &group));
+}
+
+#[test]
+fn pressure_pauses_a_group_and_a_file_resumes_it() {
+    with_group("pressure", |bed, group| {
+        let (cgroup, done) = (group.0.display(), bed.path("over"));
+        let rules = format!(
+            r#"
+            [[rule]]
+            name = "squeezed"
+            target = "web"
+            when.psi = {{ resource = "cpu", stall = "100ms", window = "2s", cgroup = "{cgroup}" }}
+            action.pause.cgroup = "{cgroup}"
+
+            [[rule]]
+            name = "over"
+            target = "web"
+            when.file.path = "{}"
+            action.resume.cgroup = "{cgroup}"
+            "#,
+            done.display()
+        );
+        let mut watcher = watch(bed, "watch", &rules, &[])?;
+        expect_said(&mut watcher, "2 rules are watched")?;
+        ensure!(group.event("frozen 0")?, "nothing has happened yet");
+        // Three for one processor: two of them wait at any time.
+        let busy = (0..3)
+            .map(|_| group.run("busy", "exec taskset -c 0 sh -c 'while :; do :; done'"))
+            .collect::<Result<Vec<_>>>()?;
+        wait::until("the group to be frozen", GENEROUS, || {
+            Ok(group.event("frozen 1")?.then_some(()))
+        })?;
+        expect_said(&mut watcher, "web: done")?;
+        fs::write(&done, "")?;
+        wait::until("the group to go on", GENEROUS, || {
+            Ok(group.event("frozen 0")?.then_some(()))
+        })?;
+        drop(busy);
+        watcher.signal(Signal::SIGTERM)?;
+        watcher.succeed(GENEROUS).map(drop)
+    });
+}
+
+#[test]
+fn a_group_is_restarted_by_a_word() {
+    with_group("restart", |bed, group| {
+        let (socket, started) = (bed.path("socket"), bed.path("started"));
+        let rules = format!(
+            r#"
+            [[rule]]
+            name = "again"
+            when.command.word = "restart"
+            cool-down = "1ms"
+            [rule.action.restart]
+            cgroup = "{}"
+            start = "echo started >> '{}'"
+            "#,
+            group.0.display(),
+            started.display()
+        );
+        let socket_option = socket.display().to_string();
+        let mut watcher = watch(bed, "watch", &rules, &["--socket", &socket_option])?;
+        expect_said(&mut watcher, "1 rules are watched")?;
+        let mut service = group.run("service", "exec sleep 1000000")?;
+        wait::until("the service to be there", GENEROUS, || {
+            Ok(group.event("populated 1")?.then_some(()))
+        })?;
+        let mut stream = UnixStream::connect(&socket)?;
+        stream.write_all(b"nothing\nrestart\n")?;
+        let mut answers = BufReader::new(stream).lines();
+        for _ in 0..2 {
+            ensure!(answers.next().context("an answer")?? == "ok");
+        }
+        service.wait(GENEROUS)?;
+        expect_said(&mut watcher, "again: done")?;
+        ensure!(lines(&started) == 1);
+        ensure!(said(&watcher)?.contains("no rule has the command \"nothing\""));
+        Ok(())
+    });
+}
+
+#[test]
+fn what_has_fired_is_known_after_a_kill_and_one_action_runs_at_a_time() {
+    with_bed(|bed| {
+        let (given, go, ran) = (bed.path("given"), bed.path("go"), bed.path("ran"));
+        let rule = |name: &str| {
+            format!(
+                r#"
+                [[rule]]
+                name = "{name}"
+                target = "one"
+                when.file.path = "{}"
+                cool-down = "1ms"
+                action.exec.command = "echo {name} >> '{}'; while [ ! -e '{}' ]; do sleep 0.05; done; echo end >> '{}'"
+                "#,
+                given.display(),
+                ran.display(),
+                go.display(),
+                ran.display()
+            )
+        };
+        let rules = rule("first") + &rule("second");
+        fs::write(&given, "")?;
+        let mut watcher = watch(bed, "killed", &rules, &[])?;
+        wait::until("the first action", GENEROUS, || {
+            Ok((lines(&ran) == 1).then_some(()))
+        })?;
+        // The pid is written down once the process runs.
+        wait::until("the state", GENEROUS, || {
+            let state = fs::read_to_string(bed.path("state.json")).unwrap_or_default();
+            Ok(state.contains("\"pid\"").then_some(()))
+        })?;
+        watcher.kill()?;
+        // The action goes on, and the second one waits for it.
+        let mut watcher = watch(bed, "again", &rules, &[])?;
+        expect_said(&mut watcher, "is under way (pid ")?;
+        ensure!(lines(&ran) == 1, "the target is busy");
+        fs::write(&go, "")?;
+        wait::until("both actions", GENEROUS, || {
+            Ok((lines(&ran) == 4).then_some(()))
+        })?;
+        let text = fs::read_to_string(&ran)?;
+        ensure!(text == "first\nend\nsecond\nend\n", "{text}");
+        expect_said(&mut watcher, "rule \"second\"")?;
+        watcher.signal(Signal::SIGTERM)?;
+        watcher.succeed(GENEROUS)?;
+
+        // Both have fired, and the file is still there.
+        let mut watcher = watch(bed, "third", &(rules + &rule("other")), &["--dry-run"])?;
+        expect_said(&mut watcher, "rule \"other\" would now")?;
+        let said = said(&watcher)?;
+        ensure!(
+            !said.contains("\"first\" would") && !said.contains("\"second\" would"),
+            "{said}"
+        );
+        ensure!(lines(&ran) == 4, "a dry run does nothing");
+        Ok(())
+    });
+}
+
+#[test]
+fn rules_with_a_mistake_change_nothing() {
+    with_bed(|bed| {
+        let (given, ran) = (bed.path("given"), bed.path("ran"));
+        let good = format!(
+            "[[rule]]\nname = \"a\"\nwhen.file.path = \"{}\"\naction.exec.command = \"echo a >> '{}'\"\n",
+            given.display(),
+            ran.display()
+        );
+        let bad = good.replace("action.exec.command", "action.exec.comand");
+        let mut refused = watch(bed, "refused", &bad, &[])?;
+        refused.fail(GENEROUS)?;
+        let text = said(&refused)?;
+        ensure!(
+            text.contains("line 4 ") && text.contains("comand"),
+            "{text}"
+        );
+
+        let mut watcher = watch(bed, "watch", &good, &[])?;
+        expect_said(&mut watcher, "1 rules are watched")?;
+        fs::write(bed.path("rules.toml"), &bad)?;
+        watcher.signal(Signal::SIGHUP)?;
+        expect_said(&mut watcher, "the rules stay as they were")?;
+        fs::write(&given, "")?;
+        wait::until("the old rule", GENEROUS, || {
+            Ok((lines(&ran) == 1).then_some(()))
+        })?;
+        Ok(())
+    });
+}
