@@ -65,9 +65,13 @@ impl HostProcess {
         fs::read_to_string(self.path(file))
     }
 
-    /// The first guard region in `range`, where the kernel tells.
-    pub(super) fn first_guard(&mut self, range: PageRange) -> Option<PageRange> {
-        match self.pagemap.as_ref()?.first_guard(range) {
+    /// The first guard region in `reach`, which begins as `range` does and has more, or at least in `range`, where the
+    /// kernel tells.
+    pub(super) fn first_guard(&mut self, range: PageRange, reach: PageRange) -> Option<PageRange> {
+        let pagemap = self.pagemap.as_ref()?;
+        let found = pagemap.first_guard(reach);
+        // Above all memory nothing can be asked about.
+        match found.or_else(|_| pagemap.first_guard(range)) {
             Ok(found) => found,
             Err(error) => {
                 // An older kernel, or the process has ended: it will not tell later.

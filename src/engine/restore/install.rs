@@ -157,42 +157,6 @@ impl Restore {
         }
     }
 
-    /// Takes guard regions in `at` for gone, if there are any, and says so: UFFDIO_COPY would take them away,
-    /// and their pages read as zero once the process removes them.
-    fn leave_guards(&mut self, id: SpaceId, at: PageRange) -> Guards {
-        if self
-            .processes
-            .get(id)
-            .is_some_and(|process| process.search.is_some())
-        {
-            let guards = self.look_before_fill(id, at);
-            if let Guards::At(guard) = guards {
-                self.leave_guard(id, guard);
-            }
-            return guards;
-        }
-        let mut found = Guards::None;
-        let mut left = at;
-        while let Some(guard) = self.processes.get_mut(id).and_then(|process| {
-            let host = process.host.as_mut()?;
-            host.first_guard(left)
-        }) {
-            found = Guards::At(guard);
-            self.leave_guard(id, guard);
-            left = PageRange::new(guard.end().get(), at.end().get());
-            if left.is_empty() {
-                break;
-            }
-        }
-        found
-    }
-
-    fn leave_guard(&mut self, id: SpaceId, guard: PageRange) {
-        let pid = self.processes.pid(id).unwrap_or(0);
-        tracing::debug!("pid {pid}, or a child of it, keeps the guard region {guard}");
-        self.settle(id, guard, Way::Gone, Waiters::Asleep);
-    }
-
     /// How much to receive or to copy with one call now, bytes.
     pub(super) fn step_bytes(&self) -> u64 {
         if self.links.is_faulting(self.clock.now_us()) {
@@ -292,17 +256,18 @@ impl Restore {
             let start = piece.at.start().get();
             Some((extent, PageRange::new(start, start + length)))
         };
-        let Some((_, at)) = within(piece) else {
+        let Some((mut extent, mut at)) = within(piece) else {
             return Ok(());
         };
+        let (whole, mut piece) = (at, piece);
         let guards = self.leave_guards(id, at);
-        let (piece, whole) = match guards {
-            Guards::Beside(free) => (piece.part(free), at),
-            Guards::None | Guards::At(_) => (piece, at),
-        };
-        let Some((extent, at)) = within(piece) else {
-            return Ok(());
-        };
+        if let Guards::Beside(free) = guards {
+            piece = piece.part(free);
+            let Some(part) = within(piece) else {
+                return Ok(());
+            };
+            (extent, at) = part;
+        }
         let length = at.bytes();
         if guards != Guards::None {
             // What is beside is found missing again; a thread that waits for it must not wait longer.

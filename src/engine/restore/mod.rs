@@ -18,7 +18,7 @@
 //! |---|---|
 //! | `handover` | what the restore says: processes, its end |
 //! | `lazy::planner`, `processes` | what memory does: faults, forks, moves, ends |
-//! | `waking`, `install`, `deferred`, `unreadable` | filling pages: sequences to be woken, obstacles, images that fail |
+//! | `waking`, `install`, `guards`, `deferred`, `unreadable` | filling pages: sequences to be woken, guards, obstacles, images that fail |
 //! | `links` | connections to the source: answers, breaks, new attempts |
 //! | `background`, `second_dump` | the rate, and whoever traces a process |
 //! | `loss` | pages that cannot come, and what an operator says about them |
@@ -37,6 +37,7 @@ mod config;
 mod deferred;
 mod faults;
 mod given_up;
+mod guards;
 mod handover;
 mod host_process;
 mod idle;
@@ -83,6 +84,7 @@ use auto_dedup::AutoDedup;
 use background::Background;
 pub use config::{OnLoss, RestoreConfig};
 use deferred::Deferred;
+use guards::GuardLook;
 use handover::Handover;
 use host_process::HostProcess;
 use install::Filling;
@@ -158,6 +160,7 @@ pub struct Restore {
     /// For the messages of userfaultfds, where nobody stands by.
     room: Room,
     filling: Filling,
+    guard_look: GuardLook,
     /// Takes out of the local images what nobody needs any more.
     auto_dedup: Option<AutoDedup>,
 }
@@ -259,6 +262,7 @@ impl Restore {
             clock: Clock(Instant::now()),
             observer,
             filling: Filling::default(),
+            guard_look: GuardLook::default(),
             standby,
             room: Room::zeroed(),
         };
