@@ -171,13 +171,17 @@ impl<I: Index> ExtentMap<I> {
 
     /// What is there at or above `addr`: the rest of the run around it, else the next run.
     pub fn next_from(&self, addr: Vaddr) -> Option<Piece> {
-        if let Some(around) = self.find(addr) {
-            return Some(around.part(PageRange::new(addr.get(), around.at.end().get())));
-        }
-        self.runs
-            .range(addr.get()..)
-            .next()
-            .map(|(start, run)| piece(*start, *run))
+        let next = self.around_or_above(addr)?;
+        let start = next.at.start().max(addr);
+        Some(next.part(PageRange::new(start.get(), next.at.end().get())))
+    }
+
+    /// The whole run around `addr`, else the next one above.
+    fn around_or_above(&self, addr: Vaddr) -> Option<Piece> {
+        self.find(addr).or_else(|| {
+            let (start, run) = self.runs.range(addr.get()..).next()?;
+            Some(piece(*start, *run))
+        })
     }
 
     /// All runs, by address.
@@ -187,13 +191,11 @@ impl<I: Index> ExtentMap<I> {
 
     /// Takes out what lies in `range`, splitting the runs at its borders; `taken` sees each part.
     pub fn take(&mut self, range: PageRange, mut taken: impl FnMut(Piece)) {
-        while let Some(next) = self.next_from(range.start()) {
-            let Some(cut) = next.at.intersect(range) else {
-                break;
-            };
-            let Some(whole) = self.find(cut.start()) else {
-                break;
-            };
+        let mut at = range.start();
+        while at < range.end()
+            && let Some(whole) = self.around_or_above(at)
+            && let Some(cut) = whole.at.intersect(range)
+        {
             self.remove(whole);
             let before = PageRange::new(whole.at.start().get(), cut.start().get());
             let after = PageRange::new(cut.end().get(), whole.at.end().get());
@@ -203,6 +205,7 @@ impl<I: Index> ExtentMap<I> {
                 }
             }
             taken(whole.part(cut));
+            at = cut.end();
         }
     }
 

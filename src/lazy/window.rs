@@ -57,6 +57,8 @@ pub struct Window {
     /// Bytes a second that the link carries most of the time: when bytes come in bursts, the best
     /// sample says more than it can.
     steady_rate: u64,
+    /// The best of `rates`.
+    best_rate: u64,
     delay_us: Option<u64>,
     previous_delay_us: Option<u64>,
     delay_since_us: u64,
@@ -81,6 +83,7 @@ impl Window {
             received: 0,
             rates: VecDeque::with_capacity(RATE_SAMPLES),
             steady_rate: 0,
+            best_rate: 0,
             delay_us: None,
             previous_delay_us: None,
             delay_since_us: 0,
@@ -151,9 +154,12 @@ impl Window {
             self.rates.pop_front();
         }
         self.rates.push_back(rate);
-        let mut sorted = Vec::from_iter(self.rates.iter().copied());
-        sorted.sort_unstable();
-        self.steady_rate = sorted[sorted.len() / 2];
+        self.best_rate = self.rates.iter().copied().max().unwrap_or(0);
+        let mut rates = [0; RATE_SAMPLES];
+        let samples = &mut rates[..self.rates.len()];
+        samples.copy_from_slice(self.rates.make_contiguous());
+        let (_, median, _) = samples.select_nth_unstable(samples.len() / 2);
+        self.steady_rate = *median;
     }
 
     /// Nothing is on the way any more: the connection is gone.
@@ -166,7 +172,7 @@ impl Window {
 
     /// Bytes a second that the link was last seen to carry, 0 before the first answer.
     pub fn rate(&self) -> u64 {
-        self.rates.iter().copied().max().unwrap_or(0)
+        self.best_rate
     }
 
     fn delay(&self) -> Option<u64> {

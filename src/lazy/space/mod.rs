@@ -223,6 +223,11 @@ impl Space {
 
     /// The source sends the pages `image` unasked: what is missing of them is on the way.
     pub fn pushed(&mut self, image: PageRange) {
+        let on_the_way = self.flight.find_image(image);
+        if on_the_way.is_some_and(|piece| piece.image_range() == image) {
+            // So it is nowhere else: most answers are to questions.
+            return;
+        }
         while let Some(piece) = self.remote.find_image(image) {
             let flight = &mut self.flight;
             self.remote.take(piece.at, |piece| flight.insert(piece));
@@ -346,18 +351,23 @@ impl Space {
     /// of them were missing; `served` sees the threads that waited for one.
     pub fn settle(&mut self, range: PageRange, mut served: impl FnMut(Served)) -> u64 {
         let mut bytes = 0;
-        let mut count = |piece: Piece| bytes += piece.at.bytes();
-        self.flight.take(range, &mut count);
-        self.remote.take(range, &mut count);
+        self.flight.take(range, |piece| bytes += piece.at.bytes());
+        // A page is in one map alone: to look for it in the others costs as much as to take it out.
+        if bytes < range.bytes() {
+            self.remote.take(range, |piece| bytes += piece.at.bytes());
+        }
+        let before = bytes;
         let unneeded = &mut self.unneeded;
         let mut count = |piece: Piece| {
-            count(piece);
+            bytes += piece.at.bytes();
             if let Some(unneeded) = unneeded {
                 unneeded.push(piece.image_range());
             }
         };
-        self.local.take(range, &mut count);
-        self.unreadable.take(range, &mut count);
+        if before < range.bytes() {
+            self.local.take(range, &mut count);
+            self.unreadable.take(range, &mut count);
+        }
         self.wiped.take(range, |_| {});
         while let Some((page, since_us)) = self.next_waiting(range) {
             self.waiting.remove(&page);

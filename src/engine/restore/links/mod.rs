@@ -337,6 +337,7 @@ impl Restore {
         }
         let now_us = self.clock.now_us();
         let mut asked = false;
+        let mut lives = None;
         while let Some(pair) = &self.links.pair
             && pair.stream.window().has_room(now_us)
         {
@@ -349,9 +350,11 @@ impl Restore {
             let Some(request) = self.planner.next_stream(chunk, gap) else {
                 break;
             };
-            if self.forget_if_ended(request.space) {
+            // Small requests leave by the dozen: one look is for all of them.
+            if lives != Some(request.space) && self.forget_if_ended(request.space) {
                 continue;
             }
+            lives = Some(request.space);
             let Some(pair) = &mut self.links.pair else {
                 break;
             };
