@@ -60,6 +60,11 @@ impl DrainPlan {
         }
     }
 
+    /// Size of a page.
+    pub fn page(&self) -> PageSize {
+        self.page
+    }
+
     /// All runs, by pid and address.
     pub fn runs(&self) -> impl Iterator<Item = (u32, PageRange)> + '_ {
         self.runs.iter().map(|run| (run.pid, run.range))

@@ -24,7 +24,11 @@ use crate::sys::disconnect::resets_are_skipped;
 
 /// Requests that are on their way at most, however small: of fragmented memory each is for one run, and to
 /// wait for its answer before the next one takes longer than the answer.
-const REQUESTS_MAX: usize = 16;
+const REQUESTS_MAX: usize = 32;
+
+/// No more are made until so few are left: several leave with one send, and the dump finds several with one
+/// wake-up.
+const REQUESTS_LEFT: usize = 16;
 
 /// Bytes that are on their way at most, when the next request is made.
 const REQUESTED_BYTES_MAX: u64 = 512 << 10;
@@ -126,6 +130,9 @@ impl Drain {
     }
 
     fn ask(&mut self, dump_memory: &DumpMemory, enough: &impl Fn() -> bool) -> Result<()> {
+        if self.fetcher.outstanding() > REQUESTS_LEFT {
+            return Ok(());
+        }
         let mut words = Vec::new();
         while self.fetcher.outstanding() < REQUESTS_MAX
             && self.requested <= REQUESTED_BYTES_MAX
@@ -137,7 +144,10 @@ impl Drain {
             self.fetcher.get(pid, range, pid, &mut words);
             self.requested += range.bytes();
         }
-        self.send(&words)
+        match words.is_empty() {
+            true => Ok(()),
+            false => self.send(&words),
+        }
     }
 
     fn send(&mut self, words: &[u8]) -> Result<()> {

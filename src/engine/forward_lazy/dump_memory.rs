@@ -20,7 +20,7 @@ use crate::engine::ferry::lock;
 use crate::engine::serve::memory::Memory;
 use crate::error::{Error, Kind, Result};
 use crate::ferry::message::Fault;
-use crate::ferry::push_planner::{self, Found};
+use crate::ferry::push_planner::{self, Found, PUSH_BYTES};
 use crate::image::chain::{Absence, Chain, Missing, Place, Resolved};
 use crate::image::dir::ImageDir;
 use crate::lazy::drain::DrainPlan;
@@ -48,6 +48,48 @@ struct State {
     plan: DrainPlan,
     /// Nothing more comes from the dump, and why.
     failure: Option<String>,
+    /// What threads wait for.
+    awaited: Vec<Range<u64>>,
+    /// Came since all who wait were last woken, pages.
+    untold: u64,
+}
+
+impl State {
+    fn new(plan: DrainPlan) -> State {
+        State {
+            plan,
+            failure: None,
+            awaited: Vec::new(),
+            untold: 0,
+        }
+    }
+
+    /// The pages `numbers` have come. Says whether those who wait are to be woken: if it is what one of them waits
+    /// for, when as much has come as is pushed together, and at the end.
+    fn arrived(&mut self, pid: u32, range: PageRange, numbers: &Range<u64>) -> bool {
+        self.plan.arrived(pid, range);
+        self.untold += numbers.end - numbers.start;
+        let plan = &self.plan;
+        let has_come = |awaited: &Range<u64>| {
+            awaited.start < numbers.end
+                && numbers.start < awaited.end
+                && plan.held_part(awaited.clone()) == *awaited
+        };
+        let enough = self.untold << plan.page().shift() >= PUSH_BYTES;
+        let tells = enough || self.awaited.iter().any(has_come) || plan.is_complete();
+        if tells {
+            self.untold = 0;
+        }
+        tells
+    }
+
+    /// Nobody waits for `needed` any more, or one fewer.
+    fn forget_awaited(&mut self, needed: &Range<u64>) {
+        let at = self.awaited.iter().position(|one| one == needed);
+        if let Some(at) = at {
+            self.awaited.swap_remove(at);
+        }
+    }
 }
 
 impl DumpMemory {
@@ -83,10 +125,7 @@ impl DumpMemory {
         Ok(DumpMemory {
             page,
             file: MemoryFile::new(pages << page.shift(), spill)?,
-            state: Mutex::new(State {
-                plan,
-                failure: None,
-            }),
+            state: Mutex::new(State::new(plan)),
             changed: Condvar::new(),
         })
     }
@@ -131,8 +170,10 @@ impl DumpMemory {
             numbers.filter(|numbers| numbers.end - numbers.start == range.pages(self.page).get());
         let numbers = numbers.expect("only what the plan has is asked for");
         self.file.write(bytes, numbers.start << self.page.shift())?;
-        lock(&self.state).plan.arrived(pid, range);
-        self.changed.notify_all();
+        // Small pages come by the ten thousand: to wake everybody for each would take longer than all else.
+        if lock(&self.state).arrived(pid, range, &numbers) {
+            self.changed.notify_all();
+        }
         Ok(())
     }
 
@@ -200,12 +241,14 @@ impl DumpMemory {
             if wanted.as_ref() != Some(&needed) {
                 let from_fault = needed.end - needed.start <= FAULT_PAGES_MAX;
                 state.plan.want(needed.clone(), from_fault);
-                wanted = Some(needed);
+                wanted = Some(needed.clone());
             }
+            state.awaited.push(needed.clone());
             state = self
                 .changed
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
+            state.forget_awaited(&needed);
         }
     }
 
@@ -214,7 +257,7 @@ impl DumpMemory {
         ask(&lock(&self.state).plan)
     }
 
-    /// Waits for a while, or until more pages have come.
+    /// Waits for a while, or until as many more pages have come as are pushed together.
     pub(in crate::engine) fn wait_for_more(&self, most: Duration) -> Result<()> {
         let state = lock(&self.state);
         if let Some(why) = &state.failure {
@@ -311,6 +354,29 @@ mod tests {
         let entry = encode_entry(range, PageFlags::LAZY, None, Wire::V2, PAGE);
         map.write(&entry).unwrap();
         ImageDir::open(dir, PAGE).unwrap()
+    }
+
+    #[test]
+    fn who_waits_is_woken_for_what_it_waits_for_and_for_whole_batches() {
+        let range = |first: u64, pages: u64| PageRange::new(first << 12, (first + pages) << 12);
+        let plan = DrainPlan::new(PAGE, (0..100).map(|n| (7, range(10 + 2 * n, 1))));
+        let mut state = State::new(plan);
+        let arrives = |state: &mut State, n: u64| {
+            let one = n..n + 1;
+            state.arrived(7, range(10 + 2 * n, 1), &one)
+        };
+        let batch = PUSH_BYTES >> 12;
+        let told = (0..2 * batch).filter(|n| arrives(&mut state, *n));
+        assert_eq!(told.collect::<Vec<_>>(), [batch - 1, 2 * batch - 1]);
+        state.awaited = vec![90..91, 50..52];
+        assert!(!arrives(&mut state, 50), "the other one is missing");
+        assert!(arrives(&mut state, 51));
+        state.forget_awaited(&(50..52));
+        assert!(arrives(&mut state, 90));
+        state.forget_awaited(&(90..91));
+        assert!(state.awaited.is_empty());
+        let told = (2 * batch..100).filter(|n| arrives(&mut state, *n));
+        assert_eq!(told.last(), Some(99), "the last one");
     }
 
     #[test]
