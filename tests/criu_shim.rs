@@ -52,6 +52,40 @@ fn pages_bytes(images: &Path) -> Result<u64> {
     Ok(sum)
 }
 
+/// Two copies in PATH, each of which takes the other one for the real CRIU.
+#[test]
+fn copies_that_hand_to_each_other_are_refused() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut dirs = Vec::new();
+    for name in ["one", "other"] {
+        let place = dir.path().join(name);
+        fs::create_dir(&place)?;
+        fs::copy(testbed::workspace::binary("criu")?, place.join("criu"))?;
+        dirs.push(place);
+    }
+    let path = std::env::join_paths(&dirs)?;
+    for (words, emulate) in [
+        (&["check"][..], "never"),
+        (&["check", "--feature", "mem_dirty_track"], "always"),
+        (&["pre-dump", "-t", "1", "-D", "images"], "always"),
+        (&["dump", "-t", "1", "-D", "images"], "never"),
+    ] {
+        let mut command = Command::new(dirs[0].join("criu"));
+        command
+            .args(words)
+            .current_dir(dir.path())
+            .env("PATH", &path);
+        command.env("PAGEFERRY_EMULATE_PRE_DUMP", emulate);
+        command.env_remove("PAGEFERRY_CRIU");
+        command.env("PAGEFERRY_SHIM_CONFIG", "/dev/null");
+        let output = command.output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(!output.status.success(), "{words:?} succeeds");
+        ensure!(said.contains("hand to each other"), "{words:?}: {said}");
+    }
+    Ok(())
+}
+
 /// Two pre-dumps and a dump on the command line, with and without a page server.
 fn pre_dumps_store_what_has_changed(bed: &Bed, criu: &Criu) -> Result<()> {
     let shim = shim_of(bed, criu)?;

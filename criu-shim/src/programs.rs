@@ -1,12 +1,15 @@
 //! The programs behind this one.
+//!
+//! Another copy of this program may be taken for the real CRIU, which would hand everything back. So whoever hands on says
+//! in the environment which copies have done so; one that finds itself there refuses.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, parent_id};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{self, Command, ExitCode};
 
 use pageferry::error::{Error, Kind, Result};
 
@@ -15,12 +18,17 @@ use crate::config::Config;
 /// The file that runs, also when it has been replaced or removed since: then its path is another file's, or nobody's.
 const RUNNING: &str = "/proc/self/exe";
 
+/// Which copies of this program have handed on: the pid of the last one, then device and number of each one's file.
+const CHAIN_VARIABLE: &str = "PAGEFERRY_SHIM_CHAIN";
+
 /// Where each program is.
 #[derive(Debug)]
 pub(crate) struct Programs {
     criu: PathBuf,
     page_server: PathBuf,
     lazy_client: PathBuf,
+    /// What the real CRIU is told in [`CHAIN_VARIABLE`].
+    chain: String,
 }
 
 impl Programs {
@@ -38,6 +46,7 @@ impl Programs {
                 Error::new(Kind::Usage, text)
             })?,
         };
+        let chain = handed_on(&this, &criu)?;
         let beside = this.parent().unwrap_or(Path::new("/"));
         let ours = |name: &str| match &config.bin_dir {
             Some(dir) => dir.join(name),
@@ -48,12 +57,15 @@ impl Programs {
             criu,
             page_server: ours("page-server"),
             lazy_client: ours("lazy-client"),
+            chain,
         })
     }
 
     /// The real CRIU, to be started.
     pub(crate) fn criu(&self) -> Command {
-        Command::new(&self.criu)
+        let mut command = Command::new(&self.criu);
+        command.env(CHAIN_VARIABLE, &self.chain);
+        command
     }
 
     /// Our page server, to be started.
@@ -63,26 +75,61 @@ impl Programs {
 
     /// Turns this process into the real CRIU.
     pub(crate) fn become_criu(&self, argv: &[OsString]) -> Result<ExitCode> {
-        become_program(&self.criu, argv)
+        become_program(self.criu(), argv)
     }
 
     /// Turns this process into our page server.
     pub(crate) fn become_page_server(&self, argv: &[OsString]) -> Result<ExitCode> {
-        become_program(&self.page_server, argv)
+        become_program(Command::new(&self.page_server), argv)
     }
 
     /// Turns this process into lazy-client.
     pub(crate) fn become_lazy_client(&self, argv: &[OsString]) -> Result<ExitCode> {
-        become_program(&self.lazy_client, argv)
+        become_program(Command::new(&self.lazy_client), argv)
     }
 }
 
-fn become_program(path: &Path, argv: &[OsString]) -> Result<ExitCode> {
-    Err(Error::file(
-        "start",
-        path,
-        Command::new(path).args(argv).exec(),
-    ))
+fn become_program(mut command: Command, argv: &[OsString]) -> Result<ExitCode> {
+    let error = command.args(argv).exec();
+    let path = Path::new(command.get_program());
+    Err(Error::file("start", path, error))
+}
+
+/// The chain of copies that have handed on, this one included. Fails if it is in the chain already: `criu`, to which it
+/// would hand on, or one behind that, has handed back to `this`.
+fn handed_on(this: &Path, criu: &Path) -> Result<String> {
+    let own = identity(Path::new(RUNNING)).unwrap_or_default();
+    let told = env::var(CHAIN_VARIABLE).unwrap_or_default();
+    let parent = parent_id();
+    let of_parent = || identity(Path::new(&format!("/proc/{parent}/exe"))).unwrap_or_default();
+    let before = copies_before(&told, process::id(), parent, of_parent);
+    if before.contains(&own.as_str()) {
+        let text = format!(
+            "{} and {} are both pageferry's criu and hand to each other: name the real CRIU in PAGEFERRY_CRIU, or \
+             leave one of the two in PATH",
+            this.display(),
+            criu.display()
+        );
+        return Err(Error::new(Kind::Usage, text));
+    }
+    let mut words = vec![process::id().to_string()];
+    words.extend(before.into_iter().map(str::to_owned));
+    words.push(own);
+    Ok(words.join(" "))
+}
+
+/// The copies that have handed on to this process, as `told`: if that was said by what this process was before, or by
+/// its parent, which is still such a copy. What a real CRIU starts has inherited the words, and they are not for it.
+fn copies_before(told: &str, pid: u32, parent: u32, of_parent: impl Fn() -> String) -> Vec<&str> {
+    let mut words = told.split(' ');
+    let by = words.next().and_then(|word| word.parse::<u32>().ok());
+    let copies: Vec<&str> = words.collect();
+    let is_for_this =
+        by == Some(pid) || by == Some(parent) && copies.contains(&of_parent().as_str());
+    match is_for_this {
+        true => copies,
+        false => Vec::new(),
+    }
 }
 
 /// The first executable of this name in PATH that is not the one that runs.
@@ -108,6 +155,32 @@ fn in_path(name: &str) -> Option<PathBuf> {
 }
 
 fn is_same_file(one: &Path, other: &Path) -> bool {
-    let identity = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
     identity(one).is_some() && identity(one) == identity(other)
+}
+
+/// Device and number of a file.
+fn identity(path: &Path) -> Option<String> {
+    let file = fs::metadata(path).ok()?;
+    Some(format!("{}:{}", file.dev(), file.ino()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_has_handed_on_is_known_to_those_who_are_told() {
+        let told = "7 1:2 1:3";
+        let real = || "9:9".to_owned();
+        let copy = || "1:3".to_owned();
+        assert_eq!(copies_before(told, 7, 1, real), ["1:2", "1:3"], "by exec");
+        assert_eq!(copies_before(told, 8, 7, copy), ["1:2", "1:3"], "by fork");
+        assert!(
+            copies_before(told, 8, 7, real).is_empty(),
+            "started by the real CRIU that took the copy's place"
+        );
+        assert!(copies_before(told, 8, 1, copy).is_empty(), "by others");
+        assert!(copies_before("", 8, 1, copy).is_empty());
+        assert!(copies_before("x 1:3", 8, 1, copy).is_empty());
+    }
 }
