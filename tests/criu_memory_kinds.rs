@@ -177,7 +177,7 @@ const SUSPECTS: &[&str] = &[
     "memfd-sealed",
 ];
 
-/// What a CRIU cannot restore from images with a parent, which it makes none of where dirty pages are not tracked.
+/// What a CRIU cannot restore from images with a parent, not even from its own with a parent link put beside them.
 const WITHOUT_PARENT: &[(&str, &str)] = &[("4.3", "memfd-private")];
 
 /// Kinds that some version cannot restore lazily: each is judged in a process of its own, for a restore that fails
