@@ -44,6 +44,27 @@ fn generated_files_mean_what_they_mean_to_criu(bed: &Bed, criu: &Criu) -> Result
     compare(bed, criu, (seed..seed + GENERATED).map(generated))
 }
 
+/// The same for `criu lazy-pages` and lazy-client: what they connect to, and how.
+#[test]
+fn files_mean_to_lazy_client_what_they_mean_to_criu() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let load = Load::start(LoadSpec::mixed(bed.path("load"), 2), None)?;
+        let images = bed.path("images");
+        Dump::new(criu, load.pid(), &images).leave_running().run()?;
+        let stage = Stage::new(bed)?;
+        let mut differences = Vec::new();
+        for settings in config::lazy::by_hand() {
+            let theirs = stage.lazy_pages(Make::Criu(criu), &settings, &images)?;
+            let ours = stage.lazy_pages(Make::Ours, &settings, &images)?;
+            if ours != theirs {
+                differences.push(format!("{settings:#?}\nCRIU: {theirs:?}\nours: {ours:?}"));
+            }
+        }
+        ensure!(differences.is_empty(), "{}", differences.join("\n\n"));
+        Ok(())
+    });
+}
+
 fn compare(bed: &Bed, criu: &Criu, all: impl IntoIterator<Item = Settings>) -> Result<()> {
     let stage = Stage::new(bed)?;
     let mut differences = Vec::new();

@@ -294,3 +294,43 @@ fn with_other_images_the_processes_are_killed() {
         Ok(())
     });
 }
+
+/// The images cannot be read when the service is started again, which is told to hold: nobody is killed, whoever needs a
+/// page waits, and an operator has it tried again.
+#[test]
+fn with_images_that_are_away_the_processes_are_held() {
+    with_systemd(Suite::Experimental, |bed, criu, systemd| {
+        let mut load = Load::start(spec(bed), None)?;
+        let images = bed.path("dumped");
+        Dump::new(criu, load.pid(), &images).run()?;
+        load.wait_until_gone()?;
+        let options = "--max-bandwidth 16K --on-loss hold --wait 0";
+        let slow = (options, STARTED_BY_HAND);
+        let mut moving = Moving::start(systemd, criu, load, &images, slow, &[])?;
+        moving.kill()?;
+        systemd.wait_for(UNIT, "ActiveState", "failed")?;
+        let (tree, away) = (images.join("pstree.img"), bed.path("pstree.img"));
+        fs::rename(&tree, &away)?;
+        // It says that it is there, or systemd would kill it.
+        systemd.control(&["start", UNIT])?;
+        let said = fs::read_to_string(&moving.log)?;
+        let held = said.contains("holding the processes");
+        ensure!(held, "they are not held{}", tail(&moving.log));
+        moving.sent.push(moving.load.send(0, &verifying())?);
+        let pids = moving.restored.pids();
+        wait::until("a thread that waits for a page", GENEROUS, || {
+            Ok(pids.iter().any(|pid| waits_for_page(*pid)).then_some(()))
+        })?;
+        let report = moving.load.report(0, moving.sent[0])?;
+        ensure!(report.is_none(), "missing pages were read");
+        fs::rename(&away, &tree)?;
+        systemd.control(&["kill", "--kill-whom=main", "--signal=USR1", UNIT])?;
+        moving.reports()?;
+        // Nothing is left but what nobody has asked for.
+        write_unit(systemd, &images, "", STARTED_BY_HAND)?;
+        moving.kill()?;
+        systemd.wait_for(UNIT, "ActiveState", "failed")?;
+        systemd.control(&["start", UNIT])?;
+        moving.expect_all_brought()
+    });
+}

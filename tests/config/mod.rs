@@ -1,10 +1,13 @@
 //! Sets of configuration files, and what a page server makes of them.
 
+pub(crate) mod lazy;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -114,41 +117,11 @@ impl Stage<'_> {
     pub(crate) fn page_server(&self, make: Make<'_>, settings: &Settings) -> Result<Outcome> {
         let home = tempfile::tempdir_in(self.bed.dir())?;
         let path = |name: &str| home.path().join(name);
-        for name in ["images", "mount", ".criu"] {
-            fs::create_dir(path(name))?;
-        }
-        let file_of = |place: Place| match place {
-            Place::Global => path("global.conf"),
-            Place::Home => path(".criu/default.conf"),
-            Place::Environment => path("environment.conf"),
-            Place::Named => path("named.conf"),
-        };
-        for (place, text) in &settings.files {
-            fs::write(file_of(*place), text)?;
-        }
         let program = match make {
             Make::Ours | Make::Build(_) => binary("page-server")?,
             Make::Criu(criu) => criu.path.clone(),
         };
-        let mut command = self.hosts.source.net.command("unshare");
-        command.args(["--mount", "--", "sh", "-c", SCRIPT, "sh"]);
-        command
-            .arg(path("mount"))
-            .arg(file_of(Place::Global))
-            .arg(program);
-        command
-            .arg("page-server")
-            .arg("-D")
-            .arg(path("images"))
-            .args(&self.keys);
-        command.args(&settings.words).env("HOME", home.path());
-        if settings.files.contains_key(&Place::Named) {
-            command.arg("--config").arg(file_of(Place::Named));
-        }
-        match settings.files.contains_key(&Place::Environment) {
-            true => command.env("CRIU_CONFIG_FILE", file_of(Place::Environment)),
-            false => command.env_remove("CRIU_CONFIG_FILE"),
-        };
+        let mut command = self.command(home.path(), &program, "page-server", settings)?;
         let said = path("said");
         let output = fs::File::create(&said)?;
         command.stdout(output.try_clone()?).stderr(output);
@@ -162,6 +135,49 @@ impl Stage<'_> {
             })?;
         }
         outcome
+    }
+
+    /// `program ACTION` with `settings`, at home in the directory `home`: its images are in `images` there.
+    fn command(
+        &self,
+        home: &Path,
+        program: &Path,
+        action: &str,
+        settings: &Settings,
+    ) -> Result<Command> {
+        let path = |name: &str| home.join(name);
+        for name in ["images", "mount", ".criu"] {
+            fs::create_dir(path(name))?;
+        }
+        let file_of = |place: Place| match place {
+            Place::Global => path("global.conf"),
+            Place::Home => path(".criu/default.conf"),
+            Place::Environment => path("environment.conf"),
+            Place::Named => path("named.conf"),
+        };
+        for (place, text) in &settings.files {
+            fs::write(file_of(*place), text)?;
+        }
+        let mut command = self.hosts.source.net.command("unshare");
+        command.args(["--mount", "--", "sh", "-c", SCRIPT, "sh"]);
+        command
+            .arg(path("mount"))
+            .arg(file_of(Place::Global))
+            .arg(program);
+        command
+            .arg(action)
+            .arg("-D")
+            .arg(path("images"))
+            .args(&self.keys);
+        command.args(&settings.words).env("HOME", home);
+        if settings.files.contains_key(&Place::Named) {
+            command.arg("--config").arg(file_of(Place::Named));
+        }
+        match settings.files.contains_key(&Place::Environment) {
+            true => command.env("CRIU_CONFIG_FILE", file_of(Place::Environment)),
+            false => command.env_remove("CRIU_CONFIG_FILE"),
+        };
+        Ok(command)
     }
 
     fn outcome(&self, server: &mut Spawned, said: &PathBuf, images: &PathBuf) -> Result<Outcome> {
@@ -196,16 +212,10 @@ impl Stage<'_> {
                 Err(error)
             }
         })?;
-        let names = fs::read_dir(images)?
-            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
-        let files = names.collect::<Result<BTreeSet<String>>>()?;
-        let files = files
-            .into_iter()
-            .filter(|name| !name.ends_with(".img") && !name.starts_with('.'));
         Ok(Outcome::Listens {
             address,
             tls,
-            files: files.collect(),
+            files: files_in(images)?,
         })
     }
 
@@ -250,6 +260,18 @@ impl Stage<'_> {
             Ok(Some(got == 1 && matches!(first[0], 0x15 | 0x16)))
         })
     }
+}
+
+/// The files in `dir`, but for images and hidden ones.
+fn files_in(dir: &Path) -> Result<BTreeSet<String>> {
+    let mut files = BTreeSet::new();
+    for entry in fs::read_dir(dir)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if !name.ends_with(".img") && !name.starts_with('.') {
+            files.insert(name);
+        }
+    }
+    Ok(files)
 }
 
 /// What a client says first under TLS.
