@@ -320,7 +320,7 @@ fn children_that_end_soon_cost_next_to_nothing() {
     with_criu(Suite::Sid, |bed, criu| {
         let step = Step::ForkOften {
             per_s: 200,
-            children: 400,
+            children: 200,
             lifetime_ms: 5,
         };
         let summary = fork_storm(bed, criu, &[], step)?;

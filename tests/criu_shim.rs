@@ -66,7 +66,6 @@ fn copies_that_hand_to_each_other_are_refused() -> Result<()> {
     let path = std::env::join_paths(&dirs)?;
     for (words, emulate) in [
         (&["check"][..], "never"),
-        (&["check", "--feature", "mem_dirty_track"], "always"),
         (&["pre-dump", "-t", "1", "-D", "images"], "always"),
         (&["dump", "-t", "1", "-D", "images"], "never"),
     ] {

@@ -9,7 +9,7 @@ use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -175,7 +175,7 @@ impl Stage<'_> {
 fn outcome(
     daemon: &mut Spawned,
     listeners: &[TcpListener],
-    work: &PathBuf,
+    work: &Path,
     said: &Path,
 ) -> Result<Outcome> {
     let (mut ended, mut restore) = (None, None);
@@ -190,7 +190,7 @@ fn outcome(
                     ip: here.ip(),
                     port: here.port(),
                     tls: begins_tls(stream)?,
-                    files: files_in(work)?,
+                    files: files_but_sockets(work)?,
                 }));
             }
         }
@@ -209,8 +209,15 @@ fn outcome(
     })
 }
 
+/// The socket may be gone by then.
+fn files_but_sockets(work: &Path) -> Result<BTreeSet<String>> {
+    let mut files = files_in(work)?;
+    files.retain(|name| !name.ends_with(".socket"));
+    Ok(files)
+}
+
 /// Hands zombies over, as soon as somebody listens.
-fn play_restore(work: &PathBuf) -> Result<Option<UnixStream>> {
+fn play_restore(work: &Path) -> Result<Option<UnixStream>> {
     let mut restore = match UnixStream::connect(work.join("lazy-pages.socket")) {
         Err(error)
             if matches!(

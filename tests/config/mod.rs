@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
@@ -180,7 +180,7 @@ impl Stage<'_> {
         Ok(command)
     }
 
-    fn outcome(&self, server: &mut Spawned, said: &PathBuf, images: &PathBuf) -> Result<Outcome> {
+    fn outcome(&self, server: &mut Spawned, said: &Path, images: &Path) -> Result<Outcome> {
         let mut ended = None;
         let found = wait::until("a page server", GENEROUS, || {
             // One that gives up now may still be in the list: it takes no connection.
