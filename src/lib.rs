@@ -16,8 +16,8 @@
 //! ```
 //!
 //! `units`, `limits`, `criu`, `lazy`, `ferry`, `migration`, `replay`, `watch` and the pagemap codec of `image` are
-//! pure: they own no descriptor, read no clock and make no system call. Time and bytes are arguments. They build alone, without
-//! the default feature `engine`. The loops in `engine` move the bytes and ask the pure modules what to do.
+//! pure: they own no descriptor, read no clock and make no system call. Time and bytes are arguments. They build
+//! alone, without the default feature `engine`. The loops in `engine` move the bytes and ask the pure modules what to do.
 //! What a fault brings, and in what order the rest follows, is decided in [`lazy::policy`]. `sys` holds the
 //! only `unsafe` code.
 

@@ -1,4 +1,4 @@
-//! `pageferry watch` with real pressure, real control groups, and restarts.
+//! `pageferry watch` with real pressure, real control groups, a real migration, and restarts.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -8,9 +8,16 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
+use serde_json::Value;
+use testbed::agent::Agent;
 use testbed::bed::{Bed, with_bed};
+use testbed::criu::{Criu, Suite};
 use testbed::gate::{need, root};
+use testbed::load::Load;
+use testbed::load::scenarios::verifying;
+use testbed::load::spec::LoadSpec;
 use testbed::process::Spawned;
+use testbed::suite::with_criu;
 use testbed::wait::{self, GENEROUS};
 use testbed::workspace::binary;
 
@@ -99,15 +106,70 @@ fn lines(path: &Path) -> usize {
     fs::read_to_string(path).map_or(0, |text| text.lines().count())
 }
 
+/// The group of a test, if this kernel has such.
+fn group(name: &str) -> Option<Group> {
+    let group = Group::new(name).map_err(|error| format!("{error:#}"));
+    need("control groups with PSI", group)
+}
+
 fn with_group(name: &str, test: impl FnOnce(&Bed, &Group) -> Result<()>) {
     if root().is_none() {
         return;
     }
-    let group = Group::new(name).map_err(|error| format!("{error:#}"));
-    let Some(group) = need("control groups with PSI", group) else {
-        return;
-    };
-    with_bed(|bed| test(bed, &group));
+    if let Some(group) = group(name) {
+        with_bed(|bed| test(bed, &group));
+    }
+}
+
+/// Three for one processor: two of them wait at any time.
+fn press(group: &Group) -> Result<Vec<Spawned>> {
+    let busy = "exec taskset -c 0 sh -c 'while :; do :; done'";
+    (0..3).map(|_| group.run("busy", busy)).collect()
+}
+
+#[test]
+fn pressure_moves_a_tree_to_another_host() {
+    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
+        let Some(group) = group("moves") else {
+            return Ok(());
+        };
+        let mut load = Load::start(LoadSpec::tree(bed.path("load"), 8, 2), None)?;
+        let agent = Agent::start(&criu.path, &bed.path("agent"), None, &[])?;
+        let report = bed.path("report.json");
+        let args = [
+            ["--pid", &load.pid().to_string()],
+            ["--to", &agent.address().to_string()],
+            ["--mode", "cold"],
+            ["--state-dir", &bed.path("source").display().to_string()],
+            ["--report", &report.display().to_string()],
+            ["--criu", &criu.path.display().to_string()],
+        ];
+        let rules = format!(
+            r#"
+            [[rule]]
+            name = "pressed"
+            when.psi = {{ resource = "cpu", stall = "100ms", window = "2s", cgroup = "{}" }}
+            action.migrate.args = {:?}
+            "#,
+            group.0.display(),
+            args.concat()
+        );
+        let mut watcher = watch(bed, "watch", &rules, &[])?;
+        expect_said(&mut watcher, "1 rules are watched")?;
+        load.expect_running()?;
+        let busy = press(&group)?;
+        expect_said(&mut watcher, "pressed: done")?;
+        drop(busy);
+        load.wait_until_gone()?;
+        let report: Value = serde_json::from_slice(&fs::read(&report)?)?;
+        ensure!(report["result"] == "moved", "{report}");
+        load.steer(agent.init()?)?;
+        for report in load.run_everywhere(&verifying())? {
+            report.expect_right()?;
+        }
+        watcher.signal(Signal::SIGTERM)?;
+        watcher.succeed(GENEROUS).map(drop)
+    });
 }
 
 #[test]
@@ -133,10 +195,7 @@ fn pressure_pauses_a_group_and_a_file_resumes_it() {
         let mut watcher = watch(bed, "watch", &rules, &[])?;
         expect_said(&mut watcher, "2 rules are watched")?;
         ensure!(group.event("frozen 0")?, "nothing has happened yet");
-        // Three for one processor: two of them wait at any time.
-        let busy = (0..3)
-            .map(|_| group.run("busy", "exec taskset -c 0 sh -c 'while :; do :; done'"))
-            .collect::<Result<Vec<_>>>()?;
+        let busy = press(group)?;
         wait::until("the group to be frozen", GENEROUS, || {
             Ok(group.event("frozen 1")?.then_some(()))
         })?;
