@@ -14,6 +14,9 @@ use testbed::suite::with_criu;
 
 const MODES: [&str; 4] = ["cold", "pre-copy", "post-copy", "hybrid"];
 
+/// Memory of the Redis.
+const MIB: u32 = 32;
+
 /// Moves the service once, in `mode`. No answer is wrong, no connection ends, and one copy lives.
 fn moved(bed: &Bed, criu: &Criu, service: Service, mode: &str) -> Result<()> {
     let Some(system) = gate::need(service.name(), service.system()) else {
@@ -21,7 +24,7 @@ fn moved(bed: &Bed, criu: &Criu, service: Service, mode: &str) -> Result<()> {
     };
     let mut hosts = ServiceHosts::start(bed, &system, criu, &format!("stage-{mode}"))?;
     let pid = hosts.serve(service)?;
-    let mut clients = service.talk(hosts.client(), hosts.address()?)?;
+    let mut clients = service.talk(hosts.client(), hosts.address()?, MIB)?;
     let report = hosts.migrate(pid, mode, &["--max-rounds", "3"])?;
     ensure!(
         report["result"] == "moved" && report["mode"] == mode,
@@ -29,7 +32,8 @@ fn moved(bed: &Bed, criu: &Criu, service: Service, mode: &str) -> Result<()> {
     );
     clients.expect_answers()?;
     hosts.expect_moved(pid)?;
-    let longest = clients.finish()?;
+    let longest = clients.take_longest();
+    clients.finish()?;
     eprintln!(
         "{} {mode}: downtime {} ms, longest wait of a client {} ms, {} answers",
         service.name(),
@@ -77,6 +81,7 @@ macro_rules! services {
 
 services! {
     redis: Redis,
+    postgres: Postgres,
     nginx: Nginx,
     python: Python,
     forks: Forks,

@@ -13,7 +13,7 @@ use crate::net::NetNs;
 use crate::wait::{self, GENEROUS};
 
 /// How long a client waits for one answer.
-const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+const ANSWER_LIMIT: Duration = Duration::from_secs(120);
 
 /// Answers that each client must get from now on: the one under way may have been asked before.
 const ENOUGH: u64 = 3;
@@ -45,7 +45,9 @@ pub struct Clients {
 #[derive(Debug)]
 struct Client {
     answers: Arc<AtomicU64>,
-    thread: Option<JoinHandle<Result<Duration>>>,
+    /// Its longest time without an answer since it was last asked for, µs.
+    longest: Arc<AtomicU64>,
+    thread: Option<JoinHandle<Result<()>>>,
 }
 
 impl Clients {
@@ -57,13 +59,15 @@ impl Clients {
         let stop = Arc::new(AtomicBool::new(false));
         let threads = talks.into_iter().map(|mut talk| {
             let answers = Arc::new(AtomicU64::new(0));
-            let (ended, counted) = (Arc::clone(&stop), Arc::clone(&answers));
+            let longest = Arc::new(AtomicU64::new(0));
+            let (ended, counted, waited) = (stop.clone(), answers.clone(), longest.clone());
             let thread = thread::spawn(move || {
-                let said = converse(&mut *talk, &ended, &counted);
+                let said = converse(&mut *talk, &ended, (&counted, &waited));
                 said.with_context(|| format!("after {} answers", counted.load(Ordering::Relaxed)))
             });
             Client {
                 answers,
+                longest,
                 thread: Some(thread),
             }
         });
@@ -102,27 +106,33 @@ impl Clients {
         Ok(())
     }
 
-    /// Ends the conversations, lets each look at the whole, and tells the longest time without an answer.
+    /// The longest time that a client had no answer, since this was last asked for.
+    pub fn take_longest(&self) -> Duration {
+        let waits = self
+            .threads
+            .iter()
+            .map(|client| client.longest.swap(0, Ordering::Relaxed));
+        Duration::from_micros(waits.max().unwrap_or_default())
+    }
+
+    /// Ends the conversations, and lets each look at the whole.
     ///
     /// # Errors
     /// A connection broke, an answer was wrong, or something is lost.
-    pub fn finish(&mut self) -> Result<Duration> {
+    pub fn finish(&mut self) -> Result<()> {
         self.stop.store(true, Ordering::Relaxed);
-        let mut longest = Duration::ZERO;
-        for client in &mut self.threads {
-            longest = longest.max(client.join()?);
-        }
+        self.threads.iter_mut().try_for_each(Client::join)?;
         ensure!(self.answers() > 0, "nobody was answered");
-        Ok(longest)
+        Ok(())
     }
 }
 
 impl Client {
-    fn join(&mut self) -> Result<Duration> {
+    fn join(&mut self) -> Result<()> {
         match self.thread.take().map(JoinHandle::join) {
             Some(Ok(said)) => said,
             Some(Err(_)) => bail!("a client panicked"),
-            None => Ok(Duration::ZERO),
+            None => Ok(()),
         }
     }
 }
@@ -138,21 +148,24 @@ impl Drop for Clients {
     }
 }
 
-/// Asks until it is to stop or has all; the longest time without an answer.
-fn converse(talk: &mut dyn Talk, stop: &AtomicBool, answers: &AtomicU64) -> Result<Duration> {
-    let mut longest = Duration::ZERO;
+/// Asks until it is to stop or has all.
+fn converse(
+    talk: &mut dyn Talk,
+    stop: &AtomicBool,
+    (answers, longest): (&AtomicU64, &AtomicU64),
+) -> Result<()> {
     let mut last = Instant::now();
     while !stop.load(Ordering::Relaxed) {
         let more = talk.ask()?;
-        longest = longest.max(last.elapsed());
+        let waited = u64::try_from(last.elapsed().as_micros()).unwrap_or(u64::MAX);
+        longest.fetch_max(waited, Ordering::Relaxed);
         last = Instant::now();
         answers.fetch_add(1, Ordering::Relaxed);
         if !more {
             break;
         }
     }
-    talk.finish()?;
-    Ok(longest)
+    talk.finish()
 }
 
 /// A connection from `net`, in which it stays.

@@ -13,7 +13,7 @@ use super::Service;
 use crate::bed::Bed;
 use crate::container_host::ContainerHost;
 use crate::criu::Criu;
-use crate::net::NetNs;
+use crate::net::{Host, NetNs};
 use crate::net_three::{DEVICE, ThreeHosts, expect_open, has_address};
 use crate::process::Spawned;
 use crate::wait::{self, GENEROUS};
@@ -24,23 +24,30 @@ const FIRST_PID: u32 = 5000;
 /// Where the agent listens.
 const AGENT_PORT: u16 = 9191;
 
-/// Both hosts, with an agent at the destination. Everything ends on drop.
+/// One of the hosts. Its agent ends before it.
+#[derive(Debug)]
+struct Side {
+    agent: Spawned,
+    host: ContainerHost,
+}
+
+/// Both hosts, each with an agent. Everything ends on drop.
 #[derive(Debug)]
 pub struct ServiceHosts {
-    // Dropped in this order: what runs on hosts, the hosts, their networks.
-    agent: Spawned,
     service: Option<Spawned>,
-    source: ContainerHost,
-    destination: ContainerHost,
+    // Ended before their networks go.
+    sides: [Side; 2],
     three: ThreeHosts,
     stage: PathBuf,
+    /// Moves so far: after an odd number of them the service is at the second host.
+    moves: usize,
 }
 
 impl ServiceHosts {
     /// Hosts whose root is `system`, with files in the directory `name` of the test's.
     ///
     /// # Errors
-    /// As [`ContainerHost::start`]; or the agent does not listen.
+    /// As [`ContainerHost::start`]; or an agent does not listen.
     pub fn start(bed: &Bed, system: &Path, criu: &Criu, name: &str) -> Result<ServiceHosts> {
         let three = ThreeHosts::new()?;
         let stage = bed.path(name);
@@ -49,35 +56,45 @@ impl ServiceHosts {
             // Services run as users of their own.
             fs::set_permissions(dir, fs::Permissions::from_mode(0o755))?;
         }
-        let host = |host, side| ContainerHost::start(host, system, &stage, side, criu);
-        let source = host(&three.source, "source")?;
-        let destination = host(&three.destination, "destination")?;
-        let log = stage.join("agent.log");
-        let listen = format!("{}:{AGENT_PORT}", three.destination.address);
-        let mut command = destination.command(&["pageferry", "agent", "--listen", &listen]);
-        command
-            .args(["--dir", "/root/agent", "--port-file", "/root/port.json"])
-            .args(["--criu", "/criu/criu", "--insecure"])
-            .stdout(Stdio::null())
-            .stderr(fs::File::create(&log)?);
-        let mut agent = Spawned::start("pageferry agent", &mut command, Some(log))?;
-        let port_file = destination.home().join("port.json");
-        wait::until("the agent to listen", GENEROUS, || {
-            let ended = agent.ended()?.is_some();
-            ensure!(!ended, "the agent has ended{}", agent.log_tail());
-            Ok(port_file.exists().then_some(()))
-        })?;
+        let side = |host: &Host, side| -> Result<Side> {
+            let log = stage.join(format!("agent-{side}.log"));
+            let at = host.at(AGENT_PORT).to_string();
+            let host = ContainerHost::start(host, system, &stage, side, criu)?;
+            let agent = start_agent(&host, &at, log)?;
+            Ok(Side { agent, host })
+        };
+        let sides = [
+            side(&three.source, "source")?,
+            side(&three.destination, "destination")?,
+        ];
         Ok(ServiceHosts {
-            agent,
             service: None,
-            source,
-            destination,
+            sides,
             three,
             stage,
+            moves: 0,
         })
     }
 
-    /// Starts a service at the source, and tells its pid there.
+    /// The hosts' networks, first the one where the service is.
+    fn networks(&self) -> [&Host; 2] {
+        let (first, second) = (&self.three.source, &self.three.destination);
+        match self.moves % 2 {
+            0 => [first, second],
+            _ => [second, first],
+        }
+    }
+
+    /// The hosts in the same order.
+    fn hosts(&self) -> [&Side; 2] {
+        let [first, second] = &self.sides;
+        match self.moves % 2 {
+            0 => [first, second],
+            _ => [second, first],
+        }
+    }
+
+    /// Starts a service at the first host, and tells its pid there.
     ///
     /// # Errors
     /// It does not start.
@@ -91,7 +108,7 @@ impl ServiceHosts {
             name = service.name()
         );
         let log = self.stage.join(format!("{}.log", service.name()));
-        let mut command = self.source.command(&["bash", "-e", "-c", &script]);
+        let mut command = self.sides[0].host.command(&["bash", "-e", "-c", &script]);
         command.stdout(Stdio::null());
         let mut process = Spawned::start(service.name(), &mut command, Some(log))?;
         let file = self.stage.join("pid");
@@ -117,20 +134,23 @@ impl ServiceHosts {
         &self.three.client
     }
 
-    /// Moves the tree of `pid` with the service's address and its connections, and tells the report.
+    /// Moves the tree of `pid` with the service's address and its connections to the other host, and tells the
+    /// report.
     ///
     /// # Errors
     /// The migration fails; the error shows both sides' logs.
-    pub fn migrate(&self, pid: u32, mode: &str, options: &[&str]) -> Result<Value> {
-        let log = self.stage.join(format!("migrate-{mode}.log"));
-        let to = format!("{}:{AGENT_PORT}", self.three.destination.address);
+    pub fn migrate(&mut self, pid: u32, mode: &str, options: &[&str]) -> Result<Value> {
+        let ([here, there], [net_here, net_there]) = (self.hosts(), self.networks());
+        let id = format!("{mode}-{}", self.moves);
+        let log = self.stage.join(format!("migrate-{id}.log"));
+        let to = net_there.at(AGENT_PORT).to_string();
         let address = format!("{}@{DEVICE}", ThreeHosts::SERVICE);
-        let mut command = self.source.command(&["pageferry", "migrate"]);
+        let mut command = here.host.command(&["pageferry", "migrate"]);
         command
             .args(["--pid", &pid.to_string(), "--to", &to, "--mode", mode])
-            .args(["--id", mode, "--state-dir", "/root/state"])
+            .args(["--id", &id, "--state-dir", "/root/state"])
             .args(["--report", "/root/report.json", "--criu", "/criu/criu"])
-            .args(["--serve-on", &self.three.source.address.to_string()])
+            .args(["--serve-on", &net_here.address.to_string()])
             .args(["--tcp", "established", "--address", &address])
             .args(options)
             .stdout(Stdio::null())
@@ -138,30 +158,51 @@ impl ServiceHosts {
         let mut moves = Spawned::start("pageferry migrate", &mut command, Some(log))?;
         moves
             .succeed(GENEROUS)
-            .with_context(|| format!("{mode}:{}", self.agent.log_tail()))?;
-        let report = self.source.home().join("report.json");
-        Ok(serde_json::from_slice(&fs::read(report)?)?)
+            .with_context(|| format!("{mode}:{}", there.agent.log_tail()))?;
+        let report = here.host.home().join("report.json");
+        let report = serde_json::from_slice(&fs::read(report)?)?;
+        self.moves += 1;
+        Ok(report)
     }
 
-    /// The one copy is at the destination, with its address, and both networks are open.
+    /// The one copy is where the last move went, with its address, and both networks are open.
     ///
     /// # Errors
     /// It is not.
     pub fn expect_moved(&mut self, pid: u32) -> Result<()> {
         if let Some(mut service) = self.service.take() {
-            // Its guard at the source ends with its last process.
+            // What started it ends with its last process.
             service.wait(GENEROUS)?;
         }
         let alive = format!("kill -0 {pid} 2> /dev/null && echo lives || echo gone");
-        let (here, there) = (self.source.tell(&alive)?, self.destination.tell(&alive)?);
+        let [now, before] = self.hosts().map(|side| side.host.tell(&alive));
+        let (now, before) = (now?, before?);
         ensure!(
-            here == "gone" && there == "lives",
-            "pid {pid}: {here} at the source, {there} at the destination"
+            before == "gone" && now == "lives",
+            "pid {pid}: {before} at the source, {now} at the destination"
         );
-        let (source, destination) = (&self.three.source.net, &self.three.destination.net);
+        let [now, before] = self.networks().map(|host| &host.net);
         let at = |net| has_address(net, ThreeHosts::SERVICE);
-        ensure!(!at(source)? && at(destination)?, "the address did not move");
-        expect_open(source)?;
-        expect_open(destination)
+        ensure!(!at(before)? && at(now)?, "the address did not move");
+        expect_open(before)?;
+        expect_open(now)
     }
+}
+
+/// An agent on `host` that listens at `listen`.
+fn start_agent(host: &ContainerHost, listen: &str, log: PathBuf) -> Result<Spawned> {
+    let mut command = host.command(&["pageferry", "agent", "--listen", listen]);
+    command
+        .args(["--dir", "/root/agent", "--port-file", "/root/port.json"])
+        .args(["--criu", "/criu/criu", "--insecure"])
+        .stdout(Stdio::null())
+        .stderr(fs::File::create(&log)?);
+    let mut agent = Spawned::start("pageferry agent", &mut command, Some(log))?;
+    let port_file = host.home().join("port.json");
+    wait::until("the agent to listen", GENEROUS, || {
+        let ended = agent.ended()?.is_some();
+        ensure!(!ended, "the agent has ended{}", agent.log_tail());
+        Ok(port_file.exists().then_some(()))
+    })?;
+    Ok(agent)
 }

@@ -10,6 +10,7 @@
 mod client;
 mod download;
 mod hosts;
+mod postgres;
 mod redis;
 mod workers;
 
@@ -29,6 +30,8 @@ use crate::net::NetNs;
 pub enum Service {
     /// Counters and values, over four connections.
     Redis,
+    /// Several processes with shared memory; a transaction is open over the move.
+    Postgres,
     /// A slow download over one connection.
     Nginx,
     /// One Python process.
@@ -41,8 +44,9 @@ pub enum Service {
 
 impl Service {
     /// All of them.
-    pub const ALL: [Service; 5] = [
+    pub const ALL: [Service; 6] = [
         Service::Redis,
+        Service::Postgres,
         Service::Nginx,
         Service::Python,
         Service::Forks,
@@ -53,6 +57,7 @@ impl Service {
     pub fn name(self) -> &'static str {
         match self {
             Service::Redis => "redis",
+            Service::Postgres => "postgres",
             Service::Nginx => "nginx",
             Service::Python => "python",
             Service::Forks => "forks",
@@ -64,6 +69,7 @@ impl Service {
     fn port(self) -> u16 {
         match self {
             Service::Redis => 6379,
+            Service::Postgres => 5432,
             Service::Nginx => 8080,
             Service::Python | Service::Forks | Service::Threads => 7000,
         }
@@ -76,6 +82,7 @@ impl Service {
     pub fn system(self) -> Result<PathBuf> {
         let (name, package) = match self {
             Service::Redis => ("system-redis", "redis-server"),
+            Service::Postgres => ("system-postgres", "postgresql"),
             Service::Nginx => ("system-nginx", "nginx"),
             Service::Python | Service::Forks | Service::Threads => ("system-python", "python3"),
         };
@@ -87,6 +94,7 @@ impl Service {
         let port = self.port();
         match self {
             Service::Redis => Ok(redis::command(port)),
+            Service::Postgres => postgres::prepare(stage, port),
             Service::Nginx => download::prepare(stage, port),
             Service::Python | Service::Forks | Service::Threads => {
                 workers::prepare(stage, self.name(), port)
@@ -94,14 +102,16 @@ impl Service {
         }
     }
 
-    /// Clients in `net` that talk to it from now on.
+    /// Clients in `net` that talk to it from now on. They fill a Redis with `mib` MiB; the others have memory of
+    /// their own choice.
     ///
     /// # Errors
     /// It does not answer.
-    pub fn talk(self, net: &NetNs, address: IpAddr) -> Result<Clients> {
+    pub fn talk(self, net: &NetNs, address: IpAddr, mib: u32) -> Result<Clients> {
         let at = SocketAddr::new(address, self.port());
         let talks: Result<Vec<Box<dyn Talk>>> = match self {
-            Service::Redis => redis::talks(net, at),
+            Service::Redis => redis::talks(net, at, mib),
+            Service::Postgres => postgres::talks(net, at, &self.system()?),
             Service::Nginx => download::talks(net, at),
             Service::Python | Service::Forks | Service::Threads => {
                 workers::talks(net, at, self.name())

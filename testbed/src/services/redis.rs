@@ -11,11 +11,11 @@ use crate::net::NetNs;
 /// Clients.
 const CLIENTS: u64 = 4;
 
-/// Keys of each client.
-const KEYS: u64 = 6000;
-
-/// Bytes of a value: with [`KEYS`] and [`CLIENTS`] about 32 MiB in all.
+/// Bytes of a value.
 const VALUE_BYTES: usize = 1200;
+
+/// Bytes of memory for a key with its value, roughly.
+const KEY_BYTES: u64 = 1400;
 
 /// Values that are sent at once while it is filled.
 const BATCH: u64 = 100;
@@ -30,14 +30,17 @@ pub(super) fn command(port: u16) -> String {
     )
 }
 
-pub(super) fn talks(net: &NetNs, at: SocketAddr) -> Result<Vec<Box<dyn Talk>>> {
+/// Clients that fill it with `mib` MiB.
+pub(super) fn talks(net: &NetNs, at: SocketAddr, mib: u32) -> Result<Vec<Box<dyn Talk>>> {
+    // Whole batches.
+    let keys = ((u64::from(mib) << 20) / KEY_BYTES / CLIENTS).next_multiple_of(BATCH);
     (0..CLIENTS)
         .map(|number| {
             let mut talk = Redis {
                 stream: connect(net, at)?,
                 number,
                 count: 0,
-                versions: vec![0; usize::try_from(KEYS)?],
+                versions: vec![0; usize::try_from(keys)?],
             };
             talk.fill()?;
             Ok(Box::new(talk) as Box<dyn Talk>)
@@ -56,6 +59,10 @@ struct Redis {
 }
 
 impl Redis {
+    fn keys(&self) -> u64 {
+        u64::try_from(self.versions.len()).unwrap_or(u64::MAX)
+    }
+
     fn key(&self, key: u64) -> String {
         format!("{}:{key}", self.number)
     }
@@ -66,7 +73,7 @@ impl Redis {
     }
 
     fn fill(&mut self) -> Result<()> {
-        for first in (0..KEYS).step_by(usize::try_from(BATCH)?) {
+        for first in (0..self.keys()).step_by(usize::try_from(BATCH)?) {
             let mut batch = Vec::new();
             for key in first..first + BATCH {
                 batch.extend(words(&[
@@ -111,7 +118,7 @@ impl Talk for Redis {
         self.expect(self.count.to_string().as_bytes())
             .context("the counter")?;
         // Prime to their number: each key has its turn, in another order than they lie.
-        let key = self.count * 7919 % KEYS;
+        let key = self.count * 7919 % self.keys();
         let version = &mut self.versions[usize::try_from(key)?];
         *version += 1;
         let version = *version;
@@ -119,12 +126,12 @@ impl Talk for Redis {
         let set = words(&[b"SET", self.key(key).as_bytes(), &value]);
         send(&mut self.stream, &set)?;
         self.expect(b"OK")?;
-        self.get(self.count * 104_729 % KEYS)?;
+        self.get(self.count * 104_729 % self.keys())?;
         Ok(true)
     }
 
     fn finish(&mut self) -> Result<()> {
-        (0..KEYS).try_for_each(|key| self.get(key))
+        (0..self.keys()).try_for_each(|key| self.get(key))
     }
 }
 
