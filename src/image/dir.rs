@@ -9,6 +9,7 @@ use prost::Message;
 
 use super::file::{FileError, Magic, MessageReader};
 use super::mm::Mappings;
+use super::open::open_regular;
 use super::proto::{Core, Mm, PstreeEntry, TASK_DEAD};
 use crate::criu::header::Target;
 use crate::error::{Error, Kind, Result};
@@ -263,7 +264,7 @@ pub(super) fn unreadable(path: &Path, error: FileError) -> Error {
 }
 
 fn open_image(path: &Path, magic: Magic) -> Result<Option<ImageReader>> {
-    let file = match File::open(path) {
+    let file = match open_regular(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(Error::file("open", path, error)),

@@ -19,6 +19,8 @@ pub mod file;
 pub mod holes;
 #[cfg(feature = "engine")]
 pub mod mm;
+#[cfg(feature = "engine")]
+mod open;
 pub mod pagemap;
 #[cfg(feature = "engine")]
 pub mod pages;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
+use super::open::open_regular;
 use crate::error::{Error, Result};
 use crate::sys::mapping::Mapping;
 
@@ -22,7 +23,7 @@ pub struct PagesFile {
 impl PagesFile {
     /// Opens and maps the file. `Ok(None)` if there is none.
     pub fn open(path: &Path) -> Result<Option<PagesFile>> {
-        let file = match File::open(path) {
+        let file = match open_regular(path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(Error::file("open", path, error)),
