@@ -19,7 +19,6 @@ use testbed::load::steps::Step;
 use testbed::migration::{Dump, Restore, Restored};
 use testbed::net::TwoHosts;
 use testbed::transfer::copy_files;
-use testbed::wait::GENEROUS;
 
 use super::client::Client;
 use super::{Case, Contender};
@@ -29,6 +28,9 @@ const PROBE_PORT: u16 = 4711;
 
 /// Where a lazy dump serves.
 const DUMP_PORT: u16 = 27_000;
+
+/// The longest migration: with 4 GiB and 1 Gbit/s, rounds that do not shrink take minutes. That of `--timeout` and some.
+const LIMIT: Duration = Duration::from_secs(900);
 
 /// Pages of a MiB.
 const MIB_PAGES: u32 = 256;
@@ -137,7 +139,7 @@ impl Scene<'_> {
             .with(&["--mode", mode, "--serve-on", &serve_on])
             .with(options);
         let mut command = moves.start(load, &agent)?;
-        command.succeed(GENEROUS)?;
+        command.succeed(LIMIT)?;
         load.wait_until_gone()?;
         let report: Value = serde_json::from_slice(&fs::read(moves.report())?)?;
         let field = |name: &str| report[name].as_f64().context("a field of the report");
@@ -157,7 +159,7 @@ impl Scene<'_> {
             .in_net(&source.net)
             .to(server.address())
             .run()?;
-        server.finish(GENEROUS)?;
+        server.finish(LIMIT)?;
         copy_files(self.hosts, &there, &here)?;
         let restored = Restore::new(self.criu, &here)
             .in_net(&destination.net)
@@ -188,9 +190,9 @@ impl Scene<'_> {
         let restored = restore.run()?;
         run.floor_ms = Some(ms(freeze + began.elapsed()));
         let resumed = Instant::now();
-        daemon.process().succeed(GENEROUS)?;
+        daemon.process().succeed(LIMIT)?;
         run.complete_ms = ms(resumed.elapsed());
-        dump.succeed(GENEROUS)?;
+        dump.succeed(LIMIT)?;
         load.wait_until_gone()?;
         Ok(restored)
     }
