@@ -1,76 +1,92 @@
-//! `cargo xtask demo`: one process moves from one host to another while it works.
+//! `cargo xtask demo`: one Redis moves from host to host in each mode, while clients use it.
 //!
 //! ```text
-//!   host "source" (network namespace)                 host "destination"
-//!   testload --- criu dump --lazy-pages  <--veth-->  lazy-client --- criu restore --lazy-pages
+//!   first host            second host          clients' host
+//!   redis    -- cold      --> redis            four connections, which last from the first move to the end
+//!   redis   <-- pre-copy  --
+//!            -- post-copy -->
+//!           <-- hybrid    --
 //! ```
 
-use std::fs;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde_json::Value;
 use testbed::bed::Bed;
 use testbed::criu::{self, Criu, Suite};
-use testbed::daemons::{LazyDaemon, Make, Options};
-use testbed::load::Load;
-use testbed::load::report::{Latency, Report};
-use testbed::load::spec::LoadSpec;
-use testbed::load::steps::{Order, Pass, Step};
-use testbed::migration::{Dump, Restore};
-use testbed::net::TwoHosts;
-use testbed::transfer::{Copied, copy_files};
-use testbed::wait::{self, GENEROUS};
+use testbed::services::{Service, ServiceHosts};
+use testbed::wait;
 use testbed::workspace::use_binaries;
 
 use crate::setup::{self, NETWORK};
 
-/// Port of the dump on the source: the namespace has no other.
-const PORT: u16 = 27_000;
+const MODES: [&str; 4] = ["cold", "pre-copy", "post-copy", "hybrid"];
 
-/// What to move, and how.
+/// Where the Redis listens: the probe asks there.
+const PROBE: &str = "tcp:6379";
+
+/// Columns of the table: a heading, the field of the report, and what its unit is divided by.
+const COLUMNS: [(&str, &str, f64); 5] = [
+    ("downtime ms", "downtime_ms", 1.0),
+    ("resume ms", "resume_ms", 1.0),
+    ("complete ms", "complete_ms", 1.0),
+    ("total ms", "total_ms", 1.0),
+    ("wire MiB", "wire_bytes", 1_048_576.0),
+];
+
+/// What to move.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Memory of the process, MiB.
-    #[arg(long, default_value_t = 384, value_parser = clap::value_parser!(u32).range(16..=16_384))]
+    /// Memory of the Redis, MiB.
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(16..=4096))]
     mib: u32,
 
-    /// Pages that the process rewrites every second, on both hosts.
-    #[arg(long, default_value_t = 5_000)]
-    dirty: u32,
+    /// Most rounds before a freeze.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=16))]
+    rounds: u32,
 
-    /// Rate of the link between the hosts, Mbit/s.
-    #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(1..=100_000))]
-    rate: u64,
-
-    /// A CRIU version or Debian suite [default: the machine's own CRIU, else that of sid].
+    /// A CRIU version or Debian suite, from 4.2 on [default: the machine's own CRIU, else that of sid].
     #[arg(long)]
     criu: Option<String>,
 }
 
-/// What each phase took.
-struct Phases {
-    freeze: Duration,
-    metadata: Duration,
-    copied: Copied,
-    resume: Duration,
-    drained: Duration,
+/// One move.
+struct Moved {
+    mode: &'static str,
+    report: Value,
+    /// The longest time that a client had no answer.
+    wait: Duration,
 }
 
-/// Moves the process, checks it, and prints the table.
+/// Says what is done, and how long it took.
+struct Steps(Instant);
+
+impl Steps {
+    fn say(&self, what: &str) {
+        println!("{:6.1} s  {what}", self.0.elapsed().as_secs_f64());
+    }
+}
+
+/// Moves the Redis, checks it, and prints the table.
 pub(crate) fn run(args: &Args) -> Result<()> {
     setup::require_root()?;
+    let steps = Steps(Instant::now());
+    steps.say("look for programs of the system (missing ones are installed)");
     setup::install(NETWORK)?;
+    steps.say("build the programs, unless they are built (minutes the first time)");
     use_binaries(setup::release_binaries()?);
+    steps.say("look for a CRIU (fetched below target/criu the first time)");
     let criu = find_criu(args.criu.as_deref())?;
-    println!("CRIU {} ({})", criu.version, criu.path.display());
+    steps.say(&format!("CRIU {}: {}", criu.version, criu.path.display()));
+    steps.say("look for a Debian system with a Redis (fetched below target/debian the first time)");
+    let system = Service::Redis.system()?;
     let bed = Bed::new()?;
-    let moved = migrate(args, &criu, &bed);
+    let moved = move_about(args, (&criu, &system), &bed, &steps);
     if moved.is_err() && !wait::is_interrupted() {
         bed.show_logs();
     }
-    moved
+    print_table(&moved?);
+    Ok(())
 }
 
 fn find_criu(wanted: Option<&str>) -> Result<Criu> {
@@ -80,191 +96,56 @@ fn find_criu(wanted: Option<&str>) -> Result<Criu> {
     }
 }
 
-fn migrate(args: &Args, criu: &Criu, bed: &Bed) -> Result<()> {
-    let hosts = TwoHosts::new(Some(args.rate * 1_000_000))?;
-    println!(
-        "two hosts, {} and {}, with {} Mbit/s between them",
-        hosts.source.address, hosts.destination.address, args.rate
-    );
-    let spec = LoadSpec::mixed(bed.path("load"), args.mib);
-    let mut load = Load::start(spec, Some(&hosts.source.net))?;
-    load.run(
-        0,
-        &[Step::Dirty {
-            pages_per_s: args.dirty,
-        }],
-    )?;
-    let before = load.run(
-        0,
-        &[Step::Verify(Pass::full(Order::Ascending)), Step::Status],
-    )?;
-    before.expect_right()?;
-    println!(
-        "pid {} holds {} MiB, rewrites {} pages a second, and counts: {}\n",
-        before.pid, args.mib, args.dirty, before.counter
-    );
-
-    let (there, here) = (bed.path("source"), bed.path("destination"));
-    let started = Instant::now();
-    let dump = Dump::new(criu, load.pid(), &there).in_net(&hosts.source.net);
-    let mut dump = dump.serve_lazily(hosts.source.at(PORT))?;
-    let freeze = started.elapsed();
-    let copied = copy_files(&hosts, &there, &here)?;
-    let metadata = started.elapsed() - freeze;
-
-    let summary_file = bed.path("summary.json");
-    let options = Options::new(&here)
-        .at(&hosts.destination.net, hosts.destination.address)
-        .with(&["--summary-json", &summary_file.to_string_lossy()])
-        .log_to("lazy.log");
-    let mut daemon = LazyDaemon::start(Make::Ours, &options, Some(hosts.source.at(PORT)))?;
-    // Carried out by the restored process, the moment it runs: it needs all of its memory at once.
-    let sent = load.send(0, &[Step::Verify(Pass::full(Order::Random))])?;
-    let restore = Restore::new(criu, &here)
-        .in_net(&hosts.destination.net)
-        .lazily();
-    let restored = restore.run()?;
-    let resume = started.elapsed() - freeze - metadata;
-    load.steer(restored.init()?)?;
-
-    daemon.process().succeed(GENEROUS)?;
-    let drained = started.elapsed() - freeze - metadata - resume;
-    dump.succeed(GENEROUS)?;
-    load.wait_until_gone()?;
-    let at_once = load.receive(0, sent, GENEROUS)?;
-    let phases = Phases {
-        freeze,
-        metadata,
-        copied,
-        resume,
-        drained,
-    };
-    print_phases(&phases);
-    print_memory(&at_once, &summary_file)?;
-    prove(&load, &before, &at_once)
-}
-
-fn print_phases(phases: &Phases) {
-    let ms = |duration: Duration| format!("{:.0} ms", duration.as_secs_f64() * 1e3);
-    println!("{:<12}{:>10}   what happened", "phase", "took");
-    let line = |phase: &str, took: Duration, what: String| {
-        println!("{phase:<12}{:>10}   {what}", ms(took));
-    };
-    line(
-        "freeze",
-        phases.freeze,
-        "criu dump stopped the process and took all but its memory".to_owned(),
-    );
-    line(
-        "metadata",
-        phases.metadata,
-        format!(
-            "{} images, {} KiB, over the link",
-            phases.copied.files,
-            phases.copied.bytes >> 10
-        ),
-    );
-    line(
-        "resume",
-        phases.resume,
-        "criu restore, until the process ran again".to_owned(),
-    );
-    let downtime = phases.freeze + phases.metadata + phases.resume;
-    line(
-        "= downtime",
-        downtime,
-        "from the first phase to here the process stood still".to_owned(),
-    );
-    line(
-        "drained",
-        phases.drained,
-        "lazy-client brought all the memory that was missing".to_owned(),
-    );
-}
-
-fn print_memory(at_once: &Report, summary_file: &Path) -> Result<()> {
-    let text = fs::read(summary_file).with_context(|| summary_file.display().to_string())?;
-    let summary: Value = serde_json::from_slice(&text)?;
-    let number = |value: &Value, name: &str| {
-        value[name]
-            .as_u64()
-            .with_context(|| format!("no {name} in {}", summary_file.display()))
-    };
-    let (pages, latency) = (&summary["pages"], &summary["fault_latency"]);
-    println!(
-        "\nmemory      {} pages were missing, {} MiB received: {} by faults, {} around them, {} by the stream",
-        number(&summary, "total_pages")?,
-        number(&summary, "bytes_received")? >> 20,
-        number(pages, "fault")?,
-        number(pages, "around")?,
-        number(pages, "stream")?,
-    );
-    println!(
-        "faults      {} as lazy-client saw them: p50 {} µs, p99 {} µs",
-        number(latency, "count")?,
-        number(latency, "p50_us")?,
-        number(latency, "p99_us")?,
-    );
-    let touches = at_once
-        .every_step()
-        .next()
-        .map(|step| step.faults)
-        .unwrap_or_default();
-    let Latency {
-        count,
-        p50_ns,
-        p99_ns,
-        ..
-    } = touches;
-    println!(
-        "            {count} as the process felt them: p50 {} µs, p99 {} µs",
-        p50_ns / 1000,
-        p99_ns / 1000
-    );
-    Ok(())
-}
-
-/// The process is the one that was dumped, has its memory, and goes on counting and writing.
-fn prove(load: &Load, before: &Report, at_once: &Report) -> Result<()> {
-    let after = load.run(0, &[Step::Verify(Pass::full(Order::Ascending))])?;
-    for report in [at_once, &after] {
-        report.expect_right()?;
-        ensure!(report.nonce == before.nonce, "another process answered");
-        ensure!(
-            report.counter >= before.counter,
-            "the process's counter went back"
-        );
+fn move_about(
+    args: &Args,
+    (criu, system): (&Criu, &std::path::Path),
+    bed: &Bed,
+    steps: &Steps,
+) -> Result<Vec<Moved>> {
+    steps.say("start two hosts and a client's, each a network namespace");
+    let mut hosts = ServiceHosts::start(bed, system, criu, "demo")?;
+    let pid = hosts.serve(Service::Redis)?;
+    steps.say(&format!("four clients fill a Redis with {} MiB", args.mib));
+    let mut clients = Service::Redis.talk(hosts.client(), hosts.address()?, args.mib)?;
+    let rounds = args.rounds.to_string();
+    let options = ["--max-rounds", rounds.as_str(), "--probe", PROBE];
+    let mut moved = Vec::new();
+    for mode in MODES {
+        steps.say(&format!("move it to the other host: {mode}"));
+        clients.take_longest();
+        let report = hosts.migrate(pid, mode, &options)?;
+        clients.expect_answers().context(mode)?;
+        hosts.expect_moved(pid).context(mode)?;
+        let wait = clients.take_longest();
+        moved.push(Moved { mode, report, wait });
     }
-    let goes_on = wait::until("a higher counter", GENEROUS, || {
-        let now = load.run(0, &[Step::Status])?.counter;
-        Ok((now > after.counter).then_some(now))
-    })?;
-    let digest = |report: &Report| -> Result<(u64, u64)> {
-        let step = report.steps.first().context("a report without steps")?;
-        let both = (
-            step.digest.context("no digest")?,
-            step.expected_digest.context("no digest")?,
-        );
-        ensure!(
-            both.0 == both.1,
-            "checksum {:x} instead of {:x}",
-            both.0,
-            both.1
-        );
-        Ok(both)
-    };
-    let (read, written) = digest(at_once)?;
+    steps.say("compare every key with what was written last");
+    clients.finish()?;
+    steps.say(&format!(
+        "{} answers over the same four connections, none wrong",
+        clients.answers()
+    ));
+    Ok(moved)
+}
+
+fn print_table(moved: &[Moved]) {
+    print!("\n{:<10}", "mode");
+    for (heading, ..) in COLUMNS {
+        print!("{heading:>13}");
+    }
+    println!("{:>17}", "client waited ms");
+    for Moved { mode, report, wait } in moved {
+        print!("{mode:<10}");
+        for (_, field, unit) in COLUMNS {
+            match report[field].as_f64() {
+                Some(value) => print!("{:>13.0}", value / unit),
+                None => print!("{:>13}", "-"),
+            }
+        }
+        println!("{:>17}", wait.as_millis());
+    }
     println!(
-        "\nchecksum    {read:016x} read on arrival, {written:016x} as the process wrote it: equal"
+        "\ndowntime: freeze to running again; resume: freeze to the first answer; complete: start to the last page \
+         there;\ntotal: the whole command; wire: what left the source (docs/migration.md)"
     );
-    println!(
-        "pages       {} checked on arrival and {} once more, none wrong",
-        at_once.checked(),
-        after.checked()
-    );
-    println!(
-        "counter     {} before, {} on arrival, {goes_on} now: it goes on",
-        before.counter, at_once.counter
-    );
-    Ok(())
 }

@@ -38,7 +38,7 @@ enum Task {
     Bench(Box<bench::Args>),
     /// Fetches real CRIUs into target/criu and prints version and path of each.
     Criu(criu::Args),
-    /// Moves a working process from one host to another, and shows that it is the same.
+    /// Moves a Redis under load from host to host in each mode, and prints a table of the times.
     Demo(demo::Args),
     /// Checks the documents: short sentences, and links that lead somewhere.
     Documents(documents::Args),
