@@ -11,6 +11,7 @@ use pageferry::daemon::version::long_version;
 use pageferry::engine::io::transport::Peer;
 use pageferry::engine::restore::{OnLoss, RestoreConfig};
 use pageferry::error::{Error, Kind, Result};
+use pageferry::lazy::huge_pages::HugePages;
 use pageferry::limits::{RESTORE_TIMEOUT_S, START_WAIT_DEFAULT, TIMEOUT_S_MAX};
 use pageferry::tls::{Tls, TlsArgs};
 use pageferry::units::parse_bytes;
@@ -97,6 +98,12 @@ pub(crate) struct Args {
     #[arg(help_heading = "Restore", long, value_name = "RATE", value_parser = parse_bytes)]
     max_bandwidth: Option<u64>,
 
+    /// What becomes huge pages again once all its pages have come
+    ///
+    /// Needs Linux 6.1 and CAP_SYS_NICE; without them the kernel makes huge pages when it comes to it.
+    #[arg(help_heading = "Restore", long, value_enum, default_value_t = HugePagesArg::AsBefore, value_name = "WHICH")]
+    huge_pages: HugePagesArg,
+
     /// What becomes of processes whose pages are lost with the source
     #[arg(help_heading = "Restore", long, value_enum, default_value_t = OnLossArg::Poison)]
     on_loss: OnLossArg,
@@ -154,6 +161,16 @@ enum WireArg {
 }
 
 #[derive(Clone, Copy, ValueEnum, Debug)]
+enum HugePagesArg {
+    /// What was huge before the dump, as far as that is known
+    AsBefore,
+    /// All private memory that was used whole
+    Always,
+    /// Nothing
+    Never,
+}
+
+#[derive(Clone, Copy, ValueEnum, Debug)]
 enum OnLossArg {
     /// Reading a lost page raises SIGBUS
     Poison,
@@ -193,6 +210,11 @@ impl Args {
             trace: self.trace.clone(),
             wait: self.wait.map_or(START_WAIT_DEFAULT, Duration::from_secs),
             auto_dedup: self.auto_dedup,
+            huge_pages: match self.huge_pages {
+                HugePagesArg::AsBefore => HugePages::AsBefore,
+                HugePagesArg::Always => HugePages::Always,
+                HugePagesArg::Never => HugePages::Never,
+            },
         })
     }
 

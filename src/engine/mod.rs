@@ -10,9 +10,11 @@
 //! ferry          connections and sessions of ferry     shared by receive, forward, forward_lazy, restore
 //! listening      listeners, sessions, stopping         shared by all servers
 //! io             drivers, splice path, transports      shared by all
+//! collapse       huge pages of restored processes
 //! service_manager  what systemd is told, and keeps     shared by all
 //! ```
 
+pub mod collapse;
 pub mod ferry;
 pub mod forward;
 pub mod forward_lazy;

@@ -14,6 +14,7 @@
 use std::collections::BTreeSet;
 
 use super::proto::Vma;
+use crate::lazy::huge_pages::{HugeAdvice, HugeMapping};
 use crate::units::{PageRange, PageSize};
 
 /// Bit of `Vma::status` (VMA_AREA_GUARD): the range is a guard region, whose pages raise SIGSEGV.
@@ -46,6 +47,10 @@ const FLAG_HUGETLB: u32 = 0x4_0000;
 /// Bit of `Vma::madv` (1 << MADV_WIPEONFORK): children that are forked find zeros in the range.
 const MADV_WIPEONFORK: u64 = 1 << 18;
 
+/// Bits of `Vma::madv` (1 << MADV_HUGEPAGE, 1 << MADV_NOHUGEPAGE).
+const MADV_HUGEPAGE: u64 = 1 << 14;
+const MADV_NOHUGEPAGE: u64 = 1 << 15;
+
 /// Where the memory of a process may be filled, and what a fork does to it.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct Mappings {
@@ -59,6 +64,8 @@ pub struct Mappings {
     /// Ranges whose pages CRIU restores from the pagemap of the process, by address, disjoint. It refuses pages
     /// of a process anywhere else.
     pub private: Vec<PageRange>,
+    /// Mappings that can have transparent huge pages, by address.
+    pub huge: Vec<HugeMapping>,
     /// The anonymous shared memory that is mapped: each has a pagemap of its own.
     pub shared_memory: BTreeSet<u64>,
     /// Whether the mappings (guard regions aside) stand in the order of their addresses. CRIU refuses others.
@@ -73,6 +80,7 @@ impl Mappings {
     ) -> Result<Mappings, String> {
         let mut borders = Vec::new();
         let mut shared_memory = BTreeSet::new();
+        let mut huge = Vec::new();
         let (mut ordered, mut last_start) = (true, 0);
         for vma in vmas {
             if vma.status & STATUS_GUARD == 0 {
@@ -83,6 +91,7 @@ impl Mappings {
                 shared_memory.insert(vma.shmid);
             }
             let (start, end) = (vma.start, vma.end);
+            huge.extend(huge_mapping(vma));
             if !page.divides(start) || !page.divides(end) || start >= end {
                 return Err(format!("{start:#x}-{end:#x} is no mapping"));
             }
@@ -90,8 +99,10 @@ impl Mappings {
             borders.push((end, Change::of(vma, -1)));
         }
         borders.sort_unstable_by_key(|(address, _)| *address);
+        huge.sort_unstable_by_key(|mapping: &HugeMapping| mapping.range.start());
         let mut mappings = Mappings {
             shared_memory,
+            huge,
             ordered,
             ..Mappings::default()
         };
@@ -117,6 +128,25 @@ impl Mappings {
         }
         Ok(mappings)
     }
+}
+
+/// `vma`, if transparent huge pages can be in it.
+fn huge_mapping(vma: &Vma) -> Option<HugeMapping> {
+    let is = |bits| vma.status & bits != 0;
+    let ordinary = is(STATUS_REGULAR) && is(STATUS_ANON_PRIVATE);
+    if !ordinary || is(STATUS_GUARD) || vma.flags & FLAG_HUGETLB != 0 || vma.start >= vma.end {
+        return None;
+    }
+    let advised = vma.madv.unwrap_or(0);
+    let advice = match (advised & MADV_HUGEPAGE != 0, advised & MADV_NOHUGEPAGE != 0) {
+        (_, true) => HugeAdvice::Against,
+        (true, false) => HugeAdvice::For,
+        (false, false) => HugeAdvice::None,
+    };
+    Some(HugeMapping {
+        range: PageRange::new(vma.start, vma.end),
+        advice,
+    })
 }
 
 /// How many entries of each kind begin (or, below 0, end) at an address.
@@ -228,6 +258,37 @@ mod tests {
         vmas[0].madv = Some(1 << 10);
         let mappings = Mappings::new(&vmas, PageSize::KIB_4).unwrap();
         assert_eq!(mappings.wiped_on_fork, [PageRange::new(0x3000, 0x6000)]);
+    }
+
+    #[test]
+    fn what_can_have_huge_pages_is_known_with_its_advice() {
+        let of = |start: u64, status, madv, flags| Vma {
+            status,
+            madv,
+            flags,
+            ..vma(start << 12, (start + 1) << 12)
+        };
+        let anonymous = STATUS_REGULAR | STATUS_ANON_PRIVATE;
+        let vmas = [
+            of(7, anonymous, Some(MADV_NOHUGEPAGE), 0),
+            of(1, anonymous, None, 0),
+            of(2, anonymous, Some(MADV_HUGEPAGE), 0),
+            of(3, anonymous, None, FLAG_HUGETLB),
+            of(4, STATUS_REGULAR | STATUS_FILE_PRIVATE, None, 0),
+            of(5, STATUS_REGULAR | STATUS_ANON_SHARED, None, 0),
+            guard(1 << 12, 2 << 12),
+        ];
+        let mappings = Mappings::new(&vmas, PageSize::KIB_4).unwrap();
+        let huge = mappings.huge.iter();
+        let huge: Vec<_> = huge
+            .map(|mapping| (mapping.range.start().get() >> 12, mapping.advice))
+            .collect();
+        let expected = [
+            (1, HugeAdvice::None),
+            (2, HugeAdvice::For),
+            (7, HugeAdvice::Against),
+        ];
+        assert_eq!(huge, expected);
     }
 
     #[test]

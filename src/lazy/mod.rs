@@ -6,6 +6,7 @@ pub mod batched_wakeup;
 pub mod drain;
 pub mod extents;
 pub mod fault_prediction;
+pub mod huge_pages;
 pub mod pageset;
 pub mod pattern;
 pub mod planner;

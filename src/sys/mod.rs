@@ -3,6 +3,7 @@
 
 pub mod arp;
 pub mod buffers;
+pub mod collapse;
 pub mod disconnect;
 pub mod fdpass;
 pub mod inject;

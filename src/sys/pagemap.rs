@@ -16,6 +16,12 @@ const GUARD: u64 = 1 << 8;
 /// Of an entry of the file: present (bit 63), or swapped out (bit 62).
 const THERE: u64 = 3 << 62;
 
+/// The page is in memory (bit 63), not swapped out.
+const IN_MEMORY: u64 = 1 << 63;
+
+/// The page is mapped by this process alone (bit 56): neither shared since a fork nor merged (KSM).
+const EXCLUSIVE: u64 = 1 << 56;
+
 /// The length of an entry of the file, one for each page.
 const ENTRY_BYTES: usize = 8;
 
@@ -47,6 +53,21 @@ impl Pagemap {
         self.0
             .read_exact_at(&mut entry, at.get() / page * ENTRY_BYTES as u64)?;
         Ok(u64::from_ne_bytes(entry) & THERE != 0)
+    }
+
+    /// How many pages of `page` bytes of `range` are in memory, and how many of these the process alone maps.
+    pub fn count(&self, range: PageRange, page: u64) -> io::Result<(u64, u64)> {
+        let pages = usize::try_from(range.bytes() / page).map_err(io::Error::other)?;
+        let mut entries = vec![0; pages * ENTRY_BYTES];
+        let at = range.start().get() / page * ENTRY_BYTES as u64;
+        self.0.read_exact_at(&mut entries, at)?;
+        let entries = entries.as_chunks::<ENTRY_BYTES>().0.iter();
+        let there = entries
+            .map(|entry| u64::from_ne_bytes(*entry))
+            .filter(|entry| entry & IN_MEMORY != 0);
+        Ok(there.fold((0, 0), |(there, alone), entry| {
+            (there + 1, alone + u64::from(entry & EXCLUSIVE != 0))
+        }))
     }
 
     /// The first run of pages in `range` that lie in guard regions. An error of kind `InvalidInput` or a
@@ -179,6 +200,7 @@ mod tests {
         // SAFETY: the byte is the last of the new mapping, and nobody refers to it.
         unsafe { last.write_volatile(1) };
         assert!(is_present(15) && !is_present(14));
+        assert_eq!(pagemap.count(range(0, 16), page).unwrap(), (1, 1));
         let install = |from: u64, pages: u64| {
             let at = mapped
                 .as_ptr()

@@ -187,6 +187,13 @@ pub fn lock(address: usize, length: usize) -> Result<(), Errno> {
     unsafe { mman::mlock(pointer(address, length), length) }
 }
 
+/// Asks for transparent huge pages in a range of the window.
+pub fn advise_huge(address: usize, length: usize) -> Result<(), Errno> {
+    let advice = mman::MmapAdvise::MADV_HUGEPAGE;
+    // SAFETY: changes no content.
+    unsafe { mman::madvise(pointer(address, length), length, advice) }
+}
+
 /// Unlocks a range of the window.
 pub fn unlock(address: usize, length: usize) -> Result<(), Errno> {
     // SAFETY: changes no content.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::criu::header::Wire;
 use crate::engine::io::transport::Peer;
+use crate::lazy::huge_pages::HugePages;
 use crate::tls::Tls;
 
 /// What to do about processes whose pages are lost with the source.
@@ -55,4 +56,6 @@ pub struct RestoreConfig {
     pub wait: Duration,
     /// What is installed everywhere leaves the local images.
     pub auto_dedup: bool,
+    /// What becomes huge pages again once it has come.
+    pub huge_pages: HugePages,
 }

@@ -92,7 +92,7 @@ impl Restore {
                     }
                     Event::Remove(range) | Event::Unmap(range) => {
                         self.tell(StandbyMessage::Gone { id, range }, None);
-                        self.settle(id, range, Way::Gone, Waiters::Asleep);
+                        self.handle_gone(id, range);
                     }
                 }
             }
@@ -110,7 +110,10 @@ impl Restore {
         let start = page.floor(addr.get());
         let at = PageRange::new(start, start + page.bytes());
         match self.planner.handle_fault(id, addr, reach, now_us) {
-            FaultAnswer::Wait => Ok(()),
+            FaultAnswer::Wait => {
+                self.huge_again.hold(true);
+                Ok(())
+            }
             FaultAnswer::Zero if self.batched_wakeup.was_quiet(id, at.start()) => {
                 self.settle(id, at, Way::Gone, Waiters::Sequential);
                 Ok(())
@@ -203,8 +206,15 @@ impl Restore {
         }
     }
 
+    /// The pages of `range` were unmapped or given back.
+    pub(super) fn handle_gone(&mut self, id: SpaceId, range: PageRange) {
+        self.huge_again.gone(id, range);
+        self.settle(id, range, Way::Gone, Waiters::Asleep);
+    }
+
     pub(super) fn handle_remap(&mut self, id: SpaceId, from: PageRange, to: Vaddr) {
         let mut woken = Vec::new();
+        self.huge_again.moved(id, from, to);
         self.planner
             .handle_remap(id, from, to, |served| woken.push(served));
         woken.into_iter().for_each(|thread| self.wake(id, thread));
@@ -225,6 +235,7 @@ impl Restore {
         }
         self.planner.handle_exit(id);
         self.deferred.forget(id);
+        self.huge_again.forget(id);
     }
 
     /// Forgets processes that ended: their end is no event, and only a fill would tell.

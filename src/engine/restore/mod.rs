@@ -22,6 +22,7 @@
 //! | `links` | connections to the source: answers, breaks, new attempts |
 //! | `background`, `second_dump` | the rate, and whoever traces a process |
 //! | `loss` | pages that cannot come, and what an operator says about them |
+//! | `huge_pages` | regions that have all their pages and are not huge pages again |
 //! | `standby` | what the other process is told |
 //!
 //! Invariants:
@@ -40,6 +41,7 @@ mod given_up;
 mod guards;
 mod handover;
 mod host_process;
+mod huge_pages;
 mod idle;
 mod install;
 pub mod intake;
@@ -78,6 +80,7 @@ use crate::image::dir::ImageDir;
 use crate::image::rewrite;
 use crate::lazy::batched_wakeup::BatchedWakeup;
 use crate::lazy::planner::{Planner, SpaceId};
+use crate::sys::owned_process::ProcessName;
 use crate::sys::process::page_size;
 use crate::sys::uffd::{Room, Uffd};
 use auto_dedup::AutoDedup;
@@ -87,6 +90,7 @@ use deferred::Deferred;
 use guards::GuardLook;
 use handover::Handover;
 use host_process::HostProcess;
+use huge_pages::HugeAgain;
 use install::Filling;
 use intake::Intake;
 use links::Links;
@@ -163,6 +167,8 @@ pub struct Restore {
     guard_look: GuardLook,
     /// Takes out of the local images what nobody needs any more.
     auto_dedup: Option<AutoDedup>,
+    /// What is to become huge pages again.
+    huge_again: HugeAgain,
 }
 
 impl fmt::Debug for Restore {
@@ -246,6 +252,7 @@ impl Restore {
         let mut restore = Restore {
             background: Background::new(&config),
             auto_dedup: config.auto_dedup.then(AutoDedup::default),
+            huge_again: HugeAgain::new(config.huge_pages),
             losses: Losses::new(&config)?,
             second_dump: SecondDump::new(),
             planner: Planner::new(page),
@@ -292,6 +299,9 @@ impl Restore {
         let result = self.serve();
         self.end_auto_dedup(&result);
         let result = result.and_then(|()| self.close_links());
+        if result.is_ok() {
+            self.collapse_rest();
+        }
         let result = match self.observer.finish_trace() {
             Err(error) if result.is_ok() => Err(error),
             _ => result,
@@ -343,6 +353,8 @@ impl Restore {
 
     /// One round: waits for something to happen, or does a step of background work.
     fn round(&mut self) -> Result<()> {
+        self.huge_again
+            .hold(self.links.is_faulting(self.clock.now_us()));
         self.release_due();
         self.resume_due()?;
         self.retry_unreadable()?;
@@ -378,13 +390,15 @@ impl Restore {
         self.look_for_ended();
         if self.handover.is_finished() {
             self.close_unneeded();
+            self.collapse_some();
         }
     }
 
     /// `host` is the process's pid on this host, 0 if that is not known, and `started` its start, in clock ticks since
     /// that of the host.
     fn add_process(&mut self, pid: u32, uffd: Uffd, host: i32, started: u64) -> Result<SpaceId> {
-        let opened = process::open(&self.images, pid, self.config.source.is_some())?;
+        let has_source = self.config.source.is_some();
+        let opened = process::open(&self.images, pid, has_source, &self.huge_again)?;
         let space = match self.config.auto_dedup {
             true => opened.space.accounting(),
             false => opened.space,
@@ -397,6 +411,10 @@ impl Restore {
         );
         self.build_on_earlier(pid, space.origins())?;
         let id = self.planner.add(space);
+        if let Some(regions) = opened.huge {
+            self.huge_again
+                .add(id, ProcessName { pid: host, started }, regions);
+        }
         let chain = opened.chain.map(Arc::new);
         if let (Some(auto_dedup), Some(chain)) = (&mut self.auto_dedup, &chain) {
             auto_dedup.add(pid, chain);

@@ -2,11 +2,13 @@
 
 use std::path::Path;
 
+use super::huge_pages::HugeAgain;
 use crate::criu::header::{Target, Wire};
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::{Chain, Missing, Place};
 use crate::image::dir::ImageDir;
 use crate::image::proto::{PagemapEntry, PagemapHead};
+use crate::lazy::huge_pages::Regions;
 use crate::lazy::space::Space;
 use crate::units::PageRange;
 
@@ -16,10 +18,17 @@ pub(super) struct Opened {
     pub(super) space: Space,
     /// `None` if no local image has anything that is missing.
     pub(super) chain: Option<Chain>,
+    /// What is to become huge pages again, if the system has any.
+    pub(super) huge: Option<Regions>,
 }
 
 /// Opens the memory of `pid`. CRIU restores by itself what is not LAZY, so only that is missing.
-pub(super) fn open(images: &ImageDir, pid: u32, has_source: bool) -> Result<Opened> {
+pub(super) fn open(
+    images: &ImageDir,
+    pid: u32,
+    has_source: bool,
+    huge: &HugeAgain,
+) -> Result<Opened> {
     let missing = if has_source {
         Missing::Leave
     } else {
@@ -27,6 +36,7 @@ pub(super) fn open(images: &ImageDir, pid: u32, has_source: bool) -> Result<Open
     };
     let chain = Chain::open(images, Target::Process(pid), missing)?;
     let mappings = images.mappings(pid)?;
+    let huge = huge.of(&mappings, &chain);
     let vmas = mappings.fillable;
     let (mut remote, mut local) = (Vec::new(), Vec::new());
     for extent in chain.extents().iter().filter(|extent| extent.lazy) {
@@ -39,7 +49,7 @@ pub(super) fn open(images: &ImageDir, pid: u32, has_source: bool) -> Result<Open
     let chain = (!local.is_empty()).then_some(chain);
     let mut space = Space::new(pid, images.page(), remote, local);
     space.wipe_on_fork(&mappings.wiped_on_fork);
-    Ok(Opened { space, chain })
+    Ok(Opened { space, chain, huge })
 }
 
 /// The directory of the round before `images`: `named`, which may be relative to theirs, or else what

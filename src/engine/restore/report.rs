@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::Restore;
 use super::auto_dedup::AutoDedup;
+use crate::engine::collapse::CollapseSummary;
 use crate::error::Result;
 use crate::lazy::planner::{Counts, Planner};
 use crate::lazy::space::Served;
@@ -53,6 +54,8 @@ pub struct Summary {
     pub freed_bytes: u64,
     /// Faults that the trace lacks because the disk could not keep up.
     pub trace_left_out: u64,
+    /// What became of the huge pages that were there before.
+    pub huge_pages: CollapseSummary,
 }
 
 /// Gathers what the loop sees.
@@ -143,6 +146,7 @@ impl Restore {
             total_ms: self.clock.now_us() / 1000,
             freed_bytes: self.auto_dedup.as_ref().map_or(0, AutoDedup::bytes),
             trace_left_out: self.observer.trace_left_out,
+            huge_pages: self.huge_again.summary(),
         }
     }
 }

@@ -295,6 +295,18 @@ impl Space {
         firsts.map(rest).min_by_key(|range| range.start())
     }
 
+    /// Whether a page at `range` is not there yet.
+    pub fn lacks(&self, range: PageRange) -> bool {
+        let firsts = [
+            self.remote.next_from(range.start()),
+            self.local.next_from(range.start()),
+            self.flight.next_from(range.start()),
+            self.unreadable.next_from(range.start()),
+        ];
+        let mut firsts = firsts.into_iter().flatten();
+        firsts.any(|piece| piece.at.start() < range.end())
+    }
+
     /// The first piece that is not there yet, whoever has it.
     pub fn first_missing(&self) -> Option<Piece> {
         let firsts = [

@@ -25,6 +25,8 @@ pub enum Mapping {
     SysV,
     /// Private, and locked: CRIU never restores it lazily.
     Locked,
+    /// Private, of ordinary pages, with the advice to make huge ones (MADV_HUGEPAGE).
+    Advised,
     /// Private huge pages.
     HugePrivate,
     /// A memfd of huge pages, mapped privately.

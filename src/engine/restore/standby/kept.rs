@@ -27,13 +27,12 @@ use crate::engine::restore::host_process;
 use crate::engine::restore::intake::SOCKET_NAME;
 use crate::engine::restore::owner_search::{OwnerSearch, SearchScope};
 use crate::engine::restore::signals::Signals;
-use crate::engine::restore::waking::Waiters;
 use crate::engine::restore::{OnLoss, Process, Restore, RestoreConfig, process};
 use crate::engine::service_manager::{Passed, ServiceManager, passed};
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::Chain;
 use crate::image::dir::ImageDir;
-use crate::lazy::planner::{SpaceId, Way};
+use crate::lazy::planner::SpaceId;
 use crate::lazy::space::Space;
 use crate::sys::shared::{RestoreState, Shared};
 use crate::sys::uffd::Uffd;
@@ -327,7 +326,8 @@ impl Restore {
                         }
                         None => {
                             let has_source = self.config.source.is_some();
-                            let opened = process::open(&self.images, pid, has_source)?;
+                            let opened =
+                                process::open(&self.images, pid, has_source, &self.huge_again)?;
                             self.planner.add(opened.space);
                             chains.insert(pid, opened.chain.map(Arc::new));
                             lost.insert(id);
@@ -355,7 +355,7 @@ impl Restore {
                 }
                 StandbyMessage::Remap { id, from, to } => self.handle_remap(id, from, to),
                 StandbyMessage::Gone { id, range } => {
-                    self.settle(id, range, Way::Gone, Waiters::Asleep);
+                    self.handle_gone(id, range);
                 }
                 StandbyMessage::Exited { id } => {
                     lost.remove(&id);

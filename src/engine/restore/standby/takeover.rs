@@ -9,10 +9,9 @@ use super::messages::StandbyMessage;
 use super::source_sockets::SourceSockets;
 use super::{Watch, untold};
 use crate::engine::restore::intake::SOCKET_NAME;
-use crate::engine::restore::waking::Waiters;
 use crate::engine::restore::{Restore, RestoreConfig};
 use crate::error::{Error, Kind, Result};
-use crate::lazy::planner::{SpaceId, Way};
+use crate::lazy::planner::SpaceId;
 use crate::lazy::space::Space;
 use crate::sys::shared::RestoreState;
 use crate::sys::uffd::{Message, Uffd};
@@ -118,7 +117,7 @@ impl Restore {
             }
             (StandbyMessage::Gone { id, range }, _) => {
                 if let Some(id) = own(id) {
-                    self.settle(id, range, Way::Gone, Waiters::Asleep);
+                    self.handle_gone(id, range);
                 }
             }
             (StandbyMessage::Exited { id }, _) => {
@@ -215,7 +214,7 @@ impl Restore {
                 }
                 Message::Remove(range) | Message::Unmap(range) => {
                     self.tell(StandbyMessage::Gone { id, range }, None);
-                    self.settle(id, range, Way::Gone, Waiters::Asleep);
+                    self.handle_gone(id, range);
                 }
             }
         }

@@ -93,6 +93,10 @@ impl Memory {
                 sys::map(start, length, Backing::Private)?;
                 sys::lock(start, length)?;
             }
+            Mapping::Advised => {
+                sys::map(start, length, Backing::Private)?;
+                sys::advise_huge(start, length)?;
+            }
             Mapping::HugePrivate => sys::map(start, length, Backing::PrivateHuge)?,
             Mapping::HugeMemfd => {
                 let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB;
@@ -159,7 +163,7 @@ impl Memory {
 
     /// The same at an address that the mapping can have.
     fn reserve_aligned(&mut self, length: usize, mapping: Mapping) -> usize {
-        if mapping.is_huge() {
+        if mapping.is_huge() || mapping == Mapping::Advised {
             self.next_free = self.next_free.next_multiple_of(HUGE_PAGE_BYTES);
         }
         self.reserve(length)
@@ -196,6 +200,7 @@ impl Memory {
             Mapping::Private
                 | Mapping::PrivateFile
                 | Mapping::Locked
+                | Mapping::Advised
                 | Mapping::HugePrivate
                 | Mapping::HugeMemfd
         );
