@@ -79,6 +79,9 @@ pub enum PostcopyError {
     /// There is one stream, so frames cannot overtake each other.
     #[error("pushed frames are out of order")]
     OutOfOrder,
+    /// Something came behind an OPEN before that was answered.
+    #[error("frames came behind an OPEN that has no answer yet")]
+    BeforeAnswer,
     /// Pages come as differences.
     #[error("pages come as differences, which nobody offered to take")]
     Differences,
@@ -336,6 +339,10 @@ impl<T> PostcopyReceiver<T> {
             Arrival::Next => {}
             Arrival::Again => return Ok(Event::Other),
             Arrival::Held => return Err(PostcopyError::OutOfOrder),
+        }
+        // Frames are applied in order, and that one is not.
+        if self.open.is_some() {
+            return Err(PostcopyError::BeforeAnswer);
         }
         match self.receiver.read(kind, body)? {
             Message::Pages(batch) => {

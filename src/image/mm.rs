@@ -73,8 +73,12 @@ pub struct Mappings {
 }
 
 impl Mappings {
-    /// Sorts out the entries of an `mm-PID.img`, in any order. The error says what is wrong with one.
-    pub(super) fn new<'a>(
+    /// Sorts out the entries of an `mm-PID.img`, in any order.
+    ///
+    /// # Errors
+    ///
+    /// An entry is no range of whole pages: says which.
+    pub fn new<'a>(
         vmas: impl IntoIterator<Item = &'a Vma>,
         page: PageSize,
     ) -> Result<Mappings, String> {

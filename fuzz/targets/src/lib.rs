@@ -1,0 +1,97 @@
+//! What the fuzzers do with their bytes, as plain functions: libFuzzer calls them with bytes that it made up, and
+//! `cargo test` with the committed corpora.
+//!
+//! ```text
+//! fuzz/fuzz_targets/NAME.rs ──> run("NAME", bytes)     a binary under libFuzzer, see fuzz/README.md
+//! tests/corpora.rs          ──> run("NAME", bytes)     each file of fuzz/corpus/NAME, and each seed
+//! ```
+//!
+//! A target returns when the code under test has said yes or no, and panics when it broke a promise: a number beyond
+//! its limit, an answer that depends on where the bytes were cut, something read back that is not what was written.
+//!
+//! The feature `canary` plants one bug in each target, behind as much of its input as an honest peer would need to get
+//! there. A fuzzer that does not find it cannot find anything.
+
+mod commands;
+mod criu;
+mod ferry;
+mod frames;
+mod images;
+mod planner;
+mod records;
+mod scratch;
+mod sessions;
+
+/// A function that is given bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    /// Its name, and that of its corpus's directory.
+    pub name: &'static str,
+    /// What it does. It panics where a promise is broken.
+    pub run: fn(&[u8]),
+    /// Honest input, which the corpus begins with.
+    pub seeds: fn() -> Vec<Vec<u8>>,
+}
+
+/// All targets.
+pub const TARGETS: &[Target] = &[
+    target("deframer", criu::deframer, criu::stream_seeds),
+    target("receive", criu::receive, criu::stream_seeds),
+    target("serve", criu::serve, criu::request_seeds),
+    target("fetch", criu::fetch, criu::answer_seeds),
+    target("lazy_socket", records::lazy_socket, records::lazy_seeds),
+    target("rpc", records::rpc, records::rpc_seeds),
+    target("pagemap", images::pagemap, images::pagemap_seeds),
+    target("messages", images::messages, images::message_seeds),
+    target("chain", images::chain, images::chain_seeds),
+    target("ferry_frames", ferry::frames, ferry::frame_seeds),
+    target("ferry_batch", ferry::batch, ferry::batch_seeds),
+    target("ferry_messages", ferry::messages, ferry::message_seeds),
+    target("ferry_receiver", sessions::receiver, ferry::session_seeds),
+    target("ferry_sender", sessions::sender, ferry::session_seeds),
+    target("ferry_postcopy", sessions::postcopy, ferry::session_seeds),
+    target("ferry_link", sessions::link, sessions::link_seeds),
+    target("planner", planner::planner, planner::seeds),
+    target("drain", planner::drain, planner::seeds),
+    target("config_file", commands::config_file, commands::file_seeds),
+    target("command_line", commands::command_line, commands::line_seeds),
+    target("migration", records::migration, records::migration_seeds),
+    target("trace", records::trace, records::trace_seeds),
+];
+
+const fn target(name: &'static str, run: fn(&[u8]), seeds: fn() -> Vec<Vec<u8>>) -> Target {
+    Target { name, run, seeds }
+}
+
+/// Gives `data` to the target `name`.
+///
+/// # Panics
+///
+/// There is no such target, or a promise is broken.
+pub fn run(name: &str, data: &[u8]) {
+    let found = TARGETS.iter().find(|target| target.name == name);
+    (found.expect("a target's name").run)(data);
+}
+
+/// The planted bug of a target: with the feature `canary` it panics if `reached`.
+fn canary(reached: bool) {
+    assert!(
+        !(cfg!(feature = "canary") && reached),
+        "the canary is found"
+    );
+}
+
+/// Takes `COUNT` bytes off the front of `data`; zeros stand for what is missing.
+fn take<const COUNT: usize>(data: &mut &[u8]) -> [u8; COUNT] {
+    let mut out = [0; COUNT];
+    let there = COUNT.min(data.len());
+    out[..there].copy_from_slice(&data[..there]);
+    *data = &data[there..];
+    out
+}
+
+/// Takes one byte off the front of `data`, or zero.
+fn byte(data: &mut &[u8]) -> u8 {
+    let [byte] = take(data);
+    byte
+}

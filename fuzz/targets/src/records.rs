@@ -1,0 +1,163 @@
+//! Records and messages on local sockets and between agents, and recorded traces.
+
+use pageferry::criu::lazy_socket::{RECORD_BYTES, Record};
+use pageferry::criu::rpc::{Options, Request, ServerInfo, kind};
+use pageferry::criu::rpc_fields::Fields;
+use pageferry::limits::RPC_MESSAGE_BYTES_MAX;
+use pageferry::migration::messages::{
+    Begin, Check, HostFacts, Problem, Receiver, RestoreRequest, Status, Wanted,
+};
+use pageferry::observe::trace::{TraceReader, TraceWriter};
+use prost::Message;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::{byte, canary, scratch};
+
+/// The records of `lazy-pages.socket`.
+pub(crate) fn lazy_socket(data: &[u8]) {
+    let mut processes = 0;
+    for record in data.chunks_exact(RECORD_BYTES) {
+        let bytes = <[u8; RECORD_BYTES]>::try_from(record).expect("as long as a record");
+        let word = i32::from_le_bytes(bytes);
+        match Record::decode(bytes) {
+            Record::Process(pid) => {
+                assert_eq!(i64::from(pid), i64::from(word));
+                processes += 1;
+            }
+            Record::Zombie(pid) => assert_eq!(i64::from(pid), -i64::from(word)),
+            Record::Finished => {
+                canary(processes > 0);
+                break;
+            }
+        }
+    }
+}
+
+/// A process, a zombie, the end.
+pub(crate) fn lazy_seeds() -> Vec<Vec<u8>> {
+    let words = [7_u32, 0_u32.wrapping_sub(8), 0x5253_5446];
+    vec![words.iter().flat_map(|word| word.to_le_bytes()).collect()]
+}
+
+/// Requests of CRIU's remote procedure calls, as the page-server and as the shim read them.
+pub(crate) fn rpc(data: &[u8]) {
+    let read = Fields::decode(data);
+    if let Ok(fields) = &read {
+        assert!(data.len() <= RPC_MESSAGE_BYTES_MAX);
+        let again = Fields::decode(&fields.encode()).expect("what was written is read");
+        assert_eq!(*fields, again);
+        if let Ok(options) = fields.message(2) {
+            let _ = (options.int(1), options.is_on(48), options.message(11));
+        }
+    }
+    if let Ok(request) = Request::decode(data) {
+        let again = Request::decode(request.encode_to_vec().as_slice());
+        assert_eq!(Ok(&request), again.as_ref());
+        // Prost takes more than Fields: groups, for one.
+        let port = request.options.and_then(|options| options.server?.port);
+        canary(read.is_ok() && port.is_some_and(|port| port > 0));
+    }
+}
+
+/// A request as go-criu sends it.
+pub(crate) fn rpc_seeds() -> Vec<Vec<u8>> {
+    let options = Options {
+        images_dir_fd: 5,
+        log_level: Some(4),
+        log_file: Some("server.log".into()),
+        server: Some(ServerInfo {
+            address: Some("127.0.0.1".into()),
+            port: Some(0),
+            ..ServerInfo::default()
+        }),
+        parent_img: Some("../1".into()),
+        ..Options::default()
+    };
+    let request = Request {
+        kind: kind::PAGE_SERVER_CHLD,
+        options: Some(options),
+        keep_open: Some(true),
+        pid: Some(7),
+    };
+    vec![request.encode_to_vec()]
+}
+
+/// Messages between the two sides of a migration.
+pub(crate) fn migration(mut data: &[u8]) {
+    match byte(&mut data) % 8 {
+        0 => {
+            if let Some(begin) = json::<Begin>(data)
+                && begin.check().is_ok()
+            {
+                assert!(!begin.pids.contains(&0) && !begin.pids.is_empty());
+                canary(begin.addresses.len() == 1);
+            }
+        }
+        1 => drop(json::<HostFacts>(data)),
+        2 => drop(json::<Wanted>(data)),
+        3 => drop(json::<Check>(data)),
+        4 => drop(json::<Receiver>(data)),
+        5 => drop(json::<RestoreRequest>(data)),
+        6 => drop(json::<Status>(data)),
+        _ => drop(json::<Problem>(data)),
+    }
+}
+
+fn json<T: Serialize + DeserializeOwned>(data: &[u8]) -> Option<T> {
+    let message: T = serde_json::from_slice(data).ok()?;
+    let written = serde_json::to_vec(&message).expect("it can be written");
+    let again: T = serde_json::from_slice(&written).expect("what was written is read");
+    let twice = serde_json::to_vec(&again).expect("it can be written");
+    assert_eq!(written, twice, "it comes back as it was");
+    Some(message)
+}
+
+/// The messages of a pre-copy.
+pub(crate) fn migration_seeds() -> Vec<Vec<u8>> {
+    let begin = br#"{"id":"m-1","mode":"pre-copy","pids":[7,8],"memory_bytes":4096,"tcp":"refuse","timeout_s":30}"#;
+    let address = br#"{"id":"m-1","mode":"hybrid","pids":[7],"memory_bytes":1,"tcp":"close","timeout_s":3,"addresses":[{"address":"10.0.0.7","prefix":24,"device":"eth0"}]}"#;
+    [
+        (0, begin.as_slice()),
+        (0, address),
+        (3, br#"{"runtime":null,"problems":["no criu"]}"#),
+        (4, br#"{"port":27000}"#),
+        (5, br#"{"memory_port":null}"#),
+    ]
+    .into_iter()
+    .map(|(kind, text)| [&[kind], text].concat())
+    .collect()
+}
+
+/// Recordings of `lazy-client --trace`.
+pub(crate) fn trace(data: &[u8]) {
+    let dir = scratch::directory();
+    let path = dir.path().join("trace");
+    std::fs::write(&path, data).expect("a file is written");
+    if let Ok(reader) = TraceReader::open(&path) {
+        let mut records = 0;
+        for record in reader {
+            if record.is_err() {
+                break;
+            }
+            records += 1;
+        }
+        assert!(records <= data.len(), "each record takes some bytes");
+        canary(records == 2);
+    }
+}
+
+/// A recording of a fault.
+pub(crate) fn trace_seeds() -> Vec<Vec<u8>> {
+    let dir = scratch::directory();
+    let path = dir.path().join("trace");
+    let page = pageferry::units::PageSize::KIB_4;
+    let writer = TraceWriter::create(&path, page);
+    writer
+        .and_then(TraceWriter::finish)
+        .expect("a trace is written");
+    let mut bytes = std::fs::read(&path).expect("it was written");
+    let head = bytes.clone();
+    bytes.extend_from_slice(&[0; 40]);
+    vec![head, bytes]
+}
