@@ -25,6 +25,7 @@
 //! processes are killed by pid and only by who started them; waiting has a condition and a deadline.
 
 pub mod agent;
+pub mod announcements;
 pub mod bed;
 pub mod container_host;
 pub mod containers;

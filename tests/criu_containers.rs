@@ -1,0 +1,232 @@
+//! Containers of crun and of a current runc move by one command, between hosts with control groups of version 2 alone;
+//! and what is in the way of a container is told before anything is touched.
+//!
+//! One mode runs always. All the others:
+//!
+//! ```text
+//! cargo nextest run -p pageferry --test criu_containers --run-ignored only
+//! ```
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use testbed::bed::Bed;
+use testbed::criu::{Criu, Suite};
+use testbed::documents::Stage;
+use testbed::load::control::Control;
+use testbed::load::report::Report;
+use testbed::load::scenarios::verifying;
+use testbed::load::spec::LoadSpec;
+use testbed::load::steps::Step;
+use testbed::runc::{self, LOAD_DIR};
+use testbed::suite::with_criu;
+use testbed::{debian, gate};
+
+const MIB: u32 = 16;
+
+const MODES: [&str; 4] = ["cold", "pre-copy", "post-copy", "hybrid"];
+
+/// What hides control groups of version 1 beside those of version 2 from CRIU under crun, on both hosts.
+const SETTINGS: &str = "echo manage-cgroups=ignore > /etc/criu/crun.conf";
+
+/// Two hosts, an agent at the second, and a load in a container `c1` at the first. The bundle is at one path on both.
+struct Moving {
+    stage: Stage,
+    dir: PathBuf,
+    load: Control,
+    before: Vec<Report>,
+    runtime: &'static str,
+}
+
+impl Moving {
+    /// Nothing without runtimes.
+    fn start(bed: &Bed, criu: &Criu, runtime: &'static str, name: &str) -> Result<Option<Moving>> {
+        let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
+            return Ok(None);
+        };
+        let stage = Stage::new(bed, &system, criu, name)?;
+        let dir = bed.path(name);
+        let root = dir.join("bundle/rootfs");
+        runc::make_root(&root)?;
+        let spec = LoadSpec::tree(LOAD_DIR, MIB, 3);
+        let config = runc::config(&serde_json::to_string(&spec)?);
+        fs::write(dir.join("bundle/config.json"), config.to_string())?;
+        let [source, destination] = &stage.machines;
+        for machine in [source, destination] {
+            machine.script(SETTINGS)?;
+        }
+        destination.script(
+            "pageferry agent --listen $DESTINATION:9191 --insecure --dir /root/agent --criu /criu/criu \
+             --port-file /root/port.json > agent.log 2>&1 < /dev/null &\n\
+             until [ -e port.json ]; do sleep 0.05; done",
+        )?;
+        source.script(&format!(
+            "{runtime} run -d --bundle /stage/bundle c1 < /dev/null > /dev/null 2>&1"
+        ))?;
+        let load = Control::new(spec, root.join("load"));
+        load.wait_until_started(|| Ok(()))?;
+        let before = load.run_everywhere(&[Step::Status])?;
+        Ok(Some(Moving {
+            stage,
+            dir,
+            load,
+            before,
+            runtime,
+        }))
+    }
+
+    /// Moves a container; what the command says, if it fails.
+    fn migrate(&self, container: &str, id: &str, options: &str) -> Result<Value, String> {
+        let told = self.stage.machines[0].tell(&format!(
+            "pageferry migrate --container {container} --runtime {} --to $DESTINATION:9191 --serve-on $SOURCE \
+             --state-dir /root/state --id {id} --report /root/{id}.json --criu /criu/criu {options} \
+             > {id}.log 2>&1 || {{ tail -n 20 {id}.log; echo failed; }}",
+            self.runtime
+        ));
+        let told = told.map_err(|error| format!("{error:#}"))?;
+        if told.ends_with("failed") {
+            return Err(told);
+        }
+        let report = fs::read(self.dir.join("source").join(format!("{id}.json")));
+        let report = report.map_err(|error| error.to_string())?;
+        serde_json::from_slice(&report).map_err(|error| error.to_string())
+    }
+
+    /// Every page of every process is right, and they are those that ran at the source.
+    fn expect_right(&self) -> Result<()> {
+        for (before, after) in self
+            .before
+            .iter()
+            .zip(self.load.run_everywhere(&verifying())?)
+        {
+            after.expect_right()?;
+            ensure!(after.nonce == before.nonce, "another process answers");
+            ensure!(after.counter >= before.counter, "its counter went back");
+        }
+        Ok(())
+    }
+
+    /// How the container stands at a host: `running`, or nothing.
+    fn status(&self, host: usize, container: &str) -> Result<String> {
+        let state = self.stage.machines[host].tell(&format!(
+            "{} state {container} 2> /dev/null || echo '{{}}'",
+            self.runtime
+        ))?;
+        let state: Value = serde_json::from_str(&state).with_context(|| state.clone())?;
+        Ok(state["status"].as_str().unwrap_or_default().to_owned())
+    }
+}
+
+fn moves(bed: &Bed, criu: &Criu, runtime: &'static str, mode: &str) -> Result<()> {
+    let Some(moving) = Moving::start(bed, criu, runtime, mode)? else {
+        return Ok(());
+    };
+    let report = moving.migrate("c1", mode, &format!("--mode {mode} --max-rounds 3"));
+    let report = report.map_err(anyhow::Error::msg)?;
+    ensure!(
+        report["result"] == "moved" && report["mode"] == mode,
+        "{report}"
+    );
+    let (here, there) = (moving.status(0, "c1")?, moving.status(1, "c1")?);
+    ensure!(
+        here.is_empty() && there == "running",
+        "{here:?} at the source, {there:?} at the destination"
+    );
+    moving.expect_right()?;
+    // The runtime there enters it, ends it and forgets it.
+    moving.stage.machines[1].script(&format!(
+        "{runtime} exec c1 /bin/testload --help > /dev/null < /dev/null; {runtime} delete --force c1"
+    ))?;
+    let there = moving.status(1, "c1")?;
+    ensure!(there.is_empty(), "{there:?} after it was deleted");
+    Ok(())
+}
+
+/// What is in the way is told by name, and the container at the source is as before.
+fn refusals(bed: &Bed, criu: &Criu, runtime: &'static str) -> Result<()> {
+    let name = format!("refusing-{runtime}");
+    let Some(moving) = Moving::start(bed, criu, runtime, &name)? else {
+        return Ok(());
+    };
+    let [source, destination] = &moving.stage.machines;
+    let create = "create --bundle /stage/bundle";
+    let quiet = "< /dev/null > /dev/null 2>&1";
+    let expect = |container: &str, id: &str, words: &[&str]| -> Result<()> {
+        match moving.migrate(container, id, "--mode cold") {
+            Ok(report) => bail!("{id}: {report}"),
+            Err(said) => {
+                let told = words.iter().all(|word| said.contains(word));
+                ensure!(told, "{id}: {words:?} is not in {said}");
+            }
+        }
+        let here = moving.status(0, "c1")?;
+        ensure!(here == "running", "{id}: {here:?} at the source");
+        moving.expect_right().with_context(|| id.to_owned())
+    };
+    source.script(&format!("{runtime} {create} c2 {quiet}"))?;
+    expect("c2", "created", &["c2 is created", "only a running one"])?;
+    source.script(&format!("{runtime} delete --force c2"))?;
+    expect("c3", "unknown", &["knows no container c3"])?;
+
+    destination.script(&format!("{runtime} {create} c1 {quiet}"))?;
+    expect("c1", "taken", &["has a container c1 already", "delete it"])?;
+    destination.script(&format!("{runtime} delete --force c1"))?;
+
+    // A link in /usr/local would be found first.
+    let program = destination.tell(&format!("command -v {runtime}"))?;
+    destination.script(&format!("mv {program} {program}.away"))?;
+    expect(
+        "c1",
+        "missing",
+        &["at the destination", &format!("no {runtime} on PATH")],
+    )?;
+    destination.script(&format!("mv {program}.away {program}"))?;
+
+    // Nothing of this was in the way of the move itself.
+    let moved = moving.migrate("c1", "at-last", "--mode cold");
+    moved.map_err(anyhow::Error::msg)?;
+    moving.expect_right()
+}
+
+#[test]
+fn a_container_of_crun_moves() {
+    with_criu(Suite::Sid, |bed, criu| moves(bed, criu, "crun", "hybrid"));
+}
+
+#[test]
+fn what_is_in_the_way_of_crun_is_told() {
+    with_criu(Suite::Sid, |bed, criu| refusals(bed, criu, "crun"));
+}
+
+#[test]
+fn what_is_in_the_way_of_runc_is_told() {
+    with_criu(Suite::Sid, |bed, criu| refusals(bed, criu, "runc"));
+}
+
+fn in_each_mode(suite: Suite, runtime: &'static str) {
+    with_criu(suite, |bed, criu| {
+        MODES.iter().try_for_each(|mode| {
+            moves(bed, criu, runtime, mode).with_context(|| format!("{runtime} {mode}"))
+        })
+    });
+}
+
+#[test]
+#[ignore = "four migrations: a minute"]
+fn crun_moves_in_each_mode() {
+    in_each_mode(Suite::Sid, "crun");
+}
+
+#[test]
+#[ignore = "four migrations: a minute"]
+fn crun_moves_in_each_mode_by_a_newer_criu() {
+    in_each_mode(Suite::Experimental, "crun");
+}
+
+#[test]
+#[ignore = "four migrations: a minute"]
+fn runc_moves_in_each_mode() {
+    in_each_mode(Suite::Sid, "runc");
+}
