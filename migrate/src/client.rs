@@ -76,6 +76,15 @@ impl AgentClient {
         self.call(Method::POST, path, Body::from(text)).await
     }
 
+    /// Sends `text`, which is JSON.
+    pub(crate) async fn post_text<R: DeserializeOwned>(
+        &self,
+        path: &str,
+        text: Vec<u8>,
+    ) -> Result<R> {
+        self.call(Method::POST, path, Body::from(text)).await
+    }
+
     /// Sends `body` as it comes.
     pub(crate) async fn put<R: DeserializeOwned>(&self, path: &str, body: Body) -> Result<R> {
         self.call(Method::PUT, path, body).await

@@ -107,7 +107,8 @@ impl Default for Costs {
 const GIB: f64 = (1_u64 << 30) as f64;
 
 /// How long the processes would stand still if they were frozen now: `memory_bytes` in all, of which
-/// `changed_bytes` have yet to travel, and `eager_bytes` of those must be there before a lazy restore.
+/// `changed_bytes` have yet to travel. Of all, a lazy restore needs `eager_bytes` first: as long as it is not known which
+/// of them have changed, all that changed may be of them.
 pub fn predict_downtime(
     mode: Mode,
     costs: &Costs,
@@ -123,7 +124,12 @@ pub fn predict_downtime(
             // Sending overlaps with dumping.
             dump.max(travel_ms(changed_bytes)) + gib * costs.restore_ms_per_gib
         }
-        Mode::PostCopy | Mode::Hybrid => gib * costs.lazy_ms_per_gib + travel_ms(eager_bytes),
+        Mode::PostCopy | Mode::Hybrid => {
+            // CRIU writes it into files, where it is read and compared, and reads it again at the destination.
+            let eager_ms_per_gib = costs.dump_ms_per_gib + costs.restore_ms_per_gib;
+            let eager = to_f64(eager_bytes) / GIB * eager_ms_per_gib;
+            gib * costs.lazy_ms_per_gib + eager + travel_ms(eager_bytes.min(changed_bytes))
+        }
     };
     Duration::from_secs_f64((costs.base_ms + ms) / 1e3)
 }
@@ -292,9 +298,14 @@ mod tests {
     #[test]
     fn lazy_modes_wait_for_what_is_not_lazy_alone() {
         let costs = Costs::default();
+        let predict = |changed, eager| {
+            predict_downtime(Mode::Hybrid, &costs, 1 << 30, changed, eager).as_millis()
+        };
+        let lazy = predict(1 << 28, 0);
+        assert_eq!(predict(1 << 28, 110_000_000) - lazy, 1143);
+        // What has not changed is there.
+        assert_eq!(predict(11_000_000, 110_000_000) - lazy, 243);
         let lazy = predict_downtime(Mode::Hybrid, &costs, 1 << 30, 1 << 28, 0);
-        let eager = predict_downtime(Mode::Hybrid, &costs, 1 << 30, 1 << 28, 110_000_000);
-        assert_eq!((eager - lazy).as_millis(), 1000);
         let cold = predict_downtime(Mode::Cold, &costs, 1 << 30, 1 << 30, 0);
         assert!(cold > lazy * 10);
     }

@@ -38,10 +38,14 @@ impl LazyClient {
         records::write(&dir.join(PROCESSES), &[program.name()])?;
         program.ready(READY_LIMIT).await?;
         let standby = program.children();
-        let mut all = vec![program.name()];
-        all.extend(&standby);
-        records::write(&dir.join(PROCESSES), &all)?;
         Ok(LazyClient { program, standby })
+    }
+
+    /// Both processes.
+    pub(super) fn names(&self) -> Vec<ProcessName> {
+        let mut all = vec![self.program.name()];
+        all.extend(&self.standby);
+        all
     }
 
     /// Whether one of the two serves.
@@ -74,6 +78,12 @@ impl LazyClient {
         self.program.end().await;
         wait_for_all(&self.standby).await;
     }
+}
+
+/// Writes down both processes. The restore need not wait for the disk: until then the first process is known, and it
+/// ends the second when it is asked to end.
+pub(super) fn keep(dir: &Path, names: &[ProcessName]) -> Result<()> {
+    records::write(&dir.join(PROCESSES), &names)
 }
 
 /// Ends what an earlier agent has started in the migration's directory `dir`.

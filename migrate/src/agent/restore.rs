@@ -101,7 +101,8 @@ impl Session {
         let restore = Program::start(title, &mut command, &log)?;
         self.lock().restore = Some(restore.name());
         tokio::spawn(Session::follow_restore(Arc::clone(self), restore, hooks));
-        Ok(())
+        let names = self.lock().lazy.as_ref().map(LazyClient::names);
+        names.map_or(Ok(()), |names| lazy_client::keep(&self.dir, &names))
     }
 
     /// Hears the stages of the restore and waits for its end.

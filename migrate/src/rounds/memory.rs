@@ -184,7 +184,7 @@ pub(super) fn locked_bytes(pid: i32) -> u64 {
     status.ok().and_then(|status| status.vmlck).unwrap_or(0) << 10
 }
 
-fn is_private(word: u64) -> bool {
+pub(super) fn is_private(word: u64) -> bool {
     word & (PRESENT | SWAPPED) != 0 && word & OF_FILE == 0
 }
 
@@ -234,7 +234,7 @@ fn send_run(
 }
 
 /// Reads what can be read; 0 if nothing can.
-fn read_memory(pid: i32, start: u64, bytes: &mut [u8]) -> usize {
+pub(super) fn read_memory(pid: i32, start: u64, bytes: &mut [u8]) -> usize {
     let remote = [RemoteIoVec {
         base: usize::try_from(start).unwrap_or(0),
         len: bytes.len(),

@@ -11,6 +11,7 @@
 mod dirty;
 mod memory;
 mod page_map;
+mod sample;
 mod sender;
 mod track;
 mod tree;
@@ -26,6 +27,7 @@ use pageferry::units::{PageRange, PageSize, Vaddr};
 
 pub(crate) use dirty::watch_changes;
 use memory::{Area, Contents, areas};
+pub(crate) use sample::packed_share;
 pub(crate) use sender::Sender;
 pub(crate) use track::{Track, Trackers, undo};
 pub(crate) use tree::{Member, Tree};

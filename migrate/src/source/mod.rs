@@ -31,7 +31,7 @@ use std::process::ExitCode;
 
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::MigrationId;
-use pageferry::migration::{Costs, Mode, SourceState, predict_downtime};
+use pageferry::migration::{Mode, SourceState, predict_downtime};
 use tokio::time::Instant;
 
 pub(crate) use args::{Args, duration};
@@ -40,8 +40,6 @@ use moved_addresses::MovedAddresses;
 use place::{Facts, Place};
 use report::{HostReport, Report};
 use survey::Survey;
-
-use crate::rounds::Size;
 
 /// Longest made-up part of a name, hexadecimal digits.
 const ID_DIGITS: usize = 8;
@@ -62,7 +60,8 @@ async fn migrate(args: &Args) -> Result<()> {
     let survey = Survey::take(&args.subject, &args.address, &args.target).await?;
     let root = survey.root();
     let memory_bytes = survey.size.bytes();
-    let mode = args.mode.chosen().unwrap_or_else(|| recommend(survey.size));
+    let mode = args.mode.chosen().unwrap_or_else(|| recommend(&survey));
+    let (costs, packed_bytes) = (survey.costs, survey.packed_bytes());
     survey.expect_no_problem(mode.is_lazy())?;
     let Survey {
         programs,
@@ -102,7 +101,7 @@ async fn migrate(args: &Args) -> Result<()> {
         programs,
         client,
         place,
-        (page, wire),
+        (page, wire, costs, packed_bytes),
         (report, size, found.map(|found| found.container)),
         started,
     );
@@ -132,10 +131,10 @@ fn moved(ended: Result<SourceState>, root: i32, problem: Option<String>) -> Resu
 }
 
 /// The mode for a tree of which nothing but its size is known.
-fn recommend(size: Size) -> Mode {
-    let costs = Costs::default();
-    let bytes = size.bytes();
-    let predict = |mode| predict_downtime(mode, &costs, bytes, bytes, size.eager_bytes());
+fn recommend(survey: &Survey) -> Mode {
+    let (size, costs) = (survey.size, &survey.costs);
+    let (bytes, packed) = (size.bytes(), survey.packed_bytes());
+    let predict = |mode| predict_downtime(mode, costs, bytes, packed, size.eager_bytes());
     let (cold, lazy) = (predict(Mode::Cold), predict(Mode::PostCopy));
     match cold.as_secs_f64() <= lazy.as_secs_f64() * COLD_IS_CLOSE {
         true => Mode::Cold,

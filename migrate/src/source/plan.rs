@@ -59,10 +59,9 @@ pub(crate) fn run(args: &Args) -> ExitCode {
     crate::run_to_end(async {
         let survey = Survey::take(&args.subject, &[], &args.target).await?;
         let dirtied = rounds::watch_changes(&survey.tree, survey.page, args.watch)?;
-        let costs = Costs::default();
         let modes: Vec<Prediction> = MODES
             .iter()
-            .map(|&mode| predict(mode, &costs, &survey, dirtied.pages_per_s()))
+            .map(|&mode| predict(mode, &survey.costs, &survey, dirtied.pages_per_s()))
             .collect();
         let problems = survey.problems(true);
         let plan = Plan {
@@ -95,19 +94,18 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 fn predict(mode: Mode, costs: &Costs, survey: &Survey, dirty_pages_per_s: f64) -> Prediction {
     let memory = survey.size.bytes();
     let dirty_bytes_per_s = dirty_pages_per_s * survey.page.bytes() as f64;
-    let first_s = memory as f64 / costs.bytes_per_s;
+    let packed = survey.packed_bytes();
+    let first_s = packed as f64 / costs.bytes_per_s;
     // Each round lasts as long as the link needs for what the one before left, and is read once.
+    let dirty_bytes_per_s = dirty_bytes_per_s * survey.packed_share;
     let share = (dirty_bytes_per_s / costs.bytes_per_s).min(1.0);
     let left =
-        (memory as f64 * share.powi(ROUNDS) + dirty_bytes_per_s * READING_S).min(memory as f64);
+        (packed as f64 * share.powi(ROUNDS) + dirty_bytes_per_s * READING_S).min(packed as f64);
     let (changed, rounds_s) = match mode.has_rounds() {
         true => (left as u64, first_s * (1.0 + share + share * share)),
-        false => (memory, 0.0),
+        false => (packed, 0.0),
     };
-    let eager = match mode.has_rounds() {
-        true => changed.min(survey.size.eager_bytes()),
-        false => survey.size.eager_bytes(),
-    };
+    let eager = survey.size.eager_bytes();
     let downtime = predict_downtime(mode, costs, memory, changed, eager);
     let rest_s = match mode.is_lazy() {
         true => changed as f64 / costs.bytes_per_s,

@@ -1,10 +1,15 @@
 //! A look at the tree and at both hosts, before anything is done.
 
+use std::time::Duration;
+
 use pageferry::error::{Error, Kind, Result};
+use pageferry::limits::MIGRATION_JSON_BYTES_MAX;
+use pageferry::migration::Costs;
 use pageferry::migration::messages::{Check, HostFacts, Wanted};
 use pageferry::sys::process::page_size;
 use pageferry::tls::Tls;
 use pageferry::units::PageSize;
+use tokio::time::Instant;
 
 use super::args::{AddressArg, Subject, Target};
 use super::container::Found;
@@ -24,6 +29,10 @@ pub(super) struct Survey {
     pub(super) there: HostFacts,
     pub(super) page: PageSize,
     pub(super) size: Size,
+    /// With the rate at which the agent takes bytes.
+    pub(super) costs: Costs,
+    /// The share of the memory that has to travel, once it is compressed.
+    pub(super) packed_share: f64,
     /// The container that the tree is, if it was named as one.
     pub(super) found: Option<Found>,
     other_problems: Vec<String>,
@@ -62,6 +71,12 @@ impl Survey {
                 .collect(),
         };
         let check: Check = client.post("/v1/check", &wanted).await?;
+        let mut costs = Costs::default();
+        match rate(&client).await {
+            Ok(rate) => costs.bytes_per_s = rate,
+            Err(error) => tracing::warn!("the link's rate is not known: {error}"),
+        }
+        let packed_share = rounds::packed_share(&tree, page, size.private_bytes);
         let mut other_problems = match &found {
             Some(found) => found.problems(&tree, check.runtime.as_deref()).await?,
             None => Vec::new(),
@@ -75,9 +90,16 @@ impl Survey {
             there,
             page,
             size,
+            costs,
+            packed_share,
             found,
             other_problems,
         })
+    }
+
+    /// Bytes on the wire for all of the memory.
+    pub(super) fn packed_bytes(&self) -> u64 {
+        packed_bytes(self.size.bytes(), self.packed_share)
     }
 
     /// What is in the way of a migration.
@@ -104,5 +126,81 @@ impl Survey {
             Kind::Usage,
             format!("pid {root} cannot be moved:\n  - {list}"),
         ))
+    }
+}
+
+/// The `share` of `bytes`.
+#[allow(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss
+)]
+pub(super) fn packed_bytes(bytes: u64, share: f64) -> u64 {
+    (bytes as f64 * share.clamp(0.0, 1.0)) as u64
+}
+
+/// A long request is made so often, on one connection: the first ones open its window.
+const RATE_REQUESTS: usize = 3;
+
+/// A link that is slower than this is not asked again.
+const RATE_TIME: Duration = Duration::from_millis(500);
+
+/// How fast the agent takes bytes, bytes a second: the fastest of some long requests, less what the fastest short one took.
+async fn rate(client: &AgentClient) -> Result<f64> {
+    // Nothing is asked that it must look for.
+    let nothing = Wanted {
+        container: None,
+        addresses: Vec::new(),
+    };
+    let short = serde_json::to_vec(&nothing)
+        .map_err(|error| Error::wrap(Kind::Usage, "a request cannot be written", error))?;
+    let mut long = short.clone();
+    // Space behind JSON means nothing.
+    long.resize((MIGRATION_JSON_BYTES_MAX / 2).max(short.len()), b' ');
+    let took = [
+        fastest(client, &short).await?,
+        fastest(client, &long).await?,
+    ];
+    Ok(bytes_per_s(long.len() - short.len(), took[1], took[0]))
+}
+
+/// How long a request takes that asks `text`.
+async fn fastest(client: &AgentClient, text: &[u8]) -> Result<Duration> {
+    let mut fastest = Duration::MAX;
+    for _ in 0..RATE_REQUESTS {
+        let asked = Instant::now();
+        let _: Check = client.post_text("/v1/check", text.to_vec()).await?;
+        fastest = fastest.min(asked.elapsed());
+        if fastest > RATE_TIME {
+            break;
+        }
+    }
+    Ok(fastest)
+}
+
+#[allow(clippy::cast_precision_loss)]
+fn bytes_per_s(bytes: usize, long: Duration, short: Duration) -> f64 {
+    // The short one may have met a busy moment.
+    let time = long.saturating_sub(short.min(long / 2));
+    bytes as f64 / time.as_secs_f64().max(1e-6)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_leaves_the_way_out_and_at_most_half() {
+        let ms = Duration::from_millis;
+        let near = |rate: f64, expected: f64| (rate / expected - 1.0).abs() < 1e-6;
+        assert!(near(bytes_per_s(1_000_000, ms(12), ms(2)), 100e6));
+        assert!(near(bytes_per_s(1_000_000, ms(20), ms(90)), 100e6));
+        assert!(bytes_per_s(1, Duration::ZERO, ms(1)).is_finite());
+    }
+
+    #[test]
+    fn a_share_is_one_of_the_whole() {
+        assert_eq!(packed_bytes(1 << 30, 0.5), 1 << 29);
+        assert_eq!(packed_bytes(9, 7.0), 9);
     }
 }

@@ -55,6 +55,8 @@ pub(super) struct Flow<'a> {
     source: Source,
     mode: Mode,
     costs: Costs,
+    /// What all memory would need on the wire.
+    packed_bytes: u64,
     convergence: Convergence,
     report: Report,
     size: Size,
@@ -77,7 +79,7 @@ impl<'a> Flow<'a> {
         programs: Programs,
         client: AgentClient,
         place: Place,
-        (page, wire): (PageSize, Wire),
+        (page, wire, costs, packed_bytes): (PageSize, Wire, Costs, u64),
         (report, size, container): (Report, Size, Option<Container>),
         started: Instant,
     ) -> Flow<'a> {
@@ -90,7 +92,8 @@ impl<'a> Flow<'a> {
             page,
             wire,
             source: Source::new(),
-            costs: Costs::default(),
+            costs,
+            packed_bytes,
             convergence: Convergence::default(),
             report,
             size,
@@ -198,9 +201,11 @@ impl<'a> Flow<'a> {
 
     fn predict(&self) -> Duration {
         let memory = self.report.memory_bytes;
-        let changed = self.convergence.expected_bytes().unwrap_or(memory);
-        // It is written by the dump, and travels before a lazy restore can begin: after rounds, as differences.
-        let eager = self.size.eager_bytes().min(changed);
+        let changed = self
+            .convergence
+            .expected_bytes()
+            .unwrap_or(self.packed_bytes);
+        let eager = self.size.eager_bytes();
         predict_downtime(self.mode, &self.costs, memory, changed, eager)
     }
 
