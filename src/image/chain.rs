@@ -249,11 +249,16 @@ impl Chain {
 
     /// The `len` bytes from a raw place on, straight from the page cache, for system calls alone
     /// (see [`crate::sys::mapping`]). `None` if the place is not raw or its extent is shorter.
-    pub fn mapped(&self, place: Place, len: usize) -> Option<&[u8]> {
-        match place {
-            Place::Raw { file, offset } => self.file(file).mapped(offset, len),
-            Place::Blocks { .. } | Place::Absent { .. } => None,
+    /// `whole` is the file that was found whole a moment ago, so that many small places cost one look.
+    pub fn mapped(&self, place: Place, len: usize, whole: &mut Option<u32>) -> Option<&[u8]> {
+        let Place::Raw { file, offset } = place else {
+            return None;
+        };
+        let pages = self.file(file);
+        if *whole != Some(file) {
+            *whole = pages.is_whole().then_some(file);
         }
+        whole.and_then(|_| pages.mapped(offset, len))
     }
 
     /// How the first page of `place` is stored, `None` if it is absent.

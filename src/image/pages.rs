@@ -61,13 +61,15 @@ impl PagesFile {
         self.len == 0
     }
 
-    /// `len` bytes from `offset` on, for system calls alone: see [`crate::sys::mapping`]. `None` also if the
-    /// file has become shorter since it was opened: within its last page the mapping would show zeros.
-    pub fn mapped(&self, offset: u64, len: usize) -> Option<&[u8]> {
+    /// Whether the file is as long as when it was opened: within the last page of a shorter one its mapping would
+    /// show zeros.
+    pub fn is_whole(&self) -> bool {
         let now = self.file.metadata().map_or(0, |metadata| metadata.len());
-        if now < self.len {
-            return None;
-        }
+        now >= self.len
+    }
+
+    /// `len` bytes from `offset` on, for system calls alone: see [`crate::sys::mapping`].
+    pub fn mapped(&self, offset: u64, len: usize) -> Option<&[u8]> {
         self.mapping.bytes(offset, len)
     }
 

@@ -12,6 +12,8 @@
 //! Invariant: a look counts for no more than [`FILLED_BYTES`] of fills, and neither over a wait nor over a message of a
 //! userfaultfd.
 
+use std::collections::BTreeMap;
+
 use super::Restore;
 use super::host_process::HostProcess;
 use super::install::STEP_BYTES_MAX;
@@ -26,37 +28,35 @@ const REACH_BYTES: u64 = 512 << 10;
 /// What may be filled after one look, bytes: as much as one call fills at most.
 const FILLED_BYTES: u64 = STEP_BYTES_MAX;
 
-/// Where the last look has found no guards.
+/// Where the last looks have found no guards.
 #[derive(Debug, Default)]
-pub(super) struct GuardLook {
-    free: Option<(SpaceId, PageRange)>,
-    /// How much may still be filled by it, bytes.
-    left_bytes: u64,
+pub(super) struct GuardLooks {
+    /// By process, and how much had been filled then.
+    free: BTreeMap<SpaceId, (PageRange, u64)>,
+    /// Filled since the first of them, bytes.
+    filled: u64,
 }
 
-impl GuardLook {
-    /// Whether it counts for `at` of `id`, which is filled next.
+impl GuardLooks {
+    /// Whether a look counts for `at` of `id`, which is filled next.
     fn covers(&mut self, id: SpaceId, at: PageRange) -> bool {
-        let within = |free: PageRange| free.start() <= at.start() && at.end() <= free.end();
-        let covered = self
-            .free
-            .is_some_and(|(whose, free)| whose == id && within(free))
-            && at.bytes() <= self.left_bytes;
-        if covered {
-            self.left_bytes -= at.bytes();
-        }
-        covered
+        self.filled += at.bytes();
+        self.free.get(&id).is_some_and(|(free, before)| {
+            let within = free.start() <= at.start() && at.end() <= free.end();
+            within && self.filled.saturating_sub(*before) <= FILLED_BYTES
+        })
     }
 
     /// No guards are in `free` of `id`, of which `at` is filled next.
     fn found_free(&mut self, id: SpaceId, free: PageRange, at: PageRange) {
-        self.free = Some((id, free));
-        self.left_bytes = FILLED_BYTES.saturating_sub(at.bytes());
+        let before = self.filled.saturating_sub(at.bytes());
+        self.free.insert(id, (free, before));
     }
 
     /// Time has passed: guards may have been installed since.
     pub(super) fn forget(&mut self) {
-        self.free = None;
+        self.free.clear();
+        self.filled = 0;
     }
 }
 
@@ -64,7 +64,7 @@ impl Restore {
     /// Takes guard regions in `at` for gone, if there are any, and says so: UFFDIO_COPY would take them away,
     /// and their pages read as zero once the process removes them.
     pub(super) fn leave_guards(&mut self, id: SpaceId, at: PageRange) -> Guards {
-        if self.guard_look.covers(id, at) {
+        if self.guard_looks.covers(id, at) {
             return Guards::None;
         }
         if self
@@ -87,7 +87,7 @@ impl Restore {
         let Some(mut guard) = first.and_then(|guard| guard.intersect(at)) else {
             let end = first.map_or(reach.end(), PageRange::start);
             let free = PageRange::new(at.start().get(), end.get());
-            self.guard_look.found_free(id, free, at);
+            self.guard_looks.found_free(id, free, at);
             return Guards::None;
         };
         loop {
@@ -120,7 +120,7 @@ mod tests {
 
     /// Each fills `pages` pages from `start` on, in turn: how many looks that takes.
     fn looks(fills: impl IntoIterator<Item = (SpaceId, u64, u64)>) -> usize {
-        let mut look = GuardLook::default();
+        let mut look = GuardLooks::default();
         let mut looks = 0;
         for (id, start, pages) in fills {
             let at = PageRange::new(start << 12, (start + pages) << 12);
@@ -147,11 +147,13 @@ mod tests {
     #[test]
     fn a_look_counts_for_its_process_and_its_reach_alone() {
         assert_eq!(looks([(ONE, 100, 1), (SpaceId(2), 101, 1)]), 2);
+        let in_turn = (0..64).map(|page| (SpaceId(page % 4), u64::from(page), 1));
+        assert_eq!(looks(in_turn), 4);
         assert_eq!(looks([(ONE, 100, 1), (ONE, 99, 1)]), 2);
         let reach = REACH_BYTES >> 12;
         assert_eq!(looks([(ONE, 100, 1), (ONE, 99 + reach, 1)]), 1);
         assert_eq!(looks([(ONE, 100, 1), (ONE, 99 + reach, 2)]), 2);
-        let mut look = GuardLook::default();
+        let mut look = GuardLooks::default();
         let at = PageRange::new(0, 1 << 12);
         look.found_free(ONE, PageRange::new(0, REACH_BYTES), at);
         assert!(look.covers(ONE, at));

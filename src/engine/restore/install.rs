@@ -243,6 +243,16 @@ impl Restore {
 
     /// Installs a piece that a local image has.
     pub(super) fn install_local(&mut self, id: SpaceId, piece: Piece) -> Result<()> {
+        self.install_local_of(id, piece, &mut None)
+    }
+
+    /// The same; `whole_file` is the one that was found whole for a piece of `id` just before.
+    fn install_local_of(
+        &mut self,
+        id: SpaceId,
+        piece: Piece,
+        whole_file: &mut Option<u32>,
+    ) -> Result<()> {
         let Some(chain) = self
             .processes
             .get(id)
@@ -281,7 +291,7 @@ impl Restore {
             return Ok(());
         }
         let mut limit = length;
-        if let Some(bytes) = chain.mapped(extent.place, offset(length)) {
+        if let Some(bytes) = chain.mapped(extent.place, offset(length), whole_file) {
             return match self.fill_from(id, at, &mut limit, bytes)? {
                 // Which of them, and why, only a read tells.
                 Step::Unreadable => self.read_single_pages(id, at, piece.image, &chain),
@@ -382,17 +392,21 @@ impl Restore {
     /// Installs the next pieces of local images in the background, a step's worth: fragmented memory has many
     /// in one. Says whether there was one.
     pub(super) fn local_step(&mut self) -> Result<bool> {
-        let mut left = STEP_BYTES;
-        while let Some((id, piece)) = self.planner.next_local(left) {
+        let Some((id, first)) = self.planner.next_local(STEP_BYTES) else {
+            return Ok(false);
+        };
+        let (mut left, mut next, mut whole_file) = (STEP_BYTES, Some(first), None);
+        while let Some(piece) = next {
             self.read_ahead(id, piece.image);
             self.background.spend(piece.at.bytes());
-            self.install_local(id, piece)?;
+            self.install_local_of(id, piece, &mut whole_file)?;
             left = left.saturating_sub(piece.at.bytes());
-            if left < self.images.page().bytes() {
-                return Ok(true);
-            }
+            next = match left < self.images.page().bytes() {
+                true => None,
+                false => self.planner.more_local(id, left),
+            };
         }
-        Ok(left < STEP_BYTES)
+        Ok(true)
     }
 
     /// Asks for the images' bytes before they are needed.

@@ -87,7 +87,7 @@ use auto_dedup::AutoDedup;
 use background::Background;
 pub use config::{OnLoss, RestoreConfig};
 use deferred::Deferred;
-use guards::GuardLook;
+use guards::GuardLooks;
 use handover::Handover;
 use host_process::HostProcess;
 use huge_pages::HugeAgain;
@@ -164,7 +164,7 @@ pub struct Restore {
     /// For the messages of userfaultfds, where nobody stands by.
     room: Room,
     filling: Filling,
-    guard_look: GuardLook,
+    guard_looks: GuardLooks,
     /// Takes out of the local images what nobody needs any more.
     auto_dedup: Option<AutoDedup>,
     /// What is to become huge pages again.
@@ -269,7 +269,7 @@ impl Restore {
             clock: Clock(Instant::now()),
             observer,
             filling: Filling::default(),
-            guard_look: GuardLook::default(),
+            guard_looks: GuardLooks::default(),
             standby,
             room: Room::zeroed(),
         };

@@ -75,6 +75,12 @@ impl Planner {
         })
     }
 
+    /// The piece behind that of [`Planner::next_local`] which was for `id`, of at most `chunk` bytes.
+    pub fn more_local(&mut self, id: SpaceId, chunk: u64) -> Option<Piece> {
+        let member = self.spaces.get_mut(&id).filter(|member| !member.paused)?;
+        member.space.next_local(chunk)
+    }
+
     /// What `next` finds with the oldest member of the next family where it finds something.
     fn next_in_turn<T>(
         &mut self,
