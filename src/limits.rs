@@ -249,3 +249,6 @@ pub const WATCH_RULES_MAX: usize = 256;
 
 /// Longest word over a watcher's socket, bytes, with its newline.
 pub const WATCH_WORD_BYTES_MAX: usize = 256;
+
+/// Most files of a checkpoint's archive, and most directories: as many as an image directory may have.
+pub const ARCHIVE_FILES_MAX: usize = MIGRATION_IMAGE_FILES_MAX;

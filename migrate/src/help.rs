@@ -20,6 +20,8 @@ const HEADINGS: &[(&str, &[&str])] = &[
             "bundles",
             "base",
             "pause",
+            "name",
+            "leave_running",
         ],
     ),
     (
@@ -242,6 +244,32 @@ Signals:
 Examples:
   pageferry watch --rules rules.toml --dry-run
   pageferry watch --rules rules.toml --socket /run/pageferry-watch.sock",
+    ),
+    (
+        "dump",
+        "\
+Signals:
+  SIGTERM, SIGINT  end it: the container goes on, and no archive is left
+
+Examples:
+  pageferry dump c1 -o c1.tar.zst
+  checkpointctl inspect c1.tar.zst",
+    ),
+    (
+        "restore",
+        "\
+Examples:
+  pageferry restore c1.tar.zst --bundle bundle",
+    ),
+    (
+        "snapshot",
+        "\
+Signals:
+  SIGTERM, SIGINT  end it: the processes go on, and no images are left
+
+Examples:
+  pageferry snapshot c1 -o images --leave-running
+  pageferry snapshot --pid 1234 -o images && criu restore -d -D images",
     ),
     (
         "copy-lazy",

@@ -2,6 +2,7 @@
 
 mod address;
 mod agent;
+mod archive;
 mod child;
 mod client;
 mod commands;
@@ -72,6 +73,12 @@ enum Command {
     Doctor(doctor::Args),
     /// Write the writable layer of a container into an OCI image layout
     Export(Box<export::Args>),
+    /// Write a container, its memory and its files, into an archive
+    Dump(archive::dump::Args),
+    /// Restore a container from an archive
+    Restore(archive::restore::Args),
+    /// Write the images of a container or a process tree into a directory
+    Snapshot(archive::snapshot::Args),
     /// Copy what a destination needs of a lazy dump's directory, once the dump is complete
     CopyLazy(copy_lazy::Args),
     /// Relay connections to a service, and write what clients send to a log that can be replayed
@@ -118,6 +125,9 @@ pub fn run() -> ExitCode {
         Command::Verify(args) => verify::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Export(args) => export::run(&args),
+        Command::Dump(args) => archive::dump::run(&args),
+        Command::Restore(args) => archive::restore::run(&args),
+        Command::Snapshot(args) => archive::snapshot::run(&args),
         Command::CopyLazy(args) => copy_lazy::run(&args),
         Command::Record(args) => record::run(&args),
         Command::Replay(args) => replay::run(&args),

@@ -17,11 +17,13 @@ mod tarball;
 mod walk;
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use oci_spec::image::{Descriptor, MediaType};
 use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::messages::ContainerId;
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -31,6 +33,8 @@ use layout::{Compress, LayerBlob, Layout};
 use report::{ImageReport, LayerReport, Report};
 use subject::Subject;
 use walk::Tree;
+
+use crate::runtime::RuntimeArg;
 
 /// Exports what the command line names.
 pub(crate) fn run(args: &Args) -> ExitCode {
@@ -61,6 +65,23 @@ fn print(dir: &Path, report: &Report) {
     for image in &report.images {
         println!("oci:{}:{} {}", dir.display(), image.name, image.manifest);
     }
+}
+
+/// Writes the files of a container that differ from what it was made of to `to`, as a layer without whiteouts.
+/// What was deleted is listed in the report.
+pub(crate) async fn difference<W: Write + Send + 'static>(
+    id: &ContainerId,
+    runtime: RuntimeArg,
+    root: Option<PathBuf>,
+    to: W,
+) -> Result<(W, LayerReport)> {
+    let subject = Subject::container(id, runtime, root).await?;
+    let write = move || {
+        let below = subject.below.unwrap_or_default();
+        walk::write_difference(&subject.top, &below, to)
+    };
+    let done = tokio::task::spawn_blocking(write).await;
+    done.map_err(|error| Error::wrap(Kind::Io, "the export ended", error))?
 }
 
 /// Exports the subject; a container that is to be paused goes on afterwards, whatever happens.

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 /// What is in a layer.
 #[derive(Clone, Debug, Default, Serialize)]
-pub(super) struct LayerReport {
+pub(crate) struct LayerReport {
     /// Files that are no directories, by their first names.
     pub(super) files: u64,
     pub(super) directories: u64,
@@ -15,6 +15,9 @@ pub(super) struct LayerReport {
     pub(super) whiteouts: u64,
     /// Directories that hide what lies below them.
     pub(super) opaque: u64,
+    /// Deletions that are listed in place of whiteouts; none in a layer.
+    #[serde(skip)]
+    pub(crate) hidden: Vec<String>,
     /// Sockets: they are not in the layer, because tar has no form for them.
     pub(super) sockets: Vec<String>,
     /// Files with holes, which are zeros in the layer.
@@ -57,27 +60,35 @@ pub(super) struct Report {
     pub(super) deleted: Vec<DeletedFile>,
 }
 
-impl Report {
-    /// What a user should know beyond success.
-    pub(super) fn remarks(&self) -> Vec<String> {
+impl LayerReport {
+    /// What a user should know of the layer beyond success.
+    pub(crate) fn remarks(&self) -> Vec<String> {
         let mut remarks = Vec::new();
         let lists = [
             (
-                &self.layer.sockets,
+                &self.sockets,
                 "is a socket, which tar cannot hold: not exported",
             ),
             (
-                &self.layer.mounts,
+                &self.mounts,
                 "is a mount point: what is mounted there is not exported",
             ),
             (
-                &self.layer.changed,
+                &self.changed,
                 "changed while it was read (--pause holds a container still)",
             ),
         ];
         for (paths, what) in lists {
             remarks.extend(paths.iter().map(|path| format!("{path} {what}")));
         }
+        remarks
+    }
+}
+
+impl Report {
+    /// What a user should know beyond success.
+    pub(super) fn remarks(&self) -> Vec<String> {
+        let mut remarks = self.layer.remarks();
         remarks.extend(self.deleted.iter().map(|file| {
             format!(
                 "{} is deleted and open (pid {}, descriptor {}, {} bytes): not exported",

@@ -12,7 +12,7 @@ use super::args::SubjectArgs;
 use super::marks::Marks;
 use super::mounts::{Overlay, overlay_at};
 use super::walk::Tree;
-use crate::runtime::{Runtime, bundle};
+use crate::runtime::{Runtime, RuntimeArg, bundle};
 
 /// The layers of a root file system.
 #[derive(Debug)]
@@ -33,7 +33,7 @@ impl Subject {
     /// Finds what the command line names.
     pub(super) async fn find(args: &SubjectArgs) -> Result<Subject> {
         if let Some(id) = &args.id {
-            return Subject::container(id, args).await;
+            return Subject::container(id, args.runtime, args.runtime_root.clone()).await;
         }
         let tree = |dir: &Path, marks| Tree {
             dir: dir.to_owned(),
@@ -71,16 +71,14 @@ impl Subject {
         })
     }
 
-    async fn container(id: &ContainerId, args: &SubjectArgs) -> Result<Subject> {
-        let kind = args.runtime.kind();
-        let runtime = Runtime::find(kind, args.runtime_root.clone())?;
-        let state = runtime.state(id).await?.ok_or_else(|| {
-            let text = format!(
-                "{} knows no container {id} (--runtime-root names the directory of its state)",
-                kind.name()
-            );
-            Error::new(Kind::Usage, text)
-        })?;
+    /// The layers of a container's root.
+    pub(super) async fn container(
+        id: &ContainerId,
+        kind: RuntimeArg,
+        root: Option<PathBuf>,
+    ) -> Result<Subject> {
+        let runtime = Runtime::find(kind.kind(), root)?;
+        let state = runtime.known_state(id, kind.kind()).await?;
         let config = bundle::config(&state.bundle)?;
         let rootfs = bundle::root_of(&state.bundle, &config);
         let root = (state.pid > 0).then_some(state.pid);

@@ -3,7 +3,7 @@
 //! A container may change its files meanwhile, on purpose too. So directories are held open, and no name but the last
 //! of a path is ever looked up: nothing outside the tree is read.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Write};
@@ -31,8 +31,22 @@ pub(super) struct Tree {
 
 /// Writes the tree as a layer to `to`.
 pub(super) fn write_layer<W: Write>(tree: &Tree, to: W) -> Result<(W, LayerReport)> {
+    write(tree, None, to)
+}
+
+/// Writes the tree to `to` without whiteouts. What it hides of the trees `below` is listed in the report.
+pub(super) fn write_difference<W: Write>(
+    tree: &Tree,
+    below: &[Tree],
+    to: W,
+) -> Result<(W, LayerReport)> {
+    write(tree, Some(below), to)
+}
+
+fn write<W: Write>(tree: &Tree, below: Option<&[Tree]>, to: W) -> Result<(W, LayerReport)> {
     let root = Dir::open(&tree.dir)?;
     let mut walk = Walk {
+        below,
         mount: tree.mount.as_deref(),
         device: root.device,
         layer: Layer::new(to),
@@ -100,6 +114,8 @@ impl Dir {
 }
 
 struct Walk<'a, W: Write> {
+    /// Where what is hidden is listed, and no whiteouts are written: the trees below.
+    below: Option<&'a [Tree]>,
     mount: Option<&'a Path>,
     /// Another device is another file system, which is mounted in the tree and no part of it.
     device: u64,
@@ -114,6 +130,8 @@ struct Walk<'a, W: Write> {
 struct Within {
     marks: Marks,
     attribute_whiteouts: bool,
+    /// Nothing that lies below shows through.
+    hides: bool,
     depth: usize,
 }
 
@@ -133,6 +151,7 @@ impl<W: Write> Walk<'_, W> {
         let within = Within {
             marks,
             attribute_whiteouts,
+            hides: false,
             depth: 0,
         };
         self.directory(root, b"", within)
@@ -146,7 +165,12 @@ impl<W: Write> Walk<'_, W> {
             );
             return Err(Error::new(ErrorKind::Unsupported, text));
         }
-        for name in dir.names()? {
+        let names = dir.names()?;
+        if let (Some(below), true) = (self.below, within.hides) {
+            let mut hidden = hidden(below, path, &names)?;
+            self.report.hidden.append(&mut hidden);
+        }
+        for name in names {
             self.file(dir, &name, &joined(path, name.as_bytes()), within)?;
         }
         Ok(())
@@ -162,6 +186,10 @@ impl<W: Write> Walk<'_, W> {
             .judge(kind(&meta), found, within.attribute_whiteouts);
         let Verdict::Keep(kept) = judged else {
             self.report.whiteouts += 1;
+            if self.below.is_some() {
+                self.report.hidden.push(listed(path)?);
+                return Ok(());
+            }
             return self.layer.add_whiteout(path).map_err(failed);
         };
         allowed(name.as_bytes()).map_err(|error| {
@@ -266,7 +294,7 @@ impl<W: Write> Walk<'_, W> {
             .map_err(failed)?;
         if kept.opaque {
             self.report.opaque += 1;
-            self.layer.add_opaque(path).map_err(failed)?;
+            self.opaque(path).map_err(failed)?;
         }
         if child.device != self.device {
             self.report.mounts.push(shown(path));
@@ -274,10 +302,18 @@ impl<W: Write> Walk<'_, W> {
         }
         let within = Within {
             attribute_whiteouts: kept.attribute_whiteouts,
+            hides: within.hides || kept.opaque,
             depth: within.depth + 1,
             ..within
         };
         self.directory(&child, path, within)
+    }
+
+    fn opaque(&mut self, path: &[u8]) -> io::Result<()> {
+        match self.below {
+            Some(_) => Ok(()),
+            None => self.layer.add_opaque(path),
+        }
     }
 
     /// Takes a file, or a directory with all that is in it, from the mount: the layer has a part of it alone.
@@ -302,6 +338,7 @@ impl<W: Write> Walk<'_, W> {
         }
         let within = Within {
             marks: Marks::None,
+            hides: true,
             ..within
         };
         self.report.from_mount.push(shown(path));
@@ -319,6 +356,44 @@ impl<W: Write> Walk<'_, W> {
             });
         self.device = device;
         done
+    }
+}
+
+/// What the trees `below` have in the directory `path` beside `names`.
+fn hidden(below: &[Tree], path: &[u8], names: &[OsString]) -> Result<Vec<String>> {
+    let mut hidden = BTreeSet::new();
+    'trees: for tree in below {
+        let mut dir = Dir::open(&tree.dir)?;
+        for part in Path::new(OsStr::from_bytes(path)).components() {
+            match dir.child(part.as_os_str()) {
+                Ok(child) => dir = child,
+                // It has no such directory.
+                Err(_) => continue 'trees,
+            }
+        }
+        let more = dir
+            .names()?
+            .into_iter()
+            .filter(|name| !names.contains(name));
+        hidden.extend(more);
+    }
+    let paths = hidden
+        .iter()
+        .map(|name| listed(&joined(path, name.as_bytes())));
+    paths.collect()
+}
+
+/// A path in a list of deletions, which is text.
+fn listed(path: &[u8]) -> Result<String> {
+    match std::str::from_utf8(path) {
+        Ok(path) => Ok(format!("/{path}")),
+        Err(_) => {
+            let text = format!(
+                "the deletion of {} cannot be written down: its name is not UTF-8",
+                shown(path)
+            );
+            Err(Error::new(ErrorKind::Unsupported, text))
+        }
     }
 }
 

@@ -62,6 +62,9 @@ pub(crate) struct ContainerState {
     /// Directory of its bundle.
     #[serde(default)]
     pub(crate) bundle: PathBuf,
+    /// When it was made, as RFC 3339 has it.
+    #[serde(default)]
+    pub(crate) created: Option<String>,
 }
 
 impl Runtime {
@@ -108,6 +111,21 @@ impl Runtime {
             Error::wrap(Kind::Protocol, text, error)
         })?;
         Ok(Some(state))
+    }
+
+    /// What it says of a container, which it must know.
+    pub(crate) async fn known_state(
+        &self,
+        id: &ContainerId,
+        kind: RuntimeKind,
+    ) -> Result<ContainerState> {
+        self.state(id).await?.ok_or_else(|| {
+            let text = format!(
+                "{} knows no container {id} (--runtime-root names the directory of its state)",
+                kind.name()
+            );
+            Error::new(Kind::Usage, text)
+        })
     }
 
     /// `checkpoint`, with images in `images`. With `keep` the runtime keeps the container as a running one.

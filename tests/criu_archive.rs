@@ -1,0 +1,86 @@
+//! `pageferry dump`, `restore` and `snapshot`: containers in archives that checkpointctl reads, and images of them.
+
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+use testbed::bed::Bed;
+use testbed::criu::{Criu, Suite};
+use testbed::documents::Stage;
+use testbed::suite::with_criu;
+use testbed::{debian, gate};
+
+/// A bundle whose root is an overlay on a file system in memory.
+const START: &str = r#"
+mkdir -p /tmp/$RUNTIME/lower/bin /tmp/$RUNTIME/lower/etc /tmp/$RUNTIME/lower/dir/kept
+cd /tmp/$RUNTIME
+mkdir -p upper work rootfs second/rootfs
+cp /stage/config.json .
+cp /usr/bin/busybox lower/bin/
+ln -s busybox lower/bin/sh
+echo old > lower/etc/old
+echo old > lower/dir/old
+echo old > lower/dir/kept/old
+cp -a lower/. second/rootfs/
+mount -t overlay overlay -o "lowerdir=$PWD/lower,upperdir=$PWD/upper,workdir=$PWD/work" rootfs
+$RUNTIME run -d --bundle $PWD c1 < /dev/null > /dev/null 2>&1
+until [ -e upper/ready ]; do sleep 0.05; done
+"#;
+
+/// What the container does: it deletes, replaces, adds, and counts.
+const WORK: &str = "busybox rm -r /etc/old /dir; busybox mkdir -p /dir/kept; echo new > /dir/kept/new; \
+                    busybox mkfifo /fifo; busybox ln /dir/kept/new /linked; echo > /ready; \
+                    i=0; while :; do i=$((i+1)); echo $i > /count; busybox sleep 0.1; done";
+
+/// The container ends with its dump, and goes on from the archive in another bundle with its files.
+const MOVE: &str = r#"
+cd /tmp/$RUNTIME
+pageferry snapshot c1 --runtime $RUNTIME -o images --leave-running
+pageferry verify images
+before=$(cat upper/count)
+until [ "$(cat upper/count)" -gt "${before:-0}" ]; do sleep 0.05; done
+pageferry dump c1 --runtime $RUNTIME -o c1.tar.zst
+if $RUNTIME state c1 > /dev/null 2>&1; then exit 1; fi
+checkpointctl inspect --ps-tree --stats c1.tar.zst > /stage/inspected-$RUNTIME
+before=$(cat upper/count)
+pageferry restore c1.tar.zst --bundle second --runtime $RUNTIME
+until [ "$(cat second/rootfs/count)" -gt "$before" ]; do sleep 0.05; done
+test ! -e second/rootfs/etc/old
+test ! -e second/rootfs/dir/old
+test ! -e second/rootfs/dir/kept/old
+test -p second/rootfs/fifo
+test second/rootfs/linked -ef second/rootfs/dir/kept/new
+test -z "$(ls -A | grep unfinished)"
+$RUNTIME kill c1 KILL
+"#;
+
+#[test]
+fn containers_go_on_from_archives() {
+    with_criu(Suite::Sid, archives);
+}
+
+fn archives(bed: &Bed, criu: &Criu) -> Result<()> {
+    let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
+        return Ok(());
+    };
+    let mut stage = Stage::new(bed, &system, criu, "stage")?;
+    let dir = bed.path("stage");
+    let mut config = testbed::runc::config("");
+    config["process"]["args"] = json!(["/bin/sh", "-c", WORK]);
+    fs::write(dir.join("config.json"), config.to_string())?;
+    stage.machines[0].script("echo manage-cgroups=ignore > /etc/criu/crun.conf")?;
+    for runtime in ["runc", "crun"] {
+        stage.set("RUNTIME", runtime);
+        let host = &stage.machines[0];
+        host.script(START)?;
+        host.script(MOVE).context(runtime)?;
+        let said = fs::read_to_string(dir.join(format!("inspected-{runtime}")))?;
+        for word in ["c1", runtime, "Podman", "busybox", "sh"] {
+            ensure!(
+                said.contains(word),
+                "{word} is not in what checkpointctl says:\n{said}"
+            );
+        }
+    }
+    Ok(())
+}
