@@ -48,8 +48,8 @@ impl Target {
 #[derive(Debug)]
 pub(super) struct Stopped {
     target: Target,
-    /// Those of its processes that did not stand still before.
-    processes: Vec<ProcessName>,
+    /// Those of its processes that stood still before; `None` once it was ended.
+    before: Option<Vec<ProcessName>>,
 }
 
 impl Stopped {
@@ -64,18 +64,32 @@ impl Stopped {
                 }
             }
         }
-        self.processes.clear();
+        self.before = None;
         Ok(())
     }
 }
 
 impl Drop for Stopped {
     fn drop(&mut self) {
-        for process in &self.processes {
-            // One that has been killed needs nothing.
-            let _ = process.signal(Signal::SIGCONT as i32);
+        let Some(before) = &self.before else {
+            return;
+        };
+        // Not those of before the freeze: a process may have been born since.
+        let Ok(tree) = Tree::of(self.target.root()) else {
+            return;
+        };
+        for member in tree.members() {
+            if is_stopped(member.pid) && !before.contains(&member.name) {
+                // One that has been killed needs nothing.
+                let _ = member.name.signal(Signal::SIGCONT as i32);
+            }
         }
     }
+}
+
+fn is_stopped(pid: i32) -> bool {
+    let stat = procfs::process::Process::new(pid).and_then(|process| process.stat());
+    stat.is_ok_and(|stat| stat.state == 'T')
 }
 
 /// Dumps the target into `images`. Logs and the like are in `work`. Both directories must be there.
@@ -101,16 +115,12 @@ pub(super) async fn capture(
     let mut server = Program::start_ready("page-server", &mut server, &log, READY_LIMIT).await?;
     let port = port(&work.join(PORT_FILE))?;
     let tree = Tree::of(target.root())?;
-    let is_stopped = |pid: i32| {
-        let stat = procfs::process::Process::new(pid).and_then(|process| process.stat());
-        stat.is_ok_and(|stat| stat.state == 'T')
-    };
-    let running = tree
+    let before = tree
         .members()
         .iter()
-        .filter(|member| !is_stopped(member.pid));
+        .filter(|member| is_stopped(member.pid));
     let stopped = Stopped {
-        processes: running.map(|member| member.name).collect(),
+        before: Some(before.map(|member| member.name).collect()),
         target,
     };
     let dumped = dump(&stopped.target, programs, (images, work), port).await;
