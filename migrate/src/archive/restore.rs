@@ -301,10 +301,13 @@ fn special(at: &Path, entry: &tar::Entry<'_, impl Read>) -> io::Result<()> {
         _ => SFlag::S_IFBLK,
     };
     let number = |part: io::Result<Option<u32>>| part.map(|part| u64::from(part.unwrap_or(0)));
-    let device = makedev(
-        number(header.device_major())?,
-        number(header.device_minor())?,
-    );
+    let device = match header.entry_type() {
+        EntryType::Fifo => 0,
+        _ => makedev(
+            number(header.device_major())?,
+            number(header.device_minor())?,
+        ),
+    };
     mknod(at, kind, Mode::from_bits_truncate(0o600), device)?;
     let id = |id: u64| u32::try_from(id).ok();
     chown(at, id(header.uid()?), id(header.gid()?))?;
