@@ -9,7 +9,7 @@
 //!
 //! - No region is begun while a thread waits for a page ([`Collapser::hold`]). One that is under way holds its
 //!   process's faults up for the time of one region.
-//! - As long as pages are to come, the thread works for a quarter of the time ([`REST`]).
+//! - As long as pages are to come, the thread works for a quarter of the time (`REST`).
 //! - Memory that is shared since a fork is left: to collapse it would copy it.
 //! - A collapse changes no content. So a region that was unmapped, moved or mapped anew meanwhile is no danger.
 //! - [`Collapser::finish`] ends in time, whatever is left: the kernel's own khugepaged may do it later.
