@@ -18,7 +18,7 @@ use pageferry::migration::{
     SourceRecord, SourceState,
 };
 
-/// Seeds of one run.
+/// Seeds of one run, unless `MIGRATION_SIM_SEEDS` says otherwise.
 const SEEDS: u64 = 20_000;
 
 /// Steps after which a world must have come to rest.
@@ -295,10 +295,29 @@ fn outcome(seed: u64) -> (AtSource, AtDestination) {
     lives
 }
 
+fn seeds(usual: u64) -> u64 {
+    let asked = std::env::var("MIGRATION_SIM_SEEDS");
+    asked.map_or(usual, |text| text.parse().expect("a number"))
+}
+
+#[test]
+fn a_seed_gives_the_same_run_again() {
+    let log = |seed| {
+        let mut world = World::new(seed);
+        world.run();
+        world.log
+    };
+    for seed in 0..seeds(2_000) {
+        let first = log(seed);
+        assert!(!first.is_empty(), "something happens");
+        assert_eq!(first, log(seed), "seed {seed}");
+    }
+}
+
 #[test]
 fn exactly_one_copy_lives_whatever_crashes() {
     let (mut stayed, mut moved) = (0_u32, 0_u32);
-    for seed in 0..SEEDS {
+    for seed in 0..seeds(SEEDS) {
         match outcome(seed) {
             (AtSource::Running, _) => stayed += 1,
             _ => moved += 1,
@@ -306,7 +325,7 @@ fn exactly_one_copy_lives_whatever_crashes() {
     }
     // Both ends are met often enough to mean something.
     assert!(
-        stayed > 1000 && moved > 1000,
+        seeds(SEEDS) < SEEDS || (stayed > 1000 && moved > 1000),
         "{stayed} stayed, {moved} moved"
     );
 }

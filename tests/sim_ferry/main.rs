@@ -76,24 +76,38 @@ fn seeds(usual: u64) -> Range<u64> {
     }
 }
 
+/// Four rounds with all sorts of trouble.
+fn four_rounds(seed: u64) -> Stats {
+    let _named = Seed(seed);
+    let mut rng = Rng::with_seed(seed);
+    let conditions = conditions(&mut rng);
+    let mut world = World::new(rng.fork(), conditions);
+    for _ in 0..4 {
+        memory::run_on(&mut rng, &mut world.source);
+        if rng.u8(0..12) == 0 {
+            world.tamper();
+        }
+        world.round(trouble(&mut rng));
+    }
+    world.stats
+}
+
+#[test]
+fn a_seed_gives_the_same_run_again() {
+    for seed in seeds(40) {
+        let first = four_rounds(seed);
+        assert!(first.trace != 0, "something was sent");
+        assert_eq!(first, four_rounds(seed), "seed {seed}");
+    }
+}
+
 #[test]
 fn whatever_happens_the_image_is_exact_or_the_failure_is_reported() {
     let seeds = seeds(300);
     let all = seeds.end - seeds.start >= 300;
     let mut total = Stats::default();
     for seed in seeds {
-        let _named = Seed(seed);
-        let mut rng = Rng::with_seed(seed);
-        let conditions = conditions(&mut rng);
-        let mut world = World::new(rng.fork(), conditions);
-        for _ in 0..4 {
-            memory::run_on(&mut rng, &mut world.source);
-            if rng.u8(0..12) == 0 {
-                world.tamper();
-            }
-            world.round(trouble(&mut rng));
-        }
-        total.add(&world.stats);
+        total.add(&four_rounds(seed));
     }
     println!("{total:?}");
     if all {
@@ -114,6 +128,7 @@ fn whatever_happens_the_image_is_exact_or_the_failure_is_reported() {
             disagreements,
             resumed_rounds,
             sent_frames,
+            trace: _,
         } = total;
         assert!(rounds == successes + failures && sent_frames > rounds);
         for (what, count) in [

@@ -67,6 +67,8 @@ pub(crate) struct Net {
     pub(crate) conditions: NetworkConditions,
     pub(crate) cuts: u64,
     pub(crate) flips: u64,
+    /// A checksum over all that arrived anywhere, and when: two runs of one seed have the same.
+    pub(crate) trace: u32,
     lines: BTreeMap<Conn, Line>,
     queue: BinaryHeap<Reverse<(Duration, u64, Event)>>,
     queued: u64,
@@ -85,6 +87,7 @@ impl Net {
             conditions,
             cuts: 0,
             flips: 0,
+            trace: 0,
             lines: BTreeMap::new(),
             queue: BinaryHeap::new(),
             queued: 0,
@@ -178,6 +181,7 @@ impl Net {
     pub(crate) fn pop(&mut self) -> Option<Event> {
         let Reverse((at, _, event)) = self.queue.pop()?;
         self.now = self.now.max(at);
+        self.record(&event);
         if let Event::Bytes(conn, to, bytes) = &event {
             let line = self.lines.get_mut(conn)?;
             line.pipes[*to as usize].in_flight -= bytes.len();
@@ -186,6 +190,13 @@ impl Net {
             }
         }
         Some(event)
+    }
+
+    fn record(&mut self, event: &Event) {
+        let mut crc = crc32fast::Hasher::new_with_initial(self.trace);
+        crc.update(&self.now.as_nanos().to_le_bytes());
+        crc.update(format!("{event:?}").as_bytes());
+        self.trace = crc.finalize();
     }
 
     pub(crate) fn one_in(&mut self, chance: u32) -> bool {

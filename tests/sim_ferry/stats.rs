@@ -1,6 +1,6 @@
 //! What a run has met with, so that a test can tell whether it tested anything.
 
-#[derive(Clone, Copy, Default, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub(crate) struct Stats {
     pub(crate) rounds: u64,
     pub(crate) successes: u64,
@@ -21,6 +21,8 @@ pub(crate) struct Stats {
     pub(crate) disagreements: u64,
     /// Rounds that were cut somewhere and succeeded.
     pub(crate) resumed_rounds: u64,
+    /// The traces of all rounds together.
+    pub(crate) trace: u64,
 }
 
 impl Stats {
@@ -40,5 +42,6 @@ impl Stats {
         self.repeated_frames += other.repeated_frames;
         self.disagreements += other.disagreements;
         self.resumed_rounds += other.resumed_rounds;
+        self.trace = self.trace.rotate_left(5) ^ other.trace;
     }
 }

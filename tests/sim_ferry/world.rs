@@ -286,6 +286,7 @@ impl World {
         self.stats.add(&receiver.part.stats);
         self.stats.cuts += net.cuts;
         self.stats.flips += net.flips;
+        self.stats.trace = self.stats.trace.rotate_left(5) ^ u64::from(net.trace);
         self.memory = sender.part.memory;
         if !sender.lives {
             self.memory.forget();
