@@ -26,6 +26,10 @@ const NOT_RUN: &[(&str, &str)] = &[
     ("cargo build", "it builds for minutes"),
     ("systemctl ", "it needs systemd"),
     ("apt-get ", "it changes the machine"),
+    (
+        "pageferry record ",
+        "it needs two Redis: tests/redis_replay.rs takes these steps",
+    ),
 ];
 
 /// Programs whose lines are commands: an unmarked block that begins with one has escaped the test.
