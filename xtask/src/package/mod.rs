@@ -27,8 +27,8 @@ const TOOLS: [(&str, &str); 2] = [("cargo-deb", "3.8.0"), ("cargo-cyclonedx", "0
 /// the standard library of the musl target comes by rustup alone.
 const STATIC: &str = "-C target-feature=+crt-static";
 
-/// All programs of a package, in MiB: what a package of them may take.
-const PROGRAMS_MAX_MIB: u64 = 16;
+/// What all programs of a package may take, bytes.
+const PROGRAMS_MAX_BYTES: u64 = 16_000_000;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -51,7 +51,7 @@ pub(crate) fn run_package(args: &Args) -> Result<()> {
     let tools = tools()?;
     println!("building the programs");
     run(cargo().args(BUILD))?;
-    stage_programs(&target_dir().join("release"), &stage)?;
+    stage_programs(&target_dir().join("dist"), &stage)?;
     println!("writing man pages, completions and the list of what is inside");
     stage_assets(&stage)?;
     list_parts(&tools, &stage)?;
@@ -76,7 +76,7 @@ pub(crate) fn run_package(args: &Args) -> Result<()> {
 /// One file for `page-server`, `lazy-client` and `pageferry`, and the shim.
 const BUILD: [&str; 6] = [
     "build",
-    "--release",
+    "--profile=dist",
     "--locked",
     "--package=pageferry-cli",
     "--package=criu-shim",
@@ -121,8 +121,8 @@ fn stage_programs(built: &Path, stage: &Path) -> Result<()> {
         symlink("pageferry", bin.join(name))?;
     }
     ensure!(
-        bytes <= PROGRAMS_MAX_MIB << 20,
-        "the programs take {bytes} bytes, more than {PROGRAMS_MAX_MIB} MiB"
+        bytes <= PROGRAMS_MAX_BYTES,
+        "the programs take {bytes} bytes, more than {PROGRAMS_MAX_BYTES}"
     );
     Ok(())
 }
@@ -220,7 +220,7 @@ fn static_programs(place: &Path) -> Result<Vec<PathBuf>> {
         .iter()
         .map(|name| {
             let to = dir.join(name);
-            fs::copy(target.join(&triple).join("release").join(name), &to)?;
+            fs::copy(target.join(&triple).join("dist").join(name), &to)?;
             Ok(to)
         })
         .collect()
