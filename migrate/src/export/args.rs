@@ -52,10 +52,10 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "DIR")]
     pub(super) output: PathBuf,
 
-    /// The image that the container was made of: an image layout, with the image's name if it has several
+    /// The image that the container was made of: an image layout
     ///
-    /// Its layers are taken over as they are, so that the template has the base's own digests. Without
-    /// this the layers below are exported from the overlay.
+    /// With the image's name if the layout has several. Its layers are taken over as they are, so that the template has the
+    /// base's own digests. Without this the layers below are exported from the overlay.
     #[arg(long, value_name = "DIR[:NAME]")]
     pub(super) base: Option<PathBuf>,
 
