@@ -124,8 +124,8 @@ impl Session {
         };
         session.lock().restore = None;
         match ended {
-            // It was ended because of the decision.
-            Err(_) if session.status().state == AgentState::Aborted => {}
+            // It was ended because of the decision, and CRIU wrote its statistics after that.
+            Err(_) if session.status().state == AgentState::Aborted => session.remove_memory(),
             Err(error) if session.lock().resumed_us.is_some() => {
                 tracing::warn!(
                     "migration {}: the processes run, and then: {error}",
