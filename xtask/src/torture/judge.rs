@@ -34,7 +34,16 @@ pub(super) enum Verdict {
 /// Looks for the processes on both sides and at their memory.
 pub(super) fn verdict(scene: &mut Scene, excuse: Excuse) -> Result<Verdict> {
     let here = runs(scene.load.pid());
-    let there = descendants(scene.agent.init()?).into_iter().any(runs);
+    let init = scene.agent.init()?;
+    let runs_there = || descendants(init).into_iter().any(runs);
+    // A restore that is given up has its processes for a moment, and none of them makes an instruction of its own. Two
+    // copies that live do not go away.
+    let there = runs_there()
+        && !(here
+            && wait::until("the end of what was restored", CLEAN_LIMIT, || {
+                Ok((!runs_there()).then_some(()))
+            })
+            .is_ok());
     Ok(match (here, there) {
         (true, true) => Verdict::Doubled,
         (false, false) if excuse.holder_killed => Verdict::HolderKilled,
