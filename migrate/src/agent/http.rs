@@ -94,6 +94,16 @@ pub(super) async fn serve(listener: Listener, sessions: Sessions) -> io::Result<
     axum::serve(listener, service).await
 }
 
+/// Carries out what was asked, also if whoever asked is gone before the answer: half of it would leave programs that
+/// nobody ends.
+async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Answer<T>> + Send + 'static,
+) -> Answer<T> {
+    tokio::spawn(work)
+        .await
+        .map_err(|error| Error::wrap(Kind::Io, "a request was ended", io::Error::other(error)))?
+}
+
 fn parse<T: DeserializeOwned>(body: &Bytes) -> Result<T, Failure> {
     serde_json::from_slice(body)
         .map_err(|error| Error::wrap(Kind::Protocol, "the request is not understood", error).into())
@@ -179,22 +189,26 @@ async fn round(
     State(sessions): State<Sessions>,
     Path((id, number)): Path<(String, u32)>,
 ) -> Answer<Receiver> {
-    Ok(Json(find(&sessions, &id)?.receive(Some(number)).await?))
+    let session = find(&sessions, &id)?;
+    to_its_end(async move { Ok(Json(session.receive(Some(number)).await?)) }).await
 }
 
 async fn round_stored(
     State(sessions): State<Sessions>,
     Path((id, number)): Path<(String, u32)>,
 ) -> Answer<Status> {
-    Ok(Json(find(&sessions, &id)?.received(Some(number)).await?))
+    let session = find(&sessions, &id)?;
+    to_its_end(async move { Ok(Json(session.received(Some(number)).await?)) }).await
 }
 
 async fn pages(State(sessions): State<Sessions>, Path(id): Path<String>) -> Answer<Receiver> {
-    Ok(Json(find(&sessions, &id)?.receive(None).await?))
+    let session = find(&sessions, &id)?;
+    to_its_end(async move { Ok(Json(session.receive(None).await?)) }).await
 }
 
 async fn pages_stored(State(sessions): State<Sessions>, Path(id): Path<String>) -> Answer<Status> {
-    Ok(Json(find(&sessions, &id)?.received(None).await?))
+    let session = find(&sessions, &id)?;
+    to_its_end(async move { Ok(Json(session.received(None).await?)) }).await
 }
 
 /// Stores image files, which come as a tar stream.
@@ -231,12 +245,17 @@ async fn restore(
     body: Bytes,
 ) -> Answer<Status> {
     let request = parse::<RestoreRequest>(&body)?;
-    Ok(Json(find(&sessions, &id)?.restore(&request).await?))
+    let session = find(&sessions, &id)?;
+    to_its_end(async move { Ok(Json(session.restore(&request).await?)) }).await
 }
 
 /// The source's grant. The answer tells the decision, and after `committed` that the processes run.
 async fn commit(State(sessions): State<Sessions>, Path(id): Path<String>) -> Answer<Status> {
     let session = find(&sessions, &id)?;
+    to_its_end(commit_session(session)).await
+}
+
+async fn commit_session(session: Arc<Session>) -> Answer<Status> {
     if !session.is_decided() && !session.has_memory() {
         session
             .fail("lazy-client has ended before the processes ran")
@@ -252,7 +271,7 @@ async fn commit(State(sessions): State<Sessions>, Path(id): Path<String>) -> Ans
 
 async fn cancel(State(sessions): State<Sessions>, Path(id): Path<String>) -> Answer<Status> {
     let session = find(&sessions, &id)?;
-    Ok(Json(session.handle(AgentEvent::AbortAsked).await))
+    to_its_end(async move { Ok(Json(session.handle(AgentEvent::AbortAsked).await)) }).await
 }
 
 /// Waits until all memory is there, or never will be.

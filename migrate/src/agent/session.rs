@@ -374,16 +374,30 @@ impl Session {
             self.from,
         );
         let log = dir.join("receive.log");
-        let receiver = Program::start_ready("page-server", &mut command, &log, READY_LIMIT).await?;
-        let path = dir.join(RECEIVER_PORT);
-        let port = fs::read_to_string(&path).map_err(|error| Error::file("read", &path, error))?;
-        let port = port.trim().parse().map_err(|error| {
-            Error::wrap(Kind::Io, format!("{} holds no port", path.display()), error)
-        })?;
-        let mut inner = self.lock();
-        inner.port = port;
-        inner.receiver = Some(receiver);
-        Ok(Receiver { port })
+        let mut receiver =
+            Program::start_ready("page-server", &mut command, &log, READY_LIMIT).await?;
+        let port = port_in(&dir.join(RECEIVER_PORT));
+        {
+            let mut inner = self.lock();
+            if let Ok(port) = port
+                && inner.agent.state() == AgentState::Receiving
+            {
+                inner.port = port;
+                inner.receiver = Some(receiver);
+                return Ok(Receiver { port });
+            }
+        }
+        // Whoever discards has looked for a receiver, and there was none yet.
+        self.end_receiver(&mut receiver).await;
+        port.and(Err(given_up()))
+    }
+
+    async fn end_receiver(&self, receiver: &mut Program) {
+        receiver.terminate();
+        receiver.end().await;
+        if self.is_decided() {
+            self.remove_memory();
+        }
     }
 
     /// Waits until what [`Session::receive`] began is stored.
@@ -392,13 +406,31 @@ impl Session {
         let Some(mut receiver) = receiver else {
             return Err(Error::new(Kind::Usage, "nothing is being received"));
         };
-        receiver.succeed().await?;
+        tokio::select! {
+            ended = receiver.succeed() => ended?,
+            // Whoever discards has not found it either.
+            _ = self.wait_for(|status| status.state.is_decided()) => {
+                self.end_receiver(&mut receiver).await;
+                return Err(given_up());
+            }
+        }
         if let Some(number) = number {
             self.lock().rounds = number;
         }
         self.changed.send_modify(|count| *count += 1);
         Ok(self.status())
     }
+}
+
+fn given_up() -> Error {
+    Error::new(Kind::Usage, "the migration was given up meanwhile")
+}
+
+fn port_in(path: &Path) -> Result<u16> {
+    let port = fs::read_to_string(path).map_err(|error| Error::file("read", path, error))?;
+    port.trim()
+        .parse()
+        .map_err(|error| Error::wrap(Kind::Io, format!("{} holds no port", path.display()), error))
 }
 
 pub(super) fn round_name(number: u32) -> String {
