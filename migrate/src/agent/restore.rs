@@ -164,7 +164,10 @@ impl Session {
             }
             RESTORED => {
                 self.lock().waiting = Some(stream.into_inner());
-                self.handle(AgentEvent::Restored).await;
+                if self.handle(AgentEvent::Restored).await.state == AgentState::Aborted {
+                    // It came too late for whoever discarded the others: the restore ends with its stream.
+                    self.lock().waiting = None;
+                }
             }
             RESUMED => {
                 self.lock().resumed_us = Some(now_us());

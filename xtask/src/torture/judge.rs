@@ -121,7 +121,10 @@ impl Surroundings {
         let hosts = &world.hosts;
         Ok(Surroundings {
             rules: [rules(&hosts.source.net)?, rules(&hosts.destination.net)?],
-            mounts: [mounts("self"), mounts(&scene.agent.init()?.to_string())],
+            mounts: [
+                mounts("self", scene),
+                mounts(&scene.agent.init()?.to_string(), scene),
+            ],
             groups,
         })
     }
@@ -142,10 +145,11 @@ fn rules(net: &NetNs) -> Result<String> {
     Ok(text.lines().filter(rule).collect::<Vec<_>>().join("\n"))
 }
 
-fn mounts(process: &str) -> BTreeSet<String> {
+fn mounts(process: &str, scene: &Scene) -> BTreeSet<String> {
     let text = fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap_or_default();
+    let here = scene.bed.dir().display().to_string();
     // Of this migration's directories, or of CRIU; other programs mount what they need.
-    let ours = |line: &&str| line.contains("pageferry") || line.contains("criu");
+    let ours = |line: &&str| line.contains(&here) || line.contains("criu");
     let point = |line: &str| line.split(' ').nth(4).map(str::to_owned);
     text.lines().filter(ours).filter_map(point).collect()
 }
