@@ -78,9 +78,14 @@ impl Session {
         let dir = place.dir.join(begin.id.to_string());
         fs::create_dir(&dir).map_err(|error| Error::file("make the directory", &dir, error))?;
         // Memory of processes lies here: it is for their owner alone.
-        fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))
-            .map_err(|error| Error::file("protect", &dir, error))?;
-        records::write(&dir.join(BEGIN), &begin)?;
+        let protected = fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))
+            .map_err(|error| Error::file("protect", &dir, error));
+        protected
+            .and_then(|()| records::write(&dir.join(BEGIN), &begin))
+            .inspect_err(|_| {
+                // Nothing has begun: the name is free again.
+                let _ = fs::remove_dir(&dir);
+            })?;
         let session = Session::new(place, dir, begin, from, Agent::new());
         tokio::spawn(Session::watch_for_silence(Arc::clone(&session)));
         Ok(session)
@@ -135,8 +140,11 @@ impl Session {
         tokio::spawn(async move {
             let _turn = finishing.turn.lock().await;
             finishing.carry_out(actions).await;
-            if record == Some(AgentRecord::Committed) {
-                finishing.wait_for_earlier_lazy_client().await;
+            match record {
+                Some(AgentRecord::Committed) => finishing.wait_for_earlier_lazy_client().await,
+                // The earlier agent may not have come to it.
+                Some(AgentRecord::Complete) => finishing.remove_memory(),
+                _ => {}
             }
         });
         Ok(Some(session))
