@@ -27,15 +27,15 @@ use testbed::workspace::binary;
 const SERVICE_V6: &str = "fd00:213:8::10/64";
 
 /// An echoing service at the source, and an agent at the destination.
-struct Scene {
+struct Fixture {
     // Dropped in this order: processes, then networks.
     service: Spawned,
     agent: Agent,
     hosts: ThreeHosts,
 }
 
-impl Scene {
-    fn new(bed: &Bed, criu: &Criu, name: &str) -> Result<Scene> {
+impl Fixture {
+    fn new(bed: &Bed, criu: &Criu, name: &str) -> Result<Fixture> {
         let hosts = ThreeHosts::new()?;
         let address = hosts.service()?.to_string();
         let mut command: Command = hosts.source.net.command("setsid");
@@ -48,7 +48,7 @@ impl Scene {
         let insecure = ["--insecure".to_owned()];
         let dir = bed.path(&format!("agent-{name}"));
         let agent = Agent::start(&criu.path, &dir, Some(&hosts.destination), &insecure)?;
-        Ok(Scene {
+        Ok(Fixture {
             service,
             agent,
             hosts,
@@ -106,21 +106,21 @@ fn a_probe_tells_when_the_service_answers() {
             ("port", "cold", "tcp:7000"),
             ("command", "hybrid", command.as_str()),
         ] {
-            let scene = Scene::new(bed, criu, id)?;
+            let fixture = Fixture::new(bed, criu, id)?;
             wait::until("the service", GENEROUS, || {
-                let address = scene.hosts.service()?;
-                scene
+                let address = fixture.hosts.service()?;
+                fixture
                     .hosts
                     .client
                     .enter(|| Ok(TcpStream::connect(address).ok().map(drop)))
             })?;
             let options = ["--mode", mode, "--tcp", "close", "--probe", probe];
-            let report = scene.migrate(bed, criu, id, &options)?;
+            let report = fixture.migrate(bed, criu, id, &options)?;
             let of = |name: &str| report[name].as_f64().with_context(|| report.to_string());
             ensure!(of("resume_ms")? > 0.0, "{report}");
             let warnings = report["warnings"].as_array().context("warnings")?;
             ensure!(warnings.is_empty(), "{report}");
-            scene.connect().map(drop)?;
+            fixture.connect().map(drop)?;
         }
         ensure!(mark.exists(), "the command was not run");
         Ok(())
@@ -131,10 +131,10 @@ fn a_probe_tells_when_the_service_answers() {
 fn closed_connections_are_closed_and_new_ones_are_taken() {
     with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
         for mode in ["cold", "post-copy"] {
-            let scene = Scene::new(bed, criu, mode)?;
-            let mut before = scene.connect()?;
-            scene.migrate(bed, criu, mode, &["--mode", mode, "--tcp", "close"])?;
-            let mut after = scene.connect().with_context(|| mode)?;
+            let fixture = Fixture::new(bed, criu, mode)?;
+            let mut before = fixture.connect()?;
+            fixture.migrate(bed, criu, mode, &["--mode", mode, "--tcp", "close"])?;
+            let mut after = fixture.connect().with_context(|| mode)?;
             ask(&mut after)?;
             let answered = ask(&mut before);
             let error = answered.err().context("the old connection is still open")?;
@@ -151,18 +151,18 @@ fn closed_connections_are_closed_and_new_ones_are_taken() {
 #[test]
 fn neighbours_are_told_where_the_addresses_are() {
     with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
-        let scene = Scene::new(bed, criu, "neighbours")?;
-        let (source, destination) = (&scene.hosts.source.net, &scene.hosts.destination.net);
+        let fixture = Fixture::new(bed, criu, "neighbours")?;
+        let (source, destination) = (&fixture.hosts.source.net, &fixture.hosts.destination.net);
         let add = ["addr", "add", SERVICE_V6, "dev", DEVICE, "nodad"];
         run(source.command("ip").args(add))?;
         let (v6, _) = SERVICE_V6.split_once('/').context("no prefix")?;
-        let addresses = [scene.hosts.service()?.ip(), v6.parse()?];
-        let hear = |address| Announcements::hear(&scene.hosts.client, address);
+        let addresses = [fixture.hosts.service()?.ip(), v6.parse()?];
+        let hear = |address| Announcements::hear(&fixture.hosts.client, address);
         let (arp, advertisements) = (hear(addresses[0])?, hear(addresses[1])?);
         let mac = mac_of(destination, DEVICE)?;
         let second = format!("{SERVICE_V6}@{DEVICE}");
         let options = ["--mode", "cold", "--tcp", "close", "--address", &second];
-        scene.migrate(bed, criu, "neighbours", &options)?;
+        fixture.migrate(bed, criu, "neighbours", &options)?;
         arp.expect(addresses[0], mac)?;
         advertisements.expect(addresses[1], mac)
     });

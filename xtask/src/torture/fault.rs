@@ -12,7 +12,7 @@ use testbed::process::{Spawned, descendants};
 use testbed::wait::{self, GENEROUS};
 
 use super::case::{Case, Milestone, PARTICIPANTS, Side, What, When};
-use super::world::{NAME, Scene, World};
+use super::world::{Fixture, NAME, World};
 
 /// How often a milestone is looked for.
 const LOOK_AGAIN: Duration = Duration::from_micros(500);
@@ -40,7 +40,7 @@ pub(super) struct Excuse {
 /// Lets all faults of the case happen.
 pub(super) fn carry_out(
     world: &World,
-    scene: &Scene,
+    fixture: &Fixture,
     case: &Case,
     command: &mut Spawned,
 ) -> Result<Excuse> {
@@ -51,7 +51,7 @@ pub(super) fn carry_out(
     }
     let mut excuse = Excuse::default();
     for fault in &case.faults {
-        if !wait_for(scene, command, started, fault.when)? {
+        if !wait_for(fixture, command, started, fault.when)? {
             continue;
         }
         match fault.what {
@@ -59,7 +59,7 @@ pub(super) fn carry_out(
                 participant,
                 chance,
             } => {
-                let holder = kill_one(scene, command, participant, chance)?;
+                let holder = kill_one(fixture, command, participant, chance)?;
                 excuse.holder_killed |= holder;
             }
             What::Stop => {
@@ -73,14 +73,19 @@ pub(super) fn carry_out(
                 sleep(time);
                 world.set_link(true)?;
             }
-            What::FillDisk(side) => scene.disk(side).fill()?,
+            What::FillDisk(side) => fixture.disk(side).fill()?,
         }
     }
     Ok(excuse)
 }
 
 /// Waits for a moment; false if it does not come.
-fn wait_for(scene: &Scene, command: &mut Spawned, started: Instant, when: When) -> Result<bool> {
+fn wait_for(
+    fixture: &Fixture,
+    command: &mut Spawned,
+    started: Instant,
+    when: When,
+) -> Result<bool> {
     match when {
         When::After(time) => {
             sleep(time.saturating_sub(started.elapsed()));
@@ -88,10 +93,10 @@ fn wait_for(scene: &Scene, command: &mut Spawned, started: Instant, when: When) 
         }
         When::Behind(milestone, time) => {
             let began = Instant::now();
-            while !is_reached(scene, milestone) {
+            while !is_reached(fixture, milestone) {
                 // The guard goes on where the command ended.
                 let hopeless =
-                    command.ended()?.is_some() && !scene.source_dir().join(NAME).exists();
+                    command.ended()?.is_some() && !fixture.source_dir().join(NAME).exists();
                 if hopeless || began.elapsed() > MILESTONE_LIMIT {
                     return Ok(false);
                 }
@@ -103,8 +108,8 @@ fn wait_for(scene: &Scene, command: &mut Spawned, started: Instant, when: When) 
     }
 }
 
-fn is_reached(scene: &Scene, milestone: Milestone) -> bool {
-    let (source, agent) = (scene.source_dir().join(NAME), scene.agent_dir());
+fn is_reached(fixture: &Fixture, milestone: Milestone) -> bool {
+    let (source, agent) = (fixture.source_dir().join(NAME), fixture.agent_dir());
     let file = match milestone {
         Milestone::Dump => source.join("images/dump.log"),
         Milestone::SecondRound => agent.join("round-2"),
@@ -116,14 +121,14 @@ fn is_reached(scene: &Scene, milestone: Milestone) -> bool {
 }
 
 /// Kills a participant of this migration. True if it held memory that nobody else has.
-fn kill_one(scene: &Scene, command: &Spawned, participant: usize, chance: u64) -> Result<bool> {
+fn kill_one(fixture: &Fixture, command: &Spawned, participant: usize, chance: u64) -> Result<bool> {
     let (name, words) = PARTICIPANTS[participant];
-    let found = participants(scene, command, words)?;
+    let found = participants(fixture, command, words)?;
     if found.is_empty() {
         return Ok(false);
     }
     let at = usize::try_from(chance % found.len() as u64).unwrap_or(0);
-    let decided = fs::read_to_string(scene.agent_dir().join("record.json"));
+    let decided = fs::read_to_string(fixture.agent_dir().join("record.json"));
     // It may have ended meanwhile.
     let _ = kill(found[at], Signal::SIGKILL);
     wait::until("the end of a killed process", GENEROUS, || {
@@ -136,13 +141,17 @@ fn kill_one(scene: &Scene, command: &Spawned, participant: usize, chance: u64) -
 }
 
 /// Processes of this migration whose command lines have the `words`.
-pub(super) fn participants(scene: &Scene, command: &Spawned, words: &[&str]) -> Result<Vec<Pid>> {
+pub(super) fn participants(
+    fixture: &Fixture,
+    command: &Spawned,
+    words: &[&str],
+) -> Result<Vec<Pid>> {
     let mut pids = descendants(command.pid());
     pids.push(command.pid());
-    pids.extend(descendants(scene.agent.init()?));
+    pids.extend(descendants(fixture.agent.init()?));
     // Programs outlive the command that started them: they are then children of this one.
     pids.extend(descendants(Pid::this()));
-    let here = scene.bed.dir().display().to_string();
+    let here = fixture.bed.dir().display().to_string();
     pids.retain(|pid| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&line).replace('\0', " ");

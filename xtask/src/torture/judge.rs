@@ -14,7 +14,7 @@ use testbed::process::{Spawned, descendants, run};
 use testbed::wait;
 
 use super::fault::{Excuse, participants};
-use super::world::{NAME, Scene, World};
+use super::world::{Fixture, NAME, World};
 
 /// How long programs and files may take to go.
 const CLEAN_LIMIT: std::time::Duration = std::time::Duration::from_secs(20);
@@ -32,9 +32,9 @@ pub(super) enum Verdict {
 }
 
 /// Looks for the processes on both sides and at their memory.
-pub(super) fn verdict(scene: &mut Scene, excuse: Excuse) -> Result<Verdict> {
-    let here = runs(scene.load.pid());
-    let init = scene.agent.init()?;
+pub(super) fn verdict(fixture: &mut Fixture, excuse: Excuse) -> Result<Verdict> {
+    let here = runs(fixture.load.pid());
+    let init = fixture.agent.init()?;
     let runs_there = || descendants(init).into_iter().any(runs);
     // A restore that is given up has its processes for a moment, and none of them makes an instruction of its own. Two
     // copies that live do not go away.
@@ -49,15 +49,15 @@ pub(super) fn verdict(scene: &mut Scene, excuse: Excuse) -> Result<Verdict> {
         (false, false) if excuse.holder_killed => Verdict::HolderKilled,
         (false, false) => Verdict::Lost,
         (true, false) => {
-            scene.load.steer(scene.load.pid())?;
-            match memory(&scene.load) {
+            fixture.load.steer(fixture.load.pid())?;
+            match memory(&fixture.load) {
                 Memory::Right => Verdict::RolledBack,
                 _ => Verdict::WrongPages,
             }
         }
         (false, true) => {
-            scene.load.steer(scene.agent.init()?)?;
-            match memory(&scene.load) {
+            fixture.load.steer(fixture.agent.init()?)?;
+            match memory(&fixture.load) {
                 Memory::Right => Verdict::Completed,
                 Memory::Gone if excuse.holder_killed => Verdict::HolderKilled,
                 _ => Verdict::WrongPages,
@@ -115,15 +115,15 @@ pub(super) struct Surroundings {
 
 impl Surroundings {
     /// As they are now.
-    pub(super) fn now(world: &World, scene: &Scene) -> Result<Surroundings> {
+    pub(super) fn now(world: &World, fixture: &Fixture) -> Result<Surroundings> {
         let mut groups = BTreeSet::new();
         directories(Path::new("/sys/fs/cgroup"), &mut groups);
         let hosts = &world.hosts;
         Ok(Surroundings {
             rules: [rules(&hosts.source.net)?, rules(&hosts.destination.net)?],
             mounts: [
-                mounts("self", scene),
-                mounts(&scene.agent.init()?.to_string(), scene),
+                mounts("self", fixture),
+                mounts(&fixture.agent.init()?.to_string(), fixture),
             ],
             groups,
         })
@@ -145,9 +145,9 @@ fn rules(net: &NetNs) -> Result<String> {
     Ok(text.lines().filter(rule).collect::<Vec<_>>().join("\n"))
 }
 
-fn mounts(process: &str, scene: &Scene) -> BTreeSet<String> {
+fn mounts(process: &str, fixture: &Fixture) -> BTreeSet<String> {
     let text = fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap_or_default();
-    let here = scene.bed.dir().display().to_string();
+    let here = fixture.bed.dir().display().to_string();
     // Of this migration's directories, or of CRIU; other programs mount what they need.
     let ours = |line: &&str| line.contains(&here) || line.contains("criu");
     let point = |line: &str| line.split(' ').nth(4).map(str::to_owned);
@@ -169,13 +169,13 @@ fn directories(dir: &Path, found: &mut BTreeSet<PathBuf>) {
 /// A namespace lives as long as a process in it or a mount of it, so those two tell of namespaces as well.
 pub(super) fn leftovers(
     world: &World,
-    scene: &Scene,
+    fixture: &Fixture,
     command: &Spawned,
     before: &Surroundings,
 ) -> Result<Vec<String>> {
     let mut last = Vec::new();
     let clean = wait::until("a clean host", CLEAN_LIMIT, || {
-        last = look(world, scene, command, before)?;
+        last = look(world, fixture, command, before)?;
         Ok(last.is_empty().then_some(()))
     });
     match clean {
@@ -186,24 +186,24 @@ pub(super) fn leftovers(
 
 fn look(
     world: &World,
-    scene: &Scene,
+    fixture: &Fixture,
     command: &Spawned,
     before: &Surroundings,
 ) -> Result<Vec<String>> {
     let mut left = Vec::new();
-    let agent = scene.agent.pid().ok();
-    for pid in participants(scene, command, &[])? {
+    let agent = fixture.agent.pid().ok();
+    for pid in participants(fixture, command, &[])? {
         if Some(pid) != agent {
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let line = String::from_utf8_lossy(&line).replace('\0', " ");
             left.push(format!("process {pid}: {line}"));
         }
     }
-    for dir in [scene.source_dir(), scene.bed.path("agent")] {
+    for dir in [fixture.source_dir(), fixture.bed.path("agent")] {
         files(&dir, &mut left);
     }
-    marks(scene, &mut left);
-    let now = Surroundings::now(world, scene)?;
+    marks(fixture, &mut left);
+    let now = Surroundings::now(world, fixture)?;
     if now.rules != before.rules {
         left.push(format!(
             "firewall: {:?} instead of {:?}",
@@ -240,9 +240,9 @@ fn files(dir: &Path, left: &mut Vec<String>) {
 }
 
 /// What a migration puts on the processes at the source.
-fn marks(scene: &Scene, left: &mut Vec<String>) {
-    let mut pids = vec![scene.load.pid()];
-    pids.extend(descendants(scene.load.pid()));
+fn marks(fixture: &Fixture, left: &mut Vec<String>) {
+    let mut pids = vec![fixture.load.pid()];
+    pids.extend(descendants(fixture.load.pid()));
     for pid in pids {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         let field = |name: &str| {

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! source network ──[proxy]──> destination network      World: shared by all migrations
-//!   load, migrate                agent                  Scene: of one migration, each side on a disk of its own
+//!   load, migrate                agent                  Fixture: of one migration, each side on a disk of its own
 //!   └── faults by chance (case, fault); then: the agent is started again, the migration is resumed, and
 //!       exactly one copy must live, whole, with nothing left behind (judge)
 //! ```
@@ -27,7 +27,7 @@ use testbed::workspace::{BIN_DIR_VARIABLE, use_binaries};
 use crate::setup;
 use case::{Case, Wanted};
 use judge::{Surroundings, Verdict};
-use world::{NAME, Scene, World};
+use world::{Fixture, NAME, World};
 
 /// How long, and by which chance.
 #[derive(clap::Args)]
@@ -166,8 +166,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 fn migrate(world: &World, case: &Case, args: &Args, counts: &mut Counts) -> Result<()> {
-    let mut scene = Scene::new(world, case)?;
-    let ended = carry_out(world, &mut scene, case, counts);
+    let mut fixture = Fixture::new(world, case)?;
+    let ended = carry_out(world, &mut fixture, case, counts);
     let went_wrong = ended.as_ref().map_or(true, |clean| !clean);
     if went_wrong && let Some(keep) = &args.keep {
         let dir = keep.join(format!("{}-{}", args.seed, case.number));
@@ -177,9 +177,9 @@ fn migrate(world: &World, case: &Case, args: &Args, counts: &mut Counts) -> Resu
             std::process::Command::new("cp")
                 .arg("-r")
                 .args([
-                    scene.source_dir(),
-                    scene.bed.path("agent"),
-                    scene.bed.path("agent.host"),
+                    fixture.source_dir(),
+                    fixture.bed.path("agent"),
+                    fixture.bed.path("agent.host"),
                 ])
                 .arg(&dir),
         )?;
@@ -188,38 +188,43 @@ fn migrate(world: &World, case: &Case, args: &Args, counts: &mut Counts) -> Resu
 }
 
 /// True if nothing went wrong.
-fn carry_out(world: &World, scene: &mut Scene, case: &Case, counts: &mut Counts) -> Result<bool> {
+fn carry_out(
+    world: &World,
+    fixture: &mut Fixture,
+    case: &Case,
+    counts: &mut Counts,
+) -> Result<bool> {
     let bad = counts.bad();
-    let before = Surroundings::now(world, scene)?;
-    let moves = scene.command(world, case);
-    let mut command = moves.start(&scene.load, &scene.agent)?;
-    let excuse = fault::carry_out(world, scene, case, &mut command)?;
-    if scene.agent.pid().is_err() {
-        scene.free_disks();
-        scene.agent.start_again()?;
+    let before = Surroundings::now(world, fixture)?;
+    let moves = fixture.command(world, case);
+    let mut command = moves.start(&fixture.load, &fixture.agent)?;
+    let excuse = fault::carry_out(world, fixture, case, &mut command)?;
+    if fixture.agent.pid().is_err() {
+        fixture.free_disks();
+        fixture.agent.start_again()?;
     }
     command.wait(GENEROUS).context("pageferry migrate")?;
-    scene.free_disks();
+    fixture.free_disks();
     if moves.dir().join("facts.json").exists() {
-        let resumed = moves.resume(&scene.agent)?.wait(GENEROUS);
+        let resumed = moves.resume(&fixture.agent)?.wait(GENEROUS);
         resumed.context("pageferry migrate --resume")?;
     }
-    if scene.agent_dir().exists() {
-        let record = scene.agent_dir().join("record.json");
+    if fixture.agent_dir().exists() {
+        let record = fixture.agent_dir().join("record.json");
         wait::until("the agent's decision", GENEROUS, || {
             Ok(record.exists().then_some(()))
         })?;
     }
-    let verdict = judge::verdict(scene, excuse)?;
+    let verdict = judge::verdict(fixture, excuse)?;
     counts.add(verdict);
-    let left = judge::leftovers(world, scene, &command, &before)?;
+    let left = judge::leftovers(world, fixture, &command, &before)?;
     if !left.is_empty() {
         counts.leftovers += 1;
         eprintln!("{NAME} left behind: {left:#?}");
     }
     if counts.bad() > bad {
         eprintln!("{verdict:?}");
-        scene.bed.show_logs();
+        fixture.bed.show_logs();
     }
     Ok(counts.bad() == bad)
 }

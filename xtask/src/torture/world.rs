@@ -95,7 +95,7 @@ impl World {
 }
 
 /// One migration's processes and directories.
-pub(super) struct Scene {
+pub(super) struct Fixture {
     // Dropped in this order: processes before the disks and the directory that they use.
     pub(super) load: Load,
     pub(super) agent: Agent,
@@ -103,8 +103,8 @@ pub(super) struct Scene {
     pub(super) bed: Bed,
 }
 
-impl Scene {
-    pub(super) fn new(world: &World, case: &Case) -> Result<Scene> {
+impl Fixture {
+    pub(super) fn new(world: &World, case: &Case) -> Result<Fixture> {
         let bed = Bed::new()?;
         let disks = [
             Disk::mount(bed.path("source"))?,
@@ -122,7 +122,7 @@ impl Scene {
         }
         let dir = bed.path("agent");
         let agent = Agent::start(&world.criu.path, &dir, Some(&hosts.destination), &options)?;
-        Ok(Scene {
+        Ok(Fixture {
             load,
             agent,
             disks,

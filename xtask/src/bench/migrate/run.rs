@@ -90,38 +90,38 @@ fn move_one(bed: &Bed, criu: &Criu, case: &Case, who: Contender, options: &[&str
     let before = hosts.bytes_to_destination()?;
     let mut run = Run::default();
     let started = Instant::now();
-    let scene = Scene {
+    let fixture = Fixture {
         bed,
         criu,
         hosts: &hosts,
     };
     match who.mode() {
         Some(mode) => {
-            let agent = scene.pageferry(&mut load, mode, options, &mut run)?;
+            let agent = fixture.pageferry(&mut load, mode, options, &mut run)?;
             run.total_ms = ms(started.elapsed());
             load.steer(agent.init()?)?;
-            scene.finish(&load, client, before, &mut run)?;
+            fixture.finish(&load, client, before, &mut run)?;
         }
         None => {
             let restored = match who {
-                Contender::CriuCold => scene.criu_cold(&mut load, &mut run)?,
-                _ => scene.criu_post_copy(&mut load, &mut run)?,
+                Contender::CriuCold => fixture.criu_cold(&mut load, &mut run)?,
+                _ => fixture.criu_post_copy(&mut load, &mut run)?,
             };
             run.total_ms = ms(started.elapsed());
             load.steer(restored.init()?)?;
-            scene.finish(&load, client, before, &mut run)?;
+            fixture.finish(&load, client, before, &mut run)?;
         }
     }
     Ok(run)
 }
 
-struct Scene<'a> {
+struct Fixture<'a> {
     bed: &'a Bed,
     criu: &'a Criu,
     hosts: &'a TwoHosts,
 }
 
-impl Scene<'_> {
+impl Fixture<'_> {
     fn pageferry(
         &self,
         load: &mut Load,

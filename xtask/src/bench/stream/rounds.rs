@@ -51,7 +51,7 @@ pub(super) struct Run {
 }
 
 /// Everything that a case runs on.
-struct Rig<'a> {
+struct Fixture<'a> {
     criu: &'a Criu,
     bed: &'a Bed,
     hosts: Option<&'a TwoHosts>,
@@ -74,21 +74,21 @@ pub(super) fn run(criu: &Criu, case: Case, rounds: u32) -> Result<Vec<Vec<Run>>>
     let (mib, percent) = (case.mib, case.percent);
     let subject_dir = bed.path("subject");
     let mut subject = Subject::start(case.memory, mib, percent, &subject_dir, net)?;
-    let mut rig = Rig {
+    let mut fixture = Fixture {
         criu,
         bed: &bed,
         hosts: hosts.as_ref(),
         far_port: free_port()?,
         dumps: 0,
     };
-    let measured = rig.rounds(&mut subject, case.contenders(), rounds);
+    let measured = fixture.rounds(&mut subject, case.contenders(), rounds);
     if measured.is_err() {
         bed.show_logs();
     }
     measured.with_context(|| case.describe())
 }
 
-impl Rig<'_> {
+impl Fixture<'_> {
     fn rounds(
         &mut self,
         subject: &mut Subject,
@@ -209,17 +209,17 @@ struct Forwarder {
 }
 
 impl Forwarder {
-    fn start(rig: &Rig<'_>, name: &str) -> Result<Forwarder> {
-        let dir = rig.bed.path(name);
+    fn start(fixture: &Fixture<'_>, name: &str) -> Result<Forwarder> {
+        let dir = fixture.bed.path(name);
         let summary = dir.join("summary.json");
-        let far_end: IpAddr = match rig.hosts {
+        let far_end: IpAddr = match fixture.hosts {
             Some(hosts) => hosts.destination.address,
             None => Ipv4Addr::LOCALHOST.into(),
         };
-        let far_end = format!("{far_end}:{}", rig.far_port);
+        let far_end = format!("{far_end}:{}", fixture.far_port);
         let mut options = Options::new(&dir).with(&["--keep", "--forward", &far_end, VERBOSITY]);
         options = options.with(&["--summary-json", &summary.to_string_lossy()]);
-        if let Some(hosts) = rig.hosts {
+        if let Some(hosts) = fixture.hosts {
             options = options.at(&hosts.source.net, Ipv4Addr::LOCALHOST.into());
         }
         Ok(Forwarder {
