@@ -70,7 +70,7 @@ const MILESTONES: [Milestone; 5] = [
 
 /// The moment of a fault.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum When {
+pub(super) enum FaultTime {
     /// So long after the command's start.
     After(Duration),
     /// So long after a milestone; never if it is not reached.
@@ -79,7 +79,7 @@ pub(super) enum When {
 
 /// One fault.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum What {
+pub(super) enum Action {
     /// SIGKILL to a participant; `chance` chooses among several of a kind.
     Kill { participant: usize, chance: u64 },
     /// SIGTERM to the command.
@@ -97,8 +97,8 @@ pub(super) enum What {
 /// A fault and its moment.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Fault {
-    pub(super) when: When,
-    pub(super) what: What,
+    pub(super) when: FaultTime,
+    pub(super) what: Action,
 }
 
 /// Kinds of faults.
@@ -140,7 +140,7 @@ const KINDS: [Kind; 16] = [
 
 /// Limits chance.
 #[derive(Clone, Debug, Default, clap::Args)]
-pub(super) struct Wanted {
+pub(super) struct Selection {
     /// In this mode alone (may be given several times)
     #[arg(long, value_name = "MODE", value_parser = mode)]
     mode: Vec<&'static str>,
@@ -170,8 +170,8 @@ pub(super) struct Case {
 
 impl Case {
     /// The case `number` of the chain of chances that `seed` begins, with what is `wanted` alone.
-    pub(super) fn new(seed: u64, number: u64, wanted: &Wanted) -> Case {
-        let modes = match wanted.mode.as_slice() {
+    pub(super) fn new(seed: u64, number: u64, selection: &Selection) -> Case {
+        let modes = match selection.mode.as_slice() {
             [] => &MODES[..],
             modes => modes,
         };
@@ -187,51 +187,53 @@ impl Case {
             tls: rng.bool(),
             connected: rng.u32(0..4) == 0,
             dirty_pages_per_s: DIRTY_RATES[rng.usize(0..DIRTY_RATES.len())],
-            faults: (0..count).map(|_| Fault::new(&mut rng, wanted)).collect(),
+            faults: (0..count)
+                .map(|_| Fault::new(&mut rng, selection))
+                .collect(),
         }
     }
 }
 
 impl Fault {
-    fn new(rng: &mut Rng, wanted: &Wanted) -> Fault {
+    fn new(rng: &mut Rng, selection: &Selection) -> Fault {
         let ms = |rng: &mut Rng, most| Duration::from_micros(rng.u64(0..most * 1_000));
         let when = match rng.u32(0..3) {
-            0 => When::After(ms(rng, MOMENT_MS_MAX)),
+            0 => FaultTime::After(ms(rng, MOMENT_MS_MAX)),
             _ => {
                 let milestone = MILESTONES[rng.usize(0..MILESTONES.len())];
-                When::Behind(milestone, ms(rng, BEHIND_MS_MAX))
+                FaultTime::Behind(milestone, ms(rng, BEHIND_MS_MAX))
             }
         };
         let side = match rng.bool() {
             true => Side::Source,
             false => Side::Destination,
         };
-        let kinds = match wanted.fault.as_slice() {
+        let kinds = match selection.fault.as_slice() {
             [] => &KINDS[..],
             kinds => kinds,
         };
         let what = match kinds[rng.usize(0..kinds.len())] {
-            Kind::Kill => What::Kill {
+            Kind::Kill => Action::Kill {
                 participant: rng.usize(0..PARTICIPANTS.len()),
                 chance: rng.u64(..),
             },
-            Kind::Stop => What::Stop,
+            Kind::Stop => Action::Stop,
             Kind::Cut => {
                 let kind = match rng.bool() {
                     true => ImpairmentKind::End,
                     false => ImpairmentKind::Reset,
                 };
-                What::Cut(side, kind)
+                Action::Cut(side, kind)
             }
             Kind::Flip => {
                 let way = match rng.bool() {
                     true => Way::ToServer,
                     false => Way::ToClient,
                 };
-                What::Flip(side, way, rng.u64(..))
+                Action::Flip(side, way, rng.u64(..))
             }
-            Kind::LinkDown => What::LinkDown(ms(rng, DOWN_MS_MAX)),
-            Kind::FullDisk => What::FillDisk(side),
+            Kind::LinkDown => Action::LinkDown(ms(rng, DOWN_MS_MAX)),
+            Kind::FullDisk => Action::FillDisk(side),
         };
         Fault { when, what }
     }
@@ -249,14 +251,14 @@ impl fmt::Display for Case {
         write!(f, ", {} pages/s", self.dirty_pages_per_s)?;
         for fault in &self.faults {
             match fault.what {
-                What::Kill { participant, .. } => {
+                Action::Kill { participant, .. } => {
                     write!(f, "; kill {}", PARTICIPANTS[participant].0)?;
                 }
                 what => write!(f, "; {what:?}")?,
             }
             match fault.when {
-                When::After(time) => write!(f, " after {} ms", time.as_millis())?,
-                When::Behind(milestone, time) => {
+                FaultTime::After(time) => write!(f, " after {} ms", time.as_millis())?,
+                FaultTime::Behind(milestone, time) => {
                     write!(f, " {} ms behind {milestone:?}", time.as_millis())?;
                 }
             }

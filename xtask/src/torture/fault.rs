@@ -11,8 +11,8 @@ use pageferry::sys::owned_process::ProcessStat;
 use testbed::process::{Spawned, descendants};
 use testbed::wait::{self, GENEROUS};
 
-use super::case::{Case, Milestone, PARTICIPANTS, Side, What, When};
-use super::world::{Fixture, NAME, World};
+use super::case::{Action, Case, FaultTime, Milestone, PARTICIPANTS, Side};
+use super::environment::{Environment, Fixture, NAME};
 
 /// How often a milestone is looked for.
 const LOOK_AGAIN: Duration = Duration::from_micros(500);
@@ -30,53 +30,53 @@ const HOLDERS: [&str; 5] = [
     "lazy-client",
 ];
 
-/// What faults have done that excuses a loss.
+/// What faults have done that makes a loss acceptable.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub(super) struct Excuse {
+pub(super) struct FaultEffects {
     /// After the decision and before all memory had come, a program was killed that held some of it or the processes.
     pub(super) holder_killed: bool,
 }
 
 /// Lets all faults of the case happen.
 pub(super) fn carry_out(
-    world: &World,
+    environment: &Environment,
     fixture: &Fixture,
     case: &Case,
     command: &mut Spawned,
-) -> Result<Excuse> {
+) -> Result<FaultEffects> {
     let started = Instant::now();
     // What was to be flipped in a migration that has ended must not be in this one.
     for side in [Side::Source, Side::Destination] {
-        world.proxy(side).flip_nothing();
+        environment.proxy(side).flip_nothing();
     }
-    let mut excuse = Excuse::default();
+    let mut effects = FaultEffects::default();
     for fault in &case.faults {
         if !wait_for(fixture, command, started, fault.when)? {
             continue;
         }
         match fault.what {
-            What::Kill {
+            Action::Kill {
                 participant,
                 chance,
             } => {
                 let holder = kill_one(fixture, command, participant, chance)?;
-                excuse.holder_killed |= holder;
+                effects.holder_killed |= holder;
             }
-            What::Stop => {
+            Action::Stop => {
                 // It may have ended.
                 let _ = kill(command.pid(), Signal::SIGTERM);
             }
-            What::Cut(side, kind) => world.proxy(side).cut(kind),
-            What::Flip(side, way, chance) => world.proxy(side).flip(way, chance),
-            What::LinkDown(time) => {
-                world.set_link(false)?;
+            Action::Cut(side, kind) => environment.proxy(side).cut(kind),
+            Action::Flip(side, way, chance) => environment.proxy(side).flip(way, chance),
+            Action::LinkDown(time) => {
+                environment.set_link(false)?;
                 sleep(time);
-                world.set_link(true)?;
+                environment.set_link(true)?;
             }
-            What::FillDisk(side) => fixture.disk(side).fill()?,
+            Action::FillDisk(side) => fixture.disk(side).fill()?,
         }
     }
-    Ok(excuse)
+    Ok(effects)
 }
 
 /// Waits for a moment; false if it does not come.
@@ -84,14 +84,14 @@ fn wait_for(
     fixture: &Fixture,
     command: &mut Spawned,
     started: Instant,
-    when: When,
+    when: FaultTime,
 ) -> Result<bool> {
     match when {
-        When::After(time) => {
+        FaultTime::After(time) => {
             sleep(time.saturating_sub(started.elapsed()));
             Ok(true)
         }
-        When::Behind(milestone, time) => {
+        FaultTime::Behind(milestone, time) => {
             let began = Instant::now();
             while !is_reached(fixture, milestone) {
                 // The guard goes on where the command ended.

@@ -2,16 +2,16 @@
 //! bits flipped and disks filled.
 //!
 //! ```text
-//! source network ──[proxy]──> destination network      World: shared by all migrations
+//! source network ──[proxy]──> destination network      Environment: shared by all migrations
 //!   load, migrate                agent                  Fixture: of one migration, each side on a disk of its own
 //!   └── faults by chance (case, fault); then: the agent is started again, the migration is resumed, and
-//!       exactly one copy must live, whole, with nothing left behind (judge)
+//!       exactly one copy must live, whole, with nothing left behind (verdict)
 //! ```
 
 mod case;
+mod environment;
 mod fault;
-mod judge;
-mod world;
+mod verdict;
 
 use std::fs;
 use std::path::PathBuf;
@@ -25,9 +25,9 @@ use testbed::wait::{self, GENEROUS};
 use testbed::workspace::{BIN_DIR_VARIABLE, use_binaries};
 
 use crate::setup;
-use case::{Case, Wanted};
-use judge::{Surroundings, Verdict};
-use world::{Fixture, NAME, World};
+use case::{Case, Selection};
+use environment::{Environment, Fixture, NAME};
+use verdict::{HostState, Verdict};
 
 /// How long, and by which chance.
 #[derive(clap::Args)]
@@ -53,7 +53,7 @@ pub(crate) struct Args {
     criu: Option<String>,
 
     #[command(flatten)]
-    wanted: Wanted,
+    selection: Selection,
 
     /// End with the first migration that loses or doubles a process or has a wrong page.
     #[arg(long)]
@@ -130,17 +130,17 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     };
     let began = Instant::now();
     let end = began + Duration::from_secs(args.minutes * 60);
-    let mut world = World::new(&criu)?;
+    let mut environment = Environment::new(&criu)?;
     for number in args.first.. {
         let over = Instant::now() >= end || counts.migrations >= args.migrations;
         if over || wait::is_interrupted() {
             break;
         }
-        let case = Case::new(args.seed, number, &args.wanted);
+        let case = Case::new(args.seed, number, &args.selection);
         let fatal = counts.fatal();
         let bad = counts.bad();
         counts.migrations += 1;
-        if let Err(error) = migrate(&world, &case, args, &mut counts) {
+        if let Err(error) = migrate(&environment, &case, args, &mut counts) {
             counts.stuck += 1;
             eprintln!("{case}: {error:#}");
         }
@@ -151,8 +151,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         if counts.bad() > bad && !wait::is_interrupted() {
             eprintln!("went wrong: {case}");
             // What is left must not count again.
-            drop(world);
-            world = World::new(&criu)?;
+            drop(environment);
+            environment = Environment::new(&criu)?;
         }
         reap_all();
     }
@@ -165,9 +165,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn migrate(world: &World, case: &Case, args: &Args, counts: &mut Counts) -> Result<()> {
-    let mut fixture = Fixture::new(world, case)?;
-    let ended = carry_out(world, &mut fixture, case, counts);
+fn migrate(environment: &Environment, case: &Case, args: &Args, counts: &mut Counts) -> Result<()> {
+    let mut fixture = Fixture::new(environment, case)?;
+    let ended = carry_out(environment, &mut fixture, case, counts);
     let went_wrong = ended.as_ref().map_or(true, |clean| !clean);
     if went_wrong && let Some(keep) = &args.keep {
         let dir = keep.join(format!("{}-{}", args.seed, case.number));
@@ -189,16 +189,16 @@ fn migrate(world: &World, case: &Case, args: &Args, counts: &mut Counts) -> Resu
 
 /// True if nothing went wrong.
 fn carry_out(
-    world: &World,
+    environment: &Environment,
     fixture: &mut Fixture,
     case: &Case,
     counts: &mut Counts,
 ) -> Result<bool> {
     let bad = counts.bad();
-    let before = Surroundings::now(world, fixture)?;
-    let moves = fixture.command(world, case);
+    let before = HostState::now(environment, fixture)?;
+    let moves = fixture.command(environment, case);
     let mut command = moves.start(&fixture.load, &fixture.agent)?;
-    let excuse = fault::carry_out(world, fixture, case, &mut command)?;
+    let effects = fault::carry_out(environment, fixture, case, &mut command)?;
     if fixture.agent.pid().is_err() {
         fixture.free_disks();
         fixture.agent.start_again()?;
@@ -215,9 +215,9 @@ fn carry_out(
             Ok(record.exists().then_some(()))
         })?;
     }
-    let verdict = judge::verdict(fixture, excuse)?;
+    let verdict = verdict::decide(fixture, effects)?;
     counts.add(verdict);
-    let left = judge::leftovers(world, fixture, &command, &before)?;
+    let left = verdict::leftovers(environment, fixture, &command, &before)?;
     if !left.is_empty() {
         counts.leftovers += 1;
         eprintln!("{NAME} left behind: {left:#?}");

@@ -33,7 +33,7 @@ const PROCESSES: u32 = 2;
 const DISK_MIB: u32 = 160;
 
 /// What all migrations share.
-pub(super) struct World {
+pub(super) struct Environment {
     // Dropped in this order: the proxies are in the hosts' networks.
     /// On the way of connections that a host makes to the other.
     from_source: Proxy,
@@ -44,8 +44,8 @@ pub(super) struct World {
     _pki: Bed,
 }
 
-impl World {
-    pub(super) fn new(criu: &Criu) -> Result<World> {
+impl Environment {
+    pub(super) fn new(criu: &Criu) -> Result<Environment> {
         let pki = Bed::new()?;
         let hosts = TwoHosts::new(None)?;
         let (source, destination) = (&hosts.source, &hosts.destination);
@@ -61,7 +61,7 @@ impl World {
             ..Host::LOOPBACK
         };
         let credentials = Authority::new(pki.dir(), "ca")?.issue(&host)?;
-        Ok(World {
+        Ok(Environment {
             from_source: Proxy::between(&source.net, destination.address, link)?,
             from_destination: Proxy::between(&destination.net, source.address, link)?,
             hosts,
@@ -104,24 +104,29 @@ pub(super) struct Fixture {
 }
 
 impl Fixture {
-    pub(super) fn new(world: &World, case: &Case) -> Result<Fixture> {
+    pub(super) fn new(environment: &Environment, case: &Case) -> Result<Fixture> {
         let bed = Bed::new()?;
         let disks = [
             Disk::mount(bed.path("source"))?,
             Disk::mount(bed.path("agent"))?,
         ];
-        let mut options = world.options(case);
+        let mut options = environment.options(case);
         if !case.tls {
             options.push("--insecure".to_owned());
         }
-        let hosts = &world.hosts;
+        let hosts = &environment.hosts;
         let load = Load::start(spec(&bed, case), Some(&hosts.source.net))?;
         if case.dirty_pages_per_s > 0 {
             let pages_per_s = case.dirty_pages_per_s;
             load.run_everywhere(&[Step::Dirty { pages_per_s }])?;
         }
         let dir = bed.path("agent");
-        let agent = Agent::start(&world.criu.path, &dir, Some(&hosts.destination), &options)?;
+        let agent = Agent::start(
+            &environment.criu.path,
+            &dir,
+            Some(&hosts.destination),
+            &options,
+        )?;
         Ok(Fixture {
             load,
             agent,
@@ -131,13 +136,13 @@ impl Fixture {
     }
 
     /// The command that is to be run.
-    pub(super) fn command<'a>(&self, world: &'a World, case: &Case) -> Move<'a> {
-        let source = &world.hosts.source;
+    pub(super) fn command<'a>(&self, environment: &'a Environment, case: &Case) -> Move<'a> {
+        let source = &environment.hosts.source;
         let serve_on = source.address.to_string();
-        let command = Move::new(&world.criu, self.source_dir(), NAME)
+        let command = Move::new(&environment.criu, self.source_dir(), NAME)
             .in_net(&source.net)
             .with(&["--mode", case.mode, "--serve-on", &serve_on])
-            .secured(world.options(case));
+            .secured(environment.options(case));
         match case.connected {
             true => command.with(&["--tcp", "established"]),
             false => command,

@@ -13,8 +13,8 @@ use testbed::net::NetNs;
 use testbed::process::{Spawned, descendants, run};
 use testbed::wait;
 
-use super::fault::{Excuse, participants};
-use super::world::{Fixture, NAME, World};
+use super::environment::{Environment, Fixture, NAME};
+use super::fault::{FaultEffects, participants};
 
 /// How long programs and files may take to go.
 const CLEAN_LIMIT: std::time::Duration = std::time::Duration::from_secs(20);
@@ -32,7 +32,7 @@ pub(super) enum Verdict {
 }
 
 /// Looks for the processes on both sides and at their memory.
-pub(super) fn verdict(fixture: &mut Fixture, excuse: Excuse) -> Result<Verdict> {
+pub(super) fn decide(fixture: &mut Fixture, effects: FaultEffects) -> Result<Verdict> {
     let here = runs(fixture.load.pid());
     let init = fixture.agent.init()?;
     let runs_there = || descendants(init).into_iter().any(runs);
@@ -46,7 +46,7 @@ pub(super) fn verdict(fixture: &mut Fixture, excuse: Excuse) -> Result<Verdict> 
             .is_ok());
     Ok(match (here, there) {
         (true, true) => Verdict::Doubled,
-        (false, false) if excuse.holder_killed => Verdict::HolderKilled,
+        (false, false) if effects.holder_killed => Verdict::HolderKilled,
         (false, false) => Verdict::Lost,
         (true, false) => {
             fixture.load.steer(fixture.load.pid())?;
@@ -59,7 +59,7 @@ pub(super) fn verdict(fixture: &mut Fixture, excuse: Excuse) -> Result<Verdict> 
             fixture.load.steer(fixture.agent.init()?)?;
             match memory(&fixture.load) {
                 Memory::Right => Verdict::Completed,
-                Memory::Gone if excuse.holder_killed => Verdict::HolderKilled,
+                Memory::Gone if effects.holder_killed => Verdict::HolderKilled,
                 _ => Verdict::WrongPages,
             }
         }
@@ -104,7 +104,7 @@ fn memory(load: &Load) -> Memory {
 
 /// What a host has besides processes and files, before a migration.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Surroundings {
+pub(super) struct HostState {
     /// The firewall's rules of both networks.
     rules: [String; 2],
     /// Mount points of this program and of the agent.
@@ -113,13 +113,13 @@ pub(super) struct Surroundings {
     groups: BTreeSet<PathBuf>,
 }
 
-impl Surroundings {
+impl HostState {
     /// As they are now.
-    pub(super) fn now(world: &World, fixture: &Fixture) -> Result<Surroundings> {
+    pub(super) fn now(environment: &Environment, fixture: &Fixture) -> Result<HostState> {
         let mut groups = BTreeSet::new();
         directories(Path::new("/sys/fs/cgroup"), &mut groups);
-        let hosts = &world.hosts;
-        Ok(Surroundings {
+        let hosts = &environment.hosts;
+        Ok(HostState {
             rules: [rules(&hosts.source.net)?, rules(&hosts.destination.net)?],
             mounts: [
                 mounts("self", fixture),
@@ -168,14 +168,14 @@ fn directories(dir: &Path, found: &mut BTreeSet<PathBuf>) {
 ///
 /// A namespace lives as long as a process in it or a mount of it, so those two tell of namespaces as well.
 pub(super) fn leftovers(
-    world: &World,
+    environment: &Environment,
     fixture: &Fixture,
     command: &Spawned,
-    before: &Surroundings,
+    before: &HostState,
 ) -> Result<Vec<String>> {
     let mut last = Vec::new();
     let clean = wait::until("a clean host", CLEAN_LIMIT, || {
-        last = look(world, fixture, command, before)?;
+        last = look(environment, fixture, command, before)?;
         Ok(last.is_empty().then_some(()))
     });
     match clean {
@@ -185,10 +185,10 @@ pub(super) fn leftovers(
 }
 
 fn look(
-    world: &World,
+    environment: &Environment,
     fixture: &Fixture,
     command: &Spawned,
-    before: &Surroundings,
+    before: &HostState,
 ) -> Result<Vec<String>> {
     let mut left = Vec::new();
     let agent = fixture.agent.pid().ok();
@@ -203,7 +203,7 @@ fn look(
         files(&dir, &mut left);
     }
     marks(fixture, &mut left);
-    let now = Surroundings::now(world, fixture)?;
+    let now = HostState::now(environment, fixture)?;
     if now.rules != before.rules {
         left.push(format!(
             "firewall: {:?} instead of {:?}",
