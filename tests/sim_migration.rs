@@ -1,12 +1,12 @@
 //! Both sides of a migration against each other, with a crash or a lost message at any step.
 //!
 //! ```text
-//! source machine ── actions ──> world: disk records, frozen or running, messages ──> agent machine
+//! source machine ── actions ──> simulation: disk records, frozen or running, messages ──> agent machine
 //!        ^                                      │
 //!        └──────── events, crashes, restarts <──┘
 //! ```
 //!
-//! The world executes one action at a time and may crash either side between any two of them. What is
+//! The simulation executes one action at a time and may crash either side between any two of them. What is
 //! on "disk" survives, nothing else does: processes that are restored and have not run die with the
 //! agent, and a source without a fence lets its processes run when its migration dies.
 
@@ -21,7 +21,7 @@ use pageferry::migration::{
 /// Seeds of one run, unless `MIGRATION_SIM_SEEDS` says otherwise.
 const SEEDS: u64 = 20_000;
 
-/// Steps after which a world must have come to rest.
+/// Steps after which a simulation must have come to rest.
 const STEPS_MAX: usize = 400;
 
 /// The processes at the source.
@@ -50,7 +50,7 @@ enum ToAgent {
     Ask,
 }
 
-struct World {
+struct Simulation {
     rng: Rng,
     /// Chance in a thousand of a crash or loss at each step.
     trouble: u32,
@@ -68,11 +68,11 @@ struct World {
     log: Vec<String>,
 }
 
-impl World {
-    fn new(seed: u64) -> World {
+impl Simulation {
+    fn new(seed: u64) -> Simulation {
         let mut rng = Rng::with_seed(seed);
         let trouble = rng.u32(0..250);
-        World {
+        Simulation {
             rng,
             trouble,
             source: Source::new(),
@@ -282,16 +282,20 @@ impl World {
     }
 }
 
-/// Runs a world and tells on which side the processes live.
+/// Runs a simulation and tells on which side the processes live.
 fn outcome(seed: u64) -> (AtSource, AtDestination) {
-    let mut world = World::new(seed);
-    world.run();
-    let lives = (world.at_source, world.at_destination);
+    let mut simulation = Simulation::new(seed);
+    simulation.run();
+    let lives = (simulation.at_source, simulation.at_destination);
     let once = matches!(
         lives,
         (AtSource::Running, AtDestination::Absent) | (AtSource::Ended, AtDestination::Running)
     );
-    assert!(once, "seed {seed}: {lives:?}\n{}", world.log.join("\n"));
+    assert!(
+        once,
+        "seed {seed}: {lives:?}\n{}",
+        simulation.log.join("\n")
+    );
     lives
 }
 
@@ -303,9 +307,9 @@ fn seeds(usual: u64) -> u64 {
 #[test]
 fn a_seed_gives_the_same_run_again() {
     let log = |seed| {
-        let mut world = World::new(seed);
-        world.run();
-        world.log
+        let mut simulation = Simulation::new(seed);
+        simulation.run();
+        simulation.log
     };
     for seed in 0..seeds(2_000) {
         let first = log(seed);
@@ -332,13 +336,13 @@ fn exactly_one_copy_lives_whatever_crashes() {
 
 #[test]
 fn a_migration_without_trouble_moves() {
-    let mut world = World::new(1);
-    world.trouble = 0;
-    world.source_event(SourceEvent::Freezing);
-    world.at_source = AtSource::Frozen;
-    world.requests.push_back(ToAgent::Restore);
-    while world.step() {}
-    assert_eq!(world.source.state(), SourceState::Complete);
-    assert_eq!(world.agent.state(), AgentState::Complete);
-    assert_eq!(world.at_destination, AtDestination::Running);
+    let mut simulation = Simulation::new(1);
+    simulation.trouble = 0;
+    simulation.source_event(SourceEvent::Freezing);
+    simulation.at_source = AtSource::Frozen;
+    simulation.requests.push_back(ToAgent::Restore);
+    while simulation.step() {}
+    assert_eq!(simulation.source.state(), SourceState::Complete);
+    assert_eq!(simulation.agent.state(), AgentState::Complete);
+    assert_eq!(simulation.at_destination, AtDestination::Running);
 }

@@ -8,7 +8,7 @@ use pageferry::ferry::hello::{Fail, FailCode, Hello, Role, SessionId};
 use pageferry::ferry::link::{Admission, ConnectionId, Dialer, RetryPolicy, SessionTable};
 
 use crate::net::{Conn, Net, Side};
-use crate::parts::{Part, Standing, StreamKey};
+use crate::parts::{Part, Status, StreamKey};
 use crate::run::{Host, Line, Lives, Stage};
 
 /// A process that dials the streams of a session.
@@ -104,7 +104,7 @@ impl<P: Part> Host for DialingHost<P> {
     }
 
     fn is_over(&self) -> bool {
-        self.part.standing() != Standing::Going
+        self.part.status() != Status::Going
     }
 
     fn deadline(&self) -> Option<Duration> {
@@ -289,7 +289,7 @@ impl<P: Part> Host for ListeningHost<P> {
     }
 
     fn is_over(&self) -> bool {
-        self.part.standing() != Standing::Going
+        self.part.status() != Status::Going
     }
 
     fn deadline(&self) -> Option<Duration> {

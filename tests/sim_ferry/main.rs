@@ -15,18 +15,18 @@ mod parts;
 mod postcopy;
 mod receiving_end;
 mod run;
-mod sender_talk;
+mod sender_protocol;
 mod sending_end;
+mod simulation;
 mod stats;
-mod world;
 
 use std::ops::Range;
 
 use fastrand::Rng;
 
 use net::NetworkConditions;
+use simulation::{InjectedFailure, Simulation};
 use stats::Stats;
-use world::{Trouble, World};
 
 /// Names the seed of a run that panics.
 struct Seed(u64);
@@ -50,16 +50,16 @@ fn conditions(rng: &mut Rng) -> NetworkConditions {
     }
 }
 
-fn trouble(rng: &mut Rng) -> Trouble {
-    // Most rounds take a few hundred steps; late troubles hit the end of long ones.
+fn failure(rng: &mut Rng) -> InjectedFailure {
+    // Most rounds take a few hundred steps; late failures hit the end of long ones.
     let latest = [10, 100, 1000][rng.usize(0..3)];
     let at = rng.u64(0..latest);
     match rng.u8(0..12) {
-        0 => Trouble::SenderCrashes(at),
-        1 => Trouble::ReceiverCrashes(at),
-        2 => Trouble::DumpEnds(at),
-        3 => Trouble::DiskFull(at),
-        _ => Trouble::None,
+        0 => InjectedFailure::SenderCrashes(at),
+        1 => InjectedFailure::ReceiverCrashes(at),
+        2 => InjectedFailure::DumpEnds(at),
+        3 => InjectedFailure::DiskFull(at),
+        _ => InjectedFailure::None,
     }
 }
 
@@ -76,20 +76,20 @@ fn seeds(usual: u64) -> Range<u64> {
     }
 }
 
-/// Four rounds with all sorts of trouble.
+/// Four rounds with failures of all kinds.
 fn four_rounds(seed: u64) -> Stats {
     let _named = Seed(seed);
     let mut rng = Rng::with_seed(seed);
     let conditions = conditions(&mut rng);
-    let mut world = World::new(rng.fork(), conditions);
+    let mut simulation = Simulation::new(rng.fork(), conditions);
     for _ in 0..4 {
-        memory::run_on(&mut rng, &mut world.source);
+        memory::run_on(&mut rng, &mut simulation.source);
         if rng.u8(0..12) == 0 {
-            world.tamper();
+            simulation.tamper();
         }
-        world.round(trouble(&mut rng));
+        simulation.round(failure(&mut rng));
     }
-    world.stats
+    simulation.stats
 }
 
 #[test]
@@ -163,12 +163,12 @@ fn without_trouble_every_round_succeeds() {
             delay_millis: 20,
             ..NetworkConditions::default()
         };
-        let mut world = World::new(rng.fork(), steady);
+        let mut simulation = Simulation::new(rng.fork(), steady);
         for _ in 0..3 {
-            memory::run_on(&mut rng, &mut world.source);
-            world.round(Trouble::None);
+            memory::run_on(&mut rng, &mut simulation.source);
+            simulation.round(InjectedFailure::None);
         }
-        assert_eq!(world.stats.successes, 3);
+        assert_eq!(simulation.stats.successes, 3);
     }
 }
 
@@ -184,11 +184,11 @@ fn a_short_outage_in_every_phase_is_survived() {
             delay_millis: 10,
             ..NetworkConditions::default()
         };
-        let mut world = World::new(rng.fork(), variable);
+        let mut simulation = Simulation::new(rng.fork(), variable);
         for _ in 0..2 {
-            memory::run_on(&mut rng, &mut world.source);
-            world.round(Trouble::None);
+            memory::run_on(&mut rng, &mut simulation.source);
+            simulation.round(InjectedFailure::None);
         }
-        assert_eq!(world.stats.successes, 2);
+        assert_eq!(simulation.stats.successes, 2);
     }
 }

@@ -7,7 +7,7 @@ use pageferry::ferry::hello::{Fail, Hello};
 
 /// How a part stands.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Standing {
+pub(crate) enum Status {
     Going,
     /// All is well, and every connection was told.
     Done,
@@ -45,7 +45,7 @@ pub(crate) trait Part {
     fn abort(&mut self);
     /// What to say to whoever comes back to the session, if it has failed.
     fn failure(&self) -> Option<Fail>;
-    fn standing(&self) -> Standing;
+    fn status(&self) -> Status;
 
     /// Does what is done without a frame; called again at [`Part::next_tick`] at the latest.
     fn tick(&mut self, _now: Duration) {}

@@ -14,7 +14,7 @@ use pageferry::ferry::unpack::Unpacker;
 use pageferry::units::{PageRange, Vaddr};
 
 use crate::memory::{Memory, PAGE, Page, number_of};
-use crate::parts::{Part, Standing, StreamKey};
+use crate::parts::{Part, Status, StreamKey};
 use crate::stats::Stats;
 
 #[derive(Clone, Debug)]
@@ -79,7 +79,7 @@ pub(crate) struct ReceivingEnd {
     building: Image,
     published: bool,
     replies: BTreeMap<u16, VecDeque<Vec<u8>>>,
-    standing: Standing,
+    status: Status,
     failure: Option<Fail>,
     pub(crate) stats: Stats,
 }
@@ -103,7 +103,7 @@ impl ReceivingEnd {
             building: Image::new(),
             published: false,
             replies: BTreeMap::new(),
-            standing: Standing::Going,
+            status: Status::Going,
             failure: None,
             stats: Stats::default(),
         }
@@ -263,7 +263,7 @@ impl Part for ReceivingEnd {
             match self.receiver.handle(kind, body) {
                 Ok(ReceiverEvent::WantHashes(wanted)) => self.answer_hashes(key.stream, wanted),
                 Ok(ReceiverEvent::Failed(fail)) => self.lost(&fail.text),
-                Ok(ReceiverEvent::Bye) => self.standing = Standing::Done,
+                Ok(ReceiverEvent::Bye) => self.status = Status::Done,
                 Err(error) => panic!("the sender broke the protocol: {error}"),
             }
             return true;
@@ -299,11 +299,11 @@ impl Part for ReceivingEnd {
     }
 
     fn lost(&mut self, why: &str) {
-        if self.standing() == Standing::Going {
-            self.standing = if self.published {
-                Standing::Done
+        if self.status() == Status::Going {
+            self.status = if self.published {
+                Status::Done
             } else {
-                Standing::Failed(why.to_owned())
+                Status::Failed(why.to_owned())
             };
         }
     }
@@ -319,10 +319,10 @@ impl Part for ReceivingEnd {
         self.failure.clone()
     }
 
-    fn standing(&self) -> Standing {
+    fn status(&self) -> Status {
         match &self.failure {
-            Some(fail) if self.receiver.has_told_failure() => Standing::Failed(fail.text.clone()),
-            _ => self.standing.clone(),
+            Some(fail) if self.receiver.has_told_failure() => Status::Failed(fail.text.clone()),
+            _ => self.status.clone(),
         }
     }
 }

@@ -15,8 +15,8 @@ use pageferry::ferry::message::{Answer, Open, StateId, encode_close};
 use pageferry::units::{PageCount, PageRange};
 
 use crate::memory::{Memory, PAGE, Pages};
-use crate::parts::{Part, Standing, StreamKey};
-use crate::sender_talk::{SenderTalk, Told};
+use crate::parts::{Part, Status, StreamKey};
+use crate::sender_protocol::{FrameOutcome, SenderProtocol};
 use crate::stats::Stats;
 
 enum Step {
@@ -31,9 +31,9 @@ pub(crate) struct SendingEnd {
     steps: VecDeque<Step>,
     pub(crate) memory: PageMemory,
     encoder: Encoder,
-    talk: SenderTalk,
+    protocol: SenderProtocol,
     asked: Option<Target>,
-    standing: Standing,
+    status: Status,
     failure: Option<Fail>,
     pub(crate) stats: Stats,
 }
@@ -108,9 +108,9 @@ impl SendingEnd {
             steps: script(rng, source, parent),
             memory,
             encoder: Encoder::new(PAGE).expect("zstd works"),
-            talk: SenderTalk::default(),
+            protocol: SenderProtocol::default(),
             asked: None,
-            standing: Standing::Going,
+            status: Status::Going,
             failure: None,
             stats: Stats::default(),
         }
@@ -118,12 +118,12 @@ impl SendingEnd {
 
     /// Submits what can be submitted now.
     fn advance(&mut self) {
-        while self.standing == Standing::Going
+        while self.status == Status::Going
             && self.failure.is_none()
-            && self.talk.may_submit()
+            && self.protocol.may_submit()
             && let Some((kind, body)) = self.next_frame()
         {
-            self.talk.submit(kind, |frame| frame.extend(body));
+            self.protocol.submit(kind, |frame| frame.extend(body));
             if kind == Kind::Open || kind == Kind::Close {
                 // Stays in front until its answer has come.
                 return;
@@ -134,7 +134,7 @@ impl SendingEnd {
 
     /// Kind and body of the next step's frame, unless it must wait for the receiver's hashes.
     fn next_frame(&mut self) -> Option<(Kind, Vec<u8>)> {
-        let (sender, hasher) = (self.talk.sender()?, self.talk.hasher()?);
+        let (sender, hasher) = (self.protocol.sender()?, self.protocol.hasher()?);
         let mut frame = Vec::new();
         let kind = match self.steps.front()? {
             Step::Open(target) => {
@@ -176,7 +176,7 @@ impl SendingEnd {
     }
 
     fn answered(&mut self, answer: Answer) {
-        let Some(sender) = self.talk.sender_mut() else {
+        let Some(sender) = self.protocol.sender_mut() else {
             return;
         };
         match self.steps.front() {
@@ -204,7 +204,7 @@ impl SendingEnd {
         }
         self.memory.forget();
         let fail = Fail::new(code, why);
-        if let Some(sender) = self.talk.sender_mut() {
+        if let Some(sender) = self.protocol.sender_mut() {
             sender.fail(fail.clone());
         }
         self.failure = Some(fail);
@@ -214,16 +214,19 @@ impl SendingEnd {
 impl Part for SendingEnd {
     fn stream_up(&mut self, key: StreamKey, peer: &Hello) {
         self.memory.use_key(peer.hash_key);
-        self.talk.stream_up(key.stream, peer);
+        self.protocol.stream_up(key.stream, peer);
     }
 
     fn stream_down(&mut self, key: StreamKey) {
-        self.talk.stream_down(key.stream);
+        self.protocol.stream_down(key.stream);
     }
 
     fn frame(&mut self, key: StreamKey, kind: Kind, _number: u64, body: &[u8]) -> bool {
-        match self.talk.handle(key.stream, kind, body, &mut self.memory) {
-            Some(Told::Acked {
+        match self
+            .protocol
+            .handle(key.stream, kind, body, &mut self.memory)
+        {
+            Some(FrameOutcome::Acked {
                 answer, progress, ..
             }) => {
                 if let Some(answer) = answer {
@@ -231,11 +234,11 @@ impl Part for SendingEnd {
                 }
                 progress
             }
-            Some(Told::Hashes(learned)) => {
+            Some(FrameOutcome::Hashes(learned)) => {
                 self.stats.learned_hashes += learned;
                 true
             }
-            Some(Told::Failed(fail)) => {
+            Some(FrameOutcome::Failed(fail)) => {
                 self.lost(&fail.text);
                 false
             }
@@ -245,15 +248,15 @@ impl Part for SendingEnd {
 
     fn poll(&mut self, key: StreamKey) -> Option<Vec<u8>> {
         self.advance();
-        let (frame, numbered) = self.talk.poll(key.stream)?;
+        let (frame, numbered) = self.protocol.poll(key.stream)?;
         self.stats.sent_frames += u64::from(numbered);
         Some(frame)
     }
 
     fn lost(&mut self, why: &str) {
-        if self.standing() == Standing::Going && !self.steps.is_empty() {
+        if self.status() == Status::Going && !self.steps.is_empty() {
             self.memory.forget();
-            self.standing = Standing::Failed(why.to_owned());
+            self.status = Status::Failed(why.to_owned());
         }
     }
 
@@ -266,16 +269,16 @@ impl Part for SendingEnd {
         self.failure.clone()
     }
 
-    fn standing(&self) -> Standing {
+    fn status(&self) -> Status {
         // Nobody to tell it to is as good as told.
-        let told = match self.talk.sender() {
+        let told = match self.protocol.sender() {
             Some(sender) => sender.has_told_end(),
             None => self.failure.is_some(),
         };
         match (&self.failure, told) {
-            (Some(fail), true) => Standing::Failed(fail.text.clone()),
-            (None, true) => Standing::Done,
-            _ => self.standing.clone(),
+            (Some(fail), true) => Status::Failed(fail.text.clone()),
+            (None, true) => Status::Done,
+            _ => self.status.clone(),
         }
     }
 }

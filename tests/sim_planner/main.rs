@@ -4,7 +4,7 @@
 //! The model keeps each process page by page; the planner keeps runs. A page of the model says what
 //! it must hold in the end; each fill is compared with it at once.
 
-mod world;
+mod simulation;
 
 use std::collections::VecDeque;
 
@@ -13,7 +13,7 @@ use pageferry::lazy::space::{Class, Reach, Space};
 use pageferry::units::{PageRange, Vaddr};
 use proptest::prelude::*;
 
-use crate::world::{CHUNK, Operation, PAGE, PAGES, Page, World, pages};
+use crate::simulation::{CHUNK, Operation, PAGE, PAGES, Page, Simulation, pages};
 
 /// How many lists of operations are tried.
 fn cases() -> u32 {
@@ -52,92 +52,97 @@ proptest! {
 
     #[test]
     fn every_page_ends_with_its_own_content(operations in operations(), fragmented: bool) {
-        let mut world = match fragmented {
-            true => World::fragmented(),
-            false => World::new(),
+        let mut simulation = match fragmented {
+            true => Simulation::fragmented(),
+            false => Simulation::new(),
         };
         for operation in &operations {
-            world.apply(operation);
+            simulation.apply(operation);
         }
-        world.drain();
-        for (id, memory) in &world.memories {
+        simulation.drain();
+        for (id, memory) in &simulation.memories {
             for (page, state) in memory {
                 prop_assert!(!matches!(state, Page::Missing(_)), "page {} of {:?} never came", page, id);
             }
         }
-        prop_assert_eq!(world.planner.missing_pages(), 0);
-        prop_assert_eq!(world.planner.counts().settled(), world.planner.total_pages());
+        prop_assert_eq!(simulation.planner.missing_pages(), 0);
+        prop_assert_eq!(simulation.planner.counts().settled(), simulation.planner.total_pages());
         // The planner owns no clock and no chance: the same operations end in the same state.
         let mut again = match fragmented {
-            true => World::fragmented(),
-            false => World::new(),
+            true => Simulation::fragmented(),
+            false => Simulation::new(),
         };
         for operation in &operations {
             again.apply(operation);
         }
         again.drain();
-        prop_assert_eq!(&again.memories, &world.memories);
-        prop_assert_eq!(again.asked_pages, world.asked_pages);
-        prop_assert_eq!(again.planner.counts(), world.planner.counts());
+        prop_assert_eq!(&again.memories, &simulation.memories);
+        prop_assert_eq!(again.asked_pages, simulation.asked_pages);
+        prop_assert_eq!(again.planner.counts(), simulation.planner.counts());
     }
 }
 
 /// A process forks children all the time, each of which reads a page and ends after a while.
-fn storm(forks: u64, lifetime: usize, stream_every: u64) -> World {
-    let mut world = World::new();
-    let parent = world.memories[0].0;
-    world.planner.handle_exit(world.memories.remove(1).0);
+fn storm(forks: u64, lifetime: usize, stream_every: u64) -> Simulation {
+    let mut simulation = Simulation::new();
+    let parent = simulation.memories[0].0;
+    simulation
+        .planner
+        .handle_exit(simulation.memories.remove(1).0);
     let mut children = VecDeque::new();
     for fork in 0..forks {
-        let memory = world.memories[0].1.clone();
-        let child = world.planner.handle_fork(parent).expect("the parent lives");
-        world.memories.push((child, memory));
+        let memory = simulation.memories[0].1.clone();
+        let child = simulation
+            .planner
+            .handle_fork(parent)
+            .expect("the parent lives");
+        simulation.memories.push((child, memory));
         children.push_back(child);
-        world.apply(&Operation::Fault {
-            process: world.memories.len() - 1,
+        simulation.apply(&Operation::Fault {
+            process: simulation.memories.len() - 1,
             page: fork * 7 % PAGES,
         });
         if fork % stream_every == 0 {
-            world.apply(&Operation::SendStream);
+            simulation.apply(&Operation::SendStream);
         }
-        world.apply(&Operation::Answer { pages: PAGES });
+        simulation.apply(&Operation::Answer { pages: PAGES });
         if children.len() > lifetime {
             let ended = children.pop_front().expect("a child");
-            world.memories.retain(|(id, _)| *id != ended);
-            world.planner.handle_exit(ended);
+            simulation.memories.retain(|(id, _)| *id != ended);
+            simulation.planner.handle_exit(ended);
         }
     }
-    world
+    simulation
 }
 
 #[test]
 fn children_that_end_soon_cost_the_source_nothing() {
     let alone = storm(0, 0, 1).planner.total_pages();
     for lifetime in [0, 1, 5, 12] {
-        let mut world = storm(500, lifetime, 9);
-        let living = world.memories.len() as u64;
+        let mut simulation = storm(500, lifetime, 9);
+        let living = simulation.memories.len() as u64;
         assert!(living <= lifetime as u64 + 1, "{living} live");
-        assert_eq!(world.planner.total_pages(), alone, "pages count once");
-        world.drain();
+        assert_eq!(simulation.planner.total_pages(), alone, "pages count once");
+        simulation.drain();
         // All of it is asked for once; a little twice, as it has not been sent for when a child is forked.
         let remote = 2 * (30 + 10 + 20);
         assert!(
-            world.asked_pages * 10 <= remote * 11 / 2 + CHUNK,
+            simulation.asked_pages * 10 <= remote * 11 / 2 + CHUNK,
             "{} pages of {} were asked for with {lifetime} children",
-            world.asked_pages,
+            simulation.asked_pages,
             remote / 2
         );
-        assert_eq!(world.planner.counts().settled(), alone);
+        assert_eq!(simulation.planner.counts().settled(), alone);
     }
 }
 
 #[test]
 fn many_children_get_what_they_wait_for() {
     // More than get all that comes.
-    let mut world = storm(300, 60, 9);
-    assert_eq!(world.memories.len(), 61);
-    world.drain();
-    for (id, memory) in &world.memories {
+    let mut simulation = storm(300, 60, 9);
+    assert_eq!(simulation.memories.len(), 61);
+    simulation.drain();
+    for (id, memory) in &simulation.memories {
         let missing = memory.values().any(|page| matches!(page, Page::Missing(_)));
         assert!(!missing, "{id:?} lacks a page");
     }
@@ -145,19 +150,26 @@ fn many_children_get_what_they_wait_for() {
 
 #[test]
 fn the_oldest_child_is_counted_when_its_parent_has_ended() {
-    let mut world = World::new();
-    let (parent, total) = (world.memories[0].0, world.planner.total_pages());
+    let mut simulation = Simulation::new();
+    let (parent, total) = (simulation.memories[0].0, simulation.planner.total_pages());
     for _ in 0..2 {
-        world.apply(&Operation::Fork { process: 0 });
+        simulation.apply(&Operation::Fork { process: 0 });
     }
-    let copied = world.planner.counts().copied;
-    world.memories.remove(0);
-    world.planner.handle_exit(parent);
-    assert_eq!(world.planner.total_pages(), total);
-    assert_eq!(world.planner.counts().gone, 0, "somebody still needs them");
-    world.drain();
-    assert_eq!(world.planner.counts().settled(), total);
-    assert!(world.planner.counts().copied > copied, "the other child");
+    let copied = simulation.planner.counts().copied;
+    simulation.memories.remove(0);
+    simulation.planner.handle_exit(parent);
+    assert_eq!(simulation.planner.total_pages(), total);
+    assert_eq!(
+        simulation.planner.counts().gone,
+        0,
+        "somebody still needs them"
+    );
+    simulation.drain();
+    assert_eq!(simulation.planner.counts().settled(), total);
+    assert!(
+        simulation.planner.counts().copied > copied,
+        "the other child"
+    );
 }
 
 /// Runs of single pages, as many as a process may have mappings and more.

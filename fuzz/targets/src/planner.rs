@@ -9,10 +9,10 @@ use crate::{byte, canary, take};
 
 /// The simulated kernel and source of the simulation.
 #[allow(dead_code, reason = "the simulation uses more of it")]
-#[path = "../../../tests/sim_planner/world.rs"]
-mod world;
+#[path = "../../../tests/sim_planner/simulation.rs"]
+mod simulation;
 
-use world::{Operation, PAGES, Page, World};
+use simulation::{Operation, PAGES, Page, Simulation};
 
 /// Operations at a time: more take long and find nothing more.
 const OPERATIONS_MAX: usize = 200;
@@ -64,9 +64,9 @@ fn operation(data: &mut &[u8]) -> Operation {
 
 /// Whatever processes do with their memory, every page that is still mapped ends with its own content.
 pub(crate) fn planner(mut data: &[u8]) {
-    let mut world = match byte(&mut data) % 2 {
-        0 => World::new(),
-        _ => World::fragmented(),
+    let mut simulation = match byte(&mut data) % 2 {
+        0 => Simulation::new(),
+        _ => Simulation::fragmented(),
     };
     let (mut forks, mut moves) = (0, 0);
     for _ in 0..OPERATIONS_MAX {
@@ -76,18 +76,18 @@ pub(crate) fn planner(mut data: &[u8]) {
         let operation = operation(&mut data);
         forks += u32::from(matches!(operation, Operation::Fork { .. }));
         moves += u32::from(forks > 0 && matches!(operation, Operation::Move { .. }));
-        world.apply(&operation);
+        simulation.apply(&operation);
     }
-    world.drain();
-    for (id, memory) in &world.memories {
+    simulation.drain();
+    for (id, memory) in &simulation.memories {
         for (page, state) in memory {
             let came = !matches!(state, Page::Missing(_));
             assert!(came, "page {page} of {id:?} never came");
         }
     }
-    assert_eq!(world.planner.missing_pages(), 0);
-    let settled = world.planner.counts().settled();
-    assert_eq!(settled, world.planner.total_pages());
+    assert_eq!(simulation.planner.missing_pages(), 0);
+    let settled = simulation.planner.counts().settled();
+    assert_eq!(settled, simulation.planner.total_pages());
     canary(moves > 1);
 }
 

@@ -21,8 +21,8 @@ use pageferry::units::{PageCount, PageRange};
 
 use super::Observed;
 use crate::memory::{Memory, PAGE, Page, Pages};
-use crate::parts::{Part, Standing, StreamKey};
-use crate::sender_talk::{SenderTalk, Told};
+use crate::parts::{Part, Status, StreamKey};
+use crate::sender_protocol::{FrameOutcome, SenderProtocol};
 
 /// What became of the dumped processes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -44,7 +44,7 @@ pub(super) struct Forwarder {
     push_planner: PushPlanner,
     memory: PageMemory,
     encoder: Encoder,
-    talk: SenderTalk,
+    protocol: SenderProtocol,
     /// Whose pages are being pushed, and whether the receiver has an earlier version of them.
     open: Option<u32>,
     hashed: bool,
@@ -53,7 +53,7 @@ pub(super) struct Forwarder {
     closed: bool,
     faults: VecDeque<(u64, Fault)>,
     dump: Dump,
-    standing: Standing,
+    status: Status,
     failure: Option<Fail>,
     pub(super) seen: Observed,
 }
@@ -99,7 +99,7 @@ impl Forwarder {
             drains_at: Duration::ZERO,
             memory: PageMemory::for_hashes_of(PAGE, lazy),
             encoder: Encoder::new(PAGE).expect("zstd works"),
-            talk: SenderTalk::default(),
+            protocol: SenderProtocol::default(),
             open: None,
             hashed: false,
             batch: None,
@@ -107,7 +107,7 @@ impl Forwarder {
             closed: false,
             faults: VecDeque::new(),
             dump: Dump::Frozen,
-            standing: Standing::Going,
+            status: Status::Going,
             failure: None,
             seen: Observed::default(),
         }
@@ -123,7 +123,7 @@ impl Forwarder {
 
     /// Whether a client has ever come.
     pub(super) fn was_visited(&self) -> bool {
-        self.talk.sender().is_some()
+        self.protocol.sender().is_some()
     }
 
     fn plain(&self, numbers: Range<u64>) -> Vec<u8> {
@@ -141,8 +141,8 @@ impl Forwarder {
         while self.dump == Dump::Frozen
             && self.failure.is_none()
             && !self.closed
-            && self.talk.may_submit()
-            && let Some(sender) = self.talk.sender()
+            && self.protocol.may_submit()
+            && let Some(sender) = self.protocol.sender()
         {
             if let Some((pid, batch)) = self.batch.take() {
                 let below = sender.hashes_known_below(Target::Process(pid));
@@ -157,7 +157,7 @@ impl Forwarder {
             match self.push_planner.next_step(&self.plan) {
                 Step::Done => {
                     let pages = PageCount(self.pushed);
-                    self.talk
+                    self.protocol
                         .submit(Kind::Close, |out| encode_close(pages, out));
                     self.closed = true;
                 }
@@ -167,7 +167,7 @@ impl Forwarder {
                 }
                 Step::Push(pid) => {
                     let (target, wire) = (Target::Process(pid), Wire::V2);
-                    self.talk
+                    self.protocol
                         .submit(Kind::Open, |out| Open { target, wire }.encode(out));
                     self.open = Some(pid);
                 }
@@ -178,7 +178,7 @@ impl Forwarder {
     fn push(&mut self, pid: u32, batch: &PushBatch) {
         let numbers = batch.numbers.iter().cloned();
         let plain: Vec<u8> = numbers.flat_map(|numbers| self.plain(numbers)).collect();
-        let Some(hasher) = self.talk.hasher() else {
+        let Some(hasher) = self.protocol.hasher() else {
             return;
         };
         let pages = PlainBatch {
@@ -201,11 +201,11 @@ impl Forwarder {
             .expect("zstd works");
         self.seen.add("page pushed as the same", counters.same);
         self.pushed += batch.pages.get();
-        self.talk.submit(Kind::Pages, |out| out.extend(body));
+        self.protocol.submit(Kind::Pages, |out| out.extend(body));
     }
 
     fn answered(&mut self, answer: Answer) {
-        let (Some(sender), Some(pid)) = (self.talk.sender_mut(), self.open) else {
+        let (Some(sender), Some(pid)) = (self.protocol.sender_mut(), self.open) else {
             return;
         };
         if self.closed {
@@ -238,7 +238,7 @@ impl Forwarder {
             return Some(frame);
         };
         let plain = self.plain(numbers);
-        let hasher = self.talk.hasher()?;
+        let hasher = self.protocol.hasher()?;
         let mut verdicts = Verdicts::default();
         let memory = &self.memory;
         push_planner::judge_answer(memory, hasher, PAGE, &fault, range, &plain, &mut verdicts);
@@ -285,14 +285,14 @@ impl Part for Forwarder {
             return;
         }
         self.memory.use_key(peer.hash_key);
-        self.talk.stream_up(key.stream, peer);
+        self.protocol.stream_up(key.stream, peer);
     }
 
     fn stream_down(&mut self, key: StreamKey) {
         if key.for_faults {
             self.faults.clear();
         } else {
-            self.talk.stream_down(key.stream);
+            self.protocol.stream_down(key.stream);
         }
     }
 
@@ -303,21 +303,24 @@ impl Part for Forwarder {
             self.faults.push_back((number, fault));
             return true;
         }
-        match self.talk.handle(key.stream, kind, body, &mut self.memory) {
+        match self
+            .protocol
+            .handle(key.stream, kind, body, &mut self.memory)
+        {
             None => return false,
-            Some(Told::Acked { answer, taken, .. }) => {
+            Some(FrameOutcome::Acked { answer, taken, .. }) => {
                 if let Some(answer) = answer {
                     self.answered(answer);
                 }
                 if taken && self.dump == Dump::Frozen && self.failure.is_none() {
                     self.dump = Dump::Killed;
-                    if let Some(sender) = self.talk.sender_mut() {
+                    if let Some(sender) = self.protocol.sender_mut() {
                         sender.leave();
                     }
                 }
             }
-            Some(Told::Hashes(learned)) => self.seen.add("learned hash", learned),
-            Some(Told::Failed(fail)) => self.lost(&fail.text),
+            Some(FrameOutcome::Hashes(learned)) => self.seen.add("learned hash", learned),
+            Some(FrameOutcome::Failed(fail)) => self.lost(&fail.text),
         }
         true
     }
@@ -327,13 +330,13 @@ impl Part for Forwarder {
             return self.next_answer();
         }
         self.advance();
-        self.talk.poll(key.stream).map(|(frame, _)| frame)
+        self.protocol.poll(key.stream).map(|(frame, _)| frame)
     }
 
     fn lost(&mut self, why: &str) {
         if self.dump == Dump::Frozen {
             self.dump = Dump::Resumed;
-            self.standing = Standing::Failed(why.to_owned());
+            self.status = Status::Failed(why.to_owned());
         }
     }
 
@@ -342,7 +345,7 @@ impl Part for Forwarder {
         if self.dump == Dump::Frozen {
             self.dump = Dump::Resumed;
             let fail = Fail::new(FailCode::Sender, "stopped");
-            if let Some(sender) = self.talk.sender_mut() {
+            if let Some(sender) = self.protocol.sender_mut() {
                 sender.fail(fail.clone());
             }
             self.failure = Some(fail);
@@ -353,12 +356,12 @@ impl Part for Forwarder {
         self.failure.clone()
     }
 
-    fn standing(&self) -> Standing {
-        let told = self.talk.sender().is_none_or(Sender::has_told_end);
+    fn status(&self) -> Status {
+        let told = self.protocol.sender().is_none_or(Sender::has_told_end);
         match (&self.failure, self.dump) {
-            (Some(fail), _) if told => Standing::Failed(fail.text.clone()),
-            (None, Dump::Killed) if told => Standing::Done,
-            _ => self.standing.clone(),
+            (Some(fail), _) if told => Status::Failed(fail.text.clone()),
+            (None, Dump::Killed) if told => Status::Done,
+            _ => self.status.clone(),
         }
     }
 

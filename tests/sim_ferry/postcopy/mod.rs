@@ -23,7 +23,7 @@ use crate::memory::{self, Memory, PAGE};
 use crate::net::{Net, NetworkConditions};
 use crate::parts::Part;
 use crate::run::{Host, abort, crash, run};
-use crate::world::RETRY;
+use crate::simulation::RETRY;
 use crate::{Seed, conditions, seeds};
 use client::{Client, End};
 use forwarder::{Dump, Forwarder};
@@ -51,7 +51,7 @@ impl Observed {
 
 /// What goes wrong besides the conditions, and at which step.
 #[derive(Clone, Copy, Debug)]
-enum Trouble {
+enum InjectedFailure {
     None,
     ForwarderCrashes(u64),
     ClientCrashes(u64),
@@ -59,20 +59,20 @@ enum Trouble {
     RestoreFails(u64),
 }
 
-fn trouble(rng: &mut Rng) -> Trouble {
+fn failure(rng: &mut Rng) -> InjectedFailure {
     let latest = [10, 100, 1000][rng.usize(0..3)];
     let at = rng.u64(0..latest);
     match rng.u8(0..12) {
-        0 => Trouble::ForwarderCrashes(at),
-        1 => Trouble::ClientCrashes(at),
-        2 => Trouble::ForwarderStopped(at),
-        3 => Trouble::RestoreFails(at),
-        _ => Trouble::None,
+        0 => InjectedFailure::ForwarderCrashes(at),
+        1 => InjectedFailure::ClientCrashes(at),
+        2 => InjectedFailure::ForwarderStopped(at),
+        3 => InjectedFailure::RestoreFails(at),
+        _ => InjectedFailure::None,
     }
 }
 
 /// A dump, and what is left at the other host of an earlier round.
-struct World {
+struct Simulation {
     rng: Rng,
     conditions: NetworkConditions,
     source: Memory,
@@ -92,8 +92,8 @@ fn private(memory: &Memory) -> Memory {
         .collect()
 }
 
-impl World {
-    fn new(mut rng: Rng, conditions: NetworkConditions) -> World {
+impl Simulation {
+    fn new(mut rng: Rng, conditions: NetworkConditions) -> Simulation {
         let mut source = memory::first(&mut rng);
         let earlier = match rng.u8(0..3) {
             0 => Memory::new(),
@@ -101,7 +101,7 @@ impl World {
         };
         memory::run_on(&mut rng, &mut source);
         let tampered = !earlier.is_empty() && rng.u8(0..3) == 0;
-        World {
+        Simulation {
             conditions,
             source: private(&source),
             earlier,
@@ -133,7 +133,7 @@ impl World {
 
     /// Carries one dump over and checks the rule. Tells how it ended for the client, if that did not
     /// crash, and for the dump.
-    fn migrate(&mut self, trouble: Trouble) -> (Option<End>, Dump) {
+    fn migrate(&mut self, failure: InjectedFailure) -> (Option<End>, Dump) {
         let mut net = Net::new(self.rng.fork(), self.conditions);
         let session = SessionId(self.rng.u128(1..).to_le_bytes());
         let key = HashKey(self.rng.u128(..).to_le_bytes());
@@ -157,13 +157,15 @@ impl World {
                 if tampered_every.is_some_and(|every| step % every == every - 1) {
                     dial.iter_mut().for_each(|host| host.part().tamper());
                 }
-                match trouble {
-                    Trouble::ForwarderCrashes(at) if at == step => {
+                match failure {
+                    InjectedFailure::ForwarderCrashes(at) if at == step => {
                         crashed_forwarder = crash(listen, net);
                     }
-                    Trouble::ClientCrashes(at) if at == step => crashed_client = crash(dial, net),
-                    Trouble::ForwarderStopped(at) if at == step => abort(listen),
-                    Trouble::RestoreFails(at) if at == step => abort(dial),
+                    InjectedFailure::ClientCrashes(at) if at == step => {
+                        crashed_client = crash(dial, net);
+                    }
+                    InjectedFailure::ForwarderStopped(at) if at == step => abort(listen),
+                    InjectedFailure::RestoreFails(at) if at == step => abort(dial),
                     _ => {}
                 }
             },
@@ -212,14 +214,14 @@ impl World {
     }
 }
 
-/// A post-copy with all sorts of trouble.
-fn migration(seed: u64) -> World {
+/// A post-copy with failures of all kinds.
+fn migration(seed: u64) -> Simulation {
     let _named = Seed(seed);
     let mut rng = Rng::with_seed(seed);
     let conditions = conditions(&mut rng);
-    let mut world = World::new(rng.fork(), conditions);
-    world.migrate(trouble(&mut rng));
-    world
+    let mut simulation = Simulation::new(rng.fork(), conditions);
+    simulation.migrate(failure(&mut rng));
+    simulation
 }
 
 #[test]
@@ -280,8 +282,8 @@ fn comes_to_an_end(seeds: std::ops::Range<u64>, conditions: NetworkConditions) {
     for seed in seeds {
         let _named = Seed(seed);
         let mut rng = Rng::with_seed(seed);
-        let mut world = World::new(rng.fork(), conditions);
-        let (end, dump) = world.migrate(Trouble::None);
+        let mut simulation = Simulation::new(rng.fork(), conditions);
+        let (end, dump) = simulation.migrate(InjectedFailure::None);
         assert_eq!((end, dump), (Some(End::Success), Dump::Killed));
     }
 }
@@ -307,8 +309,8 @@ fn a_short_outage_in_every_phase_of_a_post_copy_is_survived() {
     for seed in seeds(120) {
         let _named = Seed(seed);
         let mut rng = Rng::with_seed(seed);
-        let mut world = World::new(rng.fork(), variable);
-        let (end, dump) = world.migrate(Trouble::None);
+        let mut simulation = Simulation::new(rng.fork(), variable);
+        let (end, dump) = simulation.migrate(InjectedFailure::None);
         // The link may break behind the source's last word.
         assert!(
             matches!(end, Some(End::Success | End::Unconfirmed)),

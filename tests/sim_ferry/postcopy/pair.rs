@@ -10,7 +10,7 @@ use pageferry::ferry::link::{PairDialer, Refusal};
 use super::client::Client;
 use crate::hosts::{greet, write_all};
 use crate::net::{Conn, Net, Side};
-use crate::parts::{Part, Standing, StreamKey};
+use crate::parts::{Part, Status, StreamKey};
 use crate::run::{Host, Line, Lives, Stage};
 
 /// Between two attempts to reach a lost source.
@@ -169,7 +169,7 @@ impl Host for PairHost {
     }
 
     fn is_over(&self) -> bool {
-        self.part.standing() != Standing::Going
+        self.part.status() != Status::Going
     }
 
     fn deadline(&self) -> Option<Duration> {

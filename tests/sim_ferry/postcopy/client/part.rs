@@ -7,7 +7,7 @@ use pageferry::ferry::hello::{Fail, FailCode, Hello};
 use pageferry::ferry::postcopy_receiver::PostcopyError;
 
 use super::{Client, End, HASHES_A_FRAME};
-use crate::parts::{Part, Standing, StreamKey};
+use crate::parts::{Part, Status, StreamKey};
 
 impl Part for Client {
     fn stream_up(&mut self, _key: StreamKey, _peer: &Hello) {}
@@ -79,14 +79,14 @@ impl Part for Client {
         None
     }
 
-    fn standing(&self) -> Standing {
+    fn status(&self) -> Status {
         match &self.end {
             _ if self.aborted && (self.said_failure || !self.attached) => {
-                Standing::Failed("the restore failed".to_owned())
+                Status::Failed("the restore failed".to_owned())
             }
-            None => Standing::Going,
-            Some(End::Success) => Standing::Done,
-            Some(end) => Standing::Failed(format!("{end:?}")),
+            None => Status::Going,
+            Some(End::Success) => Status::Done,
+            Some(end) => Status::Failed(format!("{end:?}")),
         }
     }
 

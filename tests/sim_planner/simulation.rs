@@ -82,8 +82,8 @@ pub(crate) enum Operation {
     Resume,
 }
 
-/// The simulated world.
-pub(crate) struct World {
+/// The simulation.
+pub(crate) struct Simulation {
     pub(crate) planner: Planner,
     pub(crate) memories: Vec<(SpaceId, Memory)>,
     pub(crate) on_the_way: VecDeque<Request>,
@@ -97,24 +97,24 @@ pub(crate) fn pages(first: u64, count: u64) -> PageRange {
     PageRange::new(first << 12, (first + count) << 12)
 }
 
-impl World {
+impl Simulation {
     /// Two processes whose memory is partly with the source and partly local, with gaps.
-    pub(crate) fn new() -> World {
+    pub(crate) fn new() -> Simulation {
         let remote = [pages(2, 30), pages(32, 10), pages(60, 20)];
         let local = [pages(45, 10), pages(85, 5)];
-        World::of(&remote, &local)
+        Simulation::of(&remote, &local)
     }
 
     /// The same in single pages, of which every second one is missing.
-    pub(crate) fn fragmented() -> World {
+    pub(crate) fn fragmented() -> Simulation {
         let every_second = |first: u64, end: u64| -> Vec<PageRange> {
             (first..end).step_by(2).map(|page| pages(page, 1)).collect()
         };
-        World::of(&every_second(2, 60), &every_second(61, PAGES))
+        Simulation::of(&every_second(2, 60), &every_second(61, PAGES))
     }
 
     /// Two processes of which the source and local images have these pages.
-    pub(crate) fn of(remote: &[PageRange], local: &[PageRange]) -> World {
+    pub(crate) fn of(remote: &[PageRange], local: &[PageRange]) -> Simulation {
         let mut planner = Planner::new(PAGE);
         let mut memories = Vec::new();
         for pid in [10, 20] {
@@ -129,7 +129,7 @@ impl World {
             let id = planner.add(Space::new(pid, PAGE, remote, local));
             memories.push((id, memory));
         }
-        World {
+        Simulation {
             planner,
             memories,
             on_the_way: VecDeque::new(),

@@ -13,7 +13,7 @@ use pageferry::ferry::sender::{Sender, SenderEvent, Transmit};
 use crate::memory::PAGE;
 
 #[derive(Default)]
-pub(crate) struct SenderTalk {
+pub(crate) struct SenderProtocol {
     /// Made when the receiver's hello has come.
     agreed: Option<(Sender, PageHasher)>,
     /// Frames that are not safe yet, by their numbers.
@@ -21,7 +21,7 @@ pub(crate) struct SenderTalk {
 }
 
 /// What a frame from the receiver has told.
-pub(crate) enum Told {
+pub(crate) enum FrameOutcome {
     Acked {
         answer: Option<Answer>,
         /// The receiver has everything that it wants.
@@ -34,7 +34,7 @@ pub(crate) enum Told {
     Failed(Fail),
 }
 
-impl SenderTalk {
+impl SenderProtocol {
     pub(crate) fn stream_up(&mut self, stream: u16, peer: &Hello) {
         let (sender, _) = self.agreed.get_or_insert_with(|| {
             let hasher = PageHasher::new(peer.hash_key, PAGE);
@@ -87,7 +87,7 @@ impl SenderTalk {
         kind: Kind,
         body: &[u8],
         memory: &mut PageMemory,
-    ) -> Option<Told> {
+    ) -> Option<FrameOutcome> {
         let (sender, _) = self.agreed.as_mut()?;
         Some(match sender.handle(stream, kind, body) {
             Ok(SenderEvent::Acked {
@@ -98,7 +98,7 @@ impl SenderTalk {
                 ..
             }) => {
                 self.frames.retain(|number, _| *number > safe);
-                Told::Acked {
+                FrameOutcome::Acked {
                     answer,
                     taken,
                     progress,
@@ -110,9 +110,9 @@ impl SenderTalk {
                     memory.learn(hashes.target, run, hashes_of_run);
                     learned += hashes_of_run.len() as u64;
                 }
-                Told::Hashes(learned)
+                FrameOutcome::Hashes(learned)
             }
-            Ok(SenderEvent::Failed(fail)) => Told::Failed(fail),
+            Ok(SenderEvent::Failed(fail)) => FrameOutcome::Failed(fail),
             Err(error) => panic!("the receiver broke the protocol: {error}"),
         })
     }

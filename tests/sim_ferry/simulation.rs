@@ -27,7 +27,7 @@ pub(crate) const RETRY: RetryPolicy = RetryPolicy {
 
 /// What goes wrong in a round besides the conditions, and at which step.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Trouble {
+pub(crate) enum InjectedFailure {
     None,
     SenderCrashes(u64),
     ReceiverCrashes(u64),
@@ -35,7 +35,7 @@ pub(crate) enum Trouble {
     DiskFull(u64),
 }
 
-/// What a trouble does when its step has come.
+/// What a failure does when its step has come.
 #[derive(Clone, Copy)]
 enum Disturbance {
     SenderCrashes,
@@ -44,14 +44,14 @@ enum Disturbance {
     DiskFull,
 }
 
-impl Trouble {
+impl InjectedFailure {
     fn at(self, step: u64) -> Option<Disturbance> {
         let (at, disturbance) = match self {
-            Trouble::None => return None,
-            Trouble::SenderCrashes(at) => (at, Disturbance::SenderCrashes),
-            Trouble::ReceiverCrashes(at) => (at, Disturbance::ReceiverCrashes),
-            Trouble::DumpEnds(at) => (at, Disturbance::DumpEnds),
-            Trouble::DiskFull(at) => (at, Disturbance::DiskFull),
+            InjectedFailure::None => return None,
+            InjectedFailure::SenderCrashes(at) => (at, Disturbance::SenderCrashes),
+            InjectedFailure::ReceiverCrashes(at) => (at, Disturbance::ReceiverCrashes),
+            InjectedFailure::DumpEnds(at) => (at, Disturbance::DumpEnds),
+            InjectedFailure::DiskFull(at) => (at, Disturbance::DiskFull),
         };
         (at == step).then_some(disturbance)
     }
@@ -76,7 +76,7 @@ impl<P: Part> Ended<P> {
 }
 
 /// The processes at both ends, as far as they outlive a round.
-pub(crate) struct World {
+pub(crate) struct Simulation {
     rng: Rng,
     conditions: NetworkConditions,
     streams: u16,
@@ -95,10 +95,10 @@ pub(crate) struct World {
     pub(crate) stats: Stats,
 }
 
-impl World {
-    pub(crate) fn new(mut rng: Rng, conditions: NetworkConditions) -> World {
+impl Simulation {
+    pub(crate) fn new(mut rng: Rng, conditions: NetworkConditions) -> Simulation {
         let cache_bytes = [0, 30_000, 400_000, 64 << 20][rng.usize(0..4)];
-        World {
+        Simulation {
             conditions,
             streams: rng.u16(1..5),
             window: Window {
@@ -167,15 +167,15 @@ impl World {
     }
 
     /// Carries one round and checks the rule.
-    pub(crate) fn round(&mut self, trouble: Trouble) {
+    pub(crate) fn round(&mut self, failure: InjectedFailure) {
         let images = self.store.images.len();
         let disagreements = self.stats.disagreements;
         let net = Net::new(self.rng.fork(), self.conditions);
         let session = SessionId(self.rng.u128(1..).to_le_bytes());
         let (succeeded, cuts) = if self.receiver_dials {
-            self.round_receiver_dials(net, session, trouble)
+            self.round_receiver_dials(net, session, failure)
         } else {
-            self.round_sender_dials(net, session, trouble)
+            self.round_sender_dials(net, session, failure)
         };
         self.stats.rounds += 1;
         // After any round the sender knows what the receiver has, or knows that it does not.
@@ -210,7 +210,7 @@ impl World {
         &mut self,
         mut net: Net,
         session: SessionId,
-        trouble: Trouble,
+        failure: InjectedFailure,
     ) -> (bool, u64) {
         let hello = self.hello(Role::Sender, session);
         let mut dial = Some(DialingHost::new(self.sender(session), hello, RETRY));
@@ -220,7 +220,7 @@ impl World {
             &mut net,
             &mut dial,
             &mut listen,
-            |step, net, dial, listen| match trouble.at(step) {
+            |step, net, dial, listen| match failure.at(step) {
                 Some(Disturbance::SenderCrashes) => crashed = crash(dial, net),
                 Some(Disturbance::ReceiverCrashes) => {
                     if let Some(receiver) = crash(listen, net) {
@@ -249,7 +249,7 @@ impl World {
         &mut self,
         mut net: Net,
         session: SessionId,
-        trouble: Trouble,
+        failure: InjectedFailure,
     ) -> (bool, u64) {
         let own = self.hello(Role::Sender, SessionId::default());
         let table = SessionTable::new(own, &[Role::Sender], RETRY.give_up_after);
@@ -261,7 +261,7 @@ impl World {
             &mut net,
             &mut dial,
             &mut listen,
-            |step, net, dial, listen| match trouble.at(step) {
+            |step, net, dial, listen| match failure.at(step) {
                 Some(Disturbance::SenderCrashes) => crashed_sender = crash(listen, net),
                 Some(Disturbance::ReceiverCrashes) => crashed_receiver = crash(dial, net),
                 Some(Disturbance::DumpEnds) => abort(listen),
