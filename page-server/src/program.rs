@@ -16,7 +16,7 @@ use pageferry::engine::io::Io;
 use pageferry::engine::io::driver::Writes;
 use pageferry::engine::io::transport::Peer;
 use pageferry::engine::listening::listen::{Place, Source, is_passed_by_systemd};
-use pageferry::engine::listening::sessions::{Rules, Stay, run_sessions};
+use pageferry::engine::listening::sessions::{EndPolicy, Rules, run_sessions};
 use pageferry::engine::listening::stop::{Stop, Watched, block_stop_signals};
 use pageferry::engine::receive::ingest_modes::IngestOptions;
 use pageferry::engine::receive::precopy_listener::{Handled, PrecopyListener};
@@ -108,7 +108,7 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
     let listener = PrecopyListener::new(&context, &stop, timeout, !args.keep)?;
     let entry = Entry::new(&source, args.keep)?;
     // A ferry session has several connections, one after another and at a time.
-    let rules = rules(args, Stay::UntilShutDown, args.max_sessions);
+    let rules = rules(args, EndPolicy::UntilShutDown, args.max_sessions);
     let _display = report.show()?;
     run(source, &rules, &stop, |stream, watched| {
         let peer = stream.peer().to_owned();
@@ -198,7 +198,7 @@ fn forward(start: &mut Start<'_>, far_end: &Peer) -> Result<()> {
     let wire = args.wire.forced();
     let context =
         ForwardContext::new(sender, wire, page, args.keep).ending_idle(args.idle_timeout());
-    let rules = rules(args, Stay::UntilShutDown, args.max_sessions);
+    let rules = rules(args, EndPolicy::UntilShutDown, args.max_sessions);
     let _display = report.show()?;
     run(source, &rules, &stop, |mut stream, _watched| {
         if !entry.admit_dump(&mut stream, args.idle_timeout())? {
@@ -257,7 +257,7 @@ fn forward_lazy(start: &mut Start<'_>, dump: &Peer) -> Result<()> {
     };
     let forward = ForwardLazy::connect(config, &images, guard)?;
     let source = start.listen()?;
-    let rules = rules(args, Stay::UntilShutDown, CLIENTS_MAX);
+    let rules = rules(args, EndPolicy::UntilShutDown, CLIENTS_MAX);
     let stop = Stop::on_signals()?;
     let _display = report.show()?;
     forward.run(
@@ -292,10 +292,10 @@ fn split() -> Result<Side> {
     })
 }
 
-/// At most `most` sessions at a time. Without `--keep` the server stays as `stay` says.
-fn rules(args: &Args, stay: Stay, most: usize) -> Rules {
+/// At most `most` sessions at a time. Without `--keep` the server ends as `ends` says.
+fn rules(args: &Args, ends: EndPolicy, most: usize) -> Rules {
     Rules {
-        stay: if args.keep { Stay::Keep } else { stay },
+        ends: if args.keep { EndPolicy::Keep } else { ends },
         most,
         allowed: args.allow.clone(),
     }
@@ -313,7 +313,7 @@ fn serve(start: &mut Start<'_>) -> Result<()> {
         .reading_again(Duration::from_secs(args.local_timeout));
     let tls = Tls::load(&args.tls)?;
     let source = start.listen()?;
-    let rules = rules(args, Stay::Together, CLIENTS_MAX);
+    let rules = rules(args, EndPolicy::Together, CLIENTS_MAX);
     let stop = Stop::on_signals()?;
     let _display = report.show()?;
     let traffic = report.traffic();

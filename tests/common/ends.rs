@@ -15,7 +15,7 @@ use pageferry::engine::forward::SenderConfig;
 use pageferry::engine::forward::{ForwardContext, forward_client};
 use pageferry::engine::io::Io;
 use pageferry::engine::io::transport::Peer;
-use pageferry::engine::listening::sessions::{Rules, Stay, run_sessions};
+use pageferry::engine::listening::sessions::{EndPolicy, Rules, run_sessions};
 use pageferry::engine::listening::stop::Stop;
 use pageferry::engine::receive::ReceiveContext;
 use pageferry::engine::receive::precopy_listener::{Handled, PrecopyListener};
@@ -85,7 +85,7 @@ fn start(
         let listener = Socket::from(listener);
         let port = PrecopyListener::new(&context, &stop, patience, true)?;
         let rules = Rules {
-            stay: Stay::UntilShutDown,
+            ends: EndPolicy::UntilShutDown,
             most: 100,
             allowed: Vec::new(),
         };

@@ -13,7 +13,7 @@ use pageferry::criu::header::{PageFlags, Wire};
 use pageferry::engine::forward_lazy::{ForwardLazy, ForwardLazyConfig};
 use pageferry::engine::io::transport::Peer;
 use pageferry::engine::listening::listen::{Place, Source};
-use pageferry::engine::listening::sessions::{Rules, Stay, run_sessions};
+use pageferry::engine::listening::sessions::{EndPolicy, Rules, run_sessions};
 use pageferry::engine::listening::stop::Stop;
 use pageferry::engine::serve::{ServeContext, serve_client};
 use pageferry::error::Result;
@@ -54,7 +54,7 @@ pub(crate) fn dump(dir: &Path) -> (u16, thread::JoinHandle<Result<()>>) {
     let port = source.port().unwrap();
     let thread = thread::spawn(move || {
         let rules = Rules {
-            stay: Stay::UntilShutDown,
+            ends: EndPolicy::UntilShutDown,
             most: 1,
             allowed: Vec::new(),
         };
@@ -109,7 +109,7 @@ pub(crate) fn forwarder_with(
     let address = source.socket.local_addr().unwrap().as_socket().unwrap();
     let thread = thread::spawn(move || {
         let rules = Rules {
-            stay: Stay::UntilShutDown,
+            ends: EndPolicy::UntilShutDown,
             most: CLIENTS_MAX,
             allowed: Vec::new(),
         };

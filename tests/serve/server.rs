@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use pageferry::criu::header::{HEADER_BYTES_MAX, Header, Op, PageFlags, Wire};
-use pageferry::engine::listening::sessions::{Rules, Stay, run_sessions};
+use pageferry::engine::listening::sessions::{EndPolicy, Rules, run_sessions};
 use pageferry::engine::listening::stop::Stop;
 use pageferry::engine::serve::{ServeContext, serve_client};
 use pageferry::error::Result;
@@ -75,7 +75,11 @@ impl Server {
         let accepting = listener.try_clone().unwrap();
         let thread = thread::spawn(move || {
             let rules = Rules {
-                stay: if keep { Stay::Keep } else { Stay::Together },
+                ends: if keep {
+                    EndPolicy::Keep
+                } else {
+                    EndPolicy::Together
+                },
                 most: CLIENTS_MAX,
                 allowed: Vec::new(),
             };

@@ -21,9 +21,9 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// How long a server that lives for one client waits for it to come back, after it could not read what that needs.
 const RETURN_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long a server stays.
+/// When a server ends.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Stay {
+pub enum EndPolicy {
     /// Until its listener is shut down, which a session does, and all sessions are over. So a session decides
     /// when nobody else may come.
     UntilShutDown,
@@ -37,7 +37,7 @@ pub enum Stay {
 #[derive(Clone, Debug)]
 pub struct Rules {
     /// How long it stays.
-    pub stay: Stay,
+    pub ends: EndPolicy,
     /// Most sessions at once.
     pub most: usize,
     /// Networks whose peers may connect; none means all. Peers without an address are on this host
@@ -69,7 +69,7 @@ enum Event {
 ///
 /// # Errors
 ///
-/// A session failed (the first error that is; the others, and all with [`Stay::Keep`], are only told
+/// A session failed (the first error that is; the others, and all with [`EndPolicy::Keep`], are only told
 /// in the log), connections cannot be accepted, or `stop` was pulled before all was done.
 pub fn run_sessions(
     listener: &Socket,
@@ -82,9 +82,9 @@ pub fn run_sessions(
     thread::scope(|scope| {
         let accepted = events.clone();
         scope.spawn(move || accept_all(listener, rules, &accepted));
-        let mut course = Course::begin(rules);
-        while !course.is_over() {
-            let event = match course.waits_for_return() {
+        let mut state = ServerState::begin(rules);
+        while !state.is_over() {
+            let event = match state.waits_for_return() {
                 true => inbox.recv_timeout(RETURN_TIMEOUT).ok(),
                 false => inbox.recv().ok(),
             };
@@ -92,8 +92,8 @@ pub fn run_sessions(
                 break;
             };
             match event {
-                Event::Accepted(socket) if course.running < rules.most => {
-                    course.running += 1;
+                Event::Accepted(socket) if state.running < rules.most => {
+                    state.running += 1;
                     let stream = Stream::plain(socket);
                     info!("{} connected", stream.peer());
                     let (events, session) = (events.clone(), &session);
@@ -112,18 +112,18 @@ pub fn run_sessions(
                     );
                     stream.reset();
                 }
-                Event::SessionEnded(result) => course.session_ended(result),
-                Event::AcceptEnded(result) => course.accept_ended(result, stop),
+                Event::SessionEnded(result) => state.session_ended(result),
+                Event::AcceptEnded(result) => state.accept_ended(result, stop),
             }
         }
         // Wakes the accepting thread; it may have ended before.
         let _ = listener.shutdown(Shutdown::Both);
-        course.conclude()
+        state.conclude()
     })
 }
 
 /// How far a server has come: what runs, and what it will end with.
-struct Course<'a> {
+struct ServerState<'a> {
     rules: &'a Rules,
     /// Sessions that run.
     running: usize,
@@ -135,9 +135,9 @@ struct Course<'a> {
     own_failure: Option<Error>,
 }
 
-impl Course<'_> {
-    fn begin(rules: &Rules) -> Course<'_> {
-        Course {
+impl ServerState<'_> {
+    fn begin(rules: &Rules) -> ServerState<'_> {
+        ServerState {
             rules,
             running: 0,
             accepting: true,
@@ -161,13 +161,13 @@ impl Course<'_> {
             return;
         }
         self.served = true;
-        let stay = self.rules.stay;
+        let ends = self.rules.ends;
         match result {
             Ok(()) => self.own_failure = None,
-            Err(failure) if stay == Stay::Keep || self.outcome.is_err() => error!("{failure}"),
+            Err(failure) if ends == EndPolicy::Keep || self.outcome.is_err() => error!("{failure}"),
             // A session that this host failed, and those that its client gives up with it.
             Err(failure)
-                if stay == Stay::Together
+                if ends == EndPolicy::Together
                     && (failure.kind() == Kind::Io || self.own_failure.is_some()) =>
             {
                 error!("{failure}; its client may come back");
@@ -179,7 +179,8 @@ impl Course<'_> {
 
     fn accept_ended(&mut self, result: Result<()>, stop: &Stop) {
         self.accepting = false;
-        let interrupted = stop.is_pulled() && (self.running > 0 || self.rules.stay != Stay::Keep);
+        let interrupted =
+            stop.is_pulled() && (self.running > 0 || self.rules.ends != EndPolicy::Keep);
         let before = std::mem::replace(&mut self.outcome, Ok(()));
         self.outcome = before.and(result).and_then(|()| match interrupted {
             true => Err(Error::new(Kind::Interrupted, "stopped by a signal")),
@@ -189,9 +190,9 @@ impl Course<'_> {
 
     /// Whether nothing runs, and nobody is waited for.
     fn is_over(&self) -> bool {
-        let waits = match self.rules.stay {
-            Stay::Keep | Stay::UntilShutDown => self.accepting,
-            Stay::Together => self.accepting && (!self.served || self.own_failure.is_some()),
+        let waits = match self.rules.ends {
+            EndPolicy::Keep | EndPolicy::UntilShutDown => self.accepting,
+            EndPolicy::Together => self.accepting && (!self.served || self.own_failure.is_some()),
         };
         self.running == 0 && !waits
     }
@@ -278,7 +279,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let rules = Rules {
-            stay: Stay::Together,
+            ends: EndPolicy::Together,
             most: 1,
             allowed: Vec::new(),
         };
