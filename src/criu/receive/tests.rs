@@ -28,9 +28,9 @@ fn bytes_of(headers: &[Header], wire: Wire) -> Vec<u8> {
     out
 }
 
-/// Everything that a session told its caller, payload gathered.
+/// Everything that a session gave to its caller, payload gathered.
 #[derive(PartialEq, Eq, Debug, Default)]
-struct Told {
+struct Collected {
     /// Opened targets and named runs.
     runs: Vec<(Target, Option<(PageRange, PageFlags)>)>,
     payload: Vec<u8>,
@@ -38,35 +38,39 @@ struct Told {
     closed: Option<bool>,
 }
 
-fn feed(session: &mut ReceiveSession, input: &[u8], told: &mut Told) -> Result<(), ReceiveError> {
+fn feed(
+    session: &mut ReceiveSession,
+    input: &[u8],
+    collected: &mut Collected,
+) -> Result<(), ReceiveError> {
     let mut at = 0;
     while let Some(step) = session.next(input, &mut at)? {
         match step {
-            Step::Open { target, .. } => told.runs.push((target, None)),
-            Step::AskParent(target) => told.asked.push(target),
+            Step::Open { target, .. } => collected.runs.push((target, None)),
+            Step::AskParent(target) => collected.asked.push(target),
             Step::Pages { range, flags } => {
-                let (target, _) = *told.runs.last().unwrap();
-                told.runs.push((target, Some((range, flags))));
+                let (target, _) = *collected.runs.last().unwrap();
+                collected.runs.push((target, Some((range, flags))));
             }
             Step::Raw(range) | Step::Lz4 { range, .. } => {
-                told.payload.extend_from_slice(&input[range]);
+                collected.payload.extend_from_slice(&input[range]);
             }
-            Step::ZeroPage => told.payload.extend([0; 4096]),
-            Step::Close { hangs_up } => told.closed = Some(hangs_up),
+            Step::ZeroPage => collected.payload.extend([0; 4096]),
+            Step::Close { hangs_up } => collected.closed = Some(hangs_up),
         }
     }
     Ok(())
 }
 
-fn run(headers: &[Header]) -> Result<Told, ReceiveError> {
-    let mut told = Told::default();
+fn run(headers: &[Header]) -> Result<Collected, ReceiveError> {
+    let mut collected = Collected::default();
     for wire in [Wire::V1, Wire::V2] {
-        told = Told::default();
+        collected = Collected::default();
         let mut session = ReceiveSession::new(None, PAGE);
-        feed(&mut session, &bytes_of(headers, wire), &mut told)?;
+        feed(&mut session, &bytes_of(headers, wire), &mut collected)?;
         assert_eq!(session.wire(), Some(wire));
     }
-    Ok(told)
+    Ok(collected)
 }
 
 const PID: Target = Target::Process(7);
@@ -74,7 +78,7 @@ const SHMEM: Target = Target::Shmem(7);
 
 #[test]
 fn a_whole_session_is_understood() {
-    let told = run(&[
+    let collected = run(&[
         header(Op::Parent, 0, 0, 0, PID),
         header(Op::Open2, 0, 0, 0, PID),
         header(Op::Hole, 0, 2, 0x1000, PID),
@@ -89,9 +93,9 @@ fn a_whole_session_is_understood() {
         let range = PageRange::new(start, end);
         (target, Some((range, PageFlags::from_bits(flags))))
     };
-    assert_eq!(told.asked, [PID]);
+    assert_eq!(collected.asked, [PID]);
     assert_eq!(
-        told.runs,
+        collected.runs,
         [
             (PID, None),
             run(PID, 0x1000, 0x3000, 1),
@@ -101,7 +105,7 @@ fn a_whole_session_is_understood() {
             run(SHMEM, 0, 0x9000, 3),
         ]
     );
-    assert_eq!(told.closed, Some(false));
+    assert_eq!(collected.closed, Some(false));
 }
 
 #[test]
@@ -111,12 +115,12 @@ fn senders_without_open_switch_targets_by_naming_them() {
         header(Op::Hole, 0, 1, 0x1000, SHMEM),
         header(Op::Close, 0, 0, 0, SHMEM),
     ];
-    let mut told = Told::default();
+    let mut collected = Collected::default();
     let mut session = ReceiveSession::new(Some(Wire::V1), PAGE);
-    feed(&mut session, &bytes_of(&headers, Wire::V1), &mut told).unwrap();
-    let targets: Vec<Target> = told.runs.iter().map(|(target, _)| *target).collect();
+    feed(&mut session, &bytes_of(&headers, Wire::V1), &mut collected).unwrap();
+    let targets: Vec<Target> = collected.runs.iter().map(|(target, _)| *target).collect();
     assert_eq!(targets, [PID, PID, SHMEM, SHMEM]);
-    assert_eq!(told.closed, Some(true));
+    assert_eq!(collected.closed, Some(true));
     assert_eq!(session.handle_end(), Ok(()));
 }
 
@@ -161,7 +165,7 @@ fn forbidden_frames_are_refused_and_named() {
     let frame = bytes_of(&[open, bad(Op::AddFlagsCompressed, 4, 1, 0x1000)], Wire::V2);
     let mut session = ReceiveSession::new(None, PAGE);
     let input = [frame.as_slice(), &4097u32.to_le_bytes()].concat();
-    let error = feed(&mut session, &input, &mut Told::default()).unwrap_err();
+    let error = feed(&mut session, &input, &mut Collected::default()).unwrap_err();
     assert!(matches!(error, ReceiveError::BlockTooLong { bytes: 4097 }));
 }
 
@@ -171,11 +175,11 @@ fn the_number_of_targets_is_capped() {
     let count = u32::try_from(SESSION_TARGETS_MAX).unwrap();
     for pid in 1..=count {
         let open = bytes_of(&[header(Op::Open, 0, 0, 0, Target::Process(pid))], Wire::V2);
-        feed(&mut session, &open, &mut Told::default()).unwrap();
+        feed(&mut session, &open, &mut Collected::default()).unwrap();
     }
     let open = bytes_of(&[header(Op::Open, 0, 0, 0, SHMEM)], Wire::V2);
     assert_eq!(
-        feed(&mut session, &open, &mut Told::default()),
+        feed(&mut session, &open, &mut Collected::default()),
         Err(ReceiveError::TooManyTargets)
     );
 }
@@ -192,7 +196,7 @@ fn hanging_up_is_allowed_only_after_close() {
     );
     for cut in 0..=whole.len() {
         let mut session = ReceiveSession::new(None, PAGE);
-        feed(&mut session, &whole[..cut], &mut Told::default()).unwrap();
+        feed(&mut session, &whole[..cut], &mut Collected::default()).unwrap();
         match session.handle_end() {
             Ok(()) => assert_eq!(cut, whole.len()),
             Err(ReceiveError::NoClose) => assert_eq!(cut % 32, 0),
@@ -231,13 +235,13 @@ fn runs() -> impl Strategy<Value = Vec<Run>> {
 }
 
 /// The bytes of a session with `runs`, and what it must tell.
-fn session_of(runs: &[Run], wire: Wire) -> (Vec<u8>, Told) {
+fn session_of(runs: &[Run], wire: Wire) -> (Vec<u8>, Collected) {
     let open = header(Op::Open2, 0, 0, 0, PID);
     let mut out = bytes_of(&[open], wire);
-    let mut told = Told {
+    let mut collected = Collected {
         runs: vec![(PID, None)],
         closed: Some(true),
-        ..Told::default()
+        ..Collected::default()
     };
     let mut at = 0x10_0000;
     for (number, run) in runs.iter().enumerate() {
@@ -255,25 +259,27 @@ fn session_of(runs: &[Run], wire: Wire) -> (Vec<u8>, Told) {
             RunKind::Raw { pages, .. } => {
                 let raw = vec![fill; usize::try_from(*pages * 4096).unwrap()];
                 out.extend_from_slice(&raw);
-                told.payload.extend_from_slice(&raw);
+                collected.payload.extend_from_slice(&raw);
             }
             RunKind::Compressed(blocks) => {
                 for bytes in blocks {
                     out.extend_from_slice(&u32::from(*bytes).to_le_bytes());
                     let block = vec![fill; usize::from(*bytes)];
                     out.extend_from_slice(&block);
-                    told.payload
+                    collected
+                        .payload
                         .extend(if *bytes == 0 { vec![0; 4096] } else { block });
                 }
             }
         }
         let range = PageRange::new(at, at + pages * 4096);
-        told.runs
+        collected
+            .runs
             .push((PID, Some((range, PageFlags::from_bits(flags)))));
         at = range.end().get();
     }
     out.extend(bytes_of(&[header(Op::Close, 0, 0, 0, PID)], wire));
-    (out, told)
+    (out, collected)
 }
 
 #[test]
@@ -291,10 +297,10 @@ fn every_split_point_tells_the_same() {
         let (bytes, expected) = session_of(&runs, wire);
         for cut in 0..=bytes.len() {
             let mut session = ReceiveSession::new(None, PAGE);
-            let mut told = Told::default();
-            feed(&mut session, &bytes[..cut], &mut told).unwrap();
-            feed(&mut session, &bytes[cut..], &mut told).unwrap();
-            assert_eq!(told, expected, "cut at {cut}");
+            let mut collected = Collected::default();
+            feed(&mut session, &bytes[..cut], &mut collected).unwrap();
+            feed(&mut session, &bytes[cut..], &mut collected).unwrap();
+            assert_eq!(collected, expected, "cut at {cut}");
         }
     }
 }
@@ -309,13 +315,13 @@ proptest! {
         cuts.push(bytes.len());
         cuts.sort_unstable();
         let mut session = ReceiveSession::new(None, PAGE);
-        let mut told = Told::default();
+        let mut collected = Collected::default();
         let mut from = 0;
         for cut in cuts {
-            feed(&mut session, &bytes[from..cut], &mut told).unwrap();
+            feed(&mut session, &bytes[from..cut], &mut collected).unwrap();
             from = cut;
         }
-        prop_assert_eq!(told, expected);
+        prop_assert_eq!(collected, expected);
         prop_assert_eq!(session.handle_end(), Ok(()));
     }
 

@@ -54,7 +54,7 @@ pub(in crate::engine) trait ConnectionHandler: Send + Sync {
     fn heard_end(&self, stream: u16, waker: &Arc<Waker>);
     /// A frame has come on the connection of `stream` that `waker` belongs to. Once that is replaced only what ends the
     /// session counts.
-    fn handle(&self, stream: u16, waker: &Arc<Waker>, frame: Frame) -> Heard;
+    fn handle(&self, stream: u16, waker: &Arc<Waker>, frame: Frame) -> FrameOutcome;
     /// The next frame to be sent on the connection of `stream` that `waker` belongs to, on which `arrived` bytes have
     /// arrived. There is none once it is replaced: what it took would be lost with it, while the session takes it
     /// for carried by the newer one.
@@ -94,17 +94,17 @@ pub(in crate::engine) enum Lost {
 
 /// What a frame has told.
 #[derive(Clone, Copy, Default, Debug)]
-pub(in crate::engine) struct Heard {
+pub(in crate::engine) struct FrameOutcome {
     /// The session has come forward.
     pub(in crate::engine) progress: bool,
     /// So many bytes have arrived at the other end of the connection.
     pub(in crate::engine) arrived: Option<u64>,
 }
 
-impl Heard {
+impl FrameOutcome {
     /// Nothing but whether the session has come forward.
-    pub(in crate::engine) fn progress(progress: bool) -> Heard {
-        Heard {
+    pub(in crate::engine) fn progress(progress: bool) -> FrameOutcome {
+        FrameOutcome {
             progress,
             arrived: None,
         }

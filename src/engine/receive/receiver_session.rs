@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use crate::engine::ferry::base::Base;
 use crate::engine::ferry::buffer_pool::BufferPool;
 use crate::engine::ferry::conn::Frame;
-use crate::engine::ferry::connection_loop::{ConnectionHandler, Heard};
+use crate::engine::ferry::connection_loop::{ConnectionHandler, FrameOutcome};
 use crate::engine::ferry::wakers::{Waker, Wakers};
 use crate::engine::ferry::{GOODBYE, lock};
 use crate::engine::receive::batch_applier::{Bases, BatchApplier};
@@ -359,14 +359,14 @@ impl ConnectionHandler for ReceiverSession {
         self.changed.notify_all();
     }
 
-    fn handle(&self, stream: u16, waker: &Arc<Waker>, frame: Frame) -> Heard {
+    fn handle(&self, stream: u16, waker: &Arc<Waker>, frame: Frame) -> FrameOutcome {
         let mut state = lock(&self.state);
         let ends = [Kind::Fail, Kind::Bye].contains(&frame.kind);
         if state.wakers.is_replaced(stream, waker) && !ends {
-            return Heard::default();
+            return FrameOutcome::default();
         }
         if state.ending.is_some() && frame.kind.is_numbered() {
-            return Heard::default();
+            return FrameOutcome::default();
         }
         let came = if frame.kind.is_numbered() {
             state.take_numbered(frame)
@@ -376,12 +376,12 @@ impl ConnectionHandler for ReceiverSession {
                 Ok(ReceiverEvent::Failed(fail)) => {
                     drop(state);
                     self.lost(format!("the far end has failed: {fail}"));
-                    return Heard::progress(true);
+                    return FrameOutcome::progress(true);
                 }
                 Ok(ReceiverEvent::Bye) => {
                     drop(state);
                     self.end(Ending::Bye);
-                    return Heard::progress(true);
+                    return FrameOutcome::progress(true);
                 }
                 Err(error) => Err(Fail::new(FailCode::Protocol, error.to_string())),
             }
@@ -390,13 +390,13 @@ impl ConnectionHandler for ReceiverSession {
             Ok(new) => {
                 drop(state);
                 self.changed.notify_all();
-                Heard::progress(new)
+                FrameOutcome::progress(new)
             }
             Err(fail) => {
                 state.receiver.fail(fail.clone());
                 drop(state);
                 self.lost(format!("what the far end says is wrong: {fail}"));
-                Heard::default()
+                FrameOutcome::default()
             }
         }
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{Agreed, Ending, SenderSession};
 use crate::engine::ferry::conn::Frame;
-use crate::engine::ferry::connection_loop::{ConnectionHandler, Heard};
+use crate::engine::ferry::connection_loop::{ConnectionHandler, FrameOutcome};
 use crate::engine::ferry::connection_loop::{DialingHandler, Lost};
 use crate::engine::ferry::lock;
 use crate::engine::ferry::wakers::Waker;
@@ -58,13 +58,13 @@ impl ConnectionHandler for SenderSession {
         self.notifier.notify();
     }
 
-    fn handle(&self, stream: u16, waker: &Arc<Waker>, frame: Frame) -> Heard {
+    fn handle(&self, stream: u16, waker: &Arc<Waker>, frame: Frame) -> FrameOutcome {
         let mut state = lock(&self.state);
         if state.wakers.is_replaced(stream, waker) && frame.kind != Kind::Fail {
-            return Heard::default();
+            return FrameOutcome::default();
         }
         let Some((sender, _)) = &mut state.talk else {
-            return Heard::default();
+            return FrameOutcome::default();
         };
         match sender.handle(stream, frame.kind, &frame.body) {
             Ok(SenderEvent::Acked {
@@ -93,7 +93,7 @@ impl ConnectionHandler for SenderSession {
                     }
                 }
                 self.changed.notify_all();
-                Heard {
+                FrameOutcome {
                     progress,
                     arrived: Some(arrived),
                 }
@@ -109,17 +109,17 @@ impl ConnectionHandler for SenderSession {
                 drop(memory);
                 lock(&self.state).outbox.sent.hashes_learned += learned;
                 self.changed.notify_all();
-                Heard::progress(true)
+                FrameOutcome::progress(true)
             }
             Ok(SenderEvent::Failed(fail)) => {
                 drop(state);
                 self.lost(Lost::Refused(fail));
-                Heard::default()
+                FrameOutcome::default()
             }
             Err(error) => {
                 drop(state);
                 self.refuse(error);
-                Heard::default()
+                FrameOutcome::default()
             }
         }
     }

@@ -66,7 +66,7 @@ struct Recorder {
 }
 
 /// What a header asks of whoever listens.
-struct Heard<'a> {
+struct HeaderReply<'a> {
     /// To be answered now.
     answer: &'a [u8],
     /// Bytes of pages that follow.
@@ -94,7 +94,7 @@ impl Recorder {
         })
     }
 
-    fn hear(&mut self, header: &Header) -> Result<Heard<'_>> {
+    fn hear(&mut self, header: &Header) -> Result<HeaderReply<'_>> {
         let mut bytes = [0; HEADER_BYTES_MAX];
         let length = header.encode(self.recording.wire, &mut bytes);
         self.recording.headers.extend(&bytes[..length]);
@@ -126,7 +126,7 @@ impl Recorder {
             Op::Get | Op::AddFlagsCompressed => bail!("a dump that says {:?}", header.op),
         }
         self.recording.payloads.push(payload);
-        Ok(Heard {
+        Ok(HeaderReply {
             answer: &self.recording.answers[answered..],
             payload,
             closes: matches!(header.op, Op::Close | Op::ForceClose),
@@ -285,16 +285,16 @@ mod tests {
 
     #[test]
     fn what_is_generated_is_heard_again() {
-        struct Spoken {
+        struct ScriptedPeer {
             said: std::io::Cursor<Vec<u8>>,
             answered: Vec<u8>,
         }
-        impl Read for Spoken {
+        impl Read for ScriptedPeer {
             fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
                 self.said.read(buffer)
             }
         }
-        impl Write for Spoken {
+        impl Write for ScriptedPeer {
             fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
                 self.answered.write(bytes)
             }
@@ -317,7 +317,7 @@ mod tests {
             left = behind;
         }
         assert_eq!(generated.bytes(), said.len() as u64);
-        let mut connection = Spoken {
+        let mut connection = ScriptedPeer {
             said: std::io::Cursor::new(said),
             answered: Vec::new(),
         };
