@@ -94,16 +94,16 @@ impl<'a> Changed<'a> {
 
 /// What a client with the earlier round did, which no thread disturbed: `local` pages of `all`.
 #[derive(Clone, Copy)]
-struct Brought {
+struct LocalPages {
     local: u64,
     all: u64,
 }
 
-impl Brought {
-    fn read(summary: &Path) -> Result<Brought> {
+impl LocalPages {
+    fn read(summary: &Path) -> Result<LocalPages> {
         let summary = whole(summary)?;
         ensure!(number(&summary, "/missing_pages")? == 0, "{summary}");
-        Ok(Brought {
+        Ok(LocalPages {
             local: number(&summary, "/pages/local")?,
             all: number(&summary, "/total_pages")?,
         })
@@ -116,7 +116,7 @@ fn only_what_has_changed_travels(bed: &Bed, criu: &Criu) -> Result<()> {
     let mut moved = PostCopy::of(bed, &plan, changed.load, &[])?;
     moved.finish()?;
     moved.expect_all_right()?;
-    let Brought { local, all } = Brought::read(&client)?;
+    let LocalPages { local, all } = LocalPages::read(&client)?;
     ensure!(local < all && local > all / 10 * 9, "{local} of {all}");
     let sent = of_session(&forwarder, 0)?;
     let same = number(&sent, "/sent/same/pages")?;
@@ -138,7 +138,7 @@ fn reads_at_random_meanwhile(bed: &Bed, criu: &Criu) -> Result<()> {
     moved.reports()?;
     moved.finish()?;
     moved.expect_all_right()?;
-    let Brought { local, all } = Brought::read(&client)?;
+    let LocalPages { local, all } = LocalPages::read(&client)?;
     ensure!(local > all / 2, "{local} of {all}");
     Ok(())
 }
@@ -158,7 +158,7 @@ fn faults_on_demand_are_answered_from_the_earlier_round() {
         moved.finish()?;
         let told = whole(&client)?;
         ensure!(number(&told, "/pages/stream")? == 0, "{told}");
-        let Brought { local, all } = Brought::read(&client)?;
+        let LocalPages { local, all } = LocalPages::read(&client)?;
         // Faults that come before the hashes are answered in full.
         ensure!(local > all / 2, "{local} of {all}");
         let sent = of_session(&forwarder, 0)?;
@@ -178,7 +178,7 @@ fn a_tree_builds_on_the_parent_of_its_images() {
         let mut moved = PostCopy::of(bed, &plan, changed.load, &[])?;
         moved.finish()?;
         moved.expect_all_right()?;
-        let Brought { local, all } = Brought::read(&client)?;
+        let LocalPages { local, all } = LocalPages::read(&client)?;
         ensure!(local > all / 10 * 8, "{local} of {all}");
         Ok(())
     });
@@ -197,13 +197,13 @@ fn clients_with_and_without_an_earlier_round_get_the_same() {
         for (n, next) in plans.iter().enumerate().skip(1) {
             moved.daemon.process().succeed(GENEROUS)?;
             moved.expect_all_right()?;
-            let local = Brought::read(&client)?.local;
+            let local = LocalPages::read(&client)?.local;
             ensure!((local > 0) == (n == 1), "client {n}: {local} local pages");
             moved = moved.again(next, &[])?;
         }
         moved.daemon.process().succeed(GENEROUS)?;
         moved.expect_all_right()?;
-        ensure!(Brought::read(&client)?.local > 0, "the last client");
+        ensure!(LocalPages::read(&client)?.local > 0, "the last client");
         let forwarder = moved.forwarder().context("the forwarder")?;
         forwarder.signal(Signal::SIGTERM)?;
         forwarder.succeed(GENEROUS)?;
@@ -228,7 +228,7 @@ fn with_impairment(bed: &Bed, criu: &Criu, way: Way, kind: ImpairmentKind) -> Re
     moving.finish()?;
     let log = fs::read_to_string(moving.daemon.process().log().context("a log")?)?;
     ensure!(log.contains("the source is back"), "nothing was impaired");
-    let Brought { local, all } = Brought::read(&client)?;
+    let LocalPages { local, all } = LocalPages::read(&client)?;
     ensure!(local > all / 2, "{local} of {all}");
     Ok(())
 }
@@ -279,7 +279,7 @@ fn pages_that_were_changed_behind_our_back_travel() {
         let mut moved = PostCopy::of(bed, &plan, changed.load, &[])?;
         moved.finish()?;
         moved.expect_all_right()?;
-        let Brought { local, all } = Brought::read(&client)?;
+        let LocalPages { local, all } = LocalPages::read(&client)?;
         ensure!(local > all / 2, "{local} of {all}");
         // Some of the damaged pages are not lazy.
         ensure!(

@@ -23,7 +23,7 @@ use testbed::criu::{Crit, Criu, Suite};
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
 use testbed::hugepages::HugePages;
 use testbed::images::{copy_without_lazy_pages, tell_uptime};
-use testbed::kinds::{KINDS, Kind, Kinds, Said, kind};
+use testbed::kinds::{KINDS, Kind, KindResults, Kinds, kind};
 use testbed::migration::{Dump, Restore};
 use testbed::net::free_port;
 use testbed::process::Spawned;
@@ -235,7 +235,7 @@ impl Stock {
     }
 
     /// What `said`, if it came that far, is for a kind.
-    fn cell(&self, kind: Kind, way: Way, said: Option<&Said>) -> Cell {
+    fn cell(&self, kind: Kind, way: Way, said: Option<&KindResults>) -> Cell {
         if self.refuses(kind, way) {
             return Cell::Criu;
         }
@@ -246,7 +246,7 @@ impl Stock {
         }
     }
 
-    fn sort(&mut self, kinds: &[Kind], said: &Result<Said>) {
+    fn sort(&mut self, kinds: &[Kind], said: &Result<KindResults>) {
         for kind in kinds {
             let wrong = match said {
                 Ok(said) => said.get(kind.name).cloned().flatten(),
@@ -260,11 +260,17 @@ impl Stock {
         }
     }
 
-    fn try_alone(&mut self, bed: &Bed, criu: &Criu, name: &str, kinds: &[Kind]) -> Result<Said> {
+    fn try_alone(
+        &mut self,
+        bed: &Bed,
+        criu: &Criu,
+        name: &str,
+        kinds: &[Kind],
+    ) -> Result<KindResults> {
         let place = Place::new(bed, criu, &format!("stock-{name}"), kinds)?;
         self.lacking.extend(place.kinds.lacking.clone());
         if place.kinds.lacking.len() == kinds.len() {
-            return Ok(Said::new());
+            return Ok(KindResults::new());
         }
         let images = place.path("images");
         place.dump(&images).run()?;
@@ -281,7 +287,7 @@ fn first_line(error: &anyhow::Error) -> String {
 }
 
 /// One kind, from CRIU's dump to CRIU's own lazy-pages daemon.
-fn lazily_alone(bed: &Bed, criu: &Criu, kind: Kind) -> Result<Said> {
+fn lazily_alone(bed: &Bed, criu: &Criu, kind: Kind) -> Result<KindResults> {
     let place = Place::new(bed, criu, &format!("lazily-{}", kind.name), &[kind])?;
     let images = place.path("images");
     let (mut dump, address) = waiting(&place, &images)?;
@@ -314,14 +320,14 @@ impl<'a> Place<'a> {
     }
 
     /// Restores from `images`, and lets the process check itself.
-    fn restored(&self, images: &Path) -> Result<Said> {
+    fn restored(&self, images: &Path) -> Result<KindResults> {
         let mut restored = Restore::new(self.criu, images).start()?;
         restored.wait_until_resumed(LIMIT)?;
         self.kinds.ask(1)?;
         self.kinds.answer(1)
     }
 
-    fn gone_and_restored(mut self, images: &Path) -> Result<Said> {
+    fn gone_and_restored(mut self, images: &Path) -> Result<KindResults> {
         self.kinds.wait_until_gone()?;
         self.restored(images)
     }
@@ -351,7 +357,7 @@ impl<'a> Place<'a> {
         options: &[&str],
         source: Option<SocketAddr>,
         checks_at_once: bool,
-    ) -> Result<Said> {
+    ) -> Result<KindResults> {
         let (first, last) = if checks_at_once { (1, 2) } else { (0, 1) };
         if checks_at_once {
             self.kinds.ask(first)?;
@@ -362,7 +368,7 @@ impl<'a> Place<'a> {
         restored.wait_until_resumed(LIMIT)?;
         let at_once = match checks_at_once {
             true => self.kinds.answer(first)?,
-            false => Said::new(),
+            false => KindResults::new(),
         };
         daemon.process().succeed(LIMIT)?;
         self.kinds.ask(last)?;
@@ -378,7 +384,7 @@ impl<'a> Place<'a> {
 }
 
 /// Carries a process in one way.
-fn carry(place: &mut Place<'_>, way: Way) -> Result<Said> {
+fn carry(place: &mut Place<'_>, way: Way) -> Result<KindResults> {
     let (first, images) = (place.path("first"), place.path("images"));
     match way.name {
         "plain" => place.dump_to_server(&images, &[], None)?,
@@ -432,7 +438,7 @@ fn waiting(place: &Place<'_>, images: &Path) -> Result<(Spawned, SocketAddr)> {
     Ok((place.dump(images).serve_lazily(address)?, address))
 }
 
-fn lazily(place: &mut Place<'_>, way: Way) -> Result<Said> {
+fn lazily(place: &mut Place<'_>, way: Way) -> Result<KindResults> {
     let slowly = ["--max-bandwidth", LAZY_RATE];
     let images = place.path("images");
     match way.name {

@@ -11,7 +11,7 @@ mod forwarding;
 use std::time::Duration;
 
 use common::{FIRST_PAGE, PAGE, page_content};
-use ferry_client::{Came, Connection, OPENED, hello};
+use ferry_client::{Connection, OPENED, ReceivedFrame, hello};
 use forwarding::{PAGES, PATIENCE, dump, forwarder};
 use pageferry::ferry::batch::{Batch, Place};
 use pageferry::ferry::frame;
@@ -22,7 +22,7 @@ use pageferry::ferry::unpack::Unpacker;
 const FEATURES: Features = Features::FAULTS.with(Features::HASHES);
 
 /// Compares the pages of a batch; says how many there are.
-fn expect_right(batch: &Came) -> u64 {
+fn expect_right(batch: &ReceivedFrame) -> u64 {
     let parsed = Batch::parse(&batch.body, PAGE).unwrap();
     let mut unpacked = Vec::new();
     let unpacker = &mut Unpacker::default();

@@ -11,7 +11,7 @@ use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::for_each_criu;
 use testbed::net::NetNs;
-use testbed::net_three::{DEVICE, Talk, ThreeHosts, expect_open, has_address};
+use testbed::net_three::{DEVICE, EchoClient, ThreeHosts, expect_open, has_address};
 use testbed::process::Spawned;
 use testbed::wait::{self, GENEROUS};
 use testbed::workspace::binary;
@@ -82,7 +82,7 @@ fn a_connection_survives_the_move(bed: &Bed, criu: &Criu) -> Result<()> {
     for mode in ["cold", "hybrid"] {
         let hosts = ThreeHosts::new()?;
         let service = serve(&hosts)?;
-        let mut talk = Talk::start(&hosts.client, hosts.service()?)?;
+        let mut client = EchoClient::start(&hosts.client, hosts.service()?)?;
         let dir = bed.path(&format!("agent-{mode}"));
         let insecure = ["--insecure".to_owned()];
         let agent = Agent::start(&criu.path, &dir, Some(&hosts.destination), &insecure)?;
@@ -96,8 +96,8 @@ fn a_connection_survives_the_move(bed: &Bed, criu: &Criu) -> Result<()> {
             .start_subject(&["--pid", &pid], &agent)?
             .succeed(GENEROUS);
         moved.with_context(|| format!("{mode}: {}", agent.log()))?;
-        talk.expect_answers()?;
-        talk.finish()?;
+        client.expect_answers()?;
+        client.finish()?;
         ensure!(
             !has_address(&hosts.source.net, ThreeHosts::SERVICE)?,
             "{mode}: still here"
@@ -123,7 +123,7 @@ fn a_connection_survives_a_move_that_fails(bed: &Bed, criu: &Criu) -> Result<()>
     fs::set_permissions(&fails, fs::Permissions::from_mode(0o755))?;
     let hosts = ThreeHosts::new()?;
     let mut service = serve(&hosts)?;
-    let mut talk = Talk::start(&hosts.client, hosts.service()?)?;
+    let mut client = EchoClient::start(&hosts.client, hosts.service()?)?;
     let insecure = ["--insecure".to_owned()];
     let agent = Agent::start(
         &fails,
@@ -141,7 +141,7 @@ fn a_connection_survives_a_move_that_fails(bed: &Bed, criu: &Criu) -> Result<()>
         moves
             .start_subject(&["--pid", &pid], &agent)?
             .fail(GENEROUS)?;
-        talk.expect_answers().with_context(|| mode)?;
+        client.expect_answers().with_context(|| mode)?;
         ensure!(service.ended()?.is_none(), "{mode}: the service has ended");
         ensure!(
             has_address(&hosts.source.net, ThreeHosts::SERVICE)?,
@@ -154,5 +154,5 @@ fn a_connection_survives_a_move_that_fails(bed: &Bed, criu: &Criu) -> Result<()>
         expect_open(&hosts.source.net)?;
         expect_open(&hosts.destination.net)?;
     }
-    talk.finish()
+    client.finish()
 }

@@ -92,7 +92,7 @@ pub fn kind(name: &str) -> Option<Kind> {
 }
 
 /// What a check, or the start, said of each kind: `None` is right.
-pub type Said = BTreeMap<String, Option<String>>;
+pub type KindResults = BTreeMap<String, Option<String>>;
 
 /// A running `memkinds`, dumped or restored. The process that was started here is killed on drop.
 #[derive(Debug)]
@@ -173,7 +173,7 @@ impl Kinds {
     ///
     /// # Errors
     /// It does not come.
-    pub fn answer(&self, n: u32) -> Result<Said> {
+    pub fn answer(&self, n: u32) -> Result<KindResults> {
         let path = self.dir.join(format!("out-{n}.json"));
         wait::until("the check of all kinds of mappings", LIMIT, || {
             Ok(path.exists().then_some(()))
@@ -182,7 +182,7 @@ impl Kinds {
     }
 }
 
-fn read(path: &Path) -> Result<Said> {
+fn read(path: &Path) -> Result<KindResults> {
     let bytes = fs::read(path).with_context(|| path.display().to_string())?;
     Ok(serde_json::from_slice(&bytes)?)
 }

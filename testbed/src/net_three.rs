@@ -108,18 +108,18 @@ pub fn expect_open(net: &NetNs) -> Result<()> {
 
 /// A client that holds one connection to an echoing service and checks each byte. Its thread ends on drop.
 #[derive(Debug)]
-pub struct Talk {
+pub struct EchoClient {
     stop: Arc<AtomicBool>,
     answers: Arc<AtomicU64>,
     thread: Option<JoinHandle<Result<()>>>,
 }
 
-impl Talk {
+impl EchoClient {
     /// Connects from `net` to the service at `address`.
     ///
     /// # Errors
     /// The service does not answer.
-    pub fn start(net: &NetNs, address: SocketAddr) -> Result<Talk> {
+    pub fn start(net: &NetNs, address: SocketAddr) -> Result<EchoClient> {
         let stop = Arc::new(AtomicBool::new(false));
         let answers = Arc::new(AtomicU64::new(0));
         // A socket stays in the network in which it was made.
@@ -137,7 +137,7 @@ impl Talk {
         first
             .recv_timeout(GENEROUS)
             .context("the service does not answer")?;
-        Ok(Talk {
+        Ok(EchoClient {
             stop,
             answers,
             thread: Some(thread),
@@ -174,7 +174,7 @@ impl Talk {
     }
 }
 
-impl Drop for Talk {
+impl Drop for EchoClient {
     fn drop(&mut self) {
         if let Err(error) = self.finish() {
             eprintln!("the client: {error:#}");

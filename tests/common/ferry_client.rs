@@ -16,7 +16,7 @@ use crate::forwarding::PATIENCE;
 
 /// A frame that has come.
 #[derive(Debug)]
-pub(crate) struct Came {
+pub(crate) struct ReceivedFrame {
     pub(crate) kind: frame::Kind,
     pub(crate) number: u64,
     pub(crate) body: Vec<u8>,
@@ -75,10 +75,10 @@ impl Connection {
     }
 
     /// The next frame.
-    pub(crate) fn next(&mut self) -> Came {
+    pub(crate) fn next(&mut self) -> ReceivedFrame {
         loop {
             if let Split::Frame(found) = split(&self.received).unwrap() {
-                let came = Came {
+                let came = ReceivedFrame {
                     kind: found.kind,
                     number: found.number,
                     body: self.received[found.body.clone()].to_vec(),

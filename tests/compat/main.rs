@@ -125,7 +125,7 @@ fn a_capture_of_an_earlier_sender_is_received() {
     for (frame, bytes) in frames(&said) {
         stream.write_all(bytes).unwrap();
         // A sender says no more before it has heard this.
-        let awaited = |heard: &[Said<'_>]| match frame.kind {
+        let awaited = |heard: &[CapturedFrame<'_>]| match frame.kind {
             Kind::Hello => heard.iter().any(|said| said.kind == Kind::Ack),
             Kind::Open | Kind::Close => heard.iter().any(|said| {
                 said.kind == Kind::Ack && Ack::decode(said.body).unwrap().answer.to == frame.number
@@ -146,27 +146,27 @@ fn a_capture_of_an_earlier_sender_is_received() {
 }
 
 /// A frame of a capture.
-struct Said<'a> {
+struct CapturedFrame<'a> {
     kind: Kind,
     number: u64,
     body: &'a [u8],
 }
 
 /// The frames that are whole, each with all its bytes.
-fn split_all(mut said: &[u8]) -> (Vec<(Said<'_>, &[u8])>, &[u8]) {
+fn split_all(mut said: &[u8]) -> (Vec<(CapturedFrame<'_>, &[u8])>, &[u8]) {
     let mut frames = Vec::new();
     while let Split::Frame(frame) = split(said).unwrap() {
         let (bytes, rest) = said.split_at(frame.end());
         let (kind, number) = (frame.kind, frame.number);
         let body = &bytes[frame.body];
-        frames.push((Said { kind, number, body }, bytes));
+        frames.push((CapturedFrame { kind, number, body }, bytes));
         said = rest;
     }
     (frames, said)
 }
 
 /// The frames of what has come so far.
-fn whole_frames(heard: &[u8]) -> Vec<Said<'_>> {
+fn whole_frames(heard: &[u8]) -> Vec<CapturedFrame<'_>> {
     split_all(heard)
         .0
         .into_iter()
@@ -175,21 +175,21 @@ fn whole_frames(heard: &[u8]) -> Vec<Said<'_>> {
 }
 
 /// All frames of a capture; nothing is left over.
-fn frames(said: &[u8]) -> Vec<(Said<'_>, &[u8])> {
+fn frames(said: &[u8]) -> Vec<(CapturedFrame<'_>, &[u8])> {
     let (frames, rest) = split_all(said);
     assert!(rest.is_empty(), "a frame is cut");
     frames
 }
 
 /// The same without their bytes.
-fn decoded(said: &[u8]) -> Vec<Said<'_>> {
+fn decoded(said: &[u8]) -> Vec<CapturedFrame<'_>> {
     frames(said).into_iter().map(|(frame, _)| frame).collect()
 }
 
 /// Reads each frame as its kind says, and returns the greeting.
-fn expect_understood(said: &[Said<'_>]) -> Hello {
+fn expect_understood(said: &[CapturedFrame<'_>]) -> Hello {
     let mut greeting = None;
-    for Said { kind, body, .. } in said {
+    for CapturedFrame { kind, body, .. } in said {
         match kind {
             Kind::Hello | Kind::Welcome => match Hello::decode(*kind, body).unwrap() {
                 Greeting::Hello(hello) => greeting = Some(hello),
@@ -212,7 +212,7 @@ fn expect_understood(said: &[Said<'_>]) -> Hello {
 /// The contents of all pages of the batches, by page number. Bases are those of `base`; hashes are compared under the
 /// key of the receiver.
 fn contents(
-    said: &[Said<'_>],
+    said: &[CapturedFrame<'_>],
     base: &BTreeMap<u64, Option<u32>>,
     hasher: &PageHasher,
 ) -> (BTreeMap<u64, Vec<u8>>, Vec<PageKind>) {

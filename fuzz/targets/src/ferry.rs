@@ -59,14 +59,14 @@ pub(crate) fn hasher() -> PageHasher {
 }
 
 /// A frame that a peer sends, which need not be one that may be sent.
-pub(crate) struct Said<'d> {
+pub(crate) struct PeerFrame<'d> {
     pub(crate) kind: Kind,
     pub(crate) number: u64,
     pub(crate) body: &'d [u8],
 }
 
 /// Bytes as frames: kind, number, length of the body (two bytes), body.
-pub(crate) fn said(mut data: &[u8]) -> Vec<Said<'_>> {
+pub(crate) fn said(mut data: &[u8]) -> Vec<PeerFrame<'_>> {
     let mut frames = Vec::new();
     while data.len() >= 4 {
         let [code, number, low, high] = take(&mut data);
@@ -77,7 +77,7 @@ pub(crate) fn said(mut data: &[u8]) -> Vec<Said<'_>> {
             255 => u64::MAX,
             number => u64::from(number),
         };
-        frames.push(Said {
+        frames.push(PeerFrame {
             kind: kind(code),
             number,
             body,
@@ -99,7 +99,7 @@ fn unsaid(frames: &[(Kind, u8, Vec<u8>)]) -> Vec<u8> {
 }
 
 /// The frame on the wire, its checksums right.
-fn on_wire(frame: &Said<'_>, out: &mut Vec<u8>) {
+fn on_wire(frame: &PeerFrame<'_>, out: &mut Vec<u8>) {
     let start = out.len();
     let len = u32::try_from(frame.body.len()).expect("a short body");
     out.extend_from_slice(&MAGIC);

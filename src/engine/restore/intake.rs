@@ -39,7 +39,7 @@ const UNDECIDED_MAX: usize = 16;
 
 /// A connection, and where its conversation stands.
 #[derive(Debug)]
-struct Talk {
+struct Connection {
     stream: UnixStream,
     record: [u8; RECORD_BYTES],
     read: usize,
@@ -50,7 +50,7 @@ struct Talk {
 }
 
 /// What a connection has said.
-enum Said {
+enum ConnectionStep {
     Event(IntakeEvent),
     /// It has ended.
     Over,
@@ -64,8 +64,8 @@ struct Open {
     /// Until a restore has come.
     listener: Option<UnixListener>,
     /// Those who have not said anything yet.
-    undecided: Vec<Talk>,
-    restore: Option<Talk>,
+    undecided: Vec<Connection>,
+    restore: Option<Connection>,
 }
 
 /// The receiving end of `lazy-pages.socket`. The socket file goes when this does.
@@ -158,7 +158,11 @@ impl Intake {
         let Some(open) = &self.open else {
             return false;
         };
-        open.restore.is_none() && !open.undecided.iter().any(|talk| talk.may_be_restore)
+        open.restore.is_none()
+            && !open
+                .undecided
+                .iter()
+                .any(|connection| connection.may_be_restore)
     }
 
     /// What to poll for reading, until the end.
@@ -177,7 +181,7 @@ impl Intake {
         };
         match said {
             Ok(None) => Ok(None),
-            Ok(Some(Said::Event(event))) => {
+            Ok(Some(ConnectionStep::Event(event))) => {
                 if matches!(event, IntakeEvent::Finished) {
                     // Its last word. A restore that is not detached (-d) keeps the connection for as long as
                     // the restored processes live: to wait for its end would be to wait for theirs.
@@ -185,7 +189,7 @@ impl Intake {
                 }
                 Ok(Some(event))
             }
-            Ok(Some(Said::Over)) => {
+            Ok(Some(ConnectionStep::Over)) => {
                 self.open = None;
                 Ok(Some(IntakeEvent::End))
             }
@@ -203,28 +207,28 @@ impl Open {
     /// What one of those who have connected says first: it is the restore. Anybody may connect, for a look or by
     /// mistake, so whoever leaves without a word, or says what no restore does, changes nothing, unless it can be a
     /// restore that has failed.
-    fn first_word(&mut self) -> io::Result<Option<Said>> {
+    fn first_word(&mut self) -> io::Result<Option<ConnectionStep>> {
         self.accept()?;
         let mut at = 0;
         while at < self.undecided.len() {
-            let talk = &mut self.undecided[at];
-            let failed = match talk.next() {
+            let connection = &mut self.undecided[at];
+            let failed = match connection.next() {
                 Ok(None) => {
                     at += 1;
                     continue;
                 }
-                Ok(Some(Said::Event(event))) => {
+                Ok(Some(ConnectionStep::Event(event))) => {
                     self.restore = Some(self.undecided.swap_remove(at));
                     // Nobody else is waited for.
                     self.undecided.clear();
                     self.listener = None;
-                    return Ok(Some(Said::Event(event)));
+                    return Ok(Some(ConnectionStep::Event(event)));
                 }
-                Ok(Some(Said::Over)) => None,
+                Ok(Some(ConnectionStep::Over)) => None,
                 Err(error) => Some(error),
             };
-            match (talk.may_be_restore, failed) {
-                (true, None) => return Ok(Some(Said::Over)),
+            match (connection.may_be_restore, failed) {
+                (true, None) => return Ok(Some(ConnectionStep::Over)),
                 (true, Some(error)) => return Err(error),
                 (false, None) => {
                     tracing::warn!("a connection to {SOCKET_NAME} has ended without a word");
@@ -249,13 +253,13 @@ impl Open {
             };
             stream.set_nonblocking(true)?;
             self.watch(&stream)?;
-            let stray = |talk: &Talk| !talk.may_be_restore;
+            let stray = |connection: &Connection| !connection.may_be_restore;
             if self.undecided.len() >= UNDECIDED_MAX
                 && let Some(oldest) = self.undecided.iter().position(stray)
             {
                 drop(self.undecided.remove(oldest));
             }
-            self.undecided.push(Talk {
+            self.undecided.push(Connection {
                 may_be_restore: may_be_restore(&stream),
                 stream,
                 record: [0; RECORD_BYTES],
@@ -267,9 +271,9 @@ impl Open {
     }
 }
 
-impl Talk {
+impl Connection {
     /// The next thing that is said, `None` if there is nothing yet.
-    fn next(&mut self) -> io::Result<Option<Said>> {
+    fn next(&mut self) -> io::Result<Option<ConnectionStep>> {
         loop {
             match self.advance() {
                 Ok(None) => {}
@@ -278,7 +282,7 @@ impl Talk {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // It died in mid-sentence.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
-                    return Ok(Some(Said::Over));
+                    return Ok(Some(ConnectionStep::Over));
                 }
                 Err(error) => return Err(error),
             }
@@ -286,11 +290,11 @@ impl Talk {
     }
 
     /// Reads on; `None` if more is to be read.
-    fn advance(&mut self) -> io::Result<Option<Said>> {
+    fn advance(&mut self) -> io::Result<Option<ConnectionStep>> {
         if let Some(pid) = self.awaits_fd_of {
             let received = fdpass::receive(self.stream.as_fd(), &mut [0])?;
             if received.bytes == 0 {
-                return Ok(Some(Said::Over));
+                return Ok(Some(ConnectionStep::Over));
             }
             self.awaits_fd_of = None;
             let fd: OwnedFd = received.fd.ok_or_else(|| {
@@ -299,12 +303,12 @@ impl Talk {
             // The process itself hands its userfaultfd over.
             let host = received.sender.unwrap_or(0);
             let event = IntakeEvent::Process(pid, Uffd::from(fd), host);
-            return Ok(Some(Said::Event(event)));
+            return Ok(Some(ConnectionStep::Event(event)));
         }
         let bytes = io::Read::read(&mut self.stream, &mut self.record[self.read..])?;
         self.read += bytes;
         if bytes == 0 {
-            return Ok(Some(Said::Over));
+            return Ok(Some(ConnectionStep::Over));
         }
         if self.read < RECORD_BYTES {
             return Ok(None);
@@ -318,7 +322,7 @@ impl Talk {
                 return Ok(None);
             }
         };
-        Ok(Some(Said::Event(event)))
+        Ok(Some(ConnectionStep::Event(event)))
     }
 }
 

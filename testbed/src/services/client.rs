@@ -19,7 +19,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(120);
 const ENOUGH: u64 = 3;
 
 /// What one client asks, and how it judges the answers.
-pub trait Talk: Send {
+pub trait ServiceClient: Send {
     /// Asks and checks the answer; false if there is nothing more to ask.
     ///
     /// # Errors
@@ -55,7 +55,7 @@ impl Clients {
     ///
     /// # Errors
     /// One of them gets none, or a wrong one.
-    pub fn start(talks: Vec<Box<dyn Talk>>) -> Result<Clients> {
+    pub fn start(talks: Vec<Box<dyn ServiceClient>>) -> Result<Clients> {
         let stop = Arc::new(AtomicBool::new(false));
         let threads = talks.into_iter().map(|mut talk| {
             let answers = Arc::new(AtomicU64::new(0));
@@ -150,7 +150,7 @@ impl Drop for Clients {
 
 /// Asks until it is to stop or has all.
 fn converse(
-    talk: &mut dyn Talk,
+    talk: &mut dyn ServiceClient,
     stop: &AtomicBool,
     (answers, longest): (&AtomicU64, &AtomicU64),
 ) -> Result<()> {

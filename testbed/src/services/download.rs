@@ -7,7 +7,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-use super::client::{Talk, connect, send};
+use super::client::{ServiceClient, connect, send};
 use crate::net::NetNs;
 
 /// Length of the file, words of 8 bytes.
@@ -39,7 +39,7 @@ pub(super) fn prepare(stage: &Path, port: u16) -> Result<String> {
     )
 }
 
-pub(super) fn talks(net: &NetNs, at: SocketAddr) -> Result<Vec<Box<dyn Talk>>> {
+pub(super) fn talks(net: &NetNs, at: SocketAddr) -> Result<Vec<Box<dyn ServiceClient>>> {
     let mut stream = connect(net, at)?;
     let question = "GET /file HTTP/1.1\r\nHost: service\r\nConnection: close\r\n\r\n";
     send(&mut stream, question.as_bytes())?;
@@ -73,7 +73,7 @@ struct Download {
     received: u64,
 }
 
-impl Talk for Download {
+impl ServiceClient for Download {
     fn ask(&mut self) -> Result<bool> {
         let mut piece = vec![0; usize::try_from(PIECE_WORDS * 8)?];
         self.stream

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-pub use client::{Clients, Talk};
+pub use client::{Clients, ServiceClient};
 pub use hosts::ServiceHosts;
 
 use crate::debian;
@@ -109,7 +109,7 @@ impl Service {
     /// It does not answer.
     pub fn talk(self, net: &NetNs, address: IpAddr, mib: u32) -> Result<Clients> {
         let at = SocketAddr::new(address, self.port());
-        let talks: Result<Vec<Box<dyn Talk>>> = match self {
+        let talks: Result<Vec<Box<dyn ServiceClient>>> = match self {
             Service::Redis => redis::talks(net, at, mib),
             Service::Postgres => postgres::talks(net, at, &self.system()?),
             Service::Nginx => download::talks(net, at),

@@ -8,7 +8,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
-use super::client::Talk;
+use super::client::ServiceClient;
 use crate::net::NetNs;
 use crate::process::run;
 use crate::wait::{self, GENEROUS};
@@ -76,7 +76,11 @@ fn another_user(stage: &Path) -> Result<String> {
     Ok("env LD_PRELOAD=/stage/user.so".to_owned())
 }
 
-pub(super) fn talks(net: &NetNs, at: SocketAddr, system: &Path) -> Result<Vec<Box<dyn Talk>>> {
+pub(super) fn talks(
+    net: &NetNs,
+    at: SocketAddr,
+    system: &Path,
+) -> Result<Vec<Box<dyn ServiceClient>>> {
     let mut first = Psql::connect(net, at, system)?;
     first.ask(
         "create table rows(writer int, number bigint, filler text, primary key(writer, number))",
@@ -84,7 +88,7 @@ pub(super) fn talks(net: &NetNs, at: SocketAddr, system: &Path) -> Result<Vec<Bo
     first.ask(&format!(
         "insert into rows select 0, n, repeat(md5(n::text), 6) from generate_series(1, {FIRST_ROWS}) n"
     ))?;
-    let mut talks: Vec<Box<dyn Talk>> = Vec::new();
+    let mut talks: Vec<Box<dyn ServiceClient>> = Vec::new();
     for writer in 1..=WRITERS {
         talks.push(Box::new(Writer {
             psql: Psql::connect(net, at, system)?,
@@ -177,7 +181,7 @@ struct Writer {
     rows: u64,
 }
 
-impl Talk for Writer {
+impl ServiceClient for Writer {
     fn ask(&mut self) -> Result<bool> {
         self.rows += 1;
         let (writer, row) = (self.writer, self.rows);
@@ -204,7 +208,7 @@ struct Transaction {
 /// The number that stands for the transaction's rows.
 const TRANSACTION: u64 = 99;
 
-impl Talk for Transaction {
+impl ServiceClient for Transaction {
     fn ask(&mut self) -> Result<bool> {
         let (first, last) = (self.rows + 1, self.rows + BATCH);
         self.psql.ask(&format!(

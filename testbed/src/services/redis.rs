@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpStream};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::client::{Talk, connect, send};
+use super::client::{ServiceClient, connect, send};
 use crate::net::NetNs;
 
 /// Clients.
@@ -31,7 +31,7 @@ pub(super) fn command(port: u16) -> String {
 }
 
 /// Clients that fill it with `mib` MiB.
-pub(super) fn talks(net: &NetNs, at: SocketAddr, mib: u32) -> Result<Vec<Box<dyn Talk>>> {
+pub(super) fn talks(net: &NetNs, at: SocketAddr, mib: u32) -> Result<Vec<Box<dyn ServiceClient>>> {
     // Whole batches.
     let keys = ((u64::from(mib) << 20) / KEY_BYTES / CLIENTS).next_multiple_of(BATCH);
     (0..CLIENTS)
@@ -43,7 +43,7 @@ pub(super) fn talks(net: &NetNs, at: SocketAddr, mib: u32) -> Result<Vec<Box<dyn
                 versions: vec![0; usize::try_from(keys)?],
             };
             talk.fill()?;
-            Ok(Box::new(talk) as Box<dyn Talk>)
+            Ok(Box::new(talk) as Box<dyn ServiceClient>)
         })
         .collect()
 }
@@ -110,7 +110,7 @@ impl Redis {
     }
 }
 
-impl Talk for Redis {
+impl ServiceClient for Redis {
     fn ask(&mut self) -> Result<bool> {
         self.count += 1;
         let counter = format!("counter:{}", self.number);

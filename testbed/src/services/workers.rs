@@ -7,7 +7,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-use super::client::{Talk, connect, send};
+use super::client::{ServiceClient, connect, send};
 use crate::net::NetNs;
 
 const PROGRAM: &str = include_str!("workers.py");
@@ -39,28 +39,32 @@ pub(super) fn prepare(stage: &Path, kind: &str, port: u16) -> Result<String> {
     ))
 }
 
-pub(super) fn talks(net: &NetNs, at: SocketAddr, kind: &str) -> Result<Vec<Box<dyn Talk>>> {
+pub(super) fn talks(
+    net: &NetNs,
+    at: SocketAddr,
+    kind: &str,
+) -> Result<Vec<Box<dyn ServiceClient>>> {
     let workers = workers(kind);
     (0..CLIENTS)
         .map(|number| {
-            Ok(Box::new(Asking {
+            Ok(Box::new(WorkerClient {
                 stream: connect(net, at)?,
                 turn: number,
                 steps: vec![0; usize::try_from(workers)?],
-            }) as Box<dyn Talk>)
+            }) as Box<dyn ServiceClient>)
         })
         .collect()
 }
 
 /// One client.
-struct Asking {
+struct WorkerClient {
     stream: BufReader<TcpStream>,
     turn: u64,
     /// What each worker had reached when it was last asked.
     steps: Vec<u64>,
 }
 
-impl Asking {
+impl WorkerClient {
     fn look(&mut self, worker: usize, page: u64) -> Result<()> {
         send(&mut self.stream, format!("{worker} {page}").as_bytes())?;
         let mut line = String::new();
@@ -88,7 +92,7 @@ impl Asking {
     }
 }
 
-impl Talk for Asking {
+impl ServiceClient for WorkerClient {
     fn ask(&mut self) -> Result<bool> {
         self.turn += 1;
         let count = u64::try_from(self.steps.len())?;

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::ForkResult;
-use testbed::kinds::Said;
+use testbed::kinds::KindResults;
 use testbed::mappings;
 use testbed::sys;
 
@@ -20,7 +20,7 @@ const PAGES_AT_ONCE: usize = 64;
 
 /// Checks everything. The child is forked first, while as much as possible is missing, and reads while this
 /// process does.
-pub(crate) fn check_all(all: &BTreeMap<String, Made>, dir: &Path) -> Result<Said> {
+pub(crate) fn check_all(all: &BTreeMap<String, Made>, dir: &Path) -> Result<KindResults> {
     let told = dir.join("child.json");
     let child = match sys::fork().context("fork")? {
         ForkResult::Child => {
@@ -37,7 +37,7 @@ pub(crate) fn check_all(all: &BTreeMap<String, Made>, dir: &Path) -> Result<Said
     };
     let mut said = said_of(all, |span| span.expect);
     let ended = waitpid(child, None).context("waitpid")?;
-    let in_child: Said =
+    let in_child: KindResults =
         serde_json::from_slice(&fs::read(&told).context("the child said nothing")?)?;
     fs::remove_file(&told)?;
     for (kind, wrong) in in_child {
@@ -60,7 +60,7 @@ fn a_guard(all: &BTreeMap<String, Made>) -> Option<usize> {
     Some(guard.address)
 }
 
-fn said_of(all: &BTreeMap<String, Made>, expect: impl Fn(&Span) -> Expect) -> Said {
+fn said_of(all: &BTreeMap<String, Made>, expect: impl Fn(&Span) -> Expect) -> KindResults {
     let say = |(kind, made): (&String, &Made)| (kind.clone(), wrong(made, &expect));
     all.iter().map(say).collect()
 }

@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use nix::unistd::{alarm, getpid, getsid, setsid};
 use serde::Serialize;
-use testbed::kinds::{Said, kind};
+use testbed::kinds::{KindResults, kind};
 
 use check::check_all;
 use make::Made;
@@ -46,7 +46,7 @@ fn serve(args: &Args) -> Result<()> {
     }
     alarm::set(LIFETIME_S);
     let mut all: BTreeMap<String, Made> = BTreeMap::new();
-    let mut said = Said::new();
+    let mut said = KindResults::new();
     if args.kinds.iter().any(|name| name.contains("sysv")) {
         // Before there are partners: CRIU restores no child in a namespace of its own.
         make::own_segments()?;

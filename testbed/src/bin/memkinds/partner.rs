@@ -13,7 +13,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 use nix::unistd::{ForkResult, alarm};
-use testbed::kinds::Said;
+use testbed::kinds::KindResults;
 use testbed::sys;
 
 use crate::LIFETIME_S;
@@ -73,7 +73,7 @@ fn serve(kind: &str, dir: &Path, change: impl FnOnce() -> Result<Vec<Span>>) -> 
 ///
 /// # Errors
 /// One says nothing.
-pub(crate) fn add_answers(said: &mut Said, dir: &Path, n: u32) -> Result<()> {
+pub(crate) fn add_answers(said: &mut KindResults, dir: &Path, n: u32) -> Result<()> {
     for kind in HAVE_PARTNERS {
         let Some(own) = said.get_mut(*kind) else {
             continue;
