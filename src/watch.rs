@@ -36,7 +36,7 @@ pub struct Timing {
 
 /// What is kept over a restart.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
-pub struct Kept {
+pub struct SavedState {
     /// The rule has fired, and its condition was not seen to be over since.
     pub has_fired: bool,
     /// When it fired last, milliseconds of the wall clock.
@@ -49,16 +49,16 @@ pub struct Trigger {
     timing: Timing,
     /// Since when the condition holds.
     since_ms: Option<u64>,
-    kept: Kept,
+    saved: SavedState,
 }
 
 impl Trigger {
     /// One whose condition has not been looked at.
-    pub fn new(timing: Timing, kept: Kept) -> Trigger {
+    pub fn new(timing: Timing, saved: SavedState) -> Trigger {
         Trigger {
             timing,
             since_ms: None,
-            kept,
+            saved,
         }
     }
 
@@ -72,7 +72,7 @@ impl Trigger {
             Level::Between => {}
             Level::Low => {
                 self.since_ms = None;
-                self.kept.has_fired = false;
+                self.saved.has_fired = false;
             }
         }
     }
@@ -84,10 +84,10 @@ impl Trigger {
 
     /// From when on the rule may fire, if its condition goes on to hold.
     pub fn due_ms(&self) -> Option<u64> {
-        let since = self.since_ms.filter(|_| !self.kept.has_fired)?;
+        let since = self.since_ms.filter(|_| !self.saved.has_fired)?;
         let held = since.saturating_add(self.timing.hold_ms);
         let cool = self
-            .kept
+            .saved
             .fired_ms
             .map_or(0, |fired| fired.saturating_add(self.timing.cool_down_ms));
         Some(held.max(cool))
@@ -100,14 +100,14 @@ impl Trigger {
 
     /// It has fired.
     pub fn fire(&mut self, now_ms: u64) {
-        self.kept = Kept {
+        self.saved = SavedState {
             has_fired: true,
             fired_ms: Some(now_ms),
         };
     }
 
     /// What is to be kept over a restart.
-    pub fn kept(&self) -> Kept {
-        self.kept
+    pub fn saved(&self) -> SavedState {
+        self.saved
     }
 }

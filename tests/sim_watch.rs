@@ -1,6 +1,6 @@
 //! Rules of `pageferry watch` under any course of their conditions, and under restarts.
 
-use pageferry::watch::{Kept, Level, Timing, Trigger};
+use pageferry::watch::{Level, SavedState, Timing, Trigger};
 use proptest::prelude::*;
 
 #[derive(Clone, Copy, Debug)]
@@ -33,7 +33,7 @@ fn timing() -> impl Strategy<Value = Timing> {
 
 /// Carries steps out, and fires whenever the rule is due. Returns the times of all looks and firings.
 fn run(timing: Timing, steps: &[Step]) -> (Vec<(u64, Level)>, Vec<u64>, Vec<u64>) {
-    let mut trigger = Trigger::new(timing, Kept::default());
+    let mut trigger = Trigger::new(timing, SavedState::default());
     let (mut now, mut looks, mut fired, mut restarts) = (0, Vec::new(), Vec::new(), Vec::new());
     for step in steps {
         match *step {
@@ -44,7 +44,7 @@ fn run(timing: Timing, steps: &[Step]) -> (Vec<(u64, Level)>, Vec<u64>, Vec<u64>
             }
             Step::Wait(time) => now += time,
             Step::Restart => {
-                trigger = Trigger::new(timing, trigger.kept());
+                trigger = Trigger::new(timing, trigger.saved());
                 restarts.push(now);
             }
         }

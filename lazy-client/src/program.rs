@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 
 use pageferry::daemon::command_line::{Action, parse};
 use pageferry::daemon::{self, Daemon, Forked, fork_waiting};
-use pageferry::engine::restore::standby::{Ends, Kept, Received, Standby, Watch};
+use pageferry::engine::restore::standby::{Ends, Received, Standby, StoredRestore, Watch};
 use pageferry::engine::restore::{Progress, Restore, RestoreConfig, Summary, block_signals};
 use pageferry::engine::service_manager::ServiceManager;
 use pageferry::error::{Error, Result};
@@ -47,8 +47,8 @@ fn restore(args: &Args, daemon: &mut Daemon) -> Result<()> {
     // Before any thread is started, so that no other thread is ever interrupted.
     block_signals()?;
     let config = args.config(daemon.images_dir().to_owned())?;
-    let manager = match manager_of(args).map(Kept::receive).transpose()? {
-        Some(Received::Kept(kept)) => return take_up(args, config, *kept, daemon),
+    let manager = match manager_of(args).map(StoredRestore::receive).transpose()? {
+        Some(Received::StoredRestore(kept)) => return take_up(args, config, *kept, daemon),
         Some(Received::Nothing(manager)) => Some(manager),
         None => None,
     };
@@ -104,7 +104,12 @@ fn kept_by(manager: ServiceManager, config: &RestoreConfig) -> Option<Standby> {
 }
 
 /// Goes on with what this service had under way when it was killed.
-fn take_up(args: &Args, config: RestoreConfig, kept: Kept, daemon: &mut Daemon) -> Result<()> {
+fn take_up(
+    args: &Args,
+    config: RestoreConfig,
+    kept: StoredRestore,
+    daemon: &mut Daemon,
+) -> Result<()> {
     let restore = Restore::take_up(config, kept)?;
     let report = Report::create_if_wanted(args).unwrap_or_else(|error| {
         tracing::error!("{error}");

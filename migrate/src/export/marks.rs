@@ -54,12 +54,12 @@ pub(super) enum Verdict {
     /// It hides the file of this name below.
     Whiteout,
     /// It is part of the layer.
-    Keep(Kept),
+    Keep(LayerEntry),
 }
 
 /// A file that is part of the layer.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub(super) struct Kept {
+pub(super) struct LayerEntry {
     /// A directory that hides what lies below it.
     pub(super) opaque: bool,
     /// A directory whose whiteouts are empty files with an attribute.
@@ -130,7 +130,7 @@ impl Marks {
         if self != Marks::None && kind == Kind::Device(0, 0) {
             return Verdict::Whiteout;
         }
-        let mut kept = Kept::default();
+        let mut kept = LayerEntry::default();
         for (name, value) in found {
             match self.read(&name) {
                 Attribute::Own(b"whiteout") if attribute_whiteouts && kind == Kind::File(0) => {
@@ -162,7 +162,7 @@ mod tests {
         list.iter().map(own).collect()
     }
 
-    fn kept(verdict: Verdict) -> Kept {
+    fn kept(verdict: Verdict) -> LayerEntry {
         match verdict {
             Verdict::Keep(kept) => kept,
             Verdict::Whiteout => panic!("a whiteout"),
@@ -175,11 +175,11 @@ mod tests {
         for marks in [Marks::Trusted, Marks::User, Marks::Either] {
             assert_eq!(marks.judge(device, Vec::new(), false), Verdict::Whiteout);
             let null = kept(marks.judge(Kind::Device(1, 3), Vec::new(), false));
-            assert_eq!(null, Kept::default());
+            assert_eq!(null, LayerEntry::default());
         }
         assert_eq!(
             kept(Marks::None.judge(device, Vec::new(), false)),
-            Kept::default()
+            LayerEntry::default()
         );
     }
 
@@ -188,8 +188,8 @@ mod tests {
         let file = || xattrs(&[("trusted.overlay.whiteout", "")]);
         let judge = |kind, dir| Marks::Trusted.judge(kind, file(), dir);
         assert_eq!(judge(Kind::File(0), true), Verdict::Whiteout);
-        assert_eq!(kept(judge(Kind::File(0), false)), Kept::default());
-        assert_eq!(kept(judge(Kind::File(1), true)), Kept::default());
+        assert_eq!(kept(judge(Kind::File(0), false)), LayerEntry::default());
+        assert_eq!(kept(judge(Kind::File(1), true)), LayerEntry::default());
         let dir = xattrs(&[("trusted.overlay.opaque", "x")]);
         let dir = kept(Marks::Trusted.judge(Kind::Directory, dir, false));
         assert!(dir.attribute_whiteouts && !dir.opaque);

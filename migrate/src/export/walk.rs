@@ -16,7 +16,7 @@ use nix::sys::stat::{major, minor};
 use pageferry::error::{Error, Kind as ErrorKind, Result};
 use pageferry::limits::EXPORT_DEPTH_MAX;
 
-use super::marks::{Kept, Kind, Marks, Verdict, Xattrs, allowed};
+use super::marks::{Kind, LayerEntry, Marks, Verdict, Xattrs, allowed};
 use super::report::LayerReport;
 use super::tarball::{Entry, Layer, Meta, joined};
 
@@ -282,7 +282,7 @@ impl<W: Write> Walk<'_, W> {
         dir: &Dir,
         name: &OsStr,
         path: &[u8],
-        (meta, kept): (&Metadata, Kept),
+        (meta, kept): (&Metadata, LayerEntry),
         within: Within,
     ) -> Result<()> {
         let failed = |error| Error::file("export", &dir.path.join(name), error);

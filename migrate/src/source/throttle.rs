@@ -45,7 +45,7 @@ const LOOKS_MAX: u32 = 20;
 
 /// What must be put back.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-struct Kept {
+struct SavedState {
     /// The group whose files are written.
     group: PathBuf,
     /// Whether it was made for this.
@@ -110,7 +110,7 @@ impl Drop for Throttle {
 /// A group cannot be written: the error names it.
 pub(super) fn undo(dir: &Path) -> Result<()> {
     let path = dir.join(KEPT);
-    let Some(kept) = records::read::<Kept>(&path)? else {
+    let Some(kept) = records::read::<SavedState>(&path)? else {
         return Ok(());
     };
     if kept.group.exists() {
@@ -125,7 +125,7 @@ pub(super) fn undo(dir: &Path) -> Result<()> {
     fs::remove_file(&path).map_err(|error| Error::file("remove", &path, error))
 }
 
-fn plan(tree: &Tree, id: &str) -> Result<Kept> {
+fn plan(tree: &Tree, id: &str) -> Result<SavedState> {
     let root = mount_point()?;
     let mut homes = Vec::new();
     for member in tree.members() {
@@ -142,13 +142,13 @@ fn plan(tree: &Tree, id: &str) -> Result<Kept> {
         && !has_children(&home)
         && members(&home)? == pids;
     Ok(match is_own {
-        true => Kept {
+        true => SavedState {
             cpu_max: fs::read_to_string(home.join("cpu.max")).ok(),
             group: home,
             made: false,
             homes: Vec::new(),
         },
-        false => Kept {
+        false => SavedState {
             group: home.join(format!("pageferry-{id}")),
             made: true,
             cpu_max: None,
@@ -244,7 +244,7 @@ fn put(group: &Path, pid: i32) -> Result<bool> {
 
 /// Moves all processes of a group back to where they were, and removes it. Those that were forked meanwhile go with
 /// the root.
-fn move_out(kept: &Kept) -> Result<()> {
+fn move_out(kept: &SavedState) -> Result<()> {
     let Some((_, first)) = kept.homes.first() else {
         return Ok(());
     };
@@ -347,7 +347,7 @@ mod tests {
     fn what_was_never_begun_is_undone() {
         let tmp = tempfile::tempdir().unwrap();
         undo(tmp.path()).unwrap();
-        let kept = Kept {
+        let kept = SavedState {
             group: tmp.path().join("gone"),
             made: true,
             cpu_max: None,

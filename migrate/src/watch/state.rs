@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{Flock, FlockArg};
 use pageferry::error::{Error, Kind, Result};
 use pageferry::sys::owned_process::ProcessName;
-use pageferry::watch::Kept;
+use pageferry::watch::SavedState;
 use serde::{Deserialize, Serialize};
 
 #[derive(Default, Serialize, Deserialize, Debug)]
 struct Contents {
-    rules: BTreeMap<String, Kept>,
+    rules: BTreeMap<String, SavedState>,
     running: BTreeMap<String, Running>,
 }
 
@@ -63,7 +63,7 @@ impl State {
     }
 
     /// What is known of a rule.
-    pub(super) fn kept(&self, rule: &str) -> Kept {
+    pub(super) fn saved(&self, rule: &str) -> SavedState {
         self.contents.rules.get(rule).copied().unwrap_or_default()
     }
 
@@ -73,17 +73,22 @@ impl State {
     }
 
     /// Writes down what is known of a rule, unless it is there.
-    pub(super) fn keep(&mut self, rule: &str, kept: Kept) -> Result<()> {
-        if self.kept(rule) == kept {
+    pub(super) fn keep(&mut self, rule: &str, saved: SavedState) -> Result<()> {
+        if self.saved(rule) == saved {
             return Ok(());
         }
-        self.contents.rules.insert(rule.to_owned(), kept);
+        self.contents.rules.insert(rule.to_owned(), saved);
         self.write()
     }
 
     /// An action begins: its rule has fired.
-    pub(super) fn begin(&mut self, target: &str, kept: Kept, running: Running) -> Result<()> {
-        self.contents.rules.insert(running.rule.clone(), kept);
+    pub(super) fn begin(
+        &mut self,
+        target: &str,
+        saved: SavedState,
+        running: Running,
+    ) -> Result<()> {
+        self.contents.rules.insert(running.rule.clone(), saved);
         self.contents.running.insert(target.to_owned(), running);
         self.write()
     }

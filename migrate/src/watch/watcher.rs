@@ -92,7 +92,7 @@ impl Watcher {
             self.triggers.push(started);
         }
         let watched = rules.into_iter().map(|rule| Watched {
-            trigger: Trigger::new(rule.timing(), self.state.kept(&rule.name)),
+            trigger: Trigger::new(rule.timing(), self.state.saved(&rule.name)),
             rule,
             pressure_until: None,
             has_failed: false,
@@ -216,7 +216,7 @@ impl Watcher {
         self.act()?;
         for watched in &mut self.watched {
             if watched.trigger.is_on() && matches!(watched.rule.when, When::Command { .. }) {
-                if !watched.trigger.kept().has_fired {
+                if !watched.trigger.saved().has_fired {
                     let name = &watched.rule.name;
                     tracing::warn!(
                         "rule {name:?}: its target is busy or it cools down: nothing is done"
@@ -247,7 +247,7 @@ impl Watcher {
             } else {
                 let watched = &self.watched[number];
                 self.state
-                    .keep(&watched.rule.name, watched.trigger.kept())?;
+                    .keep(&watched.rule.name, watched.trigger.saved())?;
             }
         }
         Ok(())
@@ -256,7 +256,7 @@ impl Watcher {
     /// Begins the action of a rule that has fired. It is written down before and after it has begun.
     fn begin(&mut self, number: usize) -> Result<()> {
         let watched = &self.watched[number];
-        let (rule, kept) = (watched.rule.clone(), watched.trigger.kept());
+        let (rule, saved) = (watched.rule.clone(), watched.trigger.saved());
         let (target, text) = (rule.target().to_owned(), action::told(&rule.action));
         if self.is_dry {
             tracing::info!("rule {:?} would now: {text}", rule.name);
@@ -267,13 +267,13 @@ impl Watcher {
             rule: rule.name.clone(),
             process: None,
         };
-        self.state.begin(&target, kept, running.clone())?;
+        self.state.begin(&target, saved, running.clone())?;
         let events = self.events.clone();
         match action::command(&rule.action, &rule.name)?.map(|mut command| command.spawn()) {
             Some(Ok(child)) => {
                 let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
                 running.process = pid.and_then(|pid| ProcessName::of(pid).ok());
-                self.state.begin(&target, kept, running)?;
+                self.state.begin(&target, saved, running)?;
                 tokio::spawn(wait(child, text, target, events));
             }
             Some(Err(error)) => {

@@ -24,9 +24,9 @@
 //! [`OnLoss`]: super::OnLoss
 
 mod journal;
-mod kept;
 mod messages;
 mod source_sockets;
+mod stored;
 mod takeover;
 
 use std::io;
@@ -47,10 +47,10 @@ use crate::sys::fdpass;
 use crate::sys::shared::{RestoreState, Shared};
 use crate::sys::uffd::{Message, Room};
 use journal::Journal;
-pub use kept::{Kept, Received};
 use messages::MessageBytes;
 pub(super) use messages::StandbyMessage;
 pub(in crate::engine) use source_sockets::SourceSockets;
+pub use stored::{Received, StoredRestore};
 
 /// How long who stands by may take to hear a word, or to end: it has nothing else to do.
 const PATIENCE: Duration = Duration::from_secs(1);

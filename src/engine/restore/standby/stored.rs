@@ -46,12 +46,12 @@ pub enum Received {
     /// Nothing to go on with.
     Nothing(ServiceManager),
     /// A restore that was under way.
-    Kept(Box<Kept>),
+    StoredRestore(Box<StoredRestore>),
 }
 
-/// See [`Received::Kept`].
+/// See [`Received::StoredRestore`].
 #[derive(Debug)]
-pub struct Kept {
+pub struct StoredRestore {
     manager: ServiceManager,
     names: BTreeSet<String>,
     shared: Shared<RestoreState>,
@@ -62,7 +62,7 @@ pub struct Kept {
     source: SourceSockets,
 }
 
-impl Kept {
+impl StoredRestore {
     /// Takes over what `manager` has passed to this process.
     ///
     /// # Errors
@@ -73,7 +73,7 @@ impl Kept {
         let names: BTreeSet<String> = parts.iter().map(|part| part.name.clone()).collect();
         let parts = Parts::sort(parts)?;
         let (Some(state), Some((number, words))) = (parts.state, parts.words) else {
-            return Ok(Kept::nothing(manager, &names));
+            return Ok(StoredRestore::nothing(manager, &names));
         };
         let unfit = |what: &str, error| {
             let text = format!("what the service manager kept as {what} is not what it should be");
@@ -83,9 +83,9 @@ impl Kept {
         let records = journal::read(&words).map_err(|error| unfit(JOURNAL, error))?;
         let dismissed = shared.dismissed.load(Ordering::SeqCst) != 0;
         if dismissed || parts.memory.is_empty() {
-            return Ok(Kept::nothing(manager, &names));
+            return Ok(StoredRestore::nothing(manager, &names));
         }
-        Ok(Received::Kept(Box::new(Kept {
+        Ok(Received::StoredRestore(Box::new(StoredRestore {
             manager,
             names,
             shared,
@@ -237,7 +237,7 @@ impl Restore {
     /// # Errors
     ///
     /// That is impossible. The restored processes are killed then, before anybody reads zeros.
-    pub fn take_up(config: RestoreConfig, kept: Kept) -> Result<Restore> {
+    pub fn take_up(config: RestoreConfig, kept: StoredRestore) -> Result<Restore> {
         // A trace begins with its process.
         let config = RestoreConfig {
             trace: None,
@@ -255,7 +255,7 @@ impl Restore {
         }
     }
 
-    fn follow_kept(mut self, mut kept: Kept) -> Result<Restore> {
+    fn follow_kept(mut self, mut kept: StoredRestore) -> Result<Restore> {
         let lost = match self.replay(&mut kept) {
             Ok(lost) => lost,
             Err(error) => {
@@ -304,7 +304,7 @@ impl Restore {
     }
 
     /// Does what the process before has told of, with its numbers. Returns what lives and has no userfaultfd.
-    fn replay(&mut self, kept: &mut Kept) -> Result<Vec<SpaceId>> {
+    fn replay(&mut self, kept: &mut StoredRestore) -> Result<Vec<SpaceId>> {
         let told = kept.told()?;
         let mut chains: BTreeMap<u32, Option<Arc<Chain>>> = BTreeMap::new();
         let mut lost = BTreeSet::new();
