@@ -35,13 +35,13 @@ use super::encode::{PlainBatch, Verdict, Verdicts};
 use super::gather::present_pages;
 use super::hash::{Fingerprint, HASH_BYTES, HashKey, PageHash, PageHasher};
 use super::message::StateId;
-use chunk::{CHUNK_BYTES, CHUNK_PAGES, Chunk, SLOTS_BYTES, Spot};
+use chunk::{CHUNK_BYTES, CHUNK_PAGES, Chunk, PageLocation, SLOTS_BYTES};
 use content_cache::{CACHED_EXTRA_BYTES, ContentCache};
 pub use content_cache::{NewSlab, Slab};
 
 /// What is remembered, in numbers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Remembered {
+pub struct CacheUsage {
     /// Memory in use, bytes.
     pub bytes: u64,
     /// Pages whose contents are kept.
@@ -126,8 +126,8 @@ impl PageMemory {
     }
 
     /// What is remembered, in numbers.
-    pub fn remembered(&self) -> Remembered {
-        Remembered {
+    pub fn remembered(&self) -> CacheUsage {
+        CacheUsage {
             bytes: self.chunk_bytes + self.cache.count() * self.cached_page_bytes(),
             kept_pages: self.cache.count(),
             left_out_pages: self.left_out_pages,
@@ -179,9 +179,9 @@ impl PageMemory {
         }
         let first = run.start().get() >> self.page.shift();
         for (number, hash) in (first..).zip(hashes) {
-            let spot = Spot { target, number };
-            if let Some(chunk) = self.chunk(spot) {
-                chunk.set_base(spot.at(), PageHash(*hash));
+            let location = PageLocation { target, number };
+            if let Some(chunk) = self.chunk(location) {
+                chunk.set_base(location.at(), PageHash(*hash));
             }
         }
     }
@@ -190,9 +190,9 @@ impl PageMemory {
     /// was sent.
     pub fn base_of(&self, target: Target, vaddr: Vaddr) -> Option<PageHash> {
         let number = vaddr.get() >> self.page.shift();
-        let spot = Spot { target, number };
-        let chunk = self.targets.get(&target)?.get(&spot.chunk())?;
-        chunk.base(spot.at())
+        let location = PageLocation { target, number };
+        let chunk = self.targets.get(&target)?.get(&location.chunk())?;
+        chunk.base(location.at())
     }
 
     /// Judges the PRESENT pages of `batch` and remembers them. `prints` has their fingerprints,
@@ -214,8 +214,8 @@ impl PageMemory {
         let with_prints = present_pages(runs, self.page).zip(pages).zip(prints);
         for ((vaddr, contents), print) in with_prints {
             let number = vaddr.get() >> self.page.shift();
-            let spot = Spot { target, number };
-            let verdict = self.judge_page(spot, contents, *print, hasher, &mut verdicts.xor);
+            let location = PageLocation { target, number };
+            let verdict = self.judge_page(location, contents, *print, hasher, &mut verdicts.xor);
             verdicts.pages.push(verdict);
         }
         for run in runs {
@@ -256,7 +256,7 @@ impl PageMemory {
 
     fn judge_page(
         &mut self,
-        spot: Spot,
+        location: PageLocation,
         contents: &[u8],
         print: Fingerprint,
         hasher: &PageHasher,
@@ -270,12 +270,12 @@ impl PageMemory {
         let Some(hash) = print.hash else {
             return otherwise;
         };
-        let Some(chunk) = self.chunk(spot) else {
+        let Some(chunk) = self.chunk(location) else {
             self.left_out_pages += 1;
             return otherwise;
         };
-        let (base, slot) = (chunk.base(spot.at()), chunk.slot(spot.at()));
-        chunk.replace(spot.at(), hash);
+        let (base, slot) = (chunk.base(location.at()), chunk.slot(location.at()));
+        chunk.replace(location.at(), hash);
         if base == Some(hash) {
             return Verdict::Same(hash);
         }
@@ -293,11 +293,11 @@ impl PageMemory {
         match slot {
             Some(slot) if print.zero => {
                 self.cache.remove(slot);
-                self.set_slot(spot, None);
+                self.set_slot(location, None);
             }
             Some(slot) => self.cache.replace(slot, contents),
             None if print.zero => {}
-            None => self.keep(spot, contents, base.is_some()),
+            None => self.keep(location, contents, base.is_some()),
         }
         verdict
     }
@@ -322,40 +322,40 @@ impl PageMemory {
         }
     }
 
-    /// The chunk of `spot`, made if need be and budget allows.
-    fn chunk(&mut self, spot: Spot) -> Option<&mut Chunk> {
-        let chunks = self.targets.get(&spot.target);
-        if !chunks.is_some_and(|chunks| chunks.contains_key(&spot.chunk())) {
+    /// The chunk of `location`, made if need be and budget allows.
+    fn chunk(&mut self, location: PageLocation) -> Option<&mut Chunk> {
+        let chunks = self.targets.get(&location.target);
+        if !chunks.is_some_and(|chunks| chunks.contains_key(&location.chunk())) {
             if !self.make_room(CHUNK_BYTES, true) {
                 return None;
             }
             self.chunk_bytes += CHUNK_BYTES;
         }
-        let chunks = self.targets.entry(spot.target).or_default();
-        Some(chunks.entry(spot.chunk()).or_insert_with(Chunk::new))
+        let chunks = self.targets.entry(location.target).or_default();
+        Some(chunks.entry(location.chunk()).or_insert_with(Chunk::new))
     }
 
-    /// Keeps the contents of the page at `spot` if that is worth the room: a page that has
+    /// Keeps the contents of the page at `location` if that is worth the room: a page that has
     /// `changed` may push out others, one that is new only fills room that is free.
-    fn keep(&mut self, spot: Spot, contents: &[u8], changed: bool) {
+    fn keep(&mut self, location: PageLocation, contents: &[u8], changed: bool) {
         if !self.keeps_contents {
             return;
         }
         let bytes = self.cached_page_bytes() + SLOTS_BYTES;
         let fits = self.remembered().bytes + bytes <= self.budget_bytes;
         if fits || (changed && self.make_room(bytes, false)) {
-            let slot = self.cache.insert(spot, contents, changed);
-            self.set_slot(spot, Some(slot));
+            let slot = self.cache.insert(location, contents, changed);
+            self.set_slot(location, Some(slot));
         }
     }
 
     /// Drops kept contents until `bytes` more fit into the budget.
     fn make_room(&mut self, bytes: u64, at_all_costs: bool) -> bool {
         while self.remembered().bytes + bytes > self.budget_bytes {
-            let Some(spot) = self.cache.evict(at_all_costs) else {
+            let Some(location) = self.cache.evict(at_all_costs) else {
                 return false;
             };
-            self.set_slot(spot, None);
+            self.set_slot(location, None);
         }
         true
     }
@@ -365,11 +365,11 @@ impl PageMemory {
     }
 
     /// Says where the contents of a page in an existing chunk are kept.
-    fn set_slot(&mut self, spot: Spot, slot: Option<chunk::Slot>) {
-        let chunks = self.targets.get_mut(&spot.target);
-        if let Some(chunk) = chunks.and_then(|chunks| chunks.get_mut(&spot.chunk())) {
+    fn set_slot(&mut self, location: PageLocation, slot: Option<chunk::Slot>) {
+        let chunks = self.targets.get_mut(&location.target);
+        if let Some(chunk) = chunks.and_then(|chunks| chunks.get_mut(&location.chunk())) {
             let before = chunk.bytes();
-            chunk.set_slot(spot.at(), slot);
+            chunk.set_slot(location.at(), slot);
             self.chunk_bytes += chunk.bytes() - before;
         }
     }

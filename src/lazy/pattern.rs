@@ -43,7 +43,7 @@ pub fn block_bytes(missed_bytes: u64) -> u64 {
 
 /// What to fetch for a fault, in pages relative to the faulting one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Around {
+pub enum FaultAround {
     /// Nothing is known of what comes next.
     Alone,
     /// The page and those above it, this many in all.
@@ -104,7 +104,7 @@ pub struct Pattern {
 
 impl Pattern {
     /// Takes note of a fault on page number `page` and says what to bring.
-    pub fn observe(&mut self, page: u64) -> Around {
+    pub fn observe(&mut self, page: u64) -> FaultAround {
         self.faults += 1;
         let used = self.faults;
         self.observe_stride(page);
@@ -126,13 +126,13 @@ impl Pattern {
                 used,
             };
             return if upwards {
-                Around::Up(sequence.ahead())
+                FaultAround::Up(sequence.ahead())
             } else {
-                Around::Down(sequence.ahead())
+                FaultAround::Down(sequence.ahead())
             };
         }
         if self.strides >= 2 {
-            return Around::Stride {
+            return FaultAround::Stride {
                 step: self.stride,
                 count: STRIDE_PAGES,
             };
@@ -149,7 +149,7 @@ impl Pattern {
                 used,
             };
         }
-        Around::Alone
+        FaultAround::Alone
     }
 
     /// Whether a sequence upwards is about to come to `page`.
@@ -182,8 +182,8 @@ mod tests {
     /// How many pages a fault brings that is alone or on a sequence upwards.
     fn upwards(pattern: &mut Pattern, page: u64) -> u64 {
         match pattern.observe(page) {
-            Around::Alone => 1,
-            Around::Up(pages) => pages,
+            FaultAround::Alone => 1,
+            FaultAround::Up(pages) => pages,
             other => panic!("not upwards: {other:?}"),
         }
     }
@@ -237,9 +237,9 @@ mod tests {
     #[test]
     fn a_sequence_downwards_reads_below() {
         let mut pattern = Pattern::default();
-        assert_eq!(pattern.observe(1000), Around::Alone);
-        assert_eq!(pattern.observe(999), Around::Down(4));
-        assert_eq!(pattern.observe(995), Around::Down(16));
+        assert_eq!(pattern.observe(1000), FaultAround::Alone);
+        assert_eq!(pattern.observe(999), FaultAround::Down(4));
+        assert_eq!(pattern.observe(995), FaultAround::Down(16));
     }
 
     #[test]
@@ -248,7 +248,7 @@ mod tests {
         for page in [
             10, 9_000, 77_000, 3_000, 500_000, 123_456, 42_000, 8_888, 1_000_000,
         ] {
-            assert_eq!(pattern.observe(page), Around::Alone);
+            assert_eq!(pattern.observe(page), FaultAround::Alone);
         }
     }
 
@@ -256,9 +256,9 @@ mod tests {
     fn a_wide_stride_is_followed_although_its_next_pages_fault_no_more() {
         let mut pattern = Pattern::default();
         for page in [10_000, 11_000, 12_000] {
-            assert_eq!(pattern.observe(page), Around::Alone);
+            assert_eq!(pattern.observe(page), FaultAround::Alone);
         }
-        let stride = Around::Stride {
+        let stride = FaultAround::Stride {
             step: 1000,
             count: STRIDE_PAGES,
         };

@@ -25,7 +25,7 @@ use std::fmt::Debug;
 
 use super::answer::Reach;
 use super::fault_prediction::FaultPrediction;
-use super::pattern::{Around, Pattern, block_bytes};
+use super::pattern::{FaultAround, Pattern, block_bytes};
 use crate::limits::FERRY_BATCH_BYTES_MAX;
 use crate::units::{PageSize, Vaddr};
 
@@ -66,7 +66,7 @@ pub trait Policy: Debug + Send + Sync {
     fn reach(&self, path: FaultPath, page: PageSize, missing_bytes: u64, on_demand: bool) -> Reach;
 
     /// Notes in `history` that a thread touched page number `page`, and says what to bring with it.
-    fn around(&self, history: &mut Pattern, page: u64) -> Around;
+    fn around(&self, history: &mut Pattern, page: u64) -> FaultAround;
 
     /// Whether the thread that waits for page number `page` will need those above it next. If so the pages
     /// above are installed without waking it ([`BatchedWakeup`](super::batched_wakeup::BatchedWakeup)).
@@ -116,7 +116,7 @@ impl Policy for Adaptive {
         }
     }
 
-    fn around(&self, history: &mut Pattern, page: u64) -> Around {
+    fn around(&self, history: &mut Pattern, page: u64) -> FaultAround {
         history.observe(page)
     }
 
@@ -155,8 +155,8 @@ mod tests {
             }
         }
 
-        fn around(&self, _: &mut Pattern, _: u64) -> Around {
-            Around::Alone
+        fn around(&self, _: &mut Pattern, _: u64) -> FaultAround {
+            FaultAround::Alone
         }
 
         fn reads_upwards(&self, _: &Pattern, _: u64) -> bool {

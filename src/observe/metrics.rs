@@ -58,7 +58,7 @@ impl MetricsListener {
 }
 
 fn answer(client: TcpStream, render: &impl Fn() -> String, patience: Duration) -> io::Result<()> {
-    let mut client = Hurried {
+    let mut client = DeadlineStream {
         client,
         deadline: Instant::now() + patience,
     };
@@ -75,12 +75,12 @@ fn answer(client: TcpStream, render: &impl Fn() -> String, patience: Duration) -
 }
 
 /// A client whose time is limited however it divides it up.
-struct Hurried {
+struct DeadlineStream {
     client: TcpStream,
     deadline: Instant,
 }
 
-impl Hurried {
+impl DeadlineStream {
     fn left(&self) -> io::Result<Duration> {
         let left = self.deadline.saturating_duration_since(Instant::now());
         match left.is_zero() {
@@ -90,14 +90,14 @@ impl Hurried {
     }
 }
 
-impl Read for Hurried {
+impl Read for DeadlineStream {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         self.client.set_read_timeout(Some(self.left()?))?;
         self.client.read(out)
     }
 }
 
-impl Write for Hurried {
+impl Write for DeadlineStream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.client.set_write_timeout(Some(self.left()?))?;
         self.client.write(bytes)
@@ -169,13 +169,13 @@ mod tests {
 
         // However much is there: the time counts, and not whether something comes within it.
         client.write_all(b"Host: x\r\n\r\n").unwrap();
-        let mut hurried = Hurried {
+        let mut limited = DeadlineStream {
             client,
             deadline: Instant::now(),
         };
         for error in [
-            hurried.read(&mut [0; 8]).unwrap_err(),
-            hurried.write(b"x").unwrap_err(),
+            limited.read(&mut [0; 8]).unwrap_err(),
+            limited.write(b"x").unwrap_err(),
         ] {
             assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         }

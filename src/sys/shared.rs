@@ -10,7 +10,7 @@ use bytemuck::Zeroable;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 
-use super::uffd::Room;
+use super::uffd::MessageBuffer;
 
 /// What two processes know of one restore at any time. Atomics alone, so that any bytes are a value.
 #[derive(Zeroable, Debug)]
@@ -31,7 +31,7 @@ pub struct RestoreState {
     /// How many events had been told before that.
     pub told_before: AtomicU64,
     /// What was read.
-    pub room: Room,
+    pub room: MessageBuffer,
 }
 
 impl RestoreState {

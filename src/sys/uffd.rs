@@ -35,7 +35,7 @@ pub enum Event {
     Unmap(PageRange),
 }
 
-/// The same before anything is owned: what a read has left in a [`Room`].
+/// The same before anything is owned: what a read has left in a [`MessageBuffer`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Message {
     /// See [`Event::Fault`].
@@ -61,9 +61,9 @@ const MESSAGE_WORDS: usize = 4;
 /// Where the kernel puts the messages of one read. It may be memory that another process sees as well: what
 /// a read has taken from the kernel is there then, even if the reader is killed before it returns.
 #[derive(Zeroable, Debug)]
-pub struct Room([[AtomicU64; MESSAGE_WORDS]; MESSAGES_MAX]);
+pub struct MessageBuffer([[AtomicU64; MESSAGE_WORDS]; MESSAGES_MAX]);
 
-impl Room {
+impl MessageBuffer {
     /// Forgets all messages.
     pub fn clear(&self) {
         for message in &self.0 {
@@ -221,11 +221,11 @@ pub(super) fn agree(uffd: BorrowedFd<'_>, wanted: u64) -> io::Result<u64> {
 impl Uffd {
     /// Reads up to [`MESSAGES_MAX`] messages into the empty `room`; `seen` gets them in order. Returns how
     /// many there were; 0 if there is nothing to read now.
-    pub fn read(&self, room: &Room, mut seen: impl FnMut(Event)) -> io::Result<usize> {
+    pub fn read(&self, room: &MessageBuffer, mut seen: impl FnMut(Event)) -> io::Result<usize> {
         let start = room.0.as_ptr().cast_mut().cast();
         // SAFETY: the kernel writes at most the size of the room to it, and all that looks at it are
         // atomics, of which any value is valid.
-        let length = unsafe { libc::read(self.0.as_raw_fd(), start, size_of::<Room>()) };
+        let length = unsafe { libc::read(self.0.as_raw_fd(), start, size_of::<MessageBuffer>()) };
         match Errno::result(length) {
             Ok(_) => {}
             Err(Errno::EAGAIN | Errno::EINTR) => return Ok(0),
@@ -455,7 +455,7 @@ mod calls {
 }
 
 const _: () = assert!(size_of::<RawMessage>() == 8 * MESSAGE_WORDS);
-const _: () = assert!(size_of::<Room>() == size_of::<RawMessage>() * MESSAGES_MAX);
+const _: () = assert!(size_of::<MessageBuffer>() == size_of::<RawMessage>() * MESSAGES_MAX);
 const _: () = assert!(size_of::<Api>() == 24);
 const _: () = assert!(size_of::<Range>() == 16);
 const _: () = assert!(size_of::<Copy>() == 40);

@@ -9,7 +9,7 @@ use rustls::sign::CertifiedKey;
 use webpki::{CertRevocationList, OwnedCertRevocationList, anchor_from_trusted_cert};
 
 use super::TlsArgs;
-use super::verify::Whose;
+use super::verify::CertificateSummary;
 use crate::error::{Error, Kind, Result};
 
 /// Where CRIU looks without the options.
@@ -106,7 +106,7 @@ pub(super) fn identity(args: &TlsArgs, provider: &CryptoProvider) -> Result<Iden
     let cert = File::new(args.tls_cert.as_ref(), CERT, "--tls-cert", "a certificate");
     let key = File::new(args.tls_key.as_ref(), KEY, "--tls-key", "a private key");
     let chain: Vec<CertificateDer<'static>> = cert.read_all()?;
-    let description = Whose(&chain[0]).to_string();
+    let description = CertificateSummary(&chain[0]).to_string();
     let private = PrivateKeyDer::from_pem_file(&key.path).map_err(|error| key.unreadable(error))?;
     let key = CertifiedKey::from_der(chain, private, provider).map_err(|error| {
         let cert = cert.path.display();

@@ -260,7 +260,7 @@ impl TlsSession {
             ended,
             ..
         } = self;
-        let mut hands = Hands {
+        let mut outputs = Outputs {
             outgoing,
             plain,
             ended,
@@ -268,8 +268,8 @@ impl TlsSession {
         };
         let input = &mut incoming.buffer[incoming.start..incoming.end];
         let (used, stop) = match connection {
-            Connection::Client(client) => hands.handle(client.process_tls_records(input), say),
-            Connection::Server(server) => hands.handle(server.process_tls_records(input), say),
+            Connection::Client(client) => outputs.handle(client.process_tls_records(input), say),
+            Connection::Server(server) => outputs.handle(server.process_tls_records(input), say),
         };
         incoming.start += used;
         stop
@@ -277,7 +277,7 @@ impl TlsSession {
 }
 
 /// Where what rustls gives goes.
-struct Hands<'a> {
+struct Outputs<'a> {
     outgoing: &'a mut Outgoing,
     /// For plaintext that does not fit into `out`.
     plain: &'a mut PlainBuffer,
@@ -286,7 +286,7 @@ struct Hands<'a> {
     out: &'a mut [u8],
 }
 
-impl Hands<'_> {
+impl Outputs<'_> {
     /// Does what rustls asks for; says how much input it has used up.
     fn handle<Data>(
         &mut self,

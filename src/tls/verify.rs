@@ -71,7 +71,10 @@ impl PeerVerifier {
                 _ => Ok(()),
             });
         verified.map_err(|(kind, explanation)| {
-            let text = format!("the certificate of {} {explanation}", Whose(end_entity));
+            let text = format!(
+                "the certificate of {} {explanation}",
+                CertificateSummary(end_entity)
+            );
             let mut problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
             *problem = Some(text);
             rustls::Error::InvalidCertificate(kind)
@@ -244,9 +247,9 @@ fn is_common_name(certificate: &CertificateDer<'_>, name: &ServerName<'_>) -> bo
 }
 
 /// A certificate in words: whose it is, who issued it, until when.
-pub(super) struct Whose<'a>(pub(super) &'a CertificateDer<'a>);
+pub(super) struct CertificateSummary<'a>(pub(super) &'a CertificateDer<'a>);
 
-impl fmt::Display for Whose<'_> {
+impl fmt::Display for CertificateSummary<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Ok((_, parsed)) = X509Certificate::from_der(self.0) else {
             return f.write_str("somebody (it cannot be read)");

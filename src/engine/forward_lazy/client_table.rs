@@ -22,13 +22,13 @@ const LOOK_AGAIN: Duration = Duration::from_millis(250);
 pub(super) struct ClientTable {
     state: Mutex<State>,
     changed: Condvar,
-    patience: Patience,
+    timeouts: ClientTimeouts,
     since: Instant,
 }
 
 /// How long clients are waited for; `None` is for ever.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Patience {
+pub(super) struct ClientTimeouts {
     /// For the first one.
     pub(super) first: Option<Duration>,
     /// For one to come back, or another one, when none is here any more.
@@ -83,7 +83,7 @@ enum Leaves {
 
 impl State {
     /// The outcome when nobody is here or is still waited for. `since` is when waiting began.
-    fn abandoned(&self, patience: &Patience, since: Instant) -> Option<DumpOutcome> {
+    fn abandoned(&self, timeouts: &ClientTimeouts, since: Instant) -> Option<DumpOutcome> {
         if self.here > 0 {
             return None;
         }
@@ -91,21 +91,21 @@ impl State {
             most.is_some_and(|most| since.elapsed() >= most)
         };
         match self.left {
-            Some(left) if !over(left, patience.next) => None,
-            _ if self.failed && patience.only_one => Some(DumpOutcome::Failed),
+            Some(left) if !over(left, timeouts.next) => None,
+            _ if self.failed && timeouts.only_one => Some(DumpOutcome::Failed),
             Some(_) => Some(DumpOutcome::GivenUp),
-            None => over(since, patience.first).then_some(DumpOutcome::NobodyCame),
+            None => over(since, timeouts.first).then_some(DumpOutcome::NobodyCame),
         }
     }
 }
 
 impl ClientTable {
-    /// Clients that are waited for with `patience` from now on.
-    pub(super) fn new(patience: Patience) -> ClientTable {
+    /// Clients that are waited for with `timeouts` from now on.
+    pub(super) fn new(timeouts: ClientTimeouts) -> ClientTable {
         ClientTable {
             state: Mutex::default(),
             changed: Condvar::new(),
-            patience,
+            timeouts,
             since: Instant::now(),
         }
     }
@@ -132,7 +132,7 @@ impl ClientTable {
             } else if stopped() {
                 DumpOutcome::Stopped
             } else {
-                state.abandoned(&self.patience, self.since)?
+                state.abandoned(&self.timeouts, self.since)?
             };
             state.given_up = outcome != DumpOutcome::Confirmed;
             Some(outcome)
@@ -216,7 +216,7 @@ impl Drop for ClientEntry<'_> {
             Some(Leaves::ToReturn) => state.left = Some(Instant::now()),
             Some(Leaves::ForGood) => {
                 state.failed = true;
-                if !self.clients.patience.only_one {
+                if !self.clients.timeouts.only_one {
                     state.left = Some(Instant::now());
                 }
             }
@@ -231,8 +231,8 @@ impl Drop for ClientEntry<'_> {
 mod tests {
     use super::*;
 
-    fn patience(next: Duration) -> Patience {
-        Patience {
+    fn timeouts(next: Duration) -> ClientTimeouts {
+        ClientTimeouts {
             first: None,
             next: Some(next),
             only_one: true,
@@ -241,9 +241,9 @@ mod tests {
 
     #[test]
     fn a_dump_to_which_no_client_comes_is_given_up() {
-        let clients = ClientTable::new(Patience {
+        let clients = ClientTable::new(ClientTimeouts {
             first: Some(Duration::ZERO),
-            ..patience(Duration::MAX)
+            ..timeouts(Duration::MAX)
         });
         let stranger = clients.enter();
         assert_eq!(clients.wait_for_outcome(|| true), DumpOutcome::Stopped);
@@ -253,9 +253,9 @@ mod tests {
 
     #[test]
     fn with_room_for_others_a_failed_client_is_one_that_has_left() {
-        let several = |next| Patience {
+        let several = |next| ClientTimeouts {
             only_one: false,
-            ..patience(next)
+            ..timeouts(next)
         };
         for (next, outcome) in [
             (Duration::MAX, DumpOutcome::Stopped),
@@ -278,7 +278,7 @@ mod tests {
 
     #[test]
     fn a_client_that_has_failed_is_not_waited_for() {
-        let clients = ClientTable::new(patience(Duration::MAX));
+        let clients = ClientTable::new(timeouts(Duration::MAX));
         let (mut first, for_faults) = (clients.enter(), clients.enter());
         first.leave_for_good();
         drop(first);
@@ -290,7 +290,7 @@ mod tests {
 
     #[test]
     fn another_client_than_the_one_that_has_failed_may_come_back() {
-        let clients = ClientTable::new(patience(Duration::MAX));
+        let clients = ClientTable::new(timeouts(Duration::MAX));
         drop(served(&clients));
         let mut failed = clients.enter();
         failed.leave_for_good();
@@ -300,7 +300,7 @@ mod tests {
 
     #[test]
     fn the_dump_is_given_up_only_when_nobody_comes_back() {
-        let clients = ClientTable::new(patience(Duration::ZERO));
+        let clients = ClientTable::new(timeouts(Duration::ZERO));
         drop(clients.enter());
         assert_eq!(
             clients.wait_for_outcome(|| true),
@@ -320,7 +320,7 @@ mod tests {
 
     #[test]
     fn a_client_that_has_everything_ends_the_dump_whatever_comes_then() {
-        let clients = ClientTable::new(patience(Duration::ZERO));
+        let clients = ClientTable::new(timeouts(Duration::ZERO));
         let mut client = clients.enter();
         assert!(client.confirm());
         client.leave_for_good();

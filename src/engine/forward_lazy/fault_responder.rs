@@ -47,11 +47,11 @@ impl PostcopySession {
         }
         connection_loop::say_last_words(responder.conn, LAST_WORDS);
         match ended {
-            Err(Trouble::Lost(error)) => {
+            Err(Failure::Lost(error)) => {
                 tracing::debug!("a connection for faults: {error}");
                 Ok(())
             }
-            Err(Trouble::Failed(error)) => Err(error),
+            Err(Failure::Failed(error)) => Err(error),
             Ok(()) => Ok(()),
         }
     }
@@ -69,32 +69,32 @@ struct FaultResponder<'a> {
 }
 
 /// Why no more questions are answered.
-enum Trouble {
+enum Failure {
     /// The connection is gone; there may be another.
     Lost(ConnError),
     /// This side cannot go on.
     Failed(Error),
 }
 
-impl From<ConnError> for Trouble {
-    fn from(error: ConnError) -> Trouble {
-        Trouble::Lost(error)
+impl From<ConnError> for Failure {
+    fn from(error: ConnError) -> Failure {
+        Failure::Lost(error)
     }
 }
 
 impl FaultResponder<'_> {
-    fn run(&mut self) -> std::result::Result<(), Trouble> {
+    fn run(&mut self) -> std::result::Result<(), Failure> {
         while !self.session.sending.is_ending() {
             let left = self.conn.flush()?;
             match self.conn.receive()? {
                 Some(found) if found.kind == frame::Kind::Fault => {
                     let fault = Fault::decode(&found.body, self.session.dump_memory.page());
                     let fault = fault.map_err(ConnError::Frame)?;
-                    self.answer(found.number, &fault).map_err(Trouble::Failed)?;
+                    self.answer(found.number, &fault).map_err(Failure::Failed)?;
                 }
                 Some(found) => {
                     let text = format!("a {:?} frame came where faults belong", found.kind);
-                    return Err(Trouble::Failed(Error::new(Kind::Protocol, text)));
+                    return Err(Failure::Failed(Error::new(Kind::Protocol, text)));
                 }
                 None => self.sleep(left)?,
             }
@@ -102,7 +102,7 @@ impl FaultResponder<'_> {
         Ok(())
     }
 
-    fn sleep(&self, left: bool) -> std::result::Result<(), Trouble> {
+    fn sleep(&self, left: bool) -> std::result::Result<(), Failure> {
         let mut events = PollFlags::POLLIN;
         events.set(PollFlags::POLLOUT, left);
         let mut fds = [PollFd::new(self.conn.socket(), events)];

@@ -45,7 +45,7 @@ use crate::image::dir::ImageDir;
 use crate::observe::ferried::Forwarded;
 use crate::observe::traffic::{Traffic, cpu_time};
 use crate::stream::Stream;
-use client_table::{ClientEntry, ClientTable, DumpOutcome, Patience};
+use client_table::{ClientEntry, ClientTable, ClientTimeouts, DumpOutcome};
 use drain::Drain;
 use dump_memory::{DumpMemory, ProcessMemory};
 pub use guard::{DumpGuard, GuardEnds};
@@ -153,7 +153,7 @@ impl ForwardLazy {
             true => config.idle_timeout,
             false => Some(config.reconnect_timeout),
         };
-        let patience = Patience {
+        let timeouts = ClientTimeouts {
             first: config.idle_timeout,
             next,
             only_one: !config.keep,
@@ -171,7 +171,7 @@ impl ForwardLazy {
                 listener,
                 dump: config.dump.to_string(),
                 wire,
-                table: ClientTable::new(patience),
+                table: ClientTable::new(timeouts),
             },
             drain,
             config,

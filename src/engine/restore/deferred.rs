@@ -54,7 +54,7 @@ struct Pause {
 
 /// Pages that have come for a process that could not take them.
 #[derive(Debug)]
-struct Stashed {
+struct DeferredPages {
     id: SpaceId,
     pid: u32,
     image: PageRange,
@@ -66,10 +66,10 @@ struct Stashed {
 #[derive(Debug, Default)]
 pub(super) struct Deferred {
     paused: BTreeMap<SpaceId, Pause>,
-    stash: VecDeque<Stashed>,
+    stash: VecDeque<DeferredPages>,
     stashed_bytes: u64,
     /// What was kept for processes that have ended: children may wait for it.
-    left_over: Vec<Stashed>,
+    left_over: Vec<DeferredPages>,
 }
 
 impl Deferred {
@@ -134,18 +134,21 @@ impl Deferred {
         due.collect()
     }
 
-    fn put(&mut self, stashed: Stashed) {
-        self.stashed_bytes += stashed.bytes.len() as u64;
-        self.stash.push_back(stashed);
+    fn put(&mut self, deferred_pages: DeferredPages) {
+        self.stashed_bytes += deferred_pages.bytes.len() as u64;
+        self.stash.push_back(deferred_pages);
     }
 
-    fn take_stashed(&mut self, id: SpaceId) -> Vec<Stashed> {
+    fn take_stashed(&mut self, id: SpaceId) -> Vec<DeferredPages> {
         let (own, others) = std::mem::take(&mut self.stash)
             .into_iter()
-            .partition(|stashed| stashed.id == id);
+            .partition(|deferred_pages| deferred_pages.id == id);
         self.stash = others;
-        let own: VecDeque<Stashed> = own;
-        let bytes: u64 = own.iter().map(|stashed| stashed.bytes.len() as u64).sum();
+        let own: VecDeque<DeferredPages> = own;
+        let bytes: u64 = own
+            .iter()
+            .map(|deferred_pages| deferred_pages.bytes.len() as u64)
+            .sum();
         self.stashed_bytes -= bytes;
         own.into()
     }
@@ -163,7 +166,7 @@ impl Restore {
         let Some(pid) = self.processes.pid(id) else {
             return;
         };
-        self.deferred.put(Stashed {
+        self.deferred.put(DeferredPages {
             id,
             pid,
             image,
@@ -206,7 +209,7 @@ impl Restore {
 
     /// Tries again what was deferred for long enough.
     pub(super) fn resume_due(&mut self) -> Result<()> {
-        for Stashed {
+        for DeferredPages {
             pid,
             image,
             bytes,
@@ -226,7 +229,7 @@ impl Restore {
                 self.processes.watch_again(id);
                 self.read_events(id)?;
             }
-            for Stashed {
+            for DeferredPages {
                 id,
                 pid,
                 image,
@@ -260,7 +263,7 @@ const COMPLAINT_US: u64 = 10_000_000;
 
 /// Keeps what is said again and again from filling the log.
 #[derive(Debug, Default)]
-pub(super) struct Complaints {
+pub(super) struct LogLimiter {
     next_us: u64,
     left_out: u64,
 }
@@ -278,7 +281,7 @@ impl std::fmt::Display for LeftOut {
     }
 }
 
-impl Complaints {
+impl LogLimiter {
     /// Whether a line may be written now, and how many were not since the last one.
     pub(super) fn admit(&mut self, now_us: u64) -> Option<LeftOut> {
         if now_us < self.next_us {
@@ -322,7 +325,7 @@ mod tests {
     fn what_is_kept_is_handed_out_once_and_in_order() {
         let mut deferred = Deferred::default();
         for (id, page) in [(3, 1), (4, 1), (3, 2)] {
-            deferred.put(Stashed {
+            deferred.put(DeferredPages {
                 id: SpaceId(id),
                 pid: 1,
                 image: PageRange::new(page << 12, (page + 1) << 12),
@@ -330,8 +333,10 @@ mod tests {
                 way: Way::Local,
             });
         }
-        let pages = |stashed: Vec<Stashed>| {
-            let starts = stashed.iter().map(|one| one.image.start().get() >> 12);
+        let pages = |deferred_pages: Vec<DeferredPages>| {
+            let starts = deferred_pages
+                .iter()
+                .map(|one| one.image.start().get() >> 12);
             starts.collect::<Vec<_>>()
         };
         assert_eq!(pages(deferred.take_stashed(ID)), [1, 2]);
@@ -343,9 +348,9 @@ mod tests {
 
     #[test]
     fn one_line_of_many_is_written() {
-        let mut complaints = Complaints::default();
+        let mut log_limiter = LogLimiter::default();
         let said: Vec<String> = (0..30)
-            .filter_map(|second| complaints.admit(second * 1_000_000))
+            .filter_map(|second| log_limiter.admit(second * 1_000_000))
             .map(|left_out| left_out.to_string())
             .collect();
         let after_nine = " (9 lines like this were left out)";

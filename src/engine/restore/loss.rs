@@ -23,7 +23,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::deferred::{Complaints, LeftOut};
+use super::deferred::{LeftOut, LogLimiter};
 use super::given_up::GivenUp;
 use super::poison::LAST_PAUSE;
 use super::reserve::Reserve;
@@ -65,7 +65,7 @@ pub(super) struct Losses {
     source: Option<Loss>,
     given_up: GivenUp,
     reserve: Reserve,
-    complaints: Complaints,
+    log_limiter: LogLimiter,
 }
 
 impl Losses {
@@ -78,7 +78,7 @@ impl Losses {
             source: None,
             given_up: GivenUp::default(),
             reserve: Reserve::new()?,
-            complaints: Complaints::default(),
+            log_limiter: LogLimiter::default(),
         })
     }
 
@@ -120,7 +120,7 @@ impl Losses {
 
     /// Whether a line of a kind that may come again and again is to be written, and how many were not.
     pub(super) fn complain(&mut self, now_us: u64) -> Option<LeftOut> {
-        self.complaints.admit(now_us)
+        self.log_limiter.admit(now_us)
     }
 
     /// What is needed to lose in order is given to whoever needs it.

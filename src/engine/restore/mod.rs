@@ -82,7 +82,7 @@ use crate::lazy::batched_wakeup::BatchedWakeup;
 use crate::lazy::planner::{Planner, SpaceId};
 use crate::sys::owned_process::ProcessName;
 use crate::sys::process::page_size;
-use crate::sys::uffd::{Room, Uffd};
+use crate::sys::uffd::{MessageBuffer, Uffd};
 use auto_dedup::AutoDedup;
 use background::Background;
 pub use config::{OnLoss, RestoreConfig};
@@ -162,7 +162,7 @@ pub struct Restore {
     /// Who takes over if this process is killed.
     standby: Option<Standby>,
     /// For the messages of userfaultfds, where nobody stands by.
-    room: Room,
+    room: MessageBuffer,
     filling: Filling,
     guard_looks: GuardLooks,
     /// Takes out of the local images what nobody needs any more.
@@ -271,7 +271,7 @@ impl Restore {
             filling: Filling::default(),
             guard_looks: GuardLooks::default(),
             standby,
-            room: Room::zeroed(),
+            room: MessageBuffer::zeroed(),
         };
         restore.watch_all()?;
         Ok(restore)

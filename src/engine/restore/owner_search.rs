@@ -54,12 +54,12 @@ pub(super) enum SearchScope {
 pub(super) struct OwnerSearch {
     scope: SearchScope,
     cost: u32,
-    lacked: Option<Lacked>,
+    lacked: Option<MissingPage>,
 }
 
 /// Before a page is filled: who lacks it.
 #[derive(Debug)]
-struct Lacked {
+struct MissingPage {
     page: Vaddr,
     candidates: Vec<Candidate>,
     cost: u32,
@@ -126,7 +126,7 @@ impl Restore {
         let cost = if candidates.is_empty() { 1 } else { LOOK_COST };
         candidates.retain(lacks);
         if let Some(search) = self.search_mut(id) {
-            search.lacked = Some(Lacked {
+            search.lacked = Some(MissingPage {
                 page: free.start(),
                 candidates,
                 cost,

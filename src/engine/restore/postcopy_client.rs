@@ -45,22 +45,22 @@ pub(in crate::engine) type Event<T> = postcopy_receiver::Event<T, Delivery>;
 
 /// Why nothing more comes.
 #[derive(Debug)]
-pub(in crate::engine) enum Trouble {
+pub(in crate::engine) enum Failure {
     /// The connections are gone: others may be made.
     Lost(ConnError),
     /// The session is over.
     Over(Error),
 }
 
-impl From<ConnError> for Trouble {
-    fn from(error: ConnError) -> Trouble {
-        Trouble::Lost(error)
+impl From<ConnError> for Failure {
+    fn from(error: ConnError) -> Failure {
+        Failure::Lost(error)
     }
 }
 
-impl From<PostcopyError> for Trouble {
-    fn from(error: PostcopyError) -> Trouble {
-        Trouble::Over(match error {
+impl From<PostcopyError> for Failure {
+    fn from(error: PostcopyError) -> Failure {
+        Failure::Over(match error {
             PostcopyError::Ended(fail) => {
                 Error::wrap(Kind::PeerLost, "the far end has ended the session", fail)
             }
@@ -267,7 +267,7 @@ impl<T> PostcopyClient<T> {
     }
 
     /// The next thing that has come, faults first.
-    pub(in crate::engine) fn next(&mut self) -> std::result::Result<Option<Event<T>>, Trouble> {
+    pub(in crate::engine) fn next(&mut self) -> std::result::Result<Option<Event<T>>, Failure> {
         let Some(pair) = &mut self.pair else {
             return Ok(None);
         };

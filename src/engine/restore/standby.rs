@@ -45,7 +45,7 @@ use crate::error::{Error, Kind, Result};
 use crate::lazy::planner::SpaceId;
 use crate::sys::fdpass;
 use crate::sys::shared::{RestoreState, Shared};
-use crate::sys::uffd::{Message, Room};
+use crate::sys::uffd::{Message, MessageBuffer};
 use journal::Journal;
 use messages::MessageBytes;
 pub(super) use messages::StandbyMessage;
@@ -208,7 +208,7 @@ impl Restore {
     }
 
     /// Where the next messages of process `id` are to be read to.
-    pub(super) fn room_for(&self, id: SpaceId) -> &Room {
+    pub(super) fn room_for(&self, id: SpaceId) -> &MessageBuffer {
         let Some(standby) = &self.standby else {
             self.room.clear();
             return &self.room;

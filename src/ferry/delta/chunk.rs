@@ -14,14 +14,14 @@ pub(super) const SLOTS_BYTES: u64 = (CHUNK_PAGES * 4) as u64;
 
 /// Which page of whose memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Spot {
+pub(super) struct PageLocation {
     /// Whose.
     pub(super) target: Target,
     /// Page number: the address divided by the page size.
     pub(super) number: u64,
 }
 
-impl Spot {
+impl PageLocation {
     /// Number of the chunk that has the page.
     pub(super) fn chunk(self) -> u64 {
         self.number / CHUNK_PAGES as u64

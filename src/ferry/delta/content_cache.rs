@@ -7,7 +7,7 @@ use std::ops::DerefMut;
 
 use crate::units::PageSize;
 
-use super::chunk::{Slot, Spot};
+use super::chunk::{PageLocation, Slot};
 
 /// What kept contents take besides the page itself, bytes.
 pub(super) const CACHED_EXTRA_BYTES: u64 = 64;
@@ -28,7 +28,7 @@ const SLAB_BYTES_MAX: u64 = 4 << 20;
 const SLABS_MIN: u64 = 64;
 
 struct CachedPage {
-    spot: Spot,
+    location: PageLocation,
     warmth: u8,
 }
 
@@ -89,9 +89,14 @@ impl ContentCache {
         slab[start..start + self.page].copy_from_slice(contents);
     }
 
-    /// Keeps `contents` of the page at `spot`. Pages that `changed` are likely to change again and
+    /// Keeps `contents` of the page at `location`. Pages that `changed` are likely to change again and
     /// stay longer.
-    pub(super) fn insert(&mut self, spot: Spot, contents: &[u8], changed: bool) -> Slot {
+    pub(super) fn insert(
+        &mut self,
+        location: PageLocation,
+        contents: &[u8],
+        changed: bool,
+    ) -> Slot {
         let slot = self.free.pop().unwrap_or_else(|| {
             if self.slots.len() == self.slabs.len() * self.slab_pages {
                 self.slabs
@@ -102,7 +107,7 @@ impl ContentCache {
             Slot(slot.expect("2^32 pages are beyond any budget"))
         });
         let warmth = if changed { WARM } else { 0 };
-        self.slots[index(slot)] = Some(CachedPage { spot, warmth });
+        self.slots[index(slot)] = Some(CachedPage { location, warmth });
         self.put(index(slot), contents);
         self.count += 1;
         slot
@@ -132,7 +137,7 @@ impl ContentCache {
 
     /// Drops one page: the next one under the hand that has not changed lately. If all have, it
     /// takes one of them only when `at_all_costs`. Returns whose contents are gone.
-    pub(super) fn evict(&mut self, at_all_costs: bool) -> Option<Spot> {
+    pub(super) fn evict(&mut self, at_all_costs: bool) -> Option<PageLocation> {
         if self.count == 0 {
             return None;
         }
@@ -147,9 +152,9 @@ impl ContentCache {
             match &mut self.slots[at] {
                 Some(kept) if kept.warmth > 0 => kept.warmth -= 1,
                 Some(kept) => {
-                    let spot = kept.spot;
+                    let location = kept.location;
                     self.remove(Slot(u32::try_from(at).expect("slots are numbered by u32")));
-                    return Some(spot);
+                    return Some(location);
                 }
                 None => {}
             }
@@ -159,8 +164,8 @@ impl ContentCache {
 
     /// Whose contents are in `slot`.
     #[cfg(test)]
-    pub(super) fn spot(&self, slot: Slot) -> Option<Spot> {
-        Some(self.slots[index(slot)].as_ref()?.spot)
+    pub(super) fn location(&self, slot: Slot) -> Option<PageLocation> {
+        Some(self.slots[index(slot)].as_ref()?.location)
     }
 }
 

@@ -193,9 +193,9 @@ fn check_slots(memory: &PageMemory) {
             bytes += chunk.bytes();
             for at in 0..CHUNK_PAGES {
                 if let Some(slot) = chunk.slot(at) {
-                    let spot = memory.cache.spot(slot).expect("a slot in use");
-                    assert_eq!(spot.target, *target);
-                    assert_eq!(spot.number, number * CHUNK_PAGES as u64 + at as u64);
+                    let location = memory.cache.location(slot).expect("a slot in use");
+                    assert_eq!(location.target, *target);
+                    assert_eq!(location.number, number * CHUNK_PAGES as u64 + at as u64);
                     pointed += 1;
                 }
             }

@@ -2,7 +2,7 @@
 
 use super::{Class, FaultAnswer, Reach, Space, Wanted};
 use crate::lazy::extents::Piece;
-use crate::lazy::pattern::Around;
+use crate::lazy::pattern::FaultAround;
 use crate::units::{PageRange, Vaddr};
 
 /// Faults whose neighbourhood the stream visits first, at most.
@@ -47,8 +47,8 @@ impl Space {
         }
         if let Some(piece) = self.local.find(start) {
             let pages = match self.note_fault(start) {
-                Around::Up(pages) => pages,
-                Around::Alone | Around::Down(_) | Around::Stride { .. } => 1,
+                FaultAround::Up(pages) => pages,
+                FaultAround::Alone | FaultAround::Down(_) | FaultAround::Stride { .. } => 1,
             };
             self.local_cursor = start;
             let bytes = (pages * self.page.bytes()).min(LOCAL_FAULT_BYTES_MAX);
@@ -65,7 +65,7 @@ impl Space {
     }
 
     /// What is to be brought with the page at `start`, which a thread touched.
-    fn note_fault(&mut self, start: Vaddr) -> Around {
+    fn note_fault(&mut self, start: Vaddr) -> FaultAround {
         let number = start.get() >> self.page.shift();
         self.policy.around(&mut self.pattern, number)
     }
@@ -77,10 +77,10 @@ impl Space {
     }
 
     /// Moves the faulting page and what goes with it from `remote` to `urgent`.
-    fn ask_around(&mut self, start: Vaddr, piece: Piece, around: Around, reach: Reach) {
+    fn ask_around(&mut self, start: Vaddr, piece: Piece, around: FaultAround, reach: Reach) {
         let page = self.page.bytes();
         match around {
-            Around::Alone => {
+            FaultAround::Alone => {
                 let first = start.get() - start.get() % reach.alone_bytes.max(page);
                 let block =
                     PageRange::new(first, first.saturating_add(reach.alone_bytes.max(page)));
@@ -91,7 +91,7 @@ impl Space {
                     self.ask_runs(block, block.bytes());
                 }
             }
-            Around::Up(pages) => {
+            FaultAround::Up(pages) => {
                 let bytes = (pages * page).min(reach.sequential_bytes).max(page);
                 let class = if pages < SEQUENCE_PAGES {
                     Class::Fault
@@ -109,14 +109,14 @@ impl Space {
                     );
                 }
             }
-            Around::Down(pages) => {
+            FaultAround::Down(pages) => {
                 self.ask(self.run_from(start, page, piece), Class::Fault);
                 let bytes = (pages * page).min(reach.sequential_bytes).max(page) - page;
                 let lowest = start.get().saturating_sub(bytes);
                 let below = PageRange::new(lowest.max(piece.at.start().get()), start.get());
                 self.ask(below, Class::Around);
             }
-            Around::Stride { step, count } => {
+            FaultAround::Stride { step, count } => {
                 self.ask(self.run_from(start, page, piece), Class::Fault);
                 for multiple in 1..=count {
                     let distance = step

@@ -37,7 +37,7 @@ pub(in crate::engine::restore) struct Question {
 }
 
 #[derive(Debug)]
-enum Word {
+enum SourceCommand {
     Ask(Question),
     /// Everything is here: the source is told.
     Finish,
@@ -103,7 +103,7 @@ impl Links {
 /// The thread that asks. Dropping this resets its connection.
 #[derive(Debug)]
 pub(super) struct Fallback {
-    words: Sender<Word>,
+    commands: Sender<SourceCommand>,
     answers: Receiver<Answer>,
     thread: Option<JoinHandle<()>>,
 }
@@ -116,19 +116,19 @@ impl Fallback {
         wake: Arc<EventFd>,
         patience: Duration,
     ) -> Result<Fallback> {
-        let (words, inbox) = channel();
+        let (commands, inbox) = channel();
         let (outbox, answers) = sync_channel(ANSWERS_MAX);
-        let asking = Asking {
+        let source_thread = SourceThread {
             dialer,
             patience,
             link: None,
         };
         let thread = std::thread::Builder::new()
             .name("fallback".to_owned())
-            .spawn(move || asking.run(&inbox, &outbox, &wake))
+            .spawn(move || source_thread.run(&inbox, &outbox, &wake))
             .map_err(|error| Error::wrap(Kind::Io, "cannot start a thread", error))?;
         Ok(Fallback {
-            words,
+            commands,
             answers,
             thread: Some(thread),
         })
@@ -136,7 +136,7 @@ impl Fallback {
 
     pub(super) fn ask(&self, question: Question) {
         // A thread that is gone answers nothing, and then the images alone are tried.
-        let _ = self.words.send(Word::Ask(question));
+        let _ = self.commands.send(SourceCommand::Ask(question));
     }
 
     /// The next answer, if there is one.
@@ -146,7 +146,7 @@ impl Fallback {
 
     /// Ends the connection in order. Nothing more is asked.
     pub(super) fn finish(mut self) {
-        let _ = self.words.send(Word::Finish);
+        let _ = self.commands.send(SourceCommand::Finish);
         if let Some(thread) = self.thread.take() {
             // It has told all that it has to tell.
             let _ = thread.join();
@@ -155,16 +155,16 @@ impl Fallback {
 }
 
 /// The thread's side.
-struct Asking {
+struct SourceThread {
     dialer: SourceDialer,
     patience: Duration,
     link: Option<(Stream, Fetcher<()>)>,
 }
 
-impl Asking {
-    fn run(mut self, inbox: &Receiver<Word>, outbox: &SyncSender<Answer>, wake: &EventFd) {
+impl SourceThread {
+    fn run(mut self, inbox: &Receiver<SourceCommand>, outbox: &SyncSender<Answer>, wake: &EventFd) {
         for word in inbox {
-            let Word::Ask(question) = word else {
+            let SourceCommand::Ask(question) = word else {
                 if let Some((stream, fetcher)) = self.link.take() {
                     // All has come: there is nothing left to do about a source that does not confirm it.
                     let _ = close(stream, fetcher);

@@ -16,7 +16,7 @@ use nix::sys::epoll::EpollFlags;
 
 use crate::criu::header::Target;
 use crate::engine::restore::postcopy_client::{
-    Delivery, Event, FerryDialer, LAST_WORDS, Part, PostcopyClient, Trouble,
+    Delivery, Event, Failure, FerryDialer, LAST_WORDS, Part, PostcopyClient,
 };
 use crate::engine::restore::{Restore, Token, rewatch, watch};
 use crate::error::{Error, Kind, Result};
@@ -247,12 +247,12 @@ impl Restore {
                     self.planner.ask_for_all_again();
                 }
             }
-            Err(Trouble::Lost(error)) => {
+            Err(Failure::Lost(error)) => {
                 let peer = self.links.peer();
                 let text = format!("the source at {peer} hung up before all pages came");
                 return self.source_lost(Error::wrap(Kind::PeerLost, text, error));
             }
-            Err(Trouble::Over(error)) => return Err(error),
+            Err(Failure::Over(error)) => return Err(error),
         }
         if self.owes_hashes() {
             let told = self.client().map_or(0, PostcopyClient::tell_hashes);
@@ -345,8 +345,8 @@ impl Restore {
         let result = loop {
             match self.await_bye(deadline) {
                 Ok(()) => break Ok(()),
-                Err(Trouble::Over(error)) => break Err(error),
-                Err(Trouble::Lost(error)) => {
+                Err(Failure::Over(error)) => break Err(error),
+                Err(Failure::Lost(error)) => {
                     tracing::warn!("the source hung up at the end: {error}; saying it once more");
                 }
             }
@@ -381,7 +381,7 @@ impl Restore {
         }
     }
 
-    fn await_bye(&mut self, deadline: Instant) -> std::result::Result<(), Trouble> {
+    fn await_bye(&mut self, deadline: Instant) -> std::result::Result<(), Failure> {
         let signals = &self.signals;
         let Some(client) = self.links.ferry.as_mut().map(|ferry| &mut ferry.client) else {
             return Ok(());
@@ -401,10 +401,10 @@ impl Restore {
                 Some(Event::Answer(..) | Event::InPush(_) | Event::Other) => {}
                 None if Instant::now() >= deadline => {
                     let text = "it does not answer";
-                    return Err(Trouble::Over(Error::new(Kind::PeerLost, text)));
+                    return Err(Failure::Over(Error::new(Kind::PeerLost, text)));
                 }
                 None => {
-                    signals.check().map_err(Trouble::Over)?;
+                    signals.check().map_err(Failure::Over)?;
                     let events = |left| match left {
                         true => PollFlags::POLLIN | PollFlags::POLLOUT,
                         false => PollFlags::POLLIN,
@@ -418,7 +418,7 @@ impl Restore {
                         Err(errno) => {
                             let error = std::io::Error::from(errno);
                             let text = "cannot wait for the source";
-                            return Err(Trouble::Over(Error::wrap(Kind::Io, text, error)));
+                            return Err(Failure::Over(Error::wrap(Kind::Io, text, error)));
                         }
                     }
                 }
