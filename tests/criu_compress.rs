@@ -104,7 +104,7 @@ fn criu_4_3_restores_what_its_own_tool_decompresses() {
 }
 
 /// A process that is gone, and what is left of it.
-struct Gone {
+struct DumpedLoad {
     load: Load,
     before: Vec<Report>,
     /// Compressed images.
@@ -113,16 +113,16 @@ struct Gone {
     here: PathBuf,
 }
 
-impl Gone {
+impl DumpedLoad {
     /// Lets `dump` dump a process into a directory, which `compress` compresses after a copy was made
     /// for CRIU to restore from.
     fn by(
         bed: &Bed,
         dump: impl FnOnce(&Load, &Path) -> Result<()>,
         compress: impl FnOnce(&Path) -> Result<()>,
-    ) -> Result<Gone> {
+    ) -> Result<DumpedLoad> {
         let spec = LoadSpec::mixed(bed.path("load"), MIB);
-        Gone::of(bed, spec, dump, compress)
+        DumpedLoad::of(bed, spec, dump, compress)
     }
 
     /// The same with another process.
@@ -131,7 +131,7 @@ impl Gone {
         spec: LoadSpec,
         dump: impl FnOnce(&Load, &Path) -> Result<()>,
         compress: impl FnOnce(&Path) -> Result<()>,
-    ) -> Result<Gone> {
+    ) -> Result<DumpedLoad> {
         let mut load = Load::start(spec, None)?;
         let before = load.run_everywhere(&[Step::Status])?;
         let (dumped, here) = (bed.path("dumped"), bed.path("here"));
@@ -140,7 +140,7 @@ impl Gone {
         copy_without_lazy_pages(&dumped, &here)?;
         compress(&dumped)?;
         expect_compressed(&dumped)?;
-        Ok(Gone {
+        Ok(DumpedLoad {
             load,
             before,
             dumped,
@@ -153,7 +153,7 @@ impl Gone {
         let options = Options::new(&self.dumped).log_to("serve.log");
         let server = PageServer::serving(Make::Ours, &options)?;
         let plan = Plan::new(criu, Source::PageServer(Make::Ours), client);
-        let Gone {
+        let DumpedLoad {
             load, before, here, ..
         } = self;
         let mut moved = PostCopy::from_images(&plan, load, before, here, Some(server), &reading())?;
@@ -173,7 +173,7 @@ fn dump_compressed(criu: &Criu, load: &Load, images: &Path) -> Result<()> {
 
 fn post_copy_from_our_images(bed: &Bed, criu: &Criu) -> Result<()> {
     let to_a_server = |load: &Load, images: &Path| dump_compressed(criu, load, images);
-    let gone = Gone::by(bed, to_a_server, |_| Ok(()))?;
+    let gone = DumpedLoad::by(bed, to_a_server, |_| Ok(()))?;
     gone.come_back(criu, Make::Criu(criu))
 }
 
@@ -185,9 +185,9 @@ fn with_spoiled_pages(bed: &Bed, criu: &Criu, served: bool) -> Result<()> {
         ..LoadSpec::mixed(bed.path("load"), MIB / 4)
     };
     let to_a_server = |load: &Load, images: &Path| dump_compressed(criu, load, images);
-    let Gone {
+    let DumpedLoad {
         load, dumped, here, ..
-    } = Gone::of(bed, spec, to_a_server, |_| Ok(()))?;
+    } = DumpedLoad::of(bed, spec, to_a_server, |_| Ok(()))?;
     let spoiled = spoil_compressed_pages(&dumped, 5)? as u64;
     let patience = ["--local-timeout", "1"];
     let serve = Options::new(&dumped).with(&patience).log_to("serve.log");
@@ -249,7 +249,7 @@ fn what_criu_s_own_tool_compresses_is_served() {
             let bed = Bed::new_in(bed.dir())?;
             let to_files =
                 |load: &Load, images: &Path| Dump::new(criu, load.pid(), images).run().map(drop);
-            let gone = Gone::by(&bed, to_files, |images| crit.compress(images))?;
+            let gone = DumpedLoad::by(&bed, to_files, |images| crit.compress(images))?;
             gone.come_back(criu, client)?;
         }
         Ok(())

@@ -91,13 +91,13 @@ fn judge_whole(bed: &Bed, criu: &Criu) -> Result<()> {
 fn judge(bed: &Bed, criu: &Criu, tried: impl Fn(&Way) -> bool) -> Result<()> {
     let _huge = HugePages::allow(HUGE_PAGES)?;
     let mut seen = Seen::new();
-    let stock = Stock::judge(bed, criu)?;
-    for (kind, why) in stock.refused.iter().chain(&stock.refused_lazily) {
+    let baseline = Baseline::judge(bed, criu)?;
+    for (kind, why) in baseline.refused.iter().chain(&baseline.refused_lazily) {
         eprintln!("{}: CRIU {} alone: {why}", kind.name, criu.version);
     }
     let column = column(criu)?;
     for way in WAYS.iter().filter(|way| tried(way)) {
-        let kinds = stock.carried_by(*way);
+        let kinds = baseline.carried_by(*way);
         let mut place = Place::new(bed, criu, way.name, &kinds)?;
         let began = Instant::now();
         let lacking = |kind: &Kind| place.kinds.lacking.contains_key(kind.name);
@@ -125,9 +125,9 @@ fn judge(bed: &Bed, criu: &Criu, tried: impl Fn(&Way) -> bool) -> Result<()> {
                 None
             }
         };
-        let known = |kind: &Kind| !stock.lacking.contains_key(kind.name);
+        let known = |kind: &Kind| !baseline.lacking.contains_key(kind.name);
         for kind in present.into_iter().filter(known) {
-            seen.insert((kind, way.name), stock.cell(kind, *way, said));
+            seen.insert((kind, way.name), baseline.cell(kind, *way, said));
         }
     }
     expect_right(column, &seen)?;
@@ -149,7 +149,7 @@ fn column(criu: &Criu) -> Result<&'static str> {
 }
 
 /// What a CRIU does by itself, with files alone.
-struct Stock {
+struct Baseline {
     /// Its name in the table.
     column: &'static str,
     /// Kinds that it dumps and restores right.
@@ -184,9 +184,9 @@ const WITHOUT_PARENT: &[(&str, &str)] = &[("4.3", "memfd-private")];
 /// would take the others along.
 const LAZY_SUSPECTS: &[&str] = &["memfd-private", "hugetlb-memfd-private"];
 
-impl Stock {
-    fn judge(bed: &Bed, criu: &Criu) -> Result<Stock> {
-        let mut stock = Stock {
+impl Baseline {
+    fn judge(bed: &Bed, criu: &Criu) -> Result<Baseline> {
+        let mut baseline = Baseline {
             column: column(criu)?,
             carried: Vec::new(),
             refused: Vec::new(),
@@ -199,12 +199,12 @@ impl Stock {
             .filter(|kind| !suspect(kind))
             .copied()
             .collect();
-        let said = stock.try_alone(bed, criu, "others", &others);
+        let said = baseline.try_alone(bed, criu, "others", &others);
         let said = said.with_context(|| format!("CRIU {} alone", criu.version))?;
-        stock.sort(&others, &Ok(said));
+        baseline.sort(&others, &Ok(said));
         for suspected in KINDS.iter().filter(suspect) {
-            let said = stock.try_alone(bed, criu, suspected.name, &[*suspected]);
-            stock.sort(&[*suspected], &said);
+            let said = baseline.try_alone(bed, criu, suspected.name, &[*suspected]);
+            baseline.sort(&[*suspected], &said);
         }
         for name in LAZY_SUSPECTS {
             let kind = kind(name).context("no such kind")?;
@@ -213,12 +213,12 @@ impl Stock {
                 Err(error) => Some(first_line(&error)),
             };
             if let Some(wrong) = wrong {
-                stock
+                baseline
                     .refused_lazily
                     .push((kind, format!("lazily: {wrong}")));
             }
         }
-        Ok(stock)
+        Ok(baseline)
     }
 
     /// The kinds that `way` must carry.

@@ -18,9 +18,9 @@ use testbed::{for_each_criu, gate, shim};
 for_each_criu!(phaul_migrates_by_the_shim);
 
 /// Ends what a test has left, all of which comes to this process.
-struct Leftovers;
+struct KillDescendants;
 
-impl Drop for Leftovers {
+impl Drop for KillDescendants {
     fn drop(&mut self) {
         kill_and_reap(&descendants(Pid::this()));
     }
@@ -62,7 +62,7 @@ fn phaul_migrates_by_the_shim(bed: &Bed, criu: &Criu) -> Result<()> {
         return Ok(());
     };
     set_child_subreaper(true)?;
-    let _leftovers = Leftovers;
+    let _leftovers = KillDescendants;
     let shim = shim::before(criu, &bed.path("shim"), "")?;
     let migrated = phaul(&test, &shim, &bed.path("by-shim"))?;
     let said = String::from_utf8_lossy(&migrated.stdout);

@@ -69,7 +69,7 @@ fn end_while_pages_are_missing(criu: &Criu, source: Source, dir: &Path) -> Resul
     let pid = owner.pid();
     let images = dir.join("images");
     let dump = Dump::new(criu, pid, &images);
-    let mut lent = None;
+    let mut page_source = None;
     let (from, address) = match source {
         Source::Local => {
             dump.run()?;
@@ -84,12 +84,12 @@ fn end_while_pages_are_missing(criu: &Criu, source: Source, dir: &Path) -> Resul
             );
             let server = PageServer::serving(Make::Ours, &Options::new(&images))?;
             let address = server.address();
-            lent = Some(Lent::Server(server));
+            page_source = Some(PageSource::Server(server));
             (here, Some(address))
         }
         Source::Dump => {
             let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
-            lent = Some(Lent::Dump(dump.serve_lazily(address)?));
+            page_source = Some(PageSource::Dump(dump.serve_lazily(address)?));
             (images.clone(), Some(address))
         }
     };
@@ -108,7 +108,7 @@ fn end_while_pages_are_missing(criu: &Criu, source: Source, dir: &Path) -> Resul
         how.contains("SIGKILL"),
         "the restored process ended otherwise: {how}"
     );
-    drop(lent);
+    drop(page_source);
     let word = fs::read(shared.join("lock"))?;
     let word: [u8; 4] = word.first_chunk().copied().context("an empty lock")?;
     Ok(u32::from_le_bytes(word))
@@ -116,7 +116,7 @@ fn end_while_pages_are_missing(criu: &Criu, source: Source, dir: &Path) -> Resul
 
 /// What has the pages, for as long as they are needed.
 #[expect(dead_code, reason = "held for its end")]
-enum Lent {
+enum PageSource {
     Server(PageServer),
     Dump(Spawned),
 }

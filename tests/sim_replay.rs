@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use fastrand::Rng;
 use pageferry::replay::{
-    Difference, Entry, Order, Player, ReadEntry, Sequencer, Shortage, Step, decode, encode,
+    Difference, Entry, Order, Player, ReadEntry, Sequencer, Step, WaitReason, decode, encode,
 };
 
 /// Seeds of one run.
@@ -261,7 +261,7 @@ enum Replayed {
     /// With the second service's digest.
     Agrees(String),
     Differs(Difference),
-    Stands(Shortage),
+    Stands(WaitReason),
 }
 
 impl Replayed {
@@ -269,7 +269,7 @@ impl Replayed {
         match self {
             Replayed::Agrees(digest) => digest.clone(),
             Replayed::Differs(difference) => difference.to_string(),
-            Replayed::Stands(shortage) => format!("{shortage:?}"),
+            Replayed::Stands(wait_reason) => format!("{wait_reason:?}"),
         }
     }
 }
@@ -295,7 +295,7 @@ fn replay(log: &[u8], seed: u64, mut player: Player) -> Replayed {
                 pausing = service.has_input(last);
                 true
             }
-            _ if player.shortage().is_none() => {
+            _ if player.wait_reason().is_none() => {
                 let ReadEntry::Whole(entry, length) = decode(&log[at..]) else {
                     panic!("the log is damaged at {at}");
                 };
@@ -319,8 +319,8 @@ fn replay(log: &[u8], seed: u64, mut player: Player) -> Replayed {
         let is_at_rest = (0..CLIENTS).all(|c| {
             !service.has_input(c) && service.outgoing.get(&c).is_none_or(VecDeque::is_empty)
         });
-        if let (false, true, Some(shortage)) = (moved, is_at_rest, player.shortage()) {
-            return Replayed::Stands(shortage);
+        if let (false, true, Some(wait_reason)) = (moved, is_at_rest, player.wait_reason()) {
+            return Replayed::Stands(wait_reason);
         }
     }
     panic!("seed {seed}: the replay does not end");
@@ -412,7 +412,7 @@ fn a_flipped_answer_is_named() {
                 return;
             }
         }
-        if flipped.is_some() && player.shortage().is_some() {
+        if flipped.is_some() && player.wait_reason().is_some() {
             panic!("the flipped answer is not missing");
         }
     }

@@ -21,7 +21,7 @@ use pageferry::daemon::swrk::{Client, inherit};
 use pageferry::error::{Error, Kind, Result};
 
 use crate::config::Config;
-use crate::emulation::{self, Lent};
+use crate::emulation::{self, RequestResources};
 use crate::programs::Programs;
 use crate::relay::RealCriu;
 
@@ -207,8 +207,8 @@ impl Conversation<'_> {
         };
         let mut fields = understood(&message)?;
         let given = fields.message(request::OPTIONS).map_err(damaged)?;
-        let mut lent = Lent::default();
-        let changed = emulation::changed(kind, &given, &self.client, self.programs, &mut lent);
+        let mut resources = RequestResources::default();
+        let changed = emulation::changed(kind, &given, &self.client, self.programs, &mut resources);
         let changed = match changed {
             Ok(changed) => changed,
             Err(error) => {
@@ -219,14 +219,14 @@ impl Conversation<'_> {
         fields.set(request::KIND, number(kind::DUMP));
         fields.set_message(request::OPTIONS, &changed);
         let real = RealCriu::start(self.programs, &self.options)?;
-        lent.let_go();
+        resources.let_go();
         let done = real.ask(fields.encode(), self.client.as_fd(), |answer| {
             if kind != kind::DUMP {
                 answer.set(response::KIND, number(kind));
                 answer.remove(response::DUMP);
             }
         })?;
-        lent.finish(done)?;
+        resources.finish(done)?;
         Ok(done)
     }
 
@@ -237,9 +237,9 @@ impl Conversation<'_> {
         };
         let mut fields = understood(&message)?;
         let mut given = fields.message(request::OPTIONS).map_err(damaged)?;
-        let mut lent = Lent::default();
+        let mut resources = RequestResources::default();
         if fields.get(request::OPTIONS).is_some() {
-            lent.descriptors(&mut given, &self.client)?;
+            resources.descriptors(&mut given, &self.client)?;
             fields.set_message(request::OPTIONS, &given);
         }
         let wanted = fields.message(request::FEATURES).map_err(damaged)?;

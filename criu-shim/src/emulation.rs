@@ -66,14 +66,14 @@ const ALLOWED_WORDS: &[&str] = &[
 
 /// What a real CRIU uses of this process's while it meets a request.
 #[derive(Default)]
-pub(crate) struct Lent {
+pub(crate) struct RequestResources {
     files: Vec<File>,
     /// Ends of sockets that only other processes use.
     handed_on: Vec<OwnedFd>,
     page_server: Option<Child>,
 }
 
-impl Lent {
+impl RequestResources {
     /// Opens what `given` names by descriptors of the client: for the real CRIU this process is the client.
     pub(crate) fn descriptors(&mut self, given: &mut Fields, client: &Client) -> Result<()> {
         for (field, flags) in [
@@ -186,7 +186,7 @@ pub(crate) fn changed(
     given: &Fields,
     client: &Client,
     programs: &Programs,
-    lent: &mut Lent,
+    resources: &mut RequestResources,
 ) -> Result<Fields> {
     let mut changed = given.clone();
     let parent = given
@@ -209,12 +209,12 @@ pub(crate) fn changed(
         changed.set(options::NETWORK_LOCK, options::NETWORK_LOCK_SKIP);
         changed.set(options::GHOST_LIMIT, GHOST_LIMIT_BYTES);
     }
-    lent.descriptors(&mut changed, client)?;
+    resources.descriptors(&mut changed, client)?;
     let stays_here =
         given.get(options::PAGE_SERVER).is_none() && !changed.is_on(options::LAZY_PAGES);
     if let Some(parent) = parent.filter(|_| stays_here) {
         let images = images_dir(given, client)?;
-        let number = lent.start_page_server(programs, &images, &parent)?;
+        let number = resources.start_page_server(programs, &images, &parent)?;
         let mut server = Fields::default();
         server.set(
             options::PAGE_SERVER_FD,
@@ -281,8 +281,8 @@ pub(crate) fn command_line(parts: &[Part], programs: &Programs) -> Result<ExitCo
         return programs.become_criu(&words);
     };
     let images = value_of(parts, "images-dir").map_or(Path::new("."), Path::new);
-    let mut lent = Lent::default();
-    let number = lent.start_page_server(programs, images, parent)?;
+    let mut resources = RequestResources::default();
+    let number = resources.start_page_server(programs, images, parent)?;
     words.extend([
         "--page-server".into(),
         "--ps-socket".into(),
@@ -290,11 +290,11 @@ pub(crate) fn command_line(parts: &[Part], programs: &Programs) -> Result<ExitCo
     ]);
     let mut command: Command = programs.criu();
     let criu = command.args(words).spawn();
-    lent.let_go();
+    resources.let_go();
     let ended = criu.and_then(|mut criu| criu.wait());
     let ended =
         ended.map_err(|error| Error::wrap(Kind::Usage, "cannot run the real criu", error))?;
-    lent.finish(ended.success())?;
+    resources.finish(ended.success())?;
     let code = ended.code().and_then(|code| u8::try_from(code).ok());
     Ok(ExitCode::from(code.unwrap_or(1)))
 }

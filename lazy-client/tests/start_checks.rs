@@ -125,8 +125,8 @@ fn images_that_need_a_source_are_not_waited_for() {
 
 #[test]
 fn local_images_that_are_not_whole_are_refused() {
-    type Harm = fn(&Path);
-    let harms: [(Harm, &str); 6] = [
+    type Damage = fn(&Path);
+    let cases: [(Damage, &str); 6] = [
         (
             |dir| fs::remove_file(dir.join("pages-1.img")).unwrap(),
             "missing",
@@ -152,10 +152,10 @@ fn local_images_that_are_not_whole_are_refused() {
             "pstree.img",
         ),
     ];
-    for (harm, word) in harms {
+    for (damage, word) in cases {
         let dir = tempfile::tempdir().unwrap();
         write_process(dir.path(), &here());
-        harm(dir.path());
+        damage(dir.path());
         expect_refused(dir.path(), &["--wait", "0"], &[word]);
     }
 }

@@ -41,7 +41,7 @@ pub(crate) fn pack(dir: &Path, sent: &BTreeSet<OsString>, out: impl io::Write) -
         let file = File::open(&path).map_err(|error| failed(&path, error))?;
         let length = file.metadata().map_or(0, |meta| meta.len());
         checksum.update(name.as_bytes());
-        let summed = Summed {
+        let summed = ChecksumReader {
             // One that grows meanwhile would break the stream.
             from: file.take(length),
             checksum: &mut checksum,
@@ -77,12 +77,12 @@ fn append(
 }
 
 /// Sums up what is read.
-struct Summed<'a, R> {
+struct ChecksumReader<'a, R> {
     from: R,
     checksum: &'a mut Hasher,
 }
 
-impl<R: Read> Read for Summed<'_, R> {
+impl<R: Read> Read for ChecksumReader<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let got = self.from.read(buffer)?;
         self.checksum.update(&buffer[..got]);
@@ -124,7 +124,7 @@ pub(crate) fn unpack(from: impl Read, dir: &Path) -> Result<()> {
         // What arrives never replaces what is there.
         let mut file =
             File::create_new(&path).map_err(|error| Error::file("create", &path, error))?;
-        let mut summed = Summed {
+        let mut summed = ChecksumReader {
             from: &mut entry,
             checksum: &mut checksum,
         };

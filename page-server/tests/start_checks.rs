@@ -111,8 +111,8 @@ fn in_parent() -> Vec<Run> {
 #[test]
 fn images_that_cannot_be_served_are_refused() {
     let lazy = ["--lazy-pages"];
-    type Harm = fn(&Path);
-    let harms: [(Harm, &str); 8] = [
+    type Damage = fn(&Path);
+    let cases: [(Damage, &str); 8] = [
         (
             |dir| fs::remove_file(dir.join("pages-1.img")).unwrap(),
             "missing",
@@ -156,9 +156,9 @@ fn images_that_cannot_be_served_are_refused() {
             "--forward-lazy",
         ),
     ];
-    for (harm, word) in harms {
+    for (damage, word) in cases {
         let dir = images(&whole());
-        harm(dir.path());
+        damage(dir.path());
         expect_refused(dir.path(), &lazy, &[word]);
     }
     let empty = tempfile::tempdir().unwrap();

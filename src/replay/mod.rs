@@ -21,5 +21,5 @@ mod player;
 mod sequencer;
 
 pub use entry::{ENTRY_HEAD_BYTES, Entry, Header, ReadEntry, decode, encode};
-pub use player::{Difference, Player, Shortage, Step};
+pub use player::{Difference, Player, Step, WaitReason};
 pub use sequencer::{Order, Sequencer};

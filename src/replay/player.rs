@@ -15,7 +15,7 @@ pub enum Step {
     Send(u32),
     /// End the sending half of the connection.
     Finish(u32),
-    /// Wait until [`Player::shortage`] is `None`.
+    /// Wait until [`Player::wait_reason`] is `None`.
     Await,
     /// Wait as long as the recorder did.
     Pause,
@@ -52,7 +52,7 @@ impl std::error::Error for Difference {}
 
 /// What a replay waits for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Shortage {
+pub enum WaitReason {
     /// Bytes of answers.
     Answers {
         /// On which connection.
@@ -212,17 +212,17 @@ impl Player {
     }
 
     /// What the last [`Step::Await`] still waits for.
-    pub fn shortage(&self) -> Option<Shortage> {
+    pub fn wait_reason(&self) -> Option<WaitReason> {
         let connection = self.awaited?;
         let known = self.connections.get(&connection)?;
         if let Some(first) = known.checkpoints.front() {
-            return Some(Shortage::Answers {
+            return Some(WaitReason::Answers {
                 connection,
                 has: known.received,
                 wants: first.total,
             });
         }
-        (known.must_end.is_some() && !known.has_ended).then_some(Shortage::End { connection })
+        (known.must_end.is_some() && !known.has_ended).then_some(WaitReason::End { connection })
     }
 
     /// Bytes of answers that have come and could not be compared yet: who reads them waits if that is too much.

@@ -127,7 +127,7 @@ struct Walk<'a, W: Write> {
 
 /// How a directory is read.
 #[derive(Clone, Copy)]
-struct Within {
+struct DirContext {
     marks: Marks,
     attribute_whiteouts: bool,
     /// Nothing that lies below shows through.
@@ -148,7 +148,7 @@ impl<W: Write> Walk<'_, W> {
             .layer
             .add(b"", &Entry::Directory, &described(&meta, kept.xattrs));
         written.map_err(failed)?;
-        let within = Within {
+        let within = DirContext {
             marks,
             attribute_whiteouts,
             hides: false,
@@ -157,7 +157,7 @@ impl<W: Write> Walk<'_, W> {
         self.directory(root, b"", within)
     }
 
-    fn directory(&mut self, dir: &Dir, path: &[u8], within: Within) -> Result<()> {
+    fn directory(&mut self, dir: &Dir, path: &[u8], within: DirContext) -> Result<()> {
         if within.depth > EXPORT_DEPTH_MAX {
             let text = format!(
                 "{} lies more than {EXPORT_DEPTH_MAX} directories deep",
@@ -176,7 +176,7 @@ impl<W: Write> Walk<'_, W> {
         Ok(())
     }
 
-    fn file(&mut self, dir: &Dir, name: &OsStr, path: &[u8], within: Within) -> Result<()> {
+    fn file(&mut self, dir: &Dir, name: &OsStr, path: &[u8], within: DirContext) -> Result<()> {
         let at = dir.at(name);
         let failed = |error| Error::file("export", &dir.path.join(name), error);
         let meta = fs::symlink_metadata(&at).map_err(failed)?;
@@ -283,7 +283,7 @@ impl<W: Write> Walk<'_, W> {
         name: &OsStr,
         path: &[u8],
         (meta, kept): (&Metadata, LayerEntry),
-        within: Within,
+        within: DirContext,
     ) -> Result<()> {
         let failed = |error| Error::file("export", &dir.path.join(name), error);
         self.report.directories += 1;
@@ -300,7 +300,7 @@ impl<W: Write> Walk<'_, W> {
             self.report.mounts.push(shown(path));
             return Ok(());
         }
-        let within = Within {
+        let within = DirContext {
             attribute_whiteouts: kept.attribute_whiteouts,
             hides: within.hides || kept.opaque,
             depth: within.depth + 1,
@@ -317,7 +317,7 @@ impl<W: Write> Walk<'_, W> {
     }
 
     /// Takes a file, or a directory with all that is in it, from the mount: the layer has a part of it alone.
-    fn by_mount(&mut self, dir: &Dir, name: &OsStr, path: &[u8], within: Within) -> Result<()> {
+    fn by_mount(&mut self, dir: &Dir, name: &OsStr, path: &[u8], within: DirContext) -> Result<()> {
         let here = dir.path.join(name);
         let Some(mount) = self.mount else {
             let text = format!(
@@ -336,7 +336,7 @@ impl<W: Write> Walk<'_, W> {
         for part in parent.components() {
             shown_by = shown_by.child(part.as_os_str())?;
         }
-        let within = Within {
+        let within = DirContext {
             marks: Marks::None,
             hides: true,
             ..within

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use pageferry::error::{Error, Kind, Result};
 use pageferry::limits::{REPLAY_AHEAD_BYTES_MAX, REPLAY_PIECE_BYTES_MAX};
-use pageferry::replay::{Difference, Entry, Player, Shortage, Step};
+use pageferry::replay::{Difference, Entry, Player, Step, WaitReason};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -139,15 +139,15 @@ impl Destination {
     pub(super) async fn wait(&self) -> Result<()> {
         loop {
             self.expect_no_difference()?;
-            let shortage = self.shared.player.borrow().shortage();
-            let Some(shortage) = shortage else {
+            let wait_reason = self.shared.player.borrow().wait_reason();
+            let Some(wait_reason) = wait_reason else {
                 return Ok(());
             };
             if timeout(self.stall, self.shared.changed.notified())
                 .await
                 .is_err()
             {
-                return Err(self.stalled(&told(shortage)));
+                return Err(self.stalled(&told(wait_reason)));
             }
         }
     }
@@ -166,7 +166,7 @@ impl Destination {
             };
             let changed = timeout(self.stall, self.shared.changed.notified()).await;
             if changed.is_err() {
-                return Err(self.stalled(&told(Shortage::End { connection })));
+                return Err(self.stalled(&told(WaitReason::End { connection })));
             }
         }
         let judged = self.shared.player.borrow_mut().close();
@@ -205,16 +205,16 @@ impl Shared {
     }
 }
 
-fn told(shortage: Shortage) -> String {
-    match shortage {
-        Shortage::Answers {
+fn told(wait_reason: WaitReason) -> String {
+    match wait_reason {
+        WaitReason::Answers {
             connection,
             has,
             wants,
         } => format!(
             "connection {connection} has {has} bytes of answers, and had {wants} in the recording"
         ),
-        Shortage::End { connection } => {
+        WaitReason::End { connection } => {
             format!("the service does not end connection {connection} as in the recording")
         }
     }

@@ -17,7 +17,7 @@ use pageferry::units::{PageRange, PageSize};
 
 use super::findings::Findings;
 use super::processes::{Needed, shorten};
-use super::{COMPRESSED, Judge, LONG_COUNTS, Looked};
+use super::{COMPRESSED, Criteria, LONG_COUNTS, Looked};
 use crate::scan::{Pagemap, scan};
 
 /// Pages read at once.
@@ -27,20 +27,20 @@ const READ_PAGES: u64 = 256;
 pub(super) fn check(
     lineage: &[ImageDir],
     needed: &[Needed],
-    judge: Judge,
+    criteria: Criteria,
     findings: &mut Findings,
     looked: &mut Looked,
 ) {
     let mut check = Check {
         lineage,
-        judge,
+        criteria,
         findings,
         looked,
         read_pages: Arc::default(),
     };
     let read_pages = Arc::clone(&check.read_pages);
     let page = lineage[0].page();
-    let _display = judge.read.then(|| {
+    let _display = criteria.read.then(|| {
         Display::start(move || {
             let done_pages = read_pages.load(Ordering::Relaxed);
             Snapshot {
@@ -59,7 +59,7 @@ pub(super) fn check(
 
 struct Check<'a> {
     lineage: &'a [ImageDir],
-    judge: Judge,
+    criteria: Criteria,
     findings: &'a mut Findings,
     looked: &'a mut Looked,
     read_pages: Arc<AtomicU64>,
@@ -106,24 +106,24 @@ impl Check<'_> {
         target: Target,
         mappings: Option<&Mappings>,
     ) -> Option<bool> {
-        let (judge, page) = (self.judge, dir.page());
+        let (criteria, page) = (self.criteria, dir.page());
         let path = dir.path().join(target.pagemap_name());
         let mut old = Unread::default();
         let findings = &mut *self.findings;
         let pagemap = scan(dir, target, &mut |entry, extent| {
             old.note(entry);
-            check_count(findings, &path, judge, entry);
+            check_count(findings, &path, criteria, entry);
             if let Some(mappings) = mappings {
-                check_mapped(findings, &path, judge, (extent, mappings, page));
+                check_mapped(findings, &path, criteria, (extent, mappings, page));
             }
         })?;
-        old.tell(self.findings, &path, judge);
+        old.tell(self.findings, &path, criteria);
         if pagemap.empty_entries > 0 {
             let text = format!(
                 "{} entries cover no page, which CRIU from 4.3 on refuses",
                 pagemap.empty_entries
             );
-            let refused = self.judge.criu.is_some_and(|criu| criu >= COMPRESSED);
+            let refused = self.criteria.criu.is_some_and(|criu| criu >= COMPRESSED);
             self.findings.either(refused, "entry-empty", &path, text);
         }
         if let Some(damage) = &pagemap.damage {
@@ -194,7 +194,7 @@ impl Check<'_> {
 
     fn absent(&mut self, chain: &Chain, extent: &Resolved, reason: (Absence, u16)) {
         // A lazy restore asks somebody else for these.
-        if self.judge.lazy && extent.lazy {
+        if self.criteria.lazy && extent.lazy {
             return;
         }
         let (why, depth) = reason;
@@ -223,7 +223,7 @@ impl Check<'_> {
 
     fn read(&mut self, chain: &Chain, extent: &Resolved) {
         // Only blocks can be wrong by themselves; raw pages are read for the sake of the disk.
-        if !self.judge.read {
+        if !self.criteria.read {
             return;
         }
         let page = chain.page();
@@ -270,19 +270,19 @@ impl Unread {
         self.compressed += u64::from(entry.blocks.is_some());
     }
 
-    fn tell(self, findings: &mut Findings, path: &Path, judge: Judge) {
+    fn tell(self, findings: &mut Findings, path: &Path, criteria: Criteria) {
         let Unread {
             long_counts,
             compressed,
         } = self;
-        if long_counts > 0 && judge.must_be_read_before(LONG_COUNTS) {
+        if long_counts > 0 && criteria.must_be_read_before(LONG_COUNTS) {
             let text = format!(
                 "CRIU up to 4.1.1 takes {long_counts} entries for empty: their page counts are those of later ones"
             );
             findings.fault("count-unread", path, text);
         }
         if compressed > 0 {
-            let unread = judge.must_be_read_before(COMPRESSED) || !judge.lz4;
+            let unread = criteria.must_be_read_before(COMPRESSED) || !criteria.lz4;
             let text = format!(
                 "{compressed} entries have compressed pages: only a CRIU from 4.3 on that is built with LZ4 \
                  restores them itself"
@@ -293,7 +293,7 @@ impl Unread {
 }
 
 /// Page counts that differ between CRIU up to 4.1.1 and later ones.
-fn check_count(findings: &mut Findings, path: &Path, judge: Judge, entry: &PagemapEntry) {
+fn check_count(findings: &mut Findings, path: &Path, criteria: Criteria, entry: &PagemapEntry) {
     let (old, new) = (entry.compat_nr_pages, entry.nr_pages);
     if let Some(new) = new
         && old != 0
@@ -303,7 +303,7 @@ fn check_count(findings: &mut Findings, path: &Path, judge: Judge, entry: &Pagem
             "the entry at {:#x} has {old} pages for CRIU up to 4.1.1 and {new} for later ones",
             entry.vaddr
         );
-        let concerned = judge.must_be_read_before(LONG_COUNTS);
+        let concerned = criteria.must_be_read_before(LONG_COUNTS);
         findings.either(concerned, "count-mismatch", path, text);
     }
 }
@@ -312,11 +312,11 @@ fn check_count(findings: &mut Findings, path: &Path, judge: Judge, entry: &Pagem
 fn check_mapped(
     findings: &mut Findings,
     path: &Path,
-    judge: Judge,
+    criteria: Criteria,
     (extent, mappings, page): (&Extent, &Mappings, PageSize),
 ) {
     let (range, flags) = (extent.range, extent.flags);
-    if judge.lazy && flags.has(PageFlags::LAZY) {
+    if criteria.lazy && flags.has(PageFlags::LAZY) {
         return;
     }
     let mapped: u64 = common(&mappings.private, range).map(PageRange::bytes).sum();

@@ -90,7 +90,7 @@ enum Criu {
 
 /// What is asked of images.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Judge {
+pub(crate) struct Criteria {
     lazy: bool,
     criu: Option<CriuVersion>,
     lz4: bool,
@@ -98,8 +98,8 @@ pub(crate) struct Judge {
     read: bool,
 }
 
-impl Judge {
-    fn of(args: &Args) -> Result<Judge> {
+impl Criteria {
+    fn of(args: &Args) -> Result<Criteria> {
         let (criu, lz4) = match &args.criu {
             None => (None, true),
             Some(Criu::Version(version)) => (Some(*version), true),
@@ -114,7 +114,7 @@ impl Judge {
                 crate::block_on(asked)?
             }
         };
-        Ok(Judge {
+        Ok(Criteria {
             lazy: args.lazy,
             criu,
             lz4: lz4 && !args.without_lz4,
@@ -153,9 +153,9 @@ struct Report {
 
 /// Exits with 0 if the images are good, 1 if not, 2 if `DIR` holds none.
 pub(crate) fn run(args: &Args) -> ExitCode {
-    let opened = Judge::of(args).and_then(|judge| Ok((open(&args.dir)?, judge)));
+    let opened = Criteria::of(args).and_then(|criteria| Ok((open(&args.dir)?, criteria)));
     let report = match opened {
-        Ok((dir, judge)) => verify(&dir, judge),
+        Ok((dir, criteria)) => verify(&dir, criteria),
         Err(error) => {
             eprintln!("error: {error}");
             return ExitCode::from(EXIT_USAGE);
@@ -171,14 +171,14 @@ pub(crate) fn run(args: &Args) -> ExitCode {
     }
 }
 
-fn verify(dir: &ImageDir, judge: Judge) -> Report {
+fn verify(dir: &ImageDir, criteria: Criteria) -> Report {
     let mut findings = Findings::default();
     let mut looked = Looked::default();
     let lineage = lineage(dir, &mut findings);
-    let needed = processes::needed(dir, judge, &mut findings);
+    let needed = processes::needed(dir, criteria, &mut findings);
     let directories = lineage.as_ref().map_or(1, Vec::len);
     if let Some(lineage) = lineage {
-        memory::check(&lineage, &needed, judge, &mut findings, &mut looked);
+        memory::check(&lineage, &needed, criteria, &mut findings, &mut looked);
     }
     Report {
         schema: SCHEMA,

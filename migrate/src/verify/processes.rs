@@ -14,7 +14,7 @@ use pageferry::image::proto::{
 use prost::Message;
 
 use super::findings::Findings;
-use super::{COMPRESSED, Judge, name};
+use super::{COMPRESSED, Criteria, name};
 
 /// A memory that a restore reads.
 pub(super) struct Needed {
@@ -24,11 +24,11 @@ pub(super) struct Needed {
 }
 
 /// Lists them, and tells what is wrong with the images that say so.
-pub(super) fn needed(dir: &ImageDir, judge: Judge, findings: &mut Findings) -> Vec<Needed> {
-    if judge.memory_only {
+pub(super) fn needed(dir: &ImageDir, criteria: Criteria, findings: &mut Findings) -> Vec<Needed> {
+    if criteria.memory_only {
         return whatever_is_there(dir);
     }
-    inventory(dir, judge, findings);
+    inventory(dir, criteria, findings);
     let Some(pids) = processes(dir, findings) else {
         return whatever_is_there(dir);
     };
@@ -80,7 +80,7 @@ fn whatever_is_there(dir: &ImageDir) -> Vec<Needed> {
         .collect()
 }
 
-fn inventory(dir: &ImageDir, judge: Judge, findings: &mut Findings) {
+fn inventory(dir: &ImageDir, criteria: Criteria, findings: &mut Findings) {
     let path = dir.path().join("inventory.img");
     let found: Option<Vec<Inventory>> = match read(dir, &path, Magic::Inventory) {
         Ok(found) => found,
@@ -100,7 +100,7 @@ fn inventory(dir: &ImageDir, judge: Judge, findings: &mut Findings) {
     match version {
         0..IMAGES_VERSION_COMPRESSED => {}
         IMAGES_VERSION_COMPRESSED => findings.either(
-            judge.must_be_read_before(COMPRESSED),
+            criteria.must_be_read_before(COMPRESSED),
             "images-version",
             &path,
             "images of this version are read by CRIU from 4.3 on",

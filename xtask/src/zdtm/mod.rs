@@ -71,8 +71,8 @@ const HUGE_PAGES: u64 = 20;
 /// One way in one flavour.
 type Run = (&'static Mode, &'static str);
 
-/// One suite and the two sides that it judges.
-struct Judge {
+/// One suite and the two sides that it compares.
+struct Comparison {
     home: PathBuf,
     stock: Criu,
     ours: Criu,
@@ -98,7 +98,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let _huge = HugePages::allow(HUGE_PAGES)?;
     let feature = ["check", "--feature", "mem_dirty_track"];
     let check = Command::new(&criu.path).args(feature).output()?;
-    let mut judge = Judge {
+    let mut comparison = Comparison {
         ours: shim::before(&criu, &home.join("shim"), "")?,
         stock: criu,
         home,
@@ -110,12 +110,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     };
     println!(
         "| way | flavour | passed with CRIU {} | with pageferry | failed with both | skipped | differences |",
-        judge.stock.version
+        comparison.stock.version
     );
     println!("|---|---|---|---|---|---|---|");
     let mut faults = Vec::new();
     for run in runs {
-        faults.extend(judge.judge(run)?);
+        faults.extend(comparison.compare(run)?);
     }
     ensure!(
         faults.is_empty(),
@@ -148,9 +148,9 @@ fn chosen(names: &[String]) -> Result<Vec<Run>> {
     Ok(runs)
 }
 
-impl Judge {
+impl Comparison {
     /// Runs one way with both sides, prints a line, and tells the faults.
-    fn judge(&mut self, run: Run) -> Result<Vec<String>> {
+    fn compare(&mut self, run: Run) -> Result<Vec<String>> {
         let (mode, flavor) = run;
         let _faults_of_users = (flavor == "uns").then(UserFaults::allow).transpose()?;
         let (stock, without) = self.stock(run)?;
