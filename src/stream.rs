@@ -258,9 +258,9 @@ fn peek(socket: &Socket, first: &mut [u8], expected: &[u8]) -> io::Result<usize>
     }
 }
 
-/// The error for a peer that says nothing for `patience`, which the user has set.
-pub fn silent(patience: Option<Duration>) -> Error {
-    let seconds = patience.unwrap_or_default().as_secs();
+/// The error for a peer that says nothing for `time_limit`, which the user has set.
+pub fn silent(time_limit: Option<Duration>) -> Error {
+    let seconds = time_limit.unwrap_or_default().as_secs();
     Error::new(
         Kind::PeerLost,
         format!("the peer has said nothing for {seconds} s (--idle-timeout)"),

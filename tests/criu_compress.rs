@@ -189,14 +189,14 @@ fn with_spoiled_pages(bed: &Bed, criu: &Criu, served: bool) -> Result<()> {
         load, dumped, here, ..
     } = DumpedLoad::of(bed, spec, to_a_server, |_| Ok(()))?;
     let spoiled = spoil_compressed_pages(&dumped, 5)? as u64;
-    let patience = ["--local-timeout", "1"];
-    let serve = Options::new(&dumped).with(&patience).log_to("serve.log");
+    let time_limit = ["--local-timeout", "1"];
+    let serve = Options::new(&dumped).with(&time_limit).log_to("serve.log");
     let server = match served {
         true => Some(PageServer::serving(Make::Ours, &serve)?),
         false => None,
     };
     let images = if served { &here } else { &dumped };
-    let options = Options::new(images).with(&patience).log_to("lazy.log");
+    let options = Options::new(images).with(&time_limit).log_to("lazy.log");
     let options = options.with(&["-W", &here.to_string_lossy()]);
     let address = server.as_ref().map(PageServer::address);
     let mut daemon = LazyDaemon::start(Make::Ours, &options, address)?;

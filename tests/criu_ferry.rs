@@ -181,11 +181,11 @@ impl Between {
     ) -> Result<Between> {
         let dir = bed.path(name);
         let images = dir.join("images");
-        let patience = ["--reconnect-timeout", "3"];
-        let options = Options::new(&images).log_to("far.log").with(&patience);
+        let time_limit = ["--reconnect-timeout", "3"];
+        let options = Options::new(&images).log_to("far.log").with(&time_limit);
         let far_end = PageServer::receiving(Make::Ours, &options)?;
         let proxy = Proxy::start(far_end.address(), link, impairment)?;
-        let extra = [&patience[..], extra].concat();
+        let extra = [&time_limit[..], extra].concat();
         Ok(Between {
             load: Load::start(LoadSpec::mixed(dir.join("load"), 48), None)?,
             near_end: forwarder(dir.join("near"), proxy.address(), &extra)?,

@@ -26,7 +26,7 @@ const PID: Target = Target::Process(7);
 
 /// Forwards through a proxy that does `kind` to every connection, and checks that both ends agree:
 /// the images are exact, or there are none. Returns whether it went well.
-fn with_impairment(impairment: Impairment, streams: u16, patience: Duration) -> bool {
+fn with_impairment(impairment: Impairment, streams: u16, time_limit: Duration) -> bool {
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path().join("images");
     let mut runs = many_pages(100);
@@ -36,9 +36,9 @@ fn with_impairment(impairment: Impairment, streams: u16, patience: Duration) -> 
         PageFlags::default(),
         7000,
     ));
-    let far = far_end(&dir, None, patience);
+    let far = far_end(&dir, None, time_limit);
     let proxy = Proxy::start(far.address, Link::default(), Some(impairment)).unwrap();
-    let context = context(proxy.address(), streams, 1 << 20, patience);
+    let context = context(proxy.address(), streams, 1 << 20, time_limit);
     let (forwarded, answers) = forward(&context, &dump(&[(PID, runs.clone())], Wire::V2), 60_000);
     if forwarded.is_err() {
         // It may never have heard of a session.

@@ -251,12 +251,12 @@ proptest! {
         greetings in prop::collection::vec(
             (0..3_u8, 0..70_u16, 0..70_u16, 0..4_u32, any::<bool>(), 1..5_u16), 1..12),
     ) {
-        let patience = Duration::from_secs(1);
-        let mut table = SessionTable::new(hello(Role::Receiver), &[Role::Receiver], patience);
+        let time_limit = Duration::from_secs(1);
+        let mut table = SessionTable::new(hello(Role::Receiver), &[Role::Receiver], time_limit);
         let times = RetryPolicy {
-            pause_first: patience,
-            pause_max: patience,
-            give_up_after: patience,
+            pause_first: time_limit,
+            pause_max: time_limit,
+            give_up_after: time_limit,
         };
         let mut dialer = Dialer::new(hello(Role::Sender), times, Duration::ZERO);
         let _ = dialer.poll_dial(Duration::ZERO);

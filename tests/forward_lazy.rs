@@ -12,7 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use common::{FIRST_PAGE, PAGE, page_content};
-use forwarding::{PAGES, PATIENCE, PID, dump, forwarder, forwarder_with};
+use forwarding::{PAGES, PID, TIMEOUT, dump, forwarder, forwarder_with};
 use pageferry::criu::header::{HEADER_BYTES_MAX, Header, Op, PageFlags, Wire};
 use pageferry::error::Kind;
 use pageferry::units::{PageCount, Vaddr};
@@ -28,13 +28,13 @@ impl Client {
         socket.bind(&own.into()).unwrap();
         socket.connect(&address.into()).unwrap();
         let stream = TcpStream::from(socket);
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         Client(stream)
     }
 
     fn connect(address: SocketAddr) -> Client {
         let stream = TcpStream::connect(address).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         Client(stream)
     }
 
@@ -87,7 +87,7 @@ impl Client {
 fn many_clients_read_a_dump_while_it_is_drained() {
     let (images, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (port, dump) = dump(images.path());
-    let (address, forwarder) = forwarder(here.path(), port, PATIENCE);
+    let (address, forwarder) = forwarder(here.path(), port, TIMEOUT);
     let mut clients: Vec<Client> = (0..3).map(|_| Client::connect(address)).collect();
     thread::scope(|scope| {
         for (n, client) in clients.iter_mut().enumerate() {
@@ -116,7 +116,7 @@ fn clients_that_never_ask_are_ended_but_a_restore_may_be_idle() {
     let (images, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (port, dump) = dump(images.path());
     let impatient = Some(Duration::from_millis(200));
-    let (address, forwarder) = forwarder_with(here.path(), port, PATIENCE, impatient);
+    let (address, forwarder) = forwarder_with(here.path(), port, TIMEOUT, impatient);
     // Nobody has asked for a page yet. The second stops within its first request.
     Client::connect(address).expect_reset();
     let mut client = Client::connect(address);
@@ -128,7 +128,7 @@ fn clients_that_never_ask_are_ended_but_a_restore_may_be_idle() {
     // The connection for faults of the same host need not be used as long as the other is.
     let mut for_faults = Client::connect(address);
     for _ in 0..3 {
-        // Ended once the forwarder's patience is over: those two have been silent for longer.
+        // Ended once the forwarder's time limit is over: those two have been silent for longer.
         Client::connect_from("127.0.0.2", address).expect_reset();
     }
     for client in [&mut for_faults, &mut client] {
@@ -186,7 +186,7 @@ fn a_client_does_not_hear_of_an_end_that_the_dump_has_not_heard_of() {
     let (images, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (port, dump) = dump(images.path());
     let (port, relay) = deaf_to_the_end(port);
-    let (address, forwarder) = forwarder(here.path(), port, PATIENCE);
+    let (address, forwarder) = forwarder(here.path(), port, TIMEOUT);
     let mut client = Client::connect(address);
     let mut page = 0;
     while page < PAGES {

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use common::{FIRST_PAGE, PAGE, page_content};
 use ferry_client::{Connection, OPENED, ReceivedFrame, hello};
-use forwarding::{PAGES, PATIENCE, dump, forwarder};
+use forwarding::{PAGES, TIMEOUT, dump, forwarder};
 use pageferry::ferry::batch::{Batch, Place};
 use pageferry::ferry::frame;
 use pageferry::ferry::hello::{Features, Role};
@@ -43,7 +43,7 @@ fn expect_right(batch: &ReceivedFrame) -> u64 {
 fn a_client_on_demand_gets_its_faults_and_nothing_else() {
     let (images, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (port, dump) = dump(images.path());
-    let (address, forwarder) = forwarder(here.path(), port, PATIENCE);
+    let (address, forwarder) = forwarder(here.path(), port, TIMEOUT);
     let features = FEATURES.with(Features::ON_DEMAND);
     let mut stream = Connection::dial(address, &hello(Role::Receiver, features, 1));
     assert!(stream.welcome.features.has(Features::ON_DEMAND));
@@ -72,7 +72,7 @@ fn a_client_on_demand_gets_its_faults_and_nothing_else() {
 fn a_client_that_acknowledges_nothing_gets_a_window_and_its_faults() {
     let (images, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (port, dump) = dump(images.path());
-    let (address, forwarder) = forwarder(here.path(), port, PATIENCE);
+    let (address, forwarder) = forwarder(here.path(), port, TIMEOUT);
     let mut greeting = hello(Role::Receiver, FEATURES, 1);
     // A batch and no more, as a client with a low rate says.
     greeting.window.bytes = 1;
@@ -128,7 +128,7 @@ const TAKEN: Ack = Ack {
 fn the_end_is_told_again_until_the_client_has_heard_it() {
     let (images, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (port, dump) = dump(images.path());
-    let (address, forwarder) = forwarder(here.path(), port, PATIENCE);
+    let (address, forwarder) = forwarder(here.path(), port, TIMEOUT);
     let features = FEATURES.with(Features::ON_DEMAND).with(Features::FAREWELL);
     let mut first = Connection::dial(address, &hello(Role::Receiver, features, 1));
     assert!(first.welcome.features.has(Features::FAREWELL));

@@ -73,7 +73,7 @@ impl Entry {
         }
     }
 
-    /// Waits for the first byte of a dump, for `patience` if that is given, and tells whether it is the one
+    /// Waits for the first byte of a dump, for `time_limit` if that is given, and tells whether it is the one
     /// to come. If so, no further connection is accepted.
     ///
     /// # Errors
@@ -82,9 +82,9 @@ impl Entry {
     pub(crate) fn admit_dump(
         &self,
         stream: &mut Stream,
-        patience: Option<Duration>,
+        time_limit: Option<Duration>,
     ) -> Result<bool> {
-        let begun = self.is_ferry(stream, patience);
+        let begun = self.is_ferry(stream, time_limit);
         match begun {
             Err(error) if self.keep || error.kind() == Kind::NothingCame => Err(error),
             _ if self.keep || self.is_first(stream) => begun.map(|_| true),
@@ -120,9 +120,9 @@ impl Entry {
         Err(error)
     }
 
-    fn is_ferry(&self, stream: &mut Stream, patience: Option<Duration>) -> Result<bool> {
+    fn is_ferry(&self, stream: &mut Stream, time_limit: Option<Duration>) -> Result<bool> {
         let _watched = self.undecided.watch(&stream.socket())?;
-        let timeout = stream.socket().set_read_timeout(patience);
+        let timeout = stream.socket().set_read_timeout(time_limit);
         let begun = timeout.and_then(|()| stream.begins());
         if matches!(begun, Ok(false)) {
             return Err(Error::nothing_came(stream.peer()));
@@ -130,7 +130,7 @@ impl Entry {
         begun
             .and_then(|_| stream.begins_with(frame::MAGIC))
             .map_err(|error| match error.kind() {
-                ErrorKind::WouldBlock => silent(patience),
+                ErrorKind::WouldBlock => silent(time_limit),
                 _ => Error::wrap(Kind::PeerLost, "the first bytes did not come", error),
             })
             .map_err(|error| error.within(format!("session with {}", stream.peer())))

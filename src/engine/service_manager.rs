@@ -21,9 +21,9 @@ use crate::sys::fdpass;
 use crate::sys::process::inherited_descriptor;
 
 /// How long the manager may take to receive a message, or to handle it.
-const PATIENCE: Duration = Duration::from_secs(1);
+const TIMEOUT: Duration = Duration::from_secs(1);
 
-/// [`PATIENCE`] as poll(2) takes it, ms.
+/// [`TIMEOUT`] as poll(2) takes it, ms.
 const PATIENCE_MS: u16 = 1000;
 
 /// The first descriptor that systemd passes (`SD_LISTEN_FDS_START`).
@@ -114,7 +114,7 @@ fn connect(name: &[u8]) -> io::Result<UnixDatagram> {
     };
     let socket = UnixDatagram::unbound()?;
     socket.connect_addr(&address)?;
-    socket.set_write_timeout(Some(PATIENCE))?;
+    socket.set_write_timeout(Some(TIMEOUT))?;
     Ok(socket)
 }
 

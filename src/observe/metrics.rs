@@ -8,7 +8,7 @@ use crate::error::{Error, Kind, Result};
 use crate::limits::HTTP_REQUEST_BYTES_MAX;
 
 /// How long a client may take to ask, and to take its answer: others wait for it.
-const PATIENCE: Duration = Duration::from_secs(2);
+const TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long to wait when no client can be accepted: what is missing, mostly descriptors, is not there
 /// sooner for being asked for again at once.
@@ -47,7 +47,7 @@ impl MetricsListener {
             for client in self.0.incoming() {
                 match client {
                     // Clients come and go as they like; the next one asks anew.
-                    Ok(client) => drop(answer(client, &render, PATIENCE)),
+                    Ok(client) => drop(answer(client, &render, TIMEOUT)),
                     Err(_) => std::thread::sleep(PAUSE),
                 }
             }
@@ -57,10 +57,10 @@ impl MetricsListener {
     }
 }
 
-fn answer(client: TcpStream, render: &impl Fn() -> String, patience: Duration) -> io::Result<()> {
+fn answer(client: TcpStream, render: &impl Fn() -> String, timeout: Duration) -> io::Result<()> {
     let mut client = DeadlineStream {
         client,
-        deadline: Instant::now() + patience,
+        deadline: Instant::now() + timeout,
     };
     let (status, body) = match request_line(&mut client)?.as_str() {
         "GET /metrics" => ("200 OK", render()),

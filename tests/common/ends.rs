@@ -32,9 +32,9 @@ use socket2::Socket;
 use crate::common::{FIRST_PAGE, PAGE, Run, naive_memory};
 use crate::dump_bytes::send;
 
-/// Patience of both ends in tests of what cannot be repaired.
+/// Time limit of both ends in tests of what cannot be repaired.
 pub(crate) const SHORT: Duration = Duration::from_secs(2);
-/// Patience of both ends in all others.
+/// Time limit of both ends in all others.
 pub(crate) const LONG: Duration = Duration::from_secs(60);
 
 /// A page server that takes one session.
@@ -44,17 +44,17 @@ pub(crate) struct FarEnd {
     thread: JoinHandle<Result<Received>>,
 }
 
-pub(crate) fn far_end(dir: &Path, previous: Option<&str>, patience: Duration) -> FarEnd {
-    far_end_at((Ipv4Addr::LOCALHOST, 0).into(), dir, previous, patience)
+pub(crate) fn far_end(dir: &Path, previous: Option<&str>, time_limit: Duration) -> FarEnd {
+    far_end_at((Ipv4Addr::LOCALHOST, 0).into(), dir, previous, time_limit)
 }
 
 pub(crate) fn far_end_at(
     address: SocketAddr,
     dir: &Path,
     previous: Option<&str>,
-    patience: Duration,
+    time_limit: Duration,
 ) -> FarEnd {
-    start(address, dir, previous, patience, None)
+    start(address, dir, previous, time_limit, None)
 }
 
 pub(crate) fn far_end_over_tls(dir: &Path, tls: Option<Tls>) -> FarEnd {
@@ -65,7 +65,7 @@ fn start(
     address: SocketAddr,
     dir: &Path,
     previous: Option<&str>,
-    patience: Duration,
+    time_limit: Duration,
     tls: Option<Tls>,
 ) -> FarEnd {
     std::fs::create_dir_all(dir).unwrap();
@@ -83,7 +83,7 @@ fn start(
     let stopped = stop.clone();
     let thread = std::thread::spawn(move || {
         let listener = Socket::from(listener);
-        let port = PrecopyListener::new(&context, &stop, patience, true)?;
+        let port = PrecopyListener::new(&context, &stop, time_limit, true)?;
         let rules = Rules {
             ends: EndPolicy::UntilShutDown,
             most: 100,
@@ -132,12 +132,12 @@ pub(crate) fn context(
     far_end: SocketAddr,
     streams: u16,
     cache: u64,
-    patience: Duration,
+    time_limit: Duration,
 ) -> ForwardContext {
     let sender = SenderConfig {
         peer: Peer::parse(&far_end.to_string()).unwrap(),
         streams,
-        reconnect_timeout: patience,
+        reconnect_timeout: time_limit,
         delta_cache_bytes: cache,
         tls: None,
         stop: Stop::default(),

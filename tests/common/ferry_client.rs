@@ -12,7 +12,7 @@ use pageferry::ferry::message::{Ack, Answer, Fault, StateId};
 use pageferry::units::{PageRange, Vaddr};
 
 use crate::common::{PAGE, TARGET};
-use crate::forwarding::PATIENCE;
+use crate::forwarding::TIMEOUT;
 
 /// A frame that has come.
 #[derive(Debug)]
@@ -53,7 +53,7 @@ pub(crate) struct Connection {
 impl Connection {
     pub(crate) fn dial(address: SocketAddr, hello: &Hello) -> Connection {
         let stream = TcpStream::connect(address).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         let mut connection = Connection {
             stream,
             received: Vec::new(),

@@ -26,7 +26,7 @@ use crate::common::{FIRST_PAGE, PAGE, Run, TARGET, write_target};
 
 pub(crate) const PID: u32 = 7;
 /// Longer than any of these tests lasts on a busy machine: an answer that never comes fails here.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
 pub(crate) const PAGES: u64 = 3000;
 
 pub(crate) fn loopback() -> Source {

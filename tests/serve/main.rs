@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use crate::server::{Client, PATIENCE, PID, Server, loopback};
+use crate::server::{Client, PID, Server, TIMEOUT, loopback};
 use common::{
     FIRST_PAGE, Images, PAGE, Run, TARGET, level, naive_memory, page_content, write_target,
 };
@@ -124,7 +124,7 @@ fn a_file_that_is_cut_for_a_while_is_served_whole() {
     // One page is copied, a long run is sent from the file.
     for (page, pages) in [(300, 1), (5, 507)] {
         let (images, path, whole, memory) = one_file();
-        let server = Server::start_reading_again(&images.dirs[0], PATIENCE);
+        let server = Server::start_reading_again(&images.dirs[0], TIMEOUT);
         let mut client = server.connect();
         client.get(FIRST_PAGE, 1);
         client.answer();
@@ -355,7 +355,7 @@ fn a_restore_may_be_idle() {
     // Its host's connection for faults, which has not been needed yet.
     let mut for_faults = server.connect();
     for _ in 0..3 {
-        // Ended once the server's patience is over: those two have been silent for longer.
+        // Ended once the server's time limit is over: those two have been silent for longer.
         server.connect_from("127.0.0.2").expect_reset();
     }
     for client in [&mut for_faults, &mut client] {
@@ -392,7 +392,7 @@ fn a_local_socket_serves_as_well() {
     let path = tmp.path().join("socket");
     let server = Server::start_unix(&images.dirs[0], &path);
     let stream = UnixStream::connect(&path).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(TIMEOUT)).unwrap();
     let mut client = Client {
         stream,
         wire: Wire::V2,

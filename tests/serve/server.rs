@@ -20,7 +20,7 @@ use crate::common::PAGE;
 
 pub(crate) const PID: u64 = 7;
 /// Longer than any of these tests lasts on a busy machine: an answer that never comes fails here.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Short, so that the tests that wait for it do not take long.
 pub(crate) const PATIENCE_OF_SERVER: Duration = Duration::from_millis(50);
@@ -106,7 +106,7 @@ impl Server {
             .connect(&self.listener.local_addr().unwrap())
             .unwrap();
         let stream = TcpStream::from(socket);
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         stream.set_nodelay(true).unwrap();
         Client {
             stream,

@@ -19,10 +19,10 @@ pub(crate) struct DialingHost<P: Part> {
 }
 
 impl<P: Part> DialingHost<P> {
-    pub(crate) fn new(part: P, hello: Hello, patience: RetryPolicy) -> DialingHost<P> {
+    pub(crate) fn new(part: P, hello: Hello, retry: RetryPolicy) -> DialingHost<P> {
         DialingHost {
             part,
-            dialer: Dialer::new(hello, patience, Duration::ZERO),
+            dialer: Dialer::new(hello, retry, Duration::ZERO),
             lines: BTreeMap::new(),
         }
     }

@@ -152,12 +152,12 @@ fn check(parts: &[Part]) {
 
 /// Greetings of all sorts, one after another, in both directions.
 pub(crate) fn link(mut data: &[u8]) {
-    let patience = Duration::from_secs(1);
-    let mut table = SessionTable::new(hello(Role::Receiver), &[Role::Receiver], patience);
+    let timeout = Duration::from_secs(1);
+    let mut table = SessionTable::new(hello(Role::Receiver), &[Role::Receiver], timeout);
     let times = RetryPolicy {
-        pause_first: patience,
-        pause_max: patience,
-        give_up_after: patience,
+        pause_first: timeout,
+        pause_max: timeout,
+        give_up_after: timeout,
     };
     let mut dialer = Dialer::new(hello(Role::Sender), times, Duration::ZERO);
     let _ = dialer.poll_dial(Duration::ZERO);

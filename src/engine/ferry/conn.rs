@@ -270,7 +270,7 @@ mod tests {
     use crate::ferry::frame::OpenFrame;
 
     /// Longer than anybody here takes.
-    const PATIENCE: Duration = Duration::from_secs(60);
+    const TIMEOUT: Duration = Duration::from_secs(60);
 
     fn pair() -> (UnixStream, Conn) {
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -348,7 +348,7 @@ mod tests {
             )
             .unwrap();
         }
-        assert!(to.close(Instant::now() + PATIENCE));
+        assert!(to.close(Instant::now() + TIMEOUT));
         assert_eq!(drain.join().unwrap(), expected);
     }
 
@@ -369,7 +369,7 @@ mod tests {
         let transport = PlainTransport::new(ours).unwrap();
         let mut conn = Conn::new(Box::new(transport), Arc::default());
         conn.queue(Arc::new(vec![7; 50_000]));
-        let closer = std::thread::spawn(move || say_last_words(conn, PATIENCE));
+        let closer = std::thread::spawn(move || say_last_words(conn, TIMEOUT));
         let mut heard = Vec::new();
         std::io::Read::read_to_end(&mut peer, &mut heard).expect("no reset");
         assert_eq!(heard.len(), 50_000);

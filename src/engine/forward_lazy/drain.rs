@@ -40,7 +40,7 @@ const BUFFER_BYTES: usize = (256 << 10) + HEADER_BYTES_MAX;
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long the dump may take to hear that it is given up.
-const GIVE_UP_PATIENCE: Duration = Duration::from_secs(1);
+const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What is said of a dump that was given up because of a signal.
 pub(super) const STOPPED: &str =
@@ -246,16 +246,13 @@ impl Drop for Drain {
             let _ = socket.set_linger(None);
             return;
         }
-        let patient = socket.set_write_timeout(Some(GIVE_UP_PATIENCE));
+        let patient = socket.set_write_timeout(Some(GIVE_UP_TIMEOUT));
         let told = patient.and_then(|()| self.stream.write_all(&GIVE_UP));
         // Until the dump hangs up: it sends what it is busy with first. Whatever fails, the reset is left.
-        let deadline = Instant::now() + GIVE_UP_PATIENCE;
+        let deadline = Instant::now() + GIVE_UP_TIMEOUT;
         let mut heard = told.is_err();
         while !heard && Instant::now() < deadline {
-            let patient = self
-                .stream
-                .socket()
-                .set_read_timeout(Some(GIVE_UP_PATIENCE));
+            let patient = self.stream.socket().set_read_timeout(Some(GIVE_UP_TIMEOUT));
             heard =
                 patient.is_err() || matches!(self.stream.read(&mut self.buffer), Ok(0) | Err(_));
         }

@@ -28,7 +28,7 @@ const CLOSING: u8 = b'c';
 const DISMISSED: u8 = b'd';
 
 /// How long the guard may take to end: it has nothing else to do.
-const PATIENCE: Duration = Duration::from_secs(1);
+const TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Both ends of what connects the two processes, before there are two.
 #[derive(Debug)]
@@ -123,7 +123,7 @@ impl Drop for DumpGuard {
         // Its copy of the connection is to be closed now. If it is gone, or does not end in time, there is nothing
         // left to do about it.
         let told = fdpass::send(self.0.as_fd(), &[DISMISSED], None);
-        let patient = told.and_then(|()| self.0.set_read_timeout(Some(PATIENCE)));
+        let patient = told.and_then(|()| self.0.set_read_timeout(Some(TIMEOUT)));
         let _ended = patient.and_then(|()| self.0.read(&mut [0]));
     }
 }

@@ -332,8 +332,8 @@ impl Restore {
 
     fn try_source_again(&mut self) {
         tracing::info!("trying to reach the source again");
-        let patience = super::links::RECONNECT_DEFAULT;
-        if let Err(error) = self.links.start_reconnecting(patience) {
+        let timeout = super::links::RECONNECT_DEFAULT;
+        if let Err(error) = self.links.start_reconnecting(timeout) {
             tracing::error!("{error}");
         }
     }

@@ -53,7 +53,7 @@ pub(in crate::engine) use source_sockets::SourceSockets;
 pub use stored::{Received, StoredRestore};
 
 /// How long who stands by may take to hear a word, or to end: it has nothing else to do.
-const PATIENCE: Duration = Duration::from_secs(1);
+const TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The events that were read last, but for those that are among the first `told` ever.
 fn untold(state: &RestoreState, told: u64) -> impl Iterator<Item = io::Result<Message>> {
@@ -104,9 +104,9 @@ impl Ends {
         let pair = socketpair(family, kind, None, SockFlag::SOCK_CLOEXEC);
         let (serving, standing_by) = pair.map_err(|errno| failed(errno.into()))?;
         let socket = SockRef::from(&serving);
-        let timeouts = socket.set_write_timeout(Some(PATIENCE));
+        let timeouts = socket.set_write_timeout(Some(TIMEOUT));
         timeouts
-            .and_then(|()| socket.set_read_timeout(Some(PATIENCE)))
+            .and_then(|()| socket.set_read_timeout(Some(TIMEOUT)))
             .map_err(failed)?;
         Ok(Ends {
             serving,

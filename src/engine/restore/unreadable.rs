@@ -325,10 +325,10 @@ impl Restore {
         if self.losses.is_source_lost() {
             return false;
         }
-        let (patience, unreadable) = (self.config.local_timeout, &mut self.unreadable);
+        let (timeout, unreadable) = (self.config.local_timeout, &mut self.unreadable);
         let pages = (pid, image);
         self.links
-            .ask_fallback(pages, STEP_BYTES, patience, |image| {
+            .ask_fallback(pages, STEP_BYTES, timeout, |image| {
                 let key = (pid, image.start().get());
                 unreadable.asked.insert(key, image.end().get());
             })

@@ -127,10 +127,10 @@ impl ServeContext {
         stream: &mut Stream,
         bytes: [u8; N],
     ) -> Result<bool> {
-        let patience = self.idle_timeout;
+        let time_limit = self.idle_timeout;
         let lost = |error| Error::wrap(Kind::PeerLost, "the first bytes did not come", error);
-        let set = |stream: &Stream, patience| stream.socket().set_read_timeout(patience);
-        set(stream, patience).map_err(lost)?;
+        let set = |stream: &Stream, time_limit| stream.socket().set_read_timeout(time_limit);
+        set(stream, time_limit).map_err(lost)?;
         loop {
             let begins = match stream.begins() {
                 Ok(false) => return Err(Error::nothing_came(stream.peer())),
@@ -140,7 +140,7 @@ impl ServeContext {
             match begins {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     if !self.active_hosts.contains(&stream.host()) {
-                        return Err(silent(patience));
+                        return Err(silent(time_limit));
                     }
                 }
                 result => {

@@ -79,8 +79,8 @@ impl Session<'_> {
 
     /// Answers requests until CLOSE.
     pub(super) fn run(&mut self, closing: &dyn Fn() -> Result<()>) -> Result<()> {
-        if let Some(patience) = self.context.idle_timeout {
-            self.lose_patience_after(patience)?;
+        if let Some(time_limit) = self.context.idle_timeout {
+            self.end_when_silent_for(time_limit)?;
         }
         let mut input = [0; REQUEST_BYTES];
         let mut arrived = 0;
@@ -114,12 +114,12 @@ impl Session<'_> {
         request.map_err(|error| Error::wrap(Kind::Protocol, "bad request", error))
     }
 
-    fn lose_patience_after(&self, patience: Duration) -> Result<()> {
+    fn end_when_silent_for(&self, time_limit: Duration) -> Result<()> {
         let socket = self.stream.socket();
         // Local sockets have no host that could be gone.
-        let _ = socket.set_tcp_user_timeout(Some(patience));
-        let set = socket.set_read_timeout(Some(patience));
-        set.and_then(|()| socket.set_write_timeout(Some(patience)))
+        let _ = socket.set_tcp_user_timeout(Some(time_limit));
+        let set = socket.set_read_timeout(Some(time_limit));
+        set.and_then(|()| socket.set_write_timeout(Some(time_limit)))
             .map_err(|error| Error::wrap(Kind::Io, "cannot set --idle-timeout", error))
     }
 

@@ -48,12 +48,12 @@ pub(in crate::engine::restore) type Answer = (Question, io::Result<Vec<u8>>);
 
 impl Links {
     /// Asks the source for the pages `image` of `pid`, which local images cannot give, in questions of `step` bytes;
-    /// each is given up after `patience`, and `asked` sees it. Says whether there is a source to ask.
+    /// each is given up after `timeout`, and `asked` sees it. Says whether there is a source to ask.
     pub(in crate::engine::restore) fn ask_fallback(
         &mut self,
         (pid, image): (u32, PageRange),
         step: u64,
-        patience: Duration,
+        timeout: Duration,
         mut asked: impl FnMut(PageRange),
     ) -> bool {
         // Over ferry comes what the dump has kept alone, which no image has.
@@ -63,7 +63,7 @@ impl Links {
         if self.fallback.is_none()
             && let Some(dialer) = self.dialer.clone()
         {
-            match Fallback::start(dialer, Arc::clone(&self.reconnected), patience) {
+            match Fallback::start(dialer, Arc::clone(&self.reconnected), timeout) {
                 Ok(fallback) => self.fallback = Some(fallback),
                 Err(error) => {
                     tracing::debug!("{error}");
@@ -110,17 +110,17 @@ pub(super) struct Fallback {
 
 impl Fallback {
     /// Connects when the first question comes. `wake` is written when there is an answer; a question is given
-    /// up after `patience`.
+    /// up after `timeout`.
     pub(super) fn start(
         dialer: SourceDialer,
         wake: Arc<EventFd>,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<Fallback> {
         let (commands, inbox) = channel();
         let (outbox, answers) = sync_channel(ANSWERS_MAX);
         let source_thread = SourceThread {
             dialer,
-            patience,
+            timeout,
             link: None,
         };
         let thread = std::thread::Builder::new()
@@ -157,7 +157,7 @@ impl Fallback {
 /// The thread's side.
 struct SourceThread {
     dialer: SourceDialer,
-    patience: Duration,
+    timeout: Duration,
     link: Option<(Stream, Fetcher<()>)>,
 }
 
@@ -182,7 +182,7 @@ impl SourceThread {
 
     /// Tries again, on another connection, as long as the source cannot be reached at all.
     fn fetch_patiently(&mut self, question: Question) -> io::Result<Vec<u8>> {
-        let deadline = Instant::now() + self.patience;
+        let deadline = Instant::now() + self.timeout;
         loop {
             let reached = match self.link.take() {
                 Some(link) => Ok(link),
@@ -191,7 +191,7 @@ impl SourceThread {
             match reached {
                 Ok(link) => return self.fetch(link, question),
                 Err(error) if Instant::now() >= deadline => return Err(error),
-                Err(_) => std::thread::sleep(RECONNECT_PAUSE.min(self.patience)),
+                Err(_) => std::thread::sleep(RECONNECT_PAUSE.min(self.timeout)),
             }
         }
     }
@@ -207,8 +207,8 @@ impl SourceThread {
         let stream = Stream::plain(socket)
             .secure_to(tls.as_ref(), peer.host())
             .map_err(io::Error::other)?;
-        stream.socket().set_read_timeout(Some(self.patience))?;
-        stream.socket().set_write_timeout(Some(self.patience))?;
+        stream.socket().set_read_timeout(Some(self.timeout))?;
+        stream.socket().set_write_timeout(Some(self.timeout))?;
         Ok((stream, Fetcher::new(*wire, *page)))
     }
 

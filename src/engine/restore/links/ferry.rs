@@ -340,8 +340,8 @@ impl Restore {
 
     /// Says that everything is here, and waits until the source has heard.
     pub(super) fn close_ferry(&mut self) -> Result<()> {
-        let patience = self.links.reconnect_timeout.unwrap_or(CLOSE_TIMEOUT);
-        let deadline = Instant::now() + patience.max(CLOSE_TIMEOUT);
+        let timeout = self.links.reconnect_timeout.unwrap_or(CLOSE_TIMEOUT);
+        let deadline = Instant::now() + timeout.max(CLOSE_TIMEOUT);
         let result = loop {
             match self.await_bye(deadline) {
                 Ok(()) => break Ok(()),

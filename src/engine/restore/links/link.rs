@@ -29,7 +29,7 @@ const REST_BYTES_MAX: usize = 8 << 10;
 const URGENT_REQUESTS_MIN: u64 = 32;
 
 /// How long a source may take to hear that it is given up: it sends what it is busy with first.
-pub(in crate::engine::restore) const GIVE_UP_PATIENCE: Duration = Duration::from_secs(1);
+pub(in crate::engine::restore) const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A request and what was true when it was sent.
 #[derive(Clone, Copy, Debug)]
@@ -247,7 +247,7 @@ impl Link {
         let begun = rest_of_headers(self.out.len(), begun, self.fetcher.header_bytes());
         self.out.truncate(begun);
         self.out.extend_from_slice(&GIVE_UP);
-        let deadline = Instant::now() + GIVE_UP_PATIENCE;
+        let deadline = Instant::now() + GIVE_UP_TIMEOUT;
         let mut discarded = [0; 16 << 10];
         loop {
             let left = self.flush()?;

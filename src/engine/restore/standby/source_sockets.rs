@@ -8,7 +8,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, send};
 
 use crate::criu::header::GIVE_UP;
-use crate::engine::restore::links::link::GIVE_UP_PATIENCE;
+use crate::engine::restore::links::link::GIVE_UP_TIMEOUT;
 use crate::sys::disconnect;
 
 /// The stream's connection, and that for faults.
@@ -38,7 +38,7 @@ impl SourceSockets {
 
     /// Waits a moment until the source has hung up, then resets the connections.
     pub(in crate::engine) fn reset(self) {
-        let deadline = Instant::now() + GIVE_UP_PATIENCE;
+        let deadline = Instant::now() + GIVE_UP_TIMEOUT;
         let mut discarded = [0; 16 << 10];
         while let [Some(stream), _] = &self.0
             && Instant::now() < deadline

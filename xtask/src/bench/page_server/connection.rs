@@ -13,7 +13,7 @@ use super::pages::Pages;
 use super::recording::Recording;
 
 /// How long a run may take that nothing is wrong with: 8 GiB at a tenth of the usual rates.
-pub(super) const PATIENCE: Duration = Duration::from_secs(600);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(600);
 
 /// After so long without progress it is asked whether the program was interrupted.
 pub(super) const LOOK_UP: Duration = Duration::from_secs(1);
@@ -29,14 +29,14 @@ pub(super) enum Connection {
     Secure(Box<TlsStream>),
 }
 
-/// Makes a call again whose time is up, until [`PATIENCE`] is or the program is interrupted.
+/// Makes a call again whose time is up, until [`TIMEOUT`] is or the program is interrupted.
 fn patiently<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let started = Instant::now();
     loop {
         match call() {
             Err(error)
                 if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
-                    && started.elapsed() < PATIENCE
+                    && started.elapsed() < TIMEOUT
                     && !is_interrupted() => {}
             result => return result,
         }

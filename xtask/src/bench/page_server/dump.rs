@@ -16,7 +16,7 @@ use testbed::stats::{self, DumpStats};
 use testbed::wait;
 
 use super::case::{Contender, Link, Target};
-use super::run::{Bench, PATIENCE, Run};
+use super::run::{Bench, Run, TIMEOUT};
 
 impl Bench<'_> {
     /// Dumps `load`, which has `memory` bytes and runs on, into a contender's server.
@@ -45,13 +45,13 @@ impl Bench<'_> {
         let dump = Dump::new(self.criu, load.pid(), &dumped).to(server.address());
         let mut dump = dump.leave_running().with(&options).start()?;
         let mut peak = 0;
-        wait::until("the end of the dump", PATIENCE, || {
+        wait::until("the end of the dump", TIMEOUT, || {
             // The server may end before the dump does.
             peak = server.process().peak_rss_bytes().unwrap_or(0).max(peak);
             dump.ended()
         })?;
-        dump.succeed(PATIENCE)?;
-        let used = server.finish(PATIENCE)?.cpu.saturating_sub(cpu);
+        dump.succeed(TIMEOUT)?;
+        let used = server.finish(TIMEOUT)?.cpu.saturating_sub(cpu);
 
         let DumpStats {
             frozen_time,

@@ -19,7 +19,7 @@ use testbed::migration::Dump;
 use super::case::{Contender, Feed, Link, Target};
 use super::pages::Pages;
 use super::recording::{Recording, capture, generate};
-use super::run::{Bench, PATIENCE, Run};
+use super::run::{Bench, Run, TIMEOUT};
 
 /// Name of the recording among what runs share.
 const RECORDING: &str = "recording";
@@ -53,7 +53,7 @@ impl Bench<'_> {
                 let (connection, _) = listener.accept()?;
                 capture(connection, path, wire, self.page)
             });
-            let ended = dump.succeed(PATIENCE);
+            let ended = dump.succeed(TIMEOUT);
             if ended.is_err() {
                 // Whoever still waits for the dump hears that there is none.
                 drop(std::net::TcpStream::connect(listener.local_addr()?));
@@ -68,7 +68,7 @@ impl Bench<'_> {
         let pages = mib << (20 - self.page.shift());
         let area = AreaSpec::new(Mapping::Private, pages, Content::Random);
         LoadSpec {
-            lifetime_s: u32::try_from(10 * PATIENCE.as_secs()).unwrap_or(u32::MAX),
+            lifetime_s: u32::try_from(10 * TIMEOUT.as_secs()).unwrap_or(u32::MAX),
             ..LoadSpec::new(bed.path("load"), vec![area])
         }
     }
@@ -110,7 +110,7 @@ impl Bench<'_> {
         ensure!(answers == recording.answers, "answers: {answers:x?}");
         let peak = server.process().peak_rss_bytes()?;
         connection.end()?;
-        let used = server.finish(PATIENCE)?.cpu.saturating_sub(cpu);
+        let used = server.finish(TIMEOUT)?.cpu.saturating_sub(cpu);
         recording.check(&images)?;
         let bytes = recording.pages() << self.page.shift();
         Ok(Run::new(wall, bytes, used, peak))
@@ -129,7 +129,7 @@ impl Bench<'_> {
         connection.end()?;
         let wall = started.elapsed();
 
-        let ended = sink.process().succeed(PATIENCE)?;
+        let ended = sink.process().succeed(TIMEOUT)?;
         let used = ended.cpu.saturating_sub(cpu);
         let length = stored.metadata()?.len();
         ensure!(

@@ -17,7 +17,7 @@ use testbed::pki::{Authority, Credentials, Host};
 use super::super::rounds::Measure;
 use super::super::stats::Sample;
 use super::case::{Contender, Link, Target};
-pub(super) use super::connection::PATIENCE;
+pub(super) use super::connection::TIMEOUT;
 use super::connection::{Connection, LOOK_UP};
 
 /// Warnings and errors, CRIU's default: the harness logs everything, which would be measured too.

@@ -27,7 +27,7 @@ use testbed::migration::Dump;
 
 use super::case::{Contender, Link, RequestPattern};
 use super::connection::Connection;
-use super::run::{Bench, PATIENCE, Run};
+use super::run::{Bench, Run, TIMEOUT};
 
 /// Bytes of pages asked for ahead by all clients together. As many as a wide link would need.
 const DEPTH_BYTES: u64 = 8 << 20;
@@ -116,7 +116,7 @@ impl Bench<'_> {
         let bytes = clients.iter().map(|client| client.bytes).sum();
         let mut trips: Vec<Duration> = clients.remove(0).trips;
         drop(clients);
-        let used = server.finish(PATIENCE)?.cpu.saturating_sub(cpu);
+        let used = server.finish(TIMEOUT)?.cpu.saturating_sub(cpu);
         trips.sort_unstable();
         Ok(Run {
             p50_us: quantile_us(&trips, 50),
