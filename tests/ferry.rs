@@ -253,8 +253,8 @@ fn an_end_that_is_stopped_says_so() {
         let far = far_end(tmp.path(), None, LONG);
         let mut begun = begin(&far);
         match far_stops {
-            true => far.stop.pull(),
-            false => begun.stop.pull(),
+            true => far.stop.request(),
+            false => begun.stop.request(),
         }
         let told = far.finish().unwrap_err().to_string();
         assert!(told.contains("stopped by a signal"), "{told}");
@@ -334,7 +334,7 @@ fn an_end_without_tls_is_not_talked_to() {
     let (forwarded, answers) = forward(&context, &dump(&[(PID, many_pages(1))], Wire::V2), 1 << 20);
     forwarded.unwrap_err();
     assert!(answers.is_empty());
-    far.stop.pull();
+    far.stop.request();
     far.finish().unwrap_err();
     assert_eq!(files(&dir).len(), 0);
 }

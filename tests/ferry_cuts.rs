@@ -42,7 +42,7 @@ fn with_impairment(impairment: Impairment, streams: u16, time_limit: Duration) -
     let (forwarded, answers) = forward(&context, &dump(&[(PID, runs.clone())], Wire::V2), 60_000);
     if forwarded.is_err() {
         // It may never have heard of a session.
-        far.stop.pull();
+        far.stop.request();
     }
     let received = far.finish();
     if forwarded.is_ok() {
@@ -215,7 +215,7 @@ fn with_one_impairment(impairment: Impairment, streams: u16) -> bool {
     let (forwarded, answers) = forward(&context, &dump(&[(PID, runs.clone())], Wire::V2), 60_000);
     if let Err(error) = forwarded {
         assert!(answers.len() <= 1, "{impairment:?}: {error}");
-        far.stop.pull();
+        far.stop.request();
         if let Err(far_error) = far.finish() {
             assert_eq!(files(&dir).len(), 0, "{impairment:?}: {error}");
             eprintln!("{impairment:?}: {error}; {far_error}");

@@ -145,7 +145,7 @@ impl Entry {
         if self.keep {
             return;
         }
-        self.undecided.pull();
+        self.undecided.request();
         if let Some(listener) = &self.listener {
             // It may have been shut before.
             let _ = listener.shutdown(Shutdown::Both);

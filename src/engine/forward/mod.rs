@@ -68,7 +68,7 @@ pub struct SenderConfig {
     pub delta_cache_bytes: u64,
     /// Secures the connections.
     pub tls: Option<Tls>,
-    /// Ends all sessions when it is pulled.
+    /// Ends all sessions when it is requested.
     pub stop: Stop,
     /// Counts what the sessions send.
     pub traffic: Arc<Traffic>,

@@ -63,7 +63,7 @@ impl<'a> SessionDialer<'a> {
         while !self.handler.is_done() {
             let seen = self.notifier.notified();
             let now = self.start.elapsed();
-            if self.stop.is_pulled() {
+            if self.stop.is_requested() {
                 self.handler.lost(Lost::Stopped);
                 return;
             }

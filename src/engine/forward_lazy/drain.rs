@@ -103,13 +103,13 @@ impl Drain {
         pids.try_for_each(|pid| pending.refuse(&self.stream, Target::Process(pid)))
     }
 
-    /// Ends the connection when `stop` is pulled.
+    /// Ends the connection when `stop` is requested.
     pub(super) fn watch(&self, stop: &Stop) -> Result<Watched> {
         // An orderly end is what the dump must not see.
         stop.watch_reads(&self.stream.socket())
     }
 
-    /// Takes all pages over into `dump_memory`, or stops when `enough` says so. Fails when `stop` is pulled.
+    /// Takes all pages over into `dump_memory`, or stops when `enough` says so. Fails when `stop` is requested.
     pub(super) fn run(
         &mut self,
         dump_memory: &DumpMemory,
@@ -117,7 +117,7 @@ impl Drain {
         stop: &Stop,
     ) -> Result<()> {
         loop {
-            if stop.is_pulled() {
+            if stop.is_requested() {
                 return Err(Error::new(Kind::Interrupted, STOPPED));
             }
             self.ask(dump_memory, &enough)?;

@@ -201,7 +201,7 @@ impl ForwardLazy {
                 clients.table.dump_ended(ended.is_ok());
                 if ended.is_err() {
                     // Nobody can be served any more.
-                    stop.pull();
+                    stop.request();
                 }
                 shut(&source.socket);
                 ended
@@ -322,7 +322,7 @@ impl Clients {
             }
         })?;
         drop(watched);
-        let stopped = || stop.is_pulled();
+        let stopped = || stop.is_requested();
         match self.table.wait_for_outcome(stopped) {
             DumpOutcome::Confirmed => {}
             DumpOutcome::Stopped => {

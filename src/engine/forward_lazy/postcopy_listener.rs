@@ -202,7 +202,7 @@ impl PostcopyListener {
     fn wait_for_farewell(&self, session: SessionId, sending: &SenderSession, stop: &Stop) {
         while sending.awaits_farewell() {
             let seen = sending.notifier().notified();
-            if self.sessions.has_expired(session) || stop.is_pulled() {
+            if self.sessions.has_expired(session) || stop.is_requested() {
                 tracing::warn!(
                     "the lazy client has everything, but may not have heard that the source knows: it did \
                      not come back"
@@ -214,7 +214,7 @@ impl PostcopyListener {
     }
 
     fn end_if_given_up(&self, session: SessionId, sending: &SenderSession, stop: &Stop) {
-        if stop.is_pulled() {
+        if stop.is_requested() {
             sending.lost(Lost::Stopped);
         }
         if self.sessions.has_expired(session) {

@@ -65,12 +65,12 @@ enum Event {
 }
 
 /// Runs `session` for each connection to `listener` that `rules` let in. The connection is shut down when `stop` is
-/// pulled, unless the session drops the guard that it gets: to say why it ends.
+/// requested, unless the session drops the guard that it gets: to say why it ends.
 ///
 /// # Errors
 ///
 /// A session failed (the first error that is; the others, and all with [`EndPolicy::Keep`], are only told
-/// in the log), connections cannot be accepted, or `stop` was pulled before all was done.
+/// in the log), connections cannot be accepted, or `stop` was requested before all was done.
 pub fn run_sessions(
     listener: &Socket,
     rules: &Rules,
@@ -180,7 +180,7 @@ impl ServerState<'_> {
     fn accept_ended(&mut self, result: Result<()>, stop: &Stop) {
         self.accepting = false;
         let interrupted =
-            stop.is_pulled() && (self.running > 0 || self.rules.ends != EndPolicy::Keep);
+            stop.is_requested() && (self.running > 0 || self.rules.ends != EndPolicy::Keep);
         let before = std::mem::replace(&mut self.outcome, Ok(()));
         self.outcome = before.and(result).and_then(|()| match interrupted {
             true => Err(Error::new(Kind::Interrupted, "stopped by a signal")),

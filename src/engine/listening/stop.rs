@@ -12,13 +12,13 @@ use socket2::{SockRef, Socket};
 use crate::error::{Error, Kind, Result};
 use crate::sys::signals::{SignalReader, SignalSet};
 
-/// A server's brake. Copies act on the same server.
+/// A server's stop. Copies act on the same server.
 #[derive(Clone, Debug, Default)]
 pub struct Stop(Arc<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
-    pulled: AtomicBool,
+    requested: AtomicBool,
     sockets: Mutex<Sockets>,
 }
 
@@ -28,7 +28,7 @@ struct Sockets {
     next: u64,
 }
 
-/// What the brake does.
+/// What a stop does.
 #[derive(Clone)]
 enum End {
     Shut(Arc<Socket>, Shutdown),
@@ -44,7 +44,7 @@ impl fmt::Debug for End {
     }
 }
 
-/// What is ended when the brake is pulled, until this is dropped.
+/// What is ended when the stop is requested, until this is dropped.
 #[derive(Debug)]
 pub struct Watched {
     stop: Stop,
@@ -59,10 +59,10 @@ pub fn block_stop_signals() -> Result<()> {
 }
 
 impl Stop {
-    /// A brake that the signals pull, which [`block_stop_signals`] has blocked.
+    /// A stop that the signals request, which [`block_stop_signals`] has blocked.
     pub fn on_signals() -> Result<Stop> {
         let stop = Stop::default();
-        let pulled = stop.clone();
+        let requested = stop.clone();
         let signals = SignalSet::ending().and_then(SignalReader::new);
         let signals = signals
             .map_err(|error| Error::wrap(Kind::Io, "cannot make a signal descriptor", error))?;
@@ -72,7 +72,7 @@ impl Stop {
                 // Waiting for a descriptor that is open cannot fail.
                 if let Ok(signal) = signals.wait() {
                     tracing::warn!("{signal}: ending all sessions");
-                    pulled.pull();
+                    requested.request();
                 }
             })
             .map_err(|error| Error::wrap(Kind::Io, "cannot start a thread", error))?;
@@ -80,24 +80,24 @@ impl Stop {
     }
 
     /// Ends everything that is watched, now and later.
-    pub fn pull(&self) {
-        self.0.pulled.store(true, Ordering::SeqCst);
+    pub fn request(&self) {
+        self.0.requested.store(true, Ordering::SeqCst);
         // What is told may take locks of its own.
         let ends: Vec<End> = self.sockets().open.values().cloned().collect();
         ends.iter().for_each(End::happen);
     }
 
-    /// Whether the brake was pulled.
-    pub fn is_pulled(&self) -> bool {
-        self.0.pulled.load(Ordering::SeqCst)
+    /// Whether the stop was requested.
+    pub fn is_requested(&self) -> bool {
+        self.0.requested.load(Ordering::SeqCst)
     }
 
-    /// Shuts `socket` down when the brake is pulled, at once if it was.
+    /// Shuts `socket` down when the stop is requested, at once if it was.
     pub fn watch(&self, socket: &SockRef<'_>) -> Result<Watched> {
         self.watch_for(socket, Shutdown::Both)
     }
 
-    /// Ends reads from `socket` when the brake is pulled, at once if it was. The peer hears nothing of it.
+    /// Ends reads from `socket` when the stop is requested, at once if it was. The peer hears nothing of it.
     pub fn watch_reads(&self, socket: &SockRef<'_>) -> Result<Watched> {
         self.watch_for(socket, Shutdown::Read)
     }
@@ -109,7 +109,7 @@ impl Stop {
         Ok(self.end(End::Shut(Arc::new(copy), how)))
     }
 
-    /// Calls `tell` when the brake is pulled, at once if it was: for sessions that say why they end.
+    /// Calls `tell` when the stop is requested, at once if it was: for sessions that say why they end.
     pub fn tell(&self, tell: impl Fn() + Send + Sync + 'static) -> Watched {
         self.end(End::Tell(Arc::new(tell)))
     }
@@ -121,8 +121,8 @@ impl Stop {
         let late = end.clone();
         sockets.open.insert(number, end);
         drop(sockets);
-        // Asked behind the insertion: a pull from before it is seen here, a later one there.
-        if self.is_pulled() {
+        // Asked behind the insertion: a request from before it is seen here, a later one there.
+        if self.is_requested() {
             late.happen();
         }
         let stop = self.clone();
@@ -170,7 +170,7 @@ mod tests {
         let (forgotten, mut other) = UnixStream::pair().unwrap();
         let _guard = stop.watch(&(&watched).into()).unwrap();
         drop(stop.watch(&(&forgotten).into()).unwrap());
-        stop.pull();
+        stop.request();
         assert_eq!(peer.read(&mut [0]).unwrap(), 0);
         let (late, mut late_peer) = UnixStream::pair().unwrap();
         let _late = stop.watch(&(&late).into()).unwrap();

@@ -231,7 +231,7 @@ impl<'a> PrecopyListener<'a> {
 
     /// Ends a session to which nobody comes back, or all if this process is to stop.
     fn end_if_given_up(&self, session: SessionId, receiving: &ReceiverSession) {
-        if self.stop.is_pulled() {
+        if self.stop.is_requested() {
             receiving.stop();
         }
         if self.sessions.has_expired(session) {
