@@ -43,6 +43,9 @@ pub(crate) struct Args {
     /// What lies between source and destination.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = LinkKind::ALL)]
     link: Vec<LinkKind>,
+    /// Who moves it.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Contender::ALL)]
+    contender: Vec<Contender>,
     /// Rounds, after one that warms up.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
@@ -88,18 +91,25 @@ impl LinkKind {
 }
 
 /// Who moves the process.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Contender {
+    /// `pageferry migrate --mode cold`.
     Cold,
+    /// `pageferry migrate --mode pre-copy`.
     PreCopy,
+    /// `pageferry migrate --mode post-copy`.
     PostCopy,
+    /// `pageferry migrate --mode hybrid`.
     Hybrid,
+    /// CRIU with its page server.
     CriuCold,
+    /// CRIU with its lazy-pages daemon.
     CriuPostCopy,
 }
 
 impl Contender {
+    /// All, in the order of the table.
     const ALL: [Contender; 6] = [
         Contender::Cold,
         Contender::PreCopy,
@@ -259,7 +269,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut results = Results::begin("migrate", &args.common, &criu, promises::judge, how)?;
     let mut drawn = Vec::new();
     for case in Case::all_of(args) {
-        let contenders = Contender::ALL.to_vec();
+        let contenders = args.contender.clone();
         let taken: CaseResult = Rounds::take(case, contenders, args.rounds, |case, who| {
             run::run(&criu, case, who, &[])
         })?;
