@@ -14,8 +14,9 @@ use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::for_each_criu;
 use testbed::load::Load;
+use testbed::load::content::Content;
 use testbed::load::scenarios::verifying;
-use testbed::load::spec::LoadSpec;
+use testbed::load::spec::{AreaSpec, LoadSpec, Mapping};
 use testbed::load::steps::Step;
 use testbed::pki::{Authority, Host};
 use testbed::process::Spawned;
@@ -24,6 +25,7 @@ use testbed::wait::{self, GENEROUS};
 for_each_criu!(
     a_tree_moves_in_every_mode,
     pages_are_right_however_they_are_tracked,
+    locked_memory_moves_in_every_mode,
     a_killed_command_leaves_the_processes_here,
     a_killed_agent_leaves_the_processes_here,
     a_restore_that_fails_leaves_the_processes_here,
@@ -65,6 +67,25 @@ fn a_tree_moves_in_every_mode(bed: &Bed, criu: &Criu) -> Result<()> {
         expect_report(&moves.report(), mode)?;
         expect_no_images(&moves.dir())?;
         expect_no_images(&agent.dir_of(mode))?;
+    }
+    Ok(())
+}
+
+/// No page can be lazy then: a lazy dump keeps none, and listens all the same.
+fn locked_memory_moves_in_every_mode(bed: &Bed, criu: &Criu) -> Result<()> {
+    for mode in MODES {
+        let area = AreaSpec::new(Mapping::Locked, MIB * 256, Content::Mixed);
+        let mut spec = LoadSpec::new(bed.path(&format!("load-{mode}")), vec![area]);
+        spec.pin_own_memory = true;
+        let mut load = Load::start(spec, None)?;
+        let agent = Agent::start(&criu.path, &bed.path(&format!("agent-{mode}")), None, &[])?;
+        let moves = Move::new(criu, bed.path("source"), mode).with(&["--mode", mode]);
+        let moved = moves.start(&load, &agent)?.succeed(GENEROUS);
+        moved.with_context(|| format!("{mode}: {}", agent.log()))?;
+        load.wait_until_gone()?;
+        load.steer(agent.init()?)?;
+        load.run(0, &verifying())?.expect_right()?;
+        expect_report(&moves.report(), mode)?;
     }
     Ok(())
 }

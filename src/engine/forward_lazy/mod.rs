@@ -50,6 +50,9 @@ use drain::Drain;
 use dump_memory::{DumpMemory, ProcessMemory};
 pub use guard::{DumpGuard, GuardEnds};
 
+/// What CRIU writes once a dump has ended well, after a lazy one has given all pages away.
+const STATS_OF_DUMP: &str = "stats-dump";
+
 /// What is wrong when the dump cannot be told of the end.
 const BOTH_MAY_RUN: &str = "a client has everything, but the dump's processes may run on as well";
 
@@ -125,14 +128,18 @@ impl ForwardLazy {
     ) -> Result<ForwardLazy> {
         config.dump.resolve()?;
         let mut wait = StartWait::new(config.wait)?;
-        wait.until(|| look_at_images(images))?;
+        let kept = wait.until(|| look_at_images(images))?;
         let wire = match config.wire {
             Some(wire) => wire,
             None => wire_of(images)?,
         };
         let dump_memory = Arc::new(DumpMemory::new(images, config.spill.as_deref())?);
         // The last step that may fail: from here on the dump is told when it is given up.
-        let stream = wait.until(|| not_yet(Drain::connect(&config.dump)))?;
+        let stream = wait.until(|| not_yet(Drain::connect(&config.dump)));
+        let stream = match kept {
+            true => stream?,
+            false => stream.map_err(|refused| nothing_stayed(images, Some(refused)))?,
+        };
         let (_, pages) = dump_memory.progress();
         tracing::info!(
             "{pages} pages stayed with the dump at {} ({wire:?})",
@@ -371,27 +378,34 @@ fn end_dump(entry: &ClientEntry<'_>) -> Result<()> {
     Err(Error::new(Kind::PeerLost, BOTH_MAY_RUN))
 }
 
-/// Whether the dump has written the images of all processes.
+/// Waits for the images of all processes, and tells whether a page stayed with the dump. None need: the memory of a
+/// process may be locked as a whole, and the dump listens all the same.
 ///
 /// # Errors
 ///
-/// It has, and kept no page: nobody will ever listen.
-fn look_at_images(images: &ImageDir) -> Result<Attempt<()>> {
+/// No page did, and the dump has written its statistics, which is the last that it does: nobody will ever listen.
+fn look_at_images(images: &ImageDir) -> Result<Attempt<bool>> {
     match check_lazy(images) {
-        Ok(true) => Ok(Attempt::Done(())),
-        Ok(false) => {
-            let text = format!(
-                "no page stayed with the dump in {}: it was made without --lazy-pages, and has ended (page-server \
-                 --lazy-pages serves such images; those of an earlier dump must go before a new one writes there)",
-                images.path().display()
-            );
-            Err(Error::new(Kind::Usage, text))
+        Ok(false) if images.path().join(STATS_OF_DUMP).exists() => {
+            Err(nothing_stayed(images, None))
         }
+        Ok(kept) => Ok(Attempt::Done(kept)),
         Err(incomplete) => Ok(Attempt::NotYet(incomplete)),
     }
 }
 
-/// Ends the wait for further clients.
+fn nothing_stayed(images: &ImageDir, refused: Option<Error>) -> Error {
+    let text = format!(
+        "no page stayed with the dump in {}: it was made without --lazy-pages, and has ended (page-server \
+         --lazy-pages serves such images; those of an earlier dump must go before a new one writes there)",
+        images.path().display()
+    );
+    match refused {
+        Some(refused) => refused.within(text),
+        None => Error::new(Kind::Usage, text),
+    }
+}
+
 /// Ends the wait for further clients.
 fn shut(listener: &Socket) {
     // It may have been shut before.

@@ -325,10 +325,13 @@ impl Memory {
         sys::protect(start, length, writable).context("mprotect")
     }
 
-    /// Locks everything of the process but the areas.
+    /// Locks everything of the process but the areas that are not to be.
     pub(crate) fn pin_everything_else(&self) -> Result<()> {
         sys::lock_everything_on_fault().context("mlockall")?;
         for area in &self.areas {
+            if area.spec.mapping == Mapping::Locked {
+                continue;
+            }
             if area.spec.apart {
                 for cell in &area.cells {
                     sys::unlock(cell.address, self.page_bytes).context("munlock")?;
