@@ -209,6 +209,32 @@ pub const MIGRATION_ROUNDS_MAX: u32 = 1_000;
 /// 1,024 files open unless told otherwise.
 pub const EXPORT_DEPTH_MAX: usize = 512;
 
+/// Longest name of a file, bytes: Linux takes no longer one (NAME_MAX).
+pub const FILE_NAME_BYTES_MAX: usize = 255;
+
+/// Longest path of a file within a tree that moves, bytes: one system call takes no longer one (PATH_MAX).
+pub const FILE_PATH_BYTES_MAX: usize = 4095;
+
+/// Most bytes of operations in one batch of files.
+pub const FILE_BATCH_BYTES_MAX: usize = 2 << 20;
+
+/// Most bytes of extended attributes of one file. Linux takes 64 KiB in one value, and as many of names.
+pub const FILE_XATTRS_BYTES_MAX: usize = 1 << 20;
+
+/// Most names of a tree of files that moves. Each takes some 300 bytes of memory at both ends.
+pub const FILE_NAMES_MAX: usize = 4 << 20;
+
+/// Most blocks of 16 KiB of a tree of files that moves, holes included: 1 TiB. Their hashes take 1 GiB of memory.
+pub const FILE_BLOCKS_MAX: u64 = 1 << 26;
+
+/// Longest index of a tree of files, bytes: [`FILE_BLOCKS_MAX`] hashes, and 1 GiB for names and attributes.
+pub const FILE_INDEX_BYTES_MAX: u64 = (FILE_BLOCKS_MAX * 16) + (1 << 30);
+
+/// Most trees of files of one migration: the root of a container, and volumes.
+pub const FILE_TREES_MAX: usize = 64;
+
+const _: () = assert!(FILE_XATTRS_BYTES_MAX + FILE_PATH_BYTES_MAX < FILE_BATCH_BYTES_MAX);
+
 /// Longest document of an image (index, manifest, configuration), bytes: registries take no longer manifest.
 pub const OCI_DOCUMENT_BYTES_MAX: u64 = 4 << 20;
 

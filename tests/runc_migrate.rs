@@ -124,7 +124,7 @@ fn a_container_that_cannot_be_restored_stays(bed: &Bed, criu: &Criu) -> Result<(
         expect_here(&runc, mode, &before)?;
         // What is missing there is told before anything is touched.
         fs::remove_file(host.bundles().join(mode))?;
-        let again = Move::new(criu, bed.path("source"), "again");
+        let again = Move::new(criu, bed.path("source"), "again").with(&["--files", "never"]);
         let mut command = containers::start(&again, (&runc, mode), &host)?;
         command.fail(GENEROUS)?;
         let said = command.log_tail();

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use http_body_util::{BodyExt, Limited};
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::{Method, Request, StatusCode, header};
@@ -90,7 +90,31 @@ impl AgentClient {
         self.call(Method::PUT, path, body).await
     }
 
+    /// The bytes of an answer that is no JSON, at most `limit` of them.
+    pub(crate) async fn get_bytes(&self, path: &str, limit: usize) -> Result<Bytes> {
+        self.exchange((Method::GET, path), Body::empty(), limit)
+            .await
+    }
+
     async fn call<R: DeserializeOwned>(&self, method: Method, path: &str, body: Body) -> Result<R> {
+        let request = (method, path);
+        let bytes = self.exchange(request, body, MIGRATION_JSON_BYTES_MAX);
+        serde_json::from_slice(&bytes.await?).map_err(|error| {
+            let text = format!(
+                "the agent at {} answers {path} in words unknown here",
+                self.peer
+            );
+            Error::wrap(Kind::Protocol, text, error)
+        })
+    }
+
+    /// Asks, and takes the answer's bytes, at most `limit`.
+    async fn exchange(
+        &self,
+        (method, path): (Method, &str),
+        body: Body,
+        limit: usize,
+    ) -> Result<Bytes> {
         let lost = |error: hyper::Error| {
             Error::wrap(
                 Kind::PeerLost,
@@ -111,7 +135,7 @@ impl AgentClient {
             .map_err(|error| Error::wrap(Kind::Usage, "a request cannot be made", error))?;
         let response = connection.send_request(request).await.map_err(lost)?;
         let status = response.status();
-        let body = Limited::new(response.into_body(), MIGRATION_JSON_BYTES_MAX);
+        let body = Limited::new(response.into_body(), limit);
         let body = body.collect().await.map_err(|error| {
             Error::wrap(
                 Kind::PeerLost,
@@ -127,13 +151,7 @@ impl AgentClient {
             let text = format!("the agent at {}: {text}", self.peer);
             return Err(Error::new(Kind::Protocol, text));
         }
-        serde_json::from_slice(&bytes).map_err(|error| {
-            let text = format!(
-                "the agent at {} answers {path} in words unknown here",
-                self.peer
-            );
-            Error::wrap(Kind::Protocol, text, error)
-        })
+        Ok(bytes)
     }
 
     fn take_idle(&self) -> Option<SendRequest<Body>> {

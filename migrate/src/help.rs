@@ -22,6 +22,8 @@ const HEADINGS: &[(&str, &[&str])] = &[
             "pause",
             "name",
             "leave_running",
+            "files",
+            "volume",
         ],
     ),
     (
@@ -110,6 +112,10 @@ const SHORT: &[(&str, &str)] = &[
         "The address at which the destination fetches memory from this host",
     ),
     ("insecure", "Listen on a network without TLS"),
+    (
+        "volume",
+        "A directory that moves along, to DST or to the same path",
+    ),
     ("base", "The image that the container was made of"),
 ];
 

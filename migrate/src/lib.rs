@@ -11,6 +11,7 @@ mod doctor;
 mod ends;
 mod export;
 mod facts;
+mod files;
 mod help;
 mod hook;
 mod image_stream;

@@ -2,6 +2,7 @@
 //!
 //! Times are milliseconds or, where a name says so, microseconds since 1970 by the speaker's clock.
 
+mod files;
 mod names;
 
 use std::fmt;
@@ -13,8 +14,11 @@ use thiserror::Error;
 use super::agent::AgentState;
 use super::convergence::Mode;
 use crate::criu::header::Wire;
-use crate::limits::{INTERFACE_BYTES_MAX, MIGRATION_ADDRESSES_MAX, MIGRATION_PIDS_MAX};
+use crate::limits::{
+    FILE_TREES_MAX, INTERFACE_BYTES_MAX, MIGRATION_ADDRESSES_MAX, MIGRATION_PIDS_MAX,
+};
 
+pub use files::{FileTree, RootFiles, Seal, WantedFiles};
 pub use names::{BadContainerId, BadMigrationId, ContainerId, MigrationId};
 
 /// A version of CRIU, as `criu --version` prints it: 4.2.1 is `[4, 2, 1]`.
@@ -165,6 +169,9 @@ pub struct Wanted {
     pub container: Option<Container>,
     /// Addresses that come along.
     pub addresses: Vec<ServiceAddress>,
+    /// Files that come along.
+    #[serde(default)]
+    pub files: WantedFiles,
 }
 
 /// What the destination says of it.
@@ -174,6 +181,9 @@ pub struct Check {
     pub runtime: Option<String>,
     /// What is in the way.
     pub problems: Vec<String>,
+    /// Whether the container's root file system is to be sent.
+    #[serde(default)]
+    pub sends_root: bool,
 }
 
 /// Begins a migration.
@@ -197,6 +207,12 @@ pub struct Begin {
     /// Addresses that come along, on the destination's devices.
     #[serde(default)]
     pub addresses: Vec<ServiceAddress>,
+    /// Trees of files that come along.
+    #[serde(default)]
+    pub files: Vec<FileTree>,
+    /// Whether files that have arrived stay for another migration, if this one is given up.
+    #[serde(default)]
+    pub keeps_files: bool,
 }
 
 /// What becomes of established TCP connections.
@@ -227,6 +243,12 @@ pub enum BadBegin {
     /// An address that no interface has.
     #[error("{0:?} on {1:?} is no address of an interface")]
     Address(String, String),
+    /// More trees of files than a migration takes.
+    #[error("{0} trees of files: at most {FILE_TREES_MAX} can be moved")]
+    Trees(usize),
+    /// A place that no tree of files can have, or a root file system without a container.
+    #[error("{0:?} is no place for files: an absolute path without .. is one")]
+    Tree(String),
 }
 
 impl Begin {
@@ -240,6 +262,15 @@ impl Begin {
         }
         if let Some(bad) = self.addresses.iter().find(|service| !service.is_possible()) {
             return Err(BadBegin::Address(bad.cidr(), bad.device.clone()));
+        }
+        if self.files.len() > FILE_TREES_MAX {
+            return Err(BadBegin::Trees(self.files.len()));
+        }
+        let fits = |tree: &FileTree| {
+            tree.is_possible() && (tree.path.is_some() || self.container.is_some())
+        };
+        if let Some(bad) = self.files.iter().find(|tree| !fits(tree)) {
+            return Err(BadBegin::Tree(bad.path.clone().unwrap_or_default()));
         }
         match self.pids.contains(&0) {
             true => Err(BadBegin::PidZero),

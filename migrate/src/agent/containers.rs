@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use pageferry::error::Result;
-use pageferry::migration::messages::{Check, Container, Wanted};
+use pageferry::migration::messages::{Check, Container, Wanted, WantedFiles};
 use pageferry::sys::owned_process::ProcessName;
 use tokio::process::Command;
 use tokio::time::{Instant, sleep};
@@ -29,7 +29,7 @@ impl Place {
     }
 
     /// Directory of a container's bundle.
-    fn bundle(&self, container: &Container) -> PathBuf {
+    pub(super) fn bundle(&self, container: &Container) -> PathBuf {
         match &self.bundles {
             Some(dir) if !container.bundle_is_given => dir.join(container.id.as_str()),
             _ => PathBuf::from(&container.bundle),
@@ -39,12 +39,16 @@ impl Place {
     /// Whether what is wanted can come here.
     pub(super) async fn check(&self, wanted: &Wanted) -> Result<Check> {
         let mut check = match &wanted.container {
-            Some(container) => self.check_container(container).await?,
+            Some(container) => self.check_container(container, &wanted.files).await?,
             None => Check {
                 runtime: None,
                 problems: Vec::new(),
+                sends_root: false,
             },
         };
+        let container = wanted.container.as_ref();
+        let of_files = self.problems_of_files(container, &wanted.files);
+        check.problems.extend(of_files);
         for service in wanted
             .addresses
             .iter()
@@ -63,21 +67,28 @@ impl Place {
         Ok(check)
     }
 
-    async fn check_container(&self, container: &Container) -> Result<Check> {
+    async fn check_container(&self, container: &Container, files: &WantedFiles) -> Result<Check> {
+        let sends_root = self.sends_root(container, files);
         let runtime = match self.runtime(container) {
             Ok(runtime) => runtime,
             Err(error) => {
                 return Ok(Check {
                     runtime: None,
                     problems: vec![format!("at the destination: {error}")],
+                    sends_root,
                 });
             }
         };
         let bundle = self.bundle(container);
-        if self.bundles.is_some() && !container.bundle_is_given {
+        if !sends_root && self.bundles.is_some() && !container.bundle_is_given {
             bundle::complete(&bundle, &container.config)?;
         }
-        let mut problems = bundle::problems_there(&bundle, &container.config);
+        let volumes = files.volumes.iter().filter_map(|tree| tree.path.as_deref());
+        let coming = bundle::Coming {
+            root: sends_root,
+            volumes: volumes.collect(),
+        };
+        let mut problems = bundle::problems_there(&bundle, &container.config, &coming);
         if let Some(state) = runtime.state(&container.id).await? {
             problems.push(format!(
                 "the destination has a container {} already ({}): delete it there",
@@ -87,6 +98,7 @@ impl Place {
         Ok(Check {
             runtime: Some(runtime.version().await?),
             problems,
+            sends_root,
         })
     }
 }

@@ -14,7 +14,7 @@ use axum::{Json, Router};
 use pageferry::error::{Error, Kind};
 use pageferry::limits::MIGRATION_JSON_BYTES_MAX;
 use pageferry::migration::messages::{
-    Begin, Check, HostFacts, MigrationId, Problem, Receiver, RestoreRequest, Status, Wanted,
+    Begin, Check, HostFacts, MigrationId, Problem, Receiver, RestoreRequest, Seal, Status, Wanted,
 };
 use pageferry::migration::{AgentEvent, AgentState};
 use serde::de::DeserializeOwned;
@@ -22,6 +22,7 @@ use tokio_stream::wrappers::WatchStream;
 use tokio_stream::{Stream, StreamExt};
 use tokio_util::io::{StreamReader, SyncIoBridge};
 
+use super::file_trees::wanted as wanted_files;
 use super::listen::{From as Caller, Listener};
 use super::session::Session;
 use super::sessions::Sessions;
@@ -83,6 +84,11 @@ pub(super) async fn serve(listener: Listener, sessions: Sessions) -> io::Result<
         .route("/v1/migrations/{id}/pages", post(pages))
         .route("/v1/migrations/{id}/pages/stored", get(pages_stored))
         .route("/v1/migrations/{id}/images", put(images))
+        .route(
+            "/v1/migrations/{id}/files/{number}",
+            get(file_index).put(files),
+        )
+        .route("/v1/migrations/{id}/files/{number}/seal", post(seal_files))
         .route("/v1/migrations/{id}/restore", post(restore))
         .route("/v1/migrations/{id}/commit", post(commit))
         .route("/v1/migrations/{id}/cancel", post(cancel))
@@ -144,6 +150,7 @@ async fn begin(
     let wanted = Wanted {
         container: begin.container.clone(),
         addresses: begin.addresses.clone(),
+        files: wanted_files(&begin),
     };
     let check = sessions.place().check(&wanted).await?;
     if !check.problems.is_empty() {
@@ -236,6 +243,38 @@ async fn images(
         )
     })?;
     stored?;
+    Ok(Json(session.status()))
+}
+
+/// What a tree of files holds by now; the bytes are described in files/sender.rs.
+async fn file_index(
+    State(sessions): State<Sessions>,
+    Path((id, number)): Path<(String, usize)>,
+) -> Result<Response, Failure> {
+    let session = find(&sessions, &id)?;
+    let index = session.file_index(number).await?;
+    Ok(([(header::CONTENT_TYPE, "application/octet-stream")], index).into_response())
+}
+
+/// Stores what has changed of a tree of files.
+async fn files(
+    State(sessions): State<Sessions>,
+    Path((id, number)): Path<(String, usize)>,
+    body: Body,
+) -> Answer<Status> {
+    let session = find(&sessions, &id)?;
+    session.store_files(number, body).await?;
+    Ok(Json(session.status()))
+}
+
+async fn seal_files(
+    State(sessions): State<Sessions>,
+    Path((id, number)): Path<(String, usize)>,
+    body: Bytes,
+) -> Answer<Status> {
+    let seal = parse::<Seal>(&body)?;
+    let session = find(&sessions, &id)?;
+    session.seal_files(number, seal).await?;
     Ok(Json(session.status()))
 }
 

@@ -5,15 +5,18 @@
 //!                                         │
 //!                                         ├──> page-server      rounds, the final pages
 //!                                         ├──> lazy-client      pages after the resume
+//!                                         ├──> files            trees beside their places, until all has arrived
 //!                                         └──> criu restore ──> restore-hook ──> Session: waits for the word
 //! ```
 //!
-//! Invariants: everything is written below the agent's directory; a decision is on disk before anybody
+//! Invariants: everything but files is written below the agent's directory; a decision is on disk before anybody
 //! hears of it; an agent that is started again finishes what it finds there.
 
 mod addresses;
 mod commands;
 mod containers;
+mod file_trees;
+mod files;
 mod http;
 mod lazy_client;
 mod listen;

@@ -50,6 +50,7 @@ impl Session {
     }
 
     async fn start_restore(self: &Arc<Session>, request: &RestoreRequest) -> Result<()> {
+        self.install_files().await?;
         let images = self.images_dir()?;
         let socket = self.dir.join(SOCKET);
         let hooks = UnixListener::bind(&socket)

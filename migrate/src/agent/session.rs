@@ -20,6 +20,7 @@ use tokio::sync::{Mutex as Turn, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::commands::{self, READY_LIMIT, RECEIVER_PORT};
+use super::file_trees::Files;
 use super::lazy_client::{self, LazyClient};
 use super::place::Place;
 use crate::child::Program;
@@ -45,6 +46,7 @@ pub(super) struct Session {
     pub(super) dir: PathBuf,
     pub(super) begin: Begin,
     pub(super) from: IpAddr,
+    pub(super) files: Files,
     /// Actions are carried out by one task at a time, in the order of the decisions.
     turn: Turn<()>,
     inner: Mutex<Inner>,
@@ -86,7 +88,10 @@ impl Session {
                 // Nothing has begun: the name is free again.
                 let _ = fs::remove_dir(&dir);
             })?;
-        let session = Session::new(place, dir, begin, from, Agent::new());
+        let files = Files::prepare(place, &begin, &dir).inspect_err(|_| {
+            let _ = fs::remove_file(dir.join(BEGIN)).and_then(|()| fs::remove_dir(&dir));
+        })?;
+        let session = Session::new(place, dir, begin, (from, files), Agent::new());
         tokio::spawn(Session::watch_for_silence(Arc::clone(&session)));
         Ok(session)
     }
@@ -95,7 +100,7 @@ impl Session {
         place: &Arc<Place>,
         dir: PathBuf,
         begin: Begin,
-        from: IpAddr,
+        (from, files): (IpAddr, Files),
         agent: Agent,
     ) -> Arc<Session> {
         Arc::new(Session {
@@ -103,6 +108,7 @@ impl Session {
             dir,
             begin,
             from,
+            files,
             turn: Turn::new(()),
             inner: Mutex::new(Inner {
                 agent,
@@ -132,7 +138,8 @@ impl Session {
         let (agent, actions) = Agent::recover(record);
         tracing::warn!("migration {id} was left by an earlier agent at {record:?}");
         let localhost = IpAddr::from([127, 0, 0, 1]);
-        let session = Session::new(place, dir, begin, localhost, agent);
+        let files = Files::default();
+        let session = Session::new(place, dir, begin, (localhost, files), agent);
         if !session.is_decided() || record == Some(AgentRecord::Aborted) {
             session.lock().problem = Some("the agent was started again".to_owned());
         }
@@ -288,6 +295,7 @@ impl Session {
             let _ = waiting.write_all(b"g").await;
         }
         self.announce_addresses().await;
+        self.settle_files();
     }
 
     async fn discard(&self) {
@@ -317,6 +325,7 @@ impl Session {
             self.forget_container(restore).await;
         }
         lazy_client::end_earlier(&self.dir);
+        self.give_files_up().await;
         self.remove_memory();
     }
 

@@ -7,7 +7,7 @@ use super::report::DeletedFile;
 use crate::runtime::resources;
 
 /// Those of a container, or of the processes of the control group of `root` at least.
-pub(super) fn open_in_container(root: i32) -> Vec<DeletedFile> {
+pub(crate) fn open_in_container(root: i32) -> Vec<DeletedFile> {
     let mut pids = resources::companions(root);
     pids.push(root);
     pids.sort_unstable();

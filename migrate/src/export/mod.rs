@@ -29,7 +29,9 @@ use tokio::signal::unix::{SignalKind, signal};
 
 pub(crate) use args::Args;
 use base::Base;
+pub(crate) use deleted::open_in_container;
 use layout::{Compress, LayerBlob, Layout};
+pub(crate) use report::DeletedFile;
 use report::{ImageReport, LayerReport, Report};
 use subject::Subject;
 use walk::Tree;

@@ -1,6 +1,6 @@
 //! What an export has found and made, for people and for programs.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// What is in a layer.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -31,13 +31,13 @@ pub(crate) struct LayerReport {
 }
 
 /// A file that has no name any more and that a process has open.
-#[derive(Clone, Debug, Serialize, PartialEq, Eq)]
-pub(super) struct DeletedFile {
-    pub(super) pid: i32,
-    pub(super) fd: i32,
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+pub(crate) struct DeletedFile {
+    pub(crate) pid: i32,
+    pub(crate) fd: i32,
     /// The name that it had, as its process saw it.
-    pub(super) path: String,
-    pub(super) bytes: u64,
+    pub(crate) path: String,
+    pub(crate) bytes: u64,
 }
 
 /// An image in the layout.

@@ -1,7 +1,7 @@
 //! Bundles of containers: whether a container finds at the destination what its configuration names.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use pageferry::error::{Error, Kind, Result};
 use pageferry::limits::MIGRATION_JSON_BYTES_MAX;
@@ -36,6 +36,40 @@ pub(crate) fn complete(dir: &Path, config: &Value) -> Result<()> {
     fs::write(&path, text).map_err(|error| Error::file("write", &path, error))
 }
 
+/// The configuration with a root file system within the bundle.
+pub(crate) fn portable(config: &Value) -> Value {
+    let mut config = config.clone();
+    let path = config["root"]["path"].as_str().unwrap_or_default();
+    let plain = |part: Component<'_>| matches!(part, Component::Normal(_));
+    if path.is_empty() || !Path::new(path).components().all(plain) {
+        config["root"]["path"] = Value::from("rootfs");
+    }
+    config
+}
+
+/// Puts `config` into the bundle at `dir`, which has none, for a root that is to come. Tells the path of what it made.
+pub(crate) fn supply(dir: &Path, config: &Value) -> Result<Option<PathBuf>> {
+    let path = dir.join(CONFIG);
+    if path.exists() {
+        return Ok(None);
+    }
+    let failed = |error| Error::file("write", &path, error);
+    fs::create_dir_all(dir).map_err(failed)?;
+    let text = serde_json::to_vec_pretty(&portable(config))
+        .map_err(|error| Error::file("write", &path, error))?;
+    fs::write(&path, text).map_err(failed)?;
+    Ok(Some(path))
+}
+
+/// What comes along with a container.
+#[derive(Debug, Default)]
+pub(crate) struct Coming<'a> {
+    /// Its root file system.
+    pub(crate) root: bool,
+    /// Directories of the host.
+    pub(crate) volumes: Vec<&'a str>,
+}
+
 /// What is in the way of a container, here where it runs.
 pub(crate) fn problems_here(config: &Value) -> Vec<String> {
     let mut problems = Vec::new();
@@ -49,9 +83,11 @@ pub(crate) fn problems_here(config: &Value) -> Vec<String> {
 }
 
 /// What the bundle at `dir` lacks for a container that runs elsewhere with `config`.
-pub(crate) fn problems_there(dir: &Path, wanted: &Value) -> Vec<String> {
+pub(crate) fn problems_there(dir: &Path, wanted: &Value, coming: &Coming<'_>) -> Vec<String> {
     let found = match config(dir) {
         Ok(found) => found,
+        // It comes with the root.
+        Err(_) if coming.root && !dir.join(CONFIG).exists() => wanted.clone(),
         Err(error) => {
             return vec![format!(
                 "the bundle at the destination: {error} (--bundle names its directory)"
@@ -61,7 +97,7 @@ pub(crate) fn problems_there(dir: &Path, wanted: &Value) -> Vec<String> {
     let mut problems = Vec::new();
     let root = root_of(dir, &found);
     let is_empty = fs::read_dir(&root).is_ok_and(|mut entries| entries.next().is_none());
-    if !root.is_dir() || is_empty {
+    if !coming.root && (!root.is_dir() || is_empty) {
         problems.push(format!(
             "{} is missing or empty at the destination: copy the container's root file system there",
             root.display()
@@ -82,12 +118,12 @@ pub(crate) fn problems_there(dir: &Path, wanted: &Value) -> Vec<String> {
             ));
         }
     }
-    problems.extend(sources_missing(&found));
+    problems.extend(sources_missing(&found, &coming.volumes));
     problems
 }
 
 /// Files of the host that a configuration names and that are not there.
-fn sources_missing(config: &Value) -> Vec<String> {
+fn sources_missing(config: &Value, volumes: &[&str]) -> Vec<String> {
     let text = |value: &Value| value.as_str().map(str::to_owned);
     let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
     let is_bind = |mount: &Value| {
@@ -106,7 +142,12 @@ fn sources_missing(config: &Value) -> Vec<String> {
         .filter_map(|namespace| Some(("namespace", text(&namespace["path"])?)));
     let missing = mounts
         .chain(namespaces)
-        .filter(|(_, path)| !Path::new(path).exists());
+        .filter(|(_, path)| !Path::new(path).exists())
+        .filter(|(_, path)| {
+            !volumes
+                .iter()
+                .any(|volume| Path::new(path).starts_with(volume))
+        });
     missing
         .map(|(what, path)| {
             format!("{path}, a {what} of the container, does not exist at the destination")
@@ -135,7 +176,7 @@ mod tests {
             "mounts": [{"destination": "/data", "type": "bind", "source": "/nonexistent/data"}],
             "linux": {"namespaces": [{"type": "pid"}, {"type": "network", "path": "/nonexistent/ns"}]},
         });
-        let of = |wanted: &Value| problems_there(dir, wanted).join("\n");
+        let of = |wanted: &Value| problems_there(dir, wanted, &Coming::default()).join("\n");
         assert!(of(&config).contains("config.json"), "{}", of(&config));
         complete(dir, &config).unwrap();
         assert!(!dir.join(CONFIG).exists(), "there is no root yet");
@@ -151,6 +192,21 @@ mod tests {
         assert_eq!(of(&other).lines().count(), 3);
         fs::remove_dir(dir.join("rootfs/bin")).unwrap();
         assert!(of(&config).contains("empty"));
+        let coming = Coming {
+            root: true,
+            volumes: vec!["/nonexistent/data"],
+        };
+        let told = problems_there(dir, &config, &coming).join("\n");
+        assert!(
+            told.contains("/nonexistent/ns") && told.lines().count() == 1,
+            "{told}"
+        );
+        let nowhere = dir.join("nowhere");
+        assert_eq!(problems_there(&nowhere, &config, &coming).len(), 1);
+        let made = supply(&nowhere, &other).unwrap();
+        assert_eq!(made, Some(nowhere.join(CONFIG)));
+        assert_eq!(super::config(&nowhere).unwrap()["root"]["path"], "rootfs");
+        assert_eq!(supply(&nowhere, &other).unwrap(), None);
         let with_terminal = json!({"process": {"terminal": true}});
         assert_eq!(problems_here(&with_terminal).len(), 1);
         assert!(problems_here(&config).is_empty());

@@ -11,6 +11,7 @@ use pageferry::migration::{Limits, Mode, OnMissed};
 use pageferry::tls::TlsArgs;
 use pageferry::units::parse_bytes;
 
+use super::files_args::FilesArgs;
 use super::hooks::Hooks;
 use super::probe::Probe;
 use crate::agent::address;
@@ -84,6 +85,9 @@ pub(crate) struct Args {
     /// How long each of these commands may take
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
     pub(super) hook_limit: Duration,
+
+    #[command(flatten)]
+    pub(super) files: FilesArgs,
 
     /// Bytes a second that rounds read from the running processes (K, M, G)
     #[arg(long, value_name = "RATE", default_value = "400M", value_parser = parse_bytes)]

@@ -1,7 +1,7 @@
 //! The container that is moved, as its runtime at the source knows it.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::sys::stat::Mode as Permissions;
 use nix::unistd::mkfifo;
@@ -37,6 +37,8 @@ pub(super) struct Found {
     pub(super) root: i32,
     /// What the destination needs to know.
     pub(super) container: Container,
+    /// Its root file system here.
+    pub(super) rootfs: PathBuf,
     problems: Vec<String>,
 }
 
@@ -63,6 +65,7 @@ impl Found {
         let problems = bundle::problems_here(&config);
         let there = subject.bundle.as_ref().unwrap_or(&state.bundle);
         Ok(Found {
+            rootfs: bundle::root_of(&state.bundle, &config),
             root: state.pid,
             container: Container {
                 id: id.clone(),

@@ -12,6 +12,8 @@
 mod args;
 mod commands;
 mod container;
+mod files;
+mod files_args;
 mod flow;
 pub(crate) mod guard;
 mod hooks;
@@ -35,6 +37,7 @@ use pageferry::migration::{Mode, SourceState, predict_downtime};
 use tokio::time::Instant;
 
 pub(crate) use args::{Args, duration};
+use files::Files;
 use flow::Flow;
 use moved_addresses::MovedAddresses;
 use place::{Facts, Place};
@@ -57,7 +60,7 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 
 async fn migrate(args: &Args) -> Result<()> {
     let started = Instant::now();
-    let survey = Survey::take(&args.subject, &args.address, &args.target).await?;
+    let survey = Survey::take(&args.subject, &args.address, (&args.target, &args.files)).await?;
     let root = survey.root();
     let memory_bytes = survey.size.bytes();
     let mode = args.mode.chosen().unwrap_or_else(|| recommend(&survey));
@@ -72,18 +75,21 @@ async fn migrate(args: &Args) -> Result<()> {
         page,
         size,
         found,
+        sends_root,
         ..
     } = survey;
     let id = match &args.id {
         Some(id) => id.clone(),
         None => made_up()?,
     };
+    let files = Files::find(&args.files, (found.as_ref(), sends_root), root, &id)?;
     let addresses = MovedAddresses::find(&args.address).await?;
     let facts = Facts {
         addresses,
         container: found.as_ref().map(|found| found.held.clone()),
         tcp: args.tcp(),
         hooks: args.hooks(),
+        files: files.dirs(),
         ..Facts::of_tree(id.clone(), mode, &tree)
     };
     let place = Place::make(&args.target.state_dir, facts, client.clone())?;
@@ -102,7 +108,7 @@ async fn migrate(args: &Args) -> Result<()> {
         client,
         place,
         (page, wire, costs, packed_bytes),
-        (report, size, found.map(|found| found.container)),
+        (report, size, found.map(|found| found.container), files),
         started,
     );
     let ended = flow.run().await;

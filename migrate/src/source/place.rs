@@ -31,6 +31,7 @@ use super::hooks::{Hooks, Point};
 use super::moved_addresses::MovedAddresses;
 use super::network::{self, Connection};
 use crate::client::AgentClient;
+use crate::files::Stage;
 use crate::records;
 use crate::rounds::Tree;
 use crate::runtime::stand_in::CRIU_PROCESS;
@@ -76,6 +77,9 @@ pub(super) struct Facts {
     /// The user's commands.
     #[serde(default)]
     pub(super) hooks: Hooks,
+    /// Directories that move along.
+    #[serde(default)]
+    pub(super) files: Vec<PathBuf>,
 }
 
 impl Facts {
@@ -100,6 +104,7 @@ impl Facts {
             connections: Vec::new(),
             addresses: MovedAddresses::default(),
             hooks: Hooks::default(),
+            files: Vec::new(),
         }
     }
 }
@@ -339,6 +344,14 @@ impl Place {
                 "container {} lives at the destination, and its runtime here does not forget it: {error}",
                 held.id
             );
+        }
+        for dir in &self.facts.files {
+            if let Err(error) = Stage::of(dir).moved_away(&self.facts.id.to_string()) {
+                self.warn(format!(
+                    "that {} is out of date is not noted: {error}",
+                    dir.display()
+                ));
+            }
         }
     }
 

@@ -7,6 +7,7 @@ use pageferry::migration::{Costs, Mode, predict_downtime};
 use serde::Serialize;
 
 use super::args::{Subject, Target, duration};
+use super::files_args::FilesArgs;
 use super::survey::Survey;
 use crate::rounds;
 
@@ -57,7 +58,8 @@ const CLOSE: f64 = 1.5;
 /// Prints the plan. Fails if the tree cannot be moved.
 pub(crate) fn run(args: &Args) -> ExitCode {
     crate::run_to_end(async {
-        let survey = Survey::take(&args.subject, &[], &args.target).await?;
+        let survey =
+            Survey::take(&args.subject, &[], (&args.target, &FilesArgs::to_look())).await?;
         let dirtied = rounds::watch_changes(&survey.tree, survey.page, args.watch)?;
         let modes: Vec<Prediction> = MODES
             .iter()

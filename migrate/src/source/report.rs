@@ -10,6 +10,8 @@ use pageferry::migration::{Mode, RoundResult};
 use serde::{Deserialize, Serialize};
 use tokio::time::sleep;
 
+use super::files::FilesReport;
+use crate::files::FileRound;
 use crate::records;
 
 /// How long a page-server may take to write what it sent.
@@ -103,6 +105,8 @@ pub(crate) struct Report {
     pub(crate) phases_ms: BTreeMap<String, f64>,
     /// All of it on one line of time.
     pub(crate) timeline: Vec<Span>,
+    #[serde(default)]
+    pub(crate) files: FilesReport,
     pub(crate) source: HostReport,
     pub(crate) destination: HostReport,
 }
@@ -131,6 +135,7 @@ impl Report {
             faults: Faults::default(),
             phases_ms: BTreeMap::new(),
             timeline: Vec::new(),
+            files: FilesReport::default(),
             source: HostReport::default(),
             destination: HostReport::default(),
         }
@@ -218,12 +223,18 @@ impl Report {
             );
             line(&format!("round {}", index + 1), text);
         }
+        for (index, round) in self.files.rounds.iter().enumerate() {
+            line(&format!("files {}", index + 1), shown(round));
+        }
         line("preparation", ms(self.preparation_ms));
         if let Some(downtime) = self.downtime_ms {
             line("downtime", ms(downtime));
         }
         for (phase, took) in &self.phases_ms {
             line(&format!("  {phase}"), ms(*took));
+        }
+        if !self.files.rounds.is_empty() {
+            line("  last files", shown(&self.files.freeze));
         }
         if let Some(predicted) = self.predicted_downtime_ms {
             line("  predicted", ms(predicted));
@@ -252,6 +263,13 @@ impl Report {
             );
         }
     }
+}
+
+fn shown(round: &FileRound) -> String {
+    format!(
+        "{} changed, {} bytes sent in {:.1} ms",
+        round.files, round.bytes, round.ms
+    )
 }
 
 /// Line `number` (1, 2, 3...) of a `--summary-json` file. A page-server writes it after its peer has heard
@@ -298,6 +316,8 @@ pub(crate) mod tests {
             "faults": {"count": 3, "p50_us": 1, "p99_us": 2, "blocked_ms": 1.5,
                 "times": [{"start_ms": 3200.0, "end_ms": 3300.0, "count": 3, "waited_ms": 1.5}]},
             "phases_ms": {"dump": 100.0},
+            "files": {"rounds": [{"files": 5, "bytes": 6, "ms": 7.0}], "freeze": {"files": 1, "bytes": 2, "ms": 3.0},
+                "deleted": [{"pid": 1, "fd": 3, "path": "/tmp/x", "bytes": 9}], "mounts": ["/etc/hosts"]},
             "timeline": [span("rounds", "round 1", 100.0, 2500.0), span("freeze", "dump", 3000.0, 3100.0),
                 span("freeze", "<restore>", 3100.0, 3200.0), span("memory", "memory follows", 3200.0, 4000.0)],
             "source": host, "destination": host,
@@ -332,6 +352,9 @@ pub(crate) mod tests {
             ("faults", &report["faults"]),
             ("faults", &report["faults"]["times"][0]),
             ("timeline", &report["timeline"][0]),
+            ("files", &report["files"]),
+            ("files", &report["files"]["rounds"][0]),
+            ("files", &report["files"]["deleted"][0]),
             ("source", &report["source"]),
         ];
         for (field, value) in inner {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::limits::MIGRATION_JSON_BYTES_MAX;
 use pageferry::migration::Costs;
-use pageferry::migration::messages::{Check, HostFacts, Wanted};
+use pageferry::migration::messages::{Check, HostFacts, Wanted, WantedFiles};
 use pageferry::sys::process::page_size;
 use pageferry::tls::Tls;
 use pageferry::units::PageSize;
@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use super::args::{AddressArg, Subject, Target};
 use super::container::Found;
+use super::files_args::FilesArgs;
 use super::preflight;
 use crate::client::AgentClient;
 use crate::facts;
@@ -35,6 +36,8 @@ pub(super) struct Survey {
     pub(super) packed_share: f64,
     /// The container that the tree is, if it was named as one.
     pub(super) found: Option<Found>,
+    /// Whether its root file system has to travel.
+    pub(super) sends_root: bool,
     other_problems: Vec<String>,
 }
 
@@ -43,12 +46,15 @@ impl Survey {
     pub(super) async fn take(
         subject: &Subject,
         addresses: &[AddressArg],
-        target: &Target,
+        (target, files): (&Target, &FilesArgs),
     ) -> Result<Survey> {
-        let found = match &subject.container {
+        let mut found = match &subject.container {
             Some(id) => Some(Found::look(id, subject).await?),
             None => None,
         };
+        if let Some(found) = &mut found {
+            files.redirect(&mut found.container.config);
+        }
         let root = found.as_ref().map(|found| found.root).or(subject.pid);
         let root = root.ok_or_else(|| {
             Error::new(Kind::Usage, "--pid or --container says what is to be moved")
@@ -69,6 +75,7 @@ impl Survey {
                 .iter()
                 .map(|address| address.there.clone())
                 .collect(),
+            files: files.wanted(found.is_some()),
         };
         let check: Check = client.post("/v1/check", &wanted).await?;
         let mut costs = Costs::default();
@@ -93,6 +100,7 @@ impl Survey {
             costs,
             packed_share,
             found,
+            sends_root: check.sends_root,
             other_problems,
         })
     }
@@ -151,6 +159,7 @@ async fn rate(client: &AgentClient) -> Result<f64> {
     let nothing = Wanted {
         container: None,
         addresses: Vec::new(),
+        files: WantedFiles::default(),
     };
     let short = serde_json::to_vec(&nothing)
         .map_err(|error| Error::wrap(Kind::Usage, "a request cannot be written", error))?;

@@ -83,6 +83,7 @@ impl Flow<'_> {
         let port = self.forwarder_address()?.port();
         let mut dump = self.start_dump(Pages::SentTo(port))?;
         dump.program.succeed().await?;
+        self.seal_files();
         self.note_connections()?;
         self.phase("dump");
         let images = self.send_images(BTreeSet::new());
@@ -98,6 +99,7 @@ impl Flow<'_> {
         self.place.facts.dump_port = Some(port);
         let mut dump = self.start_dump(Pages::ServedAt(port))?;
         dump.ready(self.args.timeout).await?;
+        self.seal_files();
         self.note_connections()?;
         if self.place.facts.tcp == TcpConnections::Established {
             network::relax(&self.place.facts.tree);
@@ -221,6 +223,7 @@ impl Flow<'_> {
     }
 
     async fn restore(&mut self, memory_port: Option<u16>) -> Result<()> {
+        self.files_sealed().await?;
         self.take_addresses().await?;
         let request = RestoreRequest { memory_port };
         let path = self.place.path("/restore");

@@ -23,10 +23,12 @@ use pageferry::migration::{
 };
 use pageferry::units::PageSize;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 
 use super::args::Args;
 use super::commands::{self, FORWARDER, Notes};
+use super::files::{Files, FilesReport};
 use super::hooks::Point;
 use super::place::{Place, read_number};
 use super::progress::Progress;
@@ -40,8 +42,8 @@ use crate::rounds::{Size, Tree};
 /// How long a program may take to listen.
 const READY_LIMIT: Duration = Duration::from_secs(60);
 
-/// Connections that are made before the freeze: for the images, the restore and the commit.
-const WARM_CONNECTIONS: usize = 2;
+/// Connections that are made before the freeze: for the images, the files, the restore and the commit.
+const WARM_CONNECTIONS: usize = 3;
 
 /// One migration under way.
 pub(super) struct Flow<'a> {
@@ -62,6 +64,9 @@ pub(super) struct Flow<'a> {
     size: Size,
     /// What the destination is told of the container that the tree is.
     container: Option<Container>,
+    files: Files,
+    /// Sends the last difference of the files.
+    sealing: JoinSet<Result<Files>>,
     progress: Progress,
     started: Instant,
     frozen: Option<Instant>,
@@ -80,7 +85,7 @@ impl<'a> Flow<'a> {
         client: AgentClient,
         place: Place,
         (page, wire, costs, packed_bytes): (PageSize, Wire, Costs, u64),
-        (report, size, container): (Report, Size, Option<Container>),
+        (report, size, container, files): (Report, Size, Option<Container>, Files),
         started: Instant,
     ) -> Flow<'a> {
         Flow {
@@ -98,6 +103,8 @@ impl<'a> Flow<'a> {
             report,
             size,
             container,
+            files,
+            sealing: JoinSet::new(),
             progress: Progress::start(),
             started,
             frozen: None,
@@ -139,6 +146,10 @@ impl<'a> Flow<'a> {
     /// Everything until the agent is ready.
     async fn prepare(&mut self) -> Result<()> {
         self.begin().await?;
+        if !self.place.facts.files.is_empty() {
+            self.progress.phase("files are sent");
+        }
+        self.files.send_ahead(&self.client).await?;
         if self.mode.has_rounds() {
             self.run_rounds().await?;
         } else if !self.mode.is_lazy() {
@@ -150,6 +161,10 @@ impl<'a> Flow<'a> {
         if self.mode == Mode::PreCopy || sends_shared {
             let pages = self.place.path("/pages");
             self.client.post::<Receiver>(&pages, &()).await?;
+        }
+        if self.mode.has_rounds() {
+            // What was written during the rounds for memory.
+            self.files.send(&self.client).await?;
         }
         self.place
             .note("MEMORY_BYTES", self.report.memory_bytes.to_string());
@@ -190,8 +205,31 @@ impl<'a> Flow<'a> {
                 .iter()
                 .map(|address| address.there.clone())
                 .collect(),
+            files: self.files.told(),
+            keeps_files: false,
         };
         self.client.post::<Status>("/v1/migrations", &begin).await?;
+        Ok(())
+    }
+
+    /// Starts to send what has changed of the files of a tree that stands still.
+    fn seal_files(&mut self) {
+        let files = std::mem::take(&mut self.files);
+        self.sealing.spawn(files.seal(self.client.clone()));
+    }
+
+    /// Waits until all files are at the destination.
+    async fn files_sealed(&mut self) -> Result<()> {
+        let Some(sealed) = self.sealing.join_next().await else {
+            return Ok(());
+        };
+        let ended =
+            |error| Error::wrap(Kind::Io, "sending files was ended", io::Error::other(error));
+        self.files = sealed.map_err(ended)??;
+        self.report.files = self.files.report.clone();
+        if !self.place.facts.files.is_empty() {
+            self.phase("files");
+        }
         Ok(())
     }
 
@@ -364,6 +402,10 @@ impl<'a> Flow<'a> {
     pub(super) fn finish(mut self, ended: &Result<SourceState>) -> Report {
         self.progress.finish();
         self.report.total_ms = ms(self.started.elapsed());
+        if self.report.files == FilesReport::default() {
+            self.report.files = self.files.report.clone();
+        }
+        self.report.wire_bytes += self.report.files.bytes();
         self.report.warnings.extend(self.place.take_warnings());
         self.report.result = match ended {
             Ok(SourceState::Complete) => "moved".to_owned(),

@@ -1,0 +1,35 @@
+//! Files that move with a container or with processes: its root file system, and volumes.
+//!
+//! ```text
+//! source       tree on disk ──> scan (what has changed) ──> planner ──> stream ──┐
+//!                                  │ index: names, attributes, hashes            │ HTTP
+//! destination  tree on disk <── writer <── stream <──────────────────────────────┘
+//!              stage: TARGET.pageferry/tree ──> TARGET, once it is whole and on the disk
+//! ```
+//!
+//! Both ends keep the index of the destination's tree and change it by the operations of the stream. When a connection
+//! breaks, the source asks for the index and sends the difference to it: what had arrived does not travel again. The
+//! same difference is a round while the processes run, the last one inside the freeze, and what a tree lacks that was
+//! sent ahead.
+
+mod attributes;
+mod hash;
+mod index;
+mod mapped;
+mod operation;
+mod path;
+mod planner;
+mod receiver;
+#[cfg(test)]
+mod round_trip;
+mod scan;
+mod sender;
+mod stage;
+mod stream;
+mod table;
+mod tree_dir;
+mod writer;
+
+pub(crate) use receiver::ReceivedTree;
+pub(crate) use sender::{FileRound, SentTree};
+pub(crate) use stage::{Installed, Permitted, Stage};

@@ -1,0 +1,432 @@
+//! Where files arrive at the destination, and how they become the tree that is used.
+//!
+//! ```text
+//! TARGET                        what the container, or the processes, use
+//! TARGET.pageferry/             for root alone
+//!     about.json                whose tree TARGET is, see `Standing`
+//!     tree/                     what has arrived, until it is whole
+//!     parked/                   files that have no name for a while
+//! ```
+//!
+//! Both are on one file system, so that a rename makes a whole tree of what has arrived, or takes it back.
+
+use std::collections::HashSet;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, OFlag, RenameFlags, open, renameat2};
+use nix::sys::stat::Mode;
+use nix::unistd::syncfs;
+use pageferry::error::{Error, Kind, Result};
+use serde::{Deserialize, Serialize};
+
+use super::hash::BlockHasher;
+use super::scan::Scanner;
+use super::tree_dir::{TreeDir, open_beneath};
+use super::writer::Writer;
+use crate::records;
+
+/// What is behind a target's name for the directory beside it.
+const SUFFIX: &str = ".pageferry";
+
+/// What is known of a target.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Standing {
+    /// A tree arrives, and is not the target yet.
+    Arriving,
+    /// A migration brought the target.
+    Brought,
+    /// A migration took what used it to another host: it is out of date.
+    MovedAway,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct About {
+    standing: Standing,
+    migration: String,
+}
+
+/// A target and the directory beside it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Stage {
+    target: PathBuf,
+    dir: PathBuf,
+}
+
+/// Which directory became a target, so that it can be taken back.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct Installed {
+    target: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+/// What may be done with a target that is there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Permitted {
+    /// It is replaced, whoever made it.
+    pub(crate) replace: bool,
+    /// One that a migration brought is not in use here any more.
+    pub(crate) unused: bool,
+}
+
+impl Stage {
+    pub(crate) fn of(target: &Path) -> Stage {
+        let mut dir = target.as_os_str().to_owned();
+        dir.push(SUFFIX);
+        Stage {
+            target: target.to_owned(),
+            dir: dir.into(),
+        }
+    }
+
+    pub(crate) fn target(&self) -> &Path {
+        &self.target
+    }
+
+    fn tree(&self) -> PathBuf {
+        self.dir.join("tree")
+    }
+
+    fn parked(&self) -> PathBuf {
+        self.dir.join("parked")
+    }
+
+    fn about(&self) -> Result<Option<About>> {
+        records::read(&self.dir.join("about.json"))
+    }
+
+    fn note(&self, standing: Standing, migration: &str) -> Result<()> {
+        let migration = migration.to_owned();
+        records::write(
+            &self.dir.join("about.json"),
+            &About {
+                standing,
+                migration,
+            },
+        )
+    }
+
+    /// Whether the target is there, and out of date: a migration brought it or took its user away.
+    pub(crate) fn is_out_of_date(&self, unused: bool) -> bool {
+        let standing = self.about().ok().flatten().map(|about| about.standing);
+        match standing {
+            Some(Standing::MovedAway) => true,
+            Some(Standing::Brought) => unused,
+            Some(Standing::Arriving) | None => false,
+        }
+    }
+
+    /// Whether something is there that files must not replace without a word from the user.
+    pub(crate) fn is_taken(&self, unused: bool) -> bool {
+        let is_empty = fs::read_dir(&self.target).map(|mut names| names.next().is_none());
+        match is_empty {
+            Err(error) => error.kind() != io::ErrorKind::NotFound,
+            Ok(is_empty) => !is_empty && !self.is_out_of_date(unused),
+        }
+    }
+
+    /// What is in the way of files that are to come.
+    pub(crate) fn problem(&self, permitted: Permitted) -> Option<String> {
+        let shown = self.target.display();
+        match fs::symlink_metadata(&self.target) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Some(format!("{shown} at the destination: {error}")),
+            Ok(meta) if !meta.is_dir() => {
+                return Some(format!("{shown} at the destination is no directory"));
+            }
+            Ok(_) if is_mount_point(&self.target) => {
+                return Some(format!(
+                    "{shown} at the destination is a mount point: unmount it, or let files stay (--files never)"
+                ));
+            }
+            Ok(_) => {}
+        }
+        (!permitted.replace && self.is_taken(permitted.unused)).then(|| {
+            format!(
+                "{shown} at the destination was not made by a migration: remove it, or say --files replace"
+            )
+        })
+    }
+
+    /// Makes room for what is to arrive. Tells whether a tree was there that can be completed.
+    pub(crate) fn prepare(&self, migration: &str, permitted: Permitted) -> Result<bool> {
+        if let Some(problem) = self.problem(permitted) {
+            return Err(Error::new(Kind::Usage, problem));
+        }
+        let failed = |error| Error::file("make the directory", &self.dir, error);
+        if let Some(parent) = self.target.parent() {
+            fs::create_dir_all(parent).map_err(failed)?;
+        }
+        // Not for others: a directory within may be another user's, who could put a link into it.
+        make_private(&self.dir).map_err(failed)?;
+        make_private(&self.parked()).map_err(failed)?;
+        let (tree, is_old) = (self.tree(), self.is_out_of_date(permitted.unused));
+        let was_there = tree.exists();
+        if !was_there && is_old && self.target.exists() {
+            // What is out of date is where the next tree begins.
+            self.note(Standing::Arriving, migration)?;
+            rename(&self.target, &tree, RenameFlags::RENAME_NOREPLACE)?;
+            return Ok(true);
+        }
+        make_private(&tree).map_err(failed)?;
+        self.note(Standing::Arriving, migration)?;
+        Ok(was_there)
+    }
+
+    /// Looks at what has arrived, to go on with it.
+    pub(super) fn writer(&self, hasher: &BlockHasher) -> Result<Writer> {
+        let parked = self.parked();
+        let failed = |error| Error::file("open", &parked, error);
+        for entry in fs::read_dir(&parked).map_err(failed)? {
+            // What a writer left that did not come to its end.
+            let _ = fs::remove_file(entry.map_err(failed)?.path());
+        }
+        let tree = self.tree();
+        let open =
+            |path: &Path| TreeDir::open(path).map_err(|error| Error::file("open", path, error));
+        let mut scanner = Scanner::new(open(&tree)?, hasher.clone());
+        let nothing: HashSet<OsString> = HashSet::new();
+        let look = scanner.look(&nothing)?;
+        Ok(Writer::new(
+            open(&tree)?,
+            open(&parked)?,
+            hasher.clone(),
+            look.index,
+        ))
+    }
+
+    /// Keeps other migrations from the stage, as long as the file is open.
+    pub(super) fn lock(&self) -> Result<File> {
+        let path = self.dir.join("lock");
+        let file = File::options()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .map_err(|error| Error::file("open", &path, error))?;
+        file.try_lock().map_err(|_| {
+            let text = format!("files arrive in {} already", self.dir.display());
+            Error::new(Kind::Usage, text)
+        })?;
+        Ok(file)
+    }
+
+    /// Brings what has arrived to the disk.
+    pub(super) fn flush(&self) -> Result<()> {
+        let failed = |error| Error::file("sync", &self.dir, error);
+        let dir = File::open(&self.dir).map_err(failed)?;
+        syncfs(&dir).map_err(|errno| failed(errno.into()))
+    }
+
+    /// Which directory becomes the target. To be written down before [`Stage::install`].
+    pub(crate) fn installed(&self) -> Result<Installed> {
+        let tree = self.tree();
+        let meta = fs::metadata(&tree).map_err(|error| Error::file("look at", &tree, error))?;
+        Ok(Installed {
+            target: self.target.clone(),
+            device: meta.dev(),
+            inode: meta.ino(),
+        })
+    }
+
+    /// Makes what has arrived the target. What was there takes its place.
+    pub(crate) fn install(&self) -> Result<()> {
+        let flags = match self.target.exists() {
+            true => RenameFlags::RENAME_EXCHANGE,
+            false => RenameFlags::RENAME_NOREPLACE,
+        };
+        rename(&self.tree(), &self.target, flags)?;
+        self.sync_names()
+    }
+
+    /// Takes the target back, if it is what was installed. What was there before is there again.
+    fn uninstall(&self, installed: &Installed) -> Result<()> {
+        let is_it = fs::symlink_metadata(&self.target)
+            .is_ok_and(|meta| (meta.dev(), meta.ino()) == (installed.device, installed.inode));
+        if !is_it {
+            return Ok(());
+        }
+        let flags = match self.tree().exists() {
+            true => RenameFlags::RENAME_EXCHANGE,
+            false => RenameFlags::RENAME_NOREPLACE,
+        };
+        rename(&self.target, &self.tree(), flags)?;
+        self.sync_names()
+    }
+
+    /// Gives up: the target is as it was, and with `keep` what has arrived stays for another attempt.
+    pub(crate) fn give_up(&self, installed: Option<&Installed>, keep: bool) -> Result<()> {
+        if let Some(installed) = installed {
+            self.uninstall(installed)?;
+        }
+        match keep {
+            true => Ok(()),
+            false => remove(&self.dir),
+        }
+    }
+
+    /// The target is in use from now on: what was there before is removed.
+    pub(crate) fn settle(&self, migration: &str) -> Result<()> {
+        self.note(Standing::Brought, migration)?;
+        remove(&self.tree())?;
+        remove(&self.parked())
+    }
+
+    /// Notes that what used the target lives on another host.
+    pub(crate) fn moved_away(&self, migration: &str) -> Result<()> {
+        make_private(&self.dir)
+            .map_err(|error| Error::file("make the directory", &self.dir, error))?;
+        self.note(Standing::MovedAway, migration)
+    }
+
+    /// Makes the new names last.
+    fn sync_names(&self) -> Result<()> {
+        let parent = self.target.parent().unwrap_or(Path::new("/"));
+        for dir in [parent, &self.dir] {
+            let synced = File::open(dir).and_then(|dir| dir.sync_all());
+            synced.map_err(|error| Error::file("sync", dir, error))?;
+        }
+        Ok(())
+    }
+}
+
+impl Installed {
+    /// Whether it was this target.
+    pub(crate) fn is_of(&self, stage: &Stage) -> bool {
+        self.target == stage.target
+    }
+}
+
+fn is_mount_point(path: &Path) -> bool {
+    let Some((parent, name)) = path.parent().zip(path.file_name()) else {
+        return true;
+    };
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let Ok(parent) = open(parent, flags, Mode::empty()) else {
+        return false;
+    };
+    let name = std::os::unix::ffi::OsStrExt::as_bytes(name);
+    let opened = open_beneath(parent, name, OFlag::O_PATH);
+    matches!(opened, Err(Errno::EXDEV))
+}
+
+fn make_private(dir: &Path) -> io::Result<()> {
+    match fs::DirBuilder::new().mode(0o700).create(dir) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),
+        made => made,
+    }
+}
+
+fn rename(from: &Path, to: &Path, flags: RenameFlags) -> Result<()> {
+    let renamed = renameat2(AT_FDCWD, from, AT_FDCWD, to, flags);
+    renamed.map_err(|errno| {
+        let what = format!("rename {} to", from.display());
+        Error::file(&what, to, errno)
+    })
+}
+
+fn remove(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(Error::file("remove", dir, error))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STRICT: Permitted = Permitted {
+        replace: false,
+        unused: true,
+    };
+
+    fn arrived(stage: &Stage, permitted: Permitted, contents: &str) -> Installed {
+        stage.prepare("m-1", permitted).unwrap();
+        fs::write(stage.tree().join("file"), contents).unwrap();
+        let installed = stage.installed().unwrap();
+        stage.install().unwrap();
+        installed
+    }
+
+    fn contents(stage: &Stage) -> String {
+        fs::read_to_string(stage.target.join("file")).unwrap_or_default()
+    }
+
+    #[test]
+    fn a_tree_is_there_whole_or_not_at_all() {
+        let tmp = tempfile::tempdir().unwrap();
+        let stage = Stage::of(&tmp.path().join("a/rootfs"));
+        let installed = arrived(&stage, STRICT, "new");
+        assert_eq!(contents(&stage), "new");
+        stage.give_up(Some(&installed), false).unwrap();
+        assert!(!stage.target.exists() && !stage.dir.exists());
+        // Before it was installed there is nothing to be taken back.
+        assert!(!stage.prepare("m-1", STRICT).unwrap());
+        let planned = stage.installed().unwrap();
+        stage.give_up(Some(&planned), true).unwrap();
+        assert!(!stage.target.exists() && stage.prepare("m-2", STRICT).unwrap());
+    }
+
+    #[test]
+    fn what_a_migration_did_not_make_is_not_replaced_without_a_word() {
+        let tmp = tempfile::tempdir().unwrap();
+        let stage = Stage::of(&tmp.path().join("data"));
+        fs::create_dir(&stage.target).unwrap();
+        assert_eq!(stage.problem(STRICT), None, "it is empty");
+        fs::write(stage.target.join("file"), "precious").unwrap();
+        assert!(stage.problem(STRICT).unwrap().contains("--files replace"));
+        stage.prepare("m-1", STRICT).unwrap_err();
+        let replace = Permitted {
+            replace: true,
+            ..STRICT
+        };
+        let installed = arrived(&stage, replace, "new");
+        assert_eq!(contents(&stage), "new");
+        stage.give_up(Some(&installed), false).unwrap();
+        assert_eq!(contents(&stage), "precious");
+        arrived(&stage, replace, "new");
+        stage.settle("m-1").unwrap();
+        assert_eq!(contents(&stage), "new");
+        assert!(!stage.tree().exists());
+    }
+
+    #[test]
+    fn what_moved_away_is_where_the_next_tree_begins() {
+        let tmp = tempfile::tempdir().unwrap();
+        let stage = Stage::of(&tmp.path().join("data"));
+        fs::create_dir(&stage.target).unwrap();
+        fs::write(stage.target.join("file"), "old").unwrap();
+        stage.moved_away("m-1").unwrap();
+        assert!(stage.prepare("m-2", STRICT).unwrap());
+        assert!(!stage.target.exists());
+        stage.install().unwrap();
+        stage.settle("m-2").unwrap();
+        // In use: only who knows better may have it.
+        let used = Permitted {
+            unused: false,
+            ..STRICT
+        };
+        assert!(stage.problem(used).is_some() && stage.problem(STRICT).is_none());
+    }
+
+    #[test]
+    fn links_and_files_are_in_the_way() {
+        let tmp = tempfile::tempdir().unwrap();
+        fs::create_dir(tmp.path().join("elsewhere")).unwrap();
+        std::os::unix::fs::symlink("elsewhere", tmp.path().join("link")).unwrap();
+        fs::write(tmp.path().join("file"), "").unwrap();
+        for name in ["link", "file"] {
+            let problem = Stage::of(&tmp.path().join(name)).problem(STRICT).unwrap();
+            assert!(problem.contains("no directory"), "{problem}");
+        }
+        assert!(is_mount_point(Path::new("/proc")) && !is_mount_point(tmp.path()));
+    }
+}
