@@ -21,6 +21,13 @@ pub const PAGES_ID_FIRST: u32 = 0x1_0001;
 /// block size lists of compressed pagemap entries.
 pub const IMAGE_MESSAGE_BYTES_MAX: u32 = 64 << 20;
 
+/// Most directories that the pages of one process tree are laid out in (`--dedup-tree`): one for each fork of a
+/// fork that others share pages with. CRIU opens each of them for each process.
+pub const TREE_LAYERS_MAX: usize = 16;
+
+/// Bytes of a process's pages that wait in memory until it is known which process it shares pages with.
+pub const TREE_SAMPLE_BYTES: usize = 4 << 20;
+
 /// Most directories in a chain of parents.
 pub const PARENT_DEPTH_MAX: usize = 1024;
 

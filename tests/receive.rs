@@ -42,6 +42,7 @@ fn options(dir: &Path, previous: Option<&str>) -> StoreOptions {
         previous: previous.map(PathBuf::from),
         sync: Sync::None,
         split_lazy: None,
+        dedup_tree: false,
     }
 }
 
@@ -133,7 +134,7 @@ proptest! {
         let (old, new) = (tmp.path().join("old"), tmp.path().join("new"));
         std::fs::create_dir(&old).unwrap();
         std::fs::create_dir(&new).unwrap();
-        let ingest = IngestOptions { dedup_content, compress };
+        let ingest = IngestOptions { dedup_content, compress, ..IngestOptions::default() };
         let receive = |dir: &Path, previous, runs: &[Run]| {
             let context = ReceiveContext { ingest, ..context(dir, previous, EPOLL) };
             let bytes = dump(&[(PID, runs.to_vec())], Wire::V2);

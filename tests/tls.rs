@@ -122,6 +122,7 @@ fn receive(dir: &Path, stream: Stream, idle_timeout: Option<Duration>) -> Result
         previous: None,
         sync: Sync::None,
         split_lazy: None,
+        dedup_tree: false,
     };
     let context = ReceiveContext {
         idle_timeout,

@@ -110,6 +110,15 @@ pub(crate) struct Args {
     #[arg(help_heading = "Images", long, conflicts_with = "lazy_pages")]
     pub(crate) dedup_content: bool,
 
+    /// Store pages once that processes of a tree have in common
+    ///
+    /// Forks share most of their memory, and CRIU sends it for each of them. The directory `tree` in the images directory
+    /// has these pages, and is its parent. The images directory must be empty. 16 bytes of memory are needed for each page
+    /// stored.
+    #[arg(help_heading = "Images", long,
+        conflicts_with_all = ["lazy_pages", "auto_dedup", "compress", "split_lazy", "forward", "forward_lazy"])]
+    pub(crate) dedup_tree: bool,
+
     /// Store pages compressed
     ///
     /// Only CRIU 4.3 and later, built with LZ4, restores from such images by itself (4.2 hangs). Any CRIU restores
@@ -218,6 +227,22 @@ impl Args {
         let text =
             format!("--split-lazy makes images that stand alone: {other} is not possible with it");
         Err(Error::new(Kind::Usage, text))
+    }
+
+    /// Refuses what does not go with `--dedup-tree`, whoever asked for it.
+    pub(crate) fn check_tree(&self) -> Result<(), Error> {
+        let problem = match () {
+            () if !self.dedup_tree => return Ok(()),
+            () if self.auto_dedup => {
+                "--auto-dedup would take pages out of files that processes share with each other: it is not possible \
+                 with --dedup-tree"
+            }
+            () if self.keep && self.images_dir_template.is_none() => {
+                "--dedup-tree needs a directory for each dump: with --keep give --images-dir-template"
+            }
+            () => return Ok(()),
+        };
+        Err(Error::new(Kind::Usage, problem))
     }
 
     /// How long a peer may be silent where it may not be.

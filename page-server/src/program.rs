@@ -98,6 +98,7 @@ struct Start<'a> {
 fn receive(start: &mut Start<'_>) -> Result<()> {
     let args = start.args;
     args.check_split()?;
+    args.check_tree()?;
     let mut report = Report::open(args)?;
     let page = pages_of_system()?;
     let context = receive_context(start, page, &report)?;
@@ -154,6 +155,7 @@ fn receive_context(start: &Start<'_>, page: PageSize, report: &Report) -> Result
         previous: args.prev_images_dir.clone(),
         sync: args.sync.into(),
         split_lazy: args.split_lazy.clone(),
+        dedup_tree: args.dedup_tree,
     };
     let stores = Stores::open(options, args.images_dir_template.clone())?;
     if let Stores::Shared(store) = &stores
@@ -168,6 +170,7 @@ fn receive_context(start: &Start<'_>, page: PageSize, report: &Report) -> Result
         writes: Writes::of_machine(),
         ingest: IngestOptions {
             dedup_content: args.dedup_content,
+            dedup_tree: args.dedup_tree,
             compress: args.compress,
         },
         auto_dedup: args.auto_dedup,

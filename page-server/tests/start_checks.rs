@@ -282,6 +282,46 @@ fn a_directory_is_no_difference_to_itself_by_any_name() {
 }
 
 #[test]
+fn what_does_not_go_with_a_tree_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = |more: &[&'static str]| [&["--dedup-tree"][..], more].concat();
+    for more in [
+        &["--auto-dedup"][..],
+        &["--compress"],
+        &["--split-lazy", "lazy"],
+        &["--lazy-pages"],
+        &["--forward", "127.0.0.1:1"],
+        &["--forward-lazy", "127.0.0.1:1"],
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_page-server"));
+        let output = command.current_dir(dir.path()).args(tree(more)).output();
+        let output = output.unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success(), "{more:?}");
+        assert!(
+            said.contains("--dedup-tree") && said.contains(more[0]),
+            "{more:?}: {said}"
+        );
+    }
+    let words = ["--keep", "--images-dir-template"];
+    expect_refused(dir.path(), &tree(&["--keep"]), &words);
+    let full = images(&whole());
+    expect_refused(full.path(), &tree(&[]), &["--dedup-tree", "empty"]);
+}
+
+#[test]
+fn pages_that_processes_share_are_not_taken_out_of_their_files() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (old, new) = (tmp.path().join("old"), tmp.path().join("new"));
+    fs::create_dir(&old).unwrap();
+    fs::create_dir(&new).unwrap();
+    write_process(&old, &whole());
+    fs::copy(old.join("pagemap-7.img"), old.join("pagemap-8.img")).unwrap();
+    let args = ["--auto-dedup", "--prev-images-dir", "../old"];
+    expect_refused(&new, &args, &["--auto-dedup", "pagemap-8.img"]);
+}
+
+#[test]
 fn a_directory_that_cannot_be_written_is_refused() {
     // Nobody can make files there, not even root.
     for args in [

@@ -1,6 +1,8 @@
 //! Looks at image directories before they are relied on, so that a mistake is found while nothing is
 //! frozen yet.
 
+use std::collections::BTreeMap;
+
 use super::chain::{Absence, Chain, Missing, Place, Resolved};
 use super::dir::ImageDir;
 use super::extents::Extents;
@@ -186,16 +188,30 @@ pub(super) fn check_whole(parent: &ImageDir) -> Result<()> {
 }
 
 /// Whether pages can be taken out of the files of the parents of `dir`.
+///
+/// # Errors
+///
+/// [`Kind::Usage`]: a file cannot be written, or several pagemaps name it.
 pub fn check_parents_writable(dir: &ImageDir) -> Result<()> {
     let lineage = dir.lineage()?;
     for parent in lineage.iter().skip(1) {
+        let mut named: BTreeMap<u32, Target> = BTreeMap::new();
         for target in parent.targets()? {
             let Some(extents) = Extents::open(parent, target)? else {
                 continue;
             };
             let path = parent.pages_path(extents.pages_id());
-            if !path.exists() {
+            if !path.exists() || path.metadata().is_ok_and(|file| file.len() == 0) {
                 continue;
+            }
+            if let Some(other) = named.insert(extents.pages_id(), target) {
+                let text = format!(
+                    "--auto-dedup cannot take pages out of {}: {} and {} both name it",
+                    path.display(),
+                    other.pagemap_name(),
+                    target.pagemap_name()
+                );
+                return Err(Error::new(Kind::Usage, text));
             }
             let opened = std::fs::File::options().write(true).open(&path);
             opened.map_err(|error| {

@@ -25,6 +25,8 @@ pub mod pagemap;
 #[cfg(feature = "engine")]
 pub mod pages;
 #[cfg(feature = "engine")]
+mod pages_part;
+#[cfg(feature = "engine")]
 mod parents;
 pub mod proto;
 #[cfg(feature = "engine")]
@@ -33,5 +35,7 @@ pub mod readahead;
 pub mod rewrite;
 #[cfg(feature = "engine")]
 pub mod store;
+#[cfg(feature = "engine")]
+pub mod tree;
 #[cfg(feature = "engine")]
 pub mod writer;

@@ -13,7 +13,7 @@ use super::extents::Extents;
 use super::pagemap::Extent;
 use crate::criu::header::{PageFlags, Target};
 use crate::error::{Error, Kind, Result};
-use crate::units::{PageRange, Vaddr};
+use crate::units::{PageRange, PageSize, Vaddr};
 
 /// Pages of the parent that are read at once to be compared: dumps come in the order of addresses.
 const WINDOW_PAGES: u64 = 32;
@@ -69,6 +69,16 @@ impl Parent {
         Ok(self.bytes.get(at..at + bytes.len()) == Some(bytes))
     }
 
+    /// Reads the page at `vaddr`; whether there is one.
+    pub(super) fn read(&self, vaddr: Vaddr, page: &mut [u8]) -> Result<bool> {
+        let found = self.chain.find(vaddr);
+        let found = found.filter(|found| !matches!(found.place, Place::Absent { .. }));
+        match found {
+            Some(found) => self.chain.read(found.place, page).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
     /// Reads the pages from `vaddr` on; whether there is one.
     fn read_window(&mut self, vaddr: Vaddr) -> Result<bool> {
         let Some(extent) = self.chain.find(vaddr) else {
@@ -89,7 +99,7 @@ impl Parent {
 
 /// Takes the pages that `dir` itself has of `target` out of the files of its parents, where they take
 /// room for nothing from now on. Returns how many bytes that freed. Compressed pages stay: they do
-/// not fill blocks of the file system.
+/// not fill blocks of the file system. So do pages of files that several pagemaps name: others need them.
 pub(super) fn punch_out_of_parents(dir: &ImageDir, target: Target) -> Result<u64> {
     let Some(parent) = Parent::open(dir, target)? else {
         return Ok(0);
@@ -98,7 +108,7 @@ pub(super) fn punch_out_of_parents(dir: &ImageDir, target: Target) -> Result<u64
         return Ok(0);
     };
     let mut punched = 0;
-    let mut open: Option<(u32, File)> = None;
+    let mut open: Option<(u32, Option<File>)> = None;
     while let Some(Extent { range, flags, .. }) = own.next()? {
         if !flags.has(PageFlags::PRESENT) {
             continue;
@@ -112,17 +122,38 @@ pub(super) fn punch_out_of_parents(dir: &ImageDir, target: Target) -> Result<u64
             };
             let path = parent.chain.file(file).path();
             if open.as_ref().is_none_or(|(number, _)| *number != file) {
-                let writable = File::options().write(true).open(path);
-                let writable = writable.map_err(|error| Error::file("write", path, error))?;
-                open = Some((file, writable));
+                open = Some((file, open_alone(path, dir.page())?));
             }
-            if let Some((_, file)) = &open {
+            if let Some((_, Some(file))) = &open {
                 punch(file, path, offset, common.bytes())?;
                 punched += common.bytes();
             }
         }
     }
     Ok(punched)
+}
+
+/// Opens a pages file that one pagemap of its directory names; `None` if several do.
+fn open_alone(path: &Path, page: PageSize) -> Result<Option<File>> {
+    let mut named = 0;
+    if let Some(dir) = path.parent() {
+        let dir = ImageDir::open_any(dir, page)?;
+        for target in dir.targets()? {
+            let extents = Extents::open(&dir, target)?;
+            let names = |extents: &Extents| dir.pages_path(extents.pages_id()) == path;
+            named += usize::from(extents.as_ref().is_some_and(names));
+        }
+    }
+    if named > 1 {
+        tracing::warn!(
+            "--auto-dedup leaves {} alone: other images name it too",
+            path.display()
+        );
+        return Ok(None);
+    }
+    let writable = File::options().write(true).open(path);
+    let writable = writable.map_err(|error| Error::file("write", path, error))?;
+    Ok(Some(writable))
 }
 
 pub(super) fn punch(file: &File, path: &Path, offset: u64, bytes: u64) -> Result<()> {

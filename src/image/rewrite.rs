@@ -25,6 +25,7 @@ use super::extents::Extents;
 use super::pagemap::Extent;
 use super::proto::{PagemapEntry, PagemapHead};
 use super::store::{ImageStore, Sync};
+use super::tree::names::remove_tree;
 use super::writer::{Destination, SessionImages};
 use crate::criu::header::{PageFlags, Target, Wire};
 use crate::error::{Error, Kind, Result};
@@ -108,6 +109,8 @@ pub fn split(dir: &ImageDir, lazy_dir: &Path) -> Result<Rewritten> {
         done.pagemaps += 1;
         rewrite.commit()?;
     }
+    // Nothing needs it any more.
+    remove_tree(dir)?;
     match fs::remove_file(dir.path().join(PARENT_LINK)) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             Err(Error::file("remove", &dir.path().join(PARENT_LINK), error))

@@ -28,7 +28,9 @@ use nix::fcntl::{Flock, FlockArg};
 use super::check::{check_parents, check_previous, check_split, check_whole, check_writable};
 use super::consume::refuse_consumed;
 use super::dir::{ImageDir, PARENT_LINK};
+use super::tree::names::{check_empty, remove_stale};
 use crate::error::{Error, Kind, Result};
+use crate::ferry::hash::{HashKey, PageHasher};
 use crate::limits::PAGES_ID_FIRST;
 use crate::units::PageSize;
 
@@ -44,6 +46,16 @@ pub enum Sync {
     Always,
 }
 
+impl Sync {
+    /// Flags of `open(2)` for pages files.
+    pub(super) fn open_flags(self) -> i32 {
+        match self {
+            Sync::Always => libc::O_DSYNC,
+            Sync::None | Sync::Close => 0,
+        }
+    }
+}
+
 /// A directory that sessions write images to. See the module's text.
 #[derive(Debug)]
 pub struct ImageStore {
@@ -55,6 +67,8 @@ pub struct ImageStore {
     next_pages_id: AtomicU32,
     /// Where pages go that a lazy restore can do without, if not here.
     lazy: Option<Arc<ImageStore>>,
+    /// Compares the pages of the processes of a tree, if each is to be stored once.
+    tree: Option<PageHasher>,
 }
 
 impl ImageStore {
@@ -96,6 +110,31 @@ impl ImageStore {
         Ok(Arc::new(store))
     }
 
+    /// Opens the directory `path` for one session that stores each page of a process tree once. `previous` is as for
+    /// [`ImageStore::open`]. Pages are compared by their hashes under `key`, which dumped processes may not know.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`ImageStore::open`]; [`Kind::Usage`] if there are images already.
+    pub fn open_tree(
+        path: &Path,
+        page: PageSize,
+        previous: Option<&Path>,
+        sync: Sync,
+        key: HashKey,
+    ) -> Result<Arc<ImageStore>> {
+        if let Ok(dir) = ImageDir::open_any(path, page)
+            && !dir.targets()?.is_empty()
+        {
+            // Before a link to the parent is made.
+            check_empty(&dir)?;
+        }
+        let mut store = ImageStore::open_alone(path, page, previous, sync)?;
+        check_empty(&store.dir)?;
+        store.tree = Some(PageHasher::new(key, page));
+        Ok(Arc::new(store))
+    }
+
     fn open_alone(
         path: &Path,
         page: PageSize,
@@ -104,6 +143,9 @@ impl ImageStore {
     ) -> Result<ImageStore> {
         let dir = ImageDir::open_any(path, page)?;
         check_writable(&dir)?;
+        let file =
+            File::open(dir.path()).map_err(|error| Error::file("open", dir.path(), error))?;
+        let lock = lock(&dir, file)?;
         match previous {
             Some(previous) => link_parent(&dir, previous)?,
             None => check_parents(&dir)?,
@@ -111,15 +153,13 @@ impl ImageStore {
         if let Some(parent) = dir.parent()? {
             refuse_consumed(&parent)?;
         }
-        let file =
-            File::open(dir.path()).map_err(|error| Error::file("open", dir.path(), error))?;
-        let lock = lock(&dir, file)?;
         Ok(ImageStore {
             dir,
             sync,
             lock,
             next_pages_id: AtomicU32::new(PAGES_ID_FIRST),
             lazy: None,
+            tree: None,
         })
     }
 
@@ -131,6 +171,11 @@ impl ImageStore {
     /// Where pages go that a lazy restore can do without, if not here.
     pub(super) fn lazy(&self) -> Option<&Arc<ImageStore>> {
         self.lazy.as_ref()
+    }
+
+    /// What compares the pages of the processes of a tree, if each is to be stored once.
+    pub(super) fn tree(&self) -> Option<&PageHasher> {
+        self.tree.as_ref()
     }
 
     /// What is to be on disk when a session is answered.
@@ -148,11 +193,7 @@ impl ImageStore {
         loop {
             let id = self.next_pages_id.fetch_add(1, Ordering::Relaxed);
             let part = self.part(&pages_name(id));
-            let flags = match self.sync {
-                Sync::Always => libc::O_DSYNC,
-                Sync::None | Sync::Close => 0,
-            };
-            match create_new(&part, flags) {
+            match create_new(&part, self.sync.open_flags()) {
                 Ok(file) if !self.dir.pages_path(id).exists() => return Ok((id, file)),
                 Ok(_) => remove(&part)?,
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
@@ -240,6 +281,7 @@ fn lock(dir: &ImageDir, file: File) -> Result<Flock<File>> {
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => {
             remove_stale_parts(dir)?;
+            remove_stale(dir)?;
             lock.relock(FlockArg::LockShared).map_err(failed)?;
             Ok(lock)
         }

@@ -19,6 +19,9 @@
 //! commit                       ->  LAZYDIR's names first, then DIR's: whose pagemap is in DIR has its pages
 //! ```
 //!
+//! Where each page of a process tree is stored once (`super::tree`), pages that CRIU looks for in parents go to
+//! [`SessionImages::append_to_tree`], one by one and with their bytes, and here there are holes in their place.
+//!
 //! Invariants: entries are in the order of their addresses (the caller's promise, checked in
 //! `criu::receive` for what peers say); a page that is said to be in the parent is there; memory does
 //! not grow with the number of pages.
@@ -32,14 +35,15 @@ use std::sync::Arc;
 
 use super::dir::ImageDir;
 use super::extents::Extents;
+pub use super::pages_part::{Destination, PagesPart};
 use super::parents::punch_out_of_parents;
 use super::store::{ImageStore, Sync, pages_name, remove};
+use super::tree::{Tree, TreeCounts, TreePlace};
 use crate::criu::header::{PageFlags, Target, Wire};
 use crate::error::{Error, Kind, Result};
 use crate::limits::PAGES_ID_FIRST;
 use crate::units::{PageRange, Vaddr};
 use target::TargetImages;
-pub use target::{Destination, PagesPart};
 
 /// The images of one session. See the module's text.
 #[derive(Debug)]
@@ -51,6 +55,8 @@ pub struct SessionImages {
     committed: bool,
     /// Where pages go that a lazy restore can do without, if not here.
     lazy: Option<Box<SessionImages>>,
+    /// Where pages go that processes of a tree may share, if each is to be stored once.
+    tree: Option<Tree>,
 }
 
 /// The images of a session that are whole now.
@@ -95,6 +101,7 @@ impl SessionImages {
             current: None,
             finished: Vec::new(),
             committed: false,
+            tree: None,
         }
     }
 
@@ -115,7 +122,14 @@ impl SessionImages {
         if let Some(lazy) = &self.lazy {
             lazy.refuse_present(target)?;
         }
-        self.current = Some(TargetImages::create(&self.store, target, wire)?);
+        if let (None, Some(hasher)) = (&self.tree, self.store.tree()) {
+            self.tree = Some(Tree::create(&self.store, hasher.clone())?);
+        }
+        let current = TargetImages::create(&self.store, target, wire)?;
+        if let Some(tree) = &mut self.tree {
+            tree.open(target, wire, current.pages_id)?;
+        }
+        self.current = Some(current);
         Ok(())
     }
 
@@ -169,6 +183,9 @@ impl SessionImages {
         let (current, dir) = self.current(range.start())?;
         if flags.has(PageFlags::PARENT) {
             current.find_in_parent(dir, range)?;
+            if let Some(tree) = &mut self.tree {
+                tree.in_parent(range)?;
+            }
         }
         match self.apart(flags)? {
             Some(apart) => {
@@ -205,6 +222,46 @@ impl SessionImages {
             return Err(Error::new(Kind::Unsupported, text));
         }
         current.append_blocks(range, flags, sizes)
+    }
+
+    /// Whether pages with these flags go to [`SessionImages::append_to_tree`].
+    pub fn goes_to_tree(&self, flags: PageFlags) -> bool {
+        let target = self.current.as_ref().map(|current| current.target);
+        self.tree.is_some() && target.is_some_and(|target| is_lazy_page(target, flags))
+    }
+
+    /// Appends a page that processes of a tree may share, `None` if it is all zeros. Says where its bytes go, if they
+    /// are to be written.
+    ///
+    /// # Errors
+    ///
+    /// As for [`SessionImages::append`].
+    pub fn append_to_tree(
+        &mut self,
+        page: PageRange,
+        flags: PageFlags,
+        bytes: Option<&[u8]>,
+    ) -> Result<TreePlace> {
+        let hole = flags.without(PageFlags::PRESENT).with(PageFlags::PARENT);
+        self.current(page.start())?.0.append(page, hole)?;
+        match &mut self.tree {
+            Some(tree) => tree.page(page.start(), bytes),
+            None => Ok(TreePlace::Settled),
+        }
+    }
+
+    /// Writes what waits of the open target's pages that processes may share.
+    pub fn end_target_in_tree(&mut self) -> Result<()> {
+        match &mut self.tree {
+            Some(tree) => tree.end_target(),
+            None => Ok(()),
+        }
+    }
+
+    /// How pages were stored that processes of a tree may share.
+    pub fn tree_counts(&self) -> TreeCounts {
+        let tree = self.tree.as_ref();
+        tree.map(Tree::counts).unwrap_or_default()
     }
 
     /// Appends pages that a lazy restore asks for where they are.
@@ -277,7 +334,13 @@ impl SessionImages {
                 lazy.store.sync_names()?;
             }
         }
+        if let Some(tree) = &mut self.tree {
+            tree.publish()?;
+        }
         self.rename(renamed)?;
+        if let Some(tree) = &mut self.tree {
+            tree.keep();
+        }
         self.committed = true;
         Ok(superseded)
     }

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::criu::header::Wire;
 use crate::error::Error;
+use crate::image::tree::TreeCounts;
 use crate::units::PageSize;
 
 /// Pages of a session, by what was said about them.
@@ -27,10 +28,25 @@ pub struct PageCounts {
 pub struct StoredPages {
     /// Pages that are in the parent with the same bytes.
     pub same_as_parent: u64,
+    /// Pages that another process of the tree has at the same address, stored once (`--dedup-tree`).
+    pub same_in_tree: u64,
     /// Zero pages that take no room.
     pub zero: u64,
     /// Bytes in the pages files.
     pub stored_bytes: u64,
+}
+
+impl StoredPages {
+    /// With the pages that processes of a tree may share, `page` long each.
+    #[must_use]
+    pub fn with_tree(self, tree: TreeCounts, page: PageSize) -> StoredPages {
+        StoredPages {
+            same_in_tree: self.same_in_tree + tree.same,
+            zero: self.zero + tree.zero,
+            stored_bytes: self.stored_bytes + (tree.stored << page.shift()),
+            ..self
+        }
+    }
 }
 
 /// A session that is over, however it ended.
@@ -130,7 +146,7 @@ impl fmt::Display for Received {
         write!(
             f,
             "{} pages ({:.1} MiB) of {} processes and segments received from {} in {:.3} s, {:.1} MiB/s, \
-             {:.3} s of CPU: {} stored in {} bytes, {} same as parent, {} zero; {} came compressed; {} \
+             {:.3} s of CPU: {} stored in {} bytes, {} same as parent, {} same in the tree, {} zero; {} came compressed; {} \
              said to be in the parent, {} left with the source",
             pages.received,
             self.received_bytes() as f64 / mib,
@@ -139,9 +155,10 @@ impl fmt::Display for Received {
             self.elapsed.as_secs_f64(),
             self.bytes_per_second() / mib,
             self.cpu.as_secs_f64(),
-            pages.received - kept.same_as_parent - kept.zero,
+            pages.received - kept.same_as_parent - kept.same_in_tree - kept.zero,
             kept.stored_bytes,
             kept.same_as_parent,
+            kept.same_in_tree,
             kept.zero,
             pages.compressed,
             pages.in_parent,

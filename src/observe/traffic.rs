@@ -40,17 +40,20 @@ pub enum ReceivedKind {
     WithSource,
     /// Their bytes came, and were found in the parent.
     SameAsParent,
+    /// Their bytes came, and were found in another process of the tree.
+    SameInTree,
     /// Their bytes came, and were all zero.
     Zero,
 }
 
 impl ReceivedKind {
-    const ALL: [ReceivedKind; 6] = [
+    const ALL: [ReceivedKind; 7] = [
         ReceivedKind::Received,
         ReceivedKind::Compressed,
         ReceivedKind::InParent,
         ReceivedKind::WithSource,
         ReceivedKind::SameAsParent,
+        ReceivedKind::SameInTree,
         ReceivedKind::Zero,
     ];
 
@@ -61,6 +64,7 @@ impl ReceivedKind {
             ReceivedKind::InParent => "in_parent",
             ReceivedKind::WithSource => "with_source",
             ReceivedKind::SameAsParent => "same_as_parent",
+            ReceivedKind::SameInTree => "same_in_tree",
             ReceivedKind::Zero => "zero",
         }
     }

@@ -36,6 +36,7 @@ pub mod debian;
 pub mod disk;
 pub mod documents;
 pub mod fields;
+pub mod forks;
 pub mod gate;
 pub mod gocriu;
 pub mod hugepages;

@@ -75,6 +75,7 @@ fn start(
         previous: previous.map(PathBuf::from),
         sync: Sync::None,
         split_lazy: None,
+        dedup_tree: false,
     };
     let context = ReceiveContext::new(Stores::open(options, None).unwrap(), Io::Epoll);
     let listener = TcpListener::bind(address).unwrap();

@@ -8,6 +8,8 @@
 //! same       ── a hole to the parent: the page takes no room at all
 //!            └─ the parent's page, where CRIU would not look for it there
 //! ```
+//!
+//! Where each page of a process tree is stored once, raw, packed, delta and zero pages go to `image::tree` one by one.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -28,6 +30,7 @@ use crate::ferry::unpack::Unpacker;
 use crate::image::blocks::compressed_block;
 use crate::image::chain::{Chain, Missing};
 use crate::image::store::ImageStore;
+use crate::image::tree::TreePlace;
 use crate::image::writer::{CommittedImages, Destination, SessionImages};
 use crate::observe::received::StoredPages;
 use crate::units::{PageRange, PageSize};
@@ -145,12 +148,22 @@ impl BatchApplier {
                 start += bytes;
             }
         }
-        counters.kept(self.kept);
+        self.count(counters);
         Ok(())
     }
 
+    fn count(&self, counters: &mut SessionCounters<'_>) {
+        let shared = self.images.tree_counts();
+        counters.kept(self.kept.with_tree(shared, self.page));
+    }
+
     /// Gives every image its name.
-    pub(in crate::engine) fn commit(self) -> Result<CommittedImages> {
+    pub(in crate::engine) fn commit(
+        mut self,
+        counters: &mut SessionCounters<'_>,
+    ) -> Result<CommittedImages> {
+        self.images.end_target_in_tree()?;
+        self.count(counters);
         self.images.commit()
     }
 
@@ -195,6 +208,9 @@ impl BatchApplier {
         places: &[Place],
         body: &[u8],
     ) -> Result<()> {
+        if self.images.goes_to_tree(flags) {
+            return self.share_part(range, flags, places, body);
+        }
         let may_be_compressed = self.images.may_be_compressed(flags);
         if self.compresses && may_be_compressed && flags.has(PageFlags::PRESENT) {
             return self.store_compressed(range, flags, places, body);
@@ -220,6 +236,47 @@ impl BatchApplier {
             at += len;
         }
         Ok(())
+    }
+
+    /// Stores adjacent pages that processes of a tree may share.
+    fn share_part(
+        &mut self,
+        range: PageRange,
+        flags: PageFlags,
+        places: &[Place],
+        body: &[u8],
+    ) -> Result<()> {
+        let mut at = range.start().get();
+        let mut first: Option<Destination> = None;
+        let mut slices: Vec<IoSlice<'_>> = Vec::new();
+        for place in places {
+            let bytes = match place {
+                Place::Body(range) => Some(&body[range.clone()]),
+                Place::Unpacked(range) => Some(&self.unpacked[range.clone()]),
+                Place::Zero | Place::Same => None,
+            };
+            let page = PageRange::new(at, at + self.page.bytes());
+            at = page.end().get();
+            let place = self.images.append_to_tree(page, flags, bytes)?;
+            let (TreePlace::At(to), Some(bytes)) = (place, bytes) else {
+                continue;
+            };
+            let filled = (slices.len() as u64) << self.page.shift();
+            if let Some(first) = &first
+                && first.offset + filled != to.offset
+            {
+                write_all(&mut slices, &first.part, first.offset)?;
+                slices.clear();
+            }
+            if slices.is_empty() {
+                first = Some(to);
+            }
+            slices.push(IoSlice::new(bytes));
+        }
+        match &first {
+            Some(first) => write_all(&mut slices, &first.part, first.offset),
+            None => Ok(()),
+        }
     }
 
     /// Stores the base version's pages, which are what the process has.

@@ -74,6 +74,8 @@ impl<'a> SessionCounters<'a> {
         let before = std::mem::replace(&mut self.kept, kept);
         let same = kept.same_as_parent - before.same_as_parent;
         self.traffic.received(ReceivedKind::SameAsParent, same);
+        let same = kept.same_in_tree - before.same_in_tree;
+        self.traffic.received(ReceivedKind::SameInTree, same);
         self.traffic
             .received(ReceivedKind::Zero, kept.zero - before.zero);
         self.traffic.stored(kept.stored_bytes - before.stored_bytes);

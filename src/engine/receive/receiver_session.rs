@@ -110,7 +110,7 @@ impl ReceiverSession {
             let frame = self.next_frame()?;
             counters.came((HEADER_BYTES + frame.body.len()) as u64);
             if frame.kind == Kind::Close {
-                let images = self.close(&frame, applier);
+                let images = self.close(&frame, applier, counters);
                 counters.answered();
                 break images;
             }
@@ -227,9 +227,14 @@ impl ReceiverSession {
         Ok(())
     }
 
-    fn close(&self, frame: &Frame, applier: BatchApplier) -> Result<CommittedImages> {
+    fn close(
+        &self,
+        frame: &Frame,
+        applier: BatchApplier,
+        counters: &mut SessionCounters<'_>,
+    ) -> Result<CommittedImages> {
         self.read(frame)?;
-        let images = applier.commit()?;
+        let images = applier.commit(counters)?;
         self.applied(frame.number, Some((0, StateId::NONE)));
         Ok(images)
     }

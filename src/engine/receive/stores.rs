@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use thiserror::Error;
 
+use crate::engine::ferry::random_bits;
 use crate::error::{Error, Kind, Result};
+use crate::ferry::hash::HashKey;
 use crate::image::check::{check_split, check_writable};
 use crate::image::dir::ImageDir;
 use crate::image::store::{ImageStore, Sync};
@@ -81,6 +83,8 @@ pub struct StoreOptions {
     /// Where pages go that a lazy restore can do without, if they are kept apart. With a template each session has
     /// a directory of the same name below this one.
     pub split_lazy: Option<PathBuf>,
+    /// Whether each page of a process tree is stored once. A directory takes one session then.
+    pub dedup_tree: bool,
 }
 
 /// See the module's text.
@@ -193,6 +197,10 @@ impl StoreOptions {
     }
 
     fn open(&self, dir: &Path, lazy: Option<&Path>) -> Result<Arc<ImageStore>> {
+        if self.dedup_tree {
+            let key = HashKey(random_bits()?);
+            return ImageStore::open_tree(dir, self.page, self.previous.as_deref(), self.sync, key);
+        }
         match (lazy, &self.previous) {
             (None, previous) => ImageStore::open(dir, self.page, previous.as_deref(), self.sync),
             (Some(lazy), None) => ImageStore::open_split(dir, lazy, self.page, self.sync),
@@ -291,6 +299,7 @@ mod tests {
             previous: None,
             sync: Sync::None,
             split_lazy: None,
+            dedup_tree: false,
         };
         Stores::open(options, Some(template.parse().unwrap())).unwrap()
     }
@@ -316,6 +325,7 @@ mod tests {
                 previous: Some(previous.into()),
                 sync: Sync::None,
                 split_lazy: None,
+                dedup_tree: false,
             };
             Stores::open(options, Some(template.parse().unwrap())).map(drop)
         };

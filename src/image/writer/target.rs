@@ -11,13 +11,13 @@
 
 use std::fs::File;
 use std::io::{self, BufWriter};
-use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::super::dir::ImageDir;
 use super::super::file::{Magic, MessageWriter};
 use super::super::pagemap::encode_entry;
+use super::super::pages_part::{Destination, PagesPart};
 use super::super::parents::Parent;
 use super::super::proto::{CompressedBlocks, PagemapHead};
 use super::super::store::{ImageStore, create_new, pages_name, remove};
@@ -25,47 +25,6 @@ use crate::criu::header::{PageFlags, Target, Wire};
 use crate::error::{Error, Kind, Result};
 use crate::limits::ENTRY_PAGES_MAX;
 use crate::units::{PageRange, PageSize};
-
-/// A pages file that is being written. An operation in flight keeps it open.
-#[derive(Debug)]
-pub struct PagesPart {
-    file: File,
-    path: PathBuf,
-}
-
-impl AsFd for PagesPart {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
-    }
-}
-
-impl PagesPart {
-    /// The file.
-    pub fn file(&self) -> &File {
-        &self.file
-    }
-
-    /// The error for a write that failed: names the file, and the usual way out.
-    pub fn write_error(&self, error: impl Into<io::Error>) -> Error {
-        let error = error.into();
-        let doing = match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                "store more pages (make room on the disk and dump again) in"
-            }
-            _ => "write",
-        };
-        Error::file(doing, &self.path, error)
-    }
-}
-
-/// Where the bytes of appended pages go.
-#[derive(Clone, Debug)]
-pub struct Destination {
-    /// The pages file.
-    pub part: Arc<PagesPart>,
-    /// Offset of the first page in bytes.
-    pub offset: u64,
-}
 
 /// The two parts of one target.
 #[derive(Debug)]
@@ -112,10 +71,7 @@ impl TargetImages {
             page: store.dir().page(),
             wire,
             pages_id,
-            pages: Arc::new(PagesPart {
-                file: pages,
-                path: store.part(&pages_name(pages_id)),
-            }),
+            pages: Arc::new(PagesPart::new(pages, store.part(&pages_name(pages_id)))),
             pages_bytes: 0,
             pagemap_path,
             pagemap,
@@ -252,7 +208,7 @@ impl TargetImages {
         buffered
             .into_inner()
             .map_err(|error| failed(error.into_error()))?;
-        let sized = self.pages.file.set_len(self.pages_bytes);
+        let sized = self.pages.file().set_len(self.pages_bytes);
         sized.map_err(|error| self.pages.write_error(error))
     }
 }

@@ -3,6 +3,7 @@
 //! ```text
 //! page --> all zero? ------------> entry, no bytes                     (dedup, compress)
 //!      --> equals the parent's? -> entry with PARENT, no bytes         (dedup; where CRIU looks into parents)
+//!      --> equals another process's?   likewise                        (dedup of a tree; `image::tree` decides)
 //!      --> compress it? ---------> block of an entry with blocks       (compress)
 //!      --> store it as it is
 //! ```
@@ -16,7 +17,8 @@ use crate::engine::io::batch::Plan;
 use crate::engine::io::session_io::SessionIo;
 use crate::error::Result;
 use crate::image::blocks::compressed_block;
-use crate::image::writer::SessionImages;
+use crate::image::tree::{TreeCounts, TreePlace};
+use crate::image::writer::{Destination, SessionImages};
 use crate::limits::RECEIVE_BUFFER_BYTES;
 use crate::observe::received::StoredPages;
 use crate::sys::buffers::Buffer;
@@ -36,6 +38,8 @@ pub(super) struct Inspected {
     side_buffer: SideBuffer,
     pack: Option<Pack>,
     kept: StoredPages,
+    /// The pages that processes of a tree may share.
+    shared: TreeCounts,
 }
 
 /// Where the bytes of a whole page are.
@@ -72,6 +76,7 @@ impl Inspected {
             side_buffer: SideBuffer::default(),
             pack: None,
             kept: StoredPages::default(),
+            shared: TreeCounts::default(),
         }
     }
 
@@ -102,6 +107,9 @@ impl Inspected {
                 return Ok(());
             }
         }
+        if self.options.dedup_tree && scope.images.goes_to_tree(self.flags) {
+            return self.share(scope, range, content);
+        }
         self.kept.zero += u64::from(zero);
         if self.options.compress && scope.images.may_be_compressed(self.flags) {
             self.pack(scope, range.start(), content)
@@ -120,17 +128,49 @@ impl Inspected {
         let Some(to) = scope.images.append(range, self.flags)? else {
             return Ok(());
         };
+        if !matches!(content, Content::Zero) {
+            self.kept.stored_bytes += range.bytes();
+        }
+        self.write(scope, &to, content)
+    }
+
+    /// Stores a page that processes of a tree may share.
+    fn share(
+        &mut self,
+        scope: &mut IngestScope<'_>,
+        range: PageRange,
+        content: &Content,
+    ) -> Result<()> {
+        self.end_pack(scope.images, scope.session_io)?;
+        let bytes = match content {
+            Content::Zero => None,
+            Content::Received(range) => Some(&scope.buffer[range.clone()]),
+            Content::Carried => Some(self.carried.as_slice()),
+        };
+        let place = scope.images.append_to_tree(range, self.flags, bytes)?;
+        self.shared = scope.images.tree_counts();
+        match place {
+            TreePlace::Settled => Ok(()),
+            TreePlace::At(to) => self.write(scope, &to, content),
+        }
+    }
+
+    fn write(
+        &mut self,
+        scope: &mut IngestScope<'_>,
+        to: &Destination,
+        content: &Content,
+    ) -> Result<()> {
         match content {
-            Content::Zero => return Ok(()),
+            Content::Zero => {}
             Content::Received(range) => scope.plan.push(&to.part, to.offset, range.clone()),
             Content::Carried => {
                 let bytes = self.carried.len();
                 let room = self.side_buffer.room(scope.session_io, bytes)?;
                 room.copy_from_slice(&self.carried);
-                self.side_buffer.place(bytes, &to);
+                self.side_buffer.place(bytes, to);
             }
         }
-        self.kept.stored_bytes += range.bytes();
         Ok(())
     }
 
@@ -248,11 +288,13 @@ impl IngestMode for Inspected {
 
     fn end_target(&mut self, images: &mut SessionImages, session_io: &mut SessionIo) -> Result<()> {
         self.end_pack(images, session_io)?;
+        images.end_target_in_tree()?;
+        self.shared = images.tree_counts();
         self.side_buffer.flush(session_io)
     }
 
     fn stored(&self) -> StoredPages {
-        self.kept
+        self.kept.with_tree(self.shared, self.page)
     }
 }
 

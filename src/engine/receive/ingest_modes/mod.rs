@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! Verbatim     every page at its place in the file; whole runs move at once    (the default)
-//! Inspected    page by page: zero? same as in the parent? compressed?          (--dedup-content, --compress)
+//! Inspected    page by page: zero? same as in the parent, or in another process? compressed?
+//!              (--dedup-content, --dedup-tree, --compress)
 //! ```
 
 mod inspected;
@@ -28,6 +29,8 @@ use crate::units::{PageRange, PageSize};
 pub struct IngestOptions {
     /// Store pages that equal the parent's as holes, and zero pages without their bytes.
     pub dedup_content: bool,
+    /// Store pages once that processes of a tree have at the same address.
+    pub dedup_tree: bool,
     /// Store pages as CRIU 4.3 compresses them.
     pub compress: bool,
 }
