@@ -209,6 +209,12 @@ pub const MIGRATION_IMAGE_FILES_MAX: usize = 1 << 20;
 /// Most migrations that an agent has at a time.
 pub const MIGRATIONS_MAX: usize = 64;
 
+/// Most files of a container's image that is started anew.
+pub const BUNDLE_FILES_MAX: usize = 16 << 20;
+
+/// Longest text that says how a container shows that it is ready, bytes.
+pub const READY_BYTES_MAX: usize = 4 << 10;
+
 /// Most rounds of one migration, and of its directories at the agent.
 pub const MIGRATION_ROUNDS_MAX: u32 = 1_000;
 

@@ -7,7 +7,7 @@ const HEADINGS: &[(&str, &[&str])] = &[
     (
         "Migration",
         &[
-            "pid", "mode", "tcp", "address", "id", "resume", "track", "watch",
+            "pid", "mode", "tcp", "address", "route", "id", "resume", "track", "watch",
         ],
     ),
     (
@@ -20,6 +20,9 @@ const HEADINGS: &[(&str, &[&str])] = &[
             "bundles",
             "base",
             "pause",
+            "stateless",
+            "ready",
+            "drain",
             "name",
             "leave_running",
             "files",
@@ -98,6 +101,10 @@ const SHORT: &[(&str, &str)] = &[
     ),
     ("address", "An address that moves with the processes"),
     (
+        "route",
+        "What leads clients to the service: address:, nft:, haproxy: or exec:",
+    ),
+    (
         "probe",
         "Ask the service until it answers, and report when that was",
     ),
@@ -148,7 +155,9 @@ If it is killed, a second process finishes the migration or leaves the processes
 
 Examples:
   pageferry migrate --pid 1234 --to host:9191 --tls
-  pageferry migrate --pid 1234 --to host:9191 --tls --mode hybrid --max-downtime 300ms",
+  pageferry migrate --pid 1234 --to host:9191 --tls --mode hybrid --max-downtime 300ms
+  pageferry migrate --container web --to host:9191 --tls --stateless --mode live --ready tcp:8080 \\
+    --route 'nft:inet/nat/services/80=10.0.0.1:8080->10.0.0.2:8080'",
     ),
     (
         "plan",

@@ -4,6 +4,7 @@
 
 mod files;
 mod names;
+mod stateless;
 
 use std::fmt;
 use std::net::IpAddr;
@@ -20,6 +21,10 @@ use crate::limits::{
 
 pub use files::{FileTree, RootFiles, Seal, WantedFiles};
 pub use names::{BadContainerId, BadMigrationId, ContainerId, MigrationId};
+pub use stateless::{
+    BadDigest, BadReady, ContainerAddresses, ContainerBegin, ContainerCreate, ContainerStart,
+    ContainerStatus, Digest, Ready,
+};
 
 /// A version of CRIU, as `criu --version` prints it: 4.2.1 is `[4, 2, 1]`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize, Deserialize)]

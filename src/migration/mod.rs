@@ -28,9 +28,14 @@ mod agent;
 mod convergence;
 pub mod messages;
 mod source;
+mod stateless;
 
 pub use agent::{Agent, AgentAction, AgentEvent, AgentRecord, AgentState};
 pub use convergence::{
     Convergence, Costs, Decision, Limits, Mode, OnMissed, RoundResult, predict_downtime,
 };
 pub use source::{Source, SourceAction, SourceEvent, SourceRecord, SourceState};
+pub use stateless::{
+    Stateless, StatelessAction, StatelessEnd, StatelessEvent, StatelessMode, StatelessRecord,
+    StatelessState,
+};

@@ -18,7 +18,8 @@
 //!   container_host  a host with runc, crun, podman  documents        README's and docs' commands
 //!   debian     programs of other Debian suites           orphan         processes whose parent has ended
 //!   systemd    a manager of services in namespaces       services         services that move while clients talk
-//!   fields     documented fields of printed JSON
+//!   fields     documented fields of printed JSON        web            a container without state, and its visitors
+//!   routes     what leads visitors to it
 //! ```
 //!
 //! Invariants: every process, namespace, mount and sysctl belongs to a guard that undoes it on drop;
@@ -55,6 +56,7 @@ pub mod postcopy;
 pub mod process;
 pub mod proxy;
 pub mod rounds;
+pub mod routes;
 pub mod runc;
 pub mod services;
 pub mod shim;
@@ -66,4 +68,5 @@ pub mod sys;
 pub mod systemd;
 pub mod transfer;
 pub mod wait;
+pub mod web;
 pub mod workspace;

@@ -69,6 +69,15 @@ impl NetNs {
         })
     }
 
+    /// What takes the thread that calls it into the namespace, for good.
+    pub fn entrance(&self) -> impl FnOnce() -> Result<()> + Send + 'static {
+        let path = format!("/run/netns/{}", self.name);
+        move || {
+            let namespace = File::open(&path).with_context(|| path.clone())?;
+            Ok(setns(&namespace, CloneFlags::CLONE_NEWNET)?)
+        }
+    }
+
     pub(crate) fn ip(&self, args: &[&str]) -> Result<()> {
         ip(&[&["-n", &self.name], args].concat())
     }

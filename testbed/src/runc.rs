@@ -252,12 +252,20 @@ impl Drop for Runc<'_> {
 /// # Errors
 /// It cannot be written.
 pub fn make_root(root: &Path) -> Result<()> {
+    make_root_of(root, &workspace::binary("testload")?)
+}
+
+/// Makes a root file system for containers whose program is `program`.
+///
+/// # Errors
+/// It cannot be written.
+pub fn make_root_of(root: &Path, program: &Path) -> Result<()> {
     for dir in ["bin", "proc", "dev", "sys", "load"] {
         fs::create_dir_all(root.join(dir))?;
     }
-    let program = workspace::binary("testload")?;
-    fs::copy(&program, root.join("bin/testload"))?;
-    copy_libraries(&program, root)
+    let name = program.file_name().context("a program has a name")?;
+    fs::copy(program, root.join("bin").join(name))?;
+    copy_libraries(program, root)
 }
 
 /// Copies the loader and the libraries of a program to the same places below `root`.

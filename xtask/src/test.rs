@@ -37,6 +37,7 @@ pub(crate) fn run_tests(args: &Args) -> Result<()> {
     Crit::fetched()?;
     testbed::systemd::Systemd::fetched()?;
     testbed::debian::program(Suite::Sid, "checkpointctl", "bin/checkpointctl")?;
+    testbed::routes::Haproxy::fetched()?;
     Phaul::built()?;
     testbed::debian::runtimes()?;
     testbed::services::Service::Redis.system()?;

@@ -24,7 +24,7 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 impl Place {
-    fn runtime(&self, container: &Container) -> Result<Runtime> {
+    pub(super) fn runtime(&self, container: &Container) -> Result<Runtime> {
         Runtime::find(container.runtime, self.runtime_root.clone())
     }
 

@@ -33,7 +33,7 @@ use crate::image_stream::unpack;
 const EVENT_STREAM: &str = "text/event-stream";
 
 /// An answer, or why there is none.
-type Answer<T> = Result<Json<T>, Failure>;
+pub(super) type Answer<T> = Result<Json<T>, Failure>;
 
 /// An error on its way to the caller.
 pub(super) struct Failure {
@@ -54,7 +54,7 @@ impl From<Error> for Failure {
 }
 
 impl Failure {
-    fn unknown(error: String) -> Failure {
+    pub(super) fn unknown(error: String) -> Failure {
         let status = StatusCode::NOT_FOUND;
         Failure { status, error }
     }
@@ -69,8 +69,14 @@ impl IntoResponse for Failure {
 }
 
 /// Answers requests until the listener ends.
-pub(super) async fn serve(listener: Listener, sessions: Sessions) -> io::Result<()> {
-    let app = Router::new()
+pub(super) async fn serve(listener: Listener, app: Router) -> io::Result<()> {
+    let service = app.into_make_service_with_connect_info::<Caller>();
+    axum::serve(listener, service).await
+}
+
+/// What is answered about migrations and the host.
+pub(super) fn router(sessions: Sessions) -> Router {
+    Router::new()
         .route("/v1/host", get(host))
         .route("/v1/check", post(check))
         .route("/v1/migrations", get(list).post(begin))
@@ -95,14 +101,12 @@ pub(super) async fn serve(listener: Listener, sessions: Sessions) -> io::Result<
         .route("/v1/migrations/{id}/complete", get(complete))
         .route("/metrics", get(metrics))
         .layer(DefaultBodyLimit::max(MIGRATION_JSON_BYTES_MAX))
-        .with_state(sessions);
-    let service = app.into_make_service_with_connect_info::<Caller>();
-    axum::serve(listener, service).await
+        .with_state(sessions)
 }
 
 /// Carries out what was asked, also if whoever asked is gone before the answer: half of it would leave programs that
 /// nobody ends.
-async fn to_its_end<T: Send + 'static>(
+pub(super) async fn to_its_end<T: Send + 'static>(
     work: impl Future<Output = Answer<T>> + Send + 'static,
 ) -> Answer<T> {
     tokio::spawn(work)
@@ -110,7 +114,7 @@ async fn to_its_end<T: Send + 'static>(
         .map_err(|error| Error::wrap(Kind::Io, "a request was ended", io::Error::other(error)))?
 }
 
-fn parse<T: DeserializeOwned>(body: &Bytes) -> Result<T, Failure> {
+pub(super) fn parse<T: DeserializeOwned>(body: &Bytes) -> Result<T, Failure> {
     serde_json::from_slice(body)
         .map_err(|error| Error::wrap(Kind::Protocol, "the request is not understood", error).into())
 }
@@ -363,12 +367,11 @@ mod tests {
             .keys()
             .map(String::as_str)
             .collect();
-        let code = include_str!("http.rs")
-            .split("#[cfg(test)]")
-            .next()
-            .unwrap();
+        let code = [include_str!("http.rs"), include_str!("stateless/http.rs")];
         let routes: BTreeSet<&str> = code
-            .split('"')
+            .iter()
+            .flat_map(|code| code.split("#[cfg(test)]").next())
+            .flat_map(|code| code.split('"'))
             .filter(|text| text.starts_with("/v1/") || *text == "/metrics")
             .collect();
         assert_eq!(routes, documented);

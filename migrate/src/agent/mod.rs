@@ -9,6 +9,8 @@
 //!                                         └──> criu restore ──> restore-hook ──> Session: waits for the word
 //! ```
 //!
+//! Containers without state have sessions of their own ([`stateless`]).
+//!
 //! Invariants: everything but files is written below the agent's directory; a decision is on disk before anybody
 //! hears of it; an agent that is started again finishes what it finds there.
 
@@ -24,6 +26,7 @@ mod place;
 mod restore;
 mod session;
 mod sessions;
+mod stateless;
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -38,6 +41,7 @@ use crate::programs::ProgramArgs;
 use listen::Listener;
 use place::Place;
 use sessions::Sessions;
+use stateless::Containers;
 
 /// Receives migrations and runs what they bring.
 #[derive(clap::Args, Debug)]
@@ -113,6 +117,8 @@ async fn serve(args: &Args) -> Result<()> {
         runtime_root: args.runtime_root.clone(),
     };
     let sessions = Sessions::open(place)?;
+    let containers = Containers::open(sessions.place())?;
+    let app = http::router(sessions.clone()).merge(stateless::router(containers.clone()));
     let listener = Listener::bind(&args.listen, tls.as_ref()).await?;
     if let (Some(path), Some(port)) = (&args.port_file, listener.port()) {
         crate::records::write(path, &port)?;
@@ -128,10 +134,11 @@ async fn serve(args: &Args) -> Result<()> {
         }
     };
     tokio::select! {
-        served = http::serve(listener, sessions.clone()) => served.map_err(failed)?,
+        served = http::serve(listener, app) => served.map_err(failed)?,
         () = stopped => {}
     }
     sessions.shut_down().await;
+    containers.shut_down().await;
     Ok(())
 }
 

@@ -47,7 +47,7 @@ impl Sessions {
         })
     }
 
-    pub(super) fn place(&self) -> &Place {
+    pub(super) fn place(&self) -> &Arc<Place> {
         &self.place
     }
 

@@ -172,7 +172,7 @@ fn apply_files(parts: &Path, root: &Path) -> Result<()> {
     }
     let failed = |error| Error::file("unpack", &path, error);
     let file = File::open(&path).map_err(failed)?;
-    apply(io::BufReader::new(file), root).map_err(failed)
+    apply(io::BufReader::new(file), root, usize::MAX).map_err(failed)
 }
 
 /// The directory of `path` below `root`, if no link leads out of it.
@@ -213,15 +213,19 @@ fn remove(root: &Path, path: &Path) -> io::Result<()> {
     }
 }
 
-/// Unpacks a layer without whiteouts over `root`.
-fn apply(from: impl Read, root: &Path) -> io::Result<()> {
+/// Unpacks a layer without whiteouts over `root`: at most so many entries.
+pub(crate) fn apply(from: impl Read, root: &Path, entries_max: usize) -> io::Result<()> {
     let mut archive = Archive::new(from);
     archive.set_preserve_permissions(true);
     archive.set_preserve_ownerships(true);
     archive.set_preserve_mtime(true);
     archive.set_unpack_xattrs(true);
     let mut times = Vec::new();
-    for entry in archive.entries()? {
+    for (count, entry) in archive.entries()?.enumerate() {
+        if count >= entries_max {
+            let text = format!("more than {entries_max} files");
+            return Err(io::Error::other(text));
+        }
         let mut entry = entry?;
         let path = entry.path()?.into_owned();
         let kind = entry.header().entry_type();

@@ -207,14 +207,14 @@ fn descriptor(kind: MediaType, digest: &str, size: u64) -> Result<Descriptor> {
 pub(super) type LayerFile = Hashed<Packer>;
 
 /// Counts and hashes what is written.
-pub(super) struct Hashed<W> {
+pub(crate) struct Hashed<W> {
     to: W,
     hash: Sha256,
     bytes: u64,
 }
 
 impl<W: Write> Hashed<W> {
-    fn new(to: W) -> Hashed<W> {
+    pub(crate) fn new(to: W) -> Hashed<W> {
         Hashed {
             to,
             hash: Sha256::new(),
@@ -223,7 +223,7 @@ impl<W: Write> Hashed<W> {
     }
 
     /// The digest in hexadecimal digits, the bytes, and where they went.
-    fn finish(self) -> (String, u64, W) {
+    pub(crate) fn finish(self) -> (String, u64, W) {
         let digest = self.hash.finalize();
         let digest = digest.iter().map(|byte| format!("{byte:02x}")).collect();
         (digest, self.bytes, self.to)

@@ -30,7 +30,9 @@ use tokio::signal::unix::{SignalKind, signal};
 pub(crate) use args::Args;
 use base::Base;
 pub(crate) use deleted::open_in_container;
+pub(crate) use layout::Hashed;
 use layout::{Compress, LayerBlob, Layout};
+use marks::Marks;
 pub(crate) use report::DeletedFile;
 use report::{ImageReport, LayerReport, Report};
 use subject::Subject;
@@ -84,6 +86,16 @@ pub(crate) async fn difference<W: Write + Send + 'static>(
     };
     let done = tokio::task::spawn_blocking(write).await;
     done.map_err(|error| Error::wrap(Kind::Io, "the export ended", error))?
+}
+
+/// Writes all files of the tree at `dir`, as this host sees them, to `to` as a layer.
+pub(crate) fn whole<W: Write>(dir: &Path, to: W) -> Result<W> {
+    let tree = Tree {
+        dir: dir.to_owned(),
+        marks: Marks::None,
+        mount: None,
+    };
+    walk::write_layer(&tree, to).map(|(to, _)| to)
 }
 
 /// Exports the subject; a container that is to be paused goes on afterwards, whatever happens.

@@ -58,7 +58,7 @@ pub(crate) struct Args {
     order: OrderArg,
 
     /// How long to wait for an answer before another connection has its turn
-    #[arg(long, value_name = "TIME", default_value = "2ms", value_parser = crate::source::duration)]
+    #[arg(long, value_name = "TIME", default_value = "2ms", value_parser = crate::times::duration)]
     order_wait: Duration,
 
     /// Begin a new file of the log when one is so large (K, M, G)

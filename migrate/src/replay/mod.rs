@@ -72,7 +72,7 @@ pub(crate) struct Args {
     source: Option<String>,
 
     /// Give up when an answer does not come for so long
-    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = crate::source::duration)]
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = crate::times::duration)]
     stall: Duration,
 
     /// Write figures to this file as JSON

@@ -123,7 +123,7 @@ pub(crate) fn problems_there(dir: &Path, wanted: &Value, coming: &Coming<'_>) ->
 }
 
 /// Files of the host that a configuration names and that are not there.
-fn sources_missing(config: &Value, volumes: &[&str]) -> Vec<String> {
+pub(crate) fn sources_missing(config: &Value, volumes: &[&str]) -> Vec<String> {
     let text = |value: &Value| value.as_str().map(str::to_owned);
     let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
     let is_bind = |mount: &Value| {
@@ -153,6 +153,16 @@ fn sources_missing(config: &Value, volumes: &[&str]) -> Vec<String> {
             format!("{path}, a {what} of the container, does not exist at the destination")
         })
         .collect()
+}
+
+/// Writes the configuration of a new bundle at `dir`, whose root file system is `rootfs` in it.
+pub(crate) fn make(dir: &Path, config: &Value) -> Result<()> {
+    let mut config = config.clone();
+    config["root"]["path"] = Value::from("rootfs");
+    let path = dir.join(CONFIG);
+    let text =
+        serde_json::to_vec_pretty(&config).map_err(|error| Error::file("write", &path, error))?;
+    fs::write(&path, text).map_err(|error| Error::file("write", &path, error))
 }
 
 /// The root directory of the bundle at `dir` with this configuration.

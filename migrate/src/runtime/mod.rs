@@ -11,6 +11,7 @@
 //! container's state. What it cannot be told on its command line (stop the processes and keep the container,
 //! serve memory lazily with crun, hold a restored tree) is put into its requests to CRIU by [`stand_in`].
 
+pub(crate) mod anew;
 pub(crate) mod bundle;
 pub(crate) mod resources;
 pub(crate) mod stand_in;

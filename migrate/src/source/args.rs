@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use pageferry::engine::io::transport::Peer;
-use pageferry::limits::{MIGRATION_ROUNDS_MAX, TIMEOUT_S_MAX};
+use pageferry::limits::MIGRATION_ROUNDS_MAX;
 use pageferry::migration::messages::{ContainerId, MigrationId, ServiceAddress, TcpConnections};
 use pageferry::migration::{Limits, Mode, OnMissed};
 use pageferry::tls::TlsArgs;
@@ -14,10 +14,13 @@ use pageferry::units::parse_bytes;
 use super::files_args::FilesArgs;
 use super::hooks::Hooks;
 use super::probe::Probe;
+use super::stateless_args::StatelessArgs;
 use crate::agent::address;
 use crate::programs::ProgramArgs;
 use crate::rounds::Track;
+use crate::route::Route;
 use crate::runtime::RuntimeArg;
+use crate::times::duration;
 
 /// Moves a running process tree to the host of a `pageferry agent`.
 #[derive(clap::Args, Debug)]
@@ -27,6 +30,9 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     pub(super) target: Target,
+
+    #[command(flatten)]
+    pub(super) stateless: StatelessArgs,
 
     /// How memory is carried
     #[arg(long, value_enum, default_value_t = ModeArg::Auto)]
@@ -64,6 +70,11 @@ pub(crate) struct Args {
     /// announces it. May be given several times
     #[arg(long, value_name = "CIDR@DEV[:THERE]", value_parser = service_address)]
     pub(super) address: Vec<AddressArg>,
+
+    /// What leads clients to the service, switched when the destination has it: address:,
+    /// nft:, haproxy: or exec: (docs/routes.md). May be given several times
+    #[arg(long, value_name = "ADAPTER", value_parser = route)]
+    pub(super) route: Vec<RouteArg>,
 
     /// Ask the service until it answers, and report when that was: a shell's command that succeeds then, or a TCP
     /// port that takes a connection
@@ -171,12 +182,14 @@ pub(super) enum ModeArg {
     PostCopy,
     /// Rounds, then post-copy of the rest
     Hybrid,
+    /// With --stateless: start there, lead clients there, then end here
+    Live,
 }
 
 impl ModeArg {
     pub(super) fn chosen(self) -> Option<Mode> {
         match self {
-            ModeArg::Auto => None,
+            ModeArg::Auto | ModeArg::Live => None,
             ModeArg::Cold => Some(Mode::Cold),
             ModeArg::PreCopy => Some(Mode::PreCopy),
             ModeArg::PostCopy => Some(Mode::PostCopy),
@@ -204,6 +217,24 @@ pub(super) enum TcpArg {
 }
 
 impl Args {
+    /// Addresses that move along, by either option.
+    pub(super) fn addresses(&self) -> Vec<AddressArg> {
+        let routes = self.route.iter().filter_map(|route| match route {
+            RouteArg::Address(address) => Some(address),
+            RouteArg::Other(_) => None,
+        });
+        self.address.iter().chain(routes).cloned().collect()
+    }
+
+    /// All other routes.
+    pub(super) fn routes(&self) -> Vec<Route> {
+        let routes = self.route.iter().filter_map(|route| match route {
+            RouteArg::Address(_) => None,
+            RouteArg::Other(route) => Some(route.clone()),
+        });
+        routes.collect()
+    }
+
     /// What the user allows in `mode`.
     pub(super) fn limits(&self, mode: Mode) -> Limits {
         let on_missed = match self.on_missed {
@@ -271,26 +302,18 @@ fn service_address(text: &str) -> Result<AddressArg, String> {
     })
 }
 
-/// A time with its unit: 300ms, 1.5s, 10m, 1h.
-pub(crate) fn duration(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("{text:?} is no time: a number and ms, s, m or h");
-    let digits = text
-        .find(|c: char| c.is_ascii_alphabetic())
-        .ok_or_else(wrong)?;
-    let number: f64 = text[..digits].parse().map_err(|_| wrong())?;
-    let unit = match &text[digits..] {
-        "ms" => 1e-3,
-        "s" => 1.0,
-        "m" => 60.0,
-        "h" => 3600.0,
-        _ => return Err(wrong()),
-    };
-    // Nothing longer than the other programs take.
-    #[allow(clippy::cast_precision_loss)]
-    let most = Duration::from_secs(TIMEOUT_S_MAX);
-    match Duration::try_from_secs_f64(number * unit) {
-        Ok(time) if !time.is_zero() && time <= most => Ok(time),
-        _ => Err(format!("{text:?} is not between 1 ms and a year")),
+/// Values of `--route`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum RouteArg {
+    Address(AddressArg),
+    Other(Route),
+}
+
+/// `address:10.0.0.5/24@eth0`, or what [`Route`] knows.
+fn route(text: &str) -> Result<RouteArg, String> {
+    match text.strip_prefix("address:") {
+        Some(rest) => service_address(rest).map(RouteArg::Address),
+        None => text.parse().map(RouteArg::Other),
     }
 }
 
@@ -319,17 +342,6 @@ mod tests {
             "10.0.0.5/24@",
         ] {
             assert!(service_address(bad).is_err(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn times_have_units() {
-        let of = |text| duration(text).unwrap();
-        assert_eq!(of("300ms"), Duration::from_millis(300));
-        assert_eq!(of("1.5s"), Duration::from_millis(1500));
-        assert_eq!(of("10m"), Duration::from_secs(600));
-        for bad in ["", "5", "s", "0s", "-1s", "1d", "1e30s", "nans"] {
-            assert!(duration(bad).is_err(), "{bad}");
         }
     }
 }

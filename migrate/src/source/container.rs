@@ -35,6 +35,8 @@ pub(super) struct Found {
     pub(super) held: Held,
     /// Its first process.
     pub(super) root: i32,
+    /// Its bundle here.
+    pub(super) bundle: PathBuf,
     /// What the destination needs to know.
     pub(super) container: Container,
     /// Its root file system here.
@@ -67,6 +69,7 @@ impl Found {
         Ok(Found {
             rootfs: bundle::root_of(&state.bundle, &config),
             root: state.pid,
+            bundle: state.bundle.clone(),
             container: Container {
                 id: id.clone(),
                 runtime: kind,

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 
 use pageferry::engine::io::transport::Peer;
@@ -14,11 +14,10 @@ use tokio::process::{Child, Command};
 
 use super::args::Args as MigrateArgs;
 use super::place::Place;
-use super::throttle;
+use super::{stateless, throttle};
 use crate::agent::address;
 use crate::client::AgentClient;
 use crate::commands::with_tls;
-use crate::programs::Programs;
 use crate::rounds;
 
 /// Run by `pageferry migrate` alone.
@@ -34,25 +33,24 @@ pub(crate) struct Args {
     tls: TlsArgs,
 }
 
-/// Starts the guard of a migration. Its pipe ends with this process, or when the value is dropped.
-pub(super) fn start(args: &MigrateArgs, programs: &Programs, place: &Place) -> Result<Child> {
-    let mut command = Command::new(&programs.pageferry);
+/// Starts the guard of the migration in `dir`. Its pipe ends with this process, or when the value is dropped.
+pub(super) fn start(args: &MigrateArgs, dir: &Path) -> Result<Child> {
+    let failed = |error| Error::wrap(Kind::Io, "cannot start the guard", error);
+    let mut command = Command::new(std::env::current_exe().map_err(failed)?);
     let to = match &args.target.to {
         Peer::Unix(path) => format!("unix:{}", path.display()),
         tcp @ Peer::Tcp { .. } => tcp.to_string(),
     };
-    command.arg("guard").arg(place.dir()).args(["--to", &to]);
+    command.arg("guard").arg(dir).args(["--to", &to]);
     with_tls(&mut command, &args.target.tls);
-    let log = place.dir().join("guard.log");
+    let log = dir.join("guard.log");
     let log = std::fs::File::create(&log).map_err(|error| Error::file("create", &log, error))?;
     command
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(log)
         .process_group(0);
-    command
-        .spawn()
-        .map_err(|error| Error::wrap(Kind::Io, "cannot start the guard", error))
+    command.spawn().map_err(failed)
 }
 
 /// Waits for the end of the migration's command, and finishes what it left.
@@ -61,7 +59,7 @@ pub(crate) fn run(args: &Args) -> ExitCode {
     let _ = std::io::stdin().read(&mut [0; 1]);
     crate::run_to_end(async {
         let client = AgentClient::new(args.to.clone(), Tls::load(&args.tls)?);
-        finish(Place::find(&args.dir, client)?).await.map(drop)
+        finish_in(&args.dir, client).await.map(drop)
     })
 }
 
@@ -69,13 +67,24 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 pub(super) async fn resume(args: &MigrateArgs, id: &MigrationId) -> Result<()> {
     let client = AgentClient::new(args.target.to.clone(), Tls::load(&args.target.tls)?);
     let dir = args.target.state_dir.join(id.to_string());
-    let state = finish(Place::find(&dir, client)?).await?;
-    let text = match state {
-        SourceState::Complete | SourceState::Committed => "the processes live at the destination",
-        _ => "the processes run here",
+    let text = match finish_in(&dir, client).await? {
+        true => "the processes live at the destination",
+        false => "the processes run here",
     };
     println!("migration {id}: {text}");
     Ok(())
+}
+
+/// Finishes the migration in `dir`, and tells whether the processes live at the destination.
+async fn finish_in(dir: &Path, client: AgentClient) -> Result<bool> {
+    if stateless::is_in(dir) {
+        return stateless::finish(dir, client).await;
+    }
+    let state = finish(Place::find(dir, client)?).await?;
+    Ok(matches!(
+        state,
+        SourceState::Complete | SourceState::Committed
+    ))
 }
 
 async fn finish(place: Place) -> Result<SourceState> {

@@ -1,18 +1,15 @@
 //! Commands of the user's at three points of a migration, with the facts in their environment. docs/migration.md
 //! lists them.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::path::Path;
-use std::process::Stdio;
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
-use pageferry::error::{Error, Kind, Result};
+use pageferry::error::{Error, Result};
 use serde::{Deserialize, Serialize};
-use tokio::process::Command;
-use tokio::time::timeout;
+
+use crate::shell;
 
 /// Where what they print goes, in the migration's directory.
 const LOG: &str = "hooks.log";
@@ -45,19 +42,12 @@ impl Point {
     }
 }
 
-/// Ends a hook with all that it has started, unless it has ended.
-struct Group(Option<Pid>);
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        if let Some(group) = self.0 {
-            // Its processes may have ended by themselves.
-            let _ = killpg(group, Signal::SIGKILL);
-        }
-    }
-}
-
 impl Hooks {
+    /// How long each command may take.
+    pub(super) fn limit(&self) -> Duration {
+        Duration::from_millis(self.limit_ms)
+    }
+
     fn command(&self, point: Point) -> Option<&str> {
         match point {
             Point::PreFreeze => self.pre_freeze.as_deref(),
@@ -84,45 +74,12 @@ impl Hooks {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
             made => made.map_err(|error| Error::file("create", &mark, error))?,
         };
-        let path = dir.join(LOG);
-        let log = fs::OpenOptions::new().create(true).append(true).open(&path);
-        let log = log.map_err(|error| Error::file("open", &path, error))?;
-        let failed = |error| Error::wrap(Kind::Io, format!("the hook --{name}"), error);
-        let mut command = Command::new("sh");
-        command
-            .args(["-c", text])
-            .env("PAGEFERRY_HOOK", name)
-            .env("PAGEFERRY_DIR", dir)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().map_err(failed)?)
-            .stderr(log)
-            .process_group(0);
-        for (name, value) in facts {
-            command.env(format!("PAGEFERRY_{name}"), value);
-        }
-        let mut child = command.spawn().map_err(failed)?;
-        let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
-        let mut group = Group(pid.map(Pid::from_raw));
-        let limit = Duration::from_millis(self.limit_ms);
-        let Ok(ended) = timeout(limit, child.wait()).await else {
-            let text = format!(
-                "the hook --{name} was killed after {} ms (--hook-limit)",
-                self.limit_ms
-            );
-            return Err(Error::new(Kind::Interrupted, text));
-        };
-        let status = ended.map_err(failed)?;
-        // What it leaves in the background is its own affair.
-        group.0 = None;
-        match status.success() {
-            true => Ok(()),
-            false => {
-                let text = format!(
-                    "the hook --{name} failed ({status}); it printed to {}",
-                    path.display()
-                );
-                Err(Error::new(Kind::Interrupted, text))
-            }
-        }
+        let mut variables = vec![
+            ("HOOK", name.to_owned()),
+            ("DIR", dir.display().to_string()),
+        ];
+        variables.extend_from_slice(facts);
+        let title = format!("the hook --{name}");
+        shell::run(&title, text, &variables, &dir.join(LOG), self.limit()).await
     }
 }

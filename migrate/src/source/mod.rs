@@ -26,6 +26,8 @@ mod probe;
 mod progress;
 pub(crate) mod report;
 mod shared;
+mod stateless;
+mod stateless_args;
 mod survey;
 mod throttle;
 
@@ -36,13 +38,16 @@ use pageferry::migration::messages::MigrationId;
 use pageferry::migration::{Mode, SourceState, predict_downtime};
 use tokio::time::Instant;
 
-pub(crate) use args::{Args, duration};
+pub(crate) use args::Args;
+use args::ModeArg;
 use files::Files;
 use flow::Flow;
 use moved_addresses::MovedAddresses;
 use place::{Facts, Place};
 use report::{HostReport, Report};
 use survey::Survey;
+
+use crate::route::Routes;
 
 /// Longest made-up part of a name, hexadecimal digits.
 const ID_DIGITS: usize = 8;
@@ -59,8 +64,17 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 }
 
 async fn migrate(args: &Args) -> Result<()> {
+    if args.stateless.stateless {
+        let id = named(args)?;
+        return stateless::migrate(args, id, |dir| guard::start(args, dir)).await;
+    }
+    if args.mode == ModeArg::Live {
+        let text = "--mode live is for containers without state: say --stateless";
+        return Err(Error::new(Kind::Usage, text));
+    }
     let started = Instant::now();
-    let survey = Survey::take(&args.subject, &args.address, (&args.target, &args.files)).await?;
+    let moving = args.addresses();
+    let survey = Survey::take(&args.subject, &moving, (&args.target, &args.files)).await?;
     let root = survey.root();
     let memory_bytes = survey.size.bytes();
     let mode = args.mode.chosen().unwrap_or_else(|| recommend(&survey));
@@ -78,14 +92,11 @@ async fn migrate(args: &Args) -> Result<()> {
         sends_root,
         ..
     } = survey;
-    let id = match &args.id {
-        Some(id) => id.clone(),
-        None => made_up()?,
-    };
+    let id = named(args)?;
     let files = Files::find(&args.files, (found.as_ref(), sends_root), root, &id)?;
-    let addresses = MovedAddresses::find(&args.address).await?;
     let facts = Facts {
-        addresses,
+        addresses: MovedAddresses::find(&moving).await?,
+        routes: Routes::look(args.routes()).await?,
         container: found.as_ref().map(|found| found.held.clone()),
         tcp: args.tcp(),
         hooks: args.hooks(),
@@ -93,7 +104,7 @@ async fn migrate(args: &Args) -> Result<()> {
         ..Facts::of_tree(id.clone(), mode, &tree)
     };
     let place = Place::make(&args.target.state_dir, facts, client.clone())?;
-    let guard = guard::start(args, &programs, &place)?;
+    let guard = guard::start(args, place.dir())?;
     let report = Report {
         processes: tree.members().len(),
         memory_bytes,
@@ -145,6 +156,14 @@ fn recommend(survey: &Survey) -> Mode {
     match cold.as_secs_f64() <= lazy.as_secs_f64() * COLD_IS_CLOSE {
         true => Mode::Cold,
         false => Mode::Hybrid,
+    }
+}
+
+/// The migration's name.
+fn named(args: &Args) -> Result<MigrationId> {
+    match &args.id {
+        Some(id) => Ok(id.clone()),
+        None => made_up(),
     }
 }
 

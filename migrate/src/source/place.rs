@@ -34,6 +34,7 @@ use crate::client::AgentClient;
 use crate::files::Stage;
 use crate::records;
 use crate::rounds::Tree;
+use crate::route::{Facts as RouteFacts, Routes};
 use crate::runtime::stand_in::CRIU_PROCESS;
 
 /// How often the end of a process that is no child is looked for.
@@ -74,6 +75,9 @@ pub(super) struct Facts {
     /// Addresses that move along.
     #[serde(default)]
     pub(super) addresses: MovedAddresses,
+    /// What else leads clients here, or there.
+    #[serde(default)]
+    pub(super) routes: Routes,
     /// The user's commands.
     #[serde(default)]
     pub(super) hooks: Hooks,
@@ -103,6 +107,7 @@ impl Facts {
             tcp: TcpConnections::default(),
             connections: Vec::new(),
             addresses: MovedAddresses::default(),
+            routes: Routes::default(),
             hooks: Hooks::default(),
             files: Vec::new(),
         }
@@ -196,6 +201,12 @@ impl Place {
 
     /// Runs the user's command for a point of the migration.
     pub(super) async fn run_hook(&self, point: Point) -> Result<()> {
+        let facts = self.variables();
+        self.facts.hooks.run(point, &self.dir, &facts).await
+    }
+
+    /// What the user's commands are told, by name.
+    fn variables(&self) -> Vec<(&'static str, String)> {
         let root = self.facts.tree.first().map_or(0, |root| root.pid);
         let container = self.facts.container.as_ref();
         let mut facts = vec![
@@ -209,7 +220,32 @@ impl Place {
             ("DESTINATION", self.client.peer().to_string()),
         ];
         facts.extend(self.notes.iter().cloned());
-        self.facts.hooks.run(point, &self.dir, &facts).await
+        facts
+    }
+
+    /// Leads clients to the destination. That it begins is on disk first.
+    pub(super) async fn switch_routes(&mut self) -> Result<()> {
+        self.facts.routes.begun = true;
+        self.keep_facts()?;
+        let variables = self.variables();
+        self.facts.routes.switch(self.route_facts(&variables)).await
+    }
+
+    /// Leads clients here again.
+    async fn give_routes_back(&self) {
+        let variables = self.variables();
+        let facts = self.route_facts(&variables);
+        for problem in self.facts.routes.give_back(facts).await {
+            self.warn(problem);
+        }
+    }
+
+    fn route_facts<'a>(&'a self, variables: &'a [(&'static str, String)]) -> RouteFacts<'a> {
+        RouteFacts {
+            dir: &self.dir,
+            variables,
+            limit: self.facts.hooks.limit(),
+        }
     }
 
     /// The same where its failure changes nothing any more.
@@ -241,6 +277,8 @@ impl Place {
                 Ok(Some(heard(asked)))
             }
             SourceAction::Release => {
+                // First: what comes to the destination is refused there by now, and waits here.
+                self.give_routes_back().await;
                 self.release().await?;
                 if self.facts.addresses.taken {
                     self.facts.addresses.give_back().await;

@@ -6,10 +6,11 @@ use std::time::Duration;
 use pageferry::migration::{Costs, Mode, predict_downtime};
 use serde::Serialize;
 
-use super::args::{Subject, Target, duration};
+use super::args::{Subject, Target};
 use super::files_args::FilesArgs;
 use super::survey::Survey;
 use crate::rounds;
+use crate::times::duration;
 
 /// Looks at a running process tree and at an agent's host, and changes neither.
 #[derive(clap::Args, Debug)]

@@ -92,6 +92,12 @@ pub(crate) struct Report {
     pub(crate) downtime_ms: Option<f64>,
     /// From the freeze to the first answer to `--probe`.
     pub(crate) resume_ms: Option<f64>,
+    /// Until clients began to be led to the destination.
+    #[serde(default)]
+    pub(crate) switch_ms: Option<f64>,
+    /// Until the first answer to `--probe`.
+    #[serde(default)]
+    pub(crate) answer_ms: Option<f64>,
     pub(crate) predicted_downtime_ms: Option<f64>,
     pub(crate) complete_ms: Option<f64>,
     pub(crate) total_ms: f64,
@@ -125,6 +131,8 @@ impl Report {
             preparation_ms: 0.0,
             downtime_ms: None,
             resume_ms: None,
+            switch_ms: None,
+            answer_ms: None,
             predicted_downtime_ms: None,
             complete_ms: None,
             total_ms: 0.0,
@@ -242,6 +250,14 @@ impl Report {
         if let Some(resume) = self.resume_ms {
             line("first answer", ms(resume));
         }
+        for (name, at) in [
+            ("switch began at", self.switch_ms),
+            ("answered at", self.answer_ms),
+        ] {
+            if let Some(at) = at {
+                line(name, ms(at));
+            }
+        }
         if let Some(complete) = self.complete_ms {
             line("memory complete", ms(complete));
         }
@@ -311,7 +327,7 @@ pub(crate) mod tests {
         let sample = json!({
             "id": "a", "mode": "hybrid", "result": "moved", "problem": null, "warnings": ["w"],
             "processes": 2, "memory_bytes": 1 << 30, "preparation_ms": 3000.0, "downtime_ms": 200.0,
-            "resume_ms": 230.0, "predicted_downtime_ms": 210.0, "complete_ms": 4000.0, "total_ms": 4100.0,
+            "resume_ms": 230.0, "switch_ms": 3150.0, "answer_ms": 3230.0, "predicted_downtime_ms": 210.0, "complete_ms": 4000.0, "total_ms": 4100.0,
             "rounds": [{"pages": 1, "bytes": 2, "ms": 3}], "wire_bytes": 5, "bytes_by_kind": {"zero": 1}, "track": "hash",
             "faults": {"count": 3, "p50_us": 1, "p99_us": 2, "blocked_ms": 1.5,
                 "times": [{"start_ms": 3200.0, "end_ms": 3300.0, "count": 3, "waited_ms": 1.5}]},

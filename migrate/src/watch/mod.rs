@@ -50,7 +50,7 @@ pub(crate) struct Args {
     socket: Option<PathBuf>,
 
     /// Between two looks at what the kernel does not tell by itself
-    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = crate::source::duration)]
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = crate::times::duration)]
     interval: Duration,
 
     /// Tell what would be done, and do nothing

@@ -156,7 +156,7 @@ impl<'de> Deserialize<'de> for Bytes {
 
 fn time<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Duration, D::Error> {
     let text = String::deserialize(from)?;
-    crate::source::duration(&text).map_err(D::Error::custom)
+    crate::times::duration(&text).map_err(D::Error::custom)
 }
 
 fn some_time<'de, D: Deserializer<'de>>(

@@ -215,6 +215,7 @@ impl Flow<'_> {
         let taken = !facts.addresses.is_empty();
         facts.addresses.taken = taken;
         if taken {
+            self.note_switch();
             self.place.keep_facts()?;
             self.place.facts.addresses.take().await?;
             self.phase("address");

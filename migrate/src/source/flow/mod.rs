@@ -180,9 +180,28 @@ impl<'a> Flow<'a> {
         self.frozen = Some(frozen);
         self.source.handle(SourceEvent::Freezing);
         match self.mode.is_lazy() {
-            true => self.dump_lazily(sends_shared).await,
-            false => self.dump_whole().await,
+            true => self.dump_lazily(sends_shared).await?,
+            false => self.dump_whole().await?,
         }
+        self.switch_routes().await
+    }
+
+    /// Leads clients to the destination, where the sockets of the restored tree take their connections from now on. It
+    /// may still be given up: then clients are led back.
+    async fn switch_routes(&mut self) -> Result<()> {
+        if self.place.facts.routes.is_empty() {
+            return Ok(());
+        }
+        self.note_switch();
+        self.place.switch_routes().await?;
+        self.phase("route");
+        Ok(())
+    }
+
+    /// Notes that clients are being led elsewhere, from the first step on.
+    fn note_switch(&mut self) {
+        let now = ms(self.started.elapsed());
+        self.report.switch_ms.get_or_insert(now);
     }
 
     async fn begin(&mut self) -> Result<()> {
@@ -201,9 +220,9 @@ impl<'a> Flow<'a> {
             container: self.container.clone(),
             addresses: self
                 .args
-                .address
-                .iter()
-                .map(|address| address.there.clone())
+                .addresses()
+                .into_iter()
+                .map(|address| address.there)
                 .collect(),
             files: self.files.told(),
             keeps_files: false,
@@ -317,20 +336,22 @@ impl<'a> Flow<'a> {
         let Some(probe) = &self.args.probe else {
             return self.place.carry_out(SourceAction::EndProcesses).await;
         };
-        let host = match (self.args.address.first(), self.client.peer()) {
+        let host = match (self.args.addresses().first(), self.client.peer()) {
             (Some(address), _) => address.here.address.to_string(),
             (None, Peer::Tcp { host, .. }) => host.clone(),
             (None, Peer::Unix(_)) => Ipv4Addr::LOCALHOST.to_string(),
         };
-        let frozen = self.frozen;
         let answered = async {
             let answered = probe.wait(&host).await;
-            (answered, frozen.map(|frozen| ms(frozen.elapsed())))
+            (answered, Instant::now())
         };
-        let (ended, (answered, after)) =
+        let (ended, (answered, at)) =
             tokio::join!(self.place.carry_out(SourceAction::EndProcesses), answered);
         match answered {
-            Ok(()) => self.report.resume_ms = after,
+            Ok(()) => {
+                self.report.answer_ms = Some(ms(at - self.started));
+                self.report.resume_ms = self.frozen.map(|frozen| ms(at - frozen));
+            }
             Err(error) => self.report.warnings.push(error.to_string()),
         }
         ended

@@ -1,0 +1,500 @@
+//! One container that comes to be started anew.
+
+use std::fs;
+use std::io::{self, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::messages::{
+    ContainerBegin, ContainerCreate, ContainerStart, ContainerStatus, Digest, MigrationId, Ready,
+    ServiceAddress,
+};
+use pageferry::migration::{StatelessEvent, StatelessState};
+use pageferry::sys::owned_process::ProcessName;
+use tokio::sync::Mutex as Turn;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::image::unpack;
+use super::ready::Asked;
+use crate::address::{self, Attributes};
+use crate::agent::place::Place;
+use crate::drain;
+use crate::facts::now_us;
+use crate::records;
+use crate::runtime::{Runtime, bundle};
+
+/// The request that began it, as it is kept.
+const BEGIN: &str = "stateless.json";
+
+/// The last state that was decided.
+const STATE: &str = "state.json";
+
+/// Addresses that may be on their devices, as they are kept.
+const ADDRESSES: &str = "addresses.json";
+
+/// Between two questions whether it is ready.
+const ASK_AGAIN: Duration = Duration::from_millis(10);
+
+/// The same where a question starts a program in the container.
+const RUN_AGAIN: Duration = Duration::from_millis(100);
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct Session {
+    place: Arc<Place>,
+    dir: PathBuf,
+    begin: ContainerBegin,
+    /// What changes the container is done by one task at a time.
+    turn: Turn<()>,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    state: StatelessState,
+    problem: Option<String>,
+    /// Of the image that is here.
+    image: Option<Digest>,
+    /// The container's first process, from its making on.
+    root: Option<ProcessName>,
+    started_us: Option<u64>,
+    ready_us: Option<u64>,
+    /// When the source was last heard.
+    heard: Instant,
+}
+
+impl Session {
+    /// Makes the directory of a container that is to come.
+    pub(super) fn begin(place: &Arc<Place>, begin: ContainerBegin) -> Result<Arc<Session>> {
+        let dir = place.dir.join(begin.id.to_string());
+        fs::create_dir(&dir).map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => {
+                let text = format!("there has been a migration {} already", begin.id);
+                Error::new(Kind::Usage, text)
+            }
+            _ => Error::file("make the directory", &dir, error),
+        })?;
+        // A container's files may hold secrets: they are for the agent's user alone.
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))
+            .map_err(|error| Error::file("protect", &dir, error))
+            .and_then(|()| records::write(&dir.join(BEGIN), &begin))
+            .inspect_err(|_| {
+                // Nothing has begun: the name is free again.
+                let _ = fs::remove_dir(&dir);
+            })?;
+        let session = Session::new(place, dir, begin, StatelessState::Receiving);
+        tokio::spawn(Session::watch_for_silence(Arc::clone(&session)));
+        Ok(session)
+    }
+
+    fn new(
+        place: &Arc<Place>,
+        dir: PathBuf,
+        begin: ContainerBegin,
+        state: StatelessState,
+    ) -> Arc<Session> {
+        Arc::new(Session {
+            place: Arc::clone(place),
+            dir,
+            begin,
+            turn: Turn::new(()),
+            inner: Mutex::new(Inner {
+                state,
+                problem: None,
+                image: None,
+                root: None,
+                started_us: None,
+                ready_us: None,
+                heard: Instant::now(),
+            }),
+        })
+    }
+
+    /// Finds what an earlier agent left in the directory of `id`; `None` if it is no container's.
+    pub(super) fn recover(place: &Arc<Place>, id: &MigrationId) -> Result<Option<Arc<Session>>> {
+        let dir = place.dir.join(id.to_string());
+        let Some(begin) = records::read::<ContainerBegin>(&dir.join(BEGIN))? else {
+            return Ok(None);
+        };
+        let last = records::read::<StatelessState>(&dir.join(STATE))?;
+        let session = Session::new(place, dir, begin, StatelessState::recover(last));
+        if session.status().state == StatelessState::Aborted {
+            session.lock().problem = Some("the agent was started again".to_owned());
+            let ended = Arc::clone(&session);
+            tokio::spawn(async move {
+                let _turn = ended.turn.lock().await;
+                ended.discard().await;
+            });
+        }
+        Ok(Some(session))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn id(&self) -> &MigrationId {
+        &self.begin.id
+    }
+
+    /// Whether it is to be kept, or was ended.
+    pub(super) fn is_decided(&self) -> bool {
+        matches!(
+            self.lock().state,
+            StatelessState::Kept | StatelessState::Aborted
+        )
+    }
+
+    /// Notes that the source lives.
+    pub(super) fn heard(&self) {
+        self.lock().heard = Instant::now();
+    }
+
+    pub(super) fn status(&self) -> ContainerStatus {
+        let inner = self.lock();
+        ContainerStatus {
+            id: self.begin.id.clone(),
+            state: inner.state,
+            problem: inner.problem.clone(),
+            started_us: inner.started_us,
+            ready_us: inner.ready_us,
+        }
+    }
+
+    fn bundle(&self) -> PathBuf {
+        self.dir.join("bundle")
+    }
+
+    fn log(&self) -> PathBuf {
+        self.dir.join("runtime.log")
+    }
+
+    fn runtime(&self) -> Result<Runtime> {
+        self.place.runtime(&self.begin.container)
+    }
+
+    /// Takes an event in.
+    fn advance(&self, event: StatelessEvent) -> Result<()> {
+        let mut inner = self.lock();
+        match inner.state.after(event) {
+            Some(state) => {
+                inner.state = state;
+                Ok(())
+            }
+            None => {
+                let text = format!(
+                    "container {}: this cannot be now, it is {:?}",
+                    self.begin.id, inner.state
+                );
+                Err(Error::new(Kind::Usage, text))
+            }
+        }
+    }
+
+    /// Stores the image that comes, in place of an earlier one.
+    pub(super) async fn store(&self, from: impl Read + Send + 'static) -> Result<()> {
+        let _turn = self.turn.lock().await;
+        self.advance(StatelessEvent::ImageComes)?;
+        {
+            let mut inner = self.lock();
+            inner.image = None;
+            inner.root = None;
+        }
+        self.remove().await?;
+        let bundle = self.bundle();
+        fs::create_dir(&bundle)
+            .map_err(|error| Error::file("make the directory", &bundle, error))?;
+        let root = bundle.join("rootfs");
+        let unpacked = tokio::task::spawn_blocking(move || unpack(from, &root)).await;
+        let digest = unpacked.map_err(|error| {
+            Error::wrap(Kind::Io, "an image was ended", io::Error::other(error))
+        })??;
+        self.lock().image = Some(digest);
+        Ok(())
+    }
+
+    /// Makes the container.
+    pub(super) async fn create(&self, request: &ContainerCreate) -> Result<ContainerStatus> {
+        let _turn = self.turn.lock().await;
+        let (state, image) = {
+            let inner = self.lock();
+            (inner.state, inner.image.clone())
+        };
+        if state != StatelessState::Receiving || image.as_ref() != Some(&request.sha256) {
+            let text = format!(
+                "container {}: its image did not come as it was sent: send it again",
+                self.begin.id
+            );
+            return Err(Error::new(Kind::Protocol, text));
+        }
+        let bundle = self.bundle();
+        bundle::make(&bundle, &self.begin.container.config)?;
+        let id = &self.begin.container.id;
+        let runtime = self.runtime()?;
+        runtime.create(id, &bundle, &self.log()).await?;
+        self.set_limits(&runtime).await;
+        let root = self.find_root(&runtime).await?;
+        self.lock().root = Some(root);
+        self.advance(StatelessEvent::Made)?;
+        Ok(self.status())
+    }
+
+    /// The container's first process.
+    async fn find_root(&self, runtime: &Runtime) -> Result<ProcessName> {
+        let id = &self.begin.container.id;
+        let gone = || Error::new(Kind::PeerLost, format!("container {id} has no process"));
+        let state = runtime.state(id).await?.ok_or_else(gone)?;
+        ProcessName::of(state.pid).map_err(|_| gone())
+    }
+
+    /// Starts the container and waits until it is ready.
+    pub(super) async fn start(&self, request: &ContainerStart) -> Result<ContainerStatus> {
+        let runtime = self.runtime()?;
+        let id = &self.begin.container.id;
+        {
+            let _turn = self.turn.lock().await;
+            self.advance(StatelessEvent::Ran)?;
+            runtime.start(id).await?;
+            self.lock().started_us = Some(now_us());
+        }
+        if let Some(ready) = &request.ready {
+            let limit = Duration::from_millis(request.limit_ms);
+            self.wait_until_ready(&runtime, ready, limit).await?;
+        }
+        self.lock().ready_us = Some(now_us());
+        Ok(self.status())
+    }
+
+    /// Sets the limits that the container had at the source, where they are not those of its configuration.
+    async fn set_limits(&self, runtime: &Runtime) {
+        let Some(resources) = &self.begin.container.resources else {
+            return;
+        };
+        let path = self.dir.join("resources.json");
+        let set = async {
+            records::write(&path, resources)?;
+            runtime.update(&self.begin.container.id, &path).await
+        };
+        if let Err(error) = set.await {
+            tracing::error!(
+                "container {}: its limits are not those of the source: {error}",
+                self.begin.id
+            );
+        }
+    }
+
+    async fn wait_until_ready(
+        &self,
+        runtime: &Runtime,
+        ready: &Ready,
+        limit: Duration,
+    ) -> Result<()> {
+        let id = &self.begin.container.id;
+        let start = Instant::now();
+        let pause = match ready {
+            Ready::Exec(_) => RUN_AGAIN,
+            _ => ASK_AGAIN,
+        };
+        loop {
+            if self.lock().state != StatelessState::Started {
+                let text = format!("container {} was ended meanwhile", self.begin.id);
+                return Err(Error::new(Kind::Usage, text));
+            }
+            let root = self.lock().root.filter(ProcessName::is_alive);
+            let Some(root) = root else {
+                let text = format!(
+                    "container {id} has ended at the destination before it was ready ({ready})"
+                );
+                return Err(Error::new(Kind::PeerLost, text));
+            };
+            let asked = Asked {
+                runtime,
+                id,
+                pid: root.pid,
+            };
+            let why = match asked.is_ready(ready).await {
+                Ok(()) => return Ok(()),
+                Err(why) => why,
+            };
+            self.heard();
+            if start.elapsed() > limit {
+                let text = format!(
+                    "container {id} is not ready after {} ms at the destination ({ready}: {why})",
+                    limit.as_millis()
+                );
+                return Err(Error::new(Kind::PeerLost, text));
+            }
+            sleep(pause).await;
+        }
+    }
+
+    /// From now on nothing but the source's word ends the container.
+    pub(super) async fn keep(&self) -> Result<ContainerStatus> {
+        let _turn = self.turn.lock().await;
+        let after = self.lock().state.after(StatelessEvent::KeepAsked);
+        if after == Some(StatelessState::Kept) {
+            let id = &self.begin.container.id;
+            let root = self.lock().root;
+            let runs = match root {
+                Some(root) => root.is_alive(),
+                // An earlier agent made it.
+                None => self.runtime()?.runs(id).await?,
+            };
+            if !runs {
+                let text = format!("container {id} has ended at the destination");
+                return Err(Error::new(Kind::PeerLost, text));
+            }
+            // On disk before anybody relies on it.
+            records::write(&self.dir.join(STATE), &StatelessState::Kept)?;
+        }
+        self.advance(StatelessEvent::KeepAsked)?;
+        Ok(self.status())
+    }
+
+    /// Brings the addresses up here, or takes them off.
+    pub(super) async fn move_addresses(&self, up: bool) -> Result<ContainerStatus> {
+        let _turn = self.turn.lock().await;
+        if !up {
+            self.take_addresses_off().await;
+            return Ok(self.status());
+        }
+        if self.lock().state != StatelessState::Kept {
+            let text = format!("container {} is not to be kept yet", self.begin.id);
+            return Err(Error::new(Kind::Usage, text));
+        }
+        records::write(&self.dir.join(ADDRESSES), &self.begin.addresses)?;
+        for service in &self.begin.addresses {
+            address::add(service, &Attributes::default()).await?;
+        }
+        for service in self.begin.addresses.clone() {
+            tokio::spawn(async move { address::announce(&service).await });
+        }
+        Ok(self.status())
+    }
+
+    /// Takes off what was brought up here, once: later the addresses may be somebody else's.
+    async fn take_addresses_off(&self) {
+        let path = self.dir.join(ADDRESSES);
+        let up = records::read::<Vec<ServiceAddress>>(&path);
+        let Ok(Some(services)) = up else {
+            return;
+        };
+        for service in &services {
+            if let Err(error) = address::remove(service).await {
+                tracing::error!("container {}: {error}", self.begin.id);
+            }
+        }
+        if let Err(error) = fs::remove_file(&path) {
+            tracing::error!("cannot remove {}: {error}", path.display());
+        }
+    }
+
+    /// Ends it because the source says so.
+    pub(super) async fn cancel(&self) -> ContainerStatus {
+        self.abort(StatelessEvent::AbortAsked, "the source gave it up")
+            .await;
+        self.status()
+    }
+
+    /// Ends it unless it is to be kept.
+    pub(super) async fn silence(&self, why: &str) {
+        self.abort(StatelessEvent::Silence, why).await;
+    }
+
+    async fn abort(&self, event: StatelessEvent, why: &str) {
+        let was = {
+            let mut inner = self.lock();
+            let was = inner.state;
+            let Some(state) = was.after(event) else {
+                return;
+            };
+            inner.state = state;
+            was
+        };
+        // Whoever waits until it is ready sees the state; whoever has the turn ends first.
+        let _turn = self.turn.lock().await;
+        if was != StatelessState::Aborted {
+            tracing::warn!("container {}: {why}", self.begin.id);
+            self.lock().problem = Some(why.to_owned());
+        }
+        if let Err(error) = records::write(&self.dir.join(STATE), &StatelessState::Aborted) {
+            tracing::error!("container {}: {error}", self.begin.id);
+        }
+        if was == StatelessState::Kept {
+            self.drain().await;
+        }
+        self.discard().await;
+    }
+
+    /// Clients may have been led here before it was given up.
+    async fn drain(&self) {
+        let limit = Duration::from_millis(self.begin.drain_ms);
+        let drained = async {
+            let runtime = self.runtime()?;
+            match self.find_root(&runtime).await {
+                Ok(root) => drain::wait(root, limit).await,
+                // It has ended by itself.
+                Err(_) => Ok(0),
+            }
+        };
+        match drained.await {
+            Ok(0) => {}
+            Ok(open) => tracing::warn!(
+                "container {}: {open} connections end with it",
+                self.begin.id
+            ),
+            Err(error) => tracing::warn!("container {}: {error}", self.begin.id),
+        }
+    }
+
+    /// Leaves nothing of the container.
+    async fn discard(&self) {
+        self.take_addresses_off().await;
+        if let Err(error) = self.remove().await {
+            tracing::error!("container {}: {error}", self.begin.id);
+        }
+    }
+
+    /// Ends the container, if there is one, and removes its bundle.
+    async fn remove(&self) -> Result<()> {
+        let runtime = self.runtime()?;
+        let id = &self.begin.container.id;
+        let bundle = self.bundle();
+        if let Some(state) = runtime.state(id).await?
+            // Another one may have been given the name.
+            && is_same(&state.bundle, &bundle)
+        {
+            runtime.delete(id).await?;
+        }
+        match fs::remove_dir_all(&bundle) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Error::file("remove", &bundle, error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Ends what was not kept when the source has not been heard for too long.
+    async fn watch_for_silence(session: Arc<Session>) {
+        let limit = Duration::from_secs(session.begin.timeout_s.max(1));
+        while !session.is_decided() {
+            let deadline = session.lock().heard + limit;
+            if deadline <= Instant::now() {
+                let text = format!(
+                    "nothing was heard from the source for {} s",
+                    limit.as_secs()
+                );
+                session.silence(&text).await;
+            }
+            sleep_until(deadline).await;
+        }
+    }
+}
+
+fn is_same(one: &Path, other: &Path) -> bool {
+    let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    real(one) == real(other)
+}

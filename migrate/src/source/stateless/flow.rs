@@ -1,0 +1,346 @@
+//! One move under way, by the command that began it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use pageferry::engine::io::transport::Peer;
+use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::messages::{Container, ContainerBegin, ContainerStart, ContainerStatus};
+use pageferry::migration::{
+    Stateless, StatelessAction, StatelessEnd, StatelessMode, StatelessRecord,
+};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout_at};
+
+use super::image::{self, Look};
+use super::place::Place;
+use crate::runtime::bundle;
+use crate::source::args::Args;
+use crate::source::hooks::Point;
+use crate::source::progress::Progress;
+use crate::source::report::Report;
+
+/// How often an image is sent whose files are removed while they are read.
+const SEND_ATTEMPTS: u32 = 4;
+
+/// How much longer than `--timeout` the agent may take to say that a container is not ready.
+const LAST_WORD: Duration = Duration::from_secs(5);
+
+/// See the module's text.
+pub(super) struct Flow<'a> {
+    args: &'a Args,
+    place: Place,
+    source: Stateless,
+    /// What the destination is told of the container.
+    container: Container,
+    /// Room in the agent's directory.
+    room_bytes: u64,
+    /// The container's files here.
+    rootfs: PathBuf,
+    /// They, as they were sent.
+    sent: Option<Look>,
+    report: Report,
+    progress: Progress,
+    started: Instant,
+    /// When the container was told to end (cold), or clients began to be led away (live).
+    left: Option<Instant>,
+    /// The first answer from the destination.
+    answer: Option<JoinHandle<Result<Instant>>>,
+}
+
+impl<'a> Flow<'a> {
+    pub(super) fn new(
+        args: &'a Args,
+        place: Place,
+        container: Container,
+        room_bytes: u64,
+        report: Report,
+        started: Instant,
+    ) -> Flow<'a> {
+        Flow {
+            args,
+            source: Stateless::new(place.facts.mode),
+            rootfs: bundle::root_of(&place.facts.bundle, &container.config),
+            place,
+            container,
+            room_bytes,
+            sent: None,
+            report,
+            progress: Progress::start(),
+            started,
+            left: None,
+            answer: None,
+        }
+    }
+
+    /// Moves the container, or leaves it where it is.
+    pub(super) async fn run(&mut self) -> Result<StatelessEnd> {
+        let deadline = self.started + self.args.timeout;
+        let failed = |error| Error::wrap(Kind::Io, "signals cannot be heard", error);
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+        let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+        let mut hang_up = signal(SignalKind::hangup()).map_err(failed)?;
+        while let Some(action) = self.source.next() {
+            self.begins(action);
+            let began = Instant::now();
+            // What changes something here is never left half-way.
+            let may_stop = matches!(
+                action,
+                StatelessAction::Prepare | StatelessAction::Renew | StatelessAction::Start
+            );
+            // The agent knows better why a container is not ready in time.
+            let until = match action {
+                StatelessAction::Start => deadline + LAST_WORD,
+                _ => deadline,
+            };
+            let done = match may_stop {
+                false => self.carry_out(action).await,
+                true => tokio::select! {
+                    done = timeout_at(until, self.carry_out(action)) => done.unwrap_or_else(|_| {
+                        let text = format!("the time is over (--timeout {:?})", self.args.timeout);
+                        Err(Error::new(Kind::Interrupted, text))
+                    }),
+                    _ = interrupt.recv() => Err(stopped("Ctrl-C")),
+                    _ = terminate.recv() => Err(stopped("SIGTERM")),
+                    _ = hang_up.recv() => Err(stopped("SIGHUP")),
+                },
+            };
+            match done {
+                Ok(()) => {
+                    self.ends(action, began);
+                    self.source.done();
+                }
+                Err(error) => self.fails(&error),
+            }
+        }
+        Ok(self.source.end())
+    }
+
+    fn fails(&mut self, error: &Error) {
+        if !self.source.failed() {
+            return self.place.warn(error.to_string());
+        }
+        tracing::error!("{error}");
+        if self.report.problem.is_none() {
+            self.place.note("PROBLEM", error.to_string());
+        }
+        let problem = match self.report.problem.take() {
+            Some(before) => format!("{before}; {error}"),
+            None => error.to_string(),
+        };
+        self.report.problem = Some(problem);
+    }
+
+    async fn carry_out(&mut self, action: StatelessAction) -> Result<()> {
+        match action {
+            StatelessAction::Prepare => self.prepare().await,
+            StatelessAction::Renew => self.renew().await,
+            StatelessAction::Start => self.start().await,
+            StatelessAction::Keep => self.say("/keep").await,
+            StatelessAction::Switch => {
+                self.place.switch().await?;
+                self.ask_for_an_answer();
+                Ok(())
+            }
+            action => self.place.carry_out(action).await,
+        }
+    }
+
+    async fn say(&self, what: &str) -> Result<()> {
+        let path = self.place.path(what);
+        let said = self.place.client.post::<ContainerStatus>(&path, &());
+        said.await.map(drop)
+    }
+
+    async fn prepare(&mut self) -> Result<()> {
+        let begin = ContainerBegin {
+            id: self.place.facts.id.clone(),
+            container: self.container.clone(),
+            addresses: self
+                .args
+                .addresses()
+                .into_iter()
+                .map(|address| address.there)
+                .collect(),
+            timeout_s: self.args.timeout.as_secs(),
+            drain_ms: self.place.facts.drain_ms,
+        };
+        let client = &self.place.client;
+        client
+            .post::<ContainerStatus>("/v1/containers", &begin)
+            .await?;
+        let mut attempts = 1..SEND_ATTEMPTS;
+        while let Err(error) = self.look_and_send().await {
+            if error.kind() != Kind::Io || attempts.next().is_none() {
+                return Err(error);
+            }
+            tracing::warn!("{error}: the image is sent again");
+        }
+        if self.source.mode() == StatelessMode::Cold {
+            self.place.run_hook(Point::PreFreeze).await?;
+        }
+        Ok(())
+    }
+
+    async fn look_and_send(&mut self) -> Result<()> {
+        let look = image::look(&self.rootfs).await?;
+        if look.bytes > self.room_bytes {
+            let text = format!(
+                "the destination has {} MiB of room in its directory, {} MiB are needed",
+                self.room_bytes >> 20,
+                look.bytes >> 20
+            );
+            return Err(Error::new(Kind::Usage, text));
+        }
+        self.send(look).await
+    }
+
+    async fn send(&mut self, look: Look) -> Result<()> {
+        let path = self.place.path("");
+        let bytes = image::send(&self.place.client, &path, &self.rootfs).await?;
+        self.report.wire_bytes += bytes;
+        self.sent = Some(look);
+        Ok(())
+    }
+
+    /// The container has ended: its files are what they are.
+    async fn renew(&mut self) -> Result<()> {
+        if let Some(sent) = self.sent
+            && image::is_same(&self.rootfs, sent).await?
+        {
+            return Ok(());
+        }
+        tracing::info!("files of the container have changed meanwhile: its image is sent again");
+        self.look_and_send().await
+    }
+
+    async fn start(&mut self) -> Result<()> {
+        let left = self.args.timeout.saturating_sub(self.started.elapsed());
+        let request = ContainerStart {
+            ready: self.args.stateless.ready.clone(),
+            limit_ms: u64::try_from(left.as_millis()).unwrap_or(u64::MAX),
+        };
+        let path = self.place.path("/start");
+        let client = &self.place.client;
+        client.post::<ContainerStatus>(&path, &request).await?;
+        if self.source.mode() == StatelessMode::Live {
+            self.place.run_hook(Point::PreFreeze).await?;
+        }
+        Ok(())
+    }
+
+    /// Asks the service for its first answer, while the rest is done here.
+    fn ask_for_an_answer(&mut self) {
+        let Some(probe) = self.args.probe.clone() else {
+            return;
+        };
+        let host = match (self.args.addresses().first(), self.place.client.peer()) {
+            (Some(address), _) => address.here.address.to_string(),
+            (None, Peer::Tcp { host, .. }) => host.clone(),
+            (None, Peer::Unix(_)) => "127.0.0.1".to_owned(),
+        };
+        let answer = async move { probe.wait(&host).await.map(|()| Instant::now()) };
+        self.answer = Some(tokio::spawn(answer));
+    }
+
+    /// Notes what begins.
+    fn begins(&mut self, action: StatelessAction) {
+        self.progress.phase(format!("{action:?}").to_lowercase());
+        let leaves = match self.source.mode() {
+            StatelessMode::Cold => action == StatelessAction::Stop,
+            StatelessMode::Live => action == StatelessAction::Switch,
+        };
+        if leaves && self.left.is_none() {
+            self.left = Some(Instant::now());
+            self.report.preparation_ms = ms(self.started.elapsed());
+        }
+        if action == StatelessAction::Switch {
+            self.report.switch_ms = Some(ms(self.started.elapsed()));
+        }
+    }
+
+    /// Notes what has been done.
+    fn ends(&mut self, action: StatelessAction, began: Instant) {
+        let name = match action {
+            StatelessAction::Prepare | StatelessAction::Renew => "image",
+            StatelessAction::Stop => "stop",
+            StatelessAction::Start => "start",
+            StatelessAction::Switch => "route",
+            StatelessAction::Drain => "drain",
+            StatelessAction::Record(StatelessRecord::Switched) => return self.switched(),
+            _ => return,
+        };
+        let (start, end) = (ms(began - self.started), ms(self.started.elapsed()));
+        let is_down = self.source.mode() == StatelessMode::Cold && self.left.is_some();
+        let row = match (is_down, self.report.switch_ms) {
+            (true, _) => "freeze",
+            (false, None) => "rounds",
+            (false, Some(_)) => "memory",
+        };
+        if is_down {
+            self.report.phases_ms.insert(name.to_owned(), end - start);
+        }
+        self.report.add_span(row, name, start, end);
+        if action == StatelessAction::Switch {
+            self.report.complete_ms = Some(end);
+        }
+    }
+
+    /// Notes that the container lives at the destination.
+    fn switched(&mut self) {
+        let done = self.report.complete_ms.unwrap_or_default();
+        let downtime = match self.source.mode() {
+            StatelessMode::Cold => done - self.report.preparation_ms,
+            // Somebody served clients all the time.
+            StatelessMode::Live => 0.0,
+        };
+        self.report.downtime_ms = Some(downtime);
+        self.place.note("DOWNTIME_MS", format!("{downtime:.1}"));
+    }
+
+    /// The report of a move that has ended.
+    pub(super) async fn finish(mut self, ended: &Result<StatelessEnd>) -> Report {
+        self.progress.finish();
+        if let Some(answer) = self.answer.take() {
+            match ended {
+                Ok(StatelessEnd::Moved) => self.note_answer(answer.await),
+                _ => answer.abort(),
+            }
+        }
+        self.report.total_ms = ms(self.started.elapsed());
+        self.report.warnings.extend(self.place.take_warnings());
+        self.report.result = match ended {
+            Ok(StatelessEnd::Moved) => "moved".to_owned(),
+            Ok(StatelessEnd::RolledBack) => "rolled back".to_owned(),
+            Ok(StatelessEnd::Stuck) => "not known".to_owned(),
+            Err(error) => {
+                self.report.problem.get_or_insert(error.to_string());
+                "not known".to_owned()
+            }
+        };
+        self.report
+    }
+
+    fn note_answer(
+        &mut self,
+        answer: std::result::Result<Result<Instant>, tokio::task::JoinError>,
+    ) {
+        match answer {
+            Ok(Ok(at)) => {
+                self.report.answer_ms = Some(ms(at - self.started));
+                self.report.resume_ms = self.left.map(|left| ms(at - left));
+            }
+            Ok(Err(error)) => self.report.warnings.push(error.to_string()),
+            Err(error) => self.report.warnings.push(format!("the probe: {error}")),
+        }
+    }
+}
+
+fn stopped(by: &str) -> Error {
+    Error::new(Kind::Interrupted, format!("stopped by {by}"))
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}

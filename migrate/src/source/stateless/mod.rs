@@ -1,0 +1,203 @@
+//! `pageferry migrate --stateless`: a container is started anew at the destination, of its bundle and its files.
+//!
+//! What is done in which order, and what follows from a failure at each step, is in [`pageferry::migration::Stateless`].
+//! The guard, or `--resume`, goes on from the last record if the command dies.
+//!
+//! ```text
+//! STATE_DIR/ID/stateless.json   what is needed to finish it
+//!              record.json      the last of migration::StatelessRecord
+//! ```
+
+mod flow;
+mod image;
+mod place;
+
+use std::path::Path;
+
+use nix::sys::utsname::uname;
+use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::messages::{ContainerId, HostFacts, MigrationId};
+use pageferry::migration::{Mode, Stateless, StatelessEnd, StatelessMode};
+use pageferry::sys::owned_process::ProcessName;
+use pageferry::tls::Tls;
+use tokio::process::Child;
+use tokio::time::Instant;
+
+use super::args::{Args, ModeArg};
+use super::container::Found;
+use super::moved_addresses::MovedAddresses;
+use super::report::{HostReport, Report};
+use crate::client::AgentClient;
+use crate::rounds::Tree;
+use crate::route::Routes;
+use crate::runtime::bundle;
+use crate::{facts, records};
+use flow::Flow;
+use place::{Facts, Place};
+
+/// Moves the container. `guard` starts what finishes it if this process dies.
+pub(super) async fn migrate(
+    args: &Args,
+    id: MigrationId,
+    guard: impl FnOnce(&Path) -> Result<Child>,
+) -> Result<()> {
+    let started = Instant::now();
+    let mode = mode(args)?;
+    let container = args
+        .subject
+        .container
+        .as_ref()
+        .ok_or_else(|| Error::new(Kind::Usage, "--container says what is to be moved"))?;
+    let found = Found::look(container, &args.subject).await?;
+    expect_movable(container, &found)?;
+    let client = AgentClient::new(args.target.to.clone(), Tls::load(&args.target.tls)?);
+    let there: HostFacts = client.get("/v1/host").await?;
+    let here = host_here(args).await?;
+    if here.machine != there.machine {
+        let text = format!(
+            "container {container} cannot be moved: this host is a {}, the destination a {}",
+            here.machine, there.machine
+        );
+        return Err(Error::new(Kind::Usage, text));
+    }
+    let root = ProcessName::of(found.root)
+        .map_err(|error| Error::wrap(Kind::Usage, format!("container {container}"), error))?;
+    let facts = Facts {
+        id: id.clone(),
+        mode,
+        bundle: found.bundle.clone(),
+        root,
+        resources: found.container.resources.clone(),
+        held: found.held.clone(),
+        addresses: MovedAddresses::find(&args.addresses()).await?,
+        routes: Routes::look(args.routes()).await?,
+        hooks: args.hooks(),
+        drain_ms: u64::try_from(args.stateless.drain.as_millis()).unwrap_or(u64::MAX),
+    };
+    let report = Report {
+        mode: name(mode).to_owned(),
+        processes: Tree::of(found.root)?.members().len(),
+        source: here,
+        destination: HostReport::from(&there),
+        ..Report::begin(id, Mode::Cold)
+    };
+    let place = Place::make(&args.target.state_dir, facts, client)?;
+    let guard = guard(place.dir())?;
+    let mut flow = Flow::new(
+        args,
+        place,
+        found.container,
+        there.disk_bytes,
+        report,
+        started,
+    );
+    let ended = flow.run().await;
+    let report = flow.finish(&ended).await;
+    // It hears of the end, and has nothing to do.
+    drop(guard);
+    if let Some(path) = &args.report {
+        report.write(path)?;
+    }
+    report.print();
+    match ended? {
+        StatelessEnd::Moved => Ok(()),
+        end => {
+            let text = report
+                .problem
+                .unwrap_or_else(|| format!("it ended as {end:?}"));
+            Err(Error::new(
+                Kind::Interrupted,
+                format!("container {container} was not moved: {text}"),
+            ))
+        }
+    }
+}
+
+/// Whether the options fit together, and what they ask for.
+fn mode(args: &Args) -> Result<StatelessMode> {
+    let wrong = |text: &str| Err(Error::new(Kind::Usage, text));
+    let mode = match args.mode {
+        ModeArg::Cold => StatelessMode::Cold,
+        ModeArg::Auto | ModeArg::Live => StatelessMode::Live,
+        ModeArg::PreCopy | ModeArg::PostCopy | ModeArg::Hybrid => {
+            return wrong("--stateless moves no memory: use --mode cold or --mode live");
+        }
+    };
+    if mode == StatelessMode::Live && args.stateless.ready.is_none() {
+        return wrong(
+            "--mode live needs --ready: clients would be led to a container that does not answer yet",
+        );
+    }
+    if mode == StatelessMode::Live && args.route.is_empty() && args.address.is_empty() {
+        return wrong("--mode live needs --route: what leads clients to the destination");
+    }
+    Ok(mode)
+}
+
+fn name(mode: StatelessMode) -> &'static str {
+    match mode {
+        StatelessMode::Cold => "cold-stateless",
+        StatelessMode::Live => "live-stateless",
+    }
+}
+
+fn expect_movable(id: &ContainerId, found: &Found) -> Result<()> {
+    let problems = bundle::problems_here(&found.container.config);
+    match problems.is_empty() {
+        true => Ok(()),
+        false => {
+            let list = problems.join("\n  - ");
+            let text = format!("container {id} cannot be moved:\n  - {list}");
+            Err(Error::new(Kind::Usage, text))
+        }
+    }
+}
+
+/// This host, which needs no CRIU for this.
+async fn host_here(args: &Args) -> Result<HostReport> {
+    let dir = &args.target.state_dir;
+    std::fs::create_dir_all(dir).map_err(|error| Error::file("make the directory", dir, error))?;
+    if let Ok(programs) = args.target.programs.find() {
+        let facts = facts::of_host(&programs, dir).await?;
+        return Ok(HostReport::from(&facts));
+    }
+    let names = uname()
+        .map_err(|error| Error::wrap(Kind::Io, "cannot tell the kernel of this host", error))?;
+    Ok(HostReport {
+        pageferry: env!("CARGO_PKG_VERSION").to_owned(),
+        kernel: names.release().to_string_lossy().into_owned(),
+        machine: names.machine().to_string_lossy().into_owned(),
+        ..HostReport::default()
+    })
+}
+
+/// Whether the migration in `dir` is one of these.
+pub(super) fn is_in(dir: &Path) -> bool {
+    dir.join(place::FACTS).exists()
+}
+
+/// Finishes the migration in `dir`, whose command died. Tells whether the container lives at the destination.
+pub(super) async fn finish(dir: &Path, client: AgentClient) -> Result<bool> {
+    let mut place = Place::find(dir, client)?;
+    let last = records::read(&dir.join(place::RECORD))?;
+    let mut source = Stateless::recover(place.facts.mode, last);
+    if source.next().is_some() {
+        tracing::warn!("finishing {}, left at {last:?}", place.facts.id);
+    }
+    let mut problem = None;
+    while let Some(action) = source.next() {
+        match place.carry_out(action).await {
+            Ok(()) => source.done(),
+            Err(error) => {
+                place.warn(error.to_string());
+                if source.failed() {
+                    problem = Some(error);
+                }
+            }
+        }
+    }
+    match (source.end(), problem) {
+        (StatelessEnd::Stuck, Some(error)) => Err(error),
+        (end, _) => Ok(end == StatelessEnd::Moved),
+    }
+}

@@ -1,0 +1,436 @@
+//! Containers without state are started anew at the destination, while visitors count answers: live loses none, by
+//! nftables or by HAProxy; cold brings the files as they were at the end; and whatever fails before the switch leaves
+//! the container where it was.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use testbed::agent::Move;
+use testbed::bed::Bed;
+use testbed::criu::{Criu, Suite};
+use testbed::routes::{Haproxy, NftRoute};
+use testbed::suite::with_criu;
+use testbed::wait::{self, GENEROUS};
+use testbed::web::{NAME, PORT, Visitors, Web};
+use testbed::{gate, runc};
+
+/// Asked at the destination, in the container's network.
+const READY: [&str; 2] = ["--ready", "http://127.0.0.1:8080/ready"];
+
+/// A place with the service, unless there is no runc.
+fn with_web(test: impl FnOnce(&Bed, &Web) -> Result<()>) {
+    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
+        let Some(()) = gate::need("runc", runc::find()) else {
+            return Ok(());
+        };
+        let web = Web::start(bed, criu, "runc")?;
+        test(bed, &web)
+    });
+}
+
+#[test]
+fn containers_of_crun_move_live_and_cold() {
+    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
+        let found = testbed::process::run(Command::new("crun").arg("--version"));
+        let Some(_) = gate::need("crun", found) else {
+            return Ok(());
+        };
+        for mode in ["live", "cold"] {
+            let web = Web::start(bed, criu, "crun")?;
+            let route = NftRoute::new(&web.three, PORT)?;
+            let here = web.three.source.address;
+            let visitors = Visitors::start(&web.three.client, route.front()?, here)?;
+            let moves = web.moves(mode, &["--mode", mode, "--route", &route.option()]);
+            let moved = web.start_move(&moves.with(&READY))?.succeed(GENEROUS);
+            moved.with_context(|| web.agent.log())?;
+            web.expect_moved()?;
+            route.expect_there()?;
+            if mode == "live" {
+                visitors.expect_answers()?;
+                expect_all_there(&visitors)?;
+            }
+        }
+        Ok(())
+    });
+}
+
+fn report_of(moves: &Move<'_>) -> Result<Value> {
+    Ok(serde_json::from_slice(&fs::read(moves.report())?)?)
+}
+
+/// A report's figure, ms.
+fn ms(report: &Value, name: &str) -> Result<f64> {
+    report[name]
+        .as_f64()
+        .with_context(|| format!("{name} in {report}"))
+}
+
+#[test]
+fn live_loses_no_answer_by_nftables() {
+    with_web(|_, web| {
+        let route = NftRoute::new(&web.three, PORT)?;
+        let here = web.three.source.address;
+        let visitors = Visitors::start(&web.three.client, route.front()?, here)?;
+        let moves = web.moves("live", &["--mode", "live", "--probe", "tcp:8080"]);
+        let moves = moves.with(&READY).with(&["--route", &route.option()]);
+        let mut moving = web.start_move(&moves)?;
+        let moved = moving.succeed(GENEROUS);
+        moved.with_context(|| web.agent.log())?;
+        visitors.expect_answers()?;
+        expect_all_there(&visitors)?;
+        web.expect_moved()?;
+        route.expect_there()?;
+        expect_live_report(&report_of(&moves)?)?;
+        // The image came whole.
+        let rootfs = web.bundle_there("live").join("rootfs");
+        ensure!(
+            fs::read(rootfs.join("bin/answers"))? == fs::read(web.rootfs().join("bin/answers"))?
+        );
+        Ok(())
+    });
+}
+
+/// Both containers have answered, and from now on the second one alone does.
+fn expect_all_there(visitors: &Visitors) -> Result<()> {
+    ensure!(visitors.here() > 0 && visitors.there() > 0, "{visitors:?}");
+    let here = visitors.here();
+    visitors.expect_answers()?;
+    ensure!(visitors.here() == here, "the first one still answers");
+    ensure!(visitors.failed() == 0, "{visitors:?}");
+    Ok(())
+}
+
+fn expect_live_report(report: &Value) -> Result<()> {
+    ensure!(
+        report["result"] == "moved" && report["mode"] == "live-stateless",
+        "{report}"
+    );
+    ensure!(report["warnings"] == json!([]), "{report}");
+    let at = |name| ms(report, name);
+    ensure!(at("downtime_ms")? == 0.0, "{report}");
+    ensure!(at("preparation_ms")? <= at("switch_ms")?, "{report}");
+    ensure!(at("switch_ms")? <= at("answer_ms")?, "{report}");
+    ensure!(at("resume_ms")? <= at("total_ms")?, "{report}");
+    ensure!(report["wire_bytes"].as_u64() > Some(0), "{report}");
+    Ok(())
+}
+
+#[test]
+fn live_loses_no_answer_by_haproxy() {
+    with_web(|bed, web| {
+        let settings = "weight 7 check inter 50ms";
+        let haproxy = Haproxy::start(bed, &web.three, PORT, settings)?;
+        let before = haproxy.servers()?;
+        let here = web.three.source.address;
+        let visitors = Visitors::start(&web.three.client, haproxy.front(), here)?;
+        let live = ["--mode", "live", "--route", &haproxy.option()];
+        // What comes behind it fails first: HAProxy goes back to where it was.
+        let fails = web.moves("fails", &live).with(&READY);
+        let fails = fails.with(&["--route", "exec:[ $PAGEFERRY_ROUTE = back ]"]);
+        web.start_move(&fails)?.fail(GENEROUS)?;
+        ensure!(haproxy.servers()? == before, "{:?}", haproxy.servers()?);
+        web.expect_here("fails")?;
+        visitors.expect_answers()?;
+        let moves = web.moves("live", &live).with(&READY);
+        let moved = web.start_move(&moves)?.succeed(GENEROUS);
+        moved.with_context(|| web.agent.log())?;
+        visitors.expect_answers()?;
+        expect_all_there(&visitors)?;
+        web.expect_moved()
+    });
+}
+
+#[test]
+fn cold_brings_the_files_as_they_were_at_the_end() {
+    with_web(|_, web| {
+        let route = NftRoute::new(&web.three, PORT)?;
+        // The image has been sent by then: the file travels all the same.
+        let mark = web.rootfs().join("mark");
+        let marks = format!("echo late > {}", mark.display());
+        let cold = [
+            "--mode",
+            "cold",
+            "--pre-freeze",
+            &marks,
+            "--probe",
+            "tcp:8080",
+        ];
+        let moves = web.moves("cold", &cold).with(&["--ready", "tcp:8080"]);
+        let moves = moves.with(&["--route", &route.option()]);
+        let moved = web.start_move(&moves)?.succeed(GENEROUS);
+        moved.with_context(|| web.agent.log())?;
+        web.expect_moved()?;
+        route.expect_there()?;
+        let there = web.bundle_there("cold").join("rootfs/mark");
+        ensure!(fs::read_to_string(there)? == "late\n");
+        let visitors =
+            Visitors::start(&web.three.client, route.front()?, web.three.source.address)?;
+        ensure!(
+            visitors.here() == 0 && visitors.failed() == 0,
+            "{visitors:?}"
+        );
+        let report = report_of(&moves)?;
+        ensure!(report["mode"] == "cold-stateless", "{report}");
+        let phases: f64 = ["stop", "image", "start", "route"]
+            .iter()
+            .map(|name| ms(&report["phases_ms"], name))
+            .sum::<Result<f64>>()?;
+        let downtime = ms(&report, "downtime_ms")?;
+        ensure!(phases > 0.0 && phases <= downtime, "{report}");
+        ensure!(
+            ms(&report, "switch_ms")? > ms(&report, "preparation_ms")?,
+            "{report}"
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn what_fails_before_the_switch_changes_nothing() {
+    with_web(|bed, web| {
+        let route = NftRoute::new(&web.three, PORT)?;
+        let here = web.three.source.address;
+        let visitors = Visitors::start(&web.three.client, route.front()?, here)?;
+        let pid = web.state_here()?.context("a state")?["pid"].clone();
+        let steps = bed.path("steps");
+        let noted = format!(
+            "exec:echo $PAGEFERRY_ROUTE $PAGEFERRY_ID >> {}",
+            steps.display()
+        );
+        let live = [
+            "--mode",
+            "live",
+            "--route",
+            &route.option(),
+            "--route",
+            &noted,
+        ];
+        let cases: [(&'static str, &[&str], &str); 4] = [
+            (
+                "never-ready",
+                &["--ready", "exec:false", "--timeout", "3s"],
+                "not ready",
+            ),
+            (
+                "hook",
+                &["--ready", "tcp:8080", "--pre-freeze", "false"],
+                "--pre-freeze",
+            ),
+            (
+                "route",
+                &[
+                    "--ready",
+                    "tcp:8080",
+                    "--route",
+                    "exec:[ $PAGEFERRY_ROUTE = back ]",
+                ],
+                "exec:",
+            ),
+            (
+                "stopped",
+                &[
+                    "--ready",
+                    "tcp:8080",
+                    "--pre-freeze",
+                    "kill -TERM $PPID; sleep 10",
+                ],
+                "SIGTERM",
+            ),
+        ];
+        for (id, options, problem) in cases {
+            let moves = web.moves(id, &live).with(options);
+            web.start_move(&moves)?.fail(GENEROUS).with_context(|| id)?;
+            let report = report_of(&moves)?;
+            ensure!(report["result"] == "rolled back", "{id}: {report}");
+            let said = report["problem"].as_str().unwrap_or_default();
+            ensure!(said.contains(problem), "{id}: {report}");
+            web.expect_here(id).with_context(|| id)?;
+            route.expect_here().with_context(|| id)?;
+            ensure!(
+                web.state_here()?.context("a state")?["pid"] == pid,
+                "{id}: it is another one"
+            );
+        }
+        // The route that was switched before the one that failed was told to go back, and no other one.
+        ensure!(fs::read_to_string(&steps)? == "switch route\nback route\n");
+        // Who was led away for a moment was answered as well.
+        visitors.expect_answers()
+    });
+}
+
+#[test]
+fn a_cold_move_that_fails_starts_the_container_here_again() {
+    with_web(|_, web| {
+        let route = NftRoute::new(&web.three, PORT)?;
+        let pid = web.state_here()?.context("a state")?["pid"].clone();
+        let cold = [
+            "--mode",
+            "cold",
+            "--route",
+            &route.option(),
+            "--timeout",
+            "8s",
+        ];
+        let moves = web.moves("cold", &cold).with(&["--ready", "exec:false"]);
+        web.start_move(&moves)?.fail(GENEROUS)?;
+        web.expect_here("cold")?;
+        route.expect_here()?;
+        ensure!(web.state_here()?.context("a state")?["pid"] != pid);
+        Visitors::start(&web.three.client, route.front()?, web.three.source.address)?;
+        Ok(())
+    });
+}
+
+#[test]
+fn a_command_that_is_killed_while_it_switches_is_undone_by_the_guard() {
+    with_web(|_, web| {
+        let route = NftRoute::new(&web.three, PORT)?;
+        let here = web.three.source.address;
+        let visitors = Visitors::start(&web.three.client, route.front()?, here)?;
+        let kills = "exec:[ $PAGEFERRY_ROUTE = back ] || kill -KILL $PPID";
+        let live = [
+            "--mode",
+            "live",
+            "--route",
+            &route.option(),
+            "--route",
+            kills,
+        ];
+        let moves = web.moves("killed", &live).with(&READY);
+        web.start_move(&moves)?.fail(GENEROUS)?;
+        let record = moves.dir().join("record.json");
+        wait::until("the guard's last record", GENEROUS, || {
+            let text = fs::read_to_string(&record)?;
+            Ok(text.contains("rolled-back").then_some(()))
+        })?;
+        web.expect_here("killed")?;
+        route.expect_here()?;
+        visitors.expect_answers()?;
+        // And by hand it is found finished.
+        moves.resume(&web.agent)?.succeed(GENEROUS)?;
+        web.expect_here("killed")
+    });
+}
+
+/// An answer of the agent's: its status and its text.
+fn ask(agent: SocketAddr, request: &str, body: &[u8]) -> Result<(u16, String)> {
+    let mut stream = TcpStream::connect(agent)?;
+    stream.set_read_timeout(Some(GENEROUS))?;
+    let head = format!(
+        "{request} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes())?;
+    stream.write_all(body)?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    let text = String::from_utf8_lossy(&answer).into_owned();
+    let status = text.split(' ').nth(1).context("no status")?.parse()?;
+    Ok((status, text))
+}
+
+#[test]
+fn what_a_hostile_source_says_is_refused() {
+    with_web(|_, web| {
+        let agent = web.agent.address();
+        let ask = |request: &str, body: &[u8]| {
+            let (request, body) = (request.to_owned(), body.to_owned());
+            web.three.client.enter(move || ask(agent, &request, &body))
+        };
+        let config = json!({"process": {"args": ["/bin/answers"]}, "root": {"path": "/etc"}});
+        let container = json!({"id": NAME, "runtime": "runc", "bundle": "/etc", "bundle_is_given": true,
+            "config": config, "resources": null});
+        let begin = |id: &str, container: &Value| {
+            let begin = json!({"id": id, "container": container, "timeout_s": 600});
+            ask("POST /v1/containers", begin.to_string().as_bytes())
+        };
+        for id in ["../x", "", "a/b"] {
+            ensure!(begin(id, &container)?.0 == 400, "{id}");
+        }
+        let mut bound = container.clone();
+        bound["config"]["mounts"] =
+            json!([{"destination": "/x", "type": "bind", "source": "/nonexistent/x"}]);
+        ensure!(begin("bound", &bound)?.0 == 409);
+        ensure!(begin("one", &container)?.0 == 200);
+        ensure!(begin("one", &container)?.0 == 409);
+        let post = |what: &str, body: &Value| {
+            ask(
+                &format!("POST /v1/containers/one/{what}"),
+                body.to_string().as_bytes(),
+            )
+        };
+        let sum = json!({"sha256": "0".repeat(64)});
+        // Nothing can be done in another order, and an image is what it is said to be.
+        ensure!(post("create", &sum)?.0 == 400);
+        ensure!(post("create", &json!({"sha256": "x"}))?.0 == 400);
+        ensure!(post("start", &json!({"ready": null, "limit_ms": 1}))?.0 == 409);
+        ensure!(post("start", &json!({"ready": "http://a/\r\nb", "limit_ms": 1}))?.0 == 400);
+        ensure!(post("keep", &Value::Null)?.0 == 409);
+        ensure!(post("addresses", &json!({"up": true}))?.0 == 409);
+        ensure!(ask("PUT /v1/containers/one/image", b"no image")?.0 == 400);
+        ensure!(post("create", &sum)?.0 == 400);
+        let (status, said) = post("cancel", &Value::Null)?;
+        ensure!(status == 200 && said.contains("aborted"), "{said}");
+        ensure!(ask("PUT /v1/containers/one/image", b"")?.0 == 409);
+        ensure!(!web.bundle_there("one").exists());
+        ensure!(web.state_there()?.is_none());
+        Ok(())
+    });
+}
+
+/// The middle of some figures.
+fn median(mut figures: Vec<f64>) -> f64 {
+    figures.sort_by(f64::total_cmp);
+    figures[figures.len() / 2]
+}
+
+/// Of how many moves the median is taken.
+const MOVES: usize = 5;
+
+#[test]
+#[ignore = "measures: cargo nextest run --release --test runc_stateless --run-ignored only --no-capture"]
+fn bars() {
+    let (mut downtimes, mut runs, mut failed) = (Vec::new(), Vec::new(), Vec::new());
+    for number in 0..MOVES {
+        with_web(|_, web| {
+            // Beside it, a second container of the same bundle, which finds its port taken and ends.
+            let began = std::time::Instant::now();
+            let mut run = web.here(&["run", "--detach", "--bundle"]);
+            run.arg(web.bundle()).arg("alone");
+            run.stdout(Stdio::null()).stderr(Stdio::null());
+            ensure!(run.status()?.success());
+            runs.push(began.elapsed().as_secs_f64() * 1e3);
+            testbed::process::run(&mut web.here(&["delete", "--force", "alone"]))?;
+            let route = NftRoute::new(&web.three, PORT)?;
+            let moves = web.moves("cold", &["--mode", "cold", "--route", &route.option()]);
+            web.start_move(&moves)?.succeed(GENEROUS)?;
+            downtimes.push(ms(&report_of(&moves)?, "downtime_ms")?);
+            Ok(())
+        });
+        with_web(|_, web| {
+            let route = NftRoute::new(&web.three, PORT)?;
+            let here = web.three.source.address;
+            let visitors = Visitors::start(&web.three.client, route.front()?, here)?;
+            let (began, before) = (std::time::Instant::now(), visitors.here());
+            let moves = web.moves("live", &["--mode", "live", "--route", &route.option()]);
+            web.start_move(&moves.with(&READY))?.succeed(GENEROUS)?;
+            let asked = visitors.here() + visitors.there() - before;
+            println!(
+                "{number}: {:.0} requests a second",
+                asked as f64 / began.elapsed().as_secs_f64()
+            );
+            failed.push(visitors.failed() as f64);
+            Ok(())
+        });
+    }
+    let (down, run) = (median(downtimes), median(runs));
+    println!(
+        "cold: downtime {down:.1} ms, runc run alone {run:.1} ms: {:.2} times",
+        down / run
+    );
+    println!("live: {} failed requests", median(failed));
+}
