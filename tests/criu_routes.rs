@@ -155,7 +155,7 @@ fn a_migration_that_is_given_up_gives_its_routes_back() {
         let pid = service.pid().to_string();
         moves
             .start_subject(&["--pid", &pid], &agent)?
-            .fail(GENEROUS)?;
+            .wait(GENEROUS)?;
         wait::until("the guard to lead clients back", GENEROUS, || {
             Ok((fs::read_to_string(&steps)?.lines().count() == 6).then_some(()))
         })?;

@@ -101,6 +101,10 @@ const SHORT: &[(&str, &str)] = &[
     ),
     ("address", "An address that moves with the processes"),
     (
+        "drain",
+        "How long connections may go on here after the switch: 30, 2m; 0 cuts them",
+    ),
+    (
         "route",
         "What leads clients to the service: address:, nft:, haproxy: or exec:",
     ),

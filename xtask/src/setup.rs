@@ -73,10 +73,6 @@ pub(crate) const CONTAINERS: &[Needed] = &[
         package: "runc",
     },
     Needed {
-        program: "crun",
-        package: "crun",
-    },
-    Needed {
         program: "iptables-restore",
         package: "iptables",
     },

@@ -46,6 +46,9 @@ const RELEASE_LIMIT: Duration = Duration::from_secs(60);
 /// How long to wait before an agent that did not answer is asked again.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
 
+/// Is there once the routes have been given back.
+const GIVEN_BACK: &str = "routes.back";
+
 /// What others need to know to finish a migration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Facts {
@@ -231,11 +234,21 @@ impl Place {
         self.facts.routes.switch(self.route_facts(&variables)).await
     }
 
-    /// Leads clients here again.
+    /// Leads clients here again, once: whoever finishes the migration comes here as well.
     async fn give_routes_back(&self) {
+        let mark = self.dir.join(GIVEN_BACK);
+        if !self.facts.routes.begun || mark.exists() {
+            return;
+        }
         let variables = self.variables();
         let facts = self.route_facts(&variables);
-        for problem in self.facts.routes.give_back(facts).await {
+        let problems = self.facts.routes.give_back(facts).await;
+        if problems.is_empty()
+            && let Err(error) = fs::write(&mark, "")
+        {
+            tracing::debug!("cannot write {}: {error}", mark.display());
+        }
+        for problem in problems {
             self.warn(problem);
         }
     }
