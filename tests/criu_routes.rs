@@ -10,7 +10,7 @@ use serde_json::Value;
 use testbed::agent::{Agent, Move};
 use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
-use testbed::net_three::{DEVICE, Talk, ThreeHosts, has_address};
+use testbed::net_three::{DEVICE, EchoClient, ThreeHosts, has_address};
 use testbed::process::Spawned;
 use testbed::routes::NftRoute;
 use testbed::suite::with_criu;
@@ -61,7 +61,7 @@ fn start(
 
 /// A connection from the client over the route, and some answers.
 fn talk(hosts: &ThreeHosts, route: &NftRoute<'_>) -> Result<()> {
-    let mut talk = Talk::start(&hosts.client, route.front()?)?;
+    let mut talk = EchoClient::start(&hosts.client, route.front()?)?;
     talk.expect_answers()?;
     talk.finish()
 }
