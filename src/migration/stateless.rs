@@ -141,7 +141,7 @@ impl Stateless {
     }
 
     /// What is to be done next; `None` at the end.
-    pub fn next(&mut self) -> Option<StatelessAction> {
+    pub fn next_action(&mut self) -> Option<StatelessAction> {
         let next = self.todo.front().copied();
         match next {
             Some(StatelessAction::Record(StatelessRecord::Switched)) => self.deciding = true,
@@ -390,7 +390,7 @@ mod tests {
         let mut world = World::new(mode);
         let mut source = Stateless::new(mode);
         let mut step = 0;
-        while let Some(action) = source.next() {
+        while let Some(action) = source.next_action() {
             let at = format!("{name}, step {step} {action:?}");
             let fault = faults.iter().find(|(when, _)| *when == step);
             let mut fault = fault.map_or(Fault::Nothing, |fault| fault.1);
@@ -478,8 +478,11 @@ mod tests {
     #[test]
     fn a_container_that_cannot_be_started_here_again_is_left_where_it_runs() {
         let mut source = Stateless::recover(StatelessMode::Cold, Some(StatelessRecord::Switching));
-        assert_eq!(source.next(), Some(StatelessAction::RunHere));
+        assert_eq!(source.next_action(), Some(StatelessAction::RunHere));
         assert!(source.failed());
-        assert_eq!((source.next(), source.end()), (None, StatelessEnd::Stuck));
+        assert_eq!(
+            (source.next_action(), source.end()),
+            (None, StatelessEnd::Stuck)
+        );
     }
 }

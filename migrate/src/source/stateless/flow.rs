@@ -81,7 +81,7 @@ impl<'a> Flow<'a> {
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
         let mut hang_up = signal(SignalKind::hangup()).map_err(failed)?;
-        while let Some(action) = self.source.next() {
+        while let Some(action) = self.source.next_action() {
             self.begins(action);
             let began = Instant::now();
             // What changes something here is never left half-way.

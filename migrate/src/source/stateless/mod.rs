@@ -181,11 +181,11 @@ pub(super) async fn finish(dir: &Path, client: AgentClient) -> Result<bool> {
     let mut place = Place::find(dir, client)?;
     let last = records::read(&dir.join(place::RECORD))?;
     let mut source = Stateless::recover(place.facts.mode, last);
-    if source.next().is_some() {
+    if source.next_action().is_some() {
         tracing::warn!("finishing {}, left at {last:?}", place.facts.id);
     }
     let mut problem = None;
-    while let Some(action) = source.next() {
+    while let Some(action) = source.next_action() {
         match place.carry_out(action).await {
             Ok(()) => source.done(),
             Err(error) => {
