@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use pageferry::error::{Error, Kind, Result};
 use pageferry::limits::MIGRATIONS_MAX;
-use pageferry::migration::messages::{ContainerBegin, MigrationId, Wanted};
+use pageferry::migration::messages::{ContainerBegin, MigrationId, Wanted, WantedFiles};
 
 pub(super) use http::router;
 
@@ -86,6 +86,7 @@ impl Containers {
         let wanted = Wanted {
             container: None,
             addresses: begin.addresses.clone(),
+            files: WantedFiles::default(),
         };
         let mut problems = self.place.check(&wanted).await?.problems;
         problems.extend(bundle::sources_missing(&begin.container.config, &[]));
