@@ -15,7 +15,7 @@ pub(super) struct StatelessArgs {
     /// With `--mode cold` it ends here before it starts there, with `--mode live` once it is ready there,
     /// clients are led there and its connections here have ended.
     #[arg(long, requires = "container",
-        conflicts_with_all = ["tcp", "max_downtime", "throttle", "on_missed", "serve_on"])]
+        conflicts_with_all = ["tcp", "max_downtime", "throttle", "on_missed", "serve_on", "volume", "files"])]
     pub(super) stateless: bool,
 
     /// The started container is ready when this works, asked at the destination

@@ -53,13 +53,7 @@ pub(super) async fn migrate(
     let client = AgentClient::new(args.target.to.clone(), Tls::load(&args.target.tls)?);
     let there: HostFacts = client.get("/v1/host").await?;
     let here = host_here(args).await?;
-    if here.machine != there.machine {
-        let text = format!(
-            "container {container} cannot be moved: this host is a {}, the destination a {}",
-            here.machine, there.machine
-        );
-        return Err(Error::new(Kind::Usage, text));
-    }
+    expect_same_machine(container, &here, &there)?;
     let root = ProcessName::of(found.root)
         .map_err(|error| Error::wrap(Kind::Usage, format!("container {container}"), error))?;
     let facts = Facts {
@@ -151,6 +145,18 @@ fn expect_movable(id: &ContainerId, found: &Found) -> Result<()> {
             Err(Error::new(Kind::Usage, text))
         }
     }
+}
+
+/// Programs of one machine do not run on another.
+fn expect_same_machine(id: &ContainerId, here: &HostReport, there: &HostFacts) -> Result<()> {
+    if here.machine == there.machine {
+        return Ok(());
+    }
+    let text = format!(
+        "container {id} cannot be moved: this host is a {}, the destination a {}",
+        here.machine, there.machine
+    );
+    Err(Error::new(Kind::Usage, text))
 }
 
 /// This host, which needs no CRIU for this.
