@@ -48,6 +48,9 @@ pub(super) fn unpack(from: impl Read, root: &Path) -> Result<Digest> {
 mod tests {
     use super::*;
 
+    /// Headers, and the bytes behind each.
+    type Entries = Vec<(tar::Header, &'static [u8])>;
+
     fn packed(fill: impl FnOnce(&mut tar::Builder<Vec<u8>>)) -> Vec<u8> {
         let mut archive = tar::Builder::new(Vec::new());
         fill(&mut archive);
@@ -72,7 +75,7 @@ mod tests {
 
     #[test]
     fn what_leads_out_of_the_directory_is_refused() {
-        let cases: [(&str, Vec<(tar::Header, &[u8])>); 4] = [
+        let cases: [(&str, Entries); 4] = [
             (
                 "above",
                 vec![(entry(b"../out", tar::EntryType::Regular, b"", 1), b"x")],
