@@ -291,3 +291,9 @@ pub const WATCH_WORD_BYTES_MAX: usize = 256;
 
 /// Most files of a checkpoint's archive, and most directories: as many as an image directory may have.
 pub const ARCHIVE_FILES_MAX: usize = MIGRATION_IMAGE_FILES_MAX;
+
+/// Most pages that a working set names: 16 GiB in 4 KiB pages.
+pub const WORKING_SET_PAGES_MAX: u64 = 1 << 22;
+
+/// Longest file of a working set, bytes.
+pub const WORKING_SET_FILE_BYTES_MAX: u64 = 128 << 20;

@@ -12,12 +12,16 @@ use pageferry::engine::io::transport::Peer;
 use pageferry::engine::restore::{OnLoss, RestoreConfig};
 use pageferry::error::{Error, Kind, Result};
 use pageferry::lazy::huge_pages::HugePages;
+use pageferry::lazy::policy::ADAPTIVE;
 use pageferry::limits::{RESTORE_TIMEOUT_S, START_WAIT_DEFAULT, TIMEOUT_S_MAX};
 use pageferry::tls::{Tls, TlsArgs};
 use pageferry::units::parse_bytes;
 
 /// CRIU's port, when nobody says another: none.
 const PORT_DEFAULT: u16 = 0;
+
+/// How long touches are recorded, unless the user says otherwise, seconds.
+const RECORD_S_DEFAULT: u64 = 10;
 
 /// What stands at the end of `--help`.
 const AT_THE_END: &str = "\
@@ -97,6 +101,29 @@ pub(crate) struct Args {
     /// Faults are not limited.
     #[arg(help_heading = "Restore", long, value_name = "RATE", value_parser = parse_bytes)]
     max_bandwidth: Option<u64>,
+
+    /// Bring the pages that FILE names first [default: working-set.img of the images]
+    ///
+    /// FILE is in the work directory; --record-working-set writes it. Without one of these files the order follows
+    /// the faults and the addresses.
+    #[arg(help_heading = "Restore", long, value_name = "FILE")]
+    working_set: Option<PathBuf>,
+
+    /// Record in FILE which pages are touched first; what is there is added to
+    ///
+    /// FILE is in the work directory. Until the recording ends, a page comes only when a thread waits for it.
+    #[arg(
+        help_heading = "Restore",
+        long,
+        value_name = "FILE",
+        conflicts_with = "working_set"
+    )]
+    record_working_set: Option<PathBuf>,
+
+    /// With --record-working-set: how long, from the end of the restore on
+    #[arg(help_heading = "Restore", long, value_name = "SECONDS", default_value_t = RECORD_S_DEFAULT,
+        value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
+    record_seconds: u64,
 
     /// What becomes huge pages again once all its pages have come
     ///
@@ -208,6 +235,10 @@ impl Args {
                 seconds => Some(Duration::from_secs(seconds)),
             },
             trace: self.trace.clone(),
+            policy: &ADAPTIVE,
+            working_set: self.working_set.clone(),
+            record_working_set: self.record_working_set.clone(),
+            record_time: Duration::from_secs(self.record_seconds),
             wait: self.wait.map_or(START_WAIT_DEFAULT, Duration::from_secs),
             auto_dedup: self.auto_dedup,
             huge_pages: match self.huge_pages {

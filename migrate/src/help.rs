@@ -300,6 +300,13 @@ Examples:
   pageferry copy-lazy images host:images
   pageferry copy-lazy --rsh 'ssh -p 2222' images host:images",
     ),
+    (
+        "working-set",
+        "\
+Examples:
+  pageferry working-set images/working-set.img
+  pageferry working-set monday tuesday -o images/working-set.img",
+    ),
 ];
 
 /// The definition with all of this.

@@ -33,6 +33,7 @@ mod timeline;
 mod times;
 mod verify;
 mod watch;
+mod working_set;
 
 use std::future::Future;
 use std::process::ExitCode;
@@ -92,6 +93,8 @@ enum Command {
     Replay(replay::Args),
     /// Wait for conditions, and act by rules: migrate, pause, stop, restart
     Watch(watch::Args),
+    /// Tell which pages working sets name, and merge them
+    WorkingSet(working_set::Args),
     #[command(hide = true)]
     RestoreHook(hook::Args),
     #[command(hide = true)]
@@ -137,6 +140,7 @@ pub fn run() -> ExitCode {
         Command::Record(args) => record::run(&args),
         Command::Replay(args) => replay::run(&args),
         Command::Watch(args) => watch::run(&args),
+        Command::WorkingSet(args) => working_set::run(&args),
         Command::RestoreHook(args) => hook::run(&args),
         Command::RuntimeCriu(args) => runtime::stand_in::run(&args),
         Command::Guard(args) => source::guard::run(&args),

@@ -15,6 +15,7 @@ use std::collections::BTreeSet;
 
 use super::proto::Vma;
 use crate::lazy::huge_pages::{HugeAdvice, HugeMapping};
+use crate::lazy::working_set::{Mapping, MappingKind};
 use crate::units::{PageRange, PageSize};
 
 /// Bit of `Vma::status` (VMA_AREA_GUARD): the range is a guard region, whose pages raise SIGSEGV.
@@ -41,6 +42,9 @@ const STATUS_SYSVIPC: u32 = 1 << 10;
 /// Bit of `Vma::status` (VMA_AREA_AIORING): the ring of io_setup(2), restored as private memory is.
 const STATUS_AIO_RING: u32 = 1 << 13;
 
+/// Bits of `Vma::status` that say what a mapping is; others say how CRIU treats it.
+const STATUS_KIND: u32 = 0xffff;
+
 /// Bit of `Vma::flags` (MAP_HUGETLB), set for anonymous huge pages and for those of a memfd.
 const FLAG_HUGETLB: u32 = 0x4_0000;
 
@@ -66,6 +70,8 @@ pub struct Mappings {
     pub private: Vec<PageRange>,
     /// Mappings that can have transparent huge pages, by address.
     pub huge: Vec<HugeMapping>,
+    /// All mappings, guard regions aside, by address: what a working set names pages by.
+    pub all: Vec<Mapping>,
     /// The anonymous shared memory that is mapped: each has a pagemap of its own.
     pub shared_memory: BTreeSet<u64>,
     /// Whether the mappings (guard regions aside) stand in the order of their addresses. CRIU refuses others.
@@ -84,7 +90,7 @@ impl Mappings {
     ) -> Result<Mappings, String> {
         let mut borders = Vec::new();
         let mut shared_memory = BTreeSet::new();
-        let mut huge = Vec::new();
+        let (mut huge, mut all) = (Vec::new(), Vec::new());
         let (mut ordered, mut last_start) = (true, 0);
         for vma in vmas {
             if vma.status & STATUS_GUARD == 0 {
@@ -99,12 +105,19 @@ impl Mappings {
             if !page.divides(start) || !page.divides(end) || start >= end {
                 return Err(format!("{start:#x}-{end:#x} is no mapping"));
             }
+            if vma.status & STATUS_GUARD == 0 {
+                let kind = kind_of(vma);
+                let range = PageRange::new(start, end);
+                all.push(Mapping { range, kind });
+            }
             borders.push((start, Change::of(vma, 1)));
             borders.push((end, Change::of(vma, -1)));
         }
         borders.sort_unstable_by_key(|(address, _)| *address);
         huge.sort_unstable_by_key(|mapping: &HugeMapping| mapping.range.start());
+        all.sort_unstable_by_key(|mapping| mapping.range.start());
         let mut mappings = Mappings {
+            all,
             shared_memory,
             huge,
             ordered,
@@ -131,6 +144,15 @@ impl Mappings {
             depth.add(change);
         }
         Ok(mappings)
+    }
+}
+
+fn kind_of(vma: &Vma) -> MappingKind {
+    MappingKind {
+        status: vma.status & STATUS_KIND,
+        prot: vma.prot,
+        flags: vma.flags,
+        file_offset: vma.pgoff,
     }
 }
 
@@ -332,5 +354,36 @@ mod tests {
         ] {
             assert!(Mappings::new(&[bad], PageSize::KIB_4).is_err());
         }
+    }
+    #[test]
+    fn mappings_are_known_by_their_kind_without_the_guards() {
+        let vmas = [
+            Vma {
+                status: STATUS_REGULAR | 1 << 27,
+                prot: 3,
+                pgoff: 0x2000,
+                flags: 2,
+                ..vma(0x5000, 0x6000)
+            },
+            vma(0x1000, 0x3000),
+            guard(0x1000, 0x2000),
+        ];
+        let mappings = Mappings::new(&vmas, PageSize::KIB_4).unwrap();
+        let kind = MappingKind {
+            status: STATUS_REGULAR,
+            prot: 3,
+            flags: 2,
+            file_offset: 0x2000,
+        };
+        let known: Vec<_> = mappings
+            .all
+            .iter()
+            .map(|one| (one.range, one.kind))
+            .collect();
+        let expected = [
+            (PageRange::new(0x1000, 0x3000), MappingKind::default()),
+            (PageRange::new(0x5000, 0x6000), kind),
+        ];
+        assert_eq!(known, expected);
     }
 }

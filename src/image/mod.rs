@@ -38,4 +38,6 @@ pub mod store;
 #[cfg(feature = "engine")]
 pub mod tree;
 #[cfg(feature = "engine")]
+pub mod working_set;
+#[cfg(feature = "engine")]
 pub mod writer;

@@ -134,9 +134,15 @@ pub struct Vma {
     /// First address behind the mapping.
     #[prost(uint64, required, tag = "2")]
     pub end: u64,
+    /// Where in its file it begins, bytes.
+    #[prost(uint64, required, tag = "3")]
+    pub pgoff: u64,
     /// Which shared memory segment it maps, or which file.
     #[prost(uint64, required, tag = "4")]
     pub shmid: u64,
+    /// How it may be accessed: PROT_* bits.
+    #[prost(uint32, required, tag = "5")]
+    pub prot: u32,
     /// How it was mapped: MAP_* bits.
     #[prost(uint32, required, tag = "6")]
     pub flags: u32,

@@ -7,7 +7,8 @@
 //!                                                                                          a connection for themselves
 //! around                Space, per fault         the process's faults so far (Pattern)     ahead of sequential readers and strides
 //! reads_upwards         Space, per wake-up       the same                                  three faults upwards in a row
-//! stream_from           Space, per request       the last lone faults, where it stopped    around the last faults, then ascending
+//! stream_from           Space, per request       the working set, the last lone faults,    the working set, by turns with what is around
+//!                                                where it stopped                          faults outside it; then ascending
 //! yields_until_us       Window, per request      the last faults and answers               100 µs after an answer, while the next fault
 //!                                                                                          has lately come within that time
 //! ```
@@ -18,6 +19,9 @@
 //! [`FaultPrediction`], and each decision is a function of it. A new policy is one more implementation,
 //! given to [`Planner::with_policy`](super::planner::Planner::with_policy) and
 //! [`Window::with_policy`](super::window::Window::with_policy).
+//!
+//! [`Recording`] is another policy: each fault brings its page and nothing else, so that every page that is touched is
+//! seen. `examples/` has more.
 //!
 //! No policy can lose a page: what it does not bring stays missing, and the stream comes to it.
 
@@ -51,9 +55,25 @@ pub enum FaultPath {
     },
 }
 
+/// What [`Policy::stream_from`] decides by: the stream of one process.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct StreamState {
+    /// The first missing page of what comes next of the working set, if there is one and something of it is missing.
+    pub working_set: Option<Vaddr>,
+    /// Whether the last request was for pages of the working set.
+    pub working_set_was_last: bool,
+    /// The latest lone fault around which pages may be missing. As long as pages of the working set are missing, faults
+    /// on those do not count.
+    pub last_fault: Option<Vaddr>,
+    /// The end of the last request in order of addresses.
+    pub stopped: Vaddr,
+}
+
 /// Where the background stream goes on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum StreamFrom {
+    /// With the next pages of the working set, and nothing around them.
+    WorkingSet,
     /// With what is missing of the block, as long as a request and aligned to it, around the last lone fault.
     LastFault,
     /// With what is missing from this address on; behind the last missing page it begins anew.
@@ -72,9 +92,9 @@ pub trait Policy: Debug + Send + Sync {
     /// above are installed without waking it ([`BatchedWakeup`](super::batched_wakeup::BatchedWakeup)).
     fn reads_upwards(&self, history: &Pattern, page: u64) -> bool;
 
-    /// Where the stream goes on in one process. `last_fault`: the latest lone fault around which pages may
-    /// be missing; `stopped`: the end of the last request in order of addresses.
-    fn stream_from(&self, last_fault: Option<Vaddr>, stopped: Vaddr) -> StreamFrom;
+    /// Where the stream goes on in one process. What `state` does not have cannot be gone on with: then the stream goes
+    /// on where it stopped.
+    fn stream_from(&self, state: &StreamState) -> StreamFrom;
 
     /// Until when the stream yields to a fault that waits or is likely to come; `None`: it may go now. Asked
     /// only for a source nearby: on a long link the window alone keeps the queue short.
@@ -124,10 +144,14 @@ impl Policy for Adaptive {
         history.reads_up_to(page)
     }
 
-    fn stream_from(&self, last_fault: Option<Vaddr>, stopped: Vaddr) -> StreamFrom {
-        match last_fault {
-            Some(_) => StreamFrom::LastFault,
-            None => StreamFrom::Address(stopped),
+    /// The working set comes first. A fault outside of it shows that it does not say all: what is around such faults
+    /// comes by turns with it, so that a recording of another program costs half of the rate at most.
+    fn stream_from(&self, state: &StreamState) -> StreamFrom {
+        match (state.working_set, state.last_fault) {
+            (Some(_), Some(_)) if state.working_set_was_last => StreamFrom::LastFault,
+            (Some(_), _) => StreamFrom::WorkingSet,
+            (None, Some(_)) => StreamFrom::LastFault,
+            (None, None) => StreamFrom::Address(state.stopped),
         }
     }
 
@@ -136,11 +160,46 @@ impl Policy for Adaptive {
     }
 }
 
+/// For a restore whose touches are recorded: a fault brings its page alone, whatever is known. The caller holds the
+/// stream back.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Recording;
+
+/// [`Recording`], to be given to a planner.
+pub static RECORDING: Recording = Recording;
+
+impl Policy for Recording {
+    fn reach(&self, _: FaultPath, page: PageSize, _: u64, _: bool) -> Reach {
+        Reach {
+            alone_bytes: page.bytes(),
+            sequential_bytes: page.bytes(),
+        }
+    }
+
+    fn around(&self, history: &mut Pattern, page: u64) -> FaultAround {
+        // What comes after the recording begins with what was seen.
+        history.observe(page);
+        FaultAround::Alone
+    }
+
+    fn reads_upwards(&self, _: &Pattern, _: u64) -> bool {
+        false
+    }
+
+    fn stream_from(&self, state: &StreamState) -> StreamFrom {
+        ADAPTIVE.stream_from(state)
+    }
+
+    fn yields_until_us(&self, faults: &FaultPrediction, now_us: u64) -> Option<u64> {
+        ADAPTIVE.yields_until_us(faults, now_us)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lazy::planner::Planner;
-    use crate::lazy::space::Space;
+    use crate::lazy::planner::{Planner, SpaceId, Way};
+    use crate::lazy::space::{FaultAnswer, Space};
     use crate::units::PageRange;
 
     /// Brings the page alone, and streams in the order of addresses.
@@ -163,8 +222,8 @@ mod tests {
             false
         }
 
-        fn stream_from(&self, _: Option<Vaddr>, stopped: Vaddr) -> StreamFrom {
-            StreamFrom::Address(stopped)
+        fn stream_from(&self, state: &StreamState) -> StreamFrom {
+            StreamFrom::Address(state.stopped)
         }
 
         fn yields_until_us(&self, _: &FaultPrediction, _: u64) -> Option<u64> {
@@ -188,5 +247,76 @@ mod tests {
         let around = streamed_after_a_fault(&ADAPTIVE);
         assert_eq!(around.start(), Vaddr((9 << 20) + 4096), "behind the fault");
         assert_eq!(streamed_after_a_fault(&InOrder).start(), Vaddr(0));
+    }
+    /// A process of 64 pages from page 16 on, of which the pages 40, 41 and 20 come first.
+    fn with_a_working_set() -> (Planner, SpaceId) {
+        let page = PageSize::KIB_4;
+        let mut planner = Planner::new(page);
+        let pages = |first: u64, count: u64| PageRange::new(first << 12, (first + count) << 12);
+        let mut space = Space::new(7, page, [pages(16, 64)], []);
+        let named = space.stream_first(vec![pages(40, 2), pages(500, 9), pages(20, 1)]);
+        assert_eq!(named, 3, "those that are missing");
+        let id = planner.add(space);
+        (planner, id)
+    }
+
+    /// Numbers of the first pages that the stream asks for next, and how many.
+    fn next(planner: &mut Planner) -> (u64, u64) {
+        let image = planner.next_stream(8 << 12, 0).unwrap().image;
+        (image.start().get() >> 12, image.bytes() >> 12)
+    }
+
+    #[test]
+    fn the_working_set_comes_first_and_alone() {
+        let (mut planner, _) = with_a_working_set();
+        let order: Vec<_> = (0..4).map(|_| next(&mut planner)).collect();
+        assert_eq!(order, [(40, 2), (20, 1), (16, 4), (21, 8)]);
+    }
+
+    #[test]
+    fn what_is_around_other_faults_comes_by_turns_with_it() {
+        let (mut planner, id) = with_a_working_set();
+        let reach = RECORDING.reach(FaultPath::OwnConnection, PageSize::KIB_4, 1 << 18, false);
+        // Of the working set, and not.
+        for page in [40, 66] {
+            planner.handle_fault(id, Vaddr(page << 12), reach, 0);
+            assert_eq!(planner.next_urgent().unwrap().image.bytes(), 4096);
+        }
+        let order: Vec<_> = (0..4).map(|_| next(&mut planner)).collect();
+        assert_eq!(order, [(41, 1), (64, 2), (20, 1), (67, 5)]);
+    }
+
+    #[test]
+    fn a_child_goes_on_with_the_working_set_when_its_parent_has_ended() {
+        let (mut planner, id) = with_a_working_set();
+        planner.handle_fork(id).unwrap();
+        assert_eq!(next(&mut planner), (40, 2));
+        planner.handle_exit(id);
+        assert_eq!(
+            next(&mut planner),
+            (40, 2),
+            "it was on the way for the parent alone"
+        );
+    }
+
+    #[test]
+    fn while_a_restore_is_recorded_each_page_faults() {
+        let page = PageSize::KIB_4;
+        let pages = |first: u64| PageRange::new(first << 12, (first + 64) << 12);
+        let mut planner = Planner::with_policy(page, &RECORDING);
+        let id = planner.add(Space::new(7, page, [pages(0)], [pages(100)]));
+        let reach = RECORDING.reach(FaultPath::BesidePush, page, 1 << 30, false);
+        for at in [0, 1, 2, 3, 4, 10, 12, 14, 16] {
+            planner.handle_fault(id, Vaddr(at << 12), reach, 0);
+            assert_eq!(planner.next_urgent().unwrap().image.bytes(), 4096);
+            assert_eq!(planner.next_urgent(), None);
+            let FaultAnswer::Local(piece) =
+                planner.handle_fault(id, Vaddr((100 + at) << 12), reach, 0)
+            else {
+                panic!("it is here");
+            };
+            assert_eq!(piece.at.bytes(), 4096);
+            planner.settle(id, piece.at, Way::Local, |_| {});
+        }
     }
 }

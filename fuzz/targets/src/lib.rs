@@ -21,6 +21,7 @@ mod planner;
 mod records;
 mod scratch;
 mod sessions;
+mod working_sets;
 
 /// A function that is given bytes.
 #[derive(Clone, Copy, Debug)]
@@ -57,6 +58,7 @@ pub const TARGETS: &[Target] = &[
     target("command_line", commands::command_line, commands::line_seeds),
     target("migration", records::migration, records::migration_seeds),
     target("trace", records::trace, records::trace_seeds),
+    target("working_set", working_sets::decode, working_sets::seeds),
 ];
 
 const fn target(name: &'static str, run: fn(&[u8]), seeds: fn() -> Vec<Vec<u8>>) -> Target {

@@ -11,6 +11,8 @@ use crate::units::PageSize;
 #[derive(Debug)]
 pub(super) struct Background {
     on_demand: bool,
+    /// It leaves everything to faults for a while.
+    held_back: bool,
     limit: Option<RateLimit>,
     hurried: bool,
 }
@@ -19,6 +21,7 @@ impl Background {
     pub(super) fn new(config: &RestoreConfig) -> Background {
         Background {
             on_demand: config.on_demand,
+            held_back: config.record_working_set.is_some(),
             limit: config.max_bandwidth.map(RateLimit::new),
             hurried: false,
         }
@@ -26,7 +29,12 @@ impl Background {
 
     /// Whether it leaves everything to faults.
     pub(super) fn is_off(&self) -> bool {
-        self.on_demand && !self.hurried
+        (self.on_demand || self.held_back) && !self.hurried
+    }
+
+    /// Leaves everything to faults from now on, or no longer.
+    pub(super) fn leave_to_faults(&mut self, now: bool) {
+        self.held_back = now;
     }
 
     /// Runs at full speed from now on, or no longer.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use crate::criu::header::Wire;
 use crate::engine::io::transport::Peer;
 use crate::lazy::huge_pages::HugePages;
+use crate::lazy::policy::Policy;
 use crate::tls::Tls;
 
 /// What to do about processes whose pages are lost with the source.
@@ -52,6 +53,14 @@ pub struct RestoreConfig {
     pub restore_timeout: Option<Duration>,
     /// Where each fault is to be recorded.
     pub trace: Option<PathBuf>,
+    /// Who decides what faults bring and in what order the rest comes.
+    pub policy: &'static dyn Policy,
+    /// The pages to bring first. `None`: `working-set.img` of the image directory, if there is one.
+    pub working_set: Option<PathBuf>,
+    /// Where the pages that are touched first are to be recorded, or added. Then none are brought first.
+    pub record_working_set: Option<PathBuf>,
+    /// For how long after the restore has finished.
+    pub record_time: Duration,
     /// How long to wait at the start for the images and the source.
     pub wait: Duration,
     /// What is installed everywhere leaves the local images.

@@ -109,6 +109,7 @@ impl Restore {
         let page = self.images.page();
         let start = page.floor(addr.get());
         let at = PageRange::new(start, start + page.bytes());
+        self.note_touch(id, addr, now_us);
         match self.planner.handle_fault(id, addr, reach, now_us) {
             FaultAnswer::Wait => {
                 self.huge_again.hold(true);

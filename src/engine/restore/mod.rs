@@ -22,6 +22,7 @@
 //! | `links` | connections to the source: answers, breaks, new attempts |
 //! | `background`, `second_dump` | the rate, and whoever traces a process |
 //! | `loss` | pages that cannot come, and what an operator says about them |
+//! | `working_set` | pages that come first, or the recording of which they are |
 //! | `huge_pages` | regions that have all their pages and are not huge pages again |
 //! | `standby` | what the other process is told |
 //!
@@ -62,6 +63,7 @@ pub mod standby;
 mod thread_ends;
 mod unreadable;
 mod waking;
+mod working_set;
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -106,6 +108,8 @@ pub use signals::block as block_signals;
 pub(in crate::engine) use standby::SourceSockets;
 use standby::{Standby, StandbyMessage};
 use unreadable::Unreadable;
+pub use working_set::WorkingSetSummary;
+use working_set::WorkingSetUse;
 
 /// How often the loop looks up when nothing happens: for ended processes, progress and waiting.
 const TICK: Duration = Duration::from_millis(250);
@@ -169,6 +173,8 @@ pub struct Restore {
     auto_dedup: Option<AutoDedup>,
     /// What is to become huge pages again.
     huge_again: HugeAgain,
+    /// What comes first.
+    working_set: WorkingSetUse,
 }
 
 impl fmt::Debug for Restore {
@@ -249,13 +255,15 @@ impl Restore {
         };
         let links = Links::new(&config, wire, page, earlier_images)?;
         let observer = Observer::new(config.trace.as_deref(), page)?;
+        let working_set = WorkingSetUse::open(&config, &images, &processes)?;
         let mut restore = Restore {
+            working_set,
             background: Background::new(&config),
             auto_dedup: config.auto_dedup.then(AutoDedup::default),
             huge_again: HugeAgain::new(config.huge_pages),
             losses: Losses::new(&config)?,
             second_dump: SecondDump::new(),
-            planner: Planner::new(page),
+            planner: Planner::with_policy(page, config.policy),
             config,
             images,
             handover: Handover::new(),
@@ -274,6 +282,7 @@ impl Restore {
             room: MessageBuffer::zeroed(),
         };
         restore.watch_all()?;
+        restore.begin_recording();
         Ok(restore)
     }
 
@@ -302,10 +311,9 @@ impl Restore {
         if result.is_ok() {
             self.collapse_rest();
         }
-        let result = match self.observer.finish_trace() {
-            Err(error) if result.is_ok() => Err(error),
-            _ => result,
-        };
+        let written = [self.observer.finish_trace(), self.finish_recording()];
+        // What became of the memory says more than what became of a file.
+        let result = written.into_iter().fold(result, Result::and);
         (self.summary(), result)
     }
 
@@ -388,6 +396,7 @@ impl Restore {
         self.observer
             .tick(&self.planner, self.links.bytes_received());
         self.look_for_ended();
+        self.end_recording();
         if self.handover.is_finished() {
             self.close_unneeded();
             self.collapse_some();
@@ -399,7 +408,7 @@ impl Restore {
     fn add_process(&mut self, pid: u32, uffd: Uffd, host: i32, started: u64) -> Result<SpaceId> {
         let has_source = self.config.source.is_some();
         let opened = process::open(&self.images, pid, has_source, &self.huge_again)?;
-        let space = match self.config.auto_dedup {
+        let mut space = match self.config.auto_dedup {
             true => opened.space.accounting(),
             false => opened.space,
         };
@@ -409,6 +418,7 @@ impl Restore {
             space.runs(),
             space.remote_bytes() >> self.images.page().shift(),
         );
+        self.working_set.apply(pid, &mut space, opened.mappings);
         self.build_on_earlier(pid, space.origins())?;
         let id = self.planner.add(space);
         if let Some(regions) = opened.huge {

@@ -10,6 +10,7 @@ use crate::image::dir::ImageDir;
 use crate::image::proto::{PagemapEntry, PagemapHead};
 use crate::lazy::huge_pages::Regions;
 use crate::lazy::space::Space;
+use crate::lazy::working_set::Mapping;
 use crate::units::PageRange;
 
 /// A process's missing memory, and the images that have some of it.
@@ -20,6 +21,8 @@ pub(super) struct Opened {
     pub(super) chain: Option<Chain>,
     /// What is to become huge pages again, if the system has any.
     pub(super) huge: Option<Regions>,
+    /// Its mappings, by address.
+    pub(super) mappings: Vec<Mapping>,
 }
 
 /// Opens the memory of `pid`. CRIU restores by itself what is not LAZY, so only that is missing.
@@ -49,7 +52,12 @@ pub(super) fn open(
     let chain = (!local.is_empty()).then_some(chain);
     let mut space = Space::new(pid, images.page(), remote, local);
     space.wipe_on_fork(&mappings.wiped_on_fork);
-    Ok(Opened { space, chain, huge })
+    Ok(Opened {
+        space,
+        chain,
+        huge,
+        mappings: mappings.all,
+    })
 }
 
 /// The directory of the round before `images`: `named`, which may be relative to theirs, or else what

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::Restore;
 use super::auto_dedup::AutoDedup;
+use super::working_set::WorkingSetSummary;
 use crate::engine::collapse::CollapseSummary;
 use crate::error::Result;
 use crate::lazy::planner::{Counts, Planner};
@@ -56,6 +57,8 @@ pub struct Summary {
     pub trace_left_out: u64,
     /// What became of the huge pages that were there before.
     pub huge_pages: CollapseSummary,
+    /// What a working set did.
+    pub working_set: WorkingSetSummary,
 }
 
 /// Gathers what the loop sees.
@@ -147,6 +150,7 @@ impl Restore {
             freed_bytes: self.auto_dedup.as_ref().map_or(0, AutoDedup::bytes),
             trace_left_out: self.observer.trace_left_out,
             huge_pages: self.huge_again.summary(),
+            working_set: self.working_set.summary(),
         }
     }
 }

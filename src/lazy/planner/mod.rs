@@ -78,6 +78,8 @@ pub struct Planner {
     urgent_turn: VecDeque<SpaceId>,
     /// Whose background is next: the stream, local images.
     turns: [VecDeque<u32>; 2],
+    /// Some family may have pages that come before all others, for the same two.
+    has_first: [bool; 2],
     counts: Counts,
     /// What nobody needs of the local images any more, by the images' pids and addresses in the dump.
     unneeded: Vec<(u32, PageRange)>,
@@ -101,6 +103,7 @@ impl Planner {
             next_id: 0,
             urgent_turn: VecDeque::new(),
             turns: Default::default(),
+            has_first: [false; 2],
             counts: Counts::default(),
             unneeded: Vec::new(),
             total_pages: 0,
@@ -110,6 +113,12 @@ impl Planner {
     /// Who decides what faults bring and in what order the stream runs.
     pub fn policy(&self) -> &'static dyn Policy {
         self.policy
+    }
+
+    /// Lets `policy` decide from now on, of all processes.
+    pub fn set_policy(&mut self, policy: &'static dyn Policy) {
+        self.policy = policy;
+        self.spaces_mut().for_each(|space| space.set_policy(policy));
     }
 
     /// A process to care for.
@@ -125,6 +134,7 @@ impl Planner {
 
     fn add_member(&mut self, mut space: Space, counted: bool) -> SpaceId {
         space.set_policy(self.policy);
+        note_first(&mut self.has_first, &mut space);
         let id = SpaceId(self.next_id);
         self.next_id += 1;
         let family = self.families.entry(space.pid()).or_default();
@@ -141,6 +151,16 @@ impl Planner {
         };
         self.spaces.insert(id, member);
         id
+    }
+
+    /// See [`Space::stream_first`].
+    pub fn stream_first(&mut self, id: SpaceId, order: Vec<PageRange>) -> u64 {
+        let Some(member) = self.spaces.get_mut(&id) else {
+            return 0;
+        };
+        let missing = member.space.stream_first(order);
+        note_first(&mut self.has_first, &mut member.space);
+        missing
     }
 
     /// The process of `id`, as long as it lives.
@@ -346,6 +366,11 @@ impl Planner {
     pub fn recover(&mut self) {
         self.spaces_mut().for_each(Space::recover);
     }
+}
+
+fn note_first(has_first: &mut [bool; 2], space: &mut Space) {
+    has_first[0] |= space.has_first(false);
+    has_first[1] |= space.has_first(true);
 }
 
 #[cfg(test)]

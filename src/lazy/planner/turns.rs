@@ -60,19 +60,52 @@ impl Planner {
         None
     }
 
-    /// The next request of the background stream, of at most `chunk` bytes.
+    /// The next request of the background stream, of at most `chunk` bytes. Families with pages of a working set come
+    /// before those without.
     pub fn next_stream(&mut self, chunk: u64, gap: u64) -> Option<Request> {
-        self.next_in_turn(Turn::Stream, |id, space| {
+        let next = |id: SpaceId, space: &mut Space| {
             let wanted = space.next_stream(chunk, gap)?;
+            Some(Request::new(id, space, wanted))
+        };
+        self.next_first(Turn::Stream, next)
+            .or_else(|| self.next_in_turn(Turn::Stream, next))
+    }
+
+    /// The next request for pages of a working set, of at most `chunk` bytes. With policies that put it off it may be for
+    /// others.
+    pub fn next_of_working_set(&mut self, chunk: u64) -> Option<Request> {
+        self.next_first(Turn::Stream, |id, space| {
+            let wanted = space.next_stream(chunk, 0)?;
             Some(Request::new(id, space, wanted))
         })
     }
 
+    /// What `next` finds in a family that has pages of a working set.
+    fn next_first<T>(
+        &mut self,
+        turn: Turn,
+        mut next: impl FnMut(SpaceId, &mut Space) -> Option<T>,
+    ) -> Option<T> {
+        if !self.has_first[turn as usize] {
+            return None;
+        }
+        let mut any = false;
+        let found = self.next_in_turn(turn, |id, space| {
+            let has_first = space.has_first(matches!(turn, Turn::Local));
+            any |= has_first;
+            if has_first { next(id, space) } else { None }
+        });
+        // Paused members are not asked.
+        self.has_first[turn as usize] = any || self.spaces.values().any(|member| member.paused);
+        found
+    }
+
     /// The next piece to install from local images, of at most `chunk` bytes.
     pub fn next_local(&mut self, chunk: u64) -> Option<(SpaceId, Piece)> {
-        self.next_in_turn(Turn::Local, |id, space| {
-            space.next_local(chunk).map(|piece| (id, piece))
-        })
+        let next =
+            |id: SpaceId, space: &mut Space| space.next_local(chunk).map(|piece| (id, piece));
+        self.next_first(Turn::Local, next)
+            .or_else(|| self.next_in_turn(Turn::Local, next))
     }
 
     /// The piece behind that of [`Planner::next_local`] which was for `id`, of at most `chunk` bytes.

@@ -42,7 +42,11 @@ impl Space {
             }
             let around = self.note_fault(start);
             self.ask_around(start, piece, around, reach);
-            self.remember(start);
+            let image = piece.image.get() + (start.get() - piece.at.start().get());
+            // What is around a page of the working set comes with that, as far as it is needed.
+            if !(self.has_first(false) && self.first.contains(Vaddr(image))) {
+                self.remember(start);
+            }
             return FaultAnswer::Wait;
         }
         if let Some(piece) = self.local.find(start) {

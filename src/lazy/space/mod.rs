@@ -21,7 +21,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 pub use super::answer::{Class, FaultAnswer, Reach, Served, Wanted};
-use super::extents::{ExtentMap, ImageIndex, Piece};
+use super::extents::{ExtentMap, ImageIndex, Index, Piece};
+use super::first_pages::FirstPages;
 use super::pattern::Pattern;
 use super::policy::{ADAPTIVE, Policy};
 use crate::units::{PageRange, PageSize, Vaddr};
@@ -49,6 +50,10 @@ pub struct Space {
     recent: VecDeque<Vaddr>,
     remote_cursor: Vaddr,
     local_cursor: Vaddr,
+    /// What comes before all else.
+    first: FirstPages,
+    /// The last request of the stream was for some of that.
+    first_was_last: bool,
     /// The source is gone for good: nothing is asked for any more.
     lost: bool,
 }
@@ -95,8 +100,47 @@ impl Space {
             recent: VecDeque::new(),
             remote_cursor: Vaddr(0),
             local_cursor: Vaddr(0),
+            first: FirstPages::default(),
+            first_was_last: false,
             lost: false,
         }
+    }
+
+    /// Lets the pages `order`, by address in the dump, come before all others, in this order. Says how many of them are
+    /// missing.
+    pub fn stream_first(&mut self, order: Vec<PageRange>) -> u64 {
+        // By address in the dump it is looked for in local images too.
+        let local = std::mem::take(&mut self.local);
+        self.local = local.with_index(Some(ImageIndex::default()));
+        self.first = FirstPages::new(order);
+        let members = self.first.members().iter();
+        let bytes: u64 = members
+            .map(|range| bytes_of(&self.remote, *range) + bytes_of(&self.local, *range))
+            .sum();
+        bytes >> self.page.shift()
+    }
+
+    /// Where the page that a thread touches at `addr` was in the dump, and whether it is one of those that come first;
+    /// `None` if it is not missing, or a thread waits for it already.
+    pub fn first_touch(&self, addr: Vaddr) -> Option<(Vaddr, bool)> {
+        let start = Vaddr(self.page.floor(addr.get()));
+        if self.waiting.contains_key(&start.get()) {
+            return None;
+        }
+        let found = self.flight.find(start).or_else(|| self.remote.find(start));
+        let found = found.or_else(|| self.local.find(start));
+        let found = found.or_else(|| self.unreadable.find(start))?;
+        let image = found.image.get() + (start.get() - found.at.start().get());
+        Some((Vaddr(image), self.first.contains(Vaddr(image))))
+    }
+
+    /// Whether pages that come first are missing and not on the way; as to `local` images, or the source.
+    pub(super) fn has_first(&mut self, local: bool) -> bool {
+        let next = match local {
+            true => self.first.next_local(&self.local),
+            false => self.first.next_remote(&self.remote),
+        };
+        next.is_some()
     }
 
     /// The memory of a child that was just forked: it lacks all that its parent lacks. What is on
@@ -106,6 +150,7 @@ impl Space {
         let mut child = Space::empty(self.pid, self.page, Arc::clone(&self.origins));
         child.policy = self.policy;
         child.lost = self.lost;
+        child.first = self.first.clone();
         child.remote = self.remote.clone();
         child.local = self.local.clone();
         child.unneeded = self.unneeded.as_ref().map(|_| Vec::new());
@@ -421,4 +466,14 @@ impl Space {
     pub fn first_awaited(&self, range: PageRange) -> Option<Vaddr> {
         self.next_waiting(range).map(|(page, _)| Vaddr(page))
     }
+}
+
+/// Bytes of the pages `image` of the dump that are in `map`.
+fn bytes_of<I: Index>(map: &ExtentMap<I>, image: PageRange) -> u64 {
+    let (mut bytes, mut rest) = (0, image);
+    while let Some(piece) = map.find_image(rest) {
+        bytes += piece.at.bytes();
+        rest = PageRange::new(piece.image_range().end().get(), rest.end().get());
+    }
+    bytes
 }

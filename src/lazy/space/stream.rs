@@ -2,7 +2,7 @@
 
 use super::{Class, Space, Wanted};
 use crate::lazy::extents::Piece;
-use crate::lazy::policy::StreamFrom;
+use crate::lazy::policy::{StreamFrom, StreamState};
 use crate::units::{PageRange, Vaddr};
 
 impl Space {
@@ -11,7 +11,11 @@ impl Space {
     /// to `gap` bytes of them in a row.
     pub fn next_stream(&mut self, chunk: u64, gap: u64) -> Option<Wanted> {
         let first = self.next_in_order(chunk)?;
-        let range = self.join_over_gaps(first, chunk, gap);
+        let range = match self.first_was_last {
+            // What is beside it is not needed so soon.
+            true => first.at,
+            false => self.join_over_gaps(first, chunk, gap),
+        };
         let flight = &mut self.flight;
         self.remote.take(range, |piece| flight.insert(piece));
         let image = first.image.get();
@@ -25,7 +29,20 @@ impl Space {
     fn next_in_order(&mut self, chunk: u64) -> Option<Piece> {
         loop {
             let last_fault = self.recent.back().copied();
-            let from = self.policy.stream_from(last_fault, self.remote_cursor);
+            let in_first = self.first.next_remote(&self.remote);
+            let from = self.policy.stream_from(&StreamState {
+                working_set: in_first.map(|piece| piece.at.start()),
+                working_set_was_last: self.first_was_last,
+                last_fault,
+                stopped: self.remote_cursor,
+            });
+            if let (StreamFrom::WorkingSet, Some(piece)) = (from, in_first) {
+                self.first_was_last = true;
+                let part = piece.part(self.run_from(piece.at.start(), chunk, piece));
+                self.first.pass_remote(part);
+                return Some(part);
+            }
+            self.first_was_last = false;
             match (from, last_fault) {
                 (StreamFrom::LastFault, Some(fault)) => {
                     if let Some(part) = self.missing_of_block(fault, chunk) {
@@ -33,7 +50,9 @@ impl Space {
                     }
                     self.recent.pop_back();
                 }
-                (StreamFrom::LastFault, None) => return self.ascending(self.remote_cursor, chunk),
+                (StreamFrom::LastFault, None) | (StreamFrom::WorkingSet, _) => {
+                    return self.ascending(self.remote_cursor, chunk);
+                }
                 (StreamFrom::Address(start), _) => return self.ascending(start, chunk),
             }
         }
@@ -82,6 +101,11 @@ impl Space {
 
     /// The next piece to install from local images in the background, at most `chunk` bytes.
     pub fn next_local(&mut self, chunk: u64) -> Option<Piece> {
+        if let Some(piece) = self.first.next_local(&self.local) {
+            let part = piece.part(self.run_from(piece.at.start(), chunk, piece));
+            self.first.pass_local(part);
+            return Some(part);
+        }
         let next = self
             .local
             .next_from(self.local_cursor)

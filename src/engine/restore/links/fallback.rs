@@ -202,6 +202,7 @@ impl SourceThread {
             tls,
             wire,
             page,
+            ..
         } = &self.dialer;
         let socket = peer.connect().map_err(io::Error::other)?;
         let stream = Stream::plain(socket)

@@ -3,6 +3,7 @@
 //! ```text
 //! pushed ──> what of it is missing counts as on the way ──> install ──> settle (ACK)
 //! faults ──> questions of up to 64 pages on their own connection ──> install
+//! working set ──> asked for as faults are, beside the push
 //! pushed all of it ──> what is still missing is asked for as faults are
 //! ```
 //!
@@ -123,13 +124,20 @@ impl Restore {
         self.ask_ferry_for_faults()?;
         let closed = self.client().is_some_and(|client| client.is_closed());
         let now_us = self.clock.now_us();
-        if !closed || self.background.is_off() || self.background.is_throttled(now_us) {
+        if self.background.is_off() || self.background.is_throttled(now_us) {
             return Ok(());
         }
         let most = FERRY_BATCH_BYTES_MAX as u64;
         // Pages that are there already are not fetched again: few are left out, far from each other.
         let pages = LEFT_OUT_BYTES_MAX >> self.images.page().shift();
-        let asked = self.ask_ferry(pages, |planner| planner.next_stream(most, 0))?;
+        let asked = match closed {
+            true => self.ask_ferry(pages, |planner| planner.next_stream(most, 0))?,
+            // The push has an order of its own.
+            false if self.handover.is_finished() => {
+                self.ask_ferry(pages, |planner| planner.next_of_working_set(most))?
+            }
+            false => 0,
+        };
         self.background.spend(asked);
         Ok(())
     }

@@ -14,6 +14,7 @@ use crate::criu::fetch::{FetchError, Fetcher, Step};
 use crate::criu::header::{GIVE_UP, Wire};
 use crate::engine::io::transport::Transport;
 use crate::lazy::planner::Request;
+use crate::lazy::policy::Policy;
 use crate::lazy::space::Class;
 use crate::lazy::window::{Ticket, Window};
 use crate::sys::disconnect;
@@ -88,11 +89,16 @@ pub(super) enum Arrival {
 }
 
 impl Link {
-    pub(super) fn new(transport: Box<dyn Transport>, wire: Wire, page: PageSize) -> Link {
+    pub(super) fn new(
+        transport: Box<dyn Transport>,
+        wire: Wire,
+        page: PageSize,
+        policy: &'static dyn Policy,
+    ) -> Link {
         Link {
             transport,
             fetcher: Fetcher::new(wire, page),
-            window: Window::default(),
+            window: Window::with_policy(policy),
             page,
             urgent: 0,
             out: Vec::new(),

@@ -87,6 +87,7 @@ impl Links {
             tls: config.tls.clone(),
             wire,
             page,
+            policy: config.policy,
         });
         let reconnected = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
             .map_err(|errno| Error::wrap(Kind::Io, "cannot make an eventfd", errno))?;
@@ -146,7 +147,8 @@ impl Links {
             peer, tls, page, ..
         }) = self.dialer.as_ref().filter(|_| config.ferry)
         {
-            let pushed = match (config.on_demand, config.max_bandwidth) {
+            let on_demand = config.on_demand || config.record_working_set.is_some();
+            let pushed = match (on_demand, config.max_bandwidth) {
                 (true, _) => Pushed::Nothing,
                 (false, Some(rate)) => Pushed::AtRate(rate),
                 (false, None) => Pushed::All,

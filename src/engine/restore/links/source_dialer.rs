@@ -8,6 +8,7 @@ use crate::engine::io::transport::{Peer, PlainTransport, SecureTransport, Transp
 use crate::engine::restore::Token;
 use crate::engine::restore::postcopy_client::FerryPair;
 use crate::error::{Error, Kind, Result};
+use crate::lazy::policy::Policy;
 use crate::tls::{Tls, TlsStream};
 use crate::units::PageSize;
 
@@ -56,6 +57,8 @@ pub(super) struct SourceDialer {
     pub(super) tls: Option<Tls>,
     pub(super) wire: Wire,
     pub(super) page: PageSize,
+    /// Decides when the stream of a connection yields to faults.
+    pub(super) policy: &'static dyn Policy,
 }
 
 impl SourceDialer {
@@ -76,7 +79,7 @@ impl SourceDialer {
                 Box::new(SecureTransport::new(stream).map_err(failed)?)
             }
         };
-        Ok(Link::new(transport, self.wire, self.page))
+        Ok(Link::new(transport, self.wire, self.page, self.policy))
     }
 
     pub(super) fn dial_pair(&self) -> Result<Pair> {

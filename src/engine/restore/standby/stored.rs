@@ -238,9 +238,10 @@ impl Restore {
     ///
     /// That is impossible. The restored processes are killed then, before anybody reads zeros.
     pub fn take_up(config: RestoreConfig, kept: StoredRestore) -> Result<Restore> {
-        // A trace begins with its process.
+        // A trace begins with its process, and so does a recording.
         let config = RestoreConfig {
             trace: None,
+            record_working_set: None,
             ..config
         };
         let signals = Signals::new()?;

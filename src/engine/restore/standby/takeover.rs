@@ -37,9 +37,10 @@ impl Restore {
     ///
     /// It cannot follow the other process, or nothing was being restored when that was killed.
     pub fn stand_by(config: RestoreConfig, watch: &Watch) -> Result<Option<Restore>> {
-        // The trace is the other process's.
+        // The trace and the recording are the other process's.
         let config = RestoreConfig {
             trace: None,
+            record_working_set: None,
             ..config
         };
         let silently = NoSubscriber::default;
