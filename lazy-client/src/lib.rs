@@ -4,7 +4,7 @@
 mod args;
 mod program;
 
-pub use program::run_program;
+pub use program::{run_program, run_program_with};
 
 /// The definition of the command line.
 pub fn command() -> clap::Command {

@@ -12,6 +12,7 @@ use pageferry::engine::restore::standby::{Ends, Received, Standby, StoredRestore
 use pageferry::engine::restore::{Progress, Restore, RestoreConfig, Summary, block_signals};
 use pageferry::engine::service_manager::ServiceManager;
 use pageferry::error::{Error, Result};
+use pageferry::lazy::policy::{ADAPTIVE, Policy};
 use pageferry::observe::progress::{Display, Snapshot};
 use pageferry::observe::trace::TraceReader;
 
@@ -24,6 +25,11 @@ const ACTIONS: &[Action] = &[Action {
 
 /// Runs with the arguments of this process, to its end.
 pub fn run_program() -> ExitCode {
+    run_program_with(&ADAPTIVE)
+}
+
+/// The same with another policy: what faults bring, and in what order the rest comes.
+pub fn run_program_with(policy: &'static dyn Policy) -> ExitCode {
     let parsed = match parse::<Args>(ACTIONS, std::env::args_os()) {
         Ok(parsed) => parsed,
         Err(error) => return ExitCode::from(error.report()),
@@ -39,14 +45,17 @@ pub fn run_program() -> ExitCode {
         };
     }
     daemon::run(&parsed.args.common, &parsed.remarks, |daemon| {
-        restore(&parsed.args, daemon)
+        restore(&parsed.args, policy, daemon)
     })
 }
 
-fn restore(args: &Args, daemon: &mut Daemon) -> Result<()> {
+fn restore(args: &Args, policy: &'static dyn Policy, daemon: &mut Daemon) -> Result<()> {
     // Before any thread is started, so that no other thread is ever interrupted.
     block_signals()?;
-    let config = args.config(daemon.images_dir().to_owned())?;
+    let config = RestoreConfig {
+        policy,
+        ..args.config(daemon.images_dir().to_owned())?
+    };
     let manager = match manager_of(args).map(StoredRestore::receive).transpose()? {
         Some(Received::StoredRestore(kept)) => return take_up(args, config, *kept, daemon),
         Some(Received::Nothing(manager)) => Some(manager),

@@ -77,9 +77,26 @@ pub fn binary(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// Path of one of the examples of the library, brought up to date in the profile of the running program.
+///
+/// # Errors
+/// It cannot be built.
+pub fn example(name: &str) -> Result<PathBuf> {
+    let dir = profile_dir()?;
+    cargo_build(&dir, &["--package", "pageferry", "--example", name])?;
+    Ok(dir.join("examples").join(name))
+}
+
 /// Brings the workspace's binaries up to date in the profile of the running program, and tells
 /// their directory. A test run by hand would otherwise judge binaries of an older state.
 fn build() -> Result<PathBuf> {
+    let dir = profile_dir()?;
+    cargo_build(&dir, &["--workspace", "--bins"])?;
+    Ok(dir)
+}
+
+/// Where cargo puts the binaries of the running program's profile.
+fn profile_dir() -> Result<PathBuf> {
     let exe = env::current_exe().context("path of the running program")?;
     let is_profile = |dir: &&Path| {
         dir.file_name()
@@ -91,14 +108,20 @@ fn build() -> Result<PathBuf> {
             exe.display()
         );
     };
+    Ok(dir.to_owned())
+}
+
+/// Builds `what` into the profile directory `dir`.
+fn cargo_build(dir: &Path, what: &[&str]) -> Result<()> {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo
         .current_dir(root())
-        .args(["build", "--quiet", "--workspace", "--bins"]);
+        .args(["build", "--quiet"])
+        .args(what);
     if dir.ends_with("release") {
         cargo.arg("--release");
     }
     let status = cargo.status().context("cargo build")?;
-    ensure!(status.success(), "cargo build --workspace --bins: {status}");
-    Ok(dir.to_owned())
+    ensure!(status.success(), "cargo build {}: {status}", what.join(" "));
+    Ok(())
 }

@@ -1,0 +1,90 @@
+//! The policies of `examples/`: each is compared with today's by simulation, and restores a real process. A recorded trace
+//! is fed to a policy.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use testbed::bed::Bed;
+use testbed::daemons::Make;
+use testbed::debian::Suite;
+use testbed::load::content::Content;
+use testbed::load::scenarios::verifying;
+use testbed::load::spec::{AreaSpec, LoadSpec, Mapping};
+use testbed::postcopy::{Plan, PostCopy, Source};
+use testbed::process::run;
+use testbed::suite::with_criu;
+use testbed::workspace::example;
+
+/// Pages of the process that is restored.
+const PAGES: u32 = 4096;
+
+fn spec(bed: &Bed, name: &str) -> LoadSpec {
+    let areas = vec![AreaSpec::new(Mapping::Private, PAGES, Content::Mixed)];
+    LoadSpec::new(bed.path(name), areas)
+}
+
+/// A directory in which an example is lazy-client.
+fn as_lazy_client(bed: &Bed, name: &str) -> Result<PathBuf> {
+    let dir = bed.path(&format!("{name}-bin"));
+    fs::create_dir_all(&dir)?;
+    symlink(example(name)?, dir.join("lazy-client"))?;
+    Ok(dir)
+}
+
+#[test]
+fn policies_are_simulated_and_restore() {
+    with_criu(Suite::Sid, |bed, criu| {
+        for name in ["in_order", "whole_regions"] {
+            let said = run(Command::new(example(name)?).arg("simulate"))?;
+            let said = String::from_utf8(said.stdout)?;
+            ensure!(said.lines().count() == 5, "{said}");
+            for who in ["today's", "this"] {
+                ensure!(said.matches(who).count() == 2, "{said}");
+            }
+            let dir = as_lazy_client(bed, name)?;
+            let plan = Plan::new(criu, Source::Dump, Make::Build(&dir));
+            let mut moved = PostCopy::start(bed, &plan, spec(bed, name), &verifying())?;
+            moved.reports()?;
+            moved.finish()?;
+            drop(moved);
+            fs::rename(bed.path("dumped"), bed.path(&format!("dumped-{name}")))?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_recorded_trace_is_fed_to_a_policy() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let trace = bed.path("faults.trace");
+        let plan = Plan {
+            client_options: vec!["--trace".into(), trace.display().to_string()],
+            ..Plan::new(criu, Source::Local, Make::Ours)
+        };
+        let mut moved = PostCopy::start(bed, &plan, spec(bed, "load"), &verifying())?;
+        moved.reports()?;
+        moved.finish()?;
+        for policy in ["adaptive", "recording"] {
+            let mut replay = Command::new(example("replay")?);
+            replay.arg(&trace).arg(bed.path("dumped")).arg(policy);
+            let said = run(&mut replay)?;
+            let said = String::from_utf8(said.stdout)?;
+            let mut lines = said.lines();
+            ensure!(
+                lines.next() == Some("time_us,pid,address,bytes,class"),
+                "{said}"
+            );
+            let bytes = lines.map(|line| {
+                let bytes = line.split(',').nth(3).context("four fields")?;
+                Ok(bytes.parse::<u64>()?)
+            });
+            // What the process has of its own is little beside its area.
+            let bytes = bytes.sum::<Result<u64>>()?;
+            ensure!(bytes >= u64::from(PAGES) << 12, "{policy}: {bytes} bytes");
+        }
+        Ok(())
+    });
+}
