@@ -27,6 +27,7 @@ const HEADINGS: &[(&str, &[&str])] = &[
             "leave_running",
             "files",
             "volume",
+            "preload",
         ],
     ),
     (
@@ -123,6 +124,7 @@ const SHORT: &[(&str, &str)] = &[
         "The address at which the destination fetches memory from this host",
     ),
     ("insecure", "Listen on a network without TLS"),
+    ("preload", "Send the files ahead, and move nothing"),
     (
         "volume",
         "A directory that moves along, to DST or to the same path",
@@ -161,7 +163,8 @@ Examples:
   pageferry migrate --pid 1234 --to host:9191 --tls
   pageferry migrate --pid 1234 --to host:9191 --tls --mode hybrid --max-downtime 300ms
   pageferry migrate --container web --to host:9191 --tls --stateless --mode live --ready tcp:8080 \\
-    --route 'nft:inet/nat/services/80=10.0.0.1:8080->10.0.0.2:8080'",
+    --route 'nft:inet/nat/services/80=10.0.0.1:8080->10.0.0.2:8080'
+  pageferry migrate --container c1 --volume /srv/c1 --to host:9191 --tls --preload",
     ),
     (
         "plan",

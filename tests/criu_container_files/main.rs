@@ -1,6 +1,7 @@
 //! Files move with a container that writes them: the destination's tree is the source's at the freeze, and what fails
 //! before the decision leaves no half of a tree.
 
+mod power_cut;
 mod trees;
 mod writing;
 
@@ -54,6 +55,33 @@ fn files_move_with_a_container(bed: &Bed, criu: &Criu) -> Result<()> {
 #[test]
 fn files_move_there_and_back() {
     with_criu(Suite::Sid, files_move_with_a_container);
+}
+
+/// What is sent ahead moves nothing, stays, and is gone on with.
+fn files_are_sent_ahead(bed: &Bed, criu: &Criu) -> Result<()> {
+    let Some(mut writing) = Writing::start(bed, criu, "ahead")? else {
+        return Ok(());
+    };
+    let bytes = |report: &Value| report["files"]["rounds"][0]["bytes"].as_u64();
+    let ahead = writing.migrate(0, "ahead", "--preload --volume /root/volume");
+    let ahead = ahead.map_err(anyhow::Error::msg)?;
+    ensure!(ahead["result"] == "sent ahead", "{ahead}");
+    ensure!(writing.status(0)? == "running" && writing.status(1)?.is_empty());
+    ensure!(!writing.root(1).exists(), "it is a root already");
+    writing.tell(0, "verify")?;
+    let moved = writing.migrate(0, "moved", "--mode cold --volume /root/volume");
+    let moved = moved.map_err(anyhow::Error::msg)?;
+    ensure!(moved["result"] == "moved", "{moved}");
+    ensure!(
+        bytes(&moved) < bytes(&ahead).map(|bytes| bytes / 2),
+        "{ahead}\n{moved}"
+    );
+    writing.tell(1, "verify")
+}
+
+#[test]
+fn files_that_were_sent_ahead_are_gone_on_with() {
+    with_criu(Suite::Sid, files_are_sent_ahead);
 }
 
 /// Nothing of the container is at the destination's places.

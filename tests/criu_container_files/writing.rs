@@ -71,6 +71,11 @@ impl Writing {
         Ok(Some(writing))
     }
 
+    /// A path in the directory that both hosts have as `/stage`.
+    pub(crate) fn stage_path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
     pub(crate) fn home(&self, host: usize) -> PathBuf {
         self.dir.join(["source", "destination"][host])
     }

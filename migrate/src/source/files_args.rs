@@ -17,6 +17,10 @@ pub(super) struct FilesArgs {
     /// configuration leads there. May be given several times
     #[arg(long, value_name = "SRC[:DST]", value_parser = volume)]
     pub(super) volume: Vec<VolumeArg>,
+
+    /// Send the files ahead, and move nothing: a migration that comes later goes on from there
+    #[arg(long, conflicts_with_all = ["resume", "mode", "address", "stateless"])]
+    pub(super) preload: bool,
 }
 
 /// Values of `--files`.
@@ -62,6 +66,7 @@ impl FilesArgs {
         FilesArgs {
             files: FilesArg::Auto,
             volume: Vec::new(),
+            preload: false,
         }
     }
 

@@ -15,6 +15,7 @@ mod container;
 mod files;
 mod files_args;
 mod flow;
+mod frozen;
 pub(crate) mod guard;
 mod hooks;
 mod moved_addresses;
@@ -22,6 +23,7 @@ mod network;
 mod place;
 pub(crate) mod plan;
 mod preflight;
+mod preload;
 mod probe;
 mod progress;
 pub(crate) mod report;
@@ -80,20 +82,29 @@ async fn migrate(args: &Args) -> Result<()> {
     let mode = args.mode.chosen().unwrap_or_else(|| recommend(&survey));
     let (costs, packed_bytes) = (survey.costs, survey.packed_bytes());
     survey.expect_no_problem(mode.is_lazy())?;
+    let id = named(args)?;
+    let of_container = (survey.found.as_ref(), survey.sends_root);
+    let files = Files::find(&args.files, of_container, root, &id)?;
+    let report = Report {
+        processes: survey.tree.members().len(),
+        memory_bytes,
+        source: HostReport::from(&survey.here),
+        destination: HostReport::from(&survey.there),
+        ..Report::begin(id.clone(), mode)
+    };
+    if args.files.preload {
+        return preload::run(args, survey, files, id, report, started).await;
+    }
     let Survey {
         programs,
         client,
         tree,
         here,
-        there,
         page,
         size,
         found,
-        sends_root,
         ..
     } = survey;
-    let id = named(args)?;
-    let files = Files::find(&args.files, (found.as_ref(), sends_root), root, &id)?;
     let facts = Facts {
         addresses: MovedAddresses::find(&moving).await?,
         routes: Routes::look(args.routes()).await?,
@@ -101,17 +112,10 @@ async fn migrate(args: &Args) -> Result<()> {
         tcp: args.tcp(),
         hooks: args.hooks(),
         files: files.dirs(),
-        ..Facts::of_tree(id.clone(), mode, &tree)
+        ..Facts::of_tree(id, mode, &tree)
     };
     let place = Place::make(&args.target.state_dir, facts, client.clone())?;
     let guard = guard::start(args, place.dir())?;
-    let report = Report {
-        processes: tree.members().len(),
-        memory_bytes,
-        source: HostReport::from(&here),
-        destination: HostReport::from(&there),
-        ..Report::begin(id, mode)
-    };
     let wire = here.criu.unwrap_or_default().wire();
     let mut flow = Flow::new(
         args,

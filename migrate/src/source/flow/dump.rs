@@ -82,8 +82,9 @@ impl Flow<'_> {
     pub(super) async fn dump_whole(&mut self) -> Result<()> {
         let port = self.forwarder_address()?.port();
         let mut dump = self.start_dump(Pages::SentTo(port))?;
-        dump.program.succeed().await?;
         self.seal_files();
+        dump.program.succeed().await?;
+        self.dumped.notify_one();
         self.note_connections()?;
         self.phase("dump");
         let images = self.send_images(BTreeSet::new());
@@ -98,8 +99,9 @@ impl Flow<'_> {
         let port = free_port()?;
         self.place.facts.dump_port = Some(port);
         let mut dump = self.start_dump(Pages::ServedAt(port))?;
-        dump.ready(self.args.timeout).await?;
         self.seal_files();
+        dump.ready(self.args.timeout).await?;
+        self.dumped.notify_one();
         self.note_connections()?;
         if self.place.facts.tcp == TcpConnections::Established {
             network::relax(&self.place.facts.tree);

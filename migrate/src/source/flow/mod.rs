@@ -11,6 +11,7 @@ mod rounds;
 use std::collections::VecDeque;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use pageferry::criu::header::Wire;
@@ -23,12 +24,14 @@ use pageferry::migration::{
 };
 use pageferry::units::PageSize;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 
 use super::args::Args;
 use super::commands::{self, FORWARDER, Notes};
 use super::files::{Files, FilesReport};
+use super::frozen::frozen;
 use super::hooks::Point;
 use super::place::{Place, read_number};
 use super::progress::Progress;
@@ -67,6 +70,8 @@ pub(super) struct Flow<'a> {
     files: Files,
     /// Sends the last difference of the files.
     sealing: JoinSet<Result<Files>>,
+    /// The dump has stopped the tree for sure.
+    dumped: Arc<Notify>,
     progress: Progress,
     started: Instant,
     frozen: Option<Instant>,
@@ -105,6 +110,7 @@ impl<'a> Flow<'a> {
             container,
             files,
             sealing: JoinSet::new(),
+            dumped: Arc::default(),
             progress: Progress::start(),
             started,
             frozen: None,
@@ -231,10 +237,23 @@ impl<'a> Flow<'a> {
         Ok(())
     }
 
-    /// Starts to send what has changed of the files of a tree that stands still.
+    /// Starts to send what has changed of the files, as soon as the dump has stopped the tree: it takes its time for the
+    /// memory then.
     fn seal_files(&mut self) {
-        let files = std::mem::take(&mut self.files);
-        self.sealing.spawn(files.seal(self.client.clone()));
+        let (files, client, root) = (
+            std::mem::take(&mut self.files),
+            self.client.clone(),
+            self.root(),
+        );
+        let dumped = Arc::clone(&self.dumped);
+        self.sealing.spawn(async move {
+            tokio::select! {
+                () = frozen(root) => {}
+                // A runtime may hold them in another way.
+                () = dumped.notified() => {}
+            }
+            files.seal(client).await
+        });
     }
 
     /// Waits until all files are at the destination.
