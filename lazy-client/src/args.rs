@@ -27,14 +27,14 @@ const RECORD_S_DEFAULT: u64 = 10;
 const AT_THE_END: &str = "\
 Exit codes:
   0  all processes have their memory, or help was asked for
-  1  it failed, or the command line is wrong, as CRIU's
+  1  it failed, or the command line is wrong (1 as with CRIU)
 
 Signals:
-  SIGTERM, SIGINT  end it: pages that are missing are lost, see --on-loss
+  SIGTERM, SIGINT  end it: missing pages of the source are lost, see --on-loss
   SIGUSR1          with --on-loss hold: try the source again
   SIGUSR2          with --on-loss hold: kill the processes
 
-Configuration files of CRIU's count too: docs/configuration.md.
+CRIU's configuration files are read too: docs/configuration.md.
 
 Examples:
   lazy-client -d -D images --page-server --address host --port 27000
@@ -43,7 +43,7 @@ Examples:
 
 /// Fills the memory of processes that CRIU restores lazily.
 ///
-/// Takes the place of `criu lazy-pages`: a criu command line can be handed over as it is. Holds the userfaultfd of
+/// Takes the place of `criu lazy-pages`: a criu command line can be used as it is. Holds the userfaultfd of
 /// every restored process, answers its page faults from local images or from a page server, and streams the rest of
 /// the memory in behind them.
 #[derive(Parser, Debug)]

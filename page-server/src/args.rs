@@ -40,12 +40,12 @@ pub(crate) const ACTIONS: &[Action] = &[
 const AT_THE_END: &str = "\
 Exit codes:
   0  done, or help was asked for
-  1  it failed, or the command line is wrong, as CRIU's
+  1  it failed, or the command line is wrong (1 as with CRIU)
 
 Signals:
-  SIGTERM, SIGINT  end it; half received images are removed
+  SIGTERM, SIGINT  end it; images that are not complete are removed
 
-Configuration files of CRIU's count too: docs/configuration.md.
+CRIU's configuration files are read too: docs/configuration.md.
 
 Examples:
   page-server -d -D images --port 27000
@@ -55,7 +55,7 @@ Examples:
 
 /// Receives the memory of a criu dump into image files, or serves it from there to a lazy restore.
 ///
-/// Takes the place of `criu page-server`: a criu command line can be handed over as it is.
+/// Takes the place of `criu page-server`: a criu command line can be used as it is.
 #[derive(Parser, Debug)]
 #[command(name = "page-server", version, long_version = long_version(
     env!("CARGO_PKG_VERSION"), env!("PAGEFERRY_COMMIT"), env!("PAGEFERRY_RUSTLS")),
@@ -135,9 +135,9 @@ pub(crate) struct Args {
         conflicts_with_all = ["lazy_pages", "prev_images_dir", "auto_dedup", "dedup_content", "forward", "forward_lazy"])]
     pub(crate) split_lazy: Option<PathBuf>,
 
-    /// What is on disk when the dump hears that all is stored
+    /// What is on disk when the dump is told that all is stored
     ///
-    /// none: what the kernel has written by itself; close: the whole images; always: the same, and each write waits
+    /// none: what the kernel has written by then; close: the whole images; always: the same, and each write waits
     /// for the disk.
     #[arg(help_heading = "Images", long, value_enum, default_value_t = Sync::None,
         conflicts_with_all = ["lazy_pages", "forward", "forward_lazy"])]
@@ -191,10 +191,10 @@ pub(crate) struct Args {
 
     /// End a session whose peer is silent for so long; 0 waits for ever
     ///
-    /// A dump's processes stand still meanwhile. A restore may be idle. So with --lazy-pages or --forward-lazy a
-    /// session ends only when its host has not asked for a page yet, when a request stops in the middle, or when the
-    /// client accepts no answers. With --forward-lazy the dump is given up, too, when no client comes for so long.
-    /// [default: 300; with --forward-lazy 600; with --lazy-pages 0]
+    /// The processes of a dump stay stopped meanwhile. A restore may need no page for long. So with --lazy-pages and
+    /// --forward-lazy a session ends in three cases only: its host has not asked for a page yet, a request stops in
+    /// the middle, or the client accepts no answers. With --forward-lazy the dump is also given up when no client
+    /// connects for so long. [default: 300; with --forward-lazy 600; with --lazy-pages 0]
     #[arg(help_heading = "Sessions", long, value_name = "SECONDS",
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     pub(crate) idle_timeout: Option<u64>,
@@ -298,17 +298,17 @@ pub(crate) struct FerryArgs {
         value_parser = clap::value_parser!(u16).range(1..=i64::from(FERRY_STREAMS_MAX)))]
     pub(crate) streams: u16,
 
-    /// Memory for the record of what the far end has, with suffix K, M or G
+    /// Memory for what the destination has already, with suffix K, M or G
     ///
-    /// 16 bytes for each page, and the contents of pages while there is room.
+    /// A hash of 16 bytes for each page, and old contents of pages, for differences, while there is room.
     #[arg(help_heading = "Forwarding", long, value_name = "BYTES", default_value = "256M", value_parser = parse_bytes_or_none,
         requires = "forward")]
     pub(crate) delta_cache: u64,
 
     /// How long to try to make a broken connection again
     ///
-    /// When dumps are forwarded, a session is given up after so long without progress; a lazy dump, when its last client
-    /// has been away for so long.
+    /// With --forward: give a dump up after so long without progress. With --forward-lazy: give the lazy dump up so long
+    /// after its last client has disconnected.
     #[arg(help_heading = "Forwarding", long, value_name = "SECONDS", default_value_t = 30, value_parser = seconds())]
     pub(crate) reconnect_timeout: u64,
 }

@@ -63,7 +63,7 @@ pub enum FetchError {
     Header(#[from] HeaderError),
     /// The answer is to another question.
     #[error(
-        "asked for {asked} of pid {pid}, the source answers with {op:?} of {pages} pages at {vaddr} of id {dst_id}"
+        "asked for {asked} of pid {pid}, the source answers with {op} of {pages} pages at {vaddr} of id {dst_id}"
     )]
     Mismatch {
         /// What was asked for.

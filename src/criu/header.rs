@@ -10,8 +10,11 @@
 //! The padding of v2 is uninitialised memory of the sender: it is ignored when read and zero when
 //! written. `cmd` is `flags << 16 | op`.
 
+use std::fmt;
+
 use thiserror::Error;
 
+pub use super::page_flags::PageFlags;
 use crate::limits::{FRAME_PAGES_MAX, SHMEM_ID_MAX};
 use crate::units::{PageCount, PageSize, Vaddr};
 
@@ -135,6 +138,24 @@ pub enum Op {
     ForceClose = 0x1024,
 }
 
+impl fmt::Display for Op {
+    /// The name in CRIU, without its prefix.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Op::Add => "ADD",
+            Op::Hole => "HOLE",
+            Op::Open => "OPEN",
+            Op::Open2 => "OPEN2",
+            Op::Parent => "PARENT",
+            Op::AddFlags => "ADD_F",
+            Op::Get => "GET",
+            Op::AddFlagsCompressed => "ADD_F_COMPRESSED",
+            Op::Close => "CLOSE",
+            Op::ForceClose => "FORCE_CLOSE",
+        })
+    }
+}
+
 impl Op {
     /// Whether it is one that ends a session, whose frame has nothing but zeros.
     pub(super) fn is_close(self) -> bool {
@@ -166,49 +187,6 @@ impl Op {
             0x1024 => Op::ForceClose,
             _ => return None,
         })
-    }
-}
-
-/// Flags of pages, the same on the wire and in pagemap entries.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct PageFlags(u32);
-
-impl PageFlags {
-    /// The pages are in the parent image.
-    pub const PARENT: PageFlags = PageFlags(1);
-    /// The pages may be restored lazily.
-    pub const LAZY: PageFlags = PageFlags(2);
-    /// The pages' bytes are in this image (or follow on the wire).
-    pub const PRESENT: PageFlags = PageFlags(4);
-    /// The payload of a compressed entry begins at a page boundary of the pages file (4.3, images
-    /// only).
-    pub const PAYLOAD_ALIGNED: PageFlags = PageFlags(8);
-
-    /// The flags as CRIU writes them.
-    pub const fn bits(self) -> u32 {
-        self.0
-    }
-
-    /// Flags with the meaning of `bits`, whatever they are.
-    pub const fn from_bits(bits: u32) -> PageFlags {
-        PageFlags(bits)
-    }
-
-    /// Whether all of `other` are set.
-    pub const fn has(self, other: PageFlags) -> bool {
-        self.0 & other.0 == other.0
-    }
-
-    /// Both sets together.
-    #[must_use]
-    pub const fn with(self, other: PageFlags) -> PageFlags {
-        PageFlags(self.0 | other.0)
-    }
-
-    /// This set less `other`.
-    #[must_use]
-    pub const fn without(self, other: PageFlags) -> PageFlags {
-        PageFlags(self.0 & !other.0)
     }
 }
 
@@ -279,7 +257,7 @@ impl Header {
         };
         Ok(Header {
             op,
-            flags: PageFlags(cmd >> 16),
+            flags: PageFlags::from_bits(cmd >> 16),
             pages: PageCount(pages),
             vaddr: Vaddr(word64(bytes, rest)),
             dst_id: word64(bytes, rest + 8),
@@ -482,7 +460,7 @@ mod tests {
             vaddr: u64, dst_id: u64, v1: bool,
         ) {
             let wire = if v1 { Wire::V1 } else { Wire::V2 };
-            let before = Header { flags: PageFlags(flags), ..header(op, pages, vaddr, dst_id) };
+            let before = Header { flags: PageFlags::from_bits(flags), ..header(op, pages, vaddr, dst_id) };
             let mut out = [0; HEADER_BYTES_MAX];
             let len = before.encode(wire, &mut out);
             prop_assert_eq!(Header::decode(wire, &out[..len]), Ok(before));

@@ -4,6 +4,7 @@ pub mod deframer;
 pub mod fetch;
 pub mod header;
 pub mod lazy_socket;
+mod page_flags;
 pub mod receive;
 pub mod rpc;
 pub mod rpc_fields;

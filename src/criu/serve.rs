@@ -73,7 +73,7 @@ pub enum RequestError {
     Header(#[from] HeaderError),
     /// An operation of a sender.
     #[error(
-        "it sends {0:?}, as criu dump does: a page server that is to receive pages must be \
+        "it sends {0}, as criu dump does: a page server that is to receive pages must be \
          started without --lazy-pages"
     )]
     Sender(Op),

@@ -97,7 +97,7 @@ impl Drop for Log {
     fn drop(&mut self) {
         let dropped = self.dropped_lines();
         if dropped > 0 {
-            tracing::warn!("{dropped} lines of this log were dropped: its disk could not follow");
+            tracing::warn!("{dropped} lines of this log were dropped: the disk was too slow");
         }
     }
 }

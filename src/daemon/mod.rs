@@ -170,7 +170,7 @@ impl Daemon {
         let log = Log::start(args.log_file.as_deref(), args.verbosity)?;
         raise_descriptor_limit();
         for option in &remarks.skipped {
-            tracing::warn!("{option} is an option of CRIU's that means nothing here: ignored");
+            tracing::warn!("{option} is an option of CRIU that has no effect here: ignored");
         }
         for warning in &remarks.warnings {
             tracing::warn!("{warning}");

@@ -257,9 +257,9 @@ fn wait_status(pid: u32) -> Result<i32> {
     match waitpid(pid, None) {
         Ok(WaitStatus::Exited(_, code)) => Ok(code << 8),
         Ok(WaitStatus::Signaled(_, signal, dumped)) => Ok(signal as i32 | i32::from(dumped) << 7),
-        Ok(other) => Err(Error::new(
+        Ok(_) => Err(Error::new(
             Kind::Io,
-            format!("swrk: pid {pid} has not ended: {other:?}"),
+            format!("swrk: pid {pid} was stopped or continued instead of ending"),
         )),
         Err(errno) => {
             let text = format!("swrk: cannot wait for pid {pid}");

@@ -1,5 +1,7 @@
 //! Kinds of frames, and what can be wrong with one.
 
+use std::fmt;
+
 use thiserror::Error;
 
 use crate::limits::{FERRY_BODY_BYTES_MAX, FERRY_HELLO_BYTES_MAX, FERRY_TEXT_BYTES_MAX};
@@ -34,6 +36,27 @@ pub enum Kind {
     FaultPages = 49,
     /// The page that a fault asked for is in the push already.
     FaultInPush = 50,
+}
+
+impl fmt::Display for Kind {
+    /// The name in docs/ferry.md.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Kind::Hello => "HELLO",
+            Kind::Welcome => "WELCOME",
+            Kind::Fail => "FAIL",
+            Kind::Open => "OPEN",
+            Kind::Pages => "PAGES",
+            Kind::Close => "CLOSE",
+            Kind::WantHashes => "WANT_HASHES",
+            Kind::Bye => "BYE",
+            Kind::Ack => "ACK",
+            Kind::Hashes => "HASHES",
+            Kind::Fault => "FAULT",
+            Kind::FaultPages => "FAULT_PAGES",
+            Kind::FaultInPush => "FAULT_IN_PUSH",
+        })
+    }
 }
 
 impl Kind {
@@ -84,13 +107,13 @@ pub enum FrameError {
     #[error("a frame header is damaged: its checksum does not fit")]
     HeaderDamaged,
     /// The body's checksum does not fit.
-    #[error("the body of a {0:?} frame is damaged: its checksum does not fit")]
+    #[error("the body of a {0} frame is damaged: its checksum does not fit")]
     BodyDamaged(Kind),
     /// The kind is not known.
     #[error("frames of kind {0} are not known here")]
     UnknownKind(u16),
     /// The body is longer than its kind allows.
-    #[error("a {kind:?} frame of {bytes} bytes is longer than the {max} that are allowed")]
+    #[error("a {kind} frame of {bytes} bytes is longer than the {max} that are allowed")]
     TooLong {
         /// Kind of the frame.
         kind: Kind,
@@ -100,13 +123,13 @@ pub enum FrameError {
         max: usize,
     },
     /// The body ends within a field.
-    #[error("a {0:?} frame ends within a field")]
+    #[error("a {0} frame ends within a field")]
     Short(Kind),
     /// The body goes on behind its last field.
-    #[error("a {0:?} frame goes on behind its last field")]
+    #[error("a {0} frame goes on behind its last field")]
     Surplus(Kind),
     /// A field has a value that it may not have.
-    #[error("a {kind:?} frame says {field} = {value}, which may not be")]
+    #[error("a {kind} frame says {field} = {value}, which may not be")]
     Field {
         /// Kind of the frame.
         kind: Kind,

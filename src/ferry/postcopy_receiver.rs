@@ -71,7 +71,7 @@ pub enum PostcopyError {
     #[error(transparent)]
     Read(#[from] ReadError),
     /// A frame that is no answer came where answers belong.
-    #[error("a {0:?} frame came where answers belong")]
+    #[error("a {0} frame came where answers belong")]
     NoAnswer(Kind),
     /// An answer to no question, or to another one than the oldest.
     #[error("an answer came that nobody asked for")]

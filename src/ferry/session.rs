@@ -16,7 +16,7 @@ pub enum SessionError {
     #[error(transparent)]
     Frame(#[from] FrameError),
     /// A frame of a kind that this side never gets.
-    #[error("a {0:?} frame has no place here")]
+    #[error("a {0} frame has no place here")]
     Unexpected(Kind),
     /// Something is acknowledged that was never sent.
     #[error("frame {safe} is acknowledged, but {last} was the last one")]
@@ -60,7 +60,7 @@ pub enum SessionError {
         previous_end: Vaddr,
     },
     /// A frame behind CLOSE.
-    #[error("a {0:?} frame came behind CLOSE")]
+    #[error("a {0} frame came behind CLOSE")]
     Closed(Kind),
     /// CLOSE names another number of pages.
     #[error("the peer has sent {said} pages, it says, but {came} have come")]

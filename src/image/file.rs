@@ -5,6 +5,7 @@
 //! | common   | kind     | length | message ... | length | message ... |
 //! ```
 
+use std::fmt;
 use std::io::{ErrorKind, Read, Write};
 
 use prost::Message;
@@ -30,6 +31,19 @@ pub enum Magic {
     Memfd,
     /// `inventory.img`, which has no common first word.
     Inventory,
+}
+
+impl fmt::Display for Magic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Magic::Pagemap => "pagemap",
+            Magic::Mm => "mm",
+            Magic::Pstree => "pstree",
+            Magic::Core => "core",
+            Magic::Memfd => "memfd",
+            Magic::Inventory => "inventory",
+        })
+    }
 }
 
 impl Magic {
@@ -58,7 +72,7 @@ impl Magic {
 pub enum FileError {
     /// The first words are not those of this kind of image.
     #[error(
-        "not a {expected:?} image: it begins with {found:08x?} (is this an image directory of CRIU?)"
+        "not a {expected} image: it begins with {found:08x?} (is this an image directory of CRIU?)"
     )]
     Magic {
         /// What was to be read.

@@ -1,5 +1,7 @@
 //! The agent's half: it restores, waits for the grant, and decides.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 /// Where the agent stands.
@@ -18,6 +20,19 @@ pub enum AgentState {
     Complete,
     /// The processes do not and will not run here.
     Aborted,
+}
+
+impl fmt::Display for AgentState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            AgentState::Receiving => "receiving images",
+            AgentState::Restoring => "restoring",
+            AgentState::Ready => "ready to run",
+            AgentState::Committed => "committed",
+            AgentState::Complete => "complete",
+            AgentState::Aborted => "aborted",
+        })
+    }
 }
 
 impl AgentState {
@@ -40,6 +55,16 @@ pub enum AgentRecord {
     Aborted,
     /// All of their memory is here.
     Complete,
+}
+
+impl fmt::Display for AgentRecord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            AgentRecord::Committed => "committed",
+            AgentRecord::Aborted => "aborted",
+            AgentRecord::Complete => "complete",
+        })
+    }
 }
 
 /// What happened at the agent.

@@ -1,5 +1,7 @@
 //! The source's half: it freezes, grants, and lets its processes go when the agent has decided.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use super::agent::AgentState;
@@ -22,6 +24,19 @@ pub enum SourceState {
     RolledBack,
 }
 
+impl fmt::Display for SourceState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            SourceState::Preparing => "preparing",
+            SourceState::Frozen => "frozen",
+            SourceState::Granted => "granted (the agent may have decided)",
+            SourceState::Committed => "committed",
+            SourceState::Complete => "complete",
+            SourceState::RolledBack => "rolled back",
+        })
+    }
+}
+
 /// What the source writes down, each with an fsync before anything that follows from it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -34,6 +49,17 @@ pub enum SourceRecord {
     RolledBack,
     /// All is done.
     Complete,
+}
+
+impl fmt::Display for SourceRecord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            SourceRecord::Granted => "granted (the agent may have decided)",
+            SourceRecord::Committed => "committed",
+            SourceRecord::RolledBack => "rolled back",
+            SourceRecord::Complete => "complete",
+        })
+    }
 }
 
 /// What happened at the source.

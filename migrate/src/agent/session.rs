@@ -136,7 +136,12 @@ impl Session {
         };
         let record = records::read::<AgentRecord>(&dir.join(RECORD))?;
         let (agent, actions) = Agent::recover(record);
-        tracing::warn!("migration {id} was left by an earlier agent at {record:?}");
+        match record {
+            Some(record) => {
+                tracing::warn!("an earlier agent left migration {id}, recorded as {record}");
+            }
+            None => tracing::warn!("an earlier agent left migration {id} before any decision"),
+        }
         let localhost = IpAddr::from([127, 0, 0, 1]);
         let files = Files::default();
         let session = Session::new(place, dir, begin, (localhost, files), agent);

@@ -99,7 +99,18 @@ async fn finish(place: Place) -> Result<SourceState> {
     let (mut source, actions) = Source::recover(record);
     match record {
         Some(SourceRecord::Complete) => place.forget_connections(),
-        record => tracing::warn!("finishing {}, left at {record:?}", place.facts.id),
+        Some(record) => {
+            tracing::warn!(
+                "finishing migration {}, recorded as {record}",
+                place.facts.id
+            );
+        }
+        None => {
+            tracing::warn!(
+                "finishing migration {}, left before any decision",
+                place.facts.id
+            );
+        }
     }
     let mut todo = VecDeque::from(actions);
     while let Some(action) = todo.pop_front() {

@@ -142,7 +142,7 @@ fn moved(ended: Result<SourceState>, root: i32, problem: Option<String>) -> Resu
     match ended? {
         SourceState::Complete => Ok(()),
         state => {
-            let text = problem.unwrap_or_else(|| format!("it ended as {state:?}"));
+            let text = problem.unwrap_or_else(|| format!("the migration ended as {state}"));
             Err(Error::new(
                 Kind::Interrupted,
                 format!("pid {root} was not moved: {text}"),

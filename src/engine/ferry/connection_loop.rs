@@ -13,6 +13,7 @@
 //!   at least once in that time.
 //! - The receiver says how many bytes have arrived, and that number does not grow although more were sent.
 
+use std::fmt;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -122,6 +123,17 @@ pub(in crate::engine) enum ConnectionEnd {
     Silent,
     /// A newer connection has taken its place.
     Replaced,
+}
+
+impl fmt::Display for ConnectionEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ConnectionEnd::Over => f.write_str("the session is over"),
+            ConnectionEnd::Lost(error) => write!(f, "the connection is lost: {error}"),
+            ConnectionEnd::Silent => f.write_str("the peer was silent for too long"),
+            ConnectionEnd::Replaced => f.write_str("a newer connection has replaced this one"),
+        }
+    }
 }
 
 /// Prepares the socket of a connection: a peer that is gone is noticed in seconds.

@@ -68,11 +68,7 @@ pub(in crate::engine) fn run_admitted(
     session.stream_up(peer.stream, peer, &waker);
     let end = connection_loop::run(conn, peer.stream, session, &waker, || {});
     session.stream_down(peer.stream, &waker);
-    tracing::debug!(
-        "stream {} of session {}: {end:?}",
-        peer.stream,
-        peer.session
-    );
+    tracing::debug!("stream {} of session {}: {end}", peer.stream, peer.session);
     Ok(())
 }
 

@@ -93,7 +93,10 @@ impl FaultResponder<'_> {
                     self.answer(found.number, &fault).map_err(Failure::Failed)?;
                 }
                 Some(found) => {
-                    let text = format!("a {:?} frame came where faults belong", found.kind);
+                    let text = format!(
+                        "a {} frame came where only FAULT frames may come",
+                        found.kind
+                    );
                     return Err(Failure::Failed(Error::new(Kind::Protocol, text)));
                 }
                 None => self.sleep(left)?,

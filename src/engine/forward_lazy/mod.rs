@@ -142,8 +142,9 @@ impl ForwardLazy {
         };
         let (_, pages) = dump_memory.progress();
         tracing::info!(
-            "{pages} pages stayed with the dump at {} ({wire:?})",
-            config.dump
+            "{pages} pages stayed with the dump at {} (wire layout {})",
+            config.dump,
+            wire.name()
         );
         let mut drain = Drain::new(&config.dump, stream, wire, &dump_memory);
         drain.guard_with(guard);
@@ -313,7 +314,7 @@ impl Clients {
         let drained = drained.and_then(|()| match self.dump_memory.progress() {
             (present, pages) if present == pages => {
                 let seconds = start.elapsed().as_secs_f64();
-                tracing::info!("the dump's {pages} pages are here after {seconds:.3} s");
+                tracing::info!("took over the dump's {pages} pages in {seconds:.3} s");
                 self.dump_memory.complete()
             }
             (present, pages) => {
@@ -356,7 +357,7 @@ impl Clients {
         }
         let closed = drain.close();
         closed.map_err(|error| error.within(BOTH_MAY_RUN))?;
-        tracing::info!("a client has everything: the dump is closed");
+        tracing::info!("a client has all memory: closing the dump");
         self.table.dump_ended(true);
         self.table.wait_until_gone(stopped, stays);
         Ok(())

@@ -140,7 +140,7 @@ impl PostcopyListener {
             }
             Admitted::Opened(session, (), greetings) => {
                 let id = greetings.peer.session;
-                tracing::info!("session {id} is offered the dump's memory");
+                tracing::info!("session {id} can fetch the dump's memory");
                 let running = self.traffic.begin_session();
                 let ended = self.own(conn, &session, &greetings, stop, taken);
                 if ended.is_ok() {

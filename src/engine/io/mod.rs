@@ -50,15 +50,15 @@ impl Io {
                 Err(Error::wrap(Kind::Unsupported, text, error))
             }
             (Some(Io::Epoll), _) => {
-                tracing::info!("epoll moves the bytes, as asked for");
+                tracing::info!("I/O by epoll, as --io says");
                 Ok(Io::Epoll)
             }
             (None, Some(error)) => {
-                tracing::info!("epoll moves the bytes: io_uring cannot be had here: {error}");
+                tracing::info!("I/O by epoll: io_uring is not available here: {error}");
                 Ok(Io::Epoll)
             }
             (_, None) => {
-                tracing::info!("io_uring moves the bytes");
+                tracing::info!("I/O by io_uring");
                 Ok(Io::Uring)
             }
         }

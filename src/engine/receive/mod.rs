@@ -408,7 +408,10 @@ pub(in crate::engine) fn wait_for_end(stream: &mut Stream, mut rest: usize) {
     while let Ok(bytes @ 1..) = stream.read(&mut [0; 64]) {
         if bytes > rest {
             // What it may still say is not waited for, however much it is.
-            tracing::warn!("{} goes on after CLOSE: hanging up", stream.peer());
+            tracing::warn!(
+                "{} sends data after CLOSE: closing the connection",
+                stream.peer()
+            );
             break;
         }
         rest -= bytes;

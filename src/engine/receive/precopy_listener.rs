@@ -158,7 +158,7 @@ impl<'a> PrecopyListener<'a> {
     ) -> Result<Handled> {
         refuse(conn, fail);
         if only_looks {
-            tracing::info!("{peer} has asked whether dumps are received here");
+            tracing::info!("{peer} checked whether this server receives dumps");
             return Ok(Handled::Joined);
         }
         // A connection of an earlier session, or of an earlier server's, is not the one to come.

@@ -56,7 +56,7 @@ impl Restore {
         };
         if let Some(left_out) = self.losses.complain(self.clock.now_us()) {
             tracing::error!(
-                "the page at {} of pid {pid} is given up: {why}{left_out}",
+                "the page at {} of pid {pid} is lost: {why}{left_out}",
                 at.start()
             );
         }
@@ -101,7 +101,7 @@ impl Restore {
         if why.kind() != Kind::Unsupported || self.losses.is_stopping() {
             return Err(why);
         }
-        tracing::error!("{why}: whoever reads a page that cannot be had waits instead");
+        tracing::error!("{why}: threads that read a lost page wait instead");
         self.losses.hold_from_now_on();
         Ok(())
     }

@@ -72,10 +72,7 @@ pub(super) fn earlier_round(images: &ImageDir, named: Option<&Path>) -> Result<O
         None => images.parent()?,
     };
     if let Some(earlier) = &earlier {
-        tracing::info!(
-            "building on the earlier round in {}",
-            earlier.path().display()
-        );
+        tracing::info!("using the earlier round in {}", earlier.path().display());
     }
     Ok(earlier)
 }

@@ -74,7 +74,7 @@ impl Restore {
                 self.second_dump.disturbed = None;
                 self.background.hurry(false);
                 tracing::warn!(
-                    "the process runs by itself again; {missing} pages are still missing"
+                    "the process is no longer traced or frozen; {missing} pages are still missing"
                 );
             }
             _ => {}

@@ -237,7 +237,7 @@ impl Flow<'_> {
             _ => {
                 let why = status
                     .problem
-                    .unwrap_or_else(|| format!("it is {:?}", status.state));
+                    .unwrap_or_else(|| format!("the migration there is {}", status.state));
                 let text = format!("the destination could not restore: {why}");
                 Err(Error::new(Kind::PeerLost, text))
             }

@@ -129,7 +129,8 @@ impl<'a> Flow<'a> {
         let mut hang_up = signal(SignalKind::hangup()).map_err(failed)?;
         let ready = tokio::select! {
             ready = timeout_at(deadline, self.prepare()) => ready.unwrap_or_else(|_| {
-                let text = format!("the time is over (--timeout {:?})", self.args.timeout);
+                let seconds = self.args.timeout.as_secs_f64();
+                let text = format!("it was not ready within {seconds} s (--timeout)");
                 Err(Error::new(Kind::Interrupted, text))
             }),
             _ = interrupt.recv() => Err(stopped("Ctrl-C")),

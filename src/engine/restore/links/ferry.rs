@@ -355,7 +355,7 @@ impl Restore {
                 Ok(()) => break Ok(()),
                 Err(Failure::Over(error)) => break Err(error),
                 Err(Failure::Lost(error)) => {
-                    tracing::warn!("the source hung up at the end: {error}; saying it once more");
+                    tracing::warn!("the source hung up at the end: {error}; telling it again");
                 }
             }
             if let Err(error) = self.redial(deadline) {

@@ -133,9 +133,9 @@ impl Links {
             let pair = pair.map_err(|error| error.within(hint))?;
             self.pair = Some(pair);
             tracing::info!(
-                "connected to the source at {} ({:?})",
+                "connected to the source at {} (wire layout {})",
                 dialer.peer,
-                dialer.wire
+                dialer.wire.name()
             );
         }
         Ok(())
