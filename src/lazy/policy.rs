@@ -283,7 +283,7 @@ mod tests {
             assert_eq!(planner.next_urgent().unwrap().image.bytes(), 4096);
         }
         let order: Vec<_> = (0..4).map(|_| next(&mut planner)).collect();
-        assert_eq!(order, [(41, 1), (64, 2), (20, 1), (67, 5)]);
+        assert_eq!(order, [(41, 1), (64, 2), (20, 1), (67, 8)]);
     }
 
     #[test]

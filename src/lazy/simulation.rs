@@ -329,6 +329,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
         #[test]
         fn every_page_is_asked_for_and_comes(
             touches in prop::collection::vec((0..5000u64, 0..2u32, 0..1000u64), 0..60),

@@ -146,6 +146,8 @@ fn pages_of(set: &WorkingSet) -> BTreeSet<(usize, u64)> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
     #[test]
     fn every_page_that_was_touched_is_named_once(one in touches(), other in touches()) {
         let set = recorded(&one);

@@ -122,7 +122,9 @@ impl Restore {
     /// Asks for what faults need, then for what the push has left out.
     pub(super) fn ask_ferry_for_all(&mut self) -> Result<()> {
         self.ask_ferry_for_faults()?;
-        let closed = self.client().is_some_and(|client| client.is_closed());
+        // A source that was asked to push nothing never says that it has pushed all.
+        let pushes_nothing = self.config.on_demand || self.config.record_working_set.is_some();
+        let closed = pushes_nothing || self.client().is_some_and(|client| client.is_closed());
         let now_us = self.clock.now_us();
         if self.background.is_off() || self.background.is_throttled(now_us) {
             return Ok(());
