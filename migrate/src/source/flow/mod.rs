@@ -241,6 +241,9 @@ impl<'a> Flow<'a> {
     /// Starts to send what has changed of the files, as soon as the dump has stopped the tree: it takes its time for the
     /// memory then.
     fn seal_files(&mut self) {
+        if self.place.facts.files.is_empty() {
+            return;
+        }
         let (files, client, root) = (
             std::mem::take(&mut self.files),
             self.client.clone(),
