@@ -170,11 +170,11 @@ fn wait_for_half(proxy: &Proxy, log: &Path) -> Result<()> {
     half.with_context(|| tail(log))
 }
 
-fn killed_half_way(suite: Suite, steps: &[Step]) {
+fn killed_half_way(suite: Suite, more: &str, steps: &[Step]) {
     with_systemd(suite, |bed, criu, systemd| {
         let (load, images, _server, proxy) = served(bed, criu)?;
         let options = source_options(proxy.address());
-        let unit = (options.as_str(), STARTED_AGAIN);
+        let unit = (options.as_str(), more);
         let moving = Moving::start(systemd, criu, load, &images, unit, steps)?;
         wait_for_half(&proxy, &moving.log)?;
         moving.kill()?;
@@ -185,12 +185,21 @@ fn killed_half_way(suite: Suite, steps: &[Step]) {
 
 #[test]
 fn a_page_server_is_gone_on_with() {
-    killed_half_way(Suite::Sid, &verifying());
+    killed_half_way(Suite::Sid, STARTED_AGAIN, &verifying());
 }
 
 #[test]
 fn memory_is_reshaped_and_forked_meanwhile() {
-    killed_half_way(Suite::Experimental, &reshaping());
+    killed_half_way(Suite::Experimental, STARTED_AGAIN, &reshaping());
+}
+
+/// What the installed unit forbids is not needed, before the outage and after it.
+#[test]
+fn the_installed_unit_allows_what_is_needed() {
+    let unit = include_str!("../packaging/systemd/lazy-client@.service");
+    let begins = unit.find("UMask=").expect("the switches");
+    let more = format!("{STARTED_AGAIN}\n{}", &unit[begins..]);
+    killed_half_way(Suite::Trixie, &more, &reshaping());
 }
 
 /// Whether a thread of the process `pid` sleeps without being in a system call.

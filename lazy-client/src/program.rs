@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
 use pageferry::daemon::command_line::{Action, parse};
+use pageferry::daemon::sandbox::Needs;
 use pageferry::daemon::{self, Daemon, Forked, fork_waiting};
 use pageferry::engine::restore::standby::{Ends, Received, Standby, StoredRestore, Watch};
 use pageferry::engine::restore::{Progress, Restore, RestoreConfig, Summary, block_signals};
@@ -56,6 +57,8 @@ fn restore(args: &Args, policy: &'static dyn Policy, daemon: &mut Daemon) -> Res
         policy,
         ..args.config(daemon.images_dir().to_owned())?
     };
+    let writes_later = config.auto_dedup || config.record_working_set.is_some();
+    daemon.confine(Needs::filling(writes_later));
     let manager = match manager_of(args).map(StoredRestore::receive).transpose()? {
         Some(Received::StoredRestore(kept)) => return take_up(args, config, *kept, daemon),
         Some(Received::Nothing(manager)) => Some(manager),
@@ -148,7 +151,8 @@ fn split() -> Result<Side> {
 
 /// The second process: nothing to do, unless the first is killed.
 fn stand_by(args: &Args, config: RestoreConfig, watch: &Watch, daemon: &mut Daemon) -> Result<()> {
-    daemon.stand_by(c"lazy-standby");
+    // If it takes over it writes the pidfile, the summary and the trace.
+    daemon.stand_by(c"lazy-standby", &Needs::filling(true))?;
     match Restore::stand_by(config, watch)? {
         None => Ok(()),
         Some(restore) => {

@@ -2,6 +2,7 @@
 //! binary can be this program too, and so that what documents the command line can read its definition.
 
 mod args;
+mod confinement;
 mod entry;
 mod program;
 mod report;

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use pageferry::daemon::command_line::{self, Parsed};
+use pageferry::daemon::sandbox::Needs;
 use pageferry::daemon::{self, Daemon, Forked, fork_waiting};
 use pageferry::engine::forward::SenderConfig;
 use pageferry::engine::forward::destination::check_destination;
@@ -34,6 +35,7 @@ use pageferry::tls::Tls;
 use pageferry::units::PageSize;
 
 use crate::args::{ACTIONS, Args};
+use crate::confinement::{self, read_proc};
 use crate::entry::{Entry, PeerKind};
 use crate::report::Report;
 use crate::rpc::Rpc;
@@ -99,10 +101,14 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
     let args = start.args;
     args.check_split()?;
     args.check_tree()?;
+    // Before any thread is started.
+    let _reader = read_proc(start.daemon)?;
     let mut report = Report::open(args)?;
     let page = pages_of_system()?;
     let context = receive_context(start, page, &report)?;
     let tls = Tls::load(&args.tls)?;
+    let needs = confinement::receiving(args, start.daemon.images_dir(), &context.stores);
+    start.daemon.confine(needs);
     let source = start.listen()?;
     let stop = Stop::on_signals()?;
     let timeout = Duration::from_secs(args.ferry.reconnect_timeout);
@@ -181,9 +187,12 @@ fn receive_context(start: &Start<'_>, page: PageSize, report: &Report) -> Result
 
 fn forward(start: &mut Start<'_>, far_end: &Peer) -> Result<()> {
     let args = start.args;
+    // Before any thread is started.
+    let _reader = read_proc(start.daemon)?;
     let mut report = Report::open(args)?;
     let tls = Tls::load(&args.tls)?;
     let page = pages_of_system()?;
+    start.daemon.confine(confinement::forwarding(args, far_end));
     let source = start.bind()?;
     check_far_end(&source, far_end, tls.as_ref(), page)?;
     start.announce(&source)?;
@@ -232,7 +241,7 @@ fn forward_lazy(start: &mut Start<'_>, dump: &Peer) -> Result<()> {
     let guard = match split() {
         Ok(Side::Forwards(guard)) => Some(guard),
         Ok(Side::Guards(ends)) => {
-            start.daemon.stand_by(c"dump-guard");
+            start.daemon.stand_by(c"dump-guard", &Needs::guarding())?;
             return ends.guard();
         }
         Err(error) => {
@@ -259,6 +268,7 @@ fn forward_lazy(start: &mut Start<'_>, dump: &Peer) -> Result<()> {
             .map_or(START_WAIT_DEFAULT, Duration::from_secs),
     };
     let forward = ForwardLazy::connect(config, &images, guard)?;
+    start.daemon.confine(confinement::serving(args, &images));
     let source = start.listen()?;
     let rules = rules(args, EndPolicy::UntilShutDown, CLIENTS_MAX);
     let stop = Stop::on_signals()?;
@@ -310,6 +320,7 @@ fn serve(start: &mut Start<'_>) -> Result<()> {
     let dir = ImageDir::open(start.daemon.images_dir(), pages_of_system()?)?;
     refuse_consumed(&dir)?;
     check_served(&dir)?;
+    start.daemon.confine(confinement::serving(args, &dir));
     let context = ServeContext::new(dir, args.wire.forced())
         .counting_in(report.traffic())
         .ending_idle(args.idle_timeout())

@@ -3,7 +3,7 @@
 //! ```text
 //! command_line::parse -> run                  work directory, log file, exit code; inside it
 //!                        (bind the socket)
-//!                     -> Daemon::listening    fork, pidfile, status byte, log thread
+//!                     -> Daemon::listening    fork, pidfile, sandbox, status byte, log thread
 //!                        (serve)
 //! ```
 //!
@@ -16,6 +16,7 @@ pub mod config_file;
 mod criu_options;
 mod log;
 mod pidfile;
+pub mod sandbox;
 pub mod settings;
 pub mod swrk;
 pub mod version;
@@ -39,6 +40,7 @@ use crate::error::{Error, Kind, Result};
 use crate::sys::process::{fork_single_threaded, inherited_descriptor};
 use command_line::Remarks;
 use log::{Log, VERBOSITY_DEFAULT};
+use sandbox::{Mode, Needs, Process};
 
 /// The options that both daemons share with each other and with CRIU.
 #[derive(Args, Clone, Debug)]
@@ -93,6 +95,16 @@ pub struct CommonArgs {
     /// From 3 on lines have timestamps. Each v is one more: -vv is 4.
     #[arg(help_heading = "Files and log", short = 'v', long, value_name = "NUM", action = ArgAction::Set, default_value_t = VERBOSITY_DEFAULT)]
     pub verbosity: u32,
+
+    /// What to give up after the start: files of others, capabilities, system calls
+    ///
+    /// What that leaves each program, and why, stands in docs/security.md.
+    #[arg(help_heading = "Running", long, value_enum, default_value_t = Mode::Auto, value_name = "WHICH")]
+    pub sandbox: Mode,
+
+    /// Try what the sandbox must refuse, tell it on standard output, and end
+    #[arg(long, hide = true)]
+    pub sandbox_check: bool,
 }
 
 impl CommonArgs {
@@ -112,6 +124,11 @@ pub struct Daemon {
     status: Option<OwnedFd>,
     /// Who has started this process, if that is to be told.
     manager: Option<ServiceManager>,
+    sandbox: Mode,
+    /// What this process needs when it is ready, if it gives up the rest.
+    needs: Option<Needs>,
+    /// The sandbox is tried, and nothing else done.
+    check: bool,
 }
 
 /// Runs `body` as a daemon that was started with `args`, and turns its result into an exit code. An
@@ -185,6 +202,9 @@ impl Daemon {
             pidfile: args.pidfile.clone(),
             status,
             manager: ServiceManager::of_environment(),
+            sandbox: args.sandbox,
+            needs: None,
+            check: args.sandbox_check,
         })
     }
 
@@ -199,6 +219,16 @@ impl Daemon {
     /// The images directory as an absolute path, wherever the work directory is.
     pub fn images_dir(&self) -> &Path {
         &self.images_dir
+    }
+
+    /// How much of a sandbox is asked for.
+    pub fn sandbox(&self) -> Mode {
+        self.sandbox
+    }
+
+    /// When it is ready this process gives up everything but `needs`.
+    pub fn confine(&mut self, needs: Needs) {
+        self.needs = Some(needs);
     }
 
     /// Tells the world that the socket listens. With `--daemon` only the background process returns
@@ -220,13 +250,18 @@ impl Daemon {
         self.ready()
     }
 
-    /// This is a second process that stands by: the first one tells the world.
+    /// This is a second process that stands by: the first one tells the world. It gives up everything but `needs`.
     /// `name` is its own in lists of processes.
-    pub fn stand_by(&mut self, name: &CStr) {
+    ///
+    /// # Errors
+    ///
+    /// The kernel lacks a part of the sandbox that is required.
+    pub fn stand_by(&mut self, name: &CStr, needs: &Needs) -> Result<()> {
         self.status = None;
         self.manager = None;
         // Who looks for the program by its name means the first one. Without the name it works as well.
         let _ = set_name(name);
+        sandbox::enter(self.sandbox, needs, Process::Beside)
     }
 
     /// This process takes the first one's place: its pid is in the pidfile from now on, and the log has its
@@ -237,9 +272,16 @@ impl Daemon {
         self.ready().and(written)
     }
 
-    /// Tells the world that the socket listens, from the process that will serve it: starts the log's
-    /// thread and writes the status byte.
+    /// Tells the world that the socket listens, from the process that will serve it: enters the sandbox, starts the
+    /// log's thread and writes the status byte.
     pub fn ready(&mut self) -> Result<()> {
+        if let Some(needs) = self.needs.take() {
+            sandbox::enter(self.sandbox, &needs, Process::Main)?;
+        }
+        if self.check {
+            sandbox::check::print(&self.images_dir);
+            std::process::exit(0);
+        }
         self.log.hand_over()?;
         if let Some(status) = self.status.take() {
             File::from(status).write_all(&[0]).map_err(|error| {

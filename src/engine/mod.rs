@@ -11,6 +11,7 @@
 //! listening      listeners, sessions, stopping         shared by all servers
 //! io             drivers, splice path, transports      shared by all
 //! collapse       huge pages of restored processes
+//! pending        dumps that would lack pages          shared by receive, forward, forward_lazy
 //! service_manager  what systemd is told, and keeps     shared by all
 //! ```
 
@@ -20,7 +21,7 @@ pub mod forward;
 pub mod forward_lazy;
 pub mod io;
 pub mod listening;
-mod pending;
+pub mod pending;
 pub mod receive;
 pub mod restore;
 pub mod serve;

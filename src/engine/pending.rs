@@ -5,12 +5,16 @@
 //! process of the pid that is named, traced, with memory under a userfaultfd, while a lazy-client of
 //! this host holds one. A refusal makes the dump fail, and the tree goes on.
 
+mod proc_reader;
+
 use std::fs;
 
 use super::smaps::{self, MISSING};
 use crate::criu::header::Target;
 use crate::error::{Error, Kind, Result};
 use crate::stream::Stream;
+
+pub use proc_reader::{ProcReader, ReaderEnds};
 
 /// What lazy-client's processes are called.
 const HANDLERS: [&str; 2] = ["lazy-client", "lazy-standby"];
@@ -20,7 +24,11 @@ pub(super) const USERFAULTFD: &str = "anon_inode:[userfaultfd]";
 
 /// What was found on this host when a session first asked.
 #[derive(Default, Debug)]
-pub(super) struct PendingTrees(Option<Seen>);
+pub(super) struct PendingTrees {
+    seen: Option<Seen>,
+    /// Another process has looked for this session.
+    asked: bool,
+}
 
 #[derive(Default, Debug)]
 struct Seen {
@@ -28,6 +36,14 @@ struct Seen {
     handler: Option<i32>,
     /// Traced processes: their pids in the innermost namespace, and on this host.
     traced: Vec<(u32, i32)>,
+}
+
+/// A process that is dumped while its pages are missing. Pids of this host.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Lacking {
+    process: i32,
+    /// The lazy-client.
+    handler: i32,
 }
 
 impl PendingTrees {
@@ -39,22 +55,32 @@ impl PendingTrees {
         if !is_local(stream) {
             return Ok(());
         }
-        let seen = self.0.get_or_insert_with(Seen::look);
-        let Some(handler) = seen.handler else {
-            return Ok(());
-        };
-        let named = seen.traced.iter().filter(|(inner, _)| *inner == pid);
-        let lacking = named.map(|(_, host)| *host).find(|host| lacks_pages(*host));
-        match lacking {
+        match self.find(pid) {
             None => Ok(()),
-            Some(host) => {
+            Some(Lacking { process, handler }) => {
                 let text = format!(
-                    "process {host} is being dumped as pid {pid} while its pages are still missing: the dump would \
+                    "process {process} is being dumped as pid {pid} while its pages are still missing: the dump would \
                      lack them (wait until lazy-client, process {handler}, has ended, and dump again; the \
                      process goes on)"
                 );
                 Err(Error::new(Kind::Usage, text))
             }
+        }
+    }
+
+    fn find(&mut self, pid: u32) -> Option<Lacking> {
+        match proc_reader::of_this_process() {
+            Some(reader) => {
+                let first = !std::mem::replace(&mut self.asked, true);
+                reader.find(pid, first).unwrap_or_else(|error| {
+                    tracing::warn!(
+                        "the process that reads /proc for this one is lost ({error}): whether pages of process {pid} \
+                         are still missing is not known"
+                    );
+                    None
+                })
+            }
+            None => self.seen.get_or_insert_with(Seen::look).find(pid),
         }
     }
 }
@@ -99,6 +125,16 @@ impl Seen {
             }
         }
         seen
+    }
+
+    /// The process that is being dumped as `pid`, if it lacks pages.
+    fn find(&self, pid: u32) -> Option<Lacking> {
+        let handler = self.handler?;
+        let named = self.traced.iter().filter(|(inner, _)| *inner == pid);
+        let process = named
+            .map(|(_, host)| *host)
+            .find(|host| lacks_pages(*host))?;
+        Some(Lacking { process, handler })
     }
 }
 

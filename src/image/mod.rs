@@ -30,6 +30,8 @@ mod pages_part;
 mod parents;
 pub mod proto;
 #[cfg(feature = "engine")]
+pub mod reach;
+#[cfg(feature = "engine")]
 pub mod readahead;
 #[cfg(feature = "engine")]
 pub mod rewrite;

@@ -3,7 +3,7 @@
 //! A name in such a directory may be a FIFO, which nobody writes to, a device, or a link to a file that its maker may
 //! not read himself. None of that is an image: to open it would wait for ever, or hand out what is behind it.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
@@ -19,10 +19,11 @@ use nix::unistd::geteuid;
 pub(super) fn open_regular(path: &Path) -> io::Result<File> {
     match open(path, libc::O_NOFOLLOW) {
         Err(error) if error.raw_os_error() == Some(Errno::ELOOP as i32) => {
-            let owner = path.symlink_metadata()?.uid();
-            if owner != 0 && owner != geteuid().as_raw() {
+            let link = path.symlink_metadata()?;
+            if !may_follow(&link) {
                 let text = format!(
-                    "it is a link that user {owner} has made, which this user does not follow: put the file in its place"
+                    "it is a link that user {} has made, which this user does not follow: put the file in its place",
+                    link.uid()
                 );
                 return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
             }
@@ -30,6 +31,12 @@ pub(super) fn open_regular(path: &Path) -> io::Result<File> {
         }
         opened => opened,
     }
+}
+
+/// Whether a link is this user's or root's.
+pub(super) fn may_follow(link: &Metadata) -> bool {
+    let owner = link.uid();
+    owner == 0 || owner == geteuid().as_raw()
 }
 
 fn open(path: &Path, flags: i32) -> io::Result<File> {

@@ -64,6 +64,11 @@ impl Template {
             .replace("{seq}", &seq.to_string())
     }
 
+    /// How many directories deep a session's directory lies.
+    fn depth(&self) -> usize {
+        Path::new(&self.fill("peer", 1)).components().count()
+    }
+
     fn tells_numbers(&self) -> bool {
         self.0.contains("{seq}")
     }
@@ -139,6 +144,22 @@ impl Stores {
         }
     }
 
+    /// Where the parents of sessions' directories begin, if they have any outside the images directory.
+    pub fn first_parent(&self) -> Option<PathBuf> {
+        match self {
+            Stores::Shared(store) => {
+                let parent = store.dir().parent().ok().flatten()?;
+                Some(parent.path().to_owned())
+            }
+            Stores::Each {
+                options, template, ..
+            } => match below(options.previous.as_deref()?, template.depth()) {
+                Below::Outside(path) => Some(options.dir.join(path)),
+                Below::Itself | Below::Nowhere | Below::Inside => None,
+            },
+        }
+    }
+
     /// The directory for a session with a peer at `peer`, an address without port.
     pub fn for_session(&self, peer: &str) -> Result<SessionStore> {
         match self {
@@ -185,8 +206,7 @@ impl StoreOptions {
             );
             Error::new(Kind::Usage, text)
         };
-        let depth = Path::new(&template.fill("peer", 1)).components().count();
-        match below(previous, depth) {
+        match below(previous, template.depth()) {
             Below::Itself => Err(wrong("leads to the directory itself")),
             Below::Nowhere => Err(wrong("leads into the directory, which is new and empty")),
             // Made for another session, perhaps later.
@@ -333,6 +353,20 @@ mod tests {
             open("{peer}/{seq}", previous).unwrap();
         }
         open("{seq}", "../before").unwrap();
+        let begins = |previous: &str| {
+            let options = StoreOptions {
+                dir: tmp.path().to_owned(),
+                page: PageSize::KIB_4,
+                previous: Some(previous.into()),
+                sync: Sync::None,
+                split_lazy: None,
+            };
+            let template = Some("{peer}/{seq}".parse().unwrap());
+            Stores::open(options, template).unwrap().first_parent()
+        };
+        assert_eq!(begins("../1"), None);
+        let before = Some(tmp.path().join("before"));
+        assert_eq!(begins("../../before"), before);
         for previous in [".", "./", "././", "before", "../none", "/none"] {
             let error = open("{seq}", previous).unwrap_err();
             assert_eq!(error.kind(), Kind::Usage, "{previous}");
