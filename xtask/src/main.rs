@@ -4,6 +4,7 @@ mod assets;
 mod bench;
 mod criu;
 mod demo;
+mod deny;
 mod documents;
 mod exchange;
 mod layers;
@@ -40,6 +41,8 @@ enum Task {
     Criu(criu::Args),
     /// Moves a Redis under load from host to host in each mode, and prints a table of the times.
     Demo(demo::Args),
+    /// Checks licences, sources and duplicates of what is built in, as deny.toml says.
+    Deny(deny::Args),
     /// Checks the documents: short sentences, and links that lead somewhere.
     Documents(documents::Args),
     /// Lets programs of another build and of this one work together, in both directions.
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
         Task::Bench(args) => bench::run(&args),
         Task::Criu(args) => criu::run(&args),
         Task::Demo(args) => demo::run(&args),
+        Task::Deny(args) => deny::run(&args),
         Task::Documents(args) => documents::run(&args),
         Task::Exchange(args) => exchange::run(&args),
         Task::Layers(args) => layers::run(&args),
