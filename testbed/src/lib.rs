@@ -19,7 +19,7 @@
 //!   debian     programs of other Debian suites           orphan         processes whose parent has ended
 //!   systemd    a manager of services in namespaces       services         services that move while clients talk
 //!   fields     documented fields of printed JSON        web            a container without state, and its visitors
-//!   routes     what leads visitors to it
+//!   routes     what leads visitors to it               failing        calls that fail, by their number
 //! ```
 //!
 //! Invariants: every process, namespace, mount and sysctl belongs to a guard that undoes it on drop;
@@ -36,6 +36,7 @@ pub mod daemons;
 pub mod debian;
 pub mod disk;
 pub mod documents;
+pub mod failing;
 pub mod fields;
 pub mod forks;
 pub mod gate;

@@ -1,0 +1,118 @@
+//! Makes calls of a program fail: each call about files below a directory (open, read, write, rename, fsync, ...) is
+//! counted, and those with given numbers return an error instead of doing anything.
+//!
+//! A library, compiled by the C compiler of this machine, stands before the C library. What goes through io_uring it does
+//! not see. Invariants: the program's own file descriptors are as without it; calls about other files are not counted.
+
+use std::fs::{self, File};
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
+
+use crate::process::run;
+
+/// What is compiled.
+const SOURCE: &str = include_str!("failing.c");
+
+/// Bytes of what program and test share: two counters and a name.
+const TALLY_BYTES: usize = 48;
+
+/// The library, compiled.
+#[derive(Debug)]
+pub struct FailingCalls {
+    library: PathBuf,
+}
+
+/// Which calls fail.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    /// Their numbers, from 1 on.
+    pub calls: RangeInclusive<u64>,
+    /// What they return.
+    pub errno: Errno,
+}
+
+/// What one program has done.
+#[derive(Debug)]
+pub struct Tally(PathBuf);
+
+impl FailingCalls {
+    /// Compiles the library into `dir`.
+    ///
+    /// # Errors
+    /// There is no C compiler.
+    pub fn compiled(dir: &Path) -> Result<FailingCalls> {
+        let (source, library) = (dir.join("failing.c"), dir.join("failing.so"));
+        fs::write(&source, SOURCE)?;
+        let mut command = Command::new("cc");
+        command.args(["-shared", "-fPIC", "-O1", "-o"]);
+        command.arg(&library).arg(&source).arg("-ldl");
+        run(&mut command).context("compiling a library that fails calls")?;
+        Ok(FailingCalls { library })
+    }
+
+    /// Has calls of the program that `command` starts fail, which are about files below `dir`. `tally` is a file to be made.
+    ///
+    /// # Errors
+    /// The file cannot be made.
+    pub fn apply(
+        &self,
+        command: &mut Command,
+        dir: &Path,
+        failure: &Failure,
+        tally: &Path,
+    ) -> Result<Tally> {
+        let (environment, tally) = self.environment(dir, failure, tally)?;
+        command.envs(environment);
+        Ok(tally)
+    }
+
+    /// The environment of such a program.
+    ///
+    /// # Errors
+    /// The file cannot be made.
+    pub fn environment(
+        &self,
+        dir: &Path,
+        failure: &Failure,
+        tally: &Path,
+    ) -> Result<(Vec<(&'static str, String)>, Tally)> {
+        File::create(tally)?.set_len(TALLY_BYTES as u64)?;
+        let path = |path: &Path| path.display().to_string();
+        let environment = vec![
+            ("LD_PRELOAD", path(&self.library)),
+            ("FAILING_TALLY", path(tally)),
+            ("FAILING_BELOW", path(dir)),
+            ("FAILING_FIRST", failure.calls.start().to_string()),
+            ("FAILING_LAST", failure.calls.end().to_string()),
+            ("FAILING_ERRNO", (failure.errno as i32).to_string()),
+        ];
+        Ok((environment, Tally(tally.to_owned())))
+    }
+}
+
+impl Tally {
+    /// How many calls were counted, and the name of the first one that failed.
+    ///
+    /// # Errors
+    /// The file is gone.
+    pub fn read(&self) -> Result<(u64, Option<String>)> {
+        let bytes = fs::read(&self.0)?;
+        ensure!(
+            bytes.len() == TALLY_BYTES,
+            "a tally of {} bytes",
+            bytes.len()
+        );
+        let number =
+            |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap_or_default());
+        let name = bytes[16..]
+            .split(|byte| *byte == 0)
+            .next()
+            .unwrap_or_default();
+        let failed = (number(8) > 0).then(|| String::from_utf8_lossy(name).into_owned());
+        Ok((number(0), failed))
+    }
+}

@@ -1,0 +1,159 @@
+//! Each call that a lazy-client makes about its images fails in turn, once or from then on, while a real CRIU restores from
+//! them: it does not start and says why, or every page that comes is right. What cannot be had is poisoned, never zero.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
+use testbed::bed::Bed;
+use testbed::criu::{Criu, Suite};
+use testbed::daemons::Make;
+use testbed::failing::{FailingCalls, Failure, Tally};
+use testbed::gate;
+use testbed::load::scenarios::verifying;
+use testbed::load::spec::{LoadSpec, OnLostPage};
+use testbed::postcopy::{Plan, PostCopy, Source};
+use testbed::suite::with_criu;
+use testbed::wait::GENEROUS;
+use testbed::workspace;
+
+const MIB: u32 = 8;
+
+/// Calls that fail in a run of every day, spread over all of them.
+const SAMPLES: u64 = 4;
+
+/// No call fails.
+fn nothing() -> Failure {
+    Failure {
+        calls: u64::MAX >> 1..=u64::MAX >> 1,
+        errno: Errno::EIO,
+    }
+}
+
+/// A directory with a `lazy-client` whose calls fail, for [`Make::Build`].
+fn build(bed: &Bed, failing: &FailingCalls, failure: &Failure) -> Result<(PathBuf, Tally)> {
+    let dir = bed.path("build");
+    fs::create_dir(&dir)?;
+    let images = bed.dir().canonicalize()?.join("dumped");
+    let (environment, tally) = failing.environment(&images, failure, &bed.path("tally"))?;
+    let words: Vec<_> = environment
+        .iter()
+        .map(|(name, value)| format!("{name}='{value}'"))
+        .collect();
+    let program = workspace::daemon("lazy-client")?;
+    let script = format!(
+        "#!/bin/sh\n{} exec '{}' \"$@\"\n",
+        words.join(" "),
+        program.display()
+    );
+    let path = dir.join("lazy-client");
+    fs::write(&path, script)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    Ok((dir, tally))
+}
+
+fn expect_error(log: &Path, failure: &Failure) -> Result<()> {
+    let said = fs::read_to_string(log).with_context(|| log.display().to_string())?;
+    let reason = std::io::Error::from(failure.errno).to_string();
+    let named = said
+        .lines()
+        .any(|line| line.contains("error: ") || line.contains("warning: "));
+    ensure!(
+        named && said.contains(&reason),
+        "it does not say {reason:?}:\n{said}"
+    );
+    Ok(())
+}
+
+/// One restore. Returns how many calls were made, and the name of the one that failed first.
+fn restored(
+    outer: &Bed,
+    criu: &Criu,
+    failing: &FailingCalls,
+    failure: &Failure,
+) -> Result<(u64, Option<String>)> {
+    let bed = Bed::new_in(outer.dir())?;
+    let (dir, tally) = build(&bed, failing, failure)?;
+    let spec = LoadSpec {
+        on_lost_page: OnLostPage::Count,
+        pin_own_memory: true,
+        ..LoadSpec::mixed(bed.path("load"), MIB)
+    };
+    let mut plan = Plan::new(criu, Source::Local, Make::Build(&dir));
+    plan.client_options = ["--local-timeout", "0", "--wait", "0"]
+        .map(str::to_owned)
+        .into();
+    let log = bed.path("dumped/lazy.log");
+    match PostCopy::start(&bed, &plan, spec, &[]) {
+        Err(error) => {
+            ensure!(tally.read()?.1.is_some(), "{error:#}");
+            expect_error(&log, failure).with_context(|| format!("{error:#}"))?;
+        }
+        Ok(mut moving) => {
+            let report = moving.load.run(0, &verifying())?;
+            ensure!(report.wrong() == 0, "{} pages wrong", report.wrong());
+            ensure!(
+                report.wrong_zero() == 0,
+                "{} pages zero",
+                report.wrong_zero()
+            );
+            let ended = moving.daemon.process().wait(GENEROUS)?;
+            let whole = report.poisoned() == 0;
+            ensure!(
+                !ended.status.success() || whole,
+                "a success with {} lost pages",
+                report.poisoned()
+            );
+            if !ended.status.success() {
+                expect_error(&log, failure)?;
+            }
+        }
+    }
+    tally.read()
+}
+
+fn failures(numbers: impl Iterator<Item = u64> + Clone) -> impl Iterator<Item = Failure> {
+    let once = numbers.clone().map(|number| number..=number);
+    let from_then_on = numbers.map(|number| number..=u64::MAX >> 1);
+    once.chain(from_then_on).map(|calls| Failure {
+        calls,
+        errno: Errno::EIO,
+    })
+}
+
+/// Restores with the failures that `choose` takes of those of so many calls.
+fn sweep(choose: impl Fn(u64) -> Vec<u64>) {
+    with_criu(Suite::Sid, |bed, criu| {
+        let Some(failing) = gate::need("a C compiler", FailingCalls::compiled(bed.dir())) else {
+            return Ok(());
+        };
+        let (calls, failed) = restored(bed, criu, &failing, &nothing())?;
+        ensure!(
+            failed.is_none() && calls > SAMPLES,
+            "{calls} calls, {failed:?}"
+        );
+        for failure in failures(choose(calls).into_iter()) {
+            let done = restored(bed, criu, &failing, &failure);
+            let (_, failed) = done.with_context(|| format!("{failure:?} of {calls}"))?;
+            eprintln!("{:?} of {calls}: {failed:?}", failure.calls.start());
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_call_that_fails_makes_no_page_wrong() {
+    sweep(|calls| {
+        (0..SAMPLES)
+            .map(|sample| 1 + sample * calls / SAMPLES)
+            .collect()
+    });
+}
+
+#[test]
+#[ignore = "takes minutes: cargo nextest run -p pageferry --test criu_failing_calls --run-ignored all"]
+fn no_call_that_fails_makes_a_page_wrong() {
+    sweep(|calls| (1..=calls).collect());
+}
