@@ -224,6 +224,7 @@ fn an_ordinary_user_receives_and_serves() {
     assert_eq!(fields[0][..2], ["0000000000000000", "1"]);
     assert!(fields[0][2].starts_with("65534"));
     send_dump(&mut peer);
+    drop(peer);
     succeed(server);
     place.check_images();
 
