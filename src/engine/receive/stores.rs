@@ -360,6 +360,7 @@ mod tests {
                 previous: Some(previous.into()),
                 sync: Sync::None,
                 split_lazy: None,
+                dedup_tree: false,
             };
             let template = Some("{peer}/{seq}".parse().unwrap());
             Stores::open(options, template).unwrap().first_parent()
