@@ -62,7 +62,7 @@ pub(crate) struct Stage {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) struct Installed {
     target: PathBuf,
-    device: u64,
+    /// On the file system of both: the number of the device may be another one after a start of the host.
     inode: u64,
 }
 
@@ -229,7 +229,6 @@ impl Stage {
         let meta = fs::metadata(&tree).map_err(|error| Error::file("look at", &tree, error))?;
         Ok(Installed {
             target: self.target.clone(),
-            device: meta.dev(),
             inode: meta.ino(),
         })
     }
@@ -246,8 +245,9 @@ impl Stage {
 
     /// Takes the target back, if it is what was installed. What was there before is there again.
     fn uninstall(&self, installed: &Installed) -> Result<()> {
+        let device = fs::metadata(&self.dir).map(|meta| meta.dev()).ok();
         let is_it = fs::symlink_metadata(&self.target)
-            .is_ok_and(|meta| (meta.dev(), meta.ino()) == (installed.device, installed.inode));
+            .is_ok_and(|meta| meta.ino() == installed.inode && Some(meta.dev()) == device);
         if !is_it {
             return Ok(());
         }
