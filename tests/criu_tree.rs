@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use testbed::agent::Agent;
 use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
@@ -16,6 +18,7 @@ use testbed::load::content::Content;
 use testbed::load::spec::{AreaSpec, LoadSpec, Mapping};
 use testbed::load::steps::{Order, Step};
 use testbed::migration::{Dump, Restore};
+use testbed::process::run;
 use testbed::proxy::Link;
 use testbed::rounds::Rounds;
 use testbed::suite::with_criu;
@@ -246,6 +249,44 @@ fn a_killed_dump_leaves_nothing() {
                 .all(|name| name == "page-server.port"),
             "{left:?}"
         );
+        Ok(())
+    });
+}
+
+/// What a lazy restore would cost is told before.
+#[test]
+fn a_plan_tells_what_forks_share() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let spec = ForksSpec {
+            children: 3,
+            mib: 32,
+            every: 0,
+            mixed: false,
+        };
+        let tree = Forks::start(&bed.path("forks"), spec)?;
+        let agent = Agent::start(&criu.path, &bed.path("agent"), None, &[])?;
+        let mut command = Command::new(workspace::binary("pageferry")?);
+        command
+            .args(["plan", "--json", "--pid", &tree.pid().to_string()])
+            .args(["--to", &agent.address().to_string(), "--state-dir"])
+            .arg(bed.path("source"))
+            .arg("--criu")
+            .arg(&criu.path);
+        let plan: Value = serde_json::from_slice(&run(&mut command)?.stdout)?;
+        let number = |value: &Value| value.as_u64().context("a number");
+        let copied = number(&plan["copied_bytes"])?;
+        let expected = u64::from(spec.children * spec.mib) << 20;
+        ensure!(
+            copied.abs_diff(expected) < PSS_BYTES_MAX,
+            "{copied} bytes: {plan}"
+        );
+        let takes = |name: &str| {
+            let modes = plan["modes"].as_array().context("modes")?;
+            let mode = modes.iter().find(|mode| mode["mode"] == name);
+            number(&mode.context("no such mode")?["memory_bytes"])
+        };
+        ensure!(takes("hybrid")? == takes("cold")? + copied, "{plan}");
+        ensure!(takes("pre-copy")? == takes("cold")?, "{plan}");
         Ok(())
     });
 }

@@ -184,6 +184,25 @@ pub(super) fn locked_bytes(pid: i32) -> u64 {
     status.ok().and_then(|status| status.vmlck).unwrap_or(0) << 10
 }
 
+/// Memory of a process that it shares with others since a fork, as far as others account for it, bytes; 0 if it has
+/// ended. Summed over a tree: what the tree would need in addition if each of its processes had a copy.
+pub(super) fn shared_since_fork_bytes(pid: i32) -> u64 {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"));
+    shared_of(&rollup.unwrap_or_default())
+}
+
+fn shared_of(rollup: &str) -> u64 {
+    let field = |name: &str| {
+        let line = rollup.lines().find_map(|line| line.strip_prefix(name));
+        let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
+        kib.and_then(|kib| kib.trim().parse::<u64>().ok())
+            .unwrap_or(0)
+            << 10
+    };
+    let in_memory = field("Anonymous:").saturating_sub(field("Pss_Anon:"));
+    in_memory + field("Swap:").saturating_sub(field("SwapPss:"))
+}
+
 pub(super) fn is_private(word: u64) -> bool {
     word & (PRESENT | SWAPPED) != 0 && word & OF_FILE == 0
 }

@@ -143,7 +143,7 @@ fn segments(tree: &Tree) -> Vec<(i32, Area)> {
 
 /// How much memory a dump of `tree` would hold now.
 pub(crate) fn measure(tree: &Tree, page: PageSize) -> Size {
-    let (mut private, mut of_files, mut locked) = (0, 0, 0);
+    let (mut private, mut of_files, mut locked, mut copied) = (0, 0, 0, 0);
     for member in tree.members() {
         for area in areas(member) {
             if let Contents::Private { anonymous } = area.contents {
@@ -153,6 +153,7 @@ pub(crate) fn measure(tree: &Tree, page: PageSize) -> Size {
             }
         }
         locked += memory::locked_bytes(member.pid);
+        copied += memory::shared_since_fork_bytes(member.pid);
     }
     let shared = segments(tree);
     let shared = shared
@@ -162,6 +163,7 @@ pub(crate) fn measure(tree: &Tree, page: PageSize) -> Size {
         private_bytes: private << page.shift(),
         eager_private_bytes: (of_files << page.shift()) + locked,
         shared_bytes: shared.sum(),
+        copied_bytes: copied.min(private << page.shift()),
     }
 }
 
@@ -174,11 +176,22 @@ pub(crate) struct Size {
     pub(crate) eager_private_bytes: u64,
     /// Shared segments: every restore needs them first.
     pub(crate) shared_bytes: u64,
+    /// Of the processes' own: what they share since a fork, beyond the first copy. A lazy restore makes copies of it, a
+    /// plain one shares it again.
+    pub(crate) copied_bytes: u64,
 }
 
 impl Size {
     pub(crate) fn bytes(self) -> u64 {
         self.private_bytes + self.shared_bytes
+    }
+
+    /// What the restored processes take at the destination.
+    pub(crate) fn restored_bytes(self, lazily: bool) -> u64 {
+        match lazily {
+            true => self.bytes(),
+            false => self.bytes() - self.copied_bytes.min(self.private_bytes),
+        }
     }
 
     /// What must be at the destination before the first instruction, whatever the mode.

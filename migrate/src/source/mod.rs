@@ -78,7 +78,6 @@ async fn migrate(args: &Args) -> Result<()> {
     let moving = args.addresses();
     let survey = Survey::take(&args.subject, &moving, (&args.target, &args.files)).await?;
     let root = survey.root();
-    let memory_bytes = survey.size.bytes();
     let mode = args.mode.chosen().unwrap_or_else(|| recommend(&survey));
     let (costs, packed_bytes) = (survey.costs, survey.packed_bytes());
     survey.expect_no_problem(mode.is_lazy())?;
@@ -87,7 +86,8 @@ async fn migrate(args: &Args) -> Result<()> {
     let files = Files::find(&args.files, of_container, root, &id)?;
     let report = Report {
         processes: survey.tree.members().len(),
-        memory_bytes,
+        memory_bytes: survey.size.bytes(),
+        copied_bytes: survey.copied_bytes(mode.is_lazy()),
         source: HostReport::from(&survey.here),
         destination: HostReport::from(&survey.there),
         ..Report::begin(id.clone(), mode)
@@ -151,15 +151,25 @@ fn moved(ended: Result<SourceState>, root: i32, problem: Option<String>) -> Resu
     }
 }
 
-/// The mode for a tree of which nothing but its size is known.
+/// The mode for a tree of which nothing but its size is known. A lazy restore makes copies of what forks share: where
+/// these do not fit, the mode is none that restores lazily.
 fn recommend(survey: &Survey) -> Mode {
     let (size, costs) = (survey.size, &survey.costs);
     let (bytes, packed) = (size.bytes(), survey.packed_bytes());
     let predict = |mode| predict_downtime(mode, costs, bytes, packed, size.eager_bytes());
     let (cold, lazy) = (predict(Mode::Cold), predict(Mode::PostCopy));
-    match cold.as_secs_f64() <= lazy.as_secs_f64() * COLD_IS_CLOSE {
-        true => Mode::Cold,
-        false => Mode::Hybrid,
+    let cold_is_close = cold.as_secs_f64() <= lazy.as_secs_f64() * COLD_IS_CLOSE;
+    match (cold_is_close, survey.must_share()) {
+        (true, _) => Mode::Cold,
+        (false, false) => Mode::Hybrid,
+        (false, true) => {
+            tracing::warn!(
+                "processes share {} MiB since they were forked, and copies of that would not fit into the \
+                 destination's memory: pre-copy instead of hybrid",
+                size.copied_bytes >> 20
+            );
+            Mode::PreCopy
+        }
     }
 }
 

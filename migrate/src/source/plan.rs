@@ -37,6 +37,8 @@ struct Plan {
     processes: usize,
     private_bytes: u64,
     shared_bytes: u64,
+    /// Of the private memory: what forks share, beyond the first copy.
+    copied_bytes: u64,
     dirty_pages_per_s: f64,
     problems: Vec<String>,
     modes: Vec<Prediction>,
@@ -48,6 +50,10 @@ struct Prediction {
     mode: &'static str,
     downtime_ms: f64,
     total_ms: f64,
+    /// What the restored processes take at the destination.
+    memory_bytes: u64,
+    /// Whether that fits there.
+    fits: bool,
 }
 
 /// All modes, in the order in which they are shown.
@@ -66,12 +72,14 @@ pub(crate) fn run(args: &Args) -> ExitCode {
             .iter()
             .map(|&mode| predict(mode, &survey.costs, &survey, dirtied.pages_per_s()))
             .collect();
-        let problems = survey.problems(true);
+        let lazily = !survey.must_share();
+        let problems = survey.problems(lazily);
         let plan = Plan {
             pid: survey.root(),
             processes: survey.tree.members().len(),
             private_bytes: survey.size.private_bytes,
             shared_bytes: survey.size.shared_bytes,
+            copied_bytes: survey.size.copied_bytes,
             dirty_pages_per_s: dirtied.pages_per_s(),
             recommended: problems.is_empty().then(|| recommend(&modes)),
             problems,
@@ -84,7 +92,7 @@ pub(crate) fn run(args: &Args) -> ExitCode {
             ),
             false => print(&plan),
         }
-        survey.expect_no_problem(true)
+        survey.expect_no_problem(lazily)
     })
 }
 
@@ -118,6 +126,8 @@ fn predict(mode: Mode, costs: &Costs, survey: &Survey, dirty_pages_per_s: f64) -
         mode: mode.name(),
         downtime_ms: downtime.as_secs_f64() * 1e3,
         total_ms: (rounds_s + downtime.as_secs_f64() + rest_s) * 1e3,
+        memory_bytes: survey.size.restored_bytes(mode.is_lazy()),
+        fits: survey.fits(mode.is_lazy()),
     }
 }
 
@@ -127,15 +137,13 @@ const ROUNDS: i32 = 3;
 /// Between the last look of a round at a page and the freeze, seconds.
 const READING_S: f64 = 0.5;
 
-/// The mode that moves everything soonest among those whose downtime is close to the shortest.
+/// The mode that moves everything soonest among those that fit and whose downtime is close to the shortest.
 fn recommend(modes: &[Prediction]) -> &'static str {
-    let shortest = modes
-        .iter()
+    let fitting = || modes.iter().filter(|mode| mode.fits);
+    let shortest = fitting()
         .map(|mode| mode.downtime_ms)
         .fold(f64::INFINITY, f64::min);
-    let close = modes
-        .iter()
-        .filter(|mode| mode.downtime_ms <= shortest * CLOSE);
+    let close = fitting().filter(|mode| mode.downtime_ms <= shortest * CLOSE);
     let best = close.min_by(|a, b| a.total_ms.total_cmp(&b.total_ms));
     best.map_or(Mode::Hybrid.name(), |mode| mode.mode)
 }
@@ -144,19 +152,51 @@ fn print(plan: &Plan) {
     println!("processes           {}", plan.processes);
     println!("private memory      {} MiB", plan.private_bytes >> 20);
     println!("shared memory       {} MiB", plan.shared_bytes >> 20);
+    if plan.copied_bytes > 0 {
+        println!(
+            "shared by forks     {} MiB, copied by a lazy restore",
+            plan.copied_bytes >> 20
+        );
+    }
     println!("changing            {:.0} pages/s", plan.dirty_pages_per_s);
     for problem in &plan.problems {
         println!("in the way          {problem}");
     }
-    println!("\n{:<20}{:>12}{:>12}", "mode", "downtime", "total");
+    println!(
+        "\n{:<20}{:>12}{:>12}{:>14}",
+        "mode", "downtime", "total", "memory there"
+    );
     for mode in &plan.modes {
         let mark = match plan.recommended == Some(mode.mode) {
             true => "   recommended",
+            false if !mode.fits => "   does not fit",
             false => "",
         };
         println!(
-            "{:<20}{:>9.0} ms{:>9.0} ms{mark}",
-            mode.mode, mode.downtime_ms, mode.total_ms
+            "{:<20}{:>9.0} ms{:>9.0} ms{:>10} MiB{mark}",
+            mode.mode,
+            mode.downtime_ms,
+            mode.total_ms,
+            mode.memory_bytes >> 20
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_fit_is_not_recommended() {
+        let mode = |mode: &'static str, downtime_ms, fits| Prediction {
+            mode,
+            downtime_ms,
+            total_ms: downtime_ms,
+            memory_bytes: 0,
+            fits,
+        };
+        let modes = |lazy_fits| [mode("cold", 900.0, true), mode("hybrid", 100.0, lazy_fits)];
+        assert_eq!(recommend(&modes(true)), "hybrid");
+        assert_eq!(recommend(&modes(false)), "cold");
     }
 }

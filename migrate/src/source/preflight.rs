@@ -13,34 +13,38 @@ const SPARE_BYTES: u64 = 64 << 20;
 /// Flags of /proc/PID/smaps: a userfaultfd fills the mapping, or watches writes to it.
 const UFFD_FLAGS: [&str; 2] = ["um", "uw"];
 
+/// What a migration takes at the destination, bytes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Room {
+    /// Memory of the restored processes.
+    pub(super) memory_bytes: u64,
+    /// Images.
+    pub(super) disk_bytes: u64,
+}
+
 /// Looks at both hosts and the tree. Each string is one thing that is in the way.
 pub(super) fn problems(
     tree: &Tree,
     source: &HostFacts,
     destination: &HostFacts,
-    memory_bytes: u64,
+    room: Room,
     lazy: bool,
 ) -> Vec<String> {
-    let mut problems = hosts(source, destination, memory_bytes, lazy);
+    let mut problems = hosts(source, destination, room, lazy);
     for member in tree.members() {
         problems.extend(of_member(member));
     }
     problems
 }
 
-fn hosts(
-    source: &HostFacts,
-    destination: &HostFacts,
-    memory_bytes: u64,
-    lazy: bool,
-) -> Vec<String> {
+fn hosts(source: &HostFacts, destination: &HostFacts, needed: Room, lazy: bool) -> Vec<String> {
     let mut problems = programs(source, destination);
     problems.extend(machines(source, destination));
     if lazy && !destination.userfaultfd {
         problems
             .push("the destination's kernel has no userfaultfd: use --mode pre-copy".to_owned());
     }
-    problems.extend(room(destination, memory_bytes));
+    problems.extend(room(destination, needed));
     problems
 }
 
@@ -102,14 +106,23 @@ fn machines(source: &HostFacts, destination: &HostFacts) -> Vec<String> {
     problems
 }
 
-/// What the destination lacks for so much memory.
-fn room(destination: &HostFacts, memory_bytes: u64) -> Vec<String> {
+/// Whether processes with so much memory fit into the destination's.
+pub(super) fn fits(destination: &HostFacts, memory_bytes: u64) -> bool {
+    destination.available_bytes >= memory_bytes + SPARE_BYTES
+}
+
+/// What the destination lacks.
+fn room(destination: &HostFacts, needed: Room) -> Vec<String> {
     let mut problems = Vec::new();
-    let needed = memory_bytes + SPARE_BYTES;
-    for (what, there) in [
-        ("memory", destination.available_bytes),
-        ("room in its directory", destination.disk_bytes),
+    let Room {
+        memory_bytes,
+        disk_bytes,
+    } = needed;
+    for (what, there, bytes) in [
+        ("memory", destination.available_bytes, memory_bytes),
+        ("room in its directory", destination.disk_bytes, disk_bytes),
     ] {
+        let needed = bytes + SPARE_BYTES;
         if there < needed {
             problems.push(format!(
                 "the destination has {} MiB of {what}, {} MiB are needed",
@@ -176,9 +189,16 @@ mod tests {
         }
     }
 
+    fn gib(gib: u64) -> Room {
+        Room {
+            memory_bytes: gib << 30,
+            disk_bytes: gib << 30,
+        }
+    }
+
     #[test]
     fn equal_hosts_have_no_problem_and_each_difference_is_told() {
-        assert_eq!(hosts(&host(), &host(), 1 << 30, true), Vec::<String>::new());
+        assert_eq!(hosts(&host(), &host(), gib(1), true), Vec::<String>::new());
         let worse = [
             HostFacts {
                 criu: None,
@@ -218,13 +238,13 @@ mod tests {
             },
         ];
         for there in worse {
-            let found = hosts(&host(), &there, 1 << 30, true);
+            let found = hosts(&host(), &there, gib(1), true);
             assert_eq!(found.len(), 1, "{there:?}: {found:?}");
         }
         let newer = HostFacts {
             criu: Some(CriuVersion([4, 3, 0])),
             ..host()
         };
-        assert!(hosts(&host(), &newer, 0, true).is_empty());
+        assert!(hosts(&host(), &newer, gib(0), true).is_empty());
     }
 }

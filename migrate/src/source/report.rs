@@ -88,6 +88,9 @@ pub(crate) struct Report {
     pub(crate) warnings: Vec<String>,
     pub(crate) processes: usize,
     pub(crate) memory_bytes: u64,
+    /// Of these, what a lazy restore makes copies of that forks shared.
+    #[serde(default)]
+    pub(crate) copied_bytes: u64,
     pub(crate) preparation_ms: f64,
     pub(crate) downtime_ms: Option<f64>,
     /// From the freeze to the first answer to `--probe`.
@@ -128,6 +131,7 @@ impl Report {
             warnings: Vec::new(),
             processes: 0,
             memory_bytes: 0,
+            copied_bytes: 0,
             preparation_ms: 0.0,
             downtime_ms: None,
             resume_ms: None,
@@ -206,6 +210,16 @@ impl Report {
         });
     }
 
+    /// How much memory was moved, in words.
+    fn memory(&self) -> String {
+        let (mib, copied) = (self.memory_bytes >> 20, self.copied_bytes >> 20);
+        let text = format!("{mib} MiB in {} processes", self.processes);
+        match copied {
+            0 => text,
+            copied => format!("{text}, {copied} MiB of it copies of what forks shared"),
+        }
+    }
+
     /// Prints the table.
     pub(crate) fn print(&self) {
         let line = |name: &str, text: String| println!("{name:<20}{text}");
@@ -219,11 +233,7 @@ impl Report {
         for warning in &self.warnings {
             line("warning", warning.clone());
         }
-        let mib = self.memory_bytes >> 20;
-        line(
-            "memory",
-            format!("{mib} MiB in {} processes", self.processes),
-        );
+        line("memory", self.memory());
         for (index, round) in self.rounds.iter().enumerate() {
             let text = format!(
                 "{} pages changed, {} bytes sent in {} ms",
@@ -326,7 +336,7 @@ pub(crate) mod tests {
         let span = |row, name, start, end| json!({"row": row, "name": name, "start_ms": start, "end_ms": end});
         let sample = json!({
             "id": "a", "mode": "hybrid", "result": "moved", "problem": null, "warnings": ["w"],
-            "processes": 2, "memory_bytes": 1 << 30, "preparation_ms": 3000.0, "downtime_ms": 200.0,
+            "processes": 2, "memory_bytes": 1 << 30, "copied_bytes": 1 << 20, "preparation_ms": 3000.0, "downtime_ms": 200.0,
             "resume_ms": 230.0, "switch_ms": 3150.0, "answer_ms": 3230.0, "predicted_downtime_ms": 210.0, "complete_ms": 4000.0, "total_ms": 4100.0,
             "rounds": [{"pages": 1, "bytes": 2, "ms": 3}], "wire_bytes": 5, "bytes_by_kind": {"zero": 1}, "track": "hash",
             "faults": {"count": 3, "p50_us": 1, "p99_us": 2, "blocked_ms": 1.5,

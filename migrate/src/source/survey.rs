@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::args::{AddressArg, Subject, Target};
 use super::container::Found;
 use super::files_args::FilesArgs;
-use super::preflight;
+use super::preflight::{self, Room};
 use crate::client::AgentClient;
 use crate::facts;
 use crate::programs::Programs;
@@ -112,9 +112,27 @@ impl Survey {
 
     /// What is in the way of a migration.
     pub(super) fn problems(&self, lazy: bool) -> Vec<String> {
-        let of_hosts =
-            preflight::problems(&self.tree, &self.here, &self.there, self.size.bytes(), lazy);
+        let room = Room {
+            memory_bytes: self.size.restored_bytes(lazy),
+            disk_bytes: self.size.bytes(),
+        };
+        let of_hosts = preflight::problems(&self.tree, &self.here, &self.there, room, lazy);
         [of_hosts, self.other_problems.clone()].concat()
+    }
+
+    /// What the restore makes copies of that forks share.
+    pub(super) fn copied_bytes(&self, lazily: bool) -> u64 {
+        self.size.restored_bytes(lazily) - self.size.restored_bytes(false)
+    }
+
+    /// Whether the restored processes fit into the destination's memory.
+    pub(super) fn fits(&self, lazily: bool) -> bool {
+        preflight::fits(&self.there, self.size.restored_bytes(lazily))
+    }
+
+    /// Whether only a restore that shares again what forks share fits into the destination's memory.
+    pub(super) fn must_share(&self) -> bool {
+        !self.fits(true) && self.fits(false)
     }
 
     /// The first process.
