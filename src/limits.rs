@@ -264,6 +264,12 @@ pub const REPLAY_DIGEST_BYTES_MAX: usize = 4 << 10;
 /// Longest body of an entry of a log, bytes: a piece and its fields.
 pub const REPLAY_ENTRY_BYTES_MAX: usize = REPLAY_PIECE_BYTES_MAX + 64;
 
+/// The highest number of a log's file: names have six digits.
+pub const REPLAY_FILE_MAX: u32 = 999_999;
+
+/// Most entries of a log. A recorder that wrote one each microsecond would take nine years.
+pub const REPLAY_ENTRIES_MAX: u64 = 1 << 48;
+
 /// Bytes of an answer that a log keeps to show where a replay differs.
 pub const REPLAY_HEAD_BYTES_MAX: usize = 32;
 
@@ -288,6 +294,10 @@ pub const WATCH_RULES_MAX: usize = 256;
 
 /// Longest word over a watcher's socket, bytes, with its newline.
 pub const WATCH_WORD_BYTES_MAX: usize = 256;
+
+/// Most bytes of records before an entry of an archive: its long name and link, and its extended attributes, of which
+/// the kernel takes 64 KiB each.
+pub const ARCHIVE_RECORDS_BYTES_MAX: u64 = 4 << 20;
 
 /// Most files of a checkpoint's archive, and most directories: as many as an image directory may have.
 pub const ARCHIVE_FILES_MAX: usize = MIGRATION_IMAGE_FILES_MAX;

@@ -95,7 +95,9 @@ pub(crate) fn unpack(from: impl Read, dir: &Path) -> Result<()> {
     let failed = |error| Error::wrap(Kind::Protocol, "the stream of images", error);
     let mut archive = tar::Archive::new(from.take(MIGRATION_IMAGES_BYTES_MAX));
     let mut checksum = Hasher::new();
-    for (count, entry) in archive.entries().map_err(failed)?.enumerate() {
+    // As it is: a record of a long name, which no image has, would be read into memory whole.
+    let entries = archive.entries().map_err(failed)?.raw(true);
+    for (count, entry) in entries.enumerate() {
         let mut entry = entry.map_err(failed)?;
         let path = entry.path().map_err(failed)?.into_owned();
         let mut parts = path.components();
@@ -185,6 +187,22 @@ mod tests {
                 unpack(&whole[..length], tmp.path()).is_err(),
                 "{length} bytes"
             );
+        }
+    }
+
+    #[test]
+    fn a_record_that_is_no_image_is_refused_unread() {
+        for kind in [tar::EntryType::GNULongName, tar::EntryType::XHeader] {
+            let mut header = tar::Header::new_gnu();
+            header.set_path("core-1.img").unwrap();
+            header.set_entry_type(kind);
+            // More than any machine has.
+            header.set_size(1 << 60);
+            header.set_cksum();
+            let stream = header.as_bytes().chain(io::repeat(b'a'));
+            let tmp = tempfile::tempdir().unwrap();
+            let error = unpack(stream, tmp.path()).unwrap_err().to_string();
+            assert!(error.contains("core-1.img"), "{error}");
         }
     }
 

@@ -16,7 +16,7 @@ use super::agent::AgentState;
 use super::convergence::Mode;
 use crate::criu::header::Wire;
 use crate::limits::{
-    FILE_TREES_MAX, INTERFACE_BYTES_MAX, MIGRATION_ADDRESSES_MAX, MIGRATION_PIDS_MAX,
+    FILE_TREES_MAX, INTERFACE_BYTES_MAX, MIGRATION_ADDRESSES_MAX, MIGRATION_PIDS_MAX, TIMEOUT_S_MAX,
 };
 
 pub use files::{FileTree, RootFiles, Seal, WantedFiles};
@@ -254,6 +254,9 @@ pub enum BadBegin {
     /// A place that no tree of files can have, or a root file system without a container.
     #[error("{0:?} is no place for files: an absolute path without .. is one")]
     Tree(String),
+    /// A time that no clock reaches.
+    #[error("a timeout of {0} s: at most {TIMEOUT_S_MAX} s are waited for")]
+    Timeout(u64),
 }
 
 impl Begin {
@@ -276,6 +279,9 @@ impl Begin {
         };
         if let Some(bad) = self.files.iter().find(|tree| !fits(tree)) {
             return Err(BadBegin::Tree(bad.path.clone().unwrap_or_default()));
+        }
+        if self.timeout_s > TIMEOUT_S_MAX {
+            return Err(BadBegin::Timeout(self.timeout_s));
         }
         match self.pids.contains(&0) {
             true => Err(BadBegin::PidZero),
@@ -417,6 +423,31 @@ mod tests {
             assert!(!of("10.0.0.5", 24, device), "{device:?}");
         }
         assert!(!of("0.0.0.0", 0, "eth0") && !of("224.0.0.1", 4, "eth0"));
+    }
+
+    #[test]
+    fn a_migration_with_numbers_out_of_range_is_refused() {
+        let begin = |pids: Vec<u32>, timeout_s| Begin {
+            id: "m-1".parse().unwrap(),
+            mode: Mode::PreCopy,
+            pids,
+            memory_bytes: u64::MAX,
+            tcp: TcpConnections::Refuse,
+            timeout_s,
+            container: None,
+            addresses: Vec::new(),
+            files: Vec::new(),
+            keeps_files: false,
+        };
+        assert_eq!(begin(vec![1], TIMEOUT_S_MAX).check(), Ok(()));
+        for timeout_s in [TIMEOUT_S_MAX + 1, u64::MAX] {
+            let refused = begin(vec![1], timeout_s).check();
+            assert_eq!(refused, Err(BadBegin::Timeout(timeout_s)));
+        }
+        assert_eq!(begin(vec![0], 1).check(), Err(BadBegin::PidZero));
+        assert_eq!(begin(Vec::new(), 1).check(), Err(BadBegin::Pids(0)));
+        let many = MIGRATION_PIDS_MAX + 1;
+        assert_eq!(begin(vec![1; many], 1).check(), Err(BadBegin::Pids(many)));
     }
 
     #[test]

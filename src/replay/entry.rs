@@ -1,6 +1,8 @@
 //! Entries of a log as bytes: a length and a checksum before each. `docs/log-replay.md` draws the format.
 
-use crate::limits::{REPLAY_ENTRY_BYTES_MAX, REPLAY_HEAD_BYTES_MAX};
+use crate::limits::{
+    REPLAY_ENTRIES_MAX, REPLAY_ENTRY_BYTES_MAX, REPLAY_FILE_MAX, REPLAY_HEAD_BYTES_MAX,
+};
 
 /// First bytes of each file of a log.
 const MAGIC: &[u8; 8] = b"PFRPLOG\x01";
@@ -41,19 +43,25 @@ impl Header {
         bytes
     }
 
-    /// A header from bytes; `None` if they are none, or damaged.
+    /// A header from bytes; `None` if they are none, or damaged, or no recorder writes such numbers.
     pub fn decode(bytes: &[u8]) -> Option<Header> {
         let bytes = bytes.get(..HEADER_BYTES)?;
         let sum = u32_at(bytes, 28)?;
         if &bytes[..8] != MAGIC || sum != crc32fast::hash(&bytes[..28]) {
             return None;
         }
-        Some(Header {
+        let header = Header {
             file: u32_at(bytes, 8)?,
             connections: u32_at(bytes, 12)?,
             first: u64_at(bytes, 16)?,
             wait_us: u32_at(bytes, 24)?,
-        })
+        };
+        let is_numbered = (1..=REPLAY_FILE_MAX).contains(&header.file);
+        let begins = match header.file {
+            1 => header.first == 0,
+            _ => header.first <= REPLAY_ENTRIES_MAX,
+        };
+        (is_numbered && begins).then_some(header)
     }
 }
 
@@ -295,5 +303,21 @@ mod tests {
             assert_eq!(Header::decode(&damaged), None, "bit {bit}");
         }
         assert_eq!(Header::decode(&bytes[..31]), None);
+    }
+
+    #[test]
+    fn a_header_with_numbers_that_no_recorder_writes_is_none() {
+        let of = |file, first| {
+            let header = Header {
+                file,
+                connections: 0,
+                first,
+                wait_us: 0,
+            };
+            Header::decode(&header.encode()) == Some(header)
+        };
+        assert!(of(1, 0) && of(2, 0) && of(REPLAY_FILE_MAX, REPLAY_ENTRIES_MAX));
+        assert!(!of(0, 0) && !of(1, 1) && !of(1, u64::MAX));
+        assert!(!of(REPLAY_FILE_MAX + 1, 7) && !of(u32::MAX, 7) && !of(2, u64::MAX));
     }
 }

@@ -424,7 +424,15 @@ impl Session {
 
     /// Waits until what [`Session::receive`] began is stored.
     pub(super) async fn received(&self, number: Option<u32>) -> Result<Status> {
-        let receiver = self.lock().receiver.take();
+        let receiver = {
+            let mut inner = self.lock();
+            let next = inner.rounds + 1;
+            if number.is_some_and(|number| number != next) {
+                let text = format!("round {next} is the next that can be stored");
+                return Err(Error::new(Kind::Usage, text));
+            }
+            inner.receiver.take()
+        };
         let Some(mut receiver) = receiver else {
             return Err(Error::new(Kind::Usage, "nothing is being received"));
         };

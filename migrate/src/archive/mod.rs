@@ -14,6 +14,7 @@
 mod capture;
 mod documents;
 pub(crate) mod dump;
+mod entries;
 pub(crate) mod restore;
 pub(crate) mod snapshot;
 

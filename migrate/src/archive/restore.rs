@@ -13,10 +13,10 @@ use pageferry::limits::{ARCHIVE_FILES_MAX, OCI_DOCUMENT_BYTES_MAX};
 use pageferry::migration::messages::ContainerId;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use tar::{Archive, EntryType};
+use tar::EntryType;
 
 use super::capture::Unfinished;
-use super::{CHECKPOINT, CONFIG, DELETED, FILES, SPEC, documents};
+use super::{CHECKPOINT, CONFIG, DELETED, FILES, SPEC, documents, entries};
 use crate::child::Program;
 use crate::programs::ProgramArgs;
 use crate::runtime::{Runtime, RuntimeArg, bundle, runtime_log};
@@ -109,39 +109,41 @@ fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
 }
 
 /// Unpacks the archive: plain files and directories alone.
-fn unpack_parts(file: &Path, parts: &Path) -> Result<()> {
-    let failed = |error| Error::file("unpack", file, error);
-    let mut archive = Archive::new(decompressed(file)?);
-    for (count, entry) in archive.entries().map_err(failed)?.enumerate() {
-        let mut entry = entry.map_err(failed)?;
-        let kind = entry.header().entry_type();
-        let path = entry.path().map_err(failed)?.into_owned();
-        let inside = path
-            .components()
-            .all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
-        if !inside || count > ARCHIVE_FILES_MAX {
-            let text = format!(
-                "{}: {:?} is no file of a checkpoint",
-                file.display(),
-                path.display()
-            );
-            return Err(Error::new(Kind::Image, text));
-        }
-        let to = parts.join(&path);
-        match kind {
-            EntryType::Directory => fs::create_dir_all(&to).map_err(failed)?,
-            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
-                if let Some(dir) = to.parent() {
-                    fs::create_dir_all(dir).map_err(failed)?;
-                }
-                let mut to = File::create_new(&to).map_err(failed)?;
-                io::copy(&mut entry, &mut to).map_err(failed)?;
+pub(crate) fn unpack_parts(file: &Path, parts: &Path) -> Result<()> {
+    let unpacked = entries::for_each(
+        decompressed(file)?,
+        |_| {},
+        |count, entry| {
+            let kind = entry.header().entry_type();
+            let path = entry.path()?.into_owned();
+            let inside = path
+                .components()
+                .all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+            if !inside || count > ARCHIVE_FILES_MAX {
+                let text = format!("{:?} is no file of a checkpoint", path.display());
+                return Err(io::Error::other(text));
             }
-            // podman packs nothing else that a restore needs.
-            _ => tracing::warn!("{}: {} is left out", file.display(), path.display()),
-        }
-    }
-    Ok(())
+            let to = parts.join(&path);
+            match kind {
+                EntryType::Directory => fs::create_dir_all(&to)?,
+                EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
+                    if let Some(dir) = to.parent() {
+                        fs::create_dir_all(dir)?;
+                    }
+                    let mut new = File::create_new(&to)?;
+                    match kind {
+                        // With its holes: what they stand for may be more than any disk has.
+                        EntryType::GNUSparse => drop(entry.unpack(&to)?),
+                        _ => drop(io::copy(entry, &mut new)?),
+                    }
+                }
+                // podman packs nothing else that a restore needs.
+                _ => tracing::warn!("{}: {} is left out", file.display(), path.display()),
+            }
+            Ok(())
+        },
+    );
+    unpacked.map_err(|error| Error::file("unpack", file, error))
 }
 
 fn decompressed(file: &Path) -> Result<Box<dyn Read>> {
@@ -158,7 +160,7 @@ fn decompressed(file: &Path) -> Result<Box<dyn Read>> {
 }
 
 /// Writes the archive's files over the root, and removes what the container had removed.
-fn apply_files(parts: &Path, root: &Path) -> Result<()> {
+pub(crate) fn apply_files(parts: &Path, root: &Path) -> Result<()> {
     let deleted = parts.join(DELETED);
     if deleted.exists() {
         for path in read::<Vec<String>>(&deleted)? {
@@ -215,23 +217,23 @@ fn remove(root: &Path, path: &Path) -> io::Result<()> {
 
 /// Unpacks a layer without whiteouts over `root`: at most so many entries.
 pub(crate) fn apply(from: impl Read, root: &Path, entries_max: usize) -> io::Result<()> {
-    let mut archive = Archive::new(from);
-    archive.set_preserve_permissions(true);
-    archive.set_preserve_ownerships(true);
-    archive.set_preserve_mtime(true);
-    archive.set_unpack_xattrs(true);
     let mut times = Vec::new();
-    for (count, entry) in archive.entries()?.enumerate() {
+    let as_they_are = |archive: &mut tar::Archive<_>| {
+        archive.set_preserve_permissions(true);
+        archive.set_preserve_ownerships(true);
+        archive.set_preserve_mtime(true);
+        archive.set_unpack_xattrs(true);
+    };
+    entries::for_each(from, as_they_are, |count, entry| {
         if count >= entries_max {
             let text = format!("more than {entries_max} files");
             return Err(io::Error::other(text));
         }
-        let mut entry = entry?;
         let path = entry.path()?.into_owned();
         let kind = entry.header().entry_type();
-        let time = mtime(&mut entry)?;
+        let time = mtime(entry)?;
         let Some(name) = path.file_name() else {
-            continue;
+            return Ok(());
         };
         let at = parent_inside(root, &path)?.join(name);
         let was = fs::symlink_metadata(&at).ok();
@@ -240,7 +242,7 @@ pub(crate) fn apply(from: impl Read, root: &Path, entries_max: usize) -> io::Res
             remove(root, &path)?;
         }
         match kind {
-            EntryType::Fifo | EntryType::Char | EntryType::Block => special(&at, &entry)?,
+            EntryType::Fifo | EntryType::Char | EntryType::Block => special(&at, entry)?,
             _ if !entry.unpack_in(root)? => {
                 return Err(io::Error::other(format!("{} leads out", path.display())));
             }
@@ -249,7 +251,8 @@ pub(crate) fn apply(from: impl Read, root: &Path, entries_max: usize) -> io::Res
         if !kind.is_symlink() && !kind.is_hard_link() {
             times.push((at, time));
         }
-    }
+        Ok(())
+    })?;
     // Directories last: what is made in them changes their times.
     for (path, time) in times.into_iter().rev() {
         let file = match fs::symlink_metadata(&path)? {
@@ -269,9 +272,11 @@ fn mtime(entry: &mut tar::Entry<'_, impl Read>) -> io::Result<std::time::SystemT
     let text = record
         .next()
         .and_then(|record| record.value().ok().map(str::to_owned));
+    let out_of_range = || io::Error::new(io::ErrorKind::InvalidData, "a time out of range");
     let plain = std::time::Duration::from_secs(whole);
     let Some(text) = text else {
-        return Ok(std::time::UNIX_EPOCH + plain);
+        let time = std::time::UNIX_EPOCH.checked_add(plain);
+        return time.ok_or_else(out_of_range);
     };
     let (sign, text) = match text.strip_prefix('-') {
         Some(text) => (true, text.to_owned()),
@@ -293,7 +298,7 @@ fn mtime(entry: &mut tar::Entry<'_, impl Read>) -> io::Result<std::time::SystemT
         true => std::time::UNIX_EPOCH.checked_sub(plain),
         false => std::time::UNIX_EPOCH.checked_add(plain),
     };
-    time.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a time out of range"))
+    time.ok_or_else(out_of_range)
 }
 
 /// Makes a device or a FIFO.
@@ -320,4 +325,50 @@ fn special(at: &Path, entry: &tar::Entry<'_, impl Read>) -> io::Result<()> {
         fs::set_permissions(at, fs::Permissions::from_mode(mode))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A layer with one empty file, whose header and extension record name these times.
+    fn layer(whole: u64, exact: Option<&str>) -> Vec<u8> {
+        let mut layer = tar::Builder::new(Vec::new());
+        if let Some(exact) = exact {
+            let record = [("mtime", exact.as_bytes())];
+            layer.append_pax_extensions(record).unwrap();
+        }
+        let mut header = tar::Header::new_ustar();
+        header.set_mtime(whole);
+        header.set_uid(nix::unistd::geteuid().as_raw().into());
+        header.set_gid(nix::unistd::getegid().as_raw().into());
+        header.set_mode(0o600);
+        header.set_size(0);
+        layer.append_data(&mut header, "file", &[][..]).unwrap();
+        layer.into_inner().unwrap()
+    }
+
+    #[test]
+    fn a_time_that_no_clock_has_is_an_error() {
+        let applied = |whole, exact| {
+            let root = tempfile::tempdir().unwrap();
+            let root_path = fs::canonicalize(root.path()).unwrap();
+            apply(&layer(whole, exact)[..], &root_path, usize::MAX).map_err(|error| error.kind())
+        };
+        for good in [None, Some("7.5"), Some("-7.25"), Some("0")] {
+            assert_eq!(applied(7, good), Ok(()), "{good:?}");
+        }
+        // Bits beyond what digits can say are for larger numbers.
+        assert_eq!(applied(u64::MAX, None), Err(io::ErrorKind::InvalidData));
+        for wrong in [
+            "99999999999999999999",
+            "18446744073709551615",
+            "-18446744073709551615",
+            "x",
+            "",
+        ] {
+            let error = applied(7, Some(wrong));
+            assert_eq!(error, Err(io::ErrorKind::InvalidData), "{wrong:?}");
+        }
+    }
 }

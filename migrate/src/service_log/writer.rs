@@ -7,6 +7,7 @@ use std::thread::{self, JoinHandle};
 
 use nix::fcntl::{Flock, FlockArg};
 use pageferry::error::{Error, Kind, Result};
+use pageferry::limits::REPLAY_FILE_MAX;
 use pageferry::replay::{Entry, Header, encode};
 
 use super::{LOCK, LogReader, Next, files, path};
@@ -109,7 +110,7 @@ impl LogWriter {
         written.map_err(|error| Error::file("write", &self.path, error))?;
         self.entries += 1;
         self.header = Header {
-            file: self.header.file + 1,
+            file: after(self.header.file)?,
             connections: self.connections,
             first: self.entries,
             ..self.header
@@ -157,6 +158,15 @@ fn lock(dir: &Path) -> Result<Flock<File>> {
     })
 }
 
+/// The number of the file behind this one.
+fn after(number: u32) -> Result<u32> {
+    let text = "the log has as many files as it can have: begin a new one";
+    let next = number
+        .checked_add(1)
+        .filter(|next| *next <= REPLAY_FILE_MAX);
+    next.ok_or_else(|| Error::new(Kind::Usage, text))
+}
+
 fn create(dir: &Path, header: &Header) -> Result<(PathBuf, File)> {
     let path = path(dir, header.file);
     let failed = |error| Error::file("make", &path, error);
@@ -200,7 +210,7 @@ fn resume(dir: &Path, last: u32) -> Result<Header> {
         }
     };
     let mut header = Header {
-        file: last + 1,
+        file: after(last)?,
         connections,
         first: reader.entries(),
         ..*reader.header()

@@ -2,13 +2,14 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::super::stateless::StatelessState;
 use super::{BadBegin, Container, MigrationId, ServiceAddress};
-use crate::limits::{MIGRATION_ADDRESSES_MAX, READY_BYTES_MAX};
+use crate::limits::{MIGRATION_ADDRESSES_MAX, READY_BYTES_MAX, TIMEOUT_S_MAX};
 
 /// Longest SHA-256 in hexadecimal digits, which is also the only length that it has.
 const DIGEST_DIGITS: usize = 64;
@@ -36,6 +37,10 @@ impl ContainerBegin {
         if self.addresses.len() > MIGRATION_ADDRESSES_MAX {
             return Err(BadBegin::Addresses(self.addresses.len()));
         }
+        let longest_s = self.timeout_s.max(self.drain_ms / 1000);
+        if longest_s > TIMEOUT_S_MAX {
+            return Err(BadBegin::Timeout(longest_s));
+        }
         match self.addresses.iter().find(|service| !service.is_possible()) {
             Some(bad) => Err(BadBegin::Address(bad.cidr(), bad.device.clone())),
             None => Ok(()),
@@ -57,6 +62,13 @@ pub struct ContainerStart {
     pub ready: Option<Ready>,
     /// How long that may take, ms.
     pub limit_ms: u64,
+}
+
+impl ContainerStart {
+    /// How long that may take: no clock reaches what a peer may say.
+    pub fn limit(&self) -> Duration {
+        Duration::from_millis(self.limit_ms).min(Duration::from_secs(TIMEOUT_S_MAX))
+    }
 }
 
 /// Asks for the addresses that come along.

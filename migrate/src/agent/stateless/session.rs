@@ -261,8 +261,8 @@ impl Session {
             self.lock().started_us = Some(now_us());
         }
         if let Some(ready) = &request.ready {
-            let limit = Duration::from_millis(request.limit_ms);
-            self.wait_until_ready(&runtime, ready, limit).await?;
+            self.wait_until_ready(&runtime, ready, request.limit())
+                .await?;
         }
         self.lock().ready_us = Some(now_us());
         Ok(self.status())
