@@ -48,6 +48,11 @@ impl StartWait {
         })
     }
 
+    /// Waits no longer than `limit` from now on.
+    pub(super) fn shorten(&mut self, limit: Duration) {
+        self.limit = self.limit.min(self.start.elapsed() + limit);
+    }
+
     /// Tries until it is there.
     ///
     /// # Errors

@@ -53,6 +53,9 @@ pub use guard::{DumpGuard, GuardEnds};
 /// What CRIU writes once a dump has ended well, after a lazy one has given all pages away.
 const STATS_OF_DUMP: &str = "stats-dump";
 
+/// A dump listens as soon as it has written its images: one that does not by then has ended. CRIU 4.2.1 takes some ms.
+const LISTENS_WITHIN: Duration = Duration::from_secs(5);
+
 /// What is wrong when the dump cannot be told of the end.
 const BOTH_MAY_RUN: &str = "a client has everything, but the dump's processes may run on as well";
 
@@ -135,6 +138,9 @@ impl ForwardLazy {
         };
         let dump_memory = Arc::new(DumpMemory::new(images, config.spill.as_deref())?);
         // The last step that may fail: from here on the dump is told when it is given up.
+        if !kept {
+            wait.shorten(LISTENS_WITHIN);
+        }
         let stream = wait.until(|| not_yet(Drain::connect(&config.dump)));
         let stream = match kept {
             true => stream?,
