@@ -72,7 +72,7 @@ fn power_is_cut_at_each_step(bed: &Bed, criu: &Criu) -> Result<()> {
     run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&disk))?;
     writing.stage.machines[1].script(DISK)?;
     // The first hook makes the last difference; the second sees the disk as soon as the decision is known.
-    let options = "--mode cold \
+    let options = "--mode cold --volume /root/volume \
         --pre-freeze 'cp /stage/disk.img /stage/rounds.img; echo late > /root/bundles/c1/rootfs/late; \
             dd if=/dev/urandom of=/root/bundles/c1/rootfs/late-too bs=1M count=3 status=none' \
         --post-resume 'cp /stage/disk.img /stage/decided.img'";
