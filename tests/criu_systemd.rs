@@ -193,12 +193,17 @@ fn memory_is_reshaped_and_forked_meanwhile() {
     killed_half_way(Suite::Experimental, STARTED_AGAIN, &reshaping());
 }
 
-/// What the installed unit forbids is not needed, before the outage and after it.
+/// What the installed unit forbids by capabilities and system calls is not needed, before the outage and after it.
 #[test]
 fn the_installed_unit_allows_what_is_needed() {
     let unit = include_str!("../packaging/systemd/lazy-client@.service");
     let begins = unit.find("UMask=").expect("the switches");
-    let more = format!("{STARTED_AGAIN}\n{}", &unit[begins..]);
+    // Those that are made by mounts are not to be had here: a manager of a user in namespaces cannot start a service
+    // with them.
+    let by_mounts = |line: &&str| line.starts_with("Protect") || line.starts_with("Private");
+    let switches = unit[begins..].lines().filter(|line| !by_mounts(line));
+    let switches: Vec<&str> = switches.collect();
+    let more = format!("{STARTED_AGAIN}\n{}", switches.join("\n"));
     killed_half_way(Suite::Trixie, &more, &reshaping());
 }
 
