@@ -11,6 +11,10 @@ use anyhow::{Context, Result, bail, ensure};
 /// profile directory of the running test.
 pub const BIN_DIR_VARIABLE: &str = "PAGEFERRY_BIN_DIR";
 
+/// What cargo is told to build, so that tests find their programs. Examples make cargo choose the features that
+/// tests have, too: with others the library and most crates beneath it would be built once more.
+pub const BUILT_BESIDE_TESTS: [&str; 3] = ["--workspace", "--bins", "--examples"];
+
 /// The root of the workspace.
 pub fn root() -> &'static Path {
     let testbed = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -83,7 +87,7 @@ pub fn binary(name: &str) -> Result<PathBuf> {
 /// It cannot be built.
 pub fn example(name: &str) -> Result<PathBuf> {
     let dir = profile_dir()?;
-    cargo_build(&dir, &["--package", "pageferry", "--example", name])?;
+    cargo_build(&dir, &["--workspace", "--example", name])?;
     Ok(dir.join("examples").join(name))
 }
 
@@ -91,7 +95,7 @@ pub fn example(name: &str) -> Result<PathBuf> {
 /// their directory. A test run by hand would otherwise judge binaries of an older state.
 fn build() -> Result<PathBuf> {
     let dir = profile_dir()?;
-    cargo_build(&dir, &["--workspace", "--bins"])?;
+    cargo_build(&dir, &BUILT_BESIDE_TESTS)?;
     Ok(dir)
 }
 

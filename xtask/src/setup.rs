@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, geteuid};
 use testbed::wait::{self, retried};
-use testbed::workspace::{BIN_DIR_VARIABLE, root, target_dir};
+use testbed::workspace::{BIN_DIR_VARIABLE, BUILT_BESIDE_TESTS, root, target_dir};
 
 /// A program and the Debian package that it comes in.
 pub(crate) struct Needed {
@@ -175,7 +175,7 @@ pub(crate) fn cargo() -> Command {
 
 /// Builds all binaries once, quickly and with all assertions, and tells their directory.
 pub(crate) fn debug_binaries() -> Result<PathBuf> {
-    run(cargo().args(["build", "--workspace", "--bins"]))?;
+    run(cargo().arg("build").args(BUILT_BESIDE_TESTS))?;
     Ok(target_dir().join("debug"))
 }
 
