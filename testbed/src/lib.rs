@@ -9,7 +9,7 @@
 //!   load       the process under test               process, wait    guards, deadlines, Ctrl-C
 //!   kinds      a process with every kind of mapping mappings         the calls that make them
 //!   daemons    page-server, lazy-pages, both makes  net, proxy       two hosts; delay, rate, cuts
-//!   migration  dump and restore, with all logs      pipes            fs.pipe-max-size
+//!   migration  dump and restore, with all logs      pipes, hugepages settings of the kernel (sysctl)
 //!   postcopy   all of it in one                     bed, suite       a test's place, a test per CRIU
 //!   rounds     dumps of one load on top of each other images, stats    CRIU's files
 //!   containers a host to which they move             control_groups  groups of another host
@@ -66,6 +66,7 @@ pub mod suite;
 pub mod summary;
 pub mod swrk;
 pub mod sys;
+pub mod sysctl;
 pub mod systemd;
 pub mod transfer;
 pub mod wait;
