@@ -19,7 +19,7 @@ use testbed::load::steps::{Order, Pass, Step};
 use testbed::migration::{Dump, Restore};
 use testbed::net::free_port;
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
-use testbed::proxy::{Impairment, ImpairmentKind, Proxy, Way};
+use testbed::proxy::{Direction, Impairment, ImpairmentKind, Proxy};
 use testbed::suite::{make, with_criu};
 use testbed::wait::{self, GENEROUS};
 use testbed::{bed, for_each_criu, gate, process, workspace};
@@ -285,7 +285,7 @@ fn signals_end_a_page_server_in_the_background() {
             let to_link = Dump::new(criu, load.pid(), bed.path("dump")).to(link.address());
             let mut dump = to_link.start()?;
             wait::until("a part of the dump", GENEROUS, || {
-                Ok((link.carried(Way::ToServer) > 2 << 20).then_some(()))
+                Ok((link.carried(Direction::ToServer) > 2 << 20).then_some(()))
             })?;
             end_server(&server, &images, signal)?;
             dump.fail(GENEROUS)?;
@@ -336,7 +336,7 @@ fn a_restore_in_the_foreground_holds_nobody_up(bed: &Bed, criu: &Criu) -> Result
 fn a_lost_page_kills_its_reader() {
     with_criu(Suite::Sid, |bed, criu| {
         let impairment = Impairment {
-            way: Way::ToClient,
+            direction: Direction::ToClient,
             after_bytes: 8 << 20,
             kind: ImpairmentKind::Reset,
         };

@@ -16,7 +16,7 @@ use testbed::load::steps::{Order, Pass, Step};
 use testbed::migration::{Dump, Restore};
 use testbed::net::free_port;
 use testbed::pki::{Authority, Host};
-use testbed::proxy::{Impairment, ImpairmentKind, Link, Proxy, Way};
+use testbed::proxy::{Direction, Impairment, ImpairmentKind, Link, Proxy};
 use testbed::summary::{number, of_session};
 use testbed::wait::{self, GENEROUS};
 
@@ -218,17 +218,17 @@ impl Between {
 }
 
 fn broken_links_are_resumed(bed: &Bed, criu: &Criu) -> Result<()> {
-    for (number, (way, after_bytes, kind, streams)) in [
-        (Way::ToServer, 3_000_000, ImpairmentKind::Reset, "1"),
-        (Way::ToServer, 2_345_678, ImpairmentKind::FlipBit, "1"),
-        (Way::ToServer, 4_000_001, ImpairmentKind::End, "3"),
-        (Way::ToClient, 1_500, ImpairmentKind::FlipBit, "2"),
+    for (number, (direction, after_bytes, kind, streams)) in [
+        (Direction::ToServer, 3_000_000, ImpairmentKind::Reset, "1"),
+        (Direction::ToServer, 2_345_678, ImpairmentKind::FlipBit, "1"),
+        (Direction::ToServer, 4_000_001, ImpairmentKind::End, "3"),
+        (Direction::ToClient, 1_500, ImpairmentKind::FlipBit, "2"),
     ]
     .into_iter()
     .enumerate()
     {
         let impairment = Impairment {
-            way,
+            direction,
             after_bytes,
             kind,
         };
@@ -246,7 +246,7 @@ fn broken_links_are_resumed(bed: &Bed, criu: &Criu) -> Result<()> {
 
 fn links_that_never_work_fail_the_dump(bed: &Bed, criu: &Criu) -> Result<()> {
     let impairment = |after_bytes| Impairment {
-        way: Way::ToServer,
+        direction: Direction::ToServer,
         after_bytes,
         kind: ImpairmentKind::FlipBit,
     };
@@ -280,7 +280,7 @@ fn a_far_end_that_is_gone_fails_the_dump(bed: &Bed, criu: &Criu) -> Result<()> {
     let mut between = Between::start(bed, "gone", None, link, &[])?;
     let mut dump = between.dump(criu).start()?;
     wait::until("a part of the dump", GENEROUS, || {
-        Ok((between.proxy.carried(Way::ToServer) > 2 << 20).then_some(()))
+        Ok((between.proxy.carried(Direction::ToServer) > 2 << 20).then_some(()))
     })?;
     between.far_end.process().kill()?;
     dump.fail(GENEROUS)?;

@@ -19,7 +19,7 @@ use testbed::load::spec::LoadSpec;
 use testbed::load::steps::{Order, Step};
 use testbed::migration::Dump;
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
-use testbed::proxy::{Impairment, ImpairmentKind, Link, Way};
+use testbed::proxy::{Direction, Impairment, ImpairmentKind, Link};
 use testbed::rounds::pages_files;
 use testbed::suite::with_criu;
 use testbed::summary::{number, of_session, whole};
@@ -125,7 +125,7 @@ fn only_what_has_changed_travels(bed: &Bed, criu: &Criu) -> Result<()> {
     ensure!(learned > all / 10 * 9, "{learned} hashes for {all} pages");
     let (came, bytes) = (moved.received(), all * page_size()?.bytes());
     ensure!(came < bytes / 10, "{came} bytes for {bytes}");
-    let went = moved.carried(Way::ToServer);
+    let went = moved.carried(Direction::ToServer);
     // 16 bytes a page, and acknowledgements.
     ensure!((16 * learned..48 * all).contains(&went), "{went} bytes");
     Ok(())
@@ -212,12 +212,17 @@ fn clients_with_and_without_an_earlier_round_get_the_same() {
 }
 
 /// An impairment on the way of the hashes, or of the pages.
-fn with_impairment(bed: &Bed, criu: &Criu, way: Way, kind: ImpairmentKind) -> Result<()> {
+fn with_impairment(
+    bed: &Bed,
+    criu: &Criu,
+    direction: Direction,
+    kind: ImpairmentKind,
+) -> Result<()> {
     let changed = Changed::start(bed, criu, spec(bed))?;
     // A quarter of the hashes; as many bytes of what is answered to them.
     let after_bytes = 64 << 10;
     let impairment = Impairment {
-        way,
+        direction,
         after_bytes,
         kind,
     };
@@ -236,21 +241,21 @@ fn with_impairment(bed: &Bed, criu: &Criu, way: Way, kind: ImpairmentKind) -> Re
 #[test]
 fn a_link_that_is_cut_among_the_hashes_is_made_again() {
     with_criu(Suite::Sid, |bed, criu| {
-        with_impairment(bed, criu, Way::ToServer, ImpairmentKind::Reset)
+        with_impairment(bed, criu, Direction::ToServer, ImpairmentKind::Reset)
     });
 }
 
 #[test]
 fn a_link_that_ends_among_the_pages_is_made_again() {
     with_criu(Suite::Trixie, |bed, criu| {
-        with_impairment(bed, criu, Way::ToClient, ImpairmentKind::End)
+        with_impairment(bed, criu, Direction::ToClient, ImpairmentKind::End)
     });
 }
 
 #[test]
 fn a_bit_that_flips_among_the_hashes_is_found() {
     with_criu(Suite::Sid, |bed, criu| {
-        with_impairment(bed, criu, Way::ToServer, ImpairmentKind::FlipBit)
+        with_impairment(bed, criu, Direction::ToServer, ImpairmentKind::FlipBit)
     });
 }
 
@@ -307,7 +312,7 @@ fn with_accident(bed: &Bed, criu: &Criu, befalls: impl Fn(&Path) -> Result<()>) 
     let earlier = changed.earlier.clone();
     let mut moving = PostCopy::of(bed, &plan, changed.load, &[])?;
     wait::until("hashes", GENEROUS, || {
-        let told = moving.carried(Way::ToServer) > 12 << 10;
+        let told = moving.carried(Direction::ToServer) > 12 << 10;
         Ok(told.then_some(()))
     })?;
     befalls(&earlier)?;

@@ -19,7 +19,7 @@ use testbed::migration::Dump;
 use testbed::net::free_port;
 use testbed::pki::{Authority, Host};
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
-use testbed::proxy::{Impairment, ImpairmentKind, Way};
+use testbed::proxy::{Direction, Impairment, ImpairmentKind};
 use testbed::suite::with_criu;
 use testbed::wait::{self, GENEROUS};
 
@@ -158,7 +158,7 @@ fn a_flipped_bit_is_found_and_its_pages_come_again() {
     with_criu(Suite::Trixie, |bed, criu| {
         // Further than what is left to come behind the first of them.
         let impairment = Impairment {
-            way: Way::ToClient,
+            direction: Direction::ToClient,
             after_bytes: HALF_WAY,
             kind: ImpairmentKind::FlipBit,
         };

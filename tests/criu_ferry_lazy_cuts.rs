@@ -8,7 +8,7 @@ use testbed::daemons::Make;
 use testbed::load::content::Content;
 use testbed::load::spec::{AreaSpec, LoadSpec, Mapping};
 use testbed::postcopy::{Plan, PostCopy, Source};
-use testbed::proxy::{Impairment, ImpairmentKind, Link, Way};
+use testbed::proxy::{Direction, Impairment, ImpairmentKind, Link};
 use testbed::suite::with_criu;
 
 const BATCHES: u64 = 8;
@@ -48,10 +48,10 @@ fn with_impairment(bed: &Bed, criu: &Criu, impairment: Impairment) -> Result<()>
 }
 
 /// One post-copy for each of `places`, in bytes, with one kind after the other.
-fn with_impairments(way: Way, places: impl Iterator<Item = u64>) {
+fn with_impairments(direction: Direction, places: impl Iterator<Item = u64>) {
     for (after_bytes, kind) in places.zip(HARMS.into_iter().cycle()) {
         let impairment = Impairment {
-            way,
+            direction,
             after_bytes,
             kind,
         };
@@ -68,7 +68,7 @@ fn one_impairment_anywhere_among_the_batches_is_survived() {
     let end = BEFORE_BYTES + BATCHES * BATCH_BYTES;
     let close = [end, end + 9, end + CLOSE_BYTES - 1];
     let places = borders.flat_map(|border| inside.map(|offset| border + offset));
-    with_impairments(Way::ToClient, places.chain(close));
+    with_impairments(Direction::ToClient, places.chain(close));
 }
 
 #[test]
@@ -81,7 +81,7 @@ fn one_impairment_to_the_last_word_is_survived() {
         .cycle()
         .take(HARMS.len() * inside.len() - 1);
     let shifted = std::iter::once(bye).chain(places.map(|offset| bye + offset));
-    with_impairments(Way::ToClient, shifted);
+    with_impairments(Direction::ToClient, shifted);
 }
 
 #[test]
@@ -91,5 +91,5 @@ fn one_impairment_anywhere_among_the_acknowledgements_is_survived() {
     let hello = HEADER_BYTES + 72;
     let end = hello + (BATCHES + 5) * ACK_BYTES;
     let places = (hello..end).step_by(61);
-    with_impairments(Way::ToServer, places);
+    with_impairments(Direction::ToServer, places);
 }

@@ -15,7 +15,7 @@ use testbed::load::spec::{LoadSpec, OnLostPage};
 use testbed::load::steps::{Order, Pass, Step};
 use testbed::migration::Dump;
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
-use testbed::proxy::{Impairment, ImpairmentKind, Link, Proxy, Way};
+use testbed::proxy::{Direction, Impairment, ImpairmentKind, Link, Proxy};
 use testbed::wait::{self, GENEROUS};
 
 for_each_criu!(
@@ -39,7 +39,7 @@ fn cut_dump(bed: &Bed, criu: &Criu, kind: ImpairmentKind) -> Result<()> {
     let images = bed.path("images");
     let mut server = PageServer::receiving(Make::Ours, &Options::new(&images))?;
     let impairment = Impairment {
-        way: Way::ToServer,
+        direction: Direction::ToServer,
         after_bytes: HALF_WAY,
         kind,
     };
@@ -167,7 +167,7 @@ fn source_killed_under_the_client(bed: &Bed, criu: &Criu) -> Result<()> {
 
 fn link_reset_under_the_client(bed: &Bed, criu: &Criu) -> Result<()> {
     let impairment = Impairment {
-        way: Way::ToClient,
+        direction: Direction::ToClient,
         after_bytes: HALF_WAY,
         kind: ImpairmentKind::Reset,
     };
@@ -179,7 +179,7 @@ fn link_reset_under_the_client(bed: &Bed, criu: &Criu) -> Result<()> {
 
 fn link_ended_cleanly_under_the_client(bed: &Bed, criu: &Criu) -> Result<()> {
     let impairment = Impairment {
-        way: Way::ToClient,
+        direction: Direction::ToClient,
         after_bytes: HALF_WAY,
         kind: ImpairmentKind::End,
     };

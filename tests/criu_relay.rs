@@ -14,7 +14,7 @@ use testbed::migration::Dump;
 use testbed::net::free_port;
 use testbed::pki::{Authority, Host};
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
-use testbed::proxy::{Link, Proxy, Way};
+use testbed::proxy::{Direction, Link, Proxy};
 use testbed::suite::with_criu;
 use testbed::wait::{self, GENEROUS};
 
@@ -102,7 +102,7 @@ fn end_forwarder(bed: &Bed, criu: &Criu, signal: Signal) -> Result<()> {
     let options = Options::new(&images).with(&["--forward-lazy", &kept]);
     let mut forwarder = PageServer::receiving(Make::Ours, &options.log_to("forward.log"))?;
     wait::until("a part of the memory", GENEROUS, || {
-        Ok((relay.carried(Way::ToClient) > A_PART).then_some(()))
+        Ok((relay.carried(Direction::ToClient) > A_PART).then_some(()))
     })?;
     forwarder.process().signal(signal)?;
     let ended = forwarder.process().wait(GENEROUS)?;

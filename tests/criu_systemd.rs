@@ -20,7 +20,7 @@ use testbed::migration::{Dump, Restore, Restored};
 use testbed::net::free_port;
 use testbed::postcopy::slow_link;
 use testbed::process::tail;
-use testbed::proxy::{Proxy, Way};
+use testbed::proxy::{Direction, Proxy};
 use testbed::suite::with_criu;
 use testbed::systemd::Systemd;
 use testbed::wait::{self, GENEROUS};
@@ -165,7 +165,7 @@ fn source_options(address: SocketAddr) -> String {
 
 fn wait_for_half(proxy: &Proxy, log: &Path) -> Result<()> {
     let half = wait::until("half of the memory", GENEROUS, || {
-        Ok((proxy.carried(Way::ToClient) > HALF_WAY).then_some(()))
+        Ok((proxy.carried(Direction::ToClient) > HALF_WAY).then_some(()))
     });
     half.with_context(|| tail(log))
 }

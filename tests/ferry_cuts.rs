@@ -20,7 +20,7 @@ use dump_bytes::dump;
 use ends::{LONG, SHORT, context, expected, far_end, forward, many_pages};
 use pageferry::criu::header::{PageFlags, Target, Wire};
 use pageferry::ferry::frame::{HEADER_BYTES, Split, split};
-use testbed::proxy::{Impairment, ImpairmentKind, Link, Proxy, Way};
+use testbed::proxy::{Direction, Impairment, ImpairmentKind, Link, Proxy};
 
 const PID: Target = Target::Process(7);
 
@@ -77,7 +77,7 @@ fn connections_that_break_anywhere_beyond_a_batch_are_resumed() {
         for streams in [1, 3] {
             // Some batches further on: a reset takes along what the far end has not read yet.
             let impairment = Impairment {
-                way: Way::ToServer,
+                direction: Direction::ToServer,
                 after_bytes: 900_000 + step,
                 kind,
             };
@@ -97,7 +97,7 @@ fn the_way_back_may_break_as_well() {
         (ImpairmentKind::FlipBit, 400),
     ] {
         let impairment = Impairment {
-            way: Way::ToClient,
+            direction: Direction::ToClient,
             after_bytes,
             kind,
         };
@@ -107,17 +107,17 @@ fn the_way_back_may_break_as_well() {
 
 #[test]
 fn connections_that_never_get_anywhere_are_given_up_at_both_ends() {
-    for (way, kind, after_bytes) in [
-        (Way::ToServer, ImpairmentKind::Reset, 0),
-        (Way::ToServer, ImpairmentKind::End, 60),
-        (Way::ToServer, ImpairmentKind::FlipBit, 99),
-        (Way::ToServer, ImpairmentKind::FlipBit, 20_000),
-        (Way::ToClient, ImpairmentKind::Reset, 99),
-        (Way::ToClient, ImpairmentKind::FlipBit, 3),
-        (Way::ToServer, ImpairmentKind::Reset, 100_000),
+    for (direction, kind, after_bytes) in [
+        (Direction::ToServer, ImpairmentKind::Reset, 0),
+        (Direction::ToServer, ImpairmentKind::End, 60),
+        (Direction::ToServer, ImpairmentKind::FlipBit, 99),
+        (Direction::ToServer, ImpairmentKind::FlipBit, 20_000),
+        (Direction::ToClient, ImpairmentKind::Reset, 99),
+        (Direction::ToClient, ImpairmentKind::FlipBit, 3),
+        (Direction::ToServer, ImpairmentKind::Reset, 100_000),
     ] {
         let impairment = Impairment {
-            way,
+            direction,
             after_bytes,
             kind,
         };
@@ -128,7 +128,7 @@ fn connections_that_never_get_anywhere_are_given_up_at_both_ends() {
 #[test]
 fn a_connection_that_falls_silent_is_made_again() {
     let impairment = Impairment {
-        way: Way::ToServer,
+        direction: Direction::ToServer,
         after_bytes: 1_300_000,
         kind: ImpairmentKind::Silence,
     };
@@ -251,7 +251,7 @@ fn one_impairment_anywhere_on_the_way_there_is_survived() {
                 (ImpairmentKind::FlipBit, 1),
             ] {
                 let impairment = Impairment {
-                    way: Way::ToServer,
+                    direction: Direction::ToServer,
                     after_bytes,
                     kind,
                 };
@@ -272,7 +272,7 @@ fn one_impairment_anywhere_on_the_way_back_is_survived() {
             (ImpairmentKind::FlipBit, 1),
         ] {
             let impairment = Impairment {
-                way: Way::ToClient,
+                direction: Direction::ToClient,
                 after_bytes,
                 kind,
             };

@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use crate::criu::Criu;
 use crate::net::{NetNs, command_in};
 use crate::process::{Spawned, descendants, kill_and_reap, tail};
-use crate::proxy::{Link, Proxy, Way};
+use crate::proxy::{Direction, Link, Proxy};
 use crate::sys::Ended;
 use crate::wait::{self, GENEROUS};
 use crate::workspace;
@@ -109,7 +109,7 @@ impl<'a> Dump<'a> {
             if let Some(ended) = dump.ended()? {
                 bail!("the dump is over: {}{}", ended.status, dump.log_tail());
             }
-            Ok((proxy.carried(Way::ToServer) > bytes).then_some(()))
+            Ok((proxy.carried(Direction::ToServer) > bytes).then_some(()))
         })?;
         dump.kill().map(drop)
     }

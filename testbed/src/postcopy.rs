@@ -26,7 +26,7 @@ use crate::load::steps::Step;
 use crate::migration::{Dump, Restore, Restored};
 use crate::net::free_port;
 use crate::process::Spawned;
-use crate::proxy::{Impairment, Link, Proxy, Way};
+use crate::proxy::{Direction, Impairment, Link, Proxy};
 use crate::wait::GENEROUS;
 
 /// Who has the memory that is still missing.
@@ -305,12 +305,14 @@ impl PostCopy {
 
     /// Payload bytes that came over the link so far.
     pub fn received(&self) -> u64 {
-        self.carried(Way::ToClient)
+        self.carried(Direction::ToClient)
     }
 
-    /// Payload bytes that went over the link in one way so far.
-    pub fn carried(&self, way: Way) -> u64 {
-        self.proxy.as_ref().map_or(0, |proxy| proxy.carried(way))
+    /// Payload bytes that went over the link in one direction so far.
+    pub fn carried(&self, direction: Direction) -> u64 {
+        self.proxy
+            .as_ref()
+            .map_or(0, |proxy| proxy.carried(direction))
     }
 
     /// The source's process, if there is a source.

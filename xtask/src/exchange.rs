@@ -27,7 +27,7 @@ use testbed::migration::{Dump, Restore};
 use testbed::net::free_port;
 use testbed::pki::{Authority, Host};
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
-use testbed::proxy::{Impairment, ImpairmentKind, Way};
+use testbed::proxy::{Direction, Impairment, ImpairmentKind};
 use testbed::rounds::{Rounds, pages_files};
 use testbed::wait::GENEROUS;
 use testbed::workspace::use_binaries;
@@ -299,7 +299,7 @@ fn forward_lazy_ferry(bed: &Bed, ends: Ends<'_>) -> Result<()> {
 
 fn forward_lazy_cut(bed: &Bed, ends: Ends<'_>) -> Result<()> {
     let impairment = Impairment {
-        way: Way::ToClient,
+        direction: Direction::ToClient,
         after_bytes: u64::from(MIB) << 18,
         kind: ImpairmentKind::Reset,
     };

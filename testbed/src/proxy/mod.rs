@@ -32,17 +32,17 @@ use crate::process::run;
 /// What lies between the two sides.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Link {
-    /// Time for there and back; each way takes half.
+    /// Time for there and back; each direction takes half.
     pub round_trip: Duration,
-    /// Bytes a second, each way; none: as fast as the machine.
+    /// Bytes a second in each direction; none: as fast as the machine.
     pub bytes_per_s: Option<u64>,
     /// A reset of one side reaches the other as a clean end, as through `ssh -L` or a TCP proxy.
     pub hides_resets: bool,
 }
 
-/// Which way bytes go.
+/// Where bytes go.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Way {
+pub enum Direction {
     /// From the side that connected.
     ToServer,
     /// To the side that connected.
@@ -62,11 +62,11 @@ pub enum ImpairmentKind {
     Silence,
 }
 
-/// An impairment at an offset of one way of every connection.
+/// An impairment at an offset of one direction of every connection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Impairment {
     /// Which bytes are counted.
-    pub way: Way,
+    pub direction: Direction,
     /// Bytes that pass unharmed.
     pub after_bytes: u64,
     /// What happens then.
@@ -91,7 +91,7 @@ struct Shared {
     impaired_left: AtomicU64,
     to_server: AtomicU64,
     to_client: AtomicU64,
-    /// Decides which bit of the next bytes each way is flipped; 0: none.
+    /// Decides which bit of the next bytes in each direction is flipped; 0: none.
     flips: [AtomicU64; 2],
     stopping: AtomicBool,
     connections: Mutex<Vec<Arc<Connection>>>,
@@ -126,8 +126,8 @@ impl Upstream {
 
 impl Shared {
     /// Flips a bit of `bytes` if one is to be flipped.
-    fn flip(&self, way: Way, bytes: &mut [u8]) {
-        let chance = self.flips[way as usize].swap(0, Ordering::Relaxed);
+    fn flip(&self, direction: Direction, bytes: &mut [u8]) {
+        let chance = self.flips[direction as usize].swap(0, Ordering::Relaxed);
         if chance == 0 {
             return;
         }
@@ -135,10 +135,10 @@ impl Shared {
         bytes[place] ^= 1 << (chance & 7);
     }
 
-    fn counter(&self, way: Way) -> &AtomicU64 {
-        match way {
-            Way::ToServer => &self.to_server,
-            Way::ToClient => &self.to_client,
+    fn counter(&self, direction: Direction) -> &AtomicU64 {
+        match direction {
+            Direction::ToServer => &self.to_server,
+            Direction::ToClient => &self.to_client,
         }
     }
 
@@ -257,8 +257,8 @@ impl Proxy {
     }
 
     /// Payload bytes that have arrived so far.
-    pub fn carried(&self, way: Way) -> u64 {
-        self.shared.counter(way).load(Ordering::Relaxed)
+    pub fn carried(&self, direction: Direction) -> u64 {
+        self.shared.counter(direction).load(Ordering::Relaxed)
     }
 
     /// Impairs all connections that stand now, by a reset or a clean end.
@@ -268,10 +268,10 @@ impl Proxy {
         }
     }
 
-    /// Flips one bit of the next bytes that come `way`, on whichever connection. `chance` decides which bit.
-    pub fn flip(&self, way: Way, chance: u64) {
+    /// Flips one bit of the next bytes in a `direction`, on whichever connection. `chance` decides which bit.
+    pub fn flip(&self, direction: Direction, chance: u64) {
         // 0 stands for no flip.
-        self.shared.flips[way as usize].store(chance.max(1), Ordering::Relaxed);
+        self.shared.flips[direction as usize].store(chance.max(1), Ordering::Relaxed);
     }
 
     /// Forgets flips that have not happened.
@@ -365,14 +365,14 @@ mod tests {
         assert!(got == sent);
         writing.join().unwrap().unwrap();
         assert_eq!(server.join().unwrap().unwrap(), sent.len() as u64);
-        assert_eq!(proxy.carried(Way::ToServer), sent.len() as u64);
-        assert_eq!(proxy.carried(Way::ToClient), sent.len() as u64);
+        assert_eq!(proxy.carried(Direction::ToServer), sent.len() as u64);
+        assert_eq!(proxy.carried(Direction::ToClient), sent.len() as u64);
     }
 
     #[test]
     fn resets_both_sides_at_an_offset() {
         let impairment = Impairment {
-            way: Way::ToClient,
+            direction: Direction::ToClient,
             after_bytes: 1000,
             kind: ImpairmentKind::Reset,
         };
@@ -392,7 +392,7 @@ mod tests {
     #[test]
     fn ends_cleanly_at_an_offset() {
         let impairment = Impairment {
-            way: Way::ToClient,
+            direction: Direction::ToClient,
             after_bytes: 1000,
             kind: ImpairmentKind::End,
         };
@@ -440,7 +440,7 @@ mod tests {
     #[test]
     fn flips_one_bit() {
         let impairment = Impairment {
-            way: Way::ToServer,
+            direction: Direction::ToServer,
             after_bytes: 4,
             kind: ImpairmentKind::FlipBit,
         };

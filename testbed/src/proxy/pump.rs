@@ -1,4 +1,4 @@
-//! One connection of the proxy: a reader and a writer for each way.
+//! One connection of the proxy: a reader and a writer for each direction.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -11,14 +11,14 @@ use nix::sys::prctl;
 use socket2::SockRef;
 
 use super::queue::{Piece, Queue};
-use super::{Impairment, ImpairmentKind, Shared, Way};
+use super::{Direction, Impairment, ImpairmentKind, Shared};
 
 /// Bytes read at a time: small enough for a rate limit to be smooth.
 const READ_BYTES: usize = 64 << 10;
 /// How often a blocked writer looks whether the connection has ended.
 const WRITE_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// A reader and a writer for each way.
+/// A reader and a writer for each direction.
 const THREADS: usize = 4;
 
 #[derive(Debug)]
@@ -62,26 +62,26 @@ impl Connection {
         drop(connections);
         let impairment = shared.next_impairment();
         let mut threads = Vec::with_capacity(THREADS);
-        for way in [Way::ToServer, Way::ToClient] {
+        for direction in [Direction::ToServer, Direction::ToClient] {
             let (reader, from) = (Arc::clone(&connection), Arc::clone(shared));
             let (writer, to) = (Arc::clone(&connection), Arc::clone(shared));
             threads.push(thread::spawn(move || {
-                let impairment = impairment.filter(|impairment| impairment.way == way);
-                reader.read(way, impairment, &from);
+                let impairment = impairment.filter(|impairment| impairment.direction == direction);
+                reader.read(direction, impairment, &from);
                 reader.forget_if_over(&from);
             }));
             threads.push(thread::spawn(move || {
-                writer.write(way, &to);
+                writer.write(direction, &to);
                 writer.forget_if_over(&to);
             }));
         }
         threads
     }
 
-    fn path(&self, way: Way) -> (&TcpStream, &Queue, &TcpStream) {
-        match way {
-            Way::ToServer => (&self.client, &self.to_server, &self.server),
-            Way::ToClient => (&self.server, &self.to_client, &self.client),
+    fn path(&self, direction: Direction) -> (&TcpStream, &Queue, &TcpStream) {
+        match direction {
+            Direction::ToServer => (&self.client, &self.to_server, &self.server),
+            Direction::ToClient => (&self.server, &self.to_client, &self.client),
         }
     }
 
@@ -98,8 +98,8 @@ impl Connection {
         connections.retain(|connection| !Arc::ptr_eq(connection, self));
     }
 
-    fn read(&self, way: Way, impairment: Option<Impairment>, shared: &Shared) {
-        let (mut from, queue, _) = self.path(way);
+    fn read(&self, direction: Direction, impairment: Option<Impairment>, shared: &Shared) {
+        let (mut from, queue, _) = self.path(direction);
         let mut passed = 0u64;
         let mut buffer = vec![0; READ_BYTES];
         loop {
@@ -117,7 +117,7 @@ impl Connection {
                 Err(_) => return self.end(ImpairmentKind::Reset),
             };
             let bytes = &mut buffer[..got];
-            shared.flip(way, bytes);
+            shared.flip(direction, bytes);
             let place = impairment.and_then(|impairment| {
                 let offset = usize::try_from(impairment.after_bytes.checked_sub(passed)?).ok()?;
                 (offset < got).then_some((offset, impairment.kind))
@@ -128,7 +128,7 @@ impl Connection {
                 Some((offset, ImpairmentKind::FlipBit)) => bytes[offset] ^= 1,
                 Some((offset, kind)) => {
                     queue.push(Piece::Bytes(bytes[..offset].to_vec()));
-                    return self.impair(way, kind);
+                    return self.impair(direction, kind);
                 }
             }
             if !queue.push(Piece::Bytes(bytes.to_vec())) {
@@ -137,23 +137,23 @@ impl Connection {
         }
     }
 
-    fn impair(&self, way: Way, kind: ImpairmentKind) {
+    fn impair(&self, direction: Direction, kind: ImpairmentKind) {
         match kind {
             ImpairmentKind::Reset | ImpairmentKind::FlipBit => self.end(ImpairmentKind::Reset),
             ImpairmentKind::Silence => {}
             ImpairmentKind::End => {
-                // What was on its way still arrives; the other way is heard no more.
-                let (from, queue, _) = self.path(way);
+                // What was on its way still arrives; the other direction is heard no more.
+                let (from, queue, _) = self.path(direction);
                 queue.push(Piece::End);
                 let _ = from.shutdown(Shutdown::Write);
             }
         }
     }
 
-    fn write(&self, way: Way, shared: &Shared) {
+    fn write(&self, direction: Direction, shared: &Shared) {
         // Due times are kept to microseconds instead of the usual 50 µs of slack.
         let _ = prctl::set_timerslack(1);
-        let (_, queue, mut to) = self.path(way);
+        let (_, queue, mut to) = self.path(direction);
         while let Some(piece) = queue.pop() {
             let Piece::Bytes(bytes) = piece else {
                 let _ = to.shutdown(Shutdown::Write);
@@ -170,12 +170,12 @@ impl Connection {
                 }
             }
             shared
-                .counter(way)
+                .counter(direction)
                 .fetch_add(bytes.len() as u64, Ordering::Relaxed);
         }
     }
 
-    /// Ends both ways now: with a reset, or cleanly.
+    /// Ends both directions now: with a reset, or cleanly.
     pub(super) fn end(&self, kind: ImpairmentKind) {
         self.to_server.close();
         self.to_client.close();

@@ -21,7 +21,7 @@ const ROOM_UNLIMITED: u64 = 64 << 20;
 /// Least room of any link, bytes.
 const ROOM_LEAST: u64 = 1 << 20;
 
-/// One way of a link.
+/// One direction of a link.
 #[derive(Debug)]
 pub(super) struct Queue {
     link: Link,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use fastrand::Rng;
-use testbed::proxy::{ImpairmentKind, Way};
+use testbed::proxy::{Direction, ImpairmentKind};
 
 /// Values of `--mode`.
 pub(super) const MODES: [&str; 4] = ["cold", "pre-copy", "post-copy", "hybrid"];
@@ -84,10 +84,10 @@ pub(super) enum Action {
     Kill { participant: usize, chance: u64 },
     /// SIGTERM to the command.
     Stop,
-    /// All connections of one way are cut.
+    /// All connections of one direction are cut.
     Cut(Side, ImpairmentKind),
     /// A bit is flipped in what comes next.
-    Flip(Side, Way, u64),
+    Flip(Side, Direction, u64),
     /// The link is down for a while.
     LinkDown(Duration),
     /// The disk of a side is full, to the end of the migration.
@@ -226,11 +226,11 @@ impl Fault {
                 Action::Cut(side, kind)
             }
             Kind::Flip => {
-                let way = match rng.bool() {
-                    true => Way::ToServer,
-                    false => Way::ToClient,
+                let direction = match rng.bool() {
+                    true => Direction::ToServer,
+                    false => Direction::ToClient,
                 };
-                Action::Flip(side, way, rng.u64(..))
+                Action::Flip(side, direction, rng.u64(..))
             }
             Kind::LinkDown => Action::LinkDown(ms(rng, DOWN_MS_MAX)),
             Kind::FullDisk => Action::FillDisk(side),

@@ -1,4 +1,4 @@
-//! Two hosts with small disks, and a proxy on each way between them.
+//! Two hosts with small disks, and a proxy for each direction between them.
 
 use std::fs::{self, File};
 use std::io::Write;

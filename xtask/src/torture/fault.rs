@@ -67,7 +67,9 @@ pub(super) fn carry_out(
                 let _ = kill(command.pid(), Signal::SIGTERM);
             }
             Action::Cut(side, kind) => environment.proxy(side).cut(kind),
-            Action::Flip(side, way, chance) => environment.proxy(side).flip(way, chance),
+            Action::Flip(side, direction, chance) => {
+                environment.proxy(side).flip(direction, chance);
+            }
             Action::LinkDown(time) => {
                 environment.set_link(false)?;
                 sleep(time);
