@@ -198,7 +198,7 @@ impl Policy for Recording {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lazy::planner::{Planner, SpaceId, Way};
+    use crate::lazy::planner::{PageOutcome, Planner, SpaceId};
     use crate::lazy::space::{FaultAnswer, Space};
     use crate::units::PageRange;
 
@@ -316,7 +316,7 @@ mod tests {
                 panic!("it is here");
             };
             assert_eq!(piece.at.bytes(), 4096);
-            planner.settle(id, piece.at, Way::Local, |_| {});
+            planner.settle(id, piece.at, PageOutcome::Local, |_| {});
         }
     }
 }

@@ -32,7 +32,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::answer::Class;
-use super::planner::{Planner, Request, SpaceId, Way};
+use super::planner::{PageOutcome, Planner, Request, SpaceId};
 use super::policy::{FaultPath, Policy};
 use super::space::{FaultAnswer, Space};
 use crate::units::{PageRange, PageSize, Vaddr};
@@ -232,9 +232,9 @@ impl Simulation {
         if request.class == Class::Stream {
             self.streamed_bytes -= request.image.bytes();
         }
-        let (id, way) = (request.space, Way::Fetched(request.class));
+        let (id, outcome) = (request.space, PageOutcome::Fetched(request.class));
         while let Some(piece) = self.planner.arrived(id, request.image) {
-            self.planner.settle(id, piece.at, way, |_| {});
+            self.planner.settle(id, piece.at, outcome, |_| {});
         }
         self.stream();
         true

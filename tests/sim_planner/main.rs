@@ -8,7 +8,7 @@ mod simulation;
 
 use std::collections::VecDeque;
 
-use pageferry::lazy::planner::{Planner, Request, Way};
+use pageferry::lazy::planner::{PageOutcome, Planner, Request};
 use pageferry::lazy::space::{Class, Reach, Space};
 use pageferry::units::{PageRange, Vaddr};
 use proptest::prelude::*;
@@ -190,11 +190,11 @@ fn each_fragment_is_asked_for_and_installed_once() {
     let mut steps = 0;
     while let Some(request) = planner.next_stream(64 << 10, 32 << 10) {
         let piece = planner.arrived(id, request.image).expect("it is missing");
-        planner.settle(id, piece.at, Way::Fetched(request.class), |_| {});
+        planner.settle(id, piece.at, PageOutcome::Fetched(request.class), |_| {});
         steps += 1;
     }
     while let Some((id, piece)) = planner.next_local(64 << 10) {
-        planner.settle(id, piece.at, Way::Local, |_| {});
+        planner.settle(id, piece.at, PageOutcome::Local, |_| {});
         steps += 1;
     }
     assert_eq!(steps, FRAGMENTS);
@@ -218,7 +218,7 @@ fn fragments_move_fork_and_vanish_as_whole_memory_does() {
     assert_eq!(planner.missing_pages(), FRAGMENTS);
     let child = planner.handle_fork(id).expect("its parent lives");
     for n in 0..FRAGMENTS {
-        planner.settle(child, pages(16 + 2 * n, 1), Way::Gone, |_| {});
+        planner.settle(child, pages(16 + 2 * n, 1), PageOutcome::Gone, |_| {});
     }
     assert_eq!(planner.missing_pages(), FRAGMENTS);
     assert_eq!(planner.counts().gone, 0, "its parent has them still");

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use pageferry::lazy::planner::{Planner, Request, SpaceId, Way};
+use pageferry::lazy::planner::{PageOutcome, Planner, Request, SpaceId};
 use pageferry::lazy::space::{Class, FaultAnswer, Reach, Space};
 use pageferry::units::{PageRange, PageSize, Vaddr};
 
@@ -260,17 +260,17 @@ impl Simulation {
                 return;
             };
             let image = PageRange::new(piece.image.get(), piece.image.get() + (1 << 12));
-            self.install_in_family(pid, image, Way::Local);
+            self.install_in_family(pid, image, PageOutcome::Local);
         }
     }
 
     /// What has come for one is for all that lack it.
-    pub(crate) fn install_in_family(&mut self, pid: u32, image: PageRange, way: Way) {
+    pub(crate) fn install_in_family(&mut self, pid: u32, image: PageRange, outcome: PageOutcome) {
         let mut next = self.planner.next_sibling(pid, None);
         while let Some(id) = next {
             if self.planner.shares(id, image) {
                 while let Some(piece) = self.planner.arrived(id, image) {
-                    self.fill(id, piece.at, piece.image, way);
+                    self.fill(id, piece.at, piece.image, outcome);
                 }
             }
             next = self.planner.next_sibling(pid, Some(id));
@@ -291,7 +291,7 @@ impl Simulation {
         let (id, memory) = &mut self.memories[index];
         (from..from + count).for_each(|page| lose(memory, page));
         self.planner
-            .settle(*id, pages(from, count), Way::Gone, |_| {});
+            .settle(*id, pages(from, count), PageOutcome::Gone, |_| {});
     }
 
     pub(crate) fn fault(&mut self, process: usize, page: u64) {
@@ -317,7 +317,8 @@ impl Simulation {
                     !matches!(state, Page::Missing(_)),
                     "page {page} must not be filled with zeros"
                 );
-                self.planner.settle(id, pages(page, 1), Way::Zero, |_| {});
+                self.planner
+                    .settle(id, pages(page, 1), PageOutcome::Zero, |_| {});
             }
             FaultAnswer::Wait => assert!(
                 matches!(state, Page::Missing(_)),
@@ -329,7 +330,7 @@ impl Simulation {
                     Vaddr(page << 12),
                     "the faulting page comes first"
                 );
-                self.fill(id, piece.at, piece.image, Way::Local);
+                self.fill(id, piece.at, piece.image, PageOutcome::Local);
             }
         }
     }
@@ -350,7 +351,7 @@ impl Simulation {
                 .map(|(page, state)| (page - from + to, state)),
         );
         self.planner
-            .settle(*id, pages(to, count), Way::Gone, |_| {});
+            .settle(*id, pages(to, count), PageOutcome::Gone, |_| {});
         self.planner
             .handle_remap(*id, pages(from, count), Vaddr(to << 12), |_| {});
     }
@@ -365,12 +366,12 @@ impl Simulation {
         let got = count.min(asked);
         let image = pages(first, got);
         // Whoever asked comes first.
-        let way = Way::Fetched(request.class);
+        let outcome = PageOutcome::Fetched(request.class);
         self.planner.pushed(request.space, image);
         while let Some(piece) = self.planner.arrived(request.space, image) {
-            self.fill(request.space, piece.at, piece.image, way);
+            self.fill(request.space, piece.at, piece.image, outcome);
         }
-        self.install_in_family(request.pid, image, way);
+        self.install_in_family(request.pid, image, outcome);
         if got < asked {
             self.planner
                 .give_back(request.pid, pages(first + got, asked - got));
@@ -380,11 +381,11 @@ impl Simulation {
     pub(crate) fn local_step(&mut self) {
         if let Some((id, piece)) = self.planner.next_local(CHUNK) {
             assert!(!self.paused.contains(&id), "it is paused");
-            self.fill(id, piece.at, piece.image, Way::Local);
+            self.fill(id, piece.at, piece.image, PageOutcome::Local);
         }
     }
 
-    pub(crate) fn fill(&mut self, id: SpaceId, at: PageRange, image: Vaddr, way: Way) {
+    pub(crate) fn fill(&mut self, id: SpaceId, at: PageRange, image: Vaddr, outcome: PageOutcome) {
         let index = self
             .memories
             .iter()
@@ -402,7 +403,7 @@ impl Simulation {
             );
             *state = Page::Filled(content);
         }
-        self.planner.settle(id, at, way, |_| {});
+        self.planner.settle(id, at, outcome, |_| {});
     }
 
     /// Lets everything come that is still missing.

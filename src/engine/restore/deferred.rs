@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use super::Restore;
 use crate::error::Result;
-use crate::lazy::planner::{SpaceId, Way};
+use crate::lazy::planner::{PageOutcome, SpaceId};
 use crate::limits::STASH_BYTES_MAX;
 use crate::units::PageRange;
 
@@ -59,7 +59,7 @@ struct DeferredPages {
     pid: u32,
     image: PageRange,
     bytes: Vec<u8>,
-    way: Way,
+    outcome: PageOutcome,
 }
 
 /// See the module's text.
@@ -157,7 +157,13 @@ impl Deferred {
 impl Restore {
     /// The pages `image` of `id`, which are `bytes`, cannot be filled now: they are kept, or asked for again if
     /// too much is kept already.
-    pub(super) fn stash(&mut self, id: SpaceId, image: PageRange, bytes: &[u8], way: Way) {
+    pub(super) fn stash(
+        &mut self,
+        id: SpaceId,
+        image: PageRange,
+        bytes: &[u8],
+        outcome: PageOutcome,
+    ) {
         if self.deferred.stashed_bytes + image.bytes() > STASH_BYTES_MAX {
             self.planner.give_back_for(id, image);
             return;
@@ -171,7 +177,7 @@ impl Restore {
             pid,
             image,
             bytes,
-            way,
+            outcome,
         });
     }
 
@@ -213,11 +219,11 @@ impl Restore {
             pid,
             image,
             bytes,
-            way,
+            outcome,
             ..
         } in std::mem::take(&mut self.deferred.left_over)
         {
-            self.install_in_family(pid, None, image, &bytes, way)?;
+            self.install_in_family(pid, None, image, &bytes, outcome)?;
         }
         if self.deferred.paused.is_empty() {
             return Ok(());
@@ -234,13 +240,13 @@ impl Restore {
                 pid,
                 image,
                 bytes,
-                way,
+                outcome,
             } in self.deferred.take_stashed(id)
             {
                 // Children that were forked meanwhile wait for the same.
                 self.planner.pushed(id, image);
-                self.install(id, image, &bytes, way)?;
-                self.install_in_family(pid, Some(id), image, &bytes, way)?;
+                self.install(id, image, &bytes, outcome)?;
+                self.install_in_family(pid, Some(id), image, &bytes, outcome)?;
             }
         }
         Ok(())
@@ -330,7 +336,7 @@ mod tests {
                 pid: 1,
                 image: PageRange::new(page << 12, (page + 1) << 12),
                 bytes: vec![0; 4096],
-                way: Way::Local,
+                outcome: PageOutcome::Local,
             });
         }
         let pages = |deferred_pages: Vec<DeferredPages>| {

@@ -12,7 +12,7 @@ use super::processes::Process;
 use super::standby::StandbyMessage;
 use super::waking::Waiters;
 use crate::error::{Error, Kind, Result};
-use crate::lazy::planner::{SpaceId, Way};
+use crate::lazy::planner::{PageOutcome, SpaceId};
 use crate::lazy::space::FaultAnswer;
 use crate::sys::uffd::{Event, Filled, Uffd};
 use crate::units::{PageRange, Vaddr};
@@ -116,7 +116,7 @@ impl Restore {
                 Ok(())
             }
             FaultAnswer::Zero if self.batched_wakeup.was_quiet(id, at.start()) => {
-                self.settle(id, at, Way::Gone, Waiters::Sequential);
+                self.settle(id, at, PageOutcome::Gone, Waiters::Sequential);
                 Ok(())
             }
             FaultAnswer::Zero | FaultAnswer::Local(_) if self.deferred.is_paused(id) => {
@@ -146,12 +146,12 @@ impl Restore {
         match filled {
             Filled::Bytes(_) => {
                 self.deferred.filled(id);
-                self.settle(id, range, Way::Zero, Waiters::Woken);
+                self.settle(id, range, PageOutcome::Zero, Waiters::Woken);
             }
             // Another thread's fault brought it, or its mapping or file ends before it: let the reader
             // look again.
             Filled::Present | Filled::Unmapped | Filled::Unreadable => {
-                self.settle(id, range, Way::Gone, Waiters::Asleep);
+                self.settle(id, range, PageOutcome::Gone, Waiters::Asleep);
             }
             Filled::Changing => self.processes.retry_later(id, addr),
             Filled::NoRoom => {
@@ -203,14 +203,14 @@ impl Restore {
     pub(super) fn wipe(&mut self, id: SpaceId, ranges: &[PageRange]) {
         for &range in ranges {
             self.tell(StandbyMessage::Gone { id, range }, None);
-            self.settle(id, range, Way::Gone, Waiters::Asleep);
+            self.settle(id, range, PageOutcome::Gone, Waiters::Asleep);
         }
     }
 
     /// The pages of `range` were unmapped or given back.
     pub(super) fn handle_gone(&mut self, id: SpaceId, range: PageRange) {
         self.huge_again.gone(id, range);
-        self.settle(id, range, Way::Gone, Waiters::Asleep);
+        self.settle(id, range, PageOutcome::Gone, Waiters::Asleep);
     }
 
     pub(super) fn handle_remap(&mut self, id: SpaceId, from: PageRange, to: Vaddr) {

@@ -19,7 +19,7 @@ use super::host_process::HostProcess;
 use super::install::STEP_BYTES_MAX;
 use super::owner_search::Guards;
 use super::waking::Waiters;
-use crate::lazy::planner::{SpaceId, Way};
+use crate::lazy::planner::{PageOutcome, SpaceId};
 use crate::units::PageRange;
 
 /// How far a look reaches, bytes. To look at 512 KiB takes 0.3 µs more than to look at a page.
@@ -108,7 +108,7 @@ impl Restore {
     fn leave_guard(&mut self, id: SpaceId, guard: PageRange) {
         let pid = self.processes.pid(id).unwrap_or(0);
         tracing::debug!("pid {pid}, or a child of it, keeps the guard region {guard}");
-        self.settle(id, guard, Way::Gone, Waiters::Asleep);
+        self.settle(id, guard, PageOutcome::Gone, Waiters::Asleep);
     }
 }
 

@@ -9,7 +9,7 @@ use super::waking::Waiters;
 use crate::error::Result;
 use crate::image::chain::Stored;
 use crate::lazy::extents::Piece;
-use crate::lazy::planner::{SpaceId, Way};
+use crate::lazy::planner::{PageOutcome, SpaceId};
 use crate::sys::uffd::{Filled, Wake};
 use crate::units::{PageRange, Vaddr};
 
@@ -72,11 +72,11 @@ impl Restore {
         id: SpaceId,
         image: PageRange,
         bytes: &[u8],
-        way: Way,
+        outcome: PageOutcome,
     ) -> Result<()> {
         if self.deferred.is_paused(id) {
             if self.planner.arrived(id, image).is_some() {
-                self.stash(id, image, bytes, way);
+                self.stash(id, image, bytes, outcome);
             }
             return Ok(());
         }
@@ -93,7 +93,7 @@ impl Restore {
             let wake = self.waking(id, at.start());
             let from = offset(piece.image.get() - image.start().get());
             let source = &bytes[from..from + offset(at.bytes())];
-            match self.fill(id, at, way, &mut limit, wake, |uffd| {
+            match self.fill(id, at, outcome, &mut limit, wake, |uffd| {
                 uffd.copy(at.start(), source, wake)
             })? {
                 Step::On => stuck = 0,
@@ -103,12 +103,12 @@ impl Restore {
                         std::thread::yield_now();
                     }
                     if stuck > CHANGING_TRIES_MAX {
-                        self.stash(id, image, bytes, way);
+                        self.stash(id, image, bytes, outcome);
                         return self.defer(id, Obstacle::Changing);
                     }
                 }
                 Step::NoRoom => {
-                    self.stash(id, image, bytes, way);
+                    self.stash(id, image, bytes, outcome);
                     return self.defer(id, Obstacle::NoRoom);
                 }
                 // It lies in our memory: the mapped file ends before it.
@@ -117,7 +117,7 @@ impl Restore {
                         at.start().get(),
                         at.start().get() + self.images.page().bytes(),
                     );
-                    self.settle(id, page, Way::Gone, Waiters::Asleep);
+                    self.settle(id, page, PageOutcome::Gone, Waiters::Asleep);
                 }
                 Step::Over => return Ok(()),
             }
@@ -135,12 +135,12 @@ impl Restore {
         served: Option<SpaceId>,
         image: PageRange,
         bytes: &[u8],
-        way: Way,
+        outcome: PageOutcome,
     ) -> Result<()> {
         let mut next = self.planner.next_sibling(pid, None);
         while let Some(id) = next {
             if served != Some(id) && self.planner.shares(id, image) {
-                self.install(id, image, bytes, way)?;
+                self.install(id, image, bytes, outcome)?;
             }
             // Those who were forked meanwhile come behind.
             next = self.planner.next_sibling(pid, Some(id));
@@ -188,7 +188,7 @@ impl Restore {
         &mut self,
         id: SpaceId,
         at: PageRange,
-        way: Way,
+        outcome: PageOutcome,
         limit: &mut u64,
         wake: Wake,
         call: impl Fn(&crate::sys::uffd::Uffd) -> io::Result<Filled>,
@@ -220,13 +220,13 @@ impl Restore {
                     Wake::Now => Waiters::Woken,
                     Wake::Later => Waiters::Sequential,
                 };
-                self.settle(id, at, way, waiters);
+                self.settle(id, at, outcome, waiters);
             }
-            Filled::Present => self.settle(id, first_page, way, Waiters::Asleep),
+            Filled::Present => self.settle(id, first_page, outcome, Waiters::Asleep),
             Filled::Unmapped | Filled::Unreadable if at.bytes() > page => {
                 *limit = self.images.page().floor(at.bytes() / 2).max(page);
             }
-            Filled::Unmapped => self.settle(id, first_page, Way::Gone, Waiters::Asleep),
+            Filled::Unmapped => self.settle(id, first_page, PageOutcome::Gone, Waiters::Asleep),
             Filled::Unreadable => return Ok(Step::Unreadable),
             Filled::NoRoom => return Ok(Step::NoRoom),
             Filled::Changing => {
@@ -303,9 +303,14 @@ impl Restore {
                 at.start().get(),
                 at.start().get() + self.images.page().bytes(),
             );
-            let step = self.fill(id, first, Way::Local, &mut limit, Wake::Now, |uffd| {
-                uffd.zero(first)
-            })?;
+            let step = self.fill(
+                id,
+                first,
+                PageOutcome::Local,
+                &mut limit,
+                Wake::Now,
+                |uffd| uffd.zero(first),
+            )?;
             return self.put_off(id, first, &step);
         }
         let mut scratch = std::mem::take(&mut self.filling.scratch);
@@ -330,7 +335,7 @@ impl Restore {
             // The mapped file ends before it.
             let page = self.images.page().bytes();
             let first = PageRange::new(at.start().get(), at.start().get() + page);
-            self.settle(id, first, Way::Gone, Waiters::Asleep);
+            self.settle(id, first, PageOutcome::Gone, Waiters::Asleep);
         }
         Ok(())
     }
@@ -347,7 +352,7 @@ impl Restore {
         loop {
             let range = PageRange::new(at.start().get(), at.start().get() + at.bytes().min(*limit));
             let part = &bytes[..offset(range.bytes())];
-            let step = self.fill(id, range, Way::Local, limit, Wake::Now, |uffd| {
+            let step = self.fill(id, range, PageOutcome::Local, limit, Wake::Now, |uffd| {
                 uffd.copy(range.start(), part, Wake::Now)
             })?;
             // A border lowered the limit and nothing was filled: once more with less.

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use super::waking::Waiters;
 use super::{OnLoss, Restore};
 use crate::error::{Error, Kind, Result};
-use crate::lazy::planner::{SpaceId, Way};
+use crate::lazy::planner::{PageOutcome, SpaceId};
 use crate::lazy::space::Space;
 use crate::sys::uffd::Filled;
 use crate::units::{PageRange, Vaddr};
@@ -49,7 +49,7 @@ pub(super) fn poison_limit() -> u64 {
 /// What one call has done, bytes.
 #[derive(Clone, Copy, Default, Debug)]
 pub(super) struct Done {
-    /// Settled, in whatever way.
+    /// Settled, whatever the outcome.
     pub(super) bytes: u64,
     /// Of these poisoned.
     pub(super) poisoned: u64,
@@ -169,7 +169,7 @@ impl Restore {
         match filled {
             Filled::Bytes(bytes) => {
                 let poisoned = PageRange::new(start, start + bytes);
-                self.settle(id, poisoned, Way::Poisoned, Waiters::Woken);
+                self.settle(id, poisoned, PageOutcome::Poisoned, Waiters::Woken);
                 *limit = POISON_BYTES_MAX;
                 return Ok(Done {
                     bytes,
@@ -182,7 +182,7 @@ impl Restore {
             }
             // The page is there, or its mapping or file ends before it.
             Filled::Present | Filled::Unmapped | Filled::Unreadable => {
-                self.settle(id, first, Way::Gone, Waiters::Asleep);
+                self.settle(id, first, PageOutcome::Gone, Waiters::Asleep);
                 return Ok(gone);
             }
             Filled::Changing => {

@@ -39,7 +39,7 @@ pub struct Summary {
     pub processes: u64,
     /// Pages that were missing at the start or came with a fork.
     pub total_pages: u64,
-    /// Pages by the way they came.
+    /// Pages by their outcome.
     pub pages: Counts,
     /// Pages that did not come and were not poisoned either.
     pub missing_pages: u64,

@@ -20,7 +20,7 @@ use super::links::Question;
 use crate::criu::fetch::FetchError;
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::Chain;
-use crate::lazy::planner::{Request, SpaceId, Way};
+use crate::lazy::planner::{PageOutcome, Request, SpaceId};
 use crate::lazy::space::Class;
 use crate::units::{PageRange, Vaddr};
 
@@ -277,7 +277,13 @@ impl Restore {
         }
         if read > 0 {
             let read_now = PageRange::new(start, start + read);
-            self.install_in_family(pid, None, read_now, &bytes[..offset(read)], Way::Local)?;
+            self.install_in_family(
+                pid,
+                None,
+                read_now,
+                &bytes[..offset(read)],
+                PageOutcome::Local,
+            )?;
         }
         Ok(PageRange::new(start + read, image.end().get()))
     }
@@ -339,8 +345,8 @@ impl Restore {
             self.unreadable.asked.remove(&(pid, image.start().get()));
             match answer {
                 Ok(bytes) => {
-                    let way = Way::Fetched(Class::Around);
-                    self.install_in_family(pid, None, image, &bytes, way)?;
+                    let outcome = PageOutcome::Fetched(Class::Around);
+                    self.install_in_family(pid, None, image, &bytes, outcome)?;
                 }
                 Err(error) => {
                     tracing::debug!("the source does not have {image} of pid {pid}: {error}");

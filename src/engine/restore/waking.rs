@@ -7,7 +7,7 @@
 //! [`BatchedWakeup`]: crate::lazy::batched_wakeup::BatchedWakeup
 
 use super::Restore;
-use crate::lazy::planner::{SpaceId, Way};
+use crate::lazy::planner::{PageOutcome, SpaceId};
 use crate::lazy::space::Served;
 use crate::sys::uffd::Wake;
 use crate::units::{PageRange, Vaddr};
@@ -25,11 +25,17 @@ pub(super) enum Waiters {
 
 impl Restore {
     /// The pages of `range` are settled; `waiters` is what those who wait for one know of it.
-    pub(super) fn settle(&mut self, id: SpaceId, range: PageRange, way: Way, waiters: Waiters) {
+    pub(super) fn settle(
+        &mut self,
+        id: SpaceId,
+        range: PageRange,
+        outcome: PageOutcome,
+        waiters: Waiters,
+    ) {
         let now_us = self.clock.now_us();
         let mut served = Vec::new();
         self.planner
-            .settle(id, range, way, |thread| served.push(thread));
+            .settle(id, range, outcome, |thread| served.push(thread));
         self.observer.filled(now_us);
         for thread in served {
             if waiters == Waiters::Sequential && self.is_sequential(id, thread.page) {

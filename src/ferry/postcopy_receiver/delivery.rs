@@ -19,7 +19,7 @@ pub struct Delivery {
     pub plain: Vec<u8>,
 }
 
-/// Neighbouring pages that came the same way.
+/// Neighbouring pages from the same place.
 #[derive(Debug)]
 pub struct Part {
     /// Their addresses in the dump.

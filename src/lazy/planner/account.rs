@@ -1,13 +1,13 @@
-//! How pages came, and what nobody needs of the local images any more.
+//! What became of pages, and what nobody needs of the local images any more.
 
 use super::{Member, Planner};
 use crate::lazy::answer::SpaceId;
 use crate::lazy::space::{Class, Served};
 use crate::units::PageRange;
 
-/// How a page came to be where it is.
+/// What became of a page that was missing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Way {
+pub enum PageOutcome {
     /// Brought from the source for this request.
     Fetched(Class),
     /// Installed from a local image.
@@ -20,7 +20,7 @@ pub enum Way {
     Poisoned,
 }
 
-/// Pages by the way they came.
+/// Pages by their outcome.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, serde::Serialize)]
 pub struct Counts {
     /// Pages that a thread waited for and that were fetched for it.
@@ -47,14 +47,14 @@ impl Counts {
         self.fault + self.around + self.stream
     }
 
-    /// Pages that are settled, whatever the way; zero pages were never missing.
+    /// Pages that are settled, whatever the outcome; zero pages were never missing.
     pub fn settled(&self) -> u64 {
         self.fetched() + self.local + self.gone + self.poisoned
     }
 }
 
 impl Planner {
-    /// Pages by way so far.
+    /// Pages by outcome so far.
     pub fn counts(&self) -> Counts {
         self.counts
     }
@@ -89,12 +89,12 @@ impl Planner {
         self.total_pages += inherited.saturating_sub(missing);
     }
 
-    /// The pages at `range` are settled in this `way`. `served` sees the threads that waited.
+    /// The pages at `range` are settled with this `outcome`. `served` sees the threads that waited.
     pub fn settle(
         &mut self,
         id: SpaceId,
         range: PageRange,
-        way: Way,
+        outcome: PageOutcome,
         mut served: impl FnMut(Served),
     ) {
         let Some(Member { space, counted, .. }) = self.spaces.get_mut(&id) else {
@@ -107,20 +107,22 @@ impl Planner {
         });
         let (pid, unneeded) = (space.pid(), space.take_unneeded());
         let pages = bytes >> self.page.shift();
-        match way {
-            Way::Fetched(_) | Way::Local if !*counted => self.counts.copied += pages,
-            Way::Gone | Way::Poisoned if !*counted => {}
-            Way::Fetched(Class::Stream) => self.counts.stream += pages,
-            Way::Fetched(Class::Around) => self.counts.around += pages,
-            Way::Fetched(Class::Fault | Class::Sequential) => {
+        match outcome {
+            PageOutcome::Fetched(_) | PageOutcome::Local if !*counted => {
+                self.counts.copied += pages;
+            }
+            PageOutcome::Gone | PageOutcome::Poisoned if !*counted => {}
+            PageOutcome::Fetched(Class::Stream) => self.counts.stream += pages,
+            PageOutcome::Fetched(Class::Around) => self.counts.around += pages,
+            PageOutcome::Fetched(Class::Fault | Class::Sequential) => {
                 let awaited = pages.min(waited);
                 self.counts.fault += awaited;
                 self.counts.around += pages - awaited;
             }
-            Way::Local => self.counts.local += pages,
-            Way::Zero => self.counts.zero += 1,
-            Way::Gone => self.counts.gone += pages,
-            Way::Poisoned => self.counts.poisoned += pages,
+            PageOutcome::Local => self.counts.local += pages,
+            PageOutcome::Zero => self.counts.zero += 1,
+            PageOutcome::Gone => self.counts.gone += pages,
+            PageOutcome::Poisoned => self.counts.poisoned += pages,
         }
         self.note_unneeded(pid, &unneeded);
     }

@@ -8,7 +8,7 @@
 //!                                          -> next_local    (background from local images)
 //! ```
 //!
-//! `turns` decides whose turn it is, `account` counts pages by the way they came.
+//! `turns` decides whose turn it is, `account` counts pages by their outcome.
 //!
 //! Nothing is lost: a page is asked for, on the way, installed or gone, and a page that was asked
 //! for and did not come is asked for again.
@@ -24,7 +24,7 @@ mod turns;
 
 use std::collections::{BTreeMap, VecDeque};
 
-pub use self::account::{Counts, Way};
+pub use self::account::{Counts, PageOutcome};
 pub use super::answer::SpaceId;
 use super::extents::Piece;
 use super::policy::{ADAPTIVE, Policy};
@@ -473,7 +473,12 @@ mod tests {
         while let Some(request) = planner.next_stream(1 << 20, 32 << 10) {
             bytes += request.image.bytes();
             while let Some(piece) = planner.arrived(ids[0], request.image) {
-                planner.settle(ids[0], piece.at, Way::Fetched(request.class), |_| {});
+                planner.settle(
+                    ids[0],
+                    piece.at,
+                    PageOutcome::Fetched(request.class),
+                    |_| {},
+                );
             }
         }
         assert_eq!(bytes, 8 << 30);

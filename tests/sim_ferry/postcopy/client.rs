@@ -15,7 +15,7 @@ use pageferry::ferry::message::{Fault, WantHashes};
 use pageferry::ferry::postcopy_receiver::{
     Delivery, Draft, Event, Part as Piece, PostcopyReceiver,
 };
-use pageferry::lazy::planner::{Planner, Request, SpaceId, Way};
+use pageferry::lazy::planner::{PageOutcome, Planner, Request, SpaceId};
 use pageferry::lazy::space::{Class, FaultAnswer, Reach, Space};
 use pageferry::lazy::window::RateLimit;
 use pageferry::units::PageRange;
@@ -331,12 +331,12 @@ impl Client {
                 let missing = process.insert(at, None).flatten();
                 assert_eq!(missing, Some(number), "what is missing at {at}");
             }
-            let way = match part.local {
-                true => Way::Local,
-                false => Way::Fetched(class),
+            let outcome = match part.local {
+                true => PageOutcome::Local,
+                false => PageOutcome::Fetched(class),
             };
             let waiting = &mut self.waiting;
-            self.planner.settle(id, piece.at, way, |served| {
+            self.planner.settle(id, piece.at, outcome, |served| {
                 waiting.remove(&(id, number_of(served.page)));
             });
             let what = match (part.local, class) {
@@ -395,7 +395,7 @@ impl Client {
                 process.retain(|number, _| !(at..end).contains(number));
                 let waiting = &mut self.waiting;
                 waiting.retain(|(of, number)| *of != id || !(at..end).contains(number));
-                self.planner.settle(id, range, Way::Gone, |_| {});
+                self.planner.settle(id, range, PageOutcome::Gone, |_| {});
                 self.seen.add("unmapped range", 1);
             }
             _ if missing.is_some() && self.waiting.len() < 8 => {

@@ -22,7 +22,7 @@ use crate::engine::restore::postcopy_client::{
 use crate::engine::restore::{Restore, Token, rewatch, watch};
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::{Chain, Missing};
-use crate::lazy::planner::{Planner, Request, Way};
+use crate::lazy::planner::{PageOutcome, Planner, Request};
 use crate::lazy::space::Class;
 use crate::limits::FERRY_BATCH_BYTES_MAX;
 use crate::units::PageRange;
@@ -65,10 +65,10 @@ impl Ferry {
 }
 
 /// How the pages of `part` came, of which some were asked for as `class`.
-fn way_of(part: &Part, class: Class) -> Way {
+fn outcome_of(part: &Part, class: Class) -> PageOutcome {
     match part.local {
-        true => Way::Local,
-        false => Way::Fetched(class),
+        true => PageOutcome::Local,
+        false => PageOutcome::Fetched(class),
     }
 }
 
@@ -296,9 +296,9 @@ impl Restore {
     /// Installs pages wherever they are missing: in the process, and in children that it forked.
     fn install_pushed(&mut self, delivery: &Delivery) -> Result<()> {
         for part in &delivery.parts {
-            let way = way_of(part, Class::Stream);
+            let outcome = outcome_of(part, Class::Stream);
             let bytes = &delivery.plain[part.bytes.clone()];
-            self.install_in_family(delivery.pid, None, part.image, bytes, way)?;
+            self.install_in_family(delivery.pid, None, part.image, bytes, outcome)?;
         }
         for lacking in &delivery.lacking {
             self.planner.ask_again(delivery.pid, *lacking);
@@ -316,12 +316,12 @@ impl Restore {
             return Err(Error::new(Kind::Protocol, text));
         }
         for part in &delivery.parts {
-            let way = way_of(part, request.class);
+            let outcome = outcome_of(part, request.class);
             let bytes = &delivery.plain[part.bytes.clone()];
             // Whoever asked comes first.
-            self.install(request.space, part.image, bytes, way)?;
+            self.install(request.space, part.image, bytes, outcome)?;
             let asker = Some(request.space);
-            self.install_in_family(request.pid, asker, part.image, bytes, way)?;
+            self.install_in_family(request.pid, asker, part.image, bytes, outcome)?;
         }
         // What the answer has left out is asked for once more, also for others who counted on it.
         self.planner.give_back(request.pid, request.image);

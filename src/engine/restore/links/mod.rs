@@ -37,7 +37,7 @@ use crate::engine::restore::{Restore, RestoreConfig, Token, rewatch, unwatch, wa
 use crate::engine::start_wait::{StartWait, not_yet};
 use crate::error::{Error, Kind, Result};
 use crate::image::dir::ImageDir;
-use crate::lazy::planner::{Request, Way};
+use crate::lazy::planner::{PageOutcome, Request};
 use crate::lazy::policy::FaultPath;
 use crate::lazy::space::{Class, Reach};
 use crate::lazy::window::CHUNK_BYTES_MIN;
@@ -452,12 +452,13 @@ impl Restore {
                 Ok(())
             }
             Step::Pages { tag, image, bytes } => {
-                let (way, bytes) = (Way::Fetched(tag.request.class), &unread[bytes.clone()]);
-                // Whoever asked comes first.
-                self.planner.pushed(tag.request.space, *image);
-                self.install(tag.request.space, *image, bytes, way)?;
+                let bytes = &unread[bytes.clone()];
                 let Request { pid, space, .. } = tag.request;
-                self.install_in_family(pid, Some(space), *image, bytes, way)
+                let outcome = PageOutcome::Fetched(tag.request.class);
+                // Whoever asked comes first.
+                self.planner.pushed(space, *image);
+                self.install(space, *image, bytes, outcome)?;
+                self.install_in_family(pid, Some(space), *image, bytes, outcome)
             }
             Step::Lacking { tag, asked } => self.source_lacks(&tag.request, *asked),
             Step::Complete { tag, asked, rest } => {
