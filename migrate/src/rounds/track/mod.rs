@@ -66,7 +66,7 @@ pub(crate) struct Trackers {
 /// The tracker of one process.
 #[derive(Debug)]
 pub(super) struct Tracker {
-    way: Way,
+    method: Method,
     /// Pages of the last round, as addresses; their contents are at the destination.
     sent: Vec<(u64, u64)>,
     /// The same of the round that is under way.
@@ -74,7 +74,7 @@ pub(super) struct Tracker {
 }
 
 #[derive(Debug)]
-enum Way {
+enum Method {
     Hash,
     /// Pages that had been written when the round began, addresses in order.
     SoftDirty(Vec<(u64, u64)>),
@@ -85,7 +85,7 @@ impl Trackers {
     /// Prepares what `wanted` needs. `dir` is the migration's directory.
     ///
     /// # Errors
-    /// A way that was asked for by name does not work here.
+    /// A method that was asked for by name does not work here.
     pub(crate) fn new(wanted: Track, page: PageSize, dir: &Path) -> Result<Trackers> {
         let works = |track| match track {
             Track::Wp => cfg!(target_arch = "x86_64") && write_tracking::is_supported(),
@@ -113,7 +113,7 @@ impl Trackers {
         })
     }
 
-    /// The way that is used; single processes may fall back to `hash`.
+    /// The method that is used; single processes may fall back to `hash`.
     pub(crate) fn how(&self) -> Track {
         self.how
     }
@@ -124,9 +124,9 @@ impl Trackers {
         self.members.retain(|pid, _| alive(pid));
         for member in tree.members() {
             if !self.members.contains_key(&member.pid) {
-                let way = self.way(member);
+                let method = self.method(member);
                 let tracker = Tracker {
-                    way,
+                    method,
                     sent: Vec::new(),
                     sending: Vec::new(),
                 };
@@ -135,19 +135,19 @@ impl Trackers {
         }
     }
 
-    fn way(&self, member: &Member) -> Way {
+    fn method(&self, member: &Member) -> Method {
         match self.how {
-            Track::Hash | Track::Auto => Way::Hash,
+            Track::Hash | Track::Auto => Method::Hash,
             // A zombie has no memory.
-            Track::Wp if !member.name.is_alive() => Way::Hash,
-            Track::SoftDirty => Way::SoftDirty(Vec::new()),
+            Track::Wp if !member.name.is_alive() => Method::Hash,
+            Track::SoftDirty => Method::SoftDirty(Vec::new()),
             Track::Wp => match takeover::userfaultfd_of(member, &self.dir)
                 .and_then(|uffd| WriteTracking::begin(uffd, member.pid))
             {
-                Ok(tracking) => Way::Wp(tracking),
+                Ok(tracking) => Method::Wp(tracking),
                 Err(error) => {
                     tracing::warn!("pid {} is tracked by hash, not wp: {error}", member.pid);
-                    Way::Hash
+                    Method::Hash
                 }
             },
         }
@@ -169,17 +169,17 @@ impl Tracker {
     /// Begins a round's look at the process, whose anonymous mappings are `ranges`.
     pub(super) fn begin(&mut self, pid: i32, ranges: &[PageRange], page: PageSize) {
         self.sending.clear();
-        if let Way::SoftDirty(marked) = &mut self.way {
+        if let Method::SoftDirty(marked) = &mut self.method {
             *marked = take_marks(pid, ranges, page);
         }
     }
 
     /// Which pages of an anonymous mapping have been written since the last round.
     pub(super) fn written(&self, range: PageRange) -> Written {
-        match &self.way {
-            Way::Hash => Written::Unknown,
-            Way::SoftDirty(marked) => Written::Runs(marked.clone()),
-            Way::Wp(tracking) => {
+        match &self.method {
+            Method::Hash => Written::Unknown,
+            Method::SoftDirty(marked) => Written::Runs(marked.clone()),
+            Method::Wp(tracking) => {
                 let mut runs = Vec::new();
                 let each = |run: PageRange| runs.push((run.start().get(), run.end().get()));
                 match tracking.take_written(range, each) {
@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn every_kernel_has_a_way_and_a_missing_one_is_refused() {
+    fn every_kernel_has_a_method_and_a_missing_one_is_refused() {
         let tmp = tempfile::tempdir().unwrap();
         let page = pageferry::sys::process::page_size().unwrap();
         let auto = Trackers::new(Track::Auto, page, tmp.path()).unwrap();
