@@ -2,12 +2,12 @@
 //! earlier round has left here.
 //!
 //! ```text
-//! stream ── OPEN, PAGES, CLOSE ──> handle_pushed ──> Draft ── complete ──> Delivery
-//!        <── ACK ──────────────── poll               │        ^            │ installed by the caller
-//!        ── WANT_HASHES ────────> handle_pushed      │ local pages are     v
-//!        <── HASHES ───────────── tell_hashes        └ read by the caller  settle ──> Backlog ──> safe
+//! stream ── OPEN, PAGES, CLOSE ──> handle_pushed ──> UnverifiedDelivery ── complete ──> Delivery
+//!        <── ACK ──────────────── poll               │        ^                          │ installed by the caller
+//!        ── WANT_HASHES ────────> handle_pushed      │ local pages are                   v
+//!        <── HASHES ───────────── tell_hashes        └ read by the caller                settle ──> Backlog ──> safe
 //! faults <── FAULT ────────────── ask
-//!        ── FAULT_PAGES ────────> handle_answer ──> Draft ── complete ──> Delivery
+//!        ── FAULT_PAGES ────────> handle_answer ──> UnverifiedDelivery ── complete ──> Delivery
 //! ```
 //!
 //! The session outlives its connections: with new ones the far end goes on behind what was settled, and
@@ -40,7 +40,7 @@ use crate::limits::FERRY_FAULT_PAGES_MAX;
 use crate::units::{PageRange, PageSize, Vaddr};
 pub use backlog::window_at;
 use backlog::{Applied, Backlog};
-pub use delivery::{Delivery, Draft, Part};
+pub use delivery::{Delivery, Part, UnverifiedDelivery};
 use earlier::Earlier;
 
 /// The one stream of a receiver's session.
@@ -48,7 +48,7 @@ const STREAM: u16 = 0;
 
 /// What has come. `D` is what pages come as.
 #[derive(Debug)]
-pub enum Event<T, D = Draft> {
+pub enum Event<T, D = UnverifiedDelivery> {
     /// Pages that were pushed; they are settled by [`PostcopyReceiver::settle`].
     Pushed(D),
     /// The answer to the question `T`.
@@ -322,7 +322,7 @@ impl<T> PostcopyReceiver<T> {
             return Ok(Event::InPush(tag));
         }
         let batch = Batch::parse(body, self.page).map_err(ReadError::from)?;
-        Ok(Event::Answer(tag, self.draft(&batch, body)?))
+        Ok(Event::Answer(tag, self.unverified(&batch, body)?))
     }
 
     /// A frame came on the stream.
@@ -346,9 +346,9 @@ impl<T> PostcopyReceiver<T> {
         }
         match self.receiver.read(kind, body)? {
             Message::Pages(batch) => {
-                let draft = self.draft(&batch, body)?;
+                let unverified = self.unverified(&batch, body)?;
                 self.unsettled = Some((number, (HEADER_BYTES + body.len()) as u64));
-                return Ok(Event::Pushed(draft));
+                return Ok(Event::Pushed(unverified));
             }
             // Before the processes are restored there is nowhere to put their pages.
             Message::Open(open) if !self.may_install => self.open = Some((number, open.target)),
@@ -429,11 +429,11 @@ impl<T> PostcopyReceiver<T> {
         self.earlier.tell(step, full)
     }
 
-    /// Turns `draft` into what may be installed. `read` says whether the caller has read all of
-    /// [`Draft::local`]; if not, or if they are not what the far end means, none of them is used, and from
+    /// Turns `unverified` into what may be installed. `read` says whether the caller has read all of
+    /// [`UnverifiedDelivery::local`]; if not, or if they are not what the far end means, none of them is used, and from
     /// now on everything is asked for in full. Says with it whether the local pages can be used.
-    pub fn complete(&mut self, draft: Draft, read: bool) -> (Delivery, bool) {
-        self.earlier.complete(draft, read)
+    pub fn complete(&mut self, unverified: UnverifiedDelivery, read: bool) -> (Delivery, bool) {
+        self.earlier.complete(unverified, read)
     }
 
     /// Answers the OPEN `number` of `target`: whether there is a version to build on, and its name.
@@ -448,7 +448,11 @@ impl<T> PostcopyReceiver<T> {
     }
 
     /// Verifies what `batch`, which lies in `body`, brings, and lays its pages out one behind the other.
-    fn draft(&mut self, batch: &Batch<'_>, body: &[u8]) -> Result<Draft, PostcopyError> {
+    fn unverified(
+        &mut self,
+        batch: &Batch<'_>,
+        body: &[u8],
+    ) -> Result<UnverifiedDelivery, PostcopyError> {
         if batch.bases().any(|(_, kind)| kind == PageKind::Delta) {
             return Err(PostcopyError::Differences);
         }
@@ -459,7 +463,14 @@ impl<T> PostcopyReceiver<T> {
             .unpack(batch, &[], &mut self.unpacked)
             .map_err(ReadError::from)?;
         let room = std::mem::take(&mut self.spare);
-        Ok(Draft::of(pid, batch, body, &self.unpacked, self.page, room))
+        Ok(UnverifiedDelivery::of(
+            pid,
+            batch,
+            body,
+            &self.unpacked,
+            self.page,
+            room,
+        ))
     }
 }
 

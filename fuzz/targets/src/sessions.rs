@@ -125,14 +125,14 @@ pub(crate) fn postcopy(data: &[u8]) {
             _ => receiver.handle_pushed(frame.kind, frame.number, frame.body),
         };
         match event {
-            Ok(Event::Pushed(draft)) => {
-                let (delivery, _) = receiver.complete(draft, false);
+            Ok(Event::Pushed(unverified)) => {
+                let (delivery, _) = receiver.complete(unverified, false);
                 check(&delivery.parts);
                 pushed += 1;
                 receiver.settle(Vec::new());
             }
-            Ok(Event::Answer(_, draft)) => {
-                let (delivery, _) = receiver.complete(draft, true);
+            Ok(Event::Answer(_, unverified)) => {
+                let (delivery, _) = receiver.complete(unverified, true);
                 check(&delivery.parts);
                 canary(pushed > 0);
             }

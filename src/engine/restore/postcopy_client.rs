@@ -23,7 +23,7 @@ use crate::engine::ferry::connection_loop::{HEARTBEAT, say_last_words};
 use crate::error::{Error, Kind};
 use crate::ferry::hash::PageHasher;
 use crate::ferry::hello::{Fail, FailCode, SessionId, Window};
-use crate::ferry::postcopy_receiver::{self, Draft, PostcopyError, PostcopyReceiver};
+use crate::ferry::postcopy_receiver::{self, PostcopyError, PostcopyReceiver, UnverifiedDelivery};
 pub(in crate::engine) use crate::ferry::postcopy_receiver::{Delivery, Part};
 use crate::image::chain::Chain;
 use crate::lazy::window::RateLimit;
@@ -299,9 +299,9 @@ impl<T> PostcopyClient<T> {
     /// Reads what is local of what has come.
     fn complete(&mut self, event: postcopy_receiver::Event<T>) -> Event<T> {
         match event {
-            postcopy_receiver::Event::Pushed(draft) => Event::Pushed(self.complete_draft(draft)),
-            postcopy_receiver::Event::Answer(tag, draft) => {
-                Event::Answer(tag, self.complete_draft(draft))
+            postcopy_receiver::Event::Pushed(unverified) => Event::Pushed(self.verify(unverified)),
+            postcopy_receiver::Event::Answer(tag, unverified) => {
+                Event::Answer(tag, self.verify(unverified))
             }
             postcopy_receiver::Event::InPush(tag) => Event::InPush(tag),
             postcopy_receiver::Event::Other => Event::Other,
@@ -309,9 +309,9 @@ impl<T> PostcopyClient<T> {
         }
     }
 
-    fn complete_draft(&mut self, mut draft: Draft) -> Delivery {
-        let read = self.earlier.read(&mut draft);
-        let (delivery, usable) = self.receiver.complete(draft, matches!(read, Ok(true)));
+    fn verify(&mut self, mut unverified: UnverifiedDelivery) -> Delivery {
+        let read = self.earlier.read(&mut unverified);
+        let (delivery, usable) = self.receiver.complete(unverified, matches!(read, Ok(true)));
         if !usable {
             let why = match read {
                 Ok(true) => "they are not what they were".to_owned(),

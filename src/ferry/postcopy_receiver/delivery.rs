@@ -43,14 +43,14 @@ impl Delivery {
 /// A delivery whose local pages have not been read and verified yet: nothing of it can be used before
 /// [`PostcopyReceiver::complete`](super::PostcopyReceiver::complete).
 #[derive(Debug)]
-pub struct Draft {
+pub struct UnverifiedDelivery {
     delivery: Delivery,
     /// Over the hashes of all local pages, as the far end means them.
     digest: PageHash,
     page: PageSize,
 }
 
-impl Draft {
+impl UnverifiedDelivery {
     /// The pages of `batch`, which lies in `body`, with `unpacked` what was packed of them; laid out in
     /// `room`.
     pub(super) fn of(
@@ -60,7 +60,7 @@ impl Draft {
         unpacked: &[u8],
         page: PageSize,
         room: Vec<u8>,
-    ) -> Draft {
+    ) -> UnverifiedDelivery {
         let mut plain = room;
         plain.clear();
         let mut parts: Vec<Part> = Vec::new();
@@ -85,7 +85,7 @@ impl Draft {
                 }),
             }
         }
-        Draft {
+        UnverifiedDelivery {
             delivery: Delivery {
                 pid,
                 parts,

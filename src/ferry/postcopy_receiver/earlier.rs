@@ -12,7 +12,7 @@
 use std::collections::{BTreeSet, VecDeque};
 
 use super::PostcopyError;
-use super::delivery::{Delivery, Draft};
+use super::delivery::{Delivery, UnverifiedDelivery};
 use crate::criu::header::Target;
 use crate::ferry::hash::{HashStep, PageHasher};
 use crate::ferry::message::{Hashes, StateId, WantHashes};
@@ -126,11 +126,15 @@ impl Earlier {
     }
 
     /// See [`PostcopyReceiver::complete`](super::PostcopyReceiver::complete).
-    pub(super) fn complete(&mut self, draft: Draft, read: bool) -> (Delivery, bool) {
-        if !draft.has_local() || (read && draft.agrees(&self.hasher)) {
-            return (draft.whole(), true);
+    pub(super) fn complete(
+        &mut self,
+        unverified: UnverifiedDelivery,
+        read: bool,
+    ) -> (Delivery, bool) {
+        if !unverified.has_local() || (read && unverified.agrees(&self.hasher)) {
+            return (unverified.whole(), true);
         }
         self.distrusted = true;
-        (draft.without_local(), false)
+        (unverified.without_local(), false)
     }
 }

@@ -13,7 +13,7 @@ use pageferry::ferry::hash::{HashKey, HashStep, PageHasher};
 use pageferry::ferry::hello::{SessionId, Window};
 use pageferry::ferry::message::{Fault, WantHashes};
 use pageferry::ferry::postcopy_receiver::{
-    Delivery, Draft, Event, Part as Piece, PostcopyReceiver,
+    Delivery, Event, Part as Piece, PostcopyReceiver, UnverifiedDelivery,
 };
 use pageferry::lazy::planner::{PageOutcome, Planner, Request, SpaceId};
 use pageferry::lazy::space::{Class, FaultAnswer, Reach, Space};
@@ -244,18 +244,21 @@ impl Client {
                 assert!(self.is_complete(), "the source lets go of what is not here");
                 self.end = Some(End::Success);
             }
-            Event::Pushed(draft) => {
-                let delivery = self.complete(draft);
+            Event::Pushed(unverified) => {
+                let delivery = self.complete(unverified);
                 if self.closes_at.is_none() {
                     self.install_pushed(&delivery);
                 }
                 self.receiver.settle(delivery.plain);
             }
-            Event::Answer(request, mut draft) => {
+            Event::Answer(request, mut unverified) => {
                 let in_full = self.open_in_full.pop_front().expect("a question");
-                assert!(!in_full || draft.local().next().is_none(), "not in full");
+                assert!(
+                    !in_full || unverified.local().next().is_none(),
+                    "not in full"
+                );
                 self.seen.add("answer in full", u64::from(in_full));
-                let delivery = self.complete(draft);
+                let delivery = self.complete(unverified);
                 if self.closes_at.is_none() {
                     self.install_answer(&request, &delivery);
                 }
@@ -263,11 +266,11 @@ impl Client {
         }
     }
 
-    /// Reads what is local of `draft`.
-    fn complete(&mut self, mut draft: Draft) -> Delivery {
-        let pages = self.local.get(&Target::Process(draft.pid()));
+    /// Reads what is local of `unverified`.
+    fn complete(&mut self, mut unverified: UnverifiedDelivery) -> Delivery {
+        let pages = self.local.get(&Target::Process(unverified.pid()));
         let mut read = true;
-        for (range, bytes) in draft.local() {
+        for (range, bytes) in unverified.local() {
             let places = bytes.chunks_exact_mut(PAGE.as_usize());
             for (number, place) in numbers(range).zip(places) {
                 match pages.and_then(|pages| pages.get(&number)) {
@@ -276,7 +279,7 @@ impl Client {
                 }
             }
         }
-        let (delivery, usable) = self.receiver.complete(draft, read);
+        let (delivery, usable) = self.receiver.complete(unverified, read);
         self.distrusts |= !usable;
         let what = match usable {
             true => "delivery as it was meant",

@@ -10,7 +10,7 @@ use crate::engine::ferry::base::Base;
 use crate::error::Result;
 use crate::ferry::hash::{HashStep, PageHasher};
 use crate::ferry::message::WantHashes;
-use crate::ferry::postcopy_receiver::Draft;
+use crate::ferry::postcopy_receiver::UnverifiedDelivery;
 use crate::image::chain::Chain;
 use crate::units::{PageRange, PageSize};
 
@@ -69,10 +69,10 @@ impl Earlier {
         })
     }
 
-    /// Reads the local pages of `draft` to their places. Says whether all are there.
-    pub(super) fn read(&self, draft: &mut Draft) -> Result<bool> {
-        let base = self.bases.get(&draft.pid());
-        for (range, bytes) in draft.local() {
+    /// Reads the local pages of `unverified` to their places. Says whether all are there.
+    pub(super) fn read(&self, unverified: &mut UnverifiedDelivery) -> Result<bool> {
+        let base = self.bases.get(&unverified.pid());
+        for (range, bytes) in unverified.local() {
             let Some(base) = base else {
                 return Ok(false);
             };
