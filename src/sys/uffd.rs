@@ -1,7 +1,7 @@
 //! userfaultfd: reading what a process's memory does, and filling its pages.
 //!
 //! Layouts and numbers are those of linux/userfaultfd.h. Results of the filling calls stay signed
-//! until they are told apart here: a call may fill a part and then meet an obstacle.
+//! until they are told apart here: a call may fill a part and then be refused.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -340,7 +340,7 @@ impl Uffd {
 
 fn filled(result: nix::Result<i32>, done: i64) -> io::Result<Filled> {
     match (result, u64::try_from(done)) {
-        // EAGAIN with a count is a part that was filled before an obstacle.
+        // EAGAIN with a count is a part that was filled before a refusal.
         (_, Ok(bytes)) if bytes > 0 => Ok(Filled::Bytes(bytes)),
         (Err(Errno::EAGAIN), _) => Ok(Filled::Changing),
         (Err(Errno::EEXIST), _) => Ok(Filled::Present),

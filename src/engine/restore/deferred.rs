@@ -34,7 +34,7 @@ const CHANGING_US_MAX: u64 = 5_000;
 
 /// Why a process can take no page.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Obstacle {
+pub(super) enum PauseReason {
     /// There is no memory for it.
     NoRoom,
     /// An event is in the way and not there to read yet.
@@ -45,7 +45,7 @@ pub(super) enum Obstacle {
 
 #[derive(Debug)]
 struct Pause {
-    obstacle: Obstacle,
+    reason: PauseReason,
     since_us: u64,
     /// `None` while it is tried again.
     until_us: Option<u64>,
@@ -104,20 +104,20 @@ impl Deferred {
     }
 
     /// Begins a pause, longer than the last one if nothing was filled since. Says since when, µs.
-    fn pause(&mut self, id: SpaceId, obstacle: Obstacle, now_us: u64) -> u64 {
+    fn pause(&mut self, id: SpaceId, reason: PauseReason, now_us: u64) -> u64 {
         let pause = self.paused.entry(id).or_insert(Pause {
-            obstacle,
+            reason,
             since_us: now_us,
             until_us: None,
             pause_us: PAUSE_US / 2,
         });
-        if pause.obstacle != obstacle {
-            (pause.obstacle, pause.since_us) = (obstacle, now_us);
+        if pause.reason != reason {
+            (pause.reason, pause.since_us) = (reason, now_us);
         }
         if pause.until_us.is_none() {
-            let most = match obstacle {
-                Obstacle::Changing => CHANGING_US_MAX,
-                Obstacle::NoRoom | Obstacle::NoDescriptor => PAUSE_US_MAX,
+            let most = match reason {
+                PauseReason::Changing => CHANGING_US_MAX,
+                PauseReason::NoRoom | PauseReason::NoDescriptor => PAUSE_US_MAX,
             };
             pause.pause_us = (pause.pause_us * 2).min(most);
             pause.until_us = Some(now_us + pause.pause_us);
@@ -126,10 +126,10 @@ impl Deferred {
     }
 
     /// The processes whose pause is over: they are tried again.
-    fn take_due(&mut self, now_us: u64) -> Vec<(SpaceId, Obstacle)> {
+    fn take_due(&mut self, now_us: u64) -> Vec<(SpaceId, PauseReason)> {
         let due = self.paused.iter_mut().filter_map(|(id, pause)| {
             pause.until_us.take_if(|until_us| *until_us <= now_us)?;
-            Some((*id, pause.obstacle))
+            Some((*id, pause.reason))
         });
         due.collect()
     }
@@ -182,20 +182,20 @@ impl Restore {
     }
 
     /// Serves the others for a moment.
-    pub(super) fn defer(&mut self, id: SpaceId, obstacle: Obstacle) -> Result<()> {
+    pub(super) fn defer(&mut self, id: SpaceId, reason: PauseReason) -> Result<()> {
         let now_us = self.clock.now_us();
         self.planner.pause(id);
-        let since_us = self.deferred.pause(id, obstacle, now_us);
+        let since_us = self.deferred.pause(id, reason, now_us);
         let pid = self.processes.pid(id).unwrap_or(0);
         let waits = Duration::from_micros(now_us - since_us);
-        let text = match obstacle {
-            Obstacle::Changing => return Ok(()),
-            Obstacle::NoRoom => format!(
+        let text = match reason {
+            PauseReason::Changing => return Ok(()),
+            PauseReason::NoRoom => format!(
                 "no memory for the pages of pid {pid}: its control group (or the file system of a mapping) is \
                  full; trying again for {} s",
                 self.config.local_timeout.as_secs()
             ),
-            Obstacle::NoDescriptor => format!(
+            PauseReason::NoDescriptor => format!(
                 "no descriptor for a child that pid {pid} forks, which waits until one is free: a higher limit \
                  (ulimit -n, LimitNOFILE=) helps"
             ),
@@ -203,7 +203,7 @@ impl Restore {
         if let Some(left_out) = self.losses.complain(now_us) {
             tracing::warn!("{text}{left_out}");
         }
-        if obstacle == Obstacle::NoRoom && waits >= self.losses.local_patience() {
+        if reason == PauseReason::NoRoom && waits >= self.losses.local_patience() {
             let why = format!(
                 "there was no memory for its pages for {} s",
                 waits.as_secs()
@@ -229,9 +229,9 @@ impl Restore {
             return Ok(());
         }
         let now_us = self.clock.now_us();
-        for (id, obstacle) in self.deferred.take_due(now_us) {
+        for (id, reason) in self.deferred.take_due(now_us) {
             self.planner.resume(id);
-            if obstacle == Obstacle::NoDescriptor {
+            if reason == PauseReason::NoDescriptor {
                 self.processes.watch_again(id);
                 self.read_events(id)?;
             }
@@ -260,7 +260,7 @@ impl Restore {
         }
         // It stays readable; that is no reason to look at it all the time.
         self.processes.unwatch(id);
-        self.defer(id, Obstacle::NoDescriptor)
+        self.defer(id, PauseReason::NoDescriptor)
     }
 }
 
@@ -311,19 +311,19 @@ mod tests {
         let mut now_us = 0;
         let mut pauses = Vec::new();
         for _ in 0..12 {
-            assert_eq!(deferred.pause(ID, Obstacle::NoRoom, now_us), 0);
+            assert_eq!(deferred.pause(ID, PauseReason::NoRoom, now_us), 0);
             assert!(deferred.is_paused(ID));
             let until_us = deferred.until_us().unwrap();
             assert_eq!(deferred.take_due(until_us - 1), []);
             pauses.push(until_us - now_us);
             now_us = until_us;
-            assert_eq!(deferred.take_due(now_us), [(ID, Obstacle::NoRoom)]);
+            assert_eq!(deferred.take_due(now_us), [(ID, PauseReason::NoRoom)]);
             assert!(!deferred.is_paused(ID));
         }
         assert_eq!((pauses[0], pauses[1]), (PAUSE_US, 2 * PAUSE_US));
         assert_eq!(pauses.last(), Some(&PAUSE_US_MAX));
         deferred.filled(ID);
-        assert_eq!(deferred.pause(ID, Obstacle::NoRoom, now_us), now_us);
+        assert_eq!(deferred.pause(ID, PauseReason::NoRoom, now_us), now_us);
         assert_eq!(deferred.until_us(), Some(now_us + PAUSE_US));
     }
 

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use nix::errno::Errno;
 
 use super::Restore;
-use super::deferred::Obstacle;
+use super::deferred::PauseReason;
 use super::host_process::HostProcess;
 use super::owner_search::OwnerSearch;
 use super::processes::Process;
@@ -156,7 +156,7 @@ impl Restore {
             Filled::Changing => self.processes.retry_later(id, addr),
             Filled::NoRoom => {
                 self.processes.retry_later(id, addr);
-                return self.defer(id, Obstacle::NoRoom);
+                return self.defer(id, PauseReason::NoRoom);
             }
             Filled::Exited => self.forget(id),
         }

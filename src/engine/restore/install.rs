@@ -3,7 +3,7 @@
 use std::io;
 
 use super::Restore;
-use super::deferred::Obstacle;
+use super::deferred::PauseReason;
 use super::owner_search::Guards;
 use super::waking::Waiters;
 use crate::error::Result;
@@ -104,12 +104,12 @@ impl Restore {
                     }
                     if stuck > CHANGING_TRIES_MAX {
                         self.stash(id, image, bytes, outcome);
-                        return self.defer(id, Obstacle::Changing);
+                        return self.defer(id, PauseReason::Changing);
                     }
                 }
                 Step::NoRoom => {
                     self.stash(id, image, bytes, outcome);
-                    return self.defer(id, Obstacle::NoRoom);
+                    return self.defer(id, PauseReason::NoRoom);
                 }
                 // It lies in our memory: the mapped file ends before it.
                 Step::Unreadable => {
@@ -366,16 +366,16 @@ impl Restore {
 
     /// What `step` could not fill of `at`, which a local image has, is tried again in a moment.
     fn put_off(&mut self, id: SpaceId, at: PageRange, step: &Step) -> Result<()> {
-        let obstacle = match step {
-            Step::Stuck => Obstacle::Changing,
-            Step::NoRoom => Obstacle::NoRoom,
+        let reason = match step {
+            Step::Stuck => PauseReason::Changing,
+            Step::NoRoom => PauseReason::NoRoom,
             Step::On | Step::Unreadable | Step::Over => return Ok(()),
         };
         let space = self.planner.space(id);
         if let Some(page) = space.and_then(|space| space.first_awaited(at)) {
             self.processes.retry_later(id, page);
         }
-        self.defer(id, obstacle)
+        self.defer(id, reason)
     }
 
     /// A step of background work from local images, if there is any to do now. Says whether there was.

@@ -18,7 +18,7 @@
 //! |---|---|
 //! | `handover` | what the restore says: processes, its end |
 //! | `lazy::planner`, `processes` | what memory does: faults, forks, moves, ends |
-//! | `waking`, `install`, `guards`, `deferred`, `unreadable` | filling pages: sequences to be woken, guards, obstacles, images that fail |
+//! | `waking`, `install`, `guards`, `deferred`, `unreadable` | filling pages: sequences to be woken, guards, processes that are paused, images that fail |
 //! | `links` | connections to the source: answers, breaks, new attempts |
 //! | `background`, `second_dump` | the rate, and whoever traces a process |
 //! | `loss` | pages that cannot come, and what an operator says about them |
