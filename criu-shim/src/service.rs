@@ -51,11 +51,11 @@ pub(crate) fn run(parts: &[Part]) -> Result<ExitCode> {
         operand_option: None,
     }];
     let words = std::iter::once("criu".into()).chain(argv);
-    let Parsed { args, remarks } = match parse::<Args>(&actions, words) {
+    let Parsed { args, diagnostics } = match parse::<Args>(&actions, words) {
         Ok(parsed) => parsed,
         Err(error) => return Ok(ExitCode::from(error.report())),
     };
-    Ok(daemon::run(&args.common, &remarks, |daemon| {
+    Ok(daemon::run(&args.common, &diagnostics, |daemon| {
         serve(&path, daemon)
     }))
 }

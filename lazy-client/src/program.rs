@@ -45,7 +45,7 @@ pub fn run_program_with(policy: &'static dyn Policy) -> ExitCode {
             }
         };
     }
-    daemon::run(&parsed.args.common, &parsed.remarks, |daemon| {
+    daemon::run(&parsed.args.common, &parsed.diagnostics, |daemon| {
         restore(&parsed.args, policy, daemon)
     })
 }

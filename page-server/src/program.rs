@@ -62,9 +62,12 @@ pub fn run_program() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let Parsed { mut args, remarks } = parsed;
+    let Parsed {
+        mut args,
+        diagnostics,
+    } = parsed;
     args.stay_where_typed();
-    let code = daemon::run(&args.common, &remarks, |daemon| {
+    let code = daemon::run(&args.common, &diagnostics, |daemon| {
         // Before any thread is started, so that none is ended by a signal.
         block_stop_signals()?;
         let mut start = Start {

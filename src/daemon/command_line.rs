@@ -64,12 +64,12 @@ pub struct Parsed<A> {
     /// The program's own arguments.
     pub args: A,
     /// What is to be said of them.
-    pub remarks: Remarks,
+    pub diagnostics: Diagnostics,
 }
 
 /// What is to be said of a command line once there is a log.
 #[derive(Default, Debug)]
-pub struct Remarks {
+pub struct Diagnostics {
     /// Options of CRIU's on the command line that mean nothing here.
     pub skipped: BTreeSet<String>,
     /// What a configuration file says that may be a mistake.
@@ -114,7 +114,7 @@ pub fn parse_with<A: Parser>(
         action: None,
         place: None,
         places: BTreeMap::new(),
-        remarks: Remarks::default(),
+        diagnostics: Diagnostics::default(),
     };
     let argv: Vec<OsString> = argv.collect();
     for file in config_files(environment, &argv) {
@@ -185,7 +185,7 @@ struct Reader<'a> {
     place: Option<String>,
     /// Options whose values come from configuration files, with their places.
     places: BTreeMap<String, String>,
-    remarks: Remarks,
+    diagnostics: Diagnostics,
 }
 
 impl Reader<'_> {
@@ -379,7 +379,7 @@ impl Reader<'_> {
             let number = number.map(OsString::from);
             self.push(name, number.as_deref().or(argument.as_deref()));
         } else if self.place.is_none() && !READ_BEFORE.contains(&name) {
-            self.remarks.skipped.insert(shown);
+            self.diagnostics.skipped.insert(shown);
         }
         Ok(())
     }

@@ -38,7 +38,7 @@ use crate::engine::io::transport::parse_host;
 use crate::engine::service_manager::ServiceManager;
 use crate::error::{Error, Kind, Result};
 use crate::sys::process::{fork_single_threaded, inherited_descriptor};
-use command_line::Remarks;
+use command_line::Diagnostics;
 use log::{Log, VERBOSITY_DEFAULT};
 use sandbox::{Mode, Needs, Process};
 
@@ -135,11 +135,11 @@ pub struct Daemon {
 /// error goes to the log, and to standard error as well if that is another place.
 pub fn run(
     args: &CommonArgs,
-    remarks: &Remarks,
+    diagnostics: &Diagnostics,
     body: impl FnOnce(&mut Daemon) -> Result<()>,
 ) -> ExitCode {
     end_on_panic();
-    let mut daemon = match Daemon::enter(args, remarks) {
+    let mut daemon = match Daemon::enter(args, diagnostics) {
         Ok(daemon) => daemon,
         Err(error) => {
             eprintln!("error: {error}");
@@ -171,8 +171,8 @@ pub fn end_on_panic() {
 }
 
 impl Daemon {
-    /// Enters the work directory and opens the log there, as `args` say, and tells the `remarks`.
-    fn enter(args: &CommonArgs, remarks: &Remarks) -> Result<Daemon> {
+    /// Enters the work directory and opens the log there, as `args` say, and logs the `diagnostics`.
+    fn enter(args: &CommonArgs, diagnostics: &Diagnostics) -> Result<Daemon> {
         let images_dir = existing_dir(&args.images_dir, "images directory (-D)")?;
         let work_dir = match &args.work_dir {
             Some(dir) => existing_dir(dir, "work directory (-W)")?,
@@ -186,13 +186,13 @@ impl Daemon {
         }
         let log = Log::start(args.log_file.as_deref(), args.verbosity)?;
         raise_descriptor_limit();
-        for option in &remarks.skipped {
+        for option in &diagnostics.skipped {
             tracing::warn!("{option} is an option of CRIU that has no effect here: ignored");
         }
-        for warning in &remarks.warnings {
+        for warning in &diagnostics.warnings {
             tracing::warn!("{warning}");
         }
-        for note in &remarks.notes {
+        for note in &diagnostics.notes {
             tracing::info!("{note}");
         }
         Ok(Daemon {

@@ -83,7 +83,7 @@ pub(crate) fn command_line(mut data: &[u8]) {
             let parsed: Result<Parsed<Args>, _> =
                 parse_with(&actions, argv, &environment, &request);
             if let Ok(parsed) = parsed {
-                canary(!parsed.remarks.skipped.is_empty());
+                canary(!parsed.diagnostics.skipped.is_empty());
             }
         }
         1 => {

@@ -94,8 +94,8 @@ async fn write_parts(parts: &Path, args: &Args, found: &Found) -> Result<()> {
     let file = File::create(&path).map_err(|error| Error::file("create", &path, error))?;
     let (_, difference) =
         difference(&args.id, args.runtime, args.runtime_root.clone(), file).await?;
-    for remark in difference.remarks() {
-        tracing::warn!("{remark}");
+    for warning in difference.warnings() {
+        tracing::warn!("{warning}");
     }
     if !difference.hidden.is_empty() {
         write_json(&parts.join(DELETED), &difference.hidden)?;

@@ -44,8 +44,8 @@ use crate::runtime::RuntimeArg;
 pub(crate) fn run(args: &Args) -> ExitCode {
     crate::run_to_end(async {
         let report = export(args).await?;
-        for remark in report.remarks() {
-            tracing::warn!("{remark}");
+        for warning in report.warnings() {
+            tracing::warn!("{warning}");
         }
         if let Some(path) = &args.report {
             let text = serde_json::to_vec_pretty(&report);

@@ -62,8 +62,8 @@ pub(super) struct Report {
 
 impl LayerReport {
     /// What a user should know of the layer beyond success.
-    pub(crate) fn remarks(&self) -> Vec<String> {
-        let mut remarks = Vec::new();
+    pub(crate) fn warnings(&self) -> Vec<String> {
+        let mut warnings = Vec::new();
         let lists = [
             (
                 &self.sockets,
@@ -79,22 +79,22 @@ impl LayerReport {
             ),
         ];
         for (paths, what) in lists {
-            remarks.extend(paths.iter().map(|path| format!("{path} {what}")));
+            warnings.extend(paths.iter().map(|path| format!("{path} {what}")));
         }
-        remarks
+        warnings
     }
 }
 
 impl Report {
     /// What a user should know beyond success.
-    pub(super) fn remarks(&self) -> Vec<String> {
-        let mut remarks = self.layer.remarks();
-        remarks.extend(self.deleted.iter().map(|file| {
+    pub(super) fn warnings(&self) -> Vec<String> {
+        let mut warnings = self.layer.warnings();
+        warnings.extend(self.deleted.iter().map(|file| {
             format!(
                 "{} is deleted and open (pid {}, descriptor {}, {} bytes): not exported",
                 file.path, file.pid, file.fd, file.bytes
             )
         }));
-        remarks
+        warnings
     }
 }

@@ -31,7 +31,7 @@ impl Reader<'_> {
             .iter()
             .map(|line| line.option.to_string_lossy().into_owned());
         let options = options.collect::<Vec<_>>().join(" ");
-        self.remarks
+        self.diagnostics
             .notes
             .push(format!("configuration file {shown} says: {options}"));
         Ok(())
@@ -40,7 +40,7 @@ impl Reader<'_> {
     /// As for CRIU that is no mistake; but a user who named the file will want to know.
     fn missing(&mut self, file: &ConfigFile) {
         if let Named::By(who) = file.named {
-            self.remarks.warnings.push(format!(
+            self.diagnostics.warnings.push(format!(
                 "there is no configuration file {} ({who}): nothing is read from it, as by CRIU",
                 file.path.display()
             ));
@@ -56,7 +56,7 @@ impl Reader<'_> {
                     written: written.into_owned(),
                 });
             }
-            self.remarks.warnings.push(format!(
+            self.diagnostics.warnings.push(format!(
                 "{place}: {obeyed:?} is taken for the value {written:?}, as by CRIU"
             ));
         }
@@ -66,7 +66,7 @@ impl Reader<'_> {
     /// CRIU skips words that belong to no option.
     pub(super) fn ignore_word(&mut self, place: &str, word: &OsStr) {
         if !word.is_empty() {
-            self.remarks.warnings.push(format!(
+            self.diagnostics.warnings.push(format!(
                 "{place}: the option takes no value: {word:?} is ignored, as by CRIU"
             ));
         }
@@ -104,7 +104,7 @@ impl Reader<'_> {
             });
             if let Some(rival) = rival.and_then(|rival| rival.get_long()) {
                 self.forget(&name);
-                self.remarks.warnings.push(format!(
+                self.diagnostics.warnings.push(format!(
                     "{place}: --{name} does not count beside the --{rival} of this program"
                 ));
             }
@@ -119,7 +119,7 @@ impl Reader<'_> {
         match A::try_parse_from(self.tidy) {
             Ok(args) => Ok(Parsed {
                 args,
-                remarks: self.remarks,
+                diagnostics: self.diagnostics,
             }),
             Err(error) => Err(match place_of(&error, &self.places) {
                 Some(place) => in_place(&place, CommandLineError::Parser(error)),

@@ -119,7 +119,7 @@ fn options_of_criu_are_skipped_with_their_values() {
     .unwrap();
     assert!(parsed.args.keep);
     assert_eq!(parsed.args.common.images_dir, PathBuf::from("img"));
-    let skipped: Vec<String> = parsed.remarks.skipped.into_iter().collect();
+    let skipped: Vec<String> = parsed.diagnostics.skipped.into_iter().collect();
     let skipped = skipped.join(" ");
     assert_eq!(
         skipped,
@@ -191,7 +191,7 @@ fn what_cannot_stand_beside_an_option_gives_way_to_it() {
     let parsed = with_config("address far\nport 7\n", "--unix path").unwrap();
     assert_eq!(parsed.args.common.address, None);
     assert_eq!(parsed.args.common.port, Some(7));
-    let warning = parsed.remarks.warnings.join("\n");
+    let warning = parsed.diagnostics.warnings.join("\n");
     assert!(warning.contains("conf, line 1: --address"), "{warning}");
     let both = read("--address far --unix path");
     assert!(matches!(both, Err(CommandLineError::Parser(_))));
@@ -204,7 +204,7 @@ fn names_are_short_enough_in_a_file_if_criu_has_no_other() {
     assert!(
         with_config("exter x\n", "")
             .unwrap()
-            .remarks
+            .diagnostics
             .skipped
             .is_empty()
     );
@@ -231,7 +231,7 @@ fn a_request_stands_between_the_command_line_and_its_own_file() {
     std::fs::remove_file(&path).unwrap();
     let without = parse().unwrap();
     assert_eq!(without.args.common.images_dir, PathBuf::from("here"));
-    assert!(without.remarks.warnings.is_empty());
+    assert!(without.diagnostics.warnings.is_empty());
 }
 
 #[test]
