@@ -43,7 +43,7 @@ const RATE_SAMPLES: usize = 32;
 
 /// What was true when a request was sent; handed back with its answer.
 #[derive(Clone, Copy, Debug)]
-pub struct Ticket {
+pub struct RequestTiming {
     sent_us: u64,
     received_then: u64,
 }
@@ -95,9 +95,9 @@ impl Window {
     }
 
     /// A request for `bytes` goes out at `now_us`.
-    pub fn sent(&mut self, bytes: u64, now_us: u64) -> Ticket {
+    pub fn sent(&mut self, bytes: u64, now_us: u64) -> RequestTiming {
         self.in_flight += bytes;
-        Ticket {
+        RequestTiming {
             sent_us: now_us,
             received_then: self.received,
         }
@@ -134,8 +134,8 @@ impl Window {
     }
 
     /// The first byte of the answer to a request has come.
-    pub fn answered(&mut self, ticket: Ticket, now_us: u64) {
-        let delay = now_us.saturating_sub(ticket.sent_us).max(1);
+    pub fn answered(&mut self, timing: RequestTiming, now_us: u64) {
+        let delay = now_us.saturating_sub(timing.sent_us).max(1);
         if now_us.saturating_sub(self.delay_since_us) > DELAY_MEMORY_US / 2 {
             self.previous_delay_us = self.delay_us.take();
             self.delay_since_us = now_us;
@@ -145,11 +145,11 @@ impl Window {
     }
 
     /// The answer to a request for `asked` bytes is complete, with `got` bytes.
-    pub fn completed(&mut self, ticket: Ticket, asked: u64, got: u64, now_us: u64) {
+    pub fn completed(&mut self, timing: RequestTiming, asked: u64, got: u64, now_us: u64) {
         self.in_flight = self.in_flight.saturating_sub(asked);
         self.received += got;
-        let took = now_us.saturating_sub(ticket.sent_us).max(1);
-        let rate = (self.received - ticket.received_then).saturating_mul(1_000_000) / took;
+        let took = now_us.saturating_sub(timing.sent_us).max(1);
+        let rate = (self.received - timing.received_then).saturating_mul(1_000_000) / took;
         if self.rates.len() == RATE_SAMPLES {
             self.rates.pop_front();
         }
@@ -330,15 +330,15 @@ mod tests {
             }
             while window.has_room(now) {
                 let bytes = window.chunk_bytes(now);
-                let ticket = window.sent(bytes, now);
+                let timing = window.sent(bytes, now);
                 let starts = (now + delay_us).max(link_free_at);
                 link_free_at = starts + bytes * 1_000_000 / rate;
-                on_the_way.push_back((ticket, bytes, starts, link_free_at));
+                on_the_way.push_back((timing, bytes, starts, link_free_at));
             }
-            let (ticket, bytes, first, last) = on_the_way.pop_front().unwrap();
-            window.answered(ticket, first.max(now));
+            let (timing, bytes, first, last) = on_the_way.pop_front().unwrap();
+            window.answered(timing, first.max(now));
             now = last;
-            window.completed(ticket, bytes, bytes, now);
+            window.completed(timing, bytes, bytes, now);
         }
         window
     }

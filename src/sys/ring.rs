@@ -44,7 +44,7 @@ pub struct Done {
 }
 
 /// What an operation in flight uses.
-struct Ticket {
+struct InFlight {
     buffer: Option<Buffer>,
     /// The kernel reads these when the operation begins, which may be late.
     _slices: Vec<libc::iovec>,
@@ -54,13 +54,13 @@ struct Ticket {
 /// A ring. See the module's text.
 pub struct Ring {
     ring: ManuallyDrop<IoUring>,
-    tickets: ManuallyDrop<HashMap<Token, Ticket>>,
+    in_flight: ManuallyDrop<HashMap<Token, InFlight>>,
     next: Token,
 }
 
 impl fmt::Debug for Ring {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Ring with {} operations in flight", self.tickets.len())
+        write!(f, "Ring with {} operations in flight", self.in_flight.len())
     }
 }
 
@@ -86,7 +86,7 @@ impl Ring {
         }
         Ok(Ring {
             ring: ManuallyDrop::new(ring),
-            tickets: ManuallyDrop::new(HashMap::new()),
+            in_flight: ManuallyDrop::new(HashMap::new()),
             next: 0,
         })
     }
@@ -101,12 +101,12 @@ impl Ring {
         let into = &mut buffer[window];
         let len = u32::try_from(into.len()).unwrap_or(u32::MAX);
         let entry = opcode::Recv::new(fd(socket), into.as_mut_ptr(), len).build();
-        let ticket = Ticket {
+        let operation = InFlight {
             buffer: Some(buffer),
             _slices: Vec::new(),
             _descriptor: Arc::clone(socket),
         };
-        self.push(entry, ticket)
+        self.push(entry, operation)
     }
 
     /// Begins to write the `ranges` of `buffer`, one behind the other, to `offset` of `file`. A thread
@@ -133,12 +133,12 @@ impl Ring {
             .offset(offset)
             .build()
             .flags(Flags::ASYNC);
-        let ticket = Ticket {
+        let operation = InFlight {
             buffer: Some(buffer),
             _slices: slices,
             _descriptor: Arc::clone(file),
         };
-        let token = self.push(entry, ticket)?;
+        let token = self.push(entry, operation)?;
         // Now, not when this thread waits next: until then it may do without the ring.
         self.ring.submit()?;
         Ok(token)
@@ -150,14 +150,14 @@ impl Ring {
             while let Some(completion) = self.ring.completion().next() {
                 let token = completion.user_data();
                 // A cancellation that was still to come back is of no interest.
-                if let Some(ticket) = self.tickets.remove(&token) {
+                if let Some(operation) = self.in_flight.remove(&token) {
                     let code = completion.result();
                     let result =
                         u32::try_from(code).map_err(|_| io::Error::from_raw_os_error(-code));
                     return Ok(Some(Done {
                         token,
                         result,
-                        buffer: ticket.buffer,
+                        buffer: operation.buffer,
                     }));
                 }
             }
@@ -182,14 +182,14 @@ impl Ring {
         }
     }
 
-    fn push(&mut self, entry: Entry, ticket: Ticket) -> io::Result<Token> {
+    fn push(&mut self, entry: Entry, operation: InFlight) -> io::Result<Token> {
         let token = self.next;
         self.next += 1;
-        self.tickets.insert(token, ticket);
+        self.in_flight.insert(token, operation);
         let pushed = self.push_entry(&entry.user_data(token));
         if pushed.is_err() {
             // The kernel never saw it.
-            self.tickets.remove(&token);
+            self.in_flight.remove(&token);
         }
         pushed.map(|()| token)
     }
@@ -198,19 +198,19 @@ impl Ring {
         if self.ring.submission().is_full() {
             self.ring.submit()?;
         }
-        // SAFETY: what the entry points to is held by its ticket, which lives until the operation's
+        // SAFETY: what the entry points to is held by what is in flight, which lives until the operation's
         // completion is reaped (in `wait` or in `drop`); a cancellation points to nothing.
         unsafe { self.ring.submission().push(entry) }.map_err(io::Error::other)
     }
 
     /// Cancels everything in flight and waits for it.
     fn give_up(&mut self) -> io::Result<()> {
-        let tokens: Vec<Token> = self.tickets.keys().copied().collect();
+        let tokens: Vec<Token> = self.in_flight.keys().copied().collect();
         for token in tokens {
             let cancel = opcode::AsyncCancel::new(token).build();
             self.push_entry(&cancel.user_data(CANCELLATION))?;
         }
-        while !self.tickets.is_empty() {
+        while !self.in_flight.is_empty() {
             self.wait(None)?;
         }
         Ok(())
@@ -221,13 +221,13 @@ impl Drop for Ring {
     fn drop(&mut self) {
         if let Err(error) = self.give_up() {
             // The kernel may still use the memory: better lost than shared.
-            tracing::warn!("cannot cancel {} operations: {error}", self.tickets.len());
+            tracing::warn!("cannot cancel {} operations: {error}", self.in_flight.len());
             return;
         }
         // SAFETY: nothing is in flight, and neither field is used again.
         unsafe { ManuallyDrop::drop(&mut self.ring) };
         // SAFETY: as above; the map is empty.
-        unsafe { ManuallyDrop::drop(&mut self.tickets) };
+        unsafe { ManuallyDrop::drop(&mut self.in_flight) };
     }
 }
 

@@ -1,9 +1,9 @@
 //! Threads that turn gathered batches into frames: hash, judge, compress.
 //!
 //! ```text
-//! gathering thread ── ticket 7, 8, 9 ──> packer threads ── in the order of tickets ──> SenderSession
-//!        ^                                     │
-//!        └──────────── empty buffers <─────────┘
+//! gathering thread ── batches 7, 8, 9 ──> packer threads ── in the order of their numbers ──> SenderSession
+//!        ^                                    │
+//!        └──────────── empty buffers <────────┘
 //! ```
 //!
 //! Invariant: at most one batch more than there are threads is under way. So memory stays bounded, and the gathering
@@ -120,7 +120,7 @@ impl<'s> Packer<'s> {
 
     /// Waits until all batches have been numbered, so that what is asked next comes behind them.
     pub(crate) fn flush(&self) -> Result<()> {
-        self.sending.wait_for_ticket(self.issued)
+        self.sending.wait_for_batches_before(self.issued)
     }
 
     /// Why the threads have ended.
@@ -145,10 +145,10 @@ impl Worker<'_> {
     fn run(&mut self, inbox: &Mutex<Receiver<(u64, Job)>>, back: &Sender<Vec<u8>>) {
         loop {
             let next = lock(inbox).recv();
-            let Ok((ticket, job)) = next else {
+            let Ok((sequence, job)) = next else {
                 return;
             };
-            if let Err(error) = self.pack(ticket, &job) {
+            if let Err(error) = self.pack(sequence, &job) {
                 // Whoever waits for the session hears of it there.
                 self.sending.abort(&error.to_string());
                 return;
@@ -158,7 +158,7 @@ impl Worker<'_> {
         }
     }
 
-    fn pack(&mut self, ticket: u64, job: &Job) -> Result<()> {
+    fn pack(&mut self, sequence: u64, job: &Job) -> Result<()> {
         if let Some(last) = job.runs.last() {
             self.sending.await_hashes(job.target, last.range.end())?;
         }
@@ -191,7 +191,7 @@ impl Worker<'_> {
             .map_err(|error| Error::wrap(Kind::Io, "zstd failed", error))?;
         self.frame_bytes = frame.len();
         self.observe(level, &counters, start);
-        self.sending.submit_batch(ticket, open, frame, &counters)
+        self.sending.submit_batch(sequence, open, frame, &counters)
     }
 
     /// Tells the level control what the fresh pages cost.

@@ -2,7 +2,7 @@
 //! receiver has.
 //!
 //! Connection loops poll frames out of it and hand acknowledgements in (`handler`). The packers submit batches in the
-//! order of their tickets. The thread that talks to CRIU asks questions and waits for the answers.
+//! order of their sequence numbers. The thread that talks to CRIU asks questions and waits for the answers.
 
 mod handler;
 mod outbox;
@@ -60,7 +60,7 @@ struct State {
     /// It has heard that the session is over.
     heard_bye: bool,
     /// Whose turn it is to submit a batch.
-    ticket: u64,
+    sequence: u64,
     wakers: Wakers,
     ending: Option<Ending>,
     /// Nobody waits for last words any more.
@@ -100,7 +100,7 @@ impl SenderSession {
                 answer: None,
                 taken: false,
                 heard_bye: false,
-                ticket: 0,
+                sequence: 0,
                 wakers: Wakers::default(),
                 ending: None,
                 cut: false,
@@ -172,16 +172,16 @@ impl SenderSession {
         self.wait(|state| state.answer.take())
     }
 
-    /// Submits the batch of `ticket` when all before it have been submitted.
+    /// Submits the batch number `sequence` when all before it have been submitted.
     pub(in crate::engine) fn submit_batch(
         &self,
-        ticket: u64,
+        sequence: u64,
         open: OpenFrame,
         frame: Vec<u8>,
         counters: &EncodeCounters,
     ) -> Result<()> {
         let sealed = open.seal(&frame);
-        self.submit(Kind::Pages, sealed, frame, Some(ticket))?;
+        self.submit(Kind::Pages, sealed, frame, Some(sequence))?;
         self.traffic.forwarded(&ByKind::of(counters, self.page));
         lock(&self.state).outbox.sent.add(counters);
         Ok(())
@@ -197,21 +197,21 @@ impl SenderSession {
         self.wait(|state| state.taken.then_some(()))
     }
 
-    /// Waits until a batch behind those of all tickets below `ticket` can be made: it has room in the
+    /// Waits until a batch behind all with sequence numbers below `sequence` can be made: it has room in the
     /// receiver's window, and no more than `most_unsent` bytes wait for a connection. Frames that are being made
     /// count as one of a batch's length each.
-    pub(super) fn wait_for_room(&self, ticket: u64, most_unsent: u64) -> Result<()> {
+    pub(super) fn wait_for_room(&self, sequence: u64, most_unsent: u64) -> Result<()> {
         self.wait(|state| {
             let (sender, _) = state.talk.as_ref()?;
-            let being_made = (ticket - state.ticket) * PUSH_BYTES;
+            let being_made = (sequence - state.sequence) * PUSH_BYTES;
             let fits = sender.has_room_for(being_made + PUSH_BYTES);
             (fits && state.outbox.unsent + being_made <= most_unsent).then_some(())
         })
     }
 
-    /// Waits until the batches of all tickets below `ticket` have been submitted.
-    pub(in crate::engine) fn wait_for_ticket(&self, ticket: u64) -> Result<()> {
-        self.wait(|state| (state.ticket == ticket).then_some(()))
+    /// Waits until the batches with sequence numbers below `sequence` have been submitted.
+    pub(in crate::engine) fn wait_for_batches_before(&self, sequence: u64) -> Result<()> {
+        self.wait(|state| (state.sequence == sequence).then_some(()))
     }
 
     /// The receiver's base version of `target` is called `state`. Asks for its hashes if need be.
@@ -290,11 +290,11 @@ impl SenderSession {
         kind: Kind,
         sealed: SealedFrame,
         mut frame: Vec<u8>,
-        ticket: Option<u64>,
+        sequence: Option<u64>,
     ) -> Result<()> {
         let bytes = frame.len() as u64;
         let mut state = self.wait_for(|state| {
-            let turn = ticket.is_none_or(|ticket| state.ticket == ticket);
+            let turn = sequence.is_none_or(|sequence| state.sequence == sequence);
             let sender = state.talk.as_ref().map(|(sender, _)| sender);
             turn && sender.is_some_and(|sender| sender.has_room_for(bytes))
         })?;
@@ -303,7 +303,7 @@ impl SenderSession {
             sealed.finish(&mut frame, kind, number);
         }
         state.outbox.put(frame);
-        state.ticket += u64::from(ticket.is_some());
+        state.sequence += u64::from(sequence.is_some());
         self.traffic.forwarded_frame(bytes);
         state.wakers.wake_all();
         drop(state);

@@ -16,7 +16,7 @@ use crate::engine::io::transport::Transport;
 use crate::lazy::planner::Request;
 use crate::lazy::policy::Policy;
 use crate::lazy::space::Class;
-use crate::lazy::window::{Ticket, Window};
+use crate::lazy::window::{RequestTiming, Window};
 use crate::sys::disconnect;
 use crate::units::{PageRange, PageSize};
 
@@ -36,7 +36,7 @@ pub(in crate::engine::restore) const GIVE_UP_TIMEOUT: Duration = Duration::from_
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sent {
     pub(super) request: Request,
-    ticket: Ticket,
+    timing: RequestTiming,
 }
 
 /// What a step through the received bytes found.
@@ -134,7 +134,7 @@ impl Link {
 
     /// Queues a request; [`Link::flush`] sends it.
     pub(super) fn ask(&mut self, request: Request, now_us: u64) {
-        let ticket = self.window.sent(request.image.bytes(), now_us);
+        let timing = self.window.sent(request.image.bytes(), now_us);
         self.urgent += u64::from(request.class != Class::Stream);
         match request.class {
             Class::Stream => self.window.streamed(now_us),
@@ -142,7 +142,7 @@ impl Link {
             Class::Sequential => self.window.sequential_fault(now_us),
             Class::Around => {}
         }
-        let sent = Sent { request, ticket };
+        let sent = Sent { request, timing };
         self.fetcher
             .get(request.pid, request.image, sent, &mut self.out);
     }
@@ -216,7 +216,7 @@ impl Link {
     ) -> Result<(usize, LinkStep), FetchError> {
         let (used, step) = self.fetcher.next(received.unread())?;
         match &step {
-            Step::Answer { tag } => self.window.answered(tag.ticket, now_us),
+            Step::Answer { tag } => self.window.answered(tag.timing, now_us),
             Step::Complete { tag, asked, rest } => {
                 self.urgent -= u64::from(tag.request.class != Class::Stream);
                 if tag.request.class == Class::Fault {
@@ -224,14 +224,14 @@ impl Link {
                 }
                 let got = asked.bytes() - rest.map_or(0, PageRange::bytes);
                 self.window
-                    .completed(tag.ticket, asked.bytes(), got, now_us);
+                    .completed(tag.timing, asked.bytes(), got, now_us);
             }
             Step::Lacking { tag, asked } => {
                 self.urgent -= u64::from(tag.request.class != Class::Stream);
                 if tag.request.class == Class::Fault {
                     self.window.fault_answered(now_us);
                 }
-                self.window.completed(tag.ticket, asked.bytes(), 0, now_us);
+                self.window.completed(tag.timing, asked.bytes(), 0, now_us);
             }
             Step::Incomplete | Step::Pages { .. } | Step::Closed(_) => {}
         }
