@@ -7,7 +7,7 @@ mod config;
 use std::fs;
 
 use anyhow::{Result, ensure};
-use config::{Outcome, Settings, Stage, generated};
+use config::{Outcome, Settings, TestNetwork, generated};
 use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::Make;
@@ -51,11 +51,11 @@ fn files_mean_to_lazy_client_what_they_mean_to_criu() {
         let load = Load::start(LoadSpec::mixed(bed.path("load"), 2), None)?;
         let images = bed.path("images");
         Dump::new(criu, load.pid(), &images).leave_running().run()?;
-        let stage = Stage::new(bed)?;
+        let network = TestNetwork::new(bed)?;
         let mut differences = Vec::new();
         for settings in config::lazy::by_hand() {
-            let theirs = stage.lazy_pages(Make::Criu(criu), &settings, &images)?;
-            let ours = stage.lazy_pages(Make::Ours, &settings, &images)?;
+            let theirs = network.lazy_pages(Make::Criu(criu), &settings, &images)?;
+            let ours = network.lazy_pages(Make::Ours, &settings, &images)?;
             let stricter =
                 matches!(&ours, config::lazy::Outcome::Refused(why) if is_documented(why));
             if !stricter && ours != theirs {
@@ -68,11 +68,11 @@ fn files_mean_to_lazy_client_what_they_mean_to_criu() {
 }
 
 fn compare(bed: &Bed, criu: &Criu, all: impl IntoIterator<Item = Settings>) -> Result<()> {
-    let stage = Stage::new(bed)?;
+    let network = TestNetwork::new(bed)?;
     let mut differences = Vec::new();
     for settings in all {
-        let theirs = stage.page_server(Make::Criu(criu), &settings)?;
-        let ours = stage.page_server(Make::Ours, &settings)?;
+        let theirs = network.page_server(Make::Criu(criu), &settings)?;
+        let ours = network.page_server(Make::Ours, &settings)?;
         let stricter = match (&ours, &theirs) {
             (Outcome::Refused(why), Outcome::Listens { .. }) => is_documented(why),
             _ => false,

@@ -22,7 +22,7 @@ use testbed::process::Spawned;
 use testbed::wait::{self, GENEROUS};
 use testbed::workspace::binary;
 
-use super::{Place, Settings, Stage, and, at, files_in, with};
+use super::{Place, Settings, TestNetwork, and, at, files_in, with};
 
 /// See the module's text.
 #[derive(Debug)]
@@ -115,7 +115,7 @@ pub(crate) fn by_hand() -> Vec<Settings> {
     ]
 }
 
-impl Stage<'_> {
+impl TestNetwork<'_> {
     /// Starts a lazy-pages daemon with `settings` over copies of `images` and sees what it does.
     pub(crate) fn lazy_pages(
         &self,

@@ -93,20 +93,20 @@ impl PartialEq for Outcome {
 }
 
 /// A network and keys for page servers.
-pub(crate) struct Stage<'a> {
+pub(crate) struct TestNetwork<'a> {
     bed: &'a Bed,
     hosts: TwoHosts,
     keys: Vec<String>,
 }
 
-impl Stage<'_> {
-    pub(crate) fn new(bed: &Bed) -> Result<Stage<'_>> {
+impl TestNetwork<'_> {
+    pub(crate) fn new(bed: &Bed) -> Result<TestNetwork<'_>> {
         let pki = bed.path("pki");
         fs::create_dir_all(&pki)?;
         let keys = Authority::new(&pki, "ca")?
             .issue(&Host::LOOPBACK)?
             .options();
-        Ok(Stage {
+        Ok(TestNetwork {
             bed,
             hosts: TwoHosts::new(None)?,
             keys: keys.into_iter().filter(|word| word != "--tls").collect(),

@@ -9,7 +9,7 @@ use pageferry::ferry::link::{Admission, ConnectionId, Dialer, RetryPolicy, Sessi
 
 use crate::net::{Conn, Net, Side};
 use crate::parts::{Part, Status, StreamKey};
-use crate::run::{Host, Line, Lives, Stage};
+use crate::run::{Host, Line, LineState, Lives};
 
 /// A process that dials the streams of a session.
 pub(crate) struct DialingHost<P: Part> {
@@ -39,7 +39,7 @@ impl<P: Part> DialingHost<P> {
         let greeting = Hello::decode(frame.kind, body).expect("a listening side writes well");
         let welcomed = self.dialer.handle_welcome(line.place.stream, greeting, now);
         let peer = welcomed.expect("the ends fit");
-        line.stage = Stage::Up;
+        line.state = LineState::Up;
         self.part.stream_up(line.place, &peer);
         true
     }
@@ -70,7 +70,7 @@ impl<P: Part> Host for DialingHost<P> {
 
     fn lost(&mut self, net: &mut Net, conn: Conn) {
         if let Some(line) = self.lines.remove(&conn) {
-            if line.stage == Stage::Up {
+            if line.state == LineState::Up {
                 self.part.stream_down(line.place);
             }
             self.dialer.handle_lost(line.place.stream, net.now);
@@ -79,7 +79,7 @@ impl<P: Part> Host for DialingHost<P> {
 
     fn frame(&mut self, net: &mut Net, conn: Conn, frame: &Frame, body: &[u8]) -> Lives {
         let line = &self.lines[&conn];
-        if line.stage == Stage::Greeting {
+        if line.state == LineState::Greeting {
             return self.welcomed(net.now, conn, frame, body);
         }
         if self.part.frame(line.place, frame.kind, frame.number, body) {
@@ -98,7 +98,7 @@ impl<P: Part> Host for DialingHost<P> {
         }
         while let Some(stream) = self.dialer.poll_dial(net.now) {
             let key = StreamKey::stream(stream);
-            let line = Line::new(Stage::Connecting, key);
+            let line = Line::new(LineState::Connecting, key);
             self.lines.insert(net.dial(), line);
         }
     }
@@ -121,7 +121,7 @@ pub(crate) fn greet(
     hello: impl FnOnce(StreamKey) -> Hello,
 ) {
     if let Some(line) = lines.get_mut(&conn) {
-        line.stage = Stage::Greeting;
+        line.state = LineState::Greeting;
         let mut words = Vec::new();
         hello(line.place).encode(Kind::Hello, &mut words);
         net.write(conn, Side::Dialing, &words);
@@ -136,7 +136,7 @@ pub(crate) fn write_all<P: Part, T: Copy + Into<StreamKey>>(
     from: Side,
 ) {
     for (conn, line) in lines {
-        while line.stage == Stage::Up
+        while line.state == LineState::Up
             && net.can_write(*conn, from)
             && let Some(frame) = part.poll(line.place.into())
         {
@@ -199,13 +199,13 @@ impl<P: Part> ListeningHost<P> {
         let replaced = self
             .lines
             .iter()
-            .find(|(_, line)| line.stage == Stage::Up && line.place.key == key);
+            .find(|(_, line)| line.state == LineState::Up && line.place.key == key);
         if let Some(old) = replaced.map(|(old, _)| *old) {
             net.close(old, Side::Listening);
             self.lines.remove(&old);
         }
         let line = self.lines.get_mut(&conn).expect("it lives");
-        line.stage = Stage::Up;
+        line.state = LineState::Up;
         line.place = Accepted {
             key,
             attempt: peer.attempt,
@@ -240,18 +240,18 @@ impl<P: Part> Host for ListeningHost<P> {
             return;
         }
         let (key, attempt) = (StreamKey::stream(0), 0);
-        let line = Line::new(Stage::Greeting, Accepted { key, attempt });
+        let line = Line::new(LineState::Greeting, Accepted { key, attempt });
         self.lines.insert(conn, line);
     }
 
     fn lost(&mut self, net: &mut Net, conn: Conn) {
         let line = self.lines.remove(&conn);
-        let Some(line) = line.filter(|line| line.stage == Stage::Up) else {
+        let Some(line) = line.filter(|line| line.state == LineState::Up) else {
             return;
         };
         let Accepted { key, attempt } = line.place;
         let others = self.lines.values();
-        let mut newer = others.filter(|other| other.stage == Stage::Up);
+        let mut newer = others.filter(|other| other.state == LineState::Up);
         if !newer.any(|other| other.place.key == key) {
             self.part.stream_down(key);
         }
@@ -265,7 +265,7 @@ impl<P: Part> Host for ListeningHost<P> {
 
     fn frame(&mut self, net: &mut Net, conn: Conn, frame: &Frame, body: &[u8]) -> Lives {
         let line = &self.lines[&conn];
-        if line.stage == Stage::Greeting {
+        if line.state == LineState::Greeting {
             return self.admit(net, conn, frame, body);
         }
         let key = line.place.key;

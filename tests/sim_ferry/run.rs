@@ -9,7 +9,7 @@ use crate::net::{Conn, Event, Net, Side};
 use crate::parts::Part;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Stage {
+pub(crate) enum LineState {
     Connecting,
     Greeting,
     Up,
@@ -17,16 +17,16 @@ pub(crate) enum Stage {
 
 /// A connection, as one of its sides has it.
 pub(crate) struct Line<T> {
-    pub(crate) stage: Stage,
+    pub(crate) state: LineState,
     /// What it is to its host.
     pub(crate) place: T,
     received: Vec<u8>,
 }
 
 impl<T> Line<T> {
-    pub(crate) fn new(stage: Stage, place: T) -> Line<T> {
+    pub(crate) fn new(state: LineState, place: T) -> Line<T> {
         Line {
-            stage,
+            state,
             place,
             received: Vec::new(),
         }

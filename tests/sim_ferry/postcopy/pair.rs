@@ -11,7 +11,7 @@ use super::client::Client;
 use crate::hosts::{greet, write_all};
 use crate::net::{Conn, Net, Side};
 use crate::parts::{Part, Status, StreamKey};
-use crate::run::{Host, Line, Lives, Stage};
+use crate::run::{Host, Line, LineState, Lives};
 
 /// Between two attempts to reach a lost source.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -59,7 +59,7 @@ impl PairHost {
     }
 
     fn dial(&mut self, net: &mut Net, key: StreamKey) {
-        let line = Line::new(Stage::Connecting, key);
+        let line = Line::new(LineState::Connecting, key);
         self.lines.insert(net.dial(), line);
     }
 
@@ -67,7 +67,7 @@ impl PairHost {
         let line = self.lines.get_mut(&conn).expect("it lives");
         let key = line.place;
         match self.dialer.handle_answer(role(key), frame.kind, body) {
-            Ok(()) => line.stage = Stage::Up,
+            Ok(()) => line.state = LineState::Up,
             Err(refusal) => {
                 if refusal.is_final() {
                     self.part.lost(&format!("{refusal:?}"));
@@ -141,7 +141,7 @@ impl Host for PairHost {
 
     fn frame(&mut self, net: &mut Net, conn: Conn, frame: &Frame, body: &[u8]) -> Lives {
         let line = &self.lines[&conn];
-        if line.stage == Stage::Greeting {
+        if line.state == LineState::Greeting {
             return self.welcomed(net, conn, frame, body);
         }
         if !self.attached {
