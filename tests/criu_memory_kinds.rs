@@ -1,10 +1,10 @@
-//! Every kind of mapping times every way of carrying it, judged by real CRIUs.
+//! Every kind of mapping times every transfer, judged by real CRIUs.
 //!
 //! One process holds all kinds and checks itself, in a child that it forks as well. What a stock CRIU without
-//! any of our daemons can dump and restore must come through each of our ways; what it cannot is judged in a
+//! any of our daemons can dump and restore must come through each of our transfers; what it cannot is judged in a
 //! process of its own. The table in docs/compatibility.md is what these tests saw: they fail if it says
 //! something else, and write it if `PAGEFERRY_WRITE_TABLES` is set (one version after the other). Every run of the
-//! tests tries each way with some CRIU; the ignored ones try all ways with all.
+//! tests tries each transfer with some CRIU; the ignored ones try all with all.
 
 #[path = "common/memory_table.rs"]
 mod memory_table;
@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use memory_table::{Cell, Seen, Table, WAYS, Way, expect_right};
+use memory_table::{Cell, Seen, TRANSFERS, Table, Transfer, expect_right};
 use testbed::bed::Bed;
 use testbed::criu::{Crit, Criu, Suite};
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
@@ -56,7 +56,7 @@ fn criu_4_3() {
     with_criu(Suite::Experimental, judge_often);
 }
 
-/// All ways, for the table in the documentation.
+/// All transfers, for the table in the documentation.
 mod whole {
     use super::{Suite, judge_whole, with_criu};
 
@@ -81,14 +81,14 @@ mod whole {
 
 fn judge_often(bed: &Bed, criu: &Criu) -> Result<()> {
     let column = column(criu)?;
-    judge(bed, criu, |way| way.often.contains(&column))
+    judge(bed, criu, |transfer| transfer.often.contains(&column))
 }
 
 fn judge_whole(bed: &Bed, criu: &Criu) -> Result<()> {
     judge(bed, criu, |_| true)
 }
 
-fn judge(bed: &Bed, criu: &Criu, tried: impl Fn(&Way) -> bool) -> Result<()> {
+fn judge(bed: &Bed, criu: &Criu, tried: impl Fn(&Transfer) -> bool) -> Result<()> {
     let _huge = HugePages::allow(HUGE_PAGES)?;
     let mut seen = Seen::new();
     let baseline = Baseline::judge(bed, criu)?;
@@ -96,9 +96,9 @@ fn judge(bed: &Bed, criu: &Criu, tried: impl Fn(&Way) -> bool) -> Result<()> {
         eprintln!("{}: CRIU {} alone: {why}", kind.name, criu.version);
     }
     let column = column(criu)?;
-    for way in WAYS.iter().filter(|way| tried(way)) {
-        let kinds = baseline.carried_by(*way);
-        let mut place = Place::new(bed, criu, way.name, &kinds)?;
+    for transfer in TRANSFERS.iter().filter(|transfer| tried(transfer)) {
+        let kinds = baseline.carried_by(*transfer);
+        let mut place = Place::new(bed, criu, transfer.name, &kinds)?;
         let began = Instant::now();
         let lacking = |kind: &Kind| place.kinds.lacking.contains_key(kind.name);
         let present: Vec<Kind> = KINDS
@@ -106,28 +106,28 @@ fn judge(bed: &Bed, criu: &Criu, tried: impl Fn(&Way) -> bool) -> Result<()> {
             .filter(|kind| !lacking(kind))
             .copied()
             .collect();
-        let said = carry(&mut place, *way);
-        eprintln!("{}: {:.1} s", way.title, began.elapsed().as_secs_f64());
-        let refuses = way.refuses.contains(&column);
+        let said = carry(&mut place, *transfer);
+        eprintln!("{}: {:.1} s", transfer.title, began.elapsed().as_secs_f64());
+        let refuses = transfer.refuses.contains(&column);
         let said = match &said {
             Ok(_) if refuses => None,
             Ok(said) => Some(said),
             Err(_) if refuses => {
                 let refused = present
                     .into_iter()
-                    .map(|kind| ((kind, way.name), Cell::Refused));
+                    .map(|kind| ((kind, transfer.name), Cell::Refused));
                 seen.extend(refused);
                 continue;
             }
             Err(error) => {
-                // A way that fails as a whole is wrong for every kind.
-                eprintln!("{}: {error:#}", way.title);
+                // A transfer that fails as a whole is wrong for every kind.
+                eprintln!("{}: {error:#}", transfer.title);
                 None
             }
         };
         let known = |kind: &Kind| !baseline.lacking.contains_key(kind.name);
         for kind in present.into_iter().filter(known) {
-            seen.insert((kind, way.name), baseline.cell(kind, *way, said));
+            seen.insert((kind, transfer.name), baseline.cell(kind, *transfer, said));
         }
     }
     expect_right(column, &seen)?;
@@ -221,26 +221,28 @@ impl Baseline {
         Ok(baseline)
     }
 
-    /// The kinds that `way` must carry.
-    fn carried_by(&self, way: Way) -> Vec<Kind> {
+    /// The kinds that `transfer` must carry.
+    fn carried_by(&self, transfer: Transfer) -> Vec<Kind> {
         let carried = self.carried.iter().copied();
-        carried.filter(|kind| !self.refuses(*kind, way)).collect()
+        carried
+            .filter(|kind| !self.refuses(*kind, transfer))
+            .collect()
     }
 
-    fn refuses(&self, kind: Kind, way: Way) -> bool {
+    fn refuses(&self, kind: Kind, transfer: Transfer) -> bool {
         let names = |refused: &[(Kind, String)]| refused.iter().any(|(name, _)| *name == kind);
         names(&self.refused)
-            || (way.lazy && names(&self.refused_lazily))
-            || (way.has_parent() && WITHOUT_PARENT.contains(&(self.column, kind.name)))
+            || (transfer.lazy && names(&self.refused_lazily))
+            || (transfer.has_parent() && WITHOUT_PARENT.contains(&(self.column, kind.name)))
     }
 
     /// What `said`, if it came that far, is for a kind.
-    fn cell(&self, kind: Kind, way: Way, said: Option<&KindResults>) -> Cell {
-        if self.refuses(kind, way) {
+    fn cell(&self, kind: Kind, transfer: Transfer, said: Option<&KindResults>) -> Cell {
+        if self.refuses(kind, transfer) {
             return Cell::Criu;
         }
         match said.and_then(|said| said.get(kind.name)) {
-            None => Cell::Wrong("the way failed".to_owned()),
+            None => Cell::Wrong("the transfer failed".to_owned()),
             Some(None) => Cell::Right,
             Some(Some(wrong)) => Cell::Wrong(wrong.clone()),
         }
@@ -383,14 +385,14 @@ impl<'a> Place<'a> {
     }
 }
 
-/// Carries a process in one way.
-fn carry(place: &mut Place<'_>, way: Way) -> Result<KindResults> {
+/// Carries a process by one transfer.
+fn carry(place: &mut Place<'_>, transfer: Transfer) -> Result<KindResults> {
     let (first, images) = (place.path("first"), place.path("images"));
-    match way.name {
+    match transfer.name {
         "plain" => place.dump_to_server(&images, &[], None)?,
         "dedup-content" | "auto-dedup" => {
             place.dump_to_server(&first, &[], None)?;
-            let option = format!("--{}", way.name);
+            let option = format!("--{}", transfer.name);
             place.dump_to_server(&images, &[&option], Some(&first))?;
         }
         "compress" => {
@@ -398,7 +400,7 @@ fn carry(place: &mut Place<'_>, way: Way) -> Result<KindResults> {
             Crit::fetched()?.decompress(&images)?;
         }
         "forward" => forward(place, &images)?,
-        _ => return lazily(place, way),
+        _ => return lazily(place, transfer),
     }
     // What was dumped runs on, and would check itself as well.
     place.kinds.stop()?;
@@ -438,15 +440,15 @@ fn waiting(place: &Place<'_>, images: &Path) -> Result<(Spawned, SocketAddr)> {
     Ok((place.dump(images).serve_lazily(address)?, address))
 }
 
-fn lazily(place: &mut Place<'_>, way: Way) -> Result<KindResults> {
+fn lazily(place: &mut Place<'_>, transfer: Transfer) -> Result<KindResults> {
     let slowly = ["--max-bandwidth", LAZY_RATE];
     let images = place.path("images");
-    match way.name {
+    match transfer.name {
         "served" | "lazy-page-server" => {
             let [images, here] = in_files(place)?;
             let options = Options::new(&images).log_to("serve.log");
             let server = PageServer::serving(Make::Ours, &options)?;
-            match way.name {
+            match transfer.name {
                 "served" => {
                     let criu = Make::Criu(place.criu);
                     place.lazily(&here, criu, &[], Some(server.address()), false)
@@ -466,7 +468,7 @@ fn lazily(place: &mut Place<'_>, way: Way) -> Result<KindResults> {
         }
         _ => {
             let earlier = place.path("earlier");
-            if way.name == "hybrid" {
+            if transfer.name == "hybrid" {
                 place.dump_to_server(&earlier, &[], None)?;
             }
             let (mut dump, address) = waiting(place, &images)?;
@@ -475,7 +477,7 @@ fn lazily(place: &mut Place<'_>, way: Way) -> Result<KindResults> {
             let mut forwarder = PageServer::receiving(Make::Ours, &options.log_to("forward.log"))?;
             let earlier = earlier.to_string_lossy();
             let mut options = slowly.to_vec();
-            match way.name {
+            match transfer.name {
                 "forward-lazy" => {}
                 "ferry" => options.push("--ferry"),
                 _ => options.extend(["--ferry", "--prev-images-dir", &earlier]),

@@ -47,13 +47,13 @@ fn options(dir: &Path, previous: Option<&str>) -> StoreOptions {
 }
 
 /// A driver, and when files are written.
-type Way = (Io, Writes);
+type Driver = (Io, Writes);
 
-const EPOLL: Way = (Io::Epoll, Writes::Beside);
+const EPOLL: Driver = (Io::Epoll, Writes::Beside);
 
 const ALL_WRITES: [Writes; 2] = [Writes::Beside, Writes::Between];
 
-fn context(dir: &Path, previous: Option<&str>, (io, writes): Way) -> ReceiveContext {
+fn context(dir: &Path, previous: Option<&str>, (io, writes): Driver) -> ReceiveContext {
     let stores = Stores::open(options(dir, previous), None).unwrap();
     ReceiveContext {
         writes,
@@ -70,7 +70,7 @@ fn session(context: &ReceiveContext, bytes: &[u8], piece: usize) -> (Result<Rece
 }
 
 /// All ways that this kernel allows.
-fn ways() -> Vec<Way> {
+fn drivers() -> Vec<Driver> {
     let uring = testbed::gate::need("io_uring", Io::choose(Some(Io::Uring)));
     let drivers = uring.into_iter().chain([Io::Epoll]);
     drivers
@@ -94,13 +94,13 @@ proptest! {
         let second = with_true_holes(second, &memory);
         let shmem = with_true_holes(shmem, &BTreeMap::new());
         let mut images = Vec::new();
-        for way in ways() {
+        for driver in drivers() {
             let tmp = tempfile::tempdir().unwrap();
             let (old, new) = (tmp.path().join("old"), tmp.path().join("new"));
             std::fs::create_dir(&old).unwrap();
             std::fs::create_dir(&new).unwrap();
             let bytes = dump(&[(PID, first.clone())], wire);
-            let (received, answers) = session(&context(&old, None, way), &bytes, piece);
+            let (received, answers) = session(&context(&old, None, driver), &bytes, piece);
             let received = received.unwrap();
             prop_assert_eq!(answers, [0, 0, 0, 0, 0]);
             prop_assert_eq!(received.wire_bytes, bytes.len() as u64);
@@ -109,7 +109,7 @@ proptest! {
             check_images(&old, PID, &memory);
 
             let bytes = dump(&[(PID, second.clone()), (SHMEM, shmem.clone())], wire);
-            let (received, answers) = session(&context(&new, Some("../old"), way), &bytes, piece);
+            let (received, answers) = session(&context(&new, Some("../old"), driver), &bytes, piece);
             received.unwrap();
             prop_assert_eq!(answers, [1, 0, 0, 0, 0, 0]);
             check_images(&new, PID, &naive_memory(&[second.clone(), first.clone()]));
@@ -171,9 +171,9 @@ proptest! {
         let runs = with_true_holes(with_large_runs(runs, large), &BTreeMap::new());
         let bytes = dump(&[(PID, runs)], Wire::V2);
         let cut = cut.index(bytes.len());
-        for way in ways() {
+        for driver in drivers() {
             let tmp = tempfile::tempdir().unwrap();
-            let (received, _) = session(&context(tmp.path(), None, way), &bytes[..cut], 1 << 20);
+            let (received, _) = session(&context(tmp.path(), None, driver), &bytes[..cut], 1 << 20);
             let error = received.unwrap_err();
             prop_assert_eq!(error.kind(), Kind::PeerLost);
             prop_assert_eq!(files(tmp.path()), BTreeMap::new());
@@ -183,9 +183,9 @@ proptest! {
     /// Neither does garbage, nor a dump with a spoilt byte in a header.
     #[test]
     fn garbage_leaves_nothing(garbage in prop::collection::vec(any::<u8>(), 32..4096)) {
-        for way in ways() {
+        for driver in drivers() {
             let tmp = tempfile::tempdir().unwrap();
-            let (received, _) = session(&context(tmp.path(), None, way), &garbage, 4096);
+            let (received, _) = session(&context(tmp.path(), None, driver), &garbage, 4096);
             prop_assert!(received.is_err());
             prop_assert_eq!(files(tmp.path()), BTreeMap::new());
         }
@@ -236,12 +236,12 @@ fn hostile_dumps_are_refused_with_their_place() {
             vec!["pid 7", "second time"],
         ),
     ];
-    for way in ways() {
+    for driver in drivers() {
         for (bytes, words) in &cases {
             let tmp = tempfile::tempdir().unwrap();
             // More bytes than the server will read: it must not wait for the end.
             let bytes = [bytes.clone(), vec![0; 256]].concat();
-            let (received, answers) = session(&context(tmp.path(), None, way), &bytes, 1 << 20);
+            let (received, answers) = session(&context(tmp.path(), None, driver), &bytes, 1 << 20);
             let error = received.unwrap_err().to_string();
             for word in words {
                 assert!(error.contains(word), "{error} lacks {word}");
@@ -257,10 +257,10 @@ fn one_page_frames_are_one_entry_and_one_run_in_the_file() {
     let runs: Vec<Run> = (0..600)
         .map(|page| Run::present(FIRST_PAGE + u64::from(page), 1, PageFlags::LAZY, page + 1))
         .collect();
-    for way in ways() {
+    for driver in drivers() {
         let tmp = tempfile::tempdir().unwrap();
         let bytes = dump(&[(PID, runs.clone())], Wire::V2);
-        session(&context(tmp.path(), None, way), &bytes, 1 << 20)
+        session(&context(tmp.path(), None, driver), &bytes, 1 << 20)
             .0
             .unwrap();
         check_images(tmp.path(), PID, &naive_memory(std::slice::from_ref(&runs)));
@@ -272,9 +272,9 @@ fn one_page_frames_are_one_entry_and_one_run_in_the_file() {
 
 #[test]
 fn force_close_leaves_the_socket_for_another_session() {
-    for way in ways() {
+    for driver in drivers() {
         let tmp = tempfile::tempdir().unwrap();
-        let context = context(tmp.path(), None, way);
+        let context = context(tmp.path(), None, driver);
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         for target in [PID, SHMEM] {
             let run = Run::present(FIRST_PAGE, 3, PageFlags::LAZY, 5);
@@ -366,14 +366,14 @@ fn a_silent_peer_is_given_up() {
     let large = Run::present(FIRST_PAGE, 1024, PageFlags::LAZY, 1);
     let mut within_pages = dump(&[(PID, vec![large])], Wire::V2);
     within_pages.truncate(100_000);
-    for (way, said) in ways()
+    for (driver, said) in drivers()
         .into_iter()
-        .flat_map(|way| [(way, &open), (way, &within_pages)])
+        .flat_map(|driver| [(driver, &open), (driver, &within_pages)])
     {
         let tmp = tempfile::tempdir().unwrap();
         let context = ReceiveContext {
             idle_timeout: Some(Duration::from_millis(20)),
-            ..context(tmp.path(), None, way)
+            ..context(tmp.path(), None, driver)
         };
         let (ours, theirs) = UnixStream::pair().unwrap();
         std::io::Write::write_all(&mut &theirs, said).unwrap();
@@ -387,9 +387,9 @@ fn a_silent_peer_is_given_up() {
 
 #[test]
 fn sessions_at_once_share_a_directory() {
-    for way in ways() {
+    for driver in drivers() {
         let tmp = tempfile::tempdir().unwrap();
-        let context = Arc::new(context(tmp.path(), None, way));
+        let context = Arc::new(context(tmp.path(), None, driver));
         let runs = |pid: u32| vec![Run::present(FIRST_PAGE, 64, PageFlags::LAZY, pid * 100)];
         std::thread::scope(|scope| {
             for pid in 1..=6 {

@@ -1,6 +1,6 @@
-//! The table of kinds of mappings and ways of carrying them in docs/compatibility.md.
+//! The table of kinds of mappings and of transfers in docs/compatibility.md.
 //!
-//! A cell names the CRIUs with which the memory is right: `yes` for all that the way is tried with, `—` for none.
+//! A cell names the CRIUs with which the memory is right: `yes` for all that the transfer is tried with, `—` for none.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -16,9 +16,9 @@ const COLUMNS: [&str; 3] = ["4.1", "4.2", "4.3"];
 const BEGIN: &str = "<!-- memory kinds: written by tests/criu_memory_kinds.rs -->\n";
 const END: &str = "<!-- end of memory kinds -->\n";
 
-/// A way of carrying memory.
+/// A way of carrying memory from a dump to a restore.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Way {
+pub(crate) struct Transfer {
     pub(crate) name: &'static str,
     pub(crate) title: &'static str,
     /// Whether the processes run before their memory is there.
@@ -29,20 +29,20 @@ pub(crate) struct Way {
     pub(crate) refuses: &'static [&'static str],
 }
 
-impl Way {
+impl Transfer {
     /// Whether the images that are restored have a parent.
     pub(crate) fn has_parent(self) -> bool {
         matches!(self.name, "dedup-content" | "auto-dedup")
     }
 }
 
-const fn way(
+const fn transfer(
     name: &'static str,
     title: &'static str,
     lazy: bool,
     often: &'static [&'static str],
-) -> Way {
-    Way {
+) -> Transfer {
+    Transfer {
         name,
         title,
         lazy,
@@ -51,38 +51,38 @@ const fn way(
     }
 }
 
-/// All ways, in the order of the table.
-pub(crate) const WAYS: &[Way] = &[
-    way("plain", "received", false, &COLUMNS),
-    way("dedup-content", "`--dedup-content`", false, &["4.2"]),
-    way("auto-dedup", "`--auto-dedup`", false, &["4.2"]),
-    Way {
+/// All transfers, in the order of the table.
+pub(crate) const TRANSFERS: &[Transfer] = &[
+    transfer("plain", "received", false, &COLUMNS),
+    transfer("dedup-content", "`--dedup-content`", false, &["4.2"]),
+    transfer("auto-dedup", "`--auto-dedup`", false, &["4.2"]),
+    Transfer {
         refuses: &["4.1"],
-        ..way("compress", "`--compress`", false, &["4.2"])
+        ..transfer("compress", "`--compress`", false, &["4.2"])
     },
-    way("forward", "`--forward`", false, &["4.1", "4.2"]),
-    way("served", "served to CRIU", true, &["4.2"]),
-    way("lazy-dump", "lazy, from a dump", true, &COLUMNS),
-    way(
+    transfer("forward", "`--forward`", false, &["4.1", "4.2"]),
+    transfer("served", "served to CRIU", true, &["4.2"]),
+    transfer("lazy-dump", "lazy, from a dump", true, &COLUMNS),
+    transfer(
         "lazy-page-server",
         "lazy, from a page-server",
         true,
         &["4.2"],
     ),
-    way("lazy-local", "lazy, local", true, &["4.2"]),
-    way("forward-lazy", "`--forward-lazy`", true, &["4.2"]),
-    way("ferry", "`--ferry`", true, &COLUMNS),
-    way("hybrid", "hybrid", true, &["4.2"]),
+    transfer("lazy-local", "lazy, local", true, &["4.2"]),
+    transfer("forward-lazy", "`--forward-lazy`", true, &["4.2"]),
+    transfer("ferry", "`--ferry`", true, &COLUMNS),
+    transfer("hybrid", "hybrid", true, &["4.2"]),
 ];
 
-/// What was seen of a kind on a way.
+/// What was seen of a kind with a transfer.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Cell {
     /// The memory is right.
     Right,
     /// CRIU alone cannot carry it either.
     Criu,
-    /// The way refuses the dump, as the documentation says.
+    /// The transfer refuses the dump, as the documentation says.
     Refused,
     /// It is wrong or refused, and how.
     Wrong(String),
@@ -112,11 +112,11 @@ impl Table {
             let Some(kind) = KINDS.iter().find(|kind| kind.title == title) else {
                 continue;
             };
-            for (way, cell) in WAYS.iter().zip(parts) {
+            for (transfer, cell) in TRANSFERS.iter().zip(parts) {
                 let right = COLUMNS.iter().copied().filter(|column| {
                     cell == "yes" || cell.split(", ").any(|named| named == *column)
                 });
-                cells.insert((*kind, way.name), right.collect());
+                cells.insert((*kind, transfer.name), right.collect());
             }
         }
         Ok(Table(cells))
@@ -124,14 +124,14 @@ impl Table {
 
     /// Fails unless what was `seen` with `column` is what the table says.
     pub(crate) fn expect(&self, column: &'static str, seen: &Seen) -> Result<()> {
-        let says = |kind: Kind, way: &'static str| {
-            let right = self.0.get(&(kind, way));
+        let says = |kind: Kind, transfer: &'static str| {
+            let right = self.0.get(&(kind, transfer));
             right.is_some_and(|right| right.contains(column))
         };
         let differing: Vec<String> = seen
             .iter()
-            .filter(|((kind, way), found)| says(*kind, way) != (**found == Cell::Right))
-            .map(|((kind, way), found)| format!("{} by {way}: {found:?}", kind.name))
+            .filter(|((kind, transfer), found)| says(*kind, transfer) != (**found == Cell::Right))
+            .map(|((kind, transfer), found)| format!("{} by {transfer}: {found:?}", kind.name))
             .collect();
         ensure!(
             differing.is_empty(),
@@ -166,14 +166,14 @@ impl Table {
 
     fn text(&self) -> String {
         let row = |cells: Vec<String>| format!("| {} |\n", cells.join(" | "));
-        let titles = WAYS.iter().map(|way| way.title.to_owned());
+        let titles = TRANSFERS.iter().map(|transfer| transfer.title.to_owned());
         let mut text = String::from("\n");
         text += &row(std::iter::once("mapping".to_owned())
             .chain(titles)
             .collect());
-        text += &format!("|{}\n", "---|".repeat(WAYS.len() + 1));
+        text += &format!("|{}\n", "---|".repeat(TRANSFERS.len() + 1));
         for kind in KINDS {
-            let cells = WAYS.iter().map(|way| self.cell(*kind, *way));
+            let cells = TRANSFERS.iter().map(|transfer| self.cell(*kind, *transfer));
             text += &row(std::iter::once(kind.title.to_owned())
                 .chain(cells)
                 .collect());
@@ -181,8 +181,8 @@ impl Table {
         text + "\n"
     }
 
-    fn cell(&self, kind: Kind, way: Way) -> String {
-        let right = self.0.get(&(kind, way.name));
+    fn cell(&self, kind: Kind, transfer: Transfer) -> String {
+        let right = self.0.get(&(kind, transfer.name));
         let right: Vec<&str> = right.into_iter().flatten().copied().collect();
         match right.len() {
             0 => "—".to_owned(),
@@ -194,10 +194,12 @@ impl Table {
 
 /// Fails if something is wrong that CRIU alone gets right.
 pub(crate) fn expect_right(column: &str, seen: &Seen) -> Result<()> {
-    let wrong = seen.iter().filter_map(|((kind, way), cell)| match cell {
-        Cell::Wrong(wrong) => Some(format!("{} by {way}: {wrong}", kind.name)),
-        _ => None,
-    });
+    let wrong = seen
+        .iter()
+        .filter_map(|((kind, transfer), cell)| match cell {
+            Cell::Wrong(wrong) => Some(format!("{} by {transfer}: {wrong}", kind.name)),
+            _ => None,
+        });
     let wrong: Vec<String> = wrong.collect();
     ensure!(wrong.is_empty(), "CRIU {column}: {wrong:#?}");
     Ok(())
