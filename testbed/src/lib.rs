@@ -7,7 +7,7 @@
 //! ```text
 //!   criu       finds and fetches real CRIUs         workspace, gate  what a test needs, or skips without
 //!   load       the process under test               process, wait    guards, deadlines, Ctrl-C
-//!   kinds      a process with every kind of mapping mappings         the calls that make them
+//!   kinds      a process with every kind of mapping sys              raw memory, mappings: all `unsafe` code
 //!   daemons    page-server, lazy-pages, both makes  net, proxy       two hosts; delay, rate, cuts
 //!   migration  dump and restore, with all logs      pipes, hugepages settings of the kernel (sysctl)
 //!   postcopy   all of it in one                     bed, suite       a test's place, a test per CRIU
@@ -45,7 +45,6 @@ pub mod hugepages;
 pub mod images;
 pub mod kinds;
 pub mod load;
-pub mod mappings;
 pub mod memory_group;
 pub mod migration;
 pub mod net;

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::unistd::{alarm, getpid, getsid, setsid};
-use testbed::mappings;
 use testbed::sys;
+use testbed::sys::mappings;
 
 const PAGE: usize = 4096;
 const WORDS: usize = PAGE / 8;

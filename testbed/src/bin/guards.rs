@@ -15,8 +15,8 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, alarm, getpid, getsid, setsid};
-use testbed::mappings::{self, MADV_GUARD_INSTALL};
 use testbed::sys;
+use testbed::sys::mappings::{self, MADV_GUARD_INSTALL};
 
 const MADV_GUARD_REMOVE: i32 = 103;
 const PAGE: usize = 4096;

@@ -17,7 +17,7 @@ use clap::Parser;
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{alarm, getpid, getsid, setsid};
-use testbed::mappings;
+use testbed::sys::mappings;
 
 /// After so many seconds the kernel ends the process, whatever became of the test.
 const LIFETIME_S: u32 = 300;

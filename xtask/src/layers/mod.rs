@@ -14,6 +14,7 @@
 //!
 //! - The pure modules build from few crates: see `Cargo.toml`, feature `engine`.
 //! - No source file has more than [`FILE_LINES_MAX`] lines. Functions are measured by clippy (`clippy.toml`).
+//! - `unsafe` is allowed in [`UNSAFE_FOLDERS`] alone.
 
 mod imports;
 
@@ -37,6 +38,12 @@ const PURE_CRATES: usize = 40;
 
 /// Longest source file, lines.
 const FILE_LINES_MAX: usize = 500;
+
+/// Where the lint against `unsafe` may be switched off: one folder for the programs, one for the tests.
+const UNSAFE_FOLDERS: [&str; 2] = ["src/sys", "testbed/src/sys"];
+
+/// What switches it off. In two parts, so that this file does not have it.
+const ALLOWS_UNSAFE: &str = concat!("allow(", "unsafe_code");
 
 /// A module's path within its crate; empty for the root.
 type Module = Vec<String>;
@@ -69,7 +76,7 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
             problems.extend(against_order(&imports, &Order::parse(&text)?));
         }
     }
-    problems.extend(long_files(root)?);
+    problems.extend(bad_files(root)?);
     let crates = pure_crates(root)?;
     if crates.len() >= PURE_CRATES {
         problems.push(format!(
@@ -82,18 +89,22 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// The source files that are too long.
-fn long_files(root: &Path) -> Result<Vec<String>> {
+/// The source files that are too long, or allow `unsafe` where it has no place.
+fn bad_files(root: &Path) -> Result<Vec<String>> {
     let mut problems = Vec::new();
     for path in tracked::files(root, "*.rs")? {
         let text = fs::read_to_string(root.join(&path))
             .with_context(|| format!("cannot read {}", path.display()))?;
-        let lines = text.lines().count();
+        let (lines, shown) = (text.lines().count(), path.display());
         if lines > FILE_LINES_MAX {
-            let path = path.display();
             problems.push(format!(
-                "{path} has {lines} lines, {FILE_LINES_MAX} are the most"
+                "{shown} has {lines} lines, {FILE_LINES_MAX} are the most"
             ));
+        }
+        let may = UNSAFE_FOLDERS.iter().any(|folder| path.starts_with(folder));
+        if !may && text.contains(ALLOWS_UNSAFE) {
+            let folders = UNSAFE_FOLDERS.join(" and ");
+            problems.push(format!("{shown} allows unsafe code: {folders} may"));
         }
     }
     Ok(problems)

@@ -10,8 +10,8 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::ForkResult;
 use testbed::kinds::KindResults;
-use testbed::mappings;
 use testbed::sys;
+use testbed::sys::mappings;
 
 use crate::make::{Expect, Made, Span, content, page_bytes};
 

@@ -9,8 +9,8 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use testbed::load::content::mix;
 use testbed::load::page_words;
-use testbed::mappings::{self, MADV_GUARD_INSTALL, MAP_DROPPABLE};
 use testbed::sys::WORD_BYTES;
+use testbed::sys::mappings::{self, MADV_GUARD_INSTALL, MAP_DROPPABLE};
 
 /// What a run of pages must be.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use testbed::mappings;
+use testbed::sys::mappings;
 
 use crate::make::{
     Expect, HUGE_BYTES, Made, PAGES, PRIVATE, SHARED, Span, advised, anonymous, fill, first_of,

@@ -5,8 +5,13 @@
 //! given lies in the window, so no call can touch memory that Rust owns. A page of the window that
 //! is not mapped, or not writable, raises a signal that ends the process: for a test process that
 //! is an answer, not undefined behaviour.
+//!
+//! This folder has all `unsafe` code of the tests. It is not in the library's `sys`: no program of pageferry makes
+//! mappings of every kind, loads from addresses that may fault, or forks in a thread.
 
 #![allow(unsafe_code)]
+
+pub mod mappings;
 
 use std::ffi::c_void;
 use std::num::NonZeroUsize;

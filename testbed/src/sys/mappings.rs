@@ -5,8 +5,6 @@
 //! process_vm_readv and process_vm_writev of the process itself, which say EFAULT where a load would raise a
 //! signal.
 
-#![allow(unsafe_code)]
-
 use std::ffi::c_void;
 use std::io::{IoSlice, IoSliceMut};
 use std::num::NonZeroUsize;
