@@ -186,14 +186,14 @@ impl Chain {
             extents: Vec::new(),
         };
         // As for CRIU, a parent without this pagemap ends the chain.
-        let mut lineage = dir.lineage()?;
-        let levels = lineage
+        let mut chain_dirs = dir.chain_dirs()?;
+        let levels = chain_dirs
             .iter()
             .take_while(|dir| dir.has_pagemap(target))
             .count();
-        lineage.truncate(levels.max(1));
-        chain.dirs = lineage.iter().map(|dir| dir.path().to_owned()).collect();
-        for (depth, dir) in lineage.iter().enumerate().rev() {
+        chain_dirs.truncate(levels.max(1));
+        chain.dirs = chain_dirs.iter().map(|dir| dir.path().to_owned()).collect();
+        for (depth, dir) in chain_dirs.iter().enumerate().rev() {
             chain.lay_over(dir, depth)?;
         }
         chain.extents.shrink_to_fit();

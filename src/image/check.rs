@@ -123,7 +123,7 @@ pub fn check_previous(dir: &ImageDir, previous: &ImageDir) -> Result<()> {
         );
         return Err(Error::new(Kind::Usage, text));
     }
-    for parent in &previous.lineage()? {
+    for parent in &previous.chain_dirs()? {
         if dir.is_same(parent)? {
             let text = format!(
                 "--prev-images-dir {} is a difference to {path}, which is to be one to it",
@@ -163,7 +163,7 @@ pub(crate) fn check_split(dir: &ImageDir, lazy_dir: &ImageDir) -> Result<()> {
 /// Whether the parents of `dir`, if it has some, are whole. Pages that stayed with the source of a lazy dump
 /// are nobody's fault.
 pub(super) fn check_parents(dir: &ImageDir) -> Result<()> {
-    match dir.lineage()?.get(1) {
+    match dir.chain_dirs()?.get(1) {
         Some(parent) => check_whole(parent),
         None => Ok(()),
     }
@@ -193,8 +193,8 @@ pub(super) fn check_whole(parent: &ImageDir) -> Result<()> {
 ///
 /// [`Kind::Usage`]: a file cannot be written, or several pagemaps name it.
 pub fn check_parents_writable(dir: &ImageDir) -> Result<()> {
-    let lineage = dir.lineage()?;
-    for parent in lineage.iter().skip(1) {
+    let chain_dirs = dir.chain_dirs()?;
+    for parent in chain_dirs.iter().skip(1) {
         let mut named: BTreeMap<u32, Target> = BTreeMap::new();
         for target in parent.targets()? {
             let Some(extents) = Extents::open(parent, target)? else {

@@ -31,7 +31,7 @@ const RUN_BYTES: u64 = 1 << 20;
 
 /// Fails if images were taken from `dir` or its parents by a restore with `--auto-dedup`.
 pub fn refuse_consumed(dir: &ImageDir) -> Result<()> {
-    for dir in dir.lineage()? {
+    for dir in dir.chain_dirs()? {
         let mark = dir.path().join(MARK);
         if mark.exists() {
             let text = format!(

@@ -208,17 +208,17 @@ impl ImageDir {
 
     /// This directory and its parents, nearest first. Fails if they go round in a ring or deeper
     /// than [`PARENT_DEPTH_MAX`].
-    pub fn lineage(&self) -> Result<Vec<ImageDir>> {
-        let mut lineage = vec![self.clone()];
+    pub fn chain_dirs(&self) -> Result<Vec<ImageDir>> {
+        let mut chain_dirs = vec![self.clone()];
         let mut next = self.parent()?;
         while let Some(dir) = next {
             let mut came_by = false;
-            for seen in &lineage {
+            for seen in &chain_dirs {
                 came_by |= seen.is_same(&dir)?;
             }
             let problem = if came_by {
                 Some(format!("come back to {}", dir.path.display()))
-            } else if lineage.len() == PARENT_DEPTH_MAX {
+            } else if chain_dirs.len() == PARENT_DEPTH_MAX {
                 Some(format!("go deeper than {PARENT_DEPTH_MAX} directories"))
             } else {
                 None
@@ -228,9 +228,9 @@ impl ImageDir {
                 return Err(Error::new(Kind::Image, text));
             }
             next = dir.parent()?;
-            lineage.push(dir);
+            chain_dirs.push(dir);
         }
-        Ok(lineage)
+        Ok(chain_dirs)
     }
 
     /// All messages of an image file, `None` if there is no such file.
@@ -381,12 +381,12 @@ mod tests {
         std::os::unix::fs::symlink("../1", paths[0].join(PARENT_LINK)).unwrap();
         std::os::unix::fs::symlink("../2", paths[1].join(PARENT_LINK)).unwrap();
         let dir = ImageDir::open(&paths[0], PAGE).unwrap();
-        assert_eq!(dir.lineage().unwrap().len(), 3);
+        assert_eq!(dir.chain_dirs().unwrap().len(), 3);
         std::os::unix::fs::symlink("../gone", paths[2].join(PARENT_LINK)).unwrap();
-        assert_eq!(dir.lineage().unwrap().len(), 3);
+        assert_eq!(dir.chain_dirs().unwrap().len(), 3);
         std::fs::remove_file(paths[2].join(PARENT_LINK)).unwrap();
         std::os::unix::fs::symlink("../1", paths[2].join(PARENT_LINK)).unwrap();
-        assert_eq!(dir.lineage().unwrap_err().kind(), Kind::Image);
+        assert_eq!(dir.chain_dirs().unwrap_err().kind(), Kind::Image);
     }
 
     #[test]

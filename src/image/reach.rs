@@ -13,9 +13,9 @@ pub fn reach(path: &Path, page: PageSize) -> Vec<PathBuf> {
     let Ok(dir) = ImageDir::open_any(path, page) else {
         return Vec::new();
     };
-    let lineage = dir.lineage().unwrap_or_else(|_| vec![dir]);
+    let chain_dirs = dir.chain_dirs().unwrap_or_else(|_| vec![dir]);
     let mut reached = Vec::new();
-    for dir in lineage {
+    for dir in chain_dirs {
         reached.push(dir.path().to_owned());
         let entries = fs::read_dir(dir.path()).into_iter().flatten().flatten();
         let links = entries.filter_map(|entry| {

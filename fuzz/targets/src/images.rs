@@ -229,7 +229,7 @@ pub(crate) fn chain(data: &[u8]) {
     };
     let _ = (
         dir.processes(),
-        dir.lineage(),
+        dir.chain_dirs(),
         check_served(&dir),
         check_lazy(&dir),
     );

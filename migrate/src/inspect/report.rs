@@ -114,7 +114,7 @@ impl Report {
     /// What stands in `dir` and its parents.
     pub(super) fn of(dir: &ImageDir) -> Result<Report> {
         let directories: Result<Vec<Directory>> =
-            dir.lineage()?.iter().map(Directory::of).collect();
+            dir.chain_dirs()?.iter().map(Directory::of).collect();
         Ok(Report {
             schema: SCHEMA,
             page_bytes: dir.page().bytes(),
@@ -269,7 +269,7 @@ impl Memory {
         contents: Option<&mut Contents>,
     ) -> Result<()> {
         let chain = Chain::open(dir, target, Missing::Leave)?;
-        let lineage = dir.lineage()?;
+        let chain_dirs = dir.chain_dirs()?;
         for extent in chain.extents() {
             let pages = extent.range.pages(dir.page()).get();
             self.pages += pages;
@@ -286,7 +286,7 @@ impl Memory {
             };
             self.stored_bytes += bytes;
             let holder = chain.file(file).path().parent();
-            let depth = lineage.iter().position(|dir| Some(dir.path()) == holder);
+            let depth = chain_dirs.iter().position(|dir| Some(dir.path()) == holder);
             if let Some(depth) = depth {
                 self.pages_by_directory[depth] += pages;
             }

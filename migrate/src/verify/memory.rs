@@ -23,23 +23,23 @@ use crate::scan::{Pagemap, scan};
 /// Pages read at once.
 const READ_PAGES: u64 = 256;
 
-/// Checks the memory that is `needed`; `lineage` is the directory and its parents.
+/// Checks the memory that is `needed`; `chain_dirs` is the directory and its parents.
 pub(super) fn check(
-    lineage: &[ImageDir],
+    chain_dirs: &[ImageDir],
     needed: &[Needed],
     criteria: Criteria,
     findings: &mut Findings,
     looked: &mut Looked,
 ) {
     let mut check = Check {
-        lineage,
+        chain_dirs,
         criteria,
         findings,
         looked,
         read_pages: Arc::default(),
     };
     let read_pages = Arc::clone(&check.read_pages);
-    let page = lineage[0].page();
+    let page = chain_dirs[0].page();
     let _display = criteria.read.then(|| {
         Display::start(move || {
             let done_pages = read_pages.load(Ordering::Relaxed);
@@ -58,7 +58,7 @@ pub(super) fn check(
 }
 
 struct Check<'a> {
-    lineage: &'a [ImageDir],
+    chain_dirs: &'a [ImageDir],
     criteria: Criteria,
     findings: &'a mut Findings,
     looked: &'a mut Looked,
@@ -67,10 +67,10 @@ struct Check<'a> {
 
 impl Check<'_> {
     fn memory(&mut self, needed: &Needed) {
-        let (target, top) = (needed.target, &self.lineage[0]);
+        let (target, top) = (needed.target, &self.chain_dirs[0]);
         self.looked.memories += 1;
         let mut sound = true;
-        for (depth, dir) in self.lineage.iter().enumerate() {
+        for (depth, dir) in self.chain_dirs.iter().enumerate() {
             let mappings = needed.mappings.as_ref().filter(|_| depth == 0);
             match self.pagemap(dir, target, mappings) {
                 Some(readable) => sound &= readable,
@@ -93,7 +93,7 @@ impl Check<'_> {
     }
 
     fn no_pagemap(&mut self, target: Target) {
-        let path = self.lineage[0].path().join(target.pagemap_name());
+        let path = self.chain_dirs[0].path().join(target.pagemap_name());
         let text = format!("{target} has memory, and its pagemap is not there");
         self.findings.fault("pagemap-missing", &path, text);
     }
@@ -149,7 +149,7 @@ impl Check<'_> {
 
     /// Pages files with more bytes than pagemaps name. CRIU restores what is named and does not see the rest.
     fn lengths(&mut self) {
-        for dir in self.lineage {
+        for dir in self.chain_dirs {
             let mut named: BTreeMap<PathBuf, u64> = BTreeMap::new();
             for target in dir.targets().unwrap_or_default() {
                 let pagemap = scan(dir, target, &mut |_, _| {});
@@ -198,7 +198,7 @@ impl Check<'_> {
             return;
         }
         let (why, depth) = reason;
-        let dir = &self.lineage[usize::from(depth)];
+        let dir = &self.chain_dirs[usize::from(depth)];
         let path = dir.path().join(chain.target().pagemap_name());
         let (pages, start) = (extent.range.pages(chain.page()), extent.range.start());
         let what = format!("{pages} pages from {start} on");

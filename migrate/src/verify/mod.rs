@@ -174,11 +174,11 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 fn verify(dir: &ImageDir, criteria: Criteria) -> Report {
     let mut findings = Findings::default();
     let mut looked = Looked::default();
-    let lineage = lineage(dir, &mut findings);
+    let chain_dirs = chain_dirs(dir, &mut findings);
     let needed = processes::needed(dir, criteria, &mut findings);
-    let directories = lineage.as_ref().map_or(1, Vec::len);
-    if let Some(lineage) = lineage {
-        memory::check(&lineage, &needed, criteria, &mut findings, &mut looked);
+    let directories = chain_dirs.as_ref().map_or(1, Vec::len);
+    if let Some(chain_dirs) = chain_dirs {
+        memory::check(&chain_dirs, &needed, criteria, &mut findings, &mut looked);
     }
     Report {
         schema: SCHEMA,
@@ -193,16 +193,16 @@ fn verify(dir: &ImageDir, criteria: Criteria) -> Report {
 }
 
 /// The directory and its parents; `None` if they cannot be followed.
-fn lineage(dir: &ImageDir, findings: &mut Findings) -> Option<Vec<ImageDir>> {
+fn chain_dirs(dir: &ImageDir, findings: &mut Findings) -> Option<Vec<ImageDir>> {
     let link = dir.path().join(pageferry::image::dir::PARENT_LINK);
     if link.is_symlink() && !link.exists() {
         let text =
             "nothing is behind the link to the parent: CRIU takes the images for a whole dump";
         findings.remark("parent-dangling", &link, text);
     }
-    let lineage = dir.lineage();
+    let chain_dirs = dir.chain_dirs();
     let unusable = |error: Error| findings.fault("parent-unusable", &link, error.to_string());
-    lineage.map_err(unusable).ok()
+    chain_dirs.map_err(unusable).ok()
 }
 
 fn print(report: &Report) {

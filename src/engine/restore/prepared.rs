@@ -20,7 +20,7 @@ pub(super) fn look_at_images(config: &RestoreConfig) -> Result<Attempt<()>> {
     let page =
         page_size().map_err(|error| Error::wrap(Kind::Unsupported, "cannot work here", error))?;
     let images = ImageDir::open_any(&config.images_dir, page)?;
-    images.lineage()?;
+    images.chain_dirs()?;
     if let Some(earlier) = config.prev_images_dir.as_deref() {
         let earlier = ImageDir::open_any(&images.path().join(earlier), page)
             .map_err(|error| error.within("--prev-images-dir"))?;

@@ -193,15 +193,15 @@ fn what_the_parent_has_is_not_hidden_by_what_others_have() {
     assert_eq!(contents(&new, Target::Process(2)), before);
     assert_eq!(contents(&new, Target::Process(3)), Memory::from([(1, 1)]));
     let dir = ImageDir::open(&new, PAGE).unwrap();
-    let lineage: Vec<PathBuf> = dir
-        .lineage()
+    let chain_dirs: Vec<PathBuf> = dir
+        .chain_dirs()
         .unwrap()
         .iter()
         .map(|dir| dir.path().to_owned())
         .collect();
     assert!(
-        lineage.contains(&old.canonicalize().unwrap()),
-        "{lineage:?}"
+        chain_dirs.contains(&old.canonicalize().unwrap()),
+        "{chain_dirs:?}"
     );
 }
 
