@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::Make;
-use testbed::failing::{FailingCalls, Failure, Tally};
+use testbed::failing::{CallCounts, FailingCalls, Failure};
 use testbed::gate;
 use testbed::load::scenarios::verifying;
 use testbed::load::spec::{LoadSpec, OnLostPage};
@@ -33,11 +33,11 @@ fn nothing() -> Failure {
 }
 
 /// A directory with a `lazy-client` whose calls fail, for [`Make::Build`].
-fn build(bed: &Bed, failing: &FailingCalls, failure: &Failure) -> Result<(PathBuf, Tally)> {
+fn build(bed: &Bed, failing: &FailingCalls, failure: &Failure) -> Result<(PathBuf, CallCounts)> {
     let dir = bed.path("build");
     fs::create_dir(&dir)?;
     let images = bed.dir().canonicalize()?.join("dumped");
-    let (environment, tally) = failing.environment(&images, failure, &bed.path("tally"))?;
+    let (environment, counts) = failing.environment(&images, failure, &bed.path("counts"))?;
     let words: Vec<_> = environment
         .iter()
         .map(|(name, value)| format!("{name}='{value}'"))
@@ -51,7 +51,7 @@ fn build(bed: &Bed, failing: &FailingCalls, failure: &Failure) -> Result<(PathBu
     let path = dir.join("lazy-client");
     fs::write(&path, script)?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
-    Ok((dir, tally))
+    Ok((dir, counts))
 }
 
 fn expect_error(log: &Path, failure: &Failure) -> Result<()> {
@@ -75,7 +75,7 @@ fn restored(
     failure: &Failure,
 ) -> Result<(u64, Option<String>)> {
     let bed = Bed::new_in(outer.dir())?;
-    let (dir, tally) = build(&bed, failing, failure)?;
+    let (dir, counts) = build(&bed, failing, failure)?;
     let spec = LoadSpec {
         on_lost_page: OnLostPage::Count,
         pin_own_memory: true,
@@ -88,7 +88,7 @@ fn restored(
     let log = bed.path("dumped/lazy.log");
     match PostCopy::start(&bed, &plan, spec, &[]) {
         Err(error) => {
-            ensure!(tally.read()?.1.is_some(), "{error:#}");
+            ensure!(counts.read()?.1.is_some(), "{error:#}");
             expect_error(&log, failure).with_context(|| format!("{error:#}"))?;
         }
         Ok(mut moving) => {
@@ -111,7 +111,7 @@ fn restored(
             }
         }
     }
-    tally.read()
+    counts.read()
 }
 
 fn failures(numbers: impl Iterator<Item = u64> + Clone) -> impl Iterator<Item = Failure> {

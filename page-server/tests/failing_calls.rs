@@ -21,7 +21,7 @@ use common::{FIRST_PAGE, PAGE, Run, check_images, naive_memory, page_content, wr
 use dump_bytes::{bare, bytes_of, dump, header};
 use nix::errno::Errno;
 use pageferry::criu::header::{Header, Op, PageFlags, Target, Wire};
-use testbed::failing::{FailingCalls, Failure, Tally};
+use testbed::failing::{CallCounts, FailingCalls, Failure};
 use testbed::gate;
 use testbed::wait::{GENEROUS, until};
 
@@ -34,7 +34,7 @@ const CALLS_MAX: u64 = 1000;
 /// A page server whose calls fail, and where it works.
 struct Server {
     child: Child,
-    tally: Tally,
+    counts: CallCounts,
     root: tempfile::TempDir,
 }
 
@@ -67,10 +67,14 @@ impl Server {
             .args(args)
             .stdin(Stdio::null())
             .stderr(Stdio::null());
-        let tally = failing.apply(&mut command, &images, failure, &root.path().join("tally"));
+        let counts = failing.apply(&mut command, &images, failure, &root.path().join("counts"));
         let child = command.spawn().unwrap();
-        let tally = tally.unwrap();
-        let mut server = Server { child, tally, root };
+        let counts = counts.unwrap();
+        let mut server = Server {
+            child,
+            counts,
+            root,
+        };
         let port = until("the port, or an end", GENEROUS, || {
             let port = fs::read_to_string(work.join("port")).ok();
             let ended = server.child.try_wait()?.is_some();
@@ -178,7 +182,7 @@ fn received(failing: &FailingCalls, failure: &Failure, args: &[&str]) -> (u64, O
         .map(|mut stream| send(&mut stream))
         .unwrap_or_default();
     let (succeeded, log) = server.end();
-    let (counted, failed) = server.tally.read().unwrap();
+    let (counted, failed) = server.counts.read().unwrap();
     let what = format!("{failed:?}, {failure:?}, {args:?}: {answers:?}\n{log}");
     let whole = expect_whole_or_absent(&server.images());
     // has_parent twice, and the status of CLOSE.
@@ -262,7 +266,7 @@ fn served(failing: &FailingCalls, failure: &Failure) -> (u64, Option<String>) {
         let (succeeded, log) = server.end();
         assert!(!succeeded && log.contains("error: "), "{failure:?}: {log}");
     }
-    let (counted, failed) = server.tally.read().unwrap();
+    let (counted, failed) = server.counts.read().unwrap();
     if failed.is_none() {
         assert_eq!(got, Some(all), "{}", server.log());
     }

@@ -16,13 +16,13 @@
 #include <unistd.h>
 
 /* What the test reads: how many calls were counted, and which one failed first. */
-struct tally {
+struct counts {
     _Atomic long counted;
     _Atomic long failed;
     char name[32];
 };
 
-static struct tally *tally;
+static struct counts *counts;
 static char below[PATH_MAX];
 static size_t below_length;
 static long first, last;
@@ -30,13 +30,13 @@ static int error_number;
 
 __attribute__((constructor)) static void begin(void)
 {
-    const char *file = getenv("FAILING_TALLY"), *directory = getenv("FAILING_BELOW");
+    const char *file = getenv("FAILING_COUNTS"), *directory = getenv("FAILING_BELOW");
     if (!file || !directory)
         return;
     int fd = open(file, O_RDWR | O_CLOEXEC);
     if (fd < 0)
         return;
-    void *map = mmap(NULL, sizeof(struct tally), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    void *map = mmap(NULL, sizeof(struct counts), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     close(fd);
     if (map == MAP_FAILED)
         return;
@@ -45,16 +45,16 @@ __attribute__((constructor)) static void begin(void)
     first = atol(getenv("FAILING_FIRST"));
     last = atol(getenv("FAILING_LAST"));
     error_number = atoi(getenv("FAILING_ERRNO"));
-    tally = map;
+    counts = map;
 }
 
 static int fails(const char *call)
 {
-    long number = atomic_fetch_add(&tally->counted, 1) + 1;
+    long number = atomic_fetch_add(&counts->counted, 1) + 1;
     if (number < first || number > last)
         return 0;
-    if (atomic_fetch_add(&tally->failed, 1) == 0)
-        snprintf(tally->name, sizeof tally->name, "%s", call);
+    if (atomic_fetch_add(&counts->failed, 1) == 0)
+        snprintf(counts->name, sizeof counts->name, "%s", call);
     errno = error_number;
     return 1;
 }
@@ -70,7 +70,7 @@ static int is_below(const char *path)
 static int path_fails(int dir, const char *path, const char *call)
 {
     char link[64], whole[2 * PATH_MAX], base[PATH_MAX];
-    if (!tally || !path)
+    if (!counts || !path)
         return 0;
     if (path[0] == '/')
         return is_below(path) && fails(call);
@@ -86,7 +86,7 @@ static int path_fails(int dir, const char *path, const char *call)
 static int fd_fails(int fd, const char *call)
 {
     char link[64], path[PATH_MAX];
-    if (!tally)
+    if (!counts)
         return 0;
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     int kept = errno;

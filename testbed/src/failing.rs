@@ -18,7 +18,7 @@ use crate::process::run;
 const SOURCE: &str = include_str!("failing.c");
 
 /// Bytes of what program and test share: two counters and a name.
-const TALLY_BYTES: usize = 48;
+const COUNTS_BYTES: usize = 48;
 
 /// The library, compiled.
 #[derive(Debug)]
@@ -37,7 +37,7 @@ pub struct Failure {
 
 /// What one program has done.
 #[derive(Debug)]
-pub struct Tally(PathBuf);
+pub struct CallCounts(PathBuf);
 
 impl FailingCalls {
     /// Compiles the library into `dir`.
@@ -54,7 +54,7 @@ impl FailingCalls {
         Ok(FailingCalls { library })
     }
 
-    /// Has calls of the program that `command` starts fail, which are about files below `dir`. `tally` is a file to be made.
+    /// Has calls of the program that `command` starts fail, which are about files below `dir`. `counts` is a file to be made.
     ///
     /// # Errors
     /// The file cannot be made.
@@ -63,11 +63,11 @@ impl FailingCalls {
         command: &mut Command,
         dir: &Path,
         failure: &Failure,
-        tally: &Path,
-    ) -> Result<Tally> {
-        let (environment, tally) = self.environment(dir, failure, tally)?;
+        counts: &Path,
+    ) -> Result<CallCounts> {
+        let (environment, counts) = self.environment(dir, failure, counts)?;
         command.envs(environment);
-        Ok(tally)
+        Ok(counts)
     }
 
     /// The environment of such a program.
@@ -78,23 +78,23 @@ impl FailingCalls {
         &self,
         dir: &Path,
         failure: &Failure,
-        tally: &Path,
-    ) -> Result<(Vec<(&'static str, String)>, Tally)> {
-        File::create(tally)?.set_len(TALLY_BYTES as u64)?;
+        counts: &Path,
+    ) -> Result<(Vec<(&'static str, String)>, CallCounts)> {
+        File::create(counts)?.set_len(COUNTS_BYTES as u64)?;
         let path = |path: &Path| path.display().to_string();
         let environment = vec![
             ("LD_PRELOAD", path(&self.library)),
-            ("FAILING_TALLY", path(tally)),
+            ("FAILING_COUNTS", path(counts)),
             ("FAILING_BELOW", path(dir)),
             ("FAILING_FIRST", failure.calls.start().to_string()),
             ("FAILING_LAST", failure.calls.end().to_string()),
             ("FAILING_ERRNO", (failure.errno as i32).to_string()),
         ];
-        Ok((environment, Tally(tally.to_owned())))
+        Ok((environment, CallCounts(counts.to_owned())))
     }
 }
 
-impl Tally {
+impl CallCounts {
     /// How many calls were counted, and the name of the first one that failed.
     ///
     /// # Errors
@@ -102,8 +102,8 @@ impl Tally {
     pub fn read(&self) -> Result<(u64, Option<String>)> {
         let bytes = fs::read(&self.0)?;
         ensure!(
-            bytes.len() == TALLY_BYTES,
-            "a tally of {} bytes",
+            bytes.len() == COUNTS_BYTES,
+            "counts of {} bytes",
             bytes.len()
         );
         let number =
