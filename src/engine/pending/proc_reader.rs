@@ -20,7 +20,7 @@ use crate::error::{Error, Kind, Result};
 use crate::sys::process::close_all_but;
 
 /// The one that looks for this process.
-static OF_THIS_PROCESS: OnceLock<Arc<Asking>> = OnceLock::new();
+static OF_THIS_PROCESS: OnceLock<Arc<ReaderClient>> = OnceLock::new();
 
 /// A question: whether it is a session's first, and a pid in the innermost namespace.
 const QUESTION_BYTES: usize = 5;
@@ -37,11 +37,11 @@ pub struct ReaderEnds {
 
 /// The process that reads /proc, as seen from the page server. Dropping it lets that end.
 #[derive(Debug)]
-pub struct ProcReader(Arc<Asking>);
+pub struct ProcReader(Arc<ReaderClient>);
 
 /// One question at a time.
 #[derive(Debug)]
-pub(super) struct Asking(Mutex<UnixStream>);
+pub(super) struct ReaderClient(Mutex<UnixStream>);
 
 impl ReaderEnds {
     /// To be made before the fork that makes two processes of this one.
@@ -56,10 +56,10 @@ impl ReaderEnds {
 
     /// What the page server keeps: from now on it asks.
     pub fn ask(self) -> ProcReader {
-        let asking = Arc::new(Asking(Mutex::new(self.server)));
+        let client = Arc::new(ReaderClient(Mutex::new(self.server)));
         // There is one in a process's life.
-        let _ = OF_THIS_PROCESS.set(Arc::clone(&asking));
-        ProcReader(asking)
+        let _ = OF_THIS_PROCESS.set(Arc::clone(&client));
+        ProcReader(client)
     }
 
     /// What the other process is for: it gives up what it has inherited, does `confine`, and answers until the page
@@ -84,11 +84,11 @@ impl Drop for ProcReader {
 }
 
 /// The process that looks for this one, if it has one.
-pub(super) fn of_this_process() -> Option<&'static Asking> {
+pub(super) fn of_this_process() -> Option<&'static ReaderClient> {
     OF_THIS_PROCESS.get().map(AsRef::as_ref)
 }
 
-impl Asking {
+impl ReaderClient {
     fn stream(&self) -> std::sync::MutexGuard<'_, UnixStream> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -134,12 +134,12 @@ mod tests {
     fn questions_are_answered_until_nobody_asks() {
         let ReaderEnds { server, mut reader } = ReaderEnds::new().unwrap();
         let answers = std::thread::spawn(move || answer(&mut reader));
-        let asking = Arc::new(Asking(Mutex::new(server)));
+        let client = Arc::new(ReaderClient(Mutex::new(server)));
         for first in [true, false, true] {
-            assert_eq!(asking.find(std::process::id(), first).unwrap(), None);
+            assert_eq!(client.find(std::process::id(), first).unwrap(), None);
         }
-        let again = Arc::clone(&asking);
-        drop(ProcReader(asking));
+        let again = Arc::clone(&client);
+        drop(ProcReader(client));
         answers.join().unwrap().unwrap();
         assert!(again.find(1, true).is_err());
     }
