@@ -170,26 +170,26 @@ impl PostcopyListener {
         let stopped = Arc::clone(session);
         let _told = stop.tell(move || stopped.sending.stop());
         let result = thread::scope(|scope| {
-            let feeder = scope.spawn(|| {
-                let fed = thread::scope(|scope| session.feed(scope, self.wire));
-                let fed = fed.and_then(|()| taken());
-                match &fed {
+            let push = scope.spawn(|| {
+                let pushed = thread::scope(|scope| session.push(scope, self.wire));
+                let pushed = pushed.and_then(|()| taken());
+                match &pushed {
                     Ok(()) => sending.finish(),
                     Err(error) => sending.abort(&error.to_string()),
                 }
                 self.sessions.notify();
-                fed
+                pushed
             });
             if let Err(error) = self.join(conn, session, greetings) {
                 sending.lost(Lost::GivenUp(error.to_string()));
             }
             let look = || self.end_if_given_up(id, sending, stop);
-            let feeder = self.sessions.follow(feeder, look);
+            let push = self.sessions.follow(push, look);
             self.wait_for_farewell(id, sending, stop);
             sending.wait_until_done(GOODBYE);
             sending.cut();
-            let fed = feeder.join();
-            fed.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            let pushed = push.join();
+            pushed.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         });
         let kept = Arc::clone(session);
         self.sessions
@@ -292,12 +292,12 @@ impl PostcopySession {
 
     /// Pushes everything, unless the receiver wants nothing but answers, and waits until it has all that it
     /// wants.
-    fn feed<'s>(&'s self, scope: &'s Scope<'s, '_>, wire: Wire) -> Result<()> {
+    fn push<'s>(&'s self, scope: &'s Scope<'s, '_>, wire: Wire) -> Result<()> {
         let agreed = self.sending.agree()?;
         let page = self.dump_memory.page();
         let encoders = crate::engine::forward::encoders();
         let packer = Packer::start(scope, &self.sending, &agreed, page, encoders)?;
-        let mut feed = Feed {
+        let mut push = Push {
             session: self,
             packer,
             wire,
@@ -307,13 +307,13 @@ impl PostcopySession {
             pages: 0,
         };
         if agreed.features.has(Features::ON_DEMAND) {
-            feed.open_all()?;
+            push.open_all()?;
             return self.sending.wait_until_taken();
         }
-        while !self.sending.is_taken() && feed.step()? {}
-        feed.packer.flush()?;
+        while !self.sending.is_taken() && push.step()? {}
+        push.packer.flush()?;
         if !self.sending.is_taken() {
-            let pages = PageCount(feed.pages);
+            let pages = PageCount(push.pages);
             let write = |out: &mut Vec<u8>| encode_close(pages, out);
             self.sending.ask(frame::Kind::Close, write)?;
         }
@@ -322,7 +322,7 @@ impl PostcopySession {
 }
 
 /// The push of a session.
-struct Feed<'s> {
+struct Push<'s> {
     session: &'s PostcopySession,
     packer: Packer<'s>,
     wire: Wire,
@@ -335,7 +335,7 @@ struct Feed<'s> {
     pages: u64,
 }
 
-impl Feed<'_> {
+impl Push<'_> {
     /// Pushes a batch as soon as its pages are there. Says whether there may be more.
     fn step(&mut self) -> Result<bool> {
         let dump_memory = &self.session.dump_memory;
