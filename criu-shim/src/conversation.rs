@@ -158,16 +158,18 @@ impl Conversation<'_> {
         self.programs.become_criu(&words)
     }
 
+    /// The fields of the next request, which is still to be received.
+    fn next_fields(&self) -> Result<Fields> {
+        let message = self.client.receive_bytes(MsgFlags::MSG_PEEK)?;
+        understood(&message.unwrap_or_default())
+    }
+
     /// Answers what a service may not do, since anybody may be its client: to name descriptors of its own.
     fn refuses(&self) -> Result<bool> {
         if !self.is_service {
             return Ok(false);
         }
-        let message = self
-            .client
-            .receive_bytes(MsgFlags::MSG_PEEK)?
-            .unwrap_or_default();
-        let fields = understood(&message)?;
+        let fields = self.next_fields()?;
         let given = fields.message(request::OPTIONS).map_err(damaged)?;
         let server = given.message(options::PAGE_SERVER).map_err(damaged)?;
         let of_swrk = [options::RST_SIBLING, options::INHERIT_FD].iter();
@@ -187,11 +189,7 @@ impl Conversation<'_> {
         if !self.config.emulates_pre_dump() {
             return Ok(false);
         }
-        let message = self
-            .client
-            .receive_bytes(MsgFlags::MSG_PEEK)?
-            .unwrap_or_default();
-        let fields = understood(&message)?;
+        let fields = self.next_fields()?;
         let given = fields.message(request::OPTIONS).map_err(damaged)?;
         let is_dump = fields.int(request::KIND) == Some(kind::DUMP);
         Ok(!is_dump || given.is_on(options::TRACK_MEM) || given.get(options::PARENT_IMG).is_some())

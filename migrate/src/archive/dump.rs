@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use pageferry::error::{Error, Kind, Result};
+use pageferry::error::{Error, Result};
 use pageferry::migration::messages::ContainerId;
 use serde::Serialize;
 
@@ -51,10 +51,7 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 }
 
 async fn dump(args: &Args) -> Result<()> {
-    if args.output.exists() {
-        let text = format!("{} is there already: name another", args.output.display());
-        return Err(Error::new(Kind::Usage, text));
-    }
+    super::expect_absent(&args.output)?;
     let found = found(&args.id, args.runtime, args.runtime_root.clone()).await?;
     let programs = args.programs.find()?;
     let unfinished = Unfinished::beside(&args.output)?;
@@ -66,16 +63,7 @@ async fn dump(args: &Args) -> Result<()> {
     write_parts(&parts, args, &found).await?;
     super::told_to_end()?;
     write_archive(&parts, &archive)?;
-    super::told_to_end()?;
-    let named = fs::rename(&archive, &args.output);
-    named.map_err(|error| Error::file("name", &args.output, error))?;
-    super::sync_parent(&args.output)?;
-    match args.leave_running {
-        true => drop(stopped),
-        false => stopped.end().await?,
-    }
-    println!("{}", args.output.display());
-    Ok(())
+    super::finish(&archive, &args.output, stopped, args.leave_running).await
 }
 
 /// Writes what stands beside the images.

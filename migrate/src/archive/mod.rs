@@ -28,7 +28,7 @@ use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::runtime::{Runtime, RuntimeArg, bundle};
-use capture::Target;
+use capture::{Stopped, Target};
 
 const CHECKPOINT: &str = "checkpoint";
 const CONFIG: &str = "config.dump";
@@ -93,6 +93,32 @@ fn told_to_end() -> Result<()> {
         )),
         false => Ok(()),
     }
+}
+
+/// Fails if something is where a result is to be.
+fn expect_absent(output: &Path) -> Result<()> {
+    match output.exists() {
+        true => {
+            let text = format!("{} is there already: name another", output.display());
+            Err(Error::new(Kind::Usage, text))
+        }
+        false => Ok(()),
+    }
+}
+
+/// Gives what was `made` its name, unless a signal has asked to end, and prints it. The processes that were `stopped` for
+/// it go on, or end.
+async fn finish(made: &Path, output: &Path, stopped: Stopped, leave_running: bool) -> Result<()> {
+    told_to_end()?;
+    let named = fs::rename(made, output);
+    named.map_err(|error| Error::file("name", output, error))?;
+    sync_parent(output)?;
+    match leave_running {
+        true => drop(stopped),
+        false => stopped.end().await?,
+    }
+    println!("{}", output.display());
+    Ok(())
 }
 
 /// Puts the files of a directory on the disk, and their names.

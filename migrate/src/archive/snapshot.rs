@@ -1,6 +1,5 @@
 //! `pageferry snapshot`: the volatile state alone, an image directory.
 
-use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -53,10 +52,7 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 }
 
 async fn snapshot(args: &Args) -> Result<()> {
-    if args.output.exists() {
-        let text = format!("{} is there already: name another", args.output.display());
-        return Err(Error::new(Kind::Usage, text));
-    }
+    super::expect_absent(&args.output)?;
     let target = match (&args.id, args.pid) {
         (Some(id), _) => {
             found(id, args.runtime, args.runtime_root.clone())
@@ -71,14 +67,5 @@ async fn snapshot(args: &Args) -> Result<()> {
     let (images, work) = (unfinished.dir("images")?, unfinished.dir("work")?);
     let stopped = capture(target, &programs, &images, &work).await?;
     super::sync_files(&images)?;
-    super::told_to_end()?;
-    let named = fs::rename(&images, &args.output);
-    named.map_err(|error| Error::file("name", &args.output, error))?;
-    super::sync_parent(&args.output)?;
-    match args.leave_running {
-        true => drop(stopped),
-        false => stopped.end().await?,
-    }
-    println!("{}", args.output.display());
-    Ok(())
+    super::finish(&images, &args.output, stopped, args.leave_running).await
 }
