@@ -17,9 +17,6 @@ use testbed::workspace;
 /// The configuration.
 const FILE: &str = "deny.toml";
 
-/// The workspaces: the fuzzers are one of their own.
-const MANIFESTS: [&str; 2] = ["Cargo.toml", "fuzz/Cargo.toml"];
-
 #[derive(clap::Args)]
 pub(crate) struct Args {}
 
@@ -117,17 +114,15 @@ struct Dependency {
     path: Option<String>,
 }
 
-/// Checks all workspaces.
+/// Checks the workspace.
 pub(crate) fn run(_args: &Args) -> Result<()> {
     let root = workspace::root();
     let text = fs::read_to_string(root.join(FILE)).context(FILE)?;
     let config: Config = toml::from_str(&text).context(FILE)?;
     let mut packages = BTreeMap::new();
-    for manifest in MANIFESTS {
-        for target in &config.graph.targets {
-            for package in packages_of(root, manifest, target)? {
-                packages.insert((package.name.clone(), package.version.clone()), package);
-            }
+    for target in &config.graph.targets {
+        for package in packages_of(root, target)? {
+            packages.insert((package.name.clone(), package.version.clone()), package);
         }
     }
     let packages: Vec<Package> = packages.into_values().collect();
@@ -137,18 +132,13 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn packages_of(root: &Path, manifest: &str, target: &str) -> Result<Vec<Package>> {
+fn packages_of(root: &Path, target: &str) -> Result<Vec<Package>> {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command
         .current_dir(root)
-        .args([
-            "metadata",
-            "--locked",
-            "--format-version",
-            "1",
-            "--manifest-path",
-        ])
-        .args([manifest, "--filter-platform", target]);
+        // The fuzzer is behind a feature.
+        .args(["metadata", "--locked", "--all-features"])
+        .args(["--format-version", "1", "--filter-platform", target]);
     let output = testbed::process::run(&mut command)?;
     let metadata: Metadata = serde_json::from_slice(&output.stdout).context("cargo metadata")?;
     Ok(metadata.packages)

@@ -7,6 +7,7 @@ mod demo;
 mod deny;
 mod documents;
 mod exchange;
+mod fuzz;
 mod layers;
 mod package;
 mod runtimes;
@@ -47,6 +48,8 @@ enum Task {
     Documents(documents::Args),
     /// Lets programs of another build and of this one work together, in both directions.
     Exchange(exchange::Args),
+    /// Runs libFuzzer on what reads bytes of others; prints a line for each target, and all as JSON.
+    Fuzz(fuzz::Args),
     /// Checks that modules import each other without circles and in the order of ARCHITECTURE.md.
     Layers(layers::Args),
     /// Builds packages into target/package: .deb files, static programs, a list of parts.
@@ -72,6 +75,7 @@ fn main() -> ExitCode {
         Task::Deny(args) => deny::run(&args),
         Task::Documents(args) => documents::run(&args),
         Task::Exchange(args) => exchange::run(&args),
+        Task::Fuzz(args) => fuzz::run(&args),
         Task::Layers(args) => layers::run(&args),
         Task::Package(args) => package::run_package(&args),
         Task::Runtimes(args) => runtimes::run(&args),

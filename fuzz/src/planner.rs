@@ -9,7 +9,7 @@ use crate::{byte, canary, take};
 
 /// The simulated kernel and source of the simulation.
 #[allow(dead_code, reason = "the simulation uses more of it")]
-#[path = "../../../tests/sim_planner/simulation.rs"]
+#[path = "../../tests/sim_planner/simulation.rs"]
 mod simulation;
 
 use simulation::{Operation, PAGES, Page, Simulation};

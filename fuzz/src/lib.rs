@@ -2,15 +2,15 @@
 //! `cargo test` with the committed corpora.
 //!
 //! ```text
-//! fuzz/fuzz_targets/NAME.rs ──> run("NAME", bytes)     a binary under libFuzzer, see fuzz/README.md
-//! tests/corpora.rs          ──> run("NAME", bytes)     each file of fuzz/corpus/NAME, and each seed
+//! src/main.rs, under libFuzzer ──> run(bytes)     of the target that the environment names: `cargo xtask fuzz`
+//! tests/corpora.rs             ──> run(bytes)     each file of corpus/NAME, and each seed
 //! ```
 //!
 //! A target returns when the code under test has said yes or no, and panics when it broke a promise: a number beyond
 //! its limit, an answer that depends on where the bytes were cut, something read back that is not what was written.
 //!
-//! The feature `canary` plants one bug in each target, behind as much of its input as an honest peer would need to get
-//! there. A fuzzer that does not find it cannot find anything.
+//! Each target has a canary: a bug behind as much of its input as an honest peer would need to get there. It is there
+//! only when the fuzzer is told to plant it. A fuzzer that does not find it cannot find anything.
 
 mod commands;
 mod criu;
@@ -22,6 +22,16 @@ mod records;
 mod scratch;
 mod sessions;
 mod working_sets;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Names the target of the fuzzer.
+pub const TARGET_VARIABLE: &str = "FUZZ_TARGET";
+
+/// Tells the fuzzer to plant the bugs, if it is there.
+pub const CANARY_VARIABLE: &str = "FUZZ_CANARY";
+
+static CANARIES: AtomicBool = AtomicBool::new(false);
 
 /// A function that is given bytes.
 #[derive(Clone, Copy, Debug)]
@@ -59,28 +69,39 @@ pub const TARGETS: &[Target] = &[
     target("migration", records::migration, records::migration_seeds),
     target("trace", records::trace, records::trace_seeds),
     target("working_set", working_sets::decode, working_sets::seeds),
+    target(
+        "image_stream",
+        archives::image_stream,
+        archives::stream_seeds,
+    ),
+    target(
+        "file_operations",
+        file_trees::operations,
+        file_trees::operation_seeds,
+    ),
 ];
 
 const fn target(name: &'static str, run: fn(&[u8]), seeds: fn() -> Vec<Vec<u8>>) -> Target {
     Target { name, run, seeds }
 }
 
-/// Gives `data` to the target `name`.
+/// The target that [`TARGET_VARIABLE`] names, with its canary if [`CANARY_VARIABLE`] says so: for the fuzzer alone.
 ///
 /// # Panics
 ///
-/// There is no such target, or a promise is broken.
-pub fn run(name: &str, data: &[u8]) {
+/// There is no such target.
+pub fn chosen() -> &'static Target {
+    let planted = std::env::var_os(CANARY_VARIABLE).is_some();
+    CANARIES.store(planted, Ordering::Relaxed);
+    let name = std::env::var(TARGET_VARIABLE).unwrap_or_default();
     let found = TARGETS.iter().find(|target| target.name == name);
-    (found.expect("a target's name").run)(data);
+    found.expect("FUZZ_TARGET names a target")
 }
 
-/// The planted bug of a target: with the feature `canary` it panics if `reached`.
+/// The planted bug of a target.
 fn canary(reached: bool) {
-    assert!(
-        !(cfg!(feature = "canary") && reached),
-        "the canary is found"
-    );
+    let planted = reached && CANARIES.load(Ordering::Relaxed);
+    assert!(!planted, "the canary is found");
 }
 
 /// Takes `COUNT` bytes off the front of `data`; zeros stand for what is missing.
