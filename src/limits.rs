@@ -246,6 +246,12 @@ pub const FILE_INDEX_BYTES_MAX: u64 = (FILE_BLOCKS_MAX * 16) + (1 << 30);
 /// Most trees of files of one migration: the root of a container, and volumes.
 pub const FILE_TREES_MAX: usize = 64;
 
+/// Most layers that an agent keeps, and most that arrive there at a time.
+pub const LAYERS_STORED_MAX: usize = 4096;
+
+/// See [`LAYERS_STORED_MAX`].
+pub const LAYERS_ARRIVING_MAX: usize = 64;
+
 const _: () = assert!(FILE_XATTRS_BYTES_MAX + FILE_PATH_BYTES_MAX < FILE_BATCH_BYTES_MAX);
 
 /// Longest document of an image (index, manifest, configuration), bytes: registries take no longer manifest.

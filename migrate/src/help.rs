@@ -26,6 +26,7 @@ const HEADINGS: &[(&str, &[&str])] = &[
             "name",
             "leave_running",
             "files",
+            "layers",
             "volume",
             "preload",
         ],
@@ -125,6 +126,10 @@ const SHORT: &[(&str, &str)] = &[
     ),
     ("insecure", "Listen on a network without TLS"),
     ("preload", "Send the files ahead, and move nothing"),
+    (
+        "layers",
+        "Whether layers below a container's writable one travel once, by their digests",
+    ),
     (
         "volume",
         "A directory that moves along, to DST or to the same path",

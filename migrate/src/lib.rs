@@ -18,6 +18,7 @@ mod hook;
 mod image_stream;
 mod images;
 mod inspect;
+mod look;
 mod programs;
 mod record;
 mod records;

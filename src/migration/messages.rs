@@ -16,10 +16,11 @@ use super::agent::AgentState;
 use super::convergence::Mode;
 use crate::criu::header::Wire;
 use crate::limits::{
-    FILE_TREES_MAX, INTERFACE_BYTES_MAX, MIGRATION_ADDRESSES_MAX, MIGRATION_PIDS_MAX, TIMEOUT_S_MAX,
+    FILE_TREES_MAX, INTERFACE_BYTES_MAX, MIGRATION_ADDRESSES_MAX, MIGRATION_PIDS_MAX,
+    OCI_LAYERS_MAX, TIMEOUT_S_MAX,
 };
 
-pub use files::{FileTree, RootFiles, Seal, WantedFiles};
+pub use files::{FileTree, OverlayRoot, RootFiles, Seal, TreeRoom, WantedFiles};
 pub use names::{BadContainerId, BadMigrationId, ContainerId, MigrationId};
 pub use stateless::{
     BadDigest, BadReady, ContainerAddresses, ContainerBegin, ContainerCreate, ContainerStart,
@@ -189,6 +190,12 @@ pub struct Check {
     /// Whether the container's root file system is to be sent.
     #[serde(default)]
     pub sends_root: bool,
+    /// Which layers of the root are missing there; `None` if there is none, or no overlay can be mounted there.
+    #[serde(default)]
+    pub missing_layers: Option<Vec<Digest>>,
+    /// Room in the agent's directory, for the container's root file system if that is sent, and for each volume.
+    #[serde(default)]
+    pub rooms: Vec<TreeRoom>,
 }
 
 /// Begins a migration.
@@ -252,8 +259,13 @@ pub enum BadBegin {
     #[error("{0} trees of files: at most {FILE_TREES_MAX} can be moved")]
     Trees(usize),
     /// A place that no tree of files can have, or a root file system without a container.
-    #[error("{0:?} is no place for files: an absolute path without .. is one")]
+    #[error(
+        "{0:?} is no place for files, or its layers cannot be mounted: an absolute path without .. is one"
+    )]
     Tree(String),
+    /// Layers that no overlay has.
+    #[error("{0} layers, or one of them twice: 1 to {OCI_LAYERS_MAX} can be mounted")]
+    Layers(usize),
     /// A time that no clock reaches.
     #[error("a timeout of {0} s: at most {TIMEOUT_S_MAX} s are waited for")]
     Timeout(u64),

@@ -16,6 +16,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
 use crate::agent::{Agent, Move};
@@ -62,6 +63,20 @@ pub struct Web {
     source_dir: PathBuf,
     criu: Criu,
     runtime: &'static str,
+    /// The last one to go.
+    _root: Option<OverlayMount>,
+}
+
+/// An overlay on this machine, unmounted on drop.
+#[derive(Debug)]
+struct OverlayMount(PathBuf);
+
+impl Drop for OverlayMount {
+    fn drop(&mut self) {
+        if let Err(error) = umount2(&self.0, MntFlags::MNT_DETACH) {
+            eprintln!("unmounting {}: {error}", self.0.display());
+        }
+    }
 }
 
 impl Web {
@@ -70,11 +85,24 @@ impl Web {
     /// # Errors
     /// Not root, no such runtime, or the container does not start.
     pub fn start(bed: &Bed, criu: &Criu, runtime: &'static str) -> Result<Web> {
+        Web::start_on(bed, criu, runtime, false)
+    }
+
+    /// The same, with a root that is an overlay if it is `layered`: of the layer below the file `gone` is deleted.
+    ///
+    /// # Errors
+    /// As [`Web::start`]; or no overlay can be mounted.
+    pub fn start_on(bed: &Bed, criu: &Criu, runtime: &'static str, layered: bool) -> Result<Web> {
         static MADE: AtomicU32 = AtomicU32::new(0);
         let dir = bed.path(&format!("web-{}", MADE.fetch_add(1, Ordering::Relaxed)));
         let three = ThreeHosts::new()?;
         let bundle = dir.join("bundle");
-        make_root_of(&bundle.join("rootfs"), &binary("answers")?)?;
+        let rootfs = bundle.join("rootfs");
+        fs::create_dir_all(&rootfs)?;
+        let root = match layered {
+            true => Some(mount_overlay(&dir, &rootfs)?),
+            false => make_root_of(&rootfs, &binary("answers")?).map(|()| None)?,
+        };
         fs::write(bundle.join("config.json"), config().to_string())?;
         let (agent_dir, state_there) = (dir.join("agent"), dir.join("runtime-there"));
         let options = ["--insecure", "--runtime-root"].map(str::to_owned);
@@ -96,6 +124,7 @@ impl Web {
             source_dir: dir.join("source"),
             criu: criu.clone(),
             runtime,
+            _root: root,
         };
         let mut start = web.here(&["run", "--detach", "--bundle"]);
         start.arg(&web.bundle).arg(NAME).stdout(Stdio::null());
@@ -142,6 +171,18 @@ impl Web {
             .arg("--root")
             .arg(&self.state_there)
             .args(args);
+        Ok(command)
+    }
+
+    /// A script of a shell's at the destination; what follows are its arguments.
+    ///
+    /// # Errors
+    /// The host is gone.
+    pub fn there_shell(&self, script: &str) -> Result<Command> {
+        let init = self.agent.init()?.to_string();
+        let mut command = Command::new("nsenter");
+        command.args(["--target", &init, "--mount", "--"]);
+        command.args(["sh", "-e", "-c", script, "sh"]);
         Ok(command)
     }
 
@@ -232,6 +273,26 @@ impl Drop for Web {
             eprintln!("deleting the container: {error:#}");
         }
     }
+}
+
+/// Mounts an overlay at `rootfs`, over a layer with the service.
+fn mount_overlay(dir: &Path, rootfs: &Path) -> Result<OverlayMount> {
+    let [lower, upper, work] = ["lower", "upper", "work"].map(|name| dir.join(name));
+    make_root_of(&lower, &binary("answers")?)?;
+    fs::write(lower.join("gone"), "of the layer")?;
+    fs::create_dir_all(&upper)?;
+    fs::create_dir_all(&work)?;
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        lower.display(),
+        upper.display(),
+        work.display()
+    );
+    let kind = Some("overlay");
+    mount(kind, rootfs, kind, MsFlags::empty(), Some(options.as_str())).context("an overlay")?;
+    let mounted = OverlayMount(rootfs.to_owned());
+    fs::remove_file(rootfs.join("gone"))?;
+    Ok(mounted)
 }
 
 fn state(command: &mut Command) -> Result<Option<Value>> {

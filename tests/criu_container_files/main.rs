@@ -1,6 +1,8 @@
 //! Files move with a container that writes them: the destination's tree is the source's at the freeze, and what fails
 //! before the decision leaves no half of a tree.
 
+mod layers;
+mod pid;
 mod power_cut;
 mod trees;
 mod writing;
@@ -107,17 +109,23 @@ fn what_fails_leaves_no_tree(bed: &Bed, criu: &Criu) -> Result<()> {
     ensure!(said.is_err(), "{said:?}");
     expect_nothing_there(&writing)?;
     writing.tell(0, "verify")?;
-    // A disk that is too small for the files: the error names it.
-    writing.stage.machines[1]
-        .script("mkdir -p bundles && mount -t tmpfs -o size=1m tmpfs bundles")?;
-    let said = writing.migrate(0, "full", cold);
-    let said = said.err().context("it fits")?;
-    ensure!(said.contains("No space left"), "{said}");
-    let left = writing.stage.machines[1].tell("ls -A bundles")?;
-    ensure!(left.is_empty(), "{left} is left");
-    ensure!(!writing.home(1).join("volume").exists());
-    writing.stage.machines[1].script("umount bundles")?;
-    writing.tell(0, "verify")?;
+    // A disk that is too small for the files is told before, and one that has no room for names when they come.
+    for (id, option, error) in [
+        ("full", "size=1m", "the destination has 1 MiB of room"),
+        ("names", "nr_inodes=12", "No space left"),
+    ] {
+        writing.stage.machines[1].script(&format!(
+            "mkdir -p bundles && mount -t tmpfs -o {option} tmpfs bundles"
+        ))?;
+        let said = writing.migrate(0, id, cold);
+        let said = said.err().context("it fits")?;
+        ensure!(said.contains(error), "{said}");
+        let left = writing.stage.machines[1].tell("ls -A bundles")?;
+        ensure!(left.is_empty(), "{left} is left");
+        ensure!(!writing.home(1).join("volume").exists());
+        writing.stage.machines[1].script("umount bundles")?;
+        writing.tell(0, "verify")?;
+    }
     // The agent dies while everything is at its place and nothing is decided; another one finds what is left.
     writing.stage.machines[1].script(&format!("{DEADLY}\n{}", agent("/root/deadly")))?;
     let said = writing.migrate(0, "dead", cold);
@@ -138,7 +146,7 @@ kill $(cat agent.pid); while kill -0 $(cat agent.pid) 2> /dev/null; do sleep 0.0
 printf '#!/bin/sh\\n[ \"$1\" = swrk ] && kill -9 $(cat /root/agent.pid)\\nexec /criu/criu \"$@\"\\n' > deadly
 chmod +x deadly";
 
-fn agent(criu: &str) -> String {
+pub(crate) fn agent(criu: &str) -> String {
     writing::AGENT
         .replace("$HERE", "$DESTINATION")
         .replace("/criu/criu", criu)

@@ -30,13 +30,27 @@ pub(crate) struct Writing {
 impl Writing {
     /// Nothing without runtimes.
     pub(crate) fn start(bed: &Bed, criu: &Criu, name: &str) -> Result<Option<Writing>> {
+        Writing::start_on(bed, criu, name, None)
+    }
+
+    /// The same with a root that is an overlay: `mount` mounts it at `bundles/c1/rootfs` of the first host, over `base`.
+    pub(crate) fn start_on(
+        bed: &Bed,
+        criu: &Criu,
+        name: &str,
+        mount: Option<&str>,
+    ) -> Result<Option<Writing>> {
         let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
             return Ok(None);
         };
         let stage = Stage::new(bed, &system, criu, name)?;
         let dir = bed.path(name);
         let bundle = dir.join("source/bundles/c1");
-        let root = bundle.join("rootfs");
+        let root = match mount {
+            Some(_) => dir.join("source/base"),
+            None => bundle.join("rootfs"),
+        };
+        fs::create_dir_all(&bundle)?;
         runc::make_root(&root)?;
         let program = workspace::binary("filewriter")?;
         fs::copy(&program, root.join("bin/filewriter"))?;
@@ -56,6 +70,9 @@ impl Writing {
             machine.script(SETTINGS)?;
             machine.script(&AGENT.replace("$HERE", &format!("${variable}")))?;
         }
+        if let Some(mount) = mount {
+            stage.machines[0].script(mount)?;
+        }
         stage.machines[0]
             .script("runc run -d --bundle /root/bundles/c1 c1 < /dev/null > /dev/null 2>&1")?;
         let mut writing = Writing {
@@ -64,7 +81,12 @@ impl Writing {
             commands: 0,
         };
         wait::until("files to be written", GENEROUS, || {
-            let log = fs::metadata(root.join("data/log"));
+            // The mount is seen on the host alone.
+            let writable = match mount {
+                Some(_) => bundle.join("upper"),
+                None => root.clone(),
+            };
+            let log = fs::metadata(writable.join("data/log"));
             Ok(log.is_ok_and(|log| log.len() > 100).then_some(()))
         })?;
         writing.tell(0, "verify")?;
@@ -99,10 +121,21 @@ impl Writing {
 
     /// Moves the container from a host to the other; what the command says, if it fails.
     pub(crate) fn migrate(&self, from: usize, id: &str, options: &str) -> Result<Value, String> {
+        self.migrate_other("c1", from, id, options)
+    }
+
+    /// The same for another container.
+    pub(crate) fn migrate_other(
+        &self,
+        container: &str,
+        from: usize,
+        id: &str,
+        options: &str,
+    ) -> Result<Value, String> {
         let to = ["$DESTINATION", "$SOURCE"][from];
         let here = ["$SOURCE", "$DESTINATION"][from];
         let told = self.stage.machines[from].tell(&format!(
-            "pageferry migrate --container c1 --to {to}:9191 --serve-on {here} --state-dir /root/state --id {id} \
+            "pageferry migrate --container {container} --to {to}:9191 --serve-on {here} --state-dir /root/state --id {id} \
              --report /root/{id}.json --criu /criu/criu {options} > {id}.log 2>&1 \
              || {{ tail -n 20 {id}.log; echo failed; }}"
         ));

@@ -44,11 +44,17 @@ impl Place {
                 runtime: None,
                 problems: Vec::new(),
                 sends_root: false,
+                missing_layers: None,
+                rooms: Vec::new(),
             },
         };
+        if let Some(overlay) = &wanted.files.overlay {
+            check.missing_layers = self.layers.missing(overlay);
+        }
         let container = wanted.container.as_ref();
         let of_files = self.problems_of_files(container, &wanted.files);
         check.problems.extend(of_files);
+        check.rooms = self.rooms(container, &wanted.files);
         for service in wanted
             .addresses
             .iter()
@@ -76,6 +82,8 @@ impl Place {
                     runtime: None,
                     problems: vec![format!("at the destination: {error}")],
                     sends_root,
+                    missing_layers: None,
+                    rooms: Vec::new(),
                 });
             }
         };
@@ -99,6 +107,8 @@ impl Place {
             runtime: Some(runtime.version().await?),
             problems,
             sends_root,
+            missing_layers: None,
+            rooms: Vec::new(),
         })
     }
 }

@@ -3,15 +3,19 @@
 //! What is done to directories of the host is written down before it is done: an agent that is started again undoes it
 //! for a migration that was not decided.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use nix::sys::statvfs::statvfs;
 use pageferry::error::{Error, Kind, Result};
-use pageferry::migration::messages::{Begin, Container, FileTree, RootFiles, WantedFiles};
+use pageferry::migration::messages::{
+    Begin, Container, FileTree, RootFiles, TreeRoom, WantedFiles,
+};
 use serde::{Deserialize, Serialize};
 
 use super::place::Place;
-use crate::files::{Installed, Permitted, ReceivedTree, Stage};
+use crate::files::{Installed, Lowers, Permitted, ReceivedTree, Stage};
 use crate::records;
 use crate::runtime::bundle;
 
@@ -34,6 +38,15 @@ pub(super) struct TreeRecord {
     /// A tree was there before, as it was sent ahead or left by the container.
     was_there: bool,
     pub(super) installed: Option<Installed>,
+    /// What the tree is mounted over, if it is the writable layer of an overlay.
+    #[serde(default)]
+    pub(super) overlay: Option<Lowers>,
+}
+
+impl TreeRecord {
+    pub(super) fn stage(&self) -> Stage {
+        Stage::of(&self.target).over(self.overlay.clone())
+    }
 }
 
 /// The trees of a migration under way; none for one that an earlier agent left.
@@ -52,7 +65,11 @@ impl Place {
             let container = container.ok_or_else(|| {
                 Error::new(Kind::Protocol, "a root file system without a container")
             })?;
-            let stage = Stage::of(&self.root_of(container));
+            let lowers = tree
+                .overlay
+                .as_ref()
+                .map(|overlay| self.layers.lowers(overlay));
+            let stage = Stage::of(&self.root_of(container)).over(lowers);
             // A container of this name is not here: so nothing uses its root.
             let unused = true;
             return Ok((stage, Permitted { replace, unused }));
@@ -79,26 +96,62 @@ impl Place {
         }
     }
 
+    /// The trees that are to be sent, the container's root first.
+    fn trees(&self, container: Option<&Container>, files: &WantedFiles) -> Vec<FileTree> {
+        let root = container.filter(|container| self.sends_root(container, files));
+        let root = root.map(|_| FileTree {
+            path: None,
+            replace: files.root == RootFiles::Replace,
+            overlay: files.overlay.clone(),
+        });
+        root.into_iter().chain(files.volumes.clone()).collect()
+    }
+
+    /// Room in this agent's directory, and for each tree that is to be sent. One whose place is not known has none.
+    pub(super) fn rooms(
+        &self,
+        container: Option<&Container>,
+        files: &WantedFiles,
+    ) -> Vec<TreeRoom> {
+        let of_tree = |tree: FileTree| {
+            let stage = self.place_of(container, &tree).ok().map(|(stage, _)| stage);
+            stage.map_or(TreeRoom::default(), |stage| TreeRoom {
+                held_bytes: stage.held_bytes(tree.path.is_none()),
+                ..room_at(stage.target())
+            })
+        };
+        let trees = self.trees(container, files).into_iter();
+        let trees = trees.filter(FileTree::is_possible).map(of_tree);
+        std::iter::once(room_at(&self.dir)).chain(trees).collect()
+    }
+
     /// What is in the way of files.
     pub(super) fn problems_of_files(
         &self,
         container: Option<&Container>,
         files: &WantedFiles,
     ) -> Vec<String> {
-        let root = container.filter(|container| self.sends_root(container, files));
-        let root = root.map(|_| FileTree {
-            path: None,
-            replace: files.root == RootFiles::Replace,
-        });
-        let trees = root.iter().chain(&files.volumes);
+        let trees = self.trees(container, files).into_iter();
         trees
-            .filter(|tree| tree.is_possible())
-            .filter_map(|tree| match self.place_of(container, tree) {
+            .filter(FileTree::is_possible)
+            .filter_map(|tree| match self.place_of(container, &tree) {
                 Ok((stage, permitted)) => stage.problem(permitted),
                 Err(error) => Some(error.to_string()),
             })
             .collect()
     }
+}
+
+/// Room on the file system that `path` is, or will be, on.
+fn room_at(path: &Path) -> TreeRoom {
+    let found = path
+        .ancestors()
+        .find_map(|dir| Some((std::fs::metadata(dir).ok()?.dev(), statvfs(dir).ok()?)));
+    found.map_or(TreeRoom::default(), |(device, room)| TreeRoom {
+        device,
+        available_bytes: room.blocks_available().saturating_mul(room.fragment_size()),
+        held_bytes: 0,
+    })
 }
 
 /// What a migration that begins wants, in the words of a check.
@@ -116,6 +169,7 @@ pub(super) fn wanted(begin: &Begin) -> WantedFiles {
             .filter(|tree| tree.path.is_some())
             .cloned()
             .collect(),
+        overlay: root.and_then(|tree| tree.overlay.clone()),
     }
 }
 
@@ -151,6 +205,7 @@ impl Files {
                 target: stage.target().to_owned(),
                 was_there,
                 installed: None,
+                overlay: stage.overlay().cloned(),
             });
             record.write(dir)?;
             trees.push(Arc::new(received));
@@ -199,7 +254,7 @@ impl Record {
 pub(super) fn give_up(record: &Record, id: &str) {
     let done = record.trees.iter().map(|tree| {
         let keep = record.keeps || tree.was_there;
-        Stage::of(&tree.target).give_up(tree.installed.as_ref(), keep)
+        tree.stage().give_up(tree.installed.as_ref(), keep)
     });
     for error in done.filter_map(std::result::Result::err) {
         tracing::error!("migration {id}: {error}");

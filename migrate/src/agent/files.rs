@@ -1,22 +1,15 @@
 //! Files that arrive with a migration: how they are stored, and when they become what the container uses.
 
-use std::io;
 use std::sync::Arc;
 
-use axum::body::{Body, Bytes};
+use axum::body::Body;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::Seal;
-use tokio::io::{AsyncWriteExt, DuplexStream};
-use tokio::sync::watch;
-use tokio_stream::{Stream, StreamExt};
-use tokio_util::io::SyncIoBridge;
 
-use super::file_trees::{Record, give_up};
+use super::file_trees::{Record, TreeRecord, give_up};
+use super::incoming::{blocking, store_tree};
 use super::session::Session;
 use crate::files::Stage;
-
-/// Buffered between the connection and what writes files, bytes.
-const BUFFER_BYTES: usize = 256 << 10;
 
 impl Session {
     /// What tree `number` holds, as bytes for the source.
@@ -30,19 +23,7 @@ impl Session {
     /// Stores what comes for tree `number`.
     pub(super) async fn store_files(self: &Arc<Session>, number: usize, body: Body) -> Result<()> {
         let tree = self.files.tree(number)?;
-        let turn = tree.take_turn();
-        let (near, far) = tokio::io::duplex(BUFFER_BYTES);
-        let stream = body
-            .into_data_stream()
-            .map(|part| part.map_err(io::Error::other));
-        let pumped = pump(stream, near, turn, self);
-        let storing = Arc::clone(&tree);
-        let stored = blocking(move || storing.store(SyncIoBridge::new(far)));
-        let (stored, ()) = tokio::join!(stored, pumped);
-        stored?;
-        // So that little is left to be written when the processes stand still.
-        tokio::task::spawn_blocking(move || tree.flush());
-        Ok(())
+        store_tree(&tree, body, || self.heard()).await
     }
 
     /// Ends the arrival of tree `number`.
@@ -64,6 +45,11 @@ impl Session {
         let session = Arc::clone(self);
         blocking(move || {
             let mut record = Record::read(&session.dir)?;
+            for tree in &record.trees {
+                if tree.overlay.is_some() {
+                    session.place.layers.note_target(&tree.target)?;
+                }
+            }
             for tree in &session.files.0 {
                 let installed = tree.stage().installed()?;
                 for known in &mut record.trees {
@@ -121,7 +107,7 @@ impl Session {
         tokio::task::spawn_blocking(move || {
             trees.iter().for_each(|tree| tree.end());
             let settled = Record::read(&dir).and_then(|record| {
-                let mut stages = record.trees.iter().map(|tree| Stage::of(&tree.target));
+                let mut stages = record.trees.iter().map(TreeRecord::stage);
                 stages.try_for_each(|stage| stage.settle(&id))?;
                 Record::forget(&dir)
             });
@@ -130,33 +116,4 @@ impl Session {
             }
         });
     }
-}
-
-/// Hands a request's body on until it ends, or somebody else comes for the tree. What nobody takes any more is read all
-/// the same: whoever sends it hears the answer then, and no broken connection.
-async fn pump(
-    mut body: impl Stream<Item = io::Result<Bytes>> + Unpin,
-    mut to: DuplexStream,
-    mut turn: watch::Receiver<u64>,
-    session: &Session,
-) {
-    let mut is_taken = true;
-    loop {
-        let part = tokio::select! {
-            part = body.next() => part,
-            _ = turn.changed() => return,
-        };
-        let Some(Ok(bytes)) = part else { return };
-        session.heard();
-        is_taken = is_taken && to.write_all(&bytes).await.is_ok();
-    }
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| {
-        let error = io::Error::other(error);
-        Error::wrap(Kind::Io, "work on files was ended", error)
-    })?
 }

@@ -367,7 +367,11 @@ mod tests {
             .keys()
             .map(String::as_str)
             .collect();
-        let code = [include_str!("http.rs"), include_str!("stateless/http.rs")];
+        let code = [
+            include_str!("http.rs"),
+            include_str!("layers_http.rs"),
+            include_str!("stateless/http.rs"),
+        ];
         let routes: BTreeSet<&str> = code
             .iter()
             .flat_map(|code| code.split("#[cfg(test)]").next())

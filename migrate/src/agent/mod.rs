@@ -9,6 +9,7 @@
 //!                                         └──> criu restore ──> restore-hook ──> Session: waits for the word
 //! ```
 //!
+//! Layers below containers are kept for all migrations ([`layers`]).
 //! Containers without state have sessions of their own ([`stateless`]).
 //!
 //! Invariants: everything but files is written below the agent's directory; a decision is on disk before anybody
@@ -20,6 +21,9 @@ mod containers;
 mod file_trees;
 mod files;
 mod http;
+mod incoming;
+mod layers;
+mod layers_http;
 mod lazy_client;
 mod listen;
 mod place;
@@ -31,6 +35,7 @@ mod stateless;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use pageferry::engine::io::transport::Peer;
 use pageferry::error::{Error, Kind, Result};
@@ -38,6 +43,7 @@ use pageferry::tls::{Tls, TlsArgs};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::programs::ProgramArgs;
+use layers::LayerStore;
 use listen::Listener;
 use place::Place;
 use sessions::Sessions;
@@ -108,7 +114,9 @@ async fn serve(args: &Args) -> Result<()> {
         Peer::Tcp { host, .. } => host.clone(),
         Peer::Unix(_) => "127.0.0.1".to_owned(),
     };
+    let layers = Arc::new(LayerStore::open(&dir)?);
     let place = Place {
+        layers: Arc::clone(&layers),
         dir,
         host,
         programs: args.programs.find()?,
@@ -118,7 +126,9 @@ async fn serve(args: &Args) -> Result<()> {
     };
     let sessions = Sessions::open(place)?;
     let containers = Containers::open(sessions.place())?;
-    let app = http::router(sessions.clone()).merge(stateless::router(containers.clone()));
+    let app = http::router(sessions.clone())
+        .merge(stateless::router(containers.clone()))
+        .merge(layers_http::router(layers));
     let listener = Listener::bind(&args.listen, tls.as_ref()).await?;
     if let (Some(path), Some(port)) = (&args.port_file, listener.port()) {
         crate::records::write(path, &port)?;

@@ -1,9 +1,11 @@
 //! What all migrations of one agent share.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use pageferry::tls::TlsArgs;
 
+use super::layers::LayerStore;
 use crate::programs::Programs;
 
 /// Where an agent works.
@@ -19,4 +21,6 @@ pub(super) struct Place {
     pub(super) bundles: Option<PathBuf>,
     /// The state of container runtimes, if it is not in their own default.
     pub(super) runtime_root: Option<PathBuf>,
+    /// Layers of containers that are kept here.
+    pub(super) layers: Arc<LayerStore>,
 }

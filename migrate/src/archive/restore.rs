@@ -1,7 +1,9 @@
 //! `pageferry restore`: a container out of an archive, in a bundle of this host.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Component, Path, PathBuf};
 use std::process::ExitCode;
@@ -23,6 +25,9 @@ use crate::runtime::{Runtime, RuntimeArg, bundle, runtime_log};
 
 /// The first bytes of what zstd has compressed.
 const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+
+/// What the record of an extended attribute begins with.
+const XATTR: &[u8] = b"SCHILY.xattr.";
 
 /// The first bytes of what gzip has compressed.
 const GZIP: [u8; 2] = [0x1f, 0x8b];
@@ -232,6 +237,11 @@ pub(crate) fn apply(from: impl Read, root: &Path, entries_max: usize) -> io::Res
         let path = entry.path()?.into_owned();
         let kind = entry.header().entry_type();
         let time = mtime(entry)?;
+        // The library sets those of files alone.
+        let attributes = match kind.is_dir() {
+            true => xattrs(entry)?,
+            false => Vec::new(),
+        };
         let Some(name) = path.file_name() else {
             return Ok(());
         };
@@ -248,6 +258,9 @@ pub(crate) fn apply(from: impl Read, root: &Path, entries_max: usize) -> io::Res
             }
             _ => {}
         }
+        for (name, value) in attributes {
+            xattr::set(&at, OsStr::from_bytes(&name), &value)?;
+        }
         if !kind.is_symlink() && !kind.is_hard_link() {
             times.push((at, time));
         }
@@ -262,6 +275,18 @@ pub(crate) fn apply(from: impl Read, root: &Path, entries_max: usize) -> io::Res
         file.set_times(fs::FileTimes::new().set_modified(time))?;
     }
     Ok(syncfs(&File::open(root)?)?)
+}
+
+/// The extended attributes of an entry.
+fn xattrs(entry: &mut tar::Entry<'_, impl Read>) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    let mut found = Vec::new();
+    for record in entry.pax_extensions()?.into_iter().flatten() {
+        let record = record?;
+        if let Some(name) = record.key_bytes().strip_prefix(XATTR) {
+            found.push((name.to_vec(), record.value_bytes().to_vec()));
+        }
+    }
+    Ok(found)
 }
 
 /// The time of an entry, with the nanoseconds of its record.

@@ -32,6 +32,19 @@ pub(super) enum Marks {
     Either,
     /// No layer of overlayfs at all.
     None,
+    /// One of overlayfs that is to be one again: whiteouts and marks are contents, but for notes of its own host.
+    Raw,
+}
+
+/// Attributes of overlayfs that have a meaning on their own host alone: file handles and counts.
+const OVERLAY_NOTES: [&[u8]; 5] = [b"origin", b"impure", b"nlink", b"upper", b"uuid"];
+
+/// Whether an extended attribute belongs to what it is set on, and not to the host: labels of SELinux are the policy of a
+/// host.
+pub(crate) fn travels(name: &[u8]) -> bool {
+    let overlay = [&b"trusted.overlay."[..], b"user.overlay."];
+    let own = overlay.iter().find_map(|prefix| name.strip_prefix(*prefix));
+    name != LABEL && own.is_none_or(|own| !OVERLAY_NOTES.contains(&own))
 }
 
 /// Extended attributes: names and values.
@@ -112,7 +125,7 @@ impl Marks {
             Marks::Trusted => &[b"trusted.overlay."],
             Marks::User => &[b"user.overlay."],
             Marks::Either => &[b"trusted.overlay.", b"user.overlay."],
-            Marks::None => &[],
+            Marks::None | Marks::Raw => &[],
         };
         for prefix in prefixes {
             if let Some(own) = name.strip_prefix(*prefix) {
@@ -127,7 +140,7 @@ impl Marks {
 
     /// What becomes of a file of this kind with these attributes. `attribute_whiteouts`: its directory has them.
     pub(super) fn judge(self, kind: Kind, found: Xattrs, attribute_whiteouts: bool) -> Verdict {
-        if self != Marks::None && kind == Kind::Device(0, 0) {
+        if !matches!(self, Marks::None | Marks::Raw) && kind == Kind::Device(0, 0) {
             return Verdict::Whiteout;
         }
         let mut kept = LayerEntry::default();
@@ -143,6 +156,7 @@ impl Marks {
                 Attribute::Own(b"redirect" | b"metacopy") => kept.from_mount = true,
                 Attribute::Own(_) => {}
                 Attribute::Escaped(name) => kept.xattrs.push((name, value)),
+                Attribute::Foreign if self == Marks::Raw && !travels(&name) => {}
                 Attribute::Foreign if name == LABEL => {}
                 Attribute::Foreign => kept.xattrs.push((name, value)),
             }
@@ -213,8 +227,14 @@ mod tests {
                 .xattrs
                 .is_empty()
         );
-        let none = kept(Marks::None.judge(Kind::Directory, both(), false));
-        assert_eq!((none.opaque, none.xattrs.len()), (false, 2));
+        for marks in [Marks::None, Marks::Raw] {
+            let none = kept(marks.judge(Kind::Directory, both(), false));
+            assert_eq!((none.opaque, none.xattrs.len()), (false, 2));
+            kept(marks.judge(Kind::Device(0, 0), Vec::new(), false));
+        }
+        let note = || xattrs(&[("trusted.overlay.origin", "handle")]);
+        let raw = kept(Marks::Raw.judge(Kind::Directory, note(), false));
+        assert!(raw.xattrs.is_empty());
     }
 
     #[test]
@@ -232,6 +252,19 @@ mod tests {
         ];
         assert_eq!(kept.xattrs, xattrs(&wanted));
         assert!(!kept.opaque);
+    }
+
+    #[test]
+    fn notes_of_overlayfs_and_labels_stay() {
+        assert!(!travels(b"security.selinux") && !travels(b"trusted.overlay.origin"));
+        for name in [
+            &b"trusted.overlay.opaque"[..],
+            b"user.overlay.redirect",
+            b"security.capability",
+            b"trusted.overlay.overlay.origin",
+        ] {
+            assert!(travels(name));
+        }
     }
 
     #[test]

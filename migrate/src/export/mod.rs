@@ -33,9 +33,12 @@ pub(crate) use deleted::open_in_container;
 pub(crate) use layout::Hashed;
 use layout::{Compress, LayerBlob, Layout};
 use marks::Marks;
+pub(crate) use marks::travels;
+pub(crate) use mounts::overlay_at;
 pub(crate) use report::DeletedFile;
 use report::{ImageReport, LayerReport, Report};
 use subject::Subject;
+pub(crate) use subject::root_layers;
 use walk::Tree;
 
 use crate::runtime::RuntimeArg;
@@ -88,11 +91,15 @@ pub(crate) async fn difference<W: Write + Send + 'static>(
     done.map_err(|error| Error::wrap(Kind::Io, "the export ended", error))?
 }
 
-/// Writes all files of the tree at `dir`, as this host sees them, to `to` as a layer.
-pub(crate) fn whole<W: Write>(dir: &Path, to: W) -> Result<W> {
+/// Writes all files of the tree at `dir`, as this host sees them, to `to` as a layer. Of one that is the writable layer
+/// of an overlay (`is_upper`) whiteouts and marks are files and attributes.
+pub(crate) fn whole<W: Write>(dir: &Path, is_upper: bool, to: W) -> Result<W> {
     let tree = Tree {
         dir: dir.to_owned(),
-        marks: Marks::None,
+        marks: match is_upper {
+            true => Marks::Raw,
+            false => Marks::None,
+        },
         mount: None,
     };
     walk::write_layer(&tree, to).map(|(to, _)| to)

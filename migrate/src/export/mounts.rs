@@ -8,18 +8,21 @@ use super::marks::Marks;
 
 /// An overlay's directories.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Overlay {
+pub(crate) struct Overlay {
     /// The writable layer; none if it is mounted to be read.
-    pub(super) upper: Option<PathBuf>,
+    pub(crate) upper: Option<PathBuf>,
     /// The layers below, topmost first.
     pub(super) lowers: Vec<PathBuf>,
     /// Directories that hold nothing but contents of files, to which layers point.
     pub(super) has_data_only: bool,
     pub(super) marks: Marks,
+    /// What the options say of `redirect_dir` and `metacopy`; `None`: what the kernel does by default.
+    pub(super) redirect_dir: Option<bool>,
+    pub(super) metacopy: Option<bool>,
 }
 
 /// The overlay that is mounted at `point` in a mount table (`/proc/PID/mountinfo`); `None` if that is something else.
-pub(super) fn overlay_at(point: &[u8], table: &[u8]) -> Option<Overlay> {
+pub(crate) fn overlay_at(point: &[u8], table: &[u8]) -> Option<Overlay> {
     let mut found = None;
     for line in table.split(|byte| *byte == b'\n') {
         let fields: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
@@ -45,6 +48,8 @@ fn parse(options: &[u8]) -> Overlay {
         lowers: Vec::new(),
         has_data_only: false,
         marks: Marks::of_mount(false),
+        redirect_dir: None,
+        metacopy: None,
     };
     for option in options.split(|byte| *byte == b',') {
         let mut parts = option.splitn(2, |byte| *byte == b'=');
@@ -60,6 +65,8 @@ fn parse(options: &[u8]) -> Overlay {
             // Layers that were added one by one are told one by one.
             b"lowerdir+" => overlay.lowers.push(path(value)),
             b"datadir+" => overlay.has_data_only = true,
+            b"redirect_dir" => overlay.redirect_dir = Some(value == b"on"),
+            b"metacopy" => overlay.metacopy = Some(value == b"on"),
             b"userxattr" => overlay.marks = Marks::of_mount(true),
             _ => {}
         }
@@ -140,12 +147,12 @@ mod tests {
 
     #[test]
     fn layers_that_were_added_one_by_one() {
-        let table =
-            "1 1 0:4 / / ro - overlay x ro,lowerdir+=/a:b,lowerdir+=/c,datadir+=/d,userxattr";
+        let table = "1 1 0:4 / / ro - overlay x ro,lowerdir+=/a:b,lowerdir+=/c,datadir+=/d,userxattr,metacopy=on";
         let overlay = overlay_at(b"/", table.as_bytes()).unwrap();
         assert_eq!(overlay.upper, None);
         assert_eq!(overlay.lowers, [PathBuf::from("/a:b"), "/c".into()]);
         assert_eq!((overlay.marks, overlay.has_data_only), (Marks::User, true));
+        assert_eq!((overlay.metacopy, overlay.redirect_dir), (Some(true), None));
         let table = "1 1 0:4 / / ro - overlay x ro,lowerdir=/a::/b";
         assert!(overlay_at(b"/", table.as_bytes()).unwrap().has_data_only);
     }

@@ -145,6 +145,44 @@ fn layers(overlay: Overlay, mount: PathBuf) -> Result<(Tree, Option<Vec<Tree>>)>
     Ok((tree(upper, Some(mount)), below))
 }
 
+/// The layers of a root file system that is an overlay.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct RootLayers {
+    pub(crate) upper: PathBuf,
+    /// The layers below, lowest first.
+    pub(crate) lowers: Vec<PathBuf>,
+    pub(crate) userxattr: bool,
+    pub(crate) redirect_dir: bool,
+}
+
+/// The layers of the overlay that is mounted at `root`; `None` if something else is there, or if a layer by itself does
+/// not hold its files: they are told with their contents in other layers (`metacopy`), or cannot be reached from here.
+pub(crate) fn root_layers(root: &Path) -> Result<Option<RootLayers>> {
+    let root = fs::canonicalize(root).map_err(|error| Error::file("find", root, error))?;
+    let Some(overlay) = overlay("self", &root)? else {
+        return Ok(None);
+    };
+    let is_default = |name: &str| {
+        let path = format!("/sys/module/overlay/parameters/{name}");
+        fs::read_to_string(path).is_ok_and(|text| text.trim() == "Y")
+    };
+    let metacopy = overlay.metacopy.unwrap_or_else(|| is_default("metacopy"));
+    let Some(upper) = overlay.upper.filter(|upper| reachable(upper)) else {
+        return Ok(None);
+    };
+    if metacopy || overlay.has_data_only || !overlay.lowers.iter().all(|dir| reachable(dir)) {
+        return Ok(None);
+    }
+    Ok(Some(RootLayers {
+        upper,
+        lowers: overlay.lowers.into_iter().rev().collect(),
+        userxattr: overlay.marks == Marks::User,
+        redirect_dir: overlay
+            .redirect_dir
+            .unwrap_or_else(|| is_default("redirect_dir")),
+    }))
+}
+
 /// Whether a directory of a mount table is one that this process can find.
 fn reachable(dir: &Path) -> bool {
     dir.is_absolute() && dir.is_dir()

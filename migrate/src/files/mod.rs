@@ -7,6 +7,9 @@
 //!              stage: TARGET.pageferry/tree ──> TARGET, once it is whole and on the disk
 //! ```
 //!
+//! Of an overlay the writable layer is such a tree. The layers below are trees of their own, which have their digests as
+//! names and are kept at the destination.
+//!
 //! Both ends keep the index of the destination's tree and change it by the operations of the stream. When a connection
 //! breaks, the source asks for the index and sends the difference to it: what had arrived does not travel again. The
 //! same difference is a round while the processes run, the last one inside the freeze, and what a tree lacks that was
@@ -15,8 +18,10 @@
 mod attributes;
 mod hash;
 mod index;
+mod layer;
 mod mapped;
 mod operation;
+mod overlay;
 mod path;
 mod planner;
 mod receiver;
@@ -30,6 +35,10 @@ mod table;
 mod tree_dir;
 mod writer;
 
+pub(crate) use layer::{LayerName, name as name_layer};
+pub(crate) use overlay::{Lowers, overlays_are_possible};
 pub(crate) use receiver::ReceivedTree;
+#[cfg(test)]
+pub(crate) use round_trip::SentBytes;
 pub(crate) use sender::{FileRound, SentTree};
 pub(crate) use stage::{Installed, Permitted, Stage};

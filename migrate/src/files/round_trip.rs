@@ -13,6 +13,7 @@ use std::time::{Duration, SystemTime};
 use fastrand::Rng;
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use nix::unistd::{geteuid, mkfifo};
+use pageferry::migration::messages::Seal;
 use tempfile::TempDir;
 
 use super::hash::BlockHasher;
@@ -89,6 +90,27 @@ impl Pair {
         self.received
             .seal(&digest(self.known.have.as_ref().unwrap()))
             .unwrap();
+    }
+}
+
+/// A whole tree as it travels to who has told this index.
+pub(crate) struct SentBytes {
+    pub(crate) stream: Vec<u8>,
+    pub(crate) seal: Seal,
+}
+
+impl SentBytes {
+    pub(crate) fn of(source: &Path, index: &[u8]) -> SentBytes {
+        let (key, have) = unpack_index(index).unwrap();
+        let root = TreeDir::open(source).unwrap();
+        let mut known = Known::default();
+        known.scanner = Some(Scanner::new(root, BlockHasher::new(key)));
+        known.have = Some(have);
+        let mut stream = Vec::new();
+        known.send(&[], &mut stream).unwrap();
+        let digest = digest(known.have.as_ref().unwrap());
+        let seal = Seal { digest };
+        SentBytes { stream, seal }
     }
 }
 

@@ -357,7 +357,7 @@ fn is_gone(error: &io::Error) -> bool {
 }
 
 /// Where the next byte is that is in no hole; `None` if there is none.
-fn next_data(file: &File, at: u64) -> io::Result<Option<u64>> {
+pub(super) fn next_data(file: &File, at: u64) -> io::Result<Option<u64>> {
     let offset = i64::try_from(at).map_err(|_| io::ErrorKind::FileTooLarge)?;
     match lseek(file, offset, Whence::SeekData) {
         Ok(data) => Ok(u64::try_from(data).ok()),
@@ -382,7 +382,11 @@ pub(super) fn read_at(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usi
     Ok(got)
 }
 
-fn attributes(meta: &Metadata, dir: &impl AsRawFd, name: &[u8]) -> io::Result<Arc<Attributes>> {
+pub(super) fn attributes(
+    meta: &Metadata,
+    dir: &impl AsRawFd,
+    name: &[u8],
+) -> io::Result<Arc<Attributes>> {
     Ok(Arc::new(Attributes {
         mode: meta.mode() & 0o7777,
         uid: meta.uid(),

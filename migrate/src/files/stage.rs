@@ -6,6 +6,8 @@
 //!     about.json                whose tree TARGET is, see `Standing`
 //!     tree/                     what has arrived, until it is whole
 //!     parked/                   files that have no name for a while
+//!     upper/, work/             of an overlay: the tree, once TARGET is mounted
+//!     point/                    of an overlay: what becomes TARGET to be mounted at; then what was there before
 //! ```
 //!
 //! Both are on one file system, so that a rename makes a whole tree of what has arrived, or takes it back.
@@ -25,9 +27,11 @@ use pageferry::error::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
 
 use super::hash::BlockHasher;
+use super::overlay::{self, Lowers};
 use super::scan::Scanner;
 use super::tree_dir::{TreeDir, open_beneath};
 use super::writer::Writer;
+use crate::look::disk_bytes;
 use crate::records;
 
 /// What is behind a target's name for the directory beside it.
@@ -49,6 +53,9 @@ enum Standing {
 struct About {
     standing: Standing,
     migration: String,
+    /// What the target's writable layer is mounted over, if the target is an overlay of ours.
+    #[serde(default)]
+    overlay: Option<Lowers>,
 }
 
 /// A target and the directory beside it.
@@ -56,6 +63,8 @@ struct About {
 pub(crate) struct Stage {
     target: PathBuf,
     dir: PathBuf,
+    /// What the tree is mounted over; `None`: it becomes the target itself.
+    overlay: Option<Lowers>,
 }
 
 /// Which directory became a target, so that it can be taken back.
@@ -82,7 +91,20 @@ impl Stage {
         Stage {
             target: target.to_owned(),
             dir: dir.into(),
+            overlay: None,
         }
+    }
+
+    /// The same for a tree that is the writable layer over `lowers`, if there are any.
+    pub(crate) fn over(self, lowers: Option<Lowers>) -> Stage {
+        Stage {
+            overlay: lowers,
+            ..self
+        }
+    }
+
+    pub(crate) fn overlay(&self) -> Option<&Lowers> {
+        self.overlay.as_ref()
     }
 
     pub(crate) fn target(&self) -> &Path {
@@ -97,19 +119,34 @@ impl Stage {
         self.dir.join("parked")
     }
 
+    fn upper(&self) -> PathBuf {
+        self.dir.join("upper")
+    }
+
+    fn work(&self) -> PathBuf {
+        self.dir.join("work")
+    }
+
+    fn point(&self) -> PathBuf {
+        self.dir.join("point")
+    }
+
+    /// Whether the target is an overlay that was mounted by a migration.
+    fn is_mounted(&self) -> bool {
+        overlay::is_mounted(&self.target, &self.upper())
+    }
+
     fn about(&self) -> Result<Option<About>> {
         records::read(&self.dir.join("about.json"))
     }
 
     fn note(&self, standing: Standing, migration: &str) -> Result<()> {
-        let migration = migration.to_owned();
-        records::write(
-            &self.dir.join("about.json"),
-            &About {
-                standing,
-                migration,
-            },
-        )
+        let about = About {
+            standing,
+            migration: migration.to_owned(),
+            overlay: self.overlay.clone(),
+        };
+        records::write(&self.dir.join("about.json"), &about)
     }
 
     /// Whether the target is there, and out of date: a migration brought it or took its user away.
@@ -140,6 +177,8 @@ impl Stage {
             Ok(meta) if !meta.is_dir() => {
                 return Some(format!("{shown} at the destination is no directory"));
             }
+            // One of ours is unmounted.
+            Ok(_) if self.is_out_of_date(permitted.unused) && self.is_mounted() => {}
             Ok(_) if is_mount_point(&self.target) => {
                 return Some(format!(
                     "{shown} at the destination is a mount point: unmount it, or let files stay (--files never)"
@@ -154,6 +193,15 @@ impl Stage {
         })
     }
 
+    /// Bytes on the disk of what the next tree begins with.
+    pub(crate) fn held_bytes(&self, unused: bool) -> u64 {
+        let begins_with = match self.is_out_of_date(unused) {
+            true if !self.is_mounted() => &self.target,
+            _ => &self.dir,
+        };
+        disk_bytes(begins_with)
+    }
+
     /// Makes room for what is to arrive. Tells whether a tree was there that can be completed.
     pub(crate) fn prepare(&self, migration: &str, permitted: Permitted) -> Result<bool> {
         if let Some(problem) = self.problem(permitted) {
@@ -166,7 +214,18 @@ impl Stage {
         // Not for others: a directory within may be another user's, who could put a link into it.
         make_private(&self.dir).map_err(failed)?;
         make_private(&self.parked()).map_err(failed)?;
+        if let Some(lowers) = &self.overlay {
+            lowers.attempt(&self.dir)?;
+        }
         let (tree, is_old) = (self.tree(), self.is_out_of_date(permitted.unused));
+        if is_old && self.is_mounted() {
+            self.note(Standing::Arriving, migration)?;
+            overlay::unmount(&self.target)?;
+        }
+        if !self.is_mounted() && !tree.exists() && self.upper().exists() {
+            // It was a writable layer: what arrives is one again, or begins with it all the same.
+            rename(&self.upper(), &tree, RenameFlags::RENAME_NOREPLACE)?;
+        }
         let was_there = tree.exists();
         if !was_there && is_old && self.target.exists() {
             // What is out of date is where the next tree begins.
@@ -225,7 +284,15 @@ impl Stage {
 
     /// Which directory becomes the target. To be written down before [`Stage::install`].
     pub(crate) fn installed(&self) -> Result<Installed> {
-        let tree = self.tree();
+        let tree = match self.overlay {
+            None => self.tree(),
+            Some(_) => {
+                let point = self.point();
+                let made = fs::create_dir(&point);
+                made.map_err(|error| Error::file("make the directory", &point, error))?;
+                point
+            }
+        };
         let meta = fs::metadata(&tree).map_err(|error| Error::file("look at", &tree, error))?;
         Ok(Installed {
             target: self.target.clone(),
@@ -239,23 +306,70 @@ impl Stage {
             true => RenameFlags::RENAME_EXCHANGE,
             false => RenameFlags::RENAME_NOREPLACE,
         };
-        rename(&self.tree(), &self.target, flags)?;
-        self.sync_names()
+        let Some(lowers) = &self.overlay else {
+            rename(&self.tree(), &self.target, flags)?;
+            return self.sync_names();
+        };
+        let (upper, work) = (self.upper(), self.work());
+        rename(&self.tree(), &upper, RenameFlags::RENAME_NOREPLACE)?;
+        rename(&self.point(), &self.target, flags)?;
+        make_private(&work).map_err(|error| Error::file("make the directory", &work, error))?;
+        self.sync_names()?;
+        lowers.mount(&self.target, &upper, &work)
+    }
+
+    /// Mounts a target again that was an overlay before this host was started.
+    pub(crate) fn mount_again(&self) -> Result<()> {
+        let about = self.about()?;
+        let Some(lowers) = about.and_then(|about| match about.standing {
+            Standing::Brought => about.overlay,
+            Standing::Arriving | Standing::MovedAway => None,
+        }) else {
+            return Ok(());
+        };
+        let is_empty = fs::read_dir(&self.target).map(|mut names| names.next().is_none());
+        match is_empty {
+            Ok(true) if !is_mount_point(&self.target) => {
+                lowers.mount(&self.target, &self.upper(), &self.work())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Directories of layers that the target is mounted over, or will be when this host is started again.
+    pub(crate) fn layers_in_use(&self) -> Vec<PathBuf> {
+        let about = self.about().ok().flatten();
+        about
+            .and_then(|about| about.overlay)
+            .map_or_else(Vec::new, |lowers| lowers.dirs)
     }
 
     /// Takes the target back, if it is what was installed. What was there before is there again.
     fn uninstall(&self, installed: &Installed) -> Result<()> {
+        if self.is_mounted() {
+            overlay::unmount(&self.target)?;
+        }
         let device = fs::metadata(&self.dir).map(|meta| meta.dev()).ok();
         let is_it = fs::symlink_metadata(&self.target)
             .is_ok_and(|meta| meta.ino() == installed.inode && Some(meta.dev()) == device);
-        if !is_it {
-            return Ok(());
-        }
-        let flags = match self.tree().exists() {
-            true => RenameFlags::RENAME_EXCHANGE,
-            false => RenameFlags::RENAME_NOREPLACE,
+        let place = match self.overlay {
+            None => self.tree(),
+            Some(_) => self.point(),
         };
-        rename(&self.target, &self.tree(), flags)?;
+        if is_it {
+            let flags = match place.exists() {
+                true => RenameFlags::RENAME_EXCHANGE,
+                false => RenameFlags::RENAME_NOREPLACE,
+            };
+            rename(&self.target, &place, flags)?;
+        }
+        if self.overlay.is_some() {
+            // Empty, as it was made.
+            let _ = fs::remove_dir(&place);
+            if self.upper().exists() && !self.tree().exists() {
+                rename(&self.upper(), &self.tree(), RenameFlags::RENAME_NOREPLACE)?;
+            }
+        }
         self.sync_names()
     }
 
@@ -273,15 +387,33 @@ impl Stage {
     /// The target is in use from now on: what was there before is removed.
     pub(crate) fn settle(&self, migration: &str) -> Result<()> {
         self.note(Standing::Brought, migration)?;
-        remove(&self.tree())?;
-        remove(&self.parked())
+        for dir in [self.tree(), self.parked(), self.point()] {
+            remove(&dir)?;
+        }
+        match self.overlay {
+            Some(_) => Ok(()),
+            // Of an overlay that was there before.
+            None => remove(&self.upper()).and_then(|()| remove(&self.work())),
+        }
+    }
+
+    /// A layer is whole, and stays under its name: nothing else is beside it.
+    pub(crate) fn settle_layer(&self) -> Result<()> {
+        remove(&self.dir)
+    }
+
+    /// What has arrived, before it is installed.
+    pub(crate) fn arrived(&self) -> PathBuf {
+        self.tree()
     }
 
     /// Notes that what used the target lives on another host.
     pub(crate) fn moved_away(&self, migration: &str) -> Result<()> {
         make_private(&self.dir)
             .map_err(|error| Error::file("make the directory", &self.dir, error))?;
-        self.note(Standing::MovedAway, migration)
+        let about = self.about()?;
+        let here = self.clone().over(about.and_then(|about| about.overlay));
+        here.note(Standing::MovedAway, migration)
     }
 
     /// Makes the new names last.
@@ -340,93 +472,4 @@ fn remove(dir: &Path) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const STRICT: Permitted = Permitted {
-        replace: false,
-        unused: true,
-    };
-
-    fn arrived(stage: &Stage, permitted: Permitted, contents: &str) -> Installed {
-        stage.prepare("m-1", permitted).unwrap();
-        fs::write(stage.tree().join("file"), contents).unwrap();
-        let installed = stage.installed().unwrap();
-        stage.install().unwrap();
-        installed
-    }
-
-    fn contents(stage: &Stage) -> String {
-        fs::read_to_string(stage.target.join("file")).unwrap_or_default()
-    }
-
-    #[test]
-    fn a_tree_is_there_whole_or_not_at_all() {
-        let tmp = tempfile::tempdir().unwrap();
-        let stage = Stage::of(&tmp.path().join("a/rootfs"));
-        let installed = arrived(&stage, STRICT, "new");
-        assert_eq!(contents(&stage), "new");
-        stage.give_up(Some(&installed), false).unwrap();
-        assert!(!stage.target.exists() && !stage.dir.exists());
-        // Before it was installed there is nothing to be taken back.
-        assert!(!stage.prepare("m-1", STRICT).unwrap());
-        let planned = stage.installed().unwrap();
-        stage.give_up(Some(&planned), true).unwrap();
-        assert!(!stage.target.exists() && stage.prepare("m-2", STRICT).unwrap());
-    }
-
-    #[test]
-    fn what_a_migration_did_not_make_is_not_replaced_without_a_word() {
-        let tmp = tempfile::tempdir().unwrap();
-        let stage = Stage::of(&tmp.path().join("data"));
-        fs::create_dir(&stage.target).unwrap();
-        assert_eq!(stage.problem(STRICT), None, "it is empty");
-        fs::write(stage.target.join("file"), "precious").unwrap();
-        assert!(stage.problem(STRICT).unwrap().contains("--files replace"));
-        stage.prepare("m-1", STRICT).unwrap_err();
-        let replace = Permitted {
-            replace: true,
-            ..STRICT
-        };
-        let installed = arrived(&stage, replace, "new");
-        assert_eq!(contents(&stage), "new");
-        stage.give_up(Some(&installed), false).unwrap();
-        assert_eq!(contents(&stage), "precious");
-        arrived(&stage, replace, "new");
-        stage.settle("m-1").unwrap();
-        assert_eq!(contents(&stage), "new");
-        assert!(!stage.tree().exists());
-    }
-
-    #[test]
-    fn what_moved_away_is_where_the_next_tree_begins() {
-        let tmp = tempfile::tempdir().unwrap();
-        let stage = Stage::of(&tmp.path().join("data"));
-        fs::create_dir(&stage.target).unwrap();
-        fs::write(stage.target.join("file"), "old").unwrap();
-        stage.moved_away("m-1").unwrap();
-        assert!(stage.prepare("m-2", STRICT).unwrap());
-        assert!(!stage.target.exists());
-        stage.install().unwrap();
-        stage.settle("m-2").unwrap();
-        // In use: only who knows better may have it.
-        let used = Permitted {
-            unused: false,
-            ..STRICT
-        };
-        assert!(stage.problem(used).is_some() && stage.problem(STRICT).is_none());
-    }
-
-    #[test]
-    fn links_and_files_are_in_the_way() {
-        let tmp = tempfile::tempdir().unwrap();
-        fs::create_dir(tmp.path().join("elsewhere")).unwrap();
-        std::os::unix::fs::symlink("elsewhere", tmp.path().join("link")).unwrap();
-        fs::write(tmp.path().join("file"), "").unwrap();
-        for name in ["link", "file"] {
-            let problem = Stage::of(&tmp.path().join(name)).problem(STRICT).unwrap();
-            assert!(problem.contains("no directory"), "{problem}");
-        }
-        assert!(is_mount_point(Path::new("/proc")) && !is_mount_point(tmp.path()));
-    }
-}
+mod tests;

@@ -12,6 +12,7 @@ use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::Mode;
 
 use super::attributes::Xattrs;
+use crate::export::travels;
 
 /// Where a tree begins.
 #[derive(Debug)]
@@ -77,16 +78,6 @@ pub(super) fn path_at(dir: &impl AsRawFd, name: &[u8]) -> PathBuf {
     dir.join(OsStr::from_bytes(if name.is_empty() { b"." } else { name }))
 }
 
-/// Attributes of overlayfs that have a meaning on their own host alone: file handles and counts.
-const OVERLAY_NOTES: [&[u8]; 5] = [b"origin", b"impure", b"nlink", b"upper", b"uuid"];
-
-/// Whether an extended attribute travels. Labels of SELinux are the policy of a host.
-fn travels(name: &[u8]) -> bool {
-    let overlay = [&b"trusted.overlay."[..], b"user.overlay."];
-    let own = overlay.iter().find_map(|prefix| name.strip_prefix(*prefix));
-    name != b"security.selinux" && own.is_none_or(|own| !OVERLAY_NOTES.contains(&own))
-}
-
 /// The extended attributes of a file that travel, sorted by name. Links are not followed.
 pub(super) fn xattrs(path: &Path) -> io::Result<Xattrs> {
     let names = match xattr::list(path) {
@@ -136,19 +127,6 @@ mod tests {
         }
         for path in [&b"a/up/secret"[..], b"../secret", b"/etc/passwd"] {
             assert!(tree.file(path, OFlag::O_RDONLY).is_err(), "{path:?}");
-        }
-    }
-
-    #[test]
-    fn notes_of_overlayfs_and_labels_stay() {
-        assert!(!travels(b"security.selinux") && !travels(b"trusted.overlay.origin"));
-        for name in [
-            &b"trusted.overlay.opaque"[..],
-            b"user.overlay.redirect",
-            b"security.capability",
-            b"trusted.overlay.overlay.origin",
-        ] {
-            assert!(travels(name));
         }
     }
 }

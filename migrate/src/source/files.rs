@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::container::Found;
 use super::files_args::{FilesArg, FilesArgs};
+use super::layers::{LayerReport, Layered};
 use crate::client::AgentClient;
 use crate::export::{DeletedFile, open_in_container};
 use crate::files::{FileRound, SentTree};
@@ -31,6 +32,9 @@ pub(crate) struct FilesReport {
     pub(crate) rounds: Vec<FileRound>,
     /// The last difference, inside the freeze.
     pub(crate) freeze: FileRound,
+    /// Layers below the container's writable one, lowest first.
+    #[serde(default)]
+    pub(crate) layers: Vec<LayerReport>,
     /// Files that are deleted and open: they are no part of a tree. CRIU carries small ones in its images.
     pub(crate) deleted: Vec<DeletedFile>,
     /// Directories and files where something else is mounted: they travel without it.
@@ -41,7 +45,8 @@ impl FilesReport {
     /// Bytes that were sent.
     pub(crate) fn bytes(&self) -> u64 {
         let rounds = self.rounds.iter().chain([&self.freeze]);
-        rounds.map(|round| round.bytes).sum()
+        let layers = self.layers.iter().map(|layer| layer.bytes);
+        rounds.map(|round| round.bytes).chain(layers).sum()
     }
 }
 
@@ -51,6 +56,8 @@ pub(super) struct Files {
     trees: Vec<SentTree>,
     told: Vec<FileTree>,
     dirs: Vec<PathBuf>,
+    /// The overlay that the root file system is, if its layers travel by themselves.
+    layered: Option<Layered>,
     /// The first process of what is moved.
     root: i32,
     pub(super) report: FilesReport,
@@ -60,7 +67,7 @@ impl Files {
     /// Those of the migration `id` of the tree under `root`.
     pub(super) fn find(
         args: &FilesArgs,
-        (found, sends_root): (Option<&Found>, bool),
+        (found, sends_root, layered): (Option<&Found>, bool, Option<Layered>),
         root: i32,
         id: &MigrationId,
     ) -> Result<Files> {
@@ -71,21 +78,35 @@ impl Files {
         };
         if let Some(found) = found.filter(|_| sends_root) {
             expect_root(&found.rootfs, root)?;
-            files.add(&found.rootfs, None, replace, id);
+            let sent = layered
+                .as_ref()
+                .map_or(&found.rootfs, |layered| &layered.upper);
+            let tree = FileTree {
+                path: None,
+                replace,
+                overlay: layered.as_ref().map(Layered::told),
+            };
+            files.add(sent, tree, id);
+            files.dirs.push(found.rootfs.clone());
+            files.layered = layered;
         }
         for volume in &args.volume {
-            let path = Some(volume.there.clone());
-            files.add(&volume.here, path, replace, id);
+            let tree = FileTree {
+                path: Some(volume.there.clone()),
+                replace,
+                overlay: None,
+            };
+            files.add(&volume.here, tree, id);
+            files.dirs.push(volume.here.clone());
         }
         Ok(files)
     }
 
-    fn add(&mut self, dir: &Path, path: Option<String>, replace: bool, id: &MigrationId) {
+    fn add(&mut self, dir: &Path, tree: FileTree, id: &MigrationId) {
         let number = self.trees.len();
         let at = format!("/v1/migrations/{id}/files/{number}");
         self.trees.push(SentTree::new(dir.to_owned(), at));
-        self.told.push(FileTree { path, replace });
-        self.dirs.push(dir.to_owned());
+        self.told.push(tree);
     }
 
     /// What the agent is told of them.
@@ -107,6 +128,9 @@ impl Files {
 
     /// Sends them while the processes run, until little is left.
     pub(super) async fn send_ahead(&mut self, client: &AgentClient) -> Result<()> {
+        if let Some(layered) = &self.layered {
+            self.report.layers = layered.send(client).await?;
+        }
         let mut last: Option<u64> = None;
         for _ in 0..ROUNDS_MAX {
             let bytes = self.send(client).await?;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
-use pageferry::migration::messages::{FileTree, RootFiles, WantedFiles};
+use pageferry::migration::messages::{FileTree, OverlayRoot, RootFiles, WantedFiles};
 use serde_json::Value;
 
 /// Options for files.
@@ -12,6 +12,12 @@ pub(super) struct FilesArgs {
     /// When the container's root file system travels
     #[arg(long, value_enum, value_name = "WHEN", default_value_t = FilesArg::Auto)]
     pub(super) files: FilesArg,
+
+    /// Whether layers below a container's writable one, if it is an overlay, stay layers
+    ///
+    /// They travel by their digests, once: the destination keeps them, and mounts the writable layer over them.
+    #[arg(long, value_enum, value_name = "WHEN", default_value_t = LayersArg::Auto)]
+    pub(super) layers: LayersArg,
 
     /// A directory that moves along, to DST or to the same path; a bind mount of it in the container's
     /// configuration leads there. May be given several times
@@ -34,6 +40,15 @@ pub(super) enum FilesArg {
     Replace,
 }
 
+/// Values of `--layers`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(super) enum LayersArg {
+    /// If both hosts can mount it so
+    Auto,
+    /// Never: what the container sees becomes a plain directory
+    Never,
+}
+
 /// A volume and its places on both hosts.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct VolumeArg {
@@ -48,6 +63,7 @@ fn volume(text: &str) -> std::result::Result<VolumeArg, String> {
     let tree = FileTree {
         path: Some(there.clone()),
         replace: false,
+        overlay: None,
     };
     match here.is_absolute() && tree.is_possible() {
         true => Ok(VolumeArg {
@@ -65,13 +81,14 @@ impl FilesArgs {
     pub(super) fn to_look() -> FilesArgs {
         FilesArgs {
             files: FilesArg::Auto,
+            layers: LayersArg::Never,
             volume: Vec::new(),
             preload: false,
         }
     }
 
-    /// What the destination is asked about.
-    pub(super) fn wanted(&self, is_container: bool) -> WantedFiles {
+    /// What the destination is asked about, for a container whose root is this overlay.
+    pub(super) fn wanted(&self, is_container: bool, overlay: Option<OverlayRoot>) -> WantedFiles {
         let root = match self.files {
             _ if !is_container => RootFiles::Never,
             FilesArg::Auto => RootFiles::Auto,
@@ -81,11 +98,18 @@ impl FilesArgs {
         let volumes = self.volume.iter().map(|volume| FileTree {
             path: Some(volume.there.clone()),
             replace: self.files == FilesArg::Replace,
+            overlay: None,
         });
         WantedFiles {
             root,
             volumes: volumes.collect(),
+            overlay,
         }
+    }
+
+    /// Whether layers of the root file system are looked for.
+    pub(super) fn wants_layers(&self) -> bool {
+        self.layers == LayersArg::Auto && self.files != FilesArg::Never
     }
 
     /// Leads bind mounts of volumes to where these are at the destination.
@@ -144,7 +168,7 @@ mod tests {
             .map(|mount| mount["source"].as_str().unwrap())
             .collect();
         assert_eq!(sources, ["/srv/data", "/srv/data/x", "/database"]);
-        let wanted = args.wanted(false);
+        let wanted = args.wanted(false, None);
         assert_eq!((wanted.root, wanted.volumes.len()), (RootFiles::Never, 1));
     }
 }

@@ -18,6 +18,7 @@ mod flow;
 mod frozen;
 pub(crate) mod guard;
 mod hooks;
+mod layers;
 mod moved_addresses;
 mod network;
 mod place;
@@ -27,6 +28,7 @@ mod preload;
 mod probe;
 mod progress;
 pub(crate) mod report;
+mod room;
 mod shared;
 mod stateless;
 mod stateless_args;
@@ -70,19 +72,17 @@ async fn migrate(args: &Args) -> Result<()> {
         let id = named(args)?;
         return stateless::migrate(args, id, |dir| guard::start(args, dir)).await;
     }
-    if args.mode == ModeArg::Live {
-        let text = "--mode live is for containers without state: say --stateless";
-        return Err(Error::new(Kind::Usage, text));
-    }
+    expect_state(args.mode)?;
     let started = Instant::now();
     let moving = args.addresses();
-    let survey = Survey::take(&args.subject, &moving, (&args.target, &args.files)).await?;
+    let mut survey = Survey::take(&args.subject, &moving, (&args.target, &args.files)).await?;
     let root = survey.root();
     let mode = args.mode.chosen().unwrap_or_else(|| recommend(&survey));
     let (costs, packed_bytes) = (survey.costs, survey.packed_bytes());
     survey.expect_no_problem(mode.is_lazy())?;
     let id = named(args)?;
-    let of_container = (survey.found.as_ref(), survey.sends_root);
+    let layered = survey.layered.take();
+    let of_container = (survey.found.as_ref(), survey.sends_root, layered);
     let files = Files::find(&args.files, of_container, root, &id)?;
     let report = Report {
         processes: survey.tree.members().len(),
@@ -135,6 +135,17 @@ async fn migrate(args: &Args) -> Result<()> {
     }
     report.print();
     moved(ended, root, report.problem)
+}
+
+/// Fails for a mode of containers without state.
+fn expect_state(mode: ModeArg) -> Result<()> {
+    match mode {
+        ModeArg::Live => {
+            let text = "--mode live is for containers without state: say --stateless";
+            Err(Error::new(Kind::Usage, text))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Whether the tree under `root` was moved, as the end says, and why not.

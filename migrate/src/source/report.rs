@@ -241,6 +241,9 @@ impl Report {
             );
             line(&format!("round {}", index + 1), text);
         }
+        for layer in &self.files.layers {
+            line("layer", layer.shown());
+        }
         for (index, round) in self.files.rounds.iter().enumerate() {
             line(&format!("files {}", index + 1), shown(round));
         }
@@ -343,6 +346,7 @@ pub(crate) mod tests {
                 "times": [{"start_ms": 3200.0, "end_ms": 3300.0, "count": 3, "waited_ms": 1.5}]},
             "phases_ms": {"dump": 100.0},
             "files": {"rounds": [{"files": 5, "bytes": 6, "ms": 7.0}], "freeze": {"files": 1, "bytes": 2, "ms": 3.0},
+                "layers": [{"digest": "0", "holds_bytes": 8, "bytes": 7, "ms": 1.0}],
                 "deleted": [{"pid": 1, "fd": 3, "path": "/tmp/x", "bytes": 9}], "mounts": ["/etc/hosts"]},
             "timeline": [span("rounds", "round 1", 100.0, 2500.0), span("freeze", "dump", 3000.0, 3100.0),
                 span("freeze", "<restore>", 3100.0, 3200.0), span("memory", "memory follows", 3200.0, 4000.0)],
@@ -381,6 +385,7 @@ pub(crate) mod tests {
             ("files", &report["files"]),
             ("files", &report["files"]["rounds"][0]),
             ("files", &report["files"]["deleted"][0]),
+            ("files", &report["files"]["layers"][0]),
             ("source", &report["source"]),
         ];
         for (field, value) in inner {

@@ -1,11 +1,12 @@
 //! A look at the tree and at both hosts, before anything is done.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use pageferry::error::{Error, Kind, Result};
 use pageferry::limits::MIGRATION_JSON_BYTES_MAX;
 use pageferry::migration::Costs;
-use pageferry::migration::messages::{Check, HostFacts, Wanted, WantedFiles};
+use pageferry::migration::messages::{Check, HostFacts, TreeRoom, Wanted, WantedFiles};
 use pageferry::sys::process::page_size;
 use pageferry::tls::Tls;
 use pageferry::units::PageSize;
@@ -14,9 +15,12 @@ use tokio::time::Instant;
 use super::args::{AddressArg, Subject, Target};
 use super::container::Found;
 use super::files_args::FilesArgs;
+use super::layers::{self, Layered};
 use super::preflight::{self, Room};
+use super::room::{self, Coming};
 use crate::client::AgentClient;
 use crate::facts;
+use crate::look::disk_bytes;
 use crate::programs::Programs;
 use crate::rounds::{self, Size, Tree};
 
@@ -38,6 +42,10 @@ pub(super) struct Survey {
     pub(super) found: Option<Found>,
     /// Whether its root file system has to travel.
     pub(super) sends_root: bool,
+    /// The overlay that it is, if its layers travel by themselves.
+    pub(super) layered: Option<Layered>,
+    /// Room that images need, as far as the destination has not said what room there is for all.
+    disk_bytes: u64,
     other_problems: Vec<String>,
 }
 
@@ -64,6 +72,12 @@ impl Survey {
         let tree = Tree::of(root)?;
         std::fs::create_dir_all(&target.state_dir)
             .map_err(|error| Error::file("make the directory", &target.state_dir, error))?;
+        let layered = match &found {
+            Some(found) if files.wants_layers() => {
+                layers::find(&found.rootfs, &target.state_dir).await?
+            }
+            _ => None,
+        };
         let there: HostFacts = client.get("/v1/host").await?;
         let here = facts::of_host(&programs, &target.state_dir).await?;
         let page = page_size()
@@ -75,9 +89,10 @@ impl Survey {
                 .iter()
                 .map(|address| address.there.clone())
                 .collect(),
-            files: files.wanted(found.is_some()),
+            files: files.wanted(found.is_some(), layered.as_ref().map(Layered::told)),
         };
         let check: Check = client.post("/v1/check", &wanted).await?;
+        let layered = layers::agreed(layered, &check);
         let mut costs = Costs::default();
         match rate(&client).await {
             Ok(rate) => costs.bytes_per_s = rate,
@@ -88,8 +103,15 @@ impl Survey {
             Some(found) => found.problems(&tree, check.runtime.as_deref()).await?,
             None => Vec::new(),
         };
+        let of_root = (found.as_ref(), layered.as_ref());
+        let coming = coming(of_root, files, &check, size.bytes()).await?;
+        other_problems.extend(room::problems(&coming));
         other_problems.extend(check.problems);
         Ok(Survey {
+            disk_bytes: match coming.is_empty() {
+                true => size.bytes(),
+                false => 0,
+            },
             programs,
             client,
             tree,
@@ -101,6 +123,7 @@ impl Survey {
             packed_share,
             found,
             sends_root: check.sends_root,
+            layered,
             other_problems,
         })
     }
@@ -114,7 +137,7 @@ impl Survey {
     pub(super) fn problems(&self, lazy: bool) -> Vec<String> {
         let room = Room {
             memory_bytes: self.size.restored_bytes(lazy),
-            disk_bytes: self.size.bytes(),
+            disk_bytes: self.disk_bytes,
         };
         let of_hosts = preflight::problems(&self.tree, &self.here, &self.there, room, lazy);
         [of_hosts, self.other_problems.clone()].concat()
@@ -153,6 +176,52 @@ impl Survey {
             format!("pid {root} cannot be moved:\n  - {list}"),
         ))
     }
+}
+
+/// What is to come to the destination's disks, where it says what room there is.
+async fn coming(
+    (found, layered): (Option<&Found>, Option<&Layered>),
+    args: &FilesArgs,
+    check: &Check,
+    images_bytes: u64,
+) -> Result<Vec<Coming>> {
+    let root = found.filter(|_| check.sends_root);
+    let volumes: Vec<PathBuf> = args
+        .volume
+        .iter()
+        .map(|volume| volume.here.clone())
+        .collect();
+    let rooms: Vec<TreeRoom> = check.rooms.clone();
+    let files = root.map(|found| match layered {
+        Some(layered) => (layered.upper.clone(), "the writable layer"),
+        None => (found.rootfs.clone(), "the root file system"),
+    });
+    let layers_bytes = layered.map_or(0, Layered::missing_bytes);
+    let look = move || {
+        let volumes = volumes
+            .into_iter()
+            .map(|dir| (dir.clone(), dir.display().to_string()));
+        let files = files.map(|(dir, what)| (dir, what.to_owned()));
+        let trees = files.into_iter().chain(volumes);
+        let mut coming = Vec::new();
+        let mut rooms = rooms.into_iter();
+        if let Some(room) = rooms.next() {
+            for (what, bytes) in [("images", images_bytes), ("layers", layers_bytes)] {
+                let what = what.to_owned();
+                coming.push(Coming { what, bytes, room });
+            }
+        }
+        coming.extend(trees.zip(rooms).map(|((dir, what), room)| Coming {
+            what,
+            bytes: disk_bytes(&dir),
+            room,
+        }));
+        coming
+    };
+    tokio::task::spawn_blocking(look).await.map_err(|error| {
+        let error = std::io::Error::other(error);
+        Error::wrap(Kind::Io, "the look at files was ended", error)
+    })
 }
 
 /// The `share` of `bytes`.

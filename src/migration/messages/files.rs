@@ -1,8 +1,12 @@
 //! What is said of files that move along.
 
+use std::collections::HashSet;
 use std::path::{Component, Path};
 
 use serde::{Deserialize, Serialize};
+
+use super::Digest;
+use crate::limits::OCI_LAYERS_MAX;
 
 /// A tree of files that is to arrive.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -11,11 +15,39 @@ pub struct FileTree {
     pub path: Option<String>,
     /// Whether it takes the place of what is there, whoever made that.
     pub replace: bool,
+    /// The layers below, if the tree is the writable one of an overlay; of a container's root alone.
+    #[serde(default)]
+    pub overlay: Option<OverlayRoot>,
+}
+
+/// What an overlay has besides its writable layer.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct OverlayRoot {
+    /// The layers below the writable one, lowest first, by the digests of all that they hold.
+    pub layers: Vec<Digest>,
+    /// Its marks are attributes `user.overlay.*`: the mount option `userxattr`.
+    pub userxattr: bool,
+    /// Directories that were renamed name their old place: the mount option `redirect_dir=on`.
+    pub redirect_dir: bool,
+}
+
+impl OverlayRoot {
+    /// Whether it can be mounted: a peer may have said anything.
+    pub fn is_possible(&self) -> bool {
+        let mut seen = HashSet::new();
+        (1..=OCI_LAYERS_MAX).contains(&self.layers.len())
+            && self.layers.iter().all(|layer| seen.insert(layer))
+    }
 }
 
 impl FileTree {
     /// Whether it has a place at the destination: a peer may have said anything.
     pub fn is_possible(&self) -> bool {
+        if let Some(overlay) = &self.overlay
+            && (self.path.is_some() || !overlay.is_possible())
+        {
+            return false;
+        }
         let Some(path) = self.path.as_deref().map(Path::new) else {
             return true;
         };
@@ -46,6 +78,20 @@ pub struct WantedFiles {
     pub root: RootFiles,
     /// Further trees.
     pub volumes: Vec<FileTree>,
+    /// The layers of the container's root, if it is an overlay.
+    #[serde(default)]
+    pub overlay: Option<OverlayRoot>,
+}
+
+/// Room where files are to go.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct TreeRoom {
+    /// A number of the file system: trees with the same one share its room.
+    pub device: u64,
+    /// Room in it, bytes.
+    pub available_bytes: u64,
+    /// Of what is to come, bytes that may be there already: what the tree begins with.
+    pub held_bytes: u64,
 }
 
 /// Ends the arrival of a tree.
@@ -64,6 +110,7 @@ mod tests {
         let of = |path: &str| FileTree {
             path: Some(path.to_owned()),
             replace: true,
+            overlay: None,
         };
         assert!(of("/srv/data").is_possible() && of("/a").is_possible());
         for bad in ["", "/", "data", "../x", "/srv/../etc", "/srv/..", "./a"] {
@@ -72,7 +119,28 @@ mod tests {
         let root = FileTree {
             path: None,
             replace: false,
+            overlay: None,
         };
         assert!(root.is_possible());
+    }
+
+    #[test]
+    fn an_overlay_has_layers_of_which_none_is_there_twice() {
+        let of = |layers: &[u8], path: Option<&str>| FileTree {
+            path: path.map(str::to_owned),
+            replace: false,
+            overlay: Some(OverlayRoot {
+                layers: layers.iter().map(|byte| Digest::of(&[*byte; 32])).collect(),
+                userxattr: false,
+                redirect_dir: false,
+            }),
+        };
+        assert!(of(&[1, 2], None).is_possible());
+        assert!(!of(&[1, 2, 1], None).is_possible() && !of(&[], None).is_possible());
+        // Of a container's root alone.
+        assert!(!of(&[1], Some("/srv/data")).is_possible());
+        for bad in ["", "../../etc", "ABC", &"0".repeat(63), &"g".repeat(64)] {
+            assert!(bad.parse::<Digest>().is_err(), "{bad}");
+        }
     }
 }

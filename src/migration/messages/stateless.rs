@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::super::stateless::StatelessState;
-use super::{BadBegin, Container, MigrationId, ServiceAddress};
+use super::{BadBegin, Container, MigrationId, OverlayRoot, ServiceAddress};
 use crate::limits::{MIGRATION_ADDRESSES_MAX, READY_BYTES_MAX, TIMEOUT_S_MAX};
 
 /// Longest SHA-256 in hexadecimal digits, which is also the only length that it has.
@@ -29,6 +29,9 @@ pub struct ContainerBegin {
     /// How long connections may go on to a container that was to be kept and is ended all the same, ms.
     #[serde(default)]
     pub drain_ms: u64,
+    /// The layers below its files, if these are the writable layer of an overlay.
+    #[serde(default)]
+    pub overlay: Option<OverlayRoot>,
 }
 
 impl ContainerBegin {
@@ -40,6 +43,13 @@ impl ContainerBegin {
         let longest_s = self.timeout_s.max(self.drain_ms / 1000);
         if longest_s > TIMEOUT_S_MAX {
             return Err(BadBegin::Timeout(longest_s));
+        }
+        if let Some(overlay) = self
+            .overlay
+            .as_ref()
+            .filter(|overlay| !overlay.is_possible())
+        {
+            return Err(BadBegin::Layers(overlay.layers.len()));
         }
         match self.addresses.iter().find(|service| !service.is_possible()) {
             Some(bad) => Err(BadBegin::Address(bad.cidr(), bad.device.clone())),
@@ -94,7 +104,7 @@ pub struct ContainerStatus {
 }
 
 /// A SHA-256 in small hexadecimal digits.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Digest(String);
 
@@ -118,6 +128,20 @@ impl TryFrom<String> for Digest {
 impl From<Digest> for String {
     fn from(digest: Digest) -> String {
         digest.0
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for Digest {
+    type Err = BadDigest;
+
+    fn from_str(text: &str) -> Result<Digest, BadDigest> {
+        Digest::try_from(text.to_owned())
     }
 }
 

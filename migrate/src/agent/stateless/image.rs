@@ -26,9 +26,8 @@ impl<R: Read> Read for Summed<R> {
     }
 }
 
-/// Unpacks an image, compressed by zstd, into the new directory `root`, and tells the sum of what came.
+/// Unpacks an image, compressed by zstd, into the empty directory `root`, and tells the sum of what came.
 pub(super) fn unpack(from: impl Read, root: &Path) -> Result<Digest> {
-    fs::create_dir(root).map_err(|error| Error::file("make the directory", root, error))?;
     fs::set_permissions(root, fs::Permissions::from_mode(0o755))
         .map_err(|error| Error::file("change", root, error))?;
     let root = fs::canonicalize(root).map_err(|error| Error::file("find", root, error))?;
@@ -50,6 +49,12 @@ mod tests {
 
     /// Headers, and the bytes behind each.
     type Entries = Vec<(tar::Header, &'static [u8])>;
+
+    fn new_dir(tmp: &tempfile::TempDir, name: &str) -> std::path::PathBuf {
+        let dir = tmp.path().join(name);
+        fs::create_dir(&dir).unwrap();
+        dir
+    }
 
     fn packed(fill: impl FnOnce(&mut tar::Builder<Vec<u8>>)) -> Vec<u8> {
         let mut archive = tar::Builder::new(Vec::new());
@@ -107,7 +112,7 @@ mod tests {
                     archive.append(header, *bytes).unwrap();
                 }
             });
-            let unpacked = unpack(&stream[..], &tmp.path().join("rootfs"));
+            let unpacked = unpack(&stream[..], &new_dir(&tmp, "rootfs"));
             assert!(unpacked.is_err(), "{name}");
             assert!(!tmp.path().join("out").exists(), "{name}");
         }
@@ -120,7 +125,7 @@ mod tests {
             archive.append(&header, &[7; 3000][..]).unwrap();
         });
         let tmp = tempfile::tempdir().unwrap();
-        let whole = unpack(&stream[..], &tmp.path().join("whole")).unwrap();
+        let whole = unpack(&stream[..], &new_dir(&tmp, "whole")).unwrap();
         let mut damaged = stream.clone();
         damaged[stream.len() / 2] ^= 0x10;
         for (name, bytes) in [
@@ -128,7 +133,7 @@ mod tests {
             ("empty", b""),
             ("damaged", &damaged[..]),
         ] {
-            let unpacked = unpack(bytes, &tmp.path().join(name));
+            let unpacked = unpack(bytes, &new_dir(&tmp, name));
             // The sum tells what the compression does not.
             assert!(unpacked.is_err() || unpacked.unwrap() != whole, "{name}");
         }

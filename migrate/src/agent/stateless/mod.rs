@@ -12,6 +12,7 @@
 mod http;
 mod image;
 mod ready;
+mod root;
 mod session;
 
 use std::collections::BTreeMap;
@@ -89,6 +90,12 @@ impl Containers {
             files: WantedFiles::default(),
         };
         let mut problems = self.place.check(&wanted).await?.problems;
+        if let Some(overlay) = &begin.overlay
+            && self.place.layers.missing(overlay).is_none()
+        {
+            let text = "the destination cannot mount an overlay: let layers travel as files (--layers never)";
+            problems.push(text.to_owned());
+        }
         problems.extend(bundle::sources_missing(&begin.container.config, &[]));
         let id = &begin.container.id;
         match self.place.runtime(&begin.container) {

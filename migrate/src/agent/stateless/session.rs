@@ -1,30 +1,28 @@
 //! One container that comes to be started anew.
 
 use std::fs;
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::{
-    ContainerBegin, ContainerCreate, ContainerStart, ContainerStatus, Digest, MigrationId, Ready,
-    ServiceAddress,
+    ContainerBegin, ContainerStart, ContainerStatus, Digest, MigrationId, Ready, ServiceAddress,
 };
 use pageferry::migration::{StatelessEvent, StatelessState};
 use pageferry::sys::owned_process::ProcessName;
 use tokio::sync::Mutex as Turn;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::image::unpack;
 use super::ready::Asked;
 use crate::address::{self, Attributes};
 use crate::agent::place::Place;
 use crate::drain;
 use crate::facts::now_us;
 use crate::records;
-use crate::runtime::{Runtime, bundle};
+use crate::runtime::Runtime;
 
 /// The request that began it, as it is kept.
 const BEGIN: &str = "stateless.json";
@@ -44,22 +42,22 @@ const RUN_AGAIN: Duration = Duration::from_millis(100);
 /// See the module's text.
 #[derive(Debug)]
 pub(super) struct Session {
-    place: Arc<Place>,
-    dir: PathBuf,
-    begin: ContainerBegin,
+    pub(super) place: Arc<Place>,
+    pub(super) dir: PathBuf,
+    pub(super) begin: ContainerBegin,
     /// What changes the container is done by one task at a time.
-    turn: Turn<()>,
+    pub(super) turn: Turn<()>,
     inner: Mutex<Inner>,
 }
 
 #[derive(Debug)]
-struct Inner {
-    state: StatelessState,
+pub(super) struct Inner {
+    pub(super) state: StatelessState,
     problem: Option<String>,
     /// Of the image that is here.
-    image: Option<Digest>,
+    pub(super) image: Option<Digest>,
     /// The container's first process, from its making on.
-    root: Option<ProcessName>,
+    pub(super) root: Option<ProcessName>,
     started_us: Option<u64>,
     ready_us: Option<u64>,
     /// When the source was last heard.
@@ -132,7 +130,7 @@ impl Session {
         Ok(Some(session))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -164,20 +162,20 @@ impl Session {
         }
     }
 
-    fn bundle(&self) -> PathBuf {
+    pub(super) fn bundle(&self) -> PathBuf {
         self.dir.join("bundle")
     }
 
-    fn log(&self) -> PathBuf {
+    pub(super) fn log(&self) -> PathBuf {
         self.dir.join("runtime.log")
     }
 
-    fn runtime(&self) -> Result<Runtime> {
+    pub(super) fn runtime(&self) -> Result<Runtime> {
         self.place.runtime(&self.begin.container)
     }
 
     /// Takes an event in.
-    fn advance(&self, event: StatelessEvent) -> Result<()> {
+    pub(super) fn advance(&self, event: StatelessEvent) -> Result<()> {
         let mut inner = self.lock();
         match inner.state.after(event) {
             Some(state) => {
@@ -194,56 +192,8 @@ impl Session {
         }
     }
 
-    /// Stores the image that comes, in place of an earlier one.
-    pub(super) async fn store(&self, from: impl Read + Send + 'static) -> Result<()> {
-        let _turn = self.turn.lock().await;
-        self.advance(StatelessEvent::ImageComes)?;
-        {
-            let mut inner = self.lock();
-            inner.image = None;
-            inner.root = None;
-        }
-        self.remove().await?;
-        let bundle = self.bundle();
-        fs::create_dir(&bundle)
-            .map_err(|error| Error::file("make the directory", &bundle, error))?;
-        let root = bundle.join("rootfs");
-        let unpacked = tokio::task::spawn_blocking(move || unpack(from, &root)).await;
-        let digest = unpacked.map_err(|error| {
-            Error::wrap(Kind::Io, "an image was ended", io::Error::other(error))
-        })??;
-        self.lock().image = Some(digest);
-        Ok(())
-    }
-
-    /// Makes the container.
-    pub(super) async fn create(&self, request: &ContainerCreate) -> Result<ContainerStatus> {
-        let _turn = self.turn.lock().await;
-        let (state, image) = {
-            let inner = self.lock();
-            (inner.state, inner.image.clone())
-        };
-        if state != StatelessState::Receiving || image.as_ref() != Some(&request.sha256) {
-            let text = format!(
-                "container {}: its image did not come as it was sent: send it again",
-                self.begin.id
-            );
-            return Err(Error::new(Kind::Protocol, text));
-        }
-        let bundle = self.bundle();
-        bundle::make(&bundle, &self.begin.container.config)?;
-        let id = &self.begin.container.id;
-        let runtime = self.runtime()?;
-        runtime.create(id, &bundle, &self.log()).await?;
-        self.set_limits(&runtime).await;
-        let root = self.find_root(&runtime).await?;
-        self.lock().root = Some(root);
-        self.advance(StatelessEvent::Made)?;
-        Ok(self.status())
-    }
-
     /// The container's first process.
-    async fn find_root(&self, runtime: &Runtime) -> Result<ProcessName> {
+    pub(super) async fn find_root(&self, runtime: &Runtime) -> Result<ProcessName> {
         let id = &self.begin.container.id;
         let gone = || Error::new(Kind::PeerLost, format!("container {id} has no process"));
         let state = runtime.state(id).await?.ok_or_else(gone)?;
@@ -269,7 +219,7 @@ impl Session {
     }
 
     /// Sets the limits that the container had at the source, where they are not those of its configuration.
-    async fn set_limits(&self, runtime: &Runtime) {
+    pub(super) async fn set_limits(&self, runtime: &Runtime) {
         let Some(resources) = &self.begin.container.resources else {
             return;
         };
@@ -458,25 +408,6 @@ impl Session {
         }
     }
 
-    /// Ends the container, if there is one, and removes its bundle.
-    async fn remove(&self) -> Result<()> {
-        let runtime = self.runtime()?;
-        let id = &self.begin.container.id;
-        let bundle = self.bundle();
-        if let Some(state) = runtime.state(id).await?
-            // Another one may have been given the name.
-            && is_same(&state.bundle, &bundle)
-        {
-            runtime.delete(id).await?;
-        }
-        match fs::remove_dir_all(&bundle) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(Error::file("remove", &bundle, error))
-            }
-            _ => Ok(()),
-        }
-    }
-
     /// Ends what was not kept when the source has not been heard for too long.
     async fn watch_for_silence(session: Arc<Session>) {
         let limit = Duration::from_secs(session.begin.timeout_s.max(1));
@@ -492,9 +423,4 @@ impl Session {
             sleep_until(deadline).await;
         }
     }
-}
-
-fn is_same(one: &Path, other: &Path) -> bool {
-    let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    real(one) == real(other)
 }

@@ -13,11 +13,13 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
-use super::image::{self, Look};
+use super::image;
 use super::place::Place;
+use crate::look::Look;
 use crate::runtime::bundle;
 use crate::source::args::Args;
 use crate::source::hooks::Point;
+use crate::source::layers::Layered;
 use crate::source::progress::Progress;
 use crate::source::report::Report;
 
@@ -36,8 +38,10 @@ pub(super) struct Flow<'a> {
     container: Container,
     /// Room in the agent's directory.
     room_bytes: u64,
-    /// The container's files here.
-    rootfs: PathBuf,
+    /// The container's files here, or those of its writable layer.
+    files: PathBuf,
+    /// The overlay that its root is, if its layers travel by themselves.
+    layered: Option<Layered>,
     /// They, as they were sent.
     sent: Option<Look>,
     report: Report,
@@ -53,7 +57,7 @@ impl<'a> Flow<'a> {
     pub(super) fn new(
         args: &'a Args,
         place: Place,
-        container: Container,
+        (container, layered): (Container, Option<Layered>),
         room_bytes: u64,
         report: Report,
         started: Instant,
@@ -61,7 +65,11 @@ impl<'a> Flow<'a> {
         Flow {
             args,
             source: Stateless::new(place.facts.mode),
-            rootfs: bundle::root_of(&place.facts.bundle, &container.config),
+            files: match &layered {
+                Some(layered) => layered.upper.clone(),
+                None => bundle::root_of(&place.facts.bundle, &container.config),
+            },
+            layered,
             place,
             container,
             room_bytes,
@@ -165,11 +173,16 @@ impl<'a> Flow<'a> {
                 .collect(),
             timeout_s: self.args.timeout.as_secs(),
             drain_ms: self.place.facts.drain_ms,
+            overlay: self.layered.as_ref().map(Layered::told),
         };
         let client = &self.place.client;
         client
             .post::<ContainerStatus>("/v1/containers", &begin)
             .await?;
+        if let Some(layered) = &self.layered {
+            self.report.files.layers = layered.send(client).await?;
+            self.report.wire_bytes += self.report.files.bytes();
+        }
         let mut attempts = 1..SEND_ATTEMPTS;
         while let Err(error) = self.look_and_send().await {
             if error.kind() != Kind::Io || attempts.next().is_none() {
@@ -184,12 +197,14 @@ impl<'a> Flow<'a> {
     }
 
     async fn look_and_send(&mut self) -> Result<()> {
-        let look = image::look(&self.rootfs).await?;
-        if look.bytes > self.room_bytes {
+        let look = image::look(&self.files).await?;
+        let missing = self.layered.as_ref().map_or(0, Layered::missing_bytes);
+        let needed = look.bytes.saturating_add(missing);
+        if needed > self.room_bytes {
             let text = format!(
                 "the destination has {} MiB of room in its directory, {} MiB are needed",
                 self.room_bytes >> 20,
-                look.bytes >> 20
+                needed >> 20
             );
             return Err(Error::new(Kind::Usage, text));
         }
@@ -198,7 +213,8 @@ impl<'a> Flow<'a> {
 
     async fn send(&mut self, look: Look) -> Result<()> {
         let path = self.place.path("");
-        let bytes = image::send(&self.place.client, &path, &self.rootfs).await?;
+        let tree = (self.files.as_path(), self.layered.is_some());
+        let bytes = image::send(&self.place.client, &path, tree).await?;
         self.report.wire_bytes += bytes;
         self.sent = Some(look);
         Ok(())
@@ -207,7 +223,7 @@ impl<'a> Flow<'a> {
     /// The container has ended: its files are what they are.
     async fn renew(&mut self) -> Result<()> {
         if let Some(sent) = self.sent
-            && image::is_same(&self.rootfs, sent).await?
+            && image::is_same(&self.files, sent).await?
         {
             return Ok(());
         }

@@ -1,23 +1,20 @@
 //! The container's files on their way, and whether they have changed since.
 
-use std::collections::VecDeque;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use axum::body::Body;
 use nix::unistd::syncfs;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::{ContainerCreate, ContainerStatus, Digest};
-use sha2::{Digest as _, Sha256};
 use tokio::time::sleep;
 use tokio_util::io::{ReaderStream, SyncIoBridge};
 
 use crate::client::AgentClient;
 use crate::export::{Hashed, whole};
+use crate::look::{Look, look_now};
 
 /// Buffered between the reading of files and the connection, bytes.
 const BUFFER_BYTES: usize = 256 << 10;
@@ -27,13 +24,6 @@ const ZSTD_LEVEL: i32 = 1;
 
 /// Longer than the clock by which file systems tell times stands still.
 const CLOCK_STEP: Duration = Duration::from_millis(20);
-
-/// A tree of files as it was at a time, without their contents.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Look {
-    sum: [u8; 32],
-    pub(super) bytes: u64,
-}
 
 /// Looks at all files of the tree at `root`. What is read of them afterwards is what was there, as long as a later look is
 /// equal.
@@ -73,62 +63,19 @@ pub(super) async fn is_same(root: &Path, before: Look) -> Result<bool> {
     Ok(looked? == before)
 }
 
-fn look_now(root: &Path) -> Result<Look> {
-    let mut sum = Sha256::new();
-    let mut bytes = 0;
-    let device = fs::symlink_metadata(root).map_err(|error| Error::file("look at", root, error))?;
-    let mut todo = VecDeque::from([root.to_owned()]);
-    while let Some(dir) = todo.pop_front() {
-        let names = match fs::read_dir(&dir) {
-            Ok(names) => names,
-            // It was removed meanwhile.
-            Err(error) if error.kind() == io::ErrorKind::NotFound && dir != root => continue,
-            Err(error) => return Err(Error::file("read", &dir, error)),
-        };
-        let mut paths: Vec<PathBuf> = names.flatten().map(|entry| entry.path()).collect();
-        paths.sort();
-        for path in paths {
-            let meta = match fs::symlink_metadata(&path) {
-                Ok(meta) => meta,
-                // It was removed meanwhile.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(Error::file("look at", &path, error)),
-            };
-            sum.update(path.as_os_str().as_bytes());
-            let numbers = [
-                i128::from(meta.ino()),
-                i128::from(meta.mode()),
-                i128::from(meta.uid()) << 32 | i128::from(meta.gid()),
-                i128::from(meta.size()),
-                i128::from(meta.mtime()) << 32 | i128::from(meta.mtime_nsec()),
-                i128::from(meta.ctime()) << 32 | i128::from(meta.ctime_nsec()),
-            ];
-            for number in numbers {
-                sum.update(number.to_le_bytes());
-            }
-            if meta.is_file() {
-                bytes += meta.size();
-            }
-            // What is mounted there is no part of the image.
-            if meta.is_dir() && meta.dev() == device.dev() {
-                todo.push_back(path);
-            }
-        }
-    }
-    Ok(Look {
-        sum: sum.finalize().into(),
-        bytes,
-    })
-}
-
-/// Sends the files of the tree at `root`, lets the agent make the container of them, and tells the bytes on the wire.
+/// Sends the files of the tree at `root`, which may be the writable layer of an overlay, lets the agent make the container of them, and tells the bytes on the wire.
 ///
 /// # Errors
 /// Of the kind [`Kind::Io`] if the files cannot be read, maybe because they have changed meanwhile.
-pub(super) async fn send(client: &AgentClient, path: &str, root: &Path) -> Result<u64> {
+pub(super) async fn send(
+    client: &AgentClient,
+    path: &str,
+    (root, is_upper): (&Path, bool),
+) -> Result<u64> {
     let (near, far) = tokio::io::duplex(BUFFER_BYTES);
     let root = root.to_owned();
-    let packed = tokio::task::spawn_blocking(move || pack(&root, SyncIoBridge::new(near)));
+    let packed =
+        tokio::task::spawn_blocking(move || pack(&root, is_upper, SyncIoBridge::new(near)));
     let body = Body::from_stream(ReaderStream::new(far));
     let image = format!("{path}/image");
     let stored = client.put::<ContainerStatus>(&image, body).await;
@@ -182,41 +129,14 @@ impl<W: Write> Write for Counted<W> {
 }
 
 /// Writes the files as a layer, compressed. Tells the sum before the compression, and the bytes behind it.
-fn pack(root: &Path, to: impl Write) -> Result<(Digest, u64)> {
+fn pack(root: &Path, is_upper: bool, to: impl Write) -> Result<(Digest, u64)> {
     let failed = |error| Error::file("send", root, error);
     let counted = Counted { to, bytes: 0 };
     let encoder = zstd::Encoder::new(counted, ZSTD_LEVEL).map_err(failed)?;
-    let (sum, _, encoder) = whole(root, Hashed::new(encoder))?.finish();
+    let (sum, _, encoder) = whole(root, is_upper, Hashed::new(encoder))?.finish();
     let mut counted = encoder.finish().map_err(failed)?;
     counted.flush().map_err(failed)?;
     let digest = Digest::try_from(sum)
         .map_err(|error| Error::wrap(Kind::Io, "the sum of the files", error))?;
     Ok((digest, counted.bytes))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_look_sees_each_change() {
-        let tmp = tempfile::tempdir().unwrap();
-        let dir = tmp.path();
-        fs::create_dir(dir.join("sub")).unwrap();
-        fs::write(dir.join("sub/file"), "one").unwrap();
-        let mut last = look_now(dir).unwrap();
-        assert_eq!((last, last.bytes), (look_now(dir).unwrap(), 3));
-        let changes: [&dyn Fn(); 4] = [
-            &|| fs::write(dir.join("sub/file"), "four").unwrap(),
-            &|| fs::write(dir.join("more"), "").unwrap(),
-            &|| fs::rename(dir.join("more"), dir.join("sub/more")).unwrap(),
-            &|| fs::remove_file(dir.join("sub/file")).unwrap(),
-        ];
-        for change in changes {
-            change();
-            let now = look_now(dir).unwrap();
-            assert_ne!(now, last);
-            last = now;
-        }
-    }
 }

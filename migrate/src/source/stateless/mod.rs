@@ -25,6 +25,7 @@ use tokio::time::Instant;
 
 use super::args::{Args, ModeArg};
 use super::container::Found;
+use super::layers;
 use super::moved_addresses::MovedAddresses;
 use super::report::{HostReport, Report};
 use crate::client::AgentClient;
@@ -54,6 +55,10 @@ pub(super) async fn migrate(
     let there: HostFacts = client.get("/v1/host").await?;
     let here = host_here(args).await?;
     expect_same_machine(container, &here, &there)?;
+    let layered = match args.files.wants_layers() {
+        true => layers::shared(&found, &args.target.state_dir, &client).await?,
+        false => None,
+    };
     let root = ProcessName::of(found.root)
         .map_err(|error| Error::wrap(Kind::Usage, format!("container {container}"), error))?;
     let facts = Facts {
@@ -80,7 +85,7 @@ pub(super) async fn migrate(
     let mut flow = Flow::new(
         args,
         place,
-        found.container,
+        (found.container, layered),
         there.disk_bytes,
         report,
         started,

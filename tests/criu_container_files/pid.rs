@@ -1,0 +1,54 @@
+//! Volumes of processes that are no container.
+
+use anyhow::{Result, ensure};
+use testbed::bed::Bed;
+use testbed::criu::{Criu, Suite};
+use testbed::suite::with_criu;
+
+use crate::writing::Writing;
+
+/// Starts a process that changes files in a volume, with a pid that is free on both hosts.
+const START: &str = "\
+cp /root/bundles/c1/rootfs/bin/filewriter .
+mkdir own-control
+echo 7000 > /proc/sys/kernel/ns_last_pid
+setsid ./filewriter /root/own /root/own-control < /dev/null > /dev/null 2>&1 &
+echo $! > own.pid
+until [ -s own/log ]; do sleep 0.05; done";
+
+/// Tells it what to do.
+fn tell(writing: &Writing, host: usize, number: u32, word: &str) -> Result<()> {
+    let answer = writing.stage.machines[host].tell(&format!(
+        "cd own-control; echo '{number} {word}' > next; mv next command\n\
+         for try in $(seq 3000); do [ ! -e answer-{number} ] || break; sleep 0.02; done; cat answer-{number}"
+    ))?;
+    ensure!(answer == "right", "{word}: {answer}");
+    Ok(())
+}
+
+fn volumes_of_a_process_move(bed: &Bed, criu: &Criu) -> Result<()> {
+    let Some(writing) = Writing::start(bed, criu, "pid")? else {
+        return Ok(());
+    };
+    writing.stage.machines[0].script(START)?;
+    tell(&writing, 0, 1, "verify")?;
+    // The program itself is at the destination, as for every process.
+    writing.stage.machines[1].script("cp /stage/source/filewriter .")?;
+    let told = writing.stage.machines[0].tell(
+        "pageferry migrate --pid $(cat own.pid) --to $DESTINATION:9191 --serve-on $SOURCE --state-dir /root/state \
+         --mode hybrid --max-rounds 2 --volume /root/own --volume /root/own-control --report /root/own.json \
+         --criu /criu/criu > own-move.log 2>&1 || { tail -n 20 own-move.log; echo failed; }",
+    )?;
+    ensure!(!told.ends_with("failed"), "{told}");
+    tell(&writing, 1, 2, "verify")?;
+    tell(&writing, 1, 3, "pause")?;
+    let left =
+        writing.stage.machines[0].tell("kill -0 $(cat own.pid) 2> /dev/null || echo gone")?;
+    ensure!(left == "gone", "{left}");
+    Ok(())
+}
+
+#[test]
+fn volumes_move_with_a_process() {
+    with_criu(Suite::Sid, volumes_of_a_process_move);
+}
