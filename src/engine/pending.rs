@@ -34,8 +34,31 @@ pub(super) struct PendingTrees {
 struct Seen {
     /// The lazy-client that holds userfaultfds.
     handler: Option<i32>,
-    /// Traced processes: their pids in the innermost namespace, and on this host.
-    traced: Vec<(u32, i32)>,
+    traced: Vec<TracedProcess>,
+}
+
+/// A process of this host that is traced.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct TracedProcess {
+    /// Its pid in the innermost namespace, by which images call it.
+    pub(super) inner_pid: u32,
+    /// Its pid on this host.
+    pub(super) pid: i32,
+    /// Who traces it, by its pid on this host.
+    pub(super) tracer: i32,
+}
+
+impl TracedProcess {
+    /// The process of `status`, the text of /proc/PID/status, if it is traced.
+    fn of(pid: i32, status: &str) -> Option<TracedProcess> {
+        let tracer = smaps::tracer(status).filter(|tracer| *tracer != 0)?;
+        let inner_pid = smaps::inner_pid(status)?;
+        Some(TracedProcess {
+            inner_pid,
+            pid,
+            tracer,
+        })
+    }
 }
 
 /// A process that is dumped while its pages are missing. Pids of this host.
@@ -86,7 +109,7 @@ impl PendingTrees {
 }
 
 /// Whether both ends of a connection are on this host, as far as it can be told.
-fn is_local(stream: &Stream) -> bool {
+pub(super) fn is_local(stream: &Stream) -> bool {
     let socket = stream.socket();
     let ip = |address: std::io::Result<socket2::SockAddr>| {
         let address = address.ok()?.as_socket()?;
@@ -102,27 +125,12 @@ fn is_local(stream: &Stream) -> bool {
 impl Seen {
     fn look() -> Seen {
         let mut seen = Seen::default();
-        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-        for process in processes {
-            let Some(pid) = process
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse().ok())
-            else {
-                continue;
-            };
-            // It may be gone by now.
-            let Ok(status) = fs::read_to_string(process.path().join("status")) else {
-                continue;
-            };
+        for (pid, status) in statuses() {
             let name = smaps::field(&status, "Name:").unwrap_or_default().trim();
             if HANDLERS.contains(&name) && holds_userfaultfd(pid) {
                 seen.handler = Some(pid);
             }
-            if smaps::tracer(&status).is_some_and(|tracer| tracer != 0) {
-                seen.traced
-                    .extend(smaps::inner_pid(&status).map(|inner| (inner, pid)));
-            }
+            seen.traced.extend(TracedProcess::of(pid, &status));
         }
         seen
     }
@@ -130,12 +138,32 @@ impl Seen {
     /// The process that is being dumped as `pid`, if it lacks pages.
     fn find(&self, pid: u32) -> Option<Lacking> {
         let handler = self.handler?;
-        let named = self.traced.iter().filter(|(inner, _)| *inner == pid);
+        let named = self
+            .traced
+            .iter()
+            .filter(|process| process.inner_pid == pid);
         let process = named
-            .map(|(_, host)| *host)
+            .map(|process| process.pid)
             .find(|host| lacks_pages(*host))?;
         Some(Lacking { process, handler })
     }
+}
+
+/// All processes of this host that are traced.
+pub(super) fn traced_processes() -> Vec<TracedProcess> {
+    let traced = |(pid, status): (i32, String)| TracedProcess::of(pid, &status);
+    statuses().filter_map(traced).collect()
+}
+
+/// The processes of this host with the texts of their /proc/PID/status.
+fn statuses() -> impl Iterator<Item = (i32, String)> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        // It may be gone by now.
+        let status = fs::read_to_string(entry.path().join("status")).ok()?;
+        Some((pid, status))
+    })
 }
 
 fn holds_userfaultfd(pid: i32) -> bool {

@@ -24,6 +24,18 @@ pub(super) fn mappings_with(flag: &str, smaps: &str) -> Vec<PageRange> {
     found
 }
 
+/// The mappings of `maps`, a /proc/PID/maps, that the process may not read, by address.
+pub(super) fn unreadable(maps: &str) -> Vec<PageRange> {
+    let unreadable = |line: &&str| {
+        let permissions = line.split_whitespace().nth(1);
+        permissions.is_some_and(|permissions| permissions.starts_with('-'))
+    };
+    maps.lines()
+        .filter(unreadable)
+        .filter_map(mapping)
+        .collect()
+}
+
 fn mapping(line: &str) -> Option<PageRange> {
     let (start, rest) = line.split_once('-')?;
     let end = rest.split_once(' ')?.0;
@@ -66,6 +78,18 @@ mod tests {
             mappings_with("ex", smaps),
             [PageRange::new(0x40_0000, 0x45_2000)]
         );
+    }
+
+    #[test]
+    fn mappings_without_permission_to_read_are_found() {
+        let maps = "00400000-00452000 r-xp 00000000 08:02 1 /bin/x\n\
+                    7f0000000000-7f0000002000 ---p 00000000 00:00 0\n\
+                    7f0000002000-7f0000003000 -w-p 00000000 00:00 0\n";
+        let both = [(0, 2), (2, 3)].map(|(start, end): (u64, u64)| {
+            let base = 0x7f00_0000_0000;
+            PageRange::new(base + (start << 12), base + (end << 12))
+        });
+        assert_eq!(unreadable(maps), both);
     }
 
     #[test]

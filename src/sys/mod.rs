@@ -8,6 +8,7 @@ pub mod disconnect;
 pub mod fdpass;
 pub mod inject;
 pub mod mapping;
+pub mod netns;
 pub mod owned_process;
 pub mod pagemap;
 pub mod process;

@@ -1,4 +1,5 @@
-//! The memory of a dump that is held here: drained page by page, and given out as it comes.
+//! The memory of a dump that is held here: drained page by page, and given out as it comes. Or it stays where it is,
+//! and is read in the processes that the dump has stopped.
 //!
 //! ```text
 //! drain ── next_request ──> plan <── want ── who serves clients
@@ -14,6 +15,7 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
+use super::frozen_tree::FrozenTree;
 use super::memory_file::MemoryFile;
 use crate::criu::header::Target;
 use crate::engine::ferry::lock;
@@ -25,6 +27,7 @@ use crate::image::chain::{Absence, Chain, Missing, Place, Resolved};
 use crate::image::dir::ImageDir;
 use crate::lazy::drain::DrainPlan;
 use crate::limits::{DUMP_PAGES_MAX, WANTED_PAGES_MAX};
+use crate::stream::Stream;
 use crate::units::{PageCount, PageRange, PageSize};
 
 /// Asked of the dump with one request at most, bytes. A fault waits behind those that are on their
@@ -39,6 +42,8 @@ const FAULT_PAGES_MAX: u64 = 16;
 pub(in crate::engine) struct DumpMemory {
     page: PageSize,
     file: MemoryFile,
+    /// Where the pages are read, if not in what has been drained.
+    processes: Option<FrozenTree>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -125,6 +130,7 @@ impl DumpMemory {
         Ok(DumpMemory {
             page,
             file: MemoryFile::new(pages << page.shift(), spill)?,
+            processes: None,
             state: Mutex::new(State::new(plan)),
             changed: Condvar::new(),
         })
@@ -133,6 +139,22 @@ impl DumpMemory {
     /// Size of a page.
     pub(in crate::engine) fn page(&self) -> PageSize {
         self.page
+    }
+
+    /// Reads in the processes that the dump at the other end of `stream` has stopped, if they are found.
+    pub(super) fn read_processes_of(&mut self, stream: &Stream) {
+        let runs = Vec::from_iter(lock(&self.state).plan.runs());
+        self.processes = FrozenTree::find(stream, self.page, &runs);
+        if self.processes.is_some() {
+            let plan = &mut lock(&self.state).plan;
+            runs.iter()
+                .for_each(|(pid, range)| plan.arrived(*pid, *range));
+        }
+    }
+
+    /// Whether nothing has to be drained.
+    pub(super) fn reads_processes(&self) -> bool {
+        self.processes.is_some()
     }
 
     /// All pages, by whose they are.
@@ -207,6 +229,9 @@ impl DumpMemory {
         };
         let pages = (numbers.end - numbers.start).min(WANTED_PAGES_MAX);
         let awaited = numbers.start..numbers.start + pages;
+        if self.reads_processes() {
+            return self.copy_to_file(awaited.clone()).map(|()| awaited);
+        }
         self.wait(|plan| match plan.held_part(awaited.clone()) == awaited {
             true => Ok(plan.held_part(numbers.clone())),
             false => Err(awaited.clone()),
@@ -270,7 +295,32 @@ impl DumpMemory {
 
     /// Reads the pages `numbers`, which are there.
     pub(in crate::engine) fn read(&self, numbers: Range<u64>, out: &mut [u8]) -> Result<()> {
-        self.file.read(out, numbers.start << self.page.shift())
+        let Some(processes) = &self.processes else {
+            return self.file.read(out, numbers.start << self.page.shift());
+        };
+        let (mut rest, mut at) = (out, numbers.start);
+        while at < numbers.end {
+            let (pid, range) = self.with_plan(|plan| plan.addresses(at, numbers.end));
+            let bytes = usize::try_from(range.bytes()).expect("no more than the buffer");
+            let (front, behind) = rest.split_at_mut(bytes);
+            processes.read(pid, range, front)?;
+            (rest, at) = (behind, at + range.pages(self.page).get());
+        }
+        Ok(())
+    }
+
+    /// Copies the pages `numbers` from the processes to where clients of CRIU's protocol are sent them from.
+    fn copy_to_file(&self, numbers: Range<u64>) -> Result<()> {
+        let mut contents = Vec::new();
+        let step = REQUEST_BYTES >> self.page.shift();
+        for start in (numbers.start..numbers.end).step_by(usize::try_from(step).unwrap_or(1)) {
+            let part = start..numbers.end.min(start + step);
+            let bytes = (part.end - part.start) << self.page.shift();
+            contents.resize(usize::try_from(bytes).expect("a step is small"), 0);
+            self.read(part, &mut contents)?;
+            self.file.write(&contents, start << self.page.shift())?;
+        }
+        Ok(())
     }
 }
 

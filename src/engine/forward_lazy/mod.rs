@@ -17,6 +17,7 @@ mod client_table;
 mod drain;
 mod dump_memory;
 mod fault_responder;
+mod frozen_tree;
 mod guard;
 mod memory_file;
 mod postcopy_listener;
@@ -136,7 +137,7 @@ impl ForwardLazy {
             Some(wire) => wire,
             None => wire_of(images)?,
         };
-        let dump_memory = Arc::new(DumpMemory::new(images, config.spill.as_deref())?);
+        let mut dump_memory = DumpMemory::new(images, config.spill.as_deref())?;
         // The last step that may fail: from here on the dump is told when it is given up.
         if !kept {
             wait.shorten(LISTENS_WITHIN);
@@ -146,6 +147,11 @@ impl ForwardLazy {
             true => stream?,
             false => stream.map_err(|refused| nothing_stayed(images, Some(refused)))?,
         };
+        // Others may come when the dump has ended: it is drained for them, and where it is to be kept on a disk.
+        if !config.keep && config.spill.is_none() {
+            dump_memory.read_processes_of(&stream);
+        }
+        let dump_memory = Arc::new(dump_memory);
         let (_, pages) = dump_memory.progress();
         tracing::info!(
             "{pages} pages stayed with the dump at {} (wire layout {})",
@@ -311,11 +317,10 @@ impl Clients {
         }
     }
 
-    /// The dump's life from here on: drained, and closed when a client has everything.
-    fn keep_dump(&self, mut drain: Drain, config: &ForwardLazyConfig, stop: &Stop) -> Result<()> {
+    /// Takes the dump's memory over, or as much of it as is needed until a client has everything if the dump does not stay.
+    fn drain(&self, drain: &mut Drain, stays: bool, stop: &Stop) -> Result<()> {
         let start = Instant::now();
-        let watched = drain.watch(stop)?;
-        let stays = config.keep;
+        let _watched = drain.watch(stop)?;
         let drained = drain.run(&self.dump_memory, || self.table.confirmed() && !stays, stop);
         let drained = drained.and_then(|()| match self.dump_memory.progress() {
             (present, pages) if present == pages => {
@@ -334,8 +339,16 @@ impl Clients {
                 true => error.within(BOTH_MAY_RUN),
                 false => error,
             }
-        })?;
-        drop(watched);
+        })
+    }
+
+    /// The dump's life from here on: drained if need be, and closed when a client has everything.
+    fn keep_dump(&self, mut drain: Drain, config: &ForwardLazyConfig, stop: &Stop) -> Result<()> {
+        let stays = config.keep;
+        match self.dump_memory.reads_processes() {
+            true => tracing::info!("the pages are read in the dump's processes"),
+            false => self.drain(&mut drain, stays, stop)?,
+        }
         let stopped = || stop.is_requested();
         match self.table.wait_for_outcome(stopped) {
             DumpOutcome::Confirmed => {}

@@ -97,6 +97,9 @@ impl Restore {
                 }
             }
         }
+        if !faults.is_empty() {
+            self.handover.note_fault();
+        }
         for addr in faults {
             self.answer(id, addr)?;
         }

@@ -68,6 +68,7 @@ impl Restore {
             .into_iter()
             .flatten()
             .map(|until_us| Duration::from_micros(until_us.saturating_sub(now_us)))
+            .chain(self.handover.fills_in().filter(|left| !left.is_zero()))
             .fold(TICK.min(look), Duration::min)
     }
 }

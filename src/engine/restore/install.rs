@@ -384,8 +384,7 @@ impl Restore {
             // What is here is all that will come: neither faults nor a link are in its way.
             return self.local_step();
         }
-        if !self.handover.is_finished() && !self.losses.is_source_lost() || self.background.is_off()
-        {
+        if !self.handover.may_fill() && !self.losses.is_source_lost() || self.background.is_off() {
             return Ok(false);
         }
         if self.background.is_throttled(self.clock.now_us()) {

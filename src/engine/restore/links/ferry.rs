@@ -135,7 +135,7 @@ impl Restore {
         let asked = match closed {
             true => self.ask_ferry(pages, |planner| planner.next_stream(most, 0))?,
             // The push has an order of its own.
-            false if self.handover.is_finished() => {
+            false if self.handover.may_fill() => {
                 self.ask_ferry(pages, |planner| planner.next_of_working_set(most))?
             }
             false => 0,
@@ -146,7 +146,8 @@ impl Restore {
 
     /// Whether the next hashes may be counted and told now.
     pub(in crate::engine::restore) fn owes_hashes(&mut self) -> bool {
-        let may_tell = self.client().is_some_and(|client| client.may_tell_hashes());
+        let may_tell = self.handover.may_fill()
+            && self.client().is_some_and(|client| client.may_tell_hashes());
         may_tell && !self.background.is_throttled(self.clock.now_us())
     }
 
@@ -238,11 +239,11 @@ impl Restore {
 
     /// Takes and installs the next thing that the source sent.
     pub(super) fn pump_ferry(&mut self) -> Result<()> {
-        let finished = self.handover.is_finished();
+        let may_fill = self.handover.may_fill();
         let Some(client) = self.client() else {
             return Ok(());
         };
-        if finished {
+        if may_fill {
             client.may_install();
         }
         let was_closed = client.is_closed();

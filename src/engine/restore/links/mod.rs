@@ -334,7 +334,7 @@ impl Restore {
             return self.ask_ferry_for_all();
         }
         self.send_urgent()?;
-        if !self.handover.is_finished() || self.background.is_off() {
+        if !self.handover.may_fill() || self.background.is_off() {
             return Ok(());
         }
         let now_us = self.clock.now_us();
