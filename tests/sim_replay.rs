@@ -9,12 +9,17 @@
 //! What a recorder cannot know is only assumed where the documentation says so: that a piece without an answer has
 //! been read when the wait is over.
 
+#[path = "common/seeds.rs"]
+mod seeds;
+
 use std::collections::{BTreeMap, VecDeque};
 
 use fastrand::Rng;
 use pageferry::replay::{
     Difference, Entry, Order, Player, ReadEntry, Sequencer, Step, WaitReason, decode, encode,
 };
+
+use seeds::{Seed, are_usual, seeds};
 
 /// Seeds of one run.
 const SEEDS: u64 = 300;
@@ -341,7 +346,8 @@ fn settle(mut service: Service, mut player: Player, mut rng: Rng) -> Replayed {
 
 #[test]
 fn a_total_order_is_repeated_whatever_the_schedules() {
-    for seed in 0..SEEDS {
+    for seed in seeds(SEEDS) {
+        let _named = Seed(seed);
         let (log, digest) = record(seed, Order::Total, false);
         for verify in [false, true] {
             match replay(&log, seed + 1, Player::new(verify)) {
@@ -354,7 +360,8 @@ fn a_total_order_is_repeated_whatever_the_schedules() {
 
 #[test]
 fn causal_order_is_enough_where_concurrent_requests_do_not_meet() {
-    for seed in 0..SEEDS {
+    for seed in seeds(SEEDS) {
+        let _named = Seed(seed);
         let (log, digest) = record(seed, Order::Causal, true);
         match replay(&log, seed + 1, Player::new(true)) {
             Replayed::Agrees(second) => assert_eq!(second, digest, "seed {seed}"),
@@ -363,12 +370,22 @@ fn causal_order_is_enough_where_concurrent_requests_do_not_meet() {
     }
 }
 
+#[test]
+fn a_seed_gives_the_same_log_again() {
+    for seed in seeds(50) {
+        let _named = Seed(seed);
+        let (log, digest) = record(seed, Order::Causal, false);
+        assert_eq!(record(seed, Order::Causal, false), (log, digest));
+    }
+}
+
 /// Most orders other than the recorded one give other answers. Where only values are in another place, answers that
 /// are lengths agree, and the digest tells.
 #[test]
 fn another_order_is_noticed() {
     let (mut by_answers, mut by_digest) = (0, 0);
-    for seed in 0..SEEDS {
+    for seed in seeds(SEEDS) {
+        let _named = Seed(seed);
         let (log, digest) = record(seed, Order::Total, false);
         match replay(&log, seed + 1, Player::new(true).without_order()) {
             Replayed::Agrees(second) if second == digest => {}
@@ -376,8 +393,9 @@ fn another_order_is_noticed() {
             Replayed::Differs(_) | Replayed::Stands(_) => by_answers += 1,
         }
     }
+    let few = !are_usual(&seeds(SEEDS), SEEDS);
     assert!(
-        by_answers > SEEDS / 2 && by_answers + by_digest > SEEDS * 4 / 5,
+        few || by_answers > SEEDS / 2 && by_answers + by_digest > SEEDS * 4 / 5,
         "{by_answers} by answers, {by_digest} by the digest"
     );
 }

@@ -1,7 +1,15 @@
 //! Rules of `pageferry watch` under any course of their conditions, and under restarts.
 
+#[path = "common/seeds.rs"]
+mod seeds;
+
 use pageferry::watch::{Level, SavedState, Timing, Trigger};
 use proptest::prelude::*;
+
+use seeds::for_each;
+
+/// Courses of one run.
+const SEEDS: u64 = 100;
 
 #[derive(Clone, Copy, Debug)]
 enum Step {
@@ -57,17 +65,18 @@ fn run(timing: Timing, steps: &[Step]) -> (Vec<(u64, Level)>, Vec<u64>, Vec<u64>
     (looks, fired, restarts)
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(100))]
-
-    #[test]
-    fn a_firing_follows_a_condition_that_has_held(timing in timing(), steps in steps()) {
+#[test]
+fn a_firing_follows_a_condition_that_has_held() {
+    for_each(SEEDS, &(timing(), steps()), |(timing, steps)| {
         let (looks, fired, restarts) = run(timing, &steps);
         for at in fired {
             // The last High that nothing has interrupted began so long before.
             let mut since = None;
             for &(time, level) in looks.iter().filter(|look| look.0 <= at) {
-                if restarts.iter().any(|&restart| since.is_some_and(|s| s <= restart) && restart < time) {
+                if restarts
+                    .iter()
+                    .any(|&restart| since.is_some_and(|s| s <= restart) && restart < time)
+                {
                     since = None;
                 }
                 match level {
@@ -79,31 +88,44 @@ proptest! {
             let since = since.expect("it fires while its condition holds");
             prop_assert!(since + timing.hold_ms <= at);
         }
-    }
+        Ok(())
+    });
+}
 
-    #[test]
-    fn between_two_firings_lie_the_cool_down_and_an_end(timing in timing(), steps in steps()) {
+#[test]
+fn between_two_firings_lie_the_cool_down_and_an_end() {
+    for_each(SEEDS, &(timing(), steps()), |(timing, steps)| {
         let (looks, fired, _) = run(timing, &steps);
         for pair in fired.windows(2) {
             prop_assert!(pair[0] + timing.cool_down_ms <= pair[1]);
-            let over = looks.iter().any(|&(at, level)| {
-                level == Level::Low && pair[0] <= at && at <= pair[1]
-            });
+            let over = looks
+                .iter()
+                .any(|&(at, level)| level == Level::Low && pair[0] <= at && at <= pair[1]);
             prop_assert!(over, "{fired:?}");
         }
-    }
+        Ok(())
+    });
+}
 
-    #[test]
-    fn a_condition_that_holds_fires(timing in timing(), steps in steps()) {
+#[test]
+fn a_condition_that_holds_fires() {
+    for_each(SEEDS, &(timing(), steps()), |(timing, steps)| {
         let (_, before, _) = run(timing, &steps);
         let calm = timing.hold_ms.max(timing.cool_down_ms).max(1);
-        let more = [Step::Look(1, Level::Low), Step::Look(1, Level::High), Step::Wait(calm)];
+        let more = [
+            Step::Look(1, Level::Low),
+            Step::Look(1, Level::High),
+            Step::Wait(calm),
+        ];
         let (_, after, _) = run(timing, &[&steps[..], &more[..]].concat());
         prop_assert_eq!(after.len(), before.len() + 1);
-    }
+        Ok(())
+    });
+}
 
-    #[test]
-    fn values_between_the_thresholds_change_nothing(timing in timing(), steps in steps()) {
+#[test]
+fn values_between_the_thresholds_change_nothing() {
+    for_each(SEEDS, &(timing(), steps()), |(timing, steps)| {
         let without: Vec<Step> = steps
             .iter()
             .map(|step| match *step {
@@ -112,5 +134,6 @@ proptest! {
             })
             .collect();
         prop_assert_eq!(run(timing, &steps).1, run(timing, &without).1);
-    }
+        Ok(())
+    });
 }

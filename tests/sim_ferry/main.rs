@@ -5,8 +5,8 @@
 //! what a difference is to: else the sender has remembered what it should have forgotten.
 //!
 //! Rule: the receiver publishes exactly the memory of the round, or nothing; and the sender reports
-//! success only for what is published. A failure names its seed; replay it with
-//! `FERRY_SIM_SEED=n cargo test --test sim_ferry`. `FERRY_SIM_SEEDS=n` runs more of them.
+//! success only for what is published. A failure names its seed; `cargo xtask simulate sim_ferry` runs
+//! more of them, or one again.
 
 mod hosts;
 mod memory;
@@ -15,29 +15,19 @@ mod parts;
 mod postcopy;
 mod receiving_end;
 mod run;
+#[path = "../common/seeds.rs"]
+mod seeds;
 mod sender_protocol;
 mod sending_end;
 mod simulation;
 mod stats;
 
-use std::ops::Range;
-
 use fastrand::Rng;
 
 use net::NetworkConditions;
+use seeds::{Seed, are_usual, seeds};
 use simulation::{InjectedFailure, Simulation};
 use stats::Stats;
-
-/// Names the seed of a run that panics.
-struct Seed(u64);
-
-impl Drop for Seed {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("replay with FERRY_SIM_SEED={}", self.0);
-        }
-    }
-}
 
 fn conditions(rng: &mut Rng) -> NetworkConditions {
     let one_of = |rng: &mut Rng, choices: [u32; 4]| choices[rng.usize(0..4)];
@@ -63,19 +53,6 @@ fn failure(rng: &mut Rng) -> InjectedFailure {
     }
 }
 
-fn from_environment(name: &str) -> Option<u64> {
-    let value = std::env::var(name).ok()?;
-    Some(value.parse().expect("a number"))
-}
-
-/// The seeds to run: one, as many as are asked for, or so many.
-fn seeds(usual: u64) -> Range<u64> {
-    match from_environment("FERRY_SIM_SEED") {
-        Some(seed) => seed..seed + 1,
-        None => 0..from_environment("FERRY_SIM_SEEDS").unwrap_or(usual),
-    }
-}
-
 /// Four rounds with failures of all kinds.
 fn four_rounds(seed: u64) -> Stats {
     let _named = Seed(seed);
@@ -95,6 +72,7 @@ fn four_rounds(seed: u64) -> Stats {
 #[test]
 fn a_seed_gives_the_same_run_again() {
     for seed in seeds(40) {
+        let _named = Seed(seed);
         let first = four_rounds(seed);
         assert!(first.trace != 0, "something was sent");
         assert_eq!(first, four_rounds(seed), "seed {seed}");
@@ -104,7 +82,7 @@ fn a_seed_gives_the_same_run_again() {
 #[test]
 fn whatever_happens_the_image_is_exact_or_the_failure_is_reported() {
     let seeds = seeds(300);
-    let all = seeds.end - seeds.start >= 300;
+    let all = are_usual(&seeds, 300);
     let mut total = Stats::default();
     for seed in seeds {
         total.add(&four_rounds(seed));
@@ -120,6 +98,8 @@ fn whatever_happens_the_image_is_exact_or_the_failure_is_reported() {
             crashes,
             cuts,
             flips,
+            cuts_in_recovery,
+            crashes_in_recovery,
             same_pages,
             delta_pages,
             learned_hashes,
@@ -141,6 +121,8 @@ fn whatever_happens_the_image_is_exact_or_the_failure_is_reported() {
             ("crash", crashes),
             ("cut", cuts),
             ("flipped bit", flips),
+            ("cut in the recovery from a loss", cuts_in_recovery),
+            ("crash in the recovery from a loss", crashes_in_recovery),
             ("same page", same_pages),
             ("delta page", delta_pages),
             ("learned hash", learned_hashes),

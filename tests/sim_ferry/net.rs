@@ -67,6 +67,11 @@ pub(crate) struct Net {
     pub(crate) conditions: NetworkConditions,
     pub(crate) cuts: u64,
     pub(crate) flips: u64,
+    /// Cuts and crashes before the recovery from an earlier one was over.
+    pub(crate) cuts_in_recovery: u64,
+    pub(crate) crashes_in_recovery: u64,
+    /// This connection and those before it are lost, and no newer one has carried a frame since.
+    lost: Option<Conn>,
     /// A checksum over all that arrived anywhere, and when: two runs of one seed have the same.
     pub(crate) trace: u32,
     lines: BTreeMap<Conn, Line>,
@@ -87,6 +92,9 @@ impl Net {
             conditions,
             cuts: 0,
             flips: 0,
+            cuts_in_recovery: 0,
+            crashes_in_recovery: 0,
+            lost: None,
             trace: 0,
             lines: BTreeMap::new(),
             queue: BinaryHeap::new(),
@@ -166,10 +174,24 @@ impl Net {
         };
         line.cut = true;
         self.cuts += 1;
+        // All connections that an outage cuts are cut at once.
+        self.cuts_in_recovery += u64::from(self.lost.is_some_and(|lost| conn > lost));
+        self.lost = self.lost.max(Some(conn));
         for side in [Side::Dialing, Side::Listening] {
             let at = self.now + Duration::from_millis(self.rng.u64(0..600));
             self.push(at, Event::Lost(conn, side));
         }
+    }
+
+    /// A process at one end is killed.
+    pub(crate) fn crashed(&mut self) {
+        self.crashes_in_recovery += u64::from(self.lost.is_some());
+        self.lost = Some(self.next_conn);
+    }
+
+    /// A frame has come over a connection that stands.
+    pub(crate) fn carried(&mut self, conn: Conn) {
+        self.lost = self.lost.filter(|lost| conn <= *lost);
     }
 
     /// When the next event is due.

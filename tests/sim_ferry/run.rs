@@ -76,7 +76,12 @@ pub(crate) trait Host {
         while let Some(line) = self.lines().get_mut(&conn) {
             let lives = match line.next_frame() {
                 Ok(None) => return,
-                Ok(Some((frame, body))) => self.frame(net, conn, &frame, &body),
+                Ok(Some((frame, body))) => {
+                    if line.state == LineState::Up {
+                        net.carried(conn);
+                    }
+                    self.frame(net, conn, &frame, &body)
+                }
                 Err(error) => {
                     assert!(error.is_damage(), "{error}");
                     false
@@ -100,6 +105,7 @@ pub(crate) trait Host {
 /// The process of `host` is killed.
 pub(crate) fn crash<H: Host>(host: &mut Option<H>, net: &mut Net) -> Option<H::Part> {
     let mut host = host.take()?;
+    net.crashed();
     host.hang_up(net);
     Some(host.into_part())
 }

@@ -285,6 +285,8 @@ impl Simulation {
         self.stats.add(&sender.part.stats);
         self.stats.add(&receiver.part.stats);
         self.stats.cuts += net.cuts;
+        self.stats.cuts_in_recovery += net.cuts_in_recovery;
+        self.stats.crashes_in_recovery += net.crashes_in_recovery;
         self.stats.flips += net.flips;
         self.stats.trace = self.stats.trace.rotate_left(5) ^ u64::from(net.trace);
         self.memory = sender.part.memory;

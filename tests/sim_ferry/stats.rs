@@ -10,6 +10,9 @@ pub(crate) struct Stats {
     pub(crate) crashes: u64,
     pub(crate) cuts: u64,
     pub(crate) flips: u64,
+    /// Those of them that came before the recovery from an earlier one was over.
+    pub(crate) cuts_in_recovery: u64,
+    pub(crate) crashes_in_recovery: u64,
     pub(crate) sent_frames: u64,
     pub(crate) same_pages: u64,
     pub(crate) delta_pages: u64,
@@ -34,6 +37,8 @@ impl Stats {
         self.crashes += other.crashes;
         self.cuts += other.cuts;
         self.flips += other.flips;
+        self.cuts_in_recovery += other.cuts_in_recovery;
+        self.crashes_in_recovery += other.crashes_in_recovery;
         self.sent_frames += other.sent_frames;
         self.same_pages += other.same_pages;
         self.delta_pages += other.delta_pages;

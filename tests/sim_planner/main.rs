@@ -4,6 +4,8 @@
 //! The model keeps each process page by page; the planner keeps runs. A page of the model says what
 //! it must hold in the end; each fill is compared with it at once.
 
+#[path = "../common/seeds.rs"]
+mod seeds;
 mod simulation;
 
 use std::collections::VecDeque;
@@ -16,10 +18,7 @@ use proptest::prelude::*;
 use crate::simulation::{CHUNK, Operation, PAGE, PAGES, Page, Simulation, pages};
 
 /// How many lists of operations are tried.
-fn cases() -> u32 {
-    let asked = std::env::var("PLANNER_SIM_SEEDS");
-    asked.map_or(512, |text| text.parse().expect("a number"))
-}
+const SEEDS: u64 = 512;
 
 fn operations() -> impl Strategy<Value = Vec<Operation>> {
     let process = 0..4usize;
@@ -47,11 +46,10 @@ fn operations() -> impl Strategy<Value = Vec<Operation>> {
     prop::collection::vec(one, 1..120)
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(cases()))]
-
-    #[test]
-    fn every_page_ends_with_its_own_content(operations in operations(), fragmented: bool) {
+#[test]
+fn every_page_ends_with_its_own_content() {
+    let strategy = (operations(), any::<bool>());
+    seeds::for_each(SEEDS, &strategy, |(operations, fragmented)| {
         let mut simulation = match fragmented {
             true => Simulation::fragmented(),
             false => Simulation::new(),
@@ -62,11 +60,19 @@ proptest! {
         simulation.drain();
         for (id, memory) in &simulation.memories {
             for (page, state) in memory {
-                prop_assert!(!matches!(state, Page::Missing(_)), "page {} of {:?} never came", page, id);
+                prop_assert!(
+                    !matches!(state, Page::Missing(_)),
+                    "page {} of {:?} never came",
+                    page,
+                    id
+                );
             }
         }
         prop_assert_eq!(simulation.planner.missing_pages(), 0);
-        prop_assert_eq!(simulation.planner.counts().settled(), simulation.planner.total_pages());
+        prop_assert_eq!(
+            simulation.planner.counts().settled(),
+            simulation.planner.total_pages()
+        );
         // The planner owns no clock and no chance: the same operations end in the same state.
         let mut again = match fragmented {
             true => Simulation::fragmented(),
@@ -79,7 +85,8 @@ proptest! {
         prop_assert_eq!(&again.memories, &simulation.memories);
         prop_assert_eq!(again.asked_pages, simulation.asked_pages);
         prop_assert_eq!(again.planner.counts(), simulation.planner.counts());
-    }
+        Ok(())
+    });
 }
 
 /// A process forks children all the time, each of which reads a page and ends after a while.

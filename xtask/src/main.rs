@@ -12,6 +12,7 @@ mod layers;
 mod package;
 mod runtimes;
 mod setup;
+mod simulate;
 mod test;
 mod torture;
 mod tracked;
@@ -56,6 +57,8 @@ enum Task {
     Package(package::Args),
     /// Fetches runc, crun and podman into target/debian/runtimes and prints their versions.
     Runtimes(runtimes::Args),
+    /// Runs the seeded simulations over many seeds; prints a line for each, and all as JSON.
+    Simulate(simulate::Args),
     /// Runs all tests, those with real CRIUs too, with all set-up.
     Test(test::Args),
     /// Moves small processes over and over and kills participants; prints counts as JSON.
@@ -79,6 +82,7 @@ fn main() -> ExitCode {
         Task::Layers(args) => layers::run(&args),
         Task::Package(args) => package::run_package(&args),
         Task::Runtimes(args) => runtimes::run(&args),
+        Task::Simulate(args) => simulate::run(&args),
         Task::Test(args) => test::run_tests(&args),
         Task::Torture(args) => torture::run(&args),
         Task::Zdtm(args) => zdtm::run(&args),

@@ -18,13 +18,14 @@ use pageferry::ferry::hash::HashKey;
 use pageferry::ferry::hello::{Features, Hello, Role, SessionId, VERSION, Window};
 use pageferry::ferry::link::SessionTable;
 
+use crate::conditions;
 use crate::hosts::ListeningHost;
 use crate::memory::{self, Memory, PAGE};
 use crate::net::{Net, NetworkConditions};
 use crate::parts::Part;
 use crate::run::{Host, abort, crash, run};
+use crate::seeds::{Seed, are_usual, seeds};
 use crate::simulation::RETRY;
-use crate::{Seed, conditions, seeds};
 use client::{Client, End};
 use forwarder::{Dump, Forwarder};
 use pair::PairHost;
@@ -183,6 +184,10 @@ impl Simulation {
         self.seen.add("crash", crashes);
         self.seen.add("cut", net.cuts);
         self.seen.add("flipped bit", net.flips);
+        self.seen
+            .add("cut in the recovery from a loss", net.cuts_in_recovery);
+        self.seen
+            .add("crash in the recovery from a loss", net.crashes_in_recovery);
         self.trace = self.trace.rotate_left(5) ^ u64::from(net.trace);
         self.seen.add_all(&forwarder.seen);
         self.seen.add_all(&client.seen);
@@ -227,6 +232,7 @@ fn migration(seed: u64) -> Simulation {
 #[test]
 fn a_seed_gives_the_same_migration_again() {
     for seed in seeds(60) {
+        let _named = Seed(seed);
         let (first, second) = (migration(seed), migration(seed));
         assert!(first.trace != 0, "something was sent");
         assert_eq!(first.trace, second.trace, "seed {seed}");
@@ -238,7 +244,7 @@ fn a_seed_gives_the_same_migration_again() {
 fn whatever_happens_memory_is_exact_and_at_one_place() {
     let mut total = Observed::default();
     let seeds = seeds(400);
-    let all = seeds.end - seeds.start >= 400;
+    let all = are_usual(&seeds, 400);
     for seed in seeds {
         total.add_all(&migration(seed).seen);
     }
@@ -254,6 +260,8 @@ fn whatever_happens_memory_is_exact_and_at_one_place() {
         "crash",
         "cut",
         "flipped bit",
+        "cut in the recovery from a loss",
+        "crash in the recovery from a loss",
         "fork",
         "unmapped range",
         "question",
