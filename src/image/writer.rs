@@ -311,9 +311,6 @@ impl SessionImages {
         for path in superseded {
             remove(&path)?;
         }
-        if self.store.sync() != Sync::None {
-            self.store.sync_names()?;
-        }
         Ok(CommittedImages {
             store: Arc::clone(&self.store),
             targets: self.finished.iter().map(|done| done.target).collect(),
@@ -322,6 +319,9 @@ impl SessionImages {
 
     /// Gives every image its name, the lazy pages' first, and lists the names in `renamed`. Returns the files that
     /// nothing needs any more.
+    ///
+    /// A disk may take the names in any order until they are synced. So a pagemap gets its name when its pages have
+    /// theirs for good, and what it replaces needs is removed when it has its own for good.
     fn publish(&mut self, renamed: &mut Vec<PathBuf>) -> Result<Vec<PathBuf>> {
         self.finish_current()?;
         if self.store.sync() != Sync::None {
@@ -330,19 +330,26 @@ impl SessionImages {
         let mut superseded = self.superseded()?;
         if let Some(lazy) = &mut self.lazy {
             superseded.extend(lazy.publish(renamed)?);
-            if lazy.store.sync() != Sync::None {
-                lazy.store.sync_names()?;
-            }
         }
         if let Some(tree) = &mut self.tree {
             tree.publish()?;
         }
-        self.rename(renamed)?;
+        self.rename(self.pages_names(), renamed)?;
+        self.sync_names()?;
+        self.rename(self.pagemap_names(), renamed)?;
+        self.sync_names()?;
         if let Some(tree) = &mut self.tree {
             tree.keep();
         }
         self.committed = true;
         Ok(superseded)
+    }
+
+    fn sync_names(&self) -> Result<()> {
+        match self.store.sync() {
+            Sync::None => Ok(()),
+            Sync::Close | Sync::Always => self.store.sync_names(),
+        }
     }
 
     fn finish_current(&mut self) -> Result<()> {
@@ -357,11 +364,16 @@ impl SessionImages {
         Ok(())
     }
 
+    fn pages_names(&self) -> impl Iterator<Item = String> + '_ {
+        self.finished.iter().map(|done| pages_name(done.pages_id))
+    }
+
+    fn pagemap_names(&self) -> impl Iterator<Item = String> + '_ {
+        self.finished.iter().map(|done| done.target.pagemap_name())
+    }
+
     fn names(&self) -> impl Iterator<Item = String> + '_ {
-        // Pages first: a pagemap must never be there before what it points to.
-        let pages = self.finished.iter().map(|done| pages_name(done.pages_id));
-        let pagemaps = self.finished.iter().map(|done| done.target.pagemap_name());
-        pages.chain(pagemaps)
+        self.pages_names().chain(self.pagemap_names())
     }
 
     fn sync_parts(&self) -> Result<()> {
@@ -373,8 +385,12 @@ impl SessionImages {
         Ok(())
     }
 
-    fn rename(&self, renamed: &mut Vec<PathBuf>) -> Result<()> {
-        for name in self.names() {
+    fn rename(
+        &self,
+        names: impl Iterator<Item = String>,
+        renamed: &mut Vec<PathBuf>,
+    ) -> Result<()> {
+        for name in names {
             let part = self.store.part(&name);
             let path = self.store.dir().path().join(name);
             std::fs::rename(&part, &path).map_err(|error| Error::file("rename", &part, error))?;

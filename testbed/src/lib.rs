@@ -55,6 +55,7 @@ pub mod pki;
 pub mod postcopy;
 pub mod process;
 pub mod proxy;
+pub mod recording;
 pub mod rounds;
 pub mod routes;
 pub mod runc;
