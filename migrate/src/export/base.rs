@@ -1,7 +1,7 @@
 //! The image that a container was made of, in a layout of its own: its blobs are taken over as they are.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use oci_spec::image::{Descriptor, DigestAlgorithm, ImageIndex, ImageManifest, MediaType};
@@ -10,7 +10,7 @@ use pageferry::limits::{OCI_DOCUMENT_BYTES_MAX, OCI_LAYERS_MAX};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::layout::{INDEX, Layout};
+use super::layout::{Hashed, INDEX, Layout, damaged};
 
 /// The annotation that is an image's name in a layout.
 const NAME: &str = "org.opencontainers.image.ref.name";
@@ -44,7 +44,7 @@ impl Base {
         }
         Ok(Base {
             layers: manifest.layers().clone(),
-            config: read(&blob(dir, manifest.config())?.0)?,
+            config: read_blob(dir, manifest.config())?,
         })
     }
 }
@@ -79,7 +79,7 @@ fn find(dir: &Path, name: Option<&str>) -> Result<ImageManifest> {
         );
         return Err(Error::new(Kind::Unsupported, text));
     }
-    read(&blob(dir, found)?.0)
+    read_blob(dir, found)
 }
 
 /// A blob's path and digest.
@@ -94,7 +94,30 @@ fn blob(dir: &Path, descriptor: &Descriptor) -> Result<(PathBuf, String)> {
     Ok((dir.join("blobs/sha256").join(&digest), digest))
 }
 
+/// A document among the blobs, which must have its digest.
+fn read_blob<T: DeserializeOwned>(dir: &Path, descriptor: &Descriptor) -> Result<T> {
+    let (path, wanted) = blob(dir, descriptor)?;
+    let text = text_of(&path)?;
+    let mut hashed = Hashed::new(io::sink());
+    hashed
+        .write_all(&text)
+        .map_err(|error| Error::file("read", &path, error))?;
+    let (digest, ..) = hashed.finish();
+    if digest != wanted {
+        return Err(damaged(&wanted, &digest));
+    }
+    understood(&path, &text)
+}
+
 fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    understood(path, &text_of(path)?)
+}
+
+fn understood<T: DeserializeOwned>(path: &Path, text: &[u8]) -> Result<T> {
+    serde_json::from_slice(text).map_err(|error| Error::file("understand", path, error))
+}
+
+fn text_of(path: &Path) -> Result<Vec<u8>> {
     let file = File::open(path).map_err(|error| Error::file("open", path, error))?;
     let mut text = Vec::new();
     let read = file.take(OCI_DOCUMENT_BYTES_MAX + 1).read_to_end(&mut text);
@@ -106,5 +129,5 @@ fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
         );
         return Err(Error::new(Kind::Unsupported, text));
     }
-    serde_json::from_slice(&text).map_err(|error| Error::file("understand", path, error))
+    Ok(text)
 }

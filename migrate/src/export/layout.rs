@@ -115,12 +115,8 @@ impl Layout {
         let mut file = Hashed::new(File::create_new(&unnamed).map_err(failed)?);
         io::copy(from, &mut file).map_err(failed)?;
         let (digest, size, file) = file.finish();
-        if wanted.is_some_and(|wanted| wanted != digest) {
-            let text = format!(
-                "the blob sha256:{} of the base is damaged: its digest is sha256:{digest}",
-                wanted.unwrap_or_default()
-            );
-            return Err(Error::new(Kind::Image, text));
+        if let Some(wanted) = wanted.filter(|wanted| *wanted != digest) {
+            return Err(damaged(wanted, &digest));
         }
         self.name(&unnamed, &file, &digest)?;
         descriptor(kind, &digest, size)
@@ -170,6 +166,13 @@ impl Layout {
         let path = self.dir.join(BLOBS).join(digest);
         fs::rename(unnamed, &path).map_err(|error| Error::file("name", &path, error))
     }
+}
+
+/// A blob that has another digest than the one that it is named by.
+pub(super) fn damaged(wanted: &str, digest: &str) -> Error {
+    let text =
+        format!("the blob sha256:{wanted} of the base is damaged: its digest is sha256:{digest}");
+    Error::new(Kind::Image, text)
 }
 
 /// Writes a file of the layout under a name of its own, and gives it its name once it is on the disk.
