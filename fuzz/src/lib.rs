@@ -12,15 +12,19 @@
 //! Each target has a canary: a bug behind as much of its input as an honest peer would need to get there. It is there
 //! only when the fuzzer is told to plant it. A fuzzer that does not find it cannot find anything.
 
+mod archives;
 mod commands;
 mod criu;
+mod documents;
 mod ferry;
+mod file_trees;
 mod frames;
 mod images;
 mod planner;
 mod records;
 mod scratch;
 mod sessions;
+mod tls;
 mod working_sets;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -69,16 +73,22 @@ pub const TARGETS: &[Target] = &[
     target("migration", records::migration, records::migration_seeds),
     target("trace", records::trace, records::trace_seeds),
     target("working_set", working_sets::decode, working_sets::seeds),
+    target("tls", tls::records, tls::seeds),
     target(
         "image_stream",
         archives::image_stream,
         archives::stream_seeds,
     ),
+    target("archive", archives::container, archives::container_seeds),
     target(
         "file_operations",
         file_trees::operations,
         file_trees::operation_seeds,
     ),
+    target("file_index", file_trees::index, file_trees::index_seeds),
+    target("oci_layout", documents::oci_layout, documents::layout_seeds),
+    target("service_log", documents::service_log, documents::log_seeds),
+    target("rules", documents::rules, documents::rule_seeds),
 ];
 
 const fn target(name: &'static str, run: fn(&[u8]), seeds: fn() -> Vec<Vec<u8>>) -> Target {

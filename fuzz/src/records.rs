@@ -5,7 +5,8 @@ use pageferry::criu::rpc::{Options, Request, ServerInfo, kind};
 use pageferry::criu::rpc_fields::Fields;
 use pageferry::limits::RPC_MESSAGE_BYTES_MAX;
 use pageferry::migration::messages::{
-    Begin, Check, HostFacts, Problem, Receiver, RestoreRequest, Status, Wanted,
+    Begin, Check, ContainerBegin, ContainerCreate, ContainerId, ContainerStart, HostFacts,
+    MigrationId, Problem, Receiver, RestoreRequest, Seal, Status, Wanted,
 };
 use pageferry::observe::trace::{TraceReader, TraceWriter};
 use prost::Message;
@@ -85,7 +86,7 @@ pub(crate) fn rpc_seeds() -> Vec<Vec<u8>> {
 
 /// Messages between the two sides of a migration.
 pub(crate) fn migration(mut data: &[u8]) {
-    match byte(&mut data) % 8 {
+    match byte(&mut data) % 13 {
         0 => {
             if let Some(begin) = json::<Begin>(data)
                 && begin.check().is_ok()
@@ -100,7 +101,29 @@ pub(crate) fn migration(mut data: &[u8]) {
         4 => drop(json::<Receiver>(data)),
         5 => drop(json::<RestoreRequest>(data)),
         6 => drop(json::<Status>(data)),
-        _ => drop(json::<Problem>(data)),
+        7 => drop(json::<Problem>(data)),
+        8 => drop(json::<Seal>(data)),
+        9 => {
+            let begin = json::<ContainerBegin>(data);
+            let _ = begin.map(|begin| begin.check());
+        }
+        10 => drop(json::<ContainerCreate>(data)),
+        11 => drop(json::<ContainerStart>(data)),
+        _ => names(&String::from_utf8_lossy(data)),
+    }
+}
+
+/// Names in paths of requests, which become names of directories and words of command lines.
+fn names(text: &str) {
+    let is_one_name = |name: &str| {
+        let path = std::path::Path::new(name);
+        path.file_name() == Some(name.as_ref()) && !name.starts_with('-')
+    };
+    if let Ok(id) = text.parse::<MigrationId>() {
+        assert!(is_one_name(&id.to_string()));
+    }
+    if let Ok(id) = text.parse::<ContainerId>() {
+        assert!(is_one_name(id.as_str()));
     }
 }
 
@@ -123,6 +146,12 @@ pub(crate) fn migration_seeds() -> Vec<Vec<u8>> {
         (3, br#"{"runtime":null,"problems":["no criu"]}"#),
         (4, br#"{"port":27000}"#),
         (5, br#"{"memory_port":null}"#),
+        (8, br#"{"digest":"0011223344556677"}"#),
+        (
+            10,
+            br#"{"sha256":"0000000000000000000000000000000000000000000000000000000000000000"}"#,
+        ),
+        (12, b"m-1"),
     ]
     .into_iter()
     .map(|(kind, text)| [&[kind], text].concat())

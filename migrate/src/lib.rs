@@ -13,6 +13,8 @@ mod ends;
 mod export;
 mod facts;
 mod files;
+#[doc(hidden)]
+pub mod fuzzing;
 mod help;
 mod hook;
 mod image_stream;

@@ -35,7 +35,8 @@ use rustls::{CipherSuite, ClientConfig, ServerConfig, SupportedCipherSuite};
 use socket2::Socket;
 
 use crate::error::{Error, Kind, Result};
-use session::TlsSession;
+#[doc(hidden)]
+pub use session::{Plain, TlsSession};
 pub use stream::TlsStream;
 use verify::{PeerVerifier, Trust};
 
@@ -182,6 +183,17 @@ impl Tls {
         let mut config = config.with_client_cert_resolver(Arc::clone(&self.identity) as Arc<_>);
         config.resumption = Resumption::disabled();
         Ok(config)
+    }
+
+    /// Both ends of a connection to the server `host`, without sockets: for fuzzers.
+    ///
+    /// # Errors
+    /// `host` is no name that a certificate can be for.
+    #[doc(hidden)]
+    pub fn sessions(&self, host: &str) -> Result<(TlsSession, TlsSession)> {
+        let (client, _) = self.client_session(server_name(host)?)?;
+        let (server, _) = self.server_session()?;
+        Ok((client, server))
     }
 
     fn server_session(&self) -> Result<(TlsSession, Arc<PeerVerifier>)> {

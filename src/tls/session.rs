@@ -33,7 +33,7 @@ const _: () = assert!(TLS_BUFFER_BYTES / 2 >= WIRE_RECORD_BYTES_MAX);
 
 /// What a read came to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Plain {
+pub enum Plain {
     /// So many bytes of plaintext, at least one.
     Bytes(usize),
     /// Nothing before more ciphertext comes.
@@ -44,7 +44,7 @@ pub(super) enum Plain {
 
 /// See the module's text.
 #[derive(Debug)]
-pub(super) struct TlsSession {
+pub struct TlsSession {
     connection: Connection,
     incoming: Incoming,
     outgoing: Outgoing,
@@ -144,22 +144,22 @@ impl TlsSession {
     }
 
     /// Room for ciphertext from the socket; never empty while a read says that it needs input.
-    pub(super) fn room(&mut self) -> &mut [u8] {
+    pub fn room(&mut self) -> &mut [u8] {
         self.incoming.room()
     }
 
     /// `bytes` of the room have been filled.
-    pub(super) fn filled(&mut self, bytes: usize) {
+    pub fn filled(&mut self, bytes: usize) {
         self.incoming.end += bytes;
     }
 
     /// Ciphertext for the socket.
-    pub(super) fn outgoing(&self) -> &[u8] {
+    pub fn outgoing(&self) -> &[u8] {
         self.outgoing.bytes()
     }
 
     /// `bytes` of the outgoing ciphertext are sent.
-    pub(super) fn sent(&mut self, bytes: usize) {
+    pub fn sent(&mut self, bytes: usize) {
         self.outgoing.sent(bytes);
     }
 
@@ -174,7 +174,7 @@ impl TlsSession {
     }
 
     /// Goes on with the handshake as far as the input allows. True when it is over.
-    pub(super) fn handshake(&mut self) -> Result<bool, rustls::Error> {
+    pub fn handshake(&mut self) -> Result<bool, rustls::Error> {
         while !self.established {
             match self.step(Say::Nothing, &mut [])? {
                 Stop::Progress(_) | Stop::Idle => {}
@@ -186,7 +186,7 @@ impl TlsSession {
     }
 
     /// Fills `out` as far as plaintext has come.
-    pub(super) fn read(&mut self, out: &mut [u8]) -> Result<Plain, rustls::Error> {
+    pub fn read(&mut self, out: &mut [u8]) -> Result<Plain, rustls::Error> {
         let mut filled = self.plain.take(out);
         while filled < out.len() && !self.ended {
             match self.step(Say::Nothing, &mut out[filled..])? {
@@ -210,7 +210,7 @@ impl TlsSession {
     }
 
     /// Encrypts `bytes` into records of their own, to be sent.
-    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<(), rustls::Error> {
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), rustls::Error> {
         for record in bytes.chunks(RECORD_BYTES) {
             loop {
                 match self.step(Say::Data(record), &mut [])? {
@@ -226,7 +226,7 @@ impl TlsSession {
     }
 
     /// Tells the peer that nothing more will come.
-    pub(super) fn close(&mut self) -> Result<(), rustls::Error> {
+    pub fn close(&mut self) -> Result<(), rustls::Error> {
         while self.established && matches!(self.step(Say::Goodbye, &mut [])?, Stop::Progress(_)) {}
         Ok(())
     }

@@ -43,6 +43,12 @@ use walk::Tree;
 
 use crate::runtime::RuntimeArg;
 
+/// Takes the image in the layout `dir` over into a new layout, and tells the number of its layers.
+pub(crate) fn take_base(dir: &Path, to: &Path) -> Result<usize> {
+    let base = Base::take(dir, None, &Layout::create(to)?)?;
+    Ok(base.layers.len())
+}
+
 /// Exports what the command line names.
 pub(crate) fn run(args: &Args) -> ExitCode {
     crate::run_to_end(async {

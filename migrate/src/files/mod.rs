@@ -42,3 +42,9 @@ pub(crate) use receiver::ReceivedTree;
 pub(crate) use round_trip::SentBytes;
 pub(crate) use sender::{FileRound, SentTree};
 pub(crate) use stage::{Installed, Permitted, Stage};
+
+/// Decodes an index on its way, and tells its digest.
+pub(crate) fn index_digest(bytes: &[u8]) -> pageferry::error::Result<String> {
+    let (_, index) = sender::unpack_index(bytes)?;
+    Ok(table::digest(&index))
+}

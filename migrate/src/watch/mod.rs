@@ -27,6 +27,11 @@ use crate::ends::Ends;
 use state::State;
 use watcher::Watcher;
 
+/// The number of rules in a file, or its first mistake.
+pub(crate) fn count_rules(text: &str) -> std::result::Result<usize, String> {
+    rules::parse(text).map(|rules| rules.len())
+}
+
 /// Events that wait for the watcher.
 const EVENTS_MAX: usize = 1024;
 

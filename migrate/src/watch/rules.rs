@@ -245,7 +245,8 @@ pub(super) fn read(path: &Path) -> Result<Vec<Rule>> {
         .map_err(|mistake| Error::new(Kind::Usage, format!("{}: {mistake}", path.display())))
 }
 
-fn parse(text: &str) -> std::result::Result<Vec<Rule>, String> {
+/// Reads the rules in `text`; a mistake is told with its line.
+pub(super) fn parse(text: &str) -> std::result::Result<Vec<Rule>, String> {
     let file: File = toml::from_str(text).map_err(|error| {
         let place = error.span().map(|span| place(text, &span));
         format!("{}{}", place.unwrap_or_default(), error.message())
