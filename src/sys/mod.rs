@@ -7,6 +7,7 @@ pub mod collapse;
 pub mod disconnect;
 pub mod fdpass;
 pub mod inject;
+pub mod laboratory;
 pub mod mapping;
 pub mod netns;
 pub mod owned_process;

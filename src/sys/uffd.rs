@@ -87,6 +87,11 @@ impl MessageBuffer {
         }
     }
 
+    /// Where the kernel puts them. Whoever has it may let the kernel alone write there.
+    pub(super) fn start(&self) -> *mut u8 {
+        self.0.as_ptr().cast_mut().cast()
+    }
+
     /// The messages that there are, in order.
     pub fn messages(&self) -> impl Iterator<Item = io::Result<Message>> {
         let all = self.0.iter().map(|words| {
@@ -222,7 +227,7 @@ impl Uffd {
     /// Reads up to [`MESSAGES_MAX`] messages into the empty `room`; `seen` gets them in order. Returns how
     /// many there were; 0 if there is nothing to read now.
     pub fn read(&self, room: &MessageBuffer, mut seen: impl FnMut(Event)) -> io::Result<usize> {
-        let start = room.0.as_ptr().cast_mut().cast();
+        let start = room.start().cast();
         // SAFETY: the kernel writes at most the size of the room to it, and all that looks at it are
         // atomics, of which any value is valid.
         let length = unsafe { libc::read(self.0.as_raw_fd(), start, size_of::<MessageBuffer>()) };
@@ -338,7 +343,8 @@ impl Uffd {
     }
 }
 
-fn filled(result: nix::Result<i32>, done: i64) -> io::Result<Filled> {
+/// What a filling call came to that returned `result` and says that `done` bytes, or minus an errno, are filled.
+pub(super) fn filled(result: nix::Result<i32>, done: i64) -> io::Result<Filled> {
     match (result, u64::try_from(done)) {
         // EAGAIN with a count is a part that was filled before a refusal.
         (_, Ok(bytes)) if bytes > 0 => Ok(Filled::Bytes(bytes)),
@@ -401,36 +407,37 @@ struct Api {
 }
 
 #[repr(C)]
-struct Range {
-    start: u64,
-    len: u64,
+pub(super) struct Range {
+    pub(super) start: u64,
+    pub(super) len: u64,
+}
+
+/// uffdio_copy and uffdio_move look alike.
+#[repr(C)]
+pub(super) struct Copy {
+    pub(super) dst: u64,
+    pub(super) src: u64,
+    pub(super) len: u64,
+    pub(super) mode: u64,
+    pub(super) copied: i64,
 }
 
 #[repr(C)]
-struct Copy {
-    dst: u64,
-    src: u64,
-    len: u64,
-    mode: u64,
-    copied: i64,
+pub(super) struct WriteProtect {
+    pub(super) range: Range,
+    pub(super) mode: u64,
 }
 
+/// uffdio_zeropage, uffdio_poison and uffdio_continue look alike.
 #[repr(C)]
-struct WriteProtect {
+pub(super) struct RangeCall {
     range: Range,
     mode: u64,
-}
-
-/// uffdio_zeropage and uffdio_poison look alike.
-#[repr(C)]
-struct RangeCall {
-    range: Range,
-    mode: u64,
-    done: i64,
+    pub(super) done: i64,
 }
 
 impl RangeCall {
-    fn new(range: PageRange) -> RangeCall {
+    pub(super) fn new(range: PageRange) -> RangeCall {
         RangeCall {
             range: Range {
                 start: range.start().get(),
@@ -442,7 +449,7 @@ impl RangeCall {
     }
 }
 
-mod calls {
+pub(super) mod calls {
     #![allow(missing_docs)]
     use super::{Api, Copy, Range, RangeCall, WriteProtect};
 

@@ -20,7 +20,7 @@ pub const USER_MODE_ONLY: u64 = 1;
 const WP_ASYNC: u64 = 1 << 15;
 
 /// UFFDIO_REGISTER_MODE_WP.
-const MODE_WP: u64 = 1 << 1;
+pub(super) const MODE_WP: u64 = 1 << 1;
 
 /// The write tracking of one process: it ends when the value is dropped.
 #[derive(Debug)]
@@ -64,14 +64,14 @@ pub fn is_supported() -> bool {
 
 /// struct uffdio_register.
 #[repr(C)]
-struct Register {
-    start: u64,
-    length: u64,
-    mode: u64,
-    ioctls: u64,
+pub(super) struct Register {
+    pub(super) start: u64,
+    pub(super) length: u64,
+    pub(super) mode: u64,
+    pub(super) ioctls: u64,
 }
 
-mod calls {
+pub(super) mod calls {
     #![allow(missing_docs)]
     use super::Register;
 

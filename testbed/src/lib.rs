@@ -20,6 +20,7 @@
 //!   systemd    a manager of services in namespaces       services         services that move while clients talk
 //!   fields     documented fields of printed JSON        web            a container without state, and its visitors
 //!   routes     what leads visitors to it               failing        calls that fail, by their number
+//!   laboratory what userfaultfd's mechanisms cost
 //! ```
 //!
 //! Invariants: every process, namespace, mount and sysctl belongs to a guard that undoes it on drop;
@@ -44,6 +45,7 @@ pub mod gocriu;
 pub mod hugepages;
 pub mod images;
 pub mod kinds;
+pub mod laboratory;
 pub mod load;
 pub mod memory_group;
 pub mod migration;

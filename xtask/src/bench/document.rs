@@ -47,8 +47,12 @@ pub(crate) struct Machine {
     pub(crate) cpus: usize,
     /// Memory, MiB.
     pub(crate) memory_mib: u64,
-    /// The version of the CRIU that competed.
-    pub(crate) criu: String,
+    /// The version of the CRIU that competed, if one did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) criu: Option<String>,
+    /// The kernel's clock source, and what a reading of it takes: where single calls are measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) clock: Option<String>,
     /// The version of pageferry.
     pub(crate) pageferry: String,
 }
@@ -65,6 +69,19 @@ pub(crate) struct Case {
     pub(crate) contenders: Vec<String>,
     /// What was read off the runs.
     pub(crate) metrics: Vec<Metric>,
+    /// Contenders without samples: what this machine lacks for them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) lacking: Vec<Lacking>,
+}
+
+/// A contender that could not be measured.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Lacking {
+    /// Who.
+    pub(crate) contender: String,
+    /// Why, in words.
+    pub(crate) why: String,
 }
 
 /// One figure of all runs of a case.

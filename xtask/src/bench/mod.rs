@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   migrate, post_copy, page_server, stream   what is measured and judged
+//!   kernel   mechanisms of userfaultfd, each for itself
 //!   results  cases as they are done, saved
 //!   rounds   runs of all contenders, compared      stats   medians and ratios of samples and bounds
 //!   bars     promises, kept or not                 table   text
@@ -12,6 +13,7 @@
 
 mod bars;
 pub(crate) mod document;
+mod kernel;
 mod migrate;
 mod page_server;
 mod post_copy;
@@ -39,6 +41,8 @@ pub(crate) struct Args {
 
 #[derive(clap::Subcommand)]
 enum Bench {
+    /// This kernel's mechanisms around userfaultfd, each for itself: `cargo bench --bench uffd`.
+    Kernel(kernel::Args),
     /// Whole migrations: `pageferry migrate` in its modes, and the same done by CRIU alone.
     Migrate(migrate::Args),
     /// Page servers that receive a dump or serve it: page-server, CRIU's, and a bare sink.
@@ -54,12 +58,15 @@ enum Bench {
 
 /// Builds what is measured, measures and judges it.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    if let Bench::Report(args) = &args.bench {
-        return report::run(args);
+    match &args.bench {
+        Bench::Kernel(args) => return kernel::run(args),
+        Bench::Report(args) => return report::run(args),
+        _ => {}
     }
     setup::require_root()?;
     use_binaries(setup::release_binaries()?);
     match &args.bench {
+        Bench::Kernel(args) => kernel::run(args),
         Bench::Migrate(args) => migrate::run(args),
         Bench::PageServer(args) => page_server::run(args),
         Bench::PostCopy(args) => post_copy::run(args),

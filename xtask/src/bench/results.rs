@@ -52,11 +52,24 @@ impl<'a, R> Results<'a, R> {
         judge: fn(&[R]) -> Vec<Bar>,
         how: &str,
     ) -> Result<Results<'a, R>> {
-        let machine = machine(criu)?;
+        let mut machine = machine()?;
+        machine.criu = Some(criu.version.clone());
+        Results::begin_on(machine, bench, args.json.as_deref(), judge, how)
+    }
+
+    /// As [`Results::begin`], for what no CRIU competes in. `machine` says what is special to the benchmark.
+    pub(super) fn begin_on(
+        machine: Machine,
+        bench: &str,
+        file: Option<&'a Path>,
+        judge: fn(&[R]) -> Vec<Bar>,
+        how: &str,
+    ) -> Result<Results<'a, R>> {
+        let criu = machine.criu.as_ref();
         println!(
-            "pageferry {}, CRIU {}, Linux {}, {} CPUs ({}), {} MiB\n{how}",
+            "pageferry {}, {}Linux {}, {} CPUs ({}), {} MiB\n{how}",
             machine.pageferry,
-            machine.criu,
+            criu.map_or(String::new(), |version| format!("CRIU {version}, ")),
             machine.kernel,
             machine.cpus,
             machine.cpu,
@@ -79,7 +92,7 @@ impl<'a, R> Results<'a, R> {
             },
             taken: Vec::new(),
             judge,
-            file: args.json.as_deref(),
+            file,
         };
         results.save()?;
         Ok(results)
@@ -115,12 +128,15 @@ impl<'a, R> Results<'a, R> {
 
     /// Prints the bars.
     pub(super) fn end(self) {
+        if self.document.bars.is_empty() {
+            return;
+        }
         println!("\n{}", bars::table(&self.document.bars));
     }
 }
 
 /// What a result depends on besides the programs.
-fn machine(criu: &Criu) -> Result<Machine> {
+pub(super) fn machine() -> Result<Machine> {
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").context("kernel release")?;
     let cpus = fs::read_to_string("/proc/cpuinfo").context("CPU model")?;
     let model = cpus
@@ -139,7 +155,8 @@ fn machine(criu: &Criu) -> Result<Machine> {
         cpu: model.to_owned(),
         cpus: available_parallelism()?.get(),
         memory_mib: kib / 1024,
-        criu: criu.version.clone(),
+        criu: None,
+        clock: None,
         pageferry: env!("CARGO_PKG_VERSION").to_owned(),
     })
 }

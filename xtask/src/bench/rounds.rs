@@ -108,6 +108,7 @@ impl<C, W: Contend, R> Rounds<C, W, R> {
                 .map(|who| who.name().to_owned())
                 .collect(),
             metrics: metrics.iter().map(samples).collect(),
+            lacking: Vec::new(),
         })
     }
 

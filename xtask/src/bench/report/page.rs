@@ -47,9 +47,16 @@ pub(super) fn section(
         ("kernel", machine.kernel.clone()),
         (
             "versions",
-            format!("pageferry {}, CRIU {}", machine.pageferry, machine.criu),
+            match &machine.criu {
+                Some(criu) => format!("pageferry {}, CRIU {criu}", machine.pageferry),
+                None => format!("pageferry {}", machine.pageferry),
+            },
         ),
+        ("clock", machine.clock.clone().unwrap_or_default()),
     ] {
+        if value.is_empty() {
+            continue;
+        }
         _ = write!(text, "<tr><td>{fact}</td><td>{}</td></tr>", escaped(&value));
     }
     text += "</table>\n";
@@ -63,6 +70,9 @@ pub(super) fn section(
         text += &of_case(case, pictures);
     }
     text += &images(over_size);
+    if document.bars.is_empty() {
+        return text;
+    }
     text +=
         "<h2>Bars</h2>\n<table><tr><th>what</th><th>measured</th><th>at most</th><th></th></tr>";
     for bar in &document.bars {
@@ -101,6 +111,14 @@ fn of_case(case: &Case, pictures: &[String]) -> String {
         text += "</tr>";
     }
     text += "</table>\n";
+    for lacking in &case.lacking {
+        _ = writeln!(
+            text,
+            "<p>{} is not measured: {}.</p>",
+            escaped(&lacking.contender),
+            escaped(&lacking.why)
+        );
+    }
     text += &ratios(case);
     for who in too_few(case) {
         _ = writeln!(
