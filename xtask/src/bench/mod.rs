@@ -3,6 +3,7 @@
 //! ```text
 //!   migrate, post_copy, page_server, stream   what is measured and judged
 //!   kernel   mechanisms of userfaultfd, each for itself
+//!   instructions   counts of pure hot paths against another revision
 //!   results  cases as they are done, saved
 //!   rounds   runs of all contenders, compared      stats   medians and ratios of samples and bounds
 //!   bars     promises, kept or not                 table   text
@@ -13,6 +14,7 @@
 
 mod bars;
 pub(crate) mod document;
+mod instructions;
 mod kernel;
 mod migrate;
 mod page_server;
@@ -41,6 +43,8 @@ pub(crate) struct Args {
 
 #[derive(clap::Subcommand)]
 enum Bench {
+    /// Instructions of the pure hot paths, counted by valgrind, in this tree and in another revision.
+    Instructions(instructions::Args),
     /// This kernel's mechanisms around userfaultfd, each for itself: `cargo bench --bench uffd`.
     Kernel(kernel::Args),
     /// Whole migrations: `pageferry migrate` in its modes, and the same done by CRIU alone.
@@ -59,6 +63,7 @@ enum Bench {
 /// Builds what is measured, measures and judges it.
 pub(crate) fn run(args: &Args) -> Result<()> {
     match &args.bench {
+        Bench::Instructions(args) => return instructions::run(args),
         Bench::Kernel(args) => return kernel::run(args),
         Bench::Report(args) => return report::run(args),
         _ => {}
@@ -66,6 +71,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     setup::require_root()?;
     use_binaries(setup::release_binaries()?);
     match &args.bench {
+        Bench::Instructions(args) => instructions::run(args),
         Bench::Kernel(args) => kernel::run(args),
         Bench::Migrate(args) => migrate::run(args),
         Bench::PageServer(args) => page_server::run(args),

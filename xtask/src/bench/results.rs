@@ -112,10 +112,21 @@ impl<'a, R> Results<'a, R> {
         case: document::Case,
         taken: R,
     ) -> Result<()> {
+        self.taken.push(taken);
+        let bars = (self.judge)(&self.taken);
+        self.add_judged(tables, case, bars)
+    }
+
+    /// The same, for who judges all cases so far by itself: `bars`.
+    pub(super) fn add_judged(
+        &mut self,
+        tables: impl std::fmt::Display,
+        case: document::Case,
+        bars: Vec<Bar>,
+    ) -> Result<()> {
         println!("\n{}\n{tables}", case.name);
         self.document.cases.push(case);
-        self.taken.push(taken);
-        self.document.bars = (self.judge)(&self.taken);
+        self.document.bars = bars;
         self.save()
     }
 
