@@ -3,8 +3,11 @@
 //! ```text
 //! held pages by number   |####..####..........|
 //! given                  |##..................|   pushed, or sent as answers: each page once
-//!                           ^ next batch: as far as pages have come, of one process, 64 KiB
+//!                           ^ next batch: 64 KiB of one process, once as much has come
 //! ```
+//!
+//! Fragmented memory comes from the dump page by page. A batch that took what has just come would be of a page or two, so
+//! that each run cost a frame, a message and an acknowledgement of its own.
 //!
 //! A page that is asked for when it is in the push already is not sent twice: who asks is told to wait for it
 //! there. For a thread that reads here and there that may take longer than its answer would, so as long as
@@ -47,7 +50,7 @@ const REPEATED_ONE_OF: u64 = 50;
 pub enum Step {
     /// Everything was given.
     Done,
-    /// The next page has not come from the dump.
+    /// The next pages have not come from the dump, as many as are pushed together.
     Wait,
     /// Pages of this process, by [`PushPlanner::take_batch`].
     Push(u32),
@@ -154,11 +157,26 @@ impl PushPlanner {
         if self.at == plan.pages().get() {
             return Step::Done;
         }
-        if plan.held_part(self.at..self.at + 1).is_empty() {
+        if !self.is_batch_there(plan) {
             return Step::Wait;
         }
         let (pid, _) = plan.addresses(self.at, self.at + 1);
         Step::Push(pid)
+    }
+
+    /// Whether the next pages that are to be pushed have come: as many as a batch has, or all.
+    fn is_batch_there(&self, plan: &DrainPlan) -> bool {
+        let all = plan.pages().get();
+        let (mut at, mut left) = (self.at, PUSH_BYTES >> self.page.shift());
+        while left > 0 && at < all {
+            let end = self.given.next_in(at..all.min(at + left), true);
+            if plan.held_part(at..end).end < end {
+                return false;
+            }
+            left -= end - at;
+            at = self.given.next(end, false);
+        }
+        true
     }
 
     /// The next pages of `pid` that have come.
@@ -356,11 +374,29 @@ mod tests {
 
     #[test]
     fn the_push_waits_for_pages_that_have_not_come() {
-        let some = plan(&[(7, pages(10, 2))]);
+        let some = plan(&[(7, pages(10, 18))]);
         let mut push_planner = PushPlanner::new(PAGE, some.pages());
         assert_eq!(push_planner.next_step(&some), Step::Push(7));
-        assert_eq!(push_planner.take_batch(&some, 7).pages, PageCount(2));
+        assert_eq!(push_planner.take_batch(&some, 7).pages, PageCount(16));
         assert_eq!(push_planner.next_step(&some), Step::Wait);
+    }
+
+    #[test]
+    fn fragmented_memory_that_comes_page_by_page_is_pushed_in_whole_batches() {
+        const PAGES: u64 = 1000;
+        let every_second = (0..PAGES).map(|n| (7, pages(2 * n, 1)));
+        let mut plan = DrainPlan::new(PAGE, every_second);
+        let mut push = PushPlanner::new(PAGE, plan.pages());
+        let (mut batches, mut pushed) = (0, 0);
+        while let Some((pid, range)) = plan.next_request(PageCount(64)) {
+            plan.arrived(pid, range);
+            // As quickly as pages come.
+            while let Step::Push(pid) = push.next_step(&plan) {
+                batches += 1;
+                pushed += push.take_batch(&plan, pid).pages.get();
+            }
+        }
+        assert_eq!((batches, pushed), (PAGES.div_ceil(16), PAGES));
     }
 
     #[test]
