@@ -55,10 +55,7 @@ fn system_v_segments_are_received(bed: &Bed, criu: &Criu) -> Result<()> {
     let mut load = Load::start(segments(bed), None)?;
     let images = bed.path("images");
     let server = PageServer::receiving(make(criu), &Options::new(&images))?;
-    Dump::new(criu, load.pid(), &images)
-        .to(server.address())
-        .run()?;
-    server.finish(GENEROUS)?;
+    Dump::new(criu, load.pid(), &images).received_by(server)?;
     restore_with_segments(criu, &images, &mut load)
 }
 
@@ -67,14 +64,7 @@ fn system_v_segments_are_forwarded(bed: &Bed, criu: &Criu) -> Result<()> {
     let images = bed.path("images");
     let options = Options::new(&images).log_to("receiver.log");
     let receiver = PageServer::receiving(Make::Ours, &options)?;
-    let to = receiver.address().to_string();
-    let options = Options::new(bed.path("sender")).with(&["--forward", &to]);
-    let sender = PageServer::receiving(Make::Ours, &options)?;
-    Dump::new(criu, load.pid(), &images)
-        .to(sender.address())
-        .run()?;
-    sender.finish(GENEROUS)?;
-    receiver.finish(GENEROUS)?;
+    Dump::new(criu, load.pid(), &images).forwarded_to(receiver, &bed.path("sender"))?;
     restore_with_segments(criu, &images, &mut load)
 }
 

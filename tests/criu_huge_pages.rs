@@ -1,7 +1,6 @@
 //! Private huge pages and dumps on top of each other: CRIU reads no parent for them, so no hole to a parent may
 //! stand there, and what has one is finished before it is restored.
 
-use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
 
@@ -24,7 +23,6 @@ use testbed::load::spec::{AreaSpec, LoadSpec, Mapping};
 use testbed::migration::Dump;
 use testbed::rounds::Rounds;
 use testbed::suite::with_criu;
-use testbed::wait::GENEROUS;
 use testbed::{for_each_criu, gate, workspace};
 
 for_each_criu!(rounds_keep_huge_pages_and_finish_those_of_others);
@@ -120,20 +118,10 @@ fn a_forwarded_round_keeps_huge_pages() {
                 options = options.on_parent(&images(round - 1));
             }
             let receiver = PageServer::receiving(Make::Ours, &options)?;
-            forward(bed, criu, &load, &images(round), receiver.address())?;
-            receiver.finish(GENEROUS)?;
+            Dump::new(criu, load.pid(), images(round))
+                .leave_running()
+                .forwarded_to(receiver, &bed.path("sender"))?;
         }
         expect_no_bad_holes(&images(2), load.pid().as_raw())
     });
-}
-
-fn forward(bed: &Bed, criu: &Criu, load: &Load, images: &Path, to: SocketAddr) -> Result<()> {
-    let to = to.to_string();
-    let options = Options::new(bed.path("sender")).with(&["--forward", &to]);
-    let sender = PageServer::receiving(Make::Ours, &options)?;
-    Dump::new(criu, load.pid(), images)
-        .leave_running()
-        .to(sender.address())
-        .run()?;
-    sender.finish(GENEROUS).map(drop)
 }

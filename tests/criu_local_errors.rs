@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
@@ -11,7 +11,7 @@ use testbed::daemons::{Make, Options, PageServer};
 use testbed::disk::FailingDisk;
 use testbed::load::Load;
 use testbed::load::scenarios::verifying;
-use testbed::load::spec::{LoadSpec, OnLostPage};
+use testbed::load::spec::LoadSpec;
 use testbed::load::steps::Step;
 use testbed::memory_group::MemoryGroup;
 use testbed::migration::Dump;
@@ -24,19 +24,8 @@ const MIB: u32 = 48;
 /// So that there is time to make something fail.
 const SLOWLY: [&str; 2] = ["--max-bandwidth", "16M"];
 
-fn plan<'a>(criu: &'a Criu, source: Source<'a>, options: &[&str]) -> Plan<'a> {
-    Plan {
-        client_options: options.iter().map(ToString::to_string).collect(),
-        ..Plan::new(criu, source, Make::Ours)
-    }
-}
-
 fn spec(bed: &Bed) -> LoadSpec {
-    LoadSpec {
-        on_lost_page: OnLostPage::Count,
-        pin_own_memory: true,
-        ..LoadSpec::mixed(bed.path("load"), MIB)
-    }
+    LoadSpec::mixed(bed.path("load"), MIB).careful()
 }
 
 /// The largest pages file of a directory, which has the memory of the load.
@@ -62,16 +51,6 @@ fn client_log(moving: &mut PostCopy) -> Result<String> {
     Ok(fs::read_to_string(log)?)
 }
 
-fn wait_for_line(moving: &mut PostCopy, words: &str) -> Result<()> {
-    wait::until(words, GENEROUS, || {
-        let said = client_log(moving)?.contains(words);
-        if !said && moving.daemon.process().ended()?.is_some() {
-            bail!("lazy-client is over{}", moving.daemon.process().log_tail());
-        }
-        Ok(said.then_some(()))
-    })
-}
-
 /// A load that was dumped to `bed/dumped`, all of it, and is gone.
 fn dumped(bed: &Bed, criu: &Criu) -> Result<(Load, PathBuf)> {
     let mut load = Load::start(spec(bed), None)?;
@@ -84,13 +63,13 @@ fn dumped(bed: &Bed, criu: &Criu) -> Result<(Load, PathBuf)> {
 #[test]
 fn a_file_that_cannot_be_read_for_a_while_loses_nothing() {
     with_criu(Suite::Sid, |bed, criu| {
-        let plan = plan(criu, Source::Local, &SLOWLY);
+        let plan = Plan::ours(criu, Source::Local, &SLOWLY);
         let mut moving = PostCopy::start(bed, &plan, spec(bed), &verifying())?;
         let file = pages_file(&bed.path("dumped"))?;
         let whole = fs::read(&file)?;
         // Not at the border of a page: the last one would look half empty.
         cut(&file, 12_345)?;
-        wait_for_line(&mut moving, "trying again")?;
+        moving.wait_for_line("trying again")?;
         fs::write(&file, &whole)?;
         moving.reports()?;
         moving.finish()?;
@@ -108,7 +87,7 @@ fn a_file_that_stays_cut_costs_its_pages_alone_and_ends() {
         let mut options = SLOWLY.to_vec();
         let summary_path = path.to_string_lossy().into_owned();
         options.extend(["--local-timeout", "1", "--summary-json", &summary_path]);
-        let plan = plan(criu, Source::Local, &options);
+        let plan = Plan::ours(criu, Source::Local, &options);
         let mut moving = PostCopy::start(bed, &plan, spec(bed), &[])?;
         let file = pages_file(&bed.path("dumped"))?;
         let bytes = file.metadata()?.len();
@@ -135,10 +114,10 @@ fn a_file_that_stays_cut_costs_its_pages_alone_and_ends() {
 #[test]
 fn sigterm_ends_a_client_whose_file_stays_cut() {
     with_criu(Suite::Sid, |bed, criu| {
-        let plan = plan(criu, Source::Local, &SLOWLY);
+        let plan = Plan::ours(criu, Source::Local, &SLOWLY);
         let mut moving = PostCopy::start(bed, &plan, spec(bed), &[])?;
         cut(&pages_file(&bed.path("dumped"))?, 0)?;
-        wait_for_line(&mut moving, "trying again")?;
+        moving.wait_for_line("trying again")?;
         let seq = moving.load.send(0, &verifying())?;
         moving.daemon.process().signal(Signal::SIGTERM)?;
         moving.daemon.process().fail(GENEROUS)?;
@@ -160,7 +139,7 @@ fn a_source_that_has_them_gives_pages_that_cannot_be_read_here() {
             fs::copy(entry.path(), here.join(entry.file_name()))?;
         }
         let server = PageServer::serving(Make::Ours, &Options::new(&dir).log_to("serve.log"))?;
-        let plan = plan(criu, Source::PageServer(Make::Ours), &SLOWLY);
+        let plan = Plan::ours(criu, Source::PageServer(Make::Ours), &SLOWLY);
         let mut moving =
             PostCopy::from_images(&plan, load, Vec::new(), here.clone(), Some(server), &[])?;
         let file = pages_file(&here)?;
@@ -179,7 +158,7 @@ fn a_source_that_has_them_gives_pages_that_cannot_be_read_here() {
 #[test]
 fn a_source_whose_file_is_cut_for_a_while_loses_nothing() {
     with_criu(Suite::Trixie, |bed, criu| {
-        let plan = plan(criu, Source::PageServer(Make::Ours), &[]).over(slow_link());
+        let plan = Plan::ours(criu, Source::PageServer(Make::Ours), &[]).over(slow_link());
         let mut moving = PostCopy::start(bed, &plan, spec(bed), &verifying())?;
         let file = pages_file(&bed.path("dumped"))?;
         let whole = fs::read(&file)?;
@@ -205,7 +184,7 @@ fn files_about_a_restore_that_cannot_be_written_cost_no_page() {
     with_criu(Suite::Sid, |bed, criu| {
         for option in ["--summary-json", "--trace"] {
             let bed = Bed::new_in(bed.dir())?;
-            let plan = plan(criu, Source::PageServer(Make::Ours), &[option, "/dev/full"]);
+            let plan = Plan::ours(criu, Source::PageServer(Make::Ours), &[option, "/dev/full"]);
             let mut moving = PostCopy::start(&bed, &plan, spec(&bed), &verifying())?;
             moving.reports()?;
             moving.daemon.process().fail(GENEROUS)?;
@@ -228,7 +207,7 @@ fn a_disk_that_fails_costs_what_is_on_it_alone() {
         Dump::new(criu, load.pid(), &dir).run()?;
         load.wait_until_gone()?;
         let options = [&SLOWLY[..], &["--local-timeout", "1"]].concat();
-        let plan = plan(criu, Source::Local, &options);
+        let plan = Plan::ours(criu, Source::Local, &options);
         let mut moving = PostCopy::from_images(&plan, load, Vec::new(), dir.clone(), None, &[])?;
         disk.fail_beyond(40 << 20, &pages_file(&dir)?)?;
         let seq = moving.load.send(0, &verifying())?;
@@ -254,7 +233,7 @@ fn a_full_control_group_is_waited_for() {
     with_criu(Suite::Sid, |bed, criu| {
         let path = bed.path("summary.json");
         let options = ["--summary-json", &path.to_string_lossy()];
-        let plan = plan(criu, Source::PageServer(Make::Ours), &options).over(slow_link());
+        let plan = Plan::ours(criu, Source::PageServer(Make::Ours), &options).over(slow_link());
         let mut moving = PostCopy::start(bed, &plan, spec(bed), &[])?;
         let group = MemoryGroup::new(4 << 20)?;
         // Who runs without memory for the kernel's own needs may end by itself.
@@ -263,7 +242,7 @@ fn a_full_control_group_is_waited_for() {
             kill(*pid, Signal::SIGSTOP)?;
             group.put_in(*pid)?;
         }
-        wait_for_line(&mut moving, "no memory for the pages")?;
+        moving.wait_for_line("no memory for the pages")?;
         let seq = moving.load.send(0, &verifying())?;
         group.limit(1 << 40)?;
         for pid in &pids {
@@ -285,7 +264,7 @@ fn fork_storm(bed: &Bed, criu: &Criu, options: &[&str], step: Step) -> Result<se
     let mut all = options.to_vec();
     let summary_path = path.to_string_lossy().into_owned();
     all.extend(["--summary-json", &summary_path]);
-    let plan = plan(criu, Source::PageServer(Make::Ours), &all).over(slow_link());
+    let plan = Plan::ours(criu, Source::PageServer(Make::Ours), &all).over(slow_link());
     let mut moving = PostCopy::start(bed, &plan, spec(bed), &[step])?;
     let most = descriptors_while_it_runs(&mut moving)?;
     moving.reports()?;

@@ -9,7 +9,7 @@ use pageferry::observe::trace::TraceReader;
 use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::Make;
-use testbed::load::spec::{LoadSpec, OnLostPage};
+use testbed::load::spec::LoadSpec;
 use testbed::load::steps::{Order, Pass, Step};
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::proxy::ImpairmentKind;
@@ -30,18 +30,7 @@ const VERIFY: [Step; 1] = [Step::Verify(Pass {
 })];
 
 fn spec(bed: &Bed) -> LoadSpec {
-    LoadSpec {
-        on_lost_page: OnLostPage::Count,
-        pin_own_memory: true,
-        ..LoadSpec::mixed(bed.path("load"), MIB)
-    }
-}
-
-fn plan<'a>(criu: &'a Criu, source: Source<'a>, options: &[&str]) -> Plan<'a> {
-    Plan {
-        client_options: options.iter().map(ToString::to_string).collect(),
-        ..Plan::new(criu, source, Make::Ours)
-    }
+    LoadSpec::mixed(bed.path("load"), MIB).careful()
 }
 
 fn wait_until_half_way(moving: &mut PostCopy) -> Result<()> {
@@ -50,17 +39,6 @@ fn wait_until_half_way(moving: &mut PostCopy) -> Result<()> {
             bail!("lazy-client is over{}", moving.daemon.process().log_tail());
         }
         Ok((moving.received() > HALF_WAY).then_some(()))
-    })
-}
-
-fn wait_for_line(moving: &mut PostCopy, words: &str) -> Result<()> {
-    let log = moving.daemon.process().log().context("a log")?.to_owned();
-    wait::until(words, GENEROUS, || {
-        let said = fs::read_to_string(&log)?.contains(words);
-        if !said && moving.daemon.process().ended()?.is_some() {
-            bail!("lazy-client is over{}", moving.daemon.process().log_tail());
-        }
-        Ok(said.then_some(()))
     })
 }
 
@@ -74,7 +52,7 @@ fn kill_source(moving: &mut PostCopy) -> Result<()> {
 #[test]
 fn lost_processes_are_killed_if_so_told() {
     with_criu(Suite::Sid, |bed, criu| {
-        let plan = plan(criu, Source::Dump, &["--on-loss", "kill"]).over(slow_link());
+        let plan = Plan::ours(criu, Source::Dump, &["--on-loss", "kill"]).over(slow_link());
         let mut moving = PostCopy::start(bed, &plan, spec(bed), &[])?;
         wait_until_half_way(&mut moving)?;
         let pid = u32::try_from(moving.load.pid().as_raw())?;
@@ -89,11 +67,11 @@ fn lost_processes_are_killed_if_so_told() {
 #[test]
 fn held_processes_wait_until_they_are_poisoned() {
     with_criu(Suite::Experimental, |bed, criu| {
-        let plan = plan(criu, Source::Dump, &["--on-loss", "hold"]).over(slow_link());
+        let plan = Plan::ours(criu, Source::Dump, &["--on-loss", "hold"]).over(slow_link());
         let mut moving = PostCopy::start(bed, &plan, spec(bed), &[])?;
         wait_until_half_way(&mut moving)?;
         kill_source(&mut moving)?;
-        wait_for_line(&mut moving, "holding the processes")?;
+        moving.wait_for_line("holding the processes")?;
         let seq = moving.load.send(0, &VERIFY)?;
         ensure!(
             moving.daemon.process().ended()?.is_none(),
@@ -124,7 +102,7 @@ fn held_processes_wait_until_they_are_poisoned() {
 fn served(bed: &Bed, criu: &Criu, options: &[&str]) -> Result<PostCopy> {
     let plan = Plan {
         source_options: vec!["--keep".to_owned()],
-        ..plan(criu, Source::PageServer(Make::Ours), options).over(slow_link())
+        ..Plan::ours(criu, Source::PageServer(Make::Ours), options).over(slow_link())
     };
     PostCopy::start(bed, &plan, spec(bed), &VERIFY)
 }
@@ -164,7 +142,7 @@ fn held_processes_go_on_when_the_operator_tries_again() {
             .as_ref()
             .context("a link")?
             .cut(ImpairmentKind::Reset);
-        wait_for_line(&mut moving, "holding the processes")?;
+        moving.wait_for_line("holding the processes")?;
         moving.daemon.process().signal(Signal::SIGUSR1)?;
         moving.daemon.process().succeed(GENEROUS)?;
         moving.reports().map(drop)
@@ -176,7 +154,7 @@ fn on_demand_brings_what_is_touched_and_streams_nothing() {
     with_criu(Suite::Sid, |bed, criu| {
         let path = bed.path("summary.json");
         let options = ["--on-demand", "--summary-json", &path.to_string_lossy()];
-        let plan = plan(criu, Source::PageServer(Make::Ours), &options);
+        let plan = Plan::ours(criu, Source::PageServer(Make::Ours), &options);
         let mut moving = PostCopy::start(bed, &plan, spec(bed), &VERIFY)?;
         moving.reports()?;
         moving.finish()?;
@@ -203,7 +181,7 @@ fn summary_and_trace_tell_every_page_and_every_fault() {
             "--trace",
             &trace.to_string_lossy(),
         ];
-        let plan = plan(criu, Source::Dump, &options).over(slow_link());
+        let plan = Plan::ours(criu, Source::Dump, &options).over(slow_link());
         let mut moving = PostCopy::start(bed, &plan, spec(bed), &VERIFY)?;
         moving.reports()?;
         moving.finish()?;

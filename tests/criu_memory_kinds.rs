@@ -410,16 +410,8 @@ fn carry(place: &mut Place<'_>, transfer: Transfer) -> Result<KindResults> {
 /// Through two page servers.
 fn forward(place: &Place<'_>, images: &Path) -> Result<()> {
     let far = PageServer::receiving(Make::Ours, &Options::new(images).log_to("receive.log"))?;
-    let to = far.address().to_string();
-    let options = Options::new(place.path("forward")).with(&["--forward", &to]);
-    let near = PageServer::receiving(Make::Ours, &options)?;
-    place
-        .dump(images)
-        .leave_running()
-        .to(near.address())
-        .run()?;
-    near.finish(LIMIT)?;
-    far.finish(LIMIT).map(drop)
+    let dump = place.dump(images).leave_running();
+    dump.forwarded_to(far, &place.path("forward"))
 }
 
 /// A dump that is over, in files, and a copy of it without the pages that come later.

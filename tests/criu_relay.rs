@@ -9,7 +9,7 @@ use testbed::daemons::{Make, Options, PageServer};
 use testbed::for_each_criu;
 use testbed::load::Load;
 use testbed::load::scenarios::verifying;
-use testbed::load::spec::{LoadSpec, OnLostPage};
+use testbed::load::spec::LoadSpec;
 use testbed::migration::Dump;
 use testbed::net::free_port;
 use testbed::pki::{Authority, Host};
@@ -37,11 +37,7 @@ fn relay() -> Link {
 }
 
 fn spec(bed: &Bed) -> LoadSpec {
-    LoadSpec {
-        on_lost_page: OnLostPage::Count,
-        pin_own_memory: true,
-        ..LoadSpec::mixed(bed.path("load"), MIB)
-    }
+    LoadSpec::mixed(bed.path("load"), MIB).careful()
 }
 
 fn under_way(bed: &Bed, plan: &Plan<'_>) -> Result<PostCopy> {

@@ -69,16 +69,10 @@ fn received_apart(bed: &Bed, criu: &Criu, extra: &[&str], forwarded: bool) -> Re
     let options = Options::new(&images).with(&["--split-lazy", &lazy.to_string_lossy()]);
     let server = PageServer::receiving(Make::Ours, &options.with(extra))?;
     let dump = Dump::new(criu, load.pid(), &images);
-    if forwarded {
-        let to = server.address().to_string();
-        let options = Options::new(bed.path("source")).with(&["--forward", &to]);
-        let source = PageServer::receiving(Make::Ours, &options)?;
-        dump.to(source.address()).run()?;
-        source.finish(GENEROUS)?;
-    } else {
-        dump.to(server.address()).run()?;
+    match forwarded {
+        true => dump.forwarded_to(server, &bed.path("source"))?,
+        false => dump.received_by(server)?,
     }
-    server.finish(GENEROUS)?;
     load.wait_until_gone()?;
     let sent = stats::of_dump(&images)?.pages_written * page_size()?.bytes();
     let (rest, moved) = (pages_file_bytes(&images)?, pages_file_bytes(&lazy)?);

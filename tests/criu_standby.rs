@@ -21,18 +21,11 @@ const MIB: u32 = 64;
 /// About half of a post-copy of [`MIB`], bytes.
 const HALF_WAY: u64 = 24 << 20;
 
-fn plan<'a>(criu: &'a Criu, source: Source<'a>, options: &[&str]) -> Plan<'a> {
-    Plan {
-        client_options: options.iter().map(ToString::to_string).collect(),
-        ..Plan::new(criu, source, Make::Ours)
-    }
-}
-
 /// A post-copy over a slow link from a page server of ours that stays for several sessions.
 fn served(bed: &Bed, criu: &Criu, options: &[&str], steps: &[Step]) -> Result<PostCopy> {
     let plan = Plan {
         source_options: vec!["--keep".to_owned()],
-        ..plan(criu, Source::PageServer(Make::Ours), options).over(slow_link())
+        ..Plan::ours(criu, Source::PageServer(Make::Ours), options).over(slow_link())
     };
     PostCopy::start(bed, &plan, careful(bed), steps)
 }
@@ -106,7 +99,7 @@ fn a_forwarder_pushes_to_who_takes_over() {
         // The session of the one that was killed is waited for as well.
         let plan = Plan {
             source_options: ["--reconnect-timeout", "2"].map(str::to_owned).into(),
-            ..plan(criu, Source::Forwarder, &["--ferry"]).over(slow_link())
+            ..Plan::ours(criu, Source::Forwarder, &["--ferry"]).over(slow_link())
         };
         let mut moving = PostCopy::start(bed, &plan, careful(bed), &verifying())?;
         wait_until_received(&mut moving, HALF_WAY)?;
@@ -127,7 +120,7 @@ fn a_forwarder_pushes_to_who_takes_over() {
 fn local_images_are_gone_on_with() {
     with_criu(Suite::Sid, |bed, criu| {
         // So slow that it has brought next to nothing when it is killed.
-        let plan = plan(criu, Source::Local, &["--max-bandwidth", "16K"]);
+        let plan = Plan::ours(criu, Source::Local, &["--max-bandwidth", "16K"]);
         let mut moving = PostCopy::start(bed, &plan, careful(bed), &[])?;
         let standby = moving.daemon.kill_for_standby()?;
         moving.expect_all_right()?;

@@ -32,37 +32,12 @@ const MIB: u32 = 64;
 const A_PART: u64 = 8 << 20;
 
 fn spec(bed: &Bed) -> LoadSpec {
-    LoadSpec {
-        on_lost_page: OnLostPage::Count,
-        pin_own_memory: true,
-        ..LoadSpec::mixed(bed.path("load"), MIB)
-    }
-}
-
-fn plan<'a>(criu: &'a Criu, source: Source<'a>, options: &[&str]) -> Plan<'a> {
-    Plan {
-        client_options: options.iter().map(ToString::to_string).collect(),
-        ..Plan::new(criu, source, Make::Ours)
-    }
+    LoadSpec::mixed(bed.path("load"), MIB).careful()
 }
 
 fn wait_for_a_part(moving: &PostCopy) -> Result<()> {
     wait::until("a part of the memory", GENEROUS, || {
         Ok((moving.received() > A_PART).then_some(()))
-    })
-}
-
-fn wait_for_line(moving: &mut PostCopy, words: &str) -> Result<()> {
-    let log = moving.daemon.process().log().context("a log")?.to_owned();
-    wait::until(words, GENEROUS, || {
-        let said = fs::read_to_string(&log)?.contains(words);
-        let over = moving.daemon.process().ended()?.is_some();
-        ensure!(
-            said || !over,
-            "lazy-client is over{}",
-            moving.daemon.process().log_tail()
-        );
-        Ok(said.then_some(()))
     })
 }
 
@@ -84,7 +59,7 @@ fn both(moving: &mut PostCopy) -> Vec<Pid> {
 #[test]
 fn ended_and_killed_a_moment_later() {
     with_criu(Suite::Sid, |bed, criu| {
-        let plan = plan(criu, Source::Dump, &["--on-loss", "hold"]).over(slow_link());
+        let plan = Plan::ours(criu, Source::Dump, &["--on-loss", "hold"]).over(slow_link());
         let mut moving = PostCopy::start(bed, &plan, spec(bed), &[])?;
         wait_for_a_part(&moving)?;
         let both = both(&mut moving);
@@ -121,7 +96,7 @@ fn signals_to_both_processes_lose_nothing() {
         for (signal, options) in cases {
             let bed = Bed::new_in(bed.dir())?;
             let options: Vec<&str> = [options, &["--max-bandwidth", "16K"]].concat();
-            let plan = plan(criu, Source::Local, &options);
+            let plan = Plan::ours(criu, Source::Local, &options);
             let mut moving = PostCopy::start(&bed, &plan, spec(&bed), &[])?;
             let both: Vec<String> = both(&mut moving).iter().map(Pid::to_string).collect();
             run(Command::new("kill").arg(format!("-{signal}")).args(&both))?;
@@ -151,7 +126,7 @@ fn told_to_end_without_descriptors(
         bytes_per_s: Some(u64::from(mib) << 17),
         ..slow_link()
     };
-    let plan = plan(criu, Source::Dump, &["--on-loss", policy]).over(link);
+    let plan = Plan::ours(criu, Source::Dump, &["--on-loss", policy]).over(link);
     let spec = LoadSpec {
         on_lost_page: OnLostPage::Count,
         pin_own_memory: true,
@@ -165,7 +140,7 @@ fn told_to_end_without_descriptors(
     // Many of them, each with a few pages of its own to wait for or to lose.
     let pass = Pass::full(Order::Random).within(Duration::from_millis(20));
     let seq = moving.load.send(0, &[Step::Fork { depth, pass }])?;
-    wait_for_line(&mut moving, "no descriptor for a child")?;
+    moving.wait_for_line("no descriptor for a child")?;
     moving.daemon.process().signal(Signal::SIGTERM)?;
     moving.daemon.process().fail(GENEROUS)?;
     Ok((moving, seq))

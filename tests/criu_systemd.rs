@@ -14,7 +14,7 @@ use testbed::gate;
 use testbed::images::copy_without_lazy_pages;
 use testbed::load::Load;
 use testbed::load::scenarios::{reshaping, verifying};
-use testbed::load::spec::{LoadSpec, OnLostPage};
+use testbed::load::spec::LoadSpec;
 use testbed::load::steps::Step;
 use testbed::migration::{Dump, Restore, Restored};
 use testbed::net::free_port;
@@ -55,11 +55,7 @@ fn with_systemd(suite: Suite, test: impl FnOnce(&Bed, &Criu, &Systemd) -> Result
 }
 
 fn spec(bed: &Bed) -> LoadSpec {
-    LoadSpec {
-        on_lost_page: OnLostPage::Count,
-        pin_own_memory: true,
-        ..LoadSpec::mixed(bed.path("load"), MIB)
-    }
+    LoadSpec::mixed(bed.path("load"), MIB).careful()
 }
 
 fn write_unit(systemd: &Systemd, images: &Path, options: &str, more: &str) -> Result<()> {

@@ -63,16 +63,10 @@ fn dump(bed: &Bed, criu: &Criu, tree: &mut Forks, forwarded: bool) -> Result<Pat
     let options = Options::new(&images).with(&[DEDUP]);
     let server = PageServer::receiving(Make::Ours, &options)?;
     let dump = Dump::new(criu, tree.pid(), &images);
-    if forwarded {
-        let to = server.address().to_string();
-        let options = Options::new(bed.path("source")).with(&["--forward", &to]);
-        let source = PageServer::receiving(Make::Ours, &options)?;
-        dump.to(source.address()).run()?;
-        source.finish(GENEROUS)?;
-    } else {
-        dump.to(server.address()).run()?;
+    match forwarded {
+        true => dump.forwarded_to(server, &bed.path("source"))?,
+        false => dump.received_by(server)?,
     }
-    server.finish(GENEROUS)?;
     tree.wait_until_gone()?;
     Ok(images)
 }

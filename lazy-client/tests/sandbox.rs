@@ -5,50 +5,15 @@
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
+#[path = "../../tests/common/process_images.rs"]
+mod process_images;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::Path;
 use std::process::Command;
 
-use common::{FIRST_PAGE, Run, TARGET, write_target};
-use pageferry::criu::header::{PageFlags, Wire};
-use pageferry::image::file::{Magic, MessageWriter};
-use pageferry::image::proto::{Core, Mm, PstreeEntry, TaskCore, Vma};
+use process_images::whole;
 use testbed::gate;
-
-fn write<M: prost::Message>(path: &Path, magic: Magic, message: &M) {
-    let mut writer = MessageWriter::new(File::create(path).unwrap(), magic).unwrap();
-    writer.write(message).unwrap();
-}
-
-/// Images of one process with all of its pages.
-fn images() -> tempfile::TempDir {
-    let images = tempfile::tempdir().unwrap();
-    let dir = images.path();
-    let core = Core {
-        task: Some(TaskCore {
-            task_state: 1,
-            comm: None,
-        }),
-        ..Core::default()
-    };
-    write(&dir.join("core-7.img"), Magic::Core, &core);
-    let vma = Vma {
-        start: FIRST_PAGE << 12,
-        end: (FIRST_PAGE + 16) << 12,
-        ..Vma::default()
-    };
-    write(&dir.join("mm-7.img"), Magic::Mm, &Mm { vmas: vec![vma] });
-    let runs = [Run::present(FIRST_PAGE, 4, PageFlags::LAZY, 1)];
-    write_target(dir, TARGET, Wire::V2, 1, &runs);
-    let tree = PstreeEntry {
-        pid: 7,
-        ..PstreeEntry::default()
-    };
-    write(&dir.join("pstree.img"), Magic::Pstree, &tree);
-    images
-}
 
 /// What a lazy-client with `args` on `images` tries, and how it ends; or what it says instead.
 fn tried(images: &Path, args: &[&str]) -> Result<BTreeMap<String, String>, String> {
@@ -70,7 +35,7 @@ fn tried(images: &Path, args: &[&str]) -> Result<BTreeMap<String, String>, Strin
 
 #[test]
 fn it_starts_no_program_and_writes_no_file() {
-    let images = images();
+    let images = process_images::images(&whole());
     let dir = images.path();
     let required = tried(dir, &["--sandbox", "require"]);
     let Some(confined) = gate::need("seccomp", required) else {

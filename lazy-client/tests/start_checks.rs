@@ -4,8 +4,10 @@
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
+#[path = "../../tests/common/process_images.rs"]
+mod process_images;
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::fs::symlink;
@@ -13,11 +15,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use common::{FIRST_PAGE, Run, TARGET, write_target};
+use common::{FIRST_PAGE, Run};
 use nix::sys::signal::Signal;
-use pageferry::criu::header::{PageFlags, Wire};
-use pageferry::image::file::{Magic, MessageWriter};
-use pageferry::image::proto::{Core, Mm, PstreeEntry, TaskCore, Vma};
+use pageferry::criu::header::PageFlags;
+use process_images::{expect_error, whole, write_process};
 use testbed::process::Spawned;
 use testbed::wait::{GENEROUS, until};
 
@@ -44,58 +45,11 @@ fn expect_log(dir: &Path, words: &str) {
 }
 
 fn expect_refused(dir: &Path, args: &[&str], words: &[&str]) {
-    start(dir, args).fail(GENEROUS).unwrap();
-    let log = log(dir);
-    let error = log.lines().last().unwrap_or_default();
-    assert!(error.contains("error: "), "{args:?}: {log}");
-    for word in words {
-        assert!(error.contains(word), "{args:?}, {word:?}: {error}");
-    }
-}
-
-fn write_messages<M: prost::Message>(path: &Path, magic: Magic, message: &M) {
-    let mut writer = MessageWriter::new(File::create(path).unwrap(), magic).unwrap();
-    writer.write(message).unwrap();
-}
-
-/// Images of one process, of which `runs` are its memory.
-fn write_process(dir: &Path, runs: &[Run]) {
-    let task = Some(TaskCore {
-        task_state: 1,
-        comm: None,
-    });
-    write_messages(
-        &dir.join("core-7.img"),
-        Magic::Core,
-        &Core {
-            task,
-            ..Core::default()
-        },
-    );
-    let vma = Vma {
-        start: FIRST_PAGE << 12,
-        end: (FIRST_PAGE + 16) << 12,
-        ..Vma::default()
-    };
-    write_messages(&dir.join("mm-7.img"), Magic::Mm, &Mm { vmas: vec![vma] });
-    write_target(dir, TARGET, Wire::V2, 1, runs);
-    // The last of a dump's.
-    write_messages(
-        &dir.join("pstree.img"),
-        Magic::Pstree,
-        &PstreeEntry {
-            pid: 7,
-            ..PstreeEntry::default()
-        },
-    );
+    expect_error(start(dir, args), dir, words);
 }
 
 fn with_source() -> Vec<Run> {
     vec![Run::absent(FIRST_PAGE, 4, PageFlags::LAZY)]
-}
-
-fn here() -> Vec<Run> {
-    vec![Run::present(FIRST_PAGE, 4, PageFlags::LAZY, 1)]
 }
 
 fn in_parent() -> Vec<Run> {
@@ -154,7 +108,7 @@ fn local_images_that_are_not_whole_are_refused() {
     ];
     for (damage, word) in cases {
         let dir = tempfile::tempdir().unwrap();
-        write_process(dir.path(), &here());
+        write_process(dir.path(), &whole());
         damage(dir.path());
         expect_refused(dir.path(), &["--wait", "0"], &[word]);
     }
@@ -167,7 +121,7 @@ fn broken_chains_are_refused() {
     for dir in [&first, &second] {
         fs::create_dir(dir).unwrap();
     }
-    write_process(&first, &here());
+    write_process(&first, &whole());
     write_process(&second, &in_parent());
     expect_refused(&second, &["--wait", "0"], &["parent"]);
     let link = second.join("parent");
@@ -188,7 +142,7 @@ fn broken_chains_are_refused() {
 #[test]
 fn the_socket_of_a_living_process_stays_where_it_is() {
     let dir = tempfile::tempdir().unwrap();
-    write_process(dir.path(), &here());
+    write_process(dir.path(), &whole());
     let path = dir.path().join("lazy-pages.socket");
     let other = UnixListener::bind(&path).unwrap();
     other.set_nonblocking(true).unwrap();
@@ -224,7 +178,7 @@ fn restore_nothing(socket: &Path) {
 #[test]
 fn who_connects_without_a_word_is_no_restore() {
     let dir = tempfile::tempdir().unwrap();
-    write_process(dir.path(), &here());
+    write_process(dir.path(), &whole());
     let mut client = start(dir.path(), &[]);
     let socket = dir.path().join("lazy-pages.socket");
     drop(connect(&socket));
@@ -272,7 +226,7 @@ fn a_trace_is_read_where_it_is_written() {
     for dir in [&images, &work] {
         fs::create_dir(dir).unwrap();
     }
-    write_process(&images, &here());
+    write_process(&images, &whole());
     let dirs = ["-D", "images", "-W", "work"];
     let mut client = start(root.path(), &[&dirs[..], &["--trace", "faults"]].concat());
     restore_nothing(&work.join("lazy-pages.socket"));

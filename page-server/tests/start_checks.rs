@@ -5,6 +5,8 @@
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
+#[path = "../../tests/common/process_images.rs"]
+mod process_images;
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -17,9 +19,8 @@ use common::{FIRST_PAGE, Run, TARGET, write_target};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
 use pageferry::criu::header::{PageFlags, Wire};
-use pageferry::image::file::{Magic, MessageWriter};
-use pageferry::image::proto::{Core, PstreeEntry, TaskCore};
-use tempfile::TempDir;
+use pageferry::image::proto::TASK_DEAD;
+use process_images::{expect_error, images, whole, write_core, write_process};
 use testbed::process::Spawned;
 use testbed::wait::{GENEROUS, until};
 
@@ -47,13 +48,7 @@ fn start(dir: &Path, args: &[&str]) -> Spawned {
 fn expect_refused(dir: &Path, args: &[&str], words: &[&str]) {
     // Left by an earlier one.
     let _ = fs::remove_file(dir.join("port"));
-    start(dir, args).fail(GENEROUS).unwrap();
-    let log = fs::read_to_string(dir.join("log")).unwrap();
-    let error = log.lines().last().unwrap_or_default();
-    assert!(error.contains("error: "), "{args:?}: {log}");
-    for word in words {
-        assert!(error.contains(word), "{args:?}, {word:?}: {error}");
-    }
+    expect_error(start(dir, args), dir, words);
     assert!(!dir.join("port").exists(), "it has listened");
 }
 
@@ -62,46 +57,6 @@ fn port_of(dir: &Path) -> u16 {
         Ok(fs::read_to_string(dir.join("port")).ok())
     });
     port.unwrap().trim().parse().unwrap()
-}
-
-fn write_messages<M: prost::Message>(path: &Path, magic: Magic, message: &M) {
-    let mut writer = MessageWriter::new(File::create(path).unwrap(), magic).unwrap();
-    writer.write(message).unwrap();
-}
-
-/// Images of one process, of which `runs` are its memory.
-fn images(runs: &[Run]) -> TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    write_process(dir.path(), runs);
-    dir
-}
-
-fn write_process(dir: &Path, runs: &[Run]) {
-    write_messages(
-        &dir.join("pstree.img"),
-        Magic::Pstree,
-        &PstreeEntry {
-            pid: 7,
-            ..PstreeEntry::default()
-        },
-    );
-    let task = Some(TaskCore {
-        task_state: 1,
-        comm: None,
-    });
-    write_messages(
-        &dir.join("core-7.img"),
-        Magic::Core,
-        &Core {
-            task,
-            ..Core::default()
-        },
-    );
-    write_target(dir, TARGET, Wire::V2, 1, runs);
-}
-
-fn whole() -> Vec<Run> {
-    vec![Run::present(FIRST_PAGE, 4, PageFlags::LAZY, 1)]
 }
 
 fn in_parent() -> Vec<Run> {
@@ -168,18 +123,7 @@ fn images_that_cannot_be_served_are_refused() {
 #[test]
 fn a_zombie_and_images_without_the_rest_of_the_dump_are_served() {
     let zombie = images(&whole());
-    let task = Some(TaskCore {
-        task_state: 2,
-        comm: None,
-    });
-    write_messages(
-        &zombie.path().join("core-7.img"),
-        Magic::Core,
-        &Core {
-            task,
-            ..Core::default()
-        },
-    );
+    write_core(zombie.path(), TASK_DEAD);
     fs::remove_file(zombie.path().join("pagemap-7.img")).unwrap();
     let received = tempfile::tempdir().unwrap();
     write_target(received.path(), TARGET, Wire::V2, 1, &whole());

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::unistd::Pid;
 
 use crate::criu::Criu;
+use crate::daemons::{Make, Options, PageServer};
 use crate::net::{NetNs, command_in};
 use crate::process::{Spawned, descendants, kill_and_reap, tail};
 use crate::proxy::{Direction, Link, Proxy};
@@ -95,6 +96,26 @@ impl<'a> Dump<'a> {
     /// It fails; the error shows its log.
     pub fn run(&self) -> Result<Ended> {
         self.start()?.succeed(GENEROUS)
+    }
+
+    /// Carries the dump out with its memory going to `server`, which ends then.
+    ///
+    /// # Errors
+    /// The dump or the server fails; the error shows its log.
+    pub fn received_by(self, server: PageServer) -> Result<()> {
+        self.to(server.address()).run()?;
+        server.finish(GENEROUS).map(drop)
+    }
+
+    /// The same through a page server of ours at the source, which works in the directory `forwarder`.
+    ///
+    /// # Errors
+    /// The dump or a server fails; the error shows its log.
+    pub fn forwarded_to(self, server: PageServer, forwarder: &Path) -> Result<()> {
+        let to = server.address().to_string();
+        let options = Options::new(forwarder).with(&["--forward", &to]);
+        self.received_by(PageServer::receiving(Make::Ours, &options)?)?;
+        server.finish(GENEROUS).map(drop)
     }
 
     /// Begins to dump to the page server at `server` over `link`, and kills CRIU once `bytes` bytes

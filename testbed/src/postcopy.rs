@@ -7,6 +7,7 @@
 //!   lazy-pages daemon  <-- userfaultfds --  criu restore --lazy-pages
 //! ```
 
+use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
@@ -27,7 +28,7 @@ use crate::migration::{Dump, Restore, Restored};
 use crate::net::free_port;
 use crate::process::Spawned;
 use crate::proxy::{Direction, Impairment, Link, Proxy};
-use crate::wait::GENEROUS;
+use crate::wait::{self, GENEROUS};
 
 /// Who has the memory that is still missing.
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +85,14 @@ impl<'a> Plan<'a> {
             link: None,
             impaired_connections: u64::MAX,
             warmed_bytes: 0,
+        }
+    }
+
+    /// The same with a lazy-client of ours that has these `options`.
+    pub fn ours(criu: &'a Criu, source: Source<'a>, options: &[&str]) -> Plan<'a> {
+        Plan {
+            client_options: options.iter().map(ToString::to_string).collect(),
+            ..Plan::new(criu, source, Make::Ours)
         }
     }
 
@@ -330,6 +339,21 @@ impl PostCopy {
             Running::Forwarded(_, forwarder) => Some(forwarder.process()),
             _ => None,
         }
+    }
+
+    /// Waits until the daemon's log has these words.
+    ///
+    /// # Errors
+    /// It ends without having said them; the error shows its log.
+    pub fn wait_for_line(&mut self, words: &str) -> Result<()> {
+        let daemon = self.daemon.process();
+        let log = daemon.log().context("a log")?.to_owned();
+        wait::until(words, GENEROUS, || {
+            let over = daemon.ended()?.is_some();
+            let said = fs::read_to_string(&log)?.contains(words);
+            ensure!(said || !over, "the daemon is over{}", daemon.log_tail());
+            Ok(said.then_some(()))
+        })
     }
 
     /// Waits for a success of everyone: the daemon has filled all memory, the source has let the
