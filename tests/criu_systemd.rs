@@ -90,6 +90,11 @@ impl<'a> Moving<'a> {
         };
         let restored = Restore::new(criu, images).lazily().run();
         let restored = restored.with_context(|| tail(&log))?;
+        // Before it has read what the restore handed over there is nothing that it could have kept.
+        wait::until("lazy-client to have all processes", GENEROUS, || {
+            let all = fs::read_to_string(&log)?.contains("the restore is finished");
+            Ok(all.then_some(()))
+        })?;
         if let Ok(init) = restored.init() {
             load.steer(init)?;
         }
