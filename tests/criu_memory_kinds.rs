@@ -171,6 +171,7 @@ const SUSPECTS: &[&str] = &[
     "hugetlb-memfd",
     "hugetlb-memfd-private",
     "hugetlb-sysv",
+    "huge-neighbours",
     "droppable",
     "aio",
     "dev-zero",

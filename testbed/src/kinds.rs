@@ -59,6 +59,7 @@ kinds!(
     "hugetlb-memfd": "memfd of huge pages",
     "hugetlb-memfd-private": "memfd of huge pages, private",
     "hugetlb-sysv": "System V segment of huge pages",
+    "huge-neighbours": "huge pages of hugetlbfs, transparent ones and those of a memfd, side by side",
     "sysv": "System V segment",
     "thp": "transparent huge pages",
     "thp-holes": "transparent huge pages with holes (MADV_DONTNEED)",

@@ -77,12 +77,26 @@ fn pointer(address: usize) -> *mut c_void {
 
 /// Maps private memory at `address` if nothing is there, else fails with EEXIST.
 pub fn map_at(address: usize, length: usize) -> Result<usize, Errno> {
+    map_kind_at(address, length, libc::MAP_PRIVATE, None)
+}
+
+/// The same with `flags` (MAP_*), of `file` if one is given.
+pub fn map_kind_at(
+    address: usize,
+    length: usize,
+    flags: i32,
+    file: Option<BorrowedFd<'_>>,
+) -> Result<usize, Errno> {
     let length = NonZeroUsize::new(length).ok_or(Errno::EINVAL)?;
     let address = NonZeroUsize::new(address).ok_or(Errno::EINVAL)?;
     let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-    let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_FIXED_NOREPLACE;
-    // SAFETY: FIXED_NOREPLACE replaces nothing.
-    let mapped = unsafe { mman::mmap_anonymous(Some(address), length, prot, flags) };
+    let flags = MapFlags::from_bits_retain(flags) | MapFlags::MAP_FIXED_NOREPLACE;
+    let mapped = match file {
+        // SAFETY: FIXED_NOREPLACE replaces nothing.
+        Some(file) => unsafe { mman::mmap(Some(address), length, prot, flags, file, 0) },
+        // SAFETY: as above.
+        None => unsafe { mman::mmap_anonymous(Some(address), length, prot, flags) },
+    };
     mapped.map(|address| address.as_ptr().expose_provenance())
 }
 

@@ -54,6 +54,7 @@ pub(crate) fn make_any(kind: &str, dir: &Path) -> Result<Made> {
             let made = huge(PRIVATE, Some(memfd.as_fd()), first)?;
             Ok(keeping(made, memfd))
         }
+        "huge-neighbours" => huge_neighbours(first),
         "thp-holes" => thp_with_holes(first),
         "file-past-end" => beyond_the_end(dir, first),
         "deleted-private" | "deleted-shared" => {
@@ -244,6 +245,23 @@ fn huge_sparse(first: u64) -> Result<Made> {
         }
     }
     Ok(made)
+}
+
+/// One huge page of hugetlbfs, two transparent ones, and one of a memfd, without a gap between them.
+fn huge_neighbours(first: u64) -> Result<Made> {
+    let memfd = memfd_create(c"huge-neighbour", MFdFlags::MFD_HUGETLB)?;
+    nix::unistd::ftruncate(&memfd, HUGE_BYTES as i64)?;
+    let room = 5 * HUGE_BYTES;
+    let free = anonymous(PRIVATE, room / page_bytes())?;
+    mappings::unmap(free, room)?;
+    let at = free.next_multiple_of(HUGE_BYTES);
+    let [thp, shared] = [1, 3].map(|n| at + n * HUGE_BYTES);
+    mappings::map_kind_at(at, HUGE_BYTES, PRIVATE | libc::MAP_HUGETLB, None)?;
+    mappings::map_at(thp, 2 * HUGE_BYTES)?;
+    mappings::advise(thp, 2 * HUGE_BYTES, libc::MADV_HUGEPAGE)?;
+    mappings::map_kind_at(shared, HUGE_BYTES, SHARED, Some(memfd.as_fd()))?;
+    let made = Made::filled(at, 4 * HUGE_BYTES / page_bytes(), first)?;
+    Ok(keeping(made, memfd))
 }
 
 /// Every eighth page is given back.
