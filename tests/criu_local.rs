@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use testbed::bed::Bed;
@@ -193,14 +193,20 @@ fn children_find_what_their_parents_have_installed_before() {
     });
 }
 
+/// A load that is gone, what it said before, and its images.
+fn dumped(bed: &Bed, criu: &Criu) -> Result<(Load, Vec<Report>, PathBuf)> {
+    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
+    let before = load.run_everywhere(&[Step::Status])?;
+    let images = bed.path("dumped");
+    Dump::new(criu, load.pid(), &images).run()?;
+    load.wait_until_gone()?;
+    Ok((load, before, images))
+}
+
 #[test]
 fn a_restore_that_fails_leaves_its_images_whole() {
     with_criu(Suite::Sid, |bed, criu| {
-        let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
-        let before = load.run_everywhere(&[Step::Status])?;
-        let images = bed.path("dumped");
-        Dump::new(criu, load.pid(), &images).run()?;
-        load.wait_until_gone()?;
+        let (load, before, images) = dumped(bed, criu)?;
         let room = pages_room_bytes(&images)?;
         let options = Options::new(&images)
             .with(&["--auto-dedup"])
@@ -222,11 +228,7 @@ fn a_restore_that_fails_leaves_its_images_whole() {
 #[test]
 fn files_that_others_name_too_are_left_alone() {
     with_criu(Suite::Sid, |bed, criu| {
-        let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
-        let before = load.run_everywhere(&[Step::Status])?;
-        let images = bed.path("dumped");
-        Dump::new(criu, load.pid(), &images).run()?;
-        load.wait_until_gone()?;
+        let (load, before, images) = dumped(bed, criu)?;
         let room = pages_room_bytes(&images)?;
         for (n, file) in pages_files(&images)?.iter().enumerate() {
             fs::hard_link(file, bed.path(&format!("copy-{n}")))?;
