@@ -36,10 +36,11 @@ pub struct Timing {
 
 /// What is kept over a restart.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "engine", derive(schemars::JsonSchema))]
 pub struct SavedState {
     /// The rule has fired, and its condition was not seen to be over since.
     pub has_fired: bool,
-    /// When it fired last, milliseconds of the wall clock.
+    /// When it fired last, milliseconds since 1970; null if it never did.
     pub fired_ms: Option<u64>,
 }
 

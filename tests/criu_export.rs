@@ -282,7 +282,9 @@ fn export(dir: &Path, more: &[&OsStr], (name, compress): (&str, &str)) -> Result
         .arg("--lower")
         .arg(lower1);
     command.arg("-o").arg(output).args(more);
-    Ok(serde_json::from_slice(&run(&mut command)?.stdout)?)
+    let report = serde_json::from_slice(&run(&mut command)?.stdout)?;
+    testbed::schema::expect("export-report", &report)?;
+    Ok(report)
 }
 
 /// Renames a directory, of which the overlay keeps nothing but its old place.

@@ -12,7 +12,6 @@ use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::{LazyDaemon, Make, Options};
 use testbed::debian::Suite;
-use testbed::fields::Fields;
 use testbed::for_each_criu;
 use testbed::gate;
 use testbed::images::page_size;
@@ -22,6 +21,7 @@ use testbed::load::spec::LoadSpec;
 use testbed::migration::{Dump, Restore};
 use testbed::net::free_port;
 use testbed::rounds::{Rounds, pages_file_bytes, pages_files, pages_room_bytes};
+use testbed::schema;
 use testbed::suite::with_criu;
 use testbed::wait::GENEROUS;
 use testbed::workspace;
@@ -50,7 +50,7 @@ fn json(command: &mut Command) -> Result<(Option<i32>, Value)> {
 fn inspect(dir: &Path) -> Result<Value> {
     let (code, report) = json(&mut pageferry(&["inspect", "--json"], dir)?)?;
     ensure!(code == Some(0), "{code:?}: {report}");
-    Fields::documented(DOCUMENT, "inspect")?.expect(&report)?;
+    schema::expect("inspect", &report)?;
     Ok(report)
 }
 
@@ -58,7 +58,7 @@ fn inspect(dir: &Path) -> Result<Value> {
 fn verify(dir: &Path, extra: &[&str]) -> Result<(bool, HashSet<String>)> {
     let words = [&["verify", "--json"], extra].concat();
     let (code, report) = json(&mut pageferry(&words, dir)?)?;
-    Fields::documented(DOCUMENT, "verify")?.expect(&report)?;
+    schema::expect("verify", &report)?;
     let good = report["good"] == true;
     ensure!(code == Some(i32::from(!good)), "{code:?}: {report}");
     let findings = report["findings"].as_array().context("no findings")?;
@@ -411,7 +411,7 @@ fn what_the_doctor_says_is_documented_and_true() {
             let mut command = Command::new(workspace::binary("pageferry")?);
             command.args(["doctor", "--json", "--criu"]).arg(criu);
             let (code, report) = json(&mut command)?;
-            Fields::documented(DOCUMENT, "doctor")?.expect(&report)?;
+            schema::expect("doctor", &report)?;
             Ok((code, report))
         };
         let works = |report: &Value, job: &str| {

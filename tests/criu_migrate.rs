@@ -64,7 +64,7 @@ fn a_tree_moves_in_every_mode(bed: &Bed, criu: &Criu) -> Result<()> {
                 "{mode}: its counter went back"
             );
         }
-        expect_report(&moves.report(), mode)?;
+        expect_report(&moves.report()?, mode)?;
         expect_no_images(&moves.dir())?;
         expect_no_images(&agent.dir_of(mode))?;
     }
@@ -85,7 +85,7 @@ fn locked_memory_moves_in_every_mode(bed: &Bed, criu: &Criu) -> Result<()> {
         load.wait_until_gone()?;
         load.steer(agent.init()?)?;
         load.run(0, &verifying())?.expect_right()?;
-        expect_report(&moves.report(), mode)?;
+        expect_report(&moves.report()?, mode)?;
     }
     Ok(())
 }
@@ -130,7 +130,7 @@ fn pages_are_right_however_they_are_tracked(bed: &Bed, criu: &Criu) -> Result<()
         for report in load.run_everywhere(&verifying())? {
             report.expect_right().with_context(|| id.clone())?;
         }
-        let report: Value = serde_json::from_slice(&fs::read(moves.report())?)?;
+        let report = moves.report()?;
         let taken = report["track"].as_str().unwrap_or_default();
         ensure!(
             taken == track || (track == "auto" && taken != "auto"),
@@ -143,8 +143,7 @@ fn pages_are_right_however_they_are_tracked(bed: &Bed, criu: &Criu) -> Result<()
     Ok(())
 }
 
-fn expect_report(path: &Path, mode: &str) -> Result<()> {
-    let report: Value = serde_json::from_slice(&fs::read(path)?)?;
+fn expect_report(report: &Value, mode: &str) -> Result<()> {
     ensure!(report["result"] == "moved", "{report}");
     ensure!(report["mode"] == mode, "{report}");
     for figure in ["downtime_ms", "complete_ms", "total_ms", "preparation_ms"] {
@@ -259,7 +258,7 @@ fn a_restore_that_fails_leaves_the_processes_here(bed: &Bed, criu: &Criu) -> Res
         let mut command = moves.start(&load, &agent)?;
         command.fail(GENEROUS)?;
         expect_right_here(&mut load)?;
-        let report: Value = serde_json::from_slice(&fs::read(moves.report())?)?;
+        let report = moves.report()?;
         ensure!(report["result"] == "rolled back", "{report}");
         let problem = report["problem"].as_str().unwrap_or_default();
         ensure!(problem.contains("criu restore"), "{report}");
@@ -302,6 +301,7 @@ fn a_plan_measures_and_recommends(bed: &Bed, criu: &Criu) -> Result<()> {
         .arg("--criu")
         .arg(&criu.path);
     let plan: Value = serde_json::from_slice(&testbed::process::run(&mut command)?.stdout)?;
+    testbed::schema::expect("plan", &plan)?;
     let memory = plan["private_bytes"].as_u64().context("private_bytes")? >> 20;
     ensure!(
         (u64::from(MIB) / 2..u64::from(MIB) * 2).contains(&memory),

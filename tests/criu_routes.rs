@@ -55,8 +55,8 @@ fn start(
     let pid = service.pid().to_string();
     let mut command = moves.start_subject(&["--pid", &pid], agent)?;
     command.wait(GENEROUS)?;
-    let report = fs::read(moves.report()).with_context(|| command.log_tail())?;
-    Ok((command, serde_json::from_slice(&report)?))
+    let report = moves.report().with_context(|| command.log_tail())?;
+    Ok((command, report))
 }
 
 /// A connection from the client over the route, and some answers.

@@ -267,6 +267,7 @@ fn a_plan_tells_what_forks_share() {
             .arg("--criu")
             .arg(&criu.path);
         let plan: Value = serde_json::from_slice(&run(&mut command)?.stdout)?;
+        testbed::schema::expect("plan", &plan)?;
         let number = |value: &Value| value.as_u64().context("a number");
         let copied = number(&plan["copied_bytes"])?;
         let expected = u64::from(spec.children * spec.mib) << 20;

@@ -162,6 +162,7 @@ fn pressure_moves_a_tree_to_another_host() {
         drop(busy);
         load.wait_until_gone()?;
         let report: Value = serde_json::from_slice(&fs::read(&report)?)?;
+        testbed::schema::expect("migrate-report", &report)?;
         ensure!(report["result"] == "moved", "{report}");
         load.steer(agent.init()?)?;
         for report in load.run_everywhere(&verifying())? {
@@ -277,8 +278,9 @@ fn what_has_fired_is_known_after_a_kill_and_one_action_runs_at_a_time() {
         // The pid is written down once the process runs.
         wait::until("the state", GENEROUS, || {
             let state = fs::read_to_string(bed.path("state.json")).unwrap_or_default();
-            Ok(state.contains("\"pid\"").then_some(()))
-        })?;
+            Ok(state.contains("\"pid\"").then_some(state))
+        })
+        .and_then(|state| testbed::schema::expect("watch-state", &serde_json::from_str(&state)?))?;
         watcher.kill()?;
         // The action goes on, and the second one waits for it.
         let mut watcher = watch(bed, "again", &rules, &[])?;

@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -19,7 +20,7 @@ use testbed::load::steps::{Order, Pass, Step};
 use testbed::postcopy::{Plan, PostCopy, Source};
 use testbed::proxy::Link;
 use testbed::suite::with_criu;
-use testbed::{for_each_criu, summary};
+use testbed::{for_each_criu, summary, workspace};
 
 for_each_criu!(a_recording_reaches_every_client_of_a_page_server);
 
@@ -221,6 +222,10 @@ fn local_images(bed: &Bed, criu: &Criu) -> Result<()> {
     let (again, _) = recording(bed, &file)?;
     let mut moved = moved.again(&again.plan(criu, Source::Local), &STEPS)?;
     expect_recorded(&again.finish(&mut moved)?)?;
+    let mut command = Command::new(workspace::binary("pageferry")?);
+    command.args(["working-set", "--json"]).arg(&file);
+    let named = serde_json::from_slice(&testbed::process::run(&mut command)?.stdout)?;
+    testbed::schema::expect("working-set", &named)?;
     let after = fs::read(&file)?.len();
     ensure!(after <= 2 * before, "{before} bytes became {after}");
     // A damaged one beside the images: a warning.

@@ -5,7 +5,6 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
 use testbed::agent::{Agent, Move};
 use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
@@ -63,7 +62,7 @@ fn hooks_are_told_the_facts() {
         let downtime: f64 = facts(&after)?["PAGEFERRY_DOWNTIME_MS"].parse()?;
         ensure!(downtime > 0.0);
         // The processes live there whatever that hook does: its failure is told.
-        let report: Value = serde_json::from_slice(&fs::read(moves.report())?)?;
+        let report = moves.report()?;
         ensure!(report["result"] == "moved", "{report}");
         let warning = report["warnings"][0].as_str().unwrap_or_default();
         ensure!(warning.contains("--post-resume"), "{report}");

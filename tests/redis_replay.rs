@@ -238,7 +238,9 @@ fn replay(bed: &Bed, to: &Redis, name: &str, more: &[&str]) -> Result<Spawned> {
 }
 
 fn report(bed: &Bed) -> Result<Value> {
-    Ok(serde_json::from_slice(&fs::read(bed.path("report"))?)?)
+    let report = serde_json::from_slice(&fs::read(bed.path("report"))?)?;
+    testbed::schema::expect("replay-report", &report)?;
+    Ok(report)
 }
 
 fn said(process: &Spawned) -> Result<String> {

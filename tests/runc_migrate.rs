@@ -54,10 +54,6 @@ fn expect_same(before: &[Report], after: &[Report]) -> Result<()> {
     Ok(())
 }
 
-fn report_of(moves: &Move<'_>) -> Result<Value> {
-    Ok(serde_json::from_slice(&fs::read(moves.report())?)?)
-}
-
 fn a_container_moves(bed: &Bed, criu: &Criu) -> Result<()> {
     for &mode in modes(criu) {
         let Some((runc, before)) = start(bed, criu, mode)? else {
@@ -72,7 +68,7 @@ fn a_container_moves(bed: &Bed, criu: &Criu) -> Result<()> {
         runc.expect_gone(mode)?;
         runc.steer(host.pid(mode)?)?;
         expect_same(&before, &runc.run_everywhere(&reading())?)?;
-        let report = report_of(&moves)?;
+        let report = moves.report()?;
         ensure!(
             report["result"] == "moved" && report["mode"] == mode,
             "{report}"
@@ -116,7 +112,7 @@ fn a_container_that_cannot_be_restored_stays(bed: &Bed, criu: &Criu) -> Result<(
         let host = ContainerHost::start(bed, &refuses, &name, (&runc, mode))?;
         let moves = Move::new(criu, bed.path("source"), mode).with(&["--mode", mode]);
         containers::start(&moves, (&runc, mode), &host)?.fail(GENEROUS)?;
-        let report = report_of(&moves)?;
+        let report = moves.report()?;
         ensure!(report["result"] == "rolled back", "{report}");
         let problem = report["problem"].as_str().unwrap_or_default();
         ensure!(problem.contains("runc restore"), "{report}");

@@ -9,7 +9,6 @@ use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use testbed::agent::Move;
 use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::routes::{Haproxy, NftRoute};
@@ -30,10 +29,6 @@ fn with_web(test: impl FnOnce(&Bed, &Web) -> Result<()>) {
         let web = Web::start(bed, criu, "runc")?;
         test(bed, &web)
     });
-}
-
-fn report_of(moves: &Move<'_>) -> Result<Value> {
-    Ok(serde_json::from_slice(&fs::read(moves.report())?)?)
 }
 
 /// A report's figure, ms.
@@ -58,7 +53,7 @@ fn live_loses_no_answer_by_nftables() {
         expect_all_there(&visitors)?;
         web.expect_moved()?;
         route.expect_there()?;
-        expect_live_report(&report_of(&moves)?)?;
+        expect_live_report(&moves.report()?)?;
         // The image came whole.
         let rootfs = web.bundle_there("live").join("rootfs");
         ensure!(
@@ -147,7 +142,7 @@ fn cold_brings_the_files_as_they_were_at_the_end() {
             visitors.here() == 0 && visitors.failed() == 0,
             "{visitors:?}"
         );
-        let report = report_of(&moves)?;
+        let report = moves.report()?;
         ensure!(report["mode"] == "cold-stateless", "{report}");
         let phases: f64 = ["stop", "image", "start", "route"]
             .iter()
@@ -218,7 +213,7 @@ fn what_fails_before_the_switch_changes_nothing() {
         for (id, options, problem) in cases {
             let moves = web.moves(id, &live).with(options);
             web.start_move(&moves)?.fail(GENEROUS).with_context(|| id)?;
-            let report = report_of(&moves)?;
+            let report = moves.report()?;
             ensure!(report["result"] == "rolled back", "{id}: {report}");
             let said = report["problem"].as_str().unwrap_or_default();
             ensure!(said.contains(problem), "{id}: {report}");
@@ -382,7 +377,7 @@ fn bars() {
             let route = NftRoute::new(&web.three, PORT)?;
             let moves = web.moves("cold", &["--mode", "cold", "--route", &route.option()]);
             web.start_move(&moves)?.succeed(GENEROUS)?;
-            downtimes.push(ms(&report_of(&moves)?, "downtime_ms")?);
+            downtimes.push(ms(&moves.report()?, "downtime_ms")?);
             Ok(())
         });
         with_web(|_, web| {

@@ -109,7 +109,7 @@ pub(crate) struct Args {
     #[arg(help_heading = "Restore", long, value_name = "FILE")]
     working_set: Option<PathBuf>,
 
-    /// Record in FILE which pages are touched first; what is there is added to
+    /// Record in FILE which pages are touched first, in addition to what FILE has
     ///
     /// FILE is in the work directory. Until the recording ends, a page comes only when a thread waits for it.
     #[arg(
@@ -127,7 +127,7 @@ pub(crate) struct Args {
 
     /// What becomes huge pages again once all its pages have come
     ///
-    /// Needs Linux 6.1 and CAP_SYS_NICE; without them the kernel makes huge pages when it comes to it.
+    /// Needs Linux 6.1 and CAP_SYS_NICE; without them the kernel makes huge pages at a time of its own.
     #[arg(help_heading = "Restore", long, value_enum, default_value_t = HugePagesArg::AsBefore, value_name = "WHICH")]
     huge_pages: HugePagesArg,
 
@@ -140,16 +140,16 @@ pub(crate) struct Args {
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     reconnect_timeout: Option<u64>,
 
-    /// How long to try again what fails on this host
+    /// How long to retry what fails on this host: images, a full control group
     ///
-    /// Images that cannot be read, or a full memory control group. Then the pages concerned are given up.
+    /// When the time is over, the pages concerned are given up: --on-loss says what follows.
     #[arg(help_heading = "Restore", long, value_name = "SECONDS", default_value_t = 30,
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     local_timeout: u64,
 
     /// Give the source up after so long without a restore; 0 waits for ever
     ///
-    /// Also when a restore is silent for so long: a dump's processes stand still meanwhile.
+    /// The same limit holds for a restore that has begun and is silent. The dumped processes stand still meanwhile.
     #[arg(help_heading = "Restore", long, value_name = "SECONDS", default_value_t = RESTORE_TIMEOUT_S,
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     restore_timeout: u64,

@@ -6,6 +6,17 @@ mod program;
 
 pub use program::{run_program, run_program_with};
 
+use pageferry::engine::restore::Summary;
+use pageferry::observe::schema::Output;
+
+/// What it writes for other programs.
+pub fn outputs() -> Vec<Output> {
+    vec![Output::of::<Summary>(
+        "lazy-client-summary",
+        "lazy-client --summary-json FILE, at the end",
+    )]
+}
+
 /// The definition of the command line.
 pub fn command() -> clap::Command {
     <args::Args as clap::CommandFactory>::command()

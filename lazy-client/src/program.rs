@@ -15,7 +15,7 @@ use pageferry::engine::service_manager::ServiceManager;
 use pageferry::error::{Error, Result};
 use pageferry::lazy::policy::{ADAPTIVE, Policy};
 use pageferry::observe::progress::{Display, Snapshot};
-use pageferry::observe::trace::TraceReader;
+use pageferry::observe::trace::{CSV_HEAD, TraceReader};
 
 use crate::args::Args;
 
@@ -265,15 +265,10 @@ enum Problem {
 }
 
 fn print_faults(trace: TraceReader, mut out: impl Write) -> std::result::Result<(), Problem> {
-    writeln!(out, "time_us,pid,address,latency_us").map_err(Problem::Printing)?;
+    writeln!(out, "{CSV_HEAD}").map_err(Problem::Printing)?;
     for fault in trace {
         let fault = fault.map_err(Problem::Reading)?;
-        writeln!(
-            out,
-            "{},{},{:#x},{}",
-            fault.time_us, fault.pid, fault.address, fault.latency_us
-        )
-        .map_err(Problem::Printing)?;
+        writeln!(out, "{fault}").map_err(Problem::Printing)?;
     }
     out.flush().map_err(Problem::Printing)
 }

@@ -44,6 +44,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use pageferry::daemon::version::long_version;
 use pageferry::error::{Error, Kind, Result};
+use pageferry::observe::schema::Output;
 use tracing_subscriber::filter::LevelFilter;
 
 /// Moves running process trees between hosts, and looks after the images of CRIU.
@@ -69,7 +70,7 @@ enum Command {
     Plan(Box<source::plan::Args>),
     /// Show the report of a migration, and draw it
     Report(timeline::Args),
-    /// Put the pages into images that CRIU does not look for in their parents: private huge pages, and
+    /// Copy pages out of parent images where CRIU does not look for them there: private huge pages, and
     /// mappings that plugins provide
     Finish(images::FinishArgs),
     /// Move the pages that a lazy restore can do without from images to another directory
@@ -109,6 +110,26 @@ enum Command {
 /// The definition of the command line, for who documents it too.
 pub fn command() -> clap::Command {
     help::dressed(Args::command())
+}
+
+/// What commands write for other programs.
+pub fn outputs() -> Vec<Output> {
+    vec![
+        inspect::output(),
+        verify::output(),
+        doctor::output(),
+        working_set::output(),
+        source::plan::output(),
+        source::report::output(),
+        export::output(),
+        replay::output(),
+        watch::state::output(),
+    ]
+}
+
+/// What an agent without migrations answers to `GET /metrics`.
+pub fn metrics() -> String {
+    agent::http::metrics_of(&[])
 }
 
 /// Runs the command that this process was started with.

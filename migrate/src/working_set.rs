@@ -6,6 +6,8 @@ use std::process::ExitCode;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::image::working_set::{WorkingSetFile, read};
 use pageferry::lazy::working_set::WorkingSet;
+use pageferry::observe::schema::Output;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// Tells which pages working sets name, and merges them.
@@ -23,29 +25,44 @@ pub(crate) struct Args {
 
     /// Print JSON
     ///
-    /// The fields are described in docs/working-set.md.
+    /// The fields are described in docs/reference/fields.md.
     #[arg(long)]
     json: bool,
 }
 
 /// What one file names.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct Named {
+    /// Its path, as it was given.
     file: PathBuf,
+    /// Size of a page, bytes.
     page_bytes: u64,
+    /// How many pages it names.
     pages: u64,
+    /// In how many runs.
     extents: usize,
+    /// What it names of each process, in the order of the tree.
     processes: Vec<Process>,
 }
 
 /// What it names of one process.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct Process {
+    /// The number of the process in the tree, from 0.
     place: usize,
+    /// How many mappings have pages that are named.
     mappings: usize,
+    /// How many pages are named.
     pages: u64,
+    /// In how many runs.
     extents: usize,
+    /// When the last run began to be touched, from the first touch, ms.
     last_ms: u32,
+}
+
+/// What it writes for other programs.
+pub(crate) fn output() -> Output {
+    Output::of::<Vec<Named>>("working-set", "pageferry working-set --json FILE...")
 }
 
 impl Named {

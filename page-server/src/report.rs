@@ -8,12 +8,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use pageferry::engine::serve::Summary;
 use pageferry::error::{Error, Kind, Result};
-use pageferry::observe::ferried::Forwarded;
+use pageferry::observe::ferried::{self, Forwarded};
 use pageferry::observe::metrics::MetricsListener;
 use pageferry::observe::progress::Display;
-use pageferry::observe::received::Received;
+use pageferry::observe::received::{self, Received};
 use pageferry::observe::traffic::Traffic;
 use pageferry::units::PageSize;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::args::Args;
@@ -64,7 +65,7 @@ impl Report {
     /// A receiving session has ended.
     pub(crate) fn received(&self, received: &Received, error: Option<&Error>) {
         tracing::info!("{received}");
-        self.write(received.json(error));
+        self.write(&Line::Receive(received.line(error)));
     }
 
     /// A peer did not come so far as to have a session: its handshake failed, or its first bytes did not
@@ -74,13 +75,14 @@ impl Report {
             return;
         }
         drop(self.traffic.begin_session());
-        self.write(Received::nothing(peer, page).json(Some(error)));
+        let nothing = Received::nothing(peer, page);
+        self.write(&Line::Receive(nothing.line(Some(error))));
     }
 
     /// A forwarding session has ended.
     pub(crate) fn forwarded(&self, forwarded: &Forwarded, error: Option<&Error>) {
         tracing::info!("{forwarded}");
-        self.write(forwarded.json(error));
+        self.write(&Line::Forward(forwarded.line(error)));
     }
 
     /// A serving session with `peer` has ended.
@@ -96,7 +98,7 @@ impl Report {
             served.bytes,
             served.requests,
         );
-        let line = Served {
+        let line = Line::Serve(Served {
             role: "serve",
             peer,
             served: error.is_none(),
@@ -106,12 +108,11 @@ impl Report {
             short_answers: served.short_answers,
             pages: served.pages,
             bytes: served.bytes,
-        };
-        // Numbers and strings alone: they always have a JSON form.
-        self.write(serde_json::to_string(&line).unwrap_or_default());
+        });
+        self.write(&line);
     }
 
-    fn write(&self, line: String) {
+    fn write(&self, line: &Line<'_>) {
         if let Some(summaries) = &self.summaries
             && let Err(error) = summaries.write(line)
         {
@@ -120,17 +121,37 @@ impl Report {
     }
 }
 
-/// See [`Report::served`].
-#[derive(Serialize)]
-struct Served<'a> {
+/// A session that is over, however it ended: `role` tells of which kind it is.
+#[derive(Serialize, JsonSchema)]
+#[serde(untagged)]
+pub(crate) enum Line<'a> {
+    Receive(received::Line<'a>),
+    Forward(ferried::Line<'a>),
+    Serve(Served<'a>),
+}
+
+/// A session that served pages to a lazy restore.
+#[derive(Serialize, JsonSchema)]
+#[schemars(rename = "Serve")]
+pub(crate) struct Served<'a> {
+    /// Tells the kind of session.
+    #[schemars(extend("const" = "serve"))]
     role: &'static str,
+    /// Who restored.
     peer: &'a str,
+    /// Whether the session ended as the client wanted.
     served: bool,
+    /// Why it did not.
     error: Option<String>,
+    /// How long the session took, seconds.
     seconds: f64,
+    /// How many requests were answered.
     requests: u64,
+    /// How many answers had fewer pages than were asked for.
     short_answers: u64,
+    /// How many pages were sent.
     pages: u64,
+    /// Bytes of these pages.
     bytes: u64,
 }
 
@@ -143,8 +164,9 @@ impl Summaries {
         })
     }
 
-    fn write(&self, mut line: String) -> Result<()> {
-        line.push('\n');
+    fn write(&self, line: &Line<'_>) -> Result<()> {
+        // Numbers and strings alone: they always have a JSON form.
+        let line = serde_json::to_string(line).unwrap_or_default() + "\n";
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         file.write_all(line.as_bytes())
             .map_err(|error| Error::file("write the summary to", &self.path, error))

@@ -23,6 +23,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
@@ -55,23 +56,23 @@ pub fn system() -> Option<(SystemSetting, u64)> {
 }
 
 /// What became of the regions that were to be huge again.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, JsonSchema)]
 pub struct CollapseSummary {
-    /// Regions that were to be huge, whatever became of them.
+    /// How many regions were to be huge, whatever became of them.
     pub wanted: u64,
-    /// Huge pages now.
+    /// How many are huge pages now.
     pub huge: u64,
-    /// Left because other processes share their pages since a fork.
+    /// How many were left because other processes share their pages since a fork.
     pub shared: u64,
-    /// There was no memory for a huge page.
+    /// How many found no memory for a huge page.
     pub no_memory: u64,
-    /// The kernel refuses them: remapped, advised against, poisoned or guarded.
+    /// How many the kernel refuses: remapped, advised against, poisoned or guarded.
     pub refused: u64,
-    /// A page was missing, pinned or in use each time.
+    /// How many had a page that was missing, pinned or in use each time.
     pub busy: u64,
-    /// Its process has ended, or unmapped it.
+    /// How many were unmapped, or their process has ended.
     pub gone: u64,
-    /// Not tried: it was time to end, or the kernel cannot.
+    /// How many were not tried: it was time to end, or the kernel cannot.
     pub left: u64,
 }
 

@@ -67,6 +67,7 @@ pub struct Limits {
 
 /// What one round did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "engine", derive(schemars::JsonSchema))]
 pub struct RoundResult {
     /// Pages that were new or had changed.
     pub pages: u64,

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::criu::header::Wire;
@@ -24,7 +25,7 @@ pub struct Sent {
 }
 
 /// Pages that went one way, and the bytes of it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, JsonSchema)]
 pub struct Carried {
     /// How many pages.
     pub pages: u64,
@@ -33,7 +34,7 @@ pub struct Carried {
 }
 
 /// Pages by the way they went.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, JsonSchema)]
 pub struct ByKind {
     /// Named as zero.
     pub zero: Carried,
@@ -146,9 +147,9 @@ impl Forwarded {
         self.sent.page_count() << self.page.shift()
     }
 
-    /// The session as one line of JSON, with the `error` that ended it.
-    pub fn json(&self, error: Option<&Error>) -> String {
-        let line = Line {
+    /// The session as it is written, with the `error` that ended it.
+    pub fn line(&self, error: Option<&Error>) -> Line<'_> {
+        Line {
             role: "forward",
             peer: &self.peer,
             far_end: &self.far_end,
@@ -163,28 +164,42 @@ impl Forwarded {
             repeated_bytes: self.sent.repeated_bytes,
             hashes_learned: self.sent.hashes_learned,
             sent: ByKind::of(&self.sent.pages, self.page),
-        };
-        // Numbers and strings alone: they always have a JSON form.
-        serde_json::to_string(&line).unwrap_or_default()
+        }
     }
 }
 
-/// See [`Forwarded::json`].
-#[derive(Serialize)]
-struct Line<'a> {
+/// A session that forwarded a dump over ferry.
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "Forward")]
+pub struct Line<'a> {
+    /// Tells the kind of session.
+    #[schemars(extend("const" = "forward"))]
     role: &'static str,
+    /// Who dumped.
     peer: &'a str,
+    /// Where it went.
     far_end: &'a str,
+    /// The layout of the dump's frames: `v1`, `v2`; null if it sent none.
     wire: Option<&'static str>,
+    /// Whether the far end has stored everything.
     forwarded: bool,
+    /// Why it has not.
     error: Option<String>,
+    /// From the start of the session to the answer to CLOSE, seconds.
     seconds: f64,
+    /// CPU time of the whole process meanwhile, seconds.
     cpu_seconds: f64,
+    /// Size of a page, bytes.
     page_bytes: u64,
+    /// Bytes of the pages that the dump gave.
     received_bytes: u64,
+    /// Bytes of frames to the far end, without what was sent again.
     frame_bytes: u64,
+    /// Bytes of frames that were sent again, after a connection broke.
     repeated_bytes: u64,
+    /// How many hashes of pages the far end has sent.
     hashes_learned: u64,
+    /// Pages by the way they went.
     sent: ByKind,
 }
 
@@ -228,8 +243,7 @@ mod tests {
             cpu: Duration::from_secs(1),
         };
         let error = Error::new(Kind::PeerLost, "gone");
-        let line = forwarded.json(Some(&error));
-        let line = serde_json::from_str::<serde_json::Value>(&line).unwrap();
+        let line = serde_json::to_value(forwarded.line(Some(&error))).unwrap();
         assert_eq!(line["forwarded"], false);
         assert_eq!(line["error"], "gone");
         assert_eq!(line["received_bytes"], 10 * 4096);

@@ -1,6 +1,7 @@
 //! Fault latencies, kept as a histogram: any number of them in a few KiB.
 
 use hdrhistogram::Histogram;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// Longest latency that is told apart, µs: an hour. Longer ones count as that.
@@ -11,17 +12,17 @@ const LATENCY_MAX_US: u64 = 3_600_000_000;
 pub struct Latencies(Histogram<u64>);
 
 /// The latencies in a few numbers, all but `count` in µs.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, JsonSchema)]
 pub struct LatencySummary {
     /// How many there were.
     pub count: u64,
-    /// Half were at most this long.
+    /// Half were at most this long, µs.
     pub p50_us: u64,
-    /// 90 % were at most this long.
+    /// 90 % were at most this long, µs.
     pub p90_us: u64,
-    /// 99 % were at most this long.
+    /// 99 % were at most this long, µs.
     pub p99_us: u64,
-    /// The longest.
+    /// The longest, µs.
     pub max_us: u64,
 }
 

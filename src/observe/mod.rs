@@ -5,5 +5,6 @@ pub mod latency;
 pub mod metrics;
 pub mod progress;
 pub mod received;
+pub mod schema;
 pub mod trace;
 pub mod traffic;

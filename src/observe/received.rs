@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::criu::header::Wire;
@@ -11,7 +12,7 @@ use crate::image::tree::TreeCounts;
 use crate::units::PageSize;
 
 /// Pages of a session, by what was said about them.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, JsonSchema)]
 pub struct PageCounts {
     /// Pages whose bytes were received.
     pub received: u64,
@@ -24,7 +25,7 @@ pub struct PageCounts {
 }
 
 /// How received pages were stored.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, JsonSchema)]
 pub struct StoredPages {
     /// Pages that are in the parent with the same bytes.
     pub same_as_parent: u64,
@@ -97,9 +98,9 @@ impl Received {
         self.received_bytes() as f64 / self.elapsed.as_secs_f64().max(1e-6)
     }
 
-    /// The session as one line of JSON, with the `error` that ended it.
-    pub fn json(&self, error: Option<&Error>) -> String {
-        let line = Line {
+    /// The session as it is written, with the `error` that ended it.
+    pub fn line(&self, error: Option<&Error>) -> Line<'_> {
+        Line {
             role: "receive",
             peer: &self.peer,
             wire: self.wire.map(Wire::name),
@@ -114,28 +115,42 @@ impl Received {
             received_bytes: self.received_bytes(),
             pages: self.pages,
             kept: self.kept,
-        };
-        // Numbers and strings alone: they always have a JSON form.
-        serde_json::to_string(&line).unwrap_or_default()
+        }
     }
 }
 
-/// See [`Received::json`].
-#[derive(Serialize)]
-struct Line<'a> {
+/// A session that received a dump.
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "Receive")]
+pub struct Line<'a> {
+    /// Tells the kind of session.
+    #[schemars(extend("const" = "receive"))]
     role: &'static str,
+    /// Who sent.
     peer: &'a str,
+    /// The layout of the sender's frames: `v1`, `v2`; null if it sent none.
     wire: Option<&'static str>,
+    /// Whether everything was stored.
     stored: bool,
+    /// Why it was not.
     error: Option<String>,
+    /// From the start of the session to the answer to CLOSE, seconds.
     seconds: f64,
+    /// CPU time of the whole process meanwhile, seconds.
     cpu_seconds: f64,
+    /// Received pages by the session's time, bytes a second.
     bytes_per_second: f64,
+    /// How many processes and shared memory segments sent pages.
     targets: u64,
+    /// Size of a page, bytes.
     page_bytes: u64,
+    /// Bytes that came over the wire, below TLS.
     wire_bytes: u64,
+    /// Bytes of the pages received.
     received_bytes: u64,
+    /// Pages, by what was said about them.
     pages: PageCounts,
+    /// How received pages were stored.
     kept: StoredPages,
 }
 
@@ -179,8 +194,8 @@ mod tests {
             ..Received::nothing("10.0.0.1:5", PageSize::KIB_4)
         };
         let error = Error::new(Kind::PeerLost, "it said \"bye\"");
-        let parse = |line: String| serde_json::from_str::<serde_json::Value>(&line).unwrap();
-        let failed = parse(received.json(Some(&error)));
+        let parse = |line: Line| serde_json::to_value(line).unwrap();
+        let failed = parse(received.line(Some(&error)));
         assert_eq!(failed["stored"], false);
         assert_eq!(failed["error"], "it said \"bye\"");
         assert!(failed["wire"].is_null());
@@ -188,7 +203,7 @@ mod tests {
         received.wire = Some(Wire::V1);
         received.pages.received = 512;
         received.kept.zero = 12;
-        let stored = parse(received.json(None));
+        let stored = parse(received.line(None));
         assert_eq!(
             (&stored["wire"], &stored["pages"]["received"]),
             (&"v1".into(), &512.into())

@@ -17,6 +17,7 @@
 //! Records are written by a thread of their own: a slow disk delays no fault. It is started with the first
 //! record, for a process that is still to be forked may have no thread.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
@@ -27,6 +28,9 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::error::{Error, Kind, Result};
 use crate::units::PageSize;
+
+/// The first line of a trace printed as CSV: names of columns.
+pub const CSV_HEAD: &str = "time_us,pid,address,latency_us";
 
 const MAGIC: [u8; 8] = *b"PFTRACE1";
 
@@ -57,6 +61,19 @@ struct FileHeader {
     magic: [u8; 8],
     page_bytes: u32,
     reserved: u32,
+}
+
+impl fmt::Display for FaultRecord {
+    /// A line of CSV, without its end.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let FaultRecord {
+            time_us,
+            pid,
+            latency_us,
+            address,
+        } = self;
+        write!(f, "{time_us},{pid},{address:#x},{latency_us}")
+    }
 }
 
 /// Writes a trace.
@@ -226,7 +243,39 @@ impl Iterator for TraceReader {
 
 #[cfg(test)]
 mod tests {
+    use std::mem::{offset_of, size_of};
+
     use super::*;
+
+    #[test]
+    fn the_documented_table_is_the_layout() {
+        let document = include_str!("../../docs/reference/outputs.md");
+        let field = |name: &str, start: usize, bytes: usize| {
+            let (end, bits) = (start + bytes - 1, bytes * 8);
+            format!("| {start} to {end} | u{bits} | `{name}` | ")
+        };
+        let rows = [
+            field("time_us", offset_of!(FaultRecord, time_us), 8),
+            field("pid", offset_of!(FaultRecord, pid), 4),
+            field("latency_us", offset_of!(FaultRecord, latency_us), 4),
+            field("address", offset_of!(FaultRecord, address), 8),
+            format!("a header of {} bytes", size_of::<FileHeader>()),
+            format!("a record of {} bytes", size_of::<FaultRecord>()),
+            format!("`{CSV_HEAD}`"),
+            format!("`{}`", String::from_utf8_lossy(&MAGIC)),
+        ];
+        for row in rows {
+            assert!(document.contains(&row), "{row}");
+        }
+        let record = FaultRecord {
+            time_us: 1,
+            pid: 2,
+            latency_us: 4,
+            address: 0x3000,
+        };
+        assert_eq!(record.to_string(), "1,2,0x3000,4");
+        assert_eq!(CSV_HEAD.split(',').count(), 4);
+    }
 
     #[test]
     fn a_trace_comes_back_and_a_cut_one_says_so() {

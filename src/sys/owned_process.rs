@@ -7,10 +7,11 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// A process as it can be written down and found again.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct ProcessName {
     /// Its pid, as this process sees it.
     pub pid: i32,

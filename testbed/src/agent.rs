@@ -8,11 +8,13 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 use nix::unistd::Pid;
+use serde_json::Value;
 
 use crate::criu::Criu;
 use crate::load::Load;
 use crate::net::{Host, NetNs, command_in};
 use crate::process::{Spawned, descendants, kill_and_reap};
+use crate::schema;
 use crate::wait::{self, GENEROUS};
 use crate::workspace;
 
@@ -232,7 +234,18 @@ impl<'a> Move<'a> {
     }
 
     /// The source's report, once the command has ended.
-    pub fn report(&self) -> PathBuf {
+    ///
+    /// # Errors
+    /// It is not there, or has not the form of its schema.
+    pub fn report(&self) -> Result<Value> {
+        let path = self.report_path();
+        let text = fs::read(&path).with_context(|| path.display().to_string())?;
+        let report = serde_json::from_slice(&text)?;
+        schema::expect("migrate-report", &report)?;
+        Ok(report)
+    }
+
+    fn report_path(&self) -> PathBuf {
         self.state_dir.join(format!("{}-report.json", self.id))
     }
 
@@ -259,7 +272,7 @@ impl<'a> Move<'a> {
             .arg("--state-dir")
             .arg(&self.state_dir)
             .arg("--report")
-            .arg(self.report())
+            .arg(self.report_path())
             .arg("--criu")
             .arg(self.criu)
             .args(&self.options)

@@ -18,7 +18,7 @@
 //!   container_host  a host with runc, crun, podman  documents        README's and docs' commands
 //!   debian     programs of other Debian suites           orphan         processes whose parent has ended
 //!   systemd    a manager of services in namespaces       services         services that move while clients talk
-//!   fields     documented fields of printed JSON        web            a container without state, and its visitors
+//!   schema     what programs write, by its schema       web            a container without state, and its visitors
 //!   routes     what leads visitors to it               failing        calls that fail, by their number
 //!   laboratory what userfaultfd's mechanisms cost
 //! ```
@@ -38,7 +38,6 @@ pub mod debian;
 pub mod disk;
 pub mod documents;
 pub mod failing;
-pub mod fields;
 pub mod forks;
 pub mod gate;
 pub mod gocriu;
@@ -61,6 +60,7 @@ pub mod recording;
 pub mod rounds;
 pub mod routes;
 pub mod runc;
+pub mod schema;
 pub mod services;
 pub mod shim;
 pub mod stats;

@@ -1,4 +1,4 @@
-//! Man pages, completions and the reference of options, from the programs' own definitions.
+//! Man pages, completions and the reference, from the programs' own definitions.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,15 +8,16 @@ use clap::{Command, ValueEnum};
 use clap_complete::Shell;
 use testbed::workspace::root;
 
+mod fields;
+mod metrics;
 mod options;
-
-use crate::bench::document;
+mod outputs;
 
 /// Where the reference stands in the repository.
 const REFERENCE: &str = "docs/reference/options.md";
 
-/// Where the form of benchmarks' results stands in the repository.
-const BENCH_SCHEMA: &str = "docs/reference/bench.schema.json";
+/// Where the metrics stand in the repository.
+const METRICS: &str = "docs/reference/metrics.md";
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -24,7 +25,7 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
 
-    /// Bring docs/reference/options.md up to date as well
+    /// Bring docs/reference/ up to date as well: options, fields, metrics, schemas
     #[arg(long)]
     docs: bool,
 }
@@ -35,8 +36,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     write(&args.output.join("options.md"))?;
     if args.docs {
         write(&root().join(REFERENCE))?;
-        let schema = root().join(BENCH_SCHEMA);
-        fs::write(&schema, document::schema()).with_context(|| schema.display().to_string())?;
+        let path = root().join(METRICS);
+        fs::write(&path, metrics::page()?).with_context(|| path.display().to_string())?;
+        outputs::write(root())?;
     }
     println!("{}", args.output.display());
     Ok(())
@@ -87,6 +89,16 @@ mod tests {
         assert!(
             same,
             "{REFERENCE} is not current: cargo xtask assets --docs -o DIR writes it"
+        );
+    }
+
+    #[test]
+    fn the_reference_of_metrics_is_current() {
+        let committed = fs::read_to_string(root().join(METRICS)).unwrap_or_default();
+        let same = committed == metrics::page().unwrap();
+        assert!(
+            same,
+            "{METRICS} is not current: cargo xtask assets --docs -o DIR writes it"
         );
     }
 

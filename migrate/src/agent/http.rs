@@ -329,11 +329,16 @@ async fn complete(State(sessions): State<Sessions>, Path(id): Path<String>) -> A
 }
 
 async fn metrics(State(sessions): State<Sessions>) -> Response {
+    let text = metrics_of(&sessions.statuses());
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
+}
+
+/// What there is to be counted, in the text format of Prometheus.
+pub(crate) fn metrics_of(statuses: &[Status]) -> String {
     let mut text = String::from(
         "# HELP pageferry_agent_migrations Migrations of this agent by state.\n\
          # TYPE pageferry_agent_migrations gauge\n",
     );
-    let statuses = sessions.statuses();
     let states = [
         (AgentState::Receiving, "receiving"),
         (AgentState::Restoring, "restoring"),
@@ -349,7 +354,7 @@ async fn metrics(State(sessions): State<Sessions>) -> Response {
             .count();
         text += &format!("pageferry_agent_migrations{{state=\"{name}\"}} {count}\n");
     }
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
+    text
 }
 
 #[cfg(test)]

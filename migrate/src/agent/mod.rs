@@ -20,7 +20,7 @@ mod commands;
 mod containers;
 mod file_trees;
 mod files;
-mod http;
+pub(crate) mod http;
 mod incoming;
 mod layers;
 mod layers_http;

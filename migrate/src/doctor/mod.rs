@@ -10,6 +10,8 @@ mod software;
 use std::process::ExitCode;
 
 use pageferry::error::{Error, Kind, Result};
+use pageferry::observe::schema::Output;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::programs::ProgramArgs;
@@ -22,7 +24,7 @@ const SCHEMA: &str = "pageferry-doctor-1";
 pub(crate) struct Args {
     /// Print JSON
     ///
-    /// The fields are described in docs/reference/commands.md.
+    /// The fields are described in docs/reference/fields.md.
     #[arg(long)]
     json: bool,
 
@@ -31,9 +33,10 @@ pub(crate) struct Args {
 }
 
 /// How well something works.
-#[derive(Clone, Copy, PartialEq, Eq, Serialize, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Debug, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 enum State {
+    /// It works.
     Works,
     /// Something else is done in its place, or a part is missing.
     Limited,
@@ -44,7 +47,7 @@ enum State {
 }
 
 /// What these programs are for.
-#[derive(Clone, Copy, PartialEq, Eq, Serialize, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Debug, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 enum Job {
     /// CRIU dumps and restores.
@@ -62,33 +65,48 @@ const JOBS: [(Job, &str); 3] = [
 ];
 
 /// One line.
-#[derive(Serialize, Debug)]
+#[derive(Serialize, Debug, JsonSchema)]
 struct Check {
+    /// `kernel`, `permissions`, `limits`, `CRIU`, `pageferry` or `runtimes`.
     area: &'static str,
+    /// What it is.
     name: String,
+    /// How well it works.
     state: State,
     /// What was found.
     value: String,
-    /// What to do.
+    /// What to do, or what follows; null if there is nothing to say.
     advice: Option<String>,
-    /// What cannot be done for it.
+    /// The jobs that cannot be done for it.
     stops: Vec<Job>,
 }
 
 /// One job.
-#[derive(Serialize, Debug)]
+#[derive(Serialize, Debug, JsonSchema)]
 struct JobState {
+    /// Which.
     job: Job,
+    /// Whether nothing stops it.
     works: bool,
 }
 
-/// What is printed as JSON. Fields are described in docs/reference/commands.md.
-#[derive(Serialize, Debug)]
+/// What is printed as JSON. docs/reference/fields.md is made from it.
+#[derive(Serialize, Debug, JsonSchema)]
 struct Report {
+    /// Another one when a field changes its meaning or goes.
+    #[schemars(extend("const" = SCHEMA))]
     schema: &'static str,
+    /// Version of this program.
     pageferry: &'static str,
+    /// What was looked at.
     checks: Vec<Check>,
+    /// What can be done here.
     jobs: Vec<JobState>,
+}
+
+/// What it writes for other programs.
+pub(crate) fn output() -> Output {
+    Output::of::<Report>("doctor", "pageferry doctor --json")
 }
 
 /// Checks, in the order in which they are shown.

@@ -24,6 +24,7 @@ use std::process::ExitCode;
 use oci_spec::image::{Descriptor, MediaType};
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::ContainerId;
+use pageferry::observe::schema::Output;
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -67,6 +68,11 @@ pub(crate) fn run(args: &Args) -> ExitCode {
         }
         Ok(())
     })
+}
+
+/// What it writes for other programs.
+pub(crate) fn output() -> Output {
+    Output::of::<Report>("export-report", "pageferry export --report FILE, or --json")
 }
 
 fn print(dir: &Path, report: &Report) {

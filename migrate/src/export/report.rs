@@ -1,19 +1,22 @@
 //! What an export has found and made, for people and for programs.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// What is in a layer.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, JsonSchema)]
 pub(crate) struct LayerReport {
-    /// Files that are no directories, by their first names.
+    /// How many files that are no directories, by their first names.
     pub(super) files: u64,
+    /// How many directories.
     pub(super) directories: u64,
-    /// Further names of files.
+    /// How many further names of files.
     pub(super) hard_links: u64,
     /// Bytes of contents.
     pub(super) bytes: u64,
+    /// How many names are deleted.
     pub(super) whiteouts: u64,
-    /// Directories that hide what lies below them.
+    /// How many directories hide what lies below them.
     pub(super) opaque: u64,
     /// Deletions that are listed in place of whiteouts; none in a layer.
     #[serde(skip)]
@@ -31,17 +34,20 @@ pub(crate) struct LayerReport {
 }
 
 /// A file that has no name any more and that a process has open.
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq, JsonSchema)]
 pub(crate) struct DeletedFile {
+    /// Pid of the process, as this host sees it.
     pub(crate) pid: i32,
+    /// The number of its descriptor.
     pub(crate) fd: i32,
     /// The name that it had, as its process saw it.
     pub(crate) path: String,
+    /// The file's length, bytes.
     pub(crate) bytes: u64,
 }
 
 /// An image in the layout.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub(super) struct ImageReport {
     /// `layer` or `template`.
     pub(super) name: String,
@@ -52,9 +58,11 @@ pub(super) struct ImageReport {
 }
 
 /// All of it.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub(super) struct Report {
+    /// The images that the layout has now.
     pub(super) images: Vec<ImageReport>,
+    /// The layer that was made.
     pub(super) layer: LayerReport,
     /// Files that are deleted and open: they are not in the layer.
     pub(super) deleted: Vec<DeletedFile>,

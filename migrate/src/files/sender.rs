@@ -10,6 +10,7 @@ use nix::fcntl::OFlag;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::limits::FILE_INDEX_BYTES_MAX;
 use pageferry::migration::messages::Seal;
+use schemars::JsonSchema;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
@@ -39,12 +40,13 @@ const RECONNECT_AFTER: Duration = Duration::from_millis(500);
 const SEAL_ROUNDS: usize = 5;
 
 /// One look at a tree, and what was sent of it.
-#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct FileRound {
-    /// Files, directories and names that differed.
+    /// How many files, directories and names differed.
     pub(crate) files: u64,
     /// Bytes on the wire.
     pub(crate) bytes: u64,
+    /// How long it took, ms.
     pub(crate) ms: f64,
 }
 

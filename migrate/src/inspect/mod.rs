@@ -9,6 +9,7 @@ use std::process::ExitCode;
 
 use pageferry::error::{Kind, Result};
 use pageferry::image::dir::ImageDir;
+use pageferry::observe::schema::Output;
 
 use crate::images::open;
 use report::Report;
@@ -25,7 +26,7 @@ pub(crate) struct Args {
 
     /// Print JSON
     ///
-    /// The fields are described in docs/reference/commands.md.
+    /// The fields are described in docs/reference/fields.md.
     #[arg(long)]
     json: bool,
 
@@ -34,6 +35,11 @@ pub(crate) struct Args {
     /// Zero and duplicate pages are not counted then, which takes as long as reading all memory.
     #[arg(long)]
     no_read: bool,
+}
+
+/// What it writes for other programs.
+pub(crate) fn output() -> Output {
+    Output::of::<Report>("inspect", "pageferry inspect --json DIR")
 }
 
 /// Prints what there is. Fails if `DIR` holds no images.

@@ -10,6 +10,7 @@ use pageferry::image::chain::{Absence, Chain, Missing, Place};
 use pageferry::image::dir::ImageDir;
 use pageferry::image::file::Magic;
 use pageferry::image::proto::Core;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::contents::Contents;
@@ -21,92 +22,130 @@ const SCHEMA: &str = "pageferry-inspect-1";
 /// Size of the unit of `st_blocks`, bytes (stat(2)).
 const STAT_BLOCK_BYTES: u64 = 512;
 
-/// All of it. Fields are described in docs/reference/commands.md.
-#[derive(Serialize, Debug)]
+/// All of it. docs/reference/fields.md is made from it.
+#[derive(Serialize, Debug, JsonSchema)]
 pub(super) struct Report {
+    /// Another one when a field changes its meaning or goes.
+    #[schemars(extend("const" = SCHEMA))]
     schema: &'static str,
+    /// Size of a page, bytes.
     pub(super) page_bytes: u64,
     /// The directory first, then its parents, nearest first.
     pub(super) directories: Vec<Directory>,
     /// Each memory of the directory itself, with its pages found in it or in its parents.
     pub(super) memory: Vec<Memory>,
+    /// Sums over `memory`, and over all pages files.
     pub(super) totals: Totals,
 }
 
 /// One directory.
-#[derive(Serialize, Debug)]
+#[derive(Serialize, Debug, JsonSchema)]
 pub(super) struct Directory {
+    /// Absolute path.
     pub(super) path: String,
     /// Whether `inventory.img` is there, which a dump writes last.
     pub(super) complete: bool,
-    /// Processes in `pstree.img`; `None` without one that can be read.
+    /// How many processes are in `pstree.img`; null without one that can be read.
     pub(super) processes: Option<usize>,
+    /// Its pagemap files.
     pub(super) pagemaps: Vec<PagemapReport>,
+    /// Its pages files.
     pub(super) pages_files: Vec<PagesFile>,
-    /// Files of any other kind: how many bytes.
+    /// Length of all other files, bytes.
     pub(super) other_bytes: u64,
 }
 
-/// One pagemap file.
-#[derive(Serialize, Debug)]
+/// One pagemap file, as it stands in this directory.
+#[derive(Serialize, Debug, JsonSchema)]
 pub(super) struct PagemapReport {
+    /// Its name.
     pub(super) file: String,
+    /// `process` or `shared`.
     pub(super) kind: &'static str,
+    /// Pid in the images, or number of the shared memory.
     pub(super) id: u64,
+    /// Its pages file is `pages-ID.img`; null if the pagemap cannot be read.
     pub(super) pages_id: Option<u32>,
-    /// `v1`: page counts as CRIU up to 4.1.1 writes them, `v2`: as later ones do.
+    /// `v1`: page counts as CRIU up to 4.1.1 writes them, `v2`: as later ones do; null without an entry.
     pub(super) layout: Option<&'static str>,
+    /// How many runs of pages.
     pub(super) entries: u64,
+    /// Pages in all entries.
     pub(super) pages: u64,
+    /// Pages in the pages file.
     pub(super) here_pages: u64,
+    /// Of these, pages in entries that have compressed blocks.
     pub(super) compressed_pages: u64,
+    /// Pages that are holes to the parent.
     pub(super) in_parent_pages: u64,
+    /// Pages that stayed with the source of a lazy dump.
     pub(super) with_source_pages: u64,
+    /// Pages that a lazy restore leaves out, wherever they are.
     pub(super) lazy_pages: u64,
+    /// Where its last page ends in the pages file, bytes.
     pub(super) stored_bytes: u64,
+    /// Why it cannot be read to its end; null if it can.
     pub(super) damage: Option<String>,
 }
 
 /// One pages file.
-#[derive(Serialize, Debug)]
+#[derive(Serialize, Debug, JsonSchema)]
 pub(super) struct PagesFile {
+    /// Its name.
     pub(super) file: String,
+    /// Its length, bytes.
     pub(super) bytes: u64,
-    /// Room on its file system: less than `bytes` where it has holes.
+    /// Room on its file system, bytes: less than `bytes` where it has holes, as after `--auto-dedup`.
     pub(super) room_bytes: u64,
-    /// How many bytes its pagemaps name.
+    /// Where the last page ends that a pagemap names, bytes.
     pub(super) named_bytes: u64,
     /// The pagemaps that name it: more than one share it.
     pub(super) used_by: Vec<String>,
 }
 
 /// One process's memory or one piece of shared memory, looked up through the parents.
-#[derive(Serialize, Debug)]
+#[derive(Serialize, Debug, JsonSchema)]
 pub(super) struct Memory {
+    /// `process` or `shared`.
     pub(super) kind: &'static str,
+    /// Pid in the images, or number of the shared memory.
     pub(super) id: u64,
+    /// What the process was called; null for shared memory.
     pub(super) name: Option<String>,
+    /// Its pages.
     pub(super) pages: u64,
     /// Pages in each directory, in the order of `directories`.
     pub(super) pages_by_directory: Vec<u64>,
+    /// Pages that stayed with the source of a lazy dump.
     pub(super) with_source_pages: u64,
     /// Pages that should be in an image and are in none.
     pub(super) lost_pages: u64,
+    /// Bytes of its pages in pages files, compressed ones as they are.
     pub(super) stored_bytes: u64,
+    /// Pages of zeros; null with `--no-read`.
     pub(super) zero_pages: Option<u64>,
+    /// Other pages whose content a page before them has, in this or an earlier memory; null with `--no-read`.
     pub(super) duplicate_pages: Option<u64>,
+    /// Why it cannot be looked up or read; null if it can.
     pub(super) damage: Option<String>,
 }
 
 /// Sums.
-#[derive(Serialize, Debug, Default)]
+#[derive(Serialize, Debug, Default, JsonSchema)]
 pub(super) struct Totals {
+    /// Pages of all memory.
     pub(super) pages: u64,
+    /// Length of all pages files, bytes.
     pub(super) stored_bytes: u64,
+    /// Their room on their file systems, bytes.
     pub(super) room_bytes: u64,
+    /// Pages of zeros; null with `--no-read`.
     pub(super) zero_pages: Option<u64>,
+    /// Pages whose content an earlier page has; null with `--no-read`.
     pub(super) duplicate_pages: Option<u64>,
+    /// Pages that should be in an image and are in none.
     pub(super) lost_pages: u64,
+    /// Pages that stayed with the source of a lazy dump.
     pub(super) with_source_pages: u64,
 }
 

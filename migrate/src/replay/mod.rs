@@ -10,8 +10,10 @@ use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use pageferry::error::{Error, Kind, Result};
+use pageferry::observe::schema::Output;
 use pageferry::replay::{Entry, Player, Step};
 use pageferry::units::parse_bytes;
+use schemars::JsonSchema;
 use serde::Serialize;
 use tokio::task::LocalSet;
 
@@ -50,13 +52,13 @@ pub(crate) struct Args {
     #[arg(long)]
     follow: bool,
 
-    /// What to do when more than --max-lag of the log is not replayed
+    /// What to do when more than --max-lag bytes of the log wait to be replayed
     ///
-    /// Without it, that is only told.
+    /// Without it, a warning is logged.
     #[arg(long, value_enum, requires = "follow")]
     on_lag: Option<OnLag>,
 
-    /// How much of the log may be written and not replayed (K, M, G)
+    /// How many bytes of the log may wait to be replayed (K, M, G)
     #[arg(long, value_name = "BYTES", default_value = "64M", value_parser = parse_bytes)]
     max_lag: u64,
 
@@ -71,7 +73,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "HOST:PORT", requires = "digest")]
     source: Option<String>,
 
-    /// Give up when an answer does not come for so long
+    /// Give up when an answer takes longer than this
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = crate::times::duration)]
     stall: Duration,
 
@@ -94,11 +96,11 @@ enum OnLag {
 }
 
 /// The figures of a replay.
-#[derive(Default, Serialize, Debug)]
+#[derive(Default, Serialize, Debug, JsonSchema)]
 struct Report {
-    /// Entries of the log that were carried out.
+    /// How many entries of the log were carried out.
     entries: u64,
-    /// Connections.
+    /// How many connections clients had.
     connections: u64,
     /// Bytes of clients that were sent.
     bytes: u64,
@@ -110,10 +112,15 @@ struct Report {
     ms: f64,
     /// The most of the log that was written and not replayed, bytes.
     most_lag_bytes: u64,
-    /// How often clients were held for the lag.
+    /// How many times clients were held for the lag.
     holds: u64,
     /// Both digests were asked for and agree.
     digests_agree: bool,
+}
+
+/// What it writes for other programs.
+pub(crate) fn output() -> Output {
+    Output::of::<Report>("replay-report", "pageferry replay --report FILE")
 }
 
 /// Replays.

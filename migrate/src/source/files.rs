@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::{FileTree, MigrationId};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::container::Found;
@@ -26,7 +27,7 @@ const LITTLE_BYTES: u64 = 256 << 10;
 const SHRINKS: f64 = 0.8;
 
 /// Files in a migration's report.
-#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct FilesReport {
     /// While the processes ran.
     pub(crate) rounds: Vec<FileRound>,

@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use pageferry::error::{Error, Kind, Result};
 use pageferry::limits::OCI_LAYERS_MAX;
 use pageferry::migration::messages::{Check, Digest, OverlayRoot, Wanted, WantedFiles};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::container::Found;
@@ -48,7 +49,7 @@ pub(super) struct Layered {
 }
 
 /// A layer in a report.
-#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct LayerReport {
     /// SHA-256 of what it holds.
     pub(crate) digest: String,
@@ -56,6 +57,7 @@ pub(crate) struct LayerReport {
     pub(crate) holds_bytes: u64,
     /// Bytes that were sent; none of one that the destination had.
     pub(crate) bytes: u64,
+    /// How long that took, ms.
     pub(crate) ms: f64,
 }
 

@@ -4,6 +4,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use pageferry::migration::{Costs, Mode, predict_downtime};
+use pageferry::observe::schema::Output;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::args::{Subject, Target};
@@ -21,7 +23,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     subject: Subject,
 
-    /// Between two looks at the memory, which tell how much of it changes
+    /// How long to watch the memory, to measure how much of it changes
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = duration)]
     watch: Duration,
 
@@ -31,29 +33,45 @@ pub(crate) struct Args {
 }
 
 /// What is printed. Times are milliseconds.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct Plan {
+    /// Pid of the root of the tree, as this command sees it.
     pid: i32,
+    /// How many processes the tree has.
     processes: usize,
+    /// Private memory of all processes, bytes.
     private_bytes: u64,
+    /// Memory that processes share, each piece once, bytes.
     shared_bytes: u64,
-    /// Of the private memory: what forks share, beyond the first copy.
+    /// Of the private memory: what forks share, beyond the first copy, bytes.
     copied_bytes: u64,
+    /// Pages that changed in a second while the command watched.
     dirty_pages_per_s: f64,
+    /// What is in the way of a migration; empty if nothing is.
     problems: Vec<String>,
+    /// What each mode would cost.
     modes: Vec<Prediction>,
+    /// The mode to take; null if there are problems.
     recommended: Option<&'static str>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct Prediction {
+    /// `cold`, `pre-copy`, `post-copy` or `hybrid`.
     mode: &'static str,
+    /// Predicted downtime, ms.
     downtime_ms: f64,
+    /// Predicted time until all memory is at the destination, ms.
     total_ms: f64,
-    /// What the restored processes take at the destination.
+    /// What the restored processes take at the destination, bytes.
     memory_bytes: u64,
     /// Whether that fits there.
     fits: bool,
+}
+
+/// What it writes for other programs.
+pub(crate) fn output() -> Output {
+    Output::of::<Plan>("plan", "pageferry plan --json")
 }
 
 /// All modes, in the order in which they are shown.

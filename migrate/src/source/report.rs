@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::{FaultTimes, HostFacts, MigrationId};
 use pageferry::migration::{Mode, RoundResult};
+use pageferry::observe::schema::Output;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::time::sleep;
 
@@ -21,44 +23,59 @@ const SUMMARY_LIMIT: Duration = Duration::from_secs(10);
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
 /// Faults at the destination, as lazy-client saw them.
-#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct Faults {
+    /// How many there were.
     pub(crate) count: u64,
+    /// Half waited at most this long, µs.
     pub(crate) p50_us: u64,
+    /// 99 % waited at most this long, µs.
     pub(crate) p99_us: u64,
-    /// Waiting of all threads, summed.
+    /// Waiting of all threads, summed, ms.
     pub(crate) blocked_ms: f64,
-    /// When they were, in parts of equal length; empty if there were none.
+    /// When they were, in parts of equal length, at most 200; empty if there were none.
     #[serde(default)]
     pub(crate) times: Vec<FaultBin>,
 }
 
 /// Faults in a part of the time.
-#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct FaultBin {
+    /// Begin of the part, from the start of the command, ms.
     pub(crate) start_ms: f64,
+    /// Its end, ms.
     pub(crate) end_ms: f64,
+    /// How many faults began in it.
     pub(crate) count: u64,
+    /// Their waiting, summed, ms.
     pub(crate) waited_ms: f64,
 }
 
 /// Something that took time, from the start of the command.
-#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct Span {
     /// `rounds`, `freeze` or `memory`.
     pub(crate) row: String,
+    /// What it was.
     pub(crate) name: String,
+    /// Its begin, from the start of the command, ms.
     pub(crate) start_ms: f64,
+    /// Its end, from the start of the command, ms.
     pub(crate) end_ms: f64,
 }
 
 /// One of the two hosts.
-#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct HostReport {
+    /// Version of pageferry.
     pub(crate) pageferry: String,
+    /// Version of CRIU; empty if there is none.
     pub(crate) criu: String,
+    /// The kernel's release.
     pub(crate) kernel: String,
+    /// The machine: `x86_64`, `aarch64`.
     pub(crate) machine: String,
+    /// Memory that was free for new processes before the migration, bytes.
     pub(crate) available_bytes: u64,
 }
 
@@ -76,48 +93,70 @@ impl From<&HostFacts> for HostReport {
 }
 
 /// See the module's text. Times are milliseconds.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct Report {
+    /// The migration's name.
+    #[schemars(with = "String")]
     pub(crate) id: MigrationId,
+    /// The mode that it ended in: `cold`, `pre-copy`, `post-copy`, `hybrid`, or `stateless`.
     pub(crate) mode: String,
-    /// `moved`, `rolled-back`.
+    /// `moved`, `rolled back`, or `sent ahead` (`--preload`).
     pub(crate) result: String,
     /// Why it was rolled back.
     pub(crate) problem: Option<String>,
-    /// What went wrong beside the migration: hooks.
+    /// What went wrong beside the migration: hooks, a probe without an answer.
     pub(crate) warnings: Vec<String>,
+    /// How many processes the tree has, zombies included.
     pub(crate) processes: usize,
+    /// Memory that a dump would hold, bytes.
     pub(crate) memory_bytes: u64,
-    /// Of these, what a lazy restore makes copies of that forks shared.
+    /// Of these, what a lazy restore makes copies of that forks shared, bytes; 0 in other modes.
     #[serde(default)]
     pub(crate) copied_bytes: u64,
+    /// From the start of the command to the freeze, ms.
     pub(crate) preparation_ms: f64,
+    /// From the start of `criu dump` to the agent's word that the processes run, ms.
     pub(crate) downtime_ms: Option<f64>,
-    /// From the freeze to the first answer to `--probe`.
+    /// From the start of `criu dump` to the first answer to `--probe`, ms; null without one.
     pub(crate) resume_ms: Option<f64>,
-    /// Until clients began to be led to the destination.
+    /// From the start of the command until clients began to be led to the destination, ms; null without a route.
     #[serde(default)]
     pub(crate) switch_ms: Option<f64>,
-    /// Until the first answer to `--probe`.
+    /// From the start of the command to the first answer to `--probe`, ms; null without one.
     #[serde(default)]
     pub(crate) answer_ms: Option<f64>,
+    /// The downtime that was predicted at the last decision, ms.
     pub(crate) predicted_downtime_ms: Option<f64>,
+    /// From the start of the command until the last page was at the destination, ms.
     pub(crate) complete_ms: Option<f64>,
+    /// The whole run of the command, ms.
     pub(crate) total_ms: f64,
+    /// Rounds that sent memory while the processes ran, in order.
     pub(crate) rounds: Vec<RoundResult>,
     /// How rounds found what was new; empty without rounds.
     pub(crate) track: String,
+    /// Bytes of ferry frames and of image files that left the source.
     pub(crate) wire_bytes: u64,
+    /// Bytes of pages by the way they went: `zero`, `same`, `delta`, `zstd`, `raw`.
     pub(crate) bytes_by_kind: BTreeMap<String, u64>,
+    /// Page faults at the destination.
     pub(crate) faults: Faults,
-    /// Parts of the downtime.
+    /// Parts of the downtime by name, ms.
     pub(crate) phases_ms: BTreeMap<String, f64>,
-    /// All of it on one line of time.
+    /// What took time, all on one line of time.
     pub(crate) timeline: Vec<Span>,
+    /// Files that were sent.
     #[serde(default)]
     pub(crate) files: FilesReport,
+    /// The host that the processes left.
     pub(crate) source: HostReport,
+    /// The host that they came to.
     pub(crate) destination: HostReport,
+}
+
+/// What it writes for other programs.
+pub(crate) fn output() -> Output {
+    Output::of::<Report>("migrate-report", "pageferry migrate --report FILE")
 }
 
 impl Report {

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// Findings of one kind in one file that are told one by one; the others are counted.
 const TOLD_EACH: u64 = 8;
 
 /// How bad it is.
-#[derive(Clone, Copy, PartialEq, Eq, Serialize, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Debug, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Severity {
     /// A restore fails, or the restored memory is wrong.
@@ -19,13 +20,15 @@ pub(crate) enum Severity {
 }
 
 /// One thing that was found.
-#[derive(Clone, Serialize, Debug)]
+#[derive(Clone, Serialize, Debug, JsonSchema)]
 pub(crate) struct Finding {
+    /// How bad it is.
     pub(crate) severity: Severity,
     /// What kind of thing: docs/reference/commands.md lists them.
     pub(crate) code: &'static str,
-    /// The file concerned.
+    /// Absolute path of the file concerned.
     pub(crate) file: String,
+    /// What is wrong, in words.
     pub(crate) text: String,
 }
 

@@ -18,6 +18,8 @@ use std::process::ExitCode;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::image::dir::ImageDir;
 use pageferry::migration::messages::CriuVersion;
+use pageferry::observe::schema::Output;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::images::open;
@@ -48,7 +50,7 @@ pub(crate) struct Args {
 
     /// Print JSON
     ///
-    /// The fields, and the codes of what is found, are described in docs/reference/commands.md.
+    /// docs/reference/fields.md describes the fields, docs/reference/commands.md the codes of what is found.
     #[arg(long)]
     json: bool,
 
@@ -137,18 +139,31 @@ pub(crate) struct Looked {
     blocks: u64,
 }
 
-/// What is printed as JSON. Fields are described in docs/reference/commands.md.
-#[derive(Serialize)]
+/// What is printed as JSON. docs/reference/fields.md is made from it.
+#[derive(Serialize, JsonSchema)]
 struct Report {
+    /// Another one when a field changes its meaning or goes.
+    #[schemars(extend("const" = SCHEMA))]
     schema: &'static str,
+    /// Absolute path.
     directory: String,
+    /// Whether no finding is a fault.
     good: bool,
-    /// Directories that were looked at: this one and its parents.
+    /// How many directories were looked at: this one and its parents.
     directories: usize,
+    /// How many processes and pieces of shared memory.
     memories: u64,
+    /// Their pages.
     pages: u64,
+    /// Of these, pages in compressed blocks.
     compressed_pages: u64,
+    /// What was found.
     findings: Vec<Finding>,
+}
+
+/// What it writes for other programs.
+pub(crate) fn output() -> Output {
+    Output::of::<Report>("verify", "pageferry verify --json DIR")
 }
 
 /// Exits with 0 if the images are good, 1 if not, 2 if `DIR` holds none.

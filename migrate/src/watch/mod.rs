@@ -11,7 +11,7 @@ mod look;
 mod psi;
 mod rules;
 mod socket;
-mod state;
+pub(crate) mod state;
 mod watcher;
 
 use std::path::PathBuf;
@@ -42,7 +42,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     rules: PathBuf,
 
-    /// Where it is kept what has fired and what runs, over a restart
+    /// Keep in FILE, over a restart, which rules have fired and which actions run
     #[arg(
         long,
         value_name = "FILE",
@@ -54,7 +54,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
 
-    /// Between two looks at what the kernel does not tell by itself
+    /// How often to check what the kernel does not report by itself
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = crate::times::duration)]
     interval: Duration,
 

@@ -7,23 +7,32 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 use pageferry::error::{Error, Kind, Result};
+use pageferry::observe::schema::Output;
 use pageferry::sys::owned_process::ProcessName;
 use pageferry::watch::SavedState;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-#[derive(Default, Serialize, Deserialize, Debug)]
+#[derive(Default, Serialize, Deserialize, Debug, JsonSchema)]
 struct Contents {
+    /// What is known of each rule, by its name.
     rules: BTreeMap<String, SavedState>,
+    /// Actions under way, by their target.
     running: BTreeMap<String, Running>,
 }
 
 /// An action that is under way, by its target.
-#[derive(Clone, Serialize, Deserialize, Debug)]
+#[derive(Clone, Serialize, Deserialize, Debug, JsonSchema)]
 pub(super) struct Running {
     /// Whose action it is.
     pub(super) rule: String,
     /// The process that carries it out, if it is one.
     pub(super) process: Option<ProcessName>,
+}
+
+/// What it writes for other programs.
+pub(crate) fn output() -> Output {
+    Output::of::<Contents>("watch-state", "pageferry watch --state FILE")
 }
 
 /// The file.

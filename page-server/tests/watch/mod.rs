@@ -6,7 +6,9 @@ use std::net::TcpStream;
 use std::path::Path;
 
 use serde_json::Value;
+use testbed::schema;
 use testbed::wait::{GENEROUS, until};
+use testbed::workspace::root;
 
 /// Fails unless the metrics of the server that writes `log` have all of `lines`.
 pub(crate) fn expect_metrics(log: &str, lines: &[&str]) {
@@ -19,6 +21,21 @@ pub(crate) fn expect_metrics(log: &str, lines: &[&str]) {
     for line in lines {
         assert!(metrics.contains(line), "{line} is not in {metrics}");
     }
+    expect_documented(&metrics);
+}
+
+/// Fails unless each metric of an answer is documented, with its type.
+fn expect_documented(metrics: &str) {
+    let document = fs::read_to_string(root().join("docs/reference/metrics.md")).unwrap();
+    let types = metrics
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE "));
+    let types: Vec<(&str, &str)> = types.filter_map(|line| line.split_once(' ')).collect();
+    assert!(!types.is_empty(), "{metrics}");
+    for (name, kind) in types {
+        let row = format!("| `{name}` | {kind} | ");
+        assert!(document.contains(&row), "{row} is not documented");
+    }
 }
 
 /// The lines of the summaries in `file`, as soon as there are `count`.
@@ -29,6 +46,9 @@ pub(crate) fn summaries(file: &Path, count: usize) -> Vec<Value> {
             .split_inclusive('\n')
             .filter(|line| line.ends_with('\n'));
         let lines: Vec<Value> = lines.map(serde_json::from_str).collect::<Result<_, _>>()?;
+        for line in &lines {
+            schema::expect("page-server-summary", line)?;
+        }
         Ok((lines.len() == count).then_some(lines))
     })
     .unwrap()

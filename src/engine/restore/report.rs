@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::Restore;
@@ -31,11 +32,11 @@ pub struct Progress {
 }
 
 /// What a restore did.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Summary {
     /// Bytes in a page.
     pub page_bytes: u64,
-    /// Restored processes, and children they forked while pages were missing.
+    /// How many processes were restored, and children they forked while pages were missing.
     pub processes: u64,
     /// Pages that were missing at the start or came with a fork.
     pub total_pages: u64,
@@ -43,7 +44,7 @@ pub struct Summary {
     pub pages: Counts,
     /// Pages that did not come and were not poisoned either.
     pub missing_pages: u64,
-    /// From a fault's message until its page was there.
+    /// From a fault's message until its page was there, µs.
     pub fault_latency: LatencySummary,
     /// Bytes received from the source, headers included.
     pub bytes_received: u64,
@@ -53,7 +54,7 @@ pub struct Summary {
     pub total_ms: u64,
     /// Bytes that `--auto-dedup` has taken out of the local images.
     pub freed_bytes: u64,
-    /// Faults that the trace lacks because the disk could not keep up.
+    /// How many faults the trace lacks because the disk could not keep up.
     pub trace_left_out: u64,
     /// What became of the huge pages that were there before.
     pub huge_pages: CollapseSummary,

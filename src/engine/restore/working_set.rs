@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::{Restore, RestoreConfig};
@@ -19,7 +20,7 @@ use crate::lazy::working_set::{Mapping, Recorder, WorkingSet};
 use crate::units::{PageSize, Vaddr};
 
 /// What a working set did for a restore.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, JsonSchema)]
 pub struct WorkingSetSummary {
     /// Missing pages that it named.
     pub pages: u64,

@@ -22,6 +22,7 @@ pub enum PageOutcome {
 
 /// Pages by their outcome.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, serde::Serialize)]
+#[cfg_attr(feature = "engine", derive(schemars::JsonSchema))]
 pub struct Counts {
     /// Pages that a thread waited for and that were fetched for it.
     pub fault: u64,

@@ -161,6 +161,7 @@ impl ServiceHosts {
             .with_context(|| format!("{mode}:{}", there.agent.log_tail()))?;
         let report = here.host.home().join("report.json");
         let report = serde_json::from_slice(&fs::read(report)?)?;
+        crate::schema::expect("migrate-report", &report)?;
         self.moves += 1;
         Ok(report)
     }

@@ -14,7 +14,7 @@ pub(crate) struct Bar {
     name: String,
     /// What was measured, if the run had what it needs.
     measured: Option<Sample>,
-    /// The most that it may be.
+    /// The most that it may be, in the unit of what was measured.
     limit: f64,
     /// Whether the promise is kept; none: this run cannot tell.
     kept: Option<bool>,

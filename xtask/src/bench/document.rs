@@ -1,5 +1,5 @@
 //! What every benchmark writes with `--json`: one form, which `bench report` reads. Its schema is
-//! docs/reference/bench.schema.json.
+//! docs/reference/schemas/bench.schema.json.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -92,11 +92,4 @@ pub(crate) struct Metric {
     pub(crate) name: String,
     /// For each contender, in their order: its sample of each round, null where the run had none.
     pub(crate) samples: Vec<Vec<Option<Sample>>>,
-}
-
-/// The schema, as JSON.
-pub(crate) fn schema() -> String {
-    let schema = schemars::schema_for!(Document);
-    let text = serde_json::to_string_pretty(&schema);
-    text.unwrap_or_else(|error| format!("error: {error}")) + "\n"
 }

@@ -23,7 +23,7 @@ pub(crate) enum Bound {
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Sample {
-    /// The value.
+    /// The value, in the unit of its owner.
     pub(crate) value: f64,
     /// What it says.
     pub(crate) bound: Bound,

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use schemars::JsonSchema;
 use serde::Serialize;
 use testbed::criu::{self, Suite};
 use testbed::wait::{self, GENEROUS};
@@ -65,27 +66,31 @@ pub(crate) struct Args {
 }
 
 /// What is printed at the end, as one line of JSON.
-#[derive(Debug, Default, Serialize)]
-struct Counts {
+#[derive(Debug, Default, Serialize, JsonSchema)]
+pub(crate) struct Counts {
+    /// The number that `--seed` gave.
     seed: u64,
+    /// Version of CRIU.
     criu: String,
+    /// How long it took, seconds.
     seconds: u64,
+    /// How many migrations were tried.
     migrations: u64,
-    /// The processes live at the destination, whole.
+    /// After how many the processes live at the destination, whole.
     completed: u64,
-    /// They live at the source, whole.
+    /// After how many they live at the source, whole.
     rolled_back: u64,
-    /// They live nowhere.
+    /// After how many they live nowhere.
     lost: u64,
-    /// They run on both sides.
+    /// After how many they run on both sides.
     doubled: u64,
-    /// They have other contents than they gave a page, or do not answer.
+    /// After how many they have other contents than they gave a page, or do not answer.
     wrong_pages: u64,
-    /// Migrations after which a program, a file, a mount, a rule or a registration was left.
+    /// How many migrations after which a program, a file, a mount, a rule or a registration was left.
     leftovers: u64,
-    /// Migrations that did not come to an end.
+    /// How many migrations that did not come to an end.
     stuck: u64,
-    /// The only holder of memory, or of restored processes, was killed after the decision: what is gone says so.
+    /// In how many the only holder of memory, or of restored processes, was killed after the decision: what is gone says so.
     holder_killed: u64,
 }
 

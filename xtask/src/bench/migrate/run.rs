@@ -141,7 +141,7 @@ impl Fixture<'_> {
         let mut command = moves.start(load, &agent)?;
         command.succeed(LIMIT)?;
         load.wait_until_gone()?;
-        let report: Value = serde_json::from_slice(&fs::read(moves.report())?)?;
+        let report = moves.report()?;
         let field = |name: &str| report[name].as_f64().context("a field of the report");
         let resumed = field("preparation_ms")? + field("downtime_ms")?;
         run.complete_ms = (field("complete_ms")? - resumed).max(0.0);

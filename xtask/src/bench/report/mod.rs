@@ -6,7 +6,7 @@
 //! ```
 
 mod page;
-mod plots;
+pub(super) mod plots;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -50,7 +50,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn read(path: &Path) -> Result<Document> {
+/// Reads a file of results.
+pub(super) fn read(path: &Path) -> Result<Document> {
     let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
     let document: Document = serde_json::from_str(&text)
         .with_context(|| format!("{} is no result of a benchmark", path.display()))?;
@@ -78,19 +79,19 @@ fn read(path: &Path) -> Result<Document> {
 
 impl Case {
     /// The metric of this name.
-    fn metric(&self, name: &str) -> Option<&Metric> {
+    pub(super) fn metric(&self, name: &str) -> Option<&Metric> {
         self.metrics.iter().find(|metric| metric.name == name)
     }
 }
 
 impl Metric {
     /// What a contender's runs had.
-    fn of(&self, contender: usize) -> impl Iterator<Item = Sample> {
+    pub(super) fn of(&self, contender: usize) -> impl Iterator<Item = Sample> {
         self.samples[contender].iter().flatten().copied()
     }
 
     /// The median of a contender's runs.
-    fn median(&self, contender: usize) -> Option<Sample> {
+    pub(super) fn median(&self, contender: usize) -> Option<Sample> {
         median(self.of(contender))
     }
 
@@ -106,9 +107,6 @@ impl Metric {
 
 #[cfg(test)]
 mod tests {
-    use testbed::workspace::root;
-
-    use super::super::document;
     use super::*;
 
     /// A result that was taken on a busy machine: it shows the form, and no speed.
@@ -154,16 +152,6 @@ mod tests {
         }
         assert!(page.contains("too few faults for a 99th percentile"));
         fs::remove_dir_all(&dir).unwrap();
-    }
-
-    #[test]
-    fn the_schema_is_current() {
-        let path = root().join("docs/reference/bench.schema.json");
-        let committed = fs::read_to_string(path).unwrap_or_default();
-        assert!(
-            committed == document::schema(),
-            "cargo xtask assets --docs -o DIR writes it"
-        );
     }
 
     #[test]
