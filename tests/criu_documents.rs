@@ -15,7 +15,7 @@ use testbed::documents::{Block, Stage, blocks, documents};
 use testbed::pki::{Authority, Host};
 use testbed::suite::with_criu;
 use testbed::workspace::root;
-use testbed::{debian, gate, gocriu};
+use testbed::{debian, gate, gocriu, ssh};
 
 /// Blocks that are not run, by a word of theirs, and why.
 const NOT_RUN: &[(&str, &str)] = &[
@@ -151,8 +151,20 @@ fn run_document(bed: &Bed, criu: &Criu, document: &Path) -> Result<Option<usize>
             continue;
         }
         let says = |word: &str| blocks.iter().any(|block| block.text.contains(word));
+        // A copy to another host is made by a real ssh.
+        let by_ssh = says("copy-lazy ") && says(" $DESTINATION:");
+        let system = match by_ssh {
+            true => gate::need("a system with ssh", ssh::system()),
+            false => Some(system.clone()),
+        };
+        let Some(system) = system else {
+            return Ok(None);
+        };
         let mut stage = Stage::new(bed, &system, criu, &format!("{name}-{number}"))?;
         write_credentials(&stage)?;
+        if by_ssh {
+            ssh::connect(&stage)?;
+        }
         if let Some(program) = &program {
             fs::copy(program, stage.tools().join("move"))?;
         }

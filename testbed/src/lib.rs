@@ -19,6 +19,7 @@
 //!   debian     programs of other Debian suites           orphan         processes whose parent has ended
 //!   systemd    a manager of services in namespaces       services         services that move while clients talk
 //!   schema     what programs write, by its schema       web            a container without state, and its visitors
+//!   ssh        a real sshd for two hosts
 //!   routes     what leads visitors to it               failing        calls that fail, by their number
 //!   laboratory what userfaultfd's mechanisms cost
 //! ```
@@ -63,6 +64,7 @@ pub mod runc;
 pub mod schema;
 pub mod services;
 pub mod shim;
+pub mod ssh;
 pub mod stats;
 pub mod suite;
 pub mod summary;

@@ -41,6 +41,7 @@ pub(crate) fn run_tests(args: &Args) -> Result<()> {
     Phaul::built()?;
     testbed::debian::runtimes()?;
     testbed::services::Service::Redis.system()?;
+    testbed::ssh::system()?;
     let nextest = nextest()?;
     let binaries = setup::debug_binaries()?;
     // Once for all tests; each of them would raise it and put it back by itself.
