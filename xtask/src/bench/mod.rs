@@ -14,6 +14,7 @@
 
 mod bars;
 pub(crate) mod document;
+mod figure;
 mod instructions;
 mod kernel;
 mod migrate;
@@ -47,6 +48,8 @@ enum Bench {
     Instructions(instructions::Args),
     /// This kernel's mechanisms around userfaultfd, each for itself: `cargo bench --bench uffd`.
     Kernel(kernel::Args),
+    /// The README's figure and the plots of docs/performance.md, from results.
+    Figure(figure::Args),
     /// Whole migrations: `pageferry migrate` in its modes, and the same done by CRIU alone.
     Migrate(migrate::Args),
     /// Page servers that receive a dump or serve it: page-server, CRIU's, and a bare sink.
@@ -65,6 +68,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     match &args.bench {
         Bench::Instructions(args) => return instructions::run(args),
         Bench::Kernel(args) => return kernel::run(args),
+        Bench::Figure(args) => return figure::run(args),
         Bench::Report(args) => return report::run(args),
         _ => {}
     }
@@ -76,6 +80,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         Bench::Migrate(args) => migrate::run(args),
         Bench::PageServer(args) => page_server::run(args),
         Bench::PostCopy(args) => post_copy::run(args),
+        Bench::Figure(args) => figure::run(args),
         Bench::Report(args) => report::run(args),
         Bench::Stream(args) => stream::run(args),
     }

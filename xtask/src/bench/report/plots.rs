@@ -7,6 +7,7 @@ use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
 use super::super::document::{Case, Metric};
+use super::super::table::cell;
 
 /// Width and height, pixels.
 const SIZE: (u32, u32) = (900, 380);
@@ -35,6 +36,9 @@ const TIMES: [&str; 3] = ["drained s", "downtime ms", "s"];
 /// How much further than the data a logarithmic axis goes where the legend stands beside them.
 const LEGEND_ROOM: f64 = 12.0;
 
+/// How much further it goes where values stand behind points.
+const VALUE_ROOM: f64 = 3.0;
+
 /// A curve of one contender.
 struct Curve {
     name: String,
@@ -42,7 +46,7 @@ struct Curve {
 }
 
 /// Draws what a case allows into `dir`, and tells the files.
-pub(super) fn of_case(case: &Case, dir: &Path, stem: &str) -> Result<Vec<String>> {
+pub(in super::super) fn of_case(case: &Case, dir: &Path, stem: &str) -> Result<Vec<String>> {
     let mut files = Vec::new();
     if let Some(time) = time_of(case) {
         let file = format!("{stem}-runs.svg");
@@ -151,13 +155,16 @@ fn runs(case: &Case, metric: &Metric, path: &Path) -> Result<()> {
     let rows = -0.5..(count as f64 - 0.5);
     let mut chart = ChartBuilder::on(&area)
         .caption(
-            format!("{}: {} (points: runs; bar: median)", case.name, metric.name),
+            format!(
+                "{}: {} (points: runs; bar and number: median)",
+                case.name, metric.name
+            ),
             ("sans-serif", 15),
         )
         .margin(12)
         .x_label_area_size(36)
         .y_label_area_size(250)
-        .build_cartesian_2d((low..high).log_scale(), rows)
+        .build_cartesian_2d((low..high * VALUE_ROOM).log_scale(), rows)
         .map_err(drawing)?;
     let name = |row: &f64| {
         let at = (0..count).find(|&at| (count as f64 - 1.0 - at as f64 - row).abs() < 0.25);
@@ -184,6 +191,12 @@ fn runs(case: &Case, metric: &Metric, path: &Path) -> Result<()> {
             chart
                 .draw_series(LineSeries::new(bar, colour.stroke_width(3)))
                 .map_err(drawing)?;
+            let most = metric
+                .of(at)
+                .fold(median.value, |most, sample| most.max(sample.value));
+            let text = Text::new(cell(Some(median)), (10, -7), ("sans-serif", 13));
+            let text = EmptyElement::at((most, row)) + text;
+            chart.draw_series([text]).map_err(drawing)?;
         }
     }
     area.present().map_err(drawing)
@@ -321,7 +334,7 @@ fn log_range(values: impl Iterator<Item = f64>) -> (f64, f64) {
     clippy::trivially_copy_pass_by_ref,
     reason = "the form that plotters asks for"
 )]
-fn label(value: &f64) -> String {
+pub(in super::super) fn label(value: &f64) -> String {
     let text = format!("{value:.4}");
     let text = text.trim_end_matches('0').trim_end_matches('.');
     match text {
@@ -334,6 +347,6 @@ fn colour(at: usize) -> RGBColor {
     COLOURS[at % COLOURS.len()]
 }
 
-fn drawing(error: impl std::fmt::Display) -> anyhow::Error {
+pub(in super::super) fn drawing(error: impl std::fmt::Display) -> anyhow::Error {
     anyhow!("drawing: {error}")
 }
