@@ -96,7 +96,7 @@ fn anchor(heading: &str) -> String {
 }
 
 /// Where the links of a line lead. What stands between backticks is no link.
-fn links_of(line: &str) -> impl Iterator<Item = String> {
+pub(super) fn links_of(line: &str) -> impl Iterator<Item = String> {
     let parts = line.split('`').enumerate();
     let plain: String = parts
         .map(|(index, part)| if index % 2 == 0 { part } else { "" })

@@ -1,13 +1,15 @@
-//! Checks what the documents say: short sentences, and links that lead somewhere.
+//! Checks what the documents say: short sentences, links that lead somewhere, a complete table of contents.
 //!
 //! ```text
 //! *.md ── blocks ──> paragraphs ──> sentences of SENTENCE_WORDS_MAX words at most
 //!            │
-//!            └── headings, links ──> files and anchors that exist
+//!            ├── headings, links ──> files and anchors that exist
+//!            └── docs/SUMMARY.md ──> each page of the book, once
 //! ```
 //!
 //! Tables and blocks of code are no prose.
 
+mod contents;
 mod links;
 mod sentences;
 
@@ -17,6 +19,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use testbed::workspace;
 
+use contents::SUMMARY;
 use links::Links;
 use sentences::{long_sentences, paragraphs};
 
@@ -41,10 +44,14 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
     let root = workspace::root();
     let mut problems = Vec::new();
     let mut links = Links::default();
-    for path in tracked::files(root, "*.md")? {
-        let text = fs::read_to_string(root.join(&path))
+    let documents = tracked::files(root, "*.md")?;
+    for path in &documents {
+        let text = fs::read_to_string(root.join(path))
             .with_context(|| format!("cannot read {}", path.display()))?;
-        if is_prose(&path) {
+        if path == Path::new(SUMMARY) {
+            problems.extend(contents::problems(&text, &documents));
+        }
+        if is_prose(path) {
             problems.extend(
                 long_sentences(&paragraphs(&text), SENTENCE_WORDS_MAX).map(|(line, words, start)| {
                     format!(
@@ -54,7 +61,7 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
                 }),
             );
         }
-        links.add(path, &text);
+        links.add(path.clone(), &text);
     }
     problems.extend(links.broken(root));
     ensure!(problems.is_empty(), "{}", problems.join("\n"));
