@@ -5,10 +5,11 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
+use testbed::agent::Move;
 use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::routes::{Haproxy, NftRoute};
@@ -22,13 +23,36 @@ const READY: [&str; 2] = ["--ready", "http://127.0.0.1:8080/ready"];
 
 /// A place with the service, unless there is no runc.
 fn with_web(test: impl FnOnce(&Bed, &Web) -> Result<()>) {
+    with_web_of("runc", false, test);
+}
+
+/// The same by another runtime, and with a root that is an overlay if it is `layered`.
+fn with_web_of(runtime: &'static str, layered: bool, test: impl FnOnce(&Bed, &Web) -> Result<()>) {
     with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
-        let Some(()) = gate::need("runc", runc::find()) else {
+        let found = runc::find().and_then(|()| {
+            let mut version = Command::new(runtime);
+            testbed::process::run(version.arg("--version")).map(drop)
+        });
+        let Some(()) = gate::need(runtime, found) else {
             return Ok(());
         };
-        let web = Web::start(bed, criu, "runc")?;
+        let web = Web::start_on(bed, criu, runtime, layered)?;
         test(bed, &web)
     });
+}
+
+/// A route by nftables, and visitors who come over it.
+fn visited(web: &Web) -> Result<(NftRoute<'_>, Visitors)> {
+    let route = NftRoute::new(&web.three, PORT)?;
+    let here = web.three.source.address;
+    let visitors = Visitors::start(&web.three.client, route.front()?, here)?;
+    Ok((route, visitors))
+}
+
+/// Carries a move out.
+fn succeed(web: &Web, moves: &Move<'_>) -> Result<()> {
+    let moved = web.start_move(moves)?.succeed(GENEROUS);
+    moved.map(drop).with_context(|| web.agent.log())
 }
 
 /// A report's figure, ms.
@@ -41,14 +65,10 @@ fn ms(report: &Value, name: &str) -> Result<f64> {
 #[test]
 fn live_loses_no_answer_by_nftables() {
     with_web(|_, web| {
-        let route = NftRoute::new(&web.three, PORT)?;
-        let here = web.three.source.address;
-        let visitors = Visitors::start(&web.three.client, route.front()?, here)?;
+        let (route, visitors) = visited(web)?;
         let moves = web.moves("live", &["--mode", "live", "--probe", "tcp:8080"]);
         let moves = moves.with(&READY).with(&["--route", &route.option()]);
-        let mut moving = web.start_move(&moves)?;
-        let moved = moving.succeed(GENEROUS);
-        moved.with_context(|| web.agent.log())?;
+        succeed(web, &moves)?;
         visitors.expect_answers()?;
         expect_all_there(&visitors)?;
         web.expect_moved()?;
@@ -105,8 +125,7 @@ fn live_loses_no_answer_by_haproxy() {
         web.expect_here("fails")?;
         visitors.expect_answers()?;
         let moves = web.moves("live", &live).with(&READY);
-        let moved = web.start_move(&moves)?.succeed(GENEROUS);
-        moved.with_context(|| web.agent.log())?;
+        succeed(web, &moves)?;
         visitors.expect_answers()?;
         expect_all_there(&visitors)?;
         web.expect_moved()
@@ -130,8 +149,7 @@ fn cold_brings_the_files_as_they_were_at_the_end() {
         ];
         let moves = web.moves("cold", &cold).with(&["--ready", "tcp:8080"]);
         let moves = moves.with(&["--route", &route.option()]);
-        let moved = web.start_move(&moves)?.succeed(GENEROUS);
-        moved.with_context(|| web.agent.log())?;
+        succeed(web, &moves)?;
         web.expect_moved()?;
         route.expect_there()?;
         let there = web.bundle_there("cold").join("rootfs/mark");
@@ -158,12 +176,57 @@ fn cold_brings_the_files_as_they_were_at_the_end() {
     });
 }
 
+/// A first move fails when its layer is there; the second one sends no more than the writable layer.
+fn layers_travel_once(web: &Web) -> Result<()> {
+    let cold = ["--mode", "cold", "--probe", "tcp:8080", "--timeout", "20s"];
+    let fails = web
+        .moves("fails", &cold)
+        .with(&["--ready", "tcp:8080", "--pre-freeze", "false"]);
+    web.start_move(&fails)?.fail(GENEROUS)?;
+    web.expect_here("fails")?;
+    let moves = web.moves("moves", &cold).with(&["--ready", "tcp:8080"]);
+    succeed(web, &moves)?;
+    web.expect_moved()?;
+    let bytes = |moves: &Move<'_>| -> Result<u64> {
+        let report = moves.report()?;
+        let layers = &report["files"]["layers"];
+        ensure!(layers[1].is_null(), "{report}");
+        layers[0]["bytes"]
+            .as_u64()
+            .with_context(|| report.to_string())
+    };
+    ensure!(bytes(&fails)? > 1 << 18, "{}", fails.report()?);
+    ensure!(bytes(&moves)? == 0, "{}", moves.report()?);
+    let wire = moves.report()?["wire_bytes"].as_u64();
+    ensure!(wire.is_some_and(|bytes| bytes < 1 << 16), "{wire:?}");
+    // The layer's file is deleted there, too, and the service is the layer's.
+    let look =
+        "cd \"$1\"/rootfs; [ $(stat -f -c %T .) = overlayfs ]; [ ! -e gone ]; [ -e bin/answers ]";
+    let mut command = web.there_shell(look)?;
+    testbed::process::run(command.arg(web.bundle_there("moves"))).map(drop)
+}
+
+#[test]
+fn layers_of_a_stateless_container_travel_once() {
+    with_web_of("runc", true, |_, web| layers_travel_once(web));
+}
+
+#[test]
+fn live_loses_no_answer_by_crun() {
+    with_web_of("crun", false, |_, web| {
+        let (route, visitors) = visited(web)?;
+        let moves = web.moves("live", &["--mode", "live", "--route", &route.option()]);
+        succeed(web, &moves.with(&READY))?;
+        visitors.expect_answers()?;
+        expect_all_there(&visitors)?;
+        web.expect_moved()
+    });
+}
+
 #[test]
 fn what_fails_before_the_switch_changes_nothing() {
     with_web(|bed, web| {
-        let route = NftRoute::new(&web.three, PORT)?;
-        let here = web.three.source.address;
-        let visitors = Visitors::start(&web.three.client, route.front()?, here)?;
+        let (route, visitors) = visited(web)?;
         let pid = web.state_here()?.context("a state")?["pid"].clone();
         let steps = bed.path("steps");
         let noted = format!(
@@ -257,9 +320,7 @@ fn a_cold_move_that_fails_starts_the_container_here_again() {
 #[test]
 fn a_command_that_is_killed_while_it_switches_is_undone_by_the_guard() {
     with_web(|_, web| {
-        let route = NftRoute::new(&web.three, PORT)?;
-        let here = web.three.source.address;
-        let visitors = Visitors::start(&web.three.client, route.front()?, here)?;
+        let (route, visitors) = visited(web)?;
         let kills = "exec:[ $PAGEFERRY_ROUTE = back ] || kill -KILL $PPID";
         let live = [
             "--mode",
@@ -381,9 +442,7 @@ fn bars() {
             Ok(())
         });
         with_web(|_, web| {
-            let route = NftRoute::new(&web.three, PORT)?;
-            let here = web.three.source.address;
-            let visitors = Visitors::start(&web.three.client, route.front()?, here)?;
+            let (route, visitors) = visited(web)?;
             let (began, before) = (std::time::Instant::now(), visitors.here());
             let moves = web.moves("live", &["--mode", "live", "--route", &route.option()]);
             web.start_move(&moves.with(&READY))?.succeed(GENEROUS)?;

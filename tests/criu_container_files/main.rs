@@ -1,6 +1,7 @@
 //! Files move with a container that writes them: the destination's tree is the source's at the freeze, and what fails
 //! before the decision leaves no half of a tree.
 
+mod cuts;
 mod layers;
 mod pid;
 mod power_cut;

@@ -73,6 +73,10 @@ pub(crate) const CONTAINERS: &[Needed] = &[
         package: "runc",
     },
     Needed {
+        program: "crun",
+        package: "crun",
+    },
+    Needed {
         program: "iptables-restore",
         package: "iptables",
     },

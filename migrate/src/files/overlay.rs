@@ -149,7 +149,8 @@ pub(super) fn unmount(target: &Path) -> Result<()> {
     unmounted.map_err(|errno| Error::file("unmount", target, errno))
 }
 
-fn remove(dir: &Path) -> Result<()> {
+/// Removes a directory with all that is in it, if it is there.
+pub(super) fn remove(dir: &Path) -> Result<()> {
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(Error::file("remove", dir, error))

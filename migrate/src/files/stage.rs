@@ -27,7 +27,7 @@ use pageferry::error::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
 
 use super::hash::BlockHasher;
-use super::overlay::{self, Lowers};
+use super::overlay::{self, Lowers, remove};
 use super::scan::Scanner;
 use super::tree_dir::{TreeDir, open_beneath};
 use super::writer::Writer;
@@ -460,15 +460,6 @@ fn rename(from: &Path, to: &Path, flags: RenameFlags) -> Result<()> {
         let what = format!("rename {} to", from.display());
         Error::file(&what, to, errno)
     })
-}
-
-fn remove(dir: &Path) -> Result<()> {
-    match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(Error::file("remove", dir, error))
-        }
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]

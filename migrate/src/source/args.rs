@@ -226,6 +226,12 @@ impl Args {
         self.address.iter().chain(routes).cloned().collect()
     }
 
+    /// The same, on the destination's devices.
+    pub(super) fn addresses_there(&self) -> Vec<ServiceAddress> {
+        let addresses = self.addresses().into_iter();
+        addresses.map(|address| address.there).collect()
+    }
+
     /// All other routes.
     pub(super) fn routes(&self) -> Vec<Route> {
         let routes = self.route.iter().filter_map(|route| match route {

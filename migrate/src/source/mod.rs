@@ -34,6 +34,7 @@ mod stateless;
 mod stateless_args;
 mod survey;
 mod throttle;
+mod warnings;
 
 use std::process::ExitCode;
 

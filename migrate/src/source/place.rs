@@ -12,7 +12,6 @@ use std::io::{self, Write};
 use std::net::{Ipv4Addr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -30,6 +29,7 @@ use super::container::Held;
 use super::hooks::{Hooks, Point};
 use super::moved_addresses::MovedAddresses;
 use super::network::{self, Connection};
+use super::warnings::Warnings;
 use crate::client::AgentClient;
 use crate::files::Stage;
 use crate::records;
@@ -126,7 +126,7 @@ pub(super) struct Place {
     /// What hooks are told besides, by name.
     notes: Vec<(&'static str, String)>,
     /// What went wrong beside the migration.
-    warnings: Mutex<Vec<String>>,
+    warnings: Warnings,
 }
 
 impl Place {
@@ -144,7 +144,7 @@ impl Place {
             facts,
             client,
             notes: Vec::new(),
-            warnings: Mutex::default(),
+            warnings: Warnings::default(),
         };
         let images = place.images();
         fs::create_dir(&images)
@@ -164,7 +164,7 @@ impl Place {
             facts,
             client,
             notes: Vec::new(),
-            warnings: Mutex::default(),
+            warnings: Warnings::default(),
         })
     }
 
@@ -198,8 +198,7 @@ impl Place {
 
     /// What went wrong beside the migration, so far.
     pub(super) fn take_warnings(&self) -> Vec<String> {
-        let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
-        std::mem::take(&mut *warnings)
+        self.warnings.take()
     }
 
     /// Runs the user's command for a point of the migration.
@@ -423,9 +422,7 @@ impl Place {
     }
 
     fn warn(&self, text: String) {
-        tracing::warn!("{text}");
-        let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
-        warnings.push(text);
+        self.warnings.add(text);
     }
 
     fn end_forwarders(&self) {

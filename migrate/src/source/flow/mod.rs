@@ -225,12 +225,7 @@ impl<'a> Flow<'a> {
             tcp: self.args.tcp(),
             timeout_s: self.args.timeout.as_secs(),
             container: self.container.clone(),
-            addresses: self
-                .args
-                .addresses()
-                .into_iter()
-                .map(|address| address.there)
-                .collect(),
+            addresses: self.args.addresses_there(),
             files: self.files.told(),
             keeps_files: false,
         };

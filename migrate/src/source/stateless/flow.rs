@@ -165,12 +165,7 @@ impl<'a> Flow<'a> {
         let begin = ContainerBegin {
             id: self.place.facts.id.clone(),
             container: self.container.clone(),
-            addresses: self
-                .args
-                .addresses()
-                .into_iter()
-                .map(|address| address.there)
-                .collect(),
+            addresses: self.args.addresses_there(),
             timeout_s: self.args.timeout.as_secs(),
             drain_ms: self.place.facts.drain_ms,
             overlay: self.layered.as_ref().map(Layered::told),

@@ -3,7 +3,6 @@
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use pageferry::error::{Error, Kind, Result};
@@ -22,6 +21,7 @@ use crate::runtime::anew;
 use crate::source::container::Held;
 use crate::source::hooks::{Hooks, Point};
 use crate::source::moved_addresses::MovedAddresses;
+use crate::source::warnings::Warnings;
 
 /// What is needed to finish it, in its directory.
 pub(super) const FACTS: &str = "stateless.json";
@@ -65,7 +65,7 @@ pub(super) struct Place {
     pub(super) client: AgentClient,
     /// What commands are told besides, by name.
     notes: Vec<(&'static str, String)>,
-    warnings: Mutex<Vec<String>>,
+    warnings: Warnings,
 }
 
 impl Place {
@@ -96,7 +96,7 @@ impl Place {
             facts,
             client,
             notes: Vec::new(),
-            warnings: Mutex::default(),
+            warnings: Warnings::default(),
         }
     }
 
@@ -119,14 +119,11 @@ impl Place {
     }
 
     pub(super) fn warn(&self, text: String) {
-        tracing::warn!("{text}");
-        let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
-        warnings.push(text);
+        self.warnings.add(text);
     }
 
     pub(super) fn take_warnings(&self) -> Vec<String> {
-        let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
-        std::mem::take(&mut *warnings)
+        self.warnings.take()
     }
 
     /// What the user's commands are told, by name.
