@@ -84,3 +84,42 @@ fn archives(bed: &Bed, criu: &Criu) -> Result<()> {
     }
     Ok(())
 }
+
+/// podman goes on with a container of its own that `pageferry dump` has written, twice.
+const PODMAN: &str = r#"
+mkdir -p rootfs/bin rootfs/etc
+cp /usr/bin/busybox rootfs/bin/
+ln -s busybox rootfs/bin/sh
+tar -C rootfs -c . | podman import - tiny > /dev/null
+podman run -d --name c1 tiny /bin/sh -c \
+    'echo new > /etc/new; i=0; while :; do i=$((i+1)); echo $i > /count; /bin/busybox sleep 0.1; done' > /dev/null
+count() { podman exec $1 /bin/busybox cat /count; }
+until [ -n "$(count c1)" ]; do sleep 0.1; done
+id=$(podman inspect -f '{{.Id}}' c1)
+pageferry dump $id --runtime crun --runtime-root /run/crun -o c1.tar.zst --leave-running
+before=$(count c1)
+podman rm -f -t 0 c1 > /dev/null
+podman container restore --import c1.tar.zst > /dev/null
+until [ "$(count c1)" -ge 1 ]; do sleep 0.1; done
+[ "$(podman exec c1 /bin/busybox cat /etc/new)" = new ]
+podman container restore --import c1.tar.zst --name again > /dev/null
+until [ "$(count again)" -ge 1 ]; do sleep 0.1; done
+podman rm -f -t 0 again > /dev/null
+mkdir -p bundle/rootfs
+if pageferry restore c1.tar.zst --bundle bundle --runtime crun 2> refused; then exit 1; fi
+grep -q "podman container restore --import" refused
+[ -z "$(ls -A bundle/rootfs)" ]
+"#;
+
+#[test]
+fn podman_imports_an_archive() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
+            return Ok(());
+        };
+        let stage = Stage::new(bed, &system, criu, "podman")?;
+        let host = &stage.machines[0];
+        host.script("echo manage-cgroups=ignore > /etc/criu/crun.conf")?;
+        host.script(&format!("export PATH=/criu:$PATH\n{PODMAN}"))
+    });
+}

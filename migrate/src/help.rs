@@ -19,6 +19,8 @@ const HEADINGS: &[(&str, &[&str])] = &[
             "bundle",
             "bundles",
             "base",
+            "image",
+            "image_id",
             "pause",
             "stateless",
             "ready",
@@ -135,6 +137,10 @@ const SHORT: &[(&str, &str)] = &[
         "A directory that moves along, to DST or to the same path",
     ),
     ("base", "The image that the container was made of"),
+    (
+        "image",
+        "The image of which podman makes the container when it imports the archive",
+    ),
 ];
 
 /// Exit codes of the commands that do something.

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use pageferry::error::{Error, Result};
-use pageferry::migration::messages::ContainerId;
+use pageferry::migration::messages::{ContainerId, Digest};
 use serde::Serialize;
 
 use super::capture::{Unfinished, capture};
+use super::podman::Image;
 use super::{CHECKPOINT, CONFIG, DELETED, FILES, Found, LOG, SPEC, STATS, documents, found};
 use crate::export::difference;
 use crate::programs::ProgramArgs;
@@ -37,12 +38,28 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 
+    /// Name of the image that podman makes the container of when it imports the archive [default: that
+    /// of a container of podman's]
+    #[arg(long, value_name = "NAME", requires = "image_id")]
+    image: Option<String>,
+
+    /// The image's id at the destination, 64 hexadecimal digits
+    #[arg(long, value_name = "ID", requires = "image", value_parser = image_id)]
+    image_id: Option<String>,
+
     /// Let the container go on afterwards
     #[arg(long)]
     leave_running: bool,
 
     #[command(flatten)]
     programs: ProgramArgs,
+}
+
+/// As podman writes it.
+fn image_id(text: &str) -> std::result::Result<String, String> {
+    let id = text.strip_prefix("sha256:").unwrap_or(text);
+    let digest = id.parse::<Digest>().map_err(|error| error.to_string());
+    digest.map(|digest| digest.to_string())
 }
 
 /// Dumps a container.
@@ -66,10 +83,30 @@ async fn dump(args: &Args) -> Result<()> {
     super::finish(&archive, &args.output, stopped, args.leave_running).await
 }
 
+/// The image by which podman imports the archive.
+fn image(args: &Args, found: &Found) -> Image {
+    let known = found.podman.as_ref().map(|podman| podman.image.clone());
+    let known = known.unwrap_or_default();
+    Image {
+        name: args.image.clone().unwrap_or(known.name),
+        id: args.image_id.clone().unwrap_or(known.id),
+    }
+}
+
 /// Writes what stands beside the images.
 async fn write_parts(parts: &Path, args: &Args, found: &Found) -> Result<()> {
     let runtime = args.runtime.kind().name();
-    let config = documents::config(args.id.as_str(), runtime, found.created.as_deref());
+    let id = args.id.as_str();
+    let name = found
+        .podman
+        .as_ref()
+        .and_then(|podman| podman.name.as_deref());
+    let config = documents::config(
+        (id, name.unwrap_or(id)),
+        &image(args, found),
+        runtime,
+        found.created.as_deref(),
+    );
     write_json(&parts.join(CONFIG), &config)?;
     write_json(&parts.join(SPEC), &documents::spec(&found.config))?;
     for name in [LOG, STATS] {

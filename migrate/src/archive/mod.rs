@@ -15,6 +15,7 @@ mod capture;
 mod documents;
 pub(crate) mod dump;
 mod entries;
+mod podman;
 pub(crate) mod restore;
 pub(crate) mod snapshot;
 
@@ -29,6 +30,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::runtime::{Runtime, RuntimeArg, bundle};
 use capture::{Stopped, Target};
+use podman::PodmanContainer;
 
 const CHECKPOINT: &str = "checkpoint";
 const CONFIG: &str = "config.dump";
@@ -43,6 +45,8 @@ struct Found {
     target: Target,
     /// Its bundle's configuration.
     config: Value,
+    /// What podman knows of it, if it is one of podman's.
+    podman: Option<PodmanContainer>,
     /// When it was made, as RFC 3339 has it.
     created: Option<String>,
 }
@@ -59,6 +63,7 @@ async fn found(id: &ContainerId, kind: RuntimeArg, root: Option<PathBuf>) -> Res
         return Err(Error::new(Kind::Usage, text));
     }
     Ok(Found {
+        podman: podman::find(&state.bundle, id.as_str())?,
         config: bundle::config(&state.bundle)?,
         created: state.created,
         target: Target::Container(runtime, id.clone(), state.pid),

@@ -77,6 +77,13 @@ async fn restore(args: &Args) -> Result<()> {
     unpack_parts(&args.file, &parts)?;
     let config: Value = read(&parts.join(CONFIG))?;
     let spec: Value = read(&parts.join(SPEC))?;
+    if documents::is_podmans(&spec) {
+        let text = format!(
+            "{} is of a container of podman's: `podman container restore --import` takes it",
+            args.file.display()
+        );
+        return Err(Error::new(Kind::Usage, text));
+    }
     let id = match (&args.name, documents::name(&config)) {
         (Some(name), _) => name.clone(),
         (None, Some(name)) => name.parse().map_err(|error| {
