@@ -4,6 +4,7 @@
 //!   migrate, post_copy, page_server, stream   what is measured and judged
 //!   kernel   mechanisms of userfaultfd, each for itself
 //!   instructions   counts of pure hot paths against another revision
+//!   files, migrate, post_copy, page_server, stream   what is measured and judged
 //!   results  cases as they are done, saved
 //!   rounds   runs of all contenders, compared      stats   medians and ratios of samples and bounds
 //!   bars     promises, kept or not                 table   text
@@ -15,6 +16,7 @@
 mod bars;
 pub(crate) mod document;
 mod figure;
+mod files;
 mod instructions;
 mod kernel;
 mod migrate;
@@ -50,6 +52,8 @@ enum Bench {
     Kernel(kernel::Args),
     /// The README's figure and the plots of docs/performance.md, from results.
     Figure(figure::Args),
+    /// The last difference of a directory that moves with a process, and the same by rsync over ssh.
+    Files(files::Args),
     /// Whole migrations: `pageferry migrate` in its modes, and the same done by CRIU alone.
     Migrate(migrate::Args),
     /// Page servers that receive a dump or serve it: page-server, CRIU's, and a bare sink.
@@ -77,6 +81,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     match &args.bench {
         Bench::Instructions(args) => instructions::run(args),
         Bench::Kernel(args) => kernel::run(args),
+        Bench::Files(args) => files::run(args),
         Bench::Migrate(args) => migrate::run(args),
         Bench::PageServer(args) => page_server::run(args),
         Bench::PostCopy(args) => post_copy::run(args),
