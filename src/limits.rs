@@ -215,6 +215,12 @@ pub const BUNDLE_FILES_MAX: usize = 16 << 20;
 /// Longest text that says how a container shows that it is ready, bytes.
 pub const READY_BYTES_MAX: usize = 4 << 10;
 
+/// Longest command that a peer may let the agent run, bytes: shells take arguments of 128 KiB.
+pub const COMMAND_BYTES_MAX: usize = 32 << 10;
+
+/// Longest address of a service, bytes: a name of the DNS, and a port.
+pub const SERVICE_ADDRESS_BYTES_MAX: usize = 260;
+
 /// Most rounds of one migration, and of its directories at the agent.
 pub const MIGRATION_ROUNDS_MAX: u32 = 1_000;
 
@@ -285,6 +291,12 @@ pub const REPLAY_CONNECTIONS_MAX: usize = 1024;
 
 /// Most bytes of answers on one connection of a replay that the log does not speak of yet, before no more are read.
 pub const REPLAY_AHEAD_BYTES_MAX: usize = 256 << 10;
+
+/// Most bytes of a log that are sent to an agent in one request.
+pub const REPLAY_BATCH_BYTES_MAX: usize = 256 << 10;
+
+/// Most requests with parts of a log that wait for their replay at an agent: 8 MiB.
+pub const REPLAY_BATCHES_MAX: usize = 32;
 
 /// The buffers of a recorder's connections together stay below this, bytes.
 const REPLAY_BUFFERS_MAX: usize = 32 << 20;

@@ -1,7 +1,9 @@
 //! A real Redis behind `pageferry record`, and others to which `pageferry replay` tells the same.
 
+mod redis;
+
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::Write;
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,9 +12,9 @@ use std::thread;
 use anyhow::{Context, Result, bail, ensure};
 use fastrand::Rng;
 use nix::sys::signal::Signal;
+use redis::{Client, Programs, digest};
 use serde_json::Value;
 use testbed::bed::{Bed, with_bed};
-use testbed::debian::{self, Suite};
 use testbed::gate::need;
 use testbed::net::free_port;
 use testbed::process::{Spawned, tail};
@@ -25,21 +27,9 @@ const WRITERS: u64 = 6;
 /// Commands of each.
 const COMMANDS: u64 = 100;
 
-/// Redis, and what asks it.
-struct Programs {
-    server: PathBuf,
-    client: PathBuf,
-}
-
 fn with_redis(test: impl FnOnce(&Bed, &Programs) -> Result<()>) {
-    let fetched = || -> Result<Programs> {
-        let of = |program: &str| debian::program(Suite::Trixie, "redis-server", program);
-        Ok(Programs {
-            server: of("bin/redis-server")?,
-            client: of("bin/redis-cli")?,
-        })
-    };
-    let Some(programs) = need("Redis", fetched().map_err(|error| format!("{error:#}"))) else {
+    let fetched = Programs::fetched();
+    let Some(programs) = need("Redis", fetched.map_err(|error| format!("{error:#}"))) else {
         return;
     };
     with_bed(|bed| test(bed, &programs));
@@ -74,57 +64,6 @@ impl Redis {
 
     fn address(&self) -> String {
         format!("127.0.0.1:{}", self.port)
-    }
-}
-
-/// One client's connection.
-struct Client {
-    stream: BufReader<TcpStream>,
-}
-
-impl Client {
-    fn connect(port: u16) -> Result<Client> {
-        let stream = TcpStream::connect(("127.0.0.1", port))?;
-        stream.set_read_timeout(Some(GENEROUS))?;
-        stream.set_nodelay(true)?;
-        Ok(Client {
-            stream: BufReader::new(stream),
-        })
-    }
-
-    /// Sends a command, and reads the answer: its values, one after another.
-    fn ask(&mut self, command: &str) -> Result<Vec<String>> {
-        let line = format!("{command}\r\n");
-        self.stream.get_mut().write_all(line.as_bytes())?;
-        let mut values = Vec::new();
-        self.answer(&mut values)?;
-        Ok(values)
-    }
-
-    fn answer(&mut self, values: &mut Vec<String>) -> Result<()> {
-        let mut line = String::new();
-        ensure!(
-            self.stream.read_line(&mut line)? > 0,
-            "the connection has ended"
-        );
-        let line = line.trim_end();
-        let (kind, rest) = line.split_at(1);
-        match kind {
-            "+" | ":" => values.push(rest.to_owned()),
-            "$" => {
-                let length: usize = rest.parse()?;
-                let mut bytes = vec![0; length + 2];
-                self.stream.read_exact(&mut bytes)?;
-                values.push(String::from_utf8_lossy(&bytes[..length]).into_owned());
-            }
-            "*" => {
-                for _ in 0..rest.parse::<usize>()? {
-                    self.answer(values)?;
-                }
-            }
-            _ => bail!("{line}"),
-        }
-        Ok(())
     }
 }
 
@@ -185,12 +124,6 @@ fn write_all(port: u16) -> Result<u64> {
         popper.join().expect("a popper panicked")?;
     }
     Ok(acknowledged)
-}
-
-/// The command that tells the state.
-fn digest(programs: &Programs) -> String {
-    let client = programs.client.display();
-    format!("'{client}' -h $PAGEFERRY_HOST -p $PAGEFERRY_PORT debug digest")
 }
 
 /// A recorder before a Redis; and its port.

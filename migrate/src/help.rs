@@ -51,7 +51,10 @@ const HEADINGS: &[(&str, &[&str])] = &[
     ),
     (
         "Replay",
-        &["verify", "follow", "on_lag", "max_lag", "source", "stall"],
+        &[
+            "verify", "follow", "on_lag", "max_lag", "source", "stall", "service", "at", "start",
+            "snapshot", "hold",
+        ],
     ),
     (
         "Rules",

@@ -138,7 +138,7 @@ pub fn predict_downtime(
 
 /// The nearest float; bytes of memory are far below 2^53.
 #[allow(clippy::cast_precision_loss)]
-fn to_f64(count: u64) -> f64 {
+pub(super) fn to_f64(count: u64) -> f64 {
     count as f64
 }
 

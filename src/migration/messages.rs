@@ -4,6 +4,7 @@
 
 mod files;
 mod names;
+mod replayed;
 mod stateless;
 
 use std::fmt;
@@ -22,6 +23,9 @@ use crate::limits::{
 
 pub use files::{FileTree, OverlayRoot, RootFiles, Seal, TreeRoom, WantedFiles};
 pub use names::{BadContainerId, BadMigrationId, ContainerId, MigrationId};
+pub use replayed::{
+    BadReplay, ReplayAddresses, ReplayBegin, ReplayFinish, ReplayStart, ReplayStatus,
+};
 pub use stateless::{
     BadDigest, BadReady, ContainerAddresses, ContainerBegin, ContainerCreate, ContainerStart,
     ContainerStatus, Digest, Ready,

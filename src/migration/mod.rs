@@ -25,15 +25,23 @@
 //! both sides; when both sides have recovered and hear each other, they live on exactly one side.
 
 mod agent;
+mod catch_up;
 mod convergence;
+mod log_replay;
 pub mod messages;
+mod plan;
 mod source;
 mod stateless;
 
 pub use agent::{Agent, AgentAction, AgentEvent, AgentRecord, AgentState};
+pub use catch_up::{CatchUp, Progress};
 pub use convergence::{
     Convergence, Costs, Decision, Limits, Mode, OnMissed, RoundResult, predict_downtime,
 };
+pub use log_replay::{
+    LogReplay, LogReplayAction, LogReplayEnd, LogReplayRecord, ReplayEvent, ReplayState,
+};
+pub use plan::{Forecast, LogFacts, ReplayCosts, forecast_replay, recommend};
 pub use source::{Source, SourceAction, SourceEvent, SourceRecord, SourceState};
 pub use stateless::{
     Stateless, StatelessAction, StatelessEnd, StatelessEvent, StatelessMode, StatelessRecord,

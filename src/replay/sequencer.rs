@@ -74,6 +74,11 @@ impl Sequencer {
         !self.held && !self.queue.is_empty() && self.next().is_none()
     }
 
+    /// Whether the service may not have read the last piece yet. In causal order that is not known.
+    pub fn is_unread(&self) -> bool {
+        self.order == Order::Causal || self.in_flight.is_some()
+    }
+
     /// The wait is over since the last piece was passed.
     pub fn waited(&mut self) {
         if self.in_flight.take().is_some() {
@@ -135,5 +140,22 @@ mod tests {
         assert!(!sequencer.pass());
         assert_eq!(sequencer.next(), Some(2));
         assert!(!sequencer.is_blocked());
+        assert!(sequencer.is_unread());
+    }
+
+    #[test]
+    fn the_last_piece_is_read_when_it_is_answered_or_the_wait_is_over() {
+        let mut sequencer = Sequencer::new(Order::Total);
+        assert!(!sequencer.is_unread());
+        for answered in [true, false] {
+            sequencer.arrive(1);
+            sequencer.pass();
+            assert!(sequencer.is_unread());
+            match answered {
+                true => sequencer.answered(1),
+                false => sequencer.waited(),
+            }
+            assert!(!sequencer.is_unread());
+        }
     }
 }

@@ -375,6 +375,7 @@ mod tests {
         let code = [
             include_str!("http.rs"),
             include_str!("layers_http.rs"),
+            include_str!("replays/http.rs"),
             include_str!("stateless/http.rs"),
         ];
         let routes: BTreeSet<&str> = code

@@ -10,7 +10,8 @@
 //! ```
 //!
 //! Layers below containers are kept for all migrations ([`layers`]).
-//! Containers without state have sessions of their own ([`stateless`]).
+//! Containers without state have sessions of their own ([`stateless`]), and so do services that come as a log
+//! ([`replays`]).
 //!
 //! Invariants: everything but files is written below the agent's directory; a decision is on disk before anybody
 //! hears of it; an agent that is started again finishes what it finds there.
@@ -27,6 +28,7 @@ mod layers_http;
 mod lazy_client;
 mod listen;
 mod place;
+mod replays;
 mod restore;
 mod session;
 mod sessions;
@@ -46,6 +48,7 @@ use crate::programs::ProgramArgs;
 use layers::LayerStore;
 use listen::Listener;
 use place::Place;
+use replays::Replays;
 use sessions::Sessions;
 use stateless::Containers;
 
@@ -126,8 +129,10 @@ async fn serve(args: &Args) -> Result<()> {
     };
     let sessions = Sessions::open(place)?;
     let containers = Containers::open(sessions.place())?;
+    let replays = Replays::open(sessions.place())?;
     let app = http::router(sessions.clone())
         .merge(stateless::router(containers.clone()))
+        .merge(replays::router(replays.clone()))
         .merge(layers_http::router(layers));
     let listener = Listener::bind(&args.listen, tls.as_ref()).await?;
     if let (Some(path), Some(port)) = (&args.port_file, listener.port()) {
@@ -149,6 +154,7 @@ async fn serve(args: &Args) -> Result<()> {
     }
     sessions.shut_down().await;
     containers.shut_down().await;
+    replays.shut_down().await;
     Ok(())
 }
 

@@ -3,23 +3,34 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::time::Duration;
 
 use pageferry::error::{Error, Kind, Result};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 
 use super::hub::Hub;
-use crate::service_log::CONTROL;
+use crate::service_log::{self, CONTROL, END, HELD, RELEASE, SEAL};
 
 /// A listening socket with its path.
 #[derive(Debug)]
 pub(super) struct Control {
     listener: UnixListener,
     path: PathBuf,
+    settings: Rc<Settings>,
+}
+
+/// What each of its connections needs to know.
+#[derive(Debug)]
+struct Settings {
+    /// The log's directory.
+    dir: PathBuf,
+    /// How long the service may take to read what was passed.
+    wait: Duration,
 }
 
 /// Listens in the log's directory, which the caller has locked.
-pub(super) fn listen(dir: &Path) -> Result<Control> {
+pub(super) fn listen(dir: &Path, wait: Duration) -> Result<Control> {
     let path = dir.join(CONTROL);
     // One that was killed has left it.
     if path.exists() {
@@ -29,7 +40,15 @@ pub(super) fn listen(dir: &Path) -> Result<Control> {
         let text = format!("cannot listen on {}", path.display());
         Error::wrap(Kind::Usage, text, error)
     })?;
-    Ok(Control { listener, path })
+    let settings = Rc::new(Settings {
+        dir: dir.to_owned(),
+        wait,
+    });
+    Ok(Control {
+        listener,
+        path,
+        settings,
+    })
 }
 
 impl Control {
@@ -37,7 +56,10 @@ impl Control {
     pub(super) async fn serve(&self, hub: &Rc<Hub>) -> Error {
         loop {
             match self.listener.accept().await {
-                Ok((stream, _)) => drop(tokio::task::spawn_local(hold(Rc::clone(hub), stream))),
+                Ok((stream, _)) => {
+                    let held = hold(Rc::clone(&self.settings), Rc::clone(hub), stream);
+                    drop(tokio::task::spawn_local(held));
+                }
                 Err(error) => return Error::file("accept on", &self.path, error),
             }
         }
@@ -51,12 +73,41 @@ impl Control {
     }
 }
 
-async fn hold(hub: Rc<Hub>, mut stream: UnixStream) {
+/// Holds clients for one peer: says that it does, and how many entries the log has, then does what it is told.
+async fn hold(control: Rc<Settings>, hub: Rc<Hub>, mut stream: UnixStream) {
     hub.hold(true);
-    let mut byte = [0];
-    // The byte says that nothing is passed from now on; the end of the stream, that it may be again.
-    if stream.write_all(b"h").await.is_ok() {
-        let _ = stream.read(&mut byte).await;
+    if let Err(error) = obey(&control, &hub, &mut stream).await {
+        tracing::warn!("{}: {error}", control.dir.display());
     }
     hub.hold(false);
+}
+
+/// Returns when the peer has gone, or has said its last word.
+async fn obey(settings: &Settings, hub: &Hub, stream: &mut UnixStream) -> Result<()> {
+    let entries = hub.settle(settings.wait).await?;
+    let mut word = [0];
+    let mut held = [HELD; 9];
+    held[1..].copy_from_slice(&entries.to_le_bytes());
+    if stream.write_all(&held).await.is_err() {
+        return Ok(());
+    }
+    while let Ok(1) = stream.read(&mut word).await {
+        match word {
+            // On disk first: a recorder that is started here later must not take clients.
+            [SEAL] => {
+                service_log::seal(&settings.dir)?;
+                hub.seal(true);
+            }
+            [RELEASE] => {
+                service_log::unseal(&settings.dir)?;
+                hub.seal(false);
+            }
+            [END] => hub.ask_for_end(),
+            _ => return Ok(()),
+        }
+        if stream.write_all(&word).await.is_err() || word != [SEAL] {
+            return Ok(());
+        }
+    }
+    Ok(())
 }

@@ -21,6 +21,10 @@ pub(super) struct Hub {
     /// Somebody waits for the answer to another connection's piece.
     blocked: Notify,
     failed: Notify,
+    /// The last piece may be answered now.
+    settling: Notify,
+    /// Somebody has asked for the end of the recording.
+    ending: Notify,
     stopping: watch::Sender<bool>,
 }
 
@@ -33,6 +37,8 @@ struct State {
     fresh: Vec<u32>,
     passed: Instant,
     holders: usize,
+    /// Clients stay held until somebody says otherwise: they may be another service's by now.
+    sealed: bool,
     failure: Option<Error>,
 }
 
@@ -56,10 +62,13 @@ impl Hub {
                 fresh: Vec::new(),
                 passed: Instant::now(),
                 holders: 0,
+                sealed: false,
                 failure: None,
             }),
             blocked: Notify::new(),
             failed: Notify::new(),
+            settling: Notify::new(),
+            ending: Notify::new(),
             stopping: watch::Sender::new(false),
         })
     }
@@ -135,6 +144,7 @@ impl Hub {
         }
         state.sequencer.answered(connection);
         state.wake(&self.blocked);
+        self.settling.notify_one();
     }
 
     /// The service has ended the connection.
@@ -211,17 +221,59 @@ impl Hub {
             true => state.holders + 1,
             false => state.holders.saturating_sub(1),
         };
-        let is_held = state.holders > 0;
-        state.sequencer.hold(is_held);
-        state.wake(&self.blocked);
+        state.hold_or_pass(&self.blocked);
+    }
+
+    /// Clients stay held whoever holds them ends; or not any more.
+    pub(super) fn seal(&self, sealed: bool) {
+        let mut state = self.state.borrow_mut();
+        state.sealed = sealed;
+        state.hold_or_pass(&self.blocked);
+    }
+
+    /// Whether clients may be another service's by now.
+    pub(super) fn is_sealed(&self) -> bool {
+        self.state.borrow().sealed
+    }
+
+    /// Waits, while nothing is passed, until the service has read what was passed before. Writes what it has answered, and
+    /// returns how many entries the log has then.
+    pub(super) async fn settle(&self, wait: Duration) -> Result<u64> {
+        loop {
+            let due = {
+                let state = self.state.borrow();
+                state.sequencer.is_unread().then(|| state.passed + wait)
+            };
+            let Some(due) = due.filter(|due| Instant::now() < *due) else {
+                break;
+            };
+            tokio::select! {
+                () = sleep_until(due) => {}
+                () = self.settling.notified() => {}
+            }
+        }
+        let mut state = self.state.borrow_mut();
+        state.sequencer.waited();
+        state.note_answers();
+        state.log.commit()?;
+        Ok(state.log.entries())
+    }
+
+    /// Asks for the end of the recording.
+    pub(super) fn ask_for_end(&self) {
+        self.ending.notify_one();
+    }
+
+    /// Waits until somebody asks for the end.
+    pub(super) async fn end_asked(&self) {
+        self.ending.notified().await;
     }
 
     /// No client may send more.
     pub(super) fn stop(&self) {
         let mut state = self.state.borrow_mut();
         state.holders = 0;
-        state.sequencer.hold(false);
-        state.wake(&self.blocked);
+        state.hold_or_pass(&self.blocked);
         self.stopping.send_replace(true);
     }
 
@@ -267,6 +319,13 @@ impl State {
                 head: std::mem::take(&mut known.head),
             });
         }
+    }
+
+    /// Lets nothing pass as long as somebody wants that.
+    fn hold_or_pass(&mut self, blocked: &Notify) {
+        let is_held = self.sealed || self.holders > 0;
+        self.sequencer.hold(is_held);
+        self.wake(blocked);
     }
 
     /// Tells whose turn it is.

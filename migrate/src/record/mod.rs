@@ -115,7 +115,7 @@ async fn record(args: &Args) -> Result<()> {
     let hub = Hub::new(log, order);
     let address = listener.local_addr();
     let address = address.map_err(|error| Error::wrap(Kind::Io, "the listening socket", error))?;
-    let control = control::listen(&args.log)?;
+    let control = control::listen(&args.log, args.order_wait)?;
     if let Some(path) = &args.port_file {
         std::fs::write(path, format!("{}\n", address.port()))
             .map_err(|error| Error::file("write", path, error))?;
@@ -128,6 +128,7 @@ async fn record(args: &Args) -> Result<()> {
         never = hub.measure_waits(args.order_wait) => match never {},
         error = control.serve(&hub) => Err(error),
         () = signals.next() => Ok(()),
+        () = hub.end_asked() => Ok(()),
     };
     drop(listener);
     control.remove();
@@ -172,6 +173,10 @@ async fn accept(
 /// Ends all connections in order, so that the log has every answer, and then the log.
 async fn finish(args: &Args, hub: &Rc<Hub>, mut connections: JoinSet<()>) -> Result<()> {
     hub.stop();
+    if hub.is_sealed() {
+        // They are another service's clients: what they still send was never passed on, nor acknowledged.
+        connections.shutdown().await;
+    }
     let all = async { while connections.join_next().await.is_some() {} };
     let ended = tokio::select! {
         ended = timeout(END_LIMIT, all) => ended.is_ok(),
@@ -187,8 +192,9 @@ async fn finish(args: &Args, hub: &Rc<Hub>, mut connections: JoinSet<()>) -> Res
         connections.shutdown().await;
     }
     let digest = match &args.digest {
-        Some(command) => Some(digest(command, &args.to).await?),
-        None => None,
+        // The service may be gone by now.
+        Some(command) if !hub.is_sealed() => Some(digest(command, &args.to).await?),
+        _ => None,
     };
     let entries = hub.end(digest)?;
     tracing::info!("{entries} entries are in {}", args.log.display());

@@ -16,7 +16,7 @@ use tokio::time::timeout;
 
 /// A service and the state of its replay, used by one thread.
 #[derive(Debug)]
-pub(super) struct Destination {
+pub(crate) struct Destination {
     address: String,
     stall: Duration,
     shared: Rc<Shared>,
@@ -36,7 +36,7 @@ struct Shared {
 }
 
 impl Destination {
-    pub(super) fn new(address: &str, player: Player, stall: Duration) -> Destination {
+    pub(crate) fn new(address: &str, player: Player, stall: Duration) -> Destination {
         Destination {
             address: address.to_owned(),
             stall,
@@ -55,7 +55,7 @@ impl Destination {
     }
 
     /// Fails if an answer differs from the recorded one.
-    pub(super) fn expect_no_difference(&self) -> Result<()> {
+    pub(crate) fn expect_no_difference(&self) -> Result<()> {
         let difference = self.shared.difference.borrow_mut().take();
         difference.map_or(Ok(()), |difference| Err(self.differs(difference)))
     }
@@ -153,7 +153,7 @@ impl Destination {
     }
 
     /// Ends all connections, and judges when the service has ended them too.
-    pub(super) async fn end_all(&self) -> Result<()> {
+    pub(crate) async fn end_all(&self) -> Result<()> {
         let connections: Vec<u32> = self.sending.borrow().keys().copied().collect();
         for connection in connections {
             self.finish(connection).await;

@@ -3,12 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use pageferry::error::{Error, Kind, Result};
-use tokio::io::AsyncReadExt;
-use tokio::net::UnixStream;
-
 use super::OnLag;
-use crate::service_log::{CONTROL, size};
+use crate::service_log::{Hold, size};
+use pageferry::error::{Error, Kind, Result};
 
 /// Between two looks at the size of the log.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -27,7 +24,7 @@ pub(super) struct Lag {
     most: u64,
     holds: u64,
     /// While this is connected, the recorder's clients wait.
-    hold: Option<UnixStream>,
+    hold: Option<Hold>,
 }
 
 impl Lag {
@@ -75,7 +72,7 @@ impl Lag {
                 Err(Error::new(Kind::Usage, text))
             }
             Some(OnLag::PauseClients) if lag > self.limit && self.hold.is_none() => {
-                self.hold = Some(self.hold_clients().await?);
+                self.hold = Some(Hold::take(&self.log).await?);
                 self.holds += 1;
                 tracing::warn!("clients are held: {lag} bytes of the log are left");
                 Ok(())
@@ -98,14 +95,5 @@ impl Lag {
         } else if lag > 0 {
             tracing::info!("{lag} bytes of the log are left");
         }
-    }
-
-    async fn hold_clients(&self) -> Result<UnixStream> {
-        let path = self.log.join(CONTROL);
-        let failed = |error| Error::file("hold clients by", &path, error);
-        let mut stream = UnixStream::connect(&path).await.map_err(failed)?;
-        let mut byte = [0];
-        stream.read_exact(&mut byte).await.map_err(failed)?;
-        Ok(stream)
     }
 }

@@ -19,7 +19,7 @@ use tokio::task::LocalSet;
 
 use crate::ends::Ends;
 use crate::service_log::{LogReader, Next, digest};
-use destination::Destination;
+pub(crate) use destination::Destination;
 use lag::Lag;
 
 /// Between two looks at a log that is still written.
@@ -97,7 +97,7 @@ enum OnLag {
 
 /// The figures of a replay.
 #[derive(Default, Serialize, Debug, JsonSchema)]
-struct Report {
+pub(crate) struct Report {
     /// How many entries of the log were carried out.
     entries: u64,
     /// How many connections clients had.
@@ -197,7 +197,7 @@ fn tell_torn(log: &Path, torn: u64) {
 }
 
 /// Does what an entry says. Returns whether it was the last.
-async fn carry_out(
+pub(crate) async fn carry_out(
     destination: &Destination,
     entry: &Entry,
     wait_us: u32,

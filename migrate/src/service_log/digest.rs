@@ -9,13 +9,10 @@ use tokio::process::Command;
 /// What the command prints for the service at an address, which it finds in `PAGEFERRY_ADDRESS`,
 /// `PAGEFERRY_HOST` and `PAGEFERRY_PORT`.
 pub(crate) async fn digest(command: &str, address: &str) -> Result<Vec<u8>> {
-    let (host, port) = address.rsplit_once(':').unwrap_or((address, ""));
     let mut shell = Command::new("sh");
+    shell.args(["-c", command]);
+    with_address(&mut shell, address);
     shell
-        .args(["-c", command])
-        .env("PAGEFERRY_ADDRESS", address)
-        .env("PAGEFERRY_HOST", host.trim_matches(['[', ']']))
-        .env("PAGEFERRY_PORT", port)
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .kill_on_drop(true);
@@ -30,4 +27,13 @@ pub(crate) async fn digest(command: &str, address: &str) -> Result<Vec<u8>> {
         _ => return Ok(output.stdout),
     };
     Err(Error::new(Kind::Usage, format!("--digest: {problem}")))
+}
+
+/// Tells a command where a service is.
+pub(crate) fn with_address(command: &mut Command, address: &str) {
+    let (host, port) = address.rsplit_once(':').unwrap_or((address, ""));
+    command
+        .env("PAGEFERRY_ADDRESS", address)
+        .env("PAGEFERRY_HOST", host.trim_matches(['[', ']']))
+        .env("PAGEFERRY_PORT", port);
 }

@@ -3,11 +3,13 @@
 //! ```text
 //! DIR/lock          held by the recorder
 //! DIR/record.sock   who connects to it holds the clients
+//! DIR/sealed        clients may be another service's by now
 //! DIR/log-000001    header, entries, FileEnd
 //! DIR/log-000002    header, entries            the last: it may end within an entry after a crash
 //! ```
 
 mod digest;
+mod hold;
 mod reader;
 mod writer;
 
@@ -16,7 +18,8 @@ use std::path::{Path, PathBuf};
 
 use pageferry::error::{Error, Kind, Result};
 
-pub(crate) use digest::digest;
+pub(crate) use digest::{digest, with_address};
+pub(crate) use hold::{Hold, seal, unseal};
 pub(crate) use reader::{LogReader, Next};
 pub(crate) use writer::LogWriter;
 
@@ -25,6 +28,18 @@ const PREFIX: &str = "log-";
 
 /// The recorder's socket.
 pub(crate) const CONTROL: &str = "record.sock";
+
+/// The recorder's first word to who holds clients: the number of the log's entries follows, 64 bits, little-endian.
+pub(crate) const HELD: u8 = b'h';
+
+/// Clients stay held whatever becomes of who says this. This word and the others are answered by themselves.
+pub(crate) const SEAL: u8 = b's';
+
+/// Clients go on here.
+pub(crate) const RELEASE: u8 = b'r';
+
+/// The recording ends.
+pub(crate) const END: u8 = b'e';
 
 /// The lock's name.
 const LOCK: &str = "lock";

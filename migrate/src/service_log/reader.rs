@@ -91,7 +91,7 @@ impl LogReader {
     }
 
     /// The number of the next entry.
-    pub(super) fn entries(&self) -> u64 {
+    pub(crate) fn entries(&self) -> u64 {
         self.entries
     }
 

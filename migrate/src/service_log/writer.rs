@@ -35,6 +35,7 @@ impl LogWriter {
     pub(crate) fn open(dir: &Path, limit: u64, wait_us: u32) -> Result<LogWriter> {
         fs::create_dir_all(dir).map_err(|error| Error::file("make", dir, error))?;
         let lock = lock(dir)?;
+        super::hold::expect_not_sealed(dir)?;
         let last = files(dir)?.last().copied();
         let resumed = match last {
             Some(last) => Some(resume(dir, last)?),

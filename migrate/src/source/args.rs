@@ -13,6 +13,7 @@ use pageferry::units::parse_bytes;
 
 use super::files_args::FilesArgs;
 use super::hooks::Hooks;
+use super::log_replay_args::LogReplayArgs;
 use super::probe::Probe;
 use super::stateless_args::StatelessArgs;
 use crate::agent::address;
@@ -33,6 +34,9 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     pub(super) stateless: StatelessArgs,
+
+    #[command(flatten)]
+    pub(super) log_replay: LogReplayArgs,
 
     /// How memory is carried
     #[arg(long, value_enum, default_value_t = ModeArg::Auto)]
@@ -184,12 +188,14 @@ pub(super) enum ModeArg {
     Hybrid,
     /// With --stateless: start there, lead clients there, then end here
     Live,
+    /// Start the service there, and replay what clients have told the one here
+    LogReplay,
 }
 
 impl ModeArg {
     pub(super) fn chosen(self) -> Option<Mode> {
         match self {
-            ModeArg::Auto | ModeArg::Live => None,
+            ModeArg::Auto | ModeArg::Live | ModeArg::LogReplay => None,
             ModeArg::Cold => Some(Mode::Cold),
             ModeArg::PreCopy => Some(Mode::PreCopy),
             ModeArg::PostCopy => Some(Mode::PostCopy),

@@ -14,7 +14,7 @@ use tokio::process::{Child, Command};
 
 use super::args::Args as MigrateArgs;
 use super::place::Place;
-use super::{stateless, throttle};
+use super::{log_replay, stateless, throttle};
 use crate::agent::address;
 use crate::client::AgentClient;
 use crate::commands::with_tls;
@@ -79,6 +79,9 @@ pub(super) async fn resume(args: &MigrateArgs, id: &MigrationId) -> Result<()> {
 async fn finish_in(dir: &Path, client: AgentClient) -> Result<bool> {
     if stateless::is_in(dir) {
         return stateless::finish(dir, client).await;
+    }
+    if log_replay::is_in(dir) {
+        return log_replay::finish(dir, client).await;
     }
     let state = finish(Place::find(dir, client)?).await?;
     Ok(matches!(

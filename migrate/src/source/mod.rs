@@ -19,6 +19,8 @@ mod frozen;
 pub(crate) mod guard;
 mod hooks;
 mod layers;
+mod log_replay;
+mod log_replay_args;
 mod moved_addresses;
 mod network;
 mod place;
@@ -73,15 +75,40 @@ async fn migrate(args: &Args) -> Result<()> {
         let id = named(args)?;
         return stateless::migrate(args, id, |dir| guard::start(args, dir)).await;
     }
+    if args.mode == ModeArg::LogReplay {
+        return replay_or_move(args).await;
+    }
+    if args.log_replay.log.is_some() {
+        let text = "--log is for --mode log-replay";
+        return Err(Error::new(Kind::Usage, text));
+    }
     expect_state(args.mode)?;
+    let id = named(args)?;
+    move_memory(args, id, args.mode.chosen()).await
+}
+
+/// Moves a service by its log, or if its replay is too slow with its memory.
+async fn replay_or_move(args: &Args) -> Result<()> {
+    let id = named(args)?;
+    let ended = log_replay::migrate(args, id.clone(), |dir| guard::start(args, dir)).await?;
+    let log_replay::Ended::TooSlow = ended else {
+        return Ok(());
+    };
+    let id = format!("{id}-pre-copy").parse();
+    let id = id.map_err(|error| Error::wrap(Kind::Usage, "the migration's name", error))?;
+    move_memory(args, id, Some(Mode::PreCopy)).await?;
+    log_replay::end_recording(args).await
+}
+
+/// Moves a tree of processes with its memory, by itself or as a container.
+async fn move_memory(args: &Args, id: MigrationId, mode: Option<Mode>) -> Result<()> {
     let started = Instant::now();
     let moving = args.addresses();
     let mut survey = Survey::take(&args.subject, &moving, (&args.target, &args.files)).await?;
     let root = survey.root();
-    let mode = args.mode.chosen().unwrap_or_else(|| recommend(&survey));
+    let mode = mode.unwrap_or_else(|| recommend(&survey));
     let (costs, packed_bytes) = (survey.costs, survey.packed_bytes());
     survey.expect_no_problem(mode.is_lazy())?;
-    let id = named(args)?;
     let layered = survey.layered.take();
     let of_container = (survey.found.as_ref(), survey.sends_root, layered);
     let files = Files::find(&args.files, of_container, root, &id)?;

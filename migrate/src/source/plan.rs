@@ -1,10 +1,15 @@
 //! `pageferry plan`: whether a tree can be moved, and what each mode would cost.
 
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use pageferry::migration::{Costs, Mode, predict_downtime};
+use pageferry::error::Result;
+use pageferry::migration::{
+    Costs, Forecast, LogFacts, Mode, ReplayCosts, forecast_replay, predict_downtime, recommend,
+};
 use pageferry::observe::schema::Output;
+use pageferry::replay::Entry;
 use schemars::JsonSchema;
 use serde::Serialize;
 
@@ -12,6 +17,7 @@ use super::args::{Subject, Target};
 use super::files_args::FilesArgs;
 use super::survey::Survey;
 use crate::rounds;
+use crate::service_log::{LogReader, Next, size};
 use crate::times::duration;
 
 /// Looks at a running process tree and at an agent's host, and changes neither.
@@ -26,6 +32,10 @@ pub(crate) struct Args {
     /// How long to watch the memory, to measure how much of it changes
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = duration)]
     watch: Duration,
+
+    /// The log of a recorder before the service: what moving it by --mode log-replay would cost
+    #[arg(long, value_name = "DIR")]
+    log: Option<PathBuf>,
 
     /// Print JSON
     #[arg(long)]
@@ -47,12 +57,27 @@ struct Plan {
     copied_bytes: u64,
     /// Pages that changed in a second while the command watched.
     dirty_pages_per_s: f64,
+    /// The log, if one was named.
+    log: Option<LogPlan>,
     /// What is in the way of a migration; empty if nothing is.
     problems: Vec<String>,
     /// What each mode would cost.
     modes: Vec<Prediction>,
     /// The mode to take; null if there are problems.
     recommended: Option<&'static str>,
+}
+
+/// A log of which a replay would be made.
+#[derive(Serialize, JsonSchema)]
+struct LogPlan {
+    /// Length of the log, bytes.
+    bytes: u64,
+    /// How many pieces of clients' words it has.
+    pieces: u64,
+    /// What arrives, bytes a second.
+    bytes_per_s: f64,
+    /// Whether a replay would be faster than that.
+    keeps_up: bool,
 }
 
 #[derive(Serialize, JsonSchema)]
@@ -77,19 +102,29 @@ pub(crate) fn output() -> Output {
 /// All modes, in the order in which they are shown.
 const MODES: [Mode; 4] = [Mode::Cold, Mode::PreCopy, Mode::PostCopy, Mode::Hybrid];
 
-/// A lazy mode is worth its later faults if another one would stand still for so many times longer.
-const CLOSE: f64 = 1.5;
-
 /// Prints the plan. Fails if the tree cannot be moved.
 pub(crate) fn run(args: &Args) -> ExitCode {
     crate::run_to_end(async {
         let survey =
             Survey::take(&args.subject, &[], (&args.target, &FilesArgs::to_look())).await?;
+        let before = args.log.as_deref().map(size).transpose()?;
         let dirtied = rounds::watch_changes(&survey.tree, survey.page, args.watch)?;
-        let modes: Vec<Prediction> = MODES
+        let log = match &args.log {
+            Some(log) => Some(look(log, before.unwrap_or_default(), args.watch)?),
+            None => None,
+        };
+        let mut modes: Vec<Prediction> = MODES
             .iter()
             .map(|&mode| predict(mode, &survey.costs, &survey, dirtied.pages_per_s()))
             .collect();
+        let replayed = log.and_then(|log| replayed(&log, &survey));
+        let log = log.map(|log| LogPlan {
+            bytes: log.bytes,
+            pieces: log.pieces,
+            bytes_per_s: log.bytes_per_s,
+            keeps_up: replayed.is_some(),
+        });
+        modes.extend(replayed);
         let lazily = !survey.must_share();
         let problems = survey.problems(lazily);
         let plan = Plan {
@@ -99,7 +134,8 @@ pub(crate) fn run(args: &Args) -> ExitCode {
             shared_bytes: survey.size.shared_bytes,
             copied_bytes: survey.size.copied_bytes,
             dirty_pages_per_s: dirtied.pages_per_s(),
-            recommended: problems.is_empty().then(|| recommend(&modes)),
+            recommended: problems.is_empty().then(|| best(&modes)),
+            log,
             problems,
             modes,
         };
@@ -155,14 +191,53 @@ const ROUNDS: i32 = 3;
 /// Between the last look of a round at a page and the freeze, seconds.
 const READING_S: f64 = 0.5;
 
+/// Looks at a log, which had `before` bytes `watched` ago.
+fn look(dir: &Path, before: u64, watched: Duration) -> Result<LogFacts> {
+    let mut reader = LogReader::open(dir)?;
+    let bytes = size(dir)?;
+    let mut log = LogFacts {
+        bytes,
+        wait_us: reader.header().wait_us,
+        ..LogFacts::default()
+    };
+    while let Next::Entry(entry) = reader.next()? {
+        match entry {
+            Entry::Piece { .. } => log.pieces += 1,
+            Entry::Settled => log.waits += 1,
+            _ => {}
+        }
+    }
+    #[allow(clippy::cast_precision_loss, reason = "a rate")]
+    let grown = bytes.saturating_sub(before) as f64;
+    log.bytes_per_s = grown / watched.as_secs_f64().max(1e-3);
+    Ok(log)
+}
+
+/// What a replay would take, if it would ever end.
+fn replayed(log: &LogFacts, survey: &Survey) -> Option<Prediction> {
+    let fits = survey.fits(false);
+    let forecast = forecast_replay(log, &ReplayCosts::default(), &survey.costs, fits)?;
+    Some(Prediction {
+        mode: "log-replay",
+        downtime_ms: forecast.downtime.as_secs_f64() * 1e3,
+        total_ms: forecast.total.as_secs_f64() * 1e3,
+        memory_bytes: survey.size.restored_bytes(false),
+        fits,
+    })
+}
+
 /// The mode that moves everything soonest among those that fit and whose downtime is close to the shortest.
-fn recommend(modes: &[Prediction]) -> &'static str {
-    let fitting = || modes.iter().filter(|mode| mode.fits);
-    let shortest = fitting()
-        .map(|mode| mode.downtime_ms)
-        .fold(f64::INFINITY, f64::min);
-    let close = fitting().filter(|mode| mode.downtime_ms <= shortest * CLOSE);
-    let best = close.min_by(|a, b| a.total_ms.total_cmp(&b.total_ms));
+fn best(modes: &[Prediction]) -> &'static str {
+    let ms = |ms: f64| Duration::try_from_secs_f64(ms / 1e3).unwrap_or(Duration::MAX);
+    let ways: Vec<Forecast> = modes
+        .iter()
+        .map(|mode| Forecast {
+            downtime: ms(mode.downtime_ms),
+            total: ms(mode.total_ms),
+            fits: mode.fits,
+        })
+        .collect();
+    let best = recommend(&ways).and_then(|at| modes.get(at));
     best.map_or(Mode::Hybrid.name(), |mode| mode.mode)
 }
 
@@ -177,6 +252,18 @@ fn print(plan: &Plan) {
         );
     }
     println!("changing            {:.0} pages/s", plan.dirty_pages_per_s);
+    if let Some(log) = &plan.log {
+        println!(
+            "log                 {} MiB, {} pieces, {:.0} bytes/s arrive{}",
+            log.bytes >> 20,
+            log.pieces,
+            log.bytes_per_s,
+            match log.keeps_up {
+                true => "",
+                false => ": a replay would not keep up",
+            }
+        );
+    }
     for problem in &plan.problems {
         println!("in the way          {problem}");
     }
@@ -214,7 +301,7 @@ mod tests {
             fits,
         };
         let modes = |lazy_fits| [mode("cold", 900.0, true), mode("hybrid", 100.0, lazy_fits)];
-        assert_eq!(recommend(&modes(true)), "hybrid");
-        assert_eq!(recommend(&modes(false)), "cold");
+        assert_eq!(best(&modes(true)), "hybrid");
+        assert_eq!(best(&modes(false)), "cold");
     }
 }

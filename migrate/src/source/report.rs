@@ -92,6 +92,17 @@ impl From<&HostFacts> for HostReport {
     }
 }
 
+/// A log that was replayed.
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
+pub(crate) struct LogReport {
+    /// What was sent of it, bytes.
+    pub(crate) bytes: u64,
+    /// The most of it that was written and not replayed, bytes.
+    pub(crate) most_lag_bytes: u64,
+    /// How often clients were held for that.
+    pub(crate) holds: u64,
+}
+
 /// See the module's text. Times are milliseconds.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct Report {
@@ -148,6 +159,9 @@ pub(crate) struct Report {
     /// Files that were sent.
     #[serde(default)]
     pub(crate) files: FilesReport,
+    /// A log that was replayed (`--mode log-replay`).
+    #[serde(default)]
+    pub(crate) log: LogReport,
     /// The host that the processes left.
     pub(crate) source: HostReport,
     /// The host that they came to.
@@ -187,6 +201,7 @@ impl Report {
             phases_ms: BTreeMap::new(),
             timeline: Vec::new(),
             files: FilesReport::default(),
+            log: LogReport::default(),
             source: HostReport::default(),
             destination: HostReport::default(),
         }
@@ -387,6 +402,7 @@ pub(crate) mod tests {
             "files": {"rounds": [{"files": 5, "bytes": 6, "ms": 7.0}], "freeze": {"files": 1, "bytes": 2, "ms": 3.0},
                 "layers": [{"digest": "0", "holds_bytes": 8, "bytes": 7, "ms": 1.0}],
                 "deleted": [{"pid": 1, "fd": 3, "path": "/tmp/x", "bytes": 9}], "mounts": ["/etc/hosts"]},
+            "log": {"bytes": 1, "most_lag_bytes": 2, "holds": 3},
             "timeline": [span("rounds", "round 1", 100.0, 2500.0), span("freeze", "dump", 3000.0, 3100.0),
                 span("freeze", "<restore>", 3100.0, 3200.0), span("memory", "memory follows", 3200.0, 4000.0)],
             "source": host, "destination": host,
@@ -425,6 +441,7 @@ pub(crate) mod tests {
             ("files", &report["files"]["rounds"][0]),
             ("files", &report["files"]["deleted"][0]),
             ("files", &report["files"]["layers"][0]),
+            ("log", &report["log"]),
             ("source", &report["source"]),
         ];
         for (field, value) in inner {

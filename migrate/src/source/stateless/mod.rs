@@ -118,7 +118,7 @@ fn mode(args: &Args) -> Result<StatelessMode> {
     let mode = match args.mode {
         ModeArg::Cold => StatelessMode::Cold,
         ModeArg::Auto | ModeArg::Live => StatelessMode::Live,
-        ModeArg::PreCopy | ModeArg::PostCopy | ModeArg::Hybrid => {
+        ModeArg::PreCopy | ModeArg::PostCopy | ModeArg::Hybrid | ModeArg::LogReplay => {
             return wrong("--stateless moves no memory: use --mode cold or --mode live");
         }
     };
@@ -165,7 +165,7 @@ fn expect_same_machine(id: &ContainerId, here: &HostReport, there: &HostFacts) -
 }
 
 /// This host, which needs no CRIU for this.
-async fn host_here(args: &Args) -> Result<HostReport> {
+pub(super) async fn host_here(args: &Args) -> Result<HostReport> {
     let dir = &args.target.state_dir;
     std::fs::create_dir_all(dir).map_err(|error| Error::file("make the directory", dir, error))?;
     if let Ok(programs) = args.target.programs.find() {

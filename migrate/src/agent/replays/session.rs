@@ -1,0 +1,423 @@
+//! One service that comes as the log of what its clients have said.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::messages::{
+    Digest, MigrationId, ReplayBegin, ReplayFinish, ReplayStart, ReplayStatus, ServiceAddress,
+};
+use pageferry::migration::{ReplayEvent, ReplayState};
+use pageferry::replay::{ReadEntry, decode};
+use pageferry::sys::owned_process::ProcessName;
+use tokio::sync::Mutex as Turn;
+use tokio::time::{Instant, sleep_until, timeout};
+
+use super::runner::{Runner, Work};
+use super::{addresses, service, snapshot};
+use crate::agent::place::Place;
+use crate::records;
+use crate::service_log::digest;
+
+/// The request that began it, as it is kept.
+const BEGIN: &str = "replay.json";
+
+/// The last state that was decided.
+const STATE: &str = "state.json";
+
+/// The leader of the service's processes.
+const SERVICE: &str = "service.json";
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct Session {
+    dir: PathBuf,
+    begin: ReplayBegin,
+    /// What changes the service is done by one task at a time.
+    turn: Turn<()>,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    state: ReplayState,
+    problem: Option<String>,
+    /// Of the snapshot that is here.
+    snapshot: Option<Digest>,
+    taken: u64,
+    digest: Option<String>,
+    runner: Option<Arc<Runner>>,
+    service: Option<ProcessName>,
+    /// When the source was last heard.
+    heard: Instant,
+}
+
+impl Session {
+    /// Makes the directory of a service that is to come.
+    pub(super) fn begin(place: &Place, begin: ReplayBegin) -> Result<Arc<Session>> {
+        let dir = place.dir.join(begin.id.to_string());
+        fs::create_dir(&dir).map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => {
+                let text = format!("there has been a migration {} already", begin.id);
+                Error::new(Kind::Usage, text)
+            }
+            _ => Error::file("make the directory", &dir, error),
+        })?;
+        // A log may hold secrets, and so may what it makes.
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))
+            .map_err(|error| Error::file("protect", &dir, error))
+            .and_then(|()| records::write(&dir.join(BEGIN), &begin))
+            .inspect_err(|_| {
+                // Nothing has begun: the name is free again.
+                let _ = fs::remove_dir(&dir);
+            })?;
+        let session = Session::new(dir, begin, ReplayState::Receiving);
+        tokio::spawn(Session::watch_for_silence(Arc::clone(&session)));
+        Ok(session)
+    }
+
+    fn new(dir: PathBuf, begin: ReplayBegin, state: ReplayState) -> Arc<Session> {
+        Arc::new(Session {
+            dir,
+            begin,
+            turn: Turn::new(()),
+            inner: Mutex::new(Inner {
+                state,
+                problem: None,
+                snapshot: None,
+                taken: 0,
+                digest: None,
+                runner: None,
+                service: None,
+                heard: Instant::now(),
+            }),
+        })
+    }
+
+    /// Finds what an earlier agent left in the directory of `id`; `None` if it is no replay's.
+    pub(super) fn recover(place: &Place, id: &MigrationId) -> Result<Option<Arc<Session>>> {
+        let dir = place.dir.join(id.to_string());
+        let Some(begin) = records::read::<ReplayBegin>(&dir.join(BEGIN))? else {
+            return Ok(None);
+        };
+        let state = ReplayState::recover(records::read(&dir.join(STATE))?);
+        let leader = records::read::<ProcessName>(&dir.join(SERVICE))?;
+        let session = Session::new(dir, begin, state);
+        session.lock().service = leader;
+        match state {
+            ReplayState::Aborted => {
+                session.lock().problem = Some("the agent was started again".to_owned());
+                let ended = Arc::clone(&session);
+                tokio::spawn(async move {
+                    let _turn = ended.turn.lock().await;
+                    ended.discard().await;
+                });
+            }
+            // The record comes first.
+            ReplayState::Running => {
+                if let Some(Err(error)) = leader.map(service::resume) {
+                    tracing::warn!("{id}: {error}");
+                }
+            }
+            _ => {}
+        }
+        Ok(Some(session))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn id(&self) -> &MigrationId {
+        &self.begin.id
+    }
+
+    /// Whether what becomes of it is decided.
+    pub(super) fn is_decided(&self) -> bool {
+        use ReplayState::{Aborted, Kept, Running};
+        matches!(self.lock().state, Kept | Running | Aborted)
+    }
+
+    /// Notes that the source lives.
+    pub(super) fn heard(&self) {
+        self.lock().heard = Instant::now();
+    }
+
+    pub(super) fn status(&self) -> ReplayStatus {
+        let inner = self.lock();
+        let runner = inner.runner.as_ref();
+        ReplayStatus {
+            id: self.begin.id.clone(),
+            state: inner.state,
+            problem: inner
+                .problem
+                .clone()
+                .or_else(|| runner.and_then(|runner| runner.problem())),
+            taken: inner.taken,
+            replayed_bytes: runner.map_or(0, |runner| runner.bytes()),
+            digest: inner.digest.clone(),
+        }
+    }
+
+    fn after(&self, event: ReplayEvent) -> Result<ReplayState> {
+        let inner = self.lock();
+        inner.state.after(event).ok_or_else(|| {
+            let problem = inner
+                .problem
+                .as_deref()
+                .unwrap_or("the request comes too soon");
+            let text = format!(
+                "service {}: this cannot be now, it is {:?}: {problem}",
+                self.begin.id, inner.state
+            );
+            Error::new(Kind::Usage, text)
+        })
+    }
+
+    /// Stores what the service starts from, in place of an earlier one.
+    pub(super) async fn store(&self, body: Body) -> Result<()> {
+        let _turn = self.turn.lock().await;
+        self.after(ReplayEvent::Started)?;
+        let path = self.dir.join(snapshot::NAME);
+        let sum = snapshot::store(&path, body).await?;
+        self.lock().snapshot = Some(sum);
+        Ok(())
+    }
+
+    /// Starts the service, and waits until it takes connections.
+    pub(super) async fn start(&self, request: &ReplayStart) -> Result<ReplayStatus> {
+        let _turn = self.turn.lock().await;
+        let state = self.after(ReplayEvent::Started)?;
+        if self.lock().snapshot != request.snapshot {
+            let text = "the snapshot did not come as it was sent: send it again";
+            return Err(Error::new(Kind::Protocol, text));
+        }
+        let path = self.dir.join(snapshot::NAME);
+        let from = request.snapshot.as_ref().map(|_| path.as_path());
+        let log = self.dir.join("service.log");
+        let leader = service::start(&self.begin, &self.home(), from, &log).await?;
+        self.lock().service = Some(leader);
+        records::write(&self.dir.join(SERVICE), &leader)?;
+        let runner = Arc::new(Runner::start(&self.begin)?);
+        let mut inner = self.lock();
+        // It may have been given up meanwhile: whoever did that waits for the turn, and ends the service.
+        if inner.state == ReplayState::Receiving {
+            inner.runner = Some(runner);
+            inner.state = state;
+        }
+        drop(inner);
+        Ok(self.status())
+    }
+
+    /// Where the service runs.
+    fn home(&self) -> PathBuf {
+        self.dir.join("service")
+    }
+
+    fn runner(&self) -> Result<Arc<Runner>> {
+        self.after(ReplayEvent::Finished)?;
+        let runner = self.lock().runner.clone();
+        runner.ok_or_else(|| Error::new(Kind::Usage, "the service was not started"))
+    }
+
+    /// Takes the next part of the log, which begins with entry or byte `first`. Waits for room.
+    pub(super) async fn take(&self, first: u64, part: Bytes) -> Result<ReplayStatus> {
+        let _turn = self.turn.lock().await;
+        let runner = self.runner()?;
+        let taken = self.lock().taken;
+        if first != taken {
+            let text = format!("the log goes on at {taken} here, and not at {first}");
+            return Err(Error::new(Kind::Protocol, text));
+        }
+        let (work, count) = match self.begin.feed {
+            Some(_) => {
+                let count = part.len() as u64;
+                (Work::Bytes(part), count)
+            }
+            None => entries(&part)?,
+        };
+        runner.give(work).await?;
+        self.lock().taken += count;
+        Ok(self.status())
+    }
+
+    /// Waits until the service was told everything, asks for its state, and stops it.
+    pub(super) async fn finish(&self, request: &ReplayFinish) -> Result<ReplayStatus> {
+        let _turn = self.turn.lock().await;
+        let runner = self.runner()?;
+        let taken = self.lock().taken;
+        if request.sent != taken {
+            let text = format!(
+                "{} of the log were sent, and {taken} have come",
+                request.sent
+            );
+            return Err(Error::new(Kind::Protocol, text));
+        }
+        runner.finish().await?;
+        if let Some(command) = &request.digest {
+            let asked = timeout(self.begin.stall(), digest(command, &self.begin.address)).await;
+            let said = asked.map_err(|_| {
+                let text = format!(
+                    "--digest says nothing at the destination ({} s: --stall)",
+                    self.begin.stall().as_secs()
+                );
+                Error::new(Kind::PeerLost, text)
+            })??;
+            self.lock().digest = Some(said.trim_ascii().escape_ascii().to_string());
+        }
+        // Behind the digest: that of the source is asked for while connections are open.
+        runner.end().await?;
+        let leader = self.leader()?;
+        service::pause(leader)?;
+        let state = self.after(ReplayEvent::Finished)?;
+        self.lock().state = state;
+        Ok(self.status())
+    }
+
+    fn leader(&self) -> Result<ProcessName> {
+        let leader = self.lock().service;
+        leader.filter(ProcessName::is_alive).ok_or_else(|| {
+            let text = format!(
+                "the service {} has ended at the destination; it wrote to {}",
+                self.begin.id,
+                self.dir.join("service.log").display()
+            );
+            Error::new(Kind::PeerLost, text)
+        })
+    }
+
+    /// From now on nothing but the source's word ends the service.
+    pub(super) async fn keep(&self) -> Result<ReplayStatus> {
+        let _turn = self.turn.lock().await;
+        self.leader()?;
+        let state = self.after(ReplayEvent::KeepAsked)?;
+        // On disk before anybody relies on it.
+        records::write(&self.dir.join(STATE), &state)?;
+        self.lock().state = state;
+        Ok(self.status())
+    }
+
+    /// Brings addresses up here, or takes those off that were.
+    pub(super) async fn move_addresses(
+        &self,
+        services: Vec<ServiceAddress>,
+    ) -> Result<ReplayStatus> {
+        let _turn = self.turn.lock().await;
+        if services.is_empty() {
+            addresses::take_off(&self.dir).await;
+            return Ok(self.status());
+        }
+        self.after(ReplayEvent::ResumeAsked)?;
+        addresses::bring_up(&self.dir, services).await?;
+        Ok(self.status())
+    }
+
+    /// Lets the service go on: it is its clients' from now on.
+    pub(super) async fn resume(&self) -> Result<ReplayStatus> {
+        let _turn = self.turn.lock().await;
+        let leader = self.leader()?;
+        let state = self.after(ReplayEvent::ResumeAsked)?;
+        records::write(&self.dir.join(STATE), &state)?;
+        self.lock().state = state;
+        service::resume(leader)?;
+        snapshot::remove(&self.dir);
+        Ok(self.status())
+    }
+
+    /// Ends it because the source says so.
+    pub(super) async fn cancel(&self) -> Result<ReplayStatus> {
+        self.after(ReplayEvent::AbortAsked)?;
+        self.abort(ReplayEvent::AbortAsked, "the source gave it up")
+            .await;
+        Ok(self.status())
+    }
+
+    /// Ends it unless it is to be kept.
+    pub(super) async fn silence(&self, why: &str) {
+        self.abort(ReplayEvent::Silence, why).await;
+    }
+
+    async fn abort(&self, event: ReplayEvent, why: &str) {
+        let was = {
+            let mut inner = self.lock();
+            let was = inner.state;
+            let Some(state) = was.after(event) else {
+                return;
+            };
+            inner.state = state;
+            // Whoever waits for it hears of the end, and gives the turn up.
+            if let Some(runner) = inner.runner.take() {
+                runner.stop();
+            }
+            was
+        };
+        let _turn = self.turn.lock().await;
+        if was != ReplayState::Aborted {
+            tracing::warn!("service {}: {why}", self.begin.id);
+            self.lock().problem.get_or_insert_with(|| why.to_owned());
+        }
+        if let Err(error) = records::write(&self.dir.join(STATE), &ReplayState::Aborted) {
+            tracing::error!("service {}: {error}", self.begin.id);
+        }
+        self.discard().await;
+    }
+
+    /// Leaves nothing of the service but what it has printed.
+    async fn discard(&self) {
+        addresses::take_off(&self.dir).await;
+        let leader = self.lock().service.take();
+        if let Some(leader) = leader
+            && let Err(error) = service::end(leader).await
+        {
+            tracing::error!("service {}: {error}", self.begin.id);
+        }
+        snapshot::remove(&self.dir);
+        match fs::remove_dir_all(self.home()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::error!("cannot remove {}: {error}", self.home().display());
+            }
+            _ => {}
+        }
+    }
+
+    /// Ends what was not kept when the source has not been heard for too long.
+    async fn watch_for_silence(session: Arc<Session>) {
+        let limit = Duration::from_secs(session.begin.timeout_s.max(1));
+        while !session.is_decided() {
+            let deadline = session.lock().heard + limit;
+            if deadline <= Instant::now() {
+                let text = format!(
+                    "nothing was heard from the source for {} s",
+                    limit.as_secs()
+                );
+                session.silence(&text).await;
+            }
+            sleep_until(deadline).await;
+        }
+    }
+}
+
+/// The entries of a part of a recorder's log, and how many there are.
+fn entries(part: &[u8]) -> Result<(Work, u64)> {
+    let mut entries = Vec::new();
+    let mut at = 0;
+    while at < part.len() {
+        match decode(&part[at..]) {
+            ReadEntry::Whole(entry, length) => {
+                entries.push((entry, length as u64));
+                at += length;
+            }
+            ReadEntry::Partial(_) | ReadEntry::Damaged(_) => {
+                let text = format!("byte {at} of a part of the log begins no entry");
+                return Err(Error::new(Kind::Protocol, text));
+            }
+        }
+    }
+    let count = entries.len() as u64;
+    Ok((Work::Entries(entries), count))
+}

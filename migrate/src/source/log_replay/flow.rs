@@ -1,0 +1,287 @@
+//! One move under way, by the command that began it.
+
+use std::time::Duration;
+
+use axum::body::Body;
+use pageferry::engine::io::transport::Peer;
+use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::messages::{Digest, ReplayBegin, ReplayStart, ReplayStatus};
+use pageferry::migration::{LogReplay, LogReplayAction, LogReplayEnd, LogReplayRecord};
+use sha2::{Digest as _, Sha256};
+use tokio::fs::File;
+use tokio::io::AsyncReadExt;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout_at};
+use tokio_util::io::ReaderStream;
+
+use super::place::Place;
+use super::sender::Sender;
+use crate::source::args::Args;
+use crate::source::hooks::Point;
+use crate::source::progress::Progress;
+use crate::source::report::Report;
+
+/// Bytes of a snapshot that are read at once.
+const READ_BYTES: usize = 256 << 10;
+
+/// See the module's text.
+pub(super) struct Flow<'a> {
+    args: &'a Args,
+    place: Place,
+    source: LogReplay,
+    /// What the destination is told of the service.
+    begin: ReplayBegin,
+    sender: Sender,
+    report: Report,
+    progress: Progress,
+    started: Instant,
+    /// When clients were held.
+    held: Option<Instant>,
+    /// Entries of the log up to there.
+    until: Option<u64>,
+    /// The first answer from the destination.
+    answer: Option<JoinHandle<Result<Instant>>>,
+}
+
+impl<'a> Flow<'a> {
+    pub(super) fn new(
+        args: &'a Args,
+        place: Place,
+        (begin, sender): (ReplayBegin, Sender),
+        report: Report,
+        started: Instant,
+    ) -> Flow<'a> {
+        Flow {
+            args,
+            source: LogReplay::default(),
+            place,
+            begin,
+            sender,
+            report,
+            progress: Progress::start(),
+            started,
+            held: None,
+            until: None,
+            answer: None,
+        }
+    }
+
+    /// Moves the service, or leaves it where it is.
+    pub(super) async fn run(&mut self) -> Result<LogReplayEnd> {
+        let deadline = self.started + self.args.timeout;
+        let failed = |error| Error::wrap(Kind::Io, "signals cannot be heard", error);
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+        let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+        let mut hang_up = signal(SignalKind::hangup()).map_err(failed)?;
+        while let Some(action) = self.source.next_action() {
+            self.begins(action);
+            let began = Instant::now();
+            // What changes something here is never left half-way.
+            let may_stop = matches!(
+                action,
+                LogReplayAction::Prepare | LogReplayAction::Follow | LogReplayAction::Finish
+            );
+            let done = match may_stop {
+                false => self.carry_out(action).await,
+                true => tokio::select! {
+                    done = timeout_at(deadline, self.carry_out(action)) => done.unwrap_or_else(|_| {
+                        let text = format!("the time is over (--timeout {:?})", self.args.timeout);
+                        Err(Error::new(Kind::Interrupted, text))
+                    }),
+                    _ = interrupt.recv() => Err(stopped("Ctrl-C")),
+                    _ = terminate.recv() => Err(stopped("SIGTERM")),
+                    _ = hang_up.recv() => Err(stopped("SIGHUP")),
+                },
+            };
+            match done {
+                Ok(()) => {
+                    self.ends(action, began);
+                    self.source.done();
+                }
+                Err(error) => self.fails(&error),
+            }
+        }
+        Ok(self.source.end())
+    }
+
+    fn fails(&mut self, error: &Error) {
+        if !self.source.failed() {
+            return self.place.warn(error.to_string());
+        }
+        tracing::error!("{error}");
+        if self.report.problem.is_none() {
+            self.place.note("PROBLEM", error.to_string());
+        }
+        let problem = match self.report.problem.take() {
+            Some(before) => format!("{before}; {error}"),
+            None => error.to_string(),
+        };
+        self.report.problem = Some(problem);
+    }
+
+    /// Whether the replay was given up because it is too slow, and the processes are to move with their memory.
+    pub(super) fn is_too_slow(&self) -> bool {
+        self.sender.is_too_slow()
+    }
+
+    async fn carry_out(&mut self, action: LogReplayAction) -> Result<()> {
+        match action {
+            LogReplayAction::Prepare => self.prepare().await,
+            LogReplayAction::Follow => {
+                self.sender.follow().await?;
+                self.place.run_hook(Point::PreFreeze).await?;
+                self.place.client.warm(1).await
+            }
+            LogReplayAction::Hold => {
+                self.until = self.place.hold().await?;
+                Ok(())
+            }
+            LogReplayAction::Finish => self.sender.finish(self.until).await,
+            LogReplayAction::Switch => {
+                self.place.switch().await?;
+                self.ask_for_an_answer();
+                Ok(())
+            }
+            action => self.place.carry_out(action).await,
+        }
+    }
+
+    async fn prepare(&mut self) -> Result<()> {
+        let client = self.place.client.clone();
+        client
+            .post::<ReplayStatus>("/v1/replays", &self.begin)
+            .await?;
+        let snapshot = match &self.args.log_replay.snapshot {
+            Some(path) => Some(self.send_snapshot(path).await?),
+            None => None,
+        };
+        let path = self.place.path("/start");
+        let request = ReplayStart { snapshot };
+        client.post::<ReplayStatus>(&path, &request).await.map(drop)
+    }
+
+    async fn send_snapshot(&self, path: &std::path::Path) -> Result<Digest> {
+        let failed = |error| Error::file("read", path, error);
+        let mut file = File::open(path).await.map_err(failed)?;
+        let (mut sum, mut buffer) = (Sha256::new(), vec![0; READ_BYTES]);
+        loop {
+            match file.read(&mut buffer).await.map_err(failed)? {
+                0 => break,
+                read => sum.update(&buffer[..read]),
+            }
+        }
+        let file = File::open(path).await.map_err(failed)?;
+        let body = Body::from_stream(ReaderStream::with_capacity(file, READ_BYTES));
+        let to = self.place.path("/snapshot");
+        self.place.client.put::<ReplayStatus>(&to, body).await?;
+        Ok(Digest::of(&sum.finalize().into()))
+    }
+
+    /// Asks the service for its first answer, while the rest is done here.
+    fn ask_for_an_answer(&mut self) {
+        let Some(probe) = self.args.probe.clone() else {
+            return;
+        };
+        let host = match (self.args.addresses().first(), self.place.client.peer()) {
+            (Some(address), _) => address.here.address.to_string(),
+            (None, Peer::Tcp { host, .. }) => host.clone(),
+            (None, Peer::Unix(_)) => "127.0.0.1".to_owned(),
+        };
+        let answer = async move { probe.wait(&host).await.map(|()| Instant::now()) };
+        self.answer = Some(tokio::spawn(answer));
+    }
+
+    /// Notes what begins.
+    fn begins(&mut self, action: LogReplayAction) {
+        self.progress.phase(format!("{action:?}").to_lowercase());
+        if action == LogReplayAction::Hold {
+            self.held = Some(Instant::now());
+            self.report.preparation_ms = ms(self.started.elapsed());
+        }
+        if action == LogReplayAction::Switch {
+            self.report.switch_ms = Some(ms(self.started.elapsed()));
+        }
+    }
+
+    /// Notes what has been done.
+    fn ends(&mut self, action: LogReplayAction, began: Instant) {
+        let name = match action {
+            LogReplayAction::Prepare => "start",
+            LogReplayAction::Follow => "replay",
+            LogReplayAction::Hold => "hold",
+            LogReplayAction::Finish => "rest",
+            LogReplayAction::Seal | LogReplayAction::Keep => "commit",
+            LogReplayAction::Switch => "route",
+            LogReplayAction::Record(LogReplayRecord::Switching | LogReplayRecord::Switched) => {
+                "commit"
+            }
+            LogReplayAction::Resume => "resume",
+            LogReplayAction::Stop => "stop",
+            _ => return,
+        };
+        let (start, end) = (ms(began - self.started), ms(self.started.elapsed()));
+        let row = match (self.held, self.report.downtime_ms) {
+            (None, _) => "rounds",
+            (Some(_), None) => "freeze",
+            (Some(_), Some(_)) => "memory",
+        };
+        if row == "freeze" {
+            *self.report.phases_ms.entry(name.to_owned()).or_default() += end - start;
+        }
+        self.report.add_span(row, name, start, end);
+        if let (LogReplayAction::Resume, Some(held)) = (action, self.held) {
+            let downtime = ms(held.elapsed());
+            self.report.downtime_ms = Some(downtime);
+            self.report.complete_ms = Some(end);
+            self.place.note("DOWNTIME_MS", format!("{downtime:.1}"));
+        }
+    }
+
+    /// The report of a move that has ended.
+    pub(super) async fn finish(mut self, ended: &Result<LogReplayEnd>) -> Report {
+        self.progress.finish();
+        if let Some(answer) = self.answer.take() {
+            match ended {
+                Ok(LogReplayEnd::Moved) => self.note_answer(answer.await),
+                _ => answer.abort(),
+            }
+        }
+        self.report.total_ms = ms(self.started.elapsed());
+        self.report.warnings.extend(self.place.take_warnings());
+        self.report.log = self.sender.report();
+        self.report.wire_bytes = self.report.log.bytes;
+        self.report.result = match ended {
+            Ok(LogReplayEnd::Moved) => "moved".to_owned(),
+            Ok(LogReplayEnd::RolledBack) => "rolled back".to_owned(),
+            Ok(LogReplayEnd::Stuck) => "not known".to_owned(),
+            Err(error) => {
+                self.report.problem.get_or_insert(error.to_string());
+                "not known".to_owned()
+            }
+        };
+        self.report
+    }
+
+    fn note_answer(
+        &mut self,
+        answer: std::result::Result<Result<Instant>, tokio::task::JoinError>,
+    ) {
+        match answer {
+            Ok(Ok(at)) => {
+                self.report.answer_ms = Some(ms(at - self.started));
+                self.report.resume_ms = self.held.map(|held| ms(at - held));
+            }
+            Ok(Err(error)) => self.report.warnings.push(error.to_string()),
+            Err(error) => self.report.warnings.push(format!("the probe: {error}")),
+        }
+    }
+}
+
+fn stopped(by: &str) -> Error {
+    Error::new(Kind::Interrupted, format!("stopped by {by}"))
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
