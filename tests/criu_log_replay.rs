@@ -103,6 +103,8 @@ impl Stage<'_> {
             .args(["record", "--listen", &format!("0.0.0.0:{PORT}")])
             .args(["--to", &format!("127.0.0.1:{BEHIND}"), "--log"])
             .arg(self.log())
+            // On a busy host Redis may take longer than the default to answer, and then reads in another order.
+            .args(["--order-wait", "500ms"])
             .stderr(fs::File::create(&log)?);
         Spawned::start("record", &mut command, Some(log))
     }

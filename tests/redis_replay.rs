@@ -138,6 +138,8 @@ fn record(bed: &Bed, to: &Redis, name: &str, more: &[&str]) -> Result<(Spawned, 
         .arg(bed.path("recorded"))
         .arg("--port-file")
         .arg(&port_file)
+        // On a busy host Redis may take longer than the default to read a piece, and then reads in another order.
+        .args(["--order-wait", "20ms"])
         .args(more)
         .stderr(fs::File::create(&log)?);
     let mut recorder = Spawned::start(name, &mut command, Some(log))?;
