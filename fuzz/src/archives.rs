@@ -94,7 +94,8 @@ impl Entry {
         let link = name(self.link).as_bytes();
         header.as_old_mut().linkname[..link.len()].copy_from_slice(link);
         header.set_mode(u32::from(self.mode) & 0o7777);
-        (header.set_uid(u64::from(self.link)), header.set_gid(7));
+        header.set_uid(u64::from(self.link));
+        header.set_gid(7);
         header.set_mtime(u64::from(self.mode) << 20);
         header.set_size(content.len() as u64 + self.longer.map_or(0, u64::from));
         header.as_old_mut().linkflag = [self.kind()];

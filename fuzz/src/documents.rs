@@ -202,7 +202,7 @@ pub(crate) fn service_log(mut data: &[u8]) {
     };
     let mut files = vec![header(1, 0)];
     let mut count = 0;
-    if mode % 4 == 0 {
+    if mode.is_multiple_of(4) {
         files[0].extend_from_slice(data);
         if let ReadEntry::Whole(entry, length) = decode(data) {
             let mut again = Vec::new();

@@ -75,7 +75,7 @@ fn length(data: &mut &[u8]) -> usize {
 /// Whatever happens to the records, a reader gets a prefix of what was written, or an error.
 pub(crate) fn records(mut data: &[u8]) {
     let (mut client, mut server) = TLS.sessions("127.0.0.1").expect("sessions are made");
-    if byte(&mut data) % 4 == 0 {
+    if byte(&mut data).is_multiple_of(4) {
         return handshake(client, server, data);
     }
     while !(client.handshake().expect("an honest server") & server.handshake().expect("a client")) {

@@ -93,11 +93,7 @@ impl Survey {
         };
         let check: Check = client.post("/v1/check", &wanted).await?;
         let layered = layers::agreed(layered, &check);
-        let mut costs = Costs::default();
-        match rate(&client).await {
-            Ok(rate) => costs.bytes_per_s = rate,
-            Err(error) => tracing::warn!("the link's rate is not known: {error}"),
-        }
+        let costs = costs(&client).await;
         let packed_share = rounds::packed_share(&tree, page, size.private_bytes);
         let mut other_problems = match &found {
             Some(found) => found.problems(&tree, check.runtime.as_deref()).await?,
@@ -242,6 +238,16 @@ const LONG_REQUESTS: usize = 8;
 
 /// A link is not asked for longer.
 const RATE_TIME: Duration = Duration::from_millis(500);
+
+/// What a freeze costs, with the rate at which the agent takes bytes if that can be told.
+async fn costs(client: &AgentClient) -> Costs {
+    let mut costs = Costs::default();
+    match rate(client).await {
+        Ok(rate) => costs.bytes_per_s = rate,
+        Err(error) => tracing::warn!("the link's rate is not known: {error}"),
+    }
+    costs
+}
 
 /// How fast the agent takes bytes, bytes a second: long requests one after another, less what the fastest short one took.
 /// The first half of them does not count, as far as there are more: they open the connection's window, and what shapes a
