@@ -173,7 +173,7 @@ pub const FERRY_ENDED_SESSIONS_MAX: usize = 64;
 pub const FERRY_FAULT_PAGES_MAX: u32 = 64;
 
 const _: () =
-    assert!(40 + FERRY_RUNS_MAX * 16 + 64 <= FERRY_BODY_BYTES_MAX - FERRY_BATCH_BYTES_MAX);
+    assert!(40 + FERRY_RUNS_MAX * 16 + 64 * 3 <= FERRY_BODY_BYTES_MAX - FERRY_BATCH_BYTES_MAX);
 const _: () = assert!(FERRY_RUNS_MAX <= u16::MAX as usize);
 const _: () = assert!(16 + FERRY_HASHES_MAX * (16 + 16) <= FERRY_BODY_BYTES_MAX);
 const _: () = assert!(FRAME_PAGES_MAX.checked_mul(1 << 16).is_some());

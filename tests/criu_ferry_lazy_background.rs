@@ -74,7 +74,7 @@ fn on_demand_untouched_pages_stay_with_the_source(bed: &Bed, criu: &Criu) -> Res
         number(&client, "/pages/gone")? > u64::from(PAGES) / 2,
         "{client}"
     );
-    for kind in ["zero", "same", "delta", "zstd", "raw"] {
+    for kind in ["zero", "same", "shared", "delta", "zstd", "raw"] {
         let pushed = number(&forwarder, &format!("/sent/{kind}/pages"))?;
         ensure!(pushed == 0, "{forwarder}");
     }

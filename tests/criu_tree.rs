@@ -22,6 +22,7 @@ use testbed::process::run;
 use testbed::proxy::Link;
 use testbed::rounds::Rounds;
 use testbed::suite::with_criu;
+use testbed::summary::{number, of_session};
 use testbed::wait::GENEROUS;
 use testbed::workspace;
 
@@ -63,9 +64,17 @@ fn dump(bed: &Bed, criu: &Criu, tree: &mut Forks, forwarded: bool) -> Result<Pat
     let options = Options::new(&images).with(&[DEDUP]);
     let server = PageServer::receiving(Make::Ours, &options)?;
     let dump = Dump::new(criu, tree.pid(), &images);
-    match forwarded {
-        true => dump.forwarded_to(server, &bed.path("source"))?,
-        false => dump.received_by(server)?,
+    if forwarded {
+        let to = server.address().to_string();
+        let told = bed.path("source.json");
+        let options = ["--forward", &to, "--summary-json", &told.to_string_lossy()];
+        let options = Options::new(bed.path("source")).with(&options);
+        let source = PageServer::receiving(Make::Ours, &options)?;
+        dump.to(source.address()).run()?;
+        source.finish(GENEROUS)?;
+        server.finish(GENEROUS)?;
+    } else {
+        dump.received_by(server)?;
     }
     tree.wait_until_gone()?;
     Ok(images)
@@ -88,18 +97,23 @@ fn pages_bytes(dir: &Path) -> Result<u64> {
 
 /// Fails unless `images` have one process's memory, what each fork has changed, and what is each process's own.
 fn expect_once(images: &Path, spec: ForksSpec) -> Result<()> {
-    let one = u64::from(spec.mib) << 20;
-    let changed = match spec.every {
-        0 => 0,
-        every => one / u64::from(every) * u64::from(spec.children),
-    };
-    let most = one + changed + u64::from(spec.children + 1) * OWN_BYTES_MAX;
+    let (one, most) = (u64::from(spec.mib) << 20, once_bytes(spec));
     let bytes = pages_bytes(images)?;
     ensure!(
         (one..=most).contains(&bytes),
         "{bytes} bytes, of a process with {one}, at most {most}"
     );
     Ok(())
+}
+
+/// One process's memory, what each fork has changed, and what is each process's own.
+fn once_bytes(spec: ForksSpec) -> u64 {
+    let one = u64::from(spec.mib) << 20;
+    let changed = match spec.every {
+        0 => 0,
+        every => one / u64::from(every) * u64::from(spec.children),
+    };
+    one + changed + u64::from(spec.children + 1) * OWN_BYTES_MAX
 }
 
 /// Lets `pageferry` say something of the images.
@@ -142,6 +156,19 @@ fn forwarded(bed: &Bed, criu: &Criu) -> Result<()> {
     let mut tree = Forks::start(&bed.path("forks"), spec)?;
     let images = dump(bed, criu, &mut tree, true)?;
     expect_once(&images, spec)?;
+    let sent = of_session(&bed.path("source.json"), 1)?;
+    let (wire, shared) = (
+        number(&sent, "/frame_bytes")?,
+        number(&sent, "/sent/shared/pages")?,
+    );
+    let most = once_bytes(spec) / 100 * 105;
+    eprintln!("{wire} bytes on the wire, at most {most}; {shared} pages were named");
+    ensure!(wire <= most, "{wire} bytes on the wire, at most {most}");
+    let all = u64::from(spec.children * spec.mib) << 8;
+    ensure!(
+        shared > all / 100 * 95,
+        "{shared} of {all} pages were named"
+    );
     let _restored = Restore::new(criu, &images).run()?;
     tree.expect_right()
 }
@@ -282,6 +309,59 @@ fn a_plan_tells_what_forks_share() {
         };
         ensure!(takes("hybrid")? == takes("cold")? + copied, "{plan}");
         ensure!(takes("pre-copy")? == takes("cold")?, "{plan}");
+        Ok(())
+    });
+}
+
+/// Forwards the dump of a tree, checks its restore, and tells the bytes of the frames.
+fn wire_bytes(bed: &Bed, place: &Path, criu: &Criu, spec: ForksSpec) -> Result<u64> {
+    let mut tree = Forks::start(place, spec)?;
+    let (images, told) = (place.join("images"), place.join("source.json"));
+    fs::create_dir_all(&images)?;
+    let server = PageServer::receiving(Make::Ours, &Options::new(&images))?;
+    let options = [
+        "--forward",
+        &server.address().to_string(),
+        "--summary-json",
+        &told.to_string_lossy(),
+    ];
+    let source = bed.path("source");
+    let source = PageServer::receiving(Make::Ours, &Options::new(source).with(&options))?;
+    Dump::new(criu, tree.pid(), &images)
+        .to(source.address())
+        .run()?;
+    source.finish(GENEROUS)?;
+    server.finish(GENEROUS)?;
+    tree.wait_until_gone()?;
+    drop(Restore::new(criu, &images).run().and_then(|restored| {
+        tree.expect_right()?;
+        Ok(restored)
+    })?);
+    let bytes = number(&of_session(&told, 1)?, "/frame_bytes")?;
+    // The next tree needs the room.
+    fs::remove_dir_all(place)?;
+    Ok(bytes)
+}
+
+/// The bars of ferry: bytes on the wire beside those of one process.
+#[test]
+#[ignore = "5 GB of memory through two page servers: cargo nextest run --test criu_tree --run-ignored only"]
+fn eight_forks_of_256_mib_on_the_wire() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let forks = |children, every| ForksSpec {
+            children,
+            mib: 256,
+            every,
+            mixed: false,
+        };
+        let one = wire_bytes(bed, &bed.path("one"), criu, forks(0, 0))?;
+        for (every, most) in [(0, 1.05), (100, 1.15)] {
+            let place = bed.path(&format!("every-{every}"));
+            let all = wire_bytes(bed, &place, criu, forks(8, every))?;
+            let ratio = all as f64 / one as f64;
+            eprintln!("each {every}th page written: {all} bytes, {ratio:.3} times one process");
+            ensure!(ratio <= most, "{ratio}");
+        }
         Ok(())
     });
 }

@@ -69,12 +69,17 @@ fn honest_batch() -> Vec<u8> {
             Verdict::Delta(PageHash([2; 16])),
             Verdict::Fresh,
             Verdict::Fresh,
+            Verdict::Shared {
+                hash: PageHash([3; 16]),
+                of: 0,
+            },
         ],
         xor: [[0; 4000].as_slice(), &[9; 96]].concat(),
     };
     let mut plain = vec![0; 3 * 4096];
     plain.extend([7; 4096]);
     plain.extend(common::page_content(100));
+    plain.extend([8; 4096]);
     let start = FIRST_PAGE * 4096;
     let run = |first: u64, pages: u64, flags| Run {
         range: PageRange::new(start + first * 4096, start + (first + pages) * 4096),
@@ -82,7 +87,7 @@ fn honest_batch() -> Vec<u8> {
     };
     let batch = PlainBatch {
         target: PID,
-        runs: &[run(0, 5, PageFlags::PRESENT), run(9, 100, PageFlags::LAZY)],
+        runs: &[run(0, 6, PageFlags::PRESENT), run(9, 100, PageFlags::LAZY)],
         plain: &plain,
     };
     let mut body = Vec::new();
@@ -198,7 +203,7 @@ proptest! {
     /// A receiver holds no more than its window, whatever a sender sends.
     #[test]
     fn no_sender_breaks_a_receiver(frames in frames()) {
-        let mut receiver = Receiver::new(PAGE, 2, WINDOW);
+        let mut receiver = Receiver::new(PAGE, 2, WINDOW).taking_shared(frames.len().is_multiple_of(2));
         receiver.stream_up(0);
         let (mut here, mut applied) = (0_u64, 0);
         let mut ready = Vec::new();

@@ -138,6 +138,7 @@ fn receive(mut stream: &[u8], base: &Pages, page: PageSize, hasher: &PageHasher)
                 Place::Same => old(vaddr).clone(),
                 Place::Body(range) => body[range].to_vec(),
                 Place::Unpacked(range) => out[range].to_vec(),
+                Place::Shared(_) => panic!("there is one target alone"),
             };
             assert_eq!(pages.insert(vaddr.get() / page.bytes(), contents), None);
         }

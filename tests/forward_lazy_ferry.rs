@@ -32,6 +32,7 @@ fn expect_right(batch: &ReceivedFrame) -> u64 {
         let contents = match place {
             Place::Body(range) => &batch.body[range],
             Place::Unpacked(range) => &unpacked[range],
+            Place::Shared(_) => panic!("not in a post-copy"),
             Place::Zero | Place::Same => panic!("{vaddr}: {place:?}"),
         };
         assert!(contents == page_content(seed), "{vaddr} is wrong");

@@ -156,7 +156,7 @@ pub(crate) fn batch(mut data: &[u8]) {
     if byte(&mut data) % 2 == 1 {
         return packed(data);
     }
-    let Ok(batch) = Batch::parse(data, PAGE) else {
+    let Ok(batch) = Batch::parse_behind(data, PAGE, usize::from(OTHERS)) else {
         return;
     };
     let _ = batch.agree(&hasher(), batch.bases().map(|_| PageHash::default()));
@@ -169,9 +169,13 @@ pub(crate) fn batch(mut data: &[u8]) {
     assert!(out.capacity() <= 2 * FERRY_BATCH_BYTES_MAX);
     if unpacked.is_ok() {
         assert_eq!(batch.places().count() as u64, batch.present().get());
+        assert!(batch.shared().all(|(_, of)| of < OTHERS));
         canary(batch.present().get() >= 3);
     }
 }
+
+/// Targets whose pages a batch may name.
+const OTHERS: u16 = 3;
 
 /// Any pages with any verdicts come back as they were.
 fn packed(data: &[u8]) {
@@ -187,7 +191,7 @@ fn packed(data: &[u8]) {
     for verdict in &verdicts {
         let fill: u8 = input.arbitrary().unwrap_or(1);
         let page = [fill; 4096];
-        judged.push(match verdict % 4 {
+        judged.push(match verdict % 5 {
             0 => {
                 plain.extend([0; 4096]);
                 Verdict::Zero
@@ -200,6 +204,13 @@ fn packed(data: &[u8]) {
                 plain.extend(page);
                 xor.extend(page.map(|byte| byte ^ 0x55));
                 Verdict::Delta(PageHash([fill; 16]))
+            }
+            3 => {
+                plain.extend(page);
+                Verdict::Shared {
+                    hash: PageHash([fill; 16]),
+                    of: u16::from(fill) % OTHERS,
+                }
             }
             _ => {
                 plain.extend(page);
@@ -226,7 +237,8 @@ fn packed(data: &[u8]) {
     let mut encoder = Encoder::new(PAGE).expect("an encoder is made");
     let encoded = encoder.encode(plain_batch, &verdicts, &hasher(), level, &mut body);
     encoded.expect("an honest batch is packed");
-    let read = Batch::parse(&body, PAGE).expect("what was packed is read");
+    let read =
+        Batch::parse_behind(&body, PAGE, usize::from(OTHERS)).expect("what was packed is read");
     assert_eq!(read.present().get(), verdicts.pages.len() as u64);
     let deltas = read
         .pages()
@@ -247,6 +259,10 @@ fn honest_batch(kinds: &[u8]) -> Vec<u8> {
             0 => Verdict::Zero,
             1 => Verdict::Same(PageHash([1; 16])),
             2 => Verdict::Delta(PageHash([2; 16])),
+            4 => Verdict::Shared {
+                hash: PageHash([4; 16]),
+                of: 1,
+            },
             _ => Verdict::Fresh,
         });
         if *kind == 2 {
@@ -277,7 +293,13 @@ fn honest_batch(kinds: &[u8]) -> Vec<u8> {
 
 /// Bodies of batches, and pages to be packed.
 pub(crate) fn batch_seeds() -> Vec<Vec<u8>> {
-    let bodies = [vec![0, 0], vec![0, 1, 3], vec![1, 2, 3, 3], vec![3]];
+    let bodies = [
+        vec![0, 0],
+        vec![0, 1, 3],
+        vec![1, 2, 3, 3],
+        vec![3],
+        vec![4, 3, 4],
+    ];
     let mut seeds: Vec<Vec<u8>> = bodies
         .iter()
         .map(|kinds| [&[0], honest_batch(kinds).as_slice()].concat())

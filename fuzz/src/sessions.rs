@@ -16,7 +16,8 @@ use crate::{byte, canary, take};
 
 /// A receiver holds no more than its window and hands frames out in their order, whatever a sender sends.
 pub(crate) fn receiver(data: &[u8]) {
-    let mut receiver = Receiver::new(PAGE, 2, WINDOW);
+    let takes_shared = data.len().is_multiple_of(2);
+    let mut receiver = Receiver::new(PAGE, 2, WINDOW).taking_shared(takes_shared);
     receiver.stream_up(0);
     let frames = said(data);
     let mut ready: Vec<(u64, Kind, &[u8])> = Vec::new();

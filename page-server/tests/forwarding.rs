@@ -60,7 +60,7 @@ fn kept_servers_forward_and_sum_up_session_by_session() {
     );
     assert_eq!(sent[0]["forwarded"], true);
     assert_eq!(sent[0]["received_bytes"], 100 * 4096);
-    let kinds = ["zero", "same", "delta", "zstd", "raw"];
+    let kinds = ["zero", "same", "shared", "delta", "zstd", "raw"];
     let pages = |line: &Value, kind: &str| line["sent"][kind]["pages"].as_u64().unwrap();
     assert_eq!(
         kinds.map(|kind| pages(&sent[0], kind)).iter().sum::<u64>(),

@@ -3,10 +3,11 @@
 //! ```text
 //! body ── Batch::parse ──> counts, runs, kinds fit the body's length
 //!            │
-//!            ├─ bases() ───> addresses whose hashes (same, delta) and contents (delta) are needed
+//!            ├─ bases() ───> addresses whose hashes (same, delta, shared) and contents (delta) are needed
+//!            ├─ shared() ──> pages of other targets whose contents are needed
 //!            ├─ agree() ───> the receiver's hashes are those that the sender meant
 //!            └─ Unpacker ──> packed and delta pages as plain bytes, all contents verified
-//!                 └─ places() ──> per page: zero, same, here in the body, there in the unpacked
+//!                 └─ places() ──> per page: zero, same, here in the body, there in the unpacked or the shared
 //! ```
 //!
 //! Raw pages are never copied: their place is a range of the body. Invariant: `places` is of use
@@ -41,6 +42,8 @@ pub enum PageKind {
     Packed = 3,
     /// In the zstd frame of delta pages: XORed with the receiver's base version.
     Delta = 4,
+    /// The page that a target which was opened before has at the same address.
+    Shared = 5,
 }
 
 impl PageKind {
@@ -51,13 +54,14 @@ impl PageKind {
             2 => PageKind::Raw,
             3 => PageKind::Packed,
             4 => PageKind::Delta,
+            5 => PageKind::Shared,
             _ => return None,
         })
     }
 
-    /// Whether the page is told by the receiver's base version.
+    /// Whether the page is told by what the receiver has: by its base version, or by another target's page.
     pub const fn needs_base(self) -> bool {
-        matches!(self, PageKind::Same | PageKind::Delta)
+        matches!(self, PageKind::Same | PageKind::Delta | PageKind::Shared)
     }
 }
 
@@ -86,11 +90,13 @@ pub enum BatchError {
         flags: u32,
     },
     /// The two ends have different base versions.
-    #[error("the two ends disagree about the earlier version of pages around {vaddr} of {target}")]
+    #[error(
+        "the two ends disagree about what the receiver has already of pages around {vaddr} of {target}"
+    )]
     Disagreement {
         /// Whose pages.
         target: Target,
-        /// The first page that builds on the earlier version.
+        /// The first page that builds on what the receiver has.
         vaddr: Vaddr,
     },
     /// zstd says no.
@@ -136,6 +142,8 @@ pub struct Batch<'b> {
     digest: PageHash,
     runs: Vec<Run>,
     kinds: Vec<PageKind>,
+    /// For each shared page whose it is: the number of a target in the order in which they were opened.
+    shared: Vec<u16>,
     pub(super) body: &'b [u8],
     pub(super) raw: Range<usize>,
     pub(super) packed: Range<usize>,
@@ -143,8 +151,17 @@ pub struct Batch<'b> {
 }
 
 impl<'b> Batch<'b> {
-    /// Reads the tables of `body` and compares all lengths.
+    /// Reads the tables of `body` and compares all lengths. For a session in which no shared pages are sent.
     pub fn parse(body: &'b [u8], page: PageSize) -> Result<Batch<'b>, BatchError> {
+        Batch::parse_behind(body, page, 0)
+    }
+
+    /// The same behind `others` targets that were opened before this one, whose pages may be named.
+    pub fn parse_behind(
+        body: &'b [u8],
+        page: PageSize,
+        others: usize,
+    ) -> Result<Batch<'b>, BatchError> {
         let kind = Kind::Pages;
         let wrong = |field, value| FrameError::Field { kind, field, value };
         let mut fields = Fields::new(kind, body);
@@ -165,6 +182,14 @@ impl<'b> Batch<'b> {
             PageKind::from_number(*number).ok_or(wrong("kind", value))
         });
         let kinds = kinds.collect::<Result<Vec<_>, _>>()?;
+        let mut shared = Vec::new();
+        for _ in kinds.iter().filter(|kind| **kind == PageKind::Shared) {
+            let number = fields.u16()?;
+            if usize::from(number) >= others {
+                return Err(wrong("shared", number.into()).into());
+            }
+            shared.push(number);
+        }
         if present_pages(&runs, page).count() != kinds.len() {
             return Err(wrong("kinds", kind_count as u64).into());
         }
@@ -175,6 +200,7 @@ impl<'b> Batch<'b> {
             digest,
             runs,
             kinds,
+            shared,
             body,
             raw: 0..0,
             packed: 0..0,
@@ -221,9 +247,17 @@ impl<'b> Batch<'b> {
         present_pages(&self.runs, self.page).zip(self.kinds.iter().copied())
     }
 
-    /// The pages that build on the receiver's base version.
+    /// The pages that are told by what the receiver has.
     pub fn bases(&self) -> impl Iterator<Item = (Vaddr, PageKind)> {
         self.pages().filter(|(_, kind)| kind.needs_base())
+    }
+
+    /// The shared pages, and whose they are: the number of a target in the order in which they were opened.
+    pub fn shared(&self) -> impl Iterator<Item = (Vaddr, u16)> {
+        let shared = self.pages().filter(|(_, kind)| *kind == PageKind::Shared);
+        shared
+            .map(|(vaddr, _)| vaddr)
+            .zip(self.shared.iter().copied())
     }
 
     /// One hash over the hashes of all [`Batch::bases`], in order, as the sender means them.
@@ -256,6 +290,7 @@ impl<'b> Batch<'b> {
         let mut raw = self.raw.start;
         let mut packed = 0;
         let mut delta = self.bytes_of(PageKind::Packed);
+        let mut shared = 0;
         self.pages().map(move |(vaddr, kind)| {
             let next = |at: &mut usize| {
                 *at += page;
@@ -267,6 +302,7 @@ impl<'b> Batch<'b> {
                 PageKind::Raw => Place::Body(next(&mut raw)),
                 PageKind::Packed => Place::Unpacked(next(&mut packed)),
                 PageKind::Delta => Place::Unpacked(next(&mut delta)),
+                PageKind::Shared => Place::Shared(next(&mut shared)),
             };
             (vaddr, place)
         })
@@ -333,6 +369,8 @@ pub enum Place {
     Body(Range<usize>),
     /// In this range of what was unpacked.
     Unpacked(Range<usize>),
+    /// In this range of the pages that [`Batch::shared`] names, one behind the other.
+    Shared(Range<usize>),
 }
 
 #[cfg(test)]

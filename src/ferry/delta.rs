@@ -15,6 +15,9 @@
 //! - [`PageMemory::forget`] when it failed: the hashes are ahead of the receiver and worth nothing.
 //!   They are learned again from the receiver.
 //!
+//! Processes of a tree have pages in common. A page whose contents went to the receiver in this session, for a target
+//! that was opened before, is named and not sent again ([`PageMemory::begin_session`]).
+//!
 //! Cached contents are never taken on trust: before they serve as the base of a difference their hash
 //! is compared with that of the base version. So they outlive rounds that fail and receivers that
 //! restart.
@@ -24,6 +27,7 @@
 
 mod chunk;
 mod content_cache;
+mod others;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -38,6 +42,7 @@ use super::message::StateId;
 use chunk::{CHUNK_BYTES, CHUNK_PAGES, Chunk, PageLocation, SLOTS_BYTES};
 use content_cache::{CACHED_EXTRA_BYTES, ContentCache};
 pub use content_cache::{NewSlab, Slab};
+use others::Others;
 
 /// What is remembered, in numbers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -65,6 +70,8 @@ pub struct PageMemory {
     keeps_contents: bool,
     cache: ContentCache,
     left_out_pages: u64,
+    /// The targets of the session whose pages may be named for others.
+    others: Others,
 }
 
 impl fmt::Debug for PageMemory {
@@ -87,6 +94,7 @@ impl PageMemory {
             keeps_contents: true,
             cache: ContentCache::new(page, budget_bytes),
             left_out_pages: 0,
+            others: Others::default(),
         }
     }
 
@@ -153,9 +161,19 @@ impl PageMemory {
         }
     }
 
-    /// The receiver's base version of `target` is the one named `state`. Tells whether its hashes
-    /// have to be asked for.
+    /// A session begins. With `names_others` pages are named that the receiver got of other targets in it; with
+    /// `keeps_contents` contents are kept for sessions that follow.
+    pub fn begin_session(&mut self, names_others: bool, keeps_contents: bool) {
+        self.others = Others::new(names_others);
+        self.keeps_contents = keeps_contents;
+        let chunks = self.targets.values_mut().flat_map(BTreeMap::values_mut);
+        chunks.for_each(Chunk::forget_sent);
+    }
+
+    /// The next pages are those of `target`. The receiver's base version of it is the one named `state`. Tells whether
+    /// its hashes have to be asked for.
     pub fn adopt(&mut self, target: Target, state: StateId) -> bool {
+        self.others.open(target);
         if state == StateId::NONE {
             self.forget_target(target);
             return false;
@@ -210,6 +228,7 @@ impl PageMemory {
             plain,
         } = batch;
         verdicts.clear();
+        self.others.begin_batch(target);
         let pages = plain.chunks_exact(self.page.as_usize());
         let with_prints = present_pages(runs, self.page).zip(pages).zip(prints);
         for ((vaddr, contents), print) in with_prints {
@@ -279,8 +298,12 @@ impl PageMemory {
         if base == Some(hash) {
             return Verdict::Same(hash);
         }
-        let verdict = match (base, slot) {
-            (Some(base), Some(slot)) if !print.zero => {
+        let shared = (!print.zero)
+            .then(|| self.find_shared(location, hash))
+            .flatten();
+        let verdict = match (shared, base, slot) {
+            (Some(of), ..) => Verdict::Shared { hash, of },
+            (None, Some(base), Some(slot)) if !print.zero => {
                 let old = self.cache.contents(slot);
                 if hasher.hash(old) == base && put_difference(old, contents, xor) {
                     Verdict::Delta(base)
@@ -296,10 +319,26 @@ impl PageMemory {
                 self.set_slot(location, None);
             }
             Some(slot) => self.cache.replace(slot, contents),
-            None if print.zero => {}
+            None if print.zero || shared.is_some() => {}
             None => self.keep(location, contents, base.is_some()),
         }
+        if matches!(verdict, Verdict::Fresh | Verdict::Delta(_)) && self.others.are_named() {
+            let chunks = self.targets.get_mut(&location.target);
+            if let Some(chunk) = chunks.and_then(|chunks| chunks.get_mut(&location.chunk())) {
+                chunk.set_sent(location.at());
+            }
+        }
         verdict
+    }
+
+    /// Whose page at the same address has this hash, and was sent in this session.
+    fn find_shared(&mut self, location: PageLocation, hash: PageHash) -> Option<u16> {
+        let (chunk, at) = (location.chunk(), location.at());
+        let targets = &self.targets;
+        self.others.find(|other| {
+            let chunk = targets.get(&other).and_then(|chunks| chunks.get(&chunk));
+            chunk.is_some_and(|chunk| chunk.has_sent(at, hash))
+        })
     }
 
     /// Pages that the source leaves to the parent stay what they are.

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! verdicts (delta) ──> zero, same        a byte
+//!                      shared            three bytes
 //!                      delta ──> zstd    unless that gains too little: then as below
 //!                      fresh ──> probe ── looks random ──> raw   (tried again at growing distances)
 //!                                   └──── else ──> zstd ── gains too little ──> raw
@@ -46,6 +47,13 @@ pub enum Verdict {
     /// Little different from the receiver's base version, which has this hash. The next page of
     /// [`Verdicts::xor`] is the difference.
     Delta(PageHash),
+    /// What another target of the session has at this address.
+    Shared {
+        /// The page's hash.
+        hash: PageHash,
+        /// Whose page: the number of the target in the order in which they were opened.
+        of: u16,
+    },
     /// To be sent in full.
     Fresh,
 }
@@ -90,6 +98,8 @@ pub struct EncodeCounters {
     pub packed: u64,
     /// Pages sent as differences.
     pub delta: u64,
+    /// Pages that the receiver has of another target.
+    pub shared: u64,
     /// Length of the zstd frame with the packed pages, bytes.
     pub packed_bytes: u64,
     /// Length of the zstd frame with the delta pages, bytes.
@@ -183,6 +193,7 @@ impl Encoder {
             .extend(verdicts.pages.iter().map(|verdict| match verdict {
                 Verdict::Zero => PageKind::Zero,
                 Verdict::Same(_) => PageKind::Same,
+                Verdict::Shared { .. } => PageKind::Shared,
                 Verdict::Delta(_) if gains => PageKind::Delta,
                 Verdict::Delta(_) | Verdict::Fresh => PageKind::Raw,
             }));
@@ -305,6 +316,11 @@ impl Encoder {
         out.extend_from_slice(&self.digest(verdicts, hasher).0);
         put_runs(batch.runs, self.page, out);
         out.extend(self.kinds.iter().map(|kind| *kind as u8));
+        for verdict in &verdicts.pages {
+            if let Verdict::Shared { of, .. } = verdict {
+                out.put_u16(*of);
+            }
+        }
         of_kind(PageKind::Raw).for_each(|page| out.extend_from_slice(page));
         out.extend_from_slice(&self.packed);
         out.extend_from_slice(&self.delta);
@@ -315,12 +331,13 @@ impl Encoder {
         counters.raw = number(PageKind::Raw);
         counters.packed = number(PageKind::Packed);
         counters.delta = number(PageKind::Delta);
+        counters.shared = number(PageKind::Shared);
         counters.packed_bytes = self.packed.len() as u64;
         counters.delta_bytes = self.delta.len() as u64;
         counters.body_bytes = (out.len() - start) as u64;
     }
 
-    /// One hash over those of the base versions that the receiver will need.
+    /// One hash over those of the pages of its own that the receiver will need.
     fn digest(&self, verdicts: &Verdicts, hasher: &PageHasher) -> PageHash {
         if !self.kinds.iter().any(|kind| kind.needs_base()) {
             return PageHash::default();
@@ -328,6 +345,7 @@ impl Encoder {
         let pages = self.kinds.iter().zip(&verdicts.pages);
         hasher.digest(pages.filter_map(|(kind, verdict)| match verdict {
             Verdict::Same(base) | Verdict::Delta(base) if kind.needs_base() => Some(*base),
+            Verdict::Shared { hash, .. } => Some(*hash),
             _ => None,
         }))
     }

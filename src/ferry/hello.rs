@@ -80,8 +80,10 @@ impl Features {
     pub const FAREWELL: Features = Features(16);
     /// A requester understands that a page is in the push, and waits for it there.
     pub const IN_PUSH: Features = Features(32);
+    /// A page may be named as that of another target of the session.
+    pub const SHARED: Features = Features(64);
     /// All that is known here.
-    pub const ALL: Features = Features(63);
+    pub const ALL: Features = Features(127);
 
     /// What both sets have.
     #[must_use]

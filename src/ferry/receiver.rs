@@ -92,6 +92,8 @@ enum StreamState {
 pub struct Receiver {
     page: PageSize,
     window: Window,
+    /// Pages may be named as those of targets that were opened before.
+    takes_shared: bool,
     streams: Vec<StreamState>,
     /// Frames that came too early, with their lengths in bytes.
     held: BTreeMap<u64, u64>,
@@ -116,6 +118,7 @@ impl Receiver {
         Receiver {
             page,
             window,
+            takes_shared: false,
             streams: vec![StreamState::Down; usize::from(streams)],
             held: BTreeMap::new(),
             held_bytes: 0,
@@ -129,6 +132,15 @@ impl Receiver {
             next_vaddr: Vaddr(0),
             pages: 0,
             closed: false,
+        }
+    }
+
+    /// The same, which understands pages that are named as those of targets that were opened before.
+    #[must_use]
+    pub fn taking_shared(self, takes_shared: bool) -> Receiver {
+        Receiver {
+            takes_shared,
+            ..self
         }
     }
 
@@ -186,7 +198,11 @@ impl Receiver {
                 Ok(Message::Open(open))
             }
             Kind::Pages => {
-                let batch = Batch::parse(body, self.page)?;
+                let others = match self.takes_shared {
+                    true => self.opened.len().saturating_sub(1),
+                    false => 0,
+                };
+                let batch = Batch::parse_behind(body, self.page, others)?;
                 if self.open != Some(batch.target) {
                     return Err(SessionError::NotOpen(batch.target).into());
                 }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::Error;
@@ -30,6 +30,11 @@ impl PagesPart {
     /// The file.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// Where it is, until it gets its final name.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The error for a write that failed: names the file, and the usual way out.

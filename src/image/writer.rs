@@ -250,6 +250,19 @@ impl SessionImages {
         }
     }
 
+    /// Reads the page at `vaddr` of `target`, whose pages have all come, if processes of a tree may share it. Says whether
+    /// it is there.
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be read.
+    pub fn read_from_tree(&mut self, target: Target, vaddr: Vaddr, out: &mut [u8]) -> Result<bool> {
+        match &mut self.tree {
+            Some(tree) => tree.read(target, vaddr, out),
+            None => Ok(false),
+        }
+    }
+
     /// Writes what waits of the open target's pages that processes may share.
     pub fn end_target_in_tree(&mut self) -> Result<()> {
         match &mut self.tree {

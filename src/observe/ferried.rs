@@ -33,6 +33,9 @@ pub struct Carried {
     pub bytes: u64,
 }
 
+/// A shared page on the wire: its kind, and whose it is.
+const SHARED_BYTES: u64 = 3;
+
 /// Pages by the way they went.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, JsonSchema)]
 pub struct ByKind {
@@ -40,6 +43,8 @@ pub struct ByKind {
     pub zero: Carried,
     /// Named as what the receiver has.
     pub same: Carried,
+    /// Named as what the receiver has of another process.
+    pub shared: Carried,
     /// As differences.
     pub delta: Carried,
     /// In zstd frames.
@@ -49,13 +54,14 @@ pub struct ByKind {
 }
 
 impl ByKind {
-    /// What `counters` says. The byte that tells the kind of a page is counted with zero and same pages
-    /// alone: they have no other.
+    /// What `counters` says. The byte that tells the kind of a page is counted with zero, same and shared
+    /// pages alone: they have little else.
     pub fn of(counters: &EncodeCounters, page: PageSize) -> ByKind {
         let carried = |pages, bytes| Carried { pages, bytes };
         ByKind {
             zero: carried(counters.zero, counters.zero),
             same: carried(counters.same, counters.same),
+            shared: carried(counters.shared, SHARED_BYTES * counters.shared),
             delta: carried(counters.delta, counters.delta_bytes),
             zstd: carried(counters.packed, counters.packed_bytes),
             raw: carried(counters.raw, counters.raw << page.shift()),
@@ -67,6 +73,7 @@ impl ByKind {
         [
             ("zero", self.zero),
             ("same", self.same),
+            ("shared", self.shared),
             ("delta", self.delta),
             ("zstd", self.zstd),
             ("raw", self.raw),
@@ -74,7 +81,7 @@ impl ByKind {
     }
 
     /// How many kinds there are.
-    pub const COUNT: usize = 5;
+    pub const COUNT: usize = 6;
 }
 
 impl Sent {
@@ -86,6 +93,7 @@ impl Sent {
         sum.raw += counters.raw;
         sum.packed += counters.packed;
         sum.delta += counters.delta;
+        sum.shared += counters.shared;
         sum.packed_bytes += counters.packed_bytes;
         sum.delta_bytes += counters.delta_bytes;
         sum.body_bytes += counters.body_bytes;
@@ -96,7 +104,7 @@ impl Sent {
     /// All pages with contents.
     pub fn page_count(&self) -> u64 {
         let pages = &self.pages;
-        pages.zero + pages.same + pages.raw + pages.packed + pages.delta
+        pages.zero + pages.same + pages.raw + pages.packed + pages.delta + pages.shared
     }
 }
 
@@ -105,12 +113,13 @@ impl fmt::Display for Sent {
         let pages = &self.pages;
         write!(
             f,
-            "{} pages in {} bytes: {} zero, {} same, {} as differences ({} bytes), {} compressed \
+            "{} pages in {} bytes: {} zero, {} same, {} as in other processes, {} as differences ({} bytes), {} compressed \
              ({} bytes), {} as they are; {} bytes sent again, {} hashes learned",
             self.page_count(),
             self.frame_bytes,
             pages.zero,
             pages.same,
+            pages.shared,
             pages.delta,
             pages.delta_bytes,
             pages.packed,

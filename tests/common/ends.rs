@@ -18,6 +18,7 @@ use pageferry::engine::io::transport::Peer;
 use pageferry::engine::listening::sessions::{EndPolicy, Rules, run_sessions};
 use pageferry::engine::listening::stop::Stop;
 use pageferry::engine::receive::ReceiveContext;
+use pageferry::engine::receive::ingest_modes::IngestOptions;
 use pageferry::engine::receive::precopy_listener::{Handled, PrecopyListener};
 use pageferry::engine::receive::stores::{StoreOptions, Stores};
 use pageferry::error::{Error, Kind, Result};
@@ -54,30 +55,59 @@ pub(crate) fn far_end_at(
     previous: Option<&str>,
     time_limit: Duration,
 ) -> FarEnd {
-    start(address, dir, previous, time_limit, None)
+    start(address, &store(dir, previous), time_limit, None, false)
 }
 
-pub(crate) fn far_end_over_tls(dir: &Path, tls: Option<Tls>) -> FarEnd {
-    start((Ipv4Addr::LOCALHOST, 0).into(), dir, None, LONG, tls)
+/// As [`far_end`], with the directory opened as `options` says, and pages stored compressed.
+pub(crate) fn far_end_with(options: &StoreOptions, compress: bool) -> FarEnd {
+    start(
+        (Ipv4Addr::LOCALHOST, 0).into(),
+        options,
+        LONG,
+        None,
+        compress,
+    )
 }
 
-fn start(
-    address: SocketAddr,
-    dir: &Path,
-    previous: Option<&str>,
-    time_limit: Duration,
-    tls: Option<Tls>,
-) -> FarEnd {
-    std::fs::create_dir_all(dir).unwrap();
-    let options = StoreOptions {
+/// How `dir` is opened.
+pub(crate) fn store(dir: &Path, previous: Option<&str>) -> StoreOptions {
+    StoreOptions {
         dir: dir.to_owned(),
         page: PAGE,
         previous: previous.map(PathBuf::from),
         sync: Sync::None,
         split_lazy: None,
         dedup_tree: false,
+    }
+}
+
+pub(crate) fn far_end_over_tls(dir: &Path, tls: Option<Tls>) -> FarEnd {
+    start(
+        (Ipv4Addr::LOCALHOST, 0).into(),
+        &store(dir, None),
+        LONG,
+        tls,
+        false,
+    )
+}
+
+fn start(
+    address: SocketAddr,
+    options: &StoreOptions,
+    time_limit: Duration,
+    tls: Option<Tls>,
+    compress: bool,
+) -> FarEnd {
+    std::fs::create_dir_all(&options.dir).unwrap();
+    let stores = Stores::open(options.clone(), None).unwrap();
+    let context = ReceiveContext {
+        ingest: IngestOptions {
+            compress,
+            dedup_tree: options.dedup_tree,
+            ..IngestOptions::default()
+        },
+        ..ReceiveContext::new(stores, Io::Epoll)
     };
-    let context = ReceiveContext::new(Stores::open(options, None).unwrap(), Io::Epoll);
     let listener = TcpListener::bind(address).unwrap();
     let address = listener.local_addr().unwrap();
     let stop = Stop::default();

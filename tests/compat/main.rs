@@ -245,6 +245,7 @@ fn contents(
                 Place::Same => of_base(number),
                 Place::Body(range) => frame.body[range].to_vec(),
                 Place::Unpacked(range) => unpacked[range].to_vec(),
+                Place::Shared(_) => panic!("both ends are older"),
             };
             pages.insert(number, content);
         }

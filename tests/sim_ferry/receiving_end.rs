@@ -77,6 +77,8 @@ pub(crate) struct ReceivingEnd {
     held: BTreeMap<u64, (Kind, Vec<u8>)>,
     unpacker: Unpacker,
     building: Image,
+    /// The targets of the session, in the order in which they were opened.
+    opened: Vec<Target>,
     published: bool,
     replies: BTreeMap<u16, VecDeque<Vec<u8>>>,
     status: Status,
@@ -97,10 +99,11 @@ impl ReceivingEnd {
             store,
             states,
             hasher,
-            receiver: Receiver::new(PAGE, streams, window),
+            receiver: Receiver::new(PAGE, streams, window).taking_shared(true),
             held: BTreeMap::new(),
             unpacker: Unpacker::default(),
             building: Image::new(),
+            opened: Vec::new(),
             published: false,
             replies: BTreeMap::new(),
             status: Status::Going,
@@ -135,6 +138,7 @@ impl ReceivingEnd {
         match self.receiver.read(kind, body) {
             Ok(Message::Open(open)) => {
                 self.building.entry(open.target).or_default();
+                self.opened.push(open.target);
                 let state = self.parent_state(open.target);
                 let has_parent = i32::from(state != StateId::NONE);
                 self.receiver.answer(number, has_parent, state);
@@ -164,7 +168,19 @@ impl ReceivingEnd {
         let target = batch.target;
         let mut bases = Vec::new();
         let mut hashes = Vec::new();
+        let mut shared = Vec::new();
+        let mut names = batch.shared();
         for (vaddr, kind) in batch.bases() {
+            if kind == PageKind::Shared {
+                let (_, of) = names.next().expect("a name for every shared page");
+                let other = &self.building[&self.opened[usize::from(of)]];
+                let Entry::Data(page) = &other[&number_of(vaddr)] else {
+                    panic!("a page is named that did not come in this session");
+                };
+                hashes.push(self.hasher.hash(page));
+                shared.extend_from_slice(page);
+                continue;
+            }
             let base = self.base(target, vaddr);
             hashes.push(
                 base.as_ref()
@@ -184,6 +200,7 @@ impl ReceivingEnd {
                 Place::Same => Entry::InParent,
                 Place::Body(range) => Entry::Data(body[range].into()),
                 Place::Unpacked(range) => Entry::Data(unpacked[range].into()),
+                Place::Shared(range) => Entry::Data(shared[range].into()),
             };
             image.insert(number_of(vaddr), entry);
         }

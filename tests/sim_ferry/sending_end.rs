@@ -101,8 +101,9 @@ impl SendingEnd {
         session: SessionId,
         source: &Memory,
         parent: Option<&Memory>,
-        memory: PageMemory,
+        mut memory: PageMemory,
     ) -> SendingEnd {
+        memory.begin_session(true, true);
         SendingEnd {
             session,
             steps: script(rng, source, parent),
@@ -165,6 +166,7 @@ impl SendingEnd {
                     .expect("zstd works");
                 self.stats.same_pages += counters.same;
                 self.stats.delta_pages += counters.delta;
+                self.stats.shared_pages += counters.shared;
                 Kind::Pages
             }
             Step::Close(pages) => {

@@ -16,6 +16,8 @@ pub(crate) struct Stats {
     pub(crate) sent_frames: u64,
     pub(crate) same_pages: u64,
     pub(crate) delta_pages: u64,
+    /// Pages that were named as those of another process of the round.
+    pub(crate) shared_pages: u64,
     pub(crate) learned_hashes: u64,
     /// Frames that came before their turn, and that came twice.
     pub(crate) held_frames: u64,
@@ -42,6 +44,7 @@ impl Stats {
         self.sent_frames += other.sent_frames;
         self.same_pages += other.same_pages;
         self.delta_pages += other.delta_pages;
+        self.shared_pages += other.shared_pages;
         self.learned_hashes += other.learned_hashes;
         self.held_frames += other.held_frames;
         self.repeated_frames += other.repeated_frames;

@@ -188,6 +188,8 @@ struct Forward<'s> {
     remembers: bool,
     /// The far end can be asked for hashes.
     takes_questions: bool,
+    /// The far end understands that a page is another process's.
+    names_shared: bool,
     target: Option<Target>,
     /// Whether the target's pages are worth hashing.
     hashed: bool,
@@ -211,6 +213,10 @@ impl<'s> Forward<'s> {
         sending: &'s SenderSession,
     ) -> Result<Forward<'s>> {
         let agreed = sending.agree()?;
+        let names_shared = agreed.features.has(Features::SHARED);
+        sending
+            .memory()
+            .begin_session(names_shared, context.remembers);
         Ok(Forward {
             sending,
             packer: Packer::start(scope, sending, &agreed, context.page, encoders())?,
@@ -219,6 +225,7 @@ impl<'s> Forward<'s> {
             idle_timeout: context.idle_timeout,
             remembers: context.remembers,
             takes_questions: agreed.features.has(Features::HASHES),
+            names_shared,
             target: None,
             hashed: false,
             gathered: Gathered::new(context.page),
@@ -306,7 +313,7 @@ impl<'s> Forward<'s> {
         };
         self.sending.adopt(target, state);
         self.target = Some(target);
-        self.hashed = self.remembers || state != StateId::NONE;
+        self.hashed = self.remembers || self.names_shared || state != StateId::NONE;
         tracing::debug!("forwarding {target}, has_parent={}", reply.value != 0);
         if answered {
             answer(stream, &has_parent_answer(false))?;

@@ -32,7 +32,9 @@ pub(in crate::engine) fn push<T>(
         version: VERSION,
         role: Role::Sender,
         page,
-        features: Features::HASHES.with(Features::DELTA),
+        features: Features::HASHES
+            .with(Features::DELTA)
+            .with(Features::SHARED),
         session,
         stream: 0,
         streams: config.streams,

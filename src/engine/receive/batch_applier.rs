@@ -5,6 +5,7 @@
 //! packed     ── unpacked ──────┼─> pwritev at the place that the writer says
 //! delta      ── unpacked ──────┘
 //! zero       ── nothing: the file has a hole there, which reads as zero
+//! shared     ── pwritev as well, once another target's page was read and hashed
 //! same       ── a hole to the parent: the page takes no room at all
 //!            └─ the parent's page, where CRIU would not look for it there
 //! ```
@@ -22,6 +23,7 @@ use crate::engine::ferry::base::Base;
 use crate::engine::ferry::lock;
 use crate::engine::io::batch::write_all;
 use crate::engine::receive::counters::SessionCounters;
+use crate::engine::receive::session_pages::SessionPages;
 use crate::error::{Error, Kind, Result};
 use crate::ferry::batch::{Batch, PageKind, Place};
 use crate::ferry::hash::{PageHash, PageHasher};
@@ -33,7 +35,7 @@ use crate::image::store::ImageStore;
 use crate::image::tree::TreePlace;
 use crate::image::writer::{CommittedImages, Destination, SessionImages};
 use crate::observe::received::StoredPages;
-use crate::units::{PageRange, PageSize};
+use crate::units::{PageRange, PageSize, Vaddr};
 
 /// The base versions of the targets of a session that are still of use, shared with those who
 /// answer the sender's questions for hashes.
@@ -53,6 +55,10 @@ pub(in crate::engine) struct BatchApplier {
     unpacker: Unpacker,
     unpacked: Vec<u8>,
     old_pages: Vec<u8>,
+    /// Where pages of targets lie that were opened before.
+    session_pages: SessionPages,
+    /// The batch's shared pages, one behind the other.
+    shared: Vec<u8>,
     /// Whether pages are stored as CRIU 4.3 compresses them.
     compresses: bool,
     kept: StoredPages,
@@ -77,6 +83,8 @@ impl BatchApplier {
             unpacker: Unpacker::default(),
             unpacked: Vec::new(),
             old_pages: Vec::new(),
+            session_pages: SessionPages::new(store.dir().page()),
+            shared: Vec::new(),
             compresses,
             kept: StoredPages::default(),
         }
@@ -86,6 +94,7 @@ impl BatchApplier {
     /// parent, and the name of its version.
     pub(in crate::engine) fn open(&mut self, open: Open) -> Result<(bool, StateId)> {
         self.images.open(open.target, open.wire)?;
+        self.session_pages.open(open.target);
         let has_parent = self.images.has_parent(open.target)?;
         tracing::debug!("receiving {}, has_parent={has_parent}", open.target);
         self.base = None;
@@ -167,37 +176,72 @@ impl BatchApplier {
         self.images.commit()
     }
 
-    /// Compares the bases, and verifies and unpacks all contents.
+    /// Compares what the receiver has already, and verifies and unpacks all contents.
     fn check(&mut self, batch: &Batch<'_>) -> Result<()> {
         let differ = |error| Error::wrap(Kind::Image, "a batch cannot be used", error);
         self.old_pages.clear();
+        self.shared.clear();
         let mut hashes: Vec<PageHash> = Vec::new();
-        if batch.bases().next().is_some() {
-            let base = self.base.as_ref().ok_or_else(|| {
+        let mut shared = batch.shared();
+        let base = self.base.clone();
+        let mut base = base.as_deref().map(lock);
+        for (vaddr, kind) in batch.bases() {
+            if kind == PageKind::Shared {
+                let of = shared.next().map(|(_, of)| of);
+                hashes.push(self.read_shared(batch.target, of.unwrap_or_default(), vaddr)?);
+                continue;
+            }
+            let base = base.as_mut().ok_or_else(|| {
                 let text = format!(
                     "the far end builds on a parent of {} that is not here",
                     batch.target
                 );
                 Error::new(Kind::Protocol, text)
             })?;
-            let mut base = lock(base);
-            for (vaddr, kind) in batch.bases() {
-                // A page that is not there has no hash: the digest will differ.
-                hashes.push(base.hash_of(vaddr)?.unwrap_or_default());
-                if kind == PageKind::Delta {
-                    let start = self.old_pages.len();
-                    self.old_pages.resize(start + self.page.as_usize(), 0);
-                    base.read(vaddr, &mut self.old_pages[start..])?;
-                }
-            }
-            if let Some((vaddr, _)) = batch.pages().next() {
-                base.passed(vaddr);
+            // A page that is not there has no hash: the digest will differ.
+            hashes.push(base.hash_of(vaddr)?.unwrap_or_default());
+            if kind == PageKind::Delta {
+                let start = self.old_pages.len();
+                self.old_pages.resize(start + self.page.as_usize(), 0);
+                base.read(vaddr, &mut self.old_pages[start..])?;
             }
         }
+        if let (Some(base), Some((vaddr, _))) = (&mut base, batch.pages().next()) {
+            base.passed(vaddr);
+        }
+        drop(base);
         batch.agree(&self.hasher, hashes).map_err(differ)?;
         self.unpacker
             .unpack(batch, &self.old_pages, &mut self.unpacked)
             .map_err(|error| Error::wrap(Kind::Protocol, "a batch is damaged", error))
+    }
+
+    /// Appends the page at `vaddr` of the target with the number `of` to the shared pages. Tells its hash.
+    fn read_shared(&mut self, target: Target, of: u16, vaddr: Vaddr) -> Result<PageHash> {
+        let start = self.shared.len();
+        self.shared.resize(start + self.page.as_usize(), 0);
+        let page = &mut self.shared[start..];
+        let other = self.session_pages.target(of);
+        let there = match other {
+            Some(_) if self.session_pages.read(of, vaddr, page)? => true,
+            Some(other) => self.images.read_from_tree(other, vaddr, page)?,
+            None => false,
+        };
+        match (there, other) {
+            (true, _) => Ok(self.hasher.hash(page)),
+            (false, Some(other)) => {
+                let text = format!(
+                    "the far end names {other}'s page at {vaddr} for {target}, which has not come in this session"
+                );
+                Err(Error::new(Kind::Protocol, text))
+            }
+            (false, None) => {
+                let text = format!(
+                    "the far end names a page of process number {of}, which was not opened"
+                );
+                Err(Error::new(Kind::Protocol, text))
+            }
+        }
     }
 
     /// Stores adjacent pages that are all holes to the parent, or all not.
@@ -218,6 +262,7 @@ impl BatchApplier {
         let Some(to) = self.images.append(range, flags)? else {
             return Ok(());
         };
+        self.session_pages.wrote(range, &to);
         let mut at = 0;
         while at < places.len() {
             let zero = places[at] == Place::Zero;
@@ -253,6 +298,7 @@ impl BatchApplier {
             let bytes = match place {
                 Place::Body(range) => Some(&body[range.clone()]),
                 Place::Unpacked(range) => Some(&self.unpacked[range.clone()]),
+                Place::Shared(range) => Some(&self.shared[range.clone()]),
                 Place::Zero | Place::Same => None,
             };
             let page = PageRange::new(at, at + self.page.bytes());
@@ -312,6 +358,7 @@ impl BatchApplier {
             let block = match place {
                 Place::Body(range) => compressed_block(&body[range.clone()]),
                 Place::Unpacked(range) => compressed_block(&self.unpacked[range.clone()]),
+                Place::Shared(range) => compressed_block(&self.shared[range.clone()]),
                 Place::Zero | Place::Same => Cow::Borrowed(&[][..]),
             };
             blocks.extend_from_slice(&block);
@@ -326,28 +373,41 @@ impl BatchApplier {
     /// Writes adjacent pages that have contents.
     fn write(&self, to: &Destination, offset: u64, places: &[Place], body: &[u8]) -> Result<()> {
         let mut slices: Vec<IoSlice<'_>> = Vec::new();
-        for (in_body, range) in joined(places) {
-            let source = if in_body { body } else { &self.unpacked };
+        for (source, range) in joined(places) {
+            let source = match source {
+                Source::Body => body,
+                Source::Unpacked => &self.unpacked,
+                Source::Shared => &self.shared,
+            };
             slices.push(IoSlice::new(&source[range]));
         }
         write_all(&mut slices, &to.part, offset)
     }
 }
 
-/// The places of pages, neighbours joined: whether in the body, and where.
-fn joined(places: &[Place]) -> Vec<(bool, Range<usize>)> {
-    let mut joined: Vec<(bool, Range<usize>)> = Vec::new();
+/// What the contents of a page are a range of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Body,
+    Unpacked,
+    Shared,
+}
+
+/// The places of pages, neighbours joined.
+fn joined(places: &[Place]) -> Vec<(Source, Range<usize>)> {
+    let mut joined: Vec<(Source, Range<usize>)> = Vec::new();
     for place in places {
-        let (in_body, range) = match place {
-            Place::Body(range) => (true, range.clone()),
-            Place::Unpacked(range) => (false, range.clone()),
+        let (source, range) = match place {
+            Place::Body(range) => (Source::Body, range.clone()),
+            Place::Unpacked(range) => (Source::Unpacked, range.clone()),
+            Place::Shared(range) => (Source::Shared, range.clone()),
             Place::Zero | Place::Same => continue,
         };
         match joined.last_mut() {
-            Some((last_in_body, last)) if *last_in_body == in_body && last.end == range.start => {
+            Some((last_source, last)) if *last_source == source && last.end == range.start => {
                 last.end = range.end;
             }
-            _ => joined.push((in_body, range)),
+            _ => joined.push((source, range)),
         }
     }
     joined

@@ -21,6 +21,7 @@ pub(in crate::engine) mod counters;
 pub mod ingest_modes;
 pub mod precopy_listener;
 mod receiver_session;
+mod session_pages;
 pub mod stores;
 
 use std::io::{ErrorKind, Read, Write};

@@ -65,6 +65,10 @@ impl<'a> PrecopyListener<'a> {
         let page = context.stores.page();
         let hash_key = HashKey(random_bits()?);
         let features = Features::HASHES.with(Features::DELTA);
+        let features = match takes_shared(context) {
+            true => features.with(Features::SHARED),
+            false => features,
+        };
         let own = Hello {
             hash_key,
             ..Hello::of_listener(Role::Receiver, page, features, WINDOW)
@@ -257,6 +261,11 @@ impl<'a> PrecopyListener<'a> {
     }
 }
 
+/// Whether pages can be read again that were stored in a session: compressed ones are not.
+fn takes_shared(context: &ReceiveContext) -> bool {
+    !context.ingest.compress
+}
+
 /// What only the owner of a session needs.
 struct Session {
     applier: BatchApplier,
@@ -272,7 +281,8 @@ impl Session {
         let bases = Arc::new(Bases::default());
         let streams = hello.streams.clamp(1, FERRY_STREAMS_MAX);
         let (pool, known) = (Arc::clone(&listener.pool), Arc::clone(&bases));
-        let receiving = ReceiverSession::new(listener.page, streams, WINDOW, known, pool);
+        let shared = takes_shared(listener.context) && hello.features.has(Features::SHARED);
+        let receiving = ReceiverSession::new(listener.page, streams, WINDOW, known, pool, shared);
         let parent_state = StateId(random_bits()?);
         let compresses = listener.context.ingest.compress;
         let hasher = listener.hasher.clone();

@@ -81,11 +81,12 @@ impl ReceiverSession {
         window: Window,
         bases: Arc<Bases>,
         pool: Arc<BufferPool>,
+        takes_shared: bool,
     ) -> ReceiverSession {
         ReceiverSession {
             page,
             state: Mutex::new(State {
-                receiver: Receiver::new(page, streams, window),
+                receiver: Receiver::new(page, streams, window).taking_shared(takes_shared),
                 held: BTreeMap::new(),
                 ready: VecDeque::new(),
                 questions: BTreeMap::new(),

@@ -169,3 +169,62 @@ proptest! {
         }
     }
 }
+
+/// Pages 1 to 3: one of target 1, one of text, one of target 0.
+fn body_with_shared() -> Vec<u8> {
+    let size = PAGE.as_usize();
+    let plain = [vec![1; size], vec![b'a'; size], vec![3; size]].concat();
+    let shared = |page: usize, of| Verdict::Shared {
+        hash: hasher().hash(&plain[page * size..(page + 1) * size]),
+        of,
+    };
+    let verdicts = Verdicts {
+        pages: vec![shared(0, 1), Verdict::Fresh, shared(2, 0)],
+        xor: Vec::new(),
+    };
+    let batch = PlainBatch {
+        target: Target::Process(3),
+        runs: &[run(1, 3, PageFlags::PRESENT)],
+        plain: &plain,
+    };
+    let mut out = Vec::new();
+    Encoder::new(PAGE)
+        .and_then(|mut encoder| encoder.encode(batch, &verdicts, &hasher(), Level::None, &mut out))
+        .expect("zstd works");
+    out
+}
+
+#[test]
+fn shared_pages_name_their_targets_and_are_compared() {
+    let (body, size) = (body_with_shared(), PAGE.as_usize());
+    let batch = Batch::parse_behind(&body, PAGE, 2).expect("well-formed");
+    let at = |number: u64| Vaddr(number * PAGE.bytes());
+    let named: Vec<_> = batch.shared().collect();
+    assert_eq!(named, [(at(1), 1), (at(3), 0)]);
+    assert_eq!(batch.bases().count(), 2);
+    let hash = |byte: u8| hasher().hash(&vec![byte; size]);
+    batch
+        .agree(&hasher(), [hash(1), hash(3)])
+        .expect("the same pages");
+    batch
+        .agree(&hasher(), [hash(1), hash(4)])
+        .expect_err("another page");
+    let mut out = Vec::new();
+    let mut unpacker = Unpacker::default();
+    unpacker.unpack(&batch, &[], &mut out).expect("undamaged");
+    let places: Vec<_> = batch.places().map(|(_, place)| place).collect();
+    assert_eq!(places[0], Place::Shared(0..size));
+    assert!(matches!(&places[1], Place::Body(range) if body[range.clone()] == vec![b'a'; size]));
+    assert_eq!(places[2], Place::Shared(size..2 * size));
+}
+
+#[test]
+fn shared_pages_of_targets_that_are_not_there_are_refused() {
+    let body = body_with_shared();
+    for others in [0, 1] {
+        let error = Batch::parse_behind(&body, PAGE, others).expect_err("one target too few");
+        assert!(error.to_string().contains("shared"), "{error}");
+    }
+    // Where nothing of the kind was agreed on.
+    Batch::parse(&body, PAGE).expect_err("not agreed on");
+}

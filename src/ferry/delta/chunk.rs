@@ -58,6 +58,8 @@ pub(super) struct Chunk {
     slots: Option<Box<[u32; CHUNK_PAGES]>>,
     known: PageSet,
     seen: PageSet,
+    /// Seen in this session, and its contents sent.
+    sent: PageSet,
 }
 
 impl Chunk {
@@ -67,6 +69,7 @@ impl Chunk {
             slots: None,
             known: PageSet::default(),
             seen: PageSet::default(),
+            sent: PageSet::default(),
         }
     }
 
@@ -95,8 +98,24 @@ impl Chunk {
         self.seen.add(at);
     }
 
+    /// The contents of this round's version go to the receiver.
+    pub(super) fn set_sent(&mut self, at: usize) {
+        self.sent.add(at);
+    }
+
+    /// Whether the receiver got the contents of this page in this session, and they have this hash.
+    pub(super) fn has_sent(&self, at: usize, hash: PageHash) -> bool {
+        self.sent.has(at) && self.hashes[at] == hash
+    }
+
+    /// Another session begins: the receiver has got nothing in it.
+    pub(super) fn forget_sent(&mut self) {
+        self.sent = PageSet::default();
+    }
+
     /// Nothing is known of any page.
     pub(super) fn forget(&mut self) {
+        self.sent = PageSet::default();
         self.known = PageSet::default();
         self.seen = PageSet::default();
     }
@@ -132,6 +151,7 @@ impl Chunk {
     /// This round's versions are the new base version: forgets the pages that the round did not
     /// mention and names their slots to `dropped`. Tells whether anything is left.
     pub(super) fn commit(&mut self, mut dropped: impl FnMut(Slot)) -> bool {
+        self.forget_sent();
         for at in 0..CHUNK_PAGES {
             if !self.seen.has(at)
                 && let Some(slot) = self.slot(at)

@@ -107,7 +107,7 @@ impl Model {
                 assert_ne!(variant, 0);
                 assert!(!complete || base != Some(&variant));
             }
-            (verdict, None) => panic!("{verdict:?} without a base version"),
+            (verdict, _) => panic!("{verdict:?} without a base version"),
         }
     }
 
@@ -367,4 +367,73 @@ fn a_memory_for_hashes_has_room_for_all_of_them_and_keeps_no_contents() {
     assert_eq!(memory.base_of(TARGET, Vaddr(at(511))), None, "sent already");
     let remembered = memory.remembered();
     assert_eq!((remembered.kept_pages, remembered.left_out_pages), (0, 0));
+}
+
+/// Judges one page of `target`.
+fn judge_of(memory: &mut PageMemory, target: Target, number: u64, page: &[u8]) -> Verdict {
+    let hasher = PageHasher::new(HashKey([1; 16]), PAGE);
+    let mut verdicts = Verdicts::default();
+    let batch = PlainBatch {
+        target,
+        runs: &[run_at(number)],
+        plain: page,
+    };
+    memory.judge(batch, &[hasher.fingerprint(page)], &hasher, &mut verdicts);
+    verdicts.pages[0]
+}
+
+#[test]
+fn what_another_target_has_sent_in_this_session_is_named() {
+    let [parent, child, grandchild] = [1, 2, 3].map(Target::Process);
+    let mut memory = PageMemory::new(PAGE, 1 << 20);
+    memory.begin_session(true, true);
+    let [first, written, zero] = [9, 10, 0].map(contents);
+    let hash = |page: &[u8]| PageHasher::new(HashKey([1; 16]), PAGE).hash(page);
+    let shared = |page: &[u8], of| Verdict::Shared {
+        hash: hash(page),
+        of,
+    };
+    memory.adopt(parent, StateId::NONE);
+    assert_eq!(judge_of(&mut memory, parent, 500, &first), Verdict::Fresh);
+    assert_eq!(judge_of(&mut memory, parent, 501, &zero), Verdict::Zero);
+    // The same contents elsewhere are not compared.
+    assert_eq!(judge_of(&mut memory, parent, 502, &first), Verdict::Fresh);
+    memory.adopt(child, StateId::NONE);
+    assert_eq!(judge_of(&mut memory, child, 500, &first), shared(&first, 0));
+    assert_eq!(judge_of(&mut memory, child, 501, &zero), Verdict::Zero);
+    assert_eq!(judge_of(&mut memory, child, 502, &written), Verdict::Fresh);
+    memory.adopt(grandchild, StateId::NONE);
+    // The child's page was only named, so it is the parent's that is named again.
+    assert_eq!(
+        judge_of(&mut memory, grandchild, 500, &first),
+        shared(&first, 0)
+    );
+    assert_eq!(
+        judge_of(&mut memory, grandchild, 502, &written),
+        shared(&written, 1)
+    );
+    memory.commit(StateId([1; 16]));
+
+    // In the next session nothing has come yet, and what each has in its base version needs no other.
+    memory.begin_session(true, true);
+    memory.adopt(parent, StateId([1; 16]));
+    let same = |page: &[u8]| Verdict::Same(hash(page));
+    assert_eq!(judge_of(&mut memory, parent, 500, &first), same(&first));
+    memory.adopt(child, StateId([1; 16]));
+    assert_eq!(judge_of(&mut memory, child, 500, &first), same(&first));
+    // A child that is new has no base version, and its parent's page has not come in this session.
+    let new = Target::Process(4);
+    memory.adopt(new, StateId::NONE);
+    assert_eq!(judge_of(&mut memory, new, 500, &first), Verdict::Fresh);
+}
+
+#[test]
+fn nothing_is_named_for_a_receiver_that_does_not_understand_it() {
+    let mut memory = PageMemory::new(PAGE, 1 << 20);
+    memory.begin_session(false, true);
+    let page = contents(9);
+    for target in [1, 2].map(Target::Process) {
+        memory.adopt(target, StateId::NONE);
+        assert_eq!(judge_of(&mut memory, target, 500, &page), Verdict::Fresh);
+    }
 }

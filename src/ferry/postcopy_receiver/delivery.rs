@@ -70,7 +70,10 @@ impl UnverifiedDelivery {
             match place {
                 Place::Body(range) => plain.extend_from_slice(&body[range]),
                 Place::Unpacked(range) => plain.extend_from_slice(&unpacked[range]),
-                Place::Zero | Place::Same => plain.resize(start + page.as_usize(), 0),
+                // Shared pages are refused where batches are read.
+                Place::Zero | Place::Same | Place::Shared(_) => {
+                    plain.resize(start + page.as_usize(), 0);
+                }
             }
             let end = vaddr.get() + page.bytes();
             match parts.last_mut() {

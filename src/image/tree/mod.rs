@@ -29,6 +29,7 @@ mod layers;
 pub(super) mod names;
 mod views;
 
+use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -77,6 +78,8 @@ pub(super) struct Tree {
     current: Option<Current>,
     counts: TreeCounts,
     state: State,
+    /// The pages file that was read last, by its number.
+    reading: Option<(u32, File)>,
 }
 
 /// What is to be undone if the session fails.
@@ -143,6 +146,7 @@ impl Tree {
             current: None,
             counts: TreeCounts::default(),
             state: State::Part,
+            reading: None,
             dir,
         };
         // From now on nobody else makes one.
@@ -352,6 +356,32 @@ impl Tree {
             Some(to) => write(&to, &bytes),
             None => Ok(()),
         }
+    }
+
+    /// Reads the page at `vaddr` of `target`, which is not the current one. Says whether it is there.
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be read.
+    pub(super) fn read(&mut self, target: Target, vaddr: Vaddr, out: &mut [u8]) -> Result<bool> {
+        let mut members = self.views.members().iter();
+        let view = members.position(|member| member.target == target);
+        let Some((member, number)) = self.views.place(view, vaddr) else {
+            return Ok(false);
+        };
+        let pages_id = self.views.members()[member].pages_id;
+        let path = self.dir.path().join(TREE_PART).join(pages_name(pages_id));
+        let failed = |error| Error::file("read", &path, error);
+        let file = match &mut self.reading {
+            Some((open, file)) if *open == pages_id => file,
+            reading => {
+                let file = File::open(&path).map_err(failed)?;
+                &mut reading.insert((pages_id, file)).1
+            }
+        };
+        let offset = (number as u64) << self.dir.page().shift();
+        file.read_exact_at(out, offset).map_err(failed)?;
+        Ok(true)
     }
 
     /// The current process has no more pages.

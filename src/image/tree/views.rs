@@ -90,14 +90,18 @@ impl Pages {
 
     /// The hash of the page at `vaddr`.
     fn find(&self, vaddr: Vaddr, page: PageSize) -> Option<PageHash> {
+        self.hashes.get(self.place(vaddr, page)?).copied()
+    }
+
+    /// How many pages were added before the one at `vaddr`.
+    fn place(&self, vaddr: Vaddr, page: PageSize) -> Option<usize> {
         let index = self.runs.partition_point(|run| run.range.end() <= vaddr);
         let run = self.runs.get(index)?;
         if !run.range.contains(vaddr) {
             return None;
         }
         let pages = (vaddr.get() - run.range.start().get()) >> page.shift();
-        let pages = usize::try_from(pages).ok()?;
-        self.hashes.get(run.first + pages).copied()
+        Some(run.first + usize::try_from(pages).ok()?)
     }
 
     /// The runs of pages.
@@ -161,6 +165,14 @@ impl Views {
     pub(super) fn find(&self, view: Option<usize>, vaddr: Vaddr) -> Option<PageHash> {
         self.line(view)
             .find_map(|member| self.members[member].own.find(vaddr, self.page))
+    }
+
+    /// Whose own page the one at `vaddr` in a view is, and how many pages that member has before it.
+    pub(super) fn place(&self, view: Option<usize>, vaddr: Vaddr) -> Option<(usize, usize)> {
+        self.line(view).find_map(|member| {
+            let place = self.members[member].own.place(vaddr, self.page)?;
+            Some((member, place))
+        })
     }
 
     /// How many views are below the own pages of somebody who is based on `view`.

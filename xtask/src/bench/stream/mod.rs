@@ -255,7 +255,7 @@ fn tables(result: &CaseResult) -> String {
         let ratios = columns.map(|(which, metric)| cell(ratio(result, to, which, metric)));
         table.row(&format!("ferry / {}", to.name()), ratios);
     }
-    let kinds = ["zero", "same", "delta", "zstd", "raw"].map(OfKind);
+    let kinds = ["zero", "same", "shared", "delta", "zstd", "raw"].map(OfKind);
     let headings = kinds.map(Measure::heading);
     let mut of_kinds = Table::new(std::iter::once("ferry's MiB by kind").chain(headings));
     for (name, which) in [("first", Which::First), ("later", Which::Later)] {
