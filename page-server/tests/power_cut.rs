@@ -224,6 +224,9 @@ fn receive(place: &Place, first_seed: u32) -> Option<(Vec<Step>, Vec<u8>)> {
     Some((recording.steps().unwrap(), answers))
 }
 
+/// The contents of all files, by their number.
+type Files = BTreeMap<usize, Vec<u8>>;
+
 /// Rebuilds each state and looks at both targets in it: `judge` is told what each holds; `None` is absent.
 fn in_each_state(
     states: &BTreeSet<State>,
@@ -251,10 +254,7 @@ fn in_each_state(
 }
 
 /// All states of a session over what `place` holds, and the contents of all files.
-fn states_of(
-    place: &Place,
-    first_seed: u32,
-) -> Option<(BTreeSet<State>, BTreeMap<usize, Vec<u8>>)> {
+fn states_of(place: &Place, first_seed: u32) -> Option<(BTreeSet<State>, Files)> {
     let images = place.images().canonicalize().unwrap();
     let before = files_in(&images);
     let mut disk = Disk::with(before.keys().cloned());

@@ -160,13 +160,13 @@ fn run(world: &mut World, source: &mut LogReplay, until: Option<usize>, name: &s
 
 #[test]
 fn a_service_moves_or_stays_whoever_dies_before_or_behind_each_action() {
-    for number in 0..ALL.len() {
+    for (number, action) in ALL.into_iter().enumerate() {
         for (behind, agent_dies) in [(false, false), (true, false), (false, true), (true, true)] {
-            let name = format!("{:?} {behind} {agent_dies}", ALL[number]);
+            let name = format!("{action:?} {behind} {agent_dies}");
             let (mut world, mut source) = (World::new(), LogReplay::default());
             run(&mut world, &mut source, Some(number), &name);
             if behind {
-                world.apply(ALL[number]);
+                world.apply(action);
             }
             world.source_dies();
             if agent_dies {
@@ -182,13 +182,13 @@ fn a_service_moves_or_stays_whoever_dies_before_or_behind_each_action() {
 
 #[test]
 fn a_failure_at_any_action_ends_in_one_place() {
-    for number in 0..ALL.len() {
+    for (number, action) in ALL.into_iter().enumerate() {
         for half_done in [false, true] {
-            let name = format!("{:?} {half_done}", ALL[number]);
+            let name = format!("{action:?} {half_done}");
             let (mut world, mut source) = (World::new(), LogReplay::default());
             run(&mut world, &mut source, Some(number), &name);
             if half_done {
-                world.apply(ALL[number]);
+                world.apply(action);
             }
             let is_told = source.failed();
             if source.end() == LogReplayEnd::Stuck {
@@ -204,8 +204,8 @@ fn a_failure_at_any_action_ends_in_one_place() {
 
 #[test]
 fn an_agent_that_is_started_again_ends_what_was_not_to_be_kept() {
-    for number in 0..ALL.len() {
-        let name = format!("{:?}", ALL[number]);
+    for (number, action) in ALL.into_iter().enumerate() {
+        let name = format!("{action:?}");
         let (mut world, mut source) = (World::new(), LogReplay::default());
         run(&mut world, &mut source, Some(number), &name);
         world.agent_dies();

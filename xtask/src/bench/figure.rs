@@ -186,7 +186,7 @@ fn foot(panels: &[(&Document, String, Vec<Row<'_>>)]) -> [String; 2] {
             machine.cpus,
             machine.cpu,
             machine.kernel,
-            machine.criu,
+            machine.criu.as_deref().unwrap_or("none"),
             machine.pageferry,
             document.commit,
             document.date.get(..10).unwrap_or(&document.date)

@@ -164,7 +164,7 @@ fn by_pageferry(
     ]);
     last.start(&load, &agent)?.succeed(LIMIT)?;
     load.wait_until_gone()?;
-    let report: Value = serde_json::from_slice(&fs::read(last.report())?)?;
+    let report = last.report()?;
     let freeze = &report["files"]["freeze"];
     let number = |value: &Value| value.as_f64().context("a field of the report");
     load.steer(agent.init()?)?;
