@@ -156,7 +156,7 @@ fn forwarded(bed: &Bed, criu: &Criu) -> Result<()> {
     let mut tree = Forks::start(&bed.path("forks"), spec)?;
     let images = dump(bed, criu, &mut tree, true)?;
     expect_once(&images, spec)?;
-    let sent = of_session(&bed.path("source.json"), 1)?;
+    let sent = of_session(&bed.path("source.json"), 0)?;
     let (wire, shared) = (
         number(&sent, "/frame_bytes")?,
         number(&sent, "/sent/shared/pages")?,
@@ -337,7 +337,7 @@ fn wire_bytes(bed: &Bed, place: &Path, criu: &Criu, spec: ForksSpec) -> Result<u
         tree.expect_right()?;
         Ok(restored)
     })?);
-    let bytes = number(&of_session(&told, 1)?, "/frame_bytes")?;
+    let bytes = number(&of_session(&told, 0)?, "/frame_bytes")?;
     // The next tree needs the room.
     fs::remove_dir_all(place)?;
     Ok(bytes)

@@ -33,7 +33,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = duration)]
     watch: Duration,
 
-    /// The log of a recorder before the service: what moving it by --mode log-replay would cost
+    /// What a move by --mode log-replay would cost with the log of a recorder in DIR
     #[arg(long, value_name = "DIR")]
     log: Option<PathBuf>,
 

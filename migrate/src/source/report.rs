@@ -99,7 +99,7 @@ pub(crate) struct LogReport {
     pub(crate) bytes: u64,
     /// The most of it that was written and not replayed, bytes.
     pub(crate) most_lag_bytes: u64,
-    /// How often clients were held for that.
+    /// How many times clients were held for that.
     pub(crate) holds: u64,
 }
 
