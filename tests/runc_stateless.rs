@@ -212,18 +212,6 @@ fn layers_of_a_stateless_container_travel_once() {
 }
 
 #[test]
-fn live_loses_no_answer_by_crun() {
-    with_web_of("crun", false, |_, web| {
-        let (route, visitors) = visited(web)?;
-        let moves = web.moves("live", &["--mode", "live", "--route", &route.option()]);
-        succeed(web, &moves.with(&READY))?;
-        visitors.expect_answers()?;
-        expect_all_there(&visitors)?;
-        web.expect_moved()
-    });
-}
-
-#[test]
 fn what_fails_before_the_switch_changes_nothing() {
     with_web(|bed, web| {
         let (route, visitors) = visited(web)?;

@@ -1,4 +1,4 @@
-//! A server that lacks something for a while: descriptors, memory, the CPU. What it has begun it ends.
+//! A server that lacks something for a while: memory, the CPU. What it has begun it ends.
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
@@ -11,7 +11,6 @@ mod place;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::process::{Command, Stdio};
 use std::thread;
 
 use common::{FIRST_PAGE, PAGE};
@@ -21,11 +20,7 @@ use pageferry::criu::header::{Op, PageFlags, Wire};
 use place::{PID, Place, whole_dump};
 use testbed::gate;
 use testbed::memory_group::MemoryGroup;
-use testbed::process::Spawned;
 use testbed::wait::{GENEROUS, until};
-
-/// Descriptors of the server, some of which it needs by itself.
-const DESCRIPTORS: usize = 40;
 
 /// Sends what is left of a dump, and returns all that is answered.
 fn finish(mut stream: TcpStream, rest: &[u8]) -> Vec<u8> {
@@ -39,41 +34,6 @@ fn finish(mut stream: TcpStream, rest: &[u8]) -> Vec<u8> {
 
 /// has_parent, and the status of CLOSE.
 const SUCCESS: [u8; 5] = [0; 5];
-
-#[test]
-fn who_comes_when_descriptors_are_short_waits_for_them() {
-    let place = Place::new();
-    let inner = place.command(&["--keep", "--max-sessions", "200"]);
-    let mut command = Command::new("sh");
-    command
-        .args([
-            "-c",
-            &format!("ulimit -n {DESCRIPTORS}; exec \"$0\" \"$@\""),
-        ])
-        .arg(inner.get_program())
-        .args(inner.get_args())
-        .stdin(Stdio::null());
-    let log = place.work().join("log");
-    let mut server = Spawned::start("page-server", &mut command, Some(log)).unwrap();
-    let mut silent = Vec::new();
-    let is_short = || place.log().contains("a connection cannot be accepted now");
-    while !is_short() {
-        silent.push(place.connect());
-        until("its being taken", GENEROUS, || {
-            let taken = place.log().matches(" connected\n").count();
-            Ok((taken == silent.len() || is_short()).then_some(()))
-        })
-        .unwrap();
-    }
-    assert!(silent.len() < DESCRIPTORS);
-    let stream = place.connect();
-    let dump = thread::spawn(move || finish(stream, &whole_dump()));
-    drop(silent);
-    assert_eq!(dump.join().unwrap(), SUCCESS, "{}", place.log());
-    place.check_images();
-    server.signal(Signal::SIGTERM).unwrap();
-    server.succeed(GENEROUS).unwrap();
-}
 
 #[test]
 fn a_server_that_was_stopped_goes_on() {

@@ -78,11 +78,15 @@ pub(crate) const ALONE: &[Damage] = &[
             Some("pages-long"),
         )
     },
-    damage(
-        "last entry missing",
-        |i| i.entries(|e| drop(e.pop())),
-        Some("pages-long"),
-    ),
+    // It may be the end of a stack, which holds what a program was started with and need not look at again.
+    Damage {
+        may_be_right: true,
+        ..damage(
+            "last entry missing",
+            |i| i.entries(|e| drop(e.pop())),
+            Some("pages-long"),
+        )
+    },
     damage(
         "pagemap missing",
         |i| i.remove(&i.pagemap()),

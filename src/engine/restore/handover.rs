@@ -3,7 +3,7 @@
 //! Invariants: once [`Handover::is_over`], no connection is accepted; after a restore has finished, only the end of its
 //! connection is read.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -186,7 +186,17 @@ impl Restore {
             match word {
                 IntakeEvent::Process(pid, uffd, host) => {
                     let started = host_process::started(host);
-                    self.add_process(pid, uffd, host, started)?;
+                    // Without it the kernel would fill what is missing with zeros.
+                    let kept = uffd.as_fd().try_clone_to_owned();
+                    if let Err(error) = self.add_process(pid, uffd, host, started) {
+                        // Nobody knows which of its pages are missing, so none can be poisoned. It does not run yet: its
+                        // end makes the restore fail.
+                        host_process::kill_families([(host, started)].into_iter());
+                        drop(kept);
+                        return Err(
+                            error.within(format!("pid {pid} cannot be restored, and was ended"))
+                        );
+                    }
                 }
                 IntakeEvent::Zombie(pid) => {
                     tracing::info!("pid {pid} is a zombie: it has no memory");
