@@ -14,7 +14,9 @@ use testbed::failing::{CallCounts, FailingCalls, Failure};
 use testbed::gate;
 use testbed::load::scenarios::verifying;
 use testbed::load::spec::{LoadSpec, OnLostPage};
+use testbed::orphan::Orphan;
 use testbed::postcopy::{Plan, PostCopy, Source};
+use testbed::process::descendants;
 use testbed::suite::with_criu;
 use testbed::wait::GENEROUS;
 use testbed::workspace;
@@ -29,6 +31,7 @@ fn nothing() -> Failure {
     Failure {
         calls: u64::MAX >> 1..=u64::MAX >> 1,
         errno: Errno::EIO,
+        thread: None,
     }
 }
 
@@ -114,12 +117,71 @@ fn restored(
     counts.read()
 }
 
+/// The process that stands by has this name.
+const STANDBY: Option<&str> = Some("lazy-standby");
+
+/// A restore from images at their rate of `bandwidth`, with a standby whose calls fail as `failure` says.
+fn restored_with_standby(
+    bed: &Bed,
+    criu: &Criu,
+    failing: &FailingCalls,
+    failure: &Failure,
+    bandwidth: &str,
+) -> Result<(PostCopy, CallCounts)> {
+    let (dir, counts) = build(bed, failing, failure)?;
+    let mut plan = Plan::new(criu, Source::Local, Make::Build(&dir));
+    plan.client_options = ["--max-bandwidth", bandwidth].map(str::to_owned).into();
+    let spec = LoadSpec::mixed(bed.path("load"), MIB);
+    Ok((PostCopy::start(bed, &plan, spec, &[])?, counts))
+}
+
+#[test]
+fn a_standby_whose_calls_fail_leaves_no_process_that_reads_zeros() {
+    with_criu(Suite::Sid, |outer, criu| {
+        let Some(failing) = gate::need("a C compiler", FailingCalls::compiled(outer.dir())) else {
+            return Ok(());
+        };
+        let bed = Bed::new_in(outer.dir())?;
+        let none = Failure {
+            thread: STANDBY,
+            ..nothing()
+        };
+        let (mut moving, counts) = restored_with_standby(&bed, criu, &failing, &none, "1G")?;
+        moving.daemon.process().succeed(GENEROUS)?;
+        let (calls, _) = counts.read()?;
+        ensure!(calls > SAMPLES, "the standby makes {calls} calls");
+        for first in (0..SAMPLES).map(|sample| 1 + sample * (calls - 1) / (SAMPLES - 1)) {
+            let bed = Bed::new_in(outer.dir())?;
+            let failure = Failure {
+                calls: first..=u64::MAX >> 1,
+                ..none.clone()
+            };
+            // So slow that next to nothing has come when it is killed.
+            let (mut moving, counts) =
+                restored_with_standby(&bed, criu, &failing, &failure, "16K")?;
+            let standby = descendants(moving.daemon.process().pid());
+            ensure!(standby.len() == 1, "{} processes stand by", standby.len());
+            let standby = Orphan::new(standby[0].as_raw())?;
+            let pid = u32::try_from(moving.load.pid().as_raw())?;
+            moving.wait_for_line("cannot stand by any longer")?;
+            moving.daemon.process().kill()?;
+            standby.fail()?;
+            let (_, failed) = counts.read()?;
+            eprintln!("{first} of {calls}: {failed:?}");
+            let end = moving.restored.wait_for_end(pid, GENEROUS)?;
+            ensure!(end == "killed SIGKILL", "the restored process {end}");
+        }
+        Ok(())
+    });
+}
+
 fn failures(numbers: impl Iterator<Item = u64> + Clone) -> impl Iterator<Item = Failure> {
     let once = numbers.clone().map(|number| number..=number);
     let from_then_on = numbers.map(|number| number..=u64::MAX >> 1);
     once.chain(from_then_on).map(|calls| Failure {
         calls,
         errno: Errno::EIO,
+        thread: None,
     })
 }
 

@@ -126,6 +126,7 @@ fn for_every_call(
             let failure = Failure {
                 calls: number..=last,
                 errno,
+                thread: None,
             };
             match case(&failure) {
                 (_, Some(name)) => failed.insert(name),

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
 #include <sys/uio.h>
@@ -27,6 +28,7 @@ static char below[PATH_MAX];
 static size_t below_length;
 static long first, last;
 static int error_number;
+static const char *thread;
 
 __attribute__((constructor)) static void begin(void)
 {
@@ -45,11 +47,15 @@ __attribute__((constructor)) static void begin(void)
     first = atol(getenv("FAILING_FIRST"));
     last = atol(getenv("FAILING_LAST"));
     error_number = atoi(getenv("FAILING_ERRNO"));
+    thread = getenv("FAILING_THREAD");
     counts = map;
 }
 
 static int fails(const char *call)
 {
+    char own[16];
+    if (thread && (prctl(PR_GET_NAME, own) != 0 || strcmp(own, thread) != 0))
+        return 0;
     long number = atomic_fetch_add(&counts->counted, 1) + 1;
     if (number < first || number > last)
         return 0;

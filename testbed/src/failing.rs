@@ -33,6 +33,8 @@ pub struct Failure {
     pub calls: RangeInclusive<u64>,
     /// What they return.
     pub errno: Errno,
+    /// Only those of threads of this name are counted.
+    pub thread: Option<&'static str>,
 }
 
 /// What one program has done.
@@ -82,7 +84,7 @@ impl FailingCalls {
     ) -> Result<(Vec<(&'static str, String)>, CallCounts)> {
         File::create(counts)?.set_len(COUNTS_BYTES as u64)?;
         let path = |path: &Path| path.display().to_string();
-        let environment = vec![
+        let mut environment = vec![
             ("LD_PRELOAD", path(&self.library)),
             ("FAILING_COUNTS", path(counts)),
             ("FAILING_BELOW", path(dir)),
@@ -90,6 +92,8 @@ impl FailingCalls {
             ("FAILING_LAST", failure.calls.end().to_string()),
             ("FAILING_ERRNO", (failure.errno as i32).to_string()),
         ];
+        let thread = failure.thread.map(str::to_owned);
+        environment.extend(thread.map(|name| ("FAILING_THREAD", name)));
         Ok((environment, CallCounts(counts.to_owned())))
     }
 }

@@ -3,7 +3,7 @@
 //! Invariants: once [`Handover::is_over`], no connection is accepted; after a restore has finished, only the end of its
 //! connection is read.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -91,6 +91,12 @@ impl Handover {
     /// What it says from now on counts for nothing but its end.
     pub(super) fn end(&mut self) {
         self.over = true;
+    }
+
+    /// Lets the restore fail.
+    fn hang_up(&mut self) {
+        self.intake = Intake::ended();
+        self.end();
     }
 
     /// Another process has heard all of it and served until now.
@@ -186,16 +192,8 @@ impl Restore {
             match word {
                 IntakeEvent::Process(pid, uffd, host) => {
                     let started = host_process::started(host);
-                    // Without it the kernel would fill what is missing with zeros.
-                    let kept = uffd.as_fd().try_clone_to_owned();
                     if let Err(error) = self.add_process(pid, uffd, host, started) {
-                        // Nobody knows which of its pages are missing, so none can be poisoned. It does not run yet: its
-                        // end makes the restore fail.
-                        host_process::kill_families([(host, started)].into_iter());
-                        drop(kept);
-                        return Err(
-                            error.within(format!("pid {pid} cannot be restored, and was ended"))
-                        );
+                        return Err(self.refuse_process(pid, error));
                     }
                 }
                 IntakeEvent::Zombie(pid) => {
@@ -223,6 +221,17 @@ impl Restore {
             ),
             None => Ok(()),
         }
+    }
+
+    /// The process `pid`, which does not run yet, cannot be restored because of `error`. It is ended, and the restore
+    /// fails, which ends all: CRIU cannot say any more that it has finished, and takes that for a failure.
+    fn refuse_process(&mut self, pid: u32, error: Error) -> Error {
+        let ended = self.unopened.end_processes();
+        self.handover.hang_up();
+        error.within(match ended {
+            true => format!("pid {pid} cannot be restored, and was ended"),
+            false => format!("pid {pid} cannot be restored: the connection to its restore is closed, so that it fails"),
+        })
     }
 
     /// The restore has hung up too early. Where no process came and this one may not have a userfaultfd

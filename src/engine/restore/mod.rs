@@ -22,6 +22,7 @@
 //! | `links` | connections to the source: answers, breaks, new attempts |
 //! | `background`, `second_dump` | the rate, and whoever traces a process |
 //! | `loss` | pages that cannot come, and what an operator says about them |
+//! | `unopened` | processes whose images cannot be opened |
 //! | `working_set` | pages that come first, or the recording of which they are |
 //! | `huge_pages` | regions that have all their pages and are not huge pages again |
 //! | `standby` | what the other process is told |
@@ -61,6 +62,7 @@ mod second_dump;
 mod signals;
 pub mod standby;
 mod thread_ends;
+mod unopened;
 mod unreadable;
 mod waking;
 mod working_set;
@@ -81,23 +83,20 @@ use crate::image::consume::refuse_consumed;
 use crate::image::dir::ImageDir;
 use crate::image::rewrite;
 use crate::lazy::batched_wakeup::BatchedWakeup;
-use crate::lazy::planner::{Planner, SpaceId};
-use crate::sys::owned_process::ProcessName;
+use crate::lazy::planner::Planner;
 use crate::sys::process::page_size;
-use crate::sys::uffd::{MessageBuffer, Uffd};
+use crate::sys::uffd::MessageBuffer;
 use auto_dedup::AutoDedup;
 use background::Background;
 pub use config::{OnLoss, RestoreConfig};
 use deferred::Deferred;
 use guards::GuardLooks;
 use handover::Handover;
-use host_process::HostProcess;
 use huge_pages::HugeAgain;
 use install::Filling;
 use intake::Intake;
 use links::Links;
 use loss::Losses;
-use owner_search::{OwnerSearch, SearchScope};
 pub(super) use process::wire_of;
 use processes::{Process, Processes};
 use report::Observer;
@@ -106,7 +105,8 @@ use second_dump::SecondDump;
 use signals::Signals;
 pub use signals::block as block_signals;
 pub(in crate::engine) use standby::SourceSockets;
-use standby::{Standby, StandbyMessage};
+use standby::Standby;
+use unopened::Unopened;
 use unreadable::Unreadable;
 pub use working_set::WorkingSetSummary;
 use working_set::WorkingSetUse;
@@ -175,6 +175,8 @@ pub struct Restore {
     huge_again: HugeAgain,
     /// What comes first.
     working_set: WorkingSetUse,
+    /// Those whose images could not be opened.
+    unopened: Unopened,
 }
 
 impl fmt::Debug for Restore {
@@ -257,6 +259,7 @@ impl Restore {
         let observer = Observer::new(config.trace.as_deref(), page)?;
         let working_set = WorkingSetUse::open(&config, &images, &processes)?;
         let mut restore = Restore {
+            unopened: Unopened::default(),
             working_set,
             background: Background::new(&config),
             auto_dedup: config.auto_dedup.then(AutoDedup::default),
@@ -401,53 +404,6 @@ impl Restore {
             self.close_unneeded();
             self.collapse_some();
         }
-    }
-
-    /// `host` is the process's pid on this host, 0 if that is not known, and `started` its start, in clock ticks since
-    /// that of the host.
-    fn add_process(&mut self, pid: u32, uffd: Uffd, host: i32, started: u64) -> Result<SpaceId> {
-        let has_source = self.config.source.is_some();
-        let opened = process::open(&self.images, pid, has_source, &self.huge_again)?;
-        let mut space = match self.config.auto_dedup {
-            true => opened.space.accounting(),
-            false => opened.space,
-        };
-        tracing::info!(
-            "pid {pid}: {} pages missing in {} runs, {} of them with the source",
-            space.missing_bytes() >> self.images.page().shift(),
-            space.runs(),
-            space.remote_bytes() >> self.images.page().shift(),
-        );
-        self.working_set.apply(pid, &mut space, opened.mappings);
-        self.build_on_earlier(pid, space.origins())?;
-        let id = self.planner.add(space);
-        if let Some(regions) = opened.huge {
-            self.huge_again
-                .add(id, ProcessName { pid: host, started }, regions);
-        }
-        let chain = opened.chain.map(Arc::new);
-        if let (Some(auto_dedup), Some(chain)) = (&mut self.auto_dedup, &chain) {
-            auto_dedup.add(pid, chain);
-        }
-        self.tell(
-            StandbyMessage::Process {
-                id,
-                pid,
-                host,
-                started,
-            },
-            Some(uffd.as_fd()),
-        );
-        let host = HostProcess::open(host, started);
-        let process = Process {
-            search: host
-                .is_none()
-                .then(|| OwnerSearch::new(SearchScope::Named(pid))),
-            host,
-            ..Process::new(pid, uffd, chain)
-        };
-        self.processes.adopt(id, process)?;
-        Ok(id)
     }
 }
 

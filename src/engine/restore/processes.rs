@@ -83,10 +83,14 @@ impl Processes {
     }
 
     /// Takes care of `process` from now on.
+    ///
+    /// # Errors
+    ///
+    /// Its faults cannot be polled. It is a member all the same: if its userfaultfd were closed, it would read zeros.
     pub(super) fn adopt(&mut self, id: SpaceId, process: Process) -> Result<()> {
-        watch_memory(&self.poll, id, &process)?;
+        let watched = watch_memory(&self.poll, id, &process);
         self.members.insert(id, process);
-        Ok(())
+        watched
     }
 
     /// Closes the userfaultfd of `id`, which takes it out of the poll. Says whether it was there.

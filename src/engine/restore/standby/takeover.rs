@@ -9,10 +9,12 @@ use super::messages::StandbyMessage;
 use super::source_sockets::SourceSockets;
 use super::{Watch, untold};
 use crate::engine::restore::intake::SOCKET_NAME;
+use crate::engine::restore::unopened::Unopened;
 use crate::engine::restore::{Restore, RestoreConfig};
 use crate::error::{Error, Kind, Result};
 use crate::lazy::planner::SpaceId;
 use crate::lazy::space::Space;
+use crate::sys::owned_process::ProcessName;
 use crate::sys::shared::RestoreState;
 use crate::sys::uffd::{Message, Uffd};
 
@@ -35,7 +37,8 @@ impl Restore {
     ///
     /// # Errors
     ///
-    /// It cannot follow the other process, or nothing was being restored when that was killed.
+    /// Nothing was being restored when the other process was killed; or it could not follow that, and the restored
+    /// processes were ended.
     pub fn stand_by(config: RestoreConfig, watch: &Watch) -> Result<Option<Restore>> {
         // The trace and the recording are the other process's.
         let config = RestoreConfig {
@@ -44,12 +47,17 @@ impl Restore {
             ..config
         };
         let silently = NoSubscriber::default;
-        let Ok(mut restore) = with_default(silently(), || Restore::assemble(config, None)) else {
-            // Nor can the other process begin, and it says so.
-            return Ok(None);
+        let assembled = with_default(silently(), || Restore::assemble(config, None));
+        let mut restore = match assembled {
+            Ok(restore) => restore,
+            // If the other process cannot begin either, it says so and ends.
+            Err(error) => return guard(None, watch, error).map(|()| None),
         };
         let followed = with_default(silently(), || restore.follow(watch));
-        let mut followed = followed.map_err(|error| error.within("cannot stand by any longer"))?;
+        let mut followed = match followed {
+            Ok(followed) => followed,
+            Err(error) => return guard(Some(restore), watch, error).map(|()| None),
+        };
         if watch.shared.dismissed.load(Ordering::SeqCst) != 0 {
             return Ok(None);
         }
@@ -234,4 +242,47 @@ impl Restore {
         }
         Ok(true)
     }
+}
+
+/// Cannot stand by any longer because of `why`; what `restore` has was told before. Until the one that serves ends in
+/// order, all userfaultfds are kept: if it is killed, the processes that lack memory are ended before they are closed.
+fn guard(mut restore: Option<Restore>, watch: &Watch, why: Error) -> Result<()> {
+    let mut why = Some(why);
+    let mut say = || {
+        if let Some(why) = why.take() {
+            tracing::error!(
+                "{}: if the lazy-client that serves is killed, the processes that lack memory are ended",
+                why.within("cannot stand by any longer")
+            );
+        }
+    };
+    // One that could not begin was told of nothing yet: neither may the other, which then says why itself.
+    if restore.is_some() {
+        say();
+    }
+    let mut told_of = Unopened::default();
+    while let Ok(Some((told, _, fd))) = watch.next() {
+        say();
+        let name = match told {
+            StandbyMessage::Process { host, started, .. } => ProcessName { pid: host, started },
+            // Its family is killed as a whole.
+            _ => ProcessName { pid: 0, started: 0 },
+        };
+        if let Some(fd) = fd
+            && !matches!(told, StandbyMessage::Source { .. })
+        {
+            told_of.keep(name, Uffd::from(fd));
+        }
+    }
+    if watch.shared.dismissed.load(Ordering::SeqCst) != 0 {
+        return Ok(());
+    }
+    if let Some(restore) = &mut restore {
+        restore.kill_processes(Space::first_missing);
+        restore.unopened.end_processes();
+    }
+    told_of.end_processes();
+    let text = "the lazy-client that served was killed, and nobody could take over: the restored processes that lack \
+                memory were ended";
+    Err(Error::new(Kind::MemoryLost, text))
 }
