@@ -127,6 +127,9 @@ const _: () = assert!(
 /// memory besides its own place.
 pub const DUMP_PAGES_MAX: u64 = 1 << 30;
 
+/// Longest file of page hashes, bytes: what stands around the 16 bytes of a page takes less than as many again.
+pub const HASHES_FILE_BYTES_MAX: u64 = DUMP_PAGES_MAX * 32;
+
 /// Most pages that one request may make wait until they have come from the dump; a longer request gets
 /// a short answer.
 pub const WANTED_PAGES_MAX: u64 = 64;

@@ -25,7 +25,11 @@ use testbed::suite::with_criu;
 use testbed::summary::{number, of_session, whole};
 use testbed::wait::{self, GENEROUS};
 
-for_each_criu!(only_what_has_changed_travels, reads_at_random_meanwhile,);
+for_each_criu!(
+    only_what_has_changed_travels,
+    reads_at_random_meanwhile,
+    hashes_of_the_pre_copy_need_not_be_asked_for,
+);
 
 const MIB: u32 = 64;
 /// Every so-manieth page changes behind the earlier round.
@@ -41,6 +45,8 @@ struct Changed<'a> {
     load: Load,
     /// The earlier round's images.
     earlier: PathBuf,
+    /// The file with its hashes.
+    hashes: String,
     /// What the lazy-client and the forwarder tell.
     told: [PathBuf; 2],
 }
@@ -50,11 +56,17 @@ impl<'a> Changed<'a> {
         let processes = spec.processes;
         let load = Load::start(spec, None)?;
         let earlier = bed.path("earlier");
+        let (hashes, near) = (bed.path("hashes"), bed.path("near"));
         let server = PageServer::receiving(Make::Ours, &Options::new(&earlier))?;
+        let far_end = server.address().to_string();
+        let hashes = hashes.to_string_lossy().into_owned();
+        let options = ["--forward", &far_end, "--save-hashes", &hashes];
+        let forwarder = PageServer::receiving(Make::Ours, &Options::new(near).with(&options))?;
         Dump::new(criu, load.pid(), &earlier)
-            .to(server.address())
+            .to(forwarder.address())
             .leave_running()
             .run()?;
+        forwarder.finish(GENEROUS)?;
         server.finish(GENEROUS)?;
         let (every, order) = (CHANGED_EVERY, Order::Random);
         for process in 0..processes {
@@ -64,6 +76,7 @@ impl<'a> Changed<'a> {
             criu,
             load,
             earlier,
+            hashes,
             told: ["client.json", "forward.json"].map(|name| bed.path(name)),
         })
     }
@@ -129,6 +142,65 @@ fn only_what_has_changed_travels(bed: &Bed, criu: &Criu) -> Result<()> {
     // 16 bytes a page, and acknowledgements.
     ensure!((16 * learned..48 * all).contains(&went), "{went} bytes");
     Ok(())
+}
+
+/// The hashes that the pre-copy's forwarder has saved stand for those of the client.
+fn hashes_of_the_pre_copy_need_not_be_asked_for(bed: &Bed, criu: &Criu) -> Result<()> {
+    let changed = Changed::start(bed, criu, spec(bed))?;
+    let (mut plan, [client, forwarder]) = (changed.plan(), changed.told.clone());
+    let known = ["--known-hashes".to_owned(), changed.hashes];
+    plan.source_options.extend(known);
+    let mut moved = PostCopy::of(bed, &plan, changed.load, &[])?;
+    moved.finish()?;
+    moved.expect_all_right()?;
+    let LocalPages { local, all } = LocalPages::read(&client)?;
+    ensure!(local < all && local > all / 10 * 9, "{local} of {all}");
+    let sent = of_session(&forwarder, 0)?;
+    ensure!(number(&sent, "/hashes_learned")? == 0, "{sent}");
+    let went = moved.carried(Direction::ToServer);
+    ensure!(went < 8 * all, "{went} bytes for {all} pages");
+    Ok(())
+}
+
+/// The client has images of another moment than the hashes are of.
+#[test]
+fn hashes_of_other_images_make_no_page_wrong() {
+    with_criu(Suite::Sid, |bed, criu| {
+        let changed = Changed::start(bed, criu, spec(bed))?;
+        let (mut plan, [client, _]) = (changed.plan(), changed.told.clone());
+        let known = ["--known-hashes".to_owned(), changed.hashes];
+        plan.source_options.extend(known);
+        damage(&changed.earlier, 4)?;
+        let mut moved = PostCopy::of(bed, &plan, changed.load, &verifying())?;
+        moved.reports()?;
+        moved.finish()?;
+        moved.expect_all_right()?;
+        let LocalPages { local, all } = LocalPages::read(&client)?;
+        ensure!(local < all / 2, "{local} of {all} were believed");
+        Ok(())
+    });
+}
+
+/// What is no file of hashes is not used, and said to be none.
+#[test]
+fn a_file_of_hashes_that_is_cut_off_is_not_used() {
+    with_criu(Suite::Trixie, |bed, criu| {
+        let changed = Changed::start(bed, criu, spec(bed))?;
+        let (mut plan, [client, forwarder]) = (changed.plan(), changed.told.clone());
+        let file = File::options().write(true).open(&changed.hashes)?;
+        let bytes = file.metadata()?.len();
+        file.set_len(bytes / 2)?;
+        let known = ["--known-hashes".to_owned(), changed.hashes];
+        plan.source_options.extend(known);
+        let mut moved = PostCopy::of(bed, &plan, changed.load, &[])?;
+        moved.finish()?;
+        moved.expect_all_right()?;
+        let LocalPages { local, all } = LocalPages::read(&client)?;
+        ensure!(local > all / 10 * 9, "{local} of {all}");
+        let sent = of_session(&forwarder, 0)?;
+        ensure!(number(&sent, "/hashes_learned")? > 0, "{sent}");
+        Ok(())
+    });
 }
 
 fn reads_at_random_meanwhile(bed: &Bed, criu: &Criu) -> Result<()> {

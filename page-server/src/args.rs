@@ -305,6 +305,29 @@ pub(crate) struct FerryArgs {
         requires = "forward")]
     pub(crate) delta_cache: u64,
 
+    /// After each dump, write to FILE the hashes of what the destination has
+    ///
+    /// For --known-hashes of the post-copy that follows. Whoever can read the file can make pages of the same hash: it is
+    /// made for its owner alone.
+    #[arg(
+        help_heading = "Forwarding",
+        long,
+        value_name = "FILE",
+        requires = "forward"
+    )]
+    pub(crate) save_hashes: Option<PathBuf>,
+
+    /// Take what the clients' side has of earlier dumps from FILE, not from the clients
+    ///
+    /// FILE is what --save-hashes of the pre-copy has written. Clients whose images are others get all pages.
+    #[arg(
+        help_heading = "Forwarding",
+        long,
+        value_name = "FILE",
+        requires = "forward_lazy"
+    )]
+    pub(crate) known_hashes: Option<PathBuf>,
+
     /// How long to try to make a broken connection again
     ///
     /// With --forward: give a dump up after so long without progress. With --forward-lazy: give the lazy dump up so long

@@ -4,6 +4,7 @@
 mod args;
 mod confinement;
 mod entry;
+mod hashes;
 mod program;
 mod report;
 mod rpc;

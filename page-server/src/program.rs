@@ -37,6 +37,7 @@ use pageferry::units::PageSize;
 use crate::args::{ACTIONS, Args};
 use crate::confinement::{self, read_proc};
 use crate::entry::{Entry, PeerKind};
+use crate::hashes;
 use crate::report::Report;
 use crate::rpc::Rpc;
 
@@ -195,6 +196,8 @@ fn forward(start: &mut Start<'_>, far_end: &Peer) -> Result<()> {
     let mut report = Report::open(args)?;
     let tls = Tls::load(&args.tls)?;
     let page = pages_of_system()?;
+    let hashes = args.ferry.save_hashes.as_deref().map(hashes::to_be_saved);
+    let hashes = hashes.transpose()?;
     start.daemon.confine(confinement::forwarding(args, far_end));
     let source = start.bind()?;
     check_far_end(&source, far_end, tls.as_ref(), page)?;
@@ -211,8 +214,10 @@ fn forward(start: &mut Start<'_>, far_end: &Peer) -> Result<()> {
         traffic: report.traffic(),
     };
     let wire = args.wire.forced();
+    let remembers = args.keep || hashes.is_some();
     let context =
-        ForwardContext::new(sender, wire, page, args.keep).ending_idle(args.idle_timeout());
+        ForwardContext::new(sender, wire, page, remembers).ending_idle(args.idle_timeout());
+    let context = context.saving_hashes(hashes);
     let rules = rules(args, EndPolicy::UntilShutDown, args.max_sessions);
     let _display = report.show()?;
     run(source, &rules, &stop, |mut stream, _watched| {
@@ -269,6 +274,7 @@ fn forward_lazy(start: &mut Start<'_>, dump: &Peer) -> Result<()> {
             .ferry
             .wait
             .map_or(START_WAIT_DEFAULT, Duration::from_secs),
+        known_hashes: args.ferry.known_hashes.as_deref().and_then(hashes::known),
     };
     let forward = ForwardLazy::connect(config, &images, guard)?;
     start.daemon.confine(confinement::serving(args, &images));
@@ -360,7 +366,7 @@ fn run(
     run_sessions(&source.socket, rules, stop, session)
 }
 
-fn pages_of_system() -> Result<PageSize> {
+pub(crate) fn pages_of_system() -> Result<PageSize> {
     page_size().map_err(|error| Error::wrap(Kind::Unsupported, "cannot tell the page size", error))
 }
 

@@ -37,7 +37,8 @@ use crate::units::{PageRange, PageSize, Vaddr};
 
 use super::encode::{PlainBatch, Verdict, Verdicts};
 use super::gather::present_pages;
-use super::hash::{Fingerprint, HASH_BYTES, HashKey, PageHash, PageHasher};
+use super::hash::{Fingerprint, HASH_BYTES, HashKey, HashStep, PageHash, PageHasher};
+use super::known_hashes::KnownHashes;
 use super::message::StateId;
 use chunk::{CHUNK_BYTES, CHUNK_PAGES, Chunk, PageLocation, SLOTS_BYTES};
 use content_cache::{CACHED_EXTRA_BYTES, ContentCache};
@@ -133,6 +134,16 @@ impl PageMemory {
         }
     }
 
+    /// Size of a page.
+    pub fn page(&self) -> PageSize {
+        self.page
+    }
+
+    /// The key of all hashes.
+    pub fn key(&self) -> HashKey {
+        self.key
+    }
+
     /// What is remembered, in numbers.
     pub fn remembered(&self) -> CacheUsage {
         CacheUsage {
@@ -195,11 +206,51 @@ impl PageMemory {
         if !asked.is_some_and(|asked| asked.contains(&target)) {
             return;
         }
+        self.set_bases(target, run, hashes.iter().map(|hash| PageHash(*hash)));
+    }
+
+    /// Hands out the hashes of all pages of the receiver's base version, by target and address: neighbouring ones
+    /// together, no more than a frame of the protocol takes.
+    pub fn each_known(&self, mut take: impl FnMut(Target, &[PageRange], &[PageHash])) {
+        for (target, chunks) in &self.targets {
+            for (number, chunk) in chunks {
+                let mut step = HashStep::default();
+                for at in 0..CHUNK_PAGES {
+                    let Some(hash) = chunk.base(at) else {
+                        continue;
+                    };
+                    let start = (number * CHUNK_PAGES as u64 + at as u64) << self.page.shift();
+                    step.add_run(PageRange::new(start, start + self.page.bytes()));
+                    step.hashes.push(hash);
+                }
+                if !step.hashes.is_empty() {
+                    take(*target, &step.runs, &step.hashes);
+                }
+            }
+        }
+    }
+
+    /// Begins with what another sender knew of the receiver's base version, which is the one named `state`.
+    pub fn begin_with(&mut self, state: StateId, known: &KnownHashes) {
+        self.forget();
+        self.key = known.key();
+        for (target, run, hashes) in known.runs(self.page) {
+            self.set_bases(target, run, hashes.iter().copied());
+        }
+        self.state = state;
+    }
+
+    fn set_bases(
+        &mut self,
+        target: Target,
+        run: PageRange,
+        hashes: impl Iterator<Item = PageHash>,
+    ) {
         let first = run.start().get() >> self.page.shift();
         for (number, hash) in (first..).zip(hashes) {
             let location = PageLocation { target, number };
             if let Some(chunk) = self.chunk(location) {
-                chunk.set_base(location.at(), PageHash(*hash));
+                chunk.set_base(location.at(), hash);
             }
         }
     }

@@ -82,8 +82,11 @@ impl Features {
     pub const IN_PUSH: Features = Features(32);
     /// A page may be named as that of another target of the session.
     pub const SHARED: Features = Features(64);
+    /// The sender knows what an earlier round has left at the receiver: the key in its hello is that of its hashes, and it
+    /// does not ask for the receiver's.
+    pub const KNOWN: Features = Features(128);
     /// All that is known here.
-    pub const ALL: Features = Features(127);
+    pub const ALL: Features = Features(255);
 
     /// What both sets have.
     #[must_use]
@@ -135,7 +138,7 @@ pub struct Hello {
     pub opening: bool,
     /// Receiver: how much it can hold.
     pub window: Window,
-    /// Receiver: the key of its hashes.
+    /// Receiver: the key of its hashes. A sender with [`Features::KNOWN`]: the key of those that it knows.
     pub hash_key: HashKey,
 }
 

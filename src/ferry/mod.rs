@@ -29,6 +29,7 @@ pub mod gather;
 pub mod hash;
 pub mod hello;
 mod kind;
+pub mod known_hashes;
 pub mod level_control;
 pub mod link;
 pub mod message;

@@ -182,6 +182,12 @@ impl<T> PostcopyReceiver<T> {
         self.throttled = true;
     }
 
+    /// From now on both ends know what an earlier round has left here by the hashes of `hasher`. To be said before new
+    /// connections stand.
+    pub fn use_hasher(&mut self, hasher: PageHasher) {
+        self.earlier.use_hasher(hasher);
+    }
+
     /// New connections stand.
     pub fn attach(&mut self) {
         self.receiver.stream_up(STREAM);

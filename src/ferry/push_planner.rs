@@ -179,11 +179,11 @@ impl PushPlanner {
         true
     }
 
-    /// The next pages of `pid` that have come.
-    pub fn take_batch(&mut self, plan: &DrainPlan, pid: u32) -> PushBatch {
+    /// The next pages of `pid` that have come, no more than `most_bytes`.
+    pub fn take_batch(&mut self, plan: &DrainPlan, pid: u32, most_bytes: u64) -> PushBatch {
         let mut gathered = Gathered::new(self.page);
         let mut batch = Vec::new();
-        let most = PUSH_BYTES >> self.page.shift();
+        let most = most_bytes.min(FERRY_BATCH_BYTES_MAX as u64) >> self.page.shift();
         while gathered.present().get() < most && gathered.runs().len() < FERRY_RUNS_MAX {
             let start = self.given.next(self.at, false);
             let room = most - gathered.present().get();
@@ -312,7 +312,7 @@ mod tests {
         assert_eq!(push_planner.answer(3..5, 3, &asked, true), Some(3..5));
         let mut pushed = Vec::new();
         while let Step::Push(pid) = push_planner.next_step(&all) {
-            let batch = push_planner.take_batch(&all, pid);
+            let batch = push_planner.take_batch(&all, pid, PUSH_BYTES);
             assert!((1..=16).contains(&batch.pages.get()));
             let ranges = batch.runs.iter().map(|run| run.range.bytes() >> 12);
             assert_eq!(ranges.sum::<u64>(), batch.pages.get());
@@ -328,7 +328,7 @@ mod tests {
         let all = plan(&[(7, pages(0, 100)), (9, pages(0, 100))]);
         let mut push = PushPlanner::new(PAGE, all.pages());
         // Numbers 0 to 15 are in the push.
-        assert_eq!(push.take_batch(&all, 7).pages, PageCount(16));
+        assert_eq!(push.take_batch(&all, 7, PUSH_BYTES).pages, PageCount(16));
         let in_order = fault(7, 12, 12, 20);
         assert_eq!(push.answer(2..22, 2, &in_order, true), None);
         // Who does not understand gets the page itself, and who reads here and there too.
@@ -339,7 +339,7 @@ mod tests {
         let behind = fault(7, 24, 28, 8);
         assert_eq!(push.answer(14..22, 18, &behind, true), Some(16..22));
         assert_eq!(push.answer(14..26, 19, &behind, true), Some(19..20));
-        let next = push.take_batch(&all, 7).numbers;
+        let next = push.take_batch(&all, 7, PUSH_BYTES).numbers;
         assert_eq!(next, [22..30, 30..34]);
         // What did not come in either way comes all the same.
         let once_more = Fault {
@@ -359,7 +359,7 @@ mod tests {
         let mut push = PushPlanner::new(PAGE, plan.pages());
         let (mut pushed, mut repeated) = (0, 0);
         while let Step::Push(pid) = push.next_step(&plan) {
-            for numbers in push.take_batch(&plan, pid).numbers {
+            for numbers in push.take_batch(&plan, pid, PUSH_BYTES).numbers {
                 pushed += numbers.end - numbers.start;
                 for number in numbers {
                     let lone = fault(7, number, number, 1);
@@ -377,7 +377,10 @@ mod tests {
         let some = plan(&[(7, pages(10, 18))]);
         let mut push_planner = PushPlanner::new(PAGE, some.pages());
         assert_eq!(push_planner.next_step(&some), Step::Push(7));
-        assert_eq!(push_planner.take_batch(&some, 7).pages, PageCount(16));
+        assert_eq!(
+            push_planner.take_batch(&some, 7, PUSH_BYTES).pages,
+            PageCount(16)
+        );
         assert_eq!(push_planner.next_step(&some), Step::Wait);
     }
 
@@ -393,7 +396,7 @@ mod tests {
             // As quickly as pages come.
             while let Step::Push(pid) = push.next_step(&plan) {
                 batches += 1;
-                pushed += push.take_batch(&plan, pid).pages.get();
+                pushed += push.take_batch(&plan, pid, PUSH_BYTES).pages.get();
             }
         }
         assert_eq!((batches, pushed), (PAGES.div_ceil(16), PAGES));

@@ -102,6 +102,7 @@ pub(crate) fn forwarder_with(
         idle_timeout,
         wait: Duration::from_secs(10),
         traffic: Arc::default(),
+        known_hashes: None,
     };
     let images = ImageDir::open(dir, PAGE).unwrap();
     let forward = ForwardLazy::connect(config, &images, None).unwrap();

@@ -36,12 +36,25 @@ pub(super) const MEMORY: Notes = Notes {
     log: "memory.log",
 };
 
+/// Hashes of what the destination has after the last session of the forwarder.
+const ROUND_HASHES: &str = "rounds.hashes";
+
+/// Those after the last round: sessions that follow write over the others.
+const KNOWN_HASHES: &str = "known.hashes";
+
+/// The rounds are over: keeps the hashes of what they have left at the destination, in the migration's directory `dir`.
+pub(super) fn keep_hashes(dir: &Path) -> std::io::Result<()> {
+    std::fs::copy(dir.join(ROUND_HASHES), dir.join(KNOWN_HASHES)).map(drop)
+}
+
 /// A page-server that sends dumps and rounds on to the receiver at `far_end`.
 pub(super) fn forwarder(programs: &Programs, tls: &TlsArgs, dir: &Path, far_end: &Peer) -> Command {
     let mut command = page_server(programs, dir, dir, FORWARDER);
     command
         .args(["--address", &Ipv4Addr::LOCALHOST.to_string(), "--keep"])
-        .args(["--forward", &far_end.to_string()]);
+        .args(["--forward", &far_end.to_string()])
+        .arg("--save-hashes")
+        .arg(dir.join(ROUND_HASHES));
     with_tls(&mut command, tls);
     command
 }
@@ -60,6 +73,10 @@ pub(super) fn lazy_forwarder(
         "--forward-lazy",
         &format!("{}:{dump_port}", Ipv4Addr::LOCALHOST),
     ]);
+    let known = dir.join(KNOWN_HASHES);
+    if known.exists() {
+        command.arg("--known-hashes").arg(known);
+    }
     with_tls(&mut command, tls);
     command
 }

@@ -61,6 +61,12 @@ impl Base {
         }
     }
 
+    /// From now on pages are hashed by `hasher`: hashes of another are forgotten.
+    pub(in crate::engine) fn use_hasher(&mut self, hasher: PageHasher) {
+        self.hasher = hasher;
+        self.known.clear();
+    }
+
     /// Reads and hashes up to `most` of the next pages from `from` on.
     pub(in crate::engine) fn hash_from(&mut self, from: Vaddr, most: u64) -> Result<HashStep> {
         let (pieces, next) = self.next_pieces(from, most);

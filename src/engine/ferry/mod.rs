@@ -54,6 +54,11 @@ pub(in crate::engine) struct Learned {
 }
 
 impl Learned {
+    /// What the receiver has.
+    pub(in crate::engine) fn memory(&self) -> &PageMemory {
+        &self.memory
+    }
+
     /// Nothing so far, but for what `memory` says.
     pub(in crate::engine) fn new(memory: PageMemory) -> Learned {
         Learned {

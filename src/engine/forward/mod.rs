@@ -16,7 +16,8 @@ pub mod destination;
 mod push;
 mod session_dialer;
 
-use std::io::{ErrorKind, Read};
+use std::fs::File;
+use std::io::{BufWriter, ErrorKind, Read, Seek, Write};
 use std::sync::{Arc, Mutex};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
@@ -36,6 +37,7 @@ use crate::ferry::delta::PageMemory;
 use crate::ferry::frame;
 use crate::ferry::gather::{Gathered, Run};
 use crate::ferry::hello::Features;
+use crate::ferry::known_hashes::KnownHashes;
 use crate::ferry::message::{Open, StateId, encode_close};
 use crate::observe::ferried::{Forwarded, Sent};
 use crate::observe::traffic::{Traffic, cpu_time};
@@ -89,6 +91,8 @@ pub struct ForwardContext {
     pub remembers: bool,
     /// What the session before has learned.
     learned: Mutex<Option<Learned>>,
+    /// Where the hashes of what the receiver has are written after each session.
+    hashes: Option<Mutex<File>>,
 }
 
 impl ForwardContext {
@@ -106,7 +110,31 @@ impl ForwardContext {
             idle_timeout: None,
             remembers,
             learned: Mutex::new(None),
+            hashes: None,
         }
+    }
+
+    /// Writes to `file` after each session what the receiver has, for [`KnownHashes::read`].
+    #[must_use]
+    pub fn saving_hashes(self, file: Option<File>) -> ForwardContext {
+        ForwardContext {
+            hashes: file.map(Mutex::new),
+            ..self
+        }
+    }
+
+    fn save_hashes(&self, learned: &Learned) -> Result<()> {
+        let Some(file) = &self.hashes else {
+            return Ok(());
+        };
+        let file = lock(file);
+        let mut out = BufWriter::new(&*file);
+        let written = file
+            .set_len(0)
+            .and_then(|()| out.rewind())
+            .and_then(|()| KnownHashes::write(learned.memory(), |bytes| out.write_all(bytes)))
+            .and_then(|()| out.flush());
+        written.map_err(|error| Error::wrap(Kind::Io, "cannot write hashes (--save-hashes)", error))
     }
 
     /// Gives a dump up that says nothing for so long.
@@ -141,6 +169,12 @@ pub fn forward_client(mut stream: Stream, context: &ForwardContext) -> (Forwarde
     });
     let (outcome, sent) = match pushed {
         Ok((outcome, sent, learned)) => {
+            // The dump has arrived all the same.
+            if outcome.is_ok()
+                && let Err(error) = context.save_hashes(&learned)
+            {
+                tracing::warn!("{error}: a post-copy will ask the far end for them");
+            }
             *lock(&context.learned) = Some(learned);
             (outcome, sent)
         }

@@ -41,6 +41,7 @@ use crate::engine::serve::{Memories, ServeContext, Summary, serve_until_closed};
 use crate::engine::start_wait::{Attempt, StartWait, not_yet};
 use crate::error::{Error, Kind, Result};
 use crate::ferry::frame;
+use crate::ferry::known_hashes::KnownHashes;
 use crate::image::check::check_lazy;
 use crate::image::dir::ImageDir;
 use crate::observe::ferried::Forwarded;
@@ -61,7 +62,7 @@ const LISTENS_WITHIN: Duration = Duration::from_secs(5);
 const BOTH_MAY_RUN: &str = "a client has everything, but the dump's processes may run on as well";
 
 /// What is to be forwarded, and how.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct ForwardLazyConfig {
     /// Where the dump listens.
     pub dump: Peer,
@@ -81,6 +82,8 @@ pub struct ForwardLazyConfig {
     pub traffic: Arc<Traffic>,
     /// How long to wait at the start for the dump to listen.
     pub wait: Duration,
+    /// Hashes of what earlier rounds have left at the clients' side.
+    pub known_hashes: Option<KnownHashes>,
 }
 
 /// A dump that is being forwarded. See the module's text.
@@ -126,7 +129,7 @@ impl ForwardLazy {
     ///
     /// Nobody listens before the wait is over, or no page has stayed with the dump.
     pub fn connect(
-        config: ForwardLazyConfig,
+        mut config: ForwardLazyConfig,
         images: &ImageDir,
         guard: Option<DumpGuard>,
     ) -> Result<ForwardLazy> {
@@ -183,6 +186,7 @@ impl ForwardLazy {
             wire,
             config.reconnect_timeout,
             Arc::clone(&config.traffic),
+            config.known_hashes.take(),
         );
         Ok(ForwardLazy {
             clients: Clients {

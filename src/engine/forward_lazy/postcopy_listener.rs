@@ -31,8 +31,10 @@ use crate::error::{Error, Kind, Result};
 use crate::ferry::delta::PageMemory;
 use crate::ferry::frame;
 use crate::ferry::hello::{FailCode, Features, Hello, Role, SessionId};
+use crate::ferry::known_hashes::KnownHashes;
 use crate::ferry::message::{Fault, Open, StateId, encode_close};
-use crate::ferry::push_planner::{PushPlanner, Step};
+use crate::ferry::push_planner::{PUSH_BYTES, PushPlanner, Step};
+use crate::limits::FERRY_BATCH_BYTES_MAX;
 use crate::observe::ferried::Sent;
 use crate::observe::traffic::Traffic;
 use crate::stream::Stream;
@@ -47,6 +49,8 @@ pub(in crate::engine) struct PostcopyListener {
     wire: Wire,
     reconnect_timeout: Duration,
     traffic: Arc<Traffic>,
+    /// What an earlier round has left at the receivers.
+    known: Option<KnownHashes>,
     sessions: ListenerSessions<PostcopySession>,
 }
 
@@ -75,25 +79,31 @@ impl std::fmt::Debug for PostcopyListener {
 
 impl PostcopyListener {
     /// Offers `dump_memory`, which a CRIU that speaks `wire` has dumped. A session without a connection for
-    /// `reconnect_timeout` is given up.
+    /// `reconnect_timeout` is given up. Receivers may have the pages of an earlier round whose hashes are `known`.
     pub(in crate::engine) fn new(
         dump_memory: Arc<DumpMemory>,
         wire: Wire,
         reconnect_timeout: Duration,
         traffic: Arc<Traffic>,
+        known: Option<KnownHashes>,
     ) -> PostcopyListener {
         let features = Features::FAULTS
             .with(Features::HASHES)
             .with(Features::ON_DEMAND)
             .with(Features::FAREWELL)
             .with(Features::IN_PUSH);
-        let own = Hello::of_listener(Role::Sender, dump_memory.page(), features, WINDOW);
+        let mut own = Hello::of_listener(Role::Sender, dump_memory.page(), features, WINDOW);
+        if let Some(known) = &known {
+            own.features = features.with(Features::KNOWN);
+            own.hash_key = known.key();
+        }
         let roles = [Role::Sender, Role::Responder];
         PostcopyListener {
             dump_memory,
             wire,
             reconnect_timeout,
             traffic,
+            known,
             sessions: ListenerSessions::new(own, &roles, FailCode::Sender, reconnect_timeout),
         }
     }
@@ -124,7 +134,7 @@ impl PostcopyListener {
         let (conn, greeting) = greeting(stream, Arc::default()).map_err(lost)?;
         // From here on a client is told why it is left.
         drop(watched);
-        let make = |peer: &Hello| Ok((Arc::new(PostcopySession::new(self, peer.session)), ()));
+        let make = |peer: &Hello| Ok((Arc::new(PostcopySession::new(self, peer)), ()));
         match self.sessions.admit(greeting, |_| true, make) {
             Admitted::Refused(Refused { fail, .. }) => {
                 refuse(conn, &fail);
@@ -132,6 +142,7 @@ impl PostcopyListener {
             }
             Admitted::Joined(session, greetings) => {
                 if let Some(session) = session {
+                    let greetings = self.by_known_key(greetings);
                     let stopped = Arc::clone(&session);
                     let _told = stop.tell(move || stopped.sending.stop());
                     self.join(conn, &session, &greetings)?;
@@ -139,6 +150,7 @@ impl PostcopyListener {
                 Ok(PushAccepted::Joined)
             }
             Admitted::Opened(session, (), greetings) => {
+                let greetings = self.by_known_key(greetings);
                 let id = greetings.peer.session;
                 tracing::info!("session {id} can fetch the dump's memory");
                 let running = self.traffic.begin_session();
@@ -154,6 +166,16 @@ impl PostcopyListener {
                 Err(error)
             }
         }
+    }
+
+    /// What an earlier round has left at the receiver is known by hashes under one key: this side's, if it has some.
+    fn by_known_key(&self, mut greetings: Greetings) -> Greetings {
+        if let Some(known) = &self.known
+            && greetings.peer.features.has(Features::KNOWN)
+        {
+            greetings.peer.hash_key = known.key();
+        }
+        greetings
     }
 
     /// Runs the first connection of a session, and then the session to its end.
@@ -244,21 +266,28 @@ impl PostcopyListener {
 }
 
 impl PostcopySession {
-    fn new(listener: &PostcopyListener, session: SessionId) -> PostcopySession {
+    fn new(listener: &PostcopyListener, peer: &Hello) -> PostcopySession {
         let (_, pages) = listener.dump_memory.progress();
         // A receiver may have an earlier round; what is pushed to it now it gets once.
-        let memory =
-            PageMemory::for_hashes_of(listener.dump_memory.page(), listener.dump_memory.runs());
+        let page = listener.dump_memory.page();
+        let runs = listener.dump_memory.runs();
+        let known = listener.known.as_ref();
+        let known = known.filter(|_| peer.features.has(Features::KNOWN));
+        let memory = match known {
+            None => PageMemory::for_hashes_of(page, runs),
+            Some(known) => {
+                let runs = runs.into_iter().chain(known.ranges());
+                let mut memory = PageMemory::for_hashes_of(page, runs);
+                // A receiver calls what it has by its session's name.
+                memory.begin_with(peer.session.into(), known);
+                memory
+            }
+        };
         let learned = Learned::new(memory);
         let traffic = Arc::clone(&listener.traffic);
         PostcopySession {
             dump_memory: Arc::clone(&listener.dump_memory),
-            sending: SenderSession::new(
-                listener.dump_memory.page(),
-                session,
-                learned,
-                Arc::clone(&traffic),
-            ),
+            sending: SenderSession::new(page, peer.session, learned, Arc::clone(&traffic)),
             traffic,
             push_planner: Mutex::new(PushPlanner::new(listener.dump_memory.page(), pages)),
         }
@@ -387,8 +416,13 @@ impl Push<'_> {
         let mut buffer = self.packer.buffer()?;
         // What is taken is waited for by whoever asks for it, so it is not to lie about here.
         self.packer.wait_for_room(UNSENT_BYTES_MAX)?;
-        let batch =
-            dump_memory.with_plan(|plan| lock(&self.session.push_planner).take_batch(plan, pid));
+        // Of what the receiver has already little travels, and each batch costs both ends a few wake-ups.
+        let most = match self.hashed {
+            true => FERRY_BATCH_BYTES_MAX as u64,
+            false => PUSH_BYTES,
+        };
+        let batch = dump_memory
+            .with_plan(|plan| lock(&self.session.push_planner).take_batch(plan, pid, most));
         let mut filled = 0;
         for numbers in batch.numbers {
             let bytes = (numbers.end - numbers.start) << dump_memory.page().shift();

@@ -114,7 +114,9 @@ impl<T> PostcopyClient<T> {
 
     /// Goes on over `pair`.
     pub(in crate::engine) fn attach(&mut self, pair: FerryPair) {
+        self.receiver.use_hasher(pair.hasher.clone());
         self.receiver.attach();
+        self.earlier.use_hasher(&pair.hasher);
         self.pair = Some(pair);
         self.faults_over = false;
         self.say();

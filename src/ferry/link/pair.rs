@@ -1,6 +1,7 @@
 //! The connecting side of a post-copy: a stream and a connection for faults, made one after the other.
 
 use crate::ferry::frame::{FrameError, Kind};
+use crate::ferry::hash::HashKey;
 use crate::ferry::hello::{Fail, FailCode, Features, Greeting, Hello, Role, VERSION};
 
 use super::both_are;
@@ -11,6 +12,7 @@ pub struct PairDialer {
     hello: Hello,
     attempt: u32,
     opened: bool,
+    known_key: Option<HashKey>,
 }
 
 /// A connection that was not welcomed.
@@ -44,6 +46,7 @@ impl PairDialer {
             },
             attempt: 0,
             opened: false,
+            known_key: None,
         }
     }
 
@@ -62,6 +65,11 @@ impl PairDialer {
             opening: role == Role::Receiver && !self.opened,
             ..self.hello
         }
+    }
+
+    /// The key of the hashes of an earlier round, if the far end knows them.
+    pub fn known_key(&self) -> Option<HashKey> {
+        self.known_key
     }
 
     /// What was answered on the connection of `role`.
@@ -91,8 +99,10 @@ impl PairDialer {
                             one that knows it, or no --ferry";
                 refused(FailCode::Version, text.to_owned())
             }
-            Greeting::Hello(_) => {
+            Greeting::Hello(peer) => {
                 self.opened = true;
+                let features = peer.features.common(self.hello.features);
+                self.known_key = features.has(Features::KNOWN).then_some(peer.hash_key);
                 Ok(())
             }
         }
@@ -103,7 +113,6 @@ impl PairDialer {
 mod tests {
     use super::*;
     use crate::ferry::frame::{Split, split};
-    use crate::ferry::hash::HashKey;
     use crate::ferry::hello::{SessionId, Window};
     use crate::units::PageSize;
 

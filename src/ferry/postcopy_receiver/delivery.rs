@@ -62,32 +62,37 @@ impl UnverifiedDelivery {
         room: Vec<u8>,
     ) -> UnverifiedDelivery {
         let mut plain = room;
-        plain.clear();
+        let mut filled = 0;
         let mut parts: Vec<Part> = Vec::new();
         for (vaddr, place) in batch.places() {
-            let start = plain.len();
+            let start = filled;
+            filled += page.as_usize();
+            // What is there of the batch before is written over: to clear it first took as long as the copy.
+            if plain.len() < filled {
+                plain.resize(filled, 0);
+            }
             let local = place == Place::Same;
             match place {
-                Place::Body(range) => plain.extend_from_slice(&body[range]),
-                Place::Unpacked(range) => plain.extend_from_slice(&unpacked[range]),
-                // Shared pages are refused where batches are read.
-                Place::Zero | Place::Same | Place::Shared(_) => {
-                    plain.resize(start + page.as_usize(), 0);
-                }
+                Place::Body(range) => plain[start..filled].copy_from_slice(&body[range]),
+                Place::Unpacked(range) => plain[start..filled].copy_from_slice(&unpacked[range]),
+                Place::Zero => plain[start..filled].fill(0),
+                // The caller reads it, or it is left out. Shared pages are refused where batches are read.
+                Place::Same | Place::Shared(_) => {}
             }
             let end = vaddr.get() + page.bytes();
             match parts.last_mut() {
                 Some(part) if part.image.end() == vaddr && part.local == local => {
                     part.image = PageRange::new(part.image.start().get(), end);
-                    part.bytes.end = plain.len();
+                    part.bytes.end = filled;
                 }
                 _ => parts.push(Part {
                     image: PageRange::new(vaddr.get(), end),
-                    bytes: start..plain.len(),
+                    bytes: start..filled,
                     local,
                 }),
             }
         }
+        plain.truncate(filled);
         UnverifiedDelivery {
             delivery: Delivery {
                 pid,

@@ -48,6 +48,11 @@ impl Earlier {
         }
     }
 
+    /// From now on the far end knows pages by the hashes of `hasher`.
+    pub(super) fn use_hasher(&mut self, hasher: PageHasher) {
+        self.hasher = hasher;
+    }
+
     /// There is something of `pid` here.
     pub(super) fn add(&mut self, pid: u32) {
         self.pids.insert(pid);

@@ -14,7 +14,7 @@ use pageferry::ferry::hash::Fingerprint;
 use pageferry::ferry::hello::{Fail, FailCode, Hello};
 use pageferry::ferry::level_control::Level;
 use pageferry::ferry::message::{Answer, Fault, Open, StateId, encode_close};
-use pageferry::ferry::push_planner::{self, Found, PushBatch, PushPlanner, Step};
+use pageferry::ferry::push_planner::{self, Found, PUSH_BYTES, PushBatch, PushPlanner, Step};
 use pageferry::ferry::sender::Sender;
 use pageferry::lazy::drain::DrainPlan;
 use pageferry::units::{PageCount, PageRange};
@@ -163,7 +163,9 @@ impl Forwarder {
                 }
                 Step::Wait => return,
                 Step::Push(pid) if self.open == Some(pid) => {
-                    self.batch = Some((pid, self.push_planner.take_batch(&self.plan, pid)));
+                    let most = PUSH_BYTES << self.rng.u32(0..3);
+                    let batch = self.push_planner.take_batch(&self.plan, pid, most);
+                    self.batch = Some((pid, batch));
                 }
                 Step::Push(pid) => {
                     let (target, wire) = (Target::Process(pid), Wire::V2);

@@ -11,12 +11,24 @@ use tokio::time::Instant;
 
 use super::{Flow, blocking, ms};
 use crate::rounds::{self, Trackers, Tree};
+use crate::source::commands;
 use crate::source::progress::Part;
 use crate::source::throttle::Throttle;
 
 impl Flow<'_> {
     /// Sends rounds until a freeze would be short enough, or the rounds are over.
     pub(super) async fn run_rounds(&mut self) -> Result<()> {
+        self.send_rounds().await?;
+        if self.mode.is_lazy()
+            && let Err(error) = commands::keep_hashes(self.place.dir())
+        {
+            // The destination hashes its pages once more then.
+            tracing::warn!("the hashes of the rounds are lost: {error}");
+        }
+        Ok(())
+    }
+
+    async fn send_rounds(&mut self) -> Result<()> {
         let limits = self.args.limits(self.mode);
         // Gone when the rounds are over: CRIU dumps no memory under a userfaultfd.
         let mut trackers = Trackers::new(self.args.track, self.page, self.place.dir())?;

@@ -44,6 +44,14 @@ impl Earlier {
         self.bases.insert(pid, base);
     }
 
+    /// From now on pages are hashed by `hasher`.
+    pub(super) fn use_hasher(&mut self, hasher: &PageHasher) {
+        self.hasher = hasher.clone();
+        for base in self.bases.values_mut() {
+            base.use_hasher(hasher.clone());
+        }
+    }
+
     /// Gives all images up.
     pub(super) fn drop_images(&mut self) {
         self.bases.clear();

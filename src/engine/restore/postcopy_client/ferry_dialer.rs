@@ -39,6 +39,7 @@ impl Pushed {
     fn features(self) -> Features {
         let features = Features::FAULTS
             .with(Features::HASHES)
+            .with(Features::KNOWN)
             .with(Features::FAREWELL);
         match self {
             Pushed::All | Pushed::AtRate(_) => features.with(Features::IN_PUSH),
@@ -64,6 +65,8 @@ pub(in crate::engine) struct FerryDialer {
 pub(in crate::engine) struct FerryPair {
     pub(super) stream: Conn,
     pub(super) fault: Conn,
+    /// Makes the hashes by which both ends know what an earlier round has left here.
+    pub(super) hasher: PageHasher,
 }
 
 impl FerryDialer {
@@ -115,7 +118,13 @@ impl FerryDialer {
         let attempt = lock(&self.pairs).begin();
         let stream = self.connect(Role::Receiver, attempt)?;
         let fault = self.connect(Role::Requester, attempt)?;
-        Ok(FerryPair { stream, fault })
+        let known_key = lock(&self.pairs).known_key();
+        let hasher = PageHasher::new(known_key.unwrap_or(self.hash_key), self.page);
+        Ok(FerryPair {
+            stream,
+            fault,
+            hasher,
+        })
     }
 
     fn connect(&self, role: Role, attempt: u32) -> Result<Conn> {
