@@ -7,9 +7,9 @@ use std::net::{SocketAddr, TcpStream};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use testbed::agent::Agent;
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
 
 const METHODS: [&str; 5] = ["get", "post", "put", "delete", "patch"];
@@ -142,9 +142,9 @@ fn next_event(stream: &mut impl BufRead) -> Result<(String, Value)> {
 
 #[test]
 fn the_interface_is_as_documented() {
-    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
+    with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
         let document = document()?;
-        let host = Agent::start(&criu.path, &bed.path("agent"), None, &[])?;
+        let host = Agent::start(&criu.path, &test_dir.path("agent"), None, &[])?;
         let agent = host.address();
         expect_routes(&document, agent)?;
         expect_fields(

@@ -4,10 +4,10 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::documents::Stage;
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::{debian, gate};
 
 /// A bundle whose root is an overlay on a file system in memory.
@@ -59,12 +59,12 @@ fn containers_go_on_from_archives() {
     with_criu(Suite::Sid, archives);
 }
 
-fn archives(bed: &Bed, criu: &Criu) -> Result<()> {
+fn archives(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
         return Ok(());
     };
-    let mut stage = Stage::new(bed, &system, criu, "stage")?;
-    let dir = bed.path("stage");
+    let mut stage = Stage::new(test_dir, &system, criu, "stage")?;
+    let dir = test_dir.path("stage");
     let mut config = testbed::runc::config("");
     config["process"]["args"] = json!(["/bin/sh", "-c", WORK]);
     fs::write(dir.join("config.json"), config.to_string())?;
@@ -113,11 +113,11 @@ grep -q "podman container restore --import" refused
 
 #[test]
 fn podman_imports_an_archive() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
             return Ok(());
         };
-        let stage = Stage::new(bed, &system, criu, "podman")?;
+        let stage = Stage::new(test_dir, &system, criu, "podman")?;
         let host = &stage.machines[0];
         host.script("echo manage-cgroups=ignore > /etc/criu/crun.conf")?;
         host.script(&format!("export PATH=/criu:$PATH\n{PODMAN}"))

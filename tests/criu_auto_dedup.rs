@@ -9,7 +9,6 @@ use anyhow::{Context, Result, ensure};
 use pageferry::image::chain::{Chain, Missing, Place};
 use pageferry::image::dir::ImageDir;
 use pageferry::units::Vaddr;
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::Make;
 use testbed::for_each_criu;
@@ -19,6 +18,7 @@ use testbed::load::steps::{Advice, Order, Part, Step};
 use testbed::postcopy::slow_link;
 use testbed::rounds::{Rounds, pages_files, pages_room_bytes};
 use testbed::suite::make;
+use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
 
 for_each_criu!(
@@ -128,8 +128,8 @@ fn expect_punched(
     Ok(counted)
 }
 
-fn a_finished_session_is_taken_out_of_its_parent(bed: &Bed, criu: &Criu) -> Result<()> {
-    let rounds = Rounds::start(bed, criu, LoadSpec::mixed(bed.path("load"), MIB))?;
+fn a_finished_session_is_taken_out_of_its_parent(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let rounds = Rounds::start(test_dir, criu, LoadSpec::mixed(test_dir.path("load"), MIB))?;
     let mut rounds = rounds.known_to_dumps();
     rounds.dump(make(criu), &[])?;
     let parent = rounds.images(1);
@@ -146,8 +146,8 @@ fn a_finished_session_is_taken_out_of_its_parent(bed: &Bed, criu: &Criu) -> Resu
     rounds.expect_restored(2).map(drop)
 }
 
-fn what_a_chain_still_needs_stays_in_it(bed: &Bed, criu: &Criu) -> Result<()> {
-    let mut rounds = Rounds::start(bed, criu, LoadSpec::mixed(bed.path("load"), MIB))?;
+fn what_a_chain_still_needs_stays_in_it(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let mut rounds = Rounds::start(test_dir, criu, LoadSpec::mixed(test_dir.path("load"), MIB))?;
     rounds.dump(Make::Ours, &[])?;
     rewrite(&rounds, 8)?;
     rounds.dump(Make::Ours, &["--dedup-content"])?;
@@ -166,8 +166,8 @@ fn what_a_chain_still_needs_stays_in_it(bed: &Bed, criu: &Criu) -> Result<()> {
     rounds.expect_restored(3).map(drop)
 }
 
-fn a_killed_dump_leaves_the_parent_whole(bed: &Bed, criu: &Criu) -> Result<()> {
-    let rounds = Rounds::start(bed, criu, LoadSpec::mixed(bed.path("load"), MIB))?;
+fn a_killed_dump_leaves_the_parent_whole(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let rounds = Rounds::start(test_dir, criu, LoadSpec::mixed(test_dir.path("load"), MIB))?;
     let mut rounds = rounds.known_to_dumps();
     rounds.dump(Make::Ours, &[])?;
     let parent = rounds.images(1);

@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Result, ensure};
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
 use testbed::gate;
@@ -24,6 +23,7 @@ use testbed::postcopy::{Plan, PostCopy, Source};
 use testbed::rounds::{Rounds, pages_file_bytes, pages_files};
 use testbed::stats;
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
 
 const MIB: u32 = 64;
@@ -47,8 +47,9 @@ fn expect_compressed(images: &Path) -> Result<()> {
 
 #[test]
 fn a_criu_that_cannot_read_them_may_not_send() {
-    with_criu(Suite::Trixie, |bed, criu| {
-        let mut rounds = Rounds::start(bed, criu, LoadSpec::mixed(bed.path("load"), MIB))?;
+    with_criu(Suite::Trixie, |test_dir, criu| {
+        let mut rounds =
+            Rounds::start(test_dir, criu, LoadSpec::mixed(test_dir.path("load"), MIB))?;
         let (mut server, dump) = rounds.begin(Make::Ours, &["--compress"])?;
         dump.to(server.address()).start()?.fail(GENEROUS)?;
         server.process().fail(GENEROUS)?;
@@ -61,8 +62,9 @@ fn a_criu_that_cannot_read_them_may_not_send() {
 
 #[test]
 fn a_criu_with_lz4_restores_and_one_without_says_so() {
-    with_criu(Suite::Experimental, |bed, criu| {
-        let mut rounds = Rounds::start(bed, criu, LoadSpec::mixed(bed.path("load"), MIB))?;
+    with_criu(Suite::Experimental, |test_dir, criu| {
+        let mut rounds =
+            Rounds::start(test_dir, criu, LoadSpec::mixed(test_dir.path("load"), MIB))?;
         rounds.dump(Make::Ours, &["--compress"])?;
         let images = rounds.images(1);
         expect_compressed(&images)?;
@@ -90,8 +92,9 @@ fn criu_4_3_restores_what_its_own_tool_decompresses() {
     let Some(crit) = gate::crit() else {
         return;
     };
-    with_criu(Suite::Experimental, |bed, criu| {
-        let mut rounds = Rounds::start(bed, criu, LoadSpec::mixed(bed.path("load"), MIB))?;
+    with_criu(Suite::Experimental, |test_dir, criu| {
+        let mut rounds =
+            Rounds::start(test_dir, criu, LoadSpec::mixed(test_dir.path("load"), MIB))?;
         rounds.dump(Make::Ours, &["--compress"])?;
         let images = rounds.images(1);
         expect_compressed(&images)?;
@@ -117,24 +120,24 @@ impl DumpedLoad {
     /// Lets `dump` dump a process into a directory, which `compress` compresses after a copy was made
     /// for CRIU to restore from.
     fn by(
-        bed: &Bed,
+        test_dir: &TestDir,
         dump: impl FnOnce(&Load, &Path) -> Result<()>,
         compress: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<DumpedLoad> {
-        let spec = LoadSpec::mixed(bed.path("load"), MIB);
-        DumpedLoad::of(bed, spec, dump, compress)
+        let spec = LoadSpec::mixed(test_dir.path("load"), MIB);
+        DumpedLoad::of(test_dir, spec, dump, compress)
     }
 
     /// The same with another process.
     fn of(
-        bed: &Bed,
+        test_dir: &TestDir,
         spec: LoadSpec,
         dump: impl FnOnce(&Load, &Path) -> Result<()>,
         compress: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<DumpedLoad> {
         let mut load = Load::start(spec, None)?;
         let before = load.run_everywhere(&[Step::Status])?;
-        let (dumped, here) = (bed.path("dumped"), bed.path("here"));
+        let (dumped, here) = (test_dir.path("dumped"), test_dir.path("here"));
         dump(&load, &dumped)?;
         load.wait_until_gone()?;
         copy_without_lazy_pages(&dumped, &here)?;
@@ -171,23 +174,23 @@ fn dump_compressed(criu: &Criu, load: &Load, images: &Path) -> Result<()> {
     server.finish(GENEROUS).map(drop)
 }
 
-fn post_copy_from_our_images(bed: &Bed, criu: &Criu) -> Result<()> {
+fn post_copy_from_our_images(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let to_a_server = |load: &Load, images: &Path| dump_compressed(criu, load, images);
-    let gone = DumpedLoad::by(bed, to_a_server, |_| Ok(()))?;
+    let gone = DumpedLoad::by(test_dir, to_a_server, |_| Ok(()))?;
     gone.come_back(criu, Make::Criu(criu))
 }
 
 /// Restores from images of which some pages do not decode, which are here or served.
-fn with_spoiled_pages(bed: &Bed, criu: &Criu, served: bool) -> Result<()> {
+fn with_spoiled_pages(test_dir: &TestDir, criu: &Criu, served: bool) -> Result<()> {
     let spec = LoadSpec {
         on_lost_page: OnLostPage::Count,
         pin_own_memory: true,
-        ..LoadSpec::mixed(bed.path("load"), MIB / 4)
+        ..LoadSpec::mixed(test_dir.path("load"), MIB / 4)
     };
     let to_a_server = |load: &Load, images: &Path| dump_compressed(criu, load, images);
     let DumpedLoad {
         load, dumped, here, ..
-    } = DumpedLoad::of(bed, spec, to_a_server, |_| Ok(()))?;
+    } = DumpedLoad::of(test_dir, spec, to_a_server, |_| Ok(()))?;
     let spoiled = spoil_compressed_pages(&dumped, 5)? as u64;
     let time_limit = ["--local-timeout", "1"];
     let serve = Options::new(&dumped).with(&time_limit).log_to("serve.log");
@@ -221,12 +224,16 @@ fn with_spoiled_pages(bed: &Bed, criu: &Criu, served: bool) -> Result<()> {
 
 #[test]
 fn pages_that_do_not_decode_here_are_lost_alone() {
-    with_criu(Suite::Sid, |bed, criu| with_spoiled_pages(bed, criu, false));
+    with_criu(Suite::Sid, |test_dir, criu| {
+        with_spoiled_pages(test_dir, criu, false)
+    });
 }
 
 #[test]
 fn pages_that_do_not_decode_at_the_server_are_lost_alone() {
-    with_criu(Suite::Sid, |bed, criu| with_spoiled_pages(bed, criu, true));
+    with_criu(Suite::Sid, |test_dir, criu| {
+        with_spoiled_pages(test_dir, criu, true)
+    });
 }
 
 #[test]
@@ -244,12 +251,12 @@ fn what_criu_s_own_tool_compresses_is_served() {
     let Some(crit) = gate::crit() else {
         return;
     };
-    with_criu(Suite::Experimental, |bed, criu| {
+    with_criu(Suite::Experimental, |test_dir, criu| {
         for client in [Make::Criu(criu), Make::Ours] {
-            let bed = Bed::new_in(bed.dir())?;
+            let test_dir = TestDir::new_in(test_dir.dir())?;
             let to_files =
                 |load: &Load, images: &Path| Dump::new(criu, load.pid(), images).run().map(drop);
-            let gone = DumpedLoad::by(&bed, to_files, |images| crit.compress(images))?;
+            let gone = DumpedLoad::by(&test_dir, to_files, |images| crit.compress(images))?;
             gone.come_back(criu, client)?;
         }
         Ok(())

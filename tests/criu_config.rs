@@ -8,7 +8,6 @@ use std::fs;
 
 use anyhow::{Result, ensure};
 use config::{Outcome, Settings, TestNetwork, generated};
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::Make;
 use testbed::for_each_criu;
@@ -19,6 +18,7 @@ use testbed::net::free_port;
 use testbed::pki::{Authority, Host};
 use testbed::process::Spawned;
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
 use testbed::workspace::binary;
 
@@ -33,25 +33,25 @@ const GENERATED: u64 = 16;
 /// Every rule of the format and of the order of files, by hand.
 #[test]
 fn files_mean_what_they_mean_to_criu() {
-    with_criu(Suite::Sid, |bed, criu| {
-        compare(bed, criu, config::by_hand())
+    with_criu(Suite::Sid, |test_dir, criu| {
+        compare(test_dir, criu, config::by_hand())
     });
 }
 
-fn generated_files_mean_what_they_mean_to_criu(bed: &Bed, criu: &Criu) -> Result<()> {
+fn generated_files_mean_what_they_mean_to_criu(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     // Others for each version.
     let seed = u64::from(criu.release()?.1) * GENERATED;
-    compare(bed, criu, (seed..seed + GENERATED).map(generated))
+    compare(test_dir, criu, (seed..seed + GENERATED).map(generated))
 }
 
 /// The same for `criu lazy-pages` and lazy-client: what they connect to, and how.
 #[test]
 fn files_mean_to_lazy_client_what_they_mean_to_criu() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let load = Load::start(LoadSpec::mixed(bed.path("load"), 2), None)?;
-        let images = bed.path("images");
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let load = Load::start(LoadSpec::mixed(test_dir.path("load"), 2), None)?;
+        let images = test_dir.path("images");
         Dump::new(criu, load.pid(), &images).leave_running().run()?;
-        let network = TestNetwork::new(bed)?;
+        let network = TestNetwork::new(test_dir)?;
         let mut differences = Vec::new();
         for settings in config::lazy::by_hand() {
             let theirs = network.lazy_pages(Make::Criu(criu), &settings, &images)?;
@@ -67,8 +67,8 @@ fn files_mean_to_lazy_client_what_they_mean_to_criu() {
     });
 }
 
-fn compare(bed: &Bed, criu: &Criu, all: impl IntoIterator<Item = Settings>) -> Result<()> {
-    let network = TestNetwork::new(bed)?;
+fn compare(test_dir: &TestDir, criu: &Criu, all: impl IntoIterator<Item = Settings>) -> Result<()> {
+    let network = TestNetwork::new(test_dir)?;
     let mut differences = Vec::new();
     for settings in all {
         let theirs = network.page_server(Make::Criu(criu), &settings)?;
@@ -97,11 +97,11 @@ fn is_documented(why: &str) -> bool {
 }
 
 /// `tls` in a file was lost, and memory travelled in plain text.
-fn one_file_secures_a_dump_and_its_page_server(bed: &Bed, criu: &Criu) -> Result<()> {
-    let pki = bed.path("pki");
+fn one_file_secures_a_dump_and_its_page_server(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let pki = test_dir.path("pki");
     fs::create_dir_all(&pki)?;
     let keys = Authority::new(&pki, "ca")?.issue(&Host::LOOPBACK)?;
-    let config = bed.path("criu.conf");
+    let config = test_dir.path("criu.conf");
     let port = free_port()?;
     let files = [
         ("tls-cacert", &keys.cacert),
@@ -116,8 +116,8 @@ fn one_file_secures_a_dump_and_its_page_server(bed: &Bed, criu: &Criu) -> Result
         format!("# for both ends\ntls\n{files}\naddress 127.0.0.1\nport {port}\n"),
     )?;
 
-    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), 16), None)?;
-    let images = bed.path("images");
+    let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), 16), None)?;
+    let images = test_dir.path("images");
     fs::create_dir_all(&images)?;
     let mut command = std::process::Command::new(binary("page-server")?);
     command

@@ -12,7 +12,6 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::documents::Stage;
 use testbed::load::control::Control;
@@ -22,6 +21,7 @@ use testbed::load::spec::LoadSpec;
 use testbed::load::steps::Step;
 use testbed::runc::{self, LOAD_DIR};
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::{debian, gate};
 
 const MIB: u32 = 16;
@@ -42,12 +42,17 @@ struct Moving {
 
 impl Moving {
     /// Nothing without runtimes.
-    fn start(bed: &Bed, criu: &Criu, runtime: &'static str, name: &str) -> Result<Option<Moving>> {
+    fn start(
+        test_dir: &TestDir,
+        criu: &Criu,
+        runtime: &'static str,
+        name: &str,
+    ) -> Result<Option<Moving>> {
         let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
             return Ok(None);
         };
-        let stage = Stage::new(bed, &system, criu, name)?;
-        let dir = bed.path(name);
+        let stage = Stage::new(test_dir, &system, criu, name)?;
+        let dir = test_dir.path(name);
         let root = dir.join("bundle/rootfs");
         runc::make_root(&root)?;
         let spec = LoadSpec::tree(LOAD_DIR, MIB, 3);
@@ -119,8 +124,8 @@ impl Moving {
     }
 }
 
-fn moves(bed: &Bed, criu: &Criu, runtime: &'static str, mode: &str) -> Result<()> {
-    let Some(moving) = Moving::start(bed, criu, runtime, mode)? else {
+fn moves(test_dir: &TestDir, criu: &Criu, runtime: &'static str, mode: &str) -> Result<()> {
+    let Some(moving) = Moving::start(test_dir, criu, runtime, mode)? else {
         return Ok(());
     };
     let report = moving.migrate("c1", mode, &format!("--mode {mode} --max-rounds 3"));
@@ -145,9 +150,9 @@ fn moves(bed: &Bed, criu: &Criu, runtime: &'static str, mode: &str) -> Result<()
 }
 
 /// What is in the way is told by name, and the container at the source is as before.
-fn refusals(bed: &Bed, criu: &Criu, runtime: &'static str) -> Result<()> {
+fn refusals(test_dir: &TestDir, criu: &Criu, runtime: &'static str) -> Result<()> {
     let name = format!("refusing-{runtime}");
-    let Some(moving) = Moving::start(bed, criu, runtime, &name)? else {
+    let Some(moving) = Moving::start(test_dir, criu, runtime, &name)? else {
         return Ok(());
     };
     let [source, destination] = &moving.stage.machines;
@@ -192,23 +197,29 @@ fn refusals(bed: &Bed, criu: &Criu, runtime: &'static str) -> Result<()> {
 
 #[test]
 fn a_container_of_crun_moves() {
-    with_criu(Suite::Sid, |bed, criu| moves(bed, criu, "crun", "hybrid"));
+    with_criu(Suite::Sid, |test_dir, criu| {
+        moves(test_dir, criu, "crun", "hybrid")
+    });
 }
 
 #[test]
 fn what_is_in_the_way_of_crun_is_told() {
-    with_criu(Suite::Sid, |bed, criu| refusals(bed, criu, "crun"));
+    with_criu(Suite::Sid, |test_dir, criu| {
+        refusals(test_dir, criu, "crun")
+    });
 }
 
 #[test]
 fn what_is_in_the_way_of_runc_is_told() {
-    with_criu(Suite::Sid, |bed, criu| refusals(bed, criu, "runc"));
+    with_criu(Suite::Sid, |test_dir, criu| {
+        refusals(test_dir, criu, "runc")
+    });
 }
 
 fn in_each_mode(suite: Suite, runtime: &'static str) {
-    with_criu(suite, |bed, criu| {
+    with_criu(suite, |test_dir, criu| {
         MODES.iter().try_for_each(|mode| {
-            moves(bed, criu, runtime, mode).with_context(|| format!("{runtime} {mode}"))
+            moves(test_dir, criu, runtime, mode).with_context(|| format!("{runtime} {mode}"))
         })
     });
 }

@@ -9,7 +9,6 @@ use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use testbed::bed::Bed;
 use testbed::criu::{self, Criu, Suite};
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
 use testbed::load::Load;
@@ -21,8 +20,9 @@ use testbed::net::free_port;
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::proxy::{Direction, Impairment, ImpairmentKind, Proxy};
 use testbed::suite::{make, with_criu};
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
-use testbed::{bed, for_each_criu, gate, process, workspace};
+use testbed::{for_each_criu, gate, process, test_dir, workspace};
 
 for_each_criu!(
     page_server_in_the_background,
@@ -100,9 +100,9 @@ fn log_says(log: &Path, words: &str) -> Result<()> {
 }
 
 /// A criu command line as it stands: the action word in the middle, options that mean nothing here.
-fn page_server_in_the_background(bed: &Bed, criu: &Criu) -> Result<()> {
-    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
-    let (images, work) = (bed.path("images"), bed.path("work"));
+fn page_server_in_the_background(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), MIB), None)?;
+    let (images, work) = (test_dir.path("images"), test_dir.path("work"));
     fs::create_dir(&images)?;
     fs::create_dir(&work)?;
     let port = free_port()?;
@@ -117,7 +117,7 @@ fn page_server_in_the_background(bed: &Bed, criu: &Criu) -> Result<()> {
     ]);
     command.args(["--address", "127.0.0.1", "--port", &port.to_string()]);
     command.arg("-D").arg(&images).arg("-W").arg(&work);
-    let server = Background::start(&mut command, &bed.path("server.pid"))?;
+    let server = Background::start(&mut command, &test_dir.path("server.pid"))?;
     let address = SocketAddr::from(([127, 0, 0, 1], port));
     Dump::new(criu, load.pid(), &images).to(address).run()?;
     server.wait_for_end()?;
@@ -128,16 +128,16 @@ fn page_server_in_the_background(bed: &Bed, criu: &Criu) -> Result<()> {
         .expect_right()
 }
 
-fn lazy_client_in_the_background(bed: &Bed, criu: &Criu) -> Result<()> {
-    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
-    let (images, work) = (bed.path("images"), bed.path("work"));
+fn lazy_client_in_the_background(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), MIB), None)?;
+    let (images, work) = (test_dir.path("images"), test_dir.path("work"));
     fs::create_dir(&work)?;
     Dump::new(criu, load.pid(), &images).run()?;
     load.wait_until_gone()?;
     let mut command = Command::new(workspace::binary("lazy-client")?);
     command.args(["lazy-pages", "-v4", "-o", "lazy.log"]);
     command.arg("-D").arg(&images).arg("-W").arg(&work);
-    let client = Background::start(&mut command, &bed.path("client.pid"))?;
+    let client = Background::start(&mut command, &test_dir.path("client.pid"))?;
     let restore = Restore::new(criu, &images).lazily();
     let _restored = restore.with(&["-W", &work.to_string_lossy()]).run()?;
     load.run(0, &[Step::Verify(Pass::full(Order::Random))])?
@@ -149,9 +149,9 @@ fn lazy_client_in_the_background(bed: &Bed, criu: &Criu) -> Result<()> {
 /// Whoever looks into the pidfile finds the process that serves, also when another did so before.
 #[test]
 fn the_pidfile_names_who_has_taken_over() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
-        let (images, pidfile) = (bed.path("images"), bed.path("client.pid"));
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), MIB), None)?;
+        let (images, pidfile) = (test_dir.path("images"), test_dir.path("client.pid"));
         Dump::new(criu, load.pid(), &images).run()?;
         load.wait_until_gone()?;
         let mut command = Command::new(workspace::binary("lazy-client")?);
@@ -174,9 +174,9 @@ fn the_pidfile_names_who_has_taken_over() {
 /// What is polled before the fork into the background does not wake the process that goes on there.
 #[test]
 fn signals_end_a_client_in_the_background() {
-    with_criu(Suite::Trixie, |bed, criu| {
-        let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
-        let (images, pidfile) = (bed.path("images"), bed.path("client.pid"));
+    with_criu(Suite::Trixie, |test_dir, criu| {
+        let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), MIB), None)?;
+        let (images, pidfile) = (test_dir.path("images"), test_dir.path("client.pid"));
         Dump::new(criu, load.pid(), &images).run()?;
         load.wait_until_gone()?;
         for signal in [Signal::SIGTERM, Signal::SIGALRM] {
@@ -276,13 +276,13 @@ fn every_signal_ends_an_idle_page_server_in_the_background() -> Result<()> {
 /// Each way in which a page server may be busy, and each kind of signal.
 #[test]
 fn signals_end_a_page_server_in_the_background() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), MIB), None)?;
         for signal in WHILE_RECEIVING {
-            let images = bed.path(&format!("received-{signal}"));
+            let images = test_dir.path(&format!("received-{signal}"));
             let (server, address) = background_server(&images, &[])?;
             let link = Proxy::start(address, slow_link(), None)?;
-            let to_link = Dump::new(criu, load.pid(), bed.path("dump")).to(link.address());
+            let to_link = Dump::new(criu, load.pid(), test_dir.path("dump")).to(link.address());
             let mut dump = to_link.start()?;
             wait::until("a part of the dump", GENEROUS, || {
                 Ok((link.carried(Direction::ToServer) > 2 << 20).then_some(()))
@@ -297,7 +297,7 @@ fn signals_end_a_page_server_in_the_background() {
             load.expect_running()?;
         }
 
-        let lazily = bed.path("lazily");
+        let lazily = test_dir.path("lazily");
         let address = SocketAddr::from(([127, 0, 0, 1], free_port()?));
         let mut dump = Dump::new(criu, load.pid(), &lazily).serve_lazily(address)?;
         let dump_address = address.to_string();
@@ -306,7 +306,7 @@ fn signals_end_a_page_server_in_the_background() {
         dump.fail(GENEROUS)?;
         load.expect_running()?;
 
-        let served = bed.path("served");
+        let served = test_dir.path("served");
         Dump::new(criu, load.pid(), &served).leave_running().run()?;
         let (server, _) = background_server(&served, &["--lazy-pages"])?;
         end_server(&server, &served, Signal::SIGINT)?;
@@ -316,9 +316,9 @@ fn signals_end_a_page_server_in_the_background() {
 }
 
 /// Such a restore keeps its connection to the daemon until the restored processes end.
-fn a_restore_in_the_foreground_holds_nobody_up(bed: &Bed, criu: &Criu) -> Result<()> {
-    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
-    let images = bed.path("images");
+fn a_restore_in_the_foreground_holds_nobody_up(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), MIB), None)?;
+    let images = test_dir.path("images");
     Dump::new(criu, load.pid(), &images).run()?;
     load.wait_until_gone()?;
     let options = Options::new(&images).log_to("lazy.log");
@@ -334,7 +334,7 @@ fn a_restore_in_the_foreground_holds_nobody_up(bed: &Bed, criu: &Criu) -> Result
 /// By default a process that reads a lost page dies of it.
 #[test]
 fn a_lost_page_kills_its_reader() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         let impairment = Impairment {
             direction: Direction::ToClient,
             after_bytes: 8 << 20,
@@ -344,9 +344,9 @@ fn a_lost_page_kills_its_reader() {
             Plan::new(criu, Source::Dump, Make::Ours).with_impairment(slow_link(), impairment);
         let spec = LoadSpec {
             pin_own_memory: true,
-            ..LoadSpec::mixed(bed.path("load"), MIB)
+            ..LoadSpec::mixed(test_dir.path("load"), MIB)
         };
-        let mut moving = PostCopy::start(bed, &plan, spec, &[])?;
+        let mut moving = PostCopy::start(test_dir, &plan, spec, &[])?;
         moving.daemon.process().fail(GENEROUS)?;
         moving
             .load
@@ -369,10 +369,10 @@ fn the_machines_own_criu() {
         eprintln!("skipped: this machine has no CRIU of its own that passes criu check");
         return;
     };
-    bed::with_bed(|bed| {
-        let spec = LoadSpec::mixed(bed.path("load"), MIB);
+    test_dir::with_test_dir(|test_dir| {
+        let spec = LoadSpec::mixed(test_dir.path("load"), MIB);
         let mut load = Load::start(spec, None)?;
-        let images = bed.path("images");
+        let images = test_dir.path("images");
         let server = PageServer::receiving(Make::Ours, &Options::new(&images))?;
         Dump::new(&criu, load.pid(), &images)
             .to(server.address())
@@ -382,8 +382,8 @@ fn the_machines_own_criu() {
         load.expect_running()?;
         drop(load);
         let plan = Plan::new(&criu, Source::Dump, Make::Ours).over(slow_link());
-        let spec = LoadSpec::mixed(bed.path("load-again"), MIB);
-        let mut moved = PostCopy::start(bed, &plan, spec, &reading())?;
+        let spec = LoadSpec::mixed(test_dir.path("load-again"), MIB);
+        let mut moved = PostCopy::start(test_dir, &plan, spec, &reading())?;
         moved.reports()?;
         moved.finish()
     });

@@ -6,7 +6,6 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::Make;
 use testbed::for_each_criu;
@@ -16,6 +15,7 @@ use testbed::load::spec::{AreaSpec, LoadSpec, Mapping};
 use testbed::load::steps::{Order, Step};
 use testbed::rounds::{Rounds, pages_file_bytes, pages_room_bytes};
 use testbed::stats;
+use testbed::test_dir::TestDir;
 
 for_each_criu!(
     rounds_of_one_process_hold_what_changed,
@@ -117,9 +117,9 @@ fn three_rounds(mut rounds: Rounds<'_>, every: u32, changed: (u64, u64)) -> Resu
     rounds.expect_restored(2).map(drop)
 }
 
-fn rounds_of_one_process_hold_what_changed(bed: &Bed, criu: &Criu) -> Result<()> {
+fn rounds_of_one_process_hold_what_changed(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let spec = LoadSpec::new(
-        bed.path("load"),
+        test_dir.path("load"),
         vec![
             AreaSpec::new(Mapping::Private, 12_000, Content::Random),
             AreaSpec::new(Mapping::ReadOnly, 2_000, Content::Mixed),
@@ -127,17 +127,17 @@ fn rounds_of_one_process_hold_what_changed(bed: &Bed, criu: &Criu) -> Result<()>
     );
     // Of both areas together every eighth page is asked for; the read-only ones stay as they are.
     let changed = 12_000 / 8;
-    let rounds = Rounds::start(bed, criu, spec)?;
+    let rounds = Rounds::start(test_dir, criu, spec)?;
     three_rounds(rounds, 8, (changed, changed + 1))
 }
 
-fn rounds_of_a_tree_with_shared_memory(bed: &Bed, criu: &Criu) -> Result<()> {
+fn rounds_of_a_tree_with_shared_memory(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     const PROCESSES: u32 = 3;
     let area = AreaSpec::new;
     let spec = LoadSpec {
         processes: PROCESSES,
         ..LoadSpec::new(
-            bed.path("load"),
+            test_dir.path("load"),
             vec![
                 area(Mapping::Private, 3_000, Content::Random),
                 area(Mapping::SharedAnon, 4_000, Content::Mixed).untouched_every(5),
@@ -146,21 +146,21 @@ fn rounds_of_a_tree_with_shared_memory(bed: &Bed, criu: &Criu) -> Result<()> {
         )
     };
     let changed = u64::from(PROCESSES) * 3_000 / 6;
-    let rounds = Rounds::start(bed, criu, spec)?;
+    let rounds = Rounds::start(test_dir, criu, spec)?;
     three_rounds(rounds, 6, (changed, changed + u64::from(PROCESSES)))
 }
 
-fn written_zeros_take_no_room(bed: &Bed, criu: &Criu) -> Result<()> {
+fn written_zeros_take_no_room(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     const ZEROS: u32 = 8_000;
     let area = AreaSpec::new;
     let spec = LoadSpec::new(
-        bed.path("load"),
+        test_dir.path("load"),
         vec![
             area(Mapping::Private, ZEROS, Content::Zero),
             area(Mapping::Private, 500, Content::Random),
         ],
     );
-    let mut rounds = Rounds::start(bed, criu, spec)?;
+    let mut rounds = Rounds::start(test_dir, criu, spec)?;
     let inspected = dump(&mut rounds, 1)?;
     ensure!(inspected.zero >= u64::from(ZEROS), "{inspected:?}");
     ensure!(

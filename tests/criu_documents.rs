@@ -9,11 +9,11 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::documents::{Block, Stage, blocks, documents};
 use testbed::pki::{Authority, Host};
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::workspace::root;
 use testbed::{debian, gate, gocriu, ssh};
 
@@ -63,13 +63,13 @@ echo $! > pid
 
 #[test]
 fn command_blocks_run_as_they_stand() {
-    with_criu(Suite::Experimental, |bed, criu| {
+    with_criu(Suite::Experimental, |test_dir, criu| {
         let mut run = 0;
         for document in documents()? {
             let guide = document.parent().is_some_and(|dir| dir.ends_with("guides"));
             let own = |name: &&str| guide && document.ends_with(name);
             if !GUIDES.iter().any(own) {
-                let Some(blocks) = run_document(bed, criu, &document)? else {
+                let Some(blocks) = run_document(test_dir, criu, &document)? else {
                     return Ok(());
                 };
                 run += blocks;
@@ -102,8 +102,8 @@ fn the_guide_on_go_criu_runs_as_it_stands() {
 
 fn run_guide(name: &str) {
     // The CRIU that the runtimes' own suite has.
-    with_criu(Suite::Sid, |bed, criu| {
-        let run = run_document(bed, criu, &root().join("docs/guides").join(name))?;
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let run = run_document(test_dir, criu, &root().join("docs/guides").join(name))?;
         ensure!(
             run.is_none_or(|run| run >= 5),
             "only {run:?} blocks were found"
@@ -113,7 +113,7 @@ fn run_guide(name: &str) {
 }
 
 /// Runs the blocks of a document, and tells how many; nothing where what they need is missing.
-fn run_document(bed: &Bed, criu: &Criu, document: &Path) -> Result<Option<usize>> {
+fn run_document(test_dir: &TestDir, criu: &Criu, document: &Path) -> Result<Option<usize>> {
     let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
         return Ok(None);
     };
@@ -160,7 +160,7 @@ fn run_document(bed: &Bed, criu: &Criu, document: &Path) -> Result<Option<usize>
         let Some(system) = system else {
             return Ok(None);
         };
-        let mut stage = Stage::new(bed, &system, criu, &format!("{name}-{number}"))?;
+        let mut stage = Stage::new(test_dir, &system, criu, &format!("{name}-{number}"))?;
         write_credentials(&stage)?;
         if by_ssh {
             ssh::connect(&stage)?;

@@ -20,30 +20,32 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use nix::unistd::mkfifo;
 use serde_json::Value;
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::documents::Stage;
 use testbed::process::run;
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::{debian, gate, workspace};
 
 #[test]
 fn tools_unpack_what_the_overlay_showed() {
-    with_criu(Suite::Sid, |bed, criu| unpacked_by_tools(bed, criu, ""));
+    with_criu(Suite::Sid, |test_dir, criu| {
+        unpacked_by_tools(test_dir, criu, "")
+    });
 }
 
 #[test]
 fn tools_unpack_what_an_overlay_with_user_attributes_showed() {
-    with_criu(Suite::Sid, |bed, criu| {
-        unpacked_by_tools(bed, criu, "userxattr,")
+    with_criu(Suite::Sid, |test_dir, criu| {
+        unpacked_by_tools(test_dir, criu, "userxattr,")
     });
 }
 
 /// Contents of what was renamed, or given other permissions, stay in the layers below.
 #[test]
 fn tools_unpack_what_an_overlay_with_redirects_showed() {
-    with_criu(Suite::Sid, |bed, criu| {
-        unpacked_by_tools(bed, criu, REDIRECTS)
+    with_criu(Suite::Sid, |test_dir, criu| {
+        unpacked_by_tools(test_dir, criu, REDIRECTS)
     });
 }
 
@@ -301,11 +303,11 @@ fn rename(dir: &Path, merged: &Path) -> Result<()> {
     Ok(())
 }
 
-fn unpacked_by_tools(bed: &Bed, criu: &Criu, options: &str) -> Result<()> {
+fn unpacked_by_tools(test_dir: &TestDir, criu: &Criu, options: &str) -> Result<()> {
     let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
         return Ok(());
     };
-    let dir = bed.path("stage");
+    let dir = test_dir.path("stage");
     in_memory(&dir)?;
     fill_lower(&dir)?;
     mount_overlay(&dir, options)?;
@@ -333,7 +335,7 @@ fn unpacked_by_tools(bed: &Bed, criu: &Criu, options: &str) -> Result<()> {
     );
     export(&dir, &more, ("zstd", "zstd"))?;
     export(&dir, &more, ("plain", "none"))?;
-    let stage = Stage::new(bed, &system, criu, "stage")?;
+    let stage = Stage::new(test_dir, &system, criu, "stage")?;
     read_back(&stage, &dir, wanted)
 }
 
@@ -395,13 +397,13 @@ umoci unpack --image based:template based-unpacked
 const WORK: &str = "exec 3>/gone; echo open >&3; busybox rm /gone /etc/old; echo new > /etc/new; \
                     echo > /ready; while :; do busybox sleep 1000; done";
 
-fn running_containers(bed: &Bed, criu: &Criu) -> Result<()> {
+fn running_containers(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
         return Ok(());
     };
-    let dir = bed.path("stage");
+    let dir = test_dir.path("stage");
     in_memory(&dir)?;
-    let mut stage = Stage::new(bed, &system, criu, "stage")?;
+    let mut stage = Stage::new(test_dir, &system, criu, "stage")?;
     for runtime in ["runc", "crun"] {
         let dir = dir.join(runtime);
         fs::create_dir_all(&dir)?;

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::Make;
 use testbed::failing::{CallCounts, FailingCalls, Failure};
@@ -18,6 +17,7 @@ use testbed::orphan::Orphan;
 use testbed::postcopy::{Plan, PostCopy, Source};
 use testbed::process::descendants;
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
 use testbed::workspace;
 
@@ -36,11 +36,15 @@ fn nothing() -> Failure {
 }
 
 /// A directory with a `lazy-client` whose calls fail, for [`Make::Build`].
-fn build(bed: &Bed, failing: &FailingCalls, failure: &Failure) -> Result<(PathBuf, CallCounts)> {
-    let dir = bed.path("build");
+fn build(
+    test_dir: &TestDir,
+    failing: &FailingCalls,
+    failure: &Failure,
+) -> Result<(PathBuf, CallCounts)> {
+    let dir = test_dir.path("build");
     fs::create_dir(&dir)?;
-    let images = bed.dir().canonicalize()?.join("dumped");
-    let (environment, counts) = failing.environment(&images, failure, &bed.path("counts"))?;
+    let images = test_dir.dir().canonicalize()?.join("dumped");
+    let (environment, counts) = failing.environment(&images, failure, &test_dir.path("counts"))?;
     let words: Vec<_> = environment
         .iter()
         .map(|(name, value)| format!("{name}='{value}'"))
@@ -72,24 +76,24 @@ fn expect_error(log: &Path, failure: &Failure) -> Result<()> {
 
 /// One restore. Returns how many calls were made, and the name of the one that failed first.
 fn restored(
-    outer: &Bed,
+    outer: &TestDir,
     criu: &Criu,
     failing: &FailingCalls,
     failure: &Failure,
 ) -> Result<(u64, Option<String>)> {
-    let bed = Bed::new_in(outer.dir())?;
-    let (dir, counts) = build(&bed, failing, failure)?;
+    let test_dir = TestDir::new_in(outer.dir())?;
+    let (dir, counts) = build(&test_dir, failing, failure)?;
     let spec = LoadSpec {
         on_lost_page: OnLostPage::Count,
         pin_own_memory: true,
-        ..LoadSpec::mixed(bed.path("load"), MIB)
+        ..LoadSpec::mixed(test_dir.path("load"), MIB)
     };
     let mut plan = Plan::new(criu, Source::Local, Make::Build(&dir));
     plan.client_options = ["--local-timeout", "0", "--wait", "0"]
         .map(str::to_owned)
         .into();
-    let log = bed.path("dumped/lazy.log");
-    match PostCopy::start(&bed, &plan, spec, &[]) {
+    let log = test_dir.path("dumped/lazy.log");
+    match PostCopy::start(&test_dir, &plan, spec, &[]) {
         Err(error) => {
             ensure!(counts.read()?.1.is_some(), "{error:#}");
             expect_error(&log, failure).with_context(|| format!("{error:#}"))?;
@@ -122,17 +126,17 @@ const STANDBY: Option<&str> = Some("lazy-standby");
 
 /// A restore from images at their rate of `bandwidth`, with a standby whose calls fail as `failure` says.
 fn restored_with_standby(
-    bed: &Bed,
+    test_dir: &TestDir,
     criu: &Criu,
     failing: &FailingCalls,
     failure: &Failure,
     bandwidth: &str,
 ) -> Result<(PostCopy, CallCounts)> {
-    let (dir, counts) = build(bed, failing, failure)?;
+    let (dir, counts) = build(test_dir, failing, failure)?;
     let mut plan = Plan::new(criu, Source::Local, Make::Build(&dir));
     plan.client_options = ["--max-bandwidth", bandwidth].map(str::to_owned).into();
-    let spec = LoadSpec::mixed(bed.path("load"), MIB);
-    Ok((PostCopy::start(bed, &plan, spec, &[])?, counts))
+    let spec = LoadSpec::mixed(test_dir.path("load"), MIB);
+    Ok((PostCopy::start(test_dir, &plan, spec, &[])?, counts))
 }
 
 #[test]
@@ -141,24 +145,24 @@ fn a_standby_whose_calls_fail_leaves_no_process_that_reads_zeros() {
         let Some(failing) = gate::need("a C compiler", FailingCalls::compiled(outer.dir())) else {
             return Ok(());
         };
-        let bed = Bed::new_in(outer.dir())?;
+        let test_dir = TestDir::new_in(outer.dir())?;
         let none = Failure {
             thread: STANDBY,
             ..nothing()
         };
-        let (mut moving, counts) = restored_with_standby(&bed, criu, &failing, &none, "1G")?;
+        let (mut moving, counts) = restored_with_standby(&test_dir, criu, &failing, &none, "1G")?;
         moving.daemon.process().succeed(GENEROUS)?;
         let (calls, _) = counts.read()?;
         ensure!(calls > SAMPLES, "the standby makes {calls} calls");
         for first in (0..SAMPLES).map(|sample| 1 + sample * (calls - 1) / (SAMPLES - 1)) {
-            let bed = Bed::new_in(outer.dir())?;
+            let test_dir = TestDir::new_in(outer.dir())?;
             let failure = Failure {
                 calls: first..=u64::MAX >> 1,
                 ..none.clone()
             };
             // So slow that next to nothing has come when it is killed.
             let (mut moving, counts) =
-                restored_with_standby(&bed, criu, &failing, &failure, "16K")?;
+                restored_with_standby(&test_dir, criu, &failing, &failure, "16K")?;
             let standby = descendants(moving.daemon.process().pid());
             ensure!(standby.len() == 1, "{} processes stand by", standby.len());
             let standby = Orphan::new(standby[0].as_raw())?;
@@ -187,17 +191,18 @@ fn failures(numbers: impl Iterator<Item = u64> + Clone) -> impl Iterator<Item = 
 
 /// Restores with the failures that `choose` takes of those of so many calls.
 fn sweep(choose: impl Fn(u64) -> Vec<u64>) {
-    with_criu(Suite::Sid, |bed, criu| {
-        let Some(failing) = gate::need("a C compiler", FailingCalls::compiled(bed.dir())) else {
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let Some(failing) = gate::need("a C compiler", FailingCalls::compiled(test_dir.dir()))
+        else {
             return Ok(());
         };
-        let (calls, failed) = restored(bed, criu, &failing, &nothing())?;
+        let (calls, failed) = restored(test_dir, criu, &failing, &nothing())?;
         ensure!(
             failed.is_none() && calls > SAMPLES,
             "{calls} calls, {failed:?}"
         );
         for failure in failures(choose(calls).into_iter()) {
-            let done = restored(bed, criu, &failing, &failure);
+            let done = restored(test_dir, criu, &failing, &failure);
             let (_, failed) = done.with_context(|| format!("{failure:?} of {calls}"))?;
             eprintln!("{:?} of {calls}: {failed:?}", failure.calls.start());
         }

@@ -6,7 +6,6 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::{Make, Options, PageServer};
 use testbed::for_each_criu;
@@ -18,6 +17,7 @@ use testbed::net::free_port;
 use testbed::pki::{Authority, Host};
 use testbed::proxy::{Direction, Impairment, ImpairmentKind, Link, Proxy};
 use testbed::summary::{number, of_session};
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 
 for_each_criu!(
@@ -50,18 +50,18 @@ fn restore_and_check(criu: &Criu, images: &Path, load: &mut Load) -> Result<()> 
 /// Dumps a load over two page servers, which have options of `both` and the first one of `near`, and
 /// restores it.
 fn dump_and_restore(
-    bed: &Bed,
+    test_dir: &TestDir,
     criu: &Criu,
     spec: LoadSpec,
     both: &[&str],
     near: &[&str],
 ) -> Result<()> {
     let mut load = Load::start(spec, None)?;
-    let images = bed.path("images");
+    let images = test_dir.path("images");
     let options = Options::new(&images).log_to("far.log").with(both);
     let far_end = PageServer::receiving(Make::Ours, &options)?;
     let near_options = [both, near].concat();
-    let near_end = forwarder(bed.path("near"), far_end.address(), &near_options)?;
+    let near_end = forwarder(test_dir.path("near"), far_end.address(), &near_options)?;
     Dump::new(criu, load.pid(), &images)
         .to(near_end.address())
         .run()?;
@@ -70,42 +70,48 @@ fn dump_and_restore(
     restore_and_check(criu, &images, &mut load)
 }
 
-fn one_process_with_mixed_pages(bed: &Bed, criu: &Criu) -> Result<()> {
-    dump_and_restore(bed, criu, LoadSpec::mixed(bed.path("load"), 64), &[], &[])
+fn one_process_with_mixed_pages(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    dump_and_restore(
+        test_dir,
+        criu,
+        LoadSpec::mixed(test_dir.path("load"), 64),
+        &[],
+        &[],
+    )
 }
 
-fn a_tree_with_shared_memory(bed: &Bed, criu: &Criu) -> Result<()> {
+fn a_tree_with_shared_memory(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     dump_and_restore(
-        bed,
+        test_dir,
         criu,
-        LoadSpec::tree(bed.path("load"), 48, 4),
+        LoadSpec::tree(test_dir.path("load"), 48, 4),
         &[],
         &["--streams", "3"],
     )
 }
 
-fn over_tls(bed: &Bed, criu: &Criu) -> Result<()> {
-    let dir = bed.path("pki");
+fn over_tls(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let dir = test_dir.path("pki");
     fs::create_dir_all(&dir)?;
     let tls = Authority::new(&dir, "ca")?
         .issue(&Host::LOOPBACK)?
         .options();
     let tls: Vec<&str> = tls.iter().map(String::as_str).collect();
-    let spec = LoadSpec::mixed(bed.path("load"), 32);
-    dump_and_restore(bed, criu, spec, &tls, &["--streams", "2"])
+    let spec = LoadSpec::mixed(test_dir.path("load"), 32);
+    dump_and_restore(test_dir, criu, spec, &tls, &["--streams", "2"])
 }
 
 /// Four rounds, the last of which ends the process; before the third the forwarder is started anew.
-fn full_dumps_make_incremental_images(bed: &Bed, criu: &Criu) -> Result<()> {
-    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), 64), None)?;
+fn full_dumps_make_incremental_images(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), 64), None)?;
     let verify = Step::Verify(Pass::full(Order::Ascending));
     let far_address = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), free_port()?);
-    let images = |round: u32| bed.path(&format!("round-{round}"));
+    let images = |round: u32| test_dir.path(&format!("round-{round}"));
     let (mut first_bytes, mut digest) = (0, None);
     for (from, to, name) in [(1, 2, "near"), (3, 4, "near-again")] {
-        let told = bed.path(&format!("{name}.json"));
+        let told = test_dir.path(&format!("{name}.json"));
         let extra = ["--keep", "--summary-json", &told.to_string_lossy()];
-        let mut near_end = forwarder(bed.path(name), far_address, &extra)?;
+        let mut near_end = forwarder(test_dir.path(name), far_address, &extra)?;
         for round in from..=to {
             let options = Options::new(images(round)).log_to("far.log");
             let mut options = options.at_port(far_address.port());
@@ -173,13 +179,13 @@ struct Between {
 
 impl Between {
     fn start(
-        bed: &Bed,
+        test_dir: &TestDir,
         name: &str,
         impairment: Option<Impairment>,
         link: Link,
         extra: &[&str],
     ) -> Result<Between> {
-        let dir = bed.path(name);
+        let dir = test_dir.path(name);
         let images = dir.join("images");
         let time_limit = ["--reconnect-timeout", "3"];
         let options = Options::new(&images).log_to("far.log").with(&time_limit);
@@ -217,7 +223,7 @@ impl Between {
     }
 }
 
-fn broken_links_are_resumed(bed: &Bed, criu: &Criu) -> Result<()> {
+fn broken_links_are_resumed(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     for (number, (direction, after_bytes, kind, streams)) in [
         (Direction::ToServer, 3_000_000, ImpairmentKind::Reset, "1"),
         (Direction::ToServer, 2_345_678, ImpairmentKind::FlipBit, "1"),
@@ -235,7 +241,7 @@ fn broken_links_are_resumed(bed: &Bed, criu: &Criu) -> Result<()> {
         let name = format!("impairment-{number}");
         let extra = ["--streams", streams];
         let link = Link::default();
-        let mut between = Between::start(bed, &name, Some(impairment), link, &extra)?;
+        let mut between = Between::start(test_dir, &name, Some(impairment), link, &extra)?;
         between.dump(criu).run().with_context(|| name.clone())?;
         between.near_end.finish(GENEROUS)?;
         between.far_end.finish(GENEROUS)?;
@@ -244,7 +250,7 @@ fn broken_links_are_resumed(bed: &Bed, criu: &Criu) -> Result<()> {
     Ok(())
 }
 
-fn links_that_never_work_fail_the_dump(bed: &Bed, criu: &Criu) -> Result<()> {
+fn links_that_never_work_fail_the_dump(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let impairment = |after_bytes| Impairment {
         direction: Direction::ToServer,
         after_bytes,
@@ -252,7 +258,7 @@ fn links_that_never_work_fail_the_dump(bed: &Bed, criu: &Criu) -> Result<()> {
     };
     // Where not even a greeting arrives the forwarder does not start.
     let deaf = Between::start(
-        bed,
+        test_dir,
         "no-greeting",
         Some(impairment(50)),
         Link::default(),
@@ -267,17 +273,23 @@ fn links_that_never_work_fail_the_dump(bed: &Bed, criu: &Criu) -> Result<()> {
         "{text}"
     );
     let name = "no-batch";
-    let between = Between::start(bed, name, Some(impairment(60_000)), Link::default(), &[])?;
+    let between = Between::start(
+        test_dir,
+        name,
+        Some(impairment(60_000)),
+        Link::default(),
+        &[],
+    )?;
     between.dump(criu).start()?.fail(GENEROUS)?;
     between.expect_untouched().context(name)
 }
 
-fn a_far_end_that_is_gone_fails_the_dump(bed: &Bed, criu: &Criu) -> Result<()> {
+fn a_far_end_that_is_gone_fails_the_dump(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let link = Link {
         bytes_per_s: Some(20 << 20),
         ..Link::default()
     };
-    let mut between = Between::start(bed, "gone", None, link, &[])?;
+    let mut between = Between::start(test_dir, "gone", None, link, &[])?;
     let mut dump = between.dump(criu).start()?;
     wait::until("a part of the dump", GENEROUS, || {
         Ok((between.proxy.carried(Direction::ToServer) > 2 << 20).then_some(()))

@@ -4,7 +4,6 @@
 use std::net::{Ipv4Addr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
 use testbed::load::Load;
@@ -18,6 +17,7 @@ use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::process::run;
 use testbed::proxy::ImpairmentKind;
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 
 /// Pages of each process.
@@ -34,12 +34,12 @@ const LINK_MTU: &str = "9000";
 const DUMP_PORT: u16 = 27_001;
 const FORWARDER_PORT: u16 = 27_002;
 
-fn load(bed: &Bed, processes: u32) -> LoadSpec {
+fn load(test_dir: &TestDir, processes: u32) -> LoadSpec {
     let area = AreaSpec::new(Mapping::Private, PAGES, Content::Random);
     LoadSpec {
         processes,
         pin_own_memory: true,
-        ..LoadSpec::new(bed.path("load"), vec![area])
+        ..LoadSpec::new(test_dir.path("load"), vec![area])
     }
 }
 
@@ -71,8 +71,13 @@ fn expect_once(came: u64, processes: u32, more: u64) -> Result<()> {
 
 /// All processes of a tree touch everything at once.
 fn moved_once(suite: Suite, processes: u32, steps: &[Step], options: &[&str]) {
-    with_criu(suite, |bed, criu| {
-        let moved = PostCopy::start(bed, &plan(criu, options), load(bed, processes), steps)?;
+    with_criu(suite, |test_dir, criu| {
+        let moved = PostCopy::start(
+            test_dir,
+            &plan(criu, options),
+            load(test_dir, processes),
+            steps,
+        )?;
         finish(moved, processes, 0)
     });
 }
@@ -116,9 +121,9 @@ fn a_child_forked_meanwhile_costs_nothing_on_demand() {
 
 #[test]
 fn a_connection_that_breaks_costs_what_was_on_its_way() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         let step = Step::Verify(Pass::quick(Order::Ascending));
-        let mut moving = PostCopy::start(bed, &plan(criu, &[]), load(bed, 2), &[step])?;
+        let mut moving = PostCopy::start(test_dir, &plan(criu, &[]), load(test_dir, 2), &[step])?;
         wait::until("half of the memory", GENEROUS, || {
             let over = moving.daemon.process().ended()?.is_some();
             ensure!(!over, "{}", moving.daemon.process().log_tail());
@@ -133,7 +138,7 @@ fn a_connection_that_breaks_costs_what_was_on_its_way() {
 /// Between two hosts, of which the one that restores has the memory over its interface alone.
 #[test]
 fn an_interface_carries_hardly_more_than_there_is() {
-    with_criu(Suite::Experimental, |bed, criu| {
+    with_criu(Suite::Experimental, |test_dir, criu| {
         let processes = 2;
         let hosts = TwoHosts::new(Some(LINK_BITS))?;
         let (source, destination) = (&hosts.source, &hosts.destination);
@@ -141,8 +146,8 @@ fn an_interface_carries_hardly_more_than_there_is() {
             let set = ["link", "set", "ferry0", "mtu", LINK_MTU];
             run(host.net.command("ip").args(set))?;
         }
-        let mut load = Load::start(load(bed, processes), Some(&source.net))?;
-        let images = bed.path("images");
+        let mut load = Load::start(load(test_dir, processes), Some(&source.net))?;
+        let images = test_dir.path("images");
         let dump_address = SocketAddr::from((Ipv4Addr::LOCALHOST, DUMP_PORT));
         let dump = Dump::new(criu, load.pid(), &images).in_net(&source.net);
         let mut dump = dump.serve_lazily(dump_address)?;

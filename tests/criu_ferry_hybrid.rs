@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::{Make, Options, PageServer};
 use testbed::for_each_criu;
@@ -23,6 +22,7 @@ use testbed::proxy::{Direction, Impairment, ImpairmentKind, Link};
 use testbed::rounds::pages_files;
 use testbed::suite::with_criu;
 use testbed::summary::{number, of_session, whole};
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 
 for_each_criu!(
@@ -35,8 +35,8 @@ const MIB: u32 = 64;
 /// Every so-manieth page changes behind the earlier round.
 const CHANGED_EVERY: u32 = 50;
 
-fn spec(bed: &Bed) -> LoadSpec {
-    LoadSpec::mixed(bed.path("load"), MIB).careful()
+fn spec(test_dir: &TestDir) -> LoadSpec {
+    LoadSpec::mixed(test_dir.path("load"), MIB).careful()
 }
 
 /// A load of which an earlier round was dumped, and which has changed a little since.
@@ -52,11 +52,11 @@ struct Changed<'a> {
 }
 
 impl<'a> Changed<'a> {
-    fn start(bed: &Bed, criu: &'a Criu, spec: LoadSpec) -> Result<Changed<'a>> {
+    fn start(test_dir: &TestDir, criu: &'a Criu, spec: LoadSpec) -> Result<Changed<'a>> {
         let processes = spec.processes;
         let load = Load::start(spec, None)?;
-        let earlier = bed.path("earlier");
-        let (hashes, near) = (bed.path("hashes"), bed.path("near"));
+        let earlier = test_dir.path("earlier");
+        let (hashes, near) = (test_dir.path("hashes"), test_dir.path("near"));
         let server = PageServer::receiving(Make::Ours, &Options::new(&earlier))?;
         let far_end = server.address().to_string();
         let hashes = hashes.to_string_lossy().into_owned();
@@ -77,7 +77,7 @@ impl<'a> Changed<'a> {
             load,
             earlier,
             hashes,
-            told: ["client.json", "forward.json"].map(|name| bed.path(name)),
+            told: ["client.json", "forward.json"].map(|name| test_dir.path(name)),
         })
     }
 
@@ -123,10 +123,10 @@ impl LocalPages {
     }
 }
 
-fn only_what_has_changed_travels(bed: &Bed, criu: &Criu) -> Result<()> {
-    let changed = Changed::start(bed, criu, spec(bed))?;
+fn only_what_has_changed_travels(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let changed = Changed::start(test_dir, criu, spec(test_dir))?;
     let (plan, [client, forwarder]) = (changed.plan(), changed.told.clone());
-    let mut moved = PostCopy::of(bed, &plan, changed.load, &[])?;
+    let mut moved = PostCopy::of(test_dir, &plan, changed.load, &[])?;
     moved.finish()?;
     moved.expect_all_right()?;
     let LocalPages { local, all } = LocalPages::read(&client)?;
@@ -145,12 +145,12 @@ fn only_what_has_changed_travels(bed: &Bed, criu: &Criu) -> Result<()> {
 }
 
 /// The hashes that the pre-copy's forwarder has saved stand for those of the client.
-fn hashes_of_the_pre_copy_need_not_be_asked_for(bed: &Bed, criu: &Criu) -> Result<()> {
-    let changed = Changed::start(bed, criu, spec(bed))?;
+fn hashes_of_the_pre_copy_need_not_be_asked_for(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let changed = Changed::start(test_dir, criu, spec(test_dir))?;
     let (mut plan, [client, forwarder]) = (changed.plan(), changed.told.clone());
     let known = ["--known-hashes".to_owned(), changed.hashes];
     plan.source_options.extend(known);
-    let mut moved = PostCopy::of(bed, &plan, changed.load, &[])?;
+    let mut moved = PostCopy::of(test_dir, &plan, changed.load, &[])?;
     moved.finish()?;
     moved.expect_all_right()?;
     let LocalPages { local, all } = LocalPages::read(&client)?;
@@ -165,13 +165,13 @@ fn hashes_of_the_pre_copy_need_not_be_asked_for(bed: &Bed, criu: &Criu) -> Resul
 /// The client has images of another moment than the hashes are of.
 #[test]
 fn hashes_of_other_images_make_no_page_wrong() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let changed = Changed::start(bed, criu, spec(bed))?;
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let changed = Changed::start(test_dir, criu, spec(test_dir))?;
         let (mut plan, [client, _]) = (changed.plan(), changed.told.clone());
         let known = ["--known-hashes".to_owned(), changed.hashes];
         plan.source_options.extend(known);
         damage(&changed.earlier, 4)?;
-        let mut moved = PostCopy::of(bed, &plan, changed.load, &verifying())?;
+        let mut moved = PostCopy::of(test_dir, &plan, changed.load, &verifying())?;
         moved.reports()?;
         moved.finish()?;
         moved.expect_all_right()?;
@@ -184,15 +184,15 @@ fn hashes_of_other_images_make_no_page_wrong() {
 /// What is no file of hashes is not used, and said to be none.
 #[test]
 fn a_file_of_hashes_that_is_cut_off_is_not_used() {
-    with_criu(Suite::Trixie, |bed, criu| {
-        let changed = Changed::start(bed, criu, spec(bed))?;
+    with_criu(Suite::Trixie, |test_dir, criu| {
+        let changed = Changed::start(test_dir, criu, spec(test_dir))?;
         let (mut plan, [client, forwarder]) = (changed.plan(), changed.told.clone());
         let file = File::options().write(true).open(&changed.hashes)?;
         let bytes = file.metadata()?.len();
         file.set_len(bytes / 2)?;
         let known = ["--known-hashes".to_owned(), changed.hashes];
         plan.source_options.extend(known);
-        let mut moved = PostCopy::of(bed, &plan, changed.load, &[])?;
+        let mut moved = PostCopy::of(test_dir, &plan, changed.load, &[])?;
         moved.finish()?;
         moved.expect_all_right()?;
         let LocalPages { local, all } = LocalPages::read(&client)?;
@@ -203,10 +203,10 @@ fn a_file_of_hashes_that_is_cut_off_is_not_used() {
     });
 }
 
-fn reads_at_random_meanwhile(bed: &Bed, criu: &Criu) -> Result<()> {
-    let changed = Changed::start(bed, criu, LoadSpec::mixed(bed.path("load"), MIB))?;
+fn reads_at_random_meanwhile(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let changed = Changed::start(test_dir, criu, LoadSpec::mixed(test_dir.path("load"), MIB))?;
     let (plan, [client, _]) = (changed.plan(), changed.told.clone());
-    let mut moved = PostCopy::of(bed, &plan, changed.load, &reading())?;
+    let mut moved = PostCopy::of(test_dir, &plan, changed.load, &reading())?;
     moved.reports()?;
     moved.finish()?;
     moved.expect_all_right()?;
@@ -217,13 +217,13 @@ fn reads_at_random_meanwhile(bed: &Bed, criu: &Criu) -> Result<()> {
 
 #[test]
 fn faults_on_demand_are_answered_from_the_earlier_round() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         // A fault each for most of the pages.
-        let small = LoadSpec::mixed(bed.path("load"), 8);
-        let changed = Changed::start(bed, criu, small)?;
+        let small = LoadSpec::mixed(test_dir.path("load"), 8);
+        let changed = Changed::start(test_dir, criu, small)?;
         let (mut plan, [client, forwarder]) = (changed.plan(), changed.told.clone());
         plan.client_options.push("--on-demand".to_owned());
-        let mut moved = PostCopy::of(bed, &plan, changed.load, &verifying())?;
+        let mut moved = PostCopy::of(test_dir, &plan, changed.load, &verifying())?;
         moved.reports()?;
         // There are pages that it never looks at.
         moved.restored.kill();
@@ -241,13 +241,13 @@ fn faults_on_demand_are_answered_from_the_earlier_round() {
 
 #[test]
 fn a_tree_builds_on_the_parent_of_its_images() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let spec = LoadSpec::tree(bed.path("load"), 48, 3);
-        let changed = Changed::start(bed, criu, spec)?;
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let spec = LoadSpec::tree(test_dir.path("load"), 48, 3);
+        let changed = Changed::start(test_dir, criu, spec)?;
         let (mut plan, [client, _]) = (changed.plan_from_nothing(), changed.told.clone());
         // The link is made where the images are put for the restore.
         plan.parent_of_restored = Some(changed.earlier.clone());
-        let mut moved = PostCopy::of(bed, &plan, changed.load, &[])?;
+        let mut moved = PostCopy::of(test_dir, &plan, changed.load, &[])?;
         moved.finish()?;
         moved.expect_all_right()?;
         let LocalPages { local, all } = LocalPages::read(&client)?;
@@ -258,14 +258,14 @@ fn a_tree_builds_on_the_parent_of_its_images() {
 
 #[test]
 fn clients_with_and_without_an_earlier_round_get_the_same() {
-    with_criu(Suite::Experimental, |bed, criu| {
-        let changed = Changed::start(bed, criu, spec(bed))?;
+    with_criu(Suite::Experimental, |test_dir, criu| {
+        let changed = Changed::start(test_dir, criu, spec(test_dir))?;
         let client = changed.told[0].clone();
         let mut plans = [changed.plan(), changed.plan_from_nothing(), changed.plan()];
         for plan in &mut plans {
             plan.source_options.push("--keep".to_owned());
         }
-        let mut moved = PostCopy::of(bed, &plans[0], changed.load, &[])?;
+        let mut moved = PostCopy::of(test_dir, &plans[0], changed.load, &[])?;
         for (n, next) in plans.iter().enumerate().skip(1) {
             moved.daemon.process().succeed(GENEROUS)?;
             moved.expect_all_right()?;
@@ -285,12 +285,12 @@ fn clients_with_and_without_an_earlier_round_get_the_same() {
 
 /// An impairment on the way of the hashes, or of the pages.
 fn with_impairment(
-    bed: &Bed,
+    test_dir: &TestDir,
     criu: &Criu,
     direction: Direction,
     kind: ImpairmentKind,
 ) -> Result<()> {
-    let changed = Changed::start(bed, criu, spec(bed))?;
+    let changed = Changed::start(test_dir, criu, spec(test_dir))?;
     // A quarter of the hashes; as many bytes of what is answered to them.
     let after_bytes = 64 << 10;
     let impairment = Impairment {
@@ -300,7 +300,7 @@ fn with_impairment(
     };
     let plan = changed.plan().with_impairment(slow_link(), impairment);
     let client = changed.told[0].clone();
-    let mut moving = PostCopy::of(bed, &plan, changed.load, &verifying())?;
+    let mut moving = PostCopy::of(test_dir, &plan, changed.load, &verifying())?;
     moving.reports()?;
     moving.finish()?;
     let log = fs::read_to_string(moving.daemon.process().log().context("a log")?)?;
@@ -312,22 +312,22 @@ fn with_impairment(
 
 #[test]
 fn a_link_that_is_cut_among_the_hashes_is_made_again() {
-    with_criu(Suite::Sid, |bed, criu| {
-        with_impairment(bed, criu, Direction::ToServer, ImpairmentKind::Reset)
+    with_criu(Suite::Sid, |test_dir, criu| {
+        with_impairment(test_dir, criu, Direction::ToServer, ImpairmentKind::Reset)
     });
 }
 
 #[test]
 fn a_link_that_ends_among_the_pages_is_made_again() {
-    with_criu(Suite::Trixie, |bed, criu| {
-        with_impairment(bed, criu, Direction::ToClient, ImpairmentKind::End)
+    with_criu(Suite::Trixie, |test_dir, criu| {
+        with_impairment(test_dir, criu, Direction::ToClient, ImpairmentKind::End)
     });
 }
 
 #[test]
 fn a_bit_that_flips_among_the_hashes_is_found() {
-    with_criu(Suite::Sid, |bed, criu| {
-        with_impairment(bed, criu, Direction::ToServer, ImpairmentKind::FlipBit)
+    with_criu(Suite::Sid, |test_dir, criu| {
+        with_impairment(test_dir, criu, Direction::ToServer, ImpairmentKind::FlipBit)
     });
 }
 
@@ -349,11 +349,11 @@ fn damage(dir: &Path, every: u64) -> Result<u64> {
 
 #[test]
 fn pages_that_were_changed_behind_our_back_travel() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let changed = Changed::start(bed, criu, spec(bed))?;
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let changed = Changed::start(test_dir, criu, spec(test_dir))?;
         let damaged = damage(&changed.earlier, 10)?;
         let (plan, client) = (changed.plan(), changed.told[0].clone());
-        let mut moved = PostCopy::of(bed, &plan, changed.load, &[])?;
+        let mut moved = PostCopy::of(test_dir, &plan, changed.load, &[])?;
         moved.finish()?;
         moved.expect_all_right()?;
         let LocalPages { local, all } = LocalPages::read(&client)?;
@@ -368,12 +368,16 @@ fn pages_that_were_changed_behind_our_back_travel() {
 }
 
 /// A post-copy on an earlier round to whose images something `befalls` between the hashes and the answers.
-fn with_accident(bed: &Bed, criu: &Criu, befalls: impl Fn(&Path) -> Result<()>) -> Result<()> {
+fn with_accident(
+    test_dir: &TestDir,
+    criu: &Criu,
+    befalls: impl Fn(&Path) -> Result<()>,
+) -> Result<()> {
     let spec = LoadSpec {
         pin_own_memory: true,
-        ..LoadSpec::mixed(bed.path("load"), 16)
+        ..LoadSpec::mixed(test_dir.path("load"), 16)
     };
-    let changed = Changed::start(bed, criu, spec)?;
+    let changed = Changed::start(test_dir, criu, spec)?;
     // Time enough for that.
     let link = Link {
         round_trip: Duration::from_millis(400),
@@ -382,7 +386,7 @@ fn with_accident(bed: &Bed, criu: &Criu, befalls: impl Fn(&Path) -> Result<()>) 
     };
     let plan = changed.plan().over(link);
     let earlier = changed.earlier.clone();
-    let mut moving = PostCopy::of(bed, &plan, changed.load, &[])?;
+    let mut moving = PostCopy::of(test_dir, &plan, changed.load, &[])?;
     wait::until("hashes", GENEROUS, || {
         let told = moving.carried(Direction::ToServer) > 12 << 10;
         Ok(told.then_some(()))
@@ -400,15 +404,15 @@ fn with_accident(bed: &Bed, criu: &Criu, befalls: impl Fn(&Path) -> Result<()>) 
 
 #[test]
 fn pages_that_change_behind_their_hashes_travel() {
-    with_criu(Suite::Sid, |bed, criu| {
-        with_accident(bed, criu, |earlier| damage(earlier, 2).map(drop))
+    with_criu(Suite::Sid, |test_dir, criu| {
+        with_accident(test_dir, criu, |earlier| damage(earlier, 2).map(drop))
     });
 }
 
 #[test]
 fn pages_that_cannot_be_read_behind_their_hashes_travel() {
-    with_criu(Suite::Sid, |bed, criu| {
-        with_accident(bed, criu, |earlier| {
+    with_criu(Suite::Sid, |test_dir, criu| {
+        with_accident(test_dir, criu, |earlier| {
             for path in pages_files(earlier)? {
                 File::options().write(true).open(path)?.set_len(0)?;
             }

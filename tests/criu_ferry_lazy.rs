@@ -6,7 +6,6 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::{LazyDaemon, Make, Options};
 use testbed::for_each_criu;
@@ -21,6 +20,7 @@ use testbed::pki::{Authority, Host};
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::proxy::{Direction, Impairment, ImpairmentKind};
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 
 for_each_criu!(
@@ -43,22 +43,27 @@ fn plan<'a>(criu: &'a Criu, client: Make<'a>, options: &[&str]) -> Plan<'a> {
 }
 
 /// Moves a process, lets it carry out `steps` on arrival, and compares all its memory at the end.
-fn migrate(bed: &Bed, plan: &Plan<'_>, spec: LoadSpec, steps: &[Step]) -> Result<()> {
-    let mut moved = PostCopy::start(bed, plan, spec, steps)?;
+fn migrate(test_dir: &TestDir, plan: &Plan<'_>, spec: LoadSpec, steps: &[Step]) -> Result<()> {
+    let mut moved = PostCopy::start(test_dir, plan, spec, steps)?;
     let reports = moved.reports()?;
     expect_faults(&reports)?;
     moved.finish()?;
     moved.expect_all_right()
 }
 
-fn reads_at_random_from_the_forwarder(bed: &Bed, criu: &Criu) -> Result<()> {
-    let spec = LoadSpec::mixed(bed.path("load"), MIB);
-    migrate(bed, &plan(criu, Make::Ours, &[]), spec, &reading())
+fn reads_at_random_from_the_forwarder(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let spec = LoadSpec::mixed(test_dir.path("load"), MIB);
+    migrate(test_dir, &plan(criu, Make::Ours, &[]), spec, &reading())
 }
 
-fn criu_reads_at_random_from_the_forwarder(bed: &Bed, criu: &Criu) -> Result<()> {
-    let spec = LoadSpec::mixed(bed.path("load"), MIB);
-    migrate(bed, &plan(criu, Make::Criu(criu), &[]), spec, &reading())
+fn criu_reads_at_random_from_the_forwarder(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let spec = LoadSpec::mixed(test_dir.path("load"), MIB);
+    migrate(
+        test_dir,
+        &plan(criu, Make::Criu(criu), &[]),
+        spec,
+        &reading(),
+    )
 }
 
 /// A plan whose lazy-client speaks ferry.
@@ -73,36 +78,36 @@ fn over_ferry<'a>(criu: &'a Criu, options: &[&str], client_options: &[&str]) -> 
     }
 }
 
-fn reads_at_random_over_ferry(bed: &Bed, criu: &Criu) -> Result<()> {
-    let spec = LoadSpec::mixed(bed.path("load"), MIB);
-    migrate(bed, &over_ferry(criu, &[], &[]), spec, &reading())
+fn reads_at_random_over_ferry(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let spec = LoadSpec::mixed(test_dir.path("load"), MIB);
+    migrate(test_dir, &over_ferry(criu, &[], &[]), spec, &reading())
 }
 
 #[test]
 fn memory_is_reshaped_while_it_is_pushed() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let spec = LoadSpec::mixed(bed.path("load"), MIB);
-        migrate(bed, &over_ferry(criu, &[], &[]), spec, &reshaping())
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let spec = LoadSpec::mixed(test_dir.path("load"), MIB);
+        migrate(test_dir, &over_ferry(criu, &[], &[]), spec, &reshaping())
     });
 }
 
 #[test]
 fn memory_that_is_spilled_is_reshaped() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let spill = bed.path("spill");
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let spill = test_dir.path("spill");
         fs::create_dir(&spill)?;
         let plan = plan(criu, Make::Ours, &["--spill", &spill.to_string_lossy()]);
         migrate(
-            bed,
+            test_dir,
             &plan,
-            LoadSpec::mixed(bed.path("load"), MIB),
+            LoadSpec::mixed(test_dir.path("load"), MIB),
             &reshaping(),
         )
     });
 }
 
-fn careful(bed: &Bed) -> LoadSpec {
-    LoadSpec::mixed(bed.path("load"), MIB).careful()
+fn careful(test_dir: &TestDir) -> LoadSpec {
+    LoadSpec::mixed(test_dir.path("load"), MIB).careful()
 }
 
 fn wait_until_half_way(moving: &mut PostCopy) -> Result<()> {
@@ -126,8 +131,8 @@ fn expect_reconnected(moving: &mut PostCopy) -> Result<()> {
     Ok(())
 }
 
-fn cut_half_way(bed: &Bed, plan: &Plan<'_>) -> Result<()> {
-    let mut moving = PostCopy::start(bed, plan, careful(bed), &verifying())?;
+fn cut_half_way(test_dir: &TestDir, plan: &Plan<'_>) -> Result<()> {
+    let mut moving = PostCopy::start(test_dir, plan, careful(test_dir), &verifying())?;
     wait_until_half_way(&mut moving)?;
     moving
         .proxy
@@ -141,21 +146,21 @@ fn cut_half_way(bed: &Bed, plan: &Plan<'_>) -> Result<()> {
 
 #[test]
 fn a_cut_link_is_made_again_while_the_processes_wait() {
-    with_criu(Suite::Sid, |bed, criu| {
-        cut_half_way(bed, &plan(criu, Make::Ours, &[]))
+    with_criu(Suite::Sid, |test_dir, criu| {
+        cut_half_way(test_dir, &plan(criu, Make::Ours, &[]))
     });
 }
 
 #[test]
 fn a_cut_ferry_goes_on_where_it_was() {
-    with_criu(Suite::Sid, |bed, criu| {
-        cut_half_way(bed, &over_ferry(criu, &[], &[]))
+    with_criu(Suite::Sid, |test_dir, criu| {
+        cut_half_way(test_dir, &over_ferry(criu, &[], &[]))
     });
 }
 
 #[test]
 fn a_flipped_bit_is_found_and_its_pages_come_again() {
-    with_criu(Suite::Trixie, |bed, criu| {
+    with_criu(Suite::Trixie, |test_dir, criu| {
         // Further than what is left to come behind the first of them.
         let impairment = Impairment {
             direction: Direction::ToClient,
@@ -163,15 +168,15 @@ fn a_flipped_bit_is_found_and_its_pages_come_again() {
             kind: ImpairmentKind::FlipBit,
         };
         let plan = over_ferry(criu, &[], &[]).with_impairment(slow_link(), impairment);
-        let mut moving = PostCopy::start(bed, &plan, careful(bed), &verifying())?;
+        let mut moving = PostCopy::start(test_dir, &plan, careful(test_dir), &verifying())?;
         moving.reports()?;
         moving.finish()?;
         expect_reconnected(&mut moving)
     });
 }
 
-fn restore_many_times(bed: &Bed, plan: &Plan<'_>) -> Result<()> {
-    let mut moved = PostCopy::start(bed, plan, careful(bed), &verifying())?;
+fn restore_many_times(test_dir: &TestDir, plan: &Plan<'_>) -> Result<()> {
+    let mut moved = PostCopy::start(test_dir, plan, careful(test_dir), &verifying())?;
     for _ in 0..2 {
         moved.reports()?;
         moved.daemon.process().succeed(GENEROUS)?;
@@ -188,31 +193,31 @@ fn restore_many_times(bed: &Bed, plan: &Plan<'_>) -> Result<()> {
 
 #[test]
 fn one_dump_is_restored_many_times() {
-    with_criu(Suite::Experimental, |bed, criu| {
-        restore_many_times(bed, &plan(criu, Make::Ours, &["--keep"]))
+    with_criu(Suite::Experimental, |test_dir, criu| {
+        restore_many_times(test_dir, &plan(criu, Make::Ours, &["--keep"]))
     });
 }
 
 #[test]
 fn one_dump_is_ferried_many_times() {
-    with_criu(Suite::Sid, |bed, criu| {
-        restore_many_times(bed, &over_ferry(criu, &["--keep"], &[]))
+    with_criu(Suite::Sid, |test_dir, criu| {
+        restore_many_times(test_dir, &over_ferry(criu, &["--keep"], &[]))
     });
 }
 
 #[test]
 fn ferry_is_secured_by_tls() {
-    with_criu(Suite::Experimental, |bed, criu| {
-        let pki = bed.path("pki");
+    with_criu(Suite::Experimental, |test_dir, criu| {
+        let pki = test_dir.path("pki");
         fs::create_dir_all(&pki)?;
         let tls = Authority::new(&pki, "ca")?
             .issue(&Host::LOOPBACK)?
             .options();
         let plan = over_ferry(criu, &[], &[]).with(&tls);
         migrate(
-            bed,
+            test_dir,
             &plan,
-            LoadSpec::mixed(bed.path("load"), MIB),
+            LoadSpec::mixed(test_dir.path("load"), MIB),
             &reading(),
         )
     });
@@ -220,9 +225,9 @@ fn ferry_is_secured_by_tls() {
 
 #[test]
 fn a_dump_that_is_asked_for_ferry_goes_on_and_the_client_says_why() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let mut load = Load::start(careful(bed), None)?;
-        let images = bed.path("dumped");
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let mut load = Load::start(careful(test_dir), None)?;
+        let images = test_dir.path("dumped");
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
         let mut dump = Dump::new(criu, load.pid(), &images).serve_lazily(address)?;
         let options = Options::new(&images).with(&["--ferry"]).log_to("lazy.log");
@@ -245,8 +250,8 @@ fn expect_source_alive(moving: &mut PostCopy) -> Result<()> {
     moving.load.run(0, &verifying())?.expect_right()
 }
 
-fn kill_forwarder_half_way(bed: &Bed, plan: &Plan<'_>) -> Result<()> {
-    let mut moving = PostCopy::start(bed, plan, careful(bed), &[])?;
+fn kill_forwarder_half_way(test_dir: &TestDir, plan: &Plan<'_>) -> Result<()> {
+    let mut moving = PostCopy::start(test_dir, plan, careful(test_dir), &[])?;
     wait_until_half_way(&mut moving)?;
     moving.forwarder().context("the forwarder")?.kill()?;
     moving.daemon.process().fail(GENEROUS)?;
@@ -261,34 +266,37 @@ fn kill_forwarder_half_way(bed: &Bed, plan: &Plan<'_>) -> Result<()> {
 
 #[test]
 fn a_forwarder_that_dies_costs_pages_but_fakes_none() {
-    with_criu(Suite::Trixie, |bed, criu| {
+    with_criu(Suite::Trixie, |test_dir, criu| {
         let mut plan = plan(criu, Make::Ours, &[]);
         plan.client_options = ["--reconnect-timeout", "0"].map(str::to_owned).into();
-        kill_forwarder_half_way(bed, &plan)
+        kill_forwarder_half_way(test_dir, &plan)
     });
 }
 
 #[test]
 fn a_forwarder_that_dies_under_ferry_fakes_no_page() {
-    with_criu(Suite::Sid, |bed, criu| {
-        kill_forwarder_half_way(bed, &over_ferry(criu, &[], &["--reconnect-timeout", "1"]))
+    with_criu(Suite::Sid, |test_dir, criu| {
+        kill_forwarder_half_way(
+            test_dir,
+            &over_ferry(criu, &[], &["--reconnect-timeout", "1"]),
+        )
     });
 }
 
 #[test]
 fn the_source_goes_on_when_no_client_comes_back() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         let mut plan = plan(criu, Make::Ours, &["--reconnect-timeout", "1"]);
         plan.client_options = ["--no-standby".to_owned()].into();
-        for_client_that_dies(bed, &plan)
+        for_client_that_dies(test_dir, &plan)
     });
 }
 
 #[test]
 fn the_source_goes_on_when_no_ferried_client_comes_back() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         for_client_that_dies(
-            bed,
+            test_dir,
             &over_ferry(criu, &["--reconnect-timeout", "1"], &["--no-standby"]),
         )
     });
@@ -296,10 +304,10 @@ fn the_source_goes_on_when_no_ferried_client_comes_back() {
 
 #[test]
 fn the_source_goes_on_at_once_when_a_ferried_client_fails() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         // Longer than anybody here waits.
         let plan = over_ferry(criu, &["--reconnect-timeout", "3600"], &[]);
-        let mut moving = PostCopy::start(bed, &plan, careful(bed), &[])?;
+        let mut moving = PostCopy::start(test_dir, &plan, careful(test_dir), &[])?;
         wait_until_half_way(&mut moving)?;
         moving.daemon.process().signal(Signal::SIGTERM)?;
         moving.daemon.process().fail(GENEROUS)?;
@@ -313,10 +321,10 @@ fn the_source_goes_on_at_once_when_a_ferried_client_fails() {
 
 #[test]
 fn a_ferried_client_fails_at_once_when_the_forwarder_is_stopped() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         // Longer than anybody here waits.
         let plan = over_ferry(criu, &[], &["--reconnect-timeout", "3600"]);
-        let mut moving = PostCopy::start(bed, &plan, careful(bed), &[])?;
+        let mut moving = PostCopy::start(test_dir, &plan, careful(test_dir), &[])?;
         wait_until_half_way(&mut moving)?;
         let forwarder = moving.forwarder().context("the forwarder")?;
         forwarder.signal(Signal::SIGTERM)?;
@@ -331,9 +339,9 @@ fn a_ferried_client_fails_at_once_when_the_forwarder_is_stopped() {
 
 #[test]
 fn a_ferried_client_that_fails_while_the_link_is_cut_says_so_over_a_new_connection() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         let plan = over_ferry(criu, &["--reconnect-timeout", "3600"], &[]);
-        let mut moving = PostCopy::start(bed, &plan, careful(bed), &[])?;
+        let mut moving = PostCopy::start(test_dir, &plan, careful(test_dir), &[])?;
         wait_until_half_way(&mut moving)?;
         let link = moving.proxy.as_ref().context("a link")?;
         link.cut(ImpairmentKind::Reset);
@@ -347,8 +355,8 @@ fn a_ferried_client_that_fails_while_the_link_is_cut_says_so_over_a_new_connecti
     });
 }
 
-fn for_client_that_dies(bed: &Bed, plan: &Plan<'_>) -> Result<()> {
-    let mut moving = PostCopy::start(bed, plan, careful(bed), &[])?;
+fn for_client_that_dies(test_dir: &TestDir, plan: &Plan<'_>) -> Result<()> {
+    let mut moving = PostCopy::start(test_dir, plan, careful(test_dir), &[])?;
     wait_until_half_way(&mut moving)?;
     moving.daemon.process().kill()?;
     moving

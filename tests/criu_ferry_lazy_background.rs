@@ -3,7 +3,6 @@
 
 use anyhow::{Result, ensure};
 use serde_json::Value;
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::Make;
 use testbed::for_each_criu;
@@ -13,6 +12,7 @@ use testbed::load::steps::{Order, Pass, Step};
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::suite::with_criu;
 use testbed::summary::{number, of_session, whole};
+use testbed::test_dir::TestDir;
 
 for_each_criu!(on_demand_untouched_pages_stay_with_the_source);
 
@@ -20,11 +20,11 @@ const PAGES: u32 = 4096;
 const PAGE_BYTES: u64 = 4096;
 
 /// A process with [`PAGES`] pages that cannot be compressed, the rest of its memory in no fault's way.
-fn spec(bed: &Bed) -> LoadSpec {
+fn spec(test_dir: &TestDir) -> LoadSpec {
     let area = AreaSpec::new(Mapping::Private, PAGES, Content::Random);
     LoadSpec {
         pin_own_memory: true,
-        ..LoadSpec::new(bed.path("load"), vec![area])
+        ..LoadSpec::new(test_dir.path("load"), vec![area])
     }
 }
 
@@ -33,9 +33,9 @@ fn verify() -> [Step; 1] {
 }
 
 /// A plan over ferry whose two ends tell what they did.
-fn plan<'a>(bed: &Bed, criu: &'a Criu, options: &[&str]) -> Plan<'a> {
+fn plan<'a>(test_dir: &TestDir, criu: &'a Criu, options: &[&str]) -> Plan<'a> {
     let tell = |who: &str| {
-        let told = bed.path(who).to_string_lossy().into_owned();
+        let told = test_dir.path(who).to_string_lossy().into_owned();
         vec!["--summary-json".to_owned(), told]
     };
     let options = options.iter().map(ToString::to_string).collect();
@@ -48,15 +48,20 @@ fn plan<'a>(bed: &Bed, criu: &'a Criu, options: &[&str]) -> Plan<'a> {
 }
 
 /// What the lazy-client and the forwarder have told.
-fn told(bed: &Bed) -> Result<(Value, Value)> {
-    let client = whole(&bed.path("client.json"))?;
-    Ok((client, of_session(&bed.path("forward.json"), 0)?))
+fn told(test_dir: &TestDir) -> Result<(Value, Value)> {
+    let client = whole(&test_dir.path("client.json"))?;
+    Ok((client, of_session(&test_dir.path("forward.json"), 0)?))
 }
 
-fn on_demand_untouched_pages_stay_with_the_source(bed: &Bed, criu: &Criu) -> Result<()> {
+fn on_demand_untouched_pages_stay_with_the_source(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let (every, order) = (50, Order::Random);
-    let plan = plan(bed, criu, &["--on-demand"]);
-    let mut moved = PostCopy::start(bed, &plan, spec(bed), &[Step::Write { every, order }])?;
+    let plan = plan(test_dir, criu, &["--on-demand"]);
+    let mut moved = PostCopy::start(
+        test_dir,
+        &plan,
+        spec(test_dir),
+        &[Step::Write { every, order }],
+    )?;
     moved.reports()?;
     let ended = moved.daemon.process().ended()?;
     ensure!(ended.is_none(), "the processes live on: {ended:?}");
@@ -68,7 +73,7 @@ fn on_demand_untouched_pages_stay_with_the_source(bed: &Bed, criu: &Criu) -> Res
         "{came} bytes"
     );
     ensure!(came < u64::from(PAGES) * PAGE_BYTES / 4, "{came} bytes");
-    let (client, forwarder) = told(bed)?;
+    let (client, forwarder) = told(test_dir)?;
     ensure!(number(&client, "/pages/stream")? == 0, "{client}");
     ensure!(
         number(&client, "/pages/gone")? > u64::from(PAGES) / 2,
@@ -83,13 +88,13 @@ fn on_demand_untouched_pages_stay_with_the_source(bed: &Bed, criu: &Criu) -> Res
 
 #[test]
 fn faults_are_not_held_to_the_rate_of_the_background() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         // A batch in four seconds: an eighth of the memory takes longer than a test may last.
-        let plan = plan(bed, criu, &["--max-bandwidth", "16K"]);
-        let mut moved = PostCopy::start(bed, &plan, spec(bed), &verify())?;
+        let plan = plan(test_dir, criu, &["--max-bandwidth", "16K"]);
+        let mut moved = PostCopy::start(test_dir, &plan, spec(test_dir), &verify())?;
         moved.reports()?;
         moved.finish()?;
-        let (client, _) = told(bed)?;
+        let (client, _) = told(test_dir)?;
         let streamed = number(&client, "/pages/stream")?;
         ensure!(streamed < u64::from(PAGES) / 8, "{client}");
         let asked = number(&client, "/pages/fault")? + number(&client, "/pages/around")?;
@@ -100,14 +105,14 @@ fn faults_are_not_held_to_the_rate_of_the_background() {
 
 #[test]
 fn a_background_that_is_held_to_a_rate_brings_everything() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let plan = plan(bed, criu, &["--max-bandwidth", "8M"]);
-        let mut moved = PostCopy::start(bed, &plan, spec(bed), &[])?;
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let plan = plan(test_dir, criu, &["--max-bandwidth", "8M"]);
+        let mut moved = PostCopy::start(test_dir, &plan, spec(test_dir), &[])?;
         moved.finish()?;
         for report in moved.load.run_everywhere(&verify())? {
             report.expect_right()?;
         }
-        let (client, _) = told(bed)?;
+        let (client, _) = told(test_dir)?;
         ensure!(
             number(&client, "/pages/stream")? >= u64::from(PAGES) / 2,
             "{client}"

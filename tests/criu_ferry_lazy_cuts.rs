@@ -2,7 +2,6 @@
 //! acknowledgements. Each time all memory is right, and everybody ends well.
 
 use anyhow::{Context, Result};
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::Make;
 use testbed::load::content::Content;
@@ -10,6 +9,7 @@ use testbed::load::spec::{AreaSpec, LoadSpec, Mapping};
 use testbed::postcopy::{Plan, PostCopy, Source};
 use testbed::proxy::{Direction, Impairment, ImpairmentKind, Link};
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 
 const BATCHES: u64 = 8;
 const PAGES_OF_BATCH: u64 = 16;
@@ -29,12 +29,12 @@ const HARMS: [ImpairmentKind; 3] = [
 ];
 
 /// Moves a process with an impairment to the first connection, the one that its memory is pushed over.
-fn with_impairment(bed: &Bed, criu: &Criu, impairment: Impairment) -> Result<()> {
+fn with_impairment(test_dir: &TestDir, criu: &Criu, impairment: Impairment) -> Result<()> {
     let pages = u32::try_from(BATCHES * PAGES_OF_BATCH)?;
     let area = AreaSpec::new(Mapping::Private, pages, Content::Random);
     let spec = LoadSpec {
         pin_own_memory: true,
-        ..LoadSpec::new(bed.path("load"), vec![area])
+        ..LoadSpec::new(test_dir.path("load"), vec![area])
     };
     let plan = Plan::new(criu, Source::Forwarder, Make::Ours);
     let plan = Plan {
@@ -42,7 +42,7 @@ fn with_impairment(bed: &Bed, criu: &Criu, impairment: Impairment) -> Result<()>
         impaired_connections: 1,
         ..plan.with_impairment(Link::default(), impairment)
     };
-    let mut moved = PostCopy::start(bed, &plan, spec, &[])?;
+    let mut moved = PostCopy::start(test_dir, &plan, spec, &[])?;
     moved.finish()?;
     moved.expect_all_right()
 }
@@ -55,8 +55,8 @@ fn with_impairments(direction: Direction, places: impl Iterator<Item = u64>) {
             after_bytes,
             kind,
         };
-        with_criu(Suite::Sid, |bed, criu| {
-            with_impairment(bed, criu, impairment).with_context(|| format!("{impairment:?}"))
+        with_criu(Suite::Sid, |test_dir, criu| {
+            with_impairment(test_dir, criu, impairment).with_context(|| format!("{impairment:?}"))
         });
     }
 }

@@ -6,7 +6,6 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use nix::unistd::Pid;
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::{Make, Options, PageServer};
 use testbed::for_each_criu;
@@ -17,6 +16,7 @@ use testbed::migration::{Dump, Restore};
 use testbed::process::Spawned;
 use testbed::suite::make;
 use testbed::sys::undumpable_descriptor;
+use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
 
 for_each_criu!(
@@ -25,12 +25,12 @@ for_each_criu!(
     a_dump_that_fails_early_is_answered,
 );
 
-fn segments(bed: &Bed) -> LoadSpec {
+fn segments(test_dir: &TestDir) -> LoadSpec {
     let area = AreaSpec::new;
     LoadSpec {
         processes: 2,
         ..LoadSpec::new(
-            bed.path("load"),
+            test_dir.path("load"),
             vec![
                 area(Mapping::SysV, 16, Content::Random),
                 area(Mapping::Private, 200, Content::Mixed),
@@ -51,33 +51,33 @@ fn restore_with_segments(criu: &Criu, images: &Path, load: &mut Load) -> Result<
     load.expect_first_memory().map(drop)
 }
 
-fn system_v_segments_are_received(bed: &Bed, criu: &Criu) -> Result<()> {
-    let mut load = Load::start(segments(bed), None)?;
-    let images = bed.path("images");
+fn system_v_segments_are_received(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let mut load = Load::start(segments(test_dir), None)?;
+    let images = test_dir.path("images");
     let server = PageServer::receiving(make(criu), &Options::new(&images))?;
     Dump::new(criu, load.pid(), &images).received_by(server)?;
     restore_with_segments(criu, &images, &mut load)
 }
 
-fn system_v_segments_are_forwarded(bed: &Bed, criu: &Criu) -> Result<()> {
-    let mut load = Load::start(segments(bed), None)?;
-    let images = bed.path("images");
+fn system_v_segments_are_forwarded(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let mut load = Load::start(segments(test_dir), None)?;
+    let images = test_dir.path("images");
     let options = Options::new(&images).log_to("receiver.log");
     let receiver = PageServer::receiving(Make::Ours, &options)?;
-    Dump::new(criu, load.pid(), &images).forwarded_to(receiver, &bed.path("sender"))?;
+    Dump::new(criu, load.pid(), &images).forwarded_to(receiver, &test_dir.path("sender"))?;
     restore_with_segments(criu, &images, &mut load)
 }
 
 /// A dump connects to the page server before it looks at the processes. If it then finds something that
 /// it cannot dump, all it says is CLOSE, and it waits for the answer while the processes stand still.
-fn a_dump_that_fails_early_is_answered(bed: &Bed, criu: &Criu) -> Result<()> {
+fn a_dump_that_fails_early_is_answered(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let mut process = undumpable()?;
     for forced in [None, Some(if criu.speaks_v1()? { "v1" } else { "v2" })] {
         let wire = forced.map(|wire| ["--wire", wire]);
-        let options = Options::new(bed.path(forced.unwrap_or("auto")));
+        let options = Options::new(test_dir.path(forced.unwrap_or("auto")));
         let options = options.with(wire.as_ref().map_or(&[][..], |wire| &wire[..]));
         let server = PageServer::receiving(Make::Ours, &options)?;
-        let mut dump = Dump::new(criu, process.pid(), bed.path("dump"))
+        let mut dump = Dump::new(criu, process.pid(), test_dir.path("dump"))
             .to(server.address())
             .start()?;
         let ended = dump.wait(GENEROUS)?;

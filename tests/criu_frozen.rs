@@ -4,7 +4,6 @@
 use std::path::Path;
 
 use anyhow::{Result, ensure};
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
 use testbed::debian::Suite;
@@ -14,15 +13,16 @@ use testbed::migration::Dump;
 use testbed::net::free_port;
 use testbed::process::Spawned;
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
 
 /// A lazy dump of a running process, and where it listens.
 fn lazy_dump(
-    bed: &Bed,
+    test_dir: &TestDir,
     criu: &Criu,
     images: &Path,
 ) -> Result<(Load, Spawned, std::net::SocketAddr)> {
-    let load = Load::start(LoadSpec::mixed(bed.path("load"), 8), None)?;
+    let load = Load::start(LoadSpec::mixed(test_dir.path("load"), 8), None)?;
     let address = (std::net::Ipv4Addr::LOCALHOST, free_port()?).into();
     let dump = Dump::new(criu, load.pid(), images).serve_lazily(address)?;
     Ok((load, dump, address))
@@ -38,9 +38,9 @@ fn expect_failure(name: &str, process: &mut Spawned, word: &str) -> Result<()> {
 
 #[test]
 fn a_restore_that_does_not_come_thaws_the_source() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let images = bed.path("images");
-        let (mut load, mut dump, address) = lazy_dump(bed, criu, &images)?;
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let images = test_dir.path("images");
+        let (mut load, mut dump, address) = lazy_dump(test_dir, criu, &images)?;
         let options = Options::new(&images)
             .with(&["--restore-timeout", "1"])
             .log_to("lazy.log");
@@ -53,9 +53,9 @@ fn a_restore_that_does_not_come_thaws_the_source() {
 
 #[test]
 fn a_client_that_does_not_come_thaws_the_source() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let images = bed.path("images");
-        let (mut load, mut dump, address) = lazy_dump(bed, criu, &images)?;
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let images = test_dir.path("images");
+        let (mut load, mut dump, address) = lazy_dump(test_dir, criu, &images)?;
         let address = address.to_string();
         let options = ["--forward-lazy", &address, "--keep", "--idle-timeout", "1"];
         let options = Options::new(&images).with(&options).log_to("forward.log");

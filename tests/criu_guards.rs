@@ -6,17 +6,17 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::migration::{Dump, Restore};
 use testbed::process::{Spawned, tail};
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 use testbed::workspace;
 
 /// Dumps the process that installs guards later; it is gone. Returns the images, and where it exchanges files.
-fn dumped(bed: &Bed, criu: &Criu) -> Result<(PathBuf, PathBuf)> {
-    let (images, dir) = (bed.path("images"), bed.path("guards"));
+fn dumped(test_dir: &TestDir, criu: &Criu) -> Result<(PathBuf, PathBuf)> {
+    let (images, dir) = (test_dir.path("images"), test_dir.path("guards"));
     fs::create_dir_all(&dir)?;
     let mut command = Command::new(workspace::binary("guards")?);
     command
@@ -60,8 +60,8 @@ fn expect_right(dir: &Path, n: u32) -> Result<()> {
     Ok(())
 }
 
-fn guards_stay(bed: &Bed, criu: &Criu, prefix: &[&str]) -> Result<()> {
-    let (images, dir) = dumped(bed, criu)?;
+fn guards_stay(test_dir: &TestDir, criu: &Criu, prefix: &[&str]) -> Result<()> {
+    let (images, dir) = dumped(test_dir, criu)?;
     let mut client = client(&images, prefix)?;
     let _restored = Restore::new(criu, &images).lazily().run()?;
     fs::write(dir.join("go"), "")?;
@@ -82,13 +82,15 @@ fn guards_stay(bed: &Bed, criu: &Criu, prefix: &[&str]) -> Result<()> {
 
 #[test]
 fn guards_of_a_process_and_of_its_child_stay() {
-    with_criu(Suite::Sid, |bed, criu| guards_stay(bed, criu, &[]));
+    with_criu(Suite::Sid, |test_dir, criu| {
+        guards_stay(test_dir, criu, &[])
+    });
 }
 
 #[test]
 fn guards_stay_where_the_client_is_in_another_pid_namespace() {
-    with_criu(Suite::Experimental, |bed, criu| {
+    with_criu(Suite::Experimental, |test_dir, criu| {
         let unshare = ["unshare", "--pid", "--fork", "--kill-child"];
-        guards_stay(bed, criu, &unshare)
+        guards_stay(test_dir, criu, &unshare)
     });
 }

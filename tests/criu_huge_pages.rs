@@ -11,7 +11,6 @@ use pageferry::image::file::{Magic, MessageReader};
 use pageferry::image::pagemap::PagemapDecoder;
 use pageferry::image::proto::{PagemapEntry, PagemapHead};
 use pageferry::units::PageRange;
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::{Make, Options, PageServer};
 use testbed::debian::Suite;
@@ -23,6 +22,7 @@ use testbed::load::spec::{AreaSpec, LoadSpec, Mapping};
 use testbed::migration::Dump;
 use testbed::rounds::Rounds;
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::{for_each_criu, gate, workspace};
 
 for_each_criu!(rounds_keep_huge_pages_and_finish_those_of_others);
@@ -33,10 +33,10 @@ const HUGE_PAGES: u64 = 24;
 /// PARENT of an entry's flags.
 const IN_PARENT: u32 = 1;
 
-fn load(bed: &Bed) -> LoadSpec {
+fn load(test_dir: &TestDir) -> LoadSpec {
     let area = |mapping, pages| AreaSpec::new(mapping, pages, Content::Random);
     LoadSpec::new(
-        bed.path("load"),
+        test_dir.path("load"),
         vec![
             area(Mapping::Private, 600),
             area(Mapping::HugePrivate, 1024),
@@ -78,11 +78,14 @@ fn expect_no_bad_holes(images: &Path, pid: i32) -> Result<()> {
     Ok(())
 }
 
-fn rounds_keep_huge_pages_and_finish_those_of_others(bed: &Bed, criu: &Criu) -> Result<()> {
+fn rounds_keep_huge_pages_and_finish_those_of_others(
+    test_dir: &TestDir,
+    criu: &Criu,
+) -> Result<()> {
     let Some(_pages) = gate::need("room for huge pages", HugePages::allow(HUGE_PAGES)) else {
         return Ok(());
     };
-    let mut rounds = Rounds::start(bed, criu, load(bed))?;
+    let mut rounds = Rounds::start(test_dir, criu, load(test_dir))?;
     let pid = rounds.load.pid().as_raw();
     for _ in 0..2 {
         rounds.dump(Make::Ours, &["--dedup-content"])?;
@@ -106,12 +109,12 @@ fn rounds_keep_huge_pages_and_finish_those_of_others(bed: &Bed, criu: &Criu) -> 
 
 #[test]
 fn a_forwarded_round_keeps_huge_pages() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         let Some(_pages) = gate::need("room for huge pages", HugePages::allow(HUGE_PAGES)) else {
             return Ok(());
         };
-        let load = Load::start(load(bed), None)?;
-        let images = |round: u32| bed.path(&format!("round-{round}"));
+        let load = Load::start(load(test_dir), None)?;
+        let images = |round: u32| test_dir.path(&format!("round-{round}"));
         for round in 1..=2 {
             let mut options = Options::new(images(round)).log_to("receiver.log");
             if round > 1 {
@@ -120,7 +123,7 @@ fn a_forwarded_round_keeps_huge_pages() {
             let receiver = PageServer::receiving(Make::Ours, &options)?;
             Dump::new(criu, load.pid(), images(round))
                 .leave_running()
-                .forwarded_to(receiver, &bed.path("sender"))?;
+                .forwarded_to(receiver, &test_dir.path("sender"))?;
         }
         expect_no_bad_holes(&images(2), load.pid().as_raw())
     });

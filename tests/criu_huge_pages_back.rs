@@ -6,7 +6,6 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use nix::unistd::Pid;
 use serde_json::Value;
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::Make;
 use testbed::debian::Suite;
@@ -16,6 +15,7 @@ use testbed::load::spec::{AreaSpec, LoadSpec, Mapping};
 use testbed::load::steps::{Order, Part, Pass, Step};
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::{for_each_criu, gate, summary};
 
 for_each_criu!(
@@ -27,12 +27,12 @@ for_each_criu!(
 const HUGE: u32 = 512;
 
 /// 32 MiB and 16 MiB with the advice, and some without.
-fn spec(bed: &Bed) -> LoadSpec {
+fn spec(test_dir: &TestDir) -> LoadSpec {
     let area = |mapping, pages| AreaSpec::new(mapping, pages, Content::Random);
     LoadSpec {
         pin_own_memory: true,
         ..LoadSpec::new(
-            bed.path("load"),
+            test_dir.path("load"),
             vec![
                 area(Mapping::Advised, 16 * HUGE),
                 area(Mapping::Advised, 8 * HUGE),
@@ -65,27 +65,27 @@ fn system_has_huge_pages() -> bool {
 /// A lazy restore in which the process carries out `steps`. Returns the KiB of huge pages before and after it, and the
 /// client's summary.
 fn moved(
-    bed: &Bed,
+    test_dir: &TestDir,
     criu: &Criu,
     source: Source<'_>,
     extra: &[&str],
     steps: &[Step],
 ) -> Result<(u64, u64, Value)> {
     let plan = Plan::new(criu, source, Make::Ours).over(slow_link());
-    let summary = bed.path("summary.json");
+    let summary = test_dir.path("summary.json");
     let options = ["--summary-json", summary.to_str().context("a path")?];
     let options = options.iter().chain(extra).map(|word| (*word).to_owned());
     let plan = Plan {
         client_options: options.collect(),
         ..plan
     };
-    let load = Load::start(spec(bed), None)?;
+    let load = Load::start(spec(test_dir), None)?;
     let before = huge_kib(load.pid())?;
     ensure!(
         before >= 24 * 2048,
         "only {before} KiB are huge pages at the start"
     );
-    let mut moved = PostCopy::of(bed, &plan, load, steps)?;
+    let mut moved = PostCopy::of(test_dir, &plan, load, steps)?;
     moved.reports()?;
     moved.finish()?;
     let after = moved.restored.pids().into_iter().map(huge_kib);
@@ -95,7 +95,7 @@ fn moved(
     Ok((before, after, summary::whole(&summary)?))
 }
 
-fn huge_pages_are_back(bed: &Bed, criu: &Criu) -> Result<()> {
+fn huge_pages_are_back(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     if !system_has_huge_pages() {
         return Ok(());
     }
@@ -103,7 +103,7 @@ fn huge_pages_are_back(bed: &Bed, criu: &Criu) -> Result<()> {
         Step::Dirty { pages_per_s: 2000 },
         Step::Verify(Pass::quick(Order::Random)),
     ];
-    let (before, after, summary) = moved(bed, criu, Source::Dump, &[], &steps)?;
+    let (before, after, summary) = moved(test_dir, criu, Source::Dump, &[], &steps)?;
     ensure!(
         after * 100 >= before * 95,
         "{after} of {before} KiB are huge again: {summary}"
@@ -115,7 +115,7 @@ fn huge_pages_are_back(bed: &Bed, criu: &Criu) -> Result<()> {
     Ok(())
 }
 
-fn huge_pages_survive_what_the_process_does(bed: &Bed, criu: &Criu) -> Result<()> {
+fn huge_pages_survive_what_the_process_does(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     if !system_has_huge_pages() {
         return Ok(());
     }
@@ -130,7 +130,8 @@ fn huge_pages_survive_what_the_process_does(bed: &Bed, criu: &Criu) -> Result<()
         },
         Step::Verify(pass),
     ];
-    let (before, after, summary) = moved(bed, criu, Source::PageServer(Make::Ours), &[], &steps)?;
+    let (before, after, summary) =
+        moved(test_dir, criu, Source::PageServer(Make::Ours), &[], &steps)?;
     // One region is cut, two may have moved to where no huge page can be.
     ensure!(
         after + 3 * 2048 >= before * 95 / 100,
@@ -141,14 +142,14 @@ fn huge_pages_survive_what_the_process_does(bed: &Bed, criu: &Criu) -> Result<()
 
 #[test]
 fn no_huge_pages_are_made_where_none_are_wanted() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         if !system_has_huge_pages() {
             return Ok(());
         }
         let never = ["--huge-pages", "never"];
         let steps = [Step::Verify(Pass::quick(Order::Random))];
         // The kernel may make some by itself at any time.
-        let (_, _, summary) = moved(bed, criu, Source::Local, &never, &steps)?;
+        let (_, _, summary) = moved(test_dir, criu, Source::Local, &never, &steps)?;
         let wanted = summary::number(&summary, "/huge_pages/wanted")?;
         ensure!(wanted == 0, "{summary}");
         Ok(())
@@ -157,13 +158,13 @@ fn no_huge_pages_are_made_where_none_are_wanted() {
 
 #[test]
 fn all_memory_that_was_used_whole_is_huge_if_that_is_wanted() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         if !system_has_huge_pages() {
             return Ok(());
         }
         let always = ["--huge-pages", "always"];
         let steps = [Step::Verify(Pass::quick(Order::Random))];
-        let (before, after, summary) = moved(bed, criu, Source::Local, &always, &steps)?;
+        let (before, after, summary) = moved(test_dir, criu, Source::Local, &always, &steps)?;
         ensure!(
             after > before,
             "{after} KiB are huge, {before} were: {summary}"

@@ -8,7 +8,6 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::{LazyDaemon, Make, Options};
 use testbed::debian::Suite;
@@ -23,6 +22,7 @@ use testbed::net::free_port;
 use testbed::rounds::{Rounds, pages_file_bytes, pages_files, pages_room_bytes};
 use testbed::schema;
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
 use testbed::workspace;
 
@@ -94,9 +94,9 @@ fn number(value: &Value) -> u64 {
     value.as_u64().unwrap_or(u64::MAX)
 }
 
-fn plain_images_are_counted_right(bed: &Bed, criu: &Criu) -> Result<()> {
-    let mut load = Load::start(LoadSpec::tree(bed.path("load"), MIB, 2), None)?;
-    let images = bed.path("images");
+fn plain_images_are_counted_right(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let mut load = Load::start(LoadSpec::tree(test_dir.path("load"), MIB, 2), None)?;
+    let images = test_dir.path("images");
     Dump::new(criu, load.pid(), &images).run()?;
     load.wait_until_gone()?;
     expect_good(&images, &["--criu", &criu.path.to_string_lossy()])?;
@@ -150,9 +150,9 @@ fn plain_images_are_counted_right(bed: &Bed, criu: &Criu) -> Result<()> {
 
 #[test]
 fn chains_of_rounds_are_good_and_what_was_punched_shows() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let spec = LoadSpec::mixed(bed.path("load"), MIB);
-        let mut rounds = Rounds::start(bed, criu, spec)?.known_to_dumps();
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let spec = LoadSpec::mixed(test_dir.path("load"), MIB);
+        let mut rounds = Rounds::start(test_dir, criu, spec)?.known_to_dumps();
         rounds.dump(Make::Ours, &[])?;
         rounds.dump(Make::Ours, &["--dedup-content"])?;
         rounds.dump(Make::Ours, &["--auto-dedup"])?;
@@ -187,8 +187,9 @@ fn compressed_blocks_are_judged_as_criu_s_own_tool_does() {
     let Some(crit) = gate::crit() else {
         return;
     };
-    with_criu(Suite::Experimental, |bed, criu| {
-        let mut rounds = Rounds::start(bed, criu, LoadSpec::mixed(bed.path("load"), MIB))?;
+    with_criu(Suite::Experimental, |test_dir, criu| {
+        let mut rounds =
+            Rounds::start(test_dir, criu, LoadSpec::mixed(test_dir.path("load"), MIB))?;
         rounds.dump(Make::Ours, &["--compress"])?;
         let images = rounds.images(1);
         let (good, codes) = verify(&images, &[])?;
@@ -199,7 +200,7 @@ fn compressed_blocks_are_judged_as_criu_s_own_tool_does() {
         let compressed = number(&report["directories"][0]["pagemaps"][0]["compressed_pages"]);
         ensure!(compressed > 500, "{report}");
         // Compressed by CRIU's tool.
-        let theirs = bed.path("theirs");
+        let theirs = test_dir.path("theirs");
         Dump::new(criu, rounds.load.pid(), &theirs)
             .leave_running()
             .run()?;
@@ -230,9 +231,9 @@ fn compressed_blocks_are_judged_as_criu_s_own_tool_does() {
 
 #[test]
 fn split_and_lazy_images_are_good_for_lazy_restores() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let load = Load::start(LoadSpec::tree(bed.path("load"), MIB, 2), None)?;
-        let (images, lazy) = (bed.path("images"), bed.path("lazy"));
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let load = Load::start(LoadSpec::tree(test_dir.path("load"), MIB, 2), None)?;
+        let (images, lazy) = (test_dir.path("images"), test_dir.path("lazy"));
         Dump::new(criu, load.pid(), &images).leave_running().run()?;
         let mut split = pageferry(&["split", "-o", &lazy.to_string_lossy()], &images)?;
         ensure!(split.status()?.success(), "split");
@@ -264,14 +265,14 @@ const REFUSED: [&str; 8] = [
 
 #[test]
 fn every_kind_of_mapping_is_good() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         let kinds: Vec<Kind> = KINDS
             .iter()
             .filter(|kind| !REFUSED.contains(&kind.name))
             .copied()
             .collect();
-        let kinds = Kinds::start(&bed.path("kinds"), &kinds)?;
-        let images = bed.path("images");
+        let kinds = Kinds::start(&test_dir.path("kinds"), &kinds)?;
+        let images = test_dir.path("images");
         Dump::new(criu, kinds.pid(), &images)
             .leave_running()
             .run()?;
@@ -281,8 +282,8 @@ fn every_kind_of_mapping_is_good() {
 }
 
 /// A remote shell without a network: runs the command in a directory of its own.
-fn remote_shell(bed: &Bed) -> Result<String> {
-    let (far, script) = (bed.path("far"), bed.path("rsh"));
+fn remote_shell(test_dir: &TestDir) -> Result<String> {
+    let (far, script) = (test_dir.path("far"), test_dir.path("rsh"));
     fs::create_dir(&far)?;
     let text = format!(
         "#!/bin/sh\n[ \"$1\" = far-host ] || exit 9\ncd {} && exec sh -c \"$2\"\n",
@@ -295,9 +296,9 @@ fn remote_shell(bed: &Bed) -> Result<String> {
 
 #[test]
 fn what_was_copied_of_a_lazy_dump_is_restored_lazily() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let mut load = Load::start(LoadSpec::tree(bed.path("load"), MIB, 2), None)?;
-        let (images, copy) = (bed.path("images"), bed.path("copy"));
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let mut load = Load::start(LoadSpec::tree(test_dir.path("load"), MIB, 2), None)?;
+        let (images, copy) = (test_dir.path("images"), test_dir.path("copy"));
         fs::create_dir(&images)?;
         // It begins before the dump does.
         let binary = workspace::binary("pageferry")?;
@@ -313,7 +314,7 @@ fn what_was_copied_of_a_lazy_dump_is_restored_lazily() {
         ensure!(ended.success(), "copy-lazy: {ended}");
         expect_good(&copy, &["--lazy"])?;
 
-        let rsh = remote_shell(bed)?;
+        let rsh = remote_shell(test_dir)?;
         let far = |dir: &str| -> Result<bool> {
             let mut command = Command::new(&binary);
             command
@@ -323,7 +324,7 @@ fn what_was_copied_of_a_lazy_dump_is_restored_lazily() {
             Ok(command.status()?.success())
         };
         ensure!(far("it's new/images")?, "copy to a remote directory");
-        let there = bed.path("far/it's new/images");
+        let there = test_dir.path("far/it's new/images");
         for entry in fs::read_dir(&copy)? {
             let name = entry?.file_name();
             let same = fs::read(copy.join(&name))? == fs::read(there.join(&name))?;
@@ -333,7 +334,7 @@ fn what_was_copied_of_a_lazy_dump_is_restored_lazily() {
             !far("it's new/images")?,
             "a directory in use was overwritten"
         );
-        let left: Vec<_> = fs::read_dir(bed.path("far/it's new"))?.collect();
+        let left: Vec<_> = fs::read_dir(test_dir.path("far/it's new"))?.collect();
         ensure!(left.len() == 1, "{left:?}");
 
         let options = Options::new(&there).log_to("lazy.log");
@@ -349,12 +350,12 @@ fn what_was_copied_of_a_lazy_dump_is_restored_lazily() {
 
 #[test]
 fn an_interrupted_copy_leaves_nothing_at_the_far_end() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let load = Load::start(LoadSpec::tree(bed.path("load"), MIB, 2), None)?;
-        let images = bed.path("images");
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let load = Load::start(LoadSpec::tree(test_dir.path("load"), MIB, 2), None)?;
+        let images = test_dir.path("images");
         let address = format!("127.0.0.1:{}", free_port()?).parse()?;
         let _dump = Dump::new(criu, load.pid(), &images).serve_lazily(address)?;
-        let rsh = remote_shell(bed)?;
+        let rsh = remote_shell(test_dir)?;
         // The link ends after so many bytes: within the first archive.
         let script = fs::read_to_string(&rsh)?.replace("exec sh -c", "head -c 200000 | sh -c");
         fs::write(&rsh, script)?;
@@ -366,20 +367,20 @@ fn an_interrupted_copy_leaves_nothing_at_the_far_end() {
             cut.status()?.code() == Some(1),
             "a copy that was cut succeeded"
         );
-        let left: Vec<_> = fs::read_dir(bed.path("far"))?.collect();
+        let left: Vec<_> = fs::read_dir(test_dir.path("far"))?.collect();
         ensure!(left.is_empty(), "{left:?}");
         // A file that cannot be read: the mark is not sent.
-        let rsh = bed.path("whole").to_string_lossy().into_owned();
+        let rsh = test_dir.path("whole").to_string_lossy().into_owned();
         fs::write(
             &rsh,
             format!(
                 "#!/bin/sh\ncd {} && exec sh -c \"$2\"\n",
-                bed.path("far").display()
+                test_dir.path("far").display()
             ),
         )?;
         fs::set_permissions(&rsh, fs::Permissions::from_mode(0o755))?;
         // tar takes PATH's first one, which fails after it has packed everything.
-        let bin = bed.path("bin");
+        let bin = test_dir.path("bin");
         fs::create_dir(&bin)?;
         fs::write(
             bin.join("tar"),
@@ -397,7 +398,7 @@ fn an_interrupted_copy_leaves_nothing_at_the_far_end() {
             failing.status()?.code() == Some(1),
             "a copy whose tar failed succeeded"
         );
-        let left: Vec<_> = fs::read_dir(bed.path("far"))?.collect();
+        let left: Vec<_> = fs::read_dir(test_dir.path("far"))?.collect();
         ensure!(left.is_empty(), "{left:?}");
         ensure!(fs::metadata(&images)?.nlink() >= 2, "the source is gone");
         Ok(())
@@ -406,7 +407,7 @@ fn an_interrupted_copy_leaves_nothing_at_the_far_end() {
 
 #[test]
 fn what_the_doctor_says_is_documented_and_true() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         let doctor = |criu: &Path| -> Result<(Option<i32>, Value)> {
             let mut command = Command::new(workspace::binary("pageferry")?);
             command.args(["doctor", "--json", "--criu"]).arg(criu);
@@ -431,7 +432,7 @@ fn what_the_doctor_says_is_documented_and_true() {
         ] {
             ensure!(text.contains(named), "{named} is not in {report:#}");
         }
-        let (code, report) = doctor(&bed.path("no-criu"))?;
+        let (code, report) = doctor(&test_dir.path("no-criu"))?;
         ensure!(
             code == Some(1) && !works(&report, "dump-and-restore"),
             "{report:#}"

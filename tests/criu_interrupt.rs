@@ -6,7 +6,6 @@ use std::path::Path;
 
 use anyhow::{Result, bail, ensure};
 use nix::sys::signal::Signal;
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::{Make, Options, PageServer};
 use testbed::for_each_criu;
@@ -16,6 +15,7 @@ use testbed::load::steps::{Order, Pass, Step};
 use testbed::migration::Dump;
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::proxy::{Direction, Impairment, ImpairmentKind, Link, Proxy};
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 
 for_each_criu!(
@@ -34,9 +34,9 @@ const MIB: u32 = 64;
 const HALF_WAY: u64 = 24 << 20;
 
 /// Dumps through a proxy into our page server until `kind` befalls the connection.
-fn cut_dump(bed: &Bed, criu: &Criu, kind: ImpairmentKind) -> Result<()> {
-    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
-    let images = bed.path("images");
+fn cut_dump(test_dir: &TestDir, criu: &Criu, kind: ImpairmentKind) -> Result<()> {
+    let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), MIB), None)?;
+    let images = test_dir.path("images");
     let mut server = PageServer::receiving(Make::Ours, &Options::new(&images))?;
     let impairment = Impairment {
         direction: Direction::ToServer,
@@ -44,26 +44,26 @@ fn cut_dump(bed: &Bed, criu: &Criu, kind: ImpairmentKind) -> Result<()> {
         kind,
     };
     let proxy = Proxy::start(server.address(), Link::default(), Some(impairment))?;
-    let dump = Dump::new(criu, load.pid(), bed.path("dump")).to(proxy.address());
+    let dump = Dump::new(criu, load.pid(), test_dir.path("dump")).to(proxy.address());
     dump.start()?.fail(GENEROUS)?;
     server.process().fail(GENEROUS)?;
     expect_no_image(&images)?;
     expect_alive_and_right(&mut load)
 }
 
-fn dump_cut_by_a_reset(bed: &Bed, criu: &Criu) -> Result<()> {
-    cut_dump(bed, criu, ImpairmentKind::Reset)
+fn dump_cut_by_a_reset(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    cut_dump(test_dir, criu, ImpairmentKind::Reset)
 }
 
-fn dump_cut_by_a_clean_end(bed: &Bed, criu: &Criu) -> Result<()> {
-    cut_dump(bed, criu, ImpairmentKind::End)
+fn dump_cut_by_a_clean_end(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    cut_dump(test_dir, criu, ImpairmentKind::End)
 }
 
-fn dumper_killed_half_way(bed: &Bed, criu: &Criu) -> Result<()> {
-    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
-    let images = bed.path("images");
+fn dumper_killed_half_way(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), MIB), None)?;
+    let images = test_dir.path("images");
     let mut server = PageServer::receiving(Make::Ours, &Options::new(&images))?;
-    let dump = Dump::new(criu, load.pid(), bed.path("dump"));
+    let dump = Dump::new(criu, load.pid(), test_dir.path("dump"));
     dump.kill_half_way(server.address(), slow_link(), HALF_WAY)?;
     server.process().fail(GENEROUS)?;
     expect_no_image(&images)?;
@@ -92,7 +92,7 @@ fn expect_alive_and_right(load: &mut Load) -> Result<()> {
 }
 
 /// A post-copy over a slow link that is half way, its process idle.
-fn half_way(bed: &Bed, criu: &Criu, impairment: Option<Impairment>) -> Result<PostCopy> {
+fn half_way(test_dir: &TestDir, criu: &Criu, impairment: Option<Impairment>) -> Result<PostCopy> {
     let plan = Plan::new(criu, Source::Dump, Make::Ours);
     let plan = Plan {
         link: Some((slow_link(), impairment)),
@@ -101,9 +101,9 @@ fn half_way(bed: &Bed, criu: &Criu, impairment: Option<Impairment>) -> Result<Po
     let spec = LoadSpec {
         on_lost_page: OnLostPage::Count,
         pin_own_memory: true,
-        ..LoadSpec::mixed(bed.path("load"), MIB)
+        ..LoadSpec::mixed(test_dir.path("load"), MIB)
     };
-    let mut moving = PostCopy::start(bed, &plan, spec, &[])?;
+    let mut moving = PostCopy::start(test_dir, &plan, spec, &[])?;
     wait::until("half of the memory", GENEROUS, || {
         let over = moving.daemon.process().ended()?.is_some();
         Ok((over || moving.received() > HALF_WAY).then_some(()))
@@ -139,24 +139,24 @@ fn expect_losses_told(moving: &PostCopy) -> Result<()> {
     Ok(())
 }
 
-fn client_killed_by_sigkill(bed: &Bed, criu: &Criu) -> Result<()> {
-    let mut moving = half_way(bed, criu, None)?;
+fn client_killed_by_sigkill(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let mut moving = half_way(test_dir, criu, None)?;
     // CRIU's dump takes one connection in its life: who stood by can only tell what is lost.
     moving.daemon.kill_for_standby()?.fail()?;
     expect_losses_told(&moving)?;
     expect_source_alive(&mut moving)
 }
 
-fn client_ended_by_sigterm(bed: &Bed, criu: &Criu) -> Result<()> {
-    let mut moving = half_way(bed, criu, None)?;
+fn client_ended_by_sigterm(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let mut moving = half_way(test_dir, criu, None)?;
     moving.daemon.process().signal(Signal::SIGTERM)?;
     moving.daemon.process().fail(GENEROUS)?;
     expect_losses_told(&moving)?;
     expect_source_alive(&mut moving)
 }
 
-fn source_killed_under_the_client(bed: &Bed, criu: &Criu) -> Result<()> {
-    let mut moving = half_way(bed, criu, None)?;
+fn source_killed_under_the_client(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let mut moving = half_way(test_dir, criu, None)?;
     let Some(dump) = moving.source() else {
         bail!("the dump is the source")
     };
@@ -165,25 +165,25 @@ fn source_killed_under_the_client(bed: &Bed, criu: &Criu) -> Result<()> {
     expect_losses_told(&moving)
 }
 
-fn link_reset_under_the_client(bed: &Bed, criu: &Criu) -> Result<()> {
+fn link_reset_under_the_client(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let impairment = Impairment {
         direction: Direction::ToClient,
         after_bytes: HALF_WAY,
         kind: ImpairmentKind::Reset,
     };
-    let mut moving = half_way(bed, criu, Some(impairment))?;
+    let mut moving = half_way(test_dir, criu, Some(impairment))?;
     moving.daemon.process().fail(GENEROUS)?;
     expect_losses_told(&moving)?;
     expect_source_alive(&mut moving)
 }
 
-fn link_ended_cleanly_under_the_client(bed: &Bed, criu: &Criu) -> Result<()> {
+fn link_ended_cleanly_under_the_client(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let impairment = Impairment {
         direction: Direction::ToClient,
         after_bytes: HALF_WAY,
         kind: ImpairmentKind::End,
     };
-    let mut moving = half_way(bed, criu, Some(impairment))?;
+    let mut moving = half_way(test_dir, criu, Some(impairment))?;
     moving.daemon.process().fail(GENEROUS)?;
     expect_losses_told(&moving)
 }

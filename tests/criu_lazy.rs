@@ -7,7 +7,6 @@ use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Result, ensure};
 use nix::unistd::Pid;
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::{LazyDaemon, Make, Options};
 use testbed::for_each_criu;
@@ -20,6 +19,7 @@ use testbed::migration::{Dump, Restore};
 use testbed::net::free_port;
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::suite::make;
+use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
 
 for_each_criu!(
@@ -37,9 +37,14 @@ for_each_criu!(
 const MIB: u32 = 64;
 
 /// Moves a mixed process over a slow link and lets it carry out `steps` on arrival.
-fn migrate(bed: &Bed, criu: &Criu, source: Source<'_>, steps: &[Step]) -> Result<()> {
+fn migrate(test_dir: &TestDir, criu: &Criu, source: Source<'_>, steps: &[Step]) -> Result<()> {
     let plan = Plan::new(criu, source, make(criu)).over(slow_link());
-    let mut moved = PostCopy::start(bed, &plan, LoadSpec::mixed(bed.path("load"), MIB), steps)?;
+    let mut moved = PostCopy::start(
+        test_dir,
+        &plan,
+        LoadSpec::mixed(test_dir.path("load"), MIB),
+        steps,
+    )?;
     let reports = moved.reports()?;
     expect_faults(&reports)?;
     moved.finish()?;
@@ -50,44 +55,49 @@ fn migrate(bed: &Bed, criu: &Criu, source: Source<'_>, steps: &[Step]) -> Result
     last.expect_right()
 }
 
-fn reads_at_random_from_the_dump(bed: &Bed, criu: &Criu) -> Result<()> {
-    migrate(bed, criu, Source::Dump, &reading())
+fn reads_at_random_from_the_dump(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    migrate(test_dir, criu, Source::Dump, &reading())
 }
 
-fn reshapes_memory_from_the_dump(bed: &Bed, criu: &Criu) -> Result<()> {
-    migrate(bed, criu, Source::Dump, &reshaping())
+fn reshapes_memory_from_the_dump(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    migrate(test_dir, criu, Source::Dump, &reshaping())
 }
 
-fn reads_at_random_from_our_page_server(bed: &Bed, criu: &Criu) -> Result<()> {
-    migrate(bed, criu, Source::PageServer(Make::Ours), &reading())
+fn reads_at_random_from_our_page_server(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    migrate(test_dir, criu, Source::PageServer(Make::Ours), &reading())
 }
 
-fn reads_at_random_from_criu_page_server(bed: &Bed, criu: &Criu) -> Result<()> {
-    migrate(bed, criu, Source::PageServer(Make::Criu(criu)), &reading())
-}
-
-fn reshapes_memory_from_our_page_server(bed: &Bed, criu: &Criu) -> Result<()> {
-    migrate(bed, criu, Source::PageServer(Make::Ours), &reshaping())
-}
-
-fn reshapes_memory_from_criu_page_server(bed: &Bed, criu: &Criu) -> Result<()> {
+fn reads_at_random_from_criu_page_server(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     migrate(
-        bed,
+        test_dir,
+        criu,
+        Source::PageServer(Make::Criu(criu)),
+        &reading(),
+    )
+}
+
+fn reshapes_memory_from_our_page_server(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    migrate(test_dir, criu, Source::PageServer(Make::Ours), &reshaping())
+}
+
+fn reshapes_memory_from_criu_page_server(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    migrate(
+        test_dir,
         criu,
         Source::PageServer(Make::Criu(criu)),
         &reshaping(),
     )
 }
 
-fn forks_in_a_tree_from_the_dump(bed: &Bed, criu: &Criu) -> Result<()> {
+fn forks_in_a_tree_from_the_dump(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let plan = Plan::new(criu, Source::Dump, make(criu)).over(slow_link());
     let fork = Step::Fork {
         depth: 2,
         pass: Pass::full(Order::Random).threads(2),
     };
     let verify = Step::Verify(Pass::full(Order::Strided(7)));
-    let spec = LoadSpec::tree(bed.path("load"), MIB / 2, 4);
-    let mut moved = PostCopy::start(bed, &plan, spec, &[fork, verify])?;
+    let spec = LoadSpec::tree(test_dir.path("load"), MIB / 2, 4);
+    let mut moved = PostCopy::start(test_dir, &plan, spec, &[fork, verify])?;
     for report in moved.reports()? {
         let digest = moved.load.spec().initial_digest(report.process);
         let last = report.steps.last().and_then(|step| step.digest);
@@ -106,10 +116,10 @@ fn forks_in_a_tree_from_the_dump(bed: &Bed, criu: &Criu) -> Result<()> {
     moved.finish()
 }
 
-fn exits_while_pages_are_missing(bed: &Bed, criu: &Criu) -> Result<()> {
+fn exits_while_pages_are_missing(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let plan = Plan::new(criu, Source::Dump, make(criu)).over(slow_link());
-    let spec = LoadSpec::mixed(bed.path("load"), MIB);
-    let mut moved = PostCopy::start(bed, &plan, spec, &[Step::Exit { code: 7 }])?;
+    let spec = LoadSpec::mixed(test_dir.path("load"), MIB);
+    let mut moved = PostCopy::start(test_dir, &plan, spec, &[Step::Exit { code: 7 }])?;
     let pid = u32::try_from(moved.load.pid().as_raw())?;
     let ended = moved.restored.wait_for_end(pid, GENEROUS)?;
     ensure!(ended == "exited 7", "the restored process {ended}");
@@ -141,9 +151,9 @@ fn watched_after_closing(pid: Pid) -> Result<Vec<String>> {
 
 /// criu dump takes one connection, and refuses the one for faults. The standby's copy of that keeps it in the
 /// client's poll, where it would end each wait at once until the restore comes, and as long as pages are missing.
-fn a_refused_connection_is_watched_no_more(bed: &Bed, criu: &Criu) -> Result<()> {
-    let load = Load::start(LoadSpec::mixed(bed.path("load"), 8), None)?;
-    let images = bed.path("images");
+fn a_refused_connection_is_watched_no_more(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let load = Load::start(LoadSpec::mixed(test_dir.path("load"), 8), None)?;
+    let images = test_dir.path("images");
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
     let _source = Dump::new(criu, load.pid(), &images).serve_lazily(address)?;
     let options = Options::new(&images)

@@ -6,7 +6,6 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
 use testbed::for_each_criu;
@@ -21,6 +20,7 @@ use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::rounds::{pages_file_bytes, pages_files, pages_room_bytes};
 use testbed::suite::{make, with_criu};
 use testbed::summary;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 
 for_each_criu!(
@@ -35,26 +35,31 @@ for_each_criu!(
 
 const MIB: u32 = 64;
 
-fn restore_locally(bed: &Bed, criu: &Criu, steps: &[Step]) -> Result<()> {
+fn restore_locally(test_dir: &TestDir, criu: &Criu, steps: &[Step]) -> Result<()> {
     let plan = Plan::new(criu, Source::Local, make(criu));
-    let mut moved = PostCopy::start(bed, &plan, LoadSpec::mixed(bed.path("load"), MIB), steps)?;
+    let mut moved = PostCopy::start(
+        test_dir,
+        &plan,
+        LoadSpec::mixed(test_dir.path("load"), MIB),
+        steps,
+    )?;
     moved.reports()?;
     moved.finish()
 }
 
-fn reads_from_local_images(bed: &Bed, criu: &Criu) -> Result<()> {
-    restore_locally(bed, criu, &reading())
+fn reads_from_local_images(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    restore_locally(test_dir, criu, &reading())
 }
 
-fn reshapes_memory_from_local_images(bed: &Bed, criu: &Criu) -> Result<()> {
-    restore_locally(bed, criu, &reshaping())
+fn reshapes_memory_from_local_images(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    restore_locally(test_dir, criu, &reshaping())
 }
 
 /// Dumps a load three times, with writes between; it is gone after the last dump, which is in the
 /// directory `newest`.
-fn dump_three_times(bed: &Bed, criu: &Criu) -> Result<(Load, Vec<Report>)> {
-    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
-    let dump = |name: &str| Dump::new(criu, load.pid(), bed.path(name));
+fn dump_three_times(test_dir: &TestDir, criu: &Criu) -> Result<(Load, Vec<Report>)> {
+    let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), MIB), None)?;
+    let dump = |name: &str| Dump::new(criu, load.pid(), test_dir.path(name));
     dump("oldest").leave_running().run()?;
     load.run(
         0,
@@ -88,23 +93,23 @@ fn link_parents(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-fn reads_from_a_chain_of_parents(bed: &Bed, criu: &Criu) -> Result<()> {
-    let (load, before) = dump_three_times(bed, criu)?;
-    link_parents(bed.dir())?;
+fn reads_from_a_chain_of_parents(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let (load, before) = dump_three_times(test_dir, criu)?;
+    link_parents(test_dir.dir())?;
     let plan = Plan::new(criu, Source::Local, make(criu));
-    let newest = bed.path("newest");
+    let newest = test_dir.path("newest");
     let mut moved = PostCopy::from_images(&plan, load, before, newest, None, &reading())?;
     moved.reports()?;
     moved.finish()
 }
 
-fn reads_a_chain_of_parents_from_our_page_server(bed: &Bed, criu: &Criu) -> Result<()> {
-    let (load, before) = dump_three_times(bed, criu)?;
+fn reads_a_chain_of_parents_from_our_page_server(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let (load, before) = dump_three_times(test_dir, criu)?;
     // The restoring host has none of it.
-    let here = bed.path("here");
-    copy_without_lazy_pages(&bed.path("newest"), &here)?;
-    link_parents(bed.dir())?;
-    let options = Options::new(bed.path("newest")).log_to("serve.log");
+    let here = test_dir.path("here");
+    copy_without_lazy_pages(&test_dir.path("newest"), &here)?;
+    link_parents(test_dir.dir())?;
+    let options = Options::new(test_dir.path("newest")).log_to("serve.log");
     let server = PageServer::serving(Make::Ours, &options)?;
     let plan = Plan::new(criu, Source::PageServer(Make::Ours), make(criu)).over(slow_link());
     let mut moved = PostCopy::from_images(&plan, load, before, here, Some(server), &reading())?;
@@ -113,10 +118,10 @@ fn reads_a_chain_of_parents_from_our_page_server(bed: &Bed, criu: &Criu) -> Resu
 }
 
 /// The chains of these tests are what CRIU itself takes for chains.
-fn a_chain_of_parents_is_what_criu_restores(bed: &Bed, criu: &Criu) -> Result<()> {
-    let (load, _) = dump_three_times(bed, criu)?;
-    link_parents(bed.dir())?;
-    let _restored = Restore::new(criu, bed.path("newest")).run()?;
+fn a_chain_of_parents_is_what_criu_restores(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let (load, _) = dump_three_times(test_dir, criu)?;
+    link_parents(test_dir.dir())?;
+    let _restored = Restore::new(criu, test_dir.path("newest")).run()?;
     load.run(0, &[Step::Verify(Pass::full(Order::Ascending))])?
         .expect_right()
 }
@@ -147,14 +152,17 @@ fn expect_refused(images: &Path) -> Result<()> {
     Ok(())
 }
 
-fn local_images_are_given_back_as_they_are_installed(bed: &Bed, criu: &Criu) -> Result<()> {
-    let summary = bed.path("summary.json");
+fn local_images_are_given_back_as_they_are_installed(
+    test_dir: &TestDir,
+    criu: &Criu,
+) -> Result<()> {
+    let summary = test_dir.path("summary.json");
     let plan = giving_back(criu, &["--summary-json", &summary.to_string_lossy()]);
-    let spec = LoadSpec::mixed(bed.path("load"), MIB);
-    let mut moved = PostCopy::start(bed, &plan, spec, &reading())?;
+    let spec = LoadSpec::mixed(test_dir.path("load"), MIB);
+    let mut moved = PostCopy::start(test_dir, &plan, spec, &reading())?;
     moved.reports()?;
     moved.finish()?;
-    let images = bed.path("dumped");
+    let images = test_dir.path("dumped");
     let (length, room) = (pages_file_bytes(&images)?, pages_room_bytes(&images)?);
     // What CRIU has restored itself stays.
     ensure!(room < length / 4, "{room} bytes of {length} are left");
@@ -168,10 +176,10 @@ fn local_images_are_given_back_as_they_are_installed(bed: &Bed, criu: &Criu) -> 
 }
 
 /// CRIU itself restores what is in parents: only pages of the newest images are lazy.
-fn what_is_lazy_of_a_chain_is_given_back(bed: &Bed, criu: &Criu) -> Result<()> {
-    let (load, before) = dump_three_times(bed, criu)?;
-    link_parents(bed.dir())?;
-    let newest = bed.path("newest");
+fn what_is_lazy_of_a_chain_is_given_back(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let (load, before) = dump_three_times(test_dir, criu)?;
+    link_parents(test_dir.dir())?;
+    let newest = test_dir.path("newest");
     let room = pages_room_bytes(&newest)?;
     let plan = giving_back(criu, &[]);
     let from = newest.clone();
@@ -185,19 +193,19 @@ fn what_is_lazy_of_a_chain_is_given_back(bed: &Bed, criu: &Criu) -> Result<()> {
 
 #[test]
 fn children_find_what_their_parents_have_installed_before() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let spec = LoadSpec::mixed(bed.path("load"), MIB);
-        let mut moved = PostCopy::start(bed, &giving_back(criu, &[]), spec, &reshaping())?;
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let spec = LoadSpec::mixed(test_dir.path("load"), MIB);
+        let mut moved = PostCopy::start(test_dir, &giving_back(criu, &[]), spec, &reshaping())?;
         moved.reports()?;
         moved.finish()
     });
 }
 
 /// A load that is gone, what it said before, and its images.
-fn dumped(bed: &Bed, criu: &Criu) -> Result<(Load, Vec<Report>, PathBuf)> {
-    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
+fn dumped(test_dir: &TestDir, criu: &Criu) -> Result<(Load, Vec<Report>, PathBuf)> {
+    let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), MIB), None)?;
     let before = load.run_everywhere(&[Step::Status])?;
-    let images = bed.path("dumped");
+    let images = test_dir.path("dumped");
     Dump::new(criu, load.pid(), &images).run()?;
     load.wait_until_gone()?;
     Ok((load, before, images))
@@ -205,8 +213,8 @@ fn dumped(bed: &Bed, criu: &Criu) -> Result<(Load, Vec<Report>, PathBuf)> {
 
 #[test]
 fn a_restore_that_fails_leaves_its_images_whole() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let (load, before, images) = dumped(bed, criu)?;
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let (load, before, images) = dumped(test_dir, criu)?;
         let room = pages_room_bytes(&images)?;
         let options = Options::new(&images)
             .with(&["--auto-dedup"])
@@ -227,11 +235,11 @@ fn a_restore_that_fails_leaves_its_images_whole() {
 
 #[test]
 fn files_that_others_name_too_are_left_alone() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let (load, before, images) = dumped(bed, criu)?;
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let (load, before, images) = dumped(test_dir, criu)?;
         let room = pages_room_bytes(&images)?;
         for (n, file) in pages_files(&images)?.iter().enumerate() {
-            fs::hard_link(file, bed.path(&format!("copy-{n}")))?;
+            fs::hard_link(file, test_dir.path(&format!("copy-{n}")))?;
         }
         let plan = giving_back(criu, &[]);
         let from = images.clone();
@@ -245,12 +253,12 @@ fn files_that_others_name_too_are_left_alone() {
 
 #[test]
 fn who_takes_over_goes_on_with_what_is_left_of_the_images() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let spec = LoadSpec::mixed(bed.path("load"), MIB).careful();
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let spec = LoadSpec::mixed(test_dir.path("load"), MIB).careful();
         // Slow enough to be killed half-way.
         let plan = giving_back(criu, &["--max-bandwidth", "16M"]);
-        let mut moved = PostCopy::start(bed, &plan, spec, &[])?;
-        let images = bed.path("dumped");
+        let mut moved = PostCopy::start(test_dir, &plan, spec, &[])?;
+        let images = test_dir.path("dumped");
         let length = pages_file_bytes(&images)?;
         wait::until("a part of the memory", GENEROUS, || {
             let over = moved.daemon.process().ended()?.is_some();

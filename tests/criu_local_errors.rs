@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::{Make, Options, PageServer};
 use testbed::disk::FailingDisk;
@@ -18,14 +17,15 @@ use testbed::migration::Dump;
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::suite::with_criu;
 use testbed::summary;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 
 const MIB: u32 = 48;
 /// So that there is time to make something fail.
 const SLOWLY: [&str; 2] = ["--max-bandwidth", "16M"];
 
-fn spec(bed: &Bed) -> LoadSpec {
-    LoadSpec::mixed(bed.path("load"), MIB).careful()
+fn spec(test_dir: &TestDir) -> LoadSpec {
+    LoadSpec::mixed(test_dir.path("load"), MIB).careful()
 }
 
 /// The largest pages file of a directory, which has the memory of the load.
@@ -51,10 +51,10 @@ fn client_log(moving: &mut PostCopy) -> Result<String> {
     Ok(fs::read_to_string(log)?)
 }
 
-/// A load that was dumped to `bed/dumped`, all of it, and is gone.
-fn dumped(bed: &Bed, criu: &Criu) -> Result<(Load, PathBuf)> {
-    let mut load = Load::start(spec(bed), None)?;
-    let dir = bed.path("dumped");
+/// A load that was dumped to `test_dir/dumped`, all of it, and is gone.
+fn dumped(test_dir: &TestDir, criu: &Criu) -> Result<(Load, PathBuf)> {
+    let mut load = Load::start(spec(test_dir), None)?;
+    let dir = test_dir.path("dumped");
     Dump::new(criu, load.pid(), &dir).run()?;
     load.wait_until_gone()?;
     Ok((load, dir))
@@ -62,10 +62,10 @@ fn dumped(bed: &Bed, criu: &Criu) -> Result<(Load, PathBuf)> {
 
 #[test]
 fn a_file_that_cannot_be_read_for_a_while_loses_nothing() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         let plan = Plan::ours(criu, Source::Local, &SLOWLY);
-        let mut moving = PostCopy::start(bed, &plan, spec(bed), &verifying())?;
-        let file = pages_file(&bed.path("dumped"))?;
+        let mut moving = PostCopy::start(test_dir, &plan, spec(test_dir), &verifying())?;
+        let file = pages_file(&test_dir.path("dumped"))?;
         let whole = fs::read(&file)?;
         // Not at the border of a page: the last one would look half empty.
         cut(&file, 12_345)?;
@@ -82,14 +82,14 @@ fn a_file_that_cannot_be_read_for_a_while_loses_nothing() {
 
 #[test]
 fn a_file_that_stays_cut_costs_its_pages_alone_and_ends() {
-    with_criu(Suite::Experimental, |bed, criu| {
-        let path = bed.path("summary.json");
+    with_criu(Suite::Experimental, |test_dir, criu| {
+        let path = test_dir.path("summary.json");
         let mut options = SLOWLY.to_vec();
         let summary_path = path.to_string_lossy().into_owned();
         options.extend(["--local-timeout", "1", "--summary-json", &summary_path]);
         let plan = Plan::ours(criu, Source::Local, &options);
-        let mut moving = PostCopy::start(bed, &plan, spec(bed), &[])?;
-        let file = pages_file(&bed.path("dumped"))?;
+        let mut moving = PostCopy::start(test_dir, &plan, spec(test_dir), &[])?;
+        let file = pages_file(&test_dir.path("dumped"))?;
         let bytes = file.metadata()?.len();
         cut(&file, bytes - (4 << 20))?;
         let seq = moving.load.send(0, &verifying())?;
@@ -113,10 +113,10 @@ fn a_file_that_stays_cut_costs_its_pages_alone_and_ends() {
 
 #[test]
 fn sigterm_ends_a_client_whose_file_stays_cut() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         let plan = Plan::ours(criu, Source::Local, &SLOWLY);
-        let mut moving = PostCopy::start(bed, &plan, spec(bed), &[])?;
-        cut(&pages_file(&bed.path("dumped"))?, 0)?;
+        let mut moving = PostCopy::start(test_dir, &plan, spec(test_dir), &[])?;
+        cut(&pages_file(&test_dir.path("dumped"))?, 0)?;
         moving.wait_for_line("trying again")?;
         let seq = moving.load.send(0, &verifying())?;
         moving.daemon.process().signal(Signal::SIGTERM)?;
@@ -130,9 +130,9 @@ fn sigterm_ends_a_client_whose_file_stays_cut() {
 
 #[test]
 fn a_source_that_has_them_gives_pages_that_cannot_be_read_here() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let (load, dir) = dumped(bed, criu)?;
-        let here = bed.path("here");
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let (load, dir) = dumped(test_dir, criu)?;
+        let here = test_dir.path("here");
         fs::create_dir(&here)?;
         for entry in dir.read_dir()? {
             let entry = entry?;
@@ -157,13 +157,13 @@ fn a_source_that_has_them_gives_pages_that_cannot_be_read_here() {
 
 #[test]
 fn a_source_whose_file_is_cut_for_a_while_loses_nothing() {
-    with_criu(Suite::Trixie, |bed, criu| {
+    with_criu(Suite::Trixie, |test_dir, criu| {
         let plan = Plan::ours(criu, Source::PageServer(Make::Ours), &[]).over(slow_link());
-        let mut moving = PostCopy::start(bed, &plan, spec(bed), &verifying())?;
-        let file = pages_file(&bed.path("dumped"))?;
+        let mut moving = PostCopy::start(test_dir, &plan, spec(test_dir), &verifying())?;
+        let file = pages_file(&test_dir.path("dumped"))?;
         let whole = fs::read(&file)?;
         cut(&file, 0)?;
-        let log = bed.path("dumped").join("serve.log");
+        let log = test_dir.path("dumped").join("serve.log");
         wait::until("a read that fails", GENEROUS, || {
             Ok(fs::read_to_string(&log)?
                 .contains("trying again")
@@ -181,11 +181,11 @@ fn a_source_whose_file_is_cut_for_a_while_loses_nothing() {
 
 #[test]
 fn files_about_a_restore_that_cannot_be_written_cost_no_page() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         for option in ["--summary-json", "--trace"] {
-            let bed = Bed::new_in(bed.dir())?;
+            let test_dir = TestDir::new_in(test_dir.dir())?;
             let plan = Plan::ours(criu, Source::PageServer(Make::Ours), &[option, "/dev/full"]);
-            let mut moving = PostCopy::start(&bed, &plan, spec(&bed), &verifying())?;
+            let mut moving = PostCopy::start(&test_dir, &plan, spec(&test_dir), &verifying())?;
             moving.reports()?;
             moving.daemon.process().fail(GENEROUS)?;
             let log = client_log(&mut moving)?;
@@ -200,9 +200,9 @@ fn files_about_a_restore_that_cannot_be_written_cost_no_page() {
 /// A disk that gives back only a part of what it holds, as one that is about to die.
 #[test]
 fn a_disk_that_fails_costs_what_is_on_it_alone() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let disk = FailingDisk::new(&bed.path("disk"), 128 << 20)?;
-        let mut load = Load::start(spec(bed), None)?;
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let disk = FailingDisk::new(&test_dir.path("disk"), 128 << 20)?;
+        let mut load = Load::start(spec(test_dir), None)?;
         let dir = disk.path().join("dumped");
         Dump::new(criu, load.pid(), &dir).run()?;
         load.wait_until_gone()?;
@@ -230,11 +230,11 @@ fn a_disk_that_fails_costs_what_is_on_it_alone() {
 
 #[test]
 fn a_full_control_group_is_waited_for() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let path = bed.path("summary.json");
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let path = test_dir.path("summary.json");
         let options = ["--summary-json", &path.to_string_lossy()];
         let plan = Plan::ours(criu, Source::PageServer(Make::Ours), &options).over(slow_link());
-        let mut moving = PostCopy::start(bed, &plan, spec(bed), &[])?;
+        let mut moving = PostCopy::start(test_dir, &plan, spec(test_dir), &[])?;
         let group = MemoryGroup::new(4 << 20)?;
         // Who runs without memory for the kernel's own needs may end by itself.
         let pids = moving.restored.pids();
@@ -259,13 +259,18 @@ fn a_full_control_group_is_waited_for() {
 }
 
 /// What a post-copy of a process that forks all the time tells of itself.
-fn fork_storm(bed: &Bed, criu: &Criu, options: &[&str], step: Step) -> Result<serde_json::Value> {
-    let path = bed.path("summary.json");
+fn fork_storm(
+    test_dir: &TestDir,
+    criu: &Criu,
+    options: &[&str],
+    step: Step,
+) -> Result<serde_json::Value> {
+    let path = test_dir.path("summary.json");
     let mut all = options.to_vec();
     let summary_path = path.to_string_lossy().into_owned();
     all.extend(["--summary-json", &summary_path]);
     let plan = Plan::ours(criu, Source::PageServer(Make::Ours), &all).over(slow_link());
-    let mut moving = PostCopy::start(bed, &plan, spec(bed), &[step])?;
+    let mut moving = PostCopy::start(test_dir, &plan, spec(test_dir), &[step])?;
     let most = descriptors_while_it_runs(&mut moving)?;
     moving.reports()?;
     moving.finish()?;
@@ -296,13 +301,13 @@ fn descriptors_while_it_runs(moving: &mut PostCopy) -> Result<usize> {
 
 #[test]
 fn children_that_end_soon_cost_next_to_nothing() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         let step = Step::ForkOften {
             per_s: 200,
             children: 200,
             lifetime_ms: 5,
         };
-        let summary = fork_storm(bed, criu, &[], step)?;
+        let summary = fork_storm(test_dir, criu, &[], step)?;
         let number = |path| summary::number(&summary, path);
         let pages = number("/total_pages")?;
         ensure!(pages <= u64::from(MIB) << 8, "{pages} pages were counted");
@@ -321,13 +326,13 @@ fn children_that_end_soon_cost_next_to_nothing() {
 #[test]
 #[ignore = "takes more than a minute"]
 fn a_minute_of_forks_costs_next_to_nothing() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         let step = Step::ForkOften {
             per_s: 500,
             children: 30_000,
             lifetime_ms: 2,
         };
-        let summary = fork_storm(bed, criu, &["--max-bandwidth", "700K"], step)?;
+        let summary = fork_storm(test_dir, criu, &["--max-bandwidth", "700K"], step)?;
         let number = |path| summary::number(&summary, path);
         let (bytes, once) = (number("/bytes_received")?, number("/total_pages")? << 12);
         eprintln!(

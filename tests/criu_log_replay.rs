@@ -15,7 +15,6 @@ use anyhow::{Context, Result, bail, ensure};
 use redis::{Client, Programs, digest};
 use serde_json::Value;
 use testbed::agent::{Agent, Move};
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::gate::need;
 use testbed::net::Host;
@@ -23,6 +22,7 @@ use testbed::net_three::ThreeHosts;
 use testbed::process::Spawned;
 use testbed::routes::NftRoute;
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 use testbed::workspace::binary;
 
@@ -40,21 +40,21 @@ const AGAIN: Duration = Duration::from_millis(5);
 
 /// All that a test needs.
 struct Stage<'a> {
-    bed: &'a Bed,
+    test_dir: &'a TestDir,
     criu: &'a Criu,
     programs: Programs,
     hosts: ThreeHosts,
 }
 
 fn on_stage(test: impl FnOnce(&Stage<'_>) -> Result<()>) {
-    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
+    with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
         let fetched = Programs::fetched();
         let Some(programs) = need("Redis", fetched.map_err(|error| format!("{error:#}"))) else {
             return Ok(());
         };
         let hosts = ThreeHosts::new()?;
         test(&Stage {
-            bed,
+            test_dir,
             criu,
             programs,
             hosts,
@@ -73,11 +73,11 @@ impl Stage<'_> {
     }
 
     fn start(&self, name: &str, words: &str) -> Result<Spawned> {
-        let log = self.bed.path(&format!("{name}.log"));
+        let log = self.test_dir.path(&format!("{name}.log"));
         let mut command = self.hosts.source.net.command("setsid");
         command
             .args(["sh", "-c", words])
-            .current_dir(self.bed.dir())
+            .current_dir(self.test_dir.dir())
             .stdin(Stdio::null())
             .stdout(fs::File::create(&log)?)
             .stderr(Stdio::null());
@@ -87,7 +87,7 @@ impl Stage<'_> {
     }
 
     fn log(&self) -> PathBuf {
-        self.bed.path("recorded")
+        self.test_dir.path("recorded")
     }
 
     fn record(&self) -> Result<Spawned> {
@@ -97,7 +97,7 @@ impl Stage<'_> {
     }
 
     fn record_again(&self) -> Result<Spawned> {
-        let log = self.bed.path("record.log");
+        let log = self.test_dir.path("record.log");
         let mut command = self.hosts.source.net.command(binary("pageferry")?);
         command
             .args(["record", "--listen", &format!("0.0.0.0:{PORT}")])
@@ -111,7 +111,7 @@ impl Stage<'_> {
 
     fn agent(&self) -> Result<Agent> {
         let insecure = ["--insecure".to_owned()];
-        let dir = self.bed.path("agent");
+        let dir = self.test_dir.path("agent");
         Agent::start(
             &self.criu.path,
             &dir,
@@ -127,7 +127,7 @@ impl Stage<'_> {
     fn to_move_by(&self, id: &'static str, route: &NftRoute<'_>, start: &str) -> Move<'_> {
         let (service, at) = (format!("127.0.0.1:{BEHIND}"), format!("127.0.0.1:{PORT}"));
         let log = self.log().display().to_string();
-        Move::new(self.criu, self.bed.path("source"), id)
+        Move::new(self.criu, self.test_dir.path("source"), id)
             .in_net(&self.hosts.source.net)
             .with(&["--mode", "log-replay", "--log", &log, "--start", start])
             .with(&[
@@ -411,7 +411,9 @@ fn a_log_that_exists_is_read_by_a_command_there() {
             client.ask(&format!("RPUSH list {at}"))?;
         }
         let cli = stage.programs.client.display();
-        let aof = stage.bed.path("appendonlydir/appendonly.aof.1.incr.aof");
+        let aof = stage
+            .test_dir
+            .path("appendonlydir/appendonly.aof.1.incr.aof");
         let hold = format!(
             "case $PAGEFERRY_HOLD in hold) '{cli}' -p {BEHIND} CLIENT PAUSE 600000 WRITE;; \
              *) '{cli}' -p {BEHIND} CLIENT UNPAUSE;; esac"
@@ -442,7 +444,7 @@ fn a_log_that_exists_is_read_by_a_command_there() {
             ]
         };
         let moves = |id, digest| {
-            Move::new(stage.criu, stage.bed.path("source"), id)
+            Move::new(stage.criu, stage.test_dir.path("source"), id)
                 .in_net(&stage.hosts.source.net)
                 .with(&options(digest))
         };

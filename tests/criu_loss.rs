@@ -6,7 +6,6 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use pageferry::observe::trace::TraceReader;
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::Make;
 use testbed::load::spec::LoadSpec;
@@ -15,6 +14,7 @@ use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::proxy::ImpairmentKind;
 use testbed::suite::with_criu;
 use testbed::summary;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 
 const MIB: u32 = 64;
@@ -29,8 +29,8 @@ const VERIFY: [Step; 1] = [Step::Verify(Pass {
     check: testbed::load::steps::Check::Full,
 })];
 
-fn spec(bed: &Bed) -> LoadSpec {
-    LoadSpec::mixed(bed.path("load"), MIB).careful()
+fn spec(test_dir: &TestDir) -> LoadSpec {
+    LoadSpec::mixed(test_dir.path("load"), MIB).careful()
 }
 
 fn wait_until_half_way(moving: &mut PostCopy) -> Result<()> {
@@ -51,9 +51,9 @@ fn kill_source(moving: &mut PostCopy) -> Result<()> {
 
 #[test]
 fn lost_processes_are_killed_if_so_told() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         let plan = Plan::ours(criu, Source::Dump, &["--on-loss", "kill"]).over(slow_link());
-        let mut moving = PostCopy::start(bed, &plan, spec(bed), &[])?;
+        let mut moving = PostCopy::start(test_dir, &plan, spec(test_dir), &[])?;
         wait_until_half_way(&mut moving)?;
         let pid = u32::try_from(moving.load.pid().as_raw())?;
         kill_source(&mut moving)?;
@@ -66,9 +66,9 @@ fn lost_processes_are_killed_if_so_told() {
 
 #[test]
 fn held_processes_wait_until_they_are_poisoned() {
-    with_criu(Suite::Experimental, |bed, criu| {
+    with_criu(Suite::Experimental, |test_dir, criu| {
         let plan = Plan::ours(criu, Source::Dump, &["--on-loss", "hold"]).over(slow_link());
-        let mut moving = PostCopy::start(bed, &plan, spec(bed), &[])?;
+        let mut moving = PostCopy::start(test_dir, &plan, spec(test_dir), &[])?;
         wait_until_half_way(&mut moving)?;
         kill_source(&mut moving)?;
         moving.wait_for_line("holding the processes")?;
@@ -99,18 +99,18 @@ fn held_processes_wait_until_they_are_poisoned() {
 }
 
 /// A post-copy from a page server of ours that stays for several sessions.
-fn served(bed: &Bed, criu: &Criu, options: &[&str]) -> Result<PostCopy> {
+fn served(test_dir: &TestDir, criu: &Criu, options: &[&str]) -> Result<PostCopy> {
     let plan = Plan {
         source_options: vec!["--keep".to_owned()],
         ..Plan::ours(criu, Source::PageServer(Make::Ours), options).over(slow_link())
     };
-    PostCopy::start(bed, &plan, spec(bed), &VERIFY)
+    PostCopy::start(test_dir, &plan, spec(test_dir), &VERIFY)
 }
 
 #[test]
 fn a_source_that_comes_back_is_used_again() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let mut moving = served(bed, criu, &["--reconnect-timeout", "60"])?;
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let mut moving = served(test_dir, criu, &["--reconnect-timeout", "60"])?;
         wait_until_half_way(&mut moving)?;
         moving
             .proxy
@@ -130,9 +130,9 @@ fn a_source_that_comes_back_is_used_again() {
 
 #[test]
 fn held_processes_go_on_when_the_operator_tries_again() {
-    with_criu(Suite::Trixie, |bed, criu| {
+    with_criu(Suite::Trixie, |test_dir, criu| {
         let mut moving = served(
-            bed,
+            test_dir,
             criu,
             &["--on-loss", "hold", "--reconnect-timeout", "0"],
         )?;
@@ -151,11 +151,11 @@ fn held_processes_go_on_when_the_operator_tries_again() {
 
 #[test]
 fn on_demand_brings_what_is_touched_and_streams_nothing() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let path = bed.path("summary.json");
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let path = test_dir.path("summary.json");
         let options = ["--on-demand", "--summary-json", &path.to_string_lossy()];
         let plan = Plan::ours(criu, Source::PageServer(Make::Ours), &options);
-        let mut moving = PostCopy::start(bed, &plan, spec(bed), &VERIFY)?;
+        let mut moving = PostCopy::start(test_dir, &plan, spec(test_dir), &VERIFY)?;
         moving.reports()?;
         moving.finish()?;
         let summary = summary::whole(&path)?;
@@ -173,8 +173,8 @@ fn on_demand_brings_what_is_touched_and_streams_nothing() {
 
 #[test]
 fn summary_and_trace_tell_every_page_and_every_fault() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let (path, trace) = (bed.path("summary.json"), bed.path("faults.trace"));
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let (path, trace) = (test_dir.path("summary.json"), test_dir.path("faults.trace"));
         let options = [
             "--summary-json",
             &path.to_string_lossy(),
@@ -182,7 +182,7 @@ fn summary_and_trace_tell_every_page_and_every_fault() {
             &trace.to_string_lossy(),
         ];
         let plan = Plan::ours(criu, Source::Dump, &options).over(slow_link());
-        let mut moving = PostCopy::start(bed, &plan, spec(bed), &VERIFY)?;
+        let mut moving = PostCopy::start(test_dir, &plan, spec(test_dir), &VERIFY)?;
         moving.reports()?;
         moving.finish()?;
         let summary = summary::whole(&path)?;

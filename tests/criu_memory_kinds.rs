@@ -18,7 +18,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use memory_table::{Cell, Seen, TRANSFERS, Table, Transfer, expect_right};
-use testbed::bed::Bed;
 use testbed::criu::{Crit, Criu, Suite};
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
 use testbed::hugepages::HugePages;
@@ -28,6 +27,7 @@ use testbed::migration::{Dump, Restore};
 use testbed::net::free_port;
 use testbed::process::Spawned;
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 
 /// Set to write what is seen into docs/compatibility.md instead of comparing it.
 const WRITE_VARIABLE: &str = "PAGEFERRY_WRITE_TABLES";
@@ -79,26 +79,26 @@ mod whole {
     }
 }
 
-fn judge_often(bed: &Bed, criu: &Criu) -> Result<()> {
+fn judge_often(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let column = column(criu)?;
-    judge(bed, criu, |transfer| transfer.often.contains(&column))
+    judge(test_dir, criu, |transfer| transfer.often.contains(&column))
 }
 
-fn judge_whole(bed: &Bed, criu: &Criu) -> Result<()> {
-    judge(bed, criu, |_| true)
+fn judge_whole(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    judge(test_dir, criu, |_| true)
 }
 
-fn judge(bed: &Bed, criu: &Criu, tried: impl Fn(&Transfer) -> bool) -> Result<()> {
+fn judge(test_dir: &TestDir, criu: &Criu, tried: impl Fn(&Transfer) -> bool) -> Result<()> {
     let _huge = HugePages::allow(HUGE_PAGES)?;
     let mut seen = Seen::new();
-    let baseline = Baseline::judge(bed, criu)?;
+    let baseline = Baseline::judge(test_dir, criu)?;
     for (kind, why) in baseline.refused.iter().chain(&baseline.refused_lazily) {
         eprintln!("{}: CRIU {} alone: {why}", kind.name, criu.version);
     }
     let column = column(criu)?;
     for transfer in TRANSFERS.iter().filter(|transfer| tried(transfer)) {
         let kinds = baseline.carried_by(*transfer);
-        let mut place = Place::new(bed, criu, transfer.name, &kinds)?;
+        let mut place = Place::new(test_dir, criu, transfer.name, &kinds)?;
         let began = Instant::now();
         let lacking = |kind: &Kind| place.kinds.lacking.contains_key(kind.name);
         let present: Vec<Kind> = KINDS
@@ -186,7 +186,7 @@ const WITHOUT_PARENT: &[(&str, &str)] = &[("4.3", "memfd-private")];
 const LAZY_SUSPECTS: &[&str] = &["memfd-private", "hugetlb-memfd-private"];
 
 impl Baseline {
-    fn judge(bed: &Bed, criu: &Criu) -> Result<Baseline> {
+    fn judge(test_dir: &TestDir, criu: &Criu) -> Result<Baseline> {
         let mut baseline = Baseline {
             column: column(criu)?,
             carried: Vec::new(),
@@ -200,16 +200,16 @@ impl Baseline {
             .filter(|kind| !suspect(kind))
             .copied()
             .collect();
-        let said = baseline.try_alone(bed, criu, "others", &others);
+        let said = baseline.try_alone(test_dir, criu, "others", &others);
         let said = said.with_context(|| format!("CRIU {} alone", criu.version))?;
         baseline.sort(&others, &Ok(said));
         for suspected in KINDS.iter().filter(suspect) {
-            let said = baseline.try_alone(bed, criu, suspected.name, &[*suspected]);
+            let said = baseline.try_alone(test_dir, criu, suspected.name, &[*suspected]);
             baseline.sort(&[*suspected], &said);
         }
         for name in LAZY_SUSPECTS {
             let kind = kind(name).context("no such kind")?;
-            let wrong = match lazily_alone(bed, criu, kind) {
+            let wrong = match lazily_alone(test_dir, criu, kind) {
                 Ok(said) => said.get(kind.name).cloned().flatten(),
                 Err(error) => Some(first_line(&error)),
             };
@@ -265,12 +265,12 @@ impl Baseline {
 
     fn try_alone(
         &mut self,
-        bed: &Bed,
+        test_dir: &TestDir,
         criu: &Criu,
         name: &str,
         kinds: &[Kind],
     ) -> Result<KindResults> {
-        let place = Place::new(bed, criu, &format!("stock-{name}"), kinds)?;
+        let place = Place::new(test_dir, criu, &format!("stock-{name}"), kinds)?;
         self.lacking.extend(place.kinds.lacking.clone());
         if place.kinds.lacking.len() == kinds.len() {
             return Ok(KindResults::new());
@@ -290,8 +290,8 @@ fn first_line(error: &anyhow::Error) -> String {
 }
 
 /// One kind, from CRIU's dump to CRIU's own lazy-pages daemon.
-fn lazily_alone(bed: &Bed, criu: &Criu, kind: Kind) -> Result<KindResults> {
-    let place = Place::new(bed, criu, &format!("lazily-{}", kind.name), &[kind])?;
+fn lazily_alone(test_dir: &TestDir, criu: &Criu, kind: Kind) -> Result<KindResults> {
+    let place = Place::new(test_dir, criu, &format!("lazily-{}", kind.name), &[kind])?;
     let images = place.path("images");
     let (mut dump, address) = waiting(&place, &images)?;
     let said = place.lazily(&images, Make::Criu(criu), &[], Some(address), false)?;
@@ -307,8 +307,8 @@ struct Place<'a> {
 }
 
 impl<'a> Place<'a> {
-    fn new(bed: &Bed, criu: &'a Criu, name: &str, kinds: &[Kind]) -> Result<Place<'a>> {
-        let dir = bed.path(name);
+    fn new(test_dir: &TestDir, criu: &'a Criu, name: &str, kinds: &[Kind]) -> Result<Place<'a>> {
+        let dir = test_dir.path(name);
         fs::create_dir_all(&dir)?;
         let kinds = Kinds::start(&dir.join("load"), kinds)?;
         Ok(Place { criu, dir, kinds })

@@ -10,7 +10,6 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 use testbed::agent::{Agent, Move};
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::for_each_criu;
 use testbed::load::Load;
@@ -20,6 +19,7 @@ use testbed::load::spec::{AreaSpec, LoadSpec, Mapping};
 use testbed::load::steps::Step;
 use testbed::pki::{Authority, Host};
 use testbed::process::Spawned;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 
 for_each_criu!(
@@ -37,16 +37,21 @@ for_each_criu!(
 const MIB: u32 = 24;
 const MODES: [&str; 4] = ["cold", "pre-copy", "post-copy", "hybrid"];
 
-fn tree(bed: &Bed, name: &str) -> Result<Load> {
-    Load::start(LoadSpec::tree(bed.path(name), MIB, 3), None)
+fn tree(test_dir: &TestDir, name: &str) -> Result<Load> {
+    Load::start(LoadSpec::tree(test_dir.path(name), MIB, 3), None)
 }
 
-fn a_tree_moves_in_every_mode(bed: &Bed, criu: &Criu) -> Result<()> {
+fn a_tree_moves_in_every_mode(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     for mode in MODES {
-        let mut load = tree(bed, &format!("load-{mode}"))?;
+        let mut load = tree(test_dir, &format!("load-{mode}"))?;
         let before = load.run_everywhere(&[Step::Status])?;
-        let agent = Agent::start(&criu.path, &bed.path(&format!("agent-{mode}")), None, &[])?;
-        let moves = Move::new(criu, bed.path("source"), mode).with(&["--mode", mode]);
+        let agent = Agent::start(
+            &criu.path,
+            &test_dir.path(&format!("agent-{mode}")),
+            None,
+            &[],
+        )?;
+        let moves = Move::new(criu, test_dir.path("source"), mode).with(&["--mode", mode]);
         let mut command = moves.start(&load, &agent)?;
         let moved = command.succeed(GENEROUS);
         moved.with_context(|| format!("{mode}: {}", agent.log()))?;
@@ -72,14 +77,19 @@ fn a_tree_moves_in_every_mode(bed: &Bed, criu: &Criu) -> Result<()> {
 }
 
 /// No page can be lazy then: a lazy dump keeps none, and listens all the same.
-fn locked_memory_moves_in_every_mode(bed: &Bed, criu: &Criu) -> Result<()> {
+fn locked_memory_moves_in_every_mode(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     for mode in MODES {
         let area = AreaSpec::new(Mapping::Locked, MIB * 256, Content::Mixed);
-        let mut spec = LoadSpec::new(bed.path(&format!("load-{mode}")), vec![area]);
+        let mut spec = LoadSpec::new(test_dir.path(&format!("load-{mode}")), vec![area]);
         spec.pin_own_memory = true;
         let mut load = Load::start(spec, None)?;
-        let agent = Agent::start(&criu.path, &bed.path(&format!("agent-{mode}")), None, &[])?;
-        let moves = Move::new(criu, bed.path("source"), mode).with(&["--mode", mode]);
+        let agent = Agent::start(
+            &criu.path,
+            &test_dir.path(&format!("agent-{mode}")),
+            None,
+            &[],
+        )?;
+        let moves = Move::new(criu, test_dir.path("source"), mode).with(&["--mode", mode]);
         let moved = moves.start(&load, &agent)?.succeed(GENEROUS);
         moved.with_context(|| format!("{mode}: {}", agent.log()))?;
         load.wait_until_gone()?;
@@ -91,7 +101,7 @@ fn locked_memory_moves_in_every_mode(bed: &Bed, criu: &Criu) -> Result<()> {
 }
 
 /// While the processes write all the time.
-fn pages_are_right_however_they_are_tracked(bed: &Bed, criu: &Criu) -> Result<()> {
+fn pages_are_right_however_they_are_tracked(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     for (track, mode) in [
         ("wp", "hybrid"),
         ("wp", "pre-copy"),
@@ -100,10 +110,15 @@ fn pages_are_right_however_they_are_tracked(bed: &Bed, criu: &Criu) -> Result<()
         ("auto", "hybrid"),
     ] {
         let id = format!("{track}-{mode}");
-        let mut load = tree(bed, &format!("load-{id}"))?;
+        let mut load = tree(test_dir, &format!("load-{id}"))?;
         load.run_everywhere(&[Step::Dirty { pages_per_s: 3000 }])?;
-        let agent = Agent::start(&criu.path, &bed.path(&format!("agent-{id}")), None, &[])?;
-        let moves = Move::new(criu, bed.path(&format!("source-{id}")), "tracked").with(&[
+        let agent = Agent::start(
+            &criu.path,
+            &test_dir.path(&format!("agent-{id}")),
+            None,
+            &[],
+        )?;
+        let moves = Move::new(criu, test_dir.path(&format!("source-{id}")), "tracked").with(&[
             "--mode",
             mode,
             "--track",
@@ -176,8 +191,8 @@ fn expect_no_images(dir: &Path) -> Result<()> {
 }
 
 /// A script in place of CRIU that lets a restore fail, or hang before it begins.
-fn obstructed(bed: &Bed, criu: &Criu, instead_of_restore: &str) -> Result<PathBuf> {
-    let path = bed.path("obstructed-criu");
+fn obstructed(test_dir: &TestDir, criu: &Criu, instead_of_restore: &str) -> Result<PathBuf> {
+    let path = test_dir.path("obstructed-criu");
     let text = format!(
         "#!/bin/sh\n[ \"$1\" = restore ] && {{ {instead_of_restore}; }}\nexec '{}' \"$@\"\n",
         criu.path.display()
@@ -188,13 +203,13 @@ fn obstructed(bed: &Bed, criu: &Criu, instead_of_restore: &str) -> Result<PathBu
 }
 
 /// A migration whose restore does not come, in `mode`, with its processes frozen.
-fn frozen(bed: &Bed, criu: &Criu, mode: &'static str) -> Result<(Load, Agent, Spawned)> {
-    let load = tree(bed, &format!("load-{mode}"))?;
-    let began = bed.path(&format!("restore-began-{mode}"));
+fn frozen(test_dir: &TestDir, criu: &Criu, mode: &'static str) -> Result<(Load, Agent, Spawned)> {
+    let load = tree(test_dir, &format!("load-{mode}"))?;
+    let began = test_dir.path(&format!("restore-began-{mode}"));
     let wait = format!("touch '{}'; exec sleep 600", began.display());
-    let hangs = obstructed(bed, criu, &wait)?;
-    let agent = Agent::start(&hangs, &bed.path(&format!("agent-{mode}")), None, &[])?;
-    let moves = Move::new(criu, bed.path("source"), mode).with(&["--mode", mode]);
+    let hangs = obstructed(test_dir, criu, &wait)?;
+    let agent = Agent::start(&hangs, &test_dir.path(&format!("agent-{mode}")), None, &[])?;
+    let moves = Move::new(criu, test_dir.path("source"), mode).with(&["--mode", mode]);
     let mut command = moves.start(&load, &agent)?;
     wait::until("the restore to begin", GENEROUS, || {
         if let Some(ended) = command.ended()? {
@@ -213,22 +228,22 @@ fn expect_right_here(load: &mut Load) -> Result<()> {
     Ok(())
 }
 
-fn a_killed_command_leaves_the_processes_here(bed: &Bed, criu: &Criu) -> Result<()> {
+fn a_killed_command_leaves_the_processes_here(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     for mode in ["post-copy", "pre-copy"] {
-        let (mut load, _agent, mut command) = frozen(bed, criu, mode)?;
+        let (mut load, _agent, mut command) = frozen(test_dir, criu, mode)?;
         command.kill()?;
         expect_right_here(&mut load)?;
     }
     Ok(())
 }
 
-fn a_stopped_command_leaves_the_processes_here(bed: &Bed, criu: &Criu) -> Result<()> {
+fn a_stopped_command_leaves_the_processes_here(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     for (mode, signal) in [("hybrid", Signal::SIGINT), ("cold", Signal::SIGTERM)] {
-        let (mut load, agent, mut command) = frozen(bed, criu, mode)?;
+        let (mut load, agent, mut command) = frozen(test_dir, criu, mode)?;
         command.signal(signal)?;
         command.fail(GENEROUS)?;
         expect_right_here(&mut load)?;
-        expect_no_images(&bed.path("source").join(mode))?;
+        expect_no_images(&test_dir.path("source").join(mode))?;
         let record = agent.dir_of(mode).join("record.json");
         wait::until("the agent to abort", GENEROUS, || {
             Ok(fs::read_to_string(&record)
@@ -239,9 +254,9 @@ fn a_stopped_command_leaves_the_processes_here(bed: &Bed, criu: &Criu) -> Result
     Ok(())
 }
 
-fn a_killed_agent_leaves_the_processes_here(bed: &Bed, criu: &Criu) -> Result<()> {
+fn a_killed_agent_leaves_the_processes_here(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     for mode in ["post-copy", "cold"] {
-        let (mut load, agent, mut command) = frozen(bed, criu, mode)?;
+        let (mut load, agent, mut command) = frozen(test_dir, criu, mode)?;
         kill(agent.pid()?, Signal::SIGKILL)?;
         command.fail(GENEROUS)?;
         expect_right_here(&mut load)?;
@@ -249,12 +264,12 @@ fn a_killed_agent_leaves_the_processes_here(bed: &Bed, criu: &Criu) -> Result<()
     Ok(())
 }
 
-fn a_restore_that_fails_leaves_the_processes_here(bed: &Bed, criu: &Criu) -> Result<()> {
-    let fails = obstructed(bed, criu, "exit 1")?;
+fn a_restore_that_fails_leaves_the_processes_here(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let fails = obstructed(test_dir, criu, "exit 1")?;
     for mode in MODES {
-        let mut load = tree(bed, &format!("load-{mode}"))?;
-        let agent = Agent::start(&fails, &bed.path(&format!("agent-{mode}")), None, &[])?;
-        let moves = Move::new(criu, bed.path("source"), mode).with(&["--mode", mode]);
+        let mut load = tree(test_dir, &format!("load-{mode}"))?;
+        let agent = Agent::start(&fails, &test_dir.path(&format!("agent-{mode}")), None, &[])?;
+        let moves = Move::new(criu, test_dir.path("source"), mode).with(&["--mode", mode]);
         let mut command = moves.start(&load, &agent)?;
         command.fail(GENEROUS)?;
         expect_right_here(&mut load)?;
@@ -266,19 +281,19 @@ fn a_restore_that_fails_leaves_the_processes_here(bed: &Bed, criu: &Criu) -> Res
     Ok(())
 }
 
-fn certificates_are_asked_for(bed: &Bed, criu: &Criu) -> Result<()> {
-    let pki = bed.path("pki");
+fn certificates_are_asked_for(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let pki = test_dir.path("pki");
     fs::create_dir_all(&pki)?;
     let authority = Authority::new(&pki, "ca")?;
     let options = authority.issue(&Host::LOOPBACK)?.options();
-    let agent = Agent::start(&criu.path, &bed.path("agent"), None, &options)?;
-    let mut load = tree(bed, "load")?;
+    let agent = Agent::start(&criu.path, &test_dir.path("agent"), None, &options)?;
+    let mut load = tree(test_dir, "load")?;
     // Without a certificate nothing begins.
-    let bare = Move::new(criu, bed.path("source"), "bare").with(&["--mode", "hybrid"]);
+    let bare = Move::new(criu, test_dir.path("source"), "bare").with(&["--mode", "hybrid"]);
     bare.start(&load, &agent)?.fail(GENEROUS)?;
     expect_right_here(&mut load)?;
     let options: Vec<&str> = options.iter().map(String::as_str).collect();
-    let moves = Move::new(criu, bed.path("source"), "secure").with(&["--mode", "hybrid"]);
+    let moves = Move::new(criu, test_dir.path("source"), "secure").with(&["--mode", "hybrid"]);
     let moved = moves.with(&options).start(&load, &agent)?.succeed(GENEROUS);
     moved.with_context(|| agent.log())?;
     load.wait_until_gone()?;
@@ -289,15 +304,15 @@ fn certificates_are_asked_for(bed: &Bed, criu: &Criu) -> Result<()> {
     Ok(())
 }
 
-fn a_plan_measures_and_recommends(bed: &Bed, criu: &Criu) -> Result<()> {
-    let load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
+fn a_plan_measures_and_recommends(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let load = Load::start(LoadSpec::mixed(test_dir.path("load"), MIB), None)?;
     load.run(0, &[Step::Dirty { pages_per_s: 500 }])?;
-    let agent = Agent::start(&criu.path, &bed.path("agent"), None, &[])?;
+    let agent = Agent::start(&criu.path, &test_dir.path("agent"), None, &[])?;
     let mut command = Command::new(testbed::workspace::binary("pageferry")?);
     command
         .args(["plan", "--json", "--pid", &load.pid().to_string()])
         .args(["--to", &agent.address().to_string(), "--state-dir"])
-        .arg(bed.path("source"))
+        .arg(test_dir.path("source"))
         .arg("--criu")
         .arg(&criu.path);
     let plan: Value = serde_json::from_slice(&testbed::process::run(&mut command)?.stdout)?;

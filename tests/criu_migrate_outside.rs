@@ -12,7 +12,6 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use testbed::agent::{Agent, Move};
 use testbed::announcements::{Announcements, mac_of};
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::load::Load;
 use testbed::load::scenarios::verifying;
@@ -20,6 +19,7 @@ use testbed::load::spec::LoadSpec;
 use testbed::net_three::{DEVICE, ThreeHosts};
 use testbed::process::{Spawned, run};
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 use testbed::workspace::binary;
 
@@ -35,7 +35,7 @@ struct Fixture {
 }
 
 impl Fixture {
-    fn new(bed: &Bed, criu: &Criu, name: &str) -> Result<Fixture> {
+    fn new(test_dir: &TestDir, criu: &Criu, name: &str) -> Result<Fixture> {
         let hosts = ThreeHosts::new()?;
         let address = hosts.service()?.to_string();
         let mut command: Command = hosts.source.net.command("setsid");
@@ -46,7 +46,7 @@ impl Fixture {
             .stderr(Stdio::null());
         let service = Spawned::start_ungrouped("echo", &mut command, None)?;
         let insecure = ["--insecure".to_owned()];
-        let dir = bed.path(&format!("agent-{name}"));
+        let dir = test_dir.path(&format!("agent-{name}"));
         let agent = Agent::start(&criu.path, &dir, Some(&hosts.destination), &insecure)?;
         Ok(Fixture {
             service,
@@ -69,10 +69,16 @@ impl Fixture {
     }
 
     /// Moves the service with its address, and tells the report.
-    fn migrate(&self, bed: &Bed, criu: &Criu, id: &'static str, options: &[&str]) -> Result<Value> {
+    fn migrate(
+        &self,
+        test_dir: &TestDir,
+        criu: &Criu,
+        id: &'static str,
+        options: &[&str],
+    ) -> Result<Value> {
         let address = format!("{}@{DEVICE}", ThreeHosts::SERVICE);
         let serve_on = self.hosts.source.address.to_string();
-        let moves = Move::new(criu, bed.path("source"), id)
+        let moves = Move::new(criu, test_dir.path("source"), id)
             .in_net(&self.hosts.source.net)
             .with(&["--address", &address, "--serve-on", &serve_on])
             .with(options);
@@ -95,8 +101,8 @@ fn ask(stream: &mut TcpStream) -> Result<()> {
 
 #[test]
 fn a_probe_tells_when_the_service_answers() {
-    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
-        let mark = bed.path("asked");
+    with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
+        let mark = test_dir.path("asked");
         // Its first answer is a failure.
         let command = format!(
             "test -e '{mark}' && test -n \"$PAGEFERRY_HOST\" || {{ touch '{mark}'; false; }}",
@@ -106,7 +112,7 @@ fn a_probe_tells_when_the_service_answers() {
             ("port", "cold", "tcp:7000"),
             ("command", "hybrid", command.as_str()),
         ] {
-            let fixture = Fixture::new(bed, criu, id)?;
+            let fixture = Fixture::new(test_dir, criu, id)?;
             wait::until("the service", GENEROUS, || {
                 let address = fixture.hosts.service()?;
                 fixture
@@ -115,7 +121,7 @@ fn a_probe_tells_when_the_service_answers() {
                     .enter(|| Ok(TcpStream::connect(address).ok().map(drop)))
             })?;
             let options = ["--mode", mode, "--tcp", "close", "--probe", probe];
-            let report = fixture.migrate(bed, criu, id, &options)?;
+            let report = fixture.migrate(test_dir, criu, id, &options)?;
             let of = |name: &str| report[name].as_f64().with_context(|| report.to_string());
             ensure!(of("resume_ms")? > 0.0, "{report}");
             let warnings = report["warnings"].as_array().context("warnings")?;
@@ -129,11 +135,11 @@ fn a_probe_tells_when_the_service_answers() {
 
 #[test]
 fn closed_connections_are_closed_and_new_ones_are_taken() {
-    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
+    with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
         for mode in ["cold", "post-copy"] {
-            let fixture = Fixture::new(bed, criu, mode)?;
+            let fixture = Fixture::new(test_dir, criu, mode)?;
             let mut before = fixture.connect()?;
-            fixture.migrate(bed, criu, mode, &["--mode", mode, "--tcp", "close"])?;
+            fixture.migrate(test_dir, criu, mode, &["--mode", mode, "--tcp", "close"])?;
             let mut after = fixture.connect().with_context(|| mode)?;
             ask(&mut after)?;
             let answered = ask(&mut before);
@@ -150,8 +156,8 @@ fn closed_connections_are_closed_and_new_ones_are_taken() {
 
 #[test]
 fn neighbours_are_told_where_the_addresses_are() {
-    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
-        let fixture = Fixture::new(bed, criu, "neighbours")?;
+    with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
+        let fixture = Fixture::new(test_dir, criu, "neighbours")?;
         let (source, destination) = (&fixture.hosts.source.net, &fixture.hosts.destination.net);
         let add = ["addr", "add", SERVICE_V6, "dev", DEVICE, "nodad"];
         run(source.command("ip").args(add))?;
@@ -162,15 +168,18 @@ fn neighbours_are_told_where_the_addresses_are() {
         let mac = mac_of(destination, DEVICE)?;
         let second = format!("{SERVICE_V6}@{DEVICE}");
         let options = ["--mode", "cold", "--tcp", "close", "--address", &second];
-        fixture.migrate(bed, criu, "neighbours", &options)?;
+        fixture.migrate(test_dir, criu, "neighbours", &options)?;
         arp.expect(addresses[0], mac)?;
         advertisements.expect(addresses[1], mac)
     });
 }
 
 /// A CRIU whose restore does not come, and a file that says that it was asked for.
-fn hanging(bed: &Bed, criu: &Criu) -> Result<(std::path::PathBuf, std::path::PathBuf)> {
-    let (path, began) = (bed.path("hanging-criu"), bed.path("restore-began"));
+fn hanging(test_dir: &TestDir, criu: &Criu) -> Result<(std::path::PathBuf, std::path::PathBuf)> {
+    let (path, began) = (
+        test_dir.path("hanging-criu"),
+        test_dir.path("restore-began"),
+    );
     let text = format!(
         "#!/bin/sh\n[ \"$1\" = restore ] && {{ touch '{}'; exec sleep 600; }}\nexec '{}' \"$@\"\n",
         began.display(),
@@ -183,16 +192,16 @@ fn hanging(bed: &Bed, criu: &Criu) -> Result<(std::path::PathBuf, std::path::Pat
 
 #[test]
 fn the_guard_runs_the_hook_of_a_command_that_was_killed() {
-    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
-        let (hangs, began) = hanging(bed, criu)?;
-        let mut load = Load::start(LoadSpec::tree(bed.path("load"), 8, 2), None)?;
-        let agent = Agent::start(&hangs, &bed.path("agent"), None, &[])?;
-        let told = bed.path("told");
+    with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
+        let (hangs, began) = hanging(test_dir, criu)?;
+        let mut load = Load::start(LoadSpec::tree(test_dir.path("load"), 8, 2), None)?;
+        let agent = Agent::start(&hangs, &test_dir.path("agent"), None, &[])?;
+        let told = test_dir.path("told");
         let hook = format!(
             "echo $PAGEFERRY_HOOK $PAGEFERRY_ID $PAGEFERRY_PID >> '{}'",
             told.display()
         );
-        let moves = Move::new(criu, bed.path("source"), "guarded");
+        let moves = Move::new(criu, test_dir.path("source"), "guarded");
         let moves = moves.with(&["--mode", "cold", "--on-failure", &hook]);
         let mut command = moves.start(&load, &agent)?;
         wait::until("the restore to begin", GENEROUS, || {
@@ -225,12 +234,12 @@ const KILLED: [&str; 6] = ["first", "second", "third", "fourth", "fifth", "sixth
 
 #[test]
 fn a_command_that_is_killed_while_it_injects_leaves_the_process_unharmed() {
-    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
-        let mut load = Load::start(LoadSpec::tree(bed.path("load"), 8, 3), None)?;
-        let agent = Agent::start(&criu.path, &bed.path("agent"), None, &[])?;
+    with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
+        let mut load = Load::start(LoadSpec::tree(test_dir.path("load"), 8, 3), None)?;
+        let agent = Agent::start(&criu.path, &test_dir.path("agent"), None, &[])?;
         let mut met = 0;
         for id in KILLED {
-            let moves = Move::new(criu, bed.path("source"), id);
+            let moves = Move::new(criu, test_dir.path("source"), id);
             let moves = moves.with(&["--mode", "hybrid", "--track", "wp", "--max-rounds", "2"]);
             let mut command = moves.start(&load, &agent)?;
             let file = moves.dir().join("injection.json");

@@ -9,10 +9,10 @@ use std::process::{Command, Output, Stdio};
 use anyhow::{Context, Result, ensure};
 use nix::sys::prctl::set_child_subreaper;
 use nix::unistd::Pid;
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::gocriu::Phaul;
 use testbed::process::{descendants, kill_and_reap};
+use testbed::test_dir::TestDir;
 use testbed::{for_each_criu, gate, shim};
 
 for_each_criu!(phaul_migrates_by_the_shim);
@@ -57,21 +57,21 @@ fn phaul(phaul: &Phaul, criu: &Criu, dir: &Path) -> Result<Output> {
     })
 }
 
-fn phaul_migrates_by_the_shim(bed: &Bed, criu: &Criu) -> Result<()> {
+fn phaul_migrates_by_the_shim(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let Some(test) = gate::need("go-criu", Phaul::built()) else {
         return Ok(());
     };
     set_child_subreaper(true)?;
     let _leftovers = KillDescendants;
-    let shim = shim::before(criu, &bed.path("shim"), "")?;
-    let migrated = phaul(&test, &shim, &bed.path("by-shim"))?;
+    let shim = shim::before(criu, &test_dir.path("shim"), "")?;
+    let migrated = phaul(&test, &shim, &test_dir.path("by-shim"))?;
     let said = String::from_utf8_lossy(&migrated.stdout);
     ensure!(
         migrated.status.success() && said.contains("SUCCESS!"),
         "{}: {said}",
         migrated.status
     );
-    let server = bed.path("by-shim/image/remote/1");
+    let server = test_dir.path("by-shim/image/remote/1");
     ensure!(
         server.join("parent").exists(),
         "the second round has no parent"
@@ -81,7 +81,7 @@ fn phaul_migrates_by_the_shim(bed: &Bed, criu: &Criu) -> Result<()> {
         .args(["check", "--feature", "mem_dirty_track"])
         .output()?;
     if !check.status.success() {
-        let alone = phaul(&test, criu, &bed.path("alone"))?;
+        let alone = phaul(&test, criu, &test_dir.path("alone"))?;
         let said = String::from_utf8_lossy(&alone.stdout);
         ensure!(!said.contains("SUCCESS!"), "CRIU does it alone: {said}");
         let log = fs::read_to_string(server.join("ps.log"))?;

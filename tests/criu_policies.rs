@@ -7,7 +7,6 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use testbed::bed::Bed;
 use testbed::daemons::Make;
 use testbed::debian::Suite;
 use testbed::load::content::Content;
@@ -16,19 +15,20 @@ use testbed::load::spec::{AreaSpec, LoadSpec, Mapping};
 use testbed::postcopy::{Plan, PostCopy, Source};
 use testbed::process::run;
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::workspace::example;
 
 /// Pages of the process that is restored.
 const PAGES: u32 = 4096;
 
-fn spec(bed: &Bed, name: &str) -> LoadSpec {
+fn spec(test_dir: &TestDir, name: &str) -> LoadSpec {
     let areas = vec![AreaSpec::new(Mapping::Private, PAGES, Content::Mixed)];
-    LoadSpec::new(bed.path(name), areas)
+    LoadSpec::new(test_dir.path(name), areas)
 }
 
 /// A directory in which an example is lazy-client.
-fn as_lazy_client(bed: &Bed, name: &str) -> Result<PathBuf> {
-    let dir = bed.path(&format!("{name}-bin"));
+fn as_lazy_client(test_dir: &TestDir, name: &str) -> Result<PathBuf> {
+    let dir = test_dir.path(&format!("{name}-bin"));
     fs::create_dir_all(&dir)?;
     symlink(example(name)?, dir.join("lazy-client"))?;
     Ok(dir)
@@ -36,7 +36,7 @@ fn as_lazy_client(bed: &Bed, name: &str) -> Result<PathBuf> {
 
 #[test]
 fn policies_are_simulated_and_restore() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         for name in ["in_order", "whole_regions"] {
             let said = run(Command::new(example(name)?).arg("simulate"))?;
             let said = String::from_utf8(said.stdout)?;
@@ -44,13 +44,16 @@ fn policies_are_simulated_and_restore() {
             for who in ["today's", "this"] {
                 ensure!(said.matches(who).count() == 2, "{said}");
             }
-            let dir = as_lazy_client(bed, name)?;
+            let dir = as_lazy_client(test_dir, name)?;
             let plan = Plan::new(criu, Source::Dump, Make::Build(&dir));
-            let mut moved = PostCopy::start(bed, &plan, spec(bed, name), &verifying())?;
+            let mut moved = PostCopy::start(test_dir, &plan, spec(test_dir, name), &verifying())?;
             moved.reports()?;
             moved.finish()?;
             drop(moved);
-            fs::rename(bed.path("dumped"), bed.path(&format!("dumped-{name}")))?;
+            fs::rename(
+                test_dir.path("dumped"),
+                test_dir.path(&format!("dumped-{name}")),
+            )?;
         }
         Ok(())
     });
@@ -58,18 +61,18 @@ fn policies_are_simulated_and_restore() {
 
 #[test]
 fn a_recorded_trace_is_fed_to_a_policy() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let trace = bed.path("faults.trace");
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let trace = test_dir.path("faults.trace");
         let plan = Plan {
             client_options: vec!["--trace".into(), trace.display().to_string()],
             ..Plan::new(criu, Source::Local, Make::Ours)
         };
-        let mut moved = PostCopy::start(bed, &plan, spec(bed, "load"), &verifying())?;
+        let mut moved = PostCopy::start(test_dir, &plan, spec(test_dir, "load"), &verifying())?;
         moved.reports()?;
         moved.finish()?;
         for policy in ["adaptive", "recording"] {
             let mut replay = Command::new(example("replay")?);
-            replay.arg(&trace).arg(bed.path("dumped")).arg(policy);
+            replay.arg(&trace).arg(test_dir.path("dumped")).arg(policy);
             let said = run(&mut replay)?;
             let said = String::from_utf8(said.stdout)?;
             let mut lines = said.lines();

@@ -1,7 +1,6 @@
 //! A real CRIU dumps into a page server, and restores from what it stored.
 
 use anyhow::{Result, ensure};
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::{Options, PageServer};
 use testbed::for_each_criu;
@@ -13,15 +12,16 @@ use testbed::rounds::pages_file_bytes;
 use testbed::stats;
 use testbed::suite::make;
 use testbed::sys::WORD_BYTES;
+use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
 
 for_each_criu!(one_process_with_mixed_pages, a_tree_with_shared_memory);
 
 /// Dumps `spec` through a page server, restores it, and lets every process check its memory.
-fn dump_and_restore(bed: &Bed, criu: &Criu, spec: LoadSpec) -> Result<()> {
+fn dump_and_restore(test_dir: &TestDir, criu: &Criu, spec: LoadSpec) -> Result<()> {
     let mut load = Load::start(spec, None)?;
     let before = load.run_everywhere(&[Step::Status])?;
-    let images = bed.path("images");
+    let images = test_dir.path("images");
     let server = PageServer::receiving(make(criu), &Options::new(&images))?;
     Dump::new(criu, load.pid(), &images)
         .to(server.address())
@@ -48,10 +48,10 @@ fn dump_and_restore(bed: &Bed, criu: &Criu, spec: LoadSpec) -> Result<()> {
     Ok(())
 }
 
-fn one_process_with_mixed_pages(bed: &Bed, criu: &Criu) -> Result<()> {
-    dump_and_restore(bed, criu, LoadSpec::mixed(bed.path("load"), 64))
+fn one_process_with_mixed_pages(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    dump_and_restore(test_dir, criu, LoadSpec::mixed(test_dir.path("load"), 64))
 }
 
-fn a_tree_with_shared_memory(bed: &Bed, criu: &Criu) -> Result<()> {
-    dump_and_restore(bed, criu, LoadSpec::tree(bed.path("load"), 48, 4))
+fn a_tree_with_shared_memory(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    dump_and_restore(test_dir, criu, LoadSpec::tree(test_dir.path("load"), 48, 4))
 }

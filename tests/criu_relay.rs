@@ -3,7 +3,6 @@
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::{Make, Options, PageServer};
 use testbed::for_each_criu;
@@ -16,6 +15,7 @@ use testbed::pki::{Authority, Host};
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::proxy::{Direction, Link, Proxy};
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 
 for_each_criu!(
@@ -36,12 +36,12 @@ fn relay() -> Link {
     }
 }
 
-fn spec(bed: &Bed) -> LoadSpec {
-    LoadSpec::mixed(bed.path("load"), MIB).careful()
+fn spec(test_dir: &TestDir) -> LoadSpec {
+    LoadSpec::mixed(test_dir.path("load"), MIB).careful()
 }
 
-fn under_way(bed: &Bed, plan: &Plan<'_>) -> Result<PostCopy> {
-    let mut moving = PostCopy::start(bed, plan, spec(bed), &[])?;
+fn under_way(test_dir: &TestDir, plan: &Plan<'_>) -> Result<PostCopy> {
+    let mut moving = PostCopy::start(test_dir, plan, spec(test_dir), &[])?;
     wait::until("a part of the memory", GENEROUS, || {
         let over = moving.daemon.process().ended()?.is_some();
         Ok((over || moving.received() > A_PART).then_some(()))
@@ -63,34 +63,34 @@ fn expect_alive(load: &mut Load) -> Result<()> {
     Ok(())
 }
 
-fn client_ended_by_a_signal(bed: &Bed, criu: &Criu) -> Result<()> {
+fn client_ended_by_a_signal(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let plan = Plan::new(criu, Source::Dump, Make::Ours).over(relay());
-    let mut moving = under_way(bed, &plan)?;
+    let mut moving = under_way(test_dir, &plan)?;
     moving.daemon.process().signal(Signal::SIGTERM)?;
     moving.daemon.process().fail(GENEROUS)?;
     expect_source_alive(&mut moving)
 }
 
 /// Nobody but the process that stands by can say anything.
-fn client_killed(bed: &Bed, criu: &Criu) -> Result<()> {
+fn client_killed(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let plan = Plan::new(criu, Source::Dump, Make::Ours).over(relay());
-    let mut moving = under_way(bed, &plan)?;
+    let mut moving = under_way(test_dir, &plan)?;
     moving.daemon.kill_for_standby()?.fail()?;
     expect_source_alive(&mut moving)
 }
 
-fn forwarder_ended(bed: &Bed, criu: &Criu) -> Result<()> {
-    end_forwarder(bed, criu, Signal::SIGHUP)
+fn forwarder_ended(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    end_forwarder(test_dir, criu, Signal::SIGHUP)
 }
 
 /// Nobody but its guard can say anything.
-fn forwarder_killed(bed: &Bed, criu: &Criu) -> Result<()> {
-    end_forwarder(bed, criu, Signal::SIGKILL)
+fn forwarder_killed(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    end_forwarder(test_dir, criu, Signal::SIGKILL)
 }
 
-fn end_forwarder(bed: &Bed, criu: &Criu, signal: Signal) -> Result<()> {
-    let mut load = Load::start(spec(bed), None)?;
-    let images = bed.path("dumped");
+fn end_forwarder(test_dir: &TestDir, criu: &Criu, signal: Signal) -> Result<()> {
+    let mut load = Load::start(spec(test_dir), None)?;
+    let images = test_dir.path("dumped");
     let address = (std::net::Ipv4Addr::LOCALHOST, free_port()?).into();
     let mut dump = Dump::new(criu, load.pid(), &images).serve_lazily(address)?;
     let relay = Proxy::start(address, relay(), None)?;
@@ -109,9 +109,9 @@ fn end_forwarder(bed: &Bed, criu: &Criu, signal: Signal) -> Result<()> {
 
 #[test]
 fn a_client_that_cannot_begin_says_so() {
-    with_criu(Suite::Trixie, |bed, criu| {
-        let mut load = Load::start(spec(bed), None)?;
-        let images = bed.path("dumped");
+    with_criu(Suite::Trixie, |test_dir, criu| {
+        let mut load = Load::start(spec(test_dir), None)?;
+        let images = test_dir.path("dumped");
         let address = (std::net::Ipv4Addr::LOCALHOST, free_port()?).into();
         let mut dump = Dump::new(criu, load.pid(), &images).serve_lazily(address)?;
         let relay = Proxy::start(address, relay(), None)?;
@@ -129,12 +129,12 @@ fn a_client_that_cannot_begin_says_so() {
 
 #[test]
 fn a_client_over_tls_says_so() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let dir = bed.path("pki");
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let dir = test_dir.path("pki");
         std::fs::create_dir_all(&dir)?;
         let tls = Authority::new(&dir, "ca")?.issue(&Host::LOOPBACK)?;
         let plan = Plan::new(criu, Source::Dump, Make::Ours).over(relay());
-        let mut moving = under_way(bed, &plan.with(&tls.options()))?;
+        let mut moving = under_way(test_dir, &plan.with(&tls.options()))?;
         moving.daemon.process().signal(Signal::SIGINT)?;
         moving.daemon.process().fail(GENEROUS)?;
         expect_source_alive(&mut moving)

@@ -8,12 +8,12 @@ use std::process::Stdio;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use testbed::agent::{Agent, Move};
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::net_three::{DEVICE, EchoClient, ThreeHosts, has_address};
 use testbed::process::Spawned;
 use testbed::routes::NftRoute;
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 use testbed::workspace::binary;
 
@@ -41,14 +41,14 @@ fn serve(hosts: &ThreeHosts) -> Result<Spawned> {
 
 /// Moves the service with `options`; the report tells what came of it.
 fn start(
-    bed: &Bed,
+    test_dir: &TestDir,
     criu: &Criu,
     (hosts, service, agent): (&ThreeHosts, &Spawned, &Agent),
     id: &'static str,
     options: &[&str],
 ) -> Result<(Spawned, Value)> {
     let serve_on = hosts.source.address.to_string();
-    let moves = Move::new(criu, bed.path("source"), id)
+    let moves = Move::new(criu, test_dir.path("source"), id)
         .in_net(&hosts.source.net)
         .with(&["--serve-on", &serve_on])
         .with(options);
@@ -68,16 +68,16 @@ fn talk(hosts: &ThreeHosts, route: &NftRoute<'_>) -> Result<()> {
 
 #[test]
 fn clients_are_led_to_the_destination() {
-    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
+    with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
         for mode in ["cold", "hybrid"] {
             let hosts = ThreeHosts::new()?;
             let service = serve(&hosts)?;
             let route = NftRoute::new(&hosts, PORT)?;
             talk(&hosts, &route)?;
-            let dir = bed.path(&format!("agent-{mode}"));
+            let dir = test_dir.path(&format!("agent-{mode}"));
             let insecure = ["--insecure".to_owned()];
             let agent = Agent::start(&criu.path, &dir, Some(&hosts.destination), &insecure)?;
-            let steps = bed.path(&format!("steps-{mode}"));
+            let steps = test_dir.path(&format!("steps-{mode}"));
             let noted = format!(
                 "exec:echo $PAGEFERRY_ROUTE $PAGEFERRY_MODE $PAGEFERRY_PID >> {}",
                 steps.display()
@@ -89,7 +89,7 @@ fn clients_are_led_to_the_destination() {
             ]
             .concat();
             let place = (&hosts, &service, &agent);
-            let (_, report) = start(bed, criu, place, mode, &options)?;
+            let (_, report) = start(test_dir, criu, place, mode, &options)?;
             ensure!(report["result"] == "moved", "{report}");
             route.expect_there()?;
             talk(&hosts, &route)?;
@@ -106,17 +106,22 @@ fn clients_are_led_to_the_destination() {
 
 #[test]
 fn a_migration_that_is_given_up_gives_its_routes_back() {
-    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
+    with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
         let hosts = ThreeHosts::new()?;
         let mut service = serve(&hosts)?;
         let route = NftRoute::new(&hosts, PORT)?;
         let insecure = ["--insecure".to_owned()];
         let start_agent = |criu: &std::path::Path, name: &str| {
-            Agent::start(criu, &bed.path(name), Some(&hosts.destination), &insecure)
+            Agent::start(
+                criu,
+                &test_dir.path(name),
+                Some(&hosts.destination),
+                &insecure,
+            )
         };
         let agent = start_agent(&criu.path, "agent")?;
         let option = route.option();
-        let steps = bed.path("steps");
+        let steps = test_dir.path("steps");
         let notes = format!("echo $PAGEFERRY_ROUTE >> {}", steps.display());
         let noted = format!("exec:{notes}");
         let fails = format!("exec:{notes}; [ $PAGEFERRY_ROUTE = back ]");
@@ -125,14 +130,14 @@ fn a_migration_that_is_given_up_gives_its_routes_back() {
         for mode in ["cold", "post-copy"] {
             let place = (&hosts, &service, &agent);
             let options = [&["--mode", mode][..], &route_and(&fails)].concat();
-            let (_, report) = start(bed, criu, place, mode, &options)?;
+            let (_, report) = start(test_dir, criu, place, mode, &options)?;
             ensure!(report["result"] == "rolled back", "{report}");
             route.expect_here().with_context(|| mode)?;
             talk(&hosts, &route)?;
         }
         ensure!(fs::read_to_string(&steps)? == "switch\nback\nswitch\nback\n");
         // One that could not be restored has led nobody away.
-        let refuses = bed.path("refuses");
+        let refuses = test_dir.path("refuses");
         let text = format!(
             "#!/bin/sh\n[ \"$1\" = restore ] && exit 1\nexec '{}' \"$@\"\n",
             criu.path.display()
@@ -141,14 +146,14 @@ fn a_migration_that_is_given_up_gives_its_routes_back() {
         fs::set_permissions(&refuses, fs::Permissions::from_mode(0o755))?;
         let refusing = start_agent(&refuses, "refusing")?;
         let place = (&hosts, &service, &refusing);
-        let (_, report) = start(bed, criu, place, "refused", &route_and(&noted))?;
+        let (_, report) = start(test_dir, criu, place, "refused", &route_and(&noted))?;
         ensure!(
             report["result"] == "rolled back" && report["switch_ms"].is_null(),
             "{report}"
         );
         ensure!(fs::read_to_string(&steps)? == "switch\nback\nswitch\nback\n");
         // A command that dies between the two is followed by its guard.
-        let moves = Move::new(criu, bed.path("source"), "killed")
+        let moves = Move::new(criu, test_dir.path("source"), "killed")
             .in_net(&hosts.source.net)
             .with(&["--mode", "cold"])
             .with(&route_and(&killed));
@@ -173,14 +178,14 @@ fn a_migration_that_is_given_up_gives_its_routes_back() {
 /// What leads elsewhere than it says is told before anything is touched; an address is a route, too.
 #[test]
 fn a_route_is_looked_at_first() {
-    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
+    with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
         let hosts = ThreeHosts::new()?;
         let service = serve(&hosts)?;
         let route = NftRoute::new(&hosts, PORT)?;
         let insecure = ["--insecure".to_owned()];
         let agent = Agent::start(
             &criu.path,
-            &bed.path("agent"),
+            &test_dir.path("agent"),
             Some(&hosts.destination),
             &insecure,
         )?;
@@ -200,7 +205,10 @@ fn a_route_is_looked_at_first() {
                 "nft:ip/front/none",
             ),
             (
-                format!("haproxy:{}/web/here->there", bed.path("no.sock").display()),
+                format!(
+                    "haproxy:{}/web/here->there",
+                    test_dir.path("no.sock").display()
+                ),
                 "no.sock",
             ),
             (
@@ -209,7 +217,7 @@ fn a_route_is_looked_at_first() {
             ),
         ];
         for (option, said) in &cases {
-            let moves = Move::new(criu, bed.path("source"), "looked")
+            let moves = Move::new(criu, test_dir.path("source"), "looked")
                 .in_net(&hosts.source.net)
                 .with(&["--mode", "cold", "--route", option]);
             let mut command = moves.start_subject(&["--pid", &pid], &agent)?;
@@ -223,7 +231,13 @@ fn a_route_is_looked_at_first() {
         }
         let address = format!("address:{}@{DEVICE}", ThreeHosts::SERVICE);
         let options = ["--mode", "cold", "--tcp", "close", "--route", &address];
-        let (_, report) = start(bed, criu, (&hosts, &service, &agent), "moved", &options)?;
+        let (_, report) = start(
+            test_dir,
+            criu,
+            (&hosts, &service, &agent),
+            "moved",
+            &options,
+        )?;
         ensure!(
             report["result"] == "moved" && report["switch_ms"].is_number(),
             "{report}"

@@ -9,7 +9,6 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use pageferry::criu::rpc::{Options, Request, ServerInfo, kind};
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::Make;
 use testbed::for_each_criu;
@@ -19,6 +18,7 @@ use testbed::migration::{Dump, Restore};
 use testbed::orphan::Orphan;
 use testbed::suite::make;
 use testbed::swrk::{Swrk, parent_of};
+use testbed::test_dir::TestDir;
 use testbed::workspace::binary;
 
 for_each_criu!(
@@ -70,13 +70,13 @@ fn ask(swrk: &Swrk, kind: i32, images: &Path) -> Result<(SocketAddr, i32)> {
 
 /// Dumps a load to `server`, lets `wait` wait for the server's end, and restores.
 fn dump_and_restore(
-    bed: &Bed,
+    test_dir: &TestDir,
     criu: &Criu,
     images: &Path,
     server: SocketAddr,
     wait: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
-    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
+    let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), MIB), None)?;
     Dump::new(criu, load.pid(), images).to(server).run()?;
     wait()?;
     load.wait_until_gone()?;
@@ -85,8 +85,8 @@ fn dump_and_restore(
 }
 
 /// CRIU itself answers with pid 0 here.
-fn a_server_in_the_background_receives_a_dump(bed: &Bed, criu: &Criu) -> Result<()> {
-    let images = bed.path("images");
+fn a_server_in_the_background_receives_a_dump(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let images = test_dir.path("images");
     let swrk = start(Make::Ours)?;
     let (address, pid) = ask(&swrk, kind::PAGE_SERVER, &images)?;
     let server = Orphan::new(pid)?;
@@ -96,11 +96,11 @@ fn a_server_in_the_background_receives_a_dump(bed: &Bed, criu: &Criu) -> Result<
         parent == std::process::id().cast_signed(),
         "{pid} is a child of {parent}"
     );
-    dump_and_restore(bed, criu, &images, address, || server.succeed())
+    dump_and_restore(test_dir, criu, &images, address, || server.succeed())
 }
 
-fn a_child_server_receives_a_dump(bed: &Bed, criu: &Criu) -> Result<()> {
-    let images = bed.path("images");
+fn a_child_server_receives_a_dump(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let images = test_dir.path("images");
     let swrk = start(make(criu))?;
     let (address, pid) = ask(&swrk, kind::PAGE_SERVER_CHLD, &images)?;
     let parent = parent_of(pid)?;
@@ -108,7 +108,7 @@ fn a_child_server_receives_a_dump(bed: &Bed, criu: &Criu) -> Result<()> {
         parent == swrk.process.pid().as_raw(),
         "{pid} is a child of {parent}"
     );
-    dump_and_restore(bed, criu, &images, address, || {
+    dump_and_restore(test_dir, criu, &images, address, || {
         let ended = swrk.ask(&Request {
             kind: kind::WAIT_PID,
             pid: Some(pid.cast_unsigned()),
@@ -120,9 +120,9 @@ fn a_child_server_receives_a_dump(bed: &Bed, criu: &Criu) -> Result<()> {
 }
 
 /// What runc and crun do with /etc/criu/runc.conf and crun.conf. CRIU is asked the same.
-fn a_file_of_the_request_has_the_last_word(bed: &Bed, criu: &Criu) -> Result<()> {
+fn a_file_of_the_request_has_the_last_word(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     for (name, make) in [("ours", Make::Ours), ("criu", Make::Criu(criu))] {
-        let path = |suffix: &str| bed.path(&format!("{name}-{suffix}"));
+        let path = |suffix: &str| test_dir.path(&format!("{name}-{suffix}"));
         let (asked, obeyed, file) = (path("asked"), path("obeyed"), path("runc.conf"));
         fs::create_dir_all(&asked)?;
         fs::create_dir_all(&obeyed)?;

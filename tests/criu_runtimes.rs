@@ -6,7 +6,6 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::documents::Stage;
 use testbed::load::content::Content;
@@ -18,6 +17,7 @@ use testbed::load::steps::{Order, Step};
 use testbed::rounds::pages_file_bytes;
 use testbed::runc::{self, LOAD_DIR};
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::{debian, for_each_criu, gate};
 
 for_each_criu!(runc_pre_dumps);
@@ -39,12 +39,12 @@ struct Moving {
 impl Moving {
     /// Hosts with `start` carried out at the source, which runs the load as `c1`; nothing without runtimes. The
     /// root file system is `/stage/rootfs`, `$SPEC` the load's description.
-    fn start(bed: &Bed, criu: &Criu, start: &str) -> Result<Option<Moving>> {
+    fn start(test_dir: &TestDir, criu: &Criu, start: &str) -> Result<Option<Moving>> {
         let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
             return Ok(None);
         };
-        let mut stage = Stage::new(bed, &system, criu, "stage")?;
-        let dir = bed.path("stage");
+        let mut stage = Stage::new(test_dir, &system, criu, "stage")?;
+        let dir = test_dir.path("stage");
         runc::make_root(&dir.join("bundle/rootfs"))?;
         fs::create_dir_all(dir.join("load"))?;
         let spec = LoadSpec {
@@ -119,9 +119,9 @@ const RUN: &str = "$RUNTIME run -d --bundle /stage/bundle c1 < /dev/null > /dev/
 const SHIM: &str = "export PATH=/usr/local/lib/pageferry:$PATH PAGEFERRY_EMULATE_PRE_DUMP=always\n";
 
 /// Two pre-dumps and a checkpoint on top of them by `runtime`, each round with what has changed alone.
-fn pre_dumps(bed: &Bed, criu: &Criu, runtime: &str) -> Result<()> {
+fn pre_dumps(test_dir: &TestDir, criu: &Criu, runtime: &str) -> Result<()> {
     let run = RUN.replace("$RUNTIME", runtime);
-    let Some(moving) = Moving::start(bed, criu, &run)? else {
+    let Some(moving) = Moving::start(test_dir, criu, &run)? else {
         return Ok(());
     };
     let round = |number: u32, more: &str| {
@@ -148,8 +148,8 @@ fn pre_dumps(bed: &Bed, criu: &Criu, runtime: &str) -> Result<()> {
     moving.expect_arrived(&reading()).map(drop)
 }
 
-fn runc_pre_dumps(bed: &Bed, criu: &Criu) -> Result<()> {
-    pre_dumps(bed, criu, "runc")
+fn runc_pre_dumps(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    pre_dumps(test_dir, criu, "runc")
 }
 
 /// Runs the container by podman, of an image that both hosts have.
@@ -159,8 +159,8 @@ podman save -o /stage/load.tar load
 podman run -d --name c1 -v /stage/load:/load load /bin/testload --spec "$SPEC"
 "#;
 
-fn start_by_podman(bed: &Bed, criu: &Criu) -> Result<Option<Moving>> {
-    let moving = Moving::start(bed, criu, PODMAN_RUN)?;
+fn start_by_podman(test_dir: &TestDir, criu: &Criu) -> Result<Option<Moving>> {
+    let moving = Moving::start(test_dir, criu, PODMAN_RUN)?;
     if let Some(moving) = &moving {
         moving.at_destination("podman load -i /stage/load.tar")?;
     }
@@ -176,8 +176,8 @@ fn pages_of(moving: &Moving, archive: &str, dir: &str) -> Result<u64> {
     pages_file_bytes(&moving.dir.join(unpacked).join(dir))
 }
 
-fn podman_pre_checkpoints(bed: &Bed, criu: &Criu) -> Result<()> {
-    let Some(moving) = start_by_podman(bed, criu)? else {
+fn podman_pre_checkpoints(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let Some(moving) = start_by_podman(test_dir, criu)? else {
         return Ok(());
     };
     let checkpoint = "podman container checkpoint --compress none";
@@ -215,8 +215,8 @@ fn restore_lazily(moving: &Moving, archive: &str, source: &str) -> Result<()> {
 
 /// The memory goes straight to the destination, where a page server keeps lazy pages apart, and the archive is
 /// completed with the rest.
-fn received_apart(bed: &Bed, criu: &Criu, compress: &str) -> Result<()> {
-    let Some(moving) = start_by_podman(bed, criu)? else {
+fn received_apart(test_dir: &TestDir, criu: &Criu, compress: &str) -> Result<()> {
+    let Some(moving) = start_by_podman(test_dir, criu)? else {
         return Ok(());
     };
     moving.at_destination(&format!(
@@ -239,8 +239,8 @@ fn received_apart(bed: &Bed, criu: &Criu, compress: &str) -> Result<()> {
 }
 
 /// An archive that podman has written is split, and restored from the source's page server.
-fn split_afterwards(bed: &Bed, criu: &Criu) -> Result<()> {
-    let Some(moving) = start_by_podman(bed, criu)? else {
+fn split_afterwards(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let Some(moving) = start_by_podman(test_dir, criu)? else {
         return Ok(());
     };
     moving.at_source(
@@ -273,9 +273,9 @@ macro_rules! with_newer_criu {
 }
 
 with_newer_criu! {
-    crun_pre_dumps: |bed, criu| pre_dumps(bed, criu, "crun");
+    crun_pre_dumps: |test_dir, criu| pre_dumps(test_dir, criu, "crun");
     podman_pre_checkpoints_move: podman_pre_checkpoints;
-    podman_restores_lazily_what_was_received_apart: |bed, criu| received_apart(bed, criu, "");
-    podman_restores_lazily_what_was_compressed_apart: |bed, criu| received_apart(bed, criu, "--compress");
+    podman_restores_lazily_what_was_received_apart: |test_dir, criu| received_apart(test_dir, criu, "");
+    podman_restores_lazily_what_was_compressed_apart: |test_dir, criu| received_apart(test_dir, criu, "--compress");
     podman_restores_lazily_what_was_split: split_afterwards;
 }

@@ -52,16 +52,16 @@ fn expect_refusal(server: &mut PageServer, mut dump: Spawned) -> Result<()> {
 
 #[test]
 fn whoever_receives_it_refuses_it() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         let spec = LoadSpec {
             on_lost_page: OnLostPage::Count,
             pin_own_memory: true,
-            ..LoadSpec::mixed(bed.path("load"), MIB)
+            ..LoadSpec::mixed(test_dir.path("load"), MIB)
         };
         let plan = Plan::new(criu, Source::Dump, Make::Ours).over(SLOW);
-        let mut moving = PostCopy::start(bed, &plan, spec, &[])?;
+        let mut moving = PostCopy::start(test_dir, &plan, spec, &[])?;
 
-        let (images, again) = (bed.path("received"), bed.path("again-received"));
+        let (images, again) = (test_dir.path("received"), test_dir.path("again-received"));
         let mut server = PageServer::receiving(Make::Ours, &Options::new(&images))?;
         let (ip, port) = (server.address().ip(), server.address().port());
         let (ip, port) = (ip.to_string(), port.to_string());
@@ -70,8 +70,8 @@ fn whoever_receives_it_refuses_it() {
         expect_refusal(&mut server, dump)?;
         moving.load.run(0, &[Step::Status])?;
 
-        let far = PageServer::receiving(Make::Ours, &Options::new(bed.path("far")))?;
-        let (images, again) = (bed.path("near"), bed.path("again-near"));
+        let far = PageServer::receiving(Make::Ours, &Options::new(test_dir.path("far")))?;
+        let (images, again) = (test_dir.path("near"), test_dir.path("again-near"));
         let forward = Options::new(&images).with(&["--forward", &far.address().to_string()]);
         let mut server = PageServer::receiving(Make::Ours, &forward)?;
         let port = server.address().port().to_string();
@@ -80,7 +80,7 @@ fn whoever_receives_it_refuses_it() {
         expect_refusal(&mut server, dump)?;
         moving.load.run(0, &[Step::Status])?;
 
-        let again = bed.path("again-lazily");
+        let again = test_dir.path("again-lazily");
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
         let port = address.port().to_string();
         let to = ["--lazy-pages", "--address", &ip, "--port", &port];

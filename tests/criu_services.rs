@@ -6,11 +6,11 @@
 //! ```
 
 use anyhow::{Context, Result, ensure};
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::gate;
 use testbed::services::{Service, ServiceHosts};
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 
 const MODES: [&str; 4] = ["cold", "pre-copy", "post-copy", "hybrid"];
 
@@ -18,11 +18,11 @@ const MODES: [&str; 4] = ["cold", "pre-copy", "post-copy", "hybrid"];
 const MIB: u32 = 32;
 
 /// Moves the service once, in `mode`. No answer is wrong, no connection ends, and one copy lives.
-fn moved(bed: &Bed, criu: &Criu, service: Service, mode: &str) -> Result<()> {
+fn moved(test_dir: &TestDir, criu: &Criu, service: Service, mode: &str) -> Result<()> {
     let Some(system) = gate::need(service.name(), service.system()) else {
         return Ok(());
     };
-    let mut hosts = ServiceHosts::start(bed, &system, criu, &format!("stage-{mode}"))?;
+    let mut hosts = ServiceHosts::start(test_dir, &system, criu, &format!("stage-{mode}"))?;
     let pid = hosts.serve(service)?;
     let mut clients = service.talk(hosts.client(), hosts.address()?, MIB)?;
     let report = hosts.migrate(pid, mode, &["--max-rounds", "3"])?;
@@ -45,17 +45,18 @@ fn moved(bed: &Bed, criu: &Criu, service: Service, mode: &str) -> Result<()> {
 }
 
 fn in_each_mode(suite: Suite, service: Service) {
-    with_criu(suite, |bed, criu| {
+    with_criu(suite, |test_dir, criu| {
         MODES.iter().try_for_each(|mode| {
-            moved(bed, criu, service, mode).with_context(|| format!("{} {mode}", service.name()))
+            moved(test_dir, criu, service, mode)
+                .with_context(|| format!("{} {mode}", service.name()))
         })
     });
 }
 
 #[test]
 fn a_redis_moves_under_load() {
-    with_criu(Suite::Sid, |bed, criu| {
-        moved(bed, criu, Service::Redis, "hybrid")
+    with_criu(Suite::Sid, |test_dir, criu| {
+        moved(test_dir, criu, Service::Redis, "hybrid")
     });
 }
 

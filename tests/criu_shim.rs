@@ -12,7 +12,6 @@ use nix::sys::socket::{
 };
 use pageferry::criu::rpc::{Options as RequestOptions, Request, Response, ServerInfo, kind};
 use prost::Message;
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::for_each_criu;
 use testbed::load::Load;
@@ -23,6 +22,7 @@ use testbed::orphan::Orphan;
 use testbed::process::{Spawned, run};
 use testbed::shim;
 use testbed::swrk::Swrk;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 
 for_each_criu!(
@@ -37,8 +37,12 @@ const MIB: u32 = 32;
 const VERSION: i32 = 10;
 const CHECK: i32 = 3;
 
-fn shim_of(bed: &Bed, criu: &Criu) -> Result<Criu> {
-    shim::before(criu, &bed.path("shim"), "PAGEFERRY_EMULATE_PRE_DUMP=always")
+fn shim_of(test_dir: &TestDir, criu: &Criu) -> Result<Criu> {
+    shim::before(
+        criu,
+        &test_dir.path("shim"),
+        "PAGEFERRY_EMULATE_PRE_DUMP=always",
+    )
 }
 
 fn pages_bytes(images: &Path) -> Result<u64> {
@@ -86,10 +90,10 @@ fn copies_that_hand_to_each_other_are_refused() -> Result<()> {
 }
 
 /// Two pre-dumps and a dump on the command line, with and without a page server.
-fn pre_dumps_store_what_has_changed(bed: &Bed, criu: &Criu) -> Result<()> {
-    let shim = shim_of(bed, criu)?;
-    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
-    let round = |number: u32| bed.path(&number.to_string());
+fn pre_dumps_store_what_has_changed(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let shim = shim_of(test_dir, criu)?;
+    let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), MIB), None)?;
+    let round = |number: u32| test_dir.path(&number.to_string());
     let pre_dump = |load: &Load, number: u32, parent: &[&str]| {
         fs::create_dir_all(round(number))?;
         let mut command = Command::new(&shim.path);
@@ -144,9 +148,9 @@ fn request(kind: i32, images: Option<&File>) -> Request {
 }
 
 /// Several requests over one connection: the version, two page servers, and how one of them ended.
-fn requests_are_answered_by_the_right_one(bed: &Bed, criu: &Criu) -> Result<()> {
-    let shim = shim_of(bed, criu)?;
-    let images = bed.path("images");
+fn requests_are_answered_by_the_right_one(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let shim = shim_of(test_dir, criu)?;
+    let images = test_dir.path("images");
     fs::create_dir_all(&images)?;
     let dir = File::open(&images)?;
     let swrk = Swrk::start(Command::new(&shim.path))?;
@@ -222,17 +226,21 @@ fn ask(path: &Path, request: &Request) -> Result<Response> {
     Ok(Response::decode(&answer[..bytes])?)
 }
 
-fn a_service_answers_as_criu_does(bed: &Bed, criu: &Criu) -> Result<()> {
-    let shim = shim_of(bed, criu)?;
-    let images = bed.path("images");
+fn a_service_answers_as_criu_does(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let shim = shim_of(test_dir, criu)?;
+    let images = test_dir.path("images");
     fs::create_dir_all(&images)?;
-    let path = bed.path("service");
+    let path = test_dir.path("service");
     let mut command = Command::new(&shim.path);
     command
         .args(["service", "-o", "service.log", "-v4", "--address"])
         .arg(&path);
-    command.arg("-W").arg(bed.dir());
-    let mut service = Spawned::start("criu service", &mut command, Some(bed.path("service.log")))?;
+    command.arg("-W").arg(test_dir.dir());
+    let mut service = Spawned::start(
+        "criu service",
+        &mut command,
+        Some(test_dir.path("service.log")),
+    )?;
     wait::until("the service's socket", GENEROUS, || {
         ensure!(
             service.ended()?.is_none(),

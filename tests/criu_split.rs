@@ -5,7 +5,6 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Result, ensure};
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
 use testbed::debian::Suite;
@@ -16,6 +15,7 @@ use testbed::migration::{Dump, Restore};
 use testbed::rounds::pages_file_bytes;
 use testbed::stats;
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
 use testbed::workspace;
 
@@ -23,9 +23,9 @@ const MIB: u32 = 16;
 
 #[test]
 fn split_images_are_restored_lazily_from_their_rest() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let mut load = Load::start(LoadSpec::tree(bed.path("load"), 16, 2), None)?;
-        let (images, lazy) = (bed.path("images"), bed.path("lazy"));
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let mut load = Load::start(LoadSpec::tree(test_dir.path("load"), 16, 2), None)?;
+        let (images, lazy) = (test_dir.path("images"), test_dir.path("lazy"));
         Dump::new(criu, load.pid(), &images).run()?;
         load.wait_until_gone()?;
         let whole = pages_file_bytes(&images)?;
@@ -63,14 +63,14 @@ fn restore_lazily(
 
 /// Dumps to a page server that keeps lazy pages apart, and restores from what it has made. `forwarded`: the dump
 /// goes through a page server at the source.
-fn received_apart(bed: &Bed, criu: &Criu, extra: &[&str], forwarded: bool) -> Result<()> {
-    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), MIB), None)?;
-    let (images, lazy) = (bed.path("images"), bed.path("lazy"));
+fn received_apart(test_dir: &TestDir, criu: &Criu, extra: &[&str], forwarded: bool) -> Result<()> {
+    let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), MIB), None)?;
+    let (images, lazy) = (test_dir.path("images"), test_dir.path("lazy"));
     let options = Options::new(&images).with(&["--split-lazy", &lazy.to_string_lossy()]);
     let server = PageServer::receiving(Make::Ours, &options.with(extra))?;
     let dump = Dump::new(criu, load.pid(), &images);
     match forwarded {
-        true => dump.forwarded_to(server, &bed.path("source"))?,
+        true => dump.forwarded_to(server, &test_dir.path("source"))?,
         false => dump.received_by(server)?,
     }
     load.wait_until_gone()?;
@@ -91,25 +91,28 @@ fn received_apart(bed: &Bed, criu: &Criu, extra: &[&str], forwarded: bool) -> Re
 
 #[test]
 fn lazy_pages_are_received_apart() {
-    with_criu(Suite::Sid, |bed, criu| {
-        received_apart(bed, criu, &[], false)
+    with_criu(Suite::Sid, |test_dir, criu| {
+        received_apart(test_dir, criu, &[], false)
     });
 }
 
 #[test]
 fn lazy_pages_are_received_apart_and_compressed() {
-    let received = |bed: &Bed, criu: &Criu| received_apart(bed, criu, &["--compress"], false);
+    let received =
+        |test_dir: &TestDir, criu: &Criu| received_apart(test_dir, criu, &["--compress"], false);
     with_criu(Suite::Sid, received);
 }
 
 #[test]
 fn criu_4_1_may_send_what_is_compressed_apart() {
-    let received = |bed: &Bed, criu: &Criu| received_apart(bed, criu, &["--compress"], false);
+    let received =
+        |test_dir: &TestDir, criu: &Criu| received_apart(test_dir, criu, &["--compress"], false);
     with_criu(Suite::Trixie, received);
 }
 
 #[test]
 fn lazy_pages_are_received_apart_from_another_page_server() {
-    let received = |bed: &Bed, criu: &Criu| received_apart(bed, criu, &["--compress"], true);
+    let received =
+        |test_dir: &TestDir, criu: &Criu| received_apart(test_dir, criu, &["--compress"], true);
     with_criu(Suite::Sid, received);
 }

@@ -4,7 +4,6 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::Make;
 use testbed::load::scenarios::{reshaping, verifying};
@@ -15,6 +14,7 @@ use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::process::descendants;
 use testbed::suite::with_criu;
 use testbed::summary;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 
 const MIB: u32 = 64;
@@ -22,16 +22,16 @@ const MIB: u32 = 64;
 const HALF_WAY: u64 = 24 << 20;
 
 /// A post-copy over a slow link from a page server of ours that stays for several sessions.
-fn served(bed: &Bed, criu: &Criu, options: &[&str], steps: &[Step]) -> Result<PostCopy> {
+fn served(test_dir: &TestDir, criu: &Criu, options: &[&str], steps: &[Step]) -> Result<PostCopy> {
     let plan = Plan {
         source_options: vec!["--keep".to_owned()],
         ..Plan::ours(criu, Source::PageServer(Make::Ours), options).over(slow_link())
     };
-    PostCopy::start(bed, &plan, careful(bed), steps)
+    PostCopy::start(test_dir, &plan, careful(test_dir), steps)
 }
 
-fn careful(bed: &Bed) -> LoadSpec {
-    LoadSpec::mixed(bed.path("load"), MIB).careful()
+fn careful(test_dir: &TestDir) -> LoadSpec {
+    LoadSpec::mixed(test_dir.path("load"), MIB).careful()
 }
 
 fn wait_until_received(moving: &mut PostCopy, bytes: u64) -> Result<()> {
@@ -54,10 +54,10 @@ fn expect_all_came(path: &Path) -> Result<()> {
 
 #[test]
 fn a_source_that_serves_again_is_gone_on_with() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let path = bed.path("summary.json");
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let path = test_dir.path("summary.json");
         let options = ["--summary-json", &path.to_string_lossy()];
-        let mut moving = served(bed, criu, &options, &verifying())?;
+        let mut moving = served(test_dir, criu, &options, &verifying())?;
         wait_until_received(&mut moving, HALF_WAY)?;
         let standby = moving.daemon.kill_for_standby()?;
         moving.reports()?;
@@ -69,8 +69,8 @@ fn a_source_that_serves_again_is_gone_on_with() {
 
 /// The process forks, moves, unmaps and gives back memory meanwhile: who takes over must know where it is.
 fn killed_while_memory_is_reshaped(suite: Suite, received: u64) {
-    with_criu(suite, |bed, criu| {
-        let mut moving = served(bed, criu, &[], &reshaping())?;
+    with_criu(suite, |test_dir, criu| {
+        let mut moving = served(test_dir, criu, &[], &reshaping())?;
         wait_until_received(&mut moving, received)?;
         let standby = moving.daemon.kill_for_standby()?;
         moving.reports()?;
@@ -95,13 +95,13 @@ fn memory_is_reshaped_late() {
 
 #[test]
 fn a_forwarder_pushes_to_who_takes_over() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         // The session of the one that was killed is waited for as well.
         let plan = Plan {
             source_options: ["--reconnect-timeout", "2"].map(str::to_owned).into(),
             ..Plan::ours(criu, Source::Forwarder, &["--ferry"]).over(slow_link())
         };
-        let mut moving = PostCopy::start(bed, &plan, careful(bed), &verifying())?;
+        let mut moving = PostCopy::start(test_dir, &plan, careful(test_dir), &verifying())?;
         wait_until_received(&mut moving, HALF_WAY)?;
         let standby = moving.daemon.kill_for_standby()?;
         moving.reports()?;
@@ -118,10 +118,10 @@ fn a_forwarder_pushes_to_who_takes_over() {
 
 #[test]
 fn local_images_are_gone_on_with() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         // So slow that it has brought next to nothing when it is killed.
         let plan = Plan::ours(criu, Source::Local, &["--max-bandwidth", "16K"]);
-        let mut moving = PostCopy::start(bed, &plan, careful(bed), &[])?;
+        let mut moving = PostCopy::start(test_dir, &plan, careful(test_dir), &[])?;
         let standby = moving.daemon.kill_for_standby()?;
         moving.expect_all_right()?;
         standby.succeed()
@@ -130,8 +130,8 @@ fn local_images_are_gone_on_with() {
 
 #[test]
 fn a_restore_that_ends_in_order_leaves_nobody() {
-    with_criu(Suite::Trixie, |bed, criu| {
-        let mut moving = served(bed, criu, &[], &verifying())?;
+    with_criu(Suite::Trixie, |test_dir, criu| {
+        let mut moving = served(test_dir, criu, &[], &verifying())?;
         let standby = descendants(moving.daemon.process().pid());
         ensure!(standby.len() == 1, "{} processes stand by", standby.len());
         moving.reports()?;

@@ -10,7 +10,6 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
 use testbed::images::copy_without_lazy_pages;
@@ -25,14 +24,15 @@ use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::process::{descendants, run};
 use testbed::proxy::Link;
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 
 const MIB: u32 = 64;
 /// A part of a post-copy of [`MIB`], bytes.
 const A_PART: u64 = 8 << 20;
 
-fn spec(bed: &Bed) -> LoadSpec {
-    LoadSpec::mixed(bed.path("load"), MIB).careful()
+fn spec(test_dir: &TestDir) -> LoadSpec {
+    LoadSpec::mixed(test_dir.path("load"), MIB).careful()
 }
 
 fn wait_for_a_part(moving: &PostCopy) -> Result<()> {
@@ -58,9 +58,9 @@ fn both(moving: &mut PostCopy) -> Vec<Pid> {
 /// As service managers stop things, even those that hold: SIGTERM, and SIGKILL to all a moment later.
 #[test]
 fn ended_and_killed_a_moment_later() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         let plan = Plan::ours(criu, Source::Dump, &["--on-loss", "hold"]).over(slow_link());
-        let mut moving = PostCopy::start(bed, &plan, spec(bed), &[])?;
+        let mut moving = PostCopy::start(test_dir, &plan, spec(test_dir), &[])?;
         wait_for_a_part(&moving)?;
         let both = both(&mut moving);
         let standby = Orphan::new(both.get(1).context("who stands by")?.as_raw())?;
@@ -87,17 +87,17 @@ fn ended_and_killed_a_moment_later() {
 /// Local images alone, of which next to nothing has been installed when both processes hear the signal.
 #[test]
 fn signals_to_both_processes_lose_nothing() {
-    with_criu(Suite::Trixie, |bed, criu| {
+    with_criu(Suite::Trixie, |test_dir, criu| {
         let cases: [(&str, &[&str]); 3] = [
             ("HUP", &["--on-loss", "hold"]),
             ("QUIT", &["--on-loss", "kill", "--no-standby"]),
             ("64", &[]),
         ];
         for (signal, options) in cases {
-            let bed = Bed::new_in(bed.dir())?;
+            let test_dir = TestDir::new_in(test_dir.dir())?;
             let options: Vec<&str> = [options, &["--max-bandwidth", "16K"]].concat();
             let plan = Plan::ours(criu, Source::Local, &options);
-            let mut moving = PostCopy::start(&bed, &plan, spec(&bed), &[])?;
+            let mut moving = PostCopy::start(&test_dir, &plan, spec(&test_dir), &[])?;
             let both: Vec<String> = both(&mut moving).iter().map(Pid::to_string).collect();
             run(Command::new("kill").arg(format!("-{signal}")).args(&both))?;
             moving.daemon.process().wait(GENEROUS)?;
@@ -116,7 +116,7 @@ fn signals_to_both_processes_lose_nothing() {
 /// Generations of children, and descriptors for a part of them, when the client is told to end. Returns what runs on and
 /// the number of the command that it carries out.
 fn told_to_end_without_descriptors(
-    bed: &Bed,
+    test_dir: &TestDir,
     criu: &Criu,
     policy: &str,
     (mib, depth): (u32, u32),
@@ -130,9 +130,9 @@ fn told_to_end_without_descriptors(
     let spec = LoadSpec {
         on_lost_page: OnLostPage::Count,
         pin_own_memory: true,
-        ..LoadSpec::mixed(bed.path("load"), mib)
+        ..LoadSpec::mixed(test_dir.path("load"), mib)
     };
-    let mut moving = PostCopy::start(bed, &plan, spec, &[])?;
+    let mut moving = PostCopy::start(test_dir, &plan, spec, &[])?;
     for pid in both(&mut moving) {
         let limit = ["--nofile=40:40", "--pid", &pid.to_string()];
         run(Command::new("prlimit").args(limit))?;
@@ -148,8 +148,8 @@ fn told_to_end_without_descriptors(
 
 #[test]
 fn processes_are_killed_for_want_of_descriptors_too() {
-    with_criu(Suite::Experimental, |bed, criu| {
-        let (moving, _) = told_to_end_without_descriptors(bed, criu, "kill", (MIB, 60))?;
+    with_criu(Suite::Experimental, |test_dir, criu| {
+        let (moving, _) = told_to_end_without_descriptors(test_dir, criu, "kill", (MIB, 60))?;
         let pid = u32::try_from(moving.load.pid().as_raw())?;
         let end = moving.restored.wait_for_end(pid, GENEROUS)?;
         ensure!(end == "killed SIGKILL", "the restored process {end}");
@@ -159,9 +159,9 @@ fn processes_are_killed_for_want_of_descriptors_too() {
 
 #[test]
 fn processes_are_poisoned_for_want_of_descriptors_too() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         let depth = 100;
-        let (moving, seq) = told_to_end_without_descriptors(bed, criu, "poison", (8, depth))?;
+        let (moving, seq) = told_to_end_without_descriptors(test_dir, criu, "poison", (8, depth))?;
         let report = moving.load.receive(0, seq, GENEROUS)?;
         expect_no_zeros(&report)?;
         let failed = report.every_step().find_map(|step| step.failure.as_ref());
@@ -251,19 +251,19 @@ fn stopped_by(
 /// signals stand for all, of which [`every_signal_that_ends_a_process_ends_in_order`] has each.
 #[test]
 fn every_policy_holds_for_every_end() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         let mut load = Load::start(
             LoadSpec {
                 on_lost_page: OnLostPage::Count,
                 pin_own_memory: true,
-                ..LoadSpec::mixed(bed.path("load"), 4)
+                ..LoadSpec::mixed(test_dir.path("load"), 4)
             },
             None,
         )?;
-        let images = bed.path("dumped");
+        let images = test_dir.path("dumped");
         Dump::new(criu, load.pid(), &images).run()?;
         load.wait_until_gone()?;
-        let here = bed.path("restored");
+        let here = test_dir.path("restored");
         copy_without_lazy_pages(&images, &here)?;
         let options = Options::new(&images).with(&["--keep"]);
         let server = PageServer::serving(Make::Ours, &options.log_to("serve.log"))?;
@@ -290,9 +290,9 @@ const LEFT_OUT: [i32; 11] = [9, 13, 17, 18, 19, 20, 21, 22, 23, 25, 28];
 /// All of them, the real-time ones and the two of the C library too.
 #[test]
 fn every_signal_that_ends_a_process_ends_in_order() {
-    with_criu(Suite::Trixie, |bed, criu| {
-        let load = Load::start(LoadSpec::mixed(bed.path("load"), 4), None)?;
-        let images = bed.path("images");
+    with_criu(Suite::Trixie, |test_dir, criu| {
+        let load = Load::start(LoadSpec::mixed(test_dir.path("load"), 4), None)?;
+        let images = test_dir.path("images");
         Dump::new(criu, load.pid(), &images).run()?;
         for number in (1..=64).filter(|number| !LEFT_OUT.contains(number)) {
             let options = Options::new(&images).log_to("lazy.log");

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use nix::unistd::Pid;
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::{Make, Options, PageServer};
 use testbed::gate;
@@ -23,6 +22,7 @@ use testbed::process::tail;
 use testbed::proxy::{Direction, Proxy};
 use testbed::suite::with_criu;
 use testbed::systemd::Systemd;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 use testbed::workspace;
 
@@ -44,18 +44,18 @@ struct Moving<'a> {
     sent: Vec<u64>,
 }
 
-fn with_systemd(suite: Suite, test: impl FnOnce(&Bed, &Criu, &Systemd) -> Result<()>) {
+fn with_systemd(suite: Suite, test: impl FnOnce(&TestDir, &Criu, &Systemd) -> Result<()>) {
     let Some(usr) = gate::systemd() else {
         return;
     };
-    with_criu(suite, |bed, criu| {
-        let systemd = Systemd::start(&usr, bed.dir())?;
-        test(bed, criu, &systemd)
+    with_criu(suite, |test_dir, criu| {
+        let systemd = Systemd::start(&usr, test_dir.dir())?;
+        test(test_dir, criu, &systemd)
     });
 }
 
-fn spec(bed: &Bed) -> LoadSpec {
-    LoadSpec::mixed(bed.path("load"), MIB).careful()
+fn spec(test_dir: &TestDir) -> LoadSpec {
+    LoadSpec::mixed(test_dir.path("load"), MIB).careful()
 }
 
 fn write_unit(systemd: &Systemd, images: &Path, options: &str, more: &str) -> Result<()> {
@@ -143,12 +143,12 @@ impl<'a> Moving<'a> {
 }
 
 /// Images without their pages, and a server of ours that has them behind a slow link.
-fn served(bed: &Bed, criu: &Criu) -> Result<(Load, PathBuf, PageServer, Proxy)> {
-    let mut load = Load::start(spec(bed), None)?;
-    let images = bed.path("dumped");
+fn served(test_dir: &TestDir, criu: &Criu) -> Result<(Load, PathBuf, PageServer, Proxy)> {
+    let mut load = Load::start(spec(test_dir), None)?;
+    let images = test_dir.path("dumped");
     Dump::new(criu, load.pid(), &images).run()?;
     load.wait_until_gone()?;
-    let here = bed.path("restored");
+    let here = test_dir.path("restored");
     copy_without_lazy_pages(&images, &here)?;
     let options = Options::new(&images).with(&["--keep"]);
     let server = PageServer::serving(Make::Ours, &options.log_to("serve.log"))?;
@@ -172,8 +172,8 @@ fn wait_for_half(proxy: &Proxy, log: &Path) -> Result<()> {
 }
 
 fn killed_half_way(suite: Suite, more: &str, steps: &[Step]) {
-    with_systemd(suite, |bed, criu, systemd| {
-        let (load, images, _server, proxy) = served(bed, criu)?;
+    with_systemd(suite, |test_dir, criu, systemd| {
+        let (load, images, _server, proxy) = served(test_dir, criu)?;
         let options = source_options(proxy.address());
         let unit = (options.as_str(), more);
         let moving = Moving::start(systemd, criu, load, &images, unit, steps)?;
@@ -220,9 +220,9 @@ fn waits_for_page(pid: Pid) -> bool {
 /// Killed twice, and started by hand: whoever touches missing memory while nobody is there waits, and is served.
 #[test]
 fn who_waits_during_the_outage_is_served_afterwards() {
-    with_systemd(Suite::Trixie, |bed, criu, systemd| {
-        let mut load = Load::start(spec(bed), None)?;
-        let images = bed.path("dumped");
+    with_systemd(Suite::Trixie, |test_dir, criu, systemd| {
+        let mut load = Load::start(spec(test_dir), None)?;
+        let images = test_dir.path("dumped");
         Dump::new(criu, load.pid(), &images).run()?;
         load.wait_until_gone()?;
         let slow = ("--max-bandwidth 16K", STARTED_BY_HAND);
@@ -256,9 +256,9 @@ fn who_waits_during_the_outage_is_served_afterwards() {
 /// Only the dump had the pages, and its one connection is gone: they are poisoned, and the source goes on.
 #[test]
 fn what_a_dump_had_is_poisoned() {
-    with_systemd(Suite::Sid, |bed, criu, systemd| {
-        let load = Load::start(spec(bed), None)?;
-        let images = bed.path("dumped");
+    with_systemd(Suite::Sid, |test_dir, criu, systemd| {
+        let load = Load::start(spec(test_dir), None)?;
+        let images = test_dir.path("dumped");
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
         let mut dump = Dump::new(criu, load.pid(), &images).serve_lazily(address)?;
         let proxy = Proxy::start(address, slow_link(), None)?;
@@ -283,15 +283,15 @@ fn what_a_dump_had_is_poisoned() {
 /// The images are others when the service is started again: nothing of them must come into the processes.
 #[test]
 fn with_other_images_the_processes_are_killed() {
-    with_systemd(Suite::Sid, |bed, criu, systemd| {
-        let (load, images, _server, proxy) = served(bed, criu)?;
+    with_systemd(Suite::Sid, |test_dir, criu, systemd| {
+        let (load, images, _server, proxy) = served(test_dir, criu)?;
         let options = source_options(proxy.address());
         let unit = (options.as_str(), STARTED_BY_HAND);
         let moving = Moving::start(systemd, criu, load, &images, unit, &[])?;
         moving.kill()?;
         systemd.wait_for(UNIT, "ActiveState", "failed")?;
-        let other = Load::start(LoadSpec::mixed(bed.path("other"), 4), None)?;
-        let others = bed.path("others");
+        let other = Load::start(LoadSpec::mixed(test_dir.path("other"), 4), None)?;
+        let others = test_dir.path("others");
         Dump::new(criu, other.pid(), &others).run()?;
         write_unit(systemd, &others, "", STARTED_BY_HAND)?;
         ensure!(
@@ -314,16 +314,16 @@ fn with_other_images_the_processes_are_killed() {
 /// page waits, and an operator has it tried again.
 #[test]
 fn with_images_that_are_away_the_processes_are_held() {
-    with_systemd(Suite::Experimental, |bed, criu, systemd| {
-        let mut load = Load::start(spec(bed), None)?;
-        let images = bed.path("dumped");
+    with_systemd(Suite::Experimental, |test_dir, criu, systemd| {
+        let mut load = Load::start(spec(test_dir), None)?;
+        let images = test_dir.path("dumped");
         Dump::new(criu, load.pid(), &images).run()?;
         load.wait_until_gone()?;
         let slow = ("--max-bandwidth 16K", STARTED_BY_HAND);
         let mut moving = Moving::start(systemd, criu, load, &images, slow, &[])?;
         moving.kill()?;
         systemd.wait_for(UNIT, "ActiveState", "failed")?;
-        let (tree, away) = (images.join("pstree.img"), bed.path("pstree.img"));
+        let (tree, away) = (images.join("pstree.img"), test_dir.path("pstree.img"));
         fs::rename(&tree, &away)?;
         write_unit(systemd, &images, "--on-loss hold --wait 0", STARTED_BY_HAND)?;
         // It says that it is there, or systemd would kill it.

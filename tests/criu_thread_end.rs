@@ -11,7 +11,6 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
 use testbed::for_each_criu;
@@ -19,6 +18,7 @@ use testbed::images::copy_without_lazy_pages;
 use testbed::migration::{Dump, Restore};
 use testbed::net::free_port;
 use testbed::process::Spawned;
+use testbed::test_dir::TestDir;
 use testbed::wait;
 use testbed::workspace;
 
@@ -37,9 +37,9 @@ enum Source {
     Dump,
 }
 
-fn a_lock_is_given_up_by_its_owners_end(bed: &Bed, criu: &Criu) -> Result<()> {
+fn a_lock_is_given_up_by_its_owners_end(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     for source in [Source::Local, Source::PageServer, Source::Dump] {
-        let dir = bed.path(&format!("{source:?}"));
+        let dir = test_dir.path(&format!("{source:?}"));
         let word = end_while_pages_are_missing(criu, source, &dir)?;
         let told = word & OWNER_DIED != 0;
         ensure!(

@@ -5,7 +5,6 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
 use testbed::for_each_criu;
@@ -17,6 +16,7 @@ use testbed::net::free_port;
 use testbed::pki::{Authority, Credentials, Host};
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::process::Spawned;
+use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
 
 for_each_criu!(
@@ -33,24 +33,24 @@ for_each_criu!(
 
 const MIB: u32 = 64;
 
-fn authority(bed: &Bed) -> Result<Authority> {
-    let dir = bed.path("pki");
+fn authority(test_dir: &TestDir) -> Result<Authority> {
+    let dir = test_dir.path("pki");
     fs::create_dir_all(&dir)?;
     Authority::new(&dir, "ca")
 }
 
-fn loopback(bed: &Bed) -> Result<Credentials> {
-    authority(bed)?.issue(&Host::LOOPBACK)
+fn loopback(test_dir: &TestDir) -> Result<Credentials> {
+    authority(test_dir)?.issue(&Host::LOOPBACK)
 }
 
 fn strs(options: &[String]) -> Vec<&str> {
     options.iter().map(String::as_str).collect()
 }
 
-fn a_dump_is_received(bed: &Bed, criu: &Criu) -> Result<()> {
-    let tls = loopback(bed)?.options();
-    let mut load = Load::start(LoadSpec::tree(bed.path("load"), MIB / 2, 3), None)?;
-    let images = bed.path("images");
+fn a_dump_is_received(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let tls = loopback(test_dir)?.options();
+    let mut load = Load::start(LoadSpec::tree(test_dir.path("load"), MIB / 2, 3), None)?;
+    let images = test_dir.path("images");
     let server = PageServer::receiving(Make::Ours, &Options::new(&images).with(&strs(&tls)))?;
     let dump = Dump::new(criu, load.pid(), &images).to(server.address());
     dump.with(&strs(&tls)).run()?;
@@ -61,29 +61,39 @@ fn a_dump_is_received(bed: &Bed, criu: &Criu) -> Result<()> {
 }
 
 /// A post-copy whose processes read everything at random while it is on its way.
-fn fetch(bed: &Bed, criu: &Criu, source: Source<'_>, client: Make<'_>) -> Result<()> {
-    let tls = loopback(bed)?.options();
+fn fetch(test_dir: &TestDir, criu: &Criu, source: Source<'_>, client: Make<'_>) -> Result<()> {
+    let tls = loopback(test_dir)?.options();
     let plan = Plan::new(criu, source, client).with(&tls).over(slow_link());
-    let load = LoadSpec::mixed(bed.path("load"), MIB);
-    let mut moved = PostCopy::start(bed, &plan, load, &reading())?;
+    let load = LoadSpec::mixed(test_dir.path("load"), MIB);
+    let mut moved = PostCopy::start(test_dir, &plan, load, &reading())?;
     moved.reports()?;
     moved.finish()
 }
 
-fn our_client_fetches_from_the_dump(bed: &Bed, criu: &Criu) -> Result<()> {
-    fetch(bed, criu, Source::Dump, Make::Ours)
+fn our_client_fetches_from_the_dump(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    fetch(test_dir, criu, Source::Dump, Make::Ours)
 }
 
-fn our_client_fetches_from_criu_page_server(bed: &Bed, criu: &Criu) -> Result<()> {
-    fetch(bed, criu, Source::PageServer(Make::Criu(criu)), Make::Ours)
+fn our_client_fetches_from_criu_page_server(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    fetch(
+        test_dir,
+        criu,
+        Source::PageServer(Make::Criu(criu)),
+        Make::Ours,
+    )
 }
 
-fn criu_client_fetches_from_our_page_server(bed: &Bed, criu: &Criu) -> Result<()> {
-    fetch(bed, criu, Source::PageServer(Make::Ours), Make::Criu(criu))
+fn criu_client_fetches_from_our_page_server(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    fetch(
+        test_dir,
+        criu,
+        Source::PageServer(Make::Ours),
+        Make::Criu(criu),
+    )
 }
 
-fn our_client_fetches_from_our_page_server(bed: &Bed, criu: &Criu) -> Result<()> {
-    fetch(bed, criu, Source::PageServer(Make::Ours), Make::Ours)
+fn our_client_fetches_from_our_page_server(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    fetch(test_dir, criu, Source::PageServer(Make::Ours), Make::Ours)
 }
 
 fn log_of(process: &Spawned) -> Result<String> {
@@ -101,15 +111,15 @@ fn expect(log: &str, words: &[&str]) -> Result<()> {
 /// A dump with `dumper`'s certificate into a server of ours with `server`'s, which fails: what the two
 /// logs say. The process lives on.
 fn refused_dump(
-    bed: &Bed,
+    test_dir: &TestDir,
     criu: &Criu,
     load: &mut Load,
     dumper: &[String],
     server: &[String],
 ) -> Result<(String, String)> {
-    let options = Options::new(bed.path("images")).with(&strs(server));
+    let options = Options::new(test_dir.path("images")).with(&strs(server));
     let mut server = PageServer::receiving(Make::Ours, &options)?;
-    let dump = Dump::new(criu, load.pid(), bed.path("dump")).to(server.address());
+    let dump = Dump::new(criu, load.pid(), test_dir.path("dump")).to(server.address());
     let mut dump = dump.with(&strs(dumper)).start()?;
     // CRIU 4.1.1 and 4.2.1 are killed by their C library (double free) when a handshake fails.
     let ended = dump.wait(GENEROUS)?;
@@ -119,9 +129,9 @@ fn refused_dump(
     Ok((log_of(&dump)?, log_of(server.process())?))
 }
 
-fn a_bad_dumper_is_refused(bed: &Bed, criu: &Criu) -> Result<()> {
-    let authority = authority(bed)?;
-    let stranger = Authority::new(&bed.path("pki"), "foreign-ca")?;
+fn a_bad_dumper_is_refused(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let authority = authority(test_dir)?;
+    let stranger = Authority::new(&test_dir.path("pki"), "foreign-ca")?;
     let good = authority.issue(&Host::LOOPBACK)?;
     let of = |name, serial| Host {
         name,
@@ -140,36 +150,42 @@ fn a_bad_dumper_is_refused(bed: &Bed, criu: &Criu) -> Result<()> {
     let list = authority.revoke(&[9], 2099)?.display().to_string();
     let mut server = good.options();
     server.extend(["--tls-cacrl".to_owned(), list]);
-    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), 4), None)?;
+    let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), 4), None)?;
     let cases = [
         (&expired, ["CN=expired", "has expired"]),
         (&revoked, ["CN=revoked", "was revoked"]),
         (&foreign, ["CN=foreign", "--tls-cacert"]),
     ];
     for (dumper, words) in cases {
-        let (theirs, ours) = refused_dump(bed, criu, &mut load, &dumper.options(), &server)?;
+        let (theirs, ours) = refused_dump(test_dir, criu, &mut load, &dumper.options(), &server)?;
         expect(&ours, &words)?;
         expect(&theirs, &["tls: "])?;
     }
     Ok(())
 }
 
-fn a_server_of_another_name_is_refused(bed: &Bed, criu: &Criu) -> Result<()> {
-    let authority = authority(bed)?;
+fn a_server_of_another_name_is_refused(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let authority = authority(test_dir)?;
     let good = authority.issue(&Host::LOOPBACK)?;
     let elsewhere = authority.issue(&Host {
         name: "elsewhere",
         alternative_names: &["elsewhere.example"],
         ..Host::LOOPBACK
     })?;
-    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), 4), None)?;
-    let (theirs, _) = refused_dump(bed, criu, &mut load, &good.options(), &elsewhere.options())?;
+    let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), 4), None)?;
+    let (theirs, _) = refused_dump(
+        test_dir,
+        criu,
+        &mut load,
+        &good.options(),
+        &elsewhere.options(),
+    )?;
     expect(&theirs, &["tls: Invalid certificate"])?;
 
     // CRIU serves with that certificate, and asks it of its client as well: it is told not to.
     let mut server = elsewhere.options();
     server.push("--tls-no-cn-verify".to_owned());
-    let (images, log) = lazy_dump_refuses(bed, criu, &mut load, &server, &good.options())?;
+    let (images, log) = lazy_dump_refuses(test_dir, criu, &mut load, &server, &good.options())?;
     expect(&log, &["CN=elsewhere", "is not for 127.0.0.1"])?;
 
     // So told, our client takes it too.
@@ -182,8 +198,8 @@ fn a_server_of_another_name_is_refused(bed: &Bed, criu: &Criu) -> Result<()> {
         source_options: server,
         ..plan
     };
-    let load = LoadSpec::mixed(bed.path("second-load"), 4);
-    let mut moved = PostCopy::start(bed, &plan, load, &reading())?;
+    let load = LoadSpec::mixed(test_dir.path("second-load"), 4);
+    let mut moved = PostCopy::start(test_dir, &plan, load, &reading())?;
     moved.reports()?;
     moved.finish()
 }
@@ -191,13 +207,13 @@ fn a_server_of_another_name_is_refused(bed: &Bed, criu: &Criu) -> Result<()> {
 /// A client of ours that cannot fetch from a lazy dump: the images and the client's log. The process
 /// lives on.
 fn lazy_dump_refuses(
-    bed: &Bed,
+    test_dir: &TestDir,
     criu: &Criu,
     load: &mut Load,
     server: &[String],
     client: &[String],
 ) -> Result<(PathBuf, String)> {
-    let images = bed.path("lazy");
+    let images = test_dir.path("lazy");
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
     let dump = Dump::new(criu, load.pid(), &images).with(&strs(server));
     let mut dump = dump.serve_lazily(address)?;
@@ -218,9 +234,9 @@ fn failed_client(images: &Path, options: &[String], source: SocketAddr) -> Resul
     Ok(fs::read_to_string(log)?)
 }
 
-fn our_refused_client_says_why(bed: &Bed, criu: &Criu) -> Result<()> {
-    let authority = authority(bed)?;
-    let stranger = Authority::new(&bed.path("pki"), "foreign-ca")?;
+fn our_refused_client_says_why(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let authority = authority(test_dir)?;
+    let stranger = Authority::new(&test_dir.path("pki"), "foreign-ca")?;
     let good = authority.issue(&Host::LOOPBACK)?.options();
     let foreign = Host {
         name: "foreign",
@@ -230,16 +246,16 @@ fn our_refused_client_says_why(bed: &Bed, criu: &Criu) -> Result<()> {
         cacert: authority.cacert(),
         ..stranger.issue(&foreign)?
     };
-    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), 4), None)?;
-    let (_, log) = lazy_dump_refuses(bed, criu, &mut load, &good, &foreign.options())?;
+    let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), 4), None)?;
+    let (_, log) = lazy_dump_refuses(test_dir, criu, &mut load, &good, &foreign.options())?;
     expect(&log, &["CN=foreign", "refuse our certificate"])
 }
 
-fn one_side_without_tls_is_told(bed: &Bed, criu: &Criu) -> Result<()> {
-    let tls = loopback(bed)?.options();
-    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), 4), None)?;
+fn one_side_without_tls_is_told(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let tls = loopback(test_dir)?.options();
+    let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), 4), None)?;
     for (dumper, server) in [(&tls[..], &[][..]), (&[][..], &tls[..])] {
-        let (_, ours) = refused_dump(bed, criu, &mut load, dumper, server)?;
+        let (_, ours) = refused_dump(test_dir, criu, &mut load, dumper, server)?;
         expect(&ours, &["--tls"])?;
     }
     Ok(())

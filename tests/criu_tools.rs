@@ -6,7 +6,6 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use testbed::bed::Bed;
 use testbed::criu::{Crit, Criu};
 use testbed::daemons::{Make, Options, PageServer};
 use testbed::debian::{self, Suite};
@@ -15,6 +14,7 @@ use testbed::load::Load;
 use testbed::load::spec::LoadSpec;
 use testbed::migration::{Dump, Restore};
 use testbed::rounds::pages_file_bytes;
+use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
 use testbed::{for_each_criu, gate};
 
@@ -24,9 +24,9 @@ for_each_criu!(
 );
 
 /// Dumps a load of 8 MiB into a page server of ours.
-fn dump(bed: &Bed, criu: &Criu) -> Result<(Load, std::path::PathBuf)> {
-    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), 8), None)?;
-    let images = bed.path("checkpoint");
+fn dump(test_dir: &TestDir, criu: &Criu) -> Result<(Load, std::path::PathBuf)> {
+    let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), 8), None)?;
+    let images = test_dir.path("checkpoint");
     let server = PageServer::receiving(Make::Ours, &Options::new(&images))?;
     Dump::new(criu, load.pid(), &images)
         .to(server.address())
@@ -36,15 +36,15 @@ fn dump(bed: &Bed, criu: &Criu) -> Result<(Load, std::path::PathBuf)> {
     Ok((load, images))
 }
 
-fn tools_see_the_memory(bed: &Bed, criu: &Criu) -> Result<()> {
-    let (load, images) = dump(bed, criu)?;
+fn tools_see_the_memory(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let (load, images) = dump(test_dir, criu)?;
     let pages = pages_file_bytes(&images)? / page_size()?.bytes();
     if let Some(crit) = gate::crit() {
         expect_crit_to_see(&crit, &images, &load, pages)?;
     }
     let checkpointctl = debian::program(Suite::Sid, "checkpointctl", "bin/checkpointctl");
     if let Some(checkpointctl) = gate::need("checkpointctl", checkpointctl) {
-        let said = checkpointctl_says(&checkpointctl, bed)?;
+        let said = checkpointctl_says(&checkpointctl, test_dir)?;
         let mib = (pages * page_size()?.bytes()) as f64 / f64::from(1 << 20);
         let size = format!("{mib:.1} MiB");
         ensure!(said.contains(&size), "not {size}: {said}");
@@ -74,19 +74,19 @@ fn expect_crit_to_see(crit: &Crit, images: &Path, load: &Load, pages: u64) -> Re
 }
 
 /// What `checkpointctl memparse` says of the images, packed as an engine of containers packs them.
-fn checkpointctl_says(checkpointctl: &Path, bed: &Bed) -> Result<String> {
+fn checkpointctl_says(checkpointctl: &Path, test_dir: &TestDir) -> Result<String> {
     std::fs::write(
-        bed.path("config.dump"),
+        test_dir.path("config.dump"),
         r#"{"id":"1","name":"load","rootfsImageName":"none","runtime":"none","createdTime":"2026-01-01T00:00:00Z"}"#,
     )?;
     std::fs::write(
-        bed.path("spec.dump"),
+        test_dir.path("spec.dump"),
         r#"{"ociVersion":"1.0.0","annotations":{}}"#,
     )?;
-    let archive = bed.path("checkpoint.tar");
+    let archive = test_dir.path("checkpoint.tar");
     let packed = Command::new("tar")
         .arg("-C")
-        .arg(bed.dir())
+        .arg(test_dir.dir())
         .arg("-cf")
         .arg(&archive)
         .args(["config.dump", "spec.dump", "checkpoint"])
@@ -106,8 +106,8 @@ fn checkpointctl_says(checkpointctl: &Path, bed: &Bed) -> Result<String> {
     Ok(said)
 }
 
-fn criu_4_1_1_restores_what_newer_ones_dump(bed: &Bed, criu: &Criu) -> Result<()> {
-    let (load, images) = dump(bed, criu)?;
+fn criu_4_1_1_restores_what_newer_ones_dump(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let (load, images) = dump(test_dir, criu)?;
     let Some(oldest) = gate::criu(Suite::Trixie) else {
         return Ok(());
     };

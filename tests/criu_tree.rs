@@ -9,7 +9,6 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use testbed::agent::Agent;
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
 use testbed::for_each_criu;
@@ -23,6 +22,7 @@ use testbed::proxy::Link;
 use testbed::rounds::Rounds;
 use testbed::suite::with_criu;
 use testbed::summary::{number, of_session};
+use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
 use testbed::workspace;
 
@@ -59,16 +59,16 @@ const PSS_BYTES_MAX: u64 = 6 << 20;
 
 /// Sends the dump of a tree to a page server that stores it once, directly or through a forwarder. The tree is gone
 /// then.
-fn dump(bed: &Bed, criu: &Criu, tree: &mut Forks, forwarded: bool) -> Result<PathBuf> {
-    let images = bed.path("images");
+fn dump(test_dir: &TestDir, criu: &Criu, tree: &mut Forks, forwarded: bool) -> Result<PathBuf> {
+    let images = test_dir.path("images");
     let options = Options::new(&images).with(&[DEDUP]);
     let server = PageServer::receiving(Make::Ours, &options)?;
     let dump = Dump::new(criu, tree.pid(), &images);
     if forwarded {
         let to = server.address().to_string();
-        let told = bed.path("source.json");
+        let told = test_dir.path("source.json");
         let options = ["--forward", &to, "--summary-json", &told.to_string_lossy()];
-        let options = Options::new(bed.path("source")).with(&options);
+        let options = Options::new(test_dir.path("source")).with(&options);
         let source = PageServer::receiving(Make::Ours, &options)?;
         dump.to(source.address()).run()?;
         source.finish(GENEROUS)?;
@@ -129,11 +129,14 @@ fn pageferry(words: &[&str], images: &Path) -> Result<String> {
     Ok(said)
 }
 
-fn a_tree_is_stored_once_and_shares_its_memory_again(bed: &Bed, criu: &Criu) -> Result<()> {
-    let mut tree = Forks::start(&bed.path("forks"), CHANGED)?;
+fn a_tree_is_stored_once_and_shares_its_memory_again(
+    test_dir: &TestDir,
+    criu: &Criu,
+) -> Result<()> {
+    let mut tree = Forks::start(&test_dir.path("forks"), CHANGED)?;
     tree.expect_right()?;
     let before = pss_bytes(&tree.pids())?;
-    let images = dump(bed, criu, &mut tree, false)?;
+    let images = dump(test_dir, criu, &mut tree, false)?;
     expect_once(&images, CHANGED)?;
     let said = pageferry(&["verify", "--no-read"], &images)?;
     ensure!(said.starts_with("good"), "{said}");
@@ -151,12 +154,12 @@ fn a_tree_is_stored_once_and_shares_its_memory_again(bed: &Bed, criu: &Criu) -> 
     Ok(())
 }
 
-fn forwarded(bed: &Bed, criu: &Criu) -> Result<()> {
+fn forwarded(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let spec = ForksSpec { mib: 32, ..CHANGED };
-    let mut tree = Forks::start(&bed.path("forks"), spec)?;
-    let images = dump(bed, criu, &mut tree, true)?;
+    let mut tree = Forks::start(&test_dir.path("forks"), spec)?;
+    let images = dump(test_dir, criu, &mut tree, true)?;
     expect_once(&images, spec)?;
-    let sent = of_session(&bed.path("source.json"), 0)?;
+    let sent = of_session(&test_dir.path("source.json"), 0)?;
     let (wire, shared) = (
         number(&sent, "/frame_bytes")?,
         number(&sent, "/sent/shared/pages")?,
@@ -175,15 +178,15 @@ fn forwarded(bed: &Bed, criu: &Criu) -> Result<()> {
 
 /// Processes that drop, lock and replace memory, and one that runs another program: restored by CRIU, lazily from the
 /// images, and lazily from a page server that serves them.
-fn a_tree_of_all_sorts_is_restored(bed: &Bed, criu: &Criu) -> Result<()> {
+fn a_tree_of_all_sorts_is_restored(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let spec = ForksSpec {
         mib: 32,
         mixed: true,
         ..CHANGED
     };
-    let mut tree = Forks::start(&bed.path("forks"), spec)?;
+    let mut tree = Forks::start(&test_dir.path("forks"), spec)?;
     tree.expect_right()?;
-    let images = dump(bed, criu, &mut tree, false)?;
+    let images = dump(test_dir, criu, &mut tree, false)?;
     let said = pageferry(&["verify"], &images)?;
     ensure!(said.starts_with("good"), "{said}");
     drop(Restore::new(criu, &images).run().and_then(|restored| {
@@ -206,12 +209,12 @@ fn a_tree_of_all_sorts_is_restored(bed: &Bed, criu: &Criu) -> Result<()> {
     Ok(())
 }
 
-fn rounds(bed: &Bed, criu: &Criu) -> Result<()> {
+fn rounds(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let area = AreaSpec::new;
     let spec = LoadSpec {
         processes: 4,
         ..LoadSpec::new(
-            bed.path("load"),
+            test_dir.path("load"),
             vec![
                 area(Mapping::Private, 3_000, Content::Random),
                 area(Mapping::SharedAnon, 1_000, Content::Mixed),
@@ -221,7 +224,7 @@ fn rounds(bed: &Bed, criu: &Criu) -> Result<()> {
             ],
         )
     };
-    let mut rounds = Rounds::start(bed, criu, spec)?;
+    let mut rounds = Rounds::start(test_dir, criu, spec)?;
     rounds.dump(Make::Ours, &[DEDUP])?;
     let whole = pages_bytes(&rounds.images(1))?;
     for round in [2, 3] {
@@ -243,13 +246,13 @@ fn rounds(bed: &Bed, criu: &Criu) -> Result<()> {
 
 #[test]
 fn a_killed_dump_leaves_nothing() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let tree = Forks::start(&bed.path("forks"), CHANGED)?;
-        let images = bed.path("images");
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let tree = Forks::start(&test_dir.path("forks"), CHANGED)?;
+        let images = test_dir.path("images");
         let server = PageServer::receiving(Make::Ours, &Options::new(&images).with(&[DEDUP]))?;
         // The second process's pages are on their way.
         let bytes = 80 << 20;
-        Dump::new(criu, tree.pid(), bed.path("dump")).kill_half_way(
+        Dump::new(criu, tree.pid(), test_dir.path("dump")).kill_half_way(
             server.address(),
             Link::default(),
             bytes,
@@ -277,20 +280,20 @@ fn a_killed_dump_leaves_nothing() {
 /// What a lazy restore would cost is told before.
 #[test]
 fn a_plan_tells_what_forks_share() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         let spec = ForksSpec {
             children: 3,
             mib: 32,
             every: 0,
             mixed: false,
         };
-        let tree = Forks::start(&bed.path("forks"), spec)?;
-        let agent = Agent::start(&criu.path, &bed.path("agent"), None, &[])?;
+        let tree = Forks::start(&test_dir.path("forks"), spec)?;
+        let agent = Agent::start(&criu.path, &test_dir.path("agent"), None, &[])?;
         let mut command = Command::new(workspace::binary("pageferry")?);
         command
             .args(["plan", "--json", "--pid", &tree.pid().to_string()])
             .args(["--to", &agent.address().to_string(), "--state-dir"])
-            .arg(bed.path("source"))
+            .arg(test_dir.path("source"))
             .arg("--criu")
             .arg(&criu.path);
         let plan: Value = serde_json::from_slice(&run(&mut command)?.stdout)?;
@@ -314,7 +317,7 @@ fn a_plan_tells_what_forks_share() {
 }
 
 /// Forwards the dump of a tree, checks its restore, and tells the bytes of the frames.
-fn wire_bytes(bed: &Bed, place: &Path, criu: &Criu, spec: ForksSpec) -> Result<u64> {
+fn wire_bytes(test_dir: &TestDir, place: &Path, criu: &Criu, spec: ForksSpec) -> Result<u64> {
     let mut tree = Forks::start(place, spec)?;
     let (images, told) = (place.join("images"), place.join("source.json"));
     fs::create_dir_all(&images)?;
@@ -325,7 +328,7 @@ fn wire_bytes(bed: &Bed, place: &Path, criu: &Criu, spec: ForksSpec) -> Result<u
         "--summary-json",
         &told.to_string_lossy(),
     ];
-    let source = bed.path("source");
+    let source = test_dir.path("source");
     let source = PageServer::receiving(Make::Ours, &Options::new(source).with(&options))?;
     Dump::new(criu, tree.pid(), &images)
         .to(source.address())
@@ -347,17 +350,17 @@ fn wire_bytes(bed: &Bed, place: &Path, criu: &Criu, spec: ForksSpec) -> Result<u
 #[test]
 #[ignore = "5 GB of memory through two page servers: cargo nextest run --test criu_tree --run-ignored only"]
 fn eight_forks_of_256_mib_on_the_wire() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         let forks = |children, every| ForksSpec {
             children,
             mib: 256,
             every,
             mixed: false,
         };
-        let one = wire_bytes(bed, &bed.path("one"), criu, forks(0, 0))?;
+        let one = wire_bytes(test_dir, &test_dir.path("one"), criu, forks(0, 0))?;
         for (every, most) in [(0, 1.05), (100, 1.15)] {
-            let place = bed.path(&format!("every-{every}"));
-            let all = wire_bytes(bed, &place, criu, forks(8, every))?;
+            let place = test_dir.path(&format!("every-{every}"));
+            let all = wire_bytes(test_dir, &place, criu, forks(8, every))?;
             let ratio = all as f64 / one as f64;
             eprintln!("each {every}th page written: {all} bytes, {ratio:.3} times one process");
             ensure!(ratio <= most, "{ratio}");
@@ -370,7 +373,7 @@ fn eight_forks_of_256_mib_on_the_wire() {
 #[test]
 #[ignore = "2.3 GB of memory through a page server: cargo nextest run --test criu_tree --run-ignored only"]
 fn eight_forks_of_256_mib() {
-    with_criu(Suite::Sid, |bed, criu| {
+    with_criu(Suite::Sid, |test_dir, criu| {
         for (every, most) in [(0, 1.05), (100, 1.15)] {
             let spec = ForksSpec {
                 children: 8,
@@ -378,7 +381,7 @@ fn eight_forks_of_256_mib() {
                 every,
                 mixed: false,
             };
-            let place = bed.path(&format!("every-{every}"));
+            let place = test_dir.path(&format!("every-{every}"));
             let mut tree = Forks::start(&place, spec)?;
             let images = place.join("images");
             let server = PageServer::receiving(Make::Ours, &Options::new(&images).with(&[DEDUP]))?;

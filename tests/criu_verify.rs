@@ -13,7 +13,6 @@ use anyhow::{Context, Result, bail, ensure};
 use damage::{ALONE, Damage, Images, ON_PARENT};
 use pageferry::image::dir::PARENT_LINK;
 use serde_json::Value;
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::debian::Suite;
 use testbed::images::move_same_pages_to_parent;
@@ -23,6 +22,7 @@ use testbed::load::spec::LoadSpec;
 use testbed::load::steps::{Order, Pass, Step};
 use testbed::migration::{Dump, Restore};
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 use testbed::workspace;
 
@@ -92,36 +92,36 @@ fn restore(criu: &Criu, load: &Load, images: &Path) -> Result<()> {
 }
 
 /// A small tree with private and shared memory, dumped; with `parent` on top of a dump before.
-fn dumped(bed: &Bed, criu: &Criu, parent: bool) -> Result<Load> {
-    let mut load = Load::start(LoadSpec::tree(bed.path("load"), 4, 2), None)?;
+fn dumped(test_dir: &TestDir, criu: &Criu, parent: bool) -> Result<Load> {
+    let mut load = Load::start(LoadSpec::tree(test_dir.path("load"), 4, 2), None)?;
     if parent {
-        Dump::new(criu, load.pid(), bed.path("before"))
+        Dump::new(criu, load.pid(), test_dir.path("before"))
             .leave_running()
             .run()?;
     }
-    Dump::new(criu, load.pid(), bed.path("good")).run()?;
+    Dump::new(criu, load.pid(), test_dir.path("good")).run()?;
     load.wait_until_gone()?;
     if parent {
-        let moved = move_same_pages_to_parent(&bed.path("good"), &bed.path("before"))?;
+        let moved = move_same_pages_to_parent(&test_dir.path("good"), &test_dir.path("before"))?;
         ensure!(moved > 500, "only {moved} pages are in the parent");
     }
     Ok(load)
 }
 
 /// Copies what `damage` is to change, and changes it.
-fn damaged(bed: &Bed, load: &Load, damage: &Damage, parent: bool) -> Result<Images> {
+fn damaged(test_dir: &TestDir, load: &Load, damage: &Damage, parent: bool) -> Result<Images> {
     let images = Images {
-        dir: bed.path("damaged"),
+        dir: test_dir.path("damaged"),
         pid: u32::try_from(load.pid().as_raw())?,
     };
     for dir in ["damaged", "damaged-before"] {
-        if bed.path(dir).exists() {
-            fs::remove_dir_all(bed.path(dir))?;
+        if test_dir.path(dir).exists() {
+            fs::remove_dir_all(test_dir.path(dir))?;
         }
     }
-    copy(&bed.path("good"), &images.dir)?;
+    copy(&test_dir.path("good"), &images.dir)?;
     if parent {
-        copy(&bed.path("before"), &bed.path("damaged-before"))?;
+        copy(&test_dir.path("before"), &test_dir.path("damaged-before"))?;
         symlink("../damaged-before", images.dir.join(PARENT_LINK))?;
     }
     (damage.apply)(&images)?;
@@ -140,18 +140,18 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// Compares what `verify` says of each damage with what CRIU does.
-fn compare(bed: &Bed, criu: &Criu, table: &[Damage], parent: bool) -> Result<()> {
+fn compare(test_dir: &TestDir, criu: &Criu, table: &[Damage], parent: bool) -> Result<()> {
     let document = fs::read_to_string(workspace::root().join("docs/reference/commands.md"))?;
     let undocumented = |code: &&str| !document.contains(&format!("`{code}`"));
     let codes: Vec<&str> = table.iter().filter_map(|damage| damage.code).collect();
     ensure!(!codes.iter().any(undocumented), "{codes:?}");
-    let load = dumped(bed, criu, parent)?;
+    let load = dumped(test_dir, criu, parent)?;
     let mut wrong = Vec::new();
     for damage in table {
-        let images = damaged(bed, &load, damage, parent)?;
+        let images = damaged(test_dir, &load, damage, parent)?;
         let verdict = verify(&images.dir, &["--criu", &criu.path.to_string_lossy()])?;
         let restored = restore(criu, &load, &images.dir);
-        let _ = fs::remove_file(bed.path("load").join(FAILURE_FILE));
+        let _ = fs::remove_file(test_dir.path("load").join(FAILURE_FILE));
         let said = match &restored {
             Ok(()) => "right".to_owned(),
             Err(error) => format!("{:.160}", format!("{error:#}").replace('\n', " ")),
@@ -186,22 +186,28 @@ fn compare(bed: &Bed, criu: &Criu, table: &[Damage], parent: bool) -> Result<()>
 
 #[test]
 fn damage_is_told_as_criu_4_2_sees_it() {
-    with_criu(Suite::Sid, |bed, criu| compare(bed, criu, ALONE, false));
+    with_criu(Suite::Sid, |test_dir, criu| {
+        compare(test_dir, criu, ALONE, false)
+    });
 }
 
 #[test]
 fn damage_is_told_as_criu_4_1_sees_it() {
-    with_criu(Suite::Trixie, |bed, criu| compare(bed, criu, ALONE, false));
+    with_criu(Suite::Trixie, |test_dir, criu| {
+        compare(test_dir, criu, ALONE, false)
+    });
 }
 
 #[test]
 fn damage_is_told_as_criu_4_3_sees_it() {
-    with_criu(Suite::Experimental, |bed, criu| {
-        compare(bed, criu, ALONE, false)
+    with_criu(Suite::Experimental, |test_dir, criu| {
+        compare(test_dir, criu, ALONE, false)
     });
 }
 
 #[test]
 fn damaged_parents_are_told() {
-    with_criu(Suite::Sid, |bed, criu| compare(bed, criu, ON_PARENT, true));
+    with_criu(Suite::Sid, |test_dir, criu| {
+        compare(test_dir, criu, ON_PARENT, true)
+    });
 }

@@ -1,7 +1,6 @@
 //! CRIUs of different versions on the two sides, and CRIU's own daemons against ours.
 
 use anyhow::{Result, ensure};
-use testbed::bed::{Bed, with_bed};
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::{Make, Options, PageServer};
 use testbed::load::Load;
@@ -10,6 +9,7 @@ use testbed::load::spec::LoadSpec;
 use testbed::load::steps::{Order, Pass, Step};
 use testbed::migration::{Dump, Restore};
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
+use testbed::test_dir::{TestDir, with_test_dir};
 use testbed::wait::GENEROUS;
 use testbed::{for_each_criu, gate};
 
@@ -26,9 +26,9 @@ fn dump_with_oldest_restore_with(newer: Suite) {
     let Some(newer) = gate::criu(newer) else {
         return;
     };
-    with_bed(|bed| {
-        let mut load = Load::start(LoadSpec::tree(bed.path("load"), 48, 3), None)?;
-        let images = bed.path("images");
+    with_test_dir(|test_dir| {
+        let mut load = Load::start(LoadSpec::tree(test_dir.path("load"), 48, 3), None)?;
+        let images = test_dir.path("images");
         let server = PageServer::receiving(Make::Ours, &Options::new(&images))?;
         Dump::new(&oldest, load.pid(), &images)
             .to(server.address())
@@ -51,19 +51,19 @@ fn trixie_into_our_page_server_is_restored_by_experimental() {
 }
 
 /// CRIU's lazy-pages daemon, v1 and v2, fetches from our page server.
-fn criu_reads_from_our_page_server(bed: &Bed, criu: &Criu) -> Result<()> {
+fn criu_reads_from_our_page_server(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let source = Source::PageServer(Make::Ours);
     let plan = Plan::new(criu, source, Make::Criu(criu)).over(slow_link());
-    let spec = LoadSpec::mixed(bed.path("load"), 32);
-    let mut moved = PostCopy::start(bed, &plan, spec, &reading())?;
+    let spec = LoadSpec::mixed(test_dir.path("load"), 32);
+    let mut moved = PostCopy::start(test_dir, &plan, spec, &reading())?;
     moved.reports()?;
     moved.finish()
 }
 
 /// With `--keep` one set of images serves many restores.
-fn our_page_server_serves_one_restore_after_another(bed: &Bed, criu: &Criu) -> Result<()> {
-    let mut load = Load::start(LoadSpec::mixed(bed.path("load"), 32), None)?;
-    let dumped = bed.path("dumped");
+fn our_page_server_serves_one_restore_after_another(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), 32), None)?;
+    let dumped = test_dir.path("dumped");
     Dump::new(criu, load.pid(), &dumped).run()?;
     load.wait_until_gone()?;
     let options = Options::new(&dumped).with(&["--keep"]).log_to("serve.log");
@@ -72,7 +72,7 @@ fn our_page_server_serves_one_restore_after_another(bed: &Bed, criu: &Criu) -> R
         .into_iter()
         .enumerate()
     {
-        let here = bed.path(&format!("restore-{round}"));
+        let here = test_dir.path(&format!("restore-{round}"));
         testbed::images::copy_without_lazy_pages(&dumped, &here)?;
         let options = Options::new(&here).log_to("lazy.log");
         let daemon = testbed::daemons::LazyDaemon::start(client, &options, Some(server.address()))?;

@@ -10,7 +10,6 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use testbed::agent::Agent;
-use testbed::bed::{Bed, with_bed};
 use testbed::criu::{Criu, Suite};
 use testbed::gate::{need, root};
 use testbed::load::Load;
@@ -18,6 +17,7 @@ use testbed::load::scenarios::verifying;
 use testbed::load::spec::LoadSpec;
 use testbed::process::Spawned;
 use testbed::suite::with_criu;
+use testbed::test_dir::{TestDir, with_test_dir};
 use testbed::wait::{self, GENEROUS};
 use testbed::workspace::binary;
 
@@ -70,15 +70,15 @@ impl Drop for Group {
     }
 }
 
-fn watch(bed: &Bed, name: &str, rules: &str, more: &[&str]) -> Result<Spawned> {
-    fs::write(bed.path("rules.toml"), rules)?;
-    let log = bed.path(&format!("{name}.log"));
+fn watch(test_dir: &TestDir, name: &str, rules: &str, more: &[&str]) -> Result<Spawned> {
+    fs::write(test_dir.path("rules.toml"), rules)?;
+    let log = test_dir.path(&format!("{name}.log"));
     let mut command = Command::new(binary("pageferry")?);
     command
         .args(["watch", "--interval", "20ms", "--rules"])
-        .arg(bed.path("rules.toml"))
+        .arg(test_dir.path("rules.toml"))
         .arg("--state")
-        .arg(bed.path("state.json"))
+        .arg(test_dir.path("state.json"))
         .args(more)
         .stderr(fs::File::create(&log)?);
     Spawned::start(name, &mut command, Some(log))
@@ -112,12 +112,12 @@ fn group(name: &str) -> Option<Group> {
     need("control groups with PSI", group)
 }
 
-fn with_group(name: &str, test: impl FnOnce(&Bed, &Group) -> Result<()>) {
+fn with_group(name: &str, test: impl FnOnce(&TestDir, &Group) -> Result<()>) {
     if root().is_none() {
         return;
     }
     if let Some(group) = group(name) {
-        with_bed(|bed| test(bed, &group));
+        with_test_dir(|test_dir| test(test_dir, &group));
     }
 }
 
@@ -129,18 +129,21 @@ fn press(group: &Group) -> Result<Vec<Spawned>> {
 
 #[test]
 fn pressure_moves_a_tree_to_another_host() {
-    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
+    with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
         let Some(group) = group("moves") else {
             return Ok(());
         };
-        let mut load = Load::start(LoadSpec::tree(bed.path("load"), 8, 2), None)?;
-        let agent = Agent::start(&criu.path, &bed.path("agent"), None, &[])?;
-        let report = bed.path("report.json");
+        let mut load = Load::start(LoadSpec::tree(test_dir.path("load"), 8, 2), None)?;
+        let agent = Agent::start(&criu.path, &test_dir.path("agent"), None, &[])?;
+        let report = test_dir.path("report.json");
         let args = [
             ["--pid", &load.pid().to_string()],
             ["--to", &agent.address().to_string()],
             ["--mode", "cold"],
-            ["--state-dir", &bed.path("source").display().to_string()],
+            [
+                "--state-dir",
+                &test_dir.path("source").display().to_string(),
+            ],
             ["--report", &report.display().to_string()],
             ["--criu", &criu.path.display().to_string()],
         ];
@@ -154,7 +157,7 @@ fn pressure_moves_a_tree_to_another_host() {
             group.0.display(),
             args.concat()
         );
-        let mut watcher = watch(bed, "watch", &rules, &[])?;
+        let mut watcher = watch(test_dir, "watch", &rules, &[])?;
         expect_said(&mut watcher, "1 rules are watched")?;
         load.expect_running()?;
         let busy = press(&group)?;
@@ -175,8 +178,8 @@ fn pressure_moves_a_tree_to_another_host() {
 
 #[test]
 fn pressure_pauses_a_group_and_a_file_resumes_it() {
-    with_group("pressure", |bed, group| {
-        let (cgroup, done) = (group.0.display(), bed.path("over"));
+    with_group("pressure", |test_dir, group| {
+        let (cgroup, done) = (group.0.display(), test_dir.path("over"));
         let rules = format!(
             r#"
             [[rule]]
@@ -193,7 +196,7 @@ fn pressure_pauses_a_group_and_a_file_resumes_it() {
             "#,
             done.display()
         );
-        let mut watcher = watch(bed, "watch", &rules, &[])?;
+        let mut watcher = watch(test_dir, "watch", &rules, &[])?;
         expect_said(&mut watcher, "2 rules are watched")?;
         ensure!(group.event("frozen 0")?, "nothing has happened yet");
         let busy = press(group)?;
@@ -213,8 +216,8 @@ fn pressure_pauses_a_group_and_a_file_resumes_it() {
 
 #[test]
 fn a_group_is_restarted_by_a_word() {
-    with_group("restart", |bed, group| {
-        let (socket, started) = (bed.path("socket"), bed.path("started"));
+    with_group("restart", |test_dir, group| {
+        let (socket, started) = (test_dir.path("socket"), test_dir.path("started"));
         let rules = format!(
             r#"
             [[rule]]
@@ -229,7 +232,7 @@ fn a_group_is_restarted_by_a_word() {
             started.display()
         );
         let socket_option = socket.display().to_string();
-        let mut watcher = watch(bed, "watch", &rules, &["--socket", &socket_option])?;
+        let mut watcher = watch(test_dir, "watch", &rules, &["--socket", &socket_option])?;
         expect_said(&mut watcher, "1 rules are watched")?;
         let mut service = group.run("service", "exec sleep 1000000")?;
         wait::until("the service to be there", GENEROUS, || {
@@ -251,8 +254,12 @@ fn a_group_is_restarted_by_a_word() {
 
 #[test]
 fn what_has_fired_is_known_after_a_kill_and_one_action_runs_at_a_time() {
-    with_bed(|bed| {
-        let (given, go, ran) = (bed.path("given"), bed.path("go"), bed.path("ran"));
+    with_test_dir(|test_dir| {
+        let (given, go, ran) = (
+            test_dir.path("given"),
+            test_dir.path("go"),
+            test_dir.path("ran"),
+        );
         let rule = |name: &str| {
             format!(
                 r#"
@@ -271,19 +278,19 @@ fn what_has_fired_is_known_after_a_kill_and_one_action_runs_at_a_time() {
         };
         let rules = rule("first") + &rule("second");
         fs::write(&given, "")?;
-        let mut watcher = watch(bed, "killed", &rules, &[])?;
+        let mut watcher = watch(test_dir, "killed", &rules, &[])?;
         wait::until("the first action", GENEROUS, || {
             Ok((lines(&ran) == 1).then_some(()))
         })?;
         // The pid is written down once the process runs.
         wait::until("the state", GENEROUS, || {
-            let state = fs::read_to_string(bed.path("state.json")).unwrap_or_default();
+            let state = fs::read_to_string(test_dir.path("state.json")).unwrap_or_default();
             Ok(state.contains("\"pid\"").then_some(state))
         })
         .and_then(|state| testbed::schema::expect("watch-state", &serde_json::from_str(&state)?))?;
         watcher.kill()?;
         // The action goes on, and the second one waits for it.
-        let mut watcher = watch(bed, "again", &rules, &[])?;
+        let mut watcher = watch(test_dir, "again", &rules, &[])?;
         expect_said(&mut watcher, "is under way (pid ")?;
         ensure!(lines(&ran) == 1, "the target is busy");
         fs::write(&go, "")?;
@@ -297,7 +304,7 @@ fn what_has_fired_is_known_after_a_kill_and_one_action_runs_at_a_time() {
         watcher.succeed(GENEROUS)?;
 
         // Both have fired, and the file is still there.
-        let mut watcher = watch(bed, "third", &(rules + &rule("other")), &["--dry-run"])?;
+        let mut watcher = watch(test_dir, "third", &(rules + &rule("other")), &["--dry-run"])?;
         expect_said(&mut watcher, "rule \"other\" would now")?;
         let said = said(&watcher)?;
         ensure!(
@@ -311,15 +318,15 @@ fn what_has_fired_is_known_after_a_kill_and_one_action_runs_at_a_time() {
 
 #[test]
 fn rules_with_a_mistake_change_nothing() {
-    with_bed(|bed| {
-        let (given, ran) = (bed.path("given"), bed.path("ran"));
+    with_test_dir(|test_dir| {
+        let (given, ran) = (test_dir.path("given"), test_dir.path("ran"));
         let good = format!(
             "[[rule]]\nname = \"a\"\nwhen.file.path = \"{}\"\naction.exec.command = \"echo a >> '{}'\"\n",
             given.display(),
             ran.display()
         );
         let bad = good.replace("action.exec.command", "action.exec.comand");
-        let mut refused = watch(bed, "refused", &bad, &[])?;
+        let mut refused = watch(test_dir, "refused", &bad, &[])?;
         refused.fail(GENEROUS)?;
         let text = said(&refused)?;
         ensure!(
@@ -327,9 +334,9 @@ fn rules_with_a_mistake_change_nothing() {
             "{text}"
         );
 
-        let mut watcher = watch(bed, "watch", &good, &[])?;
+        let mut watcher = watch(test_dir, "watch", &good, &[])?;
         expect_said(&mut watcher, "1 rules are watched")?;
-        fs::write(bed.path("rules.toml"), &bad)?;
+        fs::write(test_dir.path("rules.toml"), &bad)?;
         watcher.signal(Signal::SIGHUP)?;
         expect_said(&mut watcher, "the rules stay as they were")?;
         fs::write(&given, "")?;

@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::{LazyDaemon, Make, Options};
 use testbed::debian::Suite;
@@ -20,6 +19,7 @@ use testbed::load::steps::{Order, Pass, Step};
 use testbed::postcopy::{Plan, PostCopy, Source};
 use testbed::proxy::Link;
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::{for_each_criu, summary, workspace};
 
 for_each_criu!(a_recording_reaches_every_client_of_a_page_server);
@@ -45,11 +45,11 @@ fn link() -> Link {
     }
 }
 
-fn spec(bed: &Bed, name: &str, mapping: Mapping) -> LoadSpec {
+fn spec(test_dir: &TestDir, name: &str, mapping: Mapping) -> LoadSpec {
     LoadSpec {
         pin_own_memory: true,
         ..LoadSpec::new(
-            bed.path(name),
+            test_dir.path(name),
             vec![AreaSpec::new(mapping, PAGES, Content::Random)],
         )
     }
@@ -68,8 +68,8 @@ struct Client {
 }
 
 impl Client {
-    fn new(bed: &Bed, options: &[&str]) -> Client {
-        let summary = bed.path("summary.json");
+    fn new(test_dir: &TestDir, options: &[&str]) -> Client {
+        let summary = test_dir.path("summary.json");
         let own = ["--summary-json".to_owned(), summary.display().to_string()];
         let options = options.iter().map(|word| (*word).to_owned());
         Client {
@@ -98,10 +98,10 @@ impl Client {
     }
 }
 
-fn recording<'a>(bed: &Bed, file: &'a Path) -> Result<(Client, &'a str)> {
+fn recording<'a>(test_dir: &TestDir, file: &'a Path) -> Result<(Client, &'a str)> {
     let file = file.to_str().context("a path")?;
     let client = Client::new(
-        bed,
+        test_dir,
         &["--record-working-set", file, "--record-seconds", "1"],
     );
     Ok((client, file))
@@ -135,32 +135,40 @@ fn expect_used(summary: &Value) -> Result<()> {
     Ok(())
 }
 
-fn a_recording_reaches_every_client_of_a_page_server(bed: &Bed, criu: &Criu) -> Result<()> {
+fn a_recording_reaches_every_client_of_a_page_server(
+    test_dir: &TestDir,
+    criu: &Criu,
+) -> Result<()> {
     let source = Source::PageServer(Make::Ours);
-    let file = bed.path("recorded");
-    let (client, _) = recording(bed, &file)?;
+    let file = test_dir.path("recorded");
+    let (client, _) = recording(test_dir, &file)?;
     let plan = Plan {
         source_options: vec!["--keep".into()],
         ..client.plan(criu, source)
     };
-    let load = spec(bed, "load", Mapping::Private);
-    let mut moved = PostCopy::start(bed, &plan, load, &STEPS)?;
+    let load = spec(test_dir, "load", Mapping::Private);
+    let mut moved = PostCopy::start(test_dir, &plan, load, &STEPS)?;
     expect_recorded(&client.finish(&mut moved)?)?;
-    let client = Client::new(bed, &[]);
+    let client = Client::new(test_dir, &[]);
     let plan = client.plan(criu, source).over(link());
     let mut moved = moved.again(&plan, &STEPS)?;
     let summary = client.finish(&mut moved)?;
     ensure!(number(&summary, "pages")? == 0, "{summary}");
     // Beside the images it needs no option.
-    fs::copy(&file, bed.path("restored/working-set.img"))?;
+    fs::copy(&file, test_dir.path("restored/working-set.img"))?;
     let mut moved = moved.again(&plan, &STEPS)?;
     expect_used(&client.finish(&mut moved)?)
 }
 
 /// Records a restore of one process, and restores another one of the same program, whose pid and addresses are others.
-fn another_process(bed: &Bed, criu: &Criu, source: Source<'_>, options: &[&str]) -> Result<()> {
-    let file = bed.path("recorded");
-    let (client, name) = recording(bed, &file)?;
+fn another_process(
+    test_dir: &TestDir,
+    criu: &Criu,
+    source: Source<'_>,
+    options: &[&str],
+) -> Result<()> {
+    let file = test_dir.path("recorded");
+    let (client, name) = recording(test_dir, &file)?;
     let with = |mut client: Client| {
         let options = options.iter().map(|word| (*word).to_owned());
         client.options.extend(options);
@@ -172,16 +180,16 @@ fn another_process(bed: &Bed, criu: &Criu, source: Source<'_>, options: &[&str])
     };
     let client = with(client);
     let plan = client.plan(criu, source);
-    let first = spec(bed, "first", Mapping::Private);
-    let mut moved = PostCopy::start(bed, &plan, first, &STEPS)?;
+    let first = spec(test_dir, "first", Mapping::Private);
+    let mut moved = PostCopy::start(test_dir, &plan, first, &STEPS)?;
     expect_recorded(&client.finish(&mut moved)?)?;
     moved.finish()?;
     drop(moved);
-    fs::rename(bed.path("dumped"), bed.path("dumped-first"))?;
-    let client = with(Client::new(bed, &["--working-set", name]));
+    fs::rename(test_dir.path("dumped"), test_dir.path("dumped-first"))?;
+    let client = with(Client::new(test_dir, &["--working-set", name]));
     let plan = client.plan(criu, source).over(link());
-    let second = spec(bed, "second", Mapping::Private);
-    let mut moved = PostCopy::start(bed, &plan, second, &[STEPS[0], forks])?;
+    let second = spec(test_dir, "second", Mapping::Private);
+    let mut moved = PostCopy::start(test_dir, &plan, second, &[STEPS[0], forks])?;
     let summary = client.finish(&mut moved)?;
     moved.finish()?;
     expect_used(&summary)
@@ -189,15 +197,15 @@ fn another_process(bed: &Bed, criu: &Criu, source: Source<'_>, options: &[&str])
 
 #[test]
 fn a_recording_holds_for_another_dump_that_serves_itself() {
-    with_criu(Suite::Sid, |bed, criu| {
-        another_process(bed, criu, Source::Dump, &[])
+    with_criu(Suite::Sid, |test_dir, criu| {
+        another_process(test_dir, criu, Source::Dump, &[])
     });
 }
 
 #[test]
 fn a_recording_holds_beside_a_push() {
-    with_criu(Suite::Sid, |bed, criu| {
-        another_process(bed, criu, Source::Forwarder, &["--ferry"])
+    with_criu(Suite::Sid, |test_dir, criu| {
+        another_process(test_dir, criu, Source::Forwarder, &["--ferry"])
     });
 }
 
@@ -206,20 +214,20 @@ fn local_images_come_in_the_order_of_a_recording_and_a_bad_one_does_no_harm() {
     with_criu(Suite::Sid, local_images);
 }
 
-fn local_images(bed: &Bed, criu: &Criu) -> Result<()> {
-    let file = bed.path("recorded");
-    let (client, name) = recording(bed, &file)?;
-    let load = spec(bed, "load", Mapping::Private);
-    let mut moved = PostCopy::start(bed, &client.plan(criu, Source::Local), load, &STEPS)?;
+fn local_images(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let file = test_dir.path("recorded");
+    let (client, name) = recording(test_dir, &file)?;
+    let load = spec(test_dir, "load", Mapping::Private);
+    let mut moved = PostCopy::start(test_dir, &client.plan(criu, Source::Local), load, &STEPS)?;
     expect_recorded(&client.finish(&mut moved)?)?;
     let rate = RATE.to_string();
     let limited = ["--max-bandwidth", rate.as_str()];
-    let with = Client::new(bed, &[&limited[..], &["--working-set", name]].concat());
+    let with = Client::new(test_dir, &[&limited[..], &["--working-set", name]].concat());
     let mut moved = moved.again(&with.plan(criu, Source::Local), &STEPS)?;
     expect_used(&with.finish(&mut moved)?)?;
     // What is recorded once more is added.
     let before = fs::read(&file)?.len();
-    let (again, _) = recording(bed, &file)?;
+    let (again, _) = recording(test_dir, &file)?;
     let mut moved = moved.again(&again.plan(criu, Source::Local), &STEPS)?;
     expect_recorded(&again.finish(&mut moved)?)?;
     let mut command = Command::new(workspace::binary("pageferry")?);
@@ -229,13 +237,13 @@ fn local_images(bed: &Bed, criu: &Criu) -> Result<()> {
     let after = fs::read(&file)?.len();
     ensure!(after <= 2 * before, "{before} bytes became {after}");
     // A damaged one beside the images: a warning.
-    let images = bed.path("dumped");
+    let images = test_dir.path("dumped");
     let beside = images.join("working-set.img");
     let mut bytes = fs::read(&file)?;
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     fs::write(&beside, &bytes)?;
-    let client = Client::new(bed, &[]);
+    let client = Client::new(test_dir, &[]);
     let mut moved = moved.again(&client.plan(criu, Source::Local), &STEPS)?;
     let summary = client.finish(&mut moved)?;
     ensure!(number(&summary, "pages")? == 0, "{summary}");
@@ -253,15 +261,15 @@ fn local_images(bed: &Bed, criu: &Criu) -> Result<()> {
         ensure!(error.contains("checksum does not fit"), "{error}");
     }
     ensure!(fs::read(&beside)? == bytes, "nothing is written over it");
-    another_program(bed, criu, name)
+    another_program(test_dir, criu, name)
 }
 
 /// A recording of another program names nothing here, and all memory comes.
-fn another_program(bed: &Bed, criu: &Criu, name: &str) -> Result<()> {
-    fs::rename(bed.path("dumped"), bed.path("dumped-first"))?;
-    let client = Client::new(bed, &["--working-set", name]);
-    let load = spec(bed, "other", Mapping::PrivateFile);
-    let mut moved = PostCopy::start(bed, &client.plan(criu, Source::Local), load, &STEPS)?;
+fn another_program(test_dir: &TestDir, criu: &Criu, name: &str) -> Result<()> {
+    fs::rename(test_dir.path("dumped"), test_dir.path("dumped-first"))?;
+    let client = Client::new(test_dir, &["--working-set", name]);
+    let load = spec(test_dir, "other", Mapping::PrivateFile);
+    let mut moved = PostCopy::start(test_dir, &client.plan(criu, Source::Local), load, &STEPS)?;
     let summary = client.finish(&mut moved)?;
     ensure!(number(&summary, "pages")? <= 16, "{summary}");
     Ok(())

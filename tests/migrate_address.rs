@@ -7,12 +7,12 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use testbed::agent::{Agent, Move};
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::for_each_criu;
 use testbed::net::NetNs;
 use testbed::net_three::{DEVICE, EchoClient, ThreeHosts, expect_open, has_address};
 use testbed::process::Spawned;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 use testbed::workspace::binary;
 
@@ -75,7 +75,7 @@ fn moving(hosts: &ThreeHosts, mode: &str) -> Vec<String> {
     .into()
 }
 
-fn a_connection_survives_the_move(bed: &Bed, criu: &Criu) -> Result<()> {
+fn a_connection_survives_the_move(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     if !dumps_tcp(criu)? {
         return Ok(());
     }
@@ -83,12 +83,12 @@ fn a_connection_survives_the_move(bed: &Bed, criu: &Criu) -> Result<()> {
         let hosts = ThreeHosts::new()?;
         let service = serve(&hosts)?;
         let mut client = EchoClient::start(&hosts.client, hosts.service()?)?;
-        let dir = bed.path(&format!("agent-{mode}"));
+        let dir = test_dir.path(&format!("agent-{mode}"));
         let insecure = ["--insecure".to_owned()];
         let agent = Agent::start(&criu.path, &dir, Some(&hosts.destination), &insecure)?;
         let options = moving(&hosts, mode);
         let options: Vec<&str> = options.iter().map(String::as_str).collect();
-        let moves = Move::new(criu, bed.path("source"), mode)
+        let moves = Move::new(criu, test_dir.path("source"), mode)
             .in_net(&hosts.source.net)
             .with(&options);
         let pid = service.pid().to_string();
@@ -112,11 +112,11 @@ fn a_connection_survives_the_move(bed: &Bed, criu: &Criu) -> Result<()> {
     Ok(())
 }
 
-fn a_connection_survives_a_move_that_fails(bed: &Bed, criu: &Criu) -> Result<()> {
+fn a_connection_survives_a_move_that_fails(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     if !dumps_tcp(criu)? {
         return Ok(());
     }
-    let fails = bed.path("failing-criu");
+    let fails = test_dir.path("failing-criu");
     let real = criu.path.display();
     let text = format!("#!/bin/sh\n[ \"$1\" = restore ] && exit 1\nexec '{real}' \"$@\"\n");
     fs::write(&fails, text)?;
@@ -127,14 +127,14 @@ fn a_connection_survives_a_move_that_fails(bed: &Bed, criu: &Criu) -> Result<()>
     let insecure = ["--insecure".to_owned()];
     let agent = Agent::start(
         &fails,
-        &bed.path("agent"),
+        &test_dir.path("agent"),
         Some(&hosts.destination),
         &insecure,
     )?;
     for mode in ["cold", "hybrid", "post-copy"] {
         let options = moving(&hosts, mode);
         let options: Vec<&str> = options.iter().map(String::as_str).collect();
-        let moves = Move::new(criu, bed.path("source"), mode)
+        let moves = Move::new(criu, test_dir.path("source"), mode)
             .in_net(&hosts.source.net)
             .with(&options);
         let pid = service.pid().to_string();

@@ -6,12 +6,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use testbed::agent::{Agent, Move};
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::load::Load;
 use testbed::load::scenarios::verifying;
 use testbed::load::spec::LoadSpec;
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
 
 const MIB: u32 = 8;
@@ -31,11 +31,11 @@ fn facts(path: &Path) -> Result<BTreeMap<String, String>> {
 
 #[test]
 fn hooks_are_told_the_facts() {
-    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
-        let mut load = Load::start(LoadSpec::tree(bed.path("load"), MIB, 2), None)?;
-        let agent = Agent::start(&criu.path, &bed.path("agent"), None, &[])?;
-        let (before, after) = (bed.path("before"), bed.path("after"));
-        let moves = Move::new(criu, bed.path("source"), "told").with(&[
+    with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
+        let mut load = Load::start(LoadSpec::tree(test_dir.path("load"), MIB, 2), None)?;
+        let agent = Agent::start(&criu.path, &test_dir.path("agent"), None, &[])?;
+        let (before, after) = (test_dir.path("before"), test_dir.path("after"));
+        let moves = Move::new(criu, test_dir.path("source"), "told").with(&[
             "--mode",
             "cold",
             "--pre-freeze",
@@ -72,15 +72,15 @@ fn hooks_are_told_the_facts() {
 
 #[test]
 fn a_hook_that_fails_or_hangs_before_the_freeze_leaves_the_processes_here() {
-    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
-        let mut load = Load::start(LoadSpec::tree(bed.path("load"), MIB, 2), None)?;
-        let agent = Agent::start(&criu.path, &bed.path("agent"), None, &[])?;
+    with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
+        let mut load = Load::start(LoadSpec::tree(test_dir.path("load"), MIB, 2), None)?;
+        let agent = Agent::start(&criu.path, &test_dir.path("agent"), None, &[])?;
         for (id, command, why) in [
             ("fails", "exit 7", "exit status: 7"),
             ("hangs", "sleep 600", "--hook-limit"),
         ] {
-            let told = bed.path(id);
-            let moves = Move::new(criu, bed.path("source"), id).with(&[
+            let told = test_dir.path(id);
+            let moves = Move::new(criu, test_dir.path("source"), id).with(&[
                 "--mode",
                 "cold",
                 "--hook-limit",

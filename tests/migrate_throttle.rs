@@ -6,13 +6,13 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use testbed::agent::{Agent, Move};
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::load::Load;
 use testbed::load::scenarios::verifying;
 use testbed::load::spec::LoadSpec;
 use testbed::load::steps::Step;
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 
 const MIB: u32 = 8;
@@ -35,15 +35,15 @@ fn has_groups() -> bool {
     found
 }
 
-fn writing(bed: &Bed) -> Result<Load> {
-    let load = Load::start(LoadSpec::tree(bed.path("load"), MIB, 2), None)?;
+fn writing(test_dir: &TestDir) -> Result<Load> {
+    let load = Load::start(LoadSpec::tree(test_dir.path("load"), MIB, 2), None)?;
     let pages_per_s = PAGES_PER_S;
     load.run_everywhere(&[Step::Dirty { pages_per_s }])?;
     Ok(load)
 }
 
-fn moving<'a>(bed: &Bed, criu: &'a Criu) -> Move<'a> {
-    Move::new(criu, bed.path("source"), "slowed").with(&[
+fn moving<'a>(test_dir: &TestDir, criu: &'a Criu) -> Move<'a> {
+    Move::new(criu, test_dir.path("source"), "slowed").with(&[
         "--mode",
         "pre-copy",
         "--track",
@@ -64,16 +64,16 @@ fn group(pid: Pid) -> Result<String> {
 
 #[test]
 fn slowed_processes_move_and_leave_no_group() {
-    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
+    with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
         if !has_groups() {
             return Ok(());
         }
-        let mut load = writing(bed)?;
-        let agent = Agent::start(&criu.path, &bed.path("agent"), None, &[])?;
-        let moves = moving(bed, criu);
+        let mut load = writing(test_dir)?;
+        let agent = Agent::start(&criu.path, &test_dir.path("agent"), None, &[])?;
+        let moves = moving(test_dir, criu);
         moves.start(&load, &agent)?.succeed(GENEROUS)?;
         load.wait_until_gone()?;
-        let log = fs::read_to_string(bed.path("source/slowed-migrate.log"))?;
+        let log = fs::read_to_string(test_dir.path("source/slowed-migrate.log"))?;
         ensure!(log.contains("80 % less CPU time"), "{log}");
         ensure!(!moves.dir().join("throttle.json").exists(), "{log}");
         load.steer(agent.init()?)?;
@@ -86,14 +86,14 @@ fn slowed_processes_move_and_leave_no_group() {
 
 #[test]
 fn a_killed_command_gives_the_time_back() {
-    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
+    with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
         if !has_groups() {
             return Ok(());
         }
-        let load = writing(bed)?;
+        let load = writing(test_dir)?;
         let home = group(load.pid())?;
-        let agent = Agent::start(&criu.path, &bed.path("agent"), None, &[])?;
-        let moves = moving(bed, criu);
+        let agent = Agent::start(&criu.path, &test_dir.path("agent"), None, &[])?;
+        let moves = moving(test_dir, criu);
         let mut command = moves.start(&load, &agent)?;
         wait::until("the processes to be slowed", GENEROUS, || {
             ensure!(command.ended()?.is_none(), "{}", command.log_tail());

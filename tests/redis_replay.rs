@@ -14,10 +14,10 @@ use fastrand::Rng;
 use nix::sys::signal::Signal;
 use redis::{Client, Programs, digest};
 use serde_json::Value;
-use testbed::bed::{Bed, with_bed};
 use testbed::gate::need;
 use testbed::net::free_port;
 use testbed::process::{Spawned, tail};
+use testbed::test_dir::{TestDir, with_test_dir};
 use testbed::wait::{self, GENEROUS};
 use testbed::workspace::binary;
 
@@ -27,12 +27,12 @@ const WRITERS: u64 = 6;
 /// Commands of each.
 const COMMANDS: u64 = 100;
 
-fn with_redis(test: impl FnOnce(&Bed, &Programs) -> Result<()>) {
+fn with_redis(test: impl FnOnce(&TestDir, &Programs) -> Result<()>) {
     let fetched = Programs::fetched();
     let Some(programs) = need("Redis", fetched.map_err(|error| format!("{error:#}"))) else {
         return;
     };
-    with_bed(|bed| test(bed, &programs));
+    with_test_dir(|test_dir| test(test_dir, &programs));
 }
 
 /// A Redis without anything on its disk.
@@ -42,15 +42,15 @@ struct Redis {
 }
 
 impl Redis {
-    fn start(programs: &Programs, bed: &Bed, name: &str) -> Result<Redis> {
+    fn start(programs: &Programs, test_dir: &TestDir, name: &str) -> Result<Redis> {
         let port = free_port()?;
-        let log = bed.path(&format!("{name}.log"));
+        let log = test_dir.path(&format!("{name}.log"));
         let mut command = Command::new(&programs.server);
         command
             .args(["--port", &port.to_string(), "--bind", "127.0.0.1"])
             .args(["--save", "", "--appendonly", "no"])
             .args(["--enable-debug-command", "yes", "--dir"])
-            .arg(bed.dir())
+            .arg(test_dir.dir())
             .stdout(fs::File::create(&log)?);
         let process = Spawned::start(name, &mut command, Some(log))?;
         wait::until("Redis to listen", GENEROUS, || {
@@ -127,15 +127,15 @@ fn write_all(port: u16) -> Result<u64> {
 }
 
 /// A recorder before a Redis; and its port.
-fn record(bed: &Bed, to: &Redis, name: &str, more: &[&str]) -> Result<(Spawned, u16)> {
-    let port_file = bed.path("port");
+fn record(test_dir: &TestDir, to: &Redis, name: &str, more: &[&str]) -> Result<(Spawned, u16)> {
+    let port_file = test_dir.path("port");
     let _ = fs::remove_file(&port_file);
-    let log = bed.path(&format!("{name}.log"));
+    let log = test_dir.path(&format!("{name}.log"));
     let mut command = Command::new(binary("pageferry")?);
     command
         .args(["record", "--listen", "127.0.0.1:0", "--to", &to.address()])
         .arg("--log")
-        .arg(bed.path("recorded"))
+        .arg(test_dir.path("recorded"))
         .arg("--port-file")
         .arg(&port_file)
         // On a busy host Redis may take longer than the default to read a piece, and then reads in another order.
@@ -159,21 +159,21 @@ fn end(mut recorder: Spawned) -> Result<()> {
 }
 
 /// A replay of the log against a Redis.
-fn replay(bed: &Bed, to: &Redis, name: &str, more: &[&str]) -> Result<Spawned> {
-    let log = bed.path(&format!("{name}.log"));
+fn replay(test_dir: &TestDir, to: &Redis, name: &str, more: &[&str]) -> Result<Spawned> {
+    let log = test_dir.path(&format!("{name}.log"));
     let mut command = Command::new(binary("pageferry")?);
     command
         .args(["replay", "--to", &to.address(), "--log"])
-        .arg(bed.path("recorded"))
+        .arg(test_dir.path("recorded"))
         .arg("--report")
-        .arg(bed.path("report"))
+        .arg(test_dir.path("report"))
         .args(more)
         .stderr(fs::File::create(&log)?);
     Spawned::start(name, &mut command, Some(log))
 }
 
-fn report(bed: &Bed) -> Result<Value> {
-    let report = serde_json::from_slice(&fs::read(bed.path("report"))?)?;
+fn report(test_dir: &TestDir) -> Result<Value> {
+    let report = serde_json::from_slice(&fs::read(test_dir.path("report"))?)?;
     testbed::schema::expect("replay-report", &report)?;
     Ok(report)
 }
@@ -197,31 +197,31 @@ fn files(dir: &Path) -> Result<Vec<PathBuf>> {
 
 #[test]
 fn mixed_writers_are_replayed_and_a_wrong_order_is_caught() {
-    with_redis(|bed, programs| {
-        let source = Redis::start(programs, bed, "source")?;
+    with_redis(|test_dir, programs| {
+        let source = Redis::start(programs, test_dir, "source")?;
         let digest = digest(programs);
         let options = ["--file-bytes", "64K", "--digest", &digest];
-        let (recorder, port) = record(bed, &source, "record", &options)?;
+        let (recorder, port) = record(test_dir, &source, "record", &options)?;
         let acknowledged = write_all(port)?;
         end(recorder)?;
         ensure!(
-            files(&bed.path("recorded"))?.len() > 2,
+            files(&test_dir.path("recorded"))?.len() > 2,
             "nothing was rotated"
         );
 
-        let second = Redis::start(programs, bed, "second")?;
+        let second = Redis::start(programs, test_dir, "second")?;
         let options = ["--verify", "--digest", &digest];
-        replay(bed, &second, "replay", &options)?.succeed(GENEROUS)?;
-        let report = report(bed)?;
+        replay(test_dir, &second, "replay", &options)?.succeed(GENEROUS)?;
+        let report = report(test_dir)?;
         ensure!(report["digests_agree"] == true, "{report}");
         ensure!(report["is_whole"] == true, "{report}");
         ensure!(report["connections"] == WRITERS + 2, "{report}");
         let total = Client::connect(second.port)?.ask("GET total")?;
         ensure!(total == [acknowledged.to_string()], "{total:?}");
 
-        let third = Redis::start(programs, bed, "third")?;
+        let third = Redis::start(programs, test_dir, "third")?;
         let options = ["--verify", "--wrong-order", "--stall", "5s"];
-        let mut wrong = replay(bed, &third, "wrong", &options)?;
+        let mut wrong = replay(test_dir, &third, "wrong", &options)?;
         wrong.fail(GENEROUS)?;
         let said = said(&wrong)?;
         ensure!(said.contains("connection "), "{said}");
@@ -232,17 +232,17 @@ fn mixed_writers_are_replayed_and_a_wrong_order_is_caught() {
 
 #[test]
 fn a_service_that_answers_otherwise_is_refused_with_evidence() {
-    with_redis(|bed, programs| {
-        let source = Redis::start(programs, bed, "source")?;
-        let (recorder, port) = record(bed, &source, "record", &[])?;
+    with_redis(|test_dir, programs| {
+        let source = Redis::start(programs, test_dir, "source")?;
+        let (recorder, port) = record(test_dir, &source, "record", &[])?;
         let mut client = Client::connect(port)?;
         client.ask("SET a b")?;
         client.ask("TIME")?;
         client.ask("SET a c")?;
         drop(client);
         end(recorder)?;
-        let second = Redis::start(programs, bed, "second")?;
-        let mut refused = replay(bed, &second, "refused", &["--verify"])?;
+        let second = Redis::start(programs, test_dir, "second")?;
+        let mut refused = replay(test_dir, &second, "refused", &["--verify"])?;
         refused.fail(GENEROUS)?;
         let said = said(&refused)?;
         ensure!(said.contains("answers differ before byte"), "{said}");
@@ -256,26 +256,30 @@ fn a_service_that_answers_otherwise_is_refused_with_evidence() {
 
 #[test]
 fn a_killed_recorder_loses_nothing_that_was_acknowledged() {
-    with_redis(|bed, programs| {
-        let source = Redis::start(programs, bed, "source")?;
-        let (mut recorder, port) = record(bed, &source, "killed", &[])?;
+    with_redis(|test_dir, programs| {
+        let source = Redis::start(programs, test_dir, "source")?;
+        let (mut recorder, port) = record(test_dir, &source, "killed", &[])?;
         let mut client = Client::connect(port)?;
         for _ in 0..50 {
             client.ask("INCR a")?;
         }
         recorder.kill()?;
         // The beginning of an entry that was not written whole.
-        let first = files(&bed.path("recorded"))?.remove(0);
+        let first = files(&test_dir.path("recorded"))?.remove(0);
         let mut file = fs::File::options().append(true).open(first)?;
         file.write_all(&[40, 0, 0, 0, 1, 2, 3, 4, 5])?;
 
-        let second = Redis::start(programs, bed, "second")?;
-        let mut torn = replay(bed, &second, "torn", &["--verify"])?;
+        let second = Redis::start(programs, test_dir, "second")?;
+        let mut torn = replay(test_dir, &second, "torn", &["--verify"])?;
         torn.succeed(GENEROUS)?;
-        ensure!(report(bed)?["torn_bytes"] == 9, "{}", report(bed)?);
+        ensure!(
+            report(test_dir)?["torn_bytes"] == 9,
+            "{}",
+            report(test_dir)?
+        );
         ensure!(Client::connect(second.port)?.ask("GET a")? == ["50"]);
 
-        let (again, port) = record(bed, &source, "again", &[])?;
+        let (again, port) = record(test_dir, &source, "again", &[])?;
         ensure!(
             said(&again)?.contains("9 bytes of an entry"),
             "{}",
@@ -284,20 +288,24 @@ fn a_killed_recorder_loses_nothing_that_was_acknowledged() {
         let mut client = Client::connect(port)?;
         ensure!(client.ask("INCR a")? == ["51"]);
         end(again)?;
-        let third = Redis::start(programs, bed, "third")?;
-        replay(bed, &third, "whole", &["--verify"])?.succeed(GENEROUS)?;
-        ensure!(report(bed)?["is_whole"] == true, "{}", report(bed)?);
+        let third = Redis::start(programs, test_dir, "third")?;
+        replay(test_dir, &third, "whole", &["--verify"])?.succeed(GENEROUS)?;
+        ensure!(
+            report(test_dir)?["is_whole"] == true,
+            "{}",
+            report(test_dir)?
+        );
         ensure!(Client::connect(third.port)?.ask("GET a")? == ["51"]);
 
         // A flipped bit in the middle is no torn tail.
-        let first = files(&bed.path("recorded"))?.remove(0);
+        let first = files(&test_dir.path("recorded"))?.remove(0);
         let mut bytes = fs::read(&first)?;
         bytes[200] ^= 1;
         fs::write(&first, bytes)?;
-        let fourth = Redis::start(programs, bed, "fourth")?;
-        let mut damaged = replay(bed, &fourth, "damaged", &[])?;
+        let fourth = Redis::start(programs, test_dir, "fourth")?;
+        let mut damaged = replay(test_dir, &fourth, "damaged", &[])?;
         damaged.fail(GENEROUS)?;
-        let log = bed.path("damaged.log");
+        let log = test_dir.path("damaged.log");
         ensure!(
             said(&damaged)?.contains("is damaged at byte"),
             "{}",
@@ -309,14 +317,14 @@ fn a_killed_recorder_loses_nothing_that_was_acknowledged() {
 
 #[test]
 fn a_replay_follows_a_recording_and_holds_or_gives_up() {
-    with_redis(|bed, programs| {
-        let source = Redis::start(programs, bed, "source")?;
+    with_redis(|test_dir, programs| {
+        let source = Redis::start(programs, test_dir, "source")?;
         let digest = digest(programs);
-        let (recorder, port) = record(bed, &source, "record", &["--digest", &digest])?;
+        let (recorder, port) = record(test_dir, &source, "record", &["--digest", &digest])?;
         write_all(port)?;
-        let second = Redis::start(programs, bed, "second")?;
+        let second = Redis::start(programs, test_dir, "second")?;
         let options = ["--follow", "--max-lag", "1", "--on-lag", "cancel"];
-        let mut slow = replay(bed, &second, "cancel", &options)?;
+        let mut slow = replay(test_dir, &second, "cancel", &options)?;
         slow.fail(GENEROUS)?;
         ensure!(
             said(&slow)?.contains("slower than what arrives"),
@@ -324,7 +332,7 @@ fn a_replay_follows_a_recording_and_holds_or_gives_up() {
             said(&slow)?
         );
 
-        let third = Redis::start(programs, bed, "third")?;
+        let third = Redis::start(programs, test_dir, "third")?;
         let options = [
             "--follow",
             "--verify",
@@ -335,12 +343,12 @@ fn a_replay_follows_a_recording_and_holds_or_gives_up() {
             "--digest",
             &digest,
         ];
-        let mut follower = replay(bed, &third, "follow", &options)?;
+        let mut follower = replay(test_dir, &third, "follow", &options)?;
         // Clients wait now and then, and none is failed.
         write_all(port)?;
         end(recorder)?;
         follower.succeed(GENEROUS)?;
-        let report = report(bed)?;
+        let report = report(test_dir)?;
         ensure!(report["digests_agree"] == true, "{report}");
         ensure!(report["holds"].as_u64() > Some(0), "{report}");
         Ok(())
@@ -349,23 +357,23 @@ fn a_replay_follows_a_recording_and_holds_or_gives_up() {
 
 #[test]
 fn a_log_that_exists_is_fed_to_a_command() {
-    with_redis(|bed, programs| {
+    with_redis(|test_dir, programs| {
         let (source, second) = (
-            Redis::start(programs, bed, "source")?,
-            Redis::start(programs, bed, "second")?,
+            Redis::start(programs, test_dir, "source")?,
+            Redis::start(programs, test_dir, "second")?,
         );
         let commands = "SET a 1\r\nINCR a\r\nRPUSH l x y\r\n";
-        fs::write(bed.path("recorded"), commands)?;
+        fs::write(test_dir.path("recorded"), commands)?;
         for line in commands.lines() {
             Client::connect(source.port)?.ask(line)?;
         }
         let feed = format!("'{}' -p {} --pipe", programs.client.display(), second.port);
         let (digest, from) = (digest(programs), source.address());
         let options = ["--replay", &feed, "--digest", &digest, "--source", &from];
-        replay(bed, &second, "feed", &options)?.succeed(GENEROUS)?;
+        replay(test_dir, &second, "feed", &options)?.succeed(GENEROUS)?;
         Client::connect(source.port)?.ask("SET a 9")?;
         let options = ["--replay", "cat", "--digest", &digest, "--source", &from];
-        let mut differs = replay(bed, &second, "differs", &options)?;
+        let mut differs = replay(test_dir, &second, "differs", &options)?;
         differs.fail(GENEROUS)?;
         ensure!(
             said(&differs)?.contains("the digests differ"),

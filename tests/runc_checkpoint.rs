@@ -4,7 +4,6 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::{LazyDaemon, Options, PageServer};
 use testbed::load::report::{Report, expect_faults};
@@ -16,6 +15,7 @@ use testbed::postcopy::slow_link;
 use testbed::proxy::Proxy;
 use testbed::runc::{self, LOAD_DIR, Runc};
 use testbed::suite::make;
+use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
 use testbed::{for_each_criu, gate};
 
@@ -40,18 +40,21 @@ fn expect_same(before: &[Report], after: &[Report]) -> Result<()> {
 }
 
 /// A container that runs, what its processes say, and where its images go; nothing without runc.
-fn start<'a>(bed: &Bed, criu: &'a Criu) -> Result<Option<(Runc<'a>, Vec<Report>, PathBuf)>> {
+fn start<'a>(
+    test_dir: &TestDir,
+    criu: &'a Criu,
+) -> Result<Option<(Runc<'a>, Vec<Report>, PathBuf)>> {
     let Some(()) = gate::need("runc", runc::find()) else {
         return Ok(None);
     };
-    let mut runc = Runc::new(bed, criu, spec())?;
+    let mut runc = Runc::new(test_dir, criu, spec())?;
     runc.start("ferry-before")?;
     let before = runc.run_everywhere(&[Step::Status])?;
-    Ok(Some((runc, before, bed.path("images"))))
+    Ok(Some((runc, before, test_dir.path("images"))))
 }
 
-fn checkpoint_to_a_page_server(bed: &Bed, criu: &Criu) -> Result<()> {
-    let Some((mut runc, before, images)) = start(bed, criu)? else {
+fn checkpoint_to_a_page_server(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let Some((mut runc, before, images)) = start(test_dir, criu)? else {
         return Ok(());
     };
     let server = PageServer::receiving(make(criu), &Options::new(&images))?;
@@ -62,8 +65,8 @@ fn checkpoint_to_a_page_server(bed: &Bed, criu: &Criu) -> Result<()> {
     expect_same(&before, &runc.run_everywhere(&reading())?)
 }
 
-fn checkpoint_with_lazy_pages(bed: &Bed, criu: &Criu) -> Result<()> {
-    let Some((mut runc, before, images)) = start(bed, criu)? else {
+fn checkpoint_with_lazy_pages(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let Some((mut runc, before, images)) = start(test_dir, criu)? else {
         return Ok(());
     };
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));

@@ -10,7 +10,6 @@ use anyhow::{Context, Result, ensure};
 use nix::unistd::Pid;
 use serde_json::Value;
 use testbed::agent::Move;
-use testbed::bed::Bed;
 use testbed::containers::{self, ContainerHost};
 use testbed::criu::Criu;
 use testbed::load::report::Report;
@@ -19,6 +18,7 @@ use testbed::load::spec::LoadSpec;
 use testbed::load::steps::Step;
 use testbed::process::run;
 use testbed::runc::{self, LOAD_DIR, Runc};
+use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
 use testbed::{for_each_criu, gate};
 
@@ -35,11 +35,15 @@ fn modes(criu: &Criu) -> &'static [&'static str] {
 }
 
 /// A container that runs, and what its processes say; nothing without runc.
-fn start<'a>(bed: &Bed, criu: &'a Criu, id: &str) -> Result<Option<(Runc<'a>, Vec<Report>)>> {
+fn start<'a>(
+    test_dir: &TestDir,
+    criu: &'a Criu,
+    id: &str,
+) -> Result<Option<(Runc<'a>, Vec<Report>)>> {
     let Some(()) = gate::need("runc", runc::find()) else {
         return Ok(None);
     };
-    let mut runc = Runc::new(bed, criu, LoadSpec::tree(LOAD_DIR, MIB, 3))?;
+    let mut runc = Runc::new(test_dir, criu, LoadSpec::tree(LOAD_DIR, MIB, 3))?;
     runc.start(id)?;
     let before = runc.run_everywhere(&[Step::Status])?;
     Ok(Some((runc, before)))
@@ -54,15 +58,15 @@ fn expect_same(before: &[Report], after: &[Report]) -> Result<()> {
     Ok(())
 }
 
-fn a_container_moves(bed: &Bed, criu: &Criu) -> Result<()> {
+fn a_container_moves(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     for &mode in modes(criu) {
-        let Some((runc, before)) = start(bed, criu, mode)? else {
+        let Some((runc, before)) = start(test_dir, criu, mode)? else {
             return Ok(());
         };
         run(&mut runc.runtime(&["update", "--pids-limit", "77", mode])?)?;
         let name = format!("agent-{mode}");
-        let host = ContainerHost::start(bed, &criu.path, &name, (&runc, mode))?;
-        let moves = Move::new(criu, bed.path("source"), mode).with(&["--mode", mode]);
+        let host = ContainerHost::start(test_dir, &criu.path, &name, (&runc, mode))?;
+        let moves = Move::new(criu, test_dir.path("source"), mode).with(&["--mode", mode]);
         let moved = containers::start(&moves, (&runc, mode), &host)?.succeed(GENEROUS);
         moved.with_context(|| format!("{mode}: {}", host.agent.log()))?;
         runc.expect_gone(mode)?;
@@ -93,8 +97,8 @@ fn expect_of_the_runtime(host: &ContainerHost, id: &str) -> Result<()> {
 }
 
 /// A CRIU that looks good and refuses what a runtime asks for.
-fn refusing(bed: &Bed, criu: &Criu) -> Result<PathBuf> {
-    let path = bed.path("refusing-criu");
+fn refusing(test_dir: &TestDir, criu: &Criu) -> Result<PathBuf> {
+    let path = test_dir.path("refusing-criu");
     let criu = criu.path.display();
     let text = format!("#!/bin/sh\n[ \"$1\" = swrk ] && exit 1\nexec '{criu}' \"$@\"\n");
     fs::write(&path, text)?;
@@ -102,15 +106,15 @@ fn refusing(bed: &Bed, criu: &Criu) -> Result<PathBuf> {
     Ok(path)
 }
 
-fn a_container_that_cannot_be_restored_stays(bed: &Bed, criu: &Criu) -> Result<()> {
-    let refuses = refusing(bed, criu)?;
+fn a_container_that_cannot_be_restored_stays(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let refuses = refusing(test_dir, criu)?;
     for mode in ["cold", "hybrid"] {
-        let Some((runc, before)) = start(bed, criu, mode)? else {
+        let Some((runc, before)) = start(test_dir, criu, mode)? else {
             return Ok(());
         };
         let name = format!("agent-{mode}");
-        let host = ContainerHost::start(bed, &refuses, &name, (&runc, mode))?;
-        let moves = Move::new(criu, bed.path("source"), mode).with(&["--mode", mode]);
+        let host = ContainerHost::start(test_dir, &refuses, &name, (&runc, mode))?;
+        let moves = Move::new(criu, test_dir.path("source"), mode).with(&["--mode", mode]);
         containers::start(&moves, (&runc, mode), &host)?.fail(GENEROUS)?;
         let report = moves.report()?;
         ensure!(report["result"] == "rolled back", "{report}");
@@ -120,7 +124,7 @@ fn a_container_that_cannot_be_restored_stays(bed: &Bed, criu: &Criu) -> Result<(
         expect_here(&runc, mode, &before)?;
         // What is missing there is told before anything is touched.
         fs::remove_file(host.bundles().join(mode))?;
-        let again = Move::new(criu, bed.path("source"), "again").with(&["--files", "never"]);
+        let again = Move::new(criu, test_dir.path("source"), "again").with(&["--files", "never"]);
         let mut command = containers::start(&again, (&runc, mode), &host)?;
         command.fail(GENEROUS)?;
         let said = command.log_tail();

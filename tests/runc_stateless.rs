@@ -10,10 +10,10 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use testbed::agent::Move;
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::routes::{Haproxy, NftRoute};
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 use testbed::web::{NAME, PORT, Visitors, Web};
 use testbed::{gate, runc};
@@ -22,13 +22,17 @@ use testbed::{gate, runc};
 const READY: [&str; 2] = ["--ready", "http://127.0.0.1:8080/ready"];
 
 /// A place with the service, unless there is no runc.
-fn with_web(test: impl FnOnce(&Bed, &Web) -> Result<()>) {
+fn with_web(test: impl FnOnce(&TestDir, &Web) -> Result<()>) {
     with_web_of("runc", false, test);
 }
 
 /// The same by another runtime, and with a root that is an overlay if it is `layered`.
-fn with_web_of(runtime: &'static str, layered: bool, test: impl FnOnce(&Bed, &Web) -> Result<()>) {
-    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
+fn with_web_of(
+    runtime: &'static str,
+    layered: bool,
+    test: impl FnOnce(&TestDir, &Web) -> Result<()>,
+) {
+    with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
         let found = runc::find().and_then(|()| {
             let mut version = Command::new(runtime);
             testbed::process::run(version.arg("--version")).map(drop)
@@ -36,8 +40,8 @@ fn with_web_of(runtime: &'static str, layered: bool, test: impl FnOnce(&Bed, &We
         let Some(()) = gate::need(runtime, found) else {
             return Ok(());
         };
-        let web = Web::start_on(bed, criu, runtime, layered)?;
-        test(bed, &web)
+        let web = Web::start_on(test_dir, criu, runtime, layered)?;
+        test(test_dir, &web)
     });
 }
 
@@ -110,9 +114,9 @@ fn expect_live_report(report: &Value) -> Result<()> {
 
 #[test]
 fn live_loses_no_answer_by_haproxy() {
-    with_web(|bed, web| {
+    with_web(|test_dir, web| {
         let settings = "weight 7 check inter 50ms";
-        let haproxy = Haproxy::start(bed, &web.three, PORT, settings)?;
+        let haproxy = Haproxy::start(test_dir, &web.three, PORT, settings)?;
         let before = haproxy.servers()?;
         let here = web.three.source.address;
         let visitors = Visitors::start(&web.three.client, haproxy.front(), here)?;
@@ -213,10 +217,10 @@ fn layers_of_a_stateless_container_travel_once() {
 
 #[test]
 fn what_fails_before_the_switch_changes_nothing() {
-    with_web(|bed, web| {
+    with_web(|test_dir, web| {
         let (route, visitors) = visited(web)?;
         let pid = web.state_here()?.context("a state")?["pid"].clone();
-        let steps = bed.path("steps");
+        let steps = test_dir.path("steps");
         let noted = format!(
             "exec:echo $PAGEFERRY_ROUTE $PAGEFERRY_ID >> {}",
             steps.display()

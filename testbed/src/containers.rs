@@ -10,10 +10,10 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::agent::{Agent, Move};
-use crate::bed::Bed;
 use crate::control_groups::ControlGroups;
 use crate::process::{Spawned, descendants, run};
 use crate::runc::Runc;
+use crate::test_dir::TestDir;
 
 /// See the module's text.
 #[derive(Debug)]
@@ -33,13 +33,13 @@ impl ContainerHost {
     /// # Errors
     /// The agent does not start.
     pub fn start(
-        bed: &Bed,
+        test_dir: &TestDir,
         criu: &Path,
         name: &str,
         (runc, id): (&Runc<'_>, &str),
     ) -> Result<ContainerHost> {
-        let root = bed.path(&format!("{name}-runtime"));
-        let bundles = bed.path(&format!("{name}-bundles"));
+        let root = test_dir.path(&format!("{name}-runtime"));
+        let bundles = test_dir.path(&format!("{name}-bundles"));
         fs::create_dir_all(&bundles)?;
         symlink(runc.bundle(), bundles.join(id))?;
         let groups = ControlGroups::new()?;
@@ -49,7 +49,7 @@ impl ContainerHost {
             "--bundles".to_owned(),
             bundles.display().to_string(),
         ];
-        let agent = Agent::start(criu, &bed.path(name), None, &options)?;
+        let agent = Agent::start(criu, &test_dir.path(name), None, &options)?;
         let init = agent.init()?;
         let pids: Vec<Pid> = [vec![init], descendants(init)].concat();
         for pid in pids {

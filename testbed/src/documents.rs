@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::bed::Bed;
 use crate::container_host::ContainerHost;
 use crate::criu::Criu;
 use crate::net::TwoHosts;
+use crate::test_dir::TestDir;
 use crate::workspace::root;
 
 /// Copies what is named before the last word, HOST:PATH, to the home directory of the other host.
@@ -108,9 +108,9 @@ impl Stage {
     ///
     /// # Errors
     /// As [`ContainerHost::start`].
-    pub fn new(bed: &Bed, system: &Path, criu: &Criu, name: &str) -> Result<Stage> {
+    pub fn new(test_dir: &TestDir, system: &Path, criu: &Criu, name: &str) -> Result<Stage> {
         let hosts = TwoHosts::new(None)?;
-        let dir = bed.path(name);
+        let dir = test_dir.path(name);
         let scp = dir.join("tools/scp");
         fs::create_dir_all(scp.parent().context("the tools' directory")?)?;
         fs::write(&scp, SCP)?;

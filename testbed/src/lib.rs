@@ -10,7 +10,7 @@
 //!   kinds      a process with every kind of mapping sys              raw memory, mappings: all `unsafe` code
 //!   daemons    page-server, lazy-pages, both makes  net, proxy       two hosts; delay, rate, cuts
 //!   migration  dump and restore, with all logs      pipes, hugepages settings of the kernel (sysctl)
-//!   postcopy   all of it in one                     bed, suite       a test's place, a test per CRIU
+//!   postcopy   all of it in one                     test_dir, suite  a test's directory, a test per CRIU
 //!   rounds     dumps of one load on top of each other images, stats    CRIU's files
 //!   containers a host to which they move             control_groups  groups of another host
 //!   net_three  two hosts and a client of theirs       bin/echo       a service for it
@@ -29,7 +29,6 @@
 
 pub mod agent;
 pub mod announcements;
-pub mod bed;
 pub mod container_host;
 pub mod containers;
 pub mod control_groups;
@@ -72,6 +71,7 @@ pub mod swrk;
 pub mod sys;
 pub mod sysctl;
 pub mod systemd;
+pub mod test_dir;
 pub mod transfer;
 pub mod wait;
 pub mod web;

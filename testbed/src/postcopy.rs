@@ -15,7 +15,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::bed::{Bed, warm_memory};
 use crate::criu::Criu;
 use crate::daemons::{LazyDaemon, Make, Options, PageServer};
 use crate::images;
@@ -28,6 +27,7 @@ use crate::migration::{Dump, Restore, Restored};
 use crate::net::free_port;
 use crate::process::Spawned;
 use crate::proxy::{Direction, Impairment, Link, Proxy};
+use crate::test_dir::{TestDir, warm_memory};
 use crate::wait::{self, GENEROUS};
 
 /// Who has the memory that is still missing.
@@ -170,17 +170,27 @@ impl PostCopy {
     ///
     /// # Errors
     /// A step of the migration fails; the error shows the logs.
-    pub fn start(bed: &Bed, plan: &Plan<'_>, spec: LoadSpec, steps: &[Step]) -> Result<PostCopy> {
-        PostCopy::of(bed, plan, Load::start(spec, None)?, steps)
+    pub fn start(
+        test_dir: &TestDir,
+        plan: &Plan<'_>,
+        spec: LoadSpec,
+        steps: &[Step],
+    ) -> Result<PostCopy> {
+        PostCopy::of(test_dir, plan, Load::start(spec, None)?, steps)
     }
 
     /// The same with a load that runs already.
     ///
     /// # Errors
     /// A step of the migration fails; the error shows the logs.
-    pub fn of(bed: &Bed, plan: &Plan<'_>, mut load: Load, steps: &[Step]) -> Result<PostCopy> {
+    pub fn of(
+        test_dir: &TestDir,
+        plan: &Plan<'_>,
+        mut load: Load,
+        steps: &[Step],
+    ) -> Result<PostCopy> {
         let before = load.run_everywhere(&[Step::Status])?;
-        let dumped = dump(bed, plan, &mut load)?;
+        let dumped = dump(test_dir, plan, &mut load)?;
         PostCopy::restore(plan, load, before, dumped, steps)
     }
 
@@ -374,8 +384,8 @@ impl PostCopy {
 }
 
 /// Dumps the load as the plan says.
-fn dump(bed: &Bed, plan: &Plan<'_>, load: &mut Load) -> Result<Dumped> {
-    let images = bed.path("dumped");
+fn dump(test_dir: &TestDir, plan: &Plan<'_>, load: &mut Load) -> Result<Dumped> {
+    let images = test_dir.path("dumped");
     let dump = Dump::new(plan.dumps, load.pid(), &images);
     let source_options: Vec<&str> = plan.source_options.iter().map(String::as_str).collect();
     let (source, images, address) = match plan.source {
@@ -398,7 +408,7 @@ fn dump(bed: &Bed, plan: &Plan<'_>, load: &mut Load) -> Result<Dumped> {
         Source::PageServer(make) => {
             dump.run()?;
             load.wait_until_gone()?;
-            let here = bed.path("restored");
+            let here = test_dir.path("restored");
             let missing = images::copy_without_lazy_pages(&images, &here)?;
             ensure!(missing > 0, "a test without missing pages");
             let options = Options::new(&images).with(&source_options);

@@ -17,7 +17,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::bed::Bed;
 use crate::criu::Criu;
 use crate::daemons::{Make, Options, PageServer};
 use crate::images::tell_uptime;
@@ -26,6 +25,7 @@ use crate::load::report::Report;
 use crate::load::spec::LoadSpec;
 use crate::load::steps::{Order, Pass, Step};
 use crate::migration::{Dump, Restore, Restored};
+use crate::test_dir::TestDir;
 use crate::wait::GENEROUS;
 
 /// Size of the unit of `st_blocks`, bytes (stat(2)).
@@ -44,14 +44,14 @@ pub struct Rounds<'a> {
 }
 
 impl<'a> Rounds<'a> {
-    /// Starts a load that `criu` is to dump; images go to the bed.
+    /// Starts a load that `criu` is to dump; images go to the test directory.
     ///
     /// # Errors
     /// The load does not start.
-    pub fn start(bed: &Bed, criu: &'a Criu, spec: LoadSpec) -> Result<Rounds<'a>> {
+    pub fn start(test_dir: &TestDir, criu: &'a Criu, spec: LoadSpec) -> Result<Rounds<'a>> {
         Ok(Rounds {
             criu,
-            dir: bed.dir().to_owned(),
+            dir: test_dir.dir().to_owned(),
             load: Load::start(spec, None)?,
             before: Vec::new(),
             dumps_know: false,

@@ -7,10 +7,10 @@ use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::bed::Bed;
 use crate::debian::{Suite, program};
 use crate::net_three::{DEVICE, ThreeHosts};
 use crate::process::{Spawned, run};
+use crate::test_dir::TestDir;
 use crate::wait::{self, GENEROUS};
 
 /// The port at which clients ask.
@@ -119,8 +119,13 @@ impl Haproxy {
     ///
     /// # Errors
     /// It does not start.
-    pub fn start(bed: &Bed, hosts: &ThreeHosts, port: u16, settings: &str) -> Result<Haproxy> {
-        let socket = bed.path("haproxy.sock");
+    pub fn start(
+        test_dir: &TestDir,
+        hosts: &ThreeHosts,
+        port: u16,
+        settings: &str,
+    ) -> Result<Haproxy> {
+        let socket = test_dir.path("haproxy.sock");
         let front = SocketAddr::new("10.213.8.3".parse()?, FRONT_PORT);
         let text = format!(
             "global\n  stats socket {} mode 600 level admin\n\
@@ -131,9 +136,9 @@ impl Haproxy {
             hosts.source.at(port),
             hosts.destination.at(port)
         );
-        let file = bed.path("haproxy.cfg");
+        let file = test_dir.path("haproxy.cfg");
         fs::write(&file, text)?;
-        let log = bed.path("haproxy.log");
+        let log = test_dir.path("haproxy.log");
         let mut command = hosts.client.command(Haproxy::fetched()?);
         command.args(["-db", "-f"]).arg(&file);
         command

@@ -11,11 +11,11 @@ use anyhow::{Context, Result, ensure};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::bed::Bed;
 use crate::criu::Criu;
 use crate::load::control::Control;
 use crate::load::spec::LoadSpec;
 use crate::process::{Spawned, run, tail};
+use crate::test_dir::TestDir;
 use crate::wait::GENEROUS;
 use crate::workspace;
 
@@ -58,8 +58,8 @@ impl<'a> Runc<'a> {
     ///
     /// # Errors
     /// The bundle cannot be made.
-    pub fn new(bed: &Bed, criu: &'a Criu, spec: LoadSpec) -> Result<Runc<'a>> {
-        let bundle = bed.path("bundle");
+    pub fn new(test_dir: &TestDir, criu: &'a Criu, spec: LoadSpec) -> Result<Runc<'a>> {
+        let bundle = test_dir.path("bundle");
         let root = bundle.join("rootfs");
         if root.join("load").exists() {
             // What an earlier container of this bundle reported.
@@ -69,7 +69,7 @@ impl<'a> Runc<'a> {
         let config = config(&serde_json::to_string(&spec)?);
         fs::write(bundle.join("config.json"), serde_json::to_vec(&config)?)?;
         let control = Control::new(spec, root.join("load"));
-        let state = bed.path("runc-state");
+        let state = test_dir.path("runc-state");
         Ok(Runc {
             criu,
             bundle,

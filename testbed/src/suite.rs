@@ -2,10 +2,10 @@
 
 use anyhow::Result;
 
-use crate::bed::{Bed, with_bed};
 use crate::criu::{Criu, Suite};
 use crate::daemons::Make;
 use crate::gate;
+use crate::test_dir::{TestDir, with_test_dir};
 
 /// Set to `criu` to put CRIU's own daemons to the tests: a test that they fail too, where they are
 /// known to be right, is a wrong test.
@@ -19,16 +19,16 @@ pub fn make(criu: &Criu) -> Make<'_> {
     }
 }
 
-/// Runs a test with the CRIU of a suite, in a bed of its own.
-pub fn with_criu(suite: Suite, test: impl FnOnce(&Bed, &Criu) -> Result<()>) {
+/// Runs a test with the CRIU of a suite, in a test directory of its own.
+pub fn with_criu(suite: Suite, test: impl FnOnce(&TestDir, &Criu) -> Result<()>) {
     let Some(criu) = gate::criu(suite) else {
         return;
     };
     eprintln!("CRIU {} of {}", criu.version, suite.name());
-    with_bed(|bed| test(bed, &criu));
+    with_test_dir(|test_dir| test(test_dir, &criu));
 }
 
-/// Makes a test for each real CRIU of a function `fn(&Bed, &Criu) -> anyhow::Result<()>`.
+/// Makes a test for each real CRIU of a function `fn(&TestDir, &Criu) -> anyhow::Result<()>`.
 #[macro_export]
 macro_rules! for_each_criu {
     ($($(#[$attribute:meta])* $name:ident),+ $(,)?) => {$(

@@ -3,12 +3,12 @@
 //! ```text
 //!   mount and cgroup namespace
 //!     /sys/fs/cgroup   the unified hierarchy, from a control group of the test's own on
-//!     BED/systemd/root a tmpfs: usr of the unpacked packages; /proc, /sys, /dev, the bed and the binaries of the host
+//!     DIR/systemd/root a tmpfs: usr of the unpacked packages; /proc, /sys, /dev, the test directory and the binaries of the host
 //!       chroot: systemd --user ── services
 //! ```
 //!
 //! The PID and network namespaces are the host's: services see the test's processes, and it sees them. Invariants: no
-//! file of the host is written outside the bed; the control group goes with the guard, and all processes in it.
+//! file of the host is written outside the test directory; the control group goes with the guard, and all processes in it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use crate::process::{Spawned, run};
 use crate::wait::{self, GENEROUS};
 use crate::workspace;
 
-/// Prepares the namespaces and becomes systemd. Words: the bed's directory, `usr` to have, the directory of the binaries,
+/// Prepares the namespaces and becomes systemd. Words: the test directory's directory, `usr` to have, the directory of the binaries,
 /// the control group's name. It begins in a mount namespace of its own.
 const START: &str = r#"set -eu
 work=$1/systemd usr=$2 binaries=$3 group=$4
@@ -80,24 +80,24 @@ impl Systemd {
         Ok(unpacked(Suite::Trixie, "systemd")?.join("usr"))
     }
 
-    /// Starts that of `usr` in the directory `bed`, which services see under the same path, as they see the binaries of
+    /// Starts that of `usr` in the directory `test_dir`, which services see under the same path, as they see the binaries of
     /// this workspace.
     ///
     /// # Errors
     /// It does not come up; the error shows its log.
-    pub fn start(usr: &Path, bed: &Path) -> Result<Systemd> {
+    pub fn start(usr: &Path, test_dir: &Path) -> Result<Systemd> {
         let binaries = workspace::binary("lazy-client")?;
         let binaries = binaries.parent().context("a directory of binaries")?;
-        let work = bed.join("systemd");
+        let work = test_dir.join("systemd");
         fs::create_dir_all(work.join("units/systemd/user"))?;
         let log = work.join("systemd.log");
-        let group = bed.file_name().context("a name")?;
-        // The bed's name is no other test's.
+        let group = test_dir.file_name().context("a name")?;
+        // The directory's name is no other test's.
         let group = format!("{}-{}", group.display(), std::process::id());
         let mut command = Command::new("unshare");
         command
             .args(["--mount", "sh", "-c", START, "sh"])
-            .args([bed, usr, binaries])
+            .args([test_dir, usr, binaries])
             .arg(&group)
             .stdout(fs::File::create(&log)?)
             .stderr(fs::File::options().append(true).open(&log)?);

@@ -20,13 +20,13 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
 use crate::agent::{Agent, Move};
-use crate::bed::Bed;
 use crate::control_groups::ControlGroups;
 use crate::criu::Criu;
 use crate::net::{Host, NetNs};
 use crate::net_three::ThreeHosts;
 use crate::process::{Spawned, descendants, run};
 use crate::runc::make_root_of;
+use crate::test_dir::TestDir;
 use crate::wait::{self, GENEROUS};
 use crate::workspace::binary;
 
@@ -84,17 +84,22 @@ impl Web {
     ///
     /// # Errors
     /// Not root, no such runtime, or the container does not start.
-    pub fn start(bed: &Bed, criu: &Criu, runtime: &'static str) -> Result<Web> {
-        Web::start_on(bed, criu, runtime, false)
+    pub fn start(test_dir: &TestDir, criu: &Criu, runtime: &'static str) -> Result<Web> {
+        Web::start_on(test_dir, criu, runtime, false)
     }
 
     /// The same, with a root that is an overlay if it is `layered`: of the layer below the file `gone` is deleted.
     ///
     /// # Errors
     /// As [`Web::start`]; or no overlay can be mounted.
-    pub fn start_on(bed: &Bed, criu: &Criu, runtime: &'static str, layered: bool) -> Result<Web> {
+    pub fn start_on(
+        test_dir: &TestDir,
+        criu: &Criu,
+        runtime: &'static str,
+        layered: bool,
+    ) -> Result<Web> {
         static MADE: AtomicU32 = AtomicU32::new(0);
-        let dir = bed.path(&format!("web-{}", MADE.fetch_add(1, Ordering::Relaxed)));
+        let dir = test_dir.path(&format!("web-{}", MADE.fetch_add(1, Ordering::Relaxed)));
         let three = ThreeHosts::new()?;
         let bundle = dir.join("bundle");
         let rootfs = bundle.join("rootfs");

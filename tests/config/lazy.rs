@@ -123,7 +123,7 @@ impl TestNetwork<'_> {
         settings: &Settings,
         images: &Path,
     ) -> Result<Outcome> {
-        let home = tempfile::tempdir_in(self.bed.dir())?;
+        let home = tempfile::tempdir_in(self.test_dir.dir())?;
         let program = match make {
             Make::Ours | Make::Build(_) => binary("lazy-client")?,
             Make::Criu(criu) => criu.path.clone(),

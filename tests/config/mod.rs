@@ -16,11 +16,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rustls::crypto::aws_lc_rs;
 use rustls::{ClientConfig, ClientConnection, RootCertStore};
-use testbed::bed::Bed;
 use testbed::daemons::Make;
 use testbed::net::TwoHosts;
 use testbed::pki::{Authority, Host};
 use testbed::process::Spawned;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 use testbed::workspace::binary;
 
@@ -94,20 +94,20 @@ impl PartialEq for Outcome {
 
 /// A network and keys for page servers.
 pub(crate) struct TestNetwork<'a> {
-    bed: &'a Bed,
+    test_dir: &'a TestDir,
     hosts: TwoHosts,
     keys: Vec<String>,
 }
 
 impl TestNetwork<'_> {
-    pub(crate) fn new(bed: &Bed) -> Result<TestNetwork<'_>> {
-        let pki = bed.path("pki");
+    pub(crate) fn new(test_dir: &TestDir) -> Result<TestNetwork<'_>> {
+        let pki = test_dir.path("pki");
         fs::create_dir_all(&pki)?;
         let keys = Authority::new(&pki, "ca")?
             .issue(&Host::LOOPBACK)?
             .options();
         Ok(TestNetwork {
-            bed,
+            test_dir,
             hosts: TwoHosts::new(None)?,
             keys: keys.into_iter().filter(|word| word != "--tls").collect(),
         })
@@ -115,7 +115,7 @@ impl TestNetwork<'_> {
 
     /// Starts a page server with `settings` and sees what it does.
     pub(crate) fn page_server(&self, make: Make<'_>, settings: &Settings) -> Result<Outcome> {
-        let home = tempfile::tempdir_in(self.bed.dir())?;
+        let home = tempfile::tempdir_in(self.test_dir.dir())?;
         let path = |name: &str| home.path().join(name);
         let program = match make {
             Make::Ours | Make::Build(_) => binary("page-server")?,

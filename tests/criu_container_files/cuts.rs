@@ -3,9 +3,9 @@
 use std::fs;
 
 use anyhow::{Result, ensure};
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 
 use crate::expect_nothing_there;
@@ -22,8 +22,8 @@ const MEND: &str = "\
 (until grep -q 'sent again' /stage/source/cut.log; do sleep 0.05; done; nft delete table inet cut) \
     < /dev/null > /dev/null 2>&1 &";
 
-fn a_cut_connection_is_made_again(bed: &Bed, criu: &Criu) -> Result<()> {
-    let Some(mut writing) = Writing::start(bed, criu, "cut")? else {
+fn a_cut_connection_is_made_again(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let Some(mut writing) = Writing::start(test_dir, criu, "cut")? else {
         return Ok(());
     };
     let big: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..))

@@ -4,9 +4,9 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 
 use crate::agent;
 use crate::writing::Writing;
@@ -48,8 +48,8 @@ fn sent(layer: &Value) -> u64 {
     layer["bytes"].as_u64().unwrap_or_default()
 }
 
-fn layers_travel_once(bed: &Bed, criu: &Criu) -> Result<()> {
-    let Some(mut writing) = Writing::start_on(bed, criu, "layers", Some(MOUNT))? else {
+fn layers_travel_once(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let Some(mut writing) = Writing::start_on(test_dir, criu, "layers", Some(MOUNT))? else {
         return Ok(());
     };
     let first = writing.migrate(0, "first", COLD);
@@ -98,8 +98,8 @@ kill $(cat agent.pid); while kill -0 $(cat agent.pid) 2> /dev/null; do sleep 0.0
 printf '#!/bin/sh\\n[ \"$1\" = swrk ] && exit 1\\nexec /criu/criu \"$@\"\\n' > failing
 chmod +x failing";
 
-fn what_fails_leaves_no_overlay(bed: &Bed, criu: &Criu) -> Result<()> {
-    let Some(mut writing) = Writing::start_on(bed, criu, "no-overlay", Some(MOUNT))? else {
+fn what_fails_leaves_no_overlay(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let Some(mut writing) = Writing::start_on(test_dir, criu, "no-overlay", Some(MOUNT))? else {
         return Ok(());
     };
     let there = |writing: &Writing, script: &str| writing.stage.machines[1].tell(script);

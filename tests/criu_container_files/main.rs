@@ -12,17 +12,17 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 
 use trees::expect_same_trees;
 use writing::Writing;
 
 /// There and back again: the first time it writes up to the freeze and knows what it must find, the second time it
 /// stands still, so that both trees can be compared.
-fn files_move_with_a_container(bed: &Bed, criu: &Criu) -> Result<()> {
-    let Some(mut writing) = Writing::start(bed, criu, "moving")? else {
+fn files_move_with_a_container(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let Some(mut writing) = Writing::start(test_dir, criu, "moving")? else {
         return Ok(());
     };
     let options = "--mode hybrid --max-rounds 2 --volume /root/volume";
@@ -61,8 +61,8 @@ fn files_move_there_and_back() {
 }
 
 /// What is sent ahead moves nothing, stays, and is gone on with.
-fn files_are_sent_ahead(bed: &Bed, criu: &Criu) -> Result<()> {
-    let Some(mut writing) = Writing::start(bed, criu, "ahead")? else {
+fn files_are_sent_ahead(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let Some(mut writing) = Writing::start(test_dir, criu, "ahead")? else {
         return Ok(());
     };
     let bytes = |report: &Value| report["files"]["rounds"][0]["bytes"].as_u64();
@@ -100,8 +100,8 @@ fn expect_nothing_there(writing: &Writing) -> Result<()> {
     Ok(())
 }
 
-fn what_fails_leaves_no_tree(bed: &Bed, criu: &Criu) -> Result<()> {
-    let Some(mut writing) = Writing::start(bed, criu, "failing")? else {
+fn what_fails_leaves_no_tree(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let Some(mut writing) = Writing::start(test_dir, criu, "failing")? else {
         return Ok(());
     };
     let cold = "--mode cold --volume /root/volume";

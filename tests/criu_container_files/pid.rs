@@ -1,9 +1,9 @@
 //! Volumes of processes that are no container.
 
 use anyhow::{Result, ensure};
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 
 use crate::writing::Writing;
 
@@ -26,8 +26,8 @@ fn tell(writing: &Writing, host: usize, number: u32, word: &str) -> Result<()> {
     Ok(())
 }
 
-fn volumes_of_a_process_move(bed: &Bed, criu: &Criu) -> Result<()> {
-    let Some(writing) = Writing::start(bed, criu, "pid")? else {
+fn volumes_of_a_process_move(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let Some(writing) = Writing::start(test_dir, criu, "pid")? else {
         return Ok(());
     };
     writing.stage.machines[0].script(START)?;

@@ -9,10 +9,10 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::process::run;
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 
 use crate::trees::expect_same_trees;
 use crate::writing::Writing;
@@ -61,8 +61,8 @@ impl Drop for Cut {
     }
 }
 
-fn power_is_cut_at_each_step(bed: &Bed, criu: &Criu) -> Result<()> {
-    let Some(mut writing) = Writing::start(bed, criu, "cut")? else {
+fn power_is_cut_at_each_step(test_dir: &TestDir, criu: &Criu) -> Result<()> {
+    let Some(mut writing) = Writing::start(test_dir, criu, "cut")? else {
         return Ok(());
     };
     // From here on only the hook changes files: what the container did after the move would be on the disk as well.

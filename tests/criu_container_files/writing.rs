@@ -5,10 +5,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::documents::Stage;
 use testbed::runc;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 use testbed::{debian, gate, workspace};
 
@@ -29,13 +29,13 @@ pub(crate) struct Writing {
 
 impl Writing {
     /// Nothing without runtimes.
-    pub(crate) fn start(bed: &Bed, criu: &Criu, name: &str) -> Result<Option<Writing>> {
-        Writing::start_on(bed, criu, name, None)
+    pub(crate) fn start(test_dir: &TestDir, criu: &Criu, name: &str) -> Result<Option<Writing>> {
+        Writing::start_on(test_dir, criu, name, None)
     }
 
     /// The same with a root that is an overlay: `mount` mounts it at `bundles/c1/rootfs` of the first host, over `base`.
     pub(crate) fn start_on(
-        bed: &Bed,
+        test_dir: &TestDir,
         criu: &Criu,
         name: &str,
         mount: Option<&str>,
@@ -43,8 +43,8 @@ impl Writing {
         let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
             return Ok(None);
         };
-        let stage = Stage::new(bed, &system, criu, name)?;
-        let dir = bed.path(name);
+        let stage = Stage::new(test_dir, &system, criu, name)?;
+        let dir = test_dir.path(name);
         let bundle = dir.join("source/bundles/c1");
         let root = match mount {
             Some(_) => dir.join("source/base"),

@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
-use testbed::bed::Bed;
 use testbed::criu::{self, Criu, Suite};
 use testbed::services::{Service, ServiceHosts};
+use testbed::test_dir::TestDir;
 use testbed::wait;
 use testbed::workspace::use_binaries;
 
@@ -80,10 +80,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     steps.say(&format!("CRIU {}: {}", criu.version, criu.path.display()));
     steps.say("look for a Debian system with a Redis (fetched below target/debian the first time)");
     let system = Service::Redis.system()?;
-    let bed = Bed::new()?;
-    let moved = move_about(args, (&criu, &system), &bed, &steps);
+    let test_dir = TestDir::new()?;
+    let moved = move_about(args, (&criu, &system), &test_dir, &steps);
     if moved.is_err() && !wait::is_interrupted() {
-        bed.show_logs();
+        test_dir.show_logs();
     }
     print_table(&moved?);
     Ok(())
@@ -99,11 +99,11 @@ fn find_criu(wanted: Option<&str>) -> Result<Criu> {
 fn move_about(
     args: &Args,
     (criu, system): (&Criu, &std::path::Path),
-    bed: &Bed,
+    test_dir: &TestDir,
     steps: &Steps,
 ) -> Result<Vec<Moved>> {
     steps.say("start two hosts and a client's, each a network namespace");
-    let mut hosts = ServiceHosts::start(bed, system, criu, "demo")?;
+    let mut hosts = ServiceHosts::start(test_dir, system, criu, "demo")?;
     let pid = hosts.serve(Service::Redis)?;
     steps.say(&format!("four clients fill a Redis with {} MiB", args.mib));
     let mut clients = Service::Redis.talk(hosts.client(), hosts.address()?, args.mib)?;

@@ -16,7 +16,6 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
-use testbed::bed::Bed;
 use testbed::criu::{self, Criu};
 use testbed::daemons::{Make, Options, PageServer};
 use testbed::load::Load;
@@ -29,6 +28,7 @@ use testbed::pki::{Authority, Host};
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
 use testbed::proxy::{Direction, Impairment, ImpairmentKind};
 use testbed::rounds::{Rounds, pages_files};
+use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
 use testbed::workspace::use_binaries;
 
@@ -63,7 +63,7 @@ struct Ends<'a> {
     to: Make<'a>,
 }
 
-type Case = fn(&Bed, Ends<'_>) -> Result<()>;
+type Case = fn(&TestDir, Ends<'_>) -> Result<()>;
 
 const CASES: [(&str, Case); 12] = [
     ("images are restored lazily", images_are_restored),
@@ -98,13 +98,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     for (name, case) in CASES.iter().filter(|(name, _)| wanted(name)) {
         let mut cells = Vec::new();
         for (from, to) in [(other, ours), (ours, other)] {
-            let bed = Bed::new()?;
+            let test_dir = TestDir::new()?;
             let criu = &criu;
-            let ended = case(&bed, Ends { criu, from, to });
+            let ended = case(&test_dir, Ends { criu, from, to });
             if let Err(error) = &ended {
                 failed += 1;
                 eprintln!("{name}: {error:#}");
-                bed.show_logs();
+                test_dir.show_logs();
             }
             cells.push(ended.map_or("FAIL", |()| "pass"));
         }
@@ -114,8 +114,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn spec(bed: &Bed) -> LoadSpec {
-    LoadSpec::mixed(bed.path("load"), MIB)
+fn spec(test_dir: &TestDir) -> LoadSpec {
+    LoadSpec::mixed(test_dir.path("load"), MIB)
 }
 
 /// Runs a post-copy whose processes carry out `steps`, and compares everything at the end.
@@ -133,12 +133,12 @@ fn restore_and_check(criu: &Criu, images: &Path, load: &mut Load) -> Result<()> 
 
 /// A page-server of one build stores a dump. Tells the images, and what the processes were.
 fn stored(
-    bed: &Bed,
+    test_dir: &TestDir,
     ends: Ends<'_>,
 ) -> Result<(PathBuf, Load, Vec<testbed::load::report::Report>)> {
-    let mut load = Load::start(spec(bed), None)?;
+    let mut load = Load::start(spec(test_dir), None)?;
     let before = load.run_everywhere(&[Step::Status])?;
-    let images = bed.path("stored");
+    let images = test_dir.path("stored");
     let server = PageServer::receiving(ends.from, &Options::new(&images))?;
     Dump::new(ends.criu, load.pid(), &images)
         .to(server.address())
@@ -148,16 +148,16 @@ fn stored(
     Ok((images, load, before))
 }
 
-fn images_are_restored(bed: &Bed, ends: Ends<'_>) -> Result<()> {
-    let (images, load, before) = stored(bed, ends)?;
+fn images_are_restored(test_dir: &TestDir, ends: Ends<'_>) -> Result<()> {
+    let (images, load, before) = stored(test_dir, ends)?;
     let plan = Plan::new(ends.criu, Source::Local, ends.to);
     let moved = PostCopy::from_images(&plan, load, before, images, None, &reading())?;
     restore_lazily(moved)
 }
 
-fn images_are_served(bed: &Bed, ends: Ends<'_>) -> Result<()> {
-    let (images, load, before) = stored(bed, ends)?;
-    let here = bed.path("restored");
+fn images_are_served(test_dir: &TestDir, ends: Ends<'_>) -> Result<()> {
+    let (images, load, before) = stored(test_dir, ends)?;
+    let here = test_dir.path("restored");
     testbed::images::copy_without_lazy_pages(&images, &here)?;
     let server = PageServer::serving(ends.to, &Options::new(&images).log_to("serve.log"))?;
     let plan = Plan::new(ends.criu, Source::PageServer(ends.to), ends.to);
@@ -165,8 +165,8 @@ fn images_are_served(bed: &Bed, ends: Ends<'_>) -> Result<()> {
     restore_lazily(moved)
 }
 
-fn rounds_build_on_images(bed: &Bed, ends: Ends<'_>) -> Result<()> {
-    let mut rounds = Rounds::start(bed, ends.criu, spec(bed))?;
+fn rounds_build_on_images(test_dir: &TestDir, ends: Ends<'_>) -> Result<()> {
+    let mut rounds = Rounds::start(test_dir, ends.criu, spec(test_dir))?;
     let write = Step::Write {
         every: CHANGED_EVERY,
         order: Order::Random,
@@ -179,9 +179,14 @@ fn rounds_build_on_images(bed: &Bed, ends: Ends<'_>) -> Result<()> {
     rounds.expect_restored(3).map(drop)
 }
 
-fn serve(bed: &Bed, ends: Ends<'_>) -> Result<()> {
+fn serve(test_dir: &TestDir, ends: Ends<'_>) -> Result<()> {
     let plan = Plan::new(ends.criu, Source::PageServer(ends.from), ends.to).over(slow_link());
-    restore_lazily(PostCopy::start(bed, &plan, spec(bed), &reading())?)
+    restore_lazily(PostCopy::start(
+        test_dir,
+        &plan,
+        spec(test_dir),
+        &reading(),
+    )?)
 }
 
 /// A forwarder to `far_end`.
@@ -197,12 +202,12 @@ fn forwarder(
 }
 
 /// Two rounds of full dumps, the second on top of the first.
-fn forward(bed: &Bed, ends: Ends<'_>) -> Result<()> {
-    let load = Load::start(spec(bed), None)?;
+fn forward(test_dir: &TestDir, ends: Ends<'_>) -> Result<()> {
+    let load = Load::start(spec(test_dir), None)?;
     let far_end = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), free_port()?);
-    let mut near_end = forwarder(ends.from, bed.path("near"), far_end, &["--keep"])?;
+    let mut near_end = forwarder(ends.from, test_dir.path("near"), far_end, &["--keep"])?;
     for round in [1, 2] {
-        let images = bed.path(&format!("round-{round}"));
+        let images = test_dir.path(&format!("round-{round}"));
         let mut options = Options::new(&images)
             .log_to("far.log")
             .at_port(far_end.port());
@@ -222,11 +227,11 @@ fn forward(bed: &Bed, ends: Ends<'_>) -> Result<()> {
     }
     near_end.process().kill()?;
     let mut load = load;
-    restore_and_check(ends.criu, &bed.path("round-2"), &mut load)
+    restore_and_check(ends.criu, &test_dir.path("round-2"), &mut load)
 }
 
-fn forward_over_tls(bed: &Bed, ends: Ends<'_>) -> Result<()> {
-    let dir = bed.path("pki");
+fn forward_over_tls(test_dir: &TestDir, ends: Ends<'_>) -> Result<()> {
+    let dir = test_dir.path("pki");
     fs::create_dir_all(&dir)?;
     let tls = Authority::new(&dir, "ca")?
         .issue(&Host::LOOPBACK)?
@@ -234,22 +239,22 @@ fn forward_over_tls(bed: &Bed, ends: Ends<'_>) -> Result<()> {
     let tls: Vec<&str> = tls.iter().map(String::as_str).collect();
     let far_end = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), free_port()?);
     let extra = [&tls[..], &["--streams", "3"]].concat();
-    let near_end = forwarder(ends.from, bed.path("near"), far_end, &extra)?;
-    forward_a_tree(bed, ends, near_end, far_end.port(), &tls)
+    let near_end = forwarder(ends.from, test_dir.path("near"), far_end, &extra)?;
+    forward_a_tree(test_dir, ends, near_end, far_end.port(), &tls)
 }
 
 /// The forwarder looks at the receiver when it starts. A receiver of one session that does not know of that must
 /// not take it for its session.
-fn forward_looks_first(bed: &Bed, ends: Ends<'_>) -> Result<()> {
-    let images = bed.path("images");
+fn forward_looks_first(test_dir: &TestDir, ends: Ends<'_>) -> Result<()> {
+    let images = test_dir.path("images");
     let far_end = PageServer::receiving(ends.to, &Options::new(&images).log_to("far.log"))?;
     let near_end = forwarder(
         ends.from,
-        bed.path("near"),
+        test_dir.path("near"),
         far_end.address(),
         &["--reconnect-timeout", "3"],
     )?;
-    let mut load = Load::start(spec(bed), None)?;
+    let mut load = Load::start(spec(test_dir), None)?;
     Dump::new(ends.criu, load.pid(), &images)
         .to(near_end.address())
         .run()?;
@@ -260,16 +265,16 @@ fn forward_looks_first(bed: &Bed, ends: Ends<'_>) -> Result<()> {
 
 /// Dumps a tree through `near_end` to a receiver with further options, and restores it.
 fn forward_a_tree(
-    bed: &Bed,
+    test_dir: &TestDir,
     ends: Ends<'_>,
     near_end: PageServer,
     port: u16,
     extra: &[&str],
 ) -> Result<()> {
-    let images = bed.path("images");
+    let images = test_dir.path("images");
     let options = Options::new(&images).log_to("far.log").at_port(port);
     let far_end = PageServer::receiving(ends.to, &options.with(extra))?;
-    let mut load = Load::start(LoadSpec::tree(bed.path("load"), MIB / 4, 4), None)?;
+    let mut load = Load::start(LoadSpec::tree(test_dir.path("load"), MIB / 4, 4), None)?;
     Dump::new(ends.criu, load.pid(), &images)
         .to(near_end.address())
         .run()?;
@@ -287,17 +292,27 @@ fn through_forwarder<'a>(ends: Ends<'a>, client_options: &[&str]) -> Plan<'a> {
     }
 }
 
-fn forward_lazy(bed: &Bed, ends: Ends<'_>) -> Result<()> {
+fn forward_lazy(test_dir: &TestDir, ends: Ends<'_>) -> Result<()> {
     let plan = through_forwarder(ends, &[]);
-    restore_lazily(PostCopy::start(bed, &plan, spec(bed), &reading())?)
+    restore_lazily(PostCopy::start(
+        test_dir,
+        &plan,
+        spec(test_dir),
+        &reading(),
+    )?)
 }
 
-fn forward_lazy_ferry(bed: &Bed, ends: Ends<'_>) -> Result<()> {
+fn forward_lazy_ferry(test_dir: &TestDir, ends: Ends<'_>) -> Result<()> {
     let plan = through_forwarder(ends, &["--ferry"]);
-    restore_lazily(PostCopy::start(bed, &plan, spec(bed), &reshaping())?)
+    restore_lazily(PostCopy::start(
+        test_dir,
+        &plan,
+        spec(test_dir),
+        &reshaping(),
+    )?)
 }
 
-fn forward_lazy_cut(bed: &Bed, ends: Ends<'_>) -> Result<()> {
+fn forward_lazy_cut(test_dir: &TestDir, ends: Ends<'_>) -> Result<()> {
     let impairment = Impairment {
         direction: Direction::ToClient,
         after_bytes: u64::from(MIB) << 18,
@@ -308,26 +323,26 @@ fn forward_lazy_cut(bed: &Bed, ends: Ends<'_>) -> Result<()> {
         ..through_forwarder(ends, &["--ferry"]).with_impairment(slow_link(), impairment)
     };
     restore_lazily(PostCopy::start(
-        bed,
+        test_dir,
         &plan,
-        spec(bed).careful(),
+        spec(test_dir).careful(),
         &verifying(),
     )?)
 }
 
-fn forward_lazy_on_demand(bed: &Bed, ends: Ends<'_>) -> Result<()> {
+fn forward_lazy_on_demand(test_dir: &TestDir, ends: Ends<'_>) -> Result<()> {
     let plan = through_forwarder(ends, &["--ferry", "--on-demand"]);
     // A fault each for most of the pages.
-    let small = LoadSpec::mixed(bed.path("load"), 8);
-    let mut moved = PostCopy::start(bed, &plan, small, &verifying())?;
+    let small = LoadSpec::mixed(test_dir.path("load"), 8);
+    let mut moved = PostCopy::start(test_dir, &plan, small, &verifying())?;
     moved.reports()?;
     moved.restored.kill();
     moved.finish()
 }
 
-fn forward_lazy_earlier(bed: &Bed, ends: Ends<'_>) -> Result<()> {
-    let load = Load::start(spec(bed).careful(), None)?;
-    let earlier = bed.path("earlier");
+fn forward_lazy_earlier(test_dir: &TestDir, ends: Ends<'_>) -> Result<()> {
+    let load = Load::start(spec(test_dir).careful(), None)?;
+    let earlier = test_dir.path("earlier");
     let server = PageServer::receiving(ends.to, &Options::new(&earlier))?;
     Dump::new(ends.criu, load.pid(), &earlier)
         .to(server.address())
@@ -341,7 +356,7 @@ fn forward_lazy_earlier(bed: &Bed, ends: Ends<'_>) -> Result<()> {
     load.run(0, &[write])?;
     let dir = earlier.to_string_lossy();
     let plan = through_forwarder(ends, &["--ferry", "--prev-images-dir", &dir]);
-    let mut moved = PostCopy::of(bed, &plan, load, &[])?;
+    let mut moved = PostCopy::of(test_dir, &plan, load, &[])?;
     moved.finish()?;
     moved.expect_all_right()?;
     let came = moved.received();

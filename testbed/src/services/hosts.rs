@@ -10,12 +10,12 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::Service;
-use crate::bed::Bed;
 use crate::container_host::ContainerHost;
 use crate::criu::Criu;
 use crate::net::{Host, NetNs};
 use crate::net_three::{DEVICE, ThreeHosts, expect_open, has_address};
 use crate::process::Spawned;
+use crate::test_dir::TestDir;
 use crate::wait::{self, GENEROUS};
 
 /// Pids of the service begin here: those below are taken at the destination, by its agent and CRIU.
@@ -48,11 +48,16 @@ impl ServiceHosts {
     ///
     /// # Errors
     /// As [`ContainerHost::start`]; or an agent does not listen.
-    pub fn start(bed: &Bed, system: &Path, criu: &Criu, name: &str) -> Result<ServiceHosts> {
+    pub fn start(
+        test_dir: &TestDir,
+        system: &Path,
+        criu: &Criu,
+        name: &str,
+    ) -> Result<ServiceHosts> {
         let three = ThreeHosts::new()?;
-        let stage = bed.path(name);
+        let stage = test_dir.path(name);
         fs::create_dir_all(&stage)?;
-        for dir in [bed.dir(), &stage] {
+        for dir in [test_dir.dir(), &stage] {
             // Services run as users of their own.
             fs::set_permissions(dir, fs::Permissions::from_mode(0o755))?;
         }

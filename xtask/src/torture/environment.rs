@@ -7,7 +7,6 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 use testbed::agent::{Agent, Move};
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::load::Load;
 use testbed::load::content::Content;
@@ -17,6 +16,7 @@ use testbed::net::TwoHosts;
 use testbed::pki::{Authority, Host};
 use testbed::process::run;
 use testbed::proxy::{Link, Proxy};
+use testbed::test_dir::TestDir;
 
 use super::case::{Case, Side};
 
@@ -41,12 +41,12 @@ pub(super) struct Environment {
     pub(super) hosts: TwoHosts,
     pub(super) criu: Criu,
     credentials: Vec<String>,
-    _pki: Bed,
+    _pki: TestDir,
 }
 
 impl Environment {
     pub(super) fn new(criu: &Criu) -> Result<Environment> {
-        let pki = Bed::new()?;
+        let pki = TestDir::new()?;
         let hosts = TwoHosts::new(None)?;
         let (source, destination) = (&hosts.source, &hosts.destination);
         let link = Link::default();
@@ -100,27 +100,27 @@ pub(super) struct Fixture {
     pub(super) load: Load,
     pub(super) agent: Agent,
     disks: [Disk; 2],
-    pub(super) bed: Bed,
+    pub(super) test_dir: TestDir,
 }
 
 impl Fixture {
     pub(super) fn new(environment: &Environment, case: &Case) -> Result<Fixture> {
-        let bed = Bed::new()?;
+        let test_dir = TestDir::new()?;
         let disks = [
-            Disk::mount(bed.path("source"))?,
-            Disk::mount(bed.path("agent"))?,
+            Disk::mount(test_dir.path("source"))?,
+            Disk::mount(test_dir.path("agent"))?,
         ];
         let mut options = environment.options(case);
         if !case.tls {
             options.push("--insecure".to_owned());
         }
         let hosts = &environment.hosts;
-        let load = Load::start(spec(&bed, case), Some(&hosts.source.net))?;
+        let load = Load::start(spec(&test_dir, case), Some(&hosts.source.net))?;
         if case.dirty_pages_per_s > 0 {
             let pages_per_s = case.dirty_pages_per_s;
             load.run_everywhere(&[Step::Dirty { pages_per_s }])?;
         }
-        let dir = bed.path("agent");
+        let dir = test_dir.path("agent");
         let agent = Agent::start(
             &environment.criu.path,
             &dir,
@@ -131,7 +131,7 @@ impl Fixture {
             load,
             agent,
             disks,
-            bed,
+            test_dir,
         })
     }
 
@@ -151,12 +151,12 @@ impl Fixture {
 
     /// The source's directory of all migrations.
     pub(super) fn source_dir(&self) -> PathBuf {
-        self.bed.path("source")
+        self.test_dir.path("source")
     }
 
     /// The agent's directory of the migration.
     pub(super) fn agent_dir(&self) -> PathBuf {
-        self.bed.path("agent").join(NAME)
+        self.test_dir.path("agent").join(NAME)
     }
 
     /// Gives the room of both disks back.
@@ -172,8 +172,8 @@ impl Fixture {
     }
 }
 
-fn spec(bed: &Bed, case: &Case) -> LoadSpec {
-    let mut spec = LoadSpec::tree(bed.path("load"), LOAD_MIB, PROCESSES);
+fn spec(test_dir: &TestDir, case: &Case) -> LoadSpec {
+    let mut spec = LoadSpec::tree(test_dir.path("load"), LOAD_MIB, PROCESSES);
     let eager = [Mapping::Locked, Mapping::PrivateFile];
     let areas = eager.map(|mapping| AreaSpec::new(mapping, LOAD_MIB * 16, Content::Mixed));
     spec.areas.extend(areas);

@@ -153,7 +153,7 @@ pub(super) fn participants(
     pids.extend(descendants(fixture.agent.init()?));
     // Programs outlive the command that started them: they are then children of this one.
     pids.extend(descendants(Pid::this()));
-    let here = fixture.bed.dir().display().to_string();
+    let here = fixture.test_dir.dir().display().to_string();
     pids.retain(|pid| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&line).replace('\0', " ");

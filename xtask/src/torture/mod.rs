@@ -183,8 +183,8 @@ fn migrate(environment: &Environment, case: &Case, args: &Args, counts: &mut Cou
                 .arg("-r")
                 .args([
                     fixture.source_dir(),
-                    fixture.bed.path("agent"),
-                    fixture.bed.path("agent.host"),
+                    fixture.test_dir.path("agent"),
+                    fixture.test_dir.path("agent.host"),
                 ])
                 .arg(&dir),
         )?;
@@ -229,7 +229,7 @@ fn carry_out(
     }
     if counts.bad() > bad {
         eprintln!("{verdict:?}");
-        fixture.bed.show_logs();
+        fixture.test_dir.show_logs();
     }
     Ok(counts.bad() == bad)
 }

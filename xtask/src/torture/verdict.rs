@@ -147,7 +147,7 @@ fn rules(net: &NetNs) -> Result<String> {
 
 fn mounts(process: &str, fixture: &Fixture) -> BTreeSet<String> {
     let text = fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap_or_default();
-    let here = fixture.bed.dir().display().to_string();
+    let here = fixture.test_dir.dir().display().to_string();
     // Of this migration's directories, or of CRIU; other programs mount what they need.
     let ours = |line: &&str| line.contains(&here) || line.contains("criu");
     let point = |line: &str| line.split(' ').nth(4).map(str::to_owned);
@@ -199,7 +199,7 @@ fn look(
             left.push(format!("process {pid}: {line}"));
         }
     }
-    for dir in [fixture.source_dir(), fixture.bed.path("agent")] {
+    for dir in [fixture.source_dir(), fixture.test_dir.path("agent")] {
         files(&dir, &mut left);
     }
     marks(fixture, &mut left);

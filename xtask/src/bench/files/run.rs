@@ -13,13 +13,13 @@ use fastrand::Rng;
 use serde::Serialize;
 use serde_json::Value;
 use testbed::agent::{Agent, Move};
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::load::Load;
 use testbed::load::content::Content;
 use testbed::load::spec::{AreaSpec, LoadSpec, Mapping};
 use testbed::net::TwoHosts;
 use testbed::process::{Spawned, run as carry_out};
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 
 use super::{Case, Contender};
@@ -54,16 +54,16 @@ pub(super) struct Run {
 
 /// Brings a directory to the other host, changes it, and brings the difference as `who` does.
 pub(super) fn run(criu: &Criu, case: &Case, who: Contender) -> Result<Run> {
-    let bed = Bed::new()?;
+    let test_dir = TestDir::new()?;
     let hosts = TwoHosts::new(Some(BITS_PER_S))?;
-    let files = Files::make(&bed, case)?;
-    let there = bed.path("there");
+    let files = Files::make(&test_dir, case)?;
+    let there = test_dir.path("there");
     let ran = match who {
-        Contender::Pageferry => by_pageferry(&bed, criu, &hosts, (&files, &there)),
-        Contender::Rsync => by_rsync(&bed, &hosts, (&files, &there)),
+        Contender::Pageferry => by_pageferry(&test_dir, criu, &hosts, (&files, &there)),
+        Contender::Rsync => by_rsync(&test_dir, &hosts, (&files, &there)),
     };
     if ran.is_err() {
-        bed.show_logs();
+        test_dir.show_logs();
     }
     let run = ran.with_context(|| format!("{who:?}"))?;
     let compared = carry_out(Command::new("diff").arg("-r").arg(&files.dir).arg(&there));
@@ -78,8 +78,8 @@ struct Files {
 }
 
 impl Files {
-    fn make(bed: &Bed, case: &Case) -> Result<Files> {
-        let (dir, pieces) = (bed.path("files"), bed.path("pieces"));
+    fn make(test_dir: &TestDir, case: &Case) -> Result<Files> {
+        let (dir, pieces) = (test_dir.path("files"), test_dir.path("pieces"));
         let mut random = Rng::with_seed(case.seed);
         let bytes = u64::from(case.mib) << 20;
         let count = bytes / FILE_BYTES;
@@ -106,7 +106,7 @@ impl Files {
                 piece / STEP_BYTES
             )?;
         }
-        let change = bed.path("change.sh");
+        let change = test_dir.path("change.sh");
         fs::write(&change, script)?;
         Ok(Files { dir, change })
     }
@@ -134,20 +134,20 @@ fn write(path: &Path, bytes: u64, random: &mut Rng) -> Result<()> {
 }
 
 fn by_pageferry(
-    bed: &Bed,
+    test_dir: &TestDir,
     criu: &Criu,
     hosts: &TwoHosts,
     (files, there): (&Files, &Path),
 ) -> Result<Run> {
     let area = AreaSpec::new(Mapping::Private, 64, Content::Mixed);
-    let spec = LoadSpec::new(bed.path("load"), vec![area]);
+    let spec = LoadSpec::new(test_dir.path("load"), vec![area]);
     let mut load = Load::start(spec, Some(&hosts.source.net))?;
-    let dir = bed.path("agent");
+    let dir = test_dir.path("agent");
     let insecure = ["--insecure".to_owned()];
     let agent = Agent::start(&criu.path, &dir, Some(&hosts.destination), &insecure)?;
     let volume = format!("{}:{}", files.dir.display(), there.display());
     let moves = |id| {
-        Move::new(criu, bed.path("source"), id)
+        Move::new(criu, test_dir.path("source"), id)
             .in_net(&hosts.source.net)
             .with(&["--volume", &volume])
     };
@@ -176,8 +176,8 @@ fn by_pageferry(
     })
 }
 
-fn by_rsync(bed: &Bed, hosts: &TwoHosts, (files, there): (&Files, &Path)) -> Result<Run> {
-    let ssh = Ssh::start(bed, hosts)?;
+fn by_rsync(test_dir: &TestDir, hosts: &TwoHosts, (files, there): (&Files, &Path)) -> Result<Run> {
+    let ssh = Ssh::start(test_dir, hosts)?;
     ssh.rsync(hosts, &files.dir, there)?;
     carry_out(Command::new("sh").arg(&files.change))?;
     let began = Instant::now();
@@ -201,8 +201,8 @@ struct Ssh {
 }
 
 impl Ssh {
-    fn start(bed: &Bed, hosts: &TwoHosts) -> Result<Ssh> {
-        let dir = bed.path("ssh");
+    fn start(test_dir: &TestDir, hosts: &TwoHosts) -> Result<Ssh> {
+        let dir = test_dir.path("ssh");
         fs::create_dir_all(&dir)?;
         // sshd goes there before it knows who calls.
         fs::create_dir_all("/run/sshd")?;

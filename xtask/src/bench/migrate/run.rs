@@ -8,7 +8,6 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use serde_json::Value;
 use testbed::agent::{Agent, Move};
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
 use testbed::load::Load;
@@ -18,6 +17,7 @@ use testbed::load::spec::{AreaSpec, LoadSpec, Mapping};
 use testbed::load::steps::Step;
 use testbed::migration::{Dump, Restore, Restored};
 use testbed::net::TwoHosts;
+use testbed::test_dir::TestDir;
 use testbed::transfer::copy_files;
 
 use super::client::Client;
@@ -63,19 +63,25 @@ impl Run {
 
 /// Moves a process as `who` does.
 pub(super) fn run(criu: &Criu, case: &Case, who: Contender, options: &[&str]) -> Result<Run> {
-    let bed = Bed::new()?;
-    let ended = move_one(&bed, criu, case, who, options);
+    let test_dir = TestDir::new()?;
+    let ended = move_one(&test_dir, criu, case, who, options);
     if ended.is_err() {
-        bed.show_logs();
+        test_dir.show_logs();
     }
     ended.with_context(|| format!("{who:?}, {}", case.describe()))
 }
 
-fn move_one(bed: &Bed, criu: &Criu, case: &Case, who: Contender, options: &[&str]) -> Result<Run> {
+fn move_one(
+    test_dir: &TestDir,
+    criu: &Criu,
+    case: &Case,
+    who: Contender,
+    options: &[&str],
+) -> Result<Run> {
     let hosts = TwoHosts::new(case.link.bits_per_s())?;
     let pages = case.mib * MIB_PAGES;
     let area = AreaSpec::new(Mapping::Private, pages, Content::Mixed);
-    let mut spec = LoadSpec::new(bed.path("load"), vec![area]);
+    let mut spec = LoadSpec::new(test_dir.path("load"), vec![area]);
     spec.probed_at = Some(PROBE_PORT);
     let mut load = Load::start(spec, Some(&hosts.source.net))?;
     let pages_per_s = case.dirty_pages_per_s();
@@ -91,7 +97,7 @@ fn move_one(bed: &Bed, criu: &Criu, case: &Case, who: Contender, options: &[&str
     let mut run = Run::default();
     let started = Instant::now();
     let fixture = Fixture {
-        bed,
+        test_dir,
         criu,
         hosts: &hosts,
     };
@@ -116,7 +122,7 @@ fn move_one(bed: &Bed, criu: &Criu, case: &Case, who: Contender, options: &[&str
 }
 
 struct Fixture<'a> {
-    bed: &'a Bed,
+    test_dir: &'a TestDir,
     criu: &'a Criu,
     hosts: &'a TwoHosts,
 }
@@ -130,11 +136,11 @@ impl Fixture<'_> {
         run: &mut Run,
     ) -> Result<Agent> {
         let (source, destination) = (&self.hosts.source, &self.hosts.destination);
-        let dir = self.bed.path("agent");
+        let dir = self.test_dir.path("agent");
         let insecure = ["--insecure".to_owned()];
         let agent = Agent::start(&self.criu.path, &dir, Some(destination), &insecure)?;
         let serve_on = source.address.to_string();
-        let moves = Move::new(self.criu, self.bed.path("source"), "bench")
+        let moves = Move::new(self.criu, self.test_dir.path("source"), "bench")
             .in_net(&source.net)
             .with(&["--mode", mode, "--serve-on", &serve_on])
             .with(options);
@@ -198,7 +204,7 @@ impl Fixture<'_> {
     }
 
     fn image_dirs(&self) -> (std::path::PathBuf, std::path::PathBuf) {
-        (self.bed.path("images"), self.bed.path("restored"))
+        (self.test_dir.path("images"), self.test_dir.path("restored"))
     }
 
     /// Asks the moved process and the client what they have seen.

@@ -8,11 +8,11 @@ use nix::unistd::syncfs;
 use pageferry::image::chain::{Chain, Missing};
 use pageferry::image::dir::ImageDir;
 use pageferry::units::PageCount;
-use testbed::bed::{Bed, warm_memory};
 use testbed::daemons::PageServer;
 use testbed::load::Load;
 use testbed::migration::Dump;
 use testbed::stats::{self, DumpStats};
+use testbed::test_dir::{TestDir, warm_memory};
 use testbed::wait;
 
 use super::case::{Contender, Link, Target};
@@ -31,15 +31,15 @@ impl Bench<'_> {
         link: Link,
         who: Contender,
     ) -> Result<Run> {
-        let bed = Bed::new_in(&target.dir(self.disk)?)?;
+        let test_dir = TestDir::new_in(&target.dir(self.disk)?)?;
         if target == Target::Disk {
-            syncfs(&File::open(bed.dir())?)?;
+            syncfs(&File::open(test_dir.dir())?)?;
         }
         warm_memory(self.dir(), memory)?;
-        let images = bed.path("images");
+        let images = test_dir.path("images");
         let mut server = PageServer::receiving(self.make(who), &self.options(&images, link))?;
         let cpu = server.process().cpu()?;
-        let dumped = bed.path("dumped");
+        let dumped = test_dir.path("dumped");
         let options = self.options(&dumped, link).extra;
         let options: Vec<&str> = options.iter().map(String::as_str).collect();
         let dump = Dump::new(self.criu, load.pid(), &dumped).to(server.address());

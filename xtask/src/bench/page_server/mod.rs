@@ -27,8 +27,8 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::ValueEnum;
 use pageferry::sys::process::page_size;
-use testbed::bed::Bed;
 use testbed::load::Load;
+use testbed::test_dir::TestDir;
 use testbed::workspace::target_dir;
 
 use super::results::{CommonArgs, Results};
@@ -283,8 +283,8 @@ fn serve(bench: &Bench<'_>, progress: &mut Progress<'_>) -> Result<()> {
 
 fn dump(bench: &Bench<'_>, progress: &mut Progress<'_>) -> Result<()> {
     let args = progress.args;
-    let bed = Bed::new()?;
-    let load = Load::start(bench.load(&bed, args.dump), None)?;
+    let test_dir = TestDir::new()?;
+    let load = Load::start(bench.load(&test_dir, args.dump), None)?;
     for &target in &args.target {
         for &link in &args.link {
             let case = Case::Dump {

@@ -142,7 +142,7 @@ mod tests {
 
     #[test]
     fn pages_leave_their_pipes_in_order() {
-        let dir = testbed::bed::Bed::new().unwrap();
+        let dir = testbed::test_dir::TestDir::new().unwrap();
         let recording = generate(&dir.path("recording"), 3, 100, PageSize::KIB_4).unwrap();
         let mut whole = Vec::new();
         let mut file = Pages::load(&recording, Link::Tls).unwrap();

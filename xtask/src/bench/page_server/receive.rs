@@ -9,12 +9,12 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use nix::unistd::syncfs;
-use testbed::bed::{Bed, warm_memory};
 use testbed::daemons::{PageServer, Sink};
 use testbed::load::Load;
 use testbed::load::content::Content;
 use testbed::load::spec::{AreaSpec, LoadSpec, Mapping};
 use testbed::migration::Dump;
+use testbed::test_dir::{TestDir, warm_memory};
 
 use super::case::{Contender, Feed, Link, Target};
 use super::pages::Pages;
@@ -42,10 +42,10 @@ impl Bench<'_> {
 
     /// Takes down what CRIU says when it dumps a process of `mib` MiB.
     fn capture(&self, path: &Path, mib: u32) -> Result<Recording> {
-        let bed = Bed::new_in(&Target::Tmpfs.dir(self.disk)?)?;
-        let load = Load::start(self.load(&bed, mib), None)?;
+        let test_dir = TestDir::new_in(&Target::Tmpfs.dir(self.disk)?)?;
+        let load = Load::start(self.load(&test_dir, mib), None)?;
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-        let dump = Dump::new(self.criu, load.pid(), bed.path("dump"));
+        let dump = Dump::new(self.criu, load.pid(), test_dir.path("dump"));
         let mut dump = dump.to(listener.local_addr()?).start()?;
         let wire = self.wire()?;
         thread::scope(|scope| {
@@ -64,12 +64,12 @@ impl Bench<'_> {
     }
 
     /// A process with `mib` MiB that do not compress.
-    pub(super) fn load(&self, bed: &Bed, mib: u32) -> LoadSpec {
+    pub(super) fn load(&self, test_dir: &TestDir, mib: u32) -> LoadSpec {
         let pages = mib << (20 - self.page.shift());
         let area = AreaSpec::new(Mapping::Private, pages, Content::Random);
         LoadSpec {
             lifetime_s: u32::try_from(10 * TIMEOUT.as_secs()).unwrap_or(u32::MAX),
-            ..LoadSpec::new(bed.path("load"), vec![area])
+            ..LoadSpec::new(test_dir.path("load"), vec![area])
         }
     }
 
@@ -84,16 +84,16 @@ impl Bench<'_> {
         link: Link,
         who: Contender,
     ) -> Result<Run> {
-        let bed = Bed::new_in(&target.dir(self.disk)?)?;
+        let test_dir = TestDir::new_in(&target.dir(self.disk)?)?;
         if target == Target::Disk {
             // What was written before is not to be written during the run.
-            syncfs(&File::open(bed.dir())?)?;
+            syncfs(&File::open(test_dir.dir())?)?;
         }
         warm_memory(self.dir(), recording.bytes())?;
         if who == Contender::Sink {
-            return self.receive_bare(recording, &bed);
+            return self.receive_bare(recording, &test_dir);
         }
-        let images = bed.path("images");
+        let images = test_dir.path("images");
         let options = self.options(&images, link).with(who.options());
         let mut server = PageServer::receiving(self.make(who), &options)?;
         let cpu = server.process().cpu()?;
@@ -116,8 +116,8 @@ impl Bench<'_> {
         Ok(Run::new(wall, bytes, used, peak))
     }
 
-    fn receive_bare(&self, recording: &Recording, bed: &Bed) -> Result<Run> {
-        let stored = bed.path("stored");
+    fn receive_bare(&self, recording: &Recording, test_dir: &TestDir) -> Result<Run> {
+        let stored = test_dir.path("stored");
         let mut sink = Sink::start(&stored)?;
         let cpu = sink.process().cpu()?;
 

@@ -302,7 +302,7 @@ mod tests {
                 Ok(())
             }
         }
-        let dir = testbed::bed::Bed::new().unwrap();
+        let dir = testbed::test_dir::TestDir::new().unwrap();
         let generated = generate(&dir.path("generated"), 1, 100, PAGE).unwrap();
         assert_eq!((generated.pages(), generated.frames.len()), (256, 3));
         assert_eq!(generated.answers, [0; 5]);

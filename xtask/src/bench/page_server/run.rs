@@ -9,10 +9,10 @@ use pageferry::criu::header::Wire;
 use pageferry::tls::{Tls, TlsArgs};
 use pageferry::units::PageSize;
 use serde::Serialize;
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::{Make, Options};
 use testbed::pki::{Authority, Credentials, Host};
+use testbed::test_dir::TestDir;
 
 use super::super::rounds::Measure;
 use super::super::stats::Sample;
@@ -122,7 +122,7 @@ pub(super) struct Bench<'a> {
     pub(super) asked_mib: u32,
     credentials: Credentials,
     /// Holds what runs share: the certificates, recordings and images to serve.
-    bed: Bed,
+    test_dir: TestDir,
 }
 
 impl<'a> Bench<'a> {
@@ -132,26 +132,26 @@ impl<'a> Bench<'a> {
         disk: &'a Path,
         asked_mib: u32,
     ) -> Result<Bench<'a>> {
-        let bed = Bed::new_in(&Target::Tmpfs.dir(disk)?)?;
-        let credentials = Authority::new(bed.dir(), "ca")?.issue(&Host::LOOPBACK)?;
+        let test_dir = TestDir::new_in(&Target::Tmpfs.dir(disk)?)?;
+        let credentials = Authority::new(test_dir.dir(), "ca")?.issue(&Host::LOOPBACK)?;
         Ok(Bench {
             criu,
             page,
             disk,
             asked_mib,
             credentials,
-            bed,
+            test_dir,
         })
     }
 
     /// A path for what runs share, in memory.
     pub(super) fn path(&self, name: &str) -> PathBuf {
-        self.bed.path(name)
+        self.test_dir.path(name)
     }
 
     /// Where it is.
     pub(super) fn dir(&self) -> &Path {
-        self.bed.dir()
+        self.test_dir.dir()
     }
 
     /// What the CRIU in use speaks.

@@ -19,11 +19,11 @@ use pageferry::criu::header::{Target, Wire};
 use pageferry::image::chain::{Chain, Missing};
 use pageferry::image::dir::ImageDir;
 use pageferry::units::{PageRange, PageSize, Vaddr};
-use testbed::bed::Bed;
 use testbed::daemons::PageServer;
 use testbed::load::Load;
 use testbed::load::content::mix;
 use testbed::migration::Dump;
+use testbed::test_dir::TestDir;
 
 use super::case::{Contender, Link, RequestPattern};
 use super::connection::Connection;
@@ -61,8 +61,8 @@ impl Image {
 impl Bench<'_> {
     /// Dumps a process of `mib` MiB into files in memory.
     pub(super) fn image(&self, mib: u32) -> Result<Image> {
-        let bed = Bed::new_in(self.path("").as_path())?;
-        let mut load = Load::start(self.load(&bed, mib), None)?;
+        let test_dir = TestDir::new_in(self.path("").as_path())?;
+        let mut load = Load::start(self.load(&test_dir, mib), None)?;
         let dir = self.path("image");
         Dump::new(self.criu, load.pid(), &dir).run()?;
         load.wait_until_gone()?;

@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use serde_json::Value;
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::Make;
 use testbed::load::report::{Report, StepReport};
 use testbed::postcopy::{Plan, PostCopy, Source};
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 use testbed::workspace::use_daemons;
 
@@ -162,17 +162,17 @@ impl Bench<'_> {
     /// # Errors
     /// A step of the migration fails, or a page arrives wrong.
     pub(super) fn run(&self, case: Case, who: Contender) -> Result<Run> {
-        let bed = Bed::new_in(Path::new(TMPFS))?;
+        let test_dir = TestDir::new_in(Path::new(TMPFS))?;
         use_daemons(self.baseline.filter(|_| who.side == Side::Baseline));
-        let summary = bed.path("summary.json");
+        let summary = test_dir.path("summary.json");
         let plan = self.plan(case, who, &summary);
         let lifetime = self.limit + 4 * GENEROUS;
         let load = case.load(
             who.shape,
-            &bed.path("load"),
+            &test_dir.path("load"),
             u32::try_from(lifetime.as_secs())?,
         );
-        let run = PostCopy::start(&bed, &plan, load, &[case.access.step(self.limit)])
+        let run = PostCopy::start(&test_dir, &plan, load, &[case.access.step(self.limit)])
             .and_then(|migration| self.watch(migration, &summary));
         run.with_context(|| format!("{}: {}", who.name(), case.describe()))
     }

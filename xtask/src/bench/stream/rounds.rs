@@ -19,12 +19,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use serde_json::Value;
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::daemons::{Make, Options, PageServer};
 use testbed::migration::Dump;
 use testbed::net::{NetNs, TwoHosts, free_port};
 use testbed::stats;
+use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
 
 use super::super::TMPFS;
@@ -53,7 +53,7 @@ pub(super) struct Run {
 /// Everything that a case runs on.
 struct Fixture<'a> {
     criu: &'a Criu,
-    bed: &'a Bed,
+    test_dir: &'a TestDir,
     hosts: Option<&'a TwoHosts>,
     /// Where ferry's far end listens, round after round.
     far_port: u16,
@@ -65,25 +65,25 @@ struct Fixture<'a> {
 /// # Errors
 /// Something fails that none of the contenders may fail at.
 pub(super) fn run(criu: &Criu, case: Case, rounds: u32) -> Result<Vec<Vec<Run>>> {
-    let bed = Bed::new_in(Path::new(TMPFS))?;
+    let test_dir = TestDir::new_in(Path::new(TMPFS))?;
     let hosts = match case.link {
         LinkKind::Loopback => None,
         LinkKind::Gigabit => Some(TwoHosts::new(Some(LinkKind::GIGABIT_BITS_PER_S))?),
     };
     let net = hosts.as_ref().map(|hosts| &hosts.source.net);
     let (mib, percent) = (case.mib, case.percent);
-    let subject_dir = bed.path("subject");
+    let subject_dir = test_dir.path("subject");
     let mut subject = Subject::start(case.memory, mib, percent, &subject_dir, net)?;
     let mut fixture = Fixture {
         criu,
-        bed: &bed,
+        test_dir: &test_dir,
         hosts: hosts.as_ref(),
         far_port: free_port()?,
         dumps: 0,
     };
     let measured = fixture.rounds(&mut subject, case.contenders(), rounds);
     if measured.is_err() {
-        bed.show_logs();
+        test_dir.show_logs();
     }
     measured.with_context(|| case.describe())
 }
@@ -124,7 +124,7 @@ impl Fixture<'_> {
         forwarder: &mut Forwarder,
     ) -> Result<Run> {
         self.dumps += 1;
-        let images = self.bed.path(&format!("images-{}", self.dumps));
+        let images = self.test_dir.path(&format!("images-{}", self.dumps));
         let options = self.destination(&images);
         let (make, options) = match who {
             Contender::Criu => (Make::Criu(self.criu), options),
@@ -143,7 +143,7 @@ impl Fixture<'_> {
             Contender::Ferry => forwarder.server.address(),
             Contender::Criu | Contender::Plain => server.address(),
         };
-        let mut dump = Dump::new(self.criu, subject.pid(), self.bed.path("dump"))
+        let mut dump = Dump::new(self.criu, subject.pid(), self.test_dir.path("dump"))
             .to(to)
             .leave_running()
             .with(&[VERBOSITY]);
@@ -170,7 +170,7 @@ impl Fixture<'_> {
         }
         let bytes = match bytes {
             Some(bytes) => bytes,
-            None => stats::of_dump(&self.bed.path("dump"))?.pages_written * PAGE_BYTES,
+            None => stats::of_dump(&self.test_dir.path("dump"))?.pages_written * PAGE_BYTES,
         };
         Ok(Run {
             seconds,
@@ -210,7 +210,7 @@ struct Forwarder {
 
 impl Forwarder {
     fn start(fixture: &Fixture<'_>, name: &str) -> Result<Forwarder> {
-        let dir = fixture.bed.path(name);
+        let dir = fixture.test_dir.path(name);
         let summary = dir.join("summary.json");
         let far_end: IpAddr = match fixture.hosts {
             Some(hosts) => hosts.destination.address,

@@ -1,4 +1,4 @@
-//! What one test has to itself: a directory, large pipes, and its logs shown if it fails.
+//! A directory of one test's own, with large pipes; its logs are shown if it fails.
 
 use std::env;
 use std::fs::{self, File};
@@ -15,33 +15,33 @@ use crate::wait::interrupt_on_signals;
 /// Set to keep the directories of failed tests.
 pub const KEEP_VARIABLE: &str = "PAGEFERRY_KEEP";
 
-/// A test's place. Made first, dropped last.
+/// A test's own directory. Made first, dropped last.
 #[derive(Debug)]
-pub struct Bed {
+pub struct TestDir {
     dir: TempDir,
     _pipes: LargePipes,
 }
 
-impl Bed {
+impl TestDir {
     /// A fresh directory, and pipes large enough for `criu dump --lazy-pages`.
     ///
     /// # Errors
     /// Neither root, nor large pipes already.
-    pub fn new() -> Result<Bed> {
-        Bed::new_in(&env::temp_dir())
+    pub fn new() -> Result<TestDir> {
+        TestDir::new_in(&env::temp_dir())
     }
 
     /// The same with the directory made in `parent`: a file system chosen for its speed.
     ///
     /// # Errors
-    /// As [`Bed::new`]; or `parent` cannot be written.
-    pub fn new_in(parent: &Path) -> Result<Bed> {
+    /// As [`TestDir::new`]; or `parent` cannot be written.
+    pub fn new_in(parent: &Path) -> Result<TestDir> {
         let pipes = LargePipes::allow()?;
         let dir = tempfile::Builder::new()
             .prefix("pageferry-")
             .tempdir_in(parent);
         let dir = dir.with_context(|| format!("a directory in {}", parent.display()))?;
-        Ok(Bed { dir, _pipes: pipes })
+        Ok(TestDir { dir, _pipes: pipes })
     }
 
     /// A path in the directory.
@@ -90,22 +90,23 @@ fn collect_logs(dir: &Path, logs: &mut Vec<PathBuf>) {
     }
 }
 
-/// Runs a test in a bed of its own; what it returns or panics with is shown with all logs.
+/// Runs a test in a test directory of its own; what it returns or panics with is shown with all logs.
 ///
 /// # Panics
 /// The test fails.
-pub fn with_bed(test: impl FnOnce(&Bed) -> Result<()>) {
+pub fn with_test_dir(test: impl FnOnce(&TestDir) -> Result<()>) {
     // A test that is ended from outside cleans up as well.
     interrupt_on_signals().unwrap_or_else(|error| panic!("{error:#}"));
-    let mut bed = Bed::new().unwrap_or_else(|error| panic!("making the test's bed: {error:#}"));
-    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| test(&bed)));
+    let mut test_dir =
+        TestDir::new().unwrap_or_else(|error| panic!("making the test's directory: {error:#}"));
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| test(&test_dir)));
     if matches!(result, Ok(Ok(()))) {
         return;
     }
-    bed.show_logs();
+    test_dir.show_logs();
     if env::var_os(KEEP_VARIABLE).is_some() {
-        bed.dir.disable_cleanup(true);
-        eprintln!("kept: {}", bed.dir.path().display());
+        test_dir.dir.disable_cleanup(true);
+        eprintln!("kept: {}", test_dir.dir.path().display());
     }
     match result {
         Ok(Ok(())) => {}
