@@ -5,7 +5,7 @@ use std::fs;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use testbed::criu::{Criu, Suite};
-use testbed::documents::Stage;
+use testbed::documents::HostPair;
 use testbed::suite::with_criu;
 use testbed::test_dir::TestDir;
 use testbed::{debian, gate};
@@ -15,7 +15,7 @@ const START: &str = r#"
 mkdir -p /tmp/$RUNTIME/lower/bin /tmp/$RUNTIME/lower/etc /tmp/$RUNTIME/lower/dir/kept
 cd /tmp/$RUNTIME
 mkdir -p upper work rootfs second/rootfs
-cp /stage/config.json .
+cp /shared/config.json .
 cp /usr/bin/busybox lower/bin/
 ln -s busybox lower/bin/sh
 echo old > lower/etc/old
@@ -41,7 +41,7 @@ before=$(cat upper/count)
 until [ "$(cat upper/count)" -gt "${before:-0}" ]; do sleep 0.05; done
 pageferry dump c1 --runtime $RUNTIME -o c1.tar.zst
 if $RUNTIME state c1 > /dev/null 2>&1; then exit 1; fi
-checkpointctl inspect --ps-tree --stats c1.tar.zst > /stage/inspected-$RUNTIME
+checkpointctl inspect --ps-tree --stats c1.tar.zst > /shared/inspected-$RUNTIME
 before=$(cat upper/count)
 pageferry restore c1.tar.zst --bundle second --runtime $RUNTIME
 until [ "$(cat second/rootfs/count)" -gt "$before" ]; do sleep 0.05; done
@@ -63,15 +63,15 @@ fn archives(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
         return Ok(());
     };
-    let mut stage = Stage::new(test_dir, &system, criu, "stage")?;
-    let dir = test_dir.path("stage");
+    let mut pair = HostPair::new(test_dir, &system, criu, "shared")?;
+    let dir = test_dir.path("shared");
     let mut config = testbed::runc::config("");
     config["process"]["args"] = json!(["/bin/sh", "-c", WORK]);
     fs::write(dir.join("config.json"), config.to_string())?;
-    stage.machines[0].script("echo manage-cgroups=ignore > /etc/criu/crun.conf")?;
+    pair.machines[0].script("echo manage-cgroups=ignore > /etc/criu/crun.conf")?;
     for runtime in ["runc", "crun"] {
-        stage.set("RUNTIME", runtime);
-        let host = &stage.machines[0];
+        pair.set("RUNTIME", runtime);
+        let host = &pair.machines[0];
         host.script(START)?;
         host.script(MOVE).context(runtime)?;
         let said = fs::read_to_string(dir.join(format!("inspected-{runtime}")))?;
@@ -117,8 +117,8 @@ fn podman_imports_an_archive() {
         let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
             return Ok(());
         };
-        let stage = Stage::new(test_dir, &system, criu, "podman")?;
-        let host = &stage.machines[0];
+        let pair = HostPair::new(test_dir, &system, criu, "podman")?;
+        let host = &pair.machines[0];
         host.script("echo manage-cgroups=ignore > /etc/criu/crun.conf")?;
         host.script(&format!("export PATH=/criu:$PATH\n{PODMAN}"))
     });

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use testbed::criu::{Criu, Suite};
-use testbed::documents::Stage;
+use testbed::documents::HostPair;
 use testbed::load::control::Control;
 use testbed::load::report::Report;
 use testbed::load::scenarios::verifying;
@@ -33,7 +33,7 @@ const SETTINGS: &str = "echo manage-cgroups=ignore > /etc/criu/crun.conf";
 
 /// Two hosts, an agent at the second, and a load in a container `c1` at the first. The bundle is at one path on both.
 struct Moving {
-    stage: Stage,
+    pair: HostPair,
     dir: PathBuf,
     load: Control,
     before: Vec<Report>,
@@ -51,14 +51,14 @@ impl Moving {
         let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
             return Ok(None);
         };
-        let stage = Stage::new(test_dir, &system, criu, name)?;
+        let pair = HostPair::new(test_dir, &system, criu, name)?;
         let dir = test_dir.path(name);
         let root = dir.join("bundle/rootfs");
         runc::make_root(&root)?;
         let spec = LoadSpec::tree(LOAD_DIR, MIB, 3);
         let config = runc::config(&serde_json::to_string(&spec)?);
         fs::write(dir.join("bundle/config.json"), config.to_string())?;
-        let [source, destination] = &stage.machines;
+        let [source, destination] = &pair.machines;
         for machine in [source, destination] {
             machine.script(SETTINGS)?;
         }
@@ -68,13 +68,13 @@ impl Moving {
              until [ -e port.json ]; do sleep 0.05; done",
         )?;
         source.script(&format!(
-            "{runtime} run -d --bundle /stage/bundle c1 < /dev/null > /dev/null 2>&1"
+            "{runtime} run -d --bundle /shared/bundle c1 < /dev/null > /dev/null 2>&1"
         ))?;
         let load = Control::new(spec, root.join("load"));
         load.wait_until_started(|| Ok(()))?;
         let before = load.run_everywhere(&[Step::Status])?;
         Ok(Some(Moving {
-            stage,
+            pair,
             dir,
             load,
             before,
@@ -84,7 +84,7 @@ impl Moving {
 
     /// Moves a container; what the command says, if it fails.
     fn migrate(&self, container: &str, id: &str, options: &str) -> Result<Value, String> {
-        let told = self.stage.machines[0].tell(&format!(
+        let told = self.pair.machines[0].tell(&format!(
             "pageferry migrate --container {container} --runtime {} --to $DESTINATION:9191 --serve-on $SOURCE \
              --state-dir /root/state --id {id} --report /root/{id}.json --criu /criu/criu {options} \
              > {id}.log 2>&1 || {{ tail -n 20 {id}.log; echo failed; }}",
@@ -115,7 +115,7 @@ impl Moving {
 
     /// How the container stands at a host: `running`, or nothing.
     fn status(&self, host: usize, container: &str) -> Result<String> {
-        let state = self.stage.machines[host].tell(&format!(
+        let state = self.pair.machines[host].tell(&format!(
             "{} state {container} 2> /dev/null || echo '{{}}'",
             self.runtime
         ))?;
@@ -141,7 +141,7 @@ fn moves(test_dir: &TestDir, criu: &Criu, runtime: &'static str, mode: &str) -> 
     );
     moving.expect_right()?;
     // The runtime there enters it, ends it and forgets it.
-    moving.stage.machines[1].script(&format!(
+    moving.pair.machines[1].script(&format!(
         "{runtime} exec c1 /bin/testload --help > /dev/null < /dev/null; {runtime} delete --force c1"
     ))?;
     let there = moving.status(1, "c1")?;
@@ -155,8 +155,8 @@ fn refusals(test_dir: &TestDir, criu: &Criu, runtime: &'static str) -> Result<()
     let Some(moving) = Moving::start(test_dir, criu, runtime, &name)? else {
         return Ok(());
     };
-    let [source, destination] = &moving.stage.machines;
-    let create = "create --bundle /stage/bundle";
+    let [source, destination] = &moving.pair.machines;
+    let create = "create --bundle /shared/bundle";
     let quiet = "< /dev/null > /dev/null 2>&1";
     let expect = |container: &str, id: &str, words: &[&str]| -> Result<()> {
         match moving.migrate(container, id, "--mode cold") {

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use testbed::criu::{Criu, Suite};
-use testbed::documents::{Block, Stage, blocks, documents};
+use testbed::documents::{Block, HostPair, blocks, documents};
 use testbed::pki::{Authority, Host};
 use testbed::suite::with_criu;
 use testbed::test_dir::TestDir;
@@ -160,57 +160,57 @@ fn run_document(test_dir: &TestDir, criu: &Criu, document: &Path) -> Result<Opti
         let Some(system) = system else {
             return Ok(None);
         };
-        let mut stage = Stage::new(test_dir, &system, criu, &format!("{name}-{number}"))?;
-        write_credentials(&stage)?;
+        let mut pair = HostPair::new(test_dir, &system, criu, &format!("{name}-{number}"))?;
+        write_credentials(&pair)?;
         if by_ssh {
-            ssh::connect(&stage)?;
+            ssh::connect(&pair)?;
         }
         if let Some(program) = &program {
-            fs::copy(program, stage.tools().join("move"))?;
+            fs::copy(program, pair.tools().join("move"))?;
         }
         if says("runc ") && setup.is_empty() {
-            setup_of_runc(&stage)?;
+            setup_of_runc(&pair)?;
         }
         if says("$PID") {
-            start_process(&mut stage)?;
+            start_process(&mut pair)?;
         }
         for block in setup.iter().chain(&blocks) {
             println!("running {}", block.place);
-            stage.run(block)?;
+            pair.run(block)?;
         }
         run += blocks.len();
         if says("criu restore") {
-            let arrived = stage.machines[1].script("kill -0 $PID");
+            let arrived = pair.machines[1].script("kill -0 $PID");
             arrived.with_context(|| format!("section {number}: the process has not arrived"))?;
         }
     }
     Ok(Some(run))
 }
 
-fn setup_of_runc(stage: &Stage) -> Result<()> {
+fn setup_of_runc(pair: &HostPair) -> Result<()> {
     let blocks = blocks(&root().join(OF_RUNC))?;
     let mut setup = blocks.iter().filter(|block| block.language == "sh setup");
-    setup.try_for_each(|block| stage.run(block))
+    setup.try_for_each(|block| pair.run(block))
 }
 
-fn start_process(stage: &mut Stage) -> Result<()> {
-    let source = &stage.machines[0];
+fn start_process(pair: &mut HostPair) -> Result<()> {
+    let source = &pair.machines[0];
     source.script(&format!(
         "echo {FIRST_PID} > /proc/sys/kernel/ns_last_pid\n{START_PROCESS}"
     ))?;
     let file = source.home().join("pid");
     let pid = fs::read_to_string(&file)?;
     fs::remove_file(file)?;
-    stage.set("PID", pid.trim());
+    pair.set("PID", pid.trim());
     Ok(())
 }
 
-fn write_credentials(stage: &Stage) -> Result<()> {
-    let dir = stage.machines[0].home().to_owned();
+fn write_credentials(pair: &HostPair) -> Result<()> {
+    let dir = pair.machines[0].home().to_owned();
     let authority = Authority::new(&dir, "ca")?;
     let names: Vec<String> = ["SOURCE", "DESTINATION"]
         .iter()
-        .map(|side| stage.machines[0].tell(&format!("echo ${side}")))
+        .map(|side| pair.machines[0].tell(&format!("echo ${side}")))
         .collect::<Result<_>>()?;
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let issued = authority.issue(&Host {
@@ -219,7 +219,7 @@ fn write_credentials(stage: &Stage) -> Result<()> {
         serial: 1,
         expired: false,
     })?;
-    for machine in &stage.machines {
+    for machine in &pair.machines {
         for (from, name) in [
             (&issued.cacert, "ca.pem"),
             (&issued.cert, "host.pem"),

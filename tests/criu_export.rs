@@ -21,7 +21,7 @@ use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use nix::unistd::mkfifo;
 use serde_json::Value;
 use testbed::criu::{Criu, Suite};
-use testbed::documents::Stage;
+use testbed::documents::HostPair;
 use testbed::process::run;
 use testbed::suite::with_criu;
 use testbed::test_dir::TestDir;
@@ -307,7 +307,7 @@ fn unpacked_by_tools(test_dir: &TestDir, criu: &Criu, options: &str) -> Result<(
     let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
         return Ok(());
     };
-    let dir = test_dir.path("stage");
+    let dir = test_dir.path("shared");
     in_memory(&dir)?;
     fill_lower(&dir)?;
     mount_overlay(&dir, options)?;
@@ -335,32 +335,32 @@ fn unpacked_by_tools(test_dir: &TestDir, criu: &Criu, options: &str) -> Result<(
     );
     export(&dir, &more, ("zstd", "zstd"))?;
     export(&dir, &more, ("plain", "none"))?;
-    let stage = Stage::new(test_dir, &system, criu, "stage")?;
-    read_back(&stage, &dir, wanted)
+    let pair = HostPair::new(test_dir, &system, criu, "shared")?;
+    read_back(&pair, &dir, wanted)
 }
 
 /// Unpacks the images with each tool.
-fn read_back(stage: &Stage, dir: &Path, mut wanted: BTreeMap<PathBuf, Described>) -> Result<()> {
-    let host = &stage.machines[0];
+fn read_back(pair: &HostPair, dir: &Path, mut wanted: BTreeMap<PathBuf, Described>) -> Result<()> {
+    let host = &pair.machines[0];
     for name in ["image", "zstd", "plain"] {
         host.script(&format!(
-            "umoci unpack --image /stage/{name}:template /stage/umoci-{name}"
+            "umoci unpack --image /shared/{name}:template /shared/umoci-{name}"
         ))?;
         expect_same("umoci", &dir.join(format!("umoci-{name}/rootfs")), &wanted)?;
     }
     host.script(
         "echo '{\"default\": [{\"type\": \"insecureAcceptAnything\"}]}' > /tmp/policy.json\n\
-         skopeo --policy /tmp/policy.json copy oci:/stage/image:template oci:/stage/copied:template\n\
-         umoci unpack --image /stage/copied:template /stage/skopeo",
+         skopeo --policy /tmp/policy.json copy oci:/shared/image:template oci:/shared/copied:template\n\
+         umoci unpack --image /shared/copied:template /shared/skopeo",
     )?;
     expect_same("skopeo", &dir.join("skopeo/rootfs"), &wanted)?;
     let mounted = host.tell(
-        "podman() { command podman --root /stage/podman --runroot /tmp/run --storage-driver vfs \"$@\"; }\n\
-         podman pull --quiet --signature-policy /tmp/policy.json oci:/stage/image:template > id\n\
+        "podman() { command podman --root /shared/podman --runroot /tmp/run --storage-driver vfs \"$@\"; }\n\
+         podman pull --quiet --signature-policy /tmp/policy.json oci:/shared/image:template > id\n\
          podman image mount $(cat id)",
     )?;
     let mounted = Path::new(&mounted)
-        .strip_prefix("/stage")
+        .strip_prefix("/shared")
         .context("podman's storage")?;
     // podman makes the root directory itself, and its time is that of the unpacking. Times before 1970 become 1970.
     let root = dir.join(mounted);
@@ -377,7 +377,7 @@ fn read_back(stage: &Stage, dir: &Path, mut wanted: BTreeMap<PathBuf, Described>
 
 /// A bundle whose root is an overlay, and a container that deletes a file and keeps another open that it has deleted.
 const RUN: &str = r#"
-cd /stage/$RUNTIME
+cd /shared/$RUNTIME
 mkdir -p lower/bin lower/etc upper work rootfs
 cp /usr/bin/busybox lower/bin/
 ln -s busybox lower/bin/sh
@@ -401,17 +401,17 @@ fn running_containers(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
         return Ok(());
     };
-    let dir = test_dir.path("stage");
+    let dir = test_dir.path("shared");
     in_memory(&dir)?;
-    let mut stage = Stage::new(test_dir, &system, criu, "stage")?;
+    let mut pair = HostPair::new(test_dir, &system, criu, "shared")?;
     for runtime in ["runc", "crun"] {
         let dir = dir.join(runtime);
         fs::create_dir_all(&dir)?;
         let mut config = testbed::runc::config("");
         config["process"]["args"] = serde_json::json!(["/bin/sh", "-c", WORK]);
         fs::write(dir.join("config.json"), config.to_string())?;
-        stage.set("RUNTIME", runtime);
-        stage.machines[0].script(RUN)?;
+        pair.set("RUNTIME", runtime);
+        pair.machines[0].script(RUN)?;
         let read = |name: &str| -> Result<Value> {
             Ok(serde_json::from_slice(&fs::read(dir.join(name))?)?)
         };

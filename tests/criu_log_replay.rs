@@ -39,21 +39,21 @@ const WRITERS: usize = 4;
 const AGAIN: Duration = Duration::from_millis(5);
 
 /// All that a test needs.
-struct Stage<'a> {
+struct Fixture<'a> {
     test_dir: &'a TestDir,
     criu: &'a Criu,
     programs: Programs,
     hosts: ThreeHosts,
 }
 
-fn on_stage(test: impl FnOnce(&Stage<'_>) -> Result<()>) {
+fn with_fixture(test: impl FnOnce(&Fixture<'_>) -> Result<()>) {
     with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
         let fetched = Programs::fetched();
         let Some(programs) = need("Redis", fetched.map_err(|error| format!("{error:#}"))) else {
             return Ok(());
         };
         let hosts = ThreeHosts::new()?;
-        test(&Stage {
+        test(&Fixture {
             test_dir,
             criu,
             programs,
@@ -62,7 +62,7 @@ fn on_stage(test: impl FnOnce(&Stage<'_>) -> Result<()>) {
     });
 }
 
-impl Stage<'_> {
+impl Fixture<'_> {
     /// The words of a Redis that has nothing on its disk.
     fn redis(&self, port: &str) -> String {
         format!(
@@ -184,13 +184,13 @@ struct Writer {
 }
 
 impl Writer {
-    fn start(stage: &Stage<'_>, at: SocketAddr, number: usize) -> Writer {
+    fn start(fixture: &Fixture<'_>, at: SocketAddr, number: usize) -> Writer {
         let (stop, acknowledged) = (
             Arc::new(AtomicBool::new(false)),
             Arc::new(AtomicU64::new(0)),
         );
         let (ended, counted) = (Arc::clone(&stop), Arc::clone(&acknowledged));
-        let enter = stage.hosts.client.entrance();
+        let enter = fixture.hosts.client.entrance();
         let thread = thread::spawn(move || {
             enter()?;
             write(at, number, &ended, &counted)
@@ -267,34 +267,34 @@ fn write(at: SocketAddr, number: usize, stop: &AtomicBool, acknowledged: &Atomic
 
 #[test]
 fn a_service_moves_while_clients_write() {
-    on_stage(|stage| {
-        let mut service = stage.start("redis", &stage.redis(&BEHIND.to_string()))?;
-        let mut recorder = stage.record()?;
-        let route = NftRoute::new(&stage.hosts, PORT)?;
-        let agent = stage.agent()?;
+    with_fixture(|fixture| {
+        let mut service = fixture.start("redis", &fixture.redis(&BEHIND.to_string()))?;
+        let mut recorder = fixture.record()?;
+        let route = NftRoute::new(&fixture.hosts, PORT)?;
+        let agent = fixture.agent()?;
         let front = route.front()?;
         let mut writers: Vec<Writer> = (0..WRITERS)
-            .map(|number| Writer::start(stage, front, number))
+            .map(|number| Writer::start(fixture, front, number))
             .collect();
         // One that waits for ever takes nothing of the service that it is replayed to.
-        let mut popper = stage.client(front)?;
+        let mut popper = fixture.client(front)?;
         popper.send("BLPOP nothing 0")?;
         for writer in &mut writers {
             writer.expect_answers()?;
         }
         let probe = format!("tcp:{PORT}");
-        let digest = digest(&stage.programs);
-        let moves = stage
+        let digest = digest(&fixture.programs);
+        let moves = fixture
             .to_move("moved", &route)
             .with(&["--digest", &digest, "--verify", "--probe", &probe]);
-        let (said, report) = stage.run(&moves, &service, &agent)?;
+        let (said, report) = fixture.run(&moves, &service, &agent)?;
         ensure!(report["result"] == "moved", "{report} {said}");
         route.expect_there()?;
         for writer in &mut writers {
             writer.expect_answers()?;
             writer.finish()?;
         }
-        let mut client = stage.client(front)?;
+        let mut client = fixture.client(front)?;
         client.ask("RPUSH nothing x")?;
         ensure!(
             client.ask("LLEN nothing")? == ["1"],
@@ -316,7 +316,7 @@ fn a_service_moves_while_clients_write() {
         }
         ensure!(report["log"]["bytes"].as_u64() > Some(0), "{report}");
         // Nobody records clients that are another service's.
-        let mut again = stage.record_again()?;
+        let mut again = fixture.record_again()?;
         again.fail(GENEROUS)?;
         ensure!(
             again.log_tail().contains("was moved"),
@@ -329,22 +329,22 @@ fn a_service_moves_while_clients_write() {
 
 #[test]
 fn whatever_fails_the_service_is_here_and_nothing_there() {
-    on_stage(|stage| {
-        let mut service = stage.start("redis", &stage.redis(&BEHIND.to_string()))?;
-        let _recorder = stage.record()?;
-        let route = NftRoute::new(&stage.hosts, PORT)?;
-        let agent = stage.agent()?;
+    with_fixture(|fixture| {
+        let mut service = fixture.start("redis", &fixture.redis(&BEHIND.to_string()))?;
+        let _recorder = fixture.record()?;
+        let route = NftRoute::new(&fixture.hosts, PORT)?;
+        let agent = fixture.agent()?;
         let mut writers: Vec<Writer> = (0..WRITERS)
-            .map(|number| Ok(Writer::start(stage, route.front()?, number)))
+            .map(|number| Ok(Writer::start(fixture, route.front()?, number)))
             .collect::<Result<_>>()?;
         for writer in &mut writers {
             writer.expect_answers()?;
         }
         // Both say something else each time.
         let differs = "echo $PAGEFERRY_ADDRESS";
-        let digest = digest(&stage.programs);
+        let digest = digest(&fixture.programs);
         let fails = "exec:[ $PAGEFERRY_ROUTE = back ]";
-        let redis = stage.redis("$PAGEFERRY_PORT");
+        let redis = fixture.redis("$PAGEFERRY_PORT");
         let no_redis = "echo no; exit 3";
         let cases: [(&'static str, &str, &[&str], &str); 5] = [
             (
@@ -364,19 +364,19 @@ fn whatever_fails_the_service_is_here_and_nothing_there() {
             ("start", no_redis, &[], "--start"),
         ];
         for (id, start, options, why) in cases {
-            let moves = stage.to_move_by(id, &route, start).with(options);
-            let (said, report) = stage.run(&moves, &service, &agent)?;
+            let moves = fixture.to_move_by(id, &route, start).with(options);
+            let (said, report) = fixture.run(&moves, &service, &agent)?;
             ensure!(report["result"] == "rolled back", "{id}: {report}");
             ensure!(said.contains(why), "{id}: {said}");
             route.expect_here()?;
             for writer in &mut writers {
                 writer.expect_answers().with_context(|| id)?;
             }
-            stage.expect_nothing_there(&agent, id)?;
+            fixture.expect_nothing_there(&agent, id)?;
         }
         // The guard of a command that dies when clients may be led away.
         let dies = "exec:[ $PAGEFERRY_ROUTE = back ] || kill -KILL $PPID";
-        let moves = stage.to_move("killed", &route).with(&["--route", dies]);
+        let moves = fixture.to_move("killed", &route).with(&["--route", dies]);
         let pid = service.pid().to_string();
         moves
             .start_subject(&["--pid", &pid], &agent)?
@@ -390,7 +390,7 @@ fn whatever_fails_the_service_is_here_and_nothing_there() {
             writer.expect_answers()?;
             writer.finish()?;
         }
-        stage.expect_nothing_there(&agent, "killed")?;
+        fixture.expect_nothing_there(&agent, "killed")?;
         ensure!(service.ended()?.is_none(), "the service has ended");
         Ok(())
     });
@@ -399,19 +399,19 @@ fn whatever_fails_the_service_is_here_and_nothing_there() {
 /// An append-only file is read by a command; a command holds the clients.
 #[test]
 fn a_log_that_exists_is_read_by_a_command_there() {
-    on_stage(|stage| {
-        let redis = stage.redis(&BEHIND.to_string()).replace(
+    with_fixture(|fixture| {
+        let redis = fixture.redis(&BEHIND.to_string()).replace(
             "--appendonly no",
             "--appendonly yes --aof-use-rdb-preamble no --dir .",
         );
-        let service = stage.start("redis", &redis)?;
-        let agent = stage.agent()?;
-        let mut client = stage.hosts.source.net.enter(|| Client::connect(BEHIND))?;
+        let service = fixture.start("redis", &redis)?;
+        let agent = fixture.agent()?;
+        let mut client = fixture.hosts.source.net.enter(|| Client::connect(BEHIND))?;
         for at in 0..100 {
             client.ask(&format!("RPUSH list {at}"))?;
         }
-        let cli = stage.programs.client.display();
-        let aof = stage
+        let cli = fixture.programs.client.display();
+        let aof = fixture
             .test_dir
             .path("appendonlydir/appendonly.aof.1.incr.aof");
         let hold = format!(
@@ -419,9 +419,9 @@ fn a_log_that_exists_is_read_by_a_command_there() {
              *) '{cli}' -p {BEHIND} CLIENT UNPAUSE;; esac"
         );
         let feed = format!("'{cli}' -p $PAGEFERRY_PORT --pipe");
-        let start = stage.redis("$PAGEFERRY_PORT");
+        let start = fixture.redis("$PAGEFERRY_PORT");
         let (service_at, at) = (format!("127.0.0.1:{BEHIND}"), format!("127.0.0.1:{PORT}"));
-        let digest = digest(&stage.programs);
+        let digest = digest(&fixture.programs);
         let log = aof.display().to_string();
         let options = |digest| {
             [
@@ -444,18 +444,18 @@ fn a_log_that_exists_is_read_by_a_command_there() {
             ]
         };
         let moves = |id, digest| {
-            Move::new(stage.criu, stage.test_dir.path("source"), id)
-                .in_net(&stage.hosts.source.net)
+            Move::new(fixture.criu, fixture.test_dir.path("source"), id)
+                .in_net(&fixture.hosts.source.net)
                 .with(&options(digest))
         };
-        let (said, report) = stage.run(&moves("given-up", "false"), &service, &agent)?;
+        let (said, report) = fixture.run(&moves("given-up", "false"), &service, &agent)?;
         ensure!(report["result"] == "rolled back", "{report} {said}");
-        stage.expect_nothing_there(&agent, "given-up")?;
+        fixture.expect_nothing_there(&agent, "given-up")?;
         // Clients go on.
         ensure!(client.ask("RPUSH list last")? == ["101"]);
-        let (said, report) = stage.run(&moves("fed", &digest), &service, &agent)?;
+        let (said, report) = fixture.run(&moves("fed", &digest), &service, &agent)?;
         ensure!(report["result"] == "moved", "{report} {said}");
-        let mut there = stage.client(stage.hosts.destination.at(PORT))?;
+        let mut there = fixture.client(fixture.hosts.destination.at(PORT))?;
         ensure!(there.ask("LLEN list")? == ["101"]);
         Ok(())
     });

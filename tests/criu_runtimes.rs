@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use testbed::criu::{Criu, Suite};
-use testbed::documents::Stage;
+use testbed::documents::HostPair;
 use testbed::load::content::Content;
 use testbed::load::control::Control;
 use testbed::load::report::{Report, expect_faults};
@@ -30,7 +30,7 @@ const SETTINGS: &str = "manage-cgroups=ignore\n";
 
 /// Two hosts, and a load in a container of theirs.
 struct Moving {
-    stage: Stage,
+    pair: HostPair,
     dir: PathBuf,
     load: Control,
     before: Vec<Report>,
@@ -38,13 +38,13 @@ struct Moving {
 
 impl Moving {
     /// Hosts with `start` carried out at the source, which runs the load as `c1`; nothing without runtimes. The
-    /// root file system is `/stage/rootfs`, `$SPEC` the load's description.
+    /// root file system is `/shared/rootfs`, `$SPEC` the load's description.
     fn start(test_dir: &TestDir, criu: &Criu, start: &str) -> Result<Option<Moving>> {
         let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
             return Ok(None);
         };
-        let mut stage = Stage::new(test_dir, &system, criu, "stage")?;
-        let dir = test_dir.path("stage");
+        let mut pair = HostPair::new(test_dir, &system, criu, "shared")?;
+        let dir = test_dir.path("shared");
         runc::make_root(&dir.join("bundle/rootfs"))?;
         fs::create_dir_all(dir.join("load"))?;
         let spec = LoadSpec {
@@ -62,19 +62,19 @@ impl Moving {
         let mut config = runc::config(&described);
         let mounts = config["mounts"].as_array_mut().context("mounts")?;
         mounts.push(
-            json!({"destination": LOAD_DIR, "type": "bind", "source": "/stage/load", "options": ["bind"]}),
+            json!({"destination": LOAD_DIR, "type": "bind", "source": "/shared/load", "options": ["bind"]}),
         );
         fs::write(dir.join("bundle/config.json"), config.to_string())?;
-        stage.set("SPEC", &described);
-        for machine in &stage.machines {
+        pair.set("SPEC", &described);
+        for machine in &pair.machines {
             machine.script(&format!("echo '{SETTINGS}' > /etc/criu/crun.conf"))?;
         }
-        stage.machines[0].script(start)?;
+        pair.machines[0].script(start)?;
         let load = Control::new(spec, dir.join("load"));
         load.wait_until_started(|| Ok(()))?;
         let before = load.run_everywhere(&[Step::Status])?;
         Ok(Some(Moving {
-            stage,
+            pair,
             dir,
             load,
             before,
@@ -82,11 +82,11 @@ impl Moving {
     }
 
     fn at_source(&self, script: &str) -> Result<()> {
-        self.stage.machines[0].script(script)
+        self.pair.machines[0].script(script)
     }
 
     fn at_destination(&self, script: &str) -> Result<()> {
-        self.stage.machines[1].script(script)
+        self.pair.machines[1].script(script)
     }
 
     /// Lets every process write some of its pages.
@@ -113,7 +113,7 @@ impl Moving {
 }
 
 /// Runs the container by runc or crun, of the bundle that both hosts have.
-const RUN: &str = "$RUNTIME run -d --bundle /stage/bundle c1 < /dev/null > /dev/null 2>&1";
+const RUN: &str = "$RUNTIME run -d --bundle /shared/bundle c1 < /dev/null > /dev/null 2>&1";
 
 /// Puts the `criu` of this project before the real one.
 const SHIM: &str = "export PATH=/usr/local/lib/pageferry:$PATH PAGEFERRY_EMULATE_PRE_DUMP=always\n";
@@ -125,7 +125,7 @@ fn pre_dumps(test_dir: &TestDir, criu: &Criu, runtime: &str) -> Result<()> {
         return Ok(());
     };
     let round = |number: u32, more: &str| {
-        let images = format!("/stage/{number}");
+        let images = format!("/shared/{number}");
         moving.at_source(&format!(
             "{SHIM}{runtime} checkpoint --image-path {images} --work-path {images} {more} c1"
         ))
@@ -142,7 +142,7 @@ fn pre_dumps(test_dir: &TestDir, criu: &Criu, runtime: &str) -> Result<()> {
         "{all}, {second}, {third} bytes"
     );
     moving.at_destination(&format!(
-        "{runtime} restore -d --bundle /stage/bundle --image-path /stage/3 --work-path /stage/3 c1 \
+        "{runtime} restore -d --bundle /shared/bundle --image-path /shared/3 --work-path /shared/3 c1 \
          < /dev/null > /dev/null 2>&1"
     ))?;
     moving.expect_arrived(&reading()).map(drop)
@@ -154,15 +154,15 @@ fn runc_pre_dumps(test_dir: &TestDir, criu: &Criu) -> Result<()> {
 
 /// Runs the container by podman, of an image that both hosts have.
 const PODMAN_RUN: &str = r#"
-tar -C /stage/bundle/rootfs -c . | podman import - load
-podman save -o /stage/load.tar load
-podman run -d --name c1 -v /stage/load:/load load /bin/testload --spec "$SPEC"
+tar -C /shared/bundle/rootfs -c . | podman import - load
+podman save -o /shared/load.tar load
+podman run -d --name c1 -v /shared/load:/load load /bin/testload --spec "$SPEC"
 "#;
 
 fn start_by_podman(test_dir: &TestDir, criu: &Criu) -> Result<Option<Moving>> {
     let moving = Moving::start(test_dir, criu, PODMAN_RUN)?;
     if let Some(moving) = &moving {
-        moving.at_destination("podman load -i /stage/load.tar")?;
+        moving.at_destination("podman load -i /shared/load.tar")?;
     }
     Ok(moving)
 }
@@ -171,7 +171,7 @@ fn start_by_podman(test_dir: &TestDir, criu: &Criu) -> Result<Option<Moving>> {
 fn pages_of(moving: &Moving, archive: &str, dir: &str) -> Result<u64> {
     let unpacked = format!("{archive}-unpacked");
     moving.at_source(&format!(
-        "mkdir /stage/{unpacked} && tar -C /stage/{unpacked} -xf /stage/{archive}"
+        "mkdir /shared/{unpacked} && tar -C /shared/{unpacked} -xf /shared/{archive}"
     ))?;
     pages_file_bytes(&moving.dir.join(unpacked).join(dir))
 }
@@ -182,17 +182,17 @@ fn podman_pre_checkpoints(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     };
     let checkpoint = "podman container checkpoint --compress none";
     moving.at_source(&format!(
-        "{SHIM}{checkpoint} --pre-checkpoint -e /stage/pre.tar c1"
+        "{SHIM}{checkpoint} --pre-checkpoint -e /shared/pre.tar c1"
     ))?;
     moving.write()?;
     moving.at_source(&format!(
-        "{SHIM}{checkpoint} --with-previous -e /stage/c1.tar c1"
+        "{SHIM}{checkpoint} --with-previous -e /shared/c1.tar c1"
     ))?;
     let all = pages_of(&moving, "pre.tar", "pre-checkpoint")?;
     let changed = pages_of(&moving, "c1.tar", "checkpoint")?;
     ensure!(changed < all / 4, "{changed} of {all} bytes");
     moving.at_destination(
-        "podman container restore --import-previous /stage/pre.tar --import /stage/c1.tar",
+        "podman container restore --import-previous /shared/pre.tar --import /shared/c1.tar",
     )?;
     moving.expect_arrived(&reading()).map(drop)
 }
@@ -204,9 +204,9 @@ fn restore_lazily(moving: &Moving, archive: &str, source: &str) -> Result<()> {
     moving.at_destination(&format!(
         "printf 'lazy-pages\\nwork-dir /root/work\\n' >> /etc/criu/crun.conf\n\
          mkdir work images\n\
-         tar -C images -xf /stage/{archive}\n\
+         tar -C images -xf /shared/{archive}\n\
          lazy-client -d -D images/checkpoint -W work -o lazy.log -v4 --page-server --address {source} --port 27001\n\
-         podman container restore --import /stage/{archive}"
+         podman container restore --import /shared/{archive}"
     ))?;
     let after = moving.expect_arrived(&reading())?;
     expect_faults(&after)?;
@@ -225,12 +225,12 @@ fn received_apart(test_dir: &TestDir, criu: &Criu, compress: &str) -> Result<()>
     ))?;
     moving.at_source(
         "printf \"page-server\\naddress $DESTINATION\\nport 27000\\n\" >> /etc/criu/crun.conf\n\
-         podman container checkpoint --compress none -e /stage/c1.tar c1",
+         podman container checkpoint --compress none -e /shared/c1.tar c1",
     )?;
     moving.at_destination(
-        "mkdir c1 && tar -C c1 -xf /stage/c1.tar\n\
+        "mkdir c1 && tar -C c1 -xf /shared/c1.tar\n\
          cp pages/*.img c1/checkpoint/\n\
-         tar -C c1 -cf /stage/small.tar .\n\
+         tar -C c1 -cf /shared/small.tar .\n\
          page-server -d -D lazy --lazy-pages --port 27001",
     )?;
     let lazy = pages_file_bytes(&moving.dir.join("destination/lazy"))?;
@@ -247,7 +247,7 @@ fn split_afterwards(test_dir: &TestDir, criu: &Criu) -> Result<()> {
         "podman container checkpoint --compress none -e c1.tar c1\n\
          mkdir c1 && tar -C c1 -xf c1.tar\n\
          pageferry split c1/checkpoint -o lazy\n\
-         tar -C c1 -cf /stage/small.tar .\n\
+         tar -C c1 -cf /shared/small.tar .\n\
          page-server -d -D lazy --lazy-pages --port 27001",
     )?;
     restore_lazily(&moving, "small.tar", "$SOURCE")

@@ -22,7 +22,7 @@ fn moved(test_dir: &TestDir, criu: &Criu, service: Service, mode: &str) -> Resul
     let Some(system) = gate::need(service.name(), service.system()) else {
         return Ok(());
     };
-    let mut hosts = ServiceHosts::start(test_dir, &system, criu, &format!("stage-{mode}"))?;
+    let mut hosts = ServiceHosts::start(test_dir, &system, criu, &format!("services-{mode}"))?;
     let pid = hosts.serve(service)?;
     let mut clients = service.talk(hosts.client(), hosts.address()?, MIB)?;
     let report = hosts.migrate(pid, mode, &["--max-rounds", "3"])?;

@@ -21,8 +21,8 @@ use crate::workspace::root;
 const SCP: &str = r#"#!/bin/sh -e
 for last; do :; done
 case ${last%%:*} in
-    "$DESTINATION") home=/stage/destination ;;
-    "$SOURCE") home=/stage/source ;;
+    "$DESTINATION") home=/shared/destination ;;
+    "$SOURCE") home=/shared/source ;;
     *) echo "scp: unknown host in $last" >&2; exit 1 ;;
 esac
 while [ $# -gt 1 ]; do
@@ -96,19 +96,19 @@ pub fn blocks(document: &Path) -> Result<Vec<Block>> {
 
 /// The two hosts of a section.
 #[derive(Debug)]
-pub struct Stage {
+pub struct HostPair {
     /// Source and destination. Ended before their networks go.
     pub machines: [ContainerHost; 2],
     tools: PathBuf,
     _hosts: TwoHosts,
 }
 
-impl Stage {
+impl HostPair {
     /// Fresh hosts whose root is `system`, with a CRIU in PATH, `$SOURCE` and `$DESTINATION`.
     ///
     /// # Errors
     /// As [`ContainerHost::start`].
-    pub fn new(test_dir: &TestDir, system: &Path, criu: &Criu, name: &str) -> Result<Stage> {
+    pub fn new(test_dir: &TestDir, system: &Path, criu: &Criu, name: &str) -> Result<HostPair> {
         let hosts = TwoHosts::new(None)?;
         let dir = test_dir.path(name);
         let scp = dir.join("tools/scp");
@@ -125,7 +125,7 @@ impl Stage {
             start(&hosts.source, "source")?,
             start(&hosts.destination, "destination")?,
         ];
-        Ok(Stage {
+        Ok(HostPair {
             machines,
             tools: dir.join("tools"),
             _hosts: hosts,

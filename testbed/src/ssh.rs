@@ -1,19 +1,19 @@
-//! ssh from the source to the destination of a stage: a real sshd with keys of its own, in the destination's network.
+//! ssh from the source to the destination of a pair of hosts: a real sshd with keys of its own, in the destination's network.
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
 use crate::debian;
-use crate::documents::Stage;
+use crate::documents::HostPair;
 
 /// Makes keys, and lets the destination know the source's.
 const PREPARE: &str = r#"
-mkdir -p -m 700 ~/.ssh /stage/destination/.ssh
+mkdir -p -m 700 ~/.ssh /shared/destination/.ssh
 ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/id_ed25519
-ssh-keygen -q -t ed25519 -N '' -f /stage/destination/.ssh/host_key
-cp ~/.ssh/id_ed25519.pub /stage/destination/.ssh/authorized_keys
-echo "$DESTINATION $(cut -d ' ' -f 1,2 /stage/destination/.ssh/host_key.pub)" > ~/.ssh/known_hosts
+ssh-keygen -q -t ed25519 -N '' -f /shared/destination/.ssh/host_key
+cp ~/.ssh/id_ed25519.pub /shared/destination/.ssh/authorized_keys
+echo "$DESTINATION $(cut -d ' ' -f 1,2 /shared/destination/.ssh/host_key.pub)" > ~/.ssh/known_hosts
 "#;
 
 /// Starts the daemon. It writes its pid once it listens.
@@ -40,12 +40,12 @@ pub fn system() -> Result<PathBuf> {
     debian::system("system-ssh", &["openssh-client", "openssh-server"])
 }
 
-/// From now on the source of a stage with [`system`] reaches the destination by `ssh $DESTINATION`.
+/// From now on the source of a pair of hosts with [`system`] reaches the destination by `ssh $DESTINATION`.
 ///
 /// # Errors
 /// The daemon does not start.
-pub fn connect(stage: &Stage) -> Result<()> {
-    let [source, destination] = &stage.machines;
+pub fn connect(pair: &HostPair) -> Result<()> {
+    let [source, destination] = &pair.machines;
     source.script(PREPARE).context("keys for ssh")?;
     destination.script(SERVE).context("sshd")
 }

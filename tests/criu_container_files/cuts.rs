@@ -19,7 +19,7 @@ nft add rule inet cut in tcp dport 9191 quota over 8 mbytes reject with tcp rese
 
 /// Ends that, once the source has seen it.
 const MEND: &str = "\
-(until grep -q 'sent again' /stage/source/cut.log; do sleep 0.05; done; nft delete table inet cut) \
+(until grep -q 'sent again' /shared/source/cut.log; do sleep 0.05; done; nft delete table inet cut) \
     < /dev/null > /dev/null 2>&1 &";
 
 fn a_cut_connection_is_made_again(test_dir: &TestDir, criu: &Criu) -> Result<()> {
@@ -31,7 +31,7 @@ fn a_cut_connection_is_made_again(test_dir: &TestDir, criu: &Criu) -> Result<()>
         .collect();
     fs::write(writing.root(0).join("big"), &big)?;
     // Without an end: the container stays, and the destination gives up by itself.
-    writing.stage.machines[1].script(CUT)?;
+    writing.pair.machines[1].script(CUT)?;
     let given_up = writing.migrate(
         0,
         "given-up",
@@ -40,13 +40,13 @@ fn a_cut_connection_is_made_again(test_dir: &TestDir, criu: &Criu) -> Result<()>
     ensure!(given_up.is_err(), "{given_up:?}");
     writing.tell(0, "verify")?;
     ensure!(writing.status(0)? == "running");
-    writing.stage.machines[1].script("nft delete table inet cut")?;
+    writing.pair.machines[1].script("nft delete table inet cut")?;
     wait::until("the destination to give up", GENEROUS, || {
         Ok(expect_nothing_there(&writing).is_ok().then_some(()))
     })?;
     // And one that ends.
-    writing.stage.machines[1].script(CUT)?;
-    writing.stage.machines[1].script(MEND)?;
+    writing.pair.machines[1].script(CUT)?;
+    writing.pair.machines[1].script(MEND)?;
     let moved = writing.migrate(0, "cut", "--mode cold --volume /root/volume");
     let moved = moved.map_err(anyhow::Error::msg)?;
     ensure!(moved["result"] == "moved", "{moved}");

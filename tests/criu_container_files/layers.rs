@@ -57,21 +57,21 @@ fn layers_travel_once(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     ensure!(first["result"] == "moved", "{first}");
     ensure!(sent(layer(&first)?) > BLOB_BYTES, "{first}");
     writing.tell(1, "verify")?;
-    writing.stage.machines[1].script(LOOK)?;
+    writing.pair.machines[1].script(LOOK)?;
 
-    writing.stage.machines[0].script(SECOND)?;
+    writing.pair.machines[0].script(SECOND)?;
     let second = writing.migrate_other("c2", 0, "second", "--mode cold");
     let second = second.map_err(anyhow::Error::msg)?;
     let wire = second["files"]["rounds"][0]["bytes"].as_u64();
     ensure!(sent(layer(&second)?) == 0, "{second}");
     ensure!(wire.is_some_and(|bytes| bytes < BLOB_BYTES), "{second}");
-    let there = writing.stage.machines[1].tell("cat bundles/c2/rootfs/second")?;
+    let there = writing.pair.machines[1].tell("cat bundles/c2/rootfs/second")?;
     ensure!(there == "of c2", "{there}");
 
     // Back: the layer has the same name where it is kept, and one that is mounted by hand stays in the way.
     let refused = writing.migrate(1, "refused", COLD);
     ensure!(refused.is_err_and(|said| said.contains("mount point")));
-    writing.stage.machines[0].script("umount bundles/c1/rootfs")?;
+    writing.pair.machines[0].script("umount bundles/c1/rootfs")?;
     let back = writing.migrate(1, "back", COLD);
     let back = back.map_err(anyhow::Error::msg)?;
     ensure!(
@@ -84,7 +84,7 @@ fn layers_travel_once(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let again = again.map_err(anyhow::Error::msg)?;
     ensure!(sent(layer(&again)?) == 0, "{again}");
     writing.tell(1, "verify")?;
-    writing.stage.machines[1].script(LOOK)
+    writing.pair.machines[1].script(LOOK)
 }
 
 #[test]
@@ -102,8 +102,8 @@ fn what_fails_leaves_no_overlay(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let Some(mut writing) = Writing::start_on(test_dir, criu, "no-overlay", Some(MOUNT))? else {
         return Ok(());
     };
-    let there = |writing: &Writing, script: &str| writing.stage.machines[1].tell(script);
-    writing.stage.machines[1].script(&format!("{FAILING}\n{}", agent("/root/failing")))?;
+    let there = |writing: &Writing, script: &str| writing.pair.machines[1].tell(script);
+    writing.pair.machines[1].script(&format!("{FAILING}\n{}", agent("/root/failing")))?;
     let said = writing.migrate(0, "fails", COLD);
     ensure!(said.is_err(), "{said:?}");
     writing.tell(0, "verify")?;
@@ -125,7 +125,7 @@ fn what_fails_leaves_no_overlay(test_dir: &TestDir, criu: &Criu) -> Result<()> {
         "{kept:?}"
     );
     // As files, without layers.
-    writing.stage.machines[1].script(&format!(
+    writing.pair.machines[1].script(&format!(
         "kill $(cat agent.pid); while kill -0 $(cat agent.pid) 2> /dev/null; do sleep 0.05; done; rm port.json\n{}",
         agent("/criu/criu")
     ))?;

@@ -115,26 +115,26 @@ fn what_fails_leaves_no_tree(test_dir: &TestDir, criu: &Criu) -> Result<()> {
         ("full", "size=1m", "the destination has 1 MiB of room"),
         ("names", "nr_inodes=12", "No space left"),
     ] {
-        writing.stage.machines[1].script(&format!(
+        writing.pair.machines[1].script(&format!(
             "mkdir -p bundles && mount -t tmpfs -o {option} tmpfs bundles"
         ))?;
         let said = writing.migrate(0, id, cold);
         let said = said.err().context("it fits")?;
         ensure!(said.contains(error), "{said}");
-        let left = writing.stage.machines[1].tell("ls -A bundles")?;
+        let left = writing.pair.machines[1].tell("ls -A bundles")?;
         ensure!(left.is_empty(), "{left} is left");
         ensure!(!writing.home(1).join("volume").exists());
-        writing.stage.machines[1].script("umount bundles")?;
+        writing.pair.machines[1].script("umount bundles")?;
         writing.tell(0, "verify")?;
     }
     // The agent dies while everything is at its place and nothing is decided; another one finds what is left.
-    writing.stage.machines[1].script(&format!("{DEADLY}\n{}", agent("/root/deadly")))?;
+    writing.pair.machines[1].script(&format!("{DEADLY}\n{}", agent("/root/deadly")))?;
     let said = writing.migrate(0, "dead", cold);
     ensure!(said.is_err(), "{said:?}");
     writing.tell(0, "verify")?;
     ensure!(writing.status(0)? == "running");
     ensure!(writing.root(1).join("bin").exists(), "it died too early");
-    writing.stage.machines[1].script(&format!(
+    writing.pair.machines[1].script(&format!(
         "rm port.json\n{}\nwhile [ -e bundles/c1 ]; do sleep 0.05; done",
         agent("/criu/criu")
     ))?;

@@ -20,8 +20,8 @@ use crate::writing::Writing;
 /// Everything of the agent on one disk, which writes nothing by itself for a long time.
 const DISK: &str = "\
 kill $(cat agent.pid); while kill -0 $(cat agent.pid) 2> /dev/null; do sleep 0.05; done; rm port.json
-mkdir disk && mount -o loop,commit=600 /stage/disk.img disk && mkdir disk/bundles
-printf '#!/bin/sh\\n[ \"$1\" = swrk ] && cp /stage/disk.img /stage/restoring.img\\nexec /criu/criu \"$@\"\\n' > criu
+mkdir disk && mount -o loop,commit=600 /shared/disk.img disk && mkdir disk/bundles
+printf '#!/bin/sh\\n[ \"$1\" = swrk ] && cp /shared/disk.img /shared/restoring.img\\nexec /criu/criu \"$@\"\\n' > criu
 chmod +x criu
 pageferry agent --listen $DESTINATION:9191 --insecure --dir /root/disk/agent --criu /root/criu \
     --bundles /root/disk/bundles --port-file /root/port.json > agent.log 2>&1 < /dev/null & echo $! > agent.pid
@@ -70,12 +70,12 @@ fn power_is_cut_at_each_step(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let disk = writing.stage_path("disk.img");
     fs::File::create(&disk)?.set_len(256 << 20)?;
     run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&disk))?;
-    writing.stage.machines[1].script(DISK)?;
+    writing.pair.machines[1].script(DISK)?;
     // The first hook makes the last difference; the second sees the disk as soon as the decision is known.
     let options = "--mode cold --volume /root/volume \
-        --pre-freeze 'cp /stage/disk.img /stage/rounds.img; echo late > /root/bundles/c1/rootfs/late; \
+        --pre-freeze 'cp /shared/disk.img /shared/rounds.img; echo late > /root/bundles/c1/rootfs/late; \
             dd if=/dev/urandom of=/root/bundles/c1/rootfs/late-too bs=1M count=3 status=none' \
-        --post-resume 'cp /stage/disk.img /stage/decided.img'";
+        --post-resume 'cp /shared/disk.img /shared/decided.img'";
     let report = writing.migrate(0, "cut", options);
     report.map_err(anyhow::Error::msg)?;
     writing.status(1).and_then(|status| {
@@ -102,8 +102,8 @@ fn power_is_cut_at_each_step(test_dir: &TestDir, criu: &Criu) -> Result<()> {
         ensure!(restoring.record().is_empty(), "{:?}", restoring.record());
         expect_same_trees(&writing.root(0), &restoring.root()).context("during the restore")?;
     }
-    writing.stage.machines[1].script(
-        "kill -9 $(cat agent.pid); umount -l disk; mount -o loop /stage/restoring.img disk; rm port.json\n\
+    writing.pair.machines[1].script(
+        "kill -9 $(cat agent.pid); umount -l disk; mount -o loop /shared/restoring.img disk; rm port.json\n\
          pageferry agent --listen $DESTINATION:9191 --insecure --dir /root/disk/agent --criu /criu/criu \
              --bundles /root/disk/bundles --port-file /root/port.json > again.log 2>&1 < /dev/null & echo $! > agent.pid\n\
          until [ -e port.json ]; do sleep 0.05; done\n\

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use testbed::criu::Criu;
-use testbed::documents::Stage;
+use testbed::documents::HostPair;
 use testbed::runc;
 use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
@@ -22,7 +22,7 @@ pub(crate) const AGENT: &str = "pageferry agent --listen $HERE:9191 --insecure -
 
 /// Two hosts, an agent at each, and a container at the first that changes files all the time.
 pub(crate) struct Writing {
-    pub(crate) stage: Stage,
+    pub(crate) pair: HostPair,
     dir: PathBuf,
     commands: u64,
 }
@@ -43,7 +43,7 @@ impl Writing {
         let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
             return Ok(None);
         };
-        let stage = Stage::new(test_dir, &system, criu, name)?;
+        let pair = HostPair::new(test_dir, &system, criu, name)?;
         let dir = test_dir.path(name);
         let bundle = dir.join("source/bundles/c1");
         let root = match mount {
@@ -66,17 +66,17 @@ impl Writing {
             "options": ["bind"]}),
         );
         fs::write(bundle.join("config.json"), config.to_string())?;
-        for (machine, variable) in stage.machines.iter().zip(["SOURCE", "DESTINATION"]) {
+        for (machine, variable) in pair.machines.iter().zip(["SOURCE", "DESTINATION"]) {
             machine.script(SETTINGS)?;
             machine.script(&AGENT.replace("$HERE", &format!("${variable}")))?;
         }
         if let Some(mount) = mount {
-            stage.machines[0].script(mount)?;
+            pair.machines[0].script(mount)?;
         }
-        stage.machines[0]
+        pair.machines[0]
             .script("runc run -d --bundle /root/bundles/c1 c1 < /dev/null > /dev/null 2>&1")?;
         let mut writing = Writing {
-            stage,
+            pair,
             dir,
             commands: 0,
         };
@@ -93,7 +93,7 @@ impl Writing {
         Ok(Some(writing))
     }
 
-    /// A path in the directory that both hosts have as `/stage`.
+    /// A path in the directory that both hosts have as `/shared`.
     pub(crate) fn stage_path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
@@ -111,7 +111,7 @@ impl Writing {
         self.commands += 1;
         let number = self.commands;
         // By way of the host, which alone sees what is mounted there.
-        let answer = self.stage.machines[host].tell(&format!(
+        let answer = self.pair.machines[host].tell(&format!(
             "cd bundles/c1/rootfs/control; echo '{number} {word}' > next; mv next command\n\
              for try in $(seq 3000); do [ ! -e answer-{number} ] || break; sleep 0.02; done; cat answer-{number}"
         ))?;
@@ -134,7 +134,7 @@ impl Writing {
     ) -> Result<Value, String> {
         let to = ["$DESTINATION", "$SOURCE"][from];
         let here = ["$SOURCE", "$DESTINATION"][from];
-        let told = self.stage.machines[from].tell(&format!(
+        let told = self.pair.machines[from].tell(&format!(
             "pageferry migrate --container {container} --to {to}:9191 --serve-on {here} --state-dir /root/state --id {id} \
              --report /root/{id}.json --criu /criu/criu {options} > {id}.log 2>&1 \
              || {{ tail -n 20 {id}.log; echo failed; }}"
@@ -149,7 +149,7 @@ impl Writing {
     }
 
     pub(crate) fn status(&self, host: usize) -> Result<String> {
-        let state = self.stage.machines[host].tell("runc state c1 2> /dev/null || echo '{}'")?;
+        let state = self.pair.machines[host].tell("runc state c1 2> /dev/null || echo '{}'")?;
         let state: Value = serde_json::from_str(&state).with_context(|| state.clone())?;
         Ok(state["status"].as_str().unwrap_or_default().to_owned())
     }

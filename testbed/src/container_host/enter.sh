@@ -1,4 +1,4 @@
-# Makes a host of a new mount namespace: SYSTEM with a writable layer is its root, STAGE is /stage, HOME (in STAGE)
+# Makes a host of a new mount namespace: SYSTEM with a writable layer is its root, SHARED is /shared, HOME (in SHARED)
 # the home directory. Programs come from BINARIES, and NSINIT is process 1.
 set -e
 mount --make-rprivate /
@@ -7,9 +7,9 @@ mount -t tmpfs tmpfs "$PRIVATE"
 mkdir "$PRIVATE/root" "$PRIVATE/upper" "$PRIVATE/work" "$PRIVATE/containers"
 root=$PRIVATE/root
 mount -t overlay overlay -o "lowerdir=$SYSTEM,upperdir=$PRIVATE/upper,workdir=$PRIVATE/work" "$root"
-mkdir -p "$root/stage" "$root/var/lib/containers" "$root/etc/criu" "$root/criu"
+mkdir -p "$root/shared" "$root/var/lib/containers" "$root/etc/criu" "$root/criu"
 mkdir -p "$root/usr/local/bin" "$root/usr/local/lib/pageferry"
-mount --bind "$STAGE" "$root/stage"
+mount --bind "$SHARED" "$root/shared"
 mount --bind "$HOME" "$root/root"
 mount --bind "$CRIU" "$root/criu"
 # A layer over another layer is none that podman can use.
@@ -36,4 +36,4 @@ pivot_root . run/before
 umount -l /run/before
 rmdir /run/before
 cd /
-exec nsinit --stay --record "/stage/$SIDE.ends" sleep 100000
+exec nsinit --stay --record "/shared/$SIDE.ends" sleep 100000

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   /root                       home: a directory of the test's, by the side's name, where scripts begin
-//!   /stage                      the test's directory, with the homes of both sides
+//!   /shared                      the test's directory, with the homes of both sides
 //!   /usr/local/bin              page-server, lazy-client, pageferry
 //!   /usr/local/lib/pageferry    the same and `criu`, which stands before the real one
 //!   /criu                       the directory of the real `criu`, in PATH
@@ -29,7 +29,7 @@ use group::ControlGroups;
 const ENTER: &str = include_str!("enter.sh");
 
 /// Where commands are looked for.
-const PATH: &str = "/stage/tools:/usr/local/bin:/criu:/usr/sbin:/usr/bin";
+const PATH: &str = "/shared/tools:/usr/local/bin:/criu:/usr/sbin:/usr/bin";
 
 /// Shows what CRIU and the daemons have logged, where podman keeps it.
 const SHOW_LOGS: &str = "find /var/lib/containers /run -name '*.log' -size +0 -exec tail -v -n 25 {} + 2>/dev/null || true";
@@ -47,24 +47,24 @@ pub struct ContainerHost {
 }
 
 impl ContainerHost {
-    /// A host in the network of `host`, with the system in `system` and the home directory `side` in `stage`.
+    /// A host in the network of `host`, with the system in `system` and the home directory `side` in `shared`.
     ///
     /// # Errors
     /// Not root, or the kernel lacks overlayfs or control groups of version 2.
     pub fn start(
         host: &Host,
         system: &Path,
-        stage: &Path,
+        shared: &Path,
         side: &str,
         criu: &Criu,
     ) -> Result<ContainerHost> {
         let groups = ControlGroups::new(&format!("pageferry-{}", host.net.name()))?;
-        let home = stage.join(side);
-        let private = stage.join(format!("{side}-private"));
+        let home = shared.join(side);
+        let private = shared.join(format!("{side}-private"));
         fs::create_dir_all(&home)?;
         fs::create_dir_all(&private)?;
         let binaries = binary("page-server")?;
-        let log = stage.join(format!("{side}.log"));
+        let log = shared.join(format!("{side}.log"));
         let output = File::create(&log)?;
         let mut command = joining(&groups, &["nsenter"]);
         command.arg(format!("--net=/run/netns/{}", host.net.name()));
@@ -72,7 +72,7 @@ impl ContainerHost {
         command.args(["--fork", "--kill-child", "bash", "-c", ENTER]);
         command
             .env("SYSTEM", system)
-            .env("STAGE", stage)
+            .env("SHARED", shared)
             .env("PRIVATE", private)
             .env("HOME", &home)
             .env("SIDE", side)

@@ -20,11 +20,11 @@ const PIECE_WORDS: u64 = 8 << 10;
 const SETTINGS: &str = "daemon off; master_process on; worker_processes 1; user root;\n\
     pid /tmp/nginx.pid; error_log /dev/null;\n\
     events { worker_connections 64; }\n\
-    http { access_log off; server { listen PORT; root /stage/www;\n\
+    http { access_log off; server { listen PORT; root /shared/www;\n\
     location / { limit_rate 6m; } } }\n";
 
-pub(super) fn prepare(stage: &Path, port: u16) -> Result<String> {
-    let www = stage.join("www");
+pub(super) fn prepare(shared: &Path, port: u16) -> Result<String> {
+    let www = shared.join("www");
     fs::create_dir_all(&www)?;
     let mut file = BufWriter::new(File::create(www.join("file"))?);
     for number in 0..WORDS {
@@ -32,9 +32,9 @@ pub(super) fn prepare(stage: &Path, port: u16) -> Result<String> {
     }
     file.flush()?;
     let settings = SETTINGS.replace("PORT", &port.to_string());
-    fs::write(stage.join("nginx.conf"), settings)?;
+    fs::write(shared.join("nginx.conf"), settings)?;
     Ok(
-        "mkdir -p /var/lib/nginx; exec setsid nginx -c /stage/nginx.conf -e /dev/null -p /tmp"
+        "mkdir -p /var/lib/nginx; exec setsid nginx -c /shared/nginx.conf -e /dev/null -p /tmp"
             .to_owned(),
     )
 }

@@ -38,7 +38,7 @@ pub struct ServiceHosts {
     // Ended before their networks go.
     sides: [Side; 2],
     three: ThreeHosts,
-    stage: PathBuf,
+    shared: PathBuf,
     /// Moves so far: after an odd number of them the service is at the second host.
     moves: usize,
 }
@@ -55,16 +55,16 @@ impl ServiceHosts {
         name: &str,
     ) -> Result<ServiceHosts> {
         let three = ThreeHosts::new()?;
-        let stage = test_dir.path(name);
-        fs::create_dir_all(&stage)?;
-        for dir in [test_dir.dir(), &stage] {
+        let shared = test_dir.path(name);
+        fs::create_dir_all(&shared)?;
+        for dir in [test_dir.dir(), &shared] {
             // Services run as users of their own.
             fs::set_permissions(dir, fs::Permissions::from_mode(0o755))?;
         }
         let side = |host: &Host, side| -> Result<Side> {
-            let log = stage.join(format!("agent-{side}.log"));
+            let log = shared.join(format!("agent-{side}.log"));
             let at = host.at(AGENT_PORT).to_string();
-            let host = ContainerHost::start(host, system, &stage, side, criu)?;
+            let host = ContainerHost::start(host, system, &shared, side, criu)?;
             let agent = start_agent(&host, &at, log)?;
             Ok(Side { agent, host })
         };
@@ -76,7 +76,7 @@ impl ServiceHosts {
             service: None,
             sides,
             three,
-            stage,
+            shared,
             moves: 0,
         })
     }
@@ -104,19 +104,19 @@ impl ServiceHosts {
     /// # Errors
     /// It does not start.
     pub fn serve(&mut self, service: Service) -> Result<u32> {
-        let becomes = service.prepare(&self.stage)?;
+        let becomes = service.prepare(&self.shared)?;
         let script = format!(
-            "exec 2> /stage/{name}.log\n\
+            "exec 2> /shared/{name}.log\n\
              echo {FIRST_PID} > /proc/sys/kernel/ns_last_pid\n\
-             (echo $BASHPID > /stage/pid.new; mv /stage/pid.new /stage/pid\n\
+             (echo $BASHPID > /shared/pid.new; mv /shared/pid.new /shared/pid\n\
              {becomes}) < /dev/null > /dev/null & wait",
             name = service.name()
         );
-        let log = self.stage.join(format!("{}.log", service.name()));
+        let log = self.shared.join(format!("{}.log", service.name()));
         let mut command = self.sides[0].host.command(&["bash", "-e", "-c", &script]);
         command.stdout(Stdio::null());
         let mut process = Spawned::start(service.name(), &mut command, Some(log))?;
-        let file = self.stage.join("pid");
+        let file = self.shared.join("pid");
         let pid = wait::until("the service's pid", GENEROUS, || {
             let ended = process.ended()?.is_some();
             ensure!(!ended, "{} has ended{}", service.name(), process.log_tail());
@@ -147,7 +147,7 @@ impl ServiceHosts {
     pub fn migrate(&mut self, pid: u32, mode: &str, options: &[&str]) -> Result<Value> {
         let ([here, there], [net_here, net_there]) = (self.hosts(), self.networks());
         let id = format!("{mode}-{}", self.moves);
-        let log = self.stage.join(format!("migrate-{id}.log"));
+        let log = self.shared.join(format!("migrate-{id}.log"));
         let to = net_there.at(AGENT_PORT).to_string();
         let address = format!("{}@{DEVICE}", ThreeHosts::SERVICE);
         let mut command = here.host.command(&["pageferry", "migrate"]);

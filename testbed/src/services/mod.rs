@@ -4,7 +4,7 @@
 //! ```text
 //!   source (a Debian system)        destination (the same system)      client
 //!   service, pageferry migrate ---> pageferry agent                    Clients: connections that last
-//!   └──────────────── /stage: files of the service, on both hosts ───┘
+//!   └──────────────── /shared: files of the service, on both hosts ───┘
 //! ```
 
 mod client;
@@ -89,15 +89,15 @@ impl Service {
         debian::system(name, &[package])
     }
 
-    /// Writes its files into `stage`, and tells the shell's commands that become it.
-    fn prepare(self, stage: &Path) -> Result<String> {
+    /// Writes its files into `shared`, and tells the shell's commands that become it.
+    fn prepare(self, shared: &Path) -> Result<String> {
         let port = self.port();
         match self {
             Service::Redis => Ok(redis::command(port)),
-            Service::Postgres => postgres::prepare(stage, port),
-            Service::Nginx => download::prepare(stage, port),
+            Service::Postgres => postgres::prepare(shared, port),
+            Service::Nginx => download::prepare(shared, port),
             Service::Python | Service::Forks | Service::Threads => {
-                workers::prepare(stage, self.name(), port)
+                workers::prepare(shared, self.name(), port)
             }
         }
     }

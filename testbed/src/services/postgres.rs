@@ -30,21 +30,21 @@ const CAP_SYS_RESOURCE: u32 = 24;
 const ANOTHER_USER: &str =
     "unsigned geteuid(void) { return 70; }\nunsigned getuid(void) { return 70; }\n";
 
-/// Writes what it needs into `stage`, and tells the shell's commands that become it.
+/// Writes what it needs into `shared`, and tells the shell's commands that become it.
 ///
 /// PostgreSQL makes a System V segment, which CRIU dumps in an IPC namespace of its own alone. What it maps from
 /// /dev/shm would have to be at the destination: here it lies beside the data.
-pub(super) fn prepare(stage: &Path, port: u16) -> Result<String> {
+pub(super) fn prepare(shared: &Path, port: u16) -> Result<String> {
     let user = match has_capability()? {
         true => "setpriv --reuid=70 --regid=70 --clear-groups".to_owned(),
-        false => another_user(stage)?,
+        false => another_user(shared)?,
     };
     Ok(format!(
         "bin=$(echo /usr/lib/postgresql/*/bin)\n\
          as='{user}'\n\
-         mkdir -p /stage/pg/data; chown 70:70 /stage/pg /stage/pg/data; chmod 700 /stage/pg/data; cd /tmp\n\
-         $as $bin/initdb -D /stage/pg/data -U service -A trust -E UTF8 --locale=C --no-sync >&2\n\
-         cat >> /stage/pg/data/postgresql.conf <<END\n\
+         mkdir -p /shared/pg/data; chown 70:70 /shared/pg /shared/pg/data; chmod 700 /shared/pg/data; cd /tmp\n\
+         $as $bin/initdb -D /shared/pg/data -U service -A trust -E UTF8 --locale=C --no-sync >&2\n\
+         cat >> /shared/pg/data/postgresql.conf <<END\n\
          listen_addresses = '*'\n\
          port = {port}\n\
          unix_socket_directories = ''\n\
@@ -52,9 +52,9 @@ pub(super) fn prepare(stage: &Path, port: u16) -> Result<String> {
          shared_buffers = 48MB\n\
          logging_collector = off\n\
          END\n\
-         echo 'host all all 10.213.8.0/24 trust' >> /stage/pg/data/pg_hba.conf\n\
+         echo 'host all all 10.213.8.0/24 trust' >> /shared/pg/data/pg_hba.conf\n\
          exec 2> /dev/null\n\
-         exec setsid unshare --ipc $as $bin/postgres -D /stage/pg/data"
+         exec setsid unshare --ipc $as $bin/postgres -D /shared/pg/data"
     ))
 }
 
@@ -67,13 +67,13 @@ fn has_capability() -> Result<bool> {
 }
 
 /// Builds the library, and tells what starts a program with it.
-fn another_user(stage: &Path) -> Result<String> {
-    let (source, library) = (stage.join("user.c"), stage.join("user.so"));
+fn another_user(shared: &Path) -> Result<String> {
+    let (source, library) = (shared.join("user.c"), shared.join("user.so"));
     fs::write(&source, ANOTHER_USER)?;
     let mut compile = Command::new("cc");
     compile.args(["-shared", "-fPIC", "-nostdlib", "-o"]);
     run(compile.arg(&library).arg(&source))?;
-    Ok("env LD_PRELOAD=/stage/user.so".to_owned())
+    Ok("env LD_PRELOAD=/shared/user.so".to_owned())
 }
 
 pub(super) fn talks(

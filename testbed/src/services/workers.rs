@@ -31,10 +31,10 @@ fn workers(kind: &str) -> u64 {
     }
 }
 
-pub(super) fn prepare(stage: &Path, kind: &str, port: u16) -> Result<String> {
-    fs::write(stage.join("workers.py"), PROGRAM)?;
+pub(super) fn prepare(shared: &Path, kind: &str, port: u16) -> Result<String> {
+    fs::write(shared.join("workers.py"), PROGRAM)?;
     Ok(format!(
-        "exec setsid python3 -B /stage/workers.py {kind} {port} {} {PAGES}",
+        "exec setsid python3 -B /shared/workers.py {kind} {port} {} {PAGES}",
         workers(kind)
     ))
 }
