@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use pageferry::error::Result;
 use pageferry::replay::Player;
 
-use crate::files::{Permitted, ReceivedTree, Stage};
+use crate::files::{Permitted, ReceivedTree, StagingDir};
 use crate::service_log::{LogReader, Next};
 use crate::{archive, export, files, image_stream, watch};
 
@@ -81,15 +81,15 @@ impl ArrivingTree {
     /// # Errors
     /// The disk.
     pub fn new(target: &Path) -> Result<ArrivingTree> {
-        let stage = Stage::of(target);
+        let staging = StagingDir::of(target);
         let permitted = Permitted {
             replace: false,
             unused: false,
         };
-        stage.prepare("fuzz", permitted)?;
+        staging.prepare("fuzz", permitted)?;
         let mut at = target.as_os_str().to_owned();
         at.push(".pageferry/tree");
-        let tree = ReceivedTree::new(stage)?;
+        let tree = ReceivedTree::new(staging)?;
         tree.index()?;
         Ok(ArrivingTree {
             tree,

@@ -15,7 +15,7 @@ use pageferry::migration::messages::{
 use serde::{Deserialize, Serialize};
 
 use super::place::Place;
-use crate::files::{Installed, Lowers, Permitted, ReceivedTree, Stage};
+use crate::files::{Installed, Lowers, Permitted, ReceivedTree, StagingDir};
 use crate::records;
 use crate::runtime::bundle;
 
@@ -44,8 +44,8 @@ pub(super) struct TreeRecord {
 }
 
 impl TreeRecord {
-    pub(super) fn stage(&self) -> Stage {
-        Stage::of(&self.target).over(self.overlay.clone())
+    pub(super) fn staging(&self) -> StagingDir {
+        StagingDir::of(&self.target).over(self.overlay.clone())
     }
 }
 
@@ -59,7 +59,7 @@ impl Place {
         &self,
         container: Option<&Container>,
         tree: &FileTree,
-    ) -> Result<(Stage, Permitted)> {
+    ) -> Result<(StagingDir, Permitted)> {
         let replace = tree.replace;
         let Some(path) = &tree.path else {
             let container = container.ok_or_else(|| {
@@ -69,13 +69,16 @@ impl Place {
                 .overlay
                 .as_ref()
                 .map(|overlay| self.layers.lowers(overlay));
-            let stage = Stage::of(&self.root_of(container)).over(lowers);
+            let staging = StagingDir::of(&self.root_of(container)).over(lowers);
             // A container of this name is not here: so nothing uses its root.
             let unused = true;
-            return Ok((stage, Permitted { replace, unused }));
+            return Ok((staging, Permitted { replace, unused }));
         };
         let unused = false;
-        Ok((Stage::of(Path::new(path)), Permitted { replace, unused }))
+        Ok((
+            StagingDir::of(Path::new(path)),
+            Permitted { replace, unused },
+        ))
     }
 
     /// The root file system of a container's bundle, which need not be there yet.
@@ -92,7 +95,7 @@ impl Place {
         match files.root {
             RootFiles::Never => false,
             RootFiles::Replace => true,
-            RootFiles::Auto => !Stage::of(&self.root_of(container)).is_taken(true),
+            RootFiles::Auto => !StagingDir::of(&self.root_of(container)).is_taken(true),
         }
     }
 
@@ -114,10 +117,13 @@ impl Place {
         files: &WantedFiles,
     ) -> Vec<TreeRoom> {
         let of_tree = |tree: FileTree| {
-            let stage = self.place_of(container, &tree).ok().map(|(stage, _)| stage);
-            stage.map_or(TreeRoom::default(), |stage| TreeRoom {
-                held_bytes: stage.held_bytes(tree.path.is_none()),
-                ..room_at(stage.target())
+            let staging = self
+                .place_of(container, &tree)
+                .ok()
+                .map(|(staging, _)| staging);
+            staging.map_or(TreeRoom::default(), |staging| TreeRoom {
+                held_bytes: staging.held_bytes(tree.path.is_none()),
+                ..room_at(staging.target())
             })
         };
         let trees = self.trees(container, files).into_iter();
@@ -135,7 +141,7 @@ impl Place {
         trees
             .filter(FileTree::is_possible)
             .filter_map(|tree| match self.place_of(container, &tree) {
-                Ok((stage, permitted)) => stage.problem(permitted),
+                Ok((staging, permitted)) => staging.problem(permitted),
                 Err(error) => Some(error.to_string()),
             })
             .collect()
@@ -197,15 +203,15 @@ impl Files {
         let mut trees = Vec::new();
         for tree in &begin.files {
             let container = begin.container.as_ref();
-            let (stage, permitted) = place.place_of(container, tree)?;
-            let was_there = stage.prepare(&id, permitted)?;
+            let (staging, permitted) = place.place_of(container, tree)?;
+            let was_there = staging.prepare(&id, permitted)?;
             // One that another migration is at is not this one's to remove.
-            let received = ReceivedTree::new(stage.clone())?;
+            let received = ReceivedTree::new(staging.clone())?;
             record.trees.push(TreeRecord {
-                target: stage.target().to_owned(),
+                target: staging.target().to_owned(),
                 was_there,
                 installed: None,
-                overlay: stage.overlay().cloned(),
+                overlay: staging.overlay().cloned(),
             });
             record.write(dir)?;
             trees.push(Arc::new(received));
@@ -254,7 +260,7 @@ impl Record {
 pub(super) fn give_up(record: &Record, id: &str) {
     let done = record.trees.iter().map(|tree| {
         let keep = record.keeps || tree.was_there;
-        tree.stage().give_up(tree.installed.as_ref(), keep)
+        tree.staging().give_up(tree.installed.as_ref(), keep)
     });
     for error in done.filter_map(std::result::Result::err) {
         tracing::error!("migration {id}: {error}");

@@ -9,7 +9,7 @@ use pageferry::migration::messages::Seal;
 use super::file_trees::{Record, TreeRecord, give_up};
 use super::incoming::{blocking, store_tree};
 use super::session::Session;
-use crate::files::Stage;
+use crate::files::StagingDir;
 
 impl Session {
     /// What tree `number` holds, as bytes for the source.
@@ -38,7 +38,7 @@ impl Session {
             return Ok(());
         }
         if let Some(tree) = self.files.0.iter().find(|tree| !tree.is_whole()) {
-            let target = tree.stage().target().display();
+            let target = tree.staging().target().display();
             let text = format!("the files of {target} have not all arrived");
             return Err(Error::new(Kind::Usage, text));
         }
@@ -51,16 +51,16 @@ impl Session {
                 }
             }
             for tree in &session.files.0 {
-                let installed = tree.stage().installed()?;
+                let installed = tree.staging().installed()?;
                 for known in &mut record.trees {
-                    if installed.is_of(&Stage::of(&known.target)) {
+                    if installed.is_of(&StagingDir::of(&known.target)) {
                         known.installed = Some(installed.clone());
                     }
                 }
             }
             record.write(&session.dir)?;
             for tree in &session.files.0 {
-                tree.stage().install()?;
+                tree.staging().install()?;
             }
             Ok(())
         })
@@ -107,8 +107,8 @@ impl Session {
         tokio::task::spawn_blocking(move || {
             trees.iter().for_each(|tree| tree.end());
             let settled = Record::read(&dir).and_then(|record| {
-                let mut stages = record.trees.iter().map(TreeRecord::stage);
-                stages.try_for_each(|stage| stage.settle(&id))?;
+                let mut all = record.trees.iter().map(TreeRecord::staging);
+                all.try_for_each(|staging| staging.settle(&id))?;
                 Record::forget(&dir)
             });
             if let Err(error) = settled {

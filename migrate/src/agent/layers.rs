@@ -22,7 +22,9 @@ use pageferry::migration::messages::{Digest, OverlayRoot, Seal};
 use tokio::time::{Instant, sleep_until};
 
 use super::incoming::blocking;
-use crate::files::{Lowers, Permitted, ReceivedTree, Stage, name_layer, overlays_are_possible};
+use crate::files::{
+    Lowers, Permitted, ReceivedTree, StagingDir, name_layer, overlays_are_possible,
+};
 use crate::records;
 
 /// The directory, in the agent's.
@@ -95,7 +97,7 @@ impl LayerStore {
             }
         }
         for target in store.targets()? {
-            if let Err(error) = Stage::of(&target).mount_again() {
+            if let Err(error) = StagingDir::of(&target).mount_again() {
                 tracing::error!("{error}");
             }
         }
@@ -150,7 +152,8 @@ impl LayerStore {
     pub(super) fn note_target(&self, target: &Path) -> Result<()> {
         let _changing = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
         let mut targets = self.targets()?;
-        targets.retain(|known| known != target && !Stage::of(known).layers_in_use().is_empty());
+        targets
+            .retain(|known| known != target && !StagingDir::of(known).layers_in_use().is_empty());
         targets.push(target.to_owned());
         records::write(&self.dir.join(TARGETS), &targets)
     }
@@ -171,10 +174,10 @@ impl LayerStore {
             ));
         }
         self.make_room()?;
-        let stage = Stage::of(&self.path(layer));
-        stage.prepare("layer", NEW)?;
+        let staging = StagingDir::of(&self.path(layer));
+        staging.prepare("layer", NEW)?;
         let arriving = Arc::new(Arriving {
-            tree: Arc::new(ReceivedTree::new(stage)?),
+            tree: Arc::new(ReceivedTree::new(staging)?),
             heard: Mutex::new(Instant::now()),
         });
         all.insert(layer.clone(), Arc::clone(&arriving));
@@ -202,7 +205,7 @@ impl LayerStore {
         }
         all.remove(layer);
         arriving.tree.end();
-        arriving.tree.stage().give_up(None, false)
+        arriving.tree.staging().give_up(None, false)
     }
 
     /// Removes layers that nothing is mounted over, if there are too many.
@@ -220,7 +223,7 @@ impl LayerStore {
         }
         let targets = self.targets()?.into_iter();
         let used: HashSet<PathBuf> = targets
-            .flat_map(|target| Stage::of(&target).layers_in_use())
+            .flat_map(|target| StagingDir::of(&target).layers_in_use())
             .collect();
         let Some(unused) = stored.iter().find(|layer| !used.contains(*layer)) else {
             let text = format!(
@@ -240,18 +243,18 @@ impl LayerStore {
     pub(super) fn seal(&self, layer: &Digest, seal: &Seal) -> Result<()> {
         let arriving = self.find(layer)?;
         arriving.tree.seal(&seal.digest)?;
-        let stage = arriving.tree.stage();
-        let named = name_layer(&stage.arrived());
+        let staging = arriving.tree.staging();
+        let named = name_layer(&staging.arrived());
         if !named.as_ref().is_ok_and(|named| named.digest == *layer) {
             self.give_up(layer, &arriving)?;
             let named = named?.digest;
             let text = format!("what came as the layer {layer} is {named}: it was removed");
             return Err(Error::new(Kind::Protocol, text));
         }
-        stage.install()?;
+        staging.install()?;
         self.arriving().remove(layer);
         arriving.tree.end();
-        stage.settle_layer()
+        staging.settle_layer()
     }
 }
 

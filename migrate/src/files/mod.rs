@@ -4,7 +4,7 @@
 //! source       tree on disk ──> scan (what has changed) ──> planner ──> stream ──┐
 //!                                  │ index: names, attributes, hashes            │ HTTP
 //! destination  tree on disk <── writer <── stream <──────────────────────────────┘
-//!              stage: TARGET.pageferry/tree ──> TARGET, once it is whole and on the disk
+//!              staging: TARGET.pageferry/tree ──> TARGET, once it is whole and on the disk
 //! ```
 //!
 //! Of an overlay the writable layer is such a tree. The layers below are trees of their own, which have their digests as
@@ -29,7 +29,7 @@ mod receiver;
 mod round_trip;
 mod scan;
 mod sender;
-mod stage;
+mod staging;
 mod stream;
 mod table;
 mod tree_dir;
@@ -41,7 +41,7 @@ pub(crate) use receiver::ReceivedTree;
 #[cfg(test)]
 pub(crate) use round_trip::SentBytes;
 pub(crate) use sender::{FileRound, SentTree};
-pub(crate) use stage::{Installed, Permitted, Stage};
+pub(crate) use staging::{Installed, Permitted, StagingDir};
 
 /// Decodes an index on its way, and tells its digest.
 pub(crate) fn index_digest(bytes: &[u8]) -> pageferry::error::Result<String> {

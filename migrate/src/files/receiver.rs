@@ -9,7 +9,7 @@ use tokio::sync::watch;
 
 use super::hash::BlockHasher;
 use super::sender::pack_index;
-use super::stage::Stage;
+use super::staging::StagingDir;
 use super::stream::receive;
 use super::table;
 use super::writer::Writer;
@@ -17,7 +17,7 @@ use super::writer::Writer;
 /// See the module's text. All calls block.
 #[derive(Debug)]
 pub(crate) struct ReceivedTree {
-    stage: Stage,
+    staging: StagingDir,
     hasher: BlockHasher,
     state: Mutex<State>,
     /// Counts whoever came for the tree: the newest one alone has its attention.
@@ -30,16 +30,16 @@ struct State {
     is_whole: bool,
     /// Why nothing more can be done.
     over: Option<String>,
-    /// Keeps others from the stage.
+    /// Keeps others from the staging directory.
     lock: Option<File>,
 }
 
 impl ReceivedTree {
-    /// Of a stage that is prepared.
-    pub(crate) fn new(stage: Stage) -> Result<ReceivedTree> {
-        let lock = stage.lock()?;
+    /// Of a staging directory that is prepared.
+    pub(crate) fn new(staging: StagingDir) -> Result<ReceivedTree> {
+        let lock = staging.lock()?;
         Ok(ReceivedTree {
-            stage,
+            staging,
             hasher: BlockHasher::random(),
             state: Mutex::new(State {
                 writer: None,
@@ -51,8 +51,8 @@ impl ReceivedTree {
         })
     }
 
-    pub(crate) fn stage(&self) -> &Stage {
-        &self.stage
+    pub(crate) fn staging(&self) -> &StagingDir {
+        &self.staging
     }
 
     /// Takes the place of whoever is at it, who hears of it by a change.
@@ -75,7 +75,7 @@ impl ReceivedTree {
         let known = state.writer.take();
         let writer = match known.filter(|writer| writer.index().is_some()) {
             Some(writer) => writer,
-            None => self.stage.writer(&self.hasher)?,
+            None => self.staging.writer(&self.hasher)?,
         };
         let writer = state.writer.insert(writer);
         writer.settle();
@@ -101,7 +101,7 @@ impl ReceivedTree {
     /// Brings what was stored to the disk, for the next time that this is waited for.
     pub(crate) fn flush(&self) {
         // By a descriptor of its own: an error is told once for each, and must be told to the one that counts.
-        if let Err(error) = self.stage.flush() {
+        if let Err(error) = self.staging.flush() {
             tracing::warn!("{error}");
         }
     }
@@ -120,7 +120,7 @@ impl ReceivedTree {
             state.writer = None;
             let text = format!(
                 "the files in {} are not those of the source",
-                self.stage.target().display()
+                self.staging.target().display()
             );
             return Err(Error::new(Kind::Usage, text));
         }

@@ -20,7 +20,7 @@ use super::hash::BlockHasher;
 use super::receiver::ReceivedTree;
 use super::scan::Scanner;
 use super::sender::{Known, unpack_index};
-use super::stage::{Permitted, Stage};
+use super::staging::{Permitted, StagingDir};
 use super::table::digest;
 use super::tree_dir::TreeDir;
 
@@ -40,9 +40,9 @@ impl Pair {
     fn new() -> Pair {
         let tmp = tempfile::tempdir().unwrap();
         fs::create_dir(tmp.path().join("source")).unwrap();
-        let stage = Stage::of(&tmp.path().join("there/target"));
-        stage.prepare("m-1", STRICT).unwrap();
-        let received = ReceivedTree::new(stage).unwrap();
+        let staging = StagingDir::of(&tmp.path().join("there/target"));
+        staging.prepare("m-1", STRICT).unwrap();
+        let received = ReceivedTree::new(staging).unwrap();
         let mut pair = Pair {
             tmp,
             received,
@@ -380,12 +380,12 @@ fn a_tree_that_was_sent_ahead_is_gone_on_with() {
     fill(&pair.source());
     let all = pair.round();
     pair.received.end();
-    pair.received = ReceivedTree::new(pair.received.stage().clone()).unwrap();
+    pair.received = ReceivedTree::new(pair.received.staging().clone()).unwrap();
     pair.known = Known::default();
     pair.ask();
     assert!(pair.round() < all / 10);
     pair.expect_same("again");
-    let other = ReceivedTree::new(pair.received.stage().clone()).unwrap_err();
+    let other = ReceivedTree::new(pair.received.staging().clone()).unwrap_err();
     assert!(other.to_string().contains("already"), "{other}");
 }
 
@@ -396,8 +396,8 @@ fn what_hostile_operations_name_stays_within_the_tree() {
 
     let tmp = tempfile::tempdir().unwrap();
     fs::write(tmp.path().join("victim"), "mine").unwrap();
-    let stage = Stage::of(&tmp.path().join("target"));
-    stage.prepare("m-1", STRICT).unwrap();
+    let staging = StagingDir::of(&tmp.path().join("target"));
+    staging.prepare("m-1", STRICT).unwrap();
     let path = |text: &str| text.as_bytes().to_vec();
     let make = |name: &str, made| Operation::Make {
         path: path(name),
@@ -436,7 +436,7 @@ fn what_hostile_operations_name_stays_within_the_tree() {
         ],
     ];
     for operations in bad {
-        let received = ReceivedTree::new(stage.clone()).unwrap();
+        let received = ReceivedTree::new(staging.clone()).unwrap();
         received.index().unwrap();
         let mut stream = Vec::new();
         let mut sender = Sender::new(&mut stream).unwrap();
@@ -449,7 +449,7 @@ fn what_hostile_operations_name_stays_within_the_tree() {
         assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 2);
         received.end();
         fs::remove_dir_all(tmp.path().join("target.pageferry/tree")).unwrap();
-        stage.prepare("m-1", STRICT).unwrap();
+        staging.prepare("m-1", STRICT).unwrap();
     }
 }
 

@@ -31,7 +31,7 @@ use super::moved_addresses::MovedAddresses;
 use super::network::{self, Connection};
 use super::warnings::Warnings;
 use crate::client::AgentClient;
-use crate::files::Stage;
+use crate::files::StagingDir;
 use crate::records;
 use crate::rounds::Tree;
 use crate::route::{Facts as RouteFacts, Routes};
@@ -396,7 +396,7 @@ impl Place {
             );
         }
         for dir in &self.facts.files {
-            if let Err(error) = Stage::of(dir).moved_away(&self.facts.id.to_string()) {
+            if let Err(error) = StagingDir::of(dir).moved_away(&self.facts.id.to_string()) {
                 self.warn(format!(
                     "that {} is out of date is not noted: {error}",
                     dir.display()

@@ -11,7 +11,7 @@ use pageferry::migration::messages::{ContainerCreate, ContainerStatus};
 
 use super::image::unpack;
 use super::session::Session;
-use crate::files::{Installed, Permitted, Stage};
+use crate::files::{Installed, Permitted, StagingDir};
 use crate::records;
 use crate::runtime::bundle;
 
@@ -26,10 +26,10 @@ const NEW: Permitted = Permitted {
 
 impl Session {
     /// Where its files arrive.
-    fn root_stage(&self) -> Stage {
+    fn root_staging(&self) -> StagingDir {
         let overlay = self.begin.overlay.as_ref();
         let lowers = overlay.map(|overlay| self.place.layers.lowers(overlay));
-        Stage::of(&self.bundle().join("rootfs")).over(lowers)
+        StagingDir::of(&self.bundle().join("rootfs")).over(lowers)
     }
 
     /// Stores the image that comes, in place of an earlier one.
@@ -42,10 +42,10 @@ impl Session {
             inner.root = None;
         }
         self.remove().await?;
-        let (stage, id) = (self.root_stage(), self.begin.id.to_string());
+        let (staging, id) = (self.root_staging(), self.begin.id.to_string());
         let unpacked = tokio::task::spawn_blocking(move || {
-            stage.prepare(&id, NEW)?;
-            unpack(from, &stage.arrived())
+            staging.prepare(&id, NEW)?;
+            unpack(from, &staging.arrived())
         });
         let unpacked = unpacked.await;
         let digest = unpacked.map_err(|error| {
@@ -70,14 +70,14 @@ impl Session {
             return Err(Error::new(Kind::Protocol, text));
         }
         let bundle = self.bundle();
-        let stage = self.root_stage();
-        if stage.overlay().is_some() {
-            self.place.layers.note_target(stage.target())?;
+        let staging = self.root_staging();
+        if staging.overlay().is_some() {
+            self.place.layers.note_target(staging.target())?;
         }
-        let installed = stage.installed()?;
+        let installed = staging.installed()?;
         records::write(&self.dir.join(INSTALLED), &installed)?;
-        stage.install()?;
-        stage.settle(&self.begin.id.to_string())?;
+        staging.install()?;
+        staging.settle(&self.begin.id.to_string())?;
         bundle::make(&bundle, &self.begin.container.config)?;
         let id = &self.begin.container.id;
         let runtime = self.runtime()?;
@@ -101,7 +101,7 @@ impl Session {
             runtime.delete(id).await?;
         }
         let installed = records::read::<Installed>(&self.dir.join(INSTALLED))?;
-        self.root_stage().give_up(installed.as_ref(), false)?;
+        self.root_staging().give_up(installed.as_ref(), false)?;
         // It may not be there.
         let _ = fs::remove_file(self.dir.join(INSTALLED));
         match fs::remove_dir_all(&bundle) {

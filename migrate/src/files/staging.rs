@@ -1,4 +1,4 @@
-//! Where files arrive at the destination, and how they become the tree that is used.
+//! The directory where files arrive at the destination, and how they become the tree that is used.
 //!
 //! ```text
 //! TARGET                        what the container, or the processes, use
@@ -58,9 +58,9 @@ struct About {
     overlay: Option<Lowers>,
 }
 
-/// A target and the directory beside it.
+/// A target, and the directory beside it in which files arrive.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) struct Stage {
+pub(crate) struct StagingDir {
     target: PathBuf,
     dir: PathBuf,
     /// What the tree is mounted over; `None`: it becomes the target itself.
@@ -84,11 +84,11 @@ pub(crate) struct Permitted {
     pub(crate) unused: bool,
 }
 
-impl Stage {
-    pub(crate) fn of(target: &Path) -> Stage {
+impl StagingDir {
+    pub(crate) fn of(target: &Path) -> StagingDir {
         let mut dir = target.as_os_str().to_owned();
         dir.push(SUFFIX);
-        Stage {
+        StagingDir {
             target: target.to_owned(),
             dir: dir.into(),
             overlay: None,
@@ -96,8 +96,8 @@ impl Stage {
     }
 
     /// The same for a tree that is the writable layer over `lowers`, if there are any.
-    pub(crate) fn over(self, lowers: Option<Lowers>) -> Stage {
-        Stage {
+    pub(crate) fn over(self, lowers: Option<Lowers>) -> StagingDir {
+        StagingDir {
             overlay: lowers,
             ..self
         }
@@ -260,7 +260,7 @@ impl Stage {
         ))
     }
 
-    /// Keeps other migrations from the stage, as long as the file is open.
+    /// Keeps other migrations from the staging directory, as long as the file is open.
     pub(super) fn lock(&self) -> Result<File> {
         let path = self.dir.join("lock");
         let file = File::options()
@@ -282,7 +282,7 @@ impl Stage {
         syncfs(&dir).map_err(|errno| failed(errno.into()))
     }
 
-    /// Which directory becomes the target. To be written down before [`Stage::install`].
+    /// Which directory becomes the target. To be written down before [`StagingDir::install`].
     pub(crate) fn installed(&self) -> Result<Installed> {
         let tree = match self.overlay {
             None => self.tree(),
@@ -429,8 +429,8 @@ impl Stage {
 
 impl Installed {
     /// Whether it was this target.
-    pub(crate) fn is_of(&self, stage: &Stage) -> bool {
-        self.target == stage.target
+    pub(crate) fn is_of(&self, staging: &StagingDir) -> bool {
+        self.target == staging.target
     }
 }
 
