@@ -9,7 +9,7 @@ use pageferry::error::{Error, Kind, Result};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 
-use super::hub::Hub;
+use super::coordinator::Coordinator;
 use crate::service_log::{self, CONTROL, END, HELD, RELEASE, SEAL};
 
 /// A listening socket with its path.
@@ -53,11 +53,11 @@ pub(super) fn listen(dir: &Path, wait: Duration) -> Result<Control> {
 
 impl Control {
     /// Holds clients for whoever connects; returns if it cannot.
-    pub(super) async fn serve(&self, hub: &Rc<Hub>) -> Error {
+    pub(super) async fn serve(&self, coordinator: &Rc<Coordinator>) -> Error {
         loop {
             match self.listener.accept().await {
                 Ok((stream, _)) => {
-                    let held = hold(Rc::clone(&self.settings), Rc::clone(hub), stream);
+                    let held = hold(Rc::clone(&self.settings), Rc::clone(coordinator), stream);
                     drop(tokio::task::spawn_local(held));
                 }
                 Err(error) => return Error::file("accept on", &self.path, error),
@@ -74,17 +74,21 @@ impl Control {
 }
 
 /// Holds clients for one peer: says that it does, and how many entries the log has, then does what it is told.
-async fn hold(control: Rc<Settings>, hub: Rc<Hub>, mut stream: UnixStream) {
-    hub.hold(true);
-    if let Err(error) = obey(&control, &hub, &mut stream).await {
+async fn hold(control: Rc<Settings>, coordinator: Rc<Coordinator>, mut stream: UnixStream) {
+    coordinator.hold(true);
+    if let Err(error) = obey(&control, &coordinator, &mut stream).await {
         tracing::warn!("{}: {error}", control.dir.display());
     }
-    hub.hold(false);
+    coordinator.hold(false);
 }
 
 /// Returns when the peer has gone, or has said its last word.
-async fn obey(settings: &Settings, hub: &Hub, stream: &mut UnixStream) -> Result<()> {
-    let entries = hub.settle(settings.wait).await?;
+async fn obey(
+    settings: &Settings,
+    coordinator: &Coordinator,
+    stream: &mut UnixStream,
+) -> Result<()> {
+    let entries = coordinator.settle(settings.wait).await?;
     let mut word = [0];
     let mut held = [HELD; 9];
     held[1..].copy_from_slice(&entries.to_le_bytes());
@@ -96,13 +100,13 @@ async fn obey(settings: &Settings, hub: &Hub, stream: &mut UnixStream) -> Result
             // On disk first: a recorder that is started here later must not take clients.
             [SEAL] => {
                 service_log::seal(&settings.dir)?;
-                hub.seal(true);
+                coordinator.seal(true);
             }
             [RELEASE] => {
                 service_log::unseal(&settings.dir)?;
-                hub.seal(false);
+                coordinator.seal(false);
             }
-            [END] => hub.ask_for_end(),
+            [END] => coordinator.ask_for_end(),
             _ => return Ok(()),
         }
         if stream.write_all(&word).await.is_err() || word != [SEAL] {

@@ -2,13 +2,13 @@
 //! repeat.
 //!
 //! ```text
-//! client ── piece ──> relay ── turn? ──> hub: log, sequencer
+//! client ── piece ──> relay ── turn? ──> coordinator: log, sequencer
 //!                       └────────────── piece ──> service
-//! client <── answers ── relay <─────────────── service        counted by the hub before the client sees them
+//! client <── answers ── relay <─────────────── service        counted by the coordinator before the client sees them
 //! ```
 
 mod control;
-mod hub;
+mod coordinator;
 mod relay;
 
 use std::path::PathBuf;
@@ -27,7 +27,7 @@ use tokio::time::timeout;
 
 use crate::ends::Ends;
 use crate::service_log::{LogWriter, digest};
-use hub::Hub;
+use coordinator::Coordinator;
 
 /// How long the service may take at the end to answer what it was told, and to end the connections.
 const END_LIMIT: Duration = Duration::from_secs(10);
@@ -112,7 +112,7 @@ async fn record(args: &Args) -> Result<()> {
         )
     })?;
     let log = LogWriter::open(&args.log, args.file_bytes, wait_us)?;
-    let hub = Hub::new(log, order);
+    let coordinator = Coordinator::new(log, order);
     let address = listener.local_addr();
     let address = address.map_err(|error| Error::wrap(Kind::Io, "the listening socket", error))?;
     let control = control::listen(&args.log, args.order_wait)?;
@@ -123,17 +123,17 @@ async fn record(args: &Args) -> Result<()> {
     tracing::info!("recording what comes to {address} for {}", args.to);
     let mut connections = JoinSet::new();
     let ended = tokio::select! {
-        ended = accept(&listener, &hub, args, &mut connections) => ended,
-        error = hub.failure() => Err(error),
-        never = hub.measure_waits(args.order_wait) => match never {},
-        error = control.serve(&hub) => Err(error),
+        ended = accept(&listener, &coordinator, args, &mut connections) => ended,
+        error = coordinator.failure() => Err(error),
+        never = coordinator.measure_waits(args.order_wait) => match never {},
+        error = control.serve(&coordinator) => Err(error),
         () = signals.next() => Ok(()),
-        () = hub.end_asked() => Ok(()),
+        () = coordinator.end_asked() => Ok(()),
     };
     drop(listener);
     control.remove();
     match ended {
-        Ok(()) => finish(args, &hub, connections).await,
+        Ok(()) => finish(args, &coordinator, connections).await,
         // What has no log is not passed on.
         Err(error) => Err(error),
     }
@@ -141,7 +141,7 @@ async fn record(args: &Args) -> Result<()> {
 
 async fn accept(
     listener: &TcpListener,
-    hub: &Rc<Hub>,
+    coordinator: &Rc<Coordinator>,
     args: &Args,
     connections: &mut JoinSet<()>,
 ) -> Result<()> {
@@ -161,8 +161,8 @@ async fn accept(
         }
         match TcpStream::connect(&args.to).await {
             Ok(service) => {
-                let connection = hub.open()?;
-                let relay = relay::run(Rc::clone(hub), connection, client, service);
+                let connection = coordinator.open()?;
+                let relay = relay::run(Rc::clone(coordinator), connection, client, service);
                 connections.spawn_local(relay);
             }
             Err(error) => tracing::warn!("{peer}: cannot connect to {}: {error}", args.to),
@@ -171,17 +171,21 @@ async fn accept(
 }
 
 /// Ends all connections in order, so that the log has every answer, and then the log.
-async fn finish(args: &Args, hub: &Rc<Hub>, mut connections: JoinSet<()>) -> Result<()> {
-    hub.stop();
-    if hub.is_sealed() {
+async fn finish(
+    args: &Args,
+    coordinator: &Rc<Coordinator>,
+    mut connections: JoinSet<()>,
+) -> Result<()> {
+    coordinator.stop();
+    if coordinator.is_sealed() {
         // They are another service's clients: what they still send was never passed on, nor acknowledged.
         connections.shutdown().await;
     }
     let all = async { while connections.join_next().await.is_some() {} };
     let ended = tokio::select! {
         ended = timeout(END_LIMIT, all) => ended.is_ok(),
-        error = hub.failure() => return Err(error),
-        never = hub.measure_waits(args.order_wait) => match never {},
+        error = coordinator.failure() => return Err(error),
+        never = coordinator.measure_waits(args.order_wait) => match never {},
     };
     if !ended {
         tracing::warn!(
@@ -193,10 +197,10 @@ async fn finish(args: &Args, hub: &Rc<Hub>, mut connections: JoinSet<()>) -> Res
     }
     let digest = match &args.digest {
         // The service may be gone by now.
-        Some(command) if !hub.is_sealed() => Some(digest(command, &args.to).await?),
+        Some(command) if !coordinator.is_sealed() => Some(digest(command, &args.to).await?),
         _ => None,
     };
-    let entries = hub.end(digest)?;
+    let entries = coordinator.end(digest)?;
     tracing::info!("{entries} entries are in {}", args.log.display());
     Ok(())
 }

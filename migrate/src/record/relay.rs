@@ -8,24 +8,32 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 
-use super::hub::Hub;
+use super::coordinator::Coordinator;
 
 /// Forgets the connection whatever ends it.
 struct Registered {
-    hub: Rc<Hub>,
+    coordinator: Rc<Coordinator>,
     connection: u32,
 }
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        self.hub.forget(self.connection);
+        self.coordinator.forget(self.connection);
     }
 }
 
 /// Passes bytes in both directions until the service ends the connection.
-pub(super) async fn run(hub: Rc<Hub>, connection: u32, client: TcpStream, service: TcpStream) {
-    let registered = Registered { hub, connection };
-    let hub = &registered.hub;
+pub(super) async fn run(
+    coordinator: Rc<Coordinator>,
+    connection: u32,
+    client: TcpStream,
+    service: TcpStream,
+) {
+    let registered = Registered {
+        coordinator,
+        connection,
+    };
+    let coordinator = &registered.coordinator;
     for stream in [&client, &service] {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!("connection {connection}: {error}");
@@ -33,8 +41,8 @@ pub(super) async fn run(hub: Rc<Hub>, connection: u32, client: TcpStream, servic
     }
     let (from_client, to_client) = client.into_split();
     let (from_service, to_service) = service.into_split();
-    let answers = pass_answers(hub, connection, from_service, to_client);
-    let pieces = pass_pieces(hub, connection, from_client, to_service);
+    let answers = pass_answers(coordinator, connection, from_service, to_client);
+    let pieces = pass_pieces(coordinator, connection, from_client, to_service);
     tokio::pin!(answers);
     tokio::select! {
         () = &mut answers => {}
@@ -44,7 +52,7 @@ pub(super) async fn run(hub: Rc<Hub>, connection: u32, client: TcpStream, servic
 }
 
 async fn pass_pieces(
-    hub: &Hub,
+    coordinator: &Coordinator,
     connection: u32,
     mut client: OwnedReadHalf,
     mut service: OwnedWriteHalf,
@@ -53,7 +61,7 @@ async fn pass_pieces(
     loop {
         let read = tokio::select! {
             read = client.read(&mut buffer) => read.unwrap_or(0),
-            () = hub.stopped() => 0,
+            () = coordinator.stopped() => 0,
         };
         if read == 0 {
             break;
@@ -61,12 +69,16 @@ async fn pass_pieces(
         let bytes = buffer[..read].to_vec();
         let entry = Entry::Piece { connection, bytes };
         // What is not passed was not acknowledged.
-        if !hub.pass(connection, &entry).await || service.write_all(&buffer[..read]).await.is_err()
+        if !coordinator.pass(connection, &entry).await
+            || service.write_all(&buffer[..read]).await.is_err()
         {
             return (client, service);
         }
     }
-    if hub.pass(connection, &Entry::Finish { connection }).await {
+    if coordinator
+        .pass(connection, &Entry::Finish { connection })
+        .await
+    {
         // It may be gone already.
         let _ = service.shutdown().await;
     }
@@ -74,7 +86,7 @@ async fn pass_pieces(
 }
 
 async fn pass_answers(
-    hub: &Hub,
+    coordinator: &Coordinator,
     connection: u32,
     mut service: OwnedReadHalf,
     mut client: OwnedWriteHalf,
@@ -87,10 +99,10 @@ async fn pass_answers(
             break;
         }
         // What a client does next may depend on this.
-        hub.answered(connection, &buffer[..read]);
+        coordinator.answered(connection, &buffer[..read]);
         // Answers count also if nobody hears them.
         is_client_there = is_client_there && client.write_all(&buffer[..read]).await.is_ok();
     }
-    hub.ended(connection);
+    coordinator.ended(connection);
     let _ = client.shutdown().await;
 }

@@ -1,4 +1,4 @@
-//! What all connections of a recorder share: the log, the order, and how many bytes of answers were seen.
+//! Coordinates the connections of a recorder. They share the log, the order, and how many bytes of answers were seen.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -16,7 +16,7 @@ use crate::service_log::LogWriter;
 
 /// The recorder's state, used by one thread.
 #[derive(Debug)]
-pub(super) struct Hub {
+pub(super) struct Coordinator {
     state: RefCell<State>,
     /// Somebody waits for the answer to another connection's piece.
     blocked: Notify,
@@ -52,9 +52,9 @@ struct Connection {
     has_ended: bool,
 }
 
-impl Hub {
-    pub(super) fn new(log: LogWriter, order: Order) -> Rc<Hub> {
-        Rc::new(Hub {
+impl Coordinator {
+    pub(super) fn new(log: LogWriter, order: Order) -> Rc<Coordinator> {
+        Rc::new(Coordinator {
             state: RefCell::new(State {
                 log,
                 sequencer: Sequencer::new(order),
@@ -277,7 +277,7 @@ impl Hub {
         self.stopping.send_replace(true);
     }
 
-    /// Waits for [`Hub::stop`].
+    /// Waits for [`Coordinator::stop`].
     pub(super) async fn stopped(&self) {
         // The sender lives as long as this one.
         let _ = self
