@@ -10,7 +10,7 @@ use pageferry::sys::owned_process::ProcessName;
 use tokio::process::Command;
 use tokio::time::{Instant, sleep};
 
-use super::place::Place;
+use super::context::AgentContext;
 use super::session::Session;
 use crate::address;
 use crate::records;
@@ -23,7 +23,7 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 /// How often that is looked for.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
-impl Place {
+impl AgentContext {
     pub(super) fn runtime(&self, container: &Container) -> Result<Runtime> {
         Runtime::find(container.runtime, self.runtime_root.clone())
     }
@@ -116,15 +116,15 @@ impl Place {
 impl Session {
     /// The command line of a container's restore.
     pub(super) fn restore_container(&self, container: &Container, lazily: bool) -> Result<Command> {
-        let programs = &self.place.programs;
+        let programs = &self.context.programs;
         let settings = Settings {
             criu: programs.criu.clone(),
             tcp: self.begin.tcp,
             work: Work::Restore { lazily },
         };
         let bin = stand_in::prepare(&self.dir, &programs.pageferry, &settings)?;
-        let runtime = self.place.runtime(container)?;
-        let bundle = self.place.bundle(container);
+        let runtime = self.context.runtime(container)?;
+        let bundle = self.context.bundle(container);
         Ok(runtime.restore(&container.id, &self.images(), &bin, &bundle))
     }
 
@@ -143,7 +143,7 @@ impl Session {
             sleep(LOOK_AGAIN).await;
         }
         let _ = restore.signal(Signal::SIGKILL as i32);
-        let deleted = match self.place.runtime(container) {
+        let deleted = match self.context.runtime(container) {
             Ok(runtime) => runtime.delete(&container.id).await,
             Err(error) => Err(error),
         };
@@ -163,7 +163,7 @@ impl Session {
         let path = self.dir.join("resources.json");
         let set = async {
             records::write(&path, resources)?;
-            let runtime = self.place.runtime(container)?;
+            let runtime = self.context.runtime(container)?;
             runtime.update(&container.id, &path).await
         };
         if let Err(error) = set.await {

@@ -14,7 +14,7 @@ use pageferry::migration::messages::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::place::Place;
+use super::context::AgentContext;
 use crate::files::{Installed, Lowers, Permitted, ReceivedTree, StagingDir};
 use crate::records;
 use crate::runtime::bundle;
@@ -53,7 +53,7 @@ impl TreeRecord {
 #[derive(Debug, Default)]
 pub(super) struct Files(pub(super) Vec<Arc<ReceivedTree>>);
 
-impl Place {
+impl AgentContext {
     /// Where a tree goes, and what may be done with what is there.
     fn place_of(
         &self,
@@ -181,7 +181,7 @@ pub(super) fn wanted(begin: &Begin) -> WantedFiles {
 
 impl Files {
     /// Makes room for the files of a migration whose directory is `dir`. Nothing is left of it on failure.
-    pub(super) fn prepare(place: &Place, begin: &Begin, dir: &Path) -> Result<Files> {
+    pub(super) fn prepare(context: &AgentContext, begin: &Begin, dir: &Path) -> Result<Files> {
         if begin.files.is_empty() {
             return Ok(Files::default());
         }
@@ -189,7 +189,7 @@ impl Files {
             keeps: begin.keeps_files,
             ..Record::default()
         };
-        let prepared = Files::prepare_all(place, begin, dir, &mut record);
+        let prepared = Files::prepare_all(context, begin, dir, &mut record);
         if prepared.is_err() {
             give_up(&record, &begin.id.to_string());
             // The error that counts is the first one.
@@ -198,12 +198,17 @@ impl Files {
         prepared
     }
 
-    fn prepare_all(place: &Place, begin: &Begin, dir: &Path, record: &mut Record) -> Result<Files> {
+    fn prepare_all(
+        context: &AgentContext,
+        begin: &Begin,
+        dir: &Path,
+        record: &mut Record,
+    ) -> Result<Files> {
         let id = begin.id.to_string();
         let mut trees = Vec::new();
         for tree in &begin.files {
             let container = begin.container.as_ref();
-            let (staging, permitted) = place.place_of(container, tree)?;
+            let (staging, permitted) = context.place_of(container, tree)?;
             let was_there = staging.prepare(&id, permitted)?;
             // One that another migration is at is not this one's to remove.
             let received = ReceivedTree::new(staging.clone())?;
@@ -216,7 +221,7 @@ impl Files {
             record.write(dir)?;
             trees.push(Arc::new(received));
             if let (None, Some(container)) = (&tree.path, container) {
-                let bundle = place.bundle(container);
+                let bundle = context.bundle(container);
                 if let Some(config) = bundle::supply(&bundle, &container.config)? {
                     record.configs.push(config);
                     record.write(dir)?;

@@ -47,7 +47,7 @@ impl Session {
             let mut record = Record::read(&session.dir)?;
             for tree in &record.trees {
                 if tree.overlay.is_some() {
-                    session.place.layers.note_target(&tree.target)?;
+                    session.context.layers.note_target(&tree.target)?;
                 }
             }
             for tree in &session.files.0 {

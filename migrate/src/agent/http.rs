@@ -131,8 +131,8 @@ fn find(sessions: &Sessions, id: &str) -> Result<Arc<Session>, Failure> {
 }
 
 async fn host(State(sessions): State<Sessions>) -> Answer<HostFacts> {
-    let place = sessions.place();
-    Ok(Json(facts::of_host(&place.programs, &place.dir).await?))
+    let context = sessions.context();
+    Ok(Json(facts::of_host(&context.programs, &context.dir).await?))
 }
 
 async fn list(State(sessions): State<Sessions>) -> Json<Vec<Status>> {
@@ -142,7 +142,7 @@ async fn list(State(sessions): State<Sessions>) -> Json<Vec<Status>> {
 /// Looks at what is to come, and changes nothing.
 async fn check(State(sessions): State<Sessions>, body: Bytes) -> Answer<Check> {
     let wanted = parse::<Wanted>(&body)?;
-    Ok(Json(sessions.place().check(&wanted).await?))
+    Ok(Json(sessions.context().check(&wanted).await?))
 }
 
 async fn begin(
@@ -156,7 +156,7 @@ async fn begin(
         addresses: begin.addresses.clone(),
         files: wanted_files(&begin),
     };
-    let check = sessions.place().check(&wanted).await?;
+    let check = sessions.context().check(&wanted).await?;
     if !check.problems.is_empty() {
         return Err(Error::new(Kind::Usage, check.problems.join("; ")).into());
     }

@@ -19,6 +19,7 @@
 mod addresses;
 mod commands;
 mod containers;
+mod context;
 mod file_trees;
 mod files;
 pub(crate) mod http;
@@ -27,7 +28,6 @@ mod layers;
 mod layers_http;
 mod lazy_client;
 mod listen;
-mod place;
 mod replays;
 mod restore;
 mod session;
@@ -45,9 +45,9 @@ use pageferry::tls::{Tls, TlsArgs};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::programs::ProgramArgs;
+use context::AgentContext;
 use layers::LayerStore;
 use listen::Listener;
-use place::Place;
 use replays::Replays;
 use sessions::Sessions;
 use stateless::Containers;
@@ -118,7 +118,7 @@ async fn serve(args: &Args) -> Result<()> {
         Peer::Unix(_) => "127.0.0.1".to_owned(),
     };
     let layers = Arc::new(LayerStore::open(&dir)?);
-    let place = Place {
+    let context = AgentContext {
         layers: Arc::clone(&layers),
         dir,
         host,
@@ -127,9 +127,9 @@ async fn serve(args: &Args) -> Result<()> {
         bundles: args.bundles.clone(),
         runtime_root: args.runtime_root.clone(),
     };
-    let sessions = Sessions::open(place)?;
-    let containers = Containers::open(sessions.place())?;
-    let replays = Replays::open(sessions.place())?;
+    let sessions = Sessions::open(context)?;
+    let containers = Containers::open(sessions.context())?;
+    let replays = Replays::open(sessions.context())?;
     let app = http::router(sessions.clone())
         .merge(stateless::router(containers.clone()))
         .merge(replays::router(replays.clone()))

@@ -56,7 +56,7 @@ impl Session {
         let hooks = UnixListener::bind(&socket)
             .map_err(|error| Error::file("listen at", &socket, error))?;
         let script = self.dir.join(SCRIPT);
-        let text = commands::hook_script(&self.place.programs, &self.dir);
+        let text = commands::hook_script(&self.context.programs, &self.dir);
         fs::write(&script, text)
             .and_then(|()| fs::set_permissions(&script, fs::Permissions::from_mode(0o700)))
             .map_err(|error| Error::file("write", &script, error))?;
@@ -66,8 +66,8 @@ impl Session {
                 last => Some(format!("../{}", round_name(last))),
             };
             let command = commands::lazy_client(
-                &self.place.programs,
-                &self.place.tls,
+                &self.context.programs,
+                &self.context.tls,
                 &images,
                 (self.from, port),
                 earlier.as_deref(),
@@ -91,7 +91,7 @@ impl Session {
                 "criu restore",
                 images.join("restore.log"),
                 commands::restore(
-                    &self.place.programs,
+                    &self.context.programs,
                     &images,
                     &script,
                     lazily,

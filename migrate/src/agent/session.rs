@@ -20,9 +20,9 @@ use tokio::sync::{Mutex as Turn, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::commands::{self, READY_LIMIT, RECEIVER_PORT};
+use super::context::AgentContext;
 use super::file_trees::Files;
 use super::lazy_client::{self, LazyClient};
-use super::place::Place;
 use crate::child::Program;
 use crate::hook::{RECORD, SCRIPT, SOCKET};
 use crate::records;
@@ -42,7 +42,7 @@ const RECORD_AGAIN: Duration = Duration::from_secs(1);
 /// One migration.
 #[derive(Debug)]
 pub(super) struct Session {
-    pub(super) place: Arc<Place>,
+    pub(super) context: Arc<AgentContext>,
     pub(super) dir: PathBuf,
     pub(super) begin: Begin,
     pub(super) from: IpAddr,
@@ -76,8 +76,12 @@ pub(super) struct Inner {
 
 impl Session {
     /// Makes the directory of a migration.
-    pub(super) fn begin(place: &Arc<Place>, begin: Begin, from: IpAddr) -> Result<Arc<Session>> {
-        let dir = place.dir.join(begin.id.to_string());
+    pub(super) fn begin(
+        context: &Arc<AgentContext>,
+        begin: Begin,
+        from: IpAddr,
+    ) -> Result<Arc<Session>> {
+        let dir = context.dir.join(begin.id.to_string());
         fs::create_dir(&dir).map_err(|error| Error::file("make the directory", &dir, error))?;
         // Memory of processes lies here: it is for their owner alone.
         let protected = fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))
@@ -88,23 +92,23 @@ impl Session {
                 // Nothing has begun: the name is free again.
                 let _ = fs::remove_dir(&dir);
             })?;
-        let files = Files::prepare(place, &begin, &dir).inspect_err(|_| {
+        let files = Files::prepare(context, &begin, &dir).inspect_err(|_| {
             let _ = fs::remove_file(dir.join(BEGIN)).and_then(|()| fs::remove_dir(&dir));
         })?;
-        let session = Session::new(place, dir, begin, (from, files), Agent::new());
+        let session = Session::new(context, dir, begin, (from, files), Agent::new());
         tokio::spawn(Session::watch_for_silence(Arc::clone(&session)));
         Ok(session)
     }
 
     fn new(
-        place: &Arc<Place>,
+        context: &Arc<AgentContext>,
         dir: PathBuf,
         begin: Begin,
         (from, files): (IpAddr, Files),
         agent: Agent,
     ) -> Arc<Session> {
         Arc::new(Session {
-            place: Arc::clone(place),
+            context: Arc::clone(context),
             dir,
             begin,
             from,
@@ -129,8 +133,11 @@ impl Session {
     }
 
     /// Finishes what an earlier agent left in the directory of `id`; `None` if it is no migration's.
-    pub(super) fn recover(place: &Arc<Place>, id: &MigrationId) -> Result<Option<Arc<Session>>> {
-        let dir = place.dir.join(id.to_string());
+    pub(super) fn recover(
+        context: &Arc<AgentContext>,
+        id: &MigrationId,
+    ) -> Result<Option<Arc<Session>>> {
+        let dir = context.dir.join(id.to_string());
         let Some(begin) = records::read::<Begin>(&dir.join(BEGIN))? else {
             return Ok(None);
         };
@@ -144,7 +151,7 @@ impl Session {
         }
         let localhost = IpAddr::from([127, 0, 0, 1]);
         let files = Files::default();
-        let session = Session::new(place, dir, begin, (localhost, files), agent);
+        let session = Session::new(context, dir, begin, (localhost, files), agent);
         if !session.is_decided() || record == Some(AgentRecord::Aborted) {
             session.lock().problem = Some("the agent was started again".to_owned());
         }
@@ -388,11 +395,11 @@ impl Session {
         make_dir(&dir)?;
         let parent = (last > 0).then(|| format!("../{}", round_name(last)));
         let mut command = commands::receiver(
-            &self.place.programs,
-            &self.place.tls,
+            &self.context.programs,
+            &self.context.tls,
             &dir,
             parent.as_deref(),
-            (&self.place.host, port),
+            (&self.context.host, port),
             self.from,
         );
         let log = dir.join("receive.log");

@@ -9,23 +9,23 @@ use pageferry::error::{Error, Kind, Result};
 use pageferry::limits::MIGRATIONS_MAX;
 use pageferry::migration::messages::{Begin, MigrationId, Status};
 
-use super::place::Place;
+use super::context::AgentContext;
 use super::session::Session;
 
 /// See the module's text.
 #[derive(Clone, Debug)]
 pub(super) struct Sessions {
-    place: Arc<Place>,
+    context: Arc<AgentContext>,
     known: Arc<Mutex<BTreeMap<MigrationId, Arc<Session>>>>,
 }
 
 impl Sessions {
     /// Finds what an earlier agent left and finishes it.
-    pub(super) fn open(place: Place) -> Result<Sessions> {
-        let place = Arc::new(place);
+    pub(super) fn open(context: AgentContext) -> Result<Sessions> {
+        let context = Arc::new(context);
         let mut known = BTreeMap::new();
-        let failed = |error| Error::file("read", &place.dir, error);
-        for entry in fs::read_dir(&place.dir).map_err(failed)? {
+        let failed = |error| Error::file("read", &context.dir, error);
+        for entry in fs::read_dir(&context.dir).map_err(failed)? {
             let name = entry.map_err(failed)?.file_name();
             let Some(id) = name
                 .to_str()
@@ -33,7 +33,7 @@ impl Sessions {
             else {
                 continue;
             };
-            match Session::recover(&place, &id) {
+            match Session::recover(&context, &id) {
                 Ok(Some(session)) => {
                     known.insert(id, session);
                 }
@@ -42,13 +42,13 @@ impl Sessions {
             }
         }
         Ok(Sessions {
-            place,
+            context,
             known: Arc::new(Mutex::new(known)),
         })
     }
 
-    pub(super) fn place(&self) -> &Arc<Place> {
-        &self.place
+    pub(super) fn context(&self) -> &Arc<AgentContext> {
+        &self.context
     }
 
     /// Begins the migration that the host at `from` asks for.
@@ -66,7 +66,7 @@ impl Sessions {
             return Err(Error::new(Kind::Usage, text));
         }
         let id = begin.id.clone();
-        let session = Session::begin(&self.place, begin, from)?;
+        let session = Session::begin(&self.context, begin, from)?;
         known.insert(id, Arc::clone(&session));
         Ok(session)
     }

@@ -13,7 +13,7 @@ use pageferry::tls::{Tls, TlsArgs};
 use tokio::process::{Child, Command};
 
 use super::args::Args as MigrateArgs;
-use super::place::Place;
+use super::context::SourceContext;
 use super::{log_replay, stateless, throttle};
 use crate::agent::address;
 use crate::client::AgentClient;
@@ -83,41 +83,41 @@ async fn finish_in(dir: &Path, client: AgentClient) -> Result<bool> {
     if log_replay::is_in(dir) {
         return log_replay::finish(dir, client).await;
     }
-    let state = finish(Place::find(dir, client)?).await?;
+    let state = finish(SourceContext::find(dir, client)?).await?;
     Ok(matches!(
         state,
         SourceState::Complete | SourceState::Committed
     ))
 }
 
-async fn finish(place: Place) -> Result<SourceState> {
+async fn finish(context: SourceContext) -> Result<SourceState> {
     // Before anything else: a process whose thread was borrowed stands still, and so may one that was slowed.
-    for undone in [throttle::undo(place.dir()), rounds::undo(place.dir())] {
+    for undone in [throttle::undo(context.dir()), rounds::undo(context.dir())] {
         if let Err(error) = undone {
             tracing::error!("{error}");
         }
     }
-    let record = place.record()?;
+    let record = context.record()?;
     // Whoever recorded the end has also done what follows from it, or the first step is done again.
     let (mut source, actions) = Source::recover(record);
     match record {
-        Some(SourceRecord::Complete) => place.forget_connections(),
+        Some(SourceRecord::Complete) => context.forget_connections(),
         Some(record) => {
             tracing::warn!(
                 "finishing migration {}, recorded as {record}",
-                place.facts.id
+                context.facts.id
             );
         }
         None => {
             tracing::warn!(
                 "finishing migration {}, left before any decision",
-                place.facts.id
+                context.facts.id
             );
         }
     }
     let mut todo = VecDeque::from(actions);
     while let Some(action) = todo.pop_front() {
-        if let Some(event) = place.carry_out(action).await? {
+        if let Some(event) = context.carry_out(action).await? {
             todo.extend(source.handle(event));
         }
         if action == SourceAction::EndProcesses {

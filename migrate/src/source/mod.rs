@@ -12,6 +12,7 @@
 mod args;
 mod commands;
 mod container;
+mod context;
 mod files;
 mod files_args;
 mod flow;
@@ -23,7 +24,6 @@ mod log_replay;
 mod log_replay_args;
 mod moved_addresses;
 mod network;
-mod place;
 pub(crate) mod plan;
 mod preflight;
 mod preload;
@@ -47,10 +47,10 @@ use tokio::time::Instant;
 
 pub(crate) use args::Args;
 use args::ModeArg;
+use context::{Facts, SourceContext};
 use files::Files;
 use flow::Flow;
 use moved_addresses::MovedAddresses;
-use place::{Facts, Place};
 use report::{HostReport, Report};
 use survey::Survey;
 
@@ -142,14 +142,14 @@ async fn move_memory(args: &Args, id: MigrationId, mode: Option<Mode>) -> Result
         files: files.dirs(),
         ..Facts::of_tree(id, mode, &tree)
     };
-    let place = Place::make(&args.target.state_dir, facts, client.clone())?;
-    let guard = guard::start(args, place.dir())?;
+    let context = SourceContext::make(&args.target.state_dir, facts, client.clone())?;
+    let guard = guard::start(args, context.dir())?;
     let wire = here.criu.unwrap_or_default().wire();
     let mut flow = Flow::new(
         args,
         programs,
         client,
-        place,
+        context,
         (page, wire, costs, packed_bytes),
         (report, size, found.map(|found| found.container), files),
         started,

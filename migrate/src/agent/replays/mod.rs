@@ -28,28 +28,28 @@ use pageferry::migration::messages::{MigrationId, ReplayBegin};
 
 pub(super) use http::router;
 
-use super::place::Place;
+use super::context::AgentContext;
 use session::Session;
 
 /// All of one agent's.
 #[derive(Clone, Debug)]
 pub(super) struct Replays {
-    place: Arc<Place>,
+    context: Arc<AgentContext>,
     known: Arc<Mutex<BTreeMap<MigrationId, Arc<Session>>>>,
 }
 
 impl Replays {
     /// Finds what an earlier agent left, and ends what it had not kept.
-    pub(super) fn open(place: &Arc<Place>) -> Result<Replays> {
+    pub(super) fn open(context: &Arc<AgentContext>) -> Result<Replays> {
         let mut known = BTreeMap::new();
-        let failed = |error| Error::file("read", &place.dir, error);
-        for entry in fs::read_dir(&place.dir).map_err(failed)? {
+        let failed = |error| Error::file("read", &context.dir, error);
+        for entry in fs::read_dir(&context.dir).map_err(failed)? {
             let name = entry.map_err(failed)?.file_name();
             let id = name.to_str().and_then(|name| name.parse().ok());
             let Some(id) = id else {
                 continue;
             };
-            match Session::recover(place, &id) {
+            match Session::recover(context, &id) {
                 Ok(Some(session)) => {
                     known.insert(id, session);
                 }
@@ -58,7 +58,7 @@ impl Replays {
             }
         }
         Ok(Replays {
-            place: Arc::clone(place),
+            context: Arc::clone(context),
             known: Arc::new(Mutex::new(known)),
         })
     }
@@ -75,7 +75,7 @@ impl Replays {
             return Err(Error::new(Kind::Usage, text));
         }
         let id = begin.id.clone();
-        let session = Session::begin(&self.place, begin)?;
+        let session = Session::begin(&self.context, begin)?;
         known.insert(id, Arc::clone(&session));
         Ok(session)
     }

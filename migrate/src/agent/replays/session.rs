@@ -20,7 +20,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use super::runner::{Runner, Work};
 use super::{addresses, service, snapshot};
-use crate::agent::place::Place;
+use crate::agent::context::AgentContext;
 use crate::records;
 use crate::service_log::digest;
 
@@ -59,8 +59,8 @@ struct Inner {
 
 impl Session {
     /// Makes the directory of a service that is to come.
-    pub(super) fn begin(place: &Place, begin: ReplayBegin) -> Result<Arc<Session>> {
-        let dir = place.dir.join(begin.id.to_string());
+    pub(super) fn begin(context: &AgentContext, begin: ReplayBegin) -> Result<Arc<Session>> {
+        let dir = context.dir.join(begin.id.to_string());
         fs::create_dir(&dir).map_err(|error| match error.kind() {
             io::ErrorKind::AlreadyExists => {
                 let text = format!("there has been a migration {} already", begin.id);
@@ -100,8 +100,11 @@ impl Session {
     }
 
     /// Finds what an earlier agent left in the directory of `id`; `None` if it is no replay's.
-    pub(super) fn recover(place: &Place, id: &MigrationId) -> Result<Option<Arc<Session>>> {
-        let dir = place.dir.join(id.to_string());
+    pub(super) fn recover(
+        context: &AgentContext,
+        id: &MigrationId,
+    ) -> Result<Option<Arc<Session>>> {
+        let dir = context.dir.join(id.to_string());
         let Some(begin) = records::read::<ReplayBegin>(&dir.join(BEGIN))? else {
             return Ok(None);
         };

@@ -25,29 +25,29 @@ use pageferry::migration::messages::{ContainerBegin, MigrationId, Wanted, Wanted
 
 pub(super) use http::router;
 
-use super::place::Place;
+use super::context::AgentContext;
 use crate::runtime::bundle;
 use session::Session;
 
 /// All of one agent's.
 #[derive(Clone, Debug)]
 pub(super) struct Containers {
-    place: Arc<Place>,
+    context: Arc<AgentContext>,
     known: Arc<Mutex<BTreeMap<MigrationId, Arc<Session>>>>,
 }
 
 impl Containers {
     /// Finds what an earlier agent left, and ends what it had not kept.
-    pub(super) fn open(place: &Arc<Place>) -> Result<Containers> {
+    pub(super) fn open(context: &Arc<AgentContext>) -> Result<Containers> {
         let mut known = BTreeMap::new();
-        let failed = |error| Error::file("read", &place.dir, error);
-        for entry in fs::read_dir(&place.dir).map_err(failed)? {
+        let failed = |error| Error::file("read", &context.dir, error);
+        for entry in fs::read_dir(&context.dir).map_err(failed)? {
             let name = entry.map_err(failed)?.file_name();
             let id = name.to_str().and_then(|name| name.parse().ok());
             let Some(id) = id else {
                 continue;
             };
-            match Session::recover(place, &id) {
+            match Session::recover(context, &id) {
                 Ok(Some(session)) => {
                     known.insert(id, session);
                 }
@@ -56,7 +56,7 @@ impl Containers {
             }
         }
         Ok(Containers {
-            place: Arc::clone(place),
+            context: Arc::clone(context),
             known: Arc::new(Mutex::new(known)),
         })
     }
@@ -77,7 +77,7 @@ impl Containers {
             return Err(Error::new(Kind::Usage, text));
         }
         let id = begin.id.clone();
-        let session = Session::begin(&self.place, begin)?;
+        let session = Session::begin(&self.context, begin)?;
         known.insert(id, Arc::clone(&session));
         Ok(session)
     }
@@ -89,16 +89,16 @@ impl Containers {
             addresses: begin.addresses.clone(),
             files: WantedFiles::default(),
         };
-        let mut problems = self.place.check(&wanted).await?.problems;
+        let mut problems = self.context.check(&wanted).await?.problems;
         if let Some(overlay) = &begin.overlay
-            && self.place.layers.missing(overlay).is_none()
+            && self.context.layers.missing(overlay).is_none()
         {
             let text = "the destination cannot mount an overlay: let layers travel as files (--layers never)";
             problems.push(text.to_owned());
         }
         problems.extend(bundle::sources_missing(&begin.container.config, &[]));
         let id = &begin.container.id;
-        match self.place.runtime(&begin.container) {
+        match self.context.runtime(&begin.container) {
             Err(error) => problems.push(format!("at the destination: {error}")),
             Ok(runtime) => {
                 if let Some(state) = runtime.state(id).await? {

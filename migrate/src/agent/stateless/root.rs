@@ -28,7 +28,7 @@ impl Session {
     /// Where its files arrive.
     fn root_staging(&self) -> StagingDir {
         let overlay = self.begin.overlay.as_ref();
-        let lowers = overlay.map(|overlay| self.place.layers.lowers(overlay));
+        let lowers = overlay.map(|overlay| self.context.layers.lowers(overlay));
         StagingDir::of(&self.bundle().join("rootfs")).over(lowers)
     }
 
@@ -72,7 +72,7 @@ impl Session {
         let bundle = self.bundle();
         let staging = self.root_staging();
         if staging.overlay().is_some() {
-            self.place.layers.note_target(staging.target())?;
+            self.context.layers.note_target(staging.target())?;
         }
         let installed = staging.installed()?;
         records::write(&self.dir.join(INSTALLED), &installed)?;

@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use super::ready::Asked;
 use crate::address::{self, Attributes};
-use crate::agent::place::Place;
+use crate::agent::context::AgentContext;
 use crate::drain;
 use crate::facts::now_us;
 use crate::records;
@@ -42,7 +42,7 @@ const RUN_AGAIN: Duration = Duration::from_millis(100);
 /// See the module's text.
 #[derive(Debug)]
 pub(super) struct Session {
-    pub(super) place: Arc<Place>,
+    pub(super) context: Arc<AgentContext>,
     pub(super) dir: PathBuf,
     pub(super) begin: ContainerBegin,
     /// What changes the container is done by one task at a time.
@@ -66,8 +66,11 @@ pub(super) struct Inner {
 
 impl Session {
     /// Makes the directory of a container that is to come.
-    pub(super) fn begin(place: &Arc<Place>, begin: ContainerBegin) -> Result<Arc<Session>> {
-        let dir = place.dir.join(begin.id.to_string());
+    pub(super) fn begin(
+        context: &Arc<AgentContext>,
+        begin: ContainerBegin,
+    ) -> Result<Arc<Session>> {
+        let dir = context.dir.join(begin.id.to_string());
         fs::create_dir(&dir).map_err(|error| match error.kind() {
             io::ErrorKind::AlreadyExists => {
                 let text = format!("there has been a migration {} already", begin.id);
@@ -83,19 +86,19 @@ impl Session {
                 // Nothing has begun: the name is free again.
                 let _ = fs::remove_dir(&dir);
             })?;
-        let session = Session::new(place, dir, begin, StatelessState::Receiving);
+        let session = Session::new(context, dir, begin, StatelessState::Receiving);
         tokio::spawn(Session::watch_for_silence(Arc::clone(&session)));
         Ok(session)
     }
 
     fn new(
-        place: &Arc<Place>,
+        context: &Arc<AgentContext>,
         dir: PathBuf,
         begin: ContainerBegin,
         state: StatelessState,
     ) -> Arc<Session> {
         Arc::new(Session {
-            place: Arc::clone(place),
+            context: Arc::clone(context),
             dir,
             begin,
             turn: Turn::new(()),
@@ -112,13 +115,16 @@ impl Session {
     }
 
     /// Finds what an earlier agent left in the directory of `id`; `None` if it is no container's.
-    pub(super) fn recover(place: &Arc<Place>, id: &MigrationId) -> Result<Option<Arc<Session>>> {
-        let dir = place.dir.join(id.to_string());
+    pub(super) fn recover(
+        context: &Arc<AgentContext>,
+        id: &MigrationId,
+    ) -> Result<Option<Arc<Session>>> {
+        let dir = context.dir.join(id.to_string());
         let Some(begin) = records::read::<ContainerBegin>(&dir.join(BEGIN))? else {
             return Ok(None);
         };
         let last = records::read::<StatelessState>(&dir.join(STATE))?;
-        let session = Session::new(place, dir, begin, StatelessState::recover(last));
+        let session = Session::new(context, dir, begin, StatelessState::recover(last));
         if session.status().state == StatelessState::Aborted {
             session.lock().problem = Some("the agent was started again".to_owned());
             let ended = Arc::clone(&session);
@@ -171,7 +177,7 @@ impl Session {
     }
 
     pub(super) fn runtime(&self) -> Result<Runtime> {
-        self.place.runtime(&self.begin.container)
+        self.context.runtime(&self.begin.container)
     }
 
     /// Takes an event in.

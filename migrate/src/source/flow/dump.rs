@@ -18,8 +18,8 @@ use crate::child::Program;
 use crate::image_stream::pack;
 use crate::runtime::runtime_log;
 use crate::source::commands::{self, MEMORY, Pages, free_port};
+use crate::source::context::read_number;
 use crate::source::network;
-use crate::source::place::read_number;
 use crate::source::shared;
 
 /// Buffered between the reading of image files and the connection, bytes.
@@ -49,11 +49,11 @@ impl Dump {
 impl Flow<'_> {
     /// Starts the dump: a container's runtime does it, or CRIU.
     fn start_dump(&mut self, pages: Pages) -> Result<Dump> {
-        let (images, tcp) = (self.place.images(), self.args.tcp());
+        let (images, tcp) = (self.context.images(), self.args.tcp());
         let log = images.join("dump.log");
-        let dump = match &self.place.facts.container {
+        let dump = match &self.context.facts.container {
             Some(held) => {
-                let dir = self.place.dir();
+                let dir = self.context.dir();
                 let (mut command, status) =
                     held.checkpoint(&self.programs, dir, &images, pages, tcp)?;
                 Dump {
@@ -73,8 +73,8 @@ impl Flow<'_> {
                 }
             }
         };
-        self.place.facts.dump = Some(dump.program.name());
-        self.place.keep_facts()?;
+        self.context.facts.dump = Some(dump.program.name());
+        self.context.keep_facts()?;
         Ok(dump)
     }
 
@@ -97,14 +97,14 @@ impl Flow<'_> {
     /// Freezes until the destination can go on without what is still here.
     pub(super) async fn dump_lazily(&mut self, sends_shared: bool) -> Result<()> {
         let port = free_port()?;
-        self.place.facts.dump_port = Some(port);
+        self.context.facts.dump_port = Some(port);
         let mut dump = self.start_dump(Pages::ServedAt(port))?;
         self.seal_files();
         dump.ready(self.args.timeout).await?;
         self.dumped.notify_one();
         self.note_connections()?;
-        if self.place.facts.tcp == TcpConnections::Established {
-            network::relax(&self.place.facts.tree);
+        if self.context.facts.tcp == TcpConnections::Established {
+            network::relax(&self.context.facts.tree);
         }
         self.phase("dump");
         // It begins while other memory and the images are on their way.
@@ -113,7 +113,7 @@ impl Flow<'_> {
             true => self.send_shared().await?,
             false => BTreeSet::new(),
         };
-        if let Some(rounds) = &self.place.facts.round_forwarder {
+        if let Some(rounds) = &self.context.facts.round_forwarder {
             let _ = rounds.signal(libc::SIGTERM);
         }
         self.notes = MEMORY;
@@ -122,7 +122,7 @@ impl Flow<'_> {
         self.phase("images");
         forwarder.ready(READY_LIMIT).await?;
         self.phase("forwarder");
-        let port = read_number(&self.place.dir().join(MEMORY.port))?;
+        let port = read_number(&self.context.dir().join(MEMORY.port))?;
         let mut rest = Box::pin(self.restore(Some(port)));
         // Without the memory the destination would wait in vain, and the processes with it.
         let ended = tokio::select! {
@@ -145,19 +145,19 @@ impl Flow<'_> {
 
     /// Starts what takes over the memory of the lazy dump at `dump_port`.
     fn start_lazy_forwarder(&mut self, dump_port: u16) -> Result<Program> {
-        let dir = self.place.dir().to_owned();
+        let dir = self.context.dir().to_owned();
         let mut command = commands::lazy_forwarder(
             &self.programs,
             &self.args.target.tls,
-            (&dir, &self.place.images()),
+            (&dir, &self.context.images()),
             dump_port,
             &self.serving_address(),
         );
         let title = "page-server --forward-lazy";
         let forwarder = Program::start_waiting(title, &mut command, &dir.join(MEMORY.log))?;
-        let facts = &mut self.place.facts;
+        let facts = &mut self.context.facts;
         facts.round_forwarder = facts.forwarder.replace(forwarder.name());
-        self.place.keep_facts()?;
+        self.context.keep_facts()?;
         Ok(forwarder)
     }
 
@@ -171,7 +171,7 @@ impl Flow<'_> {
 
     /// Sends what has changed in shared memory since the last round, and tells the files that hold it.
     async fn send_shared(&mut self) -> Result<BTreeSet<OsString>> {
-        let images = self.place.images();
+        let images = self.context.images();
         let forwarder = self.forwarder_address()?;
         let (page, wire) = (self.page, self.wire);
         let sent = blocking("sending shared memory", move || {
@@ -185,8 +185,8 @@ impl Flow<'_> {
 
     /// Sends the image files that the dump wrote, but for those that are there, and tells their bytes.
     fn send_images(&self, sent: BTreeSet<OsString>) -> impl Future<Output = Result<u64>> + use<> {
-        let (images, client) = (self.place.images(), self.client.clone());
-        let path = self.place.path("/images");
+        let (images, client) = (self.context.images(), self.client.clone());
+        let path = self.context.path("/images");
         async move {
             let (near, far) = tokio::io::duplex(IMAGES_BUFFER_BYTES);
             let packed = blocking("sending the images", move || {
@@ -203,23 +203,23 @@ impl Flow<'_> {
 
     /// Notes the connections of the frozen tree.
     fn note_connections(&mut self) -> Result<()> {
-        let facts = &mut self.place.facts;
+        let facts = &mut self.context.facts;
         if facts.tcp != TcpConnections::Established {
             return Ok(());
         }
         facts.connections = network::connections(&facts.tree).into_iter().collect();
-        self.place.keep_facts()
+        self.context.keep_facts()
     }
 
     /// Takes the addresses off this host, if some move along: the destination needs them for its restore.
     async fn take_addresses(&mut self) -> Result<()> {
-        let facts = &mut self.place.facts;
+        let facts = &mut self.context.facts;
         let taken = !facts.addresses.is_empty();
         facts.addresses.taken = taken;
         if taken {
             self.note_switch();
-            self.place.keep_facts()?;
-            self.place.facts.addresses.take().await?;
+            self.context.keep_facts()?;
+            self.context.facts.addresses.take().await?;
             self.phase("address");
         }
         Ok(())
@@ -229,7 +229,7 @@ impl Flow<'_> {
         self.files_sealed().await?;
         self.take_addresses().await?;
         let request = RestoreRequest { memory_port };
-        let path = self.place.path("/restore");
+        let path = self.context.path("/restore");
         let status: Status = self.client.post(&path, &request).await?;
         self.phase("restore");
         match status.state {

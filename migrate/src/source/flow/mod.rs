@@ -30,10 +30,10 @@ use tokio::time::{Instant, timeout_at};
 
 use super::args::Args;
 use super::commands::{self, FORWARDER, Notes};
+use super::context::{SourceContext, read_number};
 use super::files::{Files, FilesReport};
 use super::frozen::frozen;
 use super::hooks::Point;
-use super::place::{Place, read_number};
 use super::progress::Progress;
 use super::report::{Report, session};
 use super::shared::WORTH_COMPARING_BYTES;
@@ -53,7 +53,7 @@ pub(super) struct Flow<'a> {
     args: &'a Args,
     programs: Programs,
     client: AgentClient,
-    place: Place,
+    context: SourceContext,
     page: PageSize,
     /// The layout that the source's CRIU speaks.
     wire: Wire,
@@ -88,7 +88,7 @@ impl<'a> Flow<'a> {
         args: &'a Args,
         programs: Programs,
         client: AgentClient,
-        place: Place,
+        context: SourceContext,
         (page, wire, costs, packed_bytes): (PageSize, Wire, Costs, u64),
         (report, size, container, files): (Report, Size, Option<Container>, Files),
         started: Instant,
@@ -97,8 +97,8 @@ impl<'a> Flow<'a> {
             args,
             programs,
             client,
-            mode: place.facts.mode,
-            place,
+            mode: context.facts.mode,
+            context,
             page,
             wire,
             source: Source::new(),
@@ -142,7 +142,7 @@ impl<'a> Flow<'a> {
             Err(error) => {
                 tracing::error!("{error}: the processes go on here");
                 self.report.problem = Some(error.to_string());
-                self.place.note("PROBLEM", error.to_string());
+                self.context.note("PROBLEM", error.to_string());
                 SourceEvent::Failed
             }
         };
@@ -153,7 +153,7 @@ impl<'a> Flow<'a> {
     /// Everything until the agent is ready.
     async fn prepare(&mut self) -> Result<()> {
         self.begin().await?;
-        if !self.place.facts.files.is_empty() {
+        if !self.context.facts.files.is_empty() {
             self.progress.phase("files are sent");
         }
         self.files.send_ahead(&self.client).await?;
@@ -166,20 +166,20 @@ impl<'a> Flow<'a> {
         let sends_shared =
             self.mode == Mode::Hybrid && self.size.eager_bytes() >= WORTH_COMPARING_BYTES;
         if self.mode == Mode::PreCopy || sends_shared {
-            let pages = self.place.path("/pages");
+            let pages = self.context.path("/pages");
             self.client.post::<Receiver>(&pages, &()).await?;
         }
         if self.mode.has_rounds() {
             // What was written during the rounds for memory.
             self.files.send(&self.client).await?;
         }
-        self.place
+        self.context
             .note("MEMORY_BYTES", self.report.memory_bytes.to_string());
-        self.place
+        self.context
             .note("ROUNDS", self.report.rounds.len().to_string());
-        self.place
+        self.context
             .note("PREDICTED_MS", format!("{:.0}", ms(self.predict())));
-        self.place.run_hook(Point::PreFreeze).await?;
+        self.context.run_hook(Point::PreFreeze).await?;
         self.client.warm(WARM_CONNECTIONS).await?;
         self.progress.phase("freezing");
         let frozen = Instant::now();
@@ -196,11 +196,11 @@ impl<'a> Flow<'a> {
     /// Leads clients to the destination, where the sockets of the restored tree take their connections from now on. It
     /// may still be given up: then clients are led back.
     async fn switch_routes(&mut self) -> Result<()> {
-        if self.place.facts.routes.is_empty() {
+        if self.context.facts.routes.is_empty() {
             return Ok(());
         }
         self.note_switch();
-        self.place.switch_routes().await?;
+        self.context.switch_routes().await?;
         self.phase("route");
         Ok(())
     }
@@ -214,7 +214,7 @@ impl<'a> Flow<'a> {
     async fn begin(&mut self) -> Result<()> {
         let tree = Tree::of(self.root())?;
         let begin = Begin {
-            id: self.place.facts.id.clone(),
+            id: self.context.facts.id.clone(),
             mode: self.mode,
             pids: tree
                 .members()
@@ -236,7 +236,7 @@ impl<'a> Flow<'a> {
     /// Starts to send what has changed of the files, as soon as the dump has stopped the tree: it takes its time for the
     /// memory then.
     fn seal_files(&mut self) {
-        if self.place.facts.files.is_empty() {
+        if self.context.facts.files.is_empty() {
             return;
         }
         let (files, client, root) = (
@@ -264,14 +264,14 @@ impl<'a> Flow<'a> {
             |error| Error::wrap(Kind::Io, "sending files was ended", io::Error::other(error));
         self.files = sealed.map_err(ended)??;
         self.report.files = self.files.report.clone();
-        if !self.place.facts.files.is_empty() {
+        if !self.context.facts.files.is_empty() {
             self.phase("files");
         }
         Ok(())
     }
 
     fn root(&self) -> i32 {
-        self.place.facts.tree.first().map_or(0, |root| root.pid)
+        self.context.facts.tree.first().map_or(0, |root| root.pid)
     }
 
     fn predict(&self) -> Duration {
@@ -288,7 +288,7 @@ impl<'a> Flow<'a> {
     async fn start_forwarder(&mut self, receiver: Option<Receiver>) -> Result<()> {
         let receiver = match receiver {
             Some(receiver) => receiver,
-            None => self.client.post(&self.place.path("/pages"), &()).await?,
+            None => self.client.post(&self.context.path("/pages"), &()).await?,
         };
         let far_end = match self.client.peer() {
             Peer::Tcp { host, .. } => Peer::Tcp {
@@ -300,13 +300,13 @@ impl<'a> Flow<'a> {
                 port: receiver.port,
             },
         };
-        let dir = self.place.dir().to_owned();
+        let dir = self.context.dir().to_owned();
         let mut command =
             commands::forwarder(&self.programs, &self.args.target.tls, &dir, &far_end);
         let log = dir.join(FORWARDER.log);
         let mut program = Program::start_waiting("page-server --forward", &mut command, &log)?;
-        self.place.facts.forwarder = Some(program.name());
-        self.place.keep_facts()?;
+        self.context.facts.forwarder = Some(program.name());
+        self.context.keep_facts()?;
         program.ready(READY_LIMIT).await?;
         self.running.push(program);
         Ok(())
@@ -314,14 +314,14 @@ impl<'a> Flow<'a> {
 
     /// Where rounds and whole dumps go.
     fn forwarder_address(&self) -> Result<SocketAddr> {
-        let port = read_number(&self.place.dir().join(FORWARDER.port))?;
+        let port = read_number(&self.context.dir().join(FORWARDER.port))?;
         Ok(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
     }
 
     /// Waits until the destination has stored what was sent for `part`, and returns what the forwarder says
     /// of that session.
     async fn stored(&mut self, part: &str) -> Result<serde_json::Value> {
-        let path = self.place.path(&format!("{part}/stored"));
+        let path = self.context.path(&format!("{part}/stored"));
         self.client.get::<Status>(&path).await?;
         let line = self.next_session().await?;
         self.report.add_session(&line);
@@ -334,7 +334,7 @@ impl<'a> Flow<'a> {
         while let Some(action) = todo.pop_front() {
             let event = match action {
                 SourceAction::EndProcesses => self.end_here().await?,
-                action => self.place.carry_out(action).await?,
+                action => self.context.carry_out(action).await?,
             };
             if action == SourceAction::SendCommit {
                 self.note_downtime();
@@ -352,7 +352,7 @@ impl<'a> Flow<'a> {
     /// Ends what is left here, while the service at the destination is asked for its first answer.
     async fn end_here(&mut self) -> Result<Option<SourceEvent>> {
         let Some(probe) = &self.args.probe else {
-            return self.place.carry_out(SourceAction::EndProcesses).await;
+            return self.context.carry_out(SourceAction::EndProcesses).await;
         };
         let host = match (self.args.addresses().first(), self.client.peer()) {
             (Some(address), _) => address.here.address.to_string(),
@@ -364,7 +364,7 @@ impl<'a> Flow<'a> {
             (answered, Instant::now())
         };
         let (ended, (answered, at)) =
-            tokio::join!(self.place.carry_out(SourceAction::EndProcesses), answered);
+            tokio::join!(self.context.carry_out(SourceAction::EndProcesses), answered);
         match answered {
             Ok(()) => {
                 self.report.answer_ms = Some(ms(at - self.started));
@@ -378,7 +378,7 @@ impl<'a> Flow<'a> {
     /// What the forwarder says of the session that has ended.
     async fn next_session(&mut self) -> Result<serde_json::Value> {
         self.sessions += 1;
-        session(&self.place.dir().join(self.notes.summary), self.sessions).await
+        session(&self.context.dir().join(self.notes.summary), self.sessions).await
     }
 
     fn note_downtime(&mut self) {
@@ -386,7 +386,7 @@ impl<'a> Flow<'a> {
             self.phase("commit");
             let downtime = ms(frozen.elapsed());
             self.report.downtime_ms = Some(downtime);
-            self.place.note("DOWNTIME_MS", format!("{downtime:.1}"));
+            self.context.note("DOWNTIME_MS", format!("{downtime:.1}"));
         }
     }
 
@@ -394,7 +394,7 @@ impl<'a> Flow<'a> {
     async fn wait_for_memory(&mut self) -> Result<bool> {
         self.progress
             .phase("runs at the destination, memory follows");
-        let status: Status = self.client.get(&self.place.path("/complete")).await?;
+        let status: Status = self.client.get(&self.context.path("/complete")).await?;
         if let Some(summary) = &status.lazy_summary {
             self.report.add_lazy_summary(summary);
         }
@@ -445,7 +445,7 @@ impl<'a> Flow<'a> {
             self.report.files = self.files.report.clone();
         }
         self.report.wire_bytes += self.report.files.bytes();
-        self.report.warnings.extend(self.place.take_warnings());
+        self.report.warnings.extend(self.context.take_warnings());
         self.report.result = match ended {
             Ok(SourceState::Complete) => "moved".to_owned(),
             Ok(SourceState::Committed) => "moved, and memory was lost".to_owned(),

@@ -20,7 +20,7 @@ impl Flow<'_> {
     pub(super) async fn run_rounds(&mut self) -> Result<()> {
         self.send_rounds().await?;
         if self.mode.is_lazy()
-            && let Err(error) = commands::keep_hashes(self.place.dir())
+            && let Err(error) = commands::keep_hashes(self.context.dir())
         {
             // The destination hashes its pages once more then.
             tracing::warn!("the hashes of the rounds are lost: {error}");
@@ -31,7 +31,7 @@ impl Flow<'_> {
     async fn send_rounds(&mut self) -> Result<()> {
         let limits = self.args.limits(self.mode);
         // Gone when the rounds are over: CRIU dumps no memory under a userfaultfd.
-        let mut trackers = Trackers::new(self.args.track, self.page, self.place.dir())?;
+        let mut trackers = Trackers::new(self.args.track, self.page, self.context.dir())?;
         trackers.how().name().clone_into(&mut self.report.track);
         // At most one; undone when it is dropped: before the freeze, however the rounds end.
         let mut throttles: Vec<Throttle> = Vec::new();
@@ -41,7 +41,7 @@ impl Flow<'_> {
                 .phase(format!("round {number}: memory is read and sent"));
             let receiver: Receiver = self
                 .client
-                .post(&self.place.path(&format!("/rounds/{number}")), &())
+                .post(&self.context.path(&format!("/rounds/{number}")), &())
                 .await?;
             if number == 1 {
                 self.start_forwarder(Some(receiver)).await?;
@@ -127,9 +127,10 @@ impl Flow<'_> {
     /// Slows the processes, if that can be done here.
     fn slow_down(&mut self) -> Option<Throttle> {
         let percent = self.args.throttle?;
-        let id = self.place.facts.id.to_string();
+        let id = self.context.facts.id.to_string();
         let tree = Tree::of(self.root());
-        let started = tree.and_then(|tree| Throttle::start(&tree, percent, self.place.dir(), &id));
+        let started =
+            tree.and_then(|tree| Throttle::start(&tree, percent, self.context.dir(), &id));
         match started {
             Ok(throttle) => {
                 tracing::info!(
@@ -156,9 +157,9 @@ impl Flow<'_> {
 
     fn change_mode(&mut self, mode: Mode) -> Result<()> {
         self.mode = mode;
-        self.place.facts.mode = mode;
+        self.context.facts.mode = mode;
         self.report.mode = mode.name().to_owned();
-        self.place.keep_facts()
+        self.context.keep_facts()
     }
 }
 

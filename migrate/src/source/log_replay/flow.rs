@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::io::ReaderStream;
 
-use super::place::Place;
+use super::context::SourceContext;
 use super::sender::Sender;
 use crate::source::args::Args;
 use crate::source::hooks::Point;
@@ -28,7 +28,7 @@ const READ_BYTES: usize = 256 << 10;
 /// See the module's text.
 pub(super) struct Flow<'a> {
     args: &'a Args,
-    place: Place,
+    context: SourceContext,
     source: LogReplay,
     /// What the destination is told of the service.
     begin: ReplayBegin,
@@ -47,7 +47,7 @@ pub(super) struct Flow<'a> {
 impl<'a> Flow<'a> {
     pub(super) fn new(
         args: &'a Args,
-        place: Place,
+        context: SourceContext,
         (begin, sender): (ReplayBegin, Sender),
         report: Report,
         started: Instant,
@@ -55,7 +55,7 @@ impl<'a> Flow<'a> {
         Flow {
             args,
             source: LogReplay::default(),
-            place,
+            context,
             begin,
             sender,
             report,
@@ -107,11 +107,11 @@ impl<'a> Flow<'a> {
 
     fn fails(&mut self, error: &Error) {
         if !self.source.failed() {
-            return self.place.warn(error.to_string());
+            return self.context.warn(error.to_string());
         }
         tracing::error!("{error}");
         if self.report.problem.is_none() {
-            self.place.note("PROBLEM", error.to_string());
+            self.context.note("PROBLEM", error.to_string());
         }
         let problem = match self.report.problem.take() {
             Some(before) => format!("{before}; {error}"),
@@ -130,25 +130,25 @@ impl<'a> Flow<'a> {
             LogReplayAction::Prepare => self.prepare().await,
             LogReplayAction::Follow => {
                 self.sender.follow().await?;
-                self.place.run_hook(Point::PreFreeze).await?;
-                self.place.client.warm(1).await
+                self.context.run_hook(Point::PreFreeze).await?;
+                self.context.client.warm(1).await
             }
             LogReplayAction::Hold => {
-                self.until = self.place.hold().await?;
+                self.until = self.context.hold().await?;
                 Ok(())
             }
             LogReplayAction::Finish => self.sender.finish(self.until).await,
             LogReplayAction::Switch => {
-                self.place.switch().await?;
+                self.context.switch().await?;
                 self.ask_for_an_answer();
                 Ok(())
             }
-            action => self.place.carry_out(action).await,
+            action => self.context.carry_out(action).await,
         }
     }
 
     async fn prepare(&mut self) -> Result<()> {
-        let client = self.place.client.clone();
+        let client = self.context.client.clone();
         client
             .post::<ReplayStatus>("/v1/replays", &self.begin)
             .await?;
@@ -156,7 +156,7 @@ impl<'a> Flow<'a> {
             Some(path) => Some(self.send_snapshot(path).await?),
             None => None,
         };
-        let path = self.place.path("/start");
+        let path = self.context.path("/start");
         let request = ReplayStart { snapshot };
         client.post::<ReplayStatus>(&path, &request).await.map(drop)
     }
@@ -173,8 +173,8 @@ impl<'a> Flow<'a> {
         }
         let file = File::open(path).await.map_err(failed)?;
         let body = Body::from_stream(ReaderStream::with_capacity(file, READ_BYTES));
-        let to = self.place.path("/snapshot");
-        self.place.client.put::<ReplayStatus>(&to, body).await?;
+        let to = self.context.path("/snapshot");
+        self.context.client.put::<ReplayStatus>(&to, body).await?;
         Ok(Digest::of(&sum.finalize().into()))
     }
 
@@ -183,7 +183,7 @@ impl<'a> Flow<'a> {
         let Some(probe) = self.args.probe.clone() else {
             return;
         };
-        let host = match (self.args.addresses().first(), self.place.client.peer()) {
+        let host = match (self.args.addresses().first(), self.context.client.peer()) {
             (Some(address), _) => address.here.address.to_string(),
             (None, Peer::Tcp { host, .. }) => host.clone(),
             (None, Peer::Unix(_)) => "127.0.0.1".to_owned(),
@@ -234,7 +234,7 @@ impl<'a> Flow<'a> {
             let downtime = ms(held.elapsed());
             self.report.downtime_ms = Some(downtime);
             self.report.complete_ms = Some(end);
-            self.place.note("DOWNTIME_MS", format!("{downtime:.1}"));
+            self.context.note("DOWNTIME_MS", format!("{downtime:.1}"));
         }
     }
 
@@ -248,7 +248,7 @@ impl<'a> Flow<'a> {
             }
         }
         self.report.total_ms = ms(self.started.elapsed());
-        self.report.warnings.extend(self.place.take_warnings());
+        self.report.warnings.extend(self.context.take_warnings());
         self.report.log = self.sender.report();
         self.report.wire_bytes = self.report.log.bytes;
         self.report.result = match ended {

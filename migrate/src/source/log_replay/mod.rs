@@ -14,8 +14,8 @@
 //!              record.json       the last of migration::LogReplayRecord
 //! ```
 
+mod context;
 mod flow;
-mod place;
 mod sender;
 mod tail;
 
@@ -40,8 +40,8 @@ use crate::client::AgentClient;
 use crate::records;
 use crate::rounds::Tree;
 use crate::route::Routes;
+use context::{Facts, Holder, SourceContext};
 use flow::Flow;
-use place::{Facts, Holder, Place};
 use sender::{Sender, Wishes};
 use tail::Tail;
 
@@ -100,10 +100,10 @@ pub(super) async fn migrate(
         destination: HostReport::from(&there),
         ..Report::begin(id, Mode::Cold)
     };
-    let place = Place::make(&args.target.state_dir, facts, client.clone())?;
-    let guard = guard(place.dir())?;
-    let sender = Sender::new(client, place.path(""), tail, wishes(args, log));
-    let mut flow = Flow::new(args, place, (begin, sender), report, started);
+    let context = SourceContext::make(&args.target.state_dir, facts, client.clone())?;
+    let guard = guard(context.dir())?;
+    let sender = Sender::new(client, context.path(""), tail, wishes(args, log));
+    let mut flow = Flow::new(args, context, (begin, sender), report, started);
     let ended = flow.run().await;
     let too_slow = flow.is_too_slow();
     let report = flow.finish(&ended).await;
@@ -209,23 +209,23 @@ pub(super) async fn end_recording(args: &Args) -> Result<()> {
 
 /// Whether the migration in `dir` is one of these.
 pub(super) fn is_in(dir: &Path) -> bool {
-    dir.join(place::FACTS).exists()
+    dir.join(context::FACTS).exists()
 }
 
 /// Finishes the migration in `dir`, whose command died. Tells whether the service lives at the destination.
 pub(super) async fn finish(dir: &Path, client: AgentClient) -> Result<bool> {
-    let mut place = Place::find(dir, client)?;
-    let last = records::read(&dir.join(place::RECORD))?;
+    let mut context = SourceContext::find(dir, client)?;
+    let last = records::read(&dir.join(context::RECORD))?;
     let mut source = LogReplay::recover(last);
     if source.next_action().is_some() {
-        tracing::warn!("finishing {}, left at {last:?}", place.facts.id);
+        tracing::warn!("finishing {}, left at {last:?}", context.facts.id);
     }
     let mut problem = None;
     while let Some(action) = source.next_action() {
-        match place.carry_out(action).await {
+        match context.carry_out(action).await {
             Ok(()) => source.done(),
             Err(error) => {
-                place.warn(error.to_string());
+                context.warn(error.to_string());
                 if source.failed() {
                     problem = Some(error);
                 }

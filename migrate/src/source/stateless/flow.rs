@@ -13,8 +13,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
+use super::context::SourceContext;
 use super::image;
-use super::place::Place;
 use crate::look::Look;
 use crate::runtime::bundle;
 use crate::source::args::Args;
@@ -32,7 +32,7 @@ const LAST_WORD: Duration = Duration::from_secs(5);
 /// See the module's text.
 pub(super) struct Flow<'a> {
     args: &'a Args,
-    place: Place,
+    context: SourceContext,
     source: Stateless,
     /// What the destination is told of the container.
     container: Container,
@@ -56,7 +56,7 @@ pub(super) struct Flow<'a> {
 impl<'a> Flow<'a> {
     pub(super) fn new(
         args: &'a Args,
-        place: Place,
+        context: SourceContext,
         (container, layered): (Container, Option<Layered>),
         room_bytes: u64,
         report: Report,
@@ -64,13 +64,13 @@ impl<'a> Flow<'a> {
     ) -> Flow<'a> {
         Flow {
             args,
-            source: Stateless::new(place.facts.mode),
+            source: Stateless::new(context.facts.mode),
             files: match &layered {
                 Some(layered) => layered.upper.clone(),
-                None => bundle::root_of(&place.facts.bundle, &container.config),
+                None => bundle::root_of(&context.facts.bundle, &container.config),
             },
             layered,
-            place,
+            context,
             container,
             room_bytes,
             sent: None,
@@ -127,11 +127,11 @@ impl<'a> Flow<'a> {
 
     fn fails(&mut self, error: &Error) {
         if !self.source.failed() {
-            return self.place.warn(error.to_string());
+            return self.context.warn(error.to_string());
         }
         tracing::error!("{error}");
         if self.report.problem.is_none() {
-            self.place.note("PROBLEM", error.to_string());
+            self.context.note("PROBLEM", error.to_string());
         }
         let problem = match self.report.problem.take() {
             Some(before) => format!("{before}; {error}"),
@@ -147,30 +147,30 @@ impl<'a> Flow<'a> {
             StatelessAction::Start => self.start().await,
             StatelessAction::Keep => self.say("/keep").await,
             StatelessAction::Switch => {
-                self.place.switch().await?;
+                self.context.switch().await?;
                 self.ask_for_an_answer();
                 Ok(())
             }
-            action => self.place.carry_out(action).await,
+            action => self.context.carry_out(action).await,
         }
     }
 
     async fn say(&self, what: &str) -> Result<()> {
-        let path = self.place.path(what);
-        let said = self.place.client.post::<ContainerStatus>(&path, &());
+        let path = self.context.path(what);
+        let said = self.context.client.post::<ContainerStatus>(&path, &());
         said.await.map(drop)
     }
 
     async fn prepare(&mut self) -> Result<()> {
         let begin = ContainerBegin {
-            id: self.place.facts.id.clone(),
+            id: self.context.facts.id.clone(),
             container: self.container.clone(),
             addresses: self.args.addresses_there(),
             timeout_s: self.args.timeout.as_secs(),
-            drain_ms: self.place.facts.drain_ms,
+            drain_ms: self.context.facts.drain_ms,
             overlay: self.layered.as_ref().map(Layered::told),
         };
-        let client = &self.place.client;
+        let client = &self.context.client;
         client
             .post::<ContainerStatus>("/v1/containers", &begin)
             .await?;
@@ -186,7 +186,7 @@ impl<'a> Flow<'a> {
             tracing::warn!("{error}: the image is sent again");
         }
         if self.source.mode() == StatelessMode::Cold {
-            self.place.run_hook(Point::PreFreeze).await?;
+            self.context.run_hook(Point::PreFreeze).await?;
         }
         Ok(())
     }
@@ -207,9 +207,9 @@ impl<'a> Flow<'a> {
     }
 
     async fn send(&mut self, look: Look) -> Result<()> {
-        let path = self.place.path("");
+        let path = self.context.path("");
         let tree = (self.files.as_path(), self.layered.is_some());
-        let bytes = image::send(&self.place.client, &path, tree).await?;
+        let bytes = image::send(&self.context.client, &path, tree).await?;
         self.report.wire_bytes += bytes;
         self.sent = Some(look);
         Ok(())
@@ -232,11 +232,11 @@ impl<'a> Flow<'a> {
             ready: self.args.stateless.ready.clone(),
             limit_ms: u64::try_from(left.as_millis()).unwrap_or(u64::MAX),
         };
-        let path = self.place.path("/start");
-        let client = &self.place.client;
+        let path = self.context.path("/start");
+        let client = &self.context.client;
         client.post::<ContainerStatus>(&path, &request).await?;
         if self.source.mode() == StatelessMode::Live {
-            self.place.run_hook(Point::PreFreeze).await?;
+            self.context.run_hook(Point::PreFreeze).await?;
         }
         Ok(())
     }
@@ -246,7 +246,7 @@ impl<'a> Flow<'a> {
         let Some(probe) = self.args.probe.clone() else {
             return;
         };
-        let host = match (self.args.addresses().first(), self.place.client.peer()) {
+        let host = match (self.args.addresses().first(), self.context.client.peer()) {
             (Some(address), _) => address.here.address.to_string(),
             (None, Peer::Tcp { host, .. }) => host.clone(),
             (None, Peer::Unix(_)) => "127.0.0.1".to_owned(),
@@ -307,7 +307,7 @@ impl<'a> Flow<'a> {
             StatelessMode::Live => 0.0,
         };
         self.report.downtime_ms = Some(downtime);
-        self.place.note("DOWNTIME_MS", format!("{downtime:.1}"));
+        self.context.note("DOWNTIME_MS", format!("{downtime:.1}"));
     }
 
     /// The report of a move that has ended.
@@ -320,7 +320,7 @@ impl<'a> Flow<'a> {
             }
         }
         self.report.total_ms = ms(self.started.elapsed());
-        self.report.warnings.extend(self.place.take_warnings());
+        self.report.warnings.extend(self.context.take_warnings());
         self.report.result = match ended {
             Ok(StatelessEnd::Moved) => "moved".to_owned(),
             Ok(StatelessEnd::RolledBack) => "rolled back".to_owned(),

@@ -8,9 +8,9 @@
 //!              record.json      the last of migration::StatelessRecord
 //! ```
 
+mod context;
 mod flow;
 mod image;
-mod place;
 
 use std::path::Path;
 
@@ -33,8 +33,8 @@ use crate::rounds::Tree;
 use crate::route::Routes;
 use crate::runtime::bundle;
 use crate::{facts, records};
+use context::{Facts, SourceContext};
 use flow::Flow;
-use place::{Facts, Place};
 
 /// Moves the container. `guard` starts what finishes it if this process dies.
 pub(super) async fn migrate(
@@ -80,11 +80,11 @@ pub(super) async fn migrate(
         destination: HostReport::from(&there),
         ..Report::begin(id, Mode::Cold)
     };
-    let place = Place::make(&args.target.state_dir, facts, client)?;
-    let guard = guard(place.dir())?;
+    let context = SourceContext::make(&args.target.state_dir, facts, client)?;
+    let guard = guard(context.dir())?;
     let mut flow = Flow::new(
         args,
-        place,
+        context,
         (found.container, layered),
         there.disk_bytes,
         report,
@@ -184,23 +184,23 @@ pub(super) async fn host_here(args: &Args) -> Result<HostReport> {
 
 /// Whether the migration in `dir` is one of these.
 pub(super) fn is_in(dir: &Path) -> bool {
-    dir.join(place::FACTS).exists()
+    dir.join(context::FACTS).exists()
 }
 
 /// Finishes the migration in `dir`, whose command died. Tells whether the container lives at the destination.
 pub(super) async fn finish(dir: &Path, client: AgentClient) -> Result<bool> {
-    let mut place = Place::find(dir, client)?;
-    let last = records::read(&dir.join(place::RECORD))?;
-    let mut source = Stateless::recover(place.facts.mode, last);
+    let mut context = SourceContext::find(dir, client)?;
+    let last = records::read(&dir.join(context::RECORD))?;
+    let mut source = Stateless::recover(context.facts.mode, last);
     if source.next_action().is_some() {
-        tracing::warn!("finishing {}, left at {last:?}", place.facts.id);
+        tracing::warn!("finishing {}, left at {last:?}", context.facts.id);
     }
     let mut problem = None;
     while let Some(action) = source.next_action() {
-        match place.carry_out(action).await {
+        match context.carry_out(action).await {
             Ok(()) => source.done(),
             Err(error) => {
-                place.warn(error.to_string());
+                context.warn(error.to_string());
                 if source.failed() {
                     problem = Some(error);
                 }

@@ -65,7 +65,7 @@ pub(super) struct Facts {
 
 /// See the module's text.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct SourceContext {
     dir: PathBuf,
     pub(super) facts: Facts,
     pub(super) client: AgentClient,
@@ -76,30 +76,34 @@ pub(super) struct Place {
     warnings: Mutex<Vec<String>>,
 }
 
-impl Place {
+impl SourceContext {
     /// Makes the directory of a move that begins.
-    pub(super) fn make(state_dir: &Path, facts: Facts, client: AgentClient) -> Result<Place> {
+    pub(super) fn make(
+        state_dir: &Path,
+        facts: Facts,
+        client: AgentClient,
+    ) -> Result<SourceContext> {
         let dir = state_dir.join(facts.id.to_string());
         fs::create_dir(&dir).map_err(|error| Error::file("make the directory", &dir, error))?;
         // Commands are nobody's business.
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))
             .map_err(|error| Error::file("protect", &dir, error))?;
-        let place = Place::new(dir, facts, client);
-        place.keep_facts()?;
-        Ok(place)
+        let context = SourceContext::new(dir, facts, client);
+        context.keep_facts()?;
+        Ok(context)
     }
 
     /// Finds the directory of a move that was begun.
-    pub(super) fn find(dir: &Path, client: AgentClient) -> Result<Place> {
+    pub(super) fn find(dir: &Path, client: AgentClient) -> Result<SourceContext> {
         let facts = records::read(&dir.join(FACTS))?.ok_or_else(|| {
             let text = format!("{} is no migration's directory", dir.display());
             Error::new(Kind::Usage, text)
         })?;
-        Ok(Place::new(dir.to_owned(), facts, client))
+        Ok(SourceContext::new(dir.to_owned(), facts, client))
     }
 
-    fn new(dir: PathBuf, facts: Facts, client: AgentClient) -> Place {
-        Place {
+    fn new(dir: PathBuf, facts: Facts, client: AgentClient) -> SourceContext {
+        SourceContext {
             dir,
             facts,
             client,

@@ -119,7 +119,7 @@ impl Facts {
 
 /// See the module's text.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct SourceContext {
     dir: PathBuf,
     pub(super) facts: Facts,
     client: AgentClient,
@@ -129,9 +129,13 @@ pub(super) struct Place {
     warnings: Warnings,
 }
 
-impl Place {
+impl SourceContext {
     /// Makes the directory of a migration that begins.
-    pub(super) fn make(state_dir: &Path, facts: Facts, client: AgentClient) -> Result<Place> {
+    pub(super) fn make(
+        state_dir: &Path,
+        facts: Facts,
+        client: AgentClient,
+    ) -> Result<SourceContext> {
         fs::create_dir_all(state_dir)
             .map_err(|error| Error::file("make the directory", state_dir, error))?;
         let dir = state_dir.join(facts.id.to_string());
@@ -139,27 +143,27 @@ impl Place {
         // Memory of processes may lie here: it is for their owner alone.
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))
             .map_err(|error| Error::file("protect", &dir, error))?;
-        let place = Place {
+        let context = SourceContext {
             dir,
             facts,
             client,
             notes: Vec::new(),
             warnings: Warnings::default(),
         };
-        let images = place.images();
+        let images = context.images();
         fs::create_dir(&images)
             .map_err(|error| Error::file("make the directory", &images, error))?;
-        place.keep_facts()?;
-        Ok(place)
+        context.keep_facts()?;
+        Ok(context)
     }
 
     /// Finds the directory of a migration that was begun.
-    pub(super) fn find(dir: &Path, client: AgentClient) -> Result<Place> {
+    pub(super) fn find(dir: &Path, client: AgentClient) -> Result<SourceContext> {
         let facts = records::read(&dir.join("facts.json"))?.ok_or_else(|| {
             let text = format!("{} is no migration's directory", dir.display());
             Error::new(Kind::Usage, text)
         })?;
-        Ok(Place {
+        Ok(SourceContext {
             dir: dir.to_owned(),
             facts,
             client,

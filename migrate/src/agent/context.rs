@@ -8,9 +8,9 @@ use pageferry::tls::TlsArgs;
 use super::layers::LayerStore;
 use crate::programs::Programs;
 
-/// Where an agent works.
+/// What all migrations of one agent use.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct AgentContext {
     /// Directory of all migrations.
     pub(super) dir: PathBuf,
     /// The address on which pages are received.
