@@ -23,7 +23,7 @@ const READY: &str = "dump.ready";
 
 /// A container and its runtime, as they are written down.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct Held {
+pub(super) struct ContainerRecord {
     pub(super) id: ContainerId,
     pub(super) kind: RuntimeKind,
     pub(super) runtime: Runtime,
@@ -32,7 +32,7 @@ pub(super) struct Held {
 /// A container that was looked at.
 #[derive(Debug)]
 pub(super) struct Found {
-    pub(super) held: Held,
+    pub(super) record: ContainerRecord,
     /// Its first process.
     pub(super) root: i32,
     /// Its bundle here.
@@ -78,7 +78,7 @@ impl Found {
                 config,
                 resources: resources::of_process(state.pid),
             },
-            held: Held {
+            record: ContainerRecord {
                 id: id.clone(),
                 kind,
                 runtime,
@@ -91,7 +91,7 @@ impl Found {
     pub(super) async fn problems(&self, tree: &Tree, there: Option<&str>) -> Result<Vec<String>> {
         let mut problems = self.problems.clone();
         problems.extend(strangers(self.root, tree));
-        let here = self.held.runtime.version().await?;
+        let here = self.record.runtime.version().await?;
         if let Some(there) = there
             && numbers(there) < numbers(&here)
         {
@@ -138,7 +138,7 @@ fn numbers(version: &str) -> Vec<u32> {
         .collect()
 }
 
-impl Held {
+impl ContainerRecord {
     /// The command line of a dump, and what tells that a lazy one serves.
     pub(super) fn checkpoint(
         &self,

@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 use tokio::time::{Instant, sleep};
 
-use super::container::Held;
+use super::container::ContainerRecord;
 use super::hooks::{Hooks, Point};
 use super::moved_addresses::MovedAddresses;
 use super::network::{self, Connection};
@@ -68,7 +68,7 @@ pub(super) struct Facts {
     pub(super) round_forwarder: Option<ProcessName>,
     /// The container that the tree is, if it is one.
     #[serde(default)]
-    pub(super) container: Option<Held>,
+    pub(super) container: Option<ContainerRecord>,
     /// What becomes of established connections.
     #[serde(default)]
     pub(super) tcp: TcpConnections,
@@ -221,7 +221,7 @@ impl SourceContext {
             ("PID", root.to_string()),
             (
                 "CONTAINER",
-                container.map_or(String::new(), |held| held.id.to_string()),
+                container.map_or(String::new(), |container| container.id.to_string()),
             ),
             ("DESTINATION", self.client.peer().to_string()),
         ];
@@ -391,12 +391,12 @@ impl SourceContext {
         self.end_forwarders();
         self.remove_images();
         self.forget_connections();
-        if let Some(held) = &self.facts.container
-            && let Err(error) = held.runtime.delete(&held.id).await
+        if let Some(container) = &self.facts.container
+            && let Err(error) = container.runtime.delete(&container.id).await
         {
             tracing::error!(
                 "container {} lives at the destination, and its runtime here does not forget it: {error}",
-                held.id
+                container.id
             );
         }
         for dir in &self.facts.files {

@@ -136,7 +136,7 @@ async fn move_memory(args: &Args, id: MigrationId, mode: Option<Mode>) -> Result
     let facts = Facts {
         addresses: MovedAddresses::find(&moving).await?,
         routes: Routes::look(args.routes()).await?,
-        container: found.as_ref().map(|found| found.held.clone()),
+        container: found.as_ref().map(|found| found.record.clone()),
         tcp: args.tcp(),
         hooks: args.hooks(),
         files: files.dirs(),

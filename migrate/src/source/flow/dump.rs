@@ -52,12 +52,16 @@ impl Flow<'_> {
         let (images, tcp) = (self.context.images(), self.args.tcp());
         let log = images.join("dump.log");
         let dump = match &self.context.facts.container {
-            Some(held) => {
+            Some(container) => {
                 let dir = self.context.dir();
                 let (mut command, status) =
-                    held.checkpoint(&self.programs, dir, &images, pages, tcp)?;
+                    container.checkpoint(&self.programs, dir, &images, pages, tcp)?;
                 Dump {
-                    program: Program::start(held.title(), &mut command, &runtime_log(&images))?,
+                    program: Program::start(
+                        container.title(),
+                        &mut command,
+                        &runtime_log(&images),
+                    )?,
                     status,
                 }
             }

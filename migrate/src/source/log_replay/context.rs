@@ -17,7 +17,7 @@ use crate::client::AgentClient;
 use crate::route::{Facts as RouteFacts, Routes};
 use crate::runtime::anew;
 use crate::service_log::{Hold, unseal};
-use crate::source::container::Held;
+use crate::source::container::ContainerRecord;
 use crate::source::hooks::{Hooks, Point};
 use crate::source::moved_addresses::MovedAddresses;
 use crate::{records, shell};
@@ -55,7 +55,8 @@ pub(super) struct Facts {
     /// The service's first process here.
     pub(super) root: ProcessName,
     /// The container that it is.
-    pub(super) held: Option<Held>,
+    #[serde(rename = "held")]
+    pub(super) container: Option<ContainerRecord>,
     pub(super) addresses: MovedAddresses,
     /// The same at the destination.
     pub(super) there: Vec<ServiceAddress>,
@@ -144,7 +145,11 @@ impl SourceContext {
 
     /// What the user's commands are told, by name.
     fn variables(&self) -> Vec<(&'static str, String)> {
-        let container = self.facts.held.as_ref().map(|held| held.id.to_string());
+        let container = self
+            .facts
+            .container
+            .as_ref()
+            .map(|container| container.id.to_string());
         let mut variables = vec![
             ("ID", self.facts.id.to_string()),
             ("MODE", "log-replay".to_owned()),
@@ -284,8 +289,8 @@ impl SourceContext {
     /// Ends the service here.
     async fn stop(&self) -> Result<()> {
         anew::stop(self.facts.root).await?;
-        match &self.facts.held {
-            Some(held) => held.runtime.delete(&held.id).await,
+        match &self.facts.container {
+            Some(container) => container.runtime.delete(&container.id).await,
             None => Ok(()),
         }
     }

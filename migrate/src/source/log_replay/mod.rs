@@ -83,7 +83,7 @@ pub(super) async fn migrate(
         holder: holder(args, &log),
         root: ProcessName::of(root)
             .map_err(|error| Error::wrap(Kind::Usage, format!("pid {root}"), error))?,
-        held: found.map(|found| found.held),
+        container: found.map(|found| found.record),
         addresses: MovedAddresses::find(&args.addresses()).await?,
         there: args
             .addresses()

@@ -18,7 +18,7 @@ use crate::drain;
 use crate::records;
 use crate::route::{Facts as RouteFacts, Routes};
 use crate::runtime::anew;
-use crate::source::container::Held;
+use crate::source::container::ContainerRecord;
 use crate::source::hooks::{Hooks, Point};
 use crate::source::moved_addresses::MovedAddresses;
 use crate::source::warnings::Warnings;
@@ -43,7 +43,8 @@ const SAY_AGAIN: Duration = Duration::from_millis(500);
 pub(super) struct Facts {
     pub(super) id: MigrationId,
     pub(super) mode: StatelessMode,
-    pub(super) held: Held,
+    #[serde(rename = "held")]
+    pub(super) container: ContainerRecord,
     /// Its bundle here.
     pub(super) bundle: PathBuf,
     /// Its first process here.
@@ -140,7 +141,7 @@ impl SourceContext {
             ("ID", self.facts.id.to_string()),
             ("MODE", mode.to_owned()),
             ("PID", self.facts.root.pid.to_string()),
-            ("CONTAINER", self.facts.held.id.to_string()),
+            ("CONTAINER", self.facts.container.id.to_string()),
             ("DESTINATION", self.client.peer().to_string()),
         ];
         variables.extend(self.notes.iter().cloned());
@@ -174,7 +175,13 @@ impl SourceContext {
             }
             StatelessAction::Stop => self.stop().await,
             StatelessAction::Drain => self.drain().await,
-            StatelessAction::Forget => self.facts.held.runtime.delete(&self.facts.held.id).await,
+            StatelessAction::Forget => {
+                self.facts
+                    .container
+                    .runtime
+                    .delete(&self.facts.container.id)
+                    .await
+            }
             StatelessAction::RunHere => self.run_here().await,
             StatelessAction::GiveBack => {
                 self.give_back().await;
@@ -215,18 +222,21 @@ impl SourceContext {
         if !self.dir.join(STOPPED).exists() {
             return Ok(());
         }
-        let held = &self.facts.held;
+        let container = &self.facts.container;
         let run = async {
             // It may still be about to end.
             anew::stop(self.facts.root).await?;
-            held.runtime.delete(&held.id).await?;
+            container.runtime.delete(&container.id).await?;
             let log = self.dir.join("runtime.log");
-            held.runtime.run(&held.id, &self.facts.bundle, &log).await
+            container
+                .runtime
+                .run(&container.id, &self.facts.bundle, &log)
+                .await
         };
         run.await.map_err(|error| {
             let text = format!(
                 "container {} does not run here again; `pageferry migrate --resume {} --to {}` tries it once more",
-                held.id,
+                container.id,
                 self.facts.id,
                 self.client.peer()
             );
@@ -239,7 +249,7 @@ impl SourceContext {
             let path = self.dir.join("resources.json");
             let set = async {
                 records::write(&path, resources)?;
-                held.runtime.update(&held.id, &path).await
+                container.runtime.update(&container.id, &path).await
             };
             if let Err(error) = set.await {
                 self.warn(format!("its limits are not what they were: {error}"));
@@ -304,7 +314,7 @@ impl SourceContext {
                 Err(error) if start.elapsed() > DISCARD_LIMIT => {
                     let text = format!(
                         "the destination may still run container {}: delete it there",
-                        self.facts.held.id
+                        self.facts.container.id
                     );
                     return Err(Error::wrap(Kind::PeerLost, text, error));
                 }

@@ -67,7 +67,7 @@ pub(super) async fn migrate(
         bundle: found.bundle.clone(),
         root,
         resources: found.container.resources.clone(),
-        held: found.held.clone(),
+        container: found.record.clone(),
         addresses: MovedAddresses::find(&args.addresses()).await?,
         routes: Routes::look(args.routes()).await?,
         hooks: args.hooks(),
