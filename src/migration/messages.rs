@@ -21,7 +21,7 @@ use crate::limits::{
     OCI_LAYERS_MAX, TIMEOUT_S_MAX,
 };
 
-pub use files::{FileTree, OverlayRoot, RootFiles, Seal, TreeRoom, WantedFiles};
+pub use files::{FileTree, OverlayRoot, RootFiles, Seal, TreeSpace, WantedFiles};
 pub use names::{BadContainerId, BadMigrationId, ContainerId, MigrationId};
 pub use replayed::{
     BadReplay, ReplayAddresses, ReplayBegin, ReplayFinish, ReplayStart, ReplayStatus,
@@ -94,7 +94,7 @@ pub struct HostFacts {
     pub page_bytes: u64,
     /// Memory that is free for new processes, bytes.
     pub available_bytes: u64,
-    /// Room in the agent's directory, bytes.
+    /// Space in the agent's directory, bytes.
     pub disk_bytes: u64,
     /// Whether userfaultfd can be used there.
     pub userfaultfd: bool,
@@ -197,9 +197,9 @@ pub struct Check {
     /// Which layers of the root are missing there; `None` if there is none, or no overlay can be mounted there.
     #[serde(default)]
     pub missing_layers: Option<Vec<Digest>>,
-    /// Room in the agent's directory, for the container's root file system if that is sent, and for each volume.
+    /// Space in the agent's directory, for the container's root file system if that is sent, and for each volume.
     #[serde(default)]
-    pub rooms: Vec<TreeRoom>,
+    pub rooms: Vec<TreeSpace>,
 }
 
 /// Begins a migration.

@@ -54,7 +54,7 @@ impl AgentContext {
         let container = wanted.container.as_ref();
         let of_files = self.problems_of_files(container, &wanted.files);
         check.problems.extend(of_files);
-        check.rooms = self.rooms(container, &wanted.files);
+        check.rooms = self.spaces(container, &wanted.files);
         for service in wanted
             .addresses
             .iter()
@@ -92,11 +92,11 @@ impl AgentContext {
             bundle::complete(&bundle, &container.config)?;
         }
         let volumes = files.volumes.iter().filter_map(|tree| tree.path.as_deref());
-        let coming = bundle::Coming {
+        let transferred = bundle::TransferredFiles {
             root: sends_root,
             volumes: volumes.collect(),
         };
-        let mut problems = bundle::problems_there(&bundle, &container.config, &coming);
+        let mut problems = bundle::problems_there(&bundle, &container.config, &transferred);
         if let Some(state) = runtime.state(&container.id).await? {
             problems.push(format!(
                 "the destination has a container {} already ({}): delete it there",

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use nix::sys::statvfs::statvfs;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::{
-    Begin, Container, FileTree, RootFiles, TreeRoom, WantedFiles,
+    Begin, Container, FileTree, RootFiles, TreeSpace, WantedFiles,
 };
 use serde::{Deserialize, Serialize};
 
@@ -110,25 +110,25 @@ impl AgentContext {
         root.into_iter().chain(files.volumes.clone()).collect()
     }
 
-    /// Room in this agent's directory, and for each tree that is to be sent. One whose place is not known has none.
-    pub(super) fn rooms(
+    /// Space in this agent's directory, and for each tree that is to be sent. One whose place is not known has none.
+    pub(super) fn spaces(
         &self,
         container: Option<&Container>,
         files: &WantedFiles,
-    ) -> Vec<TreeRoom> {
+    ) -> Vec<TreeSpace> {
         let of_tree = |tree: FileTree| {
             let staging = self
                 .place_of(container, &tree)
                 .ok()
                 .map(|(staging, _)| staging);
-            staging.map_or(TreeRoom::default(), |staging| TreeRoom {
+            staging.map_or(TreeSpace::default(), |staging| TreeSpace {
                 held_bytes: staging.held_bytes(tree.path.is_none()),
-                ..room_at(staging.target())
+                ..space_at(staging.target())
             })
         };
         let trees = self.trees(container, files).into_iter();
         let trees = trees.filter(FileTree::is_possible).map(of_tree);
-        std::iter::once(room_at(&self.dir)).chain(trees).collect()
+        std::iter::once(space_at(&self.dir)).chain(trees).collect()
     }
 
     /// What is in the way of files.
@@ -148,14 +148,16 @@ impl AgentContext {
     }
 }
 
-/// Room on the file system that `path` is, or will be, on.
-fn room_at(path: &Path) -> TreeRoom {
+/// Space on the file system that `path` is, or will be, on.
+fn space_at(path: &Path) -> TreeSpace {
     let found = path
         .ancestors()
         .find_map(|dir| Some((std::fs::metadata(dir).ok()?.dev(), statvfs(dir).ok()?)));
-    found.map_or(TreeRoom::default(), |(device, room)| TreeRoom {
+    found.map_or(TreeSpace::default(), |(device, space)| TreeSpace {
         device,
-        available_bytes: room.blocks_available().saturating_mul(room.fragment_size()),
+        available_bytes: space
+            .blocks_available()
+            .saturating_mul(space.fragment_size()),
         held_bytes: 0,
     })
 }
@@ -180,7 +182,7 @@ pub(super) fn wanted(begin: &Begin) -> WantedFiles {
 }
 
 impl Files {
-    /// Makes room for the files of a migration whose directory is `dir`. Nothing is left of it on failure.
+    /// Makes space for the files of a migration whose directory is `dir`. Nothing is left of it on failure.
     pub(super) fn prepare(context: &AgentContext, begin: &Begin, dir: &Path) -> Result<Files> {
         if begin.files.is_empty() {
             return Ok(Files::default());

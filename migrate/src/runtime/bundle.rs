@@ -61,9 +61,9 @@ pub(crate) fn supply(dir: &Path, config: &Value) -> Result<Option<PathBuf>> {
     Ok(Some(path))
 }
 
-/// What comes along with a container.
+/// Files that are sent along with a container.
 #[derive(Debug, Default)]
-pub(crate) struct Coming<'a> {
+pub(crate) struct TransferredFiles<'a> {
     /// Its root file system.
     pub(crate) root: bool,
     /// Directories of the host.
@@ -83,11 +83,15 @@ pub(crate) fn problems_here(config: &Value) -> Vec<String> {
 }
 
 /// What the bundle at `dir` lacks for a container that runs elsewhere with `config`.
-pub(crate) fn problems_there(dir: &Path, wanted: &Value, coming: &Coming<'_>) -> Vec<String> {
+pub(crate) fn problems_there(
+    dir: &Path,
+    wanted: &Value,
+    transferred: &TransferredFiles<'_>,
+) -> Vec<String> {
     let found = match config(dir) {
         Ok(found) => found,
         // It comes with the root.
-        Err(_) if coming.root && !dir.join(CONFIG).exists() => wanted.clone(),
+        Err(_) if transferred.root && !dir.join(CONFIG).exists() => wanted.clone(),
         Err(error) => {
             return vec![format!(
                 "the bundle at the destination: {error} (--bundle names its directory)"
@@ -97,7 +101,7 @@ pub(crate) fn problems_there(dir: &Path, wanted: &Value, coming: &Coming<'_>) ->
     let mut problems = Vec::new();
     let root = root_of(dir, &found);
     let is_empty = fs::read_dir(&root).is_ok_and(|mut entries| entries.next().is_none());
-    if !coming.root && (!root.is_dir() || is_empty) {
+    if !transferred.root && (!root.is_dir() || is_empty) {
         problems.push(format!(
             "{} is missing or empty at the destination: copy the container's root file system there",
             root.display()
@@ -118,7 +122,7 @@ pub(crate) fn problems_there(dir: &Path, wanted: &Value, coming: &Coming<'_>) ->
             ));
         }
     }
-    problems.extend(sources_missing(&found, &coming.volumes));
+    problems.extend(sources_missing(&found, &transferred.volumes));
     problems
 }
 
@@ -186,7 +190,8 @@ mod tests {
             "mounts": [{"destination": "/data", "type": "bind", "source": "/nonexistent/data"}],
             "linux": {"namespaces": [{"type": "pid"}, {"type": "network", "path": "/nonexistent/ns"}]},
         });
-        let of = |wanted: &Value| problems_there(dir, wanted, &Coming::default()).join("\n");
+        let of =
+            |wanted: &Value| problems_there(dir, wanted, &TransferredFiles::default()).join("\n");
         assert!(of(&config).contains("config.json"), "{}", of(&config));
         complete(dir, &config).unwrap();
         assert!(!dir.join(CONFIG).exists(), "there is no root yet");
@@ -202,17 +207,17 @@ mod tests {
         assert_eq!(of(&other).lines().count(), 3);
         fs::remove_dir(dir.join("rootfs/bin")).unwrap();
         assert!(of(&config).contains("empty"));
-        let coming = Coming {
+        let transferred = TransferredFiles {
             root: true,
             volumes: vec!["/nonexistent/data"],
         };
-        let told = problems_there(dir, &config, &coming).join("\n");
+        let told = problems_there(dir, &config, &transferred).join("\n");
         assert!(
             told.contains("/nonexistent/ns") && told.lines().count() == 1,
             "{told}"
         );
         let nowhere = dir.join("nowhere");
-        assert_eq!(problems_there(&nowhere, &config, &coming).len(), 1);
+        assert_eq!(problems_there(&nowhere, &config, &transferred).len(), 1);
         let made = supply(&nowhere, &other).unwrap();
         assert_eq!(made, Some(nowhere.join(CONFIG)));
         assert_eq!(super::config(&nowhere).unwrap()["root"]["path"], "rootfs");

@@ -7,7 +7,7 @@ use pageferry::sys::owned_process::ProcessStat;
 
 use crate::rounds::{Member, Tree};
 
-/// Room that a restore needs besides the memory itself, bytes.
+/// Space that a restore needs besides the memory itself, bytes.
 const SPARE_BYTES: u64 = 64 << 20;
 
 /// Flags of /proc/PID/smaps: a userfaultfd fills the mapping, or watches writes to it.
@@ -15,7 +15,7 @@ const UFFD_FLAGS: [&str; 2] = ["um", "uw"];
 
 /// What a migration takes at the destination, bytes.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Room {
+pub(super) struct NeededSpace {
     /// Memory of the restored processes.
     pub(super) memory_bytes: u64,
     /// Images.
@@ -27,24 +27,29 @@ pub(super) fn problems(
     tree: &Tree,
     source: &HostFacts,
     destination: &HostFacts,
-    room: Room,
+    space: NeededSpace,
     lazy: bool,
 ) -> Vec<String> {
-    let mut problems = hosts(source, destination, room, lazy);
+    let mut problems = hosts(source, destination, space, lazy);
     for member in tree.members() {
         problems.extend(of_member(member));
     }
     problems
 }
 
-fn hosts(source: &HostFacts, destination: &HostFacts, needed: Room, lazy: bool) -> Vec<String> {
+fn hosts(
+    source: &HostFacts,
+    destination: &HostFacts,
+    needed: NeededSpace,
+    lazy: bool,
+) -> Vec<String> {
     let mut problems = programs(source, destination);
     problems.extend(machines(source, destination));
     if lazy && !destination.userfaultfd {
         problems
             .push("the destination's kernel has no userfaultfd: use --mode pre-copy".to_owned());
     }
-    problems.extend(room(destination, needed));
+    problems.extend(space(destination, needed));
     problems
 }
 
@@ -112,15 +117,19 @@ pub(super) fn fits(destination: &HostFacts, memory_bytes: u64) -> bool {
 }
 
 /// What the destination lacks.
-fn room(destination: &HostFacts, needed: Room) -> Vec<String> {
+fn space(destination: &HostFacts, needed: NeededSpace) -> Vec<String> {
     let mut problems = Vec::new();
-    let Room {
+    let NeededSpace {
         memory_bytes,
         disk_bytes,
     } = needed;
     for (what, there, bytes) in [
         ("memory", destination.available_bytes, memory_bytes),
-        ("room in its directory", destination.disk_bytes, disk_bytes),
+        (
+            "free space in its directory",
+            destination.disk_bytes,
+            disk_bytes,
+        ),
     ] {
         let needed = bytes + SPARE_BYTES;
         if there < needed {
@@ -189,8 +198,8 @@ mod tests {
         }
     }
 
-    fn gib(gib: u64) -> Room {
-        Room {
+    fn gib(gib: u64) -> NeededSpace {
+        NeededSpace {
             memory_bytes: gib << 30,
             disk_bytes: gib << 30,
         }

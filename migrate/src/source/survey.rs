@@ -6,7 +6,7 @@ use std::time::Duration;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::limits::MIGRATION_JSON_BYTES_MAX;
 use pageferry::migration::Costs;
-use pageferry::migration::messages::{Check, HostFacts, TreeRoom, Wanted, WantedFiles};
+use pageferry::migration::messages::{Check, HostFacts, TreeSpace, Wanted, WantedFiles};
 use pageferry::sys::process::page_size;
 use pageferry::tls::Tls;
 use pageferry::units::PageSize;
@@ -14,10 +14,10 @@ use tokio::time::Instant;
 
 use super::args::{AddressArg, Subject, Target};
 use super::container::Found;
+use super::disk_space::{self, SpaceNeed};
 use super::files_args::FilesArgs;
 use super::layers::{self, Layered};
-use super::preflight::{self, Room};
-use super::room::{self, Coming};
+use super::preflight::{self, NeededSpace};
 use crate::client::AgentClient;
 use crate::facts;
 use crate::look::disk_bytes;
@@ -44,7 +44,7 @@ pub(super) struct Survey {
     pub(super) sends_root: bool,
     /// The overlay that it is, if its layers travel by themselves.
     pub(super) layered: Option<Layered>,
-    /// Room that images need, as far as the destination has not said what room there is for all.
+    /// Space that images need, as far as the destination has not said what space there is for all.
     disk_bytes: u64,
     other_problems: Vec<String>,
 }
@@ -100,11 +100,11 @@ impl Survey {
             None => Vec::new(),
         };
         let of_root = (found.as_ref(), layered.as_ref());
-        let coming = coming(of_root, files, &check, size.bytes()).await?;
-        other_problems.extend(room::problems(&coming));
+        let needs = space_needs(of_root, files, &check, size.bytes()).await?;
+        other_problems.extend(disk_space::problems(&needs));
         other_problems.extend(check.problems);
         Ok(Survey {
-            disk_bytes: match coming.is_empty() {
+            disk_bytes: match needs.is_empty() {
                 true => size.bytes(),
                 false => 0,
             },
@@ -131,11 +131,11 @@ impl Survey {
 
     /// What is in the way of a migration.
     pub(super) fn problems(&self, lazy: bool) -> Vec<String> {
-        let room = Room {
+        let space = NeededSpace {
             memory_bytes: self.size.restored_bytes(lazy),
             disk_bytes: self.disk_bytes,
         };
-        let of_hosts = preflight::problems(&self.tree, &self.here, &self.there, room, lazy);
+        let of_hosts = preflight::problems(&self.tree, &self.here, &self.there, space, lazy);
         [of_hosts, self.other_problems.clone()].concat()
     }
 
@@ -174,20 +174,20 @@ impl Survey {
     }
 }
 
-/// What is to come to the destination's disks, where it says what room there is.
-async fn coming(
+/// What is to come to the destination's disks, where it says what space there is.
+async fn space_needs(
     (found, layered): (Option<&Found>, Option<&Layered>),
     args: &FilesArgs,
     check: &Check,
     images_bytes: u64,
-) -> Result<Vec<Coming>> {
+) -> Result<Vec<SpaceNeed>> {
     let root = found.filter(|_| check.sends_root);
     let volumes: Vec<PathBuf> = args
         .volume
         .iter()
         .map(|volume| volume.here.clone())
         .collect();
-    let rooms: Vec<TreeRoom> = check.rooms.clone();
+    let spaces: Vec<TreeSpace> = check.rooms.clone();
     let files = root.map(|found| match layered {
         Some(layered) => (layered.upper.clone(), "the writable layer"),
         None => (found.rootfs.clone(), "the root file system"),
@@ -199,20 +199,20 @@ async fn coming(
             .map(|dir| (dir.clone(), dir.display().to_string()));
         let files = files.map(|(dir, what)| (dir, what.to_owned()));
         let trees = files.into_iter().chain(volumes);
-        let mut coming = Vec::new();
-        let mut rooms = rooms.into_iter();
-        if let Some(room) = rooms.next() {
+        let mut needs = Vec::new();
+        let mut spaces = spaces.into_iter();
+        if let Some(space) = spaces.next() {
             for (what, bytes) in [("images", images_bytes), ("layers", layers_bytes)] {
                 let what = what.to_owned();
-                coming.push(Coming { what, bytes, room });
+                needs.push(SpaceNeed { what, bytes, space });
             }
         }
-        coming.extend(trees.zip(rooms).map(|((dir, what), room)| Coming {
+        needs.extend(trees.zip(spaces).map(|((dir, what), space)| SpaceNeed {
             what,
             bytes: disk_bytes(&dir),
-            room,
+            space,
         }));
-        coming
+        needs
     };
     tokio::task::spawn_blocking(look).await.map_err(|error| {
         let error = std::io::Error::other(error);

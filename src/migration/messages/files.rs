@@ -83,12 +83,12 @@ pub struct WantedFiles {
     pub overlay: Option<OverlayRoot>,
 }
 
-/// Room where files are to go.
+/// Space where files are to go.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-pub struct TreeRoom {
-    /// A number of the file system: trees with the same one share its room.
+pub struct TreeSpace {
+    /// A number of the file system: trees with the same one share its space.
     pub device: u64,
-    /// Room in it, bytes.
+    /// Space in it, bytes.
     pub available_bytes: u64,
     /// Of what is to come, bytes that may be there already: what the tree begins with.
     pub held_bytes: u64,

@@ -36,7 +36,7 @@ pub(super) struct Flow<'a> {
     source: Stateless,
     /// What the destination is told of the container.
     container: Container,
-    /// Room in the agent's directory.
+    /// Space in the agent's directory.
     room_bytes: u64,
     /// The container's files here, or those of its writable layer.
     files: PathBuf,
@@ -197,7 +197,7 @@ impl<'a> Flow<'a> {
         let needed = look.bytes.saturating_add(missing);
         if needed > self.room_bytes {
             let text = format!(
-                "the destination has {} MiB of room in its directory, {} MiB are needed",
+                "the destination has {} MiB of free space in its directory, {} MiB are needed",
                 self.room_bytes >> 20,
                 needed >> 20
             );
