@@ -102,7 +102,7 @@ enum Command {
     #[command(hide = true)]
     RestoreHook(hook::Args),
     #[command(hide = true)]
-    RuntimeCriu(runtime::stand_in::Args),
+    RuntimeCriu(runtime::criu_wrapper::Args),
     #[command(hide = true)]
     Guard(source::guard::Args),
 }
@@ -166,7 +166,7 @@ pub fn run() -> ExitCode {
         Command::Watch(args) => watch::run(&args),
         Command::WorkingSet(args) => working_set::run(&args),
         Command::RestoreHook(args) => hook::run(&args),
-        Command::RuntimeCriu(args) => runtime::stand_in::run(&args),
+        Command::RuntimeCriu(args) => runtime::criu_wrapper::run(&args),
         Command::Guard(args) => source::guard::run(&args),
     }
 }

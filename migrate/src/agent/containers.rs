@@ -14,7 +14,7 @@ use super::context::AgentContext;
 use super::session::Session;
 use crate::address;
 use crate::records;
-use crate::runtime::stand_in::{self, CRIU_PROCESS, Settings, Work};
+use crate::runtime::criu_wrapper::{self, CRIU_PROCESS, Settings, Work};
 use crate::runtime::{Runtime, bundle};
 
 /// How long a runtime may take to see that its CRIU is gone.
@@ -122,7 +122,7 @@ impl Session {
             tcp: self.begin.tcp,
             work: Work::Restore { lazily },
         };
-        let bin = stand_in::prepare(&self.dir, &programs.pageferry, &settings)?;
+        let bin = criu_wrapper::prepare(&self.dir, &programs.pageferry, &settings)?;
         let runtime = self.context.runtime(container)?;
         let bundle = self.context.bundle(container);
         Ok(runtime.restore(&container.id, &self.images(), &bin, &bundle))

@@ -18,7 +18,7 @@ use crate::child::Program;
 use crate::commands;
 use crate::programs::Programs;
 use crate::rounds::Tree;
-use crate::runtime::stand_in::{self, Settings, Work};
+use crate::runtime::criu_wrapper::{self, Settings, Work};
 use crate::runtime::{Runtime, runtime_log};
 
 /// How long page-server may take to listen.
@@ -146,7 +146,7 @@ async fn dump(
                 tcp: TcpConnections::Refuse,
                 work: Work::DumpTo { port },
             };
-            let bin = stand_in::prepare(work, &programs.pageferry, &settings)?;
+            let bin = criu_wrapper::prepare(work, &programs.pageferry, &settings)?;
             let mut command = runtime.checkpoint(id, images, &bin, true);
             let log = runtime_log(images);
             Program::start("the runtime's checkpoint", &mut command, &log)?

@@ -2,19 +2,19 @@
 //! both sides.
 //!
 //! ```text
-//! source       pageferry migrate ──> runc checkpoint ──> criu (stand-in) ──> the real criu
-//! destination  pageferry agent   ──> runc restore    ──> criu (stand-in) ──> the real criu
+//! source       pageferry migrate ──> runc checkpoint ──> criu (wrapper) ──> the real criu
+//! destination  pageferry agent   ──> runc restore    ──> criu (wrapper) ──> the real criu
 //!                                                           │ holds the tree until the decision
 //! ```
 //!
 //! The runtime knows which mounts, namespaces and control groups of a container are its own, and keeps the
 //! container's state. What it cannot be told on its command line (stop the processes and keep the container,
-//! serve memory lazily with crun, hold a restored tree) is put into its requests to CRIU by [`stand_in`].
+//! serve memory lazily with crun, hold a restored tree) is put into its requests to CRIU by [`criu_wrapper`].
 
 pub(crate) mod anew;
 pub(crate) mod bundle;
+pub(crate) mod criu_wrapper;
 pub(crate) mod resources;
-pub(crate) mod stand_in;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -159,7 +159,7 @@ impl Runtime {
         command
     }
 
-    /// With the stand-in of CRIU in front of everything on PATH.
+    /// With the wrapper of CRIU in front of everything on PATH.
     fn logged(&self, images: &Path, action: &str, bin: &Path) -> Command {
         let mut command = self.command();
         let path = std::env::var_os("PATH").unwrap_or_default();

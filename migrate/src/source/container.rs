@@ -15,7 +15,7 @@ use super::args::Subject;
 use super::commands::Pages;
 use crate::programs::Programs;
 use crate::rounds::Tree;
-use crate::runtime::stand_in::{self, Settings, Work};
+use crate::runtime::criu_wrapper::{self, Settings, Work};
 use crate::runtime::{Runtime, bundle, resources};
 
 /// Where CRIU says that a lazy dump serves, in a migration's directory.
@@ -161,7 +161,7 @@ impl ContainerRecord {
             tcp,
             work,
         };
-        let bin = stand_in::prepare(dir, &programs.pageferry, &settings)?;
+        let bin = criu_wrapper::prepare(dir, &programs.pageferry, &settings)?;
         // Of a lazy dump the container ends with the dump: if that fails, both runtimes keep it.
         let keep = status.is_none();
         let command = self.runtime.checkpoint(&self.id, images, &bin, keep);

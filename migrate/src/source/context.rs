@@ -35,7 +35,7 @@ use crate::files::StagingDir;
 use crate::records;
 use crate::rounds::Tree;
 use crate::route::{Facts as RouteFacts, Routes};
-use crate::runtime::stand_in::CRIU_PROCESS;
+use crate::runtime::criu_wrapper::CRIU_PROCESS;
 
 /// How often the end of a process that is no child is looked for.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);

@@ -33,7 +33,7 @@ use serde::{Deserialize, Serialize};
 use crate::hook::{self, RESTORED, RESUMED};
 use crate::records;
 
-/// Directory of the stand-in, in a migration's directory.
+/// Directory of the wrapper, in a migration's directory.
 const BIN: &str = "bin";
 
 /// What it is to do, in the same place.
@@ -86,7 +86,7 @@ impl Work {
     }
 }
 
-/// Makes the stand-in for a migration in `dir`, and tells the directory to put in front of PATH.
+/// Makes the wrapper for a migration in `dir`, and tells the directory to put in front of PATH.
 pub(crate) fn prepare(dir: &Path, pageferry: &Path, settings: &Settings) -> Result<PathBuf> {
     let bin = dir.join(BIN);
     fs::create_dir_all(&bin).map_err(|error| Error::file("make the directory", &bin, error))?;
@@ -120,7 +120,7 @@ fn config_text(settings: &Settings) -> String {
 
 /// Becomes the real CRIU.
 pub(crate) fn run(args: &Args) -> ExitCode {
-    match stand_in(args) {
+    match wrap(args) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error}");
@@ -129,7 +129,7 @@ pub(crate) fn run(args: &Args) -> ExitCode {
     }
 }
 
-fn stand_in(args: &Args) -> Result<ExitCode> {
+fn wrap(args: &Args) -> Result<ExitCode> {
     let bin = args.dir.join(BIN);
     let settings: Settings = records::read(&bin.join(SETTINGS))?.ok_or_else(|| {
         let text = format!("{} is no migration's directory", args.dir.display());
