@@ -11,9 +11,9 @@
 //! container's state. What it cannot be told on its command line (stop the processes and keep the container,
 //! serve memory lazily with crun, hold a restored tree) is put into its requests to CRIU by [`criu_wrapper`].
 
-pub(crate) mod anew;
 pub(crate) mod bundle;
 pub(crate) mod criu_wrapper;
+pub(crate) mod lifecycle;
 pub(crate) mod resources;
 
 use std::ffi::OsString;

@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::client::AgentClient;
 use crate::route::{Facts as RouteFacts, Routes};
-use crate::runtime::anew;
+use crate::runtime::lifecycle;
 use crate::service_log::{Hold, unseal};
 use crate::source::container::ContainerRecord;
 use crate::source::hooks::{Hooks, Point};
@@ -288,7 +288,7 @@ impl SourceContext {
 
     /// Ends the service here.
     async fn stop(&self) -> Result<()> {
-        anew::stop(self.facts.root).await?;
+        lifecycle::stop(self.facts.root).await?;
         match &self.facts.container {
             Some(container) => container.runtime.delete(&container.id).await,
             None => Ok(()),

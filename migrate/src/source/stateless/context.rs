@@ -17,7 +17,7 @@ use crate::client::AgentClient;
 use crate::drain;
 use crate::records;
 use crate::route::{Facts as RouteFacts, Routes};
-use crate::runtime::anew;
+use crate::runtime::lifecycle;
 use crate::source::container::ContainerRecord;
 use crate::source::hooks::{Hooks, Point};
 use crate::source::moved_addresses::MovedAddresses;
@@ -202,7 +202,7 @@ impl SourceContext {
     async fn stop(&self) -> Result<()> {
         let mark = self.dir.join(STOPPED);
         File::create(&mark).map_err(|error| Error::file("create", &mark, error))?;
-        anew::stop(self.facts.root).await
+        lifecycle::stop(self.facts.root).await
     }
 
     async fn drain(&self) -> Result<()> {
@@ -225,7 +225,7 @@ impl SourceContext {
         let container = &self.facts.container;
         let run = async {
             // It may still be about to end.
-            anew::stop(self.facts.root).await?;
+            lifecycle::stop(self.facts.root).await?;
             container.runtime.delete(&container.id).await?;
             let log = self.dir.join("runtime.log");
             container

@@ -1,4 +1,4 @@
-//! Containers that are started anew, without a checkpoint, and ended.
+//! Containers created, started and ended without a checkpoint.
 
 use std::io;
 use std::path::Path;
