@@ -9,7 +9,7 @@ mod commands;
 mod copy_lazy;
 mod doctor;
 mod drain;
-mod ends;
+mod end_signals;
 mod export;
 mod facts;
 mod files;

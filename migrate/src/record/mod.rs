@@ -25,7 +25,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{JoinSet, LocalSet};
 use tokio::time::timeout;
 
-use crate::ends::Ends;
+use crate::end_signals::EndSignals;
 use crate::service_log::{LogWriter, digest};
 use coordinator::Coordinator;
 
@@ -103,7 +103,7 @@ async fn record(args: &Args) -> Result<()> {
     };
     let wait_us = u32::try_from(args.order_wait.as_micros());
     let wait_us = wait_us.map_err(|_| Error::new(Kind::Usage, "--order-wait is over an hour"))?;
-    let mut signals = Ends::new()?;
+    let mut signals = EndSignals::new()?;
     let listener = TcpListener::bind(&args.listen).await.map_err(|error| {
         Error::wrap(
             Kind::Usage,

@@ -17,7 +17,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 use tokio::task::LocalSet;
 
-use crate::ends::Ends;
+use crate::end_signals::EndSignals;
 use crate::service_log::{LogReader, Next, digest};
 pub(crate) use destination::Destination;
 use lag::Lag;
@@ -126,7 +126,7 @@ pub(crate) fn output() -> Output {
 /// Replays.
 pub(crate) fn run(args: &Args) -> ExitCode {
     crate::run_to_end(async {
-        let mut ends = Ends::new()?;
+        let mut signals = EndSignals::new()?;
         let work = async {
             match (&args.replay, &args.to) {
                 (Some(command), _) => feed::run(args, command).await,
@@ -136,7 +136,7 @@ pub(crate) fn run(args: &Args) -> ExitCode {
         };
         tokio::select! {
             done = work => done,
-            () = ends.next() => Err(Error::new(Kind::Interrupted, "a signal ended the replay")),
+            () = signals.next() => Err(Error::new(Kind::Interrupted, "a signal ended the replay")),
         }
     })
 }

@@ -23,7 +23,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
-use crate::ends::Ends;
+use crate::end_signals::EndSignals;
 use state::State;
 use watcher::Watcher;
 
@@ -93,7 +93,7 @@ async fn watch(args: &Args) -> Result<()> {
     }
     let failed = |error| Error::wrap(Kind::Io, "cannot wait for signals", error);
     let mut reload = signal(SignalKind::hangup()).map_err(failed)?;
-    let mut ends = Ends::new()?;
+    let mut signals = EndSignals::new()?;
     let (sender, mut events) = mpsc::channel(EVENTS_MAX);
     let state = State::open(&args.state, args.dry_run)?;
     let socket = match &args.socket {
@@ -122,7 +122,7 @@ async fn watch(args: &Args) -> Result<()> {
                 Ok(rules) => watcher.replace(rules)?,
                 Err(error) => tracing::error!("the rules stay as they were: {error}"),
             },
-            () = ends.next() => break,
+            () = signals.next() => break,
         }
     }
     drop(socket);

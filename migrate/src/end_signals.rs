@@ -5,16 +5,16 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// SIGTERM and SIGINT, from when this is made.
 #[derive(Debug)]
-pub(crate) struct Ends {
+pub(crate) struct EndSignals {
     terminate: Signal,
     interrupt: Signal,
 }
 
-impl Ends {
+impl EndSignals {
     /// From now on the signals do not kill this process.
-    pub(crate) fn new() -> Result<Ends> {
+    pub(crate) fn new() -> Result<EndSignals> {
         let failed = |error| Error::wrap(Kind::Io, "cannot wait for signals", error);
-        Ok(Ends {
+        Ok(EndSignals {
             terminate: signal(SignalKind::terminate()).map_err(failed)?,
             interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
         })
