@@ -115,7 +115,7 @@ impl Restore {
         self.note_touch(id, addr, now_us);
         match self.planner.handle_fault(id, addr, reach, now_us) {
             FaultAnswer::Wait => {
-                self.huge_again.hold(true);
+                self.huge_pages.hold(true);
                 Ok(())
             }
             FaultAnswer::Zero if self.batched_wakeup.was_quiet(id, at.start()) => {
@@ -212,13 +212,13 @@ impl Restore {
 
     /// The pages of `range` were unmapped or given back.
     pub(super) fn handle_gone(&mut self, id: SpaceId, range: PageRange) {
-        self.huge_again.gone(id, range);
+        self.huge_pages.gone(id, range);
         self.settle(id, range, PageOutcome::Gone, Waiters::Asleep);
     }
 
     pub(super) fn handle_remap(&mut self, id: SpaceId, from: PageRange, to: Vaddr) {
         let mut woken = Vec::new();
-        self.huge_again.moved(id, from, to);
+        self.huge_pages.moved(id, from, to);
         self.planner
             .handle_remap(id, from, to, |served| woken.push(served));
         woken.into_iter().for_each(|thread| self.wake(id, thread));
@@ -239,7 +239,7 @@ impl Restore {
         }
         self.planner.handle_exit(id);
         self.deferred.forget(id);
-        self.huge_again.forget(id);
+        self.huge_pages.forget(id);
     }
 
     /// Forgets processes that ended: their end is no event, and only a fill would tell.

@@ -37,7 +37,7 @@ struct Waiting {
 
 /// See the module's text.
 #[derive(Debug)]
-pub(super) struct HugeAgain {
+pub(super) struct HugePageRestorer {
     wanted: HugePages,
     system: Option<(SystemSetting, u64)>,
     waiting: BTreeMap<SpaceId, Waiting>,
@@ -45,9 +45,9 @@ pub(super) struct HugeAgain {
     summary: CollapseSummary,
 }
 
-impl HugeAgain {
-    pub(super) fn new(wanted: HugePages) -> HugeAgain {
-        HugeAgain {
+impl HugePageRestorer {
+    pub(super) fn new(wanted: HugePages) -> HugePageRestorer {
+        HugePageRestorer {
             system: collapse::system().filter(|_| wanted != HugePages::Never),
             wanted,
             waiting: BTreeMap::new(),
@@ -156,15 +156,15 @@ impl Restore {
             let page = self.images.page();
             let planner = &self.planner;
             let lacks = |id, range| planner.space(id).is_none_or(|space| space.lacks(range));
-            self.huge_again.hand_over(page, QUEUED_MAX, lacks);
+            self.huge_pages.hand_over(page, QUEUED_MAX, lacks);
         }
     }
 
     /// Everything has come and the source knows: the rest becomes huge now, as far as there is time.
     pub(super) fn collapse_rest(&mut self) {
         let page = self.images.page();
-        self.huge_again.hand_over(page, u64::MAX, |_, _| false);
-        let Some(collapser) = self.huge_again.collapser.take() else {
+        self.huge_pages.hand_over(page, u64::MAX, |_, _| false);
+        let Some(collapser) = self.huge_pages.collapser.take() else {
             return;
         };
         // Nobody waits for this process any more: neither in fork(2), nor to take over.
@@ -173,7 +173,7 @@ impl Restore {
             self.processes.remove(id);
         }
         let summary = collapser.finish(END_MAX, || self.signals.next().is_some());
-        self.huge_again.summary = summary;
+        self.huge_pages.summary = summary;
         let CollapseSummary { wanted, huge, .. } = summary;
         tracing::info!("{huge} of {wanted} huge pages are back");
         if huge < wanted {

@@ -92,7 +92,7 @@ pub use config::{OnLoss, RestoreConfig};
 use deferred::Deferred;
 use guards::GuardLooks;
 use handover::Handover;
-use huge_pages::HugeAgain;
+use huge_pages::HugePageRestorer;
 use install::Filling;
 use intake::Intake;
 use links::Links;
@@ -172,7 +172,7 @@ pub struct Restore {
     /// Takes out of the local images what nobody needs any more.
     auto_dedup: Option<AutoDedup>,
     /// What is to become huge pages again.
-    huge_again: HugeAgain,
+    huge_pages: HugePageRestorer,
     /// What comes first.
     working_set: WorkingSetUse,
     /// Those whose images could not be opened.
@@ -263,7 +263,7 @@ impl Restore {
             working_set,
             background: Background::new(&config),
             auto_dedup: config.auto_dedup.then(AutoDedup::default),
-            huge_again: HugeAgain::new(config.huge_pages),
+            huge_pages: HugePageRestorer::new(config.huge_pages),
             losses: Losses::new(&config)?,
             second_dump: SecondDump::new(),
             planner: Planner::with_policy(page, config.policy),
@@ -364,7 +364,7 @@ impl Restore {
 
     /// One round: waits for something to happen, or does a step of background work.
     fn round(&mut self) -> Result<()> {
-        self.huge_again
+        self.huge_pages
             .hold(self.links.is_faulting(self.clock.now_us()));
         self.release_due();
         self.resume_due()?;

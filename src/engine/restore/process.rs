@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::Restore;
 use super::host_process::HostProcess;
-use super::huge_pages::HugeAgain;
+use super::huge_pages::HugePageRestorer;
 use super::owner_search::{OwnerSearch, SearchScope};
 use super::processes::Process;
 use super::standby::StandbyMessage;
@@ -40,7 +40,7 @@ pub(super) fn open(
     images: &ImageDir,
     pid: u32,
     has_source: bool,
-    huge: &HugeAgain,
+    huge: &HugePageRestorer,
 ) -> Result<Opened> {
     let missing = if has_source {
         Missing::Leave
@@ -95,7 +95,7 @@ impl Restore {
         };
         let id = self.planner.add(opened.space);
         if let Some(regions) = opened.huge {
-            self.huge_again.add(id, name, regions);
+            self.huge_pages.add(id, name, regions);
         }
         let chain = opened.chain.map(Arc::new);
         if let (Some(auto_dedup), Some(chain)) = (&mut self.auto_dedup, &chain) {
@@ -125,7 +125,7 @@ impl Restore {
     /// What the images have of `pid`, and what is known of it besides.
     fn open_process(&mut self, pid: u32) -> Result<Opened> {
         let has_source = self.config.source.is_some();
-        let mut opened = open(&self.images, pid, has_source, &self.huge_again)?;
+        let mut opened = open(&self.images, pid, has_source, &self.huge_pages)?;
         if self.config.auto_dedup {
             opened.space = opened.space.accounting();
         }

@@ -150,7 +150,7 @@ impl Restore {
             total_ms: self.clock.now_us() / 1000,
             freed_bytes: self.auto_dedup.as_ref().map_or(0, AutoDedup::bytes),
             trace_left_out: self.observer.trace_left_out,
-            huge_pages: self.huge_again.summary(),
+            huge_pages: self.huge_pages.summary(),
             working_set: self.working_set.summary(),
         }
     }

@@ -328,7 +328,7 @@ impl Restore {
                         None => {
                             let has_source = self.config.source.is_some();
                             let opened =
-                                process::open(&self.images, pid, has_source, &self.huge_again)?;
+                                process::open(&self.images, pid, has_source, &self.huge_pages)?;
                             self.planner.add(opened.space);
                             chains.insert(pid, opened.chain.map(Arc::new));
                             lost.insert(id);
