@@ -63,7 +63,7 @@ impl TracedProcess {
 
 /// A process that is dumped while its pages are missing. Pids of this host.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Lacking {
+struct IncompleteProcess {
     process: i32,
     /// The lazy-client.
     handler: i32,
@@ -80,7 +80,7 @@ impl PendingTrees {
         }
         match self.find(pid) {
             None => Ok(()),
-            Some(Lacking { process, handler }) => {
+            Some(IncompleteProcess { process, handler }) => {
                 let text = format!(
                     "process {process} is being dumped as pid {pid} while its pages are still missing: the dump would \
                      lack them (wait until lazy-client, process {handler}, has ended, and dump again; the \
@@ -91,7 +91,7 @@ impl PendingTrees {
         }
     }
 
-    fn find(&mut self, pid: u32) -> Option<Lacking> {
+    fn find(&mut self, pid: u32) -> Option<IncompleteProcess> {
         match proc_reader::of_this_process() {
             Some(reader) => {
                 let first = !std::mem::replace(&mut self.asked, true);
@@ -136,7 +136,7 @@ impl Seen {
     }
 
     /// The process that is being dumped as `pid`, if it lacks pages.
-    fn find(&self, pid: u32) -> Option<Lacking> {
+    fn find(&self, pid: u32) -> Option<IncompleteProcess> {
         let handler = self.handler?;
         let named = self
             .traced
@@ -145,7 +145,7 @@ impl Seen {
         let process = named
             .map(|process| process.pid)
             .find(|host| lacks_pages(*host))?;
-        Some(Lacking { process, handler })
+        Some(IncompleteProcess { process, handler })
     }
 }
 

@@ -15,7 +15,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use super::{Lacking, Seen};
+use super::{IncompleteProcess, Seen};
 use crate::error::{Error, Kind, Result};
 use crate::sys::process::close_all_but;
 
@@ -95,7 +95,7 @@ impl ReaderClient {
 
     /// Whether the process that is being dumped as `pid` lacks pages. The `first` time in a session all of /proc is
     /// looked through.
-    pub(super) fn find(&self, pid: u32, first: bool) -> io::Result<Option<Lacking>> {
+    pub(super) fn find(&self, pid: u32, first: bool) -> io::Result<Option<IncompleteProcess>> {
         let mut stream = self.stream();
         let mut question = [u8::from(first); QUESTION_BYTES];
         question[1..].copy_from_slice(&pid.to_ne_bytes());
@@ -103,7 +103,7 @@ impl ReaderClient {
         let mut answer = [0; ANSWER_BYTES];
         stream.read_exact(&mut answer)?;
         let [process, handler] = bytemuck::pod_read_unaligned::<[i32; 2]>(&answer);
-        Ok((process != 0).then_some(Lacking { process, handler }))
+        Ok((process != 0).then_some(IncompleteProcess { process, handler }))
     }
 }
 
