@@ -9,7 +9,7 @@ mod support;
 
 use std::process::ExitCode;
 
-use pageferry::lazy::answer::Reach;
+use pageferry::lazy::answer::FetchLimits;
 use pageferry::lazy::fault_prediction::FaultPrediction;
 use pageferry::lazy::pattern::{FaultAround, Pattern};
 use pageferry::lazy::policy::{FaultPath, Policy, StreamFrom, StreamState};
@@ -19,8 +19,8 @@ use pageferry::units::PageSize;
 struct InOrder;
 
 impl Policy for InOrder {
-    fn reach(&self, _: FaultPath, page: PageSize, _: u64, _: bool) -> Reach {
-        Reach {
+    fn fetch_limits(&self, _: FaultPath, page: PageSize, _: u64, _: bool) -> FetchLimits {
+        FetchLimits {
             alone_bytes: page.bytes(),
             sequential_bytes: page.bytes(),
         }

@@ -10,7 +10,7 @@ mod support;
 
 use std::process::ExitCode;
 
-use pageferry::lazy::answer::Reach;
+use pageferry::lazy::answer::FetchLimits;
 use pageferry::lazy::fault_prediction::FaultPrediction;
 use pageferry::lazy::pattern::{FaultAround, Pattern};
 use pageferry::lazy::policy::{FaultPath, Policy, StreamFrom, StreamState};
@@ -24,13 +24,13 @@ struct WholeRegions;
 
 impl Policy for WholeRegions {
     /// With `on_demand` pages are asked for one by one: somebody wants as little as possible to come.
-    fn reach(&self, _: FaultPath, page: PageSize, _: u64, on_demand: bool) -> Reach {
+    fn fetch_limits(&self, _: FaultPath, page: PageSize, _: u64, on_demand: bool) -> FetchLimits {
         let bytes = if on_demand {
             page.bytes()
         } else {
             REGION_BYTES
         };
-        Reach {
+        FetchLimits {
             alone_bytes: bytes,
             sequential_bytes: bytes,
         }

@@ -7,9 +7,9 @@ use crate::units::{PageRange, Vaddr};
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct SpaceId(pub u32);
 
-/// How much a fault may bring.
+/// How many bytes are fetched for one fault.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Reach {
+pub struct FetchLimits {
     /// For a fault that stands alone: the aligned block of so many bytes around it (at least a page).
     pub alone_bytes: u64,
     /// For a fault of a sequential reader: so many bytes at most.

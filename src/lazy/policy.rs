@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! decision              asked by                 with what is known of                     today (Adaptive)
-//! reach                 the engine, per fault    the way that faults take to the source    a block, or a page where faults have
+//! fetch_limits          the engine, per fault    the way that faults take to the source    a block, or a page where faults have
 //!                                                                                          a connection for themselves
 //! around                Space, per fault         the process's faults so far (Pattern)     ahead of sequential readers and strides
 //! reads_upwards         Space, per wake-up       the same                                  three faults upwards in a row
@@ -27,7 +27,7 @@
 
 use std::fmt::Debug;
 
-use super::answer::Reach;
+use super::answer::FetchLimits;
 use super::fault_prediction::FaultPrediction;
 use super::pattern::{FaultAround, Pattern, block_bytes};
 use crate::limits::FERRY_BATCH_BYTES_MAX;
@@ -82,8 +82,14 @@ pub enum StreamFrom {
 
 /// See the module's text.
 pub trait Policy: Debug + Send + Sync {
-    /// How much a fault may bring at most. `missing_bytes` were missing in all processes at the start.
-    fn reach(&self, path: FaultPath, page: PageSize, missing_bytes: u64, on_demand: bool) -> Reach;
+    /// How many bytes are fetched for one fault at most. `missing_bytes` were missing in all processes at the start.
+    fn fetch_limits(
+        &self,
+        path: FaultPath,
+        page: PageSize,
+        missing_bytes: u64,
+        on_demand: bool,
+    ) -> FetchLimits;
 
     /// Notes in `history` that a thread touched page number `page`, and says what to bring with it.
     fn around(&self, history: &mut Pattern, page: u64) -> FaultAround;
@@ -113,9 +119,15 @@ impl Policy for Adaptive {
     /// whatever its size. So a fault brings a block: on a slow link a small one, else the larger the more
     /// memory there is, which bounds the number of faults. On a connection of their own nothing but the page
     /// itself is in a fault's way.
-    fn reach(&self, path: FaultPath, page: PageSize, missing_bytes: u64, on_demand: bool) -> Reach {
+    fn fetch_limits(
+        &self,
+        path: FaultPath,
+        page: PageSize,
+        missing_bytes: u64,
+        on_demand: bool,
+    ) -> FetchLimits {
         match path {
-            FaultPath::BesidePush => Reach {
+            FaultPath::BesidePush => FetchLimits {
                 alone_bytes: match on_demand {
                     true => page.bytes(),
                     false => PUSHED_ALONE_BYTES.max(page.bytes()),
@@ -124,12 +136,12 @@ impl Policy for Adaptive {
             },
             FaultPath::SharedConnection { near, chunk_bytes } if !on_demand => {
                 let block = block_bytes(missing_bytes);
-                Reach {
+                FetchLimits {
                     alone_bytes: if near { block } else { block.min(chunk_bytes) },
                     sequential_bytes: chunk_bytes,
                 }
             }
-            FaultPath::OwnConnection | FaultPath::SharedConnection { .. } => Reach {
+            FaultPath::OwnConnection | FaultPath::SharedConnection { .. } => FetchLimits {
                 alone_bytes: page.bytes(),
                 sequential_bytes: SEQUENTIAL_BYTES_MAX,
             },
@@ -169,8 +181,8 @@ pub struct Recording;
 pub static RECORDING: Recording = Recording;
 
 impl Policy for Recording {
-    fn reach(&self, _: FaultPath, page: PageSize, _: u64, _: bool) -> Reach {
-        Reach {
+    fn fetch_limits(&self, _: FaultPath, page: PageSize, _: u64, _: bool) -> FetchLimits {
+        FetchLimits {
             alone_bytes: page.bytes(),
             sequential_bytes: page.bytes(),
         }
@@ -207,8 +219,8 @@ mod tests {
     struct InOrder;
 
     impl Policy for InOrder {
-        fn reach(&self, _: FaultPath, page: PageSize, _: u64, _: bool) -> Reach {
-            Reach {
+        fn fetch_limits(&self, _: FaultPath, page: PageSize, _: u64, _: bool) -> FetchLimits {
+            FetchLimits {
                 alone_bytes: page.bytes(),
                 sequential_bytes: page.bytes(),
             }
@@ -236,8 +248,8 @@ mod tests {
         let page = PageSize::new(4096).unwrap();
         let mut planner = Planner::with_policy(page, policy);
         let id = planner.add(Space::new(7, page, [PageRange::new(0, 1 << 24)], []));
-        let reach = policy.reach(FaultPath::OwnConnection, page, 1 << 24, false);
-        planner.handle_fault(id, Vaddr(9 << 20), reach, 0);
+        let limits = policy.fetch_limits(FaultPath::OwnConnection, page, 1 << 24, false);
+        planner.handle_fault(id, Vaddr(9 << 20), limits, 0);
         assert_eq!(planner.next_urgent().unwrap().image.bytes(), 4096);
         planner.next_stream(1 << 20, 0).unwrap().image
     }
@@ -276,10 +288,11 @@ mod tests {
     #[test]
     fn what_is_around_other_faults_comes_by_turns_with_it() {
         let (mut planner, id) = with_a_working_set();
-        let reach = RECORDING.reach(FaultPath::OwnConnection, PageSize::KIB_4, 1 << 18, false);
+        let limits =
+            RECORDING.fetch_limits(FaultPath::OwnConnection, PageSize::KIB_4, 1 << 18, false);
         // Of the working set, and not.
         for page in [40, 66] {
-            planner.handle_fault(id, Vaddr(page << 12), reach, 0);
+            planner.handle_fault(id, Vaddr(page << 12), limits, 0);
             assert_eq!(planner.next_urgent().unwrap().image.bytes(), 4096);
         }
         let order: Vec<_> = (0..4).map(|_| next(&mut planner)).collect();
@@ -305,13 +318,13 @@ mod tests {
         let pages = |first: u64| PageRange::new(first << 12, (first + 64) << 12);
         let mut planner = Planner::with_policy(page, &RECORDING);
         let id = planner.add(Space::new(7, page, [pages(0)], [pages(100)]));
-        let reach = RECORDING.reach(FaultPath::BesidePush, page, 1 << 30, false);
+        let limits = RECORDING.fetch_limits(FaultPath::BesidePush, page, 1 << 30, false);
         for at in [0, 1, 2, 3, 4, 10, 12, 14, 16] {
-            planner.handle_fault(id, Vaddr(at << 12), reach, 0);
+            planner.handle_fault(id, Vaddr(at << 12), limits, 0);
             assert_eq!(planner.next_urgent().unwrap().image.bytes(), 4096);
             assert_eq!(planner.next_urgent(), None);
             let FaultAnswer::Local(piece) =
-                planner.handle_fault(id, Vaddr((100 + at) << 12), reach, 0)
+                planner.handle_fault(id, Vaddr((100 + at) << 12), limits, 0)
             else {
                 panic!("it is here");
             };

@@ -175,12 +175,12 @@ impl Simulation {
             near: self.link.round_trip_us < NEAR_US,
             chunk_bytes: CHUNK_BYTES,
         };
-        let reach = self
+        let limits = self
             .policy
-            .reach(path, self.page, self.missing_bytes, false);
+            .fetch_limits(path, self.page, self.missing_bytes, false);
         let answer = self
             .planner
-            .handle_fault(id, touch.address, reach, self.now_us);
+            .handle_fault(id, touch.address, limits, self.now_us);
         if answer != FaultAnswer::Wait {
             return 0;
         }

@@ -11,7 +11,7 @@ mod simulation;
 use std::collections::VecDeque;
 
 use pageferry::lazy::planner::{PageOutcome, Planner, Request};
-use pageferry::lazy::space::{Class, Reach, Space};
+use pageferry::lazy::space::{Class, FetchLimits, Space};
 use pageferry::units::{PageRange, Vaddr};
 use proptest::prelude::*;
 
@@ -239,11 +239,11 @@ fn a_fault_among_fragments_brings_some_of_its_neighbours() {
     let (remote, local) = fragments();
     let mut planner = Planner::new(PAGE);
     let id = planner.add(Space::new(1, PAGE, remote, local));
-    let reach = Reach {
+    let limits = FetchLimits {
         alone_bytes: 256 << 10,
         sequential_bytes: 256 << 10,
     };
-    planner.handle_fault(id, Vaddr(2000 << 12), reach, 0);
+    planner.handle_fault(id, Vaddr(2000 << 12), limits, 0);
     let asked: Vec<Request> = std::iter::from_fn(|| planner.next_urgent()).collect();
     assert_eq!(
         asked[0].image,

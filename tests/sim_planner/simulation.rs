@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use pageferry::lazy::planner::{PageOutcome, Planner, Request, SpaceId};
-use pageferry::lazy::space::{Class, FaultAnswer, Reach, Space};
+use pageferry::lazy::space::{Class, FaultAnswer, FetchLimits, Space};
 use pageferry::units::{PageRange, PageSize, Vaddr};
 
 /// Pages of one process.
@@ -301,7 +301,7 @@ impl Simulation {
         let (id, memory) = &self.memories[index];
         let id = *id;
         // Every size in turn, from a single page on.
-        let reach = Reach {
+        let limits = FetchLimits {
             alone_bytes: 1 << (12 + self.now_us / 10 % 4),
             sequential_bytes: CHUNK,
         };
@@ -310,7 +310,7 @@ impl Simulation {
         };
         match self
             .planner
-            .handle_fault(id, Vaddr((page << 12) + 123), reach, self.now_us)
+            .handle_fault(id, Vaddr((page << 12) + 123), limits, self.now_us)
         {
             FaultAnswer::Zero => {
                 assert!(

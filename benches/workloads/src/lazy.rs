@@ -1,7 +1,7 @@
 //! Decisions of post-copy: the planner with a million extents, and the window.
 
 use pageferry::lazy::planner::{PageOutcome, Planner, Request, SpaceId};
-use pageferry::lazy::space::{Reach, Space};
+use pageferry::lazy::space::{FetchLimits, Space};
 use pageferry::lazy::window::Window;
 use pageferry::units::{PageRange, PageSize, Vaddr};
 
@@ -47,7 +47,7 @@ fn settle(planner: &mut Planner, request: Request) -> u64 {
 pub(crate) fn planner_faults() -> Run {
     let (mut planner, id) = planner();
     let mut rng = fastrand::Rng::with_seed(6);
-    let reach = Reach {
+    let limits = FetchLimits {
         alone_bytes: 64 << 10,
         sequential_bytes: 256 << 10,
     };
@@ -57,7 +57,7 @@ pub(crate) fn planner_faults() -> Run {
         for _ in 0..STEPS {
             now_us += 100;
             let at: Vaddr = extent(rng.u64(0..EXTENTS)).start();
-            planner.handle_fault(id, at, reach, now_us);
+            planner.handle_fault(id, at, limits, now_us);
             while let Some(request) = planner.next_urgent() {
                 planner.sent(&request);
                 bytes += settle(&mut planner, request);

@@ -108,12 +108,12 @@ impl Restore {
 
     fn answer(&mut self, id: SpaceId, addr: Vaddr) -> Result<()> {
         let now_us = self.clock.now_us();
-        let reach = self.reach(now_us);
+        let limits = self.fetch_limits(now_us);
         let page = self.images.page();
         let start = page.floor(addr.get());
         let at = PageRange::new(start, start + page.bytes());
         self.note_touch(id, addr, now_us);
-        match self.planner.handle_fault(id, addr, reach, now_us) {
+        match self.planner.handle_fault(id, addr, limits, now_us) {
             FaultAnswer::Wait => {
                 self.huge_pages.hold(true);
                 Ok(())

@@ -28,7 +28,7 @@ pub use self::account::{Counts, PageOutcome};
 pub use super::answer::SpaceId;
 use super::extents::Piece;
 use super::policy::{ADAPTIVE, Policy};
-use super::space::{Class, FaultAnswer, Reach, Served, Space, Wanted};
+use super::space::{Class, FaultAnswer, FetchLimits, Served, Space, Wanted};
 use crate::units::{PageRange, PageSize, Vaddr};
 
 /// Pages to ask the source for.
@@ -215,11 +215,11 @@ impl Planner {
         &mut self,
         id: SpaceId,
         addr: Vaddr,
-        reach: Reach,
+        limits: FetchLimits,
         now_us: u64,
     ) -> FaultAnswer {
         self.space_mut(id)
-            .map_or(FaultAnswer::Zero, |space| space.fault(addr, reach, now_us))
+            .map_or(FaultAnswer::Zero, |space| space.fault(addr, limits, now_us))
     }
 
     /// See [`Space::fetch_ahead`].
@@ -378,7 +378,7 @@ mod tests {
     use super::*;
 
     const PAGE: PageSize = PageSize::KIB_4;
-    const SINGLE: Reach = Reach {
+    const SINGLE: FetchLimits = FetchLimits {
         alone_bytes: 4096,
         sequential_bytes: 4096,
     };
@@ -445,12 +445,12 @@ mod tests {
     #[test]
     fn what_lies_far_in_front_of_an_awaited_page_is_asked_for_behind_it() {
         let (mut planner, ids) = planner(1);
-        let reach = Reach {
+        let limits = FetchLimits {
             alone_bytes: 256 << 10,
             sequential_bytes: 4096,
         };
         let asked_for = |planner: &mut Planner, offset: u64| {
-            planner.handle_fault(ids[0], Vaddr((1 << 32) + offset), reach, 0);
+            planner.handle_fault(ids[0], Vaddr((1 << 32) + offset), limits, 0);
             let requests = std::iter::from_fn(|| planner.next_urgent());
             let kib = |addr: Vaddr| (addr.get() - (1 << 32)) >> 10;
             requests

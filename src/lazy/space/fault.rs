@@ -1,6 +1,6 @@
 //! What a fault asks for: the page that a thread waits for, and what goes with it.
 
-use super::{Class, FaultAnswer, Reach, Space, Wanted};
+use super::{Class, FaultAnswer, FetchLimits, Space, Wanted};
 use crate::lazy::extents::Piece;
 use crate::lazy::pattern::FaultAround;
 use crate::units::{PageRange, Vaddr};
@@ -25,7 +25,7 @@ const SEQUENCE_PAGES: u64 = 16;
 
 impl Space {
     /// A thread touched `addr`.
-    pub fn fault(&mut self, addr: Vaddr, reach: Reach, now_us: u64) -> FaultAnswer {
+    pub fn fault(&mut self, addr: Vaddr, limits: FetchLimits, now_us: u64) -> FaultAnswer {
         let start = Vaddr(self.page.floor(addr.get()));
         let is_new = !self.waiting.contains_key(&start.get());
         self.waiting.entry(start.get()).or_insert(now_us);
@@ -41,7 +41,7 @@ impl Space {
                 return FaultAnswer::Wait;
             }
             let around = self.note_fault(start);
-            self.ask_around(start, piece, around, reach);
+            self.ask_around(start, piece, around, limits);
             let image = piece.image.get() + (start.get() - piece.at.start().get());
             // What is around a page of the working set comes with that, as far as it is needed.
             if !(self.has_first(false) && self.first.contains(Vaddr(image))) {
@@ -81,13 +81,13 @@ impl Space {
     }
 
     /// Moves the faulting page and what goes with it from `remote` to `urgent`.
-    fn ask_around(&mut self, start: Vaddr, piece: Piece, around: FaultAround, reach: Reach) {
+    fn ask_around(&mut self, start: Vaddr, piece: Piece, around: FaultAround, limits: FetchLimits) {
         let page = self.page.bytes();
         match around {
             FaultAround::Alone => {
-                let first = start.get() - start.get() % reach.alone_bytes.max(page);
+                let first = start.get() - start.get() % limits.alone_bytes.max(page);
                 let block =
-                    PageRange::new(first, first.saturating_add(reach.alone_bytes.max(page)));
+                    PageRange::new(first, first.saturating_add(limits.alone_bytes.max(page)));
                 if let Some(range) = piece.at.intersect(block) {
                     self.ask_awaited_first(range, start);
                 }
@@ -96,7 +96,7 @@ impl Space {
                 }
             }
             FaultAround::Up(pages) => {
-                let bytes = (pages * page).min(reach.sequential_bytes).max(page);
+                let bytes = (pages * page).min(limits.sequential_bytes).max(page);
                 let class = if pages < SEQUENCE_PAGES {
                     Class::Fault
                 } else {
@@ -105,8 +105,8 @@ impl Space {
                 let range = self.run_from(start, bytes, piece);
                 self.ask(range, class);
                 if self.is_fragment(piece, bytes) {
-                    let reach = bytes.saturating_mul(FRAGMENT_REACH);
-                    let end = start.get().saturating_add(reach);
+                    let span = bytes.saturating_mul(FRAGMENT_REACH);
+                    let end = start.get().saturating_add(span);
                     self.ask_runs(
                         PageRange::new(range.end().get(), end),
                         bytes - range.bytes(),
@@ -115,7 +115,7 @@ impl Space {
             }
             FaultAround::Down(pages) => {
                 self.ask(self.run_from(start, page, piece), Class::Fault);
-                let bytes = (pages * page).min(reach.sequential_bytes).max(page) - page;
+                let bytes = (pages * page).min(limits.sequential_bytes).max(page) - page;
                 let lowest = start.get().saturating_sub(bytes);
                 let below = PageRange::new(lowest.max(piece.at.start().get()), start.get());
                 self.ask(below, Class::Around);

@@ -20,7 +20,7 @@ mod stream;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-pub use super::answer::{Class, FaultAnswer, Reach, Served, Wanted};
+pub use super::answer::{Class, FaultAnswer, FetchLimits, Served, Wanted};
 use super::extents::{ExtentMap, ImageIndex, Index, Piece};
 use super::first_pages::FirstPages;
 use super::pattern::Pattern;

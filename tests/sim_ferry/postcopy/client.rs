@@ -16,7 +16,7 @@ use pageferry::ferry::postcopy_receiver::{
     Delivery, Event, Part as Piece, PostcopyReceiver, UnverifiedDelivery,
 };
 use pageferry::lazy::planner::{PageOutcome, Planner, Request, SpaceId};
-use pageferry::lazy::space::{Class, FaultAnswer, Reach, Space};
+use pageferry::lazy::space::{Class, FaultAnswer, FetchLimits, Space};
 use pageferry::lazy::window::RateLimit;
 use pageferry::units::PageRange;
 
@@ -30,7 +30,7 @@ const QUESTIONS_MAX: usize = 64;
 /// What the push has left out is asked for up to here, pages.
 const LEFT_OUT_MAX: u64 = 64;
 
-const REACH: Reach = Reach {
+const LIMITS: FetchLimits = FetchLimits {
     alone_bytes: 16 << 10,
     sequential_bytes: 256 << 10,
 };
@@ -404,7 +404,7 @@ impl Client {
             _ if missing.is_some() && self.waiting.len() < 8 => {
                 let now_us = u64::try_from(self.now.as_micros()).expect("a short run");
                 let addr = page_range(at).start();
-                let answer = self.planner.handle_fault(id, addr, REACH, now_us);
+                let answer = self.planner.handle_fault(id, addr, LIMITS, now_us);
                 assert_eq!(answer, FaultAnswer::Wait, "page {at} is a hole");
                 self.waiting.insert((id, at));
             }

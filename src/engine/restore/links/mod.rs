@@ -39,7 +39,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::dir::ImageDir;
 use crate::lazy::planner::{PageOutcome, Request};
 use crate::lazy::policy::FaultPath;
-use crate::lazy::space::{Class, Reach};
+use crate::lazy::space::{Class, FetchLimits};
 use crate::lazy::window::CHUNK_BYTES_MIN;
 use crate::units::PageSize;
 use fallback::Fallback;
@@ -280,8 +280,8 @@ impl Restore {
         self.links.pair = Some(pair);
     }
 
-    /// How much a fault may bring now.
-    pub(super) fn reach(&self, now_us: u64) -> Reach {
+    /// How many bytes are fetched for one fault now.
+    pub(super) fn fetch_limits(&self, now_us: u64) -> FetchLimits {
         let page = self.images.page();
         let path = match &self.links.pair {
             _ if self.links.ferry.is_some() => FaultPath::BesidePush,
@@ -296,7 +296,7 @@ impl Restore {
         };
         let missing_bytes = self.planner.total_pages() << page.shift();
         let policy = self.planner.policy();
-        policy.reach(path, page, missing_bytes, self.config.on_demand)
+        policy.fetch_limits(path, page, missing_bytes, self.config.on_demand)
     }
 
     /// Sends for what faults need, as long as the link takes it.
