@@ -44,24 +44,24 @@ pub(in crate::engine) const WINDOW: Window = Window {
 /// How long the far end may take to hear that the session is over.
 pub(in crate::engine) const GOODBYE: Duration = Duration::from_secs(5);
 
-/// What a sender learns in a session and takes along into the next one.
+/// What a sender knows from earlier sessions: the pages at the receiver, the cost of compression.
 #[derive(Debug)]
-pub(in crate::engine) struct Learned {
+pub(in crate::engine) struct SenderHistory {
     /// What the receiver has.
     memory: PageMemory,
     /// What compressing and carrying costs.
     level_control: LevelControl,
 }
 
-impl Learned {
+impl SenderHistory {
     /// What the receiver has.
     pub(in crate::engine) fn memory(&self) -> &PageMemory {
         &self.memory
     }
 
     /// Nothing so far, but for what `memory` says.
-    pub(in crate::engine) fn new(memory: PageMemory) -> Learned {
-        Learned {
+    pub(in crate::engine) fn new(memory: PageMemory) -> SenderHistory {
+        SenderHistory {
             memory,
             level_control: LevelControl::new(1),
         }

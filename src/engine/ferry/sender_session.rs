@@ -15,7 +15,7 @@ use crate::engine::ferry::buffer_pool::BufferPool;
 use crate::engine::ferry::change_notifier::ChangeNotifier;
 use crate::engine::ferry::connection_loop::{DialingHandler, Lost};
 use crate::engine::ferry::wakers::Wakers;
-use crate::engine::ferry::{Learned, lock};
+use crate::engine::ferry::{SenderHistory, lock};
 use crate::error::{self, Error, Result};
 use crate::ferry::delta::PageMemory;
 use crate::ferry::encode::EncodeCounters;
@@ -84,11 +84,11 @@ pub(crate) struct SenderSession {
 }
 
 impl SenderSession {
-    /// A session that goes on from what was `learned` and counts in `traffic`.
+    /// A session that goes on from `history` and counts in `traffic`.
     pub(in crate::engine) fn new(
         page: PageSize,
         session: SessionId,
-        learned: Learned,
+        history: SenderHistory,
         traffic: Arc<Traffic>,
     ) -> SenderSession {
         SenderSession {
@@ -108,8 +108,8 @@ impl SenderSession {
             }),
             changed: Condvar::new(),
             notifier: ChangeNotifier::default(),
-            memory: Mutex::new(learned.memory),
-            level_control: Mutex::new(learned.level_control),
+            memory: Mutex::new(history.memory),
+            level_control: Mutex::new(history.level_control),
             traffic,
             pool: BufferPool::default(),
         }
@@ -144,9 +144,9 @@ impl SenderSession {
     }
 
     /// Takes out what the next session goes on from.
-    pub(in crate::engine) fn into_learned(self) -> Learned {
+    pub(in crate::engine) fn into_history(self) -> SenderHistory {
         let (memory, level_control) = (self.memory.into_inner(), self.level_control.into_inner());
-        Learned {
+        SenderHistory {
             memory: memory.unwrap_or_else(PoisonError::into_inner),
             level_control: level_control.unwrap_or_else(PoisonError::into_inner),
         }
@@ -425,8 +425,8 @@ mod tests {
     #[test]
     fn a_connection_that_was_replaced_takes_nothing_and_tells_nothing() {
         let page = PageSize::KIB_4;
-        let learned = Learned::new(PageMemory::new(page, 0));
-        let session = SenderSession::new(page, SessionId([1; 16]), learned, Arc::default());
+        let history = SenderHistory::new(PageMemory::new(page, 0));
+        let session = SenderSession::new(page, SessionId([1; 16]), history, Arc::default());
         let peer = Hello {
             version: VERSION,
             role: Role::Receiver,
@@ -472,14 +472,14 @@ mod tests {
     fn what_was_measured_of_the_link_goes_into_the_next_session() {
         let page = PageSize::KIB_4;
         let session =
-            |learned| SenderSession::new(page, SessionId([1; 16]), learned, Arc::default());
-        let fresh = || Learned::new(PageMemory::new(page, 0));
+            |history| SenderSession::new(page, SessionId([1; 16]), history, Arc::default());
+        let fresh = || SenderHistory::new(PageMemory::new(page, 0));
         let first = session(fresh());
         // 12 MB/s.
         for _ in 0..100 {
             first.observe_link(1 << 20, Duration::from_millis(84));
         }
-        let second = session(first.into_learned());
+        let second = session(first.into_history());
         assert!(matches!(second.level_control().level(), Level::Zstd(6..)));
         assert!(!matches!(
             session(fresh()).level_control().level(),

@@ -26,7 +26,7 @@ use crate::criu::header::{PageFlags, Target, Wire};
 use crate::criu::receive::{CLOSE_STORED, ReceiveSession, Step, has_parent_answer, parent_answer};
 use crate::engine::ferry::packer::{Job, Packer};
 use crate::engine::ferry::sender_session::SenderSession;
-use crate::engine::ferry::{Learned, lock};
+use crate::engine::ferry::{SenderHistory, lock};
 use crate::engine::io::transport::Peer;
 use crate::engine::listening::stop::Stop;
 use crate::engine::pending::PendingTrees;
@@ -89,8 +89,8 @@ pub struct ForwardContext {
     pub idle_timeout: Option<Duration>,
     /// Whether further sessions follow, so that it pays to remember this one's pages.
     pub remembers: bool,
-    /// What the session before has learned.
-    learned: Mutex<Option<Learned>>,
+    /// The history of the session before.
+    history: Mutex<Option<SenderHistory>>,
     /// Where the hashes of what the receiver has are written after each session.
     hashes: Option<Mutex<File>>,
 }
@@ -109,7 +109,7 @@ impl ForwardContext {
             page,
             idle_timeout: None,
             remembers,
-            learned: Mutex::new(None),
+            history: Mutex::new(None),
             hashes: None,
         }
     }
@@ -123,7 +123,7 @@ impl ForwardContext {
         }
     }
 
-    fn save_hashes(&self, learned: &Learned) -> Result<()> {
+    fn save_hashes(&self, history: &SenderHistory) -> Result<()> {
         let Some(file) = &self.hashes else {
             return Ok(());
         };
@@ -132,7 +132,7 @@ impl ForwardContext {
         let written = file
             .set_len(0)
             .and_then(|()| out.rewind())
-            .and_then(|()| KnownHashes::write(learned.memory(), |bytes| out.write_all(bytes)))
+            .and_then(|()| KnownHashes::write(history.memory(), |bytes| out.write_all(bytes)))
             .and_then(|()| out.flush());
         written.map_err(|error| Error::wrap(Kind::Io, "cannot write hashes (--save-hashes)", error))
     }
@@ -152,14 +152,14 @@ impl ForwardContext {
 pub fn forward_client(mut stream: Stream, context: &ForwardContext) -> (Forwarded, Result<()>) {
     let (start, cpu_before) = (Instant::now(), cpu_time());
     let running = context.sender.traffic.begin_session();
-    let learned = lock(&context.learned).take();
-    let learned = learned.unwrap_or_else(|| {
+    let history = lock(&context.history).take();
+    let history = history.unwrap_or_else(|| {
         let budget_bytes = context.sender.delta_cache_bytes;
         let memory = PageMemory::new(context.page, budget_bytes);
-        Learned::new(memory.with_slabs(|bytes| Box::new(Slab::new(bytes))))
+        SenderHistory::new(memory.with_slabs(|bytes| Box::new(Slab::new(bytes))))
     });
     let mut wire = None;
-    let pushed = push(&context.sender, context.page, learned, |scope, sending| {
+    let pushed = push(&context.sender, context.page, history, |scope, sending| {
         let mut forward = Forward::begin(context, scope, sending)?;
         let closed = forward.run(&mut stream);
         wire = forward.session.wire();
@@ -168,14 +168,14 @@ pub fn forward_client(mut stream: Stream, context: &ForwardContext) -> (Forwarde
         closed.map(|hangs_up| (hangs_up, rest, start.elapsed()))
     });
     let (outcome, sent) = match pushed {
-        Ok((outcome, sent, learned)) => {
+        Ok((outcome, sent, history)) => {
             // The dump has arrived all the same.
             if outcome.is_ok()
-                && let Err(error) = context.save_hashes(&learned)
+                && let Err(error) = context.save_hashes(&history)
             {
                 tracing::warn!("{error}: a post-copy will ask the far end for them");
             }
-            *lock(&context.learned) = Some(learned);
+            *lock(&context.history) = Some(history);
             (outcome, sent)
         }
         Err(error) => (Err(error), Sent::default()),

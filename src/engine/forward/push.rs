@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::SenderConfig;
 use super::session_dialer::SessionDialer;
 use crate::engine::ferry::sender_session::SenderSession;
-use crate::engine::ferry::{GOODBYE, Learned, WINDOW, random_bits};
+use crate::engine::ferry::{GOODBYE, SenderHistory, WINDOW, random_bits};
 use crate::error::Result;
 use crate::ferry::hash::HashKey;
 use crate::ferry::hello::{Features, Hello, Role, SessionId, VERSION};
@@ -19,15 +19,15 @@ use crate::units::PageSize;
 const PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(2)];
 
 /// Runs `body` with a session to the receiver, which `body` ends with [`SenderSession::finish`] or by
-/// failing. Returns its result, what was sent, and what was learned for the next session.
+/// failing. Returns its result, what was sent, and its history, for the next session.
 pub(in crate::engine) fn push<T>(
     config: &SenderConfig,
     page: PageSize,
-    learned: Learned,
+    history: SenderHistory,
     body: impl for<'s, 'env> FnOnce(&'s Scope<'s, 'env>, &'s SenderSession) -> Result<T>,
-) -> Result<(Result<T>, Sent, Learned)> {
+) -> Result<(Result<T>, Sent, SenderHistory)> {
     let session = SessionId(random_bits()?);
-    let sending = SenderSession::new(page, session, learned, Arc::clone(&config.traffic));
+    let sending = SenderSession::new(page, session, history, Arc::clone(&config.traffic));
     let hello = Hello {
         version: VERSION,
         role: Role::Sender,
@@ -58,7 +58,7 @@ pub(in crate::engine) fn push<T>(
     });
     let sent = sending.sent();
     drop(dialer);
-    Ok((result, sent, sending.into_learned()))
+    Ok((result, sent, sending.into_history()))
 }
 
 /// The retry of an end that gives up after `give_up_after` without progress.

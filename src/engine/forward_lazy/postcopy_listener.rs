@@ -24,7 +24,7 @@ use crate::engine::ferry::listener_sessions::{
 };
 use crate::engine::ferry::packer::{Job, Packer};
 use crate::engine::ferry::sender_session::SenderSession;
-use crate::engine::ferry::{GOODBYE, Learned, WINDOW, lock};
+use crate::engine::ferry::{GOODBYE, SenderHistory, WINDOW, lock};
 use crate::engine::forward_lazy::dump_memory::DumpMemory;
 use crate::engine::listening::stop::{Stop, Watched};
 use crate::error::{Error, Kind, Result};
@@ -283,11 +283,11 @@ impl PostcopySession {
                 memory
             }
         };
-        let learned = Learned::new(memory);
+        let history = SenderHistory::new(memory);
         let traffic = Arc::clone(&listener.traffic);
         PostcopySession {
             dump_memory: Arc::clone(&listener.dump_memory),
-            sending: SenderSession::new(page, peer.session, learned, Arc::clone(&traffic)),
+            sending: SenderSession::new(page, peer.session, history, Arc::clone(&traffic)),
             traffic,
             push_planner: Mutex::new(PushPlanner::new(listener.dump_memory.page(), pages)),
         }
