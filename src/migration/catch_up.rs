@@ -2,7 +2,7 @@
 
 use super::convergence::to_f64;
 
-/// Between two looks that are compared: a shorter time says more of buffers than of rates, ms.
+/// Between two samples that are compared: a shorter time says more of buffers than of rates, ms.
 const WINDOW_MS: u64 = 1000;
 
 /// So little of the log is close behind its end whatever the rate is, bytes.
@@ -10,7 +10,7 @@ const CLOSE_BYTES: u64 = 16 << 10;
 
 /// A log and its replay at a time.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-struct Look {
+struct Sample {
     at_ms: u64,
     /// Bytes that are not replayed.
     left: u64,
@@ -43,9 +43,9 @@ pub struct CatchUp {
     limit: u64,
     /// How long the replay of what is left may take, ms.
     close_ms: u64,
-    /// The last look that another one was compared with.
-    before: Option<Look>,
-    /// Bytes that are replayed each second, by the last two looks; 0 if it is not known.
+    /// The last sample that another one was compared with.
+    before: Option<Sample>,
+    /// Bytes that are replayed each second, by the last two samples; 0 if it is not known.
     rate: f64,
     most: u64,
 }
@@ -69,10 +69,10 @@ impl CatchUp {
     }
 
     /// Looks: so many bytes of the log were written by now, and so many of them replayed.
-    pub fn look(&mut self, at_ms: u64, written: u64, replayed: u64) -> Progress {
+    pub fn sample(&mut self, at_ms: u64, written: u64, replayed: u64) -> Progress {
         let left = written.saturating_sub(replayed);
         self.most = self.most.max(left);
-        let now = Look {
+        let now = Sample {
             at_ms,
             left,
             replayed,
@@ -109,28 +109,28 @@ mod tests {
     fn a_replay_is_close_when_the_rest_takes_no_longer_than_it_may() {
         let mut replay = CatchUp::new(64 * MIB, 50);
         assert_eq!(
-            replay.look(0, 100 * MIB, 0),
+            replay.sample(0, 100 * MIB, 0),
             Progress::Under { left: 100 * MIB }
         );
         // 20 MiB a second: 1 MiB takes 50 ms.
-        let next = replay.look(1000, 102 * MIB, 20 * MIB);
+        let next = replay.sample(1000, 102 * MIB, 20 * MIB);
         assert_eq!(next, Progress::Under { left: 82 * MIB });
-        let next = replay.look(5500, 111 * MIB, 110 * MIB);
+        let next = replay.sample(5500, 111 * MIB, 110 * MIB);
         assert_eq!(next, Progress::Close);
         assert_eq!(replay.most(), 100 * MIB);
     }
 
     #[test]
     fn what_has_nothing_to_do_is_close() {
-        assert_eq!(CatchUp::new(0, 0).look(0, 0, 0), Progress::Close);
-        assert_eq!(CatchUp::new(0, 0).look(9, 900, 0), Progress::Close);
+        assert_eq!(CatchUp::new(0, 0).sample(0, 0, 0), Progress::Close);
+        assert_eq!(CatchUp::new(0, 0).sample(9, 900, 0), Progress::Close);
     }
 
     #[test]
     fn a_large_log_is_not_behind_as_long_as_it_becomes_less() {
         let mut replay = CatchUp::new(MIB, 50);
         for second in 1..9 {
-            let next = replay.look(second * 1000, 100 * MIB + second * MIB, 10 * second * MIB);
+            let next = replay.sample(second * 1000, 100 * MIB + second * MIB, 10 * second * MIB);
             assert!(matches!(next, Progress::Under { .. }), "{next:?}");
         }
     }
@@ -140,7 +140,7 @@ mod tests {
         let mut replay = CatchUp::new(10 * MIB, 50);
         let mut told = None;
         for tenth in 1..200 {
-            let next = replay.look(tenth * 100, 300 * 1024 * tenth, 100 * 1024 * tenth);
+            let next = replay.sample(tenth * 100, 300 * 1024 * tenth, 100 * 1024 * tenth);
             if let Progress::Behind { left, more_per_s } = next {
                 told.get_or_insert((tenth, left, more_per_s));
             }

@@ -1,7 +1,7 @@
 //! Files that processes have mapped for writing.
 //!
 //! A write to a mapped page changes a file's times only if the page was clean, and on tmpfs never. So what is mapped
-//! is read at each look.
+//! is read at each scan.
 
 use std::collections::HashSet;
 use std::ffi::OsString;

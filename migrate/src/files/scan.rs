@@ -1,12 +1,12 @@
-//! Looks at a tree on disk: which files have changed since the last look, and what they hold.
+//! Looks at a tree on disk: which files have changed since the last scan, and what they hold.
 //!
 //! | a file | what is done |
 //! |---|---|
 //! | size, times and inode as before | nothing |
 //! | anything else | its attributes are read, and the hashes of its blocks |
-//! | changed within the last moments before a look, or while it was read | read again the next time |
+//! | changed within the last moments before a scan, or while it was read | read again the next time |
 //! | mapped for writing by a process | the same: a write to a mapped page that is dirty already changes no time |
-//! | gone, or shorter, while it is read | taken as it is then; the next look finds the rest |
+//! | gone, or shorter, while it is read | taken as it is then; the next scan finds the rest |
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
@@ -33,7 +33,7 @@ use super::tree_dir::{TreeDir, open_beneath, path_at, xattrs};
 /// Read at once, bytes.
 const READ_BYTES: usize = 256 << 10;
 
-/// The clock of file times goes in steps of up to 10 ms (CONFIG_HZ=100): a write soon after a look may leave the times
+/// The clock of file times goes in steps of up to 10 ms (CONFIG_HZ=100): a write soon after a scan may leave the times
 /// as they were.
 const FINE_STEP: Duration = Duration::from_millis(50);
 
@@ -76,22 +76,22 @@ impl Stamp {
     }
 }
 
-/// A file as it was at the last look.
+/// A file as it was at the last scan.
 #[derive(Debug)]
 struct Seen {
     id: Id,
     /// `None`: it is to be read again, whatever its times say.
     stamp: Option<Stamp>,
     node: Node,
-    /// Number of the last look at which it was there.
-    look: u64,
-    /// Number of the look at which it was read.
+    /// Number of the last scan at which it was there.
+    scan: u64,
+    /// Number of the scan at which it was read.
     read: u64,
 }
 
-/// What one look has found.
+/// What one scan has found.
 #[derive(Debug, Default)]
-pub(super) struct Look {
+pub(super) struct ScanResult {
     pub(super) index: Index,
     /// Bytes of contents that were read.
     pub(super) read_bytes: u64,
@@ -108,7 +108,7 @@ pub(super) struct Scanner {
     hasher: BlockHasher,
     seen: HashMap<(u64, u64), Seen>,
     next: Id,
-    look: u64,
+    scan_number: u64,
     now: SystemTime,
     buffer: Vec<u8>,
 }
@@ -120,7 +120,7 @@ impl Scanner {
             hasher,
             seen: HashMap::new(),
             next: 0,
-            look: 0,
+            scan_number: 0,
             now: UNIX_EPOCH,
             buffer: vec![0; READ_BYTES],
         }
@@ -135,10 +135,10 @@ impl Scanner {
     }
 
     /// Looks at all of the tree. Files whose names are `mapped` may change without a sign.
-    pub(super) fn look(&mut self, mapped: &HashSet<OsString>) -> Result<Look> {
-        self.look += 1;
+    pub(super) fn scan(&mut self, mapped: &HashSet<OsString>) -> Result<ScanResult> {
+        self.scan_number += 1;
         self.now = SystemTime::now();
-        let mut look = Look::default();
+        let mut result = ScanResult::default();
         let root = || -> io::Result<_> {
             let dir = self.root.dir(b"")?;
             let meta = fs::metadata(path_at(&dir, b""))?;
@@ -151,11 +151,11 @@ impl Scanner {
             kind: Kind::Directory,
             attributes: Some(attributes),
         };
-        look.index.add_as(id, Vec::new(), node);
-        self.directory(&dir, b"", 0, mapped, &mut look)?;
-        let now = self.look;
-        self.seen.retain(|_, seen| seen.look == now);
-        Ok(look)
+        result.index.add_as(id, Vec::new(), node);
+        self.directory(&dir, b"", 0, mapped, &mut result)?;
+        let now = self.scan_number;
+        self.seen.retain(|_, seen| seen.scan == now);
+        Ok(result)
     }
 
     fn failed(&self, path: &[u8], error: io::Error) -> Error {
@@ -173,7 +173,7 @@ impl Scanner {
         path: &[u8],
         depth: usize,
         mapped: &HashSet<OsString>,
-        look: &mut Look,
+        result: &mut ScanResult,
     ) -> Result<()> {
         if depth > EXPORT_DEPTH_MAX {
             let text = format!(
@@ -193,12 +193,12 @@ impl Scanner {
         };
         for name in names {
             let below = joined(path, name.as_bytes());
-            let found = self.name(dir, &name, &below, mapped, look);
+            let found = self.name(dir, &name, &below, mapped, result);
             let found = found.map_err(|error| self.failed(&below, error))?;
             if let Some(child) = found {
-                self.directory(&child, &below, depth + 1, mapped, look)?;
+                self.directory(&child, &below, depth + 1, mapped, result)?;
             }
-            look.index.expect_size().map_err(|error| {
+            result.index.expect_size().map_err(|error| {
                 let text = format!("{} cannot travel", self.root.shown(b"").display());
                 Error::wrap(ErrorKind::Unsupported, text, error)
             })?;
@@ -213,7 +213,7 @@ impl Scanner {
         name: &OsStr,
         path: &[u8],
         mapped: &HashSet<OsString>,
-        look: &mut Look,
+        result: &mut ScanResult,
     ) -> io::Result<Option<OwnedFd>> {
         let at = path_at(dir, name.as_bytes());
         let meta = match fs::symlink_metadata(&at) {
@@ -222,18 +222,20 @@ impl Scanner {
         };
         let key = (meta.dev(), meta.ino());
         let stamp = Stamp::of(&meta);
-        let number = self.look;
+        let number = self.scan_number;
         let is_mapped = meta.is_file() && mapped.contains(name);
         if let Some(seen) = self.seen.get_mut(&key).filter(|_| !meta.is_dir()) {
             // Another name of a file that was looked at just now, or one that has not changed.
-            let is_known = seen.look == number || seen.stamp == Some(stamp);
+            let is_known = seen.scan == number || seen.stamp == Some(stamp);
             if is_known && (!is_mapped || seen.read == number) {
-                seen.look = number;
-                look.index.add_as(seen.id, path.to_vec(), seen.node.clone());
+                seen.scan = number;
+                result
+                    .index
+                    .add_as(seen.id, path.to_vec(), seen.node.clone());
                 return Ok(None);
             }
         }
-        let (node, settled, child) = match self.examine(dir, name, path, &meta, look) {
+        let (node, settled, child) = match self.examine(dir, name, path, &meta, result) {
             Err(error) if is_gone(&error) => return Ok(None),
             examined => examined?,
         };
@@ -241,13 +243,13 @@ impl Scanner {
             Some(seen) => seen.id,
             None => self.next_id(),
         };
-        look.index.add_as(id, path.to_vec(), node.clone());
+        result.index.add_as(id, path.to_vec(), node.clone());
         let is_sure = settled && stamp.is_old(self.now) && !is_mapped;
         let seen = Seen {
             id,
             stamp: is_sure.then_some(stamp),
             node,
-            look: number,
+            scan: number,
             read: number,
         };
         self.seen.insert(key, seen);
@@ -261,7 +263,7 @@ impl Scanner {
         name: &OsStr,
         path: &[u8],
         meta: &Metadata,
-        look: &mut Look,
+        result: &mut ScanResult,
     ) -> io::Result<(Node, bool, Option<OwnedFd>)> {
         let name = name.as_bytes();
         let mut node = Node {
@@ -274,7 +276,7 @@ impl Scanner {
         node.kind = match kind {
             _ if kind.is_dir() => {
                 match open_beneath(dir, name, OFlag::O_PATH | OFlag::O_DIRECTORY) {
-                    Err(Errno::EXDEV) => look.mounts.push(shown(path)),
+                    Err(Errno::EXDEV) => result.mounts.push(shown(path)),
                     opened => child = Some(opened?),
                 }
                 Kind::Directory
@@ -290,15 +292,15 @@ impl Scanner {
             _ if kind.is_block_device() => Kind::BlockDevice(meta.rdev()),
             _ => match open_beneath(dir, name, OFlag::O_RDONLY | OFlag::O_NONBLOCK) {
                 Err(Errno::EXDEV) => {
-                    look.mounts.push(shown(path));
+                    result.mounts.push(shown(path));
                     Kind::empty_file()
                 }
                 opened => {
                     let file = File::from(opened?);
                     let before = file.metadata()?;
-                    let read = self.contents(&file, before.len(), look)?;
+                    let read = self.contents(&file, before.len(), result)?;
                     settled = [&before, &file.metadata()?].map(Stamp::of) == [Stamp::of(meta); 2];
-                    look.read_files += 1;
+                    result.read_files += 1;
                     read
                 }
             },
@@ -307,7 +309,7 @@ impl Scanner {
     }
 
     /// Hashes the blocks of a file of `size` bytes; holes are not read.
-    fn contents(&mut self, file: &File, size: u64, look: &mut Look) -> io::Result<Kind> {
+    fn contents(&mut self, file: &File, size: u64, result: &mut ScanResult) -> io::Result<Kind> {
         let mut size = size;
         if blocks_of(size) as u64 > FILE_BLOCKS_MAX {
             return Err(io::ErrorKind::FileTooLarge.into());
@@ -331,7 +333,7 @@ impl Scanner {
                 }
             }
             at += got as u64;
-            look.read_bytes += got as u64;
+            result.read_bytes += got as u64;
             if got < wanted {
                 // It has become shorter.
                 size = at;

@@ -1,4 +1,4 @@
-//! The source's side of one tree: looks at it again and again, and sends what the destination lacks.
+//! The source's side of one tree: scans at it again and again, and sends what the destination lacks.
 
 use std::collections::HashSet;
 use std::io;
@@ -78,7 +78,7 @@ pub(super) struct Known {
     pub(super) scanner: Option<Scanner>,
     /// What the destination has; `None` if it must be asked.
     pub(super) have: Option<Index>,
-    /// What the source had at the last look.
+    /// What the source had at the last scan.
     before: Option<Index>,
 }
 
@@ -86,7 +86,7 @@ pub(super) struct Known {
 pub(super) struct Sent {
     round: FileRound,
     mounts: Vec<String>,
-    /// Whether the destination has what the look found.
+    /// Whether the destination has what the scan found.
     is_same: bool,
 }
 
@@ -240,7 +240,7 @@ impl Known {
             let text = "what the destination has of the files is not known";
             return Err(Error::new(Kind::Io, text));
         };
-        let (want, mounts) = look(scanner, pids)?;
+        let (want, mounts) = scan(scanner, pids)?;
         let steps = plan(have, &want, self.before.as_ref());
         let steps = steps.map_err(|error| {
             Error::wrap(Kind::Protocol, "the destination's index of files", error)
@@ -282,19 +282,19 @@ impl Known {
 }
 
 /// Looks at the tree, and finds the names where something else is mounted.
-fn look(scanner: &mut Scanner, pids: &[i32]) -> Result<(Index, Vec<String>)> {
+fn scan(scanner: &mut Scanner, pids: &[i32]) -> Result<(Index, Vec<String>)> {
     let mut mapped = mapped::names(pids);
-    let mut look = scanner.look(&mapped)?;
+    let mut result = scanner.scan(&mapped)?;
     let after = mapped::names(pids);
     if !after.is_subset(&mapped) {
         // What was mapped meanwhile may have been read before it was written.
         mapped.extend(after);
-        look = scanner.look(&mapped)?;
+        result = scanner.scan(&mapped)?;
     }
-    Ok((look.index, look.mounts))
+    Ok((result.index, result.mounts))
 }
 
-/// Reads blocks of a file. What is not there any more is zeros: the next look finds what has become of it.
+/// Reads blocks of a file. What is not there any more is zeros: the next scan finds what has become of it.
 fn read(
     scanner: &Scanner,
     have: &Index,

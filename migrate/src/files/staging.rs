@@ -31,8 +31,8 @@ use super::overlay::{self, Lowers, remove};
 use super::scan::Scanner;
 use super::tree_dir::{TreeDir, open_beneath};
 use super::writer::Writer;
-use crate::look::disk_bytes;
 use crate::records;
+use crate::tree_summary::disk_bytes;
 
 /// What is behind a target's name for the directory beside it.
 const SUFFIX: &str = ".pageferry";
@@ -251,12 +251,12 @@ impl StagingDir {
             |path: &Path| TreeDir::open(path).map_err(|error| Error::file("open", path, error));
         let mut scanner = Scanner::new(open(&tree)?, hasher.clone());
         let nothing: HashSet<OsString> = HashSet::new();
-        let look = scanner.look(&nothing)?;
+        let result = scanner.scan(&nothing)?;
         Ok(Writer::new(
             open(&tree)?,
             open(&parked)?,
             hasher.clone(),
-            look.index,
+            result.index,
         ))
     }
 

@@ -14,7 +14,7 @@ use super::{PageSink, read};
 
 /// What two looks at a tree show.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub(crate) struct Dirtied {
+pub(crate) struct DirtyRate {
     /// Pages of the second look.
     pub(crate) pages: u64,
     /// Of those, the ones that were not there before or had other contents.
@@ -23,7 +23,7 @@ pub(crate) struct Dirtied {
     pub(crate) between: Duration,
 }
 
-impl Dirtied {
+impl DirtyRate {
     /// Pages that change in a second, as far as two looks tell: one that is written over and over counts
     /// once.
     pub(crate) fn pages_per_s(&self) -> f64 {
@@ -34,8 +34,8 @@ impl Dirtied {
 }
 
 /// Reads all memory of `tree` twice, with `pause` between.
-pub(crate) fn watch_changes(tree: &Tree, page: PageSize, pause: Duration) -> Result<Dirtied> {
-    let mut look = Look {
+pub(crate) fn watch_changes(tree: &Tree, page: PageSize, pause: Duration) -> Result<DirtyRate> {
+    let mut counter = ChangeCounter {
         hasher: PageHasher::new(HashKey::default(), page),
         page,
         target: Target::Process(0),
@@ -44,19 +44,19 @@ pub(crate) fn watch_changes(tree: &Tree, page: PageSize, pause: Duration) -> Res
         changed: 0,
     };
     let start = Instant::now();
-    read(tree, page, &mut look, None)?;
+    read(tree, page, &mut counter, None)?;
     thread::sleep(pause);
-    (look.pages, look.changed) = (0, 0);
+    (counter.pages, counter.changed) = (0, 0);
     let between = start.elapsed();
-    read(tree, page, &mut look, None)?;
-    Ok(Dirtied {
-        pages: look.pages,
-        changed: look.changed,
+    read(tree, page, &mut counter, None)?;
+    Ok(DirtyRate {
+        pages: counter.pages,
+        changed: counter.changed,
         between,
     })
 }
 
-struct Look {
+struct ChangeCounter {
     hasher: PageHasher,
     page: PageSize,
     target: Target,
@@ -65,7 +65,7 @@ struct Look {
     changed: u64,
 }
 
-impl PageSink for Look {
+impl PageSink for ChangeCounter {
     fn open(&mut self, target: Target) -> Result<()> {
         self.target = target;
         Ok(())

@@ -16,8 +16,8 @@ use super::container::Found;
 use crate::client::AgentClient;
 use crate::export::root_layers;
 use crate::files::{LayerName, SentTree, name_layer};
-use crate::look::look_now;
 use crate::records;
+use crate::tree_summary::summarize;
 
 /// Digests that are known, in the state directory.
 const KNOWN: &str = "layers.json";
@@ -93,7 +93,7 @@ pub(super) async fn find(root: &Path, state_dir: &Path) -> Result<Option<Layered
     let named = tokio::task::spawn_blocking(move || name_all(lowers, &path)).await;
     let named = named.map_err(|error| {
         let error = std::io::Error::other(error);
-        Error::wrap(Kind::Io, "the look at layers was ended", error)
+        Error::wrap(Kind::Io, "reading the layers was ended", error)
     })?;
     Ok(Some(Layered {
         upper: found.upper,
@@ -132,8 +132,8 @@ fn name_all(dirs: Vec<PathBuf>, path: &Path) -> Result<Vec<Layer>> {
     let mut known: Vec<Known> = records::read(path).ok().flatten().unwrap_or_default();
     let (mut layers, mut is_new) = (Vec::<Layer>::new(), false);
     for dir in dirs {
-        let look = look_now(&dir)?;
-        let sum = Digest::of(&look.sum);
+        let summary = summarize(&dir)?;
+        let sum = Digest::of(&summary.sum);
         let name = match known.iter().find(|known| known.look == sum) {
             Some(known) => LayerName {
                 digest: known.digest.clone(),
@@ -142,7 +142,7 @@ fn name_all(dirs: Vec<PathBuf>, path: &Path) -> Result<Vec<Layer>> {
             None => {
                 tracing::info!("the layer {} is read", dir.display());
                 let name = name_layer(&dir)?;
-                if is_settled(look.changed_s) {
+                if is_settled(summary.changed_s) {
                     is_new = true;
                     known.push(Known {
                         look: sum,
@@ -272,7 +272,7 @@ mod tests {
         // They are too new to be relied on.
         assert!(!path.exists() && is_settled(0));
         let known = Known {
-            look: Digest::of(&look_now(&dirs[0]).unwrap().sum),
+            look: Digest::of(&summarize(&dirs[0]).unwrap().sum),
             digest: Digest::of(&[9; 32]),
             bytes: 7,
         };

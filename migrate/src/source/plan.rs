@@ -108,14 +108,14 @@ pub(crate) fn run(args: &Args) -> ExitCode {
         let survey =
             Survey::take(&args.subject, &[], (&args.target, &FilesArgs::to_look())).await?;
         let before = args.log.as_deref().map(size).transpose()?;
-        let dirtied = rounds::watch_changes(&survey.tree, survey.page, args.watch)?;
+        let dirty_rate = rounds::watch_changes(&survey.tree, survey.page, args.watch)?;
         let log = match &args.log {
             Some(log) => Some(look(log, before.unwrap_or_default(), args.watch)?),
             None => None,
         };
         let mut modes: Vec<Prediction> = MODES
             .iter()
-            .map(|&mode| predict(mode, &survey.costs, &survey, dirtied.pages_per_s()))
+            .map(|&mode| predict(mode, &survey.costs, &survey, dirty_rate.pages_per_s()))
             .collect();
         let replayed = log.and_then(|log| replayed(&log, &survey));
         let log = log.map(|log| LogPlan {
@@ -133,7 +133,7 @@ pub(crate) fn run(args: &Args) -> ExitCode {
             private_bytes: survey.size.private_bytes,
             shared_bytes: survey.size.shared_bytes,
             copied_bytes: survey.size.copied_bytes,
-            dirty_pages_per_s: dirtied.pages_per_s(),
+            dirty_pages_per_s: dirty_rate.pages_per_s(),
             recommended: problems.is_empty().then(|| best(&modes)),
             log,
             problems,

@@ -20,9 +20,9 @@ use super::layers::{self, Layered};
 use super::preflight::{self, NeededSpace};
 use crate::client::AgentClient;
 use crate::facts;
-use crate::look::disk_bytes;
 use crate::programs::Programs;
 use crate::rounds::{self, Size, Tree};
+use crate::tree_summary::disk_bytes;
 
 /// See the module's text.
 #[derive(Debug)]

@@ -17,7 +17,7 @@ use pageferry::units::{PageRange, PageSize};
 
 use super::findings::Findings;
 use super::processes::{Needed, shorten};
-use super::{COMPRESSED, Criteria, LONG_COUNTS, Looked};
+use super::{COMPRESSED, Checked, Criteria, LONG_COUNTS};
 use crate::scan::{Pagemap, scan};
 
 /// Pages read at once.
@@ -29,13 +29,13 @@ pub(super) fn check(
     needed: &[Needed],
     criteria: Criteria,
     findings: &mut Findings,
-    looked: &mut Looked,
+    checked: &mut Checked,
 ) {
     let mut check = Check {
         chain_dirs,
         criteria,
         findings,
-        looked,
+        checked,
         read_pages: Arc::default(),
     };
     let read_pages = Arc::clone(&check.read_pages);
@@ -61,14 +61,14 @@ struct Check<'a> {
     chain_dirs: &'a [ImageDir],
     criteria: Criteria,
     findings: &'a mut Findings,
-    looked: &'a mut Looked,
+    checked: &'a mut Checked,
     read_pages: Arc<AtomicU64>,
 }
 
 impl Check<'_> {
     fn memory(&mut self, needed: &Needed) {
         let (target, top) = (needed.target, &self.chain_dirs[0]);
-        self.looked.memories += 1;
+        self.checked.memories += 1;
         let mut sound = true;
         for (depth, dir) in self.chain_dirs.iter().enumerate() {
             let mappings = needed.mappings.as_ref().filter(|_| depth == 0);
@@ -180,11 +180,11 @@ impl Check<'_> {
     fn chain(&mut self, chain: &Chain) {
         for extent in chain.extents() {
             let pages = extent.range.pages(chain.page()).get();
-            self.looked.pages += pages;
+            self.checked.pages += pages;
             match extent.place {
                 Place::Absent { why, depth } => self.absent(chain, extent, (why, depth)),
                 Place::Blocks { .. } => {
-                    self.looked.blocks += pages;
+                    self.checked.blocks += pages;
                     self.read(chain, extent);
                 }
                 Place::Raw { .. } => self.read(chain, extent),

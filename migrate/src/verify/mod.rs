@@ -131,9 +131,9 @@ impl Criteria {
     }
 }
 
-/// What was looked at.
+/// How much was checked.
 #[derive(Clone, Copy, Default, Debug)]
-pub(crate) struct Looked {
+pub(crate) struct Checked {
     memories: u64,
     pages: u64,
     blocks: u64,
@@ -188,21 +188,21 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 
 fn verify(dir: &ImageDir, criteria: Criteria) -> Report {
     let mut findings = Findings::default();
-    let mut looked = Looked::default();
+    let mut checked = Checked::default();
     let chain_dirs = chain_dirs(dir, &mut findings);
     let needed = processes::needed(dir, criteria, &mut findings);
     let directories = chain_dirs.as_ref().map_or(1, Vec::len);
     if let Some(chain_dirs) = chain_dirs {
-        memory::check(&chain_dirs, &needed, criteria, &mut findings, &mut looked);
+        memory::check(&chain_dirs, &needed, criteria, &mut findings, &mut checked);
     }
     Report {
         schema: SCHEMA,
         directory: dir.path().display().to_string(),
         good: !findings.any_fault(),
         directories,
-        memories: looked.memories,
-        pages: looked.pages,
-        compressed_pages: looked.blocks,
+        memories: checked.memories,
+        pages: checked.pages,
+        compressed_pages: checked.blocks,
         findings: findings.into_list(),
     }
 }

@@ -66,7 +66,7 @@ impl Restore {
             let read = process.uffd.read(room, |event| events.push(event));
             match read {
                 Ok(0) => break,
-                Ok(_) => self.guard_looks.forget(),
+                Ok(_) => self.guard_scans.forget(),
                 Err(error) if lacks_descriptor(&error) => {
                     self.lack_descriptor(id)?;
                     break;

@@ -21,7 +21,7 @@ impl Restore {
     /// Waits until something happens or it is time for something. With ppoll, since what the
     /// background waits for is often less than the millisecond that epoll_wait can tell.
     pub(super) fn wait(&mut self) -> Result<()> {
-        self.guard_looks.forget();
+        self.guard_scans.forget();
         if self.spin()? {
             return Ok(());
         }

@@ -90,7 +90,7 @@ use auto_dedup::AutoDedup;
 use background::Background;
 pub use config::{OnLoss, RestoreConfig};
 use deferred::Deferred;
-use guards::GuardLooks;
+use guards::GuardScans;
 use handover::Handover;
 use huge_pages::HugePageRestorer;
 use install::Filling;
@@ -168,7 +168,7 @@ pub struct Restore {
     /// For the messages of userfaultfds, where nobody stands by.
     room: MessageBuffer,
     filling: Filling,
-    guard_looks: GuardLooks,
+    guard_scans: GuardScans,
     /// Takes out of the local images what nobody needs any more.
     auto_dedup: Option<AutoDedup>,
     /// What is to become huge pages again.
@@ -280,7 +280,7 @@ impl Restore {
             clock: Clock(Instant::now()),
             observer,
             filling: Filling::default(),
-            guard_looks: GuardLooks::default(),
+            guard_scans: GuardScans::default(),
             standby,
             room: MessageBuffer::zeroed(),
         };

@@ -105,7 +105,7 @@ impl Sender {
             let left = self.tail.left()? + under_way;
             let at_ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
             let written = self.replayed_bytes + left;
-            match self.catch_up.look(at_ms, written, self.replayed_bytes) {
+            match self.catch_up.sample(at_ms, written, self.replayed_bytes) {
                 Progress::Close => return Ok(()),
                 Progress::Under { left } if hold.is_some() && left <= self.wishes.max_lag / 2 => {
                     hold = None;

@@ -15,13 +15,13 @@ use tokio::time::{Instant, timeout_at};
 
 use super::context::SourceContext;
 use super::image;
-use crate::look::Look;
 use crate::runtime::bundle;
 use crate::source::args::Args;
 use crate::source::hooks::Point;
 use crate::source::layers::Layered;
 use crate::source::progress::Progress;
 use crate::source::report::Report;
+use crate::tree_summary::TreeSummary;
 
 /// How often an image is sent whose files are removed while they are read.
 const SEND_ATTEMPTS: u32 = 4;
@@ -43,7 +43,7 @@ pub(super) struct Flow<'a> {
     /// The overlay that its root is, if its layers travel by themselves.
     layered: Option<Layered>,
     /// They, as they were sent.
-    sent: Option<Look>,
+    sent: Option<TreeSummary>,
     report: Report,
     progress: Progress,
     started: Instant,
@@ -192,9 +192,9 @@ impl<'a> Flow<'a> {
     }
 
     async fn look_and_send(&mut self) -> Result<()> {
-        let look = image::look(&self.files).await?;
+        let summary = image::summarize_tree(&self.files).await?;
         let missing = self.layered.as_ref().map_or(0, Layered::missing_bytes);
-        let needed = look.bytes.saturating_add(missing);
+        let needed = summary.bytes.saturating_add(missing);
         if needed > self.room_bytes {
             let text = format!(
                 "the destination has {} MiB of free space in its directory, {} MiB are needed",
@@ -203,15 +203,15 @@ impl<'a> Flow<'a> {
             );
             return Err(Error::new(Kind::Usage, text));
         }
-        self.send(look).await
+        self.send(summary).await
     }
 
-    async fn send(&mut self, look: Look) -> Result<()> {
+    async fn send(&mut self, summary: TreeSummary) -> Result<()> {
         let path = self.context.path("");
         let tree = (self.files.as_path(), self.layered.is_some());
         let bytes = image::send(&self.context.client, &path, tree).await?;
         self.report.wire_bytes += bytes;
-        self.sent = Some(look);
+        self.sent = Some(summary);
         Ok(())
     }
 

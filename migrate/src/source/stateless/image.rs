@@ -14,7 +14,7 @@ use tokio_util::io::{ReaderStream, SyncIoBridge};
 
 use crate::client::AgentClient;
 use crate::export::{Hashed, whole};
-use crate::look::{Look, look_now};
+use crate::tree_summary::{TreeSummary, summarize};
 
 /// Buffered between the reading of files and the connection, bytes.
 const BUFFER_BYTES: usize = 256 << 10;
@@ -27,40 +27,40 @@ const CLOCK_STEP: Duration = Duration::from_millis(20);
 
 /// Looks at all files of the tree at `root`. What is read of them afterwards is what was there, as long as a later look is
 /// equal.
-pub(super) async fn look(root: &Path) -> Result<Look> {
+pub(super) async fn summarize_tree(root: &Path) -> Result<TreeSummary> {
     let root = root.to_owned();
-    let looked = tokio::task::spawn_blocking(move || {
+    let summary = tokio::task::spawn_blocking(move || {
         // A page that is mapped and changed already would change again without a new time.
         let synced = File::open(&root).map(|dir| syncfs(&dir));
         synced
             .map_err(|error| Error::file("open", &root, error))?
             .ok();
-        look_now(&root)
+        summarize(&root)
     });
-    let looked = looked.await.map_err(|error| {
+    let summary = summary.await.map_err(|error| {
         Error::wrap(
             Kind::Io,
-            "the look at files was ended",
+            "reading the tree of files was ended",
             io::Error::other(error),
         )
     })??;
     // A change within the same step of the clock would not be told apart.
     sleep(CLOCK_STEP).await;
-    Ok(looked)
+    Ok(summary)
 }
 
 /// Whether the tree at `root` is as it was.
-pub(super) async fn is_same(root: &Path, before: Look) -> Result<bool> {
+pub(super) async fn is_same(root: &Path, before: TreeSummary) -> Result<bool> {
     let root = root.to_owned();
-    let looked = tokio::task::spawn_blocking(move || look_now(&root)).await;
-    let looked = looked.map_err(|error| {
+    let summary = tokio::task::spawn_blocking(move || summarize(&root)).await;
+    let summary = summary.map_err(|error| {
         Error::wrap(
             Kind::Io,
-            "the look at files was ended",
+            "reading the tree of files was ended",
             io::Error::other(error),
         )
     })?;
-    Ok(looked? == before)
+    Ok(summary? == before)
 }
 
 /// Sends the files of the tree at `root`, which may be the writable layer of an overlay, lets the agent make the container of them, and tells the bytes on the wire.

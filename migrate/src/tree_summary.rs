@@ -1,4 +1,4 @@
-//! A quick look at a tree of files: by all that tells of a change, without their contents.
+//! A summary of a tree of files: what shows that something has changed, without the contents.
 
 use std::collections::{HashSet, VecDeque};
 use std::fs;
@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 
 /// A tree of files as it was at a time, without their contents.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Look {
+pub(crate) struct TreeSummary {
     /// Of all paths, inodes, sizes, owners, modes and times.
     pub(crate) sum: [u8; 32],
     /// Of all files.
@@ -22,7 +22,7 @@ pub(crate) struct Look {
 }
 
 /// Looks at all files of the tree at `root` once. What changes meanwhile may be seen or not.
-pub(crate) fn look_now(root: &Path) -> Result<Look> {
+pub(crate) fn summarize(root: &Path) -> Result<TreeSummary> {
     let mut sum = Sha256::new();
     let (mut bytes, mut changed_s) = (0, i64::MIN);
     let device = fs::symlink_metadata(root).map_err(|error| Error::file("look at", root, error))?;
@@ -65,7 +65,7 @@ pub(crate) fn look_now(root: &Path) -> Result<Look> {
             }
         }
     }
-    Ok(Look {
+    Ok(TreeSummary {
         sum: sum.finalize().into(),
         bytes,
         changed_s,
@@ -109,8 +109,8 @@ mod tests {
         let dir = tmp.path();
         fs::create_dir(dir.join("sub")).unwrap();
         fs::write(dir.join("sub/file"), "one").unwrap();
-        let mut last = look_now(dir).unwrap();
-        assert_eq!((last, last.bytes), (look_now(dir).unwrap(), 3));
+        let mut last = summarize(dir).unwrap();
+        assert_eq!((last, last.bytes), (summarize(dir).unwrap(), 3));
         let changes: [&dyn Fn(); 4] = [
             &|| fs::write(dir.join("sub/file"), "four").unwrap(),
             &|| fs::write(dir.join("more"), "").unwrap(),
@@ -119,7 +119,7 @@ mod tests {
         ];
         for change in changes {
             change();
-            let now = look_now(dir).unwrap();
+            let now = summarize(dir).unwrap();
             assert_ne!(now, last);
             last = now;
         }
