@@ -3,7 +3,7 @@
 //! ```text
 //! TARGET                        what the container, or the processes, use
 //! TARGET.pageferry/             for root alone
-//!     about.json                whose tree TARGET is, see `Standing`
+//!     about.json                whose tree TARGET is, see `TargetState`
 //!     tree/                     what has arrived, until it is whole
 //!     parked/                   files that have no name for a while
 //!     upper/, work/             of an overlay: the tree, once TARGET is mounted
@@ -40,7 +40,7 @@ const SUFFIX: &str = ".pageferry";
 /// What is known of a target.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-enum Standing {
+enum TargetState {
     /// A tree arrives, and is not the target yet.
     Arriving,
     /// A migration brought the target.
@@ -50,8 +50,9 @@ enum Standing {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct About {
-    standing: Standing,
+struct TargetRecord {
+    #[serde(rename = "standing")]
+    state: TargetState,
     migration: String,
     /// What the target's writable layer is mounted over, if the target is an overlay of ours.
     #[serde(default)]
@@ -136,26 +137,26 @@ impl StagingDir {
         overlay::is_mounted(&self.target, &self.upper())
     }
 
-    fn about(&self) -> Result<Option<About>> {
+    fn record(&self) -> Result<Option<TargetRecord>> {
         records::read(&self.dir.join("about.json"))
     }
 
-    fn note(&self, standing: Standing, migration: &str) -> Result<()> {
-        let about = About {
-            standing,
+    fn note(&self, state: TargetState, migration: &str) -> Result<()> {
+        let record = TargetRecord {
+            state,
             migration: migration.to_owned(),
             overlay: self.overlay.clone(),
         };
-        records::write(&self.dir.join("about.json"), &about)
+        records::write(&self.dir.join("about.json"), &record)
     }
 
     /// Whether the target is there, and out of date: a migration brought it or took its user away.
     pub(crate) fn is_out_of_date(&self, unused: bool) -> bool {
-        let standing = self.about().ok().flatten().map(|about| about.standing);
-        match standing {
-            Some(Standing::MovedAway) => true,
-            Some(Standing::Brought) => unused,
-            Some(Standing::Arriving) | None => false,
+        let state = self.record().ok().flatten().map(|record| record.state);
+        match state {
+            Some(TargetState::MovedAway) => true,
+            Some(TargetState::Brought) => unused,
+            Some(TargetState::Arriving) | None => false,
         }
     }
 
@@ -219,7 +220,7 @@ impl StagingDir {
         }
         let (tree, is_old) = (self.tree(), self.is_out_of_date(permitted.unused));
         if is_old && self.is_mounted() {
-            self.note(Standing::Arriving, migration)?;
+            self.note(TargetState::Arriving, migration)?;
             overlay::unmount(&self.target)?;
         }
         if !self.is_mounted() && !tree.exists() && self.upper().exists() {
@@ -229,12 +230,12 @@ impl StagingDir {
         let was_there = tree.exists();
         if !was_there && is_old && self.target.exists() {
             // What is out of date is where the next tree begins.
-            self.note(Standing::Arriving, migration)?;
+            self.note(TargetState::Arriving, migration)?;
             rename(&self.target, &tree, RenameFlags::RENAME_NOREPLACE)?;
             return Ok(true);
         }
         make_private(&tree).map_err(failed)?;
-        self.note(Standing::Arriving, migration)?;
+        self.note(TargetState::Arriving, migration)?;
         Ok(was_there)
     }
 
@@ -320,10 +321,10 @@ impl StagingDir {
 
     /// Mounts a target again that was an overlay before this host was started.
     pub(crate) fn mount_again(&self) -> Result<()> {
-        let about = self.about()?;
-        let Some(lowers) = about.and_then(|about| match about.standing {
-            Standing::Brought => about.overlay,
-            Standing::Arriving | Standing::MovedAway => None,
+        let record = self.record()?;
+        let Some(lowers) = record.and_then(|record| match record.state {
+            TargetState::Brought => record.overlay,
+            TargetState::Arriving | TargetState::MovedAway => None,
         }) else {
             return Ok(());
         };
@@ -338,9 +339,9 @@ impl StagingDir {
 
     /// Directories of layers that the target is mounted over, or will be when this host is started again.
     pub(crate) fn layers_in_use(&self) -> Vec<PathBuf> {
-        let about = self.about().ok().flatten();
-        about
-            .and_then(|about| about.overlay)
+        let record = self.record().ok().flatten();
+        record
+            .and_then(|record| record.overlay)
             .map_or_else(Vec::new, |lowers| lowers.dirs)
     }
 
@@ -386,7 +387,7 @@ impl StagingDir {
 
     /// The target is in use from now on: what was there before is removed.
     pub(crate) fn settle(&self, migration: &str) -> Result<()> {
-        self.note(Standing::Brought, migration)?;
+        self.note(TargetState::Brought, migration)?;
         for dir in [self.tree(), self.parked(), self.point()] {
             remove(&dir)?;
         }
@@ -411,9 +412,9 @@ impl StagingDir {
     pub(crate) fn moved_away(&self, migration: &str) -> Result<()> {
         make_private(&self.dir)
             .map_err(|error| Error::file("make the directory", &self.dir, error))?;
-        let about = self.about()?;
-        let here = self.clone().over(about.and_then(|about| about.overlay));
-        here.note(Standing::MovedAway, migration)
+        let record = self.record()?;
+        let here = self.clone().over(record.and_then(|record| record.overlay));
+        here.note(TargetState::MovedAway, migration)
     }
 
     /// Makes the new names last.
