@@ -326,8 +326,8 @@ Examples:
     ),
 ];
 
-/// The definition with all of this.
-pub(crate) fn dressed(command: Command) -> Command {
+/// The definition with headings, short lines and ends of help.
+pub(crate) fn with_help(command: Command) -> Command {
     let command = command.mut_args(argument);
     command.mut_subcommands(|command| {
         let name = command.get_name().to_owned();

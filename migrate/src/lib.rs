@@ -109,7 +109,7 @@ enum Command {
 
 /// The definition of the command line, for who documents it too.
 pub fn command() -> clap::Command {
-    help::dressed(Args::command())
+    help::with_help(Args::command())
 }
 
 /// What commands write for other programs.

@@ -8,7 +8,7 @@ use crate::runtime::resources;
 
 /// Those of a container, or of the processes of the control group of `root` at least.
 pub(crate) fn open_in_container(root: i32) -> Vec<DeletedFile> {
-    let mut pids = resources::companions(root);
+    let mut pids = resources::processes_in_group(root);
     pids.push(root);
     pids.sort_unstable();
     pids.dedup();

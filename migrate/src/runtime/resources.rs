@@ -32,7 +32,7 @@ pub(crate) fn of_process(pid: i32) -> Option<Value> {
 }
 
 /// Processes in the same control group as `pid`, by the first hierarchy that can be seen.
-pub(crate) fn companions(pid: i32) -> Vec<i32> {
+pub(crate) fn processes_in_group(pid: i32) -> Vec<i32> {
     let Some(groups) = groups(pid) else {
         return Vec::new();
     };

@@ -90,7 +90,7 @@ impl Found {
     /// What is in the way here, and between the runtimes: `there` is the version of the destination's.
     pub(super) async fn problems(&self, tree: &Tree, there: Option<&str>) -> Result<Vec<String>> {
         let mut problems = self.problems.clone();
-        problems.extend(strangers(self.root, tree));
+        problems.extend(processes_outside_tree(self.root, tree));
         let here = self.record.runtime.version().await?;
         if let Some(there) = there
             && numbers(there) < numbers(&here)
@@ -104,9 +104,9 @@ impl Found {
 }
 
 /// Processes in the container that are not below its first one: a dump holds the tree alone.
-fn strangers(root: i32, tree: &Tree) -> Option<String> {
+fn processes_outside_tree(root: i32, tree: &Tree) -> Option<String> {
     let members: BTreeSet<i32> = tree.members().iter().map(|member| member.pid).collect();
-    let strangers: Vec<String> = resources::companions(root)
+    let outside: Vec<String> = resources::processes_in_group(root)
         .into_iter()
         .filter(|pid| !members.contains(pid))
         .filter_map(|pid| {
@@ -115,10 +115,10 @@ fn strangers(root: i32, tree: &Tree) -> Option<String> {
             Some(format!("{pid} ({})", name.trim()))
         })
         .collect();
-    (!strangers.is_empty()).then(|| {
+    (!outside.is_empty()).then(|| {
         format!(
             "pids {} are in the container and not below its first process (by exec): end them",
-            strangers.join(", ")
+            outside.join(", ")
         )
     })
 }

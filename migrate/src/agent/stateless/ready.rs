@@ -21,16 +21,16 @@ use crate::runtime::Runtime;
 /// How long one attempt may take.
 const ATTEMPT_LIMIT: Duration = Duration::from_secs(2);
 
-/// A container that runs.
+/// A container whose readiness is checked.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Asked<'a> {
+pub(super) struct ReadinessCheck<'a> {
     pub(super) runtime: &'a Runtime,
     pub(super) id: &'a ContainerId,
     /// Its first process.
     pub(super) pid: i32,
 }
 
-impl Asked<'_> {
+impl ReadinessCheck<'_> {
     /// Asks once. Tells why it is not ready.
     pub(super) async fn is_ready(self, ready: &Ready) -> Result<(), String> {
         let asked = async {

@@ -16,7 +16,7 @@ use pageferry::sys::owned_process::ProcessName;
 use tokio::sync::Mutex as Turn;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::ready::Asked;
+use super::ready::ReadinessCheck;
 use crate::address::{self, Attributes};
 use crate::agent::context::AgentContext;
 use crate::drain;
@@ -266,12 +266,12 @@ impl Session {
                 );
                 return Err(Error::new(Kind::PeerLost, text));
             };
-            let asked = Asked {
+            let check = ReadinessCheck {
                 runtime,
                 id,
                 pid: root.pid,
             };
-            let why = match asked.is_ready(ready).await {
+            let why = match check.is_ready(ready).await {
                 Ok(()) => return Ok(()),
                 Err(why) => why,
             };

@@ -42,7 +42,7 @@ use crate::rounds::Tree;
 use crate::route::Routes;
 use context::{Facts, Holder, SourceContext};
 use flow::Flow;
-use sender::{Sender, Wishes};
+use sender::{Sender, SenderOptions};
 use tail::Tail;
 
 /// How long clients may be held for the replay of the rest, unless --max-downtime says otherwise.
@@ -102,7 +102,7 @@ pub(super) async fn migrate(
     };
     let context = SourceContext::make(&args.target.state_dir, facts, client.clone())?;
     let guard = guard(context.dir())?;
-    let sender = Sender::new(client, context.path(""), tail, wishes(args, log));
+    let sender = Sender::new(client, context.path(""), tail, sender_options(args, log));
     let mut flow = Flow::new(args, context, (begin, sender), report, started);
     let ended = flow.run().await;
     let too_slow = flow.is_too_slow();
@@ -171,9 +171,9 @@ fn holder(args: &Args, log: &Path) -> Holder {
     }
 }
 
-fn wishes(args: &Args, log: PathBuf) -> Wishes {
+fn sender_options(args: &Args, log: PathBuf) -> SenderOptions {
     let wanted = &args.log_replay;
-    Wishes {
+    SenderOptions {
         recorder: wanted.replay.is_none().then_some(log),
         on_lag: wanted.on_lag,
         max_lag: wanted.max_lag,

@@ -17,9 +17,9 @@ use crate::source::report::LogReport;
 /// Between two looks at a log of which everything was sent.
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
-/// What a user wants of it.
+/// What the user has chosen.
 #[derive(Clone, Debug)]
-pub(super) struct Wishes {
+pub(super) struct SenderOptions {
     /// The directory of a recorder that may hold its clients for a while.
     pub(super) recorder: Option<PathBuf>,
     pub(super) on_lag: Option<LagArg>,
@@ -38,7 +38,7 @@ pub(super) struct Sender {
     /// The move, in the agent's interface.
     path: String,
     tail: Tail,
-    wishes: Wishes,
+    options: SenderOptions,
     catch_up: CatchUp,
     began: Instant,
     sent_bytes: u64,
@@ -48,14 +48,19 @@ pub(super) struct Sender {
 }
 
 impl Sender {
-    pub(super) fn new(client: AgentClient, path: String, tail: Tail, wishes: Wishes) -> Sender {
-        let close_ms = u64::try_from(wishes.close.as_millis()).unwrap_or(u64::MAX);
+    pub(super) fn new(
+        client: AgentClient,
+        path: String,
+        tail: Tail,
+        options: SenderOptions,
+    ) -> Sender {
+        let close_ms = u64::try_from(options.close.as_millis()).unwrap_or(u64::MAX);
         Sender {
             client,
             path,
             tail,
-            catch_up: CatchUp::new(wishes.max_lag, close_ms),
-            wishes,
+            catch_up: CatchUp::new(options.max_lag, close_ms),
+            options,
             began: Instant::now(),
             sent_bytes: 0,
             replayed_bytes: 0,
@@ -107,7 +112,7 @@ impl Sender {
             let written = self.replayed_bytes + left;
             match self.catch_up.sample(at_ms, written, self.replayed_bytes) {
                 Progress::Close => return Ok(()),
-                Progress::Under { left } if hold.is_some() && left <= self.wishes.max_lag / 2 => {
+                Progress::Under { left } if hold.is_some() && left <= self.options.max_lag / 2 => {
                     hold = None;
                     tracing::info!("clients go on: {left} bytes of the log are left");
                 }
@@ -131,12 +136,12 @@ impl Sender {
         let text = format!(
             "the replay is slower than what arrives: {left} bytes of the log are left, {more_per_s:.0} more each second"
         );
-        match (self.wishes.on_lag, &self.wishes.recorder) {
+        match (self.options.on_lag, &self.options.recorder) {
             (Some(LagArg::Cancel), _) => Err(Error::new(
                 Kind::Usage,
                 format!(
                     "{text} (--max-lag {}, --on-lag cancel)",
-                    self.wishes.max_lag
+                    self.options.max_lag
                 ),
             )),
             (Some(LagArg::PreCopy), _) => {
@@ -168,13 +173,13 @@ impl Sender {
         }
         let request = ReplayFinish {
             sent: self.tail.at(),
-            digest: self.wishes.digest.clone(),
+            digest: self.options.digest.clone(),
         };
         let path = format!("{}/finish", self.path);
         let there = self.client.post::<ReplayStatus>(&path, &request);
         let here = async {
-            match &self.wishes.digest {
-                Some(command) => digest(command, &self.wishes.service).await.map(Some),
+            match &self.options.digest {
+                Some(command) => digest(command, &self.options.service).await.map(Some),
                 None => Ok(None),
             }
         };
