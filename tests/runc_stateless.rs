@@ -1,4 +1,4 @@
-//! Containers without state are started anew at the destination, while visitors count answers: live loses none, by
+//! Containers without state are started anew at the destination, while clients count answers: live loses none, by
 //! nftables or by HAProxy; cold brings the files as they were at the end; and whatever fails before the switch leaves
 //! the container where it was.
 
@@ -15,7 +15,7 @@ use testbed::routes::{Haproxy, NftRoute};
 use testbed::suite::with_criu;
 use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
-use testbed::web::{NAME, PORT, Visitors, Web};
+use testbed::web::{NAME, PORT, Web, WebClients};
 use testbed::{gate, runc};
 
 /// Asked at the destination, in the container's network.
@@ -45,12 +45,12 @@ fn with_web_of(
     });
 }
 
-/// A route by nftables, and visitors who come over it.
-fn visited(web: &Web) -> Result<(NftRoute<'_>, Visitors)> {
+/// A route by nftables, and clients that come over it.
+fn route_with_clients(web: &Web) -> Result<(NftRoute<'_>, WebClients)> {
     let route = NftRoute::new(&web.three, PORT)?;
     let here = web.three.source.address;
-    let visitors = Visitors::start(&web.three.client, route.front()?, here)?;
-    Ok((route, visitors))
+    let clients = WebClients::start(&web.three.client, route.front()?, here)?;
+    Ok((route, clients))
 }
 
 /// Carries a move out.
@@ -69,12 +69,12 @@ fn ms(report: &Value, name: &str) -> Result<f64> {
 #[test]
 fn live_loses_no_answer_by_nftables() {
     with_web(|_, web| {
-        let (route, visitors) = visited(web)?;
+        let (route, clients) = route_with_clients(web)?;
         let moves = web.moves("live", &["--mode", "live", "--probe", "tcp:8080"]);
         let moves = moves.with(&READY).with(&["--route", &route.option()]);
         succeed(web, &moves)?;
-        visitors.expect_answers()?;
-        expect_all_there(&visitors)?;
+        clients.expect_answers()?;
+        expect_all_there(&clients)?;
         web.expect_moved()?;
         route.expect_there()?;
         expect_live_report(&moves.report()?)?;
@@ -88,12 +88,12 @@ fn live_loses_no_answer_by_nftables() {
 }
 
 /// Both containers have answered, and from now on the second one alone does.
-fn expect_all_there(visitors: &Visitors) -> Result<()> {
-    ensure!(visitors.here() > 0 && visitors.there() > 0, "{visitors:?}");
-    let here = visitors.here();
-    visitors.expect_answers()?;
-    ensure!(visitors.here() == here, "the first one still answers");
-    ensure!(visitors.failed() == 0, "{visitors:?}");
+fn expect_all_there(clients: &WebClients) -> Result<()> {
+    ensure!(clients.here() > 0 && clients.there() > 0, "{clients:?}");
+    let here = clients.here();
+    clients.expect_answers()?;
+    ensure!(clients.here() == here, "the first one still answers");
+    ensure!(clients.failed() == 0, "{clients:?}");
     Ok(())
 }
 
@@ -119,7 +119,7 @@ fn live_loses_no_answer_by_haproxy() {
         let haproxy = Haproxy::start(test_dir, &web.three, PORT, settings)?;
         let before = haproxy.servers()?;
         let here = web.three.source.address;
-        let visitors = Visitors::start(&web.three.client, haproxy.front(), here)?;
+        let clients = WebClients::start(&web.three.client, haproxy.front(), here)?;
         let live = ["--mode", "live", "--route", &haproxy.option()];
         // What comes behind it fails first: HAProxy goes back to where it was.
         let fails = web.moves("fails", &live).with(&READY);
@@ -127,11 +127,11 @@ fn live_loses_no_answer_by_haproxy() {
         web.start_move(&fails)?.fail(GENEROUS)?;
         ensure!(haproxy.servers()? == before, "{:?}", haproxy.servers()?);
         web.expect_here("fails")?;
-        visitors.expect_answers()?;
+        clients.expect_answers()?;
         let moves = web.moves("live", &live).with(&READY);
         succeed(web, &moves)?;
-        visitors.expect_answers()?;
-        expect_all_there(&visitors)?;
+        clients.expect_answers()?;
+        expect_all_there(&clients)?;
         web.expect_moved()
     });
 }
@@ -158,12 +158,9 @@ fn cold_brings_the_files_as_they_were_at_the_end() {
         route.expect_there()?;
         let there = web.bundle_there("cold").join("rootfs/mark");
         ensure!(fs::read_to_string(there)? == "late\n");
-        let visitors =
-            Visitors::start(&web.three.client, route.front()?, web.three.source.address)?;
-        ensure!(
-            visitors.here() == 0 && visitors.failed() == 0,
-            "{visitors:?}"
-        );
+        let clients =
+            WebClients::start(&web.three.client, route.front()?, web.three.source.address)?;
+        ensure!(clients.here() == 0 && clients.failed() == 0, "{clients:?}");
         let report = moves.report()?;
         ensure!(report["mode"] == "cold-stateless", "{report}");
         let phases: f64 = ["stop", "image", "start", "route"]
@@ -218,7 +215,7 @@ fn layers_of_a_stateless_container_travel_once() {
 #[test]
 fn what_fails_before_the_switch_changes_nothing() {
     with_web(|test_dir, web| {
-        let (route, visitors) = visited(web)?;
+        let (route, clients) = route_with_clients(web)?;
         let pid = web.state_here()?.context("a state")?["pid"].clone();
         let steps = test_dir.path("steps");
         let noted = format!(
@@ -282,7 +279,7 @@ fn what_fails_before_the_switch_changes_nothing() {
         // The route that was switched before the one that failed was told to go back, and no other one.
         ensure!(fs::read_to_string(&steps)? == "switch route\nback route\n");
         // Who was led away for a moment was answered as well.
-        visitors.expect_answers()
+        clients.expect_answers()
     });
 }
 
@@ -304,7 +301,7 @@ fn a_cold_move_that_fails_starts_the_container_here_again() {
         web.expect_here("cold")?;
         route.expect_here()?;
         ensure!(web.state_here()?.context("a state")?["pid"] != pid);
-        Visitors::start(&web.three.client, route.front()?, web.three.source.address)?;
+        WebClients::start(&web.three.client, route.front()?, web.three.source.address)?;
         Ok(())
     });
 }
@@ -312,7 +309,7 @@ fn a_cold_move_that_fails_starts_the_container_here_again() {
 #[test]
 fn a_command_that_is_killed_while_it_switches_is_undone_by_the_guard() {
     with_web(|_, web| {
-        let (route, visitors) = visited(web)?;
+        let (route, clients) = route_with_clients(web)?;
         let kills = "exec:[ $PAGEFERRY_ROUTE = back ] || kill -KILL $PPID";
         let live = [
             "--mode",
@@ -331,7 +328,7 @@ fn a_command_that_is_killed_while_it_switches_is_undone_by_the_guard() {
         })?;
         web.expect_here("killed")?;
         route.expect_here()?;
-        visitors.expect_answers()?;
+        clients.expect_answers()?;
         // And by hand it is found finished.
         moves.resume(&web.agent)?.succeed(GENEROUS)?;
         web.expect_here("killed")
@@ -434,16 +431,16 @@ fn bars() {
             Ok(())
         });
         with_web(|_, web| {
-            let (route, visitors) = visited(web)?;
-            let (began, before) = (std::time::Instant::now(), visitors.here());
+            let (route, clients) = route_with_clients(web)?;
+            let (began, before) = (std::time::Instant::now(), clients.here());
             let moves = web.moves("live", &["--mode", "live", "--route", &route.option()]);
             web.start_move(&moves.with(&READY))?.succeed(GENEROUS)?;
-            let asked = visitors.here() + visitors.there() - before;
+            let asked = clients.here() + clients.there() - before;
             println!(
                 "{number}: {:.0} requests a second",
                 asked as f64 / began.elapsed().as_secs_f64()
             );
-            failed.push(visitors.failed() as f64);
+            failed.push(clients.failed() as f64);
             Ok(())
         });
     }

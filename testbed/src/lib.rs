@@ -18,9 +18,9 @@
 //!   container_host  a host with runc, crun, podman  documents        README's and docs' commands
 //!   debian     programs of other Debian suites           orphan         processes whose parent has ended
 //!   systemd    a manager of services in namespaces       services         services that move while clients talk
-//!   schema     what programs write, by its schema       web            a container without state, and its visitors
+//!   schema     what programs write, by its schema       web            a container without state, and its clients
 //!   ssh        a real sshd for two hosts
-//!   routes     what leads visitors to it               failing        calls that fail, by their number
+//!   routes     what leads clients to it                failing        calls that fail, by their number
 //!   laboratory what userfaultfd's mechanisms cost
 //! ```
 //!

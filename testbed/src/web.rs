@@ -1,8 +1,8 @@
-//! A container with a small HTTP service, without state, that moves between two hosts; and visitors who count its
+//! A container with a small HTTP service, without state, that moves between two hosts; and clients that count its
 //! answers.
 //!
 //! ```text
-//! client: Visitors ──> routes (nft at the source, or HAProxy) ──> source or destination: the container, port 8080
+//! client: WebClients ──> routes (nft at the source, or HAProxy) ──> source or destination: the container, port 8080
 //! ```
 
 use std::fs;
@@ -39,13 +39,13 @@ pub const NAME: &str = "web";
 /// Questions that are answered by 503 before the service is ready.
 const WARM_UP: u32 = 3;
 
-/// Between two questions of a visitor.
+/// Between two questions of a client.
 const PACE: Duration = Duration::from_millis(1);
 
 /// Questions over one connection.
 const ON_ONE_CONNECTION: u32 = 20;
 
-/// How long a visitor waits for one answer.
+/// How long a client waits for one answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 
 /// The hosts, and the container at the source. Everything ends on drop.
@@ -331,19 +331,19 @@ fn config() -> Value {
 
 /// Asks once, over a connection of its own.
 fn get(at: SocketAddr, path: &str) -> Result<IpAddr> {
-    let mut visit = Visit::begin(at)?;
-    visit.ask(path, true)
+    let mut connection = Connection::begin(at)?;
+    connection.ask(path, true)
 }
 
 /// A connection to the service.
-struct Visit(BufReader<TcpStream>);
+struct Connection(BufReader<TcpStream>);
 
-impl Visit {
-    fn begin(at: SocketAddr) -> Result<Visit> {
+impl Connection {
+    fn begin(at: SocketAddr) -> Result<Connection> {
         let stream = TcpStream::connect(at).context("connecting")?;
         stream.set_read_timeout(Some(ANSWER_LIMIT))?;
         stream.set_nodelay(true)?;
-        Ok(Visit(BufReader::new(stream)))
+        Ok(Connection(BufReader::new(stream)))
     }
 
     /// Asks, and tells who answers.
@@ -372,7 +372,7 @@ impl Visit {
     }
 }
 
-/// What visitors have counted.
+/// What clients have counted.
 #[derive(Debug, Default)]
 struct Counts {
     here: AtomicU64,
@@ -381,20 +381,20 @@ struct Counts {
     first_failure: Mutex<Option<String>>,
 }
 
-/// Visitors that ask all the time: one over a connection for each question, one over connections for several.
+/// WebClients that ask all the time: one over a connection for each question, one over connections for several.
 #[derive(Debug)]
-pub struct Visitors {
+pub struct WebClients {
     stop: Arc<AtomicBool>,
     counts: Arc<Counts>,
     threads: Vec<JoinHandle<()>>,
 }
 
-impl Visitors {
-    /// Visitors from `net` at `at`, of a service that is at the host `here` or at another.
+impl WebClients {
+    /// WebClients from `net` at `at`, of a service that is at the host `here` or at another.
     ///
     /// # Errors
     /// There is no answer.
-    pub fn start(net: &NetNs, at: SocketAddr, here: IpAddr) -> Result<Visitors> {
+    pub fn start(net: &NetNs, at: SocketAddr, here: IpAddr) -> Result<WebClients> {
         let (stop, counts) = (Arc::<AtomicBool>::default(), Arc::<Counts>::default());
         let threads = [1, ON_ONE_CONNECTION].map(|questions| {
             let (stop, counts, enter) = (Arc::clone(&stop), Arc::clone(&counts), net.entrance());
@@ -403,19 +403,19 @@ impl Visitors {
                     return counts.fails(&error);
                 }
                 while !stop.load(Ordering::Relaxed) {
-                    if let Err(error) = visit(at, here, questions, &counts) {
+                    if let Err(error) = ask_over_one(at, here, questions, &counts) {
                         counts.fails(&error);
                     }
                 }
             })
         });
-        let visitors = Visitors {
+        let clients = WebClients {
             stop,
             counts,
             threads: threads.into(),
         };
-        visitors.expect_answers()?;
-        Ok(visitors)
+        clients.expect_answers()?;
+        Ok(clients)
     }
 
     /// Waits for answers to questions that are asked from now on.
@@ -464,7 +464,7 @@ impl Visitors {
     }
 }
 
-impl Drop for Visitors {
+impl Drop for WebClients {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         for thread in self.threads.drain(..) {
@@ -485,11 +485,11 @@ impl Counts {
 }
 
 /// Asks so many questions over one connection.
-fn visit(at: SocketAddr, here: IpAddr, questions: u32, counts: &Counts) -> Result<()> {
-    let mut visit = Visit::begin(at)?;
+fn ask_over_one(at: SocketAddr, here: IpAddr, questions: u32, counts: &Counts) -> Result<()> {
+    let mut connection = Connection::begin(at)?;
     for left in (0..questions).rev() {
         let asked = Instant::now();
-        let by = visit.ask("/", left == 0)?;
+        let by = connection.ask("/", left == 0)?;
         let count = if by == here {
             &counts.here
         } else {
