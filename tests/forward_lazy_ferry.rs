@@ -60,7 +60,7 @@ fn a_client_on_demand_gets_its_faults_and_nothing_else() {
         assert_eq!(expect_right(&answer), pages);
     }
     stream.acknowledge(Ack {
-        taken: true,
+        complete: true,
         ..OPENED
     });
     // Whatever was pushed would come before it.
@@ -103,7 +103,7 @@ fn a_client_that_acknowledges_nothing_gets_a_window_and_its_faults() {
     loop {
         stream.acknowledge(Ack {
             safe,
-            taken: true,
+            complete: true,
             ..OPENED
         });
         let next = stream.next();
@@ -121,7 +121,7 @@ fn a_client_that_acknowledges_nothing_gets_a_window_and_its_faults() {
 
 /// What a client says that has everything.
 const TAKEN: Ack = Ack {
-    taken: true,
+    complete: true,
     ..OPENED
 };
 

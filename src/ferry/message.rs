@@ -127,7 +127,7 @@ pub struct Ack {
     /// The last answer.
     pub answer: Answer,
     /// The receiver has everything that it wants.
-    pub taken: bool,
+    pub complete: bool,
     /// The receiver has heard BYE.
     pub heard_bye: bool,
     /// How many bytes have arrived on this connection. What was sent and does not arrive shows a
@@ -146,7 +146,7 @@ pub struct Answer {
     pub state: StateId,
 }
 
-const ACK_TAKEN: u32 = 1;
+const ACK_COMPLETE: u32 = 1;
 const ACK_HEARD_BYE: u32 = 2;
 
 impl Ack {
@@ -156,9 +156,9 @@ impl Ack {
         out.put_u64(self.safe);
         out.put_u64(self.answer.to);
         out.extend_from_slice(&self.answer.value.to_le_bytes());
-        let taken = if self.taken { ACK_TAKEN } else { 0 };
+        let complete = if self.complete { ACK_COMPLETE } else { 0 };
         let heard_bye = if self.heard_bye { ACK_HEARD_BYE } else { 0 };
-        out.put_u32(taken | heard_bye);
+        out.put_u32(complete | heard_bye);
         out.extend_from_slice(&self.answer.state.0);
         out.put_u64(self.arrived);
         frame.finish(out, Kind::Ack, 0);
@@ -176,7 +176,7 @@ impl Ack {
         Ok(Ack {
             safe,
             answer: Answer { to, value, state },
-            taken: flags & ACK_TAKEN != 0,
+            complete: flags & ACK_COMPLETE != 0,
             heard_bye: flags & ACK_HEARD_BYE != 0,
             arrived,
         })
@@ -407,7 +407,7 @@ mod tests {
                 value: -2,
                 state: StateId([9; 16]),
             },
-            taken: true,
+            complete: true,
             heard_bye: false,
             arrived: 1 << 33,
         };

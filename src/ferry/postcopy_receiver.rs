@@ -271,12 +271,12 @@ impl<T> PostcopyReceiver<T> {
     }
 
     /// Everything that the caller wants is here.
-    pub fn taken(&mut self) {
+    pub fn note_complete(&mut self) {
         self.through = true;
         // Nothing more is pushed than what is on its way.
         self.throttled = false;
         self.acknowledge_all();
-        self.receiver.taken();
+        self.receiver.note_complete();
         // Whoever still asks learns that there is nothing to build on.
         self.earlier.drop_images();
     }

@@ -277,8 +277,8 @@ impl Receiver {
     }
 
     /// This side has everything that it wants.
-    pub fn taken(&mut self) {
-        self.ack.taken = true;
+    pub fn note_complete(&mut self) {
+        self.ack.complete = true;
     }
 
     /// The sender's BYE has come.

@@ -61,7 +61,7 @@ pub enum SenderEvent<'b> {
         /// The answer to the open question, if it came.
         answer: Option<Answer>,
         /// The receiver has everything that it wants.
-        taken: bool,
+        complete: bool,
         /// The receiver has heard that the session is over.
         heard_bye: bool,
         /// How many bytes have arrived on the connection, says the receiver.
@@ -340,7 +340,7 @@ impl Sender {
         Ok(SenderEvent::Acked {
             safe: self.safe,
             answer: answer.then_some(ack.answer),
-            taken: ack.taken,
+            complete: ack.complete,
             heard_bye: ack.heard_bye,
             arrived: ack.arrived,
             progress: progress || self.is_settled(),

@@ -133,7 +133,7 @@ pub(crate) const OPENED: Ack = Ack {
         value: 0,
         state: StateId::NONE,
     },
-    taken: false,
+    complete: false,
     heard_bye: false,
     arrived: 0,
 };

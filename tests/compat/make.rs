@@ -119,7 +119,7 @@ fn make_post_copy(build: Make<'_>, work: &Path, out: &Path) {
                 to: close,
                 ..OPENED.answer
             },
-            taken: true,
+            complete: true,
             ..OPENED
         };
         stream.acknowledge(end);

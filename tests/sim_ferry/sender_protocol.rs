@@ -25,7 +25,7 @@ pub(crate) enum FrameOutcome {
     Acked {
         answer: Option<Answer>,
         /// The receiver has everything that it wants.
-        taken: bool,
+        complete: bool,
         /// The session has come forward.
         progress: bool,
     },
@@ -93,14 +93,14 @@ impl SenderProtocol {
             Ok(SenderEvent::Acked {
                 safe,
                 answer,
-                taken,
+                complete,
                 progress,
                 ..
             }) => {
                 self.frames.retain(|number, _| *number > safe);
                 FrameOutcome::Acked {
                     answer,
-                    taken,
+                    complete,
                     progress,
                 }
             }

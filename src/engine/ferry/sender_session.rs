@@ -56,7 +56,7 @@ struct State {
     outbox: Outbox,
     answer: Option<Answer>,
     /// The receiver has everything that it wants.
-    taken: bool,
+    complete: bool,
     /// It has heard that the session is over.
     heard_bye: bool,
     /// Whose turn it is to submit a batch.
@@ -98,7 +98,7 @@ impl SenderSession {
                 talk: None,
                 outbox: Outbox::default(),
                 answer: None,
-                taken: false,
+                complete: false,
                 heard_bye: false,
                 sequence: 0,
                 wakers: Wakers::default(),
@@ -188,13 +188,13 @@ impl SenderSession {
     }
 
     /// Whether the receiver has said that it has everything that it wants.
-    pub(in crate::engine) fn is_taken(&self) -> bool {
-        lock(&self.state).taken
+    pub(in crate::engine) fn is_complete(&self) -> bool {
+        lock(&self.state).complete
     }
 
     /// Waits until the receiver has everything that it wants.
-    pub(in crate::engine) fn wait_until_taken(&self) -> Result<()> {
-        self.wait(|state| state.taken.then_some(()))
+    pub(in crate::engine) fn wait_until_complete(&self) -> Result<()> {
+        self.wait(|state| state.complete.then_some(()))
     }
 
     /// Waits until a batch behind all with sequence numbers below `sequence` can be made: it has room in the

@@ -109,17 +109,17 @@ impl PostcopyListener {
     }
 
     /// Runs a connection that has just begun to speak ferry, and that `watched` shuts down until then. If it opens
-    /// a session, returns when that is over. `taken` is told when the receiver has everything, before it hears of that; if it says no, the
+    /// a session, returns when that is over. `complete` is called when the receiver has everything, before it hears of that; if it says no, the
     /// session has failed.
     pub(in crate::engine) fn handle(
         &self,
         stream: Stream,
         watched: Watched,
         stop: &Stop,
-        taken: &(dyn Fn() -> Result<()> + Sync),
+        complete: &(dyn Fn() -> Result<()> + Sync),
     ) -> Result<PushAccepted> {
         let peer = stream.peer().to_owned();
-        self.greet(stream, watched, stop, taken)
+        self.greet(stream, watched, stop, complete)
             .map_err(|error| error.within(format!("ferry to {peer}")))
     }
 
@@ -128,7 +128,7 @@ impl PostcopyListener {
         stream: Stream,
         watched: Watched,
         stop: &Stop,
-        taken: &(dyn Fn() -> Result<()> + Sync),
+        complete: &(dyn Fn() -> Result<()> + Sync),
     ) -> Result<PushAccepted> {
         let lost = |error| Error::wrap(Kind::PeerLost, "no greeting came", error);
         let (conn, greeting) = greeting(stream, Arc::default()).map_err(lost)?;
@@ -154,7 +154,7 @@ impl PostcopyListener {
                 let id = greetings.peer.session;
                 tracing::info!("session {id} can fetch the dump's memory");
                 let running = self.traffic.begin_session();
-                let ended = self.own(conn, &session, &greetings, stop, taken);
+                let ended = self.own(conn, &session, &greetings, stop, complete);
                 if ended.is_ok() {
                     running.succeed();
                 }
@@ -185,7 +185,7 @@ impl PostcopyListener {
         session: &Arc<PostcopySession>,
         greetings: &Greetings,
         stop: &Stop,
-        taken: &(dyn Fn() -> Result<()> + Sync),
+        complete: &(dyn Fn() -> Result<()> + Sync),
     ) -> Result<()> {
         let sending = &session.sending;
         let id = greetings.peer.session;
@@ -194,7 +194,7 @@ impl PostcopyListener {
         let result = thread::scope(|scope| {
             let push = scope.spawn(|| {
                 let pushed = thread::scope(|scope| session.push(scope, self.wire));
-                let pushed = pushed.and_then(|()| taken());
+                let pushed = pushed.and_then(|()| complete());
                 match &pushed {
                     Ok(()) => sending.finish(),
                     Err(error) => sending.abort(&error.to_string()),
@@ -337,16 +337,16 @@ impl PostcopySession {
         };
         if agreed.features.has(Features::ON_DEMAND) {
             push.open_all()?;
-            return self.sending.wait_until_taken();
+            return self.sending.wait_until_complete();
         }
-        while !self.sending.is_taken() && push.step()? {}
+        while !self.sending.is_complete() && push.step()? {}
         push.packer.flush()?;
-        if !self.sending.is_taken() {
+        if !self.sending.is_complete() {
             let pages = PageCount(push.pages);
             let write = |out: &mut Vec<u8>| encode_close(pages, out);
             self.sending.ask(frame::Kind::Close, write)?;
         }
-        self.sending.wait_until_taken()
+        self.sending.wait_until_complete()
     }
 }
 

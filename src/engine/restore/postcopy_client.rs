@@ -240,8 +240,8 @@ impl<T> PostcopyClient<T> {
     }
 
     /// Says that everything is here.
-    pub(in crate::engine) fn taken(&mut self) {
-        self.receiver.taken();
+    pub(in crate::engine) fn note_complete(&mut self) {
+        self.receiver.note_complete();
         self.earlier.drop_images();
         self.say();
     }

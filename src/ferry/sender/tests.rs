@@ -19,7 +19,7 @@ fn ack(sender: &mut Sender, stream: u16, safe: u64, to: u64) -> SenderEvent<'sta
     let ack = Ack {
         safe,
         answer,
-        taken: false,
+        complete: false,
         heard_bye: false,
         arrived: 0,
     };
@@ -115,7 +115,7 @@ fn acknowledgements_of_what_was_never_sent_are_refused() {
         let ack = Ack {
             safe,
             answer,
-            taken: false,
+            complete: false,
             heard_bye: false,
             arrived: 0,
         };

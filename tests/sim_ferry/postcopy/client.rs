@@ -203,7 +203,7 @@ impl Client {
             return;
         }
         self.receiver.may_install();
-        self.receiver.taken();
+        self.receiver.note_complete();
         self.closes_at = Some(self.now + CLOSE_TIMEOUT);
     }
 

@@ -310,11 +310,13 @@ impl Part for Forwarder {
             .handle(key.stream, kind, body, &mut self.memory)
         {
             None => return false,
-            Some(FrameOutcome::Acked { answer, taken, .. }) => {
+            Some(FrameOutcome::Acked {
+                answer, complete, ..
+            }) => {
                 if let Some(answer) = answer {
                     self.answered(answer);
                 }
-                if taken && self.dump == Dump::Frozen && self.failure.is_none() {
+                if complete && self.dump == Dump::Frozen && self.failure.is_none() {
                     self.dump = Dump::Killed;
                     if let Some(sender) = self.protocol.sender_mut() {
                         sender.leave();

@@ -70,12 +70,12 @@ impl ConnectionHandler for SenderSession {
             Ok(SenderEvent::Acked {
                 safe,
                 answer,
-                taken,
+                complete,
                 heard_bye,
                 arrived,
                 progress,
             }) => {
-                state.taken |= taken;
+                state.complete |= complete;
                 if heard_bye && !state.heard_bye {
                     state.heard_bye = true;
                     state.wakers.wake_all();

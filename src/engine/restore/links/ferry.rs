@@ -398,7 +398,7 @@ impl Restore {
             return Ok(());
         };
         client.may_install();
-        client.taken();
+        client.note_complete();
         loop {
             client.tell_hashes();
             let left = client.flush()?;
