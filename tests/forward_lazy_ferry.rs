@@ -130,9 +130,11 @@ fn the_end_is_told_again_until_the_client_has_heard_it() {
     let (images, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (port, dump) = dump(images.path());
     let (address, forwarder) = forwarder(here.path(), port, TIMEOUT);
-    let features = FEATURES.with(Features::ON_DEMAND).with(Features::FAREWELL);
+    let features = FEATURES
+        .with(Features::ON_DEMAND)
+        .with(Features::CONFIRMS_BYE);
     let mut first = Connection::dial(address, &hello(Role::Receiver, features, 1));
-    assert!(first.welcome.features.has(Features::FAREWELL));
+    assert!(first.welcome.features.has(Features::CONFIRMS_BYE));
     first.open();
     first.acknowledge(TAKEN);
     assert_eq!(first.next().kind, frame::Kind::Bye);
@@ -148,7 +150,7 @@ fn the_end_is_told_again_until_the_client_has_heard_it() {
     assert_eq!(last.next().kind, frame::Kind::Bye);
     assert!(!forwarder.is_finished());
     last.acknowledge(Ack {
-        heard_bye: true,
+        bye_received: true,
         ..TAKEN
     });
     forwarder.join().unwrap().unwrap();
@@ -159,7 +161,9 @@ fn a_client_that_does_not_come_back_for_the_end_is_waited_for_no_longer_than_oth
     let (images, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (port, dump) = dump(images.path());
     let (address, forwarder) = forwarder(here.path(), port, Duration::ZERO);
-    let features = FEATURES.with(Features::ON_DEMAND).with(Features::FAREWELL);
+    let features = FEATURES
+        .with(Features::ON_DEMAND)
+        .with(Features::CONFIRMS_BYE);
     let mut client = Connection::dial(address, &hello(Role::Receiver, features, 1));
     client.open();
     client.acknowledge(TAKEN);

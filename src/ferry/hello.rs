@@ -76,8 +76,8 @@ impl Features {
     pub const FAULTS: Features = Features(4);
     /// A receiver that wants nothing but the answers to its faults: nothing is pushed.
     pub const ON_DEMAND: Features = Features(8);
-    /// A receiver says that it has heard BYE.
-    pub const FAREWELL: Features = Features(16);
+    /// A receiver confirms BYE.
+    pub const CONFIRMS_BYE: Features = Features(16);
     /// A requester understands that a page is in the push, and waits for it there.
     pub const IN_PUSH: Features = Features(32);
     /// A page may be named as that of another target of the session.

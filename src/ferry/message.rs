@@ -128,8 +128,8 @@ pub struct Ack {
     pub answer: Answer,
     /// The receiver has everything that it wants.
     pub complete: bool,
-    /// The receiver has heard BYE.
-    pub heard_bye: bool,
+    /// The receiver has received BYE.
+    pub bye_received: bool,
     /// How many bytes have arrived on this connection. What was sent and does not arrive shows a
     /// link that is dead in one direction.
     pub arrived: u64,
@@ -147,7 +147,7 @@ pub struct Answer {
 }
 
 const ACK_COMPLETE: u32 = 1;
-const ACK_HEARD_BYE: u32 = 2;
+const ACK_BYE_RECEIVED: u32 = 2;
 
 impl Ack {
     /// Appends the frame.
@@ -157,8 +157,12 @@ impl Ack {
         out.put_u64(self.answer.to);
         out.extend_from_slice(&self.answer.value.to_le_bytes());
         let complete = if self.complete { ACK_COMPLETE } else { 0 };
-        let heard_bye = if self.heard_bye { ACK_HEARD_BYE } else { 0 };
-        out.put_u32(complete | heard_bye);
+        let bye_received = if self.bye_received {
+            ACK_BYE_RECEIVED
+        } else {
+            0
+        };
+        out.put_u32(complete | bye_received);
         out.extend_from_slice(&self.answer.state.0);
         out.put_u64(self.arrived);
         frame.finish(out, Kind::Ack, 0);
@@ -177,7 +181,7 @@ impl Ack {
             safe,
             answer: Answer { to, value, state },
             complete: flags & ACK_COMPLETE != 0,
-            heard_bye: flags & ACK_HEARD_BYE != 0,
+            bye_received: flags & ACK_BYE_RECEIVED != 0,
             arrived,
         })
     }
@@ -408,7 +412,7 @@ mod tests {
                 state: StateId([9; 16]),
             },
             complete: true,
-            heard_bye: false,
+            bye_received: false,
             arrived: 1 << 33,
         };
         let mut frame = Vec::new();

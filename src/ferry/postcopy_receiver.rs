@@ -370,7 +370,7 @@ impl<T> PostcopyReceiver<T> {
     fn handle_word(&mut self, kind: Kind, body: &[u8]) -> Result<Event<T>, PostcopyError> {
         match kind {
             Kind::Bye => {
-                self.receiver.heard_bye();
+                self.receiver.bye_received();
                 Ok(Event::Bye)
             }
             Kind::Fail => Err(failed(body)),

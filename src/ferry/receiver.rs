@@ -281,9 +281,9 @@ impl Receiver {
         self.ack.complete = true;
     }
 
-    /// The sender's BYE has come.
-    pub fn heard_bye(&mut self) {
-        self.ack.heard_bye = true;
+    /// The sender's BYE has been received.
+    pub fn bye_received(&mut self) {
+        self.ack.bye_received = true;
     }
 
     /// What was said last, or will be next, on a connection on which `arrived` bytes have arrived:

@@ -63,7 +63,7 @@ pub enum SenderEvent<'b> {
         /// The receiver has everything that it wants.
         complete: bool,
         /// The receiver has heard that the session is over.
-        heard_bye: bool,
+        bye_received: bool,
         /// How many bytes have arrived on the connection, says the receiver.
         arrived: u64,
         /// Whether the session has come forward, or has nothing to come forward with.
@@ -341,7 +341,7 @@ impl Sender {
             safe: self.safe,
             answer: answer.then_some(ack.answer),
             complete: ack.complete,
-            heard_bye: ack.heard_bye,
+            bye_received: ack.bye_received,
             arrived: ack.arrived,
             progress: progress || self.is_settled(),
         })

@@ -134,6 +134,6 @@ pub(crate) const OPENED: Ack = Ack {
         state: StateId::NONE,
     },
     complete: false,
-    heard_bye: false,
+    bye_received: false,
     arrived: 0,
 };

@@ -321,5 +321,5 @@ fn a_capture_of_a_post_copy_is_decoded() {
 
 /// What the client of the capture can do.
 fn ferry_client_features() -> Features {
-    Features::FAULTS.with(Features::FAREWELL)
+    Features::FAULTS.with(Features::CONFIRMS_BYE)
 }

@@ -124,7 +124,7 @@ fn make_post_copy(build: Make<'_>, work: &Path, out: &Path) {
         };
         stream.acknowledge(end);
         assert_eq!(stream.next().kind, Kind::Bye);
-        end.heard_bye = true;
+        end.bye_received = true;
         stream.acknowledge(end);
         drop(faults);
         stream.rest();

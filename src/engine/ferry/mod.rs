@@ -41,8 +41,8 @@ pub(in crate::engine) const WINDOW: Window = Window {
     bytes: 24 << 20,
 };
 
-/// How long the far end may take to hear that the session is over.
-pub(in crate::engine) const GOODBYE: Duration = Duration::from_secs(5);
+/// How long the far end may take to be told that the session is over.
+pub(in crate::engine) const END_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What a sender knows from earlier sessions: the pages at the receiver, the cost of compression.
 #[derive(Debug)]

@@ -58,7 +58,7 @@ struct State {
     /// The receiver has everything that it wants.
     complete: bool,
     /// It has heard that the session is over.
-    heard_bye: bool,
+    bye_received: bool,
     /// Whose turn it is to submit a batch.
     sequence: u64,
     wakers: Wakers,
@@ -99,7 +99,7 @@ impl SenderSession {
                 outbox: Outbox::default(),
                 answer: None,
                 complete: false,
-                heard_bye: false,
+                bye_received: false,
                 sequence: 0,
                 wakers: Wakers::default(),
                 ending: None,
@@ -374,11 +374,11 @@ impl State {
         sender.is_none_or(Sender::has_heard_end)
     }
 
-    /// Whether BYE was said, or will be, to a receiver that says when it hears it, and has not yet.
-    fn awaits_farewell(&self) -> bool {
-        let promised = |(_, agreed): &(_, Agreed)| agreed.features.has(Features::FAREWELL);
+    /// Whether BYE was sent, or will be, to a receiver that confirms it, and has not yet.
+    fn awaits_bye_confirmation(&self) -> bool {
+        let promised = |(_, agreed): &(_, Agreed)| agreed.features.has(Features::CONFIRMS_BYE);
         let well = matches!(self.ending, Some(Ending::Well));
-        well && !self.heard_bye && self.talk.as_ref().is_some_and(promised)
+        well && !self.bye_received && self.talk.as_ref().is_some_and(promised)
     }
 
     /// Takes out the frames that are safe.
@@ -390,9 +390,9 @@ impl State {
 }
 
 impl SenderSession {
-    /// Whether the receiver promised to say that it has heard BYE, and has not.
-    pub(in crate::engine) fn awaits_farewell(&self) -> bool {
-        lock(&self.state).awaits_farewell()
+    /// Whether the receiver promised to confirm BYE, and has not.
+    pub(in crate::engine) fn awaits_bye_confirmation(&self) -> bool {
+        lock(&self.state).awaits_bye_confirmation()
     }
 
     /// Waits until the receiver has heard of the end, for `most` at the longest.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::SenderConfig;
 use super::session_dialer::SessionDialer;
 use crate::engine::ferry::sender_session::SenderSession;
-use crate::engine::ferry::{GOODBYE, SenderHistory, WINDOW, random_bits};
+use crate::engine::ferry::{END_TIMEOUT, SenderHistory, WINDOW, random_bits};
 use crate::error::Result;
 use crate::ferry::hash::HashKey;
 use crate::ferry::hello::{Features, Hello, Role, SessionId, VERSION};
@@ -52,7 +52,7 @@ pub(in crate::engine) fn push<T>(
             Ok(_) => sending.finish(),
             Err(error) => sending.abort(&error.to_string()),
         }
-        sending.wait_until_done(GOODBYE);
+        sending.wait_until_done(END_TIMEOUT);
         sending.cut();
         result
     });

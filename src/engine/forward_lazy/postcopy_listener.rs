@@ -24,7 +24,7 @@ use crate::engine::ferry::listener_sessions::{
 };
 use crate::engine::ferry::packer::{Job, Packer};
 use crate::engine::ferry::sender_session::SenderSession;
-use crate::engine::ferry::{GOODBYE, SenderHistory, WINDOW, lock};
+use crate::engine::ferry::{END_TIMEOUT, SenderHistory, WINDOW, lock};
 use crate::engine::forward_lazy::dump_memory::DumpMemory;
 use crate::engine::listening::stop::{Stop, Watched};
 use crate::error::{Error, Kind, Result};
@@ -90,7 +90,7 @@ impl PostcopyListener {
         let features = Features::FAULTS
             .with(Features::HASHES)
             .with(Features::ON_DEMAND)
-            .with(Features::FAREWELL)
+            .with(Features::CONFIRMS_BYE)
             .with(Features::IN_PUSH);
         let mut own = Hello::of_listener(Role::Sender, dump_memory.page(), features, WINDOW);
         if let Some(known) = &known {
@@ -207,8 +207,8 @@ impl PostcopyListener {
             }
             let look = || self.end_if_given_up(id, sending, stop);
             let push = self.sessions.follow(push, look);
-            self.wait_for_farewell(id, sending, stop);
-            sending.wait_until_done(GOODBYE);
+            self.wait_for_bye_confirmation(id, sending, stop);
+            sending.wait_until_done(END_TIMEOUT);
             sending.cut();
             let pushed = push.join();
             pushed.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -219,10 +219,10 @@ impl PostcopyListener {
         result
     }
 
-    /// Waits until a receiver that promised to say so has heard BYE, which is said again on each new
+    /// Waits until a receiver that promised to confirm BYE has done so; BYE is sent again on each new
     /// connection: one that came back to nobody would not know whether the source goes on.
-    fn wait_for_farewell(&self, session: SessionId, sending: &SenderSession, stop: &Stop) {
-        while sending.awaits_farewell() {
+    fn wait_for_bye_confirmation(&self, session: SessionId, sending: &SenderSession, stop: &Stop) {
+        while sending.awaits_bye_confirmation() {
             let seen = sending.notifier().notified();
             if self.sessions.has_expired(session) || stop.is_requested() {
                 tracing::warn!(

@@ -205,7 +205,7 @@ impl<'a> PrecopyListener<'a> {
             let applier = scope.spawn(|| {
                 let images = receiving.apply_all(applier, counters);
                 if images.is_ok() {
-                    receiving.wait_for_goodbye();
+                    receiving.wait_for_sender_to_end();
                 }
                 self.sessions.notify();
                 images

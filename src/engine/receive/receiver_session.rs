@@ -18,7 +18,7 @@ use crate::engine::ferry::buffer_pool::BufferPool;
 use crate::engine::ferry::conn::Frame;
 use crate::engine::ferry::connection_loop::{ConnectionHandler, FrameOutcome};
 use crate::engine::ferry::wakers::{Waker, Wakers};
-use crate::engine::ferry::{GOODBYE, lock};
+use crate::engine::ferry::{END_TIMEOUT, lock};
 use crate::engine::receive::batch_applier::{Bases, BatchApplier};
 use crate::engine::receive::counters::SessionCounters;
 use crate::error::{self, Error, Result};
@@ -124,7 +124,7 @@ impl ReceiverSession {
     }
 
     /// The images are complete: waits until the sender knows it, or will not come back to ask.
-    pub(in crate::engine) fn wait_for_goodbye(&self) {
+    pub(in crate::engine) fn wait_for_sender_to_end(&self) {
         let mut state = lock(&self.state);
         while state.ending.is_none() {
             state = self
@@ -176,7 +176,7 @@ impl ReceiverSession {
         let start = Instant::now();
         let mut state = lock(&self.state);
         while !state.heard_end
-            && let Some(left) = GOODBYE.checked_sub(start.elapsed())
+            && let Some(left) = END_TIMEOUT.checked_sub(start.elapsed())
         {
             let waited = self.changed.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;

@@ -253,7 +253,7 @@ impl<T> PostcopyClient<T> {
         self.hang_up()
     }
 
-    /// The far end has said BYE: says that it was heard, and closes the connections in order.
+    /// The far end has sent BYE: confirms it, and closes the connections in order.
     pub(in crate::engine) fn leave(&mut self) {
         self.say();
         self.hang_up();

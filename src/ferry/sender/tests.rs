@@ -20,7 +20,7 @@ fn ack(sender: &mut Sender, stream: u16, safe: u64, to: u64) -> SenderEvent<'sta
         safe,
         answer,
         complete: false,
-        heard_bye: false,
+        bye_received: false,
         arrived: 0,
     };
     sender.handle_ack(stream, ack).expect("a fitting ACK")
@@ -116,7 +116,7 @@ fn acknowledgements_of_what_was_never_sent_are_refused() {
             safe,
             answer,
             complete: false,
-            heard_bye: false,
+            bye_received: false,
             arrived: 0,
         };
         let error = sender.handle_ack(0, ack);

@@ -71,13 +71,13 @@ impl ConnectionHandler for SenderSession {
                 safe,
                 answer,
                 complete,
-                heard_bye,
+                bye_received,
                 arrived,
                 progress,
             }) => {
                 state.complete |= complete;
-                if heard_bye && !state.heard_bye {
-                    state.heard_bye = true;
+                if bye_received && !state.bye_received {
+                    state.bye_received = true;
                     state.wakers.wake_all();
                     self.notifier.notify();
                 }
@@ -148,7 +148,7 @@ impl ConnectionHandler for SenderSession {
     fn awaits_word(&self) -> bool {
         let state = lock(&self.state);
         let sender = state.talk.as_ref().map(|(sender, _)| sender);
-        sender.is_some_and(Sender::awaits_word) || state.awaits_farewell()
+        sender.is_some_and(Sender::awaits_word) || state.awaits_bye_confirmation()
     }
 
     fn heartbeat(&self, _arrived: u64) -> Option<Arc<Vec<u8>>> {
@@ -171,7 +171,7 @@ impl ConnectionHandler for SenderSession {
             None => false,
             Some(Ending::Lost(_)) => true,
             Some(Ending::Well | Ending::Failed) => {
-                state.cut || (state.is_told() && !state.awaits_farewell())
+                state.cut || (state.is_told() && !state.awaits_bye_confirmation())
             }
         }
     }
@@ -187,7 +187,7 @@ impl DialingHandler for SenderSession {
         match &state.ending {
             None => false,
             Some(Ending::Lost(_)) => true,
-            Some(Ending::Well) if state.heard_bye => true,
+            Some(Ending::Well) if state.bye_received => true,
             Some(Ending::Well | Ending::Failed) => {
                 state.cut || state.refused || state.has_heard_end()
             }

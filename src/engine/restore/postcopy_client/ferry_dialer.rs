@@ -40,7 +40,7 @@ impl Pushed {
         let features = Features::FAULTS
             .with(Features::HASHES)
             .with(Features::KNOWN)
-            .with(Features::FAREWELL);
+            .with(Features::CONFIRMS_BYE);
         match self {
             Pushed::All | Pushed::AtRate(_) => features.with(Features::IN_PUSH),
             Pushed::Nothing => features.with(Features::ON_DEMAND),
