@@ -83,8 +83,8 @@ enum StreamState {
     Down,
     /// Welcomed, with what was last said on it.
     Up(Option<Ack>),
-    /// The end was told on it.
-    Told,
+    /// The end was sent on it.
+    Ended,
 }
 
 /// The receiver's side of a session. See the module's text.
@@ -300,15 +300,15 @@ impl Receiver {
         self.failure.get_or_insert(fail);
     }
 
-    /// Whether every living connection was told that the session has failed.
-    pub fn has_told_failure(&self) -> bool {
-        let told = |state: &StreamState| matches!(state, StreamState::Down | StreamState::Told);
-        self.failure.is_some() && self.streams.iter().all(told)
+    /// Whether the failure of the session was sent on every open connection.
+    pub fn has_sent_failure(&self) -> bool {
+        let ended = |state: &StreamState| matches!(state, StreamState::Down | StreamState::Ended);
+        self.failure.is_some() && self.streams.iter().all(ended)
     }
 
-    /// Whether the connection of `stream` was told that the session has failed.
-    pub fn was_told(&self, stream: u16) -> bool {
-        self.streams[usize::from(stream)] == StreamState::Told
+    /// Whether the failure of the session was sent on the connection of `stream`.
+    pub fn was_sent_failure(&self, stream: u16) -> bool {
+        self.streams[usize::from(stream)] == StreamState::Ended
     }
 
     /// What is to be written to `stream` next, on whose connection `arrived` bytes have arrived.
@@ -318,7 +318,7 @@ impl Receiver {
             return None;
         };
         if let Some(fail) = &self.failure {
-            *state = StreamState::Told;
+            *state = StreamState::Ended;
             return Some(Reply::Fail(fail.clone()));
         }
         if *said == Some(self.ack) {

@@ -62,7 +62,7 @@ pub enum SenderEvent<'b> {
         answer: Option<Answer>,
         /// The receiver has everything that it wants.
         complete: bool,
-        /// The receiver has heard that the session is over.
+        /// The receiver has confirmed that the session is over.
         bye_received: bool,
         /// How many bytes have arrived on the connection, says the receiver.
         arrived: u64,
@@ -81,8 +81,8 @@ enum StreamState {
     /// Welcomed; numbered frames wait for its first ACK.
     Welcomed,
     Ready,
-    /// The end was told on it.
-    Told,
+    /// The end was sent on it.
+    Ended,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -113,8 +113,8 @@ pub struct Sender {
     question: Option<u64>,
     hash_requests: BTreeMap<Target, HashRequest>,
     ending: Option<Transmit>,
-    /// The receiver has heard of the end.
-    heard_end: bool,
+    /// The receiver has confirmed the end.
+    end_confirmed: bool,
 }
 
 impl Sender {
@@ -134,7 +134,7 @@ impl Sender {
             question: None,
             hash_requests: BTreeMap::new(),
             ending: None,
-            heard_end: false,
+            end_confirmed: false,
         }
     }
 
@@ -208,15 +208,15 @@ impl Sender {
         self.ending.get_or_insert(Transmit::Fail(fail));
     }
 
-    /// Whether every living connection was told that the session is over.
-    pub fn has_told_end(&self) -> bool {
-        let told = |state: &StreamState| matches!(state, StreamState::Down | StreamState::Told);
-        self.ending.is_some() && self.streams.iter().all(told)
+    /// Whether the end of the session was sent on every open connection.
+    pub fn has_sent_end(&self) -> bool {
+        let ended = |state: &StreamState| matches!(state, StreamState::Down | StreamState::Ended);
+        self.ending.is_some() && self.streams.iter().all(ended)
     }
 
     /// The receiver has ended the connection of `stream` in order, behind what was said on it.
     pub fn handle_end(&mut self, stream: u16) {
-        self.heard_end |= self.streams[usize::from(stream)] == StreamState::Told;
+        self.end_confirmed |= self.streams[usize::from(stream)] == StreamState::Ended;
     }
 
     /// Why the session has failed on this side, if it has.
@@ -227,10 +227,10 @@ impl Sender {
         }
     }
 
-    /// Whether the receiver has heard that the session is over. That it was told does not say so: the connection may
-    /// have been lost with the word.
-    pub fn has_heard_end(&self) -> bool {
-        self.heard_end
+    /// Whether the receiver has confirmed that the session is over. That the end was sent does not show it: the connection may
+    /// have been lost with the message.
+    pub fn is_end_confirmed(&self) -> bool {
+        self.end_confirmed
     }
 
     /// The connection of `stream` was welcomed. It is a new one: what an older one carried has to
@@ -262,7 +262,7 @@ impl Sender {
         if let Some(ending) = &self.ending {
             let due = matches!(state, StreamState::Welcomed | StreamState::Ready);
             return due.then(|| {
-                *state = StreamState::Told;
+                *state = StreamState::Ended;
                 ending.clone()
             });
         }

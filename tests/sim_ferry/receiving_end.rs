@@ -338,7 +338,7 @@ impl Part for ReceivingEnd {
 
     fn status(&self) -> Status {
         match &self.failure {
-            Some(fail) if self.receiver.has_told_failure() => Status::Failed(fail.text.clone()),
+            Some(fail) if self.receiver.has_sent_failure() => Status::Failed(fail.text.clone()),
             _ => self.status.clone(),
         }
     }

@@ -274,7 +274,7 @@ impl Part for SendingEnd {
     fn status(&self) -> Status {
         // Nobody to tell it to is as good as told.
         let told = match self.protocol.sender() {
-            Some(sender) => sender.has_told_end(),
+            Some(sender) => sender.has_sent_end(),
             None => self.failure.is_some(),
         };
         match (&self.failure, told) {

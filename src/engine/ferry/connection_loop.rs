@@ -52,7 +52,7 @@ pub(in crate::engine) trait ConnectionHandler: Send + Sync {
     /// The connection that `waker` belongs to is gone.
     fn stream_down(&self, stream: u16, waker: &Arc<Waker>);
     /// The peer has ended the connection that `waker` belongs to in order, behind what was last said on it.
-    fn heard_end(&self, stream: u16, waker: &Arc<Waker>);
+    fn peer_closed(&self, stream: u16, waker: &Arc<Waker>);
     /// A frame has come on the connection of `stream` that `waker` belongs to. Once that is replaced only what ends the
     /// session counts.
     fn handle(&self, stream: u16, waker: &Arc<Waker>, frame: Frame) -> FrameOutcome;
@@ -175,7 +175,7 @@ pub(in crate::engine) fn run(
                     ConnError::Socket(_) => connection.hear_last_words(&mut conn),
                     // The peer's answer to the last word came in the turn that had said it.
                     ConnError::End if conn.queued_bytes() == 0 && handler.is_over() => {
-                        handler.heard_end(stream, waker);
+                        handler.peer_closed(stream, waker);
                     }
                     ConnError::End | ConnError::Frame(_) => {}
                 }
@@ -186,7 +186,7 @@ pub(in crate::engine) fn run(
     match end {
         ConnectionEnd::Over => {
             if say_last_words(conn, LAST_WORDS) {
-                handler.heard_end(stream, waker);
+                handler.peer_closed(stream, waker);
             }
         }
         // Nobody listens there any more.

@@ -57,13 +57,13 @@ struct State {
     answer: Option<Answer>,
     /// The receiver has everything that it wants.
     complete: bool,
-    /// It has heard that the session is over.
+    /// It has confirmed that the session is over.
     bye_received: bool,
     /// Whose turn it is to submit a batch.
     sequence: u64,
     wakers: Wakers,
     ending: Option<Ending>,
-    /// Nobody waits for last words any more.
+    /// Nobody waits for the last messages any more.
     cut: bool,
     /// The receiver knows no such session any more.
     refused: bool,
@@ -270,7 +270,7 @@ impl SenderSession {
         self.cut();
     }
 
-    /// Ends all connections, whether the far end has heard of the end or not.
+    /// Ends all connections, whether the far end has confirmed the end or not.
     pub(in crate::engine) fn cut(&self) {
         let mut state = lock(&self.state);
         state.cut = true;
@@ -355,7 +355,7 @@ impl Ending {
         match self {
             Ending::Well | Ending::Failed => Error::new(error::Kind::PeerLost, over),
             Ending::Lost(error) => {
-                // The first one to hear of it gets the cause, the others the sentence.
+                // The first one to ask gets the cause, the others the sentence.
                 let text = error.to_string();
                 std::mem::replace(error, Error::new(error.kind(), text))
             }
@@ -364,14 +364,14 @@ impl Ending {
 }
 
 impl State {
-    fn is_told(&self) -> bool {
+    fn is_end_sent(&self) -> bool {
         let sender = self.talk.as_ref().map(|(sender, _)| sender);
-        sender.is_none_or(Sender::has_told_end)
+        sender.is_none_or(Sender::has_sent_end)
     }
 
-    fn has_heard_end(&self) -> bool {
+    fn is_end_confirmed(&self) -> bool {
         let sender = self.talk.as_ref().map(|(sender, _)| sender);
-        sender.is_none_or(Sender::has_heard_end)
+        sender.is_none_or(Sender::is_end_confirmed)
     }
 
     /// Whether BYE was sent, or will be, to a receiver that confirms it, and has not yet.
@@ -395,7 +395,7 @@ impl SenderSession {
         lock(&self.state).awaits_bye_confirmation()
     }
 
-    /// Waits until the receiver has heard of the end, for `most` at the longest.
+    /// Waits until the receiver has confirmed the end, for `most` at the longest.
     pub(crate) fn wait_until_done(&self, most: Duration) {
         let start = Instant::now();
         while !self.is_done() {

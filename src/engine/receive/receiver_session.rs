@@ -60,8 +60,8 @@ struct State {
     questions: BTreeMap<u16, VecDeque<WantHashes>>,
     wakers: Wakers,
     ending: Option<Ending>,
-    /// The sender has heard of the failure.
-    heard_end: bool,
+    /// The sender has confirmed the failure.
+    end_confirmed: bool,
 }
 
 /// See the module's text.
@@ -92,7 +92,7 @@ impl ReceiverSession {
                 questions: BTreeMap::new(),
                 wakers: Wakers::default(),
                 ending: None,
-                heard_end: false,
+                end_confirmed: false,
             }),
             changed: Condvar::new(),
             bases,
@@ -163,7 +163,7 @@ impl ReceiverSession {
         self.changed.notify_all();
     }
 
-    /// This side has failed: tells the sender, and waits a while until it has heard.
+    /// This side has failed: tells the sender, and waits a while until that has confirmed it.
     fn fail(&self, error: &Error) {
         let code = match error.kind() {
             error::Kind::Protocol => FailCode::Protocol,
@@ -175,7 +175,7 @@ impl ReceiverSession {
         self.end(Ending::Failed);
         let start = Instant::now();
         let mut state = lock(&self.state);
-        while !state.heard_end
+        while !state.end_confirmed
             && let Some(left) = END_TIMEOUT.checked_sub(start.elapsed())
         {
             let waited = self.changed.wait_timeout(state, left);
@@ -356,10 +356,10 @@ impl ConnectionHandler for ReceiverSession {
         }
     }
 
-    fn heard_end(&self, stream: u16, waker: &Arc<Waker>) {
+    fn peer_closed(&self, stream: u16, waker: &Arc<Waker>) {
         let mut state = lock(&self.state);
         if !state.wakers.is_replaced(stream, waker) {
-            state.heard_end |= state.receiver.was_told(stream);
+            state.end_confirmed |= state.receiver.was_sent_failure(stream);
         }
         drop(state);
         self.changed.notify_all();

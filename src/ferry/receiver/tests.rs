@@ -198,8 +198,8 @@ fn a_failure_is_told_instead_of_everything_else() {
     receiver.stream_up(0);
     let fail = Fail::new(crate::ferry::hello::FailCode::Receiver, "disk full");
     receiver.fail(fail.clone());
-    assert!(!receiver.has_told_failure());
+    assert!(!receiver.has_sent_failure());
     assert_eq!(receiver.poll(0, 0), Some(Reply::Fail(fail)));
     assert_eq!(receiver.poll(0, 0), None);
-    assert!(receiver.has_told_failure());
+    assert!(receiver.has_sent_failure());
 }

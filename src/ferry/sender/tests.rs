@@ -182,12 +182,12 @@ fn the_end_is_told_once_on_every_connection() {
     sender.stream_up(1);
     sender.submit(Kind::Pages, 1);
     sender.leave();
-    assert!(!sender.has_told_end());
+    assert!(!sender.has_sent_end());
     for stream in [0, 1] {
         assert_eq!(sender.poll(stream), Some(Transmit::Bye));
         assert_eq!(sender.poll(stream), None);
     }
-    assert!(sender.has_told_end());
+    assert!(sender.has_sent_end());
 }
 
 #[test]
@@ -196,14 +196,14 @@ fn an_end_that_was_lost_with_its_connection_is_told_on_the_next() {
     bring_up(&mut sender, 0);
     sender.fail(Fail::new(FailCode::Sender, "over"));
     sender.handle_end(0);
-    assert!(!sender.has_heard_end(), "nothing was said");
+    assert!(!sender.is_end_confirmed(), "nothing was said");
     for heard in [false, true] {
         assert!(matches!(sender.poll(0), Some(Transmit::Fail(_))));
         if heard {
             sender.handle_end(0);
         }
         sender.stream_down(0);
-        assert_eq!(sender.has_heard_end(), heard);
+        assert_eq!(sender.is_end_confirmed(), heard);
         sender.stream_up(0);
     }
 }

@@ -361,7 +361,7 @@ impl Part for Forwarder {
     }
 
     fn status(&self) -> Status {
-        let told = self.protocol.sender().is_none_or(Sender::has_told_end);
+        let told = self.protocol.sender().is_none_or(Sender::has_sent_end);
         match (&self.failure, self.dump) {
             (Some(fail), _) if told => Status::Failed(fail.text.clone()),
             (None, Dump::Killed) if told => Status::Done,

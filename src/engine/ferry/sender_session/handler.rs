@@ -46,7 +46,7 @@ impl ConnectionHandler for SenderSession {
         self.notifier.notify();
     }
 
-    fn heard_end(&self, stream: u16, waker: &Arc<Waker>) {
+    fn peer_closed(&self, stream: u16, waker: &Arc<Waker>) {
         let mut state = lock(&self.state);
         if state.wakers.is_replaced(stream, waker) {
             return;
@@ -171,7 +171,7 @@ impl ConnectionHandler for SenderSession {
             None => false,
             Some(Ending::Lost(_)) => true,
             Some(Ending::Well | Ending::Failed) => {
-                state.cut || (state.is_told() && !state.awaits_bye_confirmation())
+                state.cut || (state.is_end_sent() && !state.awaits_bye_confirmation())
             }
         }
     }
@@ -189,7 +189,7 @@ impl DialingHandler for SenderSession {
             Some(Ending::Lost(_)) => true,
             Some(Ending::Well) if state.bye_received => true,
             Some(Ending::Well | Ending::Failed) => {
-                state.cut || state.refused || state.has_heard_end()
+                state.cut || state.refused || state.is_end_confirmed()
             }
         }
     }
