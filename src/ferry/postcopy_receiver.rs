@@ -5,7 +5,7 @@
 //! stream ── OPEN, PAGES, CLOSE ──> handle_pushed ──> UnverifiedDelivery ── complete ──> Delivery
 //!        <── ACK ──────────────── poll               │        ^                          │ installed by the caller
 //!        ── WANT_HASHES ────────> handle_pushed      │ local pages are                   v
-//!        <── HASHES ───────────── tell_hashes        └ read by the caller                settle ──> Backlog ──> safe
+//!        <── HASHES ───────────── send_hashes        └ read by the caller                settle ──> Backlog ──> safe
 //! faults <── FAULT ────────────── ask
 //!        ── FAULT_PAGES ────────> handle_answer ──> UnverifiedDelivery ── complete ──> Delivery
 //! ```
@@ -57,7 +57,7 @@ pub enum Event<T, D = UnverifiedDelivery> {
     InPush(T),
     /// Nothing that concerns the caller.
     Other,
-    /// The far end has heard that everything is here, and is through.
+    /// The far end knows that everything is here, and is done.
     Bye,
 }
 
@@ -257,8 +257,8 @@ impl<T> PostcopyReceiver<T> {
             once_more: self.closed,
         };
         self.asked += 1;
-        let mut words = Vec::new();
-        fault.encode(self.asked, self.page, &mut words);
+        let mut frame = Vec::new();
+        fault.encode(self.asked, self.page, &mut frame);
         self.questions.push_back(Question {
             number: self.asked,
             tag,
@@ -267,7 +267,7 @@ impl<T> PostcopyReceiver<T> {
             pages: most,
             asked: now,
         });
-        words
+        frame
     }
 
     /// Everything that the caller wants is here.
@@ -282,7 +282,7 @@ impl<T> PostcopyReceiver<T> {
     }
 
     /// Whether everything that the caller wants is here: there will be no more questions, and of what comes
-    /// only the far end's last word is awaited.
+    /// only the far end's last message is awaited.
     pub fn is_through(&self) -> bool {
         self.through
     }
@@ -295,16 +295,16 @@ impl<T> PostcopyReceiver<T> {
     /// What is to be written to the stream next, on whose connection `arrived` bytes have arrived.
     pub fn poll(&mut self, arrived: u64) -> Option<Vec<u8>> {
         let reply = self.receiver.poll(STREAM, arrived)?;
-        let mut words = Vec::new();
-        reply.encode(&mut words);
-        Some(words)
+        let mut frame = Vec::new();
+        reply.encode(&mut frame);
+        Some(frame)
     }
 
     /// What was said last on the stream, once more.
     pub fn heartbeat(&self, arrived: u64) -> Vec<u8> {
-        let mut words = Vec::new();
-        self.receiver.ack(arrived).encode(&mut words);
-        words
+        let mut frame = Vec::new();
+        self.receiver.ack(arrived).encode(&mut frame);
+        frame
     }
 
     /// A frame came on the connection for faults.
@@ -339,7 +339,7 @@ impl<T> PostcopyReceiver<T> {
         body: &[u8],
     ) -> Result<Event<T>, PostcopyError> {
         if !kind.is_numbered() {
-            return self.handle_word(kind, body);
+            return self.handle_message(kind, body);
         }
         match self.receiver.handle_numbered(number, body.len() as u64)? {
             Arrival::Next => {}
@@ -367,7 +367,7 @@ impl<T> PostcopyReceiver<T> {
         Ok(Event::Other)
     }
 
-    fn handle_word(&mut self, kind: Kind, body: &[u8]) -> Result<Event<T>, PostcopyError> {
+    fn handle_message(&mut self, kind: Kind, body: &[u8]) -> Result<Event<T>, PostcopyError> {
         match kind {
             Kind::Bye => {
                 self.receiver.bye_received();
@@ -424,15 +424,15 @@ impl<T> PostcopyReceiver<T> {
     }
 
     /// Whether a question for hashes has just begun to be answered, or will be.
-    pub fn begins_to_tell(&self) -> bool {
+    pub fn begins_hashes(&self) -> bool {
         self.earlier.begins()
     }
 
     /// The next hashes of what is wanted; `step` is empty where there is nothing (any more). Gives a
     /// frame for the stream when there are so many hashes for it that it is `full`, or the answer is
     /// complete.
-    pub fn tell_hashes(&mut self, step: HashStep, full: usize) -> Option<Vec<u8>> {
-        self.earlier.tell(step, full)
+    pub fn send_hashes(&mut self, step: HashStep, full: usize) -> Option<Vec<u8>> {
+        self.earlier.send(step, full)
     }
 
     /// Turns `unverified` into what may be installed. `read` says whether the caller has read all of

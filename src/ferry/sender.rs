@@ -175,7 +175,7 @@ impl Sender {
     }
 
     /// Whether the receiver has something to say: an acknowledgement, an answer, hashes.
-    pub fn awaits_word(&self) -> bool {
+    pub fn awaits_message(&self) -> bool {
         !self.is_settled()
             || !self.hash_requests.is_empty()
             || self.streams.contains(&StreamState::Welcomed)

@@ -265,7 +265,7 @@ mod tests {
     use socket2::{Domain, Socket, Type};
 
     use super::*;
-    use crate::engine::ferry::connection_loop::say_last_words;
+    use crate::engine::ferry::connection_loop::send_last_frames;
     use crate::engine::io::transport::PlainTransport;
     use crate::ferry::frame::OpenFrame;
 
@@ -369,7 +369,7 @@ mod tests {
         let transport = PlainTransport::new(ours).unwrap();
         let mut conn = Conn::new(Box::new(transport), Arc::default());
         conn.queue(Arc::new(vec![7; 50_000]));
-        let closer = std::thread::spawn(move || say_last_words(conn, TIMEOUT));
+        let closer = std::thread::spawn(move || send_last_frames(conn, TIMEOUT));
         let mut heard = Vec::new();
         std::io::Read::read_to_end(&mut peer, &mut heard).expect("no reset");
         assert_eq!(heard.len(), 50_000);

@@ -29,14 +29,14 @@ use crate::ferry::hello::{Fail, Hello};
 /// How often a receiver says something even if there is nothing new.
 pub(in crate::engine) const HEARTBEAT: Duration = Duration::from_secs(1);
 
-/// After so long without a word a connection on which a word is due is given up.
+/// After so long without a message, a connection on which one is due is given up.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
 
 /// How long what was sent may stay unacknowledged by the peer's kernel.
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(10);
 
-/// How long the last words of a session may take to arrive.
-pub(in crate::engine) const LAST_WORDS: Duration = Duration::from_secs(5);
+/// How long the last frames of a session may take to arrive.
+pub(in crate::engine) const LAST_FRAMES_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Frames are queued up to here, bytes; what is beyond stays free for other connections.
 const QUEUE_BYTES: usize = 512 << 10;
@@ -60,9 +60,9 @@ pub(in crate::engine) trait ConnectionHandler: Send + Sync {
     /// arrived. There is none once it is replaced: what it took would be lost with it, while the session takes it
     /// for carried by the newer one.
     fn poll(&self, stream: u16, waker: &Arc<Waker>, arrived: u64) -> Option<Arc<Vec<u8>>>;
-    /// Whether the peer owes a word.
-    fn awaits_word(&self) -> bool;
-    /// A word to be said when nothing else was for a [`HEARTBEAT`].
+    /// Whether a message of the peer is due.
+    fn awaits_message(&self) -> bool;
+    /// A message that is sent when nothing else was for a [`HEARTBEAT`].
     fn heartbeat(&self, arrived: u64) -> Option<Arc<Vec<u8>>>;
     /// `bytes` took `busy` to leave while more was waiting.
     fn observe_link(&self, bytes: u64, busy: Duration);
@@ -76,7 +76,7 @@ pub(in crate::engine) trait ConnectionHandler: Send + Sync {
 pub(in crate::engine) trait DialingHandler: ConnectionHandler {
     /// Whether the session has ended here, so that the peer may hang up at any time.
     fn is_ending(&self) -> bool;
-    /// Whether nobody needs to be reached any more: the peer has heard of the end, or is not to.
+    /// Whether nobody needs to be reached any more: the peer has confirmed the end, or need not.
     fn is_done(&self) -> bool;
     /// The session cannot go on: the peer said so, or nobody could be reached for too long.
     fn lost(&self, why: Lost);
@@ -159,9 +159,9 @@ pub(in crate::engine) fn run(
         handler,
         stream,
         waker,
-        heard: Instant::now(),
+        last_received: Instant::now(),
         arrived: (Instant::now(), 0),
-        said: Instant::now(),
+        last_sent: Instant::now(),
         blocked: None,
     };
     let end = loop {
@@ -172,8 +172,8 @@ pub(in crate::engine) fn run(
             Ok(Turn::Replaced) => break ConnectionEnd::Replaced,
             Err(error) => {
                 match error {
-                    ConnError::Socket(_) => connection.hear_last_words(&mut conn),
-                    // The peer's answer to the last word came in the turn that had said it.
+                    ConnError::Socket(_) => connection.receive_last_frames(&mut conn),
+                    // The peer's answer to the last message came in the turn that had sent it.
                     ConnError::End if conn.queued_bytes() == 0 && handler.is_over() => {
                         handler.peer_closed(stream, waker);
                     }
@@ -185,7 +185,7 @@ pub(in crate::engine) fn run(
     };
     match end {
         ConnectionEnd::Over => {
-            if say_last_words(conn, LAST_WORDS) {
+            if send_last_frames(conn, LAST_FRAMES_TIMEOUT) {
                 handler.peer_closed(stream, waker);
             }
         }
@@ -208,10 +208,10 @@ struct ConnectionLoop<'a> {
     handler: &'a dyn ConnectionHandler,
     stream: u16,
     waker: &'a Arc<Waker>,
-    heard: Instant,
+    last_received: Instant,
     /// How many bytes have arrived at the other end, and when that was news or nothing was missing.
     arrived: (Instant, u64),
-    said: Instant,
+    last_sent: Instant,
     /// Since when the socket takes nothing more, and what had left by then.
     blocked: Option<(Instant, u64)>,
 }
@@ -236,15 +236,15 @@ impl ConnectionLoop<'_> {
         let readable = conn.has_buffered() || self.sleep(conn, left, more && !left)?;
         if readable {
             while let Some(frame) = conn.receive()? {
-                self.heard = Instant::now();
-                let heard = self.handler.handle(self.stream, self.waker, frame);
-                if heard.progress {
+                self.last_received = Instant::now();
+                let outcome = self.handler.handle(self.stream, self.waker, frame);
+                if outcome.progress {
                     progress();
                 }
-                if let Some(arrived) = heard.arrived
+                if let Some(arrived) = outcome.arrived
                     && (arrived > self.arrived.1 || arrived == conn.traffic().1)
                 {
-                    self.arrived = (self.heard, arrived);
+                    self.arrived = (self.last_received, arrived);
                 }
                 if conn.queued_bytes() == 0 {
                     self.fill_queue(conn);
@@ -252,22 +252,22 @@ impl ConnectionLoop<'_> {
                 }
             }
         }
-        if !self.handler.awaits_word() {
-            self.heard = Instant::now();
-            self.arrived.0 = self.heard;
+        if !self.handler.awaits_message() {
+            self.last_received = Instant::now();
+            self.arrived.0 = self.last_received;
         }
-        let deaf = self.arrived.0.elapsed() > SILENCE_MAX;
-        if deaf || self.heard.elapsed() > SILENCE_MAX {
+        let stalled = self.arrived.0.elapsed() > SILENCE_MAX;
+        if stalled || self.last_received.elapsed() > SILENCE_MAX {
             return Ok(Turn::Silent);
         }
         Ok(Turn::Again)
     }
 
-    /// Hears what came before the connection broke: a peer that says that the session is over hangs up,
+    /// Receives what came before the connection broke: a peer that ends the session hangs up,
     /// and whatever is sent to it then fails.
-    fn hear_last_words(&self, conn: &mut Conn) {
+    fn receive_last_frames(&self, conn: &mut Conn) {
         while let Ok(Some(frame)) = conn.receive() {
-            let _heard = self.handler.handle(self.stream, self.waker, frame);
+            let _outcome = self.handler.handle(self.stream, self.waker, frame);
         }
     }
 
@@ -278,8 +278,8 @@ impl ConnectionLoop<'_> {
                 return true;
             }
             let Some(frame) = self.handler.poll(self.stream, self.waker, conn.traffic().0) else {
-                if self.said.elapsed() >= HEARTBEAT && conn.queued_bytes() == 0 {
-                    self.said = Instant::now();
+                if self.last_sent.elapsed() >= HEARTBEAT && conn.queued_bytes() == 0 {
+                    self.last_sent = Instant::now();
                     self.handler
                         .heartbeat(conn.traffic().0)
                         .into_iter()
@@ -288,7 +288,7 @@ impl ConnectionLoop<'_> {
                 return false;
             };
             conn.queue(frame);
-            self.said = Instant::now();
+            self.last_sent = Instant::now();
         }
         true
     }
@@ -331,16 +331,16 @@ impl ConnectionLoop<'_> {
     }
 }
 
-/// Sends what is queued and ends the connection, but waits for the peer no longer than `most`. Says whether it
-/// has heard: it has ended the connection as well.
-pub(in crate::engine) fn say_last_words(mut conn: Conn, most: Duration) -> bool {
+/// Sends what is queued and ends the connection, but waits for the peer no longer than `most`. Returns whether it
+/// has received it: it has ended the connection as well.
+pub(in crate::engine) fn send_last_frames(mut conn: Conn, most: Duration) -> bool {
     let deadline = Instant::now() + most;
     loop {
         match conn.flush() {
             Ok(false) => return conn.close(deadline),
             Ok(true) => {}
             Err(error) => {
-                tracing::debug!("the last words could not be said: {error}");
+                tracing::debug!("the last frames could not be sent: {error}");
                 return false;
             }
         }

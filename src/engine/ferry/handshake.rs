@@ -7,7 +7,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::engine::ferry::buffer_pool::BufferPool;
 use crate::engine::ferry::conn::{Conn, ConnError, Frame};
-use crate::engine::ferry::connection_loop::{self, ConnectionHandler, LAST_WORDS};
+use crate::engine::ferry::connection_loop::{self, ConnectionHandler, LAST_FRAMES_TIMEOUT};
 use crate::engine::ferry::wakers::Waker;
 use crate::engine::io::transport::transport;
 use crate::error::Result;
@@ -77,5 +77,5 @@ pub(in crate::engine) fn refuse(mut conn: Conn, fail: &Fail) {
     let mut words = Vec::new();
     fail.encode(&mut words);
     conn.queue(Arc::new(words));
-    connection_loop::say_last_words(conn, LAST_WORDS);
+    connection_loop::send_last_frames(conn, LAST_FRAMES_TIMEOUT);
 }

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::engine::ferry::conn::{Conn, ConnError};
-use crate::engine::ferry::connection_loop::{self, DialingHandler, LAST_WORDS};
+use crate::engine::ferry::connection_loop::{self, DialingHandler, LAST_FRAMES_TIMEOUT};
 use crate::engine::forward_lazy::postcopy_listener::PostcopySession;
 use crate::error::{Error, Kind, Result};
 use crate::ferry::encode::{Encoder, PlainBatch, Verdicts};
@@ -45,7 +45,7 @@ impl PostcopySession {
         if let Some(failure) = self.sending.failure() {
             responder.conn.queue(Arc::new(failure));
         }
-        connection_loop::say_last_words(responder.conn, LAST_WORDS);
+        connection_loop::send_last_frames(responder.conn, LAST_FRAMES_TIMEOUT);
         match ended {
             Err(Failure::Lost(error)) => {
                 tracing::debug!("a connection for faults: {error}");

@@ -421,7 +421,7 @@ impl ConnectionHandler for ReceiverSession {
         self.hashes(stream)
     }
 
-    fn awaits_word(&self) -> bool {
+    fn awaits_message(&self) -> bool {
         // A sender may be silent for as long as its dump is. What is said to it now and then is
         // acknowledged by its kernel, so a host that is gone is noticed.
         false

@@ -6,7 +6,7 @@
 //!        <── ACK ──────────────── settle     when the caller has installed them, and, with a rate,
 //!                                 acknowledge  when that has earned them
 //!        ── WANT_HASHES ─────────> next
-//!        <── HASHES ───────────── tell_hashes  of what an earlier round has left here
+//!        <── HASHES ───────────── send_hashes  of what an earlier round has left here
 //! fault  <── FAULT ─────────────── ask
 //!        ── FAULT_PAGES ─────────> next
 //! ```
@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::engine::ferry::conn::{ConnError, Frame};
-use crate::engine::ferry::connection_loop::{HEARTBEAT, say_last_words};
+use crate::engine::ferry::connection_loop::{HEARTBEAT, send_last_frames};
 use crate::error::{Error, Kind};
 use crate::ferry::hash::PageHasher;
 use crate::ferry::hello::{Fail, FailCode, SessionId, Window};
@@ -34,8 +34,8 @@ pub(in crate::engine) use ferry_dialer::{FerryDialer, FerryPair, Pushed};
 /// After so long without an answer a connection is dead, whatever its sockets say.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long the far end may take to hear the last word: processes may wait for what is local meanwhile.
-pub(in crate::engine) const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long the far end may take to receive the last message: processes may wait for what is local meanwhile.
+pub(in crate::engine) const LAST_FRAMES_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Hashes that go into a frame.
 const HASHES_A_FRAME: usize = 1024;
@@ -78,7 +78,7 @@ pub(in crate::engine) struct PostcopyClient<T> {
     /// The far end has hung up on the connection for faults, behind the last of them.
     faults_over: bool,
     start: Instant,
-    said: Instant,
+    last_sent: Instant,
     received_before: u64,
 }
 
@@ -95,7 +95,7 @@ impl<T> PostcopyClient<T> {
             earlier: Earlier::new(page, hasher),
             faults_over: false,
             start: Instant::now(),
-            said: Instant::now(),
+            last_sent: Instant::now(),
             received_before: 0,
         }
     }
@@ -119,7 +119,7 @@ impl<T> PostcopyClient<T> {
         self.earlier.use_hasher(&pair.hasher);
         self.pair = Some(pair);
         self.faults_over = false;
-        self.say();
+        self.queue_replies();
     }
 
     /// Drops the connections, which are reset. What was asked is forgotten.
@@ -161,7 +161,7 @@ impl<T> PostcopyClient<T> {
     }
 
     /// Hashes are wanted, and the stream takes what they are sent in.
-    pub(in crate::engine) fn may_tell_hashes(&self) -> bool {
+    pub(in crate::engine) fn may_send_hashes(&self) -> bool {
         let wanted = self.receiver.wanted_hashes().is_some();
         let pair = self.pair.as_ref();
         wanted && pair.is_some_and(|pair| pair.stream.queued_bytes() == 0)
@@ -169,15 +169,15 @@ impl<T> PostcopyClient<T> {
 
     /// Hashes the next few pages of what the far end asks for, which takes no longer than to install
     /// them would. Says how many bytes of them go out now.
-    pub(in crate::engine) fn tell_hashes(&mut self) -> u64 {
-        if self.may_tell_hashes()
+    pub(in crate::engine) fn send_hashes(&mut self) -> u64 {
+        if self.may_send_hashes()
             && let Some(wanted) = self.receiver.wanted_hashes()
             && let Some(pair) = &mut self.pair
         {
-            let step = self.earlier.hash(wanted, self.receiver.begins_to_tell());
-            if let Some(words) = self.receiver.tell_hashes(step, HASHES_A_FRAME) {
-                let bytes = words.len() as u64;
-                pair.stream.queue(Arc::new(words));
+            let step = self.earlier.hash(wanted, self.receiver.begins_hashes());
+            if let Some(frame) = self.receiver.send_hashes(step, HASHES_A_FRAME) {
+                let bytes = frame.len() as u64;
+                pair.stream.queue(Arc::new(frame));
                 return bytes;
             }
         }
@@ -212,15 +212,15 @@ impl<T> PostcopyClient<T> {
     /// From now on pages may be installed, so they may be pushed.
     pub(in crate::engine) fn may_install(&mut self) {
         self.receiver.may_install();
-        self.say();
+        self.queue_replies();
     }
 
     /// Asks for the pages `image` of `pid`, of which a thread waits for the first.
     pub(in crate::engine) fn ask(&mut self, pid: u32, image: PageRange, tag: T) {
         if let Some(pair) = &mut self.pair {
             let now = self.start.elapsed();
-            let words = self.receiver.ask(pid, image, tag, now);
-            pair.fault.queue(Arc::new(words));
+            let frame = self.receiver.ask(pid, image, tag, now);
+            pair.fault.queue(Arc::new(frame));
         }
     }
 
@@ -230,10 +230,10 @@ impl<T> PostcopyClient<T> {
         let Some(pair) = &mut self.pair else {
             return Ok([false; 2]);
         };
-        if self.said.elapsed() >= HEARTBEAT {
-            self.said = Instant::now();
-            let words = self.receiver.heartbeat(pair.stream.traffic().0);
-            pair.stream.queue(Arc::new(words));
+        if self.last_sent.elapsed() >= HEARTBEAT {
+            self.last_sent = Instant::now();
+            let frame = self.receiver.heartbeat(pair.stream.traffic().0);
+            pair.stream.queue(Arc::new(frame));
         }
         let faults_left = !self.faults_over && pair.fault.flush()?;
         Ok([pair.stream.flush()?, faults_left])
@@ -243,29 +243,29 @@ impl<T> PostcopyClient<T> {
     pub(in crate::engine) fn note_complete(&mut self) {
         self.receiver.note_complete();
         self.earlier.drop_images();
-        self.say();
+        self.queue_replies();
     }
 
-    /// Says that this side has failed for good, and ends the connections. Whether the far end has heard.
+    /// Sends that this side has failed for good, and ends the connections. Returns whether the far end has confirmed it.
     pub(in crate::engine) fn fail(&mut self, why: &str) -> bool {
         self.receiver.fail(Fail::new(FailCode::Receiver, why));
-        self.say();
+        self.queue_replies();
         self.hang_up()
     }
 
     /// The far end has sent BYE: confirms it, and closes the connections in order.
     pub(in crate::engine) fn leave(&mut self) {
-        self.say();
+        self.queue_replies();
         self.hang_up();
     }
 
-    /// Says what is queued, and ends the connections. Whether the far end has heard.
+    /// Sends what is queued, and ends the connections. Returns whether the far end has confirmed it.
     fn hang_up(&mut self) -> bool {
         self.received_before = self.bytes_received();
         let pair = self.pair.take();
-        let heard = pair.is_some_and(|pair| say_last_words(pair.stream, LAST_WORDS));
+        let confirmed = pair.is_some_and(|pair| send_last_frames(pair.stream, LAST_FRAMES_TIMEOUT));
         self.receiver.detach();
-        heard
+        confirmed
     }
 
     /// The next thing that has come, faults first.
@@ -275,7 +275,7 @@ impl<T> PostcopyClient<T> {
         };
         let answer = match pair.fault.receive() {
             Err(_) if self.receiver.is_through() => {
-                // Who is through hangs up everywhere, and its last word comes on the stream.
+                // A peer that is done hangs up everywhere, and its last message comes on the stream.
                 self.faults_over = true;
                 None
             }
@@ -287,7 +287,7 @@ impl<T> PostcopyClient<T> {
         }
         if let Some(Frame { kind, number, body }) = pair.stream.receive()? {
             let event = self.receiver.handle_pushed(kind, number, &body)?;
-            self.say();
+            self.queue_replies();
             return Ok(Some(self.complete(event)));
         }
         let now = self.start.elapsed();
@@ -328,23 +328,23 @@ impl<T> PostcopyClient<T> {
     /// The pages of the last [`Event::Pushed`] are installed, or not wanted; `room` takes the next.
     pub(in crate::engine) fn settle(&mut self, room: Vec<u8>) {
         self.receiver.settle(room);
-        self.say();
+        self.queue_replies();
     }
 
     /// With a throttle: acknowledges what `limit` has earned.
     pub(in crate::engine) fn acknowledge(&mut self, limit: &mut RateLimit, now_us: u64) {
         self.receiver.acknowledge(limit, now_us);
-        self.say();
+        self.queue_replies();
     }
 
-    /// Queues what is to be said on the stream.
-    fn say(&mut self) {
+    /// Queues what is to be sent on the stream.
+    fn queue_replies(&mut self) {
         let Some(pair) = &mut self.pair else {
             return;
         };
-        while let Some(words) = self.receiver.poll(pair.stream.traffic().0) {
-            self.said = Instant::now();
-            pair.stream.queue(Arc::new(words));
+        while let Some(frame) = self.receiver.poll(pair.stream.traffic().0) {
+            self.last_sent = Instant::now();
+            pair.stream.queue(Arc::new(frame));
         }
     }
 }

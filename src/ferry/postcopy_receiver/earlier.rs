@@ -29,7 +29,7 @@ pub(super) struct Earlier {
     /// Of whom there is something here, by pid in the dump.
     pids: BTreeSet<u32>,
     questions: VecDeque<WantHashes>,
-    /// Hashes for the first question that have not been told yet.
+    /// Hashes for the first question that have not been sent yet.
     gathered: HashStep,
     distrusted: bool,
 }
@@ -80,7 +80,7 @@ impl Earlier {
         Ok(())
     }
 
-    /// The far end will ask again for what it has not heard.
+    /// The far end will ask again for what it has not received.
     pub(super) fn forget_questions(&mut self) {
         self.questions.clear();
         self.gathered = HashStep::default();
@@ -101,12 +101,12 @@ impl Earlier {
         self.distrusted
     }
 
-    /// See [`PostcopyReceiver::tell_hashes`](super::PostcopyReceiver::tell_hashes).
-    pub(super) fn tell(&mut self, step: HashStep, full: usize) -> Option<Vec<u8>> {
+    /// See [`PostcopyReceiver::send_hashes`](super::PostcopyReceiver::send_hashes).
+    pub(super) fn send(&mut self, step: HashStep, full: usize) -> Option<Vec<u8>> {
         let most = full + step.hashes.len();
         assert!(most <= FERRY_HASHES_MAX, "steps and frames are small");
         let wanted = self.questions.front_mut()?;
-        // Images that were given up have no more to tell.
+        // Images that were given up have no more hashes.
         let known = matches!(wanted.target, Target::Process(pid) if self.pids.contains(&pid));
         if known {
             self.gathered.append(step);

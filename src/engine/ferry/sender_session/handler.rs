@@ -145,10 +145,10 @@ impl ConnectionHandler for SenderSession {
         Some(Arc::new(frame))
     }
 
-    fn awaits_word(&self) -> bool {
+    fn awaits_message(&self) -> bool {
         let state = lock(&self.state);
         let sender = state.talk.as_ref().map(|(sender, _)| sender);
-        sender.is_some_and(Sender::awaits_word) || state.awaits_bye_confirmation()
+        sender.is_some_and(Sender::awaits_message) || state.awaits_bye_confirmation()
     }
 
     fn heartbeat(&self, _arrived: u64) -> Option<Arc<Vec<u8>>> {

@@ -17,7 +17,7 @@ use nix::sys::epoll::EpollFlags;
 
 use crate::criu::header::Target;
 use crate::engine::restore::postcopy_client::{
-    Delivery, Event, Failure, FerryDialer, LAST_WORDS, Part, PostcopyClient,
+    Delivery, Event, Failure, FerryDialer, LAST_FRAMES_TIMEOUT, Part, PostcopyClient,
 };
 use crate::engine::restore::{Restore, Token, rewatch, watch};
 use crate::error::{Error, Kind, Result};
@@ -147,7 +147,7 @@ impl Restore {
     /// Whether the next hashes may be counted and told now.
     pub(in crate::engine::restore) fn owes_hashes(&mut self) -> bool {
         let may_tell = self.handover.may_fill()
-            && self.client().is_some_and(|client| client.may_tell_hashes());
+            && self.client().is_some_and(|client| client.may_send_hashes());
         may_tell && !self.background.is_throttled(self.clock.now_us())
     }
 
@@ -266,7 +266,7 @@ impl Restore {
             Err(Failure::Over(error)) => return Err(error),
         }
         if self.owes_hashes() {
-            let told = self.client().map_or(0, PostcopyClient::tell_hashes);
+            let told = self.client().map_or(0, PostcopyClient::send_hashes);
             self.background.spend(told);
         }
         let now_us = self.clock.now_us();
@@ -342,7 +342,7 @@ impl Restore {
         // The connection was lost, before the word or with it. Where nobody could be reached lately there is
         // nobody to tell.
         if (may_hear || self.links.attempt.is_some())
-            && self.links.reach_once(LAST_WORDS)
+            && self.links.reach_once(LAST_FRAMES_TIMEOUT)
             && let Some(client) = self.client()
         {
             client.fail(why);
@@ -400,7 +400,7 @@ impl Restore {
         client.may_install();
         client.note_complete();
         loop {
-            client.tell_hashes();
+            client.send_hashes();
             let left = client.flush()?;
             match client.next()? {
                 Some(Event::Bye) => {

@@ -51,7 +51,7 @@ impl Part for Client {
         }
         while let Some(wanted) = self.receiver.wanted_hashes() {
             let step = self.hash(wanted);
-            let words = self.receiver.tell_hashes(step, HASHES_A_FRAME);
+            let words = self.receiver.send_hashes(step, HASHES_A_FRAME);
             if words.is_some() {
                 return words;
             }
