@@ -29,7 +29,7 @@ pub struct RestoreState {
     /// Whose userfaultfd was read last.
     pub read_of: AtomicU32,
     /// How many events had been told before that.
-    pub told_before: AtomicU64,
+    pub sent_before: AtomicU64,
     /// What was read.
     pub room: MessageBuffer,
 }
@@ -137,7 +137,7 @@ mod tests {
         fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
         let one = Shared::in_file(&file).unwrap();
         let other = Shared::in_file(&file.try_clone().unwrap()).unwrap();
-        one.told_before.store(7, Ordering::Relaxed);
-        assert_eq!(other.told_before.load(Ordering::Relaxed), 7);
+        one.sent_before.store(7, Ordering::Relaxed);
+        assert_eq!(other.sent_before.load(Ordering::Relaxed), 7);
     }
 }

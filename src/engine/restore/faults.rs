@@ -87,11 +87,11 @@ impl Restore {
                         }
                     }
                     Event::Remap { from, to } => {
-                        self.tell(StandbyMessage::Remap { id, from, to }, None);
+                        self.notify_standby(StandbyMessage::Remap { id, from, to }, None);
                         self.handle_remap(id, from, to);
                     }
                     Event::Remove(range) | Event::Unmap(range) => {
-                        self.tell(StandbyMessage::Gone { id, range }, None);
+                        self.notify_standby(StandbyMessage::Gone { id, range }, None);
                         self.handle_gone(id, range);
                     }
                 }
@@ -179,7 +179,7 @@ impl Restore {
             return Ok(None);
         };
         tracing::debug!("pid {} forked", child.pid);
-        self.tell(
+        self.notify_standby(
             StandbyMessage::Fork { id, parent },
             Some(child.uffd.as_fd()),
         );
@@ -205,7 +205,7 @@ impl Restore {
     /// Nothing of `ranges` comes to the child `id`: there it is zero.
     pub(super) fn wipe(&mut self, id: SpaceId, ranges: &[PageRange]) {
         for &range in ranges {
-            self.tell(StandbyMessage::Gone { id, range }, None);
+            self.notify_standby(StandbyMessage::Gone { id, range }, None);
             self.settle(id, range, PageOutcome::Gone, Waiters::Asleep);
         }
     }
@@ -235,7 +235,7 @@ impl Restore {
     /// Closes the userfaultfd of `id`, here and where somebody stands by.
     fn close(&mut self, id: SpaceId) {
         if self.processes.remove(id) {
-            self.tell(StandbyMessage::Exited { id }, None);
+            self.notify_standby(StandbyMessage::Exited { id }, None);
         }
         self.planner.handle_exit(id);
         self.deferred.forget(id);

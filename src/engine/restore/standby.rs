@@ -14,11 +14,11 @@
 //! Invariants:
 //!
 //! - The standby reads nothing from a userfaultfd.
-//! - It uses its copies of the source's connections only to give up in words when the serving process is killed. So
+//! - It uses its copies of the source's connections only to give up by a message when the serving process is killed. So
 //!   CRIU's source lives on where a relay hides a reset as well.
 //! - A source is told of the end only if the restore had finished.
 //! - The kernel hands out an event once, so events are read into memory that both processes share ([`RestoreState`]). The
-//!   standby finds there what was read and not yet told. If that was a fork, the userfaultfd of the child is lost:
+//!   standby finds there what was read and not yet sent. If that was a fork, the userfaultfd of the child is lost:
 //!   nobody can fill its memory, and the processes are killed.
 //!
 //! [`OnLoss`]: super::OnLoss
@@ -52,12 +52,12 @@ pub(super) use messages::StandbyMessage;
 pub(in crate::engine) use source_sockets::SourceSockets;
 pub use stored::{Received, StoredRestore};
 
-/// How long who stands by may take to hear a word, or to end: it has nothing else to do.
+/// How long the standby may take to receive a message, or to end: it has nothing else to do.
 const TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The events that were read last, but for those that are among the first `told` ever.
-fn untold(state: &RestoreState, told: u64) -> impl Iterator<Item = io::Result<Message>> {
-    let of_these = told.saturating_sub(state.told_before.load(Ordering::SeqCst));
+/// The events that were read last, but for those that are among the first `sent` ever.
+fn unsent_events(state: &RestoreState, sent: u64) -> impl Iterator<Item = io::Result<Message>> {
+    let of_these = sent.saturating_sub(state.sent_before.load(Ordering::SeqCst));
     let events = state.room.messages();
     let events = events.filter(|message| !matches!(message, Ok(Message::Fault(_))));
     events.skip(usize::try_from(of_these).unwrap_or(usize::MAX))
@@ -134,13 +134,13 @@ impl Ends {
 }
 
 impl Standby {
-    fn tell(&mut self, told: StandbyMessage, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
-        let record = told.encode(self.events);
+    fn send(&mut self, message: StandbyMessage, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let record = message.encode(self.events);
         match &mut self.successor {
             Successor::Process(socket) => {
                 fdpass::send(socket.as_fd(), bytemuck::bytes_of(&record), fd)
             }
-            Successor::Restarted(journal) => journal.note(told, record, fd),
+            Successor::Restarted(journal) => journal.note(message, record, fd),
         }
     }
 }
@@ -181,21 +181,21 @@ impl Watch {
         match received.bytes {
             0 => Ok(None),
             bytes if bytes == whole => {
-                let told = StandbyMessage::decode(record)?;
-                Ok(Some((told, record.events, received.fd)))
+                let message = StandbyMessage::decode(record)?;
+                Ok(Some((message, record.events, received.fd)))
             }
-            bytes => Err(io::Error::other(format!("a word of {bytes} bytes"))),
+            bytes => Err(io::Error::other(format!("a message of {bytes} bytes"))),
         }
     }
 }
 
 impl Restore {
-    /// Tells who stands by, if somebody does.
-    pub(super) fn tell(&mut self, told: StandbyMessage, fd: Option<BorrowedFd<'_>>) {
+    /// Notifies the standby, if there is one.
+    pub(super) fn notify_standby(&mut self, message: StandbyMessage, fd: Option<BorrowedFd<'_>>) {
         let Some(standby) = &mut self.standby else {
             return;
         };
-        if let Err(error) = standby.tell(told, fd) {
+        if let Err(error) = standby.send(message, fd) {
             let what = match &standby.successor {
                 Successor::Process(_) => "the process that stands by is lost",
                 Successor::Restarted(_) => "the service manager does not keep descriptors any more",
@@ -214,9 +214,9 @@ impl Restore {
             return &self.room;
         };
         let shared = &standby.shared;
-        // In this order: messages that were told are never taken for others.
+        // In this order: messages that were sent are never taken for others.
         shared.room.clear();
-        shared.told_before.store(standby.events, Ordering::SeqCst);
+        shared.sent_before.store(standby.events, Ordering::SeqCst);
         shared.read_of.store(id.0, Ordering::SeqCst);
         &shared.room
     }
@@ -271,7 +271,7 @@ mod tests {
         let (id, parent) = (SpaceId(8), SpaceId(7));
         let range = PageRange::new(0x1000, 0x5000);
         let to = Vaddr(0x9000);
-        let words = [
+        let messages = [
             (StandbyMessage::Source { faults: true }, Some(&uffd)),
             (
                 StandbyMessage::Process {
@@ -294,11 +294,11 @@ mod tests {
             (StandbyMessage::Gone { id, range }, None),
             (StandbyMessage::Exited { id }, None),
         ];
-        for (told, uffd) in words {
+        for (message, uffd) in messages {
             standby.events += 3;
-            standby.tell(told, uffd.map(AsFd::as_fd)).unwrap();
-            let (heard, events, fd) = watch.next().unwrap().unwrap();
-            assert_eq!((heard, fd.is_some()), (told, uffd.is_some()));
+            standby.send(message, uffd.map(AsFd::as_fd)).unwrap();
+            let (received, events, fd) = watch.next().unwrap().unwrap();
+            assert_eq!((received, fd.is_some()), (message, uffd.is_some()));
             assert_eq!(events, standby.events);
         }
         let ended = std::thread::spawn(move || {
@@ -315,12 +315,12 @@ mod tests {
     #[test]
     fn events_that_were_read_and_not_told_are_found() {
         let shared = Shared::<RestoreState>::new().unwrap();
-        let untold = |told| {
-            let events = untold(&shared, told).map(io::Result::unwrap);
+        let unsent_events = |told| {
+            let events = unsent_events(&shared, told).map(io::Result::unwrap);
             events.collect::<Vec<_>>()
         };
-        assert_eq!(untold(40), []);
-        shared.told_before.store(40, Ordering::SeqCst);
+        assert_eq!(unsent_events(40), []);
+        shared.sent_before.store(40, Ordering::SeqCst);
         let range = PageRange::new(0x1000, 0x5000);
         shared.room.put(0, Message::Fault(Vaddr(0x1000)));
         shared.room.put(1, Message::Unmap(range));
@@ -332,11 +332,11 @@ mod tests {
             Message::Fork(3),
             Message::Remove(range),
         ];
-        assert_eq!(untold(40), all);
-        assert_eq!(untold(41), all[1..]);
-        assert_eq!(untold(43), []);
+        assert_eq!(unsent_events(40), all);
+        assert_eq!(unsent_events(41), all[1..]);
+        assert_eq!(unsent_events(43), []);
         shared.room.clear();
-        assert_eq!(untold(40), []);
+        assert_eq!(unsent_events(40), []);
     }
 
     #[test]

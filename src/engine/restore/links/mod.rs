@@ -272,10 +272,10 @@ impl Restore {
         let Some(pair) = self.links.pair.take() else {
             return;
         };
-        let told = |faults| StandbyMessage::Source { faults };
-        self.tell(told(false), Some(pair.stream.socket()));
+        let source = |faults| StandbyMessage::Source { faults };
+        self.notify_standby(source(false), Some(pair.stream.socket()));
         if let Some(fault) = &pair.fault {
-            self.tell(told(true), Some(fault.link.socket()));
+            self.notify_standby(source(true), Some(fault.link.socket()));
         }
         self.links.pair = Some(pair);
     }

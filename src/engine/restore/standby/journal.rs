@@ -1,5 +1,5 @@
 //! What the service manager keeps for this service's next start: the userfaultfds, the connections to the source, and
-//! what is told of them, written down in the words that a process that stands by would hear.
+//! what has happened to them, written down in the messages that a standby would receive.
 //!
 //! ```text
 //! pageferry-state           a memfd: RestoreState, which both see
@@ -8,8 +8,8 @@
 //! pageferry-source-0, -1    the connections for the stream and for faults
 //! ```
 //!
-//! Invariants: a descriptor is with the manager before the word that tells of it is written, so that one without a
-//! word is one whose event was not told yet. A word is written whole or not at all: it lies within a page.
+//! Invariants: a descriptor is with the manager before the message about it is written, so that one without a
+//! message is one whose event was not handled yet. A message is written whole or not at all: it lies within a page.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -40,8 +40,8 @@ pub(super) const JOURNAL: &str = "pageferry-journal-";
 pub(super) const MEMORY: &str = "pageferry-memory-";
 pub(super) const SOURCE: &str = "pageferry-source-";
 
-/// The length of one word.
-const WORD_BYTES: u64 = size_of::<MessageBytes>() as u64;
+/// The length of one message.
+const MESSAGE_BYTES: u64 = size_of::<MessageBytes>() as u64;
 
 /// Room for [`RestoreState`], whole pages.
 const STATE_BYTES: u64 = 64 << 10;
@@ -63,7 +63,7 @@ pub(super) struct Journal {
     is_full: bool,
     /// Which `pageferry-journal-` this is.
     number: u32,
-    words: File,
+    messages: File,
     end: u64,
     /// At this length what is of no use any more leaves.
     shortened_at: u64,
@@ -71,37 +71,37 @@ pub(super) struct Journal {
 
 impl Journal {
     fn begin(manager: ServiceManager) -> io::Result<Journal> {
-        let words = memory(0)?;
+        let messages = memory(0)?;
         let mut journal = Journal {
             manager,
             names: BTreeSet::new(),
             most: most(),
             is_full: false,
             number: 0,
-            words: words.try_clone()?,
+            messages: messages.try_clone()?,
             end: 0,
             shortened_at: SHORTENED_BYTES_MIN,
         };
-        journal.keep(format!("{JOURNAL}0"), words.as_fd())?;
+        journal.keep(format!("{JOURNAL}0"), messages.as_fd())?;
         Ok(journal)
     }
 
-    /// Goes on with one that was kept, in which there are `count` words.
+    /// Goes on with one that was kept, in which there are `count` messages.
     pub(super) fn go_on(
         manager: ServiceManager,
         names: BTreeSet<String>,
         number: u32,
-        words: File,
+        messages: File,
         count: usize,
     ) -> Journal {
-        let end = count as u64 * WORD_BYTES;
+        let end = count as u64 * MESSAGE_BYTES;
         Journal {
             manager,
             names,
             most: most(),
             is_full: false,
             number,
-            words,
+            messages,
             end,
             shortened_at: SHORTENED_BYTES_MIN.max(2 * end),
         }
@@ -133,11 +133,11 @@ impl Journal {
     /// Writes `told`, as `record`, down.
     pub(super) fn note(
         &mut self,
-        told: StandbyMessage,
+        entry: StandbyMessage,
         record: MessageBytes,
         fd: Option<BorrowedFd<'_>>,
     ) -> io::Result<()> {
-        match (told, fd) {
+        match (entry, fd) {
             (StandbyMessage::Source { faults }, Some(fd)) => {
                 let name = format!("{SOURCE}{}", u32::from(faults));
                 self.release(&name)?;
@@ -149,7 +149,7 @@ impl Journal {
             _ => {}
         }
         self.append(record)?;
-        if let StandbyMessage::Exited { id } = told {
+        if let StandbyMessage::Exited { id } = entry {
             self.release(&format!("{MEMORY}{}", id.0))?;
             if self.end >= self.shortened_at {
                 self.shorten()?;
@@ -159,22 +159,22 @@ impl Journal {
     }
 
     fn append(&mut self, record: MessageBytes) -> io::Result<()> {
-        self.words
+        self.messages
             .write_all_at(bytemuck::bytes_of(&record), self.end)?;
-        self.end += WORD_BYTES;
+        self.end += MESSAGE_BYTES;
         Ok(())
     }
 
     /// Goes on in a new file, without what is of no use any more.
     fn shorten(&mut self) -> io::Result<()> {
-        let words = memory(0)?;
-        let useful = useful(&read(&self.words)?);
-        words.write_all_at(bytemuck::cast_slice(&useful), 0)?;
+        let messages = memory(0)?;
+        let useful = useful(&read(&self.messages)?);
+        messages.write_all_at(bytemuck::cast_slice(&useful), 0)?;
         let before = format!("{JOURNAL}{}", self.number);
         self.number += 1;
-        self.keep(format!("{JOURNAL}{}", self.number), words.as_fd())?;
-        self.words = words;
-        self.end = useful.len() as u64 * WORD_BYTES;
+        self.keep(format!("{JOURNAL}{}", self.number), messages.as_fd())?;
+        self.messages = messages;
+        self.end = useful.len() as u64 * MESSAGE_BYTES;
         self.shortened_at = SHORTENED_BYTES_MIN.max(2 * self.end);
         self.release(&before)
     }
@@ -246,23 +246,23 @@ fn memory(length: u64) -> io::Result<File> {
     Ok(file)
 }
 
-/// All words of a journal. What ends within a word ends before it.
-pub(super) fn read(words: &File) -> io::Result<Vec<MessageBytes>> {
-    let length = words.metadata()?.len() / WORD_BYTES;
+/// All messages of a journal. One that is cut is left out.
+pub(super) fn read(messages: &File) -> io::Result<Vec<MessageBytes>> {
+    let length = messages.metadata()?.len() / MESSAGE_BYTES;
     let length = usize::try_from(length).map_err(io::Error::other)?;
     let mut read = vec![MessageBytes::zeroed(); length];
-    words.read_exact_at(bytemuck::cast_slice_mut(&mut read), 0)?;
+    messages.read_exact_at(bytemuck::cast_slice_mut(&mut read), 0)?;
     Ok(read)
 }
 
-/// The words without those of processes that have ended and whose children have as well. The last one stays: it tells
+/// The messages without those of processes that have ended and whose children have as well. The last one stays: it tells
 /// how many events there were.
-fn useful(words: &[MessageBytes]) -> Vec<MessageBytes> {
-    let told = |word: &MessageBytes| StandbyMessage::decode(*word).ok();
+fn useful(messages: &[MessageBytes]) -> Vec<MessageBytes> {
+    let decoded = |message: &MessageBytes| StandbyMessage::decode(*message).ok();
     let mut parents: BTreeMap<SpaceId, Option<SpaceId>> = BTreeMap::new();
     let mut needed = BTreeSet::new();
-    for word in words {
-        match told(word) {
+    for message in messages {
+        match decoded(message) {
             Some(StandbyMessage::Process { id, .. }) => {
                 parents.insert(id, None);
                 needed.insert(id);
@@ -283,13 +283,13 @@ fn useful(words: &[MessageBytes]) -> Vec<MessageBytes> {
             id = *parent;
         }
     }
-    let last = words.len().saturating_sub(1);
-    let numbered = words.iter().enumerate();
-    let kept = numbered.filter(|(at, word)| {
-        let id = told(word).and_then(StandbyMessage::id);
+    let last = messages.len().saturating_sub(1);
+    let numbered = messages.iter().enumerate();
+    let kept = numbered.filter(|(at, message)| {
+        let id = decoded(message).and_then(StandbyMessage::id);
         *at == last || id.is_some_and(|id| needed.contains(&id))
     });
-    kept.map(|(_, word)| *word).collect()
+    kept.map(|(_, message)| *message).collect()
 }
 
 /// By what the images in `dir` are known again, whatever has become of their pages.
@@ -331,7 +331,7 @@ mod tests {
             host: 0,
             started: 0,
         };
-        let words = [
+        let messages = [
             process,
             fork(child, root),
             fork(other, root),
@@ -341,8 +341,14 @@ mod tests {
             exited(child),
             exited(other),
         ];
-        let words: Vec<_> = (0..).zip(words).map(|(at, word)| word.encode(at)).collect();
-        let left: Vec<u64> = useful(&words).iter().map(|word| word.events).collect();
+        let messages: Vec<_> = (0..)
+            .zip(messages)
+            .map(|(at, message)| message.encode(at))
+            .collect();
+        let left: Vec<u64> = useful(&messages)
+            .iter()
+            .map(|message| message.events)
+            .collect();
         assert_eq!(left, [0, 1, 4, 5, 6, 7]);
     }
 
@@ -376,8 +382,8 @@ mod tests {
                 .unwrap();
         }
         assert!(journal.number > 0 && journal.end < 2 * SHORTENED_BYTES_MIN);
-        let words = read(&journal.words).unwrap();
-        assert_eq!(words.last().unwrap().events, u64::from(count));
+        let messages = read(&journal.messages).unwrap();
+        assert_eq!(messages.last().unwrap().events, u64::from(count));
         let left: Vec<_> = journal.names.iter().map(String::as_str).collect();
         let number = journal.number;
         assert_eq!(

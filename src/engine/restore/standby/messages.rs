@@ -39,7 +39,7 @@ pub(in crate::engine::restore) enum StandbyMessage {
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Pod, Zeroable, Debug)]
 pub(super) struct MessageBytes {
-    /// How many events have been told with this word.
+    /// How many events have been sent with this message.
     pub(super) events: u64,
     word: u32,
     id: u32,
@@ -120,7 +120,11 @@ impl StandbyMessage {
             6 => StandbyMessage::Source {
                 faults: record.other != 0,
             },
-            word => return Err(io::Error::other(format!("word {word} means nothing"))),
+            kind => {
+                return Err(io::Error::other(format!(
+                    "a message of unknown kind {kind}"
+                )));
+            }
         })
     }
 }

@@ -1,7 +1,7 @@
 //! A service that was killed as a whole and is started again: takes up what the service manager has kept.
 //!
 //! The processes have waited meanwhile: as long as a copy of its userfaultfd is open somewhere, nobody reads zeros. The
-//! words of the journal are followed as by a process that stands by, with its numbers, so that the journal goes on.
+//! messages of the journal are applied as by a standby, with its numbers, so that the journal goes on.
 //!
 //! Invariants: nothing that was kept is used before its type was looked at; a journal is followed with the images
 //! alone that it was begun with. If it cannot be followed, the processes are killed (or held, as [`OnLoss`] says) while
@@ -125,7 +125,7 @@ impl StoredRestore {
         Ok(())
     }
 
-    fn told(&self) -> Result<Vec<StandbyMessage>> {
+    fn messages(&self) -> Result<Vec<StandbyMessage>> {
         let failed = |error| Error::wrap(Kind::Io, "cannot understand the journal", error);
         let words = self
             .records
@@ -136,8 +136,8 @@ impl StoredRestore {
 
     /// Kills the processes that were restored, and the children that they forked, as far as they lack memory.
     fn kill_processes(&self) {
-        let roots = self.told().unwrap_or_default().into_iter();
-        let roots = roots.filter_map(|told| match told {
+        let roots = self.messages().unwrap_or_default().into_iter();
+        let roots = roots.filter_map(|message| match message {
             StandbyMessage::Process { host, started, .. } => Some((host, started)),
             _ => None,
         });
@@ -150,7 +150,7 @@ impl StoredRestore {
         if policy == OnLoss::Hold {
             match self.hold(signals, &why) {
                 Ok(()) => return Ok(()),
-                Err(told) => tracing::error!("{told}"),
+                Err(error) => tracing::error!("{error}"),
             }
         }
         self.kill_processes();
@@ -163,7 +163,7 @@ impl StoredRestore {
         tracing::error!(
             "{why}: holding the processes; send SIGUSR1 to try again, SIGTERM or SIGUSR2 to kill them"
         );
-        // Whoever has it started may wait for that word, and kill this process if it does not come.
+        // Whoever has it started may wait for that message, and kill this process if it does not come.
         let _ = self
             .manager
             .tell("READY=1\nSTATUS=holding processes that lack memory");
@@ -277,7 +277,7 @@ impl Restore {
             ids,
             events,
             source: kept.source,
-            untold_children: kept.memory,
+            unsent_children: kept.memory,
         };
         let count = kept.records.len();
         let mut journal = Journal::go_on(kept.manager, kept.names, kept.number, kept.words, count);
@@ -306,11 +306,11 @@ impl Restore {
 
     /// Does what the process before has told of, with its numbers. Returns what lives and has no userfaultfd.
     fn replay(&mut self, kept: &mut StoredRestore) -> Result<Vec<SpaceId>> {
-        let told = kept.told()?;
+        let messages = kept.messages()?;
         let mut chains: BTreeMap<u32, Option<Arc<Chain>>> = BTreeMap::new();
         let mut lost = BTreeSet::new();
-        for told in told {
-            match told {
+        for message in messages {
+            match message {
                 StandbyMessage::Process {
                     id,
                     pid,

@@ -7,7 +7,7 @@ use tracing::subscriber::{NoSubscriber, with_default};
 
 use super::messages::StandbyMessage;
 use super::source_sockets::SourceSockets;
-use super::{Watch, untold};
+use super::{Watch, unsent_events};
 use crate::engine::restore::intake::SOCKET_NAME;
 use crate::engine::restore::unopened::Unopened;
 use crate::engine::restore::{Restore, RestoreConfig};
@@ -27,7 +27,7 @@ pub(super) struct Followed {
     pub(super) events: u64,
     pub(super) source: SourceSockets,
     /// By its number, each child whose userfaultfd was handed over before its event was told.
-    pub(super) untold_children: BTreeMap<SpaceId, Uffd>,
+    pub(super) unsent_children: BTreeMap<SpaceId, Uffd>,
 }
 
 impl Restore {
@@ -69,34 +69,40 @@ impl Restore {
 
     /// Does with the planner what the other process does with its own, until that ends.
     fn follow(&mut self, watch: &Watch) -> Result<Followed> {
-        let lost = |error| Error::wrap(Kind::Io, "cannot hear the process that serves", error);
+        let lost = |error| {
+            Error::wrap(
+                Kind::Io,
+                "cannot receive from the process that serves",
+                error,
+            )
+        };
         let mut followed = Followed::default();
         loop {
-            // What is received with a word and has no room is lost.
+            // A descriptor that comes with a message and finds no free number is lost.
             if std::fs::File::open("/dev/null").is_err() {
                 self.losses.use_reserve();
             }
-            let Some((told, events, fd)) = watch.next().map_err(lost)? else {
+            let Some((message, events, fd)) = watch.next().map_err(lost)? else {
                 break;
             };
             followed.events = events;
-            if let StandbyMessage::Source { faults } = told {
+            if let StandbyMessage::Source { faults } = message {
                 followed.source.replace(faults, fd);
                 continue;
             }
-            self.follow_word(&mut followed.ids, told, fd.map(Uffd::from))?;
+            self.apply_message(&mut followed.ids, message, fd.map(Uffd::from))?;
         }
         Ok(followed)
     }
 
-    fn follow_word(
+    fn apply_message(
         &mut self,
         ids: &mut BTreeMap<SpaceId, SpaceId>,
-        told: StandbyMessage,
+        message: StandbyMessage,
         uffd: Option<Uffd>,
     ) -> Result<()> {
         let own = |id: SpaceId| ids.get(&id).copied();
-        match (told, uffd) {
+        match (message, uffd) {
             (
                 StandbyMessage::Process {
                     id,
@@ -116,7 +122,7 @@ impl Restore {
                 }
             }
             (StandbyMessage::Process { .. } | StandbyMessage::Fork { .. }, None) => {
-                let text = "a process was told of without its userfaultfd";
+                let text = "a process was announced without its userfaultfd";
                 return Err(Error::new(Kind::Io, text));
             }
             (StandbyMessage::Remap { id, from, to }, _) => {
@@ -182,7 +188,7 @@ impl Restore {
                 Error::wrap(Kind::Io, text, error)
             })?;
         }
-        if self.hear_untold(shared, followed)? {
+        if self.handle_unsent_events(shared, followed)? {
             self.kill_processes(Space::first_missing);
             return Err(killed.within("a child that was just forked can get no memory any more"));
         }
@@ -202,27 +208,31 @@ impl Restore {
         self.reach_again(killed)
     }
 
-    /// Handles the events that the other has read and not told. Says whether a child was lost with one.
-    fn hear_untold(&mut self, shared: &RestoreState, followed: &mut Followed) -> Result<bool> {
+    /// Handles the events that the other has read and not sent. Returns whether a child was lost with one.
+    fn handle_unsent_events(
+        &mut self,
+        shared: &RestoreState,
+        followed: &mut Followed,
+    ) -> Result<bool> {
         let of = SpaceId(shared.read_of.load(Ordering::SeqCst));
         let Some(id) = followed.ids.get(&of).copied() else {
             return Ok(false);
         };
         let failed = |error| Error::wrap(Kind::Io, "cannot understand an event", error);
         let mut lost = false;
-        let events: Vec<_> = untold(shared, followed.events).collect();
+        let events: Vec<_> = unsent_events(shared, followed.events).collect();
         for event in events {
             let event = event.map_err(failed)?;
             self.note_event();
             match event {
                 Message::Fault(_) => {}
-                Message::Fork(_) => lost |= !self.adopt_untold(id, followed)?,
+                Message::Fork(_) => lost |= !self.adopt_unsent_child(id, followed)?,
                 Message::Remap { from, to } => {
-                    self.tell(StandbyMessage::Remap { id, from, to }, None);
+                    self.notify_standby(StandbyMessage::Remap { id, from, to }, None);
                     self.handle_remap(id, from, to);
                 }
                 Message::Remove(range) | Message::Unmap(range) => {
-                    self.tell(StandbyMessage::Gone { id, range }, None);
+                    self.notify_standby(StandbyMessage::Gone { id, range }, None);
                     self.handle_gone(id, range);
                 }
             }
@@ -230,9 +240,9 @@ impl Restore {
         Ok(lost)
     }
 
-    /// `parent` has forked, and nobody was told. Says whether the child's userfaultfd is there.
-    fn adopt_untold(&mut self, parent: SpaceId, followed: &mut Followed) -> Result<bool> {
-        let Some((id, uffd)) = followed.untold_children.pop_first() else {
+    /// `parent` has forked, and this process was not notified. Returns whether the child's userfaultfd is there.
+    fn adopt_unsent_child(&mut self, parent: SpaceId, followed: &mut Followed) -> Result<bool> {
+        let Some((id, uffd)) = followed.unsent_children.pop_first() else {
             return Ok(false);
         };
         self.planner.number_from(id);
