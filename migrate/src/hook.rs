@@ -1,4 +1,4 @@
-//! What `criu restore` runs at its stages (`--action-script`), and how the agent hears of them.
+//! What `criu restore` runs at its stages (`--action-script`), and how the agent is notified of them.
 //!
 //! ```text
 //! criu restore ── post-restore ──> pageferry restore-hook ── "post-restore\n" ──> agent's hook.sock
@@ -41,7 +41,7 @@ pub(crate) struct Args {
     dir: PathBuf,
 }
 
-/// Reports the stage and waits for the word.
+/// Reports the stage and waits for the decision.
 pub(crate) fn run(args: &Args) -> ExitCode {
     let stage = env::var("CRTOOLS_SCRIPT_ACTION").unwrap_or_default();
     match stage.as_str() {
@@ -50,20 +50,20 @@ pub(crate) fn run(args: &Args) -> ExitCode {
             false => ExitCode::FAILURE,
         },
         RESUMED => {
-            tell_resumed(&args.dir);
+            notify_resumed(&args.dir);
             ExitCode::SUCCESS
         }
         _ => ExitCode::SUCCESS,
     }
 }
 
-/// Tells the agent that a tree is restored, waits for the decision, and tells whether the tree lives here.
+/// Notifies the agent that a tree is restored, waits for the decision, and returns whether the tree runs here.
 pub(crate) fn may_run(dir: &Path) -> bool {
-    wait_for_word(dir) || is_committed(dir)
+    wait_for_decision(dir) || is_committed(dir)
 }
 
-/// Tells the agent that the tree runs.
-pub(crate) fn tell_resumed(dir: &Path) {
+/// Notifies the agent that the tree runs.
+pub(crate) fn notify_resumed(dir: &Path) {
     // The agent may have died since; the processes run all the same.
     let _ = report(dir, RESUMED);
 }
@@ -80,10 +80,10 @@ fn report(dir: &Path, stage: &str) -> std::io::Result<UnixStream> {
     Ok(socket)
 }
 
-fn wait_for_word(dir: &Path) -> bool {
-    let mut word = [0; 1];
-    let told = report(dir, RESTORED).and_then(|mut socket| socket.read(&mut word));
-    matches!(told, Ok(1))
+fn wait_for_decision(dir: &Path) -> bool {
+    let mut decision = [0; 1];
+    let read = report(dir, RESTORED).and_then(|mut socket| socket.read(&mut decision));
+    matches!(read, Ok(1))
 }
 
 fn is_committed(dir: &Path) -> bool {

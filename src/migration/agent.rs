@@ -72,7 +72,7 @@ impl fmt::Display for AgentRecord {
 pub enum AgentEvent {
     /// The source asked for the restore.
     RestoreAsked,
-    /// CRIU has restored everything and waits for the word.
+    /// CRIU has restored everything and waits for the decision.
     Restored,
     /// The source says that the agent may decide.
     CommitAsked,

@@ -67,7 +67,7 @@ impl fmt::Display for SourceRecord {
 pub enum SourceEvent {
     /// The freeze begins.
     Freezing,
-    /// The agent has restored everything and waits for the word.
+    /// The agent has restored everything and waits for the decision.
     AgentReady,
     /// A record is on disk.
     Recorded(SourceRecord),

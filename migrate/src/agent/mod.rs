@@ -6,7 +6,7 @@
 //!                                         ├──> page-server      rounds, the final pages
 //!                                         ├──> lazy-client      pages after the resume
 //!                                         ├──> files            trees beside their places, until all has arrived
-//!                                         └──> criu restore ──> restore-hook ──> Session: waits for the word
+//!                                         └──> criu restore ──> restore-hook ──> Session: waits for the decision
 //! ```
 //!
 //! Layers below containers are kept for all migrations ([`layers`]).

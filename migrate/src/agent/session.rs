@@ -62,7 +62,7 @@ pub(super) struct Inner {
     port: u16,
     receiver: Option<Program>,
     pub(super) lazy: Option<LazyClient>,
-    /// The restore that waits for the word.
+    /// The restore that waits for the decision.
     pub(super) waiting: Option<UnixStream>,
     /// The whole tree of the restore that has been started.
     pub(super) restore: Option<ProcessName>,

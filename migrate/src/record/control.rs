@@ -73,30 +73,30 @@ impl Control {
     }
 }
 
-/// Holds clients for one peer: says that it does, and how many entries the log has, then does what it is told.
+/// Holds clients for one peer: sends how many entries the log has, then carries out its commands.
 async fn hold(control: Rc<Settings>, coordinator: Rc<Coordinator>, mut stream: UnixStream) {
     coordinator.hold(true);
-    if let Err(error) = obey(&control, &coordinator, &mut stream).await {
+    if let Err(error) = serve_holder(&control, &coordinator, &mut stream).await {
         tracing::warn!("{}: {error}", control.dir.display());
     }
     coordinator.hold(false);
 }
 
-/// Returns when the peer has gone, or has said its last word.
-async fn obey(
+/// Returns when the peer has gone, or has sent its last command.
+async fn serve_holder(
     settings: &Settings,
     coordinator: &Coordinator,
     stream: &mut UnixStream,
 ) -> Result<()> {
     let entries = coordinator.settle(settings.wait).await?;
-    let mut word = [0];
+    let mut command = [0];
     let mut held = [HELD; 9];
     held[1..].copy_from_slice(&entries.to_le_bytes());
     if stream.write_all(&held).await.is_err() {
         return Ok(());
     }
-    while let Ok(1) = stream.read(&mut word).await {
-        match word {
+    while let Ok(1) = stream.read(&mut command).await {
+        match command {
             // On disk first: a recorder that is started here later must not take clients.
             [SEAL] => {
                 service_log::seal(&settings.dir)?;
@@ -109,7 +109,7 @@ async fn obey(
             [END] => coordinator.ask_for_end(),
             _ => return Ok(()),
         }
-        if stream.write_all(&word).await.is_err() || word != [SEAL] {
+        if stream.write_all(&command).await.is_err() || command != [SEAL] {
             return Ok(());
         }
     }

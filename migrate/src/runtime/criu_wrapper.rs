@@ -299,7 +299,7 @@ impl Relay<'_> {
                 _ if !self.holds => true,
                 stage if stage == RESTORED.as_bytes() => hook::may_run(self.dir),
                 stage if stage == RESUMED.as_bytes() => {
-                    hook::tell_resumed(self.dir);
+                    hook::notify_resumed(self.dir);
                     true
                 }
                 _ => true,

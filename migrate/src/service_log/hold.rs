@@ -13,7 +13,7 @@ use super::{CONTROL, END, HELD, RELEASE, SEAL};
 /// The mark's name.
 const SEALED: &str = "sealed";
 
-/// A recorder that passes nothing on. When this ends, it does again, unless it was told otherwise.
+/// A recorder that passes nothing on. When this is dropped, it does again, unless it was sealed.
 #[derive(Debug)]
 pub(crate) struct Hold {
     path: PathBuf,
@@ -55,25 +55,25 @@ impl Hold {
 
     /// Clients stay held, also if this process ends.
     pub(crate) async fn seal(&mut self) -> Result<()> {
-        self.say(SEAL).await
+        self.command(SEAL).await
     }
 
     /// Lets clients go on, also those of a recorder that was sealed.
     pub(crate) async fn release(mut self) -> Result<()> {
-        self.say(RELEASE).await
+        self.command(RELEASE).await
     }
 
     /// Ends the recording and its connections.
     pub(crate) async fn end(mut self) -> Result<()> {
-        self.say(END).await
+        self.command(END).await
     }
 
-    async fn say(&mut self, word: u8) -> Result<()> {
+    async fn command(&mut self, command: u8) -> Result<()> {
         let failed = |error| Error::file("speak to the recorder by", &self.path, error);
         let mut answer = [0];
-        self.stream.write_all(&[word]).await.map_err(failed)?;
+        self.stream.write_all(&[command]).await.map_err(failed)?;
         self.stream.read_exact(&mut answer).await.map_err(failed)?;
-        match answer == [word] {
+        match answer == [command] {
             true => Ok(()),
             false => Err(failed(io::ErrorKind::InvalidData.into())),
         }

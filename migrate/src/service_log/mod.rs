@@ -29,10 +29,10 @@ const PREFIX: &str = "log-";
 /// The recorder's socket.
 pub(crate) const CONTROL: &str = "record.sock";
 
-/// The recorder's first word to who holds clients: the number of the log's entries follows, 64 bits, little-endian.
+/// The recorder's first message to whoever holds clients: the number of the log's entries follows, 64 bits, little-endian.
 pub(crate) const HELD: u8 = b'h';
 
-/// Clients stay held whatever becomes of who says this. This word and the others are answered by themselves.
+/// Clients stay held even if the sender of this command ends. This command and the others are answered by the same byte.
 pub(crate) const SEAL: u8 = b's';
 
 /// Clients go on here.

@@ -205,7 +205,7 @@ impl Drain {
         let mut words = Vec::new();
         self.closed = true;
         if let Some(guard) = &self.guard {
-            guard.stand_down();
+            guard.note_closing();
         }
         self.fetcher.close(&mut words);
         self.send(&words)?;

@@ -1,15 +1,15 @@
-//! A second process that gives the dump up in words when the forwarder is killed.
+//! A second process that gives the dump up by a message when the forwarder is killed.
 //!
 //! ```text
 //! forwarder ── a copy of the dump's connection ──> guard
-//!     ├─ is about to say CLOSE ──────────────────> has nothing to say from then on
+//!     ├─ is about to send CLOSE ─────────────────> has nothing to send from then on
 //!     ├─ ends, whatever its exit code ───────────> ends as well
 //!     └─ is killed: the socket ends ─────────────> GIVE_UP, then the reset
 //! ```
 //!
 //! The kernel resets the connection of a process that is killed. Behind a relay (`ssh -L`, a TCP proxy) the dump
-//! sees an orderly end instead, takes it for success and kills its processes. Only words prevent that, and only a
-//! process that lives can say them. The connection stays open in the guard until it has.
+//! sees an orderly end instead, takes it for success and kills its processes. Only a message prevents that, and only a
+//! process that lives can send it. The connection stays open in the guard until it has.
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -20,7 +20,7 @@ use crate::engine::restore::SourceSockets;
 use crate::error::{Error, Kind, Result};
 use crate::sys::fdpass;
 
-/// The dump's connection rides on this word.
+/// The dump's connection comes with this message.
 const HOLD: u8 = b'h';
 /// The dump is told next that a client has everything.
 const CLOSING: u8 = b'c';
@@ -61,7 +61,7 @@ impl GuardEnds {
     pub fn guard(self) -> Result<()> {
         drop(self.forwarder);
         let killed = follow(&self.guard).map_err(|error| {
-            let text = "the process that guards the dump cannot hear the forwarder";
+            let text = "the process that guards the dump cannot receive from the forwarder";
             Error::wrap(Kind::Io, text, error)
         })?;
         if let Some(dump) = killed {
@@ -75,23 +75,23 @@ impl GuardEnds {
     }
 }
 
-/// Does as the forwarder says. When that has ended without a word, what it held is given up.
+/// Does as the forwarder says. When that has ended without a message, the dump is given up.
 fn follow(forwarder: &UnixStream) -> io::Result<Option<SourceSockets>> {
     let mut held = None;
-    let mut word = [0];
+    let mut message = [0];
     loop {
-        let received = match fdpass::receive(forwarder.as_fd(), &mut word) {
+        let received = match fdpass::receive(forwarder.as_fd(), &mut message) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(held),
             received => received?,
         };
-        match (received.bytes, word[0]) {
+        match (received.bytes, message[0]) {
             (0, _) => return Ok(held),
             (_, HOLD) => held = received.fd.map(SourceSockets::of_stream),
             (_, CLOSING | DISMISSED) => held = None,
-            (_, other) => return Err(io::Error::other(format!("word {other}"))),
+            (_, other) => return Err(io::Error::other(format!("message {other}"))),
         }
-        if word[0] == DISMISSED {
+        if message[0] == DISMISSED {
             return Ok(None);
         }
     }
@@ -100,16 +100,16 @@ fn follow(forwarder: &UnixStream) -> io::Result<Option<SourceSockets>> {
 impl DumpGuard {
     /// The guard holds a copy of `dump` from now on.
     pub(super) fn hold(&self, dump: BorrowedFd<'_>) {
-        self.say(HOLD, Some(dump));
+        self.send(HOLD, Some(dump));
     }
 
-    /// The dump is about to hear that a client has everything: nothing may contradict that.
-    pub(super) fn stand_down(&self) {
-        self.say(CLOSING, None);
+    /// The dump is about to be told that a client has everything: nothing may contradict that.
+    pub(super) fn note_closing(&self) {
+        self.send(CLOSING, None);
     }
 
-    fn say(&self, word: u8, fd: Option<BorrowedFd<'_>>) {
-        if let Err(error) = fdpass::send(self.0.as_fd(), &[word], fd) {
+    fn send(&self, message: u8, fd: Option<BorrowedFd<'_>>) {
+        if let Err(error) = fdpass::send(self.0.as_fd(), &[message], fd) {
             tracing::warn!(
                 "the process that guards the dump is lost ({error}): if this one is killed behind a relay, the \
                  dump may take that for success"
@@ -136,8 +136,8 @@ mod tests {
     use super::*;
     use crate::criu::header::GIVE_UP;
 
-    /// What the dump hears when the forwarder has done as `ends` says.
-    fn heard(ends: impl FnOnce(DumpGuard)) -> Vec<u8> {
+    /// What the dump receives when the forwarder has done as `ends` says.
+    fn received(ends: impl FnOnce(DumpGuard)) -> Vec<u8> {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (mut dump, _) = listener.accept().unwrap();
@@ -159,12 +159,12 @@ mod tests {
             guard.0.shutdown(std::net::Shutdown::Both).unwrap();
             std::mem::forget(guard);
         };
-        assert_eq!(heard(killed), GIVE_UP);
-        assert_eq!(heard(drop), b"");
+        assert_eq!(received(killed), GIVE_UP);
+        assert_eq!(received(drop), b"");
         let closing = |guard: DumpGuard| {
-            guard.stand_down();
+            guard.note_closing();
             killed(guard);
         };
-        assert_eq!(heard(closing), b"");
+        assert_eq!(received(closing), b"");
     }
 }
