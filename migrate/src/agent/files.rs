@@ -23,7 +23,7 @@ impl Session {
     /// Stores what comes for tree `number`.
     pub(super) async fn store_files(self: &Arc<Session>, number: usize, body: Body) -> Result<()> {
         let tree = self.files.tree(number)?;
-        store_tree(&tree, body, || self.heard()).await
+        store_tree(&tree, body, || self.note_contact()).await
     }
 
     /// Ends the arrival of tree `number`.

@@ -126,7 +126,7 @@ fn find(sessions: &Sessions, id: &str) -> Result<Arc<Session>, Failure> {
     let session = sessions
         .find(&id)
         .ok_or_else(|| Failure::unknown(format!("there is no migration {id} here")))?;
-    session.heard();
+    session.note_contact();
     Ok(session)
 }
 

@@ -15,18 +15,18 @@ use crate::files::ReceivedTree;
 /// Buffered between the connection and what writes files, bytes.
 const BUFFER_BYTES: usize = 256 << 10;
 
-/// Stores what comes for a tree; `heard` is told of each part.
+/// Stores what comes for a tree; `received` is called for each part.
 pub(super) async fn store_tree(
     tree: &Arc<ReceivedTree>,
     body: Body,
-    heard: impl Fn(),
+    received: impl Fn(),
 ) -> Result<()> {
     let turn = tree.take_turn();
     let (near, far) = tokio::io::duplex(BUFFER_BYTES);
     let stream = body
         .into_data_stream()
         .map(|part| part.map_err(io::Error::other));
-    let pumped = pump(stream, near, turn, heard);
+    let pumped = pump(stream, near, turn, received);
     let storing = Arc::clone(tree);
     let stored = blocking(move || storing.store(SyncIoBridge::new(far)));
     let (stored, ()) = tokio::join!(stored, pumped);
@@ -43,7 +43,7 @@ async fn pump(
     mut body: impl Stream<Item = io::Result<Bytes>> + Unpin,
     mut to: DuplexStream,
     mut turn: watch::Receiver<u64>,
-    heard: impl Fn(),
+    received: impl Fn(),
 ) {
     let mut is_taken = true;
     loop {
@@ -52,7 +52,7 @@ async fn pump(
             _ = turn.changed() => return,
         };
         let Some(Ok(bytes)) = part else { return };
-        heard();
+        received();
         is_taken = is_taken && to.write_all(&bytes).await.is_ok();
     }
 }

@@ -46,17 +46,24 @@ const NEW: Permitted = Permitted {
 #[derive(Debug)]
 pub(super) struct Arriving {
     pub(super) tree: Arc<ReceivedTree>,
-    heard: Mutex<Instant>,
+    last_contact: Mutex<Instant>,
 }
 
 impl Arriving {
-    /// Notes that the source lives.
-    pub(super) fn heard(&self) {
-        *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    /// Notes that the source was in contact.
+    pub(super) fn note_contact(&self) {
+        *self
+            .last_contact
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
     fn deadline(&self) -> Instant {
-        *self.heard.lock().unwrap_or_else(PoisonError::into_inner) + SILENCE
+        *self
+            .last_contact
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            + SILENCE
     }
 }
 
@@ -178,7 +185,7 @@ impl LayerStore {
         staging.prepare("layer", NEW)?;
         let arriving = Arc::new(Arriving {
             tree: Arc::new(ReceivedTree::new(staging)?),
-            heard: Mutex::new(Instant::now()),
+            last_contact: Mutex::new(Instant::now()),
         });
         all.insert(layer.clone(), Arc::clone(&arriving));
         let (store, name, watched) = (Arc::clone(self), layer.clone(), Arc::clone(&arriving));

@@ -39,7 +39,7 @@ async fn layer_index(
     let layer = named(&digest)?;
     let index = blocking(move || {
         let arriving = store.begin(&layer)?;
-        arriving.heard();
+        arriving.note_contact();
         // Whoever was at it has lost its connection.
         arriving.tree.take_turn();
         arriving.tree.index()
@@ -55,7 +55,7 @@ async fn layer_files(
 ) -> Answer<()> {
     let layer = named(&digest)?;
     let arriving = store.find(&layer)?;
-    store_tree(&arriving.tree, body, || arriving.heard()).await?;
+    store_tree(&arriving.tree, body, || arriving.note_contact()).await?;
     Ok(Json(()))
 }
 

@@ -106,12 +106,12 @@ impl Session {
         names.map_or(Ok(()), |names| lazy_client::keep(&self.dir, &names))
     }
 
-    /// Hears the stages of the restore and waits for its end.
+    /// Handles the stages of the restore and waits for its end.
     async fn follow_restore(session: Arc<Session>, mut restore: Program, hooks: UnixListener) {
         let stages = async {
             loop {
                 match hooks.accept().await {
-                    Ok((stream, _)) => session.hear_stage(stream).await,
+                    Ok((stream, _)) => session.handle_stage(stream).await,
                     Err(error) => {
                         tracing::warn!("hook of {}: {error}", session.begin.id);
                         sleep(LOOK_AGAIN).await;
@@ -151,7 +151,7 @@ impl Session {
         }
     }
 
-    async fn hear_stage(&self, stream: UnixStream) {
+    async fn handle_stage(&self, stream: UnixStream) {
         let mut stage = String::new();
         let mut stream = BufReader::new(stream);
         if stream.read_line(&mut stage).await.is_err() {

@@ -70,8 +70,8 @@ pub(super) struct Inner {
     pub(super) lazy_us: Option<u64>,
     pub(super) resumed_us: Option<u64>,
     pub(super) complete_us: Option<u64>,
-    /// When the source was last heard.
-    heard: Instant,
+    /// When the source was last in contact.
+    last_contact: Instant,
 }
 
 impl Session {
@@ -126,7 +126,7 @@ impl Session {
                 lazy_us: None,
                 resumed_us: None,
                 complete_us: None,
-                heard: Instant::now(),
+                last_contact: Instant::now(),
             }),
             changed: watch::Sender::new(0),
         })
@@ -193,9 +193,9 @@ impl Session {
         self.lock().agent.state().is_decided()
     }
 
-    /// Notes that the source lives.
-    pub(super) fn heard(&self) {
-        self.lock().heard = Instant::now();
+    /// Notes that the source was in contact.
+    pub(super) fn note_contact(&self) {
+        self.lock().last_contact = Instant::now();
     }
 
     pub(super) fn status(&self) -> Status {
@@ -282,7 +282,7 @@ impl Session {
                     };
                     todo.extend(self.lock().agent.handle(event));
                 }
-                AgentAction::LetRun => self.let_run().await,
+                AgentAction::LetRun => self.run_processes().await,
                 AgentAction::Discard => self.discard().await,
             }
         }
@@ -300,7 +300,7 @@ impl Session {
         });
     }
 
-    async fn let_run(&self) {
+    async fn run_processes(&self) {
         let waiting = self.lock().waiting.take();
         if let Some(mut waiting) = waiting {
             // If it is gone, the hook reads the record.
@@ -354,19 +354,16 @@ impl Session {
         }
     }
 
-    /// Aborts when the source has not been heard for too long.
+    /// Aborts when the source has sent nothing for too long.
     async fn watch_for_silence(session: Arc<Session>) {
         let limit = Duration::from_secs(session.begin.timeout_s.max(1));
         loop {
             if session.is_decided() {
                 return;
             }
-            let deadline = session.lock().heard + limit;
+            let deadline = session.lock().last_contact + limit;
             if deadline <= Instant::now() {
-                let text = format!(
-                    "nothing was heard from the source for {} s",
-                    limit.as_secs()
-                );
+                let text = format!("the source has sent nothing for {} s", limit.as_secs());
                 return session.fail(&text).await;
             }
             sleep_until(deadline).await;

@@ -94,7 +94,7 @@ impl Sender {
         while done < pages {
             let now = (pages - done).min(LEFT_PAGES_MAX);
             let start = Vaddr(at.get() + (done << shift));
-            self.say(Op::AddFlags, PageFlags::LAZY, now, start)?;
+            self.send(Op::AddFlags, PageFlags::LAZY, now, start)?;
             done += now;
         }
         Ok(())
@@ -102,9 +102,9 @@ impl Sender {
 
     /// Waits until everything is stored.
     pub(crate) fn close(&mut self) -> Result<()> {
-        self.say(Op::Close, PageFlags::default(), 0, Vaddr(0))?;
+        self.send(Op::Close, PageFlags::default(), 0, Vaddr(0))?;
         let mut status = [0; 4];
-        self.hear(&mut status)?;
+        self.receive(&mut status)?;
         match i32::from_le_bytes(status) {
             0 => Ok(()),
             status => {
@@ -117,7 +117,7 @@ impl Sender {
         }
     }
 
-    fn say(&mut self, op: Op, flags: PageFlags, pages: u64, vaddr: Vaddr) -> Result<()> {
+    fn send(&mut self, op: Op, flags: PageFlags, pages: u64, vaddr: Vaddr) -> Result<()> {
         let header = Header {
             op,
             flags,
@@ -133,7 +133,7 @@ impl Sender {
             .map_err(|error| lost(server, error))
     }
 
-    fn hear(&mut self, answer: &mut [u8]) -> Result<()> {
+    fn receive(&mut self, answer: &mut [u8]) -> Result<()> {
         let server = self.server;
         self.stream
             .read_exact(answer)
@@ -144,9 +144,9 @@ impl Sender {
 impl PageSink for Sender {
     fn open(&mut self, target: Target) -> Result<()> {
         self.target = Some(target);
-        self.say(Op::Open2, PageFlags::default(), 0, Vaddr(0))?;
+        self.send(Op::Open2, PageFlags::default(), 0, Vaddr(0))?;
         let mut has_parent = [0; 1];
-        self.hear(&mut has_parent)
+        self.receive(&mut has_parent)
     }
 
     fn lazily(&mut self, lazily: bool) {
@@ -158,7 +158,7 @@ impl PageSink for Sender {
 
     fn holes_at(&mut self, at: Vaddr, pages: u64) -> Result<()> {
         self.pages.fetch_add(pages, Ordering::Relaxed);
-        self.say(Op::AddFlags, PageFlags::PARENT, pages, at)
+        self.send(Op::AddFlags, PageFlags::PARENT, pages, at)
     }
 
     fn pages_at(&mut self, at: Vaddr, bytes: &[u8]) -> Result<()> {
@@ -167,7 +167,7 @@ impl PageSink for Sender {
         }
         let pages = (bytes.len() >> self.page.shift()) as u64;
         self.pages.fetch_add(pages, Ordering::Relaxed);
-        self.say(Op::AddFlags, self.flags, pages, at)?;
+        self.send(Op::AddFlags, self.flags, pages, at)?;
         let server = self.server;
         self.stream
             .write_all(bytes)

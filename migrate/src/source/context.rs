@@ -290,7 +290,7 @@ impl SourceContext {
             SourceAction::AskAgent => {
                 sleep(ASK_AGAIN).await;
                 let asked = self.client.get::<Status>(&self.path("")).await;
-                Ok(Some(heard(asked)))
+                Ok(Some(event_of(asked)))
             }
             SourceAction::Release => {
                 // First: what comes to the destination is refused there by now, and waits here.
@@ -311,14 +311,14 @@ impl SourceContext {
     }
 
     async fn say(&self, what: &str) -> SourceEvent {
-        heard(self.client.post::<Status>(&self.path(what), &()).await)
+        event_of(self.client.post::<Status>(&self.path(what), &()).await)
     }
 
     /// Gives each frozen thread a SIGSTOP that it takes before its next instruction here, if a dump that
     /// fails should let it go. A SIGCONT takes it away again.
     fn fence(&self) {
         if self.facts.tcp == TcpConnections::Established {
-            network::silence(&self.facts.tree);
+            network::enter_repair_mode(&self.facts.tree);
         }
         for process in &self.facts.tree {
             if let Err(error) = process.signal_threads(Signal::SIGSTOP as i32) {
@@ -463,7 +463,7 @@ fn refuse_dump(port: u16) {
 }
 
 /// What an agent's answer means.
-fn heard(answer: Result<Status>) -> SourceEvent {
+fn event_of(answer: Result<Status>) -> SourceEvent {
     match answer {
         Ok(status) => SourceEvent::AgentSays(status.state),
         Err(error) => {

@@ -44,12 +44,12 @@ pub(super) fn connections(tree: &[ProcessName]) -> BTreeSet<Connection> {
 /// Takes sockets out of repair mode while their processes are frozen and packets are dropped: whatever lets the
 /// processes go from now on, no socket refuses their data. For a dump that has its images and still serves
 /// memory, which fails by itself when its client does.
-pub(super) fn relax(tree: &[ProcessName]) {
+pub(super) fn leave_repair_mode(tree: &[ProcessName]) {
     set_repair(tree, 0);
 }
 
-/// Puts sockets back into repair mode: their processes end here, and their peers may not hear of it.
-pub(super) fn silence(tree: &[ProcessName]) {
+/// Puts sockets back into repair mode: their processes end here, and their peers must not be told.
+pub(super) fn enter_repair_mode(tree: &[ProcessName]) {
     set_repair(tree, 1);
 }
 
@@ -76,7 +76,7 @@ pub(super) fn unlock(tree: &[ProcessName], noted: &[Connection]) {
     });
     remove_rules(tree, &held);
     // Last: what leaves repair mode sends a packet.
-    relax(tree);
+    leave_repair_mode(tree);
 }
 
 /// Removes the rules that drop packets of connections which have moved.

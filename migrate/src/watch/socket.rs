@@ -42,7 +42,7 @@ pub(super) fn listen(path: &Path, events: mpsc::Sender<Event>) -> Result<Socket>
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
     let task = tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
-            tokio::spawn(hear(stream, events.clone()));
+            tokio::spawn(read_commands(stream, events.clone()));
         }
     });
     Ok(Socket {
@@ -61,7 +61,7 @@ impl Drop for Socket {
 }
 
 /// Takes words, and answers each when the watcher has it.
-async fn hear(stream: UnixStream, events: mpsc::Sender<Event>) {
+async fn read_commands(stream: UnixStream, events: mpsc::Sender<Event>) {
     let (from, mut to) = stream.into_split();
     let mut from = BufReader::new(from);
     loop {

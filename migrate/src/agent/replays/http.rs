@@ -40,7 +40,7 @@ fn find(replays: &Replays, id: &str) -> Result<Arc<Session>, Failure> {
     let session = replays
         .find(&id)
         .ok_or_else(|| Failure::unknown(format!("no service came here as {id}")))?;
-    session.heard();
+    session.note_contact();
     Ok(session)
 }
 
@@ -63,7 +63,7 @@ async fn snapshot(
     let session = find(&replays, &id)?;
     to_its_end(async move {
         session.store(body).await?;
-        session.heard();
+        session.note_contact();
         Ok(Json(session.status()))
     })
     .await

@@ -92,7 +92,7 @@ impl Replays {
             known.values().cloned().collect()
         };
         for session in all {
-            session.silence("the agent was stopped").await;
+            session.end_unless_kept("the agent was stopped").await;
         }
     }
 }

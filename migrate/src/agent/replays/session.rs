@@ -53,8 +53,8 @@ struct Inner {
     digest: Option<String>,
     runner: Option<Arc<Runner>>,
     service: Option<ProcessName>,
-    /// When the source was last heard.
-    heard: Instant,
+    /// When the source was last in contact.
+    last_contact: Instant,
 }
 
 impl Session {
@@ -94,7 +94,7 @@ impl Session {
                 digest: None,
                 runner: None,
                 service: None,
-                heard: Instant::now(),
+                last_contact: Instant::now(),
             }),
         })
     }
@@ -146,9 +146,9 @@ impl Session {
         matches!(self.lock().state, Kept | Running | Aborted)
     }
 
-    /// Notes that the source lives.
-    pub(super) fn heard(&self) {
-        self.lock().heard = Instant::now();
+    /// Notes that the source was in contact.
+    pub(super) fn note_contact(&self) {
+        self.lock().last_contact = Instant::now();
     }
 
     pub(super) fn status(&self) -> ReplayStatus {
@@ -294,7 +294,7 @@ impl Session {
         })
     }
 
-    /// From now on nothing but the source's word ends the service.
+    /// From now on nothing but the source's command ends the service.
     pub(super) async fn keep(&self) -> Result<ReplayStatus> {
         let _turn = self.turn.lock().await;
         self.leader()?;
@@ -341,7 +341,7 @@ impl Session {
     }
 
     /// Ends it unless it is to be kept.
-    pub(super) async fn silence(&self, why: &str) {
+    pub(super) async fn end_unless_kept(&self, why: &str) {
         self.abort(ReplayEvent::Silence, why).await;
     }
 
@@ -388,17 +388,14 @@ impl Session {
         }
     }
 
-    /// Ends what was not kept when the source has not been heard for too long.
+    /// Ends what was not kept when the source has sent nothing for too long.
     async fn watch_for_silence(session: Arc<Session>) {
         let limit = Duration::from_secs(session.begin.timeout_s.max(1));
         while !session.is_decided() {
-            let deadline = session.lock().heard + limit;
+            let deadline = session.lock().last_contact + limit;
             if deadline <= Instant::now() {
-                let text = format!(
-                    "nothing was heard from the source for {} s",
-                    limit.as_secs()
-                );
-                session.silence(&text).await;
+                let text = format!("the source has sent nothing for {} s", limit.as_secs());
+                session.end_unless_kept(&text).await;
             }
             sleep_until(deadline).await;
         }

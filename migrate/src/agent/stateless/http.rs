@@ -51,7 +51,7 @@ fn find(containers: &Containers, id: &str) -> std::result::Result<Arc<Session>, 
     let session = containers
         .find(&id)
         .ok_or_else(|| Failure::unknown(format!("no container came here as {id}")))?;
-    session.heard();
+    session.note_contact();
     Ok(session)
 }
 
@@ -89,7 +89,7 @@ async fn image(
         })?;
         stored?;
         passed?;
-        session.heard();
+        session.note_contact();
         Ok(Json(session.status()))
     })
     .await

@@ -124,7 +124,7 @@ impl Containers {
             known.values().cloned().collect()
         };
         for session in all {
-            session.silence("the agent was stopped").await;
+            session.end_unless_kept("the agent was stopped").await;
         }
     }
 }

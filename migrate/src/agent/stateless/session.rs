@@ -60,8 +60,8 @@ pub(super) struct Inner {
     pub(super) root: Option<ProcessName>,
     started_us: Option<u64>,
     ready_us: Option<u64>,
-    /// When the source was last heard.
-    heard: Instant,
+    /// When the source was last in contact.
+    last_contact: Instant,
 }
 
 impl Session {
@@ -109,7 +109,7 @@ impl Session {
                 root: None,
                 started_us: None,
                 ready_us: None,
-                heard: Instant::now(),
+                last_contact: Instant::now(),
             }),
         })
     }
@@ -152,9 +152,9 @@ impl Session {
         )
     }
 
-    /// Notes that the source lives.
-    pub(super) fn heard(&self) {
-        self.lock().heard = Instant::now();
+    /// Notes that the source was in contact.
+    pub(super) fn note_contact(&self) {
+        self.lock().last_contact = Instant::now();
     }
 
     pub(super) fn status(&self) -> ContainerStatus {
@@ -275,7 +275,7 @@ impl Session {
                 Ok(()) => return Ok(()),
                 Err(why) => why,
             };
-            self.heard();
+            self.note_contact();
             if start.elapsed() > limit {
                 let text = format!(
                     "container {id} is not ready after {} ms at the destination ({ready}: {why})",
@@ -287,7 +287,7 @@ impl Session {
         }
     }
 
-    /// From now on nothing but the source's word ends the container.
+    /// From now on nothing but the source's command ends the container.
     pub(super) async fn keep(&self) -> Result<ContainerStatus> {
         let _turn = self.turn.lock().await;
         let after = self.lock().state.after(StatelessEvent::KeepAsked);
@@ -356,7 +356,7 @@ impl Session {
     }
 
     /// Ends it unless it is to be kept.
-    pub(super) async fn silence(&self, why: &str) {
+    pub(super) async fn end_unless_kept(&self, why: &str) {
         self.abort(StatelessEvent::Silence, why).await;
     }
 
@@ -414,17 +414,14 @@ impl Session {
         }
     }
 
-    /// Ends what was not kept when the source has not been heard for too long.
+    /// Ends what was not kept when the source has sent nothing for too long.
     async fn watch_for_silence(session: Arc<Session>) {
         let limit = Duration::from_secs(session.begin.timeout_s.max(1));
         while !session.is_decided() {
-            let deadline = session.lock().heard + limit;
+            let deadline = session.lock().last_contact + limit;
             if deadline <= Instant::now() {
-                let text = format!(
-                    "nothing was heard from the source for {} s",
-                    limit.as_secs()
-                );
-                session.silence(&text).await;
+                let text = format!("the source has sent nothing for {} s", limit.as_secs());
+                session.end_unless_kept(&text).await;
             }
             sleep_until(deadline).await;
         }

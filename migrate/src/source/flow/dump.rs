@@ -108,7 +108,7 @@ impl Flow<'_> {
         self.dumped.notify_one();
         self.note_connections()?;
         if self.context.facts.tcp == TcpConnections::Established {
-            network::relax(&self.context.facts.tree);
+            network::leave_repair_mode(&self.context.facts.tree);
         }
         self.phase("dump");
         // It begins while other memory and the images are on their way.

@@ -123,7 +123,7 @@ impl<'a> Flow<'a> {
     /// Moves the tree, or leaves it where it is. Fails if neither can be done for sure.
     pub(super) async fn run(&mut self) -> Result<SourceState> {
         let deadline = self.started + self.args.timeout;
-        let failed = |error| Error::wrap(Kind::Io, "signals cannot be heard", error);
+        let failed = |error| Error::wrap(Kind::Io, "signals cannot be received", error);
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
         let mut hang_up = signal(SignalKind::hangup()).map_err(failed)?;

@@ -85,7 +85,7 @@ impl<'a> Flow<'a> {
     /// Moves the container, or leaves it where it is.
     pub(super) async fn run(&mut self) -> Result<StatelessEnd> {
         let deadline = self.started + self.args.timeout;
-        let failed = |error| Error::wrap(Kind::Io, "signals cannot be heard", error);
+        let failed = |error| Error::wrap(Kind::Io, "signals cannot be received", error);
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
         let mut hang_up = signal(SignalKind::hangup()).map_err(failed)?;
