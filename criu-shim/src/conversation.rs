@@ -217,7 +217,7 @@ impl Conversation<'_> {
         fields.set(request::KIND, number(kind::DUMP));
         fields.set_message(request::OPTIONS, &changed);
         let real = RealCriu::start(self.programs, &self.options)?;
-        resources.let_go();
+        resources.close_handed_on();
         let done = real.ask(fields.encode(), self.client.as_fd(), |answer| {
             if kind != kind::DUMP {
                 answer.set(response::KIND, number(kind));

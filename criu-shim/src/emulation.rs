@@ -152,13 +152,13 @@ impl RequestResources {
 
     /// The real CRIU has been started: it alone holds its end of the socket from now on, so that its end
     /// is noticed.
-    pub(crate) fn let_go(&mut self) {
+    pub(crate) fn close_handed_on(&mut self) {
         self.handed_on.clear();
     }
 
     /// Waits for the page server. If CRIU was content, so must it be.
     pub(crate) fn finish(mut self, done: bool) -> Result<()> {
-        self.let_go();
+        self.close_handed_on();
         let Some(mut server) = self.page_server.take() else {
             return Ok(());
         };
@@ -290,7 +290,7 @@ pub(crate) fn command_line(parts: &[Part], programs: &Programs) -> Result<ExitCo
     ]);
     let mut command: Command = programs.criu();
     let criu = command.args(words).spawn();
-    resources.let_go();
+    resources.close_handed_on();
     let ended = criu.and_then(|mut criu| criu.wait());
     let ended =
         ended.map_err(|error| Error::wrap(Kind::Usage, "cannot run the real criu", error))?;

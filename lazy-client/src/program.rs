@@ -142,7 +142,7 @@ fn split() -> Result<Side> {
     let ends = Ends::new()?;
     match fork_waiting(Forked::Background)? {
         Some(child) => {
-            child.let_go()?;
+            child.release()?;
             Ok(Side::Serves(ends.serve()))
         }
         None => Ok(Side::StandsBy(ends.stand_by())),

@@ -75,7 +75,7 @@ pub(crate) fn read_proc(daemon: &mut Daemon) -> Result<Option<ProcReader>> {
     let ends = ReaderEnds::new()?;
     match fork_waiting(Forked::Background)? {
         Some(child) => {
-            child.let_go()?;
+            child.release()?;
             Ok(Some(ends.ask()))
         }
         None => ends.read(|| {

@@ -108,7 +108,7 @@ impl Entry {
 
     /// What becomes of the server when a peer could not even say what it is, for `error`: without
     /// --keep it was the one to come, unless a session has begun, which it does not concern.
-    pub(crate) fn turn_away(&self, error: Error, listener: &PrecopyListener<'_>) -> Result<()> {
+    pub(crate) fn reject(&self, error: Error, listener: &PrecopyListener<'_>) -> Result<()> {
         if error.kind() == Kind::NothingCame {
             return Err(error);
         }

@@ -126,13 +126,13 @@ fn receive(start: &mut Start<'_>) -> Result<()> {
         let mut stream = match stream.secure(tls.as_ref()) {
             Ok(stream) => stream,
             Err(error) => {
-                report.turned_away(&peer, page, &error);
-                return entry.turn_away(error, &listener);
+                report.rejected(&peer, page, &error);
+                return entry.reject(error, &listener);
             }
         };
         let kind = entry
             .admit(&mut stream, &context, &listener)
-            .inspect_err(|error| report.turned_away(&peer, page, error))?;
+            .inspect_err(|error| report.rejected(&peer, page, error))?;
         let (received, result) = match kind {
             None => {
                 stream.reset();
@@ -307,7 +307,7 @@ fn split() -> Result<Side> {
     let ends = GuardEnds::new()?;
     Ok(match fork_waiting(Forked::Background)? {
         Some(child) => {
-            child.let_go()?;
+            child.release()?;
             Side::Forwards(ends.forward())
         }
         None => Side::Guards(ends),

@@ -70,7 +70,7 @@ impl Report {
 
     /// A peer did not come so far as to have a session: its handshake failed, or its first bytes did not
     /// come.
-    pub(crate) fn turned_away(&self, peer: &str, page: PageSize, error: &Error) {
+    pub(crate) fn rejected(&self, peer: &str, page: PageSize, error: &Error) {
         if error.kind() == Kind::NothingCame {
             return;
         }

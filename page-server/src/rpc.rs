@@ -90,7 +90,7 @@ impl Rpc {
 
     fn answer(&mut self, server: WaitingChild, port: u16) -> Result<()> {
         let pid = server.pid().as_raw();
-        server.let_go()?;
+        server.release()?;
         self.answered = true;
         self.client.send(&Response {
             kind: kind::PAGE_SERVER,

@@ -244,7 +244,7 @@ impl Daemon {
             if let Some(pidfile) = &self.pidfile {
                 pidfile::create(pidfile, child.pid())?;
             }
-            child.let_go()?;
+            child.release()?;
             std::process::exit(0)
         }
         self.ready()
@@ -294,11 +294,11 @@ impl Daemon {
     }
 }
 
-/// A forked process that waits for a word. Without one, when this is dropped, it ends with 1.
+/// A forked process that waits for permission to go on. Without it, when this is dropped, it ends with 1.
 #[derive(Debug)]
 pub struct WaitingChild {
     pid: Pid,
-    words: UnixStream,
+    socket: UnixStream,
 }
 
 impl WaitingChild {
@@ -308,8 +308,8 @@ impl WaitingChild {
     }
 
     /// Lets it go on.
-    pub fn let_go(mut self) -> Result<()> {
-        let given = self.words.write_all(b"g");
+    pub fn release(mut self) -> Result<()> {
+        let given = self.socket.write_all(b"g");
         given.map_err(|error| failed("let the forked process go on", error))
     }
 }
@@ -325,7 +325,7 @@ pub enum Forked {
 }
 
 /// Forks. The parent gets the child, which is what it is to be already, and waits until
-/// [`WaitingChild::let_go`]; the child gets `None`.
+/// [`WaitingChild::release`]; the child gets `None`.
 pub fn fork_waiting(kind: Forked) -> Result<Option<WaitingChild>> {
     let pair = UnixStream::pair().map_err(|error| failed("make a socket pair", error))?;
     let (mut ours, mut theirs) = pair;
@@ -336,7 +336,7 @@ pub fn fork_waiting(kind: Forked) -> Result<Option<WaitingChild>> {
             ready.map_err(|error| failed("start the forked process", error))?;
             Ok(Some(WaitingChild {
                 pid: child,
-                words: ours,
+                socket: ours,
             }))
         }
         ForkResult::Child => {

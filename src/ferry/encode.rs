@@ -75,7 +75,7 @@ impl Verdicts {
     }
 
     /// Sends differences in full, for a receiver that does not take them.
-    pub fn spell_out(&mut self) {
+    pub fn send_deltas_in_full(&mut self) {
         self.xor.clear();
         for verdict in &mut self.pages {
             if let Verdict::Delta(_) = verdict {

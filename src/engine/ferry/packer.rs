@@ -178,7 +178,7 @@ impl Worker<'_> {
         memory.judge(batch, &self.prints, &hasher, &mut self.verdicts);
         drop(memory);
         if !self.agreed.features.has(Features::DELTA) {
-            self.verdicts.spell_out();
+            self.verdicts.send_deltas_in_full();
         }
         let level = self.sending.level_control().level();
         let mut frame = self.sending.frame_buffer();

@@ -141,7 +141,7 @@ impl Writes {
 }
 
 /// Whether a call only asks to be made again.
-pub(in crate::engine) fn is_patience(error: &io::Error) -> bool {
+pub(in crate::engine) fn is_retryable(error: &io::Error) -> bool {
     use io::ErrorKind::{Interrupted, WouldBlock};
     matches!(error.kind(), Interrupted | WouldBlock)
 }

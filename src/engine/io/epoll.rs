@@ -13,7 +13,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::engine::io::batch::Batch;
-use crate::engine::io::driver::{Completion, Driver, Link, Operation, is_patience};
+use crate::engine::io::driver::{Completion, Driver, Link, Operation, is_retryable};
 use crate::engine::io::writer::Writer;
 use crate::error::{Error, Kind, Result};
 use crate::sys::buffers::Buffer;
@@ -78,7 +78,7 @@ impl EpollDriver {
                 let into = &mut buffer[window.clone()];
                 match self.link.receive_now(into) {
                     Ok(bytes) => Ok(Some(Completion::Received { buffer, bytes })),
-                    Err(error) if is_patience(&error) => {
+                    Err(error) if is_retryable(&error) => {
                         self.pending = Some(Pending { buffer, window });
                         self.sleep()?;
                         Ok(None)

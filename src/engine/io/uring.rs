@@ -16,7 +16,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::engine::io::batch::{Batch, Plan};
-use crate::engine::io::driver::{Completion, Driver, Link, Operation, is_patience};
+use crate::engine::io::driver::{Completion, Driver, Link, Operation, is_retryable};
 use crate::error::{Error, Kind, Result};
 use crate::sys::buffers::Buffer;
 use crate::sys::ring::{Descriptor, Done, Ring, Token};
@@ -89,7 +89,7 @@ impl UringDriver {
                 self.received = Some(Completion::Received { buffer, bytes });
                 return Ok(());
             }
-            Err(error) if is_patience(&error) => {}
+            Err(error) if is_retryable(&error) => {}
             Err(error) => return Err(self.link.lost(error)),
         }
         let socket = Arc::clone(&self.link.socket) as Descriptor;
@@ -121,7 +121,7 @@ impl UringDriver {
         match result {
             Ok(0) => return Err(run.part.write_error(io::ErrorKind::WriteZero)),
             Ok(bytes) => writing.written += u64::from(bytes),
-            Err(error) if is_patience(&error) => {}
+            Err(error) if is_retryable(&error) => {}
             Err(error) => return Err(run.part.write_error(error)),
         }
         if writing.written == run.bytes {

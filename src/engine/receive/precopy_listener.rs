@@ -131,7 +131,7 @@ impl<'a> PrecopyListener<'a> {
             },
         );
         match admitted {
-            Admitted::Refused(refused) => self.turn_away(conn, &peer, &refused, only_looks),
+            Admitted::Refused(refused) => self.reject(conn, &peer, &refused, only_looks),
             Admitted::Joined(receiving, greetings) => {
                 if let Some(receiving) = receiving {
                     self.run_connection(conn, &receiving, &greetings)?;
@@ -153,7 +153,7 @@ impl<'a> PrecopyListener<'a> {
 
     /// Says no to a connection. One that only looks, or that belongs to a session which is over, is nothing
     /// to report.
-    fn turn_away(
+    fn reject(
         &self,
         conn: Conn,
         peer: &str,

@@ -14,7 +14,7 @@ pub(super) struct Background {
     /// It leaves everything to faults for a while.
     held_back: bool,
     limit: Option<RateLimit>,
-    hurried: bool,
+    full_speed: bool,
 }
 
 impl Background {
@@ -23,13 +23,13 @@ impl Background {
             on_demand: config.on_demand,
             held_back: config.record_working_set.is_some(),
             limit: config.max_bandwidth.map(RateLimit::new),
-            hurried: false,
+            full_speed: false,
         }
     }
 
     /// Whether it leaves everything to faults.
     pub(super) fn is_off(&self) -> bool {
-        (self.on_demand || self.held_back) && !self.hurried
+        (self.on_demand || self.held_back) && !self.full_speed
     }
 
     /// Leaves everything to faults from now on, or no longer.
@@ -38,8 +38,8 @@ impl Background {
     }
 
     /// Runs at full speed from now on, or no longer.
-    pub(super) fn hurry(&mut self, now: bool) {
-        self.hurried = now;
+    pub(super) fn set_full_speed(&mut self, now: bool) {
+        self.full_speed = now;
         if let Some(limit) = &mut self.limit {
             limit.lift(now);
         }

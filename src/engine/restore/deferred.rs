@@ -200,10 +200,10 @@ impl Restore {
                  (ulimit -n, LimitNOFILE=) helps"
             ),
         };
-        if let Some(left_out) = self.losses.complain(now_us) {
+        if let Some(left_out) = self.losses.may_log(now_us) {
             tracing::warn!("{text}{left_out}");
         }
-        if reason == PauseReason::NoRoom && waits >= self.losses.local_patience() {
+        if reason == PauseReason::NoRoom && waits >= self.losses.local_retry_time() {
             let why = format!(
                 "there was no memory for its pages for {} s",
                 waits.as_secs()

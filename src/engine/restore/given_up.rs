@@ -54,7 +54,7 @@ impl Restore {
             self.planner.handle_exit(id);
             return Ok(());
         };
-        if let Some(left_out) = self.losses.complain(self.clock.now_us()) {
+        if let Some(left_out) = self.losses.may_log(self.clock.now_us()) {
             tracing::error!(
                 "the page at {} of pid {pid} is lost: {why}{left_out}",
                 at.start()

@@ -14,7 +14,7 @@ use super::{Restore, Token, host_process, rewatch, watch};
 use crate::error::{Error, Kind, Result};
 use crate::sys::uffd::check_permitted;
 
-/// How often a restore that does not come is mentioned.
+/// How often a restore that does not come is logged.
 const WAITING_LINE: Duration = Duration::from_secs(10);
 
 /// `criu restore` still has to let its processes go when it says that it has finished. To fill memory meanwhile took CPU
@@ -28,8 +28,8 @@ pub(super) struct Handover {
     intake: Intake,
     /// When the restore last said something.
     heard: Instant,
-    /// When its absence was last mentioned.
-    mentioned: Instant,
+    /// When its absence was last logged.
+    logged: Instant,
     /// It said that every process runs.
     finished: bool,
     /// When the background stream may begin, once the restore is finished: a process has met a missing page, or as long
@@ -48,7 +48,7 @@ impl Handover {
         Handover {
             intake: Intake::ended(),
             heard: now,
-            mentioned: now,
+            logged: now,
             finished: false,
             fills_from: None,
             over: false,
@@ -132,11 +132,11 @@ impl Handover {
     }
 
     /// Says now and then that no restore has come.
-    fn mention_waiting(&mut self) {
-        if !self.intake.is_listening() || self.mentioned.elapsed() < WAITING_LINE {
+    fn log_waiting(&mut self) {
+        if !self.intake.is_listening() || self.logged.elapsed() < WAITING_LINE {
             return;
         }
-        self.mentioned = Instant::now();
+        self.logged = Instant::now();
         let path = std::path::absolute(self.intake.path()).unwrap_or_default();
         tracing::warn!(
             "no restore has come yet: start criu restore --lazy-pages with the work directory (-W, else -D) that makes it connect to {}",
@@ -177,7 +177,7 @@ impl Restore {
 
     /// Gives the source up if the restore that it waits for does not come, or not on.
     pub(super) fn expect_restore(&mut self) {
-        self.handover.mention_waiting();
+        self.handover.log_waiting();
         let most = self.config.restore_timeout;
         let most = most.filter(|_| self.config.source.is_some());
         if let Some(error) = most.and_then(|most| self.handover.give_up_after(most)) {

@@ -22,7 +22,7 @@ impl Restore {
     /// background waits for is often less than the millisecond that epoll_wait can tell.
     pub(super) fn wait(&mut self) -> Result<()> {
         self.guard_scans.forget();
-        if self.spin()? {
+        if self.busy_poll()? {
             return Ok(());
         }
         let timeout = TimeSpec::from_duration(self.wait_time());
@@ -36,7 +36,7 @@ impl Restore {
     /// Looks again and again for a short time, as long as a fault or its answer is due: to sleep and
     /// be woken takes a third of the time of a fault. Others that want the CPU have it. Says whether
     /// something happened.
-    fn spin(&mut self) -> Result<bool> {
+    fn busy_poll(&mut self) -> Result<bool> {
         let mut now_us = self.clock.now_us();
         let until_us = now_us + SPIN_US;
         let mut polled = [PollFd::new(self.poll.0.as_fd(), PollFlags::POLLIN)];

@@ -119,7 +119,7 @@ impl Losses {
     }
 
     /// Whether a line of a kind that may come again and again is to be written, and how many were not.
-    pub(super) fn complain(&mut self, now_us: u64) -> Option<LeftOut> {
+    pub(super) fn may_log(&mut self, now_us: u64) -> Option<LeftOut> {
         self.log_limiter.admit(now_us)
     }
 
@@ -129,7 +129,7 @@ impl Losses {
     }
 
     /// How long what fails here is tried again. Whoever needs a page waits for an operator if it is so wished.
-    pub(super) fn local_patience(&self) -> Duration {
+    pub(super) fn local_retry_time(&self) -> Duration {
         match self.policy {
             _ if self.is_stopping => Duration::ZERO,
             OnLoss::Hold => Duration::MAX,
@@ -245,7 +245,7 @@ impl Restore {
 
     fn note_loss(&mut self, cause: Error) {
         if self.losses.is_source_lost() {
-            if let Some(left_out) = self.losses.complain(self.clock.now_us()) {
+            if let Some(left_out) = self.losses.may_log(self.clock.now_us()) {
                 tracing::error!("{cause}{left_out}");
             }
             return;
@@ -278,7 +278,7 @@ impl Restore {
 
     /// Nothing works any more, `rounds` times in a row: neither the log nor the CPU is to suffer, a signal is
     /// an end, and after a while there is one without.
-    pub(super) fn bear_failures(&mut self, rounds: u32) -> Result<()> {
+    pub(super) fn tolerate_failures(&mut self, rounds: u32) -> Result<()> {
         std::thread::sleep(LAST_PAUSE);
         let told_to_end = self.handle_signals();
         if rounds < FAILED_ROUNDS_MAX && told_to_end.is_ok() {

@@ -341,7 +341,7 @@ impl Restore {
                     // What fails on this host and can pass was dealt with: the source is gone, or all is over.
                     self.lose(error);
                     if failed_rounds > 1 {
-                        self.bear_failures(failed_rounds)?;
+                        self.tolerate_failures(failed_rounds)?;
                     }
                 }
             }

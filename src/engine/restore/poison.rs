@@ -98,7 +98,7 @@ impl Restore {
             match self.poison_process(id) {
                 Err(error) if error.kind() == Kind::Unsupported => return Err(error),
                 Err(error) => {
-                    if let Some(left_out) = self.losses.complain(self.clock.now_us()) {
+                    if let Some(left_out) = self.losses.may_log(self.clock.now_us()) {
                         tracing::error!("{error}: killing the process{left_out}");
                     }
                     let pid = self.processes.pid(id);
@@ -201,7 +201,7 @@ impl Restore {
         let Some(pid) = self.processes.pid(id) else {
             return;
         };
-        if let Some(left_out) = self.losses.complain(self.clock.now_us()) {
+        if let Some(left_out) = self.losses.may_log(self.clock.now_us()) {
             tracing::error!(
                 "the lost pages of pid {pid} cannot be poisoned, for its control group is full: killing \
                  it{left_out}"

@@ -320,7 +320,7 @@ impl<T> PostcopyClient<T> {
                 Ok(false) => "they are not there any more".to_owned(),
                 Err(error) => error.to_string(),
             };
-            self.earlier.complain(delivery.pid, &why);
+            self.earlier.log_unusable(delivery.pid, &why);
         }
         delivery
     }

@@ -67,12 +67,12 @@ impl Restore {
         match (seen, self.second_dump.disturbed) {
             (Some((pid, by)), None) if missing > 0 => {
                 self.second_dump.disturbed = Some(id);
-                self.background.hurry(true);
+                self.background.set_full_speed(true);
                 tell(pid, by, missing);
             }
             (None, Some(_)) => {
                 self.second_dump.disturbed = None;
-                self.background.hurry(false);
+                self.background.set_full_speed(false);
                 tracing::warn!(
                     "the process is no longer traced or frozen; {missing} pages are still missing"
                 );

@@ -155,15 +155,15 @@ impl Restore {
                     let now_us = self.clock.now_us();
                     self.unreadable
                         .note(pid, PageRange::new(from, from + page), now_us);
-                    self.complain_of_images(&error);
+                    self.log_image_error(&error);
                 }
             }
         }
         Ok(())
     }
 
-    fn complain_of_images(&mut self, error: &Error) {
-        let Some(left_out) = self.losses.complain(self.clock.now_us()) else {
+    fn log_image_error(&mut self, error: &Error) {
+        let Some(left_out) = self.losses.may_log(self.clock.now_us()) else {
             return;
         };
         let else_asked = match self.config.source.is_some() && !self.config.ferry {
@@ -201,7 +201,7 @@ impl Restore {
             self.links.peer(),
             request.pid
         );
-        self.complain_of_images(&Error::new(Kind::Image, text));
+        self.log_image_error(&Error::new(Kind::Image, text));
         if !rest.is_empty() {
             self.planner.give_back(request.pid, rest);
         }
@@ -217,7 +217,7 @@ impl Restore {
         };
         let image = PageRange::new(start, run.end);
         let tried = Duration::from_micros(now_us.saturating_sub(run.since_us));
-        let expired = tried >= self.losses.local_patience();
+        let expired = tried >= self.losses.local_retry_time();
         let in_vain = run.asked && !self.unreadable.awaits_source(pid, start);
         // A source that cannot read them either is not asked for ever.
         let again = in_vain && !expired && self.is_with_source(pid, start);

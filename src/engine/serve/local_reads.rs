@@ -28,7 +28,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 const PAUSE_MAX: Duration = Duration::from_millis(500);
 
 /// How long answers are read before they are begun after a read has failed for good.
-const CAREFUL: Duration = Duration::from_secs(60);
+const READ_FIRST: Duration = Duration::from_secs(60);
 
 /// How a server bears failed reads; shared by its sessions.
 #[derive(Debug)]
@@ -37,7 +37,7 @@ pub(super) struct LocalReads {
     pub(super) timeout: Duration,
     start: Instant,
     /// Until when answers are read before they are begun, ms since `start`.
-    careful_until_ms: AtomicU64,
+    read_first_until_ms: AtomicU64,
     /// Memories that could not be read: opened anew they would lack what is cut off now.
     kept: Mutex<Vec<Arc<dyn Memory>>>,
 }
@@ -47,19 +47,19 @@ impl LocalReads {
         LocalReads {
             timeout,
             start: Instant::now(),
-            careful_until_ms: AtomicU64::new(0),
+            read_first_until_ms: AtomicU64::new(0),
             kept: Mutex::default(),
         }
     }
 
-    pub(super) fn is_careful(&self) -> bool {
-        self.now_ms() < self.careful_until_ms.load(Ordering::Relaxed)
+    pub(super) fn reads_first(&self) -> bool {
+        self.now_ms() < self.read_first_until_ms.load(Ordering::Relaxed)
     }
 
     /// Keeps `memory` open for whoever comes back.
     pub(super) fn keep(&self, memory: &Arc<dyn Memory>) {
         let mut kept = self.kept();
-        if self.is_careful() && !kept.iter().any(|one| Arc::ptr_eq(one, memory)) {
+        if self.reads_first() && !kept.iter().any(|one| Arc::ptr_eq(one, memory)) {
             kept.push(Arc::clone(memory));
         }
     }
@@ -78,10 +78,10 @@ impl LocalReads {
         u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    fn be_careful(&self) {
-        let careful_ms = u64::try_from(CAREFUL.as_millis()).unwrap_or(u64::MAX);
-        let until_ms = self.now_ms().saturating_add(careful_ms);
-        self.careful_until_ms.store(until_ms, Ordering::Relaxed);
+    fn read_first(&self) {
+        let read_first_ms = u64::try_from(READ_FIRST.as_millis()).unwrap_or(u64::MAX);
+        let until_ms = self.now_ms().saturating_add(read_first_ms);
+        self.read_first_until_ms.store(until_ms, Ordering::Relaxed);
     }
 }
 
@@ -98,14 +98,19 @@ impl Tries {
     /// # Errors
     ///
     /// It was tried for long enough, the error will not pass, or the client has gone meanwhile.
-    pub(super) fn bear(&mut self, error: Error, reads: &LocalReads, stream: &Stream) -> Result<()> {
+    pub(super) fn wait_and_retry(
+        &mut self,
+        error: Error,
+        reads: &LocalReads,
+        stream: &Stream,
+    ) -> Result<()> {
         if error.kind() != Kind::Io && error.kind() != Kind::Image {
             return Err(error);
         }
         let passes = error.kind() == Kind::Io;
         let tried = self.since.map_or(Duration::ZERO, |since| since.elapsed());
         if !passes || tried >= reads.timeout {
-            reads.be_careful();
+            reads.read_first();
             let text = format!(
                 "its pages cannot be read here, tried for {} s",
                 tried.as_secs()

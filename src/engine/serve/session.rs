@@ -131,8 +131,8 @@ impl Session<'_> {
         self.runs.clear();
         let pages = memory.find_runs(get.range, &mut self.runs)?;
         let runs = std::mem::take(&mut self.runs);
-        if self.context.local_reads.is_careful() {
-            self.answer_carefully(get, &*memory, &runs)?;
+        if self.context.local_reads.reads_first() {
+            self.answer_after_reading(get, &*memory, &runs)?;
         } else {
             self.begin_answer(get, pages)?;
             let pushed = runs.iter().try_for_each(|run| self.push_run(&*memory, run));
@@ -213,14 +213,16 @@ impl Session<'_> {
                 tries = Tries::default();
             }
             match error_of_file(file, path, offset + sent, &error) {
-                Some(error) => tries.bear(error, &self.context.local_reads, &self.stream)?,
+                Some(error) => {
+                    tries.wait_and_retry(error, &self.context.local_reads, &self.stream)?
+                }
                 None => return Err(not_taken(error)),
             }
         }
     }
 
     /// Reads an answer before it is begun: it ends where reading does.
-    fn answer_carefully(
+    fn answer_after_reading(
         &mut self,
         get: &Get,
         memory: &dyn Memory,
@@ -266,7 +268,7 @@ impl Session<'_> {
                 self.answers.take_back(len);
                 // What lies before it is not held up.
                 self.send_answers()?;
-                tries.bear(error, &self.context.local_reads, &self.stream)?;
+                tries.wait_and_retry(error, &self.context.local_reads, &self.stream)?;
                 continue;
             }
             tries = Tries::default();

@@ -75,7 +75,7 @@ impl Planner {
 
     /// A counted process of the family of `pid` ended while it lacked `missing` pages: its oldest child
     /// is counted from now on.
-    pub(super) fn count_heir(&mut self, pid: u32, missing: u64) {
+    pub(super) fn count_inherited(&mut self, pid: u32, missing: u64) {
         let shift = self.page.shift();
         let uncounted = |id: &&SpaceId| self.spaces.get(id).is_some_and(|heir| !heir.counted);
         let family = self.families.get(&pid).into_iter().flatten();

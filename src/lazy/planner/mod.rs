@@ -265,7 +265,7 @@ impl Planner {
                 .for_each(|turn| turn.retain(|other| *other != pid));
         }
         if counted {
-            self.count_heir(pid, space.missing_bytes() >> self.page.shift());
+            self.count_inherited(pid, space.missing_bytes() >> self.page.shift());
         }
         space.leave_local();
         self.note_unneeded(pid, &space.take_unneeded());

@@ -195,7 +195,7 @@ impl Forwarder {
         let prints: Vec<Fingerprint> = plain.chunks_exact(PAGE.as_usize()).map(print).collect();
         let mut verdicts = Verdicts::default();
         self.memory.judge(pages, &prints, hasher, &mut verdicts);
-        verdicts.spell_out();
+        verdicts.send_deltas_in_full();
         let mut body = Vec::new();
         let counters = self
             .encoder

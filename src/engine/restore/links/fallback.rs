@@ -171,7 +171,7 @@ impl SourceThread {
                 }
                 return;
             };
-            let answer = self.fetch_patiently(question);
+            let answer = self.fetch_with_retries(question);
             if outbox.send((question, answer)).is_err() {
                 return;
             }
@@ -181,7 +181,7 @@ impl SourceThread {
     }
 
     /// Tries again, on another connection, as long as the source cannot be reached at all.
-    fn fetch_patiently(&mut self, question: Question) -> io::Result<Vec<u8>> {
+    fn fetch_with_retries(&mut self, question: Question) -> io::Result<Vec<u8>> {
         let deadline = Instant::now() + self.timeout;
         loop {
             let reached = match self.link.take() {

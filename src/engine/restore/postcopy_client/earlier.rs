@@ -92,7 +92,7 @@ impl Earlier {
     }
 
     /// Tells, once, that pages of `pid` cannot be used, unless all images were given up on purpose.
-    pub(super) fn complain(&mut self, pid: u32, why: &str) {
+    pub(super) fn log_unusable(&mut self, pid: u32, why: &str) {
         if !self.bases.is_empty() && !self.complained {
             tracing::warn!(
                 "pages of the earlier round of pid {pid} cannot be used, and are asked for: {why}"

@@ -59,7 +59,7 @@ pub(super) struct Journal {
     names: BTreeSet<String>,
     /// So many at most, if it tells: from systemd 254 on.
     most: Option<usize>,
-    /// That was mentioned.
+    /// That was logged.
     is_full: bool,
     /// Which `pageferry-journal-` this is.
     number: u32,

@@ -146,7 +146,7 @@ impl StoredRestore {
 
     /// The restore cannot be gone on with because of `why`, and the descriptors will be gone with this process. Returns
     /// if it is to be tried again.
-    fn bear(&self, policy: OnLoss, signals: &Signals, why: Error) -> Result<()> {
+    fn apply_policy(&self, policy: OnLoss, signals: &Signals, why: Error) -> Result<()> {
         if policy == OnLoss::Hold {
             match self.hold(signals, &why) {
                 Ok(()) => return Ok(()),
@@ -251,7 +251,7 @@ impl Restore {
                 .and_then(|restore| kept.check(&restore.images).map(|()| restore));
             match prepared {
                 Ok(restore) => return restore.follow_kept(kept),
-                Err(error) => kept.bear(config.on_loss, &signals, error)?,
+                Err(error) => kept.apply_policy(config.on_loss, &signals, error)?,
             }
         }
     }
