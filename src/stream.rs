@@ -229,7 +229,7 @@ impl Stream {
         let _ = self.socket().set_linger(Some(Duration::ZERO));
     }
 
-    /// Tells the peer that nothing more will come, where the connection has words for that.
+    /// Tells the peer that nothing more will come, where the connection has a message for that.
     pub fn end(&mut self) -> io::Result<()> {
         match &mut self.carrier {
             Carrier::Plain(_) => Ok(()),

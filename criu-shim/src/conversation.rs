@@ -134,7 +134,7 @@ impl Conversation<'_> {
         }
         let words = self.page_server_words(asked, true)?;
         let ended = self.programs.page_server().args(words).status();
-        // That it could not be met the client has heard.
+        // The client was told already that it could not be met.
         ended
             .map(drop)
             .map_err(|error| Error::wrap(Kind::Usage, "cannot start page-server", error))

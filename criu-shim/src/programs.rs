@@ -119,7 +119,7 @@ fn handed_on(this: &Path, criu: &Path) -> Result<String> {
 }
 
 /// The copies that have handed on to this process, as `told`: if that was said by what this process was before, or by
-/// its parent, which is still such a copy. What a real CRIU starts has inherited the words, and they are not for it.
+/// its parent, which is still such a copy. What a real CRIU starts has inherited these variables, which are not meant for it.
 fn copies_before(told: &str, pid: u32, parent: u32, of_parent: impl Fn() -> String) -> Vec<&str> {
     let mut words = told.split(' ');
     let by = words.next().and_then(|word| word.parse::<u32>().ok());

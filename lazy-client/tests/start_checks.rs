@@ -184,7 +184,7 @@ fn who_connects_without_a_word_is_no_restore() {
     drop(connect(&socket));
     let _silent = connect(&socket);
     connect(&socket).write_all(b"GET / HTTP/1.1").unwrap();
-    expect_log(dir.path(), "ended without a word");
+    expect_log(dir.path(), "ended without a message");
     expect_log(dir.path(), "is from no restore");
     restore_nothing(&socket);
     client.succeed(GENEROUS).unwrap();

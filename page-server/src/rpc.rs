@@ -104,7 +104,7 @@ impl Rpc {
         })
     }
 
-    /// Tells the client that no server was started, if it has not heard of one.
+    /// Tells the client that no server was started, unless one was reported to it.
     pub(crate) fn refuse(&mut self, why: &str) {
         if !std::mem::replace(&mut self.answered, true)
             && let Err(error) = self.client.send(&Response::failed(kind::PAGE_SERVER, why))

@@ -12,7 +12,7 @@
 /// Length of the first part of each record.
 pub const RECORD_BYTES: usize = 4;
 
-/// The word that says that the restore is finished.
+/// The message that the restore is finished.
 const FINISHED: u32 = 0x5253_5446;
 
 /// What the first part of a record says.

@@ -72,7 +72,7 @@ pub struct Options {
     /// `--lazy-pages`
     #[prost(bool, optional, tag = "48")]
     pub lazy_pages: Option<bool>,
-    /// A configuration file that has the last word.
+    /// A configuration file that overrides all others.
     #[prost(string, optional, tag = "51")]
     pub config_file: Option<String>,
     /// `--tls-cacert`

@@ -55,7 +55,7 @@ pub struct RequestedSettings {
     pub words: Vec<OsString>,
     /// Long options whose values before count no more, whether it has new ones or not.
     pub replaced: Vec<&'static str>,
-    /// A configuration file that has the last word.
+    /// A configuration file that overrides all others.
     pub config_file: Option<PathBuf>,
 }
 

@@ -1,7 +1,7 @@
 //! Refuses dumps, made on this host, of processes whose pages a lazy-client is still bringing.
 //!
 //! To CRIU a page that has not come yet is one that was never touched: the dump would succeed without it. The
-//! dump's tree is frozen when its first word arrives, so everything about it can be looked up in /proc: a
+//! dump's tree is frozen when its first message arrives, so everything about it can be looked up in /proc: a
 //! process of the pid that is named, traced, with memory under a userfaultfd, while a lazy-client of
 //! this host holds one. A refusal makes the dump fail, and the tree goes on.
 

@@ -29,7 +29,7 @@ pub struct BatchedWakeup {
     /// Filled since the first of them was held up, bytes.
     filled_bytes: u64,
     until_us: u64,
-    /// What was last filled without waking: a fault that was raised meanwhile is heard of later.
+    /// What was last filled without waking: a fault that was raised meanwhile is read later.
     quiet: Option<(SpaceId, PageRange)>,
 }
 

@@ -15,7 +15,7 @@
 //! ```
 
 /// How long after the answer to a fault the next one is waited for, µs: to wake a thread on another
-/// CPU and to hear of its fault takes about 60 (measured on a guest).
+/// CPU and to read its fault takes about 60 (measured on a guest).
 const HOLD_US: u64 = 100;
 
 /// While faults follow each other the stream has a turn this often, µs: about one of four faults

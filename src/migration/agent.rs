@@ -139,7 +139,7 @@ impl Agent {
         };
         let actions = match state {
             AgentState::Aborted => vec![AgentAction::Discard],
-            // The decision may be older than the word to the processes.
+            // The decision may be older than the message to the processes.
             AgentState::Committed => vec![AgentAction::LetRun],
             _ => vec![],
         };

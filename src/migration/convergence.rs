@@ -73,7 +73,7 @@ pub struct RoundResult {
     pub pages: u64,
     /// Bytes that left the source for them.
     pub bytes: u64,
-    /// From its start to the destination's word that all is stored, ms.
+    /// From its start to the destination's message that all is stored, ms.
     pub ms: u64,
 }
 

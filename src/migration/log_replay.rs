@@ -51,7 +51,7 @@ pub enum LogReplayAction {
     Record(LogReplayRecord),
     /// Clients stay held whatever becomes of this process.
     Seal,
-    /// Tell the agent that nothing but this side's word ends its service from now on.
+    /// Tell the agent that nothing but this side's command ends its service from now on.
     Keep,
     /// Lead clients to the destination.
     Switch,
@@ -247,7 +247,7 @@ pub enum ReplayEvent {
     ResumeAsked,
     /// The source says that it is to be ended, or something failed.
     AbortAsked,
-    /// Nothing was heard from the source for too long, or the agent ends.
+    /// The source has sent nothing for too long, or the agent ends.
     Silence,
 }
 

@@ -215,7 +215,7 @@ pub struct Begin {
     pub memory_bytes: u64,
     /// The connection of the source's clients: kept over the move, closed, or refused.
     pub tcp: TcpConnections,
-    /// After so many seconds without a word from the source the agent aborts, unless it has decided.
+    /// After so many seconds without a request from the source the agent aborts, unless it has decided.
     pub timeout_s: u64,
     /// The container that the tree is, if it is one.
     #[serde(default)]

@@ -11,7 +11,7 @@
 //! ```
 //!
 //! The source grants, the agent decides. A grant is the source's promise not to let its processes run again
-//! before it has heard what the agent decided; it is on disk before the agent hears of it. The decision is
+//! before it knows what the agent decided; it is on disk before the agent is told. The decision is
 //! one record on the agent's disk: `Committed`, or `Aborted`. Whichever of the two is written first is
 //! final, and is the answer to every later question.
 //!
@@ -22,7 +22,7 @@
 //! | the link breaks | the source rolls back | the source stays frozen and asks until it is answered | as decided |
 //!
 //! Invariants, which `tests/sim_migration.rs` checks with crashes at every step: the processes never run on
-//! both sides; when both sides have recovered and hear each other, they live on exactly one side.
+//! both sides; when both sides have recovered and reach each other, the processes run on exactly one side.
 
 mod agent;
 mod catch_up;

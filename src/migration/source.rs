@@ -206,7 +206,7 @@ impl Source {
             (At::Granted, On::AgentSays(AgentState::Aborted)) => self.roll_back(),
             // It has not decided, though it was told that it may: it is told once more.
             (At::Granted, On::AgentSays(AgentState::Ready)) => vec![Do::SendCommit],
-            // A restore that has been begun and is not ready cannot have heard of a grant in its life.
+            // A restore that has been begun and is not ready cannot have received a grant.
             (At::Granted, On::AgentSays(AgentState::Receiving | AgentState::Restoring)) => {
                 vec![Do::SendAbort]
             }
@@ -227,7 +227,7 @@ impl Source {
         match promised {
             // The agent has aborted: there is nobody to tell.
             true => vec![record, SourceAction::Release],
-            // The processes first: the agent cannot commit without a grant, whenever it hears of the end.
+            // The processes first: the agent cannot commit without a grant, whenever it is told of the end.
             false => vec![SourceAction::Release, record, SourceAction::SendAbort],
         }
     }

@@ -9,8 +9,8 @@
 //! whatever fails ends with the container running here and clients led here; after it, all that is left is to end the
 //! one here. Two containers may run at a time, since neither has a state that the other lacks.
 //!
-//! The agent ends its container when the source is silent for too long, unless it has heard `Keep`: from then on clients
-//! may be led there, and nothing but the source's word ends it.
+//! The agent ends its container when the source is silent for too long, unless it has received `Keep`: from then on clients
+//! may be led there, and nothing but the source's command ends it.
 
 use std::collections::VecDeque;
 
@@ -55,7 +55,7 @@ pub enum StatelessAction {
     Renew,
     /// Let the destination start the container, and wait until it is ready.
     Start,
-    /// Tell the agent that nothing but this side's word ends its container from now on.
+    /// Tell the agent that nothing but this side's command ends its container from now on.
     Keep,
     /// Lead clients to the destination.
     Switch,
@@ -245,7 +245,7 @@ pub enum StatelessEvent {
     KeepAsked,
     /// The source says that it is to be ended, or something failed.
     AbortAsked,
-    /// Nothing was heard from the source for too long, or the agent ends.
+    /// The source has sent nothing for too long, or the agent ends.
     Silence,
 }
 

@@ -138,7 +138,7 @@ pub struct Forwarded {
     pub peer: String,
     /// Where it went.
     pub far_end: String,
-    /// The dump's header layout, if it said a word.
+    /// The dump's header layout, if it sent a header.
     pub wire: Option<Wire>,
     /// What went over.
     pub sent: Sent,

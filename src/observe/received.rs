@@ -55,7 +55,7 @@ impl StoredPages {
 pub struct Received {
     /// Who sent.
     pub peer: String,
-    /// The sender's header layout, if it said a word.
+    /// The sender's header layout, if it sent a header.
     pub wire: Option<Wire>,
     /// Processes and shared memory segments.
     pub targets: u64,

@@ -242,7 +242,7 @@ mod tests {
 
     use super::*;
 
-    /// `None`, with a word about it, where this kernel refuses io_uring.
+    /// `None`, with a log line, where this kernel refuses io_uring.
     fn ring() -> Option<Ring> {
         let ring = Ring::new();
         match ring {

@@ -102,7 +102,7 @@ impl TlsStream {
         self.flush()
     }
 
-    /// Says the first word of the handshake.
+    /// Sends the first message of the handshake.
     pub(super) fn begin(&mut self) -> io::Result<()> {
         let begun = self.session.handshake();
         begun.map_err(|error| self.failed(&error))?;
@@ -189,7 +189,7 @@ impl TlsStream {
         Ok(())
     }
 
-    /// Tells the peer of an error and gives it time to hear of it: a connection that is closed with
+    /// Tells the peer of an error and gives it time to read that: a connection that is closed with
     /// something unread is reset, and takes the alert with it.
     fn failed(&mut self, error: &rustls::Error) -> io::Error {
         self.session.queue_alert();

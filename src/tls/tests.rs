@@ -34,7 +34,7 @@ fn sockets() -> (Socket, Socket) {
 }
 
 /// A handshake between the two, whose first exchange of bytes is part of it: in TLS 1.3 a client
-/// hears only then that it was refused.
+/// learns only then that it was refused.
 fn shake_hands(client: &TlsArgs, server: &TlsArgs, host: &str) -> Outcome {
     let (client_socket, server_socket) = sockets();
     let (client, server) = (load(client), load(server));

@@ -16,7 +16,7 @@ use webpki::{
 };
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-/// Who is trusted to vouch for peers, and whose word was taken back.
+/// Authorities whose signatures are trusted, and revoked certificates.
 #[derive(Debug)]
 pub(super) struct Trust {
     pub(super) anchors: Vec<TrustAnchor<'static>>,

@@ -133,7 +133,7 @@ impl Session {
         let Some(container) = &self.begin.container else {
             return;
         };
-        // Runtimes wait for CRIU and hear no signals meanwhile.
+        // Runtimes handle no signals while they wait for CRIU.
         if let Ok(Some(criu)) = records::read::<ProcessName>(&self.dir.join(CRIU_PROCESS)) {
             // It may have ended by itself.
             let _ = criu.signal(Signal::SIGTERM as i32);

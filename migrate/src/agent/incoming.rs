@@ -38,7 +38,7 @@ pub(super) async fn store_tree(
 }
 
 /// Hands a request's body on until it ends, or somebody else comes for the tree. What nobody takes any more is read all
-/// the same: whoever sends it hears the answer then, and no broken connection.
+/// the same: the sender then gets the answer instead of a broken connection.
 async fn pump(
     mut body: impl Stream<Item = io::Result<Bytes>> + Unpin,
     mut to: DuplexStream,

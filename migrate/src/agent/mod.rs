@@ -14,7 +14,7 @@
 //! ([`replays`]).
 //!
 //! Invariants: everything but files is written below the agent's directory; a decision is on disk before anybody
-//! hears of it; an agent that is started again finishes what it finds there.
+//! is told of it; an agent that is started again finishes what it finds there.
 
 mod addresses;
 mod commands;

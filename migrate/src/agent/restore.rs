@@ -209,7 +209,7 @@ impl Session {
         }
     }
 
-    /// The restore has ended after the decision, and nobody has heard of running processes. Those that do run all the
+    /// The restore has ended after the decision, and running processes were not reported. Those that do run all the
     /// same have their memory from lazy-client, which ends when the last of them is gone or has everything.
     async fn outlive_restore(&self) {
         let lazy = self.lock().lazy.take();

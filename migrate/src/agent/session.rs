@@ -322,7 +322,7 @@ impl Session {
         };
         // First: the source puts them back on its own device.
         self.take_addresses_down().await;
-        // The restore hears of it by the end of its hook, and ends what it has made.
+        // The hook of the restore fails, and so the restore ends the processes that it has made.
         drop(waiting);
         if let Some(mut receiver) = receiver {
             receiver.terminate();

@@ -55,7 +55,7 @@ impl ReceivedTree {
         &self.staging
     }
 
-    /// Takes the place of whoever is at it, who hears of it by a change.
+    /// Replaces the request that receives the tree now; that one is notified by a change.
     pub(crate) fn take_turn(&self) -> watch::Receiver<u64> {
         self.turn.send_modify(|count| *count += 1);
         self.turn.subscribe()

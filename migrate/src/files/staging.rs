@@ -160,7 +160,7 @@ impl StagingDir {
         }
     }
 
-    /// Whether something is there that files must not replace without a word from the user.
+    /// Whether something is there that files must not replace unless the user says so.
     pub(crate) fn is_taken(&self, unused: bool) -> bool {
         let is_empty = fs::read_dir(&self.target).map(|mut names| names.next().is_none());
         match is_empty {

@@ -100,7 +100,7 @@ async fn pass_answers(
         }
         // What a client does next may depend on this.
         coordinator.answered(connection, &buffer[..read]);
-        // Answers count also if nobody hears them.
+        // Answers count even if the client is gone.
         is_client_there = is_client_there && client.write_all(&buffer[..read]).await.is_ok();
     }
     coordinator.ended(connection);

@@ -37,7 +37,7 @@ pub(crate) use tree::{Member, Tree};
 pub(crate) struct RoundRead {
     /// Pages that were there.
     pub(crate) pages: u64,
-    /// From the first byte to the forwarder's word that all is stored.
+    /// From the first byte to the forwarder's answer that all is stored.
     pub(crate) took: Duration,
 }
 

@@ -284,7 +284,7 @@ impl SourceContext {
             }
             SourceAction::SendCommit => Ok(Some(self.say("/commit").await)),
             SourceAction::SendAbort => {
-                // An agent that does not hear it aborts by itself when its time is over.
+                // An agent that does not receive it aborts by itself when its time is over.
                 Ok(Some(self.say("/cancel").await))
             }
             SourceAction::AskAgent => {
@@ -457,7 +457,7 @@ fn refuse_dump(port: u16) {
     if resets_are_skipped() {
         return;
     }
-    // The words make every CRIU give its dump up; the reset after them does so without an answer.
+    // The message makes every CRIU give its dump up; the reset after it does so without an answer.
     let _ = (&stream).write_all(&GIVE_UP);
     let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
 }

@@ -156,7 +156,7 @@ async fn move_memory(args: &Args, id: MigrationId, mode: Option<Mode>) -> Result
     );
     let ended = flow.run().await;
     let report = flow.finish(&ended);
-    // It hears of the end, and has nothing to do.
+    // The guard sees that the command ends, and has nothing to do.
     drop(guard);
     if let Some(path) = &args.report {
         report.write(path)?;

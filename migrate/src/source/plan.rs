@@ -72,7 +72,7 @@ struct Plan {
 struct LogPlan {
     /// Length of the log, bytes.
     bytes: u64,
-    /// How many pieces of clients' words it has.
+    /// How many pieces that clients have sent it has.
     pieces: u64,
     /// What arrives, bytes a second.
     bytes_per_s: f64,

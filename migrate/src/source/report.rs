@@ -126,7 +126,7 @@ pub(crate) struct Report {
     pub(crate) copied_bytes: u64,
     /// From the start of the command to the freeze, ms.
     pub(crate) preparation_ms: f64,
-    /// From the start of `criu dump` to the agent's word that the processes run, ms.
+    /// From the start of `criu dump` to the agent's message that the processes run, ms.
     pub(crate) downtime_ms: Option<f64>,
     /// From the start of `criu dump` to the first answer to `--probe`, ms; null without one.
     pub(crate) resume_ms: Option<f64>,
@@ -355,7 +355,7 @@ fn shown(round: &FileRound) -> String {
     )
 }
 
-/// Line `number` (1, 2, 3...) of a `--summary-json` file. A page-server writes it after its peer has heard
+/// Line `number` (1, 2, 3...) of a `--summary-json` file. A page-server writes it after its peer was told
 /// of the end, so it is waited for.
 pub(crate) async fn session(path: &Path, number: usize) -> Result<serde_json::Value> {
     let start = Instant::now();

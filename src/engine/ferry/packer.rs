@@ -149,7 +149,7 @@ impl Worker<'_> {
                 return;
             };
             if let Err(error) = self.pack(sequence, &job) {
-                // Whoever waits for the session hears of it there.
+                // A thread that waits for the session gets the error there.
                 self.sending.abort(&error.to_string());
                 return;
             }

@@ -21,7 +21,7 @@ use crate::stream::Stream;
 use crate::tls::Tls;
 use crate::units::PageSize;
 
-/// How a page-server that receives dumps refuses a look: the last two are the words of builds that do not know
+/// How a page-server that receives dumps refuses a look: the last two are the texts of builds that do not know
 /// of looks, without and with a session that is open.
 const RECEIVES: [FailCode; 3] = [
     FailCode::UnknownSession,

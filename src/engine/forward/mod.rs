@@ -6,8 +6,8 @@
 //!  └── CLOSE <────────────┴─ questions <───────────────────────────── answers of the far end
 //! ```
 //!
-//! CLOSE is answered when the far end has everything. Of a parent there CRIU hears nothing: a full dump
-//! fails when it hears of one, and an incremental dump that hears of none is a full one, of which as
+//! CLOSE is answered when the far end has everything. CRIU is not told of a parent there: a full dump
+//! fails if it is told of one, and an incremental dump that is told of none is a full one, of which as
 //! little travels. When the far end cannot take more, nothing is read from CRIU,
 //! which waits; when it is lost for good, CRIU's connection is reset, so that the dump fails and
 //! the process goes on.

@@ -44,7 +44,7 @@ struct State {
     confirmed: bool,
     /// The dump was given up: who has everything comes too late.
     given_up: bool,
-    /// The dump has ended: whether it has heard that a client has everything.
+    /// The dump has ended: whether it has confirmed that a client has everything.
     dump_heard: Option<bool>,
     /// When the last client left that may come back.
     left: Option<Instant>,
@@ -187,7 +187,7 @@ impl ClientEntry<'_> {
         in_time
     }
 
-    /// Waits until the dump has ended. Says whether it has heard that a client has everything.
+    /// Waits until the dump has ended. Returns whether it has confirmed that a client has everything.
     pub(super) fn wait_for_dump(&self) -> bool {
         self.clients.wait(|state| state.dump_heard)
     }

@@ -39,7 +39,7 @@ const BUFFER_BYTES: usize = (256 << 10) + HEADER_BYTES_MAX;
 /// How long the dump may take to answer CLOSE: it kills its processes first.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long the dump may take to hear that it is given up.
+/// How long the dump may take to react when it is given up.
 const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What is said of a dump that was given up because of a signal.

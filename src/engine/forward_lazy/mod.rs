@@ -10,7 +10,7 @@
 //! clients are served, at a time or one after another, over connections that may break: pages that
 //! have come from what is held, others by asking the dump for them first.
 //!
-//! Invariants: the dump hears CLOSE only when a client has said that it has everything, and is reset
+//! Invariants: the dump is sent CLOSE only when a client has said that it has everything, and is reset
 //! otherwise, whatever happens here, so that its processes go on; a page is never made up.
 
 mod client_table;
@@ -388,7 +388,7 @@ impl Clients {
 }
 
 /// A client has everything: notes it, unless the dump has been given up by now, and waits until the dump
-/// has been told and has ended its processes. A client that heard of the end before could outlive this
+/// has been told and has ended its processes. A client that was told of the end before could outlive this
 /// process while the dump, left alone, lets its processes go on.
 fn end_dump(entry: &ClientEntry<'_>) -> Result<()> {
     if !entry.confirm() {

@@ -8,7 +8,7 @@
 //! The thread whose connection opened a session owns it: when that connection ends it waits for
 //! others, and gives the session up if nobody comes back. A session has succeeded when the receiver says
 //! that it has everything and the caller takes note of it: only then is BYE said, and said again to whoever
-//! comes back, until the receiver has heard it.
+//! comes back, until the receiver has confirmed it.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -109,7 +109,7 @@ impl PostcopyListener {
     }
 
     /// Runs a connection that has just begun to speak ferry, and that `watched` shuts down until then. If it opens
-    /// a session, returns when that is over. `complete` is called when the receiver has everything, before it hears of that; if it says no, the
+    /// a session, returns when that is over. `complete` is called when the receiver has everything, before it is told so; if that fails, the
     /// session has failed.
     pub(in crate::engine) fn handle(
         &self,

@@ -141,7 +141,7 @@ mod tests {
         }
     }
 
-    /// `None`, with a word about it, where the kernel gives none.
+    /// `None`, with a log line, where the kernel gives none.
     fn pipe() -> Option<Pipe> {
         let pipe = Pipe::new().unwrap();
         if pipe.is_none() {

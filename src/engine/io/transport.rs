@@ -73,7 +73,7 @@ impl Transport for PlainTransport {
 
     fn close_in_order(&mut self) -> io::Result<()> {
         self.0.set_linger(None)?;
-        // In words, for another process may hold the socket as well.
+        // By a message, for another process may hold the socket as well.
         self.0.shutdown(Shutdown::Write)
     }
 }

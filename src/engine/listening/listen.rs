@@ -189,7 +189,7 @@ fn bind_tcp(address: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Whether a living process has the socket at `path`. It does not hear of the question: a datagram socket
+/// Whether a living process has the socket at `path`. It does not notice the check: a datagram socket
 /// finds out that it is of another type, or that there is nobody.
 pub(in crate::engine) fn is_in_use(path: &Path) -> io::Result<bool> {
     let probe = Socket::new(Domain::UNIX, Type::DGRAM, None)?;

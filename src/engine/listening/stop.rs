@@ -97,7 +97,7 @@ impl Stop {
         self.watch_for(socket, Shutdown::Both)
     }
 
-    /// Ends reads from `socket` when the stop is requested, at once if it was. The peer hears nothing of it.
+    /// Ends reads from `socket` when the stop is requested, at once if it was. The peer is not told.
     pub fn watch_reads(&self, socket: &SockRef<'_>) -> Result<Watched> {
         self.watch_for(socket, Shutdown::Read)
     }

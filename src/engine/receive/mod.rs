@@ -369,7 +369,7 @@ impl<'a, 't> Ingest<'a, 't> {
         Ok(())
     }
 
-    /// What the dump is told. A dump that is not an incremental one fails when it hears of a parent;
+    /// What the dump is told. A dump that is not an incremental one fails if it is told of a parent;
     /// where contents are compared none needs to be, and so none is told.
     fn has_parent(&self, target: Target) -> Result<bool> {
         Ok(!self.hides_parent && self.images.has_parent(target)?)

@@ -6,7 +6,7 @@
 //!   └──────────────── safe, answers, failure <────────────────┘
 //! ```
 //!
-//! Connection loops only receive and put in order, so that they hear and answer at any time; the applier
+//! Connection loops only receive and put in order, so that they receive and answer at any time; the applier
 //! checks, unpacks and writes. Hashes of the base version are computed by the connection that was asked.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -30,7 +30,7 @@ use crate::image::writer::CommittedImages;
 use crate::limits::{FERRY_HASHES_MAX, FERRY_QUESTIONS_MAX};
 use crate::units::PageSize;
 
-/// Most frames that are applied before the sender hears of it: far fewer than fit into the window.
+/// Most frames that are applied before they are acknowledged: far fewer than fit into the window.
 const ACKNOWLEDGED_TOGETHER: u64 = 8;
 
 /// Pages hashed at once: a piece of work of a few milliseconds.

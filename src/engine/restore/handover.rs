@@ -1,4 +1,4 @@
-//! What `criu restore` hands over: processes with their userfaultfds, then the word that it has finished.
+//! What `criu restore` hands over: processes with their userfaultfds, then the message that it has finished.
 //!
 //! Invariants: once [`Handover::is_over`], no connection is accepted; after a restore has finished, only the end of its
 //! connection is read.
@@ -99,7 +99,7 @@ impl Handover {
         self.end();
     }
 
-    /// Another process has heard all of it and served until now.
+    /// Another process has received all of it and served until now.
     pub(super) fn take_over(&mut self) {
         (self.over, self.finished, self.was_heard_before) = (true, true, true);
         self.fills_from = Some(Instant::now());

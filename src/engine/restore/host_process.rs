@@ -217,7 +217,7 @@ mod tests {
     fn a_tracer_counts_once_the_restore_is_over() {
         let mut watch = Watch::default();
         let criu = 100;
-        // The restore itself, before and after its last word to us.
+        // The restore itself, before and after its last message to us.
         assert_eq!(watch.look(0, false, false), None);
         assert_eq!(watch.look(criu, false, false), None);
         assert_eq!(watch.look(criu, false, true), None);

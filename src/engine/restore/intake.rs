@@ -1,5 +1,5 @@
 //! `lazy-pages.socket`: `criu restore --lazy-pages` connects and sends a record for each process. Others may connect as
-//! well: the restore is the connection whose first word is a record.
+//! well: the restore is the connection whose first bytes are a record.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -75,7 +75,7 @@ pub struct Intake {
     path: Option<PathBuf>,
     /// Device and number of that file.
     inode: Option<(u64, u64)>,
-    /// `None` behind the last word.
+    /// `None` behind the last message.
     open: Option<Open>,
 }
 
@@ -177,13 +177,13 @@ impl Intake {
         };
         let said = match &mut open.restore {
             Some(restore) => restore.next(),
-            None => open.first_word(),
+            None => open.first_message(),
         };
         match said {
             Ok(None) => Ok(None),
             Ok(Some(ConnectionStep::Event(event))) => {
                 if matches!(event, IntakeEvent::Finished) {
-                    // Its last word. A restore that is not detached (-d) keeps the connection for as long as
+                    // Its last message. A restore that is not detached (-d) keeps the connection for as long as
                     // the restored processes live: to wait for its end would be to wait for theirs.
                     self.open = None;
                 }
@@ -205,9 +205,9 @@ impl Open {
     }
 
     /// What one of those who have connected says first: it is the restore. Anybody may connect, for a look or by
-    /// mistake, so whoever leaves without a word, or says what no restore does, changes nothing, unless it can be a
+    /// mistake, so a peer that leaves without a message, or sends what no restore does, changes nothing, unless it can be a
     /// restore that has failed.
-    fn first_word(&mut self) -> io::Result<Option<ConnectionStep>> {
+    fn first_message(&mut self) -> io::Result<Option<ConnectionStep>> {
         self.accept()?;
         let mut at = 0;
         while at < self.undecided.len() {
@@ -231,7 +231,7 @@ impl Open {
                 (true, None) => return Ok(Some(ConnectionStep::Over)),
                 (true, Some(error)) => return Err(error),
                 (false, None) => {
-                    tracing::warn!("a connection to {SOCKET_NAME} has ended without a word");
+                    tracing::warn!("a connection to {SOCKET_NAME} has ended without a message");
                 }
                 (false, Some(error)) => {
                     tracing::warn!("a connection to {SOCKET_NAME} is from no restore: {error}");

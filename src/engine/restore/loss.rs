@@ -227,7 +227,7 @@ impl Restore {
         self.deferred.try_now();
         let _ = self.resume_due();
         self.planner.lose();
-        // The restore's own end is all that is left to hear of it.
+        // All that can still come of it is the end of the restore.
         self.handover.end();
         let why = cause.to_string();
         self.note_loss(cause);

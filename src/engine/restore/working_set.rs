@@ -180,7 +180,7 @@ impl Restore {
         }
     }
 
-    /// Notes that a thread of `id` touches `addr`. To be called before the planner hears of it.
+    /// Notes that a thread of `id` touches `addr`. To be called before the planner is told.
     pub(super) fn note_touch(&mut self, id: SpaceId, addr: Vaddr, now_us: u64) {
         if !self.working_set.watches() {
             return;

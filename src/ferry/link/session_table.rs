@@ -190,8 +190,8 @@ impl SessionTable {
         self.failed.push_back((session, fail));
     }
 
-    /// The session is over, and all is well. Who comes back to it is let in, to hear that once more: the
-    /// last word may have been lost with its connection. Names the session that is forgotten for this one.
+    /// The session is over, and all is well. A peer that comes back to it is let in, to be told once more: the
+    /// last message may have been lost with its connection. Names the session that is forgotten for this one.
     pub fn finish(&mut self, session: SessionId) -> Option<SessionId> {
         let entry = self.sessions.remove(&session)?;
         self.finished.push_back((session, entry.streams));

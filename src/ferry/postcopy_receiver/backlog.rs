@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Flow control of ferry's own: a sender has no more on its way than the window. What is held back is
-//! the word alone. The pages are installed at once, and bytes are received as they come, so that
+//! the message alone. The pages are installed at once, and bytes are received as they come, so that
 //! `arrived` tells a link that is throttled from one that is dead.
 //!
 //! Invariants: acknowledged in order; in any time the far end sends no more than the window, what the

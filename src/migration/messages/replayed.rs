@@ -31,7 +31,7 @@ pub struct ReplayBegin {
     pub wait_us: u32,
     /// How long an answer, a digest, or the start may take, ms.
     pub stall_ms: u64,
-    /// After so many seconds without a word from the source the agent ends what it has, unless it is to be kept.
+    /// After so many seconds without a request from the source the agent ends what it has, unless it is to be kept.
     pub timeout_s: u64,
 }
 

@@ -24,7 +24,7 @@ pub struct ContainerBegin {
     /// Addresses that come along, on the destination's devices.
     #[serde(default)]
     pub addresses: Vec<ServiceAddress>,
-    /// After so many seconds without a word from the source the agent ends what it has, unless it is to be kept.
+    /// After so many seconds without a request from the source the agent ends what it has, unless it is to be kept.
     pub timeout_s: u64,
     /// How long connections may go on to a container that was to be kept and is ended all the same, ms.
     #[serde(default)]

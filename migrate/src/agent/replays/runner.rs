@@ -80,7 +80,7 @@ impl Runner {
         })
     }
 
-    /// Ends it now. Whoever waits for it hears that.
+    /// Ends it now. Whatever waits for it gets an error.
     pub(super) fn stop(&self) {
         self.stop.send_replace(());
     }

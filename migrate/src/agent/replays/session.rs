@@ -353,7 +353,7 @@ impl Session {
                 return;
             };
             inner.state = state;
-            // Whoever waits for it hears of the end, and gives the turn up.
+            // A request that waits for it gets an error, and gives its turn up.
             if let Some(runner) = inner.runner.take() {
                 runner.stop();
             }

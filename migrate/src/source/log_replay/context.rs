@@ -34,7 +34,7 @@ const HELD: &str = "hold.begun";
 /// How long an agent that does not answer is told the same again.
 const SAY_LIMIT: Duration = Duration::from_secs(10);
 
-/// Between two of these words.
+/// Between two of these requests.
 const SAY_AGAIN: Duration = Duration::from_millis(100);
 
 /// How clients are held.
@@ -218,7 +218,7 @@ impl SourceContext {
         said.await.map(drop)
     }
 
-    /// The same, however often it must be said until the agent hears it.
+    /// The same, repeated until the agent receives it.
     async fn say_again(&self, what: &str) -> Result<()> {
         let start = Instant::now();
         loop {
@@ -343,7 +343,7 @@ impl SourceContext {
     async fn discard(&self) -> Result<()> {
         match self.say_again("/cancel").await {
             Ok(()) => Ok(()),
-            // One that never heard of it has nothing.
+            // An agent that does not know it has nothing of it.
             Err(error) if error.kind() == Kind::Protocol => {
                 tracing::debug!("{error}");
                 Ok(())

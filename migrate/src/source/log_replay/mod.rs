@@ -107,7 +107,7 @@ pub(super) async fn migrate(
     let ended = flow.run().await;
     let too_slow = flow.is_too_slow();
     let report = flow.finish(&ended).await;
-    // It hears of the end, and has nothing to do.
+    // The guard sees that the command ends, and has nothing to do.
     drop(guard);
     if let Some(path) = &args.report {
         report.write(path)?;

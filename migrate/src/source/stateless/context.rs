@@ -35,7 +35,7 @@ const STOPPED: &str = "stop.begun";
 /// How long an agent that does not answer is told to end its container.
 const DISCARD_LIMIT: Duration = Duration::from_secs(10);
 
-/// Between two of these words.
+/// Between two of these requests.
 const SAY_AGAIN: Duration = Duration::from_millis(500);
 
 /// What others need to know to finish a move.
@@ -306,7 +306,7 @@ impl SourceContext {
             let said = self.client.post::<ContainerStatus>(&path, &()).await;
             match said {
                 Ok(_) => return Ok(()),
-                // One that never heard of it has nothing.
+                // An agent that does not know it has nothing of it.
                 Err(error) if error.kind() == Kind::Protocol => {
                     tracing::debug!("{error}");
                     return Ok(());

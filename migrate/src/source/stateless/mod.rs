@@ -92,7 +92,7 @@ pub(super) async fn migrate(
     );
     let ended = flow.run().await;
     let report = flow.finish(&ended).await;
-    // It hears of the end, and has nothing to do.
+    // The guard sees that the command ends, and has nothing to do.
     drop(guard);
     if let Some(path) = &args.report {
         report.write(path)?;

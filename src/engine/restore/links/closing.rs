@@ -1,4 +1,4 @@
-//! The end of a session: the source is told that everything has come, and says that it heard.
+//! The end of a session: the source is told that everything has come, and confirms it.
 
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use crate::error::{Error, Kind, Result};
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(60);
 
 impl Restore {
-    /// Tells the source that everything has come, and waits for its word.
+    /// Tells the source that everything has come, and waits for its confirmation.
     pub(in crate::engine::restore) fn close_links(&mut self) -> Result<()> {
         let unconfirmed = format!(
             "all pages have come and the restored processes run, but the source at {} did not confirm the end: \

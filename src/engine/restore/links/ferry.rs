@@ -339,7 +339,7 @@ impl Restore {
         if client.fail(why) {
             return;
         }
-        // The connection was lost, before the word or with it. Where nobody could be reached lately there is
+        // The connection was lost before the message arrived, or after. Where nobody could be reached lately there is
         // nobody to tell.
         if (may_hear || self.links.attempt.is_some())
             && self.links.reach_once(LAST_FRAMES_TIMEOUT)
@@ -349,7 +349,7 @@ impl Restore {
         }
     }
 
-    /// Says that everything is here, and waits until the source has heard.
+    /// Tells the source that everything is here, and waits until it has confirmed that.
     pub(super) fn close_ferry(&mut self) -> Result<()> {
         let timeout = self.links.reconnect_timeout.unwrap_or(CLOSE_TIMEOUT);
         let deadline = Instant::now() + timeout.max(CLOSE_TIMEOUT);

@@ -29,7 +29,7 @@ const REST_BYTES_MAX: usize = 8 << 10;
 /// Requests for faults on the way at most, if the link does not hold more.
 const URGENT_REQUESTS_MIN: u64 = 32;
 
-/// How long a source may take to hear that it is given up: it sends what it is busy with first.
+/// How long a source may take to notice that it is given up: it finishes sending first.
 pub(in crate::engine::restore) const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A request and what was true when it was sent.
@@ -244,7 +244,7 @@ impl Link {
         self.transport.close_in_order()
     }
 
-    /// Says that this client gives up, and waits a moment until the source has heard: until it hangs up.
+    /// Tells the source that this client gives up, and waits a moment until it hangs up.
     fn give_up(&mut self) -> io::Result<()> {
         let Some(begun) = self.transport.begun() else {
             return Ok(());

@@ -3,7 +3,7 @@
 //!
 //! CRIU's dump takes one connection in its life and answers in order, so there a fault goes over the
 //! stream's connection. Our page-server takes many. Nothing on the wire tells the two apart before
-//! the first word, so a second connection is made and the first fault is asked for over both: once
+//! the first message, so a second connection is made and the first fault is asked for over both: once
 //! the second one answers, it is for faults alone.
 //!
 //! `link` is one connection that speaks CRIU's protocol, `ferry` the session with a source that pushes;

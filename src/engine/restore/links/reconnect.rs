@@ -84,7 +84,7 @@ impl Links {
         Ok(())
     }
 
-    /// Waits for an attempt that is under way: a source must hear of the end also when it was lost
+    /// Waits for an attempt that is under way: a source must be told of the end also when it was lost
     /// behind the last page.
     pub(super) fn await_attempt(&mut self, signals: &Signals) -> Result<()> {
         let Some(attempt) = self.attempt.take() else {
@@ -101,7 +101,7 @@ impl Links {
         Ok(())
     }
 
-    /// Waits no longer than `most` for the source to be reached, for a last word. Says whether it is.
+    /// Waits no longer than `most` for the source to be reached, for a last message. Returns whether it is.
     pub(super) fn reach_once(&mut self, most: Duration) -> bool {
         if self.attempt.is_none()
             && let Err(error) = self.start_reconnecting(most)

@@ -80,7 +80,7 @@ mod tests {
         server.read_exact(&mut words).unwrap();
         assert_eq!(words, GIVE_UP);
         let resets = std::thread::spawn(move || sockets.reset());
-        // It hangs up, and hears no more.
+        // It hangs up, and reads no more.
         server.shutdown(std::net::Shutdown::Write).unwrap();
         resets.join().unwrap();
         let error = server.read(&mut words).unwrap_err();
