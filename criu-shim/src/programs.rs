@@ -34,7 +34,7 @@ pub(crate) struct Programs {
 impl Programs {
     pub(crate) fn find(config: &Config) -> Result<Programs> {
         let this = env::current_exe()
-            .map_err(|error| Error::wrap(Kind::Io, "cannot tell where this program is", error))?;
+            .map_err(|error| Error::wrap(Kind::Io, "cannot find this program's own path", error))?;
         let criu = match &config.criu {
             Some(path) if is_same_file(path, Path::new(RUNNING)) => {
                 let text = format!("{} is this program, not the real CRIU", path.display());

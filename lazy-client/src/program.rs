@@ -74,7 +74,7 @@ fn restore(args: &Args, policy: &'static dyn Policy, daemon: &mut Daemon) -> Res
             Ok(Side::Serves(standby)) => Some(standby),
             Ok(Side::StandsBy(watch)) => return stand_by(args, config, &watch, daemon),
             Err(error) => {
-                tracing::warn!("{error}: nobody takes over if this process is killed");
+                tracing::warn!("{error}: no standby takes over if this process is killed");
                 None
             }
         },

@@ -101,7 +101,7 @@ impl AgentClient {
         let bytes = self.exchange(request, body, MIGRATION_JSON_BYTES_MAX);
         serde_json::from_slice(&bytes.await?).map_err(|error| {
             let text = format!(
-                "the agent at {} answers {path} in words unknown here",
+                "the agent at {} answers {path} in a form that is not known here",
                 self.peer
             );
             Error::wrap(Kind::Protocol, text, error)

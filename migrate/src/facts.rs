@@ -16,7 +16,7 @@ use crate::programs::Programs;
 /// Looks at the host. `dir` is where images go.
 pub(crate) async fn of_host(programs: &Programs, dir: &Path) -> Result<HostFacts> {
     let failed = |what: &str, error: std::io::Error| {
-        Error::wrap(Kind::Io, format!("cannot tell {what} of this host"), error)
+        Error::wrap(Kind::Io, format!("cannot read {what} of this host"), error)
     };
     let names = uname().map_err(|error| failed("the kernel", error.into()))?;
     let page = page_size().map_err(|error| failed("the page size", error))?;

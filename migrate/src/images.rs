@@ -53,7 +53,7 @@ pub(crate) fn split(args: &SplitArgs) -> ExitCode {
 /// The image directory at `dir`, with the page size of this host.
 pub(crate) fn open(dir: &std::path::Path) -> Result<ImageDir> {
     let page = page_size()
-        .map_err(|error| Error::wrap(Kind::Unsupported, "cannot tell the page size", error))?;
+        .map_err(|error| Error::wrap(Kind::Unsupported, "cannot determine the page size", error))?;
     ImageDir::open(dir, page)
 }
 

@@ -75,7 +75,7 @@ impl ProgramArgs {
 
 fn own_path() -> Result<PathBuf> {
     env::current_exe()
-        .map_err(|error| Error::wrap(Kind::Io, "cannot tell this program's path", error))
+        .map_err(|error| Error::wrap(Kind::Io, "cannot find this program's own path", error))
 }
 
 /// The first program of this name on PATH.

@@ -367,7 +367,8 @@ fn run(
 }
 
 pub(crate) fn pages_of_system() -> Result<PageSize> {
-    page_size().map_err(|error| Error::wrap(Kind::Unsupported, "cannot tell the page size", error))
+    page_size()
+        .map_err(|error| Error::wrap(Kind::Unsupported, "cannot determine the page size", error))
 }
 
 impl Start<'_> {

@@ -56,7 +56,7 @@ pub enum Step<T> {
 #[derive(Clone, PartialEq, Eq, Debug, Error)]
 pub enum FetchError {
     /// Something came although nothing was asked for.
-    #[error("the source sends data that nobody asked for")]
+    #[error("the source sends data that was not requested")]
     Unasked,
     /// The header is of no known operation.
     #[error(transparent)]

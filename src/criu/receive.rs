@@ -104,7 +104,7 @@ pub enum ReceiveError {
         flags: u32,
     },
     /// The range is empty, unaligned, too long or overflows.
-    #[error("{at}: {pages} pages from there on are no range of pages that a frame can have")]
+    #[error("{at}: {pages} pages from there on are not a range of pages that a frame can have")]
     Range {
         /// Which frame.
         at: FrameName,

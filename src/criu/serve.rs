@@ -81,7 +81,9 @@ pub enum RequestError {
     #[error("it asks for pages of {0:#x}, which is no pid")]
     Pid(u64),
     /// Pages that no process can have.
-    #[error("it asks for {pages} pages of pid {pid} from {vaddr} on, which is no range of pages")]
+    #[error(
+        "it asks for {pages} pages of pid {pid} from {vaddr} on, which is not a valid range of pages"
+    )]
     Range {
         /// The pid.
         pid: u32,

@@ -126,7 +126,7 @@ pub enum FrameError {
     #[error("a {0} frame ends within a field")]
     Short(Kind),
     /// The body goes on behind its last field.
-    #[error("a {0} frame goes on behind its last field")]
+    #[error("a {0} frame has bytes behind its last field")]
     Surplus(Kind),
     /// A field has a value that it may not have.
     #[error("a {kind} frame says {field} = {value}, which may not be")]

@@ -74,7 +74,7 @@ pub enum PostcopyError {
     #[error("a {0} frame came where answers belong")]
     NoAnswer(Kind),
     /// An answer to no question, or to another one than the oldest.
-    #[error("an answer came that nobody asked for")]
+    #[error("an answer came to no open question")]
     Unasked,
     /// There is one stream, so frames cannot overtake each other.
     #[error("pushed frames are out of order")]
@@ -83,7 +83,7 @@ pub enum PostcopyError {
     #[error("frames came behind an OPEN that has no answer yet")]
     BeforeAnswer,
     /// Pages come as differences.
-    #[error("pages come as differences, which nobody offered to take")]
+    #[error("pages come as differences, which were not negotiated")]
     Differences,
     /// Pages of a shared memory segment.
     #[error("pages of shared memory are never lazy")]

@@ -45,7 +45,9 @@ pub enum Payload {
 #[derive(Clone, PartialEq, Eq, Debug, Error)]
 pub enum PagemapError {
     /// The address is unaligned, the count is zero or the range overflows.
-    #[error("entry {index} covers {pages} pages at {vaddr:#x}, which is no range of pages")]
+    #[error(
+        "entry {index} covers {pages} pages at {vaddr:#x}, which is not a valid range of pages"
+    )]
     Range {
         /// The entry's number, from 0.
         index: usize,

@@ -257,7 +257,7 @@ pub enum BadBegin {
     #[error("{0} addresses: at most {MIGRATION_ADDRESSES_MAX} can be moved")]
     Addresses(usize),
     /// An address that no interface has.
-    #[error("{0:?} on {1:?} is no address of an interface")]
+    #[error("{0:?} on {1:?} is not an address of an interface")]
     Address(String, String),
     /// More trees of files than a migration takes.
     #[error("{0} trees of files: at most {FILE_TREES_MAX} can be moved")]

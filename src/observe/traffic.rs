@@ -174,7 +174,7 @@ impl Traffic {
         labelled(
             &mut out,
             "received_pages_total",
-            "Pages that dumps spoke of.",
+            "Pages that dumps announced.",
             "kind",
             &kinds,
         );

@@ -152,7 +152,7 @@ mod machine {
     }
 
     fn of_words(words: &[u64]) -> io::Result<Registers> {
-        let wrong = |_| io::Error::other("these are no registers of this machine");
+        let wrong = |_| io::Error::other("these are not registers of this machine");
         let words: [u64; WORDS] = words.try_into().map_err(wrong)?;
         // SAFETY: as above, the other way round.
         Ok(unsafe { std::mem::transmute::<[u64; WORDS], Registers>(words) })

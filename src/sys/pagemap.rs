@@ -101,9 +101,7 @@ impl Pagemap {
                 }
             }
             if walk_end <= at {
-                return Err(io::Error::other(
-                    "the kernel's look at the pages stands still",
-                ));
+                return Err(io::Error::other("PAGEMAP_SCAN makes no progress"));
             }
             at = walk_end;
         }

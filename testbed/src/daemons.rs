@@ -265,7 +265,7 @@ impl LazyDaemon {
         &mut self.process
     }
 
-    /// Kills it, and waits until the process that stood by says that it takes over.
+    /// Kills it, and waits until its standby process logs that it takes over.
     ///
     /// # Errors
     /// Nobody takes over; the error shows its log.
@@ -274,7 +274,7 @@ impl LazyDaemon {
         self.process.kill()?;
         let pid = wait::until("somebody to take over", GENEROUS, || {
             let told = fs::read_to_string(&log)?;
-            let pid = told.split_once(", which stood by, takes over");
+            let pid = told.split_once(", takes over");
             let pid = pid.and_then(|(before, _)| before.rsplit(' ').next());
             Ok(pid.map(str::to_owned))
         });

@@ -112,7 +112,7 @@ fn what_fails_leaves_no_tree(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     writing.tell(0, "verify")?;
     // A disk that is too small for the files is told before, and one that has no room for names when they come.
     for (id, option, error) in [
-        ("full", "size=1m", "the destination has 1 MiB of room"),
+        ("full", "size=1m", "the destination has 1 MiB of free space"),
         ("names", "nr_inodes=12", "No space left"),
     ] {
         writing.pair.machines[1].script(&format!(

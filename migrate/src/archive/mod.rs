@@ -94,7 +94,7 @@ fn told_to_end() -> Result<()> {
     match TOLD.load(Ordering::Relaxed) {
         true => Err(Error::new(
             Kind::Interrupted,
-            "told to end: nothing was written",
+            "stopped by a signal: nothing was written",
         )),
         false => Ok(()),
     }

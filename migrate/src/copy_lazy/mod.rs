@@ -153,7 +153,7 @@ async fn wait_until_complete(path: &Path, limit: Duration) -> Result<ImageDir> {
 
 /// The directory of a complete lazy dump; `None` if no page has stayed with the dump.
 fn look(path: &Path) -> Result<Option<ImageDir>> {
-    let failed = |error| Error::wrap(Kind::Unsupported, "cannot tell the page size", error);
+    let failed = |error| Error::wrap(Kind::Unsupported, "cannot determine the page size", error);
     let dir = ImageDir::open(path, page_size().map_err(failed)?)?;
     let inventory = dir.path().join("inventory.img");
     if !inventory.exists() {

@@ -155,7 +155,7 @@ async fn unless_told_to_end(args: &Args, subject: Subject) -> Result<Report> {
 
 fn interrupted(dir: &Path) -> Error {
     let text = format!(
-        "told to end: {} is no image layout, remove it",
+        "stopped by a signal: {} is not a whole image layout, remove it",
         dir.display()
     );
     Error::new(Kind::Interrupted, text)

@@ -83,7 +83,7 @@ impl ReceivedTree {
             return Err(unknown());
         };
         pack_index(index, &self.hasher)
-            .map_err(|error| Error::wrap(Kind::Io, "cannot tell the index of files", error))
+            .map_err(|error| Error::wrap(Kind::Io, "cannot send the index of files", error))
     }
 
     /// Carries the operations of a stream out.

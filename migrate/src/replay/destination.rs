@@ -1,4 +1,4 @@
-//! The service that is told everything: its connections, and what it answers.
+//! The service that the log is replayed to: its connections, and what it answers.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;

@@ -32,7 +32,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PATH")]
     log: PathBuf,
 
-    /// The service that is told everything
+    /// The service that the log is replayed to
     ///
     /// It begins in the state in which the recorded one began.
     #[arg(long, value_name = "HOST:PORT", required_unless_present = "replay")]

@@ -30,7 +30,7 @@ pub(crate) async fn stop(root: ProcessName) -> Result<()> {
     for (signal, limit) in [(Signal::SIGTERM, STOP_LIMIT), (Signal::SIGKILL, KILL_LIMIT)] {
         match root.signal(signal as i32) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                let text = format!("pid {} cannot be told to end", root.pid);
+                let text = format!("cannot send a signal to pid {}", root.pid);
                 return Err(Error::wrap(Kind::Io, text, error));
             }
             _ => {}

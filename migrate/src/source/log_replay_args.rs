@@ -62,7 +62,7 @@ pub(super) struct LogReplayArgs {
 
     /// What to do when more than --max-lag of the log is not replayed, and it becomes more
     ///
-    /// Without it, that is only told, until --timeout.
+    /// Without it, only a warning is logged, until --timeout.
     #[arg(long, value_enum, requires = "log")]
     pub(super) on_lag: Option<LagArg>,
 

@@ -169,7 +169,7 @@ async fn move_memory(args: &Args, id: MigrationId, mode: Option<Mode>) -> Result
 fn expect_state(mode: ModeArg) -> Result<()> {
     match mode {
         ModeArg::Live => {
-            let text = "--mode live is for containers without state: say --stateless";
+            let text = "--mode live is for containers without state: add --stateless";
             Err(Error::new(Kind::Usage, text))
         }
         _ => Ok(()),

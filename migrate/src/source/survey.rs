@@ -80,8 +80,9 @@ impl Survey {
         };
         let there: HostFacts = client.get("/v1/host").await?;
         let here = facts::of_host(&programs, &target.state_dir).await?;
-        let page = page_size()
-            .map_err(|error| Error::wrap(Kind::Unsupported, "cannot tell the page size", error))?;
+        let page = page_size().map_err(|error| {
+            Error::wrap(Kind::Unsupported, "cannot determine the page size", error)
+        })?;
         let size = rounds::measure(&tree, page);
         let wanted = Wanted {
             container: found.as_ref().map(|found| found.container.clone()),

@@ -155,7 +155,7 @@ impl Handover {
         };
         self.intake = Intake::ended();
         let text = format!(
-            "{what} for {} s (--restore-timeout): the source is told that nothing comes of it",
+            "{what} for {} s (--restore-timeout): the source is told that the restore is given up",
             most.as_secs()
         );
         Some(Error::new(Kind::PeerLost, text))

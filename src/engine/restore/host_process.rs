@@ -76,7 +76,7 @@ impl HostProcess {
             Err(error) => {
                 // An older kernel, or the process has ended: it will not tell later.
                 tracing::debug!(
-                    "guard regions of process {} are not told: {error}",
+                    "guard regions of process {} are not known: {error}",
                     self.pid
                 );
                 self.pagemap = None;

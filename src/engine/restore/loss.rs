@@ -191,7 +191,7 @@ impl Loss {
         };
         let lost: u64 = pages.values().sum();
         if lost == 0 && self.twice {
-            let text = "no page is lost, but the source was reset, not told: its processes may run on as well \
+            let text = "no page is lost, but the source was reset, not notified: its processes may run on as well \
                         as the restored ones, and then one of the two must be ended";
             return self.cause.within(text);
         }

@@ -99,7 +99,13 @@ pub struct Watch {
 impl Ends {
     /// To be made before the fork that makes two processes of this one.
     pub fn new() -> Result<Ends> {
-        let failed = |error| Error::wrap(Kind::Io, "cannot reach a process that stands by", error);
+        let failed = |error| {
+            Error::wrap(
+                Kind::Io,
+                "cannot make a socket for the standby process",
+                error,
+            )
+        };
         let (family, kind) = (AddressFamily::Unix, SockType::SeqPacket);
         let pair = socketpair(family, kind, None, SockFlag::SOCK_CLOEXEC);
         let (serving, standing_by) = pair.map_err(|errno| failed(errno.into()))?;
@@ -197,7 +203,7 @@ impl Restore {
         };
         if let Err(error) = standby.send(message, fd) {
             let what = match &standby.successor {
-                Successor::Process(_) => "the process that stands by is lost",
+                Successor::Process(_) => "the standby process is lost",
                 Successor::Restarted(_) => "the service manager does not keep descriptors any more",
             };
             self.standby = None;

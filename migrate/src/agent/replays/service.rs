@@ -32,7 +32,7 @@ pub(super) async fn start(
 ) -> Result<ProcessName> {
     if TcpStream::connect(&begin.address).await.is_ok() {
         let text = format!(
-            "something listens at {} of the destination already: it would be told the log (end it, or name another \
+            "something listens at {} of the destination already: it would receive the log (end it, or name another \
              place with --at)",
             begin.address
         );

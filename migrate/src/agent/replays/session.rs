@@ -234,7 +234,7 @@ impl Session {
         let runner = self.runner()?;
         let taken = self.lock().taken;
         if first != taken {
-            let text = format!("the log goes on at {taken} here, and not at {first}");
+            let text = format!("the next entry here is {taken}, not {first}");
             return Err(Error::new(Kind::Protocol, text));
         }
         let (work, count) = match self.begin.feed {

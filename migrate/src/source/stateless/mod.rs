@@ -173,7 +173,7 @@ pub(super) async fn host_here(args: &Args) -> Result<HostReport> {
         return Ok(HostReport::from(&facts));
     }
     let names = uname()
-        .map_err(|error| Error::wrap(Kind::Io, "cannot tell the kernel of this host", error))?;
+        .map_err(|error| Error::wrap(Kind::Io, "cannot read the kernel's version", error))?;
     Ok(HostReport {
         pageferry: env!("CARGO_PKG_VERSION").to_owned(),
         kernel: names.release().to_string_lossy().into_owned(),

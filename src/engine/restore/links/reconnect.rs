@@ -106,11 +106,11 @@ impl Links {
         if self.attempt.is_none()
             && let Err(error) = self.start_reconnecting(most)
         {
-            tracing::warn!("the source cannot be told: {error}");
+            tracing::warn!("cannot notify the source: {error}");
         }
         let attempt = self.attempt.take();
         let Some(Ok(Ok(dialed))) = attempt.map(|attempt| attempt.recv_timeout(most)) else {
-            tracing::warn!("the source could not be told: it is out of reach");
+            tracing::warn!("could not notify the source: it cannot be reached");
             return false;
         };
         self.attach(dialed);

@@ -154,7 +154,7 @@ impl Restore {
             return Err(killed.within("nothing was being restored"));
         }
         tracing::error!(
-            "{killed}: pid {}, which stood by, takes over; {} pages may be missing",
+            "{killed}: its standby, pid {}, takes over; {} pages may be missing",
             std::process::id(),
             self.planner.missing_pages()
         );
