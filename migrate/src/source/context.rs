@@ -10,7 +10,6 @@
 use std::fs;
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, TcpStream};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -29,6 +28,7 @@ use super::container::ContainerRecord;
 use super::hooks::{Hooks, Point};
 use super::moved_addresses::MovedAddresses;
 use super::network::{self, Connection};
+use super::state_dir;
 use super::warnings::Warnings;
 use crate::client::AgentClient;
 use crate::files::StagingDir;
@@ -136,13 +136,7 @@ impl SourceContext {
         facts: Facts,
         client: AgentClient,
     ) -> Result<SourceContext> {
-        fs::create_dir_all(state_dir)
-            .map_err(|error| Error::file("make the directory", state_dir, error))?;
-        let dir = state_dir.join(facts.id.to_string());
-        fs::create_dir(&dir).map_err(|error| Error::file("make the directory", &dir, error))?;
-        // Memory of processes may lie here: it is for their owner alone.
-        fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))
-            .map_err(|error| Error::file("protect", &dir, error))?;
+        let dir = state_dir::make(state_dir, &facts.id)?;
         let context = SourceContext {
             dir,
             facts,
@@ -159,10 +153,7 @@ impl SourceContext {
 
     /// Finds the directory of a migration that was begun.
     pub(super) fn find(dir: &Path, client: AgentClient) -> Result<SourceContext> {
-        let facts = records::read(&dir.join("facts.json"))?.ok_or_else(|| {
-            let text = format!("{} is no migration's directory", dir.display());
-            Error::new(Kind::Usage, text)
-        })?;
+        let facts = state_dir::facts(dir, "facts.json")?;
         Ok(SourceContext {
             dir: dir.to_owned(),
             facts,

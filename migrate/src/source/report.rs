@@ -173,7 +173,20 @@ pub(crate) fn output() -> Output {
     Output::of::<Report>("migrate-report", "pageferry migrate --report FILE")
 }
 
+/// A time in milliseconds, as reports have it.
+pub(super) fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
 impl Report {
+    /// Adds something that went wrong, behind what went wrong before.
+    pub(super) fn add_problem(&mut self, error: &Error) {
+        self.problem = Some(match self.problem.take() {
+            Some(before) => format!("{before}; {error}"),
+            None => error.to_string(),
+        });
+    }
+
     /// The report of a migration of which nothing is known yet.
     pub(crate) fn begin(id: MigrationId, mode: Mode) -> Report {
         Report {

@@ -15,7 +15,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pageferry::criu::header::Wire;
-use pageferry::engine::io::transport::Peer;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::{Begin, Container, Receiver, Status};
 use pageferry::migration::{
@@ -23,7 +22,6 @@ use pageferry::migration::{
     predict_downtime,
 };
 use pageferry::units::PageSize;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
@@ -32,13 +30,15 @@ use super::args::Args;
 use super::commands::{self, FORWARDER, Notes};
 use super::context::{SourceContext, read_number};
 use super::files::{Files, FilesReport};
+use super::first_answer;
 use super::frozen::frozen;
 use super::hooks::Point;
 use super::progress::Progress;
-use super::report::{Report, session};
+use super::report::{Report, ms, session};
 use super::shared::WORTH_COMPARING_BYTES;
 use crate::child::Program;
 use crate::client::AgentClient;
+use crate::end_signals::StopSignals;
 use crate::programs::Programs;
 use crate::rounds::{Size, Tree};
 
@@ -123,19 +123,14 @@ impl<'a> Flow<'a> {
     /// Moves the tree, or leaves it where it is. Fails if neither can be done for sure.
     pub(super) async fn run(&mut self) -> Result<SourceState> {
         let deadline = self.started + self.args.timeout;
-        let failed = |error| Error::wrap(Kind::Io, "signals cannot be received", error);
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
-        let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
-        let mut hang_up = signal(SignalKind::hangup()).map_err(failed)?;
+        let mut signals = StopSignals::new()?;
         let ready = tokio::select! {
             ready = timeout_at(deadline, self.prepare()) => ready.unwrap_or_else(|_| {
                 let seconds = self.args.timeout.as_secs_f64();
                 let text = format!("it was not ready within {seconds} s (--timeout)");
                 Err(Error::new(Kind::Interrupted, text))
             }),
-            _ = interrupt.recv() => Err(stopped("Ctrl-C")),
-            _ = terminate.recv() => Err(stopped("SIGTERM")),
-            _ = hang_up.recv() => Err(stopped("SIGHUP")),
+            error = signals.stopped() => Err(error),
         };
         let event = match ready {
             Ok(()) => SourceEvent::AgentReady,
@@ -354,11 +349,7 @@ impl<'a> Flow<'a> {
         let Some(probe) = &self.args.probe else {
             return self.context.carry_out(SourceAction::EndProcesses).await;
         };
-        let host = match (self.args.addresses().first(), self.client.peer()) {
-            (Some(address), _) => address.here.address.to_string(),
-            (None, Peer::Tcp { host, .. }) => host.clone(),
-            (None, Peer::Unix(_)) => Ipv4Addr::LOCALHOST.to_string(),
-        };
+        let host = first_answer::host(self.args, self.client.peer());
         let answered = async {
             let answered = probe.wait(&host).await;
             (answered, Instant::now())
@@ -471,12 +462,4 @@ fn blocking<T: Send + 'static>(
             Error::wrap(Kind::Io, text, io::Error::other(error))
         })?
     }
-}
-
-fn stopped(by: &str) -> Error {
-    Error::new(Kind::Interrupted, format!("stopped by {by}"))
-}
-
-fn ms(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
 }

@@ -1,9 +1,7 @@
 //! The source's directory of one move, and what anybody can do who finishes it.
 
 use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use pageferry::error::{Error, Kind, Result};
@@ -20,6 +18,8 @@ use crate::service_log::{Hold, unseal};
 use crate::source::container::ContainerRecord;
 use crate::source::hooks::{Hooks, Point};
 use crate::source::moved_addresses::MovedAddresses;
+use crate::source::state_dir;
+use crate::source::warnings::Warnings;
 use crate::{records, shell};
 
 /// What is needed to finish it, in its directory.
@@ -74,7 +74,7 @@ pub(super) struct SourceContext {
     hold: Option<Hold>,
     /// What commands are told besides, by name.
     notes: Vec<(&'static str, String)>,
-    warnings: Mutex<Vec<String>>,
+    warnings: Warnings,
 }
 
 impl SourceContext {
@@ -84,11 +84,7 @@ impl SourceContext {
         facts: Facts,
         client: AgentClient,
     ) -> Result<SourceContext> {
-        let dir = state_dir.join(facts.id.to_string());
-        fs::create_dir(&dir).map_err(|error| Error::file("make the directory", &dir, error))?;
-        // Commands are nobody's business.
-        fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))
-            .map_err(|error| Error::file("protect", &dir, error))?;
+        let dir = state_dir::make(state_dir, &facts.id)?;
         let context = SourceContext::new(dir, facts, client);
         context.keep_facts()?;
         Ok(context)
@@ -96,10 +92,7 @@ impl SourceContext {
 
     /// Finds the directory of a move that was begun.
     pub(super) fn find(dir: &Path, client: AgentClient) -> Result<SourceContext> {
-        let facts = records::read(&dir.join(FACTS))?.ok_or_else(|| {
-            let text = format!("{} is no migration's directory", dir.display());
-            Error::new(Kind::Usage, text)
-        })?;
+        let facts = state_dir::facts(dir, FACTS)?;
         Ok(SourceContext::new(dir.to_owned(), facts, client))
     }
 
@@ -110,7 +103,7 @@ impl SourceContext {
             client,
             hold: None,
             notes: Vec::new(),
-            warnings: Mutex::default(),
+            warnings: Warnings::default(),
         }
     }
 
@@ -133,14 +126,11 @@ impl SourceContext {
     }
 
     pub(super) fn warn(&self, text: String) {
-        tracing::warn!("{text}");
-        let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
-        warnings.push(text);
+        self.warnings.add(text);
     }
 
     pub(super) fn take_warnings(&self) -> Vec<String> {
-        let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
-        std::mem::take(&mut *warnings)
+        self.warnings.take()
     }
 
     /// What the user's commands are told, by name.

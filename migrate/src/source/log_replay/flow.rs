@@ -1,26 +1,23 @@
 //! One move under way, by the command that began it.
 
-use std::time::Duration;
-
 use axum::body::Body;
-use pageferry::engine::io::transport::Peer;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::{Digest, ReplayBegin, ReplayStart, ReplayStatus};
 use pageferry::migration::{LogReplay, LogReplayAction, LogReplayEnd, LogReplayRecord};
 use sha2::{Digest as _, Sha256};
 use tokio::fs::File;
 use tokio::io::AsyncReadExt;
-use tokio::signal::unix::{SignalKind, signal};
-use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::io::ReaderStream;
 
 use super::context::SourceContext;
 use super::sender::Sender;
+use crate::end_signals::StopSignals;
 use crate::source::args::Args;
+use crate::source::first_answer::FirstAnswer;
 use crate::source::hooks::Point;
 use crate::source::progress::Progress;
-use crate::source::report::Report;
+use crate::source::report::{Report, ms};
 
 /// Bytes of a snapshot that are read at once.
 const READ_BYTES: usize = 256 << 10;
@@ -41,7 +38,7 @@ pub(super) struct Flow<'a> {
     /// Entries of the log up to there.
     until: Option<u64>,
     /// The first answer from the destination.
-    answer: Option<JoinHandle<Result<Instant>>>,
+    answer: Option<FirstAnswer>,
 }
 
 impl<'a> Flow<'a> {
@@ -70,10 +67,7 @@ impl<'a> Flow<'a> {
     /// Moves the service, or leaves it where it is.
     pub(super) async fn run(&mut self) -> Result<LogReplayEnd> {
         let deadline = self.started + self.args.timeout;
-        let failed = |error| Error::wrap(Kind::Io, "signals cannot be received", error);
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
-        let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
-        let mut hang_up = signal(SignalKind::hangup()).map_err(failed)?;
+        let mut signals = StopSignals::new()?;
         while let Some(action) = self.source.next_action() {
             self.begins(action);
             let began = Instant::now();
@@ -89,9 +83,7 @@ impl<'a> Flow<'a> {
                         let text = format!("the time is over (--timeout {:?})", self.args.timeout);
                         Err(Error::new(Kind::Interrupted, text))
                     }),
-                    _ = interrupt.recv() => Err(stopped("Ctrl-C")),
-                    _ = terminate.recv() => Err(stopped("SIGTERM")),
-                    _ = hang_up.recv() => Err(stopped("SIGHUP")),
+                    error = signals.stopped() => Err(error),
                 },
             };
             match done {
@@ -113,11 +105,7 @@ impl<'a> Flow<'a> {
         if self.report.problem.is_none() {
             self.context.note("PROBLEM", error.to_string());
         }
-        let problem = match self.report.problem.take() {
-            Some(before) => format!("{before}; {error}"),
-            None => error.to_string(),
-        };
-        self.report.problem = Some(problem);
+        self.report.add_problem(error);
     }
 
     /// Whether the replay was given up because it is too slow, and the processes are to move with their memory.
@@ -140,7 +128,7 @@ impl<'a> Flow<'a> {
             LogReplayAction::Finish => self.sender.finish(self.until).await,
             LogReplayAction::Switch => {
                 self.context.switch().await?;
-                self.ask_for_an_answer();
+                self.answer = FirstAnswer::start(self.args, self.context.client.peer());
                 Ok(())
             }
             action => self.context.carry_out(action).await,
@@ -176,20 +164,6 @@ impl<'a> Flow<'a> {
         let to = self.context.path("/snapshot");
         self.context.client.put::<ReplayStatus>(&to, body).await?;
         Ok(Digest::of(&sum.finalize().into()))
-    }
-
-    /// Asks the service for its first answer, while the rest is done here.
-    fn ask_for_an_answer(&mut self) {
-        let Some(probe) = self.args.probe.clone() else {
-            return;
-        };
-        let host = match (self.args.addresses().first(), self.context.client.peer()) {
-            (Some(address), _) => address.here.address.to_string(),
-            (None, Peer::Tcp { host, .. }) => host.clone(),
-            (None, Peer::Unix(_)) => "127.0.0.1".to_owned(),
-        };
-        let answer = async move { probe.wait(&host).await.map(|()| Instant::now()) };
-        self.answer = Some(tokio::spawn(answer));
     }
 
     /// Notes what begins.
@@ -243,7 +217,9 @@ impl<'a> Flow<'a> {
         self.progress.finish();
         if let Some(answer) = self.answer.take() {
             match ended {
-                Ok(LogReplayEnd::Moved) => self.note_answer(answer.await),
+                Ok(LogReplayEnd::Moved) => {
+                    answer.note(&mut self.report, self.started, self.held).await;
+                }
                 _ => answer.abort(),
             }
         }
@@ -262,26 +238,4 @@ impl<'a> Flow<'a> {
         };
         self.report
     }
-
-    fn note_answer(
-        &mut self,
-        answer: std::result::Result<Result<Instant>, tokio::task::JoinError>,
-    ) {
-        match answer {
-            Ok(Ok(at)) => {
-                self.report.answer_ms = Some(ms(at - self.started));
-                self.report.resume_ms = self.held.map(|held| ms(at - held));
-            }
-            Ok(Err(error)) => self.report.warnings.push(error.to_string()),
-            Err(error) => self.report.warnings.push(format!("the probe: {error}")),
-        }
-    }
-}
-
-fn stopped(by: &str) -> Error {
-    Error::new(Kind::Interrupted, format!("stopped by {by}"))
-}
-
-fn ms(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
 }

@@ -1,7 +1,6 @@
 //! The source's directory of one move, and what anybody can do who finishes it.
 
 use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -21,6 +20,7 @@ use crate::runtime::lifecycle;
 use crate::source::container::ContainerRecord;
 use crate::source::hooks::{Hooks, Point};
 use crate::source::moved_addresses::MovedAddresses;
+use crate::source::state_dir;
 use crate::source::warnings::Warnings;
 
 /// What is needed to finish it, in its directory.
@@ -76,11 +76,7 @@ impl SourceContext {
         facts: Facts,
         client: AgentClient,
     ) -> Result<SourceContext> {
-        let dir = state_dir.join(facts.id.to_string());
-        fs::create_dir(&dir).map_err(|error| Error::file("make the directory", &dir, error))?;
-        // Limits and commands are nobody's business.
-        fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))
-            .map_err(|error| Error::file("protect", &dir, error))?;
+        let dir = state_dir::make(state_dir, &facts.id)?;
         let context = SourceContext::new(dir, facts, client);
         context.keep_facts()?;
         Ok(context)
@@ -88,10 +84,7 @@ impl SourceContext {
 
     /// Finds the directory of a move that was begun.
     pub(super) fn find(dir: &Path, client: AgentClient) -> Result<SourceContext> {
-        let facts = records::read(&dir.join(FACTS))?.ok_or_else(|| {
-            let text = format!("{} is no migration's directory", dir.display());
-            Error::new(Kind::Usage, text)
-        })?;
+        let facts = state_dir::facts(dir, FACTS)?;
         Ok(SourceContext::new(dir.to_owned(), facts, client))
     }
 

@@ -3,24 +3,23 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use pageferry::engine::io::transport::Peer;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::{Container, ContainerBegin, ContainerStart, ContainerStatus};
 use pageferry::migration::{
     Stateless, StatelessAction, StatelessEnd, StatelessMode, StatelessRecord,
 };
-use tokio::signal::unix::{SignalKind, signal};
-use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
 use super::context::SourceContext;
 use super::image;
+use crate::end_signals::StopSignals;
 use crate::runtime::bundle;
 use crate::source::args::Args;
+use crate::source::first_answer::FirstAnswer;
 use crate::source::hooks::Point;
 use crate::source::layers::Layered;
 use crate::source::progress::Progress;
-use crate::source::report::Report;
+use crate::source::report::{Report, ms};
 use crate::tree_summary::TreeSummary;
 
 /// How often an image is sent whose files are removed while they are read.
@@ -50,7 +49,7 @@ pub(super) struct Flow<'a> {
     /// When the container was told to end (cold), or clients began to be led away (live).
     left: Option<Instant>,
     /// The first answer from the destination.
-    answer: Option<JoinHandle<Result<Instant>>>,
+    answer: Option<FirstAnswer>,
 }
 
 impl<'a> Flow<'a> {
@@ -85,10 +84,7 @@ impl<'a> Flow<'a> {
     /// Moves the container, or leaves it where it is.
     pub(super) async fn run(&mut self) -> Result<StatelessEnd> {
         let deadline = self.started + self.args.timeout;
-        let failed = |error| Error::wrap(Kind::Io, "signals cannot be received", error);
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
-        let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
-        let mut hang_up = signal(SignalKind::hangup()).map_err(failed)?;
+        let mut signals = StopSignals::new()?;
         while let Some(action) = self.source.next_action() {
             self.begins(action);
             let began = Instant::now();
@@ -109,9 +105,7 @@ impl<'a> Flow<'a> {
                         let text = format!("the time is over (--timeout {:?})", self.args.timeout);
                         Err(Error::new(Kind::Interrupted, text))
                     }),
-                    _ = interrupt.recv() => Err(stopped("Ctrl-C")),
-                    _ = terminate.recv() => Err(stopped("SIGTERM")),
-                    _ = hang_up.recv() => Err(stopped("SIGHUP")),
+                    error = signals.stopped() => Err(error),
                 },
             };
             match done {
@@ -133,11 +127,7 @@ impl<'a> Flow<'a> {
         if self.report.problem.is_none() {
             self.context.note("PROBLEM", error.to_string());
         }
-        let problem = match self.report.problem.take() {
-            Some(before) => format!("{before}; {error}"),
-            None => error.to_string(),
-        };
-        self.report.problem = Some(problem);
+        self.report.add_problem(error);
     }
 
     async fn carry_out(&mut self, action: StatelessAction) -> Result<()> {
@@ -148,7 +138,7 @@ impl<'a> Flow<'a> {
             StatelessAction::Keep => self.say("/keep").await,
             StatelessAction::Switch => {
                 self.context.switch().await?;
-                self.ask_for_an_answer();
+                self.answer = FirstAnswer::start(self.args, self.context.client.peer());
                 Ok(())
             }
             action => self.context.carry_out(action).await,
@@ -241,20 +231,6 @@ impl<'a> Flow<'a> {
         Ok(())
     }
 
-    /// Asks the service for its first answer, while the rest is done here.
-    fn ask_for_an_answer(&mut self) {
-        let Some(probe) = self.args.probe.clone() else {
-            return;
-        };
-        let host = match (self.args.addresses().first(), self.context.client.peer()) {
-            (Some(address), _) => address.here.address.to_string(),
-            (None, Peer::Tcp { host, .. }) => host.clone(),
-            (None, Peer::Unix(_)) => "127.0.0.1".to_owned(),
-        };
-        let answer = async move { probe.wait(&host).await.map(|()| Instant::now()) };
-        self.answer = Some(tokio::spawn(answer));
-    }
-
     /// Notes what begins.
     fn begins(&mut self, action: StatelessAction) {
         self.progress.phase(format!("{action:?}").to_lowercase());
@@ -315,7 +291,9 @@ impl<'a> Flow<'a> {
         self.progress.finish();
         if let Some(answer) = self.answer.take() {
             match ended {
-                Ok(StatelessEnd::Moved) => self.note_answer(answer.await),
+                Ok(StatelessEnd::Moved) => {
+                    answer.note(&mut self.report, self.started, self.left).await;
+                }
                 _ => answer.abort(),
             }
         }
@@ -332,26 +310,4 @@ impl<'a> Flow<'a> {
         };
         self.report
     }
-
-    fn note_answer(
-        &mut self,
-        answer: std::result::Result<Result<Instant>, tokio::task::JoinError>,
-    ) {
-        match answer {
-            Ok(Ok(at)) => {
-                self.report.answer_ms = Some(ms(at - self.started));
-                self.report.resume_ms = self.left.map(|left| ms(at - left));
-            }
-            Ok(Err(error)) => self.report.warnings.push(error.to_string()),
-            Err(error) => self.report.warnings.push(format!("the probe: {error}")),
-        }
-    }
-}
-
-fn stopped(by: &str) -> Error {
-    Error::new(Kind::Interrupted, format!("stopped by {by}"))
-}
-
-fn ms(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
 }
