@@ -9,6 +9,7 @@
 //! These sources are also compiled against other revisions of pageferry. So they use as little of its interface as
 //! they can.
 
+pub mod codec;
 mod criu;
 mod ferry;
 mod images;
