@@ -2,6 +2,7 @@
 
 mod assets;
 mod bench;
+mod chosen;
 mod criu;
 mod demo;
 mod deny;

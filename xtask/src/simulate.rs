@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use testbed::wait;
 use testbed::workspace::root;
 
+use crate::chosen;
 use crate::setup::cargo;
 
 /// What names of simulations begin with.
@@ -122,18 +123,7 @@ fn chosen(wanted: &[String]) -> Result<Vec<String>> {
             names.push(name.into_owned());
         }
     }
-    names.sort();
-    if wanted.is_empty() {
-        return Ok(names);
-    }
-    for name in wanted {
-        ensure!(
-            names.contains(name),
-            "{name} is none of {}",
-            names.join(" ")
-        );
-    }
-    Ok(wanted.to_vec())
+    chosen::chosen(names, wanted)
 }
 
 /// Builds the test programs, and tells where each is.

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use testbed::workspace::root;
 
+use crate::chosen;
+
 /// Longest input: a page with what stands around it, and more.
 pub(super) const INPUT_BYTES_MAX: usize = 8 << 10;
 
@@ -27,18 +29,7 @@ pub(super) fn chosen(wanted: &[String]) -> Result<Vec<String>> {
     for entry in fs::read_dir(&corpora).with_context(|| corpora.display().to_string())? {
         names.push(entry?.file_name().to_string_lossy().into_owned());
     }
-    names.sort();
-    if wanted.is_empty() {
-        return Ok(names);
-    }
-    for name in wanted {
-        ensure!(
-            names.contains(name),
-            "{name} is none of {}",
-            names.join(" ")
-        );
-    }
-    Ok(wanted.to_vec())
+    chosen::chosen(names, wanted)
 }
 
 /// The files of a directory.
