@@ -3,10 +3,11 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use pageferry::observe::trace::{Access, Answer, TraceReader};
 use testbed::daemons::Make;
 use testbed::debian::Suite;
 use testbed::load::content::Content;
@@ -70,6 +71,7 @@ fn a_recorded_trace_is_fed_to_a_policy() {
         let mut moved = PostCopy::start(test_dir, &plan, spec(test_dir, "load"), &verifying())?;
         moved.reports()?;
         moved.finish()?;
+        expect_whole_records(&trace)?;
         for policy in ["adaptive", "recording"] {
             let mut replay = Command::new(example("replay")?);
             replay.arg(&trace).arg(test_dir.path("dumped")).arg(policy);
@@ -90,4 +92,20 @@ fn a_recorded_trace_is_fed_to_a_policy() {
         }
         Ok(())
     });
+}
+
+/// Each fault of a restore from local images says what was done, how it was answered, and what came with its page.
+fn expect_whole_records(trace: &Path) -> Result<()> {
+    let answers = [Answer::Local, Answer::Zero, Answer::Gone].map(|answer| answer as u16);
+    let mut local = 0;
+    for record in TraceReader::open(trace)? {
+        let record = record?;
+        let range = record.start..record.start.saturating_add(record.bytes);
+        ensure!(record.access != Access::Unknown as u16, "{record}");
+        ensure!(answers.contains(&record.answer), "{record}");
+        ensure!(range.contains(&record.address), "{record}");
+        local += u64::from(record.answer == Answer::Local as u16);
+    }
+    ensure!(local > 0, "no fault was answered from the images");
+    Ok(())
 }

@@ -4,11 +4,13 @@
 //!
 //! ```text
 //! 0         8          12         16
-//! | PFTRACE1 | page size | 0       |                          header
+//! | PFTRACE2 | page size | 0       |                          header
 //!
-//! 0         8          12         16            24
-//! | time µs  | pid      | latency µs | address   |            one fault, in the order of service
+//! 0         8          12           16        24      32      40       44       46       48
+//! | time µs  | pid      | latency µs | address | start | bytes | thread | access | answer |    one fault, in the order of service
 //! ```
+//!
+//! Traces of version 0.1.0 begin with `PFTRACE1`. Their records end before `start`; what follows reads as zero.
 //!
 //! The time is when the fault was read, counted from the start of the trace; the latency lasts until
 //! its page was there; the pid is the image's, so a forked child has its ancestor's; the address is
@@ -16,6 +18,8 @@
 //!
 //! Records are written by a thread of their own: a slow disk delays no fault. It is started with the first
 //! record, for a process that is still to be forked may have no thread.
+
+mod open_faults;
 
 use std::fmt;
 use std::fs::File;
@@ -26,13 +30,20 @@ use std::thread::JoinHandle;
 
 use bytemuck::{Pod, Zeroable};
 
+pub use self::open_faults::{OpenFault, OpenFaults};
 use crate::error::{Error, Kind, Result};
 use crate::units::PageSize;
 
 /// The first line of a trace printed as CSV: names of columns.
-pub const CSV_HEAD: &str = "time_us,pid,address,latency_us";
+pub const CSV_HEAD: &str = "time_us,pid,address,latency_us,access,answer,start,bytes,thread";
 
-const MAGIC: [u8; 8] = *b"PFTRACE1";
+const MAGIC: [u8; 8] = *b"PFTRACE2";
+
+/// That of version 0.1.0.
+const MAGIC_1: [u8; 8] = *b"PFTRACE1";
+
+/// Length of a record of version 0.1.0, bytes.
+const RECORD_1_BYTES: usize = 24;
 
 /// Records handed to the writing thread at once.
 const BATCH_RECORDS: usize = 512;
@@ -53,6 +64,62 @@ pub struct FaultRecord {
     pub latency_us: u32,
     /// The page's address.
     pub address: u64,
+    /// Where the memory begins that was filled in one with the page; 0 if it is not known.
+    pub start: u64,
+    /// How many bytes it has.
+    pub bytes: u64,
+    /// The thread that waited first, as this host calls it; 0 if the kernel does not say, as for a userfaultfd of CRIU's.
+    pub thread: u32,
+    /// Number of the [`Access`].
+    pub access: u16,
+    /// Number of the [`Answer`].
+    pub answer: u16,
+}
+
+/// What the thread that waited first was about to do.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Access {
+    /// Not known.
+    #[default]
+    Unknown = 0,
+    /// It reads.
+    Read = 1,
+    /// It writes.
+    Write = 2,
+}
+
+/// How a fault was answered.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Answer {
+    /// Not known.
+    #[default]
+    Unknown = 0,
+    /// With a page that was requested for this fault.
+    Fault = 1,
+    /// With a page that was requested for its neighbour's fault.
+    Around = 2,
+    /// With a page of the background stream, or of a push.
+    Stream = 3,
+    /// With a page of a local image.
+    Local = 4,
+    /// With zeros: no image has the page.
+    Zero = 5,
+    /// The page is not missing any more: unmapped, given back, or filled before.
+    Gone = 6,
+    /// With SIGBUS: the page is lost.
+    Poisoned = 7,
+}
+
+/// The names of [`Access`] in CSV, by number.
+const ACCESSES: [&str; 3] = ["unknown", "read", "write"];
+
+/// The names of [`Answer`] in CSV, by number.
+const ANSWERS: [&str; 8] = [
+    "unknown", "fault", "around", "stream", "local", "zero", "gone", "poisoned",
+];
+
+fn name(names: &[&'static str], number: u16) -> &'static str {
+    names.get(usize::from(number)).copied().unwrap_or("unknown")
 }
 
 #[repr(C)]
@@ -71,8 +138,17 @@ impl fmt::Display for FaultRecord {
             pid,
             latency_us,
             address,
+            start,
+            bytes,
+            thread,
+            access,
+            answer,
         } = self;
-        write!(f, "{time_us},{pid},{address:#x},{latency_us}")
+        let (access, answer) = (name(&ACCESSES, *access), name(&ANSWERS, *answer));
+        write!(
+            f,
+            "{time_us},{pid},{address:#x},{latency_us},{access},{answer},{start:#x},{bytes},{thread}"
+        )
     }
 }
 
@@ -183,6 +259,8 @@ pub struct TraceReader {
     path: PathBuf,
     file: BufReader<File>,
     page_bytes: u32,
+    /// How long a record is in this file, bytes.
+    record_bytes: usize,
 }
 
 impl TraceReader {
@@ -198,14 +276,19 @@ impl TraceReader {
             }
             read => read.map_err(failed)?,
         }
-        if header.magic != MAGIC {
-            let text = format!("{} is no fault trace of lazy-client", path.display());
-            return Err(Error::new(Kind::Usage, text));
-        }
+        let record_bytes = match header.magic {
+            MAGIC => size_of::<FaultRecord>(),
+            MAGIC_1 => RECORD_1_BYTES,
+            _ => {
+                let text = format!("{} is no fault trace of lazy-client", path.display());
+                return Err(Error::new(Kind::Usage, text));
+            }
+        };
         Ok(TraceReader {
             path: path.to_owned(),
             file,
             page_bytes: header.page_bytes,
+            record_bytes,
         })
     }
 
@@ -220,7 +303,7 @@ impl Iterator for TraceReader {
 
     fn next(&mut self) -> Option<Result<FaultRecord>> {
         let mut record = FaultRecord::zeroed();
-        let bytes = bytemuck::bytes_of_mut(&mut record);
+        let bytes = &mut bytemuck::bytes_of_mut(&mut record)[..self.record_bytes];
         let mut read = 0;
         while read < bytes.len() {
             match self.file.read(&mut bytes[read..]) {
@@ -259,6 +342,11 @@ mod tests {
             field("pid", offset_of!(FaultRecord, pid), 4),
             field("latency_us", offset_of!(FaultRecord, latency_us), 4),
             field("address", offset_of!(FaultRecord, address), 8),
+            field("start", offset_of!(FaultRecord, start), 8),
+            field("bytes", offset_of!(FaultRecord, bytes), 8),
+            field("thread", offset_of!(FaultRecord, thread), 4),
+            field("access", offset_of!(FaultRecord, access), 2),
+            field("answer", offset_of!(FaultRecord, answer), 2),
             format!("a header of {} bytes", size_of::<FileHeader>()),
             format!("a record of {} bytes", size_of::<FaultRecord>()),
             format!("`{CSV_HEAD}`"),
@@ -272,9 +360,47 @@ mod tests {
             pid: 2,
             latency_us: 4,
             address: 0x3000,
+            start: 0x2000,
+            bytes: 0x4000,
+            thread: 0,
+            access: Access::Write as u16,
+            answer: Answer::Around as u16,
         };
-        assert_eq!(record.to_string(), "1,2,0x3000,4");
-        assert_eq!(CSV_HEAD.split(',').count(), 4);
+        let line = "1,2,0x3000,4,write,around,0x2000,16384,0";
+        assert_eq!(record.to_string(), line);
+        assert_eq!(CSV_HEAD.split(',').count(), line.split(',').count());
+        for (number, name) in ACCESSES
+            .iter()
+            .enumerate()
+            .chain(ANSWERS.iter().enumerate())
+        {
+            assert!(document.contains(&format!("{number} `{name}`")), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_trace_of_the_first_version_has_no_more_than_times_and_pages() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("trace");
+        let mut bytes = MAGIC_1.to_vec();
+        bytes.extend(4096_u64.to_le_bytes());
+        for number in 1..3_u64 {
+            bytes.extend(number.to_le_bytes());
+            bytes.extend((7 | 5 << 32_u64).to_le_bytes());
+            bytes.extend((number << 12).to_le_bytes());
+        }
+        std::fs::write(&path, bytes).unwrap();
+        let lines: Vec<String> = TraceReader::open(&path)
+            .unwrap()
+            .map(|record| record.unwrap().to_string())
+            .collect();
+        assert_eq!(
+            lines,
+            [
+                "1,7,0x1000,5,unknown,unknown,0x0,0,0",
+                "2,7,0x2000,5,unknown,unknown,0x0,0,0"
+            ]
+        );
     }
 
     #[test]
@@ -286,6 +412,11 @@ mod tests {
             pid: 7,
             latency_us: index,
             address: u64::from(index) << 12,
+            start: u64::from(index) << 12,
+            bytes: 4096,
+            thread: index % 3,
+            access: Access::Read as u16,
+            answer: Answer::Stream as u16,
         };
         let mut writer = TraceWriter::create(&path, PageSize::KIB_4).unwrap();
         (0..2000).for_each(|index| writer.record(record(index)));
@@ -303,7 +434,7 @@ mod tests {
             .set_len(length - 1)
             .unwrap();
         assert!(TraceReader::open(&path).unwrap().last().unwrap().is_err());
-        for other in ["", "PFTRACE1", "no trace, but long enough for a header"] {
+        for other in ["", "PFTRACE2", "no trace, but long enough for a header"] {
             std::fs::write(&path, other).unwrap();
             let error = TraceReader::open(&path).unwrap_err().to_string();
             assert!(error.contains("is no fault trace"), "{error}");

@@ -15,11 +15,23 @@ use crate::units::{PageRange, PageSize, Vaddr};
 /// Messages read with one call at most.
 pub const MESSAGES_MAX: usize = 16;
 
+/// A thread touched a page that is missing, and waits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Fault {
+    /// What it touched.
+    pub address: Vaddr,
+    /// Whether it writes.
+    pub is_write: bool,
+    /// Its id in the reader's PID namespace; 0 if the userfaultfd was made without UFFD_FEATURE_THREAD_ID, as CRIU makes
+    /// it.
+    pub thread: u32,
+}
+
 /// What the kernel says about a process's memory.
 #[derive(Debug)]
 pub enum Event {
     /// A thread touched a page that is missing and waits.
-    Fault(Vaddr),
+    Fault(Fault),
     /// The process forked; the child's memory has this userfaultfd.
     Fork(Uffd),
     /// Memory moved: the pages of `from` are now at `to` and above.
@@ -39,7 +51,7 @@ pub enum Event {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Message {
     /// See [`Event::Fault`].
-    Fault(Vaddr),
+    Fault(Fault),
     /// See [`Event::Fork`]. The descriptor's number is of the process that read the message.
     Fork(i32),
     /// See [`Event::Remap`].
@@ -76,7 +88,14 @@ impl MessageBuffer {
     pub(crate) fn put(&self, at: usize, message: Message) {
         let range = |range: PageRange| [range.start().get(), range.end().get(), 0];
         let (event, [first, second, third]): (u64, _) = match message {
-            Message::Fault(addr) => (0x12, [0, addr.get(), 0]),
+            Message::Fault(fault) => {
+                let arguments = [
+                    u64::from(fault.is_write),
+                    fault.address.get(),
+                    u64::from(fault.thread),
+                ];
+                (0x12, arguments)
+            }
             Message::Fork(number) => (0x13, [u64::from(number.cast_unsigned()), 0, 0]),
             Message::Remap { from, to } => (0x14, [from.start().get(), to.get(), from.bytes()]),
             Message::Remove(gone) => (0x15, range(gone)),
@@ -240,7 +259,7 @@ impl Uffd {
         for message in room.messages() {
             count += 1;
             seen(match message? {
-                Message::Fault(addr) => Event::Fault(addr),
+                Message::Fault(fault) => Event::Fault(fault),
                 // SAFETY: the kernel has just installed this descriptor for us with the message,
                 // and nobody else knows its number.
                 Message::Fork(number) => Event::Fork(Uffd(unsafe { OwnedFd::from_raw_fd(number) })),
@@ -378,7 +397,11 @@ impl RawMessage {
                 })
         };
         match self.event {
-            0x12 => Ok(Message::Fault(Vaddr(second))),
+            0x12 => Ok(Message::Fault(Fault {
+                address: Vaddr(second),
+                is_write: first & PAGEFAULT_FLAG_WRITE != 0,
+                thread: (third & 0xffff_ffff) as u32,
+            })),
             0x13 => Ok(Message::Fork((first & 0xffff_ffff) as i32)),
             0x14 => Ok(Message::Remap {
                 from: range(first, first.saturating_add(third))?,
@@ -392,6 +415,9 @@ impl RawMessage {
         }
     }
 }
+
+/// UFFD_PAGEFAULT_FLAG_WRITE.
+const PAGEFAULT_FLAG_WRITE: u64 = 1 << 0;
 
 /// UFFD_API, the version of the interface.
 const UFFD_API: u64 = 0xAA;

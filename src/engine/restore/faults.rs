@@ -79,7 +79,12 @@ impl Restore {
                     self.batched_wakeup.forget_quiet(id);
                 }
                 match event {
-                    Event::Fault(addr) => faults.push(addr),
+                    Event::Fault(fault) => {
+                        let page = Vaddr(self.images.page().floor(fault.address.get()));
+                        self.observer
+                            .faulted(id, page, fault.is_write, fault.thread);
+                        faults.push(fault.address);
+                    }
                     Event::Fork(uffd) => {
                         let wiped = self.wiped_by_fork(id);
                         if let Some(child) = self.handle_fork(id, uffd)? {
@@ -221,7 +226,11 @@ impl Restore {
         self.huge_pages.moved(id, from, to);
         self.planner
             .handle_remap(id, from, to, |served| woken.push(served));
-        woken.into_iter().for_each(|thread| self.wake(id, thread));
+        for thread in woken {
+            // It faults again, where the page is now.
+            self.observer.moved(id, thread.page);
+            self.wake(id, thread);
+        }
     }
 
     /// The process ended: nobody needs its pages.
@@ -238,6 +247,7 @@ impl Restore {
             self.notify_standby(StandbyMessage::Exited { id }, None);
         }
         self.planner.handle_exit(id);
+        self.observer.forget(id);
         self.deferred.forget(id);
         self.huge_pages.forget(id);
     }

@@ -12,11 +12,12 @@ use super::auto_dedup::AutoDedup;
 use super::working_set::WorkingSetSummary;
 use crate::engine::collapse::CollapseSummary;
 use crate::error::Result;
-use crate::lazy::planner::{Counts, Planner};
+use crate::lazy::answer::Class;
+use crate::lazy::planner::{Counts, PageOutcome, Planner, SpaceId};
 use crate::lazy::space::Served;
 use crate::observe::latency::{Latencies, LatencySummary};
-use crate::observe::trace::{FaultRecord, TraceWriter};
-use crate::units::PageSize;
+use crate::observe::trace::{Access, Answer, FaultRecord, OpenFaults, TraceWriter};
+use crate::units::{PageRange, PageSize, Vaddr};
 
 /// How far a restore is, for another thread to read.
 #[derive(Debug, Default)]
@@ -67,6 +68,8 @@ pub struct Summary {
 pub(super) struct Observer {
     latencies: Latencies,
     trace: Option<TraceWriter>,
+    /// Faults that are not answered yet, while there is a trace.
+    open_faults: OpenFaults<SpaceId>,
     trace_left_out: u64,
     progress: Arc<Progress>,
     began_us: Option<u64>,
@@ -80,6 +83,7 @@ impl Observer {
             trace: trace
                 .map(|path| TraceWriter::create(path, page))
                 .transpose()?,
+            open_faults: OpenFaults::default(),
             trace_left_out: 0,
             progress: Arc::default(),
             began_us: None,
@@ -96,18 +100,66 @@ impl Observer {
         self.began_us.get_or_insert(now_us);
     }
 
-    /// A thread of `pid` has got its page.
-    pub(super) fn served(&mut self, pid: u32, thread: &Served, now_us: u64) {
+    /// A thread of `id` waits for `page`.
+    pub(super) fn faulted(&mut self, id: SpaceId, page: Vaddr, is_write: bool, thread: u32) {
+        if self.trace.is_some() {
+            let access = if is_write {
+                Access::Write
+            } else {
+                Access::Read
+            };
+            self.open_faults.begin((id, page), access, thread);
+        }
+    }
+
+    /// `page` of `id`, for which a thread waits, has become what `outcome` says, together with the rest of `range`.
+    pub(super) fn answered(
+        &mut self,
+        id: SpaceId,
+        page: Vaddr,
+        range: PageRange,
+        outcome: PageOutcome,
+    ) {
+        let answer = match outcome {
+            PageOutcome::Fetched(Class::Stream) => Answer::Stream,
+            PageOutcome::Fetched(Class::Fault | Class::Sequential) => Answer::Fault,
+            PageOutcome::Fetched(Class::Around) => Answer::Around,
+            PageOutcome::Local => Answer::Local,
+            PageOutcome::Zero => Answer::Zero,
+            PageOutcome::Gone => Answer::Gone,
+            PageOutcome::Poisoned => Answer::Poisoned,
+        };
+        self.open_faults.answer((id, page), answer, range);
+    }
+
+    /// The thread that waited for `page` of `id` faults again elsewhere.
+    pub(super) fn moved(&mut self, id: SpaceId, page: Vaddr) {
+        self.open_faults.remove((id, page));
+    }
+
+    /// Nobody of `id` waits any more.
+    pub(super) fn forget(&mut self, id: SpaceId) {
+        self.open_faults.forget(id);
+    }
+
+    /// A thread of the process `id`, which the images call `pid`, has got its page.
+    pub(super) fn served(&mut self, (id, pid): (SpaceId, u32), thread: &Served, now_us: u64) {
         self.began_us.get_or_insert(thread.since_us);
         let latency_us = now_us.saturating_sub(thread.since_us);
         self.latencies.record(latency_us);
         self.progress.faults.fetch_add(1, Ordering::Relaxed);
         if let Some(trace) = &mut self.trace {
+            let fault = self.open_faults.remove((id, thread.page));
             trace.record(FaultRecord {
                 time_us: thread.since_us,
                 pid,
                 latency_us: u32::try_from(latency_us).unwrap_or(u32::MAX),
                 address: thread.page.get(),
+                start: fault.range.start().get(),
+                bytes: fault.range.bytes(),
+                thread: fault.thread,
+                access: fault.access as u16,
+                answer: fault.answer as u16,
             });
         }
     }

@@ -252,7 +252,16 @@ impl Restore {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::uffd::Fault;
     use crate::units::{PageRange, Vaddr};
+
+    fn read_at(address: u64) -> Message {
+        Message::Fault(Fault {
+            address: Vaddr(address),
+            is_write: false,
+            thread: 0,
+        })
+    }
 
     fn both() -> (Standby, Watch) {
         let ends = Ends::new().unwrap();
@@ -328,10 +337,10 @@ mod tests {
         assert_eq!(unsent_events(40), []);
         shared.sent_before.store(40, Ordering::SeqCst);
         let range = PageRange::new(0x1000, 0x5000);
-        shared.room.put(0, Message::Fault(Vaddr(0x1000)));
+        shared.room.put(0, read_at(0x1000));
         shared.room.put(1, Message::Unmap(range));
         shared.room.put(2, Message::Fork(3));
-        shared.room.put(3, Message::Fault(Vaddr(0x2000)));
+        shared.room.put(3, read_at(0x2000));
         shared.room.put(4, Message::Remove(range));
         let all = [
             Message::Unmap(range),

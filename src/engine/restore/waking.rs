@@ -38,6 +38,7 @@ impl Restore {
             .settle(id, range, outcome, |thread| served.push(thread));
         self.observer.filled(now_us);
         for thread in served {
+            self.observer.answered(id, thread.page, range, outcome);
             if waiters == Waiters::Sequential && self.is_sequential(id, thread.page) {
                 self.batched_wakeup.hold(id, thread, now_us);
                 continue;
@@ -85,7 +86,7 @@ impl Restore {
 
     fn note_served(&mut self, id: SpaceId, thread: Served, now_us: u64) {
         let pid = self.processes.pid(id).unwrap_or(0);
-        self.observer.served(pid, &thread, now_us);
+        self.observer.served((id, pid), &thread, now_us);
     }
 
     /// Makes a thread look again at its page.

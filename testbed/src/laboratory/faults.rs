@@ -235,8 +235,8 @@ impl Waiter {
         }
         self.room.clear();
         let seen = |event| {
-            if let Event::Fault(at) = event {
-                faults.push(at);
+            if let Event::Fault(fault) = event {
+                faults.push(fault.address);
             }
         };
         watched.uffd().read(&self.room, seen).context("read")?;
@@ -253,8 +253,8 @@ impl Waiter {
             empty => empty.insert(RingReader::new().context("io_uring")?),
         };
         let seen = |message| {
-            if let Message::Fault(at) = message {
-                faults.push(at);
+            if let Message::Fault(fault) = message {
+                faults.push(fault.address);
             }
         };
         ring.read(watched.uffd(), seen)

@@ -133,8 +133,8 @@ fn unprotect(watched: &Watched, count: usize, page: PageSize) -> Result<()> {
         room.clear();
         let mut faults = Vec::new();
         watched.uffd().read(&room, |event| {
-            if let Event::Fault(at) = event {
-                faults.push(at);
+            if let Event::Fault(fault) = event {
+                faults.push(fault.address);
             }
         })?;
         for at in faults {
