@@ -19,7 +19,7 @@
 //!   debian     programs of other Debian suites           orphan         processes whose parent has ended
 //!   systemd    a manager of services in namespaces       services         services that move while clients talk
 //!   schema     what programs write, by its schema       web            a container without state, and its clients
-//!   ssh        a real sshd for two hosts
+//!   ssh        a real sshd for two hosts         logind         shutdowns of no host
 //!   routes     what leads clients to it                failing        calls that fail, by their number
 //!   laboratory what userfaultfd's mechanisms cost
 //! ```
@@ -46,6 +46,7 @@ pub mod images;
 pub mod kinds;
 pub mod laboratory;
 pub mod load;
+pub mod logind;
 pub mod memory_group;
 pub mod migration;
 pub mod net;

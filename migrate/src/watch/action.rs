@@ -9,7 +9,8 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pageferry::error::{Error, Kind, Result};
-use tokio::process::Command;
+use tokio::process::{Child, Command};
+use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep};
 
 use super::rules::{Action, Service};
@@ -19,6 +20,16 @@ const PAUSE: Duration = Duration::from_millis(10);
 
 /// How long the kernel may take to freeze a group.
 const FREEZE_LIMIT: Duration = Duration::from_secs(30);
+
+/// Held while a process is started, and while a descriptor comes that it must not inherit: zbus receives descriptors
+/// without close-on-exec.
+pub(super) static STARTING: Mutex<()> = Mutex::const_new(());
+
+/// Starts a process.
+pub(super) async fn spawn(command: &mut Command) -> std::io::Result<Child> {
+    let _starting = STARTING.lock().await;
+    command.spawn()
+}
 
 /// An action in words.
 pub(super) fn told(action: &Action) -> String {
@@ -96,7 +107,11 @@ pub(super) async fn carry_out(action: &Action) -> Result<()> {
 }
 
 async fn succeed(start: &str) -> Result<()> {
-    let status = shell(start).stdin(Stdio::null()).status().await;
+    let child = spawn(shell(start).stdin(Stdio::null())).await;
+    let status = match child {
+        Ok(mut child) => child.wait().await,
+        Err(error) => Err(error),
+    };
     match status {
         Ok(status) if status.success() => Ok(()),
         Ok(status) => Err(Error::new(Kind::Usage, format!("`start`: {status}"))),

@@ -12,7 +12,7 @@ use super::rules::When;
 /// What a condition is now; `None` for those that are told and not looked at.
 pub(super) fn look(when: &When) -> Result<Option<Level>> {
     let level = match when {
-        When::Psi(_) | When::Command { .. } => return Ok(None),
+        When::Psi(_) | When::Command { .. } | When::Shutdown(_) => return Ok(None),
         When::Load { above, clear } => {
             let failed = |error| Error::wrap(Kind::Io, "/proc/loadavg", error);
             let load = f64::from(LoadAverage::current().map_err(failed)?.one);

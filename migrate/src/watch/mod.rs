@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! kernel (PSI) ──> events ──┐
-//! socket (words) ─> events ─┼──> watcher: triggers ──> one action for each target ──> state file
+//! socket (words) ─> events ─┤
+//! logind (shutdown) > events ┼──> watcher: triggers ──> one action for each target ──> state file
 //! looks each --interval ────┘
 //! ```
 
@@ -10,6 +11,7 @@ mod action;
 mod look;
 mod psi;
 mod rules;
+mod shutdown;
 mod socket;
 pub(crate) mod state;
 mod watcher;
@@ -81,6 +83,8 @@ enum Event {
     TriggerGone(u64, usize, Error),
     /// A word came over the socket.
     Word(String),
+    /// The host is about to go down, or is not any more.
+    Shutdown(bool),
     /// An action on a target has ended.
     ActionEnded(String, Result<()>),
 }
@@ -100,14 +104,14 @@ async fn watch(args: &Args) -> Result<()> {
         Some(path) => Some(socket::listen(path, sender.clone())?),
         None => None,
     };
-    let mut watcher = Watcher::new(rules, state, sender, args.dry_run)?;
+    let mut watcher = Watcher::new(rules, state, sender, args.dry_run).await?;
     let mut next_look = Instant::now();
     loop {
         if Instant::now() >= next_look {
             watcher.look();
             next_look = Instant::now() + args.interval;
         }
-        watcher.act()?;
+        watcher.act().await?;
         let wake = watcher
             .next_due()
             .map_or(next_look, |due| due.min(next_look));
@@ -115,11 +119,11 @@ async fn watch(args: &Args) -> Result<()> {
             () = sleep_until(wake) => {}
             event = events.recv() => {
                 if let Some(event) = event {
-                    watcher.happened(event)?;
+                    watcher.happened(event).await?;
                 }
             }
             _ = reload.recv() => match rules::read(&args.rules) {
-                Ok(rules) => watcher.replace(rules)?,
+                Ok(rules) => watcher.replace(rules).await?,
                 Err(error) => tracing::error!("the rules stay as they were: {error}"),
             },
             () = signals.next() => break,

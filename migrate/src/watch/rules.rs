@@ -14,6 +14,9 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use toml::Spanned;
 
+/// Least time between two firings, unless a rule says otherwise.
+const COOL_DOWN: Duration = Duration::from_secs(300);
+
 /// Shortest and longest window of a PSI trigger (Documentation/accounting/psi.rst).
 const WINDOW: Range<Duration> = Duration::from_millis(500)..Duration::from_millis(10_001);
 
@@ -38,14 +41,10 @@ pub(super) struct Rule {
     #[serde(default, rename = "for", deserialize_with = "time")]
     pub(super) hold: Duration,
     /// Least time between two firings.
-    #[serde(default = "five_minutes", deserialize_with = "time")]
-    pub(super) cool_down: Duration,
+    #[serde(default, deserialize_with = "some_time")]
+    cool_down: Option<Duration>,
     /// The action.
     pub(super) action: Action,
-}
-
-fn five_minutes() -> Duration {
-    Duration::from_secs(300)
 }
 
 /// A condition.
@@ -68,6 +67,17 @@ pub(super) enum When {
     File { path: PathBuf },
     /// A line comes over the socket.
     Command { word: String },
+    /// The host is about to go down, and waits for the action: told by systemd-logind.
+    Shutdown(Shutdown),
+}
+
+/// A shutdown that waits.
+#[derive(Clone, Copy, Deserialize, Debug)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct Shutdown {
+    /// How long logind must let a shutdown wait, at least.
+    #[serde(default, deserialize_with = "some_time")]
+    pub(super) delay: Option<Duration>,
 }
 
 /// A trigger of pressure stall information.
@@ -172,9 +182,22 @@ impl Rule {
 
     pub(super) fn timing(&self) -> Timing {
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        // A host that goes down waits for no cool-down.
+        let cool_down = match self.when {
+            When::Shutdown(_) => Duration::ZERO,
+            _ => self.cool_down.unwrap_or(COOL_DOWN),
+        };
         Timing {
             hold_ms: ms(self.hold),
-            cool_down_ms: ms(self.cool_down),
+            cool_down_ms: ms(cool_down),
+        }
+    }
+
+    /// What the rule asks of a shutdown, if it waits for one.
+    pub(super) fn shutdown(&self) -> Option<Shutdown> {
+        match self.when {
+            When::Shutdown(shutdown) => Some(shutdown),
+            _ => None,
         }
     }
 
@@ -188,6 +211,12 @@ impl Rule {
             return Some(("for", "a command is given once and does not last"));
         }
         match &self.when {
+            When::Shutdown(_) if !self.hold.is_zero() => {
+                Some(("for", "a shutdown does not wait for it"))
+            }
+            When::Shutdown(_) if self.cool_down.is_some() => {
+                Some(("cool-down", "a shutdown does not wait for it"))
+            }
             When::Psi(psi) if !WINDOW.contains(&psi.window) => {
                 Some(("window", "the kernel takes 500ms to 10s"))
             }
@@ -327,15 +356,25 @@ action.exec.command = "true"
 name = "full"
 when.free-disk = { path = "/var", below = "1G", clear = "2G" }
 action.stop = { unit = "web.service" }
+
+[[rule]]
+name = "maintenance"
+when.shutdown.delay = "2m"
+action.exec.command = "true"
 "#;
 
     #[test]
     fn rules_are_read() {
         let rules = parse(GOOD).unwrap();
-        assert_eq!(rules.len(), 3);
+        assert_eq!(rules.len(), 4);
         assert_eq!((rules[0].target(), rules[1].target()), ("web", "loaded"));
         assert_eq!(rules[0].timing().hold_ms, 5_000);
         assert_eq!(rules[1].timing().cool_down_ms, 300_000);
+        let delay = rules[3].shutdown().map(|shutdown| shutdown.delay);
+        assert_eq!(delay, Some(Some(Duration::from_secs(120))));
+        assert_eq!(rules[3].timing().cool_down_ms, 0);
+        let any = GOOD.replace("when.shutdown.delay = \"2m\"", "when.shutdown = {}");
+        assert!(parse(&any).unwrap()[3].shutdown().is_some());
     }
 
     #[test]
@@ -358,6 +397,14 @@ action.stop = { unit = "web.service" }
             ("unit = \"web.service\"", "unti = \"x\"", 18, "unti"),
             ("above = 8.0,", "", 12, "above"),
             ("{ unit = \"web.service\" }", "{}", 18, "action"),
+            ("delay = \"2m\"", "dealy = \"2m\"", 22, "dealy"),
+            ("delay = \"2m\"", "delay = \"2m\"\nfor = \"1s\"", 23, "for"),
+            (
+                "delay = \"2m\"",
+                "delay = \"2m\"\ncool-down = \"1s\"",
+                23,
+                "cool-down",
+            ),
             (
                 "[[rule]]\nname = \"full\"",
                 "[[rule]\nname = \"full\"",

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
 use super::rules::{Rule, When};
+use super::shutdown::Shutdown;
 use super::state::{Running, State};
 use super::{Event, action, look, psi};
 
@@ -37,6 +38,10 @@ pub(super) struct Watcher {
     events: mpsc::Sender<Event>,
     /// Ends of what waits for the kernel, which stops when they are closed.
     triggers: Vec<OwnedFd>,
+    /// What tells of shutdowns, if a rule waits for one.
+    shutdown: Option<Shutdown>,
+    /// The host is about to go down.
+    is_going_down: bool,
     /// Counts how often rules were read: events of older ones do not count.
     generation: u64,
     is_dry: bool,
@@ -48,7 +53,7 @@ fn now_ms() -> u64 {
 }
 
 impl Watcher {
-    pub(super) fn new(
+    pub(super) async fn new(
         rules: Vec<Rule>,
         state: State,
         events: mpsc::Sender<Event>,
@@ -59,31 +64,26 @@ impl Watcher {
             state,
             events,
             triggers: Vec::new(),
+            shutdown: None,
+            is_going_down: false,
             generation: 0,
             is_dry,
         };
-        watcher.replace(rules)?;
+        watcher.replace(rules).await?;
         watcher.adopt()?;
         Ok(watcher)
     }
 
     /// Takes other rules. Those that cannot be watched change nothing.
-    pub(super) fn replace(&mut self, rules: Vec<Rule>) -> Result<()> {
-        let mut opened = BTreeMap::new();
-        for (number, rule) in rules.iter().enumerate() {
-            if let When::Psi(psi) = &rule.when {
-                let trigger = psi::Trigger::open(psi);
-                let within = |error: Error| error.within(format!("rule {:?}", rule.name));
-                match trigger.map_err(within) {
-                    Ok(trigger) => drop(opened.insert(number, trigger)),
-                    Err(error) if self.generation == 0 => return Err(error),
-                    Err(error) => {
-                        tracing::error!("the rules stay as they were: {error}");
-                        return Ok(());
-                    }
-                }
+    pub(super) async fn replace(&mut self, rules: Vec<Rule>) -> Result<()> {
+        let opened = match self.open(&rules).await {
+            Ok(opened) => opened,
+            Err(error) if self.generation == 0 => return Err(error),
+            Err(error) => {
+                tracing::error!("the rules stay as they were: {error}");
+                return Ok(());
             }
-        }
+        };
         self.triggers.clear();
         self.generation += 1;
         for (number, trigger) in opened {
@@ -98,8 +98,45 @@ impl Watcher {
             has_failed: false,
         });
         self.watched = watched.collect();
+        self.tell_shutdown(self.is_going_down);
         tracing::info!("{} rules are watched", self.watched.len());
         Ok(())
+    }
+
+    /// Opens what tells of the rules' conditions: triggers of the kernel's, by the rules' numbers, and logind.
+    async fn open(&mut self, rules: &[Rule]) -> Result<BTreeMap<usize, psi::Trigger>> {
+        let within = |rule: &Rule, error: Error| error.within(format!("rule {:?}", rule.name));
+        let mut opened = BTreeMap::new();
+        for (number, rule) in rules.iter().enumerate() {
+            if let When::Psi(psi) = &rule.when {
+                let trigger = psi::Trigger::open(psi).map_err(|error| within(rule, error))?;
+                opened.insert(number, trigger);
+            }
+        }
+        let mut first = None;
+        for rule in rules {
+            let Some(asked) = rule.shutdown() else {
+                continue;
+            };
+            if self.shutdown.is_none() && first.is_none() {
+                let link = Shutdown::open(!self.is_dry, self.events.clone()).await;
+                first = Some(link.map_err(|error| within(rule, error))?);
+            }
+            if let Some(link) = first.as_ref().or(self.shutdown.as_ref()) {
+                let allowed = link.allows(asked.delay).await;
+                allowed.map_err(|error| within(rule, error))?;
+            }
+        }
+        // From here on these are the rules.
+        if !rules.iter().any(|rule| rule.shutdown().is_some()) {
+            self.shutdown = None;
+            self.is_going_down = false;
+        }
+        if let Some(link) = first {
+            self.is_going_down = link.was_going_down();
+            self.shutdown = Some(link);
+        }
+        Ok(opened)
     }
 
     /// Takes over what an earlier watcher has begun.
@@ -162,7 +199,7 @@ impl Watcher {
     }
 
     /// Takes note of an event.
-    pub(super) fn happened(&mut self, event: Event) -> Result<()> {
+    pub(super) async fn happened(&mut self, event: Event) -> Result<()> {
         match event {
             Event::Pressure(generation, number) if generation == self.generation => {
                 self.pressure(number);
@@ -178,7 +215,11 @@ impl Watcher {
                 Ok(())
             }
             Event::Pressure(..) | Event::TriggerGone(..) => Ok(()),
-            Event::Word(word) => self.word(&word),
+            Event::Word(word) => self.word(&word).await,
+            Event::Shutdown(is_going_down) => {
+                self.tell_shutdown(is_going_down);
+                Ok(())
+            }
             Event::ActionEnded(target, result) => {
                 match result {
                     Ok(()) => tracing::info!("{target}: done"),
@@ -201,7 +242,7 @@ impl Watcher {
     }
 
     /// A word is a condition that is given for a moment.
-    fn word(&mut self, word: &str) -> Result<()> {
+    async fn word(&mut self, word: &str) -> Result<()> {
         let now = now_ms();
         let mut is_known = false;
         for watched in &mut self.watched {
@@ -213,7 +254,7 @@ impl Watcher {
         if !is_known {
             tracing::warn!("no rule has the command {word:?}");
         }
-        self.act()?;
+        self.act().await?;
         for watched in &mut self.watched {
             if watched.trigger.is_on() && matches!(watched.rule.when, When::Command { .. }) {
                 if !watched.trigger.saved().has_fired {
@@ -229,7 +270,7 @@ impl Watcher {
     }
 
     /// Begins what is due, on targets where nothing is under way.
-    pub(super) fn act(&mut self) -> Result<()> {
+    pub(super) async fn act(&mut self) -> Result<()> {
         let now = now_ms();
         for number in 0..self.watched.len() {
             let watched = &mut self.watched[number];
@@ -243,18 +284,48 @@ impl Watcher {
             let is_free = !self.state.running().contains_key(watched.rule.target());
             if is_free && watched.trigger.is_due(now) {
                 watched.trigger.fire(now);
-                self.begin(number)?;
+                self.begin(number).await?;
             } else {
                 let watched = &self.watched[number];
                 self.state
                     .keep(&watched.rule.name, watched.trigger.saved())?;
             }
         }
+        self.let_go_down();
         Ok(())
     }
 
+    /// All rules that wait for a shutdown hear of it.
+    fn tell_shutdown(&mut self, is_going_down: bool) {
+        self.is_going_down = is_going_down;
+        let level = match is_going_down {
+            true => Level::High,
+            false => Level::Low,
+        };
+        for watched in &mut self.watched {
+            if watched.rule.shutdown().is_some() {
+                watched.trigger.observe(now_ms(), level);
+            }
+        }
+    }
+
+    /// The host does not wait any longer when all rules for its shutdown have fired, and nothing is under way on their
+    /// targets.
+    fn let_go_down(&self) {
+        let is_awaited = |watched: &Watched| {
+            let is_busy = self.state.running().contains_key(watched.rule.target());
+            watched.rule.shutdown().is_some() && (is_busy || watched.trigger.due_ms().is_some())
+        };
+        if let Some(shutdown) = &self.shutdown
+            && self.is_going_down
+            && !self.watched.iter().any(is_awaited)
+        {
+            shutdown.release();
+        }
+    }
+
     /// Begins the action of a rule that has fired. It is written down before and after it has begun.
-    fn begin(&mut self, number: usize) -> Result<()> {
+    async fn begin(&mut self, number: usize) -> Result<()> {
         let watched = &self.watched[number];
         let (rule, saved) = (watched.rule.clone(), watched.trigger.saved());
         let (target, text) = (rule.target().to_owned(), action::told(&rule.action));
@@ -269,7 +340,11 @@ impl Watcher {
         };
         self.state.begin(&target, saved, running.clone())?;
         let events = self.events.clone();
-        match action::command(&rule.action, &rule.name)?.map(|mut command| command.spawn()) {
+        let started = match action::command(&rule.action, &rule.name)? {
+            Some(mut command) => Some(action::spawn(&mut command).await),
+            None => None,
+        };
+        match started {
             Some(Ok(child)) => {
                 let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
                 running.process = pid.and_then(|pid| ProcessName::of(pid).ok());
