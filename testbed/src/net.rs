@@ -192,7 +192,7 @@ impl TwoHosts {
 }
 
 /// Limits what a namespace sends, with a queue of 20 ms.
-fn limit(namespace: &NetNs, bits_per_s: u64) -> Result<()> {
+pub(crate) fn limit(namespace: &NetNs, bits_per_s: u64) -> Result<()> {
     // A bucket of 4 ms lets the rate be reached with coarse timers.
     let burst = (bits_per_s / 8 / 250).max(16 << 10).to_string();
     let rate = format!("{bits_per_s}bit");

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::net::{Host, NetNs};
+use crate::net::{Host, NetNs, limit};
 use crate::process::run;
 use crate::wait::{self, GENEROUS};
 
@@ -71,6 +71,15 @@ impl ThreeHosts {
         let service = ["addr", "add", ThreeHosts::SERVICE, "dev", DEVICE];
         hosts.source.net.ip(&service)?;
         Ok(hosts)
+    }
+
+    /// Lets each host send no more than `bits_per_s`.
+    ///
+    /// # Errors
+    /// `tc` fails.
+    pub fn limit(&self, bits_per_s: u64) -> Result<()> {
+        limit(&self.source.net, bits_per_s)?;
+        limit(&self.destination.net, bits_per_s)
     }
 
     /// Where the service listens.

@@ -1,10 +1,9 @@
 //! `cargo xtask bench`: pageferry and CRIU, measured in turn on the same machine.
 //!
 //! ```text
-//!   migrate, post_copy, page_server, stream   what is measured and judged
+//!   files, migrate, post_copy, page_server, replay, stream   what is measured and judged
 //!   kernel   mechanisms of userfaultfd, each for itself
 //!   instructions   counts of pure hot paths against another revision
-//!   files, migrate, post_copy, page_server, stream   what is measured and judged
 //!   results  cases as they are done, saved
 //!   rounds   runs of all contenders, compared      stats   medians and ratios of samples and bounds
 //!   bars     promises, kept or not                 table   text
@@ -22,6 +21,7 @@ mod kernel;
 mod migrate;
 mod page_server;
 mod post_copy;
+mod replay;
 mod report;
 mod results;
 mod rounds;
@@ -61,6 +61,8 @@ enum Bench {
     /// Restored processes that run while their memory is on its way: lazy-client and CRIU's
     /// lazy-pages.
     PostCopy(post_copy::Args),
+    /// A Redis that moves as its log while clients write, and the same one moved with its memory.
+    Replay(replay::Args),
     /// Results of benchmarks as a page with plots.
     Report(report::Args),
     /// Processes dumped to another host, round after round: ferry, page-server and CRIU's page-server.
@@ -86,6 +88,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         Bench::PageServer(args) => page_server::run(args),
         Bench::PostCopy(args) => post_copy::run(args),
         Bench::Figure(args) => figure::run(args),
+        Bench::Replay(args) => replay::run(args),
         Bench::Report(args) => report::run(args),
         Bench::Stream(args) => stream::run(args),
     }
