@@ -11,7 +11,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 use testbed::criu::{Criu, Suite};
 use testbed::documents::HostPair;
 use testbed::load::control::Control;
@@ -30,6 +30,11 @@ const MODES: [&str; 4] = ["cold", "pre-copy", "post-copy", "hybrid"];
 
 /// What hides control groups of version 1 beside those of version 2 from CRIU under crun, on both hosts.
 const SETTINGS: &str = "echo manage-cgroups=ignore > /etc/criu/crun.conf";
+
+/// Starts an agent at the destination.
+const AGENT: &str = "pageferry agent --listen $DESTINATION:9191 --insecure --dir /root/agent --criu /criu/criu \
+                     --port-file /root/port.json > agent.log 2>&1 < /dev/null &\n\
+                     until [ -e port.json ]; do sleep 0.05; done";
 
 /// Two hosts, an agent at the second, and a load in a container `c1` at the first. The bundle is at one path on both.
 struct Moving {
@@ -62,11 +67,7 @@ impl Moving {
         for machine in [source, destination] {
             machine.script(SETTINGS)?;
         }
-        destination.script(
-            "pageferry agent --listen $DESTINATION:9191 --insecure --dir /root/agent --criu /criu/criu \
-             --port-file /root/port.json > agent.log 2>&1 < /dev/null &\n\
-             until [ -e port.json ]; do sleep 0.05; done",
-        )?;
+        destination.script(AGENT)?;
         source.script(&format!(
             "{runtime} run -d --bundle /shared/bundle c1 < /dev/null > /dev/null 2>&1"
         ))?;
@@ -213,6 +214,69 @@ fn what_is_in_the_way_of_crun_is_told() {
 fn what_is_in_the_way_of_runc_is_told() {
     with_criu(Suite::Sid, |test_dir, criu| {
         refusals(test_dir, criu, "runc")
+    });
+}
+
+/// What both hosts of a container without state begin with.
+const WITHOUT_STATE: &str = r#"
+mkdir -p bundle/rootfs/bin
+cp /shared/config.json bundle/
+cp /usr/bin/busybox bundle/rootfs/bin/
+ln -s busybox bundle/rootfs/bin/sh
+$RUNTIME run -d --bundle $PWD/bundle c1 < /dev/null > /dev/null 2>&1
+until [ -e bundle/rootfs/ready ]; do sleep 0.05; done
+echo mark > bundle/rootfs/mark
+"#;
+
+/// It is ready once it has counted that it was started, and ends when it is told to.
+const COUNTS: &str = "trap 'exit 0' TERM; echo started >> /starts; echo > /ready; \
+                      while :; do busybox sleep 0.05; done";
+
+/// A container moves without its memory: its files come along, and it begins anew.
+fn moves_without_state(test_dir: &TestDir, criu: &Criu, runtime: &'static str, mode: &str) -> Result<()> {
+    let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
+        return Ok(());
+    };
+    let name = format!("stateless-{mode}");
+    let mut pair = HostPair::new(test_dir, &system, criu, &name)?;
+    pair.set("RUNTIME", runtime);
+    let dir = test_dir.path(&name);
+    let mut config = runc::config("");
+    config["process"]["args"] = json!(["/bin/sh", "-c", COUNTS]);
+    fs::write(dir.join("config.json"), config.to_string())?;
+    let [source, destination] = &pair.machines;
+    destination.script(AGENT)?;
+    source.script(WITHOUT_STATE)?;
+    source
+        .script(&format!(
+            "pageferry migrate --container c1 --runtime {runtime} --to $DESTINATION:9191 --stateless --mode {mode} \
+             --ready 'exec:test $(busybox wc -l < /starts) = 2' --route exec:true --drain 0 --state-dir /root/state --id moved \
+             --report /root/report.json > moved.log 2>&1 || {{ cat moved.log; exit 1; }}"
+        ))
+        .with_context(|| fs::read_to_string(dir.join("source/moved.log")).unwrap_or_default())?;
+    let report: Value = serde_json::from_slice(&fs::read(dir.join("source/report.json"))?)?;
+    ensure!(
+        report["result"] == "moved" && report["mode"] == format!("{mode}-stateless"),
+        "{report}"
+    );
+    let status = format!("{runtime} state c1 2> /dev/null || echo '{{}}'");
+    let [here, there] = [source, destination].map(|host| host.tell(&status));
+    let (here, there) = (here?, there?);
+    ensure!(here == "{}" && there.contains("running"), "{here} {there}");
+    let root = dir.join("destination/agent/moved/bundle/rootfs");
+    for (file, text) in [("mark", "mark\n"), ("starts", "started\nstarted\n")] {
+        let found = fs::read_to_string(root.join(file))?;
+        ensure!(found == text, "{file}: {found}");
+    }
+    destination.script(&format!("{runtime} delete --force c1"))
+}
+
+#[test]
+fn a_container_of_crun_moves_without_state() {
+    with_criu(Suite::Sid, |test_dir, criu| {
+        ["cold", "live"].iter().try_for_each(|mode| {
+            moves_without_state(test_dir, criu, "crun", mode).with_context(|| (*mode).to_owned())
+        })
     });
 }
 

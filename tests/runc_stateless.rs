@@ -3,8 +3,6 @@
 //! the container where it was.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
@@ -15,7 +13,7 @@ use testbed::routes::{Haproxy, NftRoute};
 use testbed::suite::with_criu;
 use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
-use testbed::web::{NAME, PORT, Web, WebClients};
+use testbed::web::{PORT, Web, WebClients};
 use testbed::{gate, runc};
 
 /// Asked at the destination, in the container's network.
@@ -332,72 +330,6 @@ fn a_command_that_is_killed_while_it_switches_is_undone_by_the_guard() {
         // And by hand it is found finished.
         moves.resume(&web.agent)?.succeed(GENEROUS)?;
         web.expect_here("killed")
-    });
-}
-
-/// An answer of the agent's: its status and its text.
-fn ask(agent: SocketAddr, request: &str, body: &[u8]) -> Result<(u16, String)> {
-    let mut stream = TcpStream::connect(agent)?;
-    stream.set_read_timeout(Some(GENEROUS))?;
-    let head = format!(
-        "{request} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
-        body.len()
-    );
-    stream.write_all(head.as_bytes())?;
-    stream.write_all(body)?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
-    let text = String::from_utf8_lossy(&answer).into_owned();
-    let status = text.split(' ').nth(1).context("no status")?.parse()?;
-    Ok((status, text))
-}
-
-#[test]
-fn what_a_hostile_source_says_is_refused() {
-    with_web(|_, web| {
-        let agent = web.agent.address();
-        let ask = |request: &str, body: &[u8]| {
-            let (request, body) = (request.to_owned(), body.to_owned());
-            web.three.client.enter(move || ask(agent, &request, &body))
-        };
-        let config = json!({"process": {"args": ["/bin/answers"]}, "root": {"path": "/etc"}});
-        let container = json!({"id": NAME, "runtime": "runc", "bundle": "/etc", "bundle_is_given": true,
-            "config": config, "resources": null});
-        let begin = |id: &str, container: &Value| {
-            let begin = json!({"id": id, "container": container, "timeout_s": 600});
-            ask("POST /v1/containers", begin.to_string().as_bytes())
-        };
-        for id in ["../x", "", "a/b"] {
-            ensure!(begin(id, &container)?.0 == 400, "{id}");
-        }
-        let mut bound = container.clone();
-        bound["config"]["mounts"] =
-            json!([{"destination": "/x", "type": "bind", "source": "/nonexistent/x"}]);
-        ensure!(begin("bound", &bound)?.0 == 409);
-        ensure!(begin("one", &container)?.0 == 200);
-        ensure!(begin("one", &container)?.0 == 409);
-        let post = |what: &str, body: &Value| {
-            ask(
-                &format!("POST /v1/containers/one/{what}"),
-                body.to_string().as_bytes(),
-            )
-        };
-        let sum = json!({"sha256": "0".repeat(64)});
-        // Nothing can be done in another order, and an image is what it is said to be.
-        ensure!(post("create", &sum)?.0 == 400);
-        ensure!(post("create", &json!({"sha256": "x"}))?.0 == 400);
-        ensure!(post("start", &json!({"ready": null, "limit_ms": 1}))?.0 == 409);
-        ensure!(post("start", &json!({"ready": "http://a/\r\nb", "limit_ms": 1}))?.0 == 400);
-        ensure!(post("keep", &Value::Null)?.0 == 409);
-        ensure!(post("addresses", &json!({"up": true}))?.0 == 409);
-        ensure!(ask("PUT /v1/containers/one/image", b"no image")?.0 == 400);
-        ensure!(post("create", &sum)?.0 == 400);
-        let (status, said) = post("cancel", &Value::Null)?;
-        ensure!(status == 200 && said.contains("aborted"), "{said}");
-        ensure!(ask("PUT /v1/containers/one/image", b"")?.0 == 409);
-        ensure!(!web.bundle_there("one").exists());
-        ensure!(web.state_there()?.is_none());
-        Ok(())
     });
 }
 

@@ -15,13 +15,19 @@ use super::session::Session;
 use crate::address;
 use crate::records;
 use crate::runtime::criu_wrapper::{self, CRIU_PROCESS, Settings, Work};
-use crate::runtime::{Runtime, bundle};
+use crate::runtime::{self, Runtime, bundle};
 
 /// How long a runtime may take to see that its CRIU is gone.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// How often that is looked for.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
+/// Why the container's runtime makes none on this host, if it does not.
+pub(super) fn refusal(container: &Container) -> Option<String> {
+    let refusal = runtime::refusal(container.runtime)?;
+    Some(format!("at the destination: {refusal}"))
+}
 
 impl AgentContext {
     pub(super) fn runtime(&self, container: &Container) -> Result<Runtime> {
@@ -97,6 +103,7 @@ impl AgentContext {
             volumes: volumes.collect(),
         };
         let mut problems = bundle::problems_there(&bundle, &container.config, &transferred);
+        problems.extend(refusal(container));
         if let Some(state) = runtime.state(&container.id).await? {
             problems.push(format!(
                 "the destination has a container {} already ({}): delete it there",

@@ -21,7 +21,7 @@ use super::capture::Unfinished;
 use super::{CHECKPOINT, CONFIG, DELETED, FILES, SPEC, documents, entries};
 use crate::child::Program;
 use crate::programs::ProgramArgs;
-use crate::runtime::{Runtime, RuntimeArg, bundle, runtime_log};
+use crate::runtime::{self, Runtime, RuntimeArg, bundle, runtime_log};
 
 /// The first bytes of what zstd has compressed.
 const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
@@ -70,6 +70,9 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 async fn restore(args: &Args) -> Result<()> {
     let programs = args.programs.find()?;
     let runtime = Runtime::find(args.runtime.kind(), args.runtime_root.clone())?;
+    if let Some(refusal) = runtime::refusal(args.runtime.kind()) {
+        return Err(Error::new(Kind::Unsupported, refusal));
+    }
     let bundle = std::path::absolute(&args.bundle);
     let bundle = bundle.map_err(|error| Error::file("find", &args.bundle, error))?;
     let unfinished = Unfinished::beside(&bundle)?;

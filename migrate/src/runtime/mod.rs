@@ -17,6 +17,7 @@ pub(crate) mod lifecycle;
 pub(crate) mod resources;
 
 use std::ffi::OsString;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -224,7 +225,57 @@ impl Runtime {
     }
 }
 
+/// Where control groups are mounted.
+const CONTROL_GROUPS: &str = "/sys/fs/cgroup";
+
+/// Why a runtime makes and restores no containers on this host, if it does not.
+pub(crate) fn refusal(kind: RuntimeKind) -> Option<String> {
+    match kind {
+        RuntimeKind::Runc => None,
+        RuntimeKind::Crun => refusal_of_crun(Path::new(CONTROL_GROUPS)),
+    }
+}
+
+/// crun ends with "cgroups in hybrid mode not supported" where version 2 has controllers beside version 1, whatever
+/// manager of control groups it is told to use.
+fn refusal_of_crun(groups: &Path) -> Option<String> {
+    if groups.join("cgroup.controllers").exists() {
+        // Version 2 alone.
+        return None;
+    }
+    let controllers = fs::read_to_string(groups.join("unified/cgroup.controllers")).ok()?;
+    let controllers = controllers.trim();
+    (!controllers.is_empty()).then(|| {
+        format!(
+            "crun makes no containers where control groups of version 2 have controllers ({controllers}) beside \
+             those of version 1: boot that host with systemd.unified_cgroup_hierarchy=1, or use runc"
+        )
+    })
+}
+
 /// Where a runtime writes what it does with the images in `images`.
 pub(crate) fn runtime_log(images: &Path) -> PathBuf {
     images.join("runtime.log")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn crun_refuses_controllers_of_version_2_beside_version_1() {
+        let tmp = tempfile::tempdir().unwrap();
+        let groups = tmp.path();
+        assert_eq!(refusal_of_crun(groups), None, "version 1 alone");
+        fs::create_dir(groups.join("unified")).unwrap();
+        let unified = groups.join("unified/cgroup.controllers");
+        fs::write(&unified, "\n").unwrap();
+        assert_eq!(refusal_of_crun(groups), None, "without controllers");
+        fs::write(&unified, "hugetlb misc\n").unwrap();
+        let told = refusal_of_crun(groups).unwrap();
+        assert!(told.contains("(hugetlb misc)"), "{told}");
+        fs::write(groups.join("cgroup.controllers"), "cpu\n").unwrap();
+        assert_eq!(refusal_of_crun(groups), None, "version 2 alone");
+        assert_eq!(refusal(RuntimeKind::Runc), None);
+    }
 }

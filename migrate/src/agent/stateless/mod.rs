@@ -25,6 +25,7 @@ use pageferry::migration::messages::{ContainerBegin, MigrationId, Wanted, Wanted
 
 pub(super) use http::router;
 
+use super::containers::refusal;
 use super::context::AgentContext;
 use crate::runtime::bundle;
 use session::Session;
@@ -97,6 +98,7 @@ impl Containers {
             problems.push(text.to_owned());
         }
         problems.extend(bundle::sources_missing(&begin.container.config, &[]));
+        problems.extend(refusal(&begin.container));
         let id = &begin.container.id;
         match self.context.runtime(&begin.container) {
             Err(error) => problems.push(format!("at the destination: {error}")),
