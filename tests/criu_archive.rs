@@ -85,7 +85,8 @@ fn archives(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     Ok(())
 }
 
-/// podman goes on with a container of its own that `pageferry dump` has written, twice.
+/// podman goes on with a container of its own that `pageferry dump` has written, twice; and `pageferry restore` with that
+/// and with one that podman has written.
 const PODMAN: &str = r#"
 mkdir -p rootfs/bin rootfs/etc
 cp /usr/bin/busybox rootfs/bin/
@@ -105,14 +106,44 @@ until [ "$(count c1)" -ge 1 ]; do sleep 0.1; done
 podman container restore --import c1.tar.zst --name again > /dev/null
 until [ "$(count again)" -ge 1 ]; do sleep 0.1; done
 podman rm -f -t 0 again > /dev/null
-mkdir -p bundle/rootfs
-if pageferry restore c1.tar.zst --bundle bundle --runtime crun 2> refused; then exit 1; fi
-grep -q "podman container restore --import" refused
-[ -z "$(ls -A bundle/rootfs)" ]
+# Without podman, from the archive of `pageferry dump` and from one of podman's.
+pageferry restore c1.tar.zst --bundle "$(bundle one)" --runtime crun
+goes_on one c1
+podman run -d --name c2 --hostname named tiny /bin/sh -c \
+    'echo new > /etc/new; echo shared > /dev/shm/file; exec 5< /dev/shm/file; exec 6< /etc/hosts
+    i=0; while :; do i=$((i+1)); echo $i > /count; /bin/busybox sleep 0.1; done' > /dev/null
+until [ -n "$(count c2)" ]; do sleep 0.1; done
+podman container checkpoint --export c2.tar.zst c2 > /dev/null
+podman rm -f -t 0 c2 > /dev/null
+pageferry restore c2.tar.zst --bundle "$(bundle two)" --runtime crun --name two
+goes_on two two
+[ "$(crun exec two /bin/busybox cat /dev/shm/file)" = shared ]
+[ "$(crun exec two /bin/busybox cat /etc/hostname)" = named ]
+crun exec two /bin/sh -c 'echo /proc/1/fd/5 /proc/1/fd/6; [ -e /proc/1/fd/5 ] && [ -e /proc/1/fd/6 ]'
+crun delete --force c1
+crun delete --force two
+# A bundle that lacks what the container has mounted.
+mkdir shared
+podman run -d --name c3 -v /root/shared:/shared tiny /bin/sh -c 'while :; do /bin/busybox sleep 0.1; done' > /dev/null
+podman container checkpoint --export c3.tar.zst c3 > /dev/null
+rmdir shared
+if pageferry restore c3.tar.zst --bundle "$(bundle three)" --runtime crun 2> refused; then exit 1; fi
+grep -q "/root/shared, a mount of the container, does not exist on this host" refused
+"#;
+
+/// A bundle with the image's files, and whether a container goes on in it.
+const BUNDLES: &str = r#"
+bundle() { mkdir -p $1; cp -a rootfs $1/; echo $1; }
+goes_on() {
+    before=$(cat $1/rootfs/count)
+    until [ "$(cat $1/rootfs/count)" -gt "$before" ]; do sleep 0.05; done
+    [ "$(cat $1/rootfs/etc/new)" = new ]
+    [ "$(crun state $2 | grep -c running)" -ge 1 ]
+}
 "#;
 
 #[test]
-fn podman_imports_an_archive() {
+fn podmans_archives_are_written_and_read() {
     with_criu(Suite::Sid, |test_dir, criu| {
         let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
             return Ok(());
@@ -120,6 +151,6 @@ fn podman_imports_an_archive() {
         let pair = HostPair::new(test_dir, &system, criu, "podman")?;
         let host = &pair.machines[0];
         host.script("echo manage-cgroups=ignore > /etc/criu/crun.conf")?;
-        host.script(&format!("export PATH=/criu:$PATH\n{PODMAN}"))
+        host.script(&format!("export PATH=/criu:$PATH\n{BUNDLES}{PODMAN}"))
     });
 }

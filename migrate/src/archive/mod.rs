@@ -11,6 +11,7 @@
 //! dump.log stats-dump
 //! ```
 
+mod adopted;
 mod capture;
 mod documents;
 pub(crate) mod dump;

@@ -18,7 +18,7 @@ use serde_json::Value;
 use tar::EntryType;
 
 use super::capture::Unfinished;
-use super::{CHECKPOINT, CONFIG, DELETED, FILES, SPEC, documents, entries};
+use super::{CHECKPOINT, CONFIG, DELETED, FILES, SPEC, adopted, documents, entries};
 use crate::child::Program;
 use crate::programs::ProgramArgs;
 use crate::runtime::{self, Runtime, RuntimeArg, bundle, runtime_log};
@@ -29,13 +29,16 @@ const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 /// What the record of an extended attribute begins with.
 const XATTR: &[u8] = b"SCHILY.xattr.";
 
+/// The files of /dev/shm, in archives of podman's.
+const SHM_FILES: &str = "devshm-checkpoint.tar";
+
 /// The first bytes of what gzip has compressed.
 const GZIP: [u8; 2] = [0x1f, 0x8b];
 
 /// Restores a container from an archive.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
-    /// The archive, of `pageferry dump`
+    /// The archive, of `pageferry dump` or `podman container checkpoint --export`
     #[arg(value_name = "FILE")]
     file: PathBuf,
 
@@ -80,13 +83,11 @@ async fn restore(args: &Args) -> Result<()> {
     unpack_parts(&args.file, &parts)?;
     let config: Value = read(&parts.join(CONFIG))?;
     let spec: Value = read(&parts.join(SPEC))?;
-    if documents::is_podmans(&spec) {
-        let text = format!(
-            "{} is of a container of podman's: `podman container restore --import` takes it",
-            args.file.display()
-        );
-        return Err(Error::new(Kind::Usage, text));
-    }
+    let is_podmans = documents::is_podmans(&spec);
+    let spec = match is_podmans && !bundle::is_configured(&bundle) {
+        true => adopted::spec(&spec, &bundle)?,
+        false => spec,
+    };
     let id = match (&args.name, documents::name(&config)) {
         (Some(name), _) => name.clone(),
         (None, Some(name)) => name.parse().map_err(|error| {
@@ -104,6 +105,15 @@ async fn restore(args: &Args) -> Result<()> {
     bundle::complete(&bundle, &spec)?;
     let root = bundle::root_of(&bundle, &bundle::config(&bundle)?);
     let root = fs::canonicalize(&root).map_err(|error| Error::file("find", &root, error))?;
+    if is_podmans {
+        let config = bundle::config(&bundle)?;
+        adopted::make_files(&config, &bundle)?;
+        let missing = bundle::sources_missing(&config, &[], "on this host");
+        if !missing.is_empty() {
+            return Err(Error::new(Kind::Usage, missing.join("; ")));
+        }
+        apply_shm(&parts, &bundle)?;
+    }
     apply_files(&parts, &root)?;
     let images = parts.join(CHECKPOINT);
     let bin = programs.criu.parent().unwrap_or(Path::new("/"));
@@ -190,6 +200,18 @@ pub(crate) fn apply_files(parts: &Path, root: &Path) -> Result<()> {
     let failed = |error| Error::file("unpack", &path, error);
     let file = File::open(&path).map_err(failed)?;
     apply(io::BufReader::new(file), root, usize::MAX).map_err(failed)
+}
+
+/// Unpacks what was in /dev/shm.
+fn apply_shm(parts: &Path, bundle: &Path) -> Result<()> {
+    let (path, shm) = (parts.join(SHM_FILES), adopted::shm(bundle));
+    if !path.exists() || !shm.is_dir() {
+        return Ok(());
+    }
+    let failed = |error| Error::file("unpack", &path, error);
+    let shm = fs::canonicalize(shm).map_err(failed)?;
+    let file = File::open(&path).map_err(failed)?;
+    apply(io::BufReader::new(file), &shm, usize::MAX).map_err(failed)
 }
 
 /// The directory of `path` below `root`, if no link leads out of it.

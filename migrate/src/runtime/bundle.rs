@@ -25,10 +25,15 @@ pub(crate) fn config(dir: &Path) -> Result<Value> {
     serde_json::from_slice(&text).map_err(|error| Error::file("understand", &path, error))
 }
 
+/// Whether the bundle at `dir` has a configuration.
+pub(crate) fn is_configured(dir: &Path) -> bool {
+    dir.join(CONFIG).exists()
+}
+
 /// Puts `config` into the bundle at `dir`, if there is a root and no configuration.
 pub(crate) fn complete(dir: &Path, config: &Value) -> Result<()> {
     let path = dir.join(CONFIG);
-    if path.exists() || !root_of(dir, config).is_dir() {
+    if is_configured(dir) || !root_of(dir, config).is_dir() {
         return Ok(());
     }
     let text =
@@ -122,12 +127,16 @@ pub(crate) fn problems_there(
             ));
         }
     }
-    problems.extend(sources_missing(&found, &transferred.volumes));
+    problems.extend(sources_missing(
+        &found,
+        &transferred.volumes,
+        "at the destination",
+    ));
     problems
 }
 
-/// Files of the host that a configuration names and that are not there.
-pub(crate) fn sources_missing(config: &Value, volumes: &[&str]) -> Vec<String> {
+/// Files of the host that a configuration names and that are not there: `place` says where that is.
+pub(crate) fn sources_missing(config: &Value, volumes: &[&str], place: &str) -> Vec<String> {
     let text = |value: &Value| value.as_str().map(str::to_owned);
     let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
     let is_bind = |mount: &Value| {
@@ -153,9 +162,7 @@ pub(crate) fn sources_missing(config: &Value, volumes: &[&str]) -> Vec<String> {
                 .any(|volume| Path::new(path).starts_with(volume))
         });
     missing
-        .map(|(what, path)| {
-            format!("{path}, a {what} of the container, does not exist at the destination")
-        })
+        .map(|(what, path)| format!("{path}, a {what} of the container, does not exist {place}"))
         .collect()
 }
 

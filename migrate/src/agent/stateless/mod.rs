@@ -97,7 +97,8 @@ impl Containers {
             let text = "the destination cannot mount an overlay: let layers travel as files (--layers never)";
             problems.push(text.to_owned());
         }
-        problems.extend(bundle::sources_missing(&begin.container.config, &[]));
+        let config = &begin.container.config;
+        problems.extend(bundle::sources_missing(config, &[], "at the destination"));
         problems.extend(refusal(&begin.container));
         let id = &begin.container.id;
         match self.context.runtime(&begin.container) {
