@@ -109,13 +109,27 @@ impl Error {
     }
 }
 
+/// Whether the process has as many open files as it may have (EMFILE).
+fn is_out_of_descriptors(error: &(dyn StdError + 'static)) -> bool {
+    const EMFILE: i32 = 24;
+    #[cfg(feature = "engine")]
+    if let Some(errno) = error.downcast_ref::<nix::errno::Errno>() {
+        return *errno as i32 == EMFILE;
+    }
+    let error = error.downcast_ref::<std::io::Error>();
+    error.is_some_and(|error| error.raw_os_error() == Some(EMFILE))
+}
+
 impl fmt::Display for Error {
-    /// The context and every cause behind it, in one line.
+    /// The context and every cause behind it, in one line; what to do about a cause, where it says nothing.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.context)?;
         let mut cause = self.source.as_deref().map(|source| source as &dyn StdError);
         while let Some(error) = cause {
             write!(f, ": {error}")?;
+            if is_out_of_descriptors(error) {
+                f.write_str(" (raise the limit of open files: ulimit -n, LimitNOFILE=)")?;
+            }
             // One of ours has told its own causes.
             cause = if error.is::<Error>() {
                 None
@@ -148,5 +162,17 @@ mod tests {
             outer.to_string(),
             "all is lost: cannot write x: disk on fire"
         );
+    }
+
+    #[test]
+    fn want_of_descriptors_is_told_with_what_helps() {
+        let error = Error::file(
+            "open",
+            Path::new("/x"),
+            std::io::Error::from_raw_os_error(24),
+        );
+        let said = error.within("outer").to_string();
+        assert!(said.starts_with("outer: cannot open /x: "), "{said}");
+        assert!(said.ends_with("ulimit -n, LimitNOFILE=)"), "{said}");
     }
 }

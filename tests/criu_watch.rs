@@ -317,6 +317,44 @@ fn what_has_fired_is_known_after_a_kill_and_one_action_runs_at_a_time() {
 }
 
 #[test]
+fn words_are_heard_after_a_want_of_descriptors() {
+    with_bed(|bed| {
+        let (socket, ran) = (bed.path("socket"), bed.path("ran"));
+        let rules = format!(
+            "[[rule]]\nname = \"a\"\nwhen.command.word = \"go\"\naction.exec.command = \"echo a >> '{}'\"\n",
+            ran.display()
+        );
+        fs::write(bed.path("rules.toml"), rules)?;
+        let log = bed.path("watch.log");
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", "ulimit -n 40 && exec \"$0\" \"$@\""])
+            .arg(binary("pageferry")?)
+            .args(["watch", "--rules"])
+            .arg(bed.path("rules.toml"))
+            .arg("--state")
+            .arg(bed.path("state.json"))
+            .arg("--socket")
+            .arg(&socket)
+            .stderr(fs::File::create(&log)?);
+        let mut watcher = Spawned::start("watch", &mut command, Some(log))?;
+        expect_said(&mut watcher, "1 rules are watched")?;
+        let silent: Result<Vec<_>, _> = (0..60).map(|_| UnixStream::connect(&socket)).collect();
+        expect_said(&mut watcher, "cannot accept a connection")?;
+        ensure!(said(&watcher)?.contains("ulimit -n"), "{}", said(&watcher)?);
+        drop(silent?);
+        let mut stream = UnixStream::connect(&socket)?;
+        stream.write_all(b"go\n")?;
+        let answer = BufReader::new(stream).lines().next();
+        ensure!(answer.context("an answer")?? == "ok");
+        expect_said(&mut watcher, "a: done")?;
+        ensure!(lines(&ran) == 1);
+        watcher.signal(Signal::SIGTERM)?;
+        watcher.succeed(GENEROUS).map(drop)
+    });
+}
+
+#[test]
 fn rules_with_a_mistake_change_nothing() {
     with_test_dir(|test_dir| {
         let (given, ran) = (test_dir.path("given"), test_dir.path("ran"));

@@ -133,6 +133,10 @@ impl axum::serve::Listener for Listener {
     }
 }
 
+fn not_accepted(error: io::Error) -> Error {
+    Error::wrap(Kind::Io, "cannot accept a connection", error)
+}
+
 async fn accept_tcp(
     listener: TcpListener,
     acceptor: Option<TlsAcceptor>,
@@ -142,7 +146,7 @@ async fn accept_tcp(
         let (stream, address) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
-                tracing::warn!("cannot accept a connection: {error}");
+                tracing::warn!("{}", not_accepted(error));
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
@@ -201,7 +205,7 @@ async fn accept_unix(listener: UnixListener, give: mpsc::Sender<(Connection, Fro
                 }
             }
             Err(error) => {
-                tracing::warn!("cannot accept a connection: {error}");
+                tracing::warn!("{}", not_accepted(error));
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use pageferry::error::{Error, Kind, Result};
 use pageferry::limits::WATCH_WORD_BYTES_MAX;
@@ -12,6 +13,9 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::Event;
+
+/// How long to wait when no connection can be accepted (too many descriptors).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A socket that listens; removed on drop.
 #[derive(Debug)]
@@ -41,8 +45,16 @@ pub(super) fn listen(path: &Path, events: mpsc::Sender<Event>) -> Result<Socket>
     let listener = UnixListener::bind(path).map_err(failed)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
     let task = tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
-            tokio::spawn(read_commands(stream, events.clone()));
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => drop(tokio::spawn(read_commands(stream, events.clone()))),
+                // Whoever asks later must be heard, so this is not the end.
+                Err(error) => {
+                    let text = "cannot accept a connection";
+                    tracing::warn!("{}", Error::wrap(Kind::Io, text, error));
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
         }
     });
     Ok(Socket {

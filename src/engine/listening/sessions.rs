@@ -243,7 +243,8 @@ fn accept_all(listener: &Socket, rules: &Rules, events: &Sender<Event>) {
             // Shut down.
             Err(error) if error.kind() == ErrorKind::InvalidInput => Event::AcceptEnded(Ok(())),
             Err(error) if is_passing(&error) => {
-                warn!("a connection cannot be accepted now: {error}");
+                let text = "a connection cannot be accepted now";
+                warn!("{}", Error::wrap(Kind::Io, text, error));
                 thread::sleep(PAUSE);
                 continue;
             }

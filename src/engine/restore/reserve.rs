@@ -27,7 +27,7 @@ impl Reserve {
             memory: Vec::with_capacity(PIECES),
         };
         reserve.fill().map_err(|error| {
-            let text = "cannot keep descriptors in reserve (ulimit -n, LimitNOFILE=)";
+            let text = "cannot keep descriptors in reserve";
             Error::wrap(Kind::Io, text, error)
         })?;
         Ok(reserve)
