@@ -1,6 +1,7 @@
 //! What a power cut may leave of a session with `--sync close`. The server's calls about its images are recorded. Every
 //! prefix of them is taken, with any part of the names that the disk was not waited for, and with any contents of files
-//! that it was not waited for. In each such state an image is absent, or as it was before, or whole.
+//! that it was not waited for. In each such state an image is absent, or as it was before, or whole, and the directory
+//! can be received into.
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
@@ -19,156 +20,18 @@ use std::path::{Path, PathBuf};
 use common::{FIRST_PAGE, PAGE, Run, naive_memory, page_content, write_target};
 use dump_bytes::dump;
 use pageferry::criu::header::{PageFlags, Target, Wire};
-use pageferry::image::chain::{Chain, Missing};
+use pageferry::engine::receive::stores::{StoreOptions, Stores};
+use pageferry::image::chain::{Chain, Missing, Place as PagePlace};
 use pageferry::image::dir::ImageDir;
+use pageferry::image::store::Sync;
 use place::Place;
 use testbed::gate;
+use testbed::power_cut::{Disk, State};
 use testbed::process::Spawned;
 use testbed::recording::{Recording, Step};
 use testbed::wait::GENEROUS;
 
 const TARGETS: [Target; 2] = [Target::Process(7), Target::Process(8)];
-
-/// Names that wait for the disk at most: each doubles the states.
-const PENDING_MAX: usize = 12;
-
-/// What a file holds that was written and not waited for.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-enum Contents {
-    Whole,
-    Half,
-    Nothing,
-}
-
-/// A change of a directory, of the file with this number.
-#[derive(Clone, Debug)]
-enum NameChange {
-    Made(PathBuf, usize),
-    Renamed(PathBuf, PathBuf, usize),
-    Removed(PathBuf),
-}
-
-/// The files of a disk by name: the number of each, and what it holds.
-type State = BTreeMap<PathBuf, (usize, Contents)>;
-
-/// A directory as the program sees it, and what of it is on the disk.
-#[derive(Default)]
-struct Disk {
-    names: BTreeMap<PathBuf, usize>,
-    safe_names: BTreeMap<PathBuf, usize>,
-    pending: Vec<NameChange>,
-    unsafe_files: BTreeSet<usize>,
-    files: usize,
-}
-
-impl Disk {
-    /// With these files on the disk.
-    fn with(names: impl Iterator<Item = PathBuf>) -> Disk {
-        let names: BTreeMap<PathBuf, usize> = names.zip(0..).collect();
-        Disk {
-            safe_names: names.clone(),
-            files: names.len(),
-            names,
-            ..Disk::default()
-        }
-    }
-
-    /// Takes a step. False if nothing that a cut may leave is new.
-    fn take(&mut self, step: &Step) -> bool {
-        match step {
-            Step::Make(path) => {
-                if self.names.contains_key(path) {
-                    return false;
-                }
-                let file = self.files;
-                self.files += 1;
-                self.names.insert(path.clone(), file);
-                self.pending.push(NameChange::Made(path.clone(), file));
-            }
-            Step::Write(path) => {
-                let Some(file) = self.names.get(path) else {
-                    return false;
-                };
-                return self.unsafe_files.insert(*file);
-            }
-            Step::Sync(path) if path.is_dir() => {
-                let is_elsewhere = |change: &NameChange| match change {
-                    NameChange::Made(name, _)
-                    | NameChange::Renamed(_, name, _)
-                    | NameChange::Removed(name) => name.parent() != Some(path),
-                };
-                self.pending.retain(is_elsewhere);
-                assert!(self.pending.is_empty(), "one directory at a time");
-                self.safe_names = self.names.clone();
-            }
-            Step::Sync(path) => {
-                if let Some(file) = self.names.get(path) {
-                    self.unsafe_files.remove(file);
-                }
-            }
-            Step::Rename(from, to) => {
-                let Some(file) = self.names.remove(from) else {
-                    return false;
-                };
-                self.names.insert(to.clone(), file);
-                let change = NameChange::Renamed(from.clone(), to.clone(), file);
-                self.pending.push(change);
-            }
-            Step::Unlink(path) => {
-                if self.names.remove(path).is_none() {
-                    return false;
-                }
-                self.pending.push(NameChange::Removed(path.clone()));
-            }
-            Step::Other(_) => return false,
-        }
-        true
-    }
-
-    /// Everything that a cut may leave now.
-    fn states(&self, states: &mut BTreeSet<State>) {
-        assert!(self.pending.len() <= PENDING_MAX, "{:?}", self.pending);
-        for part in 0..1_u32 << self.pending.len() {
-            let mut names = self.safe_names.clone();
-            for (bit, change) in self.pending.iter().enumerate() {
-                if part >> bit & 1 == 1 {
-                    apply(change, &mut names);
-                }
-            }
-            for contents in [Contents::Whole, Contents::Half, Contents::Nothing] {
-                let held = |file: &usize| match self.unsafe_files.contains(file) {
-                    true => contents,
-                    false => Contents::Whole,
-                };
-                let state = names.iter();
-                let state = state.map(|(name, file)| (name.clone(), (*file, held(file))));
-                states.insert(state.collect());
-            }
-        }
-    }
-}
-
-fn apply(change: &NameChange, names: &mut BTreeMap<PathBuf, usize>) {
-    match change {
-        NameChange::Made(path, file) => drop(names.insert(path.clone(), *file)),
-        NameChange::Removed(path) => drop(names.remove(path)),
-        NameChange::Renamed(from, to, file) => {
-            names.remove(from);
-            names.insert(to.clone(), *file);
-        }
-    }
-}
-
-/// The plain files in a directory.
-fn files_in(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let entries = fs::read_dir(dir)
-        .unwrap()
-        .map(|entry| entry.unwrap().path());
-    let files = entries.filter(|path| path.is_file());
-    files
-        .map(|path| (path.clone(), fs::read(path).unwrap()))
-        .collect()
-}
 
 /// Pages of a target with their contents: those of `first_seed` and of what follows it.
 fn runs(first_seed: u32) -> Vec<Run> {
@@ -186,115 +49,184 @@ fn expected(first_seed: u32) -> Memory {
     pages.map(|(page, seed)| (page, held(seed))).collect()
 }
 
-/// The memory of a target, or why it cannot be had.
-fn memory(dir: &Path, target: Target) -> Result<Memory, String> {
-    let told = |error: &dyn std::fmt::Display| error.to_string();
-    let images = ImageDir::open(dir, PAGE).map_err(|error| told(&error))?;
-    let chain = Chain::open(&images, target, Missing::Refuse).map_err(|error| told(&error))?;
+/// The pages of a target that its images have, `None` if there are none of it.
+///
+/// # Panics
+/// What is there cannot be read.
+fn memory(dir: &Path, target: Target, missing: Missing) -> Option<Memory> {
+    if !dir.join(target.pagemap_name()).exists() {
+        return None;
+    }
+    let images = ImageDir::open(dir, PAGE).unwrap();
+    let chain = Chain::open(&images, target, missing).unwrap();
     let mut memory = Memory::new();
     for extent in chain.extents() {
         let mut place = extent.place;
+        if matches!(place, PagePlace::Absent { .. }) {
+            continue;
+        }
         for page in extent.range.start().get() >> 12..extent.range.end().get() >> 12 {
             let mut bytes = vec![0; 4096];
-            chain
-                .read(place, &mut bytes)
-                .map_err(|error| told(&error))?;
+            chain.read(place, &mut bytes).unwrap();
             memory.insert(page, bytes);
             place = place.behind(4096, PAGE);
         }
     }
-    Ok(memory)
+    Some(memory)
 }
 
-/// Receives a dump of both targets and returns the server's steps, and what it answered.
-fn receive(place: &Place, first_seed: u32) -> Option<(Vec<Step>, Vec<u8>)> {
-    let images = place.images().canonicalize().unwrap();
-    let mut command = place.command(&["--io", "epoll", "--sync", "close"]);
-    let recording = Recording::of(&mut command, &images, place.root.path());
-    let recording = gate::need("a C compiler", recording)?;
-    let log = place.work().join("log");
-    let mut server = Spawned::start("page-server", &mut command, Some(log)).unwrap();
-    let mut stream = place.connect();
-    let targets = TARGETS.map(|target| (target, runs(first_seed)));
-    stream.write_all(&dump(&targets, Wire::V2)).unwrap();
-    stream.shutdown(Shutdown::Write).unwrap();
-    let mut answers = Vec::new();
-    stream.read_to_end(&mut answers).unwrap();
-    server.succeed(GENEROUS).unwrap();
-    Some((recording.steps().unwrap(), answers))
+/// Where a server works, and the directories that it writes to.
+struct Server<'a> {
+    place: &'a Place,
+    roots: Vec<PathBuf>,
+    options: Vec<String>,
 }
 
-/// The contents of all files, by their number.
-type Files = BTreeMap<usize, Vec<u8>>;
-
-/// Rebuilds each state and looks at both targets in it: `judge` is told what each holds; `None` is absent.
-fn in_each_state(
-    states: &BTreeSet<State>,
-    files: &BTreeMap<usize, Vec<u8>>,
-    judge: impl Fn(Option<Memory>) -> bool,
-) {
-    for state in states {
-        let dir = tempfile::tempdir().unwrap();
-        for (path, (file, contents)) in state {
-            let bytes = &files[file];
-            let length = match contents {
-                Contents::Whole => bytes.len(),
-                Contents::Half => bytes.len() / 2,
-                Contents::Nothing => 0,
-            };
-            fs::write(dir.path().join(path.file_name().unwrap()), &bytes[..length]).unwrap();
+impl<'a> Server<'a> {
+    fn new(place: &'a Place) -> Server<'a> {
+        let roots = vec![place.images().canonicalize().unwrap()];
+        Server {
+            place,
+            roots,
+            options: Vec::new(),
         }
-        for target in TARGETS {
-            let there = dir.path().join(target.pagemap_name()).exists();
-            let found = there.then(|| memory(dir.path(), target)).transpose();
-            let found = found.unwrap_or_else(|error| panic!("{error}: {target} in {state:#?}"));
-            assert!(judge(found), "{target} in {state:#?}");
+    }
+
+    /// With another directory beside the images, which is made, and what names it.
+    fn beside(mut self, option: &str) -> Server<'a> {
+        let dir = self.place.root.path().canonicalize().unwrap().join("lazy");
+        fs::create_dir(&dir).unwrap();
+        let dir_name = dir.to_str().unwrap().to_owned();
+        self.options.extend([option.to_owned(), dir_name]);
+        self.roots.push(dir);
+        self
+    }
+
+    fn with(mut self, options: &[&str]) -> Server<'a> {
+        self.options.extend(options.iter().map(ToString::to_string));
+        self
+    }
+
+    fn roots(&self) -> Vec<&Path> {
+        self.roots.iter().map(PathBuf::as_path).collect()
+    }
+
+    /// Receives a dump and returns the server's steps.
+    fn receive(&self, dump: &[u8]) -> Option<Vec<Step>> {
+        let options: Vec<&str> = self.options.iter().map(String::as_str).collect();
+        let options = [&["--io", "epoll", "--sync", "close"], options.as_slice()].concat();
+        let mut command = self.place.command(&options);
+        let root = self.place.root.path().canonicalize().unwrap();
+        let recording = Recording::of(&mut command, &root, self.place.root.path());
+        let recording = gate::need("a C compiler", recording)?;
+        let log = self.place.work().join("log");
+        let mut server = Spawned::start("page-server", &mut command, Some(log)).unwrap();
+        let mut stream = self.place.connect();
+        stream.write_all(dump).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        let mut answers = Vec::new();
+        stream.read_to_end(&mut answers).unwrap();
+        server.succeed(GENEROUS).unwrap();
+        assert!(answers.iter().all(|byte| *byte == 0), "{answers:?}");
+        assert_eq!(answers.len(), TARGETS.len() + 4, "it was told of success");
+        Some(recording.steps().unwrap())
+    }
+
+    /// All states of a session that receives `dump`, and those that may be left once it was told of success.
+    fn states(&self, dump: &[u8]) -> Option<States> {
+        let mut disk = Disk::of(&self.roots()).unwrap();
+        let steps = self.receive(dump)?;
+        let mut all = BTreeSet::new();
+        disk.states(&mut all);
+        for step in &steps {
+            if disk.take(step) {
+                disk.states(&mut all);
+            }
+        }
+        disk.read_contents()
+            .unwrap_or_else(|error| panic!("{error:#}: {steps:#?}"));
+        let mut last = BTreeSet::new();
+        disk.states(&mut last);
+        println!("{} steps, {} states", steps.len(), all.len());
+        Some(States { disk, all, last })
+    }
+}
+
+struct States {
+    disk: Disk,
+    all: BTreeSet<State>,
+    last: BTreeSet<State>,
+}
+
+impl States {
+    /// Rebuilds each state, and has `judge` look at the directories of it. False is a fault, as is a panic.
+    fn each(&self, judge: impl Fn(&[PathBuf]) -> bool) {
+        self.look(&self.all, judge);
+    }
+
+    /// The same of those after success.
+    fn each_last(&self, judge: impl Fn(&[PathBuf]) -> bool) {
+        self.look(&self.last, judge);
+    }
+
+    fn look(&self, states: &BTreeSet<State>, judge: impl Fn(&[PathBuf]) -> bool) {
+        for state in states {
+            let named = Named(state);
+            let place = tempfile::tempdir().unwrap();
+            // What is beside the images in a difference's name.
+            fs::create_dir(place.path().join("before")).unwrap();
+            let dirs = ["images", "lazy"].map(|name| place.path().join(name));
+            let paths: Vec<&Path> = dirs.iter().map(PathBuf::as_path).collect();
+            self.disk.write_out(state, &paths).unwrap();
+            assert!(judge(&dirs));
+            drop(named);
         }
     }
 }
 
-/// All states of a session over what `place` holds, and the contents of all files.
-fn states_of(place: &Place, first_seed: u32) -> Option<(BTreeSet<State>, Files)> {
-    let images = place.images().canonicalize().unwrap();
-    let before = files_in(&images);
-    let mut disk = Disk::with(before.keys().cloned());
-    let mut files: BTreeMap<usize, Vec<u8>> = (0..).zip(before.into_values()).collect();
-    let (steps, answers) = receive(place, first_seed)?;
-    assert_eq!(answers, [0; 6], "it was told of success");
-    let mut states = BTreeSet::new();
-    disk.states(&mut states);
-    for step in &steps {
-        if disk.take(step) {
-            disk.states(&mut states);
+/// Tells which state it was if a look at it panics.
+struct Named<'a>(&'a State);
+
+impl Drop for Named<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{:#?}", self.0);
         }
     }
-    let after = files_in(&images);
-    assert!(
-        disk.names.keys().eq(after.keys()),
-        "{:?}: {steps:#?}",
-        disk.names
-    );
-    for (path, bytes) in after {
-        files.insert(disk.names[&path], bytes);
+}
+
+/// Whether each target is absent or has one of these memories.
+fn is_one_of(dir: &Path, memories: &[Option<Memory>]) -> bool {
+    let found = TARGETS.map(|target| memory(dir, target, Missing::Refuse));
+    found.iter().all(|found| memories.contains(found))
+}
+
+fn dump_of(first_seed: u32) -> Vec<u8> {
+    dump(&TARGETS.map(|target| (target, runs(first_seed))), Wire::V2)
+}
+
+/// Options of a server that finds a state.
+fn store(dir: &Path) -> StoreOptions {
+    StoreOptions {
+        dir: dir.to_owned(),
+        page: PAGE,
+        previous: None,
+        sync: Sync::None,
+        split_lazy: None,
+        dedup_tree: false,
     }
-    println!("{} steps, {} states", steps.len(), states.len());
-    // Whoever was told of success has it all, whatever comes.
-    let mut last = BTreeSet::new();
-    disk.states(&mut last);
-    in_each_state(&last, &files, |found| found == Some(expected(first_seed)));
-    Some((states, files))
 }
 
 #[test]
 fn a_first_image_is_absent_or_whole() {
     let place = Place::new();
-    let Some((states, files)) = states_of(&place, 1) else {
+    let Some(states) = Server::new(&place).states(&dump_of(1)) else {
         return;
     };
-    let whole = expected(1);
-    in_each_state(&states, &files, |found| {
-        found.is_none_or(|found| found == whole)
-    });
+    let whole = Some(expected(1));
+    states.each_last(|dirs| is_one_of(&dirs[0], std::slice::from_ref(&whole)));
+    states.each(|dirs| is_one_of(&dirs[0], &[None, whole.clone()]));
+    states.each(|dirs| Stores::open(store(&dirs[0]), None).is_ok());
 }
 
 #[test]
@@ -303,11 +235,72 @@ fn an_image_over_another_one_is_that_or_whole() {
     for (id, target) in (1..).zip(TARGETS) {
         write_target(&place.images(), target, Wire::V2, id, &runs(500));
     }
-    let Some((states, files)) = states_of(&place, 1) else {
+    let Some(states) = Server::new(&place).states(&dump_of(1)) else {
         return;
     };
-    let both = [expected(1), expected(500)];
-    in_each_state(&states, &files, |found| {
-        found.is_some_and(|found| both.contains(&found))
+    let (before, whole) = (Some(expected(500)), Some(expected(1)));
+    states.each_last(|dirs| is_one_of(&dirs[0], std::slice::from_ref(&whole)));
+    states.each(|dirs| is_one_of(&dirs[0], &[before.clone(), whole.clone()]));
+}
+
+/// The pages that a lazy restore can do without, or the others.
+fn part(first_seed: u32, lazy: bool) -> Memory {
+    let pages = expected(first_seed).into_iter();
+    let is_lazy = |page: u64| page >= FIRST_PAGE + 9;
+    pages.filter(|(page, _)| is_lazy(*page) == lazy).collect()
+}
+
+/// Which images are there says what can be restored: those in the images' directory need those beside it.
+#[test]
+fn images_apart_are_absent_or_whole_together() {
+    let place = Place::new();
+    let server = Server::new(&place).beside("--split-lazy");
+    let Some(states) = server.states(&dump_of(1)) else {
+        return;
+    };
+    let (rest, apart) = (Some(part(1, false)), Some(part(1, true)));
+    let found = |dirs: &[PathBuf], target| {
+        [0, 1].map(|number: usize| memory(&dirs[number], target, Missing::Leave))
+    };
+    let whole = [rest.clone(), apart.clone()];
+    states.each_last(|dirs| TARGETS.iter().all(|target| found(dirs, *target) == whole));
+    let allowed = [whole, [None, apart], [None, None]];
+    states.each(|dirs| {
+        let found = TARGETS.map(|target| found(dirs, target));
+        found.iter().all(|found| allowed.contains(found))
     });
+}
+
+/// The tree is whole where images need it, whatever was there before: nothing, or an older parent.
+#[test]
+fn images_with_a_tree_are_absent_or_whole() {
+    for previous in [None, Some("../before")] {
+        let place = Place::new();
+        fs::create_dir(place.root.path().join("before")).unwrap();
+        let server = Server::new(&place).with(&["--dedup-tree"]);
+        let server = match previous {
+            Some(path) => server.with(&["--prev-images-dir", path]),
+            None => server,
+        };
+        let Some(states) = server.states(&dump_of(1)) else {
+            return;
+        };
+        let whole = Some(expected(1));
+        states.each_last(|dirs| is_one_of(&dirs[0], std::slice::from_ref(&whole)));
+        states.each(|dirs| {
+            let is_whole = is_one_of(&dirs[0], &[None, whole.clone()]);
+            // What is left of a tree that no image needs is in nobody's way.
+            let is_free = TARGETS
+                .iter()
+                .all(|target| !dirs[0].join(target.pagemap_name()).exists());
+            let options = StoreOptions {
+                previous: previous.map(Into::into),
+                dedup_tree: true,
+                ..store(&dirs[0])
+            };
+            let opened = Stores::open(options, None);
+            assert!(opened.is_ok() || !is_free, "{opened:?}");
+            is_whole
+        });
+    }
 }

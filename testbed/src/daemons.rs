@@ -18,6 +18,7 @@ use crate::criu::Criu;
 use crate::net::{NetNs, command_in, free_port};
 use crate::orphan::Orphan;
 use crate::process::Spawned;
+use crate::recording::Recording;
 use crate::sys::Ended;
 use crate::wait::{self, GENEROUS};
 use crate::workspace;
@@ -146,7 +147,34 @@ impl PageServer {
         PageServer::start(make, options, &["--lazy-pages"])
     }
 
+    /// Starts one of ours that receives a dump, and records what it does to files below `below`. What this needs goes to
+    /// the directory `work`.
+    ///
+    /// # Errors
+    /// There is no C compiler, or it does not come up; the error shows its log.
+    pub fn recorded(
+        options: &Options<'_>,
+        below: &Path,
+        work: &Path,
+    ) -> Result<(PageServer, Recording)> {
+        let mut recording = None;
+        let server = PageServer::start_prepared(Make::Ours, options, &[], |command| {
+            recording = Some(Recording::of(command, below, work)?);
+            Ok(())
+        })?;
+        Ok((server, recording.context("it is recorded")?))
+    }
+
     fn start(make: Make<'_>, options: &Options<'_>, role: &[&str]) -> Result<PageServer> {
+        PageServer::start_prepared(make, options, role, |_| Ok(()))
+    }
+
+    fn start_prepared(
+        make: Make<'_>,
+        options: &Options<'_>,
+        role: &[&str],
+        prepare: impl FnOnce(&mut Command) -> Result<()>,
+    ) -> Result<PageServer> {
         let mut command = make.command(options.net, "page-server", "page-server")?;
         command.args(role);
         let log = options.apply(&mut command)?;
@@ -164,6 +192,7 @@ impl PageServer {
         if let Some(port) = port {
             command.args(["--port", &port.to_string()]);
         }
+        prepare(&mut command)?;
         let process = Spawned::start_ready("page-server", &mut command, log)?;
         let port = match port {
             Some(port) => port,

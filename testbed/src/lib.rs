@@ -21,7 +21,8 @@
 //!   schema     what programs write, by its schema       web            a container without state, and its clients
 //!   ssh        a real sshd for two hosts         logind         shutdowns of no host
 //!   routes     what leads clients to it                failing        calls that fail, by their number
-//!   laboratory what userfaultfd's mechanisms cost
+//!   laboratory what userfaultfd's mechanisms cost    recording      what a program writes, step by step
+//!   power_cut  what a cut may leave of those steps
 //! ```
 //!
 //! Invariants: every process, namespace, mount and sysctl belongs to a guard that undoes it on drop;
@@ -55,6 +56,7 @@ pub mod orphan;
 pub mod pipes;
 pub mod pki;
 pub mod postcopy;
+pub mod power_cut;
 pub mod process;
 pub mod proxy;
 pub mod recording;

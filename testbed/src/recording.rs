@@ -28,8 +28,10 @@ pub enum Step {
     Rename(PathBuf, PathBuf),
     /// Removed a name.
     Unlink(PathBuf),
-    /// Made a directory, or a symbolic link.
-    Other(PathBuf),
+    /// Made a directory.
+    MakeDir(PathBuf),
+    /// Made the first a symbolic link to the second.
+    Link(PathBuf, PathBuf),
 }
 
 /// The file to which a program's steps are written.
@@ -78,7 +80,8 @@ fn step(line: &str) -> Result<Step> {
         "sync" => Step::Sync(path),
         "rename" => Step::Rename(path, other),
         "unlink" => Step::Unlink(path),
-        "mkdir" | "link" => Step::Other(path),
+        "mkdir" => Step::MakeDir(path),
+        "link" => Step::Link(path, other),
         _ => bail!("no step: {line}"),
     })
 }

@@ -23,7 +23,8 @@
 //! processes cannot know.
 //!
 //! Invariants: `tree` is there whole or not at all: it is made under another name, and gets its own before the images
-//! that need it get theirs; a directory has the tree of one session.
+//! that need it get theirs; the link is there before, so that a tree without images is known for what it is; a directory
+//! has the tree of one session.
 
 mod layers;
 pub(super) mod names;
@@ -36,7 +37,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use self::layers::Layers;
-use self::names::{TREE, TREE_PART, check_empty, link, remove_all, remove_tree, target_of};
+use self::names::{TREE, TREE_PART, check_empty, link, remove_all, sync_names, target_of, undo};
 use self::views::{Member, Pages, Views};
 use super::dir::{ImageDir, PARENT_LINK};
 use super::pages_part::{Destination, PagesPart};
@@ -87,8 +88,8 @@ pub(super) struct Tree {
 enum State {
     /// The part.
     Part,
-    /// The tree, with its name.
-    Named,
+    /// The part, or the tree with its name, and the link if it is there.
+    Linked,
     /// Nothing.
     Kept,
 }
@@ -416,10 +417,14 @@ impl Tree {
         }
         let behind = target_of(&self.dir.path().join(PARENT_LINK))?;
         Layers::new(&self.views, &part, self.dir.page(), self.sync).write(behind.as_deref())?;
+        // The link comes first: a tree without one could be anybody's.
+        self.state = State::Linked;
+        link(self.dir.path(), &PathBuf::from(TREE).join("1"))?;
+        if self.sync != Sync::None {
+            sync_names(self.dir.path())?;
+        }
         let tree = self.dir.path().join(TREE);
-        std::fs::rename(&part, &tree).map_err(|error| Error::file("rename", &part, error))?;
-        self.state = State::Named;
-        link(self.dir.path(), &PathBuf::from(TREE).join("1"))
+        std::fs::rename(&part, &tree).map_err(|error| Error::file("rename", &part, error))
     }
 
     /// The images that need the tree have their names.
@@ -433,9 +438,8 @@ impl Drop for Tree {
         let undone = match self.state {
             State::Kept => return,
             State::Part => remove_all(&self.dir.path().join(TREE_PART)),
-            // The link may not lead there yet.
-            State::Named => {
-                remove_tree(&self.dir).and_then(|()| remove_all(&self.dir.path().join(TREE)))
+            State::Linked => {
+                undo(&self.dir).and_then(|()| remove_all(&self.dir.path().join(TREE_PART)))
             }
         };
         if let Err(error) = undone {

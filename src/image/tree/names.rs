@@ -38,21 +38,24 @@ pub(in crate::image) fn check_empty(dir: &ImageDir) -> Result<()> {
 }
 
 /// Removes what a session that was killed left in `dir`. Nobody else may be writing there.
+///
+/// The link to a tree is made before the tree has its name, and is on the disk by then. So a tree without the link is
+/// somebody else's.
 pub(in crate::image) fn remove_stale(dir: &ImageDir) -> Result<()> {
-    let part = dir.path().join(TREE_PART);
+    let (tree, part) = (dir.path().join(TREE), dir.path().join(TREE_PART));
+    if leads_into_tree(dir.path())? && dir.targets()?.is_empty() {
+        tracing::warn!(
+            "removing {}: the session that made it was killed before its pagemaps were there",
+            tree.display()
+        );
+        undo(dir)?;
+    }
     if part.exists() {
         tracing::warn!(
             "removing {}, which a session that was killed left behind",
             part.display()
         );
         remove_all(&part)?;
-    }
-    if dir.path().join(TREE).exists() && dir.targets()?.is_empty() && leads_into_tree(dir.path())? {
-        tracing::warn!(
-            "removing {}/{TREE}: the session that made it was killed before its pagemaps were there",
-            dir.path().display()
-        );
-        remove_tree(dir)?;
     }
     Ok(())
 }
@@ -66,6 +69,30 @@ pub(in crate::image) fn remove_tree(dir: &ImageDir) -> Result<()> {
         // Whatever has this name is somebody else's.
         false => Ok(()),
     }
+}
+
+/// Removes the tree of a session that has failed, whether it has its name or not, if the parent of `dir` leads there.
+///
+/// Whatever is left if this is cut short is found by [`remove_stale`]: the tree loses its name before the link changes.
+pub(super) fn undo(dir: &ImageDir) -> Result<()> {
+    let (tree, part) = (dir.path().join(TREE), dir.path().join(TREE_PART));
+    if !leads_into_tree(dir.path())? {
+        return Ok(());
+    }
+    if tree.exists() {
+        remove_all(&part)?;
+        fs::rename(&tree, &part).map_err(|error| Error::file("rename", &tree, error))?;
+        sync_names(dir.path())?;
+    }
+    unlink(dir.path(), &part)?;
+    sync_names(dir.path())?;
+    remove_all(&part)
+}
+
+/// Makes the names in the directory `path` survive a power cut.
+pub(super) fn sync_names(path: &Path) -> Result<()> {
+    let synced = fs::File::open(path).and_then(|dir| dir.sync_all());
+    synced.map_err(|error| Error::file("sync", path, error))
 }
 
 /// Removes a directory with all that is in it, if it is there.
@@ -103,7 +130,7 @@ fn leads_into_tree(dir: &Path) -> Result<bool> {
     Ok(target.is_some_and(|target| target.starts_with(TREE)))
 }
 
-/// Makes what is behind the tree `tree` the parent of `dir`, in which the tree is.
+/// Makes what is behind the tree in `tree` the parent of `dir`.
 fn unlink(dir: &Path, tree: &Path) -> Result<()> {
     let mut layer = 1;
     while tree.join((layer + 1).to_string()).is_dir() {
