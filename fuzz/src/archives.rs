@@ -112,6 +112,14 @@ impl Entry {
     }
 }
 
+/// What makes an entry, as a vector's next item: name, kind, access, link, content, nothing wrong.
+fn honest_entry(name: u8, kind: u8, link: u8, content: &[u8]) -> Vec<u8> {
+    let mut out = vec![1, name, kind, 0xa4, 1, link];
+    out.extend(content.iter().flat_map(|byte| [1, *byte]));
+    out.extend([0, 0, 0]);
+    out
+}
+
 fn archive(entries: &[Entry]) -> Vec<u8> {
     let mut out = Vec::new();
     entries.iter().for_each(|entry| entry.write(&mut out));
@@ -204,7 +212,9 @@ pub(crate) fn stream_seeds() -> Vec<Vec<u8>> {
         seed.extend((0..90).map(byte));
         seed
     };
-    vec![vec![1], of(1, 1), of(0, 3), of(1, 5)]
+    let files = [honest_entry(0, 0, 0, &[7; 9]), honest_entry(1, 0, 0, &[8])].concat();
+    let honest = [&[1], files.as_slice(), &[0]].concat();
+    vec![vec![1], of(1, 1), of(0, 3), of(1, 5), honest]
 }
 
 /// What an archive of a container has besides images.
@@ -271,5 +281,13 @@ pub(crate) fn container_seeds() -> Vec<Vec<u8>> {
         let byte = |number: u8| number.wrapping_mul(step) ^ (number / 3);
         (0..=220).map(byte).collect()
     };
-    [1, 3, 9, 27, 81].into_iter().map(of).collect()
+    let image = honest_entry(0, 0, 0, &[7; 9]);
+    // A symbolic link and a file.
+    let files = [honest_entry(1, 7, 2, &[]), honest_entry(2, 0, 0, &[8; 5])].concat();
+    // Nothing was deleted, it is packed, nothing is damaged.
+    let end = [0, 0, 1, 0];
+    let honest = [image.as_slice(), &[0], &files, &end].concat();
+    let mut seeds: Vec<_> = [1, 3, 9, 27, 81].into_iter().map(of).collect();
+    seeds.push(honest);
+    seeds
 }

@@ -18,6 +18,15 @@ struct Reading {
     chunk: usize,
 }
 
+/// The stream of a dump: bytes as they are, or frames that are made of fewer ones.
+fn stream(data: &mut &[u8]) -> Vec<u8> {
+    match byte(data) % 4 {
+        0 => data.to_vec(),
+        1 => frames::spoken(data, Wire::V1),
+        _ => frames::spoken(data, Wire::V2),
+    }
+}
+
 impl Reading {
     fn take(data: &mut &[u8]) -> Reading {
         let how = byte(data);
@@ -58,13 +67,15 @@ fn see(seen: &mut Vec<Seen>, next: Seen) {
 /// The deframer, told what follows as a session would.
 pub(crate) fn deframer(mut data: &[u8]) {
     let reading = Reading::take(&mut data);
-    let whole = pieces(data, reading.given, data.len().max(1));
-    let cut = pieces(data, reading.given, reading.chunk);
+    let stream = stream(&mut data);
+    let whole = pieces(&stream, reading.given, stream.len().max(1));
+    let cut = pieces(&stream, reading.given, reading.chunk);
     assert_eq!(whole, cut, "it does not matter where the bytes are cut");
+    // The seeds' blocks are shorter.
     canary(
         whole
             .iter()
-            .any(|seen| matches!(seen, Seen::Block(3, true))),
+            .any(|seen| matches!(seen, Seen::Block(4.., true))),
     );
 }
 
@@ -91,9 +102,14 @@ fn pieces(data: &[u8], given: Option<Wire>, chunk: usize) -> Vec<Seen> {
                     if matches!(header.op, Op::Close | Op::ForceClose) {
                         return seen;
                     }
+                    let has_pages = header.flags.has(PageFlags::PRESENT);
+                    let bytes = header.pages.get().saturating_mul(PAGE.bytes());
                     match header.op {
-                        Op::AddFlagsCompressed => deframer.expect_blocks(header.pages.get()),
-                        Op::AddFlags | Op::Add => deframer.expect_raw(header.pages.get()),
+                        Op::AddFlagsCompressed if has_pages => {
+                            deframer.expect_blocks(header.pages.get());
+                        }
+                        Op::AddFlags if has_pages => deframer.expect_raw(bytes),
+                        Op::Add => deframer.expect_raw(bytes),
                         _ => {}
                     }
                 }
@@ -119,14 +135,16 @@ fn pieces(data: &[u8], given: Option<Wire>, chunk: usize) -> Vec<Seen> {
 /// The session of a receiving page server.
 pub(crate) fn receive(mut data: &[u8]) {
     let reading = Reading::take(&mut data);
-    let whole = steps(data, reading.given, data.len().max(1));
-    let cut = steps(data, reading.given, reading.chunk);
+    let stream = stream(&mut data);
+    let whole = steps(&stream, reading.given, stream.len().max(1));
+    let cut = steps(&stream, reading.given, reading.chunk);
     assert_eq!(whole, cut, "it does not matter where the bytes are cut");
     check(&whole);
+    // The seeds' blocks are shorter.
     canary(
         whole
             .iter()
-            .any(|seen| matches!(seen, Seen::Block(3, true))),
+            .any(|seen| matches!(seen, Seen::Block(4.., true))),
     );
 }
 
@@ -196,10 +214,14 @@ pub(crate) fn stream_seeds() -> Vec<Vec<u8>> {
     let mut seeds = Vec::new();
     for (wire, code) in [(Wire::V1, 1), (Wire::V2, 2)] {
         let dump = frames::dump(wire);
-        for how in [0, code, 3 * 9 + code, 3 * 70] {
-            seeds.push([&[how], dump.as_slice()].concat());
+        for how in [code, 3 * 70] {
+            seeds.push([&[how, 0], dump.as_slice()].concat());
         }
-        seeds.push([&[code], &dump[..120]].concat());
+        seeds.push([&[code, 0], &dump[..120]].concat());
+        for how in [0, code, 3 * 9 + code] {
+            seeds.push([&[how, code], frames::DUMP].concat());
+        }
+        seeds.push([&[0, code], frames::OLD_DUMP].concat());
     }
     seeds
 }
@@ -281,6 +303,11 @@ pub(crate) fn fetch(mut data: &[u8]) {
     if byte(&mut data) % 2 == 1 {
         fetcher.close(&mut out);
     }
+    let said = match byte(&mut data) % 2 {
+        0 => data.to_vec(),
+        _ => frames::spoken(data, wire),
+    };
+    let mut data = said.as_slice();
     let mut got = vec![0; asked.len()];
     let mut complete = 0;
     while let Ok((used, step)) = fetcher.next(data) {
@@ -313,17 +340,16 @@ pub(crate) fn fetch(mut data: &[u8]) {
     }
 }
 
-/// Two questions with their answers, one of them short, and the end.
+/// Two questions with an answer, and with both and the end.
 pub(crate) fn answer_seeds() -> Vec<Vec<u8>> {
     let of = |(wire, code): (Wire, u8)| {
-        let mut out = vec![code, 2, 0, 0, 15, 1, 1];
-        for (vaddr, pages) in [(0x1000, 1), (0x10_000, 1)] {
-            let kind = (Op::AddFlags, PageFlags::PRESENT);
-            frames::header(&mut out, wire, kind, (pages, vaddr), 7);
-            out.extend_from_slice(&[9; 4096]);
-        }
-        out.extend_from_slice(&[0; 4]);
-        out
+        let asked = [code, 2, 0, 0, 15, 1, 1];
+        let mut whole = [asked.as_slice(), &[0]].concat();
+        let kind = (Op::AddFlags, PageFlags::PRESENT);
+        frames::header(&mut whole, wire, kind, (1, 0x1000), 7);
+        whole.extend_from_slice(&[9; 4096]);
+        [whole, [asked.as_slice(), &[1], frames::ANSWERS].concat()]
     };
-    [(Wire::V1, 0), (Wire::V2, 1)].into_iter().map(of).collect()
+    let wires = [(Wire::V1, 0), (Wire::V2, 1)];
+    wires.into_iter().flat_map(of).collect()
 }

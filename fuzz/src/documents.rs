@@ -18,7 +18,10 @@ pub(crate) fn rules(data: &[u8]) {
     match count_rules(text) {
         Ok(count) => {
             assert!((1..=WATCH_RULES_MAX).contains(&count));
-            canary(count > 1);
+            // The seeds' names have one letter.
+            let named = text.split("name = \"").nth(1);
+            let name = named.and_then(|rest| rest.split('"').next());
+            canary(name.is_some_and(|name| name.len() > 1));
         }
         Err(mistake) => assert!(!mistake.is_empty()),
     }
@@ -32,6 +35,8 @@ pub(crate) fn rule_seeds() -> Vec<Vec<u8>> {
         "[[rule]]\nname = \"c\"\nwhen.psi = { resource = \"io\", stall = \"1ms\", window = \"1s\" }\ncool-down = \"1m\"\n\
          action.restart = { cgroup = \"/x\", start = \"y\" }\n",
         "[[rule]]\nname = \"d\"\nwhen.command.word = \"go\"\naction.migrate.args = [\"--to\", \"h\"]\n",
+        "[[rule]]\nname = \"f\"\nwhen.command.word = \"on\"\naction.exec.command = \"x\"\n\
+         [[rule]]\nname = \"g\"\nwhen.command.word = \"off\"\naction.exec.command = \"y\"\n",
         "[[rule]]\nname = \"e\"\nwhen.file.path = \"/x\"\naction.pause.cgroup = \"/c\"\ntarget = \"t\"\n",
     ]
     .map(|text| text.as_bytes().to_vec())
@@ -146,7 +151,12 @@ pub(crate) fn layout_seeds() -> Vec<Vec<u8>> {
         let byte = |number: u8| number.wrapping_mul(step) & 0xf7;
         (0..64).map(byte).collect()
     };
-    [0, 1, 6, 10, 41].into_iter().map(of).collect()
+    let layer = |number: u8| [1, number, 2, 3, 4, 0];
+    // Three layers, and nothing wrong.
+    let honest = [layer(1), layer(2), layer(3), [0; 6]].concat();
+    let mut seeds: Vec<_> = [0, 1, 6, 10, 41].into_iter().map(of).collect();
+    seeds.push(honest);
+    seeds
 }
 
 /// Entries as bytes: the kind, the connection, and what else it has.

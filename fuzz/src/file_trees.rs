@@ -150,7 +150,12 @@ pub(crate) fn operation_seeds() -> Vec<Vec<u8>> {
         seed.extend((0..200).map(byte));
         seed
     };
-    [1, 5, 13, 29].into_iter().map(of).collect()
+    // Makes something: what is made is told by `small`.
+    let make = |path: u8, small: u8| [1, 4, path, 1, small, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let honest = [make(0, 1), make(1, 2), make(2, 3)].concat();
+    let mut seeds: Vec<Vec<u8>> = [1, 5, 13, 29].into_iter().map(of).collect();
+    seeds.push([&[1], honest.as_slice(), &[0]].concat());
+    seeds
 }
 
 /// The index that an agent answers: a key, and a table that is packed here.
@@ -159,7 +164,8 @@ pub(crate) fn index(data: &[u8]) {
     let length = (data.len() as u64).to_le_bytes();
     let answer = [&[7; 16][..], &length, &packed].concat();
     let read = file_index(&answer);
-    canary(read.is_ok() && data.len() > 60);
+    // No time, access or name of the seeds has such a byte.
+    canary(read.is_ok() && data.len() > 60 && data.iter().any(|byte| *byte >= 0xf0));
 }
 
 /// Tables of real trees.

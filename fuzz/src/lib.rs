@@ -63,7 +63,7 @@ pub const TARGETS: &[Target] = &[
     target("ferry_batch", ferry::batch, ferry::batch_seeds),
     target("ferry_messages", ferry::messages, ferry::message_seeds),
     target("ferry_receiver", sessions::receiver, ferry::session_seeds),
-    target("ferry_sender", sessions::sender, ferry::session_seeds),
+    target("ferry_sender", sessions::sender, ferry::sender_seeds),
     target("ferry_postcopy", sessions::postcopy, ferry::session_seeds),
     target("ferry_link", sessions::link, sessions::link_seeds),
     target("planner", planner::planner, planner::seeds),

@@ -135,8 +135,8 @@ pub(crate) fn postcopy(data: &[u8]) {
             Ok(Event::Answer(_, unverified)) => {
                 let (delivery, _) = receiver.complete(unverified, true);
                 check(&delivery.parts);
-                canary(pushed > 0);
             }
+            Ok(Event::InPush(_) | Event::Bye) => canary(pushed > 0),
             Ok(_) => {}
             Err(_) => return,
         }

@@ -209,7 +209,9 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
     let all = [2, 0xff, 0xff, 100];
     let write = [0, 0, 40, 100];
     let end = [7, 100];
+    let long = [0, 0x30, 0x75, 255];
     vec![
+        [&[1][..], &long, &all, &all, &long, &all, &all, &end, &all].concat(),
         [&[1][..], &write, &all].concat(),
         [&[1][..], &write, &[2, 9, 1, 1], &write, &all, &all, &end].concat(),
         [&[1][..], &write, &[4, 0xff, 0xff, 30, 0, 1, 1]].concat(),

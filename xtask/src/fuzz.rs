@@ -154,7 +154,7 @@ impl Fuzzer<'_> {
         Ok(outcome)
     }
 
-    /// Looks for a planted bug. Inputs of the corpus that run into it by themselves are cut short before.
+    /// Looks for a planted bug. Inputs of the corpus that run into it by themselves are spoiled first.
     fn find_canary(&self, name: &str) -> Result<Outcome> {
         let work = target_dir().join("fuzz-canary").join(name);
         if work.exists() {
@@ -165,7 +165,7 @@ impl Fuzzer<'_> {
         for input in corpus::inputs(&corpus::dir(name))? {
             let to = from.join(input.file_name().unwrap_or_default());
             fs::copy(&input, &to)?;
-            self.cut(name, &to)?;
+            self.spoil(name, &to)?;
         }
         let mut outcome = self.run(name, &work, &[&from], true)?;
         let log = fs::read_to_string(work.join("log")).unwrap_or_default();
@@ -179,21 +179,38 @@ impl Fuzzer<'_> {
         Ok(outcome)
     }
 
-    /// Makes an input that runs into the planted bug as much shorter as it takes, by halves.
-    fn cut(&self, name: &str, input: &Path) -> Result<()> {
+    /// Changes a bit of an input that runs into the planted bug, in the byte that decides it. If each bit does, it ends
+    /// before that byte.
+    fn spoil(&self, name: &str, input: &Path) -> Result<()> {
         let whole = fs::read(input)?;
         let (mut misses, mut runs_into) = (0, whole.len() + 1);
         let mut length = whole.len();
         while misses + 1 < runs_into {
-            fs::write(input, &whole[..length])?;
-            let output = self.command(name, true).arg(input).output()?;
-            match output.status.success() {
+            match self.misses(name, input, &whole[..length])? {
                 true => misses = length,
                 false => runs_into = length,
             }
             length = misses.midpoint(runs_into);
         }
+        let Some(byte) = whole.get(misses) else {
+            return Ok(fs::write(input, &whole)?);
+        };
+        for bit in 0..8 {
+            let changed = [&whole[..misses], &[byte ^ 1 << bit]].concat();
+            for spoiled in [[&changed, &whole[misses + 1..]].concat(), changed] {
+                if self.misses(name, input, &spoiled)? {
+                    return Ok(());
+                }
+            }
+        }
         Ok(fs::write(input, &whole[..misses])?)
+    }
+
+    /// Makes the file `input` hold `bytes`, and tells whether these miss the planted bug.
+    fn misses(&self, name: &str, input: &Path, bytes: &[u8]) -> Result<bool> {
+        fs::write(input, bytes)?;
+        let output = self.command(name, true).arg(input).output()?;
+        Ok(output.status.success())
     }
 
     fn command(&self, name: &str, canary: bool) -> Command {
