@@ -1,64 +1,21 @@
 //! The agent's interface is what docs/openapi.json says: each path and method, and the fields of the answers.
 
-use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+#[path = "common/agent_client.rs"]
+mod agent_client;
 
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+
+use agent_client::{ask, document, send};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use testbed::agent::Agent;
 use testbed::criu::{Criu, Suite};
 use testbed::suite::with_criu;
 use testbed::test_dir::TestDir;
-use testbed::wait::GENEROUS;
 
 const METHODS: [&str; 5] = ["get", "post", "put", "delete", "patch"];
-
-struct Answer {
-    status: u16,
-    kind: String,
-    body: String,
-}
-
-impl Answer {
-    fn json(&self) -> Result<Value> {
-        serde_json::from_str(&self.body).with_context(|| self.body.clone())
-    }
-}
-
-/// Sends a request over a connection of its own.
-fn send(agent: SocketAddr, request: &str, headers: &str, body: &str) -> Result<TcpStream> {
-    let mut stream = TcpStream::connect(agent)?;
-    stream.set_read_timeout(Some(GENEROUS))?;
-    let length = body.len();
-    write!(
-        stream,
-        "{request} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n{headers}Content-Length: {length}\r\n\r\n{body}"
-    )?;
-    Ok(stream)
-}
-
-fn ask(agent: SocketAddr, request: &str, body: &str) -> Result<Answer> {
-    let mut text = String::new();
-    send(agent, request, "", body)?.read_to_string(&mut text)?;
-    let (head, body) = text.split_once("\r\n\r\n").context("no head")?;
-    let status = head.split(' ').nth(1).context("no status")?.parse()?;
-    let kind = head.lines().find_map(|line| {
-        line.to_ascii_lowercase()
-            .strip_prefix("content-type: ")
-            .map(str::to_owned)
-    });
-    Ok(Answer {
-        status,
-        kind: kind.unwrap_or_default(),
-        body: body.to_owned(),
-    })
-}
-
-fn document() -> Result<Value> {
-    let path = testbed::workspace::root().join("docs/openapi.json");
-    Ok(serde_json::from_slice(&std::fs::read(path)?)?)
-}
 
 /// The fields of an answer are those of the schema.
 fn expect_fields(document: &Value, schema: &str, answer: &Value) -> Result<()> {
@@ -189,8 +146,8 @@ fn the_interface_is_as_documented() {
 fn expect_events(document: &Value, agent: SocketAddr) -> Result<()> {
     let accept = "Accept: text/event-stream\r\n";
     let streams = [
-        send(agent, "GET /v1/migrations/one", accept, "")?,
-        send(agent, "GET /v1/migrations/one/events", "", "")?,
+        send(agent, "GET /v1/migrations/one", accept, b"")?,
+        send(agent, "GET /v1/migrations/one/events", "", b"")?,
     ];
     let mut streams = streams.map(BufReader::new);
     for stream in &mut streams {
