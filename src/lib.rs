@@ -107,6 +107,8 @@ pub mod replay;
 #[cfg(feature = "engine")]
 pub mod stream;
 #[cfg(feature = "engine")]
+mod sync;
+#[cfg(feature = "engine")]
 pub mod sys;
 #[cfg(feature = "engine")]
 pub mod tls;

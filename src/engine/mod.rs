@@ -13,6 +13,7 @@
 //! collapse       huge pages of restored processes
 //! pending        dumps that would lack pages          shared by receive, forward, forward_lazy
 //! service_manager  what systemd is told, and keeps     shared by all
+//! schedules      tests of what threads share
 //! ```
 
 pub mod collapse;
@@ -24,6 +25,8 @@ pub mod listening;
 pub mod pending;
 pub mod receive;
 pub mod restore;
+#[cfg(all(test, feature = "shuttle"))]
+mod schedules;
 pub mod serve;
 pub mod service_manager;
 mod smaps;

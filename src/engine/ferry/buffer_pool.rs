@@ -1,9 +1,8 @@
 //! Buffers of frames, kept for the next frames. Fresh memory costs a fault and a zeroed page for each 4 KiB, and the
 //! allocator gives memory as large as a batch's frame back at once.
 
-use std::sync::Mutex;
-
 use crate::engine::ferry::lock;
+use crate::sync::Mutex;
 
 /// Most buffers kept: a window of full batches.
 const POOLED_MAX: usize = 96;

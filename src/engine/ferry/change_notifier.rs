@@ -1,9 +1,9 @@
 //! Tells waiting threads that something has changed.
 
-use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
 use crate::engine::ferry::lock;
+use crate::sync::{Condvar, Mutex};
 
 /// Notifies when something has happened that a thread may be waiting for.
 #[derive(Debug, Default)]
@@ -33,3 +33,6 @@ impl ChangeNotifier {
         );
     }
 }
+
+#[cfg(all(test, feature = "shuttle"))]
+mod schedules;

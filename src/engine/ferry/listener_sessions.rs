@@ -12,7 +12,7 @@
 //! in a map as long as connections may join it.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,7 @@ use crate::engine::ferry::lock;
 use crate::error::Error;
 use crate::ferry::hello::{Fail, FailCode, Greeting, Hello, Role, SessionId};
 use crate::ferry::link::{Admission, ConnectionId, SessionTable};
+use crate::sync::Mutex;
 
 /// How often the owner of a session looks for what nobody is notified of.
 pub(in crate::engine) const LOOK_AGAIN: Duration = Duration::from_millis(250);

@@ -25,7 +25,7 @@ pub(in crate::engine) mod packer;
 pub(in crate::engine) mod sender_session;
 pub(in crate::engine) mod wakers;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use crate::error::{Error, Kind, Result};
@@ -33,6 +33,7 @@ use crate::ferry::delta::PageMemory;
 use crate::ferry::hello::Window;
 use crate::ferry::level_control::LevelControl;
 use crate::limits::FERRY_WINDOW_FRAMES_MAX;
+use crate::sync::{Mutex, MutexGuard};
 
 /// How much a receiver here holds that it cannot apply yet, and so how much is on its way: the product
 /// of 1 Gbit/s and 200 ms.

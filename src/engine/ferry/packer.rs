@@ -9,8 +9,8 @@
 //! Invariant: at most one batch more than there are threads is under way. So memory stays bounded, and the gathering
 //! thread waits when the link is slower.
 
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
-use std::sync::{Arc, Mutex};
 use std::thread::Scope;
 use std::time::Instant;
 
@@ -25,6 +25,7 @@ use crate::ferry::hash::Fingerprint;
 use crate::ferry::hello::Features;
 use crate::ferry::level_control::Level;
 use crate::limits::FERRY_BATCH_BYTES_MAX;
+use crate::sync::Mutex;
 use crate::units::PageSize;
 
 /// A gathered batch.

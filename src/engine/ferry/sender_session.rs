@@ -7,7 +7,7 @@
 mod handler;
 mod outbox;
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::criu::header::Target;
@@ -28,6 +28,7 @@ use crate::ferry::push_planner::PUSH_BYTES;
 use crate::ferry::sender::Sender;
 use crate::observe::ferried::{ByKind, Sent};
 use crate::observe::traffic::Traffic;
+use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::units::{PageSize, Vaddr};
 use outbox::Outbox;
 
@@ -408,6 +409,9 @@ impl SenderSession {
         }
     }
 }
+
+#[cfg(all(test, feature = "shuttle"))]
+mod schedules;
 
 #[cfg(test)]
 mod tests {

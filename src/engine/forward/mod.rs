@@ -18,7 +18,7 @@ mod session_dialer;
 
 use std::fs::File;
 use std::io::{BufWriter, ErrorKind, Read, Seek, Write};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
@@ -42,6 +42,7 @@ use crate::ferry::message::{Open, StateId, encode_close};
 use crate::observe::ferried::{Forwarded, Sent};
 use crate::observe::traffic::{Traffic, cpu_time};
 use crate::stream::{Stream, silent};
+use crate::sync::Mutex;
 use crate::sys::buffers::Slab;
 use crate::tls::Tls;
 use crate::units::{PageCount, PageSize};

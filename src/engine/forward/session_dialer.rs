@@ -1,6 +1,6 @@
 //! The connecting side: dials the streams of a session, again and again, until it is over.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use crate::ferry::frame;
 use crate::ferry::hello::{Fail, FailCode, Hello};
 use crate::ferry::link::{Dialer, RetryPolicy};
 use crate::stream::Stream;
+use crate::sync::Mutex;
 use crate::tls::Tls;
 
 /// See the module's text.

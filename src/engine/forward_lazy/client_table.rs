@@ -9,10 +9,10 @@
 //! ([`ClientEntry::may_return`], [`ClientEntry::leave_for_good`]): a connection for faults that ends later than the one by
 //! which its client failed, or a stranger that was turned away, changes nothing about who is waited for.
 
-use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::engine::ferry::lock;
+use crate::sync::{Condvar, Mutex, MutexGuard};
 
 /// How often somebody who waits looks for what nobody is notified of.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
@@ -226,6 +226,9 @@ impl Drop for ClientEntry<'_> {
         self.clients.changed.notify_all();
     }
 }
+
+#[cfg(all(test, feature = "shuttle"))]
+mod schedules;
 
 #[cfg(test)]
 mod tests {

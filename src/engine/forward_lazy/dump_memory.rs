@@ -12,7 +12,7 @@
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use super::frozen_tree::FrozenTree;
@@ -28,6 +28,7 @@ use crate::image::dir::ImageDir;
 use crate::lazy::drain::DrainPlan;
 use crate::limits::{DUMP_PAGES_MAX, WANTED_PAGES_MAX};
 use crate::stream::Stream;
+use crate::sync::{Condvar, Mutex};
 use crate::units::{PageCount, PageRange, PageSize};
 
 /// Asked of the dump with one request at most, bytes. A fault waits behind those that are on their
@@ -375,6 +376,9 @@ impl Memory for ProcessMemory {
         (self.dump_memory.file.file(), self.dump_memory.file.name())
     }
 }
+
+#[cfg(all(test, feature = "shuttle"))]
+mod schedules;
 
 #[cfg(test)]
 mod tests {

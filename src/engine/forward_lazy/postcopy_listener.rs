@@ -11,7 +11,7 @@
 //! comes back, until the receiver has confirmed it.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread::{self, Scope};
 use std::time::Duration;
 
@@ -38,6 +38,7 @@ use crate::limits::FERRY_BATCH_BYTES_MAX;
 use crate::observe::ferried::Sent;
 use crate::observe::traffic::Traffic;
 use crate::stream::Stream;
+use crate::sync::Mutex;
 use crate::units::{PageCount, PageRange};
 
 /// Pages are taken for the push as long as no more than so many bytes wait for a connection.

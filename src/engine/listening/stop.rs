@@ -4,12 +4,13 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::net::Shutdown;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use socket2::{SockRef, Socket};
 
 use crate::error::{Error, Kind, Result};
+use crate::sync::{AtomicBool, Mutex, MutexGuard};
 use crate::sys::signals::{SignalReader, SignalSet};
 
 /// A server's stop. Copies act on the same server.
@@ -155,6 +156,9 @@ impl End {
         }
     }
 }
+
+#[cfg(all(test, feature = "shuttle"))]
+mod schedules;
 
 #[cfg(test)]
 mod tests {

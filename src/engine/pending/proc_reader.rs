@@ -13,10 +13,11 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock, PoisonError};
 
 use super::{IncompleteProcess, Seen};
 use crate::error::{Error, Kind, Result};
+use crate::sync::{Mutex, MutexGuard};
 use crate::sys::process::close_all_but;
 
 /// The one that looks for this process.
@@ -89,7 +90,7 @@ pub(super) fn of_this_process() -> Option<&'static ReaderClient> {
 }
 
 impl ReaderClient {
-    fn stream(&self) -> std::sync::MutexGuard<'_, UnixStream> {
+    fn stream(&self) -> MutexGuard<'_, UnixStream> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -16,7 +16,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::IoSlice;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use crate::criu::header::{PageFlags, Target};
 use crate::engine::ferry::base::Base;
@@ -35,6 +35,7 @@ use crate::image::store::ImageStore;
 use crate::image::tree::TreePlace;
 use crate::image::writer::{CommittedImages, Destination, SessionImages};
 use crate::observe::received::StoredPages;
+use crate::sync::Mutex;
 use crate::units::{PageRange, PageSize, Vaddr};
 
 /// The base versions of the targets of a session that are still of use, shared with those who

@@ -10,7 +10,7 @@
 //! checks, unpacks and writes. Hashes of the base version are computed by the connection that was asked.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::engine::ferry::base::Base;
@@ -28,6 +28,7 @@ use crate::ferry::message::{Hashes, StateId, WantHashes};
 use crate::ferry::receiver::{Arrival, Message, Receiver, ReceiverEvent};
 use crate::image::writer::CommittedImages;
 use crate::limits::{FERRY_HASHES_MAX, FERRY_QUESTIONS_MAX};
+use crate::sync::{Condvar, Mutex};
 use crate::units::PageSize;
 
 /// Most frames that are applied before they are acknowledged: far fewer than fit into the window.
@@ -445,3 +446,6 @@ impl ConnectionHandler for ReceiverSession {
         lock(&self.state).wakers.is_replaced(stream, waker)
     }
 }
+
+#[cfg(all(test, feature = "shuttle"))]
+mod schedules;

@@ -12,7 +12,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -20,6 +20,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::memory::Memory;
 use crate::error::{Error, Kind, Result};
 use crate::stream::Stream;
+use crate::sync::{Mutex, MutexGuard};
 
 /// The first pause before a read is tried again; each one after it is twice as long.
 const PAUSE: Duration = Duration::from_millis(10);

@@ -24,7 +24,7 @@ mod session;
 use std::collections::HashMap;
 use std::fmt::Debug;
 use std::io::ErrorKind;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::Duration;
 
 use crate::criu::header::{Target, Wire};
@@ -35,6 +35,7 @@ use crate::image::chain::{Chain, Missing};
 use crate::image::dir::ImageDir;
 use crate::observe::traffic::Traffic;
 use crate::stream::{Stream, silent};
+use crate::sync::Mutex;
 use crate::units::PageSize;
 use local_reads::LocalReads;
 use session::Session;

@@ -16,7 +16,10 @@ pub(super) fn imports_below(folder: &Path, crates: &BTreeSet<PathBuf>) -> Result
     let modules: BTreeMap<Module, PathBuf> = files
         .into_iter()
         .map(|path| (module_of(path.strip_prefix(folder).unwrap_or(&path)), path))
-        .filter(|(module, _)| module.last().is_none_or(|name| name != "tests"))
+        .filter(|(module, _)| {
+            let name = module.last().map(String::as_str);
+            !matches!(name, Some("tests" | "schedules"))
+        })
         .collect();
     let mut imports = Imports::new();
     for (module, path) in &modules {

@@ -1,6 +1,6 @@
 //! Makes the two connections of a post-copy session: one for the stream, one for faults.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use super::PostcopyClient;
 use crate::engine::ferry::conn::{Conn, ConnError};
@@ -14,6 +14,7 @@ use crate::ferry::hello::{Features, Hello, Role, SessionId, VERSION, Window};
 use crate::ferry::link::{PairDialer, Refusal};
 use crate::ferry::postcopy_receiver::window_at;
 use crate::stream::Stream;
+use crate::sync::Mutex;
 use crate::tls::Tls;
 use crate::units::PageSize;
 

@@ -1,0 +1,23 @@
+//! Whoever runs first: a stop ends what is watched, whether it was requested before or after.
+
+use shuttle::thread::spawn;
+
+use super::*;
+use crate::engine::schedules::each;
+
+#[test]
+fn a_stop_is_told_to_whatever_is_watched() {
+    each(|| {
+        let stop = Stop::default();
+        let told = Arc::new(AtomicBool::new(false));
+        let (watching, tells) = (stop.clone(), Arc::clone(&told));
+        let watched = spawn(move || watching.tell(move || tells.store(true, Ordering::SeqCst)));
+        let passing = stop.clone();
+        // One that comes and goes in the meantime is in nobody's way.
+        let passed = spawn(move || drop(passing.tell(|| ())));
+        stop.request();
+        drop(watched.join().unwrap());
+        passed.join().unwrap();
+        assert!(told.load(Ordering::SeqCst));
+    });
+}
