@@ -15,9 +15,9 @@ use anyhow::{Context, Result, ensure};
 use pageferry::limits::MIGRATION_JSON_BYTES_MAX;
 use serde_json::{Value, json};
 use testbed::agent::Agent;
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
 
 /// The migration that requests are about.
@@ -123,7 +123,7 @@ fn broken(honest: &str) -> Vec<Vec<u8>> {
 /// Streams that are no archives, batches or layers.
 fn streams() -> Vec<Vec<u8>> {
     let noise: Vec<u8> = (0..3000_u32)
-        .map(|number| (number * 167 >> 3) as u8)
+        .map(|number| ((number * 167) >> 3).to_le_bytes()[0])
         .collect();
     let mut header = vec![0; 512];
     header[..4].copy_from_slice(b"name");
@@ -264,9 +264,9 @@ fn expect_broken_requests_to_end(agent: SocketAddr) -> Result<()> {
 
 #[test]
 fn what_is_no_body_is_refused_and_changes_nothing() {
-    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
+    with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
         let document = document()?;
-        let dir = bed.path("agent");
+        let dir = test_dir.path("agent");
         let host = Agent::start(&criu.path, &dir, None, &[])?;
         let agent = host.address();
         let begin = json!({"id": KNOWN, "mode": "cold", "pids": [77], "memory_bytes": 4096,

@@ -233,7 +233,12 @@ const COUNTS: &str = "trap 'exit 0' TERM; echo started >> /starts; echo > /ready
                       while :; do busybox sleep 0.05; done";
 
 /// A container moves without its memory: its files come along, and it begins anew.
-fn moves_without_state(test_dir: &TestDir, criu: &Criu, runtime: &'static str, mode: &str) -> Result<()> {
+fn moves_without_state(
+    test_dir: &TestDir,
+    criu: &Criu,
+    runtime: &'static str,
+    mode: &str,
+) -> Result<()> {
     let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
         return Ok(());
     };

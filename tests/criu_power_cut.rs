@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
 use testbed::forks::{Forks, ForksSpec};
@@ -17,6 +16,7 @@ use testbed::net::free_port;
 use testbed::power_cut::{Disk, State};
 use testbed::process::run;
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 
 /// A parent and a fork of it, which has rewritten some of its pages.
@@ -32,26 +32,30 @@ const RESTORES_MAX: usize = 24;
 
 #[test]
 fn images_are_restored_or_refused() {
-    with_criu(Suite::Experimental, |bed, criu| cut(bed, criu, &[]));
+    with_criu(Suite::Experimental, |test_dir, criu| {
+        cut(test_dir, criu, &[])
+    });
 }
 
 #[test]
 fn images_with_a_tree_are_restored_or_refused() {
-    with_criu(Suite::Trixie, |bed, criu| cut(bed, criu, &["--dedup-tree"]));
+    with_criu(Suite::Trixie, |test_dir, criu| {
+        cut(test_dir, criu, &["--dedup-tree"])
+    });
 }
 
 #[test]
 fn images_apart_are_restored_or_refused() {
-    with_criu(Suite::Sid, |bed, criu| {
-        let lazy = bed.path("lazy");
-        cut(bed, criu, &["--split-lazy", &lazy.to_string_lossy()])
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let lazy = test_dir.path("lazy");
+        cut(test_dir, criu, &["--split-lazy", &lazy.to_string_lossy()])
     });
 }
 
-fn cut(bed: &Bed, criu: &Criu, options: &[&str]) -> Result<()> {
-    let mut tree = Forks::start(&bed.path("forks"), TREE)?;
+fn cut(test_dir: &TestDir, criu: &Criu, options: &[&str]) -> Result<()> {
+    let mut tree = Forks::start(&test_dir.path("forks"), TREE)?;
     tree.expect_right()?;
-    let root = bed.dir().canonicalize()?;
+    let root = test_dir.dir().canonicalize()?;
     let dirs = ["received", "lazy"].map(|name| root.join(name));
     for dir in &dirs {
         fs::create_dir(dir)?;
@@ -62,11 +66,11 @@ fn cut(bed: &Bed, criu: &Criu, options: &[&str]) -> Result<()> {
         .with(options)
         .log_to("../server.log")
         .at_port(free_port()?);
-    let server = PageServer::recorded(&server, &root, bed.dir());
+    let server = PageServer::recorded(&server, &root, test_dir.dir());
     let Some((server, recording)) = gate::need("a C compiler", server) else {
         return Ok(());
     };
-    let dumped = bed.path("dumped");
+    let dumped = test_dir.path("dumped");
     Dump::new(criu, tree.pid(), &dumped).received_by(server)?;
     tree.wait_until_gone()?;
 
@@ -82,7 +86,7 @@ fn cut(bed: &Bed, criu: &Criu, options: &[&str]) -> Result<()> {
     let mut last = BTreeSet::new();
     disk.states(&mut last);
     let cut = Cut {
-        bed,
+        test_dir,
         criu,
         disk,
         dumped,
@@ -127,7 +131,7 @@ fn seen(dir: &Path, out: &mut Vec<String>) -> Result<()> {
 
 /// What was there when the power was cut.
 struct Cut<'a> {
-    bed: &'a Bed,
+    test_dir: &'a TestDir,
     criu: &'a Criu,
     disk: Disk,
     /// Everything of the dump that goes to no page server.
@@ -172,7 +176,10 @@ impl Cut<'_> {
     /// Rebuilds a state beside the rest of the dump. Says whether it has all pagemaps: then the processes come back with
     /// their memory, and else none of them does.
     fn is_restored(&self, name: &str, state: &State, tree: &Forks) -> Result<bool> {
-        let (images, lazy) = (self.bed.path(name), self.bed.path(&format!("{name}-lazy")));
+        let (images, lazy) = (
+            self.test_dir.path(name),
+            self.test_dir.path(&format!("{name}-lazy")),
+        );
         run(Command::new("cp").arg("-a").arg(&self.dumped).arg(&images))?;
         self.disk.write_out(state, &[&images, &lazy])?;
         let whole = pagemaps(&images)? == self.pagemaps;

@@ -318,22 +318,22 @@ fn what_has_fired_is_known_after_a_kill_and_one_action_runs_at_a_time() {
 
 #[test]
 fn words_are_heard_after_a_want_of_descriptors() {
-    with_bed(|bed| {
-        let (socket, ran) = (bed.path("socket"), bed.path("ran"));
+    with_test_dir(|test_dir| {
+        let (socket, ran) = (test_dir.path("socket"), test_dir.path("ran"));
         let rules = format!(
             "[[rule]]\nname = \"a\"\nwhen.command.word = \"go\"\naction.exec.command = \"echo a >> '{}'\"\n",
             ran.display()
         );
-        fs::write(bed.path("rules.toml"), rules)?;
-        let log = bed.path("watch.log");
+        fs::write(test_dir.path("rules.toml"), rules)?;
+        let log = test_dir.path("watch.log");
         let mut command = Command::new("sh");
         command
             .args(["-c", "ulimit -n 40 && exec \"$0\" \"$@\""])
             .arg(binary("pageferry")?)
             .args(["watch", "--rules"])
-            .arg(bed.path("rules.toml"))
+            .arg(test_dir.path("rules.toml"))
             .arg("--state")
-            .arg(bed.path("state.json"))
+            .arg(test_dir.path("state.json"))
             .arg("--socket")
             .arg(&socket)
             .stderr(fs::File::create(&log)?);

@@ -9,21 +9,22 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use testbed::bed::Bed;
 use testbed::criu::{Criu, Suite};
 use testbed::suite::with_criu;
+use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
 use testbed::web::{NAME, Web};
 use testbed::{gate, runc};
 
 /// A place with the service, unless there is no runc.
 fn with_web(test: impl FnOnce(&Web) -> Result<()>) {
-    with_criu(Suite::Sid, |bed: &Bed, criu: &Criu| {
-        match gate::need("runc", runc::find()) {
-            Some(()) => test(&Web::start(bed, criu, "runc")?),
+    with_criu(
+        Suite::Sid,
+        |test_dir: &TestDir, criu: &Criu| match gate::need("runc", runc::find()) {
+            Some(()) => test(&Web::start(test_dir, criu, "runc")?),
             None => Ok(()),
-        }
-    });
+        },
+    );
 }
 
 /// An answer of the agent's: its status and its text.

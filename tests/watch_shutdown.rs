@@ -8,10 +8,10 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use testbed::bed::{Bed, with_bed};
 use testbed::gate::{need, root};
 use testbed::logind::{Bus, Logind, Programs};
 use testbed::process::Spawned;
+use testbed::test_dir::{TestDir, with_test_dir};
 use testbed::wait::{self, GENEROUS};
 use testbed::workspace::binary;
 
@@ -21,39 +21,39 @@ const DELAY_S: u32 = 3600;
 /// What logind lists while a shutdown would wait.
 const OURS: &str = "shutdown by pageferry (delay)";
 
-fn with_programs(test: impl FnOnce(&Bed, &Programs) -> Result<()>) {
+fn with_programs(test: impl FnOnce(&TestDir, &Programs) -> Result<()>) {
     if root().is_none() {
         return;
     }
     let fetched = Programs::fetched().map_err(|error| format!("{error:#}"));
     if let Some(programs) = need("systemd-logind and dbus-daemon", fetched) {
-        with_bed(|bed| test(bed, &programs));
+        with_test_dir(|test_dir| test(test_dir, &programs));
     }
 }
 
-fn watch(bed: &Bed, address: &str, rules: &str, more: &[&str]) -> Result<Spawned> {
-    fs::write(bed.path("rules.toml"), rules)?;
-    let log = bed.path("watch.log");
+fn watch(test_dir: &TestDir, address: &str, rules: &str, more: &[&str]) -> Result<Spawned> {
+    fs::write(test_dir.path("rules.toml"), rules)?;
+    let log = test_dir.path("watch.log");
     let mut command = Command::new(binary("pageferry")?);
     command
         .args(["watch", "--interval", "20ms", "--rules"])
-        .arg(bed.path("rules.toml"))
+        .arg(test_dir.path("rules.toml"))
         .arg("--state")
-        .arg(bed.path("state.json"))
+        .arg(test_dir.path("state.json"))
         .args(more)
         .env("DBUS_SYSTEM_BUS_ADDRESS", address)
         .stderr(fs::File::create(&log)?);
     Spawned::start("watch", &mut command, Some(log))
 }
 
-fn said(bed: &Bed) -> Result<String> {
-    Ok(fs::read_to_string(bed.path("watch.log"))?)
+fn said(test_dir: &TestDir) -> Result<String> {
+    Ok(fs::read_to_string(test_dir.path("watch.log"))?)
 }
 
 /// Waits until the watcher has said so `times` times.
-fn expect_said(bed: &Bed, watcher: &mut Spawned, text: &str, times: usize) -> Result<()> {
+fn expect_said(test_dir: &TestDir, watcher: &mut Spawned, text: &str, times: usize) -> Result<()> {
     wait::until(text, GENEROUS, || {
-        let said = said(bed)?;
+        let said = said(test_dir)?;
         if said.matches(text).count() >= times {
             return Ok(Some(()));
         }
@@ -89,9 +89,13 @@ fn end(pid_file: &Path) -> Result<()> {
 
 #[test]
 fn a_shutdown_waits_until_its_actions_are_over() {
-    with_programs(|bed, programs| {
-        let logind = Logind::start(programs, bed.dir(), DELAY_S)?;
-        let (ran, go, left) = (bed.path("ran"), bed.path("go"), bed.path("left"));
+    with_programs(|test_dir, programs| {
+        let logind = Logind::start(programs, test_dir.dir(), DELAY_S)?;
+        let (ran, go, left) = (
+            test_dir.path("ran"),
+            test_dir.path("go"),
+            test_dir.path("left"),
+        );
         let (ran_at, go_at, left_at) = (ran.display(), go.display(), left.display());
         // A process that an action leaves behind must not hold the host up.
         let rules = format!(
@@ -112,8 +116,8 @@ fn a_shutdown_waits_until_its_actions_are_over() {
             action.exec.command = "echo then >> '{ran_at}'"
             "#
         );
-        let mut watcher = watch(bed, &logind.address(), &rules, &[])?;
-        expect_said(bed, &mut watcher, "2 rules are watched", 1)?;
+        let mut watcher = watch(test_dir, &logind.address(), &rules, &[])?;
+        expect_said(test_dir, &mut watcher, "2 rules are watched", 1)?;
         expect_inhibitors(&logind, &[OURS])?;
         // Another round follows a shutdown that was given up.
         for round in 1..=2 {
@@ -128,12 +132,12 @@ fn a_shutdown_waits_until_its_actions_are_over() {
                 order[order.len() - 3..] == ["away", "over", "then"],
                 "{order:?}"
             );
-            expect_said(bed, &mut watcher, "the host may go down", round)?;
+            expect_said(test_dir, &mut watcher, "the host may go down", round)?;
             expect_inhibitors(&logind, &[])?;
             end(&left)?;
             fs::remove_file(&go)?;
             logind.cancel()?;
-            expect_said(bed, &mut watcher, "the host does not go down", round)?;
+            expect_said(test_dir, &mut watcher, "the host does not go down", round)?;
             expect_inhibitors(&logind, &[OURS])?;
         }
         watcher.signal(Signal::SIGTERM)?;
@@ -144,33 +148,33 @@ fn a_shutdown_waits_until_its_actions_are_over() {
 
 #[test]
 fn a_dry_run_holds_nothing_back_and_rules_without_a_shutdown_let_go() {
-    with_programs(|bed, programs| {
-        let logind = Logind::start(programs, bed.dir(), DELAY_S)?;
-        let ran = bed.path("ran");
+    with_programs(|test_dir, programs| {
+        let logind = Logind::start(programs, test_dir.dir(), DELAY_S)?;
+        let ran = test_dir.path("ran");
         let rules = format!(
             "[[rule]]\nname = \"away\"\nwhen.shutdown = {{}}\naction.exec.command = \"echo a >> '{}'\"\n",
             ran.display()
         );
-        let mut watcher = watch(bed, &logind.address(), &rules, &[])?;
+        let mut watcher = watch(test_dir, &logind.address(), &rules, &[])?;
         expect_inhibitors(&logind, &[OURS])?;
         let others = rules.replace("when.shutdown = {}", "when.file.path = \"/nonexistent\"");
-        fs::write(bed.path("rules.toml"), others)?;
+        fs::write(test_dir.path("rules.toml"), others)?;
         watcher.signal(Signal::SIGHUP)?;
         expect_inhibitors(&logind, &[])?;
         // What cannot be kept changes nothing.
         let long = rules.replace("when.shutdown = {}", "when.shutdown.delay = \"2h\"");
-        fs::write(bed.path("rules.toml"), long)?;
+        fs::write(test_dir.path("rules.toml"), long)?;
         watcher.signal(Signal::SIGHUP)?;
-        expect_said(bed, &mut watcher, "the rules stay as they were", 1)?;
+        expect_said(test_dir, &mut watcher, "the rules stay as they were", 1)?;
         watcher.signal(Signal::SIGTERM)?;
         watcher.succeed(GENEROUS)?;
 
-        let mut watcher = watch(bed, &logind.address(), &rules, &["--dry-run"])?;
-        expect_said(bed, &mut watcher, "1 rules are watched", 1)?;
+        let mut watcher = watch(test_dir, &logind.address(), &rules, &["--dry-run"])?;
+        expect_said(test_dir, &mut watcher, "1 rules are watched", 1)?;
         ensure!(logind.inhibitors()?.is_empty());
         logind.power_off()?;
         logind.expect_down()?;
-        expect_said(bed, &mut watcher, "would now", 1)?;
+        expect_said(test_dir, &mut watcher, "would now", 1)?;
         ensure!(lines(&ran)?.is_empty(), "a dry run does nothing");
         Ok(())
     });
@@ -178,12 +182,12 @@ fn a_dry_run_holds_nothing_back_and_rules_without_a_shutdown_let_go() {
 
 #[test]
 fn what_is_in_the_way_is_told() {
-    with_programs(|bed, programs| {
+    with_programs(|test_dir, programs| {
         let rules = "[[rule]]\nname = \"away\"\nwhen.shutdown.delay = \"2h\"\naction.exec.command = \"true\"\n";
         let refused = |address: &str, words: &[&str]| -> Result<()> {
-            let mut watcher = watch(bed, address, rules, &[])?;
+            let mut watcher = watch(test_dir, address, rules, &[])?;
             watcher.fail(GENEROUS)?;
-            let said = said(bed)?;
+            let said = said(test_dir)?;
             let is_told = words.iter().all(|word| said.contains(word));
             ensure!(
                 is_told && said.contains("rule \"away\""),
@@ -191,16 +195,16 @@ fn what_is_in_the_way_is_told() {
             );
             Ok(())
         };
-        let nowhere = format!("unix:path={}", bed.path("nowhere").display());
+        let nowhere = format!("unix:path={}", test_dir.path("nowhere").display());
         refused(&nowhere, &["the system bus of D-Bus", "nowhere"])?;
-        let bus = Bus::start(programs, bed.dir())?;
+        let bus = Bus::start(programs, test_dir.dir())?;
         refused(
             &bus.address(),
             &["systemd-logind", "org.freedesktop.login1"],
         )
         .with_context(|| bus.log())?;
         drop(bus);
-        let logind = Logind::start(programs, bed.dir(), DELAY_S)?;
+        let logind = Logind::start(programs, test_dir.dir(), DELAY_S)?;
         let words = ["3600 s at most", "7200 s", "InhibitDelayMaxSec=7200"];
         refused(&logind.address(), &words)
     });

@@ -386,7 +386,7 @@ mod tests {
         bytes.extend(4096_u64.to_le_bytes());
         for number in 1..3_u64 {
             bytes.extend(number.to_le_bytes());
-            bytes.extend((7 | 5 << 32_u64).to_le_bytes());
+            bytes.extend((7_u64 | (5 << 32)).to_le_bytes());
             bytes.extend((number << 12).to_le_bytes());
         }
         std::fs::write(&path, bytes).unwrap();

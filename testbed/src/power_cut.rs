@@ -106,8 +106,8 @@ impl Disk {
             unsafe_files: BTreeSet::new(),
             contents: BTreeMap::new(),
         };
-        for root in 0..roots.len() {
-            disk.read_in(root, &roots[root].to_path_buf())?;
+        for (number, root) in roots.iter().enumerate() {
+            disk.read_in(number, root)?;
         }
         disk.safe_names = disk.names.clone();
         disk.read_contents()?;

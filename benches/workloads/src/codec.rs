@@ -51,12 +51,17 @@ pub fn hasher() -> PageHasher {
 }
 
 /// What a sender keeps between two rounds.
-#[derive(Debug)]
 pub struct Codec {
     hasher: PageHasher,
     memory: PageMemory,
     encoder: Encoder,
     verdicts: Verdicts,
+}
+
+impl std::fmt::Debug for Codec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Codec({:?})", self.memory)
+    }
 }
 
 impl Default for Codec {

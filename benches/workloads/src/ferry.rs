@@ -39,7 +39,7 @@ pub(crate) fn later_round() -> Run {
         number += 1;
         let mut bytes = 0;
         codec.round(&versions[number % 2], LEVEL, |body| {
-            bytes += body.len() as u64
+            bytes += body.len() as u64;
         });
         codec.commit();
         bytes

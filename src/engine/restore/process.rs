@@ -101,7 +101,7 @@ impl Restore {
         if let (Some(auto_dedup), Some(chain)) = (&mut self.auto_dedup, &chain) {
             auto_dedup.add(pid, chain);
         }
-        self.tell(
+        self.notify_standby(
             StandbyMessage::Process {
                 id,
                 pid,

@@ -214,7 +214,7 @@ impl Session<'_> {
             }
             match error_of_file(file, path, offset + sent, &error) {
                 Some(error) => {
-                    tries.wait_and_retry(error, &self.context.local_reads, &self.stream)?
+                    tries.wait_and_retry(error, &self.context.local_reads, &self.stream)?;
                 }
                 None => return Err(not_taken(error)),
             }

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pageferry::criu::header::Wire;
+use pageferry::engine::io::transport::Peer;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::{Begin, Container, Receiver, Status};
 use pageferry::migration::{

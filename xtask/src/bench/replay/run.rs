@@ -10,13 +10,13 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use serde_json::Value;
 use testbed::agent::{Agent, Move};
-use testbed::bed::Bed;
 use testbed::criu::Criu;
 use testbed::debian::{self, Suite};
 use testbed::net::Host;
 use testbed::net_three::{DEVICE, ThreeHosts};
 use testbed::process::Spawned;
 use testbed::routes::NftRoute;
+use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 use testbed::workspace::binary;
 
@@ -74,33 +74,33 @@ pub(super) struct Run {
 
 /// Moves a Redis as `who` does, while clients write.
 pub(super) fn run(criu: &Criu, programs: &Programs, case: &Case, who: Contender) -> Result<Run> {
-    let bed = Bed::new()?;
+    let test_dir = TestDir::new()?;
     let hosts = ThreeHosts::new()?;
     hosts.limit(BITS_PER_S)?;
-    let stage = Stage {
-        bed: &bed,
+    let setup = Setup {
+        test_dir: &test_dir,
         criu,
         programs,
         hosts: &hosts,
     };
     let ran = match who {
-        Contender::LogReplay => stage.by_log(case),
-        Contender::Cold | Contender::Hybrid => stage.with_memory(case, who.name()),
+        Contender::LogReplay => setup.by_log(case),
+        Contender::Cold | Contender::Hybrid => setup.with_memory(case, who.name()),
     };
     if ran.is_err() {
-        bed.show_logs();
+        test_dir.show_logs();
     }
     ran.with_context(|| format!("{who:?}, {}", case.describe()))
 }
 
-struct Stage<'a> {
-    bed: &'a Bed,
+struct Setup<'a> {
+    test_dir: &'a TestDir,
     criu: &'a Criu,
     programs: &'a Programs,
     hosts: &'a ThreeHosts,
 }
 
-impl Stage<'_> {
+impl Setup<'_> {
     /// The words of a Redis that has nothing on its disk.
     fn redis(&self, port: &str) -> String {
         format!(
@@ -111,11 +111,11 @@ impl Stage<'_> {
     }
 
     fn start(&self, port: u16) -> Result<Spawned> {
-        let log = self.bed.path("redis.log");
+        let log = self.test_dir.path("redis.log");
         let mut command = self.hosts.source.net.command("setsid");
         command
             .args(["sh", "-c", &self.redis(&port.to_string())])
-            .current_dir(self.bed.dir())
+            .current_dir(self.test_dir.dir())
             .stdin(Stdio::null())
             .stdout(fs::File::create(&log)?)
             .stderr(Stdio::null());
@@ -125,19 +125,22 @@ impl Stage<'_> {
     }
 
     fn agent(&self) -> Result<Agent> {
-        let (dir, insecure) = (self.bed.path("agent"), ["--insecure".to_owned()]);
+        let (dir, insecure) = (self.test_dir.path("agent"), ["--insecure".to_owned()]);
         let host = Some(&self.hosts.destination);
         Agent::start(&self.criu.path, &dir, host, &insecure)
     }
 
     fn to_move(&self, id: &'static str) -> Move<'_> {
-        Move::new(self.criu, self.bed.path("source"), id).in_net(&self.hosts.source.net)
+        Move::new(self.criu, self.test_dir.path("source"), id).in_net(&self.hosts.source.net)
     }
 
     fn by_log(&self, case: &Case) -> Result<Run> {
         let mut service = self.start(BEHIND)?;
-        let (log, behind) = (self.bed.path("recorded"), format!("127.0.0.1:{BEHIND}"));
-        let said = self.bed.path("record.log");
+        let (log, behind) = (
+            self.test_dir.path("recorded"),
+            format!("127.0.0.1:{BEHIND}"),
+        );
+        let said = self.test_dir.path("record.log");
         let mut record = self.hosts.source.net.command(binary("pageferry")?);
         record
             .args(["record", "--listen", &format!("0.0.0.0:{PORT}"), "--to"])

@@ -258,7 +258,7 @@ fn write(at: SocketAddr, number: u32, case: &Case, seen: &Seen) -> Result<()> {
             }
             continue;
         };
-        let is_counted = count % COUNTED == 0;
+        let is_counted = count.is_multiple_of(COUNTED);
         command.clear();
         match is_counted {
             true => add(&mut command, &[b"INCR", counter.as_bytes()]),
