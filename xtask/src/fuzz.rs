@@ -196,8 +196,8 @@ impl Fuzzer<'_> {
             return Ok(fs::write(input, &whole)?);
         };
         for bit in 0..8 {
-            let changed = [&whole[..misses], &[byte ^ 1 << bit]].concat();
-            for spoiled in [[&changed, &whole[misses + 1..]].concat(), changed] {
+            let changed = [&whole[..misses], &[byte ^ (1 << bit)]].concat();
+            for spoiled in [[changed.as_slice(), &whole[misses + 1..]].concat(), changed] {
                 if self.misses(name, input, &spoiled)? {
                     return Ok(());
                 }
