@@ -102,12 +102,12 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// Starts one in the directory `bed`.
+    /// Starts one in the directory `dir`.
     ///
     /// # Errors
     /// It does not come up; the error shows its log.
-    pub fn start(programs: &Programs, bed: &Path) -> Result<Bus> {
-        let work = bed.join("logind");
+    pub fn start(programs: &Programs, dir: &Path) -> Result<Bus> {
+        let work = dir.join("logind");
         fs::create_dir_all(&work)?;
         let socket = work.join("bus");
         if socket.exists() {
@@ -165,12 +165,12 @@ struct StandIn {
 }
 
 impl Logind {
-    /// Starts one in the directory `bed`, which lets a shutdown wait for `delay_s` seconds at most.
+    /// Starts one in the directory `dir`, which lets a shutdown wait for `delay_s` seconds at most.
     ///
     /// # Errors
     /// It does not come up; the error shows its log.
-    pub fn start(programs: &Programs, bed: &Path, delay_s: u32) -> Result<Logind> {
-        let bus = Bus::start(programs, bed)?;
+    pub fn start(programs: &Programs, dir: &Path, delay_s: u32) -> Result<Logind> {
+        let bus = Bus::start(programs, dir)?;
         let runtime = runtime()?;
         let connection = runtime.block_on(connect(&bus.address()))?;
         let first = StandIn::start(&bus.address())?;

@@ -454,12 +454,10 @@ impl WebClients {
         let first = self.counts.first_failure.lock();
         match &*first.unwrap_or_else(PoisonError::into_inner) {
             None => Ok(()),
-            Some(first) => bail!(
-                "{} questions failed ({} answers here, {} there): {first}",
-                self.failed(),
-                self.here(),
-                self.there()
-            ),
+            Some(first) => {
+                let (failed, here, there) = (self.failed(), self.here(), self.there());
+                bail!("{failed} questions failed ({here} answers here, {there} there): {first}")
+            }
         }
     }
 }

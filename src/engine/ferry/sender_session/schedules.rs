@@ -1,5 +1,5 @@
-//! Whoever runs first: batches get their numbers in the order of their sequence, who waits for room or for an answer gets it,
-//! and everybody hears of the end.
+//! Whoever runs first: batches are numbered in the order of their sequence, a thread that waits for room or an answer gets it,
+//! and each is told of the end.
 
 use shuttle::thread::{spawn, yield_now};
 
@@ -22,9 +22,9 @@ const WINDOW: Window = Window {
 };
 
 fn session() -> Arc<SenderSession> {
-    let learned = Learned::new(PageMemory::new(PAGE, 0));
+    let history = SenderHistory::new(PageMemory::new(PAGE, 0));
     let id = SessionId([1; 16]);
-    Arc::new(SenderSession::new(PAGE, id, learned, Arc::default()))
+    Arc::new(SenderSession::new(PAGE, id, history, Arc::default()))
 }
 
 fn peer() -> Hello {
@@ -44,17 +44,17 @@ fn peer() -> Hello {
 }
 
 fn ack(safe: u64, answer: Answer) -> Frame {
-    let mut words = Vec::new();
+    let mut frame = Vec::new();
     let ack = Ack {
         safe,
         answer,
         ..Ack::default()
     };
-    ack.encode(&mut words);
+    ack.encode(&mut frame);
     Frame {
         kind: Kind::Ack,
         number: 0,
-        body: words.split_off(HEADER_BYTES),
+        body: frame.split_off(HEADER_BYTES),
     }
 }
 
@@ -66,18 +66,18 @@ fn receive(session: &SenderSession) -> Vec<u8> {
     session.handle(0, &waker, ack(0, Answer::default()));
     let mut said = Vec::new();
     while !session.is_over() {
-        let Some(words) = session.poll(0, &waker, 0) else {
+        let Some(bytes) = session.poll(0, &waker, 0) else {
             yield_now();
             continue;
         };
-        let Ok(Split::Frame(frame)) = split(&words) else {
+        let Ok(Split::Frame(frame)) = split(&bytes) else {
             panic!("no frame");
         };
         if !frame.kind.is_numbered() {
             continue;
         }
         assert_eq!(frame.number, said.len() as u64 + 1);
-        said.push(words[frame.body.start]);
+        said.push(bytes[frame.body.start]);
         let answer = match frame.kind {
             Kind::Open => Answer {
                 to: frame.number,
@@ -125,7 +125,7 @@ fn batches_are_sent_in_their_order() {
 }
 
 #[test]
-fn everybody_hears_of_the_end() {
+fn each_thread_is_told_of_the_end() {
     each(|| {
         let session = session();
         let receives = Arc::clone(&session);
@@ -134,7 +134,7 @@ fn everybody_hears_of_the_end() {
             // Its turn never comes.
             Box::new(|session| submit(session, 1, 1)),
             Box::new(|session| session.wait_for_batches_before(5)),
-            Box::new(SenderSession::wait_until_taken),
+            Box::new(SenderSession::wait_until_complete),
             Box::new(|session| session.ask(Kind::Close, |body| body.push(1)).map(drop)),
         ];
         let waiting = waiting.map(|waits| {
