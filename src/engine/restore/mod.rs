@@ -97,6 +97,7 @@ use install::Filling;
 use intake::Intake;
 use links::Links;
 use loss::Losses;
+use owner_search::LastLook;
 pub(super) use process::wire_of;
 use processes::{Process, Processes};
 use report::Observer;
@@ -169,6 +170,7 @@ pub struct Restore {
     room: MessageBuffer,
     filling: Filling,
     guard_scans: GuardScans,
+    last_look: LastLook,
     /// Takes out of the local images what nobody needs any more.
     auto_dedup: Option<AutoDedup>,
     /// What is to become huge pages again.
@@ -281,6 +283,7 @@ impl Restore {
             observer,
             filling: Filling::default(),
             guard_scans: GuardScans::default(),
+            last_look: LastLook::default(),
             standby,
             room: MessageBuffer::zeroed(),
         };

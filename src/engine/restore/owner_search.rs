@@ -13,7 +13,8 @@
 //! ```
 //!
 //! Invariants: a guard region counts only if it cannot be another process's. A process that is not found after a few
-//! fills is not looked for any more, and guard regions in its missing memory are lost.
+//! fills is not looked for any more, and guard regions in its missing memory are lost. The candidates of one look at most
+//! are open.
 
 use std::fs;
 use std::io;
@@ -54,12 +55,17 @@ pub(super) enum SearchScope {
 pub(super) struct OwnerSearch {
     scope: SearchScope,
     cost: u32,
-    lacked: Option<MissingPage>,
 }
 
-/// Before a page is filled: who lacks it.
+/// The last look at candidates, one for all searches: each holds a descriptor for every candidate, and a fill that is
+/// refused leaves its look behind. In a storm of forks each child would hold as many descriptors as there are children.
+#[derive(Debug, Default)]
+pub(super) struct LastLook(Option<MissingPage>);
+
+/// Before a page of `id` is filled: who lacks it.
 #[derive(Debug)]
 struct MissingPage {
+    id: SpaceId,
     page: Vaddr,
     candidates: Vec<Candidate>,
     cost: u32,
@@ -67,11 +73,7 @@ struct MissingPage {
 
 impl OwnerSearch {
     pub(super) fn new(scope: SearchScope) -> OwnerSearch {
-        OwnerSearch {
-            scope,
-            cost: 0,
-            lacked: None,
-        }
+        OwnerSearch { scope, cost: 0 }
     }
 
     pub(super) fn scope(&self) -> SearchScope {
@@ -125,13 +127,12 @@ impl Restore {
         };
         let cost = if candidates.is_empty() { 1 } else { LOOK_COST };
         candidates.retain(lacks);
-        if let Some(search) = self.search_mut(id) {
-            search.lacked = Some(MissingPage {
-                page: free.start(),
-                candidates,
-                cost,
-            });
-        }
+        self.last_look = LastLook(Some(MissingPage {
+            id,
+            page: free.start(),
+            candidates,
+            cost,
+        }));
         match free == at {
             true => Guards::None,
             false => Guards::Beside(free),
@@ -141,10 +142,15 @@ impl Restore {
     /// `id` was filled at `start`: whoever has this page now, and lacked it before, is the process.
     pub(super) fn look_after_fill(&mut self, id: SpaceId, start: Vaddr) {
         let page = self.images.page().bytes();
-        let Some(search) = self.search_mut(id) else {
+        let Some(search) = self
+            .processes
+            .get_mut(id)
+            .and_then(|process| process.search.as_mut())
+        else {
             return;
         };
-        let Some(lacked) = search.lacked.take().filter(|lacked| lacked.page == start) else {
+        let look = self.last_look.0.take();
+        let Some(lacked) = look.filter(|look| look.id == id && look.page == start) else {
             return;
         };
         search.cost += lacked.cost;
@@ -176,7 +182,12 @@ impl Restore {
 
     /// Gives the descriptors back by which children are looked at. Says whether there were any.
     pub(super) fn forget_hosts_of_children(&mut self) -> bool {
-        let mut count = 0;
+        let mut count = usize::from(
+            self.last_look
+                .0
+                .take()
+                .is_some_and(|look| !look.candidates.is_empty()),
+        );
         for id in self.processes.ids() {
             let Some(process) = self.processes.get_mut(id) else {
                 continue;
@@ -188,10 +199,6 @@ impl Restore {
             }
         }
         count > 0
-    }
-
-    fn search_mut(&mut self, id: SpaceId) -> Option<&mut OwnerSearch> {
-        self.processes.get_mut(id)?.search.as_mut()
     }
 
     /// The processes of `scope` that are not known yet; `None` if not all of them can be seen.
