@@ -104,6 +104,24 @@ impl Area {
         Ok(area)
     }
 
+    /// Maps `length` bytes of private memory at `address`.
+    #[cfg(test)]
+    fn at(address: usize, length: usize) -> io::Result<Area> {
+        let (address, room) = (NonZeroUsize::new(address), NonZeroUsize::new(length));
+        let room = room.ok_or(io::ErrorKind::InvalidInput)?;
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_FIXED_NOREPLACE;
+        // SAFETY: a new mapping that replaces none touches nothing that exists.
+        let mapped = unsafe { mman::mmap_anonymous(address, room, access, flags) }?;
+        Ok(Area {
+            mapped,
+            mapped_length: length,
+            start: mapped.cast(),
+            length,
+            _file: None,
+        })
+    }
+
     /// Its bytes.
     pub fn length(&self) -> usize {
         self.length
@@ -210,8 +228,12 @@ pub fn features() -> io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
+    use bytemuck::Zeroable;
+
     use super::*;
-    use crate::sys::uffd::{Filled, Wake};
+    use crate::sys::uffd::{Filled, MessageBuffer, Wake};
 
     const PAGE: usize = 4096;
 
@@ -224,6 +246,39 @@ mod tests {
         let start = area.range(0..PAGE).unwrap().start().get();
         assert_eq!(start % HUGE_BYTES as u64, 0);
         assert!(Area::new(0, Backing::Shared).is_err());
+    }
+
+    /// Where vm.mmap_min_addr lets memory begin, threads wait there too.
+    #[test]
+    fn who_waits_below_64_kib_is_woken_with_all() {
+        let page = super::super::process::page_size().unwrap();
+        let bytes = page.as_usize();
+        let low = [0x4000, 0x8000].map(|at| Area::at(at, bytes).ok());
+        for area in low.into_iter().flatten() {
+            let Ok(watched) = Watched::new(area, 0, Modes::MISSING, false) else {
+                eprintln!("skipped: no memory can be watched there");
+                continue;
+            };
+            let told = std::thread::scope(|scope| {
+                let reader = scope.spawn(|| watched.area().load(0));
+                let (mut told, began) = (0, Instant::now());
+                while told < 2 && began.elapsed() < Duration::from_secs(10) {
+                    let room = MessageBuffer::zeroed();
+                    let read = watched.uffd().read(&room, |_| {}).unwrap();
+                    if told == 0 && read > 0 {
+                        watched.uffd().wake_all(page).unwrap();
+                    }
+                    told += read;
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                let at = watched.area().range(0..bytes).unwrap().start();
+                let filled = watched.uffd().copy(at, &vec![7; bytes], Wake::Now).unwrap();
+                assert_eq!(filled, Filled::Bytes(page.bytes()));
+                assert_eq!(reader.join().unwrap(), 7);
+                told
+            });
+            assert_eq!(told, 2, "the thread was not woken");
+        }
     }
 
     #[test]

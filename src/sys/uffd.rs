@@ -130,8 +130,9 @@ pub enum Wake {
     Later,
 }
 
-/// Memory of a process lies between 2 to the first and 2 to the last of these.
-const ADDRESS_BITS: std::ops::Range<u32> = 16..57;
+/// Memory of a process lies between 2 to the first and 2 to the last of these: vm.mmap_min_addr is 4096 where
+/// programs need memory that low, as Wine does.
+const ADDRESS_BITS: std::ops::Range<u32> = 12..57;
 
 /// UFFDIO_COPY_MODE_DONTWAKE.
 const COPY_MODE_DONTWAKE: u64 = 1;

@@ -297,8 +297,9 @@ impl Restore {
 /// Looked at after each fork: as many as this times what lives have ended at most, unseen.
 const LOOKED_AT_A_FORK: usize = 4;
 
-/// An aligned address at the default of vm.mmap_min_addr, which the kernel accepts to be asked about.
-const ANYWHERE: u64 = 0x1_0000;
+/// An aligned address that the kernel accepts to be asked about: above vm.mmap_min_addr, which some raise, and within the
+/// memory of 32-bit programs.
+const ANYWHERE: u64 = 1 << 30;
 
 /// Whether a child's userfaultfd cannot be had for want of descriptors or memory. Its event stays to be read.
 fn lacks_descriptor(error: &std::io::Error) -> bool {
