@@ -5,16 +5,22 @@ use crate::units::PageRange;
 /// Flag of a mapping under a userfaultfd that is told of missing pages.
 pub(super) const MISSING: &str = "um";
 
-/// Flag of a mapping that children find zero (MADV_WIPEONFORK, MAP_DROPPABLE).
-pub(super) const WIPED_ON_FORK: &str = "wf";
+/// Flags of mappings whose pages children do not get: they find zeros (MADV_WIPEONFORK, MAP_DROPPABLE), or no mapping
+/// (MADV_DONTFORK).
+pub(super) const NOT_INHERITED: [&str; 2] = ["wf", "dc"];
 
 /// The mappings with `flag` in their line VmFlags, by address.
 pub(super) fn mappings_with(flag: &str, smaps: &str) -> Vec<PageRange> {
+    mappings_with_any(&[flag], smaps)
+}
+
+/// The mappings with one of `wanted` in their line VmFlags, by address.
+pub(super) fn mappings_with_any(wanted: &[&str], smaps: &str) -> Vec<PageRange> {
     let mut current = None;
     let mut found = Vec::new();
     for line in smaps.lines() {
         if let Some(flags) = line.strip_prefix("VmFlags:") {
-            if flags.split_whitespace().any(|has| has == flag) {
+            if flags.split_whitespace().any(|has| wanted.contains(&has)) {
                 found.extend(current);
             }
         } else if let Some(range) = mapping(line) {
@@ -73,7 +79,7 @@ mod tests {
                      7f0000000000-7f0000002000 rw-p 00000000 00:00 0\nSize: 8 kB\nVmFlags: rd wr mr um ac wf \n";
         let range = PageRange::new(0x7f00_0000_0000, 0x7f00_0000_2000);
         assert_eq!(mappings_with(MISSING, smaps), [range]);
-        assert_eq!(mappings_with(WIPED_ON_FORK, smaps), [range]);
+        assert_eq!(mappings_with_any(&NOT_INHERITED, smaps), [range]);
         assert_eq!(
             mappings_with("ex", smaps),
             [PageRange::new(0x40_0000, 0x45_2000)]

@@ -51,6 +51,9 @@ const FLAG_HUGETLB: u32 = 0x4_0000;
 /// Bit of `Vma::madv` (1 << MADV_WIPEONFORK): children that are forked find zeros in the range.
 const MADV_WIPEONFORK: u64 = 1 << 18;
 
+/// Bit of `Vma::madv` (1 << MADV_DONTFORK): children do not have the mapping.
+const MADV_DONTFORK: u64 = 1 << 10;
+
 /// Bits of `Vma::madv` (1 << MADV_HUGEPAGE, 1 << MADV_NOHUGEPAGE).
 const MADV_HUGEPAGE: u64 = 1 << 14;
 const MADV_NOHUGEPAGE: u64 = 1 << 15;
@@ -60,7 +63,7 @@ const MADV_NOHUGEPAGE: u64 = 1 << 15;
 pub struct Mappings {
     /// Ranges within mappings and outside guard regions, by address, disjoint, cut at every border.
     pub fillable: Vec<PageRange>,
-    /// Ranges that children do not inherit but find zero, by address, disjoint.
+    /// Ranges whose pages children do not inherit: they find zeros or no mapping there. By address, disjoint.
     pub wiped_on_fork: Vec<PageRange>,
     /// Ranges of which CRIU takes the pages from the image directory alone and never from its parents, by
     /// address, disjoint.
@@ -193,7 +196,7 @@ impl Change {
                 ..Change::default()
             };
         }
-        let wiped = vma.madv.unwrap_or(0) & MADV_WIPEONFORK != 0;
+        let wiped = vma.madv.unwrap_or(0) & (MADV_WIPEONFORK | MADV_DONTFORK) != 0;
         let alone = vma.flags & FLAG_HUGETLB != 0 || vma.status & STATUS_PLUGIN != 0;
         let is = |bits| vma.status & bits != 0;
         let private = is(STATUS_AIO_RING)
@@ -279,11 +282,18 @@ mod tests {
 
     #[test]
     fn what_is_wiped_on_fork_is_known() {
-        let mut vmas = [vma(0x1000, 0x3000), vma(0x3000, 0x6000)];
+        let mut vmas = [
+            vma(0x1000, 0x3000),
+            vma(0x3000, 0x6000),
+            vma(0x7000, 0x8000),
+        ];
         vmas[1].madv = Some(MADV_WIPEONFORK | 1 << 14);
-        vmas[0].madv = Some(1 << 10);
+        vmas[0].madv = Some(1 << 14);
+        vmas[2].madv = Some(MADV_DONTFORK);
         let mappings = Mappings::new(&vmas, PageSize::KIB_4).unwrap();
-        assert_eq!(mappings.wiped_on_fork, [PageRange::new(0x3000, 0x6000)]);
+        let expected = [(0x3000, 0x6000), (0x7000, 0x8000)];
+        let expected = expected.map(|(start, end)| PageRange::new(start, end));
+        assert_eq!(mappings.wiped_on_fork, expected);
     }
 
     #[test]

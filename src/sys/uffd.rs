@@ -350,6 +350,17 @@ impl Uffd {
     /// map: nothing is protected through this descriptor, so a process that lives refuses it and
     /// nothing of it changes. What a kernel before 5.7 answers, which lacks the call, is no end.
     pub fn has_ended(&self, anywhere: PageRange) -> bool {
+        self.probe(anywhere) == Err(Errno::ESRCH)
+    }
+
+    /// Whether the process forks, or changes its mappings, and waits until the message of that is read; `anywhere` as
+    /// for [`Uffd::has_ended`]. Kernels before 5.7 do not tell.
+    pub fn is_changing(&self, anywhere: PageRange) -> bool {
+        self.probe(anywhere) == Err(Errno::EAGAIN)
+    }
+
+    /// Takes a write protection away that is not there.
+    fn probe(&self, anywhere: PageRange) -> nix::Result<i32> {
         let mut call = WriteProtect {
             range: Range {
                 start: anywhere.start().get(),
@@ -358,8 +369,7 @@ impl Uffd {
             mode: WRITEPROTECT_MODE_DONTWAKE,
         };
         // SAFETY: `call` is a valid uffdio_writeprotect and outlives the call.
-        let result = unsafe { calls::writeprotect(self.0.as_raw_fd(), &raw mut call) };
-        result == Err(Errno::ESRCH)
+        unsafe { calls::writeprotect(self.0.as_raw_fd(), &raw mut call) }
     }
 }
 

@@ -51,6 +51,7 @@ impl Restore {
     pub(super) fn read_events(&mut self, id: SpaceId) -> Result<()> {
         let mut faults = Vec::new();
         for _ in 0..READS_MAX {
+            let wiped_before = self.wiped_by_pending_fork(id);
             let Some(process) = self.processes.get(id) else {
                 return Ok(());
             };
@@ -86,7 +87,10 @@ impl Restore {
                         faults.push(fault.address);
                     }
                     Event::Fork(uffd) => {
-                        let wiped = self.wiped_by_fork(id);
+                        let wiped = match &wiped_before {
+                            Some(wiped) => wiped.clone(),
+                            None => self.wiped_by_fork(id),
+                        };
                         if let Some(child) = self.handle_fork(id, uffd)? {
                             self.wipe(child, &wiped);
                         }
@@ -193,7 +197,20 @@ impl Restore {
         Ok(Some(id))
     }
 
-    /// What is zero in the children that `id` forks now: as its mappings say, else as the images did.
+    /// What the child that `id` is forking does not inherit, if it is: seen before its message is read. The kernel lets the
+    /// parent go on with that, which may then give other advice about its memory, or move it, before it is looked at.
+    fn wiped_by_pending_fork(&self, id: SpaceId) -> Option<Vec<PageRange>> {
+        let process = self.processes.get(id)?;
+        let host = process.host.as_ref()?;
+        let forks = || process.uffd.is_changing(self.anywhere()) && host.may_be_forking();
+        let lacks_pages = self
+            .planner
+            .space(id)
+            .is_some_and(|space| !space.is_complete());
+        (lacks_pages && forks()).then(|| self.wiped_by_fork(id))
+    }
+
+    /// What the children that `id` forks now do not inherit: as its mappings say, else as the images did.
     pub(super) fn wiped_by_fork(&self, id: SpaceId) -> Vec<PageRange> {
         let host = self
             .processes
@@ -207,7 +224,8 @@ impl Restore {
             .unwrap_or_else(|| space.wiped_on_fork())
     }
 
-    /// Nothing of `ranges` comes to the child `id`: there it is zero.
+    /// Nothing of `ranges` comes to the child `id`: there it is zero, or not mapped. Without this, a mapping that the child
+    /// lets grow to there would show what was there in its parent.
     pub(super) fn wipe(&mut self, id: SpaceId, ranges: &[PageRange]) {
         for &range in ranges {
             self.notify_standby(StandbyMessage::Gone { id, range }, None);
@@ -277,8 +295,11 @@ impl Restore {
     }
 
     fn has_ended(&self, process: &Process) -> bool {
-        let anywhere = PageRange::new(ANYWHERE, ANYWHERE + self.images.page().bytes());
-        process.uffd.has_ended(anywhere)
+        process.uffd.has_ended(self.anywhere())
+    }
+
+    fn anywhere(&self) -> PageRange {
+        PageRange::new(ANYWHERE, ANYWHERE + self.images.page().bytes())
     }
 
     /// Closes what is open and of no use: processes that ended, and forked children that have all

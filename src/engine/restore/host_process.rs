@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use nix::libc::SIGKILL;
 
-use crate::engine::smaps::{self, MISSING, WIPED_ON_FORK};
+use crate::engine::smaps::{self, MISSING, NOT_INHERITED};
 use crate::sys::owned_process::{ProcessName, ProcessStat};
 use crate::sys::pagemap::Pagemap;
 use crate::units::PageRange;
@@ -85,10 +85,19 @@ impl HostProcess {
         }
     }
 
-    /// The mappings that a fork leaves zero in the child, if they can be read.
+    /// The mappings whose pages a fork does not give to the child, if they can be read.
     pub(super) fn wiped_on_fork(&self) -> Option<Vec<PageRange>> {
         let smaps = self.read("smaps").ok()?;
-        Some(smaps::mappings_with(WIPED_ON_FORK, &smaps))
+        Some(smaps::mappings_with_any(&NOT_INHERITED, &smaps))
+    }
+
+    /// Whether one of its first [`THREADS_MAX`] threads is in a system call that forks.
+    pub(super) fn may_be_forking(&self) -> bool {
+        let threads = fs::read_dir(self.path("task")).into_iter().flatten();
+        threads.flatten().take(THREADS_MAX).any(|thread| {
+            let call = fs::read_to_string(thread.path().join("syscall"));
+            call.is_ok_and(|call| is_forking(&call))
+        })
     }
 
     /// Who disturbs the process now as a dump does. `restored`: its restore has finished.
@@ -99,6 +108,26 @@ impl HostProcess {
         let frozen = restored && tracer == 0 && frozen();
         self.watch.look(tracer, frozen, restored)
     }
+}
+
+/// Most threads that are looked at for one that forks: a look takes some 10 µs.
+const THREADS_MAX: usize = 64;
+
+/// Numbers of the system calls that fork (fork, vfork, clone, clone3), of 64-bit and of 32-bit programs. That some mean
+/// another call to the other kind costs a look too many.
+#[cfg(target_arch = "x86_64")]
+const FORKING_CALLS: [i64; 7] = [57, 58, 56, 435, 2, 190, 120];
+#[cfg(not(target_arch = "x86_64"))]
+const FORKING_CALLS: [i64; 5] = [220, 435, 2, 190, 120];
+
+/// Whether `call`, the text of /proc/PID/syscall, is of a thread that forks.
+fn is_forking(call: &str) -> bool {
+    let number = call.split_whitespace().next();
+    number.is_some_and(|number| {
+        number
+            .parse()
+            .is_ok_and(|n: i64| FORKING_CALLS.contains(&n))
+    })
 }
 
 /// When the process `pid` of this host started, clock ticks since that of the host; 0 if that is not known: /proc may
@@ -238,6 +267,16 @@ mod tests {
         assert_eq!(watch.look(0, true, true), None);
         assert_eq!(watch.look(0, false, true), None);
         assert_eq!(watch.look(0, true, true), Some(Disturbance::Frozen));
+    }
+
+    #[test]
+    fn a_call_that_forks_is_known() {
+        assert!(is_forking(
+            "435 0x7ffd 0x58 0x0 0x7f 0x8 0x0 0x7ffc 0x7f01\n"
+        ));
+        for other in ["running", "-1 0x7ffc 0x7f01", "202 0x7f 0x0", ""] {
+            assert!(!is_forking(other), "{other}");
+        }
     }
 
     #[test]

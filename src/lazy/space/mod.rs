@@ -39,7 +39,8 @@ pub struct Space {
     flight: ExtentMap<ImageIndex>,
     /// What the local images or the source should have and cannot give now: the background leaves it out.
     unreadable: ExtentMap<ImageIndex>,
-    /// Where children find zeros, as far as it was known at the start (MADV_WIPEONFORK).
+    /// Whose pages children do not get, as far as it was known at the start (MADV_WIPEONFORK, MADV_DONTFORK). What has no
+    /// mapping in a child may get one without an event, by mremap of another one.
     wiped: ExtentMap,
     /// What the source had at the start, sorted, by address in the dump: no request leaves one.
     origins: Arc<[PageRange]>,
@@ -164,7 +165,7 @@ impl Space {
         child
     }
 
-    /// `ranges`, disjoint and by address, are not inherited by children: they find zeros there.
+    /// `ranges`, disjoint and by address, are not inherited by children: they find zeros there, or no mapping.
     pub fn wipe_on_fork(&mut self, ranges: &[PageRange]) {
         for range in ranges {
             self.wiped.insert(Piece {
