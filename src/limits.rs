@@ -28,6 +28,9 @@ pub const TREE_LAYERS_MAX: usize = 16;
 /// Bytes of a process's pages that wait in memory until it is known which process it shares pages with.
 pub const TREE_SAMPLE_BYTES: usize = 4 << 20;
 
+/// Most bytes of a command line, and of an environment, that a lazy restore brings first: one argument can have as many.
+pub const COMMAND_LINE_BYTES_MAX: u64 = 128 << 10;
+
 /// Most directories in a chain of parents.
 pub const PARENT_DEPTH_MAX: usize = 1024;
 

@@ -185,8 +185,20 @@ pub(crate) fn message_seeds() -> Vec<Vec<u8>> {
                 shmid: 3,
             }]),
         ),
-        (4, body(&[Mm { vmas }])),
-        (5, body(&[Mm { vmas: guarded }])),
+        (
+            4,
+            body(&[Mm {
+                vmas,
+                ..Mm::default()
+            }]),
+        ),
+        (
+            5,
+            body(&[Mm {
+                vmas: guarded,
+                ..Mm::default()
+            }]),
+        ),
     ];
     let of = |(kind, body): (u8, Vec<u8>)| [&[kind], body.as_slice()].concat();
     seeds.into_iter().map(of).collect()

@@ -13,7 +13,7 @@ use super::open::open_regular;
 use super::proto::{Core, Mm, PstreeEntry, TASK_DEAD};
 use crate::criu::header::Target;
 use crate::error::{Error, Kind, Result};
-use crate::limits::PARENT_DEPTH_MAX;
+use crate::limits::{COMMAND_LINE_BYTES_MAX, PARENT_DEPTH_MAX};
 use crate::units::{PageSize, Vaddr};
 
 /// Name of the link to the images that a directory's images are a difference to.
@@ -136,6 +136,26 @@ impl ImageDir {
         touched.sort_unstable();
         touched.dedup();
         Ok(touched.into_iter().map(Vaddr).collect())
+    }
+
+    /// The pages with the command line and the environment of `pid`, of which the kernel gives out nothing while they
+    /// are missing. No more of each than [`COMMAND_LINE_BYTES_MAX`]; none without `mm-PID.img`.
+    pub(crate) fn command_line(&self, pid: u32) -> Result<Vec<Vaddr>> {
+        let mm: Option<Vec<Mm>> =
+            self.messages(&self.path.join(format!("mm-{pid}.img")), Magic::Mm)?;
+        let mut pages = Vec::new();
+        for mm in mm.iter().flatten() {
+            for (start, end) in [(mm.arg_start, mm.arg_end), (mm.env_start, mm.env_end)] {
+                if start >= end {
+                    continue;
+                }
+                let end = end.min(start.saturating_add(COMMAND_LINE_BYTES_MAX));
+                let page = self.page.as_usize();
+                pages.extend((self.page.floor(start)..end).step_by(page).map(Vaddr));
+            }
+        }
+        pages.dedup();
+        Ok(pages)
     }
 
     /// Whether `other` is this directory, by whatever path: links and bind mounts lead to one as well.
@@ -334,6 +354,33 @@ mod tests {
     }
 
     #[test]
+    fn pages_of_the_command_line_and_the_environment_are_known() {
+        let tmp = tempfile::tempdir().unwrap();
+        write(&tmp.path().join("pstree.img"), Magic::Pstree, &[task(7, 0)]);
+        let dir = ImageDir::open(tmp.path(), PAGE).unwrap();
+        let pages = |mm: Mm| {
+            write(&tmp.path().join("mm-7.img"), Magic::Mm, &[mm]);
+            let pages = dir.command_line(7).unwrap().into_iter();
+            pages.map(|page| page.get() >> 12).collect::<Vec<_>>()
+        };
+        let mm = |arg_start, arg_end, env_end| Mm {
+            arg_start,
+            arg_end,
+            env_start: arg_end,
+            env_end,
+            ..Mm::default()
+        };
+        assert_eq!(pages(mm(0x7ff0, 0x8010, 0x9ff0)), [7, 8, 9]);
+        assert_eq!(pages(mm(0x7010, 0x7010, 0x7010)), []);
+        assert_eq!(pages(Mm::default()), []);
+        // Ends below their starts, and more than anybody has.
+        assert_eq!(pages(mm(0x9000, 0x1000, 0)), []);
+        let most = usize::try_from(COMMAND_LINE_BYTES_MAX >> 12).unwrap();
+        assert_eq!(pages(mm(0, u64::MAX, 0)).len(), most);
+        assert_eq!(dir.command_line(11).unwrap(), []);
+    }
+
+    #[test]
     fn a_directory_without_images_is_refused_with_advice() {
         let dir = tempfile::tempdir().unwrap();
         let error = ImageDir::open(dir.path(), PAGE).unwrap_err();
@@ -353,7 +400,10 @@ mod tests {
             end,
             ..Vma::default()
         };
-        let mm = |vmas| Mm { vmas };
+        let mm = |vmas| Mm {
+            vmas,
+            ..Mm::default()
+        };
         let good = mm(vec![vma(0x1000, 0x3000), vma(0x3000, 0x4000)]);
         write(&tmp.path().join("mm-7.img"), Magic::Mm, &[good]);
         let bad = mm(vec![vma(0x1000, 0x3000), vma(0x4000, 0x4000)]);

@@ -120,6 +120,18 @@ pub const TASK_DEAD: u32 = 2;
 /// The memory of a process: `mm-PID.img`.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Mm {
+    /// Where the command line (/proc/PID/cmdline) begins, an address.
+    #[prost(uint64, required, tag = "8")]
+    pub arg_start: u64,
+    /// The first address behind it.
+    #[prost(uint64, required, tag = "9")]
+    pub arg_end: u64,
+    /// Where the environment (/proc/PID/environ) begins, an address.
+    #[prost(uint64, required, tag = "10")]
+    pub env_start: u64,
+    /// The first address behind it.
+    #[prost(uint64, required, tag = "11")]
+    pub env_end: u64,
     /// The mappings by address, then (from CRIU 4.2.1 on) the guard regions inside them.
     #[prost(message, repeated, tag = "14")]
     pub vmas: Vec<Vma>,

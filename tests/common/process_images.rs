@@ -37,7 +37,14 @@ pub(crate) fn write_process(dir: &Path, runs: &[Run]) {
         end: (FIRST_PAGE + 16) << 12,
         ..Vma::default()
     };
-    write_message(&dir.join("mm-7.img"), Magic::Mm, &Mm { vmas: vec![vma] });
+    write_message(
+        &dir.join("mm-7.img"),
+        Magic::Mm,
+        &Mm {
+            vmas: vec![vma],
+            ..Mm::default()
+        },
+    );
     write_target(dir, TARGET, Wire::V2, 1, runs);
     let tree = PstreeEntry {
         pid: 7,

@@ -206,7 +206,7 @@ impl Restore {
                         "the restore is finished, {} pages are missing",
                         self.planner.missing_pages()
                     );
-                    self.fetch_what_thread_ends_touch()?;
+                    self.fetch_unawaited()?;
                 }
                 IntakeEvent::End if self.handover.is_finished() => return Ok(()),
                 IntakeEvent::End => return Err(self.restore_failed()),

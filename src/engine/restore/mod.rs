@@ -61,7 +61,7 @@ mod reserve;
 mod second_dump;
 mod signals;
 pub mod standby;
-mod thread_ends;
+mod unawaited;
 mod unopened;
 mod unreadable;
 mod waking;
