@@ -261,7 +261,10 @@ fn forward_lazy(start: &mut Start<'_>, dump: &Peer) -> Result<()> {
     };
     let mut report = Report::open(args)?;
     let tls = Tls::load(&args.tls)?;
-    let images = ImageDir::open_any(start.daemon.images_dir(), pages_of_system()?)?;
+    let page = pages_of_system()?;
+    let images = ImageDir::open_any(start.daemon.images_dir(), page)?;
+    let known_hashes = args.ferry.known_hashes.as_deref();
+    let known_hashes = known_hashes.and_then(|path| hashes::known(path, page));
     let config = ForwardLazyConfig {
         dump: dump.clone(),
         spill: args.ferry.spill.clone(),
@@ -274,7 +277,7 @@ fn forward_lazy(start: &mut Start<'_>, dump: &Peer) -> Result<()> {
             .ferry
             .wait
             .map_or(START_WAIT_DEFAULT, Duration::from_secs),
-        known_hashes: args.ferry.known_hashes.as_deref().and_then(hashes::known),
+        known_hashes,
     };
     let forward = ForwardLazy::connect(config, &images, guard)?;
     start.daemon.confine(confinement::serving(args, &images));
@@ -366,7 +369,7 @@ fn run(
     run_sessions(&source.socket, rules, stop, session)
 }
 
-pub(crate) fn pages_of_system() -> Result<PageSize> {
+fn pages_of_system() -> Result<PageSize> {
     page_size()
         .map_err(|error| Error::wrap(Kind::Unsupported, "cannot determine the page size", error))
 }

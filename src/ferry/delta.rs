@@ -38,7 +38,6 @@ use crate::units::{PageRange, PageSize, Vaddr};
 use super::encode::{PlainBatch, Verdict, Verdicts};
 use super::gather::present_pages;
 use super::hash::{Fingerprint, HASH_BYTES, HashKey, HashStep, PageHash, PageHasher};
-use super::known_hashes::KnownHashes;
 use super::message::StateId;
 use chunk::{CHUNK_BYTES, CHUNK_PAGES, Chunk, PageLocation, SLOTS_BYTES};
 use content_cache::{CACHED_EXTRA_BYTES, ContentCache};
@@ -230,11 +229,17 @@ impl PageMemory {
         }
     }
 
-    /// Begins with what another sender knew of the receiver's base version, which is the one named `state`.
-    pub fn begin_with(&mut self, state: StateId, known: &KnownHashes) {
+    /// Begins with what another sender knew of the receiver's base version, which is the one named `state`: the hashes under
+    /// `key` of the pages of these runs.
+    pub fn begin_with<'h>(
+        &mut self,
+        state: StateId,
+        key: HashKey,
+        known: impl Iterator<Item = (Target, PageRange, &'h [PageHash])>,
+    ) {
         self.forget();
-        self.key = known.key();
-        for (target, run, hashes) in known.runs(self.page) {
+        self.key = key;
+        for (target, run, hashes) in known {
             self.set_bases(target, run, hashes.iter().copied());
         }
         self.state = state;

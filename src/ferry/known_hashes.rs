@@ -270,7 +270,7 @@ mod tests {
         let runs = [(Target::Process(7), range(0, 6000))];
         let mut memory = PageMemory::for_hashes_of(PAGE, known.ranges().chain(runs));
         let state = StateId([9; 16]);
-        memory.begin_with(state, &known);
+        memory.begin_with(state, known.key(), known.runs(PAGE));
         assert!(!memory.adopt(Target::Process(7), state), "nothing is asked");
         let verdicts = judge(&mut memory, Target::Process(7), 499, 5002);
         let same = verdicts

@@ -280,7 +280,7 @@ impl PostcopySession {
                 let runs = runs.into_iter().chain(known.ranges());
                 let mut memory = PageMemory::for_hashes_of(page, runs);
                 // A receiver calls what it has by its session's name.
-                memory.begin_with(peer.session.into(), known);
+                memory.begin_with(peer.session.into(), known.key(), known.runs(page));
                 memory
             }
         };

@@ -3,16 +3,23 @@
 //! Invariants: once [`Handover::is_over`], no connection is accepted; after a restore has finished, only the end of its
 //! connection is read.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::EpollFlags;
 
+use super::host_process::HostProcess;
 use super::intake::{Intake, IntakeEvent};
-use super::{Restore, Token, host_process, rewatch, watch};
+use super::owner_search::{OwnerSearch, SearchScope};
+use super::processes::Process;
+use super::standby::StandbyMessage;
+use super::{Restore, Token, host_process, process, rewatch, watch};
 use crate::error::{Error, Kind, Result};
-use crate::sys::uffd::check_permitted;
+use crate::lazy::planner::SpaceId;
+use crate::sys::owned_process::ProcessName;
+use crate::sys::uffd::{Uffd, check_permitted};
 
 /// How often a restore that does not come is logged.
 const WAITING_LINE: Duration = Duration::from_secs(10);
@@ -221,6 +228,77 @@ impl Restore {
             ),
             None => Ok(()),
         }
+    }
+
+    /// `host` is the process's pid on this host, 0 if that is not known, and `started` its start, in clock ticks since
+    /// that of the host.
+    ///
+    /// # Errors
+    ///
+    /// Its images cannot be opened: its userfaultfd is kept in [`Unopened`](super::unopened::Unopened). Or it cannot be polled, and is a member all
+    /// the same.
+    pub(super) fn add_process(
+        &mut self,
+        pid: u32,
+        uffd: Uffd,
+        host: i32,
+        started: u64,
+    ) -> Result<SpaceId> {
+        let name = ProcessName { pid: host, started };
+        let opened = match self.open_process(pid) {
+            Ok(opened) => opened,
+            Err(error) => {
+                self.unopened.keep(name, uffd);
+                return Err(error);
+            }
+        };
+        let id = self.planner.add(opened.space);
+        if let Some(regions) = opened.huge {
+            self.huge_pages.add(id, name, regions);
+        }
+        let chain = opened.chain.map(Arc::new);
+        if let (Some(auto_dedup), Some(chain)) = (&mut self.auto_dedup, &chain) {
+            auto_dedup.add(pid, chain);
+        }
+        self.notify_standby(
+            StandbyMessage::Process {
+                id,
+                pid,
+                host,
+                started,
+            },
+            Some(uffd.as_fd()),
+        );
+        let host = HostProcess::open(host, started);
+        let process = Process {
+            search: host
+                .is_none()
+                .then(|| OwnerSearch::new(SearchScope::Named(pid))),
+            host,
+            ..Process::new(pid, uffd, chain)
+        };
+        self.processes.adopt(id, process)?;
+        Ok(id)
+    }
+
+    /// What the images have of `pid`, and what is known of it besides.
+    fn open_process(&mut self, pid: u32) -> Result<process::Opened> {
+        let has_source = self.config.source.is_some();
+        let mut opened = process::open(&self.images, pid, has_source, &self.huge_pages)?;
+        if self.config.auto_dedup {
+            opened.space = opened.space.accounting();
+        }
+        let space = &mut opened.space;
+        tracing::info!(
+            "pid {pid}: {} pages missing in {} runs, {} of them with the source",
+            space.missing_bytes() >> self.images.page().shift(),
+            space.runs(),
+            space.remote_bytes() >> self.images.page().shift(),
+        );
+        let mappings = std::mem::take(&mut opened.mappings);
+        self.working_set.apply(pid, space, mappings);
+        self.build_on_earlier(pid, space.origins())?;
+        Ok(opened)
     }
 
     /// The process `pid`, which does not run yet, cannot be restored because of `error`. It is ended, and the restore

@@ -1,26 +1,16 @@
 //! Opens a restored process: which of its memory is missing, and whether the source or a local image has it.
 
-use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::Arc;
 
-use super::Restore;
-use super::host_process::HostProcess;
 use super::huge_pages::HugePageRestorer;
-use super::owner_search::{OwnerSearch, SearchScope};
-use super::processes::Process;
-use super::standby::StandbyMessage;
 use crate::criu::header::{Target, Wire};
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::{Chain, Missing, Place};
 use crate::image::dir::ImageDir;
 use crate::image::proto::{PagemapEntry, PagemapHead};
 use crate::lazy::huge_pages::Regions;
-use crate::lazy::planner::SpaceId;
 use crate::lazy::space::Space;
 use crate::lazy::working_set::Mapping;
-use crate::sys::owned_process::ProcessName;
-use crate::sys::uffd::Uffd;
 use crate::units::PageRange;
 
 /// A process's missing memory, and the images that have some of it.
@@ -68,79 +58,6 @@ pub(super) fn open(
         huge,
         mappings: mappings.all,
     })
-}
-
-impl Restore {
-    /// `host` is the process's pid on this host, 0 if that is not known, and `started` its start, in clock ticks since
-    /// that of the host.
-    ///
-    /// # Errors
-    ///
-    /// Its images cannot be opened: its userfaultfd is kept in [`Unopened`]. Or it cannot be polled, and is a member all
-    /// the same.
-    pub(super) fn add_process(
-        &mut self,
-        pid: u32,
-        uffd: Uffd,
-        host: i32,
-        started: u64,
-    ) -> Result<SpaceId> {
-        let name = ProcessName { pid: host, started };
-        let opened = match self.open_process(pid) {
-            Ok(opened) => opened,
-            Err(error) => {
-                self.unopened.keep(name, uffd);
-                return Err(error);
-            }
-        };
-        let id = self.planner.add(opened.space);
-        if let Some(regions) = opened.huge {
-            self.huge_pages.add(id, name, regions);
-        }
-        let chain = opened.chain.map(Arc::new);
-        if let (Some(auto_dedup), Some(chain)) = (&mut self.auto_dedup, &chain) {
-            auto_dedup.add(pid, chain);
-        }
-        self.notify_standby(
-            StandbyMessage::Process {
-                id,
-                pid,
-                host,
-                started,
-            },
-            Some(uffd.as_fd()),
-        );
-        let host = HostProcess::open(host, started);
-        let process = Process {
-            search: host
-                .is_none()
-                .then(|| OwnerSearch::new(SearchScope::Named(pid))),
-            host,
-            ..Process::new(pid, uffd, chain)
-        };
-        self.processes.adopt(id, process)?;
-        Ok(id)
-    }
-
-    /// What the images have of `pid`, and what is known of it besides.
-    fn open_process(&mut self, pid: u32) -> Result<Opened> {
-        let has_source = self.config.source.is_some();
-        let mut opened = open(&self.images, pid, has_source, &self.huge_pages)?;
-        if self.config.auto_dedup {
-            opened.space = opened.space.accounting();
-        }
-        let space = &mut opened.space;
-        tracing::info!(
-            "pid {pid}: {} pages missing in {} runs, {} of them with the source",
-            space.missing_bytes() >> self.images.page().shift(),
-            space.runs(),
-            space.remote_bytes() >> self.images.page().shift(),
-        );
-        let mappings = std::mem::take(&mut opened.mappings);
-        self.working_set.apply(pid, space, mappings);
-        self.build_on_earlier(pid, space.origins())?;
-        Ok(opened)
-    }
 }
 
 /// The directory of the round before `images`: `named`, which may be relative to theirs, or else what
