@@ -38,6 +38,7 @@ fn images_are_restored_or_refused() {
 }
 
 #[test]
+#[ignore = "takes minutes, for thousands of states are written out"]
 fn images_with_a_tree_are_restored_or_refused() {
     with_criu(Suite::Trixie, |test_dir, criu| {
         cut(test_dir, criu, &["--dedup-tree"])
@@ -45,6 +46,7 @@ fn images_with_a_tree_are_restored_or_refused() {
 }
 
 #[test]
+#[ignore = "takes minutes, for thousands of states are written out"]
 fn images_apart_are_restored_or_refused() {
     with_criu(Suite::Sid, |test_dir, criu| {
         let lazy = test_dir.path("lazy");
