@@ -83,8 +83,8 @@ enum Event {
     TriggerGone(u64, usize, Error),
     /// A word came over the socket.
     Word(String),
-    /// The host is about to go down, or is not any more.
-    Shutdown(bool),
+    /// The host is about to go down, in the shutdown of this number; or is not any more.
+    Shutdown(Option<u64>),
     /// An action on a target has ended.
     ActionEnded(String, Result<()>),
 }

@@ -2,18 +2,17 @@
 //!
 //! ```text
 //! a rule with `when.shutdown` ──> Inhibit("shutdown", "delay") ──> a descriptor: logind waits while it is open
-//! PrepareForShutdown(true)  ──> Event::Shutdown(true) ──> actions ──> release: the descriptor is closed
-//! PrepareForShutdown(false) ──> Event::Shutdown(false): the shutdown was given up; a new descriptor
+//! PrepareForShutdown(true)  ──> Event::Shutdown(number) ──> actions ──> release(number): the descriptor is closed
+//! PrepareForShutdown(false) ──> Event::Shutdown(None): the shutdown was given up; a new descriptor
 //! ```
 //!
 //! logind waits for `InhibitDelayMaxSec=` of logind.conf at most, which is 5 s unless set.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::time::Duration;
 
 use pageferry::error::{Error, Kind, Result};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tokio_stream::StreamExt;
@@ -39,8 +38,8 @@ const AGAIN: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) struct Shutdown {
     connection: Connection,
-    was_going_down: bool,
-    release: Arc<Notify>,
+    first: Option<u64>,
+    release: mpsc::UnboundedSender<u64>,
     task: JoinHandle<()>,
 }
 
@@ -48,18 +47,18 @@ impl Shutdown {
     /// Asks logind to tell, and to wait if it `holds`.
     pub(super) async fn open(holds: bool, events: mpsc::Sender<Event>) -> Result<Shutdown> {
         let link = Link::open(holds).await?;
-        let release = Arc::new(Notify::new());
+        let (release, released) = mpsc::unbounded_channel();
         Ok(Shutdown {
             connection: link.connection.clone(),
-            was_going_down: link.is_going_down,
-            release: Arc::clone(&release),
-            task: tokio::spawn(follow(link, release, events)),
+            first: link.under_way(),
+            release,
+            task: tokio::spawn(follow(link, released, events)),
         })
     }
 
-    /// Whether the host was about to go down when this was opened.
-    pub(super) fn was_going_down(&self) -> bool {
-        self.was_going_down
+    /// The shutdown that was under way when this was opened.
+    pub(super) fn first(&self) -> Option<u64> {
+        self.first
     }
 
     /// Fails if logind lets a shutdown wait for less than `delay`.
@@ -89,9 +88,10 @@ impl Shutdown {
         }
     }
 
-    /// Nothing is left to do before the host goes down.
-    pub(super) fn release(&self) {
-        self.release.notify_one();
+    /// Nothing is left to do before this shutdown. Another one that has begun meanwhile waits.
+    pub(super) fn release(&self, shutdown: u64) {
+        // Without a receiver nothing is held.
+        let _ = self.release.send(shutdown);
     }
 }
 
@@ -102,10 +102,14 @@ impl Drop for Shutdown {
 }
 
 /// Follows what logind tells, and connects again when the bus is lost, until nobody listens.
-async fn follow(mut link: Link, release: Arc<Notify>, events: mpsc::Sender<Event>) {
-    while let Err(error) = link.follow(&release, &events).await {
+async fn follow(
+    mut link: Link,
+    mut released: mpsc::UnboundedReceiver<u64>,
+    events: mpsc::Sender<Event>,
+) {
+    while let Err(error) = link.follow(&mut released, &events).await {
         tracing::error!("shutdowns are not watched: {error}; trying again");
-        let holds = link.holds;
+        let (holds, count) = (link.holds, link.count);
         // logind waits for a descriptor also when nobody is connected any more.
         let kept = link.lock.take();
         drop(link);
@@ -115,12 +119,13 @@ async fn follow(mut link: Link, release: Arc<Notify>, events: mpsc::Sender<Event
                 break link;
             }
         };
+        link.count += count;
         if link.lock.is_none() {
             link.lock = kept;
         }
         tracing::info!("shutdowns are watched again");
         if events
-            .send(Event::Shutdown(link.is_going_down))
+            .send(Event::Shutdown(link.under_way()))
             .await
             .is_err()
         {
@@ -137,6 +142,8 @@ struct Link {
     /// Shutdowns are held back, and not only told.
     holds: bool,
     is_going_down: bool,
+    /// How many shutdowns have begun.
+    count: u64,
     /// logind waits while it is open.
     lock: Option<OwnedFd>,
 }
@@ -171,13 +178,20 @@ impl Link {
             is_going_down: is_going_down(&connection).await?,
             connection,
             holds,
+            count: 0,
             lock: None,
         };
         link.hold().await?;
+        link.count += u64::from(link.is_going_down);
         if holds && link.is_going_down {
             tracing::warn!("the host is going down already, and does not wait");
         }
         Ok(link)
+    }
+
+    /// The number of the shutdown that has begun.
+    fn under_way(&self) -> Option<u64> {
+        self.is_going_down.then_some(self.count)
     }
 
     /// Has logind wait for the next shutdown. It does not wait if it has begun.
@@ -203,12 +217,17 @@ impl Link {
     }
 
     /// Passes on what logind tells. Ends without an error when nobody listens.
-    async fn follow(&mut self, release: &Notify, events: &mpsc::Sender<Event>) -> Result<()> {
+    async fn follow(
+        &mut self,
+        released: &mut mpsc::UnboundedReceiver<u64>,
+        events: &mpsc::Sender<Event>,
+    ) -> Result<()> {
         loop {
             tokio::select! {
                 signal = self.signals.next() => {
                     self.is_going_down = told(signal)?;
                     if self.is_going_down {
+                        self.count += 1;
                         tracing::info!("the host is about to go down");
                     } else {
                         tracing::info!("the host does not go down");
@@ -216,16 +235,18 @@ impl Link {
                             self.hold().await?;
                         }
                     }
-                    if events.send(Event::Shutdown(self.is_going_down)).await.is_err() {
+                    if events.send(Event::Shutdown(self.under_way())).await.is_err() {
                         return Ok(());
                     }
                 }
-                () = release.notified() => {
-                    if self.lock.take().is_some() {
+                shutdown = released.recv() => {
+                    let Some(shutdown) = shutdown else {
+                        return Ok(());
+                    };
+                    // One that was given up meanwhile is not the next one.
+                    if self.under_way() == Some(shutdown) && self.lock.take().is_some() {
                         tracing::info!("the host may go down");
                     }
-                    // The shutdown was given up meanwhile.
-                    self.hold().await?;
                 }
             }
         }

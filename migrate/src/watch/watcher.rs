@@ -40,6 +40,8 @@ pub(super) struct Watcher {
     triggers: Vec<OwnedFd>,
     /// What tells of shutdowns, if a rule waits for one.
     shutdown: Option<Shutdown>,
+    /// The number of the shutdown for which rules have yet to act.
+    awaiting: Option<u64>,
     /// The host is about to go down.
     is_going_down: bool,
     /// Counts how often rules were read: events of older ones do not count.
@@ -65,6 +67,7 @@ impl Watcher {
             events,
             triggers: Vec::new(),
             shutdown: None,
+            awaiting: None,
             is_going_down: false,
             generation: 0,
             is_dry,
@@ -130,10 +133,12 @@ impl Watcher {
         // From here on these are the rules.
         if !rules.iter().any(|rule| rule.shutdown().is_some()) {
             self.shutdown = None;
+            self.awaiting = None;
             self.is_going_down = false;
         }
         if let Some(link) = first {
-            self.is_going_down = link.was_going_down();
+            self.awaiting = link.first();
+            self.is_going_down = self.awaiting.is_some();
             self.shutdown = Some(link);
         }
         Ok(opened)
@@ -216,8 +221,9 @@ impl Watcher {
             }
             Event::Pressure(..) | Event::TriggerGone(..) => Ok(()),
             Event::Word(word) => self.word(&word).await,
-            Event::Shutdown(is_going_down) => {
-                self.tell_shutdown(is_going_down);
+            Event::Shutdown(shutdown) => {
+                self.awaiting = shutdown;
+                self.tell_shutdown(shutdown.is_some());
                 Ok(())
             }
             Event::ActionEnded(target, result) => {
@@ -311,16 +317,16 @@ impl Watcher {
 
     /// The host does not wait any longer when all rules for its shutdown have fired, and nothing is under way on their
     /// targets.
-    fn let_go_down(&self) {
+    fn let_go_down(&mut self) {
         let is_awaited = |watched: &Watched| {
             let is_busy = self.state.running().contains_key(watched.rule.target());
             watched.rule.shutdown().is_some() && (is_busy || watched.trigger.due_ms().is_some())
         };
-        if let Some(shutdown) = &self.shutdown
-            && self.is_going_down
-            && !self.watched.iter().any(is_awaited)
-        {
-            shutdown.release();
+        if self.awaiting.is_some() && !self.watched.iter().any(is_awaited) {
+            let done = self.awaiting.take();
+            if let Some((link, done)) = self.shutdown.as_ref().zip(done) {
+                link.release(done);
+            }
         }
     }
 
