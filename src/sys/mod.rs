@@ -17,4 +17,5 @@ pub mod ring;
 pub mod shared;
 pub mod signals;
 pub mod uffd;
+mod uffd_messages;
 pub mod write_tracking;
