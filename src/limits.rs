@@ -227,6 +227,27 @@ pub const COMMAND_BYTES_MAX: usize = 32 << 10;
 /// Longest address of a service, bytes: a name of the DNS, and a port.
 pub const SERVICE_ADDRESS_BYTES_MAX: usize = 260;
 
+/// Longest line of a migration's event log, bytes.
+pub const EVENT_LINE_BYTES_MAX: usize = 64 << 10;
+
+/// Longest text of an event, and longest line of CRIU's log in it, bytes: each byte may take six in JSON.
+pub const EVENT_TEXT_BYTES_MAX: usize = 4 << 10;
+
+/// Most counts of an event.
+pub const EVENT_COUNTS_MAX: usize = 64;
+
+/// Most bytes that are fetched of one log of the other side, its end.
+pub const LOG_FETCH_BYTES_MAX: usize = 1 << 20;
+
+/// Most pipes and files to which a container writes what it prints: standard output and standard error.
+pub const OUTPUTS_MAX: usize = 2;
+
+/// Longest name of such a pipe or file, bytes: `file[MOUNT:INODE]` in hexadecimal.
+pub const OUTPUT_KEY_BYTES_MAX: usize = 64;
+
+/// Most bytes of a container's log that is taken.
+pub const OUTPUT_LOG_BYTES_MAX: u64 = 1 << 40;
+
 /// Most rounds of one migration, and of its directories at the agent.
 pub const MIGRATION_ROUNDS_MAX: u32 = 1_000;
 

@@ -57,6 +57,8 @@ fn expect_routes(document: &Value, agent: SocketAddr) -> Result<()> {
     for (path, methods) in document["paths"].as_object().context("paths")? {
         let concrete = path.replace("{id}", "unknown").replace("{number}", "1");
         let concrete = concrete.replace("{digest}", "unknown");
+        let concrete = concrete.replace("{name}", "events");
+        let concrete = concrete.replace("{offset}", "0");
         for method in METHODS {
             let request = format!("{} {concrete}", method.to_uppercase());
             let answer = ask(agent, &request, "")?;
@@ -131,6 +133,7 @@ fn the_interface_is_as_documented() {
         let list = ask(agent, "GET /v1/migrations", "")?.json()?;
         expect_fields(&document, "Status", &list[0])?;
         expect_events(&document, agent)?;
+        expect_logs(agent)?;
         let metrics = ask(agent, "GET /metrics", "")?;
         ensure!(metrics.kind.starts_with("text/plain"), "{}", metrics.kind);
         ensure!(
@@ -164,6 +167,34 @@ fn expect_events(document: &Value, agent: SocketAddr) -> Result<()> {
     for stream in &mut streams {
         let (_, status) = next_event(stream)?;
         ensure!(status["state"] == "aborted", "{status}");
+    }
+    Ok(())
+}
+
+/// What happened is told in the log of events; what is no log of a migration is not answered.
+fn expect_logs(agent: SocketAddr) -> Result<()> {
+    let log = ask(agent, "GET /v1/logs/one/events", "")?;
+    ensure!(log.kind.starts_with("text/plain"), "{}", log.kind);
+    let mut steps = Vec::new();
+    for line in log.body.lines() {
+        let event: Value = serde_json::from_str(line)?;
+        testbed::schema::expect("event", &event)?;
+        ensure!(
+            event["migration"] == "one" && event["side"] == "destination",
+            "{line}"
+        );
+        steps.push(event["step"].as_str().unwrap_or_default().to_owned());
+    }
+    ensure!(steps == ["begin", "discard"], "{steps:?}");
+    for (path, status) in [
+        ("one/criu", 404),
+        ("one/begin.json", 404),
+        ("one/..%2Fbegin.json", 404),
+        ("two/events", 404),
+        ("..%2Fone/events", 400),
+    ] {
+        let answer = ask(agent, &format!("GET /v1/logs/{path}"), "")?;
+        ensure!(answer.status == status, "{path}: {}", answer.status);
     }
     Ok(())
 }

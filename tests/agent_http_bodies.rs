@@ -168,7 +168,10 @@ impl Bodies<'_> {
                 };
                 for id in ["unknown", KNOWN, "..", "%2e%2e%2fx", "a%0ab"] {
                     let path = path.replace("{id}", id).replace("{number}", "0");
-                    let path = path.replace("{digest}", id);
+                    let path = path
+                        .replace("{digest}", id)
+                        .replace("{offset}", "0")
+                        .replace("{name}", "events");
                     let request = format!("{} {path}", method.to_uppercase());
                     match kind.as_str() {
                         "application/json" => self.json(&request, &content["schema"])?,

@@ -1,5 +1,6 @@
 //! `pageferry watch` with real pressure, real control groups, a real migration, and restarts.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -127,6 +128,30 @@ fn press(group: &Group) -> Result<Vec<Spawned>> {
     (0..3).map(|_| group.run("busy", busy)).collect()
 }
 
+/// The rule, both sides and the end are told under one name.
+fn expect_one_log(path: &Path) -> Result<()> {
+    let events = testbed::agent::read_events(path, 0)?;
+    let told: BTreeSet<String> = events
+        .iter()
+        .map(|event| format!("{} {} {}", event["program"], event["step"], event["state"]))
+        .collect();
+    for wanted in [
+        r#""watch" "rule" "note""#,
+        r#""watch" "rule" "done""#,
+        r#""migrate" "preflight" "done""#,
+        r#""agent" "restore" "done""#,
+        r#""migrate" "end" "done""#,
+    ] {
+        ensure!(told.contains(wanted), "{wanted} is not in {told:#?}");
+    }
+    let names: BTreeSet<&str> = events
+        .iter()
+        .map(|event| event["migration"].as_str().unwrap_or_default())
+        .collect();
+    ensure!(names.len() == 1 && !names.contains(""), "{names:?}");
+    Ok(())
+}
+
 #[test]
 fn pressure_moves_a_tree_to_another_host() {
     with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
@@ -157,11 +182,19 @@ fn pressure_moves_a_tree_to_another_host() {
             group.0.display(),
             args.concat()
         );
-        let mut watcher = watch(test_dir, "watch", &rules, &[])?;
+        let events = test_dir.path("events.jsonl");
+        let told = ["--events".to_owned(), events.display().to_string()];
+        let mut watcher = watch(
+            test_dir,
+            "watch",
+            &rules,
+            &told.each_ref().map(String::as_str),
+        )?;
         expect_said(&mut watcher, "1 rules are watched")?;
         load.expect_running()?;
         let busy = press(&group)?;
         expect_said(&mut watcher, "pressed: done")?;
+        expect_one_log(&events)?;
         drop(busy);
         load.wait_until_gone()?;
         let report: Value = serde_json::from_slice(&fs::read(&report)?)?;

@@ -76,6 +76,16 @@ fn live_loses_no_answer_by_nftables() {
         web.expect_moved()?;
         route.expect_there()?;
         expect_live_report(&moves.report()?)?;
+        moves.expect_told(&[
+            "source preflight done",
+            "source files done",
+            "destination files done",
+            "destination start done",
+            "destination commit done",
+            "source route done",
+            "source stop done",
+            "source end done",
+        ])?;
         // The image came whole.
         let rootfs = web.bundle_there("live").join("rootfs");
         ensure!(
@@ -267,6 +277,8 @@ fn what_fails_before_the_switch_changes_nothing() {
             ensure!(report["result"] == "rolled back", "{id}: {report}");
             let said = report["problem"].as_str().unwrap_or_default();
             ensure!(said.contains(problem), "{id}: {report}");
+            ensure!(report["failure"]["step"].is_string(), "{id}: {report}");
+            moves.expect_told(&["destination discard done", "source end failed"])?;
             web.expect_here(id).with_context(|| id)?;
             route.expect_here().with_context(|| id)?;
             ensure!(

@@ -5,12 +5,15 @@ use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use pageferry::criu::log::cause;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::sys::owned_process::ProcessName;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 use tokio::process::{Child, Command};
 use tokio::time::timeout;
+
+use crate::events::read_end;
 
 /// How much of a log is shown with an error, bytes.
 const TAIL_BYTES: usize = 600;
@@ -22,12 +25,24 @@ pub(crate) struct Program {
     child: Child,
     name: ProcessName,
     log: PathBuf,
+    /// CRIU's own, where another program has started it.
+    criu_log: Option<PathBuf>,
 }
 
 impl Program {
     /// Starts it. `log` is where it writes what it does, to be shown if it fails.
     pub(crate) fn start(title: &'static str, command: &mut Command, log: &Path) -> Result<Program> {
-        command.stdin(Stdio::null()).process_group(0);
+        Program::start_reading(title, command, log, Stdio::null())
+    }
+
+    /// The same, with something to read.
+    pub(crate) fn start_reading(
+        title: &'static str,
+        command: &mut Command,
+        log: &Path,
+        input: impl Into<Stdio>,
+    ) -> Result<Program> {
+        command.stdin(input).process_group(0);
         let failed = |error| Error::wrap(Kind::Usage, format!("cannot start {title}"), error);
         let child = command.spawn().map_err(failed)?;
         let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
@@ -38,7 +53,16 @@ impl Program {
             child,
             name,
             log: log.to_owned(),
+            criu_log: None,
         })
+    }
+
+    /// With the log of the CRIU that it runs.
+    pub(crate) fn with_criu_log(self, log: PathBuf) -> Program {
+        Program {
+            criu_log: Some(log),
+            ..self
+        }
     }
 
     /// Starts a program that understands `--status-fd`, and waits until it says that it is ready.
@@ -159,10 +183,15 @@ impl Program {
         Error::new(Kind::PeerLost, text + &self.log_tail())
     }
 
-    /// The lines of its log that say what is wrong, or else its end.
+    /// What CRIU's log says first of what is wrong; else the lines of its own log that do, or else that log's end.
     pub(crate) fn log_tail(&self) -> String {
-        let text = std::fs::read(&self.log).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text);
+        let logs = [self.criu_log.as_ref(), Some(&self.log)];
+        for log in logs.into_iter().flatten() {
+            if let Some(cause) = cause(&text_of(log)) {
+                return format!(":\n{}: {cause}", log.display());
+            }
+        }
+        let text = text_of(&self.log);
         let errors: Vec<&str> = text.lines().filter(|line| line.contains("Error")).collect();
         let shown = match errors.is_empty() {
             true => {
@@ -179,4 +208,10 @@ impl Program {
             false => format!(":\n{}: {shown}", self.log.display()),
         }
     }
+}
+
+/// The end of a log.
+fn text_of(log: &Path) -> String {
+    let text = read_end(log).unwrap_or_default();
+    String::from_utf8_lossy(&text).into_owned()
 }

@@ -24,6 +24,23 @@ use tokio_rustls::TlsConnector;
 /// How long a connection may take to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// What an agent says of what went wrong at its host.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct AgentSays(pub(crate) String);
+
+/// Whether an error is one that an agent has told.
+pub(crate) fn is_of_agent(error: &Error) -> bool {
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        if error.is::<AgentSays>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
 /// Speaks to one agent. Connections are kept for the next request.
 #[derive(Clone)]
 pub(crate) struct AgentClient {
@@ -148,8 +165,8 @@ impl AgentClient {
         if status != StatusCode::OK {
             let text = serde_json::from_slice::<Problem>(&bytes)
                 .map_or_else(|_| status.to_string(), |problem| problem.error);
-            let text = format!("the agent at {}: {text}", self.peer);
-            return Err(Error::new(Kind::Protocol, text));
+            let of = format!("the agent at {}", self.peer);
+            return Err(Error::wrap(Kind::Protocol, of, AgentSays(text)));
         }
         Ok(bytes)
     }
@@ -209,4 +226,27 @@ where
         let _ = driver.await;
     });
     Ok(connection)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_agent_says_is_told_from_what_is_said_here() {
+        let said = Error::wrap(
+            Kind::Protocol,
+            "the agent at x:1",
+            AgentSays("no".to_owned()),
+        );
+        assert_eq!(said.to_string(), "the agent at x:1: no");
+        assert!(is_of_agent(&said));
+        let outer = Error::wrap(Kind::Protocol, "begin", said);
+        assert!(is_of_agent(&outer));
+        assert!(is_of_agent(&outer.within("more")));
+        assert!(!is_of_agent(&Error::new(
+            Kind::PeerLost,
+            "the agent is lost"
+        )));
+    }
 }

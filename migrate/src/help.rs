@@ -31,6 +31,7 @@ const HEADINGS: &[(&str, &[&str])] = &[
             "layers",
             "volume",
             "preload",
+            "output_log",
         ],
     ),
     (
@@ -89,7 +90,7 @@ const HEADINGS: &[(&str, &[&str])] = &[
     ),
     ("Programs", &["criu", "bin_dir", "without_lz4"]),
     ("Images", &["lazy", "memory_only", "no_read", "compress"]),
-    ("Reports", &["report", "json", "svg", "verbose"]),
+    ("Reports", &["report", "events", "json", "svg", "verbose"]),
 ];
 
 /// Options whose text is too long for one line: what `-h` says of them.
@@ -138,6 +139,14 @@ const SHORT: &[(&str, &str)] = &[
     (
         "volume",
         "A directory that moves along, to DST or to the same path",
+    ),
+    (
+        "output_log",
+        "The log that the reader of the container's output writes, and its place there",
+    ),
+    (
+        "events",
+        "Append what happens to FILE, a line of JSON for each event",
     ),
     ("base", "The image that the container was made of"),
     (

@@ -10,6 +10,7 @@ mod copy_lazy;
 mod doctor;
 mod drain;
 mod end_signals;
+mod events;
 mod export;
 mod facts;
 mod files;
@@ -20,6 +21,7 @@ mod hook;
 mod image_stream;
 mod images;
 mod inspect;
+mod output_log;
 mod programs;
 mod record;
 mod records;
@@ -104,6 +106,8 @@ enum Command {
     #[command(hide = true)]
     RuntimeCriu(runtime::criu_wrapper::Args),
     #[command(hide = true)]
+    OutputLog(output_log::Args),
+    #[command(hide = true)]
     Guard(source::guard::Args),
 }
 
@@ -124,6 +128,7 @@ pub fn outputs() -> Vec<Output> {
         export::output(),
         replay::output(),
         watch::state::output(),
+        events::output(),
     ]
 }
 
@@ -167,6 +172,7 @@ pub fn run() -> ExitCode {
         Command::WorkingSet(args) => working_set::run(&args),
         Command::RestoreHook(args) => hook::run(&args),
         Command::RuntimeCriu(args) => runtime::criu_wrapper::run(&args),
+        Command::OutputLog(args) => output_log::run(&args),
         Command::Guard(args) => source::guard::run(&args),
     }
 }

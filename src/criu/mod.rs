@@ -4,6 +4,7 @@ pub mod deframer;
 pub mod fetch;
 pub mod header;
 pub mod lazy_socket;
+pub mod log;
 mod page_flags;
 pub mod receive;
 pub mod rpc;

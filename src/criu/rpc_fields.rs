@@ -63,6 +63,7 @@ pub mod options {
     pub const EXT_SHARING: u32 = 29;
     pub const EXT_MASTERS: u32 = 30;
     pub const GHOST_LIMIT: u32 = 35;
+    pub const EXTERNAL: u32 = 37;
     pub const LAZY_PAGES: u32 = 48;
     pub const IMAGES_DIR: u32 = 68;
     pub const STATUS_FD: u32 = 49;
@@ -77,6 +78,10 @@ pub mod options {
     pub const PAGE_SERVER_PORT: u32 = 2;
     /// The descriptor in the message [`PAGE_SERVER`].
     pub const PAGE_SERVER_FD: u32 = 4;
+    /// The resource in a message [`INHERIT_FD`], as CRIU names it.
+    pub const INHERIT_FD_KEY: u32 = 1;
+    /// The descriptor in a message [`INHERIT_FD`].
+    pub const INHERIT_FD_NUMBER: u32 = 2;
     /// A value of [`NETWORK_LOCK`]: none.
     pub const NETWORK_LOCK_SKIP: u64 = 3;
 }
@@ -208,6 +213,31 @@ impl Fields {
             .map_or(Ok(Fields::default()), Fields::decode)
     }
 
+    /// All messages in field `number`, of which there may be several.
+    ///
+    /// # Errors
+    ///
+    /// One is damaged.
+    pub fn messages(&self, number: u32) -> Result<Vec<Fields>, Damaged> {
+        let found = self.0.iter().filter(|(other, _)| *other == number);
+        found
+            .map(|(_, value)| match value {
+                Value::Bytes(bytes) => Fields::decode(bytes),
+                _ => Err(Damaged),
+            })
+            .collect()
+    }
+
+    /// Adds a text to those of field `number`.
+    pub fn add_text(&mut self, number: u32, text: &str) {
+        self.0.push((number, Value::Bytes(text.into())));
+    }
+
+    /// Adds a message to those of field `number`.
+    pub fn add_message(&mut self, number: u32, message: &Fields) {
+        self.0.push((number, Value::Bytes(message.encode())));
+    }
+
     /// Takes field `number` out.
     pub fn remove(&mut self, number: u32) {
         self.0.retain(|(other, _)| *other != number);
@@ -280,6 +310,26 @@ mod tests {
         let fields = Fields::decode(&[8, 1, 8, 2]).unwrap();
         assert_eq!(fields.number(1), Some(2));
         assert!(fields.is_on(1) && !fields.is_on(2));
+    }
+
+    #[test]
+    fn messages_of_one_field_are_all_there() {
+        let mut fields = Fields::default();
+        for number in [1, 2] {
+            let mut message = Fields::default();
+            message.set(options::INHERIT_FD_NUMBER, number);
+            fields.add_message(options::INHERIT_FD, &message);
+        }
+        fields.add_text(options::EXTERNAL, "file[1:2]");
+        let fields = Fields::decode(&fields.encode()).unwrap();
+        let numbers = fields.messages(options::INHERIT_FD).unwrap();
+        let numbers: Vec<Option<i32>> = numbers
+            .iter()
+            .map(|message| message.int(options::INHERIT_FD_NUMBER))
+            .collect();
+        assert_eq!(numbers, [Some(1), Some(2)]);
+        assert_eq!(fields.bytes(options::EXTERNAL), Some(&b"file[1:2]"[..]));
+        assert_eq!(fields.messages(options::PARENT_IMG), Ok(Vec::new()));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 mod files;
 mod names;
+mod output;
 mod replayed;
 mod stateless;
 
@@ -18,11 +19,13 @@ use super::convergence::Mode;
 use crate::criu::header::Wire;
 use crate::limits::{
     FILE_TREES_MAX, INTERFACE_BYTES_MAX, MIGRATION_ADDRESSES_MAX, MIGRATION_PIDS_MAX,
-    OCI_LAYERS_MAX, TIMEOUT_S_MAX,
+    OCI_LAYERS_MAX, OUTPUTS_MAX, TIMEOUT_S_MAX,
 };
 
 pub use files::{FileTree, OverlayRoot, RootFiles, Seal, TreeSpace, WantedFiles};
 pub use names::{BadContainerId, BadMigrationId, ContainerId, MigrationId};
+use output::outputs_are_possible;
+pub use output::{Output, OutputSeal, OutputStatus};
 pub use replayed::{
     BadReplay, ReplayAddresses, ReplayBegin, ReplayFinish, ReplayStart, ReplayStatus,
 };
@@ -229,6 +232,9 @@ pub struct Begin {
     /// Whether files that have arrived stay for another migration, if this one is given up.
     #[serde(default)]
     pub keeps_files: bool,
+    /// Where the container writes what it prints, and where that goes on.
+    #[serde(default)]
+    pub outputs: Vec<Output>,
 }
 
 /// What becomes of established TCP connections.
@@ -270,6 +276,9 @@ pub enum BadBegin {
     /// Layers that no overlay has.
     #[error("{0} layers, or one of them twice: 1 to {OCI_LAYERS_MAX} can be mounted")]
     Layers(usize),
+    /// A pipe or file that no container writes to, more than two of them, or one without a container.
+    #[error("{0} outputs, or one that cannot be: a container has at most {OUTPUTS_MAX}")]
+    Outputs(usize),
     /// A time that no clock reaches.
     #[error("a timeout of {0} s: at most {TIMEOUT_S_MAX} s are waited for")]
     Timeout(u64),
@@ -295,6 +304,11 @@ impl Begin {
         };
         if let Some(bad) = self.files.iter().find(|tree| !fits(tree)) {
             return Err(BadBegin::Tree(bad.path.clone().unwrap_or_default()));
+        }
+        if !outputs_are_possible(&self.outputs)
+            || (self.container.is_none() && !self.outputs.is_empty())
+        {
+            return Err(BadBegin::Outputs(self.outputs.len()));
         }
         if self.timeout_s > TIMEOUT_S_MAX {
             return Err(BadBegin::Timeout(self.timeout_s));
@@ -454,6 +468,7 @@ mod tests {
             addresses: Vec::new(),
             files: Vec::new(),
             keeps_files: false,
+            outputs: Vec::new(),
         };
         assert_eq!(begin(vec![1], TIMEOUT_S_MAX).check(), Ok(()));
         for timeout_s in [TIMEOUT_S_MAX + 1, u64::MAX] {

@@ -27,11 +27,13 @@
 mod agent;
 mod catch_up;
 mod convergence;
+pub mod events;
 mod log_replay;
 pub mod messages;
 mod plan;
 mod source;
 mod stateless;
+mod steps;
 
 pub use agent::{Agent, AgentAction, AgentEvent, AgentRecord, AgentState};
 pub use catch_up::{CatchUp, Progress};

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use nix::unistd::Pid;
 use serde_json::Value;
 
@@ -182,6 +182,27 @@ impl Drop for Agent {
     }
 }
 
+/// The lines of an event log, of which `torn` are none.
+///
+/// # Errors
+/// It is not there, other lines are torn, or a line has not the form of its schema.
+pub fn read_events(path: &Path, torn: usize) -> Result<Vec<Value>> {
+    let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let mut events = Vec::new();
+    let mut others = Vec::new();
+    for line in text.lines() {
+        match serde_json::from_str::<Value>(line) {
+            Ok(event) => {
+                schema::expect("event", &event)?;
+                events.push(event);
+            }
+            Err(_) => others.push(line),
+        }
+    }
+    ensure!(others.len() == torn, "{}: {others:?}", path.display());
+    Ok(events)
+}
+
 /// A `pageferry migrate` to be run.
 #[derive(Debug)]
 pub struct Move<'a> {
@@ -245,7 +266,56 @@ impl<'a> Move<'a> {
         Ok(report)
     }
 
-    fn report_path(&self) -> PathBuf {
+    /// The source's event log, which has what both sides did.
+    ///
+    /// # Errors
+    /// It is not there, or a line has not the form of its schema or another migration's name.
+    pub fn events(&self) -> Result<Vec<Value>> {
+        let events = read_events(&self.dir().join("events.jsonl"), 0)?;
+        let is_other = |event: &&Value| event["migration"] != self.id;
+        if let Some(other) = events.iter().find(is_other) {
+            bail!("{other} is in the log of {}", self.id);
+        }
+        Ok(events)
+    }
+
+    /// The event log tells these, each as side, step and state, and nothing that this side began has no end.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn expect_told(&self, wanted: &[&str]) -> Result<()> {
+        let events = self.events()?;
+        let word = |event: &Value, name: &str| event[name].as_str().unwrap_or_default().to_owned();
+        let all: Vec<String> = events
+            .iter()
+            .map(|event| {
+                ["side", "step", "state"]
+                    .map(|name| word(event, name))
+                    .join(" ")
+            })
+            .collect();
+        for one in wanted {
+            ensure!(
+                all.iter().any(|told| told == one),
+                "{one} is not in {all:#?}"
+            );
+        }
+        let of_command = events.iter().filter(|event| event["program"] == "migrate");
+        let mut open = Vec::new();
+        for event in of_command {
+            let step = word(event, "step");
+            match event["state"].as_str() {
+                Some("begun") => open.push(step),
+                Some("done" | "failed") => open.retain(|open| *open != step),
+                _ => {}
+            }
+        }
+        ensure!(open.is_empty(), "{open:?} have no end in {all:#?}");
+        Ok(())
+    }
+
+    /// Where the report is.
+    pub fn report_path(&self) -> PathBuf {
         self.state_dir.join(format!("{}-report.json", self.id))
     }
 

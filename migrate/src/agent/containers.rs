@@ -11,6 +11,7 @@ use tokio::process::Command;
 use tokio::time::{Instant, sleep};
 
 use super::context::AgentContext;
+use super::outputs::OutputLog;
 use super::session::Session;
 use crate::address;
 use crate::records;
@@ -128,6 +129,8 @@ impl Session {
             criu: programs.criu.clone(),
             tcp: self.begin.tcp,
             work: Work::Restore { lazily },
+            external: Vec::new(),
+            lent: self.outputs.iter().map(OutputLog::lent).collect(),
         };
         let bin = criu_wrapper::prepare(&self.dir, &programs.pageferry, &settings)?;
         let runtime = self.context.runtime(container)?;

@@ -13,6 +13,7 @@ use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use pageferry::error::{Error, Kind};
 use pageferry::limits::MIGRATION_JSON_BYTES_MAX;
+use pageferry::migration::events::Step;
 use pageferry::migration::messages::{
     Begin, Check, HostFacts, MigrationId, Problem, Receiver, RestoreRequest, Seal, Status, Wanted,
 };
@@ -119,7 +120,7 @@ pub(super) fn parse<T: DeserializeOwned>(body: &Bytes) -> Result<T, Failure> {
         .map_err(|error| Error::wrap(Kind::Protocol, "the request is not understood", error).into())
 }
 
-fn find(sessions: &Sessions, id: &str) -> Result<Arc<Session>, Failure> {
+pub(super) fn find(sessions: &Sessions, id: &str) -> Result<Arc<Session>, Failure> {
     let id: MigrationId = id
         .parse()
         .map_err(|error| Error::wrap(Kind::Protocol, "the request's path", error))?;
@@ -238,6 +239,7 @@ async fn images(
         .into_data_stream()
         .map(|part| part.map_err(io::Error::other));
     let reader = SyncIoBridge::new(StreamReader::new(stream));
+    session.events.begin(Step::Images);
     let stored = tokio::task::spawn_blocking(move || unpack(reader, &dir));
     let stored = stored.await.map_err(|error| {
         Error::wrap(
@@ -246,6 +248,7 @@ async fn images(
             io::Error::other(error),
         )
     })?;
+    session.events.ended(Step::Images, &stored);
     stored?;
     Ok(Json(session.status()))
 }
@@ -278,7 +281,10 @@ async fn seal_files(
 ) -> Answer<Status> {
     let seal = parse::<Seal>(&body)?;
     let session = find(&sessions, &id)?;
-    session.seal_files(number, seal).await?;
+    session.events.begin(Step::Files);
+    let sealed = session.seal_files(number, seal).await;
+    session.events.ended(Step::Files, &sealed);
+    sealed?;
     Ok(Json(session.status()))
 }
 
@@ -375,6 +381,8 @@ mod tests {
         let code = [
             include_str!("http.rs"),
             include_str!("layers_http.rs"),
+            include_str!("logs_http.rs"),
+            include_str!("outputs_http.rs"),
             include_str!("replays/http.rs"),
             include_str!("stateless/http.rs"),
         ];

@@ -28,6 +28,10 @@ mod layers;
 mod layers_http;
 mod lazy_client;
 mod listen;
+mod logs_http;
+mod outputs;
+mod outputs_http;
+mod pages;
 mod replays;
 mod restore;
 mod session;
@@ -133,7 +137,9 @@ async fn serve(args: &Args) -> Result<()> {
     let app = http::router(sessions.clone())
         .merge(stateless::router(containers.clone()))
         .merge(replays::router(replays.clone()))
-        .merge(layers_http::router(layers));
+        .merge(layers_http::router(layers))
+        .merge(logs_http::router(Arc::clone(sessions.context())))
+        .merge(outputs_http::router(sessions.clone()));
     let listener = Listener::bind(&args.listen, tls.as_ref()).await?;
     if let (Some(path), Some(port)) = (&args.port_file, listener.port()) {
         crate::records::write(path, &port)?;

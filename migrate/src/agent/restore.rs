@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::events::Step;
 use pageferry::migration::messages::{FaultTimes, RestoreRequest, RuntimeKind, Status};
 use pageferry::migration::{AgentEvent, AgentState};
 use pageferry::observe::trace::TraceReader;
@@ -17,6 +18,7 @@ use super::commands;
 use super::lazy_client::{self, LazyClient};
 use super::session::{FAULTS, Session, round_name};
 use crate::child::Program;
+use crate::events::Told;
 use crate::facts::now_us;
 use crate::hook::{RESTORED, RESUMED, SCRIPT, SOCKET};
 use crate::records;
@@ -41,6 +43,7 @@ impl Session {
                 "this migration cannot be restored now",
             ));
         }
+        self.events.begin(Step::Restore);
         if let Err(error) = self.start_restore(request).await {
             self.fail(&error.to_string()).await;
         }
@@ -79,6 +82,9 @@ impl Session {
             inner.lazy = Some(lazy);
             inner.lazy_us = Some(started_us);
         }
+        for output in &self.outputs {
+            output.prepare(&self.context.programs).await?;
+        }
         self.bring_addresses_up().await?;
         let lazily = request.memory_port.is_some();
         let (title, log, mut command) = match &self.begin.container {
@@ -100,6 +106,8 @@ impl Session {
             ),
         };
         let restore = Program::start(title, &mut command, &log)?;
+        // A runtime's own log does not say what CRIU says.
+        let restore = restore.with_criu_log(images.join("restore.log"));
         self.lock().restore = Some(restore.name());
         tokio::spawn(Session::follow_restore(Arc::clone(self), restore, hooks));
         let names = self.lock().lazy.as_ref().map(LazyClient::names);
@@ -132,6 +140,7 @@ impl Session {
                     "migration {}: the processes run, and then: {error}",
                     session.begin.id
                 );
+                session.events.warn(&error.to_string());
                 session.follow_memory().await;
             }
             Err(error) if session.is_decided() => {
@@ -139,6 +148,8 @@ impl Session {
                     "migration {}: after the decision: {error}",
                     session.begin.id
                 );
+                let told = Told::error(&error.to_string());
+                session.events.failed(Step::Resume, told);
                 session.lock().problem = Some(error.to_string());
                 session.changed.send_modify(|count| *count += 1);
                 session.outlive_restore().await;
@@ -165,6 +176,11 @@ impl Session {
             }
             RESTORED => {
                 self.lock().waiting = Some(stream.into_inner());
+                for output in &self.outputs {
+                    output.let_go();
+                }
+                // First: whoever waits for the state may ask for the log.
+                self.events.done(Step::Restore, Told::default());
                 if self.handle(AgentEvent::Restored).await.state == AgentState::Aborted {
                     // It came too late for whoever discarded the others: the restore ends with its stream.
                     self.lock().waiting = None;
@@ -172,6 +188,10 @@ impl Session {
             }
             RESUMED => {
                 self.lock().resumed_us = Some(now_us());
+                self.events.done(Step::Resume, Told::default());
+                if self.begin.mode.is_lazy() {
+                    self.events.begin(Step::Memory);
+                }
                 self.changed.send_modify(|count| *count += 1);
             }
             _ => {}
@@ -224,6 +244,8 @@ impl Session {
     /// No more memory will come: nobody reads what has arrived in files.
     fn lose_memory(&self, why: &Error) {
         self.lock().problem = Some(why.to_string());
+        let told = Told::error(&why.to_string());
+        self.events.failed(Step::Memory, told);
         self.changed.send_modify(|count| *count += 1);
         self.remove_memory();
     }
@@ -250,6 +272,9 @@ impl Session {
 
     async fn complete(&self) {
         self.lock().complete_us = Some(now_us());
+        if self.begin.mode.is_lazy() {
+            self.events.done(Step::Memory, Told::default());
+        }
         self.handle(AgentEvent::MemoryComplete).await;
         self.remove_memory();
     }

@@ -9,21 +9,22 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use pageferry::error::{Error, Kind, Result};
-use pageferry::limits::MIGRATION_ROUNDS_MAX;
-use pageferry::migration::messages::{Begin, MigrationId, Receiver, Status};
-use pageferry::migration::{Agent, AgentAction, AgentEvent, AgentRecord, AgentState};
+use pageferry::error::{Error, Result};
+use pageferry::migration::events::{Step, Writer};
+use pageferry::migration::messages::{Begin, MigrationId, Status};
+use pageferry::migration::{Agent, AgentAction, AgentEvent, AgentRecord};
 use pageferry::sys::owned_process::ProcessName;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex as Turn, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::commands::{self, READY_LIMIT, RECEIVER_PORT};
 use super::context::AgentContext;
 use super::file_trees::Files;
 use super::lazy_client::{self, LazyClient};
+use super::outputs::OutputLog;
 use crate::child::Program;
+use crate::events::{Events, Told};
 use crate::hook::{RECORD, SCRIPT, SOCKET};
 use crate::records;
 
@@ -47,6 +48,8 @@ pub(super) struct Session {
     pub(super) begin: Begin,
     pub(super) from: IpAddr,
     pub(super) files: Files,
+    pub(super) events: Events,
+    pub(super) outputs: Vec<OutputLog>,
     /// Actions are carried out by one task at a time, in the order of the decisions.
     turn: Turn<()>,
     inner: Mutex<Inner>,
@@ -59,8 +62,8 @@ pub(super) struct Inner {
     pub(super) problem: Option<String>,
     pub(super) rounds: u32,
     /// The port at which pages are received.
-    port: u16,
-    receiver: Option<Program>,
+    pub(super) port: u16,
+    pub(super) receiver: Option<Program>,
     pub(super) lazy: Option<LazyClient>,
     /// The restore that waits for the decision.
     pub(super) waiting: Option<UnixStream>,
@@ -96,6 +99,8 @@ impl Session {
             let _ = fs::remove_file(dir.join(BEGIN)).and_then(|()| fs::remove_dir(&dir));
         })?;
         let session = Session::new(context, dir, begin, (from, files), Agent::new());
+        let of_mode = format!("{} from {from}", session.begin.mode.name());
+        session.events.done(Step::Begin, Told::text(of_mode));
         tokio::spawn(Session::watch_for_silence(Arc::clone(&session)));
         Ok(session)
     }
@@ -107,12 +112,16 @@ impl Session {
         (from, files): (IpAddr, Files),
         agent: Agent,
     ) -> Arc<Session> {
+        let events = Events::new(Writer::Agent, Some(begin.id.clone()));
+        events.in_dir(&dir);
         Arc::new(Session {
             context: Arc::clone(context),
+            outputs: OutputLog::all(&dir, &begin.id, &begin.outputs),
             dir,
             begin,
             from,
             files,
+            events,
             turn: Turn::new(()),
             inner: Mutex::new(Inner {
                 agent,
@@ -152,6 +161,10 @@ impl Session {
         let localhost = IpAddr::from([127, 0, 0, 1]);
         let files = Files::default();
         let session = Session::new(context, dir, begin, (localhost, files), agent);
+        if matches!(record, None | Some(AgentRecord::Committed)) {
+            let text = "the agent was started again";
+            session.events.note(Step::Begin, Told::text(text));
+        }
         if !session.is_decided() || record == Some(AgentRecord::Aborted) {
             session.lock().problem = Some("the agent was started again".to_owned());
         }
@@ -253,6 +266,8 @@ impl Session {
         if !self.is_decided() {
             tracing::error!("migration {}: {why}", self.begin.id);
             self.lock().problem = Some(why.to_owned());
+            let step = self.events.step().unwrap_or(Step::Begin);
+            self.events.failed(step, Told::error(why));
             self.handle(AgentEvent::Failed).await;
         }
     }
@@ -265,7 +280,10 @@ impl Session {
                 AgentAction::Restore => {}
                 AgentAction::Record(record) => {
                     let event = match records::write(&self.dir.join(RECORD), &record) {
-                        Ok(()) => AgentEvent::Recorded(record),
+                        Ok(()) => {
+                            self.note_record(record);
+                            AgentEvent::Recorded(record)
+                        }
                         Err(error) => {
                             tracing::error!("migration {}: {error}", self.begin.id);
                             self.lock().problem = Some(error.to_string());
@@ -287,6 +305,16 @@ impl Session {
             }
         }
         self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// Tells what is decided.
+    fn note_record(&self, record: AgentRecord) {
+        let step = match record {
+            AgentRecord::Committed => Step::Commit,
+            AgentRecord::Aborted => Step::Discard,
+            AgentRecord::Complete => Step::End,
+        };
+        self.events.done(step, Told::text(record.to_string()));
     }
 
     /// Writes the record of what was decided as soon as there is room for it.
@@ -337,6 +365,11 @@ impl Session {
             self.forget_container(restore).await;
         }
         lazy_client::end_earlier(&self.dir);
+        for output in &self.outputs {
+            if let Err(error) = output.give_up() {
+                tracing::error!("migration {}: {error}", self.begin.id);
+            }
+        }
         self.give_files_up().await;
         self.remove_memory();
     }
@@ -369,109 +402,13 @@ impl Session {
             sleep_until(deadline).await;
         }
     }
-
-    /// Receives round `number` (1, 2, 3...), or the final pages if that is `None`.
-    pub(super) async fn receive(&self, number: Option<u32>) -> Result<Receiver> {
-        let (last, port) = {
-            let inner = self.lock();
-            if inner.agent.state() != AgentState::Receiving || inner.receiver.is_some() {
-                let text =
-                    "pages cannot be received now: the restore has begun, or a round is under way";
-                return Err(Error::new(Kind::Usage, text));
-            }
-            (inner.rounds, inner.port)
-        };
-        let dir = match number {
-            Some(number) if number != last + 1 || number > MIGRATION_ROUNDS_MAX => {
-                let text = format!("round {number} does not follow round {last}");
-                return Err(Error::new(Kind::Usage, text));
-            }
-            Some(number) => self.dir.join(round_name(number)),
-            None => self.images(),
-        };
-        make_dir(&dir)?;
-        let parent = (last > 0).then(|| format!("../{}", round_name(last)));
-        let mut command = commands::receiver(
-            &self.context.programs,
-            &self.context.tls,
-            &dir,
-            parent.as_deref(),
-            (&self.context.host, port),
-            self.from,
-        );
-        let log = dir.join("receive.log");
-        let mut receiver =
-            Program::start_ready("page-server", &mut command, &log, READY_LIMIT).await?;
-        let port = port_in(&dir.join(RECEIVER_PORT));
-        {
-            let mut inner = self.lock();
-            if let Ok(port) = port
-                && inner.agent.state() == AgentState::Receiving
-            {
-                inner.port = port;
-                inner.receiver = Some(receiver);
-                return Ok(Receiver { port });
-            }
-        }
-        // Whoever discards has looked for a receiver, and there was none yet.
-        self.end_receiver(&mut receiver).await;
-        port.and(Err(given_up()))
-    }
-
-    async fn end_receiver(&self, receiver: &mut Program) {
-        receiver.terminate();
-        receiver.end().await;
-        if self.is_decided() {
-            self.remove_memory();
-        }
-    }
-
-    /// Waits until what [`Session::receive`] began is stored.
-    pub(super) async fn received(&self, number: Option<u32>) -> Result<Status> {
-        let receiver = {
-            let mut inner = self.lock();
-            let next = inner.rounds + 1;
-            if number.is_some_and(|number| number != next) {
-                let text = format!("round {next} is the next that can be stored");
-                return Err(Error::new(Kind::Usage, text));
-            }
-            inner.receiver.take()
-        };
-        let Some(mut receiver) = receiver else {
-            return Err(Error::new(Kind::Usage, "nothing is being received"));
-        };
-        tokio::select! {
-            ended = receiver.succeed() => ended?,
-            // Whoever discards has not found it either.
-            _ = self.wait_for(|status| status.state.is_decided()) => {
-                self.end_receiver(&mut receiver).await;
-                return Err(given_up());
-            }
-        }
-        if let Some(number) = number {
-            self.lock().rounds = number;
-        }
-        self.changed.send_modify(|count| *count += 1);
-        Ok(self.status())
-    }
-}
-
-fn given_up() -> Error {
-    Error::new(Kind::Usage, "the migration was given up meanwhile")
-}
-
-fn port_in(path: &Path) -> Result<u16> {
-    let port = fs::read_to_string(path).map_err(|error| Error::file("read", path, error))?;
-    port.trim()
-        .parse()
-        .map_err(|error| Error::wrap(Kind::Io, format!("{} holds no port", path.display()), error))
 }
 
 pub(super) fn round_name(number: u32) -> String {
     format!("round-{number}")
 }
 
-fn make_dir(dir: &Path) -> Result<()> {
+pub(super) fn make_dir(dir: &Path) -> Result<()> {
     match fs::create_dir(dir) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
             Err(Error::file("make the directory", dir, error))

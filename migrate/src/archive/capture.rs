@@ -145,6 +145,8 @@ async fn dump(
                 criu: programs.criu.clone(),
                 tcp: TcpConnections::Refuse,
                 work: Work::DumpTo { port },
+                external: Vec::new(),
+                lent: Vec::new(),
             };
             let bin = criu_wrapper::prepare(work, &programs.pageferry, &settings)?;
             let mut command = runtime.checkpoint(id, images, &bin, true);

@@ -63,6 +63,21 @@ pub(crate) struct Settings {
     pub(crate) criu: PathBuf,
     pub(crate) tcp: TcpConnections,
     pub(crate) work: Work,
+    /// Files of the host that a dump leaves out of the images, as CRIU names them.
+    #[serde(default)]
+    pub(crate) external: Vec<String>,
+    /// What a restore gets in the place of files and pipes of the source's host.
+    #[serde(default)]
+    pub(crate) lent: Vec<Lent>,
+}
+
+/// Something that a restored process has open in the place of what it had.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct Lent {
+    /// What it had, as CRIU names it.
+    pub(crate) key: String,
+    /// What it gets, to be written to.
+    pub(crate) path: PathBuf,
 }
 
 /// What is asked of CRIU.
@@ -270,6 +285,39 @@ fn change(given: &mut Fields, settings: &Settings) -> Result<()> {
             given.set(options::LAZY_PAGES, u64::from(*lazily));
             given.set(options::NOTIFY_SCRIPTS, 1);
         }
+    }
+    for name in &settings.external {
+        given.add_text(options::EXTERNAL, name);
+    }
+    inherit_outputs(given, &settings.lent)
+}
+
+/// Lets restored processes have what is lent to them, also where the runtime would give them its own output.
+fn inherit_outputs(given: &mut Fields, lent: &[Lent]) -> Result<()> {
+    if lent.is_empty() {
+        return Ok(());
+    }
+    let before = given.messages(options::INHERIT_FD).map_err(damaged)?;
+    given.remove(options::INHERIT_FD);
+    let is_lent = |message: &Fields| {
+        let key = message.bytes(options::INHERIT_FD_KEY).unwrap_or_default();
+        lent.iter().any(|lent| lent.key.as_bytes() == key)
+    };
+    for message in before.iter().filter(|message| !is_lent(message)) {
+        given.add_message(options::INHERIT_FD, message);
+    }
+    for Lent { key, path } in lent {
+        let opened = File::options().append(true).open(path);
+        let file = opened.map_err(|error| Error::file("open", path, error))?;
+        inherit(file.as_fd())?;
+        let file = OwnedFd::from(file);
+        let mut message = Fields::default();
+        message.set_text(options::INHERIT_FD_KEY, key);
+        let number = u64::try_from(file.as_raw_fd()).unwrap_or_default();
+        message.set(options::INHERIT_FD_NUMBER, number);
+        given.add_message(options::INHERIT_FD, &message);
+        // It is open until CRIU ends.
+        std::mem::forget(file);
     }
     Ok(())
 }

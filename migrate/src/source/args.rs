@@ -14,6 +14,7 @@ use pageferry::units::parse_bytes;
 use super::files_args::FilesArgs;
 use super::hooks::Hooks;
 use super::log_replay_args::LogReplayArgs;
+use super::outputs::{OutputArg, output_arg};
 use super::probe::Probe;
 use super::stateless_args::StatelessArgs;
 use crate::agent::address;
@@ -104,6 +105,11 @@ pub(crate) struct Args {
     #[command(flatten)]
     pub(super) files: FilesArgs,
 
+    /// The log that goes on with what the container prints: the one that the reader of its pipe writes, or the file that it
+    /// has open; THERE is its place at the destination [default: the file that it has open, at the same path]
+    #[arg(long, value_name = "FILE[:THERE]", value_parser = output_arg, requires = "container")]
+    pub(super) output_log: Option<OutputArg>,
+
     /// Bytes a second that rounds read from the running processes (K, M, G)
     #[arg(long, value_name = "RATE", default_value = "400M", value_parser = parse_bytes)]
     pub(super) round_rate: u64,
@@ -112,12 +118,16 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     pub(super) report: Option<PathBuf>,
 
+    /// Append what happens on both sides to FILE, a line of JSON for each event
+    #[arg(long, value_name = "FILE")]
+    pub(super) events: Option<PathBuf>,
+
     /// Name of the migration [default: made up]
     #[arg(long, value_name = "NAME")]
     pub(super) id: Option<MigrationId>,
 
     /// Finish the migration of this name, whose command died
-    #[arg(long, value_name = "NAME", conflicts_with_all = ["pid", "container", "id", "mode", "report"])]
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["pid", "container", "id", "mode", "report", "events"])]
     pub(super) resume: Option<MigrationId>,
 
     /// How rounds find what is new
@@ -262,6 +272,12 @@ impl Args {
             on_missed,
             throttles: self.throttle.is_some(),
         }
+    }
+
+    /// The user's file of events, as whoever finishes the migration finds it.
+    pub(super) fn events(&self) -> Option<PathBuf> {
+        let path = self.events.as_ref()?;
+        Some(std::path::absolute(path).unwrap_or_else(|_| path.clone()))
     }
 
     /// The user's commands.

@@ -146,7 +146,7 @@ impl ContainerRecord {
         dir: &Path,
         images: &Path,
         pages: Pages,
-        tcp: TcpConnections,
+        (tcp, external): (TcpConnections, Vec<String>),
     ) -> Result<(Command, Option<pipe::Receiver>)> {
         let (work, status) = match pages {
             Pages::SentTo(port) => (Work::DumpTo { port }, None),
@@ -160,6 +160,8 @@ impl ContainerRecord {
             criu: programs.criu.clone(),
             tcp,
             work,
+            external,
+            lent: Vec::new(),
         };
         let bin = criu_wrapper::prepare(dir, &programs.pageferry, &settings)?;
         // Of a lazy dump the container ends with the dump: if that fails, both runtimes keep it.

@@ -7,41 +7,34 @@
 //!              *.log
 //! ```
 
+mod release;
+
 use std::fs;
-use std::io::{self, Write};
-use std::net::{Ipv4Addr, TcpStream};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use pageferry::criu::header::GIVE_UP;
-use pageferry::error::{Error, Kind, Result};
+use pageferry::error::{Error, Result};
+use pageferry::migration::events::Step;
 use pageferry::migration::messages::{MigrationId, Status, TcpConnections};
 use pageferry::migration::{Mode, SourceAction, SourceEvent, SourceRecord};
-use pageferry::sys::disconnect::resets_are_skipped;
 use pageferry::sys::owned_process::{ProcessName, ProcessStat};
 use serde::{Deserialize, Serialize};
-use socket2::SockRef;
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 
 use super::container::ContainerRecord;
 use super::hooks::{Hooks, Point};
 use super::moved_addresses::MovedAddresses;
 use super::network::{self, Connection};
+use super::outputs::Outputs;
 use super::state_dir;
 use super::warnings::Warnings;
 use crate::client::AgentClient;
-use crate::files::StagingDir;
+use crate::events::{Events, Told};
 use crate::records;
 use crate::rounds::Tree;
 use crate::route::{Facts as RouteFacts, Routes};
-use crate::runtime::criu_wrapper::CRIU_PROCESS;
-
-/// How often the end of a process that is no child is looked for.
-const LOOK_AGAIN: Duration = Duration::from_millis(5);
-
-/// How long a dump may take to let its processes go once its page server's client is gone.
-const RELEASE_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long to wait before an agent that did not answer is asked again.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
@@ -87,6 +80,12 @@ pub(super) struct Facts {
     /// Directories that move along.
     #[serde(default)]
     pub(super) files: Vec<PathBuf>,
+    /// Where the container writes what it prints.
+    #[serde(default)]
+    pub(super) outputs: Outputs,
+    /// Where the user wants events too.
+    #[serde(default)]
+    pub(super) events: Option<PathBuf>,
 }
 
 impl Facts {
@@ -113,6 +112,8 @@ impl Facts {
             routes: Routes::default(),
             hooks: Hooks::default(),
             files: Vec::new(),
+            outputs: Outputs::default(),
+            events: None,
         }
     }
 }
@@ -123,6 +124,8 @@ pub(super) struct SourceContext {
     dir: PathBuf,
     pub(super) facts: Facts,
     client: AgentClient,
+    /// What happens is told there.
+    pub(super) events: Events,
     /// What hooks are told besides, by name.
     notes: Vec<(&'static str, String)>,
     /// What went wrong beside the migration.
@@ -135,12 +138,15 @@ impl SourceContext {
         state_dir: &Path,
         facts: Facts,
         client: AgentClient,
+        events: Events,
     ) -> Result<SourceContext> {
         let dir = state_dir::make(state_dir, &facts.id)?;
+        events.in_dir(&dir);
         let context = SourceContext {
             dir,
             facts,
             client,
+            events,
             notes: Vec::new(),
             warnings: Warnings::default(),
         };
@@ -153,11 +159,13 @@ impl SourceContext {
 
     /// Finds the directory of a migration that was begun.
     pub(super) fn find(dir: &Path, client: AgentClient) -> Result<SourceContext> {
-        let facts = state_dir::facts(dir, "facts.json")?;
+        let facts: Facts = state_dir::facts(dir, "facts.json")?;
+        let events = Events::of_guard(&facts.id, dir, facts.events.as_deref());
         Ok(SourceContext {
             dir: dir.to_owned(),
             facts,
             client,
+            events,
             notes: Vec::new(),
             warnings: Warnings::default(),
         })
@@ -264,6 +272,35 @@ impl SourceContext {
 
     /// Carries out one action and tells what came of it.
     pub(super) async fn carry_out(&self, action: SourceAction) -> Result<Option<SourceEvent>> {
+        let step = match action {
+            SourceAction::SendCommit => Some(Step::Commit),
+            SourceAction::Release => Some(Step::Release),
+            SourceAction::EndProcesses => Some(Step::Stop),
+            SourceAction::SendAbort => Some(Step::Discard),
+            SourceAction::Record(_) | SourceAction::Fence | SourceAction::AskAgent => None,
+        };
+        if let Some(step) = step {
+            self.events.begin(step);
+        }
+        let done = self.do_now(action).await;
+        if let Some(step) = step {
+            let told = match &done {
+                Ok(Some(SourceEvent::AgentSays(state))) => {
+                    Told::text(format!("the agent says {state}"))
+                }
+                Ok(Some(SourceEvent::AgentSilent)) => Told::text("the agent does not answer"),
+                Ok(_) => Told::default(),
+                Err(error) => Told::error(&error.to_string()),
+            };
+            match done {
+                Ok(_) => self.events.done(step, told),
+                Err(_) => self.events.failed(step, told),
+            }
+        }
+        done
+    }
+
+    async fn do_now(&self, action: SourceAction) -> Result<Option<SourceEvent>> {
         match action {
             SourceAction::Record(record) => {
                 records::write(&self.dir.join("record.json"), &record)?;
@@ -318,139 +355,10 @@ impl SourceContext {
         }
     }
 
-    /// Lets the processes go on here.
-    async fn release(&self) -> Result<()> {
-        // Before the processes run: in repair mode a socket refuses data. A dump that has its images needs
-        // the locks no more, and one that is not so far sees to them itself.
-        self.unlock_network();
-        // Without its page server, or the client of it, a dump fails and lets its processes go.
-        self.end_forwarders();
-        // A runtime that was killed leaves the CRIU that it had started.
-        let criu = records::read::<ProcessName>(&self.dir.join(CRIU_PROCESS))?;
-        for dump in [self.facts.dump, criu].into_iter().flatten() {
-            let start = Instant::now();
-            while dump.is_alive() {
-                if start.elapsed() > RELEASE_LIMIT {
-                    let text = format!(
-                        "criu dump (pid {}) does not let the processes go; its log is {}",
-                        dump.pid,
-                        self.images().join("dump.log").display()
-                    );
-                    return Err(Error::new(Kind::Io, text));
-                }
-                if let Some(port) = self.facts.dump_port {
-                    refuse_dump(port);
-                }
-                sleep(LOOK_AGAIN).await;
-            }
-        }
-        self.unlock_network();
-        for process in &self.facts.tree {
-            let was_stopped = self.facts.stopped.contains(process);
-            let is_stopped = ProcessStat::of(process.pid).is_ok_and(|stat| stat.state == 'T');
-            if is_stopped && !was_stopped {
-                let _ = process.signal(Signal::SIGCONT as i32);
-            }
-        }
-        self.remove_images();
-        Ok(())
-    }
-
-    fn unlock_network(&self) {
-        if self.facts.dump.is_some() {
-            network::unlock(&self.facts.tree, &self.facts.connections);
-        }
-    }
-
-    /// Ends what is left here once the processes live at the destination.
-    async fn end_processes(&self) {
-        if self.facts.mode.is_lazy() {
-            // The forwarder still has memory that the destination needs; after it the dump ends.
-            for process in [self.facts.forwarder, self.facts.dump]
-                .into_iter()
-                .flatten()
-            {
-                while process.is_alive() {
-                    sleep(LOOK_AGAIN).await;
-                }
-            }
-        }
-        for process in &self.facts.tree {
-            // Those of a lazy dump that succeeded are gone already.
-            let _ = process.signal(Signal::SIGKILL as i32);
-        }
-        self.end_forwarders();
-        self.remove_images();
-        self.forget_connections();
-        if let Some(container) = &self.facts.container
-            && let Err(error) = container.runtime.delete(&container.id).await
-        {
-            tracing::error!(
-                "container {} lives at the destination, and its runtime here does not forget it: {error}",
-                container.id
-            );
-        }
-        for dir in &self.facts.files {
-            if let Err(error) = StagingDir::of(dir).moved_away(&self.facts.id.to_string()) {
-                self.warn(format!(
-                    "that {} is out of date is not noted: {error}",
-                    dir.display()
-                ));
-            }
-        }
-    }
-
-    /// Removes CRIU's rules for connections that have moved. As long as an address is here that was not moved, this
-    /// host would answer its clients by a reset.
-    pub(super) fn forget_connections(&self) {
-        if self.facts.addresses.taken {
-            return network::forget(&self.facts.connections);
-        }
-        let kept = network::forget_gone(&self.facts.connections);
-        if kept > 0 {
-            self.warn(format!(
-                "CRIU's rules that drop the packets of {kept} connections stay in the firewall, because their address \
-                 is still here; once it is not, `pageferry migrate --resume {}` removes them",
-                self.facts.id
-            ));
-        }
-    }
-
     fn warn(&self, text: String) {
+        self.events.warn(&text);
         self.warnings.add(text);
     }
-
-    fn end_forwarders(&self) {
-        let forwarders = [self.facts.forwarder, self.facts.round_forwarder];
-        for forwarder in forwarders.into_iter().flatten() {
-            // It may have ended by itself.
-            let _ = forwarder.signal(Signal::SIGTERM as i32);
-        }
-    }
-
-    /// Removes what holds memory; logs and records stay.
-    fn remove_images(&self) {
-        for entry in fs::read_dir(self.images()).into_iter().flatten().flatten() {
-            let path = entry.path();
-            if path.extension().is_none_or(|extension| extension != "log") {
-                let _ = fs::remove_file(path);
-            }
-        }
-    }
-}
-
-/// Tells a lazy dump that nobody takes its memory: one to which nobody has connected yet would wait for ever.
-/// Nothing happens if it has a client, or does not listen.
-fn refuse_dump(port: u16) {
-    let Ok(stream) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)) else {
-        return;
-    };
-    if resets_are_skipped() {
-        return;
-    }
-    // The message makes every CRIU give its dump up; the reset after it does so without an answer.
-    let _ = (&stream).write_all(&GIVE_UP);
-    let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
 }
 
 /// What an agent's answer means.

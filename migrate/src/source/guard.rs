@@ -14,7 +14,7 @@ use tokio::process::{Child, Command};
 
 use super::args::Args as MigrateArgs;
 use super::context::SourceContext;
-use super::{log_replay, stateless, throttle};
+use super::{log_replay, logs, stateless, throttle};
 use crate::agent::address;
 use crate::client::AgentClient;
 use crate::commands::with_tls;
@@ -83,11 +83,19 @@ async fn finish_in(dir: &Path, client: AgentClient) -> Result<bool> {
     if log_replay::is_in(dir) {
         return log_replay::finish(dir, client).await;
     }
-    let state = finish(SourceContext::find(dir, client)?).await?;
-    Ok(matches!(
-        state,
-        SourceState::Complete | SourceState::Committed
-    ))
+    let context = SourceContext::find(dir, client.clone())?;
+    let (id, events) = (context.facts.id.clone(), context.events.clone());
+    let record = context.record()?;
+    let state = finish(context).await?;
+    let moved = matches!(state, SourceState::Complete | SourceState::Committed);
+    // Whoever recorded the end has told it.
+    if !matches!(
+        record,
+        Some(SourceRecord::Complete | SourceRecord::RolledBack)
+    ) {
+        logs::at_end(&client, &id, dir, (&events, moved)).await;
+    }
+    Ok(moved)
 }
 
 async fn finish(context: SourceContext) -> Result<SourceState> {

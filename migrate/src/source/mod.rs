@@ -14,6 +14,7 @@ mod commands;
 mod container;
 mod context;
 mod disk_space;
+mod failure;
 mod files;
 mod files_args;
 mod first_answer;
@@ -24,8 +25,10 @@ mod hooks;
 mod layers;
 mod log_replay;
 mod log_replay_args;
+mod logs;
 mod moved_addresses;
 mod network;
+mod outputs;
 pub(crate) mod plan;
 mod preflight;
 mod preload;
@@ -40,9 +43,11 @@ mod survey;
 mod throttle;
 mod warnings;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::events::{Step, Writer};
 use pageferry::migration::messages::MigrationId;
 use pageferry::migration::{Mode, SourceState, predict_downtime};
 use tokio::time::Instant;
@@ -53,13 +58,18 @@ use context::{Facts, SourceContext};
 use files::Files;
 use flow::Flow;
 use moved_addresses::MovedAddresses;
+use outputs::Outputs;
 use report::{HostReport, Report};
 use survey::Survey;
 
+use crate::events::{Events, Told};
 use crate::route::Routes;
 
 /// Longest made-up part of a name, hexadecimal digits.
 const ID_DIGITS: usize = 8;
+
+/// What is told of a replay after which the processes move with their memory.
+const TOO_SLOW: &str = "the replay is too slow: the processes move with their memory";
 
 /// A lazy mode is worth its later faults if a cold one would stand still for so many times longer.
 const COLD_IS_CLOSE: f64 = 1.5;
@@ -75,7 +85,10 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 async fn migrate(args: &Args) -> Result<()> {
     if args.stateless.stateless {
         let id = named(args)?;
-        return stateless::migrate(args, id, |dir| guard::start(args, dir)).await;
+        let events = events_of(args, &id)?;
+        let guarded = |dir: &Path| guard::start(args, dir);
+        let moved = stateless::migrate(args, id, guarded, &events).await;
+        return told(&events, moved);
     }
     if args.mode == ModeArg::LogReplay {
         return replay_or_move(args).await;
@@ -86,42 +99,89 @@ async fn migrate(args: &Args) -> Result<()> {
     }
     expect_state(args.mode)?;
     let id = named(args)?;
-    move_memory(args, id, args.mode.chosen()).await
+    let events = events_of(args, &id)?;
+    let moved = move_memory(args, id, args.mode.chosen(), &events).await;
+    told(&events, moved)
+}
+
+/// Where what happens to the migration `id` is told.
+fn events_of(args: &Args, id: &MigrationId) -> Result<Events> {
+    let events = Events::new(Writer::Migrate, Some(id.clone()));
+    events.with_file(args.events.as_deref())
+}
+
+/// Tells the end of a migration, which `moved` says.
+fn told<T>(events: &Events, moved: Result<T>) -> Result<T> {
+    events.end(&moved.as_ref().map(|_| "moved").map_err(ToString::to_string));
+    moved
 }
 
 /// Moves a service by its log, or if its replay is too slow with its memory.
 async fn replay_or_move(args: &Args) -> Result<()> {
     let id = named(args)?;
-    let ended = log_replay::migrate(args, id.clone(), |dir| guard::start(args, dir)).await?;
-    let log_replay::Ended::TooSlow = ended else {
+    let events = events_of(args, &id)?;
+    let guarded = |dir: &Path| guard::start(args, dir);
+    let ended = log_replay::migrate(args, id.clone(), guarded, &events).await;
+    let too_slow = matches!(ended, Ok(log_replay::Ended::TooSlow));
+    let text = if too_slow { TOO_SLOW } else { "moved" };
+    events.end(&ended.as_ref().map(|_| text).map_err(ToString::to_string));
+    let log_replay::Ended::TooSlow = ended? else {
         return Ok(());
     };
     let id = format!("{id}-pre-copy").parse();
     let id = id.map_err(|error| Error::wrap(Kind::Usage, "the migration's name", error))?;
-    move_memory(args, id, Some(Mode::PreCopy)).await?;
+    let events = events_of(args, &id)?;
+    let moved = move_memory(args, id, Some(Mode::PreCopy), &events).await;
+    told(&events, moved)?;
     log_replay::end_recording(args).await
 }
 
+/// Preflight is over, and it is known how the memory is to move.
+fn note_plan(events: &Events, survey: &Survey, mode: Mode) {
+    let counts = [
+        ("processes", survey.tree.members().len() as u64),
+        ("bytes", survey.size.bytes()),
+    ];
+    events.done(Step::Preflight, Told::counts(&counts));
+    events.note(Step::Plan, Told::text(mode.name()));
+}
+
+/// What a report begins with.
+fn report_of(id: MigrationId, survey: &Survey, mode: Mode) -> Report {
+    Report {
+        processes: survey.tree.members().len(),
+        memory_bytes: survey.size.bytes(),
+        copied_bytes: survey.copied_bytes(mode.is_lazy()),
+        source: HostReport::from(&survey.here),
+        destination: HostReport::from(&survey.there),
+        ..Report::begin(id, mode)
+    }
+}
+
 /// Moves a tree of processes with its memory, by itself or as a container.
-async fn move_memory(args: &Args, id: MigrationId, mode: Option<Mode>) -> Result<()> {
+async fn move_memory(
+    args: &Args,
+    id: MigrationId,
+    mode: Option<Mode>,
+    events: &Events,
+) -> Result<()> {
     let started = Instant::now();
+    events.begin(Step::Preflight);
     let moving = args.addresses();
     let mut survey = Survey::take(&args.subject, &moving, (&args.target, &args.files)).await?;
     let root = survey.root();
     let mode = mode.unwrap_or_else(|| recommend(&survey));
     let (costs, packed_bytes) = (survey.costs, survey.packed_bytes());
     survey.expect_no_problem(mode.is_lazy())?;
+    note_plan(events, &survey, mode);
     let layered = survey.layered.take();
     let of_container = (survey.found.as_ref(), survey.sends_root, layered);
     let files = Files::find(&args.files, of_container, root, &id)?;
-    let report = Report {
-        processes: survey.tree.members().len(),
-        memory_bytes: survey.size.bytes(),
-        copied_bytes: survey.copied_bytes(mode.is_lazy()),
-        source: HostReport::from(&survey.here),
-        destination: HostReport::from(&survey.there),
-        ..Report::begin(id.clone(), mode)
+    let outputs = match &survey.found {
+        Some(found) => Outputs::find(found.root, args.output_log.as_ref())?,
+        None => Outputs::none(args.output_log.as_ref())?,
     };
+    let report = report_of(id.clone(), &survey, mode);
     if args.files.preload {
         return preload::run(args, survey, files, id, report, started).await;
     }
@@ -142,9 +202,16 @@ async fn move_memory(args: &Args, id: MigrationId, mode: Option<Mode>) -> Result
         tcp: args.tcp(),
         hooks: args.hooks(),
         files: files.dirs(),
+        outputs,
+        events: args.events(),
         ..Facts::of_tree(id, mode, &tree)
     };
-    let context = SourceContext::make(&args.target.state_dir, facts, client.clone())?;
+    let context = SourceContext::make(
+        &args.target.state_dir,
+        facts,
+        client.clone(),
+        events.clone(),
+    )?;
     let guard = guard::start(args, context.dir())?;
     let wire = here.criu.unwrap_or_default().wire();
     let mut flow = Flow::new(
@@ -157,6 +224,7 @@ async fn move_memory(args: &Args, id: MigrationId, mode: Option<Mode>) -> Result
         started,
     );
     let ended = flow.run().await;
+    flow.bring_logs(&ended).await;
     let report = flow.finish(&ended);
     // The guard sees that the command ends, and has nothing to do.
     drop(guard);
@@ -164,7 +232,7 @@ async fn move_memory(args: &Args, id: MigrationId, mode: Option<Mode>) -> Result
         report.write(path)?;
     }
     report.print();
-    moved(ended, root, report.problem)
+    moved(ended, root, &report)
 }
 
 /// Fails for a mode of containers without state.
@@ -179,11 +247,11 @@ fn expect_state(mode: ModeArg) -> Result<()> {
 }
 
 /// Whether the tree under `root` was moved, as the end says, and why not.
-fn moved(ended: Result<SourceState>, root: i32, problem: Option<String>) -> Result<()> {
+fn moved(ended: Result<SourceState>, root: i32, report: &Report) -> Result<()> {
     match ended? {
         SourceState::Complete => Ok(()),
         state => {
-            let text = problem.unwrap_or_else(|| format!("the migration ended as {state}"));
+            let text = report.told(|| format!("the migration ended as {state}"));
             Err(Error::new(
                 Kind::Interrupted,
                 format!("pid {root} was not moved: {text}"),
@@ -222,7 +290,8 @@ fn named(args: &Args) -> Result<MigrationId> {
     }
 }
 
-fn made_up() -> Result<MigrationId> {
+/// A name for a migration that got none.
+pub(crate) fn made_up() -> Result<MigrationId> {
     let digits: String = (0..ID_DIGITS).map(|_| fastrand::digit(16)).collect();
     let name = format!("m-{digits}").parse();
     name.map_err(|error| Error::wrap(Kind::Usage, "the migration's name", error))

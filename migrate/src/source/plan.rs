@@ -5,6 +5,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use pageferry::error::Result;
+use pageferry::migration::events::{Step, Writer};
+use pageferry::migration::messages::MigrationId;
 use pageferry::migration::{
     Costs, Forecast, LogFacts, Mode, ReplayCosts, forecast_replay, predict_downtime, recommend,
 };
@@ -16,6 +18,7 @@ use serde::Serialize;
 use super::args::{Subject, Target};
 use super::files_args::FilesArgs;
 use super::survey::Survey;
+use crate::events::{Events, Told};
 use crate::rounds;
 use crate::service_log::{LogReader, Next, size};
 use crate::times::duration;
@@ -36,6 +39,14 @@ pub(crate) struct Args {
     /// What a move by --mode log-replay would cost with the log of a recorder in DIR
     #[arg(long, value_name = "DIR")]
     log: Option<PathBuf>,
+
+    /// Append what is found to FILE, as a line of JSON of the event log
+    #[arg(long, value_name = "FILE")]
+    events: Option<PathBuf>,
+
+    /// Name of the migration that is planned, for --events
+    #[arg(long, value_name = "NAME", requires = "events")]
+    id: Option<MigrationId>,
 
     /// Print JSON
     #[arg(long)]
@@ -105,49 +116,82 @@ const MODES: [Mode; 4] = [Mode::Cold, Mode::PreCopy, Mode::PostCopy, Mode::Hybri
 /// Prints the plan. Fails if the tree cannot be moved.
 pub(crate) fn run(args: &Args) -> ExitCode {
     crate::run_to_end(async {
-        let survey =
-            Survey::take(&args.subject, &[], (&args.target, &FilesArgs::to_look())).await?;
-        let before = args.log.as_deref().map(size).transpose()?;
-        let dirty_rate = rounds::watch_changes(&survey.tree, survey.page, args.watch)?;
-        let log = match &args.log {
-            Some(log) => Some(look(log, before.unwrap_or_default(), args.watch)?),
-            None => None,
-        };
-        let mut modes: Vec<Prediction> = MODES
-            .iter()
-            .map(|&mode| predict(mode, &survey.costs, &survey, dirty_rate.pages_per_s()))
-            .collect();
-        let replayed = log.and_then(|log| replayed(&log, &survey));
-        let log = log.map(|log| LogPlan {
-            bytes: log.bytes,
-            pieces: log.pieces,
-            bytes_per_s: log.bytes_per_s,
-            keeps_up: replayed.is_some(),
-        });
-        modes.extend(replayed);
-        let lazily = !survey.must_share();
-        let problems = survey.problems(lazily);
-        let plan = Plan {
-            pid: survey.root(),
-            processes: survey.tree.members().len(),
-            private_bytes: survey.size.private_bytes,
-            shared_bytes: survey.size.shared_bytes,
-            copied_bytes: survey.size.copied_bytes,
-            dirty_pages_per_s: dirty_rate.pages_per_s(),
-            recommended: problems.is_empty().then(|| best(&modes)),
-            log,
-            problems,
-            modes,
-        };
-        match args.json {
-            true => println!(
-                "{}",
-                serde_json::to_string_pretty(&plan).unwrap_or_default()
-            ),
-            false => print(&plan),
+        let events = Events::new(Writer::Plan, args.id.clone());
+        let events = events.with_file(args.events.as_deref())?;
+        events.begin(Step::Plan);
+        let planned = plan(args).await;
+        match &planned {
+            Ok(told) => events.done(Step::Plan, told.clone()),
+            Err(error) => events.failed(Step::Plan, Told::error(&error.to_string())),
         }
-        survey.expect_no_problem(lazily)
+        planned.map(drop)
     })
+}
+
+/// Prints the plan, and tells it for the event log. Fails if the tree cannot be moved.
+async fn plan(args: &Args) -> Result<Told> {
+    let survey = Survey::take(&args.subject, &[], (&args.target, &FilesArgs::to_look())).await?;
+    let before = args.log.as_deref().map(size).transpose()?;
+    let dirty_rate = rounds::watch_changes(&survey.tree, survey.page, args.watch)?;
+    let log = match &args.log {
+        Some(log) => Some(look(log, before.unwrap_or_default(), args.watch)?),
+        None => None,
+    };
+    let mut modes: Vec<Prediction> = MODES
+        .iter()
+        .map(|&mode| predict(mode, &survey.costs, &survey, dirty_rate.pages_per_s()))
+        .collect();
+    let replayed = log.and_then(|log| replayed(&log, &survey));
+    let log = log.map(|log| LogPlan {
+        bytes: log.bytes,
+        pieces: log.pieces,
+        bytes_per_s: log.bytes_per_s,
+        keeps_up: replayed.is_some(),
+    });
+    modes.extend(replayed);
+    let lazily = !survey.must_share();
+    let problems = survey.problems(lazily);
+    let plan = Plan {
+        pid: survey.root(),
+        processes: survey.tree.members().len(),
+        private_bytes: survey.size.private_bytes,
+        shared_bytes: survey.size.shared_bytes,
+        copied_bytes: survey.size.copied_bytes,
+        dirty_pages_per_s: dirty_rate.pages_per_s(),
+        recommended: problems.is_empty().then(|| best(&modes)),
+        log,
+        problems,
+        modes,
+    };
+    match args.json {
+        true => println!(
+            "{}",
+            serde_json::to_string_pretty(&plan).unwrap_or_default()
+        ),
+        false => print(&plan),
+    }
+    survey.expect_no_problem(lazily)?;
+    Ok(told(&plan))
+}
+
+/// A plan as an event: the costs of the mode that it recommends.
+fn told(plan: &Plan) -> Told {
+    let recommended = plan.recommended.unwrap_or_default();
+    let mode = plan.modes.iter().find(|mode| mode.mode == recommended);
+    let text = mode.map(|mode| {
+        format!(
+            "{recommended}: downtime {:.0} ms, all there after {:.0} ms",
+            mode.downtime_ms, mode.total_ms
+        )
+    });
+    let counts = [
+        ("processes", plan.processes as u64),
+        ("bytes", plan.private_bytes + plan.shared_bytes),
+    ];
+    Told {
+        text,
+        ..Told::counts(&counts)
+    }
 }
 
 /// What `mode` would take, with `dirty_pages_per_s` pages that change in a second.

@@ -43,6 +43,7 @@ pub(super) async fn run(
         addresses: Vec::new(),
         files: files.told(),
         keeps_files: true,
+        outputs: Vec::new(),
     };
     client.post::<Status>("/v1/migrations", &begin).await?;
     let sent = timeout(args.timeout, files.send_ahead(&client)).await;

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::events::Step;
 use pageferry::migration::messages::{FaultTimes, HostFacts, MigrationId};
 use pageferry::migration::{Mode, RoundResult};
 use pageferry::observe::schema::Output;
@@ -12,7 +13,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::time::sleep;
 
+use super::failure::Failure;
 use super::files::FilesReport;
+use super::logs::LogFile;
 use crate::files::FileRound;
 use crate::records;
 
@@ -115,6 +118,12 @@ pub(crate) struct Report {
     pub(crate) result: String,
     /// Why it was rolled back.
     pub(crate) problem: Option<String>,
+    /// The same in parts; null if it was not rolled back.
+    #[serde(default)]
+    pub(crate) failure: Option<Failure>,
+    /// Logs of both sides that were stored, if it failed.
+    #[serde(default)]
+    pub(crate) logs: Vec<LogFile>,
     /// What went wrong beside the migration: hooks, a probe without an answer.
     pub(crate) warnings: Vec<String>,
     /// How many processes the tree has, zombies included.
@@ -179,14 +188,6 @@ pub(super) fn ms(time: Duration) -> f64 {
 }
 
 impl Report {
-    /// Adds something that went wrong, behind what went wrong before.
-    pub(super) fn add_problem(&mut self, error: &Error) {
-        self.problem = Some(match self.problem.take() {
-            Some(before) => format!("{before}; {error}"),
-            None => error.to_string(),
-        });
-    }
-
     /// The report of a migration of which nothing is known yet.
     pub(crate) fn begin(id: MigrationId, mode: Mode) -> Report {
         Report {
@@ -194,6 +195,8 @@ impl Report {
             mode: mode.name().to_owned(),
             result: String::new(),
             problem: None,
+            failure: None,
+            logs: Vec::new(),
             warnings: Vec::new(),
             processes: 0,
             memory_bytes: 0,
@@ -218,6 +221,25 @@ impl Report {
             source: HostReport::default(),
             destination: HostReport::default(),
         }
+    }
+
+    /// Notes that `step` has failed. What fails later because of it is told behind it.
+    pub(super) fn fail(&mut self, step: Step, error: &Error) {
+        let failure = Failure::of(step, error);
+        self.problem = Some(match self.problem.take() {
+            Some(before) => format!("{before}; {failure}"),
+            None => failure.to_string(),
+        });
+        self.failure.get_or_insert(failure);
+    }
+
+    /// What a user is told of the end: why, and where the logs are.
+    pub(super) fn told(&self, otherwise: impl FnOnce() -> String) -> String {
+        let mut text = self.problem.clone().unwrap_or_else(otherwise);
+        if let Some(dir) = self.logs.first().and_then(|log| log.path.parent()) {
+            text += &format!("; logs: {}", dir.display());
+        }
+        text
     }
 
     /// Writes the JSON.

@@ -8,6 +8,7 @@
 //! ```
 
 mod action;
+mod log;
 mod look;
 mod psi;
 mod rules;
@@ -26,6 +27,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
 use crate::end_signals::EndSignals;
+use log::Log;
 use state::State;
 use watcher::Watcher;
 
@@ -59,6 +61,10 @@ pub(crate) struct Args {
     /// How often to check what the kernel does not report by itself
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = crate::times::duration)]
     interval: Duration,
+
+    /// Append what happens to FILE, a line of JSON for each event; migrations that are started write there too
+    #[arg(long, value_name = "FILE")]
+    events: Option<PathBuf>,
 
     /// Tell what would be done, and do nothing
     #[arg(long)]
@@ -104,7 +110,8 @@ async fn watch(args: &Args) -> Result<()> {
         Some(path) => Some(socket::listen(path, sender.clone())?),
         None => None,
     };
-    let mut watcher = Watcher::new(rules, state, sender, args.dry_run).await?;
+    let told = Log::open(args.events.as_deref())?;
+    let mut watcher = Watcher::new(rules, state, (sender, told), args.dry_run).await?;
     let mut next_look = Instant::now();
     loop {
         if Instant::now() >= next_look {

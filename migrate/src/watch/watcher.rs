@@ -5,16 +5,19 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::events::Step;
 use pageferry::sys::owned_process::ProcessName;
 use pageferry::watch::{Level, Trigger};
 use tokio::process::Child;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
+use super::log::Log;
 use super::rules::{Rule, When};
 use super::shutdown::Shutdown;
 use super::state::{Running, State};
 use super::{Event, action, look, psi};
+use crate::events::{Events, Told};
 
 /// Between two looks at a process that an earlier watcher has started.
 const ORPHAN_PAUSE: Duration = Duration::from_millis(200);
@@ -36,6 +39,10 @@ pub(super) struct Watcher {
     watched: Vec<Watched>,
     state: State,
     events: mpsc::Sender<Event>,
+    /// What happens is told there.
+    log: Log,
+    /// The same of actions under way, by their target.
+    told: BTreeMap<String, Events>,
     /// Ends of what waits for the kernel, which stops when they are closed.
     triggers: Vec<OwnedFd>,
     /// What tells of shutdowns, if a rule waits for one.
@@ -58,13 +65,15 @@ impl Watcher {
     pub(super) async fn new(
         rules: Vec<Rule>,
         state: State,
-        events: mpsc::Sender<Event>,
+        (events, log): (mpsc::Sender<Event>, Log),
         is_dry: bool,
     ) -> Result<Watcher> {
         let mut watcher = Watcher {
             watched: Vec::new(),
             state,
             events,
+            log,
+            told: BTreeMap::new(),
             triggers: Vec::new(),
             shutdown: None,
             awaiting: None,
@@ -227,6 +236,9 @@ impl Watcher {
                 Ok(())
             }
             Event::ActionEnded(target, result) => {
+                if let Some(told) = self.told.remove(&target) {
+                    told.ended(Step::Rule, &result);
+                }
                 match result {
                     Ok(()) => tracing::info!("{target}: done"),
                     Err(error) => tracing::error!("{target}: {error}"),
@@ -334,19 +346,25 @@ impl Watcher {
     async fn begin(&mut self, number: usize) -> Result<()> {
         let watched = &self.watched[number];
         let (rule, saved) = (watched.rule.clone(), watched.trigger.saved());
-        let (target, text) = (rule.target().to_owned(), action::told(&rule.action));
+        let target = rule.target().to_owned();
         if self.is_dry {
+            let text = action::told(&rule.action);
             tracing::info!("rule {:?} would now: {text}", rule.name);
             return Ok(());
         }
+        let (action, migration) = self.log.named(&rule.action);
+        let text = action::told(&action);
         tracing::info!("rule {:?}: {text}", rule.name);
+        if let Some(told) = self.log.fired(&rule.name, &text, migration) {
+            self.told.insert(target.clone(), told);
+        }
         let mut running = Running {
             rule: rule.name.clone(),
             process: None,
         };
         self.state.begin(&target, saved, running.clone())?;
         let events = self.events.clone();
-        let started = match action::command(&rule.action, &rule.name)? {
+        let started = match action::command(&action, &rule.name)? {
             Some(mut command) => Some(action::spawn(&mut command).await),
             None => None,
         };
@@ -359,11 +377,14 @@ impl Watcher {
             }
             Some(Err(error)) => {
                 tracing::error!("rule {:?}: {text} cannot be started: {error}", rule.name);
+                if let Some(told) = self.told.remove(&target) {
+                    told.failed(Step::Rule, Told::text(error.to_string()));
+                }
                 self.state.end(&target)?;
             }
             None => {
                 tokio::spawn(async move {
-                    let result = action::carry_out(&rule.action).await;
+                    let result = action::carry_out(&action).await;
                     // Without a receiver the watcher has ended.
                     let _ = events.send(Event::ActionEnded(target, result)).await;
                 });

@@ -48,14 +48,17 @@ impl FileTree {
         {
             return false;
         }
-        let Some(path) = self.path.as_deref().map(Path::new) else {
-            return true;
-        };
-        let mut parts = path.components();
-        let is_plain = |part: Component<'_>| matches!(part, Component::Normal(_));
-        let has_name = path.file_name().is_some();
-        parts.next() == Some(Component::RootDir) && has_name && parts.all(is_plain)
+        self.path.as_deref().is_none_or(is_plain_path)
     }
+}
+
+/// Whether a path is absolute, names something below the root, and leads nowhere by `..`.
+pub(super) fn is_plain_path(path: &str) -> bool {
+    let path = Path::new(path);
+    let mut parts = path.components();
+    let is_plain = |part: Component<'_>| matches!(part, Component::Normal(_));
+    let has_name = path.file_name().is_some();
+    parts.next() == Some(Component::RootDir) && has_name && parts.all(is_plain)
 }
 
 /// When the root file system of a container is sent.

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::events::{Step, Writer};
 use pageferry::migration::messages::{
     Digest, MigrationId, ReplayBegin, ReplayFinish, ReplayStart, ReplayStatus, ServiceAddress,
 };
@@ -21,6 +22,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use super::runner::{Runner, Work};
 use super::{addresses, service, snapshot};
 use crate::agent::context::AgentContext;
+use crate::events::{Events, Told};
 use crate::records;
 use crate::service_log::digest;
 
@@ -38,6 +40,7 @@ const SERVICE: &str = "service.json";
 pub(super) struct Session {
     dir: PathBuf,
     begin: ReplayBegin,
+    events: Events,
     /// What changes the service is done by one task at a time.
     turn: Turn<()>,
     inner: Mutex<Inner>,
@@ -77,14 +80,18 @@ impl Session {
                 let _ = fs::remove_dir(&dir);
             })?;
         let session = Session::new(dir, begin, ReplayState::Receiving);
+        session.events.done(Step::Begin, Told::default());
         tokio::spawn(Session::watch_for_silence(Arc::clone(&session)));
         Ok(session)
     }
 
     fn new(dir: PathBuf, begin: ReplayBegin, state: ReplayState) -> Arc<Session> {
+        let events = Events::new(Writer::Agent, Some(begin.id.clone()));
+        events.in_dir(&dir);
         Arc::new(Session {
             dir,
             begin,
+            events,
             turn: Turn::new(()),
             inner: Mutex::new(Inner {
                 state,
@@ -194,6 +201,16 @@ impl Session {
 
     /// Starts the service, and waits until it takes connections.
     pub(super) async fn start(&self, request: &ReplayStart) -> Result<ReplayStatus> {
+        self.events.begin(Step::Start);
+        let started = self.start_now(request).await;
+        self.events.ended(Step::Start, &started);
+        if started.is_ok() {
+            self.events.begin(Step::Replay);
+        }
+        started
+    }
+
+    async fn start_now(&self, request: &ReplayStart) -> Result<ReplayStatus> {
         let _turn = self.turn.lock().await;
         let state = self.after(ReplayEvent::Started)?;
         if self.lock().snapshot != request.snapshot {
@@ -251,6 +268,17 @@ impl Session {
 
     /// Waits until the service was told everything, asks for its state, and stops it.
     pub(super) async fn finish(&self, request: &ReplayFinish) -> Result<ReplayStatus> {
+        self.events.begin(Step::Rest);
+        let finished = self.finish_now(request).await;
+        self.events.ended(Step::Rest, &finished);
+        let count = Told::counts(&[("bytes", self.status().replayed_bytes)]);
+        if finished.is_ok() {
+            self.events.done(Step::Replay, count);
+        }
+        finished
+    }
+
+    async fn finish_now(&self, request: &ReplayFinish) -> Result<ReplayStatus> {
         let _turn = self.turn.lock().await;
         let runner = self.runner()?;
         let taken = self.lock().taken;
@@ -301,6 +329,7 @@ impl Session {
         let state = self.after(ReplayEvent::KeepAsked)?;
         // On disk before anybody relies on it.
         records::write(&self.dir.join(STATE), &state)?;
+        self.events.done(Step::Commit, Told::text("kept"));
         self.lock().state = state;
         Ok(self.status())
     }
@@ -317,6 +346,7 @@ impl Session {
         }
         self.after(ReplayEvent::ResumeAsked)?;
         addresses::bring_up(&self.dir, services).await?;
+        self.events.done(Step::Address, Told::default());
         Ok(self.status())
     }
 
@@ -328,6 +358,7 @@ impl Session {
         records::write(&self.dir.join(STATE), &state)?;
         self.lock().state = state;
         service::resume(leader)?;
+        self.events.done(Step::Resume, Told::default());
         snapshot::remove(&self.dir);
         Ok(self.status())
     }
@@ -363,6 +394,7 @@ impl Session {
         if was != ReplayState::Aborted {
             tracing::warn!("service {}: {why}", self.begin.id);
             self.lock().problem.get_or_insert_with(|| why.to_owned());
+            self.events.done(Step::Discard, Told::text(why));
         }
         if let Err(error) = records::write(&self.dir.join(STATE), &ReplayState::Aborted) {
             tracing::error!("service {}: {error}", self.begin.id);

@@ -10,6 +10,7 @@ use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use pageferry::error::{Error, Kind, Result};
 use pageferry::limits::MIGRATION_JSON_BYTES_MAX;
+use pageferry::migration::events::Step;
 use pageferry::migration::messages::{
     ContainerAddresses, ContainerBegin, ContainerCreate, ContainerStart, ContainerStatus,
     MigrationId,
@@ -80,6 +81,7 @@ async fn image(
 ) -> Answer<ContainerStatus> {
     let session = find(&containers, &id)?;
     to_its_end(async move {
+        session.events.begin(Step::Files);
         let (near, far) = tokio::io::duplex(BUFFER_BYTES);
         let passed = tokio::spawn(pass(body, near));
         let stored = session.store(SyncIoBridge::new(far)).await;
@@ -87,8 +89,9 @@ async fn image(
         let passed = passed.await.map_err(|error| {
             Error::wrap(Kind::Io, "an image was ended", io::Error::other(error))
         })?;
+        let stored = stored.and(passed);
+        session.events.ended(Step::Files, &stored);
         stored?;
-        passed?;
         session.note_contact();
         Ok(Json(session.status()))
     })
@@ -125,7 +128,14 @@ async fn create(
 ) -> Answer<ContainerStatus> {
     let request = parse::<ContainerCreate>(&body)?;
     let session = find(&containers, &id)?;
-    to_its_end(async move { Ok(Json(session.create(&request).await?)) }).await
+    to_its_end(async move {
+        let made = session.create(&request).await;
+        if made.is_err() {
+            session.events.ended(Step::Start, &made);
+        }
+        Ok(Json(made?))
+    })
+    .await
 }
 
 /// Starts it, and answers when it is ready.
@@ -136,7 +146,7 @@ async fn start(
 ) -> Answer<ContainerStatus> {
     let request = parse::<ContainerStart>(&body)?;
     let session = find(&containers, &id)?;
-    to_its_end(async move { Ok(Json(session.start(&request).await?)) }).await
+    to_its_end(async move { Ok(Json(session.start_told(&request).await?)) }).await
 }
 
 async fn keep(

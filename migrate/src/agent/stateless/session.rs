@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::events::{Step, Writer};
 use pageferry::migration::messages::{
     ContainerBegin, ContainerStart, ContainerStatus, Digest, MigrationId, Ready, ServiceAddress,
 };
@@ -20,6 +21,7 @@ use super::ready::ReadinessCheck;
 use crate::address::{self, Attributes};
 use crate::agent::context::AgentContext;
 use crate::drain;
+use crate::events::{Events, Told};
 use crate::facts::now_us;
 use crate::records;
 use crate::runtime::Runtime;
@@ -45,6 +47,7 @@ pub(super) struct Session {
     pub(super) context: Arc<AgentContext>,
     pub(super) dir: PathBuf,
     pub(super) begin: ContainerBegin,
+    pub(super) events: Events,
     /// What changes the container is done by one task at a time.
     pub(super) turn: Turn<()>,
     inner: Mutex<Inner>,
@@ -87,6 +90,8 @@ impl Session {
                 let _ = fs::remove_dir(&dir);
             })?;
         let session = Session::new(context, dir, begin, StatelessState::Receiving);
+        let text = format!("container {}", session.begin.container.id);
+        session.events.done(Step::Begin, Told::text(text));
         tokio::spawn(Session::watch_for_silence(Arc::clone(&session)));
         Ok(session)
     }
@@ -97,10 +102,13 @@ impl Session {
         begin: ContainerBegin,
         state: StatelessState,
     ) -> Arc<Session> {
+        let events = Events::new(Writer::Agent, Some(begin.id.clone()));
+        events.in_dir(&dir);
         Arc::new(Session {
             context: Arc::clone(context),
             dir,
             begin,
+            events,
             turn: Turn::new(()),
             inner: Mutex::new(Inner {
                 state,
@@ -207,7 +215,7 @@ impl Session {
     }
 
     /// Starts the container and waits until it is ready.
-    pub(super) async fn start(&self, request: &ContainerStart) -> Result<ContainerStatus> {
+    async fn start(&self, request: &ContainerStart) -> Result<ContainerStatus> {
         let runtime = self.runtime()?;
         let id = &self.begin.container.id;
         {
@@ -222,6 +230,14 @@ impl Session {
         }
         self.lock().ready_us = Some(now_us());
         Ok(self.status())
+    }
+
+    /// The same, told in the event log.
+    pub(super) async fn start_told(&self, request: &ContainerStart) -> Result<ContainerStatus> {
+        self.events.begin(Step::Start);
+        let started = self.start(request).await;
+        self.events.ended(Step::Start, &started);
+        started
     }
 
     /// Sets the limits that the container had at the source, where they are not those of its configuration.
@@ -305,6 +321,7 @@ impl Session {
             }
             // On disk before anybody relies on it.
             records::write(&self.dir.join(STATE), &StatelessState::Kept)?;
+            self.events.done(Step::Commit, Told::text("kept"));
         }
         self.advance(StatelessEvent::KeepAsked)?;
         Ok(self.status())
@@ -325,6 +342,7 @@ impl Session {
         for service in &self.begin.addresses {
             address::add(service, &Attributes::default()).await?;
         }
+        self.events.done(Step::Address, Told::default());
         for service in self.begin.addresses.clone() {
             tokio::spawn(async move { address::announce(&service).await });
         }
@@ -375,6 +393,7 @@ impl Session {
         if was != StatelessState::Aborted {
             tracing::warn!("container {}: {why}", self.begin.id);
             self.lock().problem = Some(why.to_owned());
+            self.events.done(Step::Discard, Told::text(why));
         }
         if let Err(error) = records::write(&self.dir.join(STATE), &StatelessState::Aborted) {
             tracing::error!("container {}: {error}", self.begin.id);

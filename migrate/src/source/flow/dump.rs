@@ -8,6 +8,7 @@ use std::time::Duration;
 use axum::body::Body;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::AgentState;
+use pageferry::migration::events::Step;
 use pageferry::migration::messages::{RestoreRequest, Status, TcpConnections};
 use tokio::net::unix::pipe;
 use tokio::time::timeout;
@@ -15,6 +16,7 @@ use tokio_util::io::{ReaderStream, SyncIoBridge};
 
 use super::{Flow, READY_LIMIT, blocking};
 use crate::child::Program;
+use crate::client::AgentSays;
 use crate::image_stream::pack;
 use crate::runtime::runtime_log;
 use crate::source::commands::{self, MEMORY, Pages, free_port};
@@ -54,14 +56,14 @@ impl Flow<'_> {
         let dump = match &self.context.facts.container {
             Some(container) => {
                 let dir = self.context.dir();
+                let external = self.context.facts.outputs.external();
                 let (mut command, status) =
-                    container.checkpoint(&self.programs, dir, &images, pages, tcp)?;
+                    container.checkpoint(&self.programs, dir, &images, pages, (tcp, external))?;
+                let program =
+                    Program::start(container.title(), &mut command, &runtime_log(&images))?;
                 Dump {
-                    program: Program::start(
-                        container.title(),
-                        &mut command,
-                        &runtime_log(&images),
-                    )?,
+                    // A runtime's own log does not say what CRIU says.
+                    program: program.with_criu_log(log),
                     status,
                 }
             }
@@ -85,12 +87,14 @@ impl Flow<'_> {
     /// Freezes for good: all pages go to the destination before the restore.
     pub(super) async fn dump_whole(&mut self) -> Result<()> {
         let port = self.forwarder_address()?.port();
+        self.events().begin(Step::Dump);
         let mut dump = self.start_dump(Pages::SentTo(port))?;
         self.seal_files();
         dump.program.succeed().await?;
         self.dumped.notify_one();
         self.note_connections()?;
         self.phase("dump");
+        self.events().begin(Step::Images);
         let images = self.send_images(BTreeSet::new());
         let (_, bytes) = tokio::try_join!(self.stored("/pages"), images)?;
         self.report.wire_bytes += bytes;
@@ -102,6 +106,7 @@ impl Flow<'_> {
     pub(super) async fn dump_lazily(&mut self, sends_shared: bool) -> Result<()> {
         let port = free_port()?;
         self.context.facts.dump_port = Some(port);
+        self.events().begin(Step::Dump);
         let mut dump = self.start_dump(Pages::ServedAt(port))?;
         self.seal_files();
         dump.ready(self.args.timeout).await?;
@@ -122,8 +127,10 @@ impl Flow<'_> {
         }
         self.notes = MEMORY;
         self.sessions = 0;
+        self.events().begin(Step::Images);
         self.report.wire_bytes += self.send_images(sent).await?;
         self.phase("images");
+        self.events().begin(Step::Forwarder);
         forwarder.ready(READY_LIMIT).await?;
         self.phase("forwarder");
         let port = read_number(&self.context.dir().join(MEMORY.port))?;
@@ -175,6 +182,7 @@ impl Flow<'_> {
 
     /// Sends what has changed in shared memory since the last round, and tells the files that hold it.
     async fn send_shared(&mut self) -> Result<BTreeSet<OsString>> {
+        self.events().begin(Step::Shared);
         let images = self.context.images();
         let forwarder = self.forwarder_address()?;
         let (page, wire) = (self.page, self.wire);
@@ -222,6 +230,7 @@ impl Flow<'_> {
         facts.addresses.taken = taken;
         if taken {
             self.note_switch();
+            self.events().begin(Step::Address);
             self.context.keep_facts()?;
             self.context.facts.addresses.take().await?;
             self.phase("address");
@@ -231,19 +240,23 @@ impl Flow<'_> {
 
     async fn restore(&mut self, memory_port: Option<u16>) -> Result<()> {
         self.files_sealed().await?;
+        self.send_outputs(true).await?;
         self.take_addresses().await?;
+        self.events().begin(Step::Restore);
         let request = RestoreRequest { memory_port };
         let path = self.context.path("/restore");
         let status: Status = self.client.post(&path, &request).await?;
-        self.phase("restore");
         match status.state {
-            AgentState::Ready => Ok(()),
+            AgentState::Ready => {
+                self.phase("restore");
+                Ok(())
+            }
             _ => {
                 let why = status
                     .problem
                     .unwrap_or_else(|| format!("the migration there is {}", status.state));
-                let text = format!("the destination could not restore: {why}");
-                Err(Error::new(Kind::PeerLost, text))
+                let text = "the destination could not restore";
+                Err(Error::wrap(Kind::PeerLost, text, AgentSays(why)))
             }
         }
     }

@@ -7,6 +7,7 @@
 
 mod dump;
 mod rounds;
+mod told;
 
 use std::collections::VecDeque;
 use std::io;
@@ -17,10 +18,10 @@ use std::time::Duration;
 use pageferry::criu::header::Wire;
 use pageferry::engine::io::transport::Peer;
 use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::events::Step;
 use pageferry::migration::messages::{Begin, Container, Receiver, Status};
 use pageferry::migration::{
-    AgentState, Convergence, Costs, Mode, Source, SourceAction, SourceEvent, SourceState,
-    predict_downtime,
+    Convergence, Costs, Mode, Source, SourceAction, SourceEvent, SourceState, predict_downtime,
 };
 use pageferry::units::PageSize;
 use tokio::sync::Notify;
@@ -40,6 +41,7 @@ use super::shared::WORTH_COMPARING_BYTES;
 use crate::child::Program;
 use crate::client::AgentClient;
 use crate::end_signals::StopSignals;
+use crate::events::Told;
 use crate::programs::Programs;
 use crate::rounds::{Size, Tree};
 
@@ -136,9 +138,7 @@ impl<'a> Flow<'a> {
         let event = match ready {
             Ok(()) => SourceEvent::AgentReady,
             Err(error) => {
-                tracing::error!("{error}: the processes go on here");
-                self.report.problem = Some(error.to_string());
-                self.context.note("PROBLEM", error.to_string());
+                self.give_up(&error);
                 SourceEvent::Failed
             }
         };
@@ -148,11 +148,17 @@ impl<'a> Flow<'a> {
 
     /// Everything until the agent is ready.
     async fn prepare(&mut self) -> Result<()> {
+        self.events().begin(Step::Begin);
         self.begin().await?;
+        self.events().done(Step::Begin, Told::default());
         if !self.context.facts.files.is_empty() {
             self.progress.phase("files are sent");
+            self.events().begin(Step::Files);
         }
         self.files.send_ahead(&self.client).await?;
+        if !self.context.facts.files.is_empty() {
+            self.events().done(Step::Files, Told::default());
+        }
         if self.mode.has_rounds() {
             self.run_rounds().await?;
         } else if !self.mode.is_lazy() {
@@ -169,6 +175,7 @@ impl<'a> Flow<'a> {
             // What was written during the rounds for memory.
             self.files.send(&self.client).await?;
         }
+        self.send_outputs(false).await?;
         self.context
             .note("MEMORY_BYTES", self.report.memory_bytes.to_string());
         self.context
@@ -178,6 +185,7 @@ impl<'a> Flow<'a> {
         self.context.run_hook(Point::PreFreeze).await?;
         self.client.warm(WARM_CONNECTIONS).await?;
         self.progress.phase("freezing");
+        self.events().note(Step::Freeze, Told::default());
         let frozen = Instant::now();
         self.report.preparation_ms = ms(frozen - self.started);
         self.frozen = Some(frozen);
@@ -196,6 +204,7 @@ impl<'a> Flow<'a> {
             return Ok(());
         }
         self.note_switch();
+        self.events().begin(Step::Route);
         self.context.switch_routes().await?;
         self.phase("route");
         Ok(())
@@ -224,6 +233,7 @@ impl<'a> Flow<'a> {
             addresses: self.args.addresses_there(),
             files: self.files.told(),
             keeps_files: false,
+            outputs: self.context.facts.outputs.told(),
         };
         self.client.post::<Status>("/v1/migrations", &begin).await?;
         Ok(())
@@ -253,6 +263,9 @@ impl<'a> Flow<'a> {
 
     /// Waits until all files are at the destination.
     async fn files_sealed(&mut self) -> Result<()> {
+        if !self.context.facts.files.is_empty() {
+            self.events().begin(Step::Files);
+        }
         let Some(sealed) = self.sealing.join_next().await else {
             return Ok(());
         };
@@ -377,6 +390,7 @@ impl<'a> Flow<'a> {
         if let Some(frozen) = self.frozen {
             self.phase("commit");
             let downtime = ms(frozen.elapsed());
+            self.events().note(Step::Resume, told::downtime(downtime));
             self.report.downtime_ms = Some(downtime);
             self.context.note("DOWNTIME_MS", format!("{downtime:.1}"));
         }
@@ -386,6 +400,7 @@ impl<'a> Flow<'a> {
     async fn wait_for_memory(&mut self) -> Result<bool> {
         self.progress
             .phase("runs at the destination, memory follows");
+        self.events().begin(Step::Memory);
         let status: Status = self.client.get(&self.context.path("/complete")).await?;
         if let Some(summary) = &status.lazy_summary {
             self.report.add_lazy_summary(summary);
@@ -402,18 +417,13 @@ impl<'a> Flow<'a> {
         }
         let complete = ms(self.started.elapsed());
         self.report.complete_ms = Some(complete);
+        self.memory_ended(&status);
         if self.mode.is_lazy() {
             let resumed = self.report.preparation_ms + self.report.downtime_ms.unwrap_or_default();
             self.report
                 .add_span("memory", "memory follows", resumed, complete);
         }
-        match status.problem {
-            Some(problem) if status.state != AgentState::Complete => {
-                self.report.problem = Some(problem);
-                Ok(false)
-            }
-            _ => Ok(true),
-        }
+        Ok(self.report.failure.is_none())
     }
 
     /// Notes that a part of the downtime ends now.
@@ -426,6 +436,9 @@ impl<'a> Flow<'a> {
             self.progress
                 .phase(format!("frozen: {name} took {took:.0} ms"));
             self.report.phases_ms.insert(name.to_owned(), took);
+            if let Some(step) = told::step_of(name) {
+                self.events().done(step, Told::default());
+            }
         }
     }
 

@@ -5,11 +5,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::events::Step;
 use pageferry::migration::messages::Receiver;
 use pageferry::migration::{Decision, Mode, OnMissed, RoundResult};
 use tokio::time::Instant;
 
 use super::{Flow, blocking, ms};
+use crate::events::Told;
 use crate::rounds::{self, Trackers, Tree};
 use crate::source::commands;
 use crate::source::progress::Part;
@@ -37,6 +39,7 @@ impl Flow<'_> {
         let mut throttles: Vec<Throttle> = Vec::new();
         for number in 1.. {
             let started = Instant::now();
+            self.events().begin(Step::Round);
             self.progress
                 .phase(format!("round {number}: memory is read and sent"));
             let receiver: Receiver = self
@@ -74,6 +77,7 @@ impl Flow<'_> {
             self.report
                 .add_span("rounds", format!("round {number}"), start, end);
             self.progress.round(number, round, read, self.predict());
+            self.events().done(Step::Round, counts_of(number, round));
             match decision {
                 Decision::Again => {}
                 Decision::Throttle => throttles.extend(self.slow_down()),
@@ -161,6 +165,14 @@ impl Flow<'_> {
         self.report.mode = mode.name().to_owned();
         self.context.keep_facts()
     }
+}
+
+fn counts_of(number: u32, round: RoundResult) -> Told {
+    Told::counts(&[
+        ("round", u64::from(number)),
+        ("pages", round.pages),
+        ("bytes", round.bytes),
+    ])
 }
 
 fn result_of_round(line: &serde_json::Value, took: Duration) -> RoundResult {

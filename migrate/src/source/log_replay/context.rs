@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
 
 use crate::client::AgentClient;
+use crate::events::Events;
 use crate::route::{Facts as RouteFacts, Routes};
 use crate::runtime::lifecycle;
 use crate::service_log::{Hold, unseal};
@@ -62,6 +63,9 @@ pub(super) struct Facts {
     pub(super) there: Vec<ServiceAddress>,
     pub(super) routes: Routes,
     pub(super) hooks: Hooks,
+    /// Where the user wants events too.
+    #[serde(default)]
+    pub(super) events: Option<PathBuf>,
 }
 
 /// See the module's text.
@@ -70,6 +74,8 @@ pub(super) struct SourceContext {
     dir: PathBuf,
     pub(super) facts: Facts,
     pub(super) client: AgentClient,
+    /// What happens is told there.
+    pub(super) events: Events,
     /// Held by this process.
     hold: Option<Hold>,
     /// What commands are told besides, by name.
@@ -83,24 +89,28 @@ impl SourceContext {
         state_dir: &Path,
         facts: Facts,
         client: AgentClient,
+        events: Events,
     ) -> Result<SourceContext> {
         let dir = state_dir::make(state_dir, &facts.id)?;
-        let context = SourceContext::new(dir, facts, client);
+        events.in_dir(&dir);
+        let context = SourceContext::new(dir, facts, client, events);
         context.keep_facts()?;
         Ok(context)
     }
 
     /// Finds the directory of a move that was begun.
     pub(super) fn find(dir: &Path, client: AgentClient) -> Result<SourceContext> {
-        let facts = state_dir::facts(dir, FACTS)?;
-        Ok(SourceContext::new(dir.to_owned(), facts, client))
+        let facts: Facts = state_dir::facts(dir, FACTS)?;
+        let events = Events::of_guard(&facts.id, dir, facts.events.as_deref());
+        Ok(SourceContext::new(dir.to_owned(), facts, client, events))
     }
 
-    fn new(dir: PathBuf, facts: Facts, client: AgentClient) -> SourceContext {
+    fn new(dir: PathBuf, facts: Facts, client: AgentClient, events: Events) -> SourceContext {
         SourceContext {
             dir,
             facts,
             client,
+            events,
             hold: None,
             notes: Vec::new(),
             warnings: Warnings::default(),
@@ -126,6 +136,7 @@ impl SourceContext {
     }
 
     pub(super) fn warn(&self, text: String) {
+        self.events.warn(&text);
         self.warnings.add(text);
     }
 

@@ -2,6 +2,7 @@
 
 use axum::body::Body;
 use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::events::Step;
 use pageferry::migration::messages::{Digest, ReplayBegin, ReplayStart, ReplayStatus};
 use pageferry::migration::{LogReplay, LogReplayAction, LogReplayEnd, LogReplayRecord};
 use sha2::{Digest as _, Sha256};
@@ -13,9 +14,11 @@ use tokio_util::io::ReaderStream;
 use super::context::SourceContext;
 use super::sender::Sender;
 use crate::end_signals::StopSignals;
+use crate::events::Told;
 use crate::source::args::Args;
 use crate::source::first_answer::FirstAnswer;
 use crate::source::hooks::Point;
+use crate::source::logs;
 use crate::source::progress::Progress;
 use crate::source::report::{Report, ms};
 
@@ -91,21 +94,27 @@ impl<'a> Flow<'a> {
                     self.ends(action, began);
                     self.source.done();
                 }
-                Err(error) => self.fails(&error),
+                Err(error) => self.fails(action, &error),
             }
         }
         Ok(self.source.end())
     }
 
-    fn fails(&mut self, error: &Error) {
+    fn fails(&mut self, action: LogReplayAction, error: &Error) {
+        let step = action.step().unwrap_or(Step::Commit);
+        self.context
+            .events
+            .failed(step, Told::error(&error.to_string()));
         if !self.source.failed() {
             return self.context.warn(error.to_string());
         }
-        tracing::error!("{error}");
-        if self.report.problem.is_none() {
-            self.context.note("PROBLEM", error.to_string());
+        let is_first = self.report.problem.is_none();
+        self.report.fail(step, error);
+        let problem = self.report.problem.clone().unwrap_or_default();
+        tracing::error!("{problem}");
+        if is_first {
+            self.context.note("PROBLEM", problem);
         }
-        self.report.add_problem(error);
     }
 
     /// Whether the replay was given up because it is too slow, and the processes are to move with their memory.
@@ -168,6 +177,9 @@ impl<'a> Flow<'a> {
 
     /// Notes what begins.
     fn begins(&mut self, action: LogReplayAction) {
+        if let Some(step) = action.step() {
+            self.context.events.begin(step);
+        }
         self.progress.phase(format!("{action:?}").to_lowercase());
         if action == LogReplayAction::Hold {
             self.held = Some(Instant::now());
@@ -180,6 +192,9 @@ impl<'a> Flow<'a> {
 
     /// Notes what has been done.
     fn ends(&mut self, action: LogReplayAction, began: Instant) {
+        if let Some(step) = action.step() {
+            self.context.events.done(step, Told::default());
+        }
         let name = match action {
             LogReplayAction::Prepare => "start",
             LogReplayAction::Follow => "replay",
@@ -215,6 +230,14 @@ impl<'a> Flow<'a> {
     /// The report of a move that has ended.
     pub(super) async fn finish(mut self, ended: &Result<LogReplayEnd>) -> Report {
         self.progress.finish();
+        let moved = matches!(ended, Ok(LogReplayEnd::Moved));
+        let to = logs::place(self.args.report.as_deref(), self.context.dir());
+        let (client, id) = (&self.context.client, &self.context.facts.id);
+        logs::merge(client, id, &self.context.events).await;
+        if !moved {
+            let dirs = (self.context.dir(), to.as_path());
+            self.report.logs = logs::collect(client, id, dirs, &self.context.events).await;
+        }
         if let Some(answer) = self.answer.take() {
             match ended {
                 Ok(LogReplayEnd::Moved) => {

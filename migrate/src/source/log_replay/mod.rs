@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::events::Step;
 use pageferry::migration::messages::{HostFacts, MigrationId, ReplayBegin};
 use pageferry::migration::{LogReplay, LogReplayEnd, Mode};
 use pageferry::sys::owned_process::ProcessName;
@@ -33,10 +34,12 @@ use tokio::time::Instant;
 use super::args::Args;
 use super::container::Found;
 use super::log_replay_args::LagArg;
+use super::logs;
 use super::moved_addresses::MovedAddresses;
 use super::report::{HostReport, Report};
 use super::stateless;
 use crate::client::AgentClient;
+use crate::events::{Events, Told};
 use crate::records;
 use crate::rounds::Tree;
 use crate::route::Routes;
@@ -64,8 +67,10 @@ pub(super) async fn migrate(
     args: &Args,
     id: MigrationId,
     guard: impl FnOnce(&Path) -> Result<Child>,
+    events: &Events,
 ) -> Result<Ended> {
     let started = Instant::now();
+    events.begin(Step::Preflight);
     let (log, begin) = what(args, &id)?;
     let tail = Tail::open(&log, begin.feed.is_none())?;
     let begin = ReplayBegin {
@@ -92,6 +97,7 @@ pub(super) async fn migrate(
             .collect(),
         routes: Routes::look(args.routes()).await?,
         hooks: args.hooks(),
+        events: args.events(),
     };
     let report = Report {
         mode: "log-replay".to_owned(),
@@ -100,7 +106,14 @@ pub(super) async fn migrate(
         destination: HostReport::from(&there),
         ..Report::begin(id, Mode::Cold)
     };
-    let context = SourceContext::make(&args.target.state_dir, facts, client.clone())?;
+    events.done(Step::Preflight, Told::default());
+    events.note(Step::Plan, Told::text("log-replay"));
+    let context = SourceContext::make(
+        &args.target.state_dir,
+        facts,
+        client.clone(),
+        events.clone(),
+    )?;
     let guard = guard(context.dir())?;
     let sender = Sender::new(client, context.path(""), tail, sender_options(args, log));
     let mut flow = Flow::new(args, context, (begin, sender), report, started);
@@ -113,13 +126,16 @@ pub(super) async fn migrate(
         report.write(path)?;
     }
     report.print();
-    match ended? {
+    judge(args, ended?, too_slow, &report)
+}
+
+/// What the end of the migration means to the user.
+fn judge(args: &Args, end: LogReplayEnd, too_slow: bool, report: &Report) -> Result<Ended> {
+    match end {
         LogReplayEnd::Moved => Ok(Ended::Here),
         LogReplayEnd::RolledBack if too_slow => Ok(Ended::TooSlow),
         end => {
-            let text = report
-                .problem
-                .unwrap_or_else(|| format!("it ended as {end:?}"));
+            let text = report.told(|| format!("it ended as {end:?}"));
             let text = match end {
                 LogReplayEnd::Stuck => format!(
                     "the service is the destination's and stands still there: `pageferry migrate --resume {} --to {}` \
@@ -217,12 +233,17 @@ pub(super) async fn finish(dir: &Path, client: AgentClient) -> Result<bool> {
     let mut context = SourceContext::find(dir, client)?;
     let last = records::read(&dir.join(context::RECORD))?;
     let mut source = LogReplay::recover(last);
-    if source.next_action().is_some() {
+    let is_left = source.next_action().is_some();
+    if is_left {
         tracing::warn!("finishing {}, left at {last:?}", context.facts.id);
     }
     let mut problem = None;
     while let Some(action) = source.next_action() {
-        match context.carry_out(action).await {
+        let done = context.carry_out(action).await;
+        if let Some(step) = action.step() {
+            context.events.ended(step, &done);
+        }
+        match done {
             Ok(()) => source.done(),
             Err(error) => {
                 context.warn(error.to_string());
@@ -232,8 +253,13 @@ pub(super) async fn finish(dir: &Path, client: AgentClient) -> Result<bool> {
             }
         }
     }
+    let moved = source.end() == LogReplayEnd::Moved;
+    if is_left {
+        let (client, id) = (&context.client, &context.facts.id);
+        logs::at_end(client, id, context.dir(), (&context.events, moved)).await;
+    }
     match (source.end(), problem) {
         (LogReplayEnd::Stuck, Some(error)) => Err(error),
-        (end, _) => Ok(end == LogReplayEnd::Moved),
+        _ => Ok(moved),
     }
 }

@@ -14,6 +14,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::client::AgentClient;
 use crate::drain;
+use crate::events::Events;
 use crate::records;
 use crate::route::{Facts as RouteFacts, Routes};
 use crate::runtime::lifecycle;
@@ -56,6 +57,9 @@ pub(super) struct Facts {
     pub(super) hooks: Hooks,
     /// How long connections may go on here.
     pub(super) drain_ms: u64,
+    /// Where the user wants events too.
+    #[serde(default)]
+    pub(super) events: Option<PathBuf>,
 }
 
 /// See the module's text.
@@ -64,6 +68,8 @@ pub(super) struct SourceContext {
     dir: PathBuf,
     pub(super) facts: Facts,
     pub(super) client: AgentClient,
+    /// What happens is told there.
+    pub(super) events: Events,
     /// What commands are told besides, by name.
     notes: Vec<(&'static str, String)>,
     warnings: Warnings,
@@ -75,24 +81,28 @@ impl SourceContext {
         state_dir: &Path,
         facts: Facts,
         client: AgentClient,
+        events: Events,
     ) -> Result<SourceContext> {
         let dir = state_dir::make(state_dir, &facts.id)?;
-        let context = SourceContext::new(dir, facts, client);
+        events.in_dir(&dir);
+        let context = SourceContext::new(dir, facts, client, events);
         context.keep_facts()?;
         Ok(context)
     }
 
     /// Finds the directory of a move that was begun.
     pub(super) fn find(dir: &Path, client: AgentClient) -> Result<SourceContext> {
-        let facts = state_dir::facts(dir, FACTS)?;
-        Ok(SourceContext::new(dir.to_owned(), facts, client))
+        let facts: Facts = state_dir::facts(dir, FACTS)?;
+        let events = Events::of_guard(&facts.id, dir, facts.events.as_deref());
+        Ok(SourceContext::new(dir.to_owned(), facts, client, events))
     }
 
-    fn new(dir: PathBuf, facts: Facts, client: AgentClient) -> SourceContext {
+    fn new(dir: PathBuf, facts: Facts, client: AgentClient, events: Events) -> SourceContext {
         SourceContext {
             dir,
             facts,
             client,
+            events,
             notes: Vec::new(),
             warnings: Warnings::default(),
         }
@@ -117,6 +127,7 @@ impl SourceContext {
     }
 
     pub(super) fn warn(&self, text: String) {
+        self.events.warn(&text);
         self.warnings.add(text);
     }
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::events::Step;
 use pageferry::migration::messages::{Container, ContainerBegin, ContainerStart, ContainerStatus};
 use pageferry::migration::{
     Stateless, StatelessAction, StatelessEnd, StatelessMode, StatelessRecord,
@@ -13,11 +14,13 @@ use tokio::time::{Instant, timeout_at};
 use super::context::SourceContext;
 use super::image;
 use crate::end_signals::StopSignals;
+use crate::events::Told;
 use crate::runtime::bundle;
 use crate::source::args::Args;
 use crate::source::first_answer::FirstAnswer;
 use crate::source::hooks::Point;
 use crate::source::layers::Layered;
+use crate::source::logs;
 use crate::source::progress::Progress;
 use crate::source::report::{Report, ms};
 use crate::tree_summary::TreeSummary;
@@ -113,21 +116,27 @@ impl<'a> Flow<'a> {
                     self.ends(action, began);
                     self.source.done();
                 }
-                Err(error) => self.fails(&error),
+                Err(error) => self.fails(action, &error),
             }
         }
         Ok(self.source.end())
     }
 
-    fn fails(&mut self, error: &Error) {
+    fn fails(&mut self, action: StatelessAction, error: &Error) {
+        let step = action.step().unwrap_or(Step::Commit);
+        self.context
+            .events
+            .failed(step, Told::error(&error.to_string()));
         if !self.source.failed() {
             return self.context.warn(error.to_string());
         }
-        tracing::error!("{error}");
-        if self.report.problem.is_none() {
-            self.context.note("PROBLEM", error.to_string());
+        let is_first = self.report.problem.is_none();
+        self.report.fail(step, error);
+        let problem = self.report.problem.clone().unwrap_or_default();
+        tracing::error!("{problem}");
+        if is_first {
+            self.context.note("PROBLEM", problem);
         }
-        self.report.add_problem(error);
     }
 
     async fn carry_out(&mut self, action: StatelessAction) -> Result<()> {
@@ -233,6 +242,9 @@ impl<'a> Flow<'a> {
 
     /// Notes what begins.
     fn begins(&mut self, action: StatelessAction) {
+        if let Some(step) = action.step() {
+            self.context.events.begin(step);
+        }
         self.progress.phase(format!("{action:?}").to_lowercase());
         let leaves = match self.source.mode() {
             StatelessMode::Cold => action == StatelessAction::Stop,
@@ -249,6 +261,9 @@ impl<'a> Flow<'a> {
 
     /// Notes what has been done.
     fn ends(&mut self, action: StatelessAction, began: Instant) {
+        if let Some(step) = action.step() {
+            self.context.events.done(step, Told::default());
+        }
         let name = match action {
             StatelessAction::Prepare | StatelessAction::Renew => "image",
             StatelessAction::Stop => "stop",
@@ -289,6 +304,14 @@ impl<'a> Flow<'a> {
     /// The report of a move that has ended.
     pub(super) async fn finish(mut self, ended: &Result<StatelessEnd>) -> Report {
         self.progress.finish();
+        let moved = matches!(ended, Ok(StatelessEnd::Moved));
+        let to = logs::place(self.args.report.as_deref(), self.context.dir());
+        let (client, id) = (&self.context.client, &self.context.facts.id);
+        logs::merge(client, id, &self.context.events).await;
+        if !moved {
+            let dirs = (self.context.dir(), to.as_path());
+            self.report.logs = logs::collect(client, id, dirs, &self.context.events).await;
+        }
         if let Some(answer) = self.answer.take() {
             match ended {
                 Ok(StatelessEnd::Moved) => {

@@ -16,6 +16,7 @@ use std::path::Path;
 
 use nix::sys::utsname::uname;
 use pageferry::error::{Error, Kind, Result};
+use pageferry::migration::events::Step;
 use pageferry::migration::messages::{ContainerId, HostFacts, MigrationId};
 use pageferry::migration::{Mode, Stateless, StatelessEnd, StatelessMode};
 use pageferry::sys::owned_process::ProcessName;
@@ -26,9 +27,11 @@ use tokio::time::Instant;
 use super::args::{Args, ModeArg};
 use super::container::Found;
 use super::layers;
+use super::logs;
 use super::moved_addresses::MovedAddresses;
 use super::report::{HostReport, Report};
 use crate::client::AgentClient;
+use crate::events::{Events, Told};
 use crate::rounds::Tree;
 use crate::route::Routes;
 use crate::runtime::bundle;
@@ -41,8 +44,10 @@ pub(super) async fn migrate(
     args: &Args,
     id: MigrationId,
     guard: impl FnOnce(&Path) -> Result<Child>,
+    events: &Events,
 ) -> Result<()> {
     let started = Instant::now();
+    events.begin(Step::Preflight);
     let mode = mode(args)?;
     let container = args
         .subject
@@ -72,15 +77,15 @@ pub(super) async fn migrate(
         routes: Routes::look(args.routes()).await?,
         hooks: args.hooks(),
         drain_ms: u64::try_from(args.stateless.drain.as_millis()).unwrap_or(u64::MAX),
+        events: args.events(),
     };
-    let report = Report {
-        mode: name(mode).to_owned(),
-        processes: Tree::of(found.root)?.members().len(),
-        source: here,
-        destination: HostReport::from(&there),
-        ..Report::begin(id, Mode::Cold)
-    };
-    let context = SourceContext::make(&args.target.state_dir, facts, client)?;
+    let mut report = Report::begin(id, Mode::Cold);
+    name(mode).clone_into(&mut report.mode);
+    report.processes = Tree::of(found.root)?.members().len();
+    (report.source, report.destination) = (here, HostReport::from(&there));
+    events.done(Step::Preflight, Told::default());
+    events.note(Step::Plan, Told::text(name(mode)));
+    let context = SourceContext::make(&args.target.state_dir, facts, client, events.clone())?;
     let guard = guard(context.dir())?;
     let mut flow = Flow::new(
         args,
@@ -101,9 +106,7 @@ pub(super) async fn migrate(
     match ended? {
         StatelessEnd::Moved => Ok(()),
         end => {
-            let text = report
-                .problem
-                .unwrap_or_else(|| format!("it ended as {end:?}"));
+            let text = report.told(|| format!("it ended as {end:?}"));
             Err(Error::new(
                 Kind::Interrupted,
                 format!("container {container} was not moved: {text}"),
@@ -192,12 +195,17 @@ pub(super) async fn finish(dir: &Path, client: AgentClient) -> Result<bool> {
     let mut context = SourceContext::find(dir, client)?;
     let last = records::read(&dir.join(context::RECORD))?;
     let mut source = Stateless::recover(context.facts.mode, last);
-    if source.next_action().is_some() {
+    let is_left = source.next_action().is_some();
+    if is_left {
         tracing::warn!("finishing {}, left at {last:?}", context.facts.id);
     }
     let mut problem = None;
     while let Some(action) = source.next_action() {
-        match context.carry_out(action).await {
+        let done = context.carry_out(action).await;
+        if let Some(step) = action.step() {
+            context.events.ended(step, &done);
+        }
+        match done {
             Ok(()) => source.done(),
             Err(error) => {
                 context.warn(error.to_string());
@@ -207,8 +215,13 @@ pub(super) async fn finish(dir: &Path, client: AgentClient) -> Result<bool> {
             }
         }
     }
+    let moved = source.end() == StatelessEnd::Moved;
+    if is_left {
+        let (client, id) = (&context.client, &context.facts.id);
+        logs::at_end(client, id, context.dir(), (&context.events, moved)).await;
+    }
     match (source.end(), problem) {
         (StatelessEnd::Stuck, Some(error)) => Err(error),
-        (end, _) => Ok(end == StatelessEnd::Moved),
+        _ => Ok(moved),
     }
 }

@@ -1,5 +1,7 @@
 //! A real Redis that moves as the log of what its clients have said, between two hosts, while clients at a third write.
 
+mod fed;
+#[path = "../redis/mod.rs"]
 mod redis;
 
 use std::fs;
@@ -289,6 +291,18 @@ fn a_service_moves_while_clients_write() {
             .with(&["--digest", &digest, "--verify", "--probe", &probe]);
         let (said, report) = fixture.run(&moves, &service, &agent)?;
         ensure!(report["result"] == "moved", "{report} {said}");
+        moves.expect_told(&[
+            "source preflight done",
+            "destination start done",
+            "source replay done",
+            "source hold done",
+            "destination rest done",
+            "destination commit done",
+            "source route done",
+            "destination resume done",
+            "source stop done",
+            "source end done",
+        ])?;
         route.expect_there()?;
         for writer in &mut writers {
             writer.expect_answers()?;
@@ -368,6 +382,7 @@ fn whatever_fails_the_service_is_here_and_nothing_there() {
             let (said, report) = fixture.run(&moves, &service, &agent)?;
             ensure!(report["result"] == "rolled back", "{id}: {report}");
             ensure!(said.contains(why), "{id}: {said}");
+            moves.expect_told(&["source discard done", "source end failed"])?;
             route.expect_here()?;
             for writer in &mut writers {
                 writer.expect_answers().with_context(|| id)?;
@@ -392,71 +407,6 @@ fn whatever_fails_the_service_is_here_and_nothing_there() {
         }
         fixture.expect_nothing_there(&agent, "killed")?;
         ensure!(service.ended()?.is_none(), "the service has ended");
-        Ok(())
-    });
-}
-
-/// An append-only file is read by a command; a command holds the clients.
-#[test]
-fn a_log_that_exists_is_read_by_a_command_there() {
-    with_fixture(|fixture| {
-        let redis = fixture.redis(&BEHIND.to_string()).replace(
-            "--appendonly no",
-            "--appendonly yes --aof-use-rdb-preamble no --dir .",
-        );
-        let service = fixture.start("redis", &redis)?;
-        let agent = fixture.agent()?;
-        let mut client = fixture.hosts.source.net.enter(|| Client::connect(BEHIND))?;
-        for at in 0..100 {
-            client.ask(&format!("RPUSH list {at}"))?;
-        }
-        let cli = fixture.programs.client.display();
-        let aof = fixture
-            .test_dir
-            .path("appendonlydir/appendonly.aof.1.incr.aof");
-        let hold = format!(
-            "case $PAGEFERRY_HOLD in hold) '{cli}' -p {BEHIND} CLIENT PAUSE 600000 WRITE;; \
-             *) '{cli}' -p {BEHIND} CLIENT UNPAUSE;; esac"
-        );
-        let feed = format!("'{cli}' -p $PAGEFERRY_PORT --pipe");
-        let start = fixture.redis("$PAGEFERRY_PORT");
-        let (service_at, at) = (format!("127.0.0.1:{BEHIND}"), format!("127.0.0.1:{PORT}"));
-        let digest = digest(&fixture.programs);
-        let log = aof.display().to_string();
-        let options = |digest| {
-            [
-                "--mode",
-                "log-replay",
-                "--log",
-                &log,
-                "--replay",
-                &feed,
-                "--hold",
-                &hold,
-                "--start",
-                &start,
-                "--service",
-                &service_at,
-                "--at",
-                &at,
-                "--digest",
-                digest,
-            ]
-        };
-        let moves = |id, digest| {
-            Move::new(fixture.criu, fixture.test_dir.path("source"), id)
-                .in_net(&fixture.hosts.source.net)
-                .with(&options(digest))
-        };
-        let (said, report) = fixture.run(&moves("given-up", "false"), &service, &agent)?;
-        ensure!(report["result"] == "rolled back", "{report} {said}");
-        fixture.expect_nothing_there(&agent, "given-up")?;
-        // Clients go on.
-        ensure!(client.ask("RPUSH list last")? == ["101"]);
-        let (said, report) = fixture.run(&moves("fed", &digest), &service, &agent)?;
-        ensure!(report["result"] == "moved", "{report} {said}");
-        let mut there = fixture.client(fixture.hosts.destination.at(PORT))?;
-        ensure!(there.ask("LLEN list")? == ["101"]);
         Ok(())
     });
 }
