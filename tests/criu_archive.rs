@@ -133,7 +133,8 @@ grep -q "/root/shared, a mount of the container, does not exist on this host" re
 
 /// A bundle with the image's files, and whether a container goes on in it.
 const BUNDLES: &str = r#"
-bundle() { mkdir -p $1; cp -a rootfs $1/; echo $1; }
+# podman gives the root of a container mode 0555, and CRIU expects what it has dumped.
+bundle() { mkdir -p $1; cp -a rootfs $1/; chmod 555 $1/rootfs; echo $1; }
 goes_on() {
     before=$(cat $1/rootfs/count)
     until [ "$(cat $1/rootfs/count)" -gt "$before" ]; do sleep 0.05; done

@@ -68,7 +68,7 @@ fn power_is_cut_at_each_step(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     // From here on only the hook changes files: what the container did after the move would be on the disk as well.
     writing.tell(0, "pause")?;
     let disk = writing.stage_path("disk.img");
-    fs::File::create(&disk)?.set_len(256 << 20)?;
+    fs::File::create(&disk)?.set_len(512 << 20)?;
     run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&disk))?;
     writing.pair.machines[1].script(DISK)?;
     // The first hook makes the last difference; the second sees the disk as soon as the decision is known.
