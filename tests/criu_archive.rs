@@ -110,7 +110,7 @@ podman rm -f -t 0 again > /dev/null
 pageferry restore c1.tar.zst --bundle "$(bundle one)" --runtime crun
 goes_on one c1
 podman run -d --name c2 --hostname named tiny /bin/sh -c \
-    'echo new > /etc/new; echo shared > /dev/shm/file; exec 5< /dev/shm/file; exec 6< /etc/hosts
+    'echo new > /etc/new; echo shared > /dev/shm/file; exec 5< /dev/shm/file;
     i=0; while :; do i=$((i+1)); echo $i > /count; /bin/busybox sleep 0.1; done' > /dev/null
 until [ -n "$(count c2)" ]; do sleep 0.1; done
 podman container checkpoint --export c2.tar.zst c2 > /dev/null
@@ -119,7 +119,7 @@ pageferry restore c2.tar.zst --bundle "$(bundle two)" --runtime crun --name two
 goes_on two two
 [ "$(crun exec two /bin/busybox cat /dev/shm/file)" = shared ]
 [ "$(crun exec two /bin/busybox cat /etc/hostname)" = named ]
-crun exec two /bin/sh -c 'echo /proc/1/fd/5 /proc/1/fd/6; [ -e /proc/1/fd/5 ] && [ -e /proc/1/fd/6 ]'
+crun exec two /bin/sh -c '[ -e /proc/1/fd/5 ]'
 crun delete --force c1
 crun delete --force two
 # A bundle that lacks what the container has mounted.

@@ -47,6 +47,14 @@ pub(super) fn keep_hashes(dir: &Path) -> std::io::Result<()> {
     std::fs::copy(dir.join(ROUND_HASHES), dir.join(KNOWN_HASHES)).map(drop)
 }
 
+/// The hashes are of no use any more: whoever can read them can make pages of the same hash.
+pub(super) fn forget_hashes(dir: &Path) {
+    for name in [ROUND_HASHES, KNOWN_HASHES] {
+        // Only a migration with rounds has made them.
+        let _ = std::fs::remove_file(dir.join(name));
+    }
+}
+
 /// A page-server that sends dumps and rounds on to the receiver at `far_end`.
 pub(super) fn forwarder(programs: &Programs, tls: &TlsArgs, dir: &Path, far_end: &Peer) -> Command {
     let mut command = page_server(programs, dir, dir, FORWARDER);

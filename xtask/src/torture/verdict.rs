@@ -232,7 +232,7 @@ fn files(dir: &Path, left: &mut Vec<String>) {
         // Records, logs, and the ports that were told.
         if !matches!(
             extension,
-            Some("log" | "json" | "port" | "txt" | "port-file")
+            Some("log" | "json" | "jsonl" | "port" | "txt" | "port-file")
         ) {
             left.push(format!("file {}", path.display()));
         }

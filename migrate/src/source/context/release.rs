@@ -17,7 +17,7 @@ use super::SourceContext;
 use crate::files::StagingDir;
 use crate::records;
 use crate::runtime::criu_wrapper::CRIU_PROCESS;
-use crate::source::network;
+use crate::source::{commands, network};
 
 /// How often the end of a process that is no child is looked for.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
@@ -148,6 +148,7 @@ impl SourceContext {
                 let _ = fs::remove_file(path);
             }
         }
+        commands::forget_hashes(self.dir());
     }
 }
 
