@@ -175,7 +175,7 @@ fn expect_told(
 
 fn a_dump_that_fails_is_told_with_criu_s_line(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let lock = test_dir.path("lock").display().to_string();
-    let mut subject = start("a lock", &["flock", &lock, "sleep", "100000"])?;
+    let mut subject = start("a lock", &["flock", "--no-fork", &lock, "sleep", "100000"])?;
     wait::until("the lock", GENEROUS, || {
         let locks = fs::read_to_string("/proc/locks")?;
         Ok(locks
