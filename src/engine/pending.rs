@@ -4,9 +4,15 @@
 //! dump's tree is frozen when its first message arrives, so everything about it can be looked up in /proc: a
 //! process of the pid that is named, traced, with memory under a userfaultfd, while a lazy-client of
 //! this host holds one. A refusal makes the dump fail, and the tree goes on.
+//!
+//! Another container's process of the same pid may be stopped as well, by a restore. Who traces the dump's processes has
+//! the other end of the connection, which tells them apart. Where that cannot be told, as behind a relay, the dump is
+//! refused.
 
+mod dump_connection;
 mod proc_reader;
 
+use std::collections::BTreeSet;
 use std::fs;
 
 use super::smaps::{self, MISSING};
@@ -14,6 +20,7 @@ use crate::criu::header::Target;
 use crate::error::{Error, Kind, Result};
 use crate::stream::Stream;
 
+use dump_connection::DumpConnection;
 pub use proc_reader::{ProcReader, ReaderEnds};
 
 /// What lazy-client's processes are called.
@@ -78,7 +85,7 @@ impl PendingTrees {
         if !is_local(stream) {
             return Ok(());
         }
-        match self.find(pid) {
+        match self.find(pid, DumpConnection::of(stream)) {
             None => Ok(()),
             Some(IncompleteProcess { process, handler }) => {
                 let text = format!(
@@ -91,11 +98,11 @@ impl PendingTrees {
         }
     }
 
-    fn find(&mut self, pid: u32) -> Option<IncompleteProcess> {
+    fn find(&mut self, pid: u32, dump: Option<DumpConnection>) -> Option<IncompleteProcess> {
         match proc_reader::of_this_process() {
             Some(reader) => {
                 let first = !std::mem::replace(&mut self.asked, true);
-                reader.find(pid, first).unwrap_or_else(|error| {
+                reader.find(pid, dump, first).unwrap_or_else(|error| {
                     tracing::warn!(
                         "the process that reads /proc for this one is lost ({error}): whether pages of process {pid} \
                          are still missing is not known"
@@ -103,7 +110,7 @@ impl PendingTrees {
                     None
                 })
             }
-            None => self.seen.get_or_insert_with(Seen::look).find(pid),
+            None => self.seen.get_or_insert_with(Seen::look).find(pid, dump),
         }
     }
 }
@@ -135,18 +142,31 @@ impl Seen {
         seen
     }
 
-    /// The process that is being dumped as `pid`, if it lacks pages.
-    fn find(&self, pid: u32) -> Option<IncompleteProcess> {
+    /// The process that is being dumped as `pid` over the connection `dump`, if it lacks pages.
+    fn find(&self, pid: u32, dump: Option<DumpConnection>) -> Option<IncompleteProcess> {
         let handler = self.handler?;
-        let named = self
-            .traced
-            .iter()
-            .filter(|process| process.inner_pid == pid);
-        let process = named
-            .map(|process| process.pid)
-            .find(|host| lacks_pages(*host))?;
+        let named = self.traced.iter().copied();
+        let named: Vec<_> = named.filter(|process| process.inner_pid == pid).collect();
+        let holder = |tracers: &BTreeSet<i32>| dump?.holder(tracers);
+        let process = incomplete(&named, lacks_pages, holder)?.pid;
         Some(IncompleteProcess { process, handler })
     }
+}
+
+/// Which of the processes `named`, one of which is being dumped, may be that one and lacks pages. `holder` says which of
+/// the tracers the dump is, if that is known: it is asked only if it matters, since it looks through all connections.
+fn incomplete(
+    named: &[TracedProcess],
+    lacks_pages: impl Fn(i32) -> bool,
+    holder: impl FnOnce(&BTreeSet<i32>) -> Option<i32>,
+) -> Option<TracedProcess> {
+    let lacking = named.iter().filter(|process| lacks_pages(process.pid));
+    let mut lacking: Vec<_> = lacking.collect();
+    if !lacking.is_empty() {
+        let tracer = holder(&named.iter().map(|process| process.tracer).collect());
+        lacking.retain(|process| tracer.is_none_or(|tracer| process.tracer == tracer));
+    }
+    lacking.first().copied().copied()
 }
 
 /// All processes of this host that are traced.
@@ -194,6 +214,30 @@ mod tests {
         assert!(is_local(&Stream::plain(peer)));
         let (one, _other) = UnixStream::pair().unwrap();
         assert!(is_local(&Stream::plain(one)));
+    }
+
+    #[test]
+    fn another_containers_process_of_the_same_pid_is_no_reason() {
+        let traced = |pid, tracer| TracedProcess {
+            inner_pid: 1,
+            pid,
+            tracer,
+        };
+        // 20 lacks pages and is traced by 2, as a restore does; 10 is dumped by 1.
+        let both = [traced(10, 1), traced(20, 2)];
+        let lacks_pages = |pid| pid == 20;
+        let found = |named: &[TracedProcess], dump| {
+            let found = incomplete(named, lacks_pages, |tracers| {
+                assert_eq!(tracers.len(), named.len());
+                dump
+            });
+            found.map(|process| process.pid)
+        };
+        assert_eq!(found(&both, Some(1)), None);
+        assert_eq!(found(&both, Some(2)), Some(20));
+        assert_eq!(found(&both, None), Some(20));
+        assert_eq!(found(&both[..1], Some(1)), None);
+        assert_eq!(found(&both[1..], None), Some(20));
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! A second process that looks into /proc for a page server.
 //!
 //! ```text
-//! page server ── pid, and whether it is a session's first question ──> proc-reader
-//!             <── the process that lacks pages, and its lazy-client ──
+//! page server ── pid, connection, whether it is a session's first question ──> proc-reader
+//!             <────── the process that lacks pages, and its lazy-client ──────
 //! ```
 //!
 //! Landlock, which confines the page server to its directories, hides other processes as well: their descriptors and
@@ -15,6 +15,9 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, OnceLock, PoisonError};
 
+use bytemuck::{Pod, Zeroable};
+
+use super::dump_connection::{ConnectionBytes, DumpConnection};
 use super::{IncompleteProcess, Seen};
 use crate::error::{Error, Kind, Result};
 use crate::sync::{Mutex, MutexGuard};
@@ -23,8 +26,16 @@ use crate::sys::process::close_all_but;
 /// The one that looks for this process.
 static OF_THIS_PROCESS: OnceLock<Arc<ReaderClient>> = OnceLock::new();
 
-/// A question: whether it is a session's first, and a pid in the innermost namespace.
-const QUESTION_BYTES: usize = 5;
+/// What is asked.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable, Debug)]
+struct Question {
+    /// Not 0: it is a session's first.
+    first: u32,
+    /// In the innermost namespace.
+    pid: u32,
+    dump: ConnectionBytes,
+}
 
 /// An answer: the process that lacks pages and its lazy-client, pids of this host, or 0 twice.
 const ANSWER_BYTES: usize = 8;
@@ -94,13 +105,21 @@ impl ReaderClient {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the process that is being dumped as `pid` lacks pages. The `first` time in a session all of /proc is
-    /// looked through.
-    pub(super) fn find(&self, pid: u32, first: bool) -> io::Result<Option<IncompleteProcess>> {
+    /// Whether the process that is being dumped as `pid` over the connection `dump` lacks pages. The `first` time in a
+    /// session all of /proc is looked through.
+    pub(super) fn find(
+        &self,
+        pid: u32,
+        dump: Option<DumpConnection>,
+        first: bool,
+    ) -> io::Result<Option<IncompleteProcess>> {
         let mut stream = self.stream();
-        let mut question = [u8::from(first); QUESTION_BYTES];
-        question[1..].copy_from_slice(&pid.to_ne_bytes());
-        stream.write_all(&question)?;
+        let question = Question {
+            first: u32::from(first),
+            pid,
+            dump: DumpConnection::encode(dump),
+        };
+        stream.write_all(bytemuck::bytes_of(&question))?;
         let mut answer = [0; ANSWER_BYTES];
         stream.read_exact(&mut answer)?;
         let [process, handler] = bytemuck::pod_read_unaligned::<[i32; 2]>(&answer);
@@ -112,16 +131,15 @@ impl ReaderClient {
 fn answer(stream: &mut UnixStream) -> io::Result<()> {
     let mut seen = Seen::default();
     loop {
-        let mut question = [0; QUESTION_BYTES];
-        match stream.read_exact(&mut question) {
+        let mut question = Question::zeroed();
+        match stream.read_exact(bytemuck::bytes_of_mut(&mut question)) {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
             read => read?,
         }
-        let [first, pid @ ..] = question;
-        if first != 0 {
+        if question.first != 0 {
             seen = Seen::look();
         }
-        let found = seen.find(u32::from_ne_bytes(pid));
+        let found = seen.find(question.pid, DumpConnection::decode(question.dump));
         let found = found.map_or([0; 2], |lacking| [lacking.process, lacking.handler]);
         stream.write_all(bytemuck::bytes_of(&found))?;
     }
@@ -137,11 +155,11 @@ mod tests {
         let answers = std::thread::spawn(move || answer(&mut reader));
         let client = Arc::new(ReaderClient(Mutex::new(server)));
         for first in [true, false, true] {
-            assert_eq!(client.find(std::process::id(), first).unwrap(), None);
+            assert_eq!(client.find(std::process::id(), None, first).unwrap(), None);
         }
         let again = Arc::clone(&client);
         drop(ProcReader(client));
         answers.join().unwrap().unwrap();
-        assert!(again.find(1, true).is_err());
+        assert!(again.find(1, None, true).is_err());
     }
 }
