@@ -23,6 +23,11 @@ for_each_criu!(checkpoint_to_a_page_server, checkpoint_with_lazy_pages);
 
 const MIB: u32 = 48;
 
+/// The container's name before it is checkpointed.
+fn before_id() -> String {
+    runc::unique("before")
+}
+
 fn spec() -> LoadSpec {
     LoadSpec::tree(LOAD_DIR, MIB, 3)
 }
@@ -48,7 +53,7 @@ fn start<'a>(
         return Ok(None);
     };
     let mut runc = Runc::new(test_dir, criu, spec())?;
-    runc.start("ferry-before")?;
+    runc.start(&before_id())?;
     let before = runc.run_everywhere(&[Step::Status])?;
     Ok(Some((runc, before, test_dir.path("images"))))
 }
@@ -58,10 +63,10 @@ fn checkpoint_to_a_page_server(test_dir: &TestDir, criu: &Criu) -> Result<()> {
         return Ok(());
     };
     let server = PageServer::receiving(make(criu), &Options::new(&images))?;
-    runc.checkpoint_to("ferry-before", &images, server.address())?;
+    runc.checkpoint_to(&before_id(), &images, server.address())?;
     server.finish(GENEROUS)?;
-    runc.expect_gone("ferry-before")?;
-    runc.restore("ferry-after", &images, false)?;
+    runc.expect_gone(&before_id())?;
+    runc.restore(&runc::unique("after"), &images, false)?;
     expect_same(&before, &runc.run_everywhere(&reading())?)
 }
 
@@ -70,15 +75,15 @@ fn checkpoint_with_lazy_pages(test_dir: &TestDir, criu: &Criu) -> Result<()> {
         return Ok(());
     };
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
-    let mut source = runc.checkpoint_lazily("ferry-before", &images, address)?;
+    let mut source = runc.checkpoint_lazily(&before_id(), &images, address)?;
     let proxy = Proxy::start(address, slow_link(), None)?;
     let options = Options::new(&images).log_to("lazy.log");
     let daemon = LazyDaemon::start(make(criu), &options, Some(proxy.address()))?;
-    runc.restore("ferry-after", &images, true)?;
+    runc.restore(&runc::unique("after"), &images, true)?;
     let after = runc.run_everywhere(&reading())?;
     expect_same(&before, &after)?;
     expect_faults(&after)?;
     daemon.finish(GENEROUS)?;
     source.succeed(GENEROUS)?;
-    runc.expect_gone("ferry-before")
+    runc.expect_gone(&before_id())
 }

@@ -60,24 +60,25 @@ fn expect_same(before: &[Report], after: &[Report]) -> Result<()> {
 
 fn a_container_moves(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     for &mode in modes(criu) {
-        let Some((runc, before)) = start(test_dir, criu, mode)? else {
+        let id = &runc::unique(mode);
+        let Some((runc, before)) = start(test_dir, criu, id)? else {
             return Ok(());
         };
-        run(&mut runc.runtime(&["update", "--pids-limit", "77", mode])?)?;
+        run(&mut runc.runtime(&["update", "--pids-limit", "77", id])?)?;
         let name = format!("agent-{mode}");
-        let host = ContainerHost::start(test_dir, &criu.path, &name, (&runc, mode))?;
+        let host = ContainerHost::start(test_dir, &criu.path, &name, (&runc, id))?;
         let moves = Move::new(criu, test_dir.path("source"), mode).with(&["--mode", mode]);
-        let moved = containers::start(&moves, (&runc, mode), &host)?.succeed(GENEROUS);
+        let moved = containers::start(&moves, (&runc, id), &host)?.succeed(GENEROUS);
         moved.with_context(|| format!("{mode}: {}", host.agent.log()))?;
-        runc.expect_gone(mode)?;
-        runc.steer(host.pid(mode)?)?;
+        runc.expect_gone(id)?;
+        runc.steer(host.pid(id)?)?;
         expect_same(&before, &runc.run_everywhere(&reading())?)?;
         let report = moves.report()?;
         ensure!(
             report["result"] == "moved" && report["mode"] == mode,
             "{report}"
         );
-        expect_of_the_runtime(&host, mode)?;
+        expect_of_the_runtime(&host, id)?;
     }
     Ok(())
 }
@@ -109,23 +110,24 @@ fn refusing(test_dir: &TestDir, criu: &Criu) -> Result<PathBuf> {
 fn a_container_that_cannot_be_restored_stays(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let refuses = refusing(test_dir, criu)?;
     for mode in ["cold", "hybrid"] {
-        let Some((runc, before)) = start(test_dir, criu, mode)? else {
+        let id = &runc::unique(mode);
+        let Some((runc, before)) = start(test_dir, criu, id)? else {
             return Ok(());
         };
         let name = format!("agent-{mode}");
-        let host = ContainerHost::start(test_dir, &refuses, &name, (&runc, mode))?;
+        let host = ContainerHost::start(test_dir, &refuses, &name, (&runc, id))?;
         let moves = Move::new(criu, test_dir.path("source"), mode).with(&["--mode", mode]);
-        containers::start(&moves, (&runc, mode), &host)?.fail(GENEROUS)?;
+        containers::start(&moves, (&runc, id), &host)?.fail(GENEROUS)?;
         let report = moves.report()?;
         ensure!(report["result"] == "rolled back", "{report}");
         let problem = report["problem"].as_str().unwrap_or_default();
         ensure!(problem.contains("runc restore"), "{report}");
-        ensure!(host.state(mode)?.is_none(), "the destination keeps it");
-        expect_here(&runc, mode, &before)?;
+        ensure!(host.state(id)?.is_none(), "the destination keeps it");
+        expect_here(&runc, id, &before)?;
         // What is missing there is told before anything is touched.
-        fs::remove_file(host.bundles().join(mode))?;
+        fs::remove_file(host.bundles().join(id))?;
         let again = Move::new(criu, test_dir.path("source"), "again").with(&["--files", "never"]);
-        let mut command = containers::start(&again, (&runc, mode), &host)?;
+        let mut command = containers::start(&again, (&runc, id), &host)?;
         command.fail(GENEROUS)?;
         let said = command.log_tail();
         ensure!(

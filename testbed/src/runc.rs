@@ -22,6 +22,12 @@ use crate::workspace;
 /// The load's directory within a container.
 pub const LOAD_DIR: &str = "/load";
 
+/// A name for a container that no other test has at the same time: runc names the control group by it, whatever the
+/// directory of its state.
+pub fn unique(name: &str) -> String {
+    format!("{name}-{}", std::process::id())
+}
+
 /// A bundle and a runc with state of its own: containers are deleted on drop.
 #[derive(Debug)]
 pub struct Runc<'a> {
