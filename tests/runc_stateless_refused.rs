@@ -13,7 +13,7 @@ use testbed::criu::{Criu, Suite};
 use testbed::suite::with_criu;
 use testbed::test_dir::TestDir;
 use testbed::wait::GENEROUS;
-use testbed::web::{NAME, Web};
+use testbed::web::{self, Web};
 use testbed::{gate, runc};
 
 /// A place with the service, unless there is no runc.
@@ -53,7 +53,7 @@ fn what_a_hostile_source_says_is_refused() {
             web.three.client.enter(move || ask(agent, &request, &body))
         };
         let config = json!({"process": {"args": ["/bin/answers"]}, "root": {"path": "/etc"}});
-        let container = json!({"id": NAME, "runtime": "runc", "bundle": "/etc", "bundle_is_given": true,
+        let container = json!({"id": web::name(), "runtime": "runc", "bundle": "/etc", "bundle_is_given": true,
             "config": config, "resources": null});
         let begin = |id: &str, container: &Value| {
             let begin = json!({"id": id, "container": container, "timeout_s": 600});
@@ -108,7 +108,7 @@ fn a_host_with_both_control_groups_takes_no_container_of_crun() {
             return Ok(());
         };
         let bundle = web.bundle().to_owned();
-        let container = json!({"id": NAME, "runtime": "crun", "bundle": bundle, "bundle_is_given": true,
+        let container = json!({"id": web::name(), "runtime": "crun", "bundle": bundle, "bundle_is_given": true,
             "config": {"process": {"args": ["/bin/answers"]}, "root": {"path": "rootfs"}}, "resources": null});
         let begin = json!({"id": "crun", "container": container, "timeout_s": 600}).to_string();
         let agent = web.agent.address();

@@ -25,7 +25,7 @@ use crate::criu::Criu;
 use crate::net::{Host, NetNs};
 use crate::net_three::ThreeHosts;
 use crate::process::{Spawned, descendants, run};
-use crate::runc::make_root_of;
+use crate::runc::{self, make_root_of};
 use crate::test_dir::TestDir;
 use crate::wait::{self, GENEROUS};
 use crate::workspace::binary;
@@ -33,8 +33,10 @@ use crate::workspace::binary;
 /// The port of the service, on each host.
 pub const PORT: u16 = 8080;
 
-/// The container's name, on both hosts.
-pub const NAME: &str = "web";
+/// The container's name, on both hosts: see [`runc::unique`].
+pub fn name() -> String {
+    runc::unique("web")
+}
 
 /// Questions that are answered by 503 before the service is ready.
 const WARM_UP: u32 = 3;
@@ -132,7 +134,7 @@ impl Web {
             _root: root,
         };
         let mut start = web.here(&["run", "--detach", "--bundle"]);
-        start.arg(&web.bundle).arg(NAME).stdout(Stdio::null());
+        start.arg(&web.bundle).arg(name()).stdout(Stdio::null());
         let log = dir.join("run.log");
         start.stderr(fs::File::create(&log)?);
         Spawned::start("the runtime", &mut start, Some(log))?.succeed(GENEROUS)?;
@@ -196,7 +198,7 @@ impl Web {
     /// # Errors
     /// It says something else.
     pub fn state_here(&self) -> Result<Option<Value>> {
-        state(&mut self.here(&["state", NAME]))
+        state(&mut self.here(&["state", &name()]))
     }
 
     /// The same at the destination.
@@ -204,7 +206,7 @@ impl Web {
     /// # Errors
     /// It says something else.
     pub fn state_there(&self) -> Result<Option<Value>> {
-        state(&mut self.there(&["state", NAME])?)
+        state(&mut self.there(&["state", &name()])?)
     }
 
     /// A move without state, as the migration `id`.
@@ -221,9 +223,10 @@ impl Web {
     /// The command cannot be started.
     pub fn start_move(&self, moves: &Move<'_>) -> Result<Spawned> {
         let root = self.state_here.display().to_string();
+        let name = name();
         let subject = [
             "--container",
-            NAME,
+            &name,
             "--runtime",
             self.runtime,
             "--runtime-root",
@@ -274,7 +277,7 @@ impl Web {
 impl Drop for Web {
     fn drop(&mut self) {
         let is_here = self.state_here().is_ok_and(|state| state.is_some());
-        if is_here && let Err(error) = run(&mut self.here(&["delete", "--force", NAME])) {
+        if is_here && let Err(error) = run(&mut self.here(&["delete", "--force", &name()])) {
             eprintln!("deleting the container: {error:#}");
         }
     }
