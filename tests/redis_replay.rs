@@ -346,11 +346,28 @@ fn a_replay_follows_a_recording_and_holds_or_gives_up() {
         let mut follower = replay(test_dir, &third, "follow", &options)?;
         // Clients wait now and then, and none is failed.
         write_all(port)?;
+        wait::until("clients to be held", GENEROUS, || {
+            ensure!(follower.ended()?.is_none(), "{}", follower.log_tail());
+            Ok(said(&follower)?.contains("clients are held").then_some(()))
+        })?;
         end(recorder)?;
         follower.succeed(GENEROUS)?;
-        let report = report(test_dir)?;
-        ensure!(report["digests_agree"] == true, "{report}");
-        ensure!(report["holds"].as_u64() > Some(0), "{report}");
+        let followed = report(test_dir)?;
+        ensure!(followed["digests_agree"] == true, "{followed}");
+        ensure!(followed["holds"].as_u64() > Some(0), "{followed}");
+
+        // Without a recorder there is nobody to hold: what is recorded is replayed all the same.
+        let fourth = Redis::start(programs, test_dir, "fourth")?;
+        let mut late = replay(test_dir, &fourth, "late", &options)?;
+        late.succeed(GENEROUS)?;
+        ensure!(
+            said(&late)?.contains("are held no more"),
+            "{}",
+            said(&late)?
+        );
+        let replayed = report(test_dir)?;
+        ensure!(replayed["digests_agree"] == true, "{replayed}");
+        ensure!(replayed["holds"] == 0, "{replayed}");
         Ok(())
     });
 }

@@ -72,12 +72,29 @@ impl Lag {
                 Err(Error::new(Kind::Usage, text))
             }
             Some(OnLag::PauseClients) if lag > self.limit && self.hold.is_none() => {
-                self.hold = Some(Hold::take(&self.log).await?);
+                self.hold_clients(lag).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn hold_clients(&mut self, lag: u64) -> Result<()> {
+        match Hold::take(&self.log).await {
+            Ok(hold) => {
+                self.hold = Some(hold);
                 self.holds += 1;
                 tracing::warn!("clients are held: {lag} bytes of the log are left");
                 Ok(())
             }
-            _ => Ok(()),
+            // Without a recorder nobody writes to the log any more: the rest of it is replayed at any speed.
+            Err(error) if error.kind() == Kind::PeerLost => {
+                self.action = None;
+                tracing::warn!(
+                    "{error}: {lag} bytes of the log are left, and clients are held no more"
+                );
+                Ok(())
+            }
+            Err(error) => Err(error),
         }
     }
 
