@@ -2,7 +2,7 @@
 //! PID 1, which logind asks to bring the host down, is a stand-in.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -81,22 +81,35 @@ fn expect_lines(path: &Path, count: usize) -> Result<()> {
     })
 }
 
-/// Ends a process that an action has left behind.
-fn end(pid_file: &Path) -> Result<()> {
-    let pid = fs::read_to_string(pid_file)?.trim().parse()?;
-    Ok(kill(Pid::from_raw(pid), Signal::SIGKILL)?)
+/// A process that an action leaves behind, and whose pid it writes to this file. It is ended on drop.
+struct LeftBehind(PathBuf);
+
+impl LeftBehind {
+    /// Ends it, and takes the file away.
+    fn end(&self) -> Result<()> {
+        let pid = fs::read_to_string(&self.0)?.trim().parse()?;
+        fs::remove_file(&self.0)?;
+        Ok(kill(Pid::from_raw(pid), Signal::SIGKILL)?)
+    }
+}
+
+impl Drop for LeftBehind {
+    fn drop(&mut self) {
+        if self.0.exists()
+            && let Err(error) = self.end()
+        {
+            eprintln!("ending the process of {}: {error:#}", self.0.display());
+        }
+    }
 }
 
 #[test]
 fn a_shutdown_waits_until_its_actions_are_over() {
     with_programs(|test_dir, programs| {
         let logind = Logind::start(programs, test_dir.dir(), DELAY_S)?;
-        let (ran, go, left) = (
-            test_dir.path("ran"),
-            test_dir.path("go"),
-            test_dir.path("left"),
-        );
-        let (ran_at, go_at, left_at) = (ran.display(), go.display(), left.display());
+        let (ran, go) = (test_dir.path("ran"), test_dir.path("go"));
+        let left = LeftBehind(test_dir.path("left"));
+        let (ran_at, go_at, left_at) = (ran.display(), go.display(), left.0.display());
         // A process that an action leaves behind must not hold the host up.
         let rules = format!(
             r#"
@@ -134,7 +147,7 @@ fn a_shutdown_waits_until_its_actions_are_over() {
             );
             expect_said(test_dir, &mut watcher, "the host may go down", round)?;
             expect_inhibitors(&logind, &[])?;
-            end(&left)?;
+            left.end()?;
             fs::remove_file(&go)?;
             logind.cancel()?;
             expect_said(test_dir, &mut watcher, "the host does not go down", round)?;
