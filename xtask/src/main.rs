@@ -2,6 +2,7 @@
 
 mod assets;
 mod bench;
+mod book;
 mod chosen;
 mod criu;
 mod demo;
@@ -40,6 +41,8 @@ enum Task {
     Assets(assets::Args),
     /// Measures pageferry and CRIU against each other.
     Bench(Box<bench::Args>),
+    /// Makes a book of the documents into target/book, and checks its links.
+    Book(book::Args),
     /// Fetches real CRIUs into target/criu and prints version and path of each.
     Criu(criu::Args),
     /// Moves a Redis under load from host to host in each mode, and prints a table of the times.
@@ -74,6 +77,7 @@ fn main() -> ExitCode {
     let result = wait::interrupt_on_signals().and_then(|()| match task {
         Task::Assets(args) => assets::run(&args),
         Task::Bench(args) => bench::run(&args),
+        Task::Book(args) => book::run(&args),
         Task::Criu(args) => criu::run(&args),
         Task::Demo(args) => demo::run(&args),
         Task::Deny(args) => deny::run(&args),

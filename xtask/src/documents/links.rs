@@ -5,7 +5,7 @@ use std::path::{Component, Path, PathBuf};
 
 /// The links and headings of all documents.
 #[derive(Default)]
-pub(super) struct Links {
+pub(crate) struct Links {
     documents: BTreeMap<PathBuf, Document>,
 }
 
@@ -17,7 +17,7 @@ struct Document {
 
 impl Links {
     /// Reads the document at `path`, relative to the root.
-    pub(super) fn add(&mut self, path: PathBuf, text: &str) {
+    pub(crate) fn add(&mut self, path: PathBuf, text: &str) {
         let mut anchors = BTreeSet::new();
         let mut links = Vec::new();
         let mut is_code = false;
@@ -38,7 +38,7 @@ impl Links {
     }
 
     /// What is wrong with the links, each once.
-    pub(super) fn broken(&self, root: &Path) -> Vec<String> {
+    pub(crate) fn broken(&self, root: &Path) -> Vec<String> {
         let mut problems = Vec::new();
         for (path, document) in &self.documents {
             for (line, link) in &document.links {
@@ -48,6 +48,24 @@ impl Links {
             }
         }
         problems
+    }
+
+    /// The files that documents link to and that are no documents themselves.
+    pub(crate) fn files(&self, root: &Path) -> BTreeSet<PathBuf> {
+        let mut files = BTreeSet::new();
+        for (path, document) in &self.documents {
+            for (_, link) in &document.links {
+                let file = link.split('#').next().unwrap_or_default();
+                let target = plain(&path.with_file_name(file));
+                let is_page = target
+                    .extension()
+                    .is_some_and(|extension| extension == "md");
+                if !link.contains("://") && !is_page && root.join(&target).is_file() {
+                    files.insert(target);
+                }
+            }
+        }
+        files
     }
 
     fn why_broken(&self, root: &Path, from: &Path, link: &str) -> Option<String> {
@@ -73,7 +91,7 @@ impl Links {
 }
 
 /// The path without `.` and `..`.
-fn plain(path: &Path) -> PathBuf {
+pub(crate) fn plain(path: &Path) -> PathBuf {
     let mut plain = PathBuf::new();
     for part in path.components() {
         match part {
@@ -96,7 +114,7 @@ fn anchor(heading: &str) -> String {
 }
 
 /// Where the links of a line lead. What stands between backticks is no link.
-pub(super) fn links_of(line: &str) -> impl Iterator<Item = String> {
+pub(crate) fn links_of(line: &str) -> impl Iterator<Item = String> {
     let parts = line.split('`').enumerate();
     let plain: String = parts
         .map(|(index, part)| if index % 2 == 0 { part } else { "" })

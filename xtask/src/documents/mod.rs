@@ -1,10 +1,11 @@
-//! Checks what the documents say: short sentences, links that lead somewhere, a complete table of contents.
+//! Checks what the documents say: short sentences, links that lead somewhere, complete tables of contents.
 //!
 //! ```text
 //! *.md ── blocks ──> paragraphs ──> sentences of SENTENCE_WORDS_MAX words at most
 //!            │
 //!            ├── headings, links ──> files and anchors that exist
-//!            └── docs/SUMMARY.md ──> each page of the book, once
+//!            ├── docs/SUMMARY.md ──> each page of the book, once
+//!            └── docs/README.md ───> each page
 //! ```
 //!
 //! Tables and blocks of code are no prose.
@@ -19,8 +20,9 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use testbed::workspace;
 
-use contents::SUMMARY;
-use links::Links;
+use contents::LIST;
+pub(crate) use contents::{BOOK, SUMMARY};
+pub(crate) use links::{Links, links_of, plain};
 use sentences::{long_sentences, paragraphs};
 
 use crate::tracked;
@@ -50,6 +52,9 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
             .with_context(|| format!("cannot read {}", path.display()))?;
         if path == Path::new(SUMMARY) {
             problems.extend(contents::problems(&text, &documents));
+        }
+        if path == Path::new(LIST) {
+            problems.extend(contents::missing(&text, &documents));
         }
         if is_prose(path) {
             problems.extend(
