@@ -19,10 +19,17 @@ pub(crate) fn write<T: Serialize>(path: &Path, value: &T) -> Result<()> {
         let _ = fs::remove_file(&part);
         return Err(failed(error));
     }
-    let dir = path.parent().unwrap_or(Path::new("."));
-    File::open(dir)
+    File::open(directory_of(path))
         .and_then(|dir| dir.sync_all())
         .map_err(failed)
+}
+
+/// The directory that `path` is in. A name alone is in the current one, and has an empty path for a parent.
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    }
 }
 
 fn write_part(part: &Path, text: &[u8]) -> io::Result<()> {
@@ -46,6 +53,13 @@ pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_alone_is_in_the_current_directory() {
+        assert_eq!(directory_of(Path::new("port")), Path::new("."));
+        assert_eq!(directory_of(Path::new("a/port")), Path::new("a"));
+        assert_eq!(directory_of(Path::new("/port")), Path::new("/"));
+    }
 
     #[test]
     fn a_record_is_read_back_and_the_newest_counts() {
