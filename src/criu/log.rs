@@ -81,6 +81,11 @@ const ADVICE: &[(&[&str], &str)] = &[
         "run pageferry with CAP_SYS_RESOURCE, or as root",
     ),
     (
+        &["Lazy pages transfer FAILED"],
+        "if no client has failed, the kernel refused CRIU the pipe that it needs, and CRIU's log does not say so: run it \
+         with CAP_SYS_RESOURCE, or set the sysctl fs.pipe-max-size=4194304",
+    ),
+    (
         &["Operation not permitted"],
         "run pageferry and CRIU as root, without what restricts them (seccomp, a security module)",
     ),
@@ -111,8 +116,8 @@ pub fn cause(log: &str) -> Option<&str> {
 
 /// What helps where CRIU says this; `None` if that is not known.
 pub fn advice(line: &str) -> Option<&'static str> {
-    let told = |parts: &[&str]| parts.iter().all(|part| line.contains(part));
-    let found = ADVICE.iter().find(|(parts, _)| told(parts));
+    let has_parts = |parts: &[&str]| parts.iter().all(|part| line.contains(part));
+    let found = ADVICE.iter().find(|(parts, _)| has_parts(parts));
     found.map(|(_, advice)| *advice)
 }
 

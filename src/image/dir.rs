@@ -43,7 +43,7 @@ impl ImageDir {
                 Kind::Usage,
                 format!(
                     "{} is no image directory: it has neither pstree.img nor pagemap-*.img (give \
-                     the directory that holds the dump with -D)",
+                     the directory that holds the dump)",
                     path.display()
                 ),
             ));

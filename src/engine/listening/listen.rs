@@ -163,7 +163,7 @@ fn listen_tcp(address: Option<&str>, port: u16) -> Result<Socket> {
         let host = address.unwrap_or("all addresses");
         Error::wrap(
             Kind::Usage,
-            format!("cannot listen on {host}, port {port}"),
+            format!("cannot listen on {host}, port {port}{}", advice(&error)),
             error,
         )
     };
@@ -179,6 +179,18 @@ fn listen_tcp(address: Option<&str>, port: u16) -> Result<Socket> {
         }
     }
     Err(failed(last))
+}
+
+/// What helps against a failure to listen.
+fn advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => {
+            " (name another port, or 0 for a free one; `ss -ltnp` shows who has it)"
+        }
+        io::ErrorKind::AddrNotAvailable => " (no device of this host has the address)",
+        io::ErrorKind::PermissionDenied => " (ports below 1024 need root)",
+        _ => "",
+    }
 }
 
 fn bind_tcp(address: SocketAddr) -> io::Result<Socket> {
