@@ -188,7 +188,14 @@ impl AgentClient {
 
     async fn connect(&self) -> Result<SendRequest<Body>> {
         let lost = |error: std::io::Error| {
-            let text = format!("cannot reach the agent at {}", self.peer);
+            let advice = match error.kind() {
+                std::io::ErrorKind::ConnectionRefused => {
+                    " (start `pageferry agent --listen` there)"
+                }
+                std::io::ErrorKind::TimedOut => " (does a firewall drop its port?)",
+                _ => "",
+            };
+            let text = format!("cannot reach the agent at {}{advice}", self.peer);
             Error::wrap(Kind::PeerLost, text, error)
         };
         let slow = |_| lost(std::io::ErrorKind::TimedOut.into());
@@ -201,21 +208,21 @@ impl AgentClient {
                     .map_err(lost)?;
                 stream.set_nodelay(true).map_err(lost)?;
                 match &self.tls {
-                    None => speak(stream).await,
+                    None => http_client(stream).await,
                     Some(tls) => {
                         let (config, name) = tls.client_config(host)?;
                         let secured = TlsConnector::from(config).connect(name, stream);
                         let secured = timeout(CONNECT_TIMEOUT, secured).await.map_err(slow)?;
-                        speak(secured.map_err(lost)?).await
+                        http_client(secured.map_err(lost)?).await
                     }
                 }
             }
-            Peer::Unix(path) => speak(UnixStream::connect(path).await.map_err(lost)?).await,
+            Peer::Unix(path) => http_client(UnixStream::connect(path).await.map_err(lost)?).await,
         }
     }
 }
 
-async fn speak<S>(stream: S) -> Result<SendRequest<Body>>
+async fn http_client<S>(stream: S) -> Result<SendRequest<Body>>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -234,14 +241,14 @@ mod tests {
 
     #[test]
     fn what_an_agent_says_is_told_from_what_is_said_here() {
-        let said = Error::wrap(
+        let of_agent = Error::wrap(
             Kind::Protocol,
             "the agent at x:1",
             AgentSays("no".to_owned()),
         );
-        assert_eq!(said.to_string(), "the agent at x:1: no");
-        assert!(is_of_agent(&said));
-        let outer = Error::wrap(Kind::Protocol, "begin", said);
+        assert_eq!(of_agent.to_string(), "the agent at x:1: no");
+        assert!(is_of_agent(&of_agent));
+        let outer = Error::wrap(Kind::Protocol, "begin", of_agent);
         assert!(is_of_agent(&outer));
         assert!(is_of_agent(&outer.within("more")));
         assert!(!is_of_agent(&Error::new(

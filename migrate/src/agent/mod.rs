@@ -114,7 +114,7 @@ async fn serve(args: &Args) -> Result<()> {
         return Err(Error::new(Kind::Usage, text));
     }
     std::fs::create_dir_all(&args.dir)
-        .map_err(|error| Error::file("make the directory", &args.dir, error))?;
+        .map_err(|error| Error::file("make the directory (--dir)", &args.dir, error))?;
     let dir =
         std::fs::canonicalize(&args.dir).map_err(|error| Error::file("find", &args.dir, error))?;
     let host = match &args.listen {
