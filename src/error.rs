@@ -171,8 +171,8 @@ mod tests {
             Path::new("/x"),
             std::io::Error::from_raw_os_error(24),
         );
-        let said = error.within("outer").to_string();
-        assert!(said.starts_with("outer: cannot open /x: "), "{said}");
-        assert!(said.ends_with("ulimit -n, LimitNOFILE=)"), "{said}");
+        let message = error.within("outer").to_string();
+        assert!(message.starts_with("outer: cannot open /x: "), "{message}");
+        assert!(message.ends_with("ulimit -n, LimitNOFILE=)"), "{message}");
     }
 }

@@ -74,11 +74,11 @@ fn archives(test_dir: &TestDir, criu: &Criu) -> Result<()> {
         let host = &pair.machines[0];
         host.script(START)?;
         host.script(MOVE).context(runtime)?;
-        let said = fs::read_to_string(dir.join(format!("inspected-{runtime}")))?;
+        let text = fs::read_to_string(dir.join(format!("inspected-{runtime}")))?;
         for word in ["c1", runtime, "Podman", "busybox", "sh"] {
             ensure!(
-                said.contains(word),
-                "{word} is not in what checkpointctl says:\n{said}"
+                text.contains(word),
+                "{word} is not in what checkpointctl says:\n{text}"
             );
         }
     }

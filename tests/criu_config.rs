@@ -132,8 +132,8 @@ fn one_file_secures_a_dump_and_its_page_server(test_dir: &TestDir, criu: &Criu) 
     let dump = Dump::new(criu, load.pid(), &images).with(&["--page-server", "--config", &config]);
     dump.run()?;
     server.succeed(GENEROUS)?;
-    let said = fs::read_to_string(&log)?;
-    ensure!(said.contains("criu.conf"), "{said}");
+    let log_text = fs::read_to_string(&log)?;
+    ensure!(log_text.contains("criu.conf"), "{log_text}");
     load.wait_until_gone()?;
     let _restored = Restore::new(criu, &images).run()?;
     load.expect_first_memory().map(drop)
@@ -154,7 +154,7 @@ fn a_file_that_is_named_in_vain_is_told() -> Result<()> {
         Ok(String::from_utf8_lossy(&output.stderr).into_owned())
     };
     let config = dir.path().join("conf").display().to_string();
-    for (text, said) in [
+    for (text, reason) in [
         ("tsl\n", "line 1: unknown option"),
         ("\nport\n", "line 2: option \"--port\" needs a value"),
         (
@@ -176,7 +176,7 @@ fn a_file_that_is_named_in_vain_is_told() -> Result<()> {
             let error = String::from_utf8_lossy(&output.stderr);
             ensure!(!output.status.success(), "{program} takes {text:?}");
             ensure!(
-                error.contains(&config) && error.contains(said),
+                error.contains(&config) && error.contains(reason),
                 "{program}: {text:?}: {error}"
             );
         }

@@ -85,15 +85,15 @@ impl Moving {
 
     /// Moves a container; what the command says, if it fails.
     fn migrate(&self, container: &str, id: &str, options: &str) -> Result<Value, String> {
-        let told = self.pair.machines[0].tell(&format!(
+        let output = self.pair.machines[0].output(&format!(
             "pageferry migrate --container {container} --runtime {} --to $DESTINATION:9191 --serve-on $SOURCE \
              --state-dir /root/state --id {id} --report /root/{id}.json --criu /criu/criu {options} \
              > {id}.log 2>&1 || {{ tail -n 20 {id}.log; echo failed; }}",
             self.runtime
         ));
-        let told = told.map_err(|error| format!("{error:#}"))?;
-        if told.ends_with("failed") {
-            return Err(told);
+        let output = output.map_err(|error| format!("{error:#}"))?;
+        if output.ends_with("failed") {
+            return Err(output);
         }
         let report = fs::read(self.dir.join("source").join(format!("{id}.json")));
         let report = report.map_err(|error| error.to_string())?;
@@ -116,7 +116,7 @@ impl Moving {
 
     /// How the container stands at a host: `running`, or nothing.
     fn status(&self, host: usize, container: &str) -> Result<String> {
-        let state = self.pair.machines[host].tell(&format!(
+        let state = self.pair.machines[host].output(&format!(
             "{} state {container} 2> /dev/null || echo '{{}}'",
             self.runtime
         ))?;
@@ -162,9 +162,9 @@ fn refusals(test_dir: &TestDir, criu: &Criu, runtime: &'static str) -> Result<()
     let expect = |container: &str, id: &str, words: &[&str]| -> Result<()> {
         match moving.migrate(container, id, "--mode cold") {
             Ok(report) => bail!("{id}: {report}"),
-            Err(said) => {
-                let told = words.iter().all(|word| said.contains(word));
-                ensure!(told, "{id}: {words:?} is not in {said}");
+            Err(error) => {
+                let named = words.iter().all(|word| error.contains(word));
+                ensure!(named, "{id}: {words:?} is not in {error}");
             }
         }
         let here = moving.status(0, "c1")?;
@@ -181,7 +181,7 @@ fn refusals(test_dir: &TestDir, criu: &Criu, runtime: &'static str) -> Result<()
     destination.script(&format!("{runtime} delete --force c1"))?;
 
     // A link in /usr/local would be found first.
-    let program = destination.tell(&format!("command -v {runtime}"))?;
+    let program = destination.output(&format!("command -v {runtime}"))?;
     destination.script(&format!("mv {program} {program}.away"))?;
     expect(
         "c1",
@@ -265,7 +265,7 @@ fn moves_without_state(
         "{report}"
     );
     let status = format!("{runtime} state c1 2> /dev/null || echo '{{}}'");
-    let [here, there] = [source, destination].map(|host| host.tell(&status));
+    let [here, there] = [source, destination].map(|host| host.output(&status));
     let (here, there) = (here?, there?);
     ensure!(here == "{}" && there.contains("running"), "{here} {there}");
     let root = dir.join("destination/agent/moved/bundle/rootfs");

@@ -89,7 +89,7 @@ fn is_zombie(pid: Pid) -> bool {
         .is_some_and(|rest| rest.trim_start().starts_with('Z'))
 }
 
-fn log_says(log: &Path, words: &str) -> Result<()> {
+fn expect_logged(log: &Path, words: &str) -> Result<()> {
     let text = fs::read_to_string(log).with_context(|| log.display().to_string())?;
     ensure!(
         text.contains(words),
@@ -122,7 +122,7 @@ fn page_server_in_the_background(test_dir: &TestDir, criu: &Criu) -> Result<()> 
     Dump::new(criu, load.pid(), &images).to(address).run()?;
     server.wait_for_end()?;
     load.wait_until_gone()?;
-    log_says(&work.join("server.log"), "tcp-close")?;
+    expect_logged(&work.join("server.log"), "tcp-close")?;
     let _restored = Restore::new(criu, &images).run()?;
     load.run(0, &[Step::Verify(Pass::full(Order::Random))])?
         .expect_right()
@@ -143,7 +143,7 @@ fn lazy_client_in_the_background(test_dir: &TestDir, criu: &Criu) -> Result<()> 
     load.run(0, &[Step::Verify(Pass::full(Order::Random))])?
         .expect_right()?;
     client.wait_for_end()?;
-    log_says(&work.join("lazy.log"), "pages of 1 processes")
+    expect_logged(&work.join("lazy.log"), "pages of 1 processes")
 }
 
 /// Whoever looks into the pidfile finds the process that serves, also when another did so before.
@@ -166,8 +166,8 @@ fn the_pidfile_names_who_has_taken_over() {
         kill(client.pid, Signal::SIGTERM)?;
         client.wait_for_end()?;
         let log = images.join("lazy.log");
-        log_says(&log, "stopped by SIGTERM")?;
-        log_says(&log, " 0 missing")
+        expect_logged(&log, "stopped by SIGTERM")?;
+        expect_logged(&log, " 0 missing")
     });
 }
 
@@ -195,13 +195,14 @@ fn signals_end_a_client_in_the_background() {
             load.steer(restored.init()?)?;
             kill(client.pid, Signal::SIGUSR1)?;
             let log = images.join("lazy.log");
-            let said = |words: &str| Ok(fs::read_to_string(&log)?.contains(words).then_some(()));
+            let is_logged =
+                |words: &str| Ok(fs::read_to_string(&log)?.contains(words).then_some(()));
             wait::until("a word on the signal", GENEROUS, || {
-                said("SIGUSR1 is for processes that are held")
+                is_logged("SIGUSR1 is for processes that are held")
             })?;
             kill(client.pid, signal)?;
             client.wait_for_end()?;
-            log_says(&log, &format!("stopped by {signal}"))?;
+            expect_logged(&log, &format!("stopped by {signal}"))?;
             load.run(0, &[Step::Verify(Pass::full(Order::Random))])?
                 .expect_right()?;
         }
@@ -225,7 +226,7 @@ fn end_server(server: &Background, images: &Path, signal: Signal) -> Result<()> 
     kill(server.pid, signal)?;
     server.wait_for_end()?;
     let words = format!("{signal}: ending all sessions");
-    log_says(&images.join("server.log"), &words)
+    expect_logged(&images.join("server.log"), &words)
 }
 
 /// Every signal whose default ends a process, but for SIGKILL and those that servers ignore.

@@ -64,7 +64,7 @@ fn a_migration_is_told_on_both_sides(test_dir: &TestDir, criu: &Criu) -> Result<
         for event in &read_events(&agent.dir_of(mode).join("events.jsonl"), 0)? {
             ensure!(events.contains(event), "{event} is missing at the source");
         }
-        moves.expect_told(
+        moves.expect_events(
             &[
                 &[
                     "source preflight done",
@@ -111,14 +111,14 @@ struct Wanted<'a> {
 }
 
 /// The message, the report, the logs and the events all say it, and the processes run here.
-fn expect_told(
+fn expect_explained(
     (moves, command): (&Move<'_>, &mut Spawned),
     subject: &mut Spawned,
     wanted: &Wanted<'_>,
 ) -> Result<()> {
     command.fail(GENEROUS)?;
     ensure!(subject.ended()?.is_none(), "the processes have ended");
-    let said = command.log_tail();
+    let log = command.log_tail();
     let Wanted {
         step,
         side,
@@ -134,15 +134,15 @@ fn expect_told(
     );
     let criu = failure["criu"].as_str().context("CRIU's line")?;
     ensure!(criu.contains("Error (") && criu.contains(line), "{criu}");
-    let told = failure["advice"].as_str().context("advice")?;
-    ensure!(told.contains(advice), "{told}");
+    let given = failure["advice"].as_str().context("advice")?;
+    ensure!(given.contains(advice), "{given}");
     for part in [
         &format!("step {step} failed at the {side}"),
         criu,
-        told,
+        given,
         "; logs: ",
     ] {
-        ensure!(said.contains(part), "{part:?} is not in {said}");
+        ensure!(log.contains(part), "{part:?} is not in {log}");
     }
     let logs = report["logs"].as_array().context("logs")?;
     let is_it = |log: &&Value| log["side"] == *side && log["program"] == "criu";
@@ -163,10 +163,10 @@ fn expect_told(
     ensure!(
         failed["criu"]
             .as_str()
-            .is_some_and(|told| told.contains(criu)),
+            .is_some_and(|text| text.contains(criu)),
         "{failed}"
     );
-    moves.expect_told(&[
+    moves.expect_events(&[
         "source release done",
         "source end failed",
         "destination discard done",
@@ -198,7 +198,7 @@ fn a_dump_that_fails_is_told_with_criu_s_line(test_dir: &TestDir, criu: &Criu) -
             line: "file locks",
             advice: "file-locks",
         };
-        expect_told((&moves, &mut command), &mut subject, &wanted)
+        expect_explained((&moves, &mut command), &mut subject, &wanted)
             .with_context(|| mode.to_owned())?;
     }
     Ok(())
@@ -239,7 +239,7 @@ fn a_file_that_is_missing_there_is_named(test_dir: &TestDir, criu: &Criu) -> Res
             line: "data/open",
             advice: "--volume",
         };
-        expect_told((&moves, &mut command), &mut subject, &wanted)
+        expect_explained((&moves, &mut command), &mut subject, &wanted)
             .with_context(|| mode.to_owned())?;
     }
     Ok(())
@@ -282,7 +282,7 @@ fn a_pid_that_is_taken_there_is_named(test_dir: &TestDir, criu: &Criu) -> Result
         line: &pid,
         advice: "has this pid",
     };
-    expect_told((&moves, &mut command), &mut subject, &wanted)?;
+    expect_explained((&moves, &mut command), &mut subject, &wanted)?;
     drop(agent);
     drop(taken);
     Ok(())

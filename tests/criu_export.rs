@@ -354,7 +354,7 @@ fn read_back(pair: &HostPair, dir: &Path, mut wanted: BTreeMap<PathBuf, Describe
          umoci unpack --image /shared/copied:template /shared/skopeo",
     )?;
     expect_same("skopeo", &dir.join("skopeo/rootfs"), &wanted)?;
-    let mounted = host.tell(
+    let mounted = host.output(
         "podman() { command podman --root /shared/podman --runroot /tmp/run --storage-driver vfs \"$@\"; }\n\
          podman pull --quiet --signature-policy /tmp/policy.json oci:/shared/image:template > id\n\
          podman image mount $(cat id)",

@@ -62,14 +62,14 @@ fn build(
 }
 
 fn expect_error(log: &Path, failure: &Failure) -> Result<()> {
-    let said = fs::read_to_string(log).with_context(|| log.display().to_string())?;
+    let log_text = fs::read_to_string(log).with_context(|| log.display().to_string())?;
     let reason = std::io::Error::from(failure.errno).to_string();
-    let named = said
+    let named = log_text
         .lines()
         .any(|line| line.contains("error: ") || line.contains("warning: "));
     ensure!(
-        named && said.contains(&reason),
-        "it does not say {reason:?}:\n{said}"
+        named && log_text.contains(&reason),
+        "it does not say {reason:?}:\n{log_text}"
     );
     Ok(())
 }

@@ -109,8 +109,8 @@ fn full_dumps_make_incremental_images(test_dir: &TestDir, criu: &Criu) -> Result
     let images = |round: u32| test_dir.path(&format!("round-{round}"));
     let (mut first_bytes, mut digest) = (0, None);
     for (from, to, name) in [(1, 2, "near"), (3, 4, "near-again")] {
-        let told = test_dir.path(&format!("{name}.json"));
-        let extra = ["--keep", "--summary-json", &told.to_string_lossy()];
+        let path = test_dir.path(&format!("{name}.json"));
+        let extra = ["--keep", "--summary-json", &path.to_string_lossy()];
         let mut near_end = forwarder(test_dir.path(name), far_address, &extra)?;
         for round in from..=to {
             let options = Options::new(images(round)).log_to("far.log");
@@ -134,7 +134,7 @@ fn full_dumps_make_incremental_images(test_dir: &TestDir, criu: &Criu) -> Result
             }
             dump.run()?;
             far_end.finish(GENEROUS)?;
-            let sent = of_session(&told, usize::try_from(round - from)?)?;
+            let sent = of_session(&path, usize::try_from(round - from)?)?;
             ensure!(sent["forwarded"] == true, "{sent}");
             let frames = number(&sent, "/frame_bytes")?;
             let pages = number(&sent, "/received_bytes")? / number(&sent, "/page_bytes")?;

@@ -234,8 +234,8 @@ fn a_dump_that_is_asked_for_ferry_goes_on_and_the_client_says_why() {
         let Err(error) = LazyDaemon::start(Make::Ours, &options, Some(address)) else {
             bail!("a dump does not speak ferry");
         };
-        let told = format!("{error:#}");
-        ensure!(told.contains("does not speak ferry"), "{told}");
+        let message = format!("{error:#}");
+        ensure!(message.contains("does not speak ferry"), "{message}");
         dump.fail(GENEROUS)?;
         load.expect_running()?;
         load.run(0, &verifying())?.expect_right()
@@ -313,8 +313,8 @@ fn the_source_goes_on_at_once_when_a_ferried_client_fails() {
         moving.daemon.process().fail(GENEROUS)?;
         let forwarder = moving.forwarder().context("the forwarder")?;
         forwarder.fail(GENEROUS)?;
-        let told = fs::read_to_string(forwarder.log().context("a log")?)?;
-        ensure!(told.contains("stopped by SIGTERM"), "{told}");
+        let log_text = fs::read_to_string(forwarder.log().context("a log")?)?;
+        ensure!(log_text.contains("stopped by SIGTERM"), "{log_text}");
         expect_source_alive(&mut moving)
     });
 }
@@ -331,8 +331,8 @@ fn a_ferried_client_fails_at_once_when_the_forwarder_is_stopped() {
         forwarder.fail(GENEROUS)?;
         let client = moving.daemon.process();
         client.fail(GENEROUS)?;
-        let told = fs::read_to_string(client.log().context("a log")?)?;
-        ensure!(told.contains("stopped by a signal"), "{told}");
+        let log_text = fs::read_to_string(client.log().context("a log")?)?;
+        ensure!(log_text.contains("stopped by a signal"), "{log_text}");
         expect_source_alive(&mut moving)
     });
 }

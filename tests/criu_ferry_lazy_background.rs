@@ -32,23 +32,28 @@ fn verify() -> [Step; 1] {
     [Step::Verify(Pass::full(Order::Random))]
 }
 
-/// A plan over ferry whose two ends tell what they did.
+/// A plan over ferry whose two ends write summaries.
 fn plan<'a>(test_dir: &TestDir, criu: &'a Criu, options: &[&str]) -> Plan<'a> {
-    let tell = |who: &str| {
-        let told = test_dir.path(who).to_string_lossy().into_owned();
-        vec!["--summary-json".to_owned(), told]
+    let summary_json = |who: &str| {
+        let path = test_dir.path(who).to_string_lossy().into_owned();
+        vec!["--summary-json".to_owned(), path]
     };
     let options = options.iter().map(ToString::to_string).collect();
     let plan = Plan::new(criu, Source::Forwarder, Make::Ours).over(slow_link());
     Plan {
-        client_options: [vec!["--ferry".to_owned()], options, tell("client.json")].concat(),
-        source_options: tell("forward.json"),
+        client_options: [
+            vec!["--ferry".to_owned()],
+            options,
+            summary_json("client.json"),
+        ]
+        .concat(),
+        source_options: summary_json("forward.json"),
         ..plan
     }
 }
 
-/// What the lazy-client and the forwarder have told.
-fn told(test_dir: &TestDir) -> Result<(Value, Value)> {
+/// The summaries of the lazy-client and the forwarder.
+fn summaries(test_dir: &TestDir) -> Result<(Value, Value)> {
     let client = whole(&test_dir.path("client.json"))?;
     Ok((client, of_session(&test_dir.path("forward.json"), 0)?))
 }
@@ -73,7 +78,7 @@ fn on_demand_untouched_pages_stay_with_the_source(test_dir: &TestDir, criu: &Cri
         "{came} bytes"
     );
     ensure!(came < u64::from(PAGES) * PAGE_BYTES / 4, "{came} bytes");
-    let (client, forwarder) = told(test_dir)?;
+    let (client, forwarder) = summaries(test_dir)?;
     ensure!(number(&client, "/pages/stream")? == 0, "{client}");
     ensure!(
         number(&client, "/pages/gone")? > u64::from(PAGES) / 2,
@@ -94,7 +99,7 @@ fn faults_are_not_held_to_the_rate_of_the_background() {
         let mut moved = PostCopy::start(test_dir, &plan, spec(test_dir), &verify())?;
         moved.reports()?;
         moved.finish()?;
-        let (client, _) = told(test_dir)?;
+        let (client, _) = summaries(test_dir)?;
         let streamed = number(&client, "/pages/stream")?;
         ensure!(streamed < u64::from(PAGES) / 8, "{client}");
         let asked = number(&client, "/pages/fault")? + number(&client, "/pages/around")?;
@@ -112,7 +117,7 @@ fn a_background_that_is_held_to_a_rate_brings_everything() {
         for report in moved.load.run_everywhere(&verify())? {
             report.expect_right()?;
         }
-        let (client, _) = told(test_dir)?;
+        let (client, _) = summaries(test_dir)?;
         ensure!(
             number(&client, "/pages/stream")? >= u64::from(PAGES) / 2,
             "{client}"

@@ -38,15 +38,15 @@ fn advice_at_the_fork_counts(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let mut client = LazyDaemon::start(Make::Ours, &options, None)?;
     let _restored = Restore::new(criu, &images).lazily().run()?;
     fs::write(dir.join("go"), "")?;
-    let path = dir.join("said.txt");
-    let said = wait::until("what the children found", GENEROUS, || {
+    let path = dir.join("result.txt");
+    let result = wait::until("what the children found", GENEROUS, || {
         Ok(path
             .exists()
             .then(|| fs::read_to_string(&path))
             .transpose()?)
     });
-    let said = said.with_context(|| client.process().log_tail())?;
-    ensure!(said == "right", "{said}{}", client.process().log_tail());
+    let result = result.with_context(|| client.process().log_tail())?;
+    ensure!(result == "right", "{result}{}", client.process().log_tail());
     Ok(())
 }
 

@@ -41,8 +41,8 @@ fn pageferry(words: &[&str], dir: &Path) -> Result<Command> {
 fn json(command: &mut Command) -> Result<(Option<i32>, Value)> {
     let output = command.stdin(Stdio::null()).output()?;
     let text = String::from_utf8_lossy(&output.stdout);
-    let said = String::from_utf8_lossy(&output.stderr);
-    let value = serde_json::from_str(&text).with_context(|| format!("{text}{said}"))?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let value = serde_json::from_str(&text).with_context(|| format!("{text}{stderr}"))?;
     Ok((output.status.code(), value))
 }
 

@@ -163,8 +163,8 @@ fn neighbours_are_told_where_the_addresses_are() {
         run(source.command("ip").args(add))?;
         let (v6, _) = SERVICE_V6.split_once('/').context("no prefix")?;
         let addresses = [fixture.hosts.service()?.ip(), v6.parse()?];
-        let hear = |address| Announcements::hear(&fixture.hosts.client, address);
-        let (arp, advertisements) = (hear(addresses[0])?, hear(addresses[1])?);
+        let capture = |address| Announcements::capture(&fixture.hosts.client, address);
+        let (arp, advertisements) = (capture(addresses[0])?, capture(addresses[1])?);
         let mac = mac_of(destination, DEVICE)?;
         let second = format!("{SERVICE_V6}@{DEVICE}");
         let options = ["--mode", "cold", "--tcp", "close", "--address", &second];
@@ -196,10 +196,10 @@ fn the_guard_runs_the_hook_of_a_command_that_was_killed() {
         let (hangs, began) = hanging(test_dir, criu)?;
         let mut load = Load::start(LoadSpec::tree(test_dir.path("load"), 8, 2), None)?;
         let agent = Agent::start(&hangs, &test_dir.path("agent"), None, &[])?;
-        let told = test_dir.path("told");
+        let path = test_dir.path("told");
         let hook = format!(
             "echo $PAGEFERRY_HOOK $PAGEFERRY_ID $PAGEFERRY_PID >> '{}'",
-            told.display()
+            path.display()
         );
         let moves = Move::new(criu, test_dir.path("source"), "guarded");
         let moves = moves.with(&["--mode", "cold", "--on-failure", &hook]);
@@ -212,8 +212,8 @@ fn the_guard_runs_the_hook_of_a_command_that_was_killed() {
         command.kill()?;
         let wanted = format!("on-failure guarded {}\n", load.pid());
         wait::until("the guard's run of the hook", GENEROUS, || {
-            Ok(fs::read_to_string(&told)
-                .is_ok_and(|said| !said.is_empty())
+            Ok(fs::read_to_string(&path)
+                .is_ok_and(|text| !text.is_empty())
                 .then_some(()))
         })?;
         load.expect_running()?;
@@ -223,8 +223,8 @@ fn the_guard_runs_the_hook_of_a_command_that_was_killed() {
         // Whoever looks again finds it done: a hook runs once.
         let resumed = moves.resume(&agent)?.wait(GENEROUS)?;
         ensure!(resumed.status.code().is_some(), "{}", resumed.status);
-        let said = fs::read_to_string(&told)?;
-        ensure!(said == wanted, "{said:?} instead of {wanted:?}");
+        let text = fs::read_to_string(&path)?;
+        ensure!(text == wanted, "{text:?} instead of {wanted:?}");
         Ok(())
     });
 }

@@ -93,15 +93,15 @@ impl Printing {
 
     /// Moves the container; what the command says, if it fails.
     fn migrate(&self, id: &str, options: &str) -> Result<Value, String> {
-        let told = self.pair.machines[0].tell(&format!(
+        let output = self.pair.machines[0].output(&format!(
             "pageferry migrate --container c1 --runtime {} --to $DESTINATION:9191 --serve-on $SOURCE \
              --state-dir /root/state --id {id} --report /root/{id}.json --criu /criu/criu {options} \
              > {id}.log 2>&1 || {{ tail -n 20 {id}.log; echo failed; }}",
             self.runtime
         ));
-        let told = told.map_err(|error| format!("{error:#}"))?;
-        if told.ends_with("failed") {
-            return Err(told);
+        let output = output.map_err(|error| format!("{error:#}"))?;
+        if output.ends_with("failed") {
+            return Err(output);
         }
         let report = fs::read(self.dir.join("source").join(format!("{id}.json")));
         let report = report.map_err(|error| error.to_string())?;
@@ -176,13 +176,13 @@ fn stays(test_dir: &TestDir, criu: &Criu, runtime: &'static str, kept: Kept) -> 
         "--output-log /root/c.log",
         "another log /root/c.log",
     )?;
-    let there = destination.tell("cat /root/c.log; ls /root")?;
+    let there = destination.output("cat /root/c.log; ls /root")?;
     ensure!(
         there.starts_with("another log\n") && !there.contains("pageferry-"),
         "{there}"
     );
     // The runtime at the destination finds no CRIU: given up behind the freeze, with the log at its place.
-    let program = destination.tell(&format!("command -v {runtime}"))?;
+    let program = destination.output(&format!("command -v {runtime}"))?;
     destination.script(&format!(
         "mv {program} {program}.real; printf '#!/bin/sh\\n\
          case \"$*\" in *restore*) exit 1;; esac\\nexec {program}.real \"$@\"\\n' > {program}; chmod +x {program}"
@@ -192,7 +192,7 @@ fn stays(test_dir: &TestDir, criu: &Criu, runtime: &'static str, kept: Kept) -> 
         "--output-log /root/c.log:/root/new.log",
         "step restore failed at the destination",
     )?;
-    let there = destination.tell("ls /root")?;
+    let there = destination.output("ls /root")?;
     ensure!(!there.contains("new.log"), "{there}");
     destination.script(&format!("mv {program}.real {program}"))?;
     // Nothing of this was in the way of the move itself.

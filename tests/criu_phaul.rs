@@ -41,18 +41,18 @@ fn phaul(phaul: &Phaul, criu: &Criu, dir: &Path) -> Result<Output> {
         .to_owned();
     path.push(":");
     path.push(env::var_os("PATH").unwrap_or_default());
-    let said = fs::File::create(dir.join("said"))?;
+    let log = fs::File::create(dir.join("log"))?;
     let mut command = Command::new(&phaul.program);
     command.arg(pid.trim()).current_dir(dir).env("PATH", path);
     // The restored process keeps what it is started with.
     let status = command
         .stdin(Stdio::null())
-        .stdout(said.try_clone()?)
-        .stderr(said)
+        .stdout(log.try_clone()?)
+        .stderr(log)
         .status()?;
     Ok(Output {
         status,
-        stdout: fs::read(dir.join("said"))?,
+        stdout: fs::read(dir.join("log"))?,
         stderr: Vec::new(),
     })
 }
@@ -65,10 +65,10 @@ fn phaul_migrates_by_the_shim(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let _leftovers = KillDescendants;
     let shim = shim::before(criu, &test_dir.path("shim"), "")?;
     let migrated = phaul(&test, &shim, &test_dir.path("by-shim"))?;
-    let said = String::from_utf8_lossy(&migrated.stdout);
+    let stdout = String::from_utf8_lossy(&migrated.stdout);
     ensure!(
-        migrated.status.success() && said.contains("SUCCESS!"),
-        "{}: {said}",
+        migrated.status.success() && stdout.contains("SUCCESS!"),
+        "{}: {stdout}",
         migrated.status
     );
     let server = test_dir.path("by-shim/image/remote/1");
@@ -82,8 +82,8 @@ fn phaul_migrates_by_the_shim(test_dir: &TestDir, criu: &Criu) -> Result<()> {
         .output()?;
     if !check.status.success() {
         let alone = phaul(&test, criu, &test_dir.path("alone"))?;
-        let said = String::from_utf8_lossy(&alone.stdout);
-        ensure!(!said.contains("SUCCESS!"), "CRIU does it alone: {said}");
+        let stdout = String::from_utf8_lossy(&alone.stdout);
+        ensure!(!stdout.contains("SUCCESS!"), "CRIU does it alone: {stdout}");
         let log = fs::read_to_string(server.join("ps.log"))?;
         ensure!(
             log.contains("same as parent") && !log.contains(" 0 same as parent"),

@@ -39,11 +39,11 @@ fn as_lazy_client(test_dir: &TestDir, name: &str) -> Result<PathBuf> {
 fn policies_are_simulated_and_restore() {
     with_criu(Suite::Sid, |test_dir, criu| {
         for name in ["in_order", "whole_regions"] {
-            let said = run(Command::new(example(name)?).arg("simulate"))?;
-            let said = String::from_utf8(said.stdout)?;
-            ensure!(said.lines().count() == 5, "{said}");
+            let output = run(Command::new(example(name)?).arg("simulate"))?;
+            let output = String::from_utf8(output.stdout)?;
+            ensure!(output.lines().count() == 5, "{output}");
             for who in ["today's", "this"] {
-                ensure!(said.matches(who).count() == 2, "{said}");
+                ensure!(output.matches(who).count() == 2, "{output}");
             }
             let dir = as_lazy_client(test_dir, name)?;
             let plan = Plan::new(criu, Source::Dump, Make::Build(&dir));
@@ -75,12 +75,12 @@ fn a_recorded_trace_is_fed_to_a_policy() {
         for policy in ["adaptive", "recording"] {
             let mut replay = Command::new(example("replay")?);
             replay.arg(&trace).arg(test_dir.path("dumped")).arg(policy);
-            let said = run(&mut replay)?;
-            let said = String::from_utf8(said.stdout)?;
-            let mut lines = said.lines();
+            let output = run(&mut replay)?;
+            let output = String::from_utf8(output.stdout)?;
+            let mut lines = output.lines();
             ensure!(
                 lines.next() == Some("time_us,pid,address,bytes,class"),
-                "{said}"
+                "{output}"
             );
             let bytes = lines.map(|line| {
                 let bytes = line.split(',').nth(3).context("four fields")?;

@@ -90,8 +90,8 @@ fn whoever_receives_it_refuses_it() {
         let Err(refused) = PageServer::receiving(Make::Ours, &options) else {
             anyhow::bail!("the forwarder took the dump");
         };
-        let told = format!("{refused:#}");
-        ensure!(told.contains("its pages are still missing"), "{told}");
+        let message = format!("{refused:#}");
+        ensure!(message.contains("its pages are still missing"), "{message}");
         dump.fail(GENEROUS)?;
         moving.load.run(0, &[Step::Status])?;
 

@@ -82,9 +82,9 @@ fn copies_that_hand_to_each_other_are_refused() -> Result<()> {
         command.env_remove("PAGEFERRY_CRIU");
         command.env("PAGEFERRY_SHIM_CONFIG", "/dev/null");
         let output = command.output()?;
-        let said = String::from_utf8_lossy(&output.stderr);
+        let stderr = String::from_utf8_lossy(&output.stderr);
         ensure!(!output.status.success(), "{words:?} succeeds");
-        ensure!(said.contains("hand to each other"), "{words:?}: {said}");
+        ensure!(stderr.contains("hand to each other"), "{words:?}: {stderr}");
     }
     Ok(())
 }

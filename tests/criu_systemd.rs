@@ -328,8 +328,8 @@ fn with_images_that_are_away_the_processes_are_held() {
         write_unit(systemd, &images, "--on-loss hold --wait 0", STARTED_BY_HAND)?;
         // It says that it is there, or systemd would kill it.
         systemd.control(&["start", UNIT])?;
-        let said = fs::read_to_string(&moving.log)?;
-        let held = said.contains("holding the processes");
+        let log = fs::read_to_string(&moving.log)?;
+        let held = log.contains("holding the processes");
         ensure!(held, "they are not held{}", tail(&moving.log));
         moving.sent.push(moving.load.send(0, &verifying())?);
         let pids = moving.restored.pids();

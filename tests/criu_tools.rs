@@ -44,10 +44,10 @@ fn tools_see_the_memory(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     }
     let checkpointctl = debian::program(Suite::Sid, "checkpointctl", "bin/checkpointctl");
     if let Some(checkpointctl) = gate::need("checkpointctl", checkpointctl) {
-        let said = checkpointctl_says(&checkpointctl, test_dir)?;
+        let output = output_of_checkpointctl(&checkpointctl, test_dir)?;
         let mib = (pages * page_size()?.bytes()) as f64 / f64::from(1 << 20);
         let size = format!("{mib:.1} MiB");
-        ensure!(said.contains(&size), "not {size}: {said}");
+        ensure!(output.contains(&size), "not {size}: {output}");
     }
     Ok(())
 }
@@ -74,7 +74,7 @@ fn expect_crit_to_see(crit: &Crit, images: &Path, load: &Load, pages: u64) -> Re
 }
 
 /// What `checkpointctl memparse` says of the images, packed as an engine of containers packs them.
-fn checkpointctl_says(checkpointctl: &Path, test_dir: &TestDir) -> Result<String> {
+fn output_of_checkpointctl(checkpointctl: &Path, test_dir: &TestDir) -> Result<String> {
     std::fs::write(
         test_dir.path("config.dump"),
         r#"{"id":"1","name":"load","rootfsImageName":"none","runtime":"none","createdTime":"2026-01-01T00:00:00Z"}"#,
@@ -96,14 +96,14 @@ fn checkpointctl_says(checkpointctl: &Path, test_dir: &TestDir) -> Result<String
         .arg("memparse")
         .arg(&archive)
         .output()?;
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     let complained = String::from_utf8_lossy(&output.stderr);
     ensure!(
         output.status.success(),
-        "checkpointctl: {}: {said}{complained}",
+        "checkpointctl: {}: {stdout}{complained}",
         output.status
     );
-    Ok(said)
+    Ok(stdout)
 }
 
 fn criu_4_1_1_restores_what_newer_ones_dump(test_dir: &TestDir, criu: &Criu) -> Result<()> {

@@ -66,8 +66,8 @@ fn dump(test_dir: &TestDir, criu: &Criu, tree: &mut Forks, forwarded: bool) -> R
     let dump = Dump::new(criu, tree.pid(), &images);
     if forwarded {
         let to = server.address().to_string();
-        let told = test_dir.path("source.json");
-        let options = ["--forward", &to, "--summary-json", &told.to_string_lossy()];
+        let path = test_dir.path("source.json");
+        let options = ["--forward", &to, "--summary-json", &path.to_string_lossy()];
         let options = Options::new(test_dir.path("source")).with(&options);
         let source = PageServer::receiving(Make::Ours, &options)?;
         dump.to(source.address()).run()?;
@@ -120,13 +120,13 @@ fn once_bytes(spec: ForksSpec) -> u64 {
 fn pageferry(words: &[&str], images: &Path) -> Result<String> {
     let mut command = Command::new(workspace::binary("pageferry")?);
     let output = command.args(words).arg(images).output()?;
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     let errors = String::from_utf8_lossy(&output.stderr);
     ensure!(
         output.status.success(),
-        "pageferry {words:?}: {said}{errors}"
+        "pageferry {words:?}: {stdout}{errors}"
     );
-    Ok(said)
+    Ok(stdout)
 }
 
 fn a_tree_is_stored_once_and_shares_its_memory_again(
@@ -138,10 +138,10 @@ fn a_tree_is_stored_once_and_shares_its_memory_again(
     let before = pss_bytes(&tree.pids())?;
     let images = dump(test_dir, criu, &mut tree, false)?;
     expect_once(&images, CHANGED)?;
-    let said = pageferry(&["verify", "--no-read"], &images)?;
-    ensure!(said.starts_with("good"), "{said}");
-    let said = pageferry(&["inspect", "--no-read"], &images)?;
-    ensure!(said.contains("shared by"), "{said}");
+    let output = pageferry(&["verify", "--no-read"], &images)?;
+    ensure!(output.starts_with("good"), "{output}");
+    let output = pageferry(&["inspect", "--no-read"], &images)?;
+    ensure!(output.contains("shared by"), "{output}");
 
     let restored = Restore::new(criu, &images).run()?;
     tree.expect_right()?;
@@ -187,8 +187,8 @@ fn a_tree_of_all_sorts_is_restored(test_dir: &TestDir, criu: &Criu) -> Result<()
     let mut tree = Forks::start(&test_dir.path("forks"), spec)?;
     tree.expect_right()?;
     let images = dump(test_dir, criu, &mut tree, false)?;
-    let said = pageferry(&["verify"], &images)?;
-    ensure!(said.starts_with("good"), "{said}");
+    let output = pageferry(&["verify"], &images)?;
+    ensure!(output.starts_with("good"), "{output}");
     drop(Restore::new(criu, &images).run().and_then(|restored| {
         tree.expect_right().context("a plain restore")?;
         Ok(restored)
@@ -319,14 +319,14 @@ fn a_plan_tells_what_forks_share() {
 /// Forwards the dump of a tree, checks its restore, and tells the bytes of the frames.
 fn wire_bytes(test_dir: &TestDir, place: &Path, criu: &Criu, spec: ForksSpec) -> Result<u64> {
     let mut tree = Forks::start(place, spec)?;
-    let (images, told) = (place.join("images"), place.join("source.json"));
+    let (images, summary) = (place.join("images"), place.join("source.json"));
     fs::create_dir_all(&images)?;
     let server = PageServer::receiving(Make::Ours, &Options::new(&images))?;
     let options = [
         "--forward",
         &server.address().to_string(),
         "--summary-json",
-        &told.to_string_lossy(),
+        &summary.to_string_lossy(),
     ];
     let source = test_dir.path("source");
     let source = PageServer::receiving(Make::Ours, &Options::new(source).with(&options))?;
@@ -340,7 +340,7 @@ fn wire_bytes(test_dir: &TestDir, place: &Path, criu: &Criu, spec: ForksSpec) ->
         tree.expect_right()?;
         Ok(restored)
     })?);
-    let bytes = number(&of_session(&told, 0)?, "/frame_bytes")?;
+    let bytes = number(&of_session(&summary, 0)?, "/frame_bytes")?;
     // The next tree needs the room.
     fs::remove_dir_all(place)?;
     Ok(bytes)

@@ -85,21 +85,21 @@ fn watch(test_dir: &TestDir, name: &str, rules: &str, more: &[&str]) -> Result<S
     Spawned::start(name, &mut command, Some(log))
 }
 
-/// Waits until the watcher has said so.
-fn expect_said(watcher: &mut Spawned, text: &str) -> Result<()> {
+/// Waits until the watcher has logged it.
+fn expect_logged(watcher: &mut Spawned, text: &str) -> Result<()> {
     wait::until(text, GENEROUS, || {
-        let said = said(watcher)?;
-        if said.contains(text) {
+        let log = log_of(watcher)?;
+        if log.contains(text) {
             return Ok(Some(()));
         }
         match watcher.ended()? {
-            Some(ended) => bail!("{}: {said}", ended.status),
+            Some(ended) => bail!("{}: {log}", ended.status),
             None => Ok(None),
         }
     })
 }
 
-fn said(watcher: &Spawned) -> Result<String> {
+fn log_of(watcher: &Spawned) -> Result<String> {
     Ok(fs::read_to_string(watcher.log().context("a log")?)?)
 }
 
@@ -131,7 +131,7 @@ fn press(group: &Group) -> Result<Vec<Spawned>> {
 /// The rule, both sides and the end are told under one name.
 fn expect_one_log(path: &Path) -> Result<()> {
     let events = testbed::agent::read_events(path, 0)?;
-    let told: BTreeSet<String> = events
+    let found: BTreeSet<String> = events
         .iter()
         .map(|event| format!("{} {} {}", event["program"], event["step"], event["state"]))
         .collect();
@@ -142,7 +142,7 @@ fn expect_one_log(path: &Path) -> Result<()> {
         r#""agent" "restore" "done""#,
         r#""migrate" "end" "done""#,
     ] {
-        ensure!(told.contains(wanted), "{wanted} is not in {told:#?}");
+        ensure!(found.contains(wanted), "{wanted} is not in {found:#?}");
     }
     let names: BTreeSet<&str> = events
         .iter()
@@ -183,17 +183,17 @@ fn pressure_moves_a_tree_to_another_host() {
             args.concat()
         );
         let events = test_dir.path("events.jsonl");
-        let told = ["--events".to_owned(), events.display().to_string()];
+        let options = ["--events".to_owned(), events.display().to_string()];
         let mut watcher = watch(
             test_dir,
             "watch",
             &rules,
-            &told.each_ref().map(String::as_str),
+            &options.each_ref().map(String::as_str),
         )?;
-        expect_said(&mut watcher, "1 rules are watched")?;
+        expect_logged(&mut watcher, "1 rules are watched")?;
         load.expect_running()?;
         let busy = press(&group)?;
-        expect_said(&mut watcher, "pressed: done")?;
+        expect_logged(&mut watcher, "pressed: done")?;
         expect_one_log(&events)?;
         drop(busy);
         load.wait_until_gone()?;
@@ -230,13 +230,13 @@ fn pressure_pauses_a_group_and_a_file_resumes_it() {
             done.display()
         );
         let mut watcher = watch(test_dir, "watch", &rules, &[])?;
-        expect_said(&mut watcher, "2 rules are watched")?;
+        expect_logged(&mut watcher, "2 rules are watched")?;
         ensure!(group.event("frozen 0")?, "nothing has happened yet");
         let busy = press(group)?;
         wait::until("the group to be frozen", GENEROUS, || {
             Ok(group.event("frozen 1")?.then_some(()))
         })?;
-        expect_said(&mut watcher, "web: done")?;
+        expect_logged(&mut watcher, "web: done")?;
         fs::write(&done, "")?;
         wait::until("the group to go on", GENEROUS, || {
             Ok(group.event("frozen 0")?.then_some(()))
@@ -266,7 +266,7 @@ fn a_group_is_restarted_by_a_word() {
         );
         let socket_option = socket.display().to_string();
         let mut watcher = watch(test_dir, "watch", &rules, &["--socket", &socket_option])?;
-        expect_said(&mut watcher, "1 rules are watched")?;
+        expect_logged(&mut watcher, "1 rules are watched")?;
         let mut service = group.run("service", "exec sleep 1000000")?;
         wait::until("the service to be there", GENEROUS, || {
             Ok(group.event("populated 1")?.then_some(()))
@@ -278,9 +278,9 @@ fn a_group_is_restarted_by_a_word() {
             ensure!(answers.next().context("an answer")?? == "ok");
         }
         service.wait(GENEROUS)?;
-        expect_said(&mut watcher, "again: done")?;
+        expect_logged(&mut watcher, "again: done")?;
         ensure!(lines(&started) == 1);
-        ensure!(said(&watcher)?.contains("no rule has the command \"nothing\""));
+        ensure!(log_of(&watcher)?.contains("no rule has the command \"nothing\""));
         Ok(())
     });
 }
@@ -324,7 +324,7 @@ fn what_has_fired_is_known_after_a_kill_and_one_action_runs_at_a_time() {
         watcher.kill()?;
         // The action goes on, and the second one waits for it.
         let mut watcher = watch(test_dir, "again", &rules, &[])?;
-        expect_said(&mut watcher, "is under way (pid ")?;
+        expect_logged(&mut watcher, "is under way (pid ")?;
         ensure!(lines(&ran) == 1, "the target is busy");
         fs::write(&go, "")?;
         wait::until("both actions", GENEROUS, || {
@@ -332,17 +332,17 @@ fn what_has_fired_is_known_after_a_kill_and_one_action_runs_at_a_time() {
         })?;
         let text = fs::read_to_string(&ran)?;
         ensure!(text == "first\nend\nsecond\nend\n", "{text}");
-        expect_said(&mut watcher, "rule \"second\"")?;
+        expect_logged(&mut watcher, "rule \"second\"")?;
         watcher.signal(Signal::SIGTERM)?;
         watcher.succeed(GENEROUS)?;
 
         // Both have fired, and the file is still there.
         let mut watcher = watch(test_dir, "third", &(rules + &rule("other")), &["--dry-run"])?;
-        expect_said(&mut watcher, "rule \"other\" would now")?;
-        let said = said(&watcher)?;
+        expect_logged(&mut watcher, "rule \"other\" would now")?;
+        let log = log_of(&watcher)?;
         ensure!(
-            !said.contains("\"first\" would") && !said.contains("\"second\" would"),
-            "{said}"
+            !log.contains("\"first\" would") && !log.contains("\"second\" would"),
+            "{log}"
         );
         ensure!(lines(&ran) == 4, "a dry run does nothing");
         Ok(())
@@ -371,16 +371,20 @@ fn words_are_heard_after_a_want_of_descriptors() {
             .arg(&socket)
             .stderr(fs::File::create(&log)?);
         let mut watcher = Spawned::start("watch", &mut command, Some(log))?;
-        expect_said(&mut watcher, "1 rules are watched")?;
+        expect_logged(&mut watcher, "1 rules are watched")?;
         let silent: Result<Vec<_>, _> = (0..60).map(|_| UnixStream::connect(&socket)).collect();
-        expect_said(&mut watcher, "cannot accept a connection")?;
-        ensure!(said(&watcher)?.contains("ulimit -n"), "{}", said(&watcher)?);
+        expect_logged(&mut watcher, "cannot accept a connection")?;
+        ensure!(
+            log_of(&watcher)?.contains("ulimit -n"),
+            "{}",
+            log_of(&watcher)?
+        );
         drop(silent?);
         let mut stream = UnixStream::connect(&socket)?;
         stream.write_all(b"go\n")?;
         let answer = BufReader::new(stream).lines().next();
         ensure!(answer.context("an answer")?? == "ok");
-        expect_said(&mut watcher, "a: done")?;
+        expect_logged(&mut watcher, "a: done")?;
         ensure!(lines(&ran) == 1);
         watcher.signal(Signal::SIGTERM)?;
         watcher.succeed(GENEROUS).map(drop)
@@ -399,17 +403,17 @@ fn rules_with_a_mistake_change_nothing() {
         let bad = good.replace("action.exec.command", "action.exec.comand");
         let mut refused = watch(test_dir, "refused", &bad, &[])?;
         refused.fail(GENEROUS)?;
-        let text = said(&refused)?;
+        let text = log_of(&refused)?;
         ensure!(
             text.contains("line 4 ") && text.contains("comand"),
             "{text}"
         );
 
         let mut watcher = watch(test_dir, "watch", &good, &[])?;
-        expect_said(&mut watcher, "1 rules are watched")?;
+        expect_logged(&mut watcher, "1 rules are watched")?;
         fs::write(test_dir.path("rules.toml"), &bad)?;
         watcher.signal(Signal::SIGHUP)?;
-        expect_said(&mut watcher, "the rules stay as they were")?;
+        expect_logged(&mut watcher, "the rules stay as they were")?;
         fs::write(&given, "")?;
         wait::until("the old rule", GENEROUS, || {
             Ok((lines(&ran) == 1).then_some(()))

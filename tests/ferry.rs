@@ -256,12 +256,12 @@ fn an_end_that_is_stopped_says_so() {
             true => far.stop.request(),
             false => begun.stop.request(),
         }
-        let told = far.finish().unwrap_err().to_string();
-        assert!(told.contains("stopped by a signal"), "{told}");
+        let message = far.finish().unwrap_err().to_string();
+        assert!(message.contains("stopped by a signal"), "{message}");
         // The dump goes on until it is reset.
         let _ = begun.dump.write_all(&bytes_of_a_dump()[1000..]);
-        let told = begun.forwarder.join().unwrap().unwrap_err().to_string();
-        assert!(told.contains("stopped by a signal"), "{told}");
+        let message = begun.forwarder.join().unwrap().unwrap_err().to_string();
+        assert!(message.contains("stopped by a signal"), "{message}");
     }
 }
 
@@ -311,8 +311,8 @@ fn a_dump_that_says_nothing_is_given_up() {
         let far = far_end(&dir, None, LONG);
         let context = context(far.address, 1, 0, LONG).ending_idle(Some(Duration::from_millis(20)));
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let said = dump(&[(PID, many_pages(1))], Wire::V2);
-        theirs.write_all(&said[..bytes]).unwrap();
+        let bytes_of_dump = dump(&[(PID, many_pages(1))], Wire::V2);
+        theirs.write_all(&bytes_of_dump[..bytes]).unwrap();
         let error = forward_client(Stream::plain(ours), &context).1.unwrap_err();
         assert!(error.to_string().contains("--idle-timeout"), "{error}");
         far.finish().unwrap_err();

@@ -17,7 +17,7 @@ use testbed::wait::GENEROUS;
 const MIB: u32 = 8;
 
 /// A command that writes its facts to `path`.
-fn telling(path: &Path) -> String {
+fn writing_facts(path: &Path) -> String {
     format!("env | grep ^PAGEFERRY_ > '{}'", path.display())
 }
 
@@ -39,9 +39,9 @@ fn hooks_are_told_the_facts() {
             "--mode",
             "cold",
             "--pre-freeze",
-            &telling(&before),
+            &writing_facts(&before),
             "--post-resume",
-            &format!("{}; exit 3", telling(&after)),
+            &format!("{}; exit 3", writing_facts(&after)),
             "--on-failure",
             "false",
         ]);
@@ -79,7 +79,7 @@ fn a_hook_that_fails_or_hangs_before_the_freeze_leaves_the_processes_here() {
             ("fails", "exit 7", "exit status: 7"),
             ("hangs", "sleep 600", "--hook-limit"),
         ] {
-            let told = test_dir.path(id);
+            let path = test_dir.path(id);
             let moves = Move::new(criu, test_dir.path("source"), id).with(&[
                 "--mode",
                 "cold",
@@ -88,14 +88,14 @@ fn a_hook_that_fails_or_hangs_before_the_freeze_leaves_the_processes_here() {
                 "--pre-freeze",
                 command,
                 "--on-failure",
-                &telling(&told),
+                &writing_facts(&path),
             ]);
             moves.start(&load, &agent)?.fail(GENEROUS)?;
             load.expect_running()?;
             for report in load.run_everywhere(&verifying())? {
                 report.expect_right()?;
             }
-            let facts = facts(&told)?;
+            let facts = facts(&path)?;
             ensure!(facts["PAGEFERRY_PROBLEM"].contains(why), "{facts:?}");
             ensure!(facts["PAGEFERRY_HOOK"] == "on-failure", "{facts:?}");
         }

@@ -178,7 +178,7 @@ fn report(test_dir: &TestDir) -> Result<Value> {
     Ok(report)
 }
 
-fn said(process: &Spawned) -> Result<String> {
+fn log_of(process: &Spawned) -> Result<String> {
     let log = process.log().context("a log")?;
     Ok(fs::read_to_string(log)?)
 }
@@ -223,9 +223,9 @@ fn mixed_writers_are_replayed_and_a_wrong_order_is_caught() {
         let options = ["--verify", "--wrong-order", "--stall", "5s"];
         let mut wrong = replay(test_dir, &third, "wrong", &options)?;
         wrong.fail(GENEROUS)?;
-        let said = said(&wrong)?;
-        ensure!(said.contains("connection "), "{said}");
-        ensure!(said.contains("entry "), "{said}");
+        let log = log_of(&wrong)?;
+        ensure!(log.contains("connection "), "{log}");
+        ensure!(log.contains("entry "), "{log}");
         Ok(())
     });
 }
@@ -244,9 +244,9 @@ fn a_service_that_answers_otherwise_is_refused_with_evidence() {
         let second = Redis::start(programs, test_dir, "second")?;
         let mut refused = replay(test_dir, &second, "refused", &["--verify"])?;
         refused.fail(GENEROUS)?;
-        let said = said(&refused)?;
-        ensure!(said.contains("answers differ before byte"), "{said}");
-        ensure!(said.contains("recorded \"*2"), "{said}");
+        let log = log_of(&refused)?;
+        ensure!(log.contains("answers differ before byte"), "{log}");
+        ensure!(log.contains("recorded \"*2"), "{log}");
         // Nothing behind the difference was told.
         let value = Client::connect(second.port)?.ask("GET a")?;
         ensure!(value == ["b"], "{value:?}");
@@ -281,9 +281,9 @@ fn a_killed_recorder_loses_nothing_that_was_acknowledged() {
 
         let (again, port) = record(test_dir, &source, "again", &[])?;
         ensure!(
-            said(&again)?.contains("9 bytes of an entry"),
+            log_of(&again)?.contains("9 bytes of an entry"),
             "{}",
-            said(&again)?
+            log_of(&again)?
         );
         let mut client = Client::connect(port)?;
         ensure!(client.ask("INCR a")? == ["51"]);
@@ -307,7 +307,7 @@ fn a_killed_recorder_loses_nothing_that_was_acknowledged() {
         damaged.fail(GENEROUS)?;
         let log = test_dir.path("damaged.log");
         ensure!(
-            said(&damaged)?.contains("is damaged at byte"),
+            log_of(&damaged)?.contains("is damaged at byte"),
             "{}",
             tail(&log)
         );
@@ -327,9 +327,9 @@ fn a_replay_follows_a_recording_and_holds_or_gives_up() {
         let mut slow = replay(test_dir, &second, "cancel", &options)?;
         slow.fail(GENEROUS)?;
         ensure!(
-            said(&slow)?.contains("slower than what arrives"),
+            log_of(&slow)?.contains("slower than what arrives"),
             "{}",
-            said(&slow)?
+            log_of(&slow)?
         );
 
         let third = Redis::start(programs, test_dir, "third")?;
@@ -393,9 +393,9 @@ fn a_log_that_exists_is_fed_to_a_command() {
         let mut differs = replay(test_dir, &second, "differs", &options)?;
         differs.fail(GENEROUS)?;
         ensure!(
-            said(&differs)?.contains("the digests differ"),
+            log_of(&differs)?.contains("the digests differ"),
             "{}",
-            said(&differs)?
+            log_of(&differs)?
         );
         Ok(())
     });

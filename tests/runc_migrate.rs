@@ -129,10 +129,10 @@ fn a_container_that_cannot_be_restored_stays(test_dir: &TestDir, criu: &Criu) ->
         let again = Move::new(criu, test_dir.path("source"), "again").with(&["--files", "never"]);
         let mut command = containers::start(&again, (&runc, id), &host)?;
         command.fail(GENEROUS)?;
-        let said = command.log_tail();
+        let log = command.log_tail();
         ensure!(
-            said.contains("config.json") && said.contains("--bundle"),
-            "{said}"
+            log.contains("config.json") && log.contains("--bundle"),
+            "{log}"
         );
     }
     Ok(())

@@ -76,7 +76,7 @@ fn live_loses_no_answer_by_nftables() {
         web.expect_moved()?;
         route.expect_there()?;
         expect_live_report(&moves.report()?)?;
-        moves.expect_told(&[
+        moves.expect_events(&[
             "source preflight done",
             "source files done",
             "destination files done",
@@ -275,10 +275,10 @@ fn what_fails_before_the_switch_changes_nothing() {
             web.start_move(&moves)?.fail(GENEROUS).with_context(|| id)?;
             let report = moves.report()?;
             ensure!(report["result"] == "rolled back", "{id}: {report}");
-            let said = report["problem"].as_str().unwrap_or_default();
-            ensure!(said.contains(problem), "{id}: {report}");
+            let text = report["problem"].as_str().unwrap_or_default();
+            ensure!(text.contains(problem), "{id}: {report}");
             ensure!(report["failure"]["step"].is_string(), "{id}: {report}");
-            moves.expect_told(&["destination discard done", "source end failed"])?;
+            moves.expect_events(&["destination discard done", "source end failed"])?;
             web.expect_here(id).with_context(|| id)?;
             route.expect_here().with_context(|| id)?;
             ensure!(

@@ -264,7 +264,7 @@ impl Simulation {
         self.answers.push_back(self.agent.state());
     }
 
-    fn hear(&mut self, answer: AgentState) {
+    fn receive_answer(&mut self, answer: AgentState) {
         if self.strikes(Failure::AnswerLost) {
             self.note(format!("the answer {answer:?} is lost"));
             return self.source_event(SourceEvent::AgentSilent);
@@ -289,7 +289,7 @@ impl Simulation {
                 false => self.do_source(action),
             }
         } else if let Some(answer) = self.answers.pop_front() {
-            self.hear(answer);
+            self.receive_answer(answer);
         } else if let Some(request) = self.requests.pop_front() {
             self.deliver_request(request);
         } else if self.source.may_roll_back() {

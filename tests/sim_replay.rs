@@ -270,7 +270,7 @@ enum Replayed {
 }
 
 impl Replayed {
-    fn told(&self) -> String {
+    fn outcome(&self) -> String {
         match self {
             Replayed::Agrees(digest) => digest.clone(),
             Replayed::Differs(difference) => difference.to_string(),
@@ -352,7 +352,7 @@ fn a_total_order_is_repeated_whatever_the_schedules() {
         for verify in [false, true] {
             match replay(&log, seed + 1, Player::new(verify)) {
                 Replayed::Agrees(second) => assert_eq!(second, digest, "seed {seed}"),
-                other => panic!("seed {seed}: {}", other.told()),
+                other => panic!("seed {seed}: {}", other.outcome()),
             }
         }
     }
@@ -365,7 +365,7 @@ fn causal_order_is_enough_where_concurrent_requests_do_not_meet() {
         let (log, digest) = record(seed, Order::Causal, true);
         match replay(&log, seed + 1, Player::new(true)) {
             Replayed::Agrees(second) => assert_eq!(second, digest, "seed {seed}"),
-            other => panic!("seed {seed}: {}", other.told()),
+            other => panic!("seed {seed}: {}", other.outcome()),
         }
     }
 }

@@ -46,19 +46,24 @@ fn watch(test_dir: &TestDir, address: &str, rules: &str, more: &[&str]) -> Resul
     Spawned::start("watch", &mut command, Some(log))
 }
 
-fn said(test_dir: &TestDir) -> Result<String> {
+fn log_of(test_dir: &TestDir) -> Result<String> {
     Ok(fs::read_to_string(test_dir.path("watch.log"))?)
 }
 
-/// Waits until the watcher has said so `times` times.
-fn expect_said(test_dir: &TestDir, watcher: &mut Spawned, text: &str, times: usize) -> Result<()> {
+/// Waits until the watcher has logged it `times` times.
+fn expect_logged(
+    test_dir: &TestDir,
+    watcher: &mut Spawned,
+    text: &str,
+    times: usize,
+) -> Result<()> {
     wait::until(text, GENEROUS, || {
-        let said = said(test_dir)?;
-        if said.matches(text).count() >= times {
+        let log = log_of(test_dir)?;
+        if log.matches(text).count() >= times {
             return Ok(Some(()));
         }
         match watcher.ended()? {
-            Some(ended) => bail!("{}: {said}", ended.status),
+            Some(ended) => bail!("{}: {log}", ended.status),
             None => Ok(None),
         }
     })
@@ -130,7 +135,7 @@ fn a_shutdown_waits_until_its_actions_are_over() {
             "#
         );
         let mut watcher = watch(test_dir, &logind.address(), &rules, &[])?;
-        expect_said(test_dir, &mut watcher, "2 rules are watched", 1)?;
+        expect_logged(test_dir, &mut watcher, "2 rules are watched", 1)?;
         expect_inhibitors(&logind, &[OURS])?;
         // Another round follows a shutdown that was given up.
         for round in 1..=2 {
@@ -145,12 +150,12 @@ fn a_shutdown_waits_until_its_actions_are_over() {
                 order[order.len() - 3..] == ["away", "over", "then"],
                 "{order:?}"
             );
-            expect_said(test_dir, &mut watcher, "the host may go down", round)?;
+            expect_logged(test_dir, &mut watcher, "the host may go down", round)?;
             expect_inhibitors(&logind, &[])?;
             left.end()?;
             fs::remove_file(&go)?;
             logind.cancel()?;
-            expect_said(test_dir, &mut watcher, "the host does not go down", round)?;
+            expect_logged(test_dir, &mut watcher, "the host does not go down", round)?;
             expect_inhibitors(&logind, &[OURS])?;
         }
         watcher.signal(Signal::SIGTERM)?;
@@ -178,16 +183,16 @@ fn a_dry_run_holds_nothing_back_and_rules_without_a_shutdown_let_go() {
         let long = rules.replace("when.shutdown = {}", "when.shutdown.delay = \"2h\"");
         fs::write(test_dir.path("rules.toml"), long)?;
         watcher.signal(Signal::SIGHUP)?;
-        expect_said(test_dir, &mut watcher, "the rules stay as they were", 1)?;
+        expect_logged(test_dir, &mut watcher, "the rules stay as they were", 1)?;
         watcher.signal(Signal::SIGTERM)?;
         watcher.succeed(GENEROUS)?;
 
         let mut watcher = watch(test_dir, &logind.address(), &rules, &["--dry-run"])?;
-        expect_said(test_dir, &mut watcher, "1 rules are watched", 1)?;
+        expect_logged(test_dir, &mut watcher, "1 rules are watched", 1)?;
         ensure!(logind.inhibitors()?.is_empty());
         logind.power_off()?;
         logind.expect_down()?;
-        expect_said(test_dir, &mut watcher, "would now", 1)?;
+        expect_logged(test_dir, &mut watcher, "would now", 1)?;
         ensure!(lines(&ran)?.is_empty(), "a dry run does nothing");
         Ok(())
     });
@@ -200,12 +205,9 @@ fn what_is_in_the_way_is_told() {
         let refused = |address: &str, words: &[&str]| -> Result<()> {
             let mut watcher = watch(test_dir, address, rules, &[])?;
             watcher.fail(GENEROUS)?;
-            let said = said(test_dir)?;
-            let is_told = words.iter().all(|word| said.contains(word));
-            ensure!(
-                is_told && said.contains("rule \"away\""),
-                "{words:?}: {said}"
-            );
+            let log = log_of(test_dir)?;
+            let is_told = words.iter().all(|word| log.contains(word));
+            ensure!(is_told && log.contains("rule \"away\""), "{words:?}: {log}");
             Ok(())
         };
         let nowhere = format!("unix:path={}", test_dir.path("nowhere").display());

@@ -99,10 +99,10 @@ fn become_program(mut command: Command, argv: &[OsString]) -> Result<ExitCode> {
 /// would hand on, or one behind that, has handed back to `this`.
 fn handed_on(this: &Path, criu: &Path) -> Result<String> {
     let own = identity(Path::new(RUNNING)).unwrap_or_default();
-    let told = env::var(CHAIN_VARIABLE).unwrap_or_default();
+    let copies = env::var(CHAIN_VARIABLE).unwrap_or_default();
     let parent = parent_id();
     let of_parent = || identity(Path::new(&format!("/proc/{parent}/exe"))).unwrap_or_default();
-    let before = copies_before(&told, process::id(), parent, of_parent);
+    let before = copies_before(&copies, process::id(), parent, of_parent);
     if before.contains(&own.as_str()) {
         let text = format!(
             "{} and {} are both pageferry's criu and hand to each other: name the real CRIU in PAGEFERRY_CRIU, or \
@@ -120,8 +120,8 @@ fn handed_on(this: &Path, criu: &Path) -> Result<String> {
 
 /// The copies that have handed on to this process, as `told`: if that was said by what this process was before, or by
 /// its parent, which is still such a copy. What a real CRIU starts has inherited these variables, which are not meant for it.
-fn copies_before(told: &str, pid: u32, parent: u32, of_parent: impl Fn() -> String) -> Vec<&str> {
-    let mut words = told.split(' ');
+fn copies_before(copies: &str, pid: u32, parent: u32, of_parent: impl Fn() -> String) -> Vec<&str> {
+    let mut words = copies.split(' ');
     let by = words.next().and_then(|word| word.parse::<u32>().ok());
     let copies: Vec<&str> = words.collect();
     let is_for_this =
@@ -170,16 +170,16 @@ mod tests {
 
     #[test]
     fn who_has_handed_on_is_known_to_those_who_are_told() {
-        let told = "7 1:2 1:3";
+        let copies = "7 1:2 1:3";
         let real = || "9:9".to_owned();
         let copy = || "1:3".to_owned();
-        assert_eq!(copies_before(told, 7, 1, real), ["1:2", "1:3"], "by exec");
-        assert_eq!(copies_before(told, 8, 7, copy), ["1:2", "1:3"], "by fork");
+        assert_eq!(copies_before(copies, 7, 1, real), ["1:2", "1:3"], "by exec");
+        assert_eq!(copies_before(copies, 8, 7, copy), ["1:2", "1:3"], "by fork");
         assert!(
-            copies_before(told, 8, 7, real).is_empty(),
+            copies_before(copies, 8, 7, real).is_empty(),
             "started by the real CRIU that took the copy's place"
         );
-        assert!(copies_before(told, 8, 1, copy).is_empty(), "by others");
+        assert!(copies_before(copies, 8, 1, copy).is_empty(), "by others");
         assert!(copies_before("", 8, 1, copy).is_empty());
         assert!(copies_before("x 1:3", 8, 1, copy).is_empty());
     }

@@ -195,8 +195,8 @@ async fn run(program: &str, args: &[&str]) -> Result<Vec<u8>> {
     match output.status.success() {
         true => Ok(output.stdout),
         false => {
-            let said = String::from_utf8_lossy(&output.stderr);
-            let text = format!("{program} {}: {}", args.join(" "), said.trim());
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            let text = format!("{program} {}: {}", args.join(" "), stderr.trim());
             Err(Error::new(Kind::Io, text))
         }
     }

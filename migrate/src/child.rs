@@ -94,13 +94,13 @@ impl Program {
         limit: Duration,
     ) -> Result<()> {
         let mut byte = [0; 1];
-        let said = async {
+        let status_or_end = async {
             tokio::select! {
                 read = status.read_exact(&mut byte) => Ok(read.map(drop)),
                 ended = self.child.wait() => Err(ended),
             }
         };
-        match timeout(limit, said).await {
+        match timeout(limit, status_or_end).await {
             Ok(Ok(Ok(()))) => Ok(()),
             Ok(Ok(Err(error))) => Err(Error::wrap(Kind::Io, self.title, error)),
             Ok(Err(ended)) => Err(self.failure(Some(ended))),

@@ -47,40 +47,40 @@ struct Inner {
     has_failed: bool,
 }
 
-/// What is told of a step.
+/// What an event says of its step.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Told {
+pub(crate) struct Details {
     pub(crate) text: Option<String>,
     pub(crate) counts: BTreeMap<String, u64>,
     pub(crate) criu: Option<String>,
 }
 
-impl Told {
+impl Details {
     /// In words.
-    pub(crate) fn text(text: impl Into<String>) -> Told {
-        Told {
+    pub(crate) fn text(text: impl Into<String>) -> Details {
+        Details {
             text: Some(text.into()),
-            ..Told::default()
+            ..Details::default()
         }
     }
 
     /// Of what went wrong, with the line of CRIU's log that it names.
-    pub(crate) fn error(error: &str) -> Told {
-        Told {
+    pub(crate) fn error(error: &str) -> Details {
+        Details {
             text: Some(error.to_owned()),
             criu: cause(error).map(str::to_owned),
-            ..Told::default()
+            ..Details::default()
         }
     }
 
     /// By numbers.
-    pub(crate) fn counts(counts: &[(&str, u64)]) -> Told {
+    pub(crate) fn counts(counts: &[(&str, u64)]) -> Details {
         let counts = counts
             .iter()
             .map(|(name, count)| ((*name).to_owned(), *count));
-        Told {
+        Details {
             counts: counts.collect(),
-            ..Told::default()
+            ..Details::default()
         }
     }
 }
@@ -149,24 +149,24 @@ impl Events {
         let mut inner = self.lock();
         inner.open.retain(|(open, _)| *open != step);
         inner.open.push((step, Instant::now()));
-        inner.add(step, State::Begun, None, Told::default());
+        inner.add(step, State::Begun, None, Details::default());
     }
 
     /// A step is done. One that was not begun has taken as long as is not known.
-    pub(crate) fn done(&self, step: Step, told: Told) {
-        self.lock().end(step, State::Done, told);
+    pub(crate) fn done(&self, step: Step, details: Details) {
+        self.lock().end(step, State::Done, details);
     }
 
     /// A step has failed.
-    pub(crate) fn failed(&self, step: Step, told: Told) {
-        self.lock().end(step, State::Failed, told);
+    pub(crate) fn failed(&self, step: Step, details: Details) {
+        self.lock().end(step, State::Failed, details);
     }
 
     /// A step has ended as `result` says.
     pub(crate) fn ended<T>(&self, step: Step, result: &Result<T>) {
         match result {
-            Ok(_) => self.done(step, Told::default()),
-            Err(error) => self.failed(step, Told::error(&error.to_string())),
+            Ok(_) => self.done(step, Details::default()),
+            Err(error) => self.failed(step, Details::error(&error.to_string())),
         }
     }
 
@@ -175,26 +175,26 @@ impl Events {
         let open: Vec<Step> = self.lock().open.iter().map(|(step, _)| *step).collect();
         for step in open.into_iter().rev() {
             match result {
-                Ok(_) => self.done(step, Told::default()),
-                Err(error) => self.failed(step, Told::error(error)),
+                Ok(_) => self.done(step, Details::default()),
+                Err(error) => self.failed(step, Details::error(error)),
             }
         }
         match result {
-            Ok(text) => self.done(Step::End, Told::text(*text)),
-            Err(error) => self.failed(Step::End, Told::error(error)),
+            Ok(text) => self.done(Step::End, Details::text(*text)),
+            Err(error) => self.failed(Step::End, Details::error(error)),
         }
     }
 
     /// Something to know.
-    pub(crate) fn note(&self, step: Step, told: Told) {
-        self.lock().add(step, State::Note, None, told);
+    pub(crate) fn note(&self, step: Step, details: Details) {
+        self.lock().add(step, State::Note, None, details);
     }
 
     /// Something went wrong beside the step that is under way.
     pub(crate) fn warn(&self, text: &str) {
         let step = self.step().unwrap_or(Step::End);
         self.lock()
-            .add(step, State::Warning, None, Told::text(text));
+            .add(step, State::Warning, None, Details::text(text));
     }
 
     /// Adds what the destination's log has and this one has not, as far as it speaks for itself.
@@ -225,13 +225,13 @@ impl Events {
 }
 
 impl Inner {
-    fn end(&mut self, step: Step, state: State, told: Told) {
+    fn end(&mut self, step: Step, state: State, details: Details) {
         let at = self.open.iter().rposition(|(open, _)| *open == step);
         let took = at.map(|at| self.open.remove(at).1.elapsed());
-        self.add(step, state, took, told);
+        self.add(step, state, took, details);
     }
 
-    fn add(&mut self, step: Step, state: State, took: Option<Duration>, told: Told) {
+    fn add(&mut self, step: Step, state: State, took: Option<Duration>, details: Details) {
         self.number += 1;
         let side = match self.writer {
             Writer::Agent => Side::Destination,
@@ -247,9 +247,9 @@ impl Inner {
             step,
             state,
             took_ms: took.map(|took| took.as_secs_f64() * 1e3),
-            text: told.text,
-            counts: told.counts,
-            criu: told.criu,
+            text: details.text,
+            counts: details.counts,
+            criu: details.criu,
         };
         let line = event.line();
         for path in &self.files {
@@ -321,12 +321,12 @@ mod tests {
         let events = Events::new(Writer::Migrate, Some(id()));
         events.begin(Step::Preflight);
         let events = events.with_file(Some(&users)).unwrap();
-        events.done(Step::Preflight, Told::counts(&[("processes", 3)]));
+        events.done(Step::Preflight, Details::counts(&[("processes", 3)]));
         events.in_dir(tmp.path());
         events.begin(Step::Dump);
         assert_eq!(events.step(), Some(Step::Dump));
         events.warn("slow");
-        events.failed(Step::Dump, Told::text("no"));
+        events.failed(Step::Dump, Details::text("no"));
         assert_eq!(events.step(), None);
         let of_user = EventLog::read(&fs::read(&users).unwrap());
         let of_dir = EventLog::read(&fs::read(tmp.path().join(EVENTS)).unwrap());
@@ -358,7 +358,7 @@ mod tests {
         source.begin(Step::Begin);
         let text = || fs::read(there.join(EVENTS)).unwrap();
         source.merge(&text());
-        agent.failed(Step::Restore, Told::text("no"));
+        agent.failed(Step::Restore, Details::text("no"));
         source.merge(&text());
         source.merge(&text());
         // A line in the source's name, or another migration's, is none of the destination's.

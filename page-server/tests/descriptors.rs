@@ -52,8 +52,8 @@ fn start(place: &Place, files: usize, options: &[&str]) -> Spawned {
     Spawned::start("page-server", &mut command, Some(log)).unwrap()
 }
 
-/// All that the server has said.
-fn said(place: &Place) -> String {
+/// All that the server has logged.
+fn log_of(place: &Place) -> String {
     let stderr = fs::read_to_string(place.work().join("stderr"));
     place.log() + &stderr.unwrap_or_default()
 }
@@ -99,16 +99,16 @@ fn is_answered(place: &Place, files: usize, options: &[&str], asked: &[u8], righ
         let _ = server.signal(Signal::SIGTERM);
     }
     let ended = server.wait(GENEROUS).unwrap();
-    let said = said(place);
-    assert_eq!(ended.status.signal(), None, "{files}: {said}");
-    assert_ne!(ended.status.code(), Some(101), "{files}: {said}");
-    assert!(!said.contains("panicked"), "{files}: {said}");
-    assert_eq!(ended.status.success(), is_right, "{files}: {said}");
+    let log = log_of(place);
+    assert_eq!(ended.status.signal(), None, "{files}: {log}");
+    assert_ne!(ended.status.code(), Some(101), "{files}: {log}");
+    assert!(!log.contains("panicked"), "{files}: {log}");
+    assert_eq!(ended.status.success(), is_right, "{files}: {log}");
     // The loader has words of its own.
     let is_loader = ended.status.code() == Some(127);
     assert!(
-        is_right || is_loader || said.contains(ADVICE),
-        "{files}: {said}"
+        is_right || is_loader || log.contains(ADVICE),
+        "{files}: {log}"
     );
     is_right
 }
@@ -188,10 +188,10 @@ fn who_comes_later_is_received_once_others_are_gone() {
     let first = connect(&place, &mut server).unwrap();
     let others: Vec<TcpStream> = (0..OTHERS).map(|_| place.connect()).collect();
     until("want of descriptors", GENEROUS, || {
-        Ok(said(&place).contains(NOT_NOW).then_some(()))
+        Ok(log_of(&place).contains(NOT_NOW).then_some(()))
     })
     .unwrap();
-    assert!(said(&place).contains(ADVICE), "{}", said(&place));
+    assert!(log_of(&place).contains(ADVICE), "{}", log_of(&place));
     drop((first, others));
     // Until the last of them has given its descriptors back, a dump may fail.
     until("a dump", GENEROUS, || {

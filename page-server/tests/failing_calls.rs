@@ -152,15 +152,15 @@ fn second_runs() -> Vec<Run> {
 fn send(stream: &mut TcpStream) -> Vec<u8> {
     let bytes = dump(&[(FIRST, first_runs()), (SECOND, second_runs())], Wire::V2);
     let mut answers = stream.try_clone().unwrap();
-    let hears = std::thread::spawn(move || {
-        let mut heard = Vec::new();
-        let _ = answers.read_to_end(&mut heard);
-        heard
+    let reader = std::thread::spawn(move || {
+        let mut received = Vec::new();
+        let _ = answers.read_to_end(&mut received);
+        received
     });
     // The server may end it.
     let _ = stream.write_all(&bytes);
     let _ = stream.shutdown(Shutdown::Write);
-    hears.join().unwrap()
+    reader.join().unwrap()
 }
 
 /// What has the name of an image is whole: nobody takes less for a dump.
@@ -254,11 +254,12 @@ fn served(failing: &FailingCalls, failure: &Failure) -> (u64, Option<String>) {
     let all: u64 = first_runs().iter().map(|run| run.pages).sum();
     if let Some(pages) = got {
         if pages < all {
-            let told = || {
+            let is_logged = || {
                 let log = server.log();
                 Ok((log.contains("error: ") || log.contains("warning: ")).then_some(()))
             };
-            until("what failed", GENEROUS, told).unwrap_or_else(|_| panic!("{}", server.log()));
+            until("what failed", GENEROUS, is_logged)
+                .unwrap_or_else(|_| panic!("{}", server.log()));
         }
         // It waits for a client that could not be served, to come again.
         server.child.kill().unwrap();

@@ -15,7 +15,7 @@ use std::net::TcpStream;
 
 use common::{FIRST_PAGE, PAGE, Run, TARGET, page_content, write_target};
 use hostile::{
-    End, FLOOD, SERVING_DESCRIPTORS_MAX, allow_descriptors, attack, claim, connect, expect_told,
+    End, FLOOD, SERVING_DESCRIPTORS_MAX, allow_descriptors, attack, claim, connect, expect_logged,
     expect_within, handshake, is_ended, opened, pages,
 };
 use pageferry::criu::header::{Op, PageFlags, Wire};
@@ -79,14 +79,14 @@ fn whatever_a_hostile_client_says_the_others_are_served() {
         ("a handshake of TLS", handshake(), End::Waits),
     ];
     for (number, (what, bytes, end)) in cases.into_iter().enumerate() {
-        let (peer, heard) = attack(place.connect(), &bytes, end);
+        let (peer, received) = attack(place.connect(), &bytes, end);
         // Less than a page: it got none.
         assert!(
-            heard.len() < PAGE.as_usize(),
+            received.len() < PAGE.as_usize(),
             "{what}: {} bytes",
-            heard.len()
+            received.len()
         );
-        expect_told(&place, what, peer);
+        expect_logged(&place, what, peer);
         fetch(&mut honest, number as u64);
     }
     expect_within(&server, SERVING_DESCRIPTORS_MAX);

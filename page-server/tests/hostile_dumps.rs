@@ -18,7 +18,7 @@ use common::FIRST_PAGE;
 use dump_bytes::{bare, bytes_of};
 use hostile::{
     End, FLOOD, Honest, RECEIVING_DESCRIPTORS_MAX, VICTIM, allow_descriptors, attack, claim,
-    connect, expect_told, expect_within, handshake, is_ended, opened, pages,
+    connect, expect_logged, expect_within, handshake, is_ended, opened, pages,
 };
 use pageferry::criu::header::{Op, PageFlags, Target, Wire};
 use pageferry::limits::{FRAME_PAGES_MAX, RECEIVE_SESSIONS_MAX, SESSION_TARGETS_MAX};
@@ -107,7 +107,7 @@ fn whatever_a_hostile_dump_says_the_others_go_on() {
             let (peer, _) = attack(place.connect(), &bytes, End::HalfClosed);
             // A whole dump is one, whatever is said behind it.
             if what != AFTER_CLOSE {
-                expect_told(&place, what, peer);
+                expect_logged(&place, what, peer);
                 until(what, GENEROUS, || {
                     Ok(left_behind(&place).is_empty().then_some(()))
                 })
@@ -139,7 +139,7 @@ fn a_peer_that_says_one_byte_at_a_time_holds_up_nobody() {
     honest.close(&place);
     slow.shutdown(Shutdown::Write).unwrap();
     let _ = slow.read_to_end(&mut Vec::new());
-    expect_told(
+    expect_logged(
         &place,
         "a slow peer that hangs up",
         slow.local_addr().unwrap(),
@@ -157,13 +157,13 @@ fn a_flood_of_opens_ends_at_the_limit() {
     let opens: Vec<u8> = (1000..=1000 + SESSION_TARGETS_MAX as u32)
         .flat_map(|pid| bytes_of(&bare(Op::Open2, Target::Process(pid)), Wire::V2))
         .collect();
-    let (peer, heard) = attack(place.connect(), &opens, End::HalfClosed);
+    let (peer, received) = attack(place.connect(), &opens, End::HalfClosed);
     assert!(
-        heard.len() <= SESSION_TARGETS_MAX,
+        received.len() <= SESSION_TARGETS_MAX,
         "{} answers",
-        heard.len()
+        received.len()
     );
-    expect_told(&place, "too many processes", peer);
+    expect_logged(&place, "too many processes", peer);
     honest.go_on();
     expect_within(&server, RECEIVING_DESCRIPTORS_MAX);
     let gone = || Ok((place.image_names().len() < 10).then_some(()));

@@ -15,7 +15,7 @@ use std::process::{Command, Stdio};
 
 use common::{FIRST_PAGE, Run, check_images, naive_memory, tls_args};
 use dump_bytes::{bare, bytes_of, frame};
-use hostile::{HONEST, VICTIM, expect_told, opened, pages};
+use hostile::{HONEST, VICTIM, expect_logged, opened, pages};
 use pageferry::criu::header::{Op, PageFlags, Wire};
 use pageferry::tls::Tls;
 use place::Place;
@@ -53,7 +53,7 @@ fn a_truncated_tls_session_is_no_dump() {
         cut.shutdown(Shutdown::Write).unwrap();
         // Whatever else it says.
         let _ = stream.read_to_end(&mut Vec::new());
-        expect_told(&place, "a truncated session", peer);
+        expect_logged(&place, "a truncated session", peer);
         until("no images", GENEROUS, || {
             Ok(place.image_names().is_empty().then_some(()))
         })
@@ -101,23 +101,23 @@ fn tls_is_not_negotiated_anew() {
         .spawn()
         .unwrap();
     // A line with an R alone makes it negotiate; it comes once the session is there.
-    let mut said = client.stdin.take().unwrap();
-    let mut heard = client.stdout.take().unwrap();
+    let mut stdin = client.stdin.take().unwrap();
+    let mut stdout = client.stdout.take().unwrap();
     let mut text = Vec::new();
     while !is_connected(&text) {
         let mut piece = [0; 4096];
-        let bytes = heard.read(&mut piece).unwrap();
+        let bytes = stdout.read(&mut piece).unwrap();
         assert!(bytes > 0, "{}", String::from_utf8_lossy(&text));
         text.extend(&piece[..bytes]);
     }
-    said.write_all(b"R\n").unwrap();
+    stdin.write_all(b"R\n").unwrap();
     let output = client.wait_with_output().unwrap();
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(
-        told.contains("no renegotiation") || told.contains("alert"),
-        "{told}"
+        stderr.contains("no renegotiation") || stderr.contains("alert"),
+        "{stderr}"
     );
-    drop(said);
+    drop(stdin);
 
     let run = Run::present(FIRST_PAGE, 2, PageFlags::default(), 5);
     honest.write_all(&frame(HONEST, &run, Wire::V2)).unwrap();

@@ -59,10 +59,10 @@ fn complete() -> Option<()> {
     command.args(["--address", "127.0.0.1", "--sandbox-check"]);
     command.args(["--sandbox", "require", "-D"]).arg(dir.path());
     let output = command.output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     gate::need(
         "Landlock and seccomp",
-        output.status.success().then_some(()).ok_or(said),
+        output.status.success().then_some(()).ok_or(stderr),
     )
 }
 
@@ -278,7 +278,7 @@ fn on_a_kernel_without(call: i64, start: impl FnOnce() -> Spawned + Send) -> Spa
 fn a_kernel_without_a_part_is_told_of_or_refused() {
     // Who has no capabilities drops none.
     let Some(()) = gate::root() else { return };
-    for (call, told) in [
+    for (call, text) in [
         (
             libc::SYS_landlock_create_ruleset,
             "files are not confined (Landlock)",
@@ -291,7 +291,7 @@ fn a_kernel_without_a_part_is_told_of_or_refused() {
         send_dump(&mut place.connect());
         succeed(server);
         place.check_images();
-        assert!(place.log().contains(told), "{}", place.log());
+        assert!(place.log().contains(text), "{}", place.log());
 
         let place = Place::new();
         fail(on_a_kernel_without(call, || {
@@ -299,7 +299,7 @@ fn a_kernel_without_a_part_is_told_of_or_refused() {
         }));
         let log = place.log();
         assert!(
-            log.contains(&format!("error: --sandbox require: {told}")),
+            log.contains(&format!("error: --sandbox require: {text}")),
             "{log}"
         );
     }

@@ -240,11 +240,11 @@ fn what_does_not_go_with_a_tree_is_refused() {
         let mut command = Command::new(env!("CARGO_BIN_EXE_page-server"));
         let output = command.current_dir(dir.path()).args(tree(more)).output();
         let output = output.unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
+        let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success(), "{more:?}");
         assert!(
-            said.contains("--dedup-tree") && said.contains(more[0]),
-            "{more:?}: {said}"
+            stderr.contains("--dedup-tree") && stderr.contains(more[0]),
+            "{more:?}: {stderr}"
         );
     }
     let words = ["--keep", "--images-dir-template"];

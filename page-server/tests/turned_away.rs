@@ -38,7 +38,7 @@ fn start(dir: &Path, role: &[&str]) -> Spawned {
     Spawned::start("page-server", &mut command, Some(dir.join("log"))).unwrap()
 }
 
-fn expect_told(role: &[&str]) {
+fn expect_logged(role: &[&str]) {
     let dir = tempfile::tempdir().unwrap();
     let run = Run::present(FIRST_PAGE, 1, PageFlags::LAZY, 1);
     write_target(dir.path(), TARGET, Wire::V2, 1, &[run]);
@@ -51,10 +51,10 @@ fn expect_told(role: &[&str]) {
         (b"GET / HTTP/1.1\r\n\r\n", "does not speak TLS"),
         (b"\x16", "hangs up"),
     ];
-    for (number, (said, reason)) in cases.into_iter().enumerate() {
+    for (number, (sent, reason)) in cases.into_iter().enumerate() {
         let mut client = TcpStream::connect(("127.0.0.1", port)).unwrap();
         let peer = client.local_addr().unwrap().to_string();
-        client.write_all(said).unwrap();
+        client.write_all(sent).unwrap();
         client.shutdown(Shutdown::Write).unwrap();
         // However it is ended.
         let _ = client.read_to_end(&mut Vec::new());
@@ -76,10 +76,10 @@ fn expect_told(role: &[&str]) {
 
 #[test]
 fn a_receiving_server_tells_of_failed_handshakes() {
-    expect_told(&[]);
+    expect_logged(&[]);
 }
 
 #[test]
 fn a_serving_server_tells_of_failed_handshakes() {
-    expect_told(&["--lazy-pages"]);
+    expect_logged(&["--lazy-pages"]);
 }

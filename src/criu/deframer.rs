@@ -242,7 +242,7 @@ impl Deframer {
                     let found = match by(&first) {
                         Some(found) => found,
                         None if op.is_close() => return Ok(Some(self.leave_open(input, at))),
-                        None => Wire::untold(given),
+                        None => Wire::unconfirmed(given),
                     };
                     if let Some(given) = given.filter(|given| *given != found) {
                         return Err(HeaderError::OtherWire { given, found });

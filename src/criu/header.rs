@@ -107,7 +107,7 @@ impl Wire {
 
     /// The layout to take for a first frame that tells none: what is `given`, or v1. It has the shorter
     /// header, so that nothing is waited for that may not come.
-    pub(super) fn untold(given: Option<Wire>) -> Wire {
+    pub(super) fn unconfirmed(given: Option<Wire>) -> Wire {
         given.unwrap_or(Wire::V1)
     }
 }

@@ -168,7 +168,7 @@ impl Requests {
                 self.rest = HEADER_BYTES_MAX - len;
                 return Ok(Some((Wire::V1, len)));
             }
-            None => Wire::untold(self.given),
+            None => Wire::unconfirmed(self.given),
         };
         if let Some(given) = self.given.filter(|given| *given != found) {
             return Err(HeaderError::OtherWire { given, found });
@@ -265,7 +265,7 @@ mod tests {
         #[test]
         fn a_first_request_is_read_with_its_last_byte(
             pid in 1u32..1 << 22, page in prop_oneof![0x10..0x400u64, 0x400..1u64 << 36],
-            pages in 1..4096u64, close: Option<bool>, v1: bool, told: bool,
+            pages in 1..4096u64, close: Option<bool>, v1: bool, is_given: bool,
         ) {
             let wire = if v1 { Wire::V1 } else { Wire::V2 };
             let request = match close {
@@ -275,7 +275,7 @@ mod tests {
             };
             let bytes = encoded(&request, wire);
             for cut in 0..bytes.len() {
-                let mut requests = Requests::new(PAGE, told.then_some(wire));
+                let mut requests = Requests::new(PAGE, is_given.then_some(wire));
                 let first = requests.read(&bytes[..cut]).unwrap();
                 let (read, len) = match first {
                     Some(first) => first,

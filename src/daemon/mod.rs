@@ -147,7 +147,7 @@ pub fn run(
         }
     };
     let result = body(&mut daemon);
-    daemon.tell_manager("STOPPING=1");
+    daemon.notify_manager("STOPPING=1");
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -163,9 +163,9 @@ pub fn run(
 /// From now on a panic in any thread ends this process by SIGABRT, in every build: whoever waits for what that thread
 /// was to do would wait for ever. The peers see broken connections, and a standby takes over.
 pub fn end_on_panic() {
-    let told = std::panic::take_hook();
+    let print_panic = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
-        told(panic);
+        print_panic(panic);
         std::process::abort();
     }));
 }
@@ -208,7 +208,7 @@ impl Daemon {
         })
     }
 
-    fn tell_manager(&self, state: &str) {
+    fn notify_manager(&self, state: &str) {
         if let Some(manager) = &self.manager
             && let Err(error) = manager.tell(state)
         {
@@ -289,7 +289,7 @@ impl Daemon {
                 Error::wrap(Kind::Io, text, error)
             })?;
         }
-        self.tell_manager("READY=1");
+        self.notify_manager("READY=1");
         Ok(())
     }
 }

@@ -98,7 +98,7 @@ pub fn found_files(environment: &Environment) -> Vec<FoundFile> {
     for path in paths.chain(OF_RUNTIMES.map(PathBuf::from)) {
         let options = match read(&path) {
             Ok(None) => continue,
-            Ok(Some(lines)) => Ok(lines.iter().map(said).collect()),
+            Ok(Some(lines)) => Ok(lines.iter().map(text_of).collect()),
             Err(error) => Err(error.to_string()),
         };
         found.push(FoundFile { path, options });
@@ -106,7 +106,7 @@ pub fn found_files(environment: &Environment) -> Vec<FoundFile> {
     found
 }
 
-fn said(line: &Line) -> String {
+fn text_of(line: &Line) -> String {
     let option = line.option.to_string_lossy();
     match &line.value {
         Some(value) => format!("{option}={}", value.to_string_lossy()),

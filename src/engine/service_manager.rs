@@ -184,14 +184,14 @@ mod tests {
     /// Handles messages as a manager does: keeps `most` descriptors, until what comes says that there are no more.
     fn manage(socket: &UnixDatagram, most: usize) -> Vec<String> {
         let mut kept: Vec<OwnedFd> = Vec::new();
-        let mut told = Vec::new();
+        let mut received_texts = Vec::new();
         let mut message = [0; 4096];
         loop {
             let received = fdpass::receive(socket.as_fd(), &mut message).unwrap();
             let text = std::str::from_utf8(&message[..received.bytes]).unwrap();
-            told.push(text.to_owned());
+            received_texts.push(text.to_owned());
             if text.is_empty() {
-                return told;
+                return received_texts;
             }
             if text.starts_with("FDSTORE=1\n") && kept.len() < most {
                 kept.extend(received.fd);
@@ -206,10 +206,10 @@ mod tests {
             let manages = std::thread::spawn(move || manage(&theirs, most));
             assert_eq!(manager.keeps_descriptors(), most > 0);
             manager.tell("").unwrap();
-            let told = manages.join().unwrap();
+            let received_texts = manages.join().unwrap();
             let barrier = "BARRIER=1".to_owned();
             let removed = "FDSTOREREMOVE=1\nFDNAME=pageferry-probe".to_owned();
-            assert_eq!(told[1..3], [barrier, removed]);
+            assert_eq!(received_texts[1..3], [barrier, removed]);
         }
         let (manager, theirs) = ServiceManager::pair();
         drop(theirs);

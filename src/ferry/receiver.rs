@@ -211,14 +211,14 @@ impl Receiver {
                 Ok(Message::Pages(batch))
             }
             Kind::Close => {
-                let said = decode_close(body).map_err(SessionError::from)?;
+                let count = decode_close(body).map_err(SessionError::from)?;
                 let came = self.pages;
-                if said.get() != came {
-                    let said = said.get();
-                    return Err(SessionError::PageCount { said, came }.into());
+                if count.get() != came {
+                    let announced = count.get();
+                    return Err(SessionError::PageCount { announced, came }.into());
                 }
                 self.closed = true;
-                Ok(Message::Close(said))
+                Ok(Message::Close(count))
             }
             other => Err(SessionError::Unexpected(other).into()),
         }
@@ -314,17 +314,17 @@ impl Receiver {
     /// What is to be written to `stream` next, on whose connection `arrived` bytes have arrived.
     pub fn poll(&mut self, stream: u16, arrived: u64) -> Option<Reply> {
         let state = &mut self.streams[usize::from(stream)];
-        let StreamState::Up(said) = state else {
+        let StreamState::Up(sent) = state else {
             return None;
         };
         if let Some(fail) = &self.failure {
             *state = StreamState::Ended;
             return Some(Reply::Fail(fail.clone()));
         }
-        if *said == Some(self.ack) {
+        if *sent == Some(self.ack) {
             return None;
         }
-        *said = Some(self.ack);
+        *sent = Some(self.ack);
         Some(Reply::Ack(self.ack(arrived)))
     }
 

@@ -63,10 +63,10 @@ pub enum SessionError {
     #[error("a {0} frame came behind CLOSE")]
     Closed(Kind),
     /// CLOSE names another number of pages.
-    #[error("the peer has sent {said} pages, it says, but {came} have come")]
+    #[error("the peer has sent {announced} pages, it says, but {came} have come")]
     PageCount {
         /// What CLOSE says.
-        said: u64,
+        announced: u64,
         /// What has come.
         came: u64,
     },

@@ -138,14 +138,14 @@ mod tests {
     #[test]
     fn one_that_is_slower_than_what_arrives_is_behind_by_so_much() {
         let mut replay = CatchUp::new(10 * MIB, 50);
-        let mut told = None;
+        let mut behind = None;
         for tenth in 1..200 {
             let next = replay.sample(tenth * 100, 300 * 1024 * tenth, 100 * 1024 * tenth);
             if let Progress::Behind { left, more_per_s } = next {
-                told.get_or_insert((tenth, left, more_per_s));
+                behind.get_or_insert((tenth, left, more_per_s));
             }
         }
-        let (tenth, left, more_per_s) = told.unwrap();
+        let (tenth, left, more_per_s) = behind.unwrap();
         assert_eq!((tenth, left), (61, 200 * 1024 * 61));
         assert!((more_per_s - 2_048_000.0).abs() < 1.0, "{more_per_s}");
     }

@@ -302,7 +302,7 @@ mod tests {
             matches!(self.agent, StatelessState::Started | StatelessState::Kept)
         }
 
-        fn agent_hears(&mut self, events: &[StatelessEvent]) -> bool {
+        fn agent_receives(&mut self, events: &[StatelessEvent]) -> bool {
             events.iter().all(|&event| {
                 let after = self.agent.after(event);
                 self.agent = after.unwrap_or(self.agent);
@@ -314,7 +314,7 @@ mod tests {
         fn apply(&mut self, action: StatelessAction) -> bool {
             match action {
                 StatelessAction::Prepare => {
-                    self.agent_hears(&[StatelessEvent::ImageComes, StatelessEvent::Made])
+                    self.agent_receives(&[StatelessEvent::ImageComes, StatelessEvent::Made])
                 }
                 StatelessAction::Renew | StatelessAction::Drain | StatelessAction::Forget => true,
                 StatelessAction::Record(record) => {
@@ -325,8 +325,8 @@ mod tests {
                     self.runs_here = false;
                     true
                 }
-                StatelessAction::Start => self.agent_hears(&[StatelessEvent::Ran]),
-                StatelessAction::Keep => self.agent_hears(&[StatelessEvent::KeepAsked]),
+                StatelessAction::Start => self.agent_receives(&[StatelessEvent::Ran]),
+                StatelessAction::Keep => self.agent_receives(&[StatelessEvent::KeepAsked]),
                 StatelessAction::Switch => {
                     self.leads_there = true;
                     true
@@ -339,7 +339,7 @@ mod tests {
                     self.leads_there = false;
                     true
                 }
-                StatelessAction::Discard => self.agent_hears(&[StatelessEvent::AbortAsked]),
+                StatelessAction::Discard => self.agent_receives(&[StatelessEvent::AbortAsked]),
             }
         }
 
@@ -404,7 +404,7 @@ mod tests {
                     world.agent = StatelessState::recover(kept);
                 }
                 Fault::Silence => {
-                    world.agent_hears(&[StatelessEvent::Silence]);
+                    world.agent_receives(&[StatelessEvent::Silence]);
                 }
                 _ => {}
             }

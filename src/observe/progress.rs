@@ -46,17 +46,17 @@ impl Display {
             .name("progress".into())
             .spawn(move || {
                 let bar = on_terminal.then(new_bar);
-                let mut told = Snapshot::default();
+                let mut shown = Snapshot::default();
                 while stopped.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
                     let now = snapshot();
                     let moved = (now.done_pages, now.total_pages, now.bytes)
-                        != (told.done_pages, told.total_pages, told.bytes);
+                        != (shown.done_pages, shown.total_pages, shown.bytes);
                     match &bar {
                         Some(bar) => draw(bar, &now, began.elapsed()),
                         None if moved => tracing::info!("{}", line(&now, began.elapsed())),
                         None => {}
                     }
-                    told = now;
+                    shown = now;
                 }
                 if let Some(bar) = bar {
                     bar.finish_and_clear();

@@ -35,18 +35,18 @@ mod tests {
 
     use super::*;
 
-    /// What is told.
+    /// An output.
     #[derive(Serialize, JsonSchema)]
-    struct Told {
+    struct Example {
         /// Written as null if there is none.
         some: Option<u64>,
     }
 
     #[test]
     fn a_field_that_may_be_null_is_written_all_the_same() {
-        let output = Output::of::<Told>("told", "tell");
+        let output = Output::of::<Example>("example", "a test");
         let schema = output.schema.to_value();
-        assert_eq!(schema["title"], "told");
+        assert_eq!(schema["title"], "example");
         assert_eq!(schema["required"], serde_json::json!(["some"]));
         assert_eq!(schema["properties"]["some"]["type"][1], "null");
     }

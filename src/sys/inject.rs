@@ -304,10 +304,10 @@ mod tests {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut said = child.stdout.take().unwrap();
-        said.read_exact(&mut [0; 7]).unwrap();
+        let mut stdout = child.stdout.take().unwrap();
+        stdout.read_exact(&mut [0; 7]).unwrap();
         let name = ProcessName::of(i32::try_from(child.id()).unwrap()).unwrap();
-        (child, said, name)
+        (child, stdout, name)
     }
 
     fn stop(process: &ProcessName) {
@@ -323,16 +323,16 @@ mod tests {
         }
     }
 
-    fn expect_count(mut child: Child, mut said: ChildStdout) {
+    fn expect_count(mut child: Child, mut stdout: ChildStdout) {
         let mut text = String::new();
-        said.read_to_string(&mut text).unwrap();
+        stdout.read_to_string(&mut text).unwrap();
         assert_eq!(text.trim(), "200000");
         assert!(child.wait().unwrap().success());
     }
 
     #[test]
     fn a_process_makes_calls_and_goes_on_as_if_it_had_not() {
-        let (child, said, process) = counter();
+        let (child, stdout, process) = counter();
         for _ in 0..20 {
             stop(&process);
             let tracee = Tracee::attach(process.pid).unwrap();
@@ -346,13 +346,13 @@ mod tests {
             drop(tracee);
             process.signal(libc::SIGCONT).unwrap();
         }
-        expect_count(child, said);
+        expect_count(child, stdout);
     }
 
     /// What happens when the tracer is killed: the thread stops where it is, and can be put back by another.
     #[test]
     fn a_thread_whose_tracer_has_gone_is_put_back() {
-        let (child, said, process) = counter();
+        let (child, stdout, process) = counter();
         stop(&process);
         let state = std::thread::spawn(move || {
             let tracee = Tracee::attach(process.pid).unwrap();
@@ -369,6 +369,6 @@ mod tests {
         tracee.restore(&state).unwrap();
         drop(tracee);
         process.signal(libc::SIGCONT).unwrap();
-        expect_count(child, said);
+        expect_count(child, stdout);
     }
 }

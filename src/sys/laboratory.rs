@@ -259,25 +259,25 @@ mod tests {
                 eprintln!("skipped: no memory can be watched there");
                 continue;
             };
-            let told = std::thread::scope(|scope| {
+            let messages = std::thread::scope(|scope| {
                 let reader = scope.spawn(|| watched.area().load(0));
-                let (mut told, began) = (0, Instant::now());
-                while told < 2 && began.elapsed() < Duration::from_secs(10) {
+                let (mut messages, began) = (0, Instant::now());
+                while messages < 2 && began.elapsed() < Duration::from_secs(10) {
                     let room = MessageBuffer::zeroed();
                     let read = watched.uffd().read(&room, |_| {}).unwrap();
-                    if told == 0 && read > 0 {
+                    if messages == 0 && read > 0 {
                         watched.uffd().wake_all(page).unwrap();
                     }
-                    told += read;
+                    messages += read;
                     std::thread::sleep(Duration::from_millis(1));
                 }
                 let at = watched.area().range(0..bytes).unwrap().start();
                 let filled = watched.uffd().copy(at, &vec![7; bytes], Wake::Now).unwrap();
                 assert_eq!(filled, Filled::Bytes(page.bytes()));
                 assert_eq!(reader.join().unwrap(), 7);
-                told
+                messages
             });
-            assert_eq!(told, 2, "the thread was not woken");
+            assert_eq!(messages, 2, "the thread was not woken");
         }
     }
 

@@ -126,7 +126,7 @@ impl Tls {
         let (session, verifier) = self.server_session()?;
         let mut stream = TlsStream::new(socket, session, verifier, Arc::clone(&self.own));
         match shake_hands(&mut stream, peer) {
-            Err(_) if stream.is_unheard() => Err(Error::nothing_came(peer)),
+            Err(_) if stream.has_received_nothing() => Err(Error::nothing_came(peer)),
             shaken => shaken.map(|()| stream),
         }
     }

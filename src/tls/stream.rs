@@ -30,7 +30,7 @@ pub struct TlsStream {
     /// This host's certificate in words.
     own: Arc<str>,
     /// Whether the peer has said anything after its handshake.
-    heard: bool,
+    has_arrived: bool,
     /// Whether a byte has come, of the handshake or behind it.
     received: bool,
 }
@@ -47,7 +47,7 @@ impl TlsStream {
             session,
             verifier,
             own,
-            heard: false,
+            has_arrived: false,
             received: false,
         }
     }
@@ -81,7 +81,7 @@ impl TlsStream {
     }
 
     /// Whether not a byte has come.
-    pub(super) fn is_unheard(&self) -> bool {
+    pub(super) fn has_received_nothing(&self) -> bool {
         !self.received
     }
 
@@ -145,7 +145,7 @@ impl TlsStream {
     /// The end of what the peer says. GnuTLS leaves it to CRIU to check certificates after the
     /// handshake, and CRIU hangs up on those that it refuses.
     fn end(&self) -> io::Result<usize> {
-        if self.heard {
+        if self.has_arrived {
             return Ok(0);
         }
         if !self.is_established() {
@@ -240,7 +240,7 @@ impl Read for TlsStream {
             let read = self.session.read(out);
             match read.map_err(|error| self.failed(&error))? {
                 Plain::Bytes(bytes) => {
-                    self.heard = true;
+                    self.has_arrived = true;
                     return Ok(bytes);
                 }
                 Plain::Ended => return self.end(),

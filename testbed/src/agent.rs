@@ -283,7 +283,7 @@ impl<'a> Move<'a> {
     ///
     /// # Errors
     /// It does not.
-    pub fn expect_told(&self, wanted: &[&str]) -> Result<()> {
+    pub fn expect_events(&self, wanted: &[&str]) -> Result<()> {
         let events = self.events()?;
         let word = |event: &Value, name: &str| event[name].as_str().unwrap_or_default().to_owned();
         let all: Vec<String> = events
@@ -296,7 +296,7 @@ impl<'a> Move<'a> {
             .collect();
         for one in wanted {
             ensure!(
-                all.iter().any(|told| told == one),
+                all.iter().any(|event| event == one),
                 "{one} is not in {all:#?}"
             );
         }

@@ -32,7 +32,7 @@ impl Announcements {
     ///
     /// # Errors
     /// Not root.
-    pub fn hear(net: &NetNs, address: IpAddr) -> Result<Announcements> {
+    pub fn capture(net: &NetNs, address: IpAddr) -> Result<Announcements> {
         let protocol = match address {
             IpAddr::V4(_) => ETH_P_ARP,
             IpAddr::V6(_) => ETH_P_IPV6,
@@ -56,11 +56,11 @@ impl Announcements {
             let Ok(count) = (&self.socket).read(&mut bytes) else {
                 return Ok(None);
             };
-            let said = match address {
+            let announced = match address {
                 IpAddr::V4(_) => of_arp(&bytes[..count]),
                 IpAddr::V6(_) => of_advertisement(&bytes[..count]),
             };
-            Ok((said == Some((address, mac))).then_some(()))
+            Ok((announced == Some((address, mac))).then_some(()))
         })
     }
 }

@@ -302,8 +302,8 @@ impl LazyDaemon {
         let log = self.process.log().context("a log")?.to_owned();
         self.process.kill()?;
         let pid = wait::until("somebody to take over", GENEROUS, || {
-            let told = fs::read_to_string(&log)?;
-            let pid = told.split_once(", takes over");
+            let log_text = fs::read_to_string(&log)?;
+            let pid = log_text.split_once(", takes over");
             let pid = pid.and_then(|(before, _)| before.rsplit(' ').next());
             Ok(pid.map(str::to_owned))
         });

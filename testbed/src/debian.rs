@@ -134,8 +134,8 @@ pub fn bootstrap(suite: Suite, packages: &[&str], root: &Path) -> Result<()> {
             .stdin(Stdio::null())
             .output()
             .context("debootstrap")?;
-        let said = String::from_utf8_lossy(&output.stdout);
-        let last = said.lines().last().unwrap_or_default();
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        let last = stdout.lines().last().unwrap_or_default();
         ensure!(output.status.success(), "debootstrap: {last}");
         Ok(())
     })
@@ -273,10 +273,10 @@ impl PrivateApt {
                 .stdin(Stdio::null())
                 .output()
                 .context("running apt-get: only Debian machines can fetch CRIU packages")?;
-            let said = String::from_utf8_lossy(&output.stderr);
+            let stderr = String::from_utf8_lossy(&output.stderr);
             ensure!(
                 output.status.success(),
-                "apt-get {}: {}\n{said}",
+                "apt-get {}: {}\n{stderr}",
                 args.join(" "),
                 output.status
             );

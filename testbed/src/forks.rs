@@ -115,12 +115,12 @@ impl Forks {
         fs::rename(path.with_extension("new"), &path)?;
         for name in &self.names {
             let path = self.dir.join(format!("said-{name}"));
-            let said = wait::until(&format!("what {name} says"), GENEROUS, || {
-                let said = fs::read_to_string(&path).unwrap_or_default();
-                let answer = said.strip_prefix(&format!("{look} "));
+            let answer = wait::until(&format!("what {name} says"), GENEROUS, || {
+                let text = fs::read_to_string(&path).unwrap_or_default();
+                let answer = text.strip_prefix(&format!("{look} "));
                 Ok(answer.map(str::to_owned))
             })?;
-            ensure!(said == "bad 0", "process {name}: {said}");
+            ensure!(answer == "bad 0", "process {name}: {answer}");
         }
         Ok(())
     }

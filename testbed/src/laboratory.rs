@@ -8,7 +8,7 @@
 //! ```
 //!
 //! A mechanism is a function that makes its memory anew, measures one round and returns a figure for each metric of its
-//! group. Mechanisms of a group take turns, and the first round is thrown away. What the kernel lacks ([`Lacking`]) is a
+//! group. Mechanisms of a group take turns, and the first round is thrown away. What the kernel lacks ([`Unsupported`]) is a
 //! result; any other error ends the measurement.
 
 use std::fmt;
@@ -60,15 +60,15 @@ impl Scale {
 
 /// What the kernel, or this process's rights, cannot do: said in the place of samples.
 #[derive(Debug)]
-pub struct Lacking(pub String);
+pub struct Unsupported(pub String);
 
-impl fmt::Display for Lacking {
+impl fmt::Display for Unsupported {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl std::error::Error for Lacking {}
+impl std::error::Error for Unsupported {}
 
 /// One round of a mechanism: a figure for each metric of the group.
 type Round = Box<dyn FnMut(&Scale) -> Result<Vec<f64>>>;
@@ -89,14 +89,14 @@ struct Group {
     mechanisms: Vec<Mechanism>,
 }
 
-/// Fails with [`Lacking`] unless the kernel has the feature.
+/// Fails with [`Unsupported`] unless the kernel has the feature.
 fn need(feature: u64, name: &str, since: &str) -> Result<()> {
     let has = laboratory::features()
-        .map_err(|error| Lacking(format!("no userfaultfd for this process: {error}")))?;
+        .map_err(|error| Unsupported(format!("no userfaultfd for this process: {error}")))?;
     if has & feature == feature {
         return Ok(());
     }
-    Err(Lacking(format!("the kernel has no {name} (Linux {since})")).into())
+    Err(Unsupported(format!("the kernel has no {name} (Linux {since})")).into())
 }
 
 /// Measures the groups whose name, or one of whose mechanisms, contains `only`; tells `begun` each name before.
@@ -136,8 +136,8 @@ fn take(group: Group, scale: &Scale) -> Result<GroupSamples> {
             match (mechanisms[at].round)(scale) {
                 Ok(figures) if round > 0 => samples[at].rounds.push(figures),
                 Ok(_) => {}
-                Err(error) => match error.downcast_ref::<Lacking>() {
-                    Some(lacking) => samples[at].lacking = Some(lacking.0.clone()),
+                Err(error) => match error.downcast_ref::<Unsupported>() {
+                    Some(unsupported) => samples[at].lacking = Some(unsupported.0.clone()),
                     None => {
                         let what = format!("{}: {}", group.name, mechanisms[at].name);
                         return Err(error.context(what));
@@ -182,7 +182,7 @@ mod tests {
             count += 1.0;
             Ok(vec![count])
         });
-        let lacks = mechanism("lacks", |_| Err(Lacking("too old".to_owned()).into()));
+        let lacks = mechanism("lacks", |_| Err(Unsupported("too old".to_owned()).into()));
         let scale = Scale {
             rounds: 2,
             ..Scale::TINY

@@ -360,9 +360,13 @@ impl PostCopy {
         let log = daemon.log().context("a log")?.to_owned();
         wait::until(words, GENEROUS, || {
             let over = daemon.ended()?.is_some();
-            let said = fs::read_to_string(&log)?.contains(words);
-            ensure!(said || !over, "the daemon is over{}", daemon.log_tail());
-            Ok(said.then_some(()))
+            let is_logged = fs::read_to_string(&log)?.contains(words);
+            ensure!(
+                is_logged || !over,
+                "the daemon is over{}",
+                daemon.log_tail()
+            );
+            Ok(is_logged.then_some(()))
         })
     }
 

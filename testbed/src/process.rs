@@ -289,8 +289,12 @@ pub fn run(command: &mut Command) -> Result<Output> {
         .stdin(Stdio::null())
         .output()
         .with_context(|| line.clone())?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{line}: {}\n{said}", output.status);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.success(),
+        "{line}: {}\n{stderr}",
+        output.status
+    );
     Ok(output)
 }
 

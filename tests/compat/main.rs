@@ -1,9 +1,9 @@
-//! What builds before this one have written and said is read by this one: images, and captures of ferry.
+//! What builds before this one have written and sent is read by this one: images, and captures of ferry.
 //!
 //! ```text
 //! tests/compat/8da3145/    made by the programs of that revision (`make.rs`, README.md)
 //!   v1/ v2/ child/ compressed/       images
-//!   round-1, round-2, post-copy      what both ends of a connection said, *.sender and *.receiver
+//!   round-1, round-2, post-copy      what both ends of a connection sent, *.sender and *.receiver
 //! ```
 //!
 //! `cargo xtask exchange DIR` tries more, with a real CRIU, where the programs themselves can be had.
@@ -49,8 +49,8 @@ fn dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/compat/8da3145")
 }
 
-/// What one end of a connection said.
-fn said(name: &str) -> Vec<u8> {
+/// What one end of a connection sent.
+fn recorded(name: &str) -> Vec<u8> {
     std::fs::read(dir().join(name)).unwrap()
 }
 
@@ -97,10 +97,10 @@ fn images_of_an_earlier_build_are_inspected() {
             .arg("--json")
             .output()
             .unwrap();
-        let told = String::from_utf8_lossy(&output.stdout);
+        let stdout = String::from_utf8_lossy(&output.stdout);
         let problem = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{name}: {problem}");
-        let report: serde_json::Value = serde_json::from_str(&told).unwrap();
+        let report: serde_json::Value = serde_json::from_str(&stdout).unwrap();
         let pagemap = &report["directories"][0]["pagemaps"][0];
         let layout = match wire {
             Wire::V1 => "v1",
@@ -110,7 +110,7 @@ fn images_of_an_earlier_build_are_inspected() {
         assert_eq!(
             (&pagemap["layout"], &pagemap["pages"], &pagemap["damage"]),
             (&layout.into(), &pages.into(), &serde_json::Value::Null),
-            "{name}: {told}"
+            "{name}: {stdout}"
         );
     }
 }
@@ -119,24 +119,24 @@ fn images_of_an_earlier_build_are_inspected() {
 fn a_capture_of_an_earlier_sender_is_received() {
     let tmp = tempfile::tempdir().unwrap();
     let far = far_end(tmp.path(), None, LONG);
-    let said = said("round-1.sender");
+    let sent = recorded("round-1.sender");
     let mut stream = TcpStream::connect(far.address).unwrap();
-    let mut heard = Vec::new();
-    for (frame, bytes) in frames(&said) {
+    let mut received = Vec::new();
+    for (frame, bytes) in frames(&sent) {
         stream.write_all(bytes).unwrap();
-        // A sender says no more before it has heard this.
-        let awaited = |heard: &[CapturedFrame<'_>]| match frame.kind {
-            Kind::Hello => heard.iter().any(|said| said.kind == Kind::Ack),
-            Kind::Open | Kind::Close => heard.iter().any(|said| {
-                said.kind == Kind::Ack && Ack::decode(said.body).unwrap().answer.to == frame.number
+        // A sender sends no more before it has received this.
+        let awaited = |received: &[CapturedFrame<'_>]| match frame.kind {
+            Kind::Hello => received.iter().any(|sent| sent.kind == Kind::Ack),
+            Kind::Open | Kind::Close => received.iter().any(|sent| {
+                sent.kind == Kind::Ack && Ack::decode(sent.body).unwrap().answer.to == frame.number
             }),
             _ => true,
         };
-        while !awaited(&whole_frames(&heard)) {
+        while !awaited(&whole_frames(&received)) {
             let mut bytes = [0; 4096];
             let came = stream.read(&mut bytes).unwrap();
             assert!(came > 0, "the receiver hung up");
-            heard.extend_from_slice(&bytes[..came]);
+            received.extend_from_slice(&bytes[..came]);
         }
     }
     stream.shutdown(Shutdown::Write).unwrap();
@@ -153,21 +153,21 @@ struct CapturedFrame<'a> {
 }
 
 /// The frames that are whole, each with all its bytes.
-fn split_all(mut said: &[u8]) -> (Vec<(CapturedFrame<'_>, &[u8])>, &[u8]) {
+fn split_all(mut sent: &[u8]) -> (Vec<(CapturedFrame<'_>, &[u8])>, &[u8]) {
     let mut frames = Vec::new();
-    while let Split::Frame(frame) = split(said).unwrap() {
-        let (bytes, rest) = said.split_at(frame.end());
+    while let Split::Frame(frame) = split(sent).unwrap() {
+        let (bytes, rest) = sent.split_at(frame.end());
         let (kind, number) = (frame.kind, frame.number);
         let body = &bytes[frame.body];
         frames.push((CapturedFrame { kind, number, body }, bytes));
-        said = rest;
+        sent = rest;
     }
-    (frames, said)
+    (frames, sent)
 }
 
 /// The frames of what has come so far.
-fn whole_frames(heard: &[u8]) -> Vec<CapturedFrame<'_>> {
-    split_all(heard)
+fn whole_frames(received: &[u8]) -> Vec<CapturedFrame<'_>> {
+    split_all(received)
         .0
         .into_iter()
         .map(|(frame, _)| frame)
@@ -175,21 +175,21 @@ fn whole_frames(heard: &[u8]) -> Vec<CapturedFrame<'_>> {
 }
 
 /// All frames of a capture; nothing is left over.
-fn frames(said: &[u8]) -> Vec<(CapturedFrame<'_>, &[u8])> {
-    let (frames, rest) = split_all(said);
+fn frames(sent: &[u8]) -> Vec<(CapturedFrame<'_>, &[u8])> {
+    let (frames, rest) = split_all(sent);
     assert!(rest.is_empty(), "a frame is cut");
     frames
 }
 
 /// The same without their bytes.
-fn decoded(said: &[u8]) -> Vec<CapturedFrame<'_>> {
-    frames(said).into_iter().map(|(frame, _)| frame).collect()
+fn decoded(sent: &[u8]) -> Vec<CapturedFrame<'_>> {
+    frames(sent).into_iter().map(|(frame, _)| frame).collect()
 }
 
 /// Reads each frame as its kind says, and returns the greeting.
-fn expect_understood(said: &[CapturedFrame<'_>]) -> Hello {
+fn expect_understood(sent: &[CapturedFrame<'_>]) -> Hello {
     let mut greeting = None;
-    for CapturedFrame { kind, body, .. } in said {
+    for CapturedFrame { kind, body, .. } in sent {
         match kind {
             Kind::Hello | Kind::Welcome => match Hello::decode(*kind, body).unwrap() {
                 Greeting::Hello(hello) => greeting = Some(hello),
@@ -212,13 +212,13 @@ fn expect_understood(said: &[CapturedFrame<'_>]) -> Hello {
 /// The contents of all pages of the batches, by page number. Bases are those of `base`; hashes are compared under the
 /// key of the receiver.
 fn contents(
-    said: &[CapturedFrame<'_>],
+    sent: &[CapturedFrame<'_>],
     base: &BTreeMap<u64, Option<u32>>,
     hasher: &PageHasher,
 ) -> (BTreeMap<u64, Vec<u8>>, Vec<PageKind>) {
     let (mut pages, mut kinds) = (BTreeMap::new(), Vec::new());
     let of_base = |number: u64| page_content(base[&number].unwrap());
-    let batches = said
+    let batches = sent
         .iter()
         .filter(|frame| matches!(frame.kind, Kind::Pages | Kind::FaultPages));
     for frame in batches {
@@ -271,7 +271,7 @@ fn captures_of_two_rounds_are_decoded() {
     let mut seen = Vec::new();
     for number in [1, 2] {
         let [sender, receiver] =
-            ["sender", "receiver"].map(|end| said(&format!("round-{number}.{end}")));
+            ["sender", "receiver"].map(|end| recorded(&format!("round-{number}.{end}")));
         let (sender, receiver) = (decoded(&sender), decoded(&receiver));
         assert_eq!(expect_understood(&sender).role, Role::Sender);
         let welcome = expect_understood(&receiver);
@@ -302,12 +302,12 @@ fn captures_of_two_rounds_are_decoded() {
 
 #[test]
 fn a_capture_of_a_post_copy_is_decoded() {
-    let [sender, faults] = ["post-copy.sender", "post-copy-faults.sender"].map(said);
+    let [sender, faults] = ["post-copy.sender", "post-copy-faults.sender"].map(recorded);
     let (sender, faults) = (decoded(&sender), decoded(&faults));
     assert_eq!(expect_understood(&sender).role, Role::Sender);
     assert_eq!(expect_understood(&faults).role, Role::Responder);
     for end in ["post-copy.receiver", "post-copy-faults.receiver"] {
-        let _hello = expect_understood(&decoded(&said(end)));
+        let _hello = expect_understood(&decoded(&recorded(end)));
     }
     let client = ferry_client::hello(Role::Receiver, ferry_client_features(), 1);
     let hasher = PageHasher::new(client.hash_key, PAGE);

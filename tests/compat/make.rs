@@ -148,7 +148,7 @@ fn send_dump(server: SocketAddr, runs: &[Run], wire: Wire) {
     stream.read_to_end(&mut Vec::new()).unwrap();
 }
 
-/// Relays connections and keeps what both ends said.
+/// Relays connections and keeps what both ends sent.
 struct Recorder {
     listener: TcpListener,
 }
@@ -163,7 +163,7 @@ impl Recorder {
         self.listener.local_addr().unwrap()
     }
 
-    /// Relays the next connection to `server` until both ends have ended it. Returns what who connected said, and
+    /// Relays the next connection to `server` until both ends have ended it. Returns what who connected sent, and
     /// what the server did.
     fn record(&self, server: SocketAddr) -> (Vec<u8>, Vec<u8>) {
         let (client, _) = self.listener.accept().unwrap();
@@ -177,14 +177,14 @@ impl Recorder {
 
 /// Copies what comes until its end, or a reset.
 fn copy(mut from: &TcpStream, mut to: &TcpStream) -> Vec<u8> {
-    let mut said = Vec::new();
+    let mut sent = Vec::new();
     let mut bytes = [0; 4096];
     while let Ok(came @ 1..) = from.read(&mut bytes) {
-        said.extend_from_slice(&bytes[..came]);
+        sent.extend_from_slice(&bytes[..came]);
         if to.write_all(&bytes[..came]).is_err() {
             break;
         }
     }
     let _ = to.shutdown(Shutdown::Write);
-    said
+    sent
 }

@@ -137,11 +137,11 @@ impl TestNetwork<'_> {
             }
         }
         let listeners = self.listen_for(settings)?;
-        let said = home.path().join("said");
-        let output = fs::File::create(&said)?;
+        let log = home.path().join("log");
+        let output = fs::File::create(&log)?;
         command.stdout(output.try_clone()?).stderr(output);
-        let mut daemon = Spawned::start("lazy-pages", &mut command, Some(said.clone()))?;
-        let outcome = outcome(&mut daemon, &listeners, &work, &said);
+        let mut daemon = Spawned::start("lazy-pages", &mut command, Some(log.clone()))?;
+        let outcome = outcome(&mut daemon, &listeners, &work, &log);
         if let Ok(pid) = fs::read_to_string(work.join("p.pid")) {
             let _ = kill(Pid::from_raw(pid.trim().parse()?), Signal::SIGKILL);
         }
@@ -176,7 +176,7 @@ fn outcome(
     daemon: &mut Spawned,
     listeners: &[TcpListener],
     work: &Path,
-    said: &Path,
+    log: &Path,
 ) -> Result<Outcome> {
     let (mut ended, mut restore) = (None, None);
     wait::until("what a lazy-pages daemon does", GENEROUS, || {
@@ -201,7 +201,7 @@ fn outcome(
             return Ok(None);
         };
         match ended.status.success() {
-            false => Ok(Some(Outcome::Refused(fs::read_to_string(said)?))),
+            false => Ok(Some(Outcome::Refused(fs::read_to_string(log)?))),
             // In the background it goes on, though what was started has ended well.
             true if work.join("p.pid").exists() => Ok(None),
             true => Ok(restore.is_some().then_some(Outcome::Alone)),

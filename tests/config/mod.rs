@@ -122,11 +122,11 @@ impl TestNetwork<'_> {
             Make::Criu(criu) => criu.path.clone(),
         };
         let mut command = self.command(home.path(), &program, "page-server", settings)?;
-        let said = path("said");
-        let output = fs::File::create(&said)?;
+        let log = path("log");
+        let output = fs::File::create(&log)?;
         command.stdout(output.try_clone()?).stderr(output);
-        let mut server = Spawned::start("page-server", &mut command, Some(said.clone()))?;
-        let outcome = self.outcome(&mut server, &said, &path("images"));
+        let mut server = Spawned::start("page-server", &mut command, Some(log.clone()))?;
+        let outcome = self.outcome(&mut server, &log, &path("images"));
         if let Ok(pid) = fs::read_to_string(path("images/p.pid")) {
             let _ = kill(Pid::from_raw(pid.trim().parse()?), Signal::SIGKILL);
             // The next server's address would be taken for this one's.
@@ -180,7 +180,7 @@ impl TestNetwork<'_> {
         Ok(command)
     }
 
-    fn outcome(&self, server: &mut Spawned, said: &Path, images: &Path) -> Result<Outcome> {
+    fn outcome(&self, server: &mut Spawned, log: &Path, images: &Path) -> Result<Outcome> {
         let mut ended = None;
         let found = wait::until("a page server", GENEROUS, || {
             // One that gives up now may still be in the list: it takes no connection.
@@ -199,7 +199,7 @@ impl TestNetwork<'_> {
                 .map(|_| None))
         })?;
         let Some((address, tls)) = found else {
-            return Ok(Outcome::Refused(fs::read_to_string(said)?));
+            return Ok(Outcome::Refused(fs::read_to_string(log)?));
         };
         let _ = server.kill();
         wait::until("its end", GENEROUS, || {

@@ -38,7 +38,7 @@ fn a_cut_connection_is_made_again(test_dir: &TestDir, criu: &Criu) -> Result<()>
         "--mode cold --volume /root/volume --timeout 4s",
     );
     ensure!(given_up.is_err(), "{given_up:?}");
-    writing.tell(0, "verify")?;
+    writing.send(0, "verify")?;
     ensure!(writing.status(0)? == "running");
     writing.pair.machines[1].script("nft delete table inet cut")?;
     wait::until("the destination to give up", GENEROUS, || {
@@ -50,7 +50,7 @@ fn a_cut_connection_is_made_again(test_dir: &TestDir, criu: &Criu) -> Result<()>
     let moved = writing.migrate(0, "cut", "--mode cold --volume /root/volume");
     let moved = moved.map_err(anyhow::Error::msg)?;
     ensure!(moved["result"] == "moved", "{moved}");
-    writing.tell(1, "verify")?;
+    writing.send(1, "verify")?;
     ensure!(fs::read(writing.root(1).join("big"))? == big);
     Ok(())
 }

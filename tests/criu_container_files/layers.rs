@@ -56,7 +56,7 @@ fn layers_travel_once(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let first = first.map_err(anyhow::Error::msg)?;
     ensure!(first["result"] == "moved", "{first}");
     ensure!(sent(layer(&first)?) > BLOB_BYTES, "{first}");
-    writing.tell(1, "verify")?;
+    writing.send(1, "verify")?;
     writing.pair.machines[1].script(LOOK)?;
 
     writing.pair.machines[0].script(SECOND)?;
@@ -65,12 +65,12 @@ fn layers_travel_once(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let wire = second["files"]["rounds"][0]["bytes"].as_u64();
     ensure!(sent(layer(&second)?) == 0, "{second}");
     ensure!(wire.is_some_and(|bytes| bytes < BLOB_BYTES), "{second}");
-    let there = writing.pair.machines[1].tell("cat bundles/c2/rootfs/second")?;
+    let there = writing.pair.machines[1].output("cat bundles/c2/rootfs/second")?;
     ensure!(there == "of c2", "{there}");
 
     // Back: the layer has the same name where it is kept, and one that is mounted by hand stays in the way.
     let refused = writing.migrate(1, "refused", COLD);
-    ensure!(refused.is_err_and(|said| said.contains("mount point")));
+    ensure!(refused.is_err_and(|error| error.contains("mount point")));
     writing.pair.machines[0].script("umount bundles/c1/rootfs")?;
     let back = writing.migrate(1, "back", COLD);
     let back = back.map_err(anyhow::Error::msg)?;
@@ -78,12 +78,12 @@ fn layers_travel_once(test_dir: &TestDir, criu: &Criu) -> Result<()> {
         layer(&back)?["digest"] == layer(&first)?["digest"],
         "{back}"
     );
-    writing.tell(0, "verify")?;
+    writing.send(0, "verify")?;
     // And there again, where the overlay of the first time is still mounted.
     let again = writing.migrate(0, "again", COLD);
     let again = again.map_err(anyhow::Error::msg)?;
     ensure!(sent(layer(&again)?) == 0, "{again}");
-    writing.tell(1, "verify")?;
+    writing.send(1, "verify")?;
     writing.pair.machines[1].script(LOOK)
 }
 
@@ -102,11 +102,11 @@ fn what_fails_leaves_no_overlay(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let Some(mut writing) = Writing::start_on(test_dir, criu, "no-overlay", Some(MOUNT))? else {
         return Ok(());
     };
-    let there = |writing: &Writing, script: &str| writing.pair.machines[1].tell(script);
+    let there = |writing: &Writing, script: &str| writing.pair.machines[1].output(script);
     writing.pair.machines[1].script(&format!("{FAILING}\n{}", agent("/root/failing")))?;
-    let said = writing.migrate(0, "fails", COLD);
-    ensure!(said.is_err(), "{said:?}");
-    writing.tell(0, "verify")?;
+    let output = writing.migrate(0, "fails", COLD);
+    ensure!(output.is_err(), "{output:?}");
+    writing.send(0, "verify")?;
     let left = there(
         &writing,
         "grep -c /root/bundles /proc/mounts || true; ls -A bundles",
@@ -135,7 +135,7 @@ fn what_fails_leaves_no_overlay(test_dir: &TestDir, criu: &Criu) -> Result<()> {
         moved["files"]["layers"] == Value::Array(Vec::new()),
         "{moved}"
     );
-    writing.tell(1, "verify")?;
+    writing.send(1, "verify")?;
     let kind = there(
         &writing,
         "stat -f -c %T bundles/c1/rootfs; ls -d bundles/c1/rootfs/gone || true",

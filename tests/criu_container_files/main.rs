@@ -31,7 +31,7 @@ fn files_move_with_a_container(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     ensure!(report["result"] == "moved", "{report}");
     let (here, there) = (writing.status(0)?, writing.status(1)?);
     ensure!(here.is_empty() && there == "running", "{here:?}, {there:?}");
-    writing.tell(1, "verify")?;
+    writing.send(1, "verify")?;
     let files = &report["files"];
     let rounds = files["rounds"].as_array().context("rounds")?;
     let bytes = |round: &Value| round["bytes"].as_u64().unwrap_or_default();
@@ -43,16 +43,16 @@ fn files_move_with_a_container(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     expect_same_trees(&writing.home(0).join("volume"), &volume)?;
     ensure!(!writing.home(1).join("volume.pageferry/tree").exists());
 
-    writing.tell(1, "pause")?;
+    writing.send(1, "pause")?;
     let report = writing.migrate(1, "back", options);
     let report = report.map_err(anyhow::Error::msg)?;
     let rounds = &report["files"]["rounds"];
     // What had stayed here is where it began.
     ensure!(bytes(&rounds[0]) < 1 << 20, "{rounds}");
     expect_same_trees(&writing.root(1), &writing.root(0))?;
-    writing.tell(0, "verify")?;
-    writing.tell(0, "go")?;
-    writing.tell(0, "verify")
+    writing.send(0, "verify")?;
+    writing.send(0, "go")?;
+    writing.send(0, "verify")
 }
 
 #[test]
@@ -71,7 +71,7 @@ fn files_are_sent_ahead(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     ensure!(ahead["result"] == "sent ahead", "{ahead}");
     ensure!(writing.status(0)? == "running" && writing.status(1)?.is_empty());
     ensure!(!writing.root(1).exists(), "it is a root already");
-    writing.tell(0, "verify")?;
+    writing.send(0, "verify")?;
     let moved = writing.migrate(0, "moved", "--mode cold --volume /root/volume");
     let moved = moved.map_err(anyhow::Error::msg)?;
     ensure!(moved["result"] == "moved", "{moved}");
@@ -79,7 +79,7 @@ fn files_are_sent_ahead(test_dir: &TestDir, criu: &Criu) -> Result<()> {
         bytes(&moved) < bytes(&ahead).map(|bytes| bytes / 2),
         "{ahead}\n{moved}"
     );
-    writing.tell(1, "verify")
+    writing.send(1, "verify")
 }
 
 #[test]
@@ -106,10 +106,10 @@ fn what_fails_leaves_no_tree(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     };
     let cold = "--mode cold --volume /root/volume";
     // Before the freeze.
-    let said = writing.migrate(0, "hook", &format!("{cold} --pre-freeze false"));
-    ensure!(said.is_err(), "{said:?}");
+    let output = writing.migrate(0, "hook", &format!("{cold} --pre-freeze false"));
+    ensure!(output.is_err(), "{output:?}");
     expect_nothing_there(&writing)?;
-    writing.tell(0, "verify")?;
+    writing.send(0, "verify")?;
     // A disk that is too small for the files is told before, and one that has no room for names when they come.
     for (id, option, error) in [
         ("full", "size=1m", "the destination has 1 MiB of free space"),
@@ -118,20 +118,20 @@ fn what_fails_leaves_no_tree(test_dir: &TestDir, criu: &Criu) -> Result<()> {
         writing.pair.machines[1].script(&format!(
             "mkdir -p bundles && mount -t tmpfs -o {option} tmpfs bundles"
         ))?;
-        let said = writing.migrate(0, id, cold);
-        let said = said.err().context("it fits")?;
-        ensure!(said.contains(error), "{said}");
-        let left = writing.pair.machines[1].tell("ls -A bundles")?;
+        let output = writing.migrate(0, id, cold);
+        let output = output.err().context("it fits")?;
+        ensure!(output.contains(error), "{output}");
+        let left = writing.pair.machines[1].output("ls -A bundles")?;
         ensure!(left.is_empty(), "{left} is left");
         ensure!(!writing.home(1).join("volume").exists());
         writing.pair.machines[1].script("umount bundles")?;
-        writing.tell(0, "verify")?;
+        writing.send(0, "verify")?;
     }
     // The agent dies while everything is at its place and nothing is decided; another one finds what is left.
     writing.pair.machines[1].script(&format!("{DEADLY}\n{}", agent("/root/deadly")))?;
-    let said = writing.migrate(0, "dead", cold);
-    ensure!(said.is_err(), "{said:?}");
-    writing.tell(0, "verify")?;
+    let output = writing.migrate(0, "dead", cold);
+    ensure!(output.is_err(), "{output:?}");
+    writing.send(0, "verify")?;
     ensure!(writing.status(0)? == "running");
     ensure!(writing.root(1).join("bin").exists(), "it died too early");
     writing.pair.machines[1].script(&format!(

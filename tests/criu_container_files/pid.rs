@@ -17,8 +17,8 @@ echo $! > own.pid
 until [ -s own/log ]; do sleep 0.05; done";
 
 /// Tells it what to do.
-fn tell(writing: &Writing, host: usize, number: u32, word: &str) -> Result<()> {
-    let answer = writing.pair.machines[host].tell(&format!(
+fn send(writing: &Writing, host: usize, number: u32, word: &str) -> Result<()> {
+    let answer = writing.pair.machines[host].output(&format!(
         "cd own-control; echo '{number} {word}' > next; mv next command\n\
          for try in $(seq 3000); do [ ! -e answer-{number} ] || break; sleep 0.02; done; cat answer-{number}"
     ))?;
@@ -31,18 +31,19 @@ fn volumes_of_a_process_move(test_dir: &TestDir, criu: &Criu) -> Result<()> {
         return Ok(());
     };
     writing.pair.machines[0].script(START)?;
-    tell(&writing, 0, 1, "verify")?;
+    send(&writing, 0, 1, "verify")?;
     // The program itself is at the destination, as for every process.
     writing.pair.machines[1].script("cp /shared/source/filewriter .")?;
-    let told = writing.pair.machines[0].tell(
+    let output = writing.pair.machines[0].output(
         "pageferry migrate --pid $(cat own.pid) --to $DESTINATION:9191 --serve-on $SOURCE --state-dir /root/state \
          --mode hybrid --max-rounds 2 --volume /root/own --volume /root/own-control --report /root/own.json \
          --criu /criu/criu > own-move.log 2>&1 || { tail -n 20 own-move.log; echo failed; }",
     )?;
-    ensure!(!told.ends_with("failed"), "{told}");
-    tell(&writing, 1, 2, "verify")?;
-    tell(&writing, 1, 3, "pause")?;
-    let left = writing.pair.machines[0].tell("kill -0 $(cat own.pid) 2> /dev/null || echo gone")?;
+    ensure!(!output.ends_with("failed"), "{output}");
+    send(&writing, 1, 2, "verify")?;
+    send(&writing, 1, 3, "pause")?;
+    let left =
+        writing.pair.machines[0].output("kill -0 $(cat own.pid) 2> /dev/null || echo gone")?;
     ensure!(left == "gone", "{left}");
     Ok(())
 }

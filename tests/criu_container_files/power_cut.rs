@@ -66,7 +66,7 @@ fn power_is_cut_at_each_step(test_dir: &TestDir, criu: &Criu) -> Result<()> {
         return Ok(());
     };
     // From here on only the hook changes files: what the container did after the move would be on the disk as well.
-    writing.tell(0, "pause")?;
+    writing.send(0, "pause")?;
     let disk = writing.stage_path("disk.img");
     fs::File::create(&disk)?.set_len(512 << 20)?;
     run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&disk))?;

@@ -89,7 +89,7 @@ impl Writing {
             let log = fs::metadata(writable.join("data/log"));
             Ok(log.is_ok_and(|log| log.len() > 100).then_some(()))
         })?;
-        writing.tell(0, "verify")?;
+        writing.send(0, "verify")?;
         Ok(Some(writing))
     }
 
@@ -107,11 +107,11 @@ impl Writing {
     }
 
     /// Tells the container at a host what to do, and expects that all is right.
-    pub(crate) fn tell(&mut self, host: usize, word: &str) -> Result<()> {
+    pub(crate) fn send(&mut self, host: usize, word: &str) -> Result<()> {
         self.commands += 1;
         let number = self.commands;
         // By way of the host, which alone sees what is mounted there.
-        let answer = self.pair.machines[host].tell(&format!(
+        let answer = self.pair.machines[host].output(&format!(
             "cd bundles/c1/rootfs/control; echo '{number} {word}' > next; mv next command\n\
              for try in $(seq 3000); do [ ! -e answer-{number} ] || break; sleep 0.02; done; cat answer-{number}"
         ))?;
@@ -134,14 +134,14 @@ impl Writing {
     ) -> Result<Value, String> {
         let to = ["$DESTINATION", "$SOURCE"][from];
         let here = ["$SOURCE", "$DESTINATION"][from];
-        let told = self.pair.machines[from].tell(&format!(
+        let output = self.pair.machines[from].output(&format!(
             "pageferry migrate --container {container} --to {to}:9191 --serve-on {here} --state-dir /root/state --id {id} \
              --report /root/{id}.json --criu /criu/criu {options} > {id}.log 2>&1 \
              || {{ tail -n 20 {id}.log; echo failed; }}"
         ));
-        let told = told.map_err(|error| format!("{error:#}"))?;
-        if told.ends_with("failed") {
-            return Err(told);
+        let output = output.map_err(|error| format!("{error:#}"))?;
+        if output.ends_with("failed") {
+            return Err(output);
         }
         let report = fs::read(self.home(from).join(format!("{id}.json")));
         let report = report.map_err(|error| error.to_string())?;
@@ -149,7 +149,7 @@ impl Writing {
     }
 
     pub(crate) fn status(&self, host: usize) -> Result<String> {
-        let state = self.pair.machines[host].tell("runc state c1 2> /dev/null || echo '{}'")?;
+        let state = self.pair.machines[host].output("runc state c1 2> /dev/null || echo '{}'")?;
         let state: Value = serde_json::from_str(&state).with_context(|| state.clone())?;
         Ok(state["status"].as_str().unwrap_or_default().to_owned())
     }

@@ -59,14 +59,14 @@ fn a_log_that_exists_is_read_by_a_command_there() {
             fixture.programs.client.display()
         );
         let moves = |id, digest| to_move(fixture, id, &feed).with(&["--digest", digest]);
-        let (said, report) = fixture.run(&moves("given-up", "false"), &service, &agent)?;
-        ensure!(report["result"] == "rolled back", "{report} {said}");
+        let (log, report) = fixture.run(&moves("given-up", "false"), &service, &agent)?;
+        ensure!(report["result"] == "rolled back", "{report} {log}");
         fixture.expect_nothing_there(&agent, "given-up")?;
         // Clients go on.
         ensure!(client.ask("RPUSH list last")? == ["101"]);
         let digest = digest(&fixture.programs);
-        let (said, report) = fixture.run(&moves("fed", &digest), &service, &agent)?;
-        ensure!(report["result"] == "moved", "{report} {said}");
+        let (log, report) = fixture.run(&moves("fed", &digest), &service, &agent)?;
+        ensure!(report["result"] == "moved", "{report} {log}");
         let mut there = fixture.client(fixture.hosts.destination.at(PORT))?;
         ensure!(there.ask("LLEN list")? == ["101"]);
         Ok(())
@@ -97,13 +97,13 @@ fn a_service_whose_replay_is_too_slow_moves_with_its_memory() {
             "--tcp",
             "close",
         ]);
-        let (said, report) = fixture.run(&moves, &service, &agent)?;
-        ensure!(report["result"] == "moved", "{report} {said}");
+        let (log, report) = fixture.run(&moves, &service, &agent)?;
+        ensure!(report["result"] == "moved", "{report} {log}");
         ensure!(
             report["mode"] == "pre-copy" && report["id"] == "lags-pre-copy",
             "{report}"
         );
-        ensure!(said.contains("the replay is slower"), "{said}");
+        ensure!(log.contains("the replay is slower"), "{log}");
         service.wait(GENEROUS)?;
         let mut there = fixture.client(fixture.hosts.destination.at(BEHIND))?;
         ensure!(there.ask("LLEN list")? == [count.to_string()]);
@@ -112,7 +112,7 @@ fn a_service_whose_replay_is_too_slow_moves_with_its_memory() {
             run_id == self::run_id(&mut there)?,
             "another service answers"
         );
-        moves.expect_told(&[
+        moves.expect_events(&[
             "source replay failed",
             "destination discard done",
             "source end done",

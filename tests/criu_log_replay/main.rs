@@ -147,9 +147,9 @@ impl Fixture<'_> {
         let pid = service.pid().to_string();
         let mut command = moves.start_subject(&["--pid", &pid], agent)?;
         command.wait(GENEROUS)?;
-        let said = command.log_tail();
-        let report = moves.report().with_context(|| said.clone())?;
-        Ok((said, report))
+        let log = command.log_tail();
+        let report = moves.report().with_context(|| log.clone())?;
+        Ok((log, report))
     }
 
     /// A client of the third host.
@@ -289,9 +289,9 @@ fn a_service_moves_while_clients_write() {
         let moves = fixture
             .to_move("moved", &route)
             .with(&["--digest", &digest, "--verify", "--probe", &probe]);
-        let (said, report) = fixture.run(&moves, &service, &agent)?;
-        ensure!(report["result"] == "moved", "{report} {said}");
-        moves.expect_told(&[
+        let (log, report) = fixture.run(&moves, &service, &agent)?;
+        ensure!(report["result"] == "moved", "{report} {log}");
+        moves.expect_events(&[
             "source preflight done",
             "destination start done",
             "source replay done",
@@ -379,10 +379,10 @@ fn whatever_fails_the_service_is_here_and_nothing_there() {
         ];
         for (id, start, options, why) in cases {
             let moves = fixture.to_move_by(id, &route, start).with(options);
-            let (said, report) = fixture.run(&moves, &service, &agent)?;
+            let (log, report) = fixture.run(&moves, &service, &agent)?;
             ensure!(report["result"] == "rolled back", "{id}: {report}");
-            ensure!(said.contains(why), "{id}: {said}");
-            moves.expect_told(&["source discard done", "source end failed"])?;
+            ensure!(log.contains(why), "{id}: {log}");
+            moves.expect_events(&["source discard done", "source end failed"])?;
             route.expect_here()?;
             for writer in &mut writers {
                 writer.expect_answers().with_context(|| id)?;

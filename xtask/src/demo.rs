@@ -58,11 +58,11 @@ struct Moved {
     wait: Duration,
 }
 
-/// Says what is done, and how long it took.
+/// Prints what is done, and when.
 struct Steps(Instant);
 
 impl Steps {
-    fn say(&self, what: &str) {
+    fn print(&self, what: &str) {
         println!("{:6.1} s  {what}", self.0.elapsed().as_secs_f64());
     }
 }
@@ -71,14 +71,16 @@ impl Steps {
 pub(crate) fn run(args: &Args) -> Result<()> {
     setup::require_root()?;
     let steps = Steps(Instant::now());
-    steps.say("look for programs of the system (missing ones are installed)");
+    steps.print("look for programs of the system (missing ones are installed)");
     setup::install(NETWORK)?;
-    steps.say("build the programs, unless they are built (minutes the first time)");
+    steps.print("build the programs, unless they are built (minutes the first time)");
     use_binaries(setup::release_binaries()?);
-    steps.say("look for a CRIU (fetched below target/criu the first time)");
+    steps.print("look for a CRIU (fetched below target/criu the first time)");
     let criu = find_criu(args.criu.as_deref())?;
-    steps.say(&format!("CRIU {}: {}", criu.version, criu.path.display()));
-    steps.say("look for a Debian system with a Redis (fetched below target/debian the first time)");
+    steps.print(&format!("CRIU {}: {}", criu.version, criu.path.display()));
+    steps.print(
+        "look for a Debian system with a Redis (fetched below target/debian the first time)",
+    );
     let system = Service::Redis.system()?;
     let test_dir = TestDir::new()?;
     let moved = move_about(args, (&criu, &system), &test_dir, &steps);
@@ -102,16 +104,16 @@ fn move_about(
     test_dir: &TestDir,
     steps: &Steps,
 ) -> Result<Vec<Moved>> {
-    steps.say("start two hosts and a client's, each a network namespace");
+    steps.print("start two hosts and a client's, each a network namespace");
     let mut hosts = ServiceHosts::start(test_dir, system, criu, "demo")?;
     let pid = hosts.serve(Service::Redis)?;
-    steps.say(&format!("four clients fill a Redis with {} MiB", args.mib));
+    steps.print(&format!("four clients fill a Redis with {} MiB", args.mib));
     let mut clients = Service::Redis.talk(hosts.client(), hosts.address()?, args.mib)?;
     let rounds = args.rounds.to_string();
     let options = ["--max-rounds", rounds.as_str(), "--probe", PROBE];
     let mut moved = Vec::new();
     for mode in MODES {
-        steps.say(&format!("move it to the other host: {mode}"));
+        steps.print(&format!("move it to the other host: {mode}"));
         clients.take_longest();
         let report = hosts.migrate(pid, mode, &options)?;
         clients.expect_answers().context(mode)?;
@@ -119,9 +121,9 @@ fn move_about(
         let wait = clients.take_longest();
         moved.push(Moved { mode, report, wait });
     }
-    steps.say("compare every key with what was written last");
+    steps.print("compare every key with what was written last");
     clients.finish()?;
-    steps.say(&format!(
+    steps.print(&format!(
         "{} answers over the same four connections, none wrong",
         clients.answers()
     ));

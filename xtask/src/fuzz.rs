@@ -281,10 +281,10 @@ impl Fuzzer<'_> {
             .args(["-set_cover_merge=1", "-use_counters=0", &max_bytes])
             .args([&merged, &committed, found])
             .output()?;
-        let said = String::from_utf8_lossy(&output.stderr);
+        let stderr = String::from_utf8_lossy(&output.stderr);
         ensure!(
             output.status.success(),
-            "the corpora were not merged: {said}"
+            "the corpora were not merged: {stderr}"
         );
         corpus::replace(&committed, &merged)
     }

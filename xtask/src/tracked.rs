@@ -22,8 +22,8 @@ pub(crate) fn files(root: &Path, pattern: &str) -> Result<Vec<PathBuf>> {
         .current_dir(root)
         .output()
         .context("cannot run git")?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "git ls-files: {said}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "git ls-files: {stderr}");
     let names = String::from_utf8(output.stdout).context("a file's name")?;
     let paths: Vec<PathBuf> = names
         .split('\0')

@@ -26,10 +26,10 @@ fn torture(args: &[&str], planted: bool) -> Result<Option<(bool, Value, String)>
         command.env(PLANTED, "1");
     }
     let output = command.output()?;
-    let said = String::from_utf8_lossy(&output.stdout);
+    let stdout = String::from_utf8_lossy(&output.stdout);
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-    let line = said.lines().last().unwrap_or_default();
-    let counts = serde_json::from_str(line).with_context(|| format!("{said}{errors}"))?;
+    let line = stdout.lines().last().unwrap_or_default();
+    let counts = serde_json::from_str(line).with_context(|| format!("{stdout}{errors}"))?;
     Ok(Some((output.status.success(), counts, errors)))
 }
 

@@ -45,7 +45,7 @@ pub(super) struct OutputLog {
     dir: PathBuf,
     id: MigrationId,
     number: usize,
-    told: Output,
+    output: Output,
     /// What reads the container's pipe, until the container has the other end.
     reader: Mutex<Option<Reader>>,
     /// One request at a time changes the log.
@@ -72,11 +72,11 @@ impl OutputLog {
     pub(super) fn all(dir: &Path, id: &MigrationId, outputs: &[Output]) -> Vec<OutputLog> {
         let numbered = outputs.iter().enumerate();
         numbered
-            .map(|(number, told)| OutputLog {
+            .map(|(number, output)| OutputLog {
                 dir: dir.to_owned(),
                 id: id.clone(),
                 number,
-                told: told.clone(),
+                output: output.clone(),
                 reader: Mutex::default(),
                 turn: tokio::sync::Mutex::default(),
             })
@@ -85,7 +85,7 @@ impl OutputLog {
 
     /// The log that goes on here.
     pub(super) fn path(&self) -> PathBuf {
-        match &self.told.path {
+        match &self.output.path {
             Some(path) => PathBuf::from(path),
             None => file_of(&self.dir, self.number, "log"),
         }
@@ -153,8 +153,8 @@ impl OutputLog {
         // Somebody's link must not lead elsewhere.
         options.custom_flags(OFlag::O_NOFOLLOW.bits());
         let file = options.open(&path)?;
-        file.set_permissions(fs::Permissions::from_mode(self.told.mode & 0o777))?;
-        chown(&path, Some(self.told.uid), Some(self.told.gid))?;
+        file.set_permissions(fs::Permissions::from_mode(self.output.mode & 0o777))?;
+        chown(&path, Some(self.output.uid), Some(self.output.gid))?;
         Ok(file)
     }
 
@@ -221,7 +221,7 @@ impl OutputLog {
 
     /// Makes ready what the container writes to here.
     pub(super) async fn prepare(&self, programs: &Programs) -> Result<()> {
-        if self.told.is_file() {
+        if self.output.is_file() {
             return match self.status()?.sealed {
                 true => Ok(()),
                 false => Err(Error::new(
@@ -231,7 +231,7 @@ impl OutputLog {
             };
         }
         self.start_reader(programs)?;
-        match &self.told.path {
+        match &self.output.path {
             Some(_) => Ok(()),
             // Nobody has named the source's: there is none to wait for.
             None => self.seal(0).await.map(drop),
@@ -273,7 +273,7 @@ impl OutputLog {
     pub(super) fn lent(&self) -> Lent {
         let reader = self.lock().as_ref().map(|reader| reader.name.pid);
         Lent {
-            key: self.told.key.clone(),
+            key: self.output.key.clone(),
             path: match reader {
                 Some(pid) => PathBuf::from(format!("/proc/{pid}/fd/0")),
                 None => self.path(),
@@ -352,7 +352,7 @@ mod tests {
     use super::*;
 
     fn log(dir: &Path, path: Option<&Path>, key: &str) -> OutputLog {
-        let told = Output {
+        let output = Output {
             key: key.to_owned(),
             path: path.map(|path| path.display().to_string()),
             mode: 0o640,
@@ -360,7 +360,7 @@ mod tests {
             gid: nix::unistd::getgid().as_raw(),
         };
         let id = "m-1".parse().unwrap();
-        OutputLog::all(dir, &id, &[told]).pop().unwrap()
+        OutputLog::all(dir, &id, &[output]).pop().unwrap()
     }
 
     async fn store(log: &OutputLog, offset: u64, text: &str) -> Result<OutputStatus> {

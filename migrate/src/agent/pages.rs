@@ -12,7 +12,7 @@ use pageferry::migration::messages::{Receiver, Status};
 use super::commands::{self, READY_LIMIT, RECEIVER_PORT};
 use super::session::{Session, make_dir, round_name};
 use crate::child::Program;
-use crate::events::Told;
+use crate::events::Details;
 
 impl Session {
     /// Receives round `number` (1, 2, 3...), or the final pages if that is `None`.
@@ -90,8 +90,8 @@ impl Session {
         tokio::select! {
             ended = receiver.succeed() => {
                 if let Err(error) = ended {
-                    let told = Told::error(&error.to_string());
-                    self.events.failed(step_of(number), told);
+                    let details = Details::error(&error.to_string());
+                    self.events.failed(step_of(number), details);
                     return Err(error);
                 }
             }
@@ -104,9 +104,9 @@ impl Session {
         let count = match number {
             Some(number) => {
                 self.lock().rounds = number;
-                Told::counts(&[("round", u64::from(number))])
+                Details::counts(&[("round", u64::from(number))])
             }
-            None => Told::default(),
+            None => Details::default(),
         };
         self.events.done(step_of(number), count);
         self.changed.send_modify(|count| *count += 1);

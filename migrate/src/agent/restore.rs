@@ -18,7 +18,7 @@ use super::commands;
 use super::lazy_client::{self, LazyClient};
 use super::session::{FAULTS, Session, round_name};
 use crate::child::Program;
-use crate::events::Told;
+use crate::events::Details;
 use crate::facts::now_us;
 use crate::hook::{RESTORED, RESUMED, SCRIPT, SOCKET};
 use crate::records;
@@ -148,8 +148,8 @@ impl Session {
                     "migration {}: after the decision: {error}",
                     session.begin.id
                 );
-                let told = Told::error(&error.to_string());
-                session.events.failed(Step::Resume, told);
+                let details = Details::error(&error.to_string());
+                session.events.failed(Step::Resume, details);
                 session.lock().problem = Some(error.to_string());
                 session.changed.send_modify(|count| *count += 1);
                 session.outlive_restore().await;
@@ -180,7 +180,7 @@ impl Session {
                     output.let_go();
                 }
                 // First: whoever waits for the state may ask for the log.
-                self.events.done(Step::Restore, Told::default());
+                self.events.done(Step::Restore, Details::default());
                 if self.handle(AgentEvent::Restored).await.state == AgentState::Aborted {
                     // It came too late for whoever discarded the others: the restore ends with its stream.
                     self.lock().waiting = None;
@@ -188,7 +188,7 @@ impl Session {
             }
             RESUMED => {
                 self.lock().resumed_us = Some(now_us());
-                self.events.done(Step::Resume, Told::default());
+                self.events.done(Step::Resume, Details::default());
                 if self.begin.mode.is_lazy() {
                     self.events.begin(Step::Memory);
                 }
@@ -244,8 +244,8 @@ impl Session {
     /// No more memory will come: nobody reads what has arrived in files.
     fn lose_memory(&self, why: &Error) {
         self.lock().problem = Some(why.to_string());
-        let told = Told::error(&why.to_string());
-        self.events.failed(Step::Memory, told);
+        let details = Details::error(&why.to_string());
+        self.events.failed(Step::Memory, details);
         self.changed.send_modify(|count| *count += 1);
         self.remove_memory();
     }
@@ -273,7 +273,7 @@ impl Session {
     async fn complete(&self) {
         self.lock().complete_us = Some(now_us());
         if self.begin.mode.is_lazy() {
-            self.events.done(Step::Memory, Told::default());
+            self.events.done(Step::Memory, Details::default());
         }
         self.handle(AgentEvent::MemoryComplete).await;
         self.remove_memory();

@@ -24,7 +24,7 @@ use super::file_trees::Files;
 use super::lazy_client::{self, LazyClient};
 use super::outputs::OutputLog;
 use crate::child::Program;
-use crate::events::{Events, Told};
+use crate::events::{Details, Events};
 use crate::hook::{RECORD, SCRIPT, SOCKET};
 use crate::records;
 
@@ -100,7 +100,7 @@ impl Session {
         })?;
         let session = Session::new(context, dir, begin, (from, files), Agent::new());
         let of_mode = format!("{} from {from}", session.begin.mode.name());
-        session.events.done(Step::Begin, Told::text(of_mode));
+        session.events.done(Step::Begin, Details::text(of_mode));
         tokio::spawn(Session::watch_for_silence(Arc::clone(&session)));
         Ok(session)
     }
@@ -163,7 +163,7 @@ impl Session {
         let session = Session::new(context, dir, begin, (localhost, files), agent);
         if matches!(record, None | Some(AgentRecord::Committed)) {
             let text = "the agent was started again";
-            session.events.note(Step::Begin, Told::text(text));
+            session.events.note(Step::Begin, Details::text(text));
         }
         if !session.is_decided() || record == Some(AgentRecord::Aborted) {
             session.lock().problem = Some("the agent was started again".to_owned());
@@ -267,7 +267,7 @@ impl Session {
             tracing::error!("migration {}: {why}", self.begin.id);
             self.lock().problem = Some(why.to_owned());
             let step = self.events.step().unwrap_or(Step::Begin);
-            self.events.failed(step, Told::error(why));
+            self.events.failed(step, Details::error(why));
             self.handle(AgentEvent::Failed).await;
         }
     }
@@ -314,7 +314,7 @@ impl Session {
             AgentRecord::Aborted => Step::Discard,
             AgentRecord::Complete => Step::End,
         };
-        self.events.done(step, Told::text(record.to_string()));
+        self.events.done(step, Details::text(record.to_string()));
     }
 
     /// Writes the record of what was decided as soon as there is room for it.

@@ -166,10 +166,10 @@ mod tests {
         let terminal = of(json!({"process": {"terminal": true}}));
         assert!(terminal.unwrap_err().contains("terminal"));
         let network = json!({"type": "network", "path": "/run/netns/netns-1"});
-        let told = of(json!({"linux": {"namespaces": [{"type": "pid"}, network]}})).unwrap_err();
+        let message = of(json!({"linux": {"namespaces": [{"type": "pid"}, network]}})).unwrap_err();
         assert!(
-            told.contains("network") && told.contains("/run/netns/netns-1"),
-            "{told}"
+            message.contains("network") && message.contains("/run/netns/netns-1"),
+            "{message}"
         );
         assert!(of(json!({"linux": {"namespaces": [{"type": "pid", "path": ""}]}})).is_ok());
     }

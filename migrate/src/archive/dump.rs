@@ -64,7 +64,7 @@ fn image_id(text: &str) -> std::result::Result<String, String> {
 
 /// Dumps a container.
 pub(crate) fn run(args: &Args) -> ExitCode {
-    crate::run_to_end(super::unless_told_to_end(dump(args)))
+    crate::run_to_end(super::unless_interrupted(dump(args)))
 }
 
 async fn dump(args: &Args) -> Result<()> {
@@ -78,7 +78,7 @@ async fn dump(args: &Args) -> Result<()> {
     let stopped = capture(found.target.clone(), &programs, &images, &work).await?;
     let archive = unfinished.path("archive");
     write_parts(&parts, args, &found).await?;
-    super::told_to_end()?;
+    super::expect_no_interrupt()?;
     write_archive(&parts, &archive)?;
     super::finish(&archive, &args.output, stopped, args.leave_running).await
 }

@@ -72,11 +72,11 @@ async fn found(id: &ContainerId, kind: RuntimeArg, root: Option<PathBuf>) -> Res
 }
 
 /// Whether a signal has asked to end.
-static TOLD: AtomicBool = AtomicBool::new(false);
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// Does the work. A signal that asks to end is heeded where the work looks ([`told_to_end`]): a dump under way would
+/// Does the work. A signal that asks to end is heeded where the work looks ([`expect_no_interrupt`]): a dump under way would
 /// leave its processes stopped if nobody waited for it.
-async fn unless_told_to_end(work: impl Future<Output = Result<()>>) -> Result<()> {
+async fn unless_interrupted(work: impl Future<Output = Result<()>>) -> Result<()> {
     let failed = |error| Error::wrap(Kind::Io, "cannot wait for signals", error);
     let mut term = signal(SignalKind::terminate()).map_err(failed)?;
     let mut int = signal(SignalKind::interrupt()).map_err(failed)?;
@@ -84,15 +84,15 @@ async fn unless_told_to_end(work: impl Future<Output = Result<()>>) -> Result<()
     loop {
         tokio::select! {
             done = &mut work => return done,
-            _ = term.recv() => TOLD.store(true, Ordering::Relaxed),
-            _ = int.recv() => TOLD.store(true, Ordering::Relaxed),
+            _ = term.recv() => INTERRUPTED.store(true, Ordering::Relaxed),
+            _ = int.recv() => INTERRUPTED.store(true, Ordering::Relaxed),
         }
     }
 }
 
 /// Fails if a signal has asked to end.
-fn told_to_end() -> Result<()> {
-    match TOLD.load(Ordering::Relaxed) {
+fn expect_no_interrupt() -> Result<()> {
+    match INTERRUPTED.load(Ordering::Relaxed) {
         true => Err(Error::new(
             Kind::Interrupted,
             "stopped by a signal: nothing was written",
@@ -115,7 +115,7 @@ fn expect_absent(output: &Path) -> Result<()> {
 /// Gives what was `made` its name, unless a signal has asked to end, and prints it. The processes that were `stopped` for
 /// it go on, or end.
 async fn finish(made: &Path, output: &Path, stopped: Stopped, leave_running: bool) -> Result<()> {
-    told_to_end()?;
+    expect_no_interrupt()?;
     let named = fs::rename(made, output);
     named.map_err(|error| Error::file("name", output, error))?;
     sync_parent(output)?;

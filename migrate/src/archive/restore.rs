@@ -67,7 +67,7 @@ pub(crate) struct Args {
 
 /// Restores a container.
 pub(crate) fn run(args: &Args) -> ExitCode {
-    crate::run_to_end(super::unless_told_to_end(restore(args)))
+    crate::run_to_end(super::unless_interrupted(restore(args)))
 }
 
 async fn restore(args: &Args) -> Result<()> {

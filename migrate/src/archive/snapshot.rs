@@ -48,7 +48,7 @@ pub(crate) struct Args {
 
 /// Takes a snapshot.
 pub(crate) fn run(args: &Args) -> ExitCode {
-    crate::run_to_end(super::unless_told_to_end(snapshot(args)))
+    crate::run_to_end(super::unless_interrupted(snapshot(args)))
 }
 
 async fn snapshot(args: &Args) -> Result<()> {

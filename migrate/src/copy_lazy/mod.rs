@@ -123,7 +123,7 @@ async fn until_ended() -> Result<()> {
 /// Waits for the dump's images, `inventory.img` last.
 async fn wait_until_complete(path: &Path, limit: Duration) -> Result<ImageDir> {
     let began = Instant::now();
-    let mut said = false;
+    let mut is_logged = false;
     loop {
         let missing = match look(path) {
             Ok(Some(dir)) => return Ok(dir),
@@ -144,7 +144,7 @@ async fn wait_until_complete(path: &Path, limit: Duration) -> Result<ImageDir> {
                 _ => missing.within(format!("waited for {seconds} s in vain (--wait)")),
             });
         }
-        if !std::mem::replace(&mut said, true) {
+        if !std::mem::replace(&mut is_logged, true) {
             tracing::warn!("{missing}: waiting for up to {seconds} s (--wait)");
         }
         tokio::time::sleep(PAUSE).await;

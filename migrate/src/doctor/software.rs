@@ -89,8 +89,8 @@ async fn runtime(checks: &mut Checks, name: &'static str) {
     let Some(path) = all_on_path(name).into_iter().next() else {
         return checks.absent(name);
     };
-    let said = said_by(&path, "--version").await;
-    let version = said.lines().next().unwrap_or_default().to_owned();
+    let printed = output_of(&path, "--version").await;
+    let version = printed.lines().next().unwrap_or_default().to_owned();
     let mut value = format!("{}: {version}", path.display());
     if name == "podman"
         && let Some(runtime) = podman_runtime()
@@ -98,7 +98,7 @@ async fn runtime(checks: &mut Checks, name: &'static str) {
         value = format!("{value}, with {runtime}");
     }
     // crun lists what it was built with.
-    match name == "crun" && !said.contains("+CRIU") {
+    match name == "crun" && !printed.contains("+CRIU") {
         true => {
             let advice =
                 "it cannot checkpoint: install one that is built with CRIU, and libcriu beside it";
@@ -128,7 +128,7 @@ fn podman_runtime() -> Option<String> {
     })
 }
 
-async fn said_by(program: &Path, option: &str) -> String {
+async fn output_of(program: &Path, option: &str) -> String {
     match Command::new(program).arg(option).output().await {
         Ok(output) => String::from_utf8_lossy(&output.stdout).into_owned(),
         Err(error) => format!("does not start: {error}"),

@@ -82,7 +82,7 @@ impl Layout {
         let unnamed = self.unnamed()?;
         let failed = |error| Error::file("write", &unnamed, error);
         let file = File::create_new(&unnamed).map_err(failed)?;
-        let (written, told) = write(LayerFile::new(Packer::new(compress, file)?))?;
+        let (written, result) = write(LayerFile::new(Packer::new(compress, file)?))?;
         let (diff_id, _, packer) = written.finish();
         let (digest, size, file) = packer.finish().map_err(failed)?.finish();
         self.name(&unnamed, &file, &digest)?;
@@ -90,7 +90,7 @@ impl Layout {
             descriptor: descriptor(compress.media_type(), &digest, size)?,
             diff_id: format!("sha256:{diff_id}"),
         };
-        Ok((blob, told))
+        Ok((blob, result))
     }
 
     /// Adds a document.

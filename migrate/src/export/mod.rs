@@ -127,14 +127,14 @@ async fn export(args: &Args) -> Result<Report> {
         }
         _ => None,
     };
-    let exported = unless_told_to_end(args, subject).await;
+    let exported = unless_interrupted(args, subject).await;
     if let Some((runtime, id)) = paused {
         runtime.resume(&id).await?;
     }
     exported
 }
 
-async fn unless_told_to_end(args: &Args, subject: Subject) -> Result<Report> {
+async fn unless_interrupted(args: &Args, subject: Subject) -> Result<Report> {
     let failed = |error| Error::wrap(Kind::Io, "cannot wait for signals", error);
     let mut term = signal(SignalKind::terminate()).map_err(failed)?;
     let mut int = signal(SignalKind::interrupt()).map_err(failed)?;
@@ -218,15 +218,15 @@ impl Request {
         if let Some(base) = self.below(&layout)? {
             images.push(("template", base.with(&top)));
         }
-        let (mut named, mut told) = (Vec::new(), Vec::new());
+        let (mut named, mut reports) = (Vec::new(), Vec::new());
         for (name, image) in images {
             let (manifest, report) = image.add_to(&layout, name)?;
             named.push((name, manifest));
-            told.push(report);
+            reports.push(report);
         }
         layout.seal(&named)?;
         Ok(Report {
-            images: told,
+            images: reports,
             layer,
             deleted: subject
                 .root

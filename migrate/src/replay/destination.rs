@@ -147,7 +147,7 @@ impl Destination {
                 .await
                 .is_err()
             {
-                return Err(self.stalled(&told(wait_reason)));
+                return Err(self.stalled(&describe(wait_reason)));
             }
         }
     }
@@ -166,7 +166,7 @@ impl Destination {
             };
             let changed = timeout(self.stall, self.shared.changed.notified()).await;
             if changed.is_err() {
-                return Err(self.stalled(&told(WaitReason::End { connection })));
+                return Err(self.stalled(&describe(WaitReason::End { connection })));
             }
         }
         let judged = self.shared.player.borrow_mut().close();
@@ -205,7 +205,7 @@ impl Shared {
     }
 }
 
-fn told(wait_reason: WaitReason) -> String {
+fn describe(wait_reason: WaitReason) -> String {
     match wait_reason {
         WaitReason::Answers {
             connection,

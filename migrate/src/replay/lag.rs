@@ -11,7 +11,7 @@ use pageferry::error::{Error, Kind, Result};
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// Between two lines about it.
-const TELL_EVERY: Duration = Duration::from_secs(1);
+const LOG_EVERY: Duration = Duration::from_secs(1);
 
 /// What a replay knows of the recording before it.
 #[derive(Debug)]
@@ -20,7 +20,7 @@ pub(super) struct Lag {
     limit: u64,
     action: Option<OnLag>,
     looked: Option<Instant>,
-    told: (Instant, u64),
+    logged: (Instant, u64),
     most: u64,
     holds: u64,
     /// While this is connected, the recorder's clients wait.
@@ -35,7 +35,7 @@ impl Lag {
             limit,
             action,
             looked: None,
-            told: (now, 0),
+            logged: (now, 0),
             most: 0,
             holds: 0,
             hold: None,
@@ -57,7 +57,7 @@ impl Lag {
         self.looked = Some(now);
         let lag = size(&self.log)?.saturating_sub(position);
         self.most = self.most.max(lag);
-        self.tell(now, lag);
+        self.log(now, lag);
         if self.hold.is_some() && lag <= self.limit / 2 {
             self.hold = None;
             tracing::info!("clients go on: {lag} bytes of the log are left");
@@ -98,13 +98,13 @@ impl Lag {
         }
     }
 
-    fn tell(&mut self, now: Instant, lag: u64) {
-        let (at, before) = self.told;
+    fn log(&mut self, now: Instant, lag: u64) {
+        let (at, before) = self.logged;
         let seconds = now.duration_since(at).as_secs_f64();
-        if seconds < TELL_EVERY.as_secs_f64() {
+        if seconds < LOG_EVERY.as_secs_f64() {
             return;
         }
-        self.told = (now, lag);
+        self.logged = (now, lag);
         #[allow(clippy::cast_precision_loss, reason = "a rate for people")]
         let rate = (lag as f64 - before as f64) / seconds;
         if lag > 0 && rate > 0.0 {

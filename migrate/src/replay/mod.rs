@@ -162,7 +162,7 @@ async fn replay(args: &Args, to: &str) -> Result<()> {
             }
             Next::Nothing(torn) => {
                 report.torn_bytes = torn;
-                tell_torn(&args.log, torn);
+                warn_of_torn_entry(&args.log, torn);
                 destination.end_all().await?;
                 break None;
             }
@@ -182,10 +182,10 @@ async fn replay(args: &Args, to: &str) -> Result<()> {
     report.ms = began.elapsed().as_secs_f64() * 1e3;
     (report.most_lag_bytes, report.holds) = lag.figures();
     report.digests_agree = compare_digests(args, to, recorded).await?;
-    tell(args, &report)
+    write_report(args, &report)
 }
 
-fn tell_torn(log: &Path, torn: u64) {
+fn warn_of_torn_entry(log: &Path, torn: u64) {
     let what = match torn {
         0 => String::new(),
         torn => format!(", and {torn} bytes of an entry that was not written whole are left out"),
@@ -258,7 +258,7 @@ fn compare(to: &str, first: &[u8], second: &[u8]) -> Result<()> {
     Ok(())
 }
 
-fn tell(args: &Args, report: &Report) -> Result<()> {
+fn write_report(args: &Args, report: &Report) -> Result<()> {
     tracing::info!(
         "{} entries of {} connections were replayed in {:.0} ms{}",
         report.entries,

@@ -183,8 +183,8 @@ impl Haproxy {
         let answer = self.ask(&command).await?;
         match answer.trim() {
             "" => Ok(()),
-            said => {
-                let text = format!("HAProxy at {} answers `{command}`: {said}", self.socket);
+            line => {
+                let text = format!("HAProxy at {} answers `{command}`: {line}", self.socket);
                 Err(Error::new(Kind::Usage, text))
             }
         }
@@ -195,9 +195,9 @@ impl Haproxy {
         let answer = self.ask(&command).await?;
         let find = |name: &str| {
             server(&answer, name).ok_or_else(|| {
-                let said = answer.trim().lines().next().unwrap_or_default();
+                let line = answer.trim().lines().next().unwrap_or_default();
                 let text = format!(
-                    "HAProxy at {} shows no server {}/{name}: {said}",
+                    "HAProxy at {} shows no server {}/{name}: {line}",
                     self.socket, self.backend
                 );
                 Error::new(Kind::Usage, text)
@@ -217,8 +217,8 @@ impl Haproxy {
         };
         let asked = async {
             match self.socket.starts_with('/') {
-                true => converse(UnixStream::connect(self.path()).await?, command).await,
-                false => converse(TcpStream::connect(&self.socket).await?, command).await,
+                true => exchange(UnixStream::connect(self.path()).await?, command).await,
+                false => exchange(TcpStream::connect(&self.socket).await?, command).await,
             }
         };
         timeout(ANSWER_LIMIT, asked)
@@ -232,7 +232,7 @@ impl Haproxy {
     }
 }
 
-async fn converse(
+async fn exchange(
     mut stream: impl AsyncRead + AsyncWrite + Unpin,
     command: &str,
 ) -> io::Result<String> {

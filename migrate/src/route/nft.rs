@@ -217,8 +217,8 @@ impl NftMap {
             .await
             .map_err(cannot_start)?;
         if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr);
-            let text = format!("the route nft:{self}: {}", said.trim());
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            let text = format!("the route nft:{self}: {}", stderr.trim());
             return Err(Error::new(Kind::Usage, text));
         }
         let listed: Value = serde_json::from_slice(&output.stdout)
@@ -278,8 +278,8 @@ async fn run_script(script: &str) -> Result<()> {
     match output.status.success() {
         true => Ok(()),
         false => {
-            let said = String::from_utf8_lossy(&output.stderr);
-            Err(Error::new(Kind::Io, format!("nft: {}", said.trim())))
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            Err(Error::new(Kind::Io, format!("nft: {}", stderr.trim())))
         }
     }
 }

@@ -204,9 +204,9 @@ mod tests {
         assert!(!dir.join(CONFIG).exists(), "there is no root yet");
         fs::create_dir_all(dir.join("rootfs/bin")).unwrap();
         complete(dir, &config).unwrap();
-        let told = of(&config);
-        assert_eq!(told.lines().count(), 2, "{told}");
-        assert!(told.contains("/nonexistent/data") && told.contains("/nonexistent/ns"));
+        let problems = of(&config);
+        assert_eq!(problems.lines().count(), 2, "{problems}");
+        assert!(problems.contains("/nonexistent/data") && problems.contains("/nonexistent/ns"));
         let mut other = config.clone();
         other["process"]["args"] = json!(["b"]);
         other["root"]["path"] = json!("/elsewhere");
@@ -218,10 +218,10 @@ mod tests {
             root: true,
             volumes: vec!["/nonexistent/data"],
         };
-        let told = problems_there(dir, &config, &transferred).join("\n");
+        let problems = problems_there(dir, &config, &transferred).join("\n");
         assert!(
-            told.contains("/nonexistent/ns") && told.lines().count() == 1,
-            "{told}"
+            problems.contains("/nonexistent/ns") && problems.lines().count() == 1,
+            "{problems}"
         );
         let nowhere = dir.join("nowhere");
         assert_eq!(problems_there(&nowhere, &config, &transferred).len(), 1);

@@ -341,8 +341,8 @@ impl Relay<'_> {
                 return message.send(self.runtime.as_fd());
             }
             let reply = self.runtimes_reply(&message)?;
-            let said = fields.message(response::NOTIFY).map_err(damaged)?;
-            let stage = said.bytes(response::STAGE).unwrap_or_default();
+            let notification = fields.message(response::NOTIFY).map_err(damaged)?;
+            let stage = notification.bytes(response::STAGE).unwrap_or_default();
             let goes_on = match stage {
                 _ if !self.holds => true,
                 stage if stage == RESTORED.as_bytes() => hook::may_run(self.dir),

@@ -217,8 +217,8 @@ impl Runtime {
         match output.status.success() {
             true => Ok(()),
             false => {
-                let said = String::from_utf8_lossy(&output.stderr);
-                let text = format!("{} {what}: {}", self.program.display(), said.trim());
+                let stderr = String::from_utf8_lossy(&output.stderr);
+                let text = format!("{} {what}: {}", self.program.display(), stderr.trim());
                 Err(Error::new(Kind::PeerLost, text))
             }
         }
@@ -272,8 +272,8 @@ mod tests {
         fs::write(&unified, "\n").unwrap();
         assert_eq!(refusal_of_crun(groups), None, "without controllers");
         fs::write(&unified, "hugetlb misc\n").unwrap();
-        let told = refusal_of_crun(groups).unwrap();
-        assert!(told.contains("(hugetlb misc)"), "{told}");
+        let reason = refusal_of_crun(groups).unwrap();
+        assert!(reason.contains("(hugetlb misc)"), "{reason}");
         fs::write(groups.join("cgroup.controllers"), "cpu\n").unwrap();
         assert_eq!(refusal_of_crun(groups), None, "version 2 alone");
         assert_eq!(refusal(RuntimeKind::Runc), None);

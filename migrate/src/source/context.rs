@@ -31,7 +31,7 @@ use super::outputs::Outputs;
 use super::state_dir;
 use super::warnings::Warnings;
 use crate::client::AgentClient;
-use crate::events::{Events, Told};
+use crate::events::{Details, Events};
 use crate::records;
 use crate::rounds::Tree;
 use crate::route::{Facts as RouteFacts, Routes};
@@ -284,17 +284,17 @@ impl SourceContext {
         }
         let done = self.do_now(action).await;
         if let Some(step) = step {
-            let told = match &done {
+            let details = match &done {
                 Ok(Some(SourceEvent::AgentSays(state))) => {
-                    Told::text(format!("the agent says {state}"))
+                    Details::text(format!("the agent says {state}"))
                 }
-                Ok(Some(SourceEvent::AgentSilent)) => Told::text("the agent does not answer"),
-                Ok(_) => Told::default(),
-                Err(error) => Told::error(&error.to_string()),
+                Ok(Some(SourceEvent::AgentSilent)) => Details::text("the agent does not answer"),
+                Ok(_) => Details::default(),
+                Err(error) => Details::error(&error.to_string()),
             };
             match done {
-                Ok(_) => self.events.done(step, told),
-                Err(_) => self.events.failed(step, told),
+                Ok(_) => self.events.done(step, details),
+                Err(_) => self.events.failed(step, details),
             }
         }
         done
@@ -310,10 +310,10 @@ impl SourceContext {
                 self.fence();
                 Ok(None)
             }
-            SourceAction::SendCommit => Ok(Some(self.say("/commit").await)),
+            SourceAction::SendCommit => Ok(Some(self.post("/commit").await)),
             SourceAction::SendAbort => {
                 // An agent that does not receive it aborts by itself when its time is over.
-                Ok(Some(self.say("/cancel").await))
+                Ok(Some(self.post("/cancel").await))
             }
             SourceAction::AskAgent => {
                 sleep(ASK_AGAIN).await;
@@ -338,7 +338,7 @@ impl SourceContext {
         }
     }
 
-    async fn say(&self, what: &str) -> SourceEvent {
+    async fn post(&self, what: &str) -> SourceEvent {
         event_of(self.client.post::<Status>(&self.path(what), &()).await)
     }
 

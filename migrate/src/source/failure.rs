@@ -86,10 +86,10 @@ mod tests {
 
     #[test]
     fn a_failure_names_step_side_line_and_advice() {
-        let said = "criu restore failed (exit status: 1):\n/d/images/restore.log: (00.1)  77: Error \
+        let text = "criu restore failed (exit status: 1):\n/d/images/restore.log: (00.1)  77: Error \
                     (criu/files-reg.c:23): Can't open file srv/x on restore: No such file or directory";
         let of = "the destination could not restore";
-        let error = Error::wrap(Kind::PeerLost, of, AgentSays(said.to_owned()));
+        let error = Error::wrap(Kind::PeerLost, of, AgentSays(text.to_owned()));
         let failure = Failure::of(Step::Restore, &error);
         assert_eq!(
             (failure.step, failure.side),

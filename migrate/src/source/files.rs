@@ -55,7 +55,7 @@ impl FilesReport {
 #[derive(Debug, Default)]
 pub(super) struct Files {
     trees: Vec<SentTree>,
-    told: Vec<FileTree>,
+    descriptions: Vec<FileTree>,
     dirs: Vec<PathBuf>,
     /// The overlay that the root file system is, if its layers travel by themselves.
     layered: Option<Layered>,
@@ -85,7 +85,7 @@ impl Files {
             let tree = FileTree {
                 path: None,
                 replace,
-                overlay: layered.as_ref().map(Layered::told),
+                overlay: layered.as_ref().map(Layered::description),
             };
             files.add(sent, tree, id);
             files.dirs.push(found.rootfs.clone());
@@ -107,12 +107,12 @@ impl Files {
         let number = self.trees.len();
         let at = format!("/v1/migrations/{id}/files/{number}");
         self.trees.push(SentTree::new(dir.to_owned(), at));
-        self.told.push(tree);
+        self.descriptions.push(tree);
     }
 
-    /// What the agent is told of them.
-    pub(super) fn told(&self) -> Vec<FileTree> {
-        self.told.clone()
+    /// Their descriptions for the agent.
+    pub(super) fn descriptions(&self) -> Vec<FileTree> {
+        self.descriptions.clone()
     }
 
     /// Their directories here.

@@ -173,8 +173,8 @@ fn is_settled(changed_s: i64) -> bool {
 }
 
 impl Layered {
-    /// What the destination is told.
-    pub(super) fn told(&self) -> OverlayRoot {
+    /// Its description for the agent.
+    pub(super) fn description(&self) -> OverlayRoot {
         OverlayRoot {
             layers: self
                 .layers
@@ -195,7 +195,7 @@ impl Layered {
 
     /// Sends what the destination lacks.
     pub(super) async fn send(&self, client: &AgentClient) -> Result<Vec<LayerReport>> {
-        let mut told = Vec::new();
+        let mut reports = Vec::new();
         for layer in &self.layers {
             let LayerName { digest, bytes } = &layer.name;
             let mut report = LayerReport {
@@ -221,9 +221,9 @@ impl Layered {
                     report.ms
                 );
             }
-            told.push(report);
+            reports.push(report);
         }
-        Ok(told)
+        Ok(reports)
     }
 
     /// Which layers the destination lacks; `None` if it can mount no overlay.
@@ -232,7 +232,7 @@ impl Layered {
             container: None,
             addresses: Vec::new(),
             files: WantedFiles {
-                overlay: Some(self.told()),
+                overlay: Some(self.description()),
                 ..WantedFiles::default()
             },
         };

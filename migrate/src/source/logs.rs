@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
 use crate::client::{AgentClient, is_of_agent};
-use crate::events::{Events, Told, read_end};
+use crate::events::{Details, Events, read_end};
 
 /// How long all logs of the other side may take.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -69,7 +69,7 @@ pub(super) async fn merge(client: &AgentClient, id: &MigrationId, events: &Event
         Err(_) => format!("no answer after {} s", LIMIT.as_secs()),
     };
     let text = format!("the destination's events are missing: {why}");
-    events.note(Step::Logs, Told::text(text));
+    events.note(Step::Logs, Details::text(text));
 }
 
 /// Stores the logs of both sides in `to`. What cannot be had is missing, and that is told in the event log.
@@ -109,11 +109,11 @@ pub(super) async fn collect(
     match problem {
         Some(problem) => {
             let text = format!("the destination's logs are missing: {problem}");
-            events.failed(Step::Logs, Told::text(text));
+            events.failed(Step::Logs, Details::text(text));
         }
         None => {
-            let told = Told::text(to.display().to_string());
-            events.done(Step::Logs, told);
+            let details = Details::text(to.display().to_string());
+            events.done(Step::Logs, details);
         }
     }
     stored
@@ -131,7 +131,7 @@ pub(super) async fn at_end(
         collect(client, id, (dir, &place(None, dir)), events).await;
     }
     let text = if moved { "moved" } else { "it runs here" };
-    events.done(Step::End, Told::text(text));
+    events.done(Step::End, Details::text(text));
 }
 
 /// Stores one log, unless it is empty or there is one of this program.

@@ -62,7 +62,7 @@ use outputs::Outputs;
 use report::{HostReport, Report};
 use survey::Survey;
 
-use crate::events::{Events, Told};
+use crate::events::{Details, Events};
 use crate::route::Routes;
 
 /// Longest made-up part of a name, hexadecimal digits.
@@ -88,7 +88,7 @@ async fn migrate(args: &Args) -> Result<()> {
         let events = events_of(args, &id)?;
         let guarded = |dir: &Path| guard::start(args, dir);
         let moved = stateless::migrate(args, id, guarded, &events).await;
-        return told(&events, moved);
+        return note_end(&events, moved);
     }
     if args.mode == ModeArg::LogReplay {
         return replay_or_move(args).await;
@@ -101,17 +101,17 @@ async fn migrate(args: &Args) -> Result<()> {
     let id = named(args)?;
     let events = events_of(args, &id)?;
     let moved = move_memory(args, id, args.mode.chosen(), &events).await;
-    told(&events, moved)
+    note_end(&events, moved)
 }
 
-/// Where what happens to the migration `id` is told.
+/// The event log of the migration `id`.
 fn events_of(args: &Args, id: &MigrationId) -> Result<Events> {
     let events = Events::new(Writer::Migrate, Some(id.clone()));
     events.with_file(args.events.as_deref())
 }
 
-/// Tells the end of a migration, which `moved` says.
-fn told<T>(events: &Events, moved: Result<T>) -> Result<T> {
+/// Writes the end of a migration, which `moved` says, to its event log.
+fn note_end<T>(events: &Events, moved: Result<T>) -> Result<T> {
     events.end(&moved.as_ref().map(|_| "moved").map_err(ToString::to_string));
     moved
 }
@@ -132,7 +132,7 @@ async fn replay_or_move(args: &Args) -> Result<()> {
     let id = id.map_err(|error| Error::wrap(Kind::Usage, "the migration's name", error))?;
     let events = events_of(args, &id)?;
     let moved = move_memory(args, id, Some(Mode::PreCopy), &events).await;
-    told(&events, moved)?;
+    note_end(&events, moved)?;
     log_replay::end_recording(args).await
 }
 
@@ -142,8 +142,8 @@ fn note_plan(events: &Events, survey: &Survey, mode: Mode) {
         ("processes", survey.tree.members().len() as u64),
         ("bytes", survey.size.bytes()),
     ];
-    events.done(Step::Preflight, Told::counts(&counts));
-    events.note(Step::Plan, Told::text(mode.name()));
+    events.done(Step::Preflight, Details::counts(&counts));
+    events.note(Step::Plan, Details::text(mode.name()));
 }
 
 /// What a report begins with.
@@ -251,7 +251,7 @@ fn moved(ended: Result<SourceState>, root: i32, report: &Report) -> Result<()> {
     match ended? {
         SourceState::Complete => Ok(()),
         state => {
-            let text = report.told(|| format!("the migration ended as {state}"));
+            let text = report.end_text(|| format!("the migration ended as {state}"));
             Err(Error::new(
                 Kind::Interrupted,
                 format!("pid {root} was not moved: {text}"),

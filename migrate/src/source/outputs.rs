@@ -58,7 +58,7 @@ pub(super) fn output_arg(text: &str) -> std::result::Result<OutputArg, String> {
 /// One output of a container.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Source {
-    told: Output,
+    output: Output,
     /// The log here.
     file: Option<PathBuf>,
     /// How much of it is at the destination, bytes.
@@ -102,12 +102,15 @@ impl Outputs {
                 }
                 _ => continue,
             };
-            if found.iter().all(|other| other.told.key != source.told.key) {
+            if found
+                .iter()
+                .all(|other| other.output.key != source.output.key)
+            {
                 found.push(source);
             }
         }
-        let logs: BTreeSet<&Option<String>> = found.iter().map(|one| &one.told.path).collect();
-        if found.len() == 2 && logs.len() == 1 && found[0].told.path.is_some() {
+        let logs: BTreeSet<&Option<String>> = found.iter().map(|one| &one.output.path).collect();
+        if found.len() == 2 && logs.len() == 1 && found[0].output.path.is_some() {
             let text = "standard output and standard error are two pipes: --output-log takes the log of one pipe alone, \
                         so start the container with one pipe for both (2>&1)";
             return Err(Error::new(Kind::Usage, text));
@@ -130,15 +133,15 @@ impl Outputs {
         self.0.is_empty()
     }
 
-    /// What the destination is told.
-    pub(super) fn told(&self) -> Vec<Output> {
-        self.0.iter().map(|one| one.told.clone()).collect()
+    /// Their descriptions for the agent.
+    pub(super) fn descriptions(&self) -> Vec<Output> {
+        self.0.iter().map(|one| one.output.clone()).collect()
     }
 
     /// What CRIU is to leave out of the images.
     pub(super) fn external(&self) -> Vec<String> {
-        let files = self.0.iter().filter(|one| one.told.is_file());
-        files.map(|one| one.told.key.clone()).collect()
+        let files = self.0.iter().filter(|one| one.output.is_file());
+        files.map(|one| one.output.key.clone()).collect()
     }
 
     /// Sends what is in the logs and not at the destination.
@@ -152,7 +155,7 @@ impl Outputs {
     /// Nothing more comes of the files that the container has open: it stands still.
     pub(super) async fn seal_files(&mut self, client: &AgentClient, path: &str) -> Result<()> {
         for (number, source) in self.0.iter().enumerate() {
-            if source.told.is_file() {
+            if source.output.is_file() {
                 source.seal(client, &format!("{path}/{number}")).await?;
             }
         }
@@ -163,13 +166,13 @@ impl Outputs {
     pub(super) async fn end(&self, client: &AgentClient, path: &str) -> Vec<String> {
         let mut problems = Vec::new();
         for (number, source) in self.0.iter().enumerate() {
-            let is_read = !source.told.is_file() && source.file.is_some();
+            let is_read = !source.output.is_file() && source.file.is_some();
             if !is_read {
                 continue;
             }
             let mut source = source.clone();
             let log = source.file.clone().unwrap_or_default();
-            if !readers_end(&source.told.key).await {
+            if !readers_end(&source.output.key).await {
                 problems.push(format!(
                     "the reader of the container's pipe is still there after {} s: what it writes to {} from now on \
                      stays here",
@@ -251,7 +254,7 @@ fn of_pipe(name: &Path, wanted: Option<&OutputArg>) -> Result<Source> {
         })
         .transpose()?;
     Ok(Source {
-        told: Output {
+        output: Output {
             key: name.to_string_lossy().into_owned(),
             path: wanted.map(|wanted| wanted.there.display().to_string()),
             mode: about.as_ref().map_or(0o600, MetadataExt::mode) & 0o777,
@@ -282,7 +285,7 @@ fn of_file(
         _ => name,
     };
     Ok(Source {
-        told: Output {
+        output: Output {
             key: format!("file[{mount:x}:{:x}]", about.ino()),
             path: Some(there.display().to_string()),
             mode: about.mode() & 0o777,
@@ -378,19 +381,19 @@ mod tests {
             .unwrap();
         let pid = i32::try_from(child.id()).unwrap();
         let found = Outputs::find(pid, None).unwrap();
-        assert_eq!(found.told().len(), 1, "{found:?}");
-        let told = &found.told()[0];
+        assert_eq!(found.descriptions().len(), 1, "{found:?}");
+        let output = &found.descriptions()[0];
         assert!(
-            told.key.starts_with("pipe:[") && told.path.is_none(),
-            "{told:?}"
+            output.key.starts_with("pipe:[") && output.path.is_none(),
+            "{output:?}"
         );
-        assert!(told.is_possible() && has_reader(&told.key) && found.external().is_empty());
+        assert!(output.is_possible() && has_reader(&output.key) && found.external().is_empty());
         let wanted = output_arg(&format!("{}:/there", log.display())).unwrap();
         let named = Outputs::find(pid, Some(&wanted)).unwrap();
-        assert_eq!(named.told()[0].path.as_deref(), Some("/there"));
+        assert_eq!(named.descriptions()[0].path.as_deref(), Some("/there"));
         child.kill().unwrap();
         child.wait().unwrap();
         drop(child.stdout.take());
-        assert!(!has_reader(&told.key));
+        assert!(!has_reader(&output.key));
     }
 }

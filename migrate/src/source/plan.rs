@@ -18,7 +18,7 @@ use serde::Serialize;
 use super::args::{Subject, Target};
 use super::files_args::FilesArgs;
 use super::survey::Survey;
-use crate::events::{Events, Told};
+use crate::events::{Details, Events};
 use crate::rounds;
 use crate::service_log::{LogReader, Next, size};
 use crate::times::duration;
@@ -121,15 +121,15 @@ pub(crate) fn run(args: &Args) -> ExitCode {
         events.begin(Step::Plan);
         let planned = plan(args).await;
         match &planned {
-            Ok(told) => events.done(Step::Plan, told.clone()),
-            Err(error) => events.failed(Step::Plan, Told::error(&error.to_string())),
+            Ok(details) => events.done(Step::Plan, details.clone()),
+            Err(error) => events.failed(Step::Plan, Details::error(&error.to_string())),
         }
         planned.map(drop)
     })
 }
 
 /// Prints the plan, and tells it for the event log. Fails if the tree cannot be moved.
-async fn plan(args: &Args) -> Result<Told> {
+async fn plan(args: &Args) -> Result<Details> {
     let survey = Survey::take(&args.subject, &[], (&args.target, &FilesArgs::to_look())).await?;
     let before = args.log.as_deref().map(size).transpose()?;
     let dirty_rate = rounds::watch_changes(&survey.tree, survey.page, args.watch)?;
@@ -171,11 +171,11 @@ async fn plan(args: &Args) -> Result<Told> {
         false => print(&plan),
     }
     survey.expect_no_problem(lazily)?;
-    Ok(told(&plan))
+    Ok(details(&plan))
 }
 
 /// A plan as an event: the costs of the mode that it recommends.
-fn told(plan: &Plan) -> Told {
+fn details(plan: &Plan) -> Details {
     let recommended = plan.recommended.unwrap_or_default();
     let mode = plan.modes.iter().find(|mode| mode.mode == recommended);
     let text = mode.map(|mode| {
@@ -188,9 +188,9 @@ fn told(plan: &Plan) -> Told {
         ("processes", plan.processes as u64),
         ("bytes", plan.private_bytes + plan.shared_bytes),
     ];
-    Told {
+    Details {
         text,
-        ..Told::counts(&counts)
+        ..Details::counts(&counts)
     }
 }
 

@@ -21,7 +21,7 @@ pub(super) async fn run(
     report: Report,
     started: Instant,
 ) -> Result<()> {
-    if files.told().is_empty() {
+    if files.descriptions().is_empty() {
         let text = "there are no files to be sent: the destination has a root file system of its own (--files replace), and \
              --volume names none";
         return Err(Error::new(Kind::Usage, text));
@@ -41,7 +41,7 @@ pub(super) async fn run(
         timeout_s: args.timeout.as_secs(),
         container: survey.found.map(|found| found.container),
         addresses: Vec::new(),
-        files: files.told(),
+        files: files.descriptions(),
         keeps_files: true,
         outputs: Vec::new(),
     };

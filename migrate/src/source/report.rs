@@ -233,8 +233,8 @@ impl Report {
         self.failure.get_or_insert(failure);
     }
 
-    /// What a user is told of the end: why, and where the logs are.
-    pub(super) fn told(&self, otherwise: impl FnOnce() -> String) -> String {
+    /// The end for a user: why, and where the logs are.
+    pub(super) fn end_text(&self, otherwise: impl FnOnce() -> String) -> String {
         let mut text = self.problem.clone().unwrap_or_else(otherwise);
         if let Some(dir) = self.logs.first().and_then(|log| log.path.parent()) {
             text += &format!("; logs: {}", dir.display());

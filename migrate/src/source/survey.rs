@@ -90,7 +90,7 @@ impl Survey {
                 .iter()
                 .map(|address| address.there.clone())
                 .collect(),
-            files: files.wanted(found.is_some(), layered.as_ref().map(Layered::told)),
+            files: files.wanted(found.is_some(), layered.as_ref().map(Layered::description)),
         };
         let check: Check = client.post("/v1/check", &wanted).await?;
         let layered = layers::agreed(layered, &check);

@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 /// Findings of one kind in one file that are told one by one; the others are counted.
-const TOLD_EACH: u64 = 8;
+const LISTED_EACH: u64 = 8;
 
 /// How bad it is.
 #[derive(Clone, Copy, PartialEq, Eq, Serialize, Debug, JsonSchema)]
@@ -35,7 +35,7 @@ pub(crate) struct Finding {
 /// All that was found, in the order in which it was.
 #[derive(Default, Debug)]
 pub(crate) struct Findings {
-    told: Vec<Finding>,
+    listed: Vec<Finding>,
     counts: BTreeMap<(&'static str, String), (Severity, u64)>,
 }
 
@@ -75,8 +75,8 @@ impl Findings {
             *worst = severity;
         }
         *count += 1;
-        if *count <= TOLD_EACH {
-            self.told.push(Finding {
+        if *count <= LISTED_EACH {
+            self.listed.push(Finding {
                 severity,
                 code,
                 file,
@@ -93,14 +93,14 @@ impl Findings {
 
     /// All of them; those beyond the first few of a kind as a number.
     pub(crate) fn into_list(self) -> Vec<Finding> {
-        let mut list = self.told;
+        let mut list = self.listed;
         for ((code, file), (severity, count)) in self.counts {
-            if count > TOLD_EACH {
+            if count > LISTED_EACH {
                 list.push(Finding {
                     severity,
                     code,
                     file,
-                    text: format!("and {} more of this kind", count - TOLD_EACH),
+                    text: format!("and {} more of this kind", count - LISTED_EACH),
                 });
             }
         }

@@ -117,7 +117,7 @@ impl Check<'_> {
                 check_mapped(findings, &path, criteria, (extent, mappings, page));
             }
         })?;
-        old.tell(self.findings, &path, criteria);
+        old.report(self.findings, &path, criteria);
         if pagemap.empty_entries > 0 {
             let text = format!(
                 "{} entries cover no page, which CRIU from 4.3 on refuses",
@@ -211,7 +211,7 @@ impl Check<'_> {
                 "hole-without-page",
                 format!("{what} are holes to the parent, which lacks them"),
             ),
-            // Told already.
+            // Details already.
             Absence::NoPagesFile => return,
             Absence::CutShort => (
                 "pages-short",
@@ -270,7 +270,7 @@ impl Unread {
         self.compressed += u64::from(entry.blocks.is_some());
     }
 
-    fn tell(self, findings: &mut Findings, path: &Path, criteria: Criteria) {
+    fn report(self, findings: &mut Findings, path: &Path, criteria: Criteria) {
         let Unread {
             long_counts,
             compressed,

@@ -32,7 +32,7 @@ pub(super) async fn spawn(command: &mut Command) -> std::io::Result<Child> {
 }
 
 /// An action in words.
-pub(super) fn told(action: &Action) -> String {
+pub(super) fn describe(action: &Action) -> String {
     let service = |service: &Service| match (&service.unit, &service.cgroup) {
         (Some(unit), _) => unit.clone(),
         (None, Some(cgroup)) => cgroup.display().to_string(),

@@ -7,7 +7,7 @@ use pageferry::migration::events::{Step, Writer};
 use pageferry::migration::messages::MigrationId;
 
 use super::rules::Action;
-use crate::events::{Events, Told};
+use crate::events::{Details, Events};
 
 /// Options of `pageferry migrate` that say what the watcher would say.
 const ID: &str = "--id";
@@ -71,7 +71,7 @@ impl Log {
     ) -> Option<Events> {
         match self.events(migration) {
             Ok(events) => {
-                events.note(Step::Rule, Told::text(format!("rule {rule:?}: {text}")));
+                events.note(Step::Rule, Details::text(format!("rule {rule:?}: {text}")));
                 events.begin(Step::Rule);
                 Some(events)
             }

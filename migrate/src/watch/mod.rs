@@ -110,8 +110,8 @@ async fn watch(args: &Args) -> Result<()> {
         Some(path) => Some(socket::listen(path, sender.clone())?),
         None => None,
     };
-    let told = Log::open(args.events.as_deref())?;
-    let mut watcher = Watcher::new(rules, state, (sender, told), args.dry_run).await?;
+    let log = Log::open(args.events.as_deref())?;
+    let mut watcher = Watcher::new(rules, state, (sender, log), args.dry_run).await?;
     let mut next_look = Instant::now();
     loop {
         if Instant::now() >= next_look {

@@ -69,8 +69,8 @@ impl Trigger {
         let name = "psi".to_owned();
         let thread = thread::Builder::new().name(name).spawn(move || {
             let (generation, number) = place;
-            while let Some(told) = self.next(&ended) {
-                let event = match told {
+            while let Some(waited) = self.next(&ended) {
+                let event = match waited {
                     Ok(()) => Event::Pressure(generation, number),
                     Err(error) => Event::TriggerGone(generation, number, error),
                 };

@@ -414,13 +414,13 @@ action.exec.command = "true"
         ] {
             let text = GOOD.replacen(from, to, 1);
             assert_ne!(text, GOOD, "{from}");
-            let said = parse(&text).expect_err(to);
-            assert!(said.contains(field), "{to}: {said}");
+            let message = parse(&text).expect_err(to);
+            assert!(message.contains(field), "{to}: {message}");
             let expected = format!("line {line} ");
             // A table that has a wrong or a missing field is named by its first or last line.
             assert!(
-                said.contains(&expected) || said.contains("line 14 "),
-                "{to}: {said}"
+                message.contains(&expected) || message.contains("line 14 "),
+                "{to}: {message}"
             );
         }
         assert!(parse("").unwrap_err().contains("0 rules"));

@@ -225,7 +225,7 @@ impl Link {
         loop {
             tokio::select! {
                 signal = self.signals.next() => {
-                    self.is_going_down = told(signal)?;
+                    self.is_going_down = announces_shutdown(signal)?;
                     if self.is_going_down {
                         self.count += 1;
                         tracing::info!("the host is about to go down");
@@ -253,8 +253,8 @@ impl Link {
     }
 }
 
-/// What a signal says: whether the host is about to go down.
-fn told(signal: Option<zbus::Result<Message>>) -> Result<bool> {
+/// Whether a signal says that the host is about to go down.
+fn announces_shutdown(signal: Option<zbus::Result<Message>>) -> Result<bool> {
     let lost = |error: zbus::Error| Error::wrap(Kind::Io, "the system bus of D-Bus", error);
     match signal {
         Some(message) => message

@@ -17,7 +17,7 @@ use super::rules::{Rule, When};
 use super::shutdown::Shutdown;
 use super::state::{Running, State};
 use super::{Event, action, look, psi};
-use crate::events::{Events, Told};
+use crate::events::{Details, Events};
 
 /// Between two looks at a process that an earlier watcher has started.
 const ORPHAN_PAUSE: Duration = Duration::from_millis(200);
@@ -39,10 +39,10 @@ pub(super) struct Watcher {
     watched: Vec<Watched>,
     state: State,
     events: mpsc::Sender<Event>,
-    /// What happens is told there.
+    /// The event log of all rules.
     log: Log,
-    /// The same of actions under way, by their target.
-    told: BTreeMap<String, Events>,
+    /// Those of actions under way, by their target.
+    event_logs: BTreeMap<String, Events>,
     /// Ends of what waits for the kernel, which stops when they are closed.
     triggers: Vec<OwnedFd>,
     /// What tells of shutdowns, if a rule waits for one.
@@ -73,7 +73,7 @@ impl Watcher {
             state,
             events,
             log,
-            told: BTreeMap::new(),
+            event_logs: BTreeMap::new(),
             triggers: Vec::new(),
             shutdown: None,
             awaiting: None,
@@ -110,7 +110,7 @@ impl Watcher {
             has_failed: false,
         });
         self.watched = watched.collect();
-        self.tell_shutdown(self.is_going_down);
+        self.set_shutdown(self.is_going_down);
         tracing::info!("{} rules are watched", self.watched.len());
         Ok(())
     }
@@ -229,15 +229,15 @@ impl Watcher {
                 Ok(())
             }
             Event::Pressure(..) | Event::TriggerGone(..) => Ok(()),
-            Event::Word(word) => self.word(&word).await,
+            Event::Word(word) => self.run_command(&word).await,
             Event::Shutdown(shutdown) => {
                 self.awaiting = shutdown;
-                self.tell_shutdown(shutdown.is_some());
+                self.set_shutdown(shutdown.is_some());
                 Ok(())
             }
             Event::ActionEnded(target, result) => {
-                if let Some(told) = self.told.remove(&target) {
-                    told.ended(Step::Rule, &result);
+                if let Some(events) = self.event_logs.remove(&target) {
+                    events.ended(Step::Rule, &result);
                 }
                 match result {
                     Ok(()) => tracing::info!("{target}: done"),
@@ -260,7 +260,7 @@ impl Watcher {
     }
 
     /// A word is a condition that is given for a moment.
-    async fn word(&mut self, word: &str) -> Result<()> {
+    async fn run_command(&mut self, word: &str) -> Result<()> {
         let now = now_ms();
         let mut is_known = false;
         for watched in &mut self.watched {
@@ -313,8 +313,8 @@ impl Watcher {
         Ok(())
     }
 
-    /// All rules that wait for a shutdown hear of it.
-    fn tell_shutdown(&mut self, is_going_down: bool) {
+    /// Sets the condition of all rules that wait for a shutdown.
+    fn set_shutdown(&mut self, is_going_down: bool) {
         self.is_going_down = is_going_down;
         let level = match is_going_down {
             true => Level::High,
@@ -348,15 +348,15 @@ impl Watcher {
         let (rule, saved) = (watched.rule.clone(), watched.trigger.saved());
         let target = rule.target().to_owned();
         if self.is_dry {
-            let text = action::told(&rule.action);
+            let text = action::describe(&rule.action);
             tracing::info!("rule {:?} would now: {text}", rule.name);
             return Ok(());
         }
         let (action, migration) = self.log.named(&rule.action);
-        let text = action::told(&action);
+        let text = action::describe(&action);
         tracing::info!("rule {:?}: {text}", rule.name);
-        if let Some(told) = self.log.fired(&rule.name, &text, migration) {
-            self.told.insert(target.clone(), told);
+        if let Some(events) = self.log.fired(&rule.name, &text, migration) {
+            self.event_logs.insert(target.clone(), events);
         }
         let mut running = Running {
             rule: rule.name.clone(),
@@ -377,8 +377,8 @@ impl Watcher {
             }
             Some(Err(error)) => {
                 tracing::error!("rule {:?}: {text} cannot be started: {error}", rule.name);
-                if let Some(told) = self.told.remove(&target) {
-                    told.failed(Step::Rule, Told::text(error.to_string()));
+                if let Some(events) = self.event_logs.remove(&target) {
+                    events.failed(Step::Rule, Details::text(error.to_string()));
                 }
                 self.state.end(&target)?;
             }

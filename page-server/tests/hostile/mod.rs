@@ -86,22 +86,22 @@ pub(crate) enum End {
     HalfClosed,
 }
 
-/// Says `bytes`, and waits until the server has ended the connection. Returns the peer's address and what it heard.
+/// Sends `bytes`, and waits until the server has ended the connection. Returns the peer's address and what it received.
 pub(crate) fn attack(mut stream: TcpStream, bytes: &[u8], end: End) -> (SocketAddr, Vec<u8>) {
     let peer = stream.local_addr().unwrap();
     let mut answers = stream.try_clone().unwrap();
-    let hears = std::thread::spawn(move || {
-        let mut heard = Vec::new();
+    let reader = std::thread::spawn(move || {
+        let mut received = Vec::new();
         // A reset is an end as well.
-        let _ = answers.read_to_end(&mut heard);
-        heard
+        let _ = answers.read_to_end(&mut received);
+        received
     });
     // The server may have ended it before all is said.
     let _ = stream.write_all(bytes);
     if end == End::HalfClosed {
         let _ = stream.shutdown(Shutdown::Write);
     }
-    (peer, hears.join().unwrap())
+    (peer, reader.join().unwrap())
 }
 
 /// Frames after the OPEN of a process.
@@ -128,19 +128,19 @@ pub(crate) fn claim(op: Op, flags: PageFlags, pages: u64, vaddr: u64) -> Vec<u8>
     bytes_of(&header, Wire::V2)
 }
 
-pub(crate) fn expect_told(place: &Place, what: &str, peer: SocketAddr) {
+pub(crate) fn expect_logged(place: &Place, what: &str, peer: SocketAddr) {
     let peer = peer.to_string();
-    let told = until(what, GENEROUS, || {
+    let logged = until(what, GENEROUS, || {
         let log = place.log();
         let mut lines = log.lines();
-        let told = |line: &&str| {
+        let is_wanted = |line: &&str| {
             line.contains(&peer) && (line.contains("error: ") || line.contains("warning: "))
         };
-        Ok(lines.find(told).map(str::to_owned))
+        Ok(lines.find(is_wanted).map(str::to_owned))
     });
     eprintln!(
         "{what}: {}",
-        told.unwrap_or_else(|_| panic!("{what}: {}", place.log()))
+        logged.unwrap_or_else(|_| panic!("{what}: {}", place.log()))
     );
 }
 

@@ -391,12 +391,12 @@ proptest! {
     /// A peer that has said a whole frame waits for what comes of it. Whatever frame is its first, in
     /// either layout and however it is cut, it is acted upon when its last byte is there.
     #[test]
-    fn a_first_frame_is_understood_with_its_last_byte(frame in first_frames(), v1: bool, told: bool) {
+    fn a_first_frame_is_understood_with_its_last_byte(frame in first_frames(), v1: bool, is_given: bool) {
         let wire = if v1 { Wire::V1 } else { Wire::V2 };
         prop_assume!(!v1 || frame.pages.get() <= u64::from(u32::MAX));
         let bytes = bytes_of(&[frame], wire);
         for cut in 0..bytes.len() {
-            let mut session = ReceiveSession::new(told.then_some(wire), PAGE);
+            let mut session = ReceiveSession::new(is_given.then_some(wire), PAGE);
             let mut steps = 0;
             let mut outcome = Ok(());
             let mut closed = false;

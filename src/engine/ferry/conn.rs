@@ -164,8 +164,8 @@ impl Conn {
             let socket = self.transport.socket();
             SockRef::from(&socket).shutdown(Shutdown::Write)
         });
-        let heard = ended.and_then(|()| self.await_end(deadline));
-        heard.unwrap_or_else(|error| {
+        let closed = ended.and_then(|()| self.await_end(deadline));
+        closed.unwrap_or_else(|error| {
             tracing::debug!("a connection could not be closed in order: {error}");
             false
         })
@@ -370,11 +370,11 @@ mod tests {
         let mut conn = Conn::new(Box::new(transport), Arc::default());
         conn.queue(Arc::new(vec![7; 50_000]));
         let closer = std::thread::spawn(move || send_last_frames(conn, TIMEOUT));
-        let mut heard = Vec::new();
-        std::io::Read::read_to_end(&mut peer, &mut heard).expect("no reset");
-        assert_eq!(heard.len(), 50_000);
+        let mut received = Vec::new();
+        std::io::Read::read_to_end(&mut peer, &mut received).expect("no reset");
+        assert_eq!(received.len(), 50_000);
         drop(peer);
-        assert!(closer.join().unwrap(), "it has heard");
+        assert!(closer.join().unwrap(), "its end has come");
     }
 
     #[test]

@@ -247,13 +247,13 @@ impl Drop for Drain {
             return;
         }
         let patient = socket.set_write_timeout(Some(GIVE_UP_TIMEOUT));
-        let told = patient.and_then(|()| self.stream.write_all(&GIVE_UP));
+        let sent = patient.and_then(|()| self.stream.write_all(&GIVE_UP));
         // Until the dump hangs up: it sends what it is busy with first. Whatever fails, the reset is left.
         let deadline = Instant::now() + GIVE_UP_TIMEOUT;
-        let mut heard = told.is_err();
-        while !heard && Instant::now() < deadline {
+        let mut has_hung_up = sent.is_err();
+        while !has_hung_up && Instant::now() < deadline {
             let patient = self.stream.socket().set_read_timeout(Some(GIVE_UP_TIMEOUT));
-            heard =
+            has_hung_up =
                 patient.is_err() || matches!(self.stream.read(&mut self.buffer), Ok(0) | Err(_));
         }
     }

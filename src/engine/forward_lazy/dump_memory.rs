@@ -420,8 +420,8 @@ mod tests {
             state.arrived(7, range(10 + 2 * n, 1), &one)
         };
         let batch = PUSH_BYTES >> 12;
-        let told = (0..2 * batch).filter(|n| arrives(&mut state, *n));
-        assert_eq!(told.collect::<Vec<_>>(), [batch - 1, 2 * batch - 1]);
+        let full = (0..2 * batch).filter(|n| arrives(&mut state, *n));
+        assert_eq!(full.collect::<Vec<_>>(), [batch - 1, 2 * batch - 1]);
         state.awaited = vec![90..91, 50..52];
         assert!(!arrives(&mut state, 50), "the other one is missing");
         assert!(arrives(&mut state, 51));
@@ -429,8 +429,8 @@ mod tests {
         assert!(arrives(&mut state, 90));
         state.forget_awaited(&(90..91));
         assert!(state.awaited.is_empty());
-        let told = (2 * batch..100).filter(|n| arrives(&mut state, *n));
-        assert_eq!(told.last(), Some(99), "the last one");
+        let full = (2 * batch..100).filter(|n| arrives(&mut state, *n));
+        assert_eq!(full.last(), Some(99), "the last one");
     }
 
     #[test]

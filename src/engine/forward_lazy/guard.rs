@@ -122,8 +122,8 @@ impl Drop for DumpGuard {
     fn drop(&mut self) {
         // Its copy of the connection is to be closed now. If it is gone, or does not end in time, there is nothing
         // left to do about it.
-        let told = fdpass::send(self.0.as_fd(), &[DISMISSED], None);
-        let patient = told.and_then(|()| self.0.set_read_timeout(Some(TIMEOUT)));
+        let sent = fdpass::send(self.0.as_fd(), &[DISMISSED], None);
+        let patient = sent.and_then(|()| self.0.set_read_timeout(Some(TIMEOUT)));
         let _ended = patient.and_then(|()| self.0.read(&mut [0]));
     }
 }

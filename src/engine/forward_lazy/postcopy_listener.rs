@@ -145,7 +145,7 @@ impl PostcopyListener {
                 if let Some(session) = session {
                     let greetings = self.by_known_key(greetings);
                     let stopped = Arc::clone(&session);
-                    let _told = stop.tell(move || stopped.sending.stop());
+                    let _watched = stop.call(move || stopped.sending.stop());
                     self.join(conn, &session, &greetings)?;
                 }
                 Ok(PushAccepted::Joined)
@@ -191,7 +191,7 @@ impl PostcopyListener {
         let sending = &session.sending;
         let id = greetings.peer.session;
         let stopped = Arc::clone(session);
-        let _told = stop.tell(move || stopped.sending.stop());
+        let _watched = stop.call(move || stopped.sending.stop());
         let result = thread::scope(|scope| {
             let push = scope.spawn(|| {
                 let pushed = thread::scope(|scope| session.push(scope, self.wire));

@@ -105,9 +105,9 @@ fn write_all<C: WriteJob>(inbox: &Receiver<C>, results: &Sender<Result<C>>, writ
     for mut job in inbox {
         let done = job.write();
         let failed = done.is_err();
-        let told = results.send(done.map(|()| job)).is_ok();
+        let is_received = results.send(done.map(|()| job)).is_ok();
         written();
-        if failed || !told {
+        if failed || !is_received {
             return;
         }
     }

@@ -33,14 +33,14 @@ struct Sockets {
 #[derive(Clone)]
 enum End {
     Shut(Arc<Socket>, Shutdown),
-    Tell(Arc<dyn Fn() + Send + Sync>),
+    Call(Arc<dyn Fn() + Send + Sync>),
 }
 
 impl fmt::Debug for End {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             End::Shut(socket, how) => write!(f, "Shut({socket:?}, {how:?})"),
-            End::Tell(_) => f.write_str("Tell"),
+            End::Call(_) => f.write_str("Call"),
         }
     }
 }
@@ -83,7 +83,7 @@ impl Stop {
     /// Ends everything that is watched, now and later.
     pub fn request(&self) {
         self.0.requested.store(true, Ordering::SeqCst);
-        // What is told may take locks of its own.
+        // What is called may take locks of its own.
         let ends: Vec<End> = self.sockets().open.values().cloned().collect();
         ends.iter().for_each(End::happen);
     }
@@ -110,9 +110,9 @@ impl Stop {
         Ok(self.end(End::Shut(Arc::new(copy), how)))
     }
 
-    /// Calls `tell` when the stop is requested, at once if it was: for sessions that say why they end.
-    pub fn tell(&self, tell: impl Fn() + Send + Sync + 'static) -> Watched {
-        self.end(End::Tell(Arc::new(tell)))
+    /// Calls `callback` when the stop is requested, at once if it was: for sessions that say why they end.
+    pub fn call(&self, callback: impl Fn() + Send + Sync + 'static) -> Watched {
+        self.end(End::Call(Arc::new(callback)))
     }
 
     fn end(&self, end: End) -> Watched {
@@ -152,7 +152,7 @@ impl End {
                 // A socket that its peer has closed needs no end.
                 let _ = socket.shutdown(*how);
             }
-            End::Tell(tell) => tell(),
+            End::Call(callback) => callback(),
         }
     }
 }
@@ -179,10 +179,10 @@ mod tests {
         let (late, mut late_peer) = UnixStream::pair().unwrap();
         let _late = stop.watch(&(&late).into()).unwrap();
         assert_eq!(late_peer.read(&mut [0]).unwrap(), 0);
-        let told = Arc::new(AtomicBool::new(false));
-        let tells = Arc::clone(&told);
-        drop(stop.tell(move || tells.store(true, Ordering::SeqCst)));
-        assert!(told.load(Ordering::SeqCst));
+        let called = Arc::new(AtomicBool::new(false));
+        let calls = Arc::clone(&called);
+        drop(stop.call(move || calls.store(true, Ordering::SeqCst)));
+        assert!(called.load(Ordering::SeqCst));
         other.set_nonblocking(true).unwrap();
         let error = other.read(&mut [0]).unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);

@@ -253,7 +253,7 @@ impl<'a> PrecopyListener<'a> {
         Greetings { peer, welcome }: &Greetings,
     ) -> Result<()> {
         let stopped = Arc::clone(receiving);
-        let _told = self.stop.tell(move || stopped.stop());
+        let _watched = self.stop.call(move || stopped.stop());
         queue_welcome(&mut conn, welcome);
         run_admitted(conn, receiving.as_ref(), peer)?;
         self.sessions.connection_lost(peer);

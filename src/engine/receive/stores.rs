@@ -69,7 +69,7 @@ impl Template {
         Path::new(&self.fill("peer", 1)).components().count()
     }
 
-    fn tells_numbers(&self) -> bool {
+    fn has_number(&self) -> bool {
         self.0.contains("{seq}")
     }
 }
@@ -296,7 +296,7 @@ fn make_dir(
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 return Err(failed(error));
             }
-            Err(_) if template.tells_numbers() => {}
+            Err(_) if template.has_number() => {}
             Err(error) => {
                 let text = format!(
                     "{} is an earlier session's (add {{seq}} to --images-dir-template)",

@@ -355,11 +355,11 @@ mod tests {
     #[test]
     fn one_line_of_many_is_written() {
         let mut log_limiter = LogLimiter::default();
-        let said: Vec<String> = (0..30)
+        let messages: Vec<String> = (0..30)
             .filter_map(|second| log_limiter.admit(second * 1_000_000))
             .map(|left_out| left_out.to_string())
             .collect();
         let after_nine = " (9 lines like this were left out)";
-        assert_eq!(said, ["", after_nine, after_nine]);
+        assert_eq!(messages, ["", after_nine, after_nine]);
     }
 }

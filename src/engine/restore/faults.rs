@@ -23,13 +23,13 @@ const READS_MAX: usize = 4;
 impl Restore {
     /// Answers every fault that there is, and sends for what they need.
     pub(super) fn serve_faults(&mut self) -> Result<()> {
-        let mut told = false;
+        let mut has_messages = false;
         for id in self.processes.with_messages()? {
-            told = true;
+            has_messages = true;
             self.read_events(id)?;
         }
         let retries = self.processes.retries().len();
-        if !told && retries == 0 {
+        if !has_messages && retries == 0 {
             return Ok(());
         }
         for _ in 0..retries {

@@ -224,8 +224,8 @@ fn is_frozen(groups: &str) -> bool {
             return false;
         };
         let says = |root: &str, file: &str, frozen: &str| {
-            let said = fs::read_to_string(format!("{root}{path}/{file}"));
-            said.is_ok_and(|said| said.lines().any(|line| line == frozen))
+            let text = fs::read_to_string(format!("{root}{path}/{file}"));
+            text.is_ok_and(|text| text.lines().any(|line| line == frozen))
         };
         if controllers.is_empty() {
             let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];

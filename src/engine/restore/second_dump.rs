@@ -68,7 +68,7 @@ impl Restore {
             (Some((pid, by)), None) if missing > 0 => {
                 self.second_dump.disturbed = Some(id);
                 self.background.set_full_speed(true);
-                tell(pid, by, missing);
+                warn_of_disturbance(pid, by, missing);
             }
             (None, Some(_)) => {
                 self.second_dump.disturbed = None;
@@ -88,7 +88,7 @@ impl Restore {
     }
 }
 
-fn tell(pid: i32, by: Disturbance, missing: u64) {
+fn warn_of_disturbance(pid: i32, by: Disturbance, missing: u64) {
     let how = match by {
         Disturbance::Traced(tracer) => {
             let name = fs::read_to_string(format!("/proc/{tracer}/comm")).unwrap_or_default();

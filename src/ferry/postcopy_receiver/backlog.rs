@@ -135,7 +135,7 @@ mod tests {
         fn reconnect(&mut self) {
             self.sender.stream_up(0);
             self.receiver.stream_up(0);
-            self.tell();
+            self.deliver_replies();
         }
 
         fn push(&mut self) {
@@ -152,10 +152,10 @@ mod tests {
             while let Some(applied) = self.backlog.next(&mut self.limit, now_us) {
                 self.receiver.applied(applied.number);
             }
-            self.tell();
+            self.deliver_replies();
         }
 
-        fn tell(&mut self) {
+        fn deliver_replies(&mut self) {
             while let Some(reply) = self.receiver.poll(0, 0) {
                 let mut words = Vec::new();
                 reply.encode(&mut words);

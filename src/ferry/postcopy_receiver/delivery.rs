@@ -14,7 +14,7 @@ pub struct Delivery {
     /// What is there of them, by address.
     pub parts: Vec<Part>,
     /// Pages that an earlier round was to have and does not, at their addresses in the dump.
-    pub lacking: Vec<PageRange>,
+    pub absent: Vec<PageRange>,
     /// The bytes.
     pub plain: Vec<u8>,
 }
@@ -31,12 +31,10 @@ pub struct Part {
 }
 
 impl Delivery {
-    /// Whether the far end has spoken of the page at `vaddr`.
-    pub fn tells_of(&self, vaddr: Vaddr) -> bool {
+    /// Whether it says of the page at `vaddr`.
+    pub fn covers(&self, vaddr: Vaddr) -> bool {
         let there = self.parts.iter().map(|part| &part.image);
-        there
-            .chain(&self.lacking)
-            .any(|range| range.contains(vaddr))
+        there.chain(&self.absent).any(|range| range.contains(vaddr))
     }
 }
 
@@ -97,7 +95,7 @@ impl UnverifiedDelivery {
             delivery: Delivery {
                 pid,
                 parts,
-                lacking: Vec::new(),
+                absent: Vec::new(),
                 plain,
             },
             digest: batch.base_digest(),
@@ -142,10 +140,10 @@ impl UnverifiedDelivery {
     /// What is left without the local pages.
     pub(super) fn without_local(self) -> Delivery {
         let mut delivery = self.delivery;
-        let lacking = &mut delivery.lacking;
+        let absent = &mut delivery.absent;
         delivery.parts.retain(|part| {
             if part.local {
-                lacking.push(part.image);
+                absent.push(part.image);
             }
             !part.local
         });

@@ -13,7 +13,7 @@ fn receiver(frames: u32) -> Receiver {
     Receiver::new(PageSize::KIB_4, 2, Window { frames, bytes })
 }
 
-fn safe_told(receiver: &mut Receiver, stream: u16) -> Option<u64> {
+fn acknowledged(receiver: &mut Receiver, stream: u16) -> Option<u64> {
     match receiver.poll(stream, 0)? {
         Reply::Ack(ack) => Some(ack.safe),
         Reply::Fail(fail) => panic!("{fail}"),
@@ -70,19 +70,19 @@ fn nothing_is_held_beyond_the_window() {
 fn every_connection_hears_what_is_safe_and_only_that() {
     let mut receiver = receiver(10);
     receiver.stream_up(0);
-    assert_eq!(safe_told(&mut receiver, 0), Some(0));
-    assert_eq!(safe_told(&mut receiver, 0), None);
+    assert_eq!(acknowledged(&mut receiver, 0), Some(0));
+    assert_eq!(acknowledged(&mut receiver, 0), None);
     receiver.handle_numbered(1, 1).expect("within the window");
-    assert_eq!(safe_told(&mut receiver, 0), None, "not applied yet");
+    assert_eq!(acknowledged(&mut receiver, 0), None, "not applied yet");
     receiver.applied(1);
-    assert_eq!(safe_told(&mut receiver, 0), Some(1));
-    assert_eq!(safe_told(&mut receiver, 1), None, "no connection");
+    assert_eq!(acknowledged(&mut receiver, 0), Some(1));
+    assert_eq!(acknowledged(&mut receiver, 1), None, "no connection");
     receiver.stream_up(1);
-    assert_eq!(safe_told(&mut receiver, 1), Some(1));
+    assert_eq!(acknowledged(&mut receiver, 1), Some(1));
     receiver.answer(1, 0, StateId::NONE);
-    assert_eq!(safe_told(&mut receiver, 0), Some(1));
+    assert_eq!(acknowledged(&mut receiver, 0), Some(1));
     receiver.stream_up(0);
-    assert_eq!(safe_told(&mut receiver, 0), Some(1), "a new connection");
+    assert_eq!(acknowledged(&mut receiver, 0), Some(1), "a new connection");
 }
 
 #[test]
@@ -93,7 +93,10 @@ fn frames_keep_to_the_order_of_a_session() {
     let error = receiver
         .read(Kind::Close, &body)
         .expect_err("a wrong count");
-    let counted = SessionError::PageCount { said: 1, came: 0 };
+    let counted = SessionError::PageCount {
+        announced: 1,
+        came: 0,
+    };
     assert!(matches!(error, ReadError::Session(found) if found == counted));
     body.clear();
     encode_close(PageCount(0), &mut body);

@@ -12,7 +12,7 @@ struct World {
     record: Option<LogReplayRecord>,
     agent: ReplayState,
     /// What clients were told, in order of its number; what each service knows of it.
-    told: u64,
+    answers: u64,
     here: u64,
     there: u64,
 }
@@ -27,7 +27,7 @@ impl World {
             leads_there: false,
             record: None,
             agent: ReplayState::Receiving,
-            told: 1,
+            answers: 1,
             here: 1,
             there: 0,
         }
@@ -48,18 +48,18 @@ impl World {
             "{name}: two serve: {self:?}"
         );
         if self.serves_here() {
-            assert_eq!(self.here, self.told, "{name}: {self:?}");
+            assert_eq!(self.here, self.answers, "{name}: {self:?}");
             self.here += 1;
-            self.told += 1;
+            self.answers += 1;
         }
         if self.serves_there() {
-            assert_eq!(self.there, self.told, "{name}: {self:?}");
+            assert_eq!(self.there, self.answers, "{name}: {self:?}");
             self.there += 1;
-            self.told += 1;
+            self.answers += 1;
         }
     }
 
-    fn agent_hears(&mut self, event: ReplayEvent) -> bool {
+    fn agent_receives(&mut self, event: ReplayEvent) -> bool {
         let after = self.agent.after(event);
         self.agent = after.unwrap_or(self.agent);
         after.is_some()
@@ -68,7 +68,7 @@ impl World {
     /// Carries an action out. False if it fails.
     fn apply(&mut self, action: LogReplayAction) -> bool {
         match action {
-            LogReplayAction::Prepare => self.agent_hears(ReplayEvent::Started),
+            LogReplayAction::Prepare => self.agent_receives(ReplayEvent::Started),
             LogReplayAction::Follow => self.agent == ReplayState::Replaying,
             LogReplayAction::Hold => {
                 self.held = true;
@@ -76,7 +76,7 @@ impl World {
             }
             LogReplayAction::Finish => {
                 self.there = self.here;
-                self.agent_hears(ReplayEvent::Finished)
+                self.agent_receives(ReplayEvent::Finished)
             }
             LogReplayAction::Record(record) => {
                 self.record = Some(record);
@@ -86,12 +86,12 @@ impl World {
                 self.sealed = self.held;
                 self.held
             }
-            LogReplayAction::Keep => self.agent_hears(ReplayEvent::KeepAsked),
+            LogReplayAction::Keep => self.agent_receives(ReplayEvent::KeepAsked),
             LogReplayAction::Switch => {
                 self.leads_there = true;
                 true
             }
-            LogReplayAction::Resume => self.agent_hears(ReplayEvent::ResumeAsked),
+            LogReplayAction::Resume => self.agent_receives(ReplayEvent::ResumeAsked),
             LogReplayAction::End => {
                 self.ended = true;
                 true
@@ -109,7 +109,7 @@ impl World {
                 self.leads_there = false;
                 true
             }
-            LogReplayAction::Discard => self.agent_hears(ReplayEvent::AbortAsked),
+            LogReplayAction::Discard => self.agent_receives(ReplayEvent::AbortAsked),
         }
     }
 

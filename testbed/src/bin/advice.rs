@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! advice DIR   DIR/ready: it has its memory      DIR/go: it forks for each part of that, whose child looks at the part
-//!              DIR/said.txt: "right", or what a child has found
+//!              DIR/result.txt: "right", or what a child has found
 //! ```
 //!
 //! | part | when it forks | right behind the fork | its child finds |
@@ -62,12 +62,12 @@ fn main() -> Result<()> {
     while !dir.join("go").exists() {
         std::thread::sleep(Duration::from_millis(2));
     }
-    let said = (0..PARTS).try_for_each(|part| fork_for(memory, part));
-    let said = said.and_then(|()| fork_to_grow(beside));
-    let said = said.map_or_else(|error| format!("{error:#}"), |()| "right".to_owned());
-    let unfinished = dir.join("said.new");
-    fs::write(&unfinished, said)?;
-    fs::rename(unfinished, dir.join("said.txt"))?;
+    let result = (0..PARTS).try_for_each(|part| fork_for(memory, part));
+    let result = result.and_then(|()| fork_to_grow(beside));
+    let result = result.map_or_else(|error| format!("{error:#}"), |()| "right".to_owned());
+    let unfinished = dir.join("result.new");
+    fs::write(&unfinished, result)?;
+    fs::rename(unfinished, dir.join("result.txt"))?;
     loop {
         std::thread::sleep(Duration::from_secs(1));
     }

@@ -63,19 +63,19 @@ fn wait_for(path: &Path) {
 }
 
 fn guard(dir: &Path, who: &str, memory: usize, parts: &[Part]) {
-    tell(&dir.join(format!("{who}-1.txt")), look(memory, parts));
+    write_result(&dir.join(format!("{who}-1.txt")), look(memory, parts));
     wait_for(&dir.join("filled"));
-    tell(&dir.join(format!("{who}-2.txt")), look_below(memory, parts));
+    write_result(&dir.join(format!("{who}-2.txt")), look_below(memory, parts));
 }
 
 fn content(page: usize) -> [u8; 8] {
     (page as u64 + 1).to_ne_bytes()
 }
 
-fn tell(path: &Path, found: Result<()>) {
-    let said = found.map_or_else(|error| format!("{error:#}"), |()| "right".to_owned());
+fn write_result(path: &Path, found: Result<()>) {
+    let message = found.map_or_else(|error| format!("{error:#}"), |()| "right".to_owned());
     let unfinished = path.with_extension("new");
-    let _ = fs::write(&unfinished, said).and_then(|()| fs::rename(&unfinished, path));
+    let _ = fs::write(&unfinished, message).and_then(|()| fs::rename(&unfinished, path));
 }
 
 /// Guards `parts`, reads all else, which brings what is beside them, and looks whether they are guards still.

@@ -142,7 +142,7 @@ impl ContainerHost {
             return Ok(());
         }
         drop(shell);
-        let logs = self.tell(SHOW_LOGS).unwrap_or_default();
+        let logs = self.output(SHOW_LOGS).unwrap_or_default();
         bail!("{status:?}\n{script}\n{}{logs}", tail(&self.log))
     }
 
@@ -150,17 +150,17 @@ impl ContainerHost {
     ///
     /// # Errors
     /// It fails; the error shows what it said.
-    pub fn tell(&self, script: &str) -> Result<String> {
+    pub fn output(&self, script: &str) -> Result<String> {
         let mut command = self.command(&["bash", "-e", "-c", script]);
         let output = command.stdin(Stdio::null()).output()?;
-        let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+        let stdout = String::from_utf8_lossy(&output.stdout).trim().to_owned();
         let complained = String::from_utf8_lossy(&output.stderr);
         ensure!(
             output.status.success(),
-            "{}\n{script}\n{said}\n{complained}",
+            "{}\n{script}\n{stdout}\n{complained}",
             output.status
         );
-        Ok(said)
+        Ok(stdout)
     }
 }
 

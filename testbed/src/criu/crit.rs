@@ -111,9 +111,9 @@ impl Crit {
     fn run(&self, what: &str, images: &Path) -> Result<()> {
         let mut crit = self.command();
         crit.args([what, "--in-place"]).arg(images);
-        let said = succeed(&mut crit)?;
+        let output = succeed(&mut crit)?;
         // It also says so of what it takes for compressed, or decompressed, already.
-        ensure!(said.contains("Done"), "crit {what}: {said}");
+        ensure!(output.contains("Done"), "crit {what}: {output}");
         Ok(())
     }
 
@@ -132,12 +132,12 @@ impl Crit {
 /// Runs a command and returns what it prints.
 fn succeed(command: &mut Command) -> Result<String> {
     let output = command.output().context("running crit")?;
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     let complained = String::from_utf8_lossy(&output.stderr);
     ensure!(
         output.status.success(),
-        "crit: {}, {said}{complained}",
+        "crit: {}, {stdout}{complained}",
         output.status
     );
-    Ok(said)
+    Ok(stdout)
 }

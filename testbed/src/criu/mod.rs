@@ -62,10 +62,10 @@ impl Criu {
             .arg("check")
             .output()
             .context("criu check")?;
-        let said = String::from_utf8_lossy(&output.stderr);
+        let stderr = String::from_utf8_lossy(&output.stderr);
         ensure!(
             output.status.success(),
-            "criu {} check: {}{said}",
+            "criu {} check: {}{stderr}",
             self.version,
             output.status
         );

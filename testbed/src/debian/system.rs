@@ -160,9 +160,9 @@ pub fn versions(root: &Path) -> Result<Vec<String>> {
             .arg("chroot")
             .arg(root)
             .args(*words);
-        let said = run(&mut command)?;
-        let said = String::from_utf8_lossy(&said.stdout).into_owned();
-        let line = said.lines().next().unwrap_or_default();
+        let output = run(&mut command)?;
+        let output = String::from_utf8_lossy(&output.stdout).into_owned();
+        let line = output.lines().next().unwrap_or_default();
         // CRIU does not say who it is.
         Ok(line.replace("Version:", "criu version"))
     };

@@ -10,7 +10,7 @@ use pageferry::sys::owned_process::ProcessName;
 use pageferry::sys::process::page_size;
 
 use super::fills::touch;
-use super::{Lacking, Scale, need};
+use super::{Scale, Unsupported, need};
 
 /// See [`super::Group::metrics`].
 pub(super) const METRICS: [&str; 2] = ["µs a region", "GiB/s"];
@@ -45,7 +45,7 @@ pub(super) fn round(way: Way, scale: &Scale) -> Result<Vec<f64>> {
     let area = Area::new(scale.bytes, Backing::Private)?;
     touch(&area, page_size()?.as_usize());
     area.allow_huge(0..scale.bytes)
-        .map_err(|error| Lacking(format!("the kernel has no huge pages: {error}")))?;
+        .map_err(|error| Unsupported(format!("the kernel has no huge pages: {error}")))?;
     let pid = i32::try_from(std::process::id())?;
     let process = AdvisedProcess::open(ProcessName::of(pid)?)?;
     let begun;
@@ -56,8 +56,8 @@ pub(super) fn round(way: Way, scale: &Scale) -> Result<Vec<f64>> {
                 let collapsed = area.collapse(start..start + HUGE_BYTES);
                 collapsed.map_err(|error| {
                     match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
-                        Errno::EINVAL => lacking("EINVAL"),
-                        Errno::ENOMEM => lacking("no memory for a huge page"),
+                        Errno::EINVAL => refused("EINVAL"),
+                        Errno::ENOMEM => refused("no memory for a huge page"),
                         _ => anyhow::Error::new(error).context("madvise(MADV_COLLAPSE)"),
                     }
                 })?;
@@ -91,15 +91,15 @@ fn from_outside(process: &AdvisedProcess, area: &Area, scale: &Scale) -> Result<
         let region = area.range(start..start + HUGE_BYTES)?;
         match process.collapse(region) {
             Collapsed::Huge => {}
-            Collapsed::NoMemory => return Err(lacking("no memory for a huge page")),
-            Collapsed::Refused => return Err(lacking("EINVAL")),
-            Collapsed::Impossible(errno) => return Err(lacking(errno.desc())),
+            Collapsed::NoMemory => return Err(refused("no memory for a huge page")),
+            Collapsed::Refused => return Err(refused("EINVAL")),
+            Collapsed::Impossible(errno) => return Err(refused(errno.desc())),
             other => anyhow::bail!("process_madvise(MADV_COLLAPSE) of {region:?}: {other:?}"),
         }
     }
     Ok(())
 }
 
-fn lacking(why: &str) -> anyhow::Error {
-    Lacking(format!("MADV_COLLAPSE (Linux 6.1) is refused: {why}")).into()
+fn refused(why: &str) -> anyhow::Error {
+    Unsupported(format!("MADV_COLLAPSE (Linux 6.1) is refused: {why}")).into()
 }

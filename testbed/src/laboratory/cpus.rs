@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
-use super::Lacking;
+use super::Unsupported;
 
 /// The calling thread.
 const THIS_THREAD: Pid = Pid::from_raw(0);
@@ -22,7 +22,7 @@ pub(super) fn two() -> Result<(usize, Option<usize>)> {
 
 /// The second of [`two`].
 pub(super) fn other() -> Result<usize> {
-    let why = || Lacking("this process may use one CPU alone".to_owned());
+    let why = || Unsupported("this process may use one CPU alone".to_owned());
     Ok(two()?.1.ok_or_else(why)?)
 }
 

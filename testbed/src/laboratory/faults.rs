@@ -16,7 +16,7 @@ use pageferry::sys::process::page_size;
 use pageferry::sys::uffd::{Event, Filled, Message, MessageBuffer, Wake};
 use pageferry::units::{PageSize, Vaddr};
 
-use super::{Lacking, Scale, cpus, need};
+use super::{Scale, Unsupported, cpus, need};
 
 /// See [`super::Group::metrics`].
 pub(super) const METRICS: [&str; 6] = [
@@ -265,5 +265,5 @@ impl Waiter {
 /// Whether io_uring can be had.
 fn check_ring() -> Result<()> {
     let made = RingReader::new().map(drop);
-    made.map_err(|error| Lacking(format!("no io_uring for this process: {error}")).into())
+    made.map_err(|error| Unsupported(format!("no io_uring for this process: {error}")).into())
 }

@@ -8,7 +8,7 @@ use pageferry::sys::laboratory::{Area, Backing, Modes, Watched};
 use pageferry::sys::process::page_size;
 use pageferry::sys::uffd::{Filled, Wake};
 
-use super::{Lacking, Scale, need};
+use super::{Scale, Unsupported, need};
 
 /// See [`super::Group::metrics`].
 pub(super) const METRICS: [&str; 3] = ["ns a page", "µs a call", "GiB/s"];
@@ -44,7 +44,7 @@ impl Fill {
         }
     }
 
-    /// Fails with [`Lacking`] if the kernel has it not. Tells what to agree on and to register for.
+    /// Fails with [`Unsupported`] if the kernel has it not. Tells what to agree on and to register for.
     fn needs(self) -> Result<(u64, Modes)> {
         let (feature, name, since, modes) = match self {
             Fill::Copy | Fill::Zero => (0, "userfaultfd", "4.3", Modes::MISSING),
@@ -67,7 +67,7 @@ pub(super) fn round(fill: Fill, piece: usize, scale: &Scale) -> Result<Vec<f64>>
     let (features, modes) = fill.needs()?;
     let page = page_size()?.as_usize();
     if piece < page {
-        return Err(Lacking(format!("pages have {page} bytes here")).into());
+        return Err(Unsupported(format!("pages have {page} bytes here")).into());
     }
     ensure!(
         piece.is_multiple_of(page) && scale.bytes.is_multiple_of(piece),

@@ -12,7 +12,7 @@ use pageferry::sys::write_tracking::{self, WriteTracking};
 use pageferry::units::PageSize;
 
 use super::fills::touch;
-use super::{Lacking, Scale, cpus, need};
+use super::{Scale, Unsupported, cpus, need};
 
 /// See [`super::Group::metrics`]: a whole round by the pages of the area, and its three steps.
 pub(super) const METRICS: [&str; 4] = [
@@ -151,7 +151,7 @@ fn unprotect(watched: &Watched, count: usize, page: PageSize) -> Result<()> {
 fn by_scan(area: &Area, written: &[usize], page: PageSize) -> Result<Steps> {
     if !write_tracking::is_supported() {
         let why = "the kernel has no WP_ASYNC with PAGEMAP_SCAN (Linux 6.7)";
-        return Err(Lacking(why.to_owned()).into());
+        return Err(Unsupported(why.to_owned()).into());
     }
     let pid = i32::try_from(std::process::id())?;
     let tracking = WriteTracking::begin(own_userfaultfd()?, pid)?;

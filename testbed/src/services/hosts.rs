@@ -181,7 +181,7 @@ impl ServiceHosts {
             service.wait(GENEROUS)?;
         }
         let alive = format!("kill -0 {pid} 2> /dev/null && echo lives || echo gone");
-        let [now, before] = self.hosts().map(|side| side.host.tell(&alive));
+        let [now, before] = self.hosts().map(|side| side.host.output(&alive));
         let (now, before) = (now?, before?);
         ensure!(
             before == "gone" && now == "lives",

@@ -296,18 +296,15 @@ impl Client {
                 self.install(id, delivery, part, Class::Stream);
             }
         }
-        for lacking in &delivery.lacking {
-            self.planner.ask_again(delivery.pid, *lacking);
+        for range in &delivery.absent {
+            self.planner.ask_again(delivery.pid, *range);
         }
     }
 
     fn install_answer(&mut self, request: &Request, delivery: &Delivery) {
         assert_eq!(delivery.pid, request.pid, "the answer to another question");
         let first = request.image.start();
-        assert!(
-            delivery.tells_of(first),
-            "the source has no page at {first}"
-        );
+        assert!(delivery.covers(first), "the source has no page at {first}");
         for part in &delivery.parts {
             for id in self.planner.ids_of(request.pid) {
                 self.planner.pushed(id, part.image);
@@ -360,11 +357,11 @@ impl Client {
         ) else {
             return step;
         };
-        let told = |number: &&u64| lazy.contains_key(number);
+        let is_lazy = |number: &&u64| lazy.contains_key(number);
         let rest = pages
             .range(number_of(wanted.from)..)
             .map(|(number, _)| number);
-        let mut rest = rest.filter(told).copied().peekable();
+        let mut rest = rest.filter(is_lazy).copied().peekable();
         for number in rest.by_ref().take(HASH_STEP) {
             step.add_run(page_range(number));
             step.hashes.push(self.hasher.hash(&pages[&number]));

@@ -71,13 +71,13 @@ pub(crate) struct Case {
     pub(crate) metrics: Vec<Metric>,
     /// Contenders without samples: what this machine lacks for them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub(crate) lacking: Vec<Lacking>,
+    pub(crate) lacking: Vec<Unsupported>,
 }
 
 /// A contender that could not be measured.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Lacking {
+pub(crate) struct Unsupported {
     /// Who.
     pub(crate) contender: String,
     /// Why, in words.

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use testbed::laboratory::{GroupSamples, MechanismSamples, Samples};
 use testbed::workspace::target_dir;
 
-use super::document::{Case, Lacking, Metric};
+use super::document::{Case, Metric, Unsupported};
 use super::results::{Results, machine};
 use super::stats::{Sample, median};
 use super::table::{Table, cell};
@@ -86,7 +86,7 @@ fn case(group: &GroupSamples, mib: u64) -> Case {
     let lacking = |one: &MechanismSamples| {
         let why = one.lacking.clone()?;
         let contender = one.name.clone();
-        Some(Lacking { contender, why })
+        Some(Unsupported { contender, why })
     };
     let mut conditions = group.conditions.clone();
     conditions["mib"] = mib.into();

@@ -152,8 +152,8 @@ fn cargo(root: &Path, arguments: &str) -> Result<String> {
         .current_dir(root)
         .output()
         .with_context(|| format!("cannot run cargo {arguments}"))?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "cargo {arguments}: {said}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "cargo {arguments}: {stderr}");
     String::from_utf8(output.stdout).with_context(|| format!("cargo {arguments}"))
 }
 

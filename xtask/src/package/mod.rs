@@ -196,8 +196,8 @@ fn deb(tools: &Path, package: &str, place: &Path) -> Result<PathBuf> {
         .arg(place)
         .output()
         .context("cargo-deb")?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "cargo-deb: {said}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "cargo-deb: {stderr}");
     let path = String::from_utf8_lossy(&output.stdout);
     let path = path.lines().last().context("cargo-deb names no file")?;
     Ok(path.trim().into())

@@ -53,19 +53,22 @@ impl Runner {
         let (give, take) = mpsc::channel(REPLAY_BATCHES_MAX);
         let (stop, mut stopped) = watch::channel(());
         let progress = Arc::new(Progress::default());
-        let (begin, told) = (begin.clone(), Arc::clone(&progress));
+        let (begin, shared) = (begin.clone(), Arc::clone(&progress));
         let work = move || {
             let ended = crate::block_on(async {
                 let local = LocalSet::new();
                 tokio::select! {
-                    ended = local.run_until(replay(&begin, take, &told)) => ended,
-                    // Stopped or dropped: nobody is there to be told.
+                    ended = local.run_until(replay(&begin, take, &shared)) => ended,
+                    // Stopped or dropped: nobody waits for the result.
                     _ = stopped.changed() => Ok(()),
                 }
             });
             if let Err(error) = ended {
                 tracing::error!("{}: {error}", begin.id);
-                let mut problem = told.problem.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut problem = shared
+                    .problem
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner);
                 *problem = Some(error.to_string());
             }
         };
@@ -85,7 +88,7 @@ impl Runner {
         self.stop.send_replace(());
     }
 
-    /// Bytes of the log that were told.
+    /// Bytes of the log that were replayed.
     pub(super) fn bytes(&self) -> u64 {
         self.progress.bytes.load(Ordering::Relaxed)
     }
@@ -104,16 +107,16 @@ impl Runner {
 
     /// Waits until everything that was given has been done.
     pub(super) async fn finish(&self) -> Result<()> {
-        let (tell, told) = oneshot::channel();
-        self.give(Work::Finish(tell)).await?;
-        told.await.map_err(|_| self.ended())
+        let (done, finished) = oneshot::channel();
+        self.give(Work::Finish(done)).await?;
+        finished.await.map_err(|_| self.ended())
     }
 
     /// Ends the connections, and judges what the service has answered on them.
     pub(super) async fn end(&self) -> Result<()> {
-        let (tell, told) = oneshot::channel();
-        self.give(Work::End(tell)).await?;
-        told.await.map_err(|_| self.ended())
+        let (done, finished) = oneshot::channel();
+        self.give(Work::End(done)).await?;
+        finished.await.map_err(|_| self.ended())
     }
 
     fn ended(&self) -> Error {
@@ -130,11 +133,11 @@ async fn replay(
 ) -> Result<()> {
     match &begin.feed {
         Some(command) => feed(begin, command, take, progress).await,
-        None => tell(begin, take, progress).await,
+        None => replay_entries(begin, take, progress).await,
     }
 }
 
-async fn tell(
+async fn replay_entries(
     begin: &ReplayBegin,
     mut take: mpsc::Receiver<Work>,
     progress: &Progress,

@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use super::runner::{Runner, Work};
 use super::{addresses, service, snapshot};
 use crate::agent::context::AgentContext;
-use crate::events::{Events, Told};
+use crate::events::{Details, Events};
 use crate::records;
 use crate::service_log::digest;
 
@@ -80,7 +80,7 @@ impl Session {
                 let _ = fs::remove_dir(&dir);
             })?;
         let session = Session::new(dir, begin, ReplayState::Receiving);
-        session.events.done(Step::Begin, Told::default());
+        session.events.done(Step::Begin, Details::default());
         tokio::spawn(Session::watch_for_silence(Arc::clone(&session)));
         Ok(session)
     }
@@ -271,7 +271,7 @@ impl Session {
         self.events.begin(Step::Rest);
         let finished = self.finish_now(request).await;
         self.events.ended(Step::Rest, &finished);
-        let count = Told::counts(&[("bytes", self.status().replayed_bytes)]);
+        let count = Details::counts(&[("bytes", self.status().replayed_bytes)]);
         if finished.is_ok() {
             self.events.done(Step::Replay, count);
         }
@@ -292,14 +292,14 @@ impl Session {
         runner.finish().await?;
         if let Some(command) = &request.digest {
             let asked = timeout(self.begin.stall(), digest(command, &self.begin.address)).await;
-            let said = asked.map_err(|_| {
+            let printed = asked.map_err(|_| {
                 let text = format!(
                     "--digest says nothing at the destination ({} s: --stall)",
                     self.begin.stall().as_secs()
                 );
                 Error::new(Kind::PeerLost, text)
             })??;
-            self.lock().digest = Some(said.trim_ascii().escape_ascii().to_string());
+            self.lock().digest = Some(printed.trim_ascii().escape_ascii().to_string());
         }
         // Behind the digest: that of the source is asked for while connections are open.
         runner.end().await?;
@@ -329,7 +329,7 @@ impl Session {
         let state = self.after(ReplayEvent::KeepAsked)?;
         // On disk before anybody relies on it.
         records::write(&self.dir.join(STATE), &state)?;
-        self.events.done(Step::Commit, Told::text("kept"));
+        self.events.done(Step::Commit, Details::text("kept"));
         self.lock().state = state;
         Ok(self.status())
     }
@@ -346,7 +346,7 @@ impl Session {
         }
         self.after(ReplayEvent::ResumeAsked)?;
         addresses::bring_up(&self.dir, services).await?;
-        self.events.done(Step::Address, Told::default());
+        self.events.done(Step::Address, Details::default());
         Ok(self.status())
     }
 
@@ -358,7 +358,7 @@ impl Session {
         records::write(&self.dir.join(STATE), &state)?;
         self.lock().state = state;
         service::resume(leader)?;
-        self.events.done(Step::Resume, Told::default());
+        self.events.done(Step::Resume, Details::default());
         snapshot::remove(&self.dir);
         Ok(self.status())
     }
@@ -394,7 +394,7 @@ impl Session {
         if was != ReplayState::Aborted {
             tracing::warn!("service {}: {why}", self.begin.id);
             self.lock().problem.get_or_insert_with(|| why.to_owned());
-            self.events.done(Step::Discard, Told::text(why));
+            self.events.done(Step::Discard, Details::text(why));
         }
         if let Err(error) = records::write(&self.dir.join(STATE), &ReplayState::Aborted) {
             tracing::error!("service {}: {error}", self.begin.id);

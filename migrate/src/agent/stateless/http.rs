@@ -146,7 +146,7 @@ async fn start(
 ) -> Answer<ContainerStatus> {
     let request = parse::<ContainerStart>(&body)?;
     let session = find(&containers, &id)?;
-    to_its_end(async move { Ok(Json(session.start_told(&request).await?)) }).await
+    to_its_end(async move { Ok(Json(session.start_with_events(&request).await?)) }).await
 }
 
 async fn keep(

@@ -56,7 +56,7 @@ impl ReadinessCheck<'_> {
     async fn connect(self, host: &str, port: u16) -> Result<TcpStream, String> {
         let network = format!("/proc/{}/ns/net", self.pid);
         let host = host.to_owned();
-        let (tell, told) = oneshot::channel();
+        let (sender, connected) = oneshot::channel();
         // A thread of its own: it never leaves the network that it enters.
         thread::spawn(move || {
             let connect = || -> io::Result<StdStream> {
@@ -71,9 +71,9 @@ impl ReadinessCheck<'_> {
                 Err(last)
             };
             // Whoever asked may have given up.
-            let _ = tell.send(connect());
+            let _ = sender.send(connect());
         });
-        let stream = told.await.map_err(|error| error.to_string())?;
+        let stream = connected.await.map_err(|error| error.to_string())?;
         let stream = stream.map_err(|error| error.to_string())?;
         stream
             .set_nonblocking(true)

@@ -21,7 +21,7 @@ use super::ready::ReadinessCheck;
 use crate::address::{self, Attributes};
 use crate::agent::context::AgentContext;
 use crate::drain;
-use crate::events::{Events, Told};
+use crate::events::{Details, Events};
 use crate::facts::now_us;
 use crate::records;
 use crate::runtime::Runtime;
@@ -91,7 +91,7 @@ impl Session {
             })?;
         let session = Session::new(context, dir, begin, StatelessState::Receiving);
         let text = format!("container {}", session.begin.container.id);
-        session.events.done(Step::Begin, Told::text(text));
+        session.events.done(Step::Begin, Details::text(text));
         tokio::spawn(Session::watch_for_silence(Arc::clone(&session)));
         Ok(session)
     }
@@ -232,8 +232,11 @@ impl Session {
         Ok(self.status())
     }
 
-    /// The same, told in the event log.
-    pub(super) async fn start_told(&self, request: &ContainerStart) -> Result<ContainerStatus> {
+    /// The same, with its begin and end in the event log.
+    pub(super) async fn start_with_events(
+        &self,
+        request: &ContainerStart,
+    ) -> Result<ContainerStatus> {
         self.events.begin(Step::Start);
         let started = self.start(request).await;
         self.events.ended(Step::Start, &started);
@@ -321,7 +324,7 @@ impl Session {
             }
             // On disk before anybody relies on it.
             records::write(&self.dir.join(STATE), &StatelessState::Kept)?;
-            self.events.done(Step::Commit, Told::text("kept"));
+            self.events.done(Step::Commit, Details::text("kept"));
         }
         self.advance(StatelessEvent::KeepAsked)?;
         Ok(self.status())
@@ -342,7 +345,7 @@ impl Session {
         for service in &self.begin.addresses {
             address::add(service, &Attributes::default()).await?;
         }
-        self.events.done(Step::Address, Told::default());
+        self.events.done(Step::Address, Details::default());
         for service in self.begin.addresses.clone() {
             tokio::spawn(async move { address::announce(&service).await });
         }
@@ -393,7 +396,7 @@ impl Session {
         if was != StatelessState::Aborted {
             tracing::warn!("container {}: {why}", self.begin.id);
             self.lock().problem = Some(why.to_owned());
-            self.events.done(Step::Discard, Told::text(why));
+            self.events.done(Step::Discard, Details::text(why));
         }
         if let Err(error) = records::write(&self.dir.join(STATE), &StatelessState::Aborted) {
             tracing::error!("container {}: {error}", self.begin.id);

@@ -6,8 +6,8 @@
 //! ```
 
 mod dump;
+mod event_log;
 mod rounds;
-mod told;
 
 use std::collections::VecDeque;
 use std::io;
@@ -41,7 +41,7 @@ use super::shared::WORTH_COMPARING_BYTES;
 use crate::child::Program;
 use crate::client::AgentClient;
 use crate::end_signals::StopSignals;
-use crate::events::Told;
+use crate::events::Details;
 use crate::programs::Programs;
 use crate::rounds::{Size, Tree};
 
@@ -150,14 +150,14 @@ impl<'a> Flow<'a> {
     async fn prepare(&mut self) -> Result<()> {
         self.events().begin(Step::Begin);
         self.begin().await?;
-        self.events().done(Step::Begin, Told::default());
+        self.events().done(Step::Begin, Details::default());
         if !self.context.facts.files.is_empty() {
             self.progress.phase("files are sent");
             self.events().begin(Step::Files);
         }
         self.files.send_ahead(&self.client).await?;
         if !self.context.facts.files.is_empty() {
-            self.events().done(Step::Files, Told::default());
+            self.events().done(Step::Files, Details::default());
         }
         if self.mode.has_rounds() {
             self.run_rounds().await?;
@@ -185,7 +185,7 @@ impl<'a> Flow<'a> {
         self.context.run_hook(Point::PreFreeze).await?;
         self.client.warm(WARM_CONNECTIONS).await?;
         self.progress.phase("freezing");
-        self.events().note(Step::Freeze, Told::default());
+        self.events().note(Step::Freeze, Details::default());
         let frozen = Instant::now();
         self.report.preparation_ms = ms(frozen - self.started);
         self.frozen = Some(frozen);
@@ -231,9 +231,9 @@ impl<'a> Flow<'a> {
             timeout_s: self.args.timeout.as_secs(),
             container: self.container.clone(),
             addresses: self.args.addresses_there(),
-            files: self.files.told(),
+            files: self.files.descriptions(),
             keeps_files: false,
-            outputs: self.context.facts.outputs.told(),
+            outputs: self.context.facts.outputs.descriptions(),
         };
         self.client.post::<Status>("/v1/migrations", &begin).await?;
         Ok(())
@@ -390,7 +390,8 @@ impl<'a> Flow<'a> {
         if let Some(frozen) = self.frozen {
             self.phase("commit");
             let downtime = ms(frozen.elapsed());
-            self.events().note(Step::Resume, told::downtime(downtime));
+            self.events()
+                .note(Step::Resume, event_log::downtime(downtime));
             self.report.downtime_ms = Some(downtime);
             self.context.note("DOWNTIME_MS", format!("{downtime:.1}"));
         }
@@ -436,8 +437,8 @@ impl<'a> Flow<'a> {
             self.progress
                 .phase(format!("frozen: {name} took {took:.0} ms"));
             self.report.phases_ms.insert(name.to_owned(), took);
-            if let Some(step) = told::step_of(name) {
-                self.events().done(step, Told::default());
+            if let Some(step) = event_log::step_of(name) {
+                self.events().done(step, Details::default());
             }
         }
     }

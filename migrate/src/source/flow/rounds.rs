@@ -11,7 +11,7 @@ use pageferry::migration::{Decision, Mode, OnMissed, RoundResult};
 use tokio::time::Instant;
 
 use super::{Flow, blocking, ms};
-use crate::events::Told;
+use crate::events::Details;
 use crate::rounds::{self, Trackers, Tree};
 use crate::source::commands;
 use crate::source::progress::Part;
@@ -167,8 +167,8 @@ impl Flow<'_> {
     }
 }
 
-fn counts_of(number: u32, round: RoundResult) -> Told {
-    Told::counts(&[
+fn counts_of(number: u32, round: RoundResult) -> Details {
+    Details::counts(&[
         ("round", u64::from(number)),
         ("pages", round.pages),
         ("bytes", round.bytes),

@@ -192,8 +192,8 @@ impl SourceContext {
                 // What a command does lasts.
                 None => Ok(()),
             },
-            LogReplayAction::Keep => self.say("/keep").await,
-            LogReplayAction::Resume => self.say_again("/resume").await,
+            LogReplayAction::Keep => self.post("/keep").await,
+            LogReplayAction::Resume => self.post_until_answered("/resume").await,
             LogReplayAction::End => self.end().await,
             LogReplayAction::Stop => self.stop().await,
             LogReplayAction::Release => self.release().await,
@@ -213,21 +213,21 @@ impl SourceContext {
         }
     }
 
-    async fn say(&self, what: &str) -> Result<()> {
+    async fn post(&self, what: &str) -> Result<()> {
         let path = self.path(what);
-        let said = self.client.post::<ReplayStatus>(&path, &());
-        said.await.map(drop)
+        let answer = self.client.post::<ReplayStatus>(&path, &());
+        answer.await.map(drop)
     }
 
     /// The same, repeated until the agent receives it.
-    async fn say_again(&self, what: &str) -> Result<()> {
+    async fn post_until_answered(&self, what: &str) -> Result<()> {
         let start = Instant::now();
         loop {
-            match self.say(what).await {
+            match self.post(what).await {
                 Err(error) if error.kind() == Kind::PeerLost && start.elapsed() < SAY_LIMIT => {
                     sleep(SAY_AGAIN).await;
                 }
-                said => return said,
+                answered => return answered,
             }
         }
     }
@@ -314,8 +314,8 @@ impl SourceContext {
     async fn move_addresses(&self, up: Vec<ServiceAddress>) -> Result<()> {
         let path = self.path("/addresses");
         let request = ReplayAddresses { up };
-        let said = self.client.post::<ReplayStatus>(&path, &request).await;
-        said.map(drop)
+        let answer = self.client.post::<ReplayStatus>(&path, &request).await;
+        answer.map(drop)
     }
 
     async fn give_back(&self) {
@@ -342,7 +342,7 @@ impl SourceContext {
 
     /// Lets the agent end what it has.
     async fn discard(&self) -> Result<()> {
-        match self.say_again("/cancel").await {
+        match self.post_until_answered("/cancel").await {
             Ok(()) => Ok(()),
             // An agent that does not know it has nothing of it.
             Err(error) if error.kind() == Kind::Protocol => {

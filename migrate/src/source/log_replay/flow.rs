@@ -14,7 +14,7 @@ use tokio_util::io::ReaderStream;
 use super::context::SourceContext;
 use super::sender::Sender;
 use crate::end_signals::StopSignals;
-use crate::events::Told;
+use crate::events::Details;
 use crate::source::args::Args;
 use crate::source::first_answer::FirstAnswer;
 use crate::source::hooks::Point;
@@ -104,7 +104,7 @@ impl<'a> Flow<'a> {
         let step = action.step().unwrap_or(Step::Commit);
         self.context
             .events
-            .failed(step, Told::error(&error.to_string()));
+            .failed(step, Details::error(&error.to_string()));
         if !self.source.failed() {
             return self.context.warn(error.to_string());
         }
@@ -193,7 +193,7 @@ impl<'a> Flow<'a> {
     /// Notes what has been done.
     fn ends(&mut self, action: LogReplayAction, began: Instant) {
         if let Some(step) = action.step() {
-            self.context.events.done(step, Told::default());
+            self.context.events.done(step, Details::default());
         }
         let name = match action {
             LogReplayAction::Prepare => "start",

@@ -39,7 +39,7 @@ use super::moved_addresses::MovedAddresses;
 use super::report::{HostReport, Report};
 use super::stateless;
 use crate::client::AgentClient;
-use crate::events::{Events, Told};
+use crate::events::{Details, Events};
 use crate::records;
 use crate::rounds::Tree;
 use crate::route::Routes;
@@ -106,8 +106,8 @@ pub(super) async fn migrate(
         destination: HostReport::from(&there),
         ..Report::begin(id, Mode::Cold)
     };
-    events.done(Step::Preflight, Told::default());
-    events.note(Step::Plan, Told::text("log-replay"));
+    events.done(Step::Preflight, Details::default());
+    events.note(Step::Plan, Details::text("log-replay"));
     let context = SourceContext::make(
         &args.target.state_dir,
         facts,
@@ -135,7 +135,7 @@ fn judge(args: &Args, end: LogReplayEnd, too_slow: bool, report: &Report) -> Res
         LogReplayEnd::Moved => Ok(Ended::Here),
         LogReplayEnd::RolledBack if too_slow => Ok(Ended::TooSlow),
         end => {
-            let text = report.told(|| format!("it ended as {end:?}"));
+            let text = report.end_text(|| format!("it ended as {end:?}"));
             let text = match end {
                 LogReplayEnd::Stuck => format!(
                     "the service is the destination's and stands still there: `pageferry migrate --resume {} --to {}` \

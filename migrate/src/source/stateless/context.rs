@@ -307,8 +307,8 @@ impl SourceContext {
         let start = Instant::now();
         loop {
             let path = self.path("/cancel");
-            let said = self.client.post::<ContainerStatus>(&path, &()).await;
-            match said {
+            let answer = self.client.post::<ContainerStatus>(&path, &()).await;
+            match answer {
                 Ok(_) => return Ok(()),
                 // An agent that does not know it has nothing of it.
                 Err(error) if error.kind() == Kind::Protocol => {

@@ -14,7 +14,7 @@ use tokio::time::{Instant, timeout_at};
 use super::context::SourceContext;
 use super::image;
 use crate::end_signals::StopSignals;
-use crate::events::Told;
+use crate::events::Details;
 use crate::runtime::bundle;
 use crate::source::args::Args;
 use crate::source::first_answer::FirstAnswer;
@@ -126,7 +126,7 @@ impl<'a> Flow<'a> {
         let step = action.step().unwrap_or(Step::Commit);
         self.context
             .events
-            .failed(step, Told::error(&error.to_string()));
+            .failed(step, Details::error(&error.to_string()));
         if !self.source.failed() {
             return self.context.warn(error.to_string());
         }
@@ -144,7 +144,7 @@ impl<'a> Flow<'a> {
             StatelessAction::Prepare => self.prepare().await,
             StatelessAction::Renew => self.renew().await,
             StatelessAction::Start => self.start().await,
-            StatelessAction::Keep => self.say("/keep").await,
+            StatelessAction::Keep => self.post("/keep").await,
             StatelessAction::Switch => {
                 self.context.switch().await?;
                 self.answer = FirstAnswer::start(self.args, self.context.client.peer());
@@ -154,10 +154,10 @@ impl<'a> Flow<'a> {
         }
     }
 
-    async fn say(&self, what: &str) -> Result<()> {
+    async fn post(&self, what: &str) -> Result<()> {
         let path = self.context.path(what);
-        let said = self.context.client.post::<ContainerStatus>(&path, &());
-        said.await.map(drop)
+        let answer = self.context.client.post::<ContainerStatus>(&path, &());
+        answer.await.map(drop)
     }
 
     async fn prepare(&mut self) -> Result<()> {
@@ -167,7 +167,7 @@ impl<'a> Flow<'a> {
             addresses: self.args.addresses_there(),
             timeout_s: self.args.timeout.as_secs(),
             drain_ms: self.context.facts.drain_ms,
-            overlay: self.layered.as_ref().map(Layered::told),
+            overlay: self.layered.as_ref().map(Layered::description),
         };
         let client = &self.context.client;
         client
@@ -262,7 +262,7 @@ impl<'a> Flow<'a> {
     /// Notes what has been done.
     fn ends(&mut self, action: StatelessAction, began: Instant) {
         if let Some(step) = action.step() {
-            self.context.events.done(step, Told::default());
+            self.context.events.done(step, Details::default());
         }
         let name = match action {
             StatelessAction::Prepare | StatelessAction::Renew => "image",

@@ -31,7 +31,7 @@ use super::logs;
 use super::moved_addresses::MovedAddresses;
 use super::report::{HostReport, Report};
 use crate::client::AgentClient;
-use crate::events::{Events, Told};
+use crate::events::{Details, Events};
 use crate::rounds::Tree;
 use crate::route::Routes;
 use crate::runtime::bundle;
@@ -83,8 +83,8 @@ pub(super) async fn migrate(
     name(mode).clone_into(&mut report.mode);
     report.processes = Tree::of(found.root)?.members().len();
     (report.source, report.destination) = (here, HostReport::from(&there));
-    events.done(Step::Preflight, Told::default());
-    events.note(Step::Plan, Told::text(name(mode)));
+    events.done(Step::Preflight, Details::default());
+    events.note(Step::Plan, Details::text(name(mode)));
     let context = SourceContext::make(&args.target.state_dir, facts, client, events.clone())?;
     let guard = guard(context.dir())?;
     let mut flow = Flow::new(
@@ -106,7 +106,7 @@ pub(super) async fn migrate(
     match ended? {
         StatelessEnd::Moved => Ok(()),
         end => {
-            let text = report.told(|| format!("it ended as {end:?}"));
+            let text = report.end_text(|| format!("it ended as {end:?}"));
             Err(Error::new(
                 Kind::Interrupted,
                 format!("container {container} was not moved: {text}"),

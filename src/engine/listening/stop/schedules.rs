@@ -9,15 +9,15 @@ use crate::engine::schedules::each;
 fn a_stop_is_told_to_whatever_is_watched() {
     each(|| {
         let stop = Stop::default();
-        let told = Arc::new(AtomicBool::new(false));
-        let (watching, tells) = (stop.clone(), Arc::clone(&told));
-        let watched = spawn(move || watching.tell(move || tells.store(true, Ordering::SeqCst)));
+        let called = Arc::new(AtomicBool::new(false));
+        let (watching, calls) = (stop.clone(), Arc::clone(&called));
+        let watched = spawn(move || watching.call(move || calls.store(true, Ordering::SeqCst)));
         let passing = stop.clone();
         // One that comes and goes in the meantime is in nobody's way.
-        let passed = spawn(move || drop(passing.tell(|| ())));
+        let passed = spawn(move || drop(passing.call(|| ())));
         stop.request();
         drop(watched.join().unwrap());
         passed.join().unwrap();
-        assert!(told.load(Ordering::SeqCst));
+        assert!(called.load(Ordering::SeqCst));
     });
 }

@@ -266,8 +266,8 @@ impl Restore {
             Err(Failure::Over(error)) => return Err(error),
         }
         if self.owes_hashes() {
-            let told = self.client().map_or(0, PostcopyClient::send_hashes);
-            self.background.spend(told);
+            let bytes = self.client().map_or(0, PostcopyClient::send_hashes);
+            self.background.spend(bytes);
         }
         let now_us = self.clock.now_us();
         if let (Some(ferry), Some(limit)) = (&mut self.links.ferry, self.background.limit()) {
@@ -301,15 +301,15 @@ impl Restore {
             let bytes = &delivery.plain[part.bytes.clone()];
             self.install_in_family(delivery.pid, None, part.image, bytes, outcome)?;
         }
-        for lacking in &delivery.lacking {
-            self.planner.ask_again(delivery.pid, *lacking);
+        for range in &delivery.absent {
+            self.planner.ask_again(delivery.pid, *range);
         }
         Ok(())
     }
 
     fn install_answer(&mut self, request: &Request, delivery: &Delivery) -> Result<()> {
         let first = request.image.start();
-        if delivery.pid != request.pid || !delivery.tells_of(first) {
+        if delivery.pid != request.pid || !delivery.covers(first) {
             let text = format!(
                 "the source has no page at {first} of pid {}: its images and ours are not of one dump",
                 request.pid

@@ -181,15 +181,15 @@ fn by_rsync(test_dir: &TestDir, hosts: &TwoHosts, (files, there): (&Files, &Path
     ssh.rsync(hosts, &files.dir, there)?;
     carry_out(Command::new("sh").arg(&files.change))?;
     let began = Instant::now();
-    let said = ssh.rsync(hosts, &files.dir, there)?;
+    let printed = ssh.rsync(hosts, &files.dir, there)?;
     let last_ms = began.elapsed().as_secs_f64() * 1e3;
-    let bytes = said.lines().find_map(|line| {
+    let bytes = printed.lines().find_map(|line| {
         let rest = line.trim().strip_prefix("Total bytes sent: ")?;
         rest.replace(',', "").parse().ok()
     });
     Ok(Run {
         last_ms,
-        bytes: bytes.with_context(|| said.clone())?,
+        bytes: bytes.with_context(|| printed.clone())?,
         ..Run::default()
     })
 }
@@ -229,8 +229,8 @@ impl Ssh {
         let mut server = Spawned::start("sshd", &mut server, Some(log.clone()))?;
         wait::until("sshd to listen", GENEROUS, || {
             ensure!(server.ended()?.is_none(), "sshd: {}", server.log_tail());
-            let said = fs::read_to_string(&log)?;
-            Ok(said.contains("Server listening").then_some(()))
+            let printed = fs::read_to_string(&log)?;
+            Ok(printed.contains("Server listening").then_some(()))
         })?;
         let shell = format!(
             "ssh -q -p {SSH_PORT} -i {shown}/user -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"

@@ -78,7 +78,7 @@ impl Link {
 pub(super) enum Feed {
     /// Frames of so many pages each.
     Frames(u32),
-    /// What a real `criu dump --page-server` said.
+    /// What a real `criu dump --page-server` sent.
     Captured,
 }
 

@@ -52,7 +52,7 @@ impl Connection {
             SockRef::from(&*socket).set_tcp_cork(true)?;
         }
         let mut piece = Vec::new();
-        for (header, payload) in recording.said() {
+        for (header, payload) in recording.frames() {
             self.write_all(header)?;
             let mut left = payload;
             while left > 0 {

@@ -109,7 +109,7 @@ impl Part {
 enum Source {
     /// Frames of one size.
     Generated,
-    /// What a real dump said.
+    /// What a real dump sent.
     Captured,
 }
 

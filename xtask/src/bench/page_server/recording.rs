@@ -1,4 +1,4 @@
-//! What a dump says to a page server, kept so that it can be said again.
+//! What a dump sends to a page server, kept so that it can be sent again.
 //!
 //! ```text
 //!   a generator, or a real dump  -->  Recorder  -->  headers: as on the wire
@@ -57,7 +57,7 @@ pub(super) struct Recording {
     page_bytes: u64,
 }
 
-/// Takes down what a dump says, header by header.
+/// Takes down what a dump sends, header by header.
 #[derive(Debug)]
 struct Recorder {
     file: BufWriter<File>,
@@ -94,7 +94,7 @@ impl Recorder {
         })
     }
 
-    fn hear(&mut self, header: &Header) -> Result<HeaderReply<'_>> {
+    fn record(&mut self, header: &Header) -> Result<HeaderReply<'_>> {
         let mut bytes = [0; HEADER_BYTES_MAX];
         let length = header.encode(self.recording.wire, &mut bytes);
         self.recording.headers.extend(&bytes[..length]);
@@ -152,7 +152,7 @@ pub(super) fn generate(
     page: PageSize,
 ) -> Result<Recording> {
     let mut recorder = Recorder::create(path, Wire::V2, page)?;
-    let say = |op, flags, pages, vaddr| Header {
+    let header = |op, flags, pages, vaddr| Header {
         op,
         flags,
         pages: PageCount(pages),
@@ -160,7 +160,7 @@ pub(super) fn generate(
         dst_id: GENERATED.dst_id(),
     };
     let nothing = PageFlags::default();
-    recorder.hear(&say(Op::Open2, nothing, 0, 0))?;
+    recorder.record(&header(Op::Open2, nothing, 0, 0))?;
     let pages = u64::from(mib) << (20 - page.shift());
     let flags = PageFlags::PRESENT.with(PageFlags::LAZY);
     let mut words = 0..;
@@ -168,7 +168,7 @@ pub(super) fn generate(
     for first in (0..pages).step_by(frame_pages as usize) {
         let count = u64::from(frame_pages).min(pages - first);
         let vaddr = GENERATED_START + (first << page.shift());
-        recorder.hear(&say(Op::AddFlags, flags, count, vaddr))?;
+        recorder.record(&header(Op::AddFlags, flags, count, vaddr))?;
         for _ in 0..count {
             for (word, number) in content.chunks_exact_mut(WORD_BYTES).zip(words.by_ref()) {
                 word.copy_from_slice(&mix(number).to_le_bytes());
@@ -176,11 +176,11 @@ pub(super) fn generate(
             recorder.write(&content)?;
         }
     }
-    recorder.hear(&say(Op::Close, nothing, 0, 0))?;
+    recorder.record(&header(Op::Close, nothing, 0, 0))?;
     recorder.finish()
 }
 
-/// Takes down what a dump says over `connection`, and answers it as a page server would.
+/// Takes down what a dump sends over `connection`, and answers it as a page server would.
 pub(super) fn capture(
     mut connection: impl Read + Write,
     path: &Path,
@@ -193,9 +193,9 @@ pub(super) fn capture(
     loop {
         let header = &mut bytes[..wire.header_bytes()];
         connection.read_exact(header)?;
-        let heard = recorder.hear(&Header::decode(wire, header)?)?;
-        connection.write_all(heard.answer)?;
-        let (mut left, closes) = (heard.payload, heard.closes);
+        let reply = recorder.record(&Header::decode(wire, header)?)?;
+        connection.write_all(reply.answer)?;
+        let (mut left, closes) = (reply.payload, reply.closes);
         while left > 0 {
             let most = usize::try_from(left).unwrap_or(usize::MAX);
             let piece = &mut piece[..most.min(PIECE_BYTES)];
@@ -215,13 +215,13 @@ impl Recording {
         File::open(&self.path).with_context(|| self.path.display().to_string())
     }
 
-    /// What is said: headers, and how many bytes of the file's pages follow each.
-    pub(super) fn said(&self) -> impl Iterator<Item = (&[u8], u64)> {
+    /// What is sent: headers, and how many bytes of the file's pages follow each.
+    pub(super) fn frames(&self) -> impl Iterator<Item = (&[u8], u64)> {
         let headers = self.headers.chunks_exact(self.wire.header_bytes());
         headers.zip(self.payloads.iter().copied())
     }
 
-    /// Length of all that is said, bytes.
+    /// Length of all that is sent, bytes.
     pub(super) fn bytes(&self) -> u64 {
         self.headers.len() as u64 + self.page_bytes
     }
@@ -286,12 +286,12 @@ mod tests {
     #[test]
     fn what_is_generated_is_heard_again() {
         struct ScriptedPeer {
-            said: std::io::Cursor<Vec<u8>>,
+            sent: std::io::Cursor<Vec<u8>>,
             answered: Vec<u8>,
         }
         impl Read for ScriptedPeer {
             fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-                self.said.read(buffer)
+                self.sent.read(buffer)
             }
         }
         impl Write for ScriptedPeer {
@@ -306,25 +306,25 @@ mod tests {
         let generated = generate(&dir.path("generated"), 1, 100, PAGE).unwrap();
         assert_eq!((generated.pages(), generated.frames.len()), (256, 3));
         assert_eq!(generated.answers, [0; 5]);
-        let payloads: Vec<u64> = generated.said().map(|(_, payload)| payload).collect();
+        let payloads: Vec<u64> = generated.frames().map(|(_, payload)| payload).collect();
         let runs = [100, 100, 56].map(|pages| pages * PAGE.bytes());
         assert_eq!(payloads, [0, runs[0], runs[1], runs[2], 0]);
         let pages = std::fs::read(&generated.path).unwrap();
-        let (mut said, mut left) = (Vec::new(), pages.as_slice());
-        for (header, payload) in generated.said() {
+        let (mut sent, mut left) = (Vec::new(), pages.as_slice());
+        for (header, payload) in generated.frames() {
             let (payload, behind) = left.split_at(usize::try_from(payload).unwrap());
-            said.extend([header, payload].concat());
+            sent.extend([header, payload].concat());
             left = behind;
         }
-        assert_eq!(generated.bytes(), said.len() as u64);
+        assert_eq!(generated.bytes(), sent.len() as u64);
         let mut connection = ScriptedPeer {
-            said: std::io::Cursor::new(said),
+            sent: std::io::Cursor::new(sent),
             answered: Vec::new(),
         };
         let path = dir.path("captured");
         let captured = capture(&mut connection, &path, Wire::V2, PAGE).unwrap();
         assert!(std::fs::read(&captured.path).unwrap() == pages);
-        assert!(captured.said().eq(generated.said()));
+        assert!(captured.frames().eq(generated.frames()));
         assert_eq!(connection.answered, generated.answers);
         assert_eq!(captured.frames.len(), generated.frames.len());
         // Nothing was stored anywhere.

@@ -140,14 +140,14 @@ impl Setup<'_> {
             self.test_dir.path("recorded"),
             format!("127.0.0.1:{BEHIND}"),
         );
-        let said = self.test_dir.path("record.log");
+        let messages = self.test_dir.path("record.log");
         let mut record = self.hosts.source.net.command(binary("pageferry")?);
         record
             .args(["record", "--listen", &format!("0.0.0.0:{PORT}"), "--to"])
             .args([&behind, "--order-wait", ORDER_WAIT, "--log"])
             .arg(&log)
-            .stderr(fs::File::create(&said)?);
-        let mut recorder = Spawned::start("record", &mut record, Some(said))?;
+            .stderr(fs::File::create(&messages)?);
+        let mut recorder = Spawned::start("record", &mut record, Some(messages))?;
         listens(&self.hosts.source, PORT)?;
         let route = NftRoute::new(self.hosts, PORT)?;
         let agent = self.agent()?;

@@ -1,4 +1,4 @@
-//! What is told of a migration under way: in its event log, and in its report.
+//! What a migration under way writes to its event log and to its report.
 
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::events::Step;
@@ -7,10 +7,10 @@ use pageferry::migration::{AgentState, SourceState};
 
 use super::Flow;
 use crate::client::AgentSays;
-use crate::events::{Events, Told};
+use crate::events::{Details, Events};
 use crate::source::logs;
 
-/// The step whose end is told where a part of the downtime ends.
+/// The step that ends where a part of the downtime ends.
 pub(super) fn step_of(phase: &str) -> Option<Step> {
     Some(match phase {
         "dump" => Step::Dump,
@@ -26,8 +26,8 @@ pub(super) fn step_of(phase: &str) -> Option<Step> {
 }
 
 /// A downtime in words.
-pub(super) fn downtime(ms: f64) -> Told {
-    Told::text(format!("downtime {ms:.1} ms"))
+pub(super) fn downtime(ms: f64) -> Details {
+    Details::text(format!("downtime {ms:.1} ms"))
 }
 
 impl Flow<'_> {
@@ -42,7 +42,8 @@ impl Flow<'_> {
         self.report.fail(step, error);
         let problem = self.report.problem.clone().unwrap_or_default();
         tracing::error!("{problem}: the processes go on here");
-        self.events().failed(step, Told::error(&error.to_string()));
+        self.events()
+            .failed(step, Details::error(&error.to_string()));
         self.context.note("PROBLEM", problem);
     }
 
@@ -58,7 +59,7 @@ impl Flow<'_> {
         if frozen {
             outputs.seal_files(&self.client, &path).await?;
         }
-        self.events().done(Step::Output, Told::default());
+        self.events().done(Step::Output, Details::default());
         Ok(())
     }
 
@@ -69,9 +70,9 @@ impl Flow<'_> {
                 let says = AgentSays(problem.clone());
                 let error = Error::wrap(Kind::MemoryLost, "the processes run there", says);
                 self.report.fail(Step::Memory, &error);
-                self.events().failed(Step::Memory, Told::error(problem));
+                self.events().failed(Step::Memory, Details::error(problem));
             }
-            _ => self.events().done(Step::Memory, Told::default()),
+            _ => self.events().done(Step::Memory, Details::default()),
         }
     }
 
