@@ -3,9 +3,12 @@
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::PassCred;
 use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, sendmsg, setsockopt,
+    ControlMessage, ControlMessageOwned, MsgFlags, UnixCredentials, recv, recvmsg, sendmsg,
+    setsockopt,
 };
 
 /// What one receive brought.
@@ -27,9 +30,48 @@ pub fn ask_for_senders(socket: BorrowedFd<'_>) -> io::Result<()> {
 /// Receives up to `buffer.len()` bytes and the descriptors that ride on them (SCM_RIGHTS). The
 /// descriptors are closed on exec.
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received> {
+    receive_with(socket, buffer, MsgFlags::empty())
+}
+
+/// The same, and leaves all of it in the socket: the next call gets the same bytes, and descriptors of the same files.
+pub fn peek(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received> {
+    receive_with(socket, buffer, MsgFlags::MSG_PEEK)
+}
+
+/// Takes the next `count` bytes, which were peeked at, out of `socket`. Descriptors that ride on them are closed.
+///
+/// # Errors
+///
+/// There are fewer bytes.
+pub fn discard(socket: BorrowedFd<'_>, mut count: usize) -> io::Result<()> {
+    let mut bytes = [0; 64];
+    while count > 0 {
+        let most = count.min(bytes.len());
+        match recv(socket.as_raw_fd(), &mut bytes[..most], MsgFlags::empty()) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(taken) => count -= taken,
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Whether nothing more will come at `socket` than what is there already.
+pub fn hangs_up(socket: BorrowedFd<'_>) -> io::Result<bool> {
+    let hung_up = PollFlags::from_bits_retain(libc::POLLRDHUP);
+    let mut polled = [PollFd::new(socket, hung_up)];
+    Ok(poll(&mut polled, PollTimeout::ZERO)? > 0)
+}
+
+fn receive_with(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+    flags: MsgFlags,
+) -> io::Result<Received> {
     let mut slices = [IoSliceMut::new(buffer)];
     let mut control = nix::cmsg_space!([i32; 4], UnixCredentials);
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
     let message = recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut control), flags)?;
     let (mut first, mut sender) = (None, None);
     for item in message.cmsgs()? {
@@ -100,5 +142,39 @@ mod tests {
         assert_eq!((received.sender, received.fd.is_some()), (Some(own), true));
         drop(theirs);
         assert!(send(ours.as_fd(), b"nobody", None).is_err());
+    }
+
+    #[test]
+    fn what_is_peeked_at_stays_with_its_descriptor() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ask_for_senders(theirs.as_fd()).unwrap();
+        let (read, write) = nix::unistd::pipe().unwrap();
+        let file = |fd: &OwnedFd| nix::sys::stat::fstat(fd).unwrap().st_ino;
+        send(ours.as_fd(), b"four", None).unwrap();
+        let mut bytes = [0; 5];
+        let first = peek(theirs.as_fd(), &mut bytes).unwrap();
+        assert_eq!((first.bytes, first.fd.is_none()), (4, true));
+        send(ours.as_fd(), b"x", Some(write.as_fd())).unwrap();
+        // Bytes behind a descriptor are not reached.
+        send(ours.as_fd(), b"more", None).unwrap();
+        for _ in 0..2 {
+            let mut bytes = [0; 16];
+            let peeked = peek(theirs.as_fd(), &mut bytes).unwrap();
+            assert_eq!((peeked.bytes, &bytes[..5]), (5, &b"fourx"[..]));
+            assert_eq!(peeked.sender, Some(std::process::id().cast_signed()));
+            assert_eq!(file(&peeked.fd.unwrap()), file(&write));
+        }
+        discard(theirs.as_fd(), 5).unwrap();
+        let next = peek(theirs.as_fd(), &mut bytes).unwrap();
+        assert_eq!((next.bytes, &bytes[..4]), (4, &b"more"[..]));
+        assert!(next.fd.is_none());
+        // The copy that was discarded is closed.
+        drop(write);
+        let ended = std::io::read_to_string(std::fs::File::from(read)).unwrap();
+        assert_eq!(ended, "");
+        assert!(!hangs_up(theirs.as_fd()).unwrap());
+        drop(ours);
+        assert!(hangs_up(theirs.as_fd()).unwrap());
+        assert!(discard(theirs.as_fd(), 5).is_err());
     }
 }
