@@ -32,6 +32,8 @@ pub struct RestoreState {
     pub sent_before: AtomicU64,
     /// What was read.
     pub room: MessageBuffer,
+    /// Device and number of the file of the listening socket; 0 before there is one.
+    pub socket_file: [AtomicU64; 2],
 }
 
 impl RestoreState {

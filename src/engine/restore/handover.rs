@@ -1,5 +1,8 @@
 //! What `criu restore` hands over: processes with their userfaultfds, then the message that it has finished.
 //!
+//! CRIU waits for no answer: it may have finished while all of that is still unread. So a message stays in its socket until
+//! whoever stands by has been told of it, and nothing is closed before it was read ([`Restore::end_handover`]).
+//!
 //! Invariants: once [`Handover::is_over`], no connection is accepted; after a restore has finished, only the end of its
 //! connection is read.
 
@@ -11,10 +14,10 @@ use std::time::{Duration, Instant};
 use nix::sys::epoll::EpollFlags;
 
 use super::host_process::HostProcess;
-use super::intake::{Intake, IntakeEvent};
+use super::intake::{Intake, IntakeCopies, IntakeEvent, SocketChange, Tell};
 use super::owner_search::{OwnerSearch, SearchScope};
 use super::processes::Process;
-use super::standby::StandbyMessage;
+use super::standby::{Standby, StandbyMessage, notify};
 use super::{Restore, Token, host_process, process, rewatch, watch};
 use crate::error::{Error, Kind, Result};
 use crate::lazy::planner::SpaceId;
@@ -46,6 +49,13 @@ pub(super) struct Handover {
     over: bool,
     /// Another process served before, so that more is there than is known.
     was_heard_before: bool,
+    /// The process that the one before had told of last: its message may still be in the socket.
+    told_last: Option<u32>,
+}
+
+/// Tells `standby` what happens to the sockets.
+fn telling(standby: &mut Option<Standby>) -> impl FnMut(SocketChange, Option<BorrowedFd<'_>>) {
+    move |change, fd| notify(standby, StandbyMessage::Socket(change), fd)
 }
 
 impl Handover {
@@ -60,12 +70,13 @@ impl Handover {
             fills_from: None,
             over: false,
             was_heard_before: false,
+            told_last: None,
         }
     }
 
-    /// Listens in the directory `dir`.
-    pub(super) fn listen(&mut self, dir: &Path) -> Result<()> {
-        self.intake = Intake::listen(dir)?;
+    /// Listens in the directory `dir`, and tells `standby` of it.
+    pub(super) fn listen(&mut self, dir: &Path, standby: &mut Option<Standby>) -> Result<()> {
+        self.intake = Intake::listen(dir, &mut telling(standby))?;
         Ok(())
     }
 
@@ -101,15 +112,37 @@ impl Handover {
     }
 
     /// Lets the restore fail.
-    fn hang_up(&mut self) {
-        self.intake = Intake::ended();
+    fn hang_up(&mut self, tell: &mut Tell<'_>) {
+        self.intake.shut(tell);
+        self.intake.close(tell);
         self.end();
     }
 
-    /// Another process has received all of it and served until now.
-    pub(super) fn take_over(&mut self) {
-        (self.over, self.finished, self.was_heard_before) = (true, true, true);
-        self.fills_from = Some(Instant::now());
+    /// Another process has served until now, and has received all of a restore, which `finished` or has failed.
+    pub(super) fn take_over(&mut self, finished: bool) {
+        (self.over, self.finished, self.was_heard_before) = (true, finished, true);
+        self.fills_from = finished.then(Instant::now);
+    }
+
+    /// Another process has served until now, in the directory `dir`; of its sockets there are `copies`. The process that
+    /// it has told of last is `told_last`.
+    pub(super) fn go_on(
+        &mut self,
+        dir: &Path,
+        copies: IntakeCopies,
+        told_last: Option<u32>,
+    ) -> Result<()> {
+        self.was_heard_before = true;
+        self.told_last = told_last;
+        self.heard = Instant::now();
+        self.intake = Intake::go_on(dir, copies)?;
+        Ok(())
+    }
+
+    /// Whether the process `pid` is one that this process was told of by the one before, which had not handled the message
+    /// to its end. Only the first message can be.
+    fn was_told(&mut self, pid: u32) -> bool {
+        self.told_last.take() == Some(pid)
     }
 
     /// Whether another process served before, so that more pages may be there than is known.
@@ -121,9 +154,9 @@ impl Handover {
         self.intake.socket()
     }
 
-    /// The next thing that it says.
-    fn next(&mut self) -> Result<Option<IntakeEvent>> {
-        let Some(word) = self.intake.next()? else {
+    /// The next thing that it says, the same again until it is [`Handover::handled`].
+    fn next(&mut self, tell: &mut Tell<'_>) -> Result<Option<IntakeEvent>> {
+        let Some(word) = self.intake.next(tell)? else {
             return Ok(None);
         };
         self.heard = Instant::now();
@@ -136,6 +169,12 @@ impl Handover {
             IntakeEvent::Process(..) | IntakeEvent::Zombie(_) => {}
         }
         Ok(Some(word))
+    }
+
+    /// Whoever stands by has been told of what it has said.
+    fn handled(&mut self, tell: &mut Tell<'_>) -> Result<()> {
+        self.told_last = None;
+        self.intake.handled(tell)
     }
 
     /// Says now and then that no restore has come.
@@ -151,8 +190,8 @@ impl Handover {
         );
     }
 
-    /// Stops listening if it has said nothing for `most`, and says so.
-    fn give_up_after(&mut self, most: Duration) -> Option<Error> {
+    /// Why it is to be given up, if it has said nothing for `most`.
+    fn give_up_after(&self, most: Duration) -> Option<Error> {
         if self.over || self.heard.elapsed() < most {
             return None;
         }
@@ -160,7 +199,6 @@ impl Handover {
             true => "no restore has come",
             false => "the restore has said nothing",
         };
-        self.intake = Intake::ended();
         let text = format!(
             "{what} for {} s (--restore-timeout): the source is told that the restore is given up",
             most.as_secs()
@@ -188,26 +226,60 @@ impl Restore {
         let most = self.config.restore_timeout;
         let most = most.filter(|_| self.config.source.is_some());
         if let Some(error) = most.and_then(|most| self.handover.give_up_after(most)) {
+            self.end_handover();
             self.lose(error);
         }
     }
 
+    /// Nothing more is to come of the restore, which fails if it has not finished. It may have: what it has said is read
+    /// before anything is closed, for the kernel fills with zeros what is missing under a userfaultfd that nobody holds.
+    pub(super) fn end_handover(&mut self) {
+        if self.handover.is_finished() || self.handover.socket().is_none() {
+            return;
+        }
+        self.handover.intake.shut(&mut telling(&mut self.standby));
+        if let Err(error) = self.take_in() {
+            tracing::warn!("{error}");
+        }
+        self.handover.hang_up(&mut telling(&mut self.standby));
+    }
+
+    /// Whether a restore is there, which may have ended by now and left all that it had to say.
+    pub(super) fn has_restore(&mut self) -> Result<bool> {
+        let tell = &mut telling(&mut self.standby);
+        self.handover.intake.has_come(tell)
+    }
+
+    fn next_message(&mut self) -> Result<Option<IntakeEvent>> {
+        self.handover.next(&mut telling(&mut self.standby))
+    }
+
+    /// The last message is done, and whoever stands by has been told of it.
+    fn message_handled(&mut self) -> Result<()> {
+        self.handover.handled(&mut telling(&mut self.standby))
+    }
+
     /// Everything that the restore has said.
     pub(super) fn take_in(&mut self) -> Result<()> {
-        while let Some(word) = self.handover.next()? {
+        while let Some(word) = self.next_message()? {
             // The socket to poll changes when the restore connects; a closed one leaves by itself.
             match word {
                 IntakeEvent::Process(pid, uffd, host) => {
-                    let started = host_process::started(host);
-                    if let Err(error) = self.add_process(pid, uffd, host, started) {
-                        return Err(self.refuse_process(pid, error));
+                    if !self.handover.was_told(pid) {
+                        let started = host_process::started(host);
+                        if let Err(error) = self.add_process(pid, uffd, host, started) {
+                            return Err(self.refuse_process(pid, error));
+                        }
                     }
+                    self.message_handled()?;
                 }
                 IntakeEvent::Zombie(pid) => {
                     tracing::info!("pid {pid} is a zombie: it has no memory");
+                    self.message_handled()?;
                 }
                 IntakeEvent::Finished => {
                     self.note_finished();
+                    self.message_handled()?;
                     self.observer.restored(self.clock.now_us());
                     tracing::info!(
                         "the restore is finished, {} pages are missing",
@@ -305,7 +377,7 @@ impl Restore {
     /// fails, which ends all: CRIU cannot say any more that it has finished, and takes that for a failure.
     fn refuse_process(&mut self, pid: u32, error: Error) -> Error {
         let ended = self.unopened.end_processes();
-        self.handover.hang_up();
+        self.handover.hang_up(&mut telling(&mut self.standby));
         error.within(match ended {
             true => format!("pid {pid} cannot be restored, and was ended"),
             false => format!("pid {pid} cannot be restored: the connection to its restore is closed, so that it fails"),

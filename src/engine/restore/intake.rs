@@ -1,71 +1,69 @@
 //! `lazy-pages.socket`: `criu restore --lazy-pages` connects and sends a record for each process. Others may connect as
 //! well: the restore is the connection whose first bytes are a record.
+//!
+//! ```text
+//! listener ── accepted ──> undecided ── its first message is there ──> restore ── Finished, or its end ──> closed
+//!     └──────── each is told to whoever keeps copies (SocketChange), connections at once ────────┘
+//! ```
+//!
+//! Invariants:
+//!
+//! - CRIU waits for no answer. So a message stays in the socket until it has been handled ([`Intake::handled`]): if this
+//!   process is killed before, whoever has a copy of the socket sees it again.
+//! - What waits in a socket does not wake the loop again: only what comes does.
+
+mod connection;
+mod copies;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
-use nix::sys::socket::getsockopt;
-use nix::sys::socket::sockopt::PeerCredentials;
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use socket2::SockRef;
 
-use crate::criu::lazy_socket::{RECORD_BYTES, Record};
 use crate::engine::listening::listen::is_in_use;
 use crate::error::{Error, Kind, Result};
 use crate::sys::fdpass;
-use crate::sys::uffd::Uffd;
+use connection::{Connection, Said};
+
+pub(super) use connection::IntakeEvent;
+pub(super) use copies::{IntakeCopies, SocketChange};
 
 /// The socket's name in the work directory.
 pub const SOCKET_NAME: &str = "lazy-pages.socket";
 
-/// What the restore says.
-#[derive(Debug)]
-pub(super) enum IntakeEvent {
-    /// A process is being restored; its memory has this userfaultfd. Its pid on this host stands behind; 0 if
-    /// that cannot be told here.
-    Process(u32, Uffd, i32),
-    /// A zombie: it has no memory.
-    Zombie(u32),
-    /// Every process is restored.
-    Finished,
-    /// Nothing more will be said: the restore has finished, or hung up before.
-    End,
-}
-
 /// Connections that are looked at before one of them has said anything.
 const UNDECIDED_MAX: usize = 16;
 
-/// A connection, and where its conversation stands.
-#[derive(Debug)]
-struct Connection {
-    stream: UnixStream,
-    record: [u8; RECORD_BYTES],
-    read: usize,
-    /// A process's pid was read; the byte that carries its descriptor is next.
-    awaits_fd_of: Option<u32>,
-    /// Nothing is known that speaks against a restore at the other end.
-    may_be_restore: bool,
-}
+/// Is told what happens to the sockets; the one that is concerned comes along if there is a new one.
+pub(super) type Tell<'a> = dyn FnMut(SocketChange, Option<BorrowedFd<'_>>) + 'a;
 
-/// What a connection has said.
-enum ConnectionStep {
-    Event(IntakeEvent),
-    /// It has ended.
-    Over,
+/// A message that was looked at and is still in its socket.
+#[derive(Debug)]
+struct Unhandled {
+    bytes: usize,
+    is_last: bool,
 }
 
 /// What is listened to.
 #[derive(Debug)]
 struct Open {
-    /// Readable if anything is.
+    /// Readable if anything has come.
     poll: Epoll,
     /// Until a restore has come.
     listener: Option<UnixListener>,
     /// Those who have not said anything yet.
     undecided: Vec<Connection>,
     restore: Option<Connection>,
+    /// The number of the next connection.
+    next_number: u32,
+    /// The message of the restore's connection that is being handled.
+    unhandled: Option<Unhandled>,
 }
 
 /// The receiving end of `lazy-pages.socket`. The socket file goes when this does.
@@ -81,15 +79,19 @@ pub struct Intake {
 
 impl Drop for Intake {
     fn drop(&mut self) {
-        let Some(path) = &self.path else {
-            return;
-        };
-        // The next lazy-client may have put its own in the place of it, once the restore had come.
-        let found = std::fs::symlink_metadata(path).ok();
-        if found.map(|found| (found.dev(), found.ino())) == self.inode {
-            // Nobody is there to connect to any more; a missing file is as good.
-            let _ = std::fs::remove_file(path);
+        if let (Some(path), Some(inode)) = (&self.path, self.inode) {
+            remove_socket_file(path, inode);
         }
+    }
+}
+
+/// Removes the socket at `path` if it is the file `inode`: the next lazy-client may have put its own in the place of it,
+/// once the restore had come.
+fn remove_socket_file(path: &Path, inode: (u64, u64)) {
+    let found = std::fs::symlink_metadata(path);
+    if found.is_ok_and(|found| (found.dev(), found.ino()) == inode) {
+        // Nobody is there to connect to any more; a missing file is as good.
+        let _ = std::fs::remove_file(path);
     }
 }
 
@@ -110,7 +112,7 @@ impl Intake {
     }
 
     /// Listens in the directory `dir`, in place of whoever left a socket there.
-    pub fn listen(dir: &Path) -> Result<Intake> {
+    pub(super) fn listen(dir: &Path, tell: &mut Tell<'_>) -> Result<Intake> {
         let path = dir.join(SOCKET_NAME);
         let failed = |error| Error::file("listen on", &path, error);
         Intake::check_free(dir)?;
@@ -119,27 +121,51 @@ impl Intake {
             _ => {}
         }
         let listener = UnixListener::bind(&path).map_err(failed)?;
-        listener.set_nonblocking(true).map_err(failed)?;
-        fdpass::ask_for_senders(listener.as_fd()).map_err(failed)?;
         let found = std::fs::symlink_metadata(&path).map_err(failed)?;
-        let poll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)
-            .map_err(|errno| Error::wrap(Kind::Io, "cannot make an epoll descriptor", errno))?;
-        let mut open = Open {
-            poll,
-            listener: None,
-            undecided: Vec::new(),
-            restore: None,
-        };
-        open.watch(&listener).map_err(failed)?;
-        open.listener = Some(listener);
+        let (device, inode) = (found.dev(), found.ino());
+        fdpass::ask_for_senders(listener.as_fd()).map_err(failed)?;
+        let change = SocketChange::Listening { device, inode };
+        tell(change, Some(listener.as_fd()));
+        let open = Open::new(Some(listener)).map_err(failed)?;
         Ok(Intake {
             open: Some(open),
             path: Some(path),
-            inode: Some((found.dev(), found.ino())),
+            inode: Some((device, inode)),
         })
     }
 
-    /// The end of a conversation that another process had.
+    /// Goes on in the directory `dir` with what another process had, of which `copies` were kept.
+    pub(super) fn go_on(dir: &Path, copies: IntakeCopies) -> Result<Intake> {
+        let path = dir.join(SOCKET_NAME);
+        let failed = |error| Error::file("listen on", &path, error);
+        let listener = copies.listener.map(UnixListener::from);
+        let mut open = Open::new(listener).map_err(failed)?;
+        for (number, socket) in copies.connections {
+            let stream = UnixStream::from(socket);
+            open.watch(&stream).map_err(failed)?;
+            let connection = Connection::new(number, stream).map_err(failed)?;
+            open.next_number = open.next_number.max(number.saturating_add(1));
+            match copies.restore == Some(number) {
+                true => open.restore = Some(connection),
+                false => open.undecided.push(connection),
+            }
+        }
+        Ok(Intake {
+            open: Some(open),
+            path: Some(path),
+            inode: copies.file,
+        })
+    }
+
+    /// The end of a conversation that another process had, in the directory `dir`: what that one listened at, `file` by
+    /// its device and number, is removed.
+    pub(super) fn clear_up(dir: &Path, file: Option<(u64, u64)>) {
+        if let Some(inode) = file {
+            remove_socket_file(&dir.join(SOCKET_NAME), inode);
+        }
+    }
+
+    /// Nobody says anything.
     pub(super) fn ended() -> Intake {
         Intake {
             path: None,
@@ -165,257 +191,226 @@ impl Intake {
                 .any(|connection| connection.may_be_restore)
     }
 
-    /// What to poll for reading, until the end.
+    /// Whether a restore is there, which may have ended by now and left all that it had to say.
+    pub(super) fn has_come(&mut self, tell: &mut Tell<'_>) -> Result<bool> {
+        let Some(open) = &mut self.open else {
+            return Ok(false);
+        };
+        if let Err(error) = open.accept(tell) {
+            return Err(Error::file("read", self.path(), error));
+        }
+        let said = |connection: &Connection| {
+            let said = connection.look();
+            said.is_ok_and(|said| said.is_some_and(|said| !matches!(said.event, IntakeEvent::End)))
+        };
+        let mut undecided = open.undecided.iter();
+        Ok(open.restore.is_some() || undecided.any(|one| one.may_be_restore || said(one)))
+    }
+
+    /// What to poll for reading, until the end. Behind it [`Intake::next`] is to be asked until it has nothing.
     pub(super) fn socket(&self) -> Option<BorrowedFd<'_>> {
         self.open.as_ref().map(|open| open.poll.0.as_fd())
     }
 
-    /// The next thing the restore says, `None` if it has not said more yet.
-    pub(super) fn next(&mut self) -> Result<Option<IntakeEvent>> {
+    /// The next thing the restore says, `None` if it has not said more yet. It is the same one again until
+    /// [`Intake::handled`].
+    pub(super) fn next(&mut self, tell: &mut Tell<'_>) -> Result<Option<IntakeEvent>> {
         let Some(open) = &mut self.open else {
             return Ok(Some(IntakeEvent::End));
         };
-        let said = match &mut open.restore {
-            Some(restore) => restore.next(),
-            None => open.first_message(),
+        let said = open.drain().and_then(|()| match &open.restore {
+            Some(restore) => restore.look(),
+            None => open.first_message(tell),
+        });
+        let said = said.map_err(|error| Error::file("read", self.path(), error))?;
+        let Some(Said { event, bytes }) = said else {
+            return Ok(None);
         };
-        match said {
-            Ok(None) => Ok(None),
-            Ok(Some(ConnectionStep::Event(event))) => {
-                if matches!(event, IntakeEvent::Finished) {
-                    // Its last message. A restore that is not detached (-d) keeps the connection for as long as
-                    // the restored processes live: to wait for its end would be to wait for theirs.
-                    self.open = None;
-                }
-                Ok(Some(event))
-            }
-            Ok(Some(ConnectionStep::Over)) => {
-                self.open = None;
-                Ok(Some(IntakeEvent::End))
-            }
-            Err(error) => Err(Error::file("read", self.path(), error)),
+        if matches!(event, IntakeEvent::End) {
+            self.close(tell);
+        } else if let Some(open) = &mut self.open {
+            let is_last = matches!(event, IntakeEvent::Finished);
+            open.unhandled = Some(Unhandled { bytes, is_last });
+        }
+        Ok(Some(event))
+    }
+
+    /// What was said last is done, and whoever would go on has been told of it.
+    pub(super) fn handled(&mut self, tell: &mut Tell<'_>) -> Result<()> {
+        let Some(open) = &mut self.open else {
+            return Ok(());
+        };
+        let Some(Unhandled { bytes, is_last }) = open.unhandled.take() else {
+            return Ok(());
+        };
+        if is_last {
+            // A restore that is not detached (-d) keeps the connection for as long as the restored processes live: to
+            // wait for its end would be to wait for theirs.
+            self.close(tell);
+            return Ok(());
+        }
+        let restore = open.restore.as_ref();
+        let taken = restore.map_or(Ok(()), |restore| restore.take(bytes));
+        taken.map_err(|error| Error::file("read", self.path(), error))
+    }
+
+    /// Nobody is to say anything more: a restore fails that has not finished. What was said before can be read.
+    pub(super) fn shut(&mut self, tell: &mut Tell<'_>) {
+        if let Some(open) = &mut self.open {
+            open.shut(tell);
+        }
+    }
+
+    /// Reads nothing any more.
+    pub(super) fn close(&mut self, tell: &mut Tell<'_>) {
+        if self.open.take().is_some() {
+            tell(SocketChange::Over, None);
         }
     }
 }
 
 impl Open {
+    fn new(listener: Option<UnixListener>) -> io::Result<Open> {
+        let poll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let mut open = Open {
+            poll,
+            listener: None,
+            undecided: Vec::new(),
+            restore: None,
+            next_number: 0,
+            unhandled: None,
+        };
+        if let Some(listener) = listener {
+            listener.set_nonblocking(true)?;
+            open.watch(&listener)?;
+            open.listener = Some(listener);
+        }
+        Ok(open)
+    }
+
+    /// Each message wakes once, not for as long as it stays in the socket.
     fn watch(&self, socket: &impl AsFd) -> io::Result<()> {
-        let event = EpollEvent::new(EpollFlags::EPOLLIN, 0);
-        Ok(self.poll.add(socket, event)?)
+        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
+        Ok(self.poll.add(socket, EpollEvent::new(flags, 0))?)
+    }
+
+    /// A socket of which there are copies stays in the poll when it is closed here.
+    fn unwatch(&self, socket: &impl AsFd) {
+        let _ = self.poll.delete(socket);
+    }
+
+    /// What has come is looked at now, and wakes nobody again.
+    fn drain(&self) -> io::Result<()> {
+        let mut events = [EpollEvent::empty(); UNDECIDED_MAX];
+        loop {
+            match self.poll.wait(&mut events, EpollTimeout::ZERO) {
+                Ok(count) if count < events.len() => return Ok(()),
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
     }
 
     /// What one of those who have connected says first: it is the restore. Anybody may connect, for a look or by
     /// mistake, so a peer that leaves without a message, or sends what no restore does, changes nothing, unless it can be a
     /// restore that has failed.
-    fn first_message(&mut self) -> io::Result<Option<ConnectionStep>> {
-        self.accept()?;
+    fn first_message(&mut self, tell: &mut Tell<'_>) -> io::Result<Option<Said>> {
+        self.accept(tell)?;
         let mut at = 0;
         while at < self.undecided.len() {
-            let connection = &mut self.undecided[at];
-            let failed = match connection.next() {
+            let connection = &self.undecided[at];
+            let failed = match connection.look() {
                 Ok(None) => {
                     at += 1;
                     continue;
                 }
-                Ok(Some(ConnectionStep::Event(event))) => {
-                    self.restore = Some(self.undecided.swap_remove(at));
-                    // Nobody else is waited for.
-                    self.undecided.clear();
-                    self.listener = None;
-                    return Ok(Some(ConnectionStep::Event(event)));
+                Ok(Some(said)) if !matches!(said.event, IntakeEvent::End) => {
+                    self.choose(at, tell);
+                    return Ok(Some(said));
                 }
-                Ok(Some(ConnectionStep::Over)) => None,
+                Ok(Some(end)) if connection.may_be_restore => return Ok(Some(end)),
+                Ok(Some(_)) => None,
+                Err(error) if connection.may_be_restore => return Err(error),
                 Err(error) => Some(error),
             };
-            match (connection.may_be_restore, failed) {
-                (true, None) => return Ok(Some(ConnectionStep::Over)),
-                (true, Some(error)) => return Err(error),
-                (false, None) => {
-                    tracing::warn!("a connection to {SOCKET_NAME} has ended without a message");
-                }
-                (false, Some(error)) => {
+            match failed {
+                None => tracing::warn!("a connection to {SOCKET_NAME} has ended without a message"),
+                Some(error) => {
                     tracing::warn!("a connection to {SOCKET_NAME} is from no restore: {error}");
                 }
             }
-            drop(self.undecided.swap_remove(at));
+            self.drop_undecided(at, tell);
         }
         Ok(None)
     }
 
+    /// The undecided connection at `at` is the restore. Nobody else is waited for.
+    fn choose(&mut self, at: usize, tell: &mut Tell<'_>) {
+        let restore = self.undecided.swap_remove(at);
+        let number = restore.number;
+        self.restore = Some(restore);
+        for other in std::mem::take(&mut self.undecided) {
+            self.unwatch(&other);
+        }
+        if let Some(listener) = self.listener.take() {
+            self.unwatch(&listener);
+            shut_listener(&listener);
+        }
+        tell(SocketChange::Chosen { number }, None);
+    }
+
+    fn drop_undecided(&mut self, at: usize, tell: &mut Tell<'_>) {
+        let connection = self.undecided.remove(at);
+        self.unwatch(&connection);
+        let number = connection.number;
+        tell(SocketChange::Dropped { number }, None);
+    }
+
     /// Takes all that have connected.
-    fn accept(&mut self) -> io::Result<()> {
+    fn accept(&mut self, tell: &mut Tell<'_>) -> io::Result<()> {
         while let Some(listener) = &self.listener {
             let stream = match listener.accept() {
                 Ok((stream, _)) => stream,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                // It was shut, and all that had connected before are taken.
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => break,
                 Err(error) => return Err(error),
             };
-            stream.set_nonblocking(true)?;
+            // At once: a connection that was accepted, and of which there is no copy yet, ends with this process.
+            let number = self.next_number;
+            tell(SocketChange::Accepted { number }, Some(stream.as_fd()));
+            self.next_number += 1;
             self.watch(&stream)?;
             let stray = |connection: &Connection| !connection.may_be_restore;
             if self.undecided.len() >= UNDECIDED_MAX
                 && let Some(oldest) = self.undecided.iter().position(stray)
             {
-                drop(self.undecided.remove(oldest));
+                self.drop_undecided(oldest, tell);
             }
-            self.undecided.push(Connection {
-                may_be_restore: may_be_restore(&stream),
-                stream,
-                record: [0; RECORD_BYTES],
-                read: 0,
-                awaits_fd_of: None,
-            });
+            self.undecided.push(Connection::new(number, stream)?);
         }
         Ok(())
     }
-}
 
-impl Connection {
-    /// The next thing that is said, `None` if there is nothing yet.
-    fn next(&mut self) -> io::Result<Option<ConnectionStep>> {
-        loop {
-            match self.advance() {
-                Ok(None) => {}
-                Ok(said) => return Ok(said),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // It died in mid-sentence.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
-                    return Ok(Some(ConnectionStep::Over));
-                }
-                Err(error) => return Err(error),
-            }
+    fn shut(&mut self, tell: &mut Tell<'_>) {
+        if let Some(listener) = &self.listener {
+            shut_listener(listener);
         }
-    }
-
-    /// Reads on; `None` if more is to be read.
-    fn advance(&mut self) -> io::Result<Option<ConnectionStep>> {
-        if let Some(pid) = self.awaits_fd_of {
-            let received = fdpass::receive(self.stream.as_fd(), &mut [0])?;
-            if received.bytes == 0 {
-                return Ok(Some(ConnectionStep::Over));
-            }
-            self.awaits_fd_of = None;
-            let fd: OwnedFd = received.fd.ok_or_else(|| {
-                io::Error::other(format!("no userfaultfd came with the record of pid {pid}"))
-            })?;
-            // The process itself hands its userfaultfd over.
-            let host = received.sender.unwrap_or(0);
-            let event = IntakeEvent::Process(pid, Uffd::from(fd), host);
-            return Ok(Some(ConnectionStep::Event(event)));
+        // Whoever has connected before may have said all there is to say.
+        if let Err(error) = self.accept(tell) {
+            tracing::warn!("cannot look who has connected to {SOCKET_NAME}: {error}");
         }
-        let bytes = io::Read::read(&mut self.stream, &mut self.record[self.read..])?;
-        self.read += bytes;
-        if bytes == 0 {
-            return Ok(Some(ConnectionStep::Over));
-        }
-        if self.read < RECORD_BYTES {
-            return Ok(None);
-        }
-        self.read = 0;
-        let event = match Record::decode(self.record) {
-            Record::Zombie(pid) => IntakeEvent::Zombie(pid),
-            Record::Finished => IntakeEvent::Finished,
-            Record::Process(pid) => {
-                self.awaits_fd_of = Some(pid);
-                return Ok(None);
-            }
-        };
-        Ok(Some(ConnectionStep::Event(event)))
+        let connections = self.undecided.iter().chain(&self.restore);
+        connections.for_each(Connection::shut);
     }
 }
 
-/// Whether a restore can be at the other end of `stream`: by the command line of who connected. Where that is in
-/// a PID namespace of its own nothing is known. Who is gone by now is none: a restore stays until it has spoken or
-/// failed.
-fn may_be_restore(stream: &UnixStream) -> bool {
-    let Ok(who) = getsockopt(stream, PeerCredentials) else {
-        return true;
-    };
-    if who.pid() <= 0 {
-        return true;
-    }
-    let of = |name: &str| std::fs::read(format!("/proc/{}/{name}", who.pid())).unwrap_or_default();
-    let line = of("cmdline");
-    let words = ["restore", "swrk", "service"].map(str::as_bytes);
-    of("comm").starts_with(b"criu")
-        || line
-            .split(|byte| *byte == 0)
-            .any(|arg| words.contains(&arg))
+/// Lets nobody connect any more, whoever else has a copy.
+fn shut_listener(listener: &UnixListener) {
+    // One that is shut needs no end.
+    let _ = SockRef::from(listener).shutdown(Shutdown::Both);
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::Write;
-
-    use super::*;
-
-    fn events(intake: &mut Intake) -> Vec<IntakeEvent> {
-        let mut words = Vec::new();
-        while let Some(event) = intake.next().unwrap() {
-            let ended = matches!(event, IntakeEvent::End);
-            words.push(event);
-            if ended {
-                break;
-            }
-        }
-        words
-    }
-
-    #[test]
-    fn the_word_that_all_is_restored_is_the_last_one() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut intake = Intake::listen(dir.path()).unwrap();
-        assert!(events(&mut intake).is_empty());
-        let mut restore = UnixStream::connect(intake.path()).unwrap();
-        restore.write_all(&(-7i32).to_le_bytes()).unwrap();
-        assert!(matches!(events(&mut intake)[..], [IntakeEvent::Zombie(7)]));
-        restore.write_all(b"FTSR").unwrap();
-        // The restore does not hang up.
-        let last = events(&mut intake);
-        assert!(
-            matches!(last[..], [IntakeEvent::Finished, IntakeEvent::End]),
-            "{last:?}"
-        );
-        assert!(intake.socket().is_none());
-    }
-
-    #[test]
-    fn strangers_change_nothing() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut intake = Intake::listen(dir.path()).unwrap();
-        let connect = || UnixStream::connect(dir.path().join(SOCKET_NAME)).unwrap();
-        // This process is no restore, by its command line.
-        drop(connect());
-        let _silent = connect();
-        for words in [&b"\x07"[..], b"GET / HTTP/1.1\r\n"] {
-            connect().write_all(words).unwrap();
-            assert!(events(&mut intake).is_empty());
-            assert!(intake.is_listening());
-        }
-        let many: Vec<UnixStream> = (0..2 * UNDECIDED_MAX).map(|_| connect()).collect();
-        assert!(events(&mut intake).is_empty());
-        let mut restore = connect();
-        restore.write_all(&(-7i32).to_le_bytes()).unwrap();
-        assert!(matches!(events(&mut intake)[..], [IntakeEvent::Zombie(7)]));
-        assert!(!intake.is_listening());
-        drop(many);
-        drop(restore);
-        assert!(matches!(events(&mut intake)[..], [IntakeEvent::End]));
-    }
-
-    #[test]
-    fn a_restore_that_hangs_up_has_ended_without_that_word() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut intake = Intake::listen(dir.path()).unwrap();
-        let mut restore = UnixStream::connect(intake.path()).unwrap();
-        restore.write_all(&(-7i32).to_le_bytes()).unwrap();
-        drop(restore);
-        let all = events(&mut intake);
-        assert!(
-            matches!(all[..], [IntakeEvent::Zombie(7), IntakeEvent::End]),
-            "{all:?}"
-        );
-    }
-}
+mod tests;

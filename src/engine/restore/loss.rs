@@ -223,6 +223,10 @@ impl Restore {
         if self.losses.is_stopping() {
             self.unreadable.try_now();
         }
+        // An operator may have the restore go on.
+        if self.losses.policy() != OnLoss::Hold {
+            self.end_handover();
+        }
         // What has come already is not lost; what its process cannot take now either is poisoned with the rest.
         self.deferred.try_now();
         let _ = self.resume_due();

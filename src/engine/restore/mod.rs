@@ -219,7 +219,8 @@ impl Restore {
     ) -> Result<Restore> {
         let mut restore = Restore::assemble(config, standby)?;
         refuse_consumed(&restore.images)?;
-        restore.handover.listen(Path::new("."))?;
+        let here = Path::new(".");
+        restore.handover.listen(here, &mut restore.standby)?;
         restore.links.connect(&restore.config, &mut wait)?;
         if restore.links.is_ours() {
             restore.note_ours();

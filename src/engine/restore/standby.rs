@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! serving ── each process and its userfaultfd, each event of its memory ──> standby
+//!     ├─ the sockets that CRIU speaks to, with what is unread in them ───> keeps copies
 //!     ├─ ends, whatever its exit code ───────────────────────────────────> ends as well
 //!     └─ is killed: the socket ends without a dismissal ─────────────────> takes over
 //! ```
@@ -17,6 +18,8 @@
 //! - It uses its copies of the source's connections only to give up by a message when the serving process is killed. So
 //!   CRIU's source lives on where a relay hides a reset as well.
 //! - A source is told of the end only if the restore had finished.
+//! - CRIU sends userfaultfds and waits for no answer. So each message stays in its socket until the standby has been told
+//!   of it. The standby reads on there if it takes over, and goes on with a restore that has not finished.
 //! - The kernel hands out an event once, so events are read into memory that both processes share ([`RestoreState`]). The
 //!   standby finds there what was read and not yet sent. If that was a fork, the userfaultfd of the child is lost:
 //!   nobody can fill its memory, and the processes are killed.
@@ -41,6 +44,7 @@ use nix::sys::socket::{
 use socket2::SockRef;
 
 use super::Restore;
+use super::intake::SocketChange;
 use crate::error::{Error, Kind, Result};
 use crate::lazy::planner::SpaceId;
 use crate::sys::fdpass;
@@ -142,6 +146,11 @@ impl Ends {
 impl Standby {
     fn send(&mut self, message: StandbyMessage, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let record = message.encode(self.events);
+        if let StandbyMessage::Socket(SocketChange::Listening { device, inode }) = message {
+            let [of_device, of_inode] = &self.shared.socket_file;
+            of_device.store(device, Ordering::SeqCst);
+            of_inode.store(inode, Ordering::SeqCst);
+        }
         match &mut self.successor {
             Successor::Process(socket) => {
                 fdpass::send(socket.as_fd(), bytemuck::bytes_of(&record), fd)
@@ -195,22 +204,29 @@ impl Watch {
     }
 }
 
+/// Notifies whoever stands by, if anybody does.
+pub(super) fn notify(
+    standing_by: &mut Option<Standby>,
+    message: StandbyMessage,
+    fd: Option<BorrowedFd<'_>>,
+) {
+    let Some(standby) = standing_by else {
+        return;
+    };
+    if let Err(error) = standby.send(message, fd) {
+        let what = match &standby.successor {
+            Successor::Process(_) => "the standby process is lost",
+            Successor::Restarted(_) => "the service manager does not keep descriptors any more",
+        };
+        *standing_by = None;
+        tracing::warn!("{what} ({error}): if this process is killed, the restored ones read zeros");
+    }
+}
+
 impl Restore {
     /// Notifies the standby, if there is one.
     pub(super) fn notify_standby(&mut self, message: StandbyMessage, fd: Option<BorrowedFd<'_>>) {
-        let Some(standby) = &mut self.standby else {
-            return;
-        };
-        if let Err(error) = standby.send(message, fd) {
-            let what = match &standby.successor {
-                Successor::Process(_) => "the standby process is lost",
-                Successor::Restarted(_) => "the service manager does not keep descriptors any more",
-            };
-            self.standby = None;
-            tracing::warn!(
-                "{what} ({error}): if this process is killed, the restored ones read zeros"
-            );
-        }
+        notify(&mut self.standby, message, fd);
     }
 
     /// Where the next messages of process `id` are to be read to.
@@ -308,6 +324,26 @@ mod tests {
             ),
             (StandbyMessage::Gone { id, range }, None),
             (StandbyMessage::Exited { id }, None),
+            (
+                StandbyMessage::Socket(SocketChange::Listening {
+                    device: 1 << 40,
+                    inode: 1 << 41,
+                }),
+                Some(&uffd),
+            ),
+            (
+                StandbyMessage::Socket(SocketChange::Accepted { number: 3 }),
+                Some(&uffd),
+            ),
+            (
+                StandbyMessage::Socket(SocketChange::Dropped { number: 4 }),
+                None,
+            ),
+            (
+                StandbyMessage::Socket(SocketChange::Chosen { number: 5 }),
+                None,
+            ),
+            (StandbyMessage::Socket(SocketChange::Over), None),
         ];
         for (message, uffd) in messages {
             standby.events += 3;

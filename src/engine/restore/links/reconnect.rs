@@ -199,6 +199,18 @@ impl Restore {
         }
     }
 
+    /// The same for whoever takes over before the source has shown by a page whether it can be reached again: it is tried
+    /// once. A dump of CRIU's has been given up by now, and refuses.
+    pub(in crate::engine::restore) fn reach_unproven(&mut self, error: Error) -> Result<()> {
+        if self.links.ours || self.links.reconnect_timeout.is_some() {
+            return self.reach_again(error);
+        }
+        tracing::warn!("{error}; trying once to reach the source again");
+        self.planner.give_back_all();
+        let started = self.links.start_reconnecting(Duration::ZERO);
+        started.map_err(|thread| thread.within(error))
+    }
+
     /// An attempt to reach the source again has ended.
     pub(in crate::engine::restore) fn take_reconnected(&mut self) -> Result<()> {
         // Not readable again is all that matters.

@@ -6,9 +6,11 @@
 //! pageferry-journal-NUMBER  a memfd: MessageBytes, one after the other; the last NUMBER counts
 //! pageferry-memory-ID       the userfaultfd of SpaceId ID
 //! pageferry-source-0, -1    the connections for the stream and for faults
+//! pageferry-listener        the listening socket, until a restore has come
+//! pageferry-restore-NUMBER  a connection to it; the restore, if nobody listens any more
 //! ```
 //!
-//! Invariants: a descriptor is with the manager before the message about it is written, so that one without a
+//! Nothing is written of the sockets: their names say all. Invariants: a descriptor is with the manager before the message about it is written, so that one without a
 //! message is one whose event was not handled yet. A message is written whole or not at all: it lies within a page.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,6 +26,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::messages::MessageBytes;
 use super::{Standby, StandbyMessage, Successor};
+use crate::engine::restore::intake::SocketChange;
 use crate::engine::restore::{Restore, RestoreConfig};
 use crate::engine::service_manager::ServiceManager;
 use crate::error::{Error, Kind, Result};
@@ -39,6 +42,8 @@ pub(super) const STATE: &str = "pageferry-state";
 pub(super) const JOURNAL: &str = "pageferry-journal-";
 pub(super) const MEMORY: &str = "pageferry-memory-";
 pub(super) const SOURCE: &str = "pageferry-source-";
+pub(super) const LISTENER: &str = "pageferry-listener";
+pub(super) const CONNECTION: &str = "pageferry-restore-";
 
 /// The length of one message.
 const MESSAGE_BYTES: u64 = size_of::<MessageBytes>() as u64;
@@ -146,6 +151,7 @@ impl Journal {
             (StandbyMessage::Process { id, .. } | StandbyMessage::Fork { id, .. }, Some(fd)) => {
                 self.keep(format!("{MEMORY}{}", id.0), fd)?;
             }
+            (StandbyMessage::Socket(change), fd) => return self.note_socket(change, fd),
             _ => {}
         }
         self.append(record)?;
@@ -156,6 +162,30 @@ impl Journal {
             }
         }
         Ok(())
+    }
+
+    fn note_socket(&mut self, change: SocketChange, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let stays = match (change, fd) {
+            (SocketChange::Listening { .. }, Some(fd)) => {
+                return self.keep(LISTENER.to_owned(), fd);
+            }
+            (SocketChange::Accepted { number }, Some(fd)) => {
+                return self.keep(format!("{CONNECTION}{number}"), fd);
+            }
+            (SocketChange::Dropped { number }, _) => {
+                return self.release(&format!("{CONNECTION}{number}"));
+            }
+            (SocketChange::Chosen { number }, _) => Some(format!("{CONNECTION}{number}")),
+            _ => None,
+        };
+        let is_socket = |name: &&String| *name == LISTENER || name.starts_with(CONNECTION);
+        let sockets = self.names.iter().filter(is_socket);
+        let leave: Vec<String> = sockets
+            .filter(|name| Some(*name) != stays.as_ref())
+            .cloned()
+            .collect();
+        // The listening socket last: without it what is left is the restore.
+        leave.iter().rev().try_for_each(|name| self.release(name))
     }
 
     fn append(&mut self, record: MessageBytes) -> io::Result<()> {
@@ -390,6 +420,37 @@ mod tests {
             left,
             [format!("{JOURNAL}{number}"), format!("{MEMORY}{count}")]
         );
+        let sockets = |journal: &Journal| {
+            let sockets = journal.names.iter().filter(|name| {
+                let name = name.as_str();
+                name == LISTENER || name.starts_with(CONNECTION)
+            });
+            sockets.cloned().collect::<Vec<_>>()
+        };
+        let changes = [
+            SocketChange::Listening {
+                device: 1,
+                inode: 2,
+            },
+            SocketChange::Accepted { number: 0 },
+            SocketChange::Accepted { number: 1 },
+            SocketChange::Accepted { number: 2 },
+            SocketChange::Dropped { number: 0 },
+        ];
+        for change in changes {
+            let message = StandbyMessage::Socket(change);
+            let record = message.encode(0);
+            journal.note(message, record, Some(fd.as_fd())).unwrap();
+        }
+        let names = [LISTENER, "pageferry-restore-1", "pageferry-restore-2"];
+        assert_eq!(sockets(&journal), names);
+        let chosen = StandbyMessage::Socket(SocketChange::Chosen { number: 2 });
+        journal.note(chosen, chosen.encode(0), None).unwrap();
+        assert_eq!(sockets(&journal), names[2..]);
+        let over = StandbyMessage::Socket(SocketChange::Over);
+        journal.note(over, over.encode(0), None).unwrap();
+        assert!(sockets(&journal).is_empty());
+        assert_eq!(read(&journal.messages).unwrap().len(), messages.len());
         journal.manager.tell("").unwrap();
         assert!(ignored.join().unwrap() > count);
     }

@@ -4,6 +4,7 @@ use std::io;
 
 use bytemuck::{Pod, Zeroable};
 
+use crate::engine::restore::intake::SocketChange;
 use crate::lazy::planner::SpaceId;
 use crate::units::{PageRange, Vaddr};
 
@@ -32,6 +33,8 @@ pub(in crate::engine::restore) enum StandbyMessage {
     Exited { id: SpaceId },
     /// There is a new connection to the source, for the stream or for `faults`; its socket comes along.
     Source { faults: bool },
+    /// What happens to the sockets that the restore speaks to; a new one comes along.
+    Socket(SocketChange),
 }
 
 /// [`StandbyMessage`] as it goes over the socket, between two processes of one program, and as it is written down for
@@ -65,7 +68,7 @@ impl StandbyMessage {
             | StandbyMessage::Remap { id, .. }
             | StandbyMessage::Gone { id, .. }
             | StandbyMessage::Exited { id } => Some(id),
-            StandbyMessage::Source { .. } => None,
+            StandbyMessage::Source { .. } | StandbyMessage::Socket(_) => None,
         }
     }
 
@@ -81,6 +84,7 @@ impl StandbyMessage {
             StandbyMessage::Gone { id, range } => (4, id, 0, Some(range), 0),
             StandbyMessage::Exited { id } => (5, id, 0, None, 0),
             StandbyMessage::Source { faults } => (6, SpaceId(0), u32::from(faults), None, 0),
+            StandbyMessage::Socket(change) => return socket_change(change, events),
         };
         MessageBytes {
             events,
@@ -120,11 +124,44 @@ impl StandbyMessage {
             6 => StandbyMessage::Source {
                 faults: record.other != 0,
             },
+            7..=11 => StandbyMessage::Socket(decode_socket_change(record)),
             kind => {
                 return Err(io::Error::other(format!(
                     "a message of unknown kind {kind}"
                 )));
             }
         })
+    }
+}
+
+fn socket_change(change: SocketChange, events: u64) -> MessageBytes {
+    let (word, other, start, end) = match change {
+        SocketChange::Listening { device, inode } => (7, 0, device, inode),
+        SocketChange::Accepted { number } => (8, number, 0, 0),
+        SocketChange::Dropped { number } => (9, number, 0, 0),
+        SocketChange::Chosen { number } => (10, number, 0, 0),
+        SocketChange::Over => (11, 0, 0, 0),
+    };
+    MessageBytes {
+        events,
+        word,
+        other,
+        start,
+        end,
+        ..MessageBytes::zeroed()
+    }
+}
+
+fn decode_socket_change(record: MessageBytes) -> SocketChange {
+    let number = record.other;
+    match record.word {
+        7 => SocketChange::Listening {
+            device: record.start,
+            inode: record.end,
+        },
+        8 => SocketChange::Accepted { number },
+        9 => SocketChange::Dropped { number },
+        10 => SocketChange::Chosen { number },
+        _ => SocketChange::Over,
     }
 }

@@ -9,26 +9,32 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use socket2::SockRef;
+use socket2::{Domain, SockRef, Type};
 
 use super::StandbyMessage;
-use super::journal::{self, JOURNAL, Journal, MEMORY, PREFIX, SOURCE, STATE, images_hash};
+use super::journal::{
+    self, CONNECTION, JOURNAL, Journal, LISTENER, MEMORY, PREFIX, SOURCE, STATE, images_hash,
+};
 use super::messages::MessageBytes;
 use super::source_sockets::SourceSockets;
-use super::takeover::Followed;
+use super::takeover::{Followed, keep_unread};
 use crate::engine::pending::USERFAULTFD;
 use crate::engine::restore::host_process;
-use crate::engine::restore::intake::SOCKET_NAME;
+use crate::engine::restore::intake::{Intake, IntakeCopies, SocketChange};
 use crate::engine::restore::owner_search::{OwnerSearch, SearchScope};
 use crate::engine::restore::signals::Signals;
-use crate::engine::restore::{OnLoss, Process, Restore, RestoreConfig, process};
+use crate::engine::restore::unopened::Unopened;
+use crate::engine::restore::{OnLoss, Process, Restore, RestoreConfig, prepared, process};
 use crate::engine::service_manager::{Passed, ServiceManager, passed};
+use crate::engine::start_wait::StartWait;
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::Chain;
 use crate::image::dir::ImageDir;
@@ -60,6 +66,7 @@ pub struct StoredRestore {
     records: Vec<MessageBytes>,
     memory: BTreeMap<SpaceId, Uffd>,
     source: SourceSockets,
+    sockets: IntakeCopies,
 }
 
 impl StoredRestore {
@@ -70,8 +77,8 @@ impl StoredRestore {
     /// It is not what a lazy-client has it keep.
     pub fn receive(manager: ServiceManager) -> Result<Received> {
         let parts = passed(PREFIX)?;
-        let names: BTreeSet<String> = parts.iter().map(|part| part.name.clone()).collect();
-        let parts = Parts::sort(parts)?;
+        let mut names: BTreeSet<String> = parts.iter().map(|part| part.name.clone()).collect();
+        let mut parts = Parts::sort(parts)?;
         let (Some(state), Some((number, words))) = (parts.state, parts.words) else {
             return Ok(StoredRestore::nothing(manager, &names));
         };
@@ -81,10 +88,16 @@ impl StoredRestore {
         };
         let shared = Shared::in_file(&state).map_err(|error| unfit(STATE, error))?;
         let records = journal::read(&words).map_err(|error| unfit(JOURNAL, error))?;
-        let dismissed = shared.dismissed.load(Ordering::SeqCst) != 0;
-        if dismissed || parts.memory.is_empty() {
+        let is_set = |flag: &AtomicU32| flag.load(Ordering::SeqCst) != 0;
+        let unheard = !is_set(&shared.finished) && !parts.sockets.is_over();
+        let something = !parts.memory.is_empty()
+            || unheard && has_restore(&mut parts.sockets, &manager, &mut names)?;
+        if is_set(&shared.dismissed) || !something {
+            drop(parts.sockets);
             return Ok(StoredRestore::nothing(manager, &names));
         }
+        let file = shared.socket_file.each_ref();
+        parts.sockets.file = Some(file.map(|part| part.load(Ordering::SeqCst)).into());
         Ok(Received::StoredRestore(Box::new(StoredRestore {
             manager,
             names,
@@ -94,6 +107,7 @@ impl StoredRestore {
             records,
             memory: parts.memory,
             source: parts.source,
+            sockets: parts.sockets,
         })))
     }
 
@@ -103,6 +117,10 @@ impl StoredRestore {
             if let Err(error) = manager.release(name) {
                 tracing::warn!("the service manager does not let {name} go: {error}");
             }
+        }
+        // As long as a copy of the listening socket is open somewhere, its name seems to be in use.
+        if !names.is_empty() && !manager.settle().unwrap_or(false) {
+            tracing::warn!("the service manager takes long to close descriptors");
         }
         Received::Nothing(manager)
     }
@@ -135,7 +153,10 @@ impl StoredRestore {
     }
 
     /// Kills the processes that were restored, and the children that they forked, as far as they lack memory.
-    fn kill_processes(&self) {
+    fn kill_processes(&mut self) {
+        let mut unread = Unopened::default();
+        keep_unread(&mut unread, std::mem::take(&mut self.sockets));
+        unread.end_processes();
         let roots = self.messages().unwrap_or_default().into_iter();
         let roots = roots.filter_map(|message| match message {
             StandbyMessage::Process { host, started, .. } => Some((host, started)),
@@ -146,7 +167,7 @@ impl StoredRestore {
 
     /// The restore cannot be gone on with because of `why`, and the descriptors will be gone with this process. Returns
     /// if it is to be tried again.
-    fn apply_policy(&self, policy: OnLoss, signals: &Signals, why: Error) -> Result<()> {
+    fn apply_policy(&mut self, policy: OnLoss, signals: &Signals, why: Error) -> Result<()> {
         if policy == OnLoss::Hold {
             match self.hold(signals, &why) {
                 Ok(()) => return Ok(()),
@@ -189,6 +210,7 @@ struct Parts {
     words: Option<(u32, File)>,
     memory: BTreeMap<SpaceId, Uffd>,
     source: SourceSockets,
+    sockets: IntakeCopies,
 }
 
 impl Parts {
@@ -219,10 +241,52 @@ impl Parts {
             } else if let Some(which) = number(SOURCE) {
                 SockRef::from(&fd).r#type().map_err(|_| unfit())?;
                 parts.source.replace(which != 0, Some(fd));
+            } else if name == LISTENER {
+                check_unix_stream(&fd).map_err(|_| unfit())?;
+                parts.sockets.listener = Some(fd);
+            } else if let Some(number) = number(CONNECTION) {
+                check_unix_stream(&fd).map_err(|_| unfit())?;
+                parts.sockets.connections.insert(number, fd);
             }
+        }
+        // Once one is the restore, the others are closed first, then what listens.
+        if parts.sockets.listener.is_none() {
+            parts.sockets.restore = parts.sockets.connections.keys().next().copied();
         }
         Ok(parts)
     }
+}
+
+fn check_unix_stream(fd: &OwnedFd) -> io::Result<()> {
+    let socket = SockRef::from(fd);
+    match (socket.domain()?, socket.r#type()?) {
+        (Domain::UNIX, Type::STREAM) => Ok(()),
+        _ => Err(io::ErrorKind::InvalidInput.into()),
+    }
+}
+
+/// Whether a restore has connected to `sockets`. What is accepted to find that out is kept there, and by `manager`, by
+/// `names`.
+fn has_restore(
+    sockets: &mut IntakeCopies,
+    manager: &ServiceManager,
+    names: &mut BTreeSet<String>,
+) -> Result<bool> {
+    let failed = |error| Error::wrap(Kind::Io, "cannot look who has connected", error);
+    let dir = Path::new(".");
+    let mut intake = Intake::go_on(dir, sockets.copy().map_err(failed)?)?;
+    intake.has_come(&mut |change, fd| {
+        let SocketChange::Accepted { number } = change else {
+            return;
+        };
+        let name = format!("{CONNECTION}{number}");
+        let kept = fd.map(|fd| manager.keep(&name, fd));
+        if let Some(Err(error)) = kept {
+            tracing::warn!("the service manager does not keep {name}: {error}");
+        }
+        names.insert(name);
+        sockets.apply(change, fd.and_then(|fd| fd.try_clone_to_owned().ok()));
+    })
 }
 
 fn is_userfaultfd(fd: &OwnedFd) -> bool {
@@ -237,7 +301,7 @@ impl Restore {
     /// # Errors
     ///
     /// That is impossible. The restored processes are killed then, before anybody reads zeros.
-    pub fn take_up(config: RestoreConfig, kept: StoredRestore) -> Result<Restore> {
+    pub fn take_up(config: RestoreConfig, mut kept: StoredRestore) -> Result<Restore> {
         // A trace begins with its process, and so does a recording.
         let config = RestoreConfig {
             trace: None,
@@ -246,7 +310,8 @@ impl Restore {
         };
         let signals = Signals::new()?;
         loop {
-            let prepared = Restore::await_images(&config)
+            let prepared = StartWait::new(config.wait)
+                .and_then(|mut wait| wait.until(|| prepared::look_at_images(&config)))
                 .and_then(|_| Restore::assemble(config.clone(), None))
                 .and_then(|restore| kept.check(&restore.images).map(|()| restore));
             match prepared {
@@ -273,10 +338,20 @@ impl Restore {
             .into_iter()
             .map(|id| (id, id))
             .collect();
+        let told_last = kept
+            .messages()?
+            .into_iter()
+            .rev()
+            .find_map(|told| match told {
+                StandbyMessage::Process { pid, .. } => Some(pid),
+                _ => None,
+            });
         let mut followed = Followed {
             ids,
             events,
             source: kept.source,
+            sockets: kept.sockets,
+            told_last,
             unsent_children: kept.memory,
         };
         let count = kept.records.len();
@@ -297,8 +372,9 @@ impl Restore {
             self.planner.missing_pages()
         );
         let killed = Error::new(Kind::PeerLost, "the lazy-client before was killed");
-        // It left its socket behind; a missing file is as good.
-        let _ = fs::remove_file(SOCKET_NAME);
+        if let Err(error) = self.take_handover_over(&kept.shared, &mut followed) {
+            tracing::error!("{error}");
+        }
         self.go_on_in_place(&kept.shared, &mut followed, killed);
         followed.source.reset();
         Ok(self)
@@ -362,7 +438,7 @@ impl Restore {
                     lost.remove(&id);
                     self.forget(id);
                 }
-                StandbyMessage::Source { .. } => {}
+                StandbyMessage::Source { .. } | StandbyMessage::Socket(_) => {}
             }
         }
         Ok(lost.into_iter().collect())

@@ -1,6 +1,8 @@
 //! Who stands by: follows the one that serves, and goes on in its place when that is killed.
 
 use std::collections::BTreeMap;
+use std::os::fd::BorrowedFd;
+use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use tracing::subscriber::{NoSubscriber, with_default};
@@ -8,7 +10,8 @@ use tracing::subscriber::{NoSubscriber, with_default};
 use super::messages::StandbyMessage;
 use super::source_sockets::SourceSockets;
 use super::{Watch, unsent_events};
-use crate::engine::restore::intake::SOCKET_NAME;
+use crate::engine::restore::host_process;
+use crate::engine::restore::intake::{Intake, IntakeCopies, IntakeEvent, SocketChange};
 use crate::engine::restore::unopened::Unopened;
 use crate::engine::restore::{Restore, RestoreConfig};
 use crate::error::{Error, Kind, Result};
@@ -26,6 +29,10 @@ pub(super) struct Followed {
     /// Events that were told of.
     pub(super) events: u64,
     pub(super) source: SourceSockets,
+    /// What the restore speaks to.
+    pub(super) sockets: IntakeCopies,
+    /// The pid, in the images, of the restored process that was told of last.
+    pub(super) told_last: Option<u32>,
     /// By its number, each child whose userfaultfd was handed over before its event was told.
     pub(super) unsent_children: BTreeMap<SpaceId, Uffd>,
 }
@@ -53,11 +60,12 @@ impl Restore {
             // If the other process cannot begin either, it says so and ends.
             Err(error) => return guard(None, watch, error).map(|()| None),
         };
-        let followed = with_default(silently(), || restore.follow(watch));
-        let mut followed = match followed {
-            Ok(followed) => followed,
-            Err(error) => return guard(Some(restore), watch, error).map(|()| None),
-        };
+        let mut followed = Followed::default();
+        let following = with_default(silently(), || restore.follow(watch, &mut followed));
+        if let Err(error) = following {
+            let has_told = Some((restore, followed.sockets));
+            return guard(has_told, watch, error).map(|()| None);
+        }
         if watch.shared.dismissed.load(Ordering::SeqCst) != 0 {
             return Ok(None);
         }
@@ -68,7 +76,7 @@ impl Restore {
     }
 
     /// Does with the planner what the other process does with its own, until that ends.
-    fn follow(&mut self, watch: &Watch) -> Result<Followed> {
+    fn follow(&mut self, watch: &Watch, followed: &mut Followed) -> Result<()> {
         let lost = |error| {
             Error::wrap(
                 Kind::Io,
@@ -76,7 +84,6 @@ impl Restore {
                 error,
             )
         };
-        let mut followed = Followed::default();
         loop {
             // A descriptor that comes with a message and finds no free number is lost.
             if std::fs::File::open("/dev/null").is_err() {
@@ -86,13 +93,16 @@ impl Restore {
                 break;
             };
             followed.events = events;
-            if let StandbyMessage::Source { faults } = message {
-                followed.source.replace(faults, fd);
-                continue;
+            match message {
+                StandbyMessage::Source { faults } => followed.source.replace(faults, fd),
+                StandbyMessage::Socket(change) => followed.sockets.apply(change, fd),
+                _ => self.apply_message(&mut followed.ids, message, fd.map(Uffd::from))?,
             }
-            self.apply_message(&mut followed.ids, message, fd.map(Uffd::from))?;
+            if let StandbyMessage::Process { pid, .. } = message {
+                followed.told_last = Some(pid);
+            }
         }
-        Ok(followed)
+        Ok(())
     }
 
     fn apply_message(
@@ -140,17 +150,20 @@ impl Restore {
                     self.forget(id);
                 }
             }
-            (StandbyMessage::Source { .. }, _) => {}
+            (StandbyMessage::Source { .. } | StandbyMessage::Socket(_), _) => {}
         }
         Ok(())
     }
 
     /// Goes on in place of the one that was killed.
     fn take_over(&mut self, shared: &RestoreState, followed: &mut Followed) -> Result<()> {
-        // It left its socket behind; a missing file is as good.
-        let _ = std::fs::remove_file(SOCKET_NAME);
         let killed = Error::new(Kind::PeerLost, "the lazy-client that served was killed");
-        if self.processes.is_empty() {
+        let has_restore = self.take_handover_over(shared, followed);
+        let has_restore = has_restore.unwrap_or_else(|error| {
+            tracing::error!("{error}");
+            false
+        });
+        if self.processes.is_empty() && !has_restore {
             return Err(killed.within("nothing was being restored"));
         }
         tracing::error!(
@@ -162,6 +175,25 @@ impl Restore {
         Ok(())
     }
 
+    /// Reads on what the restore says, unless that was read to its end. Returns whether a restore is there that still
+    /// has something to say.
+    pub(super) fn take_handover_over(
+        &mut self,
+        shared: &RestoreState,
+        followed: &mut Followed,
+    ) -> Result<bool> {
+        let dir = Path::new(".");
+        let finished = shared.finished.load(Ordering::SeqCst) != 0;
+        let sockets = std::mem::take(&mut followed.sockets);
+        if finished || sockets.is_over() {
+            Intake::clear_up(dir, sockets.file);
+            self.handover.take_over(finished);
+            return Ok(false);
+        }
+        self.handover.go_on(dir, sockets, followed.told_last)?;
+        self.has_restore()
+    }
+
     /// Goes on where the one that was `killed` has ended, as far as that is possible.
     pub(super) fn go_on_in_place(
         &mut self,
@@ -169,8 +201,9 @@ impl Restore {
         followed: &mut Followed,
         killed: Error,
     ) {
-        self.handover.take_over();
-        self.observer.restored(self.clock.now_us());
+        if self.handover.is_finished() {
+            self.observer.restored(self.clock.now_us());
+        }
         if let Err(error) = self.go_on(shared, followed, killed) {
             self.lose(error);
         }
@@ -192,9 +225,10 @@ impl Restore {
             self.kill_processes(Space::first_missing);
             return Err(killed.within("a child that was just forked can get no memory any more"));
         }
-        if shared.finished.load(Ordering::SeqCst) == 0 {
+        if self.handover.is_over() && !self.handover.is_finished() {
             return Err(killed.within("the restore had not finished"));
         }
+        self.take_in()?;
         if self.config.source.is_none() {
             return Ok(());
         }
@@ -205,7 +239,7 @@ impl Restore {
         for (pid, missing) in self.planner.origins() {
             self.build_on_earlier(pid, &missing)?;
         }
-        self.reach_again(killed)
+        self.reach_unproven(killed)
     }
 
     /// Handles the events that the other has read and not sent. Returns whether a child was lost with one.
@@ -254,9 +288,9 @@ impl Restore {
     }
 }
 
-/// Cannot stand by any longer because of `why`; what `restore` has was told before. Until the one that serves ends in
+/// Cannot stand by any longer because of `why`; what is in `has_told` was told before. Until the one that serves ends in
 /// order, all userfaultfds are kept: if it is killed, the processes that lack memory are ended before they are closed.
-fn guard(mut restore: Option<Restore>, watch: &Watch, why: Error) -> Result<()> {
+fn guard(has_told: Option<(Restore, IntakeCopies)>, watch: &Watch, why: Error) -> Result<()> {
     let mut why = Some(why);
     let mut say = || {
         if let Some(why) = why.take() {
@@ -267,17 +301,22 @@ fn guard(mut restore: Option<Restore>, watch: &Watch, why: Error) -> Result<()> 
         }
     };
     // One that could not begin was told of nothing yet: neither may the other, which then says why itself.
-    if restore.is_some() {
+    if has_told.is_some() {
         say();
     }
+    let (mut restore, mut sockets) = has_told.unzip();
     let mut told_of = Unopened::default();
     while let Ok(Some((told, _, fd))) = watch.next() {
-        say();
         let name = match told {
+            StandbyMessage::Socket(change) => {
+                sockets.get_or_insert_default().apply(change, fd);
+                continue;
+            }
             StandbyMessage::Process { host, started, .. } => ProcessName { pid: host, started },
             // Its family is killed as a whole.
             _ => ProcessName { pid: 0, started: 0 },
         };
+        say();
         if let Some(fd) = fd
             && !matches!(told, StandbyMessage::Source { .. })
         {
@@ -287,6 +326,7 @@ fn guard(mut restore: Option<Restore>, watch: &Watch, why: Error) -> Result<()> 
     if watch.shared.dismissed.load(Ordering::SeqCst) != 0 {
         return Ok(());
     }
+    keep_unread(&mut told_of, sockets.unwrap_or_default());
     if let Some(restore) = &mut restore {
         restore.kill_processes(Space::first_missing);
         restore.unopened.end_processes();
@@ -295,4 +335,28 @@ fn guard(mut restore: Option<Restore>, watch: &Watch, why: Error) -> Result<()> 
     let text = "the lazy-client that served was killed, and nobody could take over: the restored processes that lack \
                 memory were ended";
     Err(Error::new(Kind::MemoryLost, text))
+}
+
+/// Lets the restore that speaks to `sockets` fail, and has `kept` keep the userfaultfds that it had sent before.
+pub(super) fn keep_unread(kept: &mut Unopened, sockets: IntakeCopies) {
+    let mut nobody = |_: SocketChange, _: Option<BorrowedFd<'_>>| {};
+    let intake = Intake::go_on(Path::new("."), sockets);
+    let read = intake.and_then(|mut intake| {
+        intake.shut(&mut nobody);
+        while let Some(event) = intake.next(&mut nobody)? {
+            match event {
+                IntakeEvent::Process(_, uffd, pid) => {
+                    let started = host_process::started(pid);
+                    kept.keep(ProcessName { pid, started }, uffd);
+                }
+                IntakeEvent::End => break,
+                IntakeEvent::Zombie(_) | IntakeEvent::Finished => {}
+            }
+            intake.handled(&mut nobody)?;
+        }
+        Ok(())
+    });
+    if let Err(error) = read {
+        tracing::error!("{error}");
+    }
 }
