@@ -77,8 +77,27 @@ impl<'a> Moving<'a> {
         criu: &Criu,
         load: Load,
         images: &Path,
+        unit: (&str, &str),
+        steps: &[Step],
+    ) -> Result<Moving<'a>> {
+        let moving = Moving::start_restore(systemd, criu, load, images, unit, steps, false)?;
+        // The test kills what goes on then, not the restore.
+        wait::until("lazy-client to have all processes", GENEROUS, || {
+            let all = fs::read_to_string(&moving.log)?.contains("the restore is finished");
+            Ok(all.then_some(()))
+        })?;
+        Ok(moving)
+    }
+
+    /// The same, up to when CRIU has ended. The service may be `stopped` before CRIU begins, and has read nothing then.
+    fn start_restore(
+        systemd: &'a Systemd,
+        criu: &Criu,
+        load: Load,
+        images: &Path,
         (options, more): (&str, &str),
         steps: &[Step],
+        stopped: bool,
     ) -> Result<Moving<'a>> {
         write_unit(systemd, images, options, more)?;
         let log = images.join("lazy.log");
@@ -88,13 +107,11 @@ impl<'a> Moving<'a> {
             [] => Vec::new(),
             steps => vec![load.send(0, steps)?],
         };
+        if stopped {
+            systemd.control(&["kill", "--kill-whom=main", "--signal=STOP", UNIT])?;
+        }
         let restored = Restore::new(criu, images).lazily().run();
         let restored = restored.with_context(|| tail(&log))?;
-        // Before it has read what the restore handed over there is nothing that it could have kept.
-        wait::until("lazy-client to have all processes", GENEROUS, || {
-            let all = fs::read_to_string(&log)?.contains("the restore is finished");
-            Ok(all.then_some(()))
-        })?;
         if let Ok(init) = restored.init() {
             load.steer(init)?;
         }
@@ -192,6 +209,21 @@ fn a_page_server_is_gone_on_with() {
 #[test]
 fn memory_is_reshaped_and_forked_meanwhile() {
     killed_half_way(Suite::Experimental, STARTED_AGAIN, &reshaping());
+}
+
+/// CRIU has ended, and nothing of what it handed over was read.
+#[test]
+fn a_restore_that_nobody_has_heard_is_gone_on_with() {
+    with_systemd(Suite::Sid, |test_dir, criu, systemd| {
+        let (load, images, _server, proxy) = served(test_dir, criu)?;
+        let options = source_options(proxy.address());
+        let unit = (options.as_str(), STARTED_AGAIN);
+        let steps = verifying();
+        let moving = Moving::start_restore(systemd, criu, load, &images, unit, &steps, true)?;
+        moving.kill()?;
+        moving.reports()?;
+        moving.expect_all_brought()
+    });
 }
 
 /// What the installed unit forbids by capabilities and system calls is not needed, before the outage and after it.

@@ -1,9 +1,10 @@
-/* Fails calls about files below a directory: loaded before the C library (LD_PRELOAD). See failing.rs. */
+/* Fails calls about files below a directory, or kills at a call on a socket: loaded before the C library (LD_PRELOAD). See failing.rs. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -11,6 +12,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
 #include <sys/uio.h>
@@ -29,6 +31,7 @@ static size_t below_length;
 static long first, last;
 static int error_number;
 static const char *thread;
+static int sockets;
 
 __attribute__((constructor)) static void begin(void)
 {
@@ -48,6 +51,7 @@ __attribute__((constructor)) static void begin(void)
     last = atol(getenv("FAILING_LAST"));
     error_number = atoi(getenv("FAILING_ERRNO"));
     thread = getenv("FAILING_THREAD");
+    sockets = getenv("FAILING_SOCKETS") != NULL;
     counts = map;
 }
 
@@ -61,6 +65,8 @@ static int fails(const char *call)
         return 0;
     if (atomic_fetch_add(&counts->failed, 1) == 0)
         snprintf(counts->name, sizeof counts->name, "%s", call);
+    if (!error_number)
+        kill(getpid(), SIGKILL);
     errno = error_number;
     return 1;
 }
@@ -76,7 +82,7 @@ static int is_below(const char *path)
 static int path_fails(int dir, const char *path, const char *call)
 {
     char link[64], whole[2 * PATH_MAX], base[PATH_MAX];
-    if (!counts || !path)
+    if (!counts || sockets || !path)
         return 0;
     if (path[0] == '/')
         return is_below(path) && fails(call);
@@ -92,7 +98,7 @@ static int path_fails(int dir, const char *path, const char *call)
 static int fd_fails(int fd, const char *call)
 {
     char link[64], path[PATH_MAX];
-    if (!counts)
+    if (!counts || sockets)
         return 0;
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     int kept = errno;
@@ -189,4 +195,37 @@ int mkdir(const char *path, mode_t mode)
 int symlink(const char *to, const char *path)
 {
     return path_fails(AT_FDCWD, path, "symlink") ? -1 : REAL(symlink)(to, path);
+}
+
+/* This thread's last call was an accept. A connection of which nobody has a copy yet ends with its process: the call that hands it
+ * on is not counted, so that no kill comes in between. */
+static _Thread_local int accepted;
+
+static int socket_fails(const char *call)
+{
+    if (!counts || !sockets)
+        return 0;
+    int hands_on = accepted && strcmp(call, "sendmsg") == 0;
+    accepted = 0;
+    return !hands_on && fails(call);
+}
+
+#define ON_SOCKET(type, name, parameters, arguments)     \
+    type name parameters                                 \
+    {                                                    \
+        return socket_fails(#name) ? -1 : REAL(name) arguments; \
+    }
+
+ON_SOCKET(ssize_t, recv, (int fd, void *to, size_t bytes, int flags), (fd, to, bytes, flags))
+ON_SOCKET(ssize_t, recvmsg, (int fd, struct msghdr *message, int flags), (fd, message, flags))
+ON_SOCKET(ssize_t, sendmsg, (int fd, const struct msghdr *message, int flags), (fd, message, flags))
+ON_SOCKET(int, shutdown, (int fd, int how), (fd, how))
+
+int accept4(int fd, __SOCKADDR_ARG address, socklen_t *length, int flags)
+{
+    if (socket_fails("accept4"))
+        return -1;
+    int connection = REAL(accept4)(fd, address, length, flags);
+    accepted = connection >= 0;
+    return connection;
 }

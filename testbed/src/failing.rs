@@ -1,5 +1,6 @@
 //! Makes calls of a program fail: each call about files below a directory (open, read, write, rename, fsync, ...) is
-//! counted, and those with given numbers return an error instead of doing anything.
+//! counted, and those with given numbers return an error instead of doing anything. Or the calls on sockets are counted
+//! (accept, sendmsg, recvmsg, ...), and the program is killed at one of them.
 //!
 //! A library, compiled by the C compiler of this machine, stands before the C library. What goes through io_uring it does
 //! not see. Invariants: the program's own file descriptors are as without it; calls about other files are not counted.
@@ -35,6 +36,15 @@ pub struct Failure {
     pub errno: Errno,
     /// Only those of threads of this name are counted.
     pub thread: Option<&'static str>,
+}
+
+/// At which call on a socket a program is killed.
+#[derive(Clone, Copy, Debug)]
+pub struct Kill {
+    /// Its number, from 1 on.
+    pub call: u64,
+    /// Only those of threads of this name are counted.
+    pub thread: &'static str,
 }
 
 /// What one program has done.
@@ -95,6 +105,26 @@ impl FailingCalls {
         let thread = failure.thread.map(str::to_owned);
         environment.extend(thread.map(|name| ("FAILING_THREAD", name)));
         Ok((environment, CallCounts(counts.to_owned())))
+    }
+
+    /// The environment of a program that is killed. `counts` is a file to be made.
+    ///
+    /// # Errors
+    /// The file cannot be made.
+    pub fn killing(
+        &self,
+        kill: Kill,
+        counts: &Path,
+    ) -> Result<(Vec<(&'static str, String)>, CallCounts)> {
+        let failure = Failure {
+            calls: kill.call..=kill.call,
+            // No error at all.
+            errno: Errno::UnknownErrno,
+            thread: Some(kill.thread),
+        };
+        let (mut environment, counts) = self.environment(Path::new("/"), &failure, counts)?;
+        environment.push(("FAILING_SOCKETS", "1".to_owned()));
+        Ok((environment, counts))
     }
 }
 

@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
 
 use crate::criu::Criu;
 use crate::daemons::{LazyDaemon, Make, Options, PageServer};
@@ -66,6 +67,8 @@ pub struct Plan<'a> {
     pub link: Option<(Link, Option<Impairment>)>,
     /// How many connections are impaired if there is an impairment on the link, the first ones.
     pub impaired_connections: u64,
+    /// The lazy-pages daemon is stopped (SIGSTOP) before the restore, which it does not see before it goes on.
+    pub client_stops: bool,
     /// So much memory is used and freed just before the restore, bytes: see [`warm_memory`].
     pub warmed_bytes: u64,
 }
@@ -84,6 +87,7 @@ impl<'a> Plan<'a> {
             parent_of_restored: None,
             link: None,
             impaired_connections: u64::MAX,
+            client_stops: false,
             warmed_bytes: 0,
         }
     }
@@ -241,6 +245,9 @@ impl PostCopy {
         let mut options = Options::new(images).log_to("lazy.log");
         options.extra.clone_from(&plan.client_options);
         let mut daemon = LazyDaemon::start(plan.client, &options, address)?;
+        if plan.client_stops {
+            daemon.process().signal(Signal::SIGSTOP)?;
+        }
         // The source is frozen or gone: only the restored processes can take the command.
         let sent = (0..load.spec().processes)
             .filter(|_| !steps.is_empty())
