@@ -7,12 +7,20 @@
 //!
 //! `SCHEDULES=100000` tries as many instead of [`USUAL`].
 
+use shuttle::scheduler::RandomScheduler;
+use shuttle::{Config, Runner};
+
 /// How many schedules of each test are tried.
 const USUAL: usize = 2000;
+
+/// The stack of each thread. shuttle's own 60 KiB are too few for unoptimised code: it ends by SIGSEGV.
+const STACK_BYTES: usize = 512 << 10;
 
 /// Runs `test` under many schedules: chosen at random.
 pub(in crate::engine) fn each(test: impl Fn() + Send + Sync + 'static) {
     let asked = std::env::var("SCHEDULES").ok();
     let count = asked.map_or(USUAL, |text| text.parse().expect("SCHEDULES is a number"));
-    shuttle::check_random(test, count);
+    let mut config = Config::new();
+    config.stack_size = STACK_BYTES;
+    Runner::new(RandomScheduler::new(count), config).run(test);
 }

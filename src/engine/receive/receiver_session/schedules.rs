@@ -79,7 +79,7 @@ fn the_applier_hears_of_the_end() {
             session.applied(applied, None);
         }
         assert!(applied <= 1);
-        session.wait_for_goodbye();
+        session.wait_for_sender_to_end();
         connection.join().unwrap();
         stopping.join().unwrap();
     });
