@@ -233,6 +233,9 @@ pub const EVENT_LINE_BYTES_MAX: usize = 64 << 10;
 /// Longest text of an event, and longest line of CRIU's log in it, bytes: each byte may take six in JSON.
 pub const EVENT_TEXT_BYTES_MAX: usize = 4 << 10;
 
+/// Longest name of a count in an event, bytes.
+pub const EVENT_COUNT_NAME_BYTES_MAX: usize = 24;
+
 /// Most counts of an event.
 pub const EVENT_COUNTS_MAX: usize = 64;
 

@@ -87,7 +87,7 @@ pub(crate) fn said(mut data: &[u8]) -> Vec<PeerFrame<'_>> {
 }
 
 /// The bytes that [`said`] reads as these frames.
-fn unsaid(frames: &[(Kind, u8, Vec<u8>)]) -> Vec<u8> {
+pub(crate) fn unsaid(frames: &[(Kind, u8, Vec<u8>)]) -> Vec<u8> {
     let mut out = Vec::new();
     for (kind, number, body) in frames {
         let len = u16::try_from(body.len()).expect("a short body");
@@ -99,7 +99,7 @@ fn unsaid(frames: &[(Kind, u8, Vec<u8>)]) -> Vec<u8> {
 }
 
 /// The frame on the wire, its checksums right.
-fn on_wire(frame: &PeerFrame<'_>, out: &mut Vec<u8>) {
+pub(crate) fn on_wire(frame: &PeerFrame<'_>, out: &mut Vec<u8>) {
     let start = out.len();
     let len = u32::try_from(frame.body.len()).expect("a short body");
     out.extend_from_slice(&MAGIC);

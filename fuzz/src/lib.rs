@@ -16,10 +16,12 @@ mod archives;
 mod commands;
 mod criu;
 mod documents;
+mod events;
 mod ferry;
 mod file_trees;
 mod frames;
 mod images;
+mod known_hashes;
 mod planner;
 mod records;
 mod scratch;
@@ -65,12 +67,18 @@ pub const TARGETS: &[Target] = &[
     target("ferry_receiver", sessions::receiver, ferry::session_seeds),
     target("ferry_sender", sessions::sender, ferry::sender_seeds),
     target("ferry_postcopy", sessions::postcopy, ferry::session_seeds),
+    target(
+        "known_hashes",
+        known_hashes::known_hashes,
+        known_hashes::seeds,
+    ),
     target("ferry_link", sessions::link, sessions::link_seeds),
     target("planner", planner::planner, planner::seeds),
     target("drain", planner::drain, planner::seeds),
     target("config_file", commands::config_file, commands::file_seeds),
     target("command_line", commands::command_line, commands::line_seeds),
     target("migration", records::migration, records::migration_seeds),
+    target("events", events::events, events::seeds),
     target("trace", records::trace, records::trace_seeds),
     target("working_set", working_sets::decode, working_sets::seeds),
     target("tls", tls::records, tls::seeds),

@@ -5,10 +5,12 @@ use pageferry::criu::rpc::{Options, Request, ServerInfo, kind};
 use pageferry::criu::rpc_fields::Fields;
 use pageferry::limits::RPC_MESSAGE_BYTES_MAX;
 use pageferry::migration::messages::{
-    Begin, Check, ContainerBegin, ContainerCreate, ContainerId, ContainerStart, HostFacts,
-    MigrationId, Problem, Receiver, RestoreRequest, Seal, Status, Wanted,
+    Begin, Check, ContainerAddresses, ContainerBegin, ContainerCreate, ContainerId, ContainerStart,
+    ContainerStatus, HostFacts, MigrationId, Output, OutputSeal, OutputStatus, Problem, Receiver,
+    ReplayAddresses, ReplayBegin, ReplayFinish, ReplayStart, ReplayStatus, RestoreRequest, Seal,
+    Status, Wanted,
 };
-use pageferry::observe::trace::{TraceReader, TraceWriter};
+use pageferry::observe::trace::{CSV_HEAD, TraceReader, TraceWriter};
 use prost::Message;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -86,12 +88,13 @@ pub(crate) fn rpc_seeds() -> Vec<Vec<u8>> {
 
 /// Messages between the two sides of a migration.
 pub(crate) fn migration(mut data: &[u8]) {
-    match byte(&mut data) % 13 {
+    match byte(&mut data) % 22 {
         0 => {
             if let Some(begin) = json::<Begin>(data)
                 && begin.check().is_ok()
             {
                 assert!(!begin.pids.contains(&0) && !begin.pids.is_empty());
+                assert!(begin.outputs.iter().all(Output::is_possible));
                 // No seed is so patient.
                 canary(begin.timeout_s > 60);
             }
@@ -110,6 +113,18 @@ pub(crate) fn migration(mut data: &[u8]) {
         }
         10 => drop(json::<ContainerCreate>(data)),
         11 => drop(json::<ContainerStart>(data)),
+        13 => drop(json::<OutputStatus>(data)),
+        14 => drop(json::<OutputSeal>(data)),
+        15 => drop(json::<ContainerStatus>(data)),
+        16 => drop(json::<ContainerAddresses>(data)),
+        17 => {
+            let begin = json::<ReplayBegin>(data);
+            let _ = begin.map(|begin| (begin.check(), begin.stall()));
+        }
+        18 => drop(json::<ReplayStart>(data)),
+        19 => drop(json::<ReplayFinish>(data).map(|finish| finish.check())),
+        20 => drop(json::<ReplayAddresses>(data).map(|addresses| addresses.check())),
+        21 => drop(json::<ReplayStatus>(data)),
         _ => names(&String::from_utf8_lossy(data)),
     }
 }
@@ -141,8 +156,15 @@ fn json<T: Serialize + DeserializeOwned>(data: &[u8]) -> Option<T> {
 pub(crate) fn migration_seeds() -> Vec<Vec<u8>> {
     let begin = br#"{"id":"m-1","mode":"pre-copy","pids":[7,8],"memory_bytes":4096,"tcp":"refuse","timeout_s":30}"#;
     let address = br#"{"id":"m-1","mode":"hybrid","pids":[7],"memory_bytes":1,"tcp":"close","timeout_s":3,"addresses":[{"address":"10.0.0.7","prefix":24,"device":"eth0"}]}"#;
+    let container = br#"{"id":"m-1","mode":"cold","pids":[7],"memory_bytes":1,"tcp":"refuse","timeout_s":30,"container":{"id":"c","runtime":"runc","bundle":"/b","bundle_is_given":false,"config":{},"resources":null},"files":[{"path":null,"replace":true}],"outputs":[{"key":"pipe:[47]","path":"/var/c","mode":420,"uid":0,"gid":0}]}"#;
+    let replay = br#"{"id":"m-1","address":"[::1]:80","start":"x","feed":null,"verify":true,"wait_us":2000,"stall_ms":100,"timeout_s":30}"#;
     [
         (0, begin.as_slice()),
+        (0, container),
+        (11, br#"{"ready":"http://[::1]/x","limit_ms":100}"#),
+        (13, br#"{"bytes":1,"sealed":true}"#),
+        (17, replay),
+        (19, br#"{"sent":1,"digest":"x"}"#),
         (0, address),
         (3, br#"{"runtime":null,"problems":["no criu"]}"#),
         (4, br#"{"port":27000}"#),
@@ -167,17 +189,19 @@ pub(crate) fn trace(data: &[u8]) {
     if let Ok(reader) = TraceReader::open(&path) {
         let mut records = 0;
         for record in reader {
-            if record.is_err() {
+            let Ok(record) = record else {
                 break;
-            }
+            };
             records += 1;
+            let columns = record.to_string().split(',').count();
+            assert_eq!(columns, CSV_HEAD.split(',').count());
         }
-        assert!(records <= data.len(), "each record takes some bytes");
+        assert!(24 * records <= data.len(), "each record takes some bytes");
         canary(records == 2);
     }
 }
 
-/// A recording of a fault.
+/// Recordings of one fault and a bit more, of this version and the first one.
 pub(crate) fn trace_seeds() -> Vec<Vec<u8>> {
     let dir = scratch::directory();
     let path = dir.path().join("trace");
@@ -186,8 +210,9 @@ pub(crate) fn trace_seeds() -> Vec<Vec<u8>> {
     writer
         .and_then(TraceWriter::finish)
         .expect("a trace is written");
-    let mut bytes = std::fs::read(&path).expect("it was written");
-    let head = bytes.clone();
-    bytes.extend_from_slice(&[0; 40]);
-    vec![head, bytes]
+    let head = std::fs::read(&path).expect("it was written");
+    let old = [b"PFTRACE1", &head[8..]].concat();
+    let with = |head: &[u8], bytes: usize| [head, &vec![0; bytes]].concat();
+    // The second record lacks its last bytes.
+    vec![head.clone(), with(&head, 48 + 40), with(&old, 24 + 16)]
 }

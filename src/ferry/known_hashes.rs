@@ -13,6 +13,7 @@
 //!
 //! Invariant: a file without its last frame is refused, so one that is being written is never taken for whole.
 
+use std::cmp::Ordering;
 use std::io;
 
 use thiserror::Error;
@@ -62,6 +63,9 @@ pub enum KnownHashesError {
     /// It does not have as many pages as it says.
     #[error("it has hashes of {0} pages and says {1}")]
     Pages(u64, u64),
+    /// A frame does not follow the one before.
+    #[error("the frame at byte {0} is out of order: targets and addresses only rise")]
+    Order(usize),
     /// More pages than a dump can have.
     #[error("it has hashes of more than {DUMP_PAGES_MAX} pages")]
     TooMany,
@@ -131,7 +135,13 @@ impl KnownHashes {
             };
             let body = &file[at..][frame.body.clone()];
             match frame.kind {
-                Kind::Hashes => known.add(&Hashes::decode(body, page).map_err(broken)?, page)?,
+                Kind::Hashes => {
+                    let hashes = Hashes::decode(body, page).map_err(broken)?;
+                    if !known.goes_on_with(&hashes) {
+                        return Err(KnownHashesError::Order(at));
+                    }
+                    known.add(&hashes, page)?;
+                }
                 Kind::Close => {
                     let pages = decode_close(body).map_err(broken)?.get();
                     let found = known.hashes.len() as u64;
@@ -143,6 +153,19 @@ impl KnownHashes {
                 other => return Err(KnownHashesError::Unexpected(other)),
             }
             at += frame.end();
+        }
+    }
+
+    /// Whether these are of pages behind all that were read. In another order not all of them would find room
+    /// ([`PageMemory::for_hashes_of`]).
+    fn goes_on_with(&self, hashes: &Hashes<'_>) -> bool {
+        let Some((target, run)) = self.runs.last() else {
+            return true;
+        };
+        match hashes.target.cmp(target) {
+            Ordering::Less => false,
+            Ordering::Equal => hashes.start().is_none_or(|start| run.end() <= start),
+            Ordering::Greater => true,
         }
     }
 
@@ -205,6 +228,7 @@ mod tests {
     use super::*;
     use crate::criu::header::PageFlags;
     use crate::ferry::encode::{PlainBatch, Verdict, Verdicts};
+    use crate::ferry::frame::HEADER_BYTES;
     use crate::ferry::gather::Run;
     use crate::ferry::hash::PageHasher;
     use crate::ferry::message::StateId;
@@ -304,6 +328,11 @@ mod tests {
             changed[at / 8] ^= 1 << (at % 8);
             assert!(KnownHashes::read(&changed, PAGE).is_err(), "bit {at}");
         }
+        // Another round's frames in between, or the same ones again.
+        let frames = &file[HEAD_BYTES..file.len() - HEADER_BYTES - 8];
+        let twice = [&file[..HEAD_BYTES], frames, &file[HEAD_BYTES..]].concat();
+        let error = KnownHashes::read(&twice, PAGE).unwrap_err();
+        assert!(error.to_string().contains("out of order"), "{error}");
         let error = KnownHashes::read(&file, PageSize::new(65536).unwrap()).unwrap_err();
         assert!(error.to_string().contains("4096"), "{error}");
     }

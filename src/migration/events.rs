@@ -13,7 +13,9 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::messages::MigrationId;
-use crate::limits::{EVENT_COUNTS_MAX, EVENT_LINE_BYTES_MAX, EVENT_TEXT_BYTES_MAX};
+use crate::limits::{
+    EVENT_COUNT_NAME_BYTES_MAX, EVENT_COUNTS_MAX, EVENT_LINE_BYTES_MAX, EVENT_TEXT_BYTES_MAX,
+};
 
 /// One of the two hosts.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
@@ -177,12 +179,16 @@ pub struct Event {
 }
 
 impl Event {
-    /// The line, with its end. What is too long for one is cut.
+    /// The line, with its end. What is too long for one is cut, or left out if it is a count.
     pub fn line(&self) -> Vec<u8> {
         let mut event = self.clone();
         for text in [&mut event.text, &mut event.criu].into_iter().flatten() {
             cut(text, EVENT_TEXT_BYTES_MAX);
         }
+        // A peer may call its counts anything.
+        event
+            .counts
+            .retain(|name, _| name.len() <= EVENT_COUNT_NAME_BYTES_MAX);
         while event.counts.len() > EVENT_COUNTS_MAX {
             event.counts.pop_last();
         }
@@ -301,11 +307,18 @@ mod tests {
         event.counts = (0..10_000)
             .map(|number| (format!("count-{number}"), u64::MAX))
             .collect();
-        let line = event.line();
-        assert!(line.len() <= EVENT_LINE_BYTES_MAX, "{}", line.len());
-        let read = EventLog::read(&line);
-        assert_eq!((read.torn, read.events.len()), (0, 1));
-        assert!(read.events[0].is_same(&event));
+        for name_bytes in [1, EVENT_COUNT_NAME_BYTES_MAX, EVENT_LINE_BYTES_MAX] {
+            let name = "\u{1}".repeat(name_bytes - 1);
+            let counts =
+                (0..100).map(|number: u8| (format!("{name}{}", char::from(number)), u64::MAX));
+            event.counts.extend(counts);
+            let line = event.line();
+            assert!(line.len() <= EVENT_LINE_BYTES_MAX, "{}", line.len());
+            let read = EventLog::read(&line);
+            assert_eq!((read.torn, read.events.len()), (0, 1));
+            assert!(read.events[0].is_same(&event));
+            event.counts.clear();
+        }
     }
 
     #[test]

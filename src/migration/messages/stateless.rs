@@ -203,31 +203,37 @@ impl FromStr for Ready {
     type Err = BadReady;
 
     fn from_str(text: &str) -> Result<Ready, BadReady> {
-        let wrong = || BadReady(text.chars().take(100).collect());
-        if text.len() > READY_BYTES_MAX {
-            return Err(wrong());
-        }
+        // It travels as it is written, with an address and a port that may be left out here.
+        let fits = |text: &str| text.len() <= READY_BYTES_MAX;
+        fits(text)
+            .then(|| Ready::read(text))
+            .flatten()
+            .filter(|ready| fits(&ready.to_string()))
+            .ok_or_else(|| BadReady(text.chars().take(100).collect()))
+    }
+}
+
+impl Ready {
+    fn read(text: &str) -> Option<Ready> {
         if let Some(rest) = text.strip_prefix("tcp:") {
             let (host, port) = match rest.parse::<u16>() {
                 Ok(port) if port > 0 => ("127.0.0.1".to_owned(), port),
-                _ => host_and_port(rest, None).ok_or_else(wrong)?,
+                _ => host_and_port(rest, None)?,
             };
-            return Ok(Ready::Tcp { host, port });
+            return Some(Ready::Tcp { host, port });
         }
         if let Some(rest) = text.strip_prefix("http://") {
             let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-            let (host, port) = host_and_port(authority, Some(80)).ok_or_else(wrong)?;
+            let (host, port) = host_and_port(authority, Some(80))?;
             // Anything else could begin another header.
             if !path.chars().all(|c| c.is_ascii_graphic()) {
-                return Err(wrong());
+                return None;
             }
             let path = if path.is_empty() { "/" } else { path }.to_owned();
-            return Ok(Ready::Http { host, port, path });
+            return Some(Ready::Http { host, port, path });
         }
-        match text.strip_prefix("exec:") {
-            Some(command) if !command.trim().is_empty() => Ok(Ready::Exec(command.to_owned())),
-            _ => Err(wrong()),
-        }
+        let command = text.strip_prefix("exec:")?;
+        (!command.trim().is_empty()).then(|| Ready::Exec(command.to_owned()))
     }
 }
 
@@ -295,6 +301,8 @@ mod tests {
             "https://a/",
             "exec: ",
             &format!("exec:{}", "a".repeat(READY_BYTES_MAX)),
+            // With its port it would be too long for the agent.
+            &format!("http://a/{}", "a".repeat(READY_BYTES_MAX - 9)),
         ] {
             assert!(bad.parse::<Ready>().is_err(), "{bad:?}");
         }
