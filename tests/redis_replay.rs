@@ -348,7 +348,7 @@ fn a_replay_follows_a_recording_and_holds_or_gives_up() {
         write_all(port)?;
         wait::until("clients to be held", GENEROUS, || {
             ensure!(follower.ended()?.is_none(), "{}", follower.log_tail());
-            Ok(said(&follower)?.contains("clients are held").then_some(()))
+            Ok(log_of(&follower)?.contains("clients are held").then_some(()))
         })?;
         end(recorder)?;
         follower.succeed(GENEROUS)?;
@@ -361,9 +361,9 @@ fn a_replay_follows_a_recording_and_holds_or_gives_up() {
         let mut late = replay(test_dir, &fourth, "late", &options)?;
         late.succeed(GENEROUS)?;
         ensure!(
-            said(&late)?.contains("are held no more"),
+            log_of(&late)?.contains("are held no more"),
             "{}",
-            said(&late)?
+            log_of(&late)?
         );
         let replayed = report(test_dir)?;
         ensure!(replayed["digests_agree"] == true, "{replayed}");
