@@ -348,7 +348,9 @@ fn a_replay_follows_a_recording_and_holds_or_gives_up() {
         write_all(port)?;
         wait::until("clients to be held", GENEROUS, || {
             ensure!(follower.ended()?.is_none(), "{}", follower.log_tail());
-            Ok(log_of(&follower)?.contains("clients are held").then_some(()))
+            Ok(log_of(&follower)?
+                .contains("clients are held")
+                .then_some(()))
         })?;
         end(recorder)?;
         follower.succeed(GENEROUS)?;
