@@ -140,12 +140,9 @@ impl Web {
         Spawned::start("the runtime", &mut start, Some(log))?.succeed(GENEROUS)?;
         web.wait_until_served(&web.three.source)?;
         // What is ready here must get ready there anew.
+        let ready = || Ok(drop(get(web.three.source.at(PORT), "/ready")));
         for _ in 0..WARM_UP {
-            web.three.source.net.enter(|| {
-                get(web.three.source.at(PORT), "/ready")
-                    .map(drop)
-                    .or(Ok(()))
-            })?;
+            web.three.source.net.enter(ready)?;
         }
         Ok(web)
     }
