@@ -42,6 +42,11 @@ pub(super) fn unreadable(maps: &str) -> Vec<PageRange> {
         .collect()
 }
 
+/// The mappings of `maps`, a /proc/PID/maps, by address.
+pub(super) fn mappings(maps: &str) -> Vec<PageRange> {
+    maps.lines().filter_map(mapping).collect()
+}
+
 fn mapping(line: &str) -> Option<PageRange> {
     let (start, rest) = line.split_once('-')?;
     let end = rest.split_once(' ')?.0;

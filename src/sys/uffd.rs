@@ -256,6 +256,18 @@ impl Uffd {
         Ok(())
     }
 
+    /// Takes the mappings of `range` out of it: from now on the kernel fills what is missing there with zeros. Who waits
+    /// for a page of them is woken.
+    pub fn unregister(&self, range: PageRange) -> io::Result<()> {
+        let mut call = Range {
+            start: range.start().get(),
+            len: range.bytes(),
+        };
+        // SAFETY: `call` is a valid uffdio_range and outlives the call.
+        let result = unsafe { calls::unregister(self.0.as_raw_fd(), &raw mut call) };
+        result.map(drop).map_err(io::Error::from)
+    }
+
     /// Whether the process has ended: the kernel raises no event for that, and the descriptor does not hang
     /// up. Asks to take the write protection off a page at `anywhere`, an aligned address that a process may
     /// map: nothing is protected through this descriptor, so a process that lives refuses it and
@@ -360,6 +372,7 @@ pub(super) mod calls {
     #![allow(missing_docs)]
     use super::{Api, Copy, Range, RangeCall, WriteProtect};
 
+    nix::ioctl_read!(unregister, 0xAA, 0x01, Range);
     nix::ioctl_read!(wake, 0xAA, 0x02, Range);
     nix::ioctl_readwrite!(copy, 0xAA, 0x03, Copy);
     nix::ioctl_readwrite!(zeropage, 0xAA, 0x04, RangeCall);

@@ -50,6 +50,7 @@ pub mod load;
 pub mod logind;
 pub mod memory_group;
 pub mod migration;
+pub mod mm_operations;
 pub mod net;
 pub mod net_three;
 pub mod orphan;

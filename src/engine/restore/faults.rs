@@ -6,7 +6,7 @@ use nix::errno::Errno;
 
 use super::Restore;
 use super::deferred::PauseReason;
-use super::host_process::HostProcess;
+use super::host_process::{self, HostProcess};
 use super::owner_search::OwnerSearch;
 use super::processes::Process;
 use super::standby::StandbyMessage;
@@ -165,6 +165,9 @@ impl Restore {
             Filled::Present | Filled::Unmapped | Filled::Unreadable => {
                 self.settle(id, range, PageOutcome::Gone, Waiters::Asleep);
             }
+            Filled::Changing if self.release_locked_growth(id, range) => {
+                self.settle(id, range, PageOutcome::Gone, Waiters::Asleep);
+            }
             Filled::Changing => self.processes.retry_later(id, addr),
             Filled::NoRoom => {
                 self.processes.retry_later(id, addr);
@@ -201,13 +204,30 @@ impl Restore {
     /// parent go on with that, which may then give other advice about its memory, or move it, before it is looked at.
     fn wiped_by_pending_fork(&self, id: SpaceId) -> Option<Vec<PageRange>> {
         let process = self.processes.get(id)?;
-        let host = process.host.as_ref()?;
-        let forks = || process.uffd.is_changing(self.anywhere()) && host.may_be_forking();
-        let lacks_pages = self
-            .planner
-            .space(id)
-            .is_some_and(|space| !space.is_complete());
-        (lacks_pages && forks()).then(|| self.wiped_by_fork(id))
+        let space = self.planner.space(id)?;
+        if space.is_complete() || !process.uffd.is_changing(self.anywhere()) {
+            return None;
+        }
+        match &process.host {
+            Some(host) => host.may_be_forking().then(|| self.wiped_by_fork(id)),
+            None => self.wiped_by_unknown(process),
+        }
+    }
+
+    /// The same where it is not known which process it is: of those that it may be one alone waits until its fork is known.
+    fn wiped_by_unknown(&self, process: &Process) -> Option<Vec<PageRange>> {
+        let scope = process.search.as_ref().map(OwnerSearch::scope)?;
+        let known: Vec<i32> = self
+            .processes
+            .iter()
+            .filter_map(|(_, process)| process.host.as_ref().map(HostProcess::pid))
+            .collect();
+        let mut forking = scope
+            .pids()
+            .into_iter()
+            .filter(|pid| !known.contains(pid) && host_process::waits_for_its_fork(*pid));
+        let pid = forking.next().filter(|_| forking.next().is_none())?;
+        host_process::wiped_on_fork_of(pid)
     }
 
     /// What the children that `id` forks now do not inherit: as its mappings say, else as the images did.

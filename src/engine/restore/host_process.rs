@@ -55,7 +55,8 @@ impl HostProcess {
         self.pid
     }
 
-    fn path(&self, file: &str) -> PathBuf {
+    /// A file of its directory.
+    pub(super) fn path(&self, file: &str) -> PathBuf {
         Path::new("/proc/self/fd")
             .join(self.dir.as_raw_fd().to_string())
             .join(file)
@@ -111,7 +112,7 @@ impl HostProcess {
 }
 
 /// Most threads that are looked at for one that forks: a look takes some 10 µs.
-const THREADS_MAX: usize = 64;
+pub(super) const THREADS_MAX: usize = 64;
 
 /// Numbers of the system calls that fork (fork, vfork, clone, clone3), of 64-bit and of 32-bit programs. That some mean
 /// another call to the other kind costs a look too many.
@@ -128,6 +129,26 @@ fn is_forking(call: &str) -> bool {
             .parse()
             .is_ok_and(|n: i64| FORKING_CALLS.contains(&n))
     })
+}
+
+/// Where the kernel lets a thread wait until the message of what it does is read.
+const WAITS_FOR_READER: &str = "userfaultfd_event_wait_completion";
+
+/// Whether a thread of the process `pid` of this host forks, and waits until that is known.
+pub(super) fn waits_for_its_fork(pid: i32) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten();
+    threads.flatten().take(THREADS_MAX).any(|thread| {
+        let read = |file| fs::read_to_string(thread.path().join(file)).unwrap_or_default();
+        is_forking(&read("syscall")) && read("wchan").contains(WAITS_FOR_READER)
+    })
+}
+
+/// The mappings of the process `pid` of this host whose pages a fork does not give to the child, if they can be read.
+pub(super) fn wiped_on_fork_of(pid: i32) -> Option<Vec<PageRange>> {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
+    Some(smaps::mappings_with_any(&NOT_INHERITED, &smaps))
 }
 
 /// When the process `pid` of this host started, clock ticks since that of the host; 0 if that is not known: /proc may

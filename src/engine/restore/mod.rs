@@ -48,6 +48,7 @@ mod idle;
 mod install;
 pub mod intake;
 mod links;
+mod locked_growth;
 mod loss;
 mod owner_processes;
 mod owner_search;

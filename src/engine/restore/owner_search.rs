@@ -50,6 +50,16 @@ pub(super) enum SearchScope {
     Named(u32),
 }
 
+impl SearchScope {
+    /// Pids of this host.
+    pub(super) fn pids(self) -> Vec<i32> {
+        match self {
+            SearchScope::Descendants(pid) => descendants(pid),
+            SearchScope::Named(inner) => named(inner),
+        }
+    }
+}
+
 /// The search for the process of a userfaultfd.
 #[derive(Debug)]
 pub(super) struct OwnerSearch {
@@ -203,10 +213,7 @@ impl Restore {
 
     /// The processes of `scope` that are not known yet; `None` if not all of them can be seen.
     fn candidates(&self, scope: SearchScope) -> Option<Vec<Candidate>> {
-        let mut pids = match scope {
-            SearchScope::Descendants(pid) => descendants(pid),
-            SearchScope::Named(inner) => named(inner),
-        };
+        let mut pids = scope.pids();
         let known = |pid: &i32| {
             let mut hosts = self
                 .processes

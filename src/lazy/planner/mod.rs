@@ -495,6 +495,6 @@ mod tests {
         let wiped = [(0x3000, 0x4000), (0x1_4000, 0x1_6000)];
         let wiped = wiped.map(|(start, end)| PageRange::new(start, end));
         assert_eq!(space.wiped_on_fork(), wiped);
-        assert_eq!(space.fork().wiped_on_fork(), wiped);
+        assert!(space.fork().wiped_on_fork().is_empty());
     }
 }

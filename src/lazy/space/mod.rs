@@ -145,7 +145,8 @@ impl Space {
     }
 
     /// The memory of a child that was just forked: it lacks all that its parent lacks. What is on
-    /// the way for the parent is for the child as well.
+    /// the way for the parent is for the child as well. What it does not inherit is to be settled: nothing is missing
+    /// there then, and the advice of which its parent knew at the start says nothing about its own children.
     #[must_use]
     pub fn fork(&self) -> Space {
         let mut child = Space::empty(self.pid, self.page, Arc::clone(&self.origins));
@@ -156,7 +157,6 @@ impl Space {
         child.local = self.local.clone();
         child.unneeded = self.unneeded.as_ref().map(|_| Vec::new());
         child.unreadable = self.unreadable.clone();
-        child.wiped = self.wiped.clone();
         child.flight = self.flight.clone();
         // What has not been sent for may never be, if the parent ends or unmaps it first.
         for unsent in &self.urgent {

@@ -16,9 +16,8 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, alarm, getpid, getsid, setsid};
 use testbed::sys;
-use testbed::sys::mappings::{self, MADV_GUARD_INSTALL};
+use testbed::sys::mappings::{self, MADV_GUARD_INSTALL, MADV_GUARD_REMOVE};
 
-const MADV_GUARD_REMOVE: i32 = 103;
 const PAGE: usize = 4096;
 const PAGES: usize = 1024;
 

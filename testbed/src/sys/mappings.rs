@@ -22,6 +22,20 @@ pub const MAP_DROPPABLE: i32 = 0x08;
 /// MADV_GUARD_INSTALL (Linux 6.13).
 pub const MADV_GUARD_INSTALL: i32 = 102;
 
+/// MADV_GUARD_REMOVE (Linux 6.13).
+pub const MADV_GUARD_REMOVE: i32 = 103;
+
+/// Where mremap leaves a mapping.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Remap {
+    /// Where it is: it grows or becomes shorter.
+    InPlace,
+    /// At this address of the window, where nothing is.
+    MoveTo(usize),
+    /// The same, and an empty mapping stays behind (MREMAP_DONTUNMAP).
+    LeaveEmpty(usize),
+}
+
 /// Number of the call mseal (Linux 6.10), the same on all architectures.
 const SYS_MSEAL: libc::c_long = 462;
 
@@ -115,6 +129,28 @@ pub fn move_away(address: usize, old: usize, new: usize) -> Result<usize, Errno>
     // SAFETY: the range is one that nothing of Rust's lies in, and the kernel chooses a free address.
     let moved = unsafe { mman::mremap(at, old, new, flags, None) };
     moved.map(|address| address.as_ptr().expose_provenance())
+}
+
+/// Moves a mapping of the window or changes its length: `old` bytes at `address` become `new` bytes.
+pub fn remap(address: usize, old: usize, new: usize, how: Remap) -> Result<(), Errno> {
+    let (flags, to) = match how {
+        Remap::InPlace => (0, super::pointer(address, new)),
+        Remap::MoveTo(to) => (
+            libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
+            super::pointer(to, new),
+        ),
+        Remap::LeaveEmpty(to) => (
+            libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP,
+            super::pointer(to, new),
+        ),
+    };
+    let from = super::pointer(address, old);
+    // SAFETY: both ranges lie in the window, to which no Rust object belongs.
+    let at = unsafe { libc::mremap(from.as_ptr(), old, new, flags, to.as_ptr()) };
+    match at {
+        libc::MAP_FAILED => Err(Errno::last()),
+        _ => Ok(()),
+    }
 }
 
 /// Gives a mapping that was made here a name, which /proc/PID/maps shows.
