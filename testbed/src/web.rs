@@ -141,7 +141,6 @@ impl Web {
         web.wait_until_served(&web.three.source)?;
         // What is ready here must get ready there anew.
         for _ in 0..WARM_UP {
-            // It need not answer yet.
             let source = &web.three.source;
             let _ = source.net.enter(|| get(source.at(PORT), "/ready"));
         }
