@@ -232,7 +232,8 @@ impl Restore {
             Filled::Changing => {
                 self.read_events(id)?;
                 let space = self.planner.space(id);
-                let is_awaited = space.is_some_and(|space| space.first_awaited(first_page).is_some());
+                let is_awaited =
+                    space.is_some_and(|space| space.first_awaited(first_page).is_some());
                 if is_awaited && self.release_locked_growth(id, first_page) {
                     // What was there before has made room for the new page.
                     self.settle(id, first_page, PageOutcome::Gone, Waiters::Asleep);

@@ -22,7 +22,7 @@ use nix::libc::{self, c_long};
 
 use super::Restore;
 use super::host_process::THREADS_MAX;
-use super::owner_search::OwnerSearch;
+use super::owner_search::{OwnerSearch, SearchScope};
 use crate::engine::smaps;
 use crate::lazy::planner::SpaceId;
 use crate::units::{PageRange, PageSize, Vaddr};
@@ -127,7 +127,7 @@ impl Restore {
             Some(host) => growth_at(|file| host.path(file), at, size),
             None => {
                 let scope = process.search.as_ref().map(OwnerSearch::scope);
-                let pids = scope.map(|scope| scope.pids()).unwrap_or_default();
+                let pids = scope.map(SearchScope::pids).unwrap_or_default();
                 let dir = |pid: i32| PathBuf::from(format!("/proc/{pid}"));
                 pids.into_iter()
                     .find_map(|pid| growth_at(|file| dir(pid).join(file), at, size))
