@@ -233,11 +233,11 @@ impl<'a> Run<'a> {
                 self.begin_last_dump(true)?;
                 self.dump(&images).run()?;
                 self.operations.wait_until_gone()?;
-                self.from_files(way, &images)
+                self.restore_files(way, &images)
             }
             _ => match way.strip_prefix("migrate-") {
                 Some(mode) => self.migrate(mode),
-                None => self.from_dump(way, &images),
+                None => self.restore_dump(way, &images),
             },
         }
     }
@@ -339,7 +339,7 @@ impl<'a> Run<'a> {
         self.expect_right(false)
     }
 
-    fn from_files(&mut self, way: &str, images: &Path) -> Result<()> {
+    fn restore_files(&mut self, way: &str, images: &Path) -> Result<()> {
         if way != "lazy-page-server" {
             let make = match way {
                 "criu-lazy" => Make::Criu(self.criu),
@@ -354,7 +354,7 @@ impl<'a> Run<'a> {
         self.lazily(&here, Make::Ours, &[], Some(server.address()))
     }
 
-    fn from_dump(&mut self, way: &str, images: &Path) -> Result<()> {
+    fn restore_dump(&mut self, way: &str, images: &Path) -> Result<()> {
         let earlier = self.path("earlier");
         if way == "hybrid" {
             let dump = self.dump(&earlier).leave_running();
