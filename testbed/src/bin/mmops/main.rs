@@ -190,7 +190,9 @@ impl Process {
         match sys::fork()? {
             ForkResult::Child => {
                 self.inherit(format!("{}/{turn}", self.name));
-                let done = self.run(steps as u32, false).and_then(|()| self.check());
+                let done = self
+                    .run(u32::try_from(steps)?, false)
+                    .and_then(|()| self.check());
                 if let Err(error) = &done {
                     let file = format!("child-{}.txt", getpid());
                     let _ = write(&self.dir.join(file), &format!("{}: {error:#}", self.name));

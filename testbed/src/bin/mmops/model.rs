@@ -100,7 +100,7 @@ impl Random {
     }
 
     pub(crate) fn below(&mut self, end: usize) -> usize {
-        (self.number() % end.max(1) as u64) as usize
+        usize::try_from(self.number() % end.max(1) as u64).unwrap_or(0)
     }
 
     /// The number of a content: odd.
@@ -191,7 +191,7 @@ impl Model {
     }
 
     pub(crate) fn shared_number(word: u64) -> u64 {
-        sys::read_word(TABLE + word as usize * WORD_BYTES)
+        sys::read_word(TABLE + usize::try_from(word).unwrap_or_default() * WORD_BYTES)
     }
 
     /// Changes a shared page, whose content gets a number.
@@ -200,7 +200,7 @@ impl Model {
         number: u64,
         change: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        let at = TABLE + word as usize * WORD_BYTES;
+        let at = TABLE + usize::try_from(word).unwrap_or_default() * WORD_BYTES;
         sys::write_words(at, &[IN_TRANSIT]);
         change()?;
         sys::write_words(at, &[number]);
