@@ -8,7 +8,7 @@
 //!
 //! Invariants:
 //!
-//! - CRIU waits for no answer. So a message stays in the socket until it has been handled ([`Intake::handled`]): if this
+//! - CRIU waits for no answer. So a message stays in the socket until it has been handled (`Intake::handled`): if this
 //!   process is killed before, whoever has a copy of the socket sees it again.
 //! - What waits in a socket does not wake the loop again: only what comes does.
 
