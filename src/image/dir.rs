@@ -385,7 +385,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let error = ImageDir::open(dir.path(), PAGE).unwrap_err();
         assert_eq!(error.kind(), Kind::Usage);
-        assert!(error.to_string().contains("give the directory that holds the dump"), "{error}");
+        assert!(
+            error
+                .to_string()
+                .contains("give the directory that holds the dump"),
+            "{error}"
+        );
         let error = ImageDir::open(&dir.path().join("none"), PAGE).unwrap_err();
         assert_eq!(error.kind(), Kind::Usage);
     }

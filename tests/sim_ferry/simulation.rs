@@ -79,6 +79,7 @@ impl<P: Part> Ended<P> {
 pub(crate) struct Simulation {
     rng: Rng,
     conditions: NetworkConditions,
+    retry: RetryPolicy,
     streams: u16,
     window: Window,
     receiver_dials: bool,
@@ -100,6 +101,7 @@ impl Simulation {
         let cache_bytes = [0, 30_000, 400_000, 64 << 20][rng.usize(0..4)];
         Simulation {
             conditions,
+            retry: RETRY,
             streams: rng.u16(1..5),
             window: Window {
                 frames: rng.u32(1..40),
@@ -116,6 +118,15 @@ impl Simulation {
             stats: Stats::default(),
             rng,
         }
+    }
+
+    /// The same, with ends that go on for longer without a connection that brings the session forward.
+    pub(crate) fn giving_up_after(self, give_up_after: Duration) -> Simulation {
+        let retry = RetryPolicy {
+            give_up_after,
+            ..self.retry
+        };
+        Simulation { retry, ..self }
     }
 
     fn hello(&mut self, role: Role, session: SessionId) -> Hello {
@@ -213,7 +224,7 @@ impl Simulation {
         failure: InjectedFailure,
     ) -> (bool, u64) {
         let hello = self.hello(Role::Sender, session);
-        let mut dial = Some(DialingHost::new(self.sender(session), hello, RETRY));
+        let mut dial = Some(DialingHost::new(self.sender(session), hello, self.retry));
         let mut listen = Some(self.listening_receiver());
         let mut crashed = None;
         run(
@@ -241,7 +252,7 @@ impl Simulation {
 
     fn listening_receiver(&mut self) -> ListeningHost<ReceivingEnd> {
         let own = self.hello(Role::Receiver, SessionId::default());
-        let table = SessionTable::new(own, &[Role::Receiver], RETRY.give_up_after);
+        let table = SessionTable::new(own, &[Role::Receiver], self.retry.give_up_after);
         ListeningHost::new(self.receiver(), table)
     }
 
@@ -252,10 +263,10 @@ impl Simulation {
         failure: InjectedFailure,
     ) -> (bool, u64) {
         let own = self.hello(Role::Sender, SessionId::default());
-        let table = SessionTable::new(own, &[Role::Sender], RETRY.give_up_after);
+        let table = SessionTable::new(own, &[Role::Sender], self.retry.give_up_after);
         let mut listen = Some(ListeningHost::new(self.sender(session), table));
         let hello = self.hello(Role::Receiver, session);
-        let mut dial = Some(DialingHost::new(self.receiver(), hello, RETRY));
+        let mut dial = Some(DialingHost::new(self.receiver(), hello, self.retry));
         let (mut crashed_sender, mut crashed_receiver) = (None, None);
         run(
             &mut net,
