@@ -16,6 +16,7 @@
 //! fills is not looked for any more, and guard regions in its missing memory are lost. The candidates of one look at most
 //! are open.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 
@@ -214,14 +215,13 @@ impl Restore {
     /// The processes of `scope` that are not known yet; `None` if not all of them can be seen.
     fn candidates(&self, scope: SearchScope) -> Option<Vec<Candidate>> {
         let mut pids = scope.pids();
-        let known = |pid: &i32| {
-            let mut hosts = self
-                .processes
-                .iter()
-                .filter_map(|(_, process)| process.host.as_ref());
-            hosts.any(|host| host.pid() == *pid)
-        };
-        pids.retain(|pid| !known(pid));
+        let hosts = self
+            .processes
+            .iter()
+            .filter_map(|(_, process)| process.host.as_ref());
+        // Hundreds of each, in a storm of forks, for each of their faults.
+        let known: BTreeSet<i32> = hosts.map(HostProcess::pid).collect();
+        pids.retain(|pid| !known.contains(pid));
         if pids.len() > CANDIDATES_MAX {
             return None;
         }
