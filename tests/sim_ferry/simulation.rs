@@ -174,7 +174,7 @@ impl Simulation {
 
     /// Somebody writes to the receiver's last image between two rounds, and neither end is told.
     pub(crate) fn tamper(&mut self) {
-        self.tampered = self.store.tamper(&mut self.rng);
+        self.tampered |= self.store.tamper(&mut self.rng);
     }
 
     /// Carries one round and checks the rule.
