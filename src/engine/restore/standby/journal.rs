@@ -10,7 +10,9 @@
 //! pageferry-restore-NUMBER  a connection to it; the restore, if nobody listens any more
 //! ```
 //!
-//! Nothing is written of the sockets: their names say all. Invariants: a descriptor is with the manager before the message about it is written, so that one without a
+//! Nothing is written of the sockets: their names say all.
+//!
+//! Invariants: a descriptor is with the manager before the message about it is written, so that one without a
 //! message is one whose event was not handled yet. A message is written whole or not at all: it lies within a page.
 
 use std::collections::{BTreeMap, BTreeSet};
