@@ -16,7 +16,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use nix::unistd::Pid;
 
-use crate::process::{Spawned, descendants};
+use crate::process::{Spawned, descendants, kill_and_reap};
 use crate::wait::{self, GENEROUS};
 use crate::workspace;
 
@@ -123,6 +123,17 @@ impl Forks {
             ensure!(answer == "bad 0", "process {name}: {answer}");
         }
         Ok(())
+    }
+}
+
+/// A tree that no dump has ended does not outlive its test: the children of a killed parent would.
+impl Drop for Forks {
+    fn drop(&mut self) {
+        if matches!(self.process.ended(), Ok(None)) {
+            let children = descendants(self.pid());
+            let _ = self.process.kill();
+            kill_and_reap(&children);
+        }
     }
 }
 
