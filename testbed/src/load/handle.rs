@@ -110,14 +110,17 @@ impl Load {
 impl Drop for Load {
     fn drop(&mut self) {
         let mut pids = descendants(self.source.pid());
-        pids.extend(self.tree.iter().copied().filter(|&pid| is_testload(pid)));
+        let dir = self.spec().dir.as_os_str().as_encoded_bytes();
+        pids.extend(self.tree.iter().copied().filter(|&pid| is_of(pid, dir)));
         pids.dedup();
         let _ = self.source.kill();
         kill_and_reap(&pids);
     }
 }
 
-/// Whether a pid recorded earlier still is a process of the load, and not a new one's.
-fn is_testload(pid: Pid) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "testload")
+/// Whether a pid that was recorded earlier is still a process of the load in `dir`. Numbers come again, so it may be
+/// that of another test's load.
+fn is_of(pid: Pid, dir: &[u8]) -> bool {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    line.windows(dir.len()).any(|part| part == dir)
 }
