@@ -460,7 +460,7 @@ impl Restore {
             if let Some(missing) = space.first_missing() {
                 tracing::error!(
                     "the service manager has not kept the userfaultfd of a child of pid {pid}, which lacks memory \
-                     at {} (FileDescriptorStoreMax=): killing the family",
+                     at {} (FileDescriptorStoreMax=): killing this process and its forks",
                     missing.at.start()
                 );
                 self.kill_processes(|space| (space.pid() == pid).then(|| space.first_missing())?);
