@@ -105,6 +105,35 @@ impl Default for Costs {
     }
 }
 
+/// What [`HostFacts::copy_us_per_gib`] was where the defaults of [`Costs`] were measured.
+///
+/// [`HostFacts::copy_us_per_gib`]: super::messages::HostFacts::copy_us_per_gib
+const MEASURED_COPY_US_PER_GIB: f64 = 330_000.0;
+
+/// How much slower or faster than those hosts a host is taken to be at most.
+const SPEED_FACTORS: std::ops::RangeInclusive<f64> = 0.25..=8.0;
+
+impl Costs {
+    /// The costs on hosts that copy memory at other speeds (µs for a GiB, 0: not known): most of what CRIU does is to
+    /// copy memory.
+    #[must_use]
+    pub fn on_hosts(self, source_us_per_gib: u64, destination_us_per_gib: u64) -> Costs {
+        let factor = |us_per_gib: u64| match us_per_gib {
+            0 => 1.0,
+            us => (to_f64(us) / MEASURED_COPY_US_PER_GIB)
+                .clamp(*SPEED_FACTORS.start(), *SPEED_FACTORS.end()),
+        };
+        let (source, destination) = (factor(source_us_per_gib), factor(destination_us_per_gib));
+        Costs {
+            base_ms: self.base_ms * f64::midpoint(source, destination),
+            lazy_ms_per_gib: self.lazy_ms_per_gib * source,
+            dump_ms_per_gib: self.dump_ms_per_gib * source,
+            restore_ms_per_gib: self.restore_ms_per_gib * destination,
+            bytes_per_s: self.bytes_per_s,
+        }
+    }
+}
+
 /// Bytes of a GiB.
 const GIB: f64 = (1_u64 << 30) as f64;
 
@@ -203,6 +232,11 @@ impl Convergence {
 }
 
 #[cfg(test)]
+#[allow(
+    clippy::float_cmp,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss
+)]
 mod tests {
     use super::*;
 
@@ -220,6 +254,20 @@ mod tests {
         on_missed: OnMissed::Cancel,
         throttles: false,
     };
+
+    #[test]
+    fn costs_follow_the_speed_of_each_host() {
+        let (reference, costs) = (MEASURED_COPY_US_PER_GIB as u64, Costs::default());
+        assert_eq!(costs.on_hosts(0, 0), costs);
+        assert_eq!(costs.on_hosts(reference, reference), costs);
+        let slow_source = costs.on_hosts(3 * reference, reference);
+        assert_eq!(slow_source.dump_ms_per_gib, 3.0 * costs.dump_ms_per_gib);
+        assert_eq!(slow_source.restore_ms_per_gib, costs.restore_ms_per_gib);
+        assert_eq!(slow_source.base_ms, 2.0 * costs.base_ms);
+        let odd = costs.on_hosts(u64::MAX, 1);
+        assert_eq!(odd.dump_ms_per_gib, 8.0 * costs.dump_ms_per_gib);
+        assert_eq!(odd.restore_ms_per_gib, costs.restore_ms_per_gib / 4.0);
+    }
 
     #[test]
     fn rounds_end_when_the_downtime_is_in_reach() {

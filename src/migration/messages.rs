@@ -103,6 +103,9 @@ pub struct HostFacts {
     pub userfaultfd: bool,
     /// Its clock, µs since 1970.
     pub clock_us: u64,
+    /// How long it copies a GiB into memory that is new to the process, µs; 0: not measured, as of older versions.
+    #[serde(default)]
+    pub copy_us_per_gib: u64,
 }
 
 /// A container runtime, by the name of its program.

@@ -195,6 +195,7 @@ mod tests {
             disk_bytes: 1 << 40,
             userfaultfd: true,
             clock_us: 0,
+            copy_us_per_gib: 0,
         }
     }
 

@@ -94,7 +94,9 @@ impl Survey {
         };
         let check: Check = client.post("/v1/check", &wanted).await?;
         let layered = layers::agreed(layered, &check);
-        let costs = costs(&client).await;
+        let costs = costs(&client)
+            .await
+            .on_hosts(here.copy_us_per_gib, there.copy_us_per_gib);
         let packed_share = rounds::packed_share(&tree, page, size.private_bytes);
         let mut other_problems = match &found {
             Some(found) => found.problems(&tree, check.runtime.as_deref()).await?,
