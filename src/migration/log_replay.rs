@@ -18,23 +18,10 @@
 //! Invariant: what a client was told here after `Finish` is never missing at a destination that goes on, since either one
 //! of the two services is held, or one of them is gone for good.
 
-use std::collections::VecDeque;
-
 use serde::{Deserialize, Serialize};
 
-/// What the source writes down, each with an fsync before what follows.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum LogReplayRecord {
-    /// Clients may be led to the destination.
-    Switching,
-    /// They are, and the service lives there.
-    Switched,
-    /// It serves here as if nothing had happened.
-    RolledBack,
-    /// Nothing is left to do; it lives at the destination.
-    Complete,
-}
+use super::events::Step;
+use super::steps::{MoveAction, MoveRecord, MoveSteps};
 
 /// What is to be done at the source.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -48,7 +35,7 @@ pub enum LogReplayAction {
     /// Send the rest of the log, let it be replayed, and compare the digests; the service there is stopped.
     Finish,
     /// Write this to disk.
-    Record(LogReplayRecord),
+    Record(MoveRecord),
     /// Clients stay held whatever becomes of this process.
     Seal,
     /// Tell the agent that nothing but this side's command ends its service from now on.
@@ -69,27 +56,8 @@ pub enum LogReplayAction {
     Discard,
 }
 
-/// How it ended.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum LogReplayEnd {
-    /// The service lives at the destination.
-    Moved,
-    /// It serves here.
-    RolledBack,
-    /// It is to serve at the destination, and could not be told to go on there.
-    Stuck,
-}
-
 /// The source's half of one move.
-#[derive(Clone, Debug)]
-pub struct LogReplay {
-    todo: VecDeque<LogReplayAction>,
-    /// The last record that may be on disk, but for the one that decides.
-    tried: Option<LogReplayRecord>,
-    /// Whether the one that decides may be there.
-    deciding: bool,
-    end: LogReplayEnd,
-}
+pub type LogReplay = MoveSteps<LogReplayAction>;
 
 const ALL: [LogReplayAction; 13] = {
     use LogReplayAction::{
@@ -100,119 +68,67 @@ const ALL: [LogReplayAction; 13] = {
         Follow,
         Hold,
         Finish,
-        Record(LogReplayRecord::Switching),
+        Record(MoveRecord::Switching),
         Seal,
         Keep,
         Switch,
-        Record(LogReplayRecord::Switched),
+        Record(MoveRecord::Switched),
         Resume,
         End,
         Stop,
-        Record(LogReplayRecord::Complete),
+        Record(MoveRecord::Complete),
     ]
 };
 
 impl Default for LogReplay {
     /// A move that begins.
     fn default() -> LogReplay {
-        LogReplay {
-            todo: ALL.into(),
-            tried: None,
-            deciding: false,
-            end: LogReplayEnd::Moved,
-        }
+        MoveSteps::begin(ALL)
     }
 }
 
-impl LogReplay {
-    /// A move whose process died, from the last record that it wrote.
-    pub fn recover(last: Option<LogReplayRecord>) -> LogReplay {
-        let mut source = LogReplay {
-            tried: last,
-            ..LogReplay::default()
-        };
-        match last {
-            Some(LogReplayRecord::Complete) => source.todo.clear(),
-            Some(LogReplayRecord::RolledBack) => {
-                source.todo.clear();
-                source.end = LogReplayEnd::RolledBack;
-            }
-            Some(LogReplayRecord::Switched) => {
-                let decided = LogReplayAction::Record(LogReplayRecord::Switched);
-                let at = ALL.iter().position(|&action| action == decided);
-                source.todo.drain(..=at.unwrap_or(0));
-            }
-            None | Some(LogReplayRecord::Switching) => source.roll_back(),
-        }
-        source
+impl MoveAction for LogReplayAction {
+    const SWITCH: LogReplayAction = LogReplayAction::Switch;
+    const DISCARD: LogReplayAction = LogReplayAction::Discard;
+
+    fn of_record(record: MoveRecord) -> LogReplayAction {
+        LogReplayAction::Record(record)
     }
 
-    /// What is to be done next; `None` at the end.
-    pub fn next_action(&mut self) -> Option<LogReplayAction> {
-        let next = self.todo.front().copied();
-        match next {
-            Some(LogReplayAction::Record(LogReplayRecord::Switched)) => self.deciding = true,
-            Some(LogReplayAction::Record(record)) => self.tried = Some(record),
-            _ => {}
-        }
-        next
-    }
-
-    /// What was to be done has been done.
-    pub fn done(&mut self) {
-        if let Some(LogReplayAction::Record(record)) = self.todo.pop_front() {
-            self.tried = Some(record);
+    fn record(self) -> Option<MoveRecord> {
+        match self {
+            LogReplayAction::Record(record) => Some(record),
+            _ => None,
         }
     }
 
-    /// What was to be done has failed, or is to be given up. Tells whether it changes the end.
-    pub fn failed(&mut self) -> bool {
-        match (self.may_roll_back(), self.todo.front()) {
-            (true, _) => {
-                self.roll_back();
-                true
-            }
-            // Both are held: whoever looks next must find it undone.
-            (false, Some(LogReplayAction::Resume)) => {
-                self.todo.clear();
-                self.end = LogReplayEnd::Stuck;
-                true
-            }
-            (false, _) => {
-                self.todo.pop_front();
-                false
-            }
-        }
+    /// Both services are held until it is done.
+    fn is_vital(self) -> bool {
+        self == LogReplayAction::Resume
     }
 
-    /// Whether a failure, or the user, can still end it with the service here.
-    pub fn may_roll_back(&self) -> bool {
-        let decided = matches!(
-            self.tried,
-            Some(LogReplayRecord::Switched | LogReplayRecord::Complete)
-        );
-        self.end == LogReplayEnd::Moved && !decided
-    }
-
-    /// How it ends, as far as is known.
-    pub fn end(&self) -> LogReplayEnd {
-        self.end
-    }
-
-    fn roll_back(&mut self) {
-        use LogReplayAction::{Discard, GiveBack, Record, Release};
-        // A record that may be on the disk although it could not be written is overruled first.
-        let overrules: &[LogReplayAction] = match self.deciding {
-            true => &[Record(LogReplayRecord::Switching)],
-            false => &[],
-        };
-        let back: &[LogReplayAction] = match self.tried {
+    fn way_back(tried: Option<MoveRecord>) -> &'static [LogReplayAction] {
+        use LogReplayAction::{GiveBack, Release};
+        match tried {
             None => &[Release],
             Some(_) => &[Release, GiveBack],
-        };
-        let ends = [Discard, Record(LogReplayRecord::RolledBack)];
-        self.todo = [overrules, back, &ends].concat().into();
-        self.end = LogReplayEnd::RolledBack;
+        }
+    }
+
+    fn step(self) -> Option<Step> {
+        Some(match self {
+            LogReplayAction::Prepare => Step::Start,
+            LogReplayAction::Follow => Step::Replay,
+            LogReplayAction::Hold | LogReplayAction::Seal => Step::Hold,
+            LogReplayAction::Finish => Step::Rest,
+            LogReplayAction::Record(_) => return None,
+            LogReplayAction::Keep => Step::Commit,
+            LogReplayAction::Switch => Step::Route,
+            LogReplayAction::Resume => Step::Resume,
+            LogReplayAction::End | LogReplayAction::Stop => Step::Stop,
+            LogReplayAction::Release | LogReplayAction::GiveBack => Step::Release,
+            LogReplayAction::Discard => Step::Discard,
+        })
     }
 }
 

@@ -40,12 +40,8 @@ pub use catch_up::{CatchUp, Progress};
 pub use convergence::{
     Convergence, Costs, Decision, Limits, Mode, OnMissed, RoundResult, predict_downtime,
 };
-pub use log_replay::{
-    LogReplay, LogReplayAction, LogReplayEnd, LogReplayRecord, ReplayEvent, ReplayState,
-};
+pub use log_replay::{LogReplay, LogReplayAction, ReplayEvent, ReplayState};
 pub use plan::{Forecast, LogFacts, ReplayCosts, forecast_replay, recommend};
 pub use source::{Source, SourceAction, SourceEvent, SourceRecord, SourceState};
-pub use stateless::{
-    Stateless, StatelessAction, StatelessEnd, StatelessEvent, StatelessMode, StatelessRecord,
-    StatelessState,
-};
+pub use stateless::{Stateless, StatelessAction, StatelessEvent, StatelessMode, StatelessState};
+pub use steps::{MoveAction, MoveEnd, MoveRecord, MoveSteps};

@@ -14,7 +14,8 @@ use tokio::process::{Child, Command};
 
 use super::args::Args as MigrateArgs;
 use super::context::SourceContext;
-use super::{log_replay, logs, stateless, throttle};
+use super::flow_context::is_in;
+use super::{log_replay, logs, stateless, stepped, throttle};
 use crate::agent::address;
 use crate::client::AgentClient;
 use crate::commands::with_tls;
@@ -77,14 +78,14 @@ pub(super) async fn resume(args: &MigrateArgs, id: &MigrationId) -> Result<()> {
 
 /// Finishes the migration in `dir`, and tells whether the processes live at the destination.
 async fn finish_in(dir: &Path, client: AgentClient) -> Result<bool> {
-    if stateless::is_in(dir) {
-        return stateless::finish(dir, client).await;
+    if is_in::<stateless::Facts>(dir) {
+        return stepped::finish::<stateless::Facts>(dir, client).await;
     }
-    if log_replay::is_in(dir) {
-        return log_replay::finish(dir, client).await;
+    if is_in::<log_replay::Facts>(dir) {
+        return stepped::finish::<log_replay::Facts>(dir, client).await;
     }
     let context = SourceContext::find(dir, client.clone())?;
-    let (id, events) = (context.facts.id.clone(), context.events.clone());
+    let (id, events) = (context.common.id.clone(), context.events.clone());
     let record = context.record()?;
     let state = finish(context).await?;
     let moved = matches!(state, SourceState::Complete | SourceState::Committed);
@@ -113,13 +114,13 @@ async fn finish(context: SourceContext) -> Result<SourceState> {
         Some(record) => {
             tracing::warn!(
                 "finishing migration {}, recorded as {record}",
-                context.facts.id
+                context.common.id
             );
         }
         None => {
             tracing::warn!(
                 "finishing migration {}, left before any decision",
-                context.facts.id
+                context.common.id
             );
         }
     }

@@ -19,6 +19,7 @@ mod files;
 mod files_args;
 mod first_answer;
 mod flow;
+mod flow_context;
 mod frozen;
 pub(crate) mod guard;
 mod hooks;
@@ -39,6 +40,7 @@ mod shared;
 mod state_dir;
 mod stateless;
 mod stateless_args;
+mod stepped;
 mod survey;
 mod throttle;
 mod warnings;
@@ -57,13 +59,12 @@ use args::ModeArg;
 use context::{Facts, SourceContext};
 use files::Files;
 use flow::Flow;
-use moved_addresses::MovedAddresses;
+use flow_context::CommonFacts;
 use outputs::Outputs;
 use report::{HostReport, Report};
 use survey::Survey;
 
 use crate::events::{Details, Events};
-use crate::route::Routes;
 
 /// Longest made-up part of a name, hexadecimal digits.
 const ID_DIGITS: usize = 8;
@@ -195,20 +196,17 @@ async fn move_memory(
         found,
         ..
     } = survey;
+    let common = CommonFacts::find(args, id).await?;
     let facts = Facts {
-        addresses: MovedAddresses::find(&moving).await?,
-        routes: Routes::look(args.routes()).await?,
         container: found.as_ref().map(|found| found.record.clone()),
         tcp: args.tcp(),
-        hooks: args.hooks(),
         files: files.dirs(),
         outputs,
-        events: args.events(),
-        ..Facts::of_tree(id, mode, &tree)
+        ..Facts::of_tree(mode, &tree)
     };
     let context = SourceContext::make(
         &args.target.state_dir,
-        facts,
+        (common, facts),
         client.clone(),
         events.clone(),
     )?;
@@ -228,10 +226,7 @@ async fn move_memory(
     let report = flow.finish(&ended);
     // The guard sees that the command ends, and has nothing to do.
     drop(guard);
-    if let Some(path) = &args.report {
-        report.write(path)?;
-    }
-    report.print();
+    report.publish(args.report.as_deref())?;
     moved(ended, root, &report)
 }
 

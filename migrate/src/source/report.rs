@@ -247,6 +247,15 @@ impl Report {
         records::write(path, self)
     }
 
+    /// Writes the JSON to `path`, if the user wants it, and prints the table.
+    pub(crate) fn publish(&self, path: Option<&Path>) -> Result<()> {
+        if let Some(path) = path {
+            self.write(path)?;
+        }
+        self.print();
+        Ok(())
+    }
+
     /// Adds one session's line of a page-server's `--summary-json`.
     pub(crate) fn add_session(&mut self, line: &serde_json::Value) {
         let number = |value: &serde_json::Value| value.as_u64().unwrap_or_default();

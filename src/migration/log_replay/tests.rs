@@ -1,4 +1,5 @@
 use super::*;
+use crate::migration::MoveEnd;
 
 /// Both hosts, their clients and the way between them.
 #[derive(Clone, Debug)]
@@ -9,7 +10,7 @@ struct World {
     ended: bool,
     stopped: bool,
     leads_there: bool,
-    record: Option<LogReplayRecord>,
+    record: Option<MoveRecord>,
     agent: ReplayState,
     /// What clients were told, in order of its number; what each service knows of it.
     answers: u64,
@@ -125,17 +126,17 @@ impl World {
         self.agent = ReplayState::recover(last);
     }
 
-    fn expect_end(&self, end: LogReplayEnd, name: &str) {
+    fn expect_end(&self, end: MoveEnd, name: &str) {
         match end {
-            LogReplayEnd::Moved => assert!(
+            MoveEnd::Moved => assert!(
                 self.serves_there() && self.leads_there && !self.serves_here(),
                 "{name}: {self:?}"
             ),
-            LogReplayEnd::RolledBack => assert!(
+            MoveEnd::RolledBack => assert!(
                 self.serves_here() && !self.leads_there && self.agent == ReplayState::Aborted,
                 "{name}: {self:?}"
             ),
-            LogReplayEnd::Stuck => panic!("{name}: stuck: {self:?}"),
+            MoveEnd::Stuck => panic!("{name}: stuck: {self:?}"),
         }
     }
 }
@@ -173,7 +174,7 @@ fn a_service_moves_or_stays_whoever_dies_before_or_behind_each_action() {
                 world.agent_dies();
             }
             world.clients(&name);
-            let mut guard = LogReplay::recover(world.record);
+            let mut guard = LogReplay::default().recovered(world.record);
             run(&mut world, &mut guard, None, &name);
             world.expect_end(guard.end(), &name);
         }
@@ -191,10 +192,10 @@ fn a_failure_at_any_action_ends_in_one_place() {
                 world.apply(action);
             }
             let is_told = source.failed();
-            if source.end() == LogReplayEnd::Stuck {
+            if source.end() == MoveEnd::Stuck {
                 // The next one finds the record, and finishes it.
                 assert!(is_told);
-                source = LogReplay::recover(world.record);
+                source = LogReplay::default().recovered(world.record);
             }
             run(&mut world, &mut source, None, &name);
             world.expect_end(source.end(), &name);

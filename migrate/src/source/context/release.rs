@@ -34,7 +34,7 @@ impl SourceContext {
         // Without its page server, or the client of it, a dump fails and lets its processes go.
         self.end_forwarders();
         // A runtime that was killed leaves the CRIU that it had started.
-        let criu = records::read::<ProcessName>(&self.dir.join(CRIU_PROCESS))?;
+        let criu = records::read::<ProcessName>(&self.dir().join(CRIU_PROCESS))?;
         for dump in [self.facts.dump, criu].into_iter().flatten() {
             let start = Instant::now();
             while dump.is_alive() {
@@ -107,7 +107,7 @@ impl SourceContext {
             );
         }
         for dir in &self.facts.files {
-            if let Err(error) = StagingDir::of(dir).moved_away(&self.facts.id.to_string()) {
+            if let Err(error) = StagingDir::of(dir).moved_away(&self.common.id.to_string()) {
                 self.warn(format!(
                     "that {} is out of date is not noted: {error}",
                     dir.display()
@@ -119,7 +119,7 @@ impl SourceContext {
     /// Removes CRIU's rules for connections that have moved. As long as an address is here that was not moved, this
     /// host would answer its clients by a reset.
     pub(in crate::source) fn forget_connections(&self) {
-        if self.facts.addresses.taken {
+        if self.common.addresses.taken {
             return network::forget(&self.facts.connections);
         }
         let kept = network::forget_gone(&self.facts.connections);
@@ -127,7 +127,7 @@ impl SourceContext {
             self.warn(format!(
                 "CRIU's rules that drop the packets of {kept} connections stay in the firewall, because their address \
                  is still here; once it is not, `pageferry migrate --resume {}` removes them",
-                self.facts.id
+                self.common.id
             ));
         }
     }

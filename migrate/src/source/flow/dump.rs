@@ -225,14 +225,14 @@ impl Flow<'_> {
 
     /// Takes the addresses off this host, if some move along: the destination needs them for its restore.
     async fn take_addresses(&mut self) -> Result<()> {
-        let facts = &mut self.context.facts;
-        let taken = !facts.addresses.is_empty();
-        facts.addresses.taken = taken;
+        let addresses = &mut self.context.common.addresses;
+        let taken = !addresses.is_empty();
+        addresses.taken = taken;
         if taken {
             self.note_switch();
             self.events().begin(Step::Address);
             self.context.keep_facts()?;
-            self.context.facts.addresses.take().await?;
+            self.context.common.addresses.take().await?;
             self.phase("address");
         }
         Ok(())

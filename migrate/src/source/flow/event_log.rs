@@ -78,7 +78,7 @@ impl Flow<'_> {
 
     /// Brings what the destination has to tell, and if something went wrong the logs of both sides.
     pub(in crate::source) async fn bring_logs(&mut self, ended: &Result<SourceState>) {
-        let (id, client) = (self.context.facts.id.clone(), self.client.clone());
+        let (id, client) = (self.context.common.id.clone(), self.client.clone());
         logs::merge(&client, &id, self.events()).await;
         if !matches!(ended, Ok(SourceState::Complete)) {
             let dir = self.context.dir();

@@ -33,6 +33,7 @@ use super::commands::{self, FORWARDER, Notes};
 use super::context::{SourceContext, read_number};
 use super::files::{Files, FilesReport};
 use super::first_answer;
+use super::flow_context::FlowFacts;
 use super::frozen::frozen;
 use super::hooks::Point;
 use super::progress::Progress;
@@ -200,11 +201,12 @@ impl<'a> Flow<'a> {
     /// Leads clients to the destination, where the sockets of the restored tree take their connections from now on. It
     /// may still be given up: then clients are led back.
     async fn switch_routes(&mut self) -> Result<()> {
-        if self.context.facts.routes.is_empty() {
+        if self.context.common.routes.is_empty() {
             return Ok(());
         }
         self.note_switch();
         self.events().begin(Step::Route);
+        self.context.begin_switch()?;
         self.context.switch_routes().await?;
         self.phase("route");
         Ok(())
@@ -219,7 +221,7 @@ impl<'a> Flow<'a> {
     async fn begin(&mut self) -> Result<()> {
         let tree = Tree::of(self.root())?;
         let begin = Begin {
-            id: self.context.facts.id.clone(),
+            id: self.context.common.id.clone(),
             mode: self.mode,
             pids: tree
                 .members()
@@ -280,7 +282,7 @@ impl<'a> Flow<'a> {
     }
 
     fn root(&self) -> i32 {
-        self.context.facts.tree.first().map_or(0, |root| root.pid)
+        self.context.facts.root_pid()
     }
 
     fn predict(&self) -> Duration {

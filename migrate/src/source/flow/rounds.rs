@@ -131,7 +131,7 @@ impl Flow<'_> {
     /// Slows the processes, if that can be done here.
     fn slow_down(&mut self) -> Option<Throttle> {
         let percent = self.args.throttle?;
-        let id = self.context.facts.id.to_string();
+        let id = self.context.common.id.to_string();
         let tree = Tree::of(self.root());
         let started =
             tree.and_then(|tree| Throttle::start(&tree, percent, self.context.dir(), &id));

@@ -25,7 +25,7 @@ use std::time::Duration;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::events::Step;
 use pageferry::migration::messages::{HostFacts, MigrationId, ReplayBegin};
-use pageferry::migration::{LogReplay, LogReplayEnd, Mode};
+use pageferry::migration::{Mode, MoveEnd};
 use pageferry::sys::owned_process::ProcessName;
 use pageferry::tls::Tls;
 use tokio::process::Child;
@@ -33,17 +33,16 @@ use tokio::time::Instant;
 
 use super::args::Args;
 use super::container::Found;
+use super::flow_context::CommonFacts;
 use super::log_replay_args::LagArg;
-use super::logs;
-use super::moved_addresses::MovedAddresses;
 use super::report::{HostReport, Report};
 use super::stateless;
+use super::stepped::{self, Course};
 use crate::client::AgentClient;
 use crate::events::{Details, Events};
-use crate::records;
 use crate::rounds::Tree;
-use crate::route::Routes;
-use context::{Facts, Holder, SourceContext};
+pub(super) use context::Facts;
+use context::{Holder, SourceContext};
 use flow::Flow;
 use sender::{Sender, SenderOptions};
 use tail::Tail;
@@ -83,21 +82,13 @@ pub(super) async fn migrate(
     let client = AgentClient::new(args.target.to.clone(), Tls::load(&args.target.tls)?);
     let there: HostFacts = client.get("/v1/host").await?;
     let (root, found) = root(args).await?;
+    let common = CommonFacts::find(args, id.clone()).await?;
     let facts = Facts {
-        id: id.clone(),
         holder: holder(args, &log),
         root: ProcessName::of(root)
             .map_err(|error| Error::wrap(Kind::Usage, format!("pid {root}"), error))?,
         container: found.map(|found| found.record),
-        addresses: MovedAddresses::find(&args.addresses()).await?,
-        there: args
-            .addresses()
-            .into_iter()
-            .map(|address| address.there)
-            .collect(),
-        routes: Routes::look(args.routes()).await?,
-        hooks: args.hooks(),
-        events: args.events(),
+        there: args.addresses_there(),
     };
     let report = Report {
         mode: "log-replay".to_owned(),
@@ -110,34 +101,31 @@ pub(super) async fn migrate(
     events.note(Step::Plan, Details::text("log-replay"));
     let context = SourceContext::make(
         &args.target.state_dir,
-        facts,
+        (common, facts),
         client.clone(),
         events.clone(),
     )?;
     let guard = guard(context.dir())?;
     let sender = Sender::new(client, context.path(""), tail, sender_options(args, log));
-    let mut flow = Flow::new(args, context, (begin, sender), report, started);
-    let ended = flow.run().await;
+    let mut flow = Flow::new(Course::new(args, context, report, started), begin, sender);
+    let ended = stepped::run(&mut flow).await;
     let too_slow = flow.is_too_slow();
     let report = flow.finish(&ended).await;
     // The guard sees that the command ends, and has nothing to do.
     drop(guard);
-    if let Some(path) = &args.report {
-        report.write(path)?;
-    }
-    report.print();
+    report.publish(args.report.as_deref())?;
     judge(args, ended?, too_slow, &report)
 }
 
 /// What the end of the migration means to the user.
-fn judge(args: &Args, end: LogReplayEnd, too_slow: bool, report: &Report) -> Result<Ended> {
+fn judge(args: &Args, end: MoveEnd, too_slow: bool, report: &Report) -> Result<Ended> {
     match end {
-        LogReplayEnd::Moved => Ok(Ended::Here),
-        LogReplayEnd::RolledBack if too_slow => Ok(Ended::TooSlow),
+        MoveEnd::Moved => Ok(Ended::Here),
+        MoveEnd::RolledBack if too_slow => Ok(Ended::TooSlow),
         end => {
             let text = report.end_text(|| format!("it ended as {end:?}"));
             let text = match end {
-                LogReplayEnd::Stuck => format!(
+                MoveEnd::Stuck => format!(
                     "the service is the destination's and stands still there: `pageferry migrate --resume {} --to {}` \
                      lets it go on: {text}",
                     report.id, args.target.to
@@ -220,46 +208,5 @@ pub(super) async fn end_recording(args: &Args) -> Result<()> {
     match (&wanted.log, &wanted.replay) {
         (Some(log), None) => crate::service_log::Hold::take(log).await?.end().await,
         _ => Ok(()),
-    }
-}
-
-/// Whether the migration in `dir` is one of these.
-pub(super) fn is_in(dir: &Path) -> bool {
-    dir.join(context::FACTS).exists()
-}
-
-/// Finishes the migration in `dir`, whose command died. Tells whether the service lives at the destination.
-pub(super) async fn finish(dir: &Path, client: AgentClient) -> Result<bool> {
-    let mut context = SourceContext::find(dir, client)?;
-    let last = records::read(&dir.join(context::RECORD))?;
-    let mut source = LogReplay::recover(last);
-    let is_left = source.next_action().is_some();
-    if is_left {
-        tracing::warn!("finishing {}, left at {last:?}", context.facts.id);
-    }
-    let mut problem = None;
-    while let Some(action) = source.next_action() {
-        let done = context.carry_out(action).await;
-        if let Some(step) = action.step() {
-            context.events.ended(step, &done);
-        }
-        match done {
-            Ok(()) => source.done(),
-            Err(error) => {
-                context.warn(error.to_string());
-                if source.failed() {
-                    problem = Some(error);
-                }
-            }
-        }
-    }
-    let moved = source.end() == LogReplayEnd::Moved;
-    if is_left {
-        let (client, id) = (&context.client, &context.facts.id);
-        logs::at_end(client, id, context.dir(), (&context.events, moved)).await;
-    }
-    match (source.end(), problem) {
-        (LogReplayEnd::Stuck, Some(error)) => Err(error),
-        _ => Ok(moved),
     }
 }

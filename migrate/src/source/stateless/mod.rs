@@ -18,7 +18,7 @@ use nix::sys::utsname::uname;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::events::Step;
 use pageferry::migration::messages::{ContainerId, HostFacts, MigrationId};
-use pageferry::migration::{Mode, Stateless, StatelessEnd, StatelessMode};
+use pageferry::migration::{Mode, MoveEnd, StatelessMode};
 use pageferry::sys::owned_process::ProcessName;
 use pageferry::tls::Tls;
 use tokio::process::Child;
@@ -26,17 +26,17 @@ use tokio::time::Instant;
 
 use super::args::{Args, ModeArg};
 use super::container::Found;
+use super::flow_context::CommonFacts;
 use super::layers;
-use super::logs;
-use super::moved_addresses::MovedAddresses;
 use super::report::{HostReport, Report};
+use super::stepped::{self, Course};
 use crate::client::AgentClient;
 use crate::events::{Details, Events};
+use crate::facts;
 use crate::rounds::Tree;
-use crate::route::Routes;
 use crate::runtime::bundle;
-use crate::{facts, records};
-use context::{Facts, SourceContext};
+pub(super) use context::Facts;
+use context::SourceContext;
 use flow::Flow;
 
 /// Moves the container. `guard` starts what finishes it if this process dies.
@@ -66,18 +66,14 @@ pub(super) async fn migrate(
     };
     let root = ProcessName::of(found.root)
         .map_err(|error| Error::wrap(Kind::Usage, format!("container {container}"), error))?;
+    let common = CommonFacts::find(args, id.clone()).await?;
     let facts = Facts {
-        id: id.clone(),
         mode,
         bundle: found.bundle.clone(),
         root,
         resources: found.container.resources.clone(),
         container: found.record.clone(),
-        addresses: MovedAddresses::find(&args.addresses()).await?,
-        routes: Routes::look(args.routes()).await?,
-        hooks: args.hooks(),
         drain_ms: u64::try_from(args.stateless.drain.as_millis()).unwrap_or(u64::MAX),
-        events: args.events(),
     };
     let mut report = Report::begin(id, Mode::Cold);
     name(mode).clone_into(&mut report.mode);
@@ -85,26 +81,23 @@ pub(super) async fn migrate(
     (report.source, report.destination) = (here, HostReport::from(&there));
     events.done(Step::Preflight, Details::default());
     events.note(Step::Plan, Details::text(name(mode)));
-    let context = SourceContext::make(&args.target.state_dir, facts, client, events.clone())?;
+    let context = SourceContext::make(
+        &args.target.state_dir,
+        (common, facts),
+        client,
+        events.clone(),
+    )?;
     let guard = guard(context.dir())?;
-    let mut flow = Flow::new(
-        args,
-        context,
-        (found.container, layered),
-        there.disk_bytes,
-        report,
-        started,
-    );
-    let ended = flow.run().await;
+    let course = Course::new(args, context, report, started);
+    let moving = (found.container, layered);
+    let mut flow = Flow::new(course, moving, there.disk_bytes);
+    let ended = stepped::run(&mut flow).await;
     let report = flow.finish(&ended).await;
     // The guard sees that the command ends, and has nothing to do.
     drop(guard);
-    if let Some(path) = &args.report {
-        report.write(path)?;
-    }
-    report.print();
+    report.publish(args.report.as_deref())?;
     match ended? {
-        StatelessEnd::Moved => Ok(()),
+        MoveEnd::Moved => Ok(()),
         end => {
             let text = report.end_text(|| format!("it ended as {end:?}"));
             Err(Error::new(
@@ -183,45 +176,4 @@ pub(super) async fn host_here(args: &Args) -> Result<HostReport> {
         machine: names.machine().to_string_lossy().into_owned(),
         ..HostReport::default()
     })
-}
-
-/// Whether the migration in `dir` is one of these.
-pub(super) fn is_in(dir: &Path) -> bool {
-    dir.join(context::FACTS).exists()
-}
-
-/// Finishes the migration in `dir`, whose command died. Tells whether the container lives at the destination.
-pub(super) async fn finish(dir: &Path, client: AgentClient) -> Result<bool> {
-    let mut context = SourceContext::find(dir, client)?;
-    let last = records::read(&dir.join(context::RECORD))?;
-    let mut source = Stateless::recover(context.facts.mode, last);
-    let is_left = source.next_action().is_some();
-    if is_left {
-        tracing::warn!("finishing {}, left at {last:?}", context.facts.id);
-    }
-    let mut problem = None;
-    while let Some(action) = source.next_action() {
-        let done = context.carry_out(action).await;
-        if let Some(step) = action.step() {
-            context.events.ended(step, &done);
-        }
-        match done {
-            Ok(()) => source.done(),
-            Err(error) => {
-                context.warn(error.to_string());
-                if source.failed() {
-                    problem = Some(error);
-                }
-            }
-        }
-    }
-    let moved = source.end() == StatelessEnd::Moved;
-    if is_left {
-        let (client, id) = (&context.client, &context.facts.id);
-        logs::at_end(client, id, context.dir(), (&context.events, moved)).await;
-    }
-    match (source.end(), problem) {
-        (StatelessEnd::Stuck, Some(error)) => Err(error),
-        _ => Ok(moved),
-    }
 }
