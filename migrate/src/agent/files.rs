@@ -9,6 +9,7 @@ use pageferry::migration::messages::Seal;
 use super::file_trees::{Record, TreeRecord, give_up};
 use super::incoming::{blocking, store_tree};
 use super::session::Session;
+use super::session_table::AgentSession;
 use crate::files::StagingDir;
 
 impl Session {
@@ -23,7 +24,7 @@ impl Session {
     /// Stores what comes for tree `number`.
     pub(super) async fn store_files(self: &Arc<Session>, number: usize, body: Body) -> Result<()> {
         let tree = self.files.tree(number)?;
-        store_tree(&tree, body, || self.note_contact()).await
+        store_tree(&tree, body, || self.contact().note()).await
     }
 
     /// Ends the arrival of tree `number`.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use axum::body::{Body, Bytes};
 use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, header};
 use axum::response::sse::{Event, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
@@ -15,59 +15,24 @@ use pageferry::error::{Error, Kind};
 use pageferry::limits::MIGRATION_JSON_BYTES_MAX;
 use pageferry::migration::events::Step;
 use pageferry::migration::messages::{
-    Begin, Check, HostFacts, MigrationId, Problem, Receiver, RestoreRequest, Seal, Status, Wanted,
+    Begin, Check, HostFacts, Receiver, RestoreRequest, Seal, Status, Wanted,
 };
 use pageferry::migration::{AgentEvent, AgentState};
-use serde::de::DeserializeOwned;
 use tokio_stream::wrappers::WatchStream;
 use tokio_stream::{Stream, StreamExt};
 use tokio_util::io::{StreamReader, SyncIoBridge};
 
+use super::answer::{Answer, Failure, parse, to_its_end};
 use super::file_trees::wanted as wanted_files;
 use super::listen::{From as Caller, Listener};
 use super::session::Session;
+use super::session_table::AgentSession;
 use super::sessions::Sessions;
 use crate::facts;
 use crate::image_stream::unpack;
 
 /// What who wants a stream of events accepts.
 const EVENT_STREAM: &str = "text/event-stream";
-
-/// An answer, or why there is none.
-pub(super) type Answer<T> = Result<Json<T>, Failure>;
-
-/// An error on its way to the caller.
-pub(super) struct Failure {
-    status: StatusCode,
-    error: String,
-}
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Failure {
-        let status = match error.kind() {
-            Kind::Usage => StatusCode::CONFLICT,
-            Kind::Protocol => StatusCode::BAD_REQUEST,
-            _ => StatusCode::INTERNAL_SERVER_ERROR,
-        };
-        let error = error.to_string();
-        Failure { status, error }
-    }
-}
-
-impl Failure {
-    pub(super) fn unknown(error: String) -> Failure {
-        let status = StatusCode::NOT_FOUND;
-        Failure { status, error }
-    }
-}
-
-impl IntoResponse for Failure {
-    fn into_response(self) -> Response {
-        let Failure { status, error } = self;
-        tracing::warn!("a request failed: {error}");
-        (status, Json(Problem { error })).into_response()
-    }
-}
 
 /// Answers requests until the listener ends.
 pub(super) async fn serve(listener: Listener, app: Router) -> io::Result<()> {
@@ -103,32 +68,6 @@ pub(super) fn router(sessions: Sessions) -> Router {
         .route("/metrics", get(metrics))
         .layer(DefaultBodyLimit::max(MIGRATION_JSON_BYTES_MAX))
         .with_state(sessions)
-}
-
-/// Carries out what was asked, also if whoever asked is gone before the answer: half of it would leave programs that
-/// nobody ends.
-pub(super) async fn to_its_end<T: Send + 'static>(
-    work: impl Future<Output = Answer<T>> + Send + 'static,
-) -> Answer<T> {
-    tokio::spawn(work)
-        .await
-        .map_err(|error| Error::wrap(Kind::Io, "a request was ended", io::Error::other(error)))?
-}
-
-pub(super) fn parse<T: DeserializeOwned>(body: &Bytes) -> Result<T, Failure> {
-    serde_json::from_slice(body)
-        .map_err(|error| Error::wrap(Kind::Protocol, "the request is not understood", error).into())
-}
-
-pub(super) fn find(sessions: &Sessions, id: &str) -> Result<Arc<Session>, Failure> {
-    let id: MigrationId = id
-        .parse()
-        .map_err(|error| Error::wrap(Kind::Protocol, "the request's path", error))?;
-    let session = sessions
-        .find(&id)
-        .ok_or_else(|| Failure::unknown(format!("there is no migration {id} here")))?;
-    session.note_contact();
-    Ok(session)
 }
 
 async fn host(State(sessions): State<Sessions>) -> Answer<HostFacts> {
@@ -172,7 +111,7 @@ async fn status(
     Path(id): Path<String>,
     headers: HeaderMap,
 ) -> Result<Response, Failure> {
-    let session = find(&sessions, &id)?;
+    let session = sessions.find(&id)?;
     let accepted = headers.get_all(header::ACCEPT).iter();
     let mut accepted = accepted.filter_map(|value| value.to_str().ok());
     match accepted.any(|value| value.contains(EVENT_STREAM)) {
@@ -185,7 +124,7 @@ async fn events(
     State(sessions): State<Sessions>,
     Path(id): Path<String>,
 ) -> Result<Response, Failure> {
-    Ok(stream_of(find(&sessions, &id)?).into_response())
+    Ok(stream_of(sessions.find(&id)?).into_response())
 }
 
 fn stream_of(session: Arc<Session>) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
@@ -201,7 +140,7 @@ async fn round(
     State(sessions): State<Sessions>,
     Path((id, number)): Path<(String, u32)>,
 ) -> Answer<Receiver> {
-    let session = find(&sessions, &id)?;
+    let session = sessions.find(&id)?;
     to_its_end(async move { Ok(Json(session.receive(Some(number)).await?)) }).await
 }
 
@@ -209,17 +148,17 @@ async fn round_stored(
     State(sessions): State<Sessions>,
     Path((id, number)): Path<(String, u32)>,
 ) -> Answer<Status> {
-    let session = find(&sessions, &id)?;
+    let session = sessions.find(&id)?;
     to_its_end(async move { Ok(Json(session.received(Some(number)).await?)) }).await
 }
 
 async fn pages(State(sessions): State<Sessions>, Path(id): Path<String>) -> Answer<Receiver> {
-    let session = find(&sessions, &id)?;
+    let session = sessions.find(&id)?;
     to_its_end(async move { Ok(Json(session.receive(None).await?)) }).await
 }
 
 async fn pages_stored(State(sessions): State<Sessions>, Path(id): Path<String>) -> Answer<Status> {
-    let session = find(&sessions, &id)?;
+    let session = sessions.find(&id)?;
     to_its_end(async move { Ok(Json(session.received(None).await?)) }).await
 }
 
@@ -229,7 +168,7 @@ async fn images(
     Path(id): Path<String>,
     body: Body,
 ) -> Answer<Status> {
-    let session = find(&sessions, &id)?;
+    let session = sessions.find(&id)?;
     if session.status().state != AgentState::Receiving {
         let text = "images cannot be stored now: the restore has begun";
         return Err(Error::new(Kind::Usage, text).into());
@@ -258,7 +197,7 @@ async fn file_index(
     State(sessions): State<Sessions>,
     Path((id, number)): Path<(String, usize)>,
 ) -> Result<Response, Failure> {
-    let session = find(&sessions, &id)?;
+    let session = sessions.find(&id)?;
     let index = session.file_index(number).await?;
     Ok(([(header::CONTENT_TYPE, "application/octet-stream")], index).into_response())
 }
@@ -269,7 +208,7 @@ async fn files(
     Path((id, number)): Path<(String, usize)>,
     body: Body,
 ) -> Answer<Status> {
-    let session = find(&sessions, &id)?;
+    let session = sessions.find(&id)?;
     session.store_files(number, body).await?;
     Ok(Json(session.status()))
 }
@@ -280,7 +219,7 @@ async fn seal_files(
     body: Bytes,
 ) -> Answer<Status> {
     let seal = parse::<Seal>(&body)?;
-    let session = find(&sessions, &id)?;
+    let session = sessions.find(&id)?;
     session.events.begin(Step::Files);
     let sealed = session.seal_files(number, seal).await;
     session.events.ended(Step::Files, &sealed);
@@ -294,13 +233,13 @@ async fn restore(
     body: Bytes,
 ) -> Answer<Status> {
     let request = parse::<RestoreRequest>(&body)?;
-    let session = find(&sessions, &id)?;
+    let session = sessions.find(&id)?;
     to_its_end(async move { Ok(Json(session.restore(&request).await?)) }).await
 }
 
 /// The source's grant. The answer tells the decision, and after `committed` that the processes run.
 async fn commit(State(sessions): State<Sessions>, Path(id): Path<String>) -> Answer<Status> {
-    let session = find(&sessions, &id)?;
+    let session = sessions.find(&id)?;
     to_its_end(commit_session(session)).await
 }
 
@@ -319,13 +258,13 @@ async fn commit_session(session: Arc<Session>) -> Answer<Status> {
 }
 
 async fn cancel(State(sessions): State<Sessions>, Path(id): Path<String>) -> Answer<Status> {
-    let session = find(&sessions, &id)?;
+    let session = sessions.find(&id)?;
     to_its_end(async move { Ok(Json(session.handle(AgentEvent::AbortAsked).await)) }).await
 }
 
 /// Waits until all memory is there, or never will be.
 async fn complete(State(sessions): State<Sessions>, Path(id): Path<String>) -> Answer<Status> {
-    let session = find(&sessions, &id)?;
+    let session = sessions.find(&id)?;
     let over = |status: &Status| match status.state {
         AgentState::Complete | AgentState::Aborted => true,
         AgentState::Committed => status.problem.is_some(),

@@ -21,6 +21,7 @@ use pageferry::limits::{LAYERS_ARRIVING_MAX, LAYERS_STORED_MAX};
 use pageferry::migration::messages::{Digest, OverlayRoot, Seal};
 use tokio::time::{Instant, sleep_until};
 
+use super::contact::Contact;
 use super::incoming::blocking;
 use crate::files::{
     Lowers, Permitted, ReceivedTree, StagingDir, name_layer, overlays_are_possible,
@@ -46,25 +47,7 @@ const NEW: Permitted = Permitted {
 #[derive(Debug)]
 pub(super) struct Arriving {
     pub(super) tree: Arc<ReceivedTree>,
-    last_contact: Mutex<Instant>,
-}
-
-impl Arriving {
-    /// Notes that the source was in contact.
-    pub(super) fn note_contact(&self) {
-        *self
-            .last_contact
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Instant::now();
-    }
-
-    fn deadline(&self) -> Instant {
-        *self
-            .last_contact
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            + SILENCE
-    }
+    pub(super) contact: Contact,
 }
 
 /// See the module's text.
@@ -185,13 +168,13 @@ impl LayerStore {
         staging.prepare("layer", NEW)?;
         let arriving = Arc::new(Arriving {
             tree: Arc::new(ReceivedTree::new(staging)?),
-            last_contact: Mutex::new(Instant::now()),
+            contact: Contact::new(SILENCE),
         });
         all.insert(layer.clone(), Arc::clone(&arriving));
         let (store, name, watched) = (Arc::clone(self), layer.clone(), Arc::clone(&arriving));
         tokio::spawn(async move {
-            while watched.deadline() > Instant::now() {
-                sleep_until(watched.deadline()).await;
+            while watched.contact.deadline() > Instant::now() {
+                sleep_until(watched.contact.deadline()).await;
             }
             let given_up = blocking(move || store.give_up(&name, &watched)).await;
             if let Err(error) = given_up {

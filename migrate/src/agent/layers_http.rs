@@ -12,7 +12,7 @@ use pageferry::error::{Error, Kind};
 use pageferry::limits::MIGRATION_JSON_BYTES_MAX;
 use pageferry::migration::messages::{Digest, Seal};
 
-use super::http::{Answer, Failure, parse, to_its_end};
+use super::answer::{Answer, Failure, parse, to_its_end};
 use super::incoming::{blocking, store_tree};
 use super::layers::LayerStore;
 
@@ -39,7 +39,7 @@ async fn layer_index(
     let layer = named(&digest)?;
     let index = blocking(move || {
         let arriving = store.begin(&layer)?;
-        arriving.note_contact();
+        arriving.contact.note();
         // Whoever was at it has lost its connection.
         arriving.tree.take_turn();
         arriving.tree.index()
@@ -55,7 +55,7 @@ async fn layer_files(
 ) -> Answer<()> {
     let layer = named(&digest)?;
     let arriving = store.find(&layer)?;
-    store_tree(&arriving.tree, body, || arriving.note_contact()).await?;
+    store_tree(&arriving.tree, body, || arriving.contact.note()).await?;
     Ok(Json(()))
 }
 

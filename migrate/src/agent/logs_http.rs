@@ -12,8 +12,8 @@ use axum::routing::get;
 use pageferry::error::{Error, Kind};
 use pageferry::migration::messages::MigrationId;
 
+use super::answer::Failure;
 use super::context::AgentContext;
-use super::http::Failure;
 use crate::events::{EVENTS, read_end};
 
 /// What is answered about logs.

@@ -17,13 +17,16 @@
 //! is told of it; an agent that is started again finishes what it finds there.
 
 mod addresses;
+mod answer;
 mod commands;
+mod contact;
 mod containers;
 mod context;
 mod file_trees;
 mod files;
 pub(crate) mod http;
 mod incoming;
+mod kept_addresses;
 mod layers;
 mod layers_http;
 mod lazy_client;
@@ -35,6 +38,8 @@ mod pages;
 mod replays;
 mod restore;
 mod session;
+mod session_dir;
+mod session_table;
 mod sessions;
 mod stateless;
 
@@ -131,7 +136,7 @@ async fn serve(args: &Args) -> Result<()> {
         bundles: args.bundles.clone(),
         runtime_root: args.runtime_root.clone(),
     };
-    let sessions = Sessions::open(context)?;
+    let sessions = Sessions::open(&Arc::new(context))?;
     let containers = Containers::open(sessions.context())?;
     let replays = Replays::open(sessions.context())?;
     let app = http::router(sessions.clone())

@@ -10,9 +10,10 @@ use pageferry::limits::MIGRATION_JSON_BYTES_MAX;
 use pageferry::migration::events::Step;
 use pageferry::migration::messages::{OutputSeal, OutputStatus};
 
-use super::http::{Answer, Failure, find, parse, to_its_end};
+use super::answer::{Answer, Failure, parse, to_its_end};
 use super::outputs::OutputLog;
 use super::session::Session;
+use super::session_table::AgentSession;
 use super::sessions::Sessions;
 
 /// What is answered about outputs.
@@ -35,7 +36,7 @@ async fn status(
     State(sessions): State<Sessions>,
     Path((id, number)): Path<(String, usize)>,
 ) -> Answer<OutputStatus> {
-    let session = find(&sessions, &id)?;
+    let session = sessions.find(&id)?;
     Ok(Json(output(&session, number)?.status()?))
 }
 
@@ -45,9 +46,9 @@ async fn store(
     Path((id, number, offset)): Path<(String, usize, u64)>,
     body: Body,
 ) -> Answer<OutputStatus> {
-    let session = find(&sessions, &id)?;
+    let session = sessions.find(&id)?;
     let stored = output(&session, number)?.store(offset, body).await;
-    session.note_contact();
+    session.contact().note();
     Ok(Json(stored?))
 }
 
@@ -58,7 +59,7 @@ async fn seal(
     body: Bytes,
 ) -> Answer<OutputStatus> {
     let seal = parse::<OutputSeal>(&body)?;
-    let session: Arc<Session> = find(&sessions, &id)?;
+    let session: Arc<Session> = sessions.find(&id)?;
     to_its_end(async move {
         let sealed = output(&session, number)?.seal(seal.bytes).await;
         session.events.ended(Step::Output, &sealed);

@@ -11,6 +11,7 @@ use pageferry::migration::messages::{Receiver, Status};
 
 use super::commands::{self, READY_LIMIT, RECEIVER_PORT};
 use super::session::{Session, make_dir, round_name};
+use super::session_table::AgentSession;
 use crate::child::Program;
 use crate::events::Details;
 

@@ -17,6 +17,7 @@ use tokio::time::sleep;
 use super::commands;
 use super::lazy_client::{self, LazyClient};
 use super::session::{FAULTS, Session, round_name};
+use super::session_table::AgentSession;
 use crate::child::Program;
 use crate::events::Details;
 use crate::facts::now_us;

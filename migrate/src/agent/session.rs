@@ -3,26 +3,28 @@
 use std::fs;
 use std::io;
 use std::net::IpAddr;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use pageferry::error::{Error, Result};
-use pageferry::migration::events::{Step, Writer};
+use pageferry::migration::events::Step;
 use pageferry::migration::messages::{Begin, MigrationId, Status};
 use pageferry::migration::{Agent, AgentAction, AgentEvent, AgentRecord};
 use pageferry::sys::owned_process::ProcessName;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex as Turn, watch};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::sleep;
 
+use super::contact::Contact;
 use super::context::AgentContext;
 use super::file_trees::Files;
 use super::lazy_client::{self, LazyClient};
 use super::outputs::OutputLog;
+use super::session_dir;
+use super::session_table::AgentSession;
 use crate::child::Program;
 use crate::events::{Details, Events};
 use crate::hook::{RECORD, SCRIPT, SOCKET};
@@ -52,6 +54,7 @@ pub(super) struct Session {
     pub(super) outputs: Vec<OutputLog>,
     /// Actions are carried out by one task at a time, in the order of the decisions.
     turn: Turn<()>,
+    contact: Contact,
     inner: Mutex<Inner>,
     pub(super) changed: watch::Sender<u64>,
 }
@@ -73,8 +76,6 @@ pub(super) struct Inner {
     pub(super) lazy_us: Option<u64>,
     pub(super) resumed_us: Option<u64>,
     pub(super) complete_us: Option<u64>,
-    /// When the source was last in contact.
-    last_contact: Instant,
 }
 
 impl Session {
@@ -84,24 +85,13 @@ impl Session {
         begin: Begin,
         from: IpAddr,
     ) -> Result<Arc<Session>> {
-        let dir = context.dir.join(begin.id.to_string());
-        fs::create_dir(&dir).map_err(|error| Error::file("make the directory", &dir, error))?;
-        // Memory of processes lies here: it is for their owner alone.
-        let protected = fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))
-            .map_err(|error| Error::file("protect", &dir, error));
-        protected
-            .and_then(|()| records::write(&dir.join(BEGIN), &begin))
-            .inspect_err(|_| {
-                // Nothing has begun: the name is free again.
-                let _ = fs::remove_dir(&dir);
-            })?;
+        let dir = session_dir::make(context, &begin.id, (BEGIN, &begin))?;
         let files = Files::prepare(context, &begin, &dir).inspect_err(|_| {
             let _ = fs::remove_file(dir.join(BEGIN)).and_then(|()| fs::remove_dir(&dir));
         })?;
         let session = Session::new(context, dir, begin, (from, files), Agent::new());
         let of_mode = format!("{} from {from}", session.begin.mode.name());
         session.events.done(Step::Begin, Details::text(of_mode));
-        tokio::spawn(Session::watch_for_silence(Arc::clone(&session)));
         Ok(session)
     }
 
@@ -112,16 +102,15 @@ impl Session {
         (from, files): (IpAddr, Files),
         agent: Agent,
     ) -> Arc<Session> {
-        let events = Events::new(Writer::Agent, Some(begin.id.clone()));
-        events.in_dir(&dir);
         Arc::new(Session {
             context: Arc::clone(context),
             outputs: OutputLog::all(&dir, &begin.id, &begin.outputs),
+            events: session_dir::events(&dir, &begin.id),
+            contact: Contact::of_seconds(begin.timeout_s),
             dir,
             begin,
             from,
             files,
-            events,
             turn: Turn::new(()),
             inner: Mutex::new(Inner {
                 agent,
@@ -135,51 +124,9 @@ impl Session {
                 lazy_us: None,
                 resumed_us: None,
                 complete_us: None,
-                last_contact: Instant::now(),
             }),
             changed: watch::Sender::new(0),
         })
-    }
-
-    /// Finishes what an earlier agent left in the directory of `id`; `None` if it is no migration's.
-    pub(super) fn recover(
-        context: &Arc<AgentContext>,
-        id: &MigrationId,
-    ) -> Result<Option<Arc<Session>>> {
-        let dir = context.dir.join(id.to_string());
-        let Some(begin) = records::read::<Begin>(&dir.join(BEGIN))? else {
-            return Ok(None);
-        };
-        let record = records::read::<AgentRecord>(&dir.join(RECORD))?;
-        let (agent, actions) = Agent::recover(record);
-        match record {
-            Some(record) => {
-                tracing::warn!("an earlier agent left migration {id}, recorded as {record}");
-            }
-            None => tracing::warn!("an earlier agent left migration {id} before any decision"),
-        }
-        let localhost = IpAddr::from([127, 0, 0, 1]);
-        let files = Files::default();
-        let session = Session::new(context, dir, begin, (localhost, files), agent);
-        if matches!(record, None | Some(AgentRecord::Committed)) {
-            let text = "the agent was started again";
-            session.events.note(Step::Begin, Details::text(text));
-        }
-        if !session.is_decided() || record == Some(AgentRecord::Aborted) {
-            session.lock().problem = Some("the agent was started again".to_owned());
-        }
-        let finishing = Arc::clone(&session);
-        tokio::spawn(async move {
-            let _turn = finishing.turn.lock().await;
-            finishing.carry_out(actions).await;
-            match record {
-                Some(AgentRecord::Committed) => finishing.wait_for_earlier_lazy_client().await,
-                // The earlier agent may not have come to it.
-                Some(AgentRecord::Complete) => finishing.remove_memory(),
-                _ => {}
-            }
-        });
-        Ok(Some(session))
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -199,16 +146,6 @@ impl Session {
 
     pub(super) fn id(&self) -> &MigrationId {
         &self.begin.id
-    }
-
-    /// Whether nothing but memory can still arrive.
-    pub(super) fn is_decided(&self) -> bool {
-        self.lock().agent.state().is_decided()
-    }
-
-    /// Notes that the source was in contact.
-    pub(super) fn note_contact(&self) {
-        self.lock().last_contact = Instant::now();
     }
 
     pub(super) fn status(&self) -> Status {
@@ -386,21 +323,59 @@ impl Session {
             let _ = fs::remove_file(self.dir.join(name));
         }
     }
+}
 
-    /// Aborts when the source has sent nothing for too long.
-    async fn watch_for_silence(session: Arc<Session>) {
-        let limit = Duration::from_secs(session.begin.timeout_s.max(1));
-        loop {
-            if session.is_decided() {
-                return;
+impl AgentSession for Session {
+    const SUBJECT: &'static str = "migration";
+
+    fn recover(context: &Arc<AgentContext>, id: &MigrationId) -> Result<Option<Arc<Session>>> {
+        let dir = context.dir.join(id.to_string());
+        let Some(begin) = records::read::<Begin>(&dir.join(BEGIN))? else {
+            return Ok(None);
+        };
+        let record = records::read::<AgentRecord>(&dir.join(RECORD))?;
+        let (agent, actions) = Agent::recover(record);
+        match record {
+            Some(record) => {
+                tracing::warn!("an earlier agent left migration {id}, recorded as {record}");
             }
-            let deadline = session.lock().last_contact + limit;
-            if deadline <= Instant::now() {
-                let text = format!("the source has sent nothing for {} s", limit.as_secs());
-                return session.fail(&text).await;
-            }
-            sleep_until(deadline).await;
+            None => tracing::warn!("an earlier agent left migration {id} before any decision"),
         }
+        let localhost = IpAddr::from([127, 0, 0, 1]);
+        let files = Files::default();
+        let session = Session::new(context, dir, begin, (localhost, files), agent);
+        if matches!(record, None | Some(AgentRecord::Committed)) {
+            let text = "the agent was started again";
+            session.events.note(Step::Begin, Details::text(text));
+        }
+        if !session.is_decided() || record == Some(AgentRecord::Aborted) {
+            session.lock().problem = Some("the agent was started again".to_owned());
+        }
+        let finishing = Arc::clone(&session);
+        tokio::spawn(async move {
+            let _turn = finishing.turn.lock().await;
+            finishing.carry_out(actions).await;
+            match record {
+                Some(AgentRecord::Committed) => finishing.wait_for_earlier_lazy_client().await,
+                // The earlier agent may not have come to it.
+                Some(AgentRecord::Complete) => finishing.remove_memory(),
+                _ => {}
+            }
+        });
+        Ok(Some(session))
+    }
+
+    /// Whether nothing but memory can still arrive.
+    fn is_decided(&self) -> bool {
+        self.lock().agent.state().is_decided()
+    }
+
+    fn contact(&self) -> &Contact {
+        &self.contact
+    }
+
+    async fn end_undecided(&self, why: &str) {
+        self.fail(why).await;
     }
 }
 

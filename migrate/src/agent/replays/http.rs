@@ -1,7 +1,5 @@
 //! The requests about services that are told a log; docs/openapi.json describes them.
 
-use std::sync::Arc;
-
 use axum::body::{Body, Bytes};
 use axum::extract::{DefaultBodyLimit, Path, State};
 use axum::routing::{get, post, put};
@@ -9,12 +7,12 @@ use axum::{Json, Router};
 use pageferry::error::{Error, Kind};
 use pageferry::limits::MIGRATION_JSON_BYTES_MAX;
 use pageferry::migration::messages::{
-    MigrationId, ReplayAddresses, ReplayBegin, ReplayFinish, ReplayStart, ReplayStatus,
+    ReplayAddresses, ReplayBegin, ReplayFinish, ReplayStart, ReplayStatus,
 };
 
 use super::Replays;
-use super::session::Session;
-use crate::agent::http::{Answer, Failure, parse, to_its_end};
+use crate::agent::answer::{Answer, parse, to_its_end};
+use crate::agent::session_table::AgentSession;
 
 /// What is answered about services.
 pub(in crate::agent) fn router(replays: Replays) -> Router {
@@ -33,17 +31,6 @@ pub(in crate::agent) fn router(replays: Replays) -> Router {
         .with_state(replays)
 }
 
-fn find(replays: &Replays, id: &str) -> Result<Arc<Session>, Failure> {
-    let id: MigrationId = id
-        .parse()
-        .map_err(|error| Error::wrap(Kind::Protocol, "the request's path", error))?;
-    let session = replays
-        .find(&id)
-        .ok_or_else(|| Failure::unknown(format!("no service came here as {id}")))?;
-    session.note_contact();
-    Ok(session)
-}
-
 async fn begin(State(replays): State<Replays>, body: Bytes) -> Answer<ReplayStatus> {
     let session = replays.begin(parse::<ReplayBegin>(&body)?)?;
     tracing::info!("service {} is to come", session.id());
@@ -51,7 +38,7 @@ async fn begin(State(replays): State<Replays>, body: Bytes) -> Answer<ReplayStat
 }
 
 async fn status(State(replays): State<Replays>, Path(id): Path<String>) -> Answer<ReplayStatus> {
-    Ok(Json(find(&replays, &id)?.status()))
+    Ok(Json(replays.find(&id)?.status()))
 }
 
 /// Takes what the service starts from.
@@ -60,10 +47,10 @@ async fn snapshot(
     Path(id): Path<String>,
     body: Body,
 ) -> Answer<ReplayStatus> {
-    let session = find(&replays, &id)?;
+    let session = replays.find(&id)?;
     to_its_end(async move {
         session.store(body).await?;
-        session.note_contact();
+        session.contact().note();
         Ok(Json(session.status()))
     })
     .await
@@ -76,7 +63,7 @@ async fn start(
     body: Bytes,
 ) -> Answer<ReplayStatus> {
     let request = parse::<ReplayStart>(&body)?;
-    let session = find(&replays, &id)?;
+    let session = replays.find(&id)?;
     to_its_end(async move { Ok(Json(session.start(&request).await?)) }).await
 }
 
@@ -86,7 +73,7 @@ async fn log(
     Path((id, number)): Path<(String, u64)>,
     body: Bytes,
 ) -> Answer<ReplayStatus> {
-    let session = find(&replays, &id)?;
+    let session = replays.find(&id)?;
     to_its_end(async move { Ok(Json(session.take(number, body).await?)) }).await
 }
 
@@ -99,12 +86,12 @@ async fn finish(
     request
         .check()
         .map_err(|error| Error::wrap(Kind::Protocol, "this cannot be asked", error))?;
-    let session = find(&replays, &id)?;
+    let session = replays.find(&id)?;
     to_its_end(async move { Ok(Json(session.finish(&request).await?)) }).await
 }
 
 async fn keep(State(replays): State<Replays>, Path(id): Path<String>) -> Answer<ReplayStatus> {
-    let session = find(&replays, &id)?;
+    let session = replays.find(&id)?;
     to_its_end(async move { Ok(Json(session.keep().await?)) }).await
 }
 
@@ -117,16 +104,16 @@ async fn addresses(
     request
         .check()
         .map_err(|error| Error::wrap(Kind::Protocol, "these cannot come here", error))?;
-    let session = find(&replays, &id)?;
+    let session = replays.find(&id)?;
     to_its_end(async move { Ok(Json(session.move_addresses(request.up).await?)) }).await
 }
 
 async fn resume(State(replays): State<Replays>, Path(id): Path<String>) -> Answer<ReplayStatus> {
-    let session = find(&replays, &id)?;
+    let session = replays.find(&id)?;
     to_its_end(async move { Ok(Json(session.resume().await?)) }).await
 }
 
 async fn cancel(State(replays): State<Replays>, Path(id): Path<String>) -> Answer<ReplayStatus> {
-    let session = find(&replays, &id)?;
+    let session = replays.find(&id)?;
     to_its_end(async move { Ok(Json(session.cancel().await?)) }).await
 }

@@ -2,14 +2,12 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use pageferry::error::{Error, Kind, Result};
-use pageferry::migration::events::{Step, Writer};
+use pageferry::migration::events::Step;
 use pageferry::migration::messages::{
     Digest, MigrationId, ReplayBegin, ReplayFinish, ReplayStart, ReplayStatus, ServiceAddress,
 };
@@ -17,11 +15,14 @@ use pageferry::migration::{ReplayEvent, ReplayState};
 use pageferry::replay::{ReadEntry, decode};
 use pageferry::sys::owned_process::ProcessName;
 use tokio::sync::Mutex as Turn;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::timeout;
 
 use super::runner::{Runner, Work};
-use super::{addresses, service, snapshot};
+use super::{service, snapshot};
+use crate::agent::contact::Contact;
 use crate::agent::context::AgentContext;
+use crate::agent::session_table::AgentSession;
+use crate::agent::{kept_addresses, session_dir};
 use crate::events::{Details, Events};
 use crate::records;
 use crate::service_log::digest;
@@ -37,12 +38,13 @@ const SERVICE: &str = "service.json";
 
 /// See the module's text.
 #[derive(Debug)]
-pub(super) struct Session {
+pub(in crate::agent) struct Session {
     dir: PathBuf,
     begin: ReplayBegin,
     events: Events,
     /// What changes the service is done by one task at a time.
     turn: Turn<()>,
+    contact: Contact,
     inner: Mutex<Inner>,
 }
 
@@ -56,42 +58,23 @@ struct Inner {
     digest: Option<String>,
     runner: Option<Arc<Runner>>,
     service: Option<ProcessName>,
-    /// When the source was last in contact.
-    last_contact: Instant,
 }
 
 impl Session {
     /// Makes the directory of a service that is to come.
     pub(super) fn begin(context: &AgentContext, begin: ReplayBegin) -> Result<Arc<Session>> {
-        let dir = context.dir.join(begin.id.to_string());
-        fs::create_dir(&dir).map_err(|error| match error.kind() {
-            io::ErrorKind::AlreadyExists => {
-                let text = format!("there has been a migration {} already", begin.id);
-                Error::new(Kind::Usage, text)
-            }
-            _ => Error::file("make the directory", &dir, error),
-        })?;
-        // A log may hold secrets, and so may what it makes.
-        fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))
-            .map_err(|error| Error::file("protect", &dir, error))
-            .and_then(|()| records::write(&dir.join(BEGIN), &begin))
-            .inspect_err(|_| {
-                // Nothing has begun: the name is free again.
-                let _ = fs::remove_dir(&dir);
-            })?;
+        let dir = session_dir::make(context, &begin.id, (BEGIN, &begin))?;
         let session = Session::new(dir, begin, ReplayState::Receiving);
         session.events.done(Step::Begin, Details::default());
-        tokio::spawn(Session::watch_for_silence(Arc::clone(&session)));
         Ok(session)
     }
 
     fn new(dir: PathBuf, begin: ReplayBegin, state: ReplayState) -> Arc<Session> {
-        let events = Events::new(Writer::Agent, Some(begin.id.clone()));
-        events.in_dir(&dir);
         Arc::new(Session {
+            events: session_dir::events(&dir, &begin.id),
+            contact: Contact::of_seconds(begin.timeout_s),
             dir,
             begin,
-            events,
             turn: Turn::new(()),
             inner: Mutex::new(Inner {
                 state,
@@ -101,42 +84,8 @@ impl Session {
                 digest: None,
                 runner: None,
                 service: None,
-                last_contact: Instant::now(),
             }),
         })
-    }
-
-    /// Finds what an earlier agent left in the directory of `id`; `None` if it is no replay's.
-    pub(super) fn recover(
-        context: &AgentContext,
-        id: &MigrationId,
-    ) -> Result<Option<Arc<Session>>> {
-        let dir = context.dir.join(id.to_string());
-        let Some(begin) = records::read::<ReplayBegin>(&dir.join(BEGIN))? else {
-            return Ok(None);
-        };
-        let state = ReplayState::recover(records::read(&dir.join(STATE))?);
-        let leader = records::read::<ProcessName>(&dir.join(SERVICE))?;
-        let session = Session::new(dir, begin, state);
-        session.lock().service = leader;
-        match state {
-            ReplayState::Aborted => {
-                session.lock().problem = Some("the agent was started again".to_owned());
-                let ended = Arc::clone(&session);
-                tokio::spawn(async move {
-                    let _turn = ended.turn.lock().await;
-                    ended.discard().await;
-                });
-            }
-            // The record comes first.
-            ReplayState::Running => {
-                if let Some(Err(error)) = leader.map(service::resume) {
-                    tracing::warn!("{id}: {error}");
-                }
-            }
-            _ => {}
-        }
-        Ok(Some(session))
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -145,17 +94,6 @@ impl Session {
 
     pub(super) fn id(&self) -> &MigrationId {
         &self.begin.id
-    }
-
-    /// Whether what becomes of it is decided.
-    pub(super) fn is_decided(&self) -> bool {
-        use ReplayState::{Aborted, Kept, Running};
-        matches!(self.lock().state, Kept | Running | Aborted)
-    }
-
-    /// Notes that the source was in contact.
-    pub(super) fn note_contact(&self) {
-        self.lock().last_contact = Instant::now();
     }
 
     pub(super) fn status(&self) -> ReplayStatus {
@@ -341,11 +279,11 @@ impl Session {
     ) -> Result<ReplayStatus> {
         let _turn = self.turn.lock().await;
         if services.is_empty() {
-            addresses::take_off(&self.dir).await;
+            self.take_addresses_off().await;
             return Ok(self.status());
         }
         self.after(ReplayEvent::ResumeAsked)?;
-        addresses::bring_up(&self.dir, services).await?;
+        kept_addresses::bring_up(&self.dir, services).await?;
         self.events.done(Step::Address, Details::default());
         Ok(self.status())
     }
@@ -369,11 +307,6 @@ impl Session {
         self.abort(ReplayEvent::AbortAsked, "the source gave it up")
             .await;
         Ok(self.status())
-    }
-
-    /// Ends it unless it is to be kept.
-    pub(super) async fn end_unless_kept(&self, why: &str) {
-        self.abort(ReplayEvent::Silence, why).await;
     }
 
     async fn abort(&self, event: ReplayEvent, why: &str) {
@@ -402,9 +335,14 @@ impl Session {
         self.discard().await;
     }
 
+    async fn take_addresses_off(&self) {
+        let of = format!("service {}", self.begin.id);
+        kept_addresses::take_off(&self.dir, &of).await;
+    }
+
     /// Leaves nothing of the service but what it has printed.
     async fn discard(&self) {
-        addresses::take_off(&self.dir).await;
+        self.take_addresses_off().await;
         let leader = self.lock().service.take();
         if let Some(leader) = leader
             && let Err(error) = service::end(leader).await
@@ -419,18 +357,52 @@ impl Session {
             _ => {}
         }
     }
+}
 
-    /// Ends what was not kept when the source has sent nothing for too long.
-    async fn watch_for_silence(session: Arc<Session>) {
-        let limit = Duration::from_secs(session.begin.timeout_s.max(1));
-        while !session.is_decided() {
-            let deadline = session.lock().last_contact + limit;
-            if deadline <= Instant::now() {
-                let text = format!("the source has sent nothing for {} s", limit.as_secs());
-                session.end_unless_kept(&text).await;
+impl AgentSession for Session {
+    const SUBJECT: &'static str = "service";
+
+    fn recover(context: &Arc<AgentContext>, id: &MigrationId) -> Result<Option<Arc<Session>>> {
+        let dir = context.dir.join(id.to_string());
+        let Some(begin) = records::read::<ReplayBegin>(&dir.join(BEGIN))? else {
+            return Ok(None);
+        };
+        let state = ReplayState::recover(records::read(&dir.join(STATE))?);
+        let leader = records::read::<ProcessName>(&dir.join(SERVICE))?;
+        let session = Session::new(dir, begin, state);
+        session.lock().service = leader;
+        match state {
+            ReplayState::Aborted => {
+                session.lock().problem = Some("the agent was started again".to_owned());
+                let ended = Arc::clone(&session);
+                tokio::spawn(async move {
+                    let _turn = ended.turn.lock().await;
+                    ended.discard().await;
+                });
             }
-            sleep_until(deadline).await;
+            // The record comes first.
+            ReplayState::Running => {
+                if let Some(Err(error)) = leader.map(service::resume) {
+                    tracing::warn!("{id}: {error}");
+                }
+            }
+            _ => {}
         }
+        Ok(Some(session))
+    }
+
+    /// Whether what becomes of it is decided.
+    fn is_decided(&self) -> bool {
+        use ReplayState::{Aborted, Kept, Running};
+        matches!(self.lock().state, Kept | Running | Aborted)
+    }
+
+    fn contact(&self) -> &Contact {
+        &self.contact
+    }
+
+    async fn end_undecided(&self, why: &str) {
+        self.abort(ReplayEvent::Silence, why).await;
     }
 }
 

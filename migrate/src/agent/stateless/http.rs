@@ -1,7 +1,6 @@
 //! The requests about containers that are started anew; docs/openapi.json describes them.
 
 use std::io;
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
@@ -13,7 +12,6 @@ use pageferry::limits::MIGRATION_JSON_BYTES_MAX;
 use pageferry::migration::events::Step;
 use pageferry::migration::messages::{
     ContainerAddresses, ContainerBegin, ContainerCreate, ContainerStart, ContainerStatus,
-    MigrationId,
 };
 use tokio::io::{AsyncWriteExt, DuplexStream};
 use tokio::time::timeout;
@@ -21,8 +19,8 @@ use tokio_stream::StreamExt;
 use tokio_util::io::SyncIoBridge;
 
 use super::Containers;
-use super::session::Session;
-use crate::agent::http::{Answer, Failure, parse, to_its_end};
+use crate::agent::answer::{Answer, parse, to_its_end};
+use crate::agent::session_table::AgentSession;
 
 /// How long a source may be silent within an image.
 const IMAGE_SILENCE: Duration = Duration::from_secs(60);
@@ -45,17 +43,6 @@ pub(in crate::agent) fn router(containers: Containers) -> Router {
         .with_state(containers)
 }
 
-fn find(containers: &Containers, id: &str) -> std::result::Result<Arc<Session>, Failure> {
-    let id: MigrationId = id
-        .parse()
-        .map_err(|error| Error::wrap(Kind::Protocol, "the request's path", error))?;
-    let session = containers
-        .find(&id)
-        .ok_or_else(|| Failure::unknown(format!("no container came here as {id}")))?;
-    session.note_contact();
-    Ok(session)
-}
-
 async fn begin(State(containers): State<Containers>, body: Bytes) -> Answer<ContainerStatus> {
     let begin = parse::<ContainerBegin>(&body)?;
     to_its_end(async move {
@@ -70,7 +57,7 @@ async fn status(
     State(containers): State<Containers>,
     Path(id): Path<String>,
 ) -> Answer<ContainerStatus> {
-    Ok(Json(find(&containers, &id)?.status()))
+    Ok(Json(containers.find(&id)?.status()))
 }
 
 /// Takes the files of the container: a layer without whiteouts, compressed by zstd.
@@ -79,7 +66,7 @@ async fn image(
     Path(id): Path<String>,
     body: Body,
 ) -> Answer<ContainerStatus> {
-    let session = find(&containers, &id)?;
+    let session = containers.find(&id)?;
     to_its_end(async move {
         session.events.begin(Step::Files);
         let (near, far) = tokio::io::duplex(BUFFER_BYTES);
@@ -92,7 +79,7 @@ async fn image(
         let stored = stored.and(passed);
         session.events.ended(Step::Files, &stored);
         stored?;
-        session.note_contact();
+        session.contact().note();
         Ok(Json(session.status()))
     })
     .await
@@ -127,7 +114,7 @@ async fn create(
     body: Bytes,
 ) -> Answer<ContainerStatus> {
     let request = parse::<ContainerCreate>(&body)?;
-    let session = find(&containers, &id)?;
+    let session = containers.find(&id)?;
     to_its_end(async move {
         let made = session.create(&request).await;
         if made.is_err() {
@@ -145,7 +132,7 @@ async fn start(
     body: Bytes,
 ) -> Answer<ContainerStatus> {
     let request = parse::<ContainerStart>(&body)?;
-    let session = find(&containers, &id)?;
+    let session = containers.find(&id)?;
     to_its_end(async move { Ok(Json(session.start_with_events(&request).await?)) }).await
 }
 
@@ -153,7 +140,7 @@ async fn keep(
     State(containers): State<Containers>,
     Path(id): Path<String>,
 ) -> Answer<ContainerStatus> {
-    let session = find(&containers, &id)?;
+    let session = containers.find(&id)?;
     to_its_end(async move { Ok(Json(session.keep().await?)) }).await
 }
 
@@ -163,7 +150,7 @@ async fn addresses(
     body: Bytes,
 ) -> Answer<ContainerStatus> {
     let request = parse::<ContainerAddresses>(&body)?;
-    let session = find(&containers, &id)?;
+    let session = containers.find(&id)?;
     to_its_end(async move { Ok(Json(session.move_addresses(request.up).await?)) }).await
 }
 
@@ -171,6 +158,6 @@ async fn cancel(
     State(containers): State<Containers>,
     Path(id): Path<String>,
 ) -> Answer<ContainerStatus> {
-    let session = find(&containers, &id)?;
+    let session = containers.find(&id)?;
     to_its_end(async move { Ok(Json(session.cancel().await)) }).await
 }

@@ -1,25 +1,24 @@
 //! One container that comes to be started anew.
 
-use std::fs;
-use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use pageferry::error::{Error, Kind, Result};
-use pageferry::migration::events::{Step, Writer};
+use pageferry::migration::events::Step;
 use pageferry::migration::messages::{
-    ContainerBegin, ContainerStart, ContainerStatus, Digest, MigrationId, Ready, ServiceAddress,
+    ContainerBegin, ContainerStart, ContainerStatus, Digest, MigrationId, Ready,
 };
 use pageferry::migration::{StatelessEvent, StatelessState};
 use pageferry::sys::owned_process::ProcessName;
 use tokio::sync::Mutex as Turn;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep};
 
 use super::ready::ReadinessCheck;
-use crate::address::{self, Attributes};
+use crate::agent::contact::Contact;
 use crate::agent::context::AgentContext;
+use crate::agent::session_table::AgentSession;
+use crate::agent::{kept_addresses, session_dir};
 use crate::drain;
 use crate::events::{Details, Events};
 use crate::facts::now_us;
@@ -32,9 +31,6 @@ const BEGIN: &str = "stateless.json";
 /// The last state that was decided.
 const STATE: &str = "state.json";
 
-/// Addresses that may be on their devices, as they are kept.
-const ADDRESSES: &str = "addresses.json";
-
 /// Between two questions whether it is ready.
 const ASK_AGAIN: Duration = Duration::from_millis(10);
 
@@ -43,13 +39,14 @@ const RUN_AGAIN: Duration = Duration::from_millis(100);
 
 /// See the module's text.
 #[derive(Debug)]
-pub(super) struct Session {
+pub(in crate::agent) struct Session {
     pub(super) context: Arc<AgentContext>,
     pub(super) dir: PathBuf,
     pub(super) begin: ContainerBegin,
     pub(super) events: Events,
     /// What changes the container is done by one task at a time.
     pub(super) turn: Turn<()>,
+    contact: Contact,
     inner: Mutex<Inner>,
 }
 
@@ -63,8 +60,6 @@ pub(super) struct Inner {
     pub(super) root: Option<ProcessName>,
     started_us: Option<u64>,
     ready_us: Option<u64>,
-    /// When the source was last in contact.
-    last_contact: Instant,
 }
 
 impl Session {
@@ -73,26 +68,10 @@ impl Session {
         context: &Arc<AgentContext>,
         begin: ContainerBegin,
     ) -> Result<Arc<Session>> {
-        let dir = context.dir.join(begin.id.to_string());
-        fs::create_dir(&dir).map_err(|error| match error.kind() {
-            io::ErrorKind::AlreadyExists => {
-                let text = format!("there has been a migration {} already", begin.id);
-                Error::new(Kind::Usage, text)
-            }
-            _ => Error::file("make the directory", &dir, error),
-        })?;
-        // A container's files may hold secrets: they are for the agent's user alone.
-        fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))
-            .map_err(|error| Error::file("protect", &dir, error))
-            .and_then(|()| records::write(&dir.join(BEGIN), &begin))
-            .inspect_err(|_| {
-                // Nothing has begun: the name is free again.
-                let _ = fs::remove_dir(&dir);
-            })?;
+        let dir = session_dir::make(context, &begin.id, (BEGIN, &begin))?;
         let session = Session::new(context, dir, begin, StatelessState::Receiving);
         let text = format!("container {}", session.begin.container.id);
         session.events.done(Step::Begin, Details::text(text));
-        tokio::spawn(Session::watch_for_silence(Arc::clone(&session)));
         Ok(session)
     }
 
@@ -102,13 +81,12 @@ impl Session {
         begin: ContainerBegin,
         state: StatelessState,
     ) -> Arc<Session> {
-        let events = Events::new(Writer::Agent, Some(begin.id.clone()));
-        events.in_dir(&dir);
         Arc::new(Session {
             context: Arc::clone(context),
+            events: session_dir::events(&dir, &begin.id),
+            contact: Contact::of_seconds(begin.timeout_s),
             dir,
             begin,
-            events,
             turn: Turn::new(()),
             inner: Mutex::new(Inner {
                 state,
@@ -117,31 +95,8 @@ impl Session {
                 root: None,
                 started_us: None,
                 ready_us: None,
-                last_contact: Instant::now(),
             }),
         })
-    }
-
-    /// Finds what an earlier agent left in the directory of `id`; `None` if it is no container's.
-    pub(super) fn recover(
-        context: &Arc<AgentContext>,
-        id: &MigrationId,
-    ) -> Result<Option<Arc<Session>>> {
-        let dir = context.dir.join(id.to_string());
-        let Some(begin) = records::read::<ContainerBegin>(&dir.join(BEGIN))? else {
-            return Ok(None);
-        };
-        let last = records::read::<StatelessState>(&dir.join(STATE))?;
-        let session = Session::new(context, dir, begin, StatelessState::recover(last));
-        if session.status().state == StatelessState::Aborted {
-            session.lock().problem = Some("the agent was started again".to_owned());
-            let ended = Arc::clone(&session);
-            tokio::spawn(async move {
-                let _turn = ended.turn.lock().await;
-                ended.discard().await;
-            });
-        }
-        Ok(Some(session))
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -150,19 +105,6 @@ impl Session {
 
     pub(super) fn id(&self) -> &MigrationId {
         &self.begin.id
-    }
-
-    /// Whether it is to be kept, or was ended.
-    pub(super) fn is_decided(&self) -> bool {
-        matches!(
-            self.lock().state,
-            StatelessState::Kept | StatelessState::Aborted
-        )
-    }
-
-    /// Notes that the source was in contact.
-    pub(super) fn note_contact(&self) {
-        self.lock().last_contact = Instant::now();
     }
 
     pub(super) fn status(&self) -> ContainerStatus {
@@ -294,7 +236,7 @@ impl Session {
                 Ok(()) => return Ok(()),
                 Err(why) => why,
             };
-            self.note_contact();
+            self.contact.note();
             if start.elapsed() > limit {
                 let text = format!(
                     "container {id} is not ready after {} ms at the destination ({ready}: {why})",
@@ -341,32 +283,14 @@ impl Session {
             let text = format!("container {} is not to be kept yet", self.begin.id);
             return Err(Error::new(Kind::Usage, text));
         }
-        records::write(&self.dir.join(ADDRESSES), &self.begin.addresses)?;
-        for service in &self.begin.addresses {
-            address::add(service, &Attributes::default()).await?;
-        }
+        kept_addresses::bring_up(&self.dir, self.begin.addresses.clone()).await?;
         self.events.done(Step::Address, Details::default());
-        for service in self.begin.addresses.clone() {
-            tokio::spawn(async move { address::announce(&service).await });
-        }
         Ok(self.status())
     }
 
-    /// Takes off what was brought up here, once: later the addresses may be somebody else's.
     async fn take_addresses_off(&self) {
-        let path = self.dir.join(ADDRESSES);
-        let up = records::read::<Vec<ServiceAddress>>(&path);
-        let Ok(Some(services)) = up else {
-            return;
-        };
-        for service in &services {
-            if let Err(error) = address::remove(service).await {
-                tracing::error!("container {}: {error}", self.begin.id);
-            }
-        }
-        if let Err(error) = fs::remove_file(&path) {
-            tracing::error!("cannot remove {}: {error}", path.display());
-        }
+        let of = format!("container {}", self.begin.id);
+        kept_addresses::take_off(&self.dir, &of).await;
     }
 
     /// Ends it because the source says so.
@@ -374,11 +298,6 @@ impl Session {
         self.abort(StatelessEvent::AbortAsked, "the source gave it up")
             .await;
         self.status()
-    }
-
-    /// Ends it unless it is to be kept.
-    pub(super) async fn end_unless_kept(&self, why: &str) {
-        self.abort(StatelessEvent::Silence, why).await;
     }
 
     async fn abort(&self, event: StatelessEvent, why: &str) {
@@ -435,17 +354,42 @@ impl Session {
             tracing::error!("container {}: {error}", self.begin.id);
         }
     }
+}
 
-    /// Ends what was not kept when the source has sent nothing for too long.
-    async fn watch_for_silence(session: Arc<Session>) {
-        let limit = Duration::from_secs(session.begin.timeout_s.max(1));
-        while !session.is_decided() {
-            let deadline = session.lock().last_contact + limit;
-            if deadline <= Instant::now() {
-                let text = format!("the source has sent nothing for {} s", limit.as_secs());
-                session.end_unless_kept(&text).await;
-            }
-            sleep_until(deadline).await;
+impl AgentSession for Session {
+    const SUBJECT: &'static str = "container";
+
+    fn recover(context: &Arc<AgentContext>, id: &MigrationId) -> Result<Option<Arc<Session>>> {
+        let dir = context.dir.join(id.to_string());
+        let Some(begin) = records::read::<ContainerBegin>(&dir.join(BEGIN))? else {
+            return Ok(None);
+        };
+        let last = records::read::<StatelessState>(&dir.join(STATE))?;
+        let session = Session::new(context, dir, begin, StatelessState::recover(last));
+        if session.status().state == StatelessState::Aborted {
+            session.lock().problem = Some("the agent was started again".to_owned());
+            let ended = Arc::clone(&session);
+            tokio::spawn(async move {
+                let _turn = ended.turn.lock().await;
+                ended.discard().await;
+            });
         }
+        Ok(Some(session))
+    }
+
+    /// Whether it is to be kept, or was ended.
+    fn is_decided(&self) -> bool {
+        matches!(
+            self.lock().state,
+            StatelessState::Kept | StatelessState::Aborted
+        )
+    }
+
+    fn contact(&self) -> &Contact {
+        &self.contact
+    }
+
+    async fn end_undecided(&self, why: &str) {
+        self.abort(StatelessEvent::Silence, why).await;
     }
 }

@@ -1,4 +1,4 @@
-//! Addresses that come with a service, as they are kept in the directory of the migration.
+//! Addresses that come with a container without state or with a service, as they are kept in the migration's directory.
 
 use std::fs;
 use std::path::Path;
@@ -24,15 +24,15 @@ pub(super) async fn bring_up(dir: &Path, services: Vec<ServiceAddress>) -> Resul
     Ok(())
 }
 
-/// Takes off what was brought up, once: later the addresses may be somebody else's.
-pub(super) async fn take_off(dir: &Path) {
+/// Takes off what was brought up, once: later the addresses may be somebody else's. `of` names the migration in logs.
+pub(super) async fn take_off(dir: &Path, of: &str) {
     let path = dir.join(ADDRESSES);
     let Ok(Some(services)) = records::read::<Vec<ServiceAddress>>(&path) else {
         return;
     };
     for service in &services {
         if let Err(error) = address::remove(service).await {
-            tracing::error!("{error}");
+            tracing::error!("{of}: {error}");
         }
     }
     if let Err(error) = fs::remove_file(&path) {
