@@ -103,7 +103,7 @@ fn next_event(stream: &mut impl BufRead) -> Result<(String, Value)> {
 fn the_interface_is_as_documented() {
     with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
         let document = document()?;
-        let host = Agent::start(&criu.path, &test_dir.path("agent"), None, &[])?;
+        let host = Agent::in_test(test_dir, criu, "agent")?;
         let agent = host.address();
         expect_routes(&document, agent)?;
         expect_fields(

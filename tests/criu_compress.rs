@@ -11,6 +11,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Result, ensure};
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
+use testbed::dumped_load::compressed_round;
 use testbed::gate;
 use testbed::images::{copy_without_lazy_pages, page_size, spoil_compressed_pages};
 use testbed::load::Load;
@@ -63,10 +64,7 @@ fn a_criu_that_cannot_read_them_may_not_send() {
 #[test]
 fn a_criu_with_lz4_restores_and_one_without_says_so() {
     with_criu(Suite::Experimental, |test_dir, criu| {
-        let mut rounds =
-            Rounds::start(test_dir, criu, LoadSpec::mixed(test_dir.path("load"), MIB))?;
-        rounds.dump(Make::Ours, &["--compress"])?;
-        let images = rounds.images(1);
+        let (rounds, images) = compressed_round(test_dir, criu, MIB)?;
         expect_compressed(&images)?;
         if reads_lz4(criu)? {
             return rounds.expect_restored(1).map(drop);
@@ -93,10 +91,7 @@ fn criu_4_3_restores_what_its_own_tool_decompresses() {
         return;
     };
     with_criu(Suite::Experimental, |test_dir, criu| {
-        let mut rounds =
-            Rounds::start(test_dir, criu, LoadSpec::mixed(test_dir.path("load"), MIB))?;
-        rounds.dump(Make::Ours, &["--compress"])?;
-        let images = rounds.images(1);
+        let (rounds, images) = compressed_round(test_dir, criu, MIB)?;
         expect_compressed(&images)?;
         let sent = stats::of_dump(&images)?.pages_written * page_size()?.bytes();
         crit.decompress(&images)?;

@@ -8,10 +8,10 @@
 //! ```
 
 use std::fs;
-use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
+use testbed::container_pair::{AGENT, ContainerPair};
 use testbed::criu::{Criu, Suite};
 use testbed::documents::HostPair;
 use testbed::load::control::Control;
@@ -28,21 +28,11 @@ const MIB: u32 = 16;
 
 const MODES: [&str; 4] = ["cold", "pre-copy", "post-copy", "hybrid"];
 
-/// What hides control groups of version 1 beside those of version 2 from CRIU under crun, on both hosts.
-const SETTINGS: &str = "echo manage-cgroups=ignore > /etc/criu/crun.conf";
-
-/// Starts an agent at the destination.
-const AGENT: &str = "pageferry agent --listen $DESTINATION:9191 --insecure --dir /root/agent --criu /criu/criu \
-                     --port-file /root/port.json > agent.log 2>&1 < /dev/null &\n\
-                     until [ -e port.json ]; do sleep 0.05; done";
-
-/// Two hosts, an agent at the second, and a load in a container `c1` at the first. The bundle is at one path on both.
+/// A load in a container `c1` at the first host.
 struct Moving {
-    pair: HostPair,
-    dir: PathBuf,
+    hosts: ContainerPair,
     load: Control,
     before: Vec<Report>,
-    runtime: &'static str,
 }
 
 impl Moving {
@@ -53,51 +43,26 @@ impl Moving {
         runtime: &'static str,
         name: &str,
     ) -> Result<Option<Moving>> {
-        let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
+        let spec = LoadSpec::tree(LOAD_DIR, MIB, 3);
+        let started = ContainerPair::start(test_dir, criu, (runtime, name), |bundle| {
+            runc::make_root(&bundle.join("rootfs"))?;
+            let config = runc::config(&serde_json::to_string(&spec)?);
+            Ok(fs::write(bundle.join("config.json"), config.to_string())?)
+        })?;
+        let Some(hosts) = started else {
             return Ok(None);
         };
-        let pair = HostPair::new(test_dir, &system, criu, name)?;
-        let dir = test_dir.path(name);
-        let root = dir.join("bundle/rootfs");
-        runc::make_root(&root)?;
-        let spec = LoadSpec::tree(LOAD_DIR, MIB, 3);
-        let config = runc::config(&serde_json::to_string(&spec)?);
-        fs::write(dir.join("bundle/config.json"), config.to_string())?;
-        let [source, destination] = &pair.machines;
-        for machine in [source, destination] {
-            machine.script(SETTINGS)?;
-        }
-        destination.script(AGENT)?;
-        source.script(&format!(
+        hosts.pair.machines[0].script(&format!(
             "{runtime} run -d --bundle /shared/bundle c1 < /dev/null > /dev/null 2>&1"
         ))?;
-        let load = Control::new(spec, root.join("load"));
+        let load = Control::new(spec, hosts.dir.join("bundle/rootfs/load"));
         load.wait_until_started(|| Ok(()))?;
         let before = load.run_everywhere(&[Step::Status])?;
         Ok(Some(Moving {
-            pair,
-            dir,
+            hosts,
             load,
             before,
-            runtime,
         }))
-    }
-
-    /// Moves a container; what the command says, if it fails.
-    fn migrate(&self, container: &str, id: &str, options: &str) -> Result<Value, String> {
-        let output = self.pair.machines[0].output(&format!(
-            "pageferry migrate --container {container} --runtime {} --to $DESTINATION:9191 --serve-on $SOURCE \
-             --state-dir /root/state --id {id} --report /root/{id}.json --criu /criu/criu {options} \
-             > {id}.log 2>&1 || {{ tail -n 20 {id}.log; echo failed; }}",
-            self.runtime
-        ));
-        let output = output.map_err(|error| format!("{error:#}"))?;
-        if output.ends_with("failed") {
-            return Err(output);
-        }
-        let report = fs::read(self.dir.join("source").join(format!("{id}.json")));
-        let report = report.map_err(|error| error.to_string())?;
-        serde_json::from_slice(&report).map_err(|error| error.to_string())
     }
 
     /// Every page of every process is right, and they are those that ran at the source.
@@ -116,9 +81,9 @@ impl Moving {
 
     /// How the container stands at a host: `running`, or nothing.
     fn status(&self, host: usize, container: &str) -> Result<String> {
-        let state = self.pair.machines[host].output(&format!(
+        let state = self.hosts.pair.machines[host].output(&format!(
             "{} state {container} 2> /dev/null || echo '{{}}'",
-            self.runtime
+            self.hosts.runtime
         ))?;
         let state: Value = serde_json::from_str(&state).with_context(|| state.clone())?;
         Ok(state["status"].as_str().unwrap_or_default().to_owned())
@@ -129,7 +94,9 @@ fn moves(test_dir: &TestDir, criu: &Criu, runtime: &'static str, mode: &str) -> 
     let Some(moving) = Moving::start(test_dir, criu, runtime, mode)? else {
         return Ok(());
     };
-    let report = moving.migrate("c1", mode, &format!("--mode {mode} --max-rounds 3"));
+    let report = moving
+        .hosts
+        .migrate("c1", mode, &format!("--mode {mode} --max-rounds 3"));
     let report = report.map_err(anyhow::Error::msg)?;
     ensure!(
         report["result"] == "moved" && report["mode"] == mode,
@@ -142,7 +109,7 @@ fn moves(test_dir: &TestDir, criu: &Criu, runtime: &'static str, mode: &str) -> 
     );
     moving.expect_right()?;
     // The runtime there enters it, ends it and forgets it.
-    moving.pair.machines[1].script(&format!(
+    moving.hosts.pair.machines[1].script(&format!(
         "{runtime} exec c1 /bin/testload --help > /dev/null < /dev/null; {runtime} delete --force c1"
     ))?;
     let there = moving.status(1, "c1")?;
@@ -156,11 +123,11 @@ fn refusals(test_dir: &TestDir, criu: &Criu, runtime: &'static str) -> Result<()
     let Some(moving) = Moving::start(test_dir, criu, runtime, &name)? else {
         return Ok(());
     };
-    let [source, destination] = &moving.pair.machines;
+    let [source, destination] = &moving.hosts.pair.machines;
     let create = "create --bundle /shared/bundle";
     let quiet = "< /dev/null > /dev/null 2>&1";
     let expect = |container: &str, id: &str, words: &[&str]| -> Result<()> {
-        match moving.migrate(container, id, "--mode cold") {
+        match moving.hosts.migrate(container, id, "--mode cold") {
             Ok(report) => bail!("{id}: {report}"),
             Err(error) => {
                 let named = words.iter().all(|word| error.contains(word));
@@ -191,7 +158,7 @@ fn refusals(test_dir: &TestDir, criu: &Criu, runtime: &'static str) -> Result<()
     destination.script(&format!("mv {program}.away {program}"))?;
 
     // Nothing of this was in the way of the move itself.
-    let moved = moving.migrate("c1", "at-last", "--mode cold");
+    let moved = moving.hosts.migrate("c1", "at-last", "--mode cold");
     moved.map_err(anyhow::Error::msg)?;
     moving.expect_right()
 }

@@ -46,12 +46,7 @@ fn a_migration_is_told_on_both_sides(test_dir: &TestDir, criu: &Criu) -> Result<
             LoadSpec::tree(test_dir.path(&format!("load-{mode}")), 8, 2),
             None,
         )?;
-        let agent = Agent::start(
-            &criu.path,
-            &test_dir.path(&format!("agent-{mode}")),
-            None,
-            &[],
-        )?;
+        let agent = Agent::in_test(test_dir, criu, &format!("agent-{mode}"))?;
         let option = file.display().to_string();
         let moves = Move::new(criu, test_dir.path("source"), mode)
             .with(&["--mode", mode, "--events", &option]);
@@ -183,12 +178,7 @@ fn a_dump_that_fails_is_told_with_criu_s_line(test_dir: &TestDir, criu: &Criu) -
             .then_some(()))
     })?;
     for mode in ["cold", "hybrid"] {
-        let agent = Agent::start(
-            &criu.path,
-            &test_dir.path(&format!("agent-{mode}")),
-            None,
-            &[],
-        )?;
+        let agent = Agent::in_test(test_dir, criu, &format!("agent-{mode}"))?;
         let moves = Move::new(criu, test_dir.path("source"), mode).with(&["--mode", mode]);
         let pid = subject.pid().to_string();
         let mut command = moves.start_subject(&["--pid", &pid], &agent)?;
@@ -218,12 +208,7 @@ fn a_file_that_is_missing_there_is_named(test_dir: &TestDir, criu: &Criu) -> Res
         Ok((is_open && name.trim() == "sleep").then_some(()))
     })?;
     for mode in ["cold", "hybrid"] {
-        let agent = Agent::start(
-            &criu.path,
-            &test_dir.path(&format!("agent-{mode}")),
-            None,
-            &[],
-        )?;
+        let agent = Agent::in_test(test_dir, criu, &format!("agent-{mode}"))?;
         let init = agent.init()?.to_string();
         run(Command::new("nsenter")
             .args([
@@ -271,7 +256,7 @@ fn take_pid(agent: &Agent, pid: Pid) -> Result<Spawned> {
 
 fn a_pid_that_is_taken_there_is_named(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let mut subject = start("a sleeper", &["sleep", "100000"])?;
-    let agent = Agent::start(&criu.path, &test_dir.path("agent"), None, &[])?;
+    let agent = Agent::in_test(test_dir, criu, "agent")?;
     let taken = take_pid(&agent, subject.pid())?;
     let moves = Move::new(criu, test_dir.path("source"), "taken").with(&["--mode", "cold"]);
     let pid = subject.pid().to_string();

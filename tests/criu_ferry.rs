@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use testbed::criu::Criu;
 use testbed::daemons::{Make, Options, PageServer};
+use testbed::dumped_load::restore_and_check;
 use testbed::for_each_criu;
 use testbed::load::Load;
 use testbed::load::spec::LoadSpec;
@@ -38,13 +39,6 @@ fn forwarder(dir: PathBuf, far_end: SocketAddr, extra: &[&str]) -> Result<PageSe
     let far_end = far_end.to_string();
     let options = Options::new(dir).with(&["--forward", &far_end]).with(extra);
     PageServer::receiving(Make::Ours, &options)
-}
-
-/// Restores `images` and lets every process check its memory against what `load` was.
-fn restore_and_check(criu: &Criu, images: &Path, load: &mut Load) -> Result<()> {
-    load.wait_until_gone()?;
-    let _restored = Restore::new(criu, images).run()?;
-    load.expect_first_memory().map(drop)
 }
 
 /// Dumps a load over two page servers, which have options of `both` and the first one of `near`, and

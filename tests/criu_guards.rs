@@ -2,36 +2,18 @@
 //! that it forks, and where lazy-client is in another PID namespace. A real CRIU.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use testbed::criu::{Criu, Suite};
-use testbed::migration::{Dump, Restore};
+use testbed::exchange;
+use testbed::migration::Restore;
 use testbed::process::{Spawned, tail};
 use testbed::suite::with_criu;
 use testbed::test_dir::TestDir;
-use testbed::wait::{self, GENEROUS};
+use testbed::wait::GENEROUS;
 use testbed::workspace;
-
-/// Dumps the process that installs guards later; it is gone. Returns the images, and where it exchanges files.
-fn dumped(test_dir: &TestDir, criu: &Criu) -> Result<(PathBuf, PathBuf)> {
-    let (images, dir) = (test_dir.path("images"), test_dir.path("guards"));
-    fs::create_dir_all(&dir)?;
-    let mut command = Command::new(workspace::binary("guards")?);
-    command
-        .arg(&dir)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    let mut process = Spawned::start_ungrouped("guards", &mut command, None)?;
-    wait::until("memory", GENEROUS, || {
-        ensure!(process.ended()?.is_none(), "the process has ended");
-        Ok(dir.join("ready").exists().then_some(()))
-    })?;
-    Dump::new(criu, process.pid(), &images).run()?;
-    process.wait(GENEROUS)?;
-    Ok((images, dir))
-}
 
 /// A lazy-client, started by `prefix`, so slow that guards are there before what they are installed over comes.
 fn client(images: &Path, prefix: &[&str]) -> Result<Spawned> {
@@ -49,19 +31,13 @@ fn client(images: &Path, prefix: &[&str]) -> Result<Spawned> {
 fn expect_right(dir: &Path, n: u32) -> Result<()> {
     for who in ["parent", "child"] {
         let path = dir.join(format!("{who}-{n}.txt"));
-        let said = wait::until(who, GENEROUS, || {
-            Ok(path
-                .exists()
-                .then(|| fs::read_to_string(&path))
-                .transpose()?)
-        })?;
-        ensure!(said == "right", "{who}, look {n}: {said}");
+        exchange::expect_right(&path).with_context(|| format!("{who}, look {n}"))?;
     }
     Ok(())
 }
 
 fn guards_stay(test_dir: &TestDir, criu: &Criu, prefix: &[&str]) -> Result<()> {
-    let (images, dir) = dumped(test_dir, criu)?;
+    let (images, dir) = exchange::dump(test_dir, criu, "guards")?;
     let mut client = client(&images, prefix)?;
     let _restored = Restore::new(criu, &images).lazily().run()?;
     fs::write(dir.join("go"), "")?;

@@ -11,6 +11,7 @@ use serde_json::Value;
 use testbed::criu::Criu;
 use testbed::daemons::{LazyDaemon, Make, Options};
 use testbed::debian::Suite;
+use testbed::dumped_load::compressed_round;
 use testbed::for_each_criu;
 use testbed::gate;
 use testbed::images::page_size;
@@ -188,10 +189,7 @@ fn compressed_blocks_are_judged_as_criu_s_own_tool_does() {
         return;
     };
     with_criu(Suite::Experimental, |test_dir, criu| {
-        let mut rounds =
-            Rounds::start(test_dir, criu, LoadSpec::mixed(test_dir.path("load"), MIB))?;
-        rounds.dump(Make::Ours, &["--compress"])?;
-        let images = rounds.images(1);
+        let (rounds, images) = compressed_round(test_dir, criu, MIB)?;
         let (good, codes) = verify(&images, &[])?;
         ensure!(good && codes.contains("compressed"), "{codes:?}");
         expect_fault(&images, &["--criu", "4.2.1"], "compressed")?;

@@ -63,12 +63,7 @@ fn a_tree_moves_in_every_mode(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     for mode in MODES {
         let mut load = tree(test_dir, &format!("load-{mode}"))?;
         let before = load.run_everywhere(&[Step::Status])?;
-        let agent = Agent::start(
-            &criu.path,
-            &test_dir.path(&format!("agent-{mode}")),
-            None,
-            &[],
-        )?;
+        let agent = Agent::in_test(test_dir, criu, &format!("agent-{mode}"))?;
         let moves = Move::new(criu, test_dir.path("source"), mode).with(&["--mode", mode]);
         let mut command = moves.start(&load, &agent)?;
         let moved = command.succeed(GENEROUS);
@@ -101,12 +96,7 @@ fn locked_memory_moves_in_every_mode(test_dir: &TestDir, criu: &Criu) -> Result<
         let mut spec = LoadSpec::new(test_dir.path(&format!("load-{mode}")), vec![area]);
         spec.pin_own_memory = true;
         let mut load = Load::start(spec, None)?;
-        let agent = Agent::start(
-            &criu.path,
-            &test_dir.path(&format!("agent-{mode}")),
-            None,
-            &[],
-        )?;
+        let agent = Agent::in_test(test_dir, criu, &format!("agent-{mode}"))?;
         let moves = Move::new(criu, test_dir.path("source"), mode).with(&["--mode", mode]);
         let moved = moves.start(&load, &agent)?.succeed(GENEROUS);
         moved.with_context(|| format!("{mode}: {}", agent.log()))?;
@@ -325,7 +315,7 @@ fn certificates_are_asked_for(test_dir: &TestDir, criu: &Criu) -> Result<()> {
 fn a_plan_measures_and_recommends(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let load = Load::start(LoadSpec::mixed(test_dir.path("load"), MIB), None)?;
     load.run(0, &[Step::Dirty { pages_per_s: 500 }])?;
-    let agent = Agent::start(&criu.path, &test_dir.path("agent"), None, &[])?;
+    let agent = Agent::in_test(test_dir, criu, "agent")?;
     let mut command = Command::new(testbed::workspace::binary("pageferry")?);
     command
         .args(["plan", "--json", "--pid", &load.pid().to_string()])

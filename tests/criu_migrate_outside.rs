@@ -236,7 +236,7 @@ const KILLED: [&str; 6] = ["first", "second", "third", "fourth", "fifth", "sixth
 fn a_command_that_is_killed_while_it_injects_leaves_the_process_unharmed() {
     with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
         let mut load = Load::start(LoadSpec::tree(test_dir.path("load"), 8, 3), None)?;
-        let agent = Agent::start(&criu.path, &test_dir.path("agent"), None, &[])?;
+        let agent = Agent::in_test(test_dir, criu, "agent")?;
         let mut met = 0;
         for id in KILLED {
             let moves = Move::new(criu, test_dir.path("source"), id);

@@ -2,20 +2,15 @@
 //! pipe, with runc and crun, between hosts with control groups of version 2 alone.
 
 use std::fs;
-use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
+use testbed::container_pair::ContainerPair;
 use testbed::criu::{Criu, Suite};
-use testbed::documents::HostPair;
+use testbed::runc;
 use testbed::suite::with_criu;
 use testbed::test_dir::TestDir;
 use testbed::wait::{self, GENEROUS};
 use testbed::workspace::binary;
-use testbed::{debian, gate, runc};
-
-/// What hides control groups of version 1 beside those of version 2 from CRIU under crun, on both hosts.
-const SETTINGS: &str = "echo manage-cgroups=ignore > /etc/criu/crun.conf";
 
 /// Lines that are printed at a host before the test goes on.
 const LINES: usize = 400;
@@ -29,11 +24,9 @@ enum Kept {
     Pipe,
 }
 
-/// Two hosts, an agent at the second, and a container `c1` that prints at the first.
+/// A container `c1` that prints at the first host.
 struct Printing {
-    pair: HostPair,
-    dir: PathBuf,
-    runtime: &'static str,
+    hosts: ContainerPair,
 }
 
 impl Printing {
@@ -44,32 +37,23 @@ impl Printing {
         (runtime, name): (&'static str, &str),
         kept: Kept,
     ) -> Result<Option<Printing>> {
-        let Some(system) = gate::need("a system with runtimes", debian::runtimes()) else {
+        let started = ContainerPair::start(test_dir, criu, (runtime, name), |bundle| {
+            runc::make_root_of(&bundle.join("rootfs"), &binary("printer")?)?;
+            let mut config = runc::config("");
+            config["process"]["args"] = serde_json::json!(["/bin/printer"]);
+            Ok(fs::write(bundle.join("config.json"), config.to_string())?)
+        })?;
+        let Some(hosts) = started else {
             return Ok(None);
         };
-        let pair = HostPair::new(test_dir, &system, criu, name)?;
-        let dir = test_dir.path(name);
-        runc::make_root_of(&dir.join("bundle/rootfs"), &binary("printer")?)?;
-        let mut config = runc::config("");
-        config["process"]["args"] = serde_json::json!(["/bin/printer"]);
-        fs::write(dir.join("bundle/config.json"), config.to_string())?;
-        let [source, destination] = &pair.machines;
-        for machine in [source, destination] {
-            machine.script(SETTINGS)?;
-        }
-        destination.script(
-            "pageferry agent --listen $DESTINATION:9191 --insecure --dir /root/agent --criu /criu/criu \
-             --port-file /root/port.json > agent.log 2>&1 < /dev/null &\n\
-             until [ -e port.json ]; do sleep 0.05; done",
-        )?;
         let run = format!("{runtime} run -d --bundle /shared/bundle c1");
-        source.script(&match kept {
+        hosts.pair.machines[0].script(&match kept {
             Kept::File => format!("{run} < /dev/null > /root/c.log 2>&1"),
             Kept::Pipe => {
                 format!("({run} < /dev/null 2>&1 | cat >> /root/c.log) > /dev/null 2>&1 &")
             }
         })?;
-        let printing = Printing { pair, dir, runtime };
+        let printing = Printing { hosts };
         printing.wait_for(0, LINES)?;
         Ok(Some(printing))
     }
@@ -77,7 +61,7 @@ impl Printing {
     /// The log at a host, without a last line that is not whole.
     fn log(&self, host: usize) -> Result<String> {
         let side = ["source", "destination"][host];
-        let path = self.dir.join(side).join("c.log");
+        let path = self.hosts.dir.join(side).join("c.log");
         let mut text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
         text.truncate(text.rfind('\n').map_or(0, |end| end + 1));
         Ok(text)
@@ -89,23 +73,6 @@ impl Printing {
             let found = self.log(host).unwrap_or_default().lines().count();
             Ok((found >= lines).then_some(()))
         })
-    }
-
-    /// Moves the container; what the command says, if it fails.
-    fn migrate(&self, id: &str, options: &str) -> Result<Value, String> {
-        let output = self.pair.machines[0].output(&format!(
-            "pageferry migrate --container c1 --runtime {} --to $DESTINATION:9191 --serve-on $SOURCE \
-             --state-dir /root/state --id {id} --report /root/{id}.json --criu /criu/criu {options} \
-             > {id}.log 2>&1 || {{ tail -n 20 {id}.log; echo failed; }}",
-            self.runtime
-        ));
-        let output = output.map_err(|error| format!("{error:#}"))?;
-        if output.ends_with("failed") {
-            return Err(output);
-        }
-        let report = fs::read(self.dir.join("source").join(format!("{id}.json")));
-        let report = report.map_err(|error| error.to_string())?;
-        serde_json::from_slice(&report).map_err(|error| error.to_string())
     }
 }
 
@@ -136,7 +103,11 @@ fn goes_on(
         Kept::File => "",
         Kept::Pipe => "--output-log /root/c.log",
     };
-    let moved = printing.migrate("m1", &format!("--mode {mode} --max-rounds 2 {output}"));
+    let moved = printing.hosts.migrate(
+        "c1",
+        "m1",
+        &format!("--mode {mode} --max-rounds 2 {output}"),
+    );
     let report = moved.map_err(anyhow::Error::msg)?;
     ensure!(report["result"] == "moved", "{report}");
     ensure!(report["warnings"] == serde_json::json!([]), "{report}");
@@ -160,10 +131,13 @@ fn stays(test_dir: &TestDir, criu: &Criu, runtime: &'static str, kept: Kept) -> 
     let Some(printing) = Printing::start(test_dir, criu, (runtime, &name), kept)? else {
         return Ok(());
     };
-    let [_, destination] = &printing.pair.machines;
+    let [_, destination] = &printing.hosts.pair.machines;
     destination.script("echo another log > /root/c.log; echo another > /root/d.log")?;
     let expect_fails = |id: &str, options: &str, words: &str| -> Result<()> {
-        match printing.migrate(id, &format!("--mode cold {options}")) {
+        match printing
+            .hosts
+            .migrate("c1", id, &format!("--mode cold {options}"))
+        {
             Ok(report) => anyhow::bail!("{id}: {report}"),
             Err(said) => ensure!(said.contains(words), "{id}: {words:?} is not in {said}"),
         }
@@ -196,7 +170,8 @@ fn stays(test_dir: &TestDir, criu: &Criu, runtime: &'static str, kept: Kept) -> 
     ensure!(!there.contains("new.log"), "{there}");
     destination.script(&format!("mv {program}.real {program}"))?;
     // Nothing of this was in the way of the move itself.
-    let moved = printing.migrate(
+    let moved = printing.hosts.migrate(
+        "c1",
         "at-last",
         "--mode cold --output-log /root/c.log:/root/new.log",
     );

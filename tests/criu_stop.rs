@@ -12,6 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
+use testbed::dumped_load;
 use testbed::images::copy_without_lazy_pages;
 use testbed::load::Load;
 use testbed::load::report::Report;
@@ -252,17 +253,13 @@ fn stopped_by(
 #[test]
 fn every_policy_holds_for_every_end() {
     with_criu(Suite::Sid, |test_dir, criu| {
-        let mut load = Load::start(
-            LoadSpec {
-                on_lost_page: OnLostPage::Count,
-                pin_own_memory: true,
-                ..LoadSpec::mixed(test_dir.path("load"), 4)
-            },
-            None,
-        )?;
+        let spec = LoadSpec {
+            on_lost_page: OnLostPage::Count,
+            pin_own_memory: true,
+            ..LoadSpec::mixed(test_dir.path("load"), 4)
+        };
         let images = test_dir.path("dumped");
-        Dump::new(criu, load.pid(), &images).run()?;
-        load.wait_until_gone()?;
+        let load = dumped_load::dump(criu, spec, &images)?;
         let here = test_dir.path("restored");
         copy_without_lazy_pages(&images, &here)?;
         let options = Options::new(&images).with(&["--keep"]);

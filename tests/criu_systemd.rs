@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use nix::unistd::Pid;
 use testbed::criu::{Criu, Suite};
 use testbed::daemons::{Make, Options, PageServer};
+use testbed::dumped_load;
 use testbed::gate;
 use testbed::images::copy_without_lazy_pages;
 use testbed::load::Load;
@@ -161,10 +162,8 @@ impl<'a> Moving<'a> {
 
 /// Images without their pages, and a server of ours that has them behind a slow link.
 fn served(test_dir: &TestDir, criu: &Criu) -> Result<(Load, PathBuf, PageServer, Proxy)> {
-    let mut load = Load::start(spec(test_dir), None)?;
     let images = test_dir.path("dumped");
-    Dump::new(criu, load.pid(), &images).run()?;
-    load.wait_until_gone()?;
+    let load = dumped_load::dump(criu, spec(test_dir), &images)?;
     let here = test_dir.path("restored");
     copy_without_lazy_pages(&images, &here)?;
     let options = Options::new(&images).with(&["--keep"]);
@@ -253,10 +252,8 @@ fn waits_for_page(pid: Pid) -> bool {
 #[test]
 fn who_waits_during_the_outage_is_served_afterwards() {
     with_systemd(Suite::Trixie, |test_dir, criu, systemd| {
-        let mut load = Load::start(spec(test_dir), None)?;
         let images = test_dir.path("dumped");
-        Dump::new(criu, load.pid(), &images).run()?;
-        load.wait_until_gone()?;
+        let load = dumped_load::dump(criu, spec(test_dir), &images)?;
         let slow = ("--max-bandwidth 16K", STARTED_BY_HAND);
         let mut moving = Moving::start(systemd, criu, load, &images, slow, &[])?;
         for _ in 0..2 {
@@ -347,10 +344,8 @@ fn with_other_images_the_processes_are_killed() {
 #[test]
 fn with_images_that_are_away_the_processes_are_held() {
     with_systemd(Suite::Experimental, |test_dir, criu, systemd| {
-        let mut load = Load::start(spec(test_dir), None)?;
         let images = test_dir.path("dumped");
-        Dump::new(criu, load.pid(), &images).run()?;
-        load.wait_until_gone()?;
+        let load = dumped_load::dump(criu, spec(test_dir), &images)?;
         let slow = ("--max-bandwidth 16K", STARTED_BY_HAND);
         let mut moving = Moving::start(systemd, criu, load, &images, slow, &[])?;
         moving.kill()?;

@@ -288,7 +288,7 @@ fn a_plan_tells_what_forks_share() {
             mixed: false,
         };
         let tree = Forks::start(&test_dir.path("forks"), spec)?;
-        let agent = Agent::start(&criu.path, &test_dir.path("agent"), None, &[])?;
+        let agent = Agent::in_test(test_dir, criu, "agent")?;
         let mut command = Command::new(workspace::binary("pageferry")?);
         command
             .args(["plan", "--json", "--pid", &tree.pid().to_string()])

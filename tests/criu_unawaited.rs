@@ -17,6 +17,7 @@ use anyhow::{Context, Result, ensure};
 use nix::unistd::Pid;
 use testbed::criu::Criu;
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
+use testbed::exchange;
 use testbed::for_each_criu;
 use testbed::images::copy_without_lazy_pages;
 use testbed::migration::{Dump, Restore, Restored};
@@ -131,16 +132,8 @@ fn moved_on_demand(criu: &Criu, source: Source, dir: &Path) -> Result<Moved> {
         .arg("--dir")
         .arg(&shared)
         .env("LONG", "x".repeat(LONG));
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    let mut owner = Spawned::start_ungrouped("robust", &mut command, None)?;
-    let ready = shared.join("ready");
-    wait::until("a process that holds a lock", LIMIT, || {
-        ensure!(owner.ended()?.is_none(), "it has ended");
-        Ok(ready.exists().then_some(()))
-    })?;
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let owner = exchange::start_command("robust", &mut command, &shared, "ready")?;
     let pid = owner.pid();
     let images = dir.join("images");
     let dump = Dump::new(criu, pid, &images);

@@ -159,7 +159,7 @@ fn pressure_moves_a_tree_to_another_host() {
             return Ok(());
         };
         let mut load = Load::start(LoadSpec::tree(test_dir.path("load"), 8, 2), None)?;
-        let agent = Agent::start(&criu.path, &test_dir.path("agent"), None, &[])?;
+        let agent = Agent::in_test(test_dir, criu, "agent")?;
         let report = test_dir.path("report.json");
         let args = [
             ["--pid", &load.pid().to_string()],

@@ -33,7 +33,7 @@ fn facts(path: &Path) -> Result<BTreeMap<String, String>> {
 fn hooks_are_told_the_facts() {
     with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
         let mut load = Load::start(LoadSpec::tree(test_dir.path("load"), MIB, 2), None)?;
-        let agent = Agent::start(&criu.path, &test_dir.path("agent"), None, &[])?;
+        let agent = Agent::in_test(test_dir, criu, "agent")?;
         let (before, after) = (test_dir.path("before"), test_dir.path("after"));
         let moves = Move::new(criu, test_dir.path("source"), "told").with(&[
             "--mode",
@@ -74,7 +74,7 @@ fn hooks_are_told_the_facts() {
 fn a_hook_that_fails_or_hangs_before_the_freeze_leaves_the_processes_here() {
     with_criu(Suite::Sid, |test_dir: &TestDir, criu: &Criu| {
         let mut load = Load::start(LoadSpec::tree(test_dir.path("load"), MIB, 2), None)?;
-        let agent = Agent::start(&criu.path, &test_dir.path("agent"), None, &[])?;
+        let agent = Agent::in_test(test_dir, criu, "agent")?;
         for (id, command, why) in [
             ("fails", "exit 7", "exit status: 7"),
             ("hangs", "sleep 600", "--hook-limit"),

@@ -69,7 +69,7 @@ fn slowed_processes_move_and_leave_no_group() {
             return Ok(());
         }
         let mut load = writing(test_dir)?;
-        let agent = Agent::start(&criu.path, &test_dir.path("agent"), None, &[])?;
+        let agent = Agent::in_test(test_dir, criu, "agent")?;
         let moves = moving(test_dir, criu);
         moves.start(&load, &agent)?.succeed(GENEROUS)?;
         load.wait_until_gone()?;
@@ -92,7 +92,7 @@ fn a_killed_command_gives_the_time_back() {
         }
         let load = writing(test_dir)?;
         let home = group(load.pid())?;
-        let agent = Agent::start(&criu.path, &test_dir.path("agent"), None, &[])?;
+        let agent = Agent::in_test(test_dir, criu, "agent")?;
         let moves = moving(test_dir, criu);
         let mut command = moves.start(&load, &agent)?;
         wait::until("the processes to be slowed", GENEROUS, || {

@@ -15,6 +15,7 @@ use crate::load::Load;
 use crate::net::{Host, NetNs, command_in};
 use crate::process::{Spawned, descendants, kill_and_reap};
 use crate::schema;
+use crate::test_dir::TestDir;
 use crate::wait::{self, GENEROUS};
 use crate::workspace;
 
@@ -31,6 +32,14 @@ pub struct Agent {
 }
 
 impl Agent {
+    /// Starts one at loopback, with `criu`, in the directory `name` of a test.
+    ///
+    /// # Errors
+    /// That of [`Agent::start`].
+    pub fn in_test(test_dir: &TestDir, criu: &Criu, name: &str) -> Result<Agent> {
+        Agent::start(&criu.path, &test_dir.path(name), None, &[])
+    }
+
     /// Starts one that works in `dir`, with `criu` and further options, at loopback or on `host`.
     ///
     /// # Errors

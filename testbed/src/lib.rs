@@ -31,6 +31,7 @@
 pub mod agent;
 pub mod announcements;
 pub mod container_host;
+pub mod container_pair;
 pub mod containers;
 pub mod control_groups;
 pub mod criu;
@@ -38,6 +39,8 @@ pub mod daemons;
 pub mod debian;
 pub mod disk;
 pub mod documents;
+pub mod dumped_load;
+pub mod exchange;
 pub mod failing;
 pub mod forks;
 pub mod gate;

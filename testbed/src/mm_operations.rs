@@ -2,20 +2,18 @@
 //!
 //! ```text
 //!   MmOperations::start ──> ready-NAME for the process and each child that lives on
-//!   go(k, steps)        ──> more steps, then a look at everything: said-K-NAME
+//!   go(k, steps)        ──> more steps, then a look at everything: result-K-NAME
 //! ```
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::unistd::Pid;
 
+use crate::exchange;
 use crate::process::Spawned;
-use crate::wait;
-use crate::workspace;
 
 /// Long enough for all steps of all processes on a loaded machine.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -45,27 +43,14 @@ impl MmOperations {
     /// # Errors
     /// It does not come up, or finds its memory wrong by itself.
     pub fn start(dir: &Path, plan: &Plan) -> Result<MmOperations> {
-        fs::create_dir_all(dir)?;
-        let mut command = Command::new(workspace::binary("mmops")?);
-        command.arg("--dir").arg(dir);
-        command.args(["--seed", &plan.seed.to_string()]);
-        command.args(["--before", &plan.before.to_string()]);
-        if !plan.without.is_empty() {
-            command.args(["--without", &plan.without.join(",")]);
+        let (seed, before) = (plan.seed.to_string(), plan.before.to_string());
+        let without = plan.without.join(",");
+        let place = dir.to_str().context("a directory that is no UTF-8")?;
+        let mut args = vec!["--dir", place, "--seed", &seed, "--before", &before];
+        if !without.is_empty() {
+            args.extend(["--without", &without]);
         }
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        let mut process = Spawned::start_ungrouped("mmops", &mut command, None)?;
-        let ready = dir.join("ready-0");
-        wait::until("memory that was changed at random", LIMIT, || {
-            if let Some(ended) = process.ended()? {
-                let said = fs::read_to_string(dir.join("failure.txt")).unwrap_or_default();
-                bail!("mmops: {}: {said}", ended.status);
-            }
-            Ok(ready.exists().then_some(()))
-        })?;
+        let process = exchange::start("mmops", &args, dir, "ready-0")?;
         let mut names = Vec::new();
         for entry in fs::read_dir(dir)? {
             let name = entry?.file_name().to_string_lossy().into_owned();
@@ -123,12 +108,9 @@ impl MmOperations {
     pub fn expect_right(&self, part: u32) -> Result<()> {
         let mut wrong = Vec::new();
         for name in &self.names {
-            let path = self.dir.join(format!("said-{part}-{name}"));
-            let what = format!("part {part} of {name}");
-            wait::until(&what, LIMIT, || Ok(path.exists().then_some(())))?;
-            let said = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-            if said != "right" {
-                wrong.push(format!("part {part}: {said}"));
+            let path = self.dir.join(format!("result-{part}-{name}"));
+            if let Err(error) = exchange::expect_right(&path) {
+                wrong.push(format!("part {part}: {error:#}"));
             }
         }
         ensure!(wrong.is_empty(), "{}", wrong.join("\n"));

@@ -18,11 +18,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, ensure};
 use testbed::criu::{self, Criu};
 use testbed::daemons::{Make, Options, PageServer};
+use testbed::dumped_load::restore_and_check;
 use testbed::load::Load;
 use testbed::load::scenarios::{reading, reshaping, verifying};
 use testbed::load::spec::LoadSpec;
 use testbed::load::steps::{Order, Step};
-use testbed::migration::{Dump, Restore};
+use testbed::migration::Dump;
 use testbed::net::free_port;
 use testbed::pki::{Authority, Host};
 use testbed::postcopy::{Plan, PostCopy, Source, slow_link};
@@ -125,13 +126,7 @@ fn restore_lazily(mut moved: PostCopy) -> Result<()> {
     moved.expect_all_right()
 }
 
-fn restore_and_check(criu: &Criu, images: &Path, load: &mut Load) -> Result<()> {
-    load.wait_until_gone()?;
-    let _restored = Restore::new(criu, images).run()?;
-    load.expect_first_memory().map(drop)
-}
-
-/// A page-server of one build stores a dump. Tells the images, and what the processes were.
+/// A page-server of one build stores a dump. Returns the images, and what the processes were.
 fn stored(
     test_dir: &TestDir,
     ends: Ends<'_>,

@@ -15,13 +15,13 @@
 //!
 //! It has so many mappings that to read /proc/PID/smaps takes much longer than to give advice.
 
-use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{ForkResult, alarm, getpid, getsid, setsid};
+use nix::unistd::ForkResult;
+use testbed::exchange;
 use testbed::sys;
 use testbed::sys::mappings;
 
@@ -36,10 +36,7 @@ const LIFETIME_S: u32 = 300;
 fn main() -> Result<()> {
     let dir = std::env::args().nth(1).context("a directory")?;
     let dir = Path::new(&dir);
-    if getsid(None)? != getpid() {
-        setsid().context("setsid")?;
-    }
-    alarm::set(LIFETIME_S);
+    exchange::begin(LIFETIME_S)?;
     let private = nix::libc::MAP_PRIVATE | nix::libc::MAP_ANONYMOUS;
     let others = mappings::map(2 * OTHER_MAPPINGS * PAGE, true, private, None)?;
     for n in 0..OTHER_MAPPINGS {
@@ -58,16 +55,11 @@ fn main() -> Result<()> {
         mappings::write(beside + page * PAGE, &content(page))?;
     }
     mappings::advise(beside + length, length, nix::libc::MADV_DONTFORK)?;
-    fs::write(dir.join("ready"), "")?;
-    while !dir.join("go").exists() {
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    exchange::write(&dir.join("ready"), "")?;
+    exchange::wait_for(&dir.join("go"));
     let result = (0..PARTS).try_for_each(|part| fork_for(memory, part));
     let result = result.and_then(|()| fork_to_grow(beside));
-    let result = result.map_or_else(|error| format!("{error:#}"), |()| "right".to_owned());
-    let unfinished = dir.join("result.new");
-    fs::write(&unfinished, result)?;
-    fs::rename(unfinished, dir.join("result.txt"))?;
+    exchange::write_result(&dir.join("result.txt"), result)?;
     loop {
         std::thread::sleep(Duration::from_secs(1));
     }

@@ -7,12 +7,13 @@
 //! ```
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use nix::unistd::{alarm, getpid, getsid, setsid};
+use nix::unistd::alarm;
+use testbed::exchange;
 use testbed::sys;
 use testbed::sys::mappings;
 
@@ -43,8 +44,8 @@ fn main() -> Result<()> {
     let number = |at: usize| args[at].parse::<usize>().context("a number");
     let (dir, name) = (Path::new(&args[0]), &args[1]);
     let (children, mib, every, mixed) = (number(2)?, number(3)?, number(4)?, number(5)? == 1);
-    if name == "f" && getsid(None)? != getpid() {
-        setsid().context("setsid")?;
+    if name == "f" {
+        exchange::lead_session()?;
     }
     alarm::set(LIFETIME_S);
     let private = nix::libc::MAP_PRIVATE | nix::libc::MAP_ANONYMOUS;
@@ -163,7 +164,7 @@ fn content(page: u64, process: usize) -> [u8; PAGE] {
 
 /// Looks at its memory whenever it is asked to, for ever.
 fn answer(dir: &Path, name: &str, memory: &Memory) -> Result<()> {
-    write(&dir.join(format!("ready-{name}")), "")?;
+    exchange::write(&dir.join(format!("ready-{name}")), "")?;
     let mut seen = 0;
     loop {
         let asked = fs::read_to_string(dir.join("look")).unwrap_or_default();
@@ -174,18 +175,11 @@ fn answer(dir: &Path, name: &str, memory: &Memory) -> Result<()> {
                 Ok(bad) => format!("bad {bad}"),
                 Err(error) => format!("{error:#}"),
             };
-            write(
+            exchange::write(
                 &dir.join(format!("said-{name}")),
                 &format!("{asked} {found}"),
             )?;
         }
         std::thread::sleep(Duration::from_millis(2));
     }
-}
-
-/// Writes a file that is whole or absent.
-fn write(path: &Path, text: &str) -> Result<()> {
-    let unfinished: PathBuf = path.with_extension("new");
-    fs::write(&unfinished, text)?;
-    Ok(fs::rename(&unfinished, path)?)
 }

@@ -7,14 +7,13 @@
 //!              DIR/filled: all memory has come   DIR/parent-2.txt, DIR/child-2.txt: what is below the guards
 //! ```
 
-use std::fs;
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{ForkResult, Pid, alarm, getpid, getsid, setsid};
+use nix::unistd::{ForkResult, Pid};
+use testbed::exchange;
 use testbed::sys;
 use testbed::sys::mappings::{self, MADV_GUARD_INSTALL, MADV_GUARD_REMOVE};
 
@@ -32,49 +31,35 @@ const LIFETIME_S: u32 = 300;
 fn main() -> Result<()> {
     let dir = std::env::args().nth(1).context("a directory")?;
     let dir = Path::new(&dir);
-    if getsid(None)? != getpid() {
-        setsid().context("setsid")?;
-    }
-    alarm::set(LIFETIME_S);
+    exchange::begin(LIFETIME_S)?;
     let private = nix::libc::MAP_PRIVATE | nix::libc::MAP_ANONYMOUS;
     let memory = mappings::map(PAGES * PAGE, true, private, None)?;
     for page in 0..PAGES {
         mappings::write(memory + page * PAGE, &content(page))?;
     }
-    fs::write(dir.join("ready"), "")?;
-    wait_for(&dir.join("go"));
+    exchange::write(&dir.join("ready"), "")?;
+    exchange::wait_for(&dir.join("go"));
     let child = match sys::fork()? {
         ForkResult::Child => {
-            guard(dir, "child", memory, &OF_CHILD);
-            sys::exit_now(0);
+            let done = guard(dir, "child", memory, &OF_CHILD);
+            sys::exit_now(i32::from(done.is_err()));
         }
         ForkResult::Parent { child } => child,
     };
-    guard(dir, "parent", memory, &OF_PARENT);
+    guard(dir, "parent", memory, &OF_PARENT)?;
     waitpid(child, None)?;
     Ok(())
 }
 
-fn wait_for(path: &Path) {
-    while !path.exists() {
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-fn guard(dir: &Path, who: &str, memory: usize, parts: &[Part]) {
-    write_result(&dir.join(format!("{who}-1.txt")), look(memory, parts));
-    wait_for(&dir.join("filled"));
-    write_result(&dir.join(format!("{who}-2.txt")), look_below(memory, parts));
+fn guard(dir: &Path, who: &str, memory: usize, parts: &[Part]) -> Result<()> {
+    let path = |look| dir.join(format!("{who}-{look}.txt"));
+    exchange::write_result(&path(1), look(memory, parts))?;
+    exchange::wait_for(&dir.join("filled"));
+    exchange::write_result(&path(2), look_below(memory, parts))
 }
 
 fn content(page: usize) -> [u8; 8] {
     (page as u64 + 1).to_ne_bytes()
-}
-
-fn write_result(path: &Path, found: Result<()>) {
-    let message = found.map_or_else(|error| format!("{error:#}"), |()| "right".to_owned());
-    let unfinished = path.with_extension("new");
-    let _ = fs::write(&unfinished, message).and_then(|()| fs::rename(&unfinished, path));
 }
 
 /// Guards `parts`, reads all else, which brings what is beside them, and looks whether they are guards still.

@@ -2,16 +2,16 @@
 //!
 //! ```text
 //! locked DIR   DIR/ready: it has its memory      DIR/go: it locks that, moves it and lets it grow, and a child does so too
-//!              DIR/said.txt: "right", or what is wrong
+//!              DIR/result.txt: "right", or what is wrong
 //! ```
 
-use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{ForkResult, alarm, getpid, getsid, setsid};
+use nix::unistd::{ForkResult, alarm};
+use testbed::exchange;
 use testbed::sys::mappings::{self, Remap};
 use testbed::sys::{self, Backing, WINDOW};
 
@@ -35,10 +35,7 @@ const LIFETIME_S: u32 = 120;
 fn main() -> Result<()> {
     let dir = std::env::args().nth(1).context("a directory")?;
     let dir = Path::new(&dir);
-    if getsid(None)? != getpid() {
-        setsid().context("setsid")?;
-    }
-    alarm::set(LIFETIME_S);
+    exchange::begin(LIFETIME_S)?;
     sys::map(OTHER, OTHER_PAGES * PAGE, Backing::Private)?;
     sys::map(PLACES[0], PAGES * PAGE, Backing::Private)?;
     for page in 0..OTHER_PAGES {
@@ -47,14 +44,9 @@ fn main() -> Result<()> {
     for page in 0..PAGES {
         mappings::write(PLACES[0] + page * PAGE, &content(page))?;
     }
-    fs::write(dir.join("ready"), "")?;
-    while !dir.join("go").exists() {
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    let said = of_both().map_or_else(|error| format!("{error:#}"), |()| "right".to_owned());
-    let unfinished = dir.join("said.new");
-    fs::write(&unfinished, said)?;
-    fs::rename(unfinished, dir.join("said.txt"))?;
+    exchange::write(&dir.join("ready"), "")?;
+    exchange::wait_for(&dir.join("go"));
+    exchange::write_result(&dir.join("result.txt"), of_both())?;
     loop {
         std::thread::sleep(Duration::from_secs(1));
     }

@@ -7,16 +7,16 @@
 //! The head of its robust futexes has a page to itself, which nothing in the process touches afterwards: only the
 //! kernel reads it, at the end.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Parser;
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::{alarm, getpid, getsid, setsid};
+use nix::unistd::getpid;
+use testbed::exchange;
 use testbed::sys::mappings;
 
 /// After so many seconds the kernel ends the process, whatever became of the test.
@@ -37,10 +37,7 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    if getsid(None)? != getpid() {
-        setsid().context("setsid")?;
-    }
-    alarm::set(LIFETIME_S);
+    exchange::begin(LIFETIME_S)?;
     let file = File::options()
         .read(true)
         .write(true)
@@ -62,11 +59,8 @@ fn main() -> Result<()> {
     mappings::write(entry, &words(&[head]))?;
     mappings::write(head, &words(&[entry, offset, 0]))?;
     mappings::set_robust_list(head)?;
-    fs::write(args.dir.join("ready"), "")?;
-    let go = args.dir.join("go");
-    while !go.exists() {
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    exchange::write(&args.dir.join("ready"), "")?;
+    exchange::wait_for(&args.dir.join("go"));
     kill(getpid(), Signal::SIGKILL)?;
     Ok(())
 }

@@ -4,7 +4,7 @@
 //! ```text
 //! mmops --dir DIR --seed N    DIR/ready-NAME: a process has its memory and waits (0 is the first one, 0.1 its child)
 //!                             DIR/go-K: holds a number: each does as many steps more, checks everything, and says
-//!                                       what is wrong in DIR/said-K-NAME; with "lazily" behind it pages may be missing
+//!                                       what is wrong in DIR/result-K-NAME; with "lazily" behind it pages may be missing
 //! ```
 //!
 //! A child has the model of its parent as it has its memory: by the fork. What several processes share is written by
@@ -21,12 +21,13 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Parser;
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{ForkResult, Pid, alarm, getpid, getsid, setsid};
+use nix::unistd::{ForkResult, Pid, alarm, getpid};
+use testbed::exchange::{self, write};
 use testbed::sys;
 
 use model::Model;
@@ -60,10 +61,7 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    if getsid(None)? != getpid() {
-        setsid().context("setsid")?;
-    }
-    alarm::set(LIFETIME_S);
+    exchange::begin(LIFETIME_S)?;
     let model = Model::new(args.seed, &args.dir, args.without.clone())?;
     let process = Process {
         model,
@@ -104,11 +102,9 @@ impl Process {
             let (steps, lazily) = wait_for(&self.dir.join(format!("go-{part}")));
             self.model.may_lack_pages = lazily;
             self.model.note(0, 0, &format!("begins part {part}"));
-            let said = match self.run(steps, false).and_then(|()| self.check()) {
-                Ok(()) => "right".to_owned(),
-                Err(error) => format!("{error:#}"),
-            };
-            write(&self.dir.join(format!("said-{part}-{}", self.name)), &said)?;
+            let found = self.run(steps, false).and_then(|()| self.check());
+            let path = self.dir.join(format!("result-{part}-{}", self.name));
+            exchange::write_result(&path, found)?;
         }
         Ok(())
     }
@@ -234,11 +230,4 @@ fn wait_for(path: &Path) -> (u32, bool) {
         }
         sleep(PAUSE);
     }
-}
-
-/// Writes a file that is whole or absent.
-fn write(path: &Path, text: &str) -> Result<()> {
-    let unfinished = path.with_extension(format!("new-{}", getpid()));
-    fs::write(&unfinished, text)?;
-    Ok(fs::rename(&unfinished, path)?)
 }

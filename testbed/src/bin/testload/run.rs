@@ -10,7 +10,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, unshare};
-use nix::unistd::{alarm, getpid, getsid, setsid};
+use nix::unistd::{alarm, getpid};
+use testbed::exchange;
 use testbed::load::content::mix;
 use testbed::load::page_words;
 use testbed::load::report::{Report, StepReport};
@@ -46,10 +47,7 @@ struct Process {
 
 /// Sets everything up, says so in report 0, and serves commands until one of them says exit.
 pub(crate) fn run(spec: LoadSpec) -> Result<()> {
-    // Process 1 of a container leads its session from the start.
-    if getsid(None)? != getpid() {
-        setsid().context("setsid")?;
-    }
+    exchange::lead_session()?;
     if spec.areas.iter().any(|area| area.mapping == Mapping::SysV) {
         // Ids of segments begin with 0 in a new one.
         unshare(CloneFlags::CLONE_NEWIPC).context("a new IPC namespace")?;
