@@ -27,7 +27,6 @@ use pageferry::engine::receive::{ReceiveContext, receive_client};
 use pageferry::error::{Kind, Result};
 use pageferry::image::chain::{Chain, Missing};
 use pageferry::image::dir::ImageDir;
-use pageferry::image::store::Sync;
 use pageferry::observe::received::Received;
 use pageferry::stream::Stream;
 use proptest::prelude::*;
@@ -37,12 +36,8 @@ const SHMEM: Target = Target::Shmem(9);
 
 fn options(dir: &Path, previous: Option<&str>) -> StoreOptions {
     StoreOptions {
-        dir: dir.to_owned(),
-        page: PAGE,
         previous: previous.map(PathBuf::from),
-        sync: Sync::None,
-        split_lazy: None,
-        dedup_tree: false,
+        ..StoreOptions::new(dir, PAGE)
     }
 }
 

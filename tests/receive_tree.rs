@@ -35,12 +35,10 @@ fn receive(
     piece: usize,
 ) -> Result<Received> {
     let options = StoreOptions {
-        dir: dir.to_owned(),
-        page: PAGE,
         previous: previous.map(Into::into),
         sync: Sync::Close,
-        split_lazy: None,
         dedup_tree: true,
+        ..StoreOptions::new(dir, PAGE)
     };
     let context = ReceiveContext {
         ingest: IngestOptions {

@@ -26,7 +26,6 @@ use pageferry::engine::serve::{ServeContext, serve_client};
 use pageferry::error::Result;
 use pageferry::image::chain::{Chain, Missing};
 use pageferry::image::dir::ImageDir;
-use pageferry::image::store::Sync;
 use pageferry::stream::Stream;
 use pageferry::tls::{Tls, TlsStream};
 use pageferry::units::{PageCount, Vaddr};
@@ -116,14 +115,7 @@ fn pages_are_served() {
 }
 
 fn receive(dir: &Path, stream: Stream, idle_timeout: Option<Duration>) -> Result<()> {
-    let options = StoreOptions {
-        dir: dir.to_owned(),
-        page: PAGE,
-        previous: None,
-        sync: Sync::None,
-        split_lazy: None,
-        dedup_tree: false,
-    };
+    let options = StoreOptions::new(dir, PAGE);
     let context = ReceiveContext {
         idle_timeout,
         ..ReceiveContext::new(Stores::open(options, None)?, Io::Epoll)

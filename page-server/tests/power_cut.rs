@@ -23,7 +23,6 @@ use pageferry::criu::header::{PageFlags, Target, Wire};
 use pageferry::engine::receive::stores::{StoreOptions, Stores};
 use pageferry::image::chain::{Chain, Missing, Place as PagePlace};
 use pageferry::image::dir::ImageDir;
-use pageferry::image::store::Sync;
 use place::Place;
 use testbed::gate;
 use testbed::power_cut::{Disk, State};
@@ -207,14 +206,7 @@ fn dump_of(first_seed: u32) -> Vec<u8> {
 
 /// Options of a server that finds a state.
 fn store(dir: &Path) -> StoreOptions {
-    StoreOptions {
-        dir: dir.to_owned(),
-        page: PAGE,
-        previous: None,
-        sync: Sync::None,
-        split_lazy: None,
-        dedup_tree: false,
-    }
+    StoreOptions::new(dir, PAGE)
 }
 
 #[test]

@@ -23,7 +23,6 @@ use pageferry::engine::receive::precopy_listener::{Handled, PrecopyListener};
 use pageferry::engine::receive::stores::{StoreOptions, Stores};
 use pageferry::error::{Error, Kind, Result};
 use pageferry::ferry::frame;
-use pageferry::image::store::Sync;
 use pageferry::observe::ferried::Forwarded;
 use pageferry::observe::received::Received;
 use pageferry::stream::Stream;
@@ -72,12 +71,8 @@ pub(crate) fn far_end_with(options: &StoreOptions, compress: bool) -> FarEnd {
 /// How `dir` is opened.
 pub(crate) fn store(dir: &Path, previous: Option<&str>) -> StoreOptions {
     StoreOptions {
-        dir: dir.to_owned(),
-        page: PAGE,
         previous: previous.map(PathBuf::from),
-        sync: Sync::None,
-        split_lazy: None,
-        dedup_tree: false,
+        ..StoreOptions::new(dir, PAGE)
     }
 }
 

@@ -184,6 +184,18 @@ impl Stores {
 }
 
 impl StoreOptions {
+    /// The images directory `dir` for pages of one size, without parents or anything else.
+    pub fn new(dir: &Path, page: PageSize) -> StoreOptions {
+        StoreOptions {
+            dir: dir.to_owned(),
+            page,
+            previous: None,
+            sync: Sync::None,
+            split_lazy: None,
+            dedup_tree: false,
+        }
+    }
+
     /// Checks what can be known before the directory of a session is there.
     fn check_for(&self, template: &Template) -> Result<()> {
         let dir = ImageDir::open_any(&self.dir, self.page)?;
@@ -313,14 +325,7 @@ mod tests {
     use super::*;
 
     fn stores(dir: &Path, template: &str) -> Stores {
-        let options = StoreOptions {
-            dir: dir.to_owned(),
-            page: PageSize::KIB_4,
-            previous: None,
-            sync: Sync::None,
-            split_lazy: None,
-            dedup_tree: false,
-        };
+        let options = StoreOptions::new(dir, PageSize::KIB_4);
         Stores::open(options, Some(template.parse().unwrap())).unwrap()
     }
 
@@ -340,31 +345,16 @@ mod tests {
         std::fs::create_dir(tmp.path().join("before")).unwrap();
         let open = |template: &str, previous: &str| {
             let options = StoreOptions {
-                dir: tmp.path().to_owned(),
-                page: PageSize::KIB_4,
                 previous: Some(previous.into()),
-                sync: Sync::None,
-                split_lazy: None,
-                dedup_tree: false,
+                ..StoreOptions::new(tmp.path(), PageSize::KIB_4)
             };
-            Stores::open(options, Some(template.parse().unwrap())).map(drop)
+            Stores::open(options, Some(template.parse().unwrap()))
         };
         for previous in ["../before", "../../before", "../1"] {
             open("{peer}/{seq}", previous).unwrap();
         }
         open("{seq}", "../before").unwrap();
-        let begins = |previous: &str| {
-            let options = StoreOptions {
-                dir: tmp.path().to_owned(),
-                page: PageSize::KIB_4,
-                previous: Some(previous.into()),
-                sync: Sync::None,
-                split_lazy: None,
-                dedup_tree: false,
-            };
-            let template = Some("{peer}/{seq}".parse().unwrap());
-            Stores::open(options, template).unwrap().first_parent()
-        };
+        let begins = |previous: &str| open("{peer}/{seq}", previous).unwrap().first_parent();
         assert_eq!(begins("../1"), None);
         let before = Some(tmp.path().join("before"));
         assert_eq!(begins("../../before"), before);
