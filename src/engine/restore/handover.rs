@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use nix::sys::epoll::EpollFlags;
 
 use super::host_process::HostProcess;
-use super::intake::{Intake, IntakeCopies, IntakeEvent, SocketChange, Tell};
+use super::intake::{Intake, IntakeCopies, IntakeEvent, OnSocketChange, SocketChange};
 use super::owner_search::{OwnerSearch, SearchScope};
 use super::processes::Process;
 use super::standby::{Standby, StandbyMessage, notify};
@@ -36,11 +36,11 @@ const HEAD_START: Duration = Duration::from_millis(200);
 #[derive(Debug)]
 pub(super) struct Handover {
     intake: Intake,
-    /// When the restore last said something.
-    heard: Instant,
+    /// When the last message of the restore came.
+    last_message: Instant,
     /// When its absence was last logged.
     logged: Instant,
-    /// It said that every process runs.
+    /// It has reported that every process runs.
     finished: bool,
     /// When the background stream may begin, once the restore is finished: a process has met a missing page, or as long
     /// as that may take is over.
@@ -48,13 +48,13 @@ pub(super) struct Handover {
     /// Nobody listens to it any more.
     over: bool,
     /// Another process served before, so that more is there than is known.
-    was_heard_before: bool,
-    /// The process that the one before had told of last: its message may still be in the socket.
-    told_last: Option<u32>,
+    was_taken_over: bool,
+    /// The process of which the one before had notified its standby last: its message may still be in the socket.
+    reported_last: Option<u32>,
 }
 
-/// Tells `standby` what happens to the sockets.
-fn telling(standby: &mut Option<Standby>) -> impl FnMut(SocketChange, Option<BorrowedFd<'_>>) {
+/// Notifies `standby` of what happens to the sockets.
+fn notifying(standby: &mut Option<Standby>) -> impl FnMut(SocketChange, Option<BorrowedFd<'_>>) {
     move |change, fd| notify(standby, StandbyMessage::Socket(change), fd)
 }
 
@@ -64,19 +64,19 @@ impl Handover {
         let now = Instant::now();
         Handover {
             intake: Intake::ended(),
-            heard: now,
+            last_message: now,
             logged: now,
             finished: false,
             fills_from: None,
             over: false,
-            was_heard_before: false,
-            told_last: None,
+            was_taken_over: false,
+            reported_last: None,
         }
     }
 
-    /// Listens in the directory `dir`, and tells `standby` of it.
+    /// Listens in the directory `dir`, and notifies `standby` of it.
     pub(super) fn listen(&mut self, dir: &Path, standby: &mut Option<Standby>) -> Result<()> {
-        self.intake = Intake::listen(dir, &mut telling(standby))?;
+        self.intake = Intake::listen(dir, &mut notifying(standby))?;
         Ok(())
     }
 
@@ -106,75 +106,75 @@ impl Handover {
         self.over
     }
 
-    /// What it says from now on counts for nothing but its end.
+    /// What it sends from now on counts for nothing but its end.
     pub(super) fn end(&mut self) {
         self.over = true;
     }
 
     /// Lets the restore fail.
-    fn hang_up(&mut self, tell: &mut Tell<'_>) {
-        self.intake.shut(tell);
-        self.intake.close(tell);
+    fn hang_up(&mut self, on_change: &mut OnSocketChange<'_>) {
+        self.intake.shut(on_change);
+        self.intake.close(on_change);
         self.end();
     }
 
     /// Another process has served until now, and has received all of a restore, which `finished` or has failed.
     pub(super) fn take_over(&mut self, finished: bool) {
-        (self.over, self.finished, self.was_heard_before) = (true, finished, true);
+        (self.over, self.finished, self.was_taken_over) = (true, finished, true);
         self.fills_from = finished.then(Instant::now);
     }
 
     /// Another process has served until now, in the directory `dir`; of its sockets there are `copies`. The process that
-    /// it has told of last is `told_last`.
+    /// it has told of last is `reported_last`.
     pub(super) fn go_on(
         &mut self,
         dir: &Path,
         copies: IntakeCopies,
-        told_last: Option<u32>,
+        reported_last: Option<u32>,
     ) -> Result<()> {
-        self.was_heard_before = true;
-        self.told_last = told_last;
-        self.heard = Instant::now();
+        self.was_taken_over = true;
+        self.reported_last = reported_last;
+        self.last_message = Instant::now();
         self.intake = Intake::go_on(dir, copies)?;
         Ok(())
     }
 
     /// Whether the process `pid` is one that this process was told of by the one before, which had not handled the message
     /// to its end. Only the first message can be.
-    fn was_told(&mut self, pid: u32) -> bool {
-        self.told_last.take() == Some(pid)
+    fn was_reported(&mut self, pid: u32) -> bool {
+        self.reported_last.take() == Some(pid)
     }
 
     /// Whether another process served before, so that more pages may be there than is known.
     pub(super) fn was_taken_over(&self) -> bool {
-        self.was_heard_before
+        self.was_taken_over
     }
 
     fn socket(&self) -> Option<BorrowedFd<'_>> {
         self.intake.socket()
     }
 
-    /// The next thing that it says, the same again until it is [`Handover::handled`].
-    fn next(&mut self, tell: &mut Tell<'_>) -> Result<Option<IntakeEvent>> {
-        let Some(word) = self.intake.next(tell)? else {
+    /// The next event of it, the same again until it is [`Handover::handled`].
+    fn next(&mut self, on_change: &mut OnSocketChange<'_>) -> Result<Option<IntakeEvent>> {
+        let Some(event) = self.intake.next(on_change)? else {
             return Ok(None);
         };
-        self.heard = Instant::now();
-        match word {
+        self.last_message = Instant::now();
+        match event {
             IntakeEvent::Finished => {
                 self.finished = true;
-                self.fills_from = Some(self.heard + HEAD_START);
+                self.fills_from = Some(self.last_message + HEAD_START);
             }
             IntakeEvent::End => self.over = true,
             IntakeEvent::Process(..) | IntakeEvent::Zombie(_) => {}
         }
-        Ok(Some(word))
+        Ok(Some(event))
     }
 
-    /// Whoever stands by has been told of what it has said.
-    fn handled(&mut self, tell: &mut Tell<'_>) -> Result<()> {
-        self.told_last = None;
-        self.intake.handled(tell)
+    /// Whoever stands by has been notified of the last event.
+    fn handled(&mut self, on_change: &mut OnSocketChange<'_>) -> Result<()> {
+        self.reported_last = None;
+        self.intake.handled(on_change)
     }
 
     /// Says now and then that no restore has come.
@@ -192,7 +192,7 @@ impl Handover {
 
     /// Why it is to be given up, if it has said nothing for `most`.
     fn give_up_after(&self, most: Duration) -> Option<Error> {
-        if self.over || self.heard.elapsed() < most {
+        if self.over || self.last_message.elapsed() < most {
             return None;
         }
         let what = match self.intake.is_listening() {
@@ -237,35 +237,35 @@ impl Restore {
         if self.handover.is_finished() || self.handover.socket().is_none() {
             return;
         }
-        self.handover.intake.shut(&mut telling(&mut self.standby));
+        self.handover.intake.shut(&mut notifying(&mut self.standby));
         if let Err(error) = self.take_in() {
             tracing::warn!("{error}");
         }
-        self.handover.hang_up(&mut telling(&mut self.standby));
+        self.handover.hang_up(&mut notifying(&mut self.standby));
     }
 
     /// Whether a restore is there, which may have ended by now and left all that it had to say.
     pub(super) fn has_restore(&mut self) -> Result<bool> {
-        let tell = &mut telling(&mut self.standby);
-        self.handover.intake.has_come(tell)
+        let on_change = &mut notifying(&mut self.standby);
+        self.handover.intake.has_come(on_change)
     }
 
     fn next_message(&mut self) -> Result<Option<IntakeEvent>> {
-        self.handover.next(&mut telling(&mut self.standby))
+        self.handover.next(&mut notifying(&mut self.standby))
     }
 
     /// The last message is done, and whoever stands by has been told of it.
     fn message_handled(&mut self) -> Result<()> {
-        self.handover.handled(&mut telling(&mut self.standby))
+        self.handover.handled(&mut notifying(&mut self.standby))
     }
 
     /// Everything that the restore has said.
     pub(super) fn take_in(&mut self) -> Result<()> {
-        while let Some(word) = self.next_message()? {
+        while let Some(event) = self.next_message()? {
             // The socket to poll changes when the restore connects; a closed one leaves by itself.
-            match word {
+            match event {
                 IntakeEvent::Process(pid, uffd, host) => {
-                    if !self.handover.was_told(pid) {
+                    if !self.handover.was_reported(pid) {
                         let started = host_process::started(host);
                         if let Err(error) = self.add_process(pid, uffd, host, started) {
                             return Err(self.refuse_process(pid, error));
@@ -377,7 +377,7 @@ impl Restore {
     /// fails, which ends all: CRIU cannot say any more that it has finished, and takes that for a failure.
     fn refuse_process(&mut self, pid: u32, error: Error) -> Error {
         let ended = self.unopened.end_processes();
-        self.handover.hang_up(&mut telling(&mut self.standby));
+        self.handover.hang_up(&mut notifying(&mut self.standby));
         error.within(match ended {
             true => format!("pid {pid} cannot be restored, and was ended"),
             false => format!("pid {pid} cannot be restored: the connection to its restore is closed, so that it fails"),

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! listener ── accepted ──> undecided ── its first message is there ──> restore ── Finished, or its end ──> closed
-//!     └──────── each is told to whoever keeps copies (SocketChange), connections at once ────────┘
+//!     └──────── each is reported to whoever keeps copies (SocketChange), connections at once ────────┘
 //! ```
 //!
 //! Invariants:
@@ -29,7 +29,7 @@ use socket2::SockRef;
 use crate::engine::listening::listen::is_in_use;
 use crate::error::{Error, Kind, Result};
 use crate::sys::fdpass;
-use connection::{Connection, Said};
+use connection::{Connection, Message};
 
 pub(super) use connection::IntakeEvent;
 pub(super) use copies::{IntakeCopies, SocketChange};
@@ -37,11 +37,11 @@ pub(super) use copies::{IntakeCopies, SocketChange};
 /// The socket's name in the work directory.
 pub const SOCKET_NAME: &str = "lazy-pages.socket";
 
-/// Connections that are looked at before one of them has said anything.
+/// Connections that are looked at before one of them has sent anything.
 const UNDECIDED_MAX: usize = 16;
 
-/// Is told what happens to the sockets; the one that is concerned comes along if there is a new one.
-pub(super) type Tell<'a> = dyn FnMut(SocketChange, Option<BorrowedFd<'_>>) + 'a;
+/// Called for each change of the sockets; the one that is concerned comes along if there is a new one.
+pub(super) type OnSocketChange<'a> = dyn FnMut(SocketChange, Option<BorrowedFd<'_>>) + 'a;
 
 /// A message that was looked at and is still in its socket.
 #[derive(Debug)]
@@ -57,7 +57,7 @@ struct Open {
     poll: Epoll,
     /// Until a restore has come.
     listener: Option<UnixListener>,
-    /// Those who have not said anything yet.
+    /// Connections that have sent nothing yet.
     undecided: Vec<Connection>,
     restore: Option<Connection>,
     /// The number of the next connection.
@@ -112,7 +112,7 @@ impl Intake {
     }
 
     /// Listens in the directory `dir`, in place of whoever left a socket there.
-    pub(super) fn listen(dir: &Path, tell: &mut Tell<'_>) -> Result<Intake> {
+    pub(super) fn listen(dir: &Path, on_change: &mut OnSocketChange<'_>) -> Result<Intake> {
         let path = dir.join(SOCKET_NAME);
         let failed = |error| Error::file("listen on", &path, error);
         Intake::check_free(dir)?;
@@ -125,7 +125,7 @@ impl Intake {
         let (device, inode) = (found.dev(), found.ino());
         fdpass::ask_for_senders(listener.as_fd()).map_err(failed)?;
         let change = SocketChange::Listening { device, inode };
-        tell(change, Some(listener.as_fd()));
+        on_change(change, Some(listener.as_fd()));
         let open = Open::new(Some(listener)).map_err(failed)?;
         Ok(Intake {
             open: Some(open),
@@ -165,7 +165,7 @@ impl Intake {
         }
     }
 
-    /// Nobody says anything.
+    /// From which nothing comes.
     pub(super) fn ended() -> Intake {
         Intake {
             path: None,
@@ -191,20 +191,21 @@ impl Intake {
                 .any(|connection| connection.may_be_restore)
     }
 
-    /// Whether a restore is there, which may have ended by now and left all that it had to say.
-    pub(super) fn has_come(&mut self, tell: &mut Tell<'_>) -> Result<bool> {
+    /// Whether a restore is there, which may have ended by now and left all its messages.
+    pub(super) fn has_come(&mut self, on_change: &mut OnSocketChange<'_>) -> Result<bool> {
         let Some(open) = &mut self.open else {
             return Ok(false);
         };
-        if let Err(error) = open.accept(tell) {
+        if let Err(error) = open.accept(on_change) {
             return Err(Error::file("read", self.path(), error));
         }
-        let said = |connection: &Connection| {
-            let said = connection.look();
-            said.is_ok_and(|said| said.is_some_and(|said| !matches!(said.event, IntakeEvent::End)))
+        let has_sent = |connection: &Connection| {
+            let is_record = |message: Message| !matches!(message.event, IntakeEvent::End);
+            let message = connection.look();
+            message.is_ok_and(|message| message.is_some_and(is_record))
         };
         let mut undecided = open.undecided.iter();
-        Ok(open.restore.is_some() || undecided.any(|one| one.may_be_restore || said(one)))
+        Ok(open.restore.is_some() || undecided.any(|one| one.may_be_restore || has_sent(one)))
     }
 
     /// What to poll for reading, until the end. Behind it [`Intake::next`] is to be asked until it has nothing.
@@ -212,22 +213,25 @@ impl Intake {
         self.open.as_ref().map(|open| open.poll.0.as_fd())
     }
 
-    /// The next thing the restore says, `None` if it has not said more yet. It is the same one again until
+    /// The restore's next message, `None` if it has not come yet. It is the same one again until
     /// [`Intake::handled`].
-    pub(super) fn next(&mut self, tell: &mut Tell<'_>) -> Result<Option<IntakeEvent>> {
+    pub(super) fn next(
+        &mut self,
+        on_change: &mut OnSocketChange<'_>,
+    ) -> Result<Option<IntakeEvent>> {
         let Some(open) = &mut self.open else {
             return Ok(Some(IntakeEvent::End));
         };
-        let said = open.drain().and_then(|()| match &open.restore {
+        let message = open.drain().and_then(|()| match &open.restore {
             Some(restore) => restore.look(),
-            None => open.first_message(tell),
+            None => open.first_message(on_change),
         });
-        let said = said.map_err(|error| Error::file("read", self.path(), error))?;
-        let Some(Said { event, bytes }) = said else {
+        let message = message.map_err(|error| Error::file("read", self.path(), error))?;
+        let Some(Message { event, bytes }) = message else {
             return Ok(None);
         };
         if matches!(event, IntakeEvent::End) {
-            self.close(tell);
+            self.close(on_change);
         } else if let Some(open) = &mut self.open {
             let is_last = matches!(event, IntakeEvent::Finished);
             open.unhandled = Some(Unhandled { bytes, is_last });
@@ -235,8 +239,8 @@ impl Intake {
         Ok(Some(event))
     }
 
-    /// What was said last is done, and whoever would go on has been told of it.
-    pub(super) fn handled(&mut self, tell: &mut Tell<'_>) -> Result<()> {
+    /// The last message is handled, and whoever would go on has been notified of it.
+    pub(super) fn handled(&mut self, on_change: &mut OnSocketChange<'_>) -> Result<()> {
         let Some(open) = &mut self.open else {
             return Ok(());
         };
@@ -246,7 +250,7 @@ impl Intake {
         if is_last {
             // A restore that is not detached (-d) keeps the connection for as long as the restored processes live: to
             // wait for its end would be to wait for theirs.
-            self.close(tell);
+            self.close(on_change);
             return Ok(());
         }
         let restore = open.restore.as_ref();
@@ -254,17 +258,17 @@ impl Intake {
         taken.map_err(|error| Error::file("read", self.path(), error))
     }
 
-    /// Nobody is to say anything more: a restore fails that has not finished. What was said before can be read.
-    pub(super) fn shut(&mut self, tell: &mut Tell<'_>) {
+    /// Nothing more may be sent: a restore fails that has not finished. What was sent before can be read.
+    pub(super) fn shut(&mut self, on_change: &mut OnSocketChange<'_>) {
         if let Some(open) = &mut self.open {
-            open.shut(tell);
+            open.shut(on_change);
         }
     }
 
     /// Reads nothing any more.
-    pub(super) fn close(&mut self, tell: &mut Tell<'_>) {
+    pub(super) fn close(&mut self, on_change: &mut OnSocketChange<'_>) {
         if self.open.take().is_some() {
-            tell(SocketChange::Over, None);
+            on_change(SocketChange::Over, None);
         }
     }
 }
@@ -311,11 +315,11 @@ impl Open {
         }
     }
 
-    /// What one of those who have connected says first: it is the restore. Anybody may connect, for a look or by
+    /// The first message of one of the connections: it is the restore. Anybody may connect, for a look or by
     /// mistake, so a peer that leaves without a message, or sends what no restore does, changes nothing, unless it can be a
     /// restore that has failed.
-    fn first_message(&mut self, tell: &mut Tell<'_>) -> io::Result<Option<Said>> {
-        self.accept(tell)?;
+    fn first_message(&mut self, on_change: &mut OnSocketChange<'_>) -> io::Result<Option<Message>> {
+        self.accept(on_change)?;
         let mut at = 0;
         while at < self.undecided.len() {
             let connection = &self.undecided[at];
@@ -324,9 +328,9 @@ impl Open {
                     at += 1;
                     continue;
                 }
-                Ok(Some(said)) if !matches!(said.event, IntakeEvent::End) => {
-                    self.choose(at, tell);
-                    return Ok(Some(said));
+                Ok(Some(message)) if !matches!(message.event, IntakeEvent::End) => {
+                    self.choose(at, on_change);
+                    return Ok(Some(message));
                 }
                 Ok(Some(end)) if connection.may_be_restore => return Ok(Some(end)),
                 Ok(Some(_)) => None,
@@ -339,13 +343,13 @@ impl Open {
                     tracing::warn!("a connection to {SOCKET_NAME} is from no restore: {error}");
                 }
             }
-            self.drop_undecided(at, tell);
+            self.drop_undecided(at, on_change);
         }
         Ok(None)
     }
 
     /// The undecided connection at `at` is the restore. Nobody else is waited for.
-    fn choose(&mut self, at: usize, tell: &mut Tell<'_>) {
+    fn choose(&mut self, at: usize, on_change: &mut OnSocketChange<'_>) {
         let restore = self.undecided.swap_remove(at);
         let number = restore.number;
         self.restore = Some(restore);
@@ -356,18 +360,18 @@ impl Open {
             self.unwatch(&listener);
             shut_listener(&listener);
         }
-        tell(SocketChange::Chosen { number }, None);
+        on_change(SocketChange::Chosen { number }, None);
     }
 
-    fn drop_undecided(&mut self, at: usize, tell: &mut Tell<'_>) {
+    fn drop_undecided(&mut self, at: usize, on_change: &mut OnSocketChange<'_>) {
         let connection = self.undecided.remove(at);
         self.unwatch(&connection);
         let number = connection.number;
-        tell(SocketChange::Dropped { number }, None);
+        on_change(SocketChange::Dropped { number }, None);
     }
 
     /// Takes all that have connected.
-    fn accept(&mut self, tell: &mut Tell<'_>) -> io::Result<()> {
+    fn accept(&mut self, on_change: &mut OnSocketChange<'_>) -> io::Result<()> {
         while let Some(listener) = &self.listener {
             let stream = match listener.accept() {
                 Ok((stream, _)) => stream,
@@ -379,26 +383,26 @@ impl Open {
             };
             // At once: a connection that was accepted, and of which there is no copy yet, ends with this process.
             let number = self.next_number;
-            tell(SocketChange::Accepted { number }, Some(stream.as_fd()));
+            on_change(SocketChange::Accepted { number }, Some(stream.as_fd()));
             self.next_number += 1;
             self.watch(&stream)?;
             let stray = |connection: &Connection| !connection.may_be_restore;
             if self.undecided.len() >= UNDECIDED_MAX
                 && let Some(oldest) = self.undecided.iter().position(stray)
             {
-                self.drop_undecided(oldest, tell);
+                self.drop_undecided(oldest, on_change);
             }
             self.undecided.push(Connection::new(number, stream)?);
         }
         Ok(())
     }
 
-    fn shut(&mut self, tell: &mut Tell<'_>) {
+    fn shut(&mut self, on_change: &mut OnSocketChange<'_>) {
         if let Some(listener) = &self.listener {
             shut_listener(listener);
         }
-        // Whoever has connected before may have said all there is to say.
-        if let Err(error) = self.accept(tell) {
+        // Whoever has connected before may have sent all its messages.
+        if let Err(error) = self.accept(on_change) {
             tracing::warn!("cannot look who has connected to {SOCKET_NAME}: {error}");
         }
         let connections = self.undecided.iter().chain(&self.restore);

@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_told_is_heard() {
+    fn messages_arrive_in_order() {
         let (mut standby, watch) = both();
         let (read, _write) = nix::unistd::pipe().unwrap();
         let uffd = read;

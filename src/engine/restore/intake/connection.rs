@@ -15,7 +15,7 @@ use crate::sys::uffd::Uffd;
 /// A record, and the byte that a descriptor rides on.
 const PROCESS_BYTES: usize = RECORD_BYTES + 1;
 
-/// What the restore says.
+/// What a message of the restore means.
 #[derive(Debug)]
 pub(in crate::engine::restore) enum IntakeEvent {
     /// A process is being restored; its memory has this userfaultfd. Its pid on this host stands behind; 0 if
@@ -25,20 +25,20 @@ pub(in crate::engine::restore) enum IntakeEvent {
     Zombie(u32),
     /// Every process is restored.
     Finished,
-    /// Nothing more will be said: the restore has finished, or hung up before.
+    /// Nothing more will come: the restore has finished, or hung up before.
     End,
 }
 
 /// A message, and how many bytes of the socket it takes.
 #[derive(Debug)]
-pub(super) struct Said {
+pub(super) struct Message {
     pub(super) event: IntakeEvent,
     pub(super) bytes: usize,
 }
 
-impl Said {
+impl Message {
     /// Nothing more comes.
-    const END: Said = Said {
+    const END: Message = Message {
         event: IntakeEvent::End,
         bytes: 0,
     };
@@ -71,24 +71,24 @@ impl Connection {
     }
 
     /// The next message, `None` if it is not there as a whole yet. It stays in the socket.
-    pub(super) fn look(&self) -> io::Result<Option<Said>> {
+    pub(super) fn look(&self) -> io::Result<Option<Message>> {
         // In this order: what has come before the end is seen.
         let ends = fdpass::hangs_up(self.as_fd())?;
-        let incomplete = || Ok(ends.then_some(Said::END));
+        let incomplete = || Ok(ends.then_some(Message::END));
         let mut bytes = [0; PROCESS_BYTES];
         let peeked = loop {
             match fdpass::peek(self.as_fd(), &mut bytes) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                // It died in mid-sentence.
+                // It died within a message.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
-                    return Ok(Some(Said::END));
+                    return Ok(Some(Message::END));
                 }
                 peeked => break peeked?,
             }
         };
         if peeked.bytes == 0 {
-            return Ok(Some(Said::END));
+            return Ok(Some(Message::END));
         }
         let Some(record) = bytes[..peeked.bytes].first_chunk::<RECORD_BYTES>() else {
             return incomplete();
@@ -109,7 +109,7 @@ impl Connection {
                 )
             }
         };
-        Ok(Some(Said { event, bytes }))
+        Ok(Some(Message { event, bytes }))
     }
 
     /// Takes what was handled, `bytes` long, out of the socket.
@@ -117,7 +117,7 @@ impl Connection {
         fdpass::discard(self.as_fd(), bytes)
     }
 
-    /// Nothing more is to be said: what the other end sends from now on fails there, whoever else has a copy. What was
+    /// Nothing more may be sent: what the other end sends from now on fails there, whoever else has a copy. What was
     /// sent before can be read.
     pub(super) fn shut(&self) {
         // One that has ended needs no end.
@@ -126,7 +126,7 @@ impl Connection {
 }
 
 /// Whether a restore can be at the other end of `stream`: by the command line of who connected. Where that is in
-/// a PID namespace of its own nothing is known. Who is gone by now is none: a restore stays until it has spoken or
+/// a PID namespace of its own nothing is known. Who is gone by now is none: a restore stays until it has sent something or
 /// failed.
 fn may_be_restore(stream: &UnixStream) -> bool {
     let Ok(who) = getsockopt(stream, PeerCredentials) else {
@@ -137,9 +137,9 @@ fn may_be_restore(stream: &UnixStream) -> bool {
     }
     let of = |name: &str| std::fs::read(format!("/proc/{}/{name}", who.pid())).unwrap_or_default();
     let line = of("cmdline");
-    let words = ["restore", "swrk", "service"].map(str::as_bytes);
+    let actions = ["restore", "swrk", "service"].map(str::as_bytes);
     of("comm").starts_with(b"criu")
         || line
             .split(|byte| *byte == 0)
-            .any(|arg| words.contains(&arg))
+            .any(|arg| actions.contains(&arg))
 }

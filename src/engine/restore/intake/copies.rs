@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 
-/// What happens to the sockets of an intake, told to whoever keeps copies.
+/// What happens to the sockets of an intake, as whoever keeps copies is notified of it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(in crate::engine::restore) enum SocketChange {
     /// There is the listening socket, which comes along, with the device and the number of its file.
@@ -68,7 +68,7 @@ impl IntakeCopies {
         })
     }
 
-    /// Whether nobody can say anything any more.
+    /// Whether nothing can come any more.
     pub(in crate::engine::restore) fn is_over(&self) -> bool {
         self.listener.is_none() && self.connections.is_empty()
     }

@@ -7,27 +7,27 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::*;
 
 /// Nobody keeps copies.
-fn untold(_: SocketChange, _: Option<BorrowedFd<'_>>) {}
+fn ignored(_: SocketChange, _: Option<BorrowedFd<'_>>) {}
 
 fn listen(dir: &Path) -> Intake {
-    Intake::listen(dir, &mut untold).unwrap()
+    Intake::listen(dir, &mut ignored).unwrap()
 }
 
 fn events(intake: &mut Intake) -> Vec<IntakeEvent> {
-    let mut words = Vec::new();
-    while let Some(event) = intake.next(&mut untold).unwrap() {
+    let mut events = Vec::new();
+    while let Some(event) = intake.next(&mut ignored).unwrap() {
         let ended = matches!(event, IntakeEvent::End);
-        words.push(event);
-        intake.handled(&mut untold).unwrap();
+        events.push(event);
+        intake.handled(&mut ignored).unwrap();
         if ended {
             break;
         }
     }
-    words
+    events
 }
 
 #[test]
-fn the_word_that_all_is_restored_is_the_last_one() {
+fn the_message_that_all_is_restored_is_the_last_one() {
     let dir = tempfile::tempdir().unwrap();
     let mut intake = listen(dir.path());
     assert!(events(&mut intake).is_empty());
@@ -45,15 +45,15 @@ fn the_word_that_all_is_restored_is_the_last_one() {
 }
 
 #[test]
-fn strangers_change_nothing() {
+fn other_connections_change_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let mut intake = listen(dir.path());
     let connect = || UnixStream::connect(dir.path().join(SOCKET_NAME)).unwrap();
     // This process is no restore, by its command line.
     drop(connect());
     let _silent = connect();
-    for words in [&b"\x07"[..], b"GET / HTTP/1.1\r\n"] {
-        connect().write_all(words).unwrap();
+    for bytes in [&b"\x07"[..], b"GET / HTTP/1.1\r\n"] {
+        connect().write_all(bytes).unwrap();
         assert!(events(&mut intake).is_empty());
         assert!(intake.is_listening());
     }
@@ -69,7 +69,7 @@ fn strangers_change_nothing() {
 }
 
 #[test]
-fn a_restore_that_hangs_up_has_ended_without_that_word() {
+fn a_restore_that_hangs_up_has_ended_without_that_message() {
     let dir = tempfile::tempdir().unwrap();
     let mut intake = listen(dir.path());
     let mut restore = UnixStream::connect(intake.path()).unwrap();
@@ -103,10 +103,10 @@ fn what_is_incomplete_wakes_once() {
     fdpass::send(restore.as_fd(), b"x", Some(write.as_fd())).unwrap();
     assert!(wakes(&intake));
     let own = std::process::id().cast_signed();
-    let said = events(&mut intake);
+    let came = events(&mut intake);
     assert!(
-        matches!(said[..], [IntakeEvent::Process(7, _, host)] if host == own),
-        "{said:?}"
+        matches!(came[..], [IntakeEvent::Process(7, _, host)] if host == own),
+        "{came:?}"
     );
     assert!(!wakes(&intake));
 }
@@ -145,58 +145,58 @@ fn what_was_not_handled_is_there_for_who_goes_on() {
         process(&restore, 8);
         restore.write_all(b"FTSR").unwrap();
         drop(restore);
-        let mut tell = keeping(&mut copies);
+        let mut on_change = keeping(&mut copies);
         for _ in 0..handled {
-            intake.next(&mut tell).unwrap().unwrap();
-            intake.handled(&mut tell).unwrap();
+            intake.next(&mut on_change).unwrap().unwrap();
+            intake.handled(&mut on_change).unwrap();
         }
-        intake.next(&mut tell).unwrap().unwrap();
-        drop(tell);
+        intake.next(&mut on_change).unwrap().unwrap();
+        drop(on_change);
         kill(intake);
         assert_eq!(copies.is_over(), handled == 3);
         if copies.is_over() {
             break;
         }
         let mut intake = Intake::go_on(dir.path(), copies).unwrap();
-        assert!(wakes(&intake) && intake.has_come(&mut untold).unwrap());
-        let said = events(&mut intake);
+        assert!(wakes(&intake) && intake.has_come(&mut ignored).unwrap());
+        let came = events(&mut intake);
         let known = |event: &IntakeEvent| match event {
             IntakeEvent::Process(pid, ..) => *pid,
             event => u32::from(matches!(event, IntakeEvent::Finished)),
         };
-        let said: Vec<u32> = said.iter().map(known).collect();
-        assert_eq!(said, [7, 8, 1, 0][handled..]);
+        let came: Vec<u32> = came.iter().map(known).collect();
+        assert_eq!(came, [7, 8, 1, 0][handled..]);
     }
 }
 
 #[test]
-fn who_goes_on_listens_and_knows_strangers() {
+fn whoever_goes_on_listens_and_knows_other_connections() {
     let dir = tempfile::tempdir().unwrap();
     let (mut intake, mut copies) = kept(dir.path());
     let connect = || UnixStream::connect(dir.path().join(SOCKET_NAME)).unwrap();
-    let stranger = connect();
+    let other = connect();
     assert!(intake.next(&mut keeping(&mut copies)).unwrap().is_none());
     assert_eq!(copies.connections.len(), 1);
     kill(intake);
     let mut intake = Intake::go_on(dir.path(), copies).unwrap();
-    assert!(!intake.has_come(&mut untold).unwrap() && intake.is_listening());
+    assert!(!intake.has_come(&mut ignored).unwrap() && intake.is_listening());
     // One that is killed before it has accepted anybody.
     let mut restore = connect();
     restore.write_all(&(-7i32).to_le_bytes()).unwrap();
-    assert!(intake.has_come(&mut untold).unwrap());
+    assert!(intake.has_come(&mut ignored).unwrap());
     assert!(matches!(events(&mut intake)[..], [IntakeEvent::Zombie(7)]));
-    drop(stranger);
+    drop(other);
     drop(intake);
     assert!(!dir.path().join(SOCKET_NAME).exists());
 }
 
 #[test]
-fn who_is_shut_out_has_said_what_was_said_before() {
+fn who_is_shut_out_has_sent_what_was_sent_before() {
     let dir = tempfile::tempdir().unwrap();
     let (mut intake, copies) = kept(dir.path());
     let mut restore = UnixStream::connect(intake.path()).unwrap();
     restore.write_all(&(-7i32).to_le_bytes()).unwrap();
-    intake.shut(&mut untold);
+    intake.shut(&mut ignored);
     assert!(restore.write_all(b"FTSR").is_err());
     assert!(UnixStream::connect(intake.path()).is_err());
     let all = events(&mut intake);

@@ -163,8 +163,8 @@ struct SourceThread {
 
 impl SourceThread {
     fn run(mut self, inbox: &Receiver<SourceCommand>, outbox: &SyncSender<Answer>, wake: &EventFd) {
-        for word in inbox {
-            let SourceCommand::Ask(question) = word else {
+        for command in inbox {
+            let SourceCommand::Ask(question) = command else {
                 if let Some((stream, fetcher)) = self.link.take() {
                     // All has come: there is nothing left to do about a source that does not confirm it.
                     let _ = close(stream, fetcher);
@@ -222,9 +222,9 @@ impl SourceThread {
         let mut image = question.image;
         // A short answer is not the last one.
         while !image.is_empty() {
-            let mut words = Vec::new();
-            fetcher.get(question.pid, image, (), &mut words);
-            stream.write_all(&words)?;
+            let mut bytes = Vec::new();
+            fetcher.get(question.pid, image, (), &mut bytes);
+            stream.write_all(&bytes)?;
             stream.flush()?;
             let rest = receive(&mut stream, &mut fetcher, &mut pages)?;
             image = rest.unwrap_or(PageRange::new(image.end().get(), image.end().get()));
@@ -268,10 +268,10 @@ fn receive(
 }
 
 fn close(mut stream: Stream, mut fetcher: Fetcher<()>) -> io::Result<()> {
-    let mut words = Vec::new();
-    fetcher.close(&mut words);
+    let mut bytes = Vec::new();
+    fetcher.close(&mut bytes);
     stream.socket().set_read_timeout(Some(CLOSE_TIMEOUT))?;
-    stream.write_all(&words)?;
+    stream.write_all(&bytes)?;
     stream.flush()?;
     let mut status = [0; 4];
     stream.read_exact(&mut status)?;

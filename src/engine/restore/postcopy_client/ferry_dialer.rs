@@ -142,10 +142,10 @@ impl FerryDialer {
         let transport = transport(secured).map_err(|error| silent(ConnError::Socket(error)))?;
         let mut conn = Conn::new(transport, Arc::default());
         connection_loop::prepare(&conn);
-        let mut words = Vec::new();
+        let mut bytes = Vec::new();
         let hello = lock(&self.pairs).hello(role, attempt);
-        hello.encode(frame::Kind::Hello, &mut words);
-        conn.queue(Arc::new(words));
+        hello.encode(frame::Kind::Hello, &mut bytes);
+        conn.queue(Arc::new(bytes));
         let answer = first_frame(&mut conn).map_err(silent)?;
         let welcomed = lock(&self.pairs).handle_answer(role, answer.kind, &answer.body);
         welcomed.map_err(|refusal| match (refusal.is_final(), refusal) {

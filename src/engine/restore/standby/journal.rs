@@ -349,7 +349,7 @@ mod tests {
     use crate::units::PageRange;
 
     #[test]
-    fn words_of_those_who_ended_leave() {
+    fn messages_of_ended_processes_leave() {
         let (root, child, grandchild, other) = (SpaceId(1), SpaceId(2), SpaceId(3), SpaceId(4));
         let fork = |id, parent| StandbyMessage::Fork { id, parent };
         let gone = |id| StandbyMessage::Gone {

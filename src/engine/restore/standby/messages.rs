@@ -44,7 +44,7 @@ pub(in crate::engine::restore) enum StandbyMessage {
 pub(super) struct MessageBytes {
     /// How many events have been sent with this message.
     pub(super) events: u64,
-    word: u32,
+    kind: u32,
     id: u32,
     /// A pid, or another process's id.
     other: u32,
@@ -77,7 +77,7 @@ impl StandbyMessage {
             StandbyMessage::Process { host, started, .. } => (host, started),
             _ => (0, 0),
         };
-        let (word, id, other, range, to) = match self {
+        let (kind, id, other, range, to) = match self {
             StandbyMessage::Process { id, pid, .. } => (1, id, pid, None, 0),
             StandbyMessage::Fork { id, parent } => (2, id, parent.0, None, 0),
             StandbyMessage::Remap { id, from, to } => (3, id, 0, Some(from), to.get()),
@@ -88,7 +88,7 @@ impl StandbyMessage {
         };
         MessageBytes {
             events,
-            word,
+            kind,
             id: id.0,
             other,
             host,
@@ -103,7 +103,7 @@ impl StandbyMessage {
     pub(super) fn decode(record: MessageBytes) -> io::Result<StandbyMessage> {
         let id = SpaceId(record.id);
         let range = || PageRange::new(record.start, record.end.max(record.start));
-        Ok(match record.word {
+        Ok(match record.kind {
             1 => StandbyMessage::Process {
                 id,
                 pid: record.other,
@@ -135,7 +135,7 @@ impl StandbyMessage {
 }
 
 fn socket_change(change: SocketChange, events: u64) -> MessageBytes {
-    let (word, other, start, end) = match change {
+    let (kind, other, start, end) = match change {
         SocketChange::Listening { device, inode } => (7, 0, device, inode),
         SocketChange::Accepted { number } => (8, number, 0, 0),
         SocketChange::Dropped { number } => (9, number, 0, 0),
@@ -144,7 +144,7 @@ fn socket_change(change: SocketChange, events: u64) -> MessageBytes {
     };
     MessageBytes {
         events,
-        word,
+        kind,
         other,
         start,
         end,
@@ -154,7 +154,7 @@ fn socket_change(change: SocketChange, events: u64) -> MessageBytes {
 
 fn decode_socket_change(record: MessageBytes) -> SocketChange {
     let number = record.other;
-    match record.word {
+    match record.kind {
         7 => SocketChange::Listening {
             device: record.start,
             inode: record.end,

@@ -69,21 +69,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_source_hears_the_words_before_the_reset() {
+    fn a_source_reads_what_was_sent_before_the_reset() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (mut server, _) = listener.accept().unwrap();
         let mut sockets = SourceSockets::default();
         sockets.replace(false, Some(client.try_clone().unwrap().into()));
         sockets.give_up();
-        let mut words = [0; GIVE_UP.len()];
-        server.read_exact(&mut words).unwrap();
-        assert_eq!(words, GIVE_UP);
+        let mut bytes = [0; GIVE_UP.len()];
+        server.read_exact(&mut bytes).unwrap();
+        assert_eq!(bytes, GIVE_UP);
         let resets = std::thread::spawn(move || sockets.reset());
         // It hangs up, and reads no more.
         server.shutdown(std::net::Shutdown::Write).unwrap();
         resets.join().unwrap();
-        let error = server.read(&mut words).unwrap_err();
+        let error = server.read(&mut bytes).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     }
 }

@@ -62,7 +62,7 @@ pub struct StoredRestore {
     names: BTreeSet<String>,
     shared: Shared<RestoreState>,
     number: u32,
-    words: File,
+    journal: File,
     records: Vec<MessageBytes>,
     memory: BTreeMap<SpaceId, Uffd>,
     source: SourceSockets,
@@ -79,7 +79,7 @@ impl StoredRestore {
         let parts = passed(PREFIX)?;
         let mut names: BTreeSet<String> = parts.iter().map(|part| part.name.clone()).collect();
         let mut parts = Parts::sort(parts)?;
-        let (Some(state), Some((number, words))) = (parts.state, parts.words) else {
+        let (Some(state), Some((number, journal_file))) = (parts.state, parts.journal) else {
             return Ok(StoredRestore::nothing(manager, &names));
         };
         let unfit = |what: &str, error| {
@@ -87,11 +87,11 @@ impl StoredRestore {
             Error::wrap(Kind::Io, text, error)
         };
         let shared = Shared::in_file(&state).map_err(|error| unfit(STATE, error))?;
-        let records = journal::read(&words).map_err(|error| unfit(JOURNAL, error))?;
+        let records = journal::read(&journal_file).map_err(|error| unfit(JOURNAL, error))?;
         let is_set = |flag: &AtomicU32| flag.load(Ordering::SeqCst) != 0;
-        let unheard = !is_set(&shared.finished) && !parts.sockets.is_over();
+        let unread = !is_set(&shared.finished) && !parts.sockets.is_over();
         let something = !parts.memory.is_empty()
-            || unheard && has_restore(&mut parts.sockets, &manager, &mut names)?;
+            || unread && has_restore(&mut parts.sockets, &manager, &mut names)?;
         if is_set(&shared.dismissed) || !something {
             drop(parts.sockets);
             return Ok(StoredRestore::nothing(manager, &names));
@@ -103,7 +103,7 @@ impl StoredRestore {
             names,
             shared,
             number,
-            words,
+            journal: journal_file,
             records,
             memory: parts.memory,
             source: parts.source,
@@ -145,11 +145,11 @@ impl StoredRestore {
 
     fn messages(&self) -> Result<Vec<StandbyMessage>> {
         let failed = |error| Error::wrap(Kind::Io, "cannot understand the journal", error);
-        let words = self
+        let messages = self
             .records
             .iter()
-            .map(|word| StandbyMessage::decode(*word));
-        words.map(|word| word.map_err(failed)).collect()
+            .map(|record| StandbyMessage::decode(*record));
+        messages.map(|message| message.map_err(failed)).collect()
     }
 
     /// Kills the processes that were restored, and the children that they forked, as far as they lack memory.
@@ -207,7 +207,7 @@ impl StoredRestore {
 #[derive(Default)]
 struct Parts {
     state: Option<File>,
-    words: Option<(u32, File)>,
+    journal: Option<(u32, File)>,
     memory: BTreeMap<SpaceId, Uffd>,
     source: SourceSockets,
     sockets: IntakeCopies,
@@ -227,11 +227,11 @@ impl Parts {
             } else if let Some(number) = number(JOURNAL) {
                 // The one before is kept for a moment longer than the next one is not.
                 if parts
-                    .words
+                    .journal
                     .as_ref()
                     .is_none_or(|(before, _)| *before < number)
                 {
-                    parts.words = Some((number, File::from(fd)));
+                    parts.journal = Some((number, File::from(fd)));
                 }
             } else if let Some(id) = number(MEMORY) {
                 if !is_userfaultfd(&fd) {
@@ -331,14 +331,14 @@ impl Restore {
                 );
             }
         };
-        let events = kept.records.last().map_or(0, |word| word.events);
+        let events = kept.records.last().map_or(0, |record| record.events);
         let ids = self
             .processes
             .ids()
             .into_iter()
             .map(|id| (id, id))
             .collect();
-        let told_last = kept
+        let reported_last = kept
             .messages()?
             .into_iter()
             .rev()
@@ -351,11 +351,12 @@ impl Restore {
             events,
             source: kept.source,
             sockets: kept.sockets,
-            told_last,
+            reported_last,
             unsent_children: kept.memory,
         };
         let count = kept.records.len();
-        let mut journal = Journal::go_on(kept.manager, kept.names, kept.number, kept.words, count);
+        let mut journal =
+            Journal::go_on(kept.manager, kept.names, kept.number, kept.journal, count);
         followed.source.give_up();
         for which in 0..=1 {
             if let Err(error) = journal.release(&format!("{SOURCE}{which}")) {

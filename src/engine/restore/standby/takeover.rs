@@ -32,7 +32,7 @@ pub(super) struct Followed {
     /// What the restore speaks to.
     pub(super) sockets: IntakeCopies,
     /// The pid, in the images, of the restored process that was told of last.
-    pub(super) told_last: Option<u32>,
+    pub(super) reported_last: Option<u32>,
     /// By its number, each child whose userfaultfd was handed over before its event was told.
     pub(super) unsent_children: BTreeMap<SpaceId, Uffd>,
 }
@@ -63,8 +63,8 @@ impl Restore {
         let mut followed = Followed::default();
         let following = with_default(silently(), || restore.follow(watch, &mut followed));
         if let Err(error) = following {
-            let has_told = Some((restore, followed.sockets));
-            return guard(has_told, watch, error).map(|()| None);
+            let followed = Some((restore, followed.sockets));
+            return guard(followed, watch, error).map(|()| None);
         }
         if watch.shared.dismissed.load(Ordering::SeqCst) != 0 {
             return Ok(None);
@@ -99,7 +99,7 @@ impl Restore {
                 _ => self.apply_message(&mut followed.ids, message, fd.map(Uffd::from))?,
             }
             if let StandbyMessage::Process { pid, .. } = message {
-                followed.told_last = Some(pid);
+                followed.reported_last = Some(pid);
             }
         }
         Ok(())
@@ -190,7 +190,7 @@ impl Restore {
             self.handover.take_over(finished);
             return Ok(false);
         }
-        self.handover.go_on(dir, sockets, followed.told_last)?;
+        self.handover.go_on(dir, sockets, followed.reported_last)?;
         self.has_restore()
     }
 
@@ -288,9 +288,9 @@ impl Restore {
     }
 }
 
-/// Cannot stand by any longer because of `why`; what is in `has_told` was told before. Until the one that serves ends in
+/// Cannot stand by any longer because of `why`; what is in `followed` was told before. Until the one that serves ends in
 /// order, all userfaultfds are kept: if it is killed, the processes that lack memory are ended before they are closed.
-fn guard(has_told: Option<(Restore, IntakeCopies)>, watch: &Watch, why: Error) -> Result<()> {
+fn guard(followed: Option<(Restore, IntakeCopies)>, watch: &Watch, why: Error) -> Result<()> {
     let mut why = Some(why);
     let mut say = || {
         if let Some(why) = why.take() {
@@ -301,10 +301,10 @@ fn guard(has_told: Option<(Restore, IntakeCopies)>, watch: &Watch, why: Error) -
         }
     };
     // One that could not begin was told of nothing yet: neither may the other, which then says why itself.
-    if has_told.is_some() {
+    if followed.is_some() {
         say();
     }
-    let (mut restore, mut sockets) = has_told.unzip();
+    let (mut restore, mut sockets) = followed.unzip();
     let mut told_of = Unopened::default();
     while let Ok(Some((told, _, fd))) = watch.next() {
         let name = match told {
