@@ -210,7 +210,7 @@ impl Daemon {
 
     fn notify_manager(&self, state: &str) {
         if let Some(manager) = &self.manager
-            && let Err(error) = manager.tell(state)
+            && let Err(error) = manager.notify(state)
         {
             tracing::warn!("cannot reach the service manager: {error}");
         }

@@ -59,7 +59,7 @@ impl ServiceManager {
     }
 
     /// Tells it `state`, lines of `NAME=value`.
-    pub fn tell(&self, state: &str) -> io::Result<()> {
+    pub fn notify(&self, state: &str) -> io::Result<()> {
         fdpass::send(self.0.as_fd(), state.as_bytes(), None)
     }
 
@@ -71,7 +71,7 @@ impl ServiceManager {
 
     /// Has it close all that it keeps as `name`.
     pub fn release(&self, name: &str) -> io::Result<()> {
-        self.tell(&format!("FDSTOREREMOVE=1\nFDNAME={name}"))
+        self.notify(&format!("FDSTOREREMOVE=1\nFDNAME={name}"))
     }
 
     /// Waits until it has handled all that it was told. Says whether it did so in time.
@@ -205,7 +205,7 @@ mod tests {
             let (manager, theirs) = ServiceManager::pair();
             let manages = std::thread::spawn(move || manage(&theirs, most));
             assert_eq!(manager.keeps_descriptors(), most > 0);
-            manager.tell("").unwrap();
+            manager.notify("").unwrap();
             let received_texts = manages.join().unwrap();
             let barrier = "BARRIER=1".to_owned();
             let removed = "FDSTOREREMOVE=1\nFDNAME=pageferry-probe".to_owned();

@@ -137,6 +137,6 @@ async fn watch(args: &Args) -> Result<()> {
         }
     }
     drop(socket);
-    watcher.tell_what_runs();
+    watcher.log_what_runs();
     Ok(())
 }

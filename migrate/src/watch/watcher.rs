@@ -394,7 +394,7 @@ impl Watcher {
     }
 
     /// Says what goes on without this program.
-    pub(super) fn tell_what_runs(&self) {
+    pub(super) fn log_what_runs(&self) {
         for (target, running) in self.state.running() {
             tracing::info!("{target}: the action of rule {:?} goes on", running.rule);
         }

@@ -453,7 +453,7 @@ mod tests {
         journal.note(over, over.encode(0), None).unwrap();
         assert!(sockets(&journal).is_empty());
         assert_eq!(read(&journal.messages).unwrap().len(), messages.len());
-        journal.manager.tell("").unwrap();
+        journal.manager.notify("").unwrap();
         assert!(ignored.join().unwrap() > count);
     }
 }

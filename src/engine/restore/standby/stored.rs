@@ -187,7 +187,7 @@ impl StoredRestore {
         // Whoever has it started may wait for that message, and kill this process if it does not come.
         let _ = self
             .manager
-            .tell("READY=1\nSTATUS=holding processes that lack memory");
+            .notify("READY=1\nSTATUS=holding processes that lack memory");
         loop {
             match signals.next() {
                 Some(signal) if signal.is(Signal::SIGUSR1) => return Ok(()),
