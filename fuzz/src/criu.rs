@@ -334,7 +334,7 @@ pub(crate) fn fetch(mut data: &[u8]) {
                 assert_eq!(got[tag] + rest, asked[tag].bytes());
                 complete += 1;
             }
-            FetchStep::Lacking { tag, .. } => assert_eq!(got[tag], 0),
+            FetchStep::Unavailable { tag, .. } => assert_eq!(got[tag], 0),
         }
         data = &data[used..];
     }

@@ -42,7 +42,7 @@ pub enum Step<T> {
     },
     /// The answer to the request `tag` has no page: the source cannot read the first one, or is not of this
     /// dump.
-    Lacking {
+    Unavailable {
         /// The request's tag.
         tag: T,
         /// What was asked for.
@@ -217,7 +217,7 @@ impl<T: Clone> Fetcher<T> {
         if pages == 0 {
             let tag = front.tag.clone();
             self.outstanding.pop_front();
-            return Ok((length, Step::Lacking { tag, asked }));
+            return Ok((length, Step::Unavailable { tag, asked }));
         }
         if !header.flags.has(PageFlags::PRESENT) {
             return Err(FetchError::NoPages {
@@ -399,7 +399,7 @@ mod tests {
         bytes.extend(answer(Wire::V2, 7, 0x9000, 1));
         let (used, step) = fetcher.next(&bytes).unwrap();
         let asked = PageRange::new(0x5000, 0x7000);
-        assert_eq!(step, Step::Lacking { tag: 'a', asked });
+        assert_eq!(step, Step::Unavailable { tag: 'a', asked });
         let (_, step) = fetcher.next(&bytes[used..]).unwrap();
         assert_eq!(step, Step::Answer { tag: 'b' });
     }

@@ -180,7 +180,7 @@ impl Drain {
         match step {
             Step::Incomplete | Step::Closed(_) => again = false,
             Step::Answer { .. } => {}
-            Step::Lacking { tag, asked } => {
+            Step::Unavailable { tag, asked } => {
                 let text = format!(
                     "the dump at {} does not have {asked} of pid {tag}",
                     self.dump

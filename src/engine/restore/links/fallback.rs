@@ -251,7 +251,7 @@ fn receive(
                 Step::Incomplete => break,
                 Step::Pages { bytes, .. } => pages.extend_from_slice(&unread[bytes]),
                 Step::Complete { rest, .. } => return Ok(rest),
-                Step::Lacking { .. } => {
+                Step::Unavailable { .. } => {
                     return Err(io::Error::other("the source cannot read it either"));
                 }
                 Step::Answer { .. } | Step::Closed(_) => {}

@@ -226,7 +226,7 @@ impl Link {
                 self.window
                     .completed(tag.timing, asked.bytes(), got, now_us);
             }
-            Step::Lacking { tag, asked } => {
+            Step::Unavailable { tag, asked } => {
                 self.urgent -= u64::from(tag.request.class != Class::Stream);
                 if tag.request.class == Class::Fault {
                     self.window.fault_answered(now_us);

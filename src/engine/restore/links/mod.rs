@@ -460,7 +460,7 @@ impl Restore {
                 self.install(space, *image, bytes, outcome)?;
                 self.install_in_family(pid, Some(space), *image, bytes, outcome)
             }
-            Step::Lacking { tag, asked } => self.source_lacks(&tag.request, *asked),
+            Step::Unavailable { tag, asked } => self.source_lacks(&tag.request, *asked),
             Step::Complete { tag, asked, rest } => {
                 if let Some(rest) = rest {
                     self.planner.give_back(tag.request.pid, *rest);

@@ -333,7 +333,7 @@ impl<'a> Client<'a> {
             match step {
                 Step::Incomplete => return Ok(()),
                 Step::Answer { .. } => {}
-                Step::Lacking { asked, .. } => bail!("the server cannot read {asked}"),
+                Step::Unavailable { asked, .. } => bail!("the server cannot read {asked}"),
                 Step::Pages { image, bytes, .. } => {
                     let pages = unread[bytes].chunks_exact(self.page.as_usize());
                     let offset = image.start().get() - self.image.memory.start().get();
