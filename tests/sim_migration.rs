@@ -272,7 +272,7 @@ impl Simulation {
         self.failed = None;
         match (answer, self.source.state()) {
             (AgentState::Ready, SourceState::Frozen) => self.source_event(SourceEvent::AgentReady),
-            _ => self.source_event(SourceEvent::AgentSays(answer)),
+            _ => self.source_event(SourceEvent::AgentState(answer)),
         }
     }
 

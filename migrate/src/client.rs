@@ -24,16 +24,16 @@ use tokio_rustls::TlsConnector;
 /// How long a connection may take to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What an agent says of what went wrong at its host.
+/// What went wrong at an agent's host, as it reports it.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{0}")]
-pub(crate) struct AgentSays(pub(crate) String);
+pub(crate) struct AgentProblem(pub(crate) String);
 
-/// Whether an error is one that an agent has told.
+/// Whether an error is one that an agent has reported.
 pub(crate) fn is_of_agent(error: &Error) -> bool {
     let mut cause = std::error::Error::source(error);
     while let Some(error) = cause {
-        if error.is::<AgentSays>() {
+        if error.is::<AgentProblem>() {
             return true;
         }
         cause = error.source();
@@ -166,7 +166,7 @@ impl AgentClient {
             let text = serde_json::from_slice::<Problem>(&bytes)
                 .map_or_else(|_| status.to_string(), |problem| problem.error);
             let of = format!("the agent at {}", self.peer);
-            return Err(Error::wrap(Kind::Protocol, of, AgentSays(text)));
+            return Err(Error::wrap(Kind::Protocol, of, AgentProblem(text)));
         }
         Ok(bytes)
     }
@@ -240,11 +240,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_an_agent_says_is_told_from_what_is_said_here() {
+    fn problems_of_an_agent_are_told_from_problems_here() {
         let of_agent = Error::wrap(
             Kind::Protocol,
             "the agent at x:1",
-            AgentSays("no".to_owned()),
+            AgentProblem("no".to_owned()),
         );
         assert_eq!(of_agent.to_string(), "the agent at x:1: no");
         assert!(is_of_agent(&of_agent));

@@ -73,7 +73,7 @@ pub enum SourceEvent {
     Recorded(SourceRecord),
     /// The agent says where it stands. After [`SourceAction::SendCommit`], [`SourceAction::AskAgent`] or
     /// [`SourceAction::SendAbort`].
-    AgentSays(AgentState),
+    AgentState(AgentState),
     /// The agent did not answer.
     AgentSilent,
     /// Something failed here, the user cancelled, or the time is over.
@@ -89,7 +89,7 @@ pub enum SourceAction {
     Record(SourceRecord),
     /// Make sure that the frozen processes stay stopped whatever becomes of the dump.
     Fence,
-    /// Tell the agent that it may decide; answered by [`SourceEvent::AgentSays`] or `AgentSilent`.
+    /// Tell the agent that it may decide; answered by [`SourceEvent::AgentState`] or `AgentSilent`.
     SendCommit,
     /// Ask the agent where it stands, after a pause; answered in the same way.
     AskAgent,
@@ -195,19 +195,19 @@ impl Source {
             }
             // Nothing was promised yet: whatever the agent does, it may not commit.
             (At::Preparing | At::Frozen, On::Failed | On::AgentSilent) => self.roll_back(),
-            (At::Preparing | At::Frozen, On::AgentSays(AgentState::Aborted)) => self.roll_back(),
-            (At::Granted, On::AgentSays(AgentState::Committed | AgentState::Complete)) => {
+            (At::Preparing | At::Frozen, On::AgentState(AgentState::Aborted)) => self.roll_back(),
+            (At::Granted, On::AgentState(AgentState::Committed | AgentState::Complete)) => {
                 vec![Do::Record(SourceRecord::Committed)]
             }
             (At::Granted, On::Recorded(SourceRecord::Committed)) => {
                 self.state = At::Committed;
                 vec![Do::EndProcesses]
             }
-            (At::Granted, On::AgentSays(AgentState::Aborted)) => self.roll_back(),
+            (At::Granted, On::AgentState(AgentState::Aborted)) => self.roll_back(),
             // It has not decided, though it was told that it may: it is told once more.
-            (At::Granted, On::AgentSays(AgentState::Ready)) => vec![Do::SendCommit],
+            (At::Granted, On::AgentState(AgentState::Ready)) => vec![Do::SendCommit],
             // A restore that has been begun and is not ready cannot have received a grant.
-            (At::Granted, On::AgentSays(AgentState::Receiving | AgentState::Restoring)) => {
+            (At::Granted, On::AgentState(AgentState::Receiving | AgentState::Restoring)) => {
                 vec![Do::SendAbort]
             }
             (At::Granted, On::AgentSilent) => vec![Do::AskAgent],
@@ -267,7 +267,7 @@ mod tests {
             assert_eq!(source.state(), SourceState::Granted);
         }
         let mut source = granted();
-        let actions = source.handle(SourceEvent::AgentSays(AgentState::Aborted));
+        let actions = source.handle(SourceEvent::AgentState(AgentState::Aborted));
         assert_eq!(actions.last(), Some(&SourceAction::Release));
     }
 

@@ -157,7 +157,7 @@ impl SourceContext {
         let done = self.do_now(action).await;
         if let Some(step) = step {
             let details = match &done {
-                Ok(Some(SourceEvent::AgentSays(state))) => {
+                Ok(Some(SourceEvent::AgentState(state))) => {
                     Details::text(format!("the agent says {state}"))
                 }
                 Ok(Some(SourceEvent::AgentSilent)) => Details::text("the agent does not answer"),
@@ -231,7 +231,7 @@ impl SourceContext {
 /// What an agent's answer means.
 fn event_of(answer: Result<Status>) -> SourceEvent {
     match answer {
-        Ok(status) => SourceEvent::AgentSays(status.state),
+        Ok(status) => SourceEvent::AgentState(status.state),
         Err(error) => {
             tracing::warn!("{error}");
             SourceEvent::AgentSilent

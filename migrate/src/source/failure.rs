@@ -82,14 +82,14 @@ mod tests {
     use pageferry::error::Kind;
 
     use super::*;
-    use crate::client::AgentSays;
+    use crate::client::AgentProblem;
 
     #[test]
     fn a_failure_names_step_side_line_and_advice() {
         let text = "criu restore failed (exit status: 1):\n/d/images/restore.log: (00.1)  77: Error \
                     (criu/files-reg.c:23): Can't open file srv/x on restore: No such file or directory";
         let of = "the destination could not restore";
-        let error = Error::wrap(Kind::PeerLost, of, AgentSays(text.to_owned()));
+        let error = Error::wrap(Kind::PeerLost, of, AgentProblem(text.to_owned()));
         let failure = Failure::of(Step::Restore, &error);
         assert_eq!(
             (failure.step, failure.side),

@@ -16,7 +16,7 @@ use tokio_util::io::{ReaderStream, SyncIoBridge};
 
 use super::{Flow, READY_LIMIT, blocking};
 use crate::child::Program;
-use crate::client::AgentSays;
+use crate::client::AgentProblem;
 use crate::image_stream::pack;
 use crate::runtime::runtime_log;
 use crate::source::commands::{self, MEMORY, Pages, free_port};
@@ -29,7 +29,7 @@ const IMAGES_BUFFER_BYTES: usize = 256 << 10;
 
 /// How long the destination may take to say why the dump or its forwarder has ended. Its lazy-client takes up to a
 /// second of that to say so to a forwarder that is gone.
-const LAST_WORD: Duration = Duration::from_secs(3);
+const LAST_ANSWER: Duration = Duration::from_secs(3);
 
 /// A dump that was started.
 struct Dump {
@@ -144,7 +144,7 @@ impl Flow<'_> {
         let ready = match ended {
             Ok(ready) => ready,
             // A restore that fails ends them too, and only the destination can say so.
-            Err(error) => match timeout(LAST_WORD, &mut rest).await {
+            Err(error) => match timeout(LAST_ANSWER, &mut rest).await {
                 Ok(Err(cause)) => Err(cause),
                 Ok(Ok(())) | Err(_) => Err(error),
             },
@@ -256,7 +256,7 @@ impl Flow<'_> {
                     .problem
                     .unwrap_or_else(|| format!("the migration there is {}", status.state));
                 let text = "the destination could not restore";
-                Err(Error::wrap(Kind::PeerLost, text, AgentSays(why)))
+                Err(Error::wrap(Kind::PeerLost, text, AgentProblem(why)))
             }
         }
     }

@@ -6,7 +6,7 @@ use pageferry::migration::messages::Status;
 use pageferry::migration::{AgentState, SourceState};
 
 use super::Flow;
-use crate::client::AgentSays;
+use crate::client::AgentProblem;
 use crate::events::{Details, Events};
 use crate::source::logs;
 
@@ -67,8 +67,8 @@ impl Flow<'_> {
     pub(super) fn memory_ended(&mut self, status: &Status) {
         match &status.problem {
             Some(problem) if status.state != AgentState::Complete => {
-                let says = AgentSays(problem.clone());
-                let error = Error::wrap(Kind::MemoryLost, "the processes run there", says);
+                let reported = AgentProblem(problem.clone());
+                let error = Error::wrap(Kind::MemoryLost, "the processes run there", reported);
                 self.report.fail(Step::Memory, &error);
                 self.events().failed(Step::Memory, Details::error(problem));
             }

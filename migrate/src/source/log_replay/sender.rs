@@ -9,7 +9,7 @@ use pageferry::migration::{CatchUp, Progress};
 use tokio::time::{Instant, sleep};
 
 use super::tail::Tail;
-use crate::client::{AgentClient, AgentSays};
+use crate::client::{AgentClient, AgentProblem};
 use crate::service_log::{Hold, digest};
 use crate::source::log_replay_args::LagArg;
 use crate::source::report::LogReport;
@@ -94,8 +94,8 @@ impl Sender {
             }
         };
         if let Some(problem) = status.problem {
-            let says = AgentSays(problem);
-            return Err(Error::wrap(Kind::Protocol, "the destination", says));
+            let reported = AgentProblem(problem);
+            return Err(Error::wrap(Kind::Protocol, "the destination", reported));
         }
         self.replayed_bytes = status.replayed_bytes;
         Ok(self.tail.at() > first)

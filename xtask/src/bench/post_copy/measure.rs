@@ -25,7 +25,7 @@ use super::case::{Case, Contender, Side, SourceKind};
 /// Warnings and errors, CRIU's default: the harness logs everything, which would be measured too.
 const VERBOSITY: &str = "-v2";
 /// How long a pass that its limit ends may take to say so: it waits for one page at most.
-const LAST_WORD: Duration = Duration::from_secs(10);
+const LAST_ANSWER: Duration = Duration::from_secs(10);
 const US_PER_S: f64 = 1e6;
 const MIB: f64 = (1u32 << 20) as f64;
 
@@ -219,7 +219,7 @@ impl Bench<'_> {
             }
             reported = reported || migration.reported()?;
             let ended = over.is_some() || restored.elapsed() >= self.limit;
-            let silent = restored.elapsed() >= self.limit + LAST_WORD;
+            let silent = restored.elapsed() >= self.limit + LAST_ANSWER;
             Ok((ended && reported || silent).then_some(()))
         })?;
         let limit = Sample::at_least(self.limit.as_secs_f64());
