@@ -131,7 +131,7 @@ fn refused_dump(
 
 fn a_bad_dumper_is_refused(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let authority = authority(test_dir)?;
-    let stranger = Authority::new(&test_dir.path("pki"), "foreign-ca")?;
+    let other = Authority::new(&test_dir.path("pki"), "foreign-ca")?;
     let good = authority.issue(&Host::LOOPBACK)?;
     let of = |name, serial| Host {
         name,
@@ -145,7 +145,7 @@ fn a_bad_dumper_is_refused(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let revoked = authority.issue(&of("revoked", 9))?;
     let foreign = Credentials {
         cacert: authority.cacert(),
-        ..stranger.issue(&of("foreign", 10))?
+        ..other.issue(&of("foreign", 10))?
     };
     let list = authority.revoke(&[9], 2099)?.display().to_string();
     let mut server = good.options();
@@ -236,7 +236,7 @@ fn failed_client(images: &Path, options: &[String], source: SocketAddr) -> Resul
 
 fn our_refused_client_says_why(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let authority = authority(test_dir)?;
-    let stranger = Authority::new(&test_dir.path("pki"), "foreign-ca")?;
+    let other = Authority::new(&test_dir.path("pki"), "foreign-ca")?;
     let good = authority.issue(&Host::LOOPBACK)?.options();
     let foreign = Host {
         name: "foreign",
@@ -244,7 +244,7 @@ fn our_refused_client_says_why(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     };
     let foreign = Credentials {
         cacert: authority.cacert(),
-        ..stranger.issue(&foreign)?
+        ..other.issue(&foreign)?
     };
     let mut load = Load::start(LoadSpec::mixed(test_dir.path("load"), 4), None)?;
     let (_, log) = lazy_dump_refuses(test_dir, criu, &mut load, &good, &foreign.options())?;

@@ -20,9 +20,9 @@ const NAMES: [&str; 14] = [
     ".",
     "a/.",
     "a/../b",
-    "../victim",
-    "a/../../victim",
-    "../../victim",
+    "../untouched",
+    "a/../../untouched",
+    "../../untouched",
     "",
     "checksum",
 ];
@@ -134,7 +134,7 @@ struct Place {
 impl Place {
     fn new() -> Place {
         let dir = scratch::directory();
-        for path in ["victim", "in/victim"] {
+        for path in ["untouched", "in/untouched"] {
             let path = dir.path().join(path);
             fs::create_dir_all(path.parent().expect("below it")).expect("a directory is made");
             fs::write(&path, "mine").expect("a file is written");
@@ -149,7 +149,10 @@ impl Place {
 
     /// Nothing but the root was touched.
     fn check(&self, also: &[&str]) {
-        for (dir, expected) in [("", &["in", "victim"][..]), ("in", &["root", "victim"])] {
+        for (dir, expected) in [
+            ("", &["in", "untouched"][..]),
+            ("in", &["root", "untouched"]),
+        ] {
             let entries = fs::read_dir(self.dir.path().join(dir)).expect("it is there");
             for entry in entries {
                 let found = entry.expect("it is read").file_name();
@@ -158,7 +161,7 @@ impl Place {
                 assert!(known, "{found} was made in {dir:?}");
             }
         }
-        for path in ["victim", "in/victim"] {
+        for path in ["untouched", "in/untouched"] {
             let path = self.dir.path().join(path);
             assert_eq!(fs::read(&path).expect("it is there"), b"mine");
             let meta = fs::metadata(&path).expect("it is there");

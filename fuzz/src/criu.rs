@@ -303,11 +303,11 @@ pub(crate) fn fetch(mut data: &[u8]) {
     if byte(&mut data) % 2 == 1 {
         fetcher.close(&mut out);
     }
-    let said = match byte(&mut data) % 2 {
+    let answers = match byte(&mut data) % 2 {
         0 => data.to_vec(),
         _ => frames::spoken(data, wire),
     };
-    let mut data = said.as_slice();
+    let mut data = answers.as_slice();
     let mut got = vec![0; asked.len()];
     let mut complete = 0;
     while let Ok((used, step)) = fetcher.next(data) {

@@ -66,7 +66,7 @@ pub(crate) struct PeerFrame<'d> {
 }
 
 /// Bytes as frames: kind, number, length of the body (two bytes), body.
-pub(crate) fn said(mut data: &[u8]) -> Vec<PeerFrame<'_>> {
+pub(crate) fn frames_of(mut data: &[u8]) -> Vec<PeerFrame<'_>> {
     let mut frames = Vec::new();
     while data.len() >= 4 {
         let [code, number, low, high] = take(&mut data);
@@ -86,8 +86,8 @@ pub(crate) fn said(mut data: &[u8]) -> Vec<PeerFrame<'_>> {
     frames
 }
 
-/// The bytes that [`said`] reads as these frames.
-pub(crate) fn unsaid(frames: &[(Kind, u8, Vec<u8>)]) -> Vec<u8> {
+/// The bytes that [`frames_of`] reads as these frames.
+pub(crate) fn bytes_of_frames(frames: &[(Kind, u8, Vec<u8>)]) -> Vec<u8> {
     let mut out = Vec::new();
     for (kind, number, body) in frames {
         let len = u16::try_from(body.len()).expect("a short body");
@@ -118,7 +118,7 @@ pub(crate) fn frames(mut data: &[u8]) {
     let mut stream = Vec::new();
     match byte(&mut data) % 2 {
         0 => stream.extend_from_slice(data),
-        _ => said(data)
+        _ => frames_of(data)
             .iter()
             .for_each(|frame| on_wire(frame, &mut stream)),
     }
@@ -145,7 +145,7 @@ pub(crate) fn frames(mut data: &[u8]) {
 pub(crate) fn frame_seeds() -> Vec<Vec<u8>> {
     let session = session_seeds();
     let mut wire = vec![0];
-    said(&session[0])
+    frames_of(&session[0])
         .iter()
         .for_each(|frame| on_wire(frame, &mut wire));
     vec![wire, [&[1], session[0].as_slice()].concat()]
@@ -464,7 +464,7 @@ pub(crate) fn session_seeds() -> Vec<Vec<u8>> {
             .iter()
             .map(|(kind, number)| (*kind, *number, body(*kind, *number)))
             .collect();
-        unsaid(&frames)
+        bytes_of_frames(&frames)
     };
     use Kind::{
         Ack, Bye, Close, Fail, FaultPages, Hashes, Hello, Open, Pages, WantHashes, Welcome,

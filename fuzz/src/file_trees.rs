@@ -18,7 +18,7 @@ const PATHS: [&str; 13] = [
     "",
     ".",
     "..",
-    "../victim",
+    "../untouched",
     "a/../b",
     "/a",
     "a//b",
@@ -126,19 +126,22 @@ pub(crate) fn operations(data: &[u8]) {
     let place = scratch::directory();
     let dir = place.path().join("in");
     fs::create_dir(&dir).expect("a directory is made");
-    fs::write(dir.join("victim"), "mine").expect("a file is written");
+    fs::write(dir.join("untouched"), "mine").expect("a file is written");
     let tree = ArrivingTree::new(&dir.join("target")).expect("a tree is made");
     let stored = tree.store(&[batch(&plain), batch(&[])].concat());
     let index = tree.index().expect("the tree is looked at");
     let digest = file_index(&index).expect("what was written is read");
     assert!(!digest.is_empty());
-    assert_eq!(fs::read(dir.join("victim")).expect("it is there"), b"mine");
+    assert_eq!(
+        fs::read(dir.join("untouched")).expect("it is there"),
+        b"mine"
+    );
     let mut names: Vec<_> = fs::read_dir(&dir)
         .expect("it is there")
         .map(|entry| entry.expect("it is read").file_name())
         .collect();
     names.sort();
-    assert_eq!(names, ["target.pageferry", "victim"]);
+    assert_eq!(names, ["target.pageferry", "untouched"]);
     canary(stored.is_ok() && tree.names().len() > 1);
 }
 

@@ -10,7 +10,7 @@ use pageferry::ferry::known_hashes::KnownHashes;
 use pageferry::ferry::message::{Hashes, StateId, encode_close};
 use pageferry::units::{PageCount, PageRange, Vaddr};
 
-use crate::ferry::{PAGE, on_wire, said, unsaid};
+use crate::ferry::{PAGE, bytes_of_frames, frames_of, on_wire};
 use crate::{byte, canary, take};
 
 /// Pages by whose they are and their numbers.
@@ -69,7 +69,7 @@ pub(crate) fn known_hashes(mut data: &[u8]) {
         0 => data.to_vec(),
         1 => {
             let mut file = head(byte(&mut data));
-            let frames = said(data);
+            let frames = frames_of(data);
             frames.iter().for_each(|frame| on_wire(frame, &mut file));
             file
         }
@@ -132,7 +132,7 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
     }
     vec![
         [&[0], file.as_slice()].concat(),
-        [&[1, 3], unsaid(&frames).as_slice()].concat(),
+        [&[1, 3], bytes_of_frames(&frames).as_slice()].concat(),
         [&[2], made_of.as_slice()].concat(),
         [&[2, 7, 1], runs.as_slice()].concat(),
         [&[2, 0, 0][..], &head(1)].concat(),

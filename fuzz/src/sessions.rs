@@ -11,7 +11,7 @@ use pageferry::ferry::receiver::{Arrival, Message, Receiver};
 use pageferry::ferry::sender::Sender;
 use pageferry::units::PageRange;
 
-use crate::ferry::{PAGE, PID, WINDOW, body_of, hasher, hello, said};
+use crate::ferry::{PAGE, PID, WINDOW, body_of, frames_of, hasher, hello};
 use crate::{byte, canary, take};
 
 /// A receiver holds no more than its window and hands frames out in their order, whatever a sender sends.
@@ -19,7 +19,7 @@ pub(crate) fn receiver(data: &[u8]) {
     let takes_shared = data.len().is_multiple_of(2);
     let mut receiver = Receiver::new(PAGE, 2, WINDOW).taking_shared(takes_shared);
     receiver.stream_up(0);
-    let frames = said(data);
+    let frames = frames_of(data);
     let mut ready: Vec<(u64, Kind, &[u8])> = Vec::new();
     let mut applied = 0;
     let mut pages = 0;
@@ -69,15 +69,15 @@ pub(crate) fn sender(mut data: &[u8]) {
     }
     sender.ask_hashes(PID);
     let mut answered = false;
-    for frame in said(data) {
+    for frame in frames_of(data) {
         let stream = u16::from(frame.number == 1);
         match frame.number {
             2 => sender.stream_down(0),
             3 => sender.stream_up(0),
             4 => sender.stream_up(1),
             _ => {
-                let heard = sender.handle(stream, frame.kind, frame.body);
-                answered |= heard.is_ok() && frame.kind == Kind::Hashes;
+                let handled = sender.handle(stream, frame.kind, frame.body);
+                answered |= handled.is_ok() && frame.kind == Kind::Hashes;
             }
         }
         for stream in [0, 1] {
@@ -99,7 +99,7 @@ pub(crate) fn postcopy(data: &[u8]) {
     receiver.build_on(7);
     receiver.attach();
     let (mut tag, mut pushed) = (0, 0);
-    for frame in said(data) {
+    for frame in frames_of(data) {
         let event = match frame.kind {
             // Orders to this end, which the wire does not have here.
             Kind::Hello => {
@@ -165,7 +165,7 @@ pub(crate) fn link(mut data: &[u8]) {
     let mut joined = 0;
     while !data.is_empty() {
         let [session, stream, streams, attempt, flags] = take(&mut data);
-        let said = Hello {
+        let sent = Hello {
             session: SessionId([session % 3; 16]),
             role: [
                 Role::Sender,
@@ -180,12 +180,12 @@ pub(crate) fn link(mut data: &[u8]) {
             ..hello(Role::Sender)
         };
         let mut words = Vec::new();
-        said.encode(Kind::Hello, &mut words);
-        let Ok(Greeting::Hello(said)) = Hello::decode(Kind::Hello, body_of(&words)) else {
+        sent.encode(Kind::Hello, &mut words);
+        let Ok(Greeting::Hello(read)) = Hello::decode(Kind::Hello, body_of(&words)) else {
             continue;
         };
-        let _ = dialer.handle_welcome(0, Greeting::Hello(said), Duration::ZERO);
-        match table.admit(Greeting::Hello(said), flags & 8 == 0) {
+        let _ = dialer.handle_welcome(0, Greeting::Hello(read), Duration::ZERO);
+        match table.admit(Greeting::Hello(read), flags & 8 == 0) {
             Admission::Refused(_) => {}
             Admission::Opened { peer, .. } => assert!(peer.stream < peer.streams),
             Admission::Joined { peer, .. } => {

@@ -17,7 +17,7 @@ use std::net::Shutdown;
 use common::FIRST_PAGE;
 use dump_bytes::{bare, bytes_of};
 use hostile::{
-    End, FLOOD, Honest, RECEIVING_DESCRIPTORS_MAX, VICTIM, allow_descriptors, attack, claim,
+    ATTACKED, End, FLOOD, Honest, RECEIVING_DESCRIPTORS_MAX, allow_descriptors, attack, claim,
     connect, expect_logged, expect_within, handshake, is_ended, opened, pages,
 };
 use pageferry::criu::header::{Op, PageFlags, Target, Wire};
@@ -33,7 +33,7 @@ type Said = (&'static str, Vec<u8>);
 
 /// What is no dump at all, or breaks the order of one.
 fn disorder() -> Vec<Said> {
-    let close = bytes_of(&bare(Op::Close, VICTIM), Wire::V2);
+    let close = bytes_of(&bare(Op::Close, ATTACKED), Wire::V2);
     let whole = opened(&[pages(FIRST_PAGE, 2), close]);
     let get = claim(Op::Get, PageFlags::default(), 1, FIRST_PAGE << 12);
     let cut = |bytes: usize| opened(&[pages(FIRST_PAGE, 2)[..bytes].to_vec()]);
@@ -118,7 +118,7 @@ fn whatever_a_hostile_dump_says_the_others_go_on() {
         expect_within(&server, RECEIVING_DESCRIPTORS_MAX);
         honest.close(&place);
         // It takes further dumps.
-        fs::remove_file(place.images().join(VICTIM.pagemap_name())).unwrap();
+        fs::remove_file(place.images().join(ATTACKED.pagemap_name())).unwrap();
         send_dump(&mut place.connect());
         drop(server);
     }
@@ -198,7 +198,7 @@ fn two_thousand_silent_connections_leave_a_running_dump_alone() {
     // As soon as there is room again.
     until("a dump to be let in", GENEROUS, || {
         let mut stream = place.connect();
-        let open = bytes_of(&bare(Op::Open2, VICTIM), Wire::V2);
+        let open = bytes_of(&bare(Op::Open2, ATTACKED), Wire::V2);
         let answered = stream
             .write_all(&open)
             .and_then(|()| stream.read_exact(&mut [0]));

@@ -15,7 +15,7 @@ use std::process::{Command, Stdio};
 
 use common::{FIRST_PAGE, Run, check_images, naive_memory, tls_args};
 use dump_bytes::{bare, bytes_of, frame};
-use hostile::{HONEST, VICTIM, expect_logged, opened, pages};
+use hostile::{ATTACKED, HONEST, expect_logged, opened, pages};
 use pageferry::criu::header::{Op, PageFlags, Wire};
 use pageferry::tls::Tls;
 use place::Place;
@@ -40,7 +40,7 @@ fn secured(place: &Place) -> (Spawned, Credentials, Tls) {
 fn a_truncated_tls_session_is_no_dump() {
     let place = Place::new();
     let (server, _, tls) = secured(&place);
-    let close = bytes_of(&bare(Op::Close, VICTIM), Wire::V2);
+    let close = bytes_of(&bare(Op::Close, ATTACKED), Wire::V2);
     let whole = opened(&[pages(FIRST_PAGE, 2), close.clone()]);
     for bytes in [40, whole.len() - close.len(), whole.len() - 1] {
         let socket = place.connect();

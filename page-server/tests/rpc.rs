@@ -117,12 +117,12 @@ fn a_child_server_can_be_waited_for() {
         assert!(ended.success && ended.kind == kind::WAIT_PID);
         let expected = if how == "a dump" { 0 } else { 9 };
         assert_eq!(ended.status, Some(expected), "after {how}");
-        let stranger = swrk.ask(&Request {
+        let other = swrk.ask(&Request {
             kind: kind::WAIT_PID,
             pid: Some(1),
             ..Request::default()
         });
-        assert!(!stranger.unwrap().success);
+        assert!(!other.unwrap().success);
         swrk.finish().unwrap();
     }
     assert!(tmp.path().join("pagemap-7.img").exists());

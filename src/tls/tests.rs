@@ -92,13 +92,13 @@ fn a_bad_certificate_is_named_on_both_sides() {
         ..Host::LOOPBACK
     };
     let revoked = args(&authority.issue(&revoked).unwrap());
-    let stranger = Host {
-        name: "stranger",
+    let foreign = Host {
+        name: "foreign",
         ..Host::LOOPBACK
     };
-    let stranger = TlsArgs {
+    let foreign = TlsArgs {
         tls_cacert: good.tls_cacert.clone(),
-        ..args(&other.issue(&stranger).unwrap())
+        ..args(&other.issue(&foreign).unwrap())
     };
     let strict = TlsArgs {
         tls_cacrl: Some(authority.revoke(&[9], 2099).unwrap()),
@@ -107,7 +107,7 @@ fn a_bad_certificate_is_named_on_both_sides() {
     let cases = [
         (&expired, "CN=expired", "expired", "CertificateExpired"),
         (&revoked, "CN=revoked", "revoked", "CertificateRevoked"),
-        (&stranger, "CN=stranger", "--tls-cacert", "UnknownCA"),
+        (&foreign, "CN=foreign", "--tls-cacert", "UnknownCA"),
     ];
     for (bad, whose, here, there) in cases {
         let (client, server) = refusal(shake_hands(bad, &strict, "127.0.0.1"));

@@ -395,7 +395,7 @@ fn what_hostile_operations_name_stays_within_the_tree() {
     use super::stream::Sender;
 
     let tmp = tempfile::tempdir().unwrap();
-    fs::write(tmp.path().join("victim"), "mine").unwrap();
+    fs::write(tmp.path().join("untouched"), "mine").unwrap();
     let staging = StagingDir::of(&tmp.path().join("target"));
     staging.prepare("m-1", STRICT).unwrap();
     let path = |text: &str| text.as_bytes().to_vec();
@@ -405,29 +405,29 @@ fn what_hostile_operations_name_stays_within_the_tree() {
     };
     let up = Made::Symlink(path("../../.."));
     let bad = [
-        vec![make("../victim", Made::File)],
+        vec![make("../untouched", Made::File)],
         vec![make("/tmp/x", Made::File)],
-        vec![make("a", up.clone()), make("a/victim", Made::File)],
+        vec![make("a", up.clone()), make("a/untouched", Made::File)],
         vec![
             make("a", up.clone()),
             Operation::Size {
-                path: path("a/victim"),
+                path: path("a/untouched"),
                 size: 0,
             },
         ],
         vec![
             make("b", Made::File),
             Operation::Link {
-                from: path("../../victim"),
+                from: path("../../untouched"),
                 path: path("c"),
             },
         ],
         vec![Operation::Remove {
-            path: path("../../victim"),
+            path: path("../../untouched"),
         }],
         vec![Operation::Remove { path: path("") }],
         vec![
-            make("a", Made::Symlink(path("../../victim"))),
+            make("a", Made::Symlink(path("../../untouched"))),
             Operation::Data {
                 path: path("a"),
                 first: 0,
@@ -445,7 +445,7 @@ fn what_hostile_operations_name_stays_within_the_tree() {
         }
         sender.finish().unwrap();
         received.store(&stream[..]).unwrap_err();
-        assert_eq!(fs::read(tmp.path().join("victim")).unwrap(), b"mine");
+        assert_eq!(fs::read(tmp.path().join("untouched")).unwrap(), b"mine");
         assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 2);
         received.end();
         fs::remove_dir_all(tmp.path().join("target.pageferry/tree")).unwrap();
@@ -458,11 +458,14 @@ fn a_link_that_somebody_puts_into_the_tree_leads_nowhere() {
     let mut pair = Pair::new();
     fs::create_dir(pair.source().join("dir")).unwrap();
     pair.round();
-    fs::write(pair.tmp.path().join("victim"), "mine").unwrap();
+    fs::write(pair.tmp.path().join("untouched"), "mine").unwrap();
     fs::remove_dir(pair.arrived().join("dir")).unwrap();
     symlink("../../..", pair.arrived().join("dir")).unwrap();
-    fs::write(pair.source().join("dir/victim"), "yours").unwrap();
+    fs::write(pair.source().join("dir/untouched"), "yours").unwrap();
     let stream = pair.send();
     pair.received.store(&stream[..]).unwrap_err();
-    assert_eq!(fs::read(pair.tmp.path().join("victim")).unwrap(), b"mine");
+    assert_eq!(
+        fs::read(pair.tmp.path().join("untouched")).unwrap(),
+        b"mine"
+    );
 }

@@ -28,7 +28,7 @@ pub(crate) const SERVING_DESCRIPTORS_MAX: usize = 512;
 pub(crate) const FLOOD: usize = 2000;
 
 pub(crate) const HONEST: Target = Target::Process(77);
-pub(crate) const VICTIM: Target = Target::Process(7);
+pub(crate) const ATTACKED: Target = Target::Process(7);
 
 /// Pages of the honest dump that are sent at once.
 pub(crate) const PIECE: u64 = 3;
@@ -106,13 +106,13 @@ pub(crate) fn attack(mut stream: TcpStream, bytes: &[u8], end: End) -> (SocketAd
 
 /// Frames after the OPEN of a process.
 pub(crate) fn opened(rest: &[Vec<u8>]) -> Vec<u8> {
-    let open = bytes_of(&bare(Op::Open2, VICTIM), Wire::V2);
+    let open = bytes_of(&bare(Op::Open2, ATTACKED), Wire::V2);
     [&[open], rest].concat().concat()
 }
 
 pub(crate) fn pages(first: u64, pages: u64) -> Vec<u8> {
     frame(
-        VICTIM,
+        ATTACKED,
         &Run::present(first, pages, PageFlags::default(), 1),
         Wire::V2,
     )
@@ -120,7 +120,7 @@ pub(crate) fn pages(first: u64, pages: u64) -> Vec<u8> {
 
 /// A frame's header with any address and count, and nothing behind it.
 pub(crate) fn claim(op: Op, flags: PageFlags, pages: u64, vaddr: u64) -> Vec<u8> {
-    let mut header = header(op, flags, pages, vaddr, VICTIM);
+    let mut header = header(op, flags, pages, vaddr, ATTACKED);
     if op == Op::Get {
         // Requests name the pid alone.
         header.dst_id = 7;

@@ -7,7 +7,7 @@
 //!
 //! An entry is a connection, and a client has several. Only those that say so tell of their client
 //! ([`ClientEntry::may_return`], [`ClientEntry::leave_for_good`]): a connection for faults that ends later than the one by
-//! which its client failed, or a stranger that was turned away, changes nothing about who is waited for.
+//! which its client failed, or another that was turned away, changes nothing about who is waited for.
 
 use std::time::{Duration, Instant};
 
@@ -45,7 +45,7 @@ struct State {
     /// The dump was given up: who has everything comes too late.
     given_up: bool,
     /// The dump has ended: whether it has confirmed that a client has everything.
-    dump_heard: Option<bool>,
+    dump_confirmed: Option<bool>,
     /// When the last client left that may come back.
     left: Option<Instant>,
     /// A client has left that will not come back.
@@ -146,10 +146,10 @@ impl ClientTable {
         state.confirmed
     }
 
-    /// The dump has ended. `heard`: it was told that a client has everything, and said so. The first
-    /// word counts.
-    pub(super) fn dump_ended(&self, heard: bool) {
-        lock(&self.state).dump_heard.get_or_insert(heard);
+    /// The dump has ended. `confirmed`: it was notified that a client has everything, and has confirmed that. The first
+    /// call counts.
+    pub(super) fn dump_ended(&self, confirmed: bool) {
+        lock(&self.state).dump_confirmed.get_or_insert(confirmed);
         self.changed.notify_all();
     }
 
@@ -189,7 +189,7 @@ impl ClientEntry<'_> {
 
     /// Waits until the dump has ended. Returns whether it has confirmed that a client has everything.
     pub(super) fn wait_for_dump(&self) -> bool {
-        self.clients.wait(|state| state.dump_heard)
+        self.clients.wait(|state| state.dump_confirmed)
     }
 
     /// When this connection ends its client has left, but may come back.
@@ -248,9 +248,9 @@ mod tests {
             first: Some(Duration::ZERO),
             ..timeouts(Duration::MAX)
         });
-        let stranger = clients.enter();
+        let other = clients.enter();
         assert_eq!(clients.wait_for_outcome(|| true), DumpOutcome::Stopped);
-        drop(stranger);
+        drop(other);
         assert_eq!(clients.wait_for_outcome(|| false), DumpOutcome::NobodyCame);
     }
 
@@ -308,7 +308,7 @@ mod tests {
         assert_eq!(
             clients.wait_for_outcome(|| true),
             DumpOutcome::Stopped,
-            "a stranger has gone"
+            "another client has gone"
         );
         let first = served(&clients);
         assert_eq!(clients.wait_for_outcome(|| true), DumpOutcome::Stopped);

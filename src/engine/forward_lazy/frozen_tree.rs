@@ -288,13 +288,13 @@ mod tests {
     #[test]
     fn both_ends_of_a_connection_belong_together() {
         let (one, other) = connection();
-        let (stranger, _) = connection();
+        let (unrelated, _) = connection();
         match are_ends_of_one(&one, &other) {
             Ok(belong) => assert!(belong),
             // Only root may ask for a socket's network.
             Err(error) => assert_eq!(error.kind(), io::ErrorKind::PermissionDenied),
         }
-        assert!(!are_ends_of_one(&one, &stranger).unwrap_or(false));
+        assert!(!are_ends_of_one(&one, &unrelated).unwrap_or(false));
         assert!(!are_ends_of_one(&one, &one).unwrap_or(false));
     }
 

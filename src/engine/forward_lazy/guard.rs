@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dump_hears_of_a_forwarder_that_is_gone_and_of_no_other() {
+    fn a_dump_is_notified_of_a_forwarder_that_is_gone_and_of_no_other() {
         let killed = |guard: DumpGuard| {
             guard.0.shutdown(std::net::Shutdown::Both).unwrap();
             std::mem::forget(guard);

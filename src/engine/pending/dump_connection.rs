@@ -122,20 +122,20 @@ mod tests {
             let connection = DumpConnection::of(&Stream::plain(accepted)).unwrap();
             let again = DumpConnection::decode(DumpConnection::encode(Some(connection)));
             assert_eq!(again, Some(connection));
-            let mut stranger = Command::new("cat")
+            let mut unrelated = Command::new("cat")
                 .stdin(Stdio::piped())
                 .stdout(Stdio::null())
                 .spawn()
                 .unwrap();
             let (own, other) = (
                 std::process::id().cast_signed(),
-                stranger.id().cast_signed(),
+                unrelated.id().cast_signed(),
             );
             assert_eq!(connection.holder(&BTreeSet::from([own, other])), Some(own));
             assert_eq!(connection.holder(&BTreeSet::from([other])), None);
             drop(peer);
-            drop(stranger.stdin.take());
-            stranger.wait().unwrap();
+            drop(unrelated.stdin.take());
+            unrelated.wait().unwrap();
         }
     }
 

@@ -1,5 +1,5 @@
 //! Whoever runs first: batches are numbered in the order of their sequence, a thread that waits for room or an answer gets it,
-//! and each is told of the end.
+//! and each sees the end.
 
 use shuttle::thread::{spawn, yield_now};
 
@@ -125,7 +125,7 @@ fn batches_are_sent_in_their_order() {
 }
 
 #[test]
-fn each_thread_is_told_of_the_end() {
+fn each_thread_sees_the_end() {
     each(|| {
         let session = session();
         let receives = Arc::clone(&session);

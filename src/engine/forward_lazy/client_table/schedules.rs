@@ -33,16 +33,16 @@ fn a_client_is_in_time_or_the_dump_was_given_up() {
 }
 
 #[test]
-fn who_waits_hears_of_the_end() {
+fn whoever_waits_sees_the_end() {
     each(|| {
         let table = table(true);
         let served = Arc::clone(&table);
         let client = spawn(move || {
             let mut entry = served.enter();
             let in_time = entry.confirm();
-            let heard = in_time.then(|| entry.wait_for_dump());
+            let confirmed = in_time.then(|| entry.wait_for_dump());
             entry.leave_for_good();
-            (in_time, heard)
+            (in_time, confirmed)
         });
         let asked = Arc::clone(&table);
         let dump = spawn(move || {

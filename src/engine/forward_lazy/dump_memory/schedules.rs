@@ -89,7 +89,7 @@ fn who_waits_gets_what_comes() {
 }
 
 #[test]
-fn who_waits_hears_that_nothing_more_comes() {
+fn whoever_waits_sees_that_nothing_more_comes() {
     each(|| {
         let memory = memory();
         let waiting = [PAGES - 1, 0, PAGES / 2].map(|number| {

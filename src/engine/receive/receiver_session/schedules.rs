@@ -66,7 +66,7 @@ fn frames_are_applied_in_their_order() {
 }
 
 #[test]
-fn the_applier_hears_of_the_end() {
+fn the_applier_sees_the_end() {
     each(|| {
         let session = session();
         let [brings, stops] = [(); 2].map(|()| Arc::clone(&session));
