@@ -56,17 +56,7 @@ impl Survey {
         addresses: &[AddressArg],
         (target, files): (&Target, &FilesArgs),
     ) -> Result<Survey> {
-        let mut found = match &subject.container {
-            Some(id) => Some(Found::look(id, subject).await?),
-            None => None,
-        };
-        if let Some(found) = &mut found {
-            files.redirect(&mut found.container.config);
-        }
-        let root = found.as_ref().map(|found| found.root).or(subject.pid);
-        let root = root.ok_or_else(|| {
-            Error::new(Kind::Usage, "--pid or --container says what is to be moved")
-        })?;
+        let (root, found) = find_subject(subject, files).await?;
         let programs = target.programs.find()?;
         let client = AgentClient::new(target.to.clone(), Tls::load(&target.tls)?);
         let tree = Tree::of(root)?;
@@ -175,6 +165,23 @@ impl Survey {
             format!("pid {root} cannot be moved:\n  - {list}"),
         ))
     }
+}
+
+/// The first process of what is to be moved, and the container that it is, as the destination is to run it.
+async fn find_subject(subject: &Subject, files: &FilesArgs) -> Result<(i32, Option<Found>)> {
+    let mut found = match &subject.container {
+        Some(id) => Some(Found::look(id, subject).await?),
+        None => None,
+    };
+    if let Some(found) = &mut found {
+        files.redirect(&mut found.container.config);
+    }
+    let root = found.as_ref().map(|found| found.root).or(subject.pid);
+    let root = root.ok_or_else(|| {
+        let text = "--pid or --container says what is to be moved";
+        Error::new(Kind::Usage, text)
+    })?;
+    Ok((root, found))
 }
 
 /// What is to come to the destination's disks, where it says what space there is.

@@ -121,6 +121,43 @@ impl Memories for Arc<DumpMemory> {
     }
 }
 
+impl Clients {
+    /// None has come yet. `wire` is the layout of the dump.
+    fn new(config: &mut ForwardLazyConfig, dump_memory: Arc<DumpMemory>, wire: Wire) -> Clients {
+        let context = ServeContext::of(
+            Box::new(Arc::clone(&dump_memory)),
+            dump_memory.page(),
+            config.wire,
+        );
+        let context = context
+            .counting_in(Arc::clone(&config.traffic))
+            .ending_idle(config.idle_timeout);
+        let timeouts = ClientTimeouts {
+            first: config.idle_timeout,
+            next: match config.keep {
+                true => config.idle_timeout,
+                false => Some(config.reconnect_timeout),
+            },
+            only_one: !config.keep,
+        };
+        let listener = PostcopyListener::new(
+            Arc::clone(&dump_memory),
+            wire,
+            config.reconnect_timeout,
+            Arc::clone(&config.traffic),
+            config.known_hashes.take(),
+        );
+        Clients {
+            dump_memory,
+            context,
+            listener,
+            dump: config.dump.to_string(),
+            wire,
+            table: ClientTable::new(timeouts),
+        }
+    }
+}
+
 impl ForwardLazy {
     /// Connects to the dump that writes `images`, once it has and listens, and makes room for its memory. `guard` gives
     /// the dump up if this process is killed.
@@ -164,39 +201,8 @@ impl ForwardLazy {
         let mut drain = Drain::new(&config.dump, stream, wire, &dump_memory);
         drain.guard_with(guard);
         drain.refuse_pending(images)?;
-        let context = ServeContext::of(
-            Box::new(Arc::clone(&dump_memory)),
-            dump_memory.page(),
-            config.wire,
-        );
-        let context = context
-            .counting_in(Arc::clone(&config.traffic))
-            .ending_idle(config.idle_timeout);
-        let next = match config.keep {
-            true => config.idle_timeout,
-            false => Some(config.reconnect_timeout),
-        };
-        let timeouts = ClientTimeouts {
-            first: config.idle_timeout,
-            next,
-            only_one: !config.keep,
-        };
-        let listener = PostcopyListener::new(
-            Arc::clone(&dump_memory),
-            wire,
-            config.reconnect_timeout,
-            Arc::clone(&config.traffic),
-            config.known_hashes.take(),
-        );
         Ok(ForwardLazy {
-            clients: Clients {
-                dump_memory,
-                context,
-                listener,
-                dump: config.dump.to_string(),
-                wire,
-                table: ClientTable::new(timeouts),
-            },
+            clients: Clients::new(&mut config, dump_memory, wire),
             drain,
             config,
         })

@@ -7,7 +7,7 @@ use super::deferred::PauseReason;
 use super::owner_search::Guards;
 use super::waking::Waiters;
 use crate::error::Result;
-use crate::image::chain::Stored;
+use crate::image::chain::{Chain, Resolved, Stored};
 use crate::lazy::extents::Piece;
 use crate::lazy::planner::{PageOutcome, SpaceId};
 use crate::sys::uffd::{Filled, Wake};
@@ -268,36 +268,10 @@ impl Restore {
         else {
             return Ok(());
         };
-        let within = |piece: Piece| {
-            let extent = chain.find(piece.image)?;
-            let length = piece.at.bytes().min(extent.range.bytes()).min(STEP_BYTES);
-            let start = piece.at.start().get();
-            Some((extent, PageRange::new(start, start + length)))
-        };
-        let Some((mut extent, mut at)) = within(piece) else {
+        let Some((piece, extent, at)) = self.beside_guards(id, &chain, piece) else {
             return Ok(());
         };
-        let (whole, mut piece) = (at, piece);
-        let guards = self.leave_guards(id, at);
-        if let Guards::Beside(free) = guards {
-            piece = piece.part(free);
-            let Some(part) = within(piece) else {
-                return Ok(());
-            };
-            (extent, at) = part;
-        }
         let length = at.bytes();
-        if guards != Guards::None {
-            // What is beside is found missing again; a thread that waits for it must not wait longer.
-            let awaited = self.planner.space(id);
-            let awaited = awaited.and_then(|space| space.first_awaited(whole));
-            if let Some(page) = awaited {
-                self.processes.retry_later(id, page);
-            }
-        }
-        if matches!(guards, Guards::At(_)) {
-            return Ok(());
-        }
         let mut limit = length;
         if let Some(bytes) = chain.mapped(extent.place, offset(length), whole_file) {
             return match self.fill_from(id, at, &mut limit, bytes)? {
@@ -329,6 +303,38 @@ impl Restore {
         };
         self.filling.scratch = scratch;
         filled
+    }
+
+    /// The part of `piece` that a step fills and that no guard region covers, with its place in the images. `None` if
+    /// the images or the guards leave nothing.
+    fn beside_guards(
+        &mut self,
+        id: SpaceId,
+        chain: &Chain,
+        piece: Piece,
+    ) -> Option<(Piece, Resolved, PageRange)> {
+        let within = |piece: Piece| {
+            let extent = chain.find(piece.image)?;
+            let length = piece.at.bytes().min(extent.range.bytes()).min(STEP_BYTES);
+            let start = piece.at.start().get();
+            Some((piece, extent, PageRange::new(start, start + length)))
+        };
+        let found = within(piece)?;
+        let (_, _, whole) = found;
+        let guards = self.leave_guards(id, whole);
+        if guards != Guards::None {
+            // What is beside is found missing again; a thread that waits for it must not wait longer.
+            let awaited = self.planner.space(id);
+            let awaited = awaited.and_then(|space| space.first_awaited(whole));
+            if let Some(page) = awaited {
+                self.processes.retry_later(id, page);
+            }
+        }
+        match guards {
+            Guards::None => Some(found),
+            Guards::Beside(free) => within(piece.part(free)),
+            Guards::At(_) => None,
+        }
     }
 
     /// Copies `bytes`, which lie in our memory, to `at` as [`Restore::fill_from`] does.
