@@ -175,7 +175,7 @@ impl Cut<'_> {
         Ok(())
     }
 
-    /// Rebuilds a state beside the rest of the dump. Says whether it has all pagemaps: then the processes come back with
+    /// Rebuilds a state beside the rest of the dump. Returns whether it has all pagemaps: then the processes come back with
     /// their memory, and else none of them does.
     fn is_restored(&self, name: &str, state: &State, tree: &Forks) -> Result<bool> {
         let (images, lazy) = (

@@ -203,7 +203,7 @@ fn eavesdrop(server: SocketAddr) -> (SocketAddr, Arc<Mutex<Vec<u8>>>) {
 }
 
 /// Forwards `few_pages` through a proxy that impairs the first connection, and checks the
-/// images. Tells whether it went well.
+/// images. Returns whether it went well.
 fn with_one_impairment(impairment: Impairment, streams: u16) -> bool {
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path().join("images");

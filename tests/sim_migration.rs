@@ -328,7 +328,7 @@ impl Simulation {
     }
 }
 
-/// Runs a simulation. Tells on which side the processes live, and which failures came one in another's recovery.
+/// Runs a simulation. Returns on which side the processes live, and which failures came one in another's recovery.
 fn outcome(seed: u64) -> (AtSource, BTreeSet<(Failure, Failure)>) {
     let _named = Seed(seed);
     let mut simulation = Simulation::new(seed);

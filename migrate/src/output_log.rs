@@ -142,7 +142,7 @@ fn read(pipe: &mut impl Read, buffer: &mut [u8]) -> Result<usize> {
     }
 }
 
-/// Keeps what comes until the log may go on, or too much time has passed. Tells whether the pipe is still open.
+/// Keeps what comes until the log may go on, or too much time has passed. Returns whether the pipe is still open.
 fn hold(pipe: &mut (impl Read + AsFd), held: &Path, go: &Path) -> Result<bool> {
     let failed = |error| Error::file("write", held, error);
     let mut to = File::options()

@@ -132,14 +132,14 @@ impl Deframer {
         }
     }
 
-    /// Says that the caller has taken `bytes` bytes of raw pages from the connection by itself.
+    /// Notes that the caller has taken `bytes` bytes of raw pages from the connection by itself.
     pub fn skip_raw(&mut self, bytes: u64) {
         let left = self.raw_bytes_left();
         assert!(bytes <= left, "no more than the frame's bytes are skipped");
         self.expect_raw(left - bytes);
     }
 
-    /// Says that `bytes` bytes of raw pages follow.
+    /// Notes that `bytes` bytes of raw pages follow.
     pub fn expect_raw(&mut self, bytes: u64) {
         self.place = match bytes {
             0 => Place::Header,
@@ -147,13 +147,13 @@ impl Deframer {
         };
     }
 
-    /// Says that `count` blocks, each behind its length, follow.
+    /// Notes that `count` blocks, each behind its length, follow.
     pub fn expect_blocks(&mut self, count: u64) {
         self.blocks_left = count;
         self.next_block();
     }
 
-    /// Says that the block of the length just read follows.
+    /// Notes that the block of the length just read follows.
     pub fn expect_block_bytes(&mut self, bytes: u32) {
         self.place = Place::Block { bytes_left: bytes };
     }

@@ -211,7 +211,7 @@ impl ReceiveSession {
         self.deframer.raw_bytes_left()
     }
 
-    /// Says that `bytes` bytes of raw pages, at most [`ReceiveSession::raw_bytes_left`], were moved
+    /// Notes that `bytes` bytes of raw pages, at most [`ReceiveSession::raw_bytes_left`], were moved
     /// by the caller and will not be handed in.
     pub fn skip_raw(&mut self, bytes: u64) {
         self.deframer.skip_raw(bytes);

@@ -74,7 +74,7 @@ impl ServiceManager {
         self.notify(&format!("FDSTOREREMOVE=1\nFDNAME={name}"))
     }
 
-    /// Waits until it has handled all that it was told. Says whether it did so in time.
+    /// Waits until it has handled all that it was told. Returns whether it did so in time.
     pub fn settle(&self) -> io::Result<bool> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
         fdpass::send(self.0.as_fd(), b"BARRIER=1", Some(write.as_fd()))?;

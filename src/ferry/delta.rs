@@ -180,7 +180,7 @@ impl PageMemory {
         chunks.for_each(Chunk::forget_sent);
     }
 
-    /// The next pages are those of `target`. The receiver's base version of it is the one named `state`. Tells whether
+    /// The next pages are those of `target`. The receiver's base version of it is the one named `state`. Returns whether
     /// its hashes have to be asked for.
     pub fn adopt(&mut self, target: Target, state: StateId) -> bool {
         self.others.open(target);

@@ -56,7 +56,7 @@ impl<'b> Fields<'b> {
         self.rest
     }
 
-    /// Says that nothing may be left.
+    /// Notes that nothing may be left.
     pub(super) fn end(self) -> Result<(), FrameError> {
         if self.rest.is_empty() {
             Ok(())

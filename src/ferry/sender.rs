@@ -38,7 +38,7 @@ pub enum Transmit {
 }
 
 impl Transmit {
-    /// Appends the frame, unless it is a numbered one, which the engine keeps. Tells whether it
+    /// Appends the frame, unless it is a numbered one, which the engine keeps. Returns whether it
     /// did.
     pub fn encode(&self, out: &mut Vec<u8>) -> bool {
         match self {

@@ -89,7 +89,7 @@ impl ReadAhead {
     }
 }
 
-/// Adds where the next `bytes` of pages from `from` on are. Says how far that reaches.
+/// Adds where the next `bytes` of pages from `from` on are. Returns how far that reaches.
 fn next_half(chain: &Chain, from: Vaddr, bytes: u64, advice: &mut Vec<Advice>) -> Vaddr {
     let (mut room, mut end) = (bytes, from);
     for extent in chain.extents_from(from).take(EXTENTS_MAX) {

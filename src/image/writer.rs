@@ -230,7 +230,7 @@ impl SessionImages {
         self.tree.is_some() && target.is_some_and(|target| is_lazy_page(target, flags))
     }
 
-    /// Appends a page that processes of a tree may share, `None` if it is all zeros. Says where its bytes go, if they
+    /// Appends a page that processes of a tree may share, `None` if it is all zeros. Returns where its bytes go, if they
     /// are to be written.
     ///
     /// # Errors
@@ -250,7 +250,7 @@ impl SessionImages {
         }
     }
 
-    /// Reads the page at `vaddr` of `target`, whose pages have all come, if processes of a tree may share it. Says whether
+    /// Reads the page at `vaddr` of `target`, whose pages have all come, if processes of a tree may share it. Returns whether
     /// it is there.
     ///
     /// # Errors

@@ -152,14 +152,14 @@ impl Simulation {
         }
     }
 
-    /// Lets the pages `order` of `pid` come before all others, in this order: a working set. Says how many of them are
+    /// Lets the pages `order` of `pid` come before all others, in this order: a working set. Returns how many of them are
     /// missing.
     pub fn stream_first(&mut self, pid: u32, order: Vec<PageRange>) -> u64 {
         let id = self.ids.get(&pid).copied();
         id.map_or(0, |id| self.planner.stream_first(id, order))
     }
 
-    /// Lets time pass until `touch`, and serves it. Says how long it waited, µs: 0 if its page was there, or is none of
+    /// Lets time pass until `touch`, and serves it. Returns how long it waited, µs: 0 if its page was there, or is none of
     /// the memory.
     pub fn touch(&mut self, touch: Touch) -> u64 {
         self.pass_until(self.now_us.saturating_add(touch.after_us));

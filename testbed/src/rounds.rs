@@ -74,7 +74,7 @@ impl<'a> Rounds<'a> {
     }
 
     /// Begins the next round: the processes verify and tell their memory, and a page server waits
-    /// for them with `extra` options, on top of the round before. Tells the server and the dump
+    /// for them with `extra` options, on top of the round before. Returns the server and the dump
     /// that goes to it, which leaves the processes running.
     ///
     /// # Errors

@@ -35,7 +35,7 @@ impl StreamKey {
 pub(crate) trait Part {
     fn stream_up(&mut self, key: StreamKey, peer: &Hello);
     fn stream_down(&mut self, key: StreamKey);
-    /// A frame came. Tells whether the session has come forward.
+    /// A frame came. Returns whether the session has come forward.
     fn frame(&mut self, key: StreamKey, kind: Kind, number: u64, body: &[u8]) -> bool;
     /// The next frame to be written to `key`.
     fn poll(&mut self, key: StreamKey) -> Option<Vec<u8>>;

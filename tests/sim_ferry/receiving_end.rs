@@ -39,7 +39,7 @@ impl Store {
         }
     }
 
-    /// Somebody writes to some pages of the last image, which keeps its name. Tells whether there is
+    /// Somebody writes to some pages of the last image, which keeps its name. Returns whether there is
     /// one.
     pub(crate) fn tamper(&mut self, rng: &mut Rng) -> bool {
         let Some(image) = self.images.last_mut() else {

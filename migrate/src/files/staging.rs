@@ -203,7 +203,7 @@ impl StagingDir {
         disk_bytes(begins_with)
     }
 
-    /// Makes room for what is to arrive. Tells whether a tree was there that can be completed.
+    /// Makes room for what is to arrive. Returns whether a tree was there that can be completed.
     pub(crate) fn prepare(&self, migration: &str, permitted: Permitted) -> Result<bool> {
         if let Some(problem) = self.problem(permitted) {
             return Err(Error::new(Kind::Usage, problem));

@@ -135,7 +135,7 @@ impl Routes {
         Ok(())
     }
 
-    /// Leads clients to this host again, where they may have been led away. Tells what could not be done.
+    /// Leads clients to this host again, where they may have been led away. Returns what could not be done.
     pub(crate) async fn give_back(&self, facts: Facts<'_>) -> Vec<String> {
         let mut problems = Vec::new();
         if !self.begun {

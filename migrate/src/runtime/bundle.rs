@@ -52,7 +52,7 @@ pub(crate) fn portable(config: &Value) -> Value {
     config
 }
 
-/// Puts `config` into the bundle at `dir`, which has none, for a root that is to come. Tells the path of what it made.
+/// Puts `config` into the bundle at `dir`, which has none, for a root that is to come. Returns the path of what it made.
 pub(crate) fn supply(dir: &Path, config: &Value) -> Result<Option<PathBuf>> {
     let path = dir.join(CONFIG);
     if path.exists() {

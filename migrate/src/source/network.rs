@@ -85,7 +85,7 @@ pub(super) fn forget(connections: &[Connection]) {
 }
 
 /// Removes those rules but for connections that this host would answer by a reset, because their address is still
-/// here. Tells how many these are.
+/// here. Returns how many these are.
 pub(super) fn forget_gone(connections: &[Connection]) -> usize {
     let (kept, gone): (Vec<Connection>, Vec<Connection>) = connections
         .iter()

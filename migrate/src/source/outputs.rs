@@ -162,7 +162,7 @@ impl Outputs {
         Ok(())
     }
 
-    /// The container is gone here: sends what the readers of its pipes have written since. Tells what went wrong.
+    /// The container is gone here: sends what the readers of its pipes have written since. Returns what went wrong.
     pub(super) async fn end(&self, client: &AgentClient, path: &str) -> Vec<String> {
         let mut problems = Vec::new();
         for (number, source) in self.0.iter().enumerate() {

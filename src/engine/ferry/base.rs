@@ -134,13 +134,13 @@ impl Base {
         Ok(there.then(|| self.hasher.hash(&page)))
     }
 
-    /// Reads the base version's page at `vaddr`. Says whether there is one.
+    /// Reads the base version's page at `vaddr`. Returns whether there is one.
     pub(in crate::engine) fn read(&self, vaddr: Vaddr, page: &mut [u8]) -> Result<bool> {
         let range = PageRange::new(vaddr.get(), vaddr.get() + self.page.bytes());
         self.read_all(range, page)
     }
 
-    /// Reads the base version's pages `range`. Says whether all of them are there.
+    /// Reads the base version's pages `range`. Returns whether all of them are there.
     pub(in crate::engine) fn read_all(&self, range: PageRange, out: &mut [u8]) -> Result<bool> {
         let mut rest = out;
         let mut at = range.start();

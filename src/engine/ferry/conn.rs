@@ -115,7 +115,7 @@ impl Conn {
         }
     }
 
-    /// Sends what the socket takes. Tells whether something is left.
+    /// Sends what the socket takes. Returns whether something is left.
     pub(in crate::engine) fn flush(&mut self) -> Result<bool, ConnError> {
         while let Some(front) = self.queue.front() {
             match self.transport.send(&front[self.sent..]) {

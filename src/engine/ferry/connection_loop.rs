@@ -271,7 +271,7 @@ impl ConnectionLoop<'_> {
         }
     }
 
-    /// Queues what the handler has to say. Tells whether it may have more.
+    /// Queues what the handler has to say. Returns whether it may have more.
     fn fill_queue(&mut self, conn: &mut Conn) -> bool {
         for _ in 0..FRAMES_A_TURN {
             if conn.queued_bytes() >= QUEUE_BYTES {
@@ -306,7 +306,7 @@ impl ConnectionLoop<'_> {
         Ok(left)
     }
 
-    /// Waits until something may be done. Tells whether the socket is readable.
+    /// Waits until something may be done. Returns whether the socket is readable.
     fn sleep(&self, conn: &Conn, left: bool, hurry: bool) -> std::result::Result<bool, ConnError> {
         let mut events = PollFlags::POLLIN;
         events.set(PollFlags::POLLOUT, left);

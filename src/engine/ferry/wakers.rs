@@ -52,7 +52,7 @@ impl Wakers {
         self.0.insert(stream, Arc::clone(waker))
     }
 
-    /// The connection that `waker` belongs to is gone. Says whether it was the one that counts.
+    /// The connection that `waker` belongs to is gone. Returns whether it was the one that counts.
     pub(in crate::engine) fn remove(&mut self, stream: u16, waker: &Arc<Waker>) -> bool {
         let current = self.0.get(&stream);
         let counts = current.is_some_and(|current| Arc::ptr_eq(current, waker));

@@ -273,7 +273,7 @@ impl<'s> Forward<'s> {
         })
     }
 
-    /// Forwards until CLOSE is answered. Tells whether CRIU hangs up next.
+    /// Forwards until CLOSE is answered. Returns whether CRIU hangs up next.
     fn run(&mut self, stream: &mut Stream) -> Result<bool> {
         let idle_timeout = self.idle_timeout;
         let set = stream.socket().set_read_timeout(idle_timeout);
@@ -311,7 +311,7 @@ impl<'s> Forward<'s> {
         Ok(bytes)
     }
 
-    /// Does what `input` says. Tells at CLOSE whether CRIU hangs up next.
+    /// Does what `input` says. Returns at CLOSE whether CRIU hangs up next.
     fn take_steps(&mut self, stream: &mut Stream, input: &[u8]) -> Result<Option<bool>> {
         let mut at = 0;
         loop {

@@ -139,7 +139,7 @@ impl ClientTable {
         })
     }
 
-    /// The dump is lost. Says whether a client has everything by now.
+    /// The dump is lost. Returns whether a client has everything by now.
     pub(super) fn give_up(&self) -> bool {
         let mut state = lock(&self.state);
         state.given_up = true;
@@ -177,7 +177,7 @@ impl ClientTable {
 }
 
 impl ClientEntry<'_> {
-    /// This client has everything. Says whether it is in time: if not, the dump's processes go on.
+    /// This client has everything. Returns whether it is in time: if not, the dump's processes go on.
     pub(super) fn confirm(&self) -> bool {
         let mut state = lock(&self.clients.state);
         state.confirmed |= !state.given_up;

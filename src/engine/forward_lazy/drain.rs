@@ -169,7 +169,7 @@ impl Drain {
         }
     }
 
-    /// Takes what has come. Says whether there may be more.
+    /// Takes what has come. Returns whether there may be more.
     fn step(&mut self, dump_memory: &DumpMemory) -> Result<bool> {
         let unread = &self.buffer[self.start..self.end];
         let (used, step) = self.fetcher.next(unread).map_err(|error| {

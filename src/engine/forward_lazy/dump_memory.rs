@@ -70,7 +70,7 @@ impl State {
         }
     }
 
-    /// The pages `numbers` have come. Says whether those who wait are to be woken: if it is what one of them waits
+    /// The pages `numbers` have come. Returns whether those who wait are to be woken: if it is what one of them waits
     /// for, when as much has come as is pushed together, and at the end.
     fn arrived(&mut self, pid: u32, range: PageRange, numbers: &Range<u64>) -> bool {
         self.plan.arrived(pid, range);

@@ -366,7 +366,7 @@ struct Push<'s> {
 }
 
 impl Push<'_> {
-    /// Pushes a batch as soon as its pages are there. Says whether there may be more.
+    /// Pushes a batch as soon as its pages are there. Returns whether there may be more.
     fn step(&mut self) -> Result<bool> {
         let dump_memory = &self.session.dump_memory;
         let next = dump_memory.with_plan(|plan| lock(&self.session.push_planner).next_step(plan));

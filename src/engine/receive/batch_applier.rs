@@ -217,7 +217,7 @@ impl BatchApplier {
             .map_err(|error| Error::wrap(Kind::Protocol, "a batch is damaged", error))
     }
 
-    /// Appends the page at `vaddr` of the target with the number `of` to the shared pages. Tells its hash.
+    /// Appends the page at `vaddr` of the target with the number `of` to the shared pages. Returns its hash.
     fn read_shared(&mut self, target: Target, of: u16, vaddr: Vaddr) -> Result<PageHash> {
         let start = self.shared.len();
         self.shared.resize(start + self.page.as_usize(), 0);

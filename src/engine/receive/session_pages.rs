@@ -95,7 +95,7 @@ impl SessionPages {
         Some(pages.target)
     }
 
-    /// Reads the page at `vaddr` of the target with this number. Says whether it was written.
+    /// Reads the page at `vaddr` of the target with this number. Returns whether it was written.
     ///
     /// # Errors
     ///

@@ -34,7 +34,7 @@ impl Restore {
     }
 
     /// Looks again and again for a short time, as long as a fault or its answer is due: to sleep and
-    /// be woken takes a third of the time of a fault. Others that want the CPU have it. Says whether
+    /// be woken takes a third of the time of a fault. Others that want the CPU have it. Returns whether
     /// something happened.
     fn busy_poll(&mut self) -> Result<bool> {
         let mut now_us = self.clock.now_us();

@@ -392,7 +392,7 @@ impl Restore {
         self.defer(id, reason)
     }
 
-    /// A step of background work from local images, if there is any to do now. Says whether there was.
+    /// A step of background work from local images, if there is any to do now. Returns whether there was.
     pub(super) fn background_step(&mut self) -> Result<bool> {
         if self.losses.is_decided() {
             // What is here is all that will come: neither faults nor a link are in its way.
@@ -408,7 +408,7 @@ impl Restore {
     }
 
     /// Installs the next pieces of local images in the background, a step's worth: fragmented memory has many
-    /// in one. Says whether there was one.
+    /// in one. Returns whether there was one.
     pub(super) fn local_step(&mut self) -> Result<bool> {
         let Some((id, first)) = self.planner.next_local(STEP_BYTES) else {
             return Ok(false);

@@ -152,7 +152,7 @@ impl Losses {
         }
     }
 
-    /// The source is back. Says whether it was lost.
+    /// The source is back. Returns whether it was lost.
     fn recover(&mut self) -> bool {
         let was_lost = self.source.take().is_some();
         if was_lost {

@@ -191,7 +191,7 @@ impl Restore {
         }
     }
 
-    /// Gives the descriptors back by which children are looked at. Says whether there were any.
+    /// Gives the descriptors back by which children are looked at. Returns whether there were any.
     pub(super) fn forget_hosts_of_children(&mut self) -> bool {
         let mut count = usize::from(
             self.last_look

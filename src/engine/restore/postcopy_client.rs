@@ -168,7 +168,7 @@ impl<T> PostcopyClient<T> {
     }
 
     /// Hashes the next few pages of what the far end asks for, which takes no longer than to install
-    /// them would. Says how many bytes of them go out now.
+    /// them would. Returns how many bytes of them go out now.
     pub(in crate::engine) fn send_hashes(&mut self) -> u64 {
         if self.may_send_hashes()
             && let Some(wanted) = self.receiver.wanted_hashes()
@@ -224,7 +224,7 @@ impl<T> PostcopyClient<T> {
         }
     }
 
-    /// Sends what is queued, and a heartbeat when it is time. Says for each socket whether something is
+    /// Sends what is queued, and a heartbeat when it is time. Returns for each socket whether something is
     /// left that it does not take now.
     pub(in crate::engine) fn flush(&mut self) -> std::result::Result<[bool; 2], ConnError> {
         let Some(pair) = &mut self.pair else {

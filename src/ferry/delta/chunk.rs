@@ -149,7 +149,7 @@ impl Chunk {
     }
 
     /// This round's versions are the new base version: forgets the pages that the round did not
-    /// mention and names their slots to `dropped`. Tells whether anything is left.
+    /// mention and names their slots to `dropped`. Returns whether anything is left.
     pub(super) fn commit(&mut self, mut dropped: impl FnMut(Slot)) -> bool {
         self.forget_sent();
         for at in 0..CHUNK_PAGES {

@@ -359,7 +359,7 @@ impl Tree {
         }
     }
 
-    /// Reads the page at `vaddr` of `target`, which is not the current one. Says whether it is there.
+    /// Reads the page at `vaddr` of `target`, which is not the current one. Returns whether it is there.
     ///
     /// # Errors
     ///

@@ -107,7 +107,7 @@ impl Space {
         }
     }
 
-    /// Lets the pages `order`, by address in the dump, come before all others, in this order. Says how many of them are
+    /// Lets the pages `order`, by address in the dump, come before all others, in this order. Returns how many of them are
     /// missing.
     pub fn stream_first(&mut self, order: Vec<PageRange>) -> u64 {
         // By address in the dump it is looked for in local images too.

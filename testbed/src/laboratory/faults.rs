@@ -163,7 +163,7 @@ fn fault(area: &Area, page: PageSize, cpu: usize, time: Duration) -> Result<Hist
     Ok(latencies)
 }
 
-/// Serves faults until the one on the last page. Tells the handler's CPU time.
+/// Serves faults until the one on the last page. Returns the handler's CPU time.
 fn serve(waiter: &mut Waiter, watched: &Watched, page: PageSize, cpu: usize) -> Result<Duration> {
     cpus::stay_on(cpu)?;
     let now = || clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from);

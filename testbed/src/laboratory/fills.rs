@@ -44,7 +44,7 @@ impl Fill {
         }
     }
 
-    /// Fails with [`Unsupported`] if the kernel has it not. Tells what to agree on and to register for.
+    /// Fails with [`Unsupported`] if the kernel has it not. Returns what to agree on and to register for.
     fn needs(self) -> Result<(u64, Modes)> {
         let (feature, name, since, modes) = match self {
             Fill::Copy | Fill::Zero => (0, "userfaultfd", "4.3", Modes::MISSING),

@@ -132,7 +132,7 @@ impl Simulation {
         }
     }
 
-    /// Carries one dump over and checks the rule. Tells how it ended for the client, if that did not
+    /// Carries one dump over and checks the rule. Returns how it ended for the client, if that did not
     /// crash, and for the dump.
     fn migrate(&mut self, failure: InjectedFailure) -> (Option<End>, Dump) {
         let mut net = Net::new(self.rng.fork(), self.conditions);

@@ -43,7 +43,7 @@ pub(super) struct Results<'a, R> {
 }
 
 impl<'a, R> Results<'a, R> {
-    /// Nothing is measured yet. Says what the machine is, and `how` the numbers are to be read. Fails if what is
+    /// Nothing is measured yet. Returns what the machine is, and `how` the numbers are to be read. Fails if what is
     /// measured could not be saved.
     pub(super) fn begin(
         bench: &str,

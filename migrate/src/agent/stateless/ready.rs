@@ -31,7 +31,7 @@ pub(super) struct ReadinessCheck<'a> {
 }
 
 impl ReadinessCheck<'_> {
-    /// Asks once. Tells why it is not ready.
+    /// Asks once. Returns why it is not ready.
     pub(super) async fn is_ready(self, ready: &Ready) -> Result<(), String> {
         let asked = async {
             match ready {

@@ -128,7 +128,7 @@ impl<W: Write> Write for Counted<W> {
     }
 }
 
-/// Writes the files as a layer, compressed. Tells the sum before the compression, and the bytes behind it.
+/// Writes the files as a layer, compressed. Returns the sum before the compression, and the bytes behind it.
 fn pack(root: &Path, is_upper: bool, to: impl Write) -> Result<(Digest, u64)> {
     let failed = |error| Error::file("send", root, error);
     let counted = Counted { to, bytes: 0 };

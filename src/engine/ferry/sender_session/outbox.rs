@@ -28,7 +28,7 @@ impl Outbox {
         self.frames.push_back(Arc::new(frame));
     }
 
-    /// The frame of `number`, where `last` is the highest one, for a connection. Says whether it is the first one
+    /// The frame of `number`, where `last` is the highest one, for a connection. Returns whether it is the first one
     /// that carries it.
     pub(super) fn take(&mut self, number: u64, last: u64) -> (Arc<Vec<u8>>, bool) {
         let from_back = usize::try_from(last - number).expect("within the window");

@@ -48,7 +48,7 @@ pub(in crate::engine::restore) type Answer = (Question, io::Result<Vec<u8>>);
 
 impl Links {
     /// Asks the source for the pages `image` of `pid`, which local images cannot give, in questions of `step` bytes;
-    /// each is given up after `timeout`, and `asked` sees it. Says whether there is a source to ask.
+    /// each is given up after `timeout`, and `asked` sees it. Returns whether there is a source to ask.
     pub(in crate::engine::restore) fn ask_fallback(
         &mut self,
         (pid, image): (u32, PageRange),

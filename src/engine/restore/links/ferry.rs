@@ -151,7 +151,7 @@ impl Restore {
         may_tell && !self.background.is_throttled(self.clock.now_us())
     }
 
-    /// Asks for what `next` names, as long as no more than `most_pages` are asked for. Says for how many
+    /// Asks for what `next` names, as long as no more than `most_pages` are asked for. Returns for how many
     /// bytes it did.
     fn ask_ferry(
         &mut self,

@@ -153,7 +153,7 @@ impl Link {
         self.fetcher.close(&mut self.out);
     }
 
-    /// Sends what is queued. Says whether something is left that the socket does not take now.
+    /// Sends what is queued. Returns whether something is left that the socket does not take now.
     pub(super) fn flush(&mut self) -> io::Result<bool> {
         while !self.out.is_empty() {
             match self.transport.send(&self.out) {

@@ -77,7 +77,7 @@ impl Earlier {
         })
     }
 
-    /// Reads the local pages of `unverified` to their places. Says whether all are there.
+    /// Reads the local pages of `unverified` to their places. Returns whether all are there.
     pub(super) fn read(&self, unverified: &mut UnverifiedDelivery) -> Result<bool> {
         let base = self.bases.get(&unverified.pid());
         for (range, bytes) in unverified.local() {
