@@ -32,8 +32,9 @@ pub(crate) fn finish(args: &FinishArgs) -> ExitCode {
     let done = open(&args.dir).and_then(|dir| rewrite::finish(&dir));
     report(done, |done| {
         format!(
-            "{} pages that CRIU does not look for in parents were put into {} pagemaps",
-            done.filled_pages, done.pagemaps
+            "{} pages that CRIU does not look for in parents, and {} pages of zeros for locked memory, were put into \
+             {} pagemaps",
+            done.filled_pages, done.zero_pages, done.pagemaps
         )
     })
 }

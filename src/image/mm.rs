@@ -159,11 +159,15 @@ fn kind_of(vma: &Vma) -> MappingKind {
     }
 }
 
+/// Whether `vma` is private anonymous memory, and no guard region in it.
+pub(super) fn is_private_anonymous(vma: &Vma) -> bool {
+    let is = |bits| vma.status & bits != 0;
+    is(STATUS_REGULAR) && is(STATUS_ANON_PRIVATE) && !is(STATUS_GUARD)
+}
+
 /// `vma`, if transparent huge pages can be in it.
 fn huge_mapping(vma: &Vma) -> Option<HugeMapping> {
-    let is = |bits| vma.status & bits != 0;
-    let ordinary = is(STATUS_REGULAR) && is(STATUS_ANON_PRIVATE);
-    if !ordinary || is(STATUS_GUARD) || vma.flags & FLAG_HUGETLB != 0 || vma.start >= vma.end {
+    if !is_private_anonymous(vma) || vma.flags & FLAG_HUGETLB != 0 || vma.start >= vma.end {
         return None;
     }
     let advised = vma.madv.unwrap_or(0);

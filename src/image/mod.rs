@@ -18,6 +18,8 @@ pub mod file;
 #[cfg(feature = "engine")]
 pub mod holes;
 #[cfg(feature = "engine")]
+mod locked;
+#[cfg(feature = "engine")]
 pub mod mm;
 #[cfg(feature = "engine")]
 mod open;

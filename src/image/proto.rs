@@ -132,6 +132,9 @@ pub struct Mm {
     /// The first address behind it.
     #[prost(uint64, required, tag = "11")]
     pub env_end: u64,
+    /// The file of its program, by its number in the images.
+    #[prost(uint32, required, tag = "12")]
+    pub exe_file_id: u32,
     /// The mappings by address, then (from CRIU 4.2.1 on) the guard regions inside them.
     #[prost(message, repeated, tag = "14")]
     pub vmas: Vec<Vma>,

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! finish   DIR: hole to the parent in a mapping that CRIU restores without its parents  ->  the page
+//!          DIR: no page in locked memory, of which a child has a page there  ->  zeros (`super::locked`)
 //! split    DIR: page that a lazy restore leaves out   ->  LAZY entry in DIR, page in LAZYDIR
 //!               any other hole to the parent          ->  the page
 //! ```
@@ -22,6 +23,7 @@ use std::path::Path;
 use super::chain::{Chain, Missing, Place};
 use super::dir::{ImageDir, PARENT_LINK};
 use super::extents::Extents;
+use super::locked;
 use super::pagemap::Extent;
 use super::proto::{PagemapEntry, PagemapHead};
 use super::store::{ImageStore, Sync};
@@ -41,38 +43,61 @@ pub struct Rewritten {
     pub pagemaps: u64,
     /// Pages that had been holes to the parent and are in the directory now.
     pub filled_pages: u64,
+    /// Pages of zeros that locked memory had no entry for.
+    pub zero_pages: u64,
     /// Pages that have moved to the other directory.
     pub moved_pages: u64,
 }
 
-/// Puts the pages into `dir` that CRIU would not look for in its parents, so that it can be restored from. Reads
-/// `mm-*.img`: the images must be complete. Changes nothing where nothing is to be done.
+/// Puts the pages into `dir` that CRIU would not look for in its parents, and those without which a lazy restore gives
+/// zeros to the children of locked memory, so that it can be restored from. Reads `pstree.img` and `mm-*.img`: the images
+/// must be complete. Changes nothing where nothing is to be done.
 ///
 /// # Errors
 ///
 /// The images cannot be read or written, or no parent has a page that is needed.
 pub fn finish(dir: &ImageDir) -> Result<Rewritten> {
     let mut done = Rewritten::default();
-    if dir.parent()?.is_none() {
-        return Ok(done);
-    }
+    let mut lacking = locked::lacking(dir)?;
+    let has_parent = dir.parent()?.is_some();
     for target in dir.targets()? {
         let Target::Process(pid) = target else {
             continue;
         };
-        if !has_holes(dir, target, |_| true)? {
-            continue;
-        }
-        let alone = dir.mappings(pid)?.without_parents;
-        if has_holes(dir, target, |range| touches(&alone, range))? {
-            let mut rewrite = Rewrite::begin(dir, target)?;
-            rewrite.finish(&alone)?;
-            done.filled_pages += rewrite.filled_pages;
-            done.pagemaps += 1;
-            rewrite.commit()?;
+        let alone = match has_parent && has_holes(dir, target, |_| true)? {
+            true => dir.mappings(pid)?.without_parents,
+            false => Vec::new(),
+        };
+        let lacks_pages =
+            !alone.is_empty() && has_holes(dir, target, |range| touches(&alone, range))?;
+        let zeros = lacking.remove(&pid).unwrap_or_default();
+        if lacks_pages || !zeros.is_empty() {
+            let written = rewrite(dir, target, &alone, &zeros, &mut done);
+            written.map_err(|error| match zeros.is_empty() {
+                true => error,
+                false => error.within(format!(
+                    "pid {pid} locks memory where a child has pages that it lacks: without pages of zeros in its images a \
+                     lazy restore would give zeros to the child"
+                )),
+            })?;
         }
     }
     Ok(done)
+}
+
+fn rewrite(
+    dir: &ImageDir,
+    target: Target,
+    alone: &[PageRange],
+    zeros: &[PageRange],
+    done: &mut Rewritten,
+) -> Result<()> {
+    let mut rewrite = Rewrite::begin(dir, target)?;
+    rewrite.finish(alone, zeros)?;
+    done.filled_pages += rewrite.filled_pages;
+    done.zero_pages += rewrite.zero_pages;
+    done.pagemaps += 1;
+    rewrite.commit()
 }
 
 /// Moves the pages that a lazy restore can do without from `dir` to `lazy_dir`, from where a page server can serve
@@ -187,6 +212,7 @@ struct Rewrite<'a> {
     moved: Option<SessionImages>,
     buffer: Vec<u8>,
     filled_pages: u64,
+    zero_pages: u64,
     moved_pages: u64,
 }
 
@@ -204,6 +230,7 @@ impl<'a> Rewrite<'a> {
             moved: None,
             buffer: Vec::new(),
             filled_pages: 0,
+            zero_pages: 0,
             moved_pages: 0,
         })
     }
@@ -218,8 +245,13 @@ impl<'a> Rewrite<'a> {
         Ok(())
     }
 
-    fn finish(&mut self, alone: &[PageRange]) -> Result<()> {
+    /// `zeros`, by address, are in no entry of the pagemap.
+    fn finish(&mut self, alone: &[PageRange], zeros: &[PageRange]) -> Result<()> {
+        let mut zeros = zeros.iter().copied().peekable();
         self.each(|rewrite, extent| {
+            while let Some(before) = zeros.next_if(|zeros| zeros.start() < extent.range.start()) {
+                rewrite.add_zeros(before)?;
+            }
             if !extent.flags.has(PageFlags::PARENT) {
                 return rewrite.keep(extent.range, extent.flags);
             }
@@ -230,7 +262,14 @@ impl<'a> Rewrite<'a> {
                 }
             }
             Ok(())
-        })
+        })?;
+        zeros.try_for_each(|behind| self.add_zeros(behind))
+    }
+
+    /// Where nothing is written the pages file has zeros.
+    fn add_zeros(&mut self, range: PageRange) -> Result<()> {
+        self.zero_pages += range.pages(self.dir.page()).get();
+        self.images.append(range, PageFlags::PRESENT).map(drop)
     }
 
     fn split(&mut self, moved: Option<SessionImages>) -> Result<()> {

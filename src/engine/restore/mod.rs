@@ -82,7 +82,6 @@ use crate::engine::start_wait::StartWait;
 use crate::error::{Error, Kind, Result};
 use crate::image::consume::refuse_consumed;
 use crate::image::dir::ImageDir;
-use crate::image::rewrite;
 use crate::lazy::batched_wakeup::BatchedWakeup;
 use crate::lazy::planner::Planner;
 use crate::sys::process::page_size;
@@ -201,12 +200,14 @@ impl Clock {
 }
 
 impl Restore {
-    /// Waits for the images as long as `config` says, and checks them. What is left of the wait is for the
-    /// source. [`block_signals`] must have been called.
+    /// Waits for the images as long as `config` says, checks them, and makes them whole for a restore. What is left of the
+    /// wait is for the source. [`block_signals`] must have been called. To be called before there is a second process, which
+    /// reads the images too.
     pub fn await_images(config: &RestoreConfig) -> Result<StartWait> {
         Intake::check_free(Path::new("."))?;
         let mut wait = StartWait::new(config.wait)?;
         wait.until(|| prepared::look_at_images(config))?;
+        prepared::finish_images(config)?;
         Ok(wait)
     }
 
@@ -237,15 +238,6 @@ impl Restore {
             .map_err(|error| Error::wrap(Kind::Unsupported, "cannot work here", error))?;
         let images = ImageDir::open(&config.images_dir, page)?;
         let processes = images.processes()?;
-        // Whatever made the images: a restore must not take other pages for those of huge mappings.
-        let finished = rewrite::finish(&images)?;
-        if finished.filled_pages > 0 {
-            tracing::info!(
-                "{} pages that CRIU does not look for in parents are in {} now",
-                finished.filled_pages,
-                config.images_dir.display()
-            );
-        }
         tracing::info!(
             "images of {} processes in {}",
             processes.len(),

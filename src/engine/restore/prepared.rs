@@ -7,6 +7,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::chain::{Absence, Chain, Missing, Place};
 use crate::image::check::check_previous;
 use crate::image::dir::ImageDir;
+use crate::image::rewrite;
 use crate::sys::process::page_size;
 
 /// Whether the images of every process are there, with all that cannot come from the source. They may still be
@@ -49,6 +50,27 @@ pub(super) fn look_at_images(config: &RestoreConfig) -> Result<Attempt<()>> {
         }
     }
     Ok(Attempt::Done(()))
+}
+
+/// Whatever made the images: a restore must not take other pages for those of huge mappings, nor zeros for those of children.
+pub(super) fn finish_images(config: &RestoreConfig) -> Result<()> {
+    let page =
+        page_size().map_err(|error| Error::wrap(Kind::Unsupported, "cannot work here", error))?;
+    let finished = rewrite::finish(&ImageDir::open(&config.images_dir, page)?)?;
+    let dir = config.images_dir.display();
+    if finished.filled_pages > 0 {
+        tracing::info!(
+            "{} pages that CRIU does not look for in parents are in {dir} now",
+            finished.filled_pages
+        );
+    }
+    if finished.zero_pages > 0 {
+        tracing::info!(
+            "{} pages of zeros were added to locked memory in {dir}: children have pages of their own there",
+            finished.zero_pages
+        );
+    }
+    Ok(())
 }
 
 /// What is missing of the images of `pid`.
