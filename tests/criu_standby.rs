@@ -63,6 +63,11 @@ fn a_source_that_serves_again_is_gone_on_with() {
         moving.reports()?;
         standby.succeed()?;
         expect_all_came(&path)?;
+        let log = moving.daemon.process().log().map(fs::read_to_string);
+        let log = log.context("a log")??;
+        let (_, behind) = log.split_once("takes over").context("a takeover")?;
+        // It gave up before all that it does not need.
+        ensure!(!behind.contains("sandbox:"), "a second sandbox: {behind}");
         moving.expect_all_right()
     });
 }

@@ -259,6 +259,8 @@ impl Daemon {
     pub fn stand_by(&mut self, name: &CStr, needs: &Needs) -> Result<()> {
         self.status = None;
         self.manager = None;
+        // Once given up, nothing can be given up again: not even what gives it up is allowed then.
+        self.needs = None;
         // Who looks for the program by its name means the first one. Without the name it works as well.
         let _ = set_name(name);
         sandbox::enter(self.sandbox, needs, Process::Beside)
