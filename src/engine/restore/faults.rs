@@ -24,7 +24,9 @@ impl Restore {
     /// Answers every fault that there is, and sends for what they need.
     pub(super) fn serve_faults(&mut self) -> Result<()> {
         let mut has_messages = false;
-        for id in self.processes.with_messages()? {
+        let with_messages = self.processes.with_messages()?;
+        self.family.forget();
+        for id in with_messages {
             has_messages = true;
             self.read_events(id)?;
         }
@@ -195,6 +197,7 @@ impl Restore {
             StandbyMessage::Fork { id, parent },
             Some(child.uffd.as_fd()),
         );
+        self.family.forget();
         self.processes.adopt(id, child)?;
         self.look_for_some_ended();
         Ok(Some(id))
@@ -217,15 +220,10 @@ impl Restore {
     /// The same where it is not known which process it is: of those that it may be one alone waits until its fork is known.
     fn wiped_by_unknown(&self, process: &Process) -> Option<Vec<PageRange>> {
         let scope = process.search.as_ref().map(OwnerSearch::scope)?;
-        let known: Vec<i32> = self
-            .processes
-            .iter()
-            .filter_map(|(_, process)| process.host.as_ref().map(HostProcess::pid))
-            .collect();
-        let mut forking = scope
-            .pids()
+        let pids = scope.pids(&self.processes.host_pids(), usize::MAX)?;
+        let mut forking = pids
             .into_iter()
-            .filter(|pid| !known.contains(pid) && host_process::waits_for_its_fork(*pid));
+            .filter(|pid| host_process::waits_for_its_fork(*pid));
         let pid = forking.next().filter(|_| forking.next().is_none())?;
         host_process::wiped_on_fork_of(pid)
     }

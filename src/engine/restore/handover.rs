@@ -13,9 +13,10 @@ use std::time::{Duration, Instant};
 
 use nix::sys::epoll::EpollFlags;
 
+use super::candidates::SearchScope;
 use super::host_process::HostProcess;
 use super::intake::{Intake, IntakeCopies, IntakeEvent, OnSocketChange, SocketChange};
-use super::owner_search::{OwnerSearch, SearchScope};
+use super::owner_search::OwnerSearch;
 use super::processes::Process;
 use super::standby::{Standby, StandbyMessage, notify};
 use super::{Restore, Token, host_process, process, rewatch, watch};
@@ -342,6 +343,7 @@ impl Restore {
             Some(uffd.as_fd()),
         );
         let host = HostProcess::open(host, started);
+        self.family.forget();
         let process = Process {
             search: host
                 .is_none()

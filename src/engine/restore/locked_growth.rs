@@ -15,6 +15,7 @@
 //! Invariant: a page counts as new only if a thread of its process waits for a page within an mremap that has it behind the
 //! old length. Nothing else in that call touches memory.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -22,7 +23,7 @@ use nix::libc::{self, c_long};
 
 use super::Restore;
 use super::host_process::THREADS_MAX;
-use super::owner_search::{OwnerSearch, SearchScope};
+use super::owner_search::OwnerSearch;
 use crate::engine::smaps;
 use crate::lazy::planner::SpaceId;
 use crate::units::{PageRange, PageSize, Vaddr};
@@ -127,7 +128,8 @@ impl Restore {
             Some(host) => growth_at(|file| host.path(file), at, size),
             None => {
                 let scope = process.search.as_ref().map(OwnerSearch::scope);
-                let pids = scope.map(SearchScope::pids).unwrap_or_default();
+                let all = scope.and_then(|scope| scope.pids(&BTreeSet::new(), usize::MAX));
+                let pids = all.unwrap_or_default();
                 let dir = |pid: i32| PathBuf::from(format!("/proc/{pid}"));
                 pids.into_iter()
                     .find_map(|pid| growth_at(|file| dir(pid).join(file), at, size))

@@ -19,6 +19,7 @@
 //! | `handover` | what the restore says: processes, its end |
 //! | `lazy::planner`, `processes` | what memory does: faults, forks, moves, ends |
 //! | `waking`, `install`, `guards`, `deferred`, `unreadable` | filling pages: sequences to be woken, guards, processes that are paused, images that fail |
+//! | `owner_search`, `candidates` | fills of processes that nobody has named |
 //! | `links` | connections to the source: answers, breaks, new attempts |
 //! | `background`, `second_dump` | the rate, and whoever traces a process |
 //! | `loss` | pages that cannot come, and what an operator says about them |
@@ -36,6 +37,7 @@
 
 mod auto_dedup;
 mod background;
+mod candidates;
 mod config;
 mod deferred;
 mod faults;
@@ -88,6 +90,7 @@ use crate::sys::process::page_size;
 use crate::sys::uffd::MessageBuffer;
 use auto_dedup::AutoDedup;
 use background::Background;
+use candidates::Family;
 pub use config::{OnLoss, RestoreConfig};
 use deferred::Deferred;
 use guards::GuardScans;
@@ -171,6 +174,8 @@ pub struct Restore {
     filling: Filling,
     guard_scans: GuardScans,
     last_look: LastLook,
+    /// Who may be the process that is filled next, if it is unknown.
+    family: Family,
     /// Takes out of the local images what nobody needs any more.
     auto_dedup: Option<AutoDedup>,
     /// What is to become huge pages again.
@@ -278,6 +283,7 @@ impl Restore {
             filling: Filling::default(),
             guard_scans: GuardScans::default(),
             last_look: LastLook::default(),
+            family: Family::default(),
             standby,
             room: MessageBuffer::zeroed(),
         };

@@ -13,53 +13,22 @@
 //! ```
 //!
 //! Invariants: a guard region counts only if it cannot be another process's. A process that is not found after a few
-//! fills is not looked for any more, and guard regions in its missing memory are lost. The candidates of one look at most
-//! are open.
+//! fills is not looked for any more, and guard regions in its missing memory are lost. The candidates of one look, and of
+//! one family, at most are open.
 
-use std::collections::BTreeSet;
-use std::fs;
-use std::io;
-
-use nix::libc::ESRCH;
+use std::sync::Arc;
 
 use super::Restore;
-use super::host_process::{HostProcess, children};
-use crate::engine::smaps::{self, MISSING};
+use super::candidates::{Candidate, SearchScope};
+use super::host_process::HostProcess;
 use crate::lazy::planner::SpaceId;
-use crate::sys::owned_process::{ProcessName, ProcessStat};
-use crate::sys::pagemap::Pagemap;
 use crate::units::{PageRange, Vaddr};
-
-/// Most candidates that are looked at.
-const CANDIDATES_MAX: usize = 64;
-
-/// Most descendants of a process that are searched for its children.
-const DESCENDANTS_MAX: usize = 256;
 
 /// What looking at candidates costs; to find that there are none costs 1.
 const LOOK_COST: u32 = 32;
 
 /// What may be spent on one process.
 const COST_MAX: u32 = 1024;
-
-/// Where a process is searched for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum SearchScope {
-    /// The descendants of the process with this pid on this host.
-    Descendants(i32),
-    /// All that have this pid in their innermost namespace.
-    Named(u32),
-}
-
-impl SearchScope {
-    /// Pids of this host.
-    pub(super) fn pids(self) -> Vec<i32> {
-        match self {
-            SearchScope::Descendants(pid) => descendants(pid),
-            SearchScope::Named(inner) => named(inner),
-        }
-    }
-}
 
 /// The search for the process of a userfaultfd.
 #[derive(Debug)]
@@ -78,7 +47,7 @@ pub(super) struct LastLook(Option<MissingPage>);
 struct MissingPage {
     id: SpaceId,
     page: Vaddr,
-    candidates: Vec<Candidate>,
+    candidates: Vec<Arc<Candidate>>,
     cost: u32,
 }
 
@@ -90,15 +59,6 @@ impl OwnerSearch {
     pub(super) fn scope(&self) -> SearchScope {
         self.scope
     }
-}
-
-/// A process that may be the one.
-#[derive(Debug)]
-struct Candidate {
-    name: ProcessName,
-    pagemap: Pagemap,
-    /// The first one where it is to be filled.
-    guard: Option<PageRange>,
 }
 
 /// What is to be done before a fill.
@@ -122,20 +82,17 @@ impl Restore {
         let Some(mut candidates) = self.candidates(scope) else {
             return Guards::None;
         };
-        let mut free = at;
-        for candidate in &mut candidates {
-            // An error: it has ended, or the kernel cannot tell.
-            candidate.guard = candidate.pagemap.first_guard(at).ok().flatten();
-            free = candidate.guard.map_or(free, |guard| beside(free, guard));
-        }
+        // An error: it has ended, or the kernel cannot tell.
+        let guards: Vec<Option<PageRange>> = candidates
+            .iter()
+            .map(|candidate| candidate.first_guard(at))
+            .collect();
+        let free = guards.iter().flatten().copied().fold(at, beside);
         if free.is_empty() {
-            return common_guard(&candidates, at).map_or(Guards::None, Guards::At);
+            return common_guard(&candidates, &guards, at).map_or(Guards::None, Guards::At);
         }
         let page = self.images.page().bytes();
-        let lacks = |candidate: &Candidate| {
-            let there = candidate.pagemap.is_present(free.start(), page);
-            there.is_ok_and(|there| !there)
-        };
+        let lacks = |candidate: &Arc<Candidate>| candidate.has(free.start(), page) == Some(false);
         let cost = if candidates.is_empty() { 1 } else { LOOK_COST };
         candidates.retain(lacks);
         self.last_look = LastLook(Some(MissingPage {
@@ -166,13 +123,16 @@ impl Restore {
         };
         search.cost += lacked.cost;
         let too_long = search.cost > COST_MAX;
-        let has = |one: &&Candidate| one.pagemap.is_present(start, page).unwrap_or(false);
+        let has = |one: &&Arc<Candidate>| one.has(start, page) == Some(true);
         let mut found = lacked.candidates.iter().filter(has);
         let name = match (found.next(), found.next()) {
-            (Some(found), None) => Some(found.name),
+            (Some(found), None) => Some(found.name()),
             _ if too_long => None,
             _ => return,
         };
+        if let Some(name) = name {
+            self.family.found(name.pid);
+        }
         let Some(process) = self.processes.get_mut(id) else {
             return;
         };
@@ -193,12 +153,9 @@ impl Restore {
 
     /// Gives the descriptors back by which children are looked at. Returns whether there were any.
     pub(super) fn forget_hosts_of_children(&mut self) -> bool {
-        let mut count = usize::from(
-            self.last_look
-                .0
-                .take()
-                .is_some_and(|look| !look.candidates.is_empty()),
-        );
+        let look = self.last_look.0.take();
+        let looked_at = look.is_some_and(|look| !look.candidates.is_empty());
+        let mut count = usize::from(self.family.forget() || looked_at);
         for id in self.processes.ids() {
             let Some(process) = self.processes.get_mut(id) else {
                 continue;
@@ -212,61 +169,26 @@ impl Restore {
         count > 0
     }
 
-    /// The processes of `scope` that are not known yet; `None` if not all of them can be seen.
-    fn candidates(&self, scope: SearchScope) -> Option<Vec<Candidate>> {
-        let mut pids = scope.pids();
-        let hosts = self
-            .processes
-            .iter()
-            .filter_map(|(_, process)| process.host.as_ref());
-        // Hundreds of each, in a storm of forks, for each of their faults.
-        let known: BTreeSet<i32> = hosts.map(HostProcess::pid).collect();
-        pids.retain(|pid| !known.contains(pid));
-        if pids.len() > CANDIDATES_MAX {
-            return None;
-        }
-        let opened = pids.into_iter().map(Candidate::open);
-        let opened: io::Result<Vec<_>> = opened.collect();
-        Some(opened.ok()?.into_iter().flatten().collect())
+    /// The processes of `scope` that are not known yet; `None` if there are too many, or not all of them can be seen.
+    fn candidates(&mut self, scope: SearchScope) -> Option<Vec<Arc<Candidate>>> {
+        let processes = &self.processes;
+        self.family.of(scope, || processes.host_pids())
     }
 }
 
-impl Candidate {
-    /// `None` if it has ended.
-    fn open(pid: i32) -> io::Result<Option<Candidate>> {
-        let opened = ProcessStat::of(pid).and_then(|stat| {
-            let started = stat.started;
-            Ok(Candidate {
-                name: ProcessName { pid, started },
-                pagemap: Pagemap::open(format!("/proc/{pid}/pagemap").as_ref())?,
-                guard: None,
-            })
-        });
-        match opened {
-            Ok(candidate) => Ok(Some(candidate)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) if error.raw_os_error() == Some(ESRCH) => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Whether it has memory under a userfaultfd in `range`.
-    fn is_watched(&self, range: PageRange) -> bool {
-        let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.name.pid));
-        let watched = smaps::mappings_with(MISSING, &smaps.unwrap_or_default());
-        watched
-            .iter()
-            .any(|mapping| mapping.intersect(range).is_some())
-    }
-}
-
-/// The guard region in `at` that all candidates have which it could be filled for.
-fn common_guard(candidates: &[Candidate], at: PageRange) -> Option<PageRange> {
-    let mut watched = candidates.iter().filter(|one| one.is_watched(at));
-    let guard = watched.next()?.guard?;
+/// The guard region in `at` that all candidates have which it could be filled for; `guards` are theirs, in the same order.
+fn common_guard(
+    candidates: &[Arc<Candidate>],
+    guards: &[Option<PageRange>],
+    at: PageRange,
+) -> Option<PageRange> {
+    let both = candidates.iter().zip(guards);
+    let mut watched = both.filter(|(one, _)| one.is_watched(at));
+    let (_, guard) = watched.next()?;
     watched
-        .all(|other| other.guard == Some(guard))
-        .then_some(guard)
+        .all(|(_, other)| other == guard)
+        .then_some(*guard)
+        .flatten()
 }
 
 /// The longer part of `free` beside `guard`.
@@ -283,28 +205,6 @@ fn beside(free: PageRange, guard: PageRange) -> PageRange {
     }
 }
 
-/// The descendants of the process `pid`, as far as there are not too many.
-fn descendants(pid: i32) -> Vec<i32> {
-    let mut found = children(pid);
-    let mut next = 0;
-    while next < found.len() && found.len() <= DESCENDANTS_MAX {
-        found.extend(children(found[next]));
-        next += 1;
-    }
-    found
-}
-
-/// The processes with the pid `inner` in their innermost namespace.
-fn named(inner: u32) -> Vec<i32> {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let is_named = |pid: &i32| {
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-        smaps::inner_pid(&status) == Some(inner)
-    };
-    pids.filter(is_named).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -317,21 +217,5 @@ mod tests {
         assert_eq!(beside(at, range(0x8000, 0xf000)), range(0x1000, 0x8000));
         assert_eq!(beside(at, range(0x9000, 0xf000)), at);
         assert!(beside(at, range(0x1000, 0x9000)).is_empty());
-    }
-
-    #[test]
-    fn who_is_sought_is_seen() {
-        let mut child = std::process::Command::new("sleep")
-            .arg("600")
-            .spawn()
-            .unwrap();
-        let pid = child.id().cast_signed();
-        assert!(descendants(std::process::id().cast_signed()).contains(&pid));
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        assert!(named(smaps::inner_pid(&status).unwrap()).contains(&pid));
-        assert!(Candidate::open(pid).unwrap().is_some());
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert!(Candidate::open(pid).unwrap().is_none());
     }
 }

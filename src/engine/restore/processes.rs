@@ -4,7 +4,7 @@
 //! Invariants: the userfaultfd of each process is polled, unless it was told to wait ([`Processes::unwatch`]); a process
 //! that was removed has no fault left.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Bound;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -12,9 +12,10 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags, EpollTimeout};
 
+use super::candidates::SearchScope;
 use super::host_process::HostProcess;
 use super::install::READAHEAD_BYTES;
-use super::owner_search::{OwnerSearch, SearchScope};
+use super::owner_search::OwnerSearch;
 use super::{new_poll, watch};
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::Chain;
@@ -126,6 +127,13 @@ impl Processes {
 
     pub(super) fn ids(&self) -> Vec<SpaceId> {
         self.members.keys().copied().collect()
+    }
+
+    /// The pids on this host of those that are known there.
+    pub(super) fn host_pids(&self) -> BTreeSet<i32> {
+        let hosts = self.members.values();
+        let hosts = hosts.filter_map(|process| process.host.as_ref());
+        hosts.map(HostProcess::pid).collect()
     }
 
     /// The next `count` behind those that this was last asked for; none once around.
