@@ -10,6 +10,9 @@ use std::path::Path;
 
 use crate::units::{PageRange, Vaddr};
 
+/// PAGE_IS_PRESENT or PAGE_IS_SWAPPED: the page is in memory, or swapped out.
+const POPULATED: u64 = 1 << 3 | 1 << 4;
+
 /// PAGE_IS_GUARD: the page lies in a guard region (MADV_GUARD_INSTALL).
 const GUARD: u64 = 1 << 8;
 
@@ -36,6 +39,15 @@ const ONLY_TRACKED: u64 = 1 << 1;
 
 /// Runs that are told by one call.
 const RUNS: usize = 512;
+
+/// Which pages to look for.
+#[derive(Clone, Copy, Debug)]
+struct Categories {
+    /// All of these.
+    all: u64,
+    /// One of these, if it is not 0.
+    any: u64,
+}
 
 /// An open /proc/PID/pagemap. It stays with the memory that the process had when it was opened.
 #[derive(Debug)]
@@ -75,7 +87,8 @@ impl Pagemap {
     pub fn first_guard(&self, range: PageRange) -> io::Result<Option<PageRange>> {
         let mut found = [Region::default()];
         let (start, end) = (range.start().get(), range.end().get());
-        let (regions, _) = self.scan(start, end, GUARD, 0, &mut found)?;
+        let guards = Categories { all: GUARD, any: 0 };
+        let (regions, _) = self.scan(start, end, guards, 0, &mut found)?;
         let [found] = found;
         let within =
             |found: &Region| start <= found.start && found.start < found.end && found.end <= end;
@@ -83,18 +96,45 @@ impl Pagemap {
         Ok(found.map(|found| PageRange::new(found.start, found.end)))
     }
 
-    /// Calls `each` for every run of pages in `range` that is not write-protected by a userfaultfd, and protects it.
-    /// All of `range` must be registered. After an error some pages may be protected that were not told.
+    /// Calls `each` for every run of pages in `range` that are in memory or swapped out. Where none ever was, that takes no
+    /// time. An error of kind `InvalidInput` or a bare ENOTTY means that this kernel cannot tell.
+    pub fn populated(&self, range: PageRange, each: impl FnMut(PageRange)) -> io::Result<()> {
+        let wanted = Categories {
+            all: 0,
+            any: POPULATED,
+        };
+        self.each_run(range, wanted, 0, each)
+    }
+
+    /// Calls `each` for every run of pages in `range` that are there and not write-protected by a userfaultfd, and protects
+    /// them. All of `range` must be registered. After an error some pages may be protected that were not told.
+    ///
+    /// Of other pages it protects none: the kernel would make page tables for them, 2 GiB for a reservation of 1 TiB, and
+    /// they would look like pages that are swapped out. One that comes later counts as written then.
     pub(super) fn take_written(
         &self,
         range: PageRange,
+        each: impl FnMut(PageRange),
+    ) -> io::Result<()> {
+        let wanted = Categories {
+            all: WRITTEN,
+            any: POPULATED,
+        };
+        self.each_run(range, wanted, PROTECT | ONLY_TRACKED, each)
+    }
+
+    /// Calls `each` for every run of pages in `range` that are of the categories `wanted`.
+    fn each_run(
+        &self,
+        range: PageRange,
+        wanted: Categories,
+        flags: u64,
         mut each: impl FnMut(PageRange),
     ) -> io::Result<()> {
         let mut found = [Region::default(); RUNS];
         let (mut at, end) = (range.start().get(), range.end().get());
         while at < end {
-            let flags = PROTECT | ONLY_TRACKED;
-            let (regions, walk_end) = self.scan(at, end, WRITTEN, flags, &mut found)?;
+            let (regions, walk_end) = self.scan(at, end, wanted, flags, &mut found)?;
             for run in &found[..regions] {
                 if run.start >= at && run.start < run.end && run.end <= end {
                     each(PageRange::new(run.start, run.end));
@@ -108,13 +148,13 @@ impl Pagemap {
         Ok(())
     }
 
-    /// Looks for pages of `category` from `start` to `end`. Returns how many runs of them are in `found` now, and where
+    /// Looks for pages of the categories `wanted` from `start` to `end`. Returns how many runs of them are in `found` now, and where
     /// the look ended.
     fn scan(
         &self,
         start: u64,
         end: u64,
-        category: u64,
+        wanted: Categories,
         flags: u64,
         found: &mut [Region],
     ) -> io::Result<(usize, u64)> {
@@ -125,8 +165,9 @@ impl Pagemap {
             end,
             vec: found.as_mut_ptr().expose_provenance() as u64,
             vec_len: found.len() as u64,
-            category_mask: category,
-            return_mask: category,
+            category_mask: wanted.all,
+            category_anyof_mask: wanted.any,
+            return_mask: wanted.all | wanted.any,
             ..Scan::default()
         };
         // SAFETY: `call` is a valid pm_scan_arg whose `vec` is room for the regions that `vec_len` tells; both
@@ -199,6 +240,13 @@ mod tests {
         unsafe { last.write_volatile(1) };
         assert!(is_present(15) && !is_present(14));
         assert_eq!(pagemap.count(range(0, 16), page).unwrap(), (1, 1));
+        let mut populated = Vec::new();
+        if pagemap
+            .populated(range(0, 16), |run| populated.push(run))
+            .is_ok()
+        {
+            assert_eq!(populated, [range(15, 16)]);
+        }
         let install = |from: u64, pages: u64| {
             let at = mapped
                 .as_ptr()

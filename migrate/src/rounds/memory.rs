@@ -12,7 +12,7 @@ use pageferry::units::{PageRange, PageSize, Vaddr};
 use procfs::process::{MMPermissions, MMapPath, MemoryMap, Process};
 
 use super::PageSink;
-use super::page_map::{WINDOW_PAGES, each_word, read_words};
+use super::page_map::{each_word, read_words, windows};
 use super::track::{Tracker, Written};
 use super::tree::Member;
 
@@ -123,9 +123,7 @@ pub(super) fn send_private(
         Some(tracker) => tracker.written(range),
         None => Written::Unknown,
     };
-    let mut at = range.start().get();
-    while at < range.end().get() {
-        let pages = ((range.end().get() - at) >> page.shift()).min(WINDOW_PAGES);
+    for (at, pages) in windows(member.pid, range, page) {
         let words = read_words(&mut pagemap, at >> page.shift(), pages);
         for (first, count) in runs(&words) {
             let start = at + ((first as u64) << page.shift());
@@ -145,7 +143,6 @@ pub(super) fn send_private(
                 }
             }
         }
-        at += pages << page.shift();
     }
     Ok(())
 }
