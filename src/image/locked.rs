@@ -204,8 +204,11 @@ mod tests {
         }
     }
 
-    /// Images of processes in `dir`: pid, parent, flags of the mapping of the pages 0 to 16, and its pages.
-    fn images(dir: &Path, processes: &[(u32, u32, u32, &[(PageRange, PageFlags)])]) -> ImageDir {
+    /// Pid, parent, flags of the mapping of the pages 0 to 16, and its pages.
+    type Imaged<'a> = (u32, u32, u32, &'a [(PageRange, PageFlags)]);
+
+    /// Images of `processes` in `dir`.
+    fn images(dir: &Path, processes: &[Imaged<'_>]) -> ImageDir {
         let store = ImageStore::open(dir, PageSize::KIB_4, None, Sync::None).unwrap();
         let mut tasks = Vec::new();
         let mut images = store.begin();
