@@ -160,6 +160,8 @@ struct Run<'a> {
     part: u32,
     /// Whether a dump ends when all pages have come.
     dump_waits: bool,
+    /// Whether the last dump of a chain is restored lazily.
+    chain_is_lazy: bool,
 }
 
 fn run(test_dir: &TestDir, criu: &Criu, way: &'static str, seed: u64) -> Result<()> {
@@ -177,6 +179,7 @@ fn run(test_dir: &TestDir, criu: &Criu, way: &'static str, seed: u64) -> Result<
         seed,
         part: 1,
         dump_waits: false,
+        chain_is_lazy: matches!(way, "chain-lazy" | "shim-lazy"),
     };
     run.carry(way)?;
     // Of a run that is wrong everything stays, for whoever keeps the directories of tests.
@@ -266,7 +269,7 @@ impl<'a> Run<'a> {
 
     /// The last dump, to a page server.
     fn receive(&mut self, images: &Path, parent: Option<&Path>, options: &[&str]) -> Result<()> {
-        self.begin_last_dump(false)?;
+        self.begin_last_dump(self.chain_is_lazy)?;
         let dump = self.dump(images);
         self.receive_one(dump, images, parent, options)
     }
@@ -325,7 +328,7 @@ impl<'a> Run<'a> {
             self.between_rounds()?;
             parent = vec!["--prev-images-dir".into(), format!("../round-{round}")];
         }
-        self.begin_last_dump(false)?;
+        self.begin_last_dump(self.chain_is_lazy)?;
         let parent: Vec<&str> = parent.iter().map(String::as_str).collect();
         let dump = Dump::new(&shim, self.operations.pid(), images).with(&["--track-mem"]);
         dump.with(&parent).run().map(drop)

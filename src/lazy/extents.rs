@@ -189,6 +189,12 @@ impl<I: Index> ExtentMap<I> {
         self.runs.iter().map(|(start, run)| piece(*start, *run))
     }
 
+    /// The first address behind all runs.
+    pub fn end(&self) -> Option<Vaddr> {
+        let (_, last) = self.runs.last_key_value()?;
+        Some(Vaddr(last.end))
+    }
+
     /// Takes out what lies in `range`, splitting the runs at its borders; `taken` sees each part.
     pub fn take(&mut self, range: PageRange, mut taken: impl FnMut(Piece)) {
         let mut at = range.start();

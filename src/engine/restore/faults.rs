@@ -1,20 +1,16 @@
 //! Reads faults and events from the userfaultfds, and asks the source for a fault's page at once.
 
-use std::os::fd::AsFd;
-
 use nix::errno::Errno;
 
 use super::Restore;
 use super::deferred::PauseReason;
-use super::host_process::{self, HostProcess};
-use super::owner_search::OwnerSearch;
 use super::processes::Process;
 use super::standby::StandbyMessage;
 use super::waking::Waiters;
 use crate::error::{Error, Kind, Result};
 use crate::lazy::planner::{PageOutcome, SpaceId};
 use crate::lazy::space::FaultAnswer;
-use crate::sys::uffd::{Event, Filled, Uffd};
+use crate::sys::uffd::{Event, Filled};
 use crate::units::{PageRange, Vaddr};
 
 /// Reads of one userfaultfd in one round, so that no process starves another.
@@ -53,7 +49,7 @@ impl Restore {
     pub(super) fn read_events(&mut self, id: SpaceId) -> Result<()> {
         let mut faults = Vec::new();
         for _ in 0..READS_MAX {
-            let wiped_before = self.wiped_by_pending_fork(id);
+            let withheld_before = self.withheld_by_pending_fork(id);
             let Some(process) = self.processes.get(id) else {
                 return Ok(());
             };
@@ -89,12 +85,12 @@ impl Restore {
                         faults.push(fault.address);
                     }
                     Event::Fork(uffd) => {
-                        let wiped = match &wiped_before {
-                            Some(wiped) => wiped.clone(),
-                            None => self.wiped_by_fork(id),
+                        let withheld = match &withheld_before {
+                            Some(withheld) => withheld.clone(),
+                            None => self.withheld_by_fork(id),
                         };
                         if let Some(child) = self.handle_fork(id, uffd)? {
-                            self.wipe(child, &wiped);
+                            self.withhold(child, &withheld);
                         }
                     }
                     Event::Remap { from, to } => {
@@ -180,77 +176,6 @@ impl Restore {
         Ok(())
     }
 
-    /// Takes care of the child that `parent` forked, unless the parent is not known any more.
-    pub(super) fn handle_fork(&mut self, parent: SpaceId, uffd: Uffd) -> Result<Option<SpaceId>> {
-        let Some(process) = self.processes.get(parent) else {
-            return Ok(None);
-        };
-        let child = Process {
-            search: process.children_scope().map(OwnerSearch::new),
-            ..Process::new(process.pid, uffd, process.chain.clone())
-        };
-        let Some(id) = self.planner.handle_fork(parent) else {
-            return Ok(None);
-        };
-        tracing::debug!("pid {} forked", child.pid);
-        self.notify_standby(
-            StandbyMessage::Fork { id, parent },
-            Some(child.uffd.as_fd()),
-        );
-        self.family.forget();
-        self.processes.adopt(id, child)?;
-        self.look_for_some_ended();
-        Ok(Some(id))
-    }
-
-    /// What the child that `id` is forking does not inherit, if it is: seen before its message is read. The kernel lets the
-    /// parent go on with that, which may then give other advice about its memory, or move it, before it is looked at.
-    fn wiped_by_pending_fork(&self, id: SpaceId) -> Option<Vec<PageRange>> {
-        let process = self.processes.get(id)?;
-        let space = self.planner.space(id)?;
-        if space.is_complete() || !process.uffd.is_changing(self.anywhere()) {
-            return None;
-        }
-        match &process.host {
-            Some(host) => host.may_be_forking().then(|| self.wiped_by_fork(id)),
-            None => self.wiped_by_unknown(process),
-        }
-    }
-
-    /// The same where it is not known which process it is: of those that it may be one alone waits until its fork is known.
-    fn wiped_by_unknown(&self, process: &Process) -> Option<Vec<PageRange>> {
-        let scope = process.search.as_ref().map(OwnerSearch::scope)?;
-        let pids = scope.pids(&self.processes.host_pids(), usize::MAX)?;
-        let mut forking = pids
-            .into_iter()
-            .filter(|pid| host_process::waits_for_its_fork(*pid));
-        let pid = forking.next().filter(|_| forking.next().is_none())?;
-        host_process::wiped_on_fork_of(pid)
-    }
-
-    /// What the children that `id` forks now do not inherit: as its mappings say, else as the images did.
-    pub(super) fn wiped_by_fork(&self, id: SpaceId) -> Vec<PageRange> {
-        let host = self
-            .processes
-            .get(id)
-            .and_then(|process| process.host.as_ref());
-        let space = self.planner.space(id).filter(|space| !space.is_complete());
-        let Some(space) = space else {
-            return Vec::new();
-        };
-        host.and_then(HostProcess::wiped_on_fork)
-            .unwrap_or_else(|| space.wiped_on_fork())
-    }
-
-    /// Nothing of `ranges` comes to the child `id`: there it is zero, or not mapped. Without this, a mapping that the child
-    /// lets grow to there would show what was there in its parent.
-    pub(super) fn wipe(&mut self, id: SpaceId, ranges: &[PageRange]) {
-        for &range in ranges {
-            self.notify_standby(StandbyMessage::Gone { id, range }, None);
-            self.settle(id, range, PageOutcome::Gone, Waiters::Asleep);
-        }
-    }
-
     /// The pages of `range` were unmapped or given back.
     pub(super) fn handle_gone(&mut self, id: SpaceId, range: PageRange) {
         self.huge_pages.gone(id, range);
@@ -296,7 +221,7 @@ impl Restore {
     }
 
     /// The same for a few of them, others each time: who forks often has many that ended.
-    fn look_for_some_ended(&mut self) {
+    pub(super) fn look_for_some_ended(&mut self) {
         for id in self.processes.next_to_look_at(LOOKED_AT_A_FORK) {
             self.forget_if_ended(id);
         }
@@ -316,7 +241,7 @@ impl Restore {
         process.uffd.has_ended(self.anywhere())
     }
 
-    fn anywhere(&self) -> PageRange {
+    pub(super) fn anywhere(&self) -> PageRange {
         PageRange::new(ANYWHERE, ANYWHERE + self.images.page().bytes())
     }
 

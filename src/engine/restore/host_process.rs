@@ -86,6 +86,14 @@ impl HostProcess {
         }
     }
 
+    /// The guard regions in `span`, as far as the kernel tells.
+    pub(super) fn guards(&self, span: PageRange) -> Vec<PageRange> {
+        self.pagemap
+            .as_ref()
+            .map(|pagemap| guards_in(pagemap, span))
+            .unwrap_or_default()
+    }
+
     /// The mappings whose pages a fork does not give to the child, if they can be read.
     pub(super) fn wiped_on_fork(&self) -> Option<Vec<PageRange>> {
         let smaps = self.read("smaps").ok()?;
@@ -149,6 +157,27 @@ pub(super) fn waits_for_its_fork(pid: i32) -> bool {
 pub(super) fn wiped_on_fork_of(pid: i32) -> Option<Vec<PageRange>> {
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
     Some(smaps::mappings_with_any(&NOT_INHERITED, &smaps))
+}
+
+/// The guard regions in `span` of the process `pid` of this host, as far as the kernel tells.
+pub(super) fn guards_of(pid: i32, span: PageRange) -> Vec<PageRange> {
+    let pagemap = Pagemap::open(format!("/proc/{pid}/pagemap").as_ref());
+    pagemap
+        .map(|pagemap| guards_in(&pagemap, span))
+        .unwrap_or_default()
+}
+
+fn guards_in(pagemap: &Pagemap, span: PageRange) -> Vec<PageRange> {
+    let mut guards = Vec::new();
+    let mut left = span;
+    // An error: the process has ended, or the kernel does not tell.
+    while !left.is_empty()
+        && let Ok(Some(guard)) = pagemap.first_guard(left)
+    {
+        guards.push(guard);
+        left = PageRange::new(guard.end().get(), span.end().get());
+    }
+    guards
 }
 
 /// When the process `pid` of this host started, clock ticks since that of the host; 0 if that is not known: /proc may

@@ -41,6 +41,7 @@ mod candidates;
 mod config;
 mod deferred;
 mod faults;
+mod forks;
 mod given_up;
 mod guards;
 mod handover;

@@ -6,7 +6,7 @@
 //! page has come is the process.
 //!
 //! ```text
-//! no candidate                         the child does not run yet: it can have no guards
+//! no candidate                         the child does not run yet: its only guards are its parent's (`forks`)
 //! none has a guard where it is filled  filled, and looked who has the page
 //! some have guards there               what no candidate guards is filled first, and looked who has the page
 //! nothing is left then                 they are guards if all candidates have them

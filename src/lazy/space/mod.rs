@@ -365,6 +365,19 @@ impl Space {
         firsts.min_by_key(|piece| piece.at.start())
     }
 
+    /// From the first page that is not there yet to the last one.
+    pub fn missing_span(&self) -> Option<PageRange> {
+        let ends = [
+            self.remote.end(),
+            self.local.end(),
+            self.flight.end(),
+            self.unreadable.end(),
+        ];
+        let end = ends.into_iter().flatten().max()?;
+        let start = self.first_missing()?.at.start();
+        Some(PageRange::new(start.get(), end.get()))
+    }
+
     /// The source will not bring `image` with this answer: ask again. Threads that wait go first.
     pub fn give_back(&mut self, image: PageRange) {
         let mut returned = Vec::new();

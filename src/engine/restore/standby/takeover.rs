@@ -280,9 +280,9 @@ impl Restore {
             return Ok(false);
         };
         self.planner.number_from(id);
-        let wiped = self.wiped_by_fork(parent);
+        let withheld = self.withheld_by_fork(parent);
         if let Some(child) = self.handle_fork(parent, uffd)? {
-            self.wipe(child, &wiped);
+            self.withhold(child, &withheld);
         }
         Ok(true)
     }
