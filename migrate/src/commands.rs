@@ -32,12 +32,27 @@ pub(crate) fn with_tls(command: &mut Command, tls: &TlsArgs) {
     }
 }
 
-/// `criu VERB` with the images in a directory, which also holds its log, `VERB.log`.
-pub(crate) fn criu(programs: &Programs, place: (&str, &Path), tcp: TcpConnections) -> Command {
-    let (verb, images) = place;
+/// How much of what CRIU does its log tells: all, and warnings and errors alone. A restore that reads memory from images of
+/// several rounds tells up to three lines for each piece of it, a system call each: at 1 GiB most of its time.
+pub(crate) const LOG_ALL: i32 = 4;
+pub(crate) const LOG_WARNINGS: i32 = 2;
+
+/// `criu VERB` with the images in a directory, which also holds its log, `VERB.log`, as verbose as `level` says.
+pub(crate) fn criu(
+    programs: &Programs,
+    (verb, images): (&str, &Path),
+    level: i32,
+    tcp: TcpConnections,
+) -> Command {
     let mut command = Command::new(&programs.criu);
     command
-        .args([verb, "-o", &format!("{verb}.log"), "-v4", "-D"])
+        .args([
+            verb,
+            "-o",
+            &format!("{verb}.log"),
+            &format!("-v{level}"),
+            "-D",
+        ])
         .arg(images);
     match tcp {
         TcpConnections::Refuse => {}

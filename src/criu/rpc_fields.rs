@@ -51,6 +51,7 @@ pub mod options {
     pub const EVASIVE_DEVICES: u32 = 6;
     pub const SHELL_JOB: u32 = 7;
     pub const FILE_LOCKS: u32 = 8;
+    pub const LOG_LEVEL: u32 = 9;
     pub const PAGE_SERVER: u32 = 11;
     pub const NOTIFY_SCRIPTS: u32 = 12;
     pub const PARENT_IMG: u32 = 14;

@@ -8,7 +8,7 @@ use pageferry::migration::messages::TcpConnections;
 use pageferry::tls::TlsArgs;
 use tokio::process::Command;
 
-use crate::commands::{criu, with_tls};
+use crate::commands::{LOG_ALL, LOG_WARNINGS, criu, with_tls};
 use crate::hook::quoted;
 use crate::programs::Programs;
 
@@ -75,7 +75,11 @@ pub(super) fn restore(
     lazily: bool,
     tcp: TcpConnections,
 ) -> Command {
-    let mut command = criu(programs, ("restore", images), tcp);
+    let level = match lazily {
+        true => LOG_ALL,
+        false => LOG_WARNINGS,
+    };
+    let mut command = criu(programs, ("restore", images), level, tcp);
     command
         .arg("--restore-detached")
         .arg("--action-script")

@@ -156,7 +156,12 @@ async fn dump(
                 .await
         }
         Target::Pid(root) => {
-            let mut command = commands::criu(programs, ("dump", images), TcpConnections::Refuse);
+            let mut command = commands::criu(
+                programs,
+                ("dump", images),
+                commands::LOG_ALL,
+                TcpConnections::Refuse,
+            );
             command
                 .args(["-t", &root.to_string(), "--leave-stopped", "--page-server"])
                 .args(["--address", &Ipv4Addr::LOCALHOST.to_string()])

@@ -30,6 +30,7 @@ use pageferry::sys::owned_process::ProcessName;
 use pageferry::sys::process::fork_single_threaded;
 use serde::{Deserialize, Serialize};
 
+use crate::commands::LOG_WARNINGS;
 use crate::hook::{self, RESTORED, RESUMED};
 use crate::records;
 
@@ -284,6 +285,9 @@ fn change(given: &mut Fields, settings: &Settings) -> Result<()> {
         Work::Restore { lazily } => {
             given.set(options::LAZY_PAGES, u64::from(*lazily));
             given.set(options::NOTIFY_SCRIPTS, 1);
+            if !lazily {
+                given.set(options::LOG_LEVEL, LOG_WARNINGS.unsigned_abs().into());
+            }
         }
     }
     for name in &settings.external {

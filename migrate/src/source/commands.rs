@@ -9,7 +9,7 @@ use pageferry::migration::messages::TcpConnections;
 use pageferry::tls::TlsArgs;
 use tokio::process::Command;
 
-use crate::commands::{criu, with_tls};
+use crate::commands::{LOG_ALL, criu, with_tls};
 use crate::programs::Programs;
 
 /// Names of what a page-server writes, in a migration's directory.
@@ -109,7 +109,7 @@ pub(super) fn dump(
     pages: Pages,
     tcp: TcpConnections,
 ) -> Command {
-    let mut command = criu(programs, ("dump", images), tcp);
+    let mut command = criu(programs, ("dump", images), LOG_ALL, tcp);
     command
         .args(["-t", &pid.to_string()])
         .args(["--address", &Ipv4Addr::LOCALHOST.to_string()]);
