@@ -138,6 +138,11 @@ impl PageMemory {
         self.page
     }
 
+    /// Names the receiver's version that is remembered.
+    pub fn state(&self) -> StateId {
+        self.state
+    }
+
     /// The key of all hashes.
     pub fn key(&self) -> HashKey {
         self.key

@@ -89,7 +89,7 @@ fn mac_of(mac: &Aegis128LMac<HASH_BYTES>, bytes: &[u8]) -> PageHash {
 }
 
 /// What is known of a page's contents.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Fingerprint {
     /// Whether the page is all zeros.
     pub zero: bool,

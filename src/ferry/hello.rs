@@ -82,8 +82,8 @@ impl Features {
     pub const IN_PUSH: Features = Features(32);
     /// A page may be named as that of another target of the session.
     pub const SHARED: Features = Features(64);
-    /// The sender knows what an earlier round has left at the receiver: the key in its hello is that of its hashes, and it
-    /// does not ask for the receiver's.
+    /// The sender knows what an earlier round has left at the receiver: the key in its hello is that of both sides' hashes, and
+    /// it does not ask for the receiver's.
     pub const KNOWN: Features = Features(128);
     /// All that is known here.
     pub const ALL: Features = Features(255);

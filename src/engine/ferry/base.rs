@@ -134,6 +134,34 @@ impl Base {
         Ok(there.then(|| self.hasher.hash(&page)))
     }
 
+    /// Appends the hash of each of the base version's pages `range` to `out`; of a page that it does not have, none that
+    /// any page has.
+    pub(in crate::engine) fn hashes_of(
+        &mut self,
+        range: PageRange,
+        out: &mut Vec<PageHash>,
+    ) -> Result<()> {
+        if self.known_hash(range.start()).is_none() {
+            // One read for many pages, which nobody has asked for before.
+            let bytes = usize::try_from(range.bytes()).expect("no more than a batch");
+            let mut buffer = std::mem::take(&mut self.buffer);
+            buffer.resize(bytes.max(buffer.len()), 0);
+            let there = self.read_all(range, &mut buffer[..bytes]);
+            let pages = buffer[..bytes].chunks_exact(self.page.as_usize());
+            if let Ok(true) = there {
+                out.extend(pages.map(|page| self.hasher.hash(page)));
+            }
+            self.buffer = buffer;
+            if there? {
+                return Ok(());
+            }
+        }
+        for at in (range.start().get()..range.end().get()).step_by(self.page.as_usize()) {
+            out.push(self.hash_of(Vaddr(at))?.unwrap_or_default());
+        }
+        Ok(())
+    }
+
     /// Reads the base version's page at `vaddr`. Returns whether there is one.
     pub(in crate::engine) fn read(&self, vaddr: Vaddr, page: &mut [u8]) -> Result<bool> {
         let range = PageRange::new(vaddr.get(), vaddr.get() + self.page.bytes());

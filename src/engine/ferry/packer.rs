@@ -9,6 +9,7 @@
 //! Invariant: at most one batch more than there are threads is under way. So memory stays bounded, and the gathering
 //! thread waits when the link is slower.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::Scope;
@@ -20,13 +21,13 @@ use crate::engine::ferry::sender_session::{Agreed, SenderSession};
 use crate::error::{Error, Kind, Result};
 use crate::ferry::encode::{EncodeCounters, Encoder, PlainBatch, Verdicts};
 use crate::ferry::frame::OpenFrame;
-use crate::ferry::gather::Run;
-use crate::ferry::hash::Fingerprint;
+use crate::ferry::gather::{Run, present_pages};
+use crate::ferry::hash::{Fingerprint, PageHasher};
 use crate::ferry::hello::Features;
 use crate::ferry::level_control::Level;
 use crate::limits::FERRY_BATCH_BYTES_MAX;
 use crate::sync::Mutex;
-use crate::units::PageSize;
+use crate::units::{PageSize, Vaddr};
 
 /// A gathered batch.
 #[derive(Debug)]
@@ -42,6 +43,9 @@ pub(crate) struct Job {
     /// Whether the receiver has a base version, or will be asked for one later: hashes are worth
     /// their price.
     pub(crate) hashed: bool,
+    /// Which of the PRESENT pages go by the hash that is known of the receiver's base version: their contents are not
+    /// in the buffer.
+    pub(crate) kept: Vec<Range<usize>>,
 }
 
 /// The gathering side of the threads. They end when it is dropped.
@@ -169,12 +173,7 @@ impl Worker<'_> {
             plain: &job.buffer[..job.filled],
         };
         let hasher = Arc::clone(&self.agreed.hasher);
-        let pages = batch.plain.chunks_exact(self.page.as_usize());
-        self.prints.clear();
-        self.prints.extend(pages.map(|page| match job.hashed {
-            true => hasher.fingerprint(page),
-            false => Fingerprint::without_hash(page),
-        }));
+        self.look_at(job, &hasher)?;
         let mut memory = self.sending.memory();
         memory.judge(batch, &self.prints, &hasher, &mut self.verdicts);
         drop(memory);
@@ -193,6 +192,38 @@ impl Worker<'_> {
         self.frame_bytes = frame.len();
         self.observe(level, &counters, start);
         self.sending.submit_batch(sequence, open, frame, &counters)
+    }
+
+    /// Finds the fingerprints of the pages of `job`.
+    fn look_at(&mut self, job: &Job, hasher: &PageHasher) -> Result<()> {
+        let page = self.page.as_usize();
+        let mut kept = job.kept.iter().cloned().flatten().peekable();
+        self.prints.clear();
+        for (at, contents) in job.buffer[..job.filled].chunks_exact(page).enumerate() {
+            let is_kept = kept.next_if_eq(&at).is_some();
+            self.prints.push(match job.hashed {
+                _ if is_kept => Fingerprint::default(),
+                true => hasher.fingerprint(contents),
+                false => Fingerprint::without_hash(contents),
+            });
+        }
+        if job.kept.is_empty() {
+            return Ok(());
+        }
+        let addresses: Vec<Vaddr> = present_pages(&job.runs, self.page).collect();
+        let memory = self.sending.memory();
+        for at in job.kept.iter().cloned().flatten() {
+            let vaddr = addresses[at];
+            let hash = memory.base_of(job.target, vaddr).ok_or_else(|| {
+                let text = format!(
+                    "the page at {vaddr} of {} is said to be at the far end, of which it is not known",
+                    job.target
+                );
+                Error::new(Kind::Protocol, text)
+            })?;
+            self.prints[at].hash = Some(hash);
+        }
+        Ok(())
     }
 
     /// Tells the level control what the fresh pages cost.

@@ -13,11 +13,13 @@
 //! the process goes on.
 
 pub mod destination;
+mod kept;
 mod push;
 mod session_dialer;
 
 use std::fs::File;
 use std::io::{BufWriter, ErrorKind, Read, Seek, Write};
+use std::ops::Range;
 use std::sync::Arc;
 use std::thread::Scope;
 use std::time::{Duration, Instant};
@@ -46,6 +48,7 @@ use crate::sync::Mutex;
 use crate::sys::buffers::Slab;
 use crate::tls::Tls;
 use crate::units::{PageCount, PageSize};
+pub use kept::KEPT;
 use push::push;
 
 /// Received from CRIU at once, bytes.
@@ -92,7 +95,8 @@ pub struct ForwardContext {
     pub remembers: bool,
     /// The history of the session before.
     history: Mutex<Option<SenderHistory>>,
-    /// Where the hashes of what the receiver has are written after each session.
+    /// Where the hashes of what the receiver has are written after each session. Each session goes on from the one before
+    /// then: the receiver need not hash what it has once more.
     hashes: Option<Mutex<File>>,
 }
 
@@ -160,7 +164,9 @@ pub fn forward_client(mut stream: Stream, context: &ForwardContext) -> (Forwarde
         SenderHistory::new(memory.with_slabs(|bytes| Box::new(Slab::new(bytes))))
     });
     let mut wire = None;
-    let pushed = push(&context.sender, context.page, history, |scope, sending| {
+    let goes_on = context.hashes.is_some();
+    let place = (&context.sender, context.page, goes_on);
+    let pushed = push(place, history, |scope, sending| {
         let mut forward = Forward::begin(context, scope, sending)?;
         let closed = forward.run(&mut stream);
         wire = forward.session.wire();
@@ -223,6 +229,8 @@ struct Forward<'s> {
     remembers: bool,
     /// The far end can be asked for hashes.
     takes_questions: bool,
+    /// The far end knows its own version by the hashes that are remembered here.
+    goes_on: bool,
     /// The far end understands that a page is another process's.
     names_shared: bool,
     target: Option<Target>,
@@ -232,6 +240,8 @@ struct Forward<'s> {
     /// The contents of the gathered pages, as far as they have come.
     buffer: Vec<u8>,
     filled: usize,
+    /// Which of the gathered pages go by the hash that the far end knows them by: places in the batch.
+    kept: Vec<Range<usize>>,
     /// Pages of the current frame that did not fit into the batch.
     rest: Option<Run>,
     /// The bytes of a compressed page that is cut by the end of the input.
@@ -260,12 +270,14 @@ impl<'s> Forward<'s> {
             idle_timeout: context.idle_timeout,
             remembers: context.remembers,
             takes_questions: agreed.features.has(Features::HASHES),
+            goes_on: agreed.features.has(Features::KNOWN),
             names_shared,
             target: None,
             hashed: false,
             gathered: Gathered::new(context.page),
             buffer: Vec::new(),
             filled: 0,
+            kept: Vec::new(),
             rest: None,
             block: Vec::new(),
             pages: 0,
@@ -343,6 +355,8 @@ impl<'s> Forward<'s> {
         let write = |out: &mut Vec<u8>| open.encode(out);
         let reply = self.sending.ask(frame::Kind::Open, write)?;
         let state = match self.takes_questions {
+            // Whatever the far end calls it, it is what the last session has left there.
+            true if self.goes_on && reply.state != StateId::NONE => self.sending.memory().state(),
             true => reply.state,
             false => StateId::NONE,
         };
@@ -357,6 +371,9 @@ impl<'s> Forward<'s> {
     }
 
     fn begin_run(&mut self, run: Run) -> Result<()> {
+        if run.flags == KEPT && self.is_known(run.range) {
+            return self.keep_run(run.range);
+        }
         if run.flags.has(PageFlags::PRESENT) {
             self.pages += run.range.pages(self.page).get();
         }
@@ -428,6 +445,7 @@ impl<'s> Forward<'s> {
             buffer: std::mem::replace(&mut self.buffer, next),
             filled: self.filled,
             hashed: self.hashed,
+            kept: std::mem::take(&mut self.kept),
         };
         self.gathered.clear();
         self.filled = 0;

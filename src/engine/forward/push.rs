@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::ferry::hash::HashKey;
 use crate::ferry::hello::{Features, Hello, Role, SessionId, VERSION};
 use crate::ferry::link::RetryPolicy;
+use crate::ferry::message::StateId;
 use crate::observe::ferried::Sent;
 use crate::units::PageSize;
 
@@ -19,29 +20,35 @@ use crate::units::PageSize;
 const PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(2)];
 
 /// Runs `body` with a session to the receiver, which `body` ends with [`SenderSession::finish`] or by
-/// failing. Returns its result, what was sent, and its history, for the next session.
-pub(in crate::engine) fn push<T>(
-    config: &SenderConfig,
-    page: PageSize,
+/// failing. Returns its result, what was sent, and its history, for the next session. With `goes_on` the receiver's version
+/// is the one that the last session of `history` has left.
+pub(super) fn push<T>(
+    (config, page, goes_on): (&SenderConfig, PageSize, bool),
     history: SenderHistory,
     body: impl for<'s, 'env> FnOnce(&'s Scope<'s, 'env>, &'s SenderSession) -> Result<T>,
 ) -> Result<(Result<T>, Sent, SenderHistory)> {
     let session = SessionId(random_bits()?);
+    let mut features = Features::HASHES
+        .with(Features::DELTA)
+        .with(Features::SHARED);
+    let mut hash_key = HashKey::default();
+    if goes_on && history.memory().state() != StateId::NONE {
+        features = features.with(Features::KNOWN);
+        hash_key = history.memory().key();
+    }
     let sending = SenderSession::new(page, session, history, Arc::clone(&config.traffic));
     let hello = Hello {
         version: VERSION,
         role: Role::Sender,
         page,
-        features: Features::HASHES
-            .with(Features::DELTA)
-            .with(Features::SHARED),
+        features,
         session,
         stream: 0,
         streams: config.streams,
         attempt: 0,
         opening: true,
         window: WINDOW,
-        hash_key: HashKey::default(),
+        hash_key,
     };
     let retry = retry(config.reconnect_timeout);
     let dialer = SessionDialer::new(config, &sending, sending.notifier(), hello, retry);

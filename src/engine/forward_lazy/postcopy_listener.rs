@@ -438,6 +438,7 @@ impl Push<'_> {
             buffer,
             filled,
             hashed: self.hashed,
+            kept: Vec::new(),
         })
     }
 }

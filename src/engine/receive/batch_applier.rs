@@ -186,10 +186,11 @@ impl BatchApplier {
         let mut shared = batch.shared();
         let base = self.base.clone();
         let mut base = base.as_deref().map(lock);
-        for (vaddr, kind) in batch.bases() {
+        for (range, kind) in self.runs_of_bases(batch) {
             if kind == PageKind::Shared {
                 let of = shared.next().map(|(_, of)| of);
-                hashes.push(self.read_shared(batch.target, of.unwrap_or_default(), vaddr)?);
+                let hash = self.read_shared(batch.target, of.unwrap_or_default(), range.start())?;
+                hashes.push(hash);
                 continue;
             }
             let base = base.as_mut().ok_or_else(|| {
@@ -200,11 +201,11 @@ impl BatchApplier {
                 Error::new(Kind::Protocol, text)
             })?;
             // A page that is not there has no hash: the digest will differ.
-            hashes.push(base.hash_of(vaddr)?.unwrap_or_default());
+            base.hashes_of(range, &mut hashes)?;
             if kind == PageKind::Delta {
                 let start = self.old_pages.len();
                 self.old_pages.resize(start + self.page.as_usize(), 0);
-                base.read(vaddr, &mut self.old_pages[start..])?;
+                base.read(range.start(), &mut self.old_pages[start..])?;
             }
         }
         if let (Some(base), Some((vaddr, _))) = (&mut base, batch.pages().next()) {
@@ -215,6 +216,21 @@ impl BatchApplier {
         self.unpacker
             .unpack(batch, &self.old_pages, &mut self.unpacked)
             .map_err(|error| Error::wrap(Kind::Protocol, "a batch is damaged", error))
+    }
+
+    /// The pages that are told by what is here: neighbours that are the same together, others alone.
+    fn runs_of_bases(&self, batch: &Batch<'_>) -> Vec<(PageRange, PageKind)> {
+        let mut runs: Vec<(PageRange, PageKind)> = Vec::new();
+        for (vaddr, kind) in batch.bases() {
+            let (start, end) = (vaddr.get(), vaddr.get() + self.page.bytes());
+            match runs.last_mut() {
+                Some((last, PageKind::Same)) if kind == PageKind::Same && last.end() == vaddr => {
+                    *last = PageRange::new(last.start().get(), end);
+                }
+                _ => runs.push((PageRange::new(start, end), kind)),
+            }
+        }
+        runs
     }
 
     /// Appends the page at `vaddr` of the target with the number `of` to the shared pages. Returns its hash.

@@ -64,7 +64,7 @@ impl<'a> PrecopyListener<'a> {
     ) -> Result<PrecopyListener<'a>> {
         let page = context.stores.page();
         let hash_key = HashKey(random_bits()?);
-        let features = Features::HASHES.with(Features::DELTA);
+        let features = Features::HASHES.with(Features::DELTA).with(Features::KNOWN);
         let features = match takes_shared(context) {
             true => features.with(Features::SHARED),
             false => features,
@@ -285,7 +285,11 @@ impl Session {
         let receiving = ReceiverSession::new(listener.page, streams, WINDOW, known, pool, shared);
         let parent_state = StateId(random_bits()?);
         let compresses = listener.context.ingest.compress;
-        let hasher = listener.hasher.clone();
+        let hasher = match hello.features.has(Features::KNOWN) {
+            // The sender remembers what is here by hashes of this key.
+            true => PageHasher::new(hello.hash_key, listener.page),
+            false => listener.hasher.clone(),
+        };
         let applier = BatchApplier::new(&store.store, hasher, parent_state, bases, compresses);
         Ok((Arc::new(receiving), Session { applier, store }))
     }

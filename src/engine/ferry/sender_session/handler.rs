@@ -12,15 +12,21 @@ use crate::engine::ferry::wakers::Waker;
 use crate::error::{self, Error};
 use crate::ferry::frame::Kind;
 use crate::ferry::hash::PageHasher;
-use crate::ferry::hello::{Fail, FailCode, Hello};
+use crate::ferry::hello::{Fail, FailCode, Features, Hello};
 use crate::ferry::sender::{Sender, SenderEvent, Transmit};
 
 impl ConnectionHandler for SenderSession {
     fn stream_up(&self, stream: u16, peer: &Hello, waker: &Arc<Waker>) {
-        self.memory().use_key(peer.hash_key);
+        let mut memory = self.memory();
+        // What is known here is the receiver's as well then, by the hashes of this side.
+        if !peer.features.has(Features::KNOWN) {
+            memory.use_key(peer.hash_key);
+        }
+        let key = memory.key();
+        drop(memory);
         let mut state = lock(&self.state);
         let (sender, _) = state.talk.get_or_insert_with(|| {
-            let hasher = Arc::new(PageHasher::new(peer.hash_key, self.page));
+            let hasher = Arc::new(PageHasher::new(key, self.page));
             let features = peer.features;
             let agreed = Agreed { hasher, features };
             (Sender::new(self.page, peer.streams, peer.window), agreed)
