@@ -87,6 +87,8 @@ pub struct Costs {
     pub lazy_ms_per_gib: f64,
     /// What CRIU and the comparison by hash need for each GiB of a whole dump, ms.
     pub dump_ms_per_gib: f64,
+    /// What a comparison by hash needs for each GiB of memory that a lazy dump has stopped, ms.
+    pub compare_ms_per_gib: f64,
     /// What CRIU needs to read a GiB of images into the restored processes, ms.
     pub restore_ms_per_gib: f64,
     /// The link, bytes a second.
@@ -99,6 +101,7 @@ impl Default for Costs {
             base_ms: 85.0,
             lazy_ms_per_gib: 100.0,
             dump_ms_per_gib: 1_050.0,
+            compare_ms_per_gib: 400.0,
             restore_ms_per_gib: 650.0,
             bytes_per_s: 110e6,
         }
@@ -150,10 +153,16 @@ pub fn predict_downtime(
     let gib = to_f64(memory_bytes) / GIB;
     let travel_ms = |bytes: u64| to_f64(bytes) / costs.bytes_per_s.max(1.0) * 1e3;
     let ms = match mode {
-        Mode::Cold | Mode::PreCopy => {
+        Mode::Cold => {
             let dump = gib * costs.dump_ms_per_gib;
             // Sending overlaps with dumping.
             dump.max(travel_ms(changed_bytes)) + gib * costs.restore_ms_per_gib
+        }
+        Mode::PreCopy => {
+            let dump = gib * costs.lazy_ms_per_gib;
+            // Sending overlaps with comparing.
+            let compare = gib * costs.compare_ms_per_gib;
+            dump + compare.max(travel_ms(changed_bytes)) + gib * costs.restore_ms_per_gib
         }
         Mode::PostCopy | Mode::Hybrid => {
             // CRIU writes it into files, where it is read and compared, and reads it again at the destination.

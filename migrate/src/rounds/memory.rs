@@ -250,7 +250,7 @@ fn send_run(
 }
 
 /// Reads what can be read; 0 if nothing can.
-pub(super) fn read_memory(pid: i32, start: u64, bytes: &mut [u8]) -> usize {
+pub(crate) fn read_memory(pid: i32, start: u64, bytes: &mut [u8]) -> usize {
     let remote = [RemoteIoVec {
         base: usize::try_from(start).unwrap_or(0),
         len: bytes.len(),

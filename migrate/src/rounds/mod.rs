@@ -26,6 +26,7 @@ use pageferry::error::Result;
 use pageferry::units::{PageRange, PageSize, Vaddr};
 
 pub(crate) use dirty::watch_changes;
+pub(crate) use memory::read_memory;
 use memory::{Area, Contents, areas};
 pub(crate) use sample::packed_share;
 pub(crate) use sender::Sender;

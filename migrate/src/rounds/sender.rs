@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use pageferry::criu::header::{HEADER_BYTES_MAX, Header, Op, PageFlags, Target, Wire};
+use pageferry::engine::forward::KEPT;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::units::{PageCount, PageSize, Vaddr};
 
@@ -98,6 +99,11 @@ impl Sender {
             done += now;
         }
         Ok(())
+    }
+
+    /// Takes note of `pages` pages at `at`, which are as the destination has them: their hashes are.
+    pub(crate) fn kept_at(&mut self, at: Vaddr, pages: u64) -> Result<()> {
+        self.send(Op::AddFlags, KEPT, pages, at)
     }
 
     /// Waits until everything is stored.

@@ -1,7 +1,7 @@
 //! The command lines of the programs that the source runs.
 
 use std::net::Ipv4Addr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use pageferry::engine::io::transport::Peer;
 use pageferry::error::{Error, Kind, Result};
@@ -41,6 +41,11 @@ const ROUND_HASHES: &str = "rounds.hashes";
 
 /// Those after the last round: sessions that follow write over the others.
 const KNOWN_HASHES: &str = "known.hashes";
+
+/// Where the forwarder of a migration keeps the hashes of what the destination has, in its directory `dir`.
+pub(super) fn round_hashes(dir: &Path) -> PathBuf {
+    dir.join(ROUND_HASHES)
+}
 
 /// The rounds are over: keeps the hashes of what they have left at the destination, in the migration's directory `dir`.
 pub(super) fn keep_hashes(dir: &Path) -> std::io::Result<()> {

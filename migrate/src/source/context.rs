@@ -216,7 +216,7 @@ impl SourceContext {
 
     /// Gives each frozen thread a SIGSTOP that it takes before its next instruction here, if a dump that
     /// fails should let it go. A SIGCONT takes it away again.
-    fn fence(&self) {
+    pub(super) fn fence(&self) {
         if self.facts.tcp == TcpConnections::Established {
             network::enter_repair_mode(&self.facts.tree);
         }

@@ -23,6 +23,7 @@ mod flow_context;
 mod frozen;
 pub(crate) mod guard;
 mod hooks;
+mod last_pages;
 mod layers;
 mod log_replay;
 mod log_replay_args;

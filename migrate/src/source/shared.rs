@@ -40,7 +40,7 @@ pub(super) fn send(
     let images = ImageDir::open(dir, page)?;
     let mut sender = Sender::connect(forwarder, page, wire, None)?;
     let mut sent = BTreeSet::new();
-    let mut bytes = vec![0; usize::try_from(RUN_PAGES).unwrap_or(0) << page.shift()];
+    let mut bytes = Vec::new();
     for target in images.targets()? {
         let chain = Chain::open(&images, target, Missing::Leave)?;
         let here = |extent: &&Resolved| !matches!(extent.place, Place::Absent { .. });
@@ -71,13 +71,15 @@ pub(super) fn send(
     Ok(sent)
 }
 
-fn send_extent(
+/// Sends the pages `range`, which `chain` has; `bytes` is kept for its room.
+pub(super) fn send_extent(
     chain: &Chain,
     range: PageRange,
     page: PageSize,
-    bytes: &mut [u8],
+    bytes: &mut Vec<u8>,
     sender: &mut Sender,
 ) -> Result<()> {
+    bytes.resize(usize::try_from(RUN_PAGES).unwrap_or(0) << page.shift(), 0);
     let mut at = range.start();
     while at < range.end() {
         let left = (range.end().get() - at.get()) >> page.shift();

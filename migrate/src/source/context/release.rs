@@ -6,18 +6,21 @@ use std::net::{Ipv4Addr, TcpStream};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use pageferry::criu::header::GIVE_UP;
+use pageferry::criu::header::{GIVE_UP, HEADER_BYTES_MAX, Header, Op, PageFlags, Wire};
 use pageferry::error::{Error, Kind, Result};
 use pageferry::sys::disconnect::resets_are_skipped;
-use pageferry::sys::owned_process::{ProcessName, ProcessStat};
+use pageferry::sys::owned_process::ProcessName;
+use pageferry::units::{PageCount, Vaddr};
 use socket2::SockRef;
-use tokio::time::{Instant, sleep};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::{Instant, sleep, timeout};
 
-use super::SourceContext;
+use super::{SourceContext, read_number};
 use crate::files::StagingDir;
 use crate::records;
 use crate::runtime::criu_wrapper::CRIU_PROCESS;
-use crate::source::{commands, network};
+use crate::source::commands::{self, MEMORY};
+use crate::source::network;
 
 /// How often the end of a process that is no child is looked for.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
@@ -55,8 +58,7 @@ impl SourceContext {
         self.unlock_network();
         for process in &self.facts.tree {
             let was_stopped = self.facts.stopped.contains(process);
-            let is_stopped = ProcessStat::of(process.pid).is_ok_and(|stat| stat.state == 'T');
-            if is_stopped && !was_stopped {
+            if is_stopped(process.pid) && !was_stopped {
                 let _ = process.signal(Signal::SIGCONT as i32);
             }
         }
@@ -72,7 +74,10 @@ impl SourceContext {
 
     /// Ends what is left here once the processes live at the destination.
     pub(super) async fn end_processes(&self) {
-        if self.facts.mode.is_lazy() {
+        if self.facts.dump_port.is_some() && !self.facts.mode.is_lazy() {
+            self.close_dump().await;
+        }
+        if self.facts.dump_port.is_some() {
             // The forwarder still has memory that the destination needs; after it the dump ends.
             for process in [self.facts.forwarder, self.facts.dump]
                 .into_iter()
@@ -116,6 +121,17 @@ impl SourceContext {
         }
     }
 
+    /// Tells the dump, whose memory is all at the destination, that it has ended well: its processes end with it.
+    async fn close_dump(&self) {
+        let port = read_number(&self.dir.join(MEMORY.port));
+        let closed = async { end_session(port?).await };
+        if let Err(error) = closed.await {
+            // They do not go on: each of their threads has a SIGSTOP to take first, and then they are killed.
+            tracing::warn!("the dump is given up after the decision: {error}");
+            self.end_forwarders();
+        }
+    }
+
     /// Removes CRIU's rules for connections that have moved. As long as an address is here that was not moved, this
     /// host would answer its clients by a reset.
     pub(in crate::source) fn forget_connections(&self) {
@@ -149,6 +165,50 @@ impl SourceContext {
             }
         }
         commands::forget_hashes(self.dir());
+    }
+}
+
+/// Whether a thread of the process is stopped, or has a SIGSTOP to take before its next instruction.
+fn is_stopped(pid: i32) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task"));
+    threads.into_iter().flatten().flatten().any(|thread| {
+        let status = fs::read_to_string(thread.path().join("status")).unwrap_or_default();
+        let field = |name| {
+            let mut lines = status.lines();
+            lines.find_map(|line| Some(line.strip_prefix(name)?.trim()))
+        };
+        let pending = field("SigPnd:").and_then(|mask| u64::from_str_radix(mask, 16).ok());
+        let stop = 1_u64 << (libc::SIGSTOP - 1);
+        field("State:").is_some_and(|state| state.starts_with('T'))
+            || pending.is_some_and(|pending| pending & stop != 0)
+    })
+}
+
+/// Says CLOSE to the page-server at `port`, which holds a lazy dump, and waits for its answer.
+async fn end_session(port: u16) -> Result<()> {
+    let lost = |error| Error::wrap(Kind::PeerLost, "what holds the dump is lost", error);
+    let close = Header {
+        op: Op::Close,
+        flags: PageFlags::default(),
+        pages: PageCount(0),
+        vaddr: Vaddr(0),
+        dst_id: 0,
+    };
+    let mut bytes = [0; HEADER_BYTES_MAX];
+    let length = close.encode(Wire::V2, &mut bytes);
+    let asked = async {
+        let mut stream = tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await?;
+        stream.write_all(&bytes[..length]).await?;
+        stream.read_i32_le().await
+    };
+    match timeout(RELEASE_LIMIT, asked).await {
+        Ok(Ok(0)) => Ok(()),
+        Ok(Ok(status)) => {
+            let text = format!("what holds the dump answers the end with status {status}");
+            Err(Error::new(Kind::PeerLost, text))
+        }
+        Ok(Err(error)) => Err(lost(error)),
+        Err(elapsed) => Err(lost(elapsed.into())),
     }
 }
 

@@ -3,13 +3,16 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
 use pageferry::error::{Error, Kind, Result};
+use pageferry::ferry::known_hashes::KnownHashes;
 use pageferry::migration::AgentState;
 use pageferry::migration::events::Step;
 use pageferry::migration::messages::{RestoreRequest, Status, TcpConnections};
+use pageferry::tls::TlsArgs;
 use tokio::net::unix::pipe;
 use tokio::time::timeout;
 use tokio_util::io::{ReaderStream, SyncIoBridge};
@@ -18,9 +21,11 @@ use super::{Flow, READY_LIMIT, blocking};
 use crate::child::Program;
 use crate::client::AgentProblem;
 use crate::image_stream::pack;
+use crate::rounds::Tree;
 use crate::runtime::runtime_log;
 use crate::source::commands::{self, MEMORY, Pages, free_port};
 use crate::source::context::read_number;
+use crate::source::last_pages::LastPages;
 use crate::source::network;
 use crate::source::shared;
 
@@ -102,22 +107,47 @@ impl Flow<'_> {
         self.restore(None).await
     }
 
+    /// Freezes for good, and sends what differs from the last round, whose hashes are `known`.
+    pub(super) async fn dump_changes(&mut self, known: KnownHashes) -> Result<()> {
+        let (dump, port) = self.start_serving_dump().await?;
+        // It holds the dump, which ends when it is told so, or gives its processes up if this one dies.
+        let here = Ipv4Addr::LOCALHOST.to_string();
+        let mut holder = self.start_lazy_forwarder(port, &here, &TlsArgs::default())?;
+        self.events().begin(Step::Pages);
+        let (dir, page, wire) = (self.context.images(), self.page, self.wire);
+        let tree = Tree::of(self.root())?;
+        let found = blocking("finding the last pages", move || {
+            LastPages::find(&dir, &tree, page)
+        });
+        let pages = Arc::new(found.await?);
+        let images = self.send_images(pages.files());
+        let forwarder = self.forwarder_address()?;
+        let sent = Arc::clone(&pages);
+        let sending = blocking("sending the last pages", move || {
+            sent.send(forwarder, wire, &known)
+        });
+        let stored = async {
+            sending.await?;
+            self.stored("/pages").await
+        };
+        let (_, bytes) = tokio::try_join!(stored, images)?;
+        self.report.wire_bytes += bytes;
+        self.phase("pages");
+        self.events().begin(Step::Forwarder);
+        holder.ready(READY_LIMIT).await?;
+        self.phase("forwarder");
+        self.restore_beside(None, dump, holder).await?;
+        // Held in two ways for a moment: if the dump lets them go from now on, none runs.
+        self.context.fence();
+        pages.expect_stopped()
+    }
+
     /// Freezes until the destination can go on without what is still here.
     pub(super) async fn dump_lazily(&mut self, sends_shared: bool) -> Result<()> {
-        let port = free_port()?;
-        self.context.facts.dump_port = Some(port);
-        self.events().begin(Step::Dump);
-        let mut dump = self.start_dump(Pages::ServedAt(port))?;
-        self.seal_files();
-        dump.ready(self.args.timeout).await?;
-        self.dumped.notify_one();
-        self.note_connections()?;
-        if self.context.facts.tcp == TcpConnections::Established {
-            network::leave_repair_mode(&self.context.facts.tree);
-        }
-        self.phase("dump");
+        let (dump, port) = self.start_serving_dump().await?;
         // It begins while other memory and the images are on their way.
-        let mut forwarder = self.start_lazy_forwarder(port)?;
+        let (address, tls) = (self.serving_address(), self.args.target.tls.clone());
+        let mut forwarder = self.start_lazy_forwarder(port, &address, &tls)?;
         let sent = match sends_shared {
             true => self.send_shared().await?,
             false => BTreeSet::new(),
@@ -134,7 +164,35 @@ impl Flow<'_> {
         forwarder.ready(READY_LIMIT).await?;
         self.phase("forwarder");
         let port = read_number(&self.context.dir().join(MEMORY.port))?;
-        let mut rest = Box::pin(self.restore(Some(port)));
+        self.restore_beside(Some(port), dump, forwarder).await
+    }
+
+    /// Starts a dump that serves memory, and waits until it does: it has stopped the tree and written its images. Tells
+    /// the port.
+    async fn start_serving_dump(&mut self) -> Result<(Dump, u16)> {
+        let port = free_port()?;
+        self.context.facts.dump_port = Some(port);
+        self.events().begin(Step::Dump);
+        let mut dump = self.start_dump(Pages::ServedAt(port))?;
+        self.seal_files();
+        dump.ready(self.args.timeout).await?;
+        self.dumped.notify_one();
+        self.note_connections()?;
+        if self.context.facts.tcp == TcpConnections::Established {
+            network::leave_repair_mode(&self.context.facts.tree);
+        }
+        self.phase("dump");
+        Ok((dump, port))
+    }
+
+    /// Restores there while `dump` and its `forwarder` hold the tree here.
+    async fn restore_beside(
+        &mut self,
+        memory_port: Option<u16>,
+        mut dump: Dump,
+        mut forwarder: Program,
+    ) -> Result<()> {
+        let mut rest = Box::pin(self.restore(memory_port));
         // Without the memory the destination would wait in vain, and the processes with it.
         let ended = tokio::select! {
             ready = &mut rest => Ok(ready),
@@ -154,15 +212,20 @@ impl Flow<'_> {
         ready
     }
 
-    /// Starts what takes over the memory of the lazy dump at `dump_port`.
-    fn start_lazy_forwarder(&mut self, dump_port: u16) -> Result<Program> {
+    /// Starts what takes over the memory of the lazy dump at `dump_port` and serves it at `address`.
+    fn start_lazy_forwarder(
+        &mut self,
+        dump_port: u16,
+        address: &str,
+        tls: &TlsArgs,
+    ) -> Result<Program> {
         let dir = self.context.dir().to_owned();
         let mut command = commands::lazy_forwarder(
             &self.programs,
-            &self.args.target.tls,
+            tls,
             (&dir, &self.context.images()),
             dump_port,
-            &self.serving_address(),
+            address,
         );
         let title = "page-server --forward-lazy";
         let forwarder = Program::start_waiting(title, &mut command, &dir.join(MEMORY.log))?;

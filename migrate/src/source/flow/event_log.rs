@@ -14,6 +14,7 @@ use crate::source::logs;
 pub(super) fn step_of(phase: &str) -> Option<Step> {
     Some(match phase {
         "dump" => Step::Dump,
+        "pages" => Step::Pages,
         "shared" => Step::Shared,
         "images" => Step::Images,
         "forwarder" => Step::Forwarder,

@@ -176,6 +176,7 @@ impl<'a> Flow<'a> {
             // What was written during the rounds for memory.
             self.files.send(&self.client).await?;
         }
+        let known = self.compared_hashes();
         self.send_outputs(false).await?;
         self.context
             .note("MEMORY_BYTES", self.report.memory_bytes.to_string());
@@ -191,9 +192,10 @@ impl<'a> Flow<'a> {
         self.report.preparation_ms = ms(frozen - self.started);
         self.frozen = Some(frozen);
         self.source.handle(SourceEvent::Freezing);
-        match self.mode.is_lazy() {
-            true => self.dump_lazily(sends_shared).await?,
-            false => self.dump_whole().await?,
+        match (self.mode.is_lazy(), known) {
+            (true, _) => self.dump_lazily(sends_shared).await?,
+            (false, Some(known)) => self.dump_changes(known).await?,
+            (false, None) => self.dump_whole().await?,
         }
         self.switch_routes().await
     }

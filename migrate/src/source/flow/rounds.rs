@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use pageferry::error::{Error, Kind, Result};
+use pageferry::ferry::known_hashes::KnownHashes;
 use pageferry::migration::events::Step;
 use pageferry::migration::messages::Receiver;
 use pageferry::migration::{Decision, Mode, OnMissed, RoundResult};
@@ -14,6 +15,7 @@ use super::{Flow, blocking, ms};
 use crate::events::Details;
 use crate::rounds::{self, Trackers, Tree};
 use crate::source::commands;
+use crate::source::last_pages;
 use crate::source::progress::Part;
 use crate::source::throttle::Throttle;
 
@@ -97,6 +99,19 @@ impl Flow<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The hashes of what the rounds have left at the destination, if the last pages are compared with them here. If most
+    /// memory is of a kind that a lazy dump writes into files first, CRIU sends all of it.
+    pub(super) fn compared_hashes(&self) -> Option<KnownHashes> {
+        let is_lazy = self.size.eager_bytes() <= self.size.bytes() / 2;
+        if self.mode != Mode::PreCopy || !is_lazy {
+            return None;
+        }
+        let path = commands::round_hashes(self.context.dir());
+        last_pages::known_hashes(&path, self.page)
+            .inspect_err(|error| tracing::warn!("CRIU sends the last pages, all of them: {error}"))
+            .ok()
     }
 
     /// Shows what a round has read while it reads.
