@@ -3,7 +3,11 @@
 //! ```text
 //!   Kinds::start ──> ready.json: kind -> null, or why this kernel lacks it
 //!   check(n)     ──> go-n ──> out-n.json: kind -> null, or what is wrong, also in a child that it forks
+//!   change       ──> changed-0.json, changed-1.json: change -> null, or why this kernel lacks it
 //! ```
+//!
+//! A tree has a second process that lives on: what it has inherited, with pages that it wrote and the first one lacks. Both
+//! make each of [`CHANGES`] once they are told to.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -31,13 +35,15 @@ pub struct Kind {
 }
 
 macro_rules! kinds {
-    ($($name:literal: $title:literal),+ $(,)?) => {
-        /// All kinds, in the order of the table.
-        pub const KINDS: &[Kind] = &[$(Kind { name: $name, title: $title }),+];
+    ($(#[$attribute:meta])* $list:ident: $($name:literal: $title:literal),+ $(,)?) => {
+        $(#[$attribute])*
+        pub const $list: &[Kind] = &[$(Kind { name: $name, title: $title }),+];
     };
 }
 
 kinds!(
+    /// All kinds, in the order of the table.
+    KINDS:
     "private": "private anonymous",
     "sparse": "every second page touched",
     "cow": "shared with a living child since a fork, partly written by both",
@@ -87,9 +93,65 @@ kinds!(
     "many": "10,000 mappings of a page",
 );
 
-/// The kind called `name`.
+kinds!(
+    /// What becomes of memory between a round and the last dump.
+    CHANGES:
+    "c-zero": "overwritten with zeros",
+    "c-first-written": "read before, written now",
+    "c-dontneed": "given back (MADV_DONTNEED)",
+    "c-dontneed-read": "given back, and read",
+    "c-dontneed-same": "given back, a part written again with what it held",
+    "c-free": "MADV_FREE, a part written again",
+    "c-moved": "moved (mremap)",
+    "c-moved-new": "moved, with a new mapping in its place, a part of it written",
+    "c-swapped": "two mappings in each other's place",
+    "c-unmapped": "a part unmapped",
+    "c-mapped-anew": "unmapped and mapped anew, untouched",
+    "c-grown": "grown, a part of what is new written",
+    "c-shrunk": "shrunk, and grown again",
+    "c-prot-none": "written, then PROT_NONE",
+    "c-readonly": "written, then read-only; every second page",
+    "c-guard": "under a guard region now",
+    "c-guard-removed": "no guard region any more, a part written",
+    "c-locked": "locked now (mlock)",
+    "c-unlocked": "locked no more, and a part given back",
+    "c-wipe": "MADV_WIPEONFORK now",
+    "c-dontfork": "MADV_DONTFORK now",
+    "c-collapsed": "made of transparent huge pages",
+    "c-thp-holes": "transparent huge pages, of which parts are given back",
+    "c-huge-given-back": "huge pages given back, one written with zeros",
+    "c-to-shared": "private, now shared anonymous with the same contents",
+    "c-to-file": "private, now a private file with the same contents in every second page",
+    "c-to-memfd": "private, now a memfd with the same contents",
+    "c-to-memfd-private": "private, now a private memfd with the same contents in every second page",
+    "c-to-hugetlb": "private, now huge pages with the same contents",
+    "c-to-dev-zero": "private, now /dev/zero with the same contents",
+    "c-to-growsdown": "private, now MAP_GROWSDOWN with the same contents",
+    "c-from-shared": "shared anonymous, now private with the same contents",
+    "c-from-file": "private file, now private anonymous with the same contents",
+    "c-from-memfd": "memfd, now private anonymous with the same contents",
+    "c-from-hugetlb": "huge pages, now private of small pages with the same contents",
+    "c-shared-written": "shared anonymous, written by one of two processes",
+    "c-shared-zero": "shared anonymous, overwritten with zeros",
+    "c-shared-removed": "shared anonymous, a part given back (MADV_REMOVE)",
+    "c-shared-replaced": "shared anonymous, another segment in its place in one of two processes",
+    "c-memfd-punched": "memfd, with a hole punched",
+    "c-memfd-cut": "memfd, cut",
+    "c-memfd-regrown": "memfd, cut and grown again",
+    "c-memfd-grown": "memfd and its mapping grown",
+    "c-memfd-by-call": "memfd, written by write()",
+    "c-file-dontneed": "private file, written pages given back",
+    "c-file-cut": "private file, cut",
+    "c-file-regrown": "private file, cut and grown again",
+    "c-file-rewritten": "private file, written by write() where it has no page of its own",
+    "c-forked": "a child that was forked since",
+    "c-ended": "a child that has ended since",
+);
+
+/// The kind, or the change, called `name`.
 pub fn kind(name: &str) -> Option<Kind> {
-    KINDS.iter().copied().find(|kind| kind.name == name)
+    let all = KINDS.iter().chain(CHANGES);
+    all.copied().find(|kind| kind.name == name)
 }
 
 /// What a check, or the start, said of each kind: `None` is right.
@@ -110,13 +172,26 @@ impl Kinds {
     /// # Errors
     /// It does not come up.
     pub fn start(dir: &Path, kinds: &[Kind]) -> Result<Kinds> {
+        Kinds::start_with(dir, kinds, &[])
+    }
+
+    /// The same with a child that lives on.
+    ///
+    /// # Errors
+    /// As [`Kinds::start`].
+    pub fn start_tree(dir: &Path, kinds: &[Kind]) -> Result<Kinds> {
+        Kinds::start_with(dir, kinds, &["--tree"])
+    }
+
+    fn start_with(dir: &Path, kinds: &[Kind], options: &[&str]) -> Result<Kinds> {
         fs::create_dir_all(dir)?;
         let names: Vec<&str> = kinds.iter().map(|kind| kind.name).collect();
         let mut command = Command::new(workspace::binary("memkinds")?);
         command
             .arg("--dir")
             .arg(dir)
-            .args(["--kinds", &names.join(",")]);
+            .args(["--kinds", &names.join(",")])
+            .args(options);
         command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -130,14 +205,50 @@ impl Kinds {
             }
             Ok(ready.exists().then_some(()))
         })?;
-        let said = read(&ready)?;
-        let lacking = said
-            .into_iter()
-            .filter_map(|(kind, why)| Some((kind, why?)));
         Ok(Kinds {
             dir: dir.to_owned(),
             process,
-            lacking: lacking.collect(),
+            lacking: lacking_of(read(&ready)?),
+        })
+    }
+
+    /// A command of a shell that lets the processes of a tree make their changes, and waits until they have.
+    pub fn change_command(&self) -> String {
+        let dir = self.dir.display();
+        format!(
+            "touch '{dir}/change'; until [ -e '{dir}/changed-0.json' ] && [ -e '{dir}/changed-1.json' ]; do sleep 0.01; done"
+        )
+    }
+
+    /// Tells the processes of a tree to make their changes.
+    ///
+    /// # Errors
+    /// The file cannot be made.
+    pub fn change(&self) -> Result<()> {
+        Ok(fs::write(self.dir.join("change"), "")?)
+    }
+
+    /// Waits until the changes are made. What this kernel lacks is among what is lacking then.
+    ///
+    /// # Errors
+    /// They are not made.
+    pub fn wait_until_changed(&mut self) -> Result<()> {
+        for process in 0..2 {
+            let path = self.dir.join(format!("changed-{process}.json"));
+            self.wait_for("changes of memory", &path)?;
+            self.lacking.extend(lacking_of(read(&path)?));
+        }
+        Ok(())
+    }
+
+    /// Waits for what a process writes, as long as none has failed.
+    fn wait_for(&self, what: &str, path: &Path) -> Result<()> {
+        let failure = self.dir.join("failure.txt");
+        wait::until(what, LIMIT, || {
+            if let Ok(said) = fs::read_to_string(&failure) {
+                bail!("memkinds: {said}");
+            }
+            Ok(path.exists().then_some(()))
         })
     }
 
@@ -170,17 +281,27 @@ impl Kinds {
         Ok(fs::write(self.dir.join(format!("go-{n}")), "")?)
     }
 
+    /// The same as a command of a shell.
+    pub fn ask_command(&self, n: u32) -> String {
+        format!("touch '{}/go-{n}'", self.dir.display())
+    }
+
     /// What the `n`th check found.
     ///
     /// # Errors
     /// It does not come.
     pub fn answer(&self, n: u32) -> Result<KindResults> {
         let path = self.dir.join(format!("out-{n}.json"));
-        wait::until("the check of all kinds of mappings", LIMIT, || {
-            Ok(path.exists().then_some(()))
-        })?;
+        self.wait_for("the check of all kinds of mappings", &path)?;
         read(&path)
     }
+}
+
+fn lacking_of(said: KindResults) -> BTreeMap<String, String> {
+    let lacking = said.into_iter();
+    lacking
+        .filter_map(|(kind, why)| Some((kind, why?)))
+        .collect()
 }
 
 fn read(path: &Path) -> Result<KindResults> {

@@ -131,6 +131,21 @@ pub fn move_away(address: usize, old: usize, new: usize) -> Result<usize, Errno>
     moved.map(|address| address.as_ptr().expose_provenance())
 }
 
+/// Moves a mapping that was made here to `to`, where nothing is, or changes its length where it is: `old` bytes become
+/// `new` bytes.
+pub fn resize(address: usize, old: usize, new: usize, to: Option<usize>) -> Result<(), Errno> {
+    let (flags, to) = match to {
+        Some(to) => (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, to),
+        None => (0, address),
+    };
+    // SAFETY: the caller made the range and knows that nothing is at the other one.
+    let at = unsafe { libc::mremap(pointer(address), old, new, flags, pointer(to)) };
+    match at {
+        libc::MAP_FAILED => Err(Errno::last()),
+        _ => Ok(()),
+    }
+}
+
 /// Moves a mapping of the window or changes its length: `old` bytes at `address` become `new` bytes.
 pub fn remap(address: usize, old: usize, new: usize, how: Remap) -> Result<(), Errno> {
     let (flags, to) = match how {
@@ -177,6 +192,12 @@ pub fn lock(address: usize, length: usize, on_fault: bool) -> Result<(), Errno> 
     let flags = if on_fault { libc::MLOCK_ONFAULT } else { 0 };
     // SAFETY: changes no content.
     Errno::result(unsafe { libc::mlock2(pointer(address), length, flags as _) }).map(drop)
+}
+
+/// Takes the lock of a mapping away.
+pub fn unlock(address: usize, length: usize) -> Result<(), Errno> {
+    // SAFETY: changes no content.
+    Errno::result(unsafe { libc::munlock(pointer(address), length) }).map(drop)
 }
 
 /// Seals a mapping.

@@ -21,7 +21,7 @@ const PAGES_AT_ONCE: usize = 64;
 /// Checks everything. The child is forked first, while as much as possible is missing, and reads while this
 /// process does.
 pub(crate) fn check_all(all: &BTreeMap<String, Made>, dir: &Path) -> Result<KindResults> {
-    let told = dir.join("child.json");
+    let told = dir.join(format!("child-{}.json", nix::unistd::getpid()));
     let child = match sys::fork().context("fork")? {
         ForkResult::Child => {
             let said = said_of(all, |span| span.in_child);

@@ -41,6 +41,23 @@ pub(crate) struct Span {
     pub(crate) in_child: Expect,
 }
 
+impl Span {
+    pub(crate) fn new(address: usize, pages: usize, first: u64, expect: Expect) -> Span {
+        Span {
+            address,
+            pages,
+            first,
+            expect,
+            in_child: expect,
+        }
+    }
+
+    /// The same, of which a child finds something else.
+    pub(crate) fn in_child(self, in_child: Expect) -> Span {
+        Span { in_child, ..self }
+    }
+}
+
 /// A kind of memory that was made.
 #[derive(Default, Debug)]
 pub(crate) struct Made {
@@ -84,19 +101,22 @@ pub(crate) fn fill(address: usize, pages: usize, first: u64) -> Result<()> {
 
 impl Made {
     pub(crate) fn add(&mut self, address: usize, pages: usize, first: u64, expect: Expect) {
-        self.spans.push(Span {
-            address,
-            pages,
-            first,
-            expect,
-            in_child: expect,
-        });
+        self.spans.push(Span::new(address, pages, first, expect));
     }
 
     pub(crate) fn filled(address: usize, pages: usize, first: u64) -> Result<Made> {
         fill(address, pages, first)?;
         let mut made = Made::default();
         made.add(address, pages, first, Expect::Content);
+        Ok(made)
+    }
+
+    /// Fills all but the last quarter, which nobody has touched.
+    pub(crate) fn nearly_filled(address: usize, pages: usize, first: u64) -> Result<Made> {
+        let filled = pages - pages / 4;
+        let mut made = Made::filled(address, filled, first)?;
+        let rest = address + filled * page_bytes();
+        made.add(rest, pages - filled, first + filled as u64, Expect::Zero);
         Ok(made)
     }
 
@@ -119,7 +139,7 @@ pub(crate) fn anonymous(flags: i32, pages: usize) -> Result<usize> {
 pub(crate) fn advised(first: u64, advice: i32) -> Result<Made> {
     let at = anonymous(PRIVATE, PAGES)?;
     mappings::advise(at, PAGES * page_bytes(), advice)?;
-    Made::filled(at, PAGES, first)
+    Made::nearly_filled(at, PAGES, first)
 }
 
 /// Number of the first page of a kind: contents of different kinds differ.
@@ -132,7 +152,7 @@ pub(crate) fn first_of(kind: &str) -> u64 {
 pub(crate) fn make(kind: &str, dir: &Path) -> Result<Made> {
     let first = first_of(kind);
     match kind {
-        "private" => Made::filled(anonymous(PRIVATE, 4 * PAGES)?, 4 * PAGES, first),
+        "private" => Made::nearly_filled(anonymous(PRIVATE, 4 * PAGES)?, 4 * PAGES, first),
         "shared" => Made::filled(anonymous(SHARED, PAGES)?, PAGES, first),
         "sparse" => sparse(first),
         "guard" => guard(first),
@@ -147,7 +167,7 @@ pub(crate) fn make(kind: &str, dir: &Path) -> Result<Made> {
         "dontfork" => Ok(advised(first, libc::MADV_DONTFORK)?.in_child(Expect::Gone)),
         "ksm" => advised(first, libc::MADV_MERGEABLE),
         "droppable" => droppable(first),
-        "growsdown" => Made::filled(
+        "growsdown" => Made::nearly_filled(
             anonymous(PRIVATE | libc::MAP_GROWSDOWN, PAGES)?,
             PAGES,
             first,
@@ -182,7 +202,7 @@ fn huge_memfd(first: u64) -> Result<Made> {
 }
 
 fn droppable(first: u64) -> Result<Made> {
-    let mut made = Made::filled(anonymous(MAP_DROPPABLE, PAGES)?, PAGES, first)?;
+    let mut made = Made::nearly_filled(anonymous(MAP_DROPPABLE, PAGES)?, PAGES, first)?;
     made.spans[0].expect = Expect::ContentOrZero;
     Ok(made.in_child(Expect::Zero))
 }
@@ -211,7 +231,7 @@ fn file(kind: &str, dir: &Path, first: u64) -> Result<Made> {
 fn zero_device(first: u64) -> Result<Made> {
     let zero = File::options().read(true).write(true).open("/dev/zero")?;
     let at = mappings::map(PAGES * page_bytes(), true, PRIVATE, Some(zero.as_fd()))?;
-    Made::filled(at, PAGES, first)
+    Made::nearly_filled(at, PAGES, first)
 }
 
 fn memfd(private: bool, first: u64) -> Result<Made> {
@@ -325,7 +345,7 @@ fn thp(first: u64) -> Result<Made> {
     let pages = 3 * HUGE_BYTES / page_bytes();
     let at = anonymous(PRIVATE, pages)?;
     mappings::advise(at, pages * page_bytes(), libc::MADV_HUGEPAGE)?;
-    Made::filled(at, pages, first)
+    Made::nearly_filled(at, pages, first)
 }
 
 /// Half of the pages are touched; on fault only they are locked.
@@ -348,6 +368,7 @@ fn reservation(first: u64) -> Result<Made> {
         fill(at + offset, 1, first + n as u64)?;
         made.add(at + offset, 1, first + n as u64, Expect::Content);
     }
+    made.add(at + RESERVED_BYTES / 4, 4, first + 3, Expect::Zero);
     Ok(made)
 }
 

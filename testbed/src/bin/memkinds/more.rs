@@ -92,13 +92,7 @@ fn keeping(made: Made, open: OwnedFd) -> Made {
 }
 
 fn span(address: usize, pages: usize, first: u64) -> Span {
-    Span {
-        address,
-        pages,
-        first,
-        expect: Expect::Content,
-        in_child: Expect::Content,
-    }
+    Span::new(address, pages, first, Expect::Content)
 }
 
 /// After a fork the child writes every fourth page, and this process every third.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! check(n) ──> go-n ──> the process: out-n.json
-//!                  └──> each partner: KIND-n.json, which the process waits for
+//!                  └──> each partner: NAME-n.json, which the process waits for
 //! ```
 
 use std::fs;
@@ -13,20 +13,21 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 use nix::unistd::{ForkResult, alarm};
-use testbed::kinds::KindResults;
+use serde::de::DeserializeOwned;
 use testbed::sys;
 
 use crate::LIFETIME_S;
 use crate::check::wrong;
-use crate::make::{HAVE_PARTNERS, Made, Span};
+use crate::make::{Made, Span};
 
 /// How long a partner may take for its answer.
 const LIMIT: Duration = Duration::from_secs(30);
 
 pub(crate) const PAUSE: Duration = Duration::from_millis(2);
 
-fn answer_of(dir: &Path, kind: &str, n: u32) -> PathBuf {
-    dir.join(format!("{kind}-{n}.json"))
+/// Where a child answers the `n`th check.
+pub(crate) fn answer_of(dir: &Path, name: &str, n: u32) -> PathBuf {
+    dir.join(format!("{name}-{n}.json"))
 }
 
 /// Forks a partner. What it holds is what `change` returns, which runs in it first.
@@ -34,26 +35,34 @@ fn answer_of(dir: &Path, kind: &str, n: u32) -> PathBuf {
 /// # Errors
 /// It cannot be forked, or its change fails.
 pub(crate) fn start(
-    kind: &str,
+    name: &str,
     dir: &Path,
     change: impl FnOnce() -> Result<Vec<Span>>,
 ) -> Result<()> {
     if let ForkResult::Child = sys::fork().context("fork")? {
-        let served = serve(kind, dir, change);
-        let _ = fs::write(dir.join("failure.txt"), format!("{served:?}"));
+        let served = serve(name, dir, change);
+        let _ = fs::write(dir.join("failure.txt"), format!("{name}: {served:?}"));
         sys::exit_now(1);
     }
     // Its first answer tells that its change is done.
-    answer(kind, dir, 0).and_then(|wrong| {
-        ensure!(wrong.is_none(), "its partner: {wrong:?}");
-        Ok(())
-    })
+    let wrong: Option<String> = answer(dir, name, 0)?;
+    ensure!(wrong.is_none(), "its partner: {wrong:?}");
+    Ok(())
 }
 
-fn serve(kind: &str, dir: &Path, change: impl FnOnce() -> Result<Vec<Span>>) -> Result<()> {
+/// Of a child: it ends with its parent, and after the limit in any case.
+///
+/// # Errors
+/// The kernel refuses.
+pub(crate) fn end_with_parent() -> Result<()> {
     // Only this thread exists, and it came out of a process that may have ended by now: the alarm is for that.
     set_pdeathsig(Signal::SIGKILL)?;
     alarm::set(LIFETIME_S);
+    Ok(())
+}
+
+fn serve(name: &str, dir: &Path, change: impl FnOnce() -> Result<Vec<Span>>) -> Result<()> {
+    end_with_parent()?;
     let made = Made {
         spans: change()?,
         ..Made::default()
@@ -64,40 +73,20 @@ fn serve(kind: &str, dir: &Path, change: impl FnOnce() -> Result<Vec<Span>>) -> 
             std::thread::sleep(PAUSE);
         }
         let said = wrong(&made, |span| span.expect);
-        crate::publish(&answer_of(dir, kind, n), &said)?;
+        crate::publish(&answer_of(dir, name, n), &said)?;
     }
     Ok(())
 }
 
-/// Adds what the partners of kinds say to the `n`th check, where this process found nothing wrong.
-///
-/// # Errors
-/// One says nothing.
-pub(crate) fn add_answers(said: &mut KindResults, dir: &Path, n: u32) -> Result<()> {
-    for kind in HAVE_PARTNERS {
-        let Some(own) = said.get_mut(*kind) else {
-            continue;
-        };
-        let wrong = answer(kind, dir, n)?;
-        if own.is_none() {
-            *own = wrong.map(|wrong| format!("in its partner: {wrong}"));
-        }
-    }
-    Ok(())
-}
-
-/// What the partner of a kind says to the `n`th check.
+/// What the child called `name` says to the `n`th check.
 ///
 /// # Errors
 /// It says nothing.
-fn answer(kind: &str, dir: &Path, n: u32) -> Result<Option<String>> {
-    let path = answer_of(dir, kind, n);
+pub(crate) fn answer<T: DeserializeOwned>(dir: &Path, name: &str, n: u32) -> Result<T> {
+    let path = answer_of(dir, name, n);
     let began = Instant::now();
     while !path.exists() {
-        ensure!(
-            began.elapsed() < LIMIT,
-            "the partner of {kind} says nothing"
-        );
+        ensure!(began.elapsed() < LIMIT, "{name} says nothing");
         std::thread::sleep(PAUSE);
     }
     let bytes = fs::read(&path).with_context(|| path.display().to_string())?;
