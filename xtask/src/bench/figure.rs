@@ -65,10 +65,10 @@ const PANELS: [Panel; 2] = [
 /// Width, pixels.
 const WIDTH: u32 = 880;
 
-/// Height of a row, of what is around the rows of a panel, of the text below all, pixels.
+/// Height of a row, of what is around the rows of a panel, of a line of the text below all, pixels.
 const ROW: u32 = 34;
 const AROUND: u32 = 92;
-const FOOT: u32 = 40;
+const FOOT_LINE: u32 = 16;
 
 /// Colours of CRIU's bars and of others: they differ also for who sees few.
 const CRIU: RGBColor = RGBColor(213, 94, 0);
@@ -145,7 +145,9 @@ fn figure(documents: &[Document], path: &Path) -> Result<()> {
         .iter()
         .map(|(_, _, rows)| Ok(AROUND + ROW * u32::try_from(rows.len())?))
         .collect::<Result<_>>()?;
-    let height = heights.iter().sum::<u32>() + FOOT;
+    let lines = foot(&panels);
+    let height =
+        heights.iter().sum::<u32>() + FOOT_LINE / 2 + FOOT_LINE * u32::try_from(lines.len())?;
     let mut rest = SVGBackend::new(path, (WIDTH, height)).into_drawing_area();
     rest.fill(&WHITE).map_err(drawing)?;
     let whole = rest.clone();
@@ -155,23 +157,15 @@ fn figure(documents: &[Document], path: &Path) -> Result<()> {
         rest = below;
     }
     let style = ("sans-serif", 12).into_font().color(&BLACK.mix(0.7));
-    for (line, text) in (0..).zip(foot(&panels)) {
-        rest.draw_text(&text, &style, (12, 2 + line * 16))
+    for (line, text) in (0..).zip(&lines) {
+        rest.draw_text(text, &style, (12, 2 + line * FOOT_LINE.cast_signed()))
             .map_err(drawing)?;
     }
     whole.present().map_err(drawing)
 }
 
-/// What the results depend on.
-fn foot(panels: &[(&Document, String, Vec<Row<'_>>)]) -> [String; 2] {
-    let Some((document, ..)) = panels.first() else {
-        return Default::default();
-    };
-    let machine = &document.machine;
-    let runs = panels
-        .iter()
-        .flat_map(|(_, _, rows)| rows.iter().map(|row| row.runs.len()));
-    let runs = runs.max().unwrap_or_default();
+/// How to read the bars, and what the results of each panel depend on.
+fn foot(panels: &[(&Document, String, Vec<Row<'_>>)]) -> Vec<String> {
     let mut rows = panels.iter().flat_map(|(_, _, rows)| rows);
     let is_ended = rows.any(|row| row.median.bound != Bound::Exact);
     let limits = panels.iter().filter_map(|(document, ..)| document.limit_s);
@@ -179,10 +173,14 @@ fn foot(panels: &[(&Document, String, Vec<Row<'_>>)]) -> [String; 2] {
         Some(limit) => format!(" >: ended after {limit} s."),
         None => String::new(),
     };
-    [
-        format!("Bars: medians; points: {runs} runs. Logarithmic scale; shorter is better.{ended}"),
-        format!(
-            "{} CPUs ({}), Linux {}, CRIU {}, pageferry {} ({}), {}",
+    let mut lines = vec![format!(
+        "Bars: medians; points: runs. Logarithmic scale; shorter is better.{ended}"
+    )];
+    for (document, ..) in panels {
+        let machine = &document.machine;
+        lines.push(format!(
+            "{}: {} CPUs ({}), Linux {}, CRIU {}, pageferry {} ({}), {}",
+            document.bench,
             machine.cpus,
             machine.cpu,
             machine.kernel,
@@ -190,8 +188,9 @@ fn foot(panels: &[(&Document, String, Vec<Row<'_>>)]) -> [String; 2] {
             machine.pageferry,
             document.commit,
             document.date.get(..10).unwrap_or(&document.date)
-        ),
-    ]
+        ));
+    }
+    lines
 }
 
 fn draw(area: &DrawingArea<SVGBackend<'_>, Shift>, title: &str, rows: &[Row<'_>]) -> Result<()> {

@@ -62,10 +62,14 @@ pub(in super::super) fn of_case(case: &Case, dir: &Path, stem: &str) -> Result<V
     if !curves.is_empty() {
         let file = format!("{stem}-latencies.svg");
         let title = format!(
-            "{}: share of faults that are at most so long (medians of rounds)",
+            "{}: latency of faults (50, 90, 99, 100 %; medians of runs)",
             case.name
         );
-        lines(&title, ("µs", "share"), true, &curves, &dir.join(&file))?;
+        let axes = (
+            "latency of a fault, µs",
+            "share of faults up to this latency",
+        );
+        lines(&title, axes, true, &curves, &dir.join(&file))?;
         files.push(file);
     }
     Ok(files)
@@ -114,7 +118,13 @@ pub(super) fn over_size(cases: &[Case], dir: &Path, stem: &str) -> Result<Vec<St
         }
         let file = format!("{stem}-size-{}.svg", number + 1);
         let title = format!("Throughput over size, as in: {}", group[0].1.name);
-        lines(&title, ("MiB", "MiB/s"), false, &curves, &dir.join(&file))?;
+        lines(
+            &title,
+            ("size, MiB", "throughput, MiB/s"),
+            false,
+            &curves,
+            &dir.join(&file),
+        )?;
         files.push(file);
     }
     Ok(files)
@@ -157,7 +167,8 @@ fn runs(case: &Case, metric: &Metric, path: &Path) -> Result<()> {
         .caption(
             format!(
                 "{}: {} (points: runs; bar and number: median)",
-                case.name, metric.name
+                case.name,
+                axis(&metric.name)
             ),
             ("sans-serif", 15),
         )
@@ -177,7 +188,7 @@ fn runs(case: &Case, metric: &Metric, path: &Path) -> Result<()> {
         .disable_y_mesh()
         .y_labels(count)
         .y_label_formatter(&name)
-        .x_desc(&metric.name)
+        .x_desc(axis(&metric.name))
         .draw()
         .map_err(drawing)?;
     for at in 0..count {
@@ -217,7 +228,7 @@ fn beside(case: &Case, time: &Metric, cpu: &Metric, path: &Path) -> Result<()> {
     area.fill(&WHITE).map_err(drawing)?;
     let mut chart = ChartBuilder::on(&area)
         .caption(
-            format!("{}: CPU of the daemon beside time", case.name),
+            format!("{}: CPU time of the daemon, each run a point", case.name),
             ("sans-serif", 15),
         )
         .margin(12)
@@ -234,8 +245,8 @@ fn beside(case: &Case, time: &Metric, cpu: &Metric, path: &Path) -> Result<()> {
         .light_line_style(WHITE)
         .x_label_formatter(&label)
         .y_label_formatter(&label)
-        .x_desc(&time.name)
-        .y_desc(&cpu.name)
+        .x_desc(axis(&time.name))
+        .y_desc(axis(&cpu.name))
         .draw()
         .map_err(drawing)?;
     for (at, who) in case.contenders.iter().enumerate() {
@@ -317,6 +328,23 @@ fn lines(
     area.present().map_err(drawing)
 }
 
+/// What stands at an axis: the quantity in words, and its unit.
+fn axis(metric: &str) -> String {
+    match metric {
+        "drained s" => "time until the last page, s".to_owned(),
+        "pause ms" => "pause of the process, ms".to_owned(),
+        "CPU s" => "CPU time, s".to_owned(),
+        "s" => "time, s".to_owned(),
+        _ => match metric.rsplit_once(' ') {
+            Some((what, unit)) => format!("{what}, {unit}"),
+            None => metric.to_owned(),
+        },
+    }
+}
+
+/// How far from a power of ten an end of an axis may be to be moved there: only powers of ten have labels.
+const NEAR_POWER: f64 = 2.0;
+
 /// A range around all positive values for an axis of powers of ten.
 fn log_range(values: impl Iterator<Item = f64>) -> (f64, f64) {
     let positive = values.filter(|value| *value > 0.0);
@@ -324,7 +352,19 @@ fn log_range(values: impl Iterator<Item = f64>) -> (f64, f64) {
         (value.min(low), value.max(high))
     });
     match low <= high {
-        true => (low / 1.3, high * 1.3),
+        true => {
+            let (low, high) = (low / 1.3, high * 1.3);
+            let below = 10_f64.powf(low.log10().floor());
+            let above = 10_f64.powf(high.log10().ceil());
+            (
+                if low < below * NEAR_POWER { below } else { low },
+                if high > above / NEAR_POWER {
+                    above
+                } else {
+                    high
+                },
+            )
+        }
         false => (0.1, 10.0),
     }
 }
