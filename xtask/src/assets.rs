@@ -67,7 +67,7 @@ fn write(path: &Path) -> Result<()> {
 }
 
 /// The programs that people run.
-fn programs() -> [Command; 3] {
+pub(crate) fn programs() -> [Command; 3] {
     [
         pageferry_cli::command(),
         page_server::command(),

@@ -1,4 +1,5 @@
-//! Checks what the documents say: short sentences, links that lead somewhere, complete tables of contents.
+//! Checks what the documents say: short sentences, links that lead somewhere, complete tables of contents, commands
+//! whose options exist.
 //!
 //! ```text
 //! *.md ── blocks ──> paragraphs ──> sentences of SENTENCE_WORDS_MAX words at most
@@ -10,6 +11,7 @@
 //!
 //! Tables and blocks of code are no prose.
 
+mod commands;
 mod contents;
 mod links;
 mod sentences;
@@ -25,7 +27,7 @@ pub(crate) use contents::{BOOK, SUMMARY};
 pub(crate) use links::{Links, links_of, plain};
 use sentences::{long_sentences, paragraphs};
 
-use crate::tracked;
+use crate::{assets, tracked};
 
 /// Longest sentence, words.
 const SENTENCE_WORDS_MAX: usize = 35;
@@ -38,6 +40,9 @@ const DOCUMENTS: [&str; 4] = [
     "SECURITY.md",
 ];
 
+/// The log of experiments: its commands are those of their time.
+const LOG: &str = "docs/experiments.md";
+
 #[derive(clap::Args)]
 pub(crate) struct Args {}
 
@@ -46,6 +51,7 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
     let root = workspace::root();
     let mut problems = Vec::new();
     let mut links = Links::default();
+    let programs = assets::programs();
     let documents = tracked::files(root, "*.md")?;
     for path in &documents {
         let text = fs::read_to_string(root.join(path))
@@ -65,6 +71,10 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
                     )
                 }),
             );
+        }
+        if is_prose(path) && path != Path::new(LOG) {
+            let wrong = commands::problems(&text, &programs).into_iter();
+            problems.extend(wrong.map(|(line, what)| format!("{}:{line}: {what}", path.display())));
         }
         links.add(path.clone(), &text);
     }
