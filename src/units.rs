@@ -192,13 +192,15 @@ pub fn parse_bytes_or_none(text: &str) -> Result<u64, String> {
     let number: Option<u64> = digits.parse().ok();
     number
         .and_then(|number| number.checked_mul(factor))
-        .ok_or_else(|| format!("{text:?} is no number of bytes (digits, then perhaps K, M or G)"))
+        .ok_or_else(|| {
+            format!("{text:?} is not a number of bytes (digits, then perhaps K, M or G)")
+        })
 }
 
 /// The same where no bytes at all make no sense.
 pub fn parse_bytes(text: &str) -> Result<u64, String> {
     match parse_bytes_or_none(text) {
-        Ok(0) => Err(format!("{text:?} is no bytes at all")),
+        Ok(0) => Err(format!("{text:?} is too small: give at least 1 byte")),
         parsed => parsed,
     }
 }

@@ -109,7 +109,7 @@ impl Config {
             "bin-dir" => self.bin_dir = Some(value.into()),
             "emulate-pre-dump" => self.emulate = when(value)?,
             _ => {
-                let text = format!("{name} is no setting of this program");
+                let text = format!("{name} is not a setting of this program");
                 return Err(Error::new(Kind::Usage, text));
             }
         }

@@ -26,11 +26,11 @@ const RECORD_S_DEFAULT: u64 = 10;
 /// What stands at the end of `--help`.
 const AT_THE_END: &str = "\
 Exit codes:
-  0  all processes have their memory, or help was asked for
+  0  all processes have their memory, or help was requested
   1  it failed, or the command line is wrong (1 as with CRIU)
 
 Signals:
-  SIGTERM, SIGINT  end it: missing pages of the source are lost, see --on-loss
+  SIGTERM, SIGINT  end lazy-client: missing pages of the source are lost, see --on-loss
   SIGUSR1          with --on-loss hold: try the source again
   SIGUSR2          with --on-loss hold: kill the processes
 
@@ -43,9 +43,9 @@ Examples:
 
 /// Fills the memory of processes that CRIU restores lazily.
 ///
-/// Takes the place of `criu lazy-pages`: a criu command line can be used as it is. Holds the userfaultfd of
-/// every restored process, answers its page faults from local images or from a page server, and streams the rest of
-/// the memory in behind them.
+/// Replaces `criu lazy-pages`, and accepts its command line unchanged. It holds the userfaultfd of every restored
+/// process, answers its page faults from local images or from a page server, and fetches the rest of the memory in the
+/// background.
 #[derive(Parser, Debug)]
 #[command(name = "lazy-client", version, long_version = long_version(
     env!("CARGO_PKG_VERSION"), env!("PAGEFERRY_COMMIT"), env!("PAGEFERRY_RUSTLS")),
@@ -69,18 +69,18 @@ pub(crate) struct Args {
 
     /// The page server is a `page-server --forward-lazy`
     ///
-    /// It sends pages unasked, compressed and checked; broken connections are made again.
+    /// It pushes pages, compressed and with checksums. lazy-client reconnects if the connection breaks.
     #[arg(help_heading = "Source", long, conflicts_with = "wire")]
     ferry: bool,
 
     /// With --ferry: images of an earlier round [default: the images' parent]
     ///
-    /// They are of the same processes; the path is relative to the images directory. Pages that have not changed since
-    /// are read from there.
+    /// They must be of the same processes; the path is relative to the images directory. Pages that have not changed
+    /// since are read from there and not sent.
     #[arg(help_heading = "Images", long, value_name = "DIR", requires = "ferry")]
     prev_images_dir: Option<PathBuf>,
 
-    /// Header layout of the page server; auto asks the images
+    /// Header layout of the page server; auto: as in the images
     ///
     /// v1: CRIU up to 4.1.1; v2: from 4.2 on.
     #[arg(help_heading = "Source", long, value_enum, default_value_t = WireArg::Auto)]
@@ -92,26 +92,26 @@ pub(crate) struct Args {
 
     /// Remove pages from the local images once no process needs them there
     ///
-    /// So images on tmpfs do not take memory twice. Nothing can be restored from these images again.
+    /// Then images on tmpfs do not take memory twice. These images cannot be restored again.
     #[arg(help_heading = "Images", long)]
     auto_dedup: bool,
 
-    /// Most bytes a second for the background, with suffix K, M or G
+    /// Limit of the background stream, bytes a second (K, M, G)
     ///
     /// Faults are not limited.
     #[arg(help_heading = "Restore", long, value_name = "RATE", value_parser = parse_bytes)]
     max_bandwidth: Option<u64>,
 
-    /// Bring the pages that FILE names first [default: working-set.img of the images]
+    /// Fetch the pages listed in FILE first [default: working-set.img of the images]
     ///
     /// FILE is in the work directory; --record-working-set writes it. Without one of these files the order follows
     /// the faults and the addresses.
     #[arg(help_heading = "Restore", long, value_name = "FILE")]
     working_set: Option<PathBuf>,
 
-    /// Record in FILE which pages are touched first, in addition to what FILE has
+    /// Record which pages are accessed first, and add them to FILE
     ///
-    /// FILE is in the work directory. Until the recording ends, a page comes only when a thread waits for it.
+    /// FILE is in the work directory. While it records, lazy-client fetches a page only when a thread waits for it.
     #[arg(
         help_heading = "Restore",
         long,
@@ -120,36 +120,36 @@ pub(crate) struct Args {
     )]
     record_working_set: Option<PathBuf>,
 
-    /// With --record-working-set: how long, from the end of the restore on
+    /// With --record-working-set: for how long after the restore
     #[arg(help_heading = "Restore", long, value_name = "SECONDS", default_value_t = RECORD_S_DEFAULT,
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     record_seconds: u64,
 
-    /// What becomes huge pages again once all its pages have come
+    /// Which memory to collapse into huge pages again after it has arrived
     ///
-    /// Needs Linux 6.1 and CAP_SYS_NICE; without them the kernel makes huge pages at a time of its own.
+    /// This needs Linux 6.1 and CAP_SYS_NICE. Without them it is left to the kernel's khugepaged.
     #[arg(help_heading = "Restore", long, value_enum, default_value_t = HugePagesArg::AsBefore, value_name = "WHICH")]
     huge_pages: HugePagesArg,
 
-    /// What becomes of processes whose pages are lost with the source
+    /// What happens to processes whose pages are lost with the source
     #[arg(help_heading = "Restore", long, value_enum, default_value_t = OnLossArg::Poison)]
     on_loss: OnLossArg,
 
-    /// How long to try to reach a lost source again [default: 30 for a page-server, else 0]
+    /// How long to reconnect to a lost source [default: 30 for a page-server, else 0]
     #[arg(help_heading = "Source", long, value_name = "SECONDS",
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     reconnect_timeout: Option<u64>,
 
     /// How long to retry what fails on this host: images, a full control group
     ///
-    /// When the time is over, the pages concerned are given up: --on-loss says what follows.
+    /// After that the pages concerned are lost: --on-loss says what follows.
     #[arg(help_heading = "Restore", long, value_name = "SECONDS", default_value_t = 30,
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     local_timeout: u64,
 
-    /// Give the source up after so long without a restore; 0 waits for ever
+    /// Abandon the source after SECONDS without a restore; 0: never
     ///
-    /// The same limit holds for a restore that has begun and is silent. The dumped processes stand still meanwhile.
+    /// The same limit applies between two messages of a restore. Until then the dumped processes stay stopped.
     #[arg(help_heading = "Restore", long, value_name = "SECONDS", default_value_t = RESTORE_TIMEOUT_S,
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     restore_timeout: u64,
@@ -161,7 +161,7 @@ pub(crate) struct Args {
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     wait: Option<u64>,
 
-    /// Start no second process to take over if this one is killed
+    /// Do not start a standby process that takes over if this one is killed
     #[arg(help_heading = "Restore", long)]
     pub(crate) no_standby: bool,
 
@@ -173,7 +173,7 @@ pub(crate) struct Args {
     #[arg(help_heading = "Reports", long, value_name = "FILE")]
     trace: Option<PathBuf>,
 
-    /// Print the faults recorded in FILE as lines of CSV, and end
+    /// Print the faults recorded in FILE as CSV, and exit
     ///
     /// FILE is in the work directory.
     #[arg(help_heading = "Reports", long, value_name = "FILE")]
@@ -199,9 +199,9 @@ enum HugePagesArg {
 
 #[derive(Clone, Copy, ValueEnum, Debug)]
 enum OnLossArg {
-    /// Reading a lost page raises SIGBUS
+    /// A thread that touches a lost page gets SIGBUS
     Poison,
-    /// Readers wait for an operator: SIGTERM poisons, SIGUSR1 tries again, SIGUSR2 kills
+    /// Such threads wait for an operator: SIGTERM poisons, SIGUSR1 tries again, SIGUSR2 kills
     Hold,
     /// The processes are killed
     Kill,

@@ -101,24 +101,24 @@ const SHORT: &[(&str, &str)] = &[
     ),
     (
         "throttle",
-        "Slow the processes when rounds do not shrink [default: never]",
+        "Slow the processes if rounds do not get smaller [default: never]",
     ),
     (
         "tcp",
-        "What becomes of established TCP connections [default: refuse]",
+        "What to do with established TCP connections [default: refuse]",
     ),
     ("address", "An address that moves with the processes"),
     (
         "drain",
-        "How long connections may go on here after the switch: 30, 2m; 0 cuts them",
+        "How long connections may continue here after the switch: 30, 2m; 0 cuts them",
     ),
     (
         "route",
-        "What leads clients to the service: address:, nft:, haproxy: or exec:",
+        "A route to switch to the destination: address:, nft:, haproxy: or exec:",
     ),
     (
         "probe",
-        "Ask the service until it answers, and report when that was",
+        "Probe the service until it answers, and report when that was",
     ),
     (
         "runtime_root",
@@ -134,15 +134,15 @@ const SHORT: &[(&str, &str)] = &[
     ("preload", "Send the files ahead, and move nothing"),
     (
         "layers",
-        "Whether layers below a container's writable one travel once, by their digests",
+        "Whether to keep the layers of a root file system that is an overlay",
     ),
     (
         "volume",
-        "A directory that moves along, to DST or to the same path",
+        "A directory that moves too, to DST or to the same path",
     ),
     (
         "output_log",
-        "The log that the reader of the container's output writes, and its place there",
+        "The log of the container's output, continued at the destination as THERE",
     ),
     (
         "events",
@@ -151,7 +151,7 @@ const SHORT: &[(&str, &str)] = &[
     ("base", "The image that the container was made of"),
     (
         "image",
-        "The image of which podman makes the container when it imports the archive",
+        "The image from which podman creates the container when it imports the archive",
     ),
 ];
 
@@ -159,7 +159,7 @@ const SHORT: &[(&str, &str)] = &[
 const EXITS: &str = "\
 Exit codes:
   0  done
-  1  it failed; the error tells why, and what to do
+  1  it failed; the error says why, and what to do
   2  the command line is wrong";
 
 /// What stands at the end of each command's `--help`.
@@ -168,7 +168,7 @@ const ENDS: &[(&str, &str)] = &[
         "agent",
         "\
 Signals:
-  SIGTERM, SIGINT  end it once no migration needs it; what is half done is finished at the next start
+  SIGTERM, SIGINT  end the agent once no migration needs it; the next start finishes what is incomplete
 
 Examples:
   pageferry agent --listen 0.0.0.0:9191 --tls
@@ -178,9 +178,9 @@ Examples:
         "migrate",
         "\
 Signals:
-  SIGTERM, SIGINT  give up if that is still possible: the processes stay here
+  SIGTERM, SIGINT  abort if that is still possible: the processes continue here
 
-If it is killed, a second process finishes the migration or leaves the processes here; see --resume.
+If migrate is killed, a second process finishes or aborts the migration; see --resume.
 
 Examples:
   pageferry migrate --pid 1234 --to host:9191 --tls
@@ -194,7 +194,7 @@ Examples:
         "\
 Exit codes:
   0  it can be moved
-  1  it cannot; each reason is told
+  1  it cannot be moved; each reason is printed
   2  the command line is wrong
 
 Examples:
@@ -213,7 +213,7 @@ Examples:
         "\
 Exit codes:
   0  printed
-  1  the parents cannot be followed, or a directory cannot be read
+  1  the parents or a directory cannot be read
   2  the command line is wrong, or DIR holds no images
 
 Examples:
@@ -237,8 +237,8 @@ Examples:
         "doctor",
         "\
 Exit codes:
-  0  all jobs can be done here
-  1  at least one cannot
+  0  everything works here
+  1  something does not work
   2  the command line is wrong
 
 Examples:
@@ -249,7 +249,7 @@ Examples:
         "export",
         "\
 Signals:
-  SIGTERM, SIGINT  end it; a paused container goes on
+  SIGTERM, SIGINT  end the export; a paused container continues
 
 Examples:
   pageferry export c1 -o image --pause
@@ -260,7 +260,7 @@ Examples:
         "record",
         "\
 Signals:
-  SIGTERM, SIGINT  end the connections in order, and the log
+  SIGTERM, SIGINT  close the connections in order, and complete the log
 
 Examples:
   pageferry record --listen 0.0.0.0:6379 --to 127.0.0.1:6380 --log log
@@ -271,7 +271,7 @@ Examples:
         "\
 Exit codes:
   0  everything was replayed, and nothing that was compared differs
-  1  an answer or a digest differs, or did not come; the error names the first
+  1  an answer or a digest differs or is missing; the error names the first
   2  the command line is wrong
 
 Examples:
@@ -283,8 +283,8 @@ Examples:
         "watch",
         "\
 Signals:
-  SIGHUP           read the rules again; with a mistake the old ones stay
-  SIGTERM, SIGINT  end it; actions that are under way go on
+  SIGHUP           reload the rules; if they have an error, the old ones stay
+  SIGTERM, SIGINT  end the watcher; running actions continue
 
 Examples:
   pageferry watch --rules rules.toml --dry-run
@@ -294,7 +294,7 @@ Examples:
         "dump",
         "\
 Signals:
-  SIGTERM, SIGINT  end it: the container goes on, and no archive is left
+  SIGTERM, SIGINT  abort: the container continues, and no archive is left
 
 Examples:
   pageferry dump c1 -o c1.tar.zst
@@ -310,7 +310,7 @@ Examples:
         "snapshot",
         "\
 Signals:
-  SIGTERM, SIGINT  end it: the processes go on, and no images are left
+  SIGTERM, SIGINT  abort: the processes continue, and no images are left
 
 Examples:
   pageferry snapshot c1 -o images --leave-running
@@ -320,7 +320,7 @@ Examples:
         "copy-lazy",
         "\
 Signals:
-  SIGTERM, SIGINT  end it; nothing is left at the destination
+  SIGTERM, SIGINT  abort; nothing is left at the destination
 
 Examples:
   pageferry copy-lazy images host:images

@@ -107,7 +107,7 @@ pub(crate) fn unpack(from: impl Read, dir: &Path) -> Result<()> {
         );
         let regular = entry.header().entry_type().is_file();
         if !plain || !regular || count > MIGRATION_IMAGE_FILES_MAX {
-            let text = format!("{:?} is no image file in one directory", path.display());
+            let text = format!("{:?} is not an image file in one directory", path.display());
             return Err(Error::new(Kind::Protocol, text));
         }
         if path.as_os_str() == CHECKSUM {

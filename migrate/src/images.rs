@@ -43,7 +43,7 @@ pub(crate) fn split(args: &SplitArgs) -> ExitCode {
     let done = open(&args.dir).and_then(|dir| rewrite::split(&dir, &args.output));
     report(done, |done| {
         format!(
-            "{} pages have moved to {}, {} have come from parents",
+            "{} pages were moved to {}; {} pages were copied from parents",
             done.moved_pages,
             args.output.display(),
             done.filled_pages

@@ -57,31 +57,31 @@ struct Args {
     #[command(subcommand)]
     command: Command,
 
-    /// Say more
+    /// Log more
     #[arg(short, long, global = true)]
     verbose: bool,
 }
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Wait at a destination for migrations
+    /// Run at a destination, and receive migrations
     Agent(agent::Args),
     /// Move a running process tree to an agent's host
     Migrate(Box<source::Args>),
-    /// Tell whether a process tree can be moved, and what each mode would cost
+    /// Check whether a process tree can be moved, and predict what each mode would cost
     Plan(Box<source::plan::Args>),
     /// Show the report of a migration, and draw it
     Report(timeline::Args),
-    /// Copy pages out of parent images where CRIU does not look for them there: private huge pages, and
-    /// mappings that plugins provide
+    /// Copy pages from parent images where CRIU does not read parents: private huge pages, and mappings that
+    /// plugins provide
     Finish(images::FinishArgs),
-    /// Move the pages that a lazy restore can do without from images to another directory
+    /// Move the pages that a lazy restore can fetch later from images to another directory
     Split(images::SplitArgs),
-    /// Tell what an image directory and its parents hold
+    /// Show what an image directory and its parents contain
     Inspect(inspect::Args),
-    /// Tell whether a restore finds all memory in an image directory and its parents
+    /// Check whether a restore would find all memory in an image directory and its parents
     Verify(verify::Args),
-    /// Tell what works on this host, what does not, and what to do about it
+    /// Report what works on this host, what does not, and what to do about it
     Doctor(doctor::Args),
     /// Write the writable layer of a container into an OCI image layout
     Export(Box<export::Args>),
@@ -95,11 +95,11 @@ enum Command {
     CopyLazy(copy_lazy::Args),
     /// Relay connections to a service, and write what clients send to a log that can be replayed
     Record(record::Args),
-    /// Tell a service what a log says, and compare its answers with the recorded ones
+    /// Send the requests of a log to a service, and compare its answers with the recorded ones
     Replay(replay::Args),
     /// Wait for conditions, and act by rules: migrate, pause, stop, restart
     Watch(watch::Args),
-    /// Tell which pages working sets name, and merge them
+    /// Show which pages working sets contain, and merge them
     WorkingSet(working_set::Args),
     #[command(hide = true)]
     RestoreHook(hook::Args),

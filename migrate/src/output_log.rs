@@ -107,7 +107,9 @@ fn log(args: &Args) -> Result<()> {
         let claimed = Claim::take(&args.dir, args.number)?;
         match claimed {
             Some(claim) => {
-                eprintln!("the end of the source's log has not come: the log goes on without it");
+                eprintln!(
+                    "the end of the source's log has not arrived: the log continues without it"
+                );
                 claim.release()?;
             }
             // Somebody is about to put it there.
@@ -205,10 +207,12 @@ mod tests {
         let (reader, mut writer) = io::pipe().unwrap();
         let mut pipe = File::from(OwnedFd::from(reader));
         let text = "a line\n".repeat(5_000);
-        writer.write_all(text.as_bytes()).unwrap();
-        drop(writer);
-        let (kept, opened, length) = (held.clone(), go.clone(), text.len() as u64);
+        let (kept, opened, sent) = (held.clone(), go.clone(), text.clone());
         let other = std::thread::spawn(move || {
+            // A user with many pipes gets small ones: the text need not fit before somebody reads.
+            writer.write_all(sent.as_bytes())?;
+            drop(writer);
+            let length = sent.len() as u64;
             while fs::metadata(&kept).map_or(0, |held| held.len()) < length {
                 std::thread::yield_now();
             }

@@ -12,6 +12,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use indicatif::HumanBytes;
 use pageferry::error::{Error, Kind, Result};
 
 use crate::source::report::{Report, Span};
@@ -109,15 +110,15 @@ fn draw(report: &Report) -> String {
 
 fn heading(svg: &mut String, report: &Report) {
     let downtime = match report.downtime_ms {
-        Some(ms) => format!("{} still", time(ms)),
+        Some(ms) => format!("{} of downtime", time(ms)),
         None => "not moved".to_owned(),
     };
     let title = format!("{}: {}, {}", report.id, report.mode, report.result);
     let facts = format!(
-        "{} MiB in {} processes, {downtime}, {} MiB sent, {} faults",
-        report.memory_bytes >> 20,
+        "{} in {} processes, {downtime}, {} sent, {} faults",
+        HumanBytes(report.memory_bytes),
         report.processes,
-        report.wire_bytes >> 20,
+        HumanBytes(report.wire_bytes),
         report.faults.count
     );
     let _ = write!(

@@ -6,7 +6,7 @@ use pageferry::limits::TIMEOUT_S_MAX;
 
 /// A time with its unit: 300ms, 1.5s, 10m, 1h.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("{text:?} is no time: a number and ms, s, m or h");
+    let wrong = || format!("{text:?} is not a time: a number and ms, s, m or h");
     let digits = text
         .find(|c: char| c.is_ascii_alphabetic())
         .ok_or_else(wrong)?;

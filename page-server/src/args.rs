@@ -43,7 +43,7 @@ Exit codes:
   1  it failed, or the command line is wrong (1 as with CRIU)
 
 Signals:
-  SIGTERM, SIGINT  end it; images that are not complete are removed
+  SIGTERM, SIGINT  end page-server; incomplete images are removed
 
 CRIU's configuration files are read too: docs/configuration.md.
 
@@ -55,7 +55,7 @@ Examples:
 
 /// Receives the memory of a criu dump into image files, or serves it from there to a lazy restore.
 ///
-/// Takes the place of `criu page-server`: a criu command line can be used as it is.
+/// Replaces `criu page-server`, and accepts its command line unchanged.
 #[derive(Parser, Debug)]
 #[command(name = "page-server", version, long_version = long_version(
     env!("CARGO_PKG_VERSION"), env!("PAGEFERRY_COMMIT"), env!("PAGEFERRY_RUSTLS")),
@@ -88,7 +88,7 @@ pub(crate) struct Args {
     #[arg(help_heading = "Network", long, value_name = "PATH")]
     pub(crate) unix: Option<PathBuf>,
 
-    /// Write the TCP port to FILE (in the work directory) once it listens
+    /// Write the TCP port to FILE (in the work directory) once page-server listens
     #[arg(help_heading = "Network", long, value_name = "FILE")]
     pub(crate) port_file: Option<PathBuf>,
 
@@ -100,65 +100,66 @@ pub(crate) struct Args {
     #[arg(help_heading = "Network", long, value_enum, default_value_t = Wire::Auto)]
     pub(crate) wire: Wire,
 
-    /// Take the pages received out of the parents' files, once all is stored
+    /// Punch the received pages out of the parents' files, once all is stored
     #[arg(help_heading = "Images", long, conflicts_with = "lazy_pages")]
     pub(crate) auto_dedup: bool,
 
     /// Store pages that equal the parent's as holes to it, and no zero pages
     ///
-    /// The dump may be a full one: it is not told of the parent. Zero pages are stored without their bytes.
+    /// The dump may be a full one, because CRIU is not told of the parent. Zero pages take no space.
     #[arg(help_heading = "Images", long, conflicts_with = "lazy_pages")]
     pub(crate) dedup_content: bool,
 
-    /// Store pages once that processes of a tree have in common
+    /// Store pages that several processes of a tree share only once
     ///
-    /// Forks share most of their memory, and CRIU sends it for each of them. The directory `tree` in the images directory
-    /// has these pages, and is its parent. The images directory must be empty. 16 bytes of memory are needed for each page
-    /// stored.
+    /// Forks share most of their memory, but CRIU sends it for each of them. Shared pages are stored in the directory `tree`
+    /// in the images directory, as its parent. The images directory must be empty. Each stored page needs 16 bytes of
+    /// memory.
     #[arg(help_heading = "Images", long,
         conflicts_with_all = ["lazy_pages", "auto_dedup", "compress", "split_lazy", "forward", "forward_lazy"])]
     pub(crate) dedup_tree: bool,
 
     /// Store pages compressed
     ///
-    /// Only CRIU 4.3 and later, built with LZ4, restores from such images by itself (4.2 hangs). Any CRIU restores
-    /// lazily from a server of them.
+    /// Only CRIU 4.3 and later, built with LZ4, restores such images itself (4.2 hangs). Any CRIU restores them lazily
+    /// from page-server or lazy-client.
     #[arg(help_heading = "Images", long, conflicts_with = "lazy_pages")]
     pub(crate) compress: bool,
 
-    /// Put the pages that a lazy restore can do without into DIR
+    /// Store the pages that a lazy restore can fetch later in DIR
     ///
-    /// DIR is made if it is missing. What is left in the images directory is small: a lazy restore starts from it
-    /// while `page-server --lazy-pages -D DIR` serves the rest. With --compress only the pages in DIR are compressed,
-    /// so any CRIU can send the dump and restore it lazily.
+    /// DIR is created if it is missing. The images directory is small then: a lazy restore starts from it, while
+    /// `page-server --lazy-pages -D DIR` serves the rest. With --compress only the pages in DIR are compressed, so any
+    /// CRIU can send the dump and restore it lazily.
     #[arg(help_heading = "Images", long, value_name = "DIR",
         conflicts_with_all = ["lazy_pages", "prev_images_dir", "auto_dedup", "dedup_content", "forward", "forward_lazy"])]
     pub(crate) split_lazy: Option<PathBuf>,
 
-    /// What is on disk when the dump is told that all is stored
+    /// What has been flushed to the disk when the dump ends
     ///
-    /// none: what the kernel has written by then; close: the whole images; always: the same, and each write waits
-    /// for the disk.
+    /// none: nothing in particular; close: the complete images; always: the same, and each write waits for the disk.
     #[arg(help_heading = "Images", long, value_enum, default_value_t = Sync::None,
         conflicts_with_all = ["lazy_pages", "forward", "forward_lazy"])]
     pub(crate) sync: Sync,
 
-    /// What moves the bytes of dumps [default: io_uring if the kernel has it, else epoll]
+    /// The I/O driver for dumps [default: io_uring if the kernel has it, else epoll]
     #[arg(help_heading = "Running", long, value_enum)]
     pub(crate) io: Option<Io>,
 
-    /// Let in peers of this network alone, e.g. 10.0.0.0/8
+    /// Accept only peers of this network, e.g. 10.0.0.0/8
     ///
     /// It may be given several times.
     #[arg(help_heading = "Network", long, value_name = "CIDR", value_parser = network)]
     pub(crate) allow: Vec<IpNet>,
 
-    /// Most dumps at once, with --keep
+    /// With --keep: how many dumps are received at once
+    ///
+    /// Further connections are reset.
     #[arg(help_heading = "Sessions", long, value_name = "COUNT", default_value_t = RECEIVE_SESSIONS_MAX, value_parser = max_sessions,
         requires = "keep", conflicts_with_all = ["lazy_pages", "forward_lazy"])]
     pub(crate) max_sessions: usize,
 
-    /// Give each session a directory of its own below the images directory
+    /// Give each session its own directory below the images directory
     ///
     /// {peer} stands for the peer's address, {seq} for the number of the session.
     #[arg(
@@ -175,7 +176,7 @@ pub(crate) struct Args {
     #[arg(help_heading = "Reports", long, value_name = "FILE")]
     pub(crate) summary_json: Option<PathBuf>,
 
-    /// Hand out metrics for Prometheus at http://ADDR/metrics
+    /// Serve metrics for Prometheus at http://ADDR/metrics
     ///
     /// ADDR is HOST:PORT or :PORT.
     #[arg(help_heading = "Reports", long, value_name = "ADDR")]
@@ -189,17 +190,17 @@ pub(crate) struct Args {
     #[arg(long, hide = true, requires = "swrk")]
     pub(crate) one_request: bool,
 
-    /// End a session whose peer is silent for so long; 0 waits for ever
+    /// End a session after SECONDS without a message of its peer; 0: never
     ///
-    /// The processes of a dump stay stopped meanwhile. A restore may need no page for long. So with --lazy-pages and
-    /// --forward-lazy a session ends in three cases only: its host has not asked for a page yet, a request stops in
-    /// the middle, or the client accepts no answers. With --forward-lazy the dump is also given up when no client
-    /// connects for so long. [default: 300; with --forward-lazy 600; with --lazy-pages 0]
+    /// Until then the processes of a dump stay stopped. A restore may need no page for a long time. So with --lazy-pages
+    /// and --forward-lazy a session ends only if its host has not requested a page yet, if a request is incomplete, or if
+    /// the client does not accept answers. With --forward-lazy the dump is also abandoned if no client connects for
+    /// SECONDS. [default: 300; with --forward-lazy 600; with --lazy-pages 0]
     #[arg(help_heading = "Sessions", long, value_name = "SECONDS",
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     pub(crate) idle_timeout: Option<u64>,
 
-    /// With --lazy-pages: how long to try again to read an image
+    /// With --lazy-pages: how long to retry reading an image
     #[arg(help_heading = "Sessions", long, value_name = "SECONDS", default_value_t = LOCAL_TIMEOUT_DEFAULT.as_secs(),
         value_parser = RangedU64ValueParser::<u64>::new().range(..=TIMEOUT_S_MAX))]
     pub(crate) local_timeout: u64,
@@ -262,22 +263,22 @@ impl Args {
 pub(crate) struct FerryArgs {
     /// Forward dumps to the page-server at HOST:PORT instead of storing them
     ///
-    /// Pages travel compressed and checked, and only if they have changed; broken connections are made again. --tls
-    /// secures these connections.
+    /// Only pages that have changed are sent, compressed and with checksums. page-server reconnects if a connection
+    /// breaks. --tls secures these connections.
     #[arg(help_heading = "Role", long, value_name = "HOST:PORT", value_parser = Peer::parse,
         conflicts_with_all = ["lazy_pages", "prev_images_dir", "images_dir_template", "auto_dedup",
             "dedup_content", "compress"])]
     pub(crate) forward: Option<Peer>,
 
-    /// Take over what `criu dump --lazy-pages` serves at HOST:PORT, and serve it
+    /// Serve the memory of the `criu dump --lazy-pages` at HOST:PORT
     ///
-    /// Any number of lazy clients can be served. -D names the dump's images. --tls secures the clients' connections.
+    /// Any number of clients can fetch it. -D names the dump's images. --tls secures the clients' connections.
     #[arg(help_heading = "Role", long, value_name = "HOST:PORT", value_parser = Peer::parse,
         conflicts_with_all = ["forward", "ps_socket", "lazy_pages", "prev_images_dir",
             "images_dir_template", "auto_dedup", "dedup_content", "compress"])]
     pub(crate) forward_lazy: Option<Peer>,
 
-    /// Keep the memory of a lazy dump in a file in DIR instead of memory
+    /// Keep the memory of a lazy dump in a file in DIR instead of in memory
     #[arg(
         help_heading = "Forwarding",
         long,
@@ -298,17 +299,17 @@ pub(crate) struct FerryArgs {
         value_parser = clap::value_parser!(u16).range(1..=i64::from(FERRY_STREAMS_MAX)))]
     pub(crate) streams: u16,
 
-    /// Memory for what the destination has already, with suffix K, M or G
+    /// Memory to remember what the destination has (K, M, G)
     ///
-    /// A hash of 16 bytes for each page, and old contents of pages, for differences, while there is room.
+    /// It has a hash of 16 bytes for each page, and old contents of pages, for differences, as far as they fit.
     #[arg(help_heading = "Forwarding", long, value_name = "BYTES", default_value = "256M", value_parser = parse_bytes_or_none,
         requires = "forward")]
     pub(crate) delta_cache: u64,
 
     /// After each dump, write to FILE the hashes of what the destination has
     ///
-    /// For --known-hashes of the post-copy that follows. Whoever can read the file can make pages of the same hash: it is
-    /// made for its owner alone.
+    /// The post-copy that follows reads it by --known-hashes. Whoever can read the file can craft pages with the same
+    /// hash, so only its owner can.
     #[arg(
         help_heading = "Forwarding",
         long,
@@ -317,9 +318,9 @@ pub(crate) struct FerryArgs {
     )]
     pub(crate) save_hashes: Option<PathBuf>,
 
-    /// Take what the clients' side has of earlier dumps from FILE, not from the clients
+    /// Read from FILE which pages the destination has of earlier dumps
     ///
-    /// FILE is what --save-hashes of the pre-copy has written. Clients whose images are others get all pages.
+    /// Clients are not asked for it then. --save-hashes of the pre-copy writes FILE. Clients with other images get all pages.
     #[arg(
         help_heading = "Forwarding",
         long,
@@ -328,9 +329,9 @@ pub(crate) struct FerryArgs {
     )]
     pub(crate) known_hashes: Option<PathBuf>,
 
-    /// How long to try to make a broken connection again
+    /// How long to wait for a broken connection to be restored
     ///
-    /// With --forward: give a dump up after so long without progress. With --forward-lazy: give the lazy dump up so long
+    /// With --forward: abandon a dump after SECONDS without progress. With --forward-lazy: abandon the lazy dump SECONDS
     /// after its last client has disconnected.
     #[arg(help_heading = "Forwarding", long, value_name = "SECONDS", default_value_t = 30, value_parser = seconds())]
     pub(crate) reconnect_timeout: u64,
@@ -344,7 +345,7 @@ fn network(text: &str) -> Result<IpNet, String> {
     };
     let address: IpAddr = address
         .parse()
-        .map_err(|_| format!("{address:?} is no IP address"))?;
+        .map_err(|_| format!("{address:?} is not an IP address"))?;
     let most = if address.is_ipv4() { 32 } else { 128 };
     let bits = prefix.parse().ok().filter(|bits| *bits <= most);
     bits.and_then(|bits| IpNet::new(address, bits).ok())

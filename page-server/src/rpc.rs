@@ -200,7 +200,7 @@ fn settings(client: &Client, request: &Request, configured: &Args) -> Result<Req
         settings.replaced.extend(["address", "port"]);
         let port = server.port.unwrap_or(0);
         let port = u16::try_from(port)
-            .map_err(|_| Error::new(Kind::Usage, format!("swrk: {port} is no port")))?;
+            .map_err(|_| Error::new(Kind::Usage, format!("swrk: {port} is not a port")))?;
         set(words, "port", port.to_string());
         set_if(words, "address", server.address.as_ref());
         set_if(

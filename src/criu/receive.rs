@@ -135,11 +135,11 @@ pub enum ReceiveError {
         bytes: u32,
     },
     /// The stream ends inside a frame.
-    #[error("the peer hung up inside a frame: what it sent is no image")]
+    #[error("the peer hung up inside a frame: what was received is discarded")]
     CutFrame,
     /// The stream ends between frames, but without CLOSE.
     #[error(
-        "the peer hung up without CLOSE: the dump failed or was killed, and what it sent is no image"
+        "the peer hung up without CLOSE: the dump failed or was killed, and what was received is discarded"
     )]
     NoClose,
 }
@@ -220,7 +220,7 @@ impl ReceiveSession {
     /// Where the session is, in words, for errors and logs.
     pub fn whereabouts(&self) -> String {
         match self.target {
-            None => "before anything was opened".to_owned(),
+            None => "before any image was opened".to_owned(),
             Some(target) if self.next_vaddr == Vaddr(0) => {
                 format!("before the first page of {target}")
             }

@@ -78,7 +78,7 @@ pub enum RequestError {
     )]
     Sender(Op),
     /// An id that is no pid.
-    #[error("it asks for pages of {0:#x}, which is no pid")]
+    #[error("it asks for pages of {0:#x}, which is not a pid")]
     Pid(u64),
     /// Pages that no process can have.
     #[error(

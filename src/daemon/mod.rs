@@ -374,7 +374,7 @@ fn existing_dir(dir: &Path, what: &str) -> Result<PathBuf> {
     if !metadata.is_dir() {
         return Err(Error::new(
             Kind::Usage,
-            format!("the {what} {} is no directory", dir.display()),
+            format!("the {what} {} is not a directory", dir.display()),
         ));
     }
     std::path::absolute(dir).map_err(|error| Error::file(&format!("find the {what}"), dir, error))
@@ -384,7 +384,7 @@ fn status_descriptor(number: RawFd) -> Result<OwnedFd> {
     inherited_descriptor(number).map_err(|error| {
         Error::wrap(
             Kind::Usage,
-            format!("--status-fd {number} is no open descriptor"),
+            format!("--status-fd {number} is not an open descriptor"),
             error,
         )
     })

@@ -30,8 +30,9 @@ pub(super) fn check(path: &Path) -> Result<()> {
         return Ok(());
     }
     let Some(pid) = text.trim().parse().ok().filter(|pid| *pid > 0) else {
-        let text =
-            format!("the pidfile {shown} is there already and holds no pid: it is left alone");
+        let text = format!(
+            "the pidfile {shown} exists and contains no pid: remove it, or give another --pidfile"
+        );
         return Err(Error::new(Kind::Usage, text));
     };
     match lives(Pid::from_raw(pid)) {
@@ -39,7 +40,7 @@ pub(super) fn check(path: &Path) -> Result<()> {
         true => Err(Error::new(
             Kind::Usage,
             format!(
-                "the pidfile {shown} is that of pid {pid}{}, which lives: end it, or give another --pidfile \
+                "the pidfile {shown} is that of pid {pid}{}, which is running: stop it, or give another --pidfile \
                  (if another process has the pid by now, remove the file)",
                 name(pid)
             ),

@@ -54,7 +54,10 @@ impl Client {
     pub fn new(socket: OwnedFd) -> Result<Client> {
         let credentials = getsockopt(&socket, sockopt::PeerCredentials);
         let credentials = credentials.map_err(|errno| {
-            let text = format!("swrk: descriptor {} is no local socket", socket.as_raw_fd());
+            let text = format!(
+                "swrk: descriptor {} is not a local socket",
+                socket.as_raw_fd()
+            );
             Error::wrap(Kind::Usage, text, errno)
         })?;
         Ok(Client {

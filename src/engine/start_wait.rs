@@ -71,7 +71,7 @@ impl StartWait {
             if self.start.elapsed() >= self.limit {
                 return Err(match seconds {
                     0 => missing,
-                    _ => missing.within(format!("waited for {seconds} s in vain (--wait)")),
+                    _ => missing.within(format!("gave up after {seconds} s (--wait)")),
                 });
             }
             if !std::mem::replace(&mut self.said, true) {
@@ -141,7 +141,7 @@ mod tests {
         assert_eq!(wait(0), "the images are missing");
         assert_eq!(
             wait(1),
-            "waited for 1 s in vain (--wait): the images are missing"
+            "gave up after 1 s (--wait): the images are missing"
         );
     }
 

@@ -37,7 +37,7 @@ const HEAD_BYTES: usize = 32;
 #[derive(Debug, Error)]
 pub enum KnownHashesError {
     /// It begins with something else.
-    #[error("it is no file of page hashes")]
+    #[error("it is not a file of page hashes")]
     Foreign,
     /// Another version of the format.
     #[error("its version is {0}, and {VERSION} is understood")]

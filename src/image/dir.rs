@@ -42,7 +42,7 @@ impl ImageDir {
             return Err(Error::new(
                 Kind::Usage,
                 format!(
-                    "{} is no image directory: it has neither pstree.img nor pagemap-*.img (give \
+                    "{} is not an image directory: it has neither pstree.img nor pagemap-*.img (give \
                      the directory that holds the dump)",
                     path.display()
                 ),

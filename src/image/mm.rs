@@ -106,7 +106,7 @@ impl Mappings {
             let (start, end) = (vma.start, vma.end);
             huge.extend(huge_mapping(vma));
             if !page.divides(start) || !page.divides(end) || start >= end {
-                return Err(format!("{start:#x}-{end:#x} is no mapping"));
+                return Err(format!("{start:#x}-{end:#x} is not a mapping"));
             }
             if vma.status & STATUS_GUARD == 0 {
                 let kind = kind_of(vma);

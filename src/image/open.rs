@@ -47,7 +47,7 @@ fn open(path: &Path, flags: i32) -> io::Result<File> {
         true => Ok(file),
         false => Err(io::Error::new(
             io::ErrorKind::InvalidInput,
-            "it is no regular file, so no image",
+            "it is not a regular file, so no image",
         )),
     }
 }

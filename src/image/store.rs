@@ -245,7 +245,7 @@ fn link_parent(dir: &ImageDir, previous: &Path) -> Result<()> {
         return Err(Error::new(
             Kind::Usage,
             format!(
-                "--prev-images-dir {} is no directory (it is taken relative to {})",
+                "--prev-images-dir {} is not a directory (it is taken relative to {})",
                 previous.display(),
                 dir.path().display()
             ),

@@ -31,7 +31,7 @@ pub fn read(path: &Path) -> Result<WorkingSet> {
         .map_err(failed)?;
     if bytes.len() as u64 > longest {
         let text = format!(
-            "{} is longer than {longest} bytes: it is no working set",
+            "{} is longer than {longest} bytes: it is not a working set",
             path.display()
         );
         return Err(Error::new(Kind::Image, text));
@@ -136,7 +136,7 @@ mod tests {
         fs::write(&path, "no working set").unwrap();
         let error = read_if_there(&path).unwrap_err().to_string();
         assert!(
-            error.contains("working-set.img: it is no working set"),
+            error.contains("working-set.img: it is not a working set"),
             "{error}"
         );
         assert!(read(dir.path()).is_err(), "a directory");

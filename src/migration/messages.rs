@@ -260,7 +260,7 @@ pub enum BadBegin {
     #[error("a tree of {0} processes: 1 to {MIGRATION_PIDS_MAX} can be moved")]
     Pids(usize),
     /// A pid that no process has.
-    #[error("0 is no pid")]
+    #[error("0 is not a pid")]
     PidZero,
     /// More addresses than a migration takes.
     #[error("{0} addresses: at most {MIGRATION_ADDRESSES_MAX} can be moved")]
@@ -273,7 +273,7 @@ pub enum BadBegin {
     Trees(usize),
     /// A place that no tree of files can have, or a root file system without a container.
     #[error(
-        "{0:?} is no place for files, or its layers cannot be mounted: an absolute path without .. is one"
+        "{0:?} is not a place for files, or its layers cannot be mounted: an absolute path without .. is one"
     )]
     Tree(String),
     /// Layers that no overlay has.

@@ -18,7 +18,7 @@ pub enum SourceState {
     Granted,
     /// The processes live at the destination; what is left here ends.
     Committed,
-    /// Nothing is left to do; the processes live at the destination.
+    /// Nothing is left to do; the processes run at the destination.
     Complete,
     /// The processes run here as if nothing had happened.
     RolledBack,

@@ -280,7 +280,7 @@ impl TraceReader {
             MAGIC => size_of::<FaultRecord>(),
             MAGIC_1 => RECORD_1_BYTES,
             _ => {
-                let text = format!("{} is no fault trace of lazy-client", path.display());
+                let text = format!("{} is not a fault trace of lazy-client", path.display());
                 return Err(Error::new(Kind::Usage, text));
             }
         };
@@ -437,7 +437,7 @@ mod tests {
         for other in ["", "PFTRACE2", "no trace, but long enough for a header"] {
             std::fs::write(&path, other).unwrap();
             let error = TraceReader::open(&path).unwrap_err().to_string();
-            assert!(error.contains("is no fault trace"), "{error}");
+            assert!(error.contains("is not a fault trace"), "{error}");
         }
     }
 }

@@ -73,7 +73,7 @@ impl File {
         match error {
             pem::Error::NoItemsFound => self.unusable(self.holds_something_else()),
             pem::Error::Io(error) => self.unusable(error),
-            error => self.unusable(format!("it is no valid PEM file: {error:?}")),
+            error => self.unusable(format!("it is not a valid PEM file: {error:?}")),
         }
     }
 

@@ -239,7 +239,7 @@ fn quick_provider() -> CryptoProvider {
 
 fn server_name(host: &str) -> Result<ServerName<'static>> {
     ServerName::try_from(host.to_owned()).map_err(|error| {
-        let text = format!("{host:?} is no name that a certificate can be for");
+        let text = format!("{host:?} is not a name that a certificate can be for");
         Error::wrap(Kind::Usage, text, error)
     })
 }

@@ -17,7 +17,7 @@ impl Orphan {
     /// # Errors
     /// No process can have it: to kill it would kill others.
     pub fn new(pid: i32) -> Result<Orphan> {
-        ensure!(pid > 1, "{pid} is no pid of a process");
+        ensure!(pid > 1, "{pid} is not a pid of a process");
         Ok(Orphan(Some(Pid::from_raw(pid))))
     }
 

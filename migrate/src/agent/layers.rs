@@ -238,7 +238,9 @@ impl LayerStore {
         if !named.as_ref().is_ok_and(|named| named.digest == *layer) {
             self.give_up(layer, &arriving)?;
             let named = named?.digest;
-            let text = format!("what came as the layer {layer} is {named}: it was removed");
+            let text = format!(
+                "the layer that was sent as {layer} has the digest {named}: it was removed"
+            );
             return Err(Error::new(Kind::Protocol, text));
         }
         staging.install()?;

@@ -63,7 +63,7 @@ impl LazyClient {
                 _ => ended,
             };
         }
-        tracing::warn!("lazy-client was killed: its standby process goes on");
+        tracing::warn!("lazy-client was killed: its standby process continues");
         wait_for_all(&self.standby).await;
         finished(images)
     }

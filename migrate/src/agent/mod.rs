@@ -150,7 +150,7 @@ async fn serve(args: &Args) -> Result<()> {
         crate::records::write(path, &port)?;
     }
     tracing::info!("listening on {}", args.listen);
-    let failed = |error| Error::wrap(Kind::Io, "the agent cannot go on", error);
+    let failed = |error| Error::wrap(Kind::Io, "the agent cannot continue", error);
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
     let stopped = async move {
@@ -178,7 +178,7 @@ async fn is_local(listen: &Peer) -> Result<bool> {
     let found = found.map_err(|error| {
         Error::wrap(
             Kind::Usage,
-            format!("{host:?} is no address of this host"),
+            format!("{host:?} is not an address of this host"),
             error,
         )
     })?;

@@ -116,7 +116,7 @@ impl OutputLog {
         let status = self.status()?;
         if status.sealed || status.bytes != offset {
             let text = format!(
-                "the log {} has {} bytes here, and cannot go on at {offset}",
+                "the log {} has {} bytes here, and cannot be continued at {offset}",
                 self.path().display(),
                 status.bytes
             );
@@ -180,14 +180,14 @@ impl OutputLog {
         }
         if status.bytes != bytes {
             let text = format!(
-                "{bytes} bytes of a log were sent, and {} have come",
+                "{bytes} bytes of a log were sent, and {} have arrived",
                 status.bytes
             );
             return Err(Error::new(Kind::Protocol, text));
         }
         let claim = Claim::take(&self.dir, self.number)?.ok_or_else(|| {
             let text = format!(
-                "the log {} goes on without the end of the source's: that came too late",
+                "the log {} continues without the end of the source's, which came too late",
                 self.path().display()
             );
             Error::new(Kind::Usage, text)

@@ -116,7 +116,7 @@ impl Session {
 }
 
 fn given_up() -> Error {
-    Error::new(Kind::Usage, "the migration was given up meanwhile")
+    Error::new(Kind::Usage, "the migration was aborted meanwhile")
 }
 
 fn port_in(path: &Path) -> Result<u16> {

@@ -145,7 +145,7 @@ pub(crate) fn unpack_parts(file: &Path, parts: &Path) -> Result<()> {
                 .components()
                 .all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
             if !inside || count > ARCHIVE_FILES_MAX {
-                let text = format!("{:?} is no file of a checkpoint", path.display());
+                let text = format!("{:?} is not a file of a checkpoint", path.display());
                 return Err(io::Error::other(text));
             }
             let to = parts.join(&path);
@@ -345,7 +345,7 @@ fn mtime(entry: &mut tar::Entry<'_, impl Read>) -> io::Result<std::time::SystemT
         .chain("000000000".chars())
         .take(9)
         .collect();
-    let wrong = |_| io::Error::new(io::ErrorKind::InvalidData, "a time that is no number");
+    let wrong = |_| io::Error::new(io::ErrorKind::InvalidData, "a time that is not a number");
     let (seconds, nanos) = (
         seconds.parse().map_err(wrong)?,
         digits.parse().map_err(wrong)?,

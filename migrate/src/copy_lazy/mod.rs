@@ -141,7 +141,7 @@ async fn wait_until_complete(path: &Path, limit: Duration) -> Result<ImageDir> {
         if began.elapsed() >= limit {
             return Err(match seconds {
                 0 => missing,
-                _ => missing.within(format!("waited for {seconds} s in vain (--wait)")),
+                _ => missing.within(format!("gave up after {seconds} s (--wait)")),
             });
         }
         if !std::mem::replace(&mut is_logged, true) {

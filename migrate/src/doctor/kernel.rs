@@ -45,7 +45,7 @@ const CAPABILITIES: &[(u32, &str, &str)] = &[
     (
         24,
         "CAP_SYS_RESOURCE",
-        "no pipes beyond fs.pipe-max-size, and no raised hard limits",
+        "CRIU cannot exceed fs.pipe-max-size (4194304 is enough for lazy dumps) and hard limits",
     ),
     (
         40,

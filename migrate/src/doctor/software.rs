@@ -65,7 +65,7 @@ async fn criu(checks: &mut Checks, args: &ProgramArgs) {
             &[]
         };
         let Some(version) = version_of(path).await else {
-            checks.missing(name, "does not start", "install it anew", stops);
+            checks.missing(name, "does not start", "reinstall it", stops);
             continue;
         };
         let lz4 = match reads_compressed(path).await {

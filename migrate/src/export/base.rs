@@ -86,7 +86,7 @@ fn find(dir: &Path, name: Option<&str>) -> Result<ImageManifest> {
 fn blob(dir: &Path, descriptor: &Descriptor) -> Result<(PathBuf, String)> {
     let digest = descriptor.digest();
     if *digest.algorithm() != DigestAlgorithm::Sha256 {
-        let text = format!("{}: the digest {digest} is no sha256", dir.display());
+        let text = format!("{}: the digest {digest} is not a sha256", dir.display());
         return Err(Error::new(Kind::Unsupported, text));
     }
     // Checked by the type: hexadecimal digits alone.

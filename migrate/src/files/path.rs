@@ -5,7 +5,7 @@ use thiserror::Error;
 
 /// A path that leads elsewhere, or that no file can have.
 #[derive(Clone, PartialEq, Eq, Debug, Error)]
-#[error("{0:?} is no path within a tree of files")]
+#[error("{0:?} is not a path within a tree of files")]
 pub(super) struct BadPath(String);
 
 /// Checks a path: names joined by slashes, none of them empty, `.` or `..`. The empty path is the tree's root.

@@ -176,7 +176,7 @@ impl StagingDir {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Some(format!("{shown} at the destination: {error}")),
             Ok(meta) if !meta.is_dir() => {
-                return Some(format!("{shown} at the destination is no directory"));
+                return Some(format!("{shown} at the destination is not a directory"));
             }
             // One of ours is unmounted.
             Ok(_) if self.is_out_of_date(permitted.unused) && self.is_mounted() => {}

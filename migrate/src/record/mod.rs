@@ -107,7 +107,7 @@ async fn record(args: &Args) -> Result<()> {
     let listener = TcpListener::bind(&args.listen).await.map_err(|error| {
         Error::wrap(
             Kind::Usage,
-            format!("cannot listen on {}", args.listen),
+            format!("cannot listen on {} (is the port in use?)", args.listen),
             error,
         )
     })?;
@@ -120,7 +120,7 @@ async fn record(args: &Args) -> Result<()> {
         std::fs::write(path, format!("{}\n", address.port()))
             .map_err(|error| Error::file("write", path, error))?;
     }
-    tracing::info!("recording what comes to {address} for {}", args.to);
+    tracing::info!("recording connections to {address} for {}", args.to);
     let mut connections = JoinSet::new();
     let ended = tokio::select! {
         ended = accept(&listener, &coordinator, args, &mut connections) => ended,

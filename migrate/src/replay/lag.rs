@@ -60,7 +60,7 @@ impl Lag {
         self.log(now, lag);
         if self.hold.is_some() && lag <= self.limit / 2 {
             self.hold = None;
-            tracing::info!("clients go on: {lag} bytes of the log are left");
+            tracing::info!("clients continue: {lag} bytes of the log are left");
         }
         match self.action {
             Some(OnLag::Cancel) if lag > self.limit => {

@@ -91,7 +91,7 @@ pub(crate) struct Args {
 enum OnLag {
     /// Give up
     Cancel,
-    /// Let the recorder hold its clients until half of it is replayed
+    /// Let the recorder hold its clients until half of that is replayed
     PauseClients,
 }
 

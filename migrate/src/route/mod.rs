@@ -56,7 +56,7 @@ impl FromStr for Route {
             Some(("haproxy", rest)) => rest.parse().map(Route::Haproxy),
             Some(("exec", rest)) => rest.parse().map(Route::Exec),
             _ => Err(format!(
-                "{text:?} is no route: nft:, haproxy:, exec: or address: begin one"
+                "{text:?} is not a route: nft:, haproxy:, exec: or address: begin one"
             )),
         }
     }

@@ -107,7 +107,7 @@ impl FromStr for NftMap {
     fn from_str(text: &str) -> std::result::Result<NftMap, String> {
         let wrong = || {
             format!(
-                "{text:?} is no element of a map: FAMILY/TABLE/MAP/KEY=OLD->NEW, as \
+                "{text:?} is not an element of a map: FAMILY/TABLE/MAP/KEY=OLD->NEW, as \
                  inet/nat/services/80=10.0.0.1:8080->10.0.0.2:8080"
             )
         };

@@ -148,7 +148,7 @@ pub(crate) fn run(args: &Args) -> ExitCode {
 fn wrap(args: &Args) -> Result<ExitCode> {
     let bin = args.dir.join(BIN);
     let settings: Settings = records::read(&bin.join(SETTINGS))?.ok_or_else(|| {
-        let text = format!("{} is no migration's directory", args.dir.display());
+        let text = format!("{} is not a migration's directory", args.dir.display());
         Error::new(Kind::Usage, text)
     })?;
     let mut criu = Command::new(&settings.criu);

@@ -220,7 +220,7 @@ fn resume(dir: &Path, last: u32) -> Result<Header> {
         cut(reader.path(), reader.offset(), torn)?;
         header.first += 1;
     }
-    tracing::info!("{} goes on behind entry {}", dir.display(), header.first);
+    tracing::info!("{} continues after entry {}", dir.display(), header.first);
     Ok(header)
 }
 

@@ -39,7 +39,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     pub(super) log_replay: LogReplayArgs,
 
-    /// How memory is carried
+    /// How memory is moved
     #[arg(long, value_enum, default_value_t = ModeArg::Auto)]
     pub(super) mode: ModeArg,
 
@@ -47,7 +47,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub(super) max_downtime: Option<Duration>,
 
-    /// Most rounds before the freeze
+    /// Maximum number of rounds before the freeze
     #[arg(long, value_name = "COUNT", default_value_t = 8,
         value_parser = clap::value_parser!(u32).range(1..=i64::from(MIGRATION_ROUNDS_MAX)))]
     pub(super) max_rounds: u32,
@@ -57,12 +57,12 @@ pub(crate) struct Args {
     #[arg(long, value_enum)]
     pub(super) on_missed: Option<OnMissedArg>,
 
-    /// When rounds do not shrink, take this share of their CPU time from the processes until the freeze: 1 to 99
+    /// If rounds do not get smaller, reduce the processes' CPU time by this share until the freeze: 1 to 99
     /// [default: they are not slowed]
     #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=99))]
     pub(super) throttle: Option<u8>,
 
-    /// Give up, and leave the processes here, after this time: 90s, 10m
+    /// Abort after this time, and let the processes continue here: 90s, 10m
     #[arg(long, value_name = "TIME", default_value = "10m", value_parser = duration)]
     pub(super) timeout: Duration,
 
@@ -76,13 +76,13 @@ pub(crate) struct Args {
     #[arg(long, value_name = "CIDR@DEV[:THERE]", value_parser = service_address)]
     pub(super) address: Vec<AddressArg>,
 
-    /// What leads clients to the service, switched when the destination has it: address:,
-    /// nft:, haproxy: or exec: (docs/routes.md). May be given several times
+    /// A route to switch to the destination, so that clients find the service: address:, nft:, haproxy: or exec:
+    /// (docs/routes.md). May be given several times
     #[arg(long, value_name = "ADAPTER", value_parser = route)]
     pub(super) route: Vec<RouteArg>,
 
-    /// Ask the service until it answers, and report when that was: a shell's command that succeeds then, or a TCP
-    /// port that takes a connection
+    /// Probe the service until it answers, and report when that was: a shell command that succeeds then, or a TCP
+    /// port that accepts a connection
     #[arg(long, value_name = "COMMAND|tcp:PORT")]
     pub(super) probe: Option<Probe>,
 
@@ -94,7 +94,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "COMMAND")]
     pub(super) post_resume: Option<String>,
 
-    /// Run by a shell when the migration was given up and the processes run here
+    /// Run by a shell after the migration was aborted and the processes run here
     #[arg(long, value_name = "COMMAND")]
     pub(super) on_failure: Option<String>,
 
@@ -105,12 +105,12 @@ pub(crate) struct Args {
     #[command(flatten)]
     pub(super) files: FilesArgs,
 
-    /// The log that goes on with what the container prints: the one that the reader of its pipe writes, or the file that it
-    /// has open; THERE is its place at the destination [default: the file that it has open, at the same path]
+    /// The log of the container's output, to be continued at the destination as THERE: the file that the reader of its
+    /// pipe writes, or that it has open [default: the file that it has open, at the same path]
     #[arg(long, value_name = "FILE[:THERE]", value_parser = output_arg, requires = "container")]
     pub(super) output_log: Option<OutputArg>,
 
-    /// Bytes a second that rounds read from the running processes (K, M, G)
+    /// How many bytes a second rounds may read from the running processes (K, M, G)
     #[arg(long, value_name = "RATE", default_value = "400M", value_parser = parse_bytes)]
     pub(super) round_rate: u64,
 
@@ -122,15 +122,15 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     pub(super) events: Option<PathBuf>,
 
-    /// Name of the migration [default: made up]
+    /// Name of the migration [default: generated]
     #[arg(long, value_name = "NAME")]
     pub(super) id: Option<MigrationId>,
 
-    /// Finish the migration of this name, whose command died
+    /// Finish the migration of this name, whose command was killed
     #[arg(long, value_name = "NAME", conflicts_with_all = ["pid", "container", "id", "mode", "report", "events"])]
     pub(super) resume: Option<MigrationId>,
 
-    /// How rounds find what is new
+    /// How rounds find what has changed
     #[arg(long, value_enum, default_value = "auto", value_name = "WAY")]
     pub(super) track: Track,
 
@@ -186,19 +186,19 @@ pub(super) struct Target {
 /// Values of `--mode`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub(super) enum ModeArg {
-    /// The one whose downtime is predicted to be the shortest
+    /// Choose by predicted downtime, and by the destination's memory
     Auto,
     /// Freeze, dump, send, restore
     Cold,
     /// Rounds while it runs, then freeze, send what changed, restore
     PreCopy,
-    /// Freeze, send the execution state, resume there; memory follows
+    /// Freeze, send the execution state, resume at the destination; memory follows
     PostCopy,
     /// Rounds, then post-copy of the rest
     Hybrid,
-    /// With --stateless: start there, lead clients there, then end here
+    /// With --stateless: start at the destination, switch routes, then stop here
     Live,
-    /// Start the service there, and replay what clients have told the one here
+    /// Start the service at the destination, and replay what clients have sent here
     LogReplay,
 }
 
@@ -217,7 +217,7 @@ impl ModeArg {
 /// Values of `--on-missed`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub(super) enum OnMissedArg {
-    /// Freeze all the same
+    /// Freeze anyway
     Proceed,
     /// Resume at the destination before all memory is there
     PostCopy,
@@ -309,7 +309,7 @@ pub(super) struct AddressArg {
 
 /// `10.0.0.5/24@eth0`, `fd00::5/64@eth0:eth1`.
 fn service_address(text: &str) -> Result<AddressArg, String> {
-    let wrong = || format!("{text:?} is no address with a device, as 10.0.0.5/24@eth0");
+    let wrong = || format!("{text:?} is not an address with a device, as 10.0.0.5/24@eth0");
     let (cidr, devices) = text.split_once('@').ok_or_else(wrong)?;
     let (address, prefix) = cidr.split_once('/').ok_or_else(wrong)?;
     let (here, there) = devices.split_once(':').unwrap_or((devices, devices));

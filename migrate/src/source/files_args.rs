@@ -9,22 +9,22 @@ use serde_json::Value;
 /// Options for files.
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct FilesArgs {
-    /// When the container's root file system travels
+    /// Whether to send the container's root file system
     #[arg(long, value_enum, value_name = "WHEN", default_value_t = FilesArg::Auto)]
     pub(super) files: FilesArg,
 
-    /// Whether layers below a container's writable one, if it is an overlay, stay layers
+    /// Whether to keep the layers of a root file system that is an overlay
     ///
-    /// They travel by their digests, once: the destination keeps them, and mounts the writable layer over them.
+    /// Each layer is sent once, named by its digest. The destination keeps it, and mounts the writable layer over it.
     #[arg(long, value_enum, value_name = "WHEN", default_value_t = LayersArg::Auto)]
     pub(super) layers: LayersArg,
 
-    /// A directory that moves along, to DST or to the same path; a bind mount of it in the container's
-    /// configuration leads there. May be given several times
+    /// A directory that moves too, to DST or to the same path; a bind mount of it in the container's configuration is
+    /// changed accordingly. May be given several times
     #[arg(long, value_name = "SRC[:DST]", value_parser = volume)]
     pub(super) volume: Vec<VolumeArg>,
 
-    /// Send the files ahead, and move nothing: a migration that comes later goes on from there
+    /// Only send the files ahead; a later migration sends what has changed since
     #[arg(long, conflicts_with_all = ["resume", "mode", "address", "stateless"])]
     pub(super) preload: bool,
 }
@@ -32,20 +32,20 @@ pub(super) struct FilesArgs {
 /// Values of `--files`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub(super) enum FilesArg {
-    /// Unless the destination has one that was not brought by a migration
+    /// Unless the destination has one that no migration created
     Auto,
-    /// Never: it is at the destination already
+    /// No: it is at the destination already
     Never,
-    /// Always; what is at the destination, volumes too, is replaced
+    /// Yes, and replace what is at the destination; the same for volumes
     Replace,
 }
 
 /// Values of `--layers`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub(super) enum LayersArg {
-    /// If both hosts can mount it so
+    /// If both hosts support it
     Auto,
-    /// Never: what the container sees becomes a plain directory
+    /// No: what the container sees becomes a plain directory
     Never,
 }
 
@@ -71,7 +71,7 @@ fn volume(text: &str) -> std::result::Result<VolumeArg, String> {
             there,
         }),
         false => Err(format!(
-            "{text:?} is no directory with an absolute path, as /data or /data:/srv/data"
+            "{text:?} is not a directory with an absolute path, as /data or /data:/srv/data"
         )),
     }
 }

@@ -69,14 +69,14 @@ pub(super) async fn resume(args: &MigrateArgs, id: &MigrationId) -> Result<()> {
     let client = AgentClient::new(args.target.to.clone(), Tls::load(&args.target.tls)?);
     let dir = args.target.state_dir.join(id.to_string());
     let text = match finish_in(&dir, client).await? {
-        true => "the processes live at the destination",
+        true => "the processes run at the destination",
         false => "the processes run here",
     };
     println!("migration {id}: {text}");
     Ok(())
 }
 
-/// Finishes the migration in `dir`, and tells whether the processes live at the destination.
+/// Finishes the migration in `dir`, and tells whether the processes run at the destination.
 async fn finish_in(dir: &Path, client: AgentClient) -> Result<bool> {
     if is_in::<stateless::Facts>(dir) {
         return stepped::finish::<stateless::Facts>(dir, client).await;

@@ -13,19 +13,19 @@ use crate::times::duration;
 pub(super) struct LogReplayArgs {
     /// With --mode log-replay: the directory of `pageferry record`; with --replay any file
     ///
-    /// The recorder must run: it holds clients while they are led to the destination.
+    /// The recorder must run: it holds clients while routes are switched.
     #[arg(long, value_name = "PATH", requires_all = ["service", "start"])]
     pub(super) log: Option<PathBuf>,
 
     /// A command at the destination that reads the file --log
     ///
-    /// The file is its standard input, as far as it is written; the input ends when clients are held.
+    /// The file is its standard input, followed as it grows; the input ends when clients are held.
     #[arg(long, value_name = "COMMAND", requires_all = ["log", "hold"], conflicts_with_all = ["verify", "wrong_order"])]
     pub(super) replay: Option<String>,
 
-    /// A command here that holds clients, and lets them go on, with --replay
+    /// With --replay: a command that holds clients here, and releases them
     ///
-    /// PAGEFERRY_HOLD is `hold` or `release`. When the first has ended, all that the service has taken is in the log.
+    /// PAGEFERRY_HOLD is `hold` or `release`. When `hold` has ended, all that the service has accepted must be in the log.
     #[arg(long, value_name = "COMMAND", requires = "replay")]
     pub(super) hold: Option<String>,
 
@@ -33,26 +33,26 @@ pub(super) struct LogReplayArgs {
     #[arg(long, value_name = "HOST:PORT", requires = "log")]
     pub(super) service: Option<String>,
 
-    /// Where it listens at the destination [default: as here]
+    /// Where the service listens at the destination [default: as here]
     #[arg(long, value_name = "HOST:PORT", requires = "log")]
     pub(super) at: Option<String>,
 
     /// A command at the destination that runs the service, in the foreground
     ///
-    /// A shell runs it in a directory of its own with PAGEFERRY_ADDRESS, PAGEFERRY_HOST, PAGEFERRY_PORT and, with
+    /// A shell runs it in its own directory with PAGEFERRY_ADDRESS, PAGEFERRY_HOST, PAGEFERRY_PORT and, with
     /// --snapshot, PAGEFERRY_SNAPSHOT in its environment. What it starts must stay in its process group.
     #[arg(long, value_name = "COMMAND", requires = "log")]
     pub(super) start: Option<String>,
 
     /// A file that the service starts from, sent ahead [default: it starts empty]
     ///
-    /// It is the state in which the log begins.
+    /// It must be the state in which the log begins.
     #[arg(long, value_name = "FILE", requires = "log")]
     pub(super) snapshot: Option<PathBuf>,
 
-    /// A command that prints a service's state: both must have the same before the switch
+    /// A command that prints a checksum of the service's state
     ///
-    /// It prints a few bytes, as a checksum.
+    /// It must be equal on both sides before the switch.
     #[arg(long, value_name = "COMMAND", requires = "log")]
     pub(super) digest: Option<String>,
 
@@ -60,13 +60,13 @@ pub(super) struct LogReplayArgs {
     #[arg(long, requires = "log")]
     pub(super) verify: bool,
 
-    /// What to do when more than --max-lag of the log is not replayed, and it becomes more
+    /// What to do when more than --max-lag of the log is not replayed, and this grows
     ///
     /// Without it, only a warning is logged, until --timeout.
     #[arg(long, value_enum, requires = "log")]
     pub(super) on_lag: Option<LagArg>,
 
-    /// How much of the log may be left while it becomes more (K, M, G)
+    /// How much of the log may be not replayed while this grows (K, M, G)
     #[arg(long, value_name = "BYTES", default_value = "64M", value_parser = parse_bytes, requires = "log")]
     pub(super) max_lag: u64,
 
@@ -84,8 +84,8 @@ pub(super) struct LogReplayArgs {
 pub(super) enum LagArg {
     /// Give up
     Cancel,
-    /// Let the recorder hold its clients until half of it is replayed
+    /// Let the recorder hold its clients until half of that is replayed
     PauseClients,
-    /// Give up, and move the processes with their memory instead, as --mode pre-copy
+    /// Abandon the replay, and move the processes with their memory instead, as --mode pre-copy
     PreCopy,
 }

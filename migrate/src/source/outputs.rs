@@ -51,7 +51,7 @@ pub(super) fn output_arg(text: &str) -> std::result::Result<OutputArg, String> {
     };
     match there.is_absolute() {
         true => Ok(OutputArg { here, there }),
-        false => Err(format!("{} is no absolute path", there.display())),
+        false => Err(format!("{} is not an absolute path", there.display())),
     }
 }
 
@@ -275,7 +275,7 @@ fn of_file(
     let same = |found: fs::Metadata| (found.dev(), found.ino()) == (about.dev(), about.ino());
     if !fs::metadata(name).is_ok_and(same) {
         let text = format!(
-            "the container writes to a file that is not found any more ({}): it cannot go on at the destination",
+            "the container writes to a file that no longer exists ({}): it cannot be continued at the destination",
             name.display()
         );
         return Err(Error::new(Kind::Usage, text));

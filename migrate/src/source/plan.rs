@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use indicatif::HumanBytes;
 use pageferry::error::Result;
 use pageferry::migration::events::{Step, Writer};
 use pageferry::migration::messages::MigrationId;
@@ -287,19 +288,19 @@ fn best(modes: &[Prediction]) -> &'static str {
 
 fn print(plan: &Plan) {
     println!("processes           {}", plan.processes);
-    println!("private memory      {} MiB", plan.private_bytes >> 20);
-    println!("shared memory       {} MiB", plan.shared_bytes >> 20);
+    println!("private memory      {}", HumanBytes(plan.private_bytes));
+    println!("shared memory       {}", HumanBytes(plan.shared_bytes));
     if plan.copied_bytes > 0 {
         println!(
-            "shared by forks     {} MiB, copied by a lazy restore",
-            plan.copied_bytes >> 20
+            "shared by forks     {}, copied by a lazy restore",
+            HumanBytes(plan.copied_bytes)
         );
     }
     println!("changing            {:.0} pages/s", plan.dirty_pages_per_s);
     if let Some(log) = &plan.log {
         println!(
-            "log                 {} MiB, {} pieces, {:.0} bytes/s arrive{}",
-            log.bytes >> 20,
+            "log                 {}, {} pieces, {:.0} bytes/s arrive{}",
+            HumanBytes(log.bytes),
             log.pieces,
             log.bytes_per_s,
             match log.keeps_up {
@@ -309,11 +310,11 @@ fn print(plan: &Plan) {
         );
     }
     for problem in &plan.problems {
-        println!("in the way          {problem}");
+        println!("problem             {problem}");
     }
     println!(
-        "\n{:<20}{:>12}{:>12}{:>14}",
-        "mode", "downtime", "total", "memory there"
+        "\n{:<20}{:>12}{:>12}{:>23}",
+        "mode", "downtime", "total", "destination's memory"
     );
     for mode in &plan.modes {
         let mark = match plan.recommended == Some(mode.mode) {
@@ -322,11 +323,11 @@ fn print(plan: &Plan) {
             false => "",
         };
         println!(
-            "{:<20}{:>9.0} ms{:>9.0} ms{:>10} MiB{mark}",
+            "{:<20}{:>9.0} ms{:>9.0} ms{:>23}{mark}",
             mode.mode,
             mode.downtime_ms,
             mode.total_ms,
-            mode.memory_bytes >> 20
+            HumanBytes(mode.memory_bytes).to_string()
         );
     }
 }

@@ -34,7 +34,7 @@ impl FromStr for Probe {
         match text.strip_prefix("tcp:") {
             Some(port) => match port.parse() {
                 Ok(port) if port > 0 => Ok(Probe::Tcp(port)),
-                _ => Err(format!("{port:?} is no TCP port")),
+                _ => Err(format!("{port:?} is not a TCP port")),
             },
             None if text.is_empty() => Err("an empty command".to_owned()),
             None => Ok(Probe::Command(text.to_owned())),

@@ -115,8 +115,8 @@ fn line_of_part(number: u32, part: Part) -> String {
 fn line_of_round(number: u32, round: RoundResult, read: RoundRead, predicted: Duration) -> String {
     let rate = round.bytes.saturating_mul(1000) / round.ms.max(1);
     format!(
-        "round {number}: {} of {} pages had changed, read in {} ms, {} sent in {} ms ({}/s); about as much is \
-         left; a freeze now would take about {} ms",
+        "round {number}: {} of {} pages had changed, read in {} ms, {} sent in {} ms ({}/s); about as much \
+         has changed since; a freeze now would take about {} ms",
         round.pages,
         read.pages,
         read.took.as_millis(),

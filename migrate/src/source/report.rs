@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use indicatif::HumanBytes;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::events::Step;
 use pageferry::migration::messages::{FaultTimes, HostFacts, MigrationId};
@@ -310,11 +311,14 @@ impl Report {
 
     /// How much memory was moved, in words.
     fn memory(&self) -> String {
-        let (mib, copied) = (self.memory_bytes >> 20, self.copied_bytes >> 20);
-        let text = format!("{mib} MiB in {} processes", self.processes);
-        match copied {
+        let memory = HumanBytes(self.memory_bytes);
+        let text = format!("{memory} in {} processes", self.processes);
+        match self.copied_bytes {
             0 => text,
-            copied => format!("{text}, {copied} MiB of it copies of what forks shared"),
+            copied => format!(
+                "{text}, {} of it copies of what forks shared",
+                HumanBytes(copied)
+            ),
         }
     }
 

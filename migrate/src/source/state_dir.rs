@@ -27,7 +27,7 @@ pub(super) fn make(state_dir: &Path, id: &MigrationId) -> Result<PathBuf> {
 /// They cannot be read, or there are none: it is not a migration's directory.
 pub(super) fn facts<T: DeserializeOwned>(dir: &Path, name: &str) -> Result<T> {
     records::read(&dir.join(name))?.ok_or_else(|| {
-        let text = format!("{} is no migration's directory", dir.display());
+        let text = format!("{} is not a migration's directory", dir.display());
         Error::new(Kind::Usage, text)
     })
 }

@@ -10,22 +10,22 @@ use crate::times::duration;
 /// See the module's text.
 #[derive(clap::Args, Debug)]
 pub(super) struct StatelessArgs {
-    /// Start the container anew at the destination, of its bundle and its files
+    /// Start a new instance of the container at the destination, from its bundle and files
     ///
-    /// With `--mode cold` it ends here before it starts there, with `--mode live` once it is ready there,
-    /// clients are led there and its connections here have ended.
+    /// With `--mode cold` it stops here before it starts there. With `--mode live` it stops here once it is ready there,
+    /// routes are switched and its connections here have ended.
     #[arg(long, requires = "container",
         conflicts_with_all = ["tcp", "max_downtime", "throttle", "on_missed", "serve_on", "volume", "files"])]
     pub(super) stateless: bool,
 
-    /// The started container is ready when this works, asked at the destination
+    /// The started container is ready when this probe at the destination succeeds
     ///
-    /// `tcp:[HOST:]PORT` and `http://HOST[:PORT]/PATH` are asked in the container's network, without HOST
-    /// on loopback; `exec:COMMAND` is run in it by its `sh`.
+    /// `tcp:[HOST:]PORT` and `http://HOST[:PORT]/PATH` connect in the container's network, without HOST to loopback;
+    /// `exec:COMMAND` is run in the container by its `sh`.
     #[arg(long, value_name = "HOW", requires = "stateless")]
     pub(super) ready: Option<Ready>,
 
-    /// How long connections may go on here once clients are led to the destination: 30, 2m; 0 cuts them
+    /// How long connections may continue here after routes were switched: 30, 2m; 0 cuts them
     #[arg(long, value_name = "SECONDS", default_value = "30", requires = "stateless",
         value_parser = seconds)]
     pub(super) drain: Duration,

@@ -108,7 +108,7 @@ impl Criteria {
             Some(Criu::Program(path)) => {
                 let asked = async {
                     let version = version_of(path).await.ok_or_else(|| {
-                        let text = format!("{} is no CRIU that starts (--criu)", path.display());
+                        let text = format!("{} is not a CRIU that starts (--criu)", path.display());
                         Error::new(Kind::Usage, text)
                     })?;
                     Ok((Some(version), reads_compressed(path).await))
@@ -236,7 +236,7 @@ fn print(report: &Report) {
         false => "not good",
     };
     println!(
-        "{verdict}: {} pages of {} memories in {} directories, {} of them compressed",
+        "{verdict}: {} pages of {} processes and shared segments, in {} directories; {} pages compressed",
         report.pages, report.memories, report.directories, report.compressed_pages
     );
 }

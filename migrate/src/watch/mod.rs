@@ -66,7 +66,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     events: Option<PathBuf>,
 
-    /// Tell what would be done, and do nothing
+    /// Only log what would be done
     #[arg(long)]
     dry_run: bool,
 

@@ -266,7 +266,7 @@ pub(super) fn read(path: &Path) -> Result<Vec<Rule>> {
     let length = fs::metadata(path).map(|found| found.len());
     let length = length.map_err(|error| Error::file("read", path, error))?;
     if length > WATCH_FILE_BYTES_MAX {
-        let text = format!("{} is no file of rules: {length} bytes", path.display());
+        let text = format!("{} is not a file of rules: {length} bytes", path.display());
         return Err(Error::new(Kind::Usage, text));
     }
     let text = fs::read_to_string(path).map_err(|error| Error::file("read", path, error))?;

@@ -396,7 +396,7 @@ impl Watcher {
     /// Says what goes on without this program.
     pub(super) fn log_what_runs(&self) {
         for (target, running) in self.state.running() {
-            tracing::info!("{target}: the action of rule {:?} goes on", running.rule);
+            tracing::info!("{target}: the action of rule {:?} continues", running.rule);
         }
     }
 }

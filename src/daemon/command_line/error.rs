@@ -43,7 +43,7 @@ pub enum CommandLineError {
     },
     /// A port in a configuration file that is none.
     #[error(
-        "the port is no number from 1 on (a free one is taken with --port 0 on the command line)"
+        "the port is not a number from 1 on (a free one is taken with --port 0 on the command line)"
     )]
     PortInFile,
     /// Two dashes in a configuration file.
@@ -94,7 +94,7 @@ impl CommandLineError {
 
 fn meant(similar: &Option<String>) -> String {
     match similar {
-        Some(similar) => format!(": is {similar} meant?"),
+        Some(similar) => format!(": did you mean {similar}?"),
         None => String::new(),
     }
 }

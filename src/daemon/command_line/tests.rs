@@ -242,10 +242,10 @@ fn a_mistyped_option_is_guessed() {
         ("--prot 7", "--port"),
     ] {
         let error = read(line).unwrap_err().to_string();
-        assert!(error.contains(&format!("is {meant} meant?")), "{error}");
+        assert!(error.contains(&format!("did you mean {meant}?")), "{error}");
     }
     let error = read("--zzz").unwrap_err().to_string();
-    assert!(!error.contains("meant"), "{error}");
+    assert!(!error.contains("did you mean"), "{error}");
 }
 
 #[test]

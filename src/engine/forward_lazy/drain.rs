@@ -44,7 +44,7 @@ const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What is said of a dump that was given up because of a signal.
 pub(super) const STOPPED: &str =
-    "stopped before a client had everything: the dump is told so, its processes go on";
+    "stopped before a client had everything: the dump fails, its processes continue";
 
 /// See the module's text.
 #[derive(Debug)]

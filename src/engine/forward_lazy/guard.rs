@@ -65,9 +65,7 @@ impl GuardEnds {
             Error::wrap(Kind::Io, text, error)
         })?;
         if let Some(dump) = killed {
-            tracing::error!(
-                "the forwarder was killed: the dump is told that it is given up, its processes go on"
-            );
+            tracing::error!("the forwarder was killed: the dump fails, its processes continue");
             dump.give_up();
             dump.reset();
         }

@@ -366,21 +366,23 @@ impl Clients {
                 return Err(Error::new(Kind::Interrupted, drain::STOPPED));
             }
             DumpOutcome::Failed => {
-                let text = "the lazy client has failed: the dump is told so, its processes go on";
+                let text = "the lazy client has failed: the dump fails, its processes continue";
                 return Err(Error::new(Kind::PeerLost, text));
             }
             outcome @ (DumpOutcome::NobodyCame | DumpOutcome::GivenUp) => {
                 let seconds = |timeout: Option<Duration>| timeout.unwrap_or_default().as_secs();
                 let idle = seconds(config.idle_timeout);
                 let what = match (outcome, config.keep) {
-                    (DumpOutcome::NobodyCame, _) => format!("came for {idle} s (--idle-timeout)"),
-                    (_, true) => format!("came back for {idle} s (--idle-timeout)"),
+                    (DumpOutcome::NobodyCame, _) => {
+                        format!("connected within {idle} s (--idle-timeout)")
+                    }
+                    (_, true) => format!("reconnected within {idle} s (--idle-timeout)"),
                     (_, false) => {
                         let reconnect = config.reconnect_timeout.as_secs();
-                        format!("came back for {reconnect} s (--reconnect-timeout)")
+                        format!("reconnected within {reconnect} s (--reconnect-timeout)")
                     }
                 };
-                let text = format!("no client {what}: the dump is told so, its processes go on");
+                let text = format!("no client {what}: the dump fails, its processes continue");
                 return Err(Error::new(Kind::PeerLost, text));
             }
         }

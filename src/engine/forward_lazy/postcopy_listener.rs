@@ -242,7 +242,7 @@ impl PostcopyListener {
         }
         if self.sessions.has_expired(session) {
             sending.lost(Lost::GivenUp(format!(
-                "the lazy client did not come back for {} s (--reconnect-timeout)",
+                "the lazy client did not reconnect within {} s (--reconnect-timeout)",
                 self.reconnect_timeout.as_secs()
             )));
         }

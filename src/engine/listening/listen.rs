@@ -153,7 +153,7 @@ fn inherited_socket(number: RawFd, what: &str) -> Result<Socket> {
     taken
         .and_then(|socket| socket.r#type().map(|_| socket))
         .map_err(|error| {
-            let text = format!("{what}: descriptor {number} is no socket");
+            let text = format!("{what}: descriptor {number} is not a socket");
             Error::wrap(Kind::Usage, text, error)
         })
 }

@@ -170,7 +170,7 @@ impl ServerState<'_> {
                 if ends == EndPolicy::Together
                     && (failure.kind() == Kind::Io || self.own_failure.is_some()) =>
             {
-                error!("{failure}; its client may come back");
+                error!("{failure}; its client may reconnect");
                 self.own_failure.get_or_insert(failure);
             }
             Err(failure) => self.outcome = Err(failure),

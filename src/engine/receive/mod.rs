@@ -387,7 +387,7 @@ pub(in crate::engine) fn punch_out_of_parents(images: &CommittedImages) {
 
 /// The error for a dump that hangs up before CLOSE.
 pub(in crate::engine) fn ended_early(session: &ReceiveSession) -> Error {
-    let context = "not everything came";
+    let context = "the dump is incomplete";
     match session.handle_end() {
         Err(error) => Error::wrap(Kind::PeerLost, context, error),
         // CLOSE ends the loop before anybody hangs up.

@@ -240,7 +240,7 @@ impl<'a> PrecopyListener<'a> {
         }
         if self.sessions.has_expired(session) {
             receiving.lost(format!(
-                "the far end did not come back for {} s (--reconnect-timeout)",
+                "the peer did not reconnect within {} s (--reconnect-timeout)",
                 self.reconnect_timeout.as_secs()
             ));
         }

@@ -29,7 +29,7 @@ pub enum TemplateError {
     #[error("{0:?} has a place that is neither {{peer}} nor {{seq}}")]
     Place(String),
     /// It leads out of the images directory.
-    #[error("{0:?} is no path inside the images directory")]
+    #[error("{0:?} is not a path inside the images directory")]
     Outside(String),
 }
 
@@ -224,7 +224,7 @@ impl StoreOptions {
             // Made for another session, perhaps later.
             Below::Inside => Ok(()),
             Below::Outside(path) if self.dir.join(&path).is_dir() => Ok(()),
-            Below::Outside(_) => Err(wrong("is no directory")),
+            Below::Outside(_) => Err(wrong("is not a directory")),
         }
     }
 

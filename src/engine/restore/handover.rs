@@ -186,7 +186,7 @@ impl Handover {
         self.logged = Instant::now();
         let path = std::path::absolute(self.intake.path()).unwrap_or_default();
         tracing::warn!(
-            "no restore has come yet: start criu restore --lazy-pages with the work directory (-W, else -D) that makes it connect to {}",
+            "no restore has connected yet: start criu restore --lazy-pages with the work directory (-W, else -D) of {}",
             path.display()
         );
     }
@@ -197,11 +197,11 @@ impl Handover {
             return None;
         }
         let what = match self.intake.is_listening() {
-            true => "no restore has come",
+            true => "no restore has connected",
             false => "the restore has said nothing",
         };
         let text = format!(
-            "{what} for {} s (--restore-timeout): the source is told that the restore is given up",
+            "{what} for {} s (--restore-timeout): the source is told that the restore is abandoned",
             most.as_secs()
         );
         Some(Error::new(Kind::PeerLost, text))

@@ -289,7 +289,7 @@ impl Restore {
             return Ok(());
         }
         self.kill_processes(Space::first_missing);
-        let text = "the restore cannot go on, and processes that lack memory were killed";
+        let text = "the restore cannot continue, and processes that lack memory were killed";
         told_to_end.map_err(|error| error.within(text))?;
         Err(Error::new(Kind::MemoryLost, text))
     }
@@ -345,7 +345,7 @@ impl Restore {
     /// The source is back after it was given up, in time for processes that were held.
     pub(super) fn recover(&mut self) {
         if self.losses.recover() {
-            tracing::info!("the held processes go on");
+            tracing::info!("the held processes continue");
             self.planner.recover();
         }
     }

@@ -92,7 +92,7 @@ impl WorkingSetUse {
             Some(path) => Some(fitting(read(path)?, path, page)?),
             // It is a hint: the restore is as good without it.
             None => of_images(images).unwrap_or_else(|error| {
-                tracing::warn!("{error}: going on without it");
+                tracing::warn!("{error}: continuing without it");
                 None
             }),
         };

@@ -13,7 +13,7 @@ const EXTENT_BYTES: usize = 24;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Damage {
     /// It begins otherwise.
-    #[error("it is no working set: lazy-client --record-working-set writes them")]
+    #[error("it is not a working set: lazy-client --record-working-set writes them")]
     Magic,
     /// It ends early.
     #[error("it is damaged: it ends too early")]

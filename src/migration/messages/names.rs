@@ -16,7 +16,7 @@ pub struct MigrationId(String);
 /// A name that cannot be a migration's.
 #[derive(Clone, PartialEq, Eq, Debug, Error)]
 #[error(
-    "{0:?} is no name of a migration: 1 to {MIGRATION_ID_BYTES_MAX} letters a to z, digits and '-', \
+    "{0:?} is not a name of a migration: 1 to {MIGRATION_ID_BYTES_MAX} letters a to z, digits and '-', \
      beginning with a letter or digit"
 )]
 pub struct BadMigrationId(String);
@@ -64,7 +64,7 @@ pub struct ContainerId(String);
 /// A name that no container has.
 #[derive(Clone, PartialEq, Eq, Debug, Error)]
 #[error(
-    "{0:?} is no name of a container: 1 to {CONTAINER_ID_BYTES_MAX} letters, digits, '_', '+', '-' and '.', \
+    "{0:?} is not a name of a container: 1 to {CONTAINER_ID_BYTES_MAX} letters, digits, '_', '+', '-' and '.', \
      beginning with a letter or digit"
 )]
 pub struct BadContainerId(String);

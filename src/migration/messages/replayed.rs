@@ -39,7 +39,7 @@ pub struct ReplayBegin {
 #[derive(Clone, PartialEq, Eq, Debug, Error)]
 pub enum BadReplay {
     /// An address without a port.
-    #[error("{0:?} is no HOST:PORT")]
+    #[error("{0:?} is not a HOST:PORT")]
     Address(String),
     /// A command that no shell takes.
     #[error("a command of {0} bytes: 1 to {COMMAND_BYTES_MAX} can be run")]

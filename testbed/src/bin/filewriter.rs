@@ -250,7 +250,7 @@ impl Writer {
                 meta.mode()
             );
             let inode = *inodes.entry(*id).or_insert(meta.ino());
-            ensure!(inode == meta.ino(), "{name} is no hard link any more");
+            ensure!(inode == meta.ino(), "{name} is not a hard link any more");
         }
         for (link, target) in &self.links {
             let found = fs::read_link(self.dir.join(link)).context(link.clone())?;

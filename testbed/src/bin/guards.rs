@@ -85,7 +85,7 @@ fn are_guards(memory: usize, parts: &[Part]) -> Result<()> {
         for page in [from, to - 1] {
             ensure!(
                 raises(memory + page * PAGE)?,
-                "page {page} is no guard any more"
+                "page {page} is not a guard any more"
             );
         }
     }

@@ -76,7 +76,7 @@ pub(crate) struct Counts {
     seconds: u64,
     /// How many migrations were tried.
     migrations: u64,
-    /// After how many the processes live at the destination, whole.
+    /// After how many the processes run at the destination, whole.
     completed: u64,
     /// After how many they live at the source, whole.
     rolled_back: u64,

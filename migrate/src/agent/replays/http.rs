@@ -103,7 +103,7 @@ async fn addresses(
     let request = parse::<ReplayAddresses>(&body)?;
     request
         .check()
-        .map_err(|error| Error::wrap(Kind::Protocol, "these cannot come here", error))?;
+        .map_err(|error| Error::wrap(Kind::Protocol, "these cannot be received", error))?;
     let session = replays.find(&id)?;
     to_its_end(async move { Ok(Json(session.move_addresses(request.up).await?)) }).await
 }

@@ -33,9 +33,9 @@ pub(super) type Replays = SessionTable<Session>;
 impl Replays {
     /// Begins a move.
     fn begin(&self, begin: ReplayBegin) -> Result<Arc<Session>> {
-        begin
-            .check()
-            .map_err(|error| Error::wrap(Kind::Protocol, "this service cannot come here", error))?;
+        begin.check().map_err(|error| {
+            Error::wrap(Kind::Protocol, "this service cannot be received", error)
+        })?;
         let id = begin.id.clone();
         self.add(&id, || Session::begin(self.context(), begin))
     }

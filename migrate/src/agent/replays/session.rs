@@ -118,7 +118,7 @@ impl Session {
             let problem = inner
                 .problem
                 .as_deref()
-                .unwrap_or("the request comes too soon");
+                .unwrap_or("the request is too early");
             let text = format!(
                 "service {}: this cannot be now, it is {:?}: {problem}",
                 self.begin.id, inner.state
@@ -152,7 +152,7 @@ impl Session {
         let _turn = self.turn.lock().await;
         let state = self.after(ReplayEvent::Started)?;
         if self.lock().snapshot != request.snapshot {
-            let text = "the snapshot did not come as it was sent: send it again";
+            let text = "the snapshot arrived damaged: send it again";
             return Err(Error::new(Kind::Protocol, text));
         }
         let path = self.dir.join(snapshot::NAME);
@@ -222,7 +222,7 @@ impl Session {
         let taken = self.lock().taken;
         if request.sent != taken {
             let text = format!(
-                "{} of the log were sent, and {taken} have come",
+                "{} of the log were sent, and {taken} have arrived",
                 request.sent
             );
             return Err(Error::new(Kind::Protocol, text));

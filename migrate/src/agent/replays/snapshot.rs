@@ -30,7 +30,10 @@ pub(super) async fn store(path: &Path, body: Body) -> Result<Digest> {
     let mut bytes = 0;
     loop {
         let next = timeout(SILENCE, parts.next()).await.map_err(|_| {
-            let text = format!("nothing came of the snapshot for {} s", SILENCE.as_secs());
+            let text = format!(
+                "nothing of the snapshot arrived for {} s",
+                SILENCE.as_secs()
+            );
             Error::new(Kind::PeerLost, text)
         })?;
         let Some(part) = next else {

@@ -91,7 +91,7 @@ async fn pass(body: Body, mut to: DuplexStream) -> Result<()> {
     loop {
         let next = timeout(IMAGE_SILENCE, parts.next()).await.map_err(|_| {
             let text = format!(
-                "nothing came of the image for {} s",
+                "nothing of the image arrived for {} s",
                 IMAGE_SILENCE.as_secs()
             );
             Error::new(Kind::PeerLost, text)

@@ -34,7 +34,7 @@ impl Containers {
     /// Begins a move, if nothing is in its way.
     async fn begin(&self, begin: ContainerBegin) -> Result<Arc<Session>> {
         begin.check().map_err(|error| {
-            Error::wrap(Kind::Protocol, "this container cannot come here", error)
+            Error::wrap(Kind::Protocol, "this container cannot be received", error)
         })?;
         let problems = self.problems(&begin).await?;
         if !problems.is_empty() {

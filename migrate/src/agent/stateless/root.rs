@@ -64,7 +64,7 @@ impl Session {
         };
         if state != StatelessState::Receiving || image.as_ref() != Some(&request.sha256) {
             let text = format!(
-                "container {}: its image did not come as it was sent: send it again",
+                "container {}: its image arrived damaged: send it again",
                 self.begin.id
             );
             return Err(Error::new(Kind::Protocol, text));

@@ -84,7 +84,7 @@ fn links_and_files_are_in_the_way() {
         let problem = StagingDir::of(&tmp.path().join(name))
             .problem(STRICT)
             .unwrap();
-        assert!(problem.contains("no directory"), "{problem}");
+        assert!(problem.contains("not a directory"), "{problem}");
     }
     assert!(is_mount_point(Path::new("/proc")) && !is_mount_point(tmp.path()));
 }

@@ -72,7 +72,7 @@ impl SourceContext {
         }
     }
 
-    /// Ends what is left here once the processes live at the destination.
+    /// Ends what is left here once the processes run at the destination.
     pub(super) async fn end_processes(&self) {
         if self.facts.dump_port.is_some() && !self.facts.mode.is_lazy() {
             self.close_dump().await;
@@ -107,7 +107,7 @@ impl SourceContext {
             && let Err(error) = container.runtime.delete(&container.id).await
         {
             tracing::error!(
-                "container {} lives at the destination, and its runtime here does not forget it: {error}",
+                "container {} runs at the destination, but its runtime here cannot delete it: {error}",
                 container.id
             );
         }

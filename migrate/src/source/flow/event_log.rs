@@ -42,7 +42,7 @@ impl Flow<'_> {
         let step = self.events().step().unwrap_or(Step::Freeze);
         self.report.fail(step, error);
         let problem = self.report.problem.clone().unwrap_or_default();
-        tracing::error!("{problem}: the processes go on here");
+        tracing::error!("{problem}: the processes continue here");
         self.events()
             .failed(step, Details::error(&error.to_string()));
         self.context.note("PROBLEM", problem);

@@ -115,7 +115,7 @@ impl Sender {
                 Progress::Close => return Ok(()),
                 Progress::Under { left } if hold.is_some() && left <= self.options.max_lag / 2 => {
                     hold = None;
-                    tracing::info!("clients go on: {left} bytes of the log are left");
+                    tracing::info!("clients continue: {left} bytes of the log are left");
                 }
                 Progress::Under { .. } => {}
                 Progress::Behind { left, more_per_s } => {

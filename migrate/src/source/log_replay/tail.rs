@@ -71,7 +71,7 @@ impl Tail {
                     false => Err(Error::new(
                         Kind::Usage,
                         format!(
-                            "{} was cut or replaced meanwhile: it is no log",
+                            "{} was cut or replaced meanwhile: it is not a log",
                             path.display()
                         ),
                     )),

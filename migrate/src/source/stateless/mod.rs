@@ -120,11 +120,11 @@ fn mode(args: &Args) -> Result<StatelessMode> {
     };
     if mode == StatelessMode::Live && args.stateless.ready.is_none() {
         return wrong(
-            "--mode live needs --ready: clients would be led to a container that does not answer yet",
+            "--mode live needs --ready: otherwise clients would reach a container that does not answer yet",
         );
     }
     if mode == StatelessMode::Live && args.route.is_empty() && args.address.is_empty() {
-        return wrong("--mode live needs --route: what leads clients to the destination");
+        return wrong("--mode live needs --route, which directs clients to the destination");
     }
     Ok(mode)
 }

@@ -99,7 +99,7 @@ impl Connection {
             Record::Process(_) if peeked.bytes < PROCESS_BYTES => return incomplete(),
             Record::Process(pid) => {
                 let fd = peeked.fd.ok_or_else(|| {
-                    io::Error::other(format!("no userfaultfd came with the record of pid {pid}"))
+                    io::Error::other(format!("the record of pid {pid} has no userfaultfd"))
                 })?;
                 // The process itself hands its userfaultfd over.
                 let host = peeked.sender.unwrap_or(0);

@@ -260,7 +260,7 @@ impl Restore {
             }
             Err(Failure::Lost(error)) => {
                 let peer = self.links.peer();
-                let text = format!("the source at {peer} hung up before all pages came");
+                let text = format!("the source at {peer} hung up before all pages had arrived");
                 return self.source_lost(Error::wrap(Kind::PeerLost, text, error));
             }
             Err(Failure::Over(error)) => return Err(error),
@@ -358,7 +358,7 @@ impl Restore {
                 Ok(()) => break Ok(()),
                 Err(Failure::Over(error)) => break Err(error),
                 Err(Failure::Lost(error)) => {
-                    tracing::warn!("the source hung up at the end: {error}; telling it again");
+                    tracing::warn!("the source hung up at the end: {error}; sending the end again");
                 }
             }
             if let Err(error) = self.redial(deadline) {

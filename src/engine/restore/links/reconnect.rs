@@ -165,7 +165,7 @@ impl Restore {
             )
         } else {
             format!(
-                "the source at {peer} hung up before all pages came: it has failed or was killed (its log \
+                "the source at {peer} hung up before all pages had arrived: it has failed or was killed (its log \
                  says why), or the network broke"
             )
         };
