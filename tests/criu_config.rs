@@ -163,7 +163,7 @@ fn a_file_that_is_named_in_vain_is_told() -> Result<()> {
         ),
         ("tls --\nport 7\n", "line 1: a word of two dashes"),
         ("port 70000\n", "line 1"),
-        ("port many\n", "line 1: the port is no number"),
+        ("port many\n", "line 1: the port is not a number"),
     ] {
         fs::write(&config, text)?;
         for program in ["page-server", "lazy-client"] {

@@ -166,7 +166,7 @@ fn a_far_end_gives_up_by_itself() {
     socket.read_exact(&mut has_parent).unwrap();
     drop(proxy);
     let error = far.finish().unwrap_err().to_string();
-    assert!(error.contains("did not come back"), "{error}");
+    assert!(error.contains("did not reconnect"), "{error}");
     assert_eq!(files(tmp.path()).len(), 0);
     drop(socket);
     forwarder.join().unwrap().1.unwrap_err();

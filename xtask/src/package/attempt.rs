@@ -14,17 +14,32 @@ use crate::setup::{install_packages, require_root, run};
 const SCRIPT: &str = include_str!("try.sh");
 
 /// Installs the packages in a fresh root of the oldest suite that has a CRIU, and uses them there.
-pub(super) fn install_and_use(packages: &[PathBuf], place: &Path) -> Result<()> {
+/// Static programs, if there are any, are used there for a lazy restore under TLS.
+pub(super) fn install_and_use(
+    packages: &[PathBuf],
+    static_dir: Option<&Path>,
+    place: &Path,
+) -> Result<()> {
     require_root()?;
     install_packages(&["debootstrap", "iproute2"])?;
     let clean = place.join("root");
     println!("making a clean root");
-    bootstrap(Suite::Trixie, &["criu", "iptables", "systemd"], &clean)?;
+    bootstrap(
+        Suite::Trixie,
+        &["criu", "iptables", "openssl", "systemd"],
+        &clean,
+    )?;
     let dir = clean.join("packages");
     fs::create_dir_all(&dir)?;
     for package in packages {
         let name = package.file_name().context("a package without a name")?;
         fs::copy(package, dir.join(name)).with_context(|| package.display().to_string())?;
+    }
+    if let Some(from) = static_dir {
+        let to = dir.join("static");
+        fs::create_dir_all(&to)?;
+        let from = from.join("pageferry");
+        fs::copy(&from, to.join("pageferry")).with_context(|| from.display().to_string())?;
     }
     fs::write(dir.join("try.sh"), SCRIPT)?;
     let began = Instant::now();

@@ -27,6 +27,9 @@ const TOOLS: [(&str, &str); 2] = [("cargo-deb", "3.8.0"), ("cargo-cyclonedx", "0
 /// the standard library of the musl target comes by rustup alone.
 const STATIC: &str = "-C target-feature=+crt-static";
 
+/// Where static programs are, below the packages.
+const STATIC_DIR: &str = "static";
+
 /// What all programs of a package may take, bytes.
 const PROGRAMS_MAX_BYTES: u64 = 16_000_000;
 
@@ -39,6 +42,10 @@ pub(crate) struct Args {
     /// Leave the static programs out
     #[arg(long)]
     no_static: bool,
+
+    /// Package the pageferry and criu that are in DIR, instead of building them
+    #[arg(long, value_name = "DIR")]
+    programs: Option<PathBuf>,
 }
 
 /// Builds the packages into target/package.
@@ -49,9 +56,15 @@ pub(crate) fn run_package(args: &Args) -> Result<()> {
         fs::remove_dir_all(&stage).with_context(|| stage.display().to_string())?;
     }
     let tools = tools()?;
-    println!("building the programs");
-    run(cargo().args(BUILD))?;
-    stage_programs(&target_dir().join("dist"), &stage)?;
+    let built = match &args.programs {
+        Some(dir) => dir.clone(),
+        None => {
+            println!("building the programs");
+            run(cargo().args(BUILD))?;
+            target_dir().join("dist")
+        }
+    };
+    stage_programs(&built, &stage)?;
     println!("writing man pages, completions and the list of what is inside");
     stage_assets(&stage)?;
     list_parts(&tools, &stage)?;
@@ -59,16 +72,18 @@ pub(crate) fn run_package(args: &Args) -> Result<()> {
     for package in ["pageferry-cli", "criu-shim"] {
         made.push(deb(&tools, package, &place)?);
     }
+    let mut static_dir = None;
     if !args.no_static {
         println!("building the static programs");
         made.extend(static_programs(&place)?);
+        static_dir = Some(place.join(STATIC_DIR));
     }
     for path in &made {
         let bytes = fs::metadata(path).with_context(|| path.display().to_string())?;
         println!("{}\t{} KiB", path.display(), bytes.len().div_ceil(1024));
     }
     if args.attempt {
-        attempt::install_and_use(&made[..2], &place)?;
+        attempt::install_and_use(&made[..2], static_dir.as_deref(), &place)?;
     }
     Ok(())
 }
@@ -214,7 +229,7 @@ fn static_programs(place: &Path) -> Result<Vec<PathBuf>> {
         .args(BUILD)
         .args(["--target", &triple, "--target-dir"])
         .arg(&target))?;
-    let dir = place.join("static");
+    let dir = place.join(STATIC_DIR);
     fs::create_dir_all(&dir)?;
     ["pageferry", "criu"]
         .iter()

@@ -39,9 +39,14 @@ for ((n = 1; ; n++)); do
     sleep 0.1
 done
 END
-setsid bash work.sh </dev/null >out 2>&1 &
-until_holds 'test -s pid && test -s count'
-pid=$(cat pid)
+# Starts the process, with $pid, and forgets an earlier one's count.
+start_work() {
+    rm -f pid count
+    setsid bash work.sh </dev/null >out 2>&1 &
+    until_holds 'test -s pid && test -s count'
+    pid=$(cat pid)
+}
+start_work
 page-server -d -D images --port 0 --port-file "$PWD/port"
 until_holds 'test -s port'
 /usr/sbin/criu dump -t "$pid" -D images -j --page-server --address 127.0.0.1 --port "$(cat port)"
@@ -52,6 +57,33 @@ lazy-client -d -D images
 until_holds 'test "$(cat count)" -gt "$before"'
 kill -KILL "$pid"
 echo "restored, and it went on after $before"
+
+if test -d /packages/static; then
+    echo "== static programs: dump and lazy restore under TLS, to a host by its name"
+    for name in page-server lazy-client; do ln -s pageferry "/packages/static/$name"; done
+    PATH=/packages/static:$PATH
+    ldd /packages/static/pageferry 2>&1 | grep -q 'not a dynamic executable'
+    openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.pem 2>openssl.log
+    openssl req -newkey rsa:2048 -nodes -subj /CN=localhost -keyout key.pem -out host.csr 2>>openssl.log
+    echo 'subjectAltName=DNS:localhost' >names
+    openssl x509 -req -in host.csr -CA ca.pem -CAkey ca.key -days 2 -extfile names -out cert.pem 2>>openssl.log
+    tls="--tls --tls-cacert $PWD/ca.pem --tls-cert $PWD/cert.pem --tls-key $PWD/key.pem"
+    mkdir secured
+    start_work
+    # shellcheck disable=SC2086
+    page-server -d -D secured --address localhost --port 0 --port-file "$PWD/port.tls" $tls
+    until_holds 'test -s port.tls'
+    /usr/sbin/criu dump -t "$pid" -D secured -j --page-server --address localhost --port "$(cat port.tls)" $tls
+    before=$(cat count)
+    pageferry split secured -o lazy
+    page-server -d -D lazy --lazy-pages --address localhost --port 0 --port-file "$PWD/port.lazy" $tls
+    until_holds 'test -s port.lazy'
+    lazy-client -d -D secured --page-server --address localhost --port "$(cat port.lazy)" $tls
+    /usr/sbin/criu restore -d -D secured -j --lazy-pages
+    until_holds 'test "$(cat count)" -gt "$before"'
+    kill -KILL "$pid"
+    echo "restored by static programs, and it went on after $before"
+fi
 
 echo "== the other criu"
 criu --version
