@@ -131,6 +131,7 @@ impl Costs {
             base_ms: self.base_ms * f64::midpoint(source, destination),
             lazy_ms_per_gib: self.lazy_ms_per_gib * source,
             dump_ms_per_gib: self.dump_ms_per_gib * source,
+            compare_ms_per_gib: self.compare_ms_per_gib * source,
             restore_ms_per_gib: self.restore_ms_per_gib * destination,
             bytes_per_s: self.bytes_per_s,
         }
