@@ -123,7 +123,7 @@ impl SourceContext {
 
     /// Tells the dump, whose memory is all at the destination, that it has ended well: its processes end with it.
     async fn close_dump(&self) {
-        let port = read_number(&self.dir.join(MEMORY.port));
+        let port = read_number(&self.dir().join(MEMORY.port));
         let closed = async { end_session(port?).await };
         if let Err(error) = closed.await {
             // They do not go on: each of their threads has a SIGSTOP to take first, and then they are killed.
