@@ -182,7 +182,7 @@ fn hidden(area: Area) -> Result<Change> {
 fn read_only(area: Area) -> Result<Change> {
     Change::new(vec![area.whole()], move || {
         let page = |n: usize| {
-            if n % 2 == 0 {
+            if n.is_multiple_of(2) {
                 return Ok(area.span(n, 1, Expect::Content));
             }
             let span = area.write_new(n, 1)?;
