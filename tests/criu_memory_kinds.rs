@@ -6,18 +6,20 @@
 //! something else, and write it if `PAGEFERRY_WRITE_TABLES` is set (one version after the other). Every run of the
 //! tests tries each transfer with some CRIU; the ignored ones try all with all.
 
+#[path = "common/kinds_table.rs"]
+mod kinds_table;
 #[path = "common/memory_table.rs"]
 mod memory_table;
 
 use std::collections::BTreeMap;
-use std::env;
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use memory_table::{Cell, Seen, TRANSFERS, Table, Transfer, expect_right};
+use kinds_table::{Cell, SUSPECTS, Seen, Table, column};
+use memory_table::{TRANSFERS, Transfer};
 use testbed::criu::{Crit, Criu, Suite};
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
 use testbed::hugepages::HugePages;
@@ -28,9 +30,6 @@ use testbed::net::free_port;
 use testbed::process::Spawned;
 use testbed::suite::with_criu;
 use testbed::test_dir::TestDir;
-
-/// Set to write what is seen into docs/compatibility.md instead of comparing it.
-const WRITE_VARIABLE: &str = "PAGEFERRY_WRITE_TABLES";
 
 /// A step that takes longer hangs: each takes seconds.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -130,22 +129,7 @@ fn judge(test_dir: &TestDir, criu: &Criu, tried: impl Fn(&Transfer) -> bool) -> 
             seen.insert((kind, transfer.name), baseline.cell(kind, *transfer, said));
         }
     }
-    expect_right(column, &seen)?;
-    let table = Table::committed()?;
-    if env::var_os(WRITE_VARIABLE).is_some() {
-        return table.with(column, &seen).write();
-    }
-    table.expect(column, &seen)
-}
-
-/// The name by which the table knows a CRIU: the suites move.
-fn column(criu: &Criu) -> Result<&'static str> {
-    let (major, minor) = criu.release()?;
-    Ok(match (major, minor) {
-        (..=3, _) | (4, ..=1) => "4.1",
-        (4, 2) => "4.2",
-        _ => "4.3",
-    })
+    Table::committed(memory_table::layout())?.judge(column, &seen)
 }
 
 /// What a CRIU does by itself, with files alone.
@@ -161,22 +145,6 @@ struct Baseline {
     /// Kinds that this kernel lacks.
     lacking: BTreeMap<String, String>,
 }
-
-/// Kinds that some version cannot dump or restores otherwise: each is judged in a process of its own, for a dump
-/// that fails would take the others along.
-const SUSPECTS: &[&str] = &[
-    "guard",
-    "hugetlb-private",
-    "hugetlb-shared",
-    "hugetlb-memfd",
-    "hugetlb-memfd-private",
-    "hugetlb-sysv",
-    "huge-neighbours",
-    "droppable",
-    "aio",
-    "dev-zero",
-    "memfd-sealed",
-];
 
 /// What a CRIU cannot restore from images with a parent, not even from its own with a parent link put beside them.
 const WITHOUT_PARENT: &[(&str, &str)] = &[("4.3", "memfd-private")];
