@@ -62,7 +62,7 @@ if test -d /packages/static; then
     echo "== static programs: dump and lazy restore under TLS, to a host by its name"
     for name in page-server lazy-client; do ln -s pageferry "/packages/static/$name"; done
     PATH=/packages/static:$PATH
-    ldd /packages/static/pageferry 2>&1 | grep -q 'not a dynamic executable'
+    ldd /packages/static/pageferry 2>&1 | grep -qE 'not a dynamic|statically linked'
     openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.pem 2>openssl.log
     openssl req -newkey rsa:2048 -nodes -subj /CN=localhost -keyout key.pem -out host.csr 2>>openssl.log
     echo 'subjectAltName=DNS:localhost' >names
