@@ -196,7 +196,7 @@ mod tests {
         };
         let known = known.iter().copied().collect();
         let found = descendants(1, &known, most, of);
-        (found.map(|found| found.len()), asked.get())
+        (found.as_ref().map(Vec::len), asked.get())
     }
 
     #[test]
@@ -210,7 +210,7 @@ mod tests {
         let line = |pid: i32| if pid < 10 { vec![pid + 1] } else { Vec::new() };
         let known = BTreeSet::new();
         assert_eq!(
-            descendants(1, &known, 9, line).map(|all| all.len()),
+            descendants(1, &known, 9, line).as_ref().map(Vec::len),
             Some(9)
         );
         assert_eq!(descendants(1, &known, 8, line), None);

@@ -108,7 +108,7 @@ fn changed_and_forked(dir: &Path) -> Result<()> {
             said.unwrap_or_default()
         );
     }
-    compare(&pages).and_then(|()| compare_without_guards(&pages))
+    compare(&pages)
 }
 
 /// Installs guards, and moves parts of the memory with guards in them.
