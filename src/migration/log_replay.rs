@@ -20,7 +20,6 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::events::Step;
 use super::steps::{MoveAction, MoveRecord, MoveSteps};
 
 /// What is to be done at the source.
@@ -113,22 +112,6 @@ impl MoveAction for LogReplayAction {
             None => &[Release],
             Some(_) => &[Release, GiveBack],
         }
-    }
-
-    fn step(self) -> Option<Step> {
-        Some(match self {
-            LogReplayAction::Prepare => Step::Start,
-            LogReplayAction::Follow => Step::Replay,
-            LogReplayAction::Hold | LogReplayAction::Seal => Step::Hold,
-            LogReplayAction::Finish => Step::Rest,
-            LogReplayAction::Record(_) => return None,
-            LogReplayAction::Keep => Step::Commit,
-            LogReplayAction::Switch => Step::Route,
-            LogReplayAction::Resume => Step::Resume,
-            LogReplayAction::End | LogReplayAction::Stop => Step::Stop,
-            LogReplayAction::Release | LogReplayAction::GiveBack => Step::Release,
-            LogReplayAction::Discard => Step::Discard,
-        })
     }
 }
 

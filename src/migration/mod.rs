@@ -27,6 +27,7 @@
 mod agent;
 mod catch_up;
 mod convergence;
+mod event_steps;
 pub mod events;
 mod log_replay;
 pub mod messages;
@@ -40,6 +41,7 @@ pub use catch_up::{CatchUp, Progress};
 pub use convergence::{
     Convergence, Costs, Decision, Limits, Mode, OnMissed, RoundResult, predict_downtime,
 };
+pub use event_steps::ActionStep;
 pub use log_replay::{LogReplay, LogReplayAction, ReplayEvent, ReplayState};
 pub use plan::{Forecast, LogFacts, ReplayCosts, forecast_replay, recommend};
 pub use source::{Source, SourceAction, SourceEvent, SourceRecord, SourceState};

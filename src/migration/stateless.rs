@@ -14,7 +14,6 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::events::Step;
 use super::steps::{MoveAction, MoveRecord, MoveSteps};
 
 /// Whether the container here ends before the one at the destination starts.
@@ -105,20 +104,6 @@ impl MoveAction for StatelessAction {
             Some(MoveRecord::Stopping) => &[RunHere],
             Some(_) => &[RunHere, GiveBack],
         }
-    }
-
-    fn step(self) -> Option<Step> {
-        Some(match self {
-            StatelessAction::Prepare | StatelessAction::Renew => Step::Files,
-            StatelessAction::Record(_) => return None,
-            StatelessAction::Stop | StatelessAction::Forget => Step::Stop,
-            StatelessAction::Start => Step::Start,
-            StatelessAction::Keep => Step::Commit,
-            StatelessAction::Switch => Step::Route,
-            StatelessAction::Drain => Step::Drain,
-            StatelessAction::RunHere | StatelessAction::GiveBack => Step::Release,
-            StatelessAction::Discard => Step::Discard,
-        })
     }
 }
 

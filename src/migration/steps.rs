@@ -13,8 +13,6 @@ use std::fmt::Debug;
 
 use serde::{Deserialize, Serialize};
 
-use super::events::Step;
-
 /// What the source writes down, each with an fsync before what follows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -61,9 +59,6 @@ pub trait MoveAction: Copy + PartialEq + Debug + Send + Sync + 'static {
 
     /// What leads back before the agent ends what it has, by the last record that may be on disk.
     fn way_back(tried: Option<MoveRecord>) -> &'static [Self];
-
-    /// The step of the event log that it is; `None` of a record, which is told by what it is for.
-    fn step(self) -> Option<Step>;
 }
 
 /// The source's half of one move.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::events::Step;
-use pageferry::migration::{MoveAction, MoveEnd, MoveSteps};
+use pageferry::migration::{ActionStep, MoveAction, MoveEnd, MoveSteps};
 use tokio::time::{Instant, timeout_at};
 
 use super::SteppedFacts;

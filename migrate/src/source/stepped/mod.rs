@@ -10,7 +10,7 @@ mod flow;
 use std::path::Path;
 
 use pageferry::error::Result;
-use pageferry::migration::{MoveAction, MoveEnd, MoveSteps};
+use pageferry::migration::{ActionStep, MoveAction, MoveEnd, MoveSteps};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -23,7 +23,7 @@ pub(super) use flow::{Course, Flow, run};
 /// What such a flow is, by its facts.
 pub(super) trait SteppedFacts: FlowFacts {
     /// What is to be done.
-    type Action: MoveAction;
+    type Action: MoveAction + ActionStep;
 
     /// The agent's answer.
     type Status: DeserializeOwned;
