@@ -99,10 +99,10 @@ impl Default for Costs {
     fn default() -> Costs {
         Costs {
             base_ms: 85.0,
-            lazy_ms_per_gib: 100.0,
+            lazy_ms_per_gib: 115.0,
             dump_ms_per_gib: 1_050.0,
-            compare_ms_per_gib: 400.0,
-            restore_ms_per_gib: 650.0,
+            compare_ms_per_gib: 650.0,
+            restore_ms_per_gib: 690.0,
             bytes_per_s: 110e6,
         }
     }
@@ -111,7 +111,7 @@ impl Default for Costs {
 /// What [`HostFacts::copy_us_per_gib`] was where the defaults of [`Costs`] were measured.
 ///
 /// [`HostFacts::copy_us_per_gib`]: super::messages::HostFacts::copy_us_per_gib
-const MEASURED_COPY_US_PER_GIB: f64 = 330_000.0;
+const MEASURED_COPY_US_PER_GIB: f64 = 730_000.0;
 
 /// How much slower or faster than those hosts a host is taken to be at most.
 const SPEED_FACTORS: std::ops::RangeInclusive<f64> = 0.25..=8.0;
