@@ -21,7 +21,7 @@ use pageferry::migration::messages::{ContainerId, Status, TcpConnections};
 use pageferry::migration::{Mode, SourceAction, SourceEvent};
 use pageferry::sys::owned_process::{ProcessName, ProcessStat};
 use serde::{Deserialize, Serialize};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use super::container::ContainerRecord;
 use super::flow_context::{FlowContext, FlowFacts};
@@ -33,6 +33,10 @@ use crate::rounds::Tree;
 
 /// How long to wait before an agent that did not answer is asked again.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
+
+/// How long an agent that does not answer is told to abort. One that does not receive it aborts by itself when its time
+/// is over.
+const ABORT_LIMIT: Duration = Duration::from_secs(3);
 
 /// The directory of the images.
 const IMAGES: &str = "images";
@@ -184,8 +188,16 @@ impl SourceContext {
             }
             SourceAction::SendCommit => Ok(Some(self.post("/commit").await)),
             SourceAction::SendAbort => {
-                // An agent that does not receive it aborts by itself when its time is over.
-                Ok(Some(self.post("/cancel").await))
+                let start = Instant::now();
+                loop {
+                    match self.post("/cancel").await {
+                        // What broke this connection, or the agent, may be over in a moment.
+                        SourceEvent::AgentSilent if start.elapsed() < ABORT_LIMIT => {
+                            sleep(ASK_AGAIN).await;
+                        }
+                        answer => return Ok(Some(answer)),
+                    }
+                }
             }
             SourceAction::AskAgent => {
                 sleep(ASK_AGAIN).await;
