@@ -381,7 +381,7 @@ fn a_finished_dump_is_not_waited_for() {
         &[Run::absent(FIRST_PAGE, 4, PageFlags::LAZY)],
     );
     let args = ["--forward-lazy", &free.to_string(), "--wait", "1"];
-    expect_refused(dir.path(), &args, &["waited for 1 s"]);
+    expect_refused(dir.path(), &args, &["gave up after 1 s"]);
 }
 
 #[test]

@@ -357,7 +357,11 @@ mod tests {
 
     #[test]
     fn lazy_modes_wait_for_what_is_not_lazy_alone() {
-        let costs = Costs::default();
+        let costs = Costs {
+            dump_ms_per_gib: 1_050.0,
+            restore_ms_per_gib: 650.0,
+            ..Costs::default()
+        };
         let predict = |changed, eager| {
             predict_downtime(Mode::Hybrid, &costs, 1 << 30, changed, eager).as_millis()
         };

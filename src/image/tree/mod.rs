@@ -435,6 +435,8 @@ impl Tree {
 
 impl Drop for Tree {
     fn drop(&mut self) {
+        // A directory is listed with a descriptor, of which there may be no more.
+        (self.current, self.reading) = (None, None);
         let undone = match self.state {
             State::Kept => return,
             State::Part => remove_all(&self.dir.path().join(TREE_PART)),

@@ -97,6 +97,10 @@ pub(super) fn sync_names(path: &Path) -> Result<()> {
 
 /// Removes a directory with all that is in it, if it is there.
 pub(super) fn remove_all(path: &Path) -> Result<()> {
+    // An empty one goes without being listed, so also when there is no descriptor left.
+    if fs::remove_dir(path).is_ok() {
+        return Ok(());
+    }
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             Err(Error::file("remove", path, error))
