@@ -13,7 +13,8 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::thread::ScopedJoinHandle;
+use std::sync::atomic::Ordering;
+use std::thread::{Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::engine::ferry::change_notifier::ChangeNotifier;
@@ -21,7 +22,7 @@ use crate::engine::ferry::lock;
 use crate::error::Error;
 use crate::ferry::hello::{Fail, FailCode, Greeting, Hello, Role, SessionId};
 use crate::ferry::link::{Admission, ConnectionId, SessionTable};
-use crate::sync::Mutex;
+use crate::sync::{AtomicBool, Mutex};
 
 /// How often the owner of a session looks for what nobody is notified of.
 pub(in crate::engine) const LOOK_AGAIN: Duration = Duration::from_millis(250);
@@ -71,6 +72,20 @@ pub(in crate::engine) struct Refused {
     pub(in crate::engine) others_open: bool,
 }
 
+/// A thread that does what a session is there for.
+pub(in crate::engine) struct SessionThread<'scope, T> {
+    handle: ScopedJoinHandle<'scope, T>,
+    /// Its work is done.
+    is_over: Arc<AtomicBool>,
+}
+
+impl<T> SessionThread<'_, T> {
+    /// Whether its work is done, or has panicked.
+    fn is_over(&self) -> bool {
+        self.is_over.load(Ordering::Acquire) || self.handle.is_finished()
+    }
+}
+
 impl<S> ListenerSessions<S> {
     /// No session yet. A listener that says `own` of itself lets peers in for `roles`; `failed` is what it
     /// tells them when it fails. A session without a connection for `reconnect_timeout` is given up.
@@ -96,11 +111,6 @@ impl<S> ListenerSessions<S> {
     /// Whether a session has been opened.
     pub(in crate::engine) fn has_opened(&self) -> bool {
         lock(&self.state).opened > 0
-    }
-
-    /// Wakes the owners of sessions.
-    pub(in crate::engine) fn notify(&self) {
-        self.notifier.notify();
     }
 
     /// Decides on a connection that begins with `greeting`. Whether a new session may be opened is asked
@@ -138,16 +148,35 @@ impl<S> ListenerSessions<S> {
         }
     }
 
+    /// Runs `work`, which is all that a session does but for its connections, in a thread of `scope`.
+    pub(in crate::engine) fn spawn<'scope, T: Send + 'scope>(
+        &'scope self,
+        scope: &'scope Scope<'scope, '_>,
+        work: impl FnOnce() -> T + Send + 'scope,
+    ) -> SessionThread<'scope, T> {
+        let notifier = &self.notifier;
+        let is_over = Arc::new(AtomicBool::new(false));
+        let over = Arc::clone(&is_over);
+        let handle = scope.spawn(move || {
+            let result = work();
+            // A thread that has just notified is not yet finished: who looked at that would wait once more in vain.
+            over.store(true, Ordering::Release);
+            notifier.notify();
+            result
+        });
+        SessionThread { handle, is_over }
+    }
+
     /// Waits until `thread` is through with the session; calls `look` whenever something may have changed.
     pub(in crate::engine) fn follow<'scope, T>(
         &self,
-        thread: ScopedJoinHandle<'scope, T>,
+        thread: SessionThread<'scope, T>,
         mut look: impl FnMut(),
     ) -> ScopedJoinHandle<'scope, T> {
         loop {
             let seen = self.notifier.notified();
-            if thread.is_finished() {
-                return thread;
+            if thread.is_over() {
+                return thread.handle;
             }
             look();
             self.notifier.wait(seen, LOOK_AGAIN);

@@ -399,9 +399,11 @@ impl SenderSession {
     /// Waits until the receiver has confirmed the end, for `most` at the longest.
     pub(crate) fn wait_until_done(&self, most: Duration) {
         let start = Instant::now();
-        while !self.is_done() {
+        loop {
+            // What changes from here on ends the wait below.
             let seen = self.notifier.notified();
-            let Some(left) = most.checked_sub(start.elapsed()) else {
+            let left = most.checked_sub(start.elapsed());
+            let (false, Some(left)) = (self.is_done(), left) else {
                 return;
             };
             self.notifier

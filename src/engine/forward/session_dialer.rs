@@ -61,8 +61,12 @@ impl<'a> SessionDialer<'a> {
 
     /// Keeps the streams up, each in a thread of `scope`, until the session is over.
     pub(super) fn run<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) {
-        while !self.handler.is_done() {
+        loop {
+            // What changes from here on ends the wait below.
             let seen = self.notifier.notified();
+            if self.handler.is_done() {
+                return;
+            }
             let now = self.start.elapsed();
             if self.stop.is_requested() {
                 self.handler.lost(Lost::Stopped);

@@ -193,14 +193,13 @@ impl PostcopyListener {
         let stopped = Arc::clone(session);
         let _watched = stop.call(move || stopped.sending.stop());
         let result = thread::scope(|scope| {
-            let push = scope.spawn(|| {
+            let push = self.sessions.spawn(scope, || {
                 let pushed = thread::scope(|scope| session.push(scope, self.wire));
                 let pushed = pushed.and_then(|()| complete());
                 match &pushed {
                     Ok(()) => sending.finish(),
                     Err(error) => sending.abort(&error.to_string()),
                 }
-                self.sessions.notify();
                 pushed
             });
             if let Err(error) = self.join(conn, session, greetings) {
@@ -223,8 +222,12 @@ impl PostcopyListener {
     /// Waits until a receiver that promised to confirm BYE has done so; BYE is sent again on each new
     /// connection: one that came back to nobody would not know whether the source goes on.
     fn wait_for_bye_confirmation(&self, session: SessionId, sending: &SenderSession, stop: &Stop) {
-        while sending.awaits_bye_confirmation() {
+        loop {
+            // What changes from here on ends the wait below.
             let seen = sending.notifier().notified();
+            if !sending.awaits_bye_confirmation() {
+                return;
+            }
             if self.sessions.has_expired(session) || stop.is_requested() {
                 tracing::warn!(
                     "the lazy client has everything, but may not have heard that the source knows: it did \

@@ -202,12 +202,11 @@ impl<'a> PrecopyListener<'a> {
         let Session { applier, store } = session;
         let id = greetings.peer.session;
         let result = thread::scope(|scope| {
-            let applier = scope.spawn(|| {
+            let applier = self.sessions.spawn(scope, || {
                 let images = receiving.apply_all(applier, counters);
                 if images.is_ok() {
                     receiving.wait_for_sender_to_end();
                 }
-                self.sessions.notify();
                 images
             });
             if let Err(error) = self.run_connection(conn, &receiving, greetings) {
