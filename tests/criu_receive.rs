@@ -1,5 +1,7 @@
 //! A real CRIU dumps into a page server, and restores from what it stored.
 
+use std::fs;
+
 use anyhow::{Result, ensure};
 use testbed::criu::Criu;
 use testbed::daemons::{Options, PageServer};
@@ -27,6 +29,12 @@ fn dump_and_restore(test_dir: &TestDir, criu: &Criu, spec: LoadSpec) -> Result<(
         .to(server.address())
         .run()?;
     server.finish(GENEROUS)?;
+    // Its last message would wait 200 ms in its corked socket.
+    let log = fs::read_to_string(images.join("daemon.log"))?;
+    ensure!(
+        log.contains("is told to send what it holds back"),
+        "nobody has told the dump to send its last message: {log}"
+    );
     load.wait_until_gone()?;
     let stored = pages_file_bytes(&images)?;
     let stats = stats::of_dump(&images)?;

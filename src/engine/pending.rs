@@ -9,6 +9,7 @@
 //! the other end of the connection, which tells them apart. Where that cannot be told, as behind a relay, the dump is
 //! refused.
 
+mod corked;
 mod dump_connection;
 mod proc_reader;
 
@@ -20,6 +21,7 @@ use crate::criu::header::Target;
 use crate::error::{Error, Kind, Result};
 use crate::stream::Stream;
 
+pub(super) use corked::CorkWatch;
 use dump_connection::DumpConnection;
 pub use proc_reader::{ProcReader, ReaderEnds};
 
@@ -140,6 +142,11 @@ impl Seen {
             seen.traced.extend(TracedProcess::of(pid, &status));
         }
         seen
+    }
+
+    /// Who traces a process: a dump is among them.
+    fn tracers(&self) -> BTreeSet<i32> {
+        self.traced.iter().map(|process| process.tracer).collect()
     }
 
     /// The process that is being dumped as `pid` over the connection `dump`, if it lacks pages.

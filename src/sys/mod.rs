@@ -16,6 +16,7 @@ pub mod process;
 pub mod ring;
 pub mod shared;
 pub mod signals;
+pub mod tcp_info;
 pub mod uffd;
 mod uffd_messages;
 pub mod write_tracking;

@@ -17,6 +17,8 @@ use seccompiler::{
 pub(super) enum Calls {
     /// Files, sockets, threads, memory of its own.
     Server,
+    /// The same, and the sockets of other processes.
+    Reader,
     /// The same, and the memory and life of other processes.
     Client,
 }
@@ -107,6 +109,7 @@ fn reading() -> Result<Rules, BackendError> {
 fn allowed(calls: Calls) -> Result<Rules, BackendError> {
     let of_role: &[i64] = match calls {
         Calls::Server => &[],
+        Calls::Reader => OTHER_SOCKETS,
         Calls::Client => OTHER_PROCESSES,
     };
     let lists = [
@@ -327,6 +330,9 @@ const OLD: &[i64] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const OLD: &[i64] = &[];
 
+/// The socket of a dump that holds its last bytes back.
+const OTHER_SOCKETS: &[i64] = &[libc::SYS_pidfd_open, libc::SYS_pidfd_getfd];
+
 /// The processes whose memory a lazy-client fills: looked at, advised about, ended.
 const OTHER_PROCESSES: &[i64] = &[
     libc::SYS_kill,
@@ -362,15 +368,13 @@ mod tests {
             libc::SYS_mknodat,
             libc::SYS_linkat,
         ];
-        for calls in [Calls::Server, Calls::Client] {
+        for calls in [Calls::Server, Calls::Reader, Calls::Client] {
             let rules = allowed(calls).unwrap();
             assert!(refused.iter().all(|call| !rules.contains_key(call)));
         }
-        assert!(
-            !allowed(Calls::Server)
-                .unwrap()
-                .contains_key(&libc::SYS_kill)
-        );
+        for calls in [Calls::Server, Calls::Reader] {
+            assert!(!allowed(calls).unwrap().contains_key(&libc::SYS_kill));
+        }
     }
 
     #[test]

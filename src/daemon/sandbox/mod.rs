@@ -95,7 +95,7 @@ impl Needs {
     pub fn reading_proc() -> Needs {
         Needs {
             privileges: Privileges::OtherProcesses,
-            calls: Calls::Server,
+            calls: Calls::Reader,
             files: None,
             writes: false,
         }

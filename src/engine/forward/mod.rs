@@ -31,7 +31,7 @@ use crate::engine::ferry::sender_session::SenderSession;
 use crate::engine::ferry::{SenderHistory, lock};
 use crate::engine::io::transport::Peer;
 use crate::engine::listening::stop::Stop;
-use crate::engine::pending::PendingTrees;
+use crate::engine::pending::{CorkWatch, PendingTrees};
 use crate::engine::receive::ingest_modes::decompress_page;
 use crate::engine::receive::{answer, ended_early, leave_open, wait_for_end};
 use crate::error::{Error, Kind, Result};
@@ -248,6 +248,8 @@ struct Forward<'s> {
     block: Vec<u8>,
     pages: u64,
     pending: PendingTrees,
+    /// Since the first process was named: a dump is known then.
+    cork: Option<CorkWatch>,
 }
 
 impl<'s> Forward<'s> {
@@ -282,6 +284,7 @@ impl<'s> Forward<'s> {
             block: Vec::new(),
             pages: 0,
             pending: PendingTrees::default(),
+            cork: None,
         })
     }
 
@@ -349,6 +352,7 @@ impl<'s> Forward<'s> {
 
     fn open(&mut self, stream: &mut Stream, target: Target, answered: bool) -> Result<()> {
         self.pending.refuse(stream, target)?;
+        self.cork = self.cork.take().or_else(|| CorkWatch::start(stream));
         self.flush()?;
         let wire = self.session.wire().unwrap_or(Wire::V2);
         let open = Open { target, wire };

@@ -12,7 +12,7 @@ use procfs::net::TcpNetEntry;
 use crate::stream::Stream;
 
 /// Both addresses of a TCP connection, IPv4 in its own form.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(super) struct DumpConnection {
     own: SocketAddr,
     peer: SocketAddr,
@@ -41,19 +41,30 @@ impl DumpConnection {
         })
     }
 
+    #[cfg(test)]
+    pub(super) fn between(own: SocketAddr, peer: SocketAddr) -> DumpConnection {
+        DumpConnection { own, peer }
+    }
+
     /// Which of the processes `pids` has the other end open. None if no one has: there is a relay in between, or the
     /// other end is in another network namespace.
     pub(super) fn holder(&self, pids: &BTreeSet<i32>) -> Option<i32> {
+        self.descriptor(pids).map(|(pid, _, _)| pid)
+    }
+
+    /// Which of the processes `pids` has the other end open, as which descriptor, and what the link of that in
+    /// /proc/PID/fd leads to.
+    pub(super) fn descriptor(&self, pids: &BTreeSet<i32>) -> Option<(i32, i32, String)> {
         let inode = self.other_end()?;
         let link = format!("socket:[{inode}]");
-        pids.iter().copied().find(|pid| {
+        pids.iter().find_map(|pid| {
             let fds = fs::read_dir(format!("/proc/{pid}/fd"));
-            let mut links = fds
-                .into_iter()
-                .flatten()
-                .flatten()
-                .filter_map(|fd| fs::read_link(fd.path()).ok());
-            links.any(|found| found.as_os_str() == link.as_str())
+            let mut fds = fds.into_iter().flatten().flatten();
+            let fd = fds.find(|fd| {
+                fs::read_link(fd.path()).is_ok_and(|found| found.as_os_str() == link.as_str())
+            })?;
+            let number = fd.file_name().to_str()?.parse().ok()?;
+            Some((*pid, number, link.clone()))
         })
     }
 

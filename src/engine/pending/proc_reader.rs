@@ -3,6 +3,8 @@
 //! ```text
 //! page server ── pid, connection, whether it is a session's first question ──> proc-reader
 //!             <────── the process that lacks pages, and its lazy-client ──────
+//!             ── connection whose other end may hold bytes back ─────────────>
+//!             <────── whether that was told to send them ────────────────────
 //! ```
 //!
 //! Landlock, which confines the page server to its directories, hides other processes as well: their descriptors and
@@ -17,6 +19,7 @@ use std::sync::{Arc, OnceLock, PoisonError};
 
 use bytemuck::{Pod, Zeroable};
 
+use super::corked::CorkedSockets;
 use super::dump_connection::{ConnectionBytes, DumpConnection};
 use super::{IncompleteProcess, Seen};
 use crate::error::{Error, Kind, Result};
@@ -30,14 +33,22 @@ static OF_THIS_PROCESS: OnceLock<Arc<ReaderClient>> = OnceLock::new();
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable, Debug)]
 struct Question {
-    /// Not 0: it is a session's first.
-    first: u32,
+    /// [`CHECK`], [`CHECK_FIRST`] or [`PUSH`].
+    what: u32,
     /// In the innermost namespace.
     pid: u32,
     dump: ConnectionBytes,
 }
 
-/// An answer: the process that lacks pages and its lazy-client, pids of this host, or 0 twice.
+/// Whether a process lacks pages.
+const CHECK: u32 = 0;
+/// The same, as a session's first question.
+const CHECK_FIRST: u32 = 1;
+/// Have the dump send what its socket holds back.
+const PUSH: u32 = 2;
+
+/// An answer: the process that lacks pages and its lazy-client, pids of this host, or 0 twice. After [`PUSH`] 1 and 0 if
+/// that could be done.
 const ANSWER_BYTES: usize = 8;
 
 /// Both ends of what connects the two processes, before there are two.
@@ -115,33 +126,55 @@ impl ReaderClient {
     ) -> io::Result<Option<IncompleteProcess>> {
         let mut stream = self.stream();
         let question = Question {
-            first: u32::from(first),
+            what: if first { CHECK_FIRST } else { CHECK },
             pid,
             dump: DumpConnection::encode(dump),
         };
-        stream.write_all(bytemuck::bytes_of(&question))?;
-        let mut answer = [0; ANSWER_BYTES];
-        stream.read_exact(&mut answer)?;
-        let [process, handler] = bytemuck::pod_read_unaligned::<[i32; 2]>(&answer);
+        let [process, handler] = ask(&mut stream, &question)?;
         Ok((process != 0).then_some(IncompleteProcess { process, handler }))
     }
+
+    /// Has the other end of the connection `dump` send what its socket holds back; tells whether it could be reached.
+    pub(super) fn push(&self, dump: DumpConnection) -> io::Result<bool> {
+        let question = Question {
+            what: PUSH,
+            pid: 0,
+            dump: DumpConnection::encode(Some(dump)),
+        };
+        let [pushed, _] = ask(&mut self.stream(), &question)?;
+        Ok(pushed != 0)
+    }
+}
+
+fn ask(stream: &mut UnixStream, question: &Question) -> io::Result<[i32; 2]> {
+    stream.write_all(bytemuck::bytes_of(question))?;
+    let mut answer = [0; ANSWER_BYTES];
+    stream.read_exact(&mut answer)?;
+    Ok(bytemuck::pod_read_unaligned(&answer))
 }
 
 /// Answers until the other end is closed.
 fn answer(stream: &mut UnixStream) -> io::Result<()> {
     let mut seen = Seen::default();
+    let mut corked = CorkedSockets::default();
     loop {
         let mut question = Question::zeroed();
         match stream.read_exact(bytemuck::bytes_of_mut(&mut question)) {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
             read => read?,
         }
-        if question.first != 0 {
-            seen = Seen::look();
-        }
-        let found = seen.find(question.pid, DumpConnection::decode(question.dump));
-        let found = found.map_or([0; 2], |lacking| [lacking.process, lacking.handler]);
-        stream.write_all(bytemuck::bytes_of(&found))?;
+        let dump = DumpConnection::decode(question.dump);
+        let answer = if question.what == PUSH {
+            let pushed = dump.is_some_and(|dump| corked.push(dump, || seen.tracers()));
+            [i32::from(pushed), 0]
+        } else {
+            if question.what == CHECK_FIRST {
+                seen = Seen::look();
+            }
+            let found = seen.find(question.pid, dump);
+            found.map_or([0; 2], |lacking| [lacking.process, lacking.handler])
+        };
+        stream.write_all(bytemuck::bytes_of(&answer))?;
     }
 }
 
@@ -156,6 +189,12 @@ mod tests {
         let client = Arc::new(ReaderClient(Mutex::new(server)));
         for first in [true, false, true] {
             assert_eq!(client.find(std::process::id(), None, first).unwrap(), None);
+            let nowhere = "127.0.0.1:1".parse().unwrap();
+            assert!(
+                !client
+                    .push(DumpConnection::between(nowhere, nowhere))
+                    .unwrap()
+            );
         }
         let again = Arc::clone(&client);
         drop(ProcReader(client));

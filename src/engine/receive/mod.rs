@@ -35,7 +35,7 @@ use crate::engine::io::Io;
 use crate::engine::io::batch::Plan;
 use crate::engine::io::driver::{Link, Writes};
 use crate::engine::io::session_io::SessionIo;
-use crate::engine::pending::PendingTrees;
+use crate::engine::pending::{CorkWatch, PendingTrees};
 use crate::engine::receive::counters::SessionCounters;
 use crate::engine::receive::ingest_modes::{IngestMode, IngestOptions, IngestScope};
 use crate::engine::receive::stores::{SessionStore, Stores};
@@ -143,6 +143,8 @@ struct Ingest<'a, 't> {
     hides_parent: bool,
     auto_dedup: bool,
     pending: PendingTrees,
+    /// Since the first process was named: a dump is known then.
+    cork: Option<CorkWatch>,
     counters: &'a mut SessionCounters<'t>,
 }
 
@@ -187,6 +189,7 @@ impl<'a, 't> Ingest<'a, 't> {
             hides_parent: context.ingest.dedup_content,
             auto_dedup: context.auto_dedup,
             pending: PendingTrees::default(),
+            cork: None,
             counters,
         })
     }
@@ -355,6 +358,7 @@ impl<'a, 't> Ingest<'a, 't> {
 
     fn open(&mut self, stream: &mut Stream, target: Target, answered: bool) -> Result<()> {
         self.pending.refuse(stream, target)?;
+        self.cork = self.cork.take().or_else(|| CorkWatch::start(stream));
         // Known since the frame's header was read.
         let wire = self.session.wire().unwrap_or(Wire::V2);
         self.mode
