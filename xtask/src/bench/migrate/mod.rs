@@ -17,12 +17,14 @@ mod prediction;
 mod promises;
 mod run;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::ValueEnum;
 use serde::Serialize;
+use testbed::test_dir::{TestDir, warm_memory};
 
+use super::TMPFS;
 use super::results::{CommonArgs, Results};
 use super::rounds::{Contend, Measure, Rounds};
 use super::stats::{Sample, median_ratio};
@@ -257,6 +259,22 @@ fn ratio(
     median_ratio(result.samples(who, metric).into_iter().zip(other))
 }
 
+/// How many times a process's memory lies in memory while it moves: in it at both ends, in images, on the way.
+const COPIES: u64 = 8;
+
+/// More is not warmed, MiB: it has to fit.
+const WARMED_MIB_MAX: u64 = 8192;
+
+/// Lets the machine have the memory at hand that the moves of a process of `mib` MiB need. A virtual machine has to ask
+/// its host for memory that it uses for the first time, which takes five times as long as all else.
+fn warm_for(mib: u32) {
+    let bytes = (COPIES * u64::from(mib)).min(WARMED_MIB_MAX) << 20;
+    let warmed = TestDir::new_in(Path::new(TMPFS)).and_then(|dir| warm_memory(dir.dir(), bytes));
+    if let Err(error) = warmed {
+        println!("memory is not warmed, the first figures may be too high: {error:#}");
+    }
+}
+
 /// Measures all cases and judges them.
 pub(crate) fn run(args: &Args) -> Result<()> {
     setup::install(NETWORK)?;
@@ -269,6 +287,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut results = Results::begin("migrate", &args.common, &criu, promises::judge, how)?;
     let mut drawn = Vec::new();
     for case in Case::all_of(args) {
+        warm_for(case.mib);
         let contenders = args.contender.clone();
         let taken: CaseResult = Rounds::take(case, contenders, args.rounds, |case, who| {
             run::run(&criu, case, who, &[])

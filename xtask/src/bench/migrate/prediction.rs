@@ -7,7 +7,7 @@ use fastrand::Rng;
 use testbed::criu::Criu;
 
 use super::super::table::Table;
-use super::{Case, Contender, LinkKind};
+use super::{Case, Contender, LinkKind, warm_for};
 
 /// Sizes of memory, MiB.
 const SIZES_MIB: [u32; 4] = [32, 64, 128, 256];
@@ -32,6 +32,8 @@ const RIGHT_OF_FIFTY: f64 = 45.0 / 50.0;
 
 /// Moves so many processes, and judges. A promise binds modes with rounds; the others have no decision.
 pub(super) fn run(criu: &Criu, migrations: u32, seed: u64) -> Result<()> {
+    let largest = SIZES_MIB.into_iter().max().unwrap_or_default();
+    warm_for(largest);
     let mut rng = Rng::with_seed(seed);
     let (mut right, mut kept, mut promised) = (0_u32, 0_u32, 0_u32);
     let mut table = Table::new(["migration", "predicted ms", "pause ms", "promised ms", ""]);
