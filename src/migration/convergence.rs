@@ -85,8 +85,10 @@ pub struct Costs {
     pub base_ms: f64,
     /// What CRIU needs for each GiB of a lazy dump (it maps all of it into pipes), ms.
     pub lazy_ms_per_gib: f64,
-    /// What CRIU and the comparison by hash need for each GiB of a whole dump, ms.
+    /// What CRIU and the comparison by hash need for each GiB that a dump writes into files, ms.
     pub dump_ms_per_gib: f64,
+    /// What CRIU and the forwarder need for each GiB of a whole dump: all of it is packed and sent, ms.
+    pub forward_ms_per_gib: f64,
     /// What a comparison by hash needs for each GiB of memory that a lazy dump has stopped, ms.
     pub compare_ms_per_gib: f64,
     /// What CRIU needs to read a GiB of images into the restored processes, ms.
@@ -98,9 +100,10 @@ pub struct Costs {
 impl Default for Costs {
     fn default() -> Costs {
         Costs {
-            base_ms: 85.0,
+            base_ms: 105.0,
             lazy_ms_per_gib: 115.0,
             dump_ms_per_gib: 1_050.0,
+            forward_ms_per_gib: 2_400.0,
             compare_ms_per_gib: 650.0,
             restore_ms_per_gib: 690.0,
             bytes_per_s: 110e6,
@@ -131,6 +134,7 @@ impl Costs {
             base_ms: self.base_ms * f64::midpoint(source, destination),
             lazy_ms_per_gib: self.lazy_ms_per_gib * source,
             dump_ms_per_gib: self.dump_ms_per_gib * source,
+            forward_ms_per_gib: self.forward_ms_per_gib * source,
             compare_ms_per_gib: self.compare_ms_per_gib * source,
             restore_ms_per_gib: self.restore_ms_per_gib * destination,
             bytes_per_s: self.bytes_per_s,
@@ -155,7 +159,7 @@ pub fn predict_downtime(
     let travel_ms = |bytes: u64| to_f64(bytes) / costs.bytes_per_s.max(1.0) * 1e3;
     let ms = match mode {
         Mode::Cold => {
-            let dump = gib * costs.dump_ms_per_gib;
+            let dump = gib * costs.forward_ms_per_gib;
             // Sending overlaps with dumping.
             dump.max(travel_ms(changed_bytes)) + gib * costs.restore_ms_per_gib
         }
@@ -194,6 +198,15 @@ pub enum Decision {
     Missed(OnMissed),
 }
 
+/// How long the processes go on until a freeze has stopped them, s.
+const STOPPING_S: f64 = 0.1;
+
+/// The nearest count; below 0: 0.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+fn rounded(value: f64) -> u64 {
+    value.round() as u64
+}
+
 /// A round that changes at least this share of what the one before did is no progress.
 const STALLED: f64 = 0.8;
 
@@ -201,6 +214,8 @@ const STALLED: f64 = 0.8;
 #[derive(Clone, Debug, Default)]
 pub struct Convergence {
     rounds: Vec<RoundResult>,
+    /// Bytes that would have to travel if the processes were frozen now.
+    expected_bytes: Option<u64>,
     /// Rounds before the processes were slowed.
     throttled_after: Option<usize>,
 }
@@ -211,10 +226,21 @@ impl Convergence {
         &self.rounds
     }
 
-    /// Bytes that will have changed when the next look is taken, if the processes go on as in the last
-    /// round.
+    /// Bytes that would have to travel if the processes were frozen now; `None` as long as nothing tells.
     pub fn expected_bytes(&self) -> Option<u64> {
-        self.rounds.last().map(|round| round.bytes)
+        self.expected_bytes
+    }
+
+    /// Notes what `round`, the last one, leaves for the next: `written` pages have changed since it began, which is
+    /// `since` ago. Where that is not known, as much as in the last round, if it was not the first.
+    pub fn expect(&mut self, round: &RoundResult, written: Option<u64>, since: Duration) {
+        let again = (!self.rounds.is_empty()).then_some(round.bytes);
+        let expected = written.filter(|_| round.pages > 0).map(|written| {
+            let until_stopped = 1.0 + STOPPING_S / since.as_secs_f64().max(STOPPING_S);
+            let bytes_per_page = to_f64(round.bytes) / to_f64(round.pages);
+            rounded(to_f64(written) * until_stopped * bytes_per_page)
+        });
+        self.expected_bytes = expected.or(again);
     }
 
     /// Notes a round, after which the downtime would be `predicted`, and decides.
@@ -277,6 +303,31 @@ mod tests {
         let odd = costs.on_hosts(u64::MAX, 1);
         assert_eq!(odd.dump_ms_per_gib, 8.0 * costs.dump_ms_per_gib);
         assert_eq!(odd.restore_ms_per_gib, costs.restore_ms_per_gib / 4.0);
+    }
+
+    #[test]
+    fn what_was_written_since_a_round_began_is_expected_to_travel() {
+        let mut rounds = Convergence::default();
+        let second = Duration::from_secs(1);
+        assert_eq!(rounds.expected_bytes(), None);
+        // Nothing tells after the first round, since that sent everything.
+        rounds.expect(&round(1 << 30), None, second);
+        assert_eq!(rounds.expected_bytes(), None);
+        let first = RoundResult {
+            pages: 1000,
+            bytes: 2_000_000,
+            ms: 1000,
+        };
+        rounds.expect(&first, Some(100), second);
+        assert_eq!(rounds.expected_bytes(), Some(220_000));
+        rounds.expect(&first, Some(0), Duration::ZERO);
+        assert_eq!(rounds.expected_bytes(), Some(0));
+        rounds.add(first, second, &LIMITS);
+        rounds.expect(&round(5000), None, second);
+        assert_eq!(rounds.expected_bytes(), Some(5000));
+        let empty = RoundResult { pages: 0, ..first };
+        rounds.expect(&empty, Some(9), second);
+        assert_eq!(rounds.expected_bytes(), Some(2_000_000));
     }
 
     #[test]

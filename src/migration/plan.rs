@@ -174,7 +174,7 @@ mod tests {
             ..LogFacts::default()
         };
         let fast = ReplayCosts {
-            switch_ms: 130.0,
+            switch_ms: 160.0,
             ..ReplayCosts::default()
         };
         let long = forecast_replay(&long, &fast, &Costs::default(), true).unwrap();

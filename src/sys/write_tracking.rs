@@ -19,6 +19,9 @@ pub const USER_MODE_ONLY: u64 = 1;
 /// UFFD_FEATURE_WP_ASYNC: a write takes the protection away, and nobody is asked. Linux 6.7.
 const WP_ASYNC: u64 = 1 << 15;
 
+/// Bit of a word of /proc/PID/pagemap: the page is protected, so it was not written since it was taken.
+pub const PROTECTED: u64 = 1 << 57;
+
 /// UFFDIO_REGISTER_MODE_WP.
 pub(super) const MODE_WP: u64 = 1 << 1;
 

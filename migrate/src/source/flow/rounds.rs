@@ -72,6 +72,7 @@ impl Flow<'_> {
             let round = result_of_round(&line, started.elapsed());
             self.report.memory_bytes = read.pages << self.page.shift();
             self.learn(round);
+            trackers = self.expect_after(&round, started, trackers).await?;
             let decision = self.convergence.add(round, self.predict(), &limits);
             self.report.rounds.push(round);
             let start = ms(started - self.started);
@@ -99,6 +100,24 @@ impl Flow<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Notes how much would have to travel after `round`, which began when `started` says.
+    async fn expect_after(
+        &mut self,
+        round: &RoundResult,
+        started: Instant,
+        trackers: Trackers,
+    ) -> Result<Trackers> {
+        let (tree, page) = (Tree::of(self.root())?, self.page);
+        let counting = blocking("counting written pages", move || {
+            Ok((trackers.written_pages(&tree, page), trackers))
+        });
+        let (written, trackers) = counting.await?;
+        // Whether shared memory was written is not known.
+        let written = written.filter(|_| self.size.shared_bytes == 0);
+        self.convergence.expect(round, written, started.elapsed());
+        Ok(trackers)
     }
 
     /// The hashes of what the rounds have left at the destination, if the last pages are compared with them here. If most
