@@ -407,6 +407,8 @@ impl<'a> Flow<'a> {
             .phase("runs at the destination, memory follows");
         self.events().begin(Step::Memory);
         let status: Status = self.client.get(&self.context.path("/complete")).await?;
+        // What the forwarder has to say comes later: with the end of the dump.
+        let complete = ms(self.started.elapsed());
         if let Some(summary) = &status.lazy_summary {
             self.report.add_lazy_summary(summary);
         }
@@ -420,7 +422,6 @@ impl<'a> Flow<'a> {
                 Err(error) => tracing::warn!("the report lacks what the last pages cost: {error}"),
             }
         }
-        let complete = ms(self.started.elapsed());
         self.report.complete_ms = Some(complete);
         self.memory_ended(&status);
         if self.mode.is_lazy() {
