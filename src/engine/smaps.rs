@@ -9,6 +9,9 @@ pub(super) const MISSING: &str = "um";
 /// (MADV_DONTFORK).
 pub(super) const NOT_INHERITED: [&str; 2] = ["wf", "dc"];
 
+/// Flag of a mapping that cannot be changed any more (mseal, Linux 6.10).
+pub(super) const SEALED: &str = "sl";
+
 /// The mappings with `flag` in their line VmFlags, by address.
 pub(super) fn mappings_with(flag: &str, smaps: &str) -> Vec<PageRange> {
     mappings_with_any(&[flag], smaps)

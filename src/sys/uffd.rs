@@ -282,6 +282,20 @@ impl Uffd {
         self.probe(anywhere) == Err(Errno::EAGAIN)
     }
 
+    /// Whether the page `page` of private anonymous memory is in a mapping under a userfaultfd; `None` as long as the process
+    /// changes its mappings. Asks for a page that only shared memory can have (UFFDIO_CONTINUE, Linux 5.13), which the kernel
+    /// refuses in one way where there is a userfaultfd and in another where there is none. A kernel that lacks the call
+    /// says that there is one.
+    pub fn is_registered(&self, page: PageRange) -> Option<bool> {
+        let mut call = RangeCall::new(page);
+        // SAFETY: `call` is a valid uffdio_continue and outlives the call.
+        match unsafe { calls::carry_on(self.0.as_raw_fd(), &raw mut call) } {
+            Err(Errno::EAGAIN) => None,
+            Err(Errno::ENOENT | Errno::ESRCH) => Some(false),
+            _ => Some(true),
+        }
+    }
+
     /// Takes a write protection away that is not there.
     fn probe(&self, anywhere: PageRange) -> nix::Result<i32> {
         let mut call = WriteProtect {
@@ -378,6 +392,7 @@ pub(super) mod calls {
     nix::ioctl_readwrite!(zeropage, 0xAA, 0x04, RangeCall);
     nix::ioctl_readwrite!(api, 0xAA, 0x3F, Api);
     nix::ioctl_readwrite!(writeprotect, 0xAA, 0x06, WriteProtect);
+    nix::ioctl_readwrite!(carry_on, 0xAA, 0x07, RangeCall);
     nix::ioctl_readwrite!(poison, 0xAA, 0x08, RangeCall);
 }
 

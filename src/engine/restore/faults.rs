@@ -97,6 +97,7 @@ impl Restore {
                         self.notify_standby(StandbyMessage::Remap { id, from, to }, None);
                         self.handle_remap(id, from, to);
                     }
+                    Event::Unmap(range) if self.is_still_mapped(id, range) => {}
                     Event::Remove(range) | Event::Unmap(range) => {
                         self.notify_standby(StandbyMessage::Gone { id, range }, None);
                         self.handle_gone(id, range);

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use nix::libc::SIGKILL;
 
-use crate::engine::smaps::{self, MISSING, NOT_INHERITED};
+use crate::engine::smaps::{self, MISSING, NOT_INHERITED, SEALED};
 use crate::sys::owned_process::{ProcessName, ProcessStat};
 use crate::sys::pagemap::Pagemap;
 use crate::units::PageRange;
@@ -98,6 +98,15 @@ impl HostProcess {
     pub(super) fn wiped_on_fork(&self) -> Option<Vec<PageRange>> {
         let smaps = self.read("smaps").ok()?;
         Some(smaps::mappings_with_any(&NOT_INHERITED, &smaps))
+    }
+
+    /// Whether a part of `range` is sealed, as far as that can be read.
+    pub(super) fn has_sealed(&self, range: PageRange) -> bool {
+        let smaps = self.read("smaps").unwrap_or_default();
+        let sealed = smaps::mappings_with(SEALED, &smaps);
+        let meets =
+            |mapping: &PageRange| mapping.start() < range.end() && range.start() < mapping.end();
+        sealed.iter().any(meets)
     }
 
     /// Whether one of its first [`THREADS_MAX`] threads is in a system call that forks.

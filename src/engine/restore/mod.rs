@@ -66,6 +66,7 @@ mod second_dump;
 mod signals;
 pub mod standby;
 mod unawaited;
+mod unmapped;
 mod unopened;
 mod unreadable;
 mod waking;

@@ -343,14 +343,22 @@ impl Space {
 
     /// Whether a page at `range` is not there yet.
     pub fn lacks(&self, range: PageRange) -> bool {
+        self.first_missing_in(range).is_some()
+    }
+
+    /// The first address of `range` at which a page is not there yet.
+    pub fn first_missing_in(&self, range: PageRange) -> Option<Vaddr> {
         let firsts = [
             self.remote.next_from(range.start()),
             self.local.next_from(range.start()),
             self.flight.next_from(range.start()),
             self.unreadable.next_from(range.start()),
         ];
-        let mut firsts = firsts.into_iter().flatten();
-        firsts.any(|piece| piece.at.start() < range.end())
+        let firsts = firsts.into_iter().flatten();
+        let first = firsts
+            .map(|piece| piece.at.start().max(range.start()))
+            .min();
+        first.filter(|first| *first < range.end())
     }
 
     /// The first piece that is not there yet, whoever has it.

@@ -265,6 +265,7 @@ impl Restore {
                     self.notify_standby(StandbyMessage::Remap { id, from, to }, None);
                     self.handle_remap(id, from, to);
                 }
+                Message::Unmap(range) if self.is_still_mapped(id, range) => {}
                 Message::Remove(range) | Message::Unmap(range) => {
                     self.notify_standby(StandbyMessage::Gone { id, range }, None);
                     self.handle_gone(id, range);
