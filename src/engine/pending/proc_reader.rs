@@ -165,7 +165,13 @@ fn answer(stream: &mut UnixStream) -> io::Result<()> {
         }
         let dump = DumpConnection::decode(question.dump);
         let answer = if question.what == PUSH {
-            let pushed = dump.is_some_and(|dump| corked.push(dump, || seen.tracers()));
+            let pushed = dump.is_some_and(|dump| {
+                corked.push(dump, || seen.tracers()) || {
+                    // A dump that began since, or that has named no process yet.
+                    seen = Seen::look();
+                    corked.push(dump, || seen.tracers())
+                }
+            });
             [i32::from(pushed), 0]
         } else {
             if question.what == CHECK_FIRST {
