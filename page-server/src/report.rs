@@ -121,7 +121,7 @@ impl Report {
     }
 }
 
-/// A session that is over, however it ended: `role` tells of which kind it is.
+/// A finished session, successful or not. `role` is its kind.
 #[derive(Serialize, JsonSchema)]
 #[serde(untagged)]
 pub(crate) enum Line<'a> {
@@ -137,17 +137,17 @@ pub(crate) struct Served<'a> {
     /// Tells the kind of session.
     #[schemars(extend("const" = "serve"))]
     role: &'static str,
-    /// Who restored.
+    /// Address of the client.
     peer: &'a str,
-    /// Whether the session ended as the client wanted.
+    /// Whether the client ended the session with CLOSE.
     served: bool,
-    /// Why it did not.
+    /// Why not; null if it did.
     error: Option<String>,
     /// How long the session took, seconds.
     seconds: f64,
     /// How many requests were answered.
     requests: u64,
-    /// How many answers had fewer pages than were asked for.
+    /// How many answers had fewer pages than were requested.
     short_answers: u64,
     /// How many pages were sent.
     pages: u64,

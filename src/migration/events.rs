@@ -47,7 +47,7 @@ pub enum Writer {
     Plan,
     /// `pageferry migrate`
     Migrate,
-    /// What finishes a migration whose command died, by itself or by `--resume`.
+    /// The process that finishes a migration whose command was killed, by itself or by `--resume`.
     Guard,
     /// `pageferry watch`
     Watch,
@@ -60,35 +60,35 @@ pub enum Writer {
 #[cfg_attr(feature = "engine", derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Step {
-    /// A rule of `pageferry watch` has fired, and its action.
+    /// A rule of `pageferry watch` has fired, and its action runs.
     Rule,
-    /// The costs of each mode, and the choice.
+    /// The cost of each mode is predicted, and a mode is chosen.
     Plan,
-    /// Looking at both hosts for what is in the way.
+    /// Both hosts are checked for what prevents a migration.
     Preflight,
-    /// The agent takes the migration.
+    /// The agent accepts the migration.
     Begin,
     /// Files, layers or a container's image are sent or stored.
     Files,
     /// A round: memory is sent while the processes run.
     Round,
-    /// The processes are stopped from here on.
+    /// The processes are stopped.
     Freeze,
     /// The last dump.
     Dump,
-    /// The last dump's pages.
+    /// The pages of the last dump are sent.
     Pages,
-    /// Shared memory that cannot wait until the processes run.
+    /// Shared memory is sent that must arrive before the processes run.
     Shared,
-    /// Image files of CRIU.
+    /// CRIU's image files are sent.
     Images,
-    /// What serves the rest of the memory.
+    /// The program that serves the rest of the memory starts.
     Forwarder,
-    /// Addresses move.
+    /// Addresses move to the destination.
     Address,
     /// The processes are restored, up to their first instruction.
     Restore,
-    /// A container or a service is started anew.
+    /// A container or a service is started afresh.
     Start,
     /// The commands of clients are replayed.
     Replay,
@@ -96,23 +96,23 @@ pub enum Step {
     Hold,
     /// The rest of a log is replayed, and the digests are compared.
     Rest,
-    /// Clients are led to the destination.
+    /// Clients are sent to the destination.
     Route,
-    /// The decision on which side the processes live.
+    /// The decision is made on which host the processes continue.
     Commit,
     /// The processes run at the destination.
     Resume,
-    /// Memory follows.
+    /// The rest of the memory is sent.
     Memory,
-    /// Connections to the container that is left may end.
+    /// Connections to the old container get time to end.
     Drain,
-    /// The container or the service that is left is ended.
+    /// The old container or service is stopped.
     Stop,
-    /// The processes go on at the source, and clients are led back.
+    /// The processes continue at the source, and clients are sent back.
     Release,
-    /// What the destination has is removed there.
+    /// The destination removes what it has of the migration.
     Discard,
-    /// The container's own output.
+    /// The output of the container is moved.
     Output,
     /// Logs of the other side are fetched.
     Logs,
@@ -129,7 +129,7 @@ impl Step {
     }
 }
 
-/// What became of a step.
+/// The state of a step.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[cfg_attr(feature = "engine", derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
@@ -140,9 +140,9 @@ pub enum State {
     Done,
     /// It has failed.
     Failed,
-    /// Something to know; the step goes on.
+    /// Information; the step continues.
     Note,
-    /// Something went wrong beside it.
+    /// A problem that does not stop the step.
     Warning,
 }
 
@@ -161,17 +161,17 @@ pub struct Event {
     pub program: Writer,
     /// Pid of that program, as its own namespace numbers it.
     pub pid: u32,
-    /// Number of the line among those that this program wrote of this migration, from 1.
+    /// Number of the line among those that this program wrote about this migration, from 1.
     pub number: u64,
     /// The part of the migration.
     pub step: Step,
-    /// What became of it.
+    /// The state of the step.
     pub state: State,
     /// From its begin, ms; null unless it is done or has failed.
     pub took_ms: Option<f64>,
-    /// In words.
+    /// A description.
     pub text: Option<String>,
-    /// How many there were of what the name says: `bytes`, `pages`, `processes`.
+    /// Numbers by what they count: `bytes`, `pages`, `processes`.
     #[serde(default)]
     pub counts: BTreeMap<String, u64>,
     /// The line in which CRIU's own log says what went wrong.

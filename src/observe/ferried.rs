@@ -14,11 +14,11 @@ use crate::units::PageSize;
 /// What a sender has sent.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Sent {
-    /// Pages by the way they went, and what they cost.
+    /// Pages by the way they were sent, and what they cost.
     pub pages: EncodeCounters,
     /// Bytes of frames, without what was sent again.
     pub frame_bytes: u64,
-    /// Bytes of frames that were sent again, after a connection broke.
+    /// Bytes of frames that were repeated because a connection broke.
     pub repeated_bytes: u64,
     /// Hashes learned from the receiver.
     pub hashes_learned: u64,
@@ -36,20 +36,20 @@ pub struct Carried {
 /// A shared page on the wire: its kind, and whose it is.
 const SHARED_BYTES: u64 = 3;
 
-/// Pages by the way they went.
+/// Pages by the way they were sent.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, JsonSchema)]
 pub struct ByKind {
-    /// Named as zero.
+    /// As zero pages, without contents.
     pub zero: Carried,
-    /// Named as what the receiver has.
+    /// As pages that the receiver has, without contents.
     pub same: Carried,
-    /// Named as what the receiver has of another process.
+    /// As pages that the receiver has from another process, without contents.
     pub shared: Carried,
     /// As differences.
     pub delta: Carried,
     /// In zstd frames.
     pub zstd: Carried,
-    /// As they are.
+    /// Uncompressed.
     pub raw: Carried,
 }
 
@@ -134,9 +134,9 @@ impl fmt::Display for Sent {
 /// A dump that was forwarded, however that ended.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Forwarded {
-    /// Who dumped.
+    /// Address of the dump.
     pub peer: String,
-    /// Where it went.
+    /// Address of the destination.
     pub far_end: String,
     /// The dump's header layout, if it sent a header.
     pub wire: Option<Wire>,
@@ -151,7 +151,7 @@ pub struct Forwarded {
 }
 
 impl Forwarded {
-    /// Bytes of the pages that the dump gave.
+    /// Bytes of the pages that the dump sent.
     pub fn page_bytes(&self) -> u64 {
         self.sent.page_count() << self.page.shift()
     }
@@ -184,15 +184,15 @@ pub struct Line<'a> {
     /// Tells the kind of session.
     #[schemars(extend("const" = "forward"))]
     role: &'static str,
-    /// Who dumped.
+    /// Address of the dump.
     peer: &'a str,
-    /// Where it went.
+    /// Address of the destination.
     far_end: &'a str,
     /// The layout of the dump's frames: `v1`, `v2`; null if it sent none.
     wire: Option<&'static str>,
-    /// Whether the far end has stored everything.
+    /// Whether the destination has stored everything.
     forwarded: bool,
-    /// Why it has not.
+    /// Why not; null if it has.
     error: Option<String>,
     /// From the start of the session to the answer to CLOSE, seconds.
     seconds: f64,
@@ -200,15 +200,15 @@ pub struct Line<'a> {
     cpu_seconds: f64,
     /// Size of a page, bytes.
     page_bytes: u64,
-    /// Bytes of the pages that the dump gave.
+    /// Bytes of the pages that the dump sent.
     received_bytes: u64,
-    /// Bytes of frames to the far end, without what was sent again.
+    /// Bytes of frames to the destination, without repetitions.
     frame_bytes: u64,
-    /// Bytes of frames that were sent again, after a connection broke.
+    /// Bytes of frames that were repeated because a connection broke.
     repeated_bytes: u64,
-    /// How many hashes of pages the far end has sent.
+    /// How many hashes of pages the destination has sent.
     hashes_learned: u64,
-    /// Pages by the way they went.
+    /// Pages by the way they were sent.
     sent: ByKind,
 }
 

@@ -53,7 +53,7 @@ impl StoredPages {
 /// A session that is over, however it ended.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Received {
-    /// Who sent.
+    /// Address of the sender.
     pub peer: String,
     /// The sender's header layout, if it sent a header.
     pub wire: Option<Wire>,
@@ -65,7 +65,7 @@ pub struct Received {
     pub kept: StoredPages,
     /// Size of a page.
     pub page: PageSize,
-    /// Bytes that came over the wire, below TLS.
+    /// Bytes of frames that were received, with headers and without what TLS adds.
     pub wire_bytes: u64,
     /// From the start of the session to the answer to CLOSE.
     pub elapsed: Duration,
@@ -126,29 +126,29 @@ pub struct Line<'a> {
     /// Tells the kind of session.
     #[schemars(extend("const" = "receive"))]
     role: &'static str,
-    /// Who sent.
+    /// Address of the sender.
     peer: &'a str,
     /// The layout of the sender's frames: `v1`, `v2`; null if it sent none.
     wire: Option<&'static str>,
     /// Whether everything was stored.
     stored: bool,
-    /// Why it was not.
+    /// Why not; null if it was.
     error: Option<String>,
     /// From the start of the session to the answer to CLOSE, seconds.
     seconds: f64,
     /// CPU time of the whole process meanwhile, seconds.
     cpu_seconds: f64,
-    /// Received pages by the session's time, bytes a second.
+    /// Bytes of received pages divided by the time of the session, bytes a second.
     bytes_per_second: f64,
     /// How many processes and shared memory segments sent pages.
     targets: u64,
     /// Size of a page, bytes.
     page_bytes: u64,
-    /// Bytes that came over the wire, below TLS.
+    /// Bytes of frames that were received, with headers and without what TLS adds.
     wire_bytes: u64,
     /// Bytes of the pages received.
     received_bytes: u64,
-    /// Pages, by what was said about them.
+    /// Pages by what the sender said about them.
     pages: PageCounts,
     /// How received pages were stored.
     kept: StoredPages,

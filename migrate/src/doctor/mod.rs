@@ -38,9 +38,9 @@ pub(crate) struct Args {
 enum State {
     /// It works.
     Works,
-    /// Something else is done in its place, or a part is missing.
+    /// It works in part, or something else is used in its place.
     Limited,
-    /// Not there, and nothing here needs it.
+    /// It is not there, and nothing here needs it.
     Absent,
     /// A job cannot be done.
     Missing,
@@ -90,15 +90,15 @@ struct JobState {
     works: bool,
 }
 
-/// What is printed as JSON. docs/reference/fields.md is made from it.
+/// What works on this host.
 #[derive(Serialize, Debug, JsonSchema)]
 struct Report {
-    /// Another one when a field changes its meaning or goes.
+    /// Name of this format. It changes if a field gets another meaning or is removed.
     #[schemars(extend("const" = SCHEMA))]
     schema: &'static str,
     /// Version of this program.
     pageferry: &'static str,
-    /// What was looked at.
+    /// What was checked.
     checks: Vec<Check>,
     /// What can be done here.
     jobs: Vec<JobState>,

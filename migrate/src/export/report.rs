@@ -57,7 +57,7 @@ pub(super) struct ImageReport {
     pub(super) layers: Vec<String>,
 }
 
-/// All of it.
+/// The result of an export.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 pub(super) struct Report {
     /// The images that the layout has now.

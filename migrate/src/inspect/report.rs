@@ -22,10 +22,10 @@ const SCHEMA: &str = "pageferry-inspect-1";
 /// Size of the unit of `st_blocks`, bytes (stat(2)).
 const STAT_BLOCK_BYTES: u64 = 512;
 
-/// All of it. docs/reference/fields.md is made from it.
+/// What images contain.
 #[derive(Serialize, Debug, JsonSchema)]
 pub(super) struct Report {
-    /// Another one when a field changes its meaning or goes.
+    /// Name of this format. It changes if a field gets another meaning or is removed.
     #[schemars(extend("const" = SCHEMA))]
     schema: &'static str,
     /// Size of a page, bytes.
@@ -68,11 +68,11 @@ pub(super) struct PagemapReport {
     pub(super) pages_id: Option<u32>,
     /// `v1`: page counts as CRIU up to 4.1.1 writes them, `v2`: as later ones do; null without an entry.
     pub(super) layout: Option<&'static str>,
-    /// How many runs of pages.
+    /// How many entries, each of which is a run of pages.
     pub(super) entries: u64,
     /// Pages in all entries.
     pub(super) pages: u64,
-    /// Pages in the pages file.
+    /// Pages that are in the pages file.
     pub(super) here_pages: u64,
     /// Of these, pages in entries that have compressed blocks.
     pub(super) compressed_pages: u64,
@@ -80,11 +80,11 @@ pub(super) struct PagemapReport {
     pub(super) in_parent_pages: u64,
     /// Pages that stayed with the source of a lazy dump.
     pub(super) with_source_pages: u64,
-    /// Pages that a lazy restore leaves out, wherever they are.
+    /// Pages with the flag LAZY, wherever they are.
     pub(super) lazy_pages: u64,
-    /// Where its last page ends in the pages file, bytes.
+    /// End of its last page in the pages file, bytes.
     pub(super) stored_bytes: u64,
-    /// Why it cannot be read to its end; null if it can.
+    /// Why it cannot be read to its end; null if it can be.
     pub(super) damage: Option<String>,
 }
 
@@ -95,11 +95,11 @@ pub(super) struct PagesFile {
     pub(super) file: String,
     /// Its length, bytes.
     pub(super) bytes: u64,
-    /// Room on its file system, bytes: less than `bytes` where it has holes, as after `--auto-dedup`.
+    /// Space that it takes on its file system, bytes: less than `bytes` if it has holes, as after `--auto-dedup`.
     pub(super) room_bytes: u64,
-    /// Where the last page ends that a pagemap names, bytes.
+    /// End of the last page that a pagemap names, bytes.
     pub(super) named_bytes: u64,
-    /// The pagemaps that name it: more than one share it.
+    /// The pagemaps that name it. If there are several, they share it.
     pub(super) used_by: Vec<String>,
 }
 
@@ -110,7 +110,7 @@ pub(super) struct Memory {
     pub(super) kind: &'static str,
     /// Pid in the images, or number of the shared memory.
     pub(super) id: u64,
-    /// What the process was called; null for shared memory.
+    /// Name of the process; null for shared memory.
     pub(super) name: Option<String>,
     /// Its pages.
     pub(super) pages: u64,
@@ -120,13 +120,13 @@ pub(super) struct Memory {
     pub(super) with_source_pages: u64,
     /// Pages that should be in an image and are in none.
     pub(super) lost_pages: u64,
-    /// Bytes of its pages in pages files, compressed ones as they are.
+    /// Bytes of its pages in pages files; of compressed pages their compressed size.
     pub(super) stored_bytes: u64,
     /// Pages of zeros; null with `--no-read`.
     pub(super) zero_pages: Option<u64>,
-    /// Other pages whose content a page before them has, in this or an earlier memory; null with `--no-read`.
+    /// Other pages with the same contents as an earlier page, of this or an earlier memory; null with `--no-read`.
     pub(super) duplicate_pages: Option<u64>,
-    /// Why it cannot be looked up or read; null if it can.
+    /// Why its pages cannot be found or read; null if they can be.
     pub(super) damage: Option<String>,
 }
 
@@ -137,11 +137,11 @@ pub(super) struct Totals {
     pub(super) pages: u64,
     /// Length of all pages files, bytes.
     pub(super) stored_bytes: u64,
-    /// Their room on their file systems, bytes.
+    /// Space that they take on their file systems, bytes.
     pub(super) room_bytes: u64,
     /// Pages of zeros; null with `--no-read`.
     pub(super) zero_pages: Option<u64>,
-    /// Pages whose content an earlier page has; null with `--no-read`.
+    /// Pages with the same contents as an earlier page; null with `--no-read`.
     pub(super) duplicate_pages: Option<u64>,
     /// Pages that should be in an image and are in none.
     pub(super) lost_pages: u64,

@@ -95,7 +95,7 @@ enum OnLag {
     PauseClients,
 }
 
-/// The figures of a replay.
+/// The result of a replay.
 #[derive(Default, Serialize, Debug, JsonSchema)]
 pub(crate) struct Report {
     /// How many entries of the log were carried out.
@@ -106,15 +106,15 @@ pub(crate) struct Report {
     bytes: u64,
     /// Bytes at the end of the log that are not a whole entry.
     torn_bytes: u64,
-    /// The log ends as a recorder ends it.
+    /// Whether the recorder ended the log.
     is_whole: bool,
     /// From the first entry to the last answer, milliseconds.
     ms: f64,
-    /// The most of the log that was written and not replayed, bytes.
+    /// Largest part of the log that was written and not yet replayed, bytes.
     most_lag_bytes: u64,
-    /// How many times clients were held for the lag.
+    /// How many times clients were held because of the lag.
     holds: u64,
-    /// Both digests were asked for and agree.
+    /// Whether both digests were requested and are equal.
     digests_agree: bool,
 }
 

@@ -54,7 +54,7 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// What is printed. Times are milliseconds.
+/// The predicted cost of each mode of a migration.
 #[derive(Serialize, JsonSchema)]
 struct Plan {
     /// Pid of the root of the tree, as this command sees it.
@@ -65,13 +65,13 @@ struct Plan {
     private_bytes: u64,
     /// Memory that processes share, each piece once, bytes.
     shared_bytes: u64,
-    /// Of the private memory: what forks share, beyond the first copy, bytes.
+    /// Private memory that forks share, each piece without its first copy, bytes.
     copied_bytes: u64,
     /// Pages that changed in a second while the command watched.
     dirty_pages_per_s: f64,
     /// The log, if one was named.
     log: Option<LogPlan>,
-    /// What is in the way of a migration; empty if nothing is.
+    /// What prevents a migration; empty if nothing does.
     problems: Vec<String>,
     /// What each mode would cost.
     modes: Vec<Prediction>,
@@ -84,11 +84,11 @@ struct Plan {
 struct LogPlan {
     /// Length of the log, bytes.
     bytes: u64,
-    /// How many pieces that clients have sent it has.
+    /// How many pieces of input from clients it has.
     pieces: u64,
-    /// What arrives, bytes a second.
+    /// Rate at which input arrives, bytes a second.
     bytes_per_s: f64,
-    /// Whether a replay would be faster than that.
+    /// Whether a replay would be faster than that rate.
     keeps_up: bool,
 }
 
@@ -100,9 +100,9 @@ struct Prediction {
     downtime_ms: f64,
     /// Predicted time until all memory is at the destination, ms.
     total_ms: f64,
-    /// What the restored processes take at the destination, bytes.
+    /// Memory of the restored processes at the destination, bytes.
     memory_bytes: u64,
-    /// Whether that fits there.
+    /// Whether the destination has that much memory.
     fits: bool,
 }
 

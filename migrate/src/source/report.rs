@@ -31,13 +31,13 @@ const LOOK_AGAIN: Duration = Duration::from_millis(2);
 pub(crate) struct Faults {
     /// How many there were.
     pub(crate) count: u64,
-    /// Half waited at most this long, µs.
+    /// Half of the faults took at most this long, µs.
     pub(crate) p50_us: u64,
-    /// 99 % waited at most this long, µs.
+    /// 99 % of the faults took at most this long, µs.
     pub(crate) p99_us: u64,
-    /// Waiting of all threads, summed, ms.
+    /// Sum of the waiting times of all threads, ms.
     pub(crate) blocked_ms: f64,
-    /// When they were, in parts of equal length, at most 200; empty if there were none.
+    /// The faults over time, in at most 200 intervals of equal length; empty if there were none.
     #[serde(default)]
     pub(crate) times: Vec<FaultBin>,
 }
@@ -45,13 +45,13 @@ pub(crate) struct Faults {
 /// Faults in a part of the time.
 #[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct FaultBin {
-    /// Begin of the part, from the start of the command, ms.
+    /// Begin of the interval, from the start of the command, ms.
     pub(crate) start_ms: f64,
     /// Its end, ms.
     pub(crate) end_ms: f64,
-    /// How many faults began in it.
+    /// How many faults began in the interval.
     pub(crate) count: u64,
-    /// Their waiting, summed, ms.
+    /// Sum of their waiting times, ms.
     pub(crate) waited_ms: f64,
 }
 
@@ -60,7 +60,7 @@ pub(crate) struct FaultBin {
 pub(crate) struct Span {
     /// `rounds`, `freeze` or `memory`.
     pub(crate) row: String,
-    /// What it was.
+    /// Name of what took time.
     pub(crate) name: String,
     /// Its begin, from the start of the command, ms.
     pub(crate) start_ms: f64,
@@ -99,15 +99,15 @@ impl From<&HostFacts> for HostReport {
 /// A log that was replayed.
 #[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct LogReport {
-    /// What was sent of it, bytes.
+    /// Bytes of the log that were sent.
     pub(crate) bytes: u64,
-    /// The most of it that was written and not replayed, bytes.
+    /// Largest part of the log that was written and not yet replayed, bytes.
     pub(crate) most_lag_bytes: u64,
-    /// How many times clients were held for that.
+    /// How many times clients were held because of that.
     pub(crate) holds: u64,
 }
 
-/// See the module's text. Times are milliseconds.
+/// The result of a migration. Times are milliseconds.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct Report {
     /// The migration's name.
@@ -119,19 +119,19 @@ pub(crate) struct Report {
     pub(crate) result: String,
     /// Why it was rolled back.
     pub(crate) problem: Option<String>,
-    /// The same in parts; null if it was not rolled back.
+    /// The same as separate fields; null if it was not rolled back.
     #[serde(default)]
     pub(crate) failure: Option<Failure>,
     /// Logs of both sides that were stored, if it failed.
     #[serde(default)]
     pub(crate) logs: Vec<LogFile>,
-    /// What went wrong beside the migration: hooks, a probe without an answer.
+    /// Problems that did not stop the migration: a hook, a probe without an answer.
     pub(crate) warnings: Vec<String>,
     /// How many processes the tree has, zombies included.
     pub(crate) processes: usize,
     /// Memory that a dump would hold, bytes.
     pub(crate) memory_bytes: u64,
-    /// Of these, what a lazy restore makes copies of that forks shared, bytes; 0 in other modes.
+    /// Of these, memory that forks shared and that a lazy restore copies, bytes; 0 in other modes.
     #[serde(default)]
     pub(crate) copied_bytes: u64,
     /// From the start of the command to the freeze, ms.
@@ -140,7 +140,7 @@ pub(crate) struct Report {
     pub(crate) downtime_ms: Option<f64>,
     /// From the start of `criu dump` to the first answer to `--probe`, ms; null without one.
     pub(crate) resume_ms: Option<f64>,
-    /// From the start of the command until clients began to be led to the destination, ms; null without a route.
+    /// From the start of the command until clients were first sent to the destination, ms; null without a route.
     #[serde(default)]
     pub(crate) switch_ms: Option<f64>,
     /// From the start of the command to the first answer to `--probe`, ms; null without one.
@@ -154,17 +154,17 @@ pub(crate) struct Report {
     pub(crate) total_ms: f64,
     /// Rounds that sent memory while the processes ran, in order.
     pub(crate) rounds: Vec<RoundResult>,
-    /// How rounds found what was new; empty without rounds.
+    /// How rounds found changed pages; empty without rounds.
     pub(crate) track: String,
     /// Bytes of ferry frames and of image files that left the source.
     pub(crate) wire_bytes: u64,
-    /// Bytes of pages by the way they went: `zero`, `same`, `delta`, `zstd`, `raw`.
+    /// Bytes of pages by the way they were sent: `zero`, `same`, `delta`, `zstd`, `raw`.
     pub(crate) bytes_by_kind: BTreeMap<String, u64>,
     /// Page faults at the destination.
     pub(crate) faults: Faults,
     /// Parts of the downtime by name, ms.
     pub(crate) phases_ms: BTreeMap<String, f64>,
-    /// What took time, all on one line of time.
+    /// What took time, with times from one common start.
     pub(crate) timeline: Vec<Span>,
     /// Files that were sent.
     #[serde(default)]
@@ -174,7 +174,7 @@ pub(crate) struct Report {
     pub(crate) log: LogReport,
     /// The host that the processes left.
     pub(crate) source: HostReport,
-    /// The host that they came to.
+    /// The host to which the processes moved.
     pub(crate) destination: HostReport,
 }
 

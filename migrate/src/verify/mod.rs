@@ -139,17 +139,17 @@ pub(crate) struct Checked {
     blocks: u64,
 }
 
-/// What is printed as JSON. docs/reference/fields.md is made from it.
+/// Whether a restore would find all memory in images.
 #[derive(Serialize, JsonSchema)]
 struct Report {
-    /// Another one when a field changes its meaning or goes.
+    /// Name of this format. It changes if a field gets another meaning or is removed.
     #[schemars(extend("const" = SCHEMA))]
     schema: &'static str,
     /// Absolute path.
     directory: String,
     /// Whether no finding is a fault.
     good: bool,
-    /// How many directories were looked at: this one and its parents.
+    /// How many directories were checked: this one and its parents.
     directories: usize,
     /// How many processes and pieces of shared memory.
     memories: u64,

@@ -15,16 +15,16 @@ use serde::{Deserialize, Serialize};
 
 #[derive(Default, Serialize, Deserialize, Debug, JsonSchema)]
 struct Contents {
-    /// What is known of each rule, by its name.
+    /// State of each rule, by its name.
     rules: BTreeMap<String, SavedState>,
-    /// Actions under way, by their target.
+    /// Actions that run, by their target.
     running: BTreeMap<String, Running>,
 }
 
-/// An action that is under way, by its target.
+/// An action that runs.
 #[derive(Clone, Serialize, Deserialize, Debug, JsonSchema)]
 pub(super) struct Running {
-    /// Whose action it is.
+    /// The rule that started it.
     pub(super) rule: String,
     /// The process that carries it out, if it is one.
     pub(super) process: Option<ProcessName>,

@@ -32,20 +32,20 @@ pub struct Progress {
     pub bytes: AtomicU64,
 }
 
-/// What a restore did.
+/// The result of a lazy restore.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Summary {
     /// Bytes in a page.
     pub page_bytes: u64,
-    /// How many processes were restored, and children they forked while pages were missing.
+    /// How many processes were restored, with the children that they forked while pages were missing.
     pub processes: u64,
     /// Pages that were missing at the start or came with a fork.
     pub total_pages: u64,
     /// Pages by their outcome.
     pub pages: Counts,
-    /// Pages that did not come and were not poisoned either.
+    /// Pages that did not arrive and were not poisoned.
     pub missing_pages: u64,
-    /// From a fault's message until its page was there, µs.
+    /// Times from the message of a fault until its page was installed.
     pub fault_latency: LatencySummary,
     /// Bytes received from the source, headers included.
     pub bytes_received: u64,
@@ -53,13 +53,13 @@ pub struct Summary {
     pub drain_ms: u64,
     /// From readiness to the end, ms.
     pub total_ms: u64,
-    /// Bytes that `--auto-dedup` has taken out of the local images.
+    /// Bytes that `--auto-dedup` has punched out of the local images.
     pub freed_bytes: u64,
     /// How many faults the trace lacks because the disk could not keep up.
     pub trace_left_out: u64,
-    /// What became of the huge pages that were there before.
+    /// What happened to regions that were huge pages before.
     pub huge_pages: CollapseSummary,
-    /// What a working set did.
+    /// The effect of a working set.
     pub working_set: WorkingSetSummary,
 }
 

@@ -9,11 +9,11 @@ use serde_json::{Map, Value};
 const HEAD: &str = "\
 # Fields of outputs
 
-Written by `cargo xtask assets --docs -o DIR` from the types that programs write; tests compare outputs of all programs
-with it. Later versions may add fields: a reader should ignore those that it does not know.
+`cargo xtask assets --docs -o DIR` writes this page from the types that programs write. Tests compare the outputs of all
+programs with it. Later versions may add fields, so ignore fields that you do not know.
 
-`a[].b` is the field `b` of each object in the list `a`. `a.*` is what stands under any name in `a`. A field is always
-there, unless its meaning begins with \"Optional\".
+`a[].b` is the field `b` of each object in the list `a`. `a.*` is the value of any name in `a`. A field is always there,
+unless its meaning begins with \"Optional\".
 ";
 
 /// One field.
@@ -225,7 +225,7 @@ fn kind(root: &Value, node: &Value) -> String {
 /// `integers` for `integer`.
 fn kind_of_many(kind: &str) -> String {
     match kind.split_once(" or ") {
-        Some((kind, other)) => format!("{kind}s or {other}"),
+        Some((kind, other)) => format!("{} or {other}", kind_of_many(kind)),
         None if kind.starts_with("list") => kind.replacen("list", "lists", 1),
         None => format!("{kind}s"),
     }
@@ -274,6 +274,15 @@ mod tests {
         Good,
         /// It is not.
         NotGood,
+    }
+
+    #[test]
+    fn lists_of_lists_have_one_plural() {
+        assert_eq!(
+            kind_of_many("list of objects or null"),
+            "lists of objects or null"
+        );
+        assert_eq!(kind_of_many("integer or null"), "integers or null");
     }
 
     #[test]

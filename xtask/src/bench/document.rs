@@ -65,9 +65,9 @@ pub(crate) struct Case {
     pub(crate) name: String,
     /// The conditions, as the benchmark has them: by name, numbers and words.
     pub(crate) conditions: serde_json::Value,
-    /// Who competed.
+    /// Names of the programs that were compared.
     pub(crate) contenders: Vec<String>,
-    /// What was read off the runs.
+    /// What was measured.
     pub(crate) metrics: Vec<Metric>,
     /// Contenders without samples: what this machine lacks for them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -78,9 +78,9 @@ pub(crate) struct Case {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Unsupported {
-    /// Who.
+    /// Its name.
     pub(crate) contender: String,
-    /// Why, in words.
+    /// What is missing.
     pub(crate) why: String,
 }
 

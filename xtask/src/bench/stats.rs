@@ -7,15 +7,15 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// What a sample's value says.
+/// Whether a value was measured.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Bound {
-    /// It was measured.
+    /// The value was measured.
     Exact,
-    /// The truth is at least this.
+    /// The real value is at least this.
     AtLeast,
-    /// The truth is at most this.
+    /// The real value is at most this.
     AtMost,
 }
 
@@ -23,9 +23,9 @@ pub(crate) enum Bound {
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Sample {
-    /// The value, in the unit of its owner.
+    /// The value, in the unit that the name of the metric has.
     pub(crate) value: f64,
-    /// What it says.
+    /// Whether it was measured, or is a bound.
     pub(crate) bound: Bound,
 }
 

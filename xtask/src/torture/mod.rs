@@ -65,7 +65,7 @@ pub(crate) struct Args {
     keep: Option<PathBuf>,
 }
 
-/// What is printed at the end, as one line of JSON.
+/// The results of all migrations of a run.
 #[derive(Debug, Default, Serialize, JsonSchema)]
 pub(crate) struct Counts {
     /// The number that `--seed` gave.
@@ -76,21 +76,21 @@ pub(crate) struct Counts {
     seconds: u64,
     /// How many migrations were tried.
     migrations: u64,
-    /// After how many the processes run at the destination, whole.
+    /// How many moved the processes to the destination, with right contents.
     completed: u64,
-    /// After how many they live at the source, whole.
+    /// How many left the processes at the source, with right contents.
     rolled_back: u64,
-    /// After how many they live nowhere.
+    /// How many left no processes.
     lost: u64,
-    /// After how many they run on both sides.
+    /// How many left processes on both sides.
     doubled: u64,
-    /// After how many they have other contents than they gave a page, or do not answer.
+    /// How many left processes with wrong contents, or without an answer.
     wrong_pages: u64,
-    /// How many migrations after which a program, a file, a mount, a rule or a registration was left.
+    /// How many left a program, a file, a mount, a rule or a registration behind.
     leftovers: u64,
-    /// How many migrations that did not come to an end.
+    /// How many did not end.
     stuck: u64,
-    /// In how many the only holder of memory, or of restored processes, was killed after the decision: what is gone says so.
+    /// In how many the only holder of memory, or of restored processes, was killed after the decision, and reported it.
     holder_killed: u64,
 }
 
