@@ -184,6 +184,21 @@ fn what_is_in_the_way_of_runc_is_told() {
     });
 }
 
+/// The project's `criu`, which looks for the real one in PATH, where the migration has a wrapper of its own.
+#[test]
+fn a_container_moves_by_the_projects_criu() {
+    with_criu(Suite::Sid, |test_dir, criu| {
+        let Some(moving) = Moving::start(test_dir, criu, "runc", "by-shim")? else {
+            return Ok(());
+        };
+        let options = "--mode cold --criu /usr/local/lib/pageferry/criu";
+        let report = moving.hosts.migrate("c1", "by-shim", options);
+        let report = report.map_err(anyhow::Error::msg)?;
+        ensure!(report["result"] == "moved", "{report}");
+        moving.expect_right()
+    });
+}
+
 /// What both hosts of a container without state begin with.
 const WITHOUT_STATE: &str = r#"
 mkdir -p bundle/rootfs/bin

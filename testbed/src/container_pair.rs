@@ -55,14 +55,18 @@ impl ContainerPair {
         Ok(Some(ContainerPair { pair, dir, runtime }))
     }
 
-    /// Moves a container. Returns the report.
+    /// Moves a container, by the real CRIU unless `options` name another one. Returns the report.
     ///
     /// # Errors
     /// What the command prints, if it fails.
     pub fn migrate(&self, container: &str, id: &str, options: &str) -> Result<Value, String> {
+        let criu = match options.contains("--criu ") {
+            true => "",
+            false => "--criu /criu/criu",
+        };
         let output = self.pair.machines[0].output(&format!(
             "pageferry migrate --container {container} --runtime {} --to $DESTINATION:9191 --serve-on $SOURCE \
-             --state-dir /root/state --id {id} --report /root/{id}.json --criu /criu/criu {options} \
+             --state-dir /root/state --id {id} --report /root/{id}.json {criu} {options} \
              > {id}.log 2>&1 || {{ tail -n 20 {id}.log; echo failed; }}",
             self.runtime
         ));

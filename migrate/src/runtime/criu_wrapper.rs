@@ -152,6 +152,7 @@ fn wrap(args: &Args) -> Result<ExitCode> {
         Error::new(Kind::Usage, text)
     })?;
     let mut criu = Command::new(&settings.criu);
+    criu.env("PATH", path_without(&bin));
     if let [word, number, rest @ ..] = args.words.as_slice()
         && word == "swrk"
         && let Some(number) = number.to_str().and_then(|number| number.parse().ok())
@@ -179,6 +180,13 @@ fn wrap(args: &Args) -> Result<ExitCode> {
         &settings.criu,
         criu.args(&args.words).exec(),
     ))
+}
+
+/// PATH as it is outside of the migration: the CRIU may be the project's own, which looks there for the real one.
+fn path_without(bin: &Path) -> OsString {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let others = std::env::split_paths(&path).filter(|dir| dir != bin);
+    std::env::join_paths(others).unwrap_or(path)
 }
 
 /// Starts the process that passes messages on, and tells CRIU's socket; `None` in a process that has done
