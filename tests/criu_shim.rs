@@ -1,8 +1,8 @@
 //! The `criu` that stands before a real one: what it hands on, what it answers, and its pre-dumps.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
@@ -87,6 +87,62 @@ fn copies_that_hand_to_each_other_are_refused() -> Result<()> {
         ensure!(stderr.contains("hand to each other"), "{words:?}: {stderr}");
     }
     Ok(())
+}
+
+/// `pageferry` under other names, as packages install it: its links are no real CRIU, and the programs beside it are
+/// found.
+#[test]
+fn one_file_is_all_programs() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let place = |name: &str| dir.path().join(name);
+    for name in ["bin", "first", "second", "real"] {
+        fs::create_dir(place(name))?;
+    }
+    let installed = place("bin/pageferry");
+    let built = testbed::workspace::binary("pageferry")?;
+    fs::hard_link(&built, &installed).or_else(|_| fs::copy(&built, &installed).map(drop))?;
+    for name in ["bin/page-server", "bin/lazy-client"] {
+        symlink("pageferry", place(name))?;
+    }
+    for name in ["first/criu", "second/criu"] {
+        symlink("../bin/pageferry", place(name))?;
+    }
+    let real = place("real/criu");
+    fs::write(&real, "#!/bin/sh\necho real \"$@\"\n")?;
+    fs::set_permissions(&real, Permissions::from_mode(0o755))?;
+    let path = std::env::join_paths(["first", "second", "real"].map(place))?;
+    let shim = || {
+        let mut command = Command::new(place("first/criu"));
+        command.current_dir(dir.path()).env("PATH", &path);
+        for variable in ["PAGEFERRY_CRIU", "PAGEFERRY_BIN_DIR"] {
+            command.env_remove(variable);
+        }
+        command.env("PAGEFERRY_SHIM_CONFIG", "/dev/null");
+        command
+    };
+    let said = |words: &[&str]| -> Result<String> {
+        Ok(String::from_utf8(run(shim().args(words))?.stdout)?)
+    };
+    let output = said(&["check", "--all"])?;
+    ensure!(output == "real check --all\n", "{output}");
+    let actions = [
+        ("page-server", "page-server"),
+        ("lazy-pages", "lazy-client"),
+    ];
+    for (word, program) in actions {
+        let output = said(&[word, "--version"])?;
+        ensure!(output.starts_with(program), "{output}");
+    }
+    let images = File::open(dir.path())?;
+    let swrk = Swrk::start(shim())?;
+    let started = swrk.ask(&request(kind::PAGE_SERVER_CHLD, Some(&images)))?;
+    let pid = started.server.and_then(|server| server.pid);
+    let pid = pid.context("no pid")?;
+    let server = Orphan::new(pid)?;
+    let program = fs::read_link(format!("/proc/{pid}/exe"))?;
+    ensure!(program == installed, "{} serves", program.display());
+    drop(server);
+    swrk.finish()
 }
 
 /// Two pre-dumps and a dump on the command line, with and without a page server.

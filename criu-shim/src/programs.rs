@@ -2,6 +2,9 @@
 //!
 //! Another copy of this program may be taken for the real CRIU, which would hand everything back. So whoever hands on says
 //! in the environment which copies have done so; one that finds itself there refuses.
+//!
+//! The file that runs may be `pageferry`, under the name `criu` by a link. Files are compared with links followed, so
+//! such a link is this program too, wherever it is. For the same reason page-server and lazy-client may be this file.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -36,12 +39,12 @@ impl Programs {
         let this = env::current_exe()
             .map_err(|error| Error::wrap(Kind::Io, "cannot find this program's own path", error))?;
         let criu = match &config.criu {
-            Some(path) if is_same_file(path, Path::new(RUNNING)) => {
+            Some(path) if !is_another(path) => {
                 let text = format!("{} is this program, not the real CRIU", path.display());
                 return Err(Error::new(Kind::Usage, text));
             }
             Some(path) => path.clone(),
-            None => in_path("criu").ok_or_else(|| {
+            None => in_path("criu", is_another).ok_or_else(|| {
                 let text = "there is no other criu in PATH: name the real one in PAGEFERRY_CRIU";
                 Error::new(Kind::Usage, text)
             })?,
@@ -51,7 +54,7 @@ impl Programs {
         let ours = |name: &str| match &config.bin_dir {
             Some(dir) => dir.join(name),
             None if beside.join(name).is_file() => beside.join(name),
-            None => in_path(name).unwrap_or_else(|| beside.join(name)),
+            None => in_path(name, |_| true).unwrap_or_else(|| beside.join(name)),
         };
         Ok(Programs {
             criu,
@@ -132,8 +135,8 @@ fn copies_before(copies: &str, pid: u32, parent: u32, of_parent: impl Fn() -> St
     }
 }
 
-/// The first executable of this name in PATH that is not the one that runs.
-fn in_path(name: &str) -> Option<PathBuf> {
+/// The first executable of this name in PATH that `suits`.
+fn in_path(name: &str, suits: impl Fn(&Path) -> bool) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     // Runtimes may lack the directories of the administrator's programs.
     let usual = [
@@ -151,7 +154,12 @@ fn in_path(name: &str) -> Option<PathBuf> {
             .is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
     };
     dirs.map(|dir| dir.join(OsStr::new(name)))
-        .find(|path| is_program(path) && !is_same_file(path, Path::new(RUNNING)))
+        .find(|path| is_program(path) && suits(path))
+}
+
+/// Whether the file is not the one that runs.
+fn is_another(path: &Path) -> bool {
+    !is_same_file(path, Path::new(RUNNING))
 }
 
 fn is_same_file(one: &Path, other: &Path) -> bool {

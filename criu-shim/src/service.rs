@@ -4,6 +4,7 @@ use std::fs;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
@@ -18,6 +19,9 @@ use pageferry::error::{Error, Result};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::config::SERVICE_CLIENT;
+
+/// The name under which a file of several programs is this one.
+const NAME: &str = "criu";
 
 /// CRIU's name for a socket without a name, in the work directory.
 const SOCKET: &str = "criu_service.socket";
@@ -50,7 +54,7 @@ pub(crate) fn run(parts: &[Part]) -> Result<ExitCode> {
         word: "service",
         operand_option: None,
     }];
-    let words = std::iter::once("criu".into()).chain(argv);
+    let words = std::iter::once(NAME.into()).chain(argv);
     let Parsed { args, diagnostics } = match parse::<Args>(&actions, words) {
         Ok(parsed) => parsed,
         Err(error) => return Ok(ExitCode::from(error.report())),
@@ -89,6 +93,8 @@ fn serve(path: &Path, daemon: &mut Daemon) -> Result<()> {
         inherit(client.as_fd())?;
         let number = client.as_raw_fd().to_string();
         let started = Command::new(&this)
+            // The file may be `pageferry`, which is this program by its name alone.
+            .arg0(NAME)
             .args([SERVICE_CLIENT, "swrk", &number])
             .spawn();
         if let Err(error) = started {

@@ -14,16 +14,12 @@ mount --bind "$HOME" "$root/root"
 mount --bind "$CRIU" "$root/criu"
 # A layer over another layer is none that podman can use.
 mount --bind "$PRIVATE/containers" "$root/var/lib/containers"
-for program in page-server lazy-client pageferry; do
-    for place in bin lib/pageferry; do
-        : > "$root/usr/local/$place/$program"
-        mount --bind "$BINARIES/$program" "$root/usr/local/$place/$program"
-    done
+for program in page-server lazy-client pageferry nsinit; do
+    : > "$root/usr/local/bin/$program"
+    mount --bind "$BINARIES/$program" "$root/usr/local/bin/$program"
 done
-: > "$root/usr/local/lib/pageferry/criu"
-mount --bind "$BINARIES/criu" "$root/usr/local/lib/pageferry/criu"
-: > "$root/usr/local/bin/nsinit"
-mount --bind "$BINARIES/nsinit" "$root/usr/local/bin/nsinit"
+# As the package pageferry-criu has it.
+ln -sf ../../bin/pageferry "$root/usr/local/lib/pageferry/criu"
 mount -t proc proc "$root/proc"
 mount -t sysfs sysfs "$root/sys"
 mount -t cgroup2 cgroup2 "$root/sys/fs/cgroup"

@@ -5,7 +5,7 @@
 //!   /root                       home: a directory of the test's, by the side's name, where scripts begin
 //!   /shared                      the test's directory, with the homes of both sides
 //!   /usr/local/bin              page-server, lazy-client, pageferry
-//!   /usr/local/lib/pageferry    the same and `criu`, which stands before the real one
+//!   /usr/local/lib/pageferry    `criu`, a link to pageferry, which stands before the real one
 //!   /criu                       the directory of the real `criu`, in PATH
 //! ```
 

@@ -1,8 +1,8 @@
 //! Packages: two .deb files, static programs, and a list of what they are built from.
 //!
 //! ```text
-//! release build -> stage/{bin,shim,man,completions}, stage/sbom.cdx.json -> cargo-deb -> *.deb
-//! static build  -> static/{pageferry,criu}
+//! dist build    -> stage/{bin,lib,man,completions}, stage/sbom.cdx.json -> cargo-deb -> *.deb
+//! static build  -> static/pageferry
 //! --try:        a clean root, the .deb in it, a dump and a restore (attempt.rs)
 //! ```
 
@@ -17,8 +17,8 @@ use anyhow::{Context, Result, ensure};
 use testbed::wait::retried;
 use testbed::workspace::{root, target_dir};
 
-use crate::assets;
 use crate::setup::{cargo, run};
+use crate::{assets, tracked};
 
 /// The versions of the tools that make packages.
 const TOOLS: [(&str, &str); 2] = [("cargo-deb", "3.8.0"), ("cargo-cyclonedx", "0.5.9")];
@@ -30,7 +30,7 @@ const STATIC: &str = "-C target-feature=+crt-static";
 /// Where static programs are, below the packages.
 const STATIC_DIR: &str = "static";
 
-/// What all programs of a package may take, bytes.
+/// What the programs of all packages may take together, bytes.
 const PROGRAMS_MAX_BYTES: u64 = 16_000_000;
 
 #[derive(clap::Args)]
@@ -43,7 +43,7 @@ pub(crate) struct Args {
     #[arg(long)]
     no_static: bool,
 
-    /// Package the pageferry and criu that are in DIR, instead of building them
+    /// Package the pageferry that is in DIR, instead of building it
     #[arg(long, value_name = "DIR")]
     programs: Option<PathBuf>,
 }
@@ -59,7 +59,7 @@ pub(crate) fn run_package(args: &Args) -> Result<()> {
     let built = match &args.programs {
         Some(dir) => dir.clone(),
         None => {
-            println!("building the programs");
+            println!("building the program");
             run(cargo().args(BUILD))?;
             target_dir().join("dist")
         }
@@ -74,8 +74,8 @@ pub(crate) fn run_package(args: &Args) -> Result<()> {
     }
     let mut static_dir = None;
     if !args.no_static {
-        println!("building the static programs");
-        made.extend(static_programs(&place)?);
+        println!("building the static program");
+        made.push(static_program(&place)?);
         static_dir = Some(place.join(STATIC_DIR));
     }
     for path in &made {
@@ -88,13 +88,12 @@ pub(crate) fn run_package(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// One file for `page-server`, `lazy-client` and `pageferry`, and the shim.
-const BUILD: [&str; 6] = [
+/// One file for `pageferry`, `page-server`, `lazy-client` and `criu`.
+const BUILD: [&str; 5] = [
     "build",
     "--profile=dist",
     "--locked",
     "--package=pageferry-cli",
-    "--package=criu-shim",
     "--bins",
 ];
 
@@ -125,19 +124,26 @@ fn has_version(program: &Path, version: &str) -> bool {
     output.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).contains(version))
 }
 
-/// Puts the programs of `built` into `stage`: one file under three names.
+/// Puts the program of `built` into `stage`: one file under four names, in directories as below /usr.
 fn stage_programs(built: &Path, stage: &Path) -> Result<()> {
-    let (bin, shim) = (stage.join("bin"), stage.join("shim"));
+    let (bin, shim) = (stage.join("bin"), stage.join("lib/pageferry/criu"));
     fs::create_dir_all(&bin)?;
     fs::create_dir_all(&shim)?;
-    let bytes = fs::copy(built.join("pageferry"), bin.join("pageferry"))?
-        + fs::copy(built.join("criu"), shim.join("criu"))?;
+    let from = built.join("pageferry");
+    let copied = fs::copy(&from, bin.join("pageferry"));
+    let bytes = copied.with_context(|| from.display().to_string())?;
     for name in ["page-server", "lazy-client"] {
         symlink("pageferry", bin.join(name))?;
     }
+    // Not in PATH's directories: the real CRIU is there, and an alternative names this one.
+    symlink("../../../bin/pageferry", shim.join("criu"))?;
+    check_size(bytes)
+}
+
+fn check_size(bytes: u64) -> Result<()> {
     ensure!(
         bytes <= PROGRAMS_MAX_BYTES,
-        "the programs take {bytes} bytes, more than {PROGRAMS_MAX_BYTES}"
+        "the program takes {bytes} bytes, more than {PROGRAMS_MAX_BYTES}"
     );
     Ok(())
 }
@@ -184,17 +190,8 @@ fn list_parts(tools: &Path, stage: &Path) -> Result<()> {
     // Of the machine that builds nothing is told.
     let text = text.replace(&root().display().to_string(), "");
     fs::write(stage.join(name), text)?;
-    let members = [
-        "",
-        "criu-shim",
-        "page-server",
-        "lazy-client",
-        "migrate",
-        "testbed",
-        "xtask",
-    ];
-    for member in members {
-        let path = root().join(member).join(name);
+    for manifest in tracked::files(root(), "*Cargo.toml")? {
+        let path = root().join(manifest).with_file_name(name);
         if path.exists() {
             fs::remove_file(&path).with_context(|| path.display().to_string())?;
         }
@@ -218,8 +215,8 @@ fn deb(tools: &Path, package: &str, place: &Path) -> Result<PathBuf> {
     Ok(path.trim().into())
 }
 
-/// Programs that need no library of the system.
-fn static_programs(place: &Path) -> Result<Vec<PathBuf>> {
+/// The program that needs no library of the system.
+fn static_program(place: &Path) -> Result<PathBuf> {
     let target = target_dir().join("static");
     let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
     let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
@@ -231,12 +228,7 @@ fn static_programs(place: &Path) -> Result<Vec<PathBuf>> {
         .arg(&target))?;
     let dir = place.join(STATIC_DIR);
     fs::create_dir_all(&dir)?;
-    ["pageferry", "criu"]
-        .iter()
-        .map(|name| {
-            let to = dir.join(name);
-            fs::copy(target.join(&triple).join("dist").join(name), &to)?;
-            Ok(to)
-        })
-        .collect()
+    let to = dir.join("pageferry");
+    check_size(fs::copy(target.join(&triple).join("dist/pageferry"), &to)?)?;
+    Ok(to)
 }

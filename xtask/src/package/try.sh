@@ -4,7 +4,7 @@ export PATH=/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=nonint
 echo "== install"
 dpkg --install /packages/*.deb
 getent passwd pageferry
-test "$(readlink -f /usr/local/sbin/criu)" = /usr/lib/pageferry/criu/criu
+test "$(readlink -f /usr/local/sbin/criu)" = /usr/bin/pageferry
 for program in pageferry page-server lazy-client; do
     "$program" --version | head -n 1
     test -s "/usr/share/man/man1/$program.1" || test -s "/usr/share/man/man1/$program.1.gz"
@@ -60,9 +60,10 @@ echo "restored, and it went on after $before"
 
 if test -d /packages/static; then
     echo "== static programs: dump and lazy restore under TLS, to a host by its name"
-    for name in page-server lazy-client; do ln -s pageferry "/packages/static/$name"; done
+    for name in page-server lazy-client criu; do ln -s pageferry "/packages/static/$name"; done
     PATH=/packages/static:$PATH
     ldd /packages/static/pageferry 2>&1 | grep -qE 'not a dynamic|statically linked'
+    PAGEFERRY_CRIU=/usr/sbin/criu criu --version
     openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.pem 2>openssl.log
     openssl req -newkey rsa:2048 -nodes -subj /CN=localhost -keyout key.pem -out host.csr 2>>openssl.log
     echo 'subjectAltName=DNS:localhost' >names
@@ -83,11 +84,13 @@ if test -d /packages/static; then
     until_holds 'test "$(cat count)" -gt "$before"'
     kill -KILL "$pid"
     echo "restored by static programs, and it went on after $before"
+    PATH=${PATH#/packages/static:}
 fi
 
 echo "== the other criu"
-criu --version
-PAGEFERRY_CRIU=/usr/sbin/criu criu check || true
+test "$(criu --version)" = "$(/usr/sbin/criu --version)"
+test "$(criu page-server --version)" = "$(page-server --version)"
+test "$(criu lazy-pages --version)" = "$(lazy-client --version)"
 
 echo "== remove"
 dpkg --purge pageferry-criu pageferry
