@@ -160,7 +160,7 @@ fn soft_dirty(checks: &mut Checks) {
         false => checks.limited(
             "soft-dirty",
             "not there (CONFIG_MEM_SOFT_DIRTY): `criu pre-dump` and --track-mem fail",
-            "use `pageferry migrate`, `page-server --forward` or criu-shim, which do without",
+            "use `pageferry migrate`, `page-server --forward` or pageferry's `criu` (docs/shim.md), which do without",
         ),
     }
 }
