@@ -36,6 +36,7 @@ mod preflight;
 mod preload;
 mod probe;
 mod progress;
+mod protections;
 pub(crate) mod report;
 mod shared;
 mod state_dir;
@@ -175,6 +176,7 @@ async fn move_memory(
     let mode = mode.unwrap_or_else(|| recommend(&survey));
     let (costs, packed_bytes) = (survey.costs, survey.packed_bytes());
     survey.expect_no_problem(mode.is_lazy())?;
+    let warnings = survey.warnings();
     note_plan(events, &survey, mode);
     let layered = survey.layered.take();
     let of_container = (survey.found.as_ref(), survey.sends_root, layered);
@@ -211,6 +213,7 @@ async fn move_memory(
         client.clone(),
         events.clone(),
     )?;
+    warnings.into_iter().for_each(|text| context.warn(text));
     let guard = guard::start(args, context.dir())?;
     let wire = here.criu.unwrap_or_default().wire();
     let mut flow = Flow::new(

@@ -73,6 +73,8 @@ struct Plan {
     log: Option<LogPlan>,
     /// What prevents a migration; empty if nothing does.
     problems: Vec<String>,
+    /// What will be other than it was, whatever the mode; empty if nothing is known.
+    warnings: Vec<String>,
     /// What each mode would cost.
     modes: Vec<Prediction>,
     /// The mode to take; null if there are problems.
@@ -162,6 +164,7 @@ async fn plan(args: &Args) -> Result<Details> {
         recommended: problems.is_empty().then(|| best(&modes)),
         log,
         problems,
+        warnings: survey.warnings(),
         modes,
     };
     match args.json {
@@ -311,6 +314,9 @@ fn print(plan: &Plan) {
     }
     for problem in &plan.problems {
         println!("problem             {problem}");
+    }
+    for warning in &plan.warnings {
+        println!("warning             {warning}");
     }
     println!(
         "\n{:<20}{:>12}{:>12}{:>23}",

@@ -158,6 +158,13 @@ fn of_member(member: &Member) -> Vec<String> {
     if tracer.is_some_and(|tracer| tracer.trim() != "0") {
         problems.push(format!("pid {pid} has a tracer (TracerPid): end it first"));
     }
+    if has_userfaultfd(pid) {
+        // Its own: that of a lazy restore is another process's.
+        problems.push(format!(
+            "pid {pid} has a userfaultfd of its own, which no CRIU dumps"
+        ));
+        return problems;
+    }
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
     let watched = smaps
         .lines()
@@ -174,6 +181,15 @@ fn of_member(member: &Member) -> Vec<String> {
         ));
     }
     problems
+}
+
+/// Whether the process has a userfaultfd open.
+fn has_userfaultfd(pid: i32) -> bool {
+    let open = fs::read_dir(format!("/proc/{pid}/fd"));
+    open.into_iter().flatten().flatten().any(|entry| {
+        let what = fs::read_link(entry.path());
+        what.is_ok_and(|what| what.as_os_str() == "anon_inode:[userfaultfd]")
+    })
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ use super::disk_space::{self, SpaceNeed};
 use super::files_args::FilesArgs;
 use super::layers::{self, Layered};
 use super::preflight::{self, NeededSpace};
+use super::protections;
 use crate::client::AgentClient;
 use crate::facts;
 use crate::programs::Programs;
@@ -130,6 +131,11 @@ impl Survey {
         };
         let of_hosts = preflight::problems(&self.tree, &self.here, &self.there, space, lazy);
         [of_hosts, self.other_problems.clone()].concat()
+    }
+
+    /// What will be other than it was, though nothing is in the way.
+    pub(super) fn warnings(&self) -> Vec<String> {
+        protections::warnings(&self.tree)
     }
 
     /// What the restore makes copies of that forks share.
