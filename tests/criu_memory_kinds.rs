@@ -4,7 +4,7 @@
 //! any of our daemons can dump and restore must come through each of our transfers; what it cannot is judged in a
 //! process of its own. The table in docs/compatibility.md is what these tests saw: they fail if it says
 //! something else, and write it if `PAGEFERRY_WRITE_TABLES` is set (one version after the other). Every run of the
-//! tests tries each transfer with some CRIU; the ignored ones try all with all.
+//! tests tries each transfer with some CRIU; the ignored ones try all with all (`MM_WAYS` and `MM_KINDS` name some).
 
 #[path = "common/kinds_table.rs"]
 mod kinds_table;
@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use kinds_table::{Cell, SUSPECTS, Seen, Table, column};
+use kinds_table::{Cell, SUSPECTS, Seen, Table, column, is_asked};
 use memory_table::{TRANSFERS, Transfer};
 use testbed::criu::{Crit, Criu, Suite};
 use testbed::daemons::{LazyDaemon, Make, Options, PageServer};
@@ -95,16 +95,14 @@ fn judge(test_dir: &TestDir, criu: &Criu, tried: impl Fn(&Transfer) -> bool) -> 
         eprintln!("{}: CRIU {} alone: {why}", kind.name, criu.version);
     }
     let column = column(criu)?;
-    for transfer in TRANSFERS.iter().filter(|transfer| tried(transfer)) {
+    let tried = |transfer: &&Transfer| tried(transfer) && is_asked("MM_WAYS", transfer.name);
+    for transfer in TRANSFERS.iter().filter(tried) {
         let kinds = baseline.carried_by(*transfer);
         let mut place = Place::new(test_dir, criu, transfer.name, &kinds)?;
         let began = Instant::now();
         let lacking = |kind: &Kind| place.kinds.lacking.contains_key(kind.name);
-        let present: Vec<Kind> = KINDS
-            .iter()
-            .filter(|kind| !lacking(kind))
-            .copied()
-            .collect();
+        let mut present = asked();
+        present.retain(|kind| !lacking(kind));
         let said = carry(&mut place, *transfer);
         eprintln!("{}: {:.1} s", transfer.title, began.elapsed().as_secs_f64());
         let refuses = transfer.refuses.contains(&column);
@@ -132,6 +130,12 @@ fn judge(test_dir: &TestDir, criu: &Criu, tried: impl Fn(&Transfer) -> bool) -> 
     Table::committed(memory_table::layout())?.judge(column, &seen)
 }
 
+/// The kinds that are asked for: all, but for a search.
+fn asked() -> Vec<Kind> {
+    let asked = KINDS.iter().filter(|kind| is_asked("MM_KINDS", kind.name));
+    asked.copied().collect()
+}
+
 /// What a CRIU does by itself, with files alone.
 struct Baseline {
     /// Its name in the table.
@@ -149,6 +153,20 @@ struct Baseline {
 /// What a CRIU cannot restore from images with a parent, not even from its own with a parent link put beside them.
 const WITHOUT_PARENT: &[(&str, &str)] = &[("4.3", "memfd-private")];
 
+/// Kinds that some versions cannot dump, and others restore together.
+const GUARDS: &[&str] = &[
+    "guard",
+    "guard-edges",
+    "guard-many",
+    "guard-readonly",
+    "guard-thp",
+    "guard-wipe",
+    "guard-shared",
+    "guard-file",
+    "child-guard",
+    "parent-guard",
+];
+
 /// Kinds that some version cannot restore lazily: each is judged in a process of its own, for a restore that fails
 /// would take the others along.
 const LAZY_SUSPECTS: &[&str] = &["memfd-private", "hugetlb-memfd-private"];
@@ -162,20 +180,27 @@ impl Baseline {
             refused_lazily: Vec::new(),
             lacking: BTreeMap::new(),
         };
-        let suspect = |kind: &&Kind| SUSPECTS.contains(&kind.name);
-        let others: Vec<Kind> = KINDS
-            .iter()
-            .filter(|kind| !suspect(kind))
-            .copied()
-            .collect();
+        let suspect = |kind: &Kind| SUSPECTS.contains(&kind.name);
+        let (suspects, others): (Vec<Kind>, Vec<Kind>) = asked().into_iter().partition(suspect);
         let said = baseline.try_alone(test_dir, criu, "others", &others);
         let said = said.with_context(|| format!("CRIU {} alone", criu.version))?;
         baseline.sort(&others, &Ok(said));
-        for suspected in KINDS.iter().filter(suspect) {
-            let said = baseline.try_alone(test_dir, criu, suspected.name, &[*suspected]);
-            baseline.sort(&[*suspected], &said);
+        let (guards, mut alone): (Vec<Kind>, Vec<Kind>) = suspects
+            .into_iter()
+            .partition(|kind| GUARDS.contains(&kind.name));
+        // One that fails takes the others along.
+        match baseline.try_alone(test_dir, criu, "guards", &guards) {
+            Ok(said) => baseline.sort(&guards, &Ok(said)),
+            Err(_) => alone.extend(guards),
         }
-        for name in LAZY_SUSPECTS {
+        for suspected in alone {
+            let said = baseline.try_alone(test_dir, criu, suspected.name, &[suspected]);
+            baseline.sort(&[suspected], &said);
+        }
+        for name in LAZY_SUSPECTS
+            .iter()
+            .filter(|name| is_asked("MM_KINDS", name))
+        {
             let kind = kind(name).context("no such kind")?;
             let wrong = match lazily_alone(test_dir, criu, kind) {
                 Ok(said) => said.get(kind.name).cloned().flatten(),
@@ -238,6 +263,9 @@ impl Baseline {
         name: &str,
         kinds: &[Kind],
     ) -> Result<KindResults> {
+        if kinds.is_empty() {
+            return Ok(KindResults::new());
+        }
         let place = Place::new(test_dir, criu, &format!("stock-{name}"), kinds)?;
         self.lacking.extend(place.kinds.lacking.clone());
         if place.kinds.lacking.len() == kinds.len() {
@@ -364,6 +392,7 @@ fn carry(place: &mut Place<'_>, transfer: Transfer) -> Result<KindResults> {
             let option = format!("--{}", transfer.name);
             place.dump_to_server(&images, &[&option], Some(&first))?;
         }
+        "dedup-tree" => place.dump_to_server(&images, &["--dedup-tree"], None)?,
         "compress" => {
             place.dump_to_server(&images, &["--compress"], None)?;
             Crit::fetched()?.decompress(&images)?;
@@ -420,6 +449,13 @@ fn lazily(place: &mut Place<'_>, transfer: Transfer) -> Result<KindResults> {
         "lazy-local" => {
             let [images, _] = in_files(place)?;
             place.lazily(&images, Make::Ours, &slowly, None, true)
+        }
+        "split-lazy" => {
+            let apart = place.path("apart");
+            place.dump_to_server(&images, &["--split-lazy", &apart.to_string_lossy()], None)?;
+            place.kinds.stop()?;
+            let server = PageServer::serving(Make::Ours, &Options::new(&apart))?;
+            place.lazily(&images, Make::Ours, &slowly, Some(server.address()), true)
         }
         "lazy-dump" => {
             let (mut dump, address) = waiting(place, &images)?;

@@ -12,12 +12,11 @@
 mod kinds_table;
 
 use std::collections::BTreeMap;
-use std::env;
 use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use kinds_table::{Cell, Layout, SUSPECTS, Seen, Table, Way, column};
+use kinds_table::{Cell, Layout, SUSPECTS, Seen, Table, Way, column, is_asked};
 use testbed::agent::{Agent, Move};
 use testbed::criu::{Criu, Suite};
 use testbed::hugepages::HugePages;
@@ -43,12 +42,28 @@ const SUSPECTED_CHANGES: &[&str] = &[
 ];
 
 /// Other kinds that some version cannot restore lazily, or on top of rounds.
-const SUSPECTED_KINDS: &[&str] = &["memfd-private", "wipe"];
+const SUSPECTED_KINDS: &[&str] = &["memfd-private", "wipe", "wipe-moved"];
 
 /// What is moved by itself: with CRIUs whose names begin so it cannot be dumped or restored in some mode, or is slow.
 const ALONE: &[(&str, &[&str])] = &[
-    ("4", &["memfd-sealed", SLOW_LAZILY]),
-    ("4.1", &["guard", "c-guard", "c-guard-removed"]),
+    ("4", &["memfd-sealed", "guard-locked", SLOW_LAZILY]),
+    (
+        "4.1",
+        &[
+            "guard",
+            "guard-edges",
+            "guard-many",
+            "guard-readonly",
+            "guard-thp",
+            "guard-wipe",
+            "guard-shared",
+            "guard-file",
+            "child-guard",
+            "parent-guard",
+            "c-guard",
+            "c-guard-removed",
+        ],
+    ),
     (
         "4.3",
         &[
@@ -63,7 +78,12 @@ const ALONE: &[(&str, &[&str])] = &[
 const SLOW_LAZILY: &str = "reservation";
 
 /// What CRIU alone gets wrong without a word: it loses the advice at the restore.
-const WRONG_BY_CRIU: &[(&str, &str)] = &[("4.1", "wipe"), ("4.1", "c-wipe"), ("4.1", "droppable")];
+const WRONG_BY_CRIU: &[(&str, &str)] = &[
+    ("4.1", "wipe"),
+    ("4.1", "wipe-moved"),
+    ("4.1", "c-wipe"),
+    ("4.1", "droppable"),
+];
 
 #[test]
 fn criu_4_2_1() {
@@ -131,12 +151,6 @@ fn judge_often(test_dir: &TestDir, criu: &Criu) -> Result<()> {
         refused.ended
     );
     Ok(())
-}
-
-/// The names in a variable, separated by commas; everything if it is not set.
-fn is_asked(variable: &str, name: &str) -> bool {
-    let asked = env::var(variable).unwrap_or_default();
-    asked.is_empty() || asked.split(',').any(|asked| asked == name)
 }
 
 fn judge_whole(test_dir: &TestDir, criu: &Criu) -> Result<()> {

@@ -20,7 +20,7 @@ pub(crate) struct Transfer {
 impl Transfer {
     /// Whether the images that are restored have a parent.
     pub(crate) fn has_parent(self) -> bool {
-        matches!(self.name, "dedup-content" | "auto-dedup")
+        matches!(self.name, "dedup-content" | "auto-dedup" | "dedup-tree")
     }
 }
 
@@ -44,6 +44,7 @@ pub(crate) const TRANSFERS: &[Transfer] = &[
     transfer("plain", "received", false, &COLUMNS),
     transfer("dedup-content", "`--dedup-content`", false, &["4.2"]),
     transfer("auto-dedup", "`--auto-dedup`", false, &["4.2"]),
+    transfer("dedup-tree", "`--dedup-tree`", false, &["4.2"]),
     Transfer {
         refuses: &["4.1"],
         ..transfer("compress", "`--compress`", false, &["4.2"])
@@ -58,6 +59,7 @@ pub(crate) const TRANSFERS: &[Transfer] = &[
         &["4.2"],
     ),
     transfer("lazy-local", "lazy, local", true, &["4.2"]),
+    transfer("split-lazy", "`--split-lazy`", true, &["4.2"]),
     transfer("forward-lazy", "`--forward-lazy`", true, &["4.2"]),
     transfer("ferry", "`--ferry`", true, &COLUMNS),
     transfer("hybrid", "hybrid", true, &["4.2"]),

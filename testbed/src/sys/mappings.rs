@@ -131,6 +131,16 @@ pub fn move_away(address: usize, old: usize, new: usize) -> Result<usize, Errno>
     moved.map(|address| address.as_ptr().expose_provenance())
 }
 
+/// Moves a mapping that was made here to another address, of the kernel's choice, and leaves an empty one behind
+/// (MREMAP_DONTUNMAP); returns the address.
+pub fn leave_empty(address: usize, length: usize) -> Result<usize, Errno> {
+    let at = ptr::NonNull::new(pointer(address)).ok_or(Errno::EINVAL)?;
+    let flags = MRemapFlags::MREMAP_MAYMOVE | MRemapFlags::from_bits_retain(libc::MREMAP_DONTUNMAP);
+    // SAFETY: the range is one that nothing of Rust's lies in, and the kernel chooses a free address.
+    let moved = unsafe { mman::mremap(at, length, length, flags, None) };
+    moved.map(|address| address.as_ptr().expose_provenance())
+}
+
 /// Moves a mapping that was made here to `to`, where nothing is, or changes its length where it is: `old` bytes become
 /// `new` bytes.
 pub fn resize(address: usize, old: usize, new: usize, to: Option<usize>) -> Result<(), Errno> {
@@ -206,18 +216,32 @@ pub fn seal(address: usize, length: usize) -> Result<(), Errno> {
     Errno::result(unsafe { libc::syscall(SYS_MSEAL, address, length, 0) }).map(drop)
 }
 
-/// Makes a System V segment and attaches it; `flags` beside IPC_CREAT. It goes with the last process that
-/// has it.
+/// Makes a System V segment and attaches it; `flags` beside IPC_CREAT.
 pub fn attach_sysv(length: usize, flags: i32) -> Result<usize, Errno> {
+    attach_segment(make_segment(length, flags)?, 0)
+}
+
+/// Makes a System V segment that nobody has attached: its number. `flags` beside IPC_CREAT.
+pub fn make_segment(length: usize, flags: i32) -> Result<i32, Errno> {
     let flags = libc::IPC_CREAT | 0o600 | flags;
     // SAFETY: takes no pointer.
-    let id = Errno::result(unsafe { libc::shmget(libc::IPC_PRIVATE, length, flags) })?;
+    Errno::result(unsafe { libc::shmget(libc::IPC_PRIVATE, length, flags) })
+}
+
+/// Attaches a System V segment where the kernel chooses; `flags` are SHM_*.
+pub fn attach_segment(id: i32, flags: i32) -> Result<usize, Errno> {
     // SAFETY: the kernel chooses an address where nothing is mapped.
-    let at = unsafe { libc::shmat(id, ptr::null(), 0) };
+    let at = unsafe { libc::shmat(id, ptr::null(), flags) };
     match at.expose_provenance() {
         usize::MAX => Err(Errno::last()),
         address => Ok(address),
     }
+}
+
+/// Lets a System V segment go with the last process that has it (IPC_RMID).
+pub fn remove_segment(id: i32) -> Result<(), Errno> {
+    // SAFETY: IPC_RMID reads no buffer.
+    Errno::result(unsafe { libc::shmctl(id, libc::IPC_RMID, ptr::null_mut()) }).map(drop)
 }
 
 /// Makes an AIO context: its number, which is the address of its ring.

@@ -15,6 +15,15 @@ use testbed::sys::mappings;
 
 use crate::make::{Expect, Made, Span, content, page_bytes};
 
+/// Kinds whose first span may be wiped in each child, whatever that one was forked from.
+const WIPED: &[&str] = &[
+    "wipe",
+    "wipe-moved",
+    "child-wipe",
+    "guard-wipe",
+    "droppable",
+];
+
 /// Pages compared at a time.
 const PAGES_AT_ONCE: usize = 64;
 
@@ -24,9 +33,9 @@ pub(crate) fn check_all(all: &BTreeMap<String, Made>, dir: &Path) -> Result<Kind
     let told = dir.join(format!("child-{}.json", nix::unistd::getpid()));
     let child = match sys::fork().context("fork")? {
         ForkResult::Child => {
-            let said = said_of(all, |span| span.in_child);
-            let written = serde_json::to_vec(&said).map(|bytes| fs::write(&told, bytes));
-            let code = i32::from(!matches!(written, Ok(Ok(()))));
+            let mut said = said_of(all, |span| span.in_child);
+            let written = wiped_again(all, &told, &mut said).and_then(|()| tell(&told, &said));
+            let code = i32::from(written.is_err());
             // The last thing it does is to touch a guard, as a stack that overflows does.
             if let Some(guard) = a_guard(all) {
                 mappings::load(guard);
@@ -37,21 +46,58 @@ pub(crate) fn check_all(all: &BTreeMap<String, Made>, dir: &Path) -> Result<Kind
     };
     let mut said = said_of(all, |span| span.expect);
     let ended = waitpid(child, None).context("waitpid")?;
-    let in_child: KindResults =
-        serde_json::from_slice(&fs::read(&told).context("the child said nothing")?)?;
-    fs::remove_file(&told)?;
-    for (kind, wrong) in in_child {
-        let own = said.entry(kind).or_default();
-        if own.is_none() {
-            *own = wrong.map(|wrong| format!("in a child: {wrong}"));
-        }
-    }
+    take_over(&mut said, &told, "in a child")?;
     let by_guard = matches!(ended, WaitStatus::Signaled(_, Signal::SIGSEGV, _));
     if a_guard(all).is_some() != by_guard {
         let wrong = format!("a child that touched a guard ended by {ended:?}");
         said.insert("guard".into(), Some(wrong));
     }
     Ok(said)
+}
+
+fn tell(path: &Path, said: &KindResults) -> Result<()> {
+    Ok(fs::write(path, serde_json::to_vec(said)?)?)
+}
+
+/// Adds what a child has told to what was `said` before.
+fn take_over(said: &mut KindResults, told: &Path, who: &str) -> Result<()> {
+    let bytes = fs::read(told).with_context(|| format!("{who}: nothing was said"))?;
+    fs::remove_file(told)?;
+    let in_child: KindResults = serde_json::from_slice(&bytes)?;
+    for (kind, wrong) in in_child {
+        let own = said.entry(kind).or_default();
+        if own.is_none() {
+            *own = wrong.map(|wrong| format!("{who}: {wrong}"));
+        }
+    }
+    Ok(())
+}
+
+/// Of a child: writes into memory that was wiped when it was forked, and looks for that in a child of its own.
+fn wiped_again(all: &BTreeMap<String, Made>, told: &Path, said: &mut KindResults) -> Result<()> {
+    let wiped: BTreeMap<String, &Span> = all
+        .iter()
+        .filter(|(kind, _)| WIPED.contains(&kind.as_str()))
+        .filter_map(|(kind, made)| Some((kind.clone(), made.spans.first()?)))
+        .filter(|(_, span)| span.in_child == Expect::Zero)
+        .collect();
+    if wiped.is_empty() {
+        return Ok(());
+    }
+    for span in wiped.values() {
+        mappings::write(span.address, &content(span.first))?;
+    }
+    let told = told.with_extension("again");
+    match sys::fork().context("fork")? {
+        ForkResult::Child => {
+            let found = wiped.iter();
+            let found = found.map(|(kind, span)| (kind.clone(), check(span, Expect::Zero).err()));
+            let written = tell(&told, &found.collect());
+            sys::exit_now(i32::from(written.is_err()));
+        }
+        ForkResult::Parent { child } => waitpid(child, None).context("waitpid")?,
+    };
+    take_over(said, &told, "in a grandchild")
 }
 
 fn a_guard(all: &BTreeMap<String, Made>) -> Option<usize> {
@@ -66,7 +112,7 @@ fn said_of(all: &BTreeMap<String, Made>, expect: impl Fn(&Span) -> Expect) -> Ki
 }
 
 /// What is wrong with one kind.
-pub(crate) fn wrong(made: &Made, expect: impl Fn(&Span) -> Expect) -> Option<String> {
+fn wrong(made: &Made, expect: impl Fn(&Span) -> Expect) -> Option<String> {
     let spans = made.spans.iter();
     let found = spans
         .filter_map(|span| check(span, expect(span)).err())

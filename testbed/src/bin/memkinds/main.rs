@@ -2,8 +2,10 @@
 
 mod changes;
 mod check;
+mod guarded;
 mod make;
 mod more;
+mod odd;
 mod partner;
 mod second;
 
@@ -21,7 +23,7 @@ use testbed::sys;
 use changes::Change;
 use check::check_all;
 use make::{HAVE_PARTNERS, Made};
-use more::make_any;
+use odd::make_any;
 
 /// After so many seconds the kernel ends the process, whatever became of the test.
 pub(crate) const LIFETIME_S: u32 = 300;

@@ -69,7 +69,17 @@ pub(crate) struct Made {
 }
 
 /// Kinds that a living child has as well: they are made first.
-pub(crate) const HAVE_PARTNERS: &[&str] = &["cow", "shared-tree"];
+pub(crate) const HAVE_PARTNERS: &[&str] = &[
+    "cow",
+    "shared-tree",
+    "shared-grandchild",
+    "child-none",
+    "child-moved",
+    "child-guard",
+    "parent-guard",
+    "child-wipe",
+    "hugetlb-cow",
+];
 
 pub(crate) const HUGE_BYTES: usize = 2 << 20;
 pub(crate) const PAGES: usize = 64;
@@ -125,6 +135,14 @@ impl Made {
             .iter_mut()
             .for_each(|span| span.in_child = expect);
         self
+    }
+}
+
+/// The same, which keeps `open`.
+pub(crate) fn keeping(made: Made, open: OwnedFd) -> Made {
+    Made {
+        _open: Some(open),
+        ..made
     }
 }
 

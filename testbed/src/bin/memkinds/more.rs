@@ -1,7 +1,7 @@
 //! Kinds of memory that come about by what a process did with it.
 
 use std::fs::{self, File};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -11,7 +11,7 @@ use testbed::sys::mappings;
 
 use crate::make::{
     Expect, HUGE_BYTES, Made, PAGES, PRIVATE, SHARED, Span, advised, anonymous, fill, first_of,
-    huge, make, of, of_file, page_bytes,
+    huge, keeping, make, of, of_file, page_bytes,
 };
 use crate::partner;
 
@@ -81,13 +81,6 @@ pub(crate) fn make_any(kind: &str, dir: &Path) -> Result<Made> {
             Ok(keeping(made, memfd))
         }
         other => make(other, dir),
-    }
-}
-
-fn keeping(made: Made, open: OwnedFd) -> Made {
-    Made {
-        _open: Some(open),
-        ..made
     }
 }
 

@@ -36,7 +36,20 @@ const WRITTEN: &[&str] = &[
     "memfd-private",
     "ksm",
     "guard",
+    "guard-edges",
+    "guard-many",
+    "guard-thp",
+    "guard-wipe",
+    "guard-file",
+    "left-empty",
+    "lowest",
+    "highest",
+    "thp-zero",
+    "wipe-moved",
+    "growsdown-grown",
+    "file-offset",
     "reservation",
+    "reservation-none",
 ];
 
 /// Writes every third page of what it may write, and tells what it has.
@@ -97,7 +110,7 @@ fn written(kind: &str, span: Span) -> Result<Vec<Span>> {
         fill(address, 1, first + OWN)?;
         // What the advice says of its own children.
         let (expect, in_child) = match kind {
-            "wipe" => (Content, Zero),
+            "wipe" | "wipe-moved" | "guard-wipe" if span.expect == Zero => (Content, Zero),
             "droppable" => (ContentOrZero, Zero),
             _ if is_hidden => (Hidden, Hidden),
             _ => (Content, Content),
