@@ -42,7 +42,7 @@ const SUSPECTED_CHANGES: &[&str] = &[
 ];
 
 /// Other kinds that some version cannot restore lazily, or on top of rounds.
-const SUSPECTED_KINDS: &[&str] = &["memfd-private", "wipe", "wipe-moved"];
+const SUSPECTED_KINDS: &[&str] = &["memfd-private", "wipe", "wipe-moved", "child-wipe"];
 
 /// What is moved by itself: with CRIUs whose names begin so it cannot be dumped or restored in some mode, or is slow.
 const ALONE: &[(&str, &[&str])] = &[
@@ -81,6 +81,7 @@ const SLOW_LAZILY: &str = "reservation";
 const WRONG_BY_CRIU: &[(&str, &str)] = &[
     ("4.1", "wipe"),
     ("4.1", "wipe-moved"),
+    ("4.1", "child-wipe"),
     ("4.1", "c-wipe"),
     ("4.1", "droppable"),
 ];

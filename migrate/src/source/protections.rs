@@ -101,8 +101,9 @@ fn restore(own: Vec<Mapping>, of_parent: &[Restored]) -> (Vec<Restored>, Vec<Cha
     let mut changed = Vec::new();
     let restored = own.into_iter().map(|mapping| {
         let same = by_start.get(&mapping.range.start().get());
-        let same =
-            same.filter(|(other, _)| (other.range, &other.file) == (mapping.range, &mapping.file));
+        let same = same.filter(|(other, _)| {
+            other.range == mapping.range && other.anonymous && mapping.anonymous
+        });
         let with_write = Protection {
             write: true,
             ..mapping.protection
