@@ -48,7 +48,7 @@ impl fmt::Display for Protection {
 struct Mapping {
     range: PageRange,
     protection: Protection,
-    /// Whether it is of no file: others are not restored by a fork.
+    /// Whether it is of no file. Of files it is not foreseen which are restored by a fork.
     anonymous: bool,
 }
 
