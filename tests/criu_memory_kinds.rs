@@ -6,6 +6,8 @@
 //! something else, and write it if `PAGEFERRY_WRITE_TABLES` is set (one version after the other). Every run of the
 //! tests tries each transfer with some CRIU; the ignored ones try all with all (`MM_WAYS` and `MM_KINDS` name some).
 
+#[path = "common/kinds_in_runs.rs"]
+mod kinds_in_runs;
 #[path = "common/kinds_table.rs"]
 mod kinds_table;
 #[path = "common/memory_table.rs"]
@@ -18,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use kinds_in_runs::{GUARDS, ODD, ODD_WITH};
 use kinds_table::{Cell, SUSPECTS, Seen, Table, column, is_asked};
 use memory_table::{TRANSFERS, Transfer};
 use testbed::criu::{Crit, Criu, Suite};
@@ -165,60 +168,6 @@ struct Baseline {
 
 /// What a CRIU cannot restore from images with a parent, not even from its own with a parent link put beside them.
 const WITHOUT_PARENT: &[(&str, &str)] = &[("4.3", "memfd-private")];
-
-/// Kinds that every run tries with [`ODD_WITH`] alone: all of them with all versions take minutes.
-const ODD: &[&str] = &[
-    "readonly",
-    "write-only",
-    "protections",
-    "child-none",
-    "child-moved",
-    "left-empty",
-    "lowest",
-    "highest",
-    "shared-grandchild",
-    "guard-edges",
-    "guard-many",
-    "guard-readonly",
-    "guard-thp",
-    "guard-wipe",
-    "guard-locked",
-    "guard-shared",
-    "guard-file",
-    "child-guard",
-    "parent-guard",
-    "hugetlb-readonly",
-    "hugetlb-cow",
-    "sysv-twice",
-    "sysv-removed",
-    "thp-zero",
-    "wipe-moved",
-    "child-wipe",
-    "growsdown-grown",
-    "file-offset",
-    "file-odd",
-    "shm-deleted",
-    "memfd-past-end",
-    "memfd-noexec",
-    "reservation-none",
-];
-
-/// See [`ODD`].
-const ODD_WITH: &str = "4.2";
-
-/// Kinds that some versions cannot dump, and others restore together.
-const GUARDS: &[&str] = &[
-    "guard",
-    "guard-edges",
-    "guard-many",
-    "guard-readonly",
-    "guard-thp",
-    "guard-wipe",
-    "guard-shared",
-    "guard-file",
-    "child-guard",
-    "parent-guard",
-];
 
 /// Kinds that some version cannot restore lazily: each is judged in a process of its own, for a restore that fails
 /// would take the others along.

@@ -9,6 +9,7 @@
 //! the other end of the connection, which tells them apart. Where that cannot be told, as behind a relay, the dump is
 //! refused.
 
+mod cork_watch;
 mod corked;
 mod dump_connection;
 mod proc_reader;
@@ -21,7 +22,7 @@ use crate::criu::header::Target;
 use crate::error::{Error, Kind, Result};
 use crate::stream::Stream;
 
-pub(super) use corked::CorkWatch;
+pub(super) use cork_watch::CorkWatch;
 use dump_connection::DumpConnection;
 pub use proc_reader::{ProcReader, ReaderEnds};
 

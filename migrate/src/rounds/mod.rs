@@ -28,6 +28,7 @@ use pageferry::units::{PageRange, PageSize, Vaddr};
 pub(crate) use dirty::watch_changes;
 pub(crate) use memory::read_memory;
 use memory::{Area, Contents, areas};
+use page_map::each_word;
 pub(crate) use sample::packed_share;
 pub(crate) use sender::Sender;
 pub(crate) use track::{Track, Trackers, undo};
@@ -120,6 +121,27 @@ fn read(
         }
     }
     Ok(())
+}
+
+/// How many pages of private anonymous memory have been written since the last round read them; `None` if that is not
+/// known of a process.
+pub(crate) fn written_pages(tree: &Tree, trackers: &Trackers, page: PageSize) -> Option<u64> {
+    let mut written = 0;
+    for member in tree.members() {
+        let areas = areas(member);
+        let mut ranges = anonymous(&areas).peekable();
+        // A zombie has no memory, and is not tracked.
+        if ranges.peek().is_none() {
+            continue;
+        }
+        let is_written = trackers.written_mark(member.pid)?;
+        for range in ranges {
+            each_word(member.pid, range, page, |_, word| {
+                written += u64::from(memory::is_private(word) && is_written(word));
+            });
+        }
+    }
+    Some(written)
 }
 
 /// The private mappings of no file.

@@ -348,26 +348,22 @@ impl Space {
 
     /// The first address of `range` at which a page is not there yet.
     pub fn first_missing_in(&self, range: PageRange) -> Option<Vaddr> {
-        let firsts = [
-            self.remote.next_from(range.start()),
-            self.local.next_from(range.start()),
-            self.flight.next_from(range.start()),
-            self.unreadable.next_from(range.start()),
-        ];
-        let firsts = firsts.into_iter().flatten();
-        let first = firsts
-            .map(|piece| piece.at.start().max(range.start()))
-            .min();
-        first.filter(|first| *first < range.end())
+        let piece = self.first_missing_from(range.start())?;
+        let first = piece.at.start().max(range.start());
+        (first < range.end()).then_some(first)
     }
 
     /// The first piece that is not there yet, whoever has it.
     pub fn first_missing(&self) -> Option<Piece> {
+        self.first_missing_from(Vaddr(0))
+    }
+
+    fn first_missing_from(&self, from: Vaddr) -> Option<Piece> {
         let firsts = [
-            self.remote.next_from(Vaddr(0)),
-            self.local.next_from(Vaddr(0)),
-            self.flight.next_from(Vaddr(0)),
-            self.unreadable.next_from(Vaddr(0)),
+            self.remote.next_from(from),
+            self.local.next_from(from),
+            self.flight.next_from(from),
+            self.unreadable.next_from(from),
         ];
         let firsts = firsts.into_iter().flatten();
         firsts.min_by_key(|piece| piece.at.start())

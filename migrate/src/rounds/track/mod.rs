@@ -26,8 +26,6 @@ use pageferry::units::{PageRange, PageSize};
 
 pub(crate) use takeover::undo;
 
-use super::anonymous;
-use super::memory::{areas, is_private};
 use super::page_map::each_word;
 use super::tree::{Member, Tree};
 
@@ -159,25 +157,10 @@ impl Trackers {
         self.members.get_mut(&member.pid)
     }
 
-    /// How many pages of private anonymous memory have been written since the last round read them; `None` if that is not
-    /// known of a process.
-    pub(crate) fn written_pages(&self, tree: &Tree, page: PageSize) -> Option<u64> {
-        let mut written = 0;
-        for member in tree.members() {
-            let areas = areas(member);
-            let mut ranges = anonymous(&areas).peekable();
-            // A zombie has no memory, and is not tracked.
-            if ranges.peek().is_none() {
-                continue;
-            }
-            let is_written = self.members.get(&member.pid)?.written_mark()?;
-            for range in ranges {
-                each_word(member.pid, range, page, |_, word| {
-                    written += u64::from(is_private(word) && is_written(word));
-                });
-            }
-        }
-        Some(written)
+    /// What a word of /proc/PID/pagemap says of a page that the process `pid` has written since the last round read it, if
+    /// that is known.
+    pub(super) fn written_mark(&self, pid: i32) -> Option<fn(u64) -> bool> {
+        self.members.get(&pid)?.written_mark()
     }
 
     /// The round is at the destination.

@@ -111,7 +111,7 @@ impl Flow<'_> {
     ) -> Result<Trackers> {
         let (tree, page) = (Tree::of(self.root())?, self.page);
         let counting = blocking("counting written pages", move || {
-            Ok((trackers.written_pages(&tree, page), trackers))
+            Ok((rounds::written_pages(&tree, &trackers, page), trackers))
         });
         let (written, trackers) = counting.await?;
         // Whether shared memory was written is not known.
