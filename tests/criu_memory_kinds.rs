@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use kinds_in_runs::{GUARDS, ODD, ODD_WITH};
+use kinds_in_runs::{GUARDS, ODD};
 use kinds_table::{Cell, SUSPECTS, Seen, Table, column, is_asked};
 use memory_table::{TRANSFERS, Transfer};
 use testbed::criu::{Crit, Criu, Suite};
@@ -83,11 +83,7 @@ mod whole {
 
 fn judge_often(test_dir: &TestDir, criu: &Criu) -> Result<()> {
     let column = column(criu)?;
-    let kinds = if column == ODD_WITH {
-        asked(|_| true)
-    } else {
-        asked(|kind| !ODD.contains(&kind.name))
-    };
+    let kinds = asked(|kind| !ODD.contains(&kind.name));
     judge(test_dir, criu, &kinds, |transfer| {
         transfer.often.contains(&column)
     })

@@ -1,6 +1,6 @@
 //! Which kinds of memory are tried together, and when.
 
-/// Kinds that every run tries with [`ODD_WITH`] alone: all of them with all versions take minutes.
+/// Kinds that are tried for the table alone: they take minutes.
 pub(crate) const ODD: &[&str] = &[
     "readonly",
     "write-only",
@@ -36,9 +36,6 @@ pub(crate) const ODD: &[&str] = &[
     "memfd-noexec",
     "reservation-none",
 ];
-
-/// See [`ODD`].
-pub(crate) const ODD_WITH: &str = "4.2";
 
 /// Kinds that some versions cannot dump, and others restore together.
 pub(crate) const GUARDS: &[&str] = &[
