@@ -24,6 +24,7 @@ mod containers;
 mod context;
 mod file_trees;
 mod files;
+mod free_pids;
 pub(crate) mod http;
 mod incoming;
 mod kept_addresses;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use pageferry::error::{Error, Kind, Result};
 use pageferry::migration::messages::{Begin, Status};
 
+use super::free_pids;
 use super::session::Session;
 use super::session_table::SessionTable;
 
@@ -17,6 +18,9 @@ impl Sessions {
     pub(super) fn begin(&self, begin: Begin, from: IpAddr) -> Result<Arc<Session>> {
         let wrong = |error| Error::wrap(Kind::Protocol, "this migration cannot be begun", error);
         begin.check().map_err(wrong)?;
+        if begin.container.is_none() {
+            free_pids::leave_free(&begin.pids);
+        }
         let id = begin.id.clone();
         self.add(&id, || Session::begin(self.context(), begin, from))
     }
