@@ -96,12 +96,6 @@ impl Pagemap {
         Ok(found.map(|found| PageRange::new(found.start, found.end)))
     }
 
-    /// Calls `each` for every run of pages in `range` that lie in guard regions; errors as of [`Pagemap::first_guard`].
-    pub fn guards(&self, range: PageRange, each: impl FnMut(PageRange)) -> io::Result<()> {
-        let guards = Categories { all: GUARD, any: 0 };
-        self.each_run(range, guards, 0, each)
-    }
-
     /// Calls `each` for every run of pages in `range` that are in memory or swapped out. Where none ever was, that takes no
     /// time. An error of kind `InvalidInput` or a bare ENOTTY means that this kernel cannot tell.
     pub fn populated(&self, range: PageRange, each: impl FnMut(PageRange)) -> io::Result<()> {
@@ -271,9 +265,6 @@ mod tests {
                 Some(range(4, 5))
             );
             assert_eq!(pagemap.first_guard(range(5, 16)).unwrap(), None);
-            let mut guards = Vec::new();
-            let told = pagemap.guards(range(4, 16), |run| guards.push(run));
-            assert_eq!((told.ok(), guards), (Some(()), vec![range(4, 5)]));
         } else {
             eprintln!("skipped: this kernel has no guard regions, or does not tell them");
         }

@@ -4,7 +4,6 @@ use nix::errno::Errno;
 
 use super::Restore;
 use super::deferred::PauseReason;
-use super::forks::Foreseen;
 use super::processes::Process;
 use super::standby::StandbyMessage;
 use super::waking::Waiters;
@@ -50,7 +49,7 @@ impl Restore {
     pub(super) fn read_events(&mut self, id: SpaceId) -> Result<()> {
         let mut faults = Vec::new();
         for _ in 0..READS_MAX {
-            let mut foreseen = self.foresee(id);
+            let withheld_before = self.withheld_by_pending_fork(id);
             let Some(process) = self.processes.get(id) else {
                 return Ok(());
             };
@@ -74,15 +73,35 @@ impl Restore {
                 Err(error) => return Err(failed(error)),
             }
             for event in events {
-                if let Event::Fault(fault) = event {
-                    let page = Vaddr(self.images.page().floor(fault.address.get()));
-                    self.observer
-                        .faulted(id, page, fault.is_write, fault.thread);
-                    faults.push(fault.address);
-                } else {
-                    self.handle_event(id, event, &foreseen)?;
-                    let guards = std::mem::take(&mut foreseen.guards);
-                    self.withhold(id, &guards);
+                if !matches!(event, Event::Fault(_)) {
+                    self.note_event();
+                    self.batched_wakeup.forget_quiet(id);
+                }
+                match event {
+                    Event::Fault(fault) => {
+                        let page = Vaddr(self.images.page().floor(fault.address.get()));
+                        self.observer
+                            .faulted(id, page, fault.is_write, fault.thread);
+                        faults.push(fault.address);
+                    }
+                    Event::Fork(uffd) => {
+                        let withheld = match &withheld_before {
+                            Some(withheld) => withheld.clone(),
+                            None => self.withheld_by_fork(id),
+                        };
+                        if let Some(child) = self.handle_fork(id, uffd)? {
+                            self.withhold(child, &withheld);
+                        }
+                    }
+                    Event::Remap { from, to } => {
+                        self.notify_standby(StandbyMessage::Remap { id, from, to }, None);
+                        self.handle_remap(id, from, to);
+                    }
+                    Event::Unmap(range) if self.is_still_mapped(id, range) => {}
+                    Event::Remove(range) | Event::Unmap(range) => {
+                        self.notify_standby(StandbyMessage::Gone { id, range }, None);
+                        self.handle_gone(id, range);
+                    }
                 }
             }
         }
@@ -91,34 +110,6 @@ impl Restore {
         }
         for addr in faults {
             self.answer(id, addr)?;
-        }
-        Ok(())
-    }
-
-    /// Handles what is no fault.
-    fn handle_event(&mut self, id: SpaceId, event: Event, foreseen: &Foreseen) -> Result<()> {
-        self.note_event();
-        self.batched_wakeup.forget_quiet(id);
-        match event {
-            Event::Fault(_) => {}
-            Event::Fork(uffd) => {
-                let withheld = match &foreseen.withheld {
-                    Some(withheld) => withheld.clone(),
-                    None => self.withheld_by_fork(id),
-                };
-                if let Some(child) = self.handle_fork(id, uffd)? {
-                    self.withhold(child, &withheld);
-                }
-            }
-            Event::Remap { from, to } => {
-                self.notify_standby(StandbyMessage::Remap { id, from, to }, None);
-                self.handle_remap(id, from, to);
-            }
-            Event::Unmap(range) if self.is_still_mapped(id, range) => {}
-            Event::Remove(range) | Event::Unmap(range) => {
-                self.notify_standby(StandbyMessage::Gone { id, range }, None);
-                self.handle_gone(id, range);
-            }
         }
         Ok(())
     }

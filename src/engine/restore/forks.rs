@@ -5,8 +5,8 @@
 //! | MADV_WIPEONFORK, MADV_DONTFORK | zeros, or no mapping | smaps; the images, if that cannot be read |
 //! | a guard region over missing pages | a guard, and zeros once it is removed | PAGEMAP_SCAN |
 //!
-//! Both are looked for before the message of the fork is read ([`Foreseen`]): the thread that forks waits for that, and the
-//! child is in no list of processes yet. To look for its guards before its pages are filled, as elsewhere, would be too late: pages may
+//! Both are looked for before the message of the fork is read: the thread that forks waits for that, and the child is in no
+//! list of processes yet. To look for its guards before its pages are filled, as elsewhere, would be too late: pages may
 //! come for it before anybody can find it, and filling a page takes a guard away.
 
 use std::os::fd::AsFd;
@@ -22,16 +22,6 @@ use crate::lazy::planner::{PageOutcome, SpaceId};
 use crate::lazy::space::Space;
 use crate::sys::uffd::Uffd;
 use crate::units::PageRange;
-
-/// What the next event of a process will mean for its memory.
-#[derive(Debug, Default)]
-pub(super) struct Foreseen {
-    /// What the child does not inherit, if it is a fork.
-    pub(super) withheld: Option<Vec<PageRange>>,
-    /// Guards of the process, where they are once the event is handled: what was below them is gone. None if another thread
-    /// may have changed the memory since.
-    pub(super) guards: Vec<PageRange>,
-}
 
 impl Restore {
     /// Takes care of the child that `parent` forked, unless the parent is not known any more.
@@ -57,30 +47,18 @@ impl Restore {
         Ok(Some(id))
     }
 
-    /// What is to be known of `id` once its next event is handled, seen before that is read: the kernel lets the process go
-    /// on with the read, which may then give other advice about its memory, move it, or remove its guards.
-    pub(super) fn foresee(&mut self, id: SpaceId) -> Foreseen {
-        let known = self.processes.get(id).zip(self.planner.space(id));
-        let Some((process, space)) = known else {
-            return Foreseen::default();
-        };
+    /// What the child that `id` is forking does not inherit, if it is: seen before its message is read. The kernel lets the
+    /// parent go on with that, which may then give other advice about its memory, or move it, before it is looked at.
+    pub(super) fn withheld_by_pending_fork(&self, id: SpaceId) -> Option<Vec<PageRange>> {
+        let process = self.processes.get(id)?;
+        let space = self.planner.space(id)?;
         if space.is_complete() || !process.uffd.is_changing(self.anywhere()) {
-            return Foreseen::default();
+            return None;
         }
-        let Some(host) = &process.host else {
-            return Foreseen {
-                withheld: self.withheld_by_unknown(process, space),
-                guards: Vec::new(),
-            };
-        };
-        let calls = host.calls();
-        let withheld = calls.forks.then(|| self.withheld_by_fork(id));
-        let guards = match (calls.waits, space.missing_span()) {
-            (true, Some(span)) if calls.forks => host.guards(span),
-            (true, Some(_)) => self.guards_anywhere(id),
-            _ => Vec::new(),
-        };
-        Foreseen { withheld, guards }
+        match &process.host {
+            Some(host) => host.may_be_forking().then(|| self.withheld_by_fork(id)),
+            None => self.withheld_by_unknown(process, space),
+        }
     }
 
     /// The same where it is not known which process it is: of those that it may be one alone waits until its fork is known.
@@ -115,8 +93,8 @@ impl Restore {
         withheld
     }
 
-    /// Nothing of `ranges` comes to `id`: there it is zero, guarded, or not mapped. Without this, a mapping that a child lets
-    /// grow to there would show what was there in its parent.
+    /// Nothing of `ranges` comes to the child `id`: there it is zero, guarded, or not mapped. Without this, a mapping that
+    /// the child lets grow to there would show what was there in its parent.
     pub(super) fn withhold(&mut self, id: SpaceId, ranges: &[PageRange]) {
         for &range in ranges {
             let space = self.planner.space(id);

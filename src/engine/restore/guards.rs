@@ -18,7 +18,6 @@ use super::Restore;
 use super::host_process::HostProcess;
 use super::install::STEP_BYTES_MAX;
 use super::owner_search::Guards;
-use super::standby::StandbyMessage;
 use super::waking::Waiters;
 use crate::lazy::planner::{PageOutcome, SpaceId};
 use crate::units::PageRange;
@@ -29,14 +28,6 @@ const REACH_BYTES: u64 = 512 << 10;
 /// What may be filled after one scan, bytes: as much as one call fills at most.
 const FILLED_BYTES: u64 = STEP_BYTES_MAX;
 
-/// Scans of whole processes, of 0.6 ms for each GiB that is there, take no more than this share of the time, but for the
-/// first ones.
-const WHOLE_SHARE: u64 = 20;
-const WHOLE_FIRST_US: u64 = 100_000;
-
-/// Where the memory ends that a program can have.
-const MEMORY_END: u64 = (1 << 47) - (64 << 10);
-
 /// Where the last scans have found no guards.
 #[derive(Debug, Default)]
 pub(super) struct GuardScans {
@@ -44,8 +35,6 @@ pub(super) struct GuardScans {
     free: BTreeMap<SpaceId, (PageRange, u64)>,
     /// Filled since the first of them, bytes.
     filled: u64,
-    /// What scans of whole processes have taken, µs.
-    whole_us: u64,
 }
 
 impl GuardScans {
@@ -62,11 +51,6 @@ impl GuardScans {
     fn found_free(&mut self, id: SpaceId, free: PageRange, at: PageRange) {
         let before = self.filled.saturating_sub(at.bytes());
         self.free.insert(id, (free, before));
-    }
-
-    /// Whether a process may be scanned as a whole now.
-    fn may_scan_whole(&self, now_us: u64) -> bool {
-        self.whole_us <= WHOLE_FIRST_US + now_us / WHOLE_SHARE
     }
 
     /// Time has passed: guards may have been installed since.
@@ -117,21 +101,6 @@ impl Restore {
         }
     }
 
-    /// Where guards of `id` are now, in all of its memory; nothing if such scans have taken too long.
-    pub(super) fn guards_anywhere(&mut self, id: SpaceId) -> Vec<PageRange> {
-        let begun_us = self.clock.now_us();
-        if !self.guard_scans.may_scan_whole(begun_us) {
-            return Vec::new();
-        }
-        let Some(host) = self.host_of(id) else {
-            return Vec::new();
-        };
-        let guards = host.guards(PageRange::new(0, MEMORY_END));
-        let took_us = self.clock.now_us().saturating_sub(begun_us);
-        self.guard_scans.whole_us += took_us;
-        guards
-    }
-
     fn host_of(&mut self, id: SpaceId) -> Option<&mut HostProcess> {
         self.processes.get_mut(id)?.host.as_mut()
     }
@@ -139,8 +108,6 @@ impl Restore {
     fn leave_guard(&mut self, id: SpaceId, guard: PageRange) {
         let pid = self.processes.pid(id).unwrap_or(0);
         tracing::debug!("pid {pid}, or a child of it, keeps the guard region {guard}");
-        let range = guard;
-        self.notify_standby(StandbyMessage::Gone { id, range }, None);
         self.settle(id, guard, PageOutcome::Gone, Waiters::Asleep);
     }
 }
@@ -175,16 +142,6 @@ mod tests {
         assert_eq!(count_scans(whole), 8);
         let pages = STEP_BYTES_MAX >> 12;
         assert_eq!(count_scans((0..2 * pages).map(|page| (ONE, page, 1))), 2);
-    }
-
-    #[test]
-    fn scans_of_whole_processes_take_a_twentieth_of_the_time() {
-        let mut scans = GuardScans::default();
-        assert!(scans.may_scan_whole(0));
-        scans.whole_us = WHOLE_FIRST_US + 50;
-        scans.forget();
-        assert!(!scans.may_scan_whole(900));
-        assert!(scans.may_scan_whole(1_000));
     }
 
     #[test]

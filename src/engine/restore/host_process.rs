@@ -10,7 +10,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
-use nix::libc::{SIGKILL, SYS_mremap};
+use nix::libc::SIGKILL;
 
 use crate::engine::smaps::{self, MISSING, NOT_INHERITED, SEALED};
 use crate::sys::owned_process::{ProcessName, ProcessStat};
@@ -109,22 +109,13 @@ impl HostProcess {
         sealed.iter().any(meets)
     }
 
-    /// What its first [`THREADS_MAX`] threads do.
-    pub(super) fn calls(&self) -> Calls {
+    /// Whether one of its first [`THREADS_MAX`] threads is in a system call that forks.
+    pub(super) fn may_be_forking(&self) -> bool {
         let threads = fs::read_dir(self.path("task")).into_iter().flatten();
-        let threads: Vec<PathBuf> = threads
-            .flatten()
-            .take(THREADS_MAX)
-            .map(|thread| thread.path())
-            .collect();
-        let call =
-            |thread: &PathBuf| fs::read_to_string(thread.join("syscall")).unwrap_or_default();
-        let forks = threads.iter().any(|thread| is_forking(&call(thread)));
-        let waits = match threads.as_slice() {
-            [only] if forks || is_moving(&call(only)) => waits_for_reader(only),
-            _ => false,
-        };
-        Calls { forks, waits }
+        threads.flatten().take(THREADS_MAX).any(|thread| {
+            let call = fs::read_to_string(thread.path().join("syscall"));
+            call.is_ok_and(|call| is_forking(&call))
+        })
     }
 
     /// Who disturbs the process now as a dump does. `restored`: its restore has finished.
@@ -136,19 +127,6 @@ impl HostProcess {
         self.watch.look(tracer, frozen, restored)
     }
 }
-
-/// What the threads of a process do to its memory.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Calls {
-    /// One is in a system call that forks.
-    pub(super) forks: bool,
-    /// It is the only one, has forked or moved memory, and waits until the event is read: until then nothing changes.
-    pub(super) waits: bool,
-}
-
-/// How often a thread is looked at that will wait for the reader of its event in a moment: the kernel tells of an event
-/// right before the thread sleeps.
-const LOOKS: usize = 16;
 
 /// Most threads that are looked at for one that forks: a look takes some 10 µs.
 pub(super) const THREADS_MAX: usize = 64;
@@ -169,25 +147,6 @@ fn is_forking(call: &str) -> bool {
             .is_ok_and(|n: i64| FORKING_CALLS.contains(&n))
     })
 }
-
-/// Whether `call`, the text of /proc/PID/syscall, is of a thread that moves memory.
-fn is_moving(call: &str) -> bool {
-    let number = call.split_whitespace().next();
-    number.is_some_and(|number| number.parse().is_ok_and(|n: i64| MREMAP.contains(&n)))
-}
-
-fn waits_for_reader(thread: &Path) -> bool {
-    (0..LOOKS).any(|look| {
-        if look > 0 {
-            std::thread::yield_now();
-        }
-        let place = fs::read_to_string(thread.join("wchan"));
-        place.is_ok_and(|place| place.contains(WAITS_FOR_READER))
-    })
-}
-
-/// Numbers of mremap, of 64-bit and of 32-bit programs.
-pub(super) const MREMAP: [i64; 2] = [SYS_mremap, 163];
 
 /// Where the kernel lets a thread wait until the message of what it does is read.
 const WAITS_FOR_READER: &str = "userfaultfd_event_wait_completion";
@@ -219,8 +178,14 @@ pub(super) fn guards_of(pid: i32, span: PageRange) -> Vec<PageRange> {
 
 fn guards_in(pagemap: &Pagemap, span: PageRange) -> Vec<PageRange> {
     let mut guards = Vec::new();
+    let mut left = span;
     // An error: the process has ended, or the kernel does not tell.
-    let _ = pagemap.guards(span, |guard| guards.push(guard));
+    while !left.is_empty()
+        && let Ok(Some(guard)) = pagemap.first_guard(left)
+    {
+        guards.push(guard);
+        left = PageRange::new(guard.end().get(), span.end().get());
+    }
     guards
 }
 
@@ -364,15 +329,13 @@ mod tests {
     }
 
     #[test]
-    fn calls_that_fork_or_move_are_known() {
+    fn a_call_that_forks_is_known() {
         assert!(is_forking(
             "435 0x7ffd 0x58 0x0 0x7f 0x8 0x0 0x7ffc 0x7f01\n"
         ));
         for other in ["running", "-1 0x7ffc 0x7f01", "202 0x7f 0x0", ""] {
             assert!(!is_forking(other), "{other}");
-            assert!(!is_moving(other), "{other}");
         }
-        assert!(is_moving(&format!("{SYS_mremap} 0x7ffd 0x58 0x0")));
     }
 
     #[test]
@@ -383,7 +346,6 @@ mod tests {
         assert!(HostProcess::open(own, started + 1).is_none());
         assert_eq!(process.disturbed(true), None);
         assert!(process.wiped_on_fork().is_some());
-        assert!(!process.calls().waits);
         assert!(HostProcess::open(0, 0).is_none());
     }
 }

@@ -19,14 +19,17 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use nix::libc;
+use nix::libc::{self, c_long};
 
 use super::Restore;
-use super::host_process::{MREMAP, THREADS_MAX};
+use super::host_process::THREADS_MAX;
 use super::owner_search::OwnerSearch;
 use crate::engine::smaps;
 use crate::lazy::planner::SpaceId;
 use crate::units::{PageRange, PageSize, Vaddr};
+
+/// Numbers of mremap, of 64-bit and of 32-bit programs.
+const MREMAP: [c_long; 2] = [libc::SYS_mremap, 163];
 
 /// Where the kernel lets a thread wait for a page under a userfaultfd.
 const WAITS_FOR_PAGE: &str = "handle_userfault";
@@ -45,7 +48,7 @@ impl Growth {
     /// `call` is the text of /proc/PID/syscall.
     fn parse(call: &str, page: PageSize) -> Option<Growth> {
         let mut words = call.split_whitespace();
-        let number: i64 = words.next()?.parse().ok()?;
+        let number: c_long = words.next()?.parse().ok()?;
         if !MREMAP.contains(&number) {
             return None;
         }

@@ -24,14 +24,9 @@ const PAGES: usize = 256;
 
 /// Where the memory is, and the places that parts of it are moved to.
 const MEMORY: usize = WINDOW.start;
-const PLACES: [usize; 4] = {
+const PLACES: [usize; 3] = {
     let step = 512 * PAGE;
-    [
-        MEMORY + step,
-        MEMORY + 2 * step,
-        MEMORY + 3 * step,
-        MEMORY + 4 * step,
-    ]
+    [MEMORY + step, MEMORY + 2 * step, MEMORY + 3 * step]
 };
 
 /// lazy-client looks at 64 at most.
@@ -113,8 +108,7 @@ fn changed_and_forked(dir: &Path) -> Result<()> {
             said.unwrap_or_default()
         );
     }
-    // What is below a guard is gone since it was installed, also of a process that lacked it then.
-    compare(&pages).and_then(|()| compare_without_guards(&pages))
+    compare(&pages)
 }
 
 /// Installs guards, and moves parts of the memory with guards in them.
@@ -141,20 +135,6 @@ fn change() -> Result<Pages> {
             moved.extend(page.map(|expected| (at, expected)));
             *page = stays.then_some(Expected::Zero);
         }
-    }
-    // Guards that are moved and removed at once, before anybody forks.
-    let (from, to, place) = (232, 248, PLACES[3]);
-    guard(&mut pages, from + 4, to - 4)?;
-    let length = (to - from) * PAGE;
-    mappings::remap(MEMORY + from * PAGE, length, length, Remap::MoveTo(place))
-        .context("mremap")?;
-    mappings::advise(place + 4 * PAGE, 8 * PAGE, MADV_GUARD_REMOVE)?;
-    for (at, page) in (place..).step_by(PAGE).zip(&mut pages[from..to]) {
-        let without_guard = |expected| match expected {
-            Expected::Guard => Expected::Zero,
-            content => content,
-        };
-        moved.extend(page.take().map(|expected| (at, without_guard(expected))));
     }
     let unmoved = (MEMORY..).step_by(PAGE).zip(pages);
     let unmoved = unmoved.filter_map(|(at, expected)| Some((at, expected?)));
