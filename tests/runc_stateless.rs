@@ -241,7 +241,7 @@ fn what_fails_before_the_switch_changes_nothing() {
         let cases: [(&'static str, &[&str], &str); 4] = [
             (
                 "never-ready",
-                &["--ready", "exec:false", "--timeout", "3s"],
+                &["--ready", "exec:false", "--timeout", "12s"],
                 "not ready",
             ),
             (

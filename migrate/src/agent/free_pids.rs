@@ -12,6 +12,9 @@ const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
 /// Pids that one migration may take at the destination, threads included, with room to spare.
 const NEAR: u32 = 4096;
 
+/// Pids behind those that are known now: a tree forks until it is stopped.
+const TO_COME: u32 = 1000;
+
 /// From now on new processes get pids behind those of `wanted`, if they would reach these soon.
 pub(super) fn leave_free(wanted: &[u32]) {
     let path = Path::new(LAST_PID);
@@ -28,8 +31,9 @@ pub(super) fn leave_free(wanted: &[u32]) {
 
 /// What the last pid has to be, if it has to change.
 fn last_to_set(last: u32, wanted: &[u32]) -> Option<u32> {
-    let behind = |pid: &&u32| **pid > last && **pid - last <= NEAR;
-    wanted.iter().filter(behind).max().copied()
+    let near = |pid: &&u32| **pid <= last.saturating_add(NEAR);
+    let behind = wanted.iter().filter(near).max()?.saturating_add(TO_COME);
+    (behind > last).then_some(behind)
 }
 
 #[cfg(test)]
@@ -38,9 +42,11 @@ mod tests {
 
     #[test]
     fn pids_are_skipped_that_would_be_given_soon() {
-        assert_eq!(last_to_set(20, &[33, 35, 10]), Some(35));
-        assert_eq!(last_to_set(35, &[33, 35]), None);
-        assert_eq!(last_to_set(20, &[20 + NEAR, 21 + NEAR]), Some(20 + NEAR));
+        assert_eq!(last_to_set(20, &[33, 35, 10]), Some(35 + TO_COME));
+        assert_eq!(last_to_set(40, &[33, 35]), Some(35 + TO_COME));
+        assert_eq!(last_to_set(35 + TO_COME, &[33, 35]), None);
+        let far = last_to_set(20, &[20 + NEAR, 21 + NEAR]);
+        assert_eq!(far, Some(20 + NEAR + TO_COME));
         assert_eq!(last_to_set(20, &[u32::MAX]), None);
         assert_eq!(last_to_set(20, &[]), None);
     }
